@@ -1,0 +1,39 @@
+# Every target sets up .venv by itself. PYTHON chooses the interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+# DALI's wheel follows the driver: CUDA 12 drivers need the cu12 build; everything else, machines without a GPU among them, takes cu13.
+DALI := $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo dali-cu12 || echo dali-cu13)
+READY := $(VENV)/.ready-$(DALI)
+
+.PHONY: quickstart test check format bench clean
+
+quickstart: $(READY)  ## train a tiny encoder on handwritten digits, about a minute
+	$(RUN)/fastmoco quickstart --out quickstart
+
+# One thread a worker: threads that wait for each other by spinning are slow beside any other job.
+test: $(READY)  ## every test that this machine can run
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile
+
+check: $(READY)  ## format, lint, types, layering, spelling
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+	$(RUN)/mypy
+	$(RUN)/lint-imports
+	$(RUN)/codespell
+
+format: $(READY)  ## rewrite the code as ruff wants it
+	$(RUN)/ruff check --fix-only .
+	$(RUN)/ruff format .
+
+bench: $(READY)  ## list the benchmark cases
+	$(RUN)/python -m benchmarks list
+
+$(READY): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastmoco needs Python 3.11 or newer; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(DALI),data,logging,dev]'
+	@touch $@
+
+clean:  ## remove what make built
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks list | run CASE`. Not installed with the package."""

@@ -1,0 +1,87 @@
+"""Real images for benchmarks and regression runs, made from packages that need no registration.
+
+    python -m benchmarks.datasets fashion SRC OUT    idx files of Fashion-MNIST -> OUT/{train,test}/CLASS/*.png
+    python -m benchmarks.datasets patches SRC OUT    a folder of photographs -> OUT/{train,test}/PHOTO/*.png, 32-pixel patches
+
+Debian's packages dataset-fashion-mnist and plasma-workspace-wallpapers hold such files. The patch task names each patch after its
+photograph: training patches come from the left 60 % of it, held-out ones from the right 35 %, so no pixel is in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+FASHION = ("tshirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+PATCH, TRAIN_PATCHES, TEST_PATCHES, MIN_SIDE = 32, 250, 40, 700
+
+
+def fashion(src: Path, out: Path) -> int:
+    """Unpack Fashion-MNIST's idx files into PNG files by class; returns the number of images."""
+    written = 0
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        images = _idx(src / f"{prefix}-images-idx3-ubyte.gz", header=16).reshape(-1, 28, 28)
+        labels = _idx(src / f"{prefix}-labels-idx1-ubyte.gz", header=8)
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            folder = out / split / FASHION[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{i:05d}.png")
+            written += 1
+    return written
+
+
+def patches(src: Path, out: Path, *, seed: int = 0) -> int:
+    """Cut 32-pixel patches of random scale from every distinct photograph below ``src``; returns their number."""
+    rng, seen, written = np.random.default_rng(seed), set(), 0
+    for path in sorted(p for p in src.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png") and p.is_file()):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest in seen:
+            continue
+        seen.add(digest)
+        with Image.open(path) as opened:
+            if min(opened.size) < MIN_SIDE:
+                continue
+            opened.draft("RGB", (1280, 1280))
+            photo = opened.convert("RGB")
+        photo.thumbnail((1280, 1280))
+        name = f"photo{len(seen):03d}"
+        width = photo.width
+        for split, count, left, right in (
+            ("train", TRAIN_PATCHES, 0, int(0.6 * width)),
+            ("test", TEST_PATCHES, int(0.65 * width), width),
+        ):
+            folder = out / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                side = int(rng.integers(PATCH, min(160, right - left, photo.height)))
+                x, y = int(rng.integers(left, right - side + 1)), int(rng.integers(0, photo.height - side + 1))
+                patch = photo.resize((PATCH, PATCH), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side))
+                patch.save(folder / f"{i:03d}.png")
+                written += 1
+    return written
+
+
+def _idx(path: Path, *, header: int) -> NDArray[np.uint8]:
+    """The bytes of an idx file behind its header."""
+    return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
+
+
+def main() -> None:
+    """Make one of the two sets."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", choices=("fashion", "patches"))
+    parser.add_argument("src", type=Path)
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    make = fashion if arguments.which == "fashion" else patches
+    print(f"{make(arguments.src, arguments.out)} images in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

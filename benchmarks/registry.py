@@ -1,0 +1,70 @@
+"""The cases, and the two verbs: list them, run one and append its result to a file of JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import train_vs_synthetic
+from benchmarks.measure import machine
+
+CASES = {train_vs_synthetic.NAME: train_vs_synthetic}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """List the cases or run one; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("list", help="name every case and its options")
+    runner = verbs.add_parser("run", help="run one case")
+    runner.add_argument("case", choices=sorted(CASES))
+    runner.add_argument("options", nargs="*", metavar="name=value", help="see `list`")
+    runner.add_argument("--out", type=Path, help="append the result to this file of JSON lines")
+    arguments = parser.parse_args(argv)
+    if arguments.verb == "list":
+        for name, case in CASES.items():
+            print(f"{name}: {(case.__doc__ or '').splitlines()[0]}")
+            print("   ", " ".join(f"{key}={value}" for key, value in case.DEFAULTS.items()))
+        return 0
+    case = CASES[arguments.case]
+    options = parse_options(arguments.options, case.DEFAULTS)
+    result = {
+        "case": arguments.case,
+        "options": options,
+        "result": _result(case, options),
+        "machine": machine(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    line = json.dumps(result)
+    print(line)
+    if arguments.out:
+        with open(arguments.out, "a") as file:
+            file.write(line + "\n")
+    return 0
+
+
+def _result(case: Any, options: dict[str, Any]) -> Any:
+    """Run a case; a value it refuses is an error of one line."""
+    try:
+        return case.run(options)
+    except ValueError as error:
+        raise SystemExit(f"benchmarks: {error}") from error
+
+
+def parse_options(given: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The defaults of a case with ``name=value`` words over them, each in its default's type.
+
+    Raises:
+        SystemExit: naming an unknown option.
+    """
+    options = dict(defaults)
+    for word in given:
+        name, equals, value = word.partition("=")
+        if not equals or name not in defaults:
+            raise SystemExit(f"benchmarks: {word!r} is not one of {', '.join(f'{key}=...' for key in defaults)}")
+        options[name] = type(defaults[name])(value)
+    return options

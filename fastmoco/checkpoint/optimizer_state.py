@@ -1,0 +1,84 @@
+"""The optimizer's state, by parameter name, as tensors and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from fastmoco.checkpoint.errors import CheckpointError
+
+
+def flatten_optimizer(
+    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name: ``optimizer.<name>.exp_avg``, ``...exp_avg_sq``, ``...step``.
+
+    Hyperparameters (lr, betas, weight decay) are left out on purpose: they belong to the config and the schedule.
+
+    Raises:
+        CheckpointError: if the optimizer holds a parameter that ``named_parameters`` lacks, or state that is no tensor.
+    """
+    names = {id(parameter): name for name, parameter in named_parameters}
+    flat: dict[str, Tensor] = {}
+    for parameter in _parameters(optimizer):
+        name = names.get(id(parameter))
+        if name is None:
+            raise CheckpointError(
+                f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that has no name; "
+                "pass the named_parameters() of the module it was built from"
+            )
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor):
+                raise CheckpointError(f"optimizer state {key!r} of {name} is {type(value).__name__}, not a tensor")
+            flat[f"optimizer.{name}.{key}"] = value.detach()
+    return flat
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Give the optimizer back what `flatten_optimizer` took from it, so that its next step is the same bit for bit.
+
+    Args:
+        optimizer: freshly built over the same parameters; its hyperparameters stay as they are.
+        named_parameters: as for `flatten_optimizer`.
+        tensors: may hold other entries beside ``optimizer.*``; the values are copied to each parameter's device.
+
+    Raises:
+        CheckpointError: naming parameters without state, state without a parameter, or the two shapes that differ.
+    """
+    saved: dict[str, dict[str, Tensor]] = {}
+    for entry, tensor in tensors.items():
+        if entry.startswith("optimizer."):
+            name, _, key = entry.removeprefix("optimizer.").rpartition(".")
+            saved.setdefault(name, {})[key] = tensor
+    held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    named = {name: p for name, p in named_parameters if id(p) in held}
+    if saved.keys() != named.keys() and saved:
+        raise CheckpointError(
+            f"the optimizer state does not fit the model: without state {sorted(named.keys() - saved.keys())[:5]}, "
+            f"without parameter {sorted(saved.keys() - named.keys())[:5]}; was the model changed since the save?"
+        )
+    restored: dict[Tensor, dict[str, Tensor]] = {}
+    for name, entries in saved.items():
+        parameter, state = named[name], restored.setdefault(named[name], {})
+        for key, tensor in entries.items():
+            if key != "step" and tensor.shape != parameter.shape:
+                raise CheckpointError(
+                    f"optimizer.{name}.{key} has shape {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}; "
+                    "was the model changed since the save?"
+                )
+            # torch keeps the step count on the host unless the update itself reads it on the device.
+            group = held[id(parameter)]
+            on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
+            state[key] = tensor.to("cpu" if on_host else parameter.device, copy=True)
+    optimizer.state.clear()
+    optimizer.state.update(restored)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,194 @@
+"""The command line: argv -> a verb. Nothing is decided here, and nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from tyro.conf import Positional
+
+from fastmoco.config import Config
+from fastmoco.config_json import to_json
+from fastmoco.errors import EXIT_REFUSED, one_line, say
+from fastmoco.recipes import RECIPES, get_recipe, with_image_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """Pre-train MoCo v3. The same command again continues the run; SIGTERM and Ctrl-C save and exit with code 75."""
+
+    out: Path
+    """Folder of the run: checkpoints, metrics.jsonl, config.json, curves.png."""
+    config: Annotated[Config, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigArguments:
+    """Print the config that a recipe and these overrides make, as JSON."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+
+
+P = TypeVar("P", TrainArguments, ConfigArguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalKnnArguments:
+    """kNN accuracy of a run's encoder (k = 20, temperature 0.07, cosine) on labelled shards."""
+
+    run: Positional[Path]
+    """Folder of the run, as given to `fastmoco train --out`."""
+    train: str
+    """Labelled shards whose images vote."""
+    test: str
+    """Labelled shards to classify."""
+    k: int = 20
+    """Neighbours that vote."""
+    temperature: float = 0.07
+    """A neighbour's vote weighs exp(cosine / temperature)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartArguments:
+    """Pack handwritten digits, train a tiny ViT on them for about a minute, and show what it learned."""
+
+    out: Path = Path("quickstart")
+    """Folder for shards, run and pictures."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; default the process's own.
+
+    Returns:
+        The exit code: 0 done, 1 failed while running, 2 refused before running, 75 stopped by a signal with its state
+        saved, 130 interrupted with nothing to save.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    # Before torch loads its OpenMP: threads that spin long while they wait for each other make a small model several
+    # times slower as soon as any other job, the loader's own threads among them, wants a core.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    from fastmoco import cli_data
+
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "recipes": _recipes,
+        "print-config": _print_config,
+        "data pack": cli_data.pack,
+        "data index": cli_data.index,
+        "data views": cli_data.views,
+        "data sample": cli_data.sample,
+        "eval knn": _eval_knn,
+        "quickstart": _quickstart,
+    }
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage(verbs))
+        return 0
+    if args[0] == "--version":
+        import fastmoco
+
+        print(fastmoco.__version__)
+        return 0
+    for words in (2, 1):
+        verb = verbs.get(" ".join(args[:words]))
+        if verb is not None:
+            try:
+                return verb(args[words:])
+            except KeyboardInterrupt:  # before the first step or outside training, where there is nothing to save
+                say("interrupted")
+                return 130
+            except SystemExit as stop:  # the parser and `one_line` end the program; the caller gets the code
+                return stop.code if isinstance(stop.code, int) else EXIT_REFUSED
+    group = [name for name in verbs if name.split()[0] == args[0]]
+    if group and (len(args) == 1 or args[1] in ("-h", "--help")):
+        print(_usage({name: verbs[name] for name in group}))
+        return 0
+    wanted = " ".join(args[: 2 if group else 1])
+    near = difflib.get_close_matches(wanted, verbs, n=2, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else "see fastmoco --help"
+    say(f"no command {wanted!r}; {hint}")
+    return EXIT_REFUSED
+
+
+def _usage(verbs: dict[str, Callable[[list[str]], int]]) -> str:
+    """One line a command."""
+    lines = [f"  fastmoco {name:<14} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in verbs.items()]
+    return "\n".join(["fastmoco: MoCo v3 pre-training", "", *lines, "", "fastmoco COMMAND --help tells more."])
+
+
+def _parse_config(kind: type[P], verb: str, args: list[str]) -> P | None:
+    """A recipe name and its overrides; None where no recipe is named."""
+    if not args or args[0].startswith("-"):
+        print(f"usage: fastmoco {verb} RECIPE [options]; `fastmoco {verb} RECIPE --help` lists them\nrecipes:")
+        _recipes([])
+        return None
+    with one_line(EXIT_REFUSED, ValueError):  # also for rules between two fields, which tyro passes on
+        config = _follow_image_size(get_recipe(args[0]), args[1:])
+        missing: Any = tyro.MISSING
+        fields: dict[str, Any] = {"config": config} | ({"out": missing} if kind is TrainArguments else {})
+        return tyro.cli(kind, prog=f"fastmoco {verb} {args[0]}", args=args[1:], default=kind(**fields))
+
+
+def _follow_image_size(config: Config, args: list[str]) -> Config:
+    """Let `--model.image-size` carry the views along, unless their sizes are given too."""
+    given = {}
+    for name, value in zip(args, [*args[1:], ""], strict=False):
+        key, _, inline = name.replace("_", "-").partition("=")
+        given[key] = inline or value
+    size, patch = given.get("--model.image-size"), given.get("--model.patch-size", str(config.model.patch_size))
+    if size is None or not (size.isdigit() and patch.isdigit()):
+        return config
+    return with_image_size(config, int(size), patch_size=int(patch))
+
+
+def _recipes(args: list[str]) -> int:
+    """List the recipes."""
+    del args
+    for name, recipe in RECIPES.items():
+        print(f"  {name:<22} {(recipe.__doc__ or '').splitlines()[0]}")
+    return 0
+
+
+def _print_config(args: list[str]) -> int:
+    """Print the config of a recipe with overrides, as JSON."""
+    parsed = _parse_config(ConfigArguments, "print-config", args)
+    if parsed is None:
+        return EXIT_REFUSED
+    print(json.dumps(to_json(parsed.config), indent=2))
+    return 0
+
+
+def _train(args: list[str]) -> int:
+    """Pre-train from a recipe; the same command again continues."""
+    parsed = _parse_config(TrainArguments, "train", args)
+    if parsed is None:
+        return EXIT_REFUSED
+    from fastmoco.train_command import train
+
+    return train(parsed.config, parsed.out)
+
+
+def _eval_knn(args: list[str]) -> int:
+    """kNN accuracy of a run's encoder on labelled shards."""
+    parsed = tyro.cli(EvalKnnArguments, prog="fastmoco eval knn", args=args)
+    from fastmoco.train_command import eval_knn
+
+    return eval_knn(parsed.run, parsed.train, parsed.test, k=parsed.k, temperature=parsed.temperature)
+
+
+def _quickstart(args: list[str]) -> int:
+    """Digits, a minute of training, pictures: see it work."""
+    parsed = tyro.cli(QuickstartArguments, prog="fastmoco quickstart", args=args)
+    from fastmoco.quickstart import quickstart
+
+    with one_line(EXIT_REFUSED, ValueError, OSError):
+        return quickstart(parsed.out)

@@ -1,0 +1,166 @@
+"""`fastmoco data ...`: shards made, indexed and looked at. Thin wrappers with a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from fastmoco.errors import EXIT_REFUSED, one_line
+from fastmoco_pipelines.spec import ViewSpec, moco_v3_views
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackArguments:
+    """Pack a folder of images into shuffled WebDataset shards, with an index beside each and a manifest."""
+
+    src: Positional[Path]
+    """Folder of class folders (their names become the labels) or of images alone (no labels)."""
+    out: Positional[Path]
+    """Folder for the shards."""
+    prefix: str = "train"
+    """Shards are named PREFIX-000000.tar and so on."""
+    max_side: int | None = None
+    """Shrink images whose longer side exceeds this many pixels. Decoding dominates everything: 512 is good advice for
+    photographs that views of 224 pixels are cut from."""
+    quality: int = 92
+    """JPEG quality of images that are shrunk."""
+    shard_size: int = 256
+    """Largest size of a shard, in MB."""
+    seed: int = 0
+    """Seed of the shuffle."""
+    overwrite: bool = False
+    """Replace shards of the same prefix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexArguments:
+    """Write the index beside existing shards."""
+
+    shards: Positional[str]
+    """A path, glob, brace pattern or folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsArguments:
+    """Draw a grid of view pairs, made by the pipeline that training uses."""
+
+    shards: Positional[str]
+    """A path, glob, brace pattern or folder."""
+    out: Path = Path("views.png")
+    """The picture."""
+    rows: int = 8
+    """Rows of the picture; each shows two images."""
+    seed: int = 0
+    """Seed of the choice of images and of the draws."""
+    recipe: str | None = None
+    """Show this recipe's views instead of MoCo v3's pair at 224 pixels."""
+    view1: ViewSpec
+    """The first view; its fields override the recipe's."""
+    view2: ViewSpec
+    """The second view."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArguments:
+    """Write a small real data set that ships with a library: scikit-learn's 8x8 handwritten digits."""
+
+    name: Positional[Literal["digits"]]
+    """Which set."""
+    out: Positional[Path]
+    """Folder for the shards train-*.tar and test-*.tar."""
+    seed: int = 0
+    """Seed of the split and of the shuffle."""
+
+
+def pack(args: list[str]) -> int:
+    """Pack a folder of images into WebDataset shards."""
+    options = tyro.cli(PackArguments, prog="fastmoco data pack", args=args)
+    from fastmoco_pipelines import pack_folder
+
+    with one_line(EXIT_REFUSED, ValueError, OSError):
+        with _progress("packing") as advance:
+            report = pack_folder(
+                options.src,
+                options.out,
+                prefix=options.prefix,
+                max_side=options.max_side,
+                quality=options.quality,
+                shard_size_mb=options.shard_size,
+                seed=options.seed,
+                overwrite=options.overwrite,
+                progress=advance,
+            )
+        for name, reason in report.skipped[:20]:
+            print(f"skipped {name}: {reason}")
+        if len(report.skipped) > 20:
+            print(f"... and {len(report.skipped) - 20} more skipped files")
+        classes = f"{len(report.classes)} classes" if report.classes else "no labels"
+        size = report.total_bytes / 1e6
+        print(
+            f"{report.samples} images, {classes}, {len(report.shards)} shards, {size:.1f} MB, {len(report.skipped)} skipped"
+        )
+        print(f"shards: {report.pattern}")
+    return 0
+
+
+def index(args: list[str]) -> int:
+    """Write the index beside existing shards."""
+    options = tyro.cli(IndexArguments, prog="fastmoco data index", args=args)
+    from fastmoco_pipelines import index_shards
+
+    with one_line(EXIT_REFUSED, ValueError, OSError):
+        with _progress("indexing") as advance:
+            report = index_shards(options.shards, progress=advance)
+        print(f"{report.samples} images in {report.shards} shards indexed, {len(report.skipped)} members skipped")
+        for tar, member, reason in report.skipped[:20]:
+            print(f"skipped {tar}: {member}: {reason}")
+    return 0
+
+
+def views(args: list[str]) -> int:
+    """Draw pairs of augmented views, made by the real pipeline."""
+    from fastmoco.recipes import get_recipe
+    from fastmoco_pipelines.preview import save_view_grid
+
+    with one_line(EXIT_REFUSED, ValueError, OSError):
+        view1, view2 = moco_v3_views()
+        words = [part for word in args for part in word.split("=", 1)]
+        if "--recipe" in words[:-1]:
+            data = get_recipe(words[words.index("--recipe") + 1]).data
+            view1, view2 = data.view1, data.view2
+        default: Any = ViewsArguments(shards=tyro.MISSING, view1=view1, view2=view2)
+        options = tyro.cli(ViewsArguments, prog="fastmoco data views", args=args, default=default)
+        path = save_view_grid(
+            options.shards, options.view1, options.view2, options.out, rows=options.rows, seed=options.seed
+        )
+        print(f"wrote {path}")
+    return 0
+
+
+def sample(args: list[str]) -> int:
+    """Write a small real data set as shards."""
+    options = tyro.cli(SampleArguments, prog="fastmoco data sample", args=args)
+    from fastmoco_pipelines import pack_digits
+
+    with one_line(EXIT_REFUSED, ValueError, OSError):
+        train, test = pack_digits(options.out, seed=options.seed)
+        print(f"train: {train}\ntest:  {test}")
+    return 0
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal; silence elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,279 @@
+"""What a run is: a tree of frozen dataclasses, checked where it is written down. No torch, no DALI.
+
+Batch sizes are global unless the name says local. `resolve` computes once what depends on the world and the data set and
+returns a new object; both are written as JSON beside every checkpoint (`config_json.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from fastmoco_pipelines.spec import EvalSpec, LoaderSpec, ViewSpec, moco_v3_views, require
+
+Architecture = Literal["vit_small", "vit_base", "vit_conv_small", "vit_conv_base", "vit_tiny", "vit_micro", "vit_nano"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The encoder and its heads (Chen, Xie, He 2021, section 4)."""
+
+    architecture: Architecture = "vit_small"
+    """Encoder; ViT-S has 12 heads as in the paper, not DeiT's 6."""
+    image_size: int = 224
+    """Height and width of a view in pixels; both views and the evaluation crop are cut to it."""
+    patch_size: int = 16
+    """Height and width of a patch in pixels; divides ``image_size``."""
+    projection_dim: int = 256
+    """Width of the vectors that the loss compares."""
+    hidden_dim: int = 4096
+    """Hidden width of projector and predictor."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.architecture in get_args(Architecture),
+            "architecture",
+            self.architecture,
+            "is no known encoder",
+        )
+        require(self.patch_size >= 1, "patch_size", self.patch_size, "must be at least 1 pixel")
+        divides = self.image_size >= self.patch_size and self.image_size % self.patch_size == 0
+        require(divides, "image_size", self.image_size, f"must be a multiple of patch_size={self.patch_size}")
+        require(self.projection_dim >= 2, "projection_dim", self.projection_dim, "must be at least 2")
+        require(self.hidden_dim >= 1, "hidden_dim", self.hidden_dim, "must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveConfig:
+    """The loss and the twin."""
+
+    temperature: float = 0.2
+    """Softmax temperature of the InfoNCE loss: 0.2 for ViT, 1.0 for ResNet-50."""
+    ema_momentum: float = 0.99
+    """Momentum of the twin encoder's average at step 0."""
+    ema_schedule: Literal["cosine", "constant"] = "cosine"
+    """``cosine`` lets the momentum rise to 1 over the run, as every official recipe does."""
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        require(0 <= self.ema_momentum <= 1, "ema_momentum", self.ema_momentum, "must lie in [0, 1]")
+        require(
+            self.ema_schedule in ("cosine", "constant"), "ema_schedule", self.ema_schedule, "must be cosine or constant"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """AdamW over all trainable parameters in one group: decay also hits biases and norms, as in the official runs."""
+
+    lr: float = 1.5e-4
+    """Base learning rate for 256 images; the peak is ``lr * global_batch_size / 256``."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging coefficients."""
+    eps: float = 1e-8
+    """AdamW's denominator floor."""
+    warmup_epochs: float = 40
+    """Epochs over which the learning rate rises linearly from 0 to its peak."""
+
+    def __post_init__(self) -> None:
+        require(self.lr >= 0, "lr", self.lr, "must not be negative")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
+        require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must lie in [0, 1)")
+        require(self.eps > 0, "eps", self.eps, "must be positive")
+        require(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "must not be negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Where the images are and how they become two views."""
+
+    shards: str = ""
+    """Training shards: a path, glob, brace pattern or folder, as `fastmoco data pack` wrote them."""
+    view1: ViewSpec = field(default_factory=lambda: moco_v3_views()[0])
+    """Augmentation of the first view."""
+    view2: ViewSpec = field(default_factory=lambda: moco_v3_views()[1])
+    """Augmentation of the second view."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where DALI decodes and augments; ``auto`` follows the training device."""
+    threads: int = 0
+    """DALI worker threads of each process; 0 shares the machine's cores among its processes."""
+    prefetch: int = 2
+    """Batches kept ready ahead of the trainer."""
+    synthetic: bool = False
+    """Train on one constant random batch instead of images: the upper bound of every throughput figure."""
+
+    def __post_init__(self) -> None:
+        require(self.device in ("auto", "cpu", "gpu"), "device", self.device, "must be auto, cpu or gpu")
+        require(self.threads >= 0, "threads", self.threads, "must not be negative")
+        require(self.prefetch >= 1, "prefetch", self.prefetch, "keeps at least one batch ready")
+        same = self.view1.size == self.view2.size
+        require(same, "view2.size", self.view2.size, f"both views must have one size; view1.size={self.view1.size}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnnConfig:
+    """Accuracy of a nearest-neighbour vote on the encoder's features, measured while training."""
+
+    train_shards: str = ""
+    """Labelled shards whose features vote; empty: the training shards."""
+    test_shards: str = ""
+    """Held-out labelled shards to classify; empty: no kNN while training."""
+    every_epochs: float = 5
+    """Epochs between two measurements; one is also made before the first and after the last step. 0: never."""
+    k: int = 20
+    """Neighbours that vote."""
+    temperature: float = 0.07
+    """A neighbour's vote weighs exp(cosine / temperature)."""
+    resize: int = 0
+    """Shorter side of an evaluation image before its centre crop; 0: 256/224 of the image size above 64 pixels, else it."""
+    max_train_images: int = 50_000
+    """At most this many images vote while training; 0: all."""
+    max_test_images: int = 10_000
+    """At most this many images are classified while training; 0: all."""
+    max_share: float = 0.1
+    """Time budget: a measurement is put off while kNN has taken more than this share of the run so far."""
+
+    def __post_init__(self) -> None:
+        require(self.every_epochs >= 0, "every_epochs", self.every_epochs, "must not be negative")
+        require(self.k >= 1, "k", self.k, "must be at least 1")
+        require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        for name in ("resize", "max_train_images", "max_test_images"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        require(0 < self.max_share <= 1, "max_share", self.max_share, "must lie in (0, 1]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """When the whole state is written, and how much of it is kept."""
+
+    every_minutes: float = 10
+    """Minutes between two checkpoints; one is also written after the last step and on SIGTERM or SIGINT."""
+    every_steps: int = 0
+    """Steps between two checkpoints; 0: by the clock alone."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        require(self.every_minutes > 0, "every_minutes", self.every_minutes, "must be positive")
+        require(self.every_steps >= 0, "every_steps", self.every_steps, "must not be negative")
+        require(self.keep >= 1, "keep", self.keep, "keeps at least one")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """One run of MoCo v3 pre-training."""
+
+    recipe: str = "custom"
+    """Name of the recipe this started from."""
+    epochs: float = 300
+    """Passes over the training images; the schedules run over exactly this long."""
+    global_batch_size: int = 4096
+    """Images of one optimizer step, over all ranks."""
+    seed: int = 0
+    """Seed of initialisation, order and augmentation."""
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    """bf16: autocast over float32 weights; fp32: no autocast; fp64: everything, slow, to compare runs without rounding noise.
+    ``auto``: bf16 where the device multiplies it natively, else fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` takes CUDA where there is one."""
+    threads: int = 0
+    """CPU threads of torch in each process; 0 shares the machine's cores among its processes."""
+    log_every_steps: int = 10
+    """Steps between two lines of metrics; only these steps wait for the device."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    knn: KnnConfig = field(default_factory=KnnConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, "epochs", self.epochs, "must be positive")
+        require(self.global_batch_size >= 2, "global_batch_size", self.global_batch_size, "needs at least 2 images")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "needs a whole number from 0 to 2**63 - 1")
+        precisions = ("auto", "bf16", "fp32", "fp64")
+        require(self.precision in precisions, "precision", self.precision, f"must be one of {precisions}")
+        require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "must be auto, cpu or cuda")
+        require(self.threads >= 0, "threads", self.threads, "must not be negative")
+        require(self.log_every_steps >= 1, "log_every_steps", self.log_every_steps, "must be at least 1")
+        warmup, epochs = self.optim.warmup_epochs, self.epochs
+        require(warmup <= epochs, "optim.warmup_epochs", warmup, f"must be at most epochs={epochs}")
+        size = self.model.image_size
+        require(
+            self.data.view1.size == size, "data.view1.size", self.data.view1.size, f"must be model.image_size={size}"
+        )
+        small = self.knn.resize == 0 or self.knn.resize >= size
+        require(small, "knn.resize", self.knn.resize, f"must be 0 or at least model.image_size={size}")
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate after the warm-up: ``optim.lr * global_batch_size / 256``."""
+        return self.optim.lr * self.global_batch_size / 256
+
+    def loader_spec(self, *, device: Literal["cpu", "gpu"], threads: int) -> LoaderSpec:
+        """What the training loader delivers.
+
+        Raises:
+            ValueError: if ``data.shards`` is not given, and the images are not synthetic.
+        """
+        data = self.data
+        named = bool(data.shards) or data.synthetic
+        require(named, "data.shards", data.shards, "must name the shards, e.g. --data.shards 'data/train-*.tar'")
+        return LoaderSpec(
+            shards=data.shards or "synthetic",
+            view1=data.view1,
+            view2=data.view2,
+            global_batch_size=self.global_batch_size,
+            seed=self.seed,
+            device=device,
+            threads=threads,
+            prefetch=data.prefetch,
+        )
+
+    def eval_spec(self) -> EvalSpec:
+        """How an image is shown to the encoder in evaluation."""
+        size = self.model.image_size
+        resize = self.knn.resize or (round(size * 256 / 224) if size > 64 else size)
+        return EvalSpec(size=size, resize=resize, mean=self.data.view1.mean, std=self.data.view1.std)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """What a config becomes on a given world and data set."""
+
+    world_size: int
+    sample_count: int
+    steps_per_epoch: int
+    total_steps: int
+    local_batch_size: int
+    peak_lr: float
+
+
+def resolve(config: Config, *, world_size: int, sample_count: int) -> Resolved:
+    """Compute what depends on the world and the data set.
+
+    Args:
+        config: the run.
+        world_size: processes that train.
+        sample_count: images in the training set.
+
+    Raises:
+        ValueError: if ``world_size`` does not divide the global batch, or the set is smaller than one batch.
+    """
+    batch = config.global_batch_size
+    require(batch % world_size == 0, "global_batch_size", batch, f"must be a multiple of the {world_size} processes")
+    steps_per_epoch = sample_count // batch
+    require(
+        steps_per_epoch >= 1, "global_batch_size", batch, f"must be at most the {sample_count} images of data.shards"
+    )
+    total_steps = max(1, round(config.epochs * steps_per_epoch))
+    return Resolved(
+        world_size=world_size,
+        sample_count=sample_count,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        local_batch_size=batch // world_size,
+        peak_lr=config.peak_lr,
+    )

@@ -1,0 +1,76 @@
+"""A config as JSON, there and back, and what changed between two of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_origin, get_type_hints
+
+from fastmoco.config import Config
+from fastmoco_pipelines.spec import require
+
+FREE_TO_CHANGE = (
+    "recipe",
+    "threads",
+    "log_every_steps",
+    "data.shards",
+    "data.threads",
+    "data.prefetch",
+    "knn.",
+    "checkpoint.",
+)
+"""Fields (or groups, with a dot behind) that may differ when a run continues: none of them changes what a training step
+computes. Another number of threads changes the order of its sums, so losses then agree to rounding instead of bit for bit. The
+shards may have moved; that they hold the same images is checked by their digest."""
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The config as nested JSON-able dictionaries; `from_json` reads it back."""
+    return dataclasses.asdict(config)
+
+
+def from_json(data: dict[str, Any]) -> Config:
+    """Build a config from what `to_json` wrote.
+
+    Raises:
+        ValueError: for unknown fields, by name, or values that the config refuses.
+    """
+    built: Config = _build(Config, data, "config")
+    return built
+
+
+def _build(cls: Any, data: dict[str, Any], path: str) -> Any:
+    """One dataclass from one dictionary; lists become the tuples they were."""
+    hints = get_type_hints(cls)
+    unknown = sorted(set(data) - set(hints))
+    require(not unknown, path, unknown, f"these fields do not exist; known are {', '.join(sorted(hints))}")
+    values = {}
+    for name, value in data.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(hint, value, f"{path}.{name}")
+        else:
+            values[name] = tuple(value) if get_origin(hint) is tuple else value
+    return cls(**values)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every leaf by its dotted name, as the command line spells it: ``{"optim.lr": 0.00015, ...}``."""
+
+    def walk(prefix: str, node: dict[str, Any]) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for name, value in node.items():
+            dotted = f"{prefix}{name}"
+            flat |= walk(f"{dotted}.", value) if isinstance(value, dict) else {dotted: value}
+        return flat
+
+    return walk("", to_json(config))
+
+
+def differences(saved: Config, wanted: Config) -> list[str]:
+    """Fields that change training and differ, each as ``name: saved -> wanted``; empty where a run may continue."""
+    old, new = flatten(saved), flatten(wanted)
+    return [
+        f"{name}: {old[name]!r} -> {new[name]!r}"
+        for name in old
+        if old[name] != new[name] and not name.startswith(FREE_TO_CHANGE)
+    ]

@@ -1,0 +1,18 @@
+"""Several processes that train one model: who is who, gathered keys, shared batch statistics, averaged gradients."""
+
+from fastmoco.distributed.gather import gather_keys, gather_rows
+from fastmoco.distributed.mesh import World, group_rank, group_size, start_world, stop_world
+from fastmoco.distributed.parallelize import parallelize
+from fastmoco.distributed.sync_batch_norm import BatchNorm
+
+__all__ = [
+    "BatchNorm",
+    "World",
+    "gather_keys",
+    "gather_rows",
+    "group_rank",
+    "group_size",
+    "parallelize",
+    "start_world",
+    "stop_world",
+]

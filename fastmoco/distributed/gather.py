@@ -1,0 +1,67 @@
+"""Keys of all ranks, in the order of the ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastmoco.distributed.mesh import group_size
+
+
+def gather_keys(keys: Tensor) -> Tensor:
+    """Concatenate every rank's keys by rank; row ``rank * B + i`` is row i of that rank.
+
+    Keys come from the momentum encoder and carry no gradient, so neither does the result (Chen, Xie, He 2021; the
+    positives of this rank's queries therefore stand at ``rank * B + i``).
+
+    Args:
+        keys: [B, D], any dtype; B and D must be equal on all ranks.
+
+    Returns:
+        [N, D] with N = B * world size; ``keys`` itself, detached, where there is one process.
+
+    Raises:
+        ValueError: on the CPU, if B differs between ranks. Gloo would deliver zero rows there without a word. On CUDA
+            the check would cost a wait for the device in every step; the loader hands out equal parts by construction.
+    """
+    keys = keys.detach()
+    world_size = group_size()
+    if world_size == 1:
+        return keys
+    if keys.device.type == "cpu":
+        rows = _counts(keys)
+        if set(rows) != {keys.shape[0]}:
+            raise ValueError(f"keys per rank={rows}: every rank must bring the same number of images to a step")
+    gathered = keys.new_empty((world_size * keys.shape[0], *keys.shape[1:]))
+    dist.all_gather(list(gathered.chunk(world_size)), keys.contiguous())
+    return gathered
+
+
+def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
+    """Concatenate tensors whose first dimension may differ between ranks, in the order of the ranks, on every rank.
+
+    Args:
+        rows: [n, ...] on the CPU; all but n must be equal on all ranks.
+        device: where the process group communicates.
+
+    Returns:
+        [sum of n, ...] on the CPU, without gradient; ``rows`` itself, detached, where there is one process.
+    """
+    rows = rows.detach()
+    if group_size() == 1:
+        return rows
+    counts = _counts(rows.to(device))
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]), device=device)
+    padded[: rows.shape[0]] = rows
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]).cpu()
+
+
+def _counts(rows: Tensor) -> list[int]:
+    """Length of every rank's tensor."""
+    mine = torch.tensor([rows.shape[0]], dtype=torch.int64, device=rows.device)
+    counts = [torch.empty_like(mine) for _ in range(group_size())]
+    dist.all_gather(counts, mine)
+    return [int(count) for count in counts]

@@ -1,0 +1,41 @@
+"""From the folder of a run to its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fastmoco import setup_run, training_state
+from fastmoco.checkpoint import Checkpoint, load_latest
+from fastmoco.config import Config
+from fastmoco.config_json import from_json
+from fastmoco.errors import RunError
+from fastmoco.objectives import MoCoV3
+from fastmoco.run_folder import RunFolder
+
+
+def load_run(run: Path, device: torch.device | str = "cpu") -> tuple[MoCoV3, Config, Checkpoint]:
+    """The model of a run's newest checkpoint.
+
+    ``objective.encoder`` is the trained encoder: in eval mode it maps [B, 3, H, W] images, normalised as ``config.data.view1``
+    says, to [B, E] class-token features; its ``head`` (the projector) is not part of that.
+
+    Args:
+        run: the folder given to `fastmoco train --out`.
+        device: where the model goes.
+
+    Returns:
+        The objective with its weights, the run's config, and the checkpoint they came from.
+
+    Raises:
+        RunError: if the folder holds no checkpoint.
+        CheckpointError: if it holds checkpoints and none verifies.
+    """
+    checkpoint = load_latest(RunFolder(run).checkpoints)
+    if checkpoint is None:
+        raise RunError(f"{run} holds no checkpoint; is it the folder given to fastmoco train --out?")
+    config = from_json(checkpoint.state["config"])
+    objective = setup_run.build_objective(config, torch.device(device))
+    training_state.restore_model(objective, checkpoint.tensors)
+    return objective, config, checkpoint

@@ -1,0 +1,141 @@
+"""What a vision transformer is made of: attention, MLP, block, and the two stems, each initialised as MoCo v3 does.
+
+Of the last block only the class token is read, so ``Block.class_row`` computes nothing else: there queries take in the
+key projection before they meet the tokens, and the value projection acts on the one weighted mean of each head instead
+of on every token. What remains costs 2 A E multiplications a token, where a full block costs 12 E^2 and more.
+
+Legend: B images, L tokens, E width, A heads, d = E / A.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmoco.distributed.sync_batch_norm import BatchNorm
+from fastmoco_kernels import attention
+
+CONV_STEM_STRIDE = 16
+"""Pixels of an image per token of the convolutional stem, each way."""
+
+
+def _linear(fan_in: int, fan_out: int, *, matrices: int = 1) -> nn.Linear:
+    """A linear layer, Xavier-uniform for each of the ``matrices`` stacked by rows, bias 0."""
+    linear = nn.Linear(fan_in, fan_out)
+    bound = math.sqrt(6 / (fan_in + fan_out // matrices))
+    nn.init.uniform_(linear.weight, -bound, bound)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; rows of ``qkv`` are grouped q, k, v, then by head."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = _linear(width, 3 * width, matrices=3)
+        self.proj = _linear(width, width)
+
+    def forward(self, x_BLE: Tensor) -> Tensor:
+        """Every token attends to every token: [B, L, E] -> [B, L, E]."""
+        B, L, E = x_BLE.shape
+        qkv = self.qkv(x_BLE).view(B, L, 3, self.num_heads, E // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        out: Tensor = self.proj(attention(q, k, v).transpose(1, 2).reshape(B, L, E))
+        return out
+
+    def class_row(self, x_BLE: Tensor) -> Tensor:
+        """Row 0 of ``forward``, [B, E], without keys or values of the tokens.
+
+        Per head, q . (W_k x_j + b_k) = (W_k^T q) . x_j + a constant that the softmax drops, and
+        sum_j p_j (W_v x_j + b_v) = W_v (sum_j p_j x_j) + b_v because the p_j sum to 1.
+        """
+        B, _, E = x_BLE.shape
+        A, d = self.num_heads, E // self.num_heads
+        W_q, W_k, W_v = self.qkv.weight.view(3, E, E).unbind()
+        b_q, _, b_v = self.qkv.bias.view(3, E).unbind()
+        q_ABd = F.linear(x_BLE[:, 0], W_q, b_q).view(B, A, d).transpose(0, 1) * d**-0.5
+        asks_BAE = torch.bmm(q_ABd, W_k.view(A, d, E)).transpose(0, 1)
+        scores_BAL = torch.bmm(asks_BAE, x_BLE.transpose(1, 2))
+        weights_BAL = scores_BAL.softmax(dim=-1)
+        means_ABE = torch.bmm(weights_BAL, x_BLE).transpose(0, 1)
+        values_BE = torch.bmm(means_ABE, W_v.view(A, d, E).transpose(1, 2)).transpose(0, 1).reshape(B, E)
+        out: Tensor = self.proj(values_BE + b_v)
+        return out
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the exact (erf) GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = _linear(width, hidden)
+        self.fc2 = _linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., E] -> [..., E]."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, width: int, num_heads: int, mlp_hidden: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, mlp_hidden)
+
+    def forward(self, x_BLE: Tensor) -> Tensor:
+        """[B, L, E] -> [B, L, E]."""
+        x_BLE = x_BLE + self.attn(self.norm1(x_BLE))
+        out: Tensor = x_BLE + self.mlp(self.norm2(x_BLE))
+        return out
+
+    def class_row(self, x_BLE: Tensor) -> Tensor:
+        """Row 0 of ``forward`` alone: [B, L, E] -> [B, E]."""
+        x_BE = x_BLE[:, 0] + self.attn.class_row(self.norm1(x_BLE))
+        out: Tensor = x_BE + self.mlp(self.norm2(x_BE))
+        return out
+
+
+class PatchStem(nn.Module):
+    """One linear projection of non-overlapping patches, held as a convolution."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+        bound = math.sqrt(6 / (3 * patch_size**2 + width))
+        nn.init.uniform_(self.proj.weight, -bound, bound)
+        if self.proj.bias is not None:
+            nn.init.zeros_(self.proj.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, E, H / p, W / p]."""
+        out: Tensor = self.proj(images)
+        return out
+
+
+class ConvStem(nn.Module):
+    """Four 3x3 convolutions of stride 2 with batch norm and ReLU, then a 1x1 convolution (Xiao et al. 2021)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = (3, width // 8, width // 4, width // 2, width)
+        for before, after in pairwise(channels):
+            layers.append(nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1, bias=False))
+            layers.extend([BatchNorm(after), nn.ReLU(inplace=True)])
+        self.proj = nn.Sequential(*layers, nn.Conv2d(width, width, kernel_size=1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, E, H / 16, W / 16]."""
+        out: Tensor = self.proj(images)
+        return out

@@ -1,0 +1,216 @@
+"""The vision transformers of MoCo v3: fixed positions, frozen patch projection, class-token feature.
+
+Two savings stand beside a plain path that a test holds equal. Patch tokens come apart from the trunk (``patch_tokens``,
+``encode``), so that two encoders with the same frozen projection can share them. And of the last block only the class
+token is computed (``encode`` against ``encode_plain``; how, stands in ``blocks``).
+
+Legend: B images, L patch tokens, E width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastmoco.models.blocks import CONV_STEM_STRIDE, Block, ConvStem, PatchStem
+
+
+def sincos_positions(grid: int, width: int) -> Tensor:
+    """The fixed two-dimensional sine-cosine table of MoCo v3.
+
+    Row 0 belongs to the class token and is zero. The token at row r and column c holds
+    ``[sin(r w), cos(r w), sin(c w), cos(c w)]``, a quarter of the width each, with ``w_i = 10000^(-i / (width / 4))``.
+    The ROW block comes first; tables in the manner of MAE put the column first and do not fit.
+
+    Args:
+        grid: tokens per side.
+        width: channels, divisible by 4.
+
+    Returns:
+        [1 + grid * grid, width] float32.
+    """
+    # In float32 throughout: so computed, the table is bit-equal to that of the released checkpoints.
+    quarter = width // 4
+    w = 1.0 / 10000.0 ** (torch.arange(quarter, dtype=torch.float32) / quarter)
+    angle = torch.arange(grid, dtype=torch.float32)[:, None] * w
+    waves = torch.cat([angle.sin(), angle.cos()], dim=1)
+    by_row = waves[:, None, :].expand(grid, grid, -1)
+    by_column = waves[None, :, :].expand(grid, grid, -1)
+    table = torch.cat([by_row, by_column], dim=2).reshape(grid * grid, width)
+    return torch.cat([table.new_zeros(1, width), table])
+
+
+class VisionTransformer(nn.Module):
+    """A ViT whose feature is the class token after the final norm; parameter names are timm's.
+
+    Initialisation (Chen, Xie, He 2021): every linear layer Xavier-uniform, with q, k and v taken as three matrices;
+    biases 0; class token normal with deviation 1e-6; patch projection uniform by its own fan-in and fan-out. Positions
+    are a parameter that never trains. ``head`` is where an objective attaches its projector; nothing here applies it.
+
+    Args:
+        image_size: height and width of the images, in pixels; a multiple of the patch size.
+        patch_size: height and width of a patch, in pixels; 16 with the conv stem.
+        embed_dim: width E, divisible by 4 (positions), by ``num_heads``, and by 8 with the conv stem.
+        depth: number of blocks.
+        num_heads: attention heads A.
+        mlp_ratio: hidden width of the MLP over E.
+        stem: "patch" projects patches linearly, "conv" is a small convolutional network with batch norm.
+        freeze_patch_embed: keep the random patch projection fixed, as MoCo v3 does for stability; has no effect on the
+            conv stem, which always trains.
+
+    Attributes:
+        couples_samples: whether an image's tokens depend on the other images of the batch (batch norm in the conv stem):
+            then two views may not share a batch.
+
+    Raises:
+        ValueError: naming the field, its value and the rule.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        stem: Literal["patch", "conv"] = "patch",
+        freeze_patch_embed: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_sizes(image_size, patch_size, embed_dim, depth, num_heads, stem)
+        self.image_size, self.patch_size, self.embed_dim = image_size, patch_size, embed_dim
+        self.couples_samples = stem == "conv"
+        positions = sincos_positions(image_size // patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=1e-6))
+        self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
+        self.patch_embed: nn.Module = ConvStem(embed_dim) if stem == "conv" else PatchStem(patch_size, embed_dim)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, round(mlp_ratio * embed_dim)) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head: nn.Module = nn.Identity()
+        if freeze_patch_embed and stem == "patch":
+            self.patch_embed.requires_grad_(False)
+
+    def patch_tokens(self, images: Tensor) -> Tensor:
+        """Embed the patches and add their positions: [B, 3, H, W] -> [B, L, E], row by row, without class token.
+
+        Raises:
+            ValueError: if the images are not [B, 3, image_size, image_size].
+        """
+        if images.ndim != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
+            side = self.image_size
+            raise ValueError(f"images shape={tuple(images.shape)}: this encoder takes [B, 3, {side}, {side}]")
+        patches: Tensor = self.patch_embed(images)
+        return patches.flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+
+    def encode(self, patch_tokens: Tensor) -> Tensor:
+        """[B, L, E] patch tokens -> [B, E] class-token feature; of the last block only the class token is computed."""
+        tokens = self._with_class_token(patch_tokens)
+        for block in self.blocks[:-1]:
+            tokens = block(tokens)
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        feature: Tensor = self.norm(last.class_row(tokens))
+        return feature
+
+    def encode_plain(self, patch_tokens: Tensor) -> Tensor:
+        """The same feature by the book: every block and the final norm on every token, then the class token's row."""
+        tokens = self._with_class_token(patch_tokens)
+        for block in self.blocks:
+            tokens = block(tokens)
+        normalised: Tensor = self.norm(tokens)
+        return normalised[:, 0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] images -> [B, E] class-token features."""
+        return self.encode(self.patch_tokens(images))
+
+    def _with_class_token(self, patch_tokens: Tensor) -> Tensor:
+        class_token = (self.cls_token + self.pos_embed[:, :1]).expand(patch_tokens.shape[0], -1, -1)
+        return torch.cat([class_token, patch_tokens], dim=1)
+
+
+def _check_sizes(image_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, stem: str) -> None:
+    if stem not in ("patch", "conv"):
+        raise ValueError(f'stem={stem!r}: is "patch" or "conv"')
+    if patch_size < 1 or (stem == "conv" and patch_size != CONV_STEM_STRIDE):
+        rule = "the conv stem shrinks images by 16" if stem == "conv" else "a patch is at least 1 pixel wide"
+        raise ValueError(f"patch_size={patch_size}: {rule}")
+    if image_size < patch_size or image_size % patch_size:
+        raise ValueError(f"image_size={image_size}: must be a multiple of patch_size={patch_size}")
+    if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+        raise ValueError(f"embed_dim={embed_dim}: must be a multiple of num_heads={num_heads}")
+    if embed_dim % (8 if stem == "conv" else 4):
+        rule = (
+            "the conv stem starts with an eighth of the width" if stem == "conv" else "positions take four equal parts"
+        )
+        raise ValueError(f"embed_dim={embed_dim}: {rule}")
+    if depth < 1:
+        raise ValueError(f"depth={depth}: needs at least 1 block")
+
+
+def _build(
+    image_size: int,
+    patch_size: int,
+    freeze: bool,
+    size: tuple[int, int, int],
+    stem: Literal["patch", "conv"] = "patch",
+) -> VisionTransformer:
+    embed_dim, depth, num_heads = size
+    return VisionTransformer(
+        image_size=image_size,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        stem=stem,
+        freeze_patch_embed=freeze,
+    )
+
+
+def vit_nano(*, image_size: int = 8, patch_size: int = 2, freeze_patch_embed: bool = True) -> VisionTransformer:
+    """For images of 8 to 16 pixels, seconds on a CPU: width 64, 2 blocks, 4 heads."""
+    return _build(image_size, patch_size, freeze_patch_embed, (64, 2, 4))
+
+
+def vit_micro(*, image_size: int = 32, patch_size: int = 4, freeze_patch_embed: bool = True) -> VisionTransformer:
+    """For images of 28 to 64 pixels on a CPU: width 128, 4 blocks, 4 heads."""
+    return _build(image_size, patch_size, freeze_patch_embed, (128, 4, 4))
+
+
+def vit_tiny(*, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True) -> VisionTransformer:
+    """Width 192, 12 blocks, 3 heads, as DeiT-Ti."""
+    return _build(image_size, patch_size, freeze_patch_embed, (192, 12, 3))
+
+
+def vit_small(*, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True) -> VisionTransformer:
+    """ViT-S of MoCo v3: width 384, 12 blocks, 12 heads (DeiT-S has 6)."""
+    return _build(image_size, patch_size, freeze_patch_embed, (384, 12, 12))
+
+
+def vit_base(*, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True) -> VisionTransformer:
+    """ViT-B: width 768, 12 blocks, 12 heads."""
+    return _build(image_size, patch_size, freeze_patch_embed, (768, 12, 12))
+
+
+def vit_conv_small(
+    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True
+) -> VisionTransformer:
+    """ViT-S with a convolutional stem in place of one block: width 384, 11 blocks, 12 heads."""
+    return _build(image_size, patch_size, freeze_patch_embed, (384, 11, 12), stem="conv")
+
+
+def vit_conv_base(*, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True) -> VisionTransformer:
+    """ViT-B with a convolutional stem in place of one block: width 768, 11 blocks, 12 heads."""
+    return _build(image_size, patch_size, freeze_patch_embed, (768, 11, 12), stem="conv")
+
+
+ARCHITECTURES: dict[str, Callable[..., VisionTransformer]] = {
+    build.__name__: build
+    for build in (vit_nano, vit_micro, vit_tiny, vit_small, vit_base, vit_conv_small, vit_conv_base)
+}
+"""Constructors by name; each takes ``image_size``, ``patch_size`` and ``freeze_patch_embed``."""

@@ -1,0 +1,161 @@
+"""MoCo v3: which encoder sees which view, which head, which loss, and when the twin moves (Chen, Xie, He 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmoco.distributed.gather import gather_keys
+from fastmoco.distributed.mesh import group_rank
+from fastmoco.models.heads import predictor, projector
+from fastmoco.models.vit import VisionTransformer
+from fastmoco_kernels import ema_update_, info_nce_loss
+
+
+class MoCoV3Output(NamedTuple):
+    """What one forward gives; B is the local batch, D the projection width."""
+
+    loss: Tensor
+    """Scalar, at least float32: the sum of both directions, a mean over the local batch."""
+    q1: Tensor
+    """[B, D] predictor output of view 1, not normalised."""
+    q2: Tensor
+    """[B, D] predictor output of view 2, not normalised."""
+    k1: Tensor
+    """[B, D] momentum encoder output of view 1, not normalised, without gradient."""
+    k2: Tensor
+    """[B, D] momentum encoder output of view 2, not normalised, without gradient."""
+
+
+class MoCoV3(nn.Module):
+    """An encoder with projector and predictor, its momentum twin, and the symmetric InfoNCE between them.
+
+    One step: ``update_momentum_encoder(m)``, ``forward``, backward, optimizer. The update comes before the optimizer's
+    step and uses the encoder as it stands; whether it runs before or after the query side's forward changes no number,
+    because that forward moves no parameter. Both encoders run in training mode: the twin normalises by the statistics
+    of its own batch and keeps its own running averages; only parameters are averaged.
+
+    Fast path, equal to ``objectives.reference.plain_forward`` under a test: both views pass a trunk as one batch where
+    the trunk couples no samples, heads see one view at a time because batch statistics are per view, and patch tokens
+    are computed once for both encoders while their stems are frozen and equal.
+
+    Args:
+        build_encoder: called twice; its encoders must have equal shapes, and a free ``head``.
+        projection_dim: width D of queries and keys.
+        hidden_dim: hidden width of projector and predictor.
+        temperature: > 0, divides the cosines.
+
+    Attributes:
+        encoder: the query side; ``encoder.head`` is its projector.
+        momentum_encoder: the twin, without gradient.
+        predictor: query side only.
+
+    Raises:
+        ValueError: if the temperature is not positive.
+    """
+
+    def __init__(
+        self,
+        build_encoder: Callable[[], VisionTransformer],
+        *,
+        projection_dim: int = 256,
+        hidden_dim: int = 4096,
+        temperature: float = 0.2,
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature}: must be positive")
+        self.temperature = temperature
+        self.encoder, self.momentum_encoder = build_encoder(), build_encoder()
+        for encoder in (self.encoder, self.momentum_encoder):
+            encoder.head = projector(encoder.embed_dim, hidden_dim, projection_dim)
+        self.predictor = predictor(projection_dim, hidden_dim, projection_dim)
+        self.momentum_encoder.requires_grad_(False)
+        with torch.no_grad():
+            for twin, own in zip(self.momentum_encoder.parameters(), self.encoder.parameters(), strict=True):
+                twin.copy_(own)
+        self._stems_compared: tuple[tuple[int, int], ...] = ()
+        self._stems_equal = False
+
+    def forward(self, view1: Tensor, view2: Tensor) -> MoCoV3Output:
+        """Queries, keys and loss of one batch.
+
+        Where there are several processes, batch norms see all of them, and keys are gathered in the order of ranks:
+        the mean of the ranks' losses is the loss of the global batch.
+
+        Args:
+            view1: [B, 3, H, W] first view, the same B on every rank.
+            view2: [B, 3, H, W] second view; row i shows the image of ``view1``'s row i.
+
+        Returns:
+            The loss, differentiable in the parameters of encoder and predictor, and the raw queries and keys.
+        """
+        if view1.shape != view2.shape:
+            raise ValueError(f"view1 shape={tuple(view1.shape)}, view2 shape={tuple(view2.shape)}: must be equal")
+        (feature1, feature2), tokens = self._features(self.encoder, (view1, view2), None)
+        q1 = self.predictor(self.encoder.head(feature1))
+        q2 = self.predictor(self.encoder.head(feature2))
+        with torch.no_grad():
+            shared = tokens if self.shares_patch_tokens() else None
+            (feature1, feature2), _ = self._features(self.momentum_encoder, (view1, view2), shared)
+            k1 = self.momentum_encoder.head(feature1)
+            k2 = self.momentum_encoder.head(feature2)
+            keys1, keys2 = gather_keys(torch.cat([k1, k2], dim=1)).chunk(2, dim=1)
+        offset = group_rank() * view1.shape[0]
+        loss = info_nce_loss(q1, keys2, temperature=self.temperature, positive_offset=offset) + info_nce_loss(
+            q2, keys1, temperature=self.temperature, positive_offset=offset
+        )
+        return MoCoV3Output(loss, q1, q2, k1, k2)
+
+    @torch.no_grad()
+    def update_momentum_encoder(self, ema_momentum: float) -> None:
+        """Move the twin towards the encoder: ``twin <- m * twin + (1 - m) * encoder``, parameters only.
+
+        Call it once a step, before the optimizer's step. Frozen parameters that are equal in both encoders, as they
+        are unless a checkpoint says otherwise, stay untouched.
+
+        Args:
+            ema_momentum: m in [0, 1].
+
+        Raises:
+            ValueError: if m lies outside [0, 1].
+        """
+        frozen_too = not self.shares_patch_tokens()
+        pairs = [
+            (twin, own)
+            for twin, own in zip(self.momentum_encoder.parameters(), self.encoder.parameters(), strict=True)
+            if own.requires_grad or frozen_too
+        ]
+        ema_update_([twin for twin, _ in pairs], [own for _, own in pairs], ema_momentum)
+
+    def shares_patch_tokens(self) -> bool:
+        """Whether both encoders must give the same patch tokens: their stems are frozen and equal, and so are positions.
+
+        The comparison reads the device, so it runs only where one of the tensors has been replaced or written since.
+        """
+        if self.encoder.couples_samples:
+            return False
+        own, twin = (
+            [encoder.pos_embed, *encoder.patch_embed.parameters()] for encoder in (self.encoder, self.momentum_encoder)
+        )
+        if any(p.requires_grad for p in own):
+            return False
+        now = tuple((p.data_ptr(), p._version) for p in own + twin)
+        if now != self._stems_compared:
+            self._stems_equal = all(torch.equal(a, b) for a, b in zip(own, twin, strict=True))
+            self._stems_compared = now
+        return self._stems_equal
+
+    def _features(
+        self, encoder: VisionTransformer, views: tuple[Tensor, Tensor], tokens: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """[B, E] features of both views, and the [2B, L, E] patch tokens where the views went through together."""
+        if encoder.couples_samples:
+            return (encoder(views[0]), encoder(views[1])), None
+        if tokens is None:
+            tokens = encoder.patch_tokens(torch.cat(views))
+        feature1, feature2 = encoder.encode(tokens).chunk(2)
+        return (feature1, feature2), tokens

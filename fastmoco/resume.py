@@ -1,0 +1,54 @@
+"""Whether a run may go on from a checkpoint here, and what a user should know if it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fastmoco.checkpoint import Checkpoint
+from fastmoco.config import Config
+from fastmoco.config_json import differences, from_json
+from fastmoco.distributed.gather import gather_rows
+from fastmoco.distributed.mesh import World
+from fastmoco.errors import RunError
+from fastmoco.run_folder import RunFolder
+
+MACHINE_FIELDS = ("world_size", "device", "threads", "versions")
+"""What a checkpoint says of the machine that wrote it; a change is reported when a run continues."""
+
+
+def machine_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> list[str]:
+    """What differs between the machine that wrote a checkpoint and this one, each as ``name before -> now``."""
+    before = checkpoint.state["resolved"]
+    return [f"{name} {before.get(name)} -> {now[name]}" for name in MACHINE_FIELDS if before.get(name) != now[name]]
+
+
+def require_same_step(checkpoint: Checkpoint | None, world: World) -> None:
+    """Refuse ranks that would continue from different steps, as on machines that do not share ``out``."""
+    step = checkpoint.step if checkpoint is not None else 0
+    steps = gather_rows(torch.tensor([step]), world.device).tolist()
+    if len(set(steps)) > 1:
+        raise RunError(
+            f"the ranks would continue from different steps, {steps}: every rank must see the same --out; "
+            "put it on a file system that all machines share"
+        )
+
+
+def require_same_run(checkpoint: Checkpoint, config: Config, precision: str, digest: str, folder: RunFolder) -> None:
+    """Refuse to continue a run under another config, in another precision or on other images."""
+    changed = differences(from_json(checkpoint.state["config"]), config)
+    before = checkpoint.state["resolved"]["precision"]
+    if before != precision:
+        changed.append(f"precision on this machine: {before!r} -> {precision!r} (give --precision {before})")
+    if changed:
+        raise RunError(
+            f"{folder.path} holds a run of another config; changed: {'; '.join(changed)}. "
+            "Repeat the original command to continue it, or choose another --out for a new run"
+        )
+    if checkpoint.state["data"]["digest"] != digest:
+        raise RunError(
+            f"{folder.path} was trained on other images than data.shards holds now; "
+            "point --data.shards at the original set, or choose another --out for a new run"
+        )

@@ -1,0 +1,111 @@
+"""The folder of one run: what lies where in it, who may write to it, and which lines of its metrics still hold."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from fastmoco.errors import RunError
+
+
+class RunFolder:
+    """Paths of a run, and its lock.
+
+    Layout: ``config.json`` (the config and what it resolved to), ``metrics.jsonl`` (one line a logged step),
+    ``checkpoints/``, ``curves.png``, ``lock``. The folder is made with mode 0700.
+
+    Args:
+        path: the folder; made if absent.
+
+    Raises:
+        RunError: if it cannot be written, or another process trains into it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """File of the metrics."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def curves(self) -> Path:
+        """Picture of the curves."""
+        return self.path / "curves.png"
+
+    def acquire(self) -> None:
+        """Take the folder for this process until `release`, or until the process ends however it ends."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held open for as long as the run lasts
+        except OSError as error:
+            raise RunError(f"cannot write to {self.path}: {error.strerror}; choose another --out") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "unknown"
+            self._lock.close()
+            self._lock = None
+            raise RunError(f"{self.path} is in use by process {owner}; wait for it or choose another --out") from error
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write_config(self, data: dict[str, Any]) -> None:
+        """Write ``config.json``."""
+        _replace(self.path / "config.json", json.dumps(data, indent=2) + "\n")
+
+    def trim_metrics(self, step: int) -> int:
+        """Drop the metrics after ``step`` and any line cut off by a kill: those steps are about to be taken again.
+
+        Returns:
+            The number of lines dropped.
+        """
+        if not self.metrics.exists():
+            return 0
+        lines = self.metrics.read_text().splitlines()
+        kept = [line for line in lines if _step_of(line) <= step]
+        if len(kept) < len(lines):
+            _replace(self.metrics, "".join(f"{line}\n" for line in kept))
+        return len(lines) - len(kept)
+
+    def read_metric(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of every line of ``metrics.jsonl`` that holds the metric."""
+        if not self.metrics.exists():
+            return []
+        rows = [json.loads(line) for line in self.metrics.read_text().splitlines() if _step_of(line) < float("inf")]
+        return [(int(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinite for a line that is none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    fresh = path.with_name(path.name + ".tmp")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w") as file:
+        file.write(text)
+    os.replace(fresh, path)

@@ -1,0 +1,207 @@
+"""What the person at the terminal sees: a live table on a terminal, plain lines in a log file, nothing from rank 1 upwards.
+
+Showing progress is never a reason for training to stop. Whatever goes wrong while drawing (a closed terminal, an encoding that
+lacks a character, a window of two columns), the live table gives way to plain lines and plain lines give way to silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+EVENTS_SHOWN = 6
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{days}d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
+
+
+# key of the row, short label in a line, long label in the table, format
+_COLUMNS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+    ("epoch", "epoch", "epoch", "{:.1f}".format),
+    ("loss", "loss", "loss", "{:.3f}".format),
+    ("lr", "lr", "learning rate", "{:.1e}".format),
+    ("ema_momentum", "m", "EMA momentum", "{:.4f}".format),
+    ("images_per_s", "img/s", "images/s", "{:.0f}".format),
+    ("wait_share", "wait", "wait for data", "{:.1%}".format),
+    ("eta_s", "eta", "time left", _clock),
+    ("knn", "knn", "kNN", "{:.1%}".format),
+)
+
+
+def _shown(row: Mapping[str, Any], key: str, form: Callable[[float], str]) -> str | None:
+    value = row.get(key)
+    if value is None:
+        return None
+    return form(value) if isinstance(value, int | float) and math.isfinite(value) else _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    """Text that cannot steer the terminal, whatever file name is quoted in it."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def plain_line(row: Mapping[str, Any], total_steps: int) -> str:
+    """One log line: ``step 120/2000 epoch 3.2 loss 3.412 lr 1.5e-04 m 0.9931 img/s 1842 wait 2.1% eta 0:01:12 knn 93.1%``.
+
+    Args:
+        row: ``step`` and any of epoch, loss, lr, ema_momentum, images_per_s, wait_share (share), eta_s (seconds), knn (share).
+            Absent ones are left out, unknown ones ignored.
+        total_steps: steps of the whole run.
+    """
+    parts = [f"step {row.get('step', '?')}/{total_steps}"]
+    for key, label, _, form in _COLUMNS:
+        text = _shown(row, key, form)
+        if text is not None:
+            parts.append(f"{label} {text}")
+    return " ".join(parts)
+
+
+class _Terminal(RichConsole):
+    def on_broken_pipe(self) -> None:
+        """Say so to the caller; rich's own answer is to end the process."""
+        raise OSError("the terminal is gone")
+
+
+class Console:
+    """Progress of one run. `start`, then `log` and `event` as they come, then `close`; or as a context manager after `start`."""
+
+    def __init__(self, *, rank: int = 0, stream: TextIO | None = None, live: bool | None = None) -> None:
+        """Decide how to show progress.
+
+        Args:
+            rank: only rank 0 speaks.
+            stream: where to write; standard output by default.
+            live: True for the table, False for lines; by default the table if ``stream`` is a capable terminal.
+        """
+        self._stream = sys.stdout if stream is None else stream
+        self._silent, self._live_wanted = rank > 0, live
+        self._live: Live | None = None
+        self._total, self._header = 0, ""
+        self._row: dict[str, Any] = {}
+        self._best_knn: float | None = None
+        self._events: deque[str] = deque(maxlen=EVENTS_SHOWN)
+
+    def start(self, total_steps: int, header: str) -> None:
+        """Begin a run of ``total_steps`` optimizer steps; ``header`` says in a line or a few what is trained on what."""
+        self._total, self._header = total_steps, _printable(header)
+        if not self._silent:
+            self._guarded(self._start_live)
+        if self._live is None:
+            self._line(self._header)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Show one log step.
+
+        Args:
+            row: see `plain_line`. What is absent stays on the table as it was; the best kNN is kept here, and
+                ``knn_best`` may tell of one from before a resume.
+        """
+        for key in ("knn", "knn_best"):
+            value = row.get(key)
+            if isinstance(value, int | float) and math.isfinite(value):
+                self._best_knn = value if self._best_knn is None else max(self._best_knn, value)
+        self._row.update(row)
+        if self._live is not None:
+            self._guarded(self._draw)
+        if self._live is None:
+            self._line(lambda: plain_line(row, self._total))
+
+    def event(self, text: str) -> None:
+        """Show something that happened once: a gradient spike, a checkpoint passed over, a signal."""
+        text = f"! {_printable(text)}"
+        pushed_out = self._events[0] if len(self._events) == EVENTS_SHOWN else None
+        self._events.append(text)
+        if self._live is not None:
+            self._guarded(lambda: self._draw(pushed_out))
+        if self._live is None:
+            self._line(text)
+
+    def close(self) -> None:
+        """Leave the last state standing and give the terminal back. More than once is fine."""
+        self._stop_live()
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start_live(self) -> None:
+        wanted = self._stream.isatty() if self._live_wanted is None else self._live_wanted
+        rich = _Terminal(file=self._stream, force_terminal=wanted, highlight=False)
+        if not wanted or (self._live_wanted is None and rich.is_dumb_terminal):
+            return
+        # No refresh thread: everything is drawn in `log` and `event`, so that every failure arrives there.
+        self._live = Live(self._table(), console=rich, auto_refresh=False, vertical_overflow="crop")
+        self._live.start(refresh=True)
+        rich.show_cursor(True)  # a killed run leaves a usable terminal
+
+    def _draw(self, pushed_out: str | None = None) -> None:
+        assert self._live is not None
+        if pushed_out is not None:
+            self._live.console.print(Text(pushed_out, style="yellow"))
+        self._live.update(self._table(), refresh=True)
+
+    def _table(self) -> Panel:
+        row = self._row
+        step = int(row.get("step", 0))
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim")
+        grid.add_column(justify="right")
+        for key, _, label, form in _COLUMNS:
+            text = _shown(row, key, form)
+            if key == "knn" and text is not None and self._best_knn is not None:
+                text = f"{text}  (best {form(self._best_knn)})"
+            grid.add_row(label, Text("-" if text is None else text))
+        progress = Table.grid(padding=(0, 2), expand=True)
+        progress.add_column(no_wrap=True)
+        progress.add_column(ratio=1)
+        progress.add_row(f"step {step}/{self._total}", ProgressBar(total=max(self._total, 1), completed=step))
+        parts: list[Any] = [Text(self._header), progress, grid]
+        parts += [Text(event, style="yellow") for event in self._events]
+        return Panel(Group(*parts), title="fastmoco", title_align="left")
+
+    def _guarded(self, draw: Callable[[], None]) -> None:
+        """Draw on the live table, or give it up for plain lines."""
+        try:
+            draw()
+        except Exception:  # whatever the terminal did; see the module's docstring
+            self._live_wanted = False
+            self._stop_live()
+
+    def _stop_live(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            with contextlib.suppress(Exception):  # the terminal may be gone; see the module's docstring
+                live.stop()
+
+    def _line(self, text: str | Callable[[], str]) -> None:
+        """Write one plain line and flush it, or fall silent for good."""
+        if self._silent:
+            return
+        try:
+            line = text if isinstance(text, str) else text()
+            encoding = getattr(self._stream, "encoding", None) or "utf-8"
+            self._stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
+            self._stream.flush()
+        except Exception:  # any failure to write; see the module's docstring
+            self._silent = True

@@ -1,0 +1,160 @@
+"""What a run tells: one place that meters, watches for instability, and hands figures to sinks and console."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastmoco.config import Config, Resolved
+from fastmoco.distributed.mesh import World
+from fastmoco.run_folder import RunFolder
+from fastmoco.telemetry.console import Console
+from fastmoco.telemetry.metrics import Throughput
+from fastmoco.telemetry.sinks import JsonlSink, TensorBoardSink
+from fastmoco.telemetry.stability import (
+    CollapseDetector,
+    DipDetector,
+    ForgettingDetector,
+    GradientRecorder,
+    SpikeDetector,
+    feature_std,
+    gradient_norms,
+    pair_cosines,
+)
+
+
+class Recorder:
+    """The records of one run on one rank; only rank 0 writes. Call `stepped` after every step, `log` at log steps.
+
+    Args:
+        config: the run's config.
+        resolved: what it became.
+        folder: where ``metrics.jsonl`` lies, and TensorBoard's files where it is installed.
+        world: this process's place.
+        start_step: steps done before this process began.
+    """
+
+    def __init__(self, config: Config, resolved: Resolved, folder: RunFolder, world: World, *, start_step: int) -> None:
+        self.resolved, self.world = resolved, world
+        self.meter = Throughput(
+            global_batch_size=config.global_batch_size, total_steps=resolved.total_steps, first_step=start_step
+        )
+        self._gradients, self._spikes = GradientRecorder(), SpikeDetector()
+        self._collapse = CollapseDetector(dim=config.model.projection_dim)
+        self._forgetting = ForgettingDetector()
+        self._dips = DipDetector()
+        self._knn_last: float | None = None
+        self._knn_best: float | None = None
+        self._sinks: list[JsonlSink | TensorBoardSink] = []
+        self.console = Console(rank=world.rank)
+        if world.rank == 0:
+            self._sinks.append(JsonlSink(folder.metrics))
+            try:
+                self._sinks.append(TensorBoardSink(folder.path / "tensorboard", first_step=start_step + 1))
+            except ImportError:
+                self.console.event("TensorBoard is not installed: metrics go to metrics.jsonl alone")
+        self.console.start(
+            resolved.total_steps,
+            f"{config.recipe}  {resolved.sample_count} images, {resolved.steps_per_epoch} steps an epoch, "
+            f"batch {config.global_batch_size} on {world.world_size} x {world.device.type}, "
+            f"lr = {config.optim.lr:g} x {config.global_batch_size} / 256 = {resolved.peak_lr:g}",
+        )
+
+    def known_knn(self, last: float | None, best: float | None) -> None:
+        """Show kNN accuracies from before a resume."""
+        self._knn_last, self._knn_best = last, best
+        if best is not None:
+            self._dips.observe(0, best)
+
+    def gradients(self, step: int, objective: nn.Module) -> None:
+        """Keep this step's gradient norms on the device; call it between backward and update."""
+        self._gradients.record(step, gradient_norms(objective.named_parameters()))
+
+    def stepped(self, wait_seconds: float) -> None:
+        """Count one finished step."""
+        self.meter.step(wait_seconds)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Time inside counts as neither training nor waiting."""
+        return self.meter.paused()
+
+    def log(self, step: int, loss: Tensor, q: Tensor, keys: Tensor, *, lr: float, ema_momentum: float) -> float:
+        """Write one line of metrics. The one place that waits for the device.
+
+        Args:
+            step: optimizer steps done.
+            loss: this rank's loss, a scalar on the device; its mean over ranks is written.
+            q: [B, D] raw queries of this step.
+            keys: [B, D] raw keys of the same images' other view: the cosines say whether pairs, or all images, fall together.
+            lr: learning rate of this step.
+            ema_momentum: EMA momentum of this step.
+
+        Returns:
+            The mean loss over ranks, the same number on all of them.
+        """
+        figures = torch.cat([torch.stack([loss.detach(), feature_std(q)]), pair_cosines(q, keys)]).double()
+        if self.world.world_size > 1:
+            dist.all_reduce(figures)
+            figures /= self.world.world_size
+        mean_loss, spread, positive, negative = figures.tolist()
+        peaks = self._gradient_peaks()
+        for event in (self._collapse.observe(step, spread), self._forgetting.observe(step, positive, negative)):
+            if event:
+                self.event(f"warning: {event}")
+        speed = self.meter.report()
+        metrics = {
+            "epoch": step / self.resolved.steps_per_epoch,
+            "loss": mean_loss,
+            "lr": lr,
+            "ema_momentum": ema_momentum,
+            "images_per_s": speed.images_per_s,
+            "wait_share": speed.wait_share,
+            "feature_std": spread,
+            "cosine/positive": positive,
+            "cosine/negative": negative,
+            **{f"gradient_norm/{name}": value for name, value in peaks.items()},
+        }
+        self._write(step, metrics)
+        row: dict[str, float | None] = {"step": step, **metrics, "eta_s": speed.eta_s}
+        self.console.log({**row, "knn": self._knn_last, "knn_best": self._knn_best})
+        return float(mean_loss)
+
+    def _gradient_peaks(self) -> dict[str, float]:
+        """The largest norm of each place since the last log step: a spike between two lines must show in the curve."""
+        peaks: dict[str, float] = {}
+        for step, norms in self._gradients.flush():
+            for spike in self._spikes.observe(step, norms):
+                self.event(f"warning: {spike}")
+            for name, value in norms.items():
+                before = peaks.get(name, value)
+                # NaN survives: max() would drop it or keep it depending on the order.
+                peaks[name] = math.nan if math.isnan(value + before) else max(value, before)
+        return peaks
+
+    def knn(self, step: int, accuracy: float) -> None:
+        """Write one kNN accuracy."""
+        self._knn_last = accuracy
+        self._knn_best = accuracy if self._knn_best is None else max(self._knn_best, accuracy)
+        self._write(step, {"epoch": step / self.resolved.steps_per_epoch, "knn": accuracy})
+        self.event(f"step {step}: kNN {accuracy:.1%} (best {self._knn_best:.1%})")
+        dip = self._dips.observe(step, accuracy)
+        if dip:
+            self.event(f"warning: {dip}")
+
+    def event(self, text: str) -> None:
+        """Say something once."""
+        self.console.event(text)
+
+    def close(self) -> None:
+        """Close console and files; more than once is fine."""
+        self.console.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        for sink in self._sinks:
+            sink.write(step, metrics)

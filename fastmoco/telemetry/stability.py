@@ -1,0 +1,289 @@
+"""Is the run healthy? Signals that move before the accuracy does.
+
+Chen, Xie, He 2021 found that ViTs under contrastive training are unstable in a way that hides: no NaN, no divergence, a loss
+that looks fine, and one to three points of accuracy lost. What shows it is the gradient, which jumps in the *first* layer some
+steps before it jumps in the last, and dips in the kNN curve. docs/stability.md says how to read each signal.
+
+Nothing here decides anything: detectors return events with the numbers in them, the caller prints them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+_HEADS = re.compile(r"(?:^|\.)(?:head|projector|predictor)\.")
+_PATCHES = re.compile(r"(?:^|\.)patch_embed\.")
+
+
+def feature_std(features_BD: Tensor) -> Tensor:
+    """Standard deviation over the batch of the L2-normalised rows, averaged over the dimensions.
+
+    Directions spread evenly over the sphere give 1/sqrt(D) (0.0625 at D = 256), the largest value there is; one direction
+    for every image (collapse) gives 0. Source: the collapse measure of Chen and He 2021 (SimSiam), section 4.1.
+
+    Args:
+        features_BD: [B, D] outputs of a head or encoder, any floating dtype, any device, B >= 2.
+
+    Returns:
+        Scalar float32 on the same device, without gradient; no host sync.
+
+    Raises:
+        ValueError: if the shape is not [B >= 2, D].
+    """
+    deviation: Tensor = _unit_rows(features_BD).std(dim=0, unbiased=False)
+    return deviation.mean()
+
+
+def effective_rank(features_BD: Tensor) -> Tensor:
+    """How many directions the L2-normalised, centred rows really use: exp of the entropy of their variance spectrum.
+
+    Between 1 (all on a line: dimensional collapse) and min(B - 1, D). Source: Roy and Vetterli 2007.
+
+    Args:
+        features_BD: [B, D] outputs of a head or encoder, any floating dtype, any device, B >= 2.
+
+    Returns:
+        Scalar float32 on the same device, without gradient. Waits for the device (an eigenvalue problem of side D).
+
+    Raises:
+        ValueError: if the shape is not [B >= 2, D].
+    """
+    rows = _unit_rows(features_BD)
+    rows = rows - rows.mean(dim=0)
+    spectrum = torch.linalg.eigvalsh(rows.T @ rows).clamp_min(0)
+    shares = spectrum / spectrum.sum().clamp_min(1e-20)
+    entropy: Tensor = torch.special.entr(shares).sum()
+    return entropy.exp()
+
+
+def pair_cosines(q_BD: Tensor, keys_BD: Tensor) -> Tensor:
+    """Mean cosine similarity of the positive pairs and of all the others: how well an image is told from the rest.
+
+    A BatchNorm at the end of a head rescales even a collapsed encoder to a healthy `feature_std`; then the two figures
+    here are equal and the loss stands at `chance_loss`.
+
+    Args:
+        q_BD: [B, D] raw queries of one view, B >= 2.
+        keys_BD: [B, D] raw keys of the other view, row i of the same image.
+
+    Returns:
+        [2] float32 on the same device, (positives, others), without gradient; no host sync, 4 * B * D FLOPs.
+
+    Raises:
+        ValueError: if the shapes are not the same [B >= 2, D].
+    """
+    if q_BD.shape != keys_BD.shape:
+        raise ValueError(f"q of shape {tuple(q_BD.shape)}, keys of shape {tuple(keys_BD.shape)}: needs [B, D] twice")
+    q, keys = _unit_rows(q_BD), _unit_rows(keys_BD)
+    same, count = (q * keys).sum(), len(q)
+    every = q.sum(dim=0) @ keys.sum(dim=0)
+    return torch.stack([same / count, (every - same) / (count * (count - 1))])
+
+
+def _unit_rows(features_BD: Tensor) -> Tensor:
+    if features_BD.ndim != 2 or features_BD.shape[0] < 2:
+        raise ValueError(f"features of shape {tuple(features_BD.shape)}: needs [B, D] with B >= 2")
+    return normalize(features_BD.detach().float(), dim=1, eps=1e-12)
+
+
+def chance_loss(*, temperature: float, keys: int) -> float:
+    """The loss of an encoder that maps every image to one point: 4 * temperature * ln(keys).
+
+    Both directions of InfoNCE scaled by 2 * temperature, with all ``keys`` logits equal: 6.654 for temperature 0.2 and 4096
+    keys. A loss that stays there has learnt nothing or collapsed.
+    """
+    return 4 * temperature * math.log(keys)
+
+
+def gradient_norms(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """L2 norms of the gradients, by place in the network, accumulated in float32.
+
+    Args:
+        named_parameters: of the objective, after backward. Parameters without a gradient (frozen, momentum side) are left out.
+
+    Returns:
+        Scalars float32 on the parameters' device, no host sync: ``total`` and, where such parameters have gradients,
+        ``patch_embed``, ``first_block``, ``last_block`` and ``heads`` (projector and predictor). ``first_block`` is the first
+        block of the ViT, the layer nearest to the input that is trained when the patch projection is frozen.
+        ``total`` alone is a poor alarm: early on the class token dominates it (it starts at 1e-6 and a LayerNorm divides
+        by its deviation).
+    """
+    found = [(name, p.grad.detach()) for name, p in named_parameters if p.grad is not None]
+    if not found:
+        return {"total": torch.zeros(())}
+    wide = torch.promote_types(found[0][1].dtype, torch.float32)
+    norms = torch.stack(torch._foreach_norm([grad for _, grad in found], 2, wide)).float()
+    blocks = {int(match[1]) for name, _ in found if (match := _BLOCK.search(name))}
+    groups: dict[str, list[int]] = {}
+    for index, (name, _) in enumerate(found):
+        if match := _BLOCK.search(name):
+            number = int(match[1])
+            if number == min(blocks):
+                groups.setdefault("first_block", []).append(index)
+            if number == max(blocks):
+                groups.setdefault("last_block", []).append(index)
+        elif _HEADS.search(name):
+            groups.setdefault("heads", []).append(index)
+        elif _PATCHES.search(name):
+            groups.setdefault("patch_embed", []).append(index)
+    order = ("patch_embed", "first_block", "last_block", "heads")
+    # Stacked views: indexing by a list would copy the list to the device, and wait for it.
+    result = {
+        group: torch.linalg.vector_norm(torch.stack([norms[i] for i in groups[group]]))
+        for group in order
+        if group in groups
+    }
+    return {**result, "total": torch.linalg.vector_norm(norms)}
+
+
+class GradientRecorder:
+    """Gradient norms of *every* step at the price of one host sync a log interval.
+
+    Spikes last one or a few steps; a norm looked at only at log steps misses most of them.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[int] = []
+        self._names: list[tuple[str, ...]] = []
+        self._values: list[Tensor] = []
+
+    def record(self, step: int, norms: Mapping[str, Tensor]) -> None:
+        """Keep the norms of one step on their device."""
+        self._steps.append(step)
+        self._names.append(tuple(norms))
+        self._values.append(torch.stack(list(norms.values())))
+
+    def flush(self) -> list[tuple[int, dict[str, float]]]:
+        """The recorded steps as floats, oldest first, and forget them. One host sync."""
+        values = torch.cat(self._values).tolist() if self._values else []
+        rows: list[tuple[int, dict[str, float]]] = []
+        for step, names in zip(self._steps, self._names, strict=True):
+            rows.append((step, dict(zip(names, values, strict=False))))
+            values = values[len(names) :]
+        self._steps, self._names, self._values = [], [], []
+        return rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spike:
+    """One value that jumped out of its history."""
+
+    step: int
+    name: str
+    value: float
+    median: float
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.value):
+            return f"step {self.step}: gradient of {self.name} is {self.value}"
+        ratio = self.value / self.median if self.median else math.inf
+        return f"step {self.step}: gradient spike in {self.name}, {self.value:.3g} is {ratio:.0f} x its median"
+
+
+class SpikeDetector:
+    """Event when a gradient norm exceeds ``factor`` times its running median, or is not finite.
+
+    The median over the last ``window`` steps follows a slow drift, and a spike in it does not move it. Finite spikes do join the
+    history, so that a lasting new level stops alarming after half a window.
+    """
+
+    def __init__(self, *, factor: float = 5.0, window: int = 100, warmup: int = 20) -> None:
+        """Remember the rule.
+
+        Args:
+            factor: how many times the median is a spike, > 1.
+            window: steps of history.
+            warmup: steps of history before the first alarm of a finite value; at most ``window``.
+
+        Raises:
+            ValueError: if a number is out of its range.
+        """
+        if not factor > 1:
+            raise ValueError(f"factor={factor}: a spike is more than 1 x the median")
+        if not 1 <= warmup <= window:
+            raise ValueError(f"warmup={warmup}: needs 1 <= warmup <= window={window}")
+        self._factor, self._window, self._warmup = factor, window, warmup
+        self._history: dict[str, deque[float]] = {}
+
+    def observe(self, step: int, norms: Mapping[str, float]) -> list[Spike]:
+        """Take in one step's norms (each name has a history of its own); return what jumped."""
+        spikes = []
+        for name, value in norms.items():
+            history = self._history.setdefault(name, deque(maxlen=self._window))
+            median = statistics.median(history) if history else 0.0
+            finite = math.isfinite(value)
+            if not finite or (len(history) >= self._warmup and value > self._factor * median):
+                spikes.append(Spike(step=step, name=name, value=value, median=median))
+            if finite:
+                history.append(value)
+        return spikes
+
+
+class CollapseDetector:
+    """Event when `feature_std` stays below a share of its healthy value 1/sqrt(D)."""
+
+    def __init__(self, *, dim: int, floor: float = 0.1, patience: int = 3) -> None:
+        """Remember the rule: alarm after ``patience`` observations in a row below ``floor / sqrt(dim)``."""
+        self._healthy, self._floor, self._patience = dim**-0.5, floor, patience
+        self._low = 0
+
+    def observe(self, step: int, std: float) -> str | None:
+        """Take in one value; the event's text at the moment the patience ends, once until it has recovered."""
+        low = not std >= self._floor * self._healthy  # NaN counts as low
+        self._low = self._low + 1 if low else 0
+        if self._low != self._patience:
+            return None
+        return (
+            f"step {step}: features are collapsing, their deviation over the batch is {std:.2g} "
+            f"where evenly spread ones have {self._healthy:.2g}"
+        )
+
+
+class ForgettingDetector:
+    """Event when an encoder that told images apart no longer does: collapse in front of the heads.
+
+    Watches the gap of `pair_cosines`, which no BatchNorm can restore.
+    """
+
+    def __init__(self, *, learned: float = 0.1, lost: float = 0.02, patience: int = 3) -> None:
+        """Remember the rule: armed once the gap exceeds ``learned``; alarm after ``patience`` values below ``lost``."""
+        self._learned, self._lost, self._patience = learned, lost, patience
+        self._armed, self._low = False, 0
+
+    def observe(self, step: int, positive: float, other: float) -> str | None:
+        """Take in both mean cosines; the event's text at the moment the patience ends, once until it has recovered."""
+        gap = positive - other
+        self._armed = self._armed or gap > self._learned
+        self._low = self._low + 1 if self._armed and not gap >= self._lost else 0  # NaN counts as low
+        if self._low != self._patience:
+            return None
+        return (
+            f"step {step}: the encoder has collapsed, the two views of an image are no more alike than two images "
+            f"(cosines {positive:.3f} and {other:.3f})"
+        )
+
+
+class DipDetector:
+    """Event when kNN accuracy falls more than ``tolerance`` below its best: the paper's visible sign of instability."""
+
+    def __init__(self, *, tolerance: float = 0.02) -> None:
+        """Remember the rule; the tolerance (a share) should exceed the noise of the held-out set, 2/sqrt(n) at worst."""
+        self._tolerance, self._best, self._inside = tolerance, -math.inf, False
+
+    def observe(self, step: int, accuracy: float) -> str | None:
+        """Take in one accuracy (a share); the event's text when a dip begins."""
+        best, self._best = self._best, max(self._best, accuracy)
+        was_inside, self._inside = self._inside, accuracy < best - self._tolerance
+        if not self._inside or was_inside:
+            return None
+        return f"step {step}: kNN fell to {accuracy:.1%}, {100 * (best - accuracy):.1f} points below its best"

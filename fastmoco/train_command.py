@@ -1,0 +1,81 @@
+"""`fastmoco train` and `fastmoco eval knn`: a world, a trainer, and the errors a user can mend, in one line each."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from fastmoco import setup_run
+from fastmoco.config import Config
+from fastmoco.distributed.mesh import start_world, stop_world
+from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, RunError, one_line, say
+from fastmoco.loading import load_run
+from fastmoco.report import draw_curves
+from fastmoco.run_folder import RunFolder
+from fastmoco.trainer import Trainer
+
+
+def train(config: Config, out: Path) -> int:
+    """Train, or continue, the run in ``out``.
+
+    Returns:
+        0 finished, 75 stopped by a signal with its state saved.
+
+    Raises:
+        SystemExit: with 2 if the run is refused before its first step, with 1 if it fails while running, and the cause is
+            named on standard error.
+    """
+    os.umask(0o077)  # weights and metrics are their owner's alone
+    with one_line(EXIT_REFUSED, ValueError):
+        world = start_world(config.device)
+        trainer = Trainer.build(config, out, world)
+    try:
+        with one_line(EXIT_FAILED):
+            code = trainer.run()
+    finally:
+        trainer.close()
+    if world.rank == 0 and code == EXIT_FINISHED:
+        _draw(trainer.folder, config.recipe)
+    stop_world()
+    return code
+
+
+def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperature: float) -> int:
+    """Print the kNN accuracy of the newest checkpoint of a run as one JSON line; returns 0.
+
+    Raises:
+        SystemExit: with 2 if the run or the shards cannot be used, and the cause is named on standard error.
+    """
+    with one_line(EXIT_REFUSED, ValueError):
+        objective, saved, checkpoint = load_run(run)
+        knn = replace(
+            saved.knn,
+            train_shards=train_shards,
+            test_shards=test_shards,
+            k=k,
+            temperature=temperature,
+            max_train_images=0,
+            max_test_images=0,
+            every_epochs=max(saved.knn.every_epochs, 1.0),
+        )
+        config = replace(saved, knn=knn, device="auto")
+        world = start_world(config.device)
+        threads = setup_run.share_cores(config)
+        monitor = setup_run.build_knn(config, world, threads=threads)
+        if monitor is None:
+            raise RunError("name the shards to classify with --test")
+        accuracy = monitor.measure(objective.to(world.device).encoder, 0.0)
+    stop_world()
+    if world.rank == 0:
+        print(json.dumps({"run": str(run), "step": checkpoint.step, "knn": round(accuracy, 6), "k": k}))
+    return EXIT_FINISHED
+
+
+def _draw(folder: RunFolder, title: str) -> None:
+    """The curves as a picture, where matplotlib is installed."""
+    try:
+        draw_curves(folder.metrics, folder.curves, title=title)
+    except ImportError:
+        say(f"curves not drawn: pip install 'fastmoco[logging]' for {folder.curves.name}")

@@ -1,0 +1,281 @@
+"""The loop: one step, and what happens between steps. Everything that has a home of its own is called from here.
+
+The order of a step follows Chen, Xie, He 2021 (Algorithm 1). The twin's average is taken first: the encoder's weights do
+not change during its forward, so this equals taking it between the two forwards, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastmoco import resume, setup_run, training_state
+from fastmoco.checkpoint import Checkpoint, load_latest, save_checkpoint
+from fastmoco.config import Config, resolve
+from fastmoco.config_json import to_json
+from fastmoco.distributed.mesh import World
+from fastmoco.distributed.parallelize import parallelize
+from fastmoco.errors import EXIT_FINISHED, EXIT_STOPPED, RunError
+from fastmoco.evaluation.monitor import KnnMonitor
+from fastmoco.objectives import MoCoV3Output
+from fastmoco.optim.schedule import ema_momentum, learning_rate
+from fastmoco.run_folder import RunFolder
+from fastmoco.stop_signal import StopSignal
+from fastmoco.telemetry.recorder import Recorder
+from fastmoco_pipelines import BadImageError, Loader, ShardError, SyntheticLoader, TwoViewBatch
+
+
+class Trainer:
+    """A run of MoCo v3 on one process of a world. Made by `build`, driven by `run`, ended by `close`.
+
+    Attributes:
+        step_count: optimizer steps done.
+        resolved: what the config became on this world and data set.
+        objective: encoder, twin and predictor.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        world: World,
+        folder: RunFolder,
+        loader: Loader | SyntheticLoader,
+        knn: KnnMonitor | None,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self.config, self.world, self.folder, self.loader, self.knn = config, world, folder, loader, knn
+        self.resolved = resolve(config, world_size=world.world_size, sample_count=loader.sample_count)
+        self.precision = setup_run.choose_precision(config.precision, world.device)
+        self.objective = setup_run.build_objective(config, world.device)
+        self.optimizer = setup_run.build_optimizer(config, self.objective)
+        self.step_count = 0
+        if checkpoint is not None:
+            training_state.restore(self.objective, self.optimizer, checkpoint.tensors)
+            self.step_count = checkpoint.step
+            if knn is not None:
+                knn.load_state_dict(checkpoint.state["knn"])
+        self._saved_step, self._saved_at = self.step_count, time.monotonic()
+        # After the restore: the comparison of all ranks' weights must see what they will train.
+        self.parallel = parallelize(self.objective, world)
+        self.recorder: Recorder | None = None
+
+    @classmethod
+    def build(cls, config: Config, out: Path, world: World) -> Trainer:
+        """Everything a run needs, continued from the newest checkpoint in ``out`` if there is one.
+
+        Raises:
+            ValueError: if config, world and data do not fit together.
+            RunError: if ``out`` is in use, or holds a run of another config or data set.
+            CheckpointError: if ``out`` holds checkpoints and none verifies.
+        """
+        threads = setup_run.share_cores(config)
+        folder = RunFolder(out)
+        if world.rank == 0:
+            folder.acquire()
+        checkpoint = load_latest(folder.checkpoints)
+        resume.require_same_step(checkpoint, world)
+        loader = setup_run.build_train_loader(
+            config, world, threads=threads, start_step=checkpoint.step if checkpoint is not None else 0
+        )
+        try:
+            if checkpoint is not None:
+                precision = setup_run.choose_precision(config.precision, world.device)
+                resume.require_same_run(checkpoint, config, precision, loader.digest, folder)
+            knn = setup_run.build_knn(config, world, threads=threads)
+            trainer = cls(config=config, world=world, folder=folder, loader=loader, knn=knn, checkpoint=checkpoint)
+            trainer._open_records(checkpoint)
+        except BaseException:
+            loader.close()
+            folder.release()
+            raise
+        return trainer
+
+    def _open_records(self, checkpoint: Checkpoint | None) -> None:
+        """Open the records at the step of the checkpoint, and say what a user should know of it."""
+        if self.world.rank == 0:
+            # Without a checkpoint nothing of what a killed run wrote still holds, its step 0 included.
+            self.folder.trim_metrics(self.step_count if checkpoint is not None else -1)
+            self.folder.write_config({"config": to_json(self.config), "resolved": self._describe()})
+        self.recorder = Recorder(self.config, self.resolved, self.folder, self.world, start_step=self.step_count)
+        if self.knn is not None:
+            self.recorder.known_knn(self.knn.last, self.knn.best)
+        if checkpoint is None:
+            return
+        for path, reason in checkpoint.skipped:
+            self.recorder.event(f"passed over {path.name}: {reason}")
+        self.recorder.event(f"continuing from {checkpoint.path.name}")
+        changed = resume.machine_changes(checkpoint, self._describe())
+        if changed:
+            self.recorder.event(f"another machine: {', '.join(changed)}; losses agree to rounding, not bit for bit")
+
+    def _describe(self) -> dict[str, Any]:
+        """What was resolved, for ``config.json`` and checkpoints."""
+        return {
+            "world_size": self.resolved.world_size,
+            "sample_count": self.resolved.sample_count,
+            "steps_per_epoch": self.resolved.steps_per_epoch,
+            "total_steps": self.resolved.total_steps,
+            "local_batch_size": self.resolved.local_batch_size,
+            "peak_lr": self.resolved.peak_lr,
+            "precision": self.precision,
+            "device": self.world.device.type,
+            "threads": torch.get_num_threads(),
+            "versions": setup_run.versions(),
+        }
+
+    def schedule(self, step: int) -> tuple[float, float]:
+        """Learning rate and EMA momentum of one step: pure functions of it."""
+        config, per_epoch = self.config, self.resolved.steps_per_epoch
+        lr = learning_rate(
+            step,
+            peak=self.resolved.peak_lr,
+            epochs=config.epochs,
+            warmup_epochs=config.optim.warmup_epochs,
+            steps_per_epoch=per_epoch,
+        )
+        objective = config.objective
+        momentum = ema_momentum(
+            step,
+            start=objective.ema_momentum,
+            epochs=config.epochs,
+            steps_per_epoch=per_epoch,
+            schedule=objective.ema_schedule,
+        )
+        return lr, momentum
+
+    def step(self, batch: TwoViewBatch, *, inspect: Callable[[], None] | None = None) -> MoCoV3Output:
+        """One optimizer step. Nothing here waits for the device.
+
+        Args:
+            batch: this rank's part of the global batch.
+            inspect: called between backward and update, when the gradients are there.
+
+        Returns:
+            This rank's loss, queries and keys.
+        """
+        lr, momentum = self.schedule(self.step_count)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.objective.update_momentum_encoder(momentum)
+        dtype = torch.float64 if self.precision == "fp64" else torch.float32
+        view1, view2 = (view.to(self.world.device, dtype, non_blocking=True) for view in (batch.view1, batch.view2))
+        with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            output: MoCoV3Output = self.parallel(view1, view2)
+        self.optimizer.zero_grad(set_to_none=True)
+        output.loss.backward()  # type: ignore[no-untyped-call]
+        if inspect is not None:
+            inspect()
+        self.optimizer.step()
+        self.step_count += 1
+        return output
+
+    def run(self, max_steps: int | None = None) -> int:
+        """Train until the last step or a signal; save and return the exit code.
+
+        Args:
+            max_steps: stop after this many steps of this call, saving nothing: for measurements.
+
+        Returns:
+            `EXIT_FINISHED`, or `EXIT_STOPPED` after SIGTERM or SIGINT, with the state saved.
+        """
+        recorder = self.recorder
+        assert recorder is not None
+        last = self.resolved.total_steps
+        if max_steps is not None:
+            last = min(last, self.step_count + max_steps)
+        if max_steps is None and self.step_count >= last:
+            recorder.event(f"this run is finished already; its {last} steps are in {self.folder.checkpoints}")
+            return EXIT_FINISHED
+        with StopSignal() as stop:
+            self._measure_knn(force=self.step_count == 0)
+            while self.step_count < last:
+                if self._asked_to_stop(stop):
+                    self._save(force=True)
+                    recorder.event(f"{stop.received or 'a peer was asked to stop'}: saved step {self.step_count}")
+                    return EXIT_STOPPED
+                self._one_step(recorder)
+                self._measure_knn(force=self.step_count == self.resolved.total_steps)
+                if max_steps is None:
+                    self._save(force=self.step_count == last)
+        if max_steps is None:
+            recorder.event(f"finished after {last} steps; the model is in {self.folder.checkpoints}")
+        return EXIT_FINISHED
+
+    def _asked_to_stop(self, stop: StopSignal) -> bool:
+        """Whether to stop here. Several CUDA processes agree at log steps only, because asking waits for the device."""
+        free = self.world.world_size == 1 or self.world.device.type == "cpu"
+        return (free or self.step_count % self.config.log_every_steps == 0) and stop.agreed(self.world.device)
+
+    def _one_step(self, recorder: Recorder) -> None:
+        """Fetch, step, record. Only logged steps read numbers back from the device."""
+        try:
+            batch = self.loader.next()
+        except (ShardError, BadImageError):
+            if self.world.world_size == 1:
+                self._save(force=True)
+            raise
+        number = self.step_count + 1
+        lr, momentum = self.schedule(self.step_count)
+        output = self.step(batch, inspect=lambda: recorder.gradients(number, self.objective))
+        recorder.stepped(self.loader.wait_seconds)
+        if self._logs(number):
+            loss = recorder.log(number, output.loss, output.q1, output.k2, lr=lr, ema_momentum=momentum)
+            if not math.isfinite(loss):
+                raise RunError(
+                    f"the loss is {loss} at step {number}; the last good state is step {self._saved_step} in "
+                    f"{self.folder.checkpoints}. Lower --optim.lr or lengthen --optim.warmup-epochs in a new --out"
+                )
+
+    def _logs(self, step: int) -> bool:
+        """Whether a step is logged: every so many, the first and the last."""
+        return step % self.config.log_every_steps == 0 or step in (1, self.resolved.total_steps)
+
+    def _measure_knn(self, *, force: bool) -> None:
+        """A kNN measurement if one is due and within its time budget."""
+        if self.knn is None or self.recorder is None:
+            return
+        epoch = self.step_count / self.resolved.steps_per_epoch
+        if force or (self._logs(self.step_count) and self.knn.is_due(epoch)):
+            with self.recorder.paused():
+                accuracy = self.knn.measure(self.objective.encoder, epoch)
+            self.recorder.knn(self.step_count, accuracy)
+
+    def _save(self, *, force: bool) -> None:
+        """Write a checkpoint if one is due. Rank 0 decides by its clock and writes; the state is equal on all ranks."""
+        rules = self.config.checkpoint
+        by_steps = rules.every_steps > 0 and self.step_count % rules.every_steps == 0
+        by_clock = time.monotonic() - self._saved_at >= rules.every_minutes * 60
+        if not (force or by_steps or by_clock) or self._saved_step == self.step_count:
+            return
+        if self.world.rank == 0 and self.recorder is not None:
+            state: Mapping[str, Any] = {
+                "config": to_json(self.config),
+                "resolved": self._describe(),
+                "data": self.loader.state_dict(),
+                "knn": self.knn.state_dict() if self.knn is not None else {},
+            }
+            tensors = training_state.collect(self.objective, self.optimizer)
+            training_state.require_finite(tensors)
+            with self.recorder.paused():
+                save_checkpoint(
+                    self.folder.checkpoints, step=self.step_count, tensors=tensors, state=state, keep=rules.keep
+                )
+        if force and self.world.world_size > 1:
+            dist.barrier()  # a launcher that sees one rank end may end the others: none may before the state is saved
+        self._saved_step, self._saved_at = self.step_count, time.monotonic()
+
+    def close(self) -> None:
+        """Stop the loader, close the records, give the folder back. Safe to call twice."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.folder.release)
+            if self.recorder is not None:
+                stack.callback(self.recorder.close)
+            stack.callback(self.loader.close)

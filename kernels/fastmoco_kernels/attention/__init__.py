@@ -1,0 +1,1 @@
+"""Multi-head self-attention, and the choice of who computes it: see `op.py`."""

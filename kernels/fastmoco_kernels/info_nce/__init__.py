@@ -1,0 +1,1 @@
+"""InfoNCE of normalised queries against normalised keys: see `op.py`."""

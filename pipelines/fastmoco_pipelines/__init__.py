@@ -1,0 +1,75 @@
+"""Shards of images -> two augmented views of every image, on the device.
+
+Pack images into shards with ``pack_folder``, describe the views with ``ViewSpec`` and the batches with ``LoaderSpec``,
+and iterate over ``build_loader(spec)``. A name is imported when it is first used: describing views needs no torch,
+DALI is imported when a loader is built, webdataset when shards are packed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastmoco_pipelines.batch import EvalBatch, TwoViewBatch
+    from fastmoco_pipelines.culprit import BadImageError
+    from fastmoco_pipelines.eval_loader import EvalLoader, build_eval_loader
+    from fastmoco_pipelines.index import IndexReport, ShardError, index_shards
+    from fastmoco_pipelines.loader import Loader, build_loader
+    from fastmoco_pipelines.order import epoch_order, rank_slice, steps_per_epoch
+    from fastmoco_pipelines.pack import PackReport, pack_folder
+    from fastmoco_pipelines.samples import pack_digits
+    from fastmoco_pipelines.shards import ShardSet, expand_shards
+    from fastmoco_pipelines.spec import EvalSpec, LoaderSpec, ViewSpec, moco_v3_views
+    from fastmoco_pipelines.synthetic import SyntheticLoader
+
+__all__ = [
+    "BadImageError",
+    "EvalBatch",
+    "EvalLoader",
+    "EvalSpec",
+    "IndexReport",
+    "Loader",
+    "LoaderSpec",
+    "PackReport",
+    "ShardError",
+    "ShardSet",
+    "SyntheticLoader",
+    "TwoViewBatch",
+    "ViewSpec",
+    "build_eval_loader",
+    "build_loader",
+    "epoch_order",
+    "expand_shards",
+    "index_shards",
+    "moco_v3_views",
+    "pack_digits",
+    "pack_folder",
+    "rank_slice",
+    "steps_per_epoch",
+]
+
+_HOMES = {
+    "batch": ("EvalBatch", "TwoViewBatch"),
+    "culprit": ("BadImageError",),
+    "eval_loader": ("EvalLoader", "build_eval_loader"),
+    "index": ("IndexReport", "ShardError", "index_shards"),
+    "loader": ("Loader", "build_loader"),
+    "order": ("epoch_order", "rank_slice", "steps_per_epoch"),
+    "pack": ("PackReport", "pack_folder"),
+    "samples": ("pack_digits",),
+    "shards": ("ShardSet", "expand_shards"),
+    "spec": ("EvalSpec", "LoaderSpec", "ViewSpec", "moco_v3_views"),
+    "synthetic": ("SyntheticLoader",),
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

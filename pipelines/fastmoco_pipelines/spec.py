@@ -1,0 +1,146 @@
+"""What a view is and what a loader delivers: inert, validated data. No torch, no DALI, nothing random.
+
+Equation and number source: Chen, Xie, He 2021 (MoCo v3), the asymmetric augmentation pair of BYOL. Strengths follow
+torchvision's conventions: a strength s means a factor drawn uniformly from [1 - s, 1 + s]; hue is a share of a full turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def require(condition: bool, name: str, value: object, rule: str) -> None:
+    """Raise the one form of configuration error: which field, what it holds, what it must hold.
+
+    Raises:
+        ValueError: if ``condition`` is false.
+    """
+    if not condition:
+        raise ValueError(f"{name}={value!r}: {rule}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewSpec:
+    """How one augmented view is cut from one decoded image. Order of operations: crop and resize, brightness, contrast
+    about the image's grey mean, saturation, hue, greyscale, Gaussian blur, solarize, horizontal flip, normalise."""
+
+    size: int = 224
+    """Output height and width in pixels."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the image's area that the crop window covers (moco-v3: 0.08 for ViT, 0.2 for ResNet)."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest width / height of the crop window, drawn uniformly in the logarithm."""
+    flip_probability: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter_probability: float = 0.8
+    """Probability that brightness, contrast, saturation and hue are changed at all."""
+    brightness: float = 0.4
+    """Brightness strength."""
+    contrast: float = 0.4
+    """Contrast strength."""
+    saturation: float = 0.2
+    """Saturation strength."""
+    hue: float = 0.1
+    """Hue strength, in turns: 0.1 shifts by up to 36 degrees either way; at most 0.5."""
+    grayscale_probability: float = 0.2
+    """Probability that the view loses its colour."""
+    blur_probability: float = 1.0
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Smallest and largest standard deviation of the blur, in output pixels (made for 224: scale it with ``size``)."""
+    solarize_probability: float = 0.0
+    """Probability that pixels at or above ``solarize_threshold`` are inverted."""
+    solarize_threshold: int = 128
+    """Level, 0 to 255, from which solarize inverts."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Per-channel mean subtracted after scaling to [0, 1]."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Per-channel standard deviation divided by."""
+
+    def __post_init__(self) -> None:
+        require(self.size >= 1, "size", self.size, "a view is at least 1 pixel wide")
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, "crop_scale", self.crop_scale, "needs 0 < smallest <= largest <= 1")
+        low, high = self.crop_ratio
+        require(0 < low <= high, "crop_ratio", self.crop_ratio, "needs 0 < smallest <= largest")
+        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+            value = getattr(self, f"{name}_probability")
+            require(0 <= value <= 1, f"{name}_probability", value, "a probability lies in [0, 1]")
+        for name in ("brightness", "contrast", "saturation"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, name, value, "a strength lies in [0, 1]")
+        require(0 <= self.hue <= 0.5, "hue", self.hue, "a hue strength lies in [0, 0.5] turns")
+        low, high = self.blur_sigma
+        require(0 < low <= high, "blur_sigma", self.blur_sigma, "needs 0 < smallest <= largest, in pixels")
+        require(
+            0 <= self.solarize_threshold <= 255, "solarize_threshold", self.solarize_threshold, "a level is 0 to 255"
+        )
+        require(all(s > 0 for s in self.std), "std", self.std, "every channel's deviation is positive")
+
+
+def moco_v3_views(size: int = 224, *, crop_min: float = 0.08) -> tuple[ViewSpec, ViewSpec]:
+    """The asymmetric pair of MoCo v3: view 1 is always blurred, view 2 rarely blurred and sometimes solarized.
+
+    Args:
+        size: output height and width in pixels. The blur, defined at 224, is scaled with it.
+        crop_min: smallest share of the image's area a crop covers.
+    """
+    sigma = (0.1 * size / 224, 2.0 * size / 224)
+    view1 = ViewSpec(size=size, crop_scale=(crop_min, 1.0), blur_sigma=sigma, blur_probability=1.0)
+    view2 = ViewSpec(
+        size=size, crop_scale=(crop_min, 1.0), blur_sigma=sigma, blur_probability=0.1, solarize_probability=0.2
+    )
+    return view1, view2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderSpec:
+    """What a training loader delivers: which shards, which views, how many at a time, and where."""
+
+    shards: str
+    """Shard tars: a path, a glob (``train-*.tar``), a brace pattern (``train-{000000..000099}.tar``), or a folder."""
+    view1: ViewSpec = field(default_factory=lambda: moco_v3_views()[0])
+    """The first view."""
+    view2: ViewSpec = field(default_factory=lambda: moco_v3_views()[1])
+    """The second view."""
+    global_batch_size: int
+    """Images of one step over all ranks; every rank gets an equal part."""
+    seed: int = 0
+    """Seed of the order and of every augmentation draw."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Where DALI decodes and augments."""
+    threads: int = 2
+    """DALI worker threads of this process."""
+    prefetch: int = 2
+    """Finished batches kept ready ahead of the trainer."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.shards.strip()), "shards", self.shards, "name the shard tars, e.g. data/train-*.tar")
+        require(self.global_batch_size >= 2, "global_batch_size", self.global_batch_size, "needs at least 2 images")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "needs a whole number from 0 to 2**63 - 1")
+        require(self.device in ("cpu", "gpu"), "device", self.device, 'is "cpu" or "gpu"')
+        require(self.threads >= 1, "threads", self.threads, "needs at least one thread")
+        require(self.prefetch >= 1, "prefetch", self.prefetch, "keeps at least one batch ready")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSpec:
+    """How a held-out image is shown to the encoder: shorter side to ``resize``, centre crop of ``size``, normalise."""
+
+    size: int = 224
+    """Output height and width in pixels."""
+    resize: int = 256
+    """Length of the shorter side before the crop, in pixels; equal to ``size`` for images that small already."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Per-channel mean subtracted after scaling to [0, 1]."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Per-channel standard deviation divided by."""
+
+    def __post_init__(self) -> None:
+        require(self.size >= 1, "size", self.size, "an image is at least 1 pixel wide")
+        require(self.resize >= self.size, "resize", self.resize, f"the shorter side cannot be below size={self.size}")
+        require(all(s > 0 for s in self.std), "std", self.std, "every channel's deviation is positive")

@@ -1,0 +1,53 @@
+"""Shared by every test: golden numbers, and uninitialised memory that is NaN instead of whatever lay there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    """Reads one golden archive by name; see tests/golden/README.md for every array."""
+
+    def read(name: str) -> dict[str, np.ndarray]:
+        with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+
+    return read
+
+
+@pytest.fixture(autouse=True)
+def nan_poisoned_memory() -> Iterator[None]:
+    """`torch.empty` gives NaN, so that a path that forgets to write a value fails instead of passing by luck."""
+    deterministic, fill = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests are counted as skipped where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> tuple[str, str]:
+    """Patterns of the training and the held-out shards."""
+    from fastmoco_pipelines import pack_digits
+
+    return pack_digits(tmp_path_factory.mktemp("digits"), seed=0)

@@ -1,0 +1,25 @@
+"""A run that trains on digits in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fastmoco.config import Config
+from fastmoco.recipes import quickstart_digits
+
+
+@pytest.fixture(scope="session")
+def small_run(digits) -> Config:
+    """Five steps an epoch, every step logged, a checkpoint every third step."""
+    config = quickstart_digits()
+    return replace(
+        config,
+        epochs=3,
+        threads=1,
+        log_every_steps=1,
+        data=replace(config.data, shards=digits[0]),
+        knn=replace(config.knn, every_epochs=0),
+        checkpoint=replace(config.checkpoint, every_steps=3),
+    )

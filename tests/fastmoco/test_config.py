@@ -1,0 +1,104 @@
+"""Configs refuse what cannot be, travel through JSON unchanged, and say what differs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from fastmoco.config import CheckpointConfig, Config, KnnConfig, ModelConfig, ObjectiveConfig, OptimConfig, resolve
+from fastmoco.config_json import differences, flatten, from_json, to_json
+from fastmoco.recipes import RECIPES, get_recipe, with_image_size
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_travel_through_json(name):
+    config = get_recipe(name)
+    assert config.recipe == name
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_the_official_numbers():
+    config = get_recipe("vit_b16_e300_b4096")
+    assert (config.model.architecture, config.epochs, config.global_batch_size) == ("vit_base", 300, 4096)
+    assert config.peak_lr == pytest.approx(2.4e-3)
+    assert (config.optim.weight_decay, config.optim.warmup_epochs, config.objective.temperature) == (0.1, 40, 0.2)
+    assert (config.objective.ema_momentum, config.objective.ema_schedule) == (0.99, "cosine")
+    view1, view2 = config.data.view1, config.data.view2
+    assert (view1.blur_probability, view2.blur_probability) == (1.0, 0.1)
+    assert (view1.solarize_probability, view2.solarize_probability) == (0.0, 0.2)
+    assert view1.crop_scale == (0.08, 1.0)
+    assert config.eval_spec().resize == 256
+
+
+def test_a_wrong_recipe_name_gets_the_nearest():
+    with pytest.raises(ValueError, match="did you mean vit_s16_e300_b1024"):
+        get_recipe("vit_s16_e300_b1023")
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: ModelConfig(image_size=100), r"image_size=100: must be a multiple of patch_size=16"),
+        (lambda: ModelConfig(architecture="vit_huge"), "architecture='vit_huge'"),
+        (lambda: ObjectiveConfig(temperature=0), "temperature=0: must be positive"),
+        (lambda: ObjectiveConfig(ema_momentum=1.1), "ema_momentum=1.1"),
+        (lambda: OptimConfig(lr=-1), "lr=-1"),
+        (lambda: OptimConfig(betas=(0.9, 1.0)), "betas"),
+        (lambda: KnnConfig(k=0), "k=0"),
+        (lambda: CheckpointConfig(keep=0), "keep=0"),
+        (lambda: Config(epochs=0), "epochs=0"),
+        (lambda: Config(epochs=10), r"optim.warmup_epochs=40: must be at most epochs=10"),
+        (lambda: Config(global_batch_size=1), "global_batch_size=1"),
+        (lambda: Config(model=ModelConfig(image_size=32)), r"data.view1.size=224: must be model.image_size=32"),
+    ],
+)
+def test_errors_name_field_value_and_rule(build, text):
+    with pytest.raises(ValueError, match=text):
+        build()
+
+
+def test_resolve_counts_whole_batches():
+    config = replace(get_recipe("vit_s16_e300_b1024"), epochs=90)
+    resolved = resolve(config, world_size=8, sample_count=1_281_167)
+    assert (resolved.steps_per_epoch, resolved.total_steps, resolved.local_batch_size) == (1251, 112_590, 128)
+    assert resolved.peak_lr == pytest.approx(6e-4)
+
+
+def test_resolve_refuses_worlds_and_sets_that_do_not_fit():
+    config = get_recipe("vit_s16_e300_b1024")
+    with pytest.raises(ValueError, match="global_batch_size=1024: must be a multiple of the 3 processes"):
+        resolve(config, world_size=3, sample_count=5000)
+    with pytest.raises(ValueError, match="at most the 1000 images"):
+        resolve(config, world_size=1, sample_count=1000)
+
+
+def test_differences_name_what_changes_training_and_nothing_else():
+    config = get_recipe("quickstart_digits")
+    assert differences(config, config) == []
+    free = replace(
+        config, threads=7, log_every_steps=1, knn=KnnConfig(k=5), data=replace(config.data, shards="elsewhere")
+    )
+    assert differences(config, free) == []
+    other = replace(config, seed=1, optim=replace(config.optim, lr=1.0))
+    assert differences(config, other) == ["seed: 0 -> 1", "optim.lr: 0.0015 -> 1.0"]
+
+
+def test_unknown_fields_are_refused_by_name():
+    data = to_json(Config())
+    data["optim"]["learning_rate"] = 1.0
+    with pytest.raises(ValueError, match=r"config.optim=\['learning_rate'\]"):
+        from_json(data)
+
+
+def test_flatten_spells_names_as_the_command_line_does():
+    flat = flatten(Config())
+    assert flat["data.view2.solarize_probability"] == 0.2
+    assert all(not isinstance(value, dict) for value in flat.values())
+
+
+def test_another_image_size_carries_views_and_blur_along():
+    config = with_image_size(get_recipe("vit_s16_e300_b1024"), 112)
+    assert config.data.view1.size == config.data.view2.size == config.model.image_size == 112
+    assert config.data.view1.blur_sigma == pytest.approx((0.05, 1.0))

@@ -1,0 +1,89 @@
+"""What a run tells: means over the interval, peaks of the gradients, events of the detectors."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastmoco.config import resolve
+from fastmoco.distributed.mesh import World
+from fastmoco.recipes import get_recipe
+from fastmoco.run_folder import RunFolder
+from fastmoco.telemetry.recorder import Recorder
+from fastmoco.telemetry.stability import ForgettingDetector
+
+
+def _recorder(folder):
+    config = get_recipe("quickstart_digits")
+    resolved = resolve(config, world_size=1, sample_count=1437)
+    return Recorder(config, resolved, RunFolder(folder), World(), start_step=0)
+
+
+def _rows(recorder, tmp_path):
+    recorder.close()
+    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def _with_gradient(module: nn.Module, size: float) -> nn.Module:
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, size)
+    return module
+
+
+def test_a_spike_between_two_log_lines_shows_in_the_curve(tmp_path):
+    recorder = _recorder(tmp_path)
+    model = nn.Linear(4, 1, bias=False)
+    for step, size in enumerate((1.0, 50.0, 2.0), start=1):
+        recorder.gradients(step, _with_gradient(model, size))
+        recorder.stepped(0.0)
+    q = torch.randn(8, 64)
+    recorder.log(3, torch.tensor(2.5), q, q, lr=0.1, ema_momentum=0.9)
+    row = _rows(recorder, tmp_path)[0]
+    assert row["gradient_norm/total"] == pytest.approx(100.0)
+    assert (row["loss"], row["lr"], row["ema_momentum"]) == (2.5, 0.1, 0.9)
+    assert row["cosine/positive"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("order", [(1.0, math.nan, 2.0), (math.nan, 1.0, 2.0), (1.0, 2.0, math.nan)])
+def test_a_gradient_that_is_not_finite_is_never_hidden(tmp_path, capsys, order):
+    recorder = _recorder(tmp_path)
+    for step, size in enumerate(order, start=1):
+        recorder.gradients(step, _with_gradient(nn.Linear(4, 1), size))
+        recorder.stepped(0.0)
+    q = torch.randn(8, 64)
+    recorder.log(3, torch.tensor(2.5), q, q, lr=0.1, ema_momentum=0.9)
+    assert _rows(recorder, tmp_path)[0]["gradient_norm/total"] is None
+    assert "gradient of total is nan" in capsys.readouterr().out
+
+
+def test_a_constant_encoder_raises_the_alarm_within_ten_steps(tmp_path, capsys):
+    recorder = _recorder(tmp_path)
+    healthy, constant = torch.randn(8, 64), torch.ones(8, 64)
+    for step in range(1, 11):
+        q = healthy if step < 3 else constant
+        recorder.gradients(step, _with_gradient(nn.Linear(4, 1), 1.0))
+        recorder.stepped(0.0)
+        recorder.log(step, torch.tensor(1.0), q, q, lr=0.1, ema_momentum=0.9)
+    text = capsys.readouterr().out
+    assert "collapsing" in text
+    assert "the encoder has collapsed" in text
+
+
+def test_forgetting_is_noticed_once_and_only_after_learning():
+    detector = ForgettingDetector()
+    assert [detector.observe(step, 0.001, 0.0) for step in range(10)] == [None] * 10
+    assert detector.observe(10, 0.5, 0.0) is None
+    events = [detector.observe(step, 0.3, 0.3) for step in range(11, 20)]
+    assert [event is not None for event in events] == [False, False, True] + [False] * 6
+
+
+def test_knn_dips_are_said(tmp_path, capsys):
+    recorder = _recorder(tmp_path)
+    for step, accuracy in ((0, 0.5), (10, 0.8), (20, 0.7)):
+        recorder.knn(step, accuracy)
+    assert "kNN fell to 70.0%" in capsys.readouterr().out
+    assert [row["knn"] for row in _rows(recorder, tmp_path)] == [0.5, 0.8, 0.7]

@@ -1,0 +1,237 @@
+"""The run as a whole: it learns, it continues bit for bit, it refuses what is not the same run, it stops when asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmoco import resume, setup_run
+from fastmoco.checkpoint import load_latest
+from fastmoco.config import Config
+from fastmoco.config_json import flatten
+from fastmoco.distributed.mesh import World
+from fastmoco.errors import RunError
+from fastmoco.objectives.reference import plain_forward
+from fastmoco.recipes import quickstart_digits
+from fastmoco.run_folder import RunFolder
+from fastmoco.trainer import Trainer
+
+WORLD = World()
+
+
+def _train(config: Config, out: Path) -> int:
+    trainer = Trainer.build(config, out, WORLD)
+    try:
+        return trainer.run()
+    finally:
+        trainer.close()
+
+
+def _losses(out: Path) -> list[tuple[int, float]]:
+    return RunFolder(out).read_metric("loss")
+
+
+def _command(config: Config, out: Path) -> list[str]:
+    """The command line of a run that differs from the recipe in a few plain fields."""
+    start, wanted = flatten(quickstart_digits()), flatten(config)
+    words = [
+        word
+        for name, value in wanted.items()
+        if value != start[name]
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    return ["-m", "fastmoco", "train", "quickstart_digits", "--out", str(out), *words]
+
+
+def _start(config: Config, out: Path, *launcher: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, *_command(config, out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def _wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not any(at >= step for at, _ in _losses(out)):
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole(small_run, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    assert _train(small_run, out) == 0
+    return out
+
+
+def test_a_run_logs_every_step_and_its_loss_falls(whole):
+    losses = _losses(whole)
+    assert [step for step, _ in losses] == list(range(1, 16))
+    assert losses[-1][1] < losses[0][1] - 0.1
+    row = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"lr", "ema_momentum", "images_per_s", "wait_share", "feature_std", "gradient_norm/total"} <= set(row)
+    saved = json.loads((whole / "config.json").read_text())
+    assert saved["resolved"]["total_steps"] == 15
+    assert saved["resolved"]["versions"]["torch"] == torch.__version__
+
+
+# before the first checkpoint; right after one; late. Where exactly the kill falls is the machine's choice.
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 4, 11])
+def test_killed_at_any_step_it_continues_bit_for_bit(small_run, whole, tmp_path, step):
+    process = _start(small_run, tmp_path, "-X", "faulthandler")
+    _wait_for_step(process, tmp_path, step)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert _losses(tmp_path)[-1][0] < 15
+    assert _train(small_run, tmp_path) == 0
+    assert _losses(tmp_path) == _losses(whole)
+    ours, theirs = load_latest(tmp_path / "checkpoints"), load_latest(whole / "checkpoints")
+    assert ours is not None
+    assert theirs is not None
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    assert all(torch.equal(ours.tensors[name], theirs.tensors[name]) for name in ours.tensors)
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_the_step_saves_and_exits_with_75(small_run, whole, tmp_path):
+    config = replace(small_run, checkpoint=replace(small_run.checkpoint, every_steps=0))
+    process = _start(config, tmp_path)
+    _wait_for_step(process, tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, text
+    assert "SIGTERM: saved step" in text
+    assert _train(config, tmp_path) == 0
+    assert _losses(tmp_path) == _losses(whole)
+
+
+# fp64 at the recipe's learning rate: a real difference would show, rounding cannot. fp32 at a learning rate too small for
+# AdamW to turn rounding noise into whole steps (its first updates have the size of lr however small the gradient).
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "lr", "tolerance"), [("fp64", 1.5e-3, 1e-8), ("fp32", 1e-6, 1e-5)])
+def test_two_processes_train_to_the_losses_of_one(small_run, digits, tmp_path, precision, lr, tolerance):
+    knn = replace(small_run.knn, every_epochs=3, test_shards=digits[1], max_share=1.0)
+    config = replace(small_run, precision=precision, knn=knn, optim=replace(small_run.optim, lr=lr))
+    assert _train(config, tmp_path / "one") == 0
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable)
+    process = _start(config, tmp_path / "two", *launcher)
+    text, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, text
+    one, two = _losses(tmp_path / "one"), _losses(tmp_path / "two")
+    assert [step for step, _ in two] == [step for step, _ in one] == list(range(1, 16))
+    assert max(abs(a - b) for (_, a), (_, b) in zip(one, two, strict=True)) < tolerance
+    accuracies = [RunFolder(tmp_path / name).read_metric("knn") for name in ("one", "two")]
+    assert accuracies[0] == accuracies[1]
+    assert [step for step, _ in accuracies[0]] == [0, 15]
+
+
+def test_a_finished_run_has_nothing_left_to_do(small_run, whole):
+    before = (whole / "metrics.jsonl").read_text()
+    assert _train(small_run, whole) == 0
+    assert (whole / "metrics.jsonl").read_text() == before
+
+
+def test_another_config_is_refused_by_its_fields(small_run, whole):
+    changed = replace(small_run, seed=1, optim=replace(small_run.optim, lr=1.0))
+    with pytest.raises(RunError, match=r"seed: 0 -> 1; optim.lr: 0.0015 -> 1.0"):
+        Trainer.build(changed, whole, WORLD)
+
+
+def test_other_images_are_refused(small_run, whole, digits):
+    with pytest.raises(RunError, match="other images"):
+        Trainer.build(replace(small_run, data=replace(small_run.data, shards=digits[1])), whole, WORLD)
+
+
+def test_the_twin_moves_before_the_optimizer_and_by_the_schedule(small_run, tmp_path):
+    """One step by the class against one step by the book, in float64."""
+    config = replace(small_run, precision="fp64")
+    trainer = Trainer.build(config, tmp_path, WORLD)
+    try:
+        objective = trainer.objective
+        twin = setup_run.build_objective(config, torch.device("cpu"))
+        optimizer = setup_run.build_optimizer(config, twin)
+        batch = trainer.loader.next()
+        batch = replace(batch, view1=batch.view1.double(), view2=batch.view2.double())
+        for step in range(2):
+            lr, momentum = trainer.schedule(step)
+            trainer.step_count = step
+            output = trainer.step(batch)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            with torch.no_grad():
+                pairs = zip(twin.momentum_encoder.parameters(), twin.encoder.parameters(), strict=True)
+                for average, source in pairs:
+                    average.copy_(momentum * average + (1 - momentum) * source)
+            plain = plain_forward(twin, batch.view1, batch.view2)
+            optimizer.zero_grad()
+            plain.loss.backward()
+            optimizer.step()
+            assert abs(output.loss.item() - plain.loss.item()) < 1e-12
+        for name, value in objective.momentum_encoder.state_dict().items():
+            torch.testing.assert_close(value, twin.momentum_encoder.state_dict()[name], rtol=0, atol=1e-12)
+    finally:
+        trainer.close()
+
+
+def test_knn_rises_while_training(small_run, digits, tmp_path):
+    knn = replace(small_run.knn, every_epochs=4, test_shards=digits[1], max_share=1.0)
+    config = replace(small_run, epochs=8, log_every_steps=10, knn=knn)
+    assert _train(config, tmp_path) == 0
+    history = RunFolder(tmp_path).read_metric("knn")
+    assert [step for step, _ in history] == [0, 20, 40]
+    assert history[-1][1] > history[0][1] + 0.05
+
+
+def test_another_precision_is_refused_even_if_auto_chose_it(small_run, whole, monkeypatch):
+    monkeypatch.setattr(setup_run, "choose_precision", lambda *_: "bf16")
+    with pytest.raises(RunError, match=r"precision on this machine: 'fp32' -> 'bf16' \(give --precision fp32\)"):
+        Trainer.build(small_run, whole, WORLD)
+
+
+def test_another_number_of_threads_is_reported(small_run, whole, capsys):
+    trainer = Trainer.build(replace(small_run, threads=2), whole, WORLD)
+    trainer.close()
+    assert "another machine: threads 1 -> 2" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(small_run, tmp_path, monkeypatch):
+    rules = replace(small_run.checkpoint, every_steps=1)
+    trainer = Trainer.build(replace(small_run, checkpoint=rules), tmp_path, WORLD)
+    good = trainer.loader.next
+    poison = {4}
+
+    def next_batch():
+        batch = good()
+        if batch.step in poison:
+            batch.view1[0, 0, 0, 0] = float("nan")
+        return batch
+
+    monkeypatch.setattr(trainer.loader, "next", next_batch)
+    try:
+        with pytest.raises(RunError, match=r"the loss is nan at step 5; the last good state is step 4"):
+            trainer.run()
+        with pytest.raises(RunError, match="is not finite: this state is not saved"):
+            trainer._save(force=True)
+    finally:
+        trainer.close()
+    checkpoint = load_latest(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.step == 4
+
+
+def test_ranks_that_see_different_folders_are_refused(monkeypatch):
+    """As on two machines whose --out is a disk of their own: one finds step 6, the other nothing."""
+    monkeypatch.setattr(resume, "gather_rows", lambda rows, device: torch.tensor([int(rows[0]), 6]))
+    with pytest.raises(RunError, match=r"different steps, \[0, 6\]: every rank must see the same --out"):
+        resume.require_same_step(None, WORLD)

@@ -1,0 +1,89 @@
+"""Objectives with golden weights, shared by the tests of one process and of several."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmoco.models import VisionTransformer
+from fastmoco.objectives import MoCoV3
+
+
+def our_name(golden_name: str) -> str:
+    """Golden files call the query side base_encoder."""
+    return golden_name.removeprefix("base_") if golden_name.startswith("base_encoder.") else golden_name
+
+
+def build_golden(data: dict[str, np.ndarray]) -> MoCoV3:
+    """The float64 objective of step.npz or trace.npz; without a stored momentum encoder it is the encoder's copy."""
+    image_size, patch_size, embed_dim, depth, num_heads, hidden_dim, projection_dim = data["cfg"].tolist()
+    build = partial(
+        VisionTransformer,
+        image_size=image_size,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+    )
+    objective = MoCoV3(
+        build, projection_dim=projection_dim, hidden_dim=hidden_dim, temperature=float(data["T"])
+    ).double()
+    weights = {our_name(k[5:]): torch.from_numpy(v) for k, v in data.items() if k.startswith("init/")}
+    if not any(name.startswith("momentum_encoder.") for name in weights):
+        weights |= {f"momentum_{n}": v for n, v in weights.items() if n.startswith("encoder.")}
+    missing, unexpected = objective.load_state_dict(weights, strict=False)
+    assert missing == ["encoder.pos_embed", "momentum_encoder.pos_embed"]
+    assert unexpected == []
+    return objective
+
+
+def rough_objective(*, stem: str = "patch", freeze: bool = True, depth: int = 2) -> MoCoV3:
+    """A small float64 objective, encoders apart, with every norm, bias and running average off its starting value."""
+    build = partial(
+        VisionTransformer,
+        image_size=32 if stem == "conv" else 16,
+        patch_size=16 if stem == "conv" else 4,
+        embed_dim=32,
+        depth=depth,
+        num_heads=4,
+        stem=stem,
+        freeze_patch_embed=freeze,
+    )
+    objective = MoCoV3(build, projection_dim=12, hidden_dim=40).double()
+    with torch.no_grad():
+        for name, parameter in objective.named_parameters():
+            if "pos_embed" not in name and (parameter.requires_grad or "patch_embed" not in name):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in objective.named_buffers():
+            if "running" in name:
+                buffer.add_(torch.rand_like(buffer))
+    return objective
+
+
+def random_views(objective: MoCoV3, batch: int = 6) -> tuple[Tensor, Tensor]:
+    """Two float64 views of the size the objective takes."""
+    side = objective.encoder.image_size
+    view1, view2 = torch.randn(2, batch, 3, side, side, dtype=torch.float64).unbind()
+    return view1, view2
+
+
+def train_step(
+    objective: MoCoV3,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    *,
+    lr: float,
+    ema_momentum: float,
+    forward: torch.nn.Module | None = None,
+) -> Tensor:
+    """One step in the order of the method, through ``forward`` where that is a wrapper; returns the loss."""
+    optimizer.param_groups[0]["lr"] = lr
+    objective.update_momentum_encoder(ema_momentum)
+    loss: Tensor = (forward or objective)(*batch).loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()

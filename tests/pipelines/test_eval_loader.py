@@ -1,0 +1,89 @@
+"""The evaluation loader: every image once, in manifest order, on any number of ranks."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastmoco_pipelines.culprit import BadImageError
+from fastmoco_pipelines.eval_loader import build_eval_loader
+from fastmoco_pipelines.index import build_index, write_index
+from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.spec import EvalSpec
+
+SPEC = EvalSpec(size=16, resize=18)
+
+
+def take(packed, **options):
+    with build_eval_loader(str(packed), SPEC, **{"batch_size": 16, "threads": 1} | options) as loader:
+        batches = list(loader)
+    ids = np.concatenate([batch.sample_ids for batch in batches]) if batches else np.array([], np.int64)
+    return ids, batches
+
+
+def test_every_image_comes_once_in_order(packed):
+    ids, batches = take(packed)
+    assert np.array_equal(ids, np.arange(45))
+    assert [tuple(batch.images.shape) for batch in batches] == [(16, 3, 16, 16)] * 2 + [(13, 3, 16, 16)]
+    labels = np.concatenate([batch.labels for batch in batches])
+    assert np.array_equal(labels, ShardSet.open(str(packed)).labels)
+
+
+def test_it_can_be_iterated_again_and_left_early(packed):
+    with build_eval_loader(str(packed), SPEC, batch_size=16) as loader:
+        assert (len(loader), loader.classes) == (45, ("cat", "dog", "owl"))
+        next(iter(loader))
+        first, second = list(loader), list(loader)
+        assert all(torch.equal(a.images, b.images) for a, b in zip(first, second, strict=True))
+        assert len(first) == 3
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 50])
+def test_ranks_share_the_set(packed, world_size):
+    parts = [take(packed, rank=rank, world_size=world_size) for rank in range(world_size)]
+    sizes = [len(ids) for ids, _ in parts]
+    assert max(sizes) - min(sizes) <= 1
+    assert np.array_equal(np.concatenate([ids for ids, _ in parts]), np.arange(45))
+    if world_size == 2:
+        whole = torch.cat([batch.images for batch in take(packed)[1]])
+        assert torch.equal(torch.cat([batch.images for _, batches in parts for batch in batches]), whole)
+
+
+def test_limit_takes_images_from_everywhere(packed):
+    assert take(packed, limit=5)[0].tolist() == [0, 9, 18, 27, 36]
+    assert len(build_eval_loader(str(packed), SPEC, batch_size=4, limit=5, world_size=2)) == 5
+    assert len(take(packed, limit=1000)[0]) == 45
+
+
+def test_an_image_that_cannot_be_decoded_is_named(packed, tmp_path):
+    folder = Path(shutil.copytree(packed, tmp_path / "set"))
+    with ShardSet.open(str(folder)) as shards:
+        bad = next(i for i in range(45) if shards.describe(i).endswith("png"))
+        name, start, size = shards.describe(bad), int(shards._offset[bad]), int(shards._size[bad])
+    tar = folder / name.split(":")[0]
+    raw = bytearray(tar.read_bytes())
+    raw[start + size // 2 : start + size - 12] = bytes(size - 12 - size // 2)  # the last chunk stays
+    tar.write_bytes(raw)
+    write_index(tar, build_index(tar))
+    with pytest.raises(BadImageError, match=f"{name}: cannot be decoded"):
+        take(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"rank": 2, "world_size": 2}, "rank=2"),
+        ({"world_size": 0}, "world_size=0"),
+        ({"limit": 0}, "limit=0"),
+        ({"device_id": 0}, "device_id=0"),
+        ({"device": "gpu"}, "device_id=None"),
+    ],
+)
+def test_impossible_numbers_are_refused(packed, options, words):
+    with pytest.raises(ValueError, match=words):
+        build_eval_loader(str(packed), SPEC, **{"batch_size": 4} | options)

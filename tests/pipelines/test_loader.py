@@ -1,0 +1,298 @@
+"""The training loader: the same batches whatever the start and the number of ranks, errors by name, clean ends."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastmoco_pipelines.batch import TwoViewBatch
+from fastmoco_pipelines.culprit import BadImageError
+from fastmoco_pipelines.index import build_index, write_index
+from fastmoco_pipelines.loader import build_loader
+from fastmoco_pipelines.order import epoch_order
+from fastmoco_pipelines.shards import ShardError, ShardSet
+from fastmoco_pipelines.spec import LoaderSpec, moco_v3_views
+
+STEPS = 9  # 45 images, 12 a step: 3 steps an epoch, so that three epochs are seen
+
+
+def spec_of(folder: Path | str, **changes) -> LoaderSpec:
+    view1, view2 = moco_v3_views(16)
+    options = {"shards": str(folder), "view1": view1, "view2": view2, "global_batch_size": 12, "seed": 7, "threads": 1}
+    return LoaderSpec(**options | changes)
+
+
+def take(spec: LoaderSpec, steps: int, **options) -> list[TwoViewBatch]:
+    with build_loader(spec, **options) as loader:
+        return [loader.next() for _ in range(steps)]
+
+
+@pytest.fixture(scope="module")
+def whole(packed) -> list[TwoViewBatch]:
+    return take(spec_of(packed), STEPS)
+
+
+def loader_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("fastmoco")]
+
+
+def assert_same(got: TwoViewBatch, wanted: TwoViewBatch) -> None:
+    assert got.step == wanted.step
+    assert np.array_equal(got.sample_ids, wanted.sample_ids)
+    assert torch.equal(got.view1, wanted.view1)
+    assert torch.equal(got.view2, wanted.view2)
+
+
+def test_batches_are_what_the_order_says(whole):
+    for step, batch in enumerate(whole):
+        assert batch.step == step
+        assert batch.view1.shape == batch.view2.shape == (12, 3, 16, 16)
+        assert batch.view1.dtype == torch.float32
+        assert bool(torch.isfinite(batch.view1).all() and torch.isfinite(batch.view2).all())
+        start = step % 3 * 12  # 45 = 3 * 12 + 9: the ragged nine are left out
+        assert np.array_equal(batch.sample_ids, epoch_order(7, step // 3, 45)[start : start + 12])
+
+
+def test_views_and_epochs_differ(whole):
+    assert not torch.equal(whole[0].view1, whole[0].view2)
+    # The same image in two epochs is cut differently.
+    sample = next(i for i in whole[0].sample_ids if any(i in batch.sample_ids for batch in whole[3:6]))
+    again = next(batch for batch in whole[3:6] if sample in batch.sample_ids)
+    first = whole[0].view1[list(whole[0].sample_ids).index(sample)]
+    assert not torch.equal(first, again.view1[list(again.sample_ids).index(sample)])
+
+
+@pytest.mark.parametrize("start", range(STEPS))
+def test_a_restart_at_any_step_is_bit_identical(packed, whole, start):
+    for got, wanted in zip(take(spec_of(packed), STEPS - start, start_step=start), whole[start:], strict=True):
+        assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_are_bit_identical_to_one(packed, whole, world_size):
+    ranks = [take(spec_of(packed), 4, rank=rank, world_size=world_size, start_step=1) for rank in range(world_size)]
+    for i in range(4):
+        parts = [batches[i] for batches in ranks]
+        assert {len(part.sample_ids) for part in parts} == {12 // world_size}
+        together = TwoViewBatch(
+            view1=torch.cat([part.view1 for part in parts]),
+            view2=torch.cat([part.view2 for part in parts]),
+            sample_ids=np.concatenate([part.sample_ids for part in parts]),
+            step=parts[0].step,
+        )
+        assert_same(together, whole[1 + i])
+
+
+def test_threads_and_prefetch_change_nothing(packed, whole):
+    for got, wanted in zip(take(spec_of(packed, threads=2, prefetch=5), 4), whole[:4], strict=True):
+        assert_same(got, wanted)
+
+
+def test_batches_keep_their_memory(packed, whole):
+    """A batch in hand is not overwritten by later ones, nor by the end of the loader."""
+    with build_loader(spec_of(packed)) as loader:
+        first = loader.next()
+        for _ in range(5):
+            loader.next()
+    gc.collect()
+    assert_same(first, whole[0])
+
+
+def test_state_is_the_step(packed):
+    with build_loader(spec_of(packed), start_step=5) as loader:
+        assert (loader.steps_per_epoch, loader.local_batch_size, loader.sample_count) == (3, 12, 45)
+        assert loader.digest == ShardSet.open(str(packed)).digest
+        for step, batch in zip(range(5, 8), loader, strict=False):
+            assert batch.step == step
+            state = {"step": step + 1, "digest": loader.digest, "seed": 7, "global_batch_size": 12}
+            assert json.loads(json.dumps(loader.state_dict())) == state
+            if step == 7:
+                break
+
+
+def test_waiting_is_measured(packed, monkeypatch):
+    from fastmoco_pipelines import loader as module
+
+    render = module._Source.render
+
+    def slow(self, prepared):
+        time.sleep(0.3)
+        return render(self, prepared)
+
+    monkeypatch.setattr(module._Source, "render", slow)
+    with build_loader(spec_of(packed, prefetch=1)) as loader:
+        loader.next()
+        loader.next()
+        assert 0.2 < loader.wait_seconds < 2
+        time.sleep(0.8)  # now a batch is ready
+        loader.next()
+        assert loader.wait_seconds < 0.1
+
+
+def damaged(packed: Path, tmp_path: Path, sample_id: int, *, reindex: bool) -> tuple[Path, str]:
+    """A copy of the set in which the second half of one image is overwritten, but for the last chunk of a PNG."""
+    folder = Path(shutil.copytree(packed, tmp_path / "set"))
+    with ShardSet.open(str(folder)) as shards:
+        name = shards.describe(sample_id)
+        offset, size = int(shards._offset[sample_id]), int(shards._size[sample_id])
+    tar = folder / name.split(":")[0]
+    raw = bytearray(tar.read_bytes())
+    raw[offset + size // 2 : offset + size - 12] = bytes(size - 12 - size // 2)
+    tar.write_bytes(raw)
+    write_index(tar, build_index(tar) if reindex else build_index(packed / tar.name))
+    return folder, name
+
+
+def test_an_image_that_cannot_be_decoded_is_named(packed, tmp_path):
+    with ShardSet.open(str(packed)) as shards:  # in step 1; a PNG, because half a JPEG may decode to grey
+        bad = next(int(i) for i in epoch_order(7, 0, 45)[12:24] if shards.describe(int(i)).endswith("png"))
+    folder, name = damaged(packed, tmp_path, bad, reindex=True)
+    with build_loader(spec_of(folder)) as loader:
+        assert loader.next().step == 0
+        for _ in range(2):  # and again when asked again
+            with pytest.raises(BadImageError, match=rf"{name}: cannot be decoded: .*pack it again") as raised:
+                loader.next()
+        assert "DecodeError" in type(raised.value.__cause__).__name__
+    assert loader_threads() == []
+
+
+def test_bytes_that_changed_are_named(packed, tmp_path):
+    # In step 1, and in the middle of its tar, where the hash over the ends does not see it.
+    bad = next(int(i) for i in epoch_order(7, 0, 45)[12:24] if 6 <= i % 16 < 10)
+    folder, name = damaged(packed, tmp_path, bad, reindex=False)
+    with build_loader(spec_of(folder)) as loader:
+        loader.next()
+        with pytest.raises(ShardError, match=rf"{name}: its bytes differ"):
+            loader.next()
+
+
+def test_unexpected_errors_reach_the_trainer(packed, monkeypatch):
+    from fastmoco_pipelines import loader as module
+
+    def fail(self, prepared):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(module._Source, "render", fail)
+    with build_loader(spec_of(packed)) as loader, pytest.raises(MemoryError, match="no room"):
+        loader.next()
+
+
+def test_close_is_quick_whatever_the_threads_do(packed):
+    for wait in (0.0, 0.6):  # at once, and with a full queue
+        loader = build_loader(spec_of(packed, prefetch=1))
+        time.sleep(wait)
+        start = time.perf_counter()
+        loader.close()
+        loader.close()
+        assert time.perf_counter() - start < 5
+        assert loader_threads() == []
+        with pytest.raises(RuntimeError, match="closed"):
+            loader.next()
+
+
+def test_a_forgotten_loader_ends_its_threads(packed):
+    loader = build_loader(spec_of(packed))
+    loader.next()
+    assert loader_threads()
+    del loader
+    gc.collect()
+    assert_threads_end()
+
+
+def assert_threads_end() -> None:
+    deadline = time.monotonic() + 10
+    while loader_threads() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert loader_threads() == []
+
+
+@pytest.mark.parametrize("work", ["prepare", "render"])
+def test_a_loader_may_be_collected_in_its_own_threads(packed, monkeypatch, work):
+    """The garbage collector runs in any thread; there it must not wait for a thread that waits for this one."""
+    from fastmoco_pipelines import loader as module
+
+    plain, holder, released, collected_in = getattr(module._Source, work), [], threading.Event(), []
+
+    def forget(self, argument):
+        if released.is_set():
+            holder.clear()
+            gc.collect()
+        return plain(self, argument)
+
+    monkeypatch.setattr(module._Source, work, forget)
+    holder.append(build_loader(spec_of(packed, prefetch=1)))
+    weakref.finalize(holder[0], lambda: collected_in.append(threading.current_thread().name))
+    results = holder[0]._results
+    results.get(timeout=30)
+    released.set()
+    deadline = time.monotonic() + 10
+    while not collected_in and time.monotonic() < deadline:  # both threads go on, until the loader is gone
+        with contextlib.suppress(queue.Empty):
+            results.get(timeout=0.1)
+    assert collected_in[0].startswith("fastmoco")
+    assert_threads_end()
+
+
+@pytest.mark.parametrize("hang", ["", "time.sleep(1000)"])
+def test_the_interpreter_exits_without_a_close(packed, hang):
+    """With both threads at work, and with a reader that hangs as on a lost network disk."""
+    program = f"""
+import sys, time
+from fastmoco_pipelines import loader
+from fastmoco_pipelines.spec import LoaderSpec
+prepare = loader._Source.prepare
+def slow(self, step):
+    if step > 3:
+        {hang or "pass"}
+    return prepare(self, step)
+loader._Source.prepare = slow
+kept = loader.build_loader(LoaderSpec(shards={str(packed)!r}, global_batch_size=12, threads=1))
+kept.next()
+sys.exit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+def test_a_thread_that_dies_is_noticed(packed, monkeypatch):
+    from fastmoco_pipelines import loader as module
+
+    monkeypatch.setattr(module, "_produce", lambda *_: None)
+    with build_loader(spec_of(packed)) as loader, pytest.raises(RuntimeError, match="ended before step 0"):
+        loader.next()
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({"global_batch_size": 46}, {}, "larger than the whole set of 45 samples"),
+        ({}, {"world_size": 5}, "global_batch_size=12: must be a multiple of world_size=5"),
+        ({}, {"rank": 1}, "rank=1"),
+        ({}, {"start_step": -1}, "step=-1"),
+        ({}, {"device_id": 0}, "device_id=0"),
+        ({"device": "gpu"}, {}, "device_id=None"),
+        ({"shards": "/nowhere/*.tar"}, {}, "no file has such a name"),
+    ],
+)
+def test_impossible_loaders_are_refused(packed, changes, options, words):
+    with pytest.raises(ValueError, match=words):
+        build_loader(spec_of(packed, **changes), **options)
+    assert loader_threads() == []
+
+
+def test_the_last_full_batch_may_be_the_whole_set(packed):
+    (batch,) = take(spec_of(packed, global_batch_size=45), 1)
+    assert sorted(batch.sample_ids.tolist()) == list(range(45))

@@ -1,0 +1,104 @@
+"""What holds for the project as a whole: its layout, its exports, its files."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = [
+    ROOT / "fastmoco",
+    ROOT / "kernels" / "fastmoco_kernels",
+    ROOT / "pipelines" / "fastmoco_pipelines",
+    ROOT / "benchmarks",
+]
+SOURCES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
+EVERY_FILE = sorted([*SOURCES, *(ROOT / "tests").rglob("*.py"), ROOT / "setup.py"])
+
+
+def test_the_folders_of_the_import_roots_are_no_packages():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "pipelines" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", EVERY_FILE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_functions_are_short(path):
+    tree = ast.parse(path.read_text())
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    long = [n.name for n in ast.walk(tree) if isinstance(n, kinds) and n.end_lineno - n.lineno >= 80]
+    assert not long
+
+
+@pytest.mark.parametrize(
+    "name", ["fastmoco_kernels", "fastmoco_pipelines", "fastmoco.objectives", "fastmoco.checkpoint"]
+)
+def test_every_exported_name_exists_and_is_documented(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for export in module.__all__:
+        value = getattr(module, export)
+        if callable(value):
+            assert value.__doc__, f"{name}.{export} has no docstring"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_public_name_is_documented(path):
+    tree = ast.parse(path.read_text())
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    bare = [
+        n.name for n in tree.body if isinstance(n, kinds) and not n.name.startswith("_") and not ast.get_docstring(n)
+    ]
+    assert ast.get_docstring(tree)
+    assert not bare
+
+
+@pytest.mark.parametrize("folder", ["kernels", "pipelines"])
+def test_the_folder_readme_names_every_file(folder):
+    readme = (ROOT / folder / "README.md").read_text()
+    package = next(p for p in (ROOT / folder).iterdir() if (p / "__init__.py").exists())
+    missing = [
+        str(path.relative_to(package))
+        for path in sorted(package.rglob("*.py"))
+        if path.name != "__init__.py" and str(path.relative_to(package)) not in readme
+    ]
+    assert not missing
+
+
+FORBIDDEN = {
+    "an unpickler": r"\bpickle\.|\bimport pickle|weights_only\s*=\s*False|torch\.load\(",
+    "a shell": r"shell\s*=\s*True|os\.system|os\.popen",
+    "an evaluator": r"(?<![\w.])eval\(|(?<![\w.])exec\(|yaml\.load\(",
+    "webdataset's reader": r"webdataset\.WebDataset|wds\.WebDataset|\bgopen\b|xdecode",
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_data_never_reaches(what):
+    hits = [str(path.relative_to(ROOT)) for path in SOURCES if re.search(FORBIDDEN[what], path.read_text())]
+    assert not hits, f"{what} in {hits}"
+
+
+def test_configuration_imports_neither_torch_nor_dali():
+    code = (
+        "import sys, fastmoco.config, fastmoco.recipes, fastmoco_pipelines.spec, fastmoco.cli;"
+        "sys.exit(any(name.split('.')[0] in ('torch', 'nvidia') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_package_below_the_roots_is_installed():
+    """`setup.py` finds packages by their `__init__.py`; one without would be missing from the wheel alone."""
+    for package in PACKAGES:
+        for folder in {path.parent for path in package.rglob("*.py")}:
+            assert (folder / "__init__.py").exists(), f"{folder.relative_to(ROOT)} has no __init__.py"
