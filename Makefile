@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 DALI := $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo dali-cu12 || echo dali-cu13)
 READY := $(VENV)/.ready-$(DALI)
 
-.PHONY: quickstart test check format bench clean
+.PHONY: quickstart test check kernels gpu format bench clean
 
 quickstart: $(READY)  ## train a tiny encoder on handwritten digits, about a minute
 	$(RUN)/fastmoco quickstart --out quickstart
@@ -21,6 +21,13 @@ check: $(READY)  ## format, lint, types, layering, spelling
 	$(RUN)/mypy
 	$(RUN)/lint-imports
 	$(RUN)/codespell
+
+kernels: $(READY)  ## compile every kernel configuration for sm_80, sm_90a and sm_100a, without a GPU, and check what it costs
+	$(RUN)/python -m benchmarks.compiled $(if $(OUT),--out $(OUT))
+
+# Takes the python at hand, installs nothing: for a machine that brings torch for its GPU, pytest and numpy.
+gpu:  ## on a GPU: kernels against float64, the GPU tests, the benchmark cases; under nine minutes, results in $$OUT
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/pipelines:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu
 
 format: $(READY)  ## rewrite the code as ruff wants it
 	$(RUN)/ruff check --fix-only .

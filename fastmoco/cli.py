@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch loads its OpenMP: threads that spin long while they wait for each other make a small model several
     # times slower as soon as any other job, the loader's own threads among them, wants a core.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    from fastmoco import cli_data
+    from fastmoco import cli_check, cli_data
 
     verbs: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "print-config": _print_config,
         "data pack": cli_data.pack,
         "data index": cli_data.index,
+        "data check": cli_check.check,
+        "data stats": cli_check.stats,
         "data views": cli_data.views,
         "data sample": cli_data.sample,
         "eval knn": _eval_knn,

@@ -40,10 +40,15 @@ class PackArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexArguments:
-    """Write the index beside existing shards."""
+    """Write the index beside existing shards, whoever packed them: KEY.jpg, .jpeg, .png or .webp beside KEY.cls, .json
+    or .txt. Class names are numbered in sorted order over all shards given and kept in manifest.json."""
 
     shards: Positional[str]
     """A path, glob, brace pattern or folder."""
+    labels: Literal["auto", "cls", "json", "txt", "none"] = "auto"
+    """Which members tell the labels, numbers or class names; auto: the first of cls, json and txt that the set has."""
+    label_field: str | None = None
+    """Field of the .json that holds the label (default: label); chooses json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,8 @@ class ViewsArguments:
     """Rows of the picture; each shows two images."""
     seed: int = 0
     """Seed of the choice of images and of the draws."""
+    parameters: bool = True
+    """Write beside each row what was drawn: crop, factors of the jitter and their order, grey, blur, solarize, flip."""
     recipe: str | None = None
     """Show this recipe's views instead of MoCo v3's pair at 224 pixels."""
     view1: ViewSpec
@@ -84,7 +91,7 @@ def pack(args: list[str]) -> int:
     from fastmoco_pipelines import pack_folder
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
-        with _progress("packing") as advance:
+        with progress_bar("packing") as advance:
             report = pack_folder(
                 options.src,
                 options.out,
@@ -113,11 +120,21 @@ def index(args: list[str]) -> int:
     """Write the index beside existing shards."""
     options = tyro.cli(IndexArguments, prog="fastmoco data index", args=args)
     from fastmoco_pipelines import index_shards
+    from fastmoco_pipelines.labels import LabelRule
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
-        with _progress("indexing") as advance:
-            report = index_shards(options.shards, progress=advance)
+        if options.label_field is not None and options.labels not in ("auto", "json"):
+            raise ValueError(
+                f"labels={options.labels!r}: label_field={options.label_field!r} is a field of .json members"
+            )
+        source = options.labels if options.label_field is None else "json"
+        with progress_bar("indexing") as advance:
+            rule = LabelRule(source=source, field=options.label_field or "label")
+            report = index_shards(options.shards, progress=advance, rule=rule)
         print(f"{report.samples} images in {report.shards} shards indexed, {len(report.skipped)} members skipped")
+        named = f", {len(report.classes)} class names" if report.classes else ""
+        labels = f"labels of {report.labelled} from .{report.labels}{named}" if report.labels else "no labels"
+        print(labels + (f" ({report.note})" if report.note else ""))
         for tar, member, reason in report.skipped[:20]:
             print(f"skipped {tar}: {member}: {reason}")
     return 0
@@ -137,7 +154,13 @@ def views(args: list[str]) -> int:
         default: Any = ViewsArguments(shards=tyro.MISSING, view1=view1, view2=view2)
         options = tyro.cli(ViewsArguments, prog="fastmoco data views", args=args, default=default)
         path = save_view_grid(
-            options.shards, options.view1, options.view2, options.out, rows=options.rows, seed=options.seed
+            options.shards,
+            options.view1,
+            options.view2,
+            options.out,
+            rows=options.rows,
+            seed=options.seed,
+            parameters=options.parameters,
         )
         print(f"wrote {path}")
     return 0
@@ -155,12 +178,14 @@ def sample(args: list[str]) -> int:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal; silence elsewhere."""
+def progress_bar(what: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal; silence elsewhere. ``unit="bytes"`` shows amounts and speed as such."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
+    columns = (*Progress.get_default_columns()[:2], BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    shown = (*columns, TimeRemainingColumn()) if unit == "bytes" else Progress.get_default_columns()
+    with Progress(*shown, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -9,9 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from fastmoco_pipelines.spec import EvalSpec, LoaderSpec, ViewSpec, moco_v3_views, require
+from fastmoco.config_data import DataConfig, KnnConfig
+from fastmoco_pipelines.spec import EvalSpec, LoaderSpec, require
 
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "KnnConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "Resolved",
+    "resolve",
+]
+
+FUSED_BACKENDS = {"adamw": ("auto", "torch", "fastmoco", "apex"), "lars": ("auto", "fastmoco"), "lamb": ("apex",)}
+"""Who offers each optimizer. LAMB never comes by ``auto``: apex is imported only where it is named."""
 Architecture = Literal["vit_small", "vit_base", "vit_conv_small", "vit_conv_base", "vit_tiny", "vit_micro", "vit_nano"]
+AttentionBackend = Literal[
+    "auto", "sdpa", "flash", "cudnn", "efficient", "fa4", "xformers", "explicit", "triton", "reference"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +46,13 @@ class ModelConfig:
     """Width of the vectors that the loss compares."""
     hidden_dim: int = 4096
     """Hidden width of projector and predictor."""
+    attention: AttentionBackend = "auto"
+    """Who computes attention: ``auto`` decides by device and precision, and the run says why; a name, or nothing starts."""
 
     def __post_init__(self) -> None:
-        require(
-            self.architecture in get_args(Architecture),
-            "architecture",
-            self.architecture,
-            "is no known encoder",
-        )
+        for name, kind in (("architecture", Architecture), ("attention", AttentionBackend)):
+            value = getattr(self, name)
+            require(value in get_args(kind), name, value, f"must be one of {get_args(kind)}")
         require(self.patch_size >= 1, "patch_size", self.patch_size, "must be at least 1 pixel")
         divides = self.image_size >= self.patch_size and self.image_size % self.patch_size == 0
         require(divides, "image_size", self.image_size, f"must be a multiple of patch_size={self.patch_size}")
@@ -64,84 +81,41 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
-    """AdamW over all trainable parameters in one group: decay also hits biases and norms, as in the official runs."""
+    """The optimizer of all trainable parameters, in one group; docs/optimizers.md says when to take which."""
 
+    name: Literal["adamw", "lars", "lamb"] = "adamw"
+    """``adamw`` for ViT: its decay also hits biases and norms, as in the official runs. ``lars`` for ResNet and very large
+    batches. ``lamb`` needs NVIDIA apex."""
+    fused_backend: Literal["auto", "torch", "fastmoco", "apex"] = "auto"
+    """Whose code takes the step: ``torch``; ``fastmoco``, for AdamW one sweep with the twin's average; ``apex``, NVIDIA's, if
+    installed. ``auto``: ``fastmoco`` for LARS and on CUDA with Triton, else ``torch``. All agree to rounding."""
     lr: float = 1.5e-4
     """Base learning rate for 256 images; the peak is ``lr * global_batch_size / 256``."""
     weight_decay: float = 0.1
-    """Decoupled weight decay."""
+    """Decoupled weight decay of AdamW and LAMB; LARS adds it to the gradient, of tensors of two or more dimensions."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's averaging coefficients."""
+    """Averaging coefficients of AdamW and LAMB."""
     eps: float = 1e-8
-    """AdamW's denominator floor."""
+    """Denominator floor of AdamW and LAMB."""
+    sgd_momentum: float = 0.9
+    """Momentum of LARS's buffer."""
+    trust_coefficient: float = 0.001
+    """Length of a LARS step relative to the weights', before the learning rate."""
     warmup_epochs: float = 40
     """Epochs over which the learning rate rises linearly from 0 to its peak."""
 
     def __post_init__(self) -> None:
+        backends = FUSED_BACKENDS.get(self.name, ())
+        require(bool(backends), "name", self.name, f"must be one of {tuple(FUSED_BACKENDS)}")
+        rule = f"{self.name} is there as {backends}"
+        require(self.fused_backend in backends, "fused_backend", self.fused_backend, rule)
+        require(0 <= self.sgd_momentum < 1, "sgd_momentum", self.sgd_momentum, "must lie in [0, 1)")
+        require(self.trust_coefficient > 0, "trust_coefficient", self.trust_coefficient, "must be positive")
         require(self.lr >= 0, "lr", self.lr, "must not be negative")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
         require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must lie in [0, 1)")
         require(self.eps > 0, "eps", self.eps, "must be positive")
         require(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "must not be negative")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig:
-    """Where the images are and how they become two views."""
-
-    shards: str = ""
-    """Training shards: a path, glob, brace pattern or folder, as `fastmoco data pack` wrote them."""
-    view1: ViewSpec = field(default_factory=lambda: moco_v3_views()[0])
-    """Augmentation of the first view."""
-    view2: ViewSpec = field(default_factory=lambda: moco_v3_views()[1])
-    """Augmentation of the second view."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where DALI decodes and augments; ``auto`` follows the training device."""
-    threads: int = 0
-    """DALI worker threads of each process; 0 shares the machine's cores among its processes."""
-    prefetch: int = 2
-    """Batches kept ready ahead of the trainer."""
-    synthetic: bool = False
-    """Train on one constant random batch instead of images: the upper bound of every throughput figure."""
-
-    def __post_init__(self) -> None:
-        require(self.device in ("auto", "cpu", "gpu"), "device", self.device, "must be auto, cpu or gpu")
-        require(self.threads >= 0, "threads", self.threads, "must not be negative")
-        require(self.prefetch >= 1, "prefetch", self.prefetch, "keeps at least one batch ready")
-        same = self.view1.size == self.view2.size
-        require(same, "view2.size", self.view2.size, f"both views must have one size; view1.size={self.view1.size}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KnnConfig:
-    """Accuracy of a nearest-neighbour vote on the encoder's features, measured while training."""
-
-    train_shards: str = ""
-    """Labelled shards whose features vote; empty: the training shards."""
-    test_shards: str = ""
-    """Held-out labelled shards to classify; empty: no kNN while training."""
-    every_epochs: float = 5
-    """Epochs between two measurements; one is also made before the first and after the last step. 0: never."""
-    k: int = 20
-    """Neighbours that vote."""
-    temperature: float = 0.07
-    """A neighbour's vote weighs exp(cosine / temperature)."""
-    resize: int = 0
-    """Shorter side of an evaluation image before its centre crop; 0: 256/224 of the image size above 64 pixels, else it."""
-    max_train_images: int = 50_000
-    """At most this many images vote while training; 0: all."""
-    max_test_images: int = 10_000
-    """At most this many images are classified while training; 0: all."""
-    max_share: float = 0.1
-    """Time budget: a measurement is put off while kNN has taken more than this share of the run so far."""
-
-    def __post_init__(self) -> None:
-        require(self.every_epochs >= 0, "every_epochs", self.every_epochs, "must not be negative")
-        require(self.k >= 1, "k", self.k, "must be at least 1")
-        require(self.temperature > 0, "temperature", self.temperature, "must be positive")
-        for name in ("resize", "max_train_images", "max_test_images"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        require(0 < self.max_share <= 1, "max_share", self.max_share, "must lie in (0, 1]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +204,11 @@ class Config:
             device=device,
             threads=threads,
             prefetch=data.prefetch,
+            cache_dir=data.cache_dir,
+            cache_size_gb=data.cache_size_gb,
+            shuffle_window=data.shuffle_window,
+            max_bad_share=data.max_bad_share,
+            timeout_s=data.timeout_s,
         )
 
     def eval_spec(self) -> EvalSpec:

@@ -15,12 +15,18 @@ FREE_TO_CHANGE = (
     "data.shards",
     "data.threads",
     "data.prefetch",
+    "optim.fused_backend",
+    "data.cache_dir",
+    "data.cache_size_gb",
+    "data.max_bad_share",
+    "data.timeout_s",
     "knn.",
     "checkpoint.",
 )
 """Fields (or groups, with a dot behind) that may differ when a run continues: none of them changes what a training step
 computes. Another number of threads changes the order of its sums, so losses then agree to rounding instead of bit for bit. The
-shards may have moved; that they hold the same images is checked by their digest."""
+shards may have moved; that they hold the same images is checked by their digest. Another backend of the same optimizer reads
+the same state and agrees to rounding."""
 
 
 def to_json(config: Config) -> dict[str, Any]:

@@ -12,7 +12,7 @@ EXIT_REFUSED = 2
 EXIT_STOPPED = 75
 """A run that was asked to stop, has saved its state, and continues with the same command (EX_TEMPFAIL)."""
 
-EXTRAS = {"nvidia": "dali-cu13", "webdataset": "data", "sklearn": "data"}
+EXTRAS = {"nvidia": "dali-cu13", "webdataset": "data", "sklearn": "data", "matplotlib": "logging"}
 """Which extra of the distribution brings a module."""
 
 

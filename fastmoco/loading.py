@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,6 +37,8 @@ def load_run(run: Path, device: torch.device | str = "cpu") -> tuple[MoCoV3, Con
     if checkpoint is None:
         raise RunError(f"{run} holds no checkpoint; is it the folder given to fastmoco train --out?")
     config = from_json(checkpoint.state["config"])
-    objective = setup_run.build_objective(config, torch.device(device))
+    # The backend a run trained with may not run on this device; all of them agree to rounding.
+    anywhere = replace(config, model=replace(config.model, attention="auto"))
+    objective = setup_run.build_objective(anywhere, torch.device(device))
     training_state.restore_model(objective, checkpoint.tensors)
     return objective, config, checkpoint

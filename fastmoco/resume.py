@@ -15,14 +15,23 @@ from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
 from fastmoco.run_folder import RunFolder
 
-MACHINE_FIELDS = ("world_size", "device", "threads", "versions")
+MACHINE_FIELDS = ("world_size", "device", "threads", "optimizer", "versions")
 """What a checkpoint says of the machine that wrote it; a change is reported when a run continues."""
 
 
 def machine_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> list[str]:
     """What differs between the machine that wrote a checkpoint and this one, each as ``name before -> now``."""
     before = checkpoint.state["resolved"]
-    return [f"{name} {before.get(name)} -> {now[name]}" for name in MACHINE_FIELDS if before.get(name) != now[name]]
+    known = [name for name in MACHINE_FIELDS if name in before]
+    return [f"{name} {before[name]} -> {now[name]}" for name in known if before[name] != now[name]]
+
+
+def twin_advanced(checkpoint: Checkpoint) -> bool:
+    """Whether the saved twin is ready for the next step: its average is taken at the end of a step.
+
+    It is not behind a run's last step, nor in checkpoints without the entry: runs then took it at the start of a step.
+    """
+    return bool(checkpoint.state.get("twin_advanced", False))
 
 
 def require_same_step(checkpoint: Checkpoint | None, world: World) -> None:
@@ -51,4 +60,19 @@ def require_same_run(checkpoint: Checkpoint, config: Config, precision: str, dig
         raise RunError(
             f"{folder.path} was trained on other images than data.shards holds now; "
             "point --data.shards at the original set, or choose another --out for a new run"
+        )
+
+
+def shuffle_window(checkpoint: Checkpoint | None) -> int | None:
+    """The number of shards that a run has shuffled together so far (0: the whole set); None for a new run."""
+    return int(checkpoint.state["data"].get("shuffle_window", 0)) if checkpoint is not None else None
+
+
+def require_same_order(checkpoint: Checkpoint, order_digest: str) -> None:
+    """Refuse to go on in another order of the images: cut into other shards, they are shuffled together otherwise."""
+    if checkpoint.state["data"].get("order_digest", "") != order_digest:
+        raise RunError(
+            f"the run has shuffled the images within windows of {shuffle_window(checkpoint)} shards (0: the whole set), and "
+            "data.shards now holds the same images in other shards, or data.shuffle_window is another: point "
+            "--data.shards at the original shards, and leave --data.shuffle-window as it was"
         )

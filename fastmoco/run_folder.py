@@ -15,7 +15,7 @@ class RunFolder:
     """Paths of a run, and its lock.
 
     Layout: ``config.json`` (the config and what it resolved to), ``metrics.jsonl`` (one line a logged step),
-    ``checkpoints/``, ``curves.png``, ``lock``. The folder is made with mode 0700.
+    ``checkpoints/``, ``quarantine.jsonl`` (bad images found), ``curves.png``, ``lock``. The folder is made with mode 0700.
 
     Args:
         path: the folder; made if absent.
@@ -37,6 +37,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """File of the metrics."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def quarantine(self) -> Path:
+        """List of the bad images that the run has found; all ranks add to it."""
+        return self.path / "quarantine.jsonl"
 
     @property
     def curves(self) -> Path:

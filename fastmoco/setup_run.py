@@ -5,19 +5,25 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy
 import torch
+from torch import Tensor
 
 import fastmoco
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
 from fastmoco.evaluation.monitor import KnnMonitor
-from fastmoco.models.vit import ARCHITECTURES
+from fastmoco.models.blocks import Block
+from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives import MoCoV3
-from fastmoco.optim.adamw import build_adamw
+from fastmoco.optim import build_adamw, build_adamw_ema, build_apex, build_lars
+from fastmoco_kernels._runtime import triton_is_default
+from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
 from fastmoco_pipelines import Loader, SyntheticLoader, build_loader
 
 
@@ -53,7 +59,12 @@ def build_objective(config: Config, device: torch.device) -> MoCoV3:
     """Encoder, twin and heads of a config, initialised from its seed: the same numbers on every rank and device."""
     torch.manual_seed(config.seed)
     model = config.model
-    build_encoder = partial(ARCHITECTURES[model.architecture], image_size=model.image_size, patch_size=model.patch_size)
+    build_encoder = partial(
+        ARCHITECTURES[model.architecture],
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        attention=model.attention,
+    )
     objective = MoCoV3(
         build_encoder,
         projection_dim=model.projection_dim,
@@ -64,12 +75,55 @@ def build_objective(config: Config, device: torch.device) -> MoCoV3:
     return objective.to(device, dtype)
 
 
-def build_optimizer(config: Config, objective: MoCoV3) -> torch.optim.AdamW:
-    """AdamW over the objective's trainable parameters; the trainer sets the learning rate of every step."""
+def attention_choice(
+    config: Config, encoder: VisionTransformer, precision: str, device: torch.device
+) -> AttentionChoice:
+    """Who computes attention in a run, and why.
+
+    Raises:
+        ValueError: if the config names a backend that does not run here: with what it lacks and the cure.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
+    block = encoder.blocks[0]
+    assert isinstance(block, Block)
+    tokens = encoder.pos_embed.shape[1]
+    head_dim = encoder.embed_dim // block.attn.num_heads
+    return choose_attention(device, dtype, tokens, tokens, head_dim, backend=config.model.attention)
+
+
+def choose_optimizer_backend(config: Config, device: torch.device) -> Literal["torch", "fastmoco", "apex"]:
+    """What ``optim.fused_backend`` means on a device: ``auto`` takes the sweep where it is one kernel, torch's elsewhere."""
     optim = config.optim
-    return build_adamw(
-        objective.named_parameters(), lr=0.0, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps
-    )
+    if optim.fused_backend != "auto":
+        return optim.fused_backend
+    return "fastmoco" if optim.name == "lars" or triton_is_default(device) else "torch"
+
+
+def build_optimizer(config: Config, objective: MoCoV3) -> torch.optim.Optimizer:
+    """The optimizer of the objective's trainable parameters; the trainer sets the learning rate of every step.
+
+    Raises:
+        ValueError: if apex is asked for and cannot serve.
+    """
+    optim = config.optim
+    named = list(objective.named_parameters())
+    lr, decay = 0.0, optim.weight_decay
+    if optim.name == "lars":
+        momentum, trust = optim.sgd_momentum, optim.trust_coefficient
+        return build_lars(named, lr=lr, weight_decay=decay, sgd_momentum=momentum, trust_coefficient=trust)
+    backend = choose_optimizer_backend(config, named[0][1].device)
+    if backend == "apex":
+        return build_apex(optim.name, named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
+    if backend == "fastmoco":
+        own, twins = objective.encoder.parameters(), objective.momentum_encoder.parameters()
+        averages: dict[Tensor, Tensor] = dict(zip(own, twins, strict=True))
+        return build_adamw_ema(named, averages, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
+    return build_adamw(named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
+
+
+def name_of(optimizer: torch.optim.Optimizer) -> str:
+    """Whose optimizer it is: ``torch AdamW``, ``fastmoco_kernels LARS``."""
+    return f"{type(optimizer).__module__.partition('.')[0]} {type(optimizer).__name__}"
 
 
 def data_device(config: Config, world: World) -> Literal["cpu", "gpu"]:
@@ -79,8 +133,24 @@ def data_device(config: Config, world: World) -> Literal["cpu", "gpu"]:
     return config.data.device
 
 
-def build_train_loader(config: Config, world: World, *, threads: int, start_step: int = 0) -> Loader | SyntheticLoader:
+def build_train_loader(
+    config: Config,
+    world: World,
+    *,
+    threads: int,
+    start_step: int = 0,
+    shuffle_window: int | None = None,
+    quarantine_list: Path | None = None,
+) -> Loader | SyntheticLoader:
     """The loader of a config, about to deliver the batch of ``start_step``.
+
+    Args:
+        config: the run.
+        world: this process among those that train.
+        threads: of DALI, where the config does not say.
+        start_step: step of the first batch.
+        shuffle_window: what the run began with, for a config that leaves it open.
+        quarantine_list: the run's list of bad images.
 
     Raises:
         ValueError: if ``data.shards`` is not given.
@@ -92,11 +162,20 @@ def build_train_loader(config: Config, world: World, *, threads: int, start_step
         )
     device = data_device(config, world)
     spec = config.loader_spec(device=device, threads=config.data.threads or threads)
+    if spec.shuffle_window is None:
+        spec = replace(spec, shuffle_window=shuffle_window)
     device_id = world.device.index if device == "gpu" else None
-    return build_loader(spec, rank=world.rank, world_size=world.world_size, device_id=device_id, start_step=start_step)
+    return build_loader(
+        spec,
+        rank=world.rank,
+        world_size=world.world_size,
+        device_id=device_id,
+        start_step=start_step,
+        quarantine_list=quarantine_list,
+    )
 
 
-def build_knn(config: Config, world: World, *, threads: int) -> KnnMonitor | None:
+def build_knn(config: Config, world: World, *, threads: int, quarantine_list: Path | None = None) -> KnnMonitor | None:
     """The kNN monitor that a config asks for; None without held-out shards or without an interval."""
     if not config.knn.test_shards or config.knn.every_epochs == 0:
         return None
@@ -106,6 +185,7 @@ def build_knn(config: Config, world: World, *, threads: int) -> KnnMonitor | Non
         threads=config.data.threads or threads,
         device=data_device(config, world),
         precision=choose_precision(config.precision, world.device),
+        quarantine_list=quarantine_list,
     )
 
 

@@ -11,6 +11,7 @@ from fastmoco import setup_run
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import start_world, stop_world
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, RunError, one_line, say
+from fastmoco.first_cause import first_cause
 from fastmoco.loading import load_run
 from fastmoco.report import draw_curves
 from fastmoco.run_folder import RunFolder
@@ -29,10 +30,12 @@ def train(config: Config, out: Path) -> int:
     """
     os.umask(0o077)  # weights and metrics are their owner's alone
     with one_line(EXIT_REFUSED, ValueError):
-        world = start_world(config.device)
-        trainer = Trainer.build(config, out, world)
+        # Peers have more patience with each other than each has with its data: so the one whose data hangs names the cause.
+        world = start_world(config.device, timeout_s=config.data.timeout_s + 120)
+        with first_cause(world):
+            trainer = Trainer.build(config, out, world)
     try:
-        with one_line(EXIT_FAILED):
+        with one_line(EXIT_FAILED), first_cause(world):
             code = trainer.run()
     finally:
         trainer.close()

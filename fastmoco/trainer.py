@@ -1,7 +1,7 @@
 """The loop: one step, and what happens between steps. Everything that has a home of its own is called from here.
 
-The order of a step follows Chen, Xie, He 2021 (Algorithm 1). The twin's average is taken first: the encoder's weights do
-not change during its forward, so this equals taking it between the two forwards, bit for bit.
+The order of a step follows Chen, Xie, He 2021 (Algorithm 1). The twin's average is taken at the end of the step before, which
+equals taking it between the two forwards, bit for bit: see `update.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ from fastmoco.distributed.parallelize import parallelize
 from fastmoco.errors import EXIT_FINISHED, EXIT_STOPPED, RunError
 from fastmoco.evaluation.monitor import KnnMonitor
 from fastmoco.objectives import MoCoV3Output
-from fastmoco.optim.schedule import ema_momentum, learning_rate
 from fastmoco.run_folder import RunFolder
 from fastmoco.stop_signal import StopSignal
 from fastmoco.telemetry.recorder import Recorder
-from fastmoco_pipelines import BadImageError, Loader, ShardError, SyntheticLoader, TwoViewBatch
+from fastmoco.update import scheduled, update_weights
+from fastmoco_pipelines import Loader, ShardError, SyntheticLoader, TwoViewBatch
 
 
 class Trainer:
@@ -55,6 +56,7 @@ class Trainer:
         self.resolved = resolve(config, world_size=world.world_size, sample_count=loader.sample_count)
         self.precision = setup_run.choose_precision(config.precision, world.device)
         self.objective = setup_run.build_objective(config, world.device)
+        self.attention = setup_run.attention_choice(config, self.objective.encoder, self.precision, world.device)
         self.optimizer = setup_run.build_optimizer(config, self.objective)
         self.step_count = 0
         if checkpoint is not None:
@@ -62,6 +64,8 @@ class Trainer:
             self.step_count = checkpoint.step
             if knn is not None:
                 knn.load_state_dict(checkpoint.state["knn"])
+            if not resume.twin_advanced(checkpoint) and self.step_count < self.resolved.total_steps:
+                self.objective.update_momentum_encoder(self.schedule(self.step_count)[1])
         self._saved_step, self._saved_at = self.step_count, time.monotonic()
         # After the restore: the comparison of all ranks' weights must see what they will train.
         self.parallel = parallelize(self.objective, world)
@@ -83,13 +87,19 @@ class Trainer:
         checkpoint = load_latest(folder.checkpoints)
         resume.require_same_step(checkpoint, world)
         loader = setup_run.build_train_loader(
-            config, world, threads=threads, start_step=checkpoint.step if checkpoint is not None else 0
+            config,
+            world,
+            threads=threads,
+            start_step=checkpoint.step if checkpoint is not None else 0,
+            shuffle_window=resume.shuffle_window(checkpoint),
+            quarantine_list=folder.quarantine,
         )
         try:
             if checkpoint is not None:
                 precision = setup_run.choose_precision(config.precision, world.device)
                 resume.require_same_run(checkpoint, config, precision, loader.digest, folder)
-            knn = setup_run.build_knn(config, world, threads=threads)
+                resume.require_same_order(checkpoint, loader.order_digest)
+            knn = setup_run.build_knn(config, world, threads=threads, quarantine_list=folder.quarantine)
             trainer = cls(config=config, world=world, folder=folder, loader=loader, knn=knn, checkpoint=checkpoint)
             trainer._open_records(checkpoint)
         except BaseException:
@@ -105,7 +115,10 @@ class Trainer:
             self.folder.trim_metrics(self.step_count if checkpoint is not None else -1)
             self.folder.write_config({"config": to_json(self.config), "resolved": self._describe()})
         self.recorder = Recorder(self.config, self.resolved, self.folder, self.world, start_step=self.step_count)
+        self.recorder.event(f"attention: {self.attention}")
+        self.loader.report = self.recorder.event_of_any_rank
         if self.knn is not None:
+            self.knn.report = self.recorder.event
             self.recorder.known_knn(self.knn.last, self.knn.best)
         if checkpoint is None:
             return
@@ -126,6 +139,8 @@ class Trainer:
             "local_batch_size": self.resolved.local_batch_size,
             "peak_lr": self.resolved.peak_lr,
             "precision": self.precision,
+            "attention": asdict(self.attention),
+            "optimizer": setup_run.name_of(self.optimizer),
             "device": self.world.device.type,
             "threads": torch.get_num_threads(),
             "versions": setup_run.versions(),
@@ -133,23 +148,7 @@ class Trainer:
 
     def schedule(self, step: int) -> tuple[float, float]:
         """Learning rate and EMA momentum of one step: pure functions of it."""
-        config, per_epoch = self.config, self.resolved.steps_per_epoch
-        lr = learning_rate(
-            step,
-            peak=self.resolved.peak_lr,
-            epochs=config.epochs,
-            warmup_epochs=config.optim.warmup_epochs,
-            steps_per_epoch=per_epoch,
-        )
-        objective = config.objective
-        momentum = ema_momentum(
-            step,
-            start=objective.ema_momentum,
-            epochs=config.epochs,
-            steps_per_epoch=per_epoch,
-            schedule=objective.ema_schedule,
-        )
-        return lr, momentum
+        return scheduled(self.config, self.resolved, step)
 
     def step(self, batch: TwoViewBatch, *, inspect: Callable[[], None] | None = None) -> MoCoV3Output:
         """One optimizer step. Nothing here waits for the device.
@@ -161,20 +160,20 @@ class Trainer:
         Returns:
             This rank's loss, queries and keys.
         """
-        lr, momentum = self.schedule(self.step_count)
+        lr, _ = self.schedule(self.step_count)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.objective.update_momentum_encoder(momentum)
         dtype = torch.float64 if self.precision == "fp64" else torch.float32
         view1, view2 = (view.to(self.world.device, dtype, non_blocking=True) for view in (batch.view1, batch.view2))
         with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            output: MoCoV3Output = self.parallel(view1, view2)
-        self.optimizer.zero_grad(set_to_none=True)
+            output: MoCoV3Output = self.parallel(view1, view2, accuracy=self._logs(self.step_count + 1))
+        self.objective.zero_grad(set_to_none=True)
         output.loss.backward()  # type: ignore[no-untyped-call]
         if inspect is not None:
             inspect()
-        self.optimizer.step()
         self.step_count += 1
+        following = self.schedule(self.step_count)[1] if self.step_count < self.resolved.total_steps else None
+        update_weights(self.optimizer, self.objective, following)
         return output
 
     def run(self, max_steps: int | None = None) -> int:
@@ -206,6 +205,7 @@ class Trainer:
                 if max_steps is None:
                     self._save(force=self.step_count == last)
         if max_steps is None:
+            recorder.loader_verdict(self.loader.figures())
             recorder.event(f"finished after {last} steps; the model is in {self.folder.checkpoints}")
         return EXIT_FINISHED
 
@@ -218,7 +218,7 @@ class Trainer:
         """Fetch, step, record. Only logged steps read numbers back from the device."""
         try:
             batch = self.loader.next()
-        except (ShardError, BadImageError):
+        except ShardError:
             if self.world.world_size == 1:
                 self._save(force=True)
             raise
@@ -227,7 +227,10 @@ class Trainer:
         output = self.step(batch, inspect=lambda: recorder.gradients(number, self.objective))
         recorder.stepped(self.loader.wait_seconds)
         if self._logs(number):
-            loss = recorder.log(number, output.loss, output.q1, output.k2, lr=lr, ema_momentum=momentum)
+            recorder.loader(self.loader.figures())
+            loss = recorder.log(
+                number, output.loss, output.q1, output.k2, lr=lr, ema_momentum=momentum, accuracy=output.accuracy
+            )
             if not math.isfinite(loss):
                 raise RunError(
                     f"the loss is {loss} at step {number}; the last good state is step {self._saved_step} in "
@@ -261,6 +264,7 @@ class Trainer:
                 "resolved": self._describe(),
                 "data": self.loader.state_dict(),
                 "knn": self.knn.state_dict() if self.knn is not None else {},
+                "twin_advanced": self.step_count < self.resolved.total_steps,
             }
             tensors = training_state.collect(self.objective, self.optimizer)
             training_state.require_finite(tensors)

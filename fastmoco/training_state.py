@@ -15,7 +15,7 @@ from fastmoco.checkpoint import flatten_optimizer, restore_optimizer
 from fastmoco.errors import RunError
 
 
-def collect(objective: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def collect(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor of the run's state, by name; none is copied."""
     tensors = {f"model.{name}": tensor for name, tensor in objective.state_dict().items()}
     tensors |= flatten_optimizer(optimizer, objective.named_parameters())
@@ -25,7 +25,7 @@ def collect(objective: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Ten
     return tensors
 
 
-def restore(objective: nn.Module, optimizer: torch.optim.AdamW, tensors: Mapping[str, Tensor]) -> None:
+def restore(objective: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put a collected state back, in place.
 
     Raises:

@@ -85,7 +85,9 @@ FORBIDDEN = {
 
 @pytest.mark.parametrize("what", FORBIDDEN)
 def test_data_never_reaches(what):
-    hits = [str(path.relative_to(ROOT)) for path in SOURCES if re.search(FORBIDDEN[what], path.read_text())]
+    contender = ROOT / "benchmarks"  # measures webdataset's reader beside ours, on shards that it packed itself
+    sources = [path for path in SOURCES if "webdataset" not in what or contender not in path.parents]
+    hits = [str(path.relative_to(ROOT)) for path in sources if re.search(FORBIDDEN[what], path.read_text())]
     assert not hits, f"{what} in {hits}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +23,17 @@ def flatten_optimizer(
     """
     names = {id(parameter): name for name, parameter in named_parameters}
     flat: dict[str, Tensor] = {}
-    for parameter in _parameters(optimizer):
+    for group, parameter in _parameters(optimizer):
         name = names.get(id(parameter))
         if name is None:
             raise CheckpointError(
                 f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that has no name; "
                 "pass the named_parameters() of the module it was built from"
             )
-        for key, value in optimizer.state.get(parameter, {}).items():
+        state = dict(optimizer.state.get(parameter, {}))
+        if state and "step" in group:  # counted once a group, as apex does; any other AdamW wants it by parameter
+            state.setdefault("step", torch.tensor(float(group["step"])))
+        for key, value in state.items():
             if not isinstance(value, Tensor):
                 raise CheckpointError(f"optimizer state {key!r} of {name} is {type(value).__name__}, not a tensor")
             flat[f"optimizer.{name}.{key}"] = value.detach()
@@ -72,13 +76,17 @@ def restore_optimizer(
                     f"optimizer.{name}.{key} has shape {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}; "
                     "was the model changed since the save?"
                 )
-            # torch keeps the step count on the host unless the update itself reads it on the device.
             group = held[id(parameter)]
+            if key == "step" and "step" in group:
+                group["step"] = int(tensor)
+                continue
+            # torch keeps the step count on the host unless the update itself reads it on the device.
             on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
             state[key] = tensor.to("cpu" if on_host else parameter.device, copy=True)
     optimizer.state.clear()
     optimizer.state.update(restored)
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], Tensor]]:
+    """Every parameter with its group."""
+    return [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]

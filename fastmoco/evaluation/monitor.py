@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +18,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.evaluation.embed import embed
 from fastmoco.evaluation.knn import knn_accuracy
 from fastmoco_pipelines import ShardSet, build_eval_loader
+from fastmoco_pipelines.spec import CacheSpec
 
 
 class KnnMonitor:
@@ -34,16 +37,24 @@ class KnnMonitor:
     """
 
     def __init__(
-        self, config: Config, world: World, *, threads: int, device: Literal["cpu", "gpu"], precision: str
+        self,
+        config: Config,
+        world: World,
+        *,
+        threads: int,
+        device: Literal["cpu", "gpu"],
+        precision: str,
+        quarantine_list: Path | None = None,
     ) -> None:
         self.config, self.world, self.threads, self.device = config, world, threads, device
-        self.precision = precision
+        self.precision, self.quarantine_list = precision, quarantine_list
         self.last_epoch = 0.0
+        self.report: Callable[[str], None] | None = None
         self.last: float | None = None
         self.best: float | None = None
         self._spent, self._started = 0.0, time.monotonic()
         self.bank_shards = config.knn.train_shards or config.data.shards
-        _require_comparable(self.bank_shards, config.knn.test_shards)
+        _require_comparable(self.bank_shards, config.knn.test_shards, config.data.cache)
 
     def is_due(self, epoch: float) -> bool:
         """Whether ``every_epochs`` have passed since the last measurement and the time budget allows another one.
@@ -97,7 +108,12 @@ class KnnMonitor:
             rank=self.world.rank,
             world_size=self.world.world_size,
             limit=limit or None,
+            cache=self.config.data.cache,
+            max_bad_share=self.config.data.max_bad_share,
+            quarantine_list=self.quarantine_list,
         )
+        if self.report is not None:
+            loader.report = self.report
         with loader:
 
             def encode(images: Tensor) -> Tensor:
@@ -119,11 +135,11 @@ class KnnMonitor:
         self.last, self.best = state.get("last"), state.get("best")
 
 
-def _require_comparable(bank: str, queries: str) -> None:
+def _require_comparable(bank: str, queries: str, cache: CacheSpec) -> None:
     """Refuse sets that cannot vote on each other, before the first step rather than after hours."""
     classes = []
     for pattern in (bank, queries):
-        with closing(ShardSet.open(pattern)) as shards:
+        with closing(ShardSet.open(pattern, cache=cache)) as shards:
             if (shards.labels < 0).any():
                 raise ValueError(
                     f"{pattern!r} has images without a label, kNN needs them: pack it from one folder per class"

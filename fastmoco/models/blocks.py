@@ -33,11 +33,11 @@ def _linear(fan_in: int, fan_out: int, *, matrices: int = 1) -> nn.Linear:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; rows of ``qkv`` are grouped q, k, v, then by head."""
+    """Multi-head self-attention; rows of ``qkv`` are grouped q, k, v, then by head. ``backend``: see `attention`."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, backend: str = "auto") -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.backend = num_heads, backend
         self.qkv = _linear(width, 3 * width, matrices=3)
         self.proj = _linear(width, width)
 
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         B, L, E = x_BLE.shape
         qkv = self.qkv(x_BLE).view(B, L, 3, self.num_heads, E // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        out: Tensor = self.proj(attention(q, k, v).transpose(1, 2).reshape(B, L, E))
+        out: Tensor = self.proj(attention(q, k, v, backend=self.backend).transpose(1, 2).reshape(B, L, E))
         return out
 
     def class_row(self, x_BLE: Tensor) -> Tensor:
@@ -86,10 +86,10 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block."""
 
-    def __init__(self, width: int, num_heads: int, mlp_hidden: int) -> None:
+    def __init__(self, width: int, num_heads: int, mlp_hidden: int, attention_backend: str = "auto") -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, num_heads)
+        self.attn = Attention(width, num_heads, attention_backend)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, mlp_hidden)
 

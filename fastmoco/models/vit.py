@@ -60,6 +60,7 @@ class VisionTransformer(nn.Module):
         stem: "patch" projects patches linearly, "conv" is a small convolutional network with batch norm.
         freeze_patch_embed: keep the random patch projection fixed, as MoCo v3 does for stability; has no effect on the
             conv stem, which always trains.
+        attention: who computes attention, a backend of `fastmoco_kernels.attention`; the last block needs none.
 
     Attributes:
         couples_samples: whether an image's tokens depend on the other images of the batch (batch norm in the conv stem):
@@ -80,6 +81,7 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         stem: Literal["patch", "conv"] = "patch",
         freeze_patch_embed: bool = True,
+        attention: str = "auto",
     ) -> None:
         super().__init__()
         _check_sizes(image_size, patch_size, embed_dim, depth, num_heads, stem)
@@ -89,7 +91,9 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=1e-6))
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
         self.patch_embed: nn.Module = ConvStem(embed_dim) if stem == "conv" else PatchStem(patch_size, embed_dim)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, round(mlp_ratio * embed_dim)) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, round(mlp_ratio * embed_dim), attention) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head: nn.Module = nn.Identity()
         if freeze_patch_embed and stem == "patch":
@@ -157,6 +161,7 @@ def _build(
     image_size: int,
     patch_size: int,
     freeze: bool,
+    attention: str,
     size: tuple[int, int, int],
     stem: Literal["patch", "conv"] = "patch",
 ) -> VisionTransformer:
@@ -169,48 +174,61 @@ def _build(
         num_heads=num_heads,
         stem=stem,
         freeze_patch_embed=freeze,
+        attention=attention,
     )
 
 
-def vit_nano(*, image_size: int = 8, patch_size: int = 2, freeze_patch_embed: bool = True) -> VisionTransformer:
+def vit_nano(
+    *, image_size: int = 8, patch_size: int = 2, freeze_patch_embed: bool = True, attention: str = "auto"
+) -> VisionTransformer:
     """For images of 8 to 16 pixels, seconds on a CPU: width 64, 2 blocks, 4 heads."""
-    return _build(image_size, patch_size, freeze_patch_embed, (64, 2, 4))
+    return _build(image_size, patch_size, freeze_patch_embed, attention, (64, 2, 4))
 
 
-def vit_micro(*, image_size: int = 32, patch_size: int = 4, freeze_patch_embed: bool = True) -> VisionTransformer:
+def vit_micro(
+    *, image_size: int = 32, patch_size: int = 4, freeze_patch_embed: bool = True, attention: str = "auto"
+) -> VisionTransformer:
     """For images of 28 to 64 pixels on a CPU: width 128, 4 blocks, 4 heads."""
-    return _build(image_size, patch_size, freeze_patch_embed, (128, 4, 4))
+    return _build(image_size, patch_size, freeze_patch_embed, attention, (128, 4, 4))
 
 
-def vit_tiny(*, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True) -> VisionTransformer:
+def vit_tiny(
+    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
+) -> VisionTransformer:
     """Width 192, 12 blocks, 3 heads, as DeiT-Ti."""
-    return _build(image_size, patch_size, freeze_patch_embed, (192, 12, 3))
+    return _build(image_size, patch_size, freeze_patch_embed, attention, (192, 12, 3))
 
 
-def vit_small(*, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True) -> VisionTransformer:
+def vit_small(
+    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
+) -> VisionTransformer:
     """ViT-S of MoCo v3: width 384, 12 blocks, 12 heads (DeiT-S has 6)."""
-    return _build(image_size, patch_size, freeze_patch_embed, (384, 12, 12))
+    return _build(image_size, patch_size, freeze_patch_embed, attention, (384, 12, 12))
 
 
-def vit_base(*, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True) -> VisionTransformer:
+def vit_base(
+    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
+) -> VisionTransformer:
     """ViT-B: width 768, 12 blocks, 12 heads."""
-    return _build(image_size, patch_size, freeze_patch_embed, (768, 12, 12))
+    return _build(image_size, patch_size, freeze_patch_embed, attention, (768, 12, 12))
 
 
 def vit_conv_small(
-    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True
+    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
 ) -> VisionTransformer:
     """ViT-S with a convolutional stem in place of one block: width 384, 11 blocks, 12 heads."""
-    return _build(image_size, patch_size, freeze_patch_embed, (384, 11, 12), stem="conv")
+    return _build(image_size, patch_size, freeze_patch_embed, attention, (384, 11, 12), stem="conv")
 
 
-def vit_conv_base(*, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True) -> VisionTransformer:
+def vit_conv_base(
+    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
+) -> VisionTransformer:
     """ViT-B with a convolutional stem in place of one block: width 768, 11 blocks, 12 heads."""
-    return _build(image_size, patch_size, freeze_patch_embed, (768, 11, 12), stem="conv")
+    return _build(image_size, patch_size, freeze_patch_embed, attention, (768, 11, 12), stem="conv")
 
 
 ARCHITECTURES: dict[str, Callable[..., VisionTransformer]] = {
     build.__name__: build
     for build in (vit_nano, vit_micro, vit_tiny, vit_small, vit_base, vit_conv_small, vit_conv_base)
 }
-"""Constructors by name; each takes ``image_size``, ``patch_size`` and ``freeze_patch_embed``."""
+"""Constructors by name; each takes ``image_size``, ``patch_size``, ``freeze_patch_embed`` and ``attention``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,8 @@ from fastmoco.distributed.gather import gather_keys
 from fastmoco.distributed.mesh import group_rank
 from fastmoco.models.heads import predictor, projector
 from fastmoco.models.vit import VisionTransformer
-from fastmoco_kernels import ema_update_, info_nce_loss
+from fastmoco_kernels import ema_update_
+from fastmoco_kernels.info_nce.op import symmetric_info_nce_loss
 
 
 class MoCoV3Output(NamedTuple):
@@ -28,15 +29,17 @@ class MoCoV3Output(NamedTuple):
     """[B, D] momentum encoder output of view 1, not normalised, without gradient."""
     k2: Tensor
     """[B, D] momentum encoder output of view 2, not normalised, without gradient."""
+    accuracy: Tensor | None = None
+    """[2] shares of queries whose positive ranks first, and among the first five, of all ranks' keys; where asked for."""
 
 
 class MoCoV3(nn.Module):
     """An encoder with projector and predictor, its momentum twin, and the symmetric InfoNCE between them.
 
-    One step: ``update_momentum_encoder(m)``, ``forward``, backward, optimizer. The update comes before the optimizer's
-    step and uses the encoder as it stands; whether it runs before or after the query side's forward changes no number,
-    because that forward moves no parameter. Both encoders run in training mode: the twin normalises by the statistics
-    of its own batch and keeps its own running averages; only parameters are averaged.
+    One step: ``update_momentum_encoder(m)``, ``forward``, backward, optimizer. The update uses the encoder as the last
+    optimizer step left it; whether it runs right after that step, before the query side's forward or behind it changes no
+    number, because nothing in between moves a parameter. Both encoders run in training mode: the twin normalises by the
+    statistics of its own batch and keeps its own running averages; only parameters are averaged.
 
     Fast path, equal to ``objectives.reference.plain_forward`` under a test: both views pass a trunk as one batch where
     the trunk couples no samples, heads see one view at a time because batch statistics are per view, and patch tokens
@@ -80,7 +83,7 @@ class MoCoV3(nn.Module):
         self._stems_compared: tuple[tuple[int, int], ...] = ()
         self._stems_equal = False
 
-    def forward(self, view1: Tensor, view2: Tensor) -> MoCoV3Output:
+    def forward(self, view1: Tensor, view2: Tensor, *, accuracy: bool = False) -> MoCoV3Output:
         """Queries, keys and loss of one batch.
 
         Where there are several processes, batch norms see all of them, and keys are gathered in the order of ranks:
@@ -89,6 +92,7 @@ class MoCoV3(nn.Module):
         Args:
             view1: [B, 3, H, W] first view, the same B on every rank.
             view2: [B, 3, H, W] second view; row i shows the image of ``view1``'s row i.
+            accuracy: whether to count, in the pass of the loss, how the positives rank among all keys.
 
         Returns:
             The loss, differentiable in the parameters of encoder and predictor, and the raw queries and keys.
@@ -105,20 +109,22 @@ class MoCoV3(nn.Module):
             k2 = self.momentum_encoder.head(feature2)
             keys1, keys2 = gather_keys(torch.cat([k1, k2], dim=1)).chunk(2, dim=1)
         offset = group_rank() * view1.shape[0]
-        loss = info_nce_loss(q1, keys2, temperature=self.temperature, positive_offset=offset) + info_nce_loss(
-            q2, keys1, temperature=self.temperature, positive_offset=offset
+        loss, top1, top5 = symmetric_info_nce_loss(
+            q1, keys2, q2, keys1, temperature=self.temperature, positive_offset=offset, accuracy=accuracy
         )
-        return MoCoV3Output(loss, q1, q2, k1, k2)
+        ranked = torch.stack([top1, top5]) if top1 is not None and top5 is not None else None
+        return MoCoV3Output(loss, q1, q2, k1, k2, ranked)
 
     @torch.no_grad()
-    def update_momentum_encoder(self, ema_momentum: float) -> None:
+    def update_momentum_encoder(self, ema_momentum: float, *, done: Set[Tensor] = frozenset()) -> None:
         """Move the twin towards the encoder: ``twin <- m * twin + (1 - m) * encoder``, parameters only.
 
-        Call it once a step, before the optimizer's step. Frozen parameters that are equal in both encoders, as they
+        Call it once between two optimizer steps. Frozen parameters that are equal in both encoders, as they
         are unless a checkpoint says otherwise, stay untouched.
 
         Args:
             ema_momentum: m in [0, 1].
+            done: parameters of the encoder whose averages were moved already, by the optimizer's own sweep.
 
         Raises:
             ValueError: if m lies outside [0, 1].
@@ -127,7 +133,7 @@ class MoCoV3(nn.Module):
         pairs = [
             (twin, own)
             for twin, own in zip(self.momentum_encoder.parameters(), self.encoder.parameters(), strict=True)
-            if own.requires_grad or frozen_too
+            if (own.requires_grad or frozen_too) and own not in done
         ]
         ema_update_([twin for twin, _ in pairs], [own for _, own in pairs], ema_momentum)
 

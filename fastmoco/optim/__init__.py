@@ -1,6 +1,8 @@
 """Optimizers and schedules."""
 
-from fastmoco.optim.adamw import build_adamw
+from fastmoco.optim.adamw import build_adamw, build_adamw_ema
+from fastmoco.optim.apex import build_apex
+from fastmoco.optim.lars import build_lars
 from fastmoco.optim.schedule import ema_momentum, learning_rate
 
-__all__ = ["build_adamw", "ema_momentum", "learning_rate"]
+__all__ = ["build_adamw", "build_adamw_ema", "build_apex", "build_lars", "ema_momentum", "learning_rate"]

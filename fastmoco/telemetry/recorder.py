@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastmoco.config import Config, Resolved
 from fastmoco.distributed.mesh import World
+from fastmoco.errors import say
 from fastmoco.run_folder import RunFolder
 from fastmoco.telemetry.console import Console
 from fastmoco.telemetry.metrics import Throughput
@@ -25,6 +26,10 @@ from fastmoco.telemetry.stability import (
     gradient_norms,
     pair_cosines,
 )
+from fastmoco_pipelines.stages import StageFigures
+
+SLOW_LOADER = 0.2
+"""Share of an interval that the trainer may wait for data before the recorder says so."""
 
 
 class Recorder:
@@ -49,6 +54,8 @@ class Recorder:
         self._dips = DipDetector()
         self._knn_last: float | None = None
         self._knn_best: float | None = None
+        self._loader = self._loader_before = StageFigures()
+        self._loader_was_slow = False
         self._sinks: list[JsonlSink | TensorBoardSink] = []
         self.console = Console(rank=world.rank)
         if world.rank == 0:
@@ -78,11 +85,30 @@ class Recorder:
         """Count one finished step."""
         self.meter.step(wait_seconds)
 
+    def loader(self, figures: StageFigures) -> None:
+        """Take the loader's figures up to now; the next `log` writes what it did since the last one."""
+        self._loader_before, self._loader = self._loader, figures
+
+    def loader_verdict(self, figures: StageFigures) -> None:
+        """Say once whether the loader was the bottleneck of all that has been trained."""
+        if figures.steps:
+            self.event(figures.verdict())
+
     def paused(self) -> AbstractContextManager[None]:
         """Time inside counts as neither training nor waiting."""
         return self.meter.paused()
 
-    def log(self, step: int, loss: Tensor, q: Tensor, keys: Tensor, *, lr: float, ema_momentum: float) -> float:
+    def log(
+        self,
+        step: int,
+        loss: Tensor,
+        q: Tensor,
+        keys: Tensor,
+        *,
+        lr: float,
+        ema_momentum: float,
+        accuracy: Tensor | None = None,
+    ) -> float:
         """Write one line of metrics. The one place that waits for the device.
 
         Args:
@@ -92,15 +118,19 @@ class Recorder:
             keys: [B, D] raw keys of the same images' other view: the cosines say whether pairs, or all images, fall together.
             lr: learning rate of this step.
             ema_momentum: EMA momentum of this step.
+            accuracy: [2] shares of queries whose positive ranks first, and among the first five, of all keys.
 
         Returns:
             The mean loss over ranks, the same number on all of them.
         """
-        figures = torch.cat([torch.stack([loss.detach(), feature_std(q)]), pair_cosines(q, keys)]).double()
+        parts = [torch.stack([loss.detach(), feature_std(q)]), pair_cosines(q, keys)]
+        if accuracy is not None:
+            parts.append(accuracy)
+        figures = torch.cat([part.double() for part in parts])
         if self.world.world_size > 1:
             dist.all_reduce(figures)
             figures /= self.world.world_size
-        mean_loss, spread, positive, negative = figures.tolist()
+        mean_loss, spread, positive, negative, *shares = figures.tolist()
         peaks = self._gradient_peaks()
         for event in (self._collapse.observe(step, spread), self._forgetting.observe(step, positive, negative)):
             if event:
@@ -116,12 +146,26 @@ class Recorder:
             "feature_std": spread,
             "cosine/positive": positive,
             "cosine/negative": negative,
+            **dict(zip(("contrast/top1", "contrast/top5"), shares, strict=False)),
             **{f"gradient_norm/{name}": value for name, value in peaks.items()},
+            **self._loader_metrics(),
         }
         self._write(step, metrics)
         row: dict[str, float | None] = {"step": step, **metrics, "eta_s": speed.eta_s}
+        row["quarantined"] = self._loader.quarantined or None
         self.console.log({**row, "knn": self._knn_last, "knn_best": self._knn_best})
         return float(mean_loss)
+
+    def _loader_metrics(self) -> dict[str, float]:
+        """The loader's figures since the last log step; the first time that they are bad they are put into words."""
+        recent = self._loader - self._loader_before
+        if not recent.steps:
+            return {}
+        slow = recent.wait_share > SLOW_LOADER and self._loader_before.steps > 0
+        if slow and not self._loader_was_slow:
+            self._loader_was_slow = True
+            self.event(recent.verdict())
+        return recent.metrics()
 
     def _gradient_peaks(self) -> dict[str, float]:
         """The largest norm of each place since the last log step: a spike between two lines must show in the curve."""
@@ -148,6 +192,13 @@ class Recorder:
     def event(self, text: str) -> None:
         """Say something once."""
         self.console.event(text)
+
+    def event_of_any_rank(self, text: str) -> None:
+        """Say something that only this rank may know."""
+        if self.world.rank == 0:
+            self.event(text)
+        else:
+            say(f"rank {self.world.rank}: {text}")
 
     def close(self) -> None:
         """Close console and files; more than once is fine."""

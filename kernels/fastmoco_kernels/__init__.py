@@ -3,8 +3,33 @@
 >>> from fastmoco_kernels import info_nce_loss, ema_update_, attention
 """
 
+from fastmoco_kernels.adamw_ema.op import adamw_ema_step_
+from fastmoco_kernels.adamw_ema.optimizer import AdamWEMA
+from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
 from fastmoco_kernels.attention.op import attention
+from fastmoco_kernels.attention.packed import packed_attention
+from fastmoco_kernels.blur.op import gaussian_blur
 from fastmoco_kernels.ema.op import ema_update_
-from fastmoco_kernels.info_nce.op import info_nce_loss
+from fastmoco_kernels.info_nce.op import InfoNCEResult, info_nce_loss, symmetric_info_nce_loss
+from fastmoco_kernels.lars.op import lars_step_
+from fastmoco_kernels.lars.optimizer import LARS
+from fastmoco_kernels.view_color.op import view_color
+from fastmoco_kernels.view_color.plan import ViewColorParameters
 
-__all__ = ["attention", "ema_update_", "info_nce_loss"]
+__all__ = [
+    "LARS",
+    "AdamWEMA",
+    "AttentionChoice",
+    "InfoNCEResult",
+    "ViewColorParameters",
+    "adamw_ema_step_",
+    "attention",
+    "choose_attention",
+    "ema_update_",
+    "gaussian_blur",
+    "info_nce_loss",
+    "lars_step_",
+    "packed_attention",
+    "symmetric_info_nce_loss",
+    "view_color",
+]

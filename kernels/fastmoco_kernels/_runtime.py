@@ -1,9 +1,17 @@
-"""What every op shares: the choice of a backend, and the arithmetic type."""
+"""What every op shares: the choice of a backend, the arithmetic type, and where Triton can run."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.util
+import os
+
 import torch
 from torch import Tensor
+
+OLDEST_CAPABILITY = (8, 0)
+"""Oldest compute capability that the Triton kernels are compiled and checked for."""
 
 
 def choose_backend(op: str, requested: str, default: str, available: tuple[str, ...]) -> str:
@@ -28,3 +36,54 @@ def choose_backend(op: str, requested: str, default: str, available: tuple[str, 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """float64 stays; everything narrower is computed in float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs kernels on the CPU (``TRITON_INTERPRET=1``): for tests, never for speed."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def triton_is_default(device: torch.device) -> bool:
+    """Whether ``backend="auto"`` means Triton on ``device``: a CUDA device new enough, and triton installed.
+
+    False under the interpreter: it is asked for by name, in tests.
+    """
+    return (
+        device.type == "cuda"
+        and _triton_installed()
+        and not interpreting()
+        and _capability(device) >= OLDEST_CAPABILITY
+    )
+
+
+def require_triton(op: str, device: torch.device) -> None:
+    """Refuse ``backend="triton"`` where it cannot run, saying what is missing.
+
+    Raises:
+        ValueError: naming the op, the device and the cure.
+    """
+    if not _triton_installed():
+        raise ValueError(f"{op}: backend='triton' but triton is not installed; pip install triton, or backend='auto'")
+    if device.type != "cuda" and not interpreting():
+        raise ValueError(
+            f"{op}: backend='triton' on {device}; Triton needs a CUDA device (or TRITON_INTERPRET=1, for tests)"
+        )
+    if device.type == "cuda" and _capability(device) < OLDEST_CAPABILITY:
+        raise ValueError(
+            f"{op}: backend='triton' on compute capability {_capability(device)}; it needs {OLDEST_CAPABILITY} or newer"
+        )
+
+
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes the tensor's CUDA device current: Triton launches on the current device, whatever the pointers say."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

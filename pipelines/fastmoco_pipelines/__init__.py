@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from fastmoco_pipelines.batch import EvalBatch, TwoViewBatch
     from fastmoco_pipelines.culprit import BadImageError
     from fastmoco_pipelines.eval_loader import EvalLoader, build_eval_loader
-    from fastmoco_pipelines.index import IndexReport, ShardError, index_shards
+    from fastmoco_pipelines.index import ShardError
+    from fastmoco_pipelines.indexing import IndexReport, index_shards
     from fastmoco_pipelines.loader import Loader, build_loader
     from fastmoco_pipelines.order import epoch_order, rank_slice, steps_per_epoch
     from fastmoco_pipelines.pack import PackReport, pack_folder
@@ -53,7 +54,8 @@ _HOMES = {
     "batch": ("EvalBatch", "TwoViewBatch"),
     "culprit": ("BadImageError",),
     "eval_loader": ("EvalLoader", "build_eval_loader"),
-    "index": ("IndexReport", "ShardError", "index_shards"),
+    "index": ("ShardError",),
+    "indexing": ("IndexReport", "index_shards"),
     "loader": ("Loader", "build_loader"),
     "order": ("epoch_order", "rank_slice", "steps_per_epoch"),
     "pack": ("PackReport", "pack_folder"),

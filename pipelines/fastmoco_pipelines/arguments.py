@@ -23,7 +23,10 @@ TRUNCATION = -0.499
 
 
 def operations(spec: ViewSpec) -> frozenset[str]:
-    """The operations that can touch an image under this spec; the others are left out of the graph."""
+    """DALI's operations that can touch an image under this spec; the others are left out of the graph. With exact colours
+    everything behind the resize is done elsewhere (:mod:`.exact_color`)."""
+    if spec.color == "exact":
+        return frozenset()
     jitter = spec.jitter_probability > 0
     present = {
         "flip": spec.flip_probability > 0,

@@ -5,8 +5,9 @@ The tensors of a batch belong to whoever holds it: the loader never writes into 
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from fastmoco_pipelines.order import local_batch_size, steps_per_epoch
 from fastmoco_pipelines.spec import LoaderSpec
+from fastmoco_pipelines.stages import StageFigures
+from fastmoco_pipelines.window import ShardWindows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +61,31 @@ class BatchStream(ABC):
         local_batch_size: images of each batch.
         sample_count: images of the whole set.
         digest: identity of the set's content (``ShardSet.digest``).
+        shuffle_window: shards shuffled together; 0 = the whole set.
+        order_digest: identity of how shards are shuffled together (``ShardWindows.digest``); empty for the whole set.
         wait_seconds: seconds that the last ``next()`` waited for its batch.
+        report: called in the trainer's thread with what a user should know, a sentence at a time: a sample that is left
+            out, a wait that is long. Logs a warning unless replaced.
     """
 
     def __init__(
-        self, spec: LoaderSpec, *, sample_count: int, digest: str, world_size: int = 1, start_step: int = 0
+        self,
+        spec: LoaderSpec,
+        *,
+        sample_count: int,
+        digest: str,
+        world_size: int = 1,
+        start_step: int = 0,
+        windows: ShardWindows | None = None,
     ) -> None:
         self.steps_per_epoch = steps_per_epoch(sample_count, spec.global_batch_size)
         self.local_batch_size = local_batch_size(spec.global_batch_size, world_size)
         self.sample_count = sample_count
         self.digest = digest
+        self.shuffle_window = windows.window if windows is not None else 0
+        self.order_digest = windows.digest if windows is not None else ""
         self.wait_seconds = 0.0
+        self.report: Callable[[str], None] = logging.getLogger(__name__).warning
         self._spec = spec
         self._step = start_step
 
@@ -80,13 +97,19 @@ class BatchStream(ABC):
     def close(self) -> None:
         """Give back what the stream holds. Batches already handed out stay valid."""
 
+    def figures(self) -> StageFigures:
+        """Where the time has gone since the beginning; a stream that costs nothing has nothing to tell."""
+        return StageFigures()
+
     def state_dict(self) -> dict[str, Any]:
         """All there is to know to go on: ``step`` of the next batch, and what a resumed run must agree on; JSON-able."""
+        order = {"shuffle_window": self.shuffle_window, "order_digest": self.order_digest} if self.order_digest else {}
         return {
             "step": self._step,
             "digest": self.digest,
             "seed": self._spec.seed,
             "global_batch_size": self._spec.global_batch_size,
+            **order,
         }
 
     def __iter__(self) -> Iterator[TwoViewBatch]:

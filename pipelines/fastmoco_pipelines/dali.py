@@ -6,10 +6,12 @@ of :mod:`.reference`, and by how much, is written down in docs/views.md and held
 
 Colour stays uint8 between operations, because PIL rounds and clips there. An operation that a :class:`ViewSpec` never
 applies is not in the graph; one that touches only a share of the images (blur, solarize) runs on that share alone.
+A view with ``color="exact"`` leaves the graph after its resize, as bytes, and :mod:`.exact_color` does the rest.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +23,7 @@ from torch.utils.dlpack import from_dlpack
 
 from fastmoco_pipelines.arguments import TRUNCATION, named_inputs, operations
 from fastmoco_pipelines.draws import ViewDraws
+from fastmoco_pipelines.exact_color import exact_finish
 from fastmoco_pipelines.images import structure_fault
 from fastmoco_pipelines.spec import EvalSpec, ViewSpec, require
 
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
 Device = Literal["cpu", "gpu"]
+Finish = Callable[[Tensor], Tensor]
+"""What is still done to an output of DALI, on its device: reads it, returns memory of its own."""
 
 
 class DecodeError(RuntimeError):
@@ -60,7 +65,7 @@ def _normalise(images: Any, spec: ViewSpec | EvalSpec, **more: Any) -> Any:
 
 
 def _cut_view(images: Any, spec: ViewSpec, device: Device, prefix: str) -> Any:
-    """One view of the decoded images, operations in the order of :class:`ViewSpec`."""
+    """One view of the decoded images, operations in the order of :class:`ViewSpec`; with exact colours only resized."""
     from nvidia.dali import fn, types
 
     def argument(name: str, dtype: Any = types.FLOAT, ndim: int = 0) -> Any:
@@ -71,6 +76,8 @@ def _cut_view(images: Any, spec: ViewSpec, device: Device, prefix: str) -> Any:
         images, start=argument("start", types.INT32, 1), shape=argument("shape", types.INT32, 1), axes=(0, 1)
     )
     view = fn.resize(window, size=(spec.size, spec.size), antialias=True)
+    if spec.color == "exact":
+        return view
     uses = operations(spec)
     if "brightness" in uses:
         view = fn.brightness_contrast(view, brightness=argument("brightness"), brightness_shift=TRUNCATION / 255)
@@ -121,8 +128,7 @@ def _solarize_some(view: Any, threshold: int, argument: Callable[..., Any]) -> A
     from nvidia.dali import types
 
     if argument("solarize", types.BOOL):
-        bright = view >= types.Constant(threshold, dtype=types.UINT8)
-        view = view ^ (bright * types.Constant(255, dtype=types.UINT8))
+        view = view ^ ((view >= types.Constant(threshold, dtype=types.UINT8)) * types.Constant(255, dtype=types.UINT8))
     return view
 
 
@@ -135,6 +141,8 @@ class _Engine:
         require(batch_size >= 1, "batch_size", batch_size, "needs at least one image")
         require(threads >= 1, "threads", threads, "needs at least one thread")
         require(device in ("cpu", "gpu"), "device", device, 'is "cpu" or "gpu"')
+        # DALI would keep buffers of 32 MiB and more for ever. Read when it first allocates; a user's own setting stays.
+        os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "0")
         self.batch_size = batch_size
         self._graph = graph
         self._on_gpu = device == "gpu"
@@ -150,8 +158,10 @@ class _Engine:
         self._pipeline: Pipeline | None = None
         self._stream: torch.cuda.Stream | None = None
 
-    def run(self, encoded: Sequence[NDArray[np.uint8]], inputs: dict[str, NDArray[Any]]) -> list[Tensor]:
-        """Run one batch; every tensor returned owns its memory."""
+    def run(
+        self, encoded: Sequence[NDArray[np.uint8]], inputs: dict[str, NDArray[Any]], *finishes: Finish | None
+    ) -> list[Tensor]:
+        """Run one batch, and each output through its finish; every tensor returned owns its memory."""
         require(1 <= len(encoded) <= self.batch_size, "encoded", len(encoded), f"holds 1 to {self.batch_size} images")
         faults = tuple((row, fault) for row, image in enumerate(encoded) if (fault := structure_fault(image.tobytes())))
         if faults:
@@ -169,20 +179,23 @@ class _Engine:
             self._pipeline = None
             raise DecodeError(f"DALI could not make the views of a batch of {len(encoded)}: {error}") from error
         if self._on_gpu:
-            return self._copied(outputs)
-        return [from_dlpack(output.as_tensor()) for output in outputs]
+            return self._copied(outputs, finishes)
+        tensors = [from_dlpack(output.as_tensor()) for output in outputs]
+        return [finish(tensor) if finish else tensor for tensor, finish in zip(tensors, finishes, strict=True)]
 
-    def _copied(self, outputs: Sequence[Any]) -> list[Tensor]:
-        """Copies of DALI's GPU outputs: DALI takes a buffer back when Python drops it, though kernels may still read it.
+    def _copied(self, outputs: Sequence[Any], finishes: Sequence[Finish | None]) -> list[Tensor]:
+        """DALI's GPU outputs, finished or copied: it takes a buffer back when Python drops it, though kernels may read it.
 
-        They are made on a stream of their own. On the trainer's, the default one, each would wait for all that the
-        trainer has queued there. On return they are complete.
+        Both on a stream of their own, complete on return: on the trainer's they would wait for all that is queued there.
         """
         device = torch.device("cuda", self._device_id)
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
-            tensors = [from_dlpack(output.as_tensor()).clone() for output in outputs]
+            tensors = [
+                (finish or torch.clone)(from_dlpack(output.as_tensor()))
+                for output, finish in zip(outputs, finishes, strict=True)
+            ]
         self._stream.synchronize()
         for tensor in tensors:
             # This memory belongs to the side stream: when the trainer drops it, it may be given out again only after
@@ -251,7 +264,8 @@ class ViewPipeline:
         for name, draws in (("draws1", draws1), ("draws2", draws2)):
             require(len(draws) == len(encoded), name, len(draws), f"needs one row for each of {len(encoded)} images")
         inputs = named_inputs(draws1, self.view1, "view1_") | named_inputs(draws2, self.view2, "view2_")
-        view1, view2 = self._engine.run(encoded, inputs)
+        finishes = (exact_finish(self.view1, draws1), exact_finish(self.view2, draws2))
+        view1, view2 = self._engine.run(encoded, inputs, *finishes)
         return view1, view2
 
 
@@ -283,4 +297,4 @@ class EvalPipeline:
             DecodeError: if DALI cannot decode an image. The next run works again.
             ValueError: if the batch is empty or too large.
         """
-        return self._engine.run(encoded, {})[0]
+        return self._engine.run(encoded, {}, None)[0]

@@ -34,8 +34,8 @@ class ViewDraws:
         contrast: [B] float32 factor, 1 where untouched.
         saturation: [B] float32 factor, 1 where untouched.
         hue: [B] float32 shift in turns, 0 where untouched.
-        jitter_order: [B, 4] uint8, a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue. Recorded only: the
-            views of this version apply the four in the fixed order of :class:`ViewSpec`.
+        jitter_order: [B, 4] uint8, a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue: followed where
+            ``color="exact"``; with ``color="dali"`` the four come in the fixed order of :class:`ViewSpec`.
         grayscale: [B] bool.
         blur_sigma: [B] float32 standard deviation in output pixels, 0 for no blur.
         solarize: [B] bool.
@@ -56,7 +56,9 @@ class ViewDraws:
         return len(self.flip)
 
 
-def _random_bits(seed: int, epoch: int, view: int, sample_ids: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _random_bits(
+    seed: int, epoch: int, streams: NDArray[np.uint64], sample_ids: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
     """[40, B] numbers below 2**32: two from each of the four words of each Philox block."""
     block = np.arange(_BLOCKS, dtype=np.uint64)[:, None]
     shape = (_BLOCKS, len(sample_ids))
@@ -64,7 +66,7 @@ def _random_bits(seed: int, epoch: int, view: int, sample_ids: NDArray[np.uint64
         np.broadcast_to(block, shape),
         np.broadcast_to(sample_ids, shape),
         np.full(shape, epoch, dtype=np.uint64),
-        np.full(shape, view, dtype=np.uint64),
+        np.broadcast_to(streams, shape),
     )
     words = philox_words((seed, _TAG), counters)
     halves = np.stack([words & np.uint64(0xFFFFFFFF), words >> np.uint64(32)])
@@ -142,13 +144,14 @@ def draw_views(
     sample_ids: NDArray[np.int64],
     sizes: NDArray[np.int32],
     view: int,
+    places: NDArray[np.int64] | None = None,
 ) -> ViewDraws:
     """Draw one view's parameters for a batch.
 
     The stream of a sample is numpy's Philox 4x64-10 with key (seed, tag) and counter words (block, sample, epoch,
-    view); each word gives two 32-bit numbers, low half first. The crop window follows torchvision's RandomResizedCrop:
-    up to ten tries of area = H * W * U(crop_scale) and ratio = exp(U(log crop_ratio)), rounded to whole pixels, the
-    first that fits at a uniform place; failing all, the largest central window within the ratio limits.
+    view + 256 * place); each word gives two 32-bit numbers, low half first. The crop window follows torchvision's
+    RandomResizedCrop: up to ten tries of area = H * W * U(crop_scale) and ratio = exp(U(log crop_ratio)), rounded to
+    whole pixels, the first that fits at a uniform place; failing all, the largest central window within the ratio limits.
 
     Args:
         spec: what the view is.
@@ -157,9 +160,11 @@ def draw_views(
         sample_ids: [B] manifest positions, from 0.
         sizes: [B, 2] height and width of each decoded image, in pixels.
         view: 1 or 2.
+        places: [B] 0 for a sample that comes by the epoch's order. One that stands in for another (refill.py) has 1 plus
+            its position in the epoch here: an image that comes twice in an epoch is not cut twice alike. None: all 0.
 
     Returns:
-        The draws; row i depends on ``sample_ids[i]`` and ``sizes[i]`` alone.
+        The draws; row i depends on ``sample_ids[i]``, ``sizes[i]`` and ``places[i]`` alone.
 
     Raises:
         ValueError: if a number is out of its range or the shapes disagree.
@@ -173,7 +178,11 @@ def draw_views(
         require(int(sample_ids.min()) >= 0, "sample_ids", int(sample_ids.min()), "positions count from 0")
         require(int(sizes.min()) >= 1, "sizes", int(sizes.min()), "an image is at least 1 pixel high and wide")
     ids, sizes64 = sample_ids.astype(np.uint64), sizes.astype(np.int64)
-    bits = _random_bits(seed, epoch, view, ids)
+    streams = np.full(count, view, dtype=np.uint64)
+    if places is not None:
+        require(places.shape == (count,), "places", places.shape, f"needs one number per sample: {(count,)}")
+        streams += places.astype(np.uint64) << np.uint64(8)
+    bits = _random_bits(seed, epoch, streams, ids)
     unit = _unit(bits[4:16])
     jittered = unit[0] < spec.jitter_probability
 

@@ -66,6 +66,7 @@ def _png_size(data: bytes) -> tuple[int, int]:
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     position = 2
     size: tuple[int, int] | None = None
+    inks, marked = False, False
     while True:
         if data[position] != 0xFF:
             raise StructureError("JPEG with a damaged header")
@@ -75,6 +76,8 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
         if marker == _JPEG_START_OF_SCAN:
             if size is None:
                 raise StructureError("JPEG without a frame header")
+            if inks and not marked:  # DALI takes it for inverted and delivers black; Pillow does not
+                raise StructureError("JPEG of four inks without Adobe's mark, which decoders read differently")
             return size
         (length,) = unpack_from(">H", data, position + 1)
         if marker in _JPEG_FRAMES:
@@ -83,11 +86,12 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
                 raise StructureError(f"JPEG of {width} x {height} pixels, {channels} channels, {depth} bits")
             if size is not None:
                 raise StructureError("JPEG with two frame headers")
-            size = height, width
+            size, inks = (height, width), channels == 4
         elif marker in _JPEG_OTHER_FRAMES:
             raise StructureError("JPEG of an uncommon kind (lossless or arithmetic coding)")
         if marker < 0xC0 or length < 2:
             raise StructureError("JPEG with a damaged header")
+        marked = marked or (marker == 0xEE and length >= 14 and data[position + 3 : position + 8] == b"Adobe")
         position += 1 + length
 
 

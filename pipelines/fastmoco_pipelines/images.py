@@ -26,6 +26,20 @@ MAX_PIXELS = 50_000_000
 MAX_PIXELS_PER_BYTE = 2000
 """Above this an image is emptier than any photograph and is taken for a bomb."""
 
+_FOREIGN = (
+    (b"GIF8", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"P5\n", "PGM"),
+    (b"P6\n", "PPM"),
+    (b"<svg", "SVG"),
+)
+_BOXES = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
 _FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
@@ -51,6 +65,28 @@ def image_kind(data: bytes) -> str | None:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return None
+
+
+def foreign_kind(data: bytes) -> str | None:
+    """The name of a format that is not read, by the magic bytes; None for what is no image that one meets."""
+    if data[4:8] == b"ftyp":
+        return _BOXES.get(data[8:12], "an ISO media file")
+    return next((name for magic, name in _FOREIGN if data.startswith(magic)), None)
+
+
+def refusal_kind(data: bytes) -> str:
+    """Why ``read_header`` refuses these bytes, in two or three words, for counting."""
+    if not data:
+        return "empty"
+    if image_kind(data) is None:
+        return "unsupported format" if foreign_kind(data) else "no image"
+    if _png_size_problem(data):
+        return "too large or a bomb"
+    try:
+        height, width = image_size(data)
+    except StructureError:
+        return "damaged image"
+    return "too large or a bomb" if size_problem(height=height, width=width, size=len(data)) else "damaged image"
 
 
 def size_problem(*, height: int, width: int, size: int) -> str | None:
@@ -83,17 +119,22 @@ def read_header(data: bytes) -> ImageHeader:
     """
     kind = image_kind(data)
     if kind is None:
-        raise ImageRefusedError("its content is no JPEG, PNG or WebP" if data else "it is empty")
+        other = foreign_kind(data)
+        what = "its content is no JPEG, PNG or WebP" + (f" but {other}" if other else "")
+        raise ImageRefusedError(what if data else "it is empty")
     if len(data) > MAX_BYTES:
         raise ImageRefusedError(f"{len(data)} bytes are above the limit of {MAX_BYTES}")
-    image = _open(data, kind)
-    problem = size_problem(height=image.height, width=image.width, size=len(data))
-    if problem is None and getattr(image, "is_animated", False):
-        problem = "it is an animation"
-    problem = problem or structure_fault(data)  # what Pillow reads and DALI must not see: arithmetic coding, say
+    # Before Pillow sees it, so that a bomb costs nothing; and what Pillow reads, DALI need not: arithmetic coding, say.
+    problem = _png_size_problem(data) or structure_fault(data)
     if problem is not None:
         raise ImageRefusedError(problem)
-    return ImageHeader(kind, *image_size(data))
+    image = _open(data, kind)
+    height, width = image_size(data)
+    if (image.height, image.width) != (height, width):
+        raise ImageRefusedError(f"its header says {width}x{height} pixels and {image.width}x{image.height} as well")
+    if getattr(image, "is_animated", False):
+        raise ImageRefusedError("it is an animation")
+    return ImageHeader(kind, height, width)
 
 
 def check_decodes(data: bytes) -> None:
@@ -130,6 +171,14 @@ def shrink(data: bytes, *, max_side: int, quality: int) -> bytes:
     out = io.BytesIO()
     resized.save(out, _FORMATS[header.kind], **({} if header.kind == "png" else {"quality": quality}))
     return out.getvalue()
+
+
+def _png_size_problem(data: bytes) -> str | None:
+    """A bomb is called one even where its structure is broken too."""
+    if image_kind(data) != "png" or data[12:16] != b"IHDR" or len(data) < 24:
+        return None
+    width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
+    return size_problem(height=height, width=width, size=len(data)) if width and height else None
 
 
 def _plain_mode(image: Image.Image) -> Image.Image:

@@ -10,20 +10,21 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from fastmoco_pipelines.images import EXTENSIONS, MAX_BYTES, ImageRefusedError, read_header
-from fastmoco_pipelines.tar import TarError, TarMember, unsafe_name, walk_tar
+from fastmoco_pipelines.grouping import group_members
+from fastmoco_pipelines.images import MAX_BYTES, ImageRefusedError, read_header
+from fastmoco_pipelines.labels import LabelError, LabelRule, RawLabel, Source, number_labels, read_labels
+from fastmoco_pipelines.tar import TarError, walk_tar
 
 FORMAT = "fastmoco-index"
 VERSION = 1
 SUFFIX = ".index.json"
 COLUMNS = ("offset", "size", "crc32", "label", "height", "width")
 CURE = "run `fastmoco data index` on the shards again"
-_TEXT_BYTES = 64  # longest .cls member that can be a number
+_SEAL = b',"content_hash":"'
 _LIMITS = {"offset": 2**63, "size": MAX_BYTES + 1, "crc32": 2**32, "label": 2**31, "height": 2**16, "width": 2**16}
 
 
@@ -41,7 +42,7 @@ class ShardIndex:
         tar_hash: SHA-256 (hex) over its first and last 4 KiB.
         keys: webdataset key of each sample; ``extensions``: of its image, as in the tar.
         columns: "offset", "size" (bytes), "crc32", "label" (-1 = none), "height", "width" (pixels, before rotation).
-        skipped: (member, reason) of every member that is neither an image, nor its label, nor a folder.
+        skipped: (member, reason) of every member that is neither an image, nor a text beside one, nor a folder.
     """
 
     tar: str
@@ -60,43 +61,9 @@ class ShardIndex:
         return f"{self.keys[i]}.{self.extensions[i]}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IndexReport:
-    """What ``index_shards`` found: ``skipped`` holds (tar, member, reason)."""
-
-    shards: int
-    samples: int
-    skipped: tuple[tuple[str, str, str], ...]
-
-
 def index_path(tar: Path) -> Path:
     """Where the index of a tar lies."""
     return tar.with_name(tar.name + SUFFIX)
-
-
-def index_shards(pattern: str, progress: Callable[[int, int], None] | None = None) -> IndexReport:
-    """Write the index of every shard; for tars that were not made by ``fastmoco data pack``.
-
-    Args:
-        pattern: as for ``expand_shards``.
-        progress: called with (shards done, shards in all).
-
-    Raises:
-        ShardError: for a tar that is damaged or holds no image.
-        ValueError: if the pattern names no shard.
-    """
-    from fastmoco_pipelines.shards import expand_shards  # shards.py reads what this file writes
-
-    paths = expand_shards(pattern)
-    samples, skipped = 0, []
-    for done, path in enumerate(paths, start=1):
-        index = build_index(path)
-        write_index(path, index)
-        samples += len(index)
-        skipped += [(path.name, member, reason) for member, reason in index.skipped]
-        if progress is not None:
-            progress(done, len(paths))
-    return IndexReport(shards=len(paths), samples=samples, skipped=tuple(skipped))
 
 
 def build_index(tar: Path) -> ShardIndex:
@@ -105,12 +72,20 @@ def build_index(tar: Path) -> ShardIndex:
     Raises:
         ShardError: if the tar is damaged or no usable image lies in it.
     """
-    skipped: list[tuple[str, str]] = []
-    images: dict[str, tuple[str, TarMember]] = {}
-    labels: dict[str, TarMember] = {}
+    rule = LabelRule(source="cls")
+    index, found = scan_tar(tar, rule)
+    index.columns["label"] = number_labels([found], rule).labels[0]
+    return index
+
+
+def scan_tar(tar: Path, rule: LabelRule) -> tuple[ShardIndex, list[dict[Source, RawLabel]]]:
+    """Read a whole tar: its index without labels, and what the texts beside each image say.
+
+    Raises:
+        ShardError: as for ``build_index``.
+    """
     try:
-        placed = ((member.name, _place(member, images, labels)) for member in walk_tar(tar))
-        skipped += [(ascii(name)[1:-1], reason) for name, reason in placed if reason]
+        content = group_members(walk_tar(tar))
     except TarError as error:
         raise ShardError(str(error)) from error
     index = ShardIndex(
@@ -120,27 +95,33 @@ def build_index(tar: Path) -> ShardIndex:
         keys=[],
         extensions=[],
         columns={name: [] for name in COLUMNS},
-        skipped=skipped,
+        skipped=content.others,
     )
+    found: list[dict[Source, RawLabel]] = []
     with open(tar, "rb") as file:
-        for key, (extension, member) in images.items():
+        for sample in content.samples:
+            member = sample.image
+            if member is None or sample.kind:
+                continue
             data = os.pread(file.fileno(), min(member.size, MAX_BYTES + 1), member.offset)
             try:
                 header = read_header(data)
             except ImageRefusedError as refused:
-                skipped.append((member.name, str(refused)))
+                index.skipped.append((member.name, str(refused)))
                 continue
-            label = _read_label(tar, file.fileno(), labels.get(key))
-            row = (member.offset, member.size, zlib.crc32(data), label, header.height, header.width)
-            index.keys.append(key)
-            index.extensions.append(extension)
+            try:
+                found.append(read_labels(file.fileno(), sample, rule))
+            except LabelError as error:
+                raise ShardError(f"{tar.name}: {error}: pack the images again, or index with --labels none.") from error
+            row = (member.offset, member.size, zlib.crc32(data), -1, header.height, header.width)
+            index.keys.append(sample.key)
+            index.extensions.append(sample.extension)
             for name, value in zip(COLUMNS, row, strict=True):
                 index.columns[name].append(value)
-    skipped += [(member.name, "a label without an image") for key, member in labels.items() if key not in images]
     if not index.keys:
-        reasons = "; ".join(f"{member}: {reason}" for member, reason in skipped[:3]) or "it has no members"
+        reasons = "; ".join(f"{member}: {reason}" for member, reason in index.skipped[:3]) or "it has no members"
         raise ShardError(f"{tar.name}: holds no usable image ({reasons}). Leave this tar out.")
-    return index
+    return index, found
 
 
 def write_index(tar: Path, index: ShardIndex) -> Path:
@@ -156,7 +137,7 @@ def write_index(tar: Path, index: ShardIndex) -> Path:
         **index.columns,
         "skipped": index.skipped,
     }
-    return write_json(index_path(tar), content)
+    return write_json(index_path(tar), content, sealed=True)
 
 
 def read_index(tar: Path) -> ShardIndex:
@@ -165,71 +146,84 @@ def read_index(tar: Path) -> ShardIndex:
     Raises:
         ShardError: if it is missing, broken, or was made for another tar.
     """
+    index = read_any_index(tar)
+    if not fits_tar(index, tar):
+        raise ShardError(
+            f"{index_path(tar).name}: was made for another state of {tar.name} (size or content differ): {CURE}."
+        )
+    return index
+
+
+def fits_tar(index: ShardIndex, tar: Path) -> bool:
+    """Whether an index was made for this state of a tar, by size and hash."""
+    return index.tar_bytes == os.path.getsize(tar) and index.tar_hash == tar_hash(tar)
+
+
+def read_any_index(tar: Path) -> ShardIndex:
+    """The index beside a tar, be it stale or another tar's.
+
+    Raises:
+        ShardError: if it is missing or broken.
+    """
     path = index_path(tar)
     try:
-        content = json.loads(path.read_bytes())
+        text = path.read_bytes()
     except FileNotFoundError:
         raise ShardError(f"{tar.name}: has no index beside it ({path.name}): {CURE}.") from None
+    return parse_index(path.name, text)
+
+
+def parse_index(name: str, text: bytes) -> ShardIndex:
+    """An index from the content of its file, which errors call ``name``.
+
+    Raises:
+        ShardError: if it is broken.
+    """
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"{path.name}: is no valid JSON ({error}): {CURE}.") from error
-    index = _parse_index(path.name, content)
-    if index.tar_bytes != os.path.getsize(tar) or index.tar_hash != tar_hash(tar):
-        raise ShardError(f"{path.name}: was made for another state of {tar.name} (size or content differ): {CURE}.")
+        raise ShardError(f"{name}: is no valid JSON ({error}): {CURE}.") from error
+    index = _checked_index(name, content)
+    head, _, end = text.rpartition(_SEAL)
+    seal = hashlib.sha256(head + b"}").hexdigest()
+    if "content_hash" in content and end != seal.encode() + b'"}':  # indexes of earlier versions bear none
+        raise ShardError(f"{name}: was changed or damaged after it was written (content_hash): {CURE}.")
     return index
 
 
 def tar_hash(tar: Path) -> str:
     """SHA-256 (hex) over the first and the last 4 KiB."""
     with open(tar, "rb") as file:
-        digest = hashlib.sha256(file.read(4096))
-        file.seek(max(0, os.path.getsize(tar) - 4096))
-        digest.update(file.read(4096))
+        return hash_ends(file)
+
+
+def hash_ends(file: BinaryIO) -> str:
+    """``tar_hash`` of a file that is open."""
+    file.seek(0)
+    digest = hashlib.sha256(file.read(4096))
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+    digest.update(file.read(4096))
     return digest.hexdigest()
 
 
-def write_json(path: Path, content: dict[str, Any]) -> Path:
-    """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
+def write_json(path: Path, content: dict[str, Any], *, sealed: bool = False) -> Path:
+    """Write a JSON file so that a reader sees the old one or the new one, never half of it.
+
+    ``sealed`` adds a last field, ``content_hash``: SHA-256 (hex) of the file as it would be without that field.
+    """
+    text = json.dumps(content, separators=(",", ":")).encode("ascii")
+    if sealed:
+        text = text[:-1] + _SEAL + hashlib.sha256(text).hexdigest().encode() + b'"}'
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(content, separators=(",", ":")), encoding="ascii")
+        temporary.write_bytes(text)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
 
 
-def _place(member: TarMember, images: dict[str, tuple[str, TarMember]], labels: dict[str, TarMember]) -> str | None:
-    """File one member under its key; the reason where it is left out."""
-    if member.kind == "a folder":
-        return None
-    if member.kind:
-        return f"{member.kind}: only plain files are read"
-    if reason := unsafe_name(member.name):
-        return reason
-    folder, slash, name = member.name.rpartition("/")
-    stem, _, extension = name.partition(".")  # webdataset's rule: the key ends at the first dot of the file name
-    key = folder + slash + stem
-    if extension.lower() == "cls":
-        known = labels.setdefault(key, member)
-        return None if known is member else "a second label of the same key"
-    if extension.lower() not in EXTENSIONS:
-        return "no image by its name"
-    known_image = images.setdefault(key, (extension, member))[1]
-    return None if known_image is member else "a second image of the same key"
-
-
-def _read_label(tar: Path, descriptor: int, member: TarMember | None) -> int:
-    if member is None:
-        return -1
-    text = os.pread(descriptor, min(member.size, _TEXT_BYTES), member.offset).strip()
-    if not text.isdigit() or len(text) > 9:
-        raise ShardError(
-            f"{tar.name}: {member.name}: a label is a whole number from 0 as text, not {text!r}: pack the images again."
-        )
-    return int(text)
-
-
-def _parse_index(name: str, content: Any) -> ShardIndex:
+def _checked_index(name: str, content: Any) -> ShardIndex:
     """Types, lengths and ranges: a garbled index must never lead to a read at a wrong place."""
 
     def check(good: bool, what: str) -> None:

@@ -2,39 +2,56 @@
 
 One thread reads bytes and draws the augmentations of the next steps while another runs DALI on step s and the trainer
 computes; bounded queues lie between. Everything is a function of (spec, step), so the step is the loader's whole
-state: a loader started at any step, on any number of ranks, delivers what an uninterrupted one would have.
+state: a loader started at any step, on any number of ranks, delivers what an uninterrupted one would have. That holds for
+the samples that stand in for bad ones too (heal.py).
 """
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import queue
 import threading
 import time
 import weakref
-from dataclasses import dataclass
-from itertools import count
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.batch import BatchStream, TwoViewBatch
-from fastmoco_pipelines.culprit import raise_bad_image
+from fastmoco_pipelines.culprit import Suspects
 from fastmoco_pipelines.draws import ViewDraws, draw_views
-from fastmoco_pipelines.order import local_batch_size, rank_slice
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.heal import Healer
+from fastmoco_pipelines.heal_verdicts import Verdicts
+from fastmoco_pipelines.loader_threads import POLL_SECONDS, make_batches, read_steps
+from fastmoco_pipelines.order import local_batch_size
+from fastmoco_pipelines.refill import Places, Plan
+from fastmoco_pipelines.shards import ShardError, ShardSet
 from fastmoco_pipelines.spec import LoaderSpec, require
+from fastmoco_pipelines.stages import DECODE, DRAW, HEAL, READ, StageClock, StageFigures
 
 if TYPE_CHECKING:
-    from fastmoco_pipelines.dali import ViewPipeline
+    from fastmoco_pipelines.dali import DecodeError, ViewPipeline
+    from fastmoco_pipelines.loader_threads import Readings, Results
 
-_POLL_SECONDS = 0.2
-_EXIT_SECONDS = 5.0
+_CLOSE_SECONDS = 30.0  # a batch under way may take so long; a read that hangs takes for ever
+_REPORT_SECONDS = 20.0
+
+
+class LoaderTimeoutError(ShardError):
+    """A batch did not come within ``timeout_s``; says what the loader was at, and where."""
 
 
 def build_loader(
-    spec: LoaderSpec, *, rank: int = 0, world_size: int = 1, device_id: int | None = None, start_step: int = 0
+    spec: LoaderSpec,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device_id: int | None = None,
+    start_step: int = 0,
+    quarantine_list: Path | None = None,
 ) -> Loader:
     """Open the shards, build the DALI graph and begin to produce batches.
 
@@ -44,53 +61,67 @@ def build_loader(
         world_size: processes that share each global batch equally.
         device_id: index of this process's GPU; needed for, and only for, ``spec.device="gpu"``.
         start_step: the step of the first batch: 0, or where a resumed run goes on.
+        quarantine_list: the run's own list of bad samples, read and added to; all ranks may share it. None: none is kept.
 
     Raises:
         ValueError: for a batch that the ranks cannot share or that is larger than the set, or a pattern without shards.
-        ShardError: if an index is missing, broken or stale.
+        ShardError: if an index is missing, broken or stale, or more samples are bad than ``spec.max_bad_share`` allows.
     """
     from fastmoco_pipelines.dali import ViewPipeline  # needs DALI, which whoever only reads shards may lack
 
     require((device_id is not None) == (spec.device == "gpu"), "device_id", device_id, f"does not fit {spec.device=}")
     local = local_batch_size(spec.global_batch_size, world_size)
-    shards = ShardSet.open(spec.shards)
+    shards = ShardSet.open(spec.shards, cache=spec.cache)
     try:
-        _slice(spec, len(shards), rank, world_size, start_step)  # says now what is wrong with the numbers
+        plan = Plan(
+            seed=spec.seed,
+            windows=shards.windows(spec.shuffle_window, spec.cache),
+            global_batch_size=spec.global_batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+        plan.places(start_step)  # says now what is wrong with the numbers
+        verdicts = Verdicts(shards, max_bad_share=spec.max_bad_share, run_list=quarantine_list)
+        suspects = Suspects(device=spec.device, device_id=device_id, threads=spec.threads)
+        stop = threading.Event()
         pipeline = ViewPipeline(
             spec.view1, spec.view2, batch_size=local, threads=spec.threads, device=spec.device, device_id=device_id
         )
     except BaseException:
         shards.close()
         raise
-    return Loader(_Source(spec, shards, pipeline, rank, world_size, device_id), start_step)
+    healer = Healer(shards, verdicts, suspects, stop)
+    return Loader(Source(spec, shards, plan, pipeline, healer, StageClock(spec.prefetch), stop), start_step)
 
 
 class Loader(BatchStream):
     """Endless batches of one rank, in the order of the steps, made ahead by two threads. Build it with ``build_loader``.
 
-    Iterating raises ShardError or BadImageError, naming tar and member, where the data is damaged.
+    A bad sample's place goes to another one. Iterating raises ShardError where too many are bad, or nothing comes at all.
     """
 
-    def __init__(self, source: _Source, start_step: int) -> None:
+    def __init__(self, source: Source, start_step: int) -> None:
         super().__init__(
             source.spec,
             sample_count=len(source.shards),
             digest=source.shards.digest,
-            world_size=source.world_size,
+            world_size=source.plan.world_size,
             start_step=start_step,
+            windows=source.plan.windows,
         )
+        self._clock, self._verdicts = source.clock, source.healer.verdicts
         self._failure: BaseException | None = None
         self._shards = source.shards
-        self._results: _Results = queue.Queue(maxsize=source.spec.prefetch)
-        stop = threading.Event()
+        self._results: Results = queue.Queue(maxsize=source.spec.prefetch)
+        stop = source.stop
         # The threads know nothing of this object, so that a forgotten loader is collected and they end with it. They
         # are daemons: a read that hangs must not keep the interpreter from exiting.
-        read: _Readings = queue.Queue(maxsize=1)
+        read: Readings = queue.Queue(maxsize=1)
         self._reader = threading.Thread(
-            target=_read, args=(source, start_step, read, stop), name="fastmoco-read", daemon=True
+            target=read_steps, args=(source, start_step, read, stop), name="fastmoco-read", daemon=True
         )
         self._producer = threading.Thread(
-            target=_produce, args=(source, read, self._results, stop), name="fastmoco-loader", daemon=True
+            target=make_batches, args=(source, read, self._results, stop), name="fastmoco-loader", daemon=True
         )
         # The garbage collector may call this in any thread, one of these two included, and while that holds a queue's
         # lock: so it waits for nothing and touches no queue.
@@ -102,143 +133,140 @@ class Loader(BatchStream):
         """The batch of the next step.
 
         Raises:
-            ShardError, BadImageError: if the data is damaged; again on every later call.
+            ShardError: if too much of the data is damaged, or nothing came for ``timeout_s``; again on every later call.
             RuntimeError: after ``close``.
         """
         if self._failure is not None:
             raise self._failure
-        start = time.perf_counter()
+        start, queued, tell_at = time.perf_counter(), self._results.qsize(), _REPORT_SECONDS
         while True:
             if not self._stop.alive:
                 raise RuntimeError("the loader is closed")
             try:
-                result = self._results.get(timeout=_POLL_SECONDS)
+                result = self._results.get(timeout=POLL_SECONDS)
                 break
             except queue.Empty:
                 if not self._producer.is_alive() and self._results.empty():
                     raise RuntimeError(f"the loader's thread ended before step {self._step}") from None
+                waited = time.perf_counter() - start
+                if waited >= min(tell_at, self._spec.timeout_s):
+                    tell_at *= 2
+                    self._tell_of_waiting(waited)
         self.wait_seconds = time.perf_counter() - start
+        self._clock.waited(self.wait_seconds, queued)
+        for text in self._verdicts.news():
+            self.report(text)
         if isinstance(result, BaseException):
             self._failure = result
             raise result
         self._step = result.step + 1
         return result
 
+    def _tell_of_waiting(self, waited: float) -> None:
+        """Say what the loader is at, or give up."""
+        doing = self._clock.doing(self._shards.reading)
+        if waited < self._spec.timeout_s:
+            self.report(f"waiting for the data of step {self._step} for {waited:.0f} s: {doing}")
+            return
+        self._failure = LoaderTimeoutError(
+            f"no data for step {self._step} within {waited:.0f} s: {doing}. Look after the disk or the server; the run goes on "
+            "from its last checkpoint. If it only is slow, raise --data.timeout-s."
+        )
+        raise self._failure
+
+    def figures(self) -> StageFigures:
+        """Where the time has gone since the loader was built, and how many samples are left out."""
+        self._verdicts.look_at_peers()
+        return self._clock.figures(len(self._verdicts))
+
     def close(self) -> None:
-        """Stop the threads and close the files. Batches already handed out stay valid."""
+        """Stop the threads and close the files. Batches already handed out stay valid.
+
+        A thread that hangs in a read is left alone, with its files: it is a daemon.
+        """
         self._stop()
-        self._producer.join()
-        self._reader.join()
-        self._shards.close()
+        self._shards.cancel()  # the reading thread may be waiting for a server
+        until = time.monotonic() + (POLL_SECONDS if isinstance(self._failure, LoaderTimeoutError) else _CLOSE_SECONDS)
+        for thread in (self._producer, self._reader):
+            thread.join(max(POLL_SECONDS, until - time.monotonic()))
+        if not (self._producer.is_alive() or self._reader.is_alive()):
+            self._shards.close()
         while not self._results.empty():  # nobody will ask for them, and they may lie on the GPU
             self._results.get_nowait()
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
+class Prepared:
     """What DALI needs for one step."""
 
-    step: int
-    sample_ids: NDArray[np.int64]
+    places: Places
     encoded: list[NDArray[np.uint8]]
     draws1: ViewDraws
     draws2: ViewDraws
-
-
-_Readings = queue.Queue[_Prepared | BaseException]
-_Results = queue.Queue[TwoViewBatch | BaseException]
-_Item = TypeVar("_Item")
+    innocent: bool = False
+    """All of its images have been found to decode alone."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class Source:
     """One rank's share of the data; ``prepare`` runs in the reading thread, ``render`` in the producing one."""
 
     spec: LoaderSpec
     shards: ShardSet
+    plan: Plan
     pipeline: ViewPipeline
-    rank: int
-    world_size: int
-    device_id: int | None
+    healer: Healer
+    clock: StageClock
+    stop: threading.Event
 
-    def prepare(self, step: int) -> _Prepared:
+    def prepare(self, step: int) -> Prepared:
         """Bytes and draws of one step."""
-        epoch, ids = self._slice(step)
-        self.shards.will_need(self._slice(step + 1)[1])
-        encoded = self.shards.read(ids)
-        sizes, seed = self.shards.sizes[ids], self.spec.seed
-        draws1 = draw_views(self.spec.view1, seed=seed, epoch=epoch, sample_ids=ids, sizes=sizes, view=1)
-        draws2 = draw_views(self.spec.view2, seed=seed, epoch=epoch, sample_ids=ids, sizes=sizes, view=2)
-        return _Prepared(step, ids.copy(), encoded, draws1, draws2)
+        with self.clock.stage(READ, step):
+            places = self.plan.places(step)
+            position = places.batch_start
+            self.shards.follow(self.plan.windows, seed=self.spec.seed, epoch=places.epoch, position=position)
+            with contextlib.suppress(ShardError, OSError):  # a hint; whether they can be read is seen when they are
+                following = self.plan.places(step + 1).ids
+                self.shards.will_need(following[~self.healer.verdicts.bad(following)])
+            encoded = self.healer.fill(self.plan, places)
+        with self.clock.stage(DRAW, step):
+            return self._drawn(places, encoded)
 
-    def render(self, prepared: _Prepared) -> TwoViewBatch:
-        """Decode and augment."""
+    def render(self, prepared: Prepared) -> TwoViewBatch:
+        """Decode and augment; bad images are replaced until all is well."""
         from fastmoco_pipelines.dali import DecodeError
 
-        try:
-            view1, view2 = self.pipeline.run(prepared.encoded, prepared.draws1, prepared.draws2)
-        except DecodeError as error:
-            raise_bad_image(
-                error,
-                shards=self.shards,
-                sample_ids=prepared.sample_ids,
-                encoded=prepared.encoded,
-                device=self.spec.device,
-                device_id=self.device_id,
-            )
-        return TwoViewBatch(view1=view1, view2=view2, sample_ids=prepared.sample_ids, step=prepared.step)
-
-    def _slice(self, step: int) -> tuple[int, NDArray[np.int64]]:
-        return _slice(self.spec, len(self.shards), self.rank, self.world_size, step)
-
-
-def _slice(spec: LoaderSpec, samples: int, rank: int, world_size: int, step: int) -> tuple[int, NDArray[np.int64]]:
-    size = spec.global_batch_size
-    return rank_slice(step, seed=spec.seed, count=samples, global_batch_size=size, rank=rank, world_size=world_size)
-
-
-def _read(source: _Source, start_step: int, read: _Readings, stop: threading.Event) -> None:
-    """The reading thread: the bytes and draws of every step until told to stop."""
-    try:
-        for step in count(start_step):
-            if not _put(read, source.prepare(step), stop):
-                return
-    except BaseException as error:  # whatever it is, the trainer must hear of it instead of waiting for ever
-        _put(read, error, stop)
-
-
-def _produce(source: _Source, read: _Readings, results: _Results, stop: threading.Event) -> None:
-    """The producing thread: batches until told to stop; an error goes to the trainer in a batch's place."""
-    thread = threading.current_thread()
-
-    def end() -> None:
-        stop.set()
-        thread.join(_EXIT_SECONDS)
-
-    try:
-        import nvidia.dali  # noqa: F401  # registers its exit handler now, so that it runs after the one below
-
-        atexit.register(end)  # the interpreter must not take DALI down while it works here
-        while not stop.is_set():
+        step = prepared.places.step
+        while True:
             try:
-                prepared = read.get(timeout=_POLL_SECONDS)
-            except queue.Empty:
-                continue
-            if isinstance(prepared, BaseException):
-                raise prepared
-            _put(results, source.render(prepared), stop)
-    except BaseException as error:  # as above
-        _put(results, error, stop)
-    finally:
-        atexit.unregister(end)
+                with self.clock.stage(DECODE, step):
+                    view1, view2 = self.pipeline.run(prepared.encoded, prepared.draws1, prepared.draws2)
+                return TwoViewBatch(view1=view1, view2=view2, sample_ids=prepared.places.ids, step=step)
+            except DecodeError as error:
+                with self.clock.stage(HEAL, step):
+                    prepared = self._healed(prepared, error)
 
+    def _healed(self, prepared: Prepared, error: DecodeError) -> Prepared:
+        """The step with other images in the places of those that broke it."""
+        places = prepared.places
+        encoded = self.healer.blame(error, places.ids, prepared.encoded)
+        if all(data is not None for data in encoded):
+            if prepared.innocent:
+                raise error
+            return replace(prepared, innocent=True)  # once more by a new graph: something may just have been scarce
+        return self._drawn(places, self.healer.fill(self.plan, places, encoded))
 
-def _put(results: queue.Queue[_Item], item: _Item, stop: threading.Event) -> bool:
-    """Whether there was room before the end."""
-    while not stop.is_set():
-        try:
-            results.put(item, timeout=_POLL_SECONDS)
-            return True
-        except queue.Full:
-            continue
-    return False
+    def _drawn(self, places: Places, encoded: list[NDArray[np.uint8]]) -> Prepared:
+        draws1, draws2 = (
+            draw_views(
+                view,
+                seed=self.spec.seed,
+                epoch=places.epoch,
+                sample_ids=places.ids,
+                sizes=self.shards.sizes[places.ids],
+                view=number,
+                places=places.streams,
+            )
+            for number, view in ((1, self.spec.view1), (2, self.spec.view2))
+        )
+        return Prepared(places, encoded, draws1, draws2)

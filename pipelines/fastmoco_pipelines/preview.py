@@ -14,6 +14,7 @@ from torch import Tensor
 from fastmoco_pipelines.culprit import raise_bad_image
 from fastmoco_pipelines.draws import draw_views
 from fastmoco_pipelines.order import epoch_order
+from fastmoco_pipelines.preview_parameters import describe_draws, put_beside
 from fastmoco_pipelines.shards import ShardSet
 from fastmoco_pipelines.spec import ViewSpec, require
 
@@ -34,6 +35,7 @@ def save_view_grid(
     threads: int = 2,
     device: Literal["cpu", "gpu"] = "cpu",
     device_id: int | None = None,
+    parameters: bool = False,
 ) -> Path:
     """Draw a grid of original | view 1 | view 2, two such groups a row, and save it as a PNG.
 
@@ -51,6 +53,7 @@ def save_view_grid(
         threads: DALI worker threads.
         device: where to make the views.
         device_id: ordinal of the GPU.
+        parameters: write beside each row what was drawn for its views.
 
     Returns:
         ``out_png`` as a path.
@@ -87,7 +90,17 @@ def save_view_grid(
     cells = [[original, Image.fromarray(one), Image.fromarray(two)] for original, one, two in shown]
     out = Path(out_png)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _grid(cells, max(_CELL, view1.size, view2.size)).save(out, "PNG")
+    side = max(_CELL, view1.size, view2.size)
+    picture = _grid(cells, side)
+    if parameters:
+        lines = [
+            f"{name}: {describe_draws(draws, i, sizes[i])}"
+            for i in range(len(cells))
+            for name, draws in ((f"{i % _GROUPS + 1} view 1", draws1), (f"{i % _GROUPS + 1} view 2", draws2))
+        ]
+        rows_of_lines = [lines[at : at + 2 * _GROUPS] for at in range(0, len(lines), 2 * _GROUPS)]
+        picture = put_beside(picture, rows_of_lines, side + _GAP)
+    picture.save(out, "PNG")
     return out
 
 

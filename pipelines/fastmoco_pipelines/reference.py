@@ -72,18 +72,13 @@ def normalise(image: Image.Image, spec: ViewSpec | EvalSpec) -> NDArray[np.float
 
 
 def reference_image(image: Image.Image | NDArray[np.uint8], spec: ViewSpec, draws: ViewDraws, i: int) -> Image.Image:
-    """Row ``i``'s view before normalisation, as an RGB image; the operations in the order of :class:`ViewSpec`."""
+    """Row ``i``'s view before normalisation, as an RGB image; the operations in the order of :class:`ViewSpec`, the four
+    of the jitter in the row's own where ``spec.color`` is "exact"."""
     source = image if isinstance(image, Image.Image) else Image.fromarray(image)
     top, left, height, width = (int(value) for value in draws.crop[i])
     view = crop_and_resize(source.convert("RGB"), (top, left, height, width), spec.size)
-    if draws.brightness[i] != 1:
-        view = adjust_brightness(view, float(draws.brightness[i]))
-    if draws.contrast[i] != 1:
-        view = adjust_contrast(view, float(draws.contrast[i]))
-    if draws.saturation[i] != 1:
-        view = adjust_saturation(view, float(draws.saturation[i]))
-    if draws.hue[i] != 0:
-        view = adjust_hue(view, float(draws.hue[i]))
+    for operation in draws.jitter_order[i].tolist() if spec.color == "exact" else range(4):
+        view = _jitter(view, operation, draws, i)
     if draws.grayscale[i]:
         view = to_grayscale(view)
     if draws.blur_sigma[i] > 0:
@@ -91,6 +86,19 @@ def reference_image(image: Image.Image | NDArray[np.uint8], spec: ViewSpec, draw
     if draws.solarize[i]:
         view = solarize(view, spec.solarize_threshold)
     return flip_horizontally(view) if draws.flip[i] else view
+
+
+def _jitter(view: Image.Image, operation: int, draws: ViewDraws, i: int) -> Image.Image:
+    """One of 0 brightness, 1 contrast, 2 saturation, 3 hue; left out where its draw changes nothing."""
+    if operation == 0 and draws.brightness[i] != 1:
+        return adjust_brightness(view, float(draws.brightness[i]))
+    if operation == 1 and draws.contrast[i] != 1:
+        return adjust_contrast(view, float(draws.contrast[i]))
+    if operation == 2 and draws.saturation[i] != 1:
+        return adjust_saturation(view, float(draws.saturation[i]))
+    if operation == 3 and draws.hue[i] != 0:
+        return adjust_hue(view, float(draws.hue[i]))
+    return view
 
 
 def reference_view(

@@ -1,23 +1,19 @@
 """A set of shards as one list of samples: which tars, where each image lies, and its bytes, checked.
 
-Only plain local paths and ``file:`` URLs are read. Nothing here starts a process, follows a link inside a tar or
-unpickles anything.
+Local shards are read where they lie; those of a server through copies in a cache (fetching.py), with the same checks.
+Nothing here starts a process, follows a link inside a tar or unpickles anything.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
-import re
 import sys
 import zlib
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Self
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,42 +21,15 @@ from numpy.typing import NDArray
 from fastmoco_pipelines.headers import StructureError, image_size
 from fastmoco_pipelines.images import MAX_PIXELS, MAX_PIXELS_PER_BYTE, MAX_SIDE
 from fastmoco_pipelines.index import CURE, ShardError, ShardIndex, read_index
-from fastmoco_pipelines.manifest import NAME as MANIFEST
-from fastmoco_pipelines.manifest import read_sets
+from fastmoco_pipelines.limits import Limits
+from fastmoco_pipelines.manifest import FolderOfShards, check_folders, read_sets
+from fastmoco_pipelines.patterns import expand_shards, is_remote, without_scheme
+from fastmoco_pipelines.quarantine import Quarantine
+from fastmoco_pipelines.shard_files import LocalFiles, Place, RemoteFiles, open_cache
+from fastmoco_pipelines.spec import CacheSpec
+from fastmoco_pipelines.window import ShardWindows, default_window
 
 __all__ = ["ShardError", "ShardSet", "expand_shards"]
-
-MAX_OPEN_FILES = 128  # a process may hold 1024 by default, and several sets are open at once
-MAX_SHARDS = 1_000_000
-_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
-_BRACES = re.compile(r"\{([^{}]*)\}")
-
-
-def expand_shards(pattern: str) -> list[Path]:
-    """The shard tars that a pattern names, sorted.
-
-    Args:
-        pattern: a tar, a folder of tars, a glob (``train-*.tar``), a brace pattern (``train-{000000..000099}.tar`` or
-            ``{a,b}.tar``), or one of these behind ``file:``.
-
-    Raises:
-        ValueError: naming the pattern, if it names no file, one of the files it spells out is missing, the folder
-            holds several sets, or its scheme is not supported.
-    """
-    plain = _without_scheme(pattern)
-    if os.path.isdir(plain):
-        return _tars_of_folder(pattern, Path(plain))
-    paths: set[str] = set()
-    for name in [plain] if os.path.exists(plain) else _expand_braces(pattern, plain):
-        if os.path.isfile(name):
-            paths.add(name)
-        elif glob.has_magic(name):
-            paths.update(path for path in glob.glob(name) if os.path.isfile(path))
-        else:
-            raise ValueError(f"shards={pattern!r}: there is no file {name}")
-    if not paths:
-        raise ValueError(f"shards={pattern!r}: no file has such a name (folder searched: {Path(plain).parent})")
-    return sorted(Path(path) for path in paths)
 
 
 class ShardSet:
@@ -77,10 +46,18 @@ class ShardSet:
     One thread at a time may call ``read``.
     """
 
-    def __init__(self, paths: Sequence[Path], indexes: Sequence[ShardIndex], classes: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        indexes: Sequence[ShardIndex],
+        classes: tuple[str, ...],
+        files: LocalFiles | RemoteFiles,
+    ) -> None:
         self.classes = classes
         self.skipped = sum(len(index.skipped) for index in indexes)
-        self._paths = tuple(paths)
+        self._names = tuple(names)
+        self._files = files
+        self._largest = max(index.tar_bytes for index in indexes)
         self._keys = [index.keys for index in indexes]
         self._extensions = [[sys.intern(extension) for extension in index.extensions] for index in indexes]
         counts = [len(index) for index in indexes]
@@ -93,21 +70,49 @@ class ShardSet:
         _check_budget(self)
         identity = np.stack([column[name] for name in ("crc32", "size", "label", "height", "width")])
         self.digest: str = hashlib.sha256(b"fastmoco-set-1" + identity.astype("<i8").tobytes()).hexdigest()
-        self._files: OrderedDict[int, int] = OrderedDict()
 
     @classmethod
-    def open(cls, pattern: str) -> Self:
+    def open(cls, pattern: str, *, cache: CacheSpec | None = None, limits: Limits | None = None) -> Self:
         """Open the shards that ``pattern`` names, through the indexes beside them.
 
+        Args:
+            pattern: as for ``expand_shards``; or ``https://``, ``http://``, ``s3://`` or ``gs://`` with braces, with ``*``
+                in the file's name, or of a folder (with ``/`` at the end).
+            cache: where shards from a server are kept; None: the default folder and size.
+            limits: times and tries of each transfer; None: the defaults.
+
         Raises:
-            ValueError: if the pattern names no shard.
+            ValueError: if the pattern names no shard, or its scheme is not read.
             ShardError: if an index is missing, broken or stale, a shard of a packed set is missing, or shards of
-                different sets number their classes differently.
+                different sets number their classes differently; RemoteError, which is one, if a server fails.
         """
+        if is_remote(pattern):
+            from fastmoco_pipelines.fetching import ShardFetcher
+            from fastmoco_pipelines.remote_set import open_remote
+
+            kept, limits = open_cache(cache or CacheSpec()), limits or Limits()
+            remote = open_remote(pattern, kept, limits)
+            names = [shard.name for shard in remote.shards]
+            files = RemoteFiles(ShardFetcher(remote.shards, kept, limits), len(names))
+            return cls(names, remote.indexes, remote.classes, files)
         paths = expand_shards(pattern)
         indexes = [read_index(path) for path in paths]
-        explicit = os.path.isfile(_without_scheme(pattern)) or "{" in pattern
-        return cls(paths, indexes, _classes_by_manifest(paths, indexes, explicit=explicit))
+        explicit = os.path.isfile(without_scheme(pattern)) or "{" in pattern
+        classes = check_folders(_local_folders(paths, indexes, explicit=explicit))
+        return cls([path.name for path in paths], indexes, classes, LocalFiles(paths))
+
+    def windows(self, shuffle_window: int | None, cache: CacheSpec | None = None) -> ShardWindows:
+        """Which shards are shuffled together; the same on every machine.
+
+        Args:
+            shuffle_window: number of shards; 0: all; None: all of a local set, as many of a remote one as its cache bears.
+            cache: of a remote set.
+        """
+        if shuffle_window is None:
+            size = (cache or CacheSpec()).size_bytes
+            shuffle_window = default_window(self._largest, size) if isinstance(self._files, RemoteFiles) else 0
+        whole = shuffle_window >= len(self._names)
+        return ShardWindows(first=self._first, window=0 if whole else shuffle_window)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -121,12 +126,62 @@ class ShardSet:
         """Where a sample lies, for people: ``train-000001.tar: 000123.jpg``."""
         shard = int(self._shard[sample_id])
         i = sample_id - int(self._first[shard])
-        return f"{self._paths[shard].name}: {self._keys[shard][i]}.{self._extensions[shard][i]}"
+        return f"{self._names[shard]}: {self._keys[shard][i]}.{self._extensions[shard][i]}"
+
+    def entry(self, sample_id: int) -> dict[str, str | int]:
+        """What a line of a quarantine list says of a sample: shard, key, extension, offset, size, crc32."""
+        shard = int(self._shard[sample_id])
+        i = sample_id - int(self._first[shard])
+        columns = {"offset": self._offset, "size": self._size, "crc32": self._crc32}
+        return {
+            "shard": self._names[shard],
+            "key": self._keys[shard][i],
+            "extension": self._extensions[shard][i],
+            **{name: int(column[sample_id]) for name, column in columns.items()},
+        }
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The file names of all shards."""
+        return frozenset(self._names)
+
+    def shard_of(self, sample_id: int) -> tuple[str, range]:
+        """The name of a sample's shard, and all samples in it."""
+        shard = int(self._shard[sample_id])
+        return self._names[shard], range(int(self._first[shard]), int(self._first[shard + 1]))
+
+    def listed(self, quarantine: Quarantine) -> dict[int, str]:
+        """The samples of which a list speaks, and the reasons it gives."""
+        found: dict[int, str] = {}
+        for shard in {entry.shard for entry in quarantine} & self.names:
+            for number in (i for i, name in enumerate(self._names) if name == shard):
+                first, part = int(self._first[number]), np.s_[self._first[number] : self._first[number + 1]]
+                rows = quarantine.rows(shard, self._offset[part], self._size[part], self._crc32[part])
+                found |= {first + row: reason for row, reason in rows.items()}
+        return found
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders of local shards; none for a set on a server."""
+        return self._files.folders
+
+    @property
+    def reading(self) -> str:
+        """What is being read, or was last, for people: a shard and, of a local one, the byte."""
+        shard, offset = self._files.reading
+        return self._names[shard] + (f" at byte {offset}" if offset else "")
 
     def will_need(self, sample_ids: NDArray[np.int64]) -> None:
         """Ask the operating system to fetch these samples' bytes from the disk in the background."""
-        for shard, offset, size in self._places(sample_ids):
-            os.posix_fadvise(self._descriptor(shard), offset, size, os.POSIX_FADV_WILLNEED)
+        self._files.will_need(self._places(sample_ids))
+
+    def follow(self, windows: ShardWindows, *, seed: int, epoch: int, position: int) -> None:
+        """Have the shards around a position (in samples) of an epoch's order at hand, and those after them on their way.
+
+        For a local set there is nothing to do.
+        """
+        if isinstance(self._files, RemoteFiles):
+            self._files.follow(windows, seed=seed, epoch=epoch, position=position)
 
     def read(self, sample_ids: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """The encoded bytes of some samples, checked against their crc32 and the size that the index gives them.
@@ -141,30 +196,40 @@ class ShardSet:
             ShardError: naming tar and member, if bytes are missing or differ from what was indexed, or if their header
                 declares another size: crops and the limits on decoding rest on the index.
         """
-        encoded = []
-        checksums, sizes = self._crc32[sample_ids].tolist(), self.sizes[sample_ids].tolist()
-        for i, (shard, offset, size) in enumerate(self._places(sample_ids)):
-            data = os.pread(self._descriptor(shard), size, offset)
-            if zlib.crc32(data) != checksums[i]:
-                what = "its bytes differ from the index (crc32)" if len(data) == size else "the tar ends inside it"
-                raise ShardError(
-                    f"{self.describe(int(sample_ids[i]))}: {what}. Copy the tar again from its source; "
-                    f"if it was changed on purpose, {CURE}."
-                )
-            declared = _declared_size(data)
-            if declared is not None and declared != tuple(sizes[i]):
-                (height, width), (in_height, in_width) = declared, sizes[i]
-                raise ShardError(
-                    f"{self.describe(int(sample_ids[i]))}: its header says {width}x{height} pixels, the index "
-                    f"{in_width}x{in_height}: {CURE}."
-                )
+        sample_ids = np.asarray(sample_ids, dtype=np.int64)
+        places = self._places(sample_ids)
+        encoded, renewed = [], set()
+        for sample_id, place, data in zip(sample_ids.tolist(), places, self._files.read(places), strict=True):
+            problem = self._problem(sample_id, data)
+            if problem is not None and (place[0] in renewed or self._files.renew(place[0])):
+                renewed.add(place[0])
+                data = self._files.read([place])[0]
+                problem = self._problem(sample_id, data)
+            if problem is not None:
+                raise ShardError(f"{self.describe(sample_id)}: {problem}")
             encoded.append(np.frombuffer(data, dtype=np.uint8))
         return encoded
 
+    def _problem(self, sample_id: int, data: bytes) -> str | None:
+        """What is wrong with the bytes of a sample."""
+        if zlib.crc32(data) != self._crc32[sample_id]:
+            whole = len(data) == self._size[sample_id]
+            what = "its bytes differ from the index (crc32)" if whole else "the tar ends inside it"
+            return f"{what}. Copy the tar again from its source; if it was changed on purpose, {CURE}."
+        declared = _declared_size(data)
+        (height, width), indexed = declared or (0, 0), tuple(self.sizes[sample_id].tolist())
+        if declared is not None and declared != indexed:
+            return f"its header says {width}x{height} pixels, the index {indexed[1]}x{indexed[0]}: {CURE}."
+        return None
+
+    def cancel(self) -> None:
+        """End a wait for a server, in whichever thread it is: there ``read`` raises. Then ``close``."""
+        if isinstance(self._files, RemoteFiles):
+            self._files.cancel()
+
     def close(self) -> None:
         """Close the files; a later ``read`` opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -176,24 +241,9 @@ class ShardSet:
         if hasattr(self, "_files"):
             self.close()
 
-    def _places(self, sample_ids: NDArray[np.int64]) -> list[tuple[int, int, int]]:
+    def _places(self, sample_ids: NDArray[np.int64]) -> list[Place]:
         columns = (self._shard[sample_ids], self._offset[sample_ids], self._size[sample_ids])
         return list(zip(*(column.tolist() for column in columns), strict=True))
-
-    def _descriptor(self, shard: int) -> int:
-        """An open descriptor of a shard; the one unused for longest is closed when there are too many."""
-        descriptor = self._files.get(shard)
-        if descriptor is not None:
-            self._files.move_to_end(shard)
-            return descriptor
-        if len(self._files) >= MAX_OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        try:
-            descriptor = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ShardError(f"{self._paths[shard].name}: cannot be opened any more ({error.strerror}).") from error
-        self._files[shard] = descriptor
-        return descriptor
 
 
 def _column(index: ShardIndex, name: str) -> NDArray[np.int64]:
@@ -222,74 +272,13 @@ def _check_budget(shards: ShardSet) -> None:
         )
 
 
-def _classes_by_manifest(paths: Sequence[Path], indexes: Sequence[ShardIndex], *, explicit: bool) -> tuple[str, ...]:
-    """Class names from the manifests beside the shards, after checking that no shard of a packed set is lost."""
-    classes: tuple[str, ...] = ()
+def _local_folders(paths: Sequence[Path], indexes: Sequence[ShardIndex], *, explicit: bool) -> Iterable[FolderOfShards]:
+    """The shards by folder. Whoever spells names out may leave some of the manifest's out."""
     for folder, group in groupby(zip(paths, indexes, strict=True), key=lambda pair: pair[0].parent):
         samples = {path.name: len(index) for path, index in group}
-        for name, entry in read_sets(folder).items():
-            listed = {shard["name"]: shard.get("samples") for shard in entry["shards"]}
-            if not samples.keys() & listed.keys():
-                continue
-            for shard, count in listed.items():
-                if not explicit and shard not in samples and not (folder / shard).exists():
-                    raise ShardError(
-                        f"{shard}: is listed in {MANIFEST} but missing in {folder}: copy it there too, or spell out "
-                        f"the shards to use, e.g. {name}-{{000000..000003}}.tar."
-                    )
-                if shard in samples and samples[shard] != count:
-                    raise ShardError(f"{shard}: {samples[shard]} samples, {MANIFEST} says {count}: pack it again.")
-            if classes and tuple(entry["classes"]) != classes:
-                raise ShardError(
-                    f"{folder / MANIFEST}: set {name!r} numbers its classes differently: use one at a time."
-                )
-            classes = tuple(entry["classes"])
-    return classes
-
-
-def _without_scheme(pattern: str) -> str:
-    match = _SCHEME.match(pattern)
-    if match is None or os.path.exists(pattern):
-        return pattern
-    scheme = match.group(1).lower()
-    if scheme == "file":
-        url = urlsplit(pattern.replace("?", "%3F").replace("#", "%23"))
-        if url.netloc in ("", "localhost"):
-            return unquote(url.path)
-        raise ValueError(f"shards={pattern!r}: a file: URL names a file of this machine: file:///path")
-    if scheme == "pipe":
-        raise ValueError("shards='pipe:...': refused: a shard pattern never starts a command")
-    raise ValueError(
-        f"shards={scheme + ':...'!r}: reading over {scheme} is not supported yet: copy or mount the shards and give a path"
-    )
-
-
-def _tars_of_folder(pattern: str, folder: Path) -> list[Path]:
-    sets = read_sets(folder)
-    if len(sets) > 1:
-        names = " or ".join(f"{folder}/{name}-*.tar" for name in sorted(sets))
-        raise ValueError(f"shards={pattern!r}: the folder holds several sets: name one, {names}")
-    paths = sorted(path for path in folder.glob("*.tar") if path.is_file())
-    if not paths:
-        raise ValueError(f"shards={pattern!r}: the folder holds no .tar")
-    return paths
-
-
-def _expand_braces(pattern: str, text: str) -> list[str]:
-    """``{000..007}`` counts with its zeros kept, ``{a,b}`` lists; the first braces are expanded, then the rest."""
-    match = _BRACES.search(text)
-    if match is None:
-        return [text]
-    low, dots, high = match.group(1).partition("..")
-    if dots:
-        if not (low.isdigit() and high.isdigit() and int(low) <= int(high) and int(high) - int(low) < MAX_SHARDS):
-            raise ValueError(f"shards={pattern!r}: {match.group(0)} is no rising range of numbers like {{000..127}}")
-        width = max(len(low), len(high)) if low.startswith("0") or high.startswith("0") else 0
-        parts = [f"{number:0{width}d}" for number in range(int(low), int(high) + 1)]
-    else:
-        parts = match.group(1).split(",")
-    names = [text[: match.start()] + part + text[match.end() :] for part in parts]
-    expanded = [full for name in names for full in _expand_braces(pattern, name)]
-    if len(expanded) > MAX_SHARDS:
-        raise ValueError(f"shards={pattern!r}: names more than {MAX_SHARDS} shards")
-    return expanded
+        yield FolderOfShards(
+            where=str(folder),
+            sets=read_sets(folder),
+            samples=samples,
+            present=lambda name, folder=folder: explicit or (folder / name).exists(),  # type: ignore[misc]
+        )

@@ -26,7 +26,8 @@ def require(condition: bool, name: str, value: object, rule: str) -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewSpec:
     """How one augmented view is cut from one decoded image. Order of operations: crop and resize, brightness, contrast
-    about the image's grey mean, saturation, hue, greyscale, Gaussian blur, solarize, horizontal flip, normalise."""
+    about the image's grey mean, saturation, hue (these four in an order drawn for each image where ``color="exact"``),
+    greyscale, Gaussian blur, solarize, horizontal flip, normalise."""
 
     size: int = 224
     """Output height and width in pixels."""
@@ -60,6 +61,9 @@ class ViewSpec:
     """Per-channel mean subtracted after scaling to [0, 1]."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Per-channel standard deviation divided by."""
+    color: Literal["dali", "exact"] = "dali"
+    """Who does the colours. ``exact``: torchvision's PIL transforms to the bit, in each image's own random order, by a fused
+    kernel on GPUs and torch on CPUs. ``dali``: fixed order, hue approximated; docs/views.md has the distances."""
 
     def __post_init__(self) -> None:
         require(self.size >= 1, "size", self.size, "a view is at least 1 pixel wide")
@@ -80,6 +84,7 @@ class ViewSpec:
             0 <= self.solarize_threshold <= 255, "solarize_threshold", self.solarize_threshold, "a level is 0 to 255"
         )
         require(all(s > 0 for s in self.std), "std", self.std, "every channel's deviation is positive")
+        require(self.color in ("dali", "exact"), "color", self.color, 'is "dali" or "exact"')
 
 
 def moco_v3_views(size: int = 224, *, crop_min: float = 0.08) -> tuple[ViewSpec, ViewSpec]:
@@ -98,11 +103,31 @@ def moco_v3_views(size: int = 224, *, crop_min: float = 0.08) -> tuple[ViewSpec,
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSpec:
+    """Where shards that lie on a server are kept on this machine; local shards need none."""
+
+    folder: str = ""
+    """Folder of the cache, for this user alone, shared by all processes of a machine; empty: fastmoco/shards in the user's
+    cache folder (XDG_CACHE_HOME or ~/.cache)."""
+    size_gb: float = 100
+    """Its size in 10^9 bytes at most; it also leaves a fifth of the free disk alone."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.size_gb < 1e9, "cache_size_gb", self.size_gb, "a size in GB is above 0")
+
+    @property
+    def size_bytes(self) -> int:
+        """Its size in bytes at most."""
+        return int(self.size_gb * 1e9)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderSpec:
     """What a training loader delivers: which shards, which views, how many at a time, and where."""
 
     shards: str
-    """Shard tars: a path, a glob (``train-*.tar``), a brace pattern (``train-{000000..000099}.tar``), or a folder."""
+    """Shard tars: a path, a glob (``train-*.tar``), a brace pattern (``train-{000000..000099}.tar``), or a folder; or the
+    same behind ``https://``, ``http://``, ``s3://`` or ``gs://``."""
     view1: ViewSpec = field(default_factory=lambda: moco_v3_views()[0])
     """The first view."""
     view2: ViewSpec = field(default_factory=lambda: moco_v3_views()[1])
@@ -117,6 +142,18 @@ class LoaderSpec:
     """DALI worker threads of this process."""
     prefetch: int = 2
     """Finished batches kept ready ahead of the trainer."""
+    cache_dir: str = ""
+    """Folder for shards from a server; see CacheSpec."""
+    cache_size_gb: float = 100
+    """Size of that folder in 10^9 bytes at most."""
+    shuffle_window: int | None = None
+    """Shards shuffled together; 0: the whole set. None: the whole set where it is local, else 64 shards, or as many as fit
+    into half of the cache."""
+    max_bad_share: float = 0.001
+    """Share of the set's samples that a run may leave out before it ends, on top of those listed beside the shards; ten are
+    allowed in any case. 0: none."""
+    timeout_s: float = 600
+    """Seconds to wait for one batch before it is given up, e.g. where a disk of the network hangs."""
 
     def __post_init__(self) -> None:
         require(bool(self.shards.strip()), "shards", self.shards, "name the shard tars, e.g. data/train-*.tar")
@@ -125,6 +162,16 @@ class LoaderSpec:
         require(self.device in ("cpu", "gpu"), "device", self.device, 'is "cpu" or "gpu"')
         require(self.threads >= 1, "threads", self.threads, "needs at least one thread")
         require(self.prefetch >= 1, "prefetch", self.prefetch, "keeps at least one batch ready")
+        window = self.shuffle_window
+        require(window is None or window >= 0, "shuffle_window", window, "counts shards; 0 shuffles the whole set")
+        require(0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "a share lies in [0, 1]")
+        require(self.timeout_s > 0, "timeout_s", self.timeout_s, "needs a time above 0 seconds")
+        _ = self.cache  # checks its numbers
+
+    @property
+    def cache(self) -> CacheSpec:
+        """Where shards from a server are kept."""
+        return CacheSpec(folder=self.cache_dir, size_gb=self.cache_size_gb)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 Common readers stop without a word at a zeroed block, at a damaged header or where a file was cut at a member's edge,
 and the samples behind that point are gone unnoticed. Here the archive must run member by member to its end mark, and
-nothing but zeros may follow it. Links, devices and the like are reported, never followed.
+nothing but zeros may follow it. Links, devices and the like are reported, never followed. Who wants to know what is left
+of a damaged tar asks ``walk_damaged``, which goes on at the next sound header and tells of every fault.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import BinaryIO
 
 BLOCK = 512
 MAX_NAME_BYTES = 65536
+MAX_FAULTS = 100
+"""So many faults are looked past in one tar; a file made of nothing else is not searched for ever."""
 _KINDS = {
     b"1": "a hard link",
     b"2": "a symbolic link",
@@ -28,7 +31,17 @@ _WITHOUT_DATA = frozenset(b"123456")
 
 
 class TarError(RuntimeError):
-    """A tar file that cannot be trusted: names the file, the byte and what is wrong there."""
+    """A tar file that cannot be trusted: names the file, the byte and what is wrong there.
+
+    Attributes:
+        position: byte of the fault; None where the file is no plain tar at all.
+        member: name of the member that the fault cut off, or empty.
+    """
+
+    def __init__(self, message: str, *, position: int | None = None, member: str = "") -> None:
+        super().__init__(message)
+        self.position = position
+        self.member = member
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,32 +60,75 @@ def walk_tar(path: Path) -> Iterator[TarMember]:
     Raises:
         TarError: where the file is compressed, damaged, or ends before its end mark.
     """
-    total = os.path.getsize(path)
     with open(path, "rb", buffering=1 << 20) as file:
-        position, name, size = 0, None, None
-        while True:
-            file.seek(position)
-            header = file.read(BLOCK)
-            _check_header_is_there(path, position, header, total)
-            if not any(header):
-                _check_only_zeros_follow(path, position, file)
-                return
-            field = _parse_header(path, position, header)
-            flag = header[156:157]
-            if flag in (b"L", b"K", b"x", b"g"):
-                payload = _payload(path, position, file, _octal(path, position, header[124:136]), total)
-                if flag == b"L":
-                    name = _text(payload.rstrip(b"\0"))
-                elif flag == b"x":
-                    records = _pax(path, position, payload)
-                    name = _text(records[b"path"]) if b"path" in records else name
-                    size = _pax_size(path, position, records) if b"size" in records else size
-                position += BLOCK + _padded(len(payload))
-                continue
-            member = _member(path, position, header, name or field, size, total)
-            yield member
-            position = member.offset + (0 if flag[0] in _WITHOUT_DATA else _padded(member.size))
-            name = size = None
+        yield from _walk(path, file, 0)
+
+
+def walk_damaged(path: Path) -> tuple[list[TarMember], list[TarError]]:
+    """Every member that can be found, and every fault on the way; behind a fault the next sound header is looked for.
+
+    Returns:
+        (members, faults): without faults, the members are those of ``walk_tar``.
+    """
+    members: list[TarMember] = []
+    faults: list[TarError] = []
+    start: int | None = 0
+    with open(path, "rb", buffering=1 << 20) as file:
+        while start is not None and len(faults) < MAX_FAULTS:
+            try:
+                for member in _walk(path, file, start):  # what was found before a fault is kept
+                    members.append(member)  # noqa: PERF402
+                start = None
+            except TarError as fault:
+                faults.append(fault)
+                start = None if fault.position is None else _next_header(file, fault.position + BLOCK)
+    return members, faults
+
+
+def _walk(path: Path, file: BinaryIO, position: int) -> Iterator[TarMember]:
+    total = os.fstat(file.fileno()).st_size
+    name, size = None, None
+    while True:
+        file.seek(position)
+        header = file.read(BLOCK)
+        _check_header_is_there(path, position, header, total)
+        if not any(header):
+            _check_only_zeros_follow(path, position, file)
+            return
+        plain_name = _parse_header(path, position, header)
+        flag = header[156:157]
+        if flag in (b"L", b"K", b"x", b"g"):
+            payload = _payload(path, position, file, _octal(path, position, header[124:136]), total)
+            if flag == b"L":
+                name = _long_name(path, position, payload)
+            elif flag == b"x":
+                records = _pax(path, position, payload)
+                name = _long_name(path, position, records[b"path"]) if b"path" in records else name
+                size = _pax_size(path, position, records) if b"size" in records else size
+            position += BLOCK + _padded(len(payload))
+            continue
+        member = _member(path, position, header, name or plain_name, size, total)
+        yield member
+        position = member.offset + (0 if flag[0] in _WITHOUT_DATA else _padded(member.size))
+        name = size = None
+
+
+def _next_header(file: BinaryIO, start: int) -> int | None:
+    """Where the next block with a right checksum and the mark of a tar header lies, or None."""
+    position = start = _padded(start)
+    while True:
+        file.seek(position)
+        chunk = file.read(1 << 20)
+        at = chunk.find(b"ustar")
+        while at >= 0:
+            block = at - 257
+            whole = block >= 0 and block % BLOCK == 0 and len(chunk) >= block + BLOCK
+            if whole and _sums_up(chunk[block : block + BLOCK]):
+                return position + block
+            at = chunk.find(b"ustar", at + 1)
+        if len(chunk) < 1 << 20:
+            return None
+        position += 1 << 20
 
 
 def unsafe_name(name: str) -> str | None:
@@ -91,14 +147,17 @@ def _member(path: Path, position: int, header: bytes, name: str, pax_size: int |
     if not kind and name.endswith("/"):
         kind = "a folder"
     if flag[0] not in _WITHOUT_DATA and position + BLOCK + size > total:
-        raise _damaged(path, position, f"member {name!a} of {size} bytes reaches past the file's end ({total} bytes)")
+        what = f"member {name!a} of {size} bytes reaches past the file's end ({total} bytes)"
+        raise _damaged(path, position, what, member=name)
     return TarMember(name, kind, position + BLOCK, size)
 
 
-def _damaged(path: Path, position: int, what: str) -> TarError:
+def _damaged(path: Path, position: int, what: str, member: str = "") -> TarError:
     return TarError(
         f"{path.name}: byte {position}: {what}. The tar is cut off or damaged: copy it again from its source, "
-        "or pack the images again."
+        "or pack the images again.",
+        position=position,
+        member=member,
     )
 
 
@@ -110,39 +169,49 @@ def _check_header_is_there(path: Path, position: int, header: bytes, total: int)
 
 
 def _check_only_zeros_follow(path: Path, position: int, file: BinaryIO) -> None:
-    where = position + BLOCK
     while chunk := file.read(1 << 20):
-        if any(chunk):
-            raise _damaged(path, where, "data behind the archive's end mark: a hole of zeros in the middle")
-        where += len(chunk)
+        if chunk.strip(b"\0"):
+            raise _damaged(path, position, "data behind the archive's end mark: a hole of zeros in the middle")
 
 
 def _parse_header(path: Path, position: int, header: bytes) -> str:
     """The name field, once the header's checksum is right."""
-    stored = _octal(path, position, header[148:156])
-    blanked = header[:148] + b" " * 8 + header[156:]
-    unsigned = sum(blanked)
-    # Some old writers summed signed bytes.
-    if stored != unsigned and stored != unsigned - 256 * sum(byte > 127 for byte in blanked):
+    if not _sums_up(header):
         raise _damaged(path, position, "no valid member header (checksum)")
     name = header[:100].split(b"\0", 1)[0]
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
     return _text(prefix + b"/" + name if prefix else name)
 
 
+def _sums_up(header: bytes) -> bool:
+    digits = header[148:156].split(b"\0", 1)[0].strip()
+    blanked = header[:148] + b" " * 8 + header[156:]
+    unsigned = sum(blanked)
+    # Some old writers summed signed bytes.
+    sums = (unsigned, unsigned - 256 * sum(byte > 127 for byte in blanked))
+    return digits.isdigit() and not digits.strip(b"01234567") and int(digits, 8) in sums
+
+
 def _octal(path: Path, position: int, field: bytes) -> int:
     if field[0] & 0x80:  # GNU: a big-endian binary number behind a set top bit
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    try:
-        return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
-    except ValueError:
-        raise _damaged(path, position, "no valid member header (a number field)") from None
+    digits = field.split(b"\0", 1)[0].strip() or b"0"
+    if digits.strip(b"01234567"):  # int() would also take a sign and underscores
+        raise _damaged(path, position, "no valid member header (a number field)")
+    return int(digits, 8)
 
 
 def _payload(path: Path, position: int, file: BinaryIO, size: int, total: int) -> bytes:
     if size > MAX_NAME_BYTES or position + BLOCK + size > total:
         raise _damaged(path, position, f"a name record of {size} bytes")
     return file.read(size)
+
+
+def _long_name(path: Path, position: int, payload: bytes) -> str:
+    name = payload.rstrip(b"\0")
+    if b"\0" in name:  # with a damaged length, the record swallows the members behind it
+        raise _damaged(path, position, "a name with zeros in it")
+    return _text(name)
 
 
 def _pax(path: Path, position: int, payload: bytes) -> dict[bytes, bytes]:

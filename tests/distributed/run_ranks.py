@@ -55,7 +55,7 @@ def part(tensor: Tensor, world: World) -> Tensor:
 def record(module: nn.Module, output: MoCoV3Output) -> dict[str, object]:
     """Loss, outputs, gradients and buffers after a backward pass."""
     return {
-        "output": tuple(t.detach() for t in output),
+        "output": tuple(t.detach() for t in output if t is not None),
         "gradients": {n: p.grad for n, p in module.named_parameters() if p.grad is not None},
         "buffers": {n: b.clone() for n, b in module.named_buffers()},
     }

@@ -26,7 +26,9 @@ Results = list[dict[str, object]]
 ROOT = Path(__file__).parents[2]
 
 
-def launch(world_size: int, out: Path, *cases: str, debug: str = "INFO") -> Results:
+def launch(
+    world_size: int, out: Path, *cases: str, debug: str = "INFO", module: str = "tests.distributed.run_ranks"
+) -> Results:
     """Run cases in that many processes and return what each left behind.
 
     ``debug="DETAIL"`` lets torch compare every collective over the ranks, but torch 2.13 crashes in it as soon as
@@ -43,7 +45,7 @@ def launch(world_size: int, out: Path, *cases: str, debug: str = "INFO") -> Resu
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-m", "tests.distributed.run_ranks", str(out), *cases]
+    command = [sys.executable, "-m", module, str(out), *cases]
     ranks = [
         subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE)
         for r in range(world_size)
@@ -70,7 +72,7 @@ def one_process(stem: str, dtype: torch.dtype) -> tuple[MoCoV3, tuple[torch.Tens
     objective, pair = objective_and_views(stem, dtype)
     output = objective(*pair)
     output.loss.backward()
-    return objective, tuple(t.detach() for t in output)
+    return objective, tuple(t.detach() for t in output if t is not None)
 
 
 def distance(case: dict[str, object], objective: MoCoV3) -> float:

@@ -19,6 +19,8 @@ def test_help_names_every_verb(capsys):
         "recipes",
         "print-config",
         "data pack",
+        "data check",
+        "data stats",
         "data views",
         "data sample",
         "eval knn",

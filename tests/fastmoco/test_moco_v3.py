@@ -31,10 +31,10 @@ def test_fast_path_equals_the_book_in_value_every_gradient_and_buffer(stem: str,
     plain = copy.deepcopy(fast)
     assert fast.shares_patch_tokens() is shared
     pair = random_views(fast)
-    outputs = fast(*pair), plain_forward(plain, *pair)
+    outputs = fast(*pair, accuracy=True), plain_forward(plain, *pair, accuracy=True)
     for name, ours, book in zip(outputs[0]._fields, *outputs, strict=True):
         assert (ours - book).abs().max() <= 1e-12, name
-        assert ours.requires_grad == book.requires_grad == (not name.startswith("k")), name
+        assert ours.requires_grad == book.requires_grad == (name in ("loss", "q1", "q2")), name
     for output in outputs:
         output.loss.backward()
     for (name, ours), book in zip(fast.named_parameters(), plain.parameters(), strict=True):
@@ -116,7 +116,7 @@ def test_order_of_average_and_query_forward_changes_no_bit() -> None:
     queries = [second.predictor(second.encoder.head(second.encoder(view))) for view in pair]
     second.update_momentum_encoder(0.9)
     keys = [second.momentum_encoder.head(second.momentum_encoder(view)) for view in pair]
-    for ours, row in zip(expected[1:], [*queries, *keys], strict=True):
+    for ours, row in zip(expected[1:5], [*queries, *keys], strict=True):
         assert (ours - row).abs().max() <= 1e-13
     for ours, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(ours, other)

@@ -41,8 +41,9 @@ def test_a_spike_between_two_log_lines_shows_in_the_curve(tmp_path):
         recorder.gradients(step, _with_gradient(model, size))
         recorder.stepped(0.0)
     q = torch.randn(8, 64)
-    recorder.log(3, torch.tensor(2.5), q, q, lr=0.1, ema_momentum=0.9)
+    recorder.log(3, torch.tensor(2.5), q, q, lr=0.1, ema_momentum=0.9, accuracy=torch.tensor([0.25, 0.5]))
     row = _rows(recorder, tmp_path)[0]
+    assert (row["contrast/top1"], row["contrast/top5"]) == (0.25, 0.5)
     assert row["gradient_norm/total"] == pytest.approx(100.0)
     assert (row["loss"], row["lr"], row["ema_momentum"]) == (2.5, 0.1, 0.9)
     assert row["cosine/positive"] == pytest.approx(1.0)

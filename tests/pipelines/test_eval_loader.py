@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-from fastmoco_pipelines.culprit import BadImageError
 from fastmoco_pipelines.eval_loader import build_eval_loader
-from fastmoco_pipelines.index import build_index, write_index
+from fastmoco_pipelines.heal_verdicts import TooManyBadSamplesError
 from fastmoco_pipelines.shards import ShardSet
 from fastmoco_pipelines.spec import EvalSpec
+from tests.pipelines.damage import damaged_copy
 
 SPEC = EvalSpec(size=16, resize=18)
 
@@ -59,18 +56,33 @@ def test_limit_takes_images_from_everywhere(packed):
     assert len(take(packed, limit=1000)[0]) == 45
 
 
-def test_an_image_that_cannot_be_decoded_is_named(packed, tmp_path):
-    folder = Path(shutil.copytree(packed, tmp_path / "set"))
-    with ShardSet.open(str(folder)) as shards:
-        bad = next(i for i in range(45) if shards.describe(i).endswith("png"))
-        name, start, size = shards.describe(bad), int(shards._offset[bad]), int(shards._size[bad])
-    tar = folder / name.split(":")[0]
-    raw = bytearray(tar.read_bytes())
-    raw[start + size // 2 : start + size - 12] = bytes(size - 12 - size // 2)  # the last chunk stays
-    tar.write_bytes(raw)
-    write_index(tar, build_index(tar))
-    with pytest.raises(BadImageError, match=f"{name}: cannot be decoded"):
-        take(folder)
+def test_bad_images_are_left_out_and_named(packed, tmp_path):
+    bad = {0: "garbage", 20: "changed", 21: "truncated", 44: "empty"}
+    folder = damaged_copy(packed, tmp_path / "set", bad)
+    clean = torch.cat([batch.images for batch in take(packed)[1]])
+    wanted = [i for i in range(45) if i not in bad]
+    told: list[str] = []
+    with build_eval_loader(str(folder), SPEC, batch_size=16, threads=1) as loader:
+        loader.report = told.append
+        for _ in range(2):  # the second time it is known
+            batches = list(loader)
+            assert np.concatenate([batch.sample_ids for batch in batches]).tolist() == wanted
+            assert torch.equal(torch.cat([batch.images for batch in batches]), clean[wanted])
+            labels = np.concatenate([batch.labels for batch in batches])
+            assert np.array_equal(labels, ShardSet.open(str(packed)).labels[wanted])
+        assert (len(loader), loader.left_out) == (45, 4)
+    assert len(told) == 4
+    assert told[0].startswith("quarantined train-000000.tar: ")
+    # Ranks part the set as without the bad images; and a batch of bad ones alone is no batch.
+    parts = [take(folder, rank=rank, world_size=3, batch_size=1)[0] for rank in range(3)]
+    assert [len(part) for part in parts] == [14, 13, 14]
+    assert np.concatenate(parts).tolist() == wanted
+
+
+def test_too_many_bad_images_end_it(packed, tmp_path):
+    folder = damaged_copy(packed, tmp_path / "set", {3: "changed"})
+    with pytest.raises(TooManyBadSamplesError, match="1 of 45 images cannot be used, 0 are allowed"):
+        take(folder, max_bad_share=0)
 
 
 @pytest.mark.parametrize(

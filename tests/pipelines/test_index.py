@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastmoco_pipelines.index import ShardError, build_index, index_path, index_shards, read_index, write_index
+from fastmoco_pipelines.index import ShardError, build_index, index_path, read_index, write_index
+from fastmoco_pipelines.indexing import index_shards
 from fastmoco_pipelines.shards import ShardSet
 
 

@@ -118,7 +118,7 @@ def test_what_is_no_image_is_listed_with_its_reason(noise_image, tmp_path):
         "a/readme.txt": "no image by its name",
         "a/no_extension": "no image by its name",
         "a/moving.gif": "no image by its name",
-        "a/gif.png": "its content is no JPEG, PNG or WebP",
+        "a/gif.png": "its content is no JPEG, PNG or WebP but GIF",
         "a/empty.webp": "it is empty",
         "a/arithmetic.jpg": "JPEG of an uncommon kind (lossless or arithmetic coding)",
         "a/link.jpg": "a symbolic link",

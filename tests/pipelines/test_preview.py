@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fastmoco_pipelines.culprit import BadImageError
-from fastmoco_pipelines.index import index_shards
+from fastmoco_pipelines.indexing import index_shards
 from fastmoco_pipelines.order import epoch_order
 from fastmoco_pipelines.preview import denormalise, save_view_grid
 from fastmoco_pipelines.samples import pack_digits
@@ -60,5 +60,5 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, noise_image, write_t
     shards = str(write_tar(tmp_path / "x.tar", [("a.png", good), ("b.png", bytes(broken))]))
     index_shards(shards)
     view = ViewSpec(size=16)
-    with pytest.raises(BadImageError, match=r"x\.tar: b\.png: cannot be decoded"):
+    with pytest.raises(BadImageError, match=r"x\.tar: b\.png: it cannot be decoded"):
         save_view_grid(shards, view, view, tmp_path / "views.png", rows=1)

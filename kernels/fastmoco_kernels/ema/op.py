@@ -4,6 +4,10 @@
 arithmetic, and in floating point it leaves ``average`` untouched where it equals ``source``, so frozen tensors never
 drift. Averages must be stored in float32: near momentum 1 an increment is below half a unit in the last place of bf16
 and vanishes, whatever type the arithmetic uses.
+
+On CUDA all tensors are updated by one launch over a table of their addresses (`_multi_tensor.py`), built on the first
+call and refreshed where a tensor moved. The twin of a ViT-S has 150 tensors, most of them tiny: tensor by tensor, the
+launches cost more than the 12 bytes a parameter.
 """
 
 from __future__ import annotations
@@ -13,30 +17,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import choose_backend
-from fastmoco_kernels.ema.reference import ema_update_reference_
+from fastmoco_kernels._multi_tensor import local, same_layout, traced
+from fastmoco_kernels._runtime import choose_backend, require_triton, triton_is_default
+from fastmoco_kernels.ema.reference import ema_update_foreach_, ema_update_reference_
 
 WIDE = (torch.float32, torch.float64)
+BACKENDS = ("triton", "foreach", "reference")
+_TRITON_SOURCES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
 def ema_update_(
-    averages: Sequence[Tensor], sources: Sequence[Tensor], momentum: float, *, backend: str = "auto"
+    averages: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor, *, backend: str = "auto"
 ) -> None:
     """Move every average towards its source, in place (Chen, Xie, He 2021, section 3).
 
+    ``average <- average + (1 - momentum) * (source - average)``
+
     Args:
-        averages: tensors of float32 or float64, any shape; changed in place.
-        sources: as many tensors, each of its average's shape and device; read only.
-        momentum: in [0, 1]: 1 keeps the averages, 0 copies the sources.
-        backend: ``"auto"``, ``"foreach"`` or ``"reference"``.
+        averages: tensors of float32 or float64, any shape and strides, on one device; changed in place. DTensors stand
+            for their local shards.
+        sources: as many floating-point tensors, each of its average's shape and device; read only.
+        momentum: in [0, 1]: 1 keeps the averages, 0 copies the sources. A tensor of one element is read on the device,
+            without a synchronisation and without a check of its range; float64 keeps ``1 - momentum`` exact.
+        backend: ``"auto"`` (triton on CUDA, foreach elsewhere), ``"triton"``, ``"foreach"`` or ``"reference"``.
 
     Raises:
         ValueError: for different counts, shapes or devices, for averages narrower than float32, for a momentum
-            outside [0, 1].
+            outside [0, 1] or of more than one element.
 
-    Numerics: computed in the averages' dtype; bitwise reproducible; both backends agree bit for bit on a CPU.
-    Memory and cost: 12 bytes a float32 parameter (two reads, one write); no allocation where the dtypes agree.
+    Numerics: computed in the averages' dtype; bitwise reproducible; equal tensors stay bitwise equal at any momentum;
+        foreach and reference agree bit for bit on a CPU, triton to two units in the last place. Autocast changes nothing.
+    Memory and cost: `bytes_moved`: 12 bytes a float32 parameter (two reads, one write); no allocation where the dtypes
+        agree. Under triton, float64 averages and tensors with gaps or with strides unlike their average's take the
+        foreach path.
     Distributed: none; sharded twins are updated shard by shard.
 
     Example:
@@ -46,20 +60,93 @@ def ema_update_(
         >>> ema_update_(twin, [torch.ones(2)], 0.75); twin[0]
         tensor([0.2500, 0.2500])
     """
-    _check(averages, sources, momentum)
-    if choose_backend("ema_update_", backend, "foreach", ("foreach", "reference")) == "reference":
-        ema_update_reference_(averages, sources, momentum)
-    elif averages:
-        matching = [source.to(average.dtype) for average, source in zip(averages, sources, strict=True)]
-        torch._foreach_lerp_(list(averages), matching, 1 - momentum)
+    own_averages, own_sources = local(averages), local(sources)
+    _check(own_averages, own_sources, momentum)
+    if not own_averages:
+        return
+    device = own_averages[0].device
+    default = "triton" if triton_is_default(device) else "foreach"
+    chosen = choose_backend("ema_update_", backend, default, BACKENDS)
+    if chosen == "triton":
+        require_triton("ema_update_", device)
+    run = torch.ops.fastmoco.ema_update_ if traced() else _run
+    number, tensor = (0.0, momentum) if isinstance(momentum, Tensor) else (float(momentum), None)
+    run(own_averages, own_sources, number, tensor, chosen)
 
 
-def _check(averages: Sequence[Tensor], sources: Sequence[Tensor], momentum: float) -> None:
+def bytes_moved(elements: int, *, source_bytes: int = 4) -> int:
+    """Bytes that one launch reads and writes: average and source in, average out.
+
+    Args:
+        elements: of all averages together.
+        source_bytes: of one source element.
+    """
+    return elements * (4 + source_bytes + 4)
+
+
+def flops(elements: int) -> int:
+    """Arithmetic of one launch: a subtraction, a multiplication and an addition an element."""
+    return 3 * elements
+
+
+def _run(
+    averages: Sequence[Tensor], sources: Sequence[Tensor], momentum: float, device_momentum: Tensor | None, backend: str
+) -> None:
+    """The update by one named backend, its arguments checked."""
+    value = momentum if device_momentum is None else device_momentum
+    if backend == "reference":
+        ema_update_reference_(averages, sources, value)
+    elif backend == "foreach":
+        ema_update_foreach_(averages, sources, value)
+    else:
+        _run_triton(averages, sources, value)
+
+
+def _run_triton(averages: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor) -> None:
+    """One launch a source type; foreach for what a table of addresses cannot hold."""
+    from fastmoco_kernels.ema.launch import ema_update_triton_
+
+    launches: dict[torch.dtype | None, tuple[list[Tensor], list[Tensor]]] = {}
+    for average, source in zip(averages, sources, strict=True):
+        flat = average.dtype == torch.float32 and source.dtype in _TRITON_SOURCES and same_layout(average, source)
+        pair = launches.setdefault(source.dtype if flat else None, ([], []))
+        pair[0].append(average)
+        pair[1].append(source)
+    for dtype, (some_averages, some_sources) in launches.items():
+        (ema_update_foreach_ if dtype is None else ema_update_triton_)(some_averages, some_sources, momentum)
+
+
+@torch.library.custom_op("fastmoco::ema_update_", mutates_args=("averages",))
+def _ema_update(
+    averages: list[Tensor], sources: list[Tensor], momentum: float, device_momentum: Tensor | None, backend: str
+) -> None:
+    _run(averages, sources, momentum, device_momentum, backend)
+
+
+@_ema_update.register_fake
+def _(averages: object, sources: object, momentum: object, device_momentum: object, backend: object) -> None:
+    return None
+
+
+def _check(averages: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor) -> None:
     """Every way of calling the op wrongly, each with both numbers in its text."""
-    if not 0 <= momentum <= 1:
+    if isinstance(momentum, Tensor):
+        if momentum.numel() != 1:
+            raise ValueError(f"ema_update_: momentum has {momentum.numel()} elements; it needs 1")
+        if averages and momentum.device != averages[0].device:
+            raise ValueError(
+                f"ema_update_: momentum is a tensor on {momentum.device} but average 0 is on {averages[0].device}"
+            )
+    elif not 0 <= momentum <= 1:
         raise ValueError(f"ema_update_: momentum={momentum} lies outside [0, 1]")
     if len(averages) != len(sources):
         raise ValueError(f"ema_update_: {len(averages)} averages but {len(sources)} sources")
+    if (
+        [average.shape for average in averages] == [source.shape for source in sources]
+        and len({tensor.device for tensors in (averages, sources) for tensor in tensors}) < 2
+        and {average.dtype for average in averages} <= set(WIDE)
+    ):
+        return
     for i, (average, source) in enumerate(zip(averages, sources, strict=True)):
         if average.shape != source.shape:
             raise ValueError(
@@ -67,6 +154,8 @@ def _check(averages: Sequence[Tensor], sources: Sequence[Tensor], momentum: floa
             )
         if average.device != source.device:
             raise ValueError(f"ema_update_: average {i} is on {average.device} but its source is on {source.device}")
+        if average.device != averages[0].device:
+            raise ValueError(f"ema_update_: average {i} is on {average.device} but average 0 on {averages[0].device}")
         if average.dtype not in WIDE:
             raise ValueError(
                 f"ema_update_: average {i} is {average.dtype}; near momentum 1 only float32 or wider moves"

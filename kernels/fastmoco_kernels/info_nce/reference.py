@@ -1,4 +1,4 @@
-"""InfoNCE by the book: the oracle of the tests and, for now, the path every device takes.
+"""InfoNCE by the book: the oracle of the tests.
 
 Legend: B local queries, N keys of all ranks, D projection dimension.
 """
@@ -12,15 +12,41 @@ from torch.nn.functional import cross_entropy, normalize
 from fastmoco_kernels._runtime import accumulation_dtype
 
 
-def info_nce_reference(q_BD: Tensor, keys_ND: Tensor, *, temperature: float, positive_offset: int) -> Tensor:
-    """``2 * temperature * mean_i(logsumexp_j(s_ij) - s_i,positive)``, ``s = u(q) u(keys)^T / temperature``.
+def info_nce_reference(
+    q_BD: Tensor,
+    keys_ND: Tensor,
+    *,
+    temperature: float | Tensor,
+    positive_offset: int,
+    scale: float | None = None,
+    key_gradients: bool = False,
+) -> Tensor:
+    """``scale * mean_i(logsumexp_j(s_ij) - s_i,positive)``, ``s = u(q) u(keys)^T / temperature``.
 
-    Materialises the [B, N] logits. Differentiable in ``q_BD`` only.
+    Materialises the [B, N] logits. Differentiable, any number of times, in ``q_BD``, in a temperature that is a tensor, and
+    with ``key_gradients`` in ``keys_ND``.
     """
-    dtype = accumulation_dtype(q_BD)
     with torch.autocast(q_BD.device.type, enabled=False):
-        q_BD = normalize(q_BD.to(dtype), dim=1, eps=1e-12)
-        keys_ND = normalize(keys_ND.detach().to(dtype), dim=1, eps=1e-12)
-        logits_BN = q_BD @ keys_ND.T / temperature
-        positives = torch.arange(q_BD.shape[0], device=q_BD.device) + positive_offset
-        return cross_entropy(logits_BN, positives) * (2 * temperature)
+        logits_BN = _cosines(q_BD, keys_ND if key_gradients else keys_ND.detach()) / temperature
+        loss = cross_entropy(logits_BN, _positives(q_BD, positive_offset))
+        return loss * (2 * temperature if scale is None else scale)
+
+
+def positive_ranks_reference(q_BD: Tensor, keys_ND: Tensor, *, positive_offset: int) -> Tensor:
+    """[B] int64: how many negatives are as similar to each query as its positive is, or more; 0 means it ranks first.
+
+    As similar: to 64 units in the last place. Rows that are all alike must tie, and sums of other orders differ.
+    """
+    with torch.no_grad(), torch.autocast(q_BD.device.type, enabled=False):
+        cosines_BN = _cosines(q_BD, keys_ND)
+        own_B1 = cosines_BN.gather(1, _positives(q_BD, positive_offset)[:, None])
+        return (cosines_BN >= own_B1 - 64 * torch.finfo(cosines_BN.dtype).eps).sum(1) - 1
+
+
+def _cosines(q_BD: Tensor, keys_ND: Tensor) -> Tensor:
+    dtype = accumulation_dtype(q_BD)
+    return normalize(q_BD.to(dtype), dim=1, eps=1e-12) @ normalize(keys_ND.to(dtype), dim=1, eps=1e-12).T
+
+
+def _positives(q_BD: Tensor, positive_offset: int) -> Tensor:
+    return torch.arange(q_BD.shape[0], device=q_BD.device) + positive_offset

@@ -1,0 +1,73 @@
+"""Processor time of a loader's batches, and of its workers, between two moments of rest.
+
+The wall clock of a shared machine says little. A loader works ahead of its consumer, but its buffers are bounded: from one
+moment at which they are full to the next, as many batches are made as are taken.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.loading import Feed
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and of its living workers."""
+    ticks = 0
+    for worker in multiprocessing.active_children():
+        words = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(words[11]) + int(words[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def settle(feed: Feed, quiet_s: float = 0.1, at_most_s: float = 60.0) -> None:
+    """Wait until what works ahead for a feed has nothing left to do: its buffers are full, and its workers are still."""
+    until = time.monotonic() + at_most_s
+    while time.monotonic() < until:
+        before, resting = cpu_seconds() - time.process_time(), True
+        for _ in range(10):
+            time.sleep(quiet_s / 10)
+            resting = resting and feed.resting()
+        if resting and cpu_seconds() - time.process_time() - before < 0.005:
+            return
+
+
+def images_per_cpu_second(feed: Feed, images: int, batches: int) -> Callable[[], float]:
+    """A measurement of some batches of so many images in all, from rest to rest."""
+
+    def measure() -> float:
+        settle(feed)
+        before = cpu_seconds()
+        for _ in range(batches):
+            feed.next()
+        settle(feed)
+        return images / (cpu_seconds() - before)
+
+    return measure
+
+
+def images_per_second(feed: Feed, images: int, batches: int, device: torch.device) -> Callable[[], float]:
+    """By the clock, once what lay ready is used up."""
+
+    def measure() -> float:
+        for _ in range(4):
+            feed.next()
+        _wait_for(device)
+        began = time.perf_counter()
+        for _ in range(batches):
+            feed.next()
+        _wait_for(device)
+        return images / (time.perf_counter() - began)
+
+    return measure
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,291 @@
+"""The ways of making two views of every image that the loader benchmark compares, all on the same shards.
+
+A feed hands out batches. Whatever works ahead of its consumer (threads, worker processes) does so for a bounded number of
+batches, so that between two moments of rest as many batches are made as are taken.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fastmoco_pipelines import LoaderSpec, ViewSpec, moco_v3_views
+from fastmoco_pipelines.draws import ViewDraws, draw_views
+from fastmoco_pipelines.exact_color import exact_finish
+from fastmoco_pipelines.loader import Loader, build_loader
+from fastmoco_pipelines.reference import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_saturation,
+    crop_and_resize,
+    flip_horizontally,
+    gaussian_blur,
+    solarize,
+    to_grayscale,
+)
+from fastmoco_pipelines.refill import Plan
+from fastmoco_pipelines.shards import ShardSet
+
+Views = tuple[Tensor, Tensor]
+Color = Literal["dali", "exact"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """One way of loading.
+
+    Attributes:
+        name: what the result calls it.
+        next: makes or takes one batch: two tensors [B, 3, size, size] float32, or nothing for a part of the work.
+        close: gives back what it holds.
+        resting: whether no thread of this process works ahead any more.
+        loader: fastmoco's own, where it is one.
+    """
+
+    name: str
+    next: Callable[[], Views | None]
+    close: Callable[[], object] = lambda: None
+    resting: Callable[[], bool] = lambda: True
+    loader: Loader | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every feed is to deliver.
+
+    Attributes:
+        shards: pattern of the tars.
+        size: height and width of a view; batch: images of a batch.
+        device: where the batches are wanted.
+        threads: of DALI and of torch.
+    """
+
+    shards: str
+    size: int
+    batch: int
+    device: torch.device
+    threads: int
+
+    def views(self, color: Color) -> tuple[ViewSpec, ViewSpec]:
+        """MoCo v3's pair."""
+        view1, view2 = moco_v3_views(self.size)
+        return replace(view1, color=color), replace(view2, color=color)
+
+    @cached_property
+    def set(self) -> ShardSet:
+        """The opened shards."""
+        return ShardSet.open(self.shards)
+
+    def ids(self, step: int) -> NDArray[np.int64]:
+        """The samples that fastmoco's loader delivers in a step; the others get the same."""
+        return Plan(seed=0, windows=self.set.windows(0), global_batch_size=self.batch).places(step).ids
+
+    def draws(self, ids: NDArray[np.int64], number: int, color: Color = "exact", epoch: int = 0) -> ViewDraws:
+        """What fastmoco's loader draws for view 1 or 2 of these samples."""
+        spec, sizes = self.views(color)[number - 1], self.set.sizes[ids]
+        return draw_views(spec, seed=0, epoch=epoch, sample_ids=ids, sizes=sizes, view=number)
+
+    def batches(self) -> Iterator[tuple[NDArray[np.int64], list[NDArray[np.uint8]]]]:
+        """Numbers and bytes of the samples, step by step, for ever."""
+        step = 0
+        while True:
+            ids = self.ids(step)
+            yield ids, self.set.read(ids)
+            step += 1
+
+
+def fastmoco_feed(job: Job, color: Color, name: str = "") -> Feed:
+    """fastmoco's loader."""
+    on_gpu = job.device.type == "cuda"
+    view1, view2 = job.views(color)
+    spec = LoaderSpec(
+        shards=job.shards,
+        view1=view1,
+        view2=view2,
+        global_batch_size=job.batch,
+        device="gpu" if on_gpu else "cpu",
+        threads=job.threads,
+        shuffle_window=0,
+    )
+    torch.set_num_threads(job.threads)  # the loader's threads take it over when they first need it
+    loader = build_loader(spec, device_id=0 if on_gpu else None)
+
+    def following() -> Views:
+        batch = loader.next()
+        return batch.view1, batch.view2
+
+    def resting() -> bool:
+        return loader._results.full() and loader._clock.doing("") == "nothing is under way"
+
+    shown = name or f"fastmoco {color}"
+    return Feed(name=shown, next=following, close=loader.close, resting=resting, loader=loader)
+
+
+def pillow_feed(job: Job) -> Feed:
+    """torchvision's PIL transforms, one image after the other, in this process."""
+    batches = job.batches()
+    pair = job.views("exact")
+
+    def following() -> Views:
+        ids, encoded = next(batches)
+        draws = job.draws(ids, 1), job.draws(ids, 2)
+        images = [pillow_decode(data) for data in encoded]
+        view1, view2 = (
+            torch.stack([pillow_view(image, spec, drawn, i) for i, image in enumerate(images)]).to(job.device)
+            for spec, drawn in zip(pair, draws, strict=True)
+        )
+        return view1, view2
+
+    return Feed(name="pillow", next=following)
+
+
+def webdataset_feed(job: Job, workers: int, paths: list[Path]) -> Feed:
+    """webdataset's reader and torch's DataLoader around the PIL transforms; the workers run until closed."""
+    import webdataset
+
+    pair = job.views("exact")
+
+    def transform(sample: tuple[bytes]) -> tuple[Tensor, ...]:
+        image = pillow_decode(sample[0])
+        return tuple(pillow_view(image, spec, random_draws(spec, image), 0) for spec in pair)
+
+    data = webdataset.WebDataset([str(path) for path in paths], resampled=True, shardshuffle=False)
+    data = data.shuffle(100).to_tuple("jpg;jpeg;png").map(transform)
+    batches = iter(torch.utils.data.DataLoader(data, batch_size=job.batch, num_workers=workers))
+
+    def following() -> Views:
+        view1, view2 = next(batches)
+        return view1.to(job.device), view2.to(job.device)
+
+    def close() -> None:
+        nonlocal batches
+        del batches
+
+    return Feed(name="webdataset", next=following, close=close)
+
+
+def reading_feed(job: Job) -> Feed:
+    """Reading the bytes and drawing the parameters, nothing more."""
+    batches = job.batches()
+
+    def following() -> None:
+        ids, _ = next(batches)
+        job.draws(ids, 1)
+        job.draws(ids, 2)
+
+    return Feed(name="read and draw", next=following)
+
+
+def pillow_decoding_feed(job: Job) -> Feed:
+    """Reading and decoding by Pillow."""
+    batches = job.batches()
+
+    def following() -> None:
+        for data in next(batches)[1]:
+            pillow_decode(data)
+
+    return Feed(name="decode pillow", next=following)
+
+
+def colour_feed(job: Job) -> Feed:
+    """The exact colour operations on one batch that is cropped and resized already."""
+    ids, encoded = next(job.batches())
+    images = [pillow_decode(data) for data in encoded]
+    finishes = []
+    for number, spec in enumerate(job.views("exact"), start=1):
+        draws = job.draws(ids, number)
+        cut = [np.asarray(crop_and_resize(image, tuple(draws.crop[i]), job.size)) for i, image in enumerate(images)]
+        finish = exact_finish(spec, draws)
+        assert finish is not None
+        finishes.append((finish, torch.from_numpy(np.stack(cut)).to(job.device)))
+
+    def following() -> Views:
+        view1, view2 = (finish(levels) for finish, levels in finishes)
+        return view1, view2
+
+    return Feed(name="exact colours alone", next=following)
+
+
+def pillow_decode(data: bytes | NDArray[np.uint8]) -> Image.Image:
+    """As torchvision's ImageFolder does."""
+    with Image.open(io.BytesIO(bytes(data))) as opened:
+        return opened.convert("RGB")
+
+
+def pillow_view(image: Image.Image, spec: ViewSpec, draws: ViewDraws, i: int) -> Tensor:
+    """torchvision's PIL transforms with the drawn parameters of row ``i``: [3, size, size] float32."""
+    view = crop_and_resize(image, tuple(draws.crop[i].tolist()), spec.size)
+    jitter = (
+        (adjust_brightness, draws.brightness[i], 1),
+        (adjust_contrast, draws.contrast[i], 1),
+        (adjust_saturation, draws.saturation[i], 1),
+        (_adjust_hue, draws.hue[i], 0),
+    )
+    for number in draws.jitter_order[i].tolist():
+        operation, value, nothing = jitter[number]
+        if value != nothing:
+            view = operation(view, float(value))
+    if draws.grayscale[i]:
+        view = to_grayscale(view)
+    if draws.blur_sigma[i] > 0:
+        view = gaussian_blur(view, float(draws.blur_sigma[i]))
+    if draws.solarize[i]:
+        view = solarize(view, spec.solarize_threshold)
+    if draws.flip[i]:
+        view = flip_horizontally(view)
+    levels = torch.from_numpy(np.array(view)).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
+    return levels.sub_(torch.tensor(spec.mean).view(3, 1, 1)).div_(torch.tensor(spec.std).view(3, 1, 1))
+
+
+def _adjust_hue(image: Image.Image, turns: float) -> Image.Image:
+    """torchvision's: the byte of the hue wraps around."""
+    hue, saturation, value = image.convert("HSV").split()
+    levels = np.array(hue, dtype=np.uint8)
+    levels += np.int32(turns * 255).astype(np.uint8)
+    return Image.merge("HSV", (Image.fromarray(levels), saturation, value)).convert("RGB")
+
+
+def random_draws(spec: ViewSpec, image: Image.Image) -> ViewDraws:
+    """One row from Python's own random numbers, as a transform of torchvision draws for itself."""
+    chance, between = random.random, random.uniform
+    jitter = chance() < spec.jitter_probability
+
+    def factor(strength: float, middle: float = 1) -> NDArray[np.float32]:
+        return np.array([between(middle - strength, middle + strength) if jitter else middle], np.float32)
+
+    blurred = chance() < spec.blur_probability
+    return ViewDraws(
+        crop=np.array([_random_crop(spec, *image.size)], np.int32),
+        flip=np.array([chance() < spec.flip_probability]),
+        brightness=factor(spec.brightness),
+        contrast=factor(spec.contrast),
+        saturation=factor(spec.saturation),
+        hue=factor(spec.hue, 0),
+        jitter_order=np.array([random.sample(range(4), 4)], np.uint8),
+        grayscale=np.array([chance() < spec.grayscale_probability]),
+        blur_sigma=np.array([between(*spec.blur_sigma) if blurred else 0], np.float32),
+        solarize=np.array([chance() < spec.solarize_probability]),
+    )
+
+
+def _random_crop(spec: ViewSpec, width: int, height: int) -> tuple[int, int, int, int]:
+    """Top, left, height, width; the whole image where ten tries do not fit."""
+    for _ in range(10):
+        area = width * height * random.uniform(*spec.crop_scale)
+        ratio = math.exp(random.uniform(math.log(spec.crop_ratio[0]), math.log(spec.crop_ratio[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return random.randint(0, height - h), random.randint(0, width - w), h, w
+    return 0, 0, height, width

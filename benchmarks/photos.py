@@ -1,0 +1,96 @@
+"""Photographs of about 500 x 375 pixels, as a data set of the web has them, packed in three sizes for the loader benchmark.
+
+    python -m benchmarks.photos SRC OUT    the JPEG photographs below SRC -> OUT/{original,max256,max512}/train-*.tar
+
+Debian's package plasma-workspace-wallpapers holds such files (dpkg-deb -x); nothing is downloaded here. Windows of several
+widths are cut from every distinct photograph and scaled to 500 x 375, 375 x 500 or a little more. Flat ones (sky, blur) are left
+out: wallpapers hold more of them than a data set does, and its files weigh about 100 kB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastmoco_pipelines.pack import pack_folder
+
+MIN_SIDE, CUTS, TRIES, FLAT_BYTES = 1000, 36, 3, 60_000
+"""Least side of a photograph; windows kept of each; windows tried for each of these; a file that weighs less is flat."""
+SHAPES = ((500, 375), (500, 375), (500, 375), (375, 500), (500, 334), (640, 480))
+"""Width and height, drawn uniformly."""
+PACKED = {"original": None, "max256": 256, "max512": 512}
+"""Folder of shards -> longest side."""
+
+
+def cut_photos(src: Path, out: Path, *, cuts: int = CUTS, flat_bytes: int = FLAT_BYTES, seed: int = 0) -> int:
+    """Cut windows from every distinct JPEG photograph below ``src`` into ``out``; returns the number of images.
+
+    Args:
+        src: searched to any depth for .jpg and .jpeg files of at least 1000 pixels a side.
+        out: created; one folder per photograph.
+        cuts: windows of each photograph at most.
+        flat_bytes: a window whose file weighs less is left out.
+        seed: of the windows; the same files and seed give the same pixels.
+
+    Raises:
+        ValueError: if there is no photograph of that size.
+    """
+    rng, seen, written = np.random.default_rng(seed), set(), 0
+    for path in sorted(p for p in src.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg") and p.is_file()):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest in seen:
+            continue
+        seen.add(digest)
+        with Image.open(path) as opened:
+            if min(opened.size) < MIN_SIDE:
+                continue
+            photo = opened.convert("RGB")
+        folder = out / f"photo{len(seen):03d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        windows = (cut_window(photo, rng) for _ in range(TRIES * cuts))
+        for i, data in enumerate(islice((data for data in windows if len(data) >= flat_bytes), cuts)):
+            (folder / f"{i:03d}.jpg").write_bytes(data)
+            written += 1
+    if not written:
+        raise ValueError(
+            f"src={str(src)!r}: holds no JPEG photograph of {MIN_SIDE} pixels a side or more that is not flat"
+        )
+    return written
+
+
+def cut_window(photo: Image.Image, rng: np.random.Generator) -> bytes:
+    """One window, scaled and encoded as JPEG."""
+    width, height = SHAPES[int(rng.integers(len(SHAPES)))]
+    most = min(photo.width / width, photo.height / height)
+    scale = float(rng.uniform(min(2.0, most), min(4.0, most)))
+    left, top = rng.uniform(0, photo.width - scale * width), rng.uniform(0, photo.height - scale * height)
+    box = (left, top, left + scale * width, top + scale * height)
+    out = io.BytesIO()
+    photo.resize((width, height), Image.Resampling.LANCZOS, box=box).save(out, "JPEG", quality=95)
+    return out.getvalue()
+
+
+def main() -> None:
+    """Cut and pack."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("src", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--cuts", type=int, default=CUTS, help="windows of each photograph (default: %(default)s)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        cut_photos(arguments.src, Path(folder), cuts=arguments.cuts)
+        for name, max_side in PACKED.items():
+            report = pack_folder(Path(folder), arguments.out / name, max_side=max_side, shard_samples=200)
+            mean = report.total_bytes / report.samples / 1e3
+            print(f"{report.samples} images of {mean:.0f} kB on average: {report.pattern}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""A long run over bad data: several processes read a damaged set from a server that drops connections.
+
+    python -m benchmarks.soak --minutes 30 --processes 2
+
+One image in a hundred is damaged, in four ways; a local HTTP server cuts one answer in ``--drop-every``; the cache holds
+about 40 % of the set, so that shards come and go. Every rank compares each batch with that of the undamaged set on the disk:
+all rows but those of bad images must agree bit for bit, and no stand-in may be a bad image. Now and then the loader is built
+anew at the step where it was, sometimes with its list of bad images and sometimes without: the batches must not show it. The
+last table says how much was compared and what memory did. Exit code 1 if anything differed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.soak_data import DroppingServer, damaged_set, make_set
+from fastmoco_pipelines import LoaderSpec, build_loader, moco_v3_views
+from fastmoco_pipelines.loader import Loader
+
+_RESTART_STEPS = 150
+_PACE_STEPS = 5
+_MARKS = (0.1, 0.5, 1.0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the soak, or one of its ranks; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--bad-share", type=float, default=0.01)
+    parser.add_argument("--drop-every", type=int, default=5, help="one answer in so many is cut off; 0: none")
+    parser.add_argument("--batch", type=int, default=32, help="global batch size")
+    parser.add_argument("--size", type=int, default=64, help="side of a view in pixels")
+    parser.add_argument("--rank", type=json.loads, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.rank is not None:
+        print(json.dumps(_soak_rank(options.rank)), flush=True)
+        return 0
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
+        clean, pattern, size = make_set(folder / "clean", options.images)
+        bad = damaged_set(clean, folder / "bad", options.bad_share)
+        server = stack.enter_context(DroppingServer(folder / "bad", options.drop_every))
+        common = {
+            "clean": str(clean / pattern),
+            "faulty": f"{server.url}/{pattern}",
+            "bad": sorted(bad),
+            "folder": str(folder),
+            "cache_gb": 0.4 * size / 1e9,
+            "seconds": options.minutes * 60,
+            "batch": options.batch,
+            "size": options.size,
+            "world_size": options.processes,
+        }
+        results = _run_ranks(common)
+        _print_table(results, size, len(bad), server.drops, server.answers)
+    wrong = any(result["differing"] or result["error"] for result in results)
+    return 1 if wrong else 0
+
+
+def _run_ranks(common: dict[str, Any]) -> list[dict[str, Any]]:
+    """Start a process for each rank and wait for all of them; they may take a few minutes more than they were given."""
+    processes = []
+    for rank in range(common["world_size"]):
+        job = json.dumps(common | {"rank": rank})
+        command = [sys.executable, "-m", "benchmarks.soak", "--rank", job]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    results = []
+    for rank, process in enumerate(processes):
+        out, _ = process.communicate(timeout=common["seconds"] + 300)
+        lines = out.strip().splitlines()
+        failed = {"steps": 0, "differing": 0, "replaced": 0, "quarantined": 0, "restarts": 0, "memory": []}
+        text = f"rank {rank} ended with code {process.returncode}"
+        results.append(json.loads(lines[-1]) if process.returncode == 0 and lines else failed | {"error": text})
+    return results
+
+
+def _soak_rank(job: dict[str, Any]) -> dict[str, Any]:
+    """Compare until the time is over."""
+    bad = np.array(job["bad"], dtype=np.int64)
+    result: dict[str, Any] = {"steps": 0, "differing": 0, "replaced": 0, "quarantined": 0, "restarts": 0, "memory": []}
+    result["error"] = ""
+    began = time.monotonic()
+    marks = [began + mark * job["seconds"] for mark in _MARKS]
+    clean = _build(job, job["clean"], 0, None)
+    faulty = _build(job, job["faulty"], 0, 0)
+    try:
+        while time.monotonic() < marks[-1]:
+            step = result["steps"]
+            _keep_pace(job, step, marks[-1])
+            if step and step % _RESTART_STEPS == 0:
+                result["quarantined"] = max(result["quarantined"], faulty.figures().quarantined)
+                faulty.close()
+                faulty = _build(job, job["faulty"], step, result["restarts"] % 2)
+                result["restarts"] += 1
+            wanted, got = clean.next(), faulty.next()
+            excused = np.isin(wanted.sample_ids, bad)
+            equal = (got.view1 == wanted.view1).flatten(1).all(1) & (got.view2 == wanted.view2).flatten(1).all(1)
+            good = (got.sample_ids == wanted.sample_ids) & equal.numpy()
+            stands_in = (got.sample_ids != wanted.sample_ids) & ~np.isin(got.sample_ids, bad)
+            result["differing"] += int(not np.where(excused, stands_in, good).all())
+            result["replaced"] += int(excused.sum())
+            result["steps"] += 1
+            while len(result["memory"]) < len(marks) - 1 and time.monotonic() >= marks[len(result["memory"])]:
+                result["memory"].append(_memory_mib())
+        result["memory"].append(_memory_mib())
+        result["quarantined"] = max(result["quarantined"], faulty.figures().quarantined)
+        result["verdict"] = faulty.figures().verdict()
+    except Exception as error:  # the other ranks' figures are worth having all the same
+        result["error"] = f"{type(error).__name__}: {error}"
+    finally:
+        clean.close()
+        faulty.close()
+    return result
+
+
+def _keep_pace(job: dict[str, Any], step: int, until: float) -> None:
+    """Wait for the other ranks as a trainer would, if not at every step: they share a cache."""
+    if step % _PACE_STEPS:
+        return
+    folder = Path(job["folder"])
+    (folder / f"rank{job['rank']}").write_text(str(step))
+    for rank in range(job["world_size"]):
+        other = folder / f"rank{rank}"
+        while time.monotonic() < until and not (other.exists() and int(other.read_text() or 0) >= step):
+            time.sleep(0.02)
+
+
+def _build(job: dict[str, Any], shards: str, step: int, keeps_list: int | None) -> Loader:
+    view1, view2 = moco_v3_views(job["size"])
+    remote = "://" in shards
+    spec = LoaderSpec(
+        shards=shards,
+        view1=view1,
+        view2=view2,
+        global_batch_size=job["batch"],
+        threads=1,
+        cache_dir=str(Path(job["folder"]) / "cache") if remote else "",
+        cache_size_gb=job["cache_gb"],
+        shuffle_window=3,
+        max_bad_share=0.1,
+        timeout_s=240,
+    )
+    loader = build_loader(
+        spec,
+        rank=job["rank"],
+        world_size=job["world_size"],
+        start_step=step,
+        quarantine_list=Path(job["folder"]) / "quarantine.jsonl" if keeps_list else None,
+    )
+    loader.report = lambda text: print(f"rank {job['rank']}: {text}", file=sys.stderr)
+    return loader
+
+
+def _memory_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+
+
+def _print_table(results: list[dict[str, Any]], size: int, bad: int, drops: int, answers: int) -> None:
+    rows: list[tuple[str, ...]] = [
+        ("rank", "steps", "differing", "replaced", "quarantined", "restarts", "MiB at 10 / 50 / 100 %")
+    ]
+    for rank, result in enumerate(results):
+        memory = " / ".join(f"{mib:.0f}" for mib in result["memory"])
+        counts = (result[name] for name in ("steps", "differing", "replaced", "quarantined", "restarts"))
+        rows.append((str(rank), *map(str, counts), memory))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    print(f"{size / 1e6:.1f} MB in shards, {bad} bad images, {drops} of {answers} answers of the server cut off")
+    for rank, result in enumerate(results):
+        print(f"rank {rank}: {result['error'] or result.get('verdict', '')}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

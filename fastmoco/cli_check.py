@@ -1,0 +1,146 @@
+"""`fastmoco data check` and `fastmoco data stats`: what shards hold, and what is wrong with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+from tyro.conf import Positional
+
+from fastmoco.cli_data import progress_bar
+from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, one_line
+
+if TYPE_CHECKING:
+    from fastmoco_pipelines.check_report import CheckReport
+    from fastmoco_pipelines.stats import ShardStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckArguments:
+    """Read and decode everything, name every fault, and list what cannot be used in quarantine.jsonl beside the tars,
+    which loaders honour. The tars are never changed. Exit code 0: clean, 1: faults found, 2: refused."""
+
+    shards: Positional[str]
+    """A path, glob, brace pattern or folder."""
+    json: Path | None = None
+    """Write the whole report here as JSON."""
+    quarantine: bool = True
+    """Write quarantine.jsonl."""
+    workers: int | None = None
+    """Decoding processes; default one for each core."""
+    show: int = 20
+    """Faults to print; the JSON report holds all."""
+    seconds_per_image: float = 30.0
+    """Longest time that decoding one image may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsArguments:
+    """Sizes, formats, classes, bytes and aspect ratios of a set, as a table and a picture. Reads the indexes alone."""
+
+    shards: Positional[str]
+    """A path, glob, brace pattern or folder."""
+    out: Path | None = None
+    """Draw a picture too, e.g. stats.png; needs matplotlib."""
+
+
+def check(args: list[str]) -> int:
+    """Decode everything, name every fault, write the quarantine list."""
+    options = tyro.cli(CheckArguments, prog="fastmoco data check", args=args)
+    from fastmoco_pipelines.check import check_shards
+    from fastmoco_pipelines.check_pool import ChildLimits
+
+    with one_line(EXIT_REFUSED, ValueError, OSError):
+        with progress_bar("checking", unit="bytes") as advance:
+            report = check_shards(
+                options.shards,
+                workers=options.workers,
+                quarantine=options.quarantine,
+                progress=advance,
+                limits=ChildLimits(seconds=options.seconds_per_image),
+            )
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            report.write(options.json)
+        _print_report(report, options.show)
+    return EXIT_FINISHED if report.clean else EXIT_FAILED
+
+
+def stats(args: list[str]) -> int:
+    """Sizes, formats, classes, bytes and aspect ratios, as a table and a picture."""
+    options = tyro.cli(StatsArguments, prog="fastmoco data stats", args=args)
+    from fastmoco_pipelines.stats import draw_stats, measure_shards
+
+    with one_line(EXIT_REFUSED, ValueError, OSError):
+        measured = measure_shards(options.shards)
+        _print_stats(measured)
+        if options.out is not None:
+            print(f"wrote {draw_stats(measured, options.out)}")
+    return EXIT_FINISHED
+
+
+def _print_report(report: CheckReport, show: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(soft_wrap=True, highlight=False)
+    if report.faults:
+        by_kind = Table("faults", "kind")
+        for kind, count in report.counts().items():
+            by_kind.add_row(str(count), kind)
+        console.print(by_kind)
+    # Text, not markup: names from a tar may hold square brackets.
+    for fault in report.faults[:show]:
+        where = ": ".join(part for part in (fault.shard, fault.member) if part)
+        console.print(Text(f"{where}: {fault.reason.removeprefix(fault.shard + ': ')} [{fault.outcome}]"))
+    if len(report.faults) > show:
+        console.print(f"... and {len(report.faults) - show} more (--show N prints more, --json FILE writes all)")
+    for note in report.notes[:5]:
+        console.print(Text(f"note: {note}"))
+    if len(report.notes) > 5:
+        console.print(f"... and {len(report.notes) - 5} more notes")
+    rate = report.total_bytes / 1e6 / max(report.seconds, 1e-9)
+    print(f"{report.shards} shards, {report.total_bytes / 1e6:.1f} MB in {report.seconds:.1f} s ({rate:.0f} MB/s)")
+    if report.restarts:
+        print(f"{report.restarts} decoding processes ended at work and were replaced")
+    if report.refused_shards:
+        print(f"{report.refused_shards} shards that a loader refuses as they are: tar or index is damaged or missing")
+    print(f"{report.promised} samples = {report.delivered} delivered + {report.quarantined} quarantined")
+    if report.left_out:
+        print(f"{report.left_out} further samples left out: no index lists them")
+    for path in report.quarantine_files:
+        print(f"wrote {path}")
+    print("clean" if report.clean else f"{len(report.faults)} faults")
+
+
+def _print_stats(stats: ShardStats) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastmoco_pipelines.quarantine import escaped
+
+    console = Console(highlight=False)
+    skipped = f", {stats.skipped} members skipped" if stats.skipped else ""
+    print(f"{len(stats)} images in {stats.shards} shards, {stats.tar_bytes / 1e6:.1f} MB{skipped}")
+    rows = stats.quantiles()
+    table = Table("", *next(iter(rows.values())))
+    for name, values in rows.items():
+        table.add_row(name, *(f"{value:.4g}" if value < 1e4 else f"{value:.0f}" for value in values.values()))
+    console.print(table)
+    print("formats: " + ", ".join(f"{kind} {count}" for kind, count in stats.kinds.items()))
+    counts = stats.class_counts()
+    unlabelled = int((stats.labels < 0).sum())
+    if counts:
+        shown = [f"{escaped(name)} {count}" for name, count in counts]
+        few = ", ".join(shown if len(shown) <= 12 else [*shown[:6], "...", *shown[-5:]])
+        print(f"{len(counts)} classes: {few}" + (f"; {unlabelled} images without a label" if unlabelled else ""))
+    else:
+        print("no labels")
+    side = rows["width (pixels)"]["median"], rows["height (pixels)"]["median"]
+    if max(side) > 768:
+        print(
+            f"images of {side[0]:.0f}x{side[1]:.0f} pixels: `fastmoco data pack --max-side 512` makes decoding cheaper"
+        )

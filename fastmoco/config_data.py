@@ -1,0 +1,83 @@
+"""The part of a config that is about images: where they lie, how they become views, what they are evaluated on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fastmoco_pipelines.spec import CacheSpec, ViewSpec, moco_v3_views, require
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Where the images are and how they become two views."""
+
+    shards: str = ""
+    """Training shards of `fastmoco data pack`: path, glob, braces or folder, also behind https://, http://, s3:// or gs://."""
+    view1: ViewSpec = field(default_factory=lambda: moco_v3_views()[0])
+    """Augmentation of the first view."""
+    view2: ViewSpec = field(default_factory=lambda: moco_v3_views()[1])
+    """Augmentation of the second view."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where DALI decodes and augments; ``auto`` follows the training device."""
+    threads: int = 0
+    """DALI worker threads of each process; 0 shares the machine's cores among its processes."""
+    prefetch: int = 2
+    """Batches kept ready ahead of the trainer."""
+    cache_dir: str = ""
+    """Folder for shards from a server, shared by all processes of a machine; empty: fastmoco/shards in your cache folder."""
+    cache_size_gb: float = 100
+    """Size of that folder in 10^9 bytes at most; a fifth of the free disk is left alone in any case."""
+    shuffle_window: int | None = None
+    """Shards shuffled together; 0: all. None: all of a local set, of a remote one 64 or as many as fit into half of the cache."""
+    max_bad_share: float = 0.001
+    """Share of the images that may prove bad, or 10 images if that is more; 0: none. Those listed by `data check` are free."""
+    timeout_s: float = 600
+    """Seconds to wait for one batch before the run ends, e.g. where a disk of the network hangs."""
+    synthetic: bool = False
+    """Train on one constant random batch instead of images: the upper bound of every throughput figure."""
+
+    def __post_init__(self) -> None:
+        require(self.device in ("auto", "cpu", "gpu"), "device", self.device, "must be auto, cpu or gpu")
+        require(self.threads >= 0, "threads", self.threads, "must not be negative")
+        require(self.prefetch >= 1, "prefetch", self.prefetch, "keeps at least one batch ready")
+        require((self.shuffle_window or 0) >= 0, "shuffle_window", self.shuffle_window, "counts shards; 0: all of them")
+        same = self.view1.size == self.view2.size
+        require(same, "view2.size", self.view2.size, f"both views must have one size; view1.size={self.view1.size}")
+
+    @property
+    def cache(self) -> CacheSpec:
+        """Where shards from a server are kept."""
+        return CacheSpec(folder=self.cache_dir, size_gb=self.cache_size_gb)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnnConfig:
+    """Accuracy of a nearest-neighbour vote on the encoder's features, measured while training."""
+
+    train_shards: str = ""
+    """Labelled shards whose features vote; empty: the training shards."""
+    test_shards: str = ""
+    """Held-out labelled shards to classify; empty: no kNN while training."""
+    every_epochs: float = 5
+    """Epochs between two measurements; one is also made before the first and after the last step. 0: never."""
+    k: int = 20
+    """Neighbours that vote."""
+    temperature: float = 0.07
+    """A neighbour's vote weighs exp(cosine / temperature)."""
+    resize: int = 0
+    """Shorter side of an evaluation image before its centre crop; 0: 256/224 of the image size above 64 pixels, else it."""
+    max_train_images: int = 50_000
+    """At most this many images vote while training; 0: all."""
+    max_test_images: int = 10_000
+    """At most this many images are classified while training; 0: all."""
+    max_share: float = 0.1
+    """Time budget: a measurement is put off while kNN has taken more than this share of the run so far."""
+
+    def __post_init__(self) -> None:
+        require(self.every_epochs >= 0, "every_epochs", self.every_epochs, "must not be negative")
+        require(self.k >= 1, "k", self.k, "must be at least 1")
+        require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        for name in ("resize", "max_train_images", "max_test_images"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        require(0 < self.max_share <= 1, "max_share", self.max_share, "must lie in (0, 1]")

@@ -1,0 +1,186 @@
+"""The two launches of a sweep, and which parameters can share one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmoco_kernels._aot import AotCase
+from fastmoco_kernels._multi_tensor import PointerTable, pointer_table, same_layout
+from fastmoco_kernels._runtime import device_guard
+from fastmoco_kernels.adamw_ema.sweep import Scalars, Sweep
+from fastmoco_kernels.adamw_ema.triton_kernels import adamw_ema_prepare_kernel, adamw_ema_sweep_kernel
+
+CHUNK, NUM_WARPS = 1024, 4
+"""8 elements a thread and array: about 96 registers, so five programs share an SM with 20 KiB each on the way to it."""
+ROWS, ROW_WARPS = 128, 4
+
+GRADS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+COPIES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_SHARED = 8
+
+
+@dataclass
+class Launch:
+    """Parameters that one launch takes: their numbers in the whole sweep, their tensors and element types.
+
+    `table` and `visible` are made by the first run: where everything lies, and the tensors that autograd may have saved.
+    """
+
+    rows: list[int]
+    sweep: Sweep
+    grad: torch.dtype
+    copy: torch.dtype
+    table: PointerTable | None = None
+    visible: list[Tensor] = field(default_factory=list)
+
+
+def plan_launches(sweep: Sweep) -> tuple[list[Launch], list[int]]:
+    """Sort parameters into launches, by the types of gradient and copies.
+
+    Returns:
+        The launches, one in all but odd cases, and the parameters that the kernels do not take: state that is not
+        float32, or tensors of one parameter that do not pair up as flat memory.
+    """
+    launches: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    rest = []
+    copies = {t.dtype for column in (sweep.param_copies, sweep.average_copies) for t in column if t is not None}
+    usual = next(iter(sorted(copies, key=str)), torch.bfloat16)
+    for row, tensors in enumerate(zip(*sweep.columns(), strict=True)):
+        param, grad, exp_avg, exp_avg_sq, average, *narrow = tensors
+        types = {c.dtype for c in narrow if c is not None} or {usual}
+        wide = [t for t in (param, exp_avg, exp_avg_sq, average, sweep.steps[row]) if t is not None]
+        fits = (
+            all(t.dtype == torch.float32 for t in wide)
+            and grad is not None
+            and grad.dtype in GRADS
+            and len(types) == 1
+            and types <= COPIES.keys()
+            and same_layout(*tensors)
+        )
+        if fits and grad is not None:
+            launches.setdefault((grad.dtype, types.pop()), []).append(row)
+        else:
+            rest.append(row)
+    return [Launch(rows, sweep.pick(rows), grad, copy) for (grad, copy), rows in launches.items()], rest
+
+
+def sweep_triton_(launch: Launch, grads: Sequence[Tensor], scalars: Scalars) -> None:
+    """Run one launch of a plan.
+
+    Args:
+        launch: from `plan_launches`.
+        grads: gradients of its parameters, of the type and layouts that were planned for.
+        scalars: see `Scalars`.
+    """
+    sweep = launch.sweep
+    with device_guard(sweep.params[0]):
+        columns = sweep.columns()
+        columns[1] = grads
+        if launch.table is None:
+            launch.table = pointer_table("adamw_ema_step_", columns, [sweep.steps], chunk=CHUNK)
+            seen = (sweep.params, sweep.averages, sweep.param_copies, sweep.average_copies)
+            launch.visible = [tensor for column in seen for tensor in column if tensor is not None]
+        else:
+            launch.table.refresh(columns, [sweep.steps])
+        table = launch.table
+        scratch = torch.empty(_SHARED + 2 * table.rows, dtype=torch.float32, device=table.device)
+        per_row = scratch[_SHARED:]
+        numbers, on_device = _numbers(scalars, scratch)
+        adamw_ema_prepare_kernel[(triton.cdiv(table.rows, ROWS),)](
+            table.pointers,
+            scratch,
+            per_row,
+            table.rows,
+            *numbers,
+            scratch if scalars.found_inf is None else scalars.found_inf,
+            scratch if scalars.grad_scale is None else scalars.grad_scale,
+            ON_DEVICE=on_device,
+            HAS_FOUND_INF=scalars.found_inf is not None,
+            HAS_GRAD_SCALE=scalars.grad_scale is not None,
+            ROWS=ROWS,
+            num_warps=ROW_WARPS,
+        )
+        if table.chunks:
+            adamw_ema_sweep_kernel[(table.chunks,)](
+                table.pointers,
+                table.sizes,
+                table.chunk_rows,
+                table.chunk_starts,
+                scratch,
+                per_row,
+                table.rows,
+                GRAD=GRADS[launch.grad],
+                COPY=COPIES[launch.copy],
+                CHUNK=table.chunk,
+                num_warps=NUM_WARPS,
+            )
+    torch.autograd.graph.increment_version(launch.visible)
+
+
+def _numbers(scalars: Scalars, unused: Tensor) -> tuple[list[float | Tensor], bool]:
+    """Arguments `lr` to `scalars_ptr` of the first kernel, and whether the numbers are read on the device.
+
+    With any tensor among them all six go there, each by a small copy or fill that a CUDA graph can record.
+    """
+    given = scalars.numbers()
+    if any(isinstance(x, Tensor) for x in given):
+        packed = torch.empty(len(given), dtype=torch.float64, device=unused.device)
+        for slot, x in zip(packed, given, strict=True):
+            slot.copy_(x.reshape(())) if isinstance(x, Tensor) else slot.fill_(x)
+        return [*([0.0] * len(given)), packed], True
+    lr, weight_decay, beta1, beta2, eps, ema_momentum = (float(x) for x in given)
+    return [lr, weight_decay, 1 - beta1, 1 - beta2, eps, 1 - ema_momentum, unused], False
+
+
+def aot_cases() -> list[AotCase]:
+    """Every configuration of both launches."""
+    table = {"pointers_ptr": "*i64", "sizes_ptr": "*i64", "chunk_rows_ptr": "*i32", "chunk_starts_ptr": "*i64"}
+    numbers = ("lr", "weight_decay", "one_minus_beta1", "one_minus_beta2", "eps", "one_minus_momentum")
+    flags = ("ON_DEVICE", "HAS_FOUND_INF", "HAS_GRAD_SCALE")
+    scratch = {"shared_ptr": "*fp32", "per_row_ptr": "*fp32", "rows": "i32"}
+    cases = [
+        AotCase(
+            name=f"adamw_ema.adamw_ema_sweep_kernel {grad} gradients, {copy} copies",
+            kernel=adamw_ema_sweep_kernel,
+            signature={**table, **scratch, **dict.fromkeys(("GRAD", "COPY", "CHUNK"), "constexpr")},
+            constexprs={"GRAD": grad, "COPY": copy, "CHUNK": CHUNK},
+            num_warps=NUM_WARPS,
+            num_stages=3,
+            default_on=(80, 90, 100),
+            aligned=(*table, "shared_ptr", "per_row_ptr"),
+        )
+        for grad, copy in itertools.product(GRADS.values(), COPIES.values())
+    ]
+    for chosen in itertools.product((False, True), repeat=len(flags)):
+        pointers = {
+            "scalars_ptr": "*fp64" if chosen[0] else "*fp32",
+            "found_inf_ptr": "*fp32",
+            "grad_scale_ptr": "*fp32",
+        }
+        cases.append(
+            AotCase(
+                name="adamw_ema.adamw_ema_prepare_kernel "
+                + " ".join(f"{f}={int(c)}" for f, c in zip(flags, chosen, strict=True)),
+                kernel=adamw_ema_prepare_kernel,
+                signature={
+                    "pointers_ptr": "*i64",
+                    **scratch,
+                    **dict.fromkeys(numbers, "fp32"),
+                    **pointers,
+                    **dict.fromkeys((*flags, "ROWS"), "constexpr"),
+                },
+                constexprs={**dict(zip(flags, chosen, strict=True)), "ROWS": ROWS},
+                num_warps=ROW_WARPS,
+                num_stages=3,
+                default_on=(80, 90, 100),
+                aligned=("pointers_ptr", "shared_ptr", "per_row_ptr", *pointers),
+            )
+        )
+    return cases

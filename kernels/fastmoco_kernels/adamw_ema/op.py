@@ -1,0 +1,156 @@
+"""AdamW, the momentum encoder's moving average and both compute copies in one sweep over memory.
+
+After a step, four things read or write every parameter: AdamW (28 bytes: reads p, g, m, v; writes p, m, v), the moving
+average (12: reads p and a; writes a), and a cast of each to the type the matrix products want (6 each). One sweep holds
+p in registers between them: 20 bytes read, 20 written, 40 instead of 52, and two launches instead of hundreds.
+
+The first launch is tiny. It looks at `found_inf`, counts each parameter's step on the device, and works out the bias
+corrections in float64; so the step can be captured in a CUDA graph and nothing is ever read back. The second walks a
+table of addresses (`_multi_tensor.py`). The moving average takes the *updated* parameter, in the lerp form of
+`ema_update_`: what equals its average stays equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmoco_kernels._multi_tensor import local, traced
+from fastmoco_kernels.adamw_ema.checks import OP, check_scalars, check_sweep
+from fastmoco_kernels.adamw_ema.dispatch import dispatch_sweep
+from fastmoco_kernels.adamw_ema.run import chosen_backend, run_sweep
+from fastmoco_kernels.adamw_ema.sweep import Number, Scalars, Sweep
+
+
+@torch.no_grad()
+def adamw_ema_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: Number,
+    betas: tuple[Number, Number] = (0.9, 0.999),
+    eps: Number = 1e-8,
+    weight_decay: Number = 1e-2,
+    averages: Sequence[Tensor | None] | None = None,
+    ema_momentum: Number | None = None,
+    param_copies: Sequence[Tensor | None] | None = None,
+    average_copies: Sequence[Tensor | None] | None = None,
+    found_inf: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """One step of AdamW (Loshchilov and Hutter 2019, algorithm 2) and of the moving averages, in place.
+
+    ::
+
+        t += 1;  p *= 1 - lr * weight_decay
+        m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g * g
+        p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+        a += (1 - ema_momentum) * (p - a);  narrow copies of p and a
+
+    Args:
+        params: float32 or float64, any shape, one device; changed. DTensors stand for their local shards, in every list.
+        grads: any floating-point dtype, of their parameters' shapes; read only.
+        exp_avgs: m, float32 or float64; changed.
+        exp_avg_sqs: v, float32 or float64; changed.
+        steps: t, one float32 element for each parameter, on its device, no two sharing memory; changed.
+        lr: learning rate, as all numbers here a Python number or a tensor of one element on the device, whose value is
+            neither read back nor checked. A CUDA graph keeps numbers and follows tensors.
+        betas: beta1 and beta2, in [0, 1).
+        eps: 0 or more.
+        weight_decay: decoupled, per unit of learning rate.
+        averages: a, float32 or float64; None for a parameter without one (a predictor); changed.
+        ema_momentum: in [0, 1]; needed with ``averages``.
+        param_copies: bf16 or fp16 copy of each new parameter, or None; written.
+        average_copies: the same of each new average; written.
+        found_inf: one element; not 0, or NaN: nothing changes, the steps neither.
+        grad_scale: one element; gradients are divided by it in passing and stay as they are.
+        backend: ``"auto"`` (triton on CUDA, foreach elsewhere), ``"triton"``, ``"foreach"`` or ``"reference"``.
+
+    Raises:
+        ValueError: for counts, shapes, devices, dtypes or numbers that do not fit, naming both.
+
+    Numerics: float32 parameters in float32, bias corrections in float64; equal to `torch.optim.AdamW` to a few units in
+        the last place; bitwise reproducible. Autocast changes nothing.
+    Memory and cost: `bytes_moved`, 40 a parameter with everything on; `flops`; 8 bytes of scratch a tensor. Under triton,
+        parameters with gaps in memory, with strides unlike their gradient's, or in float64 take the foreach path. That
+        path and the reference read ``found_inf`` and tensor numbers on the host, which waits for the device.
+    Distributed: none; every shard is updated where it lies.
+
+    Example:
+        >>> import torch
+        >>> from fastmoco_kernels import adamw_ema_step_
+        >>> p, g, m, v, t, twin = (torch.full((1,), x) for x in (1.0, 1.0, 0.0, 0.0, 0.0, 1.0))
+        >>> adamw_ema_step_([p], [g], [m], [v], [t], lr=0.5, weight_decay=0.0, averages=[twin], ema_momentum=0.5)
+        >>> p, twin
+        (tensor([0.5000]), tensor([0.7500]))
+    """
+    if averages is not None and ema_momentum is None:
+        raise ValueError(f"{OP}: {len(averages)} averages but ema_momentum=None")
+    kept = 1.0 if ema_momentum is None else ema_momentum
+    sweep = _local_sweep(params, grads, exp_avgs, exp_avg_sqs, steps, averages, param_copies, average_copies)
+    scalars = Scalars(lr, weight_decay, *betas, eps, kept, found_inf, grad_scale)
+    check_sweep(sweep)
+    if sweep.params:
+        check_scalars(scalars, sweep.params[0].device)
+        chosen = chosen_backend(backend, sweep.params[0].device)
+        (dispatch_sweep if traced() else run_sweep)(sweep, scalars, chosen)
+
+
+def bytes_moved(
+    params: int,
+    *,
+    grad_bytes: int = 4,
+    averaged: int = 0,
+    param_copied: int = 0,
+    average_copied: int = 0,
+    copy_bytes: int = 2,
+) -> int:
+    """Bytes that one sweep reads and writes.
+
+    Args:
+        params: elements of all parameters.
+        grad_bytes: of one gradient element.
+        averaged: elements that have a moving average.
+        param_copied: elements whose parameter has a narrow copy.
+        average_copied: elements whose average has a narrow copy.
+        copy_bytes: of one element of a copy.
+    """
+    return params * (24 + grad_bytes) + averaged * 8 + (param_copied + average_copied) * copy_bytes
+
+
+def flops(params: int, *, averaged: int = 0) -> int:
+    """Arithmetic of one sweep, a square root and a division counted as one each."""
+    return 15 * params + 3 * averaged
+
+
+def _local_sweep(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *optional: Sequence[Tensor | None] | None,
+) -> Sweep:
+    """Local shards of everything, None in its place; a list of None where no averages or copies were given."""
+    averages, param_copies, average_copies = (
+        [None] * len(params)
+        if tensors is None
+        else [None if tensor is None else local([tensor])[0] for tensor in tensors]
+        for tensors in optional
+    )
+    return Sweep(
+        params=local(params),
+        grads=local(grads),
+        exp_avgs=local(exp_avgs),
+        exp_avg_sqs=local(exp_avg_sqs),
+        steps=local(steps),
+        averages=averages,
+        param_copies=param_copies,
+        average_copies=average_copies,
+    )

@@ -1,0 +1,214 @@
+"""`adamw_ema_step_` as an optimizer that torch.optim.AdamW can take over from, and the other way round.
+
+What a step does not need to do again is done once: shards are unwrapped, tensors checked, sorted into launches. A plan
+holds while the same parameters have gradients of the same types and layouts; addresses may change from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from fastmoco_kernels.adamw_ema.checks import check_scalars
+from fastmoco_kernels.adamw_ema.plan import Plan, local_grads
+from fastmoco_kernels.adamw_ema.run import chosen_backend
+from fastmoco_kernels.adamw_ema.sweep import Number, Scalars
+
+_FIXED = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": True,
+    "decoupled_weight_decay": True,
+}
+"""What torch.optim.AdamW must know of our state: its fused form keeps `step` on the parameter's device, as we do."""
+
+
+class AdamWEMA(Optimizer):
+    """AdamW that moves the momentum encoder and writes both compute copies in the same sweep.
+
+    Args:
+        params: as any torch optimizer takes them, with or without names and groups; float32 or float64; DTensors
+            (FSDP2) are updated shard by shard.
+        lr: learning rate of groups that bring none. Like the other numbers of a group it may be a tensor of one element
+            on the parameters' device, which a CUDA graph then follows.
+        betas: of groups that bring none, as the next two.
+        eps: added to the root of the squared gradient.
+        weight_decay: decoupled, per unit of learning rate.
+        averages: moving average by parameter, float32 or float64, of its shape (and placement, for DTensors); a
+            parameter without one is updated alone. The caller owns and saves them.
+        param_copies: bf16 or fp16 copy by parameter, written with each new value.
+        average_copies: the same for averages.
+        backend: see `adamw_ema_step_`.
+
+    Raises:
+        ValueError: for numbers out of range, unknown parameters in a mapping, or tensors that do not fit.
+
+    State: ``step``, ``exp_avg``, ``exp_avg_sq`` by parameter, in the format of torch.optim.AdamW; its state loads here
+        and ours there. Averages and copies are not part of it.
+
+    Example:
+        >>> import torch
+        >>> from fastmoco_kernels import AdamWEMA
+        >>> weight, twin = torch.nn.Parameter(torch.ones(2)), torch.ones(2)
+        >>> optimizer = AdamWEMA([weight], lr=0.5, weight_decay=0.0, averages={weight: twin})
+        >>> weight.sum().backward(); optimizer.step(ema_momentum=0.5)
+        >>> weight.detach(), twin
+        (tensor([0.5000, 0.5000]), tensor([0.7500, 0.7500]))
+    """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves grad_scale and found_inf on the optimizer
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: Number = 1e-3,
+        betas: tuple[Number, Number] = (0.9, 0.999),
+        eps: Number = 1e-8,
+        weight_decay: Number = 1e-2,
+        averages: Mapping[Tensor, Tensor] | None = None,
+        param_copies: Mapping[Tensor, Tensor] | None = None,
+        average_copies: Mapping[Tensor, Tensor] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self.backend = backend
+        self._plans: dict[int, Plan] = {}
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **_FIXED})
+        known = {id(p) for group in self.param_groups for p in group["params"]}
+        self.averages = _known(averages, known, "averages")
+        self.param_copies = _known(param_copies, known, "param_copies")
+        self.average_copies = _known(average_copies, known, "average_copies")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, as in every torch optimizer.
+
+        Raises:
+            ValueError: for numbers out of range.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for param in group["params"][:1]:  # a group may be empty
+            check_scalars(_scalars(group, 1.0), param.device)
+        self._plans.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: what torch's optimizers keep, and what this one was given beside it."""
+        names = ("backend", "averages", "param_copies", "average_copies")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After loading: options that only torch.optim.AdamW has are set back, step counters go to their device.
+
+        Raises:
+            ValueError: for a state with options that this optimizer has not got.
+        """
+        super().__setstate__(state)
+        self._plans = {}
+        for group in self.param_groups:
+            for name in ("amsgrad", "maximize"):
+                if group.get(name):
+                    raise ValueError(f"AdamWEMA: the state has {name}=True; here it is always False")
+            group.update(_FIXED)
+            for param in group["params"]:
+                own = self.state.get(param)
+                if own:
+                    own["step"] = torch.as_tensor(own["step"], dtype=torch.float32, device=param.device)
+
+    @overload
+    def step(
+        self,
+        closure: None = None,
+        *,
+        ema_momentum: Number | None = None,
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> None: ...
+
+    @overload
+    def step(
+        self,
+        closure: Callable[[], float],
+        *,
+        ema_momentum: Number | None = None,
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> float: ...
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        ema_momentum: Number | None = None,
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss again and returns it.
+            ema_momentum: share that the averages keep, in [0, 1]; None leaves averages and their copies alone.
+            found_inf: one element on the device; not 0: nothing changes.
+            grad_scale: one element on the device; gradients are divided by it.
+
+        Raises:
+            ValueError: for tensors or numbers that do not fit together.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None) if found_inf is None else found_inf
+        grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
+        for index, group in enumerate(self.param_groups):
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                scalars = _scalars(group, 1.0 if ema_momentum is None else ema_momentum, found_inf, grad_scale)
+                check_scalars(scalars, params[0].device)
+                self._step_group(index, params, ema_momentum is not None, scalars)
+        return loss
+
+    def _step_group(self, index: int, params: list[Tensor], averaged: bool, scalars: Scalars) -> None:
+        """Run the group's plan; make a new one where it does not hold."""
+        for param in params:
+            if not self.state[param]:
+                self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+                self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                self.state[param]["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        states = [self.state[param] for param in params]
+        plan = self._plans.get(index)
+        grads = None if plan is None else plan.matching_grads(params, states, averaged)
+        if plan is None or grads is None:
+            backend = chosen_backend(self.backend, params[0].device)
+            averages = self.averages if averaged else None
+            plan = Plan(params, states, averages, self.param_copies, self.average_copies, backend)
+            self._plans[index], grads = plan, local_grads(params)
+        plan.run(grads, scalars)
+
+
+def _scalars(
+    group: Mapping[str, Any], ema_momentum: Number, found_inf: Tensor | None = None, grad_scale: Tensor | None = None
+) -> Scalars:
+    """The numbers of a group and of a step."""
+    lr, weight_decay, eps = group["lr"], group["weight_decay"], group["eps"]
+    beta1, beta2 = group["betas"]
+    return Scalars(lr, weight_decay, beta1, beta2, eps, ema_momentum, found_inf, grad_scale)
+
+
+def _known(given: Mapping[Tensor, Tensor] | None, known: set[int], name: str) -> dict[Tensor, Tensor]:
+    """A copy of the mapping, all of whose keys are parameters and all of whose shapes are theirs."""
+    for i, (param, tensor) in enumerate((given or {}).items()):
+        if id(param) not in known:
+            raise ValueError(
+                f"AdamWEMA: key {i} of {name}, {tuple(param.shape)}, is none of the {len(known)} parameters"
+            )
+        if tensor.shape != param.shape:
+            raise ValueError(f"AdamWEMA: {name} has {tuple(tensor.shape)} for a parameter of {tuple(param.shape)}")
+    return dict(given or {})

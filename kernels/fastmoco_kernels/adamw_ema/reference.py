@@ -1,0 +1,102 @@
+"""AdamW and the moving average in plain torch: tensor by tensor (the oracle), and with torch's fused op (the CPU path)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastmoco_kernels._multi_tensor import same_layout
+from fastmoco_kernels.adamw_ema.sweep import Scalars, Sweep
+from fastmoco_kernels.ema.reference import ema_update_foreach_
+
+_FUSED_DEVICES = ("cpu", "cuda")
+
+
+def adamw_ema_reference_(sweep: Sweep, scalars: Scalars) -> None:
+    """Loshchilov and Hutter 2019, algorithm 2, as `torch.optim.AdamW` orders it; then average and copies.
+
+    Everything in the parameter's own dtype, the gradient cast to it.
+    """
+    host = scalars.on_host()
+    if host is None:
+        return
+    lr, weight_decay, beta1, beta2, eps, ema_momentum = (float(x) for x in host.numbers())
+    for row, (param, exp_avg, exp_avg_sq) in enumerate(
+        zip(sweep.params, sweep.exp_avgs, sweep.exp_avg_sqs, strict=True)
+    ):
+        grad = _unscaled(sweep.grads[row].to(param.dtype), host.grad_scale)
+        sweep.steps[row].add_(1)
+        step = float(sweep.steps[row])
+        param.mul_(1 - lr * weight_decay)
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        root = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step))
+        param.addcdiv_(exp_avg, root.add_(eps), value=-lr / (1 - beta1**step))
+        average, param_copy, average_copy = (c[row] for c in (sweep.averages, sweep.param_copies, sweep.average_copies))
+        if average is not None:
+            average.lerp_(param.to(average.dtype), 1 - ema_momentum)
+        if param_copy is not None:
+            param_copy.copy_(param)
+        if average_copy is not None and average is not None:
+            average_copy.copy_(average)
+
+
+def adamw_ema_foreach_(sweep: Sweep, scalars: Scalars) -> None:
+    """The same in four passes: torch's fused AdamW, its multi-tensor lerp, and a copy for each narrow type.
+
+    Parameters that the fused op cannot take (gaps in memory, strides that differ from the moments', another device) go
+    through the plain path.
+    """
+    host = scalars.on_host()
+    if host is None:
+        return
+    fused: dict[torch.dtype, list[int]] = {}
+    plain: list[int] = []
+    for row, param in enumerate(sweep.params):
+        moments = sweep.exp_avgs[row], sweep.exp_avg_sqs[row]
+        fits = (
+            param.device.type in _FUSED_DEVICES
+            and same_layout(param, sweep.grads[row], *moments)
+            and all(moment.dtype == param.dtype for moment in moments)
+        )
+        (fused.setdefault(param.dtype, []) if fits else plain).append(row)
+    if plain:
+        adamw_ema_reference_(sweep.pick(plain), host)
+    for rows in fused.values():
+        _fused_adamw_(sweep.pick(rows), host)
+
+
+def _fused_adamw_(sweep: Sweep, host: Scalars) -> None:
+    """torch's fused op on parameters of one dtype, and what follows from the new parameters."""
+    lr, weight_decay, beta1, beta2, eps, ema_momentum = (float(x) for x in host.numbers())
+    torch._foreach_add_(list(sweep.steps), 1)
+    torch._fused_adamw_(
+        list(sweep.params),
+        [_unscaled(g.to(p.dtype), host.grad_scale) for p, g in zip(sweep.params, sweep.grads, strict=True)],
+        list(sweep.exp_avgs),
+        list(sweep.exp_avg_sqs),
+        [],
+        list(sweep.steps),
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=None,
+        found_inf=None,
+    )
+    averaged = [(a, p) for a, p in zip(sweep.averages, sweep.params, strict=True) if a is not None]
+    ema_update_foreach_([a for a, _ in averaged], [p for _, p in averaged], ema_momentum)
+    for copies, values in ((sweep.param_copies, sweep.params), (sweep.average_copies, sweep.averages)):
+        pairs = [(c, v) for c, v in zip(copies, values, strict=True) if c is not None and v is not None]
+        if pairs:
+            torch._foreach_copy_([c for c, _ in pairs], [v for _, v in pairs])
+
+
+def _unscaled(grad: Tensor, grad_scale: Tensor | None) -> Tensor:
+    """The gradient over the loss scale; the gradient itself is never changed."""
+    return grad if grad_scale is None else grad / grad_scale.reshape(()).to(grad.dtype)

@@ -1,0 +1,75 @@
+"""One launch of the moving average over all tensors of one source type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fastmoco_kernels._aot import AotCase
+from fastmoco_kernels._multi_tensor import CHUNK, pointer_table
+from fastmoco_kernels._runtime import device_guard
+from fastmoco_kernels.ema.triton_kernels import ema_kernel
+
+NUM_WARPS = 4
+"""With CHUNK: 16 elements a thread, loaded by four 128-bit instructions an array before the first is used."""
+
+ELEMENT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+"""Triton's names of the element types that kernels over pointer tables read."""
+
+
+def ema_update_triton_(averages: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor) -> None:
+    """Update flat float32 averages from flat sources of one type, all on one device.
+
+    Args:
+        averages: float32, at least one.
+        sources: of one type in `ELEMENT`; source i has the layout of average i.
+        momentum: number, or a tensor of one element on the same device.
+    """
+    on_device = isinstance(momentum, Tensor)
+    with device_guard(averages[0]):
+        table = pointer_table("ema_update_", [averages, sources])
+        if table.chunks:
+            ema_kernel[(table.chunks,)](
+                table.pointers,
+                table.sizes,
+                table.chunk_rows,
+                table.chunk_starts,
+                table.rows,
+                momentum if on_device else float(1 - momentum),
+                ON_DEVICE=on_device,
+                SOURCE=ELEMENT[sources[0].dtype],
+                CHUNK=table.chunk,
+                num_warps=NUM_WARPS,
+            )
+    torch.autograd.graph.increment_version(averages)
+
+
+def aot_cases() -> list[AotCase]:
+    """Every configuration of the launch: one for each source type, with the momentum as a number and on the device."""
+    return [
+        AotCase(
+            name=f"ema.ema_kernel {str(dtype).removeprefix('torch.')} sources, momentum {weight}",
+            kernel=ema_kernel,
+            signature={
+                "pointers_ptr": "*i64",
+                "sizes_ptr": "*i64",
+                "chunk_rows_ptr": "*i32",
+                "chunk_starts_ptr": "*i64",
+                "rows": "i32",
+                "weight": weight,
+                "ON_DEVICE": "constexpr",
+                "SOURCE": "constexpr",
+                "CHUNK": "constexpr",
+            },
+            constexprs={"ON_DEVICE": weight != "fp32", "SOURCE": element, "CHUNK": CHUNK},
+            num_warps=NUM_WARPS,
+            num_stages=3,
+            default_on=(80, 90, 100),
+            aligned=("pointers_ptr", "sizes_ptr", "chunk_rows_ptr", "chunk_starts_ptr"),
+        )
+        for dtype, element in ELEMENT.items()
+        for weight in ("fp32", "*fp32", "*fp64")
+    ]

@@ -1,0 +1,218 @@
+"""Launches: scratch tensors, grids, the choice of a tile.
+
+Four launches whatever the number of directions: queries to unit length, keys to unit length, the pass, the epilogue; and
+one sum. Ranks add a small launch, gradients of the keys a pass and its epilogue.
+
+Legend: B queries, N keys, D dimension (padded in scratch), S directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastmoco_kernels._runtime import device_guard
+from fastmoco_kernels._tuning import tuned
+from fastmoco_kernels.info_nce import epilogue_kernels, triton_kernels
+from fastmoco_kernels.info_nce.chunked import EPS, OnePass, Request
+from fastmoco_kernels.info_nce.compiled import aot_cases
+from fastmoco_kernels.info_nce.cost import LOG2_E, exponent_ceiling, padded, padded_dim
+from fastmoco_kernels.info_nce.tiles import Tile, candidates, family, key_splits
+
+__all__ = ["aot_cases", "info_nce_triton"]
+SCRATCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+DOT = {"bf16": "tf32", "fp16": "tf32", "tf32": "tf32", "fp32": "ieee"}
+"""``input_precision`` of the products; it means nothing for two-byte operands."""
+
+
+class _Units(NamedTuple):
+    """Rows of S tensors of one shape, as they are and at unit length."""
+
+    raw: tuple[Tensor, Tensor]
+    unit: Tensor
+    norm: Tensor
+
+
+class _Pass(NamedTuple):
+    """What the streaming kernel leaves: by split, direction and row."""
+
+    acc: Tensor
+    total: Tensor
+    ranks: Tensor
+    splits: int
+
+
+def info_nce_triton(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    request: Request,
+    *,
+    tile: Tile | None = None,
+    splits: int | None = None,
+) -> OnePass:
+    """As `info_nce_chunked`, by the kernels.
+
+    Args:
+        queries: S of [B, D], D <= 512, not float64.
+        keys: S of [N, D].
+        request: with ``precision`` one of the four.
+        tile: instead of the measured one.
+        splits: parts of the keys, instead of the computed number.
+    """
+    with device_guard(queries[0]):
+        q, k = _unit_rows(queries, request.precision), _unit_rows(keys, request.precision)
+        swept = _stream(q.unit, k.unit, keys[0].shape[0], request.positive_offset, request, None, tile, splits)
+        rows, dq, bias, share = _finish(q, k, swept, request)
+        dkeys = rows.new_empty(0)
+        if request.key_gradient:
+            back = _stream(k.unit, q.unit, queries[0].shape[0], -request.positive_offset, request, bias, tile, splits)
+            dkeys = _finish_keys(q, k, back, share, request)
+    # A sum of one shape is added in one order.
+    sums = rows[: 4 if request.accuracy else 2 if request.gradient else 1].flatten(1).sum(1)
+    nothing = rows.new_empty(0)
+    return OnePass(
+        loss=sums[0].clone(),
+        dq=dq,
+        dkeys=dkeys,
+        dtemperature=sums[1].clone() if request.gradient else nothing,
+        hits=sums[2:] / rows[0].numel() if request.accuracy else nothing.clone(),
+    )
+
+
+def _unit_rows(raw: Sequence[Tensor], precision: str) -> _Units:
+    first, second = raw[0], raw[-1]
+    if second.stride() != first.stride():
+        first, second = first.contiguous(), second.contiguous()
+    rows, dim = first.shape
+    D = padded_dim(dim)
+    block = _epilogue_rows(D)
+    unit = torch.empty((len(raw), padded(rows), D), dtype=SCRATCH[precision], device=first.device)
+    norm = torch.empty((len(raw), rows), dtype=torch.float32, device=first.device)
+    triton_kernels.info_nce_unit_rows_kernel[(padded(rows) // block, len(raw))](
+        first, second, unit, norm, rows, padded(rows), dim, *first.stride(),
+        EPS=EPS, D=D, ROWS=block, TF32=precision == "tf32", num_warps=4,
+    )  # fmt: skip
+    return _Units((first, second), unit, norm)
+
+
+def _stream(
+    x: Tensor,
+    y: Tensor,
+    y_rows: int,
+    positive_shift: int,
+    request: Request,
+    bias: Tensor | None,
+    tile: Tile | None,
+    splits: int | None,
+) -> _Pass:
+    """One pass of the rows of y past those of x, with the best tile."""
+    S, x_padded, D = x.shape
+    kind, processors = _chip(x.device)
+
+    counting = request.accuracy and bias is None
+    own = torch.empty((S, x_padded) if counting else (1,), dtype=torch.float32, device=x.device)
+    if counting:
+        block = _epilogue_rows(D)
+        triton_kernels.info_nce_own_kernel[(x_padded // block, S)](
+            x, y, own, x_padded, y.shape[1], y_rows, positive_shift, D=D, ROWS=block, num_warps=4
+        )
+
+    def run(tile: Tile) -> _Pass:
+        tiles = triton.cdiv(y_rows, tile.block_y)
+        wanted = key_splits(x_padded, y_rows, S, tile, processors) if splits is None else min(splits, tiles)
+        per_split = triton.cdiv(tiles, wanted)
+        parts = triton.cdiv(tiles, per_split)
+        acc, total, count = (
+            torch.empty((parts, S, x_padded, *tail) if used else (1,), dtype=dtype, device=x.device)
+            for tail, used, dtype in (
+                ((D,), request.gradient or bias is not None, torch.float32),
+                ((), bias is None, torch.float32),
+                ((), counting, torch.int32),
+            )
+        )
+        triton_kernels.info_nce_stream_kernel[(x_padded // tile.block_x, parts, S)](
+            x, y, acc, total, count, own, own if bias is None else bias, *_temperature(request, own),
+            x_padded, y_rows, y.shape[1], positive_shift, per_split,
+            D=D, BLOCK_X=tile.block_x, BLOCK_Y=tile.block_y,
+            GRADIENT=acc.dim() > 1, COUNT=counting, BIAS=bias is not None, **_constants(request),
+            PRECISION=DOT[request.precision], num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return _Pass(acc, total, count, parts)
+
+    if tile is None:
+        choices = candidates(kind, D, request.precision)
+        wants = ("gradient" if request.gradient else "loss") if bias is None else "keys"
+        key = (S, x_padded, y_rows, D, request.precision, wants)
+        tile = tuned("info_nce", key, choices, choices[0], run, x.device)
+    return run(tile)
+
+
+def _finish(q: _Units, k: _Units, swept: _Pass, request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of results [4, S, B], the gradient [S, B, D], and what the second pass needs of every row."""
+    S, B = q.norm.shape
+    B_padded, N, dim = q.unit.shape[1], k.norm.shape[1], q.raw[0].shape[1]
+    device, keys = q.norm.device, request.key_gradient
+    rows = torch.empty((4, S, B), dtype=torch.float32, device=device)
+    kept = torch.float32 if q.raw[0].dtype == torch.float16 else q.raw[0].dtype
+    dq = torch.empty((S, B, dim) if request.gradient else (0,), dtype=kept, device=device)
+    bias, share = (torch.empty((S, B_padded) if keys else (0,), dtype=torch.float32, device=device) for _ in range(2))
+    block = _epilogue_rows(q.unit.shape[2])
+    epilogue_kernels.info_nce_finish_kernel[(triton.cdiv(B_padded if keys else B, block), S)](
+        *q.raw, *k.raw, q.norm, k.norm, swept.acc, swept.total, swept.ranks,
+        *_temperature(request, swept.total)[:1], rows, dq, bias, share,
+        B, B_padded, N, dim, *q.raw[0].stride(), *k.raw[0].stride(), request.positive_offset, swept.splits,
+        _temperature(request, swept.total)[1], request.scale / B, _key_shift(request),
+        EPS=EPS, D=q.unit.shape[2], ROWS=block, GRADIENT=request.gradient, COUNT=request.accuracy, KEYS=keys,
+        **_constants(request), num_warps=4,
+    )  # fmt: skip
+    return rows, dq, bias, share
+
+
+def _finish_keys(q: _Units, k: _Units, back: _Pass, share: Tensor, request: Request) -> Tensor:
+    """[N, D] the gradient of the raw keys."""
+    B, (N, dim), D = q.norm.shape[1], k.raw[0].shape, q.unit.shape[2]
+    kept = torch.float32 if k.raw[0].dtype == torch.float16 else k.raw[0].dtype
+    dk = torch.empty((N, dim), dtype=kept, device=k.norm.device)
+    block, (pointer, scale_log2) = _epilogue_rows(D), _temperature(request, share)
+    epilogue_kernels.info_nce_finish_keys_kernel[(triton.cdiv(N, block),)](
+        q.raw[0], k.raw[0], q.norm, k.norm, back.acc, share, pointer, dk,
+        B, N, k.unit.shape[1], dim, *q.raw[0].stride(), *k.raw[0].stride(), request.positive_offset, back.splits,
+        scale_log2, request.scale / B, 2.0 ** -_key_shift(request),
+        EPS=EPS, D=D, ROWS=block, ON_DEVICE=isinstance(request.temperature, Tensor), num_warps=4,
+    )  # fmt: skip
+    return dk
+
+
+def _epilogue_rows(D: int) -> int:
+    return max(1, 1024 // D)
+
+
+def _temperature(request: Request, unused: Tensor) -> tuple[Tensor, float]:
+    """Pointer to the temperature (unused where it is a number), and log2(e) over it (unused where it is on the device)."""
+    if isinstance(request.temperature, Tensor):
+        return request.temperature, 0.0
+    return unused, LOG2_E / request.temperature
+
+
+def _constants(request: Request) -> dict[str, Any]:
+    return {
+        "ON_DEVICE": isinstance(request.temperature, Tensor),
+        "CEILING": exponent_ceiling(request.precision),
+    }
+
+
+def _key_shift(request: Request) -> float:
+    """In the second pass terms are shares of 1; fp16 holds small ones better multiplied by 2^15."""
+    return exponent_ceiling("fp16") if request.precision == "fp16" else 0.0
+
+
+def _chip(device: torch.device) -> tuple[int, int]:
+    """Row of the table of tiles, and the number of processors. The interpreter is one processor of the smallest kind."""
+    if device.type != "cuda":
+        return 0, 1
+    chip = torch.cuda.get_device_properties(device)
+    return family((chip.major, chip.minor)), chip.multi_processor_count

@@ -1,0 +1,188 @@
+"""`fastmoco::info_nce`: the one-pass loss as one operator of torch, with its gradient.
+
+The operator computes the gradient in its forward, where it is nearly free, and hands it out as further results; the way
+back multiplies by the incoming gradient. So nothing of size B x N is ever kept, and a graph compiler sees one node.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmoco_kernels._runtime import accumulation_dtype
+from fastmoco_kernels.info_nce.chunked import OnePass, Request, info_nce_chunked
+
+_Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def one_pass(
+    queries: tuple[Tensor, ...], keys: tuple[Tensor, ...], request: Request, *, triton: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss, differentiable as the request says, and hits, of one direction or two.
+
+    Args:
+        queries: one or two [B, D].
+        keys: as many [N, D].
+        request: what is wanted.
+        triton: the kernels; else chunks in torch.
+    """
+    tensor = isinstance(request.temperature, Tensor)
+    results: _Results = _info_nce(
+        queries[0],
+        keys[0],
+        queries[1] if len(queries) > 1 else None,
+        keys[1] if len(keys) > 1 else None,
+        request.temperature if tensor else None,
+        0.0 if tensor else request.temperature,
+        request.scale,
+        request.positive_offset,
+        request.gradient,
+        request.key_gradient,
+        request.accuracy,
+        request.precision,
+        triton,
+    )
+    return results[0], results[4]
+
+
+@torch.library.custom_op(
+    "fastmoco::info_nce",
+    mutates_args=(),
+    schema=(
+        "(Tensor q, Tensor keys, Tensor? second_q, Tensor? second_keys, Tensor? temperature, float fixed_temperature, "
+        "float scale, int positive_offset, bool gradient, bool key_gradient, bool accuracy, str precision, bool triton) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def _info_nce(
+    q: Tensor,
+    keys: Tensor,
+    second_q: Tensor | None,
+    second_keys: Tensor | None,
+    temperature: Tensor | None,
+    fixed_temperature: float,
+    scale: float,
+    positive_offset: int,
+    gradient: bool,
+    key_gradient: bool,
+    accuracy: bool,
+    precision: str,
+    triton: bool,
+) -> _Results:
+    request = Request(
+        temperature=fixed_temperature if temperature is None else temperature.detach().to(accumulation_dtype(q)),
+        scale=scale,
+        positive_offset=positive_offset,
+        gradient=gradient,
+        key_gradient=key_gradient,
+        accuracy=accuracy,
+        precision=precision,
+    )
+    queries = (q,) if second_q is None else (q, second_q)
+    all_keys = (keys,) if second_keys is None else (keys, second_keys)
+    with torch.autocast(q.device.type, enabled=False):
+        if triton:
+            from fastmoco_kernels.info_nce.launch import info_nce_triton
+
+            found = info_nce_triton(queries, all_keys, request)
+        else:
+            found = info_nce_chunked(queries, all_keys, request)
+    return _as_results(found, q, keys, learnt=temperature is not None)
+
+
+def _as_results(found: OnePass, q: Tensor, keys: Tensor, *, learnt: bool) -> _Results:
+    return (
+        found.loss,
+        found.dq.to(_kept_dtype(q)),
+        found.dkeys.to(_kept_dtype(keys)),
+        found.dtemperature if learnt and found.dtemperature.numel() else found.loss.new_empty(0),
+        found.hits,
+    )
+
+
+def _kept_dtype(tensor: Tensor) -> torch.dtype:
+    """fp16 would flush gradients that a loss scaler has not scaled yet."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+
+@_info_nce.register_fake
+def _(
+    q: Tensor,
+    keys: Tensor,
+    second_q: Tensor | None,
+    second_keys: Tensor | None,
+    temperature: Tensor | None,
+    fixed_temperature: float,
+    scale: float,
+    positive_offset: int,
+    gradient: bool,
+    key_gradient: bool,
+    accuracy: bool,
+    precision: str,
+    triton: bool,
+) -> _Results:
+    dtype = accumulation_dtype(q)
+    directions = 1 if second_q is None else 2
+    return (
+        q.new_empty((), dtype=dtype),
+        q.new_empty((directions, *q.shape) if gradient else (0,), dtype=_kept_dtype(q)),
+        keys.new_empty(tuple(keys.shape) if key_gradient else (0,), dtype=_kept_dtype(keys)),
+        q.new_empty(() if gradient and temperature is not None else (0,), dtype=dtype),
+        q.new_empty((2,) if accuracy else (0,), dtype=dtype),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Results) -> None:
+    q, keys, second_q, temperature = inputs[0], inputs[1], inputs[2], inputs[4]
+    _, dq, dkeys, dtemperature, hits = output
+    ctx.mark_non_differentiable(dq, dkeys, dtemperature, hits)
+    ctx.save_for_backward(dq, dkeys, dtemperature)
+    ctx.dtypes = q.dtype, keys.dtype, None if temperature is None else temperature.dtype
+    ctx.second = second_q is not None
+
+
+def _backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dkeys, dtemperature = ctx.saved_tensors
+    q_dtype, key_dtype, temperature_dtype = ctx.dtypes
+    wanted = ctx.needs_input_grad
+
+    def scaled(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        result = (incoming * gradient).to(dtype)
+        if torch.is_grad_enabled():  # create_graph=True: what was computed in the forward has no graph of its own
+            return _once(result)
+        return result
+
+    return (
+        scaled(dq[0], q_dtype) if wanted[0] else None,
+        scaled(dkeys, key_dtype) if wanted[1] else None,
+        scaled(dq[1], q_dtype) if ctx.second and wanted[2] else None,
+        None,
+        scaled(dtemperature, temperature_dtype) if temperature_dtype is not None and wanted[4] else None,
+        *[None] * 8,
+    )
+
+
+class _OnceOnly(torch.autograd.Function):
+    """Passes a gradient on, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, gate: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> Any:
+        raise RuntimeError(
+            "info_nce_loss: the gradient was computed in the forward and cannot be differentiated again; "
+            "backend='reference' can be differentiated any number of times"
+        )
+
+
+def _once(gradient: Tensor) -> Tensor:
+    gate = torch.zeros((), requires_grad=True)
+    result: Tensor = _OnceOnly.apply(gradient, gate)  # type: ignore[no-untyped-call]
+    return result
+
+
+_info_nce.register_autograd(_backward, setup_context=_setup_context)

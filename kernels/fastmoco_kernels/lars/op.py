@@ -1,0 +1,239 @@
+"""LARS over any number of tensors in two sweeps, and what lets it work on shards.
+
+A tensor's trust ratio needs the norms of the whole tensor before the first element moves. So there are two passes:
+
+1. ``lars_squares``: ``||p||^2`` and ``||g + weight_decay * p||^2`` of every tensor. The Triton kernel writes one partial sum
+   a chunk and a second, small launch adds a tensor's partial sums in float64 and in a fixed order: no atomic adds, so the
+   same inputs give the same bits.
+2. ``lars_update_``: reads the sums, makes the ratio in registers, updates buffer and parameter.
+
+Between the passes lies a [T, 2] float64 tensor. Where parameters are sharded, that is what ranks must add: two numbers a
+tensor, all tensors at once, one collective (`optimizer.LARS` does it for DTensors). A ratio of one shard's norms would be
+another number on every rank, and nothing would fail: the ranks would train, worse, to different step lengths.
+
+``g + weight_decay * p`` is computed twice instead of kept: it is one multiply-add beside the bytes that both passes move
+anyway, and keeping it would cost a write, a read and a copy of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastmoco_kernels._multi_tensor import same_layout, traced
+from fastmoco_kernels._runtime import choose_backend, require_triton, triton_is_default
+from fastmoco_kernels.lars.checks import check_numbers, check_tensors
+from fastmoco_kernels.lars.foreach import squares_foreach, update_foreach_
+from fastmoco_kernels.lars.reference import lars_step_reference_
+
+BACKENDS = ("triton", "foreach")
+
+
+@torch.no_grad()
+def lars_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    trust_coefficient: float = 0.001,
+    reduce_squares: Callable[[Tensor], object] | None = None,
+    found_inf: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """One step of layer-wise adaptive rate scaling, in place on parameters and buffers.
+
+    For a tensor of two or more dimensions ``u = g + weight_decay * p``, then ``u *= trust_coefficient * ||p|| / ||u||`` (factor
+    1 if either norm is 0; no epsilon); for others, biases and norms, ``u = g``. Then ``b <- momentum * b + u`` and
+    ``p <- p - lr * b``. You, Gitman, Ginsburg 2017, with the rate outside the buffer as in MoCo v3's ResNet runs.
+
+    Args:
+        params: T tensors of float32 or float64, any shape, one device; changed in place.
+        grads: as many, each of its parameter's shape and device; narrower ones are widened first.
+        momentum_buffers: as many, of shape and dtype of the parameters, zeros before the first step; changed in place.
+        lr: >= 0, a number or a 0-dimensional tensor: under a CUDA graph or `torch.compile` a tensor follows its schedule.
+        momentum: in [0, 1).
+        weight_decay: >= 0, added to the gradient before it is scaled.
+        trust_coefficient: > 0.
+        reduce_squares: for tensors that are shards: called with the [T, 2] float64 squared norms of the local parts; it
+            must add them in place over the ranks that hold the other parts.
+        found_inf: one element on the same device; where it is not 0 nothing is changed.
+        backend: ``"auto"``, ``"triton"``, ``"foreach"`` or ``"reference"``.
+
+    Raises:
+        ValueError: for different counts, shapes, dtypes or devices, for numbers out of range, for an unknown backend, and
+            for ``reduce_squares`` with ``"reference"``.
+
+    Numerics: parameters' dtype, norms in float64 (Triton: float32 inside a chunk, float64 over chunks); bitwise
+        reproducible. Autocast changes nothing. Agrees with the reference to rounding.
+    Memory and cost: 28 bytes a float32 parameter (`lars_bytes`); no copy of the model with Triton, one with foreach.
+    Distributed: none, or what ``reduce_squares`` does.
+
+    Example:
+        >>> import torch
+        >>> from fastmoco_kernels import lars_step_
+        >>> p, g, b = torch.eye(2), torch.eye(2), torch.zeros(2, 2)
+        >>> lars_step_([p], [g], [b], lr=100.0); p.diagonal()
+        tensor([0.9000, 0.9000])
+    """
+    check_numbers(lr, momentum, weight_decay, trust_coefficient)
+    check_tensors(params, grads, momentum_buffers, found_inf)
+    if not params:
+        return
+    if backend == "reference":
+        numbers = {"momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient}
+        if reduce_squares is not None:
+            raise ValueError(
+                "lars_step_: backend='reference' takes whole tensors; reduce_squares needs another backend"
+            )
+        if found_inf is None or not bool(found_inf != 0):
+            lars_step_reference_(params, grads, momentum_buffers, lr=float(lr), **numbers)
+        return
+    chosen = resolve_backend(backend, params, momentum_buffers)
+    squares = lars_squares(params, grads, weight_decay, backend=chosen)
+    if reduce_squares is not None:
+        reduce_squares(squares)
+    lars_update_(
+        params,
+        grads,
+        momentum_buffers,
+        squares,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        trust_coefficient=trust_coefficient,
+        found_inf=found_inf,
+        backend=chosen,
+    )
+
+
+def resolve_backend(backend: str, params: Sequence[Tensor], momentum_buffers: Sequence[Tensor]) -> str:
+    """``"triton"`` or ``"foreach"`` for these tensors; refuses what cannot run on their device, or on their strides."""
+    device = params[0].device
+    odd = [i for i, (p, b) in enumerate(zip(params, momentum_buffers, strict=True)) if not same_layout(p, b)]
+    default = "triton" if triton_is_default(device) and not odd else "foreach"
+    chosen = choose_backend("lars_step_", backend, default, BACKENDS)
+    if chosen == "triton":
+        require_triton("lars_step_", device)
+        if odd:
+            strides = [tuple(tensors[odd[0]].stride()) for tensors in (params, momentum_buffers)]
+            raise ValueError(
+                f"lars_step_: backend='triton' takes tensors without gaps, buffers laid out alike; parameter {odd[0]} has "
+                f"strides {strides[0]}, its buffer {strides[1]}; use backend='auto'"
+            )
+    return chosen
+
+
+def lars_bytes(params: Sequence[Tensor]) -> int:
+    """Bytes that one step must move: p and g read by the first pass where scaled; p, g, b read and p, b written by the second.
+
+    28 a float32 element of a tensor of two or more dimensions, 20 of others. The [T, 2] sums and the table add some
+    hundred bytes a tensor, the partial sums 16 a chunk of 2048 elements; neither is counted.
+    """
+    return sum((7 if param.ndim > 1 else 5) * param.numel() * param.element_size() for param in params)
+
+
+def lars_squares(params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float, *, backend: str) -> Tensor:
+    """First pass: [T, 2] float64 of ``||p||^2`` and ``||g + weight_decay * p||^2``; zeros where nothing is scaled.
+
+    Args as in `lars_step_`, checked there; ``backend`` is ``"triton"`` or ``"foreach"``.
+    """
+    if traced():
+        squares: Tensor = torch.ops.fastmoco.lars_squares(list(params), list(grads), weight_decay, backend)
+        return squares
+    return _run_squares(params, grads, weight_decay, backend)
+
+
+def lars_update_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    squares: Tensor,
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    trust_coefficient: float,
+    found_inf: Tensor | None,
+    backend: str,
+) -> None:
+    """Second pass: update buffers and parameters, given the squared norms of whole tensors from `lars_squares`."""
+    rate = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+    numbers = (rate, momentum, weight_decay, trust_coefficient, found_inf, backend)
+    if traced():
+        torch.ops.fastmoco.lars_update_(list(params), list(grads), list(momentum_buffers), squares, *numbers)
+    else:
+        _run_update_(params, grads, momentum_buffers, squares, *numbers)
+
+
+def _run_squares(params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float, backend: str) -> Tensor:
+    if backend == "triton":
+        from fastmoco_kernels.lars.launch import squares_triton
+
+        return squares_triton(params, grads, weight_decay)
+    return squares_foreach(params, grads, weight_decay)
+
+
+def _run_update_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    squares: Tensor,
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+    trust_coefficient: float,
+    found_inf: Tensor | None,
+    backend: str,
+) -> None:
+    if backend == "triton":
+        from fastmoco_kernels.lars.launch import update_triton_ as update_
+    else:
+        update_ = update_foreach_
+    update_(
+        params,
+        grads,
+        momentum_buffers,
+        squares,
+        lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        trust_coefficient=trust_coefficient,
+        found_inf=found_inf,
+    )
+
+
+@torch.library.custom_op("fastmoco::lars_squares", mutates_args=())
+def _squares(params: list[Tensor], grads: list[Tensor], weight_decay: float, backend: str) -> Tensor:
+    return _run_squares(params, grads, weight_decay, backend)
+
+
+@_squares.register_fake
+def _(params: list[Tensor], grads: list[Tensor], weight_decay: float, backend: str) -> Tensor:
+    return params[0].new_empty((len(params), 2), dtype=torch.float64)
+
+
+@torch.library.custom_op("fastmoco::lars_update_", mutates_args=("params", "momentum_buffers"))
+def _update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    squares: Tensor,
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+    trust_coefficient: float,
+    found_inf: Tensor | None,
+    backend: str,
+) -> None:
+    numbers = (lr, momentum, weight_decay, trust_coefficient, found_inf, backend)
+    _run_update_(params, grads, momentum_buffers, squares, *numbers)
+
+
+@_update.register_fake
+def _(*arguments: object) -> None:
+    return None

@@ -1,0 +1,71 @@
+"""Locks on files that fall free when their owner dies, whichever way; for threads and processes alike.
+
+flock belongs to the open file, not to the process: two descriptors opened apart exclude each other even in one thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+
+OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def try_lock(descriptor: int, how: int) -> bool:
+    """Whether the lock (fcntl.LOCK_SH or LOCK_EX) was free and is held now.
+
+    Raises:
+        OSError: where the file system knows no locks.
+    """
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EINTR):
+            return False
+        raise
+    return True
+
+
+def lock_path(path: str) -> int | None:
+    """A descriptor that holds a file's exclusive lock; None while somebody else holds any, or without such a file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | OPEN_FLAGS)
+    except OSError:
+        return None
+    if try_lock(descriptor, fcntl.LOCK_EX):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def is_free(path: str) -> bool:
+    """Whether nobody holds a file's lock, this moment."""
+    descriptor = lock_path(path)
+    if descriptor is not None:
+        os.close(descriptor)
+    return descriptor is not None
+
+
+def is_named(descriptor: int, path: str) -> bool:
+    """Whether a descriptor still is what stands under a name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def remove(path: str) -> None:
+    """Remove a file, if that is possible."""
+    try:
+        os.unlink(path)
+    except OSError:
+        return
+
+
+def remove_if_free(path: str) -> None:
+    """Remove a file unless somebody holds its lock."""
+    descriptor = lock_path(path)
+    if descriptor is not None:
+        remove(path)
+        os.close(descriptor)

@@ -1,0 +1,148 @@
+"""Shard patterns: which local files, or which URLs, a pattern names. Nothing here ever starts a process.
+
+The schemes are an allow-list: local paths, ``file:``, ``http(s)://``, ``s3://`` and ``gs://``. A URL is only ever shown
+without user, password and query: that is where tokens live.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from fastmoco_pipelines.manifest import read_sets
+
+REMOTE_SCHEMES = ("http", "https", "s3", "gs")
+MAX_SHARDS = 1_000_000
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_AUTHORITY = re.compile(r"[\w.{},-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
+
+
+def expand_shards(pattern: str) -> list[Path]:
+    """The local shard tars that a pattern names, sorted.
+
+    Args:
+        pattern: a tar, a folder of tars, a glob (``train-*.tar``), a brace pattern (``train-{000000..000099}.tar`` or
+            ``{a,b}.tar``), or one of these behind ``file:``.
+
+    Raises:
+        ValueError: naming the pattern, if it names no file, one of the files it spells out is missing, the folder
+            holds several sets, or its scheme is not supported; also for a URL, which is no local file.
+    """
+    if is_remote(pattern):
+        raise ValueError(
+            f"shards={redact(pattern)!r}: this needs local files, work on a server's is not supported yet: run it where "
+            "the shards lie and copy what it writes to the server too"
+        )
+    plain = without_scheme(pattern)
+    if os.path.isdir(plain):
+        return _tars_of_folder(pattern, Path(plain))
+    paths: set[str] = set()
+    for name in [plain] if os.path.exists(plain) else expand_braces(pattern, plain):
+        if os.path.isfile(name):
+            paths.add(name)
+        elif glob.has_magic(name):
+            paths.update(path for path in glob.glob(name) if os.path.isfile(path))
+        else:
+            raise ValueError(f"shards={redact(pattern)!r}: there is no file {redact(name)}")
+    if not paths:
+        raise ValueError(
+            f"shards={redact(pattern)!r}: no file has such a name (folder searched: {redact(str(Path(plain).parent))})"
+        )
+    return sorted(Path(path) for path in paths)
+
+
+def is_remote(pattern: str) -> bool:
+    """Whether a pattern names URLs that are read over a network; refuses schemes that are not read at all.
+
+    Raises:
+        ValueError: for a scheme outside the allow-list, or a URL that is broken.
+    """
+    match = _SCHEME.match(pattern)
+    if match is None or os.path.exists(pattern):
+        return False
+    scheme = match.group(1).lower()
+    if scheme == "file":
+        return False
+    if scheme == "pipe":
+        raise ValueError("shards='pipe:...': refused: a shard pattern never starts a command")
+    if scheme not in REMOTE_SCHEMES:
+        raise ValueError(
+            f"shards={scheme + ':...'!r}: reading over {scheme} is not supported yet: give a path, file:, http://, "
+            "https://, s3:// or gs://, or copy or mount the shards"
+        )
+    authority = re.split(r"[/?#]", pattern[match.end() :].removeprefix("//"), maxsplit=1)[0].rpartition("@")[2]
+    whole = pattern[match.end() :].startswith("//") and _AUTHORITY.fullmatch(authority) is not None
+    if not whole or not pattern.isascii() or not pattern.isprintable() or " " in pattern:
+        raise ValueError(f"shards={redact(pattern)!r}: is no whole URL, such as https://host/folder/train-000000.tar")
+    return True
+
+
+def redact(url: str) -> str:
+    """A URL, or a pattern of URLs, as it may be shown: without user, password, query and fragment."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    rest = re.split(r"[?#]", rest, maxsplit=1)[0]
+    authority, slash, path = rest.partition("/")
+    authority = authority.rpartition("@")[2]
+    if authority and _AUTHORITY.fullmatch(authority) is None:
+        authority = "..."  # whatever stands there, it may be part of a password
+    path = re.sub(r"://[^/@]*@", "://", path)  # of the second URL in braces around two
+    return ascii(f"{scheme}://{authority}{slash}{path}")[1:-1]
+
+
+def shard_name(url: str) -> str:
+    """File name of a shard's URL, without its folder."""
+    return unquote(urlsplit(url).path.rpartition("/")[2])
+
+
+def without_scheme(pattern: str) -> str:
+    """The local path of a pattern: what stands behind ``file:``, or the pattern itself."""
+    match = _SCHEME.match(pattern)
+    if match is None or os.path.exists(pattern) or match.group(1).lower() != "file":
+        return pattern
+    url = urlsplit(pattern.replace("?", "%3F").replace("#", "%23"))
+    if url.netloc in ("", "localhost"):
+        return unquote(url.path)
+    raise ValueError(f"shards={redact(pattern)!r}: a file: URL names a file of this machine: file:///path")
+
+
+def expand_braces(pattern: str, text: str) -> list[str]:
+    """``{000..007}`` counts with its zeros kept, ``{a,b}`` lists; the first braces are expanded, then the rest.
+
+    Raises:
+        ValueError: naming ``pattern``, for a range that does not rise or more than a million names.
+    """
+    match = _BRACES.search(text)
+    if match is None:
+        return [text]
+    low, dots, high = match.group(1).partition("..")
+    if dots:
+        if not (low.isdigit() and high.isdigit() and int(low) <= int(high) and int(high) - int(low) < MAX_SHARDS):
+            raise ValueError(
+                f"shards={redact(pattern)!r}: {match.group(0)} is no rising range of numbers like {{000..127}}"
+            )
+        width = max(len(low), len(high)) if low.startswith("0") or high.startswith("0") else 0
+        parts = [f"{number:0{width}d}" for number in range(int(low), int(high) + 1)]
+    else:
+        parts = match.group(1).split(",")
+    names = [text[: match.start()] + part + text[match.end() :] for part in parts]
+    expanded = [full for name in names for full in expand_braces(pattern, name)]
+    if len(expanded) > MAX_SHARDS:
+        raise ValueError(f"shards={redact(pattern)!r}: names more than {MAX_SHARDS} shards")
+    return expanded
+
+
+def _tars_of_folder(pattern: str, folder: Path) -> list[Path]:
+    sets = read_sets(folder)
+    if len(sets) > 1:
+        names = " or ".join(f"{folder}/{name}-*.tar" for name in sorted(sets))
+        raise ValueError(f"shards={pattern!r}: the folder holds several sets: name one, {names}")
+    paths = sorted(path for path in folder.glob("*.tar") if path.is_file())
+    if not paths:
+        raise ValueError(f"shards={pattern!r}: the folder holds no .tar")
+    return paths

@@ -1,0 +1,50 @@
+"""Contests: a failed check forbids a speed-up, a skipped contender is named, memory is seen."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from benchmarks.contest import Contender, contest, peak_bytes, relative_error
+
+CPU = torch.device("cpu")
+
+
+def _sleeper(name: str, seconds: float, error: float = 0.0) -> Contender:
+    return Contender(
+        name=name, call=lambda: time.sleep(seconds), errors=lambda: {"value": error}, limits={"value": 1e-3}
+    )
+
+
+def test_the_subject_is_compared_with_every_other_that_passed():
+    slow, wrong = _sleeper("slow", 0.02), _sleeper("wrong", 0.0, error=1.0)
+    absent = Contender(name="absent", skipped="needs a GPU")
+    result = contest([_sleeper("ours", 0.001), slow, wrong, absent], subject="ours", device=CPU, rounds=2)
+    assert set(result["speedup"]) == {"slow"}
+    assert result["speedup"]["slow"]["median"] > 2
+    assert result["failed"] == {"wrong": "value 1 > 0.001"}
+    assert result["skipped"] == {"absent": "needs a GPU"}
+    assert "milliseconds" not in result
+
+
+@pytest.mark.parametrize("error", [1.0, float("nan"), float("inf")])
+def test_a_subject_that_fails_its_check_gets_no_speedup(error):
+    result = contest([_sleeper("ours", 0.0, error), _sleeper("slow", 0.0)], subject="ours", device=CPU, rounds=1)
+    assert result["speedup"] == {}
+    assert "ours" in result["failed"]
+
+
+def test_peak_memory_counts_what_lives_at_the_same_time():
+    def call():
+        for _ in range(3):
+            torch.ones(1 << 20)  # 4 MiB each, one after another
+
+    assert 4 << 20 <= peak_bytes(call, CPU) < 6 << 20
+
+
+def test_the_relative_error_of_a_nan_is_infinite():
+    truth = torch.ones(3)
+    assert relative_error(torch.tensor([1.0, 1.0, float("nan")]), truth) == float("inf")
+    assert relative_error(truth * 1.5, truth) == pytest.approx(0.5)

@@ -1,0 +1,22 @@
+"""A short soak: two processes, bad images, dropped connections, and not one batch that differs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+def test_a_short_soak_differs_in_nothing():
+    options = ("--minutes", "0.25", "--images", "400", "--batch", "16", "--size", "16", "--bad-share", "0.03")
+    command = [sys.executable, "-m", "benchmarks.soak", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    ranks = [line.split() for line in lines[1:3]]
+    assert [row[2] for row in ranks] == ["0", "0"]  # batches that differ
+    assert all(int(row[1]) > 20 for row in ranks), done.stdout
+    assert sum(int(row[3]) for row in ranks) > 0  # places that were refilled
+    assert "12 bad images" in done.stdout

@@ -1,0 +1,181 @@
+"""What one of two real processes does with LARS under FSDP2 and HSDP. Started by test_lars_ranks.py, as run_ranks.py is."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # CPU processes on any machine
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from fastmoco.distributed import World, start_world, stop_world
+from fastmoco.optim.apex import build_apex
+from fastmoco_kernels.lars.op import lars_step_
+from fastmoco_kernels.lars.optimizer import LARS
+
+STEPS = 3
+LR = 2.0
+
+
+class Model(nn.Module):
+    """Shards of unequal size: 5 rows over two ranks, one row (an empty shard on rank 1), a bias, a class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.class_token = nn.Parameter(torch.randn(1, 1, 6))
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 6] -> [B, 1]."""
+        hidden: Tensor = self.second(torch.tanh(self.first(x + self.class_token[0])))
+        return hidden
+
+
+def build(dtype: torch.dtype = torch.float64) -> Model:
+    """The same model in every process."""
+    torch.manual_seed(5)
+    return Model().to(dtype)
+
+
+def batch(step: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The global batch of a step."""
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64).to(dtype)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, rows: slice, dtype: torch.dtype = torch.float64) -> None:
+    """A few steps on these rows of every batch."""
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        model(batch(step, dtype)[rows]).square().mean().backward()
+        optimizer.step()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, gathered where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def run_sharded(
+    world: World, mesh: DeviceMesh, dtype: torch.dtype = torch.float64, backend: str = "auto"
+) -> dict[str, object]:
+    """Train under fully_shard, counting the collectives of one step of the optimizer."""
+    model = build(dtype)
+    fully_shard(model, mesh=mesh)
+    optimizer = LARS(model.parameters(), lr=LR, weight_decay=0.05, backend=backend)
+    calls = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, *arguments: object, **options: object) -> object:
+        calls.append((tuple(tensor.shape), tensor.dtype))
+        return all_reduce(tensor, *arguments, **options)
+
+    optimizer.register_step_pre_hook(lambda *_: setattr(dist, "all_reduce", counted))
+    optimizer.register_step_post_hook(lambda *_: setattr(dist, "all_reduce", all_reduce))
+    rows = batch(0).shape[0] // world.world_size
+    train(model, optimizer, slice(world.rank * rows, (world.rank + 1) * rows), dtype)
+    buffers = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
+    return {
+        "calls": calls,
+        "params": {n: whole(p) for n, p in model.named_parameters()},
+        "buffers": [whole(b) for b in buffers],
+        "sharded_state": all(isinstance(b, DTensor) for b in buffers),
+        "local_sizes": [p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)],
+    }
+
+
+def run_fsdp(world: World, dtype: torch.dtype = torch.float64, backend: str = "auto") -> dict[str, object]:
+    """One dimension, sharded."""
+    return run_sharded(world, init_device_mesh("cpu", (world.world_size,)), dtype, backend)
+
+
+def run_hsdp(world: World) -> dict[str, object]:
+    """Every rank a replica: sums over the replicas would double the norms."""
+    mesh = init_device_mesh("cpu", (world.world_size, 1), mesh_dim_names=("replicate", "shard"))
+    return run_sharded(world, mesh)
+
+
+def run_hsdp_sharded(world: World) -> dict[str, object]:
+    """One replica over all ranks, on a mesh of two dimensions."""
+    mesh = init_device_mesh("cpu", (1, world.world_size), mesh_dim_names=("replicate", "shard"))
+    return run_sharded(world, mesh)
+
+
+def run_mixed(world: World) -> dict[str, object]:
+    """A sharded and a plain parameter in one optimizer: the plain one's norms are whole already."""
+    model = build()
+    fully_shard(model.first)
+    optimizer = LARS(model.parameters(), lr=LR, weight_decay=0.05)
+    train(model, optimizer, slice(None))
+    return {"params": {n: whole(p) for n, p in model.named_parameters()}}
+
+
+def run_shard_ratios(world: World) -> dict[str, object]:
+    """Mutant: the op on local shards with no reduction, as an optimizer does that knows no DTensor."""
+    model = build()
+    fully_shard(model)
+    params = list(model.parameters())
+    buffers = [torch.zeros_like(p) for p in params]
+    for step in range(STEPS):
+        model.zero_grad()
+        model(batch(step)).square().mean().backward()
+        grads = [p.grad for p in params]
+        parts = [[t.detach().to_local() for t in tensors] for tensors in (params, grads, buffers)]
+        lars_step_(*parts, lr=LR, weight_decay=0.05)
+    return {"params": {n: whole(p) for n, p in model.named_parameters()}}
+
+
+def message_of(action: Callable[[], object]) -> str:
+    """The text of the ValueError that an action must raise."""
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def run_refusals(world: World) -> dict[str, object]:
+    """A gradient that lies otherwise than its parameter; apex with shards."""
+    model = build()
+    fully_shard(model)
+    weight = model.first.weight
+    weight.grad = None
+    lone = nn.Parameter(weight.detach())
+    lone.grad = distribute_tensor(torch.ones(5, 6, dtype=torch.float64), weight.device_mesh, [Replicate()])
+    named = list(model.named_parameters())
+    return {
+        "gradient": message_of(LARS([lone], lr=1.0).step),
+        "apex": message_of(lambda: build_apex("lamb", named, lr=0.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)),
+    }
+
+
+CASES: dict[str, Callable[[World], dict[str, object]]] = {
+    "fsdp": run_fsdp,
+    "fsdp fp32": lambda world: run_fsdp(world, torch.float32),
+    "fsdp triton": lambda world: run_fsdp(world, backend="triton"),
+    "hsdp": run_hsdp,
+    "hsdp sharded": run_hsdp_sharded,
+    "mixed": run_mixed,
+    "shard ratios": run_shard_ratios,
+    "refusals": run_refusals,
+}
+
+
+def main() -> None:
+    """Run all cases and leave the results in the folder given."""
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    world = start_world("cpu", timeout_s=60)
+    torch.save({name: case(world) for name, case in CASES.items()}, out / f"rank{world.rank}.pt")
+    stop_world()
+
+
+if __name__ == "__main__":
+    main()

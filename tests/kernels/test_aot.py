@@ -1,0 +1,96 @@
+"""Compiling for absent GPUs: the reading of machine code on a made-up listing, and every op's defaults for real."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from benchmarks.compiled import OPS
+from fastmoco_kernels._aot import AotCase, Compiled, _instructions, _matrix_loops
+
+ROOT = Path(__file__).resolve().parents[2]
+LISTING = """
+        /*0000*/                   FMUL R1, R2, R3 ;                       /* 0x00 */
+        /*0010*/                   MOV R4, RZ ;                            /* 0x00 */
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0030*/                   MUFU.EX2 R5, R5 ;
+        /*0040*/              @!P0 BRA 0x20 ;
+        /*0050*/                   FMNMX R1, R2, R3, PT ;
+        /*0060*/               @P1 BRA 0x80 ;
+        /*0070*/                   BRA 0x10 ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def _case(**changes) -> AotCase:
+    fields = {
+        "name": "op.kernel",
+        "kernel": None,
+        "signature": {},
+        "constexprs": {},
+        "num_warps": 4,
+        "num_stages": 2,
+        "default_on": (90,),
+        "matrix": True,
+    }
+    return AotCase(**(fields | changes))
+
+
+def _compiled(**changes) -> Compiled:
+    fields = {
+        "registers": 200,
+        "spill_bytes": 0,
+        "shared_bytes": 1024,
+        "opcodes": Counter(HGMMA=4),
+        "loop_opcodes": Counter(),
+    }
+    return Compiled(**(fields | changes))
+
+
+def test_a_listing_is_read_with_its_predicates_and_modifiers():
+    opcodes = [opcode for _, opcode, _ in _instructions(LISTING)]
+    assert opcodes == ["FMUL", "MOV", "HGMMA", "MUFU", "BRA", "FMNMX", "BRA", "BRA", "EXIT"]
+
+
+def test_only_the_innermost_loop_with_a_matrix_product_counts():
+    """The jump back to 0x10 holds the whole loop and an FMNMX that does not run in it."""
+    assert _matrix_loops(_instructions(LISTING)) == Counter(HGMMA=1, MUFU=1, BRA=1)
+
+
+@pytest.mark.parametrize(
+    ("case", "compiled", "fault"),
+    [
+        (_case(), _compiled(), None),
+        (_case(), _compiled(spill_bytes=8), "8 bytes of spills"),
+        (_case(default_on=()), _compiled(spill_bytes=8), None),
+        (_case(), _compiled(shared_bytes=232_449), "232449 bytes of shared memory"),
+        (_case(), _compiled(opcodes=Counter(HMMA=4)), "no HGMMA"),
+        (_case(matrix=False), _compiled(opcodes=Counter()), None),
+        (_case(forbidden_in_loop=("FMUL",)), _compiled(loop_opcodes=Counter(FMUL=3)), "3 FMUL in the inner loop"),
+    ],
+)
+def test_each_gate_names_what_breaks_it(case, compiled, fault):
+    found = compiled.faults(case, 90)
+    assert found == [] if fault is None else (len(found) == 1 and fault in found[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_every_default_configuration_holds_its_gates_on_sm_90a(op):
+    """All configurations and architectures are compiled by `make kernels`."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.compiled", "--op", op, "--quick", "--jobs", "1"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "\n0 compiled" not in done.stdout, "no configuration is a default on sm_90a"

@@ -1,0 +1,233 @@
+"""The Triton kernels for short sequences: against float64 and torch's own attention, in value and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastmoco_kernels import attention
+from fastmoco_kernels.attention import launch, short
+from fastmoco_kernels.attention.cost import attention_bytes
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _inputs(
+    L: int, M: int, d: int, dtype: torch.dtype, device: torch.device, *, B: int = 1, A: int = 2
+) -> list[Tensor]:
+    """q, k, v and the gradient that comes back, as values that ``dtype`` holds exactly."""
+    generator = torch.Generator().manual_seed(1000 * L + M)
+    rows = (L, M, M, L)
+    return [torch.randn(B, A, n, d, generator=generator, dtype=torch.float64).to(device, dtype) for n in rows]
+
+
+def _all(inputs: list[Tensor], backend: str, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Output and the three gradients."""
+    *leaves, grad = (t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs)
+    out = attention(*leaves, backend=backend)
+    out.backward(grad)
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def _assert_as_good_as_torch(inputs: list[Tensor]) -> None:
+    """Twice the error of torch's own attention in this dtype, or a few units in the last place where that has none."""
+    truth = _all(inputs, "reference", torch.float64)
+    ours, torchs = _all(inputs, "triton"), _all(inputs, "sdpa")
+    for name, mine, other, exact in zip(("out", "dq", "dk", "dv"), ours, torchs, truth, strict=True):
+        floor = 4 * torch.finfo(mine.dtype).eps * (exact.norm() + 0.1 * exact.numel() ** 0.5)
+        error, allowed = (mine.double() - exact).norm(), 2 * (other.double() - exact).norm()
+        assert error <= torch.maximum(allowed, floor), (name, float(error), float(allowed))
+
+
+# a class token; one tile exactly; a 28 pixel picture's 50; around 64; 145 of 192 pixels; 196 and 197 of 224; all that
+# fits; then the class token alone over 197, and unequal numbers that end in different tiles
+SIZES = [(n, n) for n in (1, 16, 50, 64, 65, 145, 196, 197, 256)]
+SIZES += [(1, 197), (16, 256), (197, 1), (65, 64), (50, 196)]
+
+
+@pytest.mark.parametrize(("L", "M"), SIZES)
+@pytest.mark.parametrize(("d", "dtype"), [(32, torch.float32), (64, torch.float16)])
+def test_is_as_good_as_torch(L, M, d, dtype, device):
+    _assert_as_good_as_torch(_inputs(L, M, d, dtype, device, A=1))
+
+
+@pytest.mark.parametrize(("d", "dtype"), [(32, torch.float16), (64, torch.float32)])
+def test_several_images_and_heads(d, dtype, device):
+    _assert_as_good_as_torch(_inputs(65, 50, d, dtype, device, B=2, A=2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [32, 64])
+@pytest.mark.parametrize(("L", "M"), [(197, 197), (1, 197), (256, 256), (64, 65)])
+def test_bf16_on_cuda(d, L, M, device):
+    _assert_as_good_as_torch(_inputs(L, M, d, torch.bfloat16, device, B=4, A=12))
+
+
+def test_reads_a_packed_projection_where_it_lies_and_leaves_rows_together(device):
+    """qkv is [B, L, 3, A, d] as a linear layer leaves it; the next one wants [B, L, A d]."""
+    B, L, A, d = 2, 65, 2, 32
+    *_, grad = _inputs(L, L, d, torch.float32, device, B=B, A=A)
+    qkv = torch.randn(B, L, 3, A, d, device=device, requires_grad=True)
+    out = attention(*qkv.permute(2, 0, 3, 1, 4).unbind(), backend="triton")
+    assert out.transpose(1, 2).is_contiguous()
+    out.backward(grad)
+    copied = qkv.detach().permute(2, 0, 3, 1, 4).contiguous()
+    plain = _all([*copied, grad], "triton")
+    assert torch.equal(out, plain[0])
+    assert torch.equal(qkv.grad.permute(2, 0, 3, 1, 4), torch.stack(plain[1:]))
+
+
+def test_any_other_layout_is_copied(device):
+    q, k, v, grad = _inputs(50, 50, 32, torch.float32, device)
+    turned = [t.mT.contiguous().mT for t in (q, k, v, grad)]
+    assert all(t.stride(3) != 1 for t in turned)
+    for a, b in zip(_all(turned, "triton"), _all([q, k, v, grad], "triton"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_same_bits_every_time(device):
+    inputs = _inputs(197, 197, 32, torch.float16, device)
+    for a, b in zip(_all(inputs, "triton"), _all(inputs, "triton"), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("d", [32, 64])
+def test_every_tile_that_tuning_may_pick_gives_the_same(d, device, monkeypatch):
+    inputs = _inputs(197, 197, d, torch.float32, device, A=1)
+    default = _all(inputs, "triton")
+    chips = launch.CHIPS
+    forward = sorted({tile for chip in chips for tile in launch.forward_tiles(chip, 197, launch.VIT_ROWS)})
+    backward = launch.backward_tiles(d, launch.VIT_ROWS)
+    assert len(forward) == 3
+    for i in range(max(len(forward), len(backward))):  # every one of either list comes up
+        monkeypatch.setattr(launch, "forward_tiles", lambda *_, i=i: [forward[i % len(forward)]])
+        monkeypatch.setattr(launch, "backward_tiles", lambda *_, i=i: [backward[i % len(backward)]])
+        for a, b in zip(_all(inputs, "triton"), default, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_queries_in_halves_on_ampere(dtype, device, monkeypatch):
+    monkeypatch.setattr(launch, "_chip", lambda _: 80)
+    assert launch.in_halves(80, 64, 209)
+    assert not any(launch.in_halves(*other) for other in ((80, 64, 208), (80, 32, 256), (90, 64, 256)))
+    inputs = _inputs(210, 20, 64, dtype, device)
+    _assert_as_good_as_torch(inputs)
+    out, lse = torch.ops.fastmoco.short_attention(*inputs[:3])
+    gradients = torch.ops.fastmoco.short_attention_backward(inputs[3], *inputs[:3], out, lse)
+    assert all(t.transpose(1, 2).is_contiguous() for t in gradients)
+
+
+def test_only_the_last_tile_of_keys_is_partly_empty():
+    """The forward masks the last tile alone."""
+    for rows in range(1, 257):
+        used = [n for n in launch.row_tiles(rows, launch.KEY_ROWS) if n]
+        assert sum(used[:-1]) < rows <= sum(used), rows
+        assert rows <= sum(launch.row_tiles(rows, launch.QUERY_ROWS))
+    assert sum(launch.row_tiles(197, launch.KEY_ROWS)) == sum(launch.row_tiles(197, launch.QUERY_ROWS)) == 208
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of those columns, before they are cut
+def test_scores_far_from_zero(device):
+    """exp2(-lse) is infinite for a column of zeros here: columns beyond the keys must be cut, not multiplied by 0."""
+    q, k, v, grad = _inputs(5, 5, 32, torch.float32, device)
+    far = [30 + q, -30 + 0.01 * k, v, grad]
+    for found, exact in zip(_all(far, "triton"), _all(far, "reference", torch.float64), strict=True):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=2e-2)
+    large = [100 * q, 100 * k, v, grad]  # a softmax of zeros and ones
+    for found, exact in zip(_all(large, "triton"), _all(large, "reference", torch.float64), strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-2)
+
+
+def test_a_bad_value_stays_in_its_row_and_head(device):
+    q, k, v, _ = _inputs(20, 20, 32, torch.float32, device)
+    q[0, 1, 3] = float("nan")
+    out = attention(q, k, v, backend="triton")
+    assert out[0, 1, 3].isnan().all()
+    assert out.isnan().sum() == 32
+
+
+def test_opcheck(device):
+    q, k, v, grad = _inputs(5, 7, 32, torch.float32, device)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    torch.library.opcheck(torch.ops.fastmoco.short_attention.default, leaves)
+    strided = torch.randn(1, 5, 3, 2, 32, device=device).permute(2, 0, 3, 1, 4).unbind()
+    torch.library.opcheck(torch.ops.fastmoco.short_attention.default, strided)
+    out, lse = torch.ops.fastmoco.short_attention(q, k, v)
+    torch.library.opcheck(torch.ops.fastmoco.short_attention_backward.default, (grad, q, k, v, out, lse))
+
+
+def test_lse_is_the_logarithm_of_the_denominator(device):
+    q, k, v, _ = _inputs(17, 20, 64, torch.float32, device)
+    lse = torch.ops.fastmoco.short_attention(q, k, v)[1]
+    exact = (q.double() @ k.double().mT / 8).logsumexp(-1) / torch.tensor(2.0).double().log()
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-6, atol=1e-6)
+    assert not lse.requires_grad
+
+
+def test_compiles_without_a_break_forward_and_backward(device):
+    inputs = _inputs(5, 7, 32, torch.float32, device)
+    eager = _all(inputs, "triton")
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, backend="triton"), fullgraph=True, backend="aot_eager")
+    *leaves, grad = (t.clone().requires_grad_() for t in inputs)
+    out = compiled(*leaves)
+    out.backward(grad)
+    for a, b in zip([out, *(leaf.grad for leaf in leaves)], eager, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_casts_as_torch_does_for_its_own(device):
+    """fp16, because the interpreter cannot hold bf16."""
+    q, k, v, _ = _inputs(5, 7, 32, torch.float32, device)
+    with torch.autocast(device.type, dtype=torch.float16):
+        found = attention(q, k, v, backend="triton")
+    assert found.dtype == torch.float16
+    assert torch.equal(found, attention(q.half(), k.half(), v.half(), backend="triton"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "text"),
+    [
+        ((1, 1, 5, 48), torch.float32, r"head dimension 48 is none of \(32, 64\)"),
+        ((1, 1, 257, 32), torch.float32, "257 queries and 257 keys, where at most 256 fit"),
+        ((1, 1, 5, 32), torch.float64, "float64 is none of float16, bfloat16, float32"),
+    ],
+)
+def test_errors_name_both_numbers(shape, dtype, text):
+    q = torch.ones(shape, dtype=dtype)
+    with pytest.raises(ValueError, match=text):
+        attention(q, q, q, backend="triton")
+    with pytest.raises(ValueError, match="256 rows on chip; 300"):
+        launch.row_tiles(300, launch.KEY_ROWS)
+
+
+@pytest.mark.parametrize(("L", "M"), [(197, 197), (1, 197), (50, 196)])
+def test_the_byte_model_counts_the_tensors_that_a_launch_touches(L, M, device, monkeypatch):
+    q, k, v, grad = _inputs(L, M, 32, torch.float16, device)
+    touched: list[int] = []
+    for name in ("short_attention_fwd_kernel", "short_attention_bwd_kernel"):
+        kernel = _Counting(getattr(launch, name), touched)
+        monkeypatch.setattr(launch, name, kernel)
+    out, lse = short._short_attention(q, k, v)
+    assert touched.pop() == attention_bytes(1, 2, L, M, 32, 2)
+    short._short_attention_backward(grad, q, k, v, out, lse)
+    assert touched.pop() == attention_bytes(1, 2, L, M, 32, 2, backward=True)
+
+
+class _Counting:
+    """A kernel that adds up the bytes of every tensor that one launch is given."""
+
+    def __init__(self, kernel, touched: list[int]) -> None:
+        self.kernel, self.touched = kernel, touched
+
+    def __getitem__(self, grid):
+        def launched(*arguments, **options):
+            self.touched.append(sum(t.nbytes for t in arguments if isinstance(t, Tensor)))
+            return self.kernel[grid](*arguments, **options)
+
+        return launched

@@ -1,0 +1,61 @@
+"""Sets of shards with known damage, for the tests of the loaders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fastmoco_pipelines.index import index_path, tar_hash, write_json
+from fastmoco_pipelines.shards import ShardSet
+
+KINDS = ("changed", "garbage", "truncated", "empty")
+
+
+def place_of(folder: Path, sample_id: int) -> tuple[Path, int, int, int]:
+    """Tar, row in its index, offset and size of a sample."""
+    with ShardSet.open(str(folder)) as shards:
+        entry, (_, samples) = shards.entry(sample_id), shards.shard_of(sample_id)
+    return folder / entry["shard"], sample_id - samples.start, entry["offset"], entry["size"]
+
+
+def damage(folder: Path, sample_id: int, kind: str) -> str:
+    """Damage one image in place; returns how it is called.
+
+    "changed": other bytes than the index says. "garbage", "truncated" (by its second half) and "empty" (zeros): the index
+    knows of it, as that of a set packed from damaged files by somebody else's tool does.
+    """
+    tar, row, offset, size = place_of(folder, sample_id)
+    raw = bytearray(tar.read_bytes())
+    rng = np.random.default_rng(sample_id)
+    if kind == "changed":
+        raw[offset + size // 2] ^= 0xFF
+    elif kind == "garbage":
+        raw[offset : offset + size] = rng.bytes(size)
+    elif kind == "truncated":
+        raw[offset + size // 2 : offset + size] = bytes(size - size // 2)
+        if raw[offset : offset + 4] == b"RIFF":  # half a lossy WebP decodes without a word
+            raw[offset + 4 : offset + 8] = (size + 100).to_bytes(4, "little")
+    elif kind == "empty":
+        raw[offset : offset + size] = bytes(size)
+    tar.write_bytes(raw)
+    path = index_path(tar)
+    content = json.loads(path.read_bytes())
+    content.pop("content_hash", None)  # as written by an earlier version
+    content["tar_hash"] = tar_hash(tar)
+    if kind != "changed":
+        content["crc32"][row] = zlib.crc32(bytes(raw[offset : offset + size]))
+    write_json(path, content)
+    return f"{tar.name}: {content['key'][row]}.{content['extension'][row]}"
+
+
+def damaged_copy(packed: Path, to: Path, bad: Mapping[int, str]) -> Path:
+    """A copy of a set in which some samples are damaged, each in its way."""
+    folder = Path(shutil.copytree(packed, to))
+    for sample_id, kind in bad.items():
+        damage(folder, sample_id, kind)
+    return folder

@@ -1,0 +1,92 @@
+"""The loaders over shards on a server: the same batches as from the disk, whatever the server does."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from fastmoco_pipelines.eval_loader import build_eval_loader
+from fastmoco_pipelines.limits import Limits
+from fastmoco_pipelines.loader import build_loader
+from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.spec import CacheSpec, EvalSpec, LoaderSpec, moco_v3_views
+from tests.pipelines.http_fault_server import FaultServer, drop, stall, status
+from tests.pipelines.test_http_faults import QUICK, require_no_threads
+
+
+@pytest.fixture
+def server(packed):
+    with FaultServer(packed) as server:
+        yield server
+
+
+@pytest.fixture
+def spec(tmp_path):
+    return CacheSpec(folder=str(tmp_path / "cache"))
+
+
+VIEW1, VIEW2 = moco_v3_views(16)
+
+
+def loader_spec(shards: object, spec: CacheSpec, **changes: object) -> LoaderSpec:
+    options = {"view1": VIEW1, "view2": VIEW2, "global_batch_size": 8, "seed": 3, "threads": 1, "shuffle_window": 1}
+    cache = {"cache_dir": spec.folder, "cache_size_gb": spec.size_gb}
+    return LoaderSpec(shards=str(shards), **options | cache | changes)  # type: ignore[arg-type]
+
+
+def test_the_loader_delivers_the_same_batches_from_a_failing_server(server, packed, spec, monkeypatch):
+    """Connections that drop, a cache smaller than the set, two ranks: bit for bit the local batches, over two epochs."""
+    monkeypatch.setattr("fastmoco_pipelines.shards.Limits", lambda: QUICK)
+    small = CacheSpec(folder=spec.folder, size_gb=1e-4)
+    for path in packed.glob("*.tar"):
+        server.script[path.name] = [drop(7000), drop(20_000), status(503)] * 3
+    with build_loader(loader_spec(packed, spec)) as local:
+        expected = [local.next() for _ in range(11)]
+        assert (local.shuffle_window, len(local.order_digest)) == (1, 64)
+    parts = []
+    for rank in range(2):
+        with build_loader(loader_spec(f"{server.url}/", small), rank=rank, world_size=2) as loader:
+            parts.append([loader.next() for _ in range(11)])
+            assert loader.state_dict()["shuffle_window"] == 1
+            assert (loader.digest, loader.order_digest) == (local.digest, local.order_digest)
+    for batch, *halves in zip(expected, *parts, strict=True):
+        assert np.array_equal(batch.sample_ids, np.concatenate([half.sample_ids for half in halves]))
+        for view in ("view1", "view2"):
+            assert np.array_equal(getattr(batch, view), np.concatenate([getattr(half, view) for half in halves]))
+    require_no_threads()
+
+
+def test_windows_follow_the_kind_of_set(server, packed, spec):
+    with ShardSet.open(f"{server.url}/", cache=spec, limits=QUICK) as shards, ShardSet.open(str(packed)) as local:
+        assert local.windows(None).window == 0
+        assert local.windows(2).window == 2
+        assert shards.windows(None, spec).window == 0  # 64 shards and more are the whole of this set
+        size = shards._largest
+        assert shards.windows(None, CacheSpec(size_gb=4 * size / 1e9)).window == 2
+        assert shards.windows(0, CacheSpec(size_gb=4 * size / 1e9)).window == 0
+        assert shards.windows(2).digest == local.windows(2).digest != ""
+
+
+def test_evaluation_reads_a_remote_set(server, packed, spec):
+    options = {"batch_size": 10, "threads": 1}
+    with (
+        build_eval_loader(f"{server.url}/", EvalSpec(size=16, resize=16), cache=spec, **options) as loader,
+        build_eval_loader(str(packed), EvalSpec(size=16, resize=16), **options) as local,
+    ):
+        for ours, theirs in zip(loader, local, strict=True):
+            assert np.array_equal(ours.images, theirs.images)
+            assert np.array_equal(ours.labels, theirs.labels)
+
+
+def test_closing_does_not_wait_for_a_server(server, spec, monkeypatch):
+    monkeypatch.setattr("fastmoco_pipelines.shards.Limits", lambda: Limits(read_seconds=2))
+    for name in ("train-000000.tar", "train-000001.tar", "train-000002.tar"):
+        server.always[name] = stall(2000)
+    loader = build_loader(loader_spec(f"{server.url}/", spec))
+    time.sleep(0.3)
+    began = time.monotonic()
+    loader.close()
+    assert time.monotonic() - began < 3.5
+    require_no_threads()
