@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,21 +37,27 @@ def fashion(src: Path, out: Path) -> int:
     return written
 
 
+def distinct_files(src: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Files below ``src`` with one of the suffixes, in order of their names, each content once."""
+    seen = set()
+    for path in sorted(p for p in src.rglob("*") if p.suffix.lower() in suffixes and p.is_file()):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest not in seen:
+            seen.add(digest)
+            yield path
+
+
 def patches(src: Path, out: Path, *, seed: int = 0) -> int:
     """Cut 32-pixel patches of random scale from every distinct photograph below ``src``; returns their number."""
-    rng, seen, written = np.random.default_rng(seed), set(), 0
-    for path in sorted(p for p in src.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png") and p.is_file()):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if digest in seen:
-            continue
-        seen.add(digest)
+    rng, written = np.random.default_rng(seed), 0
+    for number, path in enumerate(distinct_files(src, (".jpg", ".jpeg", ".png")), start=1):
         with Image.open(path) as opened:
             if min(opened.size) < MIN_SIDE:
                 continue
             opened.draft("RGB", (1280, 1280))
             photo = opened.convert("RGB")
         photo.thumbnail((1280, 1280))
-        name = f"photo{len(seen):03d}"
+        name = f"photo{number:03d}"
         width = photo.width
         for split, count, left, right in (
             ("train", TRAIN_PATCHES, 0, int(0.6 * width)),

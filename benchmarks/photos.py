@@ -10,7 +10,6 @@ out: wallpapers hold more of them than a data set does, and its files weigh abou
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import tempfile
 from itertools import islice
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.datasets import distinct_files
 from fastmoco_pipelines.pack import pack_folder
 
 MIN_SIDE, CUTS, TRIES, FLAT_BYTES = 1000, 36, 3, 60_000
@@ -42,17 +42,13 @@ def cut_photos(src: Path, out: Path, *, cuts: int = CUTS, flat_bytes: int = FLAT
     Raises:
         ValueError: if there is no photograph of that size.
     """
-    rng, seen, written = np.random.default_rng(seed), set(), 0
-    for path in sorted(p for p in src.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg") and p.is_file()):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if digest in seen:
-            continue
-        seen.add(digest)
+    rng, written = np.random.default_rng(seed), 0
+    for number, path in enumerate(distinct_files(src, (".jpg", ".jpeg")), start=1):
         with Image.open(path) as opened:
             if min(opened.size) < MIN_SIDE:
                 continue
             photo = opened.convert("RGB")
-        folder = out / f"photo{len(seen):03d}"
+        folder = out / f"photo{number:03d}"
         folder.mkdir(parents=True, exist_ok=True)
         windows = (cut_window(photo, rng) for _ in range(TRIES * cuts))
         for i, data in enumerate(islice((data for data in windows if len(data) >= flat_bytes), cuts)):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.pipelines.http_fault_server import FaultServer
 
 
 @pytest.fixture(scope="session")
@@ -69,3 +71,10 @@ def packed(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path
     out = tmp_path_factory.mktemp("packed")
     pack_folder(image_folder, out, shard_samples=16)
     return out
+
+
+@pytest.fixture
+def server(packed: Path) -> Iterator[FaultServer]:
+    """The packed set behind a local server whose answers a test can spoil."""
+    with FaultServer(packed) as server:
+        yield server

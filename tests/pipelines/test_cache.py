@@ -27,12 +27,6 @@ A, B, C = ("a" * 64, "b" * 64, "c" * 64)
 
 
 @pytest.fixture
-def server(packed):
-    with FaultServer(packed) as server:
-        yield server
-
-
-@pytest.fixture
 def expected(packed):
     with ShardSet.open(str(packed)) as shards:
         return [data.tobytes() for data in shards.read(np.arange(len(shards)))]

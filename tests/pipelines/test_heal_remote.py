@@ -11,7 +11,7 @@ from fastmoco_pipelines.heal_verdicts import TooManyBadSamplesError
 from fastmoco_pipelines.loader import build_loader
 from fastmoco_pipelines.order import epoch_order
 from tests.pipelines.damage import damaged_copy, place_of
-from tests.pipelines.http_fault_server import FaultServer, plain, status
+from tests.pipelines.http_fault_server import plain, status
 from tests.pipelines.test_heal import assert_same, spec_of, take
 from tests.pipelines.test_http_faults import QUICK
 
@@ -22,12 +22,6 @@ FIRST = epoch_order(7, 0, 45)
 def impatient(monkeypatch):
     monkeypatch.setattr(heal_reader, "PATIENCE", (0.02,))
     monkeypatch.setattr("fastmoco_pipelines.shards.Limits", lambda: QUICK)
-
-
-@pytest.fixture
-def server(packed):
-    with FaultServer(packed) as server:
-        yield server
 
 
 def options(tmp_path, **more) -> dict:

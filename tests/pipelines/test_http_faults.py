@@ -41,12 +41,6 @@ QUICK = Limits(
 
 
 @pytest.fixture
-def server(packed):
-    with FaultServer(packed) as server:
-        yield server
-
-
-@pytest.fixture
 def expected(packed):
     with ShardSet.open(str(packed)) as shards:
         return [data.tobytes() for data in shards.read(np.arange(len(shards)))]

@@ -28,12 +28,6 @@ SECRET = "Geheim123"
 
 
 @pytest.fixture
-def server(packed):
-    with FaultServer(packed) as server:
-        yield server
-
-
-@pytest.fixture
 def spec(tmp_path):
     return CacheSpec(folder=str(tmp_path / "cache"))
 

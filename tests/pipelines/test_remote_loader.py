@@ -12,14 +12,8 @@ from fastmoco_pipelines.limits import Limits
 from fastmoco_pipelines.loader import build_loader
 from fastmoco_pipelines.shards import ShardSet
 from fastmoco_pipelines.spec import CacheSpec, EvalSpec, LoaderSpec, moco_v3_views
-from tests.pipelines.http_fault_server import FaultServer, drop, stall, status
+from tests.pipelines.http_fault_server import drop, stall, status
 from tests.pipelines.test_http_faults import QUICK, require_no_threads
-
-
-@pytest.fixture
-def server(packed):
-    with FaultServer(packed) as server:
-        yield server
 
 
 @pytest.fixture
