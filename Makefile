@@ -6,21 +6,25 @@ RUN := $(VENV)/bin
 DALI := $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo dali-cu12 || echo dali-cu13)
 READY := $(VENV)/.ready-$(DALI)
 
-.PHONY: quickstart test check kernels gpu format bench clean
+.PHONY: quickstart test faults check kernels gpu format bench clean
 
 quickstart: $(READY)  ## train a tiny encoder on handwritten digits, about a minute
 	$(RUN)/fastmoco quickstart --out quickstart
 
 # One thread a worker: threads that wait for each other by spinning are slow beside any other job.
-test: $(READY)  ## every test that this machine can run
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile
+test: $(READY)  ## every test that this machine can run, but for the long ones that inject faults
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m "not faults"
 
-check: $(READY)  ## format, lint, types, layering, spelling
+faults: $(READY)  ## kills, full disks, lost and hung ranks, resumes at every step and on other numbers of ranks
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m faults
+
+check: $(READY)  ## format, lint, types, layering, spelling, shell scripts
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports
 	$(RUN)/codespell
+	$(RUN)/shellcheck -x launch/*.sh
 
 kernels: $(READY)  ## compile every kernel configuration for sm_80, sm_90a and sm_100a, without a GPU, and check what it costs
 	$(RUN)/python -m benchmarks.compiled $(if $(OUT),--out $(OUT))

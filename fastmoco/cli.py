@@ -14,8 +14,11 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from tyro.conf import Positional
 
+from fastmoco import cli_plan
+from fastmoco.cli_plan import PlanArguments
 from fastmoco.config import Config
 from fastmoco.config_json import to_json
+from fastmoco.environment import clean_environment
 from fastmoco.errors import EXIT_REFUSED, one_line, say
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
 
@@ -26,6 +29,10 @@ class TrainArguments:
 
     out: Path
     """Folder of the run: checkpoints, metrics.jsonl, config.json, curves.png."""
+    gpus: int = 0
+    """Processes to start on this machine, one a GPU; 0: train in this process, or as torchrun or srun has started it."""
+    allow: tuple[str, ...] = ()
+    """Fields that may differ from those of the run in --out, e.g. optim.lr; the refusal says which can."""
     config: Annotated[Config, tyro.conf.arg(name="")]
 
 
@@ -36,7 +43,7 @@ class ConfigArguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
 
 
-P = TypeVar("P", TrainArguments, ConfigArguments)
+P = TypeVar("P", TrainArguments, ConfigArguments, PlanArguments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +84,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch loads its OpenMP: threads that spin long while they wait for each other make a small model several
     # times slower as soon as any other job, the loader's own threads among them, wants a core.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    from fastmoco import cli_check, cli_data
+    try:
+        clean_environment(os.environ)
+    except ValueError as error:
+        say(str(error))
+        return EXIT_REFUSED
+    from fastmoco import cli_check, cli_checkpoint, cli_data
 
     verbs: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "recipes": _recipes,
         "print-config": _print_config,
+        "plan": _plan,
         "data pack": cli_data.pack,
         "data index": cli_data.index,
         "data check": cli_check.check,
         "data stats": cli_check.stats,
         "data views": cli_data.views,
         "data sample": cli_data.sample,
+        "checkpoint verify": cli_checkpoint.verify,
+        "checkpoint list": cli_checkpoint.list_all,
+        "checkpoint consolidate": cli_checkpoint.consolidate,
         "eval knn": _eval_knn,
         "quickstart": _quickstart,
     }
@@ -169,14 +185,33 @@ def _print_config(args: list[str]) -> int:
     return 0
 
 
+def _plan(args: list[str]) -> int:
+    """What a recipe takes on given GPUs: bytes, FLOPs, chunks, largest batches."""
+    parsed = _parse_config(PlanArguments, "plan", args)
+    if parsed is None:
+        return EXIT_REFUSED
+    return cli_plan.plan(parsed)
+
+
 def _train(args: list[str]) -> int:
     """Pre-train from a recipe; the same command again continues."""
     parsed = _parse_config(TrainArguments, "train", args)
     if parsed is None:
         return EXIT_REFUSED
+    if parsed.gpus:
+        from fastmoco.launch import launch
+
+        with one_line(EXIT_REFUSED, ValueError, OSError):
+            return launch(parsed.gpus, ["train", *_without_gpus(args)], parsed.out)
     from fastmoco.train_command import train
 
-    return train(parsed.config, parsed.out)
+    return train(parsed.config, parsed.out, allow=parsed.allow)
+
+
+def _without_gpus(args: list[str]) -> list[str]:
+    """The command of one process of many."""
+    kept = [word for i, word in enumerate(args) if word != "--gpus" and args[max(i - 1, 0)] != "--gpus"]
+    return [word for word in kept if not word.startswith("--gpus=")]
 
 
 def _eval_knn(args: list[str]) -> int:

@@ -10,16 +10,21 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from fastmoco.config_data import DataConfig, KnnConfig
+from fastmoco.config_faults import FaultConfig
+from fastmoco.config_parallel import ParallelConfig
 from fastmoco_pipelines.spec import EvalSpec, LoaderSpec, require
 
 __all__ = [
+    "BatchConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "FaultConfig",
     "KnnConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
+    "ParallelConfig",
     "Resolved",
     "resolve",
 ]
@@ -30,6 +35,7 @@ Architecture = Literal["vit_small", "vit_base", "vit_conv_small", "vit_conv_base
 AttentionBackend = Literal[
     "auto", "sdpa", "flash", "cudnn", "efficient", "fa4", "xformers", "explicit", "triton", "reference"
 ]
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +54,14 @@ class ModelConfig:
     """Hidden width of projector and predictor."""
     attention: AttentionBackend = "auto"
     """Who computes attention: ``auto`` decides by device and precision, and the run says why; a name, or nothing starts."""
+    checkpointing: Recompute = "none"
+    """Activations computed again in the backward: ``selective`` layer norms and GELU, ``full`` whole blocks. Same gradients."""
+    compile: bool = False
+    """Blocks through torch.compile: fewer and larger kernels, the same numbers to rounding, about a minute at the start."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("architecture", Architecture), ("attention", AttentionBackend)):
+        kinds = (("architecture", Architecture), ("attention", AttentionBackend), ("checkpointing", Recompute))
+        for name, kind in kinds:
             value = getattr(self, name)
             require(value in get_args(kind), name, value, f"must be one of {get_args(kind)}")
         require(self.patch_size >= 1, "patch_size", self.patch_size, "must be at least 1 pixel")
@@ -103,6 +114,8 @@ class OptimConfig:
     """Length of a LARS step relative to the weights', before the learning rate."""
     warmup_epochs: float = 40
     """Epochs over which the learning rate rises linearly from 0 to its peak."""
+    clip_norm: float = 0.0
+    """Gradients longer than this, as one vector, are shortened to it; 0: never, as in the paper."""
 
     def __post_init__(self) -> None:
         backends = FUSED_BACKENDS.get(self.name, ())
@@ -116,6 +129,23 @@ class OptimConfig:
         require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must lie in [0, 1)")
         require(self.eps > 0, "eps", self.eps, "must be positive")
         require(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "must not be negative")
+        require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "must not be negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchConfig:
+    """How a process takes its part of a batch through the encoder: at once or in chunks, with equal gradients."""
+
+    chunk: Literal["auto", "none"] | int = "auto"
+    """Images that pass the encoder together. ``none``: all; ``auto``: all where they fit into the memory that is free."""
+    kept: Literal["auto"] | int = "auto"
+    """Chunks that keep their activations and save the second forward; ``auto``: as many as fit."""
+
+    def __post_init__(self) -> None:
+        for name, words, least in (("chunk", ("auto", "none"), 1), ("kept", ("auto",), 0)):
+            value = getattr(self, name)
+            fits = value >= least if type(value) is int else value in words
+            require(fits, name, value, f"must be {' or '.join(words)}, or a whole number from {least} on")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +158,9 @@ class CheckpointConfig:
     """Steps between two checkpoints; 0: by the clock alone."""
     keep: int = 2
     """Newest checkpoints kept."""
+    async_save: bool = True
+    """Copy the state to the host's memory and write the copy while training goes on: a run then waits for the copy alone,
+    and the host holds the state once more. The last save of a run, and the one on a signal, are always waited for."""
 
     def __post_init__(self) -> None:
         require(self.every_minutes > 0, "every_minutes", self.every_minutes, "must be positive")
@@ -156,12 +189,15 @@ class Config:
     """CPU threads of torch in each process; 0 shares the machine's cores among its processes."""
     log_every_steps: int = 10
     """Steps between two lines of metrics; only these steps wait for the device."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     knn: KnnConfig = field(default_factory=KnnConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, "epochs", self.epochs, "must be positive")

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, get_origin, get_type_hints
 
 from fastmoco.config import Config
+from fastmoco_pipelines.patterns import redact
 from fastmoco_pipelines.spec import require
 
 FREE_TO_CHANGE = (
@@ -16,22 +17,37 @@ FREE_TO_CHANGE = (
     "data.threads",
     "data.prefetch",
     "optim.fused_backend",
+    "model.checkpointing",
+    "model.compile",
+    "batch.",
+    "parallel.",
     "data.cache_dir",
     "data.cache_size_gb",
     "data.max_bad_share",
     "data.timeout_s",
     "knn.",
     "checkpoint.",
+    "faults.",
 )
 """Fields (or groups, with a dot behind) that may differ when a run continues: none of them changes what a training step
 computes. Another number of threads changes the order of its sums, so losses then agree to rounding instead of bit for bit. The
 shards may have moved; that they hold the same images is checked by their digest. Another backend of the same optimizer reads
-the same state and agrees to rounding."""
+the same state and agrees to rounding, and so does a batch in other chunks or on
+other processes."""
+
+PATTERNS = (("data", "shards"), ("knn", "train_shards"), ("knn", "test_shards"))
+"""Fields that may hold URLs."""
 
 
 def to_json(config: Config) -> dict[str, Any]:
-    """The config as nested JSON-able dictionaries; `from_json` reads it back."""
-    return dataclasses.asdict(config)
+    """The config as nested JSON-able dictionaries; `from_json` reads it back.
+
+    URLs lose user, password and query, which may hold keys: what is written down is read by others.
+    """
+    data = dataclasses.asdict(config)
+    for group, name in PATTERNS:
+        data[group][name] = redact(data[group][name])
+    return data
 
 
 def from_json(data: dict[str, Any]) -> Config:

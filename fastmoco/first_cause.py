@@ -44,8 +44,8 @@ def first_cause(world: World) -> Iterator[None]:
     if world.world_size == 1:
         yield
         return
-    store, over = _connect(), threading.Event()
-    watcher = threading.Thread(target=_watch, args=(_connect(), over), name="fastmoco-peers", daemon=True)
+    store, over = connect(world), threading.Event()
+    watcher = threading.Thread(target=_watch, args=(connect(world), over), name="fastmoco-peers", daemon=True)
     watcher.start()
     try:
         yield
@@ -55,7 +55,7 @@ def first_cause(world: World) -> Iterator[None]:
         first = _reported(store, _TELL_SECONDS if echo else 0.0)
         if first is None:
             mine = f"rank {world.rank}: {_words(error)}"[:_LONGEST]
-            first = _report(store, mine)
+            first = report(store, mine)
             if first == mine:
                 raise
         raise RunError(f"ended by the failure of {first}") from (None if echo else error)
@@ -68,16 +68,15 @@ def _words(error: Exception) -> str:
     return str(error) if isinstance(error, (RunError, ShardError, ValueError)) else f"{type(error).__name__}: {error}"
 
 
-def _connect() -> Any:
+def connect(world: World, timeout_s: float = 30.0) -> Any:
     """A connection of its own to the store of the ranks: the process group's may be busy in another thread."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=30))  # type: ignore[attr-defined]
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))  # type: ignore[attr-defined]
     # A launcher that restarts the ranks keeps its store.
-    launch = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"fastmoco/{launch}", store)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"fastmoco/{world.attempt}", store)  # type: ignore[attr-defined]
 
 
-def _report(store: Any, text: str) -> str:
+def report(store: Any, text: str) -> str:
     """Leave a reason unless there is one; returns the one that is there then."""
     try:
         first = store.compare_set(_KEY, "", text)

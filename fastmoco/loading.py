@@ -40,5 +40,5 @@ def load_run(run: Path, device: torch.device | str = "cpu") -> tuple[MoCoV3, Con
     # The backend a run trained with may not run on this device; all of them agree to rounding.
     anywhere = replace(config, model=replace(config.model, attention="auto"))
     objective = setup_run.build_objective(anywhere, torch.device(device))
-    training_state.restore_model(objective, checkpoint.tensors)
+    training_state.restore_model(objective, checkpoint)
     return objective, config, checkpoint

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,26 @@ from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
 from fastmoco.run_folder import RunFolder
 
-MACHINE_FIELDS = ("world_size", "device", "threads", "optimizer", "versions")
+MACHINE_FIELDS = ("world_size", "device", "threads", "optimizer", "chunk", "versions")
 """What a checkpoint says of the machine that wrote it; a change is reported when a run continues."""
+
+ALLOWABLE = (
+    "epochs",
+    "optim.lr",
+    "optim.weight_decay",
+    "optim.betas",
+    "optim.eps",
+    "optim.sgd_momentum",
+    "optim.trust_coefficient",
+    "optim.warmup_epochs",
+    "optim.clip_norm",
+    "objective.temperature",
+    "objective.ema_momentum",
+    "objective.ema_schedule",
+    "data.view1",
+    "data.view2",
+)
+"""Fields (or groups) that change what is trained but leave the state and the order of the images usable; with --allow only."""
 
 
 def machine_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> list[str]:
@@ -45,16 +63,44 @@ def require_same_step(checkpoint: Checkpoint | None, world: World) -> None:
         )
 
 
-def require_same_run(checkpoint: Checkpoint, config: Config, precision: str, digest: str, folder: RunFolder) -> None:
-    """Refuse to continue a run under another config, in another precision or on other images."""
-    changed = differences(from_json(checkpoint.state["config"]), config)
+def require_same_run(
+    checkpoint: Checkpoint,
+    config: Config,
+    precision: str,
+    digest: str,
+    folder: RunFolder,
+    allow: Sequence[str] = (),
+) -> None:
+    """Refuse to continue a run under another config, in another precision or on other images.
+
+    Some fields are free to change (`config_json.FREE_TO_CHANGE`); those of `ALLOWABLE` are where the user names them.
+
+    Args:
+        checkpoint: where the run stands.
+        config: what is wanted now.
+        precision: what the config's comes to on this machine.
+        digest: of the images.
+        folder: of the run.
+        allow: fields that may differ, e.g. ``optim.lr``.
+
+    Raises:
+        RunError: with every difference, and what can be done about it.
+    """
+    named = [name.replace("-", "_") for name in allow]
+    fixed = [name for name in named if not name.startswith(ALLOWABLE)]
+    if fixed:
+        raise RunError(f"--allow {' '.join(fixed)}: cannot change within a run; those that can: {', '.join(ALLOWABLE)}")
+    every = differences(from_json(checkpoint.state["config"]), config)
+    changed = [line for line in every if line.partition(":")[0] not in named]
     before = checkpoint.state["resolved"]["precision"]
     if before != precision:
         changed.append(f"precision on this machine: {before!r} -> {precision!r} (give --precision {before})")
     if changed:
+        could = [name for line in changed if (name := line.partition(":")[0]).startswith(ALLOWABLE)]
+        hint = f", give --allow {' '.join(could)} if you mean it" if len(could) == len(changed) else ""
         raise RunError(
             f"{folder.path} holds a run of another config; changed: {'; '.join(changed)}. "
-            "Repeat the original command to continue it, or choose another --out for a new run"
+            f"Repeat the original command to continue it{hint}, or choose another --out for a new run"
         )
     if checkpoint.state["data"]["digest"] != digest:
         raise RunError(

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from fastmoco.errors import RunError
 
@@ -15,7 +15,8 @@ class RunFolder:
     """Paths of a run, and its lock.
 
     Layout: ``config.json`` (the config and what it resolved to), ``metrics.jsonl`` (one line a logged step),
-    ``checkpoints/``, ``quarantine.jsonl`` (bad images found), ``curves.png``, ``lock``. The folder is made with mode 0700.
+    ``checkpoints/``, ``quarantine.jsonl`` (bad images found), ``curves.png``, ``lock``, ``starts.json`` (starts without
+    progress), and after a run ``DONE`` or ``PREEMPTED``, because launchers hide exit codes. The folder has mode 0700.
 
     Args:
         path: the folder; made if absent.
@@ -48,11 +49,46 @@ class RunFolder:
         """Picture of the curves."""
         return self.path / "curves.png"
 
+    @property
+    def starts(self) -> Path:
+        """Count of starts that came to nothing."""
+        return self.path / "starts.json"
+
+    def write_starts(self, data: dict[str, Any]) -> None:
+        """Write the count of starts."""
+        _replace(self.starts, json.dumps(data) + "\n")
+
+    def mark(self, name: Literal["DONE", "PREEMPTED"] | None, text: str = "") -> None:
+        """Say by a file's name how the run ended; None: it has not. One mark replaces the other.
+
+        Only the process that holds the folder does anything.
+        """
+        if self._lock is None:
+            return
+        for other in ("DONE", "PREEMPTED"):
+            if other != name:
+                (self.path / other).unlink(missing_ok=True)
+        if name is not None:
+            _replace(self.path / name, text + "\n")
+
+    def take_leftovers(self) -> list[str]:
+        """Remove the half-written files of a killed run, which no reader looks at, and name them.
+
+        Only the process that holds the folder does anything.
+        """
+        if self._lock is None:
+            return []
+        found = sorted(self.path.glob("*.tmp"))
+        for path in found:
+            path.unlink()
+        return [path.name for path in found]
+
     def acquire(self) -> None:
         """Take the folder for this process until `release`, or until the process ends however it ends."""
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held open for as long as the run lasts
+            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            self._lock = os.fdopen(descriptor, "a+")  # held open for as long as the run lasts
         except OSError as error:
             raise RunError(f"cannot write to {self.path}: {error.strerror}; choose another --out") from error
         try:
@@ -63,9 +99,26 @@ class RunFolder:
             self._lock.close()
             self._lock = None
             raise RunError(f"{self.path} is in use by process {owner}; wait for it or choose another --out") from error
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
+        try:
+            self._lock.truncate(0)
+            self._lock.write(str(os.getpid()))
+            self._lock.flush()
+            self._require_writable()
+        except OSError as error:
+            self.release()
+            name = error.filename or self.path
+            raise RunError(f"cannot write to {name}: {error.strerror}; mend it or choose another --out") from error
+
+    def _require_writable(self) -> None:
+        """Find now what would end the run at its first line of metrics.
+
+        Raises:
+            OSError: naming the file.
+        """
+        for path in (self.metrics, self.path / "config.json", self.starts):
+            if path.exists():
+                with path.open("ab"):
+                    pass
 
     def release(self) -> None:
         """Give the folder back."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import fastmoco
 from fastmoco.config import Config
@@ -58,6 +59,12 @@ def choose_precision(
 def build_objective(config: Config, device: torch.device) -> MoCoV3:
     """Encoder, twin and heads of a config, initialised from its seed: the same numbers on every rank and device."""
     torch.manual_seed(config.seed)
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    return build_model(config).to(device, dtype)
+
+
+def build_model(config: Config) -> MoCoV3:
+    """Encoder, twin and heads of a config as torch's current seed, device and dtype make them."""
     model = config.model
     build_encoder = partial(
         ARCHITECTURES[model.architecture],
@@ -71,8 +78,8 @@ def build_objective(config: Config, device: torch.device) -> MoCoV3:
         hidden_dim=model.hidden_dim,
         temperature=config.objective.temperature,
     )
-    dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    return objective.to(device, dtype)
+    objective.encoder.recompute(model.checkpointing)
+    return objective
 
 
 def attention_choice(
@@ -91,12 +98,17 @@ def attention_choice(
     return choose_attention(device, dtype, tokens, tokens, head_dim, backend=config.model.attention)
 
 
-def choose_optimizer_backend(config: Config, device: torch.device) -> Literal["torch", "fastmoco", "apex"]:
-    """What ``optim.fused_backend`` means on a device: ``auto`` takes the sweep where it is one kernel, torch's elsewhere."""
+def choose_optimizer_backend(
+    config: Config, device: torch.device, *, sharded: bool = False
+) -> Literal["torch", "fastmoco", "apex"]:
+    """What ``optim.fused_backend`` means on a device: ``auto`` takes the sweep where it is one kernel, torch's elsewhere.
+
+    On shards too: torch's plans every call anew for them, which takes the host longer than the step takes a GPU.
+    """
     optim = config.optim
     if optim.fused_backend != "auto":
         return optim.fused_backend
-    return "fastmoco" if optim.name == "lars" or triton_is_default(device) else "torch"
+    return "fastmoco" if optim.name == "lars" or sharded or triton_is_default(device) else "torch"
 
 
 def build_optimizer(config: Config, objective: MoCoV3) -> torch.optim.Optimizer:
@@ -111,7 +123,8 @@ def build_optimizer(config: Config, objective: MoCoV3) -> torch.optim.Optimizer:
     if optim.name == "lars":
         momentum, trust = optim.sgd_momentum, optim.trust_coefficient
         return build_lars(named, lr=lr, weight_decay=decay, sgd_momentum=momentum, trust_coefficient=trust)
-    backend = choose_optimizer_backend(config, named[0][1].device)
+    sharded = any(isinstance(parameter, DTensor) for _, parameter in named)
+    backend = choose_optimizer_backend(config, named[0][1].device, sharded=sharded)
     if backend == "apex":
         return build_apex(optim.name, named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
     if backend == "fastmoco":

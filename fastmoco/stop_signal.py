@@ -1,38 +1,67 @@
-"""SIGTERM and SIGINT as a request to stop at the next step's end; a later second one stops at once."""
+"""SIGTERM, SIGINT and SIGUSR1 as a request to stop at the next step's end; a later second one stops at once.
+
+Python runs a handler between two instructions of the main thread, and a thread that waits for a lost peer in a library comes
+to none: a handler alone would make a process that nothing short of SIGKILL ends. The interpreter can also write the
+signal's number to a socket at once, from wherever the main thread is. A thread reads it, and ends a process that does not stop.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
 import time
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from fastmoco.errors import EXIT_FAILED, say
+from fastmoco.pulse import Pulse
+
 PATIENCE_SECONDS = 2.0
 """A signal that comes again within this time is the same request: schedulers and launchers often both send it."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""The third is what SLURM sends some time before a job's end (``--signal=USR1@120``)."""
+_LOOK_SECONDS = 0.25
 
 
 class StopSignal:
-    """A context in which SIGTERM and SIGINT set a flag instead of ending the process.
+    """A context in which the signals set a flag instead of ending the process.
 
     A second signal more than `PATIENCE_SECONDS` after the first ends the process the usual way. The previous handlers come
     back when the context is left.
+
+    Args:
+        pulse: says how long the step at hand may still take after a signal; without it there is no deadline.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pulse: Pulse | None = None) -> None:
         self.received: str | None = None
+        self._pulse = pulse
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
         self._received_at = 0.0
+        self._over = threading.Event()
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self._ear, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
+        self._ear.settimeout(_LOOK_SECONDS)
+        for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
+        self._wakeup_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, name="fastmoco-signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
+        signal.set_wakeup_fd(self._wakeup_before)
         self._restore()
+        self._thread.join()
+        self._ear.close()
+        self._mouth.close()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.received is None:
@@ -40,6 +69,32 @@ class StopSignal:
         elif time.monotonic() - self._received_at > PATIENCE_SECONDS:
             self._restore()
             os.kill(os.getpid(), number)
+
+    def _listen(self) -> None:
+        """Hear the signals beside the main thread; end the process if that one does not get to it."""
+        first: tuple[int, float] | None = None
+        second_at: float | None = None
+        while not self._over.is_set():
+            try:
+                heard = [number for number in self._ear.recv(64) if number in SIGNALS]
+            except TimeoutError:
+                heard = []
+            now = time.monotonic()
+            for number in heard:
+                if first is None:
+                    first = (number, now)
+                elif now - first[1] > PATIENCE_SECONDS and second_at is None:
+                    second_at = now
+            if first is None:
+                continue
+            name = signal.Signals(first[0]).name
+            if second_at is not None and now - second_at > 2 * _LOOK_SECONDS:
+                say(f"a second signal after {name}: ended at once, nothing saved")
+                os._exit(128 + first[0])
+            late = self._pulse.outlasts(now - first[1]) if self._pulse is not None else None
+            if late is not None:
+                say(f"{name}: {late}; ended without saving")
+                os._exit(EXIT_FAILED)  # the main thread waits in a library, where no exception reaches it
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

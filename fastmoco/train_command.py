@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,13 @@ from fastmoco.run_folder import RunFolder
 from fastmoco.trainer import Trainer
 
 
-def train(config: Config, out: Path) -> int:
+def train(config: Config, out: Path, *, allow: Sequence[str] = ()) -> int:
     """Train, or continue, the run in ``out``.
+
+    Args:
+        config: of the run.
+        out: its folder.
+        allow: fields that may differ from the run's in ``out``.
 
     Returns:
         0 finished, 75 stopped by a signal with its state saved.
@@ -33,7 +39,7 @@ def train(config: Config, out: Path) -> int:
         # Peers have more patience with each other than each has with its data: so the one whose data hangs names the cause.
         world = start_world(config.device, timeout_s=config.data.timeout_s + 120)
         with first_cause(world):
-            trainer = Trainer.build(config, out, world)
+            trainer = Trainer.build(config, out, world, allow=allow)
     try:
         with one_line(EXIT_FAILED), first_cause(world):
             code = trainer.run()

@@ -7,29 +7,32 @@ equals taking it between the two forwards, bit for bit: see `update.py`.
 from __future__ import annotations
 
 import contextlib
-import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
-from fastmoco import resume, setup_run, training_state
-from fastmoco.checkpoint import Checkpoint, load_latest, save_checkpoint
+from fastmoco import restarts, resume, setup_run, training_state
+from fastmoco.checkpoint import Checkpoint, load_latest
 from fastmoco.config import Config, resolve
 from fastmoco.config_json import to_json
 from fastmoco.distributed.mesh import World
-from fastmoco.distributed.parallelize import parallelize
-from fastmoco.errors import EXIT_FINISHED, EXIT_STOPPED, RunError
+from fastmoco.errors import EXIT_FINISHED, EXIT_STOPPED, say
 from fastmoco.evaluation.monitor import KnnMonitor
+from fastmoco.gradients import Gradients
 from fastmoco.objectives import MoCoV3Output
+from fastmoco.pulse import Pulse
 from fastmoco.run_folder import RunFolder
+from fastmoco.saving import DEADLINE_S, Saving
+from fastmoco.skip_step import StepGuard
 from fastmoco.stop_signal import StopSignal
 from fastmoco.telemetry.recorder import Recorder
+from fastmoco.telemetry.stragglers import Stragglers
 from fastmoco.update import scheduled, update_weights
+from fastmoco.watchdog import Watchdog
 from fastmoco_pipelines import Loader, ShardError, SyntheticLoader, TwoViewBatch
 
 
@@ -57,23 +60,30 @@ class Trainer:
         self.precision = setup_run.choose_precision(config.precision, world.device)
         self.objective = setup_run.build_objective(config, world.device)
         self.attention = setup_run.attention_choice(config, self.objective.encoder, self.precision, world.device)
+        # Before optimizer and restore: it may shard the parameters.
+        self.gradients = Gradients(config, self.objective, world, self.precision, attention=self.attention.backend)
         self.optimizer = setup_run.build_optimizer(config, self.objective)
         self.step_count = 0
         if checkpoint is not None:
-            training_state.restore(self.objective, self.optimizer, checkpoint.tensors)
+            training_state.restore(self.objective, self.optimizer, checkpoint)
             self.step_count = checkpoint.step
             if knn is not None:
                 knn.load_state_dict(checkpoint.state["knn"])
             if not resume.twin_advanced(checkpoint) and self.step_count < self.resolved.total_steps:
                 self.objective.update_momentum_encoder(self.schedule(self.step_count)[1])
-        self._saved_step, self._saved_at = self.step_count, time.monotonic()
-        # After the restore: the comparison of all ranks' weights must see what they will train.
-        self.parallel = parallelize(self.objective, world)
+        self.saving = Saving(config, world, folder, step=self.step_count)
+        rules = config.faults
+        self.guard = StepGuard(
+            self.objective, world, clip_norm=config.optim.clip_norm, patience=rules.max_skipped_steps
+        )
+        self.pulse, self.stragglers = Pulse(rules), Stragglers(self.objective, world)
         self.recorder: Recorder | None = None
 
     @classmethod
-    def build(cls, config: Config, out: Path, world: World) -> Trainer:
+    def build(cls, config: Config, out: Path, world: World, *, allow: Sequence[str] = ()) -> Trainer:
         """Everything a run needs, continued from the newest checkpoint in ``out`` if there is one.
+
+        ``allow`` names fields that may differ from the run's in ``out`` (`resume.require_same_run`).
 
         Raises:
             ValueError: if config, world and data do not fit together.
@@ -85,6 +95,8 @@ class Trainer:
         if world.rank == 0:
             folder.acquire()
         checkpoint = load_latest(folder.checkpoints)
+        if world.rank == 0:
+            restarts.require_progress(folder, checkpoint.step if checkpoint is not None else 0)
         resume.require_same_step(checkpoint, world)
         loader = setup_run.build_train_loader(
             config,
@@ -97,7 +109,7 @@ class Trainer:
         try:
             if checkpoint is not None:
                 precision = setup_run.choose_precision(config.precision, world.device)
-                resume.require_same_run(checkpoint, config, precision, loader.digest, folder)
+                resume.require_same_run(checkpoint, config, precision, loader.digest, folder, allow)
                 resume.require_same_order(checkpoint, loader.order_digest)
             knn = setup_run.build_knn(config, world, threads=threads, quarantine_list=folder.quarantine)
             trainer = cls(config=config, world=world, folder=folder, loader=loader, knn=knn, checkpoint=checkpoint)
@@ -110,16 +122,20 @@ class Trainer:
 
     def _open_records(self, checkpoint: Checkpoint | None) -> None:
         """Open the records at the step of the checkpoint, and say what a user should know of it."""
+        leftovers = self.folder.take_leftovers()
         if self.world.rank == 0:
             # Without a checkpoint nothing of what a killed run wrote still holds, its step 0 included.
             self.folder.trim_metrics(self.step_count if checkpoint is not None else -1)
             self.folder.write_config({"config": to_json(self.config), "resolved": self._describe()})
         self.recorder = Recorder(self.config, self.resolved, self.folder, self.world, start_step=self.step_count)
         self.recorder.event(f"attention: {self.attention}")
+        self.recorder.event(f"batch: {self.gradients.plan}; parallel: {self.gradients.strategy}")
         self.loader.report = self.recorder.event_of_any_rank
         if self.knn is not None:
             self.knn.report = self.recorder.event
             self.recorder.known_knn(self.knn.last, self.knn.best)
+        for name in [*leftovers, *(folder.name for folder in self.saving.leftovers)]:
+            self.recorder.event(f"ignored {name}, which a killed run left behind")
         if checkpoint is None:
             return
         for path, reason in checkpoint.skipped:
@@ -140,6 +156,8 @@ class Trainer:
             "peak_lr": self.resolved.peak_lr,
             "precision": self.precision,
             "attention": asdict(self.attention),
+            "chunk": self.gradients.plan.chunk,
+            "plan": self.gradients.plan.to_json(),
             "optimizer": setup_run.name_of(self.optimizer),
             "device": self.world.device.type,
             "threads": torch.get_num_threads(),
@@ -165,15 +183,15 @@ class Trainer:
             group["lr"] = lr
         dtype = torch.float64 if self.precision == "fp64" else torch.float32
         view1, view2 = (view.to(self.world.device, dtype, non_blocking=True) for view in (batch.view1, batch.view2))
-        with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            output: MoCoV3Output = self.parallel(view1, view2, accuracy=self._logs(self.step_count + 1))
         self.objective.zero_grad(set_to_none=True)
-        output.loss.backward()  # type: ignore[no-untyped-call]
+        self.guard.begin()
+        output = self.gradients(view1, view2, accuracy=self._logs(self.step_count + 1))
         if inspect is not None:
             inspect()
+        bad = self.guard.judge(output.loss)
         self.step_count += 1
         following = self.schedule(self.step_count)[1] if self.step_count < self.resolved.total_steps else None
-        update_weights(self.optimizer, self.objective, following)
+        update_weights(self.optimizer, self.objective, following, found_inf=bad)
         return output
 
     def run(self, max_steps: int | None = None) -> int:
@@ -183,7 +201,7 @@ class Trainer:
             max_steps: stop after this many steps of this call, saving nothing: for measurements.
 
         Returns:
-            `EXIT_FINISHED`, or `EXIT_STOPPED` after SIGTERM or SIGINT, with the state saved.
+            `EXIT_FINISHED`, or `EXIT_STOPPED` after a signal to stop, with the state saved.
         """
         recorder = self.recorder
         assert recorder is not None
@@ -191,13 +209,16 @@ class Trainer:
         if max_steps is not None:
             last = min(last, self.step_count + max_steps)
         if max_steps is None and self.step_count >= last:
+            self.folder.mark("DONE")
             recorder.event(f"this run is finished already; its {last} steps are in {self.folder.checkpoints}")
             return EXIT_FINISHED
-        with StopSignal() as stop:
+        with StopSignal(self.pulse) as stop, Watchdog(self.world, self.pulse, self.config.faults):
+            self.folder.mark(None)
             self._measure_knn(force=self.step_count == 0)
             while self.step_count < last:
                 if self._asked_to_stop(stop):
                     self._save(force=True)
+                    self.folder.mark("PREEMPTED")
                     recorder.event(f"{stop.received or 'a peer was asked to stop'}: saved step {self.step_count}")
                     return EXIT_STOPPED
                 self._one_step(recorder)
@@ -205,6 +226,7 @@ class Trainer:
                 if max_steps is None:
                     self._save(force=self.step_count == last)
         if max_steps is None:
+            self.folder.mark("DONE")
             recorder.loader_verdict(self.loader.figures())
             recorder.event(f"finished after {last} steps; the model is in {self.folder.checkpoints}")
         return EXIT_FINISHED
@@ -217,25 +239,25 @@ class Trainer:
     def _one_step(self, recorder: Recorder) -> None:
         """Fetch, step, record. Only logged steps read numbers back from the device."""
         try:
-            batch = self.loader.next()
+            with self.pulse.inside("data", self.config.data.timeout_s + 60):
+                batch = self.loader.next()
         except ShardError:
             if self.world.world_size == 1:
                 self._save(force=True)
             raise
         number = self.step_count + 1
         lr, momentum = self.schedule(self.step_count)
-        output = self.step(batch, inspect=lambda: recorder.gradients(number, self.objective))
+        self.stragglers.begin(self.loader.wait_seconds)
+        with self.pulse.step():
+            output = self.step(batch, inspect=lambda: recorder.gradients(number, self.objective))
         recorder.stepped(self.loader.wait_seconds)
         if self._logs(number):
             recorder.loader(self.loader.figures())
-            loss = recorder.log(
+            recorder.log(
                 number, output.loss, output.q1, output.k2, lr=lr, ema_momentum=momentum, accuracy=output.accuracy
             )
-            if not math.isfinite(loss):
-                raise RunError(
-                    f"the loss is {loss} at step {number}; the last good state is step {self._saved_step} in "
-                    f"{self.folder.checkpoints}. Lower --optim.lr or lengthen --optim.warmup-epochs in a new --out"
-                )
+            for event in (*self.stragglers.report(number), *self.guard.report(number)):
+                recorder.event(event)
 
     def _logs(self, step: int) -> bool:
         """Whether a step is logged: every so many, the first and the last."""
@@ -247,34 +269,26 @@ class Trainer:
             return
         epoch = self.step_count / self.resolved.steps_per_epoch
         if force or (self._logs(self.step_count) and self.knn.is_due(epoch)):
-            with self.recorder.paused():
+            with self.recorder.paused(), self.pulse.inside("kNN", 6 * DEADLINE_S):
                 accuracy = self.knn.measure(self.objective.encoder, epoch)
             self.recorder.knn(self.step_count, accuracy)
 
     def _save(self, *, force: bool) -> None:
-        """Write a checkpoint if one is due. Rank 0 decides by its clock and writes; the state is equal on all ranks."""
-        rules = self.config.checkpoint
-        by_steps = rules.every_steps > 0 and self.step_count % rules.every_steps == 0
-        by_clock = time.monotonic() - self._saved_at >= rules.every_minutes * 60
-        if not (force or by_steps or by_clock) or self._saved_step == self.step_count:
-            return
-        if self.world.rank == 0 and self.recorder is not None:
-            state: Mapping[str, Any] = {
-                "config": to_json(self.config),
-                "resolved": self._describe(),
-                "data": self.loader.state_dict(),
-                "knn": self.knn.state_dict() if self.knn is not None else {},
-                "twin_advanced": self.step_count < self.resolved.total_steps,
-            }
-            tensors = training_state.collect(self.objective, self.optimizer)
-            training_state.require_finite(tensors)
-            with self.recorder.paused():
-                save_checkpoint(
-                    self.folder.checkpoints, step=self.step_count, tensors=tensors, state=state, keep=rules.keep
-                )
-        if force and self.world.world_size > 1:
-            dist.barrier()  # a launcher that sees one rank end may end the others: none may before the state is saved
-        self._saved_step, self._saved_at = self.step_count, time.monotonic()
+        """Write a checkpoint if one is due; a forced one is on the disk, of all ranks, when this returns."""
+        assert self.recorder is not None
+        recorder = self.recorder
+        self.saving.after_step(self.step_count, self._state, recorder.event, force=force, paused=recorder.paused)
+
+    def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """All that a checkpoint holds: tensors, and what is none."""
+        state: Mapping[str, Any] = {
+            "config": to_json(self.config),
+            "resolved": self._describe(),
+            "data": self.loader.state_dict(),
+            "knn": self.knn.state_dict() if self.knn is not None else {},
+            "twin_advanced": self.step_count < self.resolved.total_steps,
+        }
+        return training_state.collect(self.objective, self.optimizer), state
 
     def close(self) -> None:
         """Stop the loader, close the records, give the folder back. Safe to call twice."""
@@ -283,3 +297,4 @@ class Trainer:
             if self.recorder is not None:
                 stack.callback(self.recorder.close)
             stack.callback(self.loader.close)
+            stack.callback(self.saving.close, self.recorder.event if self.recorder is not None else say)

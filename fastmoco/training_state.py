@@ -1,7 +1,7 @@
 """Everything a run is, as named tensors and JSON; and a run made from them again.
 
 Tensors: ``model.*`` (encoder, twin and predictor with their BatchNorm buffers), ``optimizer.*`` by parameter name, ``rng.*``.
-The data need nothing but the step.
+The data need nothing but the step. Tensors may be sharded over the ranks: each then reads and holds its own part.
 """
 
 from __future__ import annotations
@@ -10,42 +10,78 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from fastmoco.checkpoint import flatten_optimizer, restore_optimizer
+from fastmoco.checkpoint import Checkpoint, CheckpointError, flatten_optimizer, restore_optimizer
+from fastmoco.distributed.mesh import group_rank
 from fastmoco.errors import RunError
 
 
 def collect(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor of the run's state, by name; none is copied."""
+    """Every tensor of the run's state, by name; none is copied but the states of the random numbers, which each rank has."""
     tensors = {f"model.{name}": tensor for name, tensor in objective.state_dict().items()}
     tensors |= flatten_optimizer(optimizer, objective.named_parameters())
-    tensors["rng.cpu"] = torch.get_rng_state()
+    tensors[_of_rank("rng.cpu", group_rank())] = torch.get_rng_state()
     if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        tensors[_of_rank("rng.cuda", group_rank())] = torch.cuda.get_rng_state()
     return tensors
 
 
-def restore(objective: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put a collected state back, in place.
+def restore(objective: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """Put a collected state back, in place: objective and optimizer may be sharded, over other ranks than when it was saved.
+
+    A rank beyond those that saved takes the random numbers of the first.
 
     Raises:
-        RuntimeError: if a tensor is missing, left over or of another shape.
+        CheckpointError: if a tensor is missing, left over or of another shape.
     """
-    restore_model(objective, tensors)
-    restore_optimizer(optimizer, objective.named_parameters(), tensors)
-    torch.set_rng_state(tensors["rng.cpu"].cpu())
-    if torch.cuda.is_available() and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"].cpu())
+    restore_model(objective, checkpoint)
+    parameters = dict(objective.named_parameters())
+    moments = {
+        name: _blank_like(name, entry, parameters)
+        for name, entry in checkpoint.entries.items()
+        if name.startswith("optimizer.")
+    }
+    rng = {}
+    for kind in ("rng.cpu", "rng.cuda"):
+        own = _of_rank(kind, group_rank())
+        name = own if own in checkpoint.entries else kind
+        if name in checkpoint.entries:
+            rng[name] = torch.empty_like(checkpoint.entries[name], device="cpu")
+    checkpoint.read_into(moments | rng)
+    restore_optimizer(optimizer, objective.named_parameters(), moments)
+    for name, state in rng.items():
+        if name.startswith("rng.cpu"):
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(state)
 
 
-def restore_model(objective: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put encoder, twin and predictor back, in place.
+def restore_model(objective: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put encoder, twin and predictor back, in place; they may be sharded.
 
     Raises:
-        RuntimeError: if a tensor is missing, left over or of another shape.
+        CheckpointError: if a tensor is missing, left over or of another shape.
     """
-    model = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    objective.load_state_dict(model, strict=True)
+    targets = {f"model.{name}": tensor for name, tensor in objective.state_dict().items()}
+    beyond = [name for name in checkpoint.entries if name.startswith("model.") and name not in targets]
+    if beyond:
+        raise CheckpointError(
+            f"{checkpoint.path} holds {beyond[:5]}, which the model lacks; was it changed since the save?"
+        )
+    checkpoint.read_into(targets)
+
+
+def _blank_like(name: str, entry: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Where an entry of the optimizer's state is to be read: sharded like its parameter, if it has its shape."""
+    parameter = parameters.get(name.removeprefix("optimizer.").rpartition(".")[0])
+    if parameter is None or parameter.shape != entry.shape:
+        return torch.empty_like(entry, device="cpu")
+    return torch.empty_like(parameter.detach(), dtype=entry.dtype)
+
+
+def _of_rank(kind: str, rank: int) -> str:
+    return kind if rank == 0 else f"{kind}.rank{rank}"
 
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -55,7 +91,8 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
         RunError: naming the first tensor with NaN or infinity.
     """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if own.is_floating_point() and not bool(torch.isfinite(own).all()):
             raise RunError(
                 f"{name} is not finite: this state is not saved, and the checkpoints before it are kept. "
                 "Continue from them with a lower --optim.lr or a longer --optim.warmup-epochs in a new --out"

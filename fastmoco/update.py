@@ -35,19 +35,34 @@ def scheduled(config: Config, resolved: Resolved, step: int) -> tuple[float, flo
     return lr, momentum
 
 
-def update_weights(optimizer: torch.optim.Optimizer, objective: MoCoV3, next_ema_momentum: float | None) -> None:
+def update_weights(
+    optimizer: torch.optim.Optimizer,
+    objective: MoCoV3,
+    next_ema_momentum: float | None,
+    *,
+    found_inf: torch.Tensor | None = None,
+) -> None:
     """Take the optimizer's step, then move the twin for the next step: in one sweep where the optimizer can.
 
     Args:
         optimizer: over the objective's trainable parameters, which hold their gradients.
         objective: encoder, twin and predictor.
         next_ema_momentum: EMA momentum of the next step; None if this was the last.
+        found_inf: one float32 on the device; where it is not 0, weights, twin and the optimizer's state stay as they are,
+            its step counters among them. Only the sweep leaves that to the device; other optimizers wait for the number.
     """
     swept: frozenset[torch.Tensor] = frozenset()
+    momentum: float | torch.Tensor | None = next_ema_momentum
     if isinstance(optimizer, AdamWEMA):
-        optimizer.step(ema_momentum=next_ema_momentum)
+        optimizer.step(ema_momentum=next_ema_momentum, found_inf=found_inf)
         swept = frozenset(parameter for parameter in optimizer.averages if parameter.grad is not None)
+        if found_inf is not None and next_ema_momentum is not None:
+            # For what the sweep did not hold; 1 keeps it. In float64, as the schedule is.
+            kept = torch.full_like(found_inf, next_ema_momentum, dtype=torch.float64)
+            momentum = kept.masked_fill_(found_inf > 0, 1.0)
+    elif found_inf is not None and bool(found_inf):
+        return
     else:
         optimizer.step()
-    if next_ema_momentum is not None:
-        objective.update_momentum_encoder(next_ema_momentum, done=swept)
+    if momentum is not None:
+        objective.update_momentum_encoder(momentum, done=swept)

@@ -1,11 +1,15 @@
 """Checkpoints whose every bit can be computed again by whoever checks them."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from fastmoco.checkpoint import load_latest, save_checkpoint
+from fastmoco.checkpoint import group_for_saving, load_latest, save_checkpoint
 
 
 def content(step: int) -> dict[str, Tensor]:
@@ -36,8 +40,21 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert bits(actual[name]) == bits(tensor), name
 
 
-def save(root: Path, step: int, keep: int = 3) -> Path:
-    return save_checkpoint(root, step=step, tensors=content(step), state={"step": step, "lr": 0.1}, keep=keep)
+def save(root: Path, step: int, keep: int = 3, group: dist.ProcessGroup | None = None) -> Path:
+    state = {"step": step, "lr": 0.1}
+    return save_checkpoint(root, step=step, tensors=content(step), state=state, keep=keep, group=group)
+
+
+@contextmanager
+def group_of_one() -> Iterator[dist.ProcessGroup]:
+    """A group with this process alone in it: saves go the way of several ranks."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = group_for_saving(60)
+        assert group is not None
+        yield group
+    finally:
+        dist.destroy_process_group()
 
 
 def loaded_step(root: Path) -> int:
@@ -50,3 +67,14 @@ def flip_bit(path: Path, bit: int) -> None:
     data = bytearray(path.read_bytes())
     data[bit // 8] ^= 1 << (bit % 8)
     path.write_bytes(data)
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Writing beyond four kilobytes fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -76,7 +76,7 @@ def test_the_folder_readme_names_every_file(folder):
 
 
 FORBIDDEN = {
-    "an unpickler": r"\bpickle\.|\bimport pickle|weights_only\s*=\s*False|torch\.load\(",
+    "an unpickler": r"\bpickle\.|\bimport pickle|\bfrom pickle|weights_only\s*=\s*False|torch\.load\(",
     "a shell": r"shell\s*=\s*True|os\.system|os\.popen",
     "an evaluator": r"(?<![\w.])eval\(|(?<![\w.])exec\(|yaml\.load\(",
     "webdataset's reader": r"webdataset\.WebDataset|wds\.WebDataset|\bgopen\b|xdecode",
@@ -88,6 +88,8 @@ def test_data_never_reaches(what):
     contender = ROOT / "benchmarks"  # measures webdataset's reader beside ours, on shards that it packed itself
     sources = [path for path in SOURCES if "webdataset" not in what or contender not in path.parents]
     hits = [str(path.relative_to(ROOT)) for path in sources if re.search(FORBIDDEN[what], path.read_text())]
+    if what == "an unpickler":  # the restricted one, and the attacks on it: tests/fastmoco/test_checkpoint_metadata.py
+        hits.remove("fastmoco/checkpoint/dcp_metadata.py")
     assert not hits, f"{what} in {hits}"
 
 
@@ -104,3 +106,12 @@ def test_every_package_below_the_roots_is_installed():
     for package in PACKAGES:
         for folder in {path.parent for path in package.rglob("*.py")}:
             assert (folder / "__init__.py").exists(), f"{folder.relative_to(ROOT)} has no __init__.py"
+
+
+def test_no_decision_hangs_on_the_wall_clock():
+    """It jumps. Lines of metrics and torchrun's report are stamped with it, nothing is measured by it."""
+    sources = [path for path in SOURCES if ROOT / "fastmoco" in path.parents and "time.time()" in path.read_text()]
+    assert {str(path.relative_to(ROOT)) for path in sources} == {
+        "fastmoco/first_cause.py",
+        "fastmoco/telemetry/sinks.py",
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -13,8 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-TENSORS, STATE, MARKER = "tensors.safetensors", "state.json", "COMMITTED"
-FORMAT = "fastmoco-checkpoint-1"
+from fastmoco.checkpoint.errors import CheckpointError
+
+TENSORS, METADATA, STATE, MARKER = "tensors.safetensors", ".metadata", "state.json", "COMMITTED"
+FORMAT, WHOLE_FORMAT = "fastmoco-checkpoint-2", "fastmoco-checkpoint-1"
+"""What is written, and what runs before wrote: tensors in one file, and a marker that vouches for nothing but the files."""
+MARKER_LIMIT = 64 * 2**20
+"""Bytes; a hundred for each file, and a rank writes one."""
+_KNOWN = re.compile(r"tensors\.safetensors|\.metadata|state\.json|__\d+_\d+\.distcp")
 _FOLDER = re.compile(r"step_(\d{8,})")
 _HIDDEN = re.compile(r"\.(?:writing|replaced)-step_\d{8,}-[0-9a-f]{8}")
 
@@ -40,6 +47,29 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def require_writable(root: Path, rank: int) -> None:
+    """Write, flush and remove a small file, so that a run that could not save is refused before its first step.
+
+    Args:
+        root: folder of the checkpoints; made (mode 0700) if absent.
+        rank: who asks; ranks may ask at once.
+
+    Raises:
+        CheckpointError: saying what the disk refused.
+    """
+    probe = root / f".probe-{rank}-{secrets.token_hex(4)}"
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_text(probe, "can this run save?")
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write checkpoints to {root}: {error}; free space or choose another --out"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
 def flush(path: Path) -> None:
     """Push a file's bytes, or a folder's list of names, through to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -62,36 +92,75 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def marker_text(step: int, files: Mapping[str, Mapping[str, Any]]) -> str:
-    """The exact content of the marker: a function of the step and the files, nothing else."""
-    return json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1)
+def marker_text(step: int, files: Mapping[str, Mapping[str, Any]], *, world_size: int, saved_at: str) -> str:
+    """The exact content of a marker. Its last entry is the SHA-256 of all before it, so that it vouches for itself too.
+
+    Args:
+        step: optimizer steps done.
+        files: `fingerprint` of every file of the checkpoint, by name.
+        world_size: ranks that wrote it.
+        saved_at: UTC, ISO 8601.
+    """
+    body = {"format": FORMAT, "step": step, "world_size": world_size, "saved_at": saved_at, "files": dict(files)}
+    return json.dumps(body | {"sha256": _digest(body)}, indent=1)
 
 
-def verify(path: Path) -> int:
-    """Check every byte of a committed folder against its marker, and the marker against itself; return its step."""
+def read_marker(path: Path) -> dict[str, Any]:
+    """The marker of a folder, checked against itself and the folder's name, not yet against the files.
+
+    Returns:
+        ``step`` and ``files``; ``world_size`` and ``saved_at`` where the marker is of the present format.
+
+    Raises:
+        ValueError: if there is none, or one bit of it is not as it was written.
+    """
     match = _FOLDER.fullmatch(path.name)
     marker = path / MARKER
-    if match is None or marker.is_symlink() or not marker.is_file() or marker.stat().st_size > 4096:
+    if match is None or marker.is_symlink() or not marker.is_file() or marker.stat().st_size > MARKER_LIMIT:
         raise ValueError(f"it has no usable {MARKER} marker")
-    actual = {name: fingerprint(path / name) for name in (TENSORS, STATE)}
-    # The marker is a function of the step and the files, so a bit flipped in the marker itself shows as well.
-    if marker.read_bytes() == marker_text(int(match[1]), actual).encode():
-        return int(match[1])
+    raw = marker.read_bytes()
+    damaged = ValueError(f"the {MARKER} marker is damaged")
     try:
-        promised = json.loads(marker.read_bytes())["files"]
-        changed = [name for name in actual if promised[name] != actual[name]]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        changed = []
+        promised = json.loads(raw)
+        known = {FORMAT: {"world_size", "saved_at", "sha256"}, WHOLE_FORMAT: set()}[promised["format"]]
+        whole = (
+            promised.keys() == {"format", "step", "files"} | known
+            and json.dumps(promised, indent=1).encode() == raw
+            and promised["step"] == int(match[1])
+            and all(_KNOWN.fullmatch(name) for name in promised["files"])
+            and STATE in promised["files"]
+            and (TENSORS in promised["files"]) != (METADATA in promised["files"])
+        )
+        if known and promised.pop("sha256") != _digest(promised):
+            whole = False
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged from error
+    if not whole:
+        raise damaged
+    return dict(promised)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check every byte of a committed folder: the marker against itself, the files against the marker, which is returned.
+
+    Files that the marker does not name are not looked at.
+
+    Raises:
+        OSError: if a file is missing or unreadable.
+        ValueError: if anything is not as it was written; the text names the files.
+    """
+    promised = read_marker(path)
+    changed = [name for name, file in promised["files"].items() if fingerprint(path / name) != file]
     if changed:
         raise ValueError(f"{' and '.join(changed)} differs in size or SHA-256 from what {MARKER} says was saved")
-    raise ValueError(f"the {MARKER} marker is damaged")
+    return promised
 
 
-def make_way(final: Path, marker: str) -> bool:
+def make_way(final: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
     """See that the name ``final`` is free: move aside what holds it, unless that is a valid checkpoint.
 
     Returns:
-        False if the very content of ``marker`` is committed there already, so that nothing is left to write.
+        False if these very ``files`` are committed there already, so that nothing is left to write.
 
     Raises:
         FileExistsError: if another valid checkpoint stands there.
@@ -99,11 +168,11 @@ def make_way(final: Path, marker: str) -> bool:
     if not os.path.lexists(final):
         return True
     try:
-        verify(final)
+        standing = verify(final)
     except (OSError, ValueError):
         final.rename(final.with_name(f".replaced-{final.name}-{secrets.token_hex(4)}"))
         return True
-    if (final / MARKER).read_bytes() != marker.encode():
+    if standing["files"] != files:
         raise FileExistsError("another valid checkpoint of this step stands there and is never overwritten")
     return False
 
@@ -135,6 +204,10 @@ def prune(root: Path, *, newest: Path, keep: int) -> None:
         except OSError:
             continue
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
 
 
 def _step_folders(root: Path) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,17 +27,28 @@ def gather_keys(keys: Tensor) -> Tensor:
         ValueError: on the CPU, if B differs between ranks. Gloo would deliver zero rows there without a word. On CUDA
             the check would cost a wait for the device in every step; the loader hands out equal parts by construction.
     """
+    return start_gathering(keys)()
+
+
+def start_gathering(keys: Tensor) -> Callable[[], Tensor]:
+    """Begin `gather_keys`; the function returned waits for the end of it. What lies between overlaps with the messages."""
     keys = keys.detach()
     world_size = group_size()
     if world_size == 1:
-        return keys
+        return lambda: keys
     if keys.device.type == "cpu":
         rows = _counts(keys)
         if set(rows) != {keys.shape[0]}:
             raise ValueError(f"keys per rank={rows}: every rank must bring the same number of images to a step")
     gathered = keys.new_empty((world_size * keys.shape[0], *keys.shape[1:]))
-    dist.all_gather(list(gathered.chunk(world_size)), keys.contiguous())
-    return gathered
+    work = dist.all_gather_into_tensor(gathered, keys.contiguous(), async_op=True)
+    assert work is not None
+
+    def finish() -> Tensor:
+        work.wait()
+        return gathered
+
+    return finish
 
 
 def gather_rows(rows: Tensor, device: torch.device) -> Tensor:

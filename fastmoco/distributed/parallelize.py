@@ -1,9 +1,16 @@
-"""Make an objective train over all ranks: the one place where wrappers are put on, and in which order."""
+"""Make an objective train over all ranks: the one place where wrappers are put on, and in which order.
+
+activation checkpointing (inside the blocks, chosen when the model is built)
+-> torch.compile of each block
+-> equal start and synchronised norms are checked
+-> DistributedDataParallel, or FSDP2 (`sharding.py`), after which parameters are DTensors: the optimizer comes later
+"""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -12,6 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmoco.distributed.mesh import World
+from fastmoco.distributed.sharding import shard_
+
+Strategy = Literal["ddp", "fsdp", "hsdp"]
+STATE_SHARE = 0.25
+"""Of a GPU's memory: a larger state is sharded, so that activations keep most of the rest."""
 
 
 def _digest(module: nn.Module) -> torch.Tensor:
@@ -57,27 +69,81 @@ def require_synchronised_norms(module: nn.Module) -> None:
             )
 
 
-def parallelize(objective: nn.Module, world: World) -> nn.Module:
+def choose_strategy(strategy: Literal["auto", "ddp", "fsdp", "hsdp"], objective: nn.Module, world: World) -> Strategy:
+    """What ``parallel.strategy`` means for a model on a device, the same on every rank.
+
+    ``auto`` shards where weights, gradients and two moments exceed `STATE_SHARE` of the smallest GPU's memory. On a CPU
+    processes share one memory, and it never does.
+    """
+    if strategy != "auto":
+        return strategy
+    if world.device.type != "cuda" or world.world_size == 1:
+        return "ddp"
+    parameters = list(objective.parameters())
+    state = sum(p.nbytes * (4 if p.requires_grad else 1) for p in parameters)
+    total = torch.cuda.get_device_properties(world.device).total_memory
+    large = torch.tensor(int(state > STATE_SHARE * total), device=world.device)
+    dist.all_reduce(large, op=dist.ReduceOp.MAX)
+    return "fsdp" if large.item() else "ddp"
+
+
+def compile_blocks(objective: nn.Module) -> None:
+    """Pass every transformer block through torch.compile, in place: names, hooks and state stay as they are.
+
+    A block at a time: all blocks share one compilation, and what FSDP2 does around a block stays outside of it.
+    """
+    for part in objective.modules():
+        if isinstance(blocks := getattr(part, "blocks", None), nn.ModuleList):
+            for block in blocks:
+                for name in ("forward", "class_row"):
+                    setattr(block, name, torch.compile(getattr(block, name)))
+
+
+def parallelize(
+    objective: nn.Module,
+    world: World,
+    *,
+    strategy: Strategy = "ddp",
+    shard_size: int = 0,
+    half: bool = False,
+    compiled: bool = False,
+    average_gradients: bool = True,
+) -> nn.Module:
     """Wrap an objective for data-parallel training; call the result instead of the objective.
 
-    Order: equal start and synchronised norms are checked first, then the gradient averaging is put on. Buffers are not
-    broadcast: synchronised statistics make them equal by themselves. Gradients are averaged over ranks, so losses that
-    are means over the local batch give the gradient of the mean over the global batch.
+    The order stands at the top of this file. Buffers are never broadcast: synchronised statistics make them equal by
+    themselves. Gradients are averaged over ranks, so losses that are means over the local batch give the gradient of the
+    mean over the global batch.
 
     Args:
-        objective: on ``world.device``, all its trainable parameters used in every forward.
+        objective: on ``world.device``, initialised, all its trainable parameters used in every forward. Under ``fsdp`` and
+            ``hsdp`` a `MoCoV3`: it is changed in place, so build the optimizer behind this call.
         world: this process's place.
+        strategy: how; nothing to choose for one process.
+        shard_size: processes that hold one copy under ``hsdp``; 0: those of this machine.
+        half: whether the forward runs under bf16 autocast: shards are then put together in bf16.
+        compiled: whether blocks go through torch.compile.
+        average_gradients: False leaves that to the caller, as a step of several backward passes does (`gradient_average.py`).
 
     Returns:
-        ``objective`` itself where there is one process, else its wrapper, which holds it as ``module``.
+        The wrapper under ``ddp``, which holds ``objective`` as ``module``; else ``objective`` itself.
 
     Raises:
-        ValueError: if ranks start from different numbers, or a batch norm is not synchronised.
+        ValueError: if ranks start from different numbers, a batch norm is not synchronised, or ``shard_size`` does not fit.
     """
+    if compiled:
+        compile_blocks(objective)
     if world.world_size == 1:
         return objective
     require_synchronised_norms(objective)
     require_equal_start(objective, world)
+    if strategy != "ddp":
+        shard_(
+            objective, world, copies_of=(shard_size or world.local_world_size) if strategy == "hsdp" else 0, half=half
+        )
+        return objective
+    if not average_gradients:
+        return objective
     with warnings.catch_warnings():
         # torch 2.13 renames broadcast_buffers and warns; older ones know the old name only.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)

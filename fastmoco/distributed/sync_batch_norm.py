@@ -2,8 +2,8 @@
 
 torch's own ``SyncBatchNorm`` refuses to train on CPU tensors, so nothing about it could be tested without GPUs, and
 statistics that stay local change the loss by 0.1 and more without an error. Here one process uses torch's batch norm;
-several processes sum over ranks in two passes, first the values, then the squares of the centred values: the second
-pass costs one more small message and loses no digits to cancellation.
+several processes exchange mean, centred squares and count of their parts in one message a layer, for both views of a head
+at once, and combine them as Chan, Golub, LeVeque 1983 do: no digits are lost to cancellation, and all ranks get the same bits.
 """
 
 from __future__ import annotations
@@ -18,10 +18,18 @@ from torch import Tensor, nn
 from fastmoco.distributed.mesh import group_size
 
 
+def _layout(x: Tensor) -> tuple[list[int], list[int]]:
+    """The dimensions that a statistic covers, and the shape in which a vector of channels meets ``x``."""
+    channel = 2 if x.ndim == 3 else 1
+    dims = [d for d in range(x.ndim) if d != channel and not (x.ndim == 3 and d == 0)]
+    return dims, [-1 if d == channel else 1 for d in range(x.ndim)]
+
+
 class _NormaliseOverRanks(torch.autograd.Function):
     """y = (x - mean) / sqrt(var + eps) * weight + bias with mean and biased var over batch, positions and ranks.
 
-    Forward sends [C + 1] and [C] numbers, backward [2, C]: with xhat = (y - bias) / weight and means over all ranks,
+    With V batches in x (1, but for [V, B, C]), forward sends V * 2C + 1 numbers, backward [2, V, C]: with
+    xhat = (y - bias) / weight and means over all ranks,
     dx = weight / sqrt(var + eps) * (dy - mean(dy) - xhat * mean(dy * xhat)). Gradients of weight and bias stay local,
     as every other parameter's: the data-parallel wrapper averages them.
     """
@@ -30,51 +38,57 @@ class _NormaliseOverRanks(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dims = [d for d in range(x.ndim) if d != 1]
-        per_channel = [-1 if d == 1 else 1 for d in range(x.ndim)]
+        dims, per_channel = _layout(x)
         wide = x.to(dtype)
-        sums = torch.cat([wide.sum(dims), wide.new_full((1,), x.numel() // x.shape[1])])
-        dist.all_reduce(sums)
-        count = sums[-1]
-        mean = sums[:-1] / count
-        centred = wide - mean.view(per_channel)
-        squares = centred.square().sum(dims)
-        dist.all_reduce(squares)
-        var = squares / count
-        inverse_std = torch.rsqrt(var + eps)
-        y = centred * inverse_std.view(per_channel)
+        own_mean = wide.mean(dims, keepdim=True)
+        own_squares = (wide - own_mean).square().sum(dims, keepdim=True)
+        own_count = wide.new_full((1,), x.numel() // own_mean.numel())
+        mine = torch.cat([own_mean.flatten(), own_squares.flatten(), own_count])
+        parts = mine.new_empty(group_size() * mine.numel())
+        dist.all_gather_into_tensor(parts, mine)
+        parts = parts.view(-1, mine.numel())
+        counts = parts[:, -1:]
+        means, squares = parts[:, :-1].chunk(2, dim=1)
+        count = counts.sum()
+        mean = (means * counts).sum(0) / count
+        var = (squares + counts * (means - mean).square()).sum(0) / count
+        inverse_std = torch.rsqrt(var + eps).view_as(own_mean)
+        y = (wide - mean.view_as(own_mean)) * inverse_std
         if weight is not None and bias is not None:
             y = y * weight.view(per_channel) + bias.view(per_channel)
-        ctx.save_for_backward(x, mean, inverse_std, weight, count)
+        ctx.save_for_backward(x, mean.view_as(own_mean), inverse_std, weight, count)
+        by_batch = (-1, x.shape[per_channel.index(-1)])
+        mean, var = mean.view(by_batch), var.view(by_batch)
         ctx.mark_non_differentiable(mean, var, count)
         return y.to(x.dtype), mean, var, count
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, mean, inverse_std, weight, count = ctx.saved_tensors
-        dims = [d for d in range(x.ndim) if d != 1]
-        per_channel = [-1 if d == 1 else 1 for d in range(x.ndim)]
+        dims, per_channel = _layout(x)
         dy = grads[0].to(mean.dtype)
-        xhat = (x.to(mean.dtype) - mean.view(per_channel)) * inverse_std.view(per_channel)
-        local = torch.stack([dy.sum(dims), (dy * xhat).sum(dims)])
-        dbias, dweight = local if weight is not None else (None, None)
-        over_ranks = local.clone()
-        dist.all_reduce(over_ranks)
-        mean_dy, mean_dy_xhat = (over_ranks / count).unbind()
-        scale = inverse_std if weight is None else inverse_std * weight
-        dx = (dy - mean_dy.view(per_channel) - xhat * mean_dy_xhat.view(per_channel)) * scale.view(per_channel)
+        xhat = (x.to(mean.dtype) - mean) * inverse_std
+        sums = torch.stack([dy.sum(dims, keepdim=True), (dy * xhat).sum(dims, keepdim=True)])
+        dbias = dweight = None
+        if weight is not None:
+            dbias, dweight = sums.view(2, -1, weight.numel()).sum(1).to(weight.dtype)
+        dist.all_reduce(sums)
+        mean_dy, mean_dy_xhat = (sums / count).unbind()
+        scale = inverse_std if weight is None else inverse_std * weight.view(per_channel)
+        dx = (dy - mean_dy - xhat * mean_dy_xhat) * scale
         return dx.to(x.dtype), dweight, dbias, None, None
 
 
 class BatchNorm(nn.Module):
     """Batch normalisation whose training statistics cover the batches of all ranks.
 
+    [V, B, C] are V batches that stay apart: what V calls in turn give, buffers included, in one exchange between ranks.
     Parameter and buffer names, defaults and the running averages are those of ``torch.nn.BatchNorm1d``. Statistics
     and arithmetic are at least float32 for half-precision inputs; the output has the input's dtype. ``running_var``
     averages the unbiased variance, n / (n - 1) times the biased one, n counting values over all ranks.
 
     Args:
-        num_features: number of channels C of inputs [B, C] or [B, C, H, W].
+        num_features: number of channels C of inputs [B, C], [V, B, C] or [B, C, H, W].
         eps: added to the variance.
         averaging: share of the newest statistics in the running averages.
         affine: whether there are a trainable ``weight`` and ``bias`` [C].
@@ -96,30 +110,38 @@ class BatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [B, C] or [B, C, H, W]: over the global batch in training, by the running averages otherwise.
+        """Normalise [B, C], [V, B, C] or [B, C, H, W]: over the global batch in training, else by the running averages.
 
         Raises:
             ValueError: if the channel count is not ``num_features``, or one process trains on one value per channel.
         """
-        if x.ndim < 2 or x.shape[1] != self.num_features:
-            raise ValueError(
-                f"input shape={tuple(x.shape)}: needs [B, {self.num_features}] or [B, {self.num_features}, H, W]"
-            )
+        C = self.num_features
+        if not 2 <= x.ndim <= 4 or x.shape[2 if x.ndim == 3 else 1] != C:
+            raise ValueError(f"input shape={tuple(x.shape)}: needs [B, {C}], [V, B, {C}] or [B, {C}, H, W]")
         if self.training:
-            self.num_batches_tracked.add_(1)
+            self.num_batches_tracked.add_(len(x) if x.ndim == 3 else 1)
             if group_size() > 1:
                 return self._normalise_over_ranks(x)
+        if x.ndim == 3:
+            return torch.stack([self._normalise_here(batch) for batch in x.unbind()])
+        return self._normalise_here(x)
+
+    def _normalise_here(self, x: Tensor) -> Tensor:
+        # Sharded training hands out its weights in bf16; torch wants them as wide as the statistics.
+        dtype = self.running_mean.dtype
+        weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
         return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.averaging, self.eps
+            x, self.running_mean, self.running_var, weight, bias, self.training, self.averaging, self.eps
         )
 
     def _normalise_over_ranks(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, self.running_mean.dtype)
         outputs: tuple[Tensor, ...] = _NormaliseOverRanks.apply(x, self.weight, self.bias, self.eps, dtype)  # type: ignore[no-untyped-call]
-        y, mean, var, count = outputs
+        y, means, variances, count = outputs
         with torch.no_grad():
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.averaging)
-            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), self.averaging)
+            for mean, var in zip(means, variances * (count / (count - 1)), strict=True):
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.averaging)
+                self.running_var.lerp_(var.to(self.running_var.dtype), self.averaging)
         return y
 
     def extra_repr(self) -> str:

@@ -4,23 +4,38 @@ Of the last block only the class token is read, so ``Block.class_row`` computes 
 key projection before they meet the tokens, and the value projection acts on the one weighted mean of each head instead
 of on every token. What remains costs 2 A E multiplications a token, where a full block costs 12 E^2 and more.
 
+What a block keeps for its backward is its ``recompute``. "selective" keeps what the matrix products and attention gave
+and computes layer norms and GELU again: torch stops a recomputation at the last tensor that is wanted, so no product runs
+twice. "full" keeps the block's input and computes all of it again. Neither changes a bit of any gradient.
+
 Legend: B images, L tokens, E width, A heads, d = E / A.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastmoco.distributed.sync_batch_norm import BatchNorm
 from fastmoco_kernels import attention
 
 CONV_STEM_STRIDE = 16
 """Pixels of an image per token of the convolutional stem, each way."""
+Recompute = Literal["none", "selective", "full"]
+"""What the backward computes again instead of keeping it."""
+
+
+def _forgetful(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)``, of which only ``x`` is kept for the backward. Draws of random numbers are repeated."""
+    out: Tensor = checkpoint(function, x, use_reentrant=False)
+    return out
 
 
 def _linear(fan_in: int, fan_out: int, *, matrices: int = 1) -> nn.Linear:
@@ -30,6 +45,18 @@ def _linear(fan_in: int, fan_out: int, *, matrices: int = 1) -> nn.Linear:
     nn.init.uniform_(linear.weight, -bound, bound)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, whose weights may be narrower than its input: shards are handed out in bf16, and a CPU wants both alike."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., E] -> [..., E]."""
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        if weight.dtype.itemsize < x.dtype.itemsize:
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -43,10 +70,14 @@ class Attention(nn.Module):
 
     def forward(self, x_BLE: Tensor) -> Tensor:
         """Every token attends to every token: [B, L, E] -> [B, L, E]."""
-        B, L, E = x_BLE.shape
-        qkv = self.qkv(x_BLE).view(B, L, 3, self.num_heads, E // self.num_heads)
+        return self.attend(self.qkv(x_BLE))
+
+    def attend(self, qkv_BLF: Tensor) -> Tensor:
+        """The same from the stacked projections: [B, L, 3 E] -> [B, L, E]."""
+        B, L, F3 = qkv_BLF.shape
+        qkv = qkv_BLF.view(B, L, 3, self.num_heads, F3 // (3 * self.num_heads))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        out: Tensor = self.proj(attention(q, k, v, backend=self.backend).transpose(1, 2).reshape(B, L, E))
+        out: Tensor = self.proj(attention(q, k, v, backend=self.backend).transpose(1, 2).reshape(B, L, F3 // 3))
         return out
 
     def class_row(self, x_BLE: Tensor) -> Tensor:
@@ -79,28 +110,47 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., E] -> [..., E]."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return self.contract(self.fc1(x))
+
+    def contract(self, hidden: Tensor) -> Tensor:
+        """GELU and the second layer: [..., hidden] -> [..., E]."""
+        out: Tensor = self.fc2(F.gelu(hidden))
         return out
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block."""
+    """A pre-norm transformer block; ``recompute`` says what its backward computes again."""
 
     def __init__(self, width: int, num_heads: int, mlp_hidden: int, attention_backend: str = "auto") -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.recompute: Recompute = "none"
+        self.norm1 = LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, num_heads, attention_backend)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, mlp_hidden)
 
     def forward(self, x_BLE: Tensor) -> Tensor:
         """[B, L, E] -> [B, L, E]."""
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self._whole(x_BLE)
+        if self.recompute == "full":
+            return _forgetful(self._whole, x_BLE)
+        x_BLE = x_BLE + self.attn.attend(_forgetful(lambda x: self.attn.qkv(self.norm1(x)), x_BLE))
+        hidden = _forgetful(lambda x: self.mlp.fc1(self.norm2(x)), x_BLE)
+        return x_BLE + _forgetful(self.mlp.contract, hidden)
+
+    def class_row(self, x_BLE: Tensor) -> Tensor:
+        """Row 0 of ``forward`` alone: [B, L, E] -> [B, E]. So little work that every way of recomputing does all of it."""
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self._class_row(x_BLE)
+        return _forgetful(self._class_row, x_BLE)
+
+    def _whole(self, x_BLE: Tensor) -> Tensor:
         x_BLE = x_BLE + self.attn(self.norm1(x_BLE))
         out: Tensor = x_BLE + self.mlp(self.norm2(x_BLE))
         return out
 
-    def class_row(self, x_BLE: Tensor) -> Tensor:
-        """Row 0 of ``forward`` alone: [B, L, E] -> [B, E]."""
+    def _class_row(self, x_BLE: Tensor) -> Tensor:
         x_BE = x_BLE[:, 0] + self.attn.class_row(self.norm1(x_BLE))
         out: Tensor = x_BE + self.mlp(self.norm2(x_BE))
         return out

@@ -24,7 +24,7 @@ def _head(in_dim: int, hidden_dim: int, out_dim: int, layers: int) -> nn.Sequent
 def projector(in_dim: int, hidden_dim: int, out_dim: int, layers: int = 3) -> nn.Sequential:
     """The head of both encoders: (linear, norm, ReLU) * (layers - 1), linear, norm without affine.
 
-    Its norms see the batch of one view, over all ranks; give it one view at a time.
+    Its norms see the batch of one view, over all ranks; give it one view, or several stacked.
 
     Args:
         in_dim: width of the feature.
@@ -33,7 +33,8 @@ def projector(in_dim: int, hidden_dim: int, out_dim: int, layers: int = 3) -> nn
         layers: number of linear layers; 3 for vision transformers (Chen, Xie, He 2021).
 
     Returns:
-        A module [B, in_dim] -> [B, out_dim], torch's default initialisation.
+        A module [B, in_dim] -> [B, out_dim], or [V, B, in_dim] -> [V, B, out_dim] for V views;
+        torch's default initialisation.
 
     Raises:
         ValueError: if a number is below 1.

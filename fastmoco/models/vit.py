@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastmoco.models.blocks import CONV_STEM_STRIDE, Block, ConvStem, PatchStem
+from fastmoco.models.blocks import CONV_STEM_STRIDE, Block, ConvStem, LayerNorm, PatchStem, Recompute
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
@@ -94,10 +94,16 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, round(mlp_ratio * embed_dim), attention) for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm = LayerNorm(embed_dim, eps=1e-6)
         self.head: nn.Module = nn.Identity()
         if freeze_patch_embed and stem == "patch":
             self.patch_embed.requires_grad_(False)
+
+    def recompute(self, what: Recompute) -> None:
+        """Choose what the backward computes again instead of keeping it; see `blocks`."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.recompute = what
 
     def patch_tokens(self, images: Tensor) -> Tensor:
         """Embed the patches and add their positions: [B, 3, H, W] -> [B, L, E], row by row, without class token.

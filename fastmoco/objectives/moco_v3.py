@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmoco.distributed.gather import gather_keys
+from fastmoco.distributed.gather import start_gathering
 from fastmoco.distributed.mesh import group_rank
 from fastmoco.models.heads import predictor, projector
 from fastmoco.models.vit import VisionTransformer
@@ -42,7 +42,7 @@ class MoCoV3(nn.Module):
     statistics of its own batch and keeps its own running averages; only parameters are averaged.
 
     Fast path, equal to ``objectives.reference.plain_forward`` under a test: both views pass a trunk as one batch where
-    the trunk couples no samples, heads see one view at a time because batch statistics are per view, and patch tokens
+    the trunk couples no samples, heads see both views at once but keep their batch statistics apart, and patch tokens
     are computed once for both encoders while their stems are frozen and equal.
 
     Args:
@@ -97,33 +97,71 @@ class MoCoV3(nn.Module):
         Returns:
             The loss, differentiable in the parameters of encoder and predictor, and the raw queries and keys.
         """
+        queries, tokens = self.query_features(view1, view2)
+        keys = self.key_features(view1, view2, tokens if self.shares_patch_tokens() else None)
+        return self.compare(queries, keys, accuracy=accuracy)
+
+    def query_features(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The query side's trunk.
+
+        Args:
+            view1: [b, 3, H, W].
+            view2: [b, 3, H, W].
+
+        Returns:
+            [2, b, E] class features of both views, and the [2b, L, E] patch tokens where the views went through together.
+
+        Raises:
+            ValueError: if the views differ in shape.
+        """
         if view1.shape != view2.shape:
             raise ValueError(f"view1 shape={tuple(view1.shape)}, view2 shape={tuple(view2.shape)}: must be equal")
-        (feature1, feature2), tokens = self._features(self.encoder, (view1, view2), None)
-        q1 = self.predictor(self.encoder.head(feature1))
-        q2 = self.predictor(self.encoder.head(feature2))
+        return _features(self.encoder, (view1, view2), None)
+
+    @torch.no_grad()
+    def key_features(self, view1: Tensor, view2: Tensor, tokens: Tensor | None) -> Tensor:
+        """The twin's trunk: [2, b, E] without gradient, from ``query_features``'s tokens where both encoders share them."""
+        return _features(self.momentum_encoder, (view1, view2), tokens)[0]
+
+    def compare(self, queries: Tensor, keys: Tensor, *, accuracy: bool = False) -> MoCoV3Output:
+        """Heads and loss: all that couples the images of a batch, so the one part that must see the whole batch at once.
+
+        Args:
+            queries: [2, B, E] class features of both views by the encoder.
+            keys: [2, B, E] those by its twin.
+            accuracy: as for ``forward``.
+
+        Returns:
+            As ``forward``.
+        """
         with torch.no_grad():
-            shared = tokens if self.shares_patch_tokens() else None
-            (feature1, feature2), _ = self._features(self.momentum_encoder, (view1, view2), shared)
-            k1 = self.momentum_encoder.head(feature1)
-            k2 = self.momentum_encoder.head(feature2)
-            keys1, keys2 = gather_keys(torch.cat([k1, k2], dim=1)).chunk(2, dim=1)
-        offset = group_rank() * view1.shape[0]
+            k1, k2 = self.momentum_encoder.head(keys).unbind()
+            finish_gathering = start_gathering(torch.cat([k1, k2], dim=1))
+        q1, q2 = self.predictor(self.encoder.head(queries)).unbind()
+        keys1, keys2 = finish_gathering().chunk(2, dim=1)
+        offset = group_rank() * queries.shape[1]
         loss, top1, top5 = symmetric_info_nce_loss(
             q1, keys2, q2, keys1, temperature=self.temperature, positive_offset=offset, accuracy=accuracy
         )
         ranked = torch.stack([top1, top5]) if top1 is not None and top5 is not None else None
         return MoCoV3Output(loss, q1, q2, k1, k2, ranked)
 
+    @property
+    def couples_samples(self) -> str:
+        """Why the trunk's features of an image depend on the other images of a batch; empty where they do not."""
+        if self.encoder.couples_samples:
+            return "its convolutional stem has batch norms, whose statistics are those of the whole batch"
+        return ""
+
     @torch.no_grad()
-    def update_momentum_encoder(self, ema_momentum: float, *, done: Set[Tensor] = frozenset()) -> None:
+    def update_momentum_encoder(self, ema_momentum: float | Tensor, *, done: Set[Tensor] = frozenset()) -> None:
         """Move the twin towards the encoder: ``twin <- m * twin + (1 - m) * encoder``, parameters only.
 
         Call it once between two optimizer steps. Frozen parameters that are equal in both encoders, as they
         are unless a checkpoint says otherwise, stay untouched.
 
         Args:
-            ema_momentum: m in [0, 1].
+            ema_momentum: m in [0, 1]; a tensor of one element is read on the device, as `ema_update_` does.
             done: parameters of the encoder whose averages were moved already, by the optimizer's own sweep.
 
         Raises:
@@ -155,13 +193,13 @@ class MoCoV3(nn.Module):
             self._stems_compared = now
         return self._stems_equal
 
-    def _features(
-        self, encoder: VisionTransformer, views: tuple[Tensor, Tensor], tokens: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
-        """[B, E] features of both views, and the [2B, L, E] patch tokens where the views went through together."""
-        if encoder.couples_samples:
-            return (encoder(views[0]), encoder(views[1])), None
-        if tokens is None:
-            tokens = encoder.patch_tokens(torch.cat(views))
-        feature1, feature2 = encoder.encode(tokens).chunk(2)
-        return (feature1, feature2), tokens
+
+def _features(
+    encoder: VisionTransformer, views: tuple[Tensor, Tensor], tokens: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """[2, B, E] features of both views, and the [2B, L, E] patch tokens where the views went through together."""
+    if encoder.couples_samples:
+        return torch.stack([encoder(view) for view in views]), None
+    if tokens is None:
+        tokens = encoder.patch_tokens(torch.cat(views))
+    return encoder.encode(tokens).view(2, views[0].shape[0], -1), tokens

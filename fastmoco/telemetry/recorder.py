@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from contextlib import AbstractContextManager
 
@@ -55,7 +56,7 @@ class Recorder:
         self._knn_last: float | None = None
         self._knn_best: float | None = None
         self._loader = self._loader_before = StageFigures()
-        self._loader_was_slow = False
+        self._loader_was_slow = self._refused = False
         self._sinks: list[JsonlSink | TensorBoardSink] = []
         self.console = Console(rank=world.rank)
         if world.rank == 0:
@@ -204,8 +205,16 @@ class Recorder:
         """Close console and files; more than once is fine."""
         self.console.close()
         for sink in self._sinks:
-            sink.close()
+            with contextlib.suppress(OSError):  # TensorBoard flushes what a full disk has refused before
+                sink.close()
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
+        refused = []
         for sink in self._sinks:
-            sink.write(step, metrics)
+            try:
+                sink.write(step, metrics)
+            except OSError as error:  # metrics are no reason to end a run
+                refused.append(f"{type(sink).__name__}: {error.strerror or error}")
+        if refused and not self._refused:
+            self.event(f"warning: metrics cannot be written and are lost until they can ({'; '.join(refused)})")
+        self._refused = bool(refused)

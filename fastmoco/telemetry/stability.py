@@ -18,7 +18,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import normalize
+
+from fastmoco_kernels._multi_tensor import local, sums_over_shards
 
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 _HEADS = re.compile(r"(?:^|\.)(?:head|projector|predictor)\.")
@@ -109,7 +112,8 @@ def gradient_norms(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, 
     """L2 norms of the gradients, by place in the network, accumulated in float32.
 
     Args:
-        named_parameters: of the objective, after backward. Parameters without a gradient (frozen, momentum side) are left out.
+        named_parameters: of the objective, after backward. Parameters without a gradient (frozen, momentum side) are left
+            out. Of sharded ones the whole norm counts: one small message a call, for which all ranks must call.
 
     Returns:
         Scalars float32 on the parameters' device, no host sync: ``total`` and, where such parameters have gradients,
@@ -122,7 +126,10 @@ def gradient_norms(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, 
     if not found:
         return {"total": torch.zeros(())}
     wide = torch.promote_types(found[0][1].dtype, torch.float32)
-    norms = torch.stack(torch._foreach_norm([grad for _, grad in found], 2, wide)).float()
+    grads = [grad for _, grad in found]
+    norms = torch.stack(torch._foreach_norm(local(grads), 2, wide)).float()
+    if any(isinstance(grad, DTensor) for grad in grads):
+        norms = sums_over_shards([norms.double().square()], grads)[0].sqrt().float()
     blocks = {int(match[1]) for name, _ in found if (match := _BLOCK.search(name))}
     groups: dict[str, list[int]] = {}
     for index, (name, _) in enumerate(found):

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,6 +182,40 @@ def traced() -> bool:
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors, with every DTensor replaced by this rank's shard: the same memory, no communication."""
     return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+
+
+def sums_over_shards(sums: Sequence[Tensor], owners: Sequence[Tensor]) -> list[Tensor]:
+    """Sums over whole tensors from sums over this rank's shards: all tensors of one sharding in one collective.
+
+    Args:
+        sums: vectors on any devices, together one number for each owner, in their order; not changed where there are shards.
+        owners: plain tensors, whose numbers stay, or DTensors; dimensions that are replicated (HSDP) take no part.
+
+    Returns:
+        As ``sums``, the same on all ranks that share a tensor. All ranks must call it with the same owners.
+
+    Raises:
+        ValueError: for an owner that is a partial sum itself.
+    """
+    shardings: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
+    for row, owner in enumerate(owners):
+        placements = getattr(owner, "placements", ())
+        if any(placement.is_partial() for placement in placements):
+            raise ValueError(f"a tensor lies as {placements}: a partial sum cannot be told from its shards")
+        dims = tuple(dim for dim, placement in enumerate(placements) if not placement.is_replicate())
+        if dims:
+            shardings.setdefault((getattr(owner, "device_mesh"), dims), []).append(row)  # noqa: B009
+    if not shardings:
+        return list(sums)
+    whole = torch.cat([rows.to(sums[0].device) for rows in sums])
+    for (mesh, dims), chosen in shardings.items():
+        part = whole if len(chosen) == len(whole) else whole[chosen]
+        for dim in dims:
+            torch.distributed.all_reduce(part, group=mesh.get_group(dim))
+        if part is not whole:
+            whole[chosen] = part
+    pieces: tuple[Tensor, ...] = torch.split(whole, [len(rows) for rows in sums])
+    return [piece.to(rows.device) for piece, rows in zip(pieces, sums, strict=True)]
 
 
 def same_layout(*tensors: Tensor | None) -> bool:

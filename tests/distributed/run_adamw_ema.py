@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # CPU processes on any machine
 
@@ -14,8 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from fastmoco.distributed import World, start_world, stop_world
+from fastmoco.distributed import World
 from fastmoco_kernels.adamw_ema.optimizer import AdamWEMA
+from tests.distributed.cases import run_cases
 
 STEPS = 3
 OPTIONS = {"lr": 0.02, "weight_decay": 0.1}
@@ -122,14 +121,5 @@ CASES: dict[str, Callable[[World], dict[str, object]]] = {
 }
 
 
-def main() -> None:
-    """Run all cases and leave the results in the folder given."""
-    torch.set_num_threads(1)
-    out = Path(sys.argv[1])
-    world = start_world("cpu", timeout_s=60)
-    torch.save({name: case(world) for name, case in CASES.items()}, out / f"rank{world.rank}.pt")
-    stop_world()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(CASES)

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from fastmoco.distributed import BatchNorm, World, gather_keys, group_rank, group_size, parallelize, start_world
+from fastmoco.distributed.replicas import bit_sums
+from tests.golden_objective import random_views, rough_objective
 
 
 def test_a_run_without_torchrun_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert start_world("cpu") == World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
     assert (group_rank(), group_size()) == (0, 1)
@@ -57,6 +59,30 @@ def test_norm_equals_torch_in_names_values_gradients_and_buffers(shape: tuple[in
     assert ours.num_batches_tracked.item() == 2
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_stacked_batches_are_normalised_apart(training: bool) -> None:
+    torch.manual_seed(0)
+    stacked, one_by_one = (BatchNorm(3).double().train(training) for _ in range(2))
+    x = torch.randn(2, 6, 3, dtype=torch.float64) * torch.tensor([1.0, 5.0]).view(2, 1, 1)
+    assert torch.equal(stacked(x), torch.stack([one_by_one(view) for view in x]))
+    for a, b in zip(stacked.buffers(), one_by_one.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_compiled_block_is_the_same_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without torch's code generator, which takes a minute; names stay as they are."""
+    torch.manual_seed(0)
+    objective = rough_objective()
+    pair, names = random_views(objective), list(objective.state_dict())
+    expected = objective(*pair).loss
+    called: list[int] = []
+    monkeypatch.setattr(torch, "compile", lambda function: lambda *a: called.append(1) or function(*a))
+    assert parallelize(objective, World(), compiled=True) is objective
+    assert list(objective.state_dict()) == names
+    assert torch.equal(objective(*pair).loss, expected)
+    assert len(called) == 2 * len(objective.encoder.blocks)
+
+
 def test_norm_keeps_bf16_out_of_its_statistics() -> None:
     torch.manual_seed(0)
     norm = BatchNorm(3)
@@ -70,3 +96,17 @@ def test_norm_keeps_bf16_out_of_its_statistics() -> None:
 def test_norm_names_wrong_shapes() -> None:
     with pytest.raises(ValueError, match=r"input shape=\(4, 5\): needs \[B, 3\]"):
         BatchNorm(3)(torch.zeros(4, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_every_flipped_bit_changes_the_sum(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tensor = (torch.randn(5, 7) * 3).to(dtype)
+    raw = tensor.view(-1).view(torch.uint8)
+    before = bit_sums([tensor])
+    for byte in range(len(raw)):
+        for bit in range(8):
+            raw[byte] ^= 1 << bit
+            assert bit_sums([tensor]) != before
+            raw[byte] ^= 1 << bit
+    assert torch.equal(bit_sums([tensor]), before)

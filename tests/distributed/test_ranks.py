@@ -43,7 +43,7 @@ def launch(
         "MASTER_PORT": str(port),
         "TORCH_DISTRIBUTED_DEBUG": debug,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "pipelines", ROOT / "kernels"))),
     }
     command = [sys.executable, "-m", module, str(out), *cases]
     ranks = [
@@ -51,7 +51,7 @@ def launch(
         for r in range(world_size)
     ]
     try:
-        errors = [rank.communicate(timeout=180)[1].decode() for rank in ranks]
+        errors = [rank.communicate(timeout=300)[1].decode() for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -56,6 +56,7 @@ def test_views_and_shared_storage_are_stored_whole(tmp_path: Path) -> None:
 def test_loaded_tensors_own_their_memory(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     loaded = load_checkpoint(path)
+    assert loaded.tensors is loaded.tensors
     (path / "tensors.safetensors").write_bytes(b"\0" * (path / "tensors.safetensors").stat().st_size)
     loaded.tensors["scalar"] += 1
     assert_same({**loaded.tensors, "scalar": torch.tensor(1.0)}, content(1))

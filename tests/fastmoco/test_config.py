@@ -9,6 +9,7 @@ import pytest
 
 from fastmoco.config import CheckpointConfig, Config, KnnConfig, ModelConfig, ObjectiveConfig, OptimConfig, resolve
 from fastmoco.config_json import differences, flatten, from_json, to_json
+from fastmoco.config_parallel import ParallelConfig
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
 
 
@@ -102,3 +103,26 @@ def test_another_image_size_carries_views_and_blur_along():
     config = with_image_size(get_recipe("vit_s16_e300_b1024"), 112)
     assert config.data.view1.size == config.data.view2.size == config.model.image_size == 112
     assert config.data.view1.blur_sigma == pytest.approx((0.05, 1.0))
+
+
+def test_a_config_from_before_a_field_was_there_still_loads():
+    old = to_json(Config())
+    del old["parallel"], old["model"]["compile"]
+    assert from_json(old) == Config()
+    sharded = replace(Config(), parallel=ParallelConfig(strategy="hsdp", shard_size=4))
+    assert from_json(json.loads(json.dumps(to_json(sharded)))) == sharded
+    assert differences(Config(), sharded) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"strategy": "zero"}, "strategy='zero': must be one of"),
+        ({"strategy": "hsdp", "shard_size": 1}, "shard_size=1: must be 0 or at least 2"),
+        ({"strategy": "fsdp", "shard_size": 2}, "shard_size=2: is for strategy hsdp, not fsdp"),
+        ({"verify_replicas_every": -1}, "verify_replicas_every=-1: must not be negative"),
+    ],
+)
+def test_parallel_settings_that_make_no_sense_are_refused(fields, text):
+    with pytest.raises(ValueError, match=text):
+        ParallelConfig(**fields)

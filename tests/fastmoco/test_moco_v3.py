@@ -132,8 +132,9 @@ def test_the_twin_keeps_the_statistics_of_its_own_activations() -> None:
 
     def follow(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         nonlocal mean, var
-        mean = 0.9 * mean + 0.1 * args[0].mean(0)
-        var = 0.9 * var + 0.1 * args[0].var(0)
+        for view in args[0].unbind():
+            mean = 0.9 * mean + 0.1 * view.mean(0)
+            var = 0.9 * var + 0.1 * view.var(0)
 
     norm.register_forward_pre_hook(follow)
     optimizer = build_adamw(objective.named_parameters(), lr=1e-2, weight_decay=0.1)

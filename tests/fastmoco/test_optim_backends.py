@@ -13,7 +13,7 @@ import torch
 
 from fastmoco import setup_run
 from fastmoco import trainer as trainer_module
-from fastmoco.checkpoint import load_latest
+from fastmoco.checkpoint import load_latest, saver
 from fastmoco.cli import main
 from fastmoco.config import Config
 from fastmoco.config_json import differences, from_json, to_json
@@ -136,7 +136,7 @@ def test_it_continues_under_the_other_backend_and_says_so(config, folders, tmp_p
 def old_folder(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint as it was when a step began with the average: without the entry, the twin one average behind."""
     folder = tmp_path_factory.mktemp("old")
-    update, save = trainer_module.update_weights, trainer_module.save_checkpoint
+    update, save = trainer_module.update_weights, saver.save_checkpoint
     calls: list[float | None] = []
 
     def as_before(optimizer: Any, objective: Any, momentum: float | None) -> None:
@@ -149,7 +149,7 @@ def old_folder(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "update_weights", as_before)
-        patch.setattr(trainer_module, "save_checkpoint", saved_as_before)
+        patch.setattr(saver, "save_checkpoint", saved_as_before)
         train(config, folder, CUT)
     return folder
 

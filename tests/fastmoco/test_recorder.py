@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 
 import pytest
 import torch
@@ -88,3 +89,34 @@ def test_knn_dips_are_said(tmp_path, capsys):
         recorder.knn(step, accuracy)
     assert "kNN fell to 70.0%" in capsys.readouterr().out
     assert [row["knn"] for row in _rows(recorder, tmp_path)] == [0.5, 0.8, 0.7]
+
+
+def test_a_full_disk_costs_lines_of_metrics_and_not_the_run(tmp_path, capsys, monkeypatch):
+    """T10, of the metrics: said once, and written again as soon as there is room."""
+
+    def missing(*args, **more):  # TensorBoard writes in a thread of its own, which a full disk ends
+        raise ImportError
+
+    monkeypatch.setattr("fastmoco.telemetry.recorder.TensorBoardSink", missing)
+    recorder = _recorder(tmp_path)
+    q = torch.randn(8, 64)
+
+    def log(step):
+        recorder.stepped(0.0)
+        recorder.log(step, torch.tensor(2.5), q, q, lr=0.1, ema_momentum=0.9)
+
+    log(1)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
+    try:
+        log(2)
+        log(3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    log(4)
+    assert capsys.readouterr().out.count("metrics cannot be written and are lost until they can") == 1
+    recorder.close()
+    steps = [step for step, _ in RunFolder(tmp_path).read_metric("loss")]
+    assert (steps[0], steps[-1]) == (1, 4)
+    assert 2 not in steps

@@ -66,3 +66,35 @@ def test_metrics_after_the_step_and_torn_lines_are_dropped(tmp_path):
     assert folder.metrics.read_text() == "\n".join(lines[:2]) + "\n"
     assert folder.read_metric("knn") == [(0, 0.5)]
     assert folder.read_metric("loss") == [(3, 1.5)]
+
+
+def test_half_written_files_of_a_killed_run_are_removed_and_named(tmp_path):
+    """T36; by the process that holds the folder alone."""
+    (tmp_path / "config.json.tmp").write_text("{")
+    folder = RunFolder(tmp_path)
+    assert folder.take_leftovers() == []
+    folder.acquire()
+    assert folder.take_leftovers() == ["config.json.tmp"]
+    assert not list(tmp_path.glob("*.tmp"))
+    folder.release()
+
+
+def test_one_mark_replaces_the_other(tmp_path):
+    folder, other = RunFolder(tmp_path), RunFolder(tmp_path)
+    folder.acquire()
+    for name, there in (("PREEMPTED", {"PREEMPTED"}), ("DONE", {"DONE"}), (None, set())):
+        folder.mark(name)
+        other.mark(None)  # it does not hold the folder
+        assert {path.name for path in tmp_path.iterdir()} & {"DONE", "PREEMPTED"} == there
+    folder.release()
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_first_step(tmp_path):
+    """T37; a folder in its place, because the tests may run as a user whom no mode keeps out."""
+    (tmp_path / "metrics.jsonl").mkdir()
+    folder = RunFolder(tmp_path)
+    with pytest.raises(RunError, match=r"cannot write to .*metrics.jsonl: Is a directory; mend it or choose another"):
+        folder.acquire()
+    (tmp_path / "metrics.jsonl").rmdir()
+    folder.acquire()  # the lock was given back
+    folder.release()

@@ -207,29 +207,34 @@ def test_another_number_of_threads_is_reported(small_run, whole, capsys):
     assert "another machine: threads 1 -> 2" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(small_run, tmp_path, monkeypatch):
-    rules = replace(small_run.checkpoint, every_steps=1)
-    trainer = Trainer.build(replace(small_run, checkpoint=rules), tmp_path, WORLD)
-    good = trainer.loader.next
-    poison = {4}
-
-    def next_batch():
-        batch = good()
-        if batch.step in poison:
-            batch.view1[0, 0, 0, 0] = float("nan")
-        return batch
-
-    monkeypatch.setattr(trainer.loader, "next", next_batch)
+def test_a_state_that_is_not_finite_is_never_saved(small_run, tmp_path):
+    trainer = Trainer.build(small_run, tmp_path, WORLD)
     try:
-        with pytest.raises(RunError, match=r"the loss is nan at step 5; the last good state is step 4"):
-            trainer.run()
+        trainer.step(trainer.loader.next())
+        with torch.no_grad():
+            trainer.objective.predictor[0].weight[0, 0] = float("nan")
         with pytest.raises(RunError, match="is not finite: this state is not saved"):
             trainer._save(force=True)
     finally:
         trainer.close()
-    checkpoint = load_latest(tmp_path / "checkpoints")
-    assert checkpoint is not None
-    assert checkpoint.step == 4
+    assert load_latest(tmp_path / "checkpoints") is None
+
+
+def test_what_a_run_may_change_with_allow_and_what_it_may_not(small_run, whole, tmp_path):
+    """T29. The refusal prints what changed and names the way; a change of the state or of the order has none."""
+    faster = replace(small_run, optim=replace(small_run.optim, lr=1.0))
+    with pytest.raises(RunError, match=r"optim.lr: 0.0015 -> 1.0.* give --allow optim.lr if you mean it"):
+        Trainer.build(faster, whole, WORLD)
+    Trainer.build(faster, whole, WORLD, allow=["optim.lr"]).close()
+    both = replace(faster, seed=1)
+    with pytest.raises(RunError, match=r"changed: seed: 0 -> 1\. (?!.*--allow)"):
+        Trainer.build(both, whole, WORLD, allow=["optim.lr"])
+    with pytest.raises(RunError, match="--allow seed: cannot change within a run"):
+        Trainer.build(both, whole, WORLD, allow=["optim.lr", "seed"])
+    free = replace(small_run, log_every_steps=7, faults=replace(small_run.faults, hang_timeout_s=5))
+    Trainer.build(free, whole, WORLD).close()
+    views = replace(small_run, data=replace(small_run.data, view1=replace(small_run.data.view1, flip_probability=0.25)))
+    Trainer.build(views, whole, WORLD, allow=["data.view1.flip-probability"]).close()
 
 
 def test_ranks_that_see_different_folders_are_refused(monkeypatch):

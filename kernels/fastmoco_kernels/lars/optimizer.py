@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import local
+from fastmoco_kernels._multi_tensor import local, sums_over_shards
 from fastmoco_kernels.lars.checks import check_numbers, check_tensors
 from fastmoco_kernels.lars.op import BACKENDS, lars_squares, lars_update_, resolve_backend
 
@@ -102,7 +102,7 @@ class LARS(torch.optim.Optimizer):
         squares = [
             lars_squares(part.locals, part.grads, part.group["weight_decay"], backend=part.backend) for part in parts
         ]
-        whole = _reduced(squares, [parameter for part in parts for parameter in part.parameters])
+        whole = sums_over_shards(squares, [parameter for part in parts for parameter in part.parameters])
         for part, rows in zip(parts, whole, strict=True):
             lars_update_(
                 part.locals,
@@ -150,28 +150,3 @@ def _require_alike_sharding(parameter: Tensor) -> None:
 def _placements(tensor: Tensor | None) -> tuple[Any, ...] | None:
     """A DTensor's placements; None for a plain tensor."""
     return getattr(tensor, "placements", None)
-
-
-def _reduced(squares: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:
-    """The squared norms of whole tensors from those of this rank's shards: all tensors of one sharding in one collective."""
-    shardings: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
-    for row, parameter in enumerate(parameters):
-        placements = _placements(parameter)
-        if placements is None:
-            continue
-        if any(placement.is_partial() for placement in placements):
-            raise ValueError(f"LARS: a parameter lies as {placements}; a partial sum has no norm of its own")
-        dims = tuple(dim for dim, placement in enumerate(placements) if not placement.is_replicate())
-        if dims:
-            shardings.setdefault((getattr(parameter, "device_mesh"), dims), []).append(row)  # noqa: B009
-    if not shardings:
-        return squares
-    whole = torch.cat([rows.to(squares[0].device) for rows in squares])
-    for (mesh, dims), chosen in shardings.items():
-        part = whole if len(chosen) == len(whole) else whole[chosen]
-        for dim in dims:
-            torch.distributed.all_reduce(part, group=mesh.get_group(dim))
-        if part is not whole:
-            whole[chosen] = part
-    pieces = torch.split(whole, [len(rows) for rows in squares])
-    return [piece.to(rows.device) for piece, rows in zip(pieces, squares, strict=True)]

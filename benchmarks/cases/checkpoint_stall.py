@@ -1,0 +1,128 @@
+"""What a checkpoint costs a training run: seconds that training stands still, as a share of one step, sync and async.
+
+A run of a small ViT on one constant batch takes turns: some steps, a save in the foreground and as many steps, a save in the
+background and as many steps. ``blocked`` is how long the call of the save holds the training up; ``added`` is all that
+it adds until it is committed, so the steps that a background save slows down on a shared processor count too. Where one
+disk flush differs from the next, read the range.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import interleave
+from fastmoco import training_state
+from fastmoco.checkpoint import Saver
+from fastmoco.config import KnnConfig
+from fastmoco.distributed.mesh import start_world
+from fastmoco.recipes import get_recipe, with_image_size
+from fastmoco.trainer import Trainer
+from fastmoco_pipelines import pack_digits
+
+NAME = "checkpoint_stall"
+DEFAULTS = {
+    "recipe": "quickstart_digits",
+    "device": "auto",
+    "architecture": "vit_tiny",
+    "image_size": 64,
+    "hidden_dim": 1024,
+    "batch": 32,
+    "steps": 3,
+    "rounds": 5,
+    "folder": "",
+}
+
+
+def run(options: dict[str, Any]) -> dict[str, Any]:
+    """Measure.
+
+    Args:
+        options: ``recipe``, ``device``, ``architecture``, ``image_size``, ``hidden_dim`` and ``batch`` of the run; ``steps``
+            after each save, long enough for the background save to end within them; ``rounds``; ``folder`` on the disk to
+            be measured (empty: the temporary folder).
+
+    Returns:
+        ``state_mb``; ``step_s``, the median second of a step; ``blocked`` and ``added``, each for ``sync`` and ``async``, in
+        steps: median, smallest and largest; ``async_over_sync`` of the blocked time; ``share_of_a_run``, the blocked time of
+        a save over the default interval between two.
+    """
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options["folder"] or None)))
+        trainer = _trainer(options, folder)
+        stack.callback(trainer.close)
+        batch = trainer.loader.next()
+        savers = {name: Saver(folder / name, keep=1, check=training_state.require_finite) for name in ("sync", "async")}
+        blocked: dict[str, list[float]] = {name: [] for name in savers}
+        number = iter(range(10**9))
+
+        def segment(name: str) -> Callable[[], float]:
+            def seconds() -> float:
+                began = time.perf_counter()
+                if name in savers:
+                    saver = savers[name]
+                    save = saver.save if name == "sync" else saver.save_in_background
+                    tensors, rest = trainer._state()
+                    save(step=next(number), tensors=tensors, state=rest)
+                    blocked[name].append(time.perf_counter() - began)
+                for _ in range(options["steps"]):
+                    trainer.step(batch).loss.item()
+                if name in savers:
+                    error = savers[name].wait()
+                    if error is not None:
+                        raise error
+                return time.perf_counter() - began
+
+            return seconds
+
+        measures = {name: segment(name) for name in ("none", "sync", "async")}
+        for measure in measures.values():
+            measure()  # fills the caches, and the memory of the copy is there
+        blocked = {name: [] for name in savers}
+        figures = interleave(measures, rounds=options["rounds"])
+        megabytes = sum(tensor.nbytes for tensor in trainer._state()[0].values()) / 1e6
+    step = statistics.median(figures["none"]) / options["steps"]
+    added = {
+        name: [(with_save - none) / step for with_save, none in zip(figures[name], figures["none"], strict=True)]
+        for name in savers
+    }
+    interval = get_recipe(options["recipe"]).checkpoint.every_minutes * 60
+    return {
+        "state_mb": round(megabytes, 1),
+        "step_s": round(step, 3),
+        "blocked": {name: _spread([value / step for value in values]) for name, values in blocked.items()},
+        "added": {name: _spread(values) for name, values in added.items()},
+        "async_over_sync": round(statistics.median(blocked["async"]) / statistics.median(blocked["sync"]), 3),
+        "share_of_a_run": {name: float(f"{statistics.median(v) / interval:.3g}") for name, v in blocked.items()},
+    }
+
+
+def _trainer(options: Mapping[str, Any], folder: Path) -> Trainer:
+    """A run on one constant batch that saves nothing by itself."""
+    config = get_recipe(options["recipe"])
+    config = replace(
+        config,
+        epochs=1e6,
+        device=options["device"],
+        global_batch_size=options["batch"],
+        log_every_steps=10**6,
+        model=replace(config.model, architecture=options["architecture"], hidden_dim=options["hidden_dim"]),
+        knn=KnnConfig(every_epochs=0),
+        data=replace(config.data, shards=pack_digits(folder / "data")[0], synthetic=True),
+    )
+    config = with_image_size(config, options["image_size"], patch_size=16)
+    return Trainer.build(config, folder / "run", start_world(config.device))
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), 3),
+        "smallest": round(min(values), 3),
+        "largest": round(max(values), 3),
+    }

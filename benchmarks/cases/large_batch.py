@@ -1,0 +1,172 @@
+"""One large batch three ways: whole, in chunks, and in chunks over four processes. Same losses, and the memory of each.
+
+Every side is a run of its own in fresh processes, through the trainer's step, on the same pictures: noise around a pattern of
+the image's own, drawn from the number of the step, so that each rank cuts its part from the same global batch. Memory is the
+high-water mark of the resident set over what was resident before the first step, of the process that took most.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastmoco.config import BatchConfig, Config, KnnConfig, ObjectiveConfig, OptimConfig
+from fastmoco.distributed.mesh import start_world, stop_world
+from fastmoco.recipes import quickstart_digits
+from fastmoco.trainer import Trainer
+from fastmoco_pipelines.batch import TwoViewBatch
+
+NAME = "large_batch"
+DEFAULTS = {"batch": 4096, "chunk": 64, "steps": 30, "processes": 4, "lr": 1.5e-4, "eps": 1e-8, "precision": "fp32"}
+TIMEOUT_S = 3600
+
+
+def run(options: dict[str, Any]) -> dict[str, Any]:
+    """Measure.
+
+    Args:
+        options: ``batch`` images over all processes; ``chunk`` images at a time; ``steps``; ``processes`` of the third side;
+            ``lr`` base learning rate and ``eps`` of AdamW, which decide how fast rounding grows; ``precision``.
+
+    Returns:
+        By side: losses, peak bytes of a process, seconds a step. Largest difference of any loss from the whole batch's, and
+        each side's peak as a share of the whole batch's.
+    """
+    sides = {
+        "whole": _side(options, 1, "none"),
+        "chunks": _side(options, 1, options["chunk"]),
+        f"chunks, {options['processes']} processes": _side(options, options["processes"], options["chunk"]),
+    }
+    losses, peak = sides["whole"]["losses"], sides["whole"]["peak_bytes"]
+    return {
+        "sides": sides,
+        "largest_loss_difference": {
+            name: max(abs(a - b) for a, b in zip(side["losses"], losses, strict=True)) for name, side in sides.items()
+        },
+        "peak_share": {name: round(side["peak_bytes"] / peak, 4) for name, side in sides.items()},
+    }
+
+
+def _side(options: dict[str, Any], processes: int, chunk: int | str) -> dict[str, Any]:
+    """Start the processes of one side and gather what they found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        # What is freed goes back to the system at once, or the high-water mark would be that of the allocator's habits.
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    command = [sys.executable, "-m", "benchmarks.cases.large_batch", json.dumps(options | {"chunk": chunk})]
+    ranks = [
+        subprocess.Popen(command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE)
+        for r in range(processes)
+    ]
+    try:
+        printed = [rank.communicate(timeout=TIMEOUT_S)[0].decode() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    if any(rank.returncode for rank in ranks):
+        raise ValueError(f"a process of the side chunk={chunk} ended with {[rank.returncode for rank in ranks]}")
+    found = [json.loads(text.splitlines()[-1]) for text in printed]
+    return {**found[0], "peak_bytes": max(rank["peak_bytes"] for rank in found)}
+
+
+def _config(options: dict[str, Any]) -> Config:
+    """A small vision transformer: 17 tokens of width 64, two blocks, narrow heads."""
+    recipe = quickstart_digits()
+    chunk = options["chunk"]
+    return replace(
+        recipe,
+        recipe="large_batch",
+        epochs=1.0,
+        global_batch_size=options["batch"],
+        precision=options["precision"],
+        device="cpu",
+        threads=1,
+        batch=BatchConfig(chunk=chunk, kept=0) if chunk != "none" else BatchConfig(chunk="none"),
+        model=replace(recipe.model, hidden_dim=64, projection_dim=32),
+        objective=ObjectiveConfig(temperature=0.2),
+        optim=OptimConfig(lr=options["lr"], eps=options["eps"], warmup_epochs=0.01),
+        data=replace(recipe.data, synthetic=True),
+        knn=KnnConfig(every_epochs=0),
+    )
+
+
+def _global_batch(step: int, images: int, side: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two views of so many pictures, the same in every process."""
+    draws = torch.Generator().manual_seed(step)
+    pattern = torch.randn(images, 3, side, side, generator=draws)
+    view1, view2 = (pattern + 0.5 * torch.randn(pattern.shape, generator=draws) for _ in range(2))
+    return view1.to(dtype), view2.to(dtype)
+
+
+def _child(options: dict[str, Any]) -> None:
+    """Train one rank of one side and print what it found as one JSON line."""
+    world = start_world("cpu")
+    config = _config(options)
+    losses = []
+    with tempfile.TemporaryDirectory() as out:
+        trainer = Trainer.build(config, Path(out), world)
+        try:
+            local = config.global_batch_size // world.world_size
+            mine = slice(world.rank * local, (world.rank + 1) * local)
+            dtype = trainer.objective.encoder.pos_embed.dtype
+            _load_kernels(trainer, dtype)
+            before = _reset_peak()
+            began = time.perf_counter()
+            for step in range(options["steps"]):
+                views = _global_batch(step, config.global_batch_size, config.model.image_size, dtype)
+                view1, view2 = (view[mine].clone() for view in views)
+                del views
+                batch = TwoViewBatch(view1=view1, view2=view2, sample_ids=torch.arange(local).numpy(), step=step)
+                loss = trainer.step(batch).loss.detach().double()
+                if world.world_size > 1:
+                    dist.all_reduce(loss)
+                losses.append(loss.item() / world.world_size)
+            seconds = (time.perf_counter() - began) / options["steps"]
+            peak = _status("VmHWM") - before
+        finally:
+            trainer.close()
+    stop_world()
+    print(json.dumps({"peak_bytes": peak, "seconds_per_step": round(seconds, 3), "losses": losses}))
+
+
+def _load_kernels(trainer: Trainer, dtype: torch.dtype) -> None:
+    """Let a copy take a small step: libraries that load at first use are no memory of the batch."""
+    encoder = copy.deepcopy(trainer.objective.encoder)  # alone: heads would wait for the other ranks
+    encoder(_global_batch(0, 8, trainer.config.model.image_size, dtype)[0]).sum().backward()
+
+
+def _reset_peak() -> int:
+    """Forget the high-water mark up to now; returns the bytes resident."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    """One figure of the kernel's about this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+if __name__ == "__main__":
+    _child(json.loads(sys.argv[1]))

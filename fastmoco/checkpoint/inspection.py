@@ -1,0 +1,112 @@
+"""Look at the checkpoints of a run from outside: which are sound, and their tensors as one file for other tools."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from fastmoco.checkpoint.errors import CheckpointError
+from fastmoco.checkpoint.folder import MARKER, flush, list_checkpoints, read_marker, unfinished_saves
+from fastmoco.checkpoint.loading import Checkpoint, load_checkpoint
+from fastmoco.checkpoint.whole_file import write_whole
+
+ENCODER = "model.encoder."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What is to be said of one folder.
+
+    Attributes:
+        path: the folder.
+        step: from its name; -1 where even that says nothing.
+        size: bytes of all its files.
+        saved_at: UTC, ISO 8601; "" where the marker does not say.
+        world_size: ranks that wrote it; 0 where the marker does not say.
+        committed: whether it carries a marker; a folder without one is what a killed save left, and every reader ignores it.
+        fault: "" if it can be trusted, else why not.
+    """
+
+    path: Path
+    step: int
+    size: int
+    saved_at: str
+    world_size: int
+    committed: bool
+    fault: str
+
+
+def inspect_checkpoints(path: Path) -> list[Verdict]:
+    """Verify every checkpoint of a folder as loading would, oldest first; unfinished saves among them, as faults.
+
+    Args:
+        path: of a run, of its checkpoints, or of one checkpoint.
+    """
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints"
+    folders = list_checkpoints(path) + unfinished_saves(path)
+    if not folders and path.name.startswith("step_") and path.is_dir():
+        folders = [path]
+    return sorted((_inspect(folder) for folder in folders), key=lambda verdict: (verdict.step, verdict.path))
+
+
+def _inspect(folder: Path) -> Verdict:
+    marker: dict[str, object] = {}
+    fault = ""
+    try:
+        marker = read_marker(folder)
+        load_checkpoint(folder)
+    except (ValueError, OSError, CheckpointError) as error:
+        fault = str(error)
+    digits = folder.name.partition("step_")[2].partition("-")[0]
+    return Verdict(
+        path=folder,
+        step=int(digits) if digits.isdigit() else -1,
+        size=sum(file.lstat().st_size for file in folder.iterdir()),
+        saved_at=str(marker.get("saved_at", "")),
+        world_size=int(str(marker.get("world_size", 0))),
+        committed=(folder / MARKER).is_file(),
+        fault=fault,
+    )
+
+
+def consolidate(checkpoint: Checkpoint, out: Path, *, encoder_only: bool) -> int:
+    """Write a checkpoint's tensors into one safetensors file, whoever wrote it and on however many ranks.
+
+    Args:
+        checkpoint: see `load_latest`.
+        out: a new file (mode 0600), whole or not there at all.
+        encoder_only: only the trained encoder, under its own names (``blocks.0.norm1.weight``), without the projector
+            behind it, which is of no use after pre-training. Else every tensor, optimizer and twin among them.
+
+    Returns:
+        The number of tensors written.
+
+    Raises:
+        CheckpointError: if ``out`` exists or cannot be written, or there is no encoder in the checkpoint.
+    """
+    tensors = checkpoint.tensors
+    if encoder_only:
+        tensors = {
+            name.removeprefix(ENCODER): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(ENCODER) and not name.startswith(f"{ENCODER}head.")
+        }
+    if not tensors:
+        raise CheckpointError(f"{checkpoint.path} holds no {ENCODER}*: it is no checkpoint of a run")
+    if os.path.lexists(out):
+        raise CheckpointError(f"{out} exists; choose another --out")
+    fresh = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    try:
+        write_whole(fresh, tensors, {"format": "pt", "step": str(checkpoint.step)})
+        fresh.rename(out)
+        flush(out.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{out} was not written: {error}. Free space or choose another --out") from error
+    finally:
+        fresh.unlink(missing_ok=True)
+    return len(tensors)

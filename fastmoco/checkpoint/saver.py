@@ -1,0 +1,112 @@
+"""Save in the foreground, or copy the state and write it while the training goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeAlias, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from fastmoco.checkpoint.ranks import on_every_rank
+from fastmoco.checkpoint.store import JSON, save_checkpoint
+from fastmoco.errors import RunError
+
+Check: TypeAlias = Callable[[Mapping[str, Tensor]], None]
+
+
+class Saver:
+    """Writes the checkpoints of one run, one at a time.
+
+    A background save copies the tensors to the host before it returns, so that what is written is the state of the call;
+    a thread then checks, writes, hashes and commits the copy. The copy's memory is kept for the next one: the host holds
+    the state of its process once more. With a group every rank makes the same calls in the same order.
+
+    Args:
+        root: folder of the run's checkpoints.
+        keep: see `save_checkpoint`.
+        group: see `save_checkpoint`; used by nothing else, so that it can be used beside the training.
+        check: looks at this rank's tensors before they are written, and raises a RunError if they must not be.
+
+    Attributes:
+        saved_step: step of the newest checkpoint that is known to be committed; None before the first.
+    """
+
+    def __init__(
+        self, root: Path, *, keep: int, group: dist.ProcessGroup | None = None, check: Check = lambda tensors: None
+    ) -> None:
+        self.saved_step: int | None = None
+        self._root, self._keep, self._group, self._check = root, keep, group, check
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._stager: DefaultStager | None = None
+
+    def save(self, *, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, JSON]) -> None:
+        """Write a checkpoint and return when it is committed. A save in flight is waited for; its error is kept for `poll`.
+
+        Raises:
+            RunError: if the check refuses it.
+            CheckpointError: if it cannot be written.
+        """
+        self.settle()
+        self._write(step, tensors, state)
+
+    def save_in_background(self, *, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, JSON]) -> None:
+        """Copy the state and return; a thread writes the copy. Errors of the thread come out of `poll` and `wait`.
+
+        A save in flight is waited for first: there is never more than one copy.
+        """
+        self.settle()
+        if self._stager is None:
+            on_cuda = any(tensor.is_cuda for tensor in tensors.values())
+            self._stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=on_cuda,
+                    use_shared_memory=False,
+                    use_async_staging=False,
+                    use_non_blocking_copy=on_cuda,
+                )
+            )
+        copy = cast("dict[str, Tensor]", self._stager.stage({name: t.detach() for name, t in tensors.items()}))
+
+        def write() -> None:
+            try:
+                self._write(step, copy, state)
+            except BaseException as error:  # whatever it is, the training must hear of it
+                self._error = error
+
+        # A daemon: if the process must end while a peer hangs, it ends, and the folder without a marker is ignored.
+        self._thread = threading.Thread(target=write, name=f"checkpoint of step {step}", daemon=True)
+        self._thread.start()
+
+    def poll(self) -> BaseException | None:
+        """The error of the background save that has failed since the last call, if one has. Never blocks."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.settle()
+        error, self._error = (self._error, None) if self._thread is None else (None, self._error)
+        return error
+
+    def wait(self, timeout_s: float | None = None) -> BaseException | None:
+        """Wait for the save in flight, if there is one, and give its error."""
+        self.settle(timeout_s)
+        return self.poll()
+
+    def settle(self, timeout_s: float | None = None) -> None:
+        """Wait for the save in flight, if there is one; its error stays for `poll`."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if not self._thread.is_alive():
+                self._thread = None
+
+    @torch.no_grad()
+    def _write(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, JSON]) -> None:
+        try:
+            on_every_rank(lambda: self._check(tensors), self._group)
+        except RuntimeError as error:
+            raise error if isinstance(error, RunError) else RunError(str(error)) from error
+        save_checkpoint(self._root, step=step, tensors=tensors, state=state, keep=self._keep, group=self._group)
+        self.saved_step = step

@@ -1,0 +1,185 @@
+"""`fastmoco plan`: what a recipe takes on given GPUs, and the batch at which each setting stops fitting. No GPU, no data."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from fastmoco.config import Config
+from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line
+
+if TYPE_CHECKING:
+    from fastmoco.planner import StepPlan
+    from fastmoco.step_costs import StepCosts
+
+UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    """Parameters, FLOPs, bytes, chunks and largest batches of a recipe, without a GPU and without data."""
+
+    gpus: int = 1
+    """Processes that train, one a GPU."""
+    memory: str = "80GiB"
+    """Memory of each, e.g. 80GiB or 24GB."""
+    json: bool = False
+    """Print JSON instead of tables."""
+    config: Annotated[Config, tyro.conf.arg(name="")]
+
+
+def plan(options: PlanArguments) -> int:
+    """Print what a recipe takes; returns 0."""
+    with one_line(EXIT_REFUSED, ValueError):
+        found = describe(options.config, options.gpus, parse_bytes(options.memory))
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print_tables(found)
+    return EXIT_FINISHED
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as ``80GiB``.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2] not in UNITS or float(match[1]) <= 0:
+        raise ValueError(f"memory={text!r}: must be a number with one of {', '.join(filter(None, UNITS))}, e.g. 80GiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
+    """All that `fastmoco plan` prints, as JSON-able figures.
+
+    Args:
+        config: the run.
+        gpus: processes, each on a device of its own.
+        memory: bytes of each device.
+
+    Raises:
+        ValueError: if the processes cannot share the batch, or a chunk is asked for where the trunk couples samples.
+    """
+    import torch
+
+    from fastmoco.planner import HEADROOM
+    from fastmoco.setup_run import choose_precision
+    from fastmoco.step_costs import measure_costs
+
+    if gpus < 1 or config.global_batch_size % gpus:
+        raise ValueError(f"gpus={gpus}: must divide global_batch_size={config.global_batch_size}")
+    # A GPU of today multiplies bf16; what a CPU does can be asked here.
+    on_cpu = config.device == "cpu"
+    precision = (
+        choose_precision(config.precision, torch.device("cpu")) if on_cpu else config.precision.replace("auto", "bf16")
+    )
+    attention = "explicit" if on_cpu and precision == "bf16" else config.model.attention
+    by_setting = {
+        setting: measure_costs(config, precision, attention=attention, recompute=setting)
+        for setting in ("none", "selective", "full")
+    }
+    rows = [
+        _row(config, costs, setting, gpus, memory * HEADROOM, shards)
+        for shards in ((1, gpus) if gpus > 1 else (1,))
+        for setting, costs in by_setting.items()
+    ]
+    plain = by_setting["none"]
+    return {
+        "recipe": config.recipe,
+        "gpus": gpus,
+        "memory_bytes": memory,
+        "usable_share": HEADROOM,
+        "precision": precision,
+        "global_batch_size": config.global_batch_size,
+        "local_batch_size": config.global_batch_size // gpus,
+        "parameters": plain.parameters,
+        "trainable_parameters": plain.trainable,
+        "flops_per_image": plain.step_flops,
+        "flops_per_step": plain.step_flops * config.global_batch_size,
+        "couples_samples": plain.couples_samples,
+        "settings": rows,
+        "chosen": next(row for row in rows if row["checkpointing"] == config.model.checkpointing),
+    }
+
+
+def _row(config: Config, costs: StepCosts, setting: str, gpus: int, usable: float, shards: int) -> dict[str, Any]:
+    """One way to train, with the plan for the recipe's batch and the batches at which it ends."""
+    from fastmoco.planner import busy_chunk, largest_batch, plan_step, state_bytes
+
+    element = 8 if config.precision == "fp64" else 4
+    state = state_bytes(costs, config.optim.name, element, shards=shards)
+    budget = usable - state.total
+    tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
+    if costs.couples_samples and isinstance(config.batch.chunk, int):
+        raise ValueError(
+            f"batch.chunk={config.batch.chunk}: this trunk cannot go in chunks, because {costs.couples_samples}"
+        )
+    chosen: StepPlan = plan_step(
+        costs,
+        images=config.global_batch_size // gpus,
+        budget=budget,
+        tokens=tokens,
+        chunk=config.batch.chunk,
+        kept=config.batch.kept,
+        world_size=gpus,
+    )
+    chunk = chosen.chunk or busy_chunk(tokens)
+    in_chunks = 0 if costs.couples_samples else gpus * largest_batch(costs, budget, chunk=chunk, world_size=gpus)
+    return {
+        "checkpointing": setting,
+        "state_over": shards,
+        "state_bytes": asdict(state) | {"total": state.total},
+        "activation_bytes_per_image": costs.graph.per_image,
+        "step_bytes": chosen.peak_bytes,
+        "fits": chosen.peak_bytes <= budget,
+        "plan": chosen.to_json(),
+        "largest_batch_whole": gpus * largest_batch(costs, budget, world_size=gpus),
+        "largest_batch_in_chunks": in_chunks,
+    }
+
+
+def _print_tables(found: dict[str, Any]) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    gib = 2**30
+    print(
+        f"{found['recipe']}: batch {found['global_batch_size']} on {found['gpus']} x {found['memory_bytes'] / gib:.4g} GiB, "
+        f"{found['precision']}; {found['usable_share']:.0%} of the memory is planned with"
+    )
+    print(
+        f"{found['parameters'] / 1e6:.1f} M parameters, {found['trainable_parameters'] / 1e6:.1f} M of them trainable; "
+        f"{found['flops_per_image'] / 1e9:.1f} GFLOP an image, {found['flops_per_step'] / 1e12:.1f} TFLOP a step"
+    )
+    if found["couples_samples"]:
+        print(f"no chunks: {found['couples_samples']}")
+    heading = ("recompute", "share", "state", "MB/img", "batch in", "kept", "extra", "peak", "whole", "chunks")
+    table = Table(*heading, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for row in found["settings"]:
+        plan, state = row["plan"], row["state_bytes"]["total"]
+        table.add_row(
+            row["checkpointing"],
+            f"{row['state_over']}",
+            f"{state / gib:.2f}",
+            f"{row['activation_bytes_per_image'] / 1e6:.1f}",
+            f"{plan['chunks']} x {plan['chunk']}" if plan["chunk"] else "one",
+            f"{plan['kept']}" if plan["chunk"] else "",
+            f"{plan['overhead']:+.1%}",
+            f"{(row['step_bytes'] + state) / gib:.1f}" + ("" if row["fits"] else " !"),
+            f"{row['largest_batch_whole']}",
+            f"{row['largest_batch_in_chunks']}" if row["largest_batch_in_chunks"] else "-",
+        )
+    console.print(table)
+    print(
+        "share: GPUs that share one copy of parameters, gradients and optimizer. state, peak: GiB of a GPU (! does not fit).\n"
+        "MB/img: activations of an image. batch in: chunks x images. kept: chunks that keep their activations.\n"
+        "extra: FLOPs computed twice. whole, chunks: the largest batch over all GPUs at once, and in such chunks."
+    )

@@ -1,0 +1,114 @@
+"""Gradients that pile up in one process over several backward passes, and cross ranks once.
+
+What `DistributedDataParallel` does in every backward would cost a step in chunks one all-reduce of the whole model for each
+chunk; a sharded model knows the same two moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastmoco.distributed.mesh import group_size
+from fastmoco.distributed.sharding import trunk_units
+
+BUCKET_BYTES = 32 * 2**20
+"""Bytes of gradients that travel as one message: large enough for the network, small beside the model."""
+
+
+class GradientAverage:
+    """Says of each backward pass of a step whether more follow, and averages over ranks after the last one.
+
+    ``with average.local(): ...`` around every backward but the last, ``with average.last(): ...`` around that one. Behind it
+    every trainable parameter's ``grad`` is the mean of the ranks' sums, the same bits on all of them.
+
+    Args:
+        module: on every rank the same trainable parameters in the same order, none of which is without gradient in the end.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+    @contextmanager
+    def local(self) -> Iterator[None]:
+        """A backward pass whose gradients stay in this process for now."""
+        yield
+
+    @contextmanager
+    def last(self) -> Iterator[None]:
+        """The backward pass that completes the gradients.
+
+        Raises:
+            RuntimeError: naming the first trainable parameter without a gradient: its peers would wait for it, or take another's.
+        """
+        yield
+        if group_size() > 1:
+            for bucket in _buckets(self._gradients()):
+                _average_(bucket)
+
+    def _gradients(self) -> Iterator[Tensor]:
+        for name, parameter in self._named:
+            if parameter.grad is None:
+                raise RuntimeError(f"{name} has no gradient: every trainable parameter must take part in every step")
+            yield parameter.grad
+
+
+class ShardedGradientAverage:
+    """The same for a model under FSDP2: gradients of the trunk pile up whole, in float32 and in this process, until the last
+    backward, and are then summed into the shards. The heads see one backward a step and are summed in it.
+
+    Args:
+        objective: a `MoCoV3` behind `parallelize`. Its trunk crosses ranks: all must take the same chunks.
+    """
+
+    def __init__(self, objective: Any) -> None:
+        self._root, self._units = objective.encoder, trunk_units(objective.encoder)
+
+    @contextmanager
+    def local(self) -> Iterator[None]:
+        """A backward pass behind which the trunk's gradients stay in this process."""
+        self._set(last=False)
+        yield
+
+    @contextmanager
+    def last(self) -> Iterator[None]:
+        """The backward pass that completes the gradients."""
+        self._set(last=True)
+        yield
+
+    def _set(self, *, last: bool) -> None:
+        self._root.set_is_last_backward(last)
+        for unit in self._units:
+            unit.set_requires_gradient_sync(last, recurse=False)
+
+
+def gradient_average(objective: Any) -> GradientAverage | ShardedGradientAverage:
+    """The one that fits how an objective is spread."""
+    return ShardedGradientAverage(objective) if trunk_units(objective.encoder) else GradientAverage(objective)
+
+
+def _buckets(gradients: Iterator[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype, up to `BUCKET_BYTES` together; a larger tensor goes alone."""
+    bucket: list[Tensor] = []
+    size = 0
+    for gradient in gradients:
+        if bucket and (size + gradient.nbytes > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.nbytes
+    if bucket:
+        yield bucket
+
+
+def _average_(bucket: list[Tensor]) -> None:
+    """Replace each tensor by its mean over ranks."""
+    flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).div_(group_size())
+    dist.all_reduce(flat)
+    means = flat.split([gradient.numel() for gradient in bucket])  # type: ignore[no-untyped-call]
+    torch._foreach_copy_(bucket, [mean.view_as(gradient) for mean, gradient in zip(means, bucket, strict=True)])

@@ -1,0 +1,89 @@
+"""What ranks hold in common, compared bit by bit: finds memory that forgets and devices that miscount.
+
+A rank whose weights differ in one bit goes on without an error, and from then on every gradient is a mixture. The comparison
+reads each tensor once on its device and sends 8 bytes a tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fastmoco.distributed.mesh import World
+from fastmoco.errors import RunError
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bit_sums(tensors: list[Tensor]) -> Tensor:
+    """The sum of each tensor's elements read as integers, modulo 2**64: one flipped bit always changes it.
+
+    Args:
+        tensors: on one device; of DTensors, this rank's shards count.
+
+    Returns:
+        [number of tensors] int64 on that device; no host sync.
+    """
+    sums = []
+    for tensor in tensors:
+        own = tensor.detach()
+        own = own.to_local() if isinstance(own, DTensor) else own
+        sums.append(own.reshape(-1).view(_INTEGERS[own.element_size()]).sum(dtype=torch.int64))
+    return torch.stack(sums)
+
+
+def require_equal_replicas(objective: nn.Module, world: World) -> None:
+    """Compare parameters and buffers over all ranks that hold the same: all of them under DDP, batch norms' buffers and
+    frozen parameters under FSDP2, and the shards of the copies besides under HSDP.
+
+    Args:
+        objective: between two steps.
+        world: this process's place; all ranks must call.
+
+    Raises:
+        RunError: on every rank, naming the first tensor and the ranks that differ from most others.
+    """
+    if world.world_size == 1:
+        return
+    named = objective.state_dict(keep_vars=True)
+    names, tensors = list(named), list(named.values())
+    mine = bit_sums(tensors).to(world.device)
+    rows = mine.new_empty(world.world_size * mine.numel())
+    dist.all_gather_into_tensor(rows, mine)
+    table = rows.view(world.world_size, -1).cpu()
+    for column, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
+        for peers in _holders(tensor, world.world_size):
+            odd = _minority(table[peers, column].tolist(), peers)
+            if odd:
+                where = f"on ranks={odd} from the others" if odd != peers else f"among ranks={odd}"
+                raise RunError(
+                    f"{name} differs {where}: a bit flipped in memory, or an operation there gives other results. "
+                    "Take that machine out, and continue from a checkpoint that is older than the last comparison "
+                    "(parallel.verify_replicas_every)"
+                )
+
+
+def _holders(tensor: Tensor, world_size: int) -> list[list[int]]:
+    """Groups of ranks that hold the same numbers of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return [list(range(world_size))]
+    mesh = tensor.device_mesh.mesh
+    copied = [dim for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]
+    kept = [dim for dim in range(mesh.ndim) if dim not in copied]
+    copies = 1
+    for dim in copied:
+        copies *= mesh.shape[dim]
+    groups: list[list[int]] = mesh.permute(*kept, *copied).reshape(-1, copies).tolist()
+    return groups if copies > 1 else []
+
+
+def _minority(values: list[int], peers: list[int]) -> list[int]:
+    """Peers whose value is not the commonest; all of them where no value is held by more than half."""
+    commonest = max(set(values), key=values.count)
+    if values.count(commonest) == len(values):
+        return []
+    if 2 * values.count(commonest) <= len(values):
+        return peers
+    return [peer for peer, value in zip(peers, values, strict=True) if value != commonest]

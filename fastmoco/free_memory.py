@@ -1,0 +1,62 @@
+"""How much memory this process may still take, of the device or of the machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def free_bytes(device: torch.device, *, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that a process can still allocate on a device.
+
+    CUDA: what the driver has, and what torch's allocator holds without using it. CPU: what the kernel calls available, or what
+    the control group leaves where that is less, shared among the processes of this machine.
+
+    Args:
+        device: CPU or CUDA.
+        proc: where the kernel shows its figures; another folder in tests.
+        cgroups: where control groups are mounted.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    left = [_available(proc / "meminfo"), *_group_leaves(proc / "self" / "cgroup", cgroups)]
+    return min(left) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _available(meminfo: Path) -> int:
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _group_leaves(membership: Path, cgroups: Path) -> list[int]:
+    """What each limited group that this process is in, and each above it, leaves; version 1 and 2 of control groups."""
+    if not membership.exists():
+        return []
+    left: list[int] = []
+    for line in membership.read_text().splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            root, names = cgroups, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, names = cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = root / path.strip("/")
+        # Inside a container the path may be the host's, while the mount shows the container's own group as its root.
+        for group in (folder, *folder.parents):
+            leaves = _leaves(group, *names) if group == root or root in group.parents else None
+            left += [] if leaves is None else [leaves]
+    return left
+
+
+def _leaves(folder: Path, limit: str, used: str, cache: str) -> int | None:
+    """Limit less use, not counting files in memory that the kernel gives up first; None where there is no limit."""
+    try:
+        allowed, taken = (folder / limit).read_text().strip(), int((folder / used).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except FileNotFoundError:
+        return None
+    return None if allowed == "max" else max(0, int(allowed) - taken + int(stat.get(cache, 0)))

@@ -1,0 +1,72 @@
+"""`fastmoco train --gpus N`: torchrun's agent with N copies of the same command, its answer taken from what the run left.
+
+The agent hides its workers' exit codes: a run that saved its state and left with 75 makes it return 1, as a crash does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunError
+
+MAX_RESTARTS = 3
+SAVE_SECONDS = 600
+"""What workers get between a signal and SIGKILL; torchrun's own 30 s are less than a large checkpoint needs."""
+
+
+def launch_command(processes: int, args: Sequence[str]) -> list[str]:
+    """The argument list that starts ``fastmoco`` with ``args`` in several processes of this machine.
+
+    The store and all connections stay on the loopback interface.
+    """
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    counts = ["--nproc-per-node", str(processes), "--max-restarts", str(MAX_RESTARTS)]
+    return [*agent, *counts, "-m", "fastmoco", *args]
+
+
+def launch(processes: int, args: Sequence[str], out: Path) -> int:
+    """Run ``fastmoco`` with ``args`` in several processes, pass signals on, and wait for their end.
+
+    Args:
+        processes: one a GPU; on a machine without, that many share its cores.
+        args: of the command, its verb first.
+        out: folder of the run.
+
+    Returns:
+        0 finished, 75 stopped by a signal with its state saved, 1 anything else.
+
+    Raises:
+        RunError: inside a process that a launcher has started already.
+    """
+    if "RANK" in os.environ:
+        raise RunError("--gpus starts the processes itself: leave it out under torchrun or srun")
+    _forget(out)
+    environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS)}
+    # A session of its own, so that Ctrl-C reaches it once and through this process.
+    agent = subprocess.Popen(launch_command(processes, args), env=environment, start_new_session=True)
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        agent.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        agent.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if (out / "DONE").exists():
+        return EXIT_FINISHED
+    return EXIT_STOPPED if (out / "PREEMPTED").exists() else EXIT_FAILED
+
+
+def _forget(out: Path) -> None:
+    """Take away the marks of an earlier start: this one's workers may end before they come to it."""
+    for name in ("DONE", "PREEMPTED"):
+        (out / name).unlink(missing_ok=True)

@@ -1,0 +1,207 @@
+"""How a step fits: the chunk, the graphs that are kept, what it costs, and where each setting ends. Pure arithmetic.
+
+With G, T, F, H the measured bytes of `StepCosts` (graph, training, forward, heads), B images of this process, chunks of c images
+and the graphs of k images kept, a step needs beside the state
+
+    whole:    B (views + features) + max(G(B) + max(F(B), H(B)), T(B))
+    chunked:  B (views + features) + max(G(k) + F(c), G(k) + H(B), G(k) + T(c) - G(c), T(c))
+
+and a chunked step computes the forward of the other B - k images' queries once more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from fastmoco.step_costs import StepCosts
+
+HEADROOM = 0.9
+"""Share of the free memory that a plan uses: allocators round up, libraries take workspaces."""
+BUSY_ROWS = 2**15
+"""Rows of tokens of a chunk that keep a large device busy."""
+OPTIMIZER_COPIES = {"adamw": 2, "lamb": 2, "lars": 1}
+"""Numbers that an optimizer keeps for each trainable parameter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateBytes:
+    """What stays between steps in one process."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.parameters + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """How one process takes its part of a batch through the encoder."""
+
+    chunk: int
+    """Images that pass the trunk together; 0: all of them, without a second forward."""
+    kept: int
+    """Chunks whose graphs are kept."""
+    chunks: int
+    """Chunks of a step; 1 where all pass together."""
+    overhead: float
+    """FLOPs of all that is computed twice, by chunks and by checkpointing, over those of a step that computes nothing twice."""
+    peak_bytes: float
+    """What the step takes beside the state; 0 where it was not counted."""
+    reason: str
+    """Why, as a clause."""
+
+    def __str__(self) -> str:
+        if not self.chunk:
+            return f"whole batch at once ({self.reason})"
+        kept = f"{self.kept} of {self.chunks} keep their graphs, {self.overhead:+.1%} FLOPs"
+        return f"{self.chunks} chunks of {self.chunk} images, {kept} ({self.reason})"
+
+    def to_json(self) -> dict[str, int | float | str]:
+        """As a dictionary."""
+        return asdict(self)
+
+
+def state_bytes(costs: StepCosts, optimizer: str, element: int, *, shards: int = 1) -> StateBytes:
+    """What parameters, gradients and optimizer take in one process.
+
+    Args:
+        costs: of the model.
+        optimizer: "adamw", "lamb" or "lars".
+        element: bytes of a number: 4, or 8 in fp64.
+        shards: processes that share one copy; 1: every process has its own.
+    """
+    return StateBytes(
+        parameters=costs.parameters * element / shards,
+        gradients=costs.trainable * element / shards,
+        optimizer=costs.trainable * element * OPTIMIZER_COPIES[optimizer] / shards,
+    )
+
+
+def whole_bytes(costs: StepCosts, images: int, world_size: int = 1) -> float:
+    """Bytes of a step that takes all its images at once, beside the state."""
+    heads = _heads(costs, images, world_size)
+    return _resident(costs, images) + max(
+        costs.graph.at(images) + max(costs.forward.at(images), heads), costs.train.at(images)
+    )
+
+
+def chunked_bytes(costs: StepCosts, images: int, chunk: int, kept_images: int = 0, world_size: int = 1) -> float:
+    """Bytes of a step in chunks that keeps the graphs of so many images, beside the state."""
+    chunk = min(chunk, images)
+    graphs = costs.graph.at(kept_images) if kept_images else 0.0
+    backward = costs.train.at(chunk)
+    return _resident(costs, images) + max(
+        graphs + costs.forward.at(chunk),
+        graphs + _heads(costs, images, world_size),
+        graphs + backward - costs.graph.at(chunk),
+        backward,
+    )
+
+
+def plan_step(
+    costs: StepCosts,
+    *,
+    images: int,
+    budget: float,
+    tokens: int,
+    chunk: Literal["auto", "none"] | int = "auto",
+    kept: Literal["auto"] | int = "auto",
+    world_size: int = 1,
+) -> StepPlan:
+    """Choose how a process takes its images.
+
+    Args:
+        costs: of the model and its checkpointing.
+        images: of this process.
+        budget: bytes for a step beside the state.
+        tokens: of a view.
+        chunk: as `BatchConfig.chunk`.
+        kept: as `BatchConfig.kept`.
+        world_size: processes whose keys this one compares with.
+    """
+    whole = whole_bytes(costs, images, world_size)
+    free = f"{_gib(budget)} free"
+    if chunk == "none" or (chunk == "auto" and (whole <= budget or costs.couples_samples)) or chunk == images:
+        reason = "asked for" if chunk != "auto" else f"about {_gib(whole)} of {free}"
+        if chunk == "auto" and whole > budget:
+            reason += f", too much; chunks would help, but {costs.couples_samples}"
+        again = costs.recompute_flops / costs.step_flops
+        return StepPlan(chunk=0, kept=0, chunks=1, overhead=again, peak_bytes=whole, reason=reason)
+    size = min(images, _largest_that_fits(costs, images, budget, tokens, world_size) if chunk == "auto" else int(chunk))
+    chunks = -(-images // size)
+    fits = chunks
+    while fits and chunked_bytes(costs, images, size, min(images, fits * size), world_size) > budget:
+        fits -= 1
+    fits = fits if kept == "auto" else min(chunks, int(kept))
+    kept_images = min(images, fits * size)
+    peak = chunked_bytes(costs, images, size, kept_images, world_size)
+    short = "" if peak <= budget else ", which may not be enough"
+    return StepPlan(
+        chunk=size,
+        kept=fits,
+        chunks=chunks,
+        overhead=((1 - kept_images / images) * costs.query_flops + costs.recompute_flops) / costs.step_flops,
+        peak_bytes=peak,
+        reason=f"about {_gib(peak)} of {free}{short}; all at once would take {_gib(whole)}",
+    )
+
+
+def largest_batch(costs: StepCosts, budget: float, *, chunk: int = 0, world_size: int = 1) -> int:
+    """Images of one process at which a setting stops fitting: that many fit, one more does not; 0 where none does.
+
+    Args:
+        costs: of the setting.
+        budget: bytes for a step beside the state.
+        chunk: 0: all images at once; else the images of a chunk, no graph kept.
+        world_size: processes, each with as many images.
+    """
+
+    def fits(images: int) -> bool:
+        if chunk:
+            return chunked_bytes(costs, images, chunk, 0, world_size) <= budget
+        return whole_bytes(costs, images, world_size) <= budget
+
+    if not fits(1):
+        return 0
+    low = 1
+    while fits(2 * low) and low < 2**40:
+        low *= 2
+    high = 2 * low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def busy_chunk(tokens: int) -> int:
+    """Images whose two views bring `BUSY_ROWS` rows of tokens, as a power of two."""
+    chunk = 1
+    while 2 * chunk * tokens < BUSY_ROWS:
+        chunk *= 2
+    return chunk
+
+
+def _largest_that_fits(costs: StepCosts, images: int, budget: float, tokens: int, world_size: int) -> int:
+    """Half as many images until a chunk fits. Powers of two: what is free differs from run to run, the chunk should not."""
+    chunk = busy_chunk(tokens)
+    while chunk > 1 and (chunk >= images or chunked_bytes(costs, images, chunk, 0, world_size) > budget):
+        chunk //= 2
+    return chunk
+
+
+def _resident(costs: StepCosts, images: int) -> float:
+    return images * (costs.view_bytes + costs.feature_bytes)
+
+
+def _heads(costs: StepCosts, images: int, world_size: int) -> float:
+    """Heads and loss, with the keys of the other ranks, once as they come and once normalised."""
+    return costs.heads.at(images) + 2 * (world_size - 1) * images * costs.key_bytes
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size < 10 * 2**30 else f"{size / 2**30:.0f} GiB"

@@ -1,0 +1,126 @@
+"""When the state of a run is saved, agreed between its ranks, and what happens if a save in the background fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastmoco import training_state
+from fastmoco.checkpoint import (
+    Saver,
+    group_for_saving,
+    on_every_rank,
+    require_writable,
+    unfinished_saves,
+)
+from fastmoco.config import Config
+from fastmoco.distributed.mesh import World
+from fastmoco.run_folder import RunFolder
+
+DEADLINE_S = 600.0
+"""Seconds that ranks wait for each other in one phase of a save; then it has failed on all of them."""
+
+NOTHING, BEHIND, NOW = range(3)
+
+
+class Saving:
+    """Decides after every step whether to save, and how. All ranks make the same calls and come to the same decision.
+
+    Args:
+        config: the run's config.
+        world: this process's place.
+        folder: where the checkpoints go.
+        step: steps done: saved already, or nothing yet.
+
+    Raises:
+        CheckpointError: on every rank, if one of them cannot write there.
+    """
+
+    def __init__(self, config: Config, world: World, folder: RunFolder, *, step: int) -> None:
+        self._rules, self._world, self._log_every = config.checkpoint, world, config.log_every_steps
+        self._group = group_for_saving(DEADLINE_S) if world.world_size > 1 else None
+        self.leftovers = unfinished_saves(folder.checkpoints)
+        on_every_rank(lambda: require_writable(folder.checkpoints, world.rank), self._group)
+        self._saver = Saver(
+            folder.checkpoints, keep=config.checkpoint.keep, group=self._group, check=training_state.require_finite
+        )
+        self._begun_step, self._begun_at, self._committed = step, time.monotonic(), step
+        self._failed = False
+
+    def after_step(
+        self,
+        step: int,
+        collect: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]],
+        report: Callable[[str], None],
+        *,
+        force: bool,
+        paused: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Save if it is time, if the last save in the background failed, or if it is forced.
+
+        Args:
+            step: optimizer steps done.
+            collect: gives tensors and JSON state; called only if there is something to save.
+            report: takes a line for the user.
+            force: save now, unless this very step is saved, and return when it is committed.
+            paused: entered while the run stands still for a save.
+
+        Raises:
+            RunError: if the state is not finite.
+            CheckpointError: if a save in the foreground fails.
+        """
+        if force:
+            self._hear(self._saver.wait(), report)
+        else:
+            self._hear(self._saver.poll(), report)
+        order = self._agree(step, force)
+        if order == NOTHING:
+            return
+        save = self._saver.save_in_background if order == BEHIND else self._saver.save
+        self._begun_step, self._begun_at, self._failed = step, time.monotonic(), False
+        with paused():
+            tensors, state = collect()
+            save(step=step, tensors=tensors, state=state)
+
+    def last_committed(self) -> int:
+        """Step of the newest checkpoint that is on the disk, after the save in flight, if any."""
+        self._saver.settle()
+        return self._saver.saved_step if self._saver.saved_step is not None else self._committed
+
+    def close(self, report: Callable[[str], None]) -> None:
+        """Wait for the save in flight, and say if it failed. It is one only if the run ends by an error of its own."""
+        error = self._saver.wait(DEADLINE_S)
+        if error is not None:
+            report(f"the save in the background failed: {error}")
+
+    def _hear(self, error: BaseException | None, report: Callable[[str], None]) -> None:
+        if error is not None:
+            self._failed = True
+            report(f"the save in the background failed and is repeated in the foreground: {error}")
+
+    def _agree(self, step: int, force: bool) -> int:
+        """What the first rank decides, by its clock and its own background save.
+
+        Ranks that only the clock could part meet at log steps: asking at every step would hold up CUDA's queue.
+        """
+        rules = self._rules
+        by_steps = rules.every_steps > 0 and step % rules.every_steps == 0
+        meet = force or by_steps or self._world.device.type == "cpu" or step % self._log_every == 0
+        if self._world.world_size > 1 and not meet:
+            return NOTHING
+        by_clock = time.monotonic() - self._begun_at >= rules.every_minutes * 60
+        order = NOTHING
+        if self._failed or ((force or by_steps or by_clock) and self._begun_step != step):
+            order = NOW if force or self._failed or not rules.async_save else BEHIND
+        if self._world.world_size == 1:
+            return order
+        # Not through the group of the saves: their thread may be using it.
+        told = torch.tensor(order, device=self._world.device)
+        dist.broadcast(told, src=0)
+        return int(told)

@@ -1,0 +1,115 @@
+"""A step whose loss or gradients are not finite leaves no trace, and is decided on without waiting for the device.
+
+One NaN pixel makes the batch norms' statistics NaN for all images, in the forward: a model whose optimizer merely skips such
+a step trains on, looks healthy, and gives NaN for ever in eval mode. So the buffers of both encoders are kept at a step's
+start and put back by a select on the device, and the optimizer is told by a flag on the device (`update.py`). The flag is the
+worst of all ranks. A forward draws no random numbers, so there are none to put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fastmoco.distributed.mesh import World
+from fastmoco.errors import RunError
+
+
+class StepGuard:
+    """Call `begin` before a forward, `judge` behind its backward, and `report` when waiting for the device is no loss.
+
+    Args:
+        objective: encoder, twin and predictor; its gradients are averaged over ranks by the time of `judge`.
+        world: this process among its peers.
+        clip_norm: gradients longer than this are shortened to it; 0: never.
+        patience: bad steps in a row that end the run.
+
+    Attributes:
+        skipped: steps skipped, as far as `report` has looked.
+    """
+
+    def __init__(self, objective: nn.Module, world: World, *, clip_norm: float, patience: int) -> None:
+        self._world, self._clip_norm, self._patience = world, clip_norm, patience
+        self._parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        self._buffers = list(objective.buffers())
+        self._before = [buffer.clone() for buffer in self._buffers]
+        self.skipped = 0
+        # In all, in a row up to now, the longest row since the last report.
+        self._counts = torch.zeros(3, dtype=torch.int64, device=world.device)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Remember what a forward writes."""
+        if self._buffers:
+            torch._foreach_copy_(self._before, self._buffers)
+
+    @torch.no_grad()
+    def judge(self, loss: Tensor) -> Tensor:
+        """Look at a step's loss and gradients, shorten the gradients if asked, and take a bad forward's traces back.
+
+        Args:
+            loss: this rank's, a scalar.
+
+        Returns:
+            One float32 on the device, the same on all ranks: 1 for a step to skip, else 0. No host sync.
+        """
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = global_norm(gradients)
+        bad = ~(torch.isfinite(loss.detach()) & torch.isfinite(norm))
+        found = bad.to(torch.float32)
+        if self._world.world_size > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+            bad = found > 0
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(torch.where(bad, before, buffer))
+        if self._clip_norm > 0:
+            torch._foreach_mul_([_own(gradient) for gradient in gradients], (self._clip_norm / norm).clamp(max=1.0))
+        number = bad.to(torch.int64)
+        row = (self._counts[1] + number) * number
+        self._counts = torch.stack([self._counts[0] + number, row, torch.maximum(self._counts[2], row)])
+        return found
+
+    def report(self, step: int) -> list[str]:
+        """What there is to say since the last call; one host sync.
+
+        Args:
+            step: steps done.
+
+        Raises:
+            RunError: if too many steps in a row were skipped.
+        """
+        total, _, longest = self._counts.tolist()
+        new, self.skipped = total - self.skipped, total
+        self._counts[2] = self._counts[1]
+        if longest >= self._patience:
+            raise RunError(
+                f"{longest} steps in a row up to step {step} gave a loss or gradients that are not finite, and "
+                f"faults.max_skipped_steps={self._patience}; none of them changed the model. "
+                "Lower --optim.lr, lengthen --optim.warmup-epochs or set --optim.clip-norm, in a new --out"
+            )
+        if not new:
+            return []
+        return [f"warning: {new} steps up to step {step} skipped, loss or gradients not finite ({total} so far)"]
+
+
+def global_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """L2 norm of all gradients as one vector, in float32 or wider; shards (DTensor) count as the whole tensor. No host sync."""
+    whole: list[Tensor] = []
+    shards: list[Tensor] = []
+    for gradient in gradients:
+        (shards if isinstance(gradient, DTensor) else whole).append(gradient)
+    norms = [torch.nn.utils.get_total_norm(part) for part in (whole, shards) if part]
+    parts = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total: Tensor = torch.linalg.vector_norm(
+        torch.stack([part.float() if part.itemsize < 4 else part for part in parts])
+    )
+    return total
+
+
+def _own(gradient: Tensor) -> Tensor:
+    """The part of a gradient that lies here."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

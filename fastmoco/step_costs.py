@@ -1,0 +1,263 @@
+"""What a training step costs in bytes and FLOPs, counted on tensors without memory: no GPU, no data, seconds.
+
+Nothing here is a formula of the model. The pieces of a step run on fake tensors, which have shapes and storages but no
+numbers, while a dispatch mode adds up the storages that are alive and torch's own counter the FLOPs. Two batch sizes
+give the bytes per image and the rest that does not grow with the batch.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from fastmoco import setup_run
+from fastmoco.config import Config
+from fastmoco.models.blocks import Attention, Recompute
+from fastmoco.objectives import MoCoV3
+
+SIZES = (4096, 8192)
+"""Batches that are measured: so large that activations, not weights, decide where the peak lies."""
+DEPTHS = (2, 3)
+"""Numbers of blocks that are measured where there are more."""
+
+
+def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]
+
+
+def _attention_backward_flops(grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, q, k, v))  # type: ignore[no-untyped-call]
+
+
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+"""torch's attention on a CPU is the products of the one on a GPU, but its counter does not know it."""
+
+
+class Line(NamedTuple):
+    """Bytes of a batch of images: ``fixed + images * per_image``."""
+
+    per_image: float
+    fixed: float
+
+    def at(self, images: int) -> float:
+        """Bytes for so many images."""
+        return self.fixed + images * self.per_image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCosts:
+    """What one step costs. An image is two views; bytes are of one process, FLOPs count a multiply-add as two."""
+
+    trainable: int
+    """Parameters that gradients and optimizer have an entry for."""
+    parameters: int
+    """All parameters: encoder, twin and predictor."""
+    couples_samples: str
+    """Why the trunk cannot go in chunks; empty where it can."""
+    view_bytes: float
+    """Two views of an image."""
+    feature_bytes: float
+    """What a chunk leaves for an image: class features of both views and encoders, copied once, and a gradient."""
+    key_bytes: float
+    """Keys of one image of another rank."""
+    graph: Line
+    """Kept between forward and backward of the query trunk."""
+    train: Line
+    """Peak of a forward and backward of the query trunk, ``graph`` among it."""
+    forward: Line
+    """Peak of both trunks without gradient."""
+    heads: Line
+    """Peak of heads and loss, forward and backward."""
+    query_flops: float
+    """Query trunk, forward, an image; without the patch projection where both encoders share it."""
+    recompute_flops: float
+    """What activation checkpointing computes twice, an image."""
+    step_flops: float
+    """Everything once, an image."""
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sums the storages that exist: those that operations made while it was on, until their last tensor is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._see, made)
+        return made
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._seen:
+            return
+        self._seen.add(storage)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, size).atexit = False
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+def measure_costs(
+    config: Config, precision: str, *, attention: str = "sdpa", recompute: Recompute | None = None
+) -> StepCosts:
+    """Count what a step of a config costs.
+
+    Args:
+        config: model and heads are read.
+        precision: "bf16", "fp32" or "fp64".
+        attention: who computes attention; a kernel that is not torch's counts like ``sdpa``, which keeps as much.
+        recompute: instead of ``model.checkpointing``.
+    """
+    recompute = recompute or config.model.checkpointing
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    with FakeTensorMode(), _default_dtype(dtype):
+        objective = setup_run.build_model(config)
+        own = list(objective.parameters())
+        for module in objective.modules():
+            if isinstance(module, Attention):
+                module.backend = attention if attention in ("explicit", "reference") else "sdpa"
+        pieces = _Pieces(objective, config.model.image_size, precision == "bf16")
+        sizes = pieces.on_all_blocks(recompute, pieces.bytes_of_an_image)
+        flops = pieces.on_all_blocks("none", pieces.flops_of_an_image)
+        again = flops if recompute == "none" else pieces.on_all_blocks(recompute, pieces.flops_of_an_image)
+    element = own[0].element_size()
+    return StepCosts(
+        trainable=sum(p.numel() for p in own if p.requires_grad),
+        parameters=sum(p.numel() for p in own),
+        couples_samples=objective.couples_samples,
+        view_bytes=2 * 3 * config.model.image_size**2 * element,
+        feature_bytes=2 * 5 * objective.encoder.embed_dim * element,
+        key_bytes=2 * 2 * config.model.projection_dim * element,
+        graph=Line(*sizes["graph"]),
+        train=Line(*sizes["train"]),
+        forward=Line(*sizes["forward"]),
+        heads=Line(*sizes["heads"]),
+        query_flops=flops["query"][0],
+        recompute_flops=again["train"][0] - flops["train"][0],
+        step_flops=flops["train"][0] + flops["forward"][0] - flops["query"][0] + flops["heads"][0],
+    )
+
+
+Figures = dict[str, tuple[float, ...]]
+
+
+class _Pieces:
+    """The pieces of a step, run on fake images under a counter."""
+
+    def __init__(self, objective: MoCoV3, side: int, half: bool) -> None:
+        self.objective, self.side, self.half = objective, side, half
+        stem = [objective.encoder.pos_embed, *objective.encoder.patch_embed.parameters()]
+        self.shared = not (objective.couples_samples or any(p.requires_grad for p in stem))
+
+    def on_all_blocks(self, recompute: Recompute, measure: Callable[[], Figures]) -> Figures:
+        """What ``measure`` gives with all blocks. They are alike: two depths tell what one more costs."""
+        encoders = self.objective.encoder, self.objective.momentum_encoder
+        whole = [encoder.blocks for encoder in encoders]
+        depth = len(whole[0])
+        self.objective.encoder.recompute(recompute)
+        if depth <= max(DEPTHS):
+            return measure()
+        measured = []
+        for few in DEPTHS:
+            for encoder, blocks in zip(encoders, whole, strict=True):
+                encoder.blocks = blocks[:few]
+            measured.append(measure())
+        for encoder, blocks in zip(encoders, whole, strict=True):
+            encoder.blocks = blocks
+        steps = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+        less, more = measured
+        return {name: tuple(a + (b - a) * steps for a, b in zip(less[name], more[name], strict=True)) for name in less}
+
+    def bytes_of_an_image(self) -> Figures:
+        """Each piece's peak, and ``graph``: bytes an image, and those that do not grow with the batch."""
+        measured = []
+        for images in SIZES:
+            found: dict[str, float] = {}
+            for name, run in self._runs(images).items():
+                live = _LiveBytes()
+                with live:
+                    graph = run(live)
+                found[name] = live.peak
+                if graph:
+                    found["graph"] = graph
+            measured.append(found)
+        small, large = measured
+        slopes = {name: (large[name] - small[name]) / (SIZES[1] - SIZES[0]) for name in small}
+        return {name: (slope, max(0.0, small[name] - slope * SIZES[0])) for name, slope in slopes.items()}
+
+    def flops_of_an_image(self) -> Figures:
+        """FLOPs of each piece. A pass of its own: torch's counter keeps tensors alive."""
+        found: Figures = {}
+        for name, run in self._runs(SIZES[0]).items():
+            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+                run(None)
+            found[name] = (counter.get_total_flops() / SIZES[0],)
+        return found
+
+    def _runs(self, images: int) -> dict[str, Callable[[_LiveBytes | None], int]]:
+        """The pieces by name; ``train`` returns the bytes alive between its forward and its backward, the others 0."""
+        objective = self.objective
+        view1, view2 = torch.empty(2, images, 3, self.side, self.side).unbind()
+        queries, keys = torch.empty(2, 2, images, objective.encoder.embed_dim).unbind()
+        queries.requires_grad_()
+
+        def query(live: _LiveBytes | None) -> int:
+            with torch.no_grad(), self._autocast():
+                objective.query_features(view1, view2)
+            return 0
+
+        def train(live: _LiveBytes | None) -> int:
+            with self._autocast():
+                features = objective.query_features(view1, view2)[0]
+            graph = live.now if live else 0
+            features.backward(torch.empty_like(features))  # type: ignore[no-untyped-call]
+            objective.zero_grad(set_to_none=True)
+            return graph
+
+        def forward(live: _LiveBytes | None) -> int:
+            with torch.no_grad(), self._autocast():
+                tokens = objective.query_features(view1, view2)[1]
+                objective.key_features(view1, view2, tokens if self.shared else None)
+            return 0
+
+        def heads(live: _LiveBytes | None) -> int:
+            with self._autocast():
+                loss = objective.compare(queries, keys, accuracy=True).loss
+            loss.backward()  # type: ignore[no-untyped-call]
+            objective.zero_grad(set_to_none=True)
+            queries.grad = None
+            return 0
+
+        return {"query": query, "train": train, "forward": forward, "heads": heads}
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,87 @@
+"""Which rank holds up the others. Every step is as long on all ranks, because they wait for each other; so what is measured
+is the part of a step before the first exchange: the wait for data, and the trunks of both encoders up to the heads.
+
+Under FSDP the trunk itself exchanges weights, and a slow rank then shows on all of them: only its data stay telling.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from fastmoco.distributed.gather import gather_rows
+from fastmoco.distributed.mesh import World
+
+SECTIONS = ("waiting for data", "in the encoders")
+FACTOR, LEAST_SECONDS = 1.5, 0.02
+"""A rank is reported when a section takes it this many times the median of its peers, and this much longer a step."""
+
+
+class Stragglers:
+    """Call `begin` between a step's data and its forward, and `report` at log steps, on all ranks.
+
+    Args:
+        objective: has two encoders with a ``head`` each; the first call of one ends the part of a step without exchanges.
+        world: this process among its peers; alone it measures nothing.
+    """
+
+    def __init__(self, objective: nn.Module, world: World) -> None:
+        self._world = world
+        self._steps, self._waited, self._busy = 0, 0.0, 0.0
+        self._begun: float | torch.cuda.Event | None = None
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._known: set[tuple[int, int]] = set()
+        if world.world_size > 1:
+            for encoder in ("encoder", "momentum_encoder"):  # whichever head comes first
+                head = objective.get_submodule(f"{encoder}.head")
+                head.register_forward_pre_hook(lambda *_: self._reached_head())
+
+    def begin(self, wait_seconds: float) -> None:
+        """Count a step, and the seconds that it waited for its data."""
+        self._steps += 1
+        self._waited += wait_seconds
+        self._begun = self._mark()
+
+    def report(self, step: int) -> list[str]:
+        """The ranks that were slow since the last call and were not before; one exchange, one host sync."""
+        if self._world.world_size == 1 or not self._steps:
+            return []
+        for start, end in self._spans:
+            end.synchronize()
+            self._busy += start.elapsed_time(end) / 1000
+        mine = torch.tensor([[self._waited, self._busy]], dtype=torch.float64) / self._steps
+        rows = gather_rows(mine, self._world.device).tolist()
+        self._steps, self._waited, self._busy, self._spans = 0, 0.0, 0.0, []
+        slow = {
+            (rank, part): (row[part], usual)
+            for rank, row in enumerate(rows)
+            for part in range(len(SECTIONS))
+            if (usual := statistics.median(other[part] for peer, other in enumerate(rows) if peer != rank)) * FACTOR
+            + LEAST_SECONDS
+            < row[part]
+        }
+        fresh, self._known = slow.keys() - self._known, set(slow)
+        return [
+            f"warning: step {step}: rank {rank} is slow, {slow[rank, part][0]:.3f} s a step {SECTIONS[part]} where its "
+            f"peers take {slow[rank, part][1]:.3f} s"
+            for rank, part in sorted(fresh)
+        ]
+
+    def _reached_head(self) -> None:
+        begun, self._begun = self._begun, None
+        if isinstance(begun, float):
+            self._busy += time.monotonic() - begun
+        elif begun is not None:
+            end = self._mark()
+            assert not isinstance(end, float)
+            self._spans.append((begun, end))
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if self._world.device.type != "cuda":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event

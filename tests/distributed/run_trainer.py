@@ -1,0 +1,97 @@
+"""What one of two real processes does with whole runs: the trainer under DDP and FSDP2, and one continued as the other.
+
+Started by test_trainer_ranks.py as ``python -m tests.distributed.run_trainer OUT``; results go to OUT/rank<r>.pt.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastmoco.checkpoint import list_checkpoints
+from fastmoco.config import BatchConfig, CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig
+from fastmoco.distributed import World
+from fastmoco.run_folder import RunFolder
+from fastmoco.trainer import Trainer
+from fastmoco_pipelines.spec import ViewSpec
+from tests.distributed.cases import run_cases
+from tests.distributed.run_ranks import message_of
+
+STEPS, CUT = 6, 3
+CONFIG = Config(
+    epochs=STEPS / (1_281_167 // 16),
+    global_batch_size=16,
+    precision="fp64",
+    threads=1,
+    log_every_steps=1,
+    model=ModelConfig(architecture="vit_nano", image_size=8, patch_size=2, hidden_dim=32, projection_dim=8),
+    data=DataConfig(synthetic=True, view1=ViewSpec(size=8), view2=ViewSpec(size=8)),
+    optim=OptimConfig(warmup_epochs=0, lr=1e-2),
+    checkpoint=CheckpointConfig(every_steps=CUT, keep=9),
+)
+
+
+def with_strategy(strategy: str, chunk: int = 0, **parallel: Any) -> Config:
+    batch = BatchConfig(chunk=chunk or "none", kept=1 if chunk else "auto")
+    return replace(CONFIG, batch=batch, parallel=ParallelConfig(strategy=strategy, **parallel))  # type: ignore[arg-type]
+
+
+def run(config: Config, out: Path, world: World) -> dict[str, Any]:
+    """A run to its end, new or continued; the losses that it logged."""
+    trainer = Trainer.build(config, out, world)
+    try:
+        code = trainer.run()
+        kinds = {type(tensor).__name__ for tensor in trainer.objective.predictor.parameters()}
+        optimizer = type(trainer.optimizer).__module__
+    finally:
+        trainer.close()
+    dist.barrier()
+    return {"code": code, "losses": RunFolder(out).read_metric("loss"), "kinds": kinds, "optimizer": optimizer}
+
+
+def run_continued(config: Config, before: Path, out: Path, world: World) -> dict[str, Any]:
+    """Continue a run that has ended from its checkpoint at `CUT`."""
+    if world.rank == 0:
+        first = list_checkpoints(before / "checkpoints")[0]
+        shutil.copytree(first, out / "checkpoints" / first.name)
+    dist.barrier()
+    return run(config, out, world)
+
+
+def run_flipped_bit(out: Path, world: World) -> dict[str, Any]:
+    """A bit of the last rank flips behind the second step, too high a one for the next average to round it away; ranks are
+    compared before every third step."""
+    trainer = Trainer.build(with_strategy("ddp", verify_replicas_every=3), out, world)
+    try:
+        for _ in range(2):
+            trainer.step(trainer.loader.next())
+        if world.rank == 1:
+            trainer.objective.momentum_encoder.cls_token.data.view(torch.int64)[0, 0, 7] ^= 1 << 52
+        trainer.step(trainer.loader.next())
+        message = message_of(lambda: trainer.step(trainer.loader.next()))
+        return {"message": message, "steps": trainer.step_count}
+    finally:
+        trainer.close()
+
+
+def cases_in(out: Path) -> dict[str, Callable[[World], dict[str, Any]]]:
+    """Every case, in the order in which one needs the folders of another."""
+    return {
+        "ddp": lambda world: run(with_strategy("ddp"), out / "ddp", world),
+        "fsdp": lambda world: run(with_strategy("fsdp"), out / "fsdp", world),
+        "fsdp chunked": lambda world: run(with_strategy("fsdp", 2), out / "chunked", world),
+        "fsdp as ddp": lambda world: run_continued(with_strategy("ddp"), out / "fsdp", out / "as ddp", world),
+        "ddp as fsdp": lambda world: run_continued(with_strategy("fsdp", 2), out / "ddp", out / "as fsdp", world),
+        "flipped bit": lambda world: run_flipped_bit(out / "flipped", world),
+    }
+
+
+if __name__ == "__main__":
+    run_cases(cases_in(Path(sys.argv[1])))

@@ -1,0 +1,58 @@
+"""`fastmoco plan`: tables for people, JSON for programs, one line for mistakes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastmoco.cli import main
+from fastmoco.cli_plan import parse_bytes
+
+SMALL = ["--model.hidden-dim", "32", "--model.projection-dim", "8"]
+
+
+def test_json_names_everything_and_holds_together(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--gpus", "2", "--memory", "40MiB", "--json", *SMALL]
+    assert main(["plan", "quickstart_digits", *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["gpus"], found["memory_bytes"], found["local_batch_size"]) == (2, 40 * 2**20, 128)
+    assert found["flops_per_step"] == found["flops_per_image"] * 256
+    settings = [(row["checkpointing"], row["state_over"]) for row in found["settings"]]
+    assert settings == [(how, shards) for shards in (1, 2) for how in ("none", "selective", "full")]
+    by_setting = dict(zip(settings, found["settings"], strict=True))
+    assert by_setting["none", 1]["state_bytes"]["total"] == 2 * by_setting["none", 2]["state_bytes"]["total"]
+    for row in found["settings"]:
+        assert row["largest_batch_in_chunks"] >= row["largest_batch_whole"] > 0
+        assert row["fits"]
+    whole = [by_setting[how, 1]["largest_batch_whole"] for how in ("none", "selective", "full")]
+    assert whole == sorted(whole)
+    assert found["chosen"] == by_setting["none", 1]
+
+
+def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["plan", "quickstart_digits", "--memory", "24GB", *SMALL, "--batch.chunk", "64", "--batch.kept", "1"]) == 0
+    )
+    shown = capsys.readouterr().out
+    assert "quickstart_digits: batch 256 on 1 x 22.35 GiB, bf16" in shown
+    for word in ("selective", "full", "4 x 64", "parameters", "GFLOP an image"):
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--memory", "lots"], "memory='lots': must be a number with one of MB, GB, MiB, GiB"),
+        (["--gpus", "3"], "gpus=3: must divide global_batch_size=256"),
+    ],
+)
+def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], words: list[str], text: str) -> None:
+    assert main(["plan", "quickstart_digits", *words]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_units() -> None:
+    assert [parse_bytes(text) for text in ("80GiB", "24 GB", "1.5MiB", "7")] == [80 * 2**30, 24 * 10**9, 3 * 2**19, 7]
+    with pytest.raises(ValueError, match="memory='0GiB'"):
+        parse_bytes("0GiB")

@@ -1,0 +1,146 @@
+"""Plans fit their budget, keep as much as fits, and say what they cost; memory that is free is found where the kernel says it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmoco.free_memory import free_bytes
+from fastmoco.planner import busy_chunk, chunked_bytes, largest_batch, plan_step, state_bytes, whole_bytes
+from fastmoco.step_costs import Line, StepCosts
+
+COSTS = StepCosts(
+    trainable=100,
+    parameters=180,
+    couples_samples="",
+    view_bytes=10,
+    feature_bytes=4,
+    key_bytes=2,
+    graph=Line(1000, 50),
+    train=Line(1100, 60),
+    forward=Line(80, 40),
+    heads=Line(30, 70),
+    query_flops=25.0,
+    recompute_flops=0.0,
+    step_flops=100.0,
+)
+TOKENS = 197
+
+
+def test_all_at_once_where_it_fits() -> None:
+    plan = plan_step(COSTS, images=100, budget=whole_bytes(COSTS, 100), tokens=TOKENS)
+    assert (plan.chunk, plan.kept, plan.chunks, plan.overhead) == (0, 0, 1, 0.0)
+
+
+@pytest.mark.parametrize("budget", [50e3, 150e3, 400e3, 900e3])
+def test_a_plan_fits_and_keeps_all_that_fits(budget: float) -> None:
+    images = 1000
+    plan = plan_step(COSTS, images=images, budget=budget, tokens=TOKENS)
+    assert plan.chunk & (plan.chunk - 1) == 0
+    assert plan.chunks == -(-images // plan.chunk)
+    assert plan.peak_bytes <= budget
+    kept = plan.kept * plan.chunk
+    assert plan.peak_bytes == chunked_bytes(COSTS, images, plan.chunk, kept)
+    assert chunked_bytes(COSTS, images, plan.chunk, kept + plan.chunk) > budget
+    assert plan.overhead == pytest.approx((1 - kept / images) * 0.25)
+
+
+def test_a_chunk_and_kept_graphs_may_be_asked_for() -> None:
+    plan = plan_step(COSTS, images=1000, budget=1e9, tokens=TOKENS, chunk=64, kept=3)
+    assert (plan.chunk, plan.kept, plan.chunks) == (64, 3, 16)
+    assert plan_step(COSTS, images=1000, budget=1e9, tokens=TOKENS, chunk=64).kept == 16
+    assert plan_step(COSTS, images=50, budget=1e9, tokens=TOKENS, chunk=64).chunk == 50
+    assert plan_step(COSTS, images=1000, budget=1, tokens=TOKENS, chunk="none").chunk == 0
+
+
+def test_what_cannot_fit_is_said() -> None:
+    plan = plan_step(COSTS, images=1000, budget=1000, tokens=TOKENS)
+    assert plan.chunk == 1
+    assert "may not be enough" in plan.reason
+    coupled = plan_step(replace(COSTS, couples_samples="of batch norms"), images=1000, budget=1000, tokens=TOKENS)
+    assert coupled.chunk == 0
+    assert "chunks would help, but of batch norms" in coupled.reason
+
+
+@pytest.mark.parametrize("chunk", [0, 8])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_the_largest_batch_fits_and_one_more_does_not(chunk: int, world_size: int) -> None:
+    def needed(images: int) -> float:
+        if chunk:
+            return chunked_bytes(COSTS, images, chunk, 0, world_size)
+        return whole_bytes(COSTS, images, world_size)
+
+    largest = largest_batch(COSTS, 100e3, chunk=chunk, world_size=world_size)
+    assert needed(largest) <= 100e3 < needed(largest + 1)
+    assert largest_batch(COSTS, 10, chunk=chunk) == 0
+
+
+def test_state_is_shared_over_shards() -> None:
+    whole = state_bytes(COSTS, "adamw", 4)
+    assert (whole.parameters, whole.gradients, whole.optimizer) == (720, 400, 800)
+    assert state_bytes(COSTS, "adamw", 4, shards=8).total == whole.total / 8
+    assert state_bytes(COSTS, "lars", 4).optimizer == 400
+
+
+def test_chunks_keep_a_device_busy() -> None:
+    assert busy_chunk(197) == 128
+    assert 2 * busy_chunk(17) * 17 >= 2**15
+
+
+def _machine(root: Path, available_kb: int, membership: str, files: dict[str, str]) -> dict[str, Path]:
+    (root / "proc" / "self").mkdir(parents=True)
+    (root / "proc" / "meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable:   {available_kb} kB\nHugePages_Total: 0\n")
+    (root / "proc" / "self" / "cgroup").write_text(membership)
+    for name, text in files.items():
+        path = root / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return {"proc": root / "proc", "cgroups": root / "cgroup"}
+
+
+V2 = {"memory.max": "max", "memory.current": "5", "memory.stat": "inactive_file 0\n"}
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "expected"),
+    [
+        ("", {}, 1024_000),
+        ("0::/\n", {}, 1024_000),
+        # its own group has no limit, the one above has, and part of what is used are files that may go
+        (
+            "0::/user/run\n",
+            {f"user/run/{k}": v for k, v in V2.items()}
+            | {
+                "user/memory.max": "9000",
+                "user/memory.current": "4000",
+                "user/memory.stat": "anon 1\ninactive_file 500\n",
+            },
+            5500,
+        ),
+        # the path is the host's, the mount shows the container's own group
+        ("0::/host/path\n", {"memory.max": "7000", "memory.current": "8000", "memory.stat": "inactive_file 0\n"}, 0),
+        (
+            "4:cpu,memory:/job\n0::/\n",
+            {
+                "memory/job/memory.limit_in_bytes": "6000",
+                "memory/job/memory.usage_in_bytes": "1000",
+                "memory/job/memory.stat": "total_inactive_file 100\n",
+            },
+            5100,
+        ),
+    ],
+)
+def test_free_memory_is_the_least_of_machine_and_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, membership: str, files: dict[str, str], expected: int
+) -> None:
+    where = _machine(tmp_path, 1000, membership, files)
+    assert free_bytes(torch.device("cpu"), **where) == expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_bytes(torch.device("cpu"), **where) == expected // 2
+
+
+def test_this_machine_has_some() -> None:
+    assert free_bytes(torch.device("cpu")) > 2**20

@@ -1,0 +1,178 @@
+"""A step with a loss or gradient that is not finite leaves no bit behind, on one rank and on two; too many end the run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from fastmoco import training_state
+from fastmoco.config import Config
+from fastmoco.distributed.mesh import World
+from fastmoco.errors import RunError
+from fastmoco.skip_step import global_norm
+from fastmoco.trainer import Trainer
+from fastmoco_pipelines import TwoViewBatch
+from tests.checkpoint_content import group_of_one
+
+WORLD = World()
+
+
+def poison(batch: TwoViewBatch, value: float = math.nan) -> TwoViewBatch:
+    """One bad pixel."""
+    view1 = batch.view1.clone()
+    view1[0, 0, 0, 0] = value
+    return replace(batch, view1=view1)
+
+
+def steps(config: Config, out: Path, *, bad: set[int], fed: bool) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """State and losses after 6 steps, of which the bad ones saw a NaN or, unless fed, never were."""
+    trainer = Trainer.build(config, out, WORLD)
+    losses = []
+    try:
+        for number in range(6):
+            batch = trainer.loader.next()
+            if number not in bad:
+                losses.append(trainer.step(batch).loss.item())
+            elif fed:
+                assert not math.isfinite(trainer.step(poison(batch)).loss.item())
+            else:
+                trainer.step_count += 1
+        state = {
+            name: tensor.clone()
+            for name, tensor in training_state.collect(trainer.objective, trainer.optimizer).items()
+        }
+        assert all(torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point())
+    finally:
+        trainer.close()
+    return state, losses
+
+
+OPTIMIZERS: list[dict[str, Any]] = [
+    {"fused_backend": "torch"},
+    {"fused_backend": "fastmoco"},
+    {"name": "lars", "lr": 0.3},
+    {"fused_backend": "fastmoco", "clip_norm": 0.5},
+]
+
+
+CASES = {
+    "torch": (OPTIMIZERS[0], {2, 3}),
+    "fastmoco": (OPTIMIZERS[1], {2, 3}),
+    "lars": (OPTIMIZERS[2], {2, 3}),
+    "clipped": (OPTIMIZERS[3], {2, 3}),
+    "first step": (OPTIMIZERS[1], {0}),
+}
+
+
+# Decided by the host; on the device; by the host for LARS; with clipping; and before the optimizer has any state.
+@pytest.mark.parametrize(("optim", "bad"), CASES.values(), ids=CASES)
+def test_a_bad_step_leaves_the_state_of_a_run_that_never_saw_it(
+    small_run: Config, tmp_path: Path, optim: dict[str, Any], bad: set[int]
+) -> None:
+    config = replace(small_run, optim=replace(small_run.optim, **optim))
+    fed, fed_losses = steps(config, tmp_path / "fed", bad=bad, fed=True)
+    never, losses = steps(config, tmp_path / "never", bad=bad, fed=False)
+    assert fed_losses == losses
+    assert fed.keys() == never.keys()
+    different = [name for name in fed if not torch.equal(fed[name], never[name])]
+    assert not different
+    counters = [fed[name] for name in fed if name.endswith(".step")]
+    assert all(counter == 6 - len(bad) for counter in counters)
+
+
+@pytest.mark.parametrize("chunk", ["none", 16])
+def test_infinite_gradients_under_a_finite_loss_are_skipped_too(small_run: Config, tmp_path: Path, chunk: Any) -> None:
+    config = replace(small_run, batch=replace(small_run.batch, chunk=chunk))
+    trainer = Trainer.build(config, tmp_path, WORLD)
+    try:
+        trainer.step(trainer.loader.next())
+        before = {name: tensor.clone() for name, tensor in trainer.objective.state_dict().items()}
+
+        def spoil() -> None:
+            gradient = trainer.objective.predictor[0].weight.grad
+            assert gradient is not None
+            gradient[0, 0] = math.inf
+
+        assert math.isfinite(trainer.step(trainer.loader.next(), inspect=spoil).loss.item())
+        after = trainer.objective.state_dict()
+        assert [name for name in before if not torch.equal(before[name], after[name])] == []
+        assert trainer.guard.report(2) == [
+            "warning: 1 steps up to step 2 skipped, loss or gradients not finite (1 so far)"
+        ]
+        assert trainer.guard.report(3) == []
+    finally:
+        trainer.close()
+
+
+def test_a_run_goes_on_after_bad_steps_and_ends_after_too_many(
+    small_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(
+        small_run,
+        epochs=2,
+        optim=replace(small_run.optim, warmup_epochs=1),
+        faults=replace(small_run.faults, max_skipped_steps=3),
+    )
+    for bad, ends in (({2, 5, 6}, False), ({4, 5, 6}, True)):
+        trainer = Trainer.build(config, tmp_path / str(ends), WORLD)
+        good = trainer.loader.next
+        monkeypatch.setattr(trainer.loader, "next", lambda good=good, bad=bad: _maybe(good(), bad))
+        try:
+            if ends:
+                with pytest.raises(RunError, match=r"3 steps in a row up to step 7 .* Lower --optim.lr"):
+                    trainer.run()
+            else:
+                assert trainer.run() == 0
+                assert "2 steps" not in (text := capsys.readouterr().out)
+                assert text.count("warning: 1 steps up to") == 3
+        finally:
+            trainer.close()
+
+
+def _maybe(batch: TwoViewBatch, bad: set[int]) -> TwoViewBatch:
+    return poison(batch) if batch.step in bad else batch
+
+
+def test_gradients_are_clipped_to_the_norm_and_shorter_ones_left_alone(small_run: Config, tmp_path: Path) -> None:
+    norms = []
+    for clip in (0.0, 1e-3, 1e3):
+        config = replace(small_run, optim=replace(small_run.optim, clip_norm=clip))
+        trainer = Trainer.build(config, tmp_path / str(clip), WORLD)
+        try:
+            trainer.step(trainer.loader.next())
+            gradients = [p.grad for p in trainer.objective.parameters() if p.grad is not None]
+            norms.append(global_norm(gradients).item())
+        finally:
+            trainer.close()
+    assert norms[0] > 0.01
+    assert norms[1] == pytest.approx(1e-3, rel=1e-5)
+    assert norms[2] == norms[0]
+
+
+def test_a_step_draws_no_random_numbers(small_run: Config, tmp_path: Path) -> None:
+    """What a skipped step would otherwise have to put back."""
+    trainer = Trainer.build(small_run, tmp_path, WORLD)
+    try:
+        before = torch.get_rng_state()
+        trainer.step(trainer.loader.next())
+        assert torch.equal(before, torch.get_rng_state())
+    finally:
+        trainer.close()
+
+
+def test_the_norm_of_shards_and_whole_tensors_is_that_of_all_of_them() -> None:
+    with group_of_one():
+        mesh = init_device_mesh("cpu", (1,))
+        whole = [torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+        mixed = [distribute_tensor(whole[0], mesh, [Shard(0)]), whole[1], distribute_tensor(whole[2], mesh, [Shard(0)])]
+        expected = torch.cat([tensor.flatten() for tensor in whole]).norm()
+        torch.testing.assert_close(global_norm(mixed), expected)
+        mixed[2].to_local()[0, 0] = math.nan
+        assert not torch.isfinite(global_norm(mixed))

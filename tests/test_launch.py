@@ -1,0 +1,174 @@
+"""The launch scripts with real processes: preemption and the way back, SLURM by stand-ins, names that are no names."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastmoco.cli import _without_gpus
+from fastmoco.errors import RunError
+from fastmoco.launch import launch, launch_command
+from tests.fault_runs import ROOT, FaultRun, environment, start_command
+
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+STUBS = {
+    # Starts the tasks, and passes on what SLURM's --signal sends to them.
+    "srun": """#!{python}
+import os, signal, subprocess, sys
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    command.pop(0)
+shared = os.environ | {{"SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "2"}}
+tasks = [subprocess.Popen(command, env=shared | {{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}}) for i in range(2)]
+signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
+open(os.environ["STUB_STATE"] + ".srun", "w").write(str(os.getpid()))
+sys.exit(max(task.wait() for task in tasks))
+""",
+    "scontrol": """#!{python}
+import os, sys
+if sys.argv[1] == "show":
+    print(os.environ["STUB_HOST"])
+else:
+    open(os.environ["STUB_STATE"] + ".scontrol", "a").write(" ".join(sys.argv[1:]) + "\\n")
+""",
+}
+
+
+@pytest.fixture
+def stubs(tmp_path: Path) -> Path:
+    """Folder with stand-ins for SLURM's programs."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in STUBS.items():
+        (folder / name).write_text(text.format(python=sys.executable))
+        (folder / name).chmod(0o700)
+    return folder
+
+
+@pytest.fixture
+def words(digits: tuple[str, str], tmp_path: Path) -> list[str]:
+    """Recipe, folder and overrides of a run of ten steps."""
+    small = ["--epochs=2", "--optim.warmup-epochs=1", "--knn.every-epochs=0", "--log-every-steps=1", "--threads=1"]
+    return ["quickstart_digits", "--out", str(tmp_path / "run"), "--data.shards", digits[0], *small]
+
+
+def start_script(name: str, words: list[str], out: Path, **more: str) -> FaultRun:
+    more = {"PYTHON": sys.executable, "NCCL_DEBUG": "WARN"} | more
+    return start_command([str(ROOT / "launch" / name), *words], out, **more)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not on the path; make check runs it")
+def test_shellcheck_has_nothing_to_say() -> None:
+    done = subprocess.run(["shellcheck", "-x", *map(str, SCRIPTS)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_every_setting_says_why(path: Path) -> None:
+    """A line that exports, or asks SLURM for a behaviour, has a comment above it or shares one with its neighbour."""
+    lines = path.read_text().splitlines()
+    said = False
+    for line in lines:
+        if line.startswith("export ") or re.match(r"#SBATCH --(signal|requeue|open-mode)", line):
+            assert said, line
+        said = line.startswith("#") or (said and line.startswith(("export ", "read ", "[[")))
+
+
+def test_the_command_of_the_agent_is_a_list_on_the_loopback_interface() -> None:
+    words = ["train", "r", "--data.shards", "a; touch x"]
+    command = launch_command(8, words)
+    assert command[-len(words) :] == words
+    assert command[command.index("--nproc-per-node") + 1] == "8"
+    assert command[command.index("--local-addr") + 1] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("given", [["--gpus", "8"], ["--gpus=8"]])
+def test_the_workers_do_not_start_workers(given: list[str]) -> None:
+    assert _without_gpus(["r", "--out", "o", *given, "--seed", "8"]) == ["r", "--out", "o", "--seed", "8"]
+
+
+def test_gpus_inside_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(RunError, match="leave it out under torchrun or srun"):
+        launch(2, ["train"], tmp_path)
+
+
+@pytest.mark.parametrize("host", ["a;touch x", "-oProxyCommand=x", "$(touch x)", ""])
+def test_a_host_name_that_is_none_is_refused(stubs: Path, tmp_path: Path, host: str) -> None:
+    more = {"STUB_HOST": host, "STUB_STATE": str(tmp_path / "state"), "PATH": f"{stubs}:{os.environ['PATH']}"}
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "FASTMOCO_LAUNCH": str(ROOT / "launch")}
+    command = [str(ROOT / "launch" / "slurm.sh"), "recipe", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        command, env=environment(**more, **slurm), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "state.srun").exists()
+    assert "refused" in done.stderr
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_a_preempted_run_of_two_processes_saves_says_so_and_goes_on(words: list[str], tmp_path: Path) -> None:
+    """T04, by launch/single_node.sh, `fastmoco train --gpus 2` and torchrun's agent."""
+    out = tmp_path / "run"
+    one = start_script("single_node.sh", words, out, GPUS="2")
+    try:
+        one.wait_for_step(2)
+        one.process.send_signal(signal.SIGTERM)
+        assert one.end() == 75, one.text()
+        assert (out / "PREEMPTED").exists()
+        assert "SIGTERM: saved step" in one.text()
+        one = start_script("single_node.sh", words, out, GPUS="2")
+        assert one.end() == 0, one.text()
+        assert (out / "DONE").exists()
+        assert not (out / "PREEMPTED").exists()
+        assert "continuing from" in one.text()
+    finally:
+        one.close()
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_an_interrupt_of_one_process_is_a_clean_stop(words: list[str], tmp_path: Path) -> None:
+    """T06, by launch/single_gpu.sh."""
+    one = start_script("single_gpu.sh", words, tmp_path / "run")
+    try:
+        one.wait_for_step(2)
+        one.process.send_signal(signal.SIGINT)
+        assert one.end() == 75, one.text()
+        assert (tmp_path / "run" / "PREEMPTED").exists()
+    finally:
+        one.close()
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_slurm_starts_the_ranks_requeues_a_preempted_run_and_not_a_finished_one(
+    stubs: Path, words: list[str], tmp_path: Path
+) -> None:
+    out, state = tmp_path / "run", tmp_path / "state"
+    more = {"STUB_HOST": "127.0.0.1", "STUB_STATE": str(state), "PATH": f"{stubs}:{os.environ['PATH']}"}
+    more |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "n", "FASTMOCO_LAUNCH": str(ROOT / "launch")}
+    one = start_script("slurm.sh", words, out, **more)
+    try:
+        one.wait_for_step(2)
+        os.kill(int(Path(f"{state}.srun").read_text()), signal.SIGUSR1)
+        assert one.end() == 0, one.text()
+        assert "SIGUSR1: saved step" in one.text()
+        assert Path(f"{state}.scontrol").read_text() == f"requeue {os.getpid()}\n"
+        one = start_script("slurm.sh", words, out, **more, SLURM_RESTART_COUNT="1")
+        assert one.end() == 0, one.text()
+        assert "batch 256 on 2 x cpu" in one.text()
+        assert "continuing from" in one.text()
+        assert (out / "DONE").exists()
+        assert Path(f"{state}.scontrol").read_text().count("requeue") == 1
+    finally:
+        one.close()
