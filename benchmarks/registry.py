@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import adamw_ema, attention, ema, info_nce, loader, train_vs_synthetic, view_color
+from benchmarks.cases import adamw_ema, attention, cut_views, ema, info_nce, loader, train_vs_synthetic, view_color
 from benchmarks.measure import machine
 
-CASES = {case.NAME: case for case in (adamw_ema, attention, ema, info_nce, loader, train_vs_synthetic, view_color)}
+CASES = {
+    case.NAME: case for case in (adamw_ema, attention, cut_views, ema, info_nce, loader, train_vs_synthetic, view_color)
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
