@@ -73,6 +73,8 @@ def cut_views_native(
     fields = [t.contiguous() for t in (crops, tables.steps, tables.factors, tables.shift, tables.flags, tables.boxes)]
     pointers = [t.data_ptr() for t in (*fields, scale, shift, out)]
     batch = _Batch(len(images), out.shape[-1], threshold, pixels.ctypes.data, strides.ctypes.data, *pointers, 0)
+    # The threads hold the batch, and with it all that they read: an interrupt may end this function before they end.
+    batch.memory = (images, pixels, strides, fields, scale, shift, out)
     results: list[int] = []
 
     def work() -> None:  # ctypes gives the interpreter away meanwhile; the threads share out the images by `next`
