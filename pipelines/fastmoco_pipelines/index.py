@@ -122,7 +122,7 @@ def scan_tar(
             try:
                 found.append(read_labels(file.fileno(), sample, rule))
             except LabelError as error:
-                raise ShardError(f"{tar.name}: {error}: pack the images again, or index with --labels none.") from error
+                raise ShardError(f"{tar.name}: {error}: mend it in the tar, or index with --labels none.") from error
             row = (member.offset, member.size, zlib.crc32(data), -1, header.height, header.width)
             index.keys.append(sample.key)
             index.extensions.append(sample.extension)
