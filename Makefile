@@ -40,7 +40,7 @@ format: $(READY)  ## rewrite the code as ruff wants it
 bench: $(READY)  ## list the benchmark cases
 	$(RUN)/python -m benchmarks list
 
-$(READY): setup.py pyproject.toml constraints.txt
+$(READY): setup.py pyproject.toml constraints.txt $(wildcard kernels/fastmoco_kernels/cut_views/native/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastmoco needs Python 3.11 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(DALI),data,logging,dev]'

@@ -4,7 +4,7 @@ The folders `kernels/` and `pipelines/` hold no `__init__.py` of their own: a to
 shadow the Hugging Face package of that name for everybody who stands at the root of this repository.
 """
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOTS = {
     "fastmoco": "fastmoco",
@@ -20,4 +20,19 @@ def packages() -> list[str]:
     ]
 
 
-setup(packages=packages(), package_dir=ROOTS)
+# Plain C without Python in it, loaded by ctypes. Optional: without a compiler plain torch does the same, slowly.
+# No contraction: a product and a sum rounded once would not be Pillow's. The other flags change no result; without them GCC
+# leaves the loops over levels as they are, or unrolls them before it could make vectors of them.
+NATIVE = "kernels/fastmoco_kernels/cut_views/native"
+FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-loop-unroll-and-jam"]
+CUT_VIEWS = Extension(
+    "fastmoco_kernels.cut_views._native",
+    sources=[f"{NATIVE}/{name}.c" for name in ("blur", "color", "cut", "resize", "transpose")],
+    depends=[f"{NATIVE}/views.h"],
+    extra_compile_args=[*FLAGS, "-fvisibility=hidden"],
+    libraries=["m"],
+    optional=True,
+    py_limited_api=True,  # it uses no API at all: one file for every version
+)
+
+setup(packages=packages(), package_dir=ROOTS, ext_modules=[CUT_VIEWS])

@@ -10,7 +10,7 @@ import io
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastmoco_pipelines import LoaderSpec, ViewSpec, moco_v3_views
 from fastmoco_pipelines.draws import ViewDraws, draw_views
-from fastmoco_pipelines.exact_color import exact_finish
+from fastmoco_pipelines.exact_color import exact_color, exact_views
 from fastmoco_pipelines.loader import Loader, build_loader
 from fastmoco_pipelines.reference import (
     adjust_brightness,
@@ -80,8 +80,7 @@ class Job:
 
     def views(self, color: Color) -> tuple[ViewSpec, ViewSpec]:
         """MoCo v3's pair."""
-        view1, view2 = moco_v3_views(self.size)
-        return replace(view1, color=color), replace(view2, color=color)
+        return moco_v3_views(self.size, color=color)
 
     @cached_property
     def set(self) -> ShardSet:
@@ -126,11 +125,8 @@ def fastmoco_feed(job: Job, color: Color, name: str = "") -> Feed:
         batch = loader.next()
         return batch.view1, batch.view2
 
-    def resting() -> bool:
-        return loader._results.full() and loader._clock.doing("") == "nothing is under way"
-
     shown = name or f"fastmoco {color}"
-    return Feed(name=shown, next=following, close=loader.close, resting=resting, loader=loader)
+    return Feed(name=shown, next=following, close=loader.close, resting=lambda: loader.resting, loader=loader)
 
 
 def pillow_feed(job: Job) -> Feed:
@@ -199,23 +195,28 @@ def pillow_decoding_feed(job: Job) -> Feed:
     return Feed(name="decode pillow", next=following)
 
 
-def colour_feed(job: Job) -> Feed:
-    """The exact colour operations on one batch that is cropped and resized already."""
+def augment_feed(job: Job) -> Feed:
+    """What the exact views of one batch cost behind DALI: of decoded images on the CPU, of resized ones on a GPU."""
     ids, encoded = next(job.batches())
     images = [pillow_decode(data) for data in encoded]
-    finishes = []
-    for number, spec in enumerate(job.views("exact"), start=1):
-        draws = job.draws(ids, number)
-        cut = [np.asarray(crop_and_resize(image, tuple(draws.crop[i]), job.size)) for i, image in enumerate(images)]
-        finish = exact_finish(spec, draws)
-        assert finish is not None
-        finishes.append((finish, torch.from_numpy(np.stack(cut)).to(job.device)))
+    decoded = [np.asarray(image) for image in images]
+    pair = [(spec, job.draws(ids, number)) for number, spec in enumerate(job.views("exact"), start=1)]
+    resized = []
+    if job.device.type == "cuda":
+        cut = [
+            [crop_and_resize(image, tuple(draws.crop[i]), job.size) for i, image in enumerate(images)]
+            for _, draws in pair
+        ]
+        resized = [torch.from_numpy(np.stack([np.asarray(image) for image in some])).to(job.device) for some in cut]
 
     def following() -> Views:
-        view1, view2 = (finish(levels) for finish, levels in finishes)
+        if resized:
+            view1, view2 = (exact_color(some, *how) for some, how in zip(resized, pair, strict=True))
+        else:
+            view1, view2 = (exact_views(decoded, spec, draws, job.threads) for spec, draws in pair)
         return view1, view2
 
-    return Feed(name="exact colours alone", next=following)
+    return Feed(name="exact views alone", next=following)
 
 
 def pillow_decode(data: bytes | NDArray[np.uint8]) -> Image.Image:
@@ -226,7 +227,9 @@ def pillow_decode(data: bytes | NDArray[np.uint8]) -> Image.Image:
 
 def pillow_view(image: Image.Image, spec: ViewSpec, draws: ViewDraws, i: int) -> Tensor:
     """torchvision's PIL transforms with the drawn parameters of row ``i``: [3, size, size] float32."""
-    view = crop_and_resize(image, tuple(draws.crop[i].tolist()), spec.size)
+    top, left, height, width = draws.crop[i].tolist()
+    window = image.crop((left, top, left + width, top + height))
+    view = window.resize((spec.size, spec.size), Image.Resampling.BILINEAR)
     jitter = (
         (adjust_brightness, draws.brightness[i], 1),
         (adjust_contrast, draws.contrast[i], 1),

@@ -6,14 +6,14 @@ One image in a hundred is damaged, in four ways; a local HTTP server cuts one an
 about 40 % of the set, so that shards come and go. Every rank compares each batch with that of the undamaged set on the disk:
 all rows but those of bad images must agree bit for bit, and no stand-in may be a bad image. Now and then the loader is built
 anew at the step where it was, sometimes with its list of bad images and sometimes without: the batches must not show it. The
-last table says how much was compared and what memory did. Exit code 1 if anything differed.
+last tables say how much was compared and what the processes held. Exit code 1 if anything differed, or if, in a run of ten
+minutes or more, memory, open files or threads were not flat by the rule of :mod:`benchmarks.soak_memory`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,12 +26,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.soak_data import DroppingServer, damaged_set, make_set
+from benchmarks.soak_memory import MARKS, MemoryLog, MemorySample, at_marks, rises
 from fastmoco_pipelines import LoaderSpec, build_loader, moco_v3_views
 from fastmoco_pipelines.loader import Loader
 
 _RESTART_STEPS = 150
 _PACE_STEPS = 5
-_MARKS = (0.1, 0.5, 1.0)
+_JUDGED_SECONDS = 600  # a shorter run is all warm-up: its memory is shown, and not judged
+_COUNTS = ("steps", "differing", "replaced", "quarantined", "restarts")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,9 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "world_size": options.processes,
         }
         results = _run_ranks(common)
-        _print_table(results, size, len(bad), server.drops, server.answers)
+        _print_counts(results)
+        print(
+            f"{size / 1e6:.1f} MB in shards, {len(bad)} bad images, {server.drops} of {server.answers} answers cut off"
+        )
+    flat = _print_memory(results, common["seconds"])
     wrong = any(result["differing"] or result["error"] for result in results)
-    return 1 if wrong else 0
+    return 1 if wrong or not flat else 0
 
 
 def _run_ranks(common: dict[str, Any]) -> list[dict[str, Any]]:
@@ -82,7 +88,7 @@ def _run_ranks(common: dict[str, Any]) -> list[dict[str, Any]]:
     for rank, process in enumerate(processes):
         out, _ = process.communicate(timeout=common["seconds"] + 300)
         lines = out.strip().splitlines()
-        failed = {"steps": 0, "differing": 0, "replaced": 0, "quarantined": 0, "restarts": 0, "memory": []}
+        failed: dict[str, Any] = dict.fromkeys(_COUNTS, 0) | {"memory": []}
         text = f"rank {rank} ended with code {process.returncode}"
         results.append(json.loads(lines[-1]) if process.returncode == 0 and lines else failed | {"error": text})
     return results
@@ -91,16 +97,15 @@ def _run_ranks(common: dict[str, Any]) -> list[dict[str, Any]]:
 def _soak_rank(job: dict[str, Any]) -> dict[str, Any]:
     """Compare until the time is over."""
     bad = np.array(job["bad"], dtype=np.int64)
-    result: dict[str, Any] = {"steps": 0, "differing": 0, "replaced": 0, "quarantined": 0, "restarts": 0, "memory": []}
-    result["error"] = ""
-    began = time.monotonic()
-    marks = [began + mark * job["seconds"] for mark in _MARKS]
+    result: dict[str, Any] = dict.fromkeys(_COUNTS, 0) | {"error": ""}
+    until = time.monotonic() + job["seconds"]
+    log = MemoryLog(job["seconds"])
     clean = _build(job, job["clean"], 0, None)
     faulty = _build(job, job["faulty"], 0, 0)
     try:
-        while time.monotonic() < marks[-1]:
+        while time.monotonic() < until:
             step = result["steps"]
-            _keep_pace(job, step, marks[-1])
+            _keep_pace(job, step, until)
             if step and step % _RESTART_STEPS == 0:
                 result["quarantined"] = max(result["quarantined"], faulty.figures().quarantined)
                 faulty.close()
@@ -114,9 +119,7 @@ def _soak_rank(job: dict[str, Any]) -> dict[str, Any]:
             result["differing"] += int(not np.where(excused, stands_in, good).all())
             result["replaced"] += int(excused.sum())
             result["steps"] += 1
-            while len(result["memory"]) < len(marks) - 1 and time.monotonic() >= marks[len(result["memory"])]:
-                result["memory"].append(_memory_mib())
-        result["memory"].append(_memory_mib())
+            log.look()
         result["quarantined"] = max(result["quarantined"], faulty.figures().quarantined)
         result["verdict"] = faulty.figures().verdict()
     except Exception as error:  # the other ranks' figures are worth having all the same
@@ -124,7 +127,7 @@ def _soak_rank(job: dict[str, Any]) -> dict[str, Any]:
     finally:
         clean.close()
         faulty.close()
-    return result
+    return result | {"memory": log.samples}
 
 
 def _keep_pace(job: dict[str, Any], step: int, until: float) -> None:
@@ -165,25 +168,39 @@ def _build(job: dict[str, Any], shards: str, step: int, keeps_list: int | None) 
     return loader
 
 
-def _memory_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
-
-
-def _print_table(results: list[dict[str, Any]], size: int, bad: int, drops: int, answers: int) -> None:
-    rows: list[tuple[str, ...]] = [
-        ("rank", "steps", "differing", "replaced", "quarantined", "restarts", "MiB at 10 / 50 / 100 %")
-    ]
+def _print_counts(results: list[dict[str, Any]]) -> None:
+    _print_rows(
+        [("rank", *_COUNTS)] + [(str(i), *(str(result[n]) for n in _COUNTS)) for i, result in enumerate(results)]
+    )
     for rank, result in enumerate(results):
-        memory = " / ".join(f"{mib:.0f}" for mib in result["memory"])
-        counts = (result[name] for name in ("steps", "differing", "replaced", "quarantined", "restarts"))
-        rows.append((str(rank), *map(str, counts), memory))
+        print(f"rank {rank}: {result['error'] or result.get('verdict', '')}")
+
+
+def _print_memory(results: list[dict[str, Any]], seconds: float) -> bool:
+    """What each process held; returns whether all were flat, or the run too short to tell."""
+    rows = [("rank", "at %", "anon MiB", "file MiB", "files", "threads")]
+    verdicts, flat = [], True
+    for rank, result in enumerate(results):
+        samples = [MemorySample(*values) for values in result["memory"]]
+        for mark, held in zip(MARKS, at_marks(samples, seconds), strict=False):
+            figures = f"{held.anon_mib:.0f}", f"{held.file_mib:.0f}", str(held.files), str(held.threads)
+            rows.append((str(rank), f"{100 * mark:.0f}", *figures))
+        found = rises(samples, seconds)
+        judged = seconds >= _JUDGED_SECONDS and not result["error"]
+        bad = not found or not all(rise.flat for rise in found)
+        reason = "not judged, it failed" if result["error"] else "not judged, the run was too short"
+        word = ("NOT FLAT" if bad else "flat") if judged else reason
+        verdicts.append(f"rank {rank}: {word}; over the second half: {', '.join(map(str, found)) or 'too few samples'}")
+        flat &= not (judged and bad)
+    _print_rows(rows)
+    print("\n".join(verdicts))
+    return flat
+
+
+def _print_rows(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-    print(f"{size / 1e6:.1f} MB in shards, {bad} bad images, {drops} of {answers} answers of the server cut off")
-    for rank, result in enumerate(results):
-        print(f"rank {rank}: {result['error'] or result.get('verdict', '')}")
 
 
 if __name__ == "__main__":

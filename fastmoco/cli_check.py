@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import tyro
 from tyro.conf import Positional
 
-from fastmoco.cli_data import progress_bar
+from fastmoco.cli_data import CacheArguments, progress_bar
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, one_line
 
 if TYPE_CHECKING:
@@ -18,16 +18,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckArguments:
+class CheckArguments(CacheArguments):
     """Read and decode everything, name every fault, and list what cannot be used in quarantine.jsonl beside the tars,
-    which loaders honour. The tars are never changed. Exit code 0: clean, 1: faults found, 2: refused."""
+    which loaders honour. The tars are never changed, nor anything on a server. Exit code 0: clean, 1: faults found, 2:
+    refused."""
 
     shards: Positional[str]
-    """A path, glob, brace pattern or folder."""
+    """A path, glob, brace pattern or folder, also behind https://, http://, s3:// or gs://."""
     json: Path | None = None
     """Write the whole report here as JSON."""
     quarantine: bool = True
     """Write quarantine.jsonl."""
+    quarantine_out: Path | None = None
+    """Of shards on a server: folder for that list, there named quarantine-PLACE.jsonl; default the current folder."""
     workers: int | None = None
     """Decoding processes; default one for each core."""
     show: int = 20
@@ -37,11 +40,11 @@ class CheckArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatsArguments:
+class StatsArguments(CacheArguments):
     """Sizes, formats, classes, bytes and aspect ratios of a set, as a table and a picture. Reads the indexes alone."""
 
     shards: Positional[str]
-    """A path, glob, brace pattern or folder."""
+    """A path, glob, brace pattern or folder, also behind https://, http://, s3:// or gs://."""
     out: Path | None = None
     """Draw a picture too, e.g. stats.png; needs matplotlib."""
 
@@ -60,6 +63,8 @@ def check(args: list[str]) -> int:
                 quarantine=options.quarantine,
                 progress=advance,
                 limits=ChildLimits(seconds=options.seconds_per_image),
+                cache=options.cache,
+                remote_lists=options.quarantine_out,
             )
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +79,7 @@ def stats(args: list[str]) -> int:
     from fastmoco_pipelines.stats import draw_stats, measure_shards
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
-        measured = measure_shards(options.shards)
+        measured = measure_shards(options.shards, cache=options.cache)
         _print_stats(measured)
         if options.out is not None:
             print(f"wrote {draw_stats(measured, options.out)}")
@@ -113,6 +118,8 @@ def _print_report(report: CheckReport, show: int) -> None:
         print(f"{report.left_out} further samples left out: no index lists them")
     for path in report.quarantine_files:
         print(f"wrote {path}")
+    for path, url in zip(report.quarantine_files, report.uploads, strict=False):
+        print(f"copy {path} to {url}: loaders look there, and from here nothing is written to a server")
     print("clean" if report.clean else f"{len(report.faults)} faults")
 
 

@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 from fastmoco.errors import EXIT_REFUSED, one_line
-from fastmoco_pipelines.spec import ViewSpec, moco_v3_views
+from fastmoco_pipelines.spec import CacheSpec, ViewSpec, moco_v3_views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +39,35 @@ class PackArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexArguments:
+class CacheArguments:
+    """Where shards of a server are kept meanwhile."""
+
+    cache_dir: str = ""
+    """Folder for copies of shards of a server; empty: fastmoco/shards in your cache folder."""
+    cache_size_gb: float = 100
+    """Size of that folder in 10^9 bytes at most; a fifth of the free disk is left alone in any case."""
+
+    @property
+    def cache(self) -> CacheSpec:
+        """The same, as the pipelines take it."""
+        return CacheSpec(folder=self.cache_dir, size_gb=self.cache_size_gb)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexArguments(CacheArguments):
     """Write the index beside existing shards, whoever packed them: KEY.jpg, .jpeg, .png or .webp beside KEY.cls, .json
     or .txt. Class names are numbered in sorted order over all shards given and kept in manifest.json."""
 
     shards: Positional[str]
-    """A path, glob, brace pattern or folder."""
+    """A path, glob, brace pattern or folder; or URLs, with --out."""
     labels: Literal["auto", "cls", "json", "txt", "none"] = "auto"
     """Which members tell the labels, numbers or class names; auto: the first of cls, json and txt that the set has."""
     label_field: str | None = None
     """Field of the .json that holds the label (default: label); chooses json."""
+    salvage: bool = False
+    """Index what is left of damaged tars, and list every lost stretch by byte."""
+    out: Path | None = None
+    """Of shards on a server: folder for the indexes, which then belong beside the shards there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,13 +149,27 @@ def index(args: list[str]) -> int:
         source = options.labels if options.label_field is None else "json"
         with progress_bar("indexing") as advance:
             rule = LabelRule(source=source, field=options.label_field or "label")
-            report = index_shards(options.shards, progress=advance, rule=rule)
+            report = index_shards(
+                options.shards,
+                progress=advance,
+                rule=rule,
+                salvage=options.salvage,
+                out=options.out,
+                cache=options.cache,
+            )
         print(f"{report.samples} images in {report.shards} shards indexed, {len(report.skipped)} members skipped")
         named = f", {len(report.classes)} class names" if report.classes else ""
         labels = f"labels of {report.labelled} from .{report.labels}{named}" if report.labels else "no labels"
         print(labels + (f" ({report.note})" if report.note else ""))
         for tar, member, reason in report.skipped[:20]:
             print(f"skipped {tar}: {member}: {reason}")
+        for part in report.lost:
+            cut = f", in {part.member}" if part.member else ""
+            print(f"lost {part.shard}: {part.size} bytes from byte {part.offset} on{cut}: {part.reason}")
+        for tar, count in report.gone:
+            print(f"lost {tar}: {count} samples that an older index or the manifest knows are not found any more")
+        for folder, url in report.uploads.items():
+            print(f"copy what is in {folder} to {url}")
     return 0
 
 

@@ -49,5 +49,6 @@ def one_line(code: int, *mendable: type[Exception]) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Print one line on standard error."""
-    print(f"fastmoco: {text}", file=sys.stderr)
+    """Print one line on standard error; names of files and members that it quotes cannot steer the terminal."""
+    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    print(f"fastmoco: {shown}", file=sys.stderr)

@@ -185,6 +185,7 @@ def build_train_loader(
         device_id=device_id,
         start_step=start_step,
         quarantine_list=quarantine_list,
+        pin_memory=world.device.type == "cuda",
     )
 
 

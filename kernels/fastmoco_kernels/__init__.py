@@ -9,6 +9,7 @@ from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
 from fastmoco_kernels.attention.op import attention
 from fastmoco_kernels.attention.packed import packed_attention
 from fastmoco_kernels.blur.op import gaussian_blur
+from fastmoco_kernels.cut_views.op import cut_views
 from fastmoco_kernels.ema.op import ema_update_
 from fastmoco_kernels.info_nce.op import InfoNCEResult, info_nce_loss, symmetric_info_nce_loss
 from fastmoco_kernels.lars.op import lars_step_
@@ -25,6 +26,7 @@ __all__ = [
     "adamw_ema_step_",
     "attention",
     "choose_attention",
+    "cut_views",
     "ema_update_",
     "gaussian_blur",
     "info_nce_loss",

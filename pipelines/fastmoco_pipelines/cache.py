@@ -3,7 +3,7 @@
     KEY.tar         a whole, checked shard; whoever reads it holds a shared lock, so that it is not evicted
     KEY.SIZE.part   a shard on its way; whoever fetches it holds the lock, and it falls free if that process dies
     KEY.from        the validator of the .part, by which a broken download is taken up again
-    KEY.doc         a small file (an index) with its validator
+    KEY.doc         a small file (an index) with its validator and its own SHA-256
     lock            held for the moment in which room is made
 
 KEY is a hash of where a shard lies and what it holds. Names appear by renaming alone: what is there under its final name
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -166,6 +167,8 @@ class ShardCache:
         path, notes = str(self.folder / f"{key}.{size}.part"), str(self.folder / f"{key}.from")
         try:
             with self._making_room():
+                if os.path.islink(path):  # not made by this program
+                    remove(path)
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o600)
                 mine = try_lock(descriptor, fcntl.LOCK_EX) and is_named(descriptor, path)
                 if not mine or self.holds(key):
@@ -194,7 +197,6 @@ class ShardCache:
         Raises:
             OSError, NoRoomError: if that is not possible.
         """
-        os.fchmod(part.descriptor, 0o400)
         os.utime(part.descriptor)
         with self._making_room():  # whoever counts at this moment would find neither the old name nor the new one
             os.rename(part.path, self.folder / f"{key}.tar")
@@ -208,17 +210,20 @@ class ShardCache:
         """(validator, content) of a small file; ("", b"") if it is not there."""
         try:
             with open(os.open(self.folder / f"{key}.doc", os.O_RDONLY | OPEN_FLAGS), "rb") as file:
-                validator, _, content = file.read().partition(b"\n")
-        except OSError:
+                validator, digest, content = file.read().split(b"\n", 2)
+        except (OSError, ValueError):
             return "", b""
-        return validator.decode("latin-1"), content
+        # A damaged copy would be believed for ever: the server goes on to say that the file is still the same.
+        whole = hashlib.sha256(content).hexdigest().encode() == digest
+        return (validator.decode("latin-1"), content) if whole else ("", b"")
 
     def write_document(self, key: str, validator: str, content: bytes) -> None:
         """Keep a small file, if there is room."""
         fresh = str(self.folder / f".{key}.{os.getpid()}.tmp")
         try:
             with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, 0o600), "wb") as file:
-                file.write(validator.encode("latin-1") + b"\n" + content)
+                digest = hashlib.sha256(content).hexdigest()
+                file.write(f"{validator}\n{digest}\n".encode("latin-1") + content)
             os.rename(fresh, self.folder / f"{key}.doc")
         except OSError:
             remove(fresh)

@@ -1,27 +1,32 @@
 """`check_shards`: read and decode everything, report every fault, and write the quarantine list beside the tars.
 
 Each tar is walked strictly, compared with its index and the manifest, and every image in it is decoded, by the decoder
-that training uses, in a disposable process. Verdicts depend on the bytes alone. No tar is ever changed.
+that training uses, in a disposable process. Verdicts depend on the bytes alone. No tar is ever changed. Those of a server
+are checked in copies, and the list is written to this machine: to put it beside them is the user's to do.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from fastmoco_pipelines.check_pool import ChildLimits, DecodePool, Item, Verdict
+from fastmoco_pipelines.check_pool import ChildLimits, DecodePool, Item
 from fastmoco_pipelines.check_report import CheckReport
-from fastmoco_pipelines.grouping import TarContent, group_members, split_name
-from fastmoco_pipelines.images import EXTENSIONS
-from fastmoco_pipelines.index import ShardError, ShardIndex, fits_tar, index_path, read_any_index
+from fastmoco_pipelines.check_tar import TarCheck
+from fastmoco_pipelines.limits import Limits
 from fastmoco_pipelines.manifest import NAME as MANIFEST
 from fastmoco_pipelines.manifest import read_sets
-from fastmoco_pipelines.quarantine import Quarantine, quarantine_path
-from fastmoco_pipelines.tar import TarError, walk_damaged
+from fastmoco_pipelines.patterns import is_remote, redact
+from fastmoco_pipelines.quarantine import NAME, Quarantine, quarantine_path
+from fastmoco_pipelines.remote_set import fetch_lists
+from fastmoco_pipelines.spec import CacheSpec
+from fastmoco_pipelines.whole_tars import LocalTars, RemoteTars
 
 Progress = Callable[[int, int], None]
 
@@ -33,46 +38,86 @@ def check_shards(
     quarantine: bool = True,
     progress: Progress | None = None,
     limits: ChildLimits | None = None,
+    cache: CacheSpec | None = None,
+    remote_lists: Path | None = None,
+    transfers: Limits | None = None,
 ) -> CheckReport:
     """Check the shards that ``pattern`` names.
 
     Args:
-        pattern: as for ``expand_shards``.
+        pattern: as for ``ShardSet.open``.
         workers: decoding processes; default one for each core.
         quarantine: write ``quarantine.jsonl`` beside the tars. Lines about tars that are not checked stay; an empty
             list is only written over an older file.
         progress: called with (bytes done, bytes in all), by one thread at a time.
         limits: what one image may cost.
+        cache: where copies of shards of a server are kept; None: the default folder and size.
+        remote_lists: folder for the lists about shards of a server, quarantine-PLACE.jsonl for each place where they lie; None:
+            the current one. Written unless the list on the server says the same already; lines about tars that are not
+            checked, of that list and of an older file, stay.
+        transfers: times and tries of each transfer.
 
     Raises:
-        ValueError: if the pattern names no shard.
-        ShardError: if a manifest is broken.
+        ValueError: if the pattern names no shard, or is a local one and ``remote_lists`` is given.
+        ShardError: if a manifest is broken; RemoteError, which is one, if a server fails or a shard does not fit into the
+            cache.
         ModuleNotFoundError: if DALI is not installed.
     """
-    from fastmoco_pipelines.shards import expand_shards
-
     start = time.perf_counter()
-    paths = expand_shards(pattern)
-    report = CheckReport(pattern=pattern, shards=len(paths), total_bytes=sum(map(os.path.getsize, paths)))
+    with ExitStack() as stack:
+        if not is_remote(pattern):
+            if remote_lists is not None:
+                raise ValueError(f"{str(remote_lists)!r}: is for shards of a server; a local list lies beside its tars")
+            local = LocalTars(pattern)
+            report = CheckReport(pattern=pattern)
+            found = _check(local, report, workers, limits, progress)
+            for folder, entries in found.items() if quarantine else ():
+                _write_quarantine(folder, entries, {path.name for path in local.paths if path.parent == folder}, report)
+        else:
+            work = Path(stack.enter_context(TemporaryDirectory(prefix="fastmoco-check-")))
+            tars = RemoteTars(pattern, work, cache or CacheSpec(), transfers or Limits(), indexes=True)
+            stack.enter_context(closing(tars))
+            report = CheckReport(pattern=redact(pattern))
+            theirs = {}
+            for folder, place in tars.urls.items():  # now: a failure after hours would be a pity
+                theirs[folder], problems = fetch_lists([place], transfers or Limits())
+                report.notes += problems
+            found = _check(tars, report, workers, limits, progress)
+            for folder, entries in found.items() if quarantine else ():
+                checked = {path.name for path in tars.paths if path.parent == folder}
+                out = remote_lists or Path()
+                _write_remote_list(tars.urls[folder], out, entries, checked, theirs[folder], report)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _check(
+    tars: LocalTars | RemoteTars,
+    report: CheckReport,
+    workers: int | None,
+    limits: ChildLimits | None,
+    progress: Progress | None,
+) -> dict[Path, Quarantine]:
+    """Check all tars: what a list should say of each folder."""
+    paths = tars.paths
+    report.shards, report.total_bytes = len(paths), sum(tars.sizes)
     promises = {path: count for folder in {path.parent for path in paths} for path, count in _promises(folder).items()}
     found = {folder: Quarantine() for folder in sorted({path.parent for path in paths})}
     with DecodePool(workers or os.cpu_count() or 1, limits) as pool:
         before = 0
-        for path in paths:
+        for number, size in enumerate(tars.sizes):
             meter = _Meter(progress, before, report.total_bytes)
-            _ShardCheck(path, promises.get(path), report, found[path.parent]).run(pool, meter)
-            before += os.path.getsize(path)
+            with tars.at_hand(number) as path:
+                TarCheck(path, promises.get(path), report, found[path.parent]).run(pool, meter.add)
+            before += size
             meter.set(before)
         report.restarts = pool.restarts
-    _missing_shards(paths, promises, report, pattern)
+    _missing_shards(tars, promises, report)
     if report.promised != report.delivered + report.quarantined:
         raise AssertionError(
             f"the account does not add up: {report.promised=} {report.delivered=} {report.quarantined=}"
         )
-    for folder, entries in found.items() if quarantine else ():
-        _write_quarantine(folder, entries, {path.name for path in paths if path.parent == folder}, report)
-    report.seconds = time.perf_counter() - start
-    return report
+    return found
 
 
 class _Meter:
@@ -92,172 +137,6 @@ class _Meter:
             self._progress(min(done, self._total), self._total)
 
 
-@dataclass(slots=True)
-class _Candidate:
-    """An image to decode: ``row`` is its place in the index, None where none lists it."""
-
-    key: str
-    extension: str
-    item: Item
-    row: int | None
-
-
-@dataclass(slots=True)
-class _ShardCheck:
-    """The check of one tar."""
-
-    path: Path
-    promise: int | None
-    report: CheckReport
-    quarantine: Quarantine
-    index: ShardIndex | None = None
-    fits: bool = False
-    promised: int = 0
-    delivered: int = 0
-    quarantined: int = 0
-    left_out: int = 0
-    refused: bool = field(default=False)
-
-    def run(self, pool: DecodePool, meter: _Meter) -> None:
-        members, damages = walk_damaged(self.path)
-        content = group_members(members)
-        self._look_at_index(content)
-        candidates = self._candidates(content)
-        verdicts = pool.run([candidate.item for candidate in candidates], meter.add)
-        listed = {candidate.item.offset for candidate in candidates}
-        for candidate, verdict in zip(candidates, verdicts, strict=True):
-            self._judge(candidate, verdict)
-        self._look_at_names(content, listed, {split_name(damage.member)[0] for damage in damages if damage.member})
-        self._look_at_damages(damages)
-        if not (content.samples or damages):
-            self._fault("", "empty tar", "it holds no sample")
-            self.refused = True
-        self._keep_promise()
-        report = self.report
-        report.promised += self.promised
-        report.delivered += self.delivered
-        report.quarantined += self.quarantined
-        report.left_out += self.left_out
-        report.refused_shards += self.refused
-
-    def _fault(self, member: str, kind: str, reason: str, offset: int | None = None, outcome: str = "noted") -> None:
-        self.report.add(self.path.name, member, kind, reason, offset=offset, outcome=outcome)
-
-    def _look_at_index(self, content: TarContent) -> None:
-        """Find out whether the index speaks of this tar: fully, of an earlier state of it, or of something else."""
-        try:
-            index = read_any_index(self.path)
-        except ShardError as error:
-            self.refused = True
-            if index_path(self.path).exists():
-                self._fault("", "broken index", str(error))
-            else:
-                self.report.notes.append(f"{error} Until then only this check can read it.")
-            return
-        self.fits = fits_tar(index, self.path)
-        if self.fits:
-            self.index = index
-            return
-        self.refused = True
-        places = set(zip(index.columns["offset"], index.columns["size"], index.keys, strict=True))
-        tried = [(s.image.offset, s.image.size, s.key) for s in content.samples if s.image is not None and not s.kind]
-        known = sum(place in places for place in tried)
-        # Nothing to compare with: the name decides.
-        if index.tar == self.path.name and 2 * known >= len(tried):
-            self.index = index
-            what = "was made for an earlier state of this tar; it still tells which samples are lost"
-        else:
-            what = (
-                f"was made for another tar ({index.tar}) or a state that this one has nothing to do with; it is ignored"
-            )
-        self._fault(
-            "", "stale index", f"{index_path(self.path).name} {what}: run `fastmoco data index` on the shards again"
-        )
-
-    def _candidates(self, content: TarContent) -> list[_Candidate]:
-        path = str(self.path)
-        candidates = []
-        if self.index is not None:
-            columns = self.index.columns
-            places = zip(self.index.keys, self.index.extensions, columns["offset"], columns["size"], strict=True)
-            for row, (key, extension, offset, size) in enumerate(places):
-                item = Item(path, offset, size, columns["crc32"][row])
-                candidates.append(_Candidate(key, extension, item, row))
-        known = {candidate.item.offset for candidate in candidates}
-        for sample in content.samples:
-            image = sample.image
-            if image is not None and not sample.kind and image.offset not in known:
-                candidates.append(_Candidate(sample.key, sample.extension, Item(path, image.offset, image.size), None))
-        return candidates
-
-    def _judge(self, candidate: _Candidate, verdict: Verdict) -> None:
-        kind, reason = verdict.kind, verdict.reason
-        if candidate.row is not None and self.index is not None and not kind:
-            size = self.index.columns["height"][candidate.row], self.index.columns["width"][candidate.row]
-            if verdict.shape != size:
-                kind, reason = "wrong index", f"its header says another size than the index, {size[1]}x{size[0]} pixels"
-        if candidate.row is None and self.fits and not kind:
-            kind = "not indexed"
-            reason = "is a good image that the index does not list: run `fastmoco data index` on the shards again"
-        counted = candidate.row is not None or (not self.fits and verdict.listed)
-        self.promised += counted
-        self.delivered += counted and not kind
-        self.quarantined += counted and bool(kind)
-        self.left_out += not counted
-        if not kind:
-            return
-        item = candidate.item
-        outcome = "quarantined" if counted else "left out"
-        self._fault(f"{candidate.key}.{candidate.extension}", kind, reason, item.offset, outcome)
-        crc32 = item.crc32 if item.crc32 is not None else verdict.crc32
-        if counted and crc32 is not None:
-            self.quarantine.add(
-                shard=self.path.name,
-                key=candidate.key,
-                extension=candidate.extension,
-                offset=item.offset,
-                size=item.size,
-                crc32=crc32,
-                reason=reason,
-            )
-
-    def _look_at_names(self, content: TarContent, listed: set[int], cut: set[str]) -> None:
-        """Samples that cannot be used by their names; not those that the index lists or a damage accounts for."""
-        known = cut.union(self.index.keys if self.index is not None else ())
-        for sample in content.samples:
-            counted = sample.key in known if sample.image is None else sample.image.offset in listed
-            if sample.kind and not counted:
-                offset = None if sample.image is None else sample.image.offset
-                self.left_out += 1
-                self._fault(sample.member, sample.kind, sample.fault, offset, "left out")
-        for key in content.scattered:
-            self._fault(key, "scattered sample", "its members do not lie side by side: readers that stream lose it")
-
-    def _look_at_damages(self, damages: Sequence[TarError]) -> None:
-        for damage in damages:
-            self._fault("", "damaged tar", str(damage), damage.position)
-            extension = split_name(damage.member)[1].rpartition(".")[2].lower()
-            if self.index is None and extension in EXTENSIONS:
-                self.left_out += 1
-                self._fault(damage.member, "cut off", "the tar ends inside it", damage.position, "left out")
-
-    def _keep_promise(self) -> None:
-        """What the manifest promises and nothing else accounts for is lost."""
-        if self.promise is None or self.promise == self.promised:
-            return
-        lost = self.promise - self.promised
-        self._fault(
-            "",
-            "lost samples" if lost > 0 else "wrong manifest",
-            f"{MANIFEST} promises {self.promise} samples, {self.promised} are known",
-            outcome="lost" if lost > 0 else "noted",
-        )
-        if lost > 0:
-            self.promised += lost
-            self.quarantined += lost
-            self.left_out = max(0, self.left_out - lost)
-
-
 def _promises(folder: Path) -> dict[Path, int]:
     """Samples of each tar by the folder's manifest."""
     shards = [shard for entry in read_sets(folder).values() for shard in entry["shards"]]
@@ -268,18 +147,18 @@ def _promises(folder: Path) -> dict[Path, int]:
     }
 
 
-def _missing_shards(paths: Sequence[Path], promises: dict[Path, int], report: CheckReport, pattern: str) -> None:
+def _missing_shards(tars: LocalTars | RemoteTars, promises: dict[Path, int], report: CheckReport) -> None:
     """Tars of a checked set that are gone, unless the pattern spells out which to use."""
-    if "{" in pattern or os.path.isfile(pattern):
+    if tars.explicit:
         return
-    present = set(paths)
-    for folder in sorted({path.parent for path in paths}):
+    present = set(tars.paths)
+    for folder in sorted({path.parent for path in tars.paths}):
         for name, entry in read_sets(folder).items():
             listed = [folder / shard["name"] for shard in entry["shards"]]
             if not present.intersection(listed):
                 continue
             for path in listed:
-                if path not in present and not path.exists():
+                if path not in present and not tars.exists(path):
                     count = promises.get(path, 0)
                     report.promised += count
                     report.quarantined += count
@@ -290,9 +169,29 @@ def _missing_shards(paths: Sequence[Path], promises: dict[Path, int], report: Ch
 
 def _write_quarantine(folder: Path, found: Quarantine, checked: set[str], report: CheckReport) -> None:
     path = quarantine_path(folder)
-    old = Quarantine.read(path)
+    entries = _merged(Quarantine.read(path), found, checked)
+    if len(entries) or path.exists():
+        report.quarantine_files.append(entries.write(path))
+
+
+def _write_remote_list(
+    place: str, out: Path, found: Quarantine, checked: set[str], theirs: Quarantine, report: CheckReport
+) -> None:
+    """The list of one place on a server; not under the name that loaders look for, as other shards may lie in ``out``."""
+    named = re.sub(r"[^A-Za-z0-9._]+", "-", redact(place).partition("://")[2]).strip("-")
+    path = out / f"quarantine-{named[:200]}.jsonl"
+    known = Quarantine(theirs)
+    known.update(Quarantine.read(path))
+    entries = _merged(known, found, checked)
+    if {entry.identity for entry in entries} != {entry.identity for entry in theirs}:
+        out.mkdir(parents=True, exist_ok=True)
+        report.quarantine_files.append(entries.write(path))
+        report.uploads.append(f"{redact(place)}{NAME}")
+
+
+def _merged(old: Quarantine, found: Quarantine, checked: set[str]) -> Quarantine:
+    """A list after a check: what is known of tars that were not checked stays, and known samples keep their date."""
     when = {entry.identity: entry for entry in old}
     entries = Quarantine(entry for entry in old if entry.shard not in checked)
     entries.update(when.get(entry.identity, entry) for entry in found)
-    if len(entries) or path.exists():
-        report.quarantine_files.append(entries.write(path))
+    return entries

@@ -50,6 +50,7 @@ class CheckReport:
         restarts: decoding processes that ended at work.
         faults: in the order of the shards.
         notes: for people; no faults.
+        quarantine_files: lists that were written; ``uploads``: the URL where each belongs, for shards of a server.
         seconds: the check took.
     """
 
@@ -65,6 +66,7 @@ class CheckReport:
     faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     quarantine_files: list[Path] = field(default_factory=list)
+    uploads: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property

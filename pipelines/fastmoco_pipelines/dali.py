@@ -6,14 +6,17 @@ of :mod:`.reference`, and by how much, is written down in docs/views.md and held
 
 Colour stays uint8 between operations, because PIL rounds and clips there. An operation that a :class:`ViewSpec` never
 applies is not in the graph; one that touches only a share of the images (blur, solarize) runs on that share alone.
-A view with ``color="exact"`` leaves the graph after its resize, as bytes, and :mod:`.exact_color` does the rest.
+A view with ``color="exact"`` leaves the graph as bytes, on a GPU after its resize and on the CPU after decoding, and
+:mod:`.exact_color` does the rest.
 """
 
 from __future__ import annotations
 
 import os
+import time
+import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,18 +24,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fastmoco_pipelines.arguments import TRUNCATION, named_inputs, operations
+from fastmoco_kernels.cut_views.native import native_library
+from fastmoco_pipelines.arguments import named_inputs
+from fastmoco_pipelines.dali_graph import Device, central_part, cut_view, decode, normalise
 from fastmoco_pipelines.draws import ViewDraws
-from fastmoco_pipelines.exact_color import exact_finish
+from fastmoco_pipelines.exact_color import exact_color, exact_views
 from fastmoco_pipelines.images import structure_fault
 from fastmoco_pipelines.spec import EvalSpec, ViewSpec, require
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
-Device = Literal["cpu", "gpu"]
-Finish = Callable[[Tensor], Tensor]
-"""What is still done to an output of DALI, on its device: reads it, returns memory of its own."""
+Finish = Callable[[Sequence[Any]], list[Tensor]]
+"""What makes tensors of all outputs of a run of DALI, on their device: reads them, returns memory of its own."""
 
 
 class DecodeError(RuntimeError):
@@ -47,91 +51,6 @@ class DecodeError(RuntimeError):
         self.faults = faults
 
 
-def _decode(device: Device) -> Any:
-    """Encoded bytes to uint8 RGB HWC. EXIF orientation is not applied: torchvision's ImageFolder does not either."""
-    from nvidia.dali import fn, types
-
-    encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8, no_copy=True)
-    decoder = "mixed" if device == "gpu" else "cpu"
-    return fn.decoders.image(encoded, device=decoder, output_type=types.RGB, adjust_orientation=False)
-
-
-def _normalise(images: Any, spec: ViewSpec | EvalSpec, **more: Any) -> Any:
-    """uint8 HWC to float32 CHW, (x / 255 - mean) / std."""
-    from nvidia.dali import fn, types
-
-    mean, std = [255 * m for m in spec.mean], [255 * s for s in spec.std]
-    return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std, **more)
-
-
-def _cut_view(images: Any, spec: ViewSpec, device: Device, prefix: str) -> Any:
-    """One view of the decoded images, operations in the order of :class:`ViewSpec`; with exact colours only resized."""
-    from nvidia.dali import fn, types
-
-    def argument(name: str, dtype: Any = types.FLOAT, ndim: int = 0) -> Any:
-        return fn.external_source(name=prefix + name, ndim=ndim, dtype=dtype)
-
-    # Cut first: a resize with a region of interest would read pixels from outside the window at its border.
-    window = fn.slice(
-        images, start=argument("start", types.INT32, 1), shape=argument("shape", types.INT32, 1), axes=(0, 1)
-    )
-    view = fn.resize(window, size=(spec.size, spec.size), antialias=True)
-    if spec.color == "exact":
-        return view
-    uses = operations(spec)
-    if "brightness" in uses:
-        view = fn.brightness_contrast(view, brightness=argument("brightness"), brightness_shift=TRUNCATION / 255)
-    if "contrast" in uses:
-        grey = fn.color_space_conversion(view, image_type=types.RGB, output_type=types.GRAY)
-        grey_mean = fn.reductions.mean(grey)
-        if device == "gpu":
-            grey_mean = grey_mean.cpu()  # DALI takes named arguments from the host
-        view = fn.brightness_contrast(
-            view, contrast=argument("contrast"), contrast_center=grey_mean, brightness_shift=TRUNCATION / 255
-        )
-    if "colour" in uses:
-        view = fn.coord_transform(
-            view, M=argument("colour", ndim=2), T=argument("colour_shift", ndim=1), dtype=types.UINT8
-        )
-    if "blur" in uses:
-        view = _blur_some(view, argument)
-    if "solarize" in uses:
-        view = _solarize_some(view, spec.solarize_threshold, argument)
-    mirror = argument("flip", types.INT32) if "flip" in uses else 0
-    return _normalise(view, spec, mirror=mirror)
-
-
-def _central_part(images: Any, spec: EvalSpec) -> Any:
-    """The central square of ``spec.size`` of the image whose shorter side was resized to ``spec.resize``.
-
-    Only that square is computed: of an image of 16384 x 1 pixels the whole resized one would take 3 GiB.
-    """
-    from nvidia.dali import fn, math, types
-
-    extent = fn.cast(images.shape(), dtype=types.FLOAT)[0:2]
-    resized = math.floor(extent * spec.resize / fn.reductions.min(extent) + 0.5)
-    start = math.floor((resized - spec.size) / 2)
-    ends = {"roi_start": start / resized, "roi_end": (start + spec.size) / resized}
-    # Unlike a slice, a region of interest is filtered with the pixels around it, as a crop after the resize is.
-    return fn.resize(images, size=(spec.size, spec.size), roi_relative=True, antialias=True, **ends)
-
-
-def _blur_some(view: Any, argument: Callable[..., Any]) -> Any:
-    from nvidia.dali import fn, types
-
-    if argument("blur", types.BOOL):  # DALI turns this into a split of the batch: the others pass by untouched
-        view = fn.gaussian_blur(view, sigma=argument("blur_sigma"), window_size=argument("blur_window", types.INT32))
-    return view
-
-
-def _solarize_some(view: Any, threshold: int, argument: Callable[..., Any]) -> Any:
-    from nvidia.dali import types
-
-    if argument("solarize", types.BOOL):
-        view = view ^ ((view >= types.Constant(threshold, dtype=types.UINT8)) * types.Constant(255, dtype=types.UINT8))
-    return view
-
-
 class _Engine:
     """A DALI pipeline that is built when first needed, and again after an error (DALI voids it then)."""
 
@@ -144,6 +63,7 @@ class _Engine:
         # DALI would keep buffers of 32 MiB and more for ever. Read when it first allocates; a user's own setting stays.
         os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "0")
         self.batch_size = batch_size
+        self.finish_seconds = 0.0
         self._graph = graph
         self._on_gpu = device == "gpu"
         self._device_id = device_id or 0
@@ -159,9 +79,9 @@ class _Engine:
         self._stream: torch.cuda.Stream | None = None
 
     def run(
-        self, encoded: Sequence[NDArray[np.uint8]], inputs: dict[str, NDArray[Any]], *finishes: Finish | None
+        self, encoded: Sequence[NDArray[np.uint8]], inputs: dict[str, NDArray[Any]], finish: Finish
     ) -> list[Tensor]:
-        """Run one batch, and each output through its finish; every tensor returned owns its memory."""
+        """Run one batch, and its outputs through ``finish``; every tensor returned owns its memory."""
         require(1 <= len(encoded) <= self.batch_size, "encoded", len(encoded), f"holds 1 to {self.batch_size} images")
         faults = tuple((row, fault) for row, image in enumerate(encoded) if (fault := structure_fault(image.tobytes())))
         if faults:
@@ -178,24 +98,22 @@ class _Engine:
         except Exception as error:  # DALI raises several types; whichever it was, its pipeline is void now
             self._pipeline = None
             raise DecodeError(f"DALI could not make the views of a batch of {len(encoded)}: {error}") from error
-        if self._on_gpu:
-            return self._copied(outputs, finishes)
-        tensors = [from_dlpack(output.as_tensor()) for output in outputs]
-        return [finish(tensor) if finish else tensor for tensor, finish in zip(tensors, finishes, strict=True)]
+        start = time.perf_counter()
+        try:
+            return self._finished(outputs, finish) if self._on_gpu else finish(outputs)
+        finally:
+            self.finish_seconds = time.perf_counter() - start
 
-    def _copied(self, outputs: Sequence[Any], finishes: Sequence[Finish | None]) -> list[Tensor]:
-        """DALI's GPU outputs, finished or copied: it takes a buffer back when Python drops it, though kernels may read it.
+    def _finished(self, outputs: Sequence[Any], finish: Finish) -> list[Tensor]:
+        """DALI's GPU outputs, finished: it takes a buffer back when Python drops it, though kernels may still read it.
 
-        Both on a stream of their own, complete on return: on the trainer's they would wait for all that is queued there.
+        On a stream of their own, complete on return: on the trainer's they would wait for all that is queued there.
         """
         device = torch.device("cuda", self._device_id)
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
-            tensors = [
-                (finish or torch.clone)(from_dlpack(output.as_tensor()))
-                for output, finish in zip(outputs, finishes, strict=True)
-            ]
+            tensors = finish(outputs)
         self._stream.synchronize()
         for tensor in tensors:
             # This memory belongs to the side stream: when the trainer drops it, it may be given out again only after
@@ -238,12 +156,32 @@ class ViewPipeline:
         device_id: int | None = None,
     ) -> None:
         self.view1, self.view2 = view1, view2
+        self._device, self._threads = device, threads
+        self._decoded = any(map(self._cut_here, (view1, view2)))
+        if self._decoded and native_library() is None:
+            warnings.warn(
+                "fastmoco was installed without a C compiler: views are cut by plain torch, ten times as slowly. Install one and "
+                "fastmoco again, or take --data.view1.color dali --data.view2.color dali",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
         def graph() -> Any:
-            images = _decode(device)
-            return _cut_view(images, view1, device, "view1_"), _cut_view(images, view2, device, "view2_")
+            images = decode(device)
+            named = ((view1, "view1_"), (view2, "view2_"))
+            views = [cut_view(images, view, device, prefix) for view, prefix in named if not self._cut_here(view)]
+            return tuple([images, *views] if self._decoded else views)
 
         self._engine = _Engine(graph, batch_size=batch_size, threads=threads, device=device, device_id=device_id)
+
+    @property
+    def augment_seconds(self) -> float:
+        """Seconds of the last run behind DALI: cutting and colouring exact views, or taking over what DALI made."""
+        return self._engine.finish_seconds
+
+    def _cut_here(self, view: ViewSpec) -> bool:
+        """Whether a view is cut from the decoded images, outside of DALI."""
+        return view.color == "exact" and self._device == "cpu"
 
     def run(self, encoded: Sequence[NDArray[np.uint8]], draws1: ViewDraws, draws2: ViewDraws) -> tuple[Tensor, Tensor]:
         """Make both views of a batch.
@@ -263,10 +201,34 @@ class ViewPipeline:
         """
         for name, draws in (("draws1", draws1), ("draws2", draws2)):
             require(len(draws) == len(encoded), name, len(draws), f"needs one row for each of {len(encoded)} images")
-        inputs = named_inputs(draws1, self.view1, "view1_") | named_inputs(draws2, self.view2, "view2_")
-        finishes = (exact_finish(self.view1, draws1), exact_finish(self.view2, draws2))
-        view1, view2 = self._engine.run(encoded, inputs, *finishes)
-        return view1, view2
+        views = ((self.view1, draws1, "view1_"), (self.view2, draws2, "view2_"))
+        inputs: dict[str, NDArray[Any]] = {}
+        for view, draws, prefix in views:
+            inputs |= {} if self._cut_here(view) else named_inputs(draws, view, prefix)
+
+        def finish(outputs: Sequence[Any]) -> list[Tensor]:
+            made = iter(outputs[1:] if self._decoded else outputs)
+            return [
+                exact_views(outputs[0], view, draws, self._threads)
+                if self._cut_here(view)
+                else self._finish(next(made), view, draws)
+                for view, draws, _ in views
+            ]
+
+        first, second = self._engine.run(encoded, inputs, finish)
+        return first, second
+
+    def _finish(self, output: Any, view: ViewSpec, draws: ViewDraws) -> Tensor:
+        """One output of DALI's graph that is a view, or one without its colours."""
+        tensor = from_dlpack(output.as_tensor())
+        if view.color == "exact":
+            return exact_color(tensor, view, draws)
+        return _owned(tensor)
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """DALI's memory on a CPU is the tensor's own already."""
+    return tensor.clone() if tensor.is_cuda else tensor
 
 
 class EvalPipeline:
@@ -286,7 +248,7 @@ class EvalPipeline:
         self, spec: EvalSpec, *, batch_size: int, threads: int = 2, device: Device = "cpu", device_id: int | None = None
     ) -> None:
         def graph() -> Any:
-            return _normalise(_central_part(_decode(device), spec), spec)
+            return normalise(central_part(decode(device), spec), spec)
 
         self._engine = _Engine(graph, batch_size=batch_size, threads=threads, device=device, device_id=device_id)
 
@@ -297,4 +259,4 @@ class EvalPipeline:
             DecodeError: if DALI cannot decode an image. The next run works again.
             ValueError: if the batch is empty or too large.
         """
-        return self._engine.run(encoded, {}, None)[0]
+        return self._engine.run(encoded, {}, lambda outputs: [_owned(from_dlpack(outputs[0].as_tensor()))])[0]

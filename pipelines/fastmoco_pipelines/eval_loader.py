@@ -117,11 +117,12 @@ class EvalLoader:
         """
         starts = range(0, len(self._sample_ids), self._batch_size)
         parts = [self._sample_ids[start : start + self._batch_size] for start in starts]
-        with ThreadPoolExecutor(1, thread_name_prefix="fastmoco-eval") as ahead:
+        ahead = ThreadPoolExecutor(1, thread_name_prefix="fastmoco-eval")
+        try:
             waiting = [ahead.submit(self._load, ids) for ids in parts[:1]]
             for ids in [*parts[1:], None]:
                 if not waiting:
-                    return
+                    break
                 batch = waiting.pop().result()
                 if ids is not None:
                     waiting.append(ahead.submit(self._load, ids))
@@ -129,6 +130,12 @@ class EvalLoader:
                     self.report(text)
                 if batch is not None:
                     yield batch
+        except BaseException:  # left before its time, by an interrupt perhaps: nobody wants what is being read
+            self._shards.cancel()
+            ahead.shutdown()
+            self._shards.close()
+            raise
+        ahead.shutdown()
 
     @property
     def left_out(self) -> int:
@@ -137,6 +144,7 @@ class EvalLoader:
 
     def close(self) -> None:
         """Close the files; a later iteration opens them again."""
+        self._shards.cancel()
         self._shards.close()
 
     def __enter__(self) -> Self:

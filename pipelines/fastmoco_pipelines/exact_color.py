@@ -1,12 +1,13 @@
-"""Views in PIL's own arithmetic: what ``color="exact"`` does to the cropped and resized bytes, on their device."""
+"""Views in PIL's own arithmetic, ``color="exact"``: of decoded images on the CPU, of cropped and resized ones on a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastmoco_kernels.cut_views.op import cut_views
 from fastmoco_kernels.view_color.op import view_color
 from fastmoco_kernels.view_color.plan import ViewColorParameters
 from fastmoco_pipelines.draws import ViewDraws
@@ -28,13 +29,29 @@ def color_parameters(draws: ViewDraws) -> ViewColorParameters:
     )
 
 
-def exact_finish(spec: ViewSpec, draws: ViewDraws) -> Callable[[Tensor], Tensor] | None:
-    """What turns resized [B, size, size, 3] uint8 into the normalised view; None where DALI does the colours."""
-    if spec.color != "exact":
-        return None
-    parameters = color_parameters(draws)
+def exact_color(resized: Tensor, spec: ViewSpec, draws: ViewDraws) -> Tensor:
+    """[B, size, size, 3] uint8, cropped and resized, to [B, 3, size, size] float32 on the same device, memory of its own."""
+    return view_color(
+        resized, color_parameters(draws), mean=spec.mean, std=spec.std, solarize_threshold=spec.solarize_threshold
+    )
 
-    def finish(images: Tensor) -> Tensor:
-        return view_color(images, parameters, mean=spec.mean, std=spec.std, solarize_threshold=spec.solarize_threshold)
 
-    return finish
+def exact_views(decoded: Any, spec: ViewSpec, draws: ViewDraws, threads: int) -> Tensor:
+    """Views of B decoded images on the CPU, [B, 3, size, size] float32.
+
+    Args:
+        decoded: sequence of B images that numpy reads as [H, W, 3] uint8: arrays, or a list of tensors from DALI.
+        spec: what the view is.
+        draws: B rows.
+        threads: that cut.
+    """
+    return cut_views(
+        [decoded[row] for row in range(len(decoded))],
+        torch.from_numpy(draws.crop),
+        color_parameters(draws),
+        size=spec.size,
+        mean=spec.mean,
+        std=spec.std,
+        solarize_threshold=spec.solarize_threshold,
+        threads=threads,
+    )

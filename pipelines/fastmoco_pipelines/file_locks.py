@@ -30,13 +30,16 @@ def try_lock(descriptor: int, how: int) -> bool:
 def lock_path(path: str) -> int | None:
     """A descriptor that holds a file's exclusive lock; None while somebody else holds any, or without such a file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | OPEN_FLAGS)
+        descriptor = os.open(path, os.O_RDWR | OPEN_FLAGS)  # NFS gives an exclusive lock to those alone who may write
     except OSError:
         return None
-    if try_lock(descriptor, fcntl.LOCK_EX):
-        return descriptor
-    os.close(descriptor)
-    return None
+    mine = False
+    try:
+        mine = try_lock(descriptor, fcntl.LOCK_EX)
+    finally:
+        if not mine:
+            os.close(descriptor)
+    return descriptor if mine else None
 
 
 def is_free(path: str) -> bool:

@@ -41,7 +41,6 @@ class PatientReader:
 
     def __init__(self, shards: ShardSet, stop: threading.Event) -> None:
         self._shards, self._stop = shards, stop
-        self._one_at_a_time = threading.Lock()
         self._given_up: set[str] = set()
 
     def read(self, sample_ids: NDArray[np.int64]) -> list[NDArray[np.uint8] | ReadFault]:
@@ -50,12 +49,11 @@ class PatientReader:
         Raises:
             ShardError: where nothing can be read whatever the sample: this process may open no more files, or is closing.
         """
-        with self._one_at_a_time:
-            try:
-                return list(self._shards.read(sample_ids))
-            except (ShardError, OSError) as error:
-                _raise_if_general(error)
-            return [self._read_one(sample_id) for sample_id in sample_ids.tolist()]
+        try:
+            return list(self._shards.read(sample_ids))
+        except (ShardError, OSError) as error:
+            _raise_if_general(error)
+        return [self._read_one(sample_id) for sample_id in sample_ids.tolist()]
 
     def _read_one(self, sample_id: int) -> NDArray[np.uint8] | ReadFault:
         shard = self._shards.shard_of(sample_id)[0]

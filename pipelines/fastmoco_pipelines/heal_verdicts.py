@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.index import ShardError
-from fastmoco_pipelines.quarantine import NAME, Quarantine, QuarantineEntry, append_entry, escaped
+from fastmoco_pipelines.quarantine import NAME, Quarantine, QuarantineEntry, append_entry, escaped, read_list
 from fastmoco_pipelines.shards import ShardSet
 
 UNREADABLE = "unreadable: "
@@ -45,6 +45,9 @@ class Verdicts:
         max_bad_share: share of the samples that may be found bad.
         run_list: file of the run's own discoveries; None keeps them in memory.
 
+    Raises:
+        RemoteError: if the server of the shards does not say whether there is a list beside them.
+
     Attributes:
         listed: samples left out because of the list beside the shards.
         stale: lines of that list that match nothing in the set any more.
@@ -60,8 +63,8 @@ class Verdicts:
         self._found: dict[tuple[str, int, int, int], tuple[str, str]] = {}
         self._news: list[str] = []
         self.allowed = max(ALWAYS_ALLOWED, int(max_bad_share * len(shards))) if max_bad_share else 0
-        beside = Quarantine()
-        self._news += [error for error in (_read_into(beside, folder / NAME) for folder in shards.folders) if error]
+        beside, problems = shards.quarantine()
+        self._news += problems
         listed = shards.listed(beside)
         self._bad[list(listed)] = True
         self.listed = len(listed)
@@ -118,7 +121,8 @@ class Verdicts:
             else:
                 for i in lost:
                     self._note(i, f"{UNREADABLE}{reason}", where)
-                self._news.append(f"quarantined {where}, {len(lost)} images: {reason} ({len(self._found)} so far)")
+                if lost:  # the next image of the same shard has nothing to add
+                    self._news.append(f"quarantined {where}, {len(lost)} images: {reason} ({len(self._found)} so far)")
         self.require_bearable()
 
     def require_bearable(self) -> None:
@@ -153,9 +157,8 @@ class Verdicts:
             if size == self._run_list_size:
                 return
             self._run_list_size = size
-            noted = Quarantine()
-            if error := _read_into(noted, self._run_list):
-                self._news.append(error)
+            noted, problem = read_list(self._run_list)
+            self._news += [problem] if problem else []
             lasting = Quarantine(entry for entry in noted if not entry.reason.startswith(UNREADABLE))
             for sample_id, reason in self._shards.listed(lasting).items():
                 if not self._bad[sample_id]:
@@ -183,16 +186,6 @@ class Verdicts:
         except OSError as error:  # the list is a memory: without it the sample is found again
             self._news.append(f"cannot write {self._run_list} ({error.strerror or error})")
             self._run_list = None
-
-
-def _read_into(quarantine: Quarantine, path: Path) -> str | None:
-    """Take over a list; what is wrong with it, if anything, in a sentence."""
-    try:
-        read = Quarantine.read(path)
-    except OSError as error:
-        return f"{path}: cannot be read ({error.strerror}); bad images will be found again"
-    quarantine.update(read)
-    return f"{path}: {read.broken} lines are no entries of a list and were passed over" if read.broken else None
 
 
 def _identity(shards: ShardSet, sample_id: int) -> tuple[str, int, int, int]:

@@ -17,13 +17,14 @@ from typing import Any, BinaryIO
 from fastmoco_pipelines.grouping import group_members
 from fastmoco_pipelines.images import MAX_BYTES, ImageRefusedError, read_header
 from fastmoco_pipelines.labels import LabelError, LabelRule, RawLabel, Source, number_labels, read_labels
-from fastmoco_pipelines.tar import TarError, walk_tar
+from fastmoco_pipelines.tar import TarError, walk_damaged, walk_tar
 
 FORMAT = "fastmoco-index"
 VERSION = 1
 SUFFIX = ".index.json"
 COLUMNS = ("offset", "size", "crc32", "label", "height", "width")
 CURE = "run `fastmoco data index` on the shards again"
+SALVAGE = "Or index what is left of it: `fastmoco data index --salvage`."
 _SEAL = b',"content_hash":"'
 _LIMITS = {"offset": 2**63, "size": MAX_BYTES + 1, "crc32": 2**32, "label": 2**31, "height": 2**16, "width": 2**16}
 
@@ -73,21 +74,30 @@ def build_index(tar: Path) -> ShardIndex:
         ShardError: if the tar is damaged or no usable image lies in it.
     """
     rule = LabelRule(source="cls")
-    index, found = scan_tar(tar, rule)
+    index, found, _ = scan_tar(tar, rule)
     index.columns["label"] = number_labels([found], rule).labels[0]
     return index
 
 
-def scan_tar(tar: Path, rule: LabelRule) -> tuple[ShardIndex, list[dict[Source, RawLabel]]]:
-    """Read a whole tar: its index without labels, and what the texts beside each image say.
+def scan_tar(
+    tar: Path, rule: LabelRule, *, salvage: bool = False
+) -> tuple[ShardIndex, list[dict[Source, RawLabel]], list[TarError]]:
+    """Read a whole tar: its index without labels, what the texts beside each image say, and what is damaged.
+
+    With ``salvage`` a damage does not end the walk: what is sound before and behind it is taken, and each lost stretch is a
+    fault and stands in the index's ``skipped`` too. Without, the last list is empty.
 
     Raises:
-        ShardError: as for ``build_index``.
+        ShardError: as for ``build_index``; with ``salvage`` only where no usable image is left.
     """
     try:
-        content = group_members(walk_tar(tar))
+        members, damages = walk_damaged(tar) if salvage else (walk_tar(tar), [])
+        content = group_members(members)
     except TarError as error:
-        raise ShardError(str(error)) from error
+        hint = "" if error.position is None else f" {SALVAGE}"
+        raise ShardError(f"{error}{hint}") from error
+    if damages and damages[0].position is None:
+        raise ShardError(str(damages[0]))
     index = ShardIndex(
         tar=tar.name,
         tar_bytes=os.path.getsize(tar),
@@ -95,7 +105,7 @@ def scan_tar(tar: Path, rule: LabelRule) -> tuple[ShardIndex, list[dict[Source, 
         keys=[],
         extensions=[],
         columns={name: [] for name in COLUMNS},
-        skipped=content.others,
+        skipped=[*content.others, *(_lost(damage) for damage in damages)],
     )
     found: list[dict[Source, RawLabel]] = []
     with open(tar, "rb") as file:
@@ -112,7 +122,7 @@ def scan_tar(tar: Path, rule: LabelRule) -> tuple[ShardIndex, list[dict[Source, 
             try:
                 found.append(read_labels(file.fileno(), sample, rule))
             except LabelError as error:
-                raise ShardError(f"{tar.name}: {error}: pack the images again, or index with --labels none.") from error
+                raise ShardError(f"{tar.name}: {error}: mend it in the tar, or index with --labels none.") from error
             row = (member.offset, member.size, zlib.crc32(data), -1, header.height, header.width)
             index.keys.append(sample.key)
             index.extensions.append(sample.extension)
@@ -121,7 +131,12 @@ def scan_tar(tar: Path, rule: LabelRule) -> tuple[ShardIndex, list[dict[Source, 
     if not index.keys:
         reasons = "; ".join(f"{member}: {reason}" for member, reason in index.skipped[:3]) or "it has no members"
         raise ShardError(f"{tar.name}: holds no usable image ({reasons}). Leave this tar out.")
-    return index, found
+    return index, found, damages
+
+
+def _lost(damage: TarError) -> tuple[str, str]:
+    member = ascii(damage.member)[1:-1] if damage.member else f"byte {damage.position}"
+    return member, f"{damage.lost} bytes from byte {damage.position} on are lost: {damage.reason}"
 
 
 def write_index(tar: Path, index: ShardIndex) -> Path:

@@ -6,17 +6,48 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from fastmoco_pipelines.index import ShardError, ShardIndex, read_any_index, scan_tar, write_index
+from fastmoco_pipelines.index import (
+    ShardError,
+    ShardIndex,
+    fits_tar,
+    index_path,
+    read_any_index,
+    scan_tar,
+    write_index,
+)
 from fastmoco_pipelines.labels import LabelError, LabelRule, NumberedLabels, RawLabel, Source, number_labels
+from fastmoco_pipelines.limits import Limits
 from fastmoco_pipelines.manifest import NAME as MANIFEST
 from fastmoco_pipelines.manifest import read_sets, write_sets
+from fastmoco_pipelines.patterns import is_remote, redact
+from fastmoco_pipelines.quarantine import escaped
+from fastmoco_pipelines.spec import CacheSpec
+from fastmoco_pipelines.whole_tars import LocalTars, RemoteTars
 
 _ORIGIN = "indexed"  # marks the sets of a manifest that were written here
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostStretch:
+    """A part of a damaged tar in which no member could be found.
+
+    Attributes:
+        shard: file name of the tar; ``member``: that the damage cut off, escaped, where its name is known.
+        offset, size: in bytes; a size of 0: the file ends here, and what was to follow is gone.
+        reason: what is wrong there.
+    """
+
+    shard: str
+    member: str
+    offset: int
+    size: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +56,14 @@ class IndexReport:
 
     Attributes:
         shards, samples: how many were indexed.
-        skipped: (tar, member, reason) of what was left out.
+        skipped: (tar, member, reason) of what was left out, the lost stretches among them.
         labels: where the labels come from: "cls", "json", "txt" or None.
         classes: class names by label; empty where the labels are numbers or there are none.
         labelled: samples that have a label.
         note: for people; as a rule empty.
+        lost: what could not be salvaged of damaged tars, in file order.
+        gone: (tar, samples) that an older index or the manifest promised of damaged tars and that are not found any more.
+        uploads: URLs of the places to which the indexes belong, by the folder where they were written; of local shards none.
     """
 
     shards: int
@@ -39,59 +73,141 @@ class IndexReport:
     classes: tuple[str, ...] = ()
     labelled: int = 0
     note: str = ""
+    lost: tuple[LostStretch, ...] = ()
+    gone: tuple[tuple[str, int], ...] = ()
+    uploads: dict[Path, str] = field(default_factory=dict)
 
 
 def index_shards(
-    pattern: str, progress: Callable[[int, int], None] | None = None, *, rule: LabelRule | None = None
+    pattern: str,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    rule: LabelRule | None = None,
+    salvage: bool = False,
+    out: Path | None = None,
+    cache: CacheSpec | None = None,
+    transfers: Limits | None = None,
 ) -> IndexReport:
     """Write the index of every shard; for tars that were not made by ``fastmoco data pack``.
 
     Class names are sorted, numbered and kept in ``manifest.json``; numbers are taken as they are.
 
     Args:
-        pattern: as for ``expand_shards``.
+        pattern: as for ``ShardSet.open``.
         progress: called with (shards done, shards in all).
         rule: where labels come from.
+        salvage: index what is left of damaged tars, and tell what is lost.
+        out: folder for the indexes and the manifest of shards of a server; needed for these, and for these alone.
+        cache: where copies of them are kept; None: the default folder and size.
+        transfers: times and tries of each transfer.
 
     Raises:
         ShardError: naming a tar that is damaged, holds no image or has labels that cannot be read, after all others
             have been indexed; or for class names that do not fit those of the folder's other sets.
-        ValueError: if the pattern names no shard.
+        ValueError: if the pattern names no shard, or ``out`` does not fit it.
     """
-    from fastmoco_pipelines.shards import expand_shards  # shards.py reads what this file writes
+    if not is_remote(pattern):
+        if out is not None:
+            raise ValueError(f"out={str(out)!r}: is for shards of a server; the index of a local tar lies beside it")
+        return _index(LocalTars(pattern), progress, rule or LabelRule(), salvage)
+    if out is None:
+        raise ValueError(
+            f"shards={redact(pattern)!r}: nothing is written to a server: give a folder for the indexes (--out FOLDER), and "
+            "copy what is in it beside the shards afterwards"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    with closing(RemoteTars(pattern, out, cache or CacheSpec(), transfers or Limits(), indexes=False)) as tars:
+        report = _index(tars, progress, rule or LabelRule(), salvage)
+        return replace(report, uploads={folder: redact(url) for folder, url in tars.urls.items()})
 
-    rule = rule or LabelRule()
-    paths = expand_shards(pattern)
+
+def _index(
+    tars: LocalTars | RemoteTars, progress: Callable[[int, int], None] | None, rule: LabelRule, salvage: bool
+) -> IndexReport:
     found: dict[Path, list[dict[Source, RawLabel]]] = {}
+    hashes: dict[Path, str] = {}
     samples, skipped, failures = 0, [], []
-    for done, path in enumerate(paths, start=1):
-        try:
-            index, found[path] = scan_tar(path, rule)
-        except ShardError as error:
-            failures.append(error)
-            continue
-        _label(path, index, number_labels([found[path]], rule).labels[0])  # right already where labels are numbers
+    lost: list[LostStretch] = []
+    gone: list[tuple[str, int]] = []
+    for number, path in enumerate(tars.paths):
+        with tars.at_hand(number):
+            try:
+                index, raw, damages = scan_tar(path, rule, salvage=salvage)
+                missing = _gone(path, index) if damages else 0
+            except ShardError as error:
+                failures.append(error)
+                continue
+            if isinstance(tars, RemoteTars):  # it will not be at hand when the manifest is written
+                hashes[path] = _sha256(path)
+        found[path] = raw
+        _label(path, index, number_labels([raw], rule).labels[0])  # right already where labels are numbers
         samples += len(index)
         skipped += [(path.name, member, reason) for member, reason in index.skipped]
+        lost += [
+            LostStretch(
+                shard=path.name,
+                member=escaped(damage.member),
+                offset=damage.position or 0,
+                size=damage.lost,
+                reason=escaped(damage.reason),
+            )
+            for damage in damages
+        ]
+        gone += [(path.name, missing)] if missing else []
         if progress is not None:
-            progress(done, len(paths))
+            progress(number + 1, len(tars.paths))
     numbered = _number(found, rule)
     for (path, raw), labels in zip(found.items(), numbered.labels, strict=True):
         if labels != number_labels([raw], rule).labels[0]:
             _label(path, read_any_index(path), labels)
-    _write_manifests(list(found), numbered)
+    _write_manifests(list(found), numbered, dict(zip(tars.paths, tars.sizes, strict=True)), hashes)
     if failures:
-        more = f" And {len(failures) - 1} more of the {len(paths)} tars failed." if len(failures) > 1 else ""
+        more = f" And {len(failures) - 1} more of the {len(tars.paths)} tars failed." if len(failures) > 1 else ""
         raise ShardError(f"{failures[0]}{more}") from failures[0]
     return IndexReport(
-        shards=len(paths),
+        shards=len(tars.paths),
         samples=samples,
         skipped=tuple(skipped),
         labels=numbered.source,
         classes=numbered.classes,
         labelled=sum(label >= 0 for labels in numbered.labels for label in labels),
         note=numbered.note,
+        lost=tuple(lost),
+        gone=tuple(gone),
     )
+
+
+def _gone(path: Path, index: ShardIndex) -> int:
+    """Samples of a damaged tar that an older index or the manifest knows, and the new index does not.
+
+    Raises:
+        ShardError: if the older index was made for these very bytes, while they were whole: it is the better one.
+    """
+    listed = (shard for entry in read_sets(path.parent).values() for shard in entry["shards"])
+    counts = [shard.get("samples") for shard in listed if shard["name"] == path.name]
+    promised = max((count - len(index) for count in counts if isinstance(count, int)), default=0)
+    try:
+        old = read_any_index(path)
+    except ShardError:
+        return max(0, promised)
+    if old.tar != path.name:
+        return max(0, promised)
+    missing = len(_rows(old) - _rows(index))
+    if missing and fits_tar(old, path):
+        raise ShardError(
+            f"{path.name}: its index knows {missing} samples more than can be found now: keep it, and let `fastmoco data "
+            f"check` tell which of them are damaged. To salvage all the same, delete {index_path(path).name} first."
+        )
+    return max(promised, missing)
+
+
+def _rows(index: ShardIndex) -> set[tuple[int, int, int]]:
+    return set(zip(*(index.columns[name] for name in ("offset", "size", "crc32")), strict=True))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _label(path: Path, index: ShardIndex, labels: list[int]) -> None:
@@ -113,7 +229,9 @@ def _number(found: dict[Path, list[dict[Source, RawLabel]]], rule: LabelRule) ->
         raise ShardError(str(error)) from error
 
 
-def _write_manifests(paths: Sequence[Path], numbered: NumberedLabels) -> None:
+def _write_manifests(
+    paths: Sequence[Path], numbered: NumberedLabels, sizes: dict[Path, int], hashes: dict[Path, str]
+) -> None:
     """Class names, and the counts of sets that were indexed with class names before."""
     labels = dict(zip(paths, numbered.labels, strict=True))
     for folder, group in groupby(sorted(paths), key=lambda path: path.parent):
@@ -140,7 +258,7 @@ def _write_manifests(paths: Sequence[Path], numbered: NumberedLabels) -> None:
                 raise ShardError(
                     f"{folder / MANIFEST}: has another set {name!r}: index its shards together with these."
                 )
-            sets[name] = _entry(tars, [labels[path] for path in tars], numbered)
+            sets[name] = _entry(tars, [labels[path] for path in tars], numbered, sizes, hashes)
         write_sets(folder, sets)
 
 
@@ -149,13 +267,18 @@ def _is_from_here(entry: dict[str, Any]) -> bool:
     return isinstance(options, dict) and options.get(_ORIGIN) is True
 
 
-def _entry(tars: Sequence[Path], labels: Sequence[list[int]], numbered: NumberedLabels) -> dict[str, Any]:
+def _entry(
+    tars: Sequence[Path],
+    labels: Sequence[list[int]],
+    numbered: NumberedLabels,
+    sizes: dict[Path, int],
+    hashes: dict[Path, str],
+) -> dict[str, Any]:
     counts = Counter(label for tar in labels for label in tar)
     shards = []
     for path, of_tar in zip(tars, labels, strict=True):
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        shards.append({"name": path.name, "samples": len(of_tar), "bytes": path.stat().st_size, "sha256": sha256})
+        sha256 = hashes.get(path) or _sha256(path)
+        shards.append({"name": path.name, "samples": len(of_tar), "bytes": sizes[path], "sha256": sha256})
     return {
         "samples": sum(map(len, labels)),
         "classes": list(numbered.classes),

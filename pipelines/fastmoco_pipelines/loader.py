@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmoco_pipelines.arenas import give_back_memory, share_arenas
 from fastmoco_pipelines.batch import BatchStream, TwoViewBatch
 from fastmoco_pipelines.culprit import Suspects
 from fastmoco_pipelines.draws import ViewDraws, draw_views
@@ -30,7 +31,7 @@ from fastmoco_pipelines.order import local_batch_size
 from fastmoco_pipelines.refill import Places, Plan
 from fastmoco_pipelines.shards import ShardError, ShardSet
 from fastmoco_pipelines.spec import LoaderSpec, require
-from fastmoco_pipelines.stages import DECODE, DRAW, HEAL, READ, StageClock, StageFigures
+from fastmoco_pipelines.stages import AUGMENT, DECODE, DRAW, HEAL, READ, TRANSFER, StageClock, StageFigures
 
 if TYPE_CHECKING:
     from fastmoco_pipelines.dali import DecodeError, ViewPipeline
@@ -52,6 +53,7 @@ def build_loader(
     device_id: int | None = None,
     start_step: int = 0,
     quarantine_list: Path | None = None,
+    pin_memory: bool = False,
 ) -> Loader:
     """Open the shards, build the DALI graph and begin to produce batches.
 
@@ -62,15 +64,21 @@ def build_loader(
         device_id: index of this process's GPU; needed for, and only for, ``spec.device="gpu"``.
         start_step: the step of the first batch: 0, or where a resumed run goes on.
         quarantine_list: the run's own list of bad samples, read and added to; all ranks may share it. None: none is kept.
+        pin_memory: whether batches made on the CPU lie in pinned memory, from where a GPU takes them while it computes.
 
     Raises:
         ValueError: for a batch that the ranks cannot share or that is larger than the set, or a pattern without shards.
+        DecoderBrokenError: if DALI crashes, hangs or errs on this GPU.
         ShardError: if an index is missing, broken or stale, or more samples are bad than ``spec.max_bad_share`` allows.
     """
+    from fastmoco_pipelines import self_test
     from fastmoco_pipelines.dali import ViewPipeline  # needs DALI, which whoever only reads shards may lack
 
     require((device_id is not None) == (spec.device == "gpu"), "device_id", device_id, f"does not fit {spec.device=}")
     local = local_batch_size(spec.global_batch_size, world_size)
+    share_arenas()  # before the first of many threads starts
+    if spec.device == "gpu":
+        self_test.require_working_decoder(spec.device, device_id)
     shards = ShardSet.open(spec.shards, cache=spec.cache)
     try:
         plan = Plan(
@@ -91,7 +99,8 @@ def build_loader(
         shards.close()
         raise
     healer = Healer(shards, verdicts, suspects, stop)
-    return Loader(Source(spec, shards, plan, pipeline, healer, StageClock(spec.prefetch), stop), start_step)
+    pinned = pin_memory and spec.device == "cpu"
+    return Loader(Source(spec, shards, plan, pipeline, healer, StageClock(spec.prefetch), stop, pinned), start_step)
 
 
 class Loader(BatchStream):
@@ -179,6 +188,11 @@ class Loader(BatchStream):
         self._verdicts.look_at_peers()
         return self._clock.figures(len(self._verdicts))
 
+    @property
+    def resting(self) -> bool:
+        """Whether as many batches lie ready as may, and no thread works: what a measurement waits for."""
+        return self._results.full() and not self._clock.busy
+
     def close(self) -> None:
         """Stop the threads and close the files. Batches already handed out stay valid.
 
@@ -193,6 +207,7 @@ class Loader(BatchStream):
             self._shards.close()
         while not self._results.empty():  # nobody will ask for them, and they may lie on the GPU
             self._results.get_nowait()
+        give_back_memory()
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +233,7 @@ class Source:
     healer: Healer
     clock: StageClock
     stop: threading.Event
+    pinned: bool = False
 
     def prepare(self, step: int) -> Prepared:
         """Bytes and draws of one step."""
@@ -241,6 +257,10 @@ class Source:
             try:
                 with self.clock.stage(DECODE, step):
                     view1, view2 = self.pipeline.run(prepared.encoded, prepared.draws1, prepared.draws2)
+                self.clock.within(DECODE, AUGMENT, self.pipeline.augment_seconds)
+                if self.pinned:
+                    with self.clock.stage(TRANSFER, step):
+                        view1, view2 = view1.pin_memory(), view2.pin_memory()
                 return TwoViewBatch(view1=view1, view2=view2, sample_ids=prepared.places.ids, step=step)
             except DecodeError as error:
                 with self.clock.stage(HEAL, step):

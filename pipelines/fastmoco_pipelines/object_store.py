@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from fastmoco_pipelines.limits import Limits
 from fastmoco_pipelines.patterns import redact
-from fastmoco_pipelines.remote import AbsentError, Body, PassingError, RemoteError
+from fastmoco_pipelines.remote import AbsentError, AccessError, Body, PassingError, RemoteError
 
 BLOCK_BYTES = 8 << 20
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
@@ -74,15 +74,16 @@ def file_system(scheme: str) -> Any:
     """fsspec's file system of a scheme; one for the process.
 
     Raises:
-        RemoteError: naming the package to install.
+        RemoteError: naming the package that is missing, and the extra that brings it.
     """
     package = _PACKAGES[scheme]
     try:
         fsspec = importlib.import_module("fsspec")
         importlib.import_module(package)
     except ImportError as error:
-        missing = f"pip install fsspec {package}"
-        raise RemoteError(f"{scheme}://: needs the package {package} ({error}): {missing}") from None
+        raise RemoteError(
+            f"{scheme}://: needs the package {package} ({error}): pip install 'fastmoco[{scheme}]'"
+        ) from None
     return fsspec.filesystem(scheme, use_listings_cache=False)
 
 
@@ -108,7 +109,7 @@ def bounded(where: str, seconds: float, call: Callable[[], T]) -> T:
     if isinstance(error, FileNotFoundError):
         raise AbsentError(f"{where}: is not there: check the name") from None
     if isinstance(error, PermissionError):
-        raise AbsentError(f"{where}: access is refused: check the credentials in the environment") from None
+        raise AccessError(f"{where}: access is refused: check the credentials in the environment") from None
     if error is not None:
         # The libraries' own texts may quote signed requests.
         raise PassingError(f"{where}: the store fails ({type(error).__name__})") from None

@@ -9,6 +9,8 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -61,6 +63,11 @@ def is_remote(pattern: str) -> bool:
     Raises:
         ValueError: for a scheme outside the allow-list, or a URL that is broken.
     """
+    if pattern.startswith("{") and "://" in pattern:
+        kinds = {is_remote(name) for name in expand_braces(pattern, pattern)}
+        if len(kinds) > 1:
+            raise ValueError(f"shards={redact(pattern)!r}: names local files and URLs: copy them to one side")
+        return True in kinds
     match = _SCHEME.match(pattern)
     if match is None or os.path.exists(pattern):
         return False
@@ -85,13 +92,14 @@ def redact(url: str) -> str:
     """A URL, or a pattern of URLs, as it may be shown: without user, password, query and fragment."""
     scheme, separator, rest = url.partition("://")
     if not separator:
-        return url
+        match = _SCHEME.match(url)  # a slip such as https:/user:password@host
+        return f"{match.group(0)}..." if match and match.group(1).lower() in REMOTE_SCHEMES else url
     rest = re.split(r"[?#]", rest, maxsplit=1)[0]
+    rest = re.sub(r"://[^/@]*@", "://", rest)  # of the second URL in braces around two
     authority, slash, path = rest.partition("/")
     authority = authority.rpartition("@")[2]
-    if authority and _AUTHORITY.fullmatch(authority) is None:
+    if authority and _AUTHORITY.fullmatch(re.sub(r",https?:$", "", authority)) is None:
         authority = "..."  # whatever stands there, it may be part of a password
-    path = re.sub(r"://[^/@]*@", "://", path)  # of the second URL in braces around two
     return ascii(f"{scheme}://{authority}{slash}{path}")[1:-1]
 
 
@@ -117,24 +125,36 @@ def expand_braces(pattern: str, text: str) -> list[str]:
     Raises:
         ValueError: naming ``pattern``, for a range that does not rise or more than a million names.
     """
+    names = list(islice(_expanded(pattern, text), MAX_SHARDS + 1))
+    if len(names) > MAX_SHARDS:
+        raise ValueError(f"shards={redact(pattern)!r}: names more than {MAX_SHARDS} shards")
+    return names
+
+
+def _expanded(pattern: str, text: str) -> Iterator[str]:
+    """The names one by one: three ranges of a thousand make more than memory holds."""
     match = _BRACES.search(text)
     if match is None:
-        return [text]
+        yield text
+        return
     low, dots, high = match.group(1).partition("..")
     if dots:
-        if not (low.isdigit() and high.isdigit() and int(low) <= int(high) and int(high) - int(low) < MAX_SHARDS):
+        if not (
+            low.isdecimal()
+            and high.isdecimal()
+            and len(low + high) < 40
+            and int(low) <= int(high)
+            and int(high) - int(low) < MAX_SHARDS
+        ):
             raise ValueError(
                 f"shards={redact(pattern)!r}: {match.group(0)} is no rising range of numbers like {{000..127}}"
             )
         width = max(len(low), len(high)) if low.startswith("0") or high.startswith("0") else 0
-        parts = [f"{number:0{width}d}" for number in range(int(low), int(high) + 1)]
+        parts: Iterable[str] = (f"{number:0{width}d}" for number in range(int(low), int(high) + 1))
     else:
         parts = match.group(1).split(",")
-    names = [text[: match.start()] + part + text[match.end() :] for part in parts]
-    expanded = [full for name in names for full in expand_braces(pattern, name)]
-    if len(expanded) > MAX_SHARDS:
-        raise ValueError(f"shards={redact(pattern)!r}: names more than {MAX_SHARDS} shards")
-    return expanded
+    for part in parts:
+        yield from _expanded(pattern, text[: match.start()] + part + text[match.end() :])
 
 
 def _tars_of_folder(pattern: str, folder: Path) -> list[Path]:

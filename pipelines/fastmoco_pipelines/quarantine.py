@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -73,17 +73,22 @@ class Quarantine:
     @classmethod
     def read(cls, path: Path) -> Self:
         """The list in a file; empty where there is none. A line cut by a crash is counted in ``broken``."""
-        entries, broken = [], 0
         try:
             with open(path, "rb") as file:
-                while line := file.readline(_MAX_LINE):
-                    entry = _parse(line)
-                    if entry is not None:
-                        entries.append(entry)
-                    elif line.strip():
-                        broken += 1
+                return cls.load(file)
         except FileNotFoundError:
-            pass
+            return cls()
+
+    @classmethod
+    def load(cls, file: BinaryIO) -> Self:
+        """The list in an open file."""
+        entries, broken = [], 0
+        while line := file.readline(_MAX_LINE):
+            entry = _parse(line)
+            if entry is not None:
+                entries.append(entry)
+            elif line.strip():
+                broken += 1
         return cls(entries, broken=broken)
 
     def __len__(self) -> int:
@@ -169,6 +174,16 @@ def append_entry(path: Path, entry: QuarantineEntry) -> None:
             raise OSError(f"{path}: no room for the line about {entry.shard}: {entry.key}.{entry.extension}")
     finally:
         os.close(descriptor)
+
+
+def read_list(path: Path) -> tuple[Quarantine, str | None]:
+    """The list in a file, and what is wrong with it, if anything, in a sentence."""
+    try:
+        read = Quarantine.read(path)
+    except OSError as error:
+        return Quarantine(), f"{path}: cannot be read ({error.strerror}); bad images will be found again"
+    broken = f"{path}: {read.broken} lines are no entries of a list and were passed over" if read.broken else None
+    return read, broken
 
 
 def quarantine_path(folder: Path) -> Path:

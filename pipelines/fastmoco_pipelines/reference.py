@@ -15,10 +15,15 @@ from fastmoco_pipelines.spec import EvalSpec, ViewSpec
 
 
 def crop_and_resize(image: Image.Image, crop: tuple[int, int, int, int], size: int) -> Image.Image:
-    """Cut (top, left, height, width) and scale it to ``size`` x ``size``, bilinear with antialiasing."""
+    """Cut (top, left, height, width) and scale it to ``size`` x ``size``, bilinear with antialiasing.
+
+    Along the rows first, as Pillow does by itself up to version 12; version 13 takes the other order for windows much taller
+    than wide, and a level may differ by one there.
+    """
     top, left, height, width = crop
     window = image.crop((left, top, left + width, top + height))
-    return window.resize((size, size), Image.Resampling.BILINEAR)
+    narrow = window.resize((size, height), Image.Resampling.BILINEAR)
+    return narrow.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def adjust_brightness(image: Image.Image, factor: float) -> Image.Image:
@@ -119,10 +124,11 @@ def reference_view(
 
 
 def reference_eval(image: Image.Image | NDArray[np.uint8], spec: EvalSpec) -> NDArray[np.float32]:
-    """Shorter side to ``spec.resize``, central crop of ``spec.size``, normalise: [3, size, size] float32."""
+    """Shorter side to ``spec.resize`` (the longer one cut to whole pixels, as torchvision does), central crop of ``spec.size``,
+    normalise: [3, size, size] float32."""
     source = (image if isinstance(image, Image.Image) else Image.fromarray(image)).convert("RGB")
     shorter = min(source.size)
-    width, height = (round(spec.resize * side / shorter) for side in source.size)
+    width, height = (spec.resize * side // shorter for side in source.size)
     resized = source.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (width - spec.size) // 2, (height - spec.size) // 2
     return normalise(resized.crop((left, top, left + spec.size, top + spec.size)), spec)

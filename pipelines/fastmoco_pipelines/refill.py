@@ -4,7 +4,8 @@ Whether a sample can be delivered depends on its bytes alone. So "the first good
 the same sample for every number of ranks, after every restart, and whether a fault was known from the start or found a
 moment ago: nobody has to tell anybody. The sequence of a place is drawn by Philox 4x64-10 with key (seed, tag) and counter
 words (attempt, position in the epoch, epoch, 0), uniformly from the order of the epoch: from the same window of shards,
-which is at hand, and not from the same global batch, where the image would become a negative of itself.
+which is at hand, and not from the same global batch, where the image would become a negative of itself. A window whose
+shards are all lost has nobody to offer: candidates beyond number ``WINDOW_ATTEMPTS`` come from the whole epoch.
 
 The stand-in is cut by the draws of (epoch, its own number, view, place); see ``draw_views``. Two places that miss a sample
 may draw the same stand-in, and then show two views of it that differ.
@@ -23,6 +24,8 @@ from fastmoco_pipelines.window import ShardWindows
 
 REFILL_TAG = 0x726566696C6C
 """\"refill\": second word of the Philox key, so that no other use of the seed shares a stream with it."""
+
+WINDOW_ATTEMPTS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,8 @@ class Plan:
         bounds = self.windows.bounds(self.seed, places.epoch)
         window = int(np.searchsorted(bounds, position, side="right")) - 1
         low, high = int(bounds[window]), int(bounds[window + 1])
+        if attempt > WINDOW_ATTEMPTS:
+            low, high = 0, int(bounds[-1])
         batch_low = max(low, places.batch_start)
         inside = min(high, places.batch_start + self.global_batch_size) - batch_low
         if inside >= high - low:  # the batch is the whole window: nobody else is there

@@ -40,6 +40,10 @@ class AbsentError(RemoteError):
     """The server says that there is no such file, or none for this user."""
 
 
+class AccessError(AbsentError):
+    """The server refuses to say; some stores answer so for every file that does not exist."""
+
+
 class PassingError(RemoteError):
     """A failure that may pass: worth another try. ``retry_after``: seconds that the server asks to wait."""
 
@@ -111,7 +115,9 @@ def open_http(
             raise RemoteError(f"{where}: the server compresses it on the way: have it serve the file as it is")
         begins, total = 0, response.length
         if response.status == 206:
-            found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.getheader("Content-Range", "").strip())
+            found = re.fullmatch(
+                r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", response.getheader("Content-Range", "").strip()
+            )
             if "Range" not in headers or found is None or int(found[1]) != start:
                 said = ascii(response.getheader("Content-Range", ""))[:80]
                 raise WrongContentError(f"{where}: answers with another range than asked for ({said}, from {start})")
@@ -222,8 +228,11 @@ def _peer_is_public(connection: http.client.HTTPConnection) -> bool:
 
 def _redirected(where: str, url: str, location: str) -> str:
     """The URL that a redirect leads to."""
-    target = urljoin(url, location)
-    scheme, before = urlsplit(target).scheme.lower(), urlsplit(url).scheme.lower()
+    try:
+        target = urljoin(url, location)
+        scheme, before = urlsplit(target).scheme.lower(), urlsplit(url).scheme.lower()
+    except ValueError:  # its text quotes the address, and with it a token perhaps
+        raise RemoteError(f"{where}: redirects to what is no usable URL: refused") from None
     if scheme not in ("http", "https") or not location:
         raise RemoteError(f"{where}: redirects to {scheme!a}, which is no http address: refused")
     if (before, scheme) == ("https", "http"):
@@ -237,12 +246,12 @@ def _refuse_errors(where: str, response: http.client.HTTPResponse) -> None:
     if status in (404, 410):
         raise AbsentError(f"{where}: is not there (HTTP {status}): check the name")
     if status in (401, 403):
-        raise AbsentError(f"{where}: access is refused (HTTP {status}): {_CREDENTIALS}")
+        raise AccessError(f"{where}: access is refused (HTTP {status}): {_CREDENTIALS}")
     if status == 416:
         raise WrongContentError(f"{where}: is shorter than its index says (HTTP 416)")
     if status in _PASSING:
         wait = response.getheader("Retry-After", "")
-        raise PassingError(f"{where}: HTTP {status}", float(wait) if wait.isdigit() and len(wait) < 6 else 0.0)
+        raise PassingError(f"{where}: HTTP {status}", float(wait) if wait.isdecimal() and len(wait) < 6 else 0.0)
     if status >= 400:
         raise RemoteError(f"{where}: HTTP {status}: check the URL")
 

@@ -1,6 +1,6 @@
 """The bytes of shards by (shard, offset, size): from local files, or from copies of what lies on a server.
 
-One thread at a time may use such an object, but for ``cancel``. Whether the bytes are the right ones is ShardSet's to check.
+One thread at a time may use such an object, but for ``cancel``: ShardSet sees to that, and checks the bytes.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import os
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmoco_pipelines.index import ShardError
+from fastmoco_pipelines.quarantine import NAME, Quarantine, read_list
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.window import ShardWindows
 
@@ -35,7 +37,7 @@ class LocalFiles:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = tuple(paths)
         self._open: OrderedDict[int, int] = OrderedDict()
-        self.folders = tuple(sorted({path.parent for path in paths}))
+        self._folders = sorted({path.parent for path in paths})
         self.reading = (0, 0)  # shard and offset of what is being read: where a read that hangs, hangs
 
     def read(self, places: Sequence[Place]) -> list[bytes]:
@@ -56,6 +58,11 @@ class LocalFiles:
         del shard
         return False
 
+    def quarantine(self) -> tuple[Quarantine, list[str]]:
+        """The lists beside the shards, as one, and what is wrong with them, in sentences."""
+        lists = [read_list(folder / NAME) for folder in self._folders]
+        return Quarantine(entry for entries, _ in lists for entry in entries), [text for _, text in lists if text]
+
     def close(self) -> None:
         """Close the files; a later ``read`` opens them again."""
         while self._open:
@@ -66,7 +73,7 @@ class LocalFiles:
         for pause in (*_PAUSES, None):
             descriptor = self._descriptor(shard)
             try:
-                return os.pread(descriptor, size, offset)
+                return _read_at(descriptor, size, offset)
             except OSError as error:
                 os.close(self._open.pop(shard))  # a stale handle is of no use any more
                 if pause is None:
@@ -96,13 +103,16 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """Shards of a server, read from copies in the cache. An open copy is not evicted."""
+    """Shards of a server, read from copies in the cache. An open copy is not evicted.
 
-    def __init__(self, fetcher: ShardFetcher, count: int) -> None:
+    ``quarantine`` fetches the lists beside them, anew each time; see ``fetch_lists``.
+    """
+
+    def __init__(self, fetcher: ShardFetcher, count: int, lists: Callable[[], tuple[Quarantine, list[str]]]) -> None:
         self._fetcher = fetcher
         self._count = count
+        self.quarantine = lists
         self._open: OrderedDict[int, int] = OrderedDict()
-        self.folders: tuple[Path, ...] = ()
         self.reading = (0, 0)
         self._planned: set[int] | None = None
         self._renewed: set[int] = set()
@@ -124,12 +134,7 @@ class RemoteFiles:
         for shard, members in by_shard.items():
             ranges = [places[i][1:] for i in members]
             self.reading = (shard, 0)
-            descriptor = self._descriptor(shard)
-            if descriptor is None:
-                parts = self._fetcher.read(shard, ranges)
-            else:
-                parts = [os.pread(descriptor, size, offset) for offset, size in ranges]
-            found.update(zip(members, parts, strict=True))
+            found.update(zip(members, self._read_ranges(shard, ranges), strict=True))
         return [found[i] for i in range(len(places))]
 
     def will_need(self, places: Sequence[Place]) -> None:
@@ -165,6 +170,13 @@ class RemoteFiles:
         self._planned = None
         self._fetcher.close()
 
+    def _read_ranges(self, shard: int, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        descriptor = self._descriptor(shard)
+        if descriptor is not None:
+            with suppress(OSError):  # the disk under the cache gives up: the server still has what it held
+                return [_read_at(descriptor, size, offset) for offset, size in ranges]
+        return self._fetcher.read(shard, ranges)
+
     def _descriptor(self, shard: int) -> int | None:
         """A descriptor of a copy; None where none can be kept."""
         if shard not in self._open:
@@ -182,6 +194,14 @@ class RemoteFiles:
             self._open[shard] = descriptor
         self._open.move_to_end(shard)
         return self._open[shard]
+
+
+def _read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """Bytes of a file, fewer only where it ends: file systems on a network may hand out less than was asked for."""
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+        data += more
+    return data
 
 
 def open_cache(spec: CacheSpec) -> ShardCache | None:

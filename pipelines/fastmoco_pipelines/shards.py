@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import threading
 import zlib
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Self
@@ -43,7 +45,7 @@ class ShardSet:
             the files lie.
         skipped: members of the tars that are no usable image, counted when they were indexed.
 
-    One thread at a time may call ``read``.
+    Any thread may use it: one reads ahead while another reads the stand-ins of bad samples.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class ShardSet:
         self.skipped = sum(len(index.skipped) for index in indexes)
         self._names = tuple(names)
         self._files = files
+        self._lock = threading.RLock()  # the files close the descriptor that was not used for longest
         self._largest = max(index.tar_bytes for index in indexes)
         self._keys = [index.keys for index in indexes]
         self._extensions = [[sys.intern(extension) for extension in index.extensions] for index in indexes]
@@ -88,12 +91,13 @@ class ShardSet:
         """
         if is_remote(pattern):
             from fastmoco_pipelines.fetching import ShardFetcher
-            from fastmoco_pipelines.remote_set import open_remote
+            from fastmoco_pipelines.remote_set import fetch_lists, open_remote
 
             kept, limits = open_cache(cache or CacheSpec()), limits or Limits()
             remote = open_remote(pattern, kept, limits)
             names = [shard.name for shard in remote.shards]
-            files = RemoteFiles(ShardFetcher(remote.shards, kept, limits), len(names))
+            lists = partial(fetch_lists, remote.folders, limits)
+            files = RemoteFiles(ShardFetcher(remote.shards, kept, limits), len(names), lists)
             return cls(names, remote.indexes, remote.classes, files)
         paths = expand_shards(pattern)
         indexes = [read_index(path) for path in paths]
@@ -160,10 +164,13 @@ class ShardSet:
                 found |= {first + row: reason for row, reason in rows.items()}
         return found
 
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        """The folders of local shards; none for a set on a server."""
-        return self._files.folders
+    def quarantine(self) -> tuple[Quarantine, list[str]]:
+        """The quarantine lists beside the shards, as one, and what is wrong with them, in sentences.
+
+        Raises:
+            RemoteError: if a server does not say whether there is one.
+        """
+        return self._files.quarantine()
 
     @property
     def reading(self) -> str:
@@ -173,7 +180,8 @@ class ShardSet:
 
     def will_need(self, sample_ids: NDArray[np.int64]) -> None:
         """Ask the operating system to fetch these samples' bytes from the disk in the background."""
-        self._files.will_need(self._places(sample_ids))
+        with self._lock:
+            self._files.will_need(self._places(sample_ids))
 
     def follow(self, windows: ShardWindows, *, seed: int, epoch: int, position: int) -> None:
         """Have the shards around a position (in samples) of an epoch's order at hand, and those after them on their way.
@@ -181,7 +189,8 @@ class ShardSet:
         For a local set there is nothing to do.
         """
         if isinstance(self._files, RemoteFiles):
-            self._files.follow(windows, seed=seed, epoch=epoch, position=position)
+            with self._lock:
+                self._files.follow(windows, seed=seed, epoch=epoch, position=position)
 
     def read(self, sample_ids: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """The encoded bytes of some samples, checked against their crc32 and the size that the index gives them.
@@ -199,15 +208,16 @@ class ShardSet:
         sample_ids = np.asarray(sample_ids, dtype=np.int64)
         places = self._places(sample_ids)
         encoded, renewed = [], set()
-        for sample_id, place, data in zip(sample_ids.tolist(), places, self._files.read(places), strict=True):
-            problem = self._problem(sample_id, data)
-            if problem is not None and (place[0] in renewed or self._files.renew(place[0])):
-                renewed.add(place[0])
-                data = self._files.read([place])[0]
+        with self._lock:
+            for sample_id, place, data in zip(sample_ids.tolist(), places, self._files.read(places), strict=True):
                 problem = self._problem(sample_id, data)
-            if problem is not None:
-                raise ShardError(f"{self.describe(sample_id)}: {problem}")
-            encoded.append(np.frombuffer(data, dtype=np.uint8))
+                if problem is not None and (place[0] in renewed or self._files.renew(place[0])):
+                    renewed.add(place[0])
+                    data = self._files.read([place])[0]
+                    problem = self._problem(sample_id, data)
+                if problem is not None:
+                    raise ShardError(f"{self.describe(sample_id)}: {problem}")
+                encoded.append(np.frombuffer(data, dtype=np.uint8))
         return encoded
 
     def _problem(self, sample_id: int, data: bytes) -> str | None:
@@ -228,8 +238,9 @@ class ShardSet:
             self._files.cancel()
 
     def close(self) -> None:
-        """Close the files; a later ``read`` opens them again."""
-        self._files.close()
+        """Close the files, when nobody reads any more; a later ``read`` opens them again."""
+        with self._lock:
+            self._files.close()
 
     def __enter__(self) -> Self:
         return self

@@ -6,7 +6,7 @@ torchvision's conventions: a strength s means a factor drawn uniformly from [1 -
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -62,8 +62,9 @@ class ViewSpec:
     std: tuple[float, float, float] = IMAGENET_STD
     """Per-channel standard deviation divided by."""
     color: Literal["dali", "exact"] = "dali"
-    """Who does the colours. ``exact``: torchvision's PIL transforms to the bit, in each image's own random order, by a fused
-    kernel on GPUs and torch on CPUs. ``dali``: fixed order, hue approximated; docs/views.md has the distances."""
+    """Who does the colours. ``exact``: torchvision's PIL transforms to the bit, in each image's own random order, by fused
+    kernels on GPUs and compiled C on CPUs, there with crop and resize. ``dali``: fixed order, hue approximated; docs/views.md
+    has the distances. The recipes take ``exact``; files that do not name it mean ``dali``."""
 
     def __post_init__(self) -> None:
         require(self.size >= 1, "size", self.size, "a view is at least 1 pixel wide")
@@ -87,19 +88,19 @@ class ViewSpec:
         require(self.color in ("dali", "exact"), "color", self.color, 'is "dali" or "exact"')
 
 
-def moco_v3_views(size: int = 224, *, crop_min: float = 0.08) -> tuple[ViewSpec, ViewSpec]:
+def moco_v3_views(
+    size: int = 224, *, crop_min: float = 0.08, color: Literal["dali", "exact"] = "exact"
+) -> tuple[ViewSpec, ViewSpec]:
     """The asymmetric pair of MoCo v3: view 1 is always blurred, view 2 rarely blurred and sometimes solarized.
 
     Args:
         size: output height and width in pixels. The blur, defined at 224, is scaled with it.
         crop_min: smallest share of the image's area a crop covers.
+        color: who does the colours.
     """
     sigma = (0.1 * size / 224, 2.0 * size / 224)
-    view1 = ViewSpec(size=size, crop_scale=(crop_min, 1.0), blur_sigma=sigma, blur_probability=1.0)
-    view2 = ViewSpec(
-        size=size, crop_scale=(crop_min, 1.0), blur_sigma=sigma, blur_probability=0.1, solarize_probability=0.2
-    )
-    return view1, view2
+    first = ViewSpec(size=size, crop_scale=(crop_min, 1.0), blur_sigma=sigma, blur_probability=1.0, color=color)
+    return first, replace(first, blur_probability=0.1, solarize_probability=0.2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 READ, DRAW = "read", "draw"
-DECODE, COLOUR, TRANSFER, HEAL = "decode", "colour", "transfer", "heal"
+DECODE, AUGMENT, TRANSFER, HEAL = "decode", "augment", "transfer", "heal"
 STAGES = {
     READ: "reading the shards",
     DRAW: "drawing the augmentations",
-    DECODE: "decoding and augmenting",
-    COLOUR: "the exact colour operations",
-    TRANSFER: "handing batches to the device",
+    DECODE: "decoding (and augmenting, where DALI does)",
+    AUGMENT: "cutting and colouring the views",
+    TRANSFER: "copying batches to pinned memory",
     HEAL: "replacing bad images",
 }
 """The stages, by the names of their figures."""
@@ -29,7 +29,7 @@ _ADVICE = {
     READ: "a faster disk, a local copy, or smaller images (fastmoco data pack --max-side)",
     DRAW: "more CPU cores for this process",
     DECODE: "more --data.threads, or smaller images (fastmoco data pack --max-side)",
-    COLOUR: "more CPU cores for this process",
+    AUGMENT: "more --data.threads, or augmenting on the GPU (--data.device gpu)",
     TRANSFER: "decoding on the device itself (--data.device gpu)",
     HEAL: "fastmoco data check, so that bad images are known from the start",
 }
@@ -120,11 +120,21 @@ class StageClock:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
             self._doing.pop(thread, None)
 
+    def within(self, outer: str, inner: str, seconds: float) -> None:
+        """So many seconds of a stage that has just ended were another's."""
+        self._seconds[outer] -= seconds
+        self._seconds[inner] = self._seconds.get(inner, 0.0) + seconds
+
     def waited(self, seconds: float, queued: int) -> None:
         """The trainer took a batch after so many seconds, when so many lay ready."""
         self._steps += 1
         self._waited += seconds
         self._queued += queued
+
+    @property
+    def busy(self) -> bool:
+        """Whether any stage is under way."""
+        return bool(self._doing)
 
     def doing(self, reading: str) -> str:
         """What the threads are at, and since when, for people. ``reading``: what is read now or was last."""

@@ -12,8 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.index import read_index
+from fastmoco_pipelines.limits import Limits
 from fastmoco_pipelines.manifest import read_sets
-from fastmoco_pipelines.shards import expand_shards
+from fastmoco_pipelines.patterns import expand_shards, is_remote, redact
+from fastmoco_pipelines.remote_set import open_remote
+from fastmoco_pipelines.shard_files import open_cache
+from fastmoco_pipelines.spec import CacheSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,30 +82,40 @@ class ShardStats:
         return sorted(named, key=lambda pair: (-pair[1], pair[0]))
 
 
-def measure_shards(pattern: str) -> ShardStats:
+def measure_shards(pattern: str, *, cache: CacheSpec | None = None, transfers: Limits | None = None) -> ShardStats:
     """Read the indexes of the shards that ``pattern`` names.
+
+    Args:
+        pattern: as for ``ShardSet.open``.
+        cache: where indexes of shards of a server are kept; None: the default folder and size.
+        transfers: times and tries of each transfer.
 
     Raises:
         ValueError: if the pattern names no shard.
-        ShardError: if an index is missing, broken or stale.
+        ShardError: if an index is missing, broken or stale; of tars of a server nobody looks whether they fit it.
+            RemoteError, which is one, if a server fails.
     """
-    paths = expand_shards(pattern)
-    indexes = [read_index(path) for path in paths]
+    if is_remote(pattern):
+        remote = open_remote(pattern, open_cache(cache or CacheSpec()), transfers or Limits())
+        indexes, classes = list(remote.indexes), remote.classes
+    else:
+        paths = expand_shards(pattern)
+        indexes, classes = [read_index(path) for path in paths], _classes(paths)
 
     def column(name: str) -> NDArray[np.int64]:
         return np.concatenate([np.array(index.columns[name], dtype=np.int64) for index in indexes])
 
     extensions = [extension.rpartition(".")[2].lower() for index in indexes for extension in index.extensions]
     return ShardStats(
-        pattern=pattern,
-        shards=len(paths),
+        pattern=redact(pattern),
+        shards=len(indexes),
         tar_bytes=sum(index.tar_bytes for index in indexes),
         heights=np.maximum(column("height"), 1),
         widths=np.maximum(column("width"), 1),
         sizes=column("size"),
         kinds=dict(Counter(_KINDS.get(extension, extension) for extension in extensions).most_common()),
         labels=column("label"),
-        classes=_classes(paths),
+        classes=classes,
         skipped=sum(len(index.skipped) for index in indexes),
     )
 

@@ -36,12 +36,16 @@ class TarError(RuntimeError):
     Attributes:
         position: byte of the fault; None where the file is no plain tar at all.
         member: name of the member that the fault cut off, or empty.
+        reason: what is wrong there, without file and cure.
+        lost: bytes from ``position`` on in which no member was found, once ``walk_damaged`` has looked; else 0.
     """
 
-    def __init__(self, message: str, *, position: int | None = None, member: str = "") -> None:
+    def __init__(self, message: str, *, position: int | None = None, member: str = "", reason: str = "") -> None:
         super().__init__(message)
         self.position = position
         self.member = member
+        self.reason = reason
+        self.lost = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,20 +72,28 @@ def walk_damaged(path: Path) -> tuple[list[TarMember], list[TarError]]:
     """Every member that can be found, and every fault on the way; behind a fault the next sound header is looked for.
 
     Returns:
-        (members, faults): without faults, the members are those of ``walk_tar``.
+        (members, faults): without faults, the members are those of ``walk_tar``. Every byte before the end mark belongs to
+        a member, to a record in front of one, or is counted by ``lost`` of a fault.
     """
     members: list[TarMember] = []
     faults: list[TarError] = []
     start: int | None = 0
     with open(path, "rb", buffering=1 << 20) as file:
-        while start is not None and len(faults) < MAX_FAULTS:
+        while start is not None:
             try:
                 for member in _walk(path, file, start):  # what was found before a fault is kept
                     members.append(member)  # noqa: PERF402
                 start = None
             except TarError as fault:
                 faults.append(fault)
-                start = None if fault.position is None else _next_header(file, fault.position + BLOCK)
+                if fault.position is None:
+                    break
+                total = os.fstat(file.fileno()).st_size
+                searched = len(faults) < MAX_FAULTS
+                start = _next_header(file, fault.position + BLOCK) if searched else None
+                fault.lost = max(0, (total if start is None else start) - fault.position)
+                if not searched:
+                    fault.reason += f"; what lies behind {MAX_FAULTS} faults is not searched"
     return members, faults
 
 
@@ -158,6 +170,7 @@ def _damaged(path: Path, position: int, what: str, member: str = "") -> TarError
         "or pack the images again.",
         position=position,
         member=member,
+        reason=what,
     )
 
 

@@ -54,7 +54,7 @@ class RemoteShard:
     size: int
     """Its bytes, by the index."""
     tar_hash: str
-    """Of its ends, by the index."""
+    """Of its ends, by the index; empty where there is none: then nothing but the size is known."""
     sha256: str | None
     """By the manifest; None where there is none."""
     rows: NDArray[np.int64]
@@ -100,7 +100,11 @@ def open_body(
 
 
 def fetch_document(
-    url: str, limits: Limits, stop: threading.Event, known: tuple[str, bytes] = ("", b"")
+    url: str,
+    limits: Limits,
+    stop: threading.Event,
+    known: tuple[str, bytes] = ("", b""),
+    most: int = MAX_DOCUMENT_BYTES,
 ) -> tuple[str, bytes]:
     """A small file, whole.
 
@@ -109,6 +113,7 @@ def fetch_document(
         limits: times and tries.
         stop: set when nobody wants it any more.
         known: validator and content of the copy at hand, which is used again if the file is still the same.
+        most: bytes that it may have.
 
     Returns:
         (validator, content).
@@ -128,13 +133,13 @@ def fetch_document(
                 _require_going_on(url, stop, deadline)
                 pieces.append(chunk)
                 length += len(chunk)
-                if length > MAX_DOCUMENT_BYTES:
-                    raise RemoteError(f"{redact(url)}: is larger than {MAX_DOCUMENT_BYTES} bytes, no index is")
+                if length > most:
+                    raise RemoteError(f"{redact(url)}: is larger than {most} bytes, which no such file is")
             if body.total is not None and length != body.total:
                 raise PassingError(f"{redact(url)}: ended after {length} of {body.total} bytes")
             return body.validator, b"".join(pieces)
 
-    return _retried(url, limits, deadline, stop, attempt)
+    return retried(url, limits, deadline, stop, attempt)
 
 
 def read_range(shard: RemoteShard, offset: int, size: int, limits: Limits, stop: threading.Event) -> bytes:
@@ -162,7 +167,7 @@ def read_range(shard: RemoteShard, offset: int, size: int, limits: Limits, stop:
                 raise PassingError(f"{redact(shard.url)}: ended after {len(data)} of {size} bytes")
             return data[:size]
 
-    return _retried(shard.url, limits, deadline, stop, attempt)
+    return retried(shard.url, limits, deadline, stop, attempt)
 
 
 def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading.Event) -> None:
@@ -203,7 +208,7 @@ def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading
     def arrived() -> int:
         return os.fstat(part.descriptor).st_size
 
-    _retried(shard.url, limits, deadline, stop, attempt, arrived)
+    retried(shard.url, limits, deadline, stop, attempt, arrived)
 
 
 def verify(shard: RemoteShard, descriptor: int) -> str | None:
@@ -227,7 +232,8 @@ def _frame_problem(shard: RemoteShard, descriptor: int) -> str | None:
     if size != shard.size:
         return f"has {size} bytes, its index says {shard.size}"
     with open(descriptor, "rb", closefd=False) as file:
-        return None if hash_ends(file) == shard.tar_hash else "its content is not what its index was made for"
+        good = not shard.tar_hash or hash_ends(file) == shard.tar_hash
+        return None if good else "its content is not what its index was made for"
 
 
 def _take(shard: RemoteShard, part: PartFile, body: Body, start: int, stop: threading.Event, deadline: float) -> None:
@@ -266,7 +272,7 @@ def _require_going_on(url: str, stop: threading.Event, deadline: float) -> None:
         raise PassingError(f"{redact(url)}: not complete in time")
 
 
-def _retried(
+def retried(
     url: str,
     limits: Limits,
     deadline: float,

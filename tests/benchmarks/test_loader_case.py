@@ -72,7 +72,7 @@ def test_a_feed_that_delivers_no_pictures_fails(job, views, reason):
 
 
 def test_without_our_own_pictures_nothing_is_compared(shards, monkeypatch):
-    monkeypatch.setitem(loader.LIMITS, "fastmoco exact", -1.0)
+    monkeypatch.setitem(loader.LIMITS["cpu"], "fastmoco exact", -1.0)
     result = loader.run(loader.DEFAULTS | SMALL | {"shards": shards})
     assert "from Pillow" in result["failed"]["fastmoco exact"]
     assert result["speedup"] == {}

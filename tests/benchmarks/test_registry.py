@@ -56,3 +56,15 @@ def test_a_case_runs_and_appends_its_line(tmp_path, digits, capfd):
     assert line["options"]["steps"] == 2
     assert line["machine"]["cores"] >= 1
     assert 0 < line["result"]["dali_over_synthetic"]["median"] < 5
+
+
+def test_views_are_compared_after_they_are_checked(tmp_path):
+    out = tmp_path / "results.jsonl"
+    assert (
+        main(["run", "cut_views", "images=3", "height=30", "width=40", "size=16", "rounds=1", "--out", str(out)]) == 0
+    )
+    result = json.loads(out.read_text())["result"]
+    assert set(result) == {"view1", "view2"}
+    for view in result.values():
+        assert not view["failed"]
+        assert set(view["speedup"]) == {"pillow, image by image", "torch"}

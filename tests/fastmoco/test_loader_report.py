@@ -62,4 +62,4 @@ def test_a_slow_loader_is_put_into_words_once(small_run, tmp_path, capsys):
         recorder.loader(StageFigures(steps=step, wall_s=step, wait_s=0.5 * step, stage_s={"read": 0.1, "decode": step}))
         recorder.log(step, torch.tensor(1.0), q, q.roll(1, 0), lr=0.1, ema_momentum=0.9)
     recorder.close()
-    assert capsys.readouterr().out.count("decoding and augmenting is its slowest stage") == 1
+    assert capsys.readouterr().out.count("decoding (and augmenting, where DALI does) is its slowest stage") == 1

@@ -147,7 +147,7 @@ def test_a_third_of_a_turn_exchanges_the_channels(photographs) -> None:
 
 def test_moco_pair_of_a_batch(photographs, encoded) -> None:
     """The default pair, both views: the whole chain with hue in it."""
-    view1, view2 = moco_v3_views(SIZE)
+    view1, view2 = moco_v3_views(SIZE, color="dali")
     draws1, draws2 = draw(view1, encoded, view=1), draw(view2, encoded, view=2)
     pipeline = ViewPipeline(view1, view2, batch_size=COUNT, threads=2)
     for spec, draws, made in zip((view1, view2), (draws1, draws2), pipeline.run(encoded, draws1, draws2), strict=True):
@@ -179,14 +179,16 @@ def test_operations_without_effect_are_not_in_the_graph() -> None:
     assert operations(ViewSpec(**JITTER)) == frozenset()
     assert operations(ViewSpec(**JITTER | {"hue": 0.1})) == {"colour"}
     assert operations(ViewSpec(**NOTHING | {"grayscale_probability": 0.1})) == {"colour"}
-    assert "blur" in operations(moco_v3_views(224)[1])
-    assert "blur" not in operations(moco_v3_views(16)[0])  # up to 0.14 pixels: a neighbour's share is exp(-24)
+    assert "blur" in operations(moco_v3_views(224, color="dali")[1])
+    assert "blur" not in operations(
+        moco_v3_views(16, color="dali")[0]
+    )  # up to 0.14 pixels: a neighbour's share is exp(-24)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_row_depends_on_its_image_and_draws_alone(threads: int, encoded) -> None:
     """Order, neighbours, batch size and threads change nothing, to the bit."""
-    view1, view2 = moco_v3_views(32)
+    view1, view2 = moco_v3_views(32, color="dali")
     draws1, draws2 = draw(view1, encoded), draw(view2, encoded, view=2)
     whole = ViewPipeline(view1, view2, batch_size=COUNT, threads=1).run(encoded, draws1, draws2)
     order = np.random.default_rng(0).permutation(COUNT)[:7]
@@ -197,7 +199,7 @@ def test_a_row_depends_on_its_image_and_draws_alone(threads: int, encoded) -> No
 
 
 def test_later_runs_leave_earlier_outputs_alone(encoded) -> None:
-    view1, view2 = moco_v3_views(32)
+    view1, view2 = moco_v3_views(32, color="dali")
     pipeline = ViewPipeline(view1, view2, batch_size=COUNT, threads=2)
     kept = []
     for seed in range(8):
@@ -279,7 +281,7 @@ def test_wrong_counts_are_named(encoded) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_views_equal_cpu_views(encoded) -> None:
-    view1, view2 = moco_v3_views(SIZE)
+    view1, view2 = moco_v3_views(SIZE, color="dali")
     draws = draw(view1, encoded), draw(view2, encoded, view=2)
     by_cpu = ViewPipeline(view1, view2, batch_size=COUNT, device="cpu").run(encoded, *draws)
     by_gpu = ViewPipeline(view1, view2, batch_size=COUNT, device="gpu", device_id=0).run(encoded, *draws)

@@ -15,7 +15,7 @@ from fastmoco_pipelines import heal_reader, loader, shard_files
 from fastmoco_pipelines.heal_verdicts import UNREADABLE, TooManyBadSamplesError
 from fastmoco_pipelines.loader import LoaderTimeoutError, build_loader
 from fastmoco_pipelines.order import epoch_order
-from fastmoco_pipelines.quarantine import NAME, Quarantine
+from fastmoco_pipelines.quarantine import NAME, Quarantine, append_entry
 from fastmoco_pipelines.shards import ShardError, ShardSet
 from tests.pipelines.damage import damaged_copy, place_of
 from tests.pipelines.test_heal import assert_same, spec_of, take
@@ -59,6 +59,24 @@ def test_a_read_error_that_passes_is_not_noticed(packed, clean, monkeypatch, tim
     assert disk.failed == times
 
 
+def test_wrong_bytes_that_pass_are_not_noticed(packed, clean, monkeypatch):
+    """Bytes are read twice before a sample is condemned for them."""
+    offset, pread, wrong = place_of(packed, int(FIRST[14]))[2], os.pread, []
+
+    def stale(descriptor: int, size: int, at: int) -> bytes:
+        if at == offset and not wrong:
+            wrong.append(descriptor)
+            return bytes(size)
+        return pread(descriptor, size, at)
+
+    monkeypatch.setattr(os, "pread", stale)
+    with build_loader(spec_of(packed)) as source:
+        for wanted in clean:
+            assert_same(source.next(), wanted)
+        assert source.figures().quarantined == 0
+    assert wrong
+
+
 def test_a_damaged_spot_costs_its_sample_until_a_restart(packed, clean, monkeypatch, tmp_path):
     victim = int(FIRST[14])
     monkeypatch.setattr(os, "pread", Disk(place_of(packed, victim)[2], errno.EIO, float("inf")))
@@ -100,6 +118,37 @@ def test_a_vanished_shard_that_is_bearable_is_left_out_as_a_whole(packed, tmp_pa
     assert len(Quarantine.read(run_list)) == 16
     (tmp_path / "gone").rename(folder / "train-000001.tar")
     assert take(folder, 1, quarantine_list=run_list)[0].step == 0  # it is back: nothing is held against it
+
+
+def test_a_window_that_is_lost_as_a_whole_is_filled_from_the_others(packed, tmp_path):
+    """With a window of one shard, nobody in a vanished shard's window can stand in."""
+    folder = damaged_copy(packed, tmp_path / "set", {})
+    options = {"prefetch": 1, "max_bad_share": 0.5, "shuffle_window": 1}
+    with build_loader(spec_of(folder, **options)) as source:
+        source._shards.close()
+        (folder / "train-000001.tar").rename(tmp_path / "gone")
+        told: list[str] = []
+        source.report = told.append
+        batches = [source.next() for _ in range(9)]
+        assert source.figures().quarantined == 16
+    assert len(told) == 1
+    assert "train-000001.tar: all of it, 16 images: " in told[0]
+    assert all(not ((batch.sample_ids >= 16) & (batch.sample_ids < 32)).any() for batch in batches[3:])
+    (tmp_path / "gone").rename(folder / "train-000001.tar")
+    with ShardSet.open(str(folder)) as shards:  # the same stand-ins where all of it is known to be bad, on all ranks
+        for sample_id in range(16, 32):
+            append_entry(folder / NAME, Quarantine().add(**shards.entry(sample_id), reason="bad"))
+    parts = [take(folder, 3, changes=options, rank=rank, world_size=2, start_step=6) for rank in range(2)]
+    for wanted, low, high in zip(batches[6:], *parts, strict=True):
+        assert np.array_equal(np.concatenate([low.sample_ids, high.sample_ids]), wanted.sample_ids)
+        assert torch.equal(torch.cat([low.view1, high.view1]), wanted.view1)
+
+
+def test_a_file_system_may_hand_out_less_than_was_asked_for(packed, clean, monkeypatch):
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: pread(descriptor, min(size, 100), offset))
+    for got, wanted in zip(take(packed, 3), clean, strict=False):
+        assert_same(got, wanted)
 
 
 def test_too_many_open_files_are_no_fault_of_the_data(packed, monkeypatch):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -62,3 +66,18 @@ def test_a_shard_that_the_server_has_lost_is_named(server, tmp_path):
         list(loader)
     assert "16 of 45 images cannot be used, 10 are allowed" in str(raised.value)
     assert f"train-000001.tar: all of it (unreadable: {server.url}/train-000001.tar: is not there" in str(raised.value)
+
+
+def test_a_cache_whose_disk_gives_up_costs_no_sample(packed, server, tmp_path, monkeypatch):
+    clean, pread = take(packed, 3), os.pread
+
+    def fail(descriptor: int, size: int, offset: int) -> bytes:
+        if re.search(r"/cache/\w{64}\.tar$", os.readlink(f"/proc/self/fd/{descriptor}")):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", fail)
+    with build_loader(spec_of(f"{server.url}/", **options(tmp_path))) as loader:
+        for wanted in clean:
+            assert_same(loader.next(), wanted)
+        assert loader.figures().quarantined == 0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastmoco_pipelines.draws import draw_views
 from fastmoco_pipelines.order import epoch_order
-from fastmoco_pipelines.refill import REFILL_TAG, Plan
+from fastmoco_pipelines.refill import REFILL_TAG, WINDOW_ATTEMPTS, Plan
 from fastmoco_pipelines.spec import ViewSpec
 from fastmoco_pipelines.window import ShardWindows
 
@@ -50,6 +50,19 @@ def test_candidates_come_from_the_window_and_not_from_the_batch(step, row, windo
     assert set(found) <= (others or inside)
     if len(others) > 1:
         assert len(set(found)) > 1
+
+
+def test_a_window_without_any_good_sample_is_left_at_last():
+    plan = plan_of(5, 100, window=1)
+    places = plan.places(3)
+    order, bounds = epoch_order(5, places.epoch, 100, plan.windows), plan.windows.bounds(5, places.epoch)
+    number = int(np.searchsorted(bounds, places.first, side="right")) - 1
+    window = set(order[bounds[number] : bounds[number + 1]].tolist())
+    found = candidates(plan, 3, 0, WINDOW_ATTEMPTS + 200)
+    assert set(found[:WINDOW_ATTEMPTS]) <= window
+    others = set(range(100)) - set(order[places.batch_start : places.batch_start + 12].tolist())
+    assert set(found[WINDOW_ATTEMPTS:]) <= others
+    assert len(set(found[WINDOW_ATTEMPTS:])) > 70  # of 88, by 200 draws
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 12])

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 import types
 from pathlib import Path
 
@@ -67,6 +68,9 @@ def test_a_remote_set_is_the_local_one(pattern, server, packed, spec):
         ("PIPE:curl", "never starts a command"),
         ("hdfs://host/x.tar", "not supported yet"),
         ("gopher:x", "not supported yet"),
+        ("{http://host/x.tar,/local/x.tar}", "local files and URLs"),
+        ("{http://host/x.tar,pipe:x}", "never starts a command"),
+        ("{http://host/x,s3://key:secret@bucket/x}.tar", "credentials of a store"),
     ],
 )
 def test_other_patterns_are_refused(pattern, words, spec):
@@ -95,7 +99,8 @@ def test_an_index_is_fetched_once_and_then_asked_about(server, packed, spec):
         ShardSet.open(f"{server.url}/", cache=spec, limits=QUICK).close()
     assert len(list(Path(spec.folder).glob("*.doc"))) == 4
     for path in Path(spec.folder).glob("*.doc"):
-        path.write_bytes(b'"wrong"\n{')  # what a cache holds is only used where the server still has the same
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-9] + b"X" + raw[-8:])  # the server goes on to say that it is the same
     with ShardSet.open(f"{server.url}/", cache=spec, limits=QUICK) as shards, ShardSet.open(str(packed)) as local:
         require_equal(shards, local)
 
@@ -150,10 +155,36 @@ def test_secrets_are_sent_and_never_shown(server, tmp_path, spec, caplog, capfd,
 def test_urls_are_shown_without_their_secrets():
     assert redact("https://u:p@host:8443/a/b.tar?token=x#y") == "https://host:8443/a/b.tar"
     assert redact("https://u:p?q@host/a.tar") == "https://..."
+    assert redact("https:/u:p@host/a.tar") == "https:..."  # a slip
+    assert redact("s3:u:p@host/a.tar") == "s3:..."
     assert redact("http://host/a@b.tar") == "http://host/a@b.tar"
     assert redact("/data/a?b#c.tar") == "/data/a?b#c.tar"
     assert redact("{http://u:p@h/a,http://v:q@i/b}.tar") == "{http://h/a,http://i/b}.tar"
+    assert redact("{http://u:p@h:1,https://v:q@i:2,http://w:r@j}/b.tar?x") == "{http://h:1,https://i:2,http://j}/b.tar"
     assert redact("http://[::1]:80/x\x1b[2J") == r"http://[::1]:80/x\x1b[2J"
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (redirect("http://[secret/x"), "redirects to what is no usable URL: refused"),
+        (redirect("http://host:99999999/x"), "is no usable URL"),
+        (redirect("file:///etc/passwd"), "redirects to 'file'"),
+        (status(503, Retry_After="\u00b2\u00b2"), "HTTP 503"),
+        (status(206, Content_Range=f"bytes 5-9/{'9' * 5000}"), "another range than asked for"),
+        (status(206, Content_Range=f"bytes {'5' * 5000}-9/10"), "another range than asked for"),
+        (status(206), "another range than asked for"),
+        (status(200, Content_Encoding="gzip"), "compresses it on the way"),
+        (status(200, Long="x" * 200_000), "broke off"),
+    ],
+)
+def test_heads_of_a_hostile_answer_are_named(fault, words, server):
+    server.always["train-000000.tar"] = fault
+    url = f"{server.url}/train-000000.tar"
+    with pytest.raises(RemoteError, match=words) as raised:  # noqa: SIM117
+        with remote.open_http(url, start=5, limits=QUICK, deadline=time.monotonic() + 5):
+            raise AssertionError
+    assert "secret" not in str(raised.value)
 
 
 def test_user_and_password_go_to_their_host_alone(server, packed, monkeypatch, spec):
@@ -209,9 +240,16 @@ def test_stores_name_the_package_they_need(scheme, package, spec, monkeypatch):
     assert is_remote(f"{scheme}://bucket/x.tar")
     for name in ("train-{000000..000002}.tar", "train-*.tar", ""):
         with pytest.raises(
-            RemoteError, match=rf"{scheme}://: needs the package {package} .*pip install fsspec {package}"
+            RemoteError, match=rf"{scheme}://: needs the package {package} .*: pip install 'fastmoco\[{scheme}\]'$"
         ):
             ShardSet.open(f"{scheme}://bucket/{name}", cache=spec, limits=QUICK)
+
+
+def test_the_extras_that_are_named_bring_these_packages():
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert [name.partition(">=")[0] for scheme in ("s3", "gs") for name in extras[scheme]] == ["s3fs", "gcsfs"]
 
 
 def test_a_store_serves_as_http_does(packed, spec, monkeypatch):

@@ -12,7 +12,7 @@ from fastmoco_pipelines.limits import Limits
 from fastmoco_pipelines.loader import build_loader
 from fastmoco_pipelines.shards import ShardSet
 from fastmoco_pipelines.spec import CacheSpec, EvalSpec, LoaderSpec, moco_v3_views
-from tests.pipelines.http_fault_server import drop, stall, status
+from tests.pipelines.http_fault_server import drip, drop, stall, status
 from tests.pipelines.test_http_faults import QUICK, require_no_threads
 
 
@@ -72,6 +72,21 @@ def test_evaluation_reads_a_remote_set(server, packed, spec):
         for ours, theirs in zip(loader, local, strict=True):
             assert np.array_equal(ours.images, theirs.images)
             assert np.array_equal(ours.labels, theirs.labels)
+
+
+def test_leaving_an_evaluation_does_not_wait_for_a_server(server, packed, spec):
+    """As by an interrupt; and it can be begun again."""
+    options = {"batch_size": 16, "threads": 1, "cache": spec}
+    with build_eval_loader(f"{server.url}/", EvalSpec(size=16, resize=16), **options) as loader:
+        server.always["train-000001.tar"] = drip()
+        iteration = iter(loader)
+        next(iteration)
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            iteration.throw(KeyboardInterrupt())
+        assert time.monotonic() - began < 3
+        del server.always["train-000001.tar"]
+        assert sum(len(batch.labels) for batch in loader) == 45
 
 
 def test_closing_does_not_wait_for_a_server(server, spec, monkeypatch):

@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import tarfile
+import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastmoco_pipelines import shard_files
+from fastmoco_pipelines import patterns, shard_files
 from fastmoco_pipelines.index import index_path
 from fastmoco_pipelines.indexing import index_shards
 from fastmoco_pipelines.shards import ShardError, ShardSet, expand_shards
@@ -59,6 +61,7 @@ def test_patterns_name_files(folder, pattern, names):
         ("train-{5..1}.tar", "no rising range"),
         ("train-{a..c}.tar", "no rising range"),
         ("train-{0..99999999999}.tar", "no rising range"),
+        ("train-{0..²}.tar", "no rising range"),
     ],
 )
 def test_patterns_without_files_are_named(folder, pattern, words):
@@ -68,6 +71,17 @@ def test_patterns_without_files_are_named(folder, pattern, words):
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds no \.tar"):
         expand_shards(f"{folder}/empty")
+
+
+def test_a_pattern_of_too_many_names_is_refused_before_they_are_all_made(monkeypatch):
+    monkeypatch.setattr(patterns, "MAX_SHARDS", 10_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="names more than 10000 shards"):
+            expand_shards("train-{0..99}{0..99}{0..99}.tar")
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("scheme", ["http", "https", "s3", "gs", "ftp", "HTTP", "unknown+x"])
@@ -151,6 +165,33 @@ def test_open_files_are_bounded(packed, monkeypatch):
     assert shards.read(np.array([3]))[0].tobytes() == once[3]
     del shards
     assert open_tars() == 0
+
+
+def test_one_thread_reads_ahead_while_another_reads_stand_ins(packed, monkeypatch):
+    """Each closes the file that was not used for longest: a read must not meet a closed or a foreign descriptor."""
+    monkeypatch.setattr(shard_files, "MAX_OPEN_FILES", 1)
+    shards, errors, over = ShardSet.open(str(packed)), [], threading.Event()
+    once = [data.tobytes() for data in shards.read(np.arange(45))]
+
+    def look_ahead() -> None:
+        rng = np.random.default_rng(1)
+        try:
+            while not over.is_set():
+                shards.will_need(rng.integers(0, 45, 8))
+        except OSError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=look_ahead)
+    thread.start()
+    rng = np.random.default_rng(2)
+    try:
+        for _ in range(400):
+            ids = rng.integers(0, 45, 8)
+            assert [data.tobytes() for data in shards.read(ids)] == [once[i] for i in ids]
+    finally:
+        over.set()
+        thread.join()
+    assert not errors
 
 
 def test_changed_bytes_are_named(packed, tmp_path):

@@ -122,7 +122,7 @@ def _compute(
     parameters = ViewColorParameters(
         brightness, contrast, saturation, hue, order, grayscale, blur_sigma, solarize, flip
     )
-    _check_ranges(parameters)
+    check_ranges("view_color", parameters)
     out = _empty(images, dtype, channels_last)
     tables = plan(parameters)
     if triton:
@@ -185,19 +185,32 @@ def _check(
                 f"view_color: {name} is on {value.device}, brightness on {parameters.brightness.device} "
                 f"and the images on {images.device}; parameters are all on the CPU or all on the images' device"
             )
-    for name, numbers in (("mean", mean), ("std", std)):
-        if len(numbers) != 3:
-            raise ValueError(f"view_color: {name} has {len(numbers)} numbers but an image has 3 channels")
-    if not all(s > 0 for s in std):
-        raise ValueError(f"view_color: std={tuple(std)} must be positive")
+    check_normalisation("view_color", mean, std)
     if dtype not in TYPES:
         raise ValueError(f"view_color: dtype={dtype} is none of {TYPES}")
     if not 0 <= threshold <= 256:
         raise ValueError(f"view_color: solarize_threshold={threshold} lies outside 0 to 256")
 
 
-def _check_ranges(parameters: ViewColorParameters) -> None:
-    """Refuse parameters that mean nothing; those on a GPU are not looked at, that would wait for it."""
+def check_normalisation(op: str, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Refuse what does not normalise three channels.
+
+    Raises:
+        ValueError: naming the op and the numbers.
+    """
+    for name, numbers in (("mean", mean), ("std", std)):
+        if len(numbers) != 3:
+            raise ValueError(f"{op}: {name} has {len(numbers)} numbers but an image has 3 channels")
+    if not all(s > 0 for s in std):
+        raise ValueError(f"{op}: std={tuple(std)} must be positive")
+
+
+def check_ranges(op: str, parameters: ViewColorParameters) -> None:
+    """Refuse parameters that mean nothing; those on a GPU are not looked at, that would wait for it.
+
+    Raises:
+        ValueError: naming the op, the parameter and the first image that it is wrong for.
+    """
     if parameters.brightness.device.type != "cpu":
         return
     for name in ("brightness", "contrast", "saturation"):
@@ -205,18 +218,16 @@ def _check_ranges(parameters: ViewColorParameters) -> None:
         bad = (~(torch.isfinite(value) & (value >= 0))).nonzero()
         if len(bad):
             row = int(bad[0])
-            raise ValueError(f"view_color: {name} of image {row} is {float(value[row])}; must be finite and at least 0")
+            raise ValueError(f"{op}: {name} of image {row} is {float(value[row])}; must be finite and at least 0")
     bad = (~(parameters.hue.abs() <= 0.5)).nonzero()
     if len(bad):
         row = int(bad[0])
-        raise ValueError(f"view_color: hue of image {row} is {float(parameters.hue[row])}; lies in -0.5 to 0.5 turns")
+        raise ValueError(f"{op}: hue of image {row} is {float(parameters.hue[row])}; lies in -0.5 to 0.5 turns")
     bad = (parameters.order.long().sort(1).values != torch.arange(4)).any(1).nonzero()
     if len(bad):
         row = int(bad[0])
-        raise ValueError(
-            f"view_color: order of image {row} is {parameters.order[row].tolist()}; no permutation of 0 to 3"
-        )
-    check_sigmas("view_color", parameters.blur_sigma)
+        raise ValueError(f"{op}: order of image {row} is {parameters.order[row].tolist()}; no permutation of 0 to 3")
+    check_sigmas(op, parameters.blur_sigma)
 
 
 def bytes_moved(

@@ -1,0 +1,90 @@
+"""The compiled path: finds the library that setup.py built, and hands it a batch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastmoco_kernels.view_color.plan import Plan
+
+LIBRARY = "fastmoco_kernels.cut_views._native"
+"""Where setup.py puts it. There is no Python in it: one file serves every version."""
+
+_POINTERS = ("pixels", "strides", "crops", "steps", "factors", "hue_shift", "flags", "boxes", "scale", "shift", "out")
+
+
+class _Batch(ctypes.Structure):
+    """Field by field the `Batch` of native/cut.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("images", "size", "threshold")),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("next", ctypes.c_longlong),
+    ]
+
+
+@functools.cache
+def native_library() -> ctypes.CDLL | None:
+    """The library; None where fastmoco was installed without a C compiler."""
+    spec = importlib.util.find_spec(LIBRARY)
+    if spec is None or spec.origin is None:
+        return None
+    library = ctypes.CDLL(spec.origin)
+    library.fastmoco_cut_views.argtypes = [ctypes.POINTER(_Batch)]
+    library.fastmoco_cut_views.restype = ctypes.c_int
+    return library
+
+
+def cut_views_native(
+    images: list[NDArray[np.uint8]],
+    crops: Tensor,
+    tables: Plan,
+    scale: Tensor,
+    shift: Tensor,
+    threshold: int,
+    threads: int,
+    out: Tensor,
+) -> None:
+    """Compute a batch into ``out``.
+
+    Args:
+        images: B of [H, W, 3] uint8, the levels of a row side by side.
+        crops: [B, 4] int32, top, left, height, width, inside their images.
+        tables: of the batch, on the CPU.
+        scale: [3] float32, factor of a level in the result.
+        shift: [3] float32, what is added then.
+        threshold: level from which solarize inverts.
+        threads: that work on it, this one among them.
+        out: [B, 3, size, size] float32, contiguous.
+
+    Raises:
+        MemoryError: if a thread gets no memory to work in.
+    """
+    library = native_library()
+    assert library is not None
+    pixels = np.array([image.ctypes.data for image in images], dtype=np.uint64)
+    strides = np.array([image.strides[0] for image in images], dtype=np.int64)
+    fields = [t.contiguous() for t in (crops, tables.steps, tables.factors, tables.shift, tables.flags, tables.boxes)]
+    pointers = [t.data_ptr() for t in (*fields, scale, shift, out)]
+    batch = _Batch(len(images), out.shape[-1], threshold, pixels.ctypes.data, strides.ctypes.data, *pointers, 0)
+    # The threads hold the batch, and with it all that they read: an interrupt may end this function before they end.
+    batch.memory = (images, pixels, strides, fields, scale, shift, out)
+    results: list[int] = []
+
+    def work() -> None:  # ctypes gives the interpreter away meanwhile; the threads share out the images by `next`
+        results.append(library.fastmoco_cut_views(ctypes.byref(batch)))
+
+    others = [threading.Thread(target=work, name="fastmoco-cut") for _ in range(min(threads, len(images)) - 1)]
+    for thread in others:
+        thread.start()
+    work()
+    for thread in others:
+        thread.join()
+    if any(results):
+        raise MemoryError(f"cut_views: no memory to cut {len(images)} views of {out.shape[-1]} pixels")

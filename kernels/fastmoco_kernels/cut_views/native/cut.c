@@ -1,0 +1,69 @@
+/* A batch of views: every thread that calls takes the next image that nobody has taken, until none is left. */
+#include "views.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+
+/* Field by field what `native.py` declares; the tables are those of `fastmoco_kernels.view_color.plan`. */
+typedef struct {
+    int64_t images;
+    int64_t size;
+    int64_t threshold;
+    const uint8_t *const *pixels; /* [B], uint8 [H, W, 3], the levels of a row side by side */
+    const int64_t *strides;       /* [B], bytes from row to row */
+    const int32_t *crops;         /* [B, 4], top, left, height, width */
+    const int32_t *steps;         /* [B, 4] */
+    const float *factors;         /* [B, 4] */
+    const int32_t *hue_shift;     /* [B] */
+    const int32_t *flags;         /* [B, 3], greyscale, solarize, flip */
+    const int32_t *boxes;         /* [B, 4], radius (-1: no blur), whole, edge, unused */
+    const float *scale, *shift;   /* [3] */
+    float *out;                   /* [B, 3, size, size] */
+    atomic_llong next;
+} Batch;
+
+static void cut_one(Batch *batch, int64_t i, uint8_t *memory, size_t view_bytes)
+{
+    int size = (int)batch->size;
+    const int32_t *crop = batch->crops + 4 * i, *flags = batch->flags + 3 * i, *box = batch->boxes + 4 * i;
+    Planes planes = {memory, size, size, (ptrdiff_t)size * size};
+    uint8_t *scratch = memory + view_bytes;
+    Window window = {
+        batch->pixels[i] + crop[0] * batch->strides[i] + (ptrdiff_t)3 * crop[1], batch->strides[i], crop[2], crop[3]
+    };
+    resize_window(window, planes, scratch);
+    for (int step = 0; step < 4; step++)
+        jitter_step(planes, batch->steps[4 * i + step], batch->factors + 4 * i, batch->hue_shift[i]);
+    if (flags[0])
+        to_grey(planes);
+    if (box[0] >= 0)
+        blur_planes(planes, box[0], (uint32_t)box[1], (uint32_t)box[2], scratch);
+    if (flags[1])
+        solarize(planes, (int)batch->threshold);
+    normalise(planes, batch->scale, batch->shift, flags[2], batch->out + 3 * planes.count * i);
+}
+
+/* Cut what is left of the batch. Returns 0, or -1 where memory is short. */
+__attribute__((visibility("default"))) int fastmoco_cut_views(Batch *batch)
+{
+    int size = (int)batch->size;
+    size_t view_bytes = ((size_t)3 * size * size + 63) & ~(size_t)63, room = 0;
+    uint8_t *memory = NULL;
+    for (;;) {
+        int64_t i = atomic_fetch_add(&batch->next, 1);
+        if (i >= batch->images)
+            break;
+        size_t resizing = resize_scratch(batch->crops[4 * i + 2], batch->crops[4 * i + 3], size);
+        size_t blurring = blur_scratch(size, size), needed = view_bytes + (resizing > blurring ? resizing : blurring);
+        if (needed > room) {
+            free(memory);
+            room = needed;
+            memory = aligned_alloc(64, (needed + 63) & ~(size_t)63);
+            if (memory == NULL)
+                return -1;
+        }
+        cut_one(batch, i, memory, view_bytes);
+    }
+    free(memory);
+    return 0;
+}

@@ -1,0 +1,143 @@
+/* Pillow's resize: first along the rows, rounded to bytes, then along the columns; weights in units of 2^-22. */
+#include "views.h"
+
+#include <math.h>
+#include <string.h>
+
+enum { WEIGHT_BITS = 22 };
+
+/* For each place of an axis of the result: where its taps begin, how many they are, and their weights. */
+typedef struct {
+    int32_t *first, *taps, *weights;
+    int most; /* weights that each place has room for */
+} Axis;
+
+static int most_taps(int length, int size)
+{
+    double scale = (double)length / size;
+    return (int)ceil(scale < 1.0 ? 1.0 : scale) * 2 + 1;
+}
+
+static size_t aligned(size_t bytes)
+{
+    return (bytes + 63) & ~(size_t)63;
+}
+
+static size_t axis_bytes(int length, int size)
+{
+    return aligned(sizeof(int32_t) * size * (2 + (size_t)most_taps(length, size)));
+}
+
+/* A triangle as wide as two input pixels, or as two output pixels where the image shrinks; double, as in Pillow. */
+static Axis make_axis(int length, int size, uint8_t *memory)
+{
+    Axis axis = {.first = (int32_t *)memory, .most = most_taps(length, size)};
+    axis.taps = axis.first + size;
+    axis.weights = axis.taps + size;
+    double scale = (double)length / size, stretch = scale < 1.0 ? 1.0 : scale;
+    for (int place = 0; place < size; place++) {
+        double centre = (place + 0.5) * scale, total = 0.0;
+        int first = (int)(centre - stretch + 0.5), end = (int)(centre + stretch + 0.5);
+        first = first < 0 ? 0 : first;
+        end = end > length ? length : end;
+        int32_t *weights = axis.weights + (ptrdiff_t)place * axis.most;
+        for (int pass = 0; pass < 2; pass++)
+            for (int tap = first; tap < end; tap++) {
+                double away = fabs((tap - centre + 0.5) * (1.0 / stretch));
+                double weight = away < 1.0 ? 1.0 - away : 0.0;
+                if (pass == 0)
+                    total += weight;
+                else
+                    weights[tap - first] = (int32_t)(0.5 + (total != 0.0 ? weight / total : weight) * (1 << WEIGHT_BITS));
+            }
+        axis.first[place] = first;
+        axis.taps[place] = end - first;
+    }
+    return axis;
+}
+
+/* out[i] = sum of weights[t] * in[t * step + i], rounded to a byte; weights are not negative and their sum is 1. */
+static inline __attribute__((always_inline)) void
+weighted_sum(const uint8_t *in, ptrdiff_t step, const int32_t *weights, int taps, int count, uint8_t *out)
+{
+    int32_t sums[64];
+    for (int start = 0; start < count; start += 64) {
+        int some = count - start < 64 ? count - start : 64;
+        for (int i = 0; i < 64; i++)
+            sums[i] = 1 << (WEIGHT_BITS - 1);
+        for (int tap = 0; tap < taps; tap++) {
+            const uint8_t *levels = in + tap * step + start;
+            int32_t weight = weights[tap];
+            if (some == 64)
+                for (int i = 0; i < 64; i++)
+                    sums[i] += levels[i] * weight;
+            else
+                for (int i = 0; i < some; i++)
+                    sums[i] += levels[i] * weight;
+        }
+        for (int i = 0; i < some; i++) {
+            int32_t level = sums[i] >> WEIGHT_BITS;
+            out[start + i] = (uint8_t)(level > 255 ? 255 : level);
+        }
+    }
+}
+
+/* One strip of rows that lie side by side: strip[(x * 3 + c) * LANES + row] to out[(c * size + x) * LANES + row]. */
+VECTORISED static void along_rows(const uint8_t *strip, Axis axis, int size, uint8_t *out)
+{
+    for (int x = 0; x < size; x++) {
+        const int32_t *weights = axis.weights + (ptrdiff_t)x * axis.most;
+        for (int c = 0; c < 3; c++) {
+            const uint8_t *in = strip + ((ptrdiff_t)axis.first[x] * 3 + c) * LANES;
+            uint8_t *to = out + ((ptrdiff_t)c * size + x) * LANES;
+            int32_t sums[LANES];
+            for (int i = 0; i < LANES; i++)
+                sums[i] = 1 << (WEIGHT_BITS - 1);
+            for (int tap = 0; tap < axis.taps[x]; tap++)
+                for (int i = 0; i < LANES; i++)
+                    sums[i] += in[tap * 3 * LANES + i] * weights[tap];
+            for (int i = 0; i < LANES; i++) {
+                int32_t level = sums[i] >> WEIGHT_BITS;
+                to[i] = (uint8_t)(level > 255 ? 255 : level);
+            }
+        }
+    }
+}
+
+VECTORISED static void along_columns(const uint8_t *rows, Axis axis, int size, Planes planes)
+{
+    for (int c = 0; c < 3; c++)
+        for (int y = 0; y < size; y++)
+            weighted_sum(
+                rows + ((ptrdiff_t)axis.first[y] * 3 + c) * size,
+                (ptrdiff_t)3 * size,
+                axis.weights + (ptrdiff_t)y * axis.most,
+                axis.taps[y],
+                size,
+                planes.levels + c * planes.count + (ptrdiff_t)y * size
+            );
+}
+
+size_t resize_scratch(int window_height, int window_width, int size)
+{
+    return axis_bytes(window_width, size) + axis_bytes(window_height, size) + aligned((size_t)3 * LANES * window_width) +
+           aligned((size_t)3 * LANES * size) + aligned((size_t)3 * size * window_height);
+}
+
+void resize_window(Window window, Planes planes, uint8_t *scratch)
+{
+    int size = planes.width;
+    Axis across = make_axis(window.width, size, scratch);
+    scratch += axis_bytes(window.width, size);
+    Axis down = make_axis(window.height, size, scratch);
+    scratch += axis_bytes(window.height, size);
+    uint8_t *strip = scratch, *narrow = strip + aligned((size_t)3 * LANES * window.width);
+    uint8_t *rows = narrow + aligned((size_t)3 * LANES * size);
+    for (int y = 0; y < window.height; y += LANES) {
+        int some = window.height - y < LANES ? window.height - y : LANES;
+        transpose_bytes(window.pixels + y * window.stride, window.stride, some, 3 * window.width, strip, LANES);
+        along_rows(strip, across, size, narrow);
+        transpose_bytes(narrow, LANES, 3 * size, some, rows + (ptrdiff_t)y * 3 * size, (ptrdiff_t)3 * size);
+    }
+    along_columns(rows, down, size, planes);
+}

@@ -1,0 +1,59 @@
+/* One augmented view of one decoded image, in Pillow's arithmetic: what the files of this folder share.
+ *
+ * Between its resize and its last step a view is three planes of bytes, which fit a core's second cache. Every loop is
+ * written so that the compiler turns it into vector instructions; none is written in them. Products and sums are rounded
+ * one by one (-ffp-contract=off), as Pillow's are: the levels are equal to Pillow's on every machine.
+ */
+#ifndef FASTMOCO_VIEWS_H
+#define FASTMOCO_VIEWS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Compile a function for several instruction sets and choose when the library is loaded. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__)
+#define VECTORISED __attribute__((target_clones("avx2", "default")))
+#else
+#define VECTORISED
+#endif
+
+enum { LANES = 32 }; /* rows or columns that are worked on side by side */
+
+/* A view's three planes: plane c starts at levels + c * count. */
+typedef struct {
+    uint8_t *levels;
+    int height, width;
+    ptrdiff_t count; /* height * width */
+} Planes;
+
+/* A window of an interleaved RGB image. */
+typedef struct {
+    const uint8_t *pixels; /* its first level */
+    ptrdiff_t stride;      /* bytes from row to row */
+    int height, width;
+} Window;
+
+/* Bytes of scratch memory that the functions below need. */
+size_t resize_scratch(int window_height, int window_width, int size);
+size_t blur_scratch(int height, int width);
+
+/* Scale a window to the planes, bilinear with antialiasing (Pillow's Image.resize of the cropped image). */
+void resize_window(Window window, Planes planes, uint8_t *scratch);
+
+/* The jitter: codes 0 brightness, 1 contrast, 2 saturation, 3 hue, all else nothing. */
+void jitter_step(Planes planes, int32_t code, const float *factors, int32_t hue_shift);
+void to_grey(Planes planes);
+void solarize(Planes planes, int threshold);
+
+/* Three extended boxes along each axis: radius, weight of a whole tap, weight of the two edge taps. */
+void blur_planes(Planes planes, int radius, uint32_t whole, uint32_t edge, uint8_t *scratch);
+
+/* level * scale + shift, in float32, left and right swapped if asked for. */
+void normalise(Planes planes, const float *scale, const float *shift, int flip, float *out);
+
+/* [height, width] bytes to [width, height]; rows of the source are source_stride bytes apart, of the target target_stride. */
+void transpose_bytes(
+    const uint8_t *source, ptrdiff_t source_stride, int height, int width, uint8_t *target, ptrdiff_t target_stride
+);
+
+#endif
