@@ -42,6 +42,14 @@ CASES = (
     Timed("attention", ("d=32", "subject=triton"), "G6: >= 1.5x sdpa at (1024, 12, 197, 32)"),
     Timed("attention", ("d=64", "A=6", "subject=triton"), "G6: >= 1.2x sdpa at head dimension 64"),
     Timed("attention", ("d=32", "L=1", "subject=triton"), "the last block: the class token alone asks"),
+    Timed(
+        "train_step", ("rounds=2",), "G7: ViT-S/16, batch 4096, >= 5,000 images/s, so <= 0.2 ms an image; >= 3x eager"
+    ),
+    Timed(
+        "train_step",
+        ("recipe=vit_b16_e300_b4096", "rounds=2"),
+        "G8: ViT-B/16, >= 1,600 images/s, <= 0.625 ms; >= 1.8x eager",
+    ),
     Timed("view_color", ("images=256",), "G11: augmentation <= 3 us an image"),
     Timed(
         "loader",

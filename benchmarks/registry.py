@@ -18,6 +18,7 @@ from benchmarks.cases import (
     info_nce,
     large_batch,
     loader,
+    train_step,
     train_vs_synthetic,
     view_color,
 )
@@ -34,6 +35,7 @@ CASES = {
         info_nce,
         large_batch,
         loader,
+        train_step,
         train_vs_synthetic,
         view_color,
     )

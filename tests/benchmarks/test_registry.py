@@ -68,3 +68,28 @@ def test_views_are_compared_after_they_are_checked(tmp_path):
     for view in result.values():
         assert not view["failed"]
         assert set(view["speedup"]) == {"pillow, image by image", "torch"}
+
+
+@pytest.mark.slow
+def test_a_step_is_compared_with_the_eager_one_after_their_gradients(tmp_path, monkeypatch):
+    from benchmarks.cases import train_step
+
+    options = ["recipe=quickstart_digits", "batch=16", "steps=1", "rounds=1", "checked=8", "chunk=4"]
+    out = tmp_path / "results.jsonl"
+    assert main(["run", "train_step", *options, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())["result"]
+    assert (result["failed"], result["eager_batch"]) == ({}, 16)
+    assert result["speedup"]["eager"]["median"] > 0
+    assert "4" in result["plan"]
+
+    other = train_step.EagerStep.__init__
+
+    def scaled(self, config, device):
+        other(self, config, device)
+        self.objective.temperature *= 1.5
+
+    monkeypatch.setattr(train_step.EagerStep, "__init__", scaled)
+    assert main(["run", "train_step", *options, "--out", str(out)]) == 0
+    failed = json.loads(out.read_text().splitlines()[-1])["result"]
+    assert "gradients" in failed["failed"]["eager"]
+    assert failed["speedup"] == {}
