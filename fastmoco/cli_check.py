@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class CheckArguments(CacheArguments):
     """Read and decode everything, name every fault, and list what cannot be used in quarantine.jsonl beside the tars,
-    which loaders honour. The tars are never changed, nor anything on a server. Exit code 0: clean, 1: faults found, 2:
+    which loaders honour. The tars are never changed, nor anything on a server. Exit code 0: no fault, 1: faults found, 2:
     refused."""
 
     shards: Positional[str]
@@ -34,7 +35,7 @@ class CheckArguments(CacheArguments):
     workers: int | None = None
     """Decoding processes; default one for each core."""
     show: int = 20
-    """Faults to print; the JSON report holds all."""
+    """Faults, and notes, to print; the JSON report holds all."""
     seconds_per_image: float = 30.0
     """Longest time that decoding one image may take."""
 
@@ -70,7 +71,7 @@ def check(args: list[str]) -> int:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             report.write(options.json)
         _print_report(report, options.show)
-    return EXIT_FINISHED if report.clean else EXIT_FAILED
+    return EXIT_FAILED if report.faults else EXIT_FINISHED
 
 
 def stats(args: list[str]) -> int:
@@ -99,20 +100,22 @@ def _print_report(report: CheckReport, show: int) -> None:
         console.print(by_kind)
     # Text, not markup: names from a tar may hold square brackets.
     for fault in report.faults[:show]:
-        where = ": ".join(part for part in (fault.shard, fault.member) if part)
+        where = ": ".join(part for part in (fault.path or fault.shard, fault.member) if part)
         console.print(Text(f"{where}: {fault.reason.removeprefix(fault.shard + ': ')} [{fault.outcome}]"))
     if len(report.faults) > show:
         console.print(f"... and {len(report.faults) - show} more (--show N prints more, --json FILE writes all)")
-    for note in report.notes[:5]:
+    for note in report.notes[:show]:
         console.print(Text(f"note: {note}"))
-    if len(report.notes) > 5:
-        console.print(f"... and {len(report.notes) - 5} more notes")
+    if len(report.notes) > show:
+        console.print(f"... and {len(report.notes) - show} more notes")
     rate = report.total_bytes / 1e6 / max(report.seconds, 1e-9)
     print(f"{report.shards} shards, {report.total_bytes / 1e6:.1f} MB in {report.seconds:.1f} s ({rate:.0f} MB/s)")
     if report.restarts:
         print(f"{report.restarts} decoding processes ended at work and were replaced")
     if report.refused_shards:
-        print(f"{report.refused_shards} shards that a loader refuses as they are: tar or index is damaged or missing")
+        alone = report.refused_shards == report.unindexed
+        why = "they have no index yet" if alone else "tar or index is damaged or missing"
+        print(f"{report.refused_shards} shards that a loader refuses as they are: {why}")
     print(f"{report.promised} samples = {report.delivered} delivered + {report.quarantined} quarantined")
     if report.left_out:
         print(f"{report.left_out} further samples left out: no index lists them")
@@ -120,7 +123,19 @@ def _print_report(report: CheckReport, show: int) -> None:
         print(f"wrote {path}")
     for path, url in zip(report.quarantine_files, report.uploads, strict=False):
         print(f"copy {path} to {url}: loaders look there, and from here nothing is written to a server")
-    print("clean" if report.clean else f"{len(report.faults)} faults")
+    print(f"{len(report.faults)} faults" if report.faults else _nothing_found(report))
+
+
+def _nothing_found(report: CheckReport) -> str:
+    """The last line where there is no fault; a set that training would refuse is not called clean."""
+    from fastmoco_pipelines.patterns import is_remote
+
+    if not report.unindexed:
+        return "clean"
+    some = f"{report.unindexed} of {report.shards} shards " if report.unindexed < report.shards else ""
+    out = " --out FOLDER" if is_remote(report.pattern) else ""
+    command = f"fastmoco data index {shlex.quote(report.pattern)}{out}"
+    return f"no fault; {some}not indexed yet: run `{command}` before training"
 
 
 def _print_stats(stats: ShardStats) -> None:

@@ -163,9 +163,13 @@ def index(args: list[str]) -> int:
         print(labels + (f" ({report.note})" if report.note else ""))
         for tar, member, reason in report.skipped[:20]:
             print(f"skipped {tar}: {member}: {reason}")
+        if len(report.skipped) > 20:
+            print(f"... and {len(report.skipped) - 20} more skipped members, listed in the indexes")
         for part in report.lost:
             cut = f", in {part.member}" if part.member else ""
             print(f"lost {part.shard}: {part.size} bytes from byte {part.offset} on{cut}: {part.reason}")
+        if report.lost:
+            print("the indexes allow for what is lost: training passes over it")
         for tar, count in report.gone:
             print(f"lost {tar}: {count} samples that an older index or the manifest knows are not found any more")
         for folder, url in report.uploads.items():

@@ -41,7 +41,7 @@ def one_line(code: int, *mendable: type[Exception]) -> Iterator[None]:
         if extra is None:
             raise
         also = " (dali-cu12 for CUDA 12 drivers)" if extra == "dali-cu13" else ""
-        say(f"this needs {error.name}: pip install 'fastmoco[{extra}]'{also}")
+        say(f"this needs {error.name}: pip install '.[{extra}]' in fastmoco's source folder{also}")
         raise SystemExit(EXIT_REFUSED) from error
     except known as error:
         say(str(error))

@@ -87,4 +87,4 @@ def _draw(folder: RunFolder, title: str) -> None:
     try:
         draw_curves(folder.metrics, folder.curves, title=title)
     except ImportError:
-        say(f"curves not drawn: pip install 'fastmoco[logging]' for {folder.curves.name}")
+        say(f"curves not drawn: pip install '.[logging]' in fastmoco's source folder for {folder.curves.name}")

@@ -26,7 +26,7 @@ from fastmoco_pipelines.patterns import is_remote, redact
 from fastmoco_pipelines.quarantine import NAME, Quarantine, quarantine_path
 from fastmoco_pipelines.remote_set import fetch_lists
 from fastmoco_pipelines.spec import CacheSpec
-from fastmoco_pipelines.whole_tars import LocalTars, RemoteTars
+from fastmoco_pipelines.whole_tars import LocalTars, RemoteTars, whole_names
 
 Progress = Callable[[int, int], None]
 
@@ -102,13 +102,16 @@ def _check(
     paths = tars.paths
     report.shards, report.total_bytes = len(paths), sum(tars.sizes)
     promises = {path: count for folder in {path.parent for path in paths} for path, count in _promises(folder).items()}
+    places = whole_names(tars)
     found = {folder: Quarantine() for folder in sorted({path.parent for path in paths})}
     with DecodePool(workers or os.cpu_count() or 1, limits) as pool:
         before = 0
         for number, size in enumerate(tars.sizes):
             meter = _Meter(progress, before, report.total_bytes)
             with tars.at_hand(number) as path:
-                TarCheck(path, promises.get(path), report, found[path.parent]).run(pool, meter.add)
+                TarCheck(path, promises.get(path), report, found[path.parent], places.get(path, "")).run(
+                    pool, meter.add
+                )
             before += size
             meter.set(before)
         report.restarts = pool.restarts
@@ -152,7 +155,8 @@ def _missing_shards(tars: LocalTars | RemoteTars, promises: dict[Path, int], rep
     if tars.explicit:
         return
     present = set(tars.paths)
-    for folder in sorted({path.parent for path in tars.paths}):
+    folders = sorted({path.parent for path in tars.paths})
+    for folder in folders:
         for name, entry in read_sets(folder).items():
             listed = [folder / shard["name"] for shard in entry["shards"]]
             if not present.intersection(listed):
@@ -164,7 +168,8 @@ def _missing_shards(tars: LocalTars | RemoteTars, promises: dict[Path, int], rep
                     report.quarantined += count
                     report.refused_shards += 1
                     reason = f"{MANIFEST} lists it for set {name!r}, with {count} samples: copy it here too"
-                    report.add(path.name, "", "missing shard", reason, outcome="lost")
+                    place = tars.where(path) if len(folders) > 1 else ""
+                    report.add(path.name, "", "missing shard", reason, outcome="lost", path=place)
 
 
 def _write_quarantine(folder: Path, found: Quarantine, checked: set[str], report: CheckReport) -> None:

@@ -25,7 +25,9 @@ class Fault:
         reason: in a sentence.
         offset: of the member's first byte in the tar, or None.
         outcome: "quarantined" (an index lists it, loaders pass it over), "left out" (no index lists it), "lost" (promised
-            and gone), or "noted" (no sample suffers).
+            and gone), "noted" (no sample suffers), or "allowed for by its index" (made with ``salvage``, it knows of
+            this damage).
+        path: of the tar, or its URL without secrets, where another tar has the same file name; else empty.
     """
 
     shard: str
@@ -34,6 +36,7 @@ class Fault:
     reason: str
     offset: int | None = None
     outcome: str = "noted"
+    path: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,6 +50,7 @@ class CheckReport:
         quarantined: those that it cannot, the lost ones among them.
         left_out: further members that would be samples but that no index lists, for the reason given.
         refused_shards: tars that loaders refuse as they are, because index or tar is damaged.
+        unindexed: tars without an index, which count as refused too; no fault.
         restarts: decoding processes that ended at work.
         faults: in the order of the shards.
         notes: for people; no faults.
@@ -62,6 +66,7 @@ class CheckReport:
     quarantined: int = 0
     left_out: int = 0
     refused_shards: int = 0
+    unindexed: int = 0
     restarts: int = 0
     faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -71,15 +76,23 @@ class CheckReport:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.faults
+        """Whether nothing is wrong, and nothing left to do before training."""
+        return not self.faults and not self.unindexed
 
     def counts(self) -> dict[str, int]:
         """Faults by kind, most frequent first."""
         return dict(Counter(fault.kind for fault in self.faults).most_common())
 
     def add(
-        self, shard: str, member: str, kind: str, reason: str, *, offset: int | None = None, outcome: str = "noted"
+        self,
+        shard: str,
+        member: str,
+        kind: str,
+        reason: str,
+        *,
+        offset: int | None = None,
+        outcome: str = "noted",
+        path: str = "",
     ) -> None:
         """Note a fault; nothing from a tar gets through unescaped."""
         self.faults.append(
@@ -90,6 +103,7 @@ class CheckReport:
                 reason=escaped(reason),
                 offset=offset,
                 outcome=outcome,
+                path=escaped(path),
             )
         )
 

@@ -10,7 +10,7 @@ from fastmoco_pipelines.check_pool import DecodePool, Item, Verdict
 from fastmoco_pipelines.check_report import CheckReport
 from fastmoco_pipelines.grouping import TarContent, group_members, split_name
 from fastmoco_pipelines.images import EXTENSIONS
-from fastmoco_pipelines.index import ShardError, ShardIndex, fits_tar, index_path, read_any_index
+from fastmoco_pipelines.index import ShardError, ShardIndex, fits_tar, index_path, lost_entry, read_any_index
 from fastmoco_pipelines.manifest import NAME as MANIFEST
 from fastmoco_pipelines.quarantine import Quarantine
 from fastmoco_pipelines.tar import TarError, walk_damaged
@@ -34,12 +34,14 @@ class TarCheck:
         path: of the tar.
         promise: samples that the manifest promises, or None.
         report, quarantine: what is added to.
+        place: whole name of the tar, where its file name does not tell it from another one; else empty.
     """
 
     path: Path
     promise: int | None
     report: CheckReport
     quarantine: Quarantine
+    place: str = ""
     index: ShardIndex | None = None
     fits: bool = False
     promised: int = 0
@@ -72,7 +74,7 @@ class TarCheck:
         report.refused_shards += self.refused
 
     def _fault(self, member: str, kind: str, reason: str, offset: int | None = None, outcome: str = "noted") -> None:
-        self.report.add(self.path.name, member, kind, reason, offset=offset, outcome=outcome)
+        self.report.add(self.path.name, member, kind, reason, offset=offset, outcome=outcome, path=self.place)
 
     def _look_at_index(self, content: TarContent) -> None:
         """Find out whether the index speaks of this tar: fully, of an earlier state of it, or of something else."""
@@ -83,7 +85,9 @@ class TarCheck:
             if index_path(self.path).exists():
                 self._fault("", "broken index", str(error))
             else:
-                self.report.notes.append(f"{error} Until then only this check can read it.")
+                self.report.unindexed += 1
+                named = str(error).replace(self.path.name, self.place or self.path.name, 1)
+                self.report.notes.append(f"{named} Until then only this check can read it.")
             return
         self.fits = fits_tar(index, self.path)
         if self.fits:
@@ -165,8 +169,10 @@ class TarCheck:
             self._fault(key, "scattered sample", "its members do not lie side by side: readers that stream lose it")
 
     def _look_at_damages(self, damages: Sequence[TarError]) -> None:
+        allowed = self.index.skipped if self.index is not None and self.fits else []
         for damage in damages:
-            self._fault("", "damaged tar", str(damage), damage.position)
+            outcome = "allowed for by its index" if lost_entry(damage) in allowed else "noted"
+            self._fault("", "damaged tar", str(damage), damage.position, outcome)
             extension = split_name(damage.member)[1].rpartition(".")[2].lower()
             if self.index is None and extension in EXTENSIONS:
                 self.left_out += 1

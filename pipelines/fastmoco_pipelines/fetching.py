@@ -19,7 +19,8 @@ import numpy as np
 from fastmoco_pipelines.cache import NoRoomError, ShardCache
 from fastmoco_pipelines.limits import Limits
 from fastmoco_pipelines.remote import RemoteError
-from fastmoco_pipelines.transfer import RemoteShard, StoppedError, download, read_range
+from fastmoco_pipelines.retries import StoppedError
+from fastmoco_pipelines.transfer import RemoteShard, download, read_range
 from fastmoco_pipelines.window import ShardWindows
 
 THREADS = 4

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.remote import RemoteError
+from fastmoco_pipelines.retries import StoppedError
 from fastmoco_pipelines.shards import ShardError, ShardSet
-from fastmoco_pipelines.transfer import StoppedError
 
 PATIENCE = (1.0, 3.0, 10.0)
 """Pauses in seconds before a shard that cannot be read is tried again."""

@@ -105,7 +105,7 @@ def scan_tar(
         keys=[],
         extensions=[],
         columns={name: [] for name in COLUMNS},
-        skipped=[*content.others, *(_lost(damage) for damage in damages)],
+        skipped=[*content.others, *(lost_entry(damage) for damage in damages)],
     )
     found: list[dict[Source, RawLabel]] = []
     with open(tar, "rb") as file:
@@ -134,7 +134,8 @@ def scan_tar(
     return index, found, damages
 
 
-def _lost(damage: TarError) -> tuple[str, str]:
+def lost_entry(damage: TarError) -> tuple[str, str]:
+    """How a lost stretch stands among ``skipped``."""
     member = ascii(damage.member)[1:-1] if damage.member else f"byte {damage.position}"
     return member, f"{damage.lost} bytes from byte {damage.position} on are lost: {damage.reason}"
 

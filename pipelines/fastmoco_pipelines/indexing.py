@@ -17,6 +17,7 @@ from fastmoco_pipelines.index import (
     ShardIndex,
     fits_tar,
     index_path,
+    lost_entry,
     read_any_index,
     scan_tar,
     write_index,
@@ -28,7 +29,7 @@ from fastmoco_pipelines.manifest import read_sets, write_sets
 from fastmoco_pipelines.patterns import is_remote, redact
 from fastmoco_pipelines.quarantine import escaped
 from fastmoco_pipelines.spec import CacheSpec
-from fastmoco_pipelines.whole_tars import LocalTars, RemoteTars
+from fastmoco_pipelines.whole_tars import LocalTars, RemoteTars, whole_names
 
 _ORIGIN = "indexed"  # marks the sets of a manifest that were written here
 
@@ -56,7 +57,7 @@ class IndexReport:
 
     Attributes:
         shards, samples: how many were indexed.
-        skipped: (tar, member, reason) of what was left out, the lost stretches among them.
+        skipped: (tar, member, reason) of what was left out; like all tars here by file name, or by path where names repeat.
         labels: where the labels come from: "cls", "json", "txt" or None.
         classes: class names by label; empty where the labels are numbers or there are none.
         labelled: samples that have a label.
@@ -103,7 +104,8 @@ def index_shards(
 
     Raises:
         ShardError: naming a tar that is damaged, holds no image or has labels that cannot be read, after all others
-            have been indexed; or for class names that do not fit those of the folder's other sets.
+            have been indexed; or for class names that do not fit those of the folder's other sets; or, before anything is
+            written, if ``rule`` names a source and no image of the set has a label there.
         ValueError: if the pattern names no shard, or ``out`` does not fit it.
     """
     if not is_remote(pattern):
@@ -129,23 +131,30 @@ def _index(
     samples, skipped, failures = 0, [], []
     lost: list[LostStretch] = []
     gone: list[tuple[str, int]] = []
+    names = whole_names(tars)
+    held: dict[Path, ShardIndex] = {}  # not to be written unless the source that was asked for tells a label
+    labelled = rule.source in ("auto", "none")
     for number, path in enumerate(tars.paths):
+        name = names.get(path, path.name)
         with tars.at_hand(number):
             try:
                 index, raw, damages = scan_tar(path, rule, salvage=salvage)
                 missing = _gone(path, index) if damages else 0
             except ShardError as error:
-                failures.append(error)
+                failures.append(ShardError(str(error).replace(path.name, name, 1)))
                 continue
             if isinstance(tars, RemoteTars):  # it will not be at hand when the manifest is written
                 hashes[path] = _sha256(path)
-        found[path] = raw
-        _label(path, index, number_labels([raw], rule).labels[0])  # right already where labels are numbers
+        found[path], held[path] = raw, index
+        if labelled := labelled or any(raw):
+            for ready in list(held):  # right already where labels are numbers
+                _label(ready, held.pop(ready), number_labels([found[ready]], rule).labels[0])
         samples += len(index)
-        skipped += [(path.name, member, reason) for member, reason in index.skipped]
+        losses = {lost_entry(damage) for damage in damages}
+        skipped += [(name, *entry) for entry in index.skipped if entry not in losses]
         lost += [
             LostStretch(
-                shard=path.name,
+                shard=name,
                 member=escaped(damage.member),
                 offset=damage.position or 0,
                 size=damage.lost,
@@ -153,9 +162,11 @@ def _index(
             )
             for damage in damages
         ]
-        gone += [(path.name, missing)] if missing else []
+        gone += [(name, missing)] if missing else []
         if progress is not None:
             progress(number + 1, len(tars.paths))
+    if held:  # to go on would drop the labels that an earlier index has
+        raise ShardError(rule.nothing_found(samples))
     numbered = _number(found, rule)
     for (path, raw), labels in zip(found.items(), numbered.labels, strict=True):
         if labels != number_labels([raw], rule).labels[0]:

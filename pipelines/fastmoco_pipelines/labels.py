@@ -45,6 +45,18 @@ class LabelRule:
         """Whether members of this extension are looked into."""
         return self.source in ("auto", source)
 
+    def nothing_found(self, images: int) -> str:
+        """What to tell whoever asked for this source, if no image of the set has a label there."""
+        what = (
+            f"a .json beside it with the field {self.field!r}"
+            if self.source == "json"
+            else f"a .{self.source} beside it"
+        )
+        return (
+            f"labels={self.source!r}: none of the {images} images has {what} that tells a label, and no index was written: "
+            "--labels auto looks at .cls, .json and .txt, --labels none indexes without labels"
+        )
+
 
 class LabelError(ValueError):
     """A member that should tell a label and does not; the text says how it should look."""

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco_pipelines.index import read_index
+from fastmoco_pipelines.index import ShardError, ShardIndex, read_index
 from fastmoco_pipelines.limits import Limits
 from fastmoco_pipelines.manifest import read_sets
-from fastmoco_pipelines.patterns import expand_shards, is_remote, redact
+from fastmoco_pipelines.patterns import is_remote, redact
 from fastmoco_pipelines.remote_set import open_remote
 from fastmoco_pipelines.shard_files import open_cache
 from fastmoco_pipelines.spec import CacheSpec
+from fastmoco_pipelines.whole_tars import LocalTars, whole_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,8 +100,9 @@ def measure_shards(pattern: str, *, cache: CacheSpec | None = None, transfers: L
         remote = open_remote(pattern, open_cache(cache or CacheSpec()), transfers or Limits())
         indexes, classes = list(remote.indexes), remote.classes
     else:
-        paths = expand_shards(pattern)
-        indexes, classes = [read_index(path) for path in paths], _classes(paths)
+        tars = LocalTars(pattern)
+        names, classes = whole_names(tars), _classes(tars.paths)
+        indexes = [_index(path, names.get(path, path.name)) for path in tars.paths]
 
     def column(name: str) -> NDArray[np.int64]:
         return np.concatenate([np.array(index.columns[name], dtype=np.int64) for index in indexes])
@@ -143,6 +145,14 @@ def draw_stats(stats: ShardStats, out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
     return out
+
+
+def _index(path: Path, name: str) -> ShardIndex:
+    """The index beside a tar, which errors call ``name``."""
+    try:
+        return read_index(path)
+    except ShardError as error:
+        raise ShardError(str(error).replace(path.name, name, 1)) from error
 
 
 def _classes(paths: Sequence[Path]) -> tuple[str, ...]:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 import threading
 import time
 import zlib
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +23,9 @@ from fastmoco_pipelines.limits import Limits
 from fastmoco_pipelines.object_store import open_object
 from fastmoco_pipelines.patterns import redact, shard_name
 from fastmoco_pipelines.remote import Body, PassingError, RemoteError, WrongContentError, open_http
+from fastmoco_pipelines.retries import StoppedError, retried
 
 MAX_DOCUMENT_BYTES = 1 << 30  # an index holds about 80 bytes a sample
-T = TypeVar("T")
-
-
-class StoppedError(RemoteError):
-    """The loader was closed while a transfer was under way."""
 
 
 class PartFile(Protocol):
@@ -270,31 +264,3 @@ def _require_going_on(url: str, stop: threading.Event, deadline: float) -> None:
         raise StoppedError(f"{redact(url)}: not read to its end, the loader was closed")
     if time.monotonic() > deadline:
         raise PassingError(f"{redact(url)}: not complete in time")
-
-
-def retried(
-    url: str,
-    limits: Limits,
-    deadline: float,
-    stop: threading.Event,
-    attempt: Callable[[], T],
-    arrived: Callable[[], int] = lambda: 0,
-) -> T:
-    """The result of the first attempt that succeeds. An attempt that brought something on does not count as a failure."""
-    began, failures, wrong, tries, most = time.monotonic(), 0, 0, 0, arrived()
-    while True:
-        tries += 1
-        try:
-            return attempt()
-        except PassingError as error:
-            wrong += isinstance(error, WrongContentError)
-            failures = 1 if arrived() > most else failures + 1
-            most = max(most, arrived())
-            pause = min(limits.max_delay_seconds, limits.first_delay_seconds * 2.0 ** (failures - 1))
-            pause = max(pause * random.uniform(0.5, 1.0), error.retry_after)
-            over = failures >= limits.attempts or wrong >= limits.wrong_attempts
-            if over or time.monotonic() + pause > deadline:
-                seconds = time.monotonic() - began
-                raise RemoteError(f"{error}; given up after {tries} tries in {seconds:.0f} s") from None
-        if stop.wait(pause):
-            raise StoppedError(f"{redact(url)}: not read to its end, the loader was closed")

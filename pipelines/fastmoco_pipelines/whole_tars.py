@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -28,8 +29,9 @@ from fastmoco_pipelines.manifest import write_sets
 from fastmoco_pipelines.patterns import expand_shards, redact, shard_name, without_scheme
 from fastmoco_pipelines.remote import AbsentError, RemoteError, WrongContentError
 from fastmoco_pipelines.remote_set import THREADS, SmallFiles, beside, find_urls
+from fastmoco_pipelines.retries import StoppedError, retried
 from fastmoco_pipelines.spec import CacheSpec
-from fastmoco_pipelines.transfer import RemoteShard, StoppedError, fetch_document, open_body, retried, verify
+from fastmoco_pipelines.transfer import RemoteShard, fetch_document, open_body, verify
 
 
 class LocalTars:
@@ -49,6 +51,10 @@ class LocalTars:
     def at_hand(self, number: int) -> Iterator[Path]:
         """A tar, to be read."""
         yield self.paths[number]
+
+    def where(self, path: Path) -> str:
+        """The whole name of a tar, for people."""
+        return str(path)
 
     def exists(self, path: Path) -> bool:
         """Whether a further tar lies in one of the folders."""
@@ -157,6 +163,10 @@ class RemoteTars:
             if copy.unproven is not None:
                 self._cache.discard(copy.unproven)
 
+    def where(self, path: Path) -> str:
+        """The URL of a tar, for people: without its secrets."""
+        return redact(beside(self.urls[path.parent], path.name))
+
     def exists(self, path: Path) -> bool:
         """Whether a further tar lies on the server, in the place of a folder of this machine."""
         return isinstance(self._head(beside(self.urls[path.parent], path.name)), _Head)
@@ -241,6 +251,12 @@ class RemoteTars:
             return retried(url, self._limits, deadline, Event(), attempt)
         except AbsentError as error:
             return error
+
+
+def whole_names(tars: LocalTars | RemoteTars) -> dict[Path, str]:
+    """By path, what to call those tars whose file name alone does not tell them from another one."""
+    counts = Counter(path.name for path in tars.paths)
+    return {path: tars.where(path) for path in tars.paths if counts[path.name] > 1}
 
 
 def _safe_name(url: str) -> str:

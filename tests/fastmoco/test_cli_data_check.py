@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fastmoco.cli import main
+from fastmoco_pipelines.index import index_path, read_index
 
 
 def image(i: int, size: tuple[int, int] = (48, 40)) -> bytes:
@@ -20,16 +22,21 @@ def image(i: int, size: tuple[int, int] = (48, 40)) -> bytes:
     return out.getvalue()
 
 
+def put(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
 @pytest.fixture
 def shards(tmp_path):
     """Six labelled images, class names in .txt."""
-    with tarfile.open(tmp_path / "set-00.tar", "w") as tar:
-        for i in range(6):
-            for name, data in ((f"{i}.jpg", image(i)), (f"{i}.txt", [b"cat", b"[red]owl"][i % 2])):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return tmp_path / "set-00.tar"
+    texts = [b"cat", b"[red]owl"]
+    pairs = [((f"{i}.jpg", image(i)), (f"{i}.txt", texts[i % 2])) for i in range(6)]
+    return put(tmp_path / "set-00.tar", [member for pair in pairs for member in pair])
 
 
 def test_index_check_and_stats_of_a_foreign_set(shards, capsys):
@@ -37,6 +44,9 @@ def test_index_check_and_stats_of_a_foreign_set(shards, capsys):
     text = capsys.readouterr().out
     assert "6 samples = 6 delivered + 0 quarantined" in text
     assert "note: set-00.tar: has no index beside it" in text
+    assert "1 shards that a loader refuses as they are: they have no index yet" in text
+    last = text.splitlines()[-1]
+    assert last == f"no fault; not indexed yet: run `fastmoco data index {shards}` before training"
     assert main(["data", "index", str(shards)]) == 0
     text = capsys.readouterr().out
     assert "6 images in 1 shards indexed, 0 members skipped" in text
@@ -87,8 +97,71 @@ def test_a_pattern_without_files_is_refused_in_one_line(verb, tmp_path, capsys):
 def test_a_label_field_chooses_json(shards, capsys):
     assert main(["data", "index", str(shards), "--labels", "txt", "--label-field", "x"]) == 2
     assert "label_field='x'" in capsys.readouterr().err
-    assert main(["data", "index", str(shards), "--label-field", "x"]) == 0
-    assert "no labels" in capsys.readouterr().out
+    assert main(["data", "index", str(shards), "--label-field", "x"]) == 2
+    assert "none of the 6 images has a .json beside it with the field 'x'" in capsys.readouterr().err
+    assert not index_path(shards).exists()
+
+
+def test_a_source_that_tells_no_label_leaves_the_earlier_index_alone(shards, capsys):
+    assert main(["data", "index", str(shards)]) == 0
+    before = {path.name: path.read_bytes() for path in shards.parent.iterdir()}
+    assert main(["data", "index", str(shards), "--labels", "cls"]) == 2
+    error = capsys.readouterr().err
+    assert "labels='cls': none of the 6 images has a .cls beside it" in error
+    assert "--labels none" in error
+    assert {path.name: path.read_bytes() for path in shards.parent.iterdir()} == before
+    # One tar without labels among others that have them is none of this.
+    put(shards.with_name("set-.tar"), [("a.jpg", image(30))])
+    assert main(["data", "index", str(shards.parent), "--labels", "txt"]) == 0
+    assert "labels of 6 from .txt" in capsys.readouterr().out
+    assert read_index(shards.with_name("set-.tar")).columns["label"] == [-1]
+
+
+def test_an_unindexed_tar_among_others_is_told_and_notes_are_cut_by_show(shards, capsys):
+    assert main(["data", "index", str(shards)]) == 0
+    for number in (1, 2):
+        put(shards.with_name(f"set-0{number}.tar"), [("a.jpg", image(30 + number))])
+    capsys.readouterr()
+    report = shards.with_name("report.json")
+    options = ["--show", "1", "--workers", "1", "--json", str(report)]
+    assert main(["data", "check", f"{shards.parent}/*.tar", *options]) == 0
+    text = capsys.readouterr().out
+    assert text.count("note: ") == 1
+    assert "... and 1 more notes" in text
+    words = (
+        f"no fault; 2 of 3 shards not indexed yet: run `fastmoco data index '{shards.parent}/*.tar'` before training"
+    )
+    assert text.splitlines()[-1] == words
+    content = json.loads(report.read_text())
+    assert (content["clean"], content["unindexed"], content["refused_shards"]) == (False, 2, 2)
+
+
+def test_tars_of_one_name_are_told_apart(tmp_path, capsys):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        put(tmp_path / folder / "x.tar", [("1.jpg", image(1)), ("2.jpg", b"<html>")])
+    put(tmp_path / "b" / "y.tar", [("1.jpg", b"<html>"), ("2.jpg", image(2))])
+    pattern, report = f"{tmp_path}/*/*.tar", tmp_path / "report.json"
+    assert main(["data", "check", pattern, "--workers", "1", "--json", str(report)]) == 1
+    text = capsys.readouterr().out
+    for words in (f"{tmp_path}/b/x.tar: 2.jpg: its", "\ny.tar: 1.jpg: its", f"note: {tmp_path}/a/x.tar: has no index"):
+        assert words in text
+    faults = json.loads(report.read_text())["faults"]
+    expected = [("x.tar", f"{tmp_path}/a/x.tar"), ("x.tar", f"{tmp_path}/b/x.tar"), ("y.tar", "")]
+    assert [(fault["shard"], fault["path"]) for fault in faults] == expected
+    (tmp_path / "b" / "x.tar").write_bytes(b"x" * 2000)
+    assert main(["data", "index", pattern]) == 2
+    assert f"{tmp_path}/b/x.tar: " in capsys.readouterr().err
+    assert main(["data", "stats", pattern]) == 2
+    assert f"{tmp_path}/b/x.tar: has no index" in capsys.readouterr().err
+
+
+def test_skipped_members_beyond_the_first_twenty_are_counted(shards, capsys):
+    put(shards, [("a.jpg", image(1)), *((f"{i:02d}.gif", b"GIF89a") for i in range(23))])
+    assert main(["data", "index", str(shards)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("\nskipped ") == 20
+    assert "... and 3 more skipped members, listed in the indexes" in text
 
 
 def test_stats_draw_a_picture(shards, tmp_path, capsys):

@@ -72,7 +72,7 @@ def test_a_missing_package_of_a_store_names_the_extra(verb, tmp_path, capsys, mo
     assert main([*arguments, *(["--out", str(tmp_path / "out")] if verb == "index" else [])]) == 2
     error = capsys.readouterr().err
     assert "needs the package s3fs" in error
-    assert "pip install 'fastmoco[s3]'" in error
+    assert "pip install '.[s3]'" in error
     assert len(error.strip().splitlines()) == 1
 
 
@@ -89,7 +89,13 @@ def test_salvage_lists_what_is_lost(folder, capsys):
     assert "`fastmoco data index --salvage`" in error
     assert main(["data", "index", str(tar), "--salvage"]) == 0
     text = capsys.readouterr().out
-    assert "5 images in 1 shards indexed, 2 members skipped" in text
+    assert "5 images in 1 shards indexed, 1 members skipped" in text
     assert (
         f"lost set-00.tar: {following - header} bytes from byte {header} on: no valid member header (checksum)" in text
     )
+    assert text.count("no valid member header") == 1
+    assert "the indexes allow for what is lost" in text
+    assert main(["data", "check", str(tar), "--workers", "1"]) == 1
+    text = capsys.readouterr().out
+    assert "[allowed for by its index]" in text
+    assert "[noted]" not in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import threading
 import time
 from pathlib import Path
@@ -156,6 +158,23 @@ def test_a_server_that_is_not_there_is_named(tmp_path):
         RemoteError, match=r"http://127\.0\.0\.1:\d+/train-000000\.tar\.index\.json: the connection failed"
     ):
         ShardSet.open(url, cache=CacheSpec(folder=str(tmp_path / "cache")), limits=QUICK)
+
+
+def test_a_host_that_does_not_answer_is_told_once_and_at_once(tmp_path, caplog):
+    with FaultServer(tmp_path) as server:
+        url = server.url.replace("://", "://user:Geheim123@")
+    slow = dataclasses.replace(QUICK, first_delay_seconds=0.4, max_delay_seconds=0.4)
+    ended = []
+    for _ in range(2):
+        with pytest.raises(RemoteError, match="given up after 4 tries"):
+            ShardSet.open(f"{url}/train-00000{{0,1}}.tar", cache=CacheSpec(folder=str(tmp_path / "cache")), limits=slow)
+        ended.append(time.time())
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.created < ended[0] - 0.5  # before the first of three pauses, 0.2 s each at least
+    words = r"http://127\.0\.0\.1:\d+/\S+: the connection failed \(Connection refused\); trying again, up to 3 times"
+    assert re.match(words, record.message)
+    assert "Geheim123" not in record.message
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,15 @@ def test_indexes_that_do_not_fit_or_cannot_be_read_are_faults_as_they_are_locall
     assert {"broken index", "stale index"} <= set(local.counts())
 
 
+def test_tars_of_one_name_on_a_server_are_told_by_url(packed, tmp_path, options, quick):
+    for place in ("a", "b"):
+        damaged_copy(packed, tmp_path / "sets" / place, {17: "changed"})
+    with FaultServer(tmp_path / "sets") as server:
+        url = server.url.replace("://", f"://user:{SECRET}@")
+        report = check_shards(f"{url}/{{a,b}}/train-000001.tar?token={SECRET}", **options)
+        assert [fault.path for fault in report.faults] == [f"{server.url}/{place}/train-000001.tar" for place in "ab"]
+
+
 def test_a_server_cannot_choose_where_files_appear(packed, tmp_path, options, quick):
     folder = Path(shutil.copytree(packed, tmp_path / "set"))
     manifest = json.loads((folder / "manifest.json").read_text())
