@@ -18,8 +18,8 @@ class FaultConfig:
     first_step_timeout_s: float = 900
     """The same for the first step, which compiles and fills caches."""
     stop_within_s: float = 10
-    """Seconds after SIGTERM, SIGINT or SIGUSR1 for the step to end (three times the last step, if longer), before the process
-    ends without saving, as it must where a peer is lost. A save that has begun is waited for."""
+    """Seconds after SIGTERM, SIGINT or SIGUSR1 for the step to end (three times the last step and its wait for data, if longer),
+    before the process ends without saving, as it must where a peer is lost. A save that has begun is waited for."""
 
     def __post_init__(self) -> None:
         require(self.max_skipped_steps >= 1, "max_skipped_steps", self.max_skipped_steps, "must be at least 1")

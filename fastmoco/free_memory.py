@@ -53,10 +53,10 @@ def _group_leaves(membership: Path, cgroups: Path) -> list[int]:
 
 
 def _leaves(folder: Path, limit: str, used: str, cache: str) -> int | None:
-    """Limit less use, not counting files in memory that the kernel gives up first; None where there is no limit."""
+    """Limit less use, not counting files in memory that the kernel gives up first; None where no limit can be read."""
     try:
         allowed, taken = (folder / limit).read_text().strip(), int((folder / used).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except FileNotFoundError:
+    except OSError:  # no such file, or none that this process may read
         return None
     return None if allowed == "max" else max(0, int(allowed) - taken + int(stat.get(cache, 0)))

@@ -54,7 +54,9 @@ def launch(processes: int, args: Sequence[str], out: Path) -> int:
     def pass_on(number: int, _frame: FrameType | None) -> None:
         agent.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup, where the run outlives its terminal
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         agent.wait()

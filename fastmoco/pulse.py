@@ -23,7 +23,7 @@ class Pulse:
     def __init__(self, rules: FaultConfig) -> None:
         self._rules = rules
         self._main = threading.get_ident()
-        self._last_step = 0.0
+        self._last_step = self._last_data = 0.0
         self._steps = 0
         # Replaced as a whole, so that a reader never sees half of a change.
         self._now: tuple[int, str, float, float] = (0, "between steps", time.monotonic(), rules.first_step_timeout_s)
@@ -55,7 +55,7 @@ class Pulse:
         """
         _, section, begun, patience_s = self._now
         if section not in ("save", "kNN"):
-            patience_s = max(self._rules.stop_within_s, 3 * self._last_step)
+            patience_s = max(self._rules.stop_within_s, 3 * (self._last_step + self._last_data))
         if min(seconds, time.monotonic() - begun) <= patience_s:
             return None
         return f"{section} did not end within {patience_s:.0f} s"
@@ -69,6 +69,8 @@ class Pulse:
         """A section with an end; what follows is between steps."""
         self.enter(section, patience_s)
         yield
+        if section == "data":
+            self._last_data = self.age()
         self.enter("between steps", self._rules.hang_timeout_s)
 
     @contextmanager

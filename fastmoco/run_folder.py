@@ -69,6 +69,8 @@ class RunFolder:
             if other != name:
                 (self.path / other).unlink(missing_ok=True)
         if name is not None:
+            # It ended as it was asked to: being preempted again and again before the next step is no failure.
+            self.starts.unlink(missing_ok=True)
             _replace(self.path / name, text + "\n")
 
     def take_leftovers(self) -> list[str]:

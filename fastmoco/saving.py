@@ -21,6 +21,7 @@ from fastmoco.checkpoint import (
 )
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
+from fastmoco.pulse import Pulse
 from fastmoco.run_folder import RunFolder
 
 DEADLINE_S = 600.0
@@ -37,12 +38,13 @@ class Saving:
         world: this process's place.
         folder: where the checkpoints go.
         step: steps done: saved already, or nothing yet.
+        pulse: told while the main thread is in a save, which neither a signal's deadline nor the watchdog cuts off.
 
     Raises:
         CheckpointError: on every rank, if one of them cannot write there.
     """
 
-    def __init__(self, config: Config, world: World, folder: RunFolder, *, step: int) -> None:
+    def __init__(self, config: Config, world: World, folder: RunFolder, *, step: int, pulse: Pulse) -> None:
         self._rules, self._world, self._log_every = config.checkpoint, world, config.log_every_steps
         self._group = group_for_saving(DEADLINE_S) if world.world_size > 1 else None
         self.leftovers = unfinished_saves(folder.checkpoints)
@@ -51,7 +53,7 @@ class Saving:
             folder.checkpoints, keep=config.checkpoint.keep, group=self._group, check=training_state.require_finite
         )
         self._begun_step, self._begun_at, self._committed = step, time.monotonic(), step
-        self._failed = False
+        self._failed, self._pulse = False, pulse
 
     def after_step(
         self,
@@ -76,7 +78,8 @@ class Saving:
             CheckpointError: if a save in the foreground fails.
         """
         if force:
-            self._hear(self._saver.wait(), report)
+            with paused(), self._pulse.inside("save", 6 * DEADLINE_S):
+                self._hear(self._saver.wait(), report)
         else:
             self._hear(self._saver.poll(), report)
         order = self._agree(step, force)
@@ -84,7 +87,7 @@ class Saving:
             return
         save = self._saver.save_in_background if order == BEHIND else self._saver.save
         self._begun_step, self._begun_at, self._failed = step, time.monotonic(), False
-        with paused():
+        with paused(), self._pulse.inside("save", 6 * DEADLINE_S):
             tensors, state = collect()
             save(step=step, tensors=tensors, state=state)
 

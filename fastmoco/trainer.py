@@ -71,12 +71,12 @@ class Trainer:
                 knn.load_state_dict(checkpoint.state["knn"])
             if not resume.twin_advanced(checkpoint) and self.step_count < self.resolved.total_steps:
                 self.objective.update_momentum_encoder(self.schedule(self.step_count)[1])
-        self.saving = Saving(config, world, folder, step=self.step_count)
         rules = config.faults
+        self.pulse, self.stragglers = Pulse(rules), Stragglers(self.objective, world)
+        self.saving = Saving(config, world, folder, step=self.step_count, pulse=self.pulse)
         self.guard = StepGuard(
             self.objective, world, clip_norm=config.optim.clip_norm, patience=rules.max_skipped_steps
         )
-        self.pulse, self.stragglers = Pulse(rules), Stragglers(self.objective, world)
         self.recorder: Recorder | None = None
 
     @classmethod

@@ -100,6 +100,17 @@ def test_gpus_inside_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_
         launch(2, ["train"], tmp_path)
 
 
+def test_under_nohup_a_run_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    agent = ["sh", "-c", 'kill -HUP "$1"; sleep 0.3; touch "$2/DONE"', "sh", str(os.getpid()), str(tmp_path)]
+    monkeypatch.setattr("fastmoco.launch.launch_command", lambda *_: agent)
+    monkeypatch.delenv("RANK", raising=False)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert launch(2, ["train"], tmp_path) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("host", ["a;touch x", "-oProxyCommand=x", "$(touch x)", ""])
 def test_a_host_name_that_is_none_is_refused(stubs: Path, tmp_path: Path, host: str) -> None:
     more = {"STUB_HOST": host, "STUB_STATE": str(tmp_path / "state"), "PATH": f"{stubs}:{os.environ['PATH']}"}

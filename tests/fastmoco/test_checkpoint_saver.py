@@ -18,6 +18,7 @@ from fastmoco.checkpoint import CheckpointError, Saver, list_checkpoints, load_c
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import EXIT_REFUSED, RunError
+from fastmoco.pulse import Pulse
 from fastmoco.run_folder import RunFolder
 from fastmoco.saving import Saving
 from fastmoco.train_command import train
@@ -130,7 +131,27 @@ def finite(step: int) -> dict[str, Tensor]:
 
 
 def saving(config: Config, out: Path) -> Saving:
-    return Saving(config, WORLD, RunFolder(out), step=0)
+    return Saving(config, WORLD, RunFolder(out), step=0, pulse=Pulse(config.faults))
+
+
+def test_a_slow_disk_outlives_the_deadline_of_a_signal(
+    small_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The save on a signal takes a minute, behind one in the background that takes another."""
+    rules = replace(small_run.faults, stop_within_s=0.01, hang_timeout_s=0.01)
+    config = replace(small_run, faults=rules, checkpoint=replace(small_run.checkpoint, every_steps=1))
+    gate, subject = Gate(monkeypatch), saving(config, tmp_path)
+    subject.after_step(1, lambda: (finite(1), {}), pytest.fail, force=False)
+    said: list[tuple[str, str | None, bool]] = []
+
+    def look() -> None:
+        said.append((subject._pulse.section, subject._pulse.outlasts(60), subject._pulse.overdue()))
+        gate.open.set()
+
+    threading.Timer(0.2, look).start()
+    subject.after_step(2, lambda: (look() or finite(2), {}), pytest.fail, force=True)  # type: ignore[func-returns-value]
+    assert said == [("save", None, False)] * 2
+    assert subject._pulse.section == "between steps"
 
 
 def test_a_failed_background_save_is_repeated_in_the_foreground(small_run: Config, tmp_path: Path) -> None:

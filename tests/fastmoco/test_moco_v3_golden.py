@@ -115,8 +115,7 @@ def test_golden_loss_catches_mutants(golden: Golden, mutant: str) -> None:
         encoder = objective.encoder
         head, stacked = encoder.head, encoder.head(encoder(torch.cat(batch))).chunk(2)
         encoder.head = nn.Module()
-        rows = iter(stacked)
-        encoder.head.forward = lambda feature: next(rows)  # type: ignore[method-assign]
+        encoder.head.forward = lambda features: torch.stack(stacked)  # type: ignore[method-assign]
         worst = abs(objective(*batch).loss.item() - data["loss"][0])
         encoder.head = head
     else:

@@ -139,9 +139,9 @@ def old_folder(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path
     update, save = trainer_module.update_weights, saver.save_checkpoint
     calls: list[float | None] = []
 
-    def as_before(optimizer: Any, objective: Any, momentum: float | None) -> None:
+    def as_before(optimizer: Any, objective: Any, momentum: float | None, **options: Any) -> None:
         calls.append(momentum)
-        update(optimizer, objective, None if len(calls) == CUT else momentum)
+        update(optimizer, objective, None if len(calls) == CUT else momentum, **options)
 
     def saved_as_before(*arguments: Any, state: dict[str, Any], **options: Any) -> Path:
         assert state.pop("twin_advanced")
@@ -216,7 +216,7 @@ def test_every_frozen_stem_that_differs_moves_under_each_backend(config):
 )
 def test_the_command_line_chooses(words, name, capsys, monkeypatch):
     built: list[Config] = []
-    monkeypatch.setattr("fastmoco.train_command.train", lambda config, out: built.append(config) or 0)
+    monkeypatch.setattr("fastmoco.train_command.train", lambda config, out, **options: built.append(config) or 0)
     assert main(["train", "quickstart_digits", "--out", "unused", *words]) == 0
     objective = setup_run.build_objective(built[0], CPU)
     assert setup_run.name_of(setup_run.build_optimizer(built[0], objective)) == name

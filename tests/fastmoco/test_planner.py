@@ -142,5 +142,11 @@ def test_free_memory_is_the_least_of_machine_and_groups(
     assert free_bytes(torch.device("cpu"), **where) == expected // 2
 
 
+def test_a_limit_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    where = _machine(tmp_path, 1000, "0::/\n", {})
+    (tmp_path / "cgroup" / "memory.max").mkdir(parents=True)
+    assert free_bytes(torch.device("cpu"), **where) == 1024_000
+
+
 def test_this_machine_has_some() -> None:
     assert free_bytes(torch.device("cpu")) > 2**20

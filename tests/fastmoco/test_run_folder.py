@@ -24,6 +24,17 @@ def test_a_second_run_is_refused_and_named(tmp_path):
     second.release()
 
 
+def test_a_run_that_ended_as_it_was_asked_has_no_start_that_came_to_nothing(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.acquire()
+    folder.write_starts({"starts": 3})
+    folder.mark(None)
+    assert folder.starts.exists()
+    folder.mark("PREEMPTED")
+    assert not folder.starts.exists()
+    folder.release()
+
+
 def test_a_killed_owner_frees_the_folder(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from fastmoco.run_folder import RunFolder;"

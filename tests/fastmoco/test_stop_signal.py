@@ -104,3 +104,18 @@ def test_a_save_that_has_begun_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -
     assert pulse.outlasts(20) == "between steps did not end within 1 s"
     with pulse.step():
         assert pulse.outlasts(20) is None  # steps go on: a run on a GPU asks for signals at log steps only
+
+
+def test_a_run_that_waits_for_its_data_in_every_step_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    pulse = Pulse(FaultConfig(stop_within_s=10))
+    with pulse.inside("data", 660):
+        now[0] += 15
+    with pulse.step():
+        now[0] += 1
+    with pulse.inside("data", 660):
+        now[0] += 40
+        assert pulse.outlasts(40) is None
+        now[0] += 10
+        assert pulse.outlasts(50) == "data did not end within 48 s"
