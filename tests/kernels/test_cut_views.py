@@ -125,6 +125,20 @@ def test_rows_of_any_distance_and_tensors_are_taken() -> None:
         assert torch.equal(cut_views([other], crop, neutral, size=32), want)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_default_type_changes_nothing(backend: str) -> None:
+    images, parameters = photos(4)[:3], drawn(3, seed=5)
+    crops = windows(images, 6)
+    want = cut_views(images, crops, parameters, size=20, backend=backend)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = cut_views(images, crops, parameters, size=20, backend=backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
+
+
 def test_no_images_give_no_views() -> None:
     empty = torch.zeros(0, 4, dtype=torch.int32)
     assert cut_views([], empty, ViewColorParameters.neutral(0), size=5).shape == (0, 3, 5, 5)

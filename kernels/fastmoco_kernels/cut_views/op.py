@@ -94,7 +94,7 @@ def cut_views(
         )
     scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
-    out = torch.empty(len(arrays), 3, size, size)
+    out = torch.empty(len(arrays), 3, size, size, dtype=torch.float32)  # whatever the default is
     if chosen == "native":
         cut_views_native(arrays, crops, plan(parameters), scale, shift, solarize_threshold, threads, out)
     else:
