@@ -29,7 +29,17 @@ from fastmoco.trainer import Trainer
 from fastmoco_pipelines.batch import TwoViewBatch
 
 NAME = "large_batch"
-DEFAULTS = {"batch": 4096, "chunk": 64, "steps": 30, "processes": 4, "lr": 1.5e-4, "eps": 1e-8, "precision": "fp32"}
+DEFAULTS = {
+    "batch": 4096,
+    "chunk": 64,
+    "steps": 30,
+    "processes": 4,
+    "precision": "fp32",
+    "lr": 1.5e-4,
+    "eps": 1e-8,
+    "epochs": 300,
+    "warmup_epochs": 40,
+}
 TIMEOUT_S = 3600
 
 
@@ -38,7 +48,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         options: ``batch`` images over all processes; ``chunk`` images at a time; ``steps``; ``processes`` of the third side;
-            ``lr`` base learning rate and ``eps`` of AdamW, which decide how fast rounding grows; ``precision``.
+            ``precision``; base ``lr``, ``eps`` of AdamW, ``epochs`` and ``warmup_epochs``, which decide how fast rounding grows.
+            The defaults are the first steps of the paper's schedule; a short warm-up takes ``precision=fp64`` to stay equal.
 
     Returns:
         By side: losses, peak bytes of a process, seconds a step. Largest difference of any loss from the whole batch's, and
@@ -97,7 +108,7 @@ def _config(options: dict[str, Any]) -> Config:
     return replace(
         recipe,
         recipe="large_batch",
-        epochs=1.0,
+        epochs=options["epochs"],
         global_batch_size=options["batch"],
         precision=options["precision"],
         device="cpu",
@@ -105,7 +116,7 @@ def _config(options: dict[str, Any]) -> Config:
         batch=BatchConfig(chunk=chunk, kept=0) if chunk != "none" else BatchConfig(chunk="none"),
         model=replace(recipe.model, hidden_dim=64, projection_dim=32),
         objective=ObjectiveConfig(temperature=0.2),
-        optim=OptimConfig(lr=options["lr"], eps=options["eps"], warmup_epochs=0.01),
+        optim=OptimConfig(lr=options["lr"], eps=options["eps"], warmup_epochs=options["warmup_epochs"]),
         data=replace(recipe.data, synthetic=True),
         knn=KnnConfig(every_epochs=0),
     )
