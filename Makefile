@@ -12,10 +12,10 @@ quickstart: $(READY)  ## train a tiny encoder on handwritten digits, about a min
 	$(RUN)/fastmoco quickstart --out quickstart
 
 # One thread a worker: threads that wait for each other by spinning are slow beside any other job.
-test: $(READY)  ## every test that this machine can run, but for the long ones that inject faults
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m "not faults"
+test: $(READY)  ## every test that this machine can run, but for the long ones of faults
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m "not long"
 
-faults: $(READY)  ## kills, full disks, lost and hung ranks, resumes at every step and on other numbers of ranks
+faults: $(READY)  ## the whole fault table: kills, full disks, lost and hung ranks, resumes at every step and on other numbers of ranks
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m faults
 
 check: $(READY)  ## format, lint, types, layering, spelling, shell scripts

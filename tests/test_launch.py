@@ -17,6 +17,8 @@ from fastmoco.errors import RunError
 from fastmoco.launch import launch, launch_command
 from tests.fault_runs import ROOT, FaultRun, environment, start_command
 
+pytestmark = pytest.mark.faults
+
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 STUBS = {
     # Starts the tasks, and passes on what SLURM's --signal sends to them.
@@ -125,7 +127,7 @@ def test_a_host_name_that_is_none_is_refused(stubs: Path, tmp_path: Path, host: 
     assert "refused" in done.stderr
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_preempted_run_of_two_processes_saves_says_so_and_goes_on(words: list[str], tmp_path: Path) -> None:
     """T04, by launch/single_node.sh, `fastmoco train --gpus 2` and torchrun's agent."""
@@ -146,7 +148,7 @@ def test_a_preempted_run_of_two_processes_saves_says_so_and_goes_on(words: list[
         one.close()
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_interrupt_of_one_process_is_a_clean_stop(words: list[str], tmp_path: Path) -> None:
     """T06, by launch/single_gpu.sh."""
@@ -160,7 +162,7 @@ def test_an_interrupt_of_one_process_is_a_clean_stop(words: list[str], tmp_path:
         one.close()
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.slow
 def test_slurm_starts_the_ranks_requeues_a_preempted_run_and_not_a_finished_one(
     stubs: Path, words: list[str], tmp_path: Path

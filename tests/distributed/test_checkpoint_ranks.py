@@ -15,7 +15,7 @@ from tests.checkpoint_content import assert_same
 from tests.distributed.run_checkpoints import STEPS, model_and_optimizer, run_save, train
 from tests.distributed.test_ranks import Results, launch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 FAULTS = ("full disk on one", "refused on one", "background", "hung rank", "dead rank")
 KINDS = ("sharded", "plain", "one file")
@@ -58,9 +58,9 @@ def test_a_process_without_a_group_loads_what_any_ranks_saved(saved: tuple[Path,
 @pytest.mark.parametrize(
     "world_size",
     [
-        pytest.param(1, marks=pytest.mark.faults, id="1 rank"),
+        pytest.param(1, marks=pytest.mark.long, id="1 rank"),
         pytest.param(2, id="2 ranks"),
-        pytest.param(4, marks=pytest.mark.faults, id="4 ranks"),
+        pytest.param(4, marks=pytest.mark.long, id="4 ranks"),
     ],
 )
 def test_any_number_of_ranks_loads_what_any_number_saved(

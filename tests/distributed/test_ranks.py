@@ -119,6 +119,7 @@ def test_forward_by_the_book_agrees_on_every_rank(ranks: Results) -> None:
             assert (mean - parameter.grad).abs().max() <= 1e-12, name
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("mutant", ["wrong offset", "local norms"])
 def test_mutants_are_far_from_one_process(ranks: Results, mutant: str) -> None:
     objective, output = one_process("patch", torch.float64)
@@ -130,6 +131,7 @@ def test_mutants_are_far_from_one_process(ranks: Results, mutant: str) -> None:
         assert (first["encoder.head.1.running_mean"] - last["encoder.head.1.running_mean"]).abs().max() > 1e-3
 
 
+@pytest.mark.faults
 def test_rank_dependent_start_is_refused_on_every_rank(ranks: Results) -> None:
     for rank in ranks:
         assert f"ranks=[{len(ranks) - 1}]: parameters or buffers differ" in rank["rank-dependent start"]["message"]
@@ -140,6 +142,7 @@ def test_unsynchronised_norm_is_refused(ranks: Results) -> None:
         assert rank["foreign norm"]["message"].startswith("1=BatchNorm1d: its statistics would cover one rank only")
 
 
+@pytest.mark.faults
 def test_uneven_parts_are_refused_on_every_rank_and_even_ones_come_in_rank_order(ranks: Results) -> None:
     rows = [4] * (len(ranks) - 1) + [3]
     for rank in ranks:

@@ -143,6 +143,7 @@ def test_bf16_over_float32_shards(ranks: Ranks, strategy: str, name: str) -> Non
 
 
 @over("wrong offset", "local norms", "mixed start")
+@pytest.mark.faults
 def test_mutants_are_far_from_one_process(ranks: Ranks, strategy: str, name: str) -> None:
     cases = run_by(ranks, f"{strategy} {name}")
     found = distances(cases, reference("fp64"))
@@ -168,6 +169,7 @@ def test_roots_as_torch_makes_them_do_not_pass(ranks: Ranks, strategy: str, name
 
 
 @over("uneven")
+@pytest.mark.faults
 def test_uneven_parts_end_in_a_named_error_on_every_rank(ranks: Ranks, strategy: str, name: str) -> None:
     rows = [3] * (len(ranks) - 1) + [2]
     for case in run_by(ranks, f"{strategy} {name}"):
@@ -176,6 +178,7 @@ def test_uneven_parts_end_in_a_named_error_on_every_rank(ranks: Ranks, strategy:
 
 
 @over("flipped bit")
+@pytest.mark.faults
 def test_a_flipped_bit_is_found_and_its_rank_named(ranks: Ranks, strategy: str, name: str) -> None:
     last = len(ranks) - 1
     everyone = "among ranks=[0, 1]" if len(ranks) == 2 else f"on ranks=[{last}] from the others"

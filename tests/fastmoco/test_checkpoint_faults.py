@@ -12,6 +12,8 @@ import torch.distributed as dist
 from fastmoco.checkpoint import CheckpointError, load_latest, save_checkpoint
 from tests.checkpoint_content import content, flip_bit, full_disk, group_of_one, loaded_step, save
 
+pytestmark = pytest.mark.faults
+
 TENSORS = {"one file": ["tensors.safetensors"], "shards": ["__0_0.distcp", ".metadata"]}
 
 

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from fastmoco.checkpoint import group_for_saving, list_checkpoints, load_checkpoint, load_latest, unfinished_saves
 from tests.checkpoint_content import assert_same, content, save
 
+pytestmark = pytest.mark.faults
+
 
 def save_step_after_step(root: Path, first: int, store: Path | None, rank: int, done: int) -> None:
     """What a child does until it is killed, or until a save fails because its peer was."""
@@ -102,7 +104,7 @@ def test_ten_kills_of_a_process_that_saves_alone(tmp_path: Path) -> None:
     assert kill_again_and_again(tmp_path / "c", 10, ranks=1, seed=1) > 0, "no kill hit a save: the test proves nothing"
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "times"), [(1, 20), (2, 30)])
 def test_fifty_kills_while_saving_never_leave_a_believable_half(tmp_path: Path, ranks: int, times: int) -> None:

@@ -21,6 +21,8 @@ from fastmoco.checkpoint import CheckpointError, load_checkpoint, load_latest
 from fastmoco.checkpoint.folder import fingerprint, marker_text
 from tests.checkpoint_content import assert_same, content, group_of_one, save
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[dist.ProcessGroup]:

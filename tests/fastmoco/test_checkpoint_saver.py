@@ -25,6 +25,8 @@ from fastmoco.train_command import train
 from fastmoco.trainer import Trainer
 from tests.checkpoint_content import assert_same, content, flip_bit, full_disk, group_of_one, loaded_step, save
 
+pytestmark = pytest.mark.faults
+
 WORLD = World()
 
 

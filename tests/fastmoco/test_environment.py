@@ -15,6 +15,8 @@ from fastmoco.config_json import from_json, to_json
 from fastmoco.environment import clean_environment
 from fastmoco.run_folder import RunFolder
 
+pytestmark = pytest.mark.faults
+
 ROOT = Path(__file__).parents[2]
 
 

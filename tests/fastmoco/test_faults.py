@@ -14,7 +14,7 @@ from fastmoco.checkpoint import load_latest
 from fastmoco.config import Config
 from tests.fault_runs import FaultRun, assert_same_end, start
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = [pytest.mark.faults, pytest.mark.long, pytest.mark.slow]
 Start = Callable[..., FaultRun]
 
 

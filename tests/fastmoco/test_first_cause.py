@@ -16,6 +16,8 @@ from fastmoco.config_json import to_json
 from fastmoco_pipelines.order import epoch_order
 from tests.pipelines.damage import damage
 
+pytestmark = pytest.mark.faults
+
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable)
 PROGRAM = """
 import json, sys

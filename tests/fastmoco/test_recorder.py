@@ -91,6 +91,7 @@ def test_knn_dips_are_said(tmp_path, capsys):
     assert [row["knn"] for row in _rows(recorder, tmp_path)] == [0.5, 0.8, 0.7]
 
 
+@pytest.mark.faults
 def test_a_full_disk_costs_lines_of_metrics_and_not_the_run(tmp_path, capsys, monkeypatch):
     """T10, of the metrics: said once, and written again as soon as there is room."""
 

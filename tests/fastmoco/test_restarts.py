@@ -12,6 +12,8 @@ from fastmoco.errors import RunError
 from fastmoco.restarts import require_progress
 from fastmoco.run_folder import RunFolder
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

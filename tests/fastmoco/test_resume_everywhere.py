@@ -22,11 +22,13 @@ from fastmoco.trainer import Trainer
 from tests.checkpoint_content import assert_same
 from tests.fastmoco.test_trainer import _losses, _start, _train, _wait_for_step
 
+pytestmark = pytest.mark.faults
+
 WORLD = World()
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "{ranks}", "--no-python", sys.executable)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_cut_of_twenty_steps_continues_bit_for_bit(small_run: Config, tmp_path: Path) -> None:
     """A whole run saves after each of its steps, in the background; from each of these, one step must give the next."""
@@ -52,7 +54,7 @@ def test_every_cut_of_twenty_steps_continues_bit_for_bit(small_run: Config, tmp_
     assert _train(config, tmp_path / "whole") == 0  # the twentieth cut has nothing left to do
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_ranks_are_continued_by_one_and_by_four(small_run: Config, tmp_path: Path) -> None:
     """The learning rate is too small for AdamW to turn rounding into whole steps, as in test_trainer.py."""

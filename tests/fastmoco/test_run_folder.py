@@ -13,6 +13,8 @@ import pytest
 from fastmoco.errors import RunError
 from fastmoco.run_folder import RunFolder
 
+pytestmark = pytest.mark.faults
+
 
 def test_a_second_run_is_refused_and_named(tmp_path):
     first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")

@@ -21,6 +21,8 @@ from fastmoco.trainer import Trainer
 from fastmoco_pipelines import TwoViewBatch
 from tests.checkpoint_content import group_of_one
 
+pytestmark = pytest.mark.faults
+
 WORLD = World()
 
 
@@ -68,10 +70,12 @@ CASES = {
     "lars": (OPTIMIZERS[2], {2, 3}),
     "clipped": (OPTIMIZERS[3], {2, 3}),
     "first step": (OPTIMIZERS[1], {0}),
+    "first step of torch": (OPTIMIZERS[0], {0}),
+    "first step of lars": (OPTIMIZERS[2], {0}),
 }
 
 
-# Decided by the host; on the device; by the host for LARS; with clipping; and before the optimizer has any state.
+# By every optimizer; with clipping; and before the optimizer has any state.
 @pytest.mark.parametrize(("optim", "bad"), CASES.values(), ids=CASES)
 def test_a_bad_step_leaves_the_state_of_a_run_that_never_saw_it(
     small_run: Config, tmp_path: Path, optim: dict[str, Any], bad: set[int]

@@ -209,6 +209,7 @@ def test_recorder_returns_every_step_once() -> None:
     assert recorder.flush() == []
 
 
+@pytest.mark.faults
 def test_a_disturbed_first_layer_raises_the_event_within_the_step() -> None:
     rows, _ = run_toy(60, disturb_at=50, factor=100.0)
     detector = SpikeDetector()

@@ -15,6 +15,8 @@ from fastmoco.config_faults import FaultConfig
 from fastmoco.pulse import Pulse
 from fastmoco.stop_signal import PATIENCE_SECONDS, SIGNALS, StopSignal
 
+pytestmark = pytest.mark.faults
+
 CPU = torch.device("cpu")
 
 

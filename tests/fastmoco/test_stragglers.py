@@ -12,6 +12,8 @@ from fastmoco.distributed.mesh import World
 from fastmoco.telemetry import stragglers
 from fastmoco.telemetry.stragglers import Stragglers
 
+pytestmark = pytest.mark.faults
+
 
 class Objective(nn.Module):
     """Two encoders with heads."""

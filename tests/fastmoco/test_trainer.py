@@ -220,6 +220,7 @@ def test_a_state_that_is_not_finite_is_never_saved(small_run, tmp_path):
     assert load_latest(tmp_path / "checkpoints") is None
 
 
+@pytest.mark.faults
 def test_what_a_run_may_change_with_allow_and_what_it_may_not(small_run, whole, tmp_path):
     """T29. The refusal prints what changed and names the way; a change of the state or of the order has none."""
     faster = replace(small_run, optim=replace(small_run.optim, lr=1.0))

@@ -17,6 +17,8 @@ from fastmoco.distributed.mesh import World
 from fastmoco.pulse import Pulse
 from fastmoco.watchdog import Watchdog
 
+pytestmark = pytest.mark.faults
+
 RULES = FaultConfig(hang_timeout_s=1.0, first_step_timeout_s=0.5)
 RANK_0 = World(rank=0, world_size=2)
 
