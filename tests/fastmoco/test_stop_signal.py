@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastmoco.config_faults import FaultConfig
 from fastmoco.pulse import Pulse
+from fastmoco.run_folder import RunFolder
 from fastmoco.stop_signal import PATIENCE_SECONDS, SIGNALS, StopSignal
+from tests.checkpoint_content import group_of_one
 
 pytestmark = pytest.mark.faults
 
@@ -51,32 +54,39 @@ def test_a_later_second_interrupt_ends_at_once(monkeypatch):
 
 BLOCKED = """
 import ctypes, sys
+from pathlib import Path
 from fastmoco.config_faults import FaultConfig
 from fastmoco.pulse import Pulse
-from fastmoco.config_faults import FaultConfig
-from fastmoco.pulse import Pulse
+from fastmoco.run_folder import RunFolder
 from fastmoco.stop_signal import StopSignal
-pulse = Pulse(FaultConfig(stop_within_s=float(sys.argv[1])))
+pulse, folder = Pulse(FaultConfig(stop_within_s=float(sys.argv[1]))), RunFolder(Path(sys.argv[2]))
+if "holds" in sys.argv:
+    folder.acquire()
 mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
-with StopSignal(pulse), pulse.step():
+if "second" in sys.argv:
+    with pulse.step():
+        pass
+with StopSignal(pulse, folder), pulse.inside("data", 600.0) if "data" in sys.argv else pulse.step():
     libc.pthread_mutex_lock(mutex)
     print("blocked", flush=True)
     libc.pthread_mutex_lock(mutex)  # as in a library that waits for a lost peer: no handler of Python ever runs
 """
 
 
-def blocked(seconds: float) -> subprocess.Popen[str]:
-    """A process whose main thread comes to no handler."""
-    command = [sys.executable, "-c", BLOCKED, str(seconds)]
+def blocked(seconds: float, out: Path, *how: str) -> subprocess.Popen[str]:
+    """A process whose main thread comes to no handler: in its first step, its ``second``, or the wait for its first ``data``."""
+    command = [sys.executable, "-c", BLOCKED, str(seconds), str(out), *how]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "blocked\n"
     return process
 
 
-def test_a_blocked_process_ends_at_the_deadline_of_the_first_signal_or_at_once_at_a_second() -> None:
+def test_a_blocked_process_ends_at_the_deadline_of_the_first_signal_or_at_once_at_a_second(
+    tmp_path: Path,
+) -> None:
     """T05 and T06: the two wait beside each other."""
-    once, twice = blocked(3.0), blocked(600.0)
+    once, twice = (blocked(seconds, tmp_path / str(seconds), "holds", "second") for seconds in (3.0, 600.0))
     try:
         began = time.monotonic()
         for process in (once, twice):
@@ -87,12 +97,68 @@ def test_a_blocked_process_ends_at_the_deadline_of_the_first_signal_or_at_once_a
         assert time.monotonic() - began >= 3
         assert twice.poll() is None
         twice.send_signal(signal.SIGTERM)
-        text = twice.communicate(timeout=5)[1]
+        text = twice.communicate(timeout=30)[1]
         assert twice.returncode == 128 + signal.SIGTERM
-        assert "a second signal after SIGTERM: ended at once" in text
+        assert "a second signal after SIGTERM: ended at once; ended without saving" in text
+        assert not list(tmp_path.glob("*/PREEMPTED"))
     finally:
         once.kill()
         twice.kill()
+
+
+def test_before_the_first_step_is_done_a_signal_stops_a_run_that_has_nothing_to_save(tmp_path: Path) -> None:
+    """Only the process that holds the folder leaves the mark; the others end as it does."""
+    how = {"step": ["holds"], "data": ["holds", "data"], "peer": [], "twice": ["holds"]}
+    runs = {name: blocked(3.0 if name != "twice" else 600.0, tmp_path / name, *words) for name, words in how.items()}
+    try:
+        for process in runs.values():
+            process.send_signal(signal.SIGUSR1)
+        for name in ("step", "data", "peer"):
+            section = "data" if name == "data" else "step"
+            text = runs[name].communicate(timeout=15)[1]
+            assert f"SIGUSR1: {section} did not end within 3 s; ended before its first step was done" in text
+        runs["twice"].send_signal(signal.SIGUSR1)
+        runs["twice"].communicate(timeout=5)
+        assert {name: process.returncode for name, process in runs.items()} == dict.fromkeys(how, 75)
+        assert {path.parent.name for path in tmp_path.glob("*/PREEMPTED")} == {"step", "data", "twice"}
+    finally:
+        for process in runs.values():
+            process.kill()
+
+
+def test_a_measurement_before_the_first_step_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    pulse = Pulse(FaultConfig(stop_within_s=10))
+    for waited_for in (False, True):
+        with pulse.inside("kNN", 3600):
+            now[0] += 20
+            assert (pulse.outlasts(20) is None) == waited_for
+        with pulse.step():
+            pass
+
+
+@pytest.mark.parametrize(
+    ("signalled", "lost", "steps"), [(True, True, 0), (False, True, 0), (True, False, 0), (True, True, 1)]
+)
+def test_a_peer_that_ends_first_before_the_first_step_is_no_failure(
+    signalled: bool, lost: bool, steps: int, tmp_path: Path
+) -> None:
+    """Every rank hears the signal; the exchange breaks in those whose deadline comes later."""
+    folder, pulse = RunFolder(tmp_path), Pulse(FaultConfig())
+    folder.acquire()
+    for _ in range(steps):
+        with pulse.step():
+            pass
+    stopped = signalled and lost and steps == 0
+    error = RuntimeError("Connection closed by peer") if lost else ValueError("a mistake")
+    with group_of_one(), pytest.raises(SystemExit if stopped else type(error)) as ended:  # noqa: SIM117
+        with StopSignal(pulse, folder), pulse.step():
+            if signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise error
+    assert (tmp_path / "PREEMPTED").exists() == stopped
+    assert not stopped or ended.value.code == 75  # type: ignore[union-attr]
 
 
 def test_a_save_that_has_begun_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

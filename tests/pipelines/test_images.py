@@ -60,10 +60,10 @@ def test_size_is_that_before_rotation(noise_image):
     ],
 )
 def test_bad_headers_are_refused_at_once(data, words):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ImageRefusedError, match=words):
         read_header(data)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_limits_hold_at_their_edges():

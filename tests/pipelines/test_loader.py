@@ -126,17 +126,17 @@ def test_waiting_is_measured(packed, monkeypatch):
     render = module.Source.render
 
     def slow(self, prepared):
-        time.sleep(0.3)
+        time.sleep(0.6)
         return render(self, prepared)
 
     monkeypatch.setattr(module.Source, "render", slow)
     with build_loader(spec_of(packed, prefetch=1)) as loader:
         loader.next()
         loader.next()
-        assert 0.2 < loader.wait_seconds < 2
-        time.sleep(0.8)  # now a batch is ready
+        assert 0.4 < loader.wait_seconds < 20
+        time.sleep(2.5)  # now a batch is ready
         loader.next()
-        assert loader.wait_seconds < 0.1
+        assert loader.wait_seconds < 0.4
 
 
 def test_unexpected_errors_reach_the_trainer(packed, monkeypatch):

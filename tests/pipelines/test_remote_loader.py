@@ -84,7 +84,7 @@ def test_leaving_an_evaluation_does_not_wait_for_a_server(server, packed, spec):
         began = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             iteration.throw(KeyboardInterrupt())
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 6
         del server.always["train-000001.tar"]
         assert sum(len(batch.labels) for batch in loader) == 45
 
@@ -97,5 +97,5 @@ def test_closing_does_not_wait_for_a_server(server, spec, monkeypatch):
     time.sleep(0.3)
     began = time.monotonic()
     loader.close()
-    assert time.monotonic() - began < 3.5
+    assert time.monotonic() - began < 6
     require_no_threads()
