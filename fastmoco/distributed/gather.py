@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastmoco.distributed.mesh import group_size
+
+# Torch gave it another name in 2.13, and warns of the old one in every process.
+all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Equal parts of all ranks into one tensor, in the order of the ranks."""
 
 
 def gather_keys(keys: Tensor) -> Tensor:
@@ -41,8 +46,7 @@ def start_gathering(keys: Tensor) -> Callable[[], Tensor]:
         if set(rows) != {keys.shape[0]}:
             raise ValueError(f"keys per rank={rows}: every rank must bring the same number of images to a step")
     gathered = keys.new_empty((world_size * keys.shape[0], *keys.shape[1:]))
-    work = dist.all_gather_into_tensor(gathered, keys.contiguous(), async_op=True)
-    assert work is not None
+    work = all_gather_single(gathered, keys.contiguous(), async_op=True)
 
     def finish() -> Tensor:
         work.wait()

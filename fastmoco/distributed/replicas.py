@@ -7,10 +7,10 @@ reads each tensor once on its device and sends 8 bytes a tensor.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fastmoco.distributed.gather import all_gather_single
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
 
@@ -51,7 +51,7 @@ def require_equal_replicas(objective: nn.Module, world: World) -> None:
     names, tensors = list(named), list(named.values())
     mine = bit_sums(tensors).to(world.device)
     rows = mine.new_empty(world.world_size * mine.numel())
-    dist.all_gather_into_tensor(rows, mine)
+    all_gather_single(rows, mine)
     table = rows.view(world.world_size, -1).cpu()
     for column, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
         for peers in _holders(tensor, world.world_size):

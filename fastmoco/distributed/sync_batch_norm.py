@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmoco.distributed.gather import all_gather_single
 from fastmoco.distributed.mesh import group_size
 
 
@@ -45,7 +46,7 @@ class _NormaliseOverRanks(torch.autograd.Function):
         own_count = wide.new_full((1,), x.numel() // own_mean.numel())
         mine = torch.cat([own_mean.flatten(), own_squares.flatten(), own_count])
         parts = mine.new_empty(group_size() * mine.numel())
-        dist.all_gather_into_tensor(parts, mine)
+        all_gather_single(parts, mine)
         parts = parts.view(-1, mine.numel())
         counts = parts[:, -1:]
         means, squares = parts[:, :-1].chunk(2, dim=1)
