@@ -33,6 +33,8 @@ class TrainArguments:
     """Processes to start on this machine, one a GPU; 0: train in this process, or as torchrun or srun has started it."""
     allow: tuple[str, ...] = ()
     """Fields that may differ from those of the run in --out, e.g. optim.lr; the refusal says which can."""
+    trust: bool = False
+    """Continue from the newest checkpoint in --out even if another run wrote it. Its SHA-256 is checked all the same."""
     config: Annotated[Config, tyro.conf.arg(name="")]
 
 
@@ -205,7 +207,7 @@ def _train(args: list[str]) -> int:
             return launch(parsed.gpus, ["train", *_without_gpus(args)], parsed.out)
     from fastmoco.train_command import train
 
-    return train(parsed.config, parsed.out, allow=parsed.allow)
+    return train(parsed.config, parsed.out, allow=parsed.allow, trust=parsed.trust)
 
 
 def _without_gpus(args: list[str]) -> list[str]:

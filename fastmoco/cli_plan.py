@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastmoco.config import Config
+from fastmoco.config_model import Recompute
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line
 
 if TYPE_CHECKING:
@@ -80,9 +81,11 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
         choose_precision(config.precision, torch.device("cpu")) if on_cpu else config.precision.replace("auto", "bf16")
     )
     attention = "explicit" if on_cpu and precision == "bf16" else config.model.attention
+    settings: tuple[Recompute, ...] = ("none", "selective", "full")
+    if config.model.linears == "float8":
+        settings = ("none", "full")  # which refuses the other
     by_setting = {
-        setting: measure_costs(config, precision, attention=attention, recompute=setting)
-        for setting in ("none", "selective", "full")
+        setting: measure_costs(config, precision, attention=attention, recompute=setting) for setting in settings
     }
     rows = [
         _row(config, costs, setting, gpus, memory * HEADROOM, shards)
@@ -110,10 +113,11 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
 
 def _row(config: Config, costs: StepCosts, setting: str, gpus: int, usable: float, shards: int) -> dict[str, Any]:
     """One way to train, with the plan for the recipe's batch and the batches at which it ends."""
-    from fastmoco.planner import busy_chunk, largest_batch, plan_step, state_bytes
+    from fastmoco.planner import busy_chunk, largest_batch, plan_step, sharded, state_bytes
 
     element = 8 if config.precision == "fp64" else 4
     state = state_bytes(costs, config.optim.name, element, shards=shards)
+    costs = sharded(costs, element) if shards > 1 else costs
     budget = usable - state.total
     tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
     if costs.couples_samples and isinstance(config.batch.chunk, int):
@@ -179,7 +183,8 @@ def _print_tables(found: dict[str, Any]) -> None:
         )
     console.print(table)
     print(
-        "share: GPUs that share one copy of parameters, gradients and optimizer. state, peak: GiB of a GPU (! does not fit).\n"
+        "share: GPUs that share one copy of parameters, gradients and optimizer. state, peak: GiB of a GPU (! does not fit),\n"
+        "with what FSDP2 puts together for a moment.\n"
         "MB/img: activations of an image. batch in: chunks x images. kept: chunks that keep their activations.\n"
         "extra: FLOPs computed twice. whole, chunks: the largest batch over all GPUs at once, and in such chunks."
     )

@@ -7,14 +7,16 @@ returns a new object; both are written as JSON beside every checkpoint (`config_
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 from fastmoco.config_data import DataConfig, KnnConfig
 from fastmoco.config_faults import FaultConfig
+from fastmoco.config_model import AttentionBackend, ModelConfig
 from fastmoco.config_parallel import ParallelConfig
 from fastmoco_pipelines.spec import EvalSpec, LoaderSpec, require
 
 __all__ = [
+    "AttentionBackend",
     "BatchConfig",
     "CheckpointConfig",
     "Config",
@@ -31,44 +33,6 @@ __all__ = [
 
 FUSED_BACKENDS = {"adamw": ("auto", "torch", "fastmoco", "apex"), "lars": ("auto", "fastmoco"), "lamb": ("apex",)}
 """Who offers each optimizer. LAMB never comes by ``auto``: apex is imported only where it is named."""
-Architecture = Literal["vit_small", "vit_base", "vit_conv_small", "vit_conv_base", "vit_tiny", "vit_micro", "vit_nano"]
-AttentionBackend = Literal[
-    "auto", "sdpa", "flash", "cudnn", "efficient", "fa4", "xformers", "explicit", "triton", "reference"
-]
-Recompute = Literal["none", "selective", "full"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """The encoder and its heads (Chen, Xie, He 2021, section 4)."""
-
-    architecture: Architecture = "vit_small"
-    """Encoder; ViT-S has 12 heads as in the paper, not DeiT's 6."""
-    image_size: int = 224
-    """Height and width of a view in pixels; both views and the evaluation crop are cut to it."""
-    patch_size: int = 16
-    """Height and width of a patch in pixels; divides ``image_size``."""
-    projection_dim: int = 256
-    """Width of the vectors that the loss compares."""
-    hidden_dim: int = 4096
-    """Hidden width of projector and predictor."""
-    attention: AttentionBackend = "auto"
-    """Who computes attention: ``auto`` decides by device and precision, and the run says why; a name, or nothing starts."""
-    checkpointing: Recompute = "none"
-    """Activations computed again in the backward: ``selective`` layer norms and GELU, ``full`` whole blocks. Same gradients."""
-    compile: bool = False
-    """Blocks through torch.compile: fewer and larger kernels, the same numbers to rounding, about a minute at the start."""
-
-    def __post_init__(self) -> None:
-        kinds = (("architecture", Architecture), ("attention", AttentionBackend), ("checkpointing", Recompute))
-        for name, kind in kinds:
-            value = getattr(self, name)
-            require(value in get_args(kind), name, value, f"must be one of {get_args(kind)}")
-        require(self.patch_size >= 1, "patch_size", self.patch_size, "must be at least 1 pixel")
-        divides = self.image_size >= self.patch_size and self.image_size % self.patch_size == 0
-        require(divides, "image_size", self.image_size, f"must be a multiple of patch_size={self.patch_size}")
-        require(self.projection_dim >= 2, "projection_dim", self.projection_dim, "must be at least 2")
-        require(self.hidden_dim >= 1, "hidden_dim", self.hidden_dim, "must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

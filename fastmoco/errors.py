@@ -11,8 +11,10 @@ EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_STOPPED = 75
 """A run that was asked to stop, has saved its state, and continues with the same command (EX_TEMPFAIL)."""
+ASKED_TO_END = "asked-to-end"
+"""File beside torchrun's reports of one start: a rank was refused, and has asked torchrun to end."""
 
-EXTRAS = {"nvidia": "dali-cu13", "webdataset": "data", "sklearn": "data", "matplotlib": "logging"}
+EXTRAS = {"nvidia": "dali-cu13", "webdataset": "data", "sklearn": "data", "matplotlib": "logging", "torchao": "float8"}
 """Which extra of the distribution brings a module."""
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fastmoco.distributed.mesh import World
+from fastmoco.distributed.mesh import World, lost_a_peer
 from fastmoco.errors import EXIT_FAILED, RunError, say
 from fastmoco_pipelines import ShardError
 
@@ -31,6 +31,10 @@ GRACE_SECONDS = 10.0
 _LONGEST = 4000
 
 
+class PeerError(RunError):
+    """Another rank failed first; the text quotes it."""
+
+
 @contextmanager
 def first_cause(world: World) -> Iterator[None]:
     """Within it, an error of any rank ends all ranks, with that error's text.
@@ -39,7 +43,7 @@ def first_cause(world: World) -> Iterator[None]:
         world: this process among its peers; alone it needs none of this.
 
     Raises:
-        RunError: in the place of a later error, quoting the peer that failed first.
+        PeerError: in the place of a later error, quoting the peer that failed first.
     """
     if world.world_size == 1:
         yield
@@ -50,15 +54,14 @@ def first_cause(world: World) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Whatever breaks an exchange is no more than that: a plain RuntimeError of gloo, a DistError of NCCL.
-        echo = type(error) is RuntimeError or isinstance(error, dist.DistError)
+        echo = lost_a_peer(error)
         first = _reported(store, _TELL_SECONDS if echo else 0.0)
         if first is None:
             mine = f"rank {world.rank}: {_words(error)}"[:_LONGEST]
             first = report(store, mine)
             if first == mine:
                 raise
-        raise RunError(f"ended by the failure of {first}") from (None if echo else error)
+        raise PeerError(f"ended by the failure of {first}") from (None if echo else error)
     finally:
         over.set()
 

@@ -12,12 +12,16 @@ def free_bytes(device: torch.device, *, proc: Path = Path("/proc"), cgroups: Pat
     """Bytes that a process can still allocate on a device.
 
     CUDA: what the driver has, and what torch's allocator holds without using it. CPU: what the kernel calls available, or what
-    the control group leaves where that is less, shared among the processes of this machine.
+    the control group leaves where that is less, shared among the processes of this machine. A system without ``/proc`` says only
+    how much there is: half of that.
 
     Args:
         device: CPU or CUDA.
         proc: where the kernel shows its figures; another folder in tests.
         cgroups: where control groups are mounted.
+
+    Raises:
+        ValueError: on a CPU whose system says nothing of its memory, with the cure.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -27,8 +31,19 @@ def free_bytes(device: torch.device, *, proc: Path = Path("/proc"), cgroups: Pat
 
 
 def _available(meminfo: Path) -> int:
+    if not meminfo.exists():  # as on macOS
+        return _installed() // 2
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _installed() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            "this system does not say how much memory it has: set --batch.chunk to a number of images, or to none"
+        ) from error
 
 
 def _group_leaves(membership: Path, cgroups: Path) -> list[int]:

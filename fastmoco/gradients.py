@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
-from fastmoco.distributed.parallelize import choose_strategy, parallelize
+from fastmoco.distributed.parallelize import Strategy, choose_strategy, parallelize
 from fastmoco.distributed.replicas import require_equal_replicas
 from fastmoco.free_memory import free_bytes
 from fastmoco.objectives import MoCoV3, MoCoV3Output
 from fastmoco.objectives.chunked import ChunkedStep, require_separable
-from fastmoco.planner import HEADROOM, StepPlan, plan_step, state_bytes
+from fastmoco.planner import HEADROOM, StepPlan, plan_step, sharded, state_bytes
 from fastmoco.step_costs import measure_costs
 
 SURELY_SMALL = 0.25
@@ -29,8 +29,8 @@ class Gradients:
     """Call it with a batch: loss out, gradients of the global batch in every trainable parameter's ``grad``.
 
     Attributes:
-        strategy: how the model is spread over processes. Making this object may shard the objective, in place: build the
-            optimizer afterwards.
+        strategy: how the model is spread over processes, in words. Making this object may shard the objective, in place:
+            build the optimizer afterwards.
         plan: how the batch is taken, and why.
     """
 
@@ -46,14 +46,15 @@ class Gradients:
         )
         if isinstance(config.batch.chunk, int):
             require_separable(objective, config.batch.chunk)
-        self.strategy = choose_strategy(config.parallel.strategy, objective, world)
-        self.plan = choose_plan(config, objective, world, precision, attention=attention)
+        strategy = choose_strategy(config.parallel.strategy, objective, world)
+        self.strategy: str = strategy if world.world_size > 1 else "one process"
+        self.plan = choose_plan(config, objective, world, precision, attention=attention, strategy=strategy)
         self._chunked: ChunkedStep | None = None
         # Chunks go round the wrapper, whose hooks would average after each of them.
         self._forward = parallelize(
             objective,
             world,
-            strategy=self.strategy,
+            strategy=strategy,
             shard_size=config.parallel.shard_size,
             half=half,
             compiled=config.model.compile,
@@ -88,9 +89,19 @@ class Gradients:
 
 
 def choose_plan(
-    config: Config, objective: MoCoV3, world: World, precision: str, *, attention: str = "sdpa"
+    config: Config,
+    objective: MoCoV3,
+    world: World,
+    precision: str,
+    *,
+    attention: str = "sdpa",
+    strategy: Strategy = "ddp",
 ) -> StepPlan:
-    """The plan for the memory that is free now, before the first gradient: on every rank for the rank that has least."""
+    """The plan for the memory that is free now: on every rank for the rank that has least.
+
+    Now the objective is whole, and neither gradients nor the optimizer's state are there, also where a run continues: a
+    checkpoint is read behind this.
+    """
     images = config.global_batch_size // world.world_size
     batch = config.batch
     if batch.chunk == "none":
@@ -102,11 +113,17 @@ def choose_plan(
     if batch.chunk == "auto" and _at_most(config, objective, images) < SURELY_SMALL * budget:
         return StepPlan(chunk=0, kept=0, chunks=1, overhead=0.0, peak_bytes=0.0, reason="small beside the free memory")
     costs = measure_costs(config, precision, attention=attention)
-    state = state_bytes(costs, config.optim.name, objective.encoder.pos_embed.element_size())
+    element = objective.encoder.pos_embed.element_size()
+    state = whole = state_bytes(costs, config.optim.name, element)
+    if strategy != "ddp" and world.world_size > 1:
+        shards = world.world_size if strategy == "fsdp" else config.parallel.shard_size or world.local_world_size
+        state, costs = state_bytes(costs, config.optim.name, element, shards=shards), sharded(costs, element)
+    if world.device.type == "cpu" and config.checkpoint.async_save:
+        budget -= state.parameters + state.optimizer  # the copy that a save in the background writes lies here too
     return plan_step(
         costs,
         images=images,
-        budget=budget - state.gradients - state.optimizer,
+        budget=budget + whole.parameters - state.total,
         tokens=objective.encoder.pos_embed.shape[1],
         chunk=batch.chunk,
         kept=batch.kept,

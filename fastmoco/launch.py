@@ -9,24 +9,26 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunError
+from fastmoco.errors import ASKED_TO_END, EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, EXIT_STOPPED, RunError
 
 MAX_RESTARTS = 3
 SAVE_SECONDS = 600
 """What workers get between a signal and SIGKILL; torchrun's own 30 s are less than a large checkpoint needs."""
 
 
-def launch_command(processes: int, args: Sequence[str]) -> list[str]:
+def launch_command(processes: int, args: Sequence[str], logs: str) -> list[str]:
     """The argument list that starts ``fastmoco`` with ``args`` in several processes of this machine.
 
-    The store and all connections stay on the loopback interface.
+    The store and all connections stay on the loopback interface. What workers print is not redirected to ``logs``; the files in
+    which they report errors lie there.
     """
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    counts = ["--nproc-per-node", str(processes), "--max-restarts", str(MAX_RESTARTS)]
+    counts = ["--nproc-per-node", str(processes), "--max-restarts", str(MAX_RESTARTS), "--log-dir", logs]
     return [*agent, *counts, "-m", "fastmoco", *args]
 
 
@@ -39,7 +41,7 @@ def launch(processes: int, args: Sequence[str], out: Path) -> int:
         out: folder of the run.
 
     Returns:
-        0 finished, 75 stopped by a signal with its state saved, 1 anything else.
+        0 finished, 75 stopped by a signal with its state saved, 2 refused before its first step, 1 anything else.
 
     Raises:
         RunError: inside a process that a launcher has started already.
@@ -48,8 +50,20 @@ def launch(processes: int, args: Sequence[str], out: Path) -> int:
         raise RunError("--gpus starts the processes itself: leave it out under torchrun or srun")
     _forget(out)
     environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS)}
-    # A session of its own, so that Ctrl-C reaches it once and through this process.
-    agent = subprocess.Popen(launch_command(processes, args), env=environment, start_new_session=True)
+    with tempfile.TemporaryDirectory(prefix="fastmoco_") as logs:
+        # A session of its own, so that Ctrl-C reaches it once and through this process.
+        agent = subprocess.Popen(launch_command(processes, args, logs), env=environment, start_new_session=True)
+        _wait(agent)
+        refused = any(Path(logs).glob(f"*/attempt_0/{ASKED_TO_END}"))  # a later start's is a storm of restarts
+    if (out / "DONE").exists():
+        return EXIT_FINISHED
+    if (out / "PREEMPTED").exists():
+        return EXIT_STOPPED
+    return EXIT_REFUSED if refused else EXIT_FAILED
+
+
+def _wait(agent: subprocess.Popen[bytes]) -> None:
+    """Until the agent ends; signals are passed on to it."""
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         agent.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
@@ -63,9 +77,6 @@ def launch(processes: int, args: Sequence[str], out: Path) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if (out / "DONE").exists():
-        return EXIT_FINISHED
-    return EXIT_STOPPED if (out / "PREEMPTED").exists() else EXIT_FAILED
 
 
 def _forget(out: Path) -> None:

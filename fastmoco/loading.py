@@ -37,8 +37,8 @@ def load_run(run: Path, device: torch.device | str = "cpu") -> tuple[MoCoV3, Con
     if checkpoint is None:
         raise RunError(f"{run} holds no checkpoint; is it the folder given to fastmoco train --out?")
     config = from_json(checkpoint.state["config"])
-    # The backend a run trained with may not run on this device; all of them agree to rounding.
-    anywhere = replace(config, model=replace(config.model, attention="auto"))
+    # What a run trained with may not run on this device: all backends of attention agree to rounding, and float8 is one.
+    anywhere = replace(config, model=replace(config.model, attention="auto", linears="native"))
     objective = setup_run.build_objective(anywhere, torch.device(device))
     training_state.restore_model(objective, checkpoint)
     return objective, config, checkpoint

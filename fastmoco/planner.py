@@ -7,14 +7,17 @@ and the graphs of k images kept, a step needs beside the state
     chunked:  B (views + features) + max(G(k) + F(c), G(k) + H(B), G(k) + T(c) - G(c), T(c))
 
 and a chunked step computes the forward of the other B - k images' queries once more.
+
+Under FSDP2 a process holds beside its shards what is whole for a moment: the unit at work and its gradient or the sum of it
+over ranks, the next block, fetched in advance, and the sum of the last one's gradients; in chunks the trunk's gradients too.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from fastmoco.step_costs import StepCosts
+from fastmoco.step_costs import Line, StepCosts
 
 HEADROOM = 0.9
 """Share of the free memory that a plan uses: allocators round up, libraries take workspaces."""
@@ -31,11 +34,13 @@ class StateBytes:
     parameters: float
     gradients: float
     optimizer: float
+    in_flight: float = 0.0
+    """What is whole for a moment where the rest is sharded."""
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.parameters + self.gradients + self.optimizer
+        return self.parameters + self.gradients + self.optimizer + self.in_flight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +80,40 @@ def state_bytes(costs: StepCosts, optimizer: str, element: int, *, shards: int =
         element: bytes of a number: 4, or 8 in fp64.
         shards: processes that share one copy; 1: every process has its own.
     """
+    units = costs.units
+    whole = units.frozen if shards > 1 else 0
+    wide = max(4, units.bytes)  # sums over ranks are float32 at least
+    in_flight = units.largest * (units.bytes + wide) + units.block * (units.bytes + wide)
     return StateBytes(
-        parameters=costs.parameters * element / shards,
+        parameters=((costs.parameters - whole) / shards + whole) * element,
         gradients=costs.trainable * element / shards,
         optimizer=costs.trainable * element * OPTIMIZER_COPIES[optimizer] / shards,
+        in_flight=in_flight if shards > 1 else 0.0,
+    )
+
+
+def sharded(costs: StepCosts, element: int) -> StepCosts:
+    """What a step costs where the state is sharded.
+
+    Weights come in the dtype in which they compute, and stay for a unit's turn: autocast copies none of them.
+
+    Args:
+        costs: of a step whose state is whole.
+        element: bytes of a number of the state.
+    """
+    units = costs.units
+    copies = units.bytes if units.bytes < element else 0
+
+    def without(line: Line, parameters: int) -> Line:
+        return Line(line.per_image, max(0.0, line.fixed - copies * parameters))
+
+    return replace(
+        costs,
+        graph=without(costs.graph, units.trunk),
+        train=without(costs.train, units.trunk),
+        forward=without(costs.forward, units.trunk),
+        heads=without(costs.heads, units.heads),
+        piled_bytes=float(units.trunk * max(4, units.bytes)),
     )
 
 
@@ -95,11 +130,15 @@ def chunked_bytes(costs: StepCosts, images: int, chunk: int, kept_images: int = 
     chunk = min(chunk, images)
     graphs = costs.graph.at(kept_images) if kept_images else 0.0
     backward = costs.train.at(chunk)
-    return _resident(costs, images) + max(
-        graphs + costs.forward.at(chunk),
-        graphs + _heads(costs, images, world_size),
-        graphs + backward - costs.graph.at(chunk),
-        backward,
+    return (
+        costs.piled_bytes
+        + _resident(costs, images)
+        + max(
+            graphs + costs.forward.at(chunk),
+            graphs + _heads(costs, images, world_size),
+            graphs + backward - costs.graph.at(chunk),
+            backward,
+        )
     )
 
 

@@ -38,6 +38,11 @@ class Pulse:
         """The section that the main thread is in."""
         return self._now[1]
 
+    @property
+    def unstarted(self) -> bool:
+        """Whether no step was completed since this start: a process that ends now loses nothing."""
+        return self._steps == 0
+
     def age(self) -> float:
         """Seconds since the section began."""
         return time.monotonic() - self._now[2]
@@ -48,13 +53,15 @@ class Pulse:
         return time.monotonic() - begun > patience_s
 
     def outlasts(self, seconds: float) -> str | None:
-        """What there is to say if the section goes on too long after a signal to stop; a save or a measurement may finish.
+        """What there is to say if the section goes on too long after a signal to stop.
+
+        A save, a rollback or a measurement may finish, but not a measurement before the first step: nothing hangs on it.
 
         Args:
             seconds: since the signal.
         """
         _, section, begun, patience_s = self._now
-        if section not in ("save", "kNN"):
+        if section not in ("save", "rollback") and (section != "kNN" or self.unstarted):
             patience_s = max(self._rules.stop_within_s, 3 * (self._last_step + self._last_data))
         if min(seconds, time.monotonic() - begun) <= patience_s:
             return None

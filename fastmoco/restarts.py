@@ -1,14 +1,17 @@
-"""A run that its launcher starts again and again without getting on is stopped."""
+"""A run that its launcher starts again and again without getting on is stopped, and one that was refused not started again."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastmoco.errors import RunError, say
+from fastmoco.errors import ASKED_TO_END, EXIT_REFUSED, RunError, say
+from fastmoco.first_cause import PeerError
 from fastmoco.run_folder import RunFolder
 
 MOST_STARTS = 3
@@ -35,7 +38,7 @@ def require_progress(folder: RunFolder, step: int) -> None:
     folder.write_starts({"launch": launch, "step": step, "starts": starts})
     if starts <= MOST_STARTS:
         return
-    _end_launcher()
+    _end_launcher("no progress over several starts")
     raise RunError(
         f"{MOST_STARTS} starts from step {step} came to no new checkpoint, so this one is not tried: the first error in the "
         f"log names the cause. The same command by hand tries again; --checkpoint.every-minutes saves more often"
@@ -61,8 +64,27 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _end_launcher() -> None:
-    """Ask torchrun to end: by itself it would go through all its restarts, each refused like this one."""
+@contextmanager
+def refusals_are_final() -> Iterator[None]:
+    """Within it, a refusal of this rank's own ends torchrun too. A peer that failed may do better at the next start.
+
+    Raises:
+        SystemExit: the one that came.
+    """
+    try:
+        yield
+    except SystemExit as refusal:
+        if refusal.code == EXIT_REFUSED and not isinstance(refusal.__cause__, PeerError):
+            _end_launcher("refused, and would be refused again")
+        raise
+
+
+def _end_launcher(why: str) -> None:
+    """Ask torchrun to end: by itself it would go through all its restarts, each refused like this one.
+
+    Once a start: a second signal would break torchrun off while it waits for its workers. The first rank to come leaves a file
+    beside those that torchrun gives its workers to report errors in.
+    """
     parent = os.getppid()
     try:
         command = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
@@ -71,5 +93,11 @@ def _end_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and any(
         b"torchrun" in word or b"distributed.run" in word for word in command
     ):
-        say("no progress over several starts: torchrun is asked to end")
+        report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if report:
+            try:
+                (Path(report).parent.parent / ASKED_TO_END).touch(exist_ok=False)
+            except OSError:
+                return
+        say(f"{why}: torchrun is asked to end")
         os.kill(parent, signal.SIGTERM)

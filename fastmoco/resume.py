@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from fastmoco.distributed.gather import gather_rows
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
 from fastmoco.run_folder import RunFolder
+from fastmoco.run_identity import RunIdentity
 
 MACHINE_FIELDS = ("world_size", "device", "threads", "optimizer", "chunk", "versions")
 """What a checkpoint says of the machine that wrote it; a change is reported when a run continues."""
@@ -44,12 +45,24 @@ def machine_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> list[str]
     return [f"{name} {before[name]} -> {now[name]}" for name in known if before[name] != now[name]]
 
 
-def twin_advanced(checkpoint: Checkpoint) -> bool:
-    """Whether the saved twin is ready for the next step: its average is taken at the end of a step.
+def announce(
+    checkpoint: Checkpoint, identity: RunIdentity, now: Mapping[str, Any], report: Callable[[str], None]
+) -> None:
+    """Say what a user should know of the checkpoint that a run continues from.
 
-    It is not behind a run's last step, nor in checkpoints without the entry: runs then took it at the start of a step.
+    Args:
+        checkpoint: where the run stands.
+        identity: of the run.
+        now: what the run came to here, for `machine_changes`.
+        report: takes a line.
     """
-    return bool(checkpoint.state.get("twin_advanced", False))
+    for path, reason in checkpoint.skipped:
+        report(f"passed over {path.name}: {reason}")
+    whose = "" if checkpoint.run_id == identity.run_id else f", written by run {checkpoint.run_id or 'without an id'}"
+    report(f"continuing from {checkpoint.path.name}{whose}")
+    changed = machine_changes(checkpoint, now)
+    if changed:
+        report(f"another machine: {', '.join(changed)}; losses agree to rounding, not bit for bit")
 
 
 def require_same_step(checkpoint: Checkpoint | None, world: World) -> None:

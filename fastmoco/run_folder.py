@@ -14,7 +14,7 @@ from fastmoco.errors import RunError
 class RunFolder:
     """Paths of a run, and its lock.
 
-    Layout: ``config.json`` (the config and what it resolved to), ``metrics.jsonl`` (one line a logged step),
+    Layout: ``config.json`` (the config, what it resolved to, the run's id), ``metrics.jsonl`` (one line a logged step),
     ``checkpoints/``, ``quarantine.jsonl`` (bad images found), ``curves.png``, ``lock``, ``starts.json`` (starts without
     progress), and after a run ``DONE`` or ``PREEMPTED``, because launchers hide exit codes. The folder has mode 0700.
 
@@ -127,6 +127,14 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def read_config(self) -> dict[str, Any]:
+        """What ``config.json`` holds; nothing if there is none, or one that is no JSON."""
+        try:
+            found = json.loads((self.path / "config.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def write_config(self, data: dict[str, Any]) -> None:
         """Write ``config.json``."""

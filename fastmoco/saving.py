@@ -13,8 +13,11 @@ from torch import Tensor
 
 from fastmoco import training_state
 from fastmoco.checkpoint import (
+    Checkpoint,
+    CheckpointError,
     Saver,
     group_for_saving,
+    load_latest,
     on_every_rank,
     require_writable,
     unfinished_saves,
@@ -23,6 +26,7 @@ from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
 from fastmoco.pulse import Pulse
 from fastmoco.run_folder import RunFolder
+from fastmoco.run_identity import RunIdentity
 
 DEADLINE_S = 600.0
 """Seconds that ranks wait for each other in one phase of a save; then it has failed on all of them."""
@@ -38,20 +42,35 @@ class Saving:
         world: this process's place.
         folder: where the checkpoints go.
         step: steps done: saved already, or nothing yet.
+        identity: of the run; a checkpoint that it does not admit is not gone back to.
         pulse: told while the main thread is in a save, which neither a signal's deadline nor the watchdog cuts off.
 
     Raises:
         CheckpointError: on every rank, if one of them cannot write there.
     """
 
-    def __init__(self, config: Config, world: World, folder: RunFolder, *, step: int, pulse: Pulse) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        folder: RunFolder,
+        *,
+        step: int,
+        pulse: Pulse,
+        identity: RunIdentity | None = None,
+    ) -> None:
         self._rules, self._world, self._log_every = config.checkpoint, world, config.log_every_steps
         self._group = group_for_saving(DEADLINE_S) if world.world_size > 1 else None
         self.leftovers = unfinished_saves(folder.checkpoints)
         on_every_rank(lambda: require_writable(folder.checkpoints, world.rank), self._group)
         self._saver = Saver(
-            folder.checkpoints, keep=config.checkpoint.keep, group=self._group, check=training_state.require_finite
+            folder.checkpoints,
+            keep=config.checkpoint.keep,
+            keep_multiple=config.checkpoint.every_steps if config.faults.rollback_spike else 0,
+            group=self._group,
+            check=training_state.require_finite,
         )
+        self._root, self._identity = folder.checkpoints, identity
         self._begun_step, self._begun_at, self._committed = step, time.monotonic(), step
         self._failed, self._pulse = False, pulse
 
@@ -90,6 +109,46 @@ class Saving:
         with paused(), self._pulse.inside("save", 6 * DEADLINE_S):
             tensors, state = collect()
             save(step=step, tensors=tensors, state=state)
+
+    def go_back(
+        self,
+        before: int,
+        take: Callable[[Checkpoint], None],
+        paused: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Checkpoint | None:
+        """Take the state of the newest checkpoint at a multiple of ``checkpoint.every_steps``, after the save in flight.
+
+        Args:
+            before: only checkpoints of earlier steps count.
+            take: puts the state in its place.
+            paused: entered while the run stands still.
+
+        Returns:
+            The checkpoint, the same on all ranks, each of which has verified it; None if there is none.
+
+        Raises:
+            CheckpointError: on every rank, if there are some and none verifies, or the ranks see different ones.
+        """
+        with paused(), self._pulse.inside("rollback", 6 * DEADLINE_S):
+            checkpoint = self._newest_by_steps(before)
+            if checkpoint is not None:
+                take(checkpoint)
+        return checkpoint
+
+    def _newest_by_steps(self, before: int) -> Checkpoint | None:
+        self._saver.settle()
+        every, found = self._rules.every_steps, []
+        admit = self._identity.admit if self._identity is not None else lambda path, run_id: None
+
+        def find() -> int:
+            newest = load_latest(self._root, among=lambda step: step < before and step % every == 0, admit=admit)
+            found.append(newest)
+            return newest.step if newest is not None else -1
+
+        steps = on_every_rank(find, self._group)
+        if len(set(steps)) > 1:
+            raise CheckpointError(f"{self._root}: the ranks would go back to different steps, {steps}: is it shared?")
+        return found[0]
 
     def last_committed(self) -> int:
         """Step of the newest checkpoint that is on the disk, after the save in flight, if any."""

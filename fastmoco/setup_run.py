@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +18,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import fastmoco
-from fastmoco.config import Config
+from fastmoco.config import Config, Resolved
 from fastmoco.distributed.mesh import World
 from fastmoco.evaluation.monitor import KnnMonitor
+from fastmoco.models import float8
 from fastmoco.models.blocks import Block
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives import MoCoV3
@@ -57,7 +60,13 @@ def choose_precision(
 
 
 def build_objective(config: Config, device: torch.device) -> MoCoV3:
-    """Encoder, twin and heads of a config, initialised from its seed: the same numbers on every rank and device."""
+    """Encoder, twin and heads of a config, initialised from its seed: the same numbers on every rank and device.
+
+    Raises:
+        ValueError: if the device does not multiply as the config says, or that would lose.
+    """
+    if config.model.linears == "float8":
+        float8.require_support(device, choose_precision(config.precision, device))
     torch.manual_seed(config.seed)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     return build_model(config).to(device, dtype)
@@ -79,6 +88,10 @@ def build_model(config: Config) -> MoCoV3:
         temperature=config.objective.temperature,
     )
     objective.encoder.recompute(model.checkpointing)
+    if model.linears == "float8":
+        for encoder in (objective.encoder, objective.momentum_encoder):
+            float8.require_gain(encoder)
+            float8.use_float8_(encoder)
     return objective
 
 
@@ -203,6 +216,28 @@ def build_knn(config: Config, world: World, *, threads: int, quarantine_list: Pa
     )
 
 
+def describe(
+    resolved: Resolved,
+    world: World,
+    precision: str,
+    attention: AttentionChoice,
+    plan: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, Any]:
+    """What a config came to on this machine, for ``config.json`` and checkpoints."""
+    return {
+        **asdict(resolved),
+        "precision": precision,
+        "attention": asdict(attention),
+        "chunk": plan["chunk"],
+        "plan": dict(plan),
+        "optimizer": name_of(optimizer),
+        "device": world.device.type,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
 def versions() -> dict[str, str]:
     """Versions that a run's numbers depend on."""
     found = {
@@ -217,4 +252,6 @@ def versions() -> dict[str, str]:
         found["dali"] = str(dali.__version__)
     except ImportError:
         pass
+    if "torchao" in sys.modules:  # there only where a model multiplies with it
+        found["torchao"] = importlib.metadata.version("torchao")
     return found

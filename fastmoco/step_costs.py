@@ -8,7 +8,7 @@ give the bytes per image and the rest that does not grow with the batch.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -57,6 +57,18 @@ class Line(NamedTuple):
         return self.fixed + images * self.per_image
 
 
+class Units(NamedTuple):
+    """Parameters by FSDP2's units: a block, the largest, an encoder without head, both heads; ``frozen`` are in none.
+    ``bytes`` of a number that crosses ranks."""
+
+    block: int
+    largest: int
+    trunk: int
+    heads: int
+    frozen: int
+    bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCosts:
     """What one step costs. An image is two views; bytes are of one process, FLOPs count a multiply-add as two."""
@@ -87,15 +99,21 @@ class StepCosts:
     """What activation checkpointing computes twice, an image."""
     step_flops: float
     """Everything once, an image."""
+    units: Units
+    piled_bytes: float = 0.0
+    """Gradients that a step in chunks holds whole until its end, beside the state."""
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums the storages that exist: those that operations made while it was on, until their last tensor is gone."""
+    """Sums the storages that exist: those that operations made while it was on, until their last tensor is gone.
 
-    def __init__(self) -> None:
+    Views of ``state`` make nothing.
+    """
+
+    def __init__(self, state: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in state)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -154,6 +172,24 @@ def measure_costs(
         query_flops=flops["query"][0],
         recompute_flops=again["train"][0] - flops["train"][0],
         step_flops=flops["train"][0] + flops["forward"][0] - flops["query"][0] + flops["heads"][0],
+        units=_units(objective, 2 if precision == "bf16" else element),
+    )
+
+
+def _units(objective: MoCoV3, size: int) -> Units:
+    encoder = objective.encoder
+    block, projector, predictor = (
+        sum(p.numel() for p in part.parameters()) for part in (encoder.blocks[0], encoder.head, objective.predictor)
+    )
+    trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in encoder.parameters()) - trained
+    return Units(
+        block=block,
+        largest=max(block, projector, predictor),
+        trunk=trained - projector,
+        heads=projector + predictor,
+        frozen=2 * frozen,
+        bytes=size,
     )
 
 
@@ -193,7 +229,7 @@ class _Pieces:
         for images in SIZES:
             found: dict[str, float] = {}
             for name, run in self._runs(images).items():
-                live = _LiveBytes()
+                live = _LiveBytes(self.objective.parameters())
                 with live:
                     graph = run(live)
                 found[name] = live.peak

@@ -3,28 +3,36 @@
 Python runs a handler between two instructions of the main thread, and a thread that waits for a lost peer in a library comes
 to none: a handler alone would make a process that nothing short of SIGKILL ends. The interpreter can also write the
 signal's number to a socket at once, from wherever the main thread is. A thread reads it, and ends a process that does not stop.
+
+Before the first step is done (it compiles and fills caches) there is nothing to save: however such a process ends, it was
+stopped as it was asked to be, and the same command goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import threading
 import time
 from types import FrameType
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from fastmoco.errors import EXIT_FAILED, say
+from fastmoco.distributed.mesh import lost_a_peer
+from fastmoco.errors import EXIT_FAILED, EXIT_STOPPED, say
 from fastmoco.pulse import Pulse
+from fastmoco.run_folder import RunFolder
 
 PATIENCE_SECONDS = 2.0
 """A signal that comes again within this time is the same request: schedulers and launchers often both send it."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """The third is what SLURM sends some time before a job's end (``--signal=USR1@120``)."""
 _LOOK_SECONDS = 0.25
+_NOTHING_LOST = "ended before its first step was done: nothing is lost"
 
 
 class StopSignal:
@@ -35,11 +43,12 @@ class StopSignal:
 
     Args:
         pulse: says how long the step at hand may still take after a signal; without it there is no deadline.
+        folder: of the run; gets its mark if the process has to end before its first step is done.
     """
 
-    def __init__(self, pulse: Pulse | None = None) -> None:
+    def __init__(self, pulse: Pulse | None = None, folder: RunFolder | None = None) -> None:
         self.received: str | None = None
-        self._pulse = pulse
+        self._pulse, self._folder = pulse, folder
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
         self._received_at = 0.0
         self._over = threading.Event()
@@ -55,18 +64,26 @@ class StopSignal:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self._over.set()
         signal.set_wakeup_fd(self._wakeup_before)
         self._restore()
         self._thread.join()
         self._ear.close()
         self._mouth.close()
+        if self.received is not None and self._unstarted() and error is not None and lost_a_peer(error):
+            # The peer has heard the same signal, and its deadline came first: that is no failure.
+            self._mark()
+            say(f"{self.received}: a peer has ended; {_NOTHING_LOST}")
+            raise SystemExit(EXIT_STOPPED) from error
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._received_at = signal.Signals(number).name, time.monotonic()
         elif time.monotonic() - self._received_at > PATIENCE_SECONDS:
+            if self._unstarted():
+                with contextlib.suppress(OSError):
+                    self._mark()
             self._restore()
             os.kill(os.getpid(), number)
 
@@ -89,12 +106,29 @@ class StopSignal:
                 continue
             name = signal.Signals(first[0]).name
             if second_at is not None and now - second_at > 2 * _LOOK_SECONDS:
-                say(f"a second signal after {name}: ended at once, nothing saved")
-                os._exit(128 + first[0])
+                self._give_up(f"a second signal after {name}: ended at once", 128 + first[0])
             late = self._pulse.outlasts(now - first[1]) if self._pulse is not None else None
             if late is not None:
-                say(f"{name}: {late}; ended without saving")
-                os._exit(EXIT_FAILED)  # the main thread waits in a library, where no exception reaches it
+                self._give_up(f"{name}: {late}", EXIT_FAILED)
+
+    def _unstarted(self) -> bool:
+        return self._pulse is not None and self._pulse.unstarted
+
+    def _mark(self) -> None:
+        if self._folder is not None:
+            self._folder.mark("PREEMPTED")
+
+    def _give_up(self, why: str, code: int) -> NoReturn:
+        """End the process: its main thread waits in a library, where no exception reaches it."""
+        try:
+            if self._unstarted():
+                self._mark()
+                why, code = f"{why}; {_NOTHING_LOST}", EXIT_STOPPED
+            else:
+                why += "; ended without saving"
+            say(why)
+        finally:
+            os._exit(code)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

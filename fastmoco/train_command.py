@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fastmoco import setup_run
+from fastmoco import restarts, setup_run
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import start_world, stop_world
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, RunError, one_line, say
@@ -19,13 +19,14 @@ from fastmoco.run_folder import RunFolder
 from fastmoco.trainer import Trainer
 
 
-def train(config: Config, out: Path, *, allow: Sequence[str] = ()) -> int:
+def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool = False) -> int:
     """Train, or continue, the run in ``out``.
 
     Args:
         config: of the run.
         out: its folder.
         allow: fields that may differ from the run's in ``out``.
+        trust: continue from a checkpoint in ``out`` even if another run wrote it.
 
     Returns:
         0 finished, 75 stopped by a signal with its state saved.
@@ -35,11 +36,11 @@ def train(config: Config, out: Path, *, allow: Sequence[str] = ()) -> int:
             named on standard error.
     """
     os.umask(0o077)  # weights and metrics are their owner's alone
-    with one_line(EXIT_REFUSED, ValueError):
+    with restarts.refusals_are_final(), one_line(EXIT_REFUSED, ValueError):
         # Peers have more patience with each other than each has with its data: so the one whose data hangs names the cause.
         world = start_world(config.device, timeout_s=config.data.timeout_s + 120)
         with first_cause(world):
-            trainer = Trainer.build(config, out, world, allow=allow)
+            trainer = Trainer.build(config, out, world, allow=allow, trust=trust)
     try:
         with one_line(EXIT_FAILED), first_cause(world):
             code = trainer.run()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ from fastmoco.evaluation.monitor import KnnMonitor
 from fastmoco.gradients import Gradients
 from fastmoco.objectives import MoCoV3Output
 from fastmoco.pulse import Pulse
+from fastmoco.rollback import Rollback
 from fastmoco.run_folder import RunFolder
+from fastmoco.run_identity import RunIdentity, identify
 from fastmoco.saving import DEADLINE_S, Saving
 from fastmoco.skip_step import StepGuard
 from fastmoco.stop_signal import StopSignal
@@ -54,8 +55,10 @@ class Trainer:
         loader: Loader | SyntheticLoader,
         knn: KnnMonitor | None,
         checkpoint: Checkpoint | None,
+        identity: RunIdentity,
     ) -> None:
         self.config, self.world, self.folder, self.loader, self.knn = config, world, folder, loader, knn
+        self.identity = identity if checkpoint is None else identity.taking_over(checkpoint.run_id)
         self.resolved = resolve(config, world_size=world.world_size, sample_count=loader.sample_count)
         self.precision = setup_run.choose_precision(config.precision, world.device)
         self.objective = setup_run.build_objective(config, world.device)
@@ -65,36 +68,39 @@ class Trainer:
         self.optimizer = setup_run.build_optimizer(config, self.objective)
         self.step_count = 0
         if checkpoint is not None:
-            training_state.restore(self.objective, self.optimizer, checkpoint)
+            self._take_state(checkpoint)
             self.step_count = checkpoint.step
             if knn is not None:
                 knn.load_state_dict(checkpoint.state["knn"])
-            if not resume.twin_advanced(checkpoint) and self.step_count < self.resolved.total_steps:
-                self.objective.update_momentum_encoder(self.schedule(self.step_count)[1])
-        rules = config.faults
-        self.pulse, self.stragglers = Pulse(rules), Stragglers(self.objective, world)
-        self.saving = Saving(config, world, folder, step=self.step_count, pulse=self.pulse)
+        self.pulse, self.stragglers = Pulse(config.faults), Stragglers(self.objective, world)
+        self.saving = Saving(config, world, folder, step=self.step_count, pulse=self.pulse, identity=self.identity)
+        rolled = checkpoint.state.get("rollback", {}) if checkpoint is not None else {}
+        self.rollback = Rollback(config, world, self.saving, self._take_state, rolled)
         self.guard = StepGuard(
-            self.objective, world, clip_norm=config.optim.clip_norm, patience=rules.max_skipped_steps
+            self.objective, world, clip_norm=config.optim.clip_norm, patience=config.faults.max_skipped_steps
         )
         self.recorder: Recorder | None = None
 
     @classmethod
-    def build(cls, config: Config, out: Path, world: World, *, allow: Sequence[str] = ()) -> Trainer:
+    def build(
+        cls, config: Config, out: Path, world: World, *, allow: Sequence[str] = (), trust: bool = False
+    ) -> Trainer:
         """Everything a run needs, continued from the newest checkpoint in ``out`` if there is one.
 
-        ``allow`` names fields that may differ from the run's in ``out`` (`resume.require_same_run`).
+        ``allow`` names fields that may differ from the run's in ``out`` (`resume.require_same_run`); ``trust`` takes
+        over a checkpoint of another run (`run_identity.py`).
 
         Raises:
             ValueError: if config, world and data do not fit together.
-            RunError: if ``out`` is in use, or holds a run of another config or data set.
+            RunError: if ``out`` is in use, or holds a run of another config or data set, or the checkpoint of another run.
             CheckpointError: if ``out`` holds checkpoints and none verifies.
         """
         threads = setup_run.share_cores(config)
         folder = RunFolder(out)
         if world.rank == 0:
             folder.acquire()
-        checkpoint = load_latest(folder.checkpoints)
+        who = identify(folder, world, trust_all=trust)
+        checkpoint = load_latest(folder.checkpoints, admit=who.admit)
         if world.rank == 0:
             restarts.require_progress(folder, checkpoint.step if checkpoint is not None else 0)
         resume.require_same_step(checkpoint, world)
@@ -112,7 +118,9 @@ class Trainer:
                 resume.require_same_run(checkpoint, config, precision, loader.digest, folder, allow)
                 resume.require_same_order(checkpoint, loader.order_digest)
             knn = setup_run.build_knn(config, world, threads=threads, quarantine_list=folder.quarantine)
-            trainer = cls(config=config, world=world, folder=folder, loader=loader, knn=knn, checkpoint=checkpoint)
+            trainer = cls(
+                config=config, world=world, folder=folder, loader=loader, knn=knn, checkpoint=checkpoint, identity=who
+            )
             trainer._open_records(checkpoint)
         except BaseException:
             loader.close()
@@ -122,11 +130,11 @@ class Trainer:
 
     def _open_records(self, checkpoint: Checkpoint | None) -> None:
         """Open the records at the step of the checkpoint, and say what a user should know of it."""
-        leftovers = self.folder.take_leftovers()
+        saved = {"config": to_json(self.config), "resolved": self._describe(), **self.identity.to_json()}
         if self.world.rank == 0:
             # Without a checkpoint nothing of what a killed run wrote still holds, its step 0 included.
             self.folder.trim_metrics(self.step_count if checkpoint is not None else -1)
-            self.folder.write_config({"config": to_json(self.config), "resolved": self._describe()})
+            self.folder.write_config(saved)
         self.recorder = Recorder(self.config, self.resolved, self.folder, self.world, start_step=self.step_count)
         self.recorder.event(f"attention: {self.attention}")
         self.recorder.event(f"batch: {self.gradients.plan}; parallel: {self.gradients.strategy}")
@@ -134,39 +142,28 @@ class Trainer:
         if self.knn is not None:
             self.knn.report = self.recorder.event
             self.recorder.known_knn(self.knn.last, self.knn.best)
-        for name in [*leftovers, *(folder.name for folder in self.saving.leftovers)]:
+        for name in [*self.folder.take_leftovers(), *(folder.name for folder in self.saving.leftovers)]:
             self.recorder.event(f"ignored {name}, which a killed run left behind")
-        if checkpoint is None:
-            return
-        for path, reason in checkpoint.skipped:
-            self.recorder.event(f"passed over {path.name}: {reason}")
-        self.recorder.event(f"continuing from {checkpoint.path.name}")
-        changed = resume.machine_changes(checkpoint, self._describe())
-        if changed:
-            self.recorder.event(f"another machine: {', '.join(changed)}; losses agree to rounding, not bit for bit")
+        if checkpoint is not None:
+            resume.announce(checkpoint, self.identity, saved["resolved"], self.recorder.event)
 
     def _describe(self) -> dict[str, Any]:
         """What was resolved, for ``config.json`` and checkpoints."""
-        return {
-            "world_size": self.resolved.world_size,
-            "sample_count": self.resolved.sample_count,
-            "steps_per_epoch": self.resolved.steps_per_epoch,
-            "total_steps": self.resolved.total_steps,
-            "local_batch_size": self.resolved.local_batch_size,
-            "peak_lr": self.resolved.peak_lr,
-            "precision": self.precision,
-            "attention": asdict(self.attention),
-            "chunk": self.gradients.plan.chunk,
-            "plan": self.gradients.plan.to_json(),
-            "optimizer": setup_run.name_of(self.optimizer),
-            "device": self.world.device.type,
-            "threads": torch.get_num_threads(),
-            "versions": setup_run.versions(),
-        }
+        return setup_run.describe(
+            self.resolved, self.world, self.precision, self.attention, self.gradients.plan.to_json(), self.optimizer
+        )
 
     def schedule(self, step: int) -> tuple[float, float]:
         """Learning rate and EMA momentum of one step: pure functions of it."""
         return scheduled(self.config, self.resolved, step)
+
+    def _following(self, step: int) -> float | None:
+        """EMA momentum of the step behind the first so many; None behind the last."""
+        return self.schedule(step)[1] if step < self.resolved.total_steps else None
+
+    def _take_state(self, checkpoint: Checkpoint) -> None:
+        """Make weights, twin, buffers and the optimizer's state those of a checkpoint; the step count stays."""
+        training_state.restore(self.objective, self.optimizer, checkpoint, self._following(checkpoint.step))
 
     def step(self, batch: TwoViewBatch, *, inspect: Callable[[], None] | None = None) -> MoCoV3Output:
         """One optimizer step. Nothing here waits for the device.
@@ -190,8 +187,7 @@ class Trainer:
             inspect()
         bad = self.guard.judge(output.loss)
         self.step_count += 1
-        following = self.schedule(self.step_count)[1] if self.step_count < self.resolved.total_steps else None
-        update_weights(self.optimizer, self.objective, following, found_inf=bad)
+        update_weights(self.optimizer, self.objective, self._following(self.step_count), found_inf=bad)
         return output
 
     def run(self, max_steps: int | None = None) -> int:
@@ -205,14 +201,13 @@ class Trainer:
         """
         recorder = self.recorder
         assert recorder is not None
-        last = self.resolved.total_steps
-        if max_steps is not None:
-            last = min(last, self.step_count + max_steps)
+        total = self.resolved.total_steps
+        last = total if max_steps is None else min(total, self.step_count + max_steps)
         if max_steps is None and self.step_count >= last:
             self.folder.mark("DONE")
             recorder.event(f"this run is finished already; its {last} steps are in {self.folder.checkpoints}")
             return EXIT_FINISHED
-        with StopSignal(self.pulse) as stop, Watchdog(self.world, self.pulse, self.config.faults):
+        with StopSignal(self.pulse, self.folder) as stop, Watchdog(self.world, self.pulse, self.config.faults):
             self.folder.mark(None)
             self._measure_knn(force=self.step_count == 0)
             while self.step_count < last:
@@ -249,7 +244,9 @@ class Trainer:
         lr, momentum = self.schedule(self.step_count)
         self.stragglers.begin(self.loader.wait_seconds)
         with self.pulse.step():
-            output = self.step(batch, inspect=lambda: recorder.gradients(number, self.objective))
+            output = self.step(
+                batch, inspect=lambda: self.rollback.record(number, recorder.gradients(number, self.objective))
+            )
         recorder.stepped(self.loader.wait_seconds)
         if self._logs(number):
             recorder.loader(self.loader.figures())
@@ -258,6 +255,7 @@ class Trainer:
             )
             for event in (*self.stragglers.report(number), *self.guard.report(number)):
                 recorder.event(event)
+        self.rollback.after_step(number, recorder, logged=self._logs(number))
 
     def _logs(self, step: int) -> bool:
         """Whether a step is logged: every so many, the first and the last."""
@@ -281,14 +279,15 @@ class Trainer:
 
     def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """All that a checkpoint holds: tensors, and what is none."""
-        state: Mapping[str, Any] = {
+        return training_state.collect(self.objective, self.optimizer), {
             "config": to_json(self.config),
             "resolved": self._describe(),
             "data": self.loader.state_dict(),
             "knn": self.knn.state_dict() if self.knn is not None else {},
+            "rollback": self.rollback.state_dict(),
+            "run_id": self.identity.run_id,
             "twin_advanced": self.step_count < self.resolved.total_steps,
         }
-        return training_state.collect(self.objective, self.optimizer), state
 
     def close(self) -> None:
         """Stop the loader, close the records, give the folder back. Safe to call twice."""

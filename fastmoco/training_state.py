@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from fastmoco.checkpoint import Checkpoint, CheckpointError, flatten_optimizer, restore_optimizer
 from fastmoco.distributed.mesh import group_rank
 from fastmoco.errors import RunError
+from fastmoco.objectives import MoCoV3
 
 
 def collect(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -27,10 +28,19 @@ def collect(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     return tensors
 
 
-def restore(objective: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+def restore(
+    objective: MoCoV3, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, next_ema_momentum: float | None = None
+) -> None:
     """Put a collected state back, in place: objective and optimizer may be sharded, over other ranks than when it was saved.
 
-    A rank beyond those that saved takes the random numbers of the first.
+    A rank beyond those that saved takes the random numbers of the first. The twin is made ready for the next step, at the end
+    of which its average is taken. It is saved so, but behind a run's last step, and by runs from when a step began with it.
+
+    Args:
+        objective: encoder, twin and predictor.
+        optimizer: over the objective's trainable parameters.
+        checkpoint: whose state to take.
+        next_ema_momentum: EMA momentum of the step behind the checkpoint's; None if there is none.
 
     Raises:
         CheckpointError: if a tensor is missing, left over or of another shape.
@@ -55,6 +65,8 @@ def restore(objective: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: 
             torch.set_rng_state(state)
         elif torch.cuda.is_available():
             torch.cuda.set_rng_state(state)
+    if next_ema_momentum is not None and not checkpoint.state.get("twin_advanced", False):
+        objective.update_momentum_encoder(next_ema_momentum)
 
 
 def restore_model(objective: nn.Module, checkpoint: Checkpoint) -> None:

@@ -14,6 +14,7 @@ from fastmoco.config import Config, Resolved
 from fastmoco.objectives import MoCoV3
 from fastmoco.optim.schedule import ema_momentum, learning_rate
 from fastmoco_kernels.adamw_ema.optimizer import AdamWEMA
+from fastmoco_kernels.lars.optimizer import LARS
 
 
 def scheduled(config: Config, resolved: Resolved, step: int) -> tuple[float, float]:
@@ -48,21 +49,28 @@ def update_weights(
         optimizer: over the objective's trainable parameters, which hold their gradients.
         objective: encoder, twin and predictor.
         next_ema_momentum: EMA momentum of the next step; None if this was the last.
-        found_inf: one float32 on the device; where it is not 0, weights, twin and the optimizer's state stay as they are,
-            its step counters among them. Only the sweep leaves that to the device; other optimizers wait for the number.
+        found_inf: one float32 on the device, 0 or 1; where it is 1, weights, twin and the optimizer's state stay as they are,
+            its step counters among them. Our optimizers and torch's fused one leave that to the device; the host waits for
+            the number for any other, which is apex's.
     """
     swept: frozenset[torch.Tensor] = frozenset()
-    momentum: float | torch.Tensor | None = next_ema_momentum
     if isinstance(optimizer, AdamWEMA):
         optimizer.step(ema_momentum=next_ema_momentum, found_inf=found_inf)
         swept = frozenset(parameter for parameter in optimizer.averages if parameter.grad is not None)
-        if found_inf is not None and next_ema_momentum is not None:
-            # For what the sweep did not hold; 1 keeps it. In float64, as the schedule is.
-            kept = torch.full_like(found_inf, next_ema_momentum, dtype=torch.float64)
-            momentum = kept.masked_fill_(found_inf > 0, 1.0)
+    elif isinstance(optimizer, LARS):
+        optimizer.step(found_inf=found_inf)
+    elif isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # as torch.amp.GradScaler hands it over
+        optimizer.step()
     elif found_inf is not None and bool(found_inf):
         return
     else:
         optimizer.step()
-    if momentum is not None:
-        objective.update_momentum_encoder(momentum, done=swept)
+    if next_ema_momentum is None:
+        return
+    momentum: float | torch.Tensor = next_ema_momentum
+    if found_inf is not None:
+        # For what no sweep has moved; 1 keeps it. In float64, as the schedule is.
+        kept = torch.full_like(found_inf, next_ema_momentum, dtype=torch.float64)
+        momentum = kept.masked_fill_(found_inf > 0, 1.0)
+    objective.update_momentum_encoder(momentum, done=swept)

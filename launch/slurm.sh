@@ -32,8 +32,9 @@ done
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 [[ $MASTER_ADDR =~ ^[A-Za-z0-9][A-Za-z0-9.-]*$ ]] || { echo "host name '$MASTER_ADDR' refused: letters, digits, . and - only" >&2; exit 2; }
 export MASTER_ADDR
-# A port of this job's own: jobs that share a machine must not meet each other.
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+# A port of this job's own: jobs that share a machine must not meet each other. Below 32768, where Linux begins to hand out
+# ports to whoever connects to anything: one of those may be taken at the moment the store wants it.
+export MASTER_PORT=$((15000 + SLURM_JOB_ID % 17000))
 
 # The marks of an earlier start say nothing of this one.
 rm -f -- "$OUT/DONE" "$OUT/PREEMPTED"

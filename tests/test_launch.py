@@ -85,7 +85,7 @@ def test_every_setting_says_why(path: Path) -> None:
 
 def test_the_command_of_the_agent_is_a_list_on_the_loopback_interface() -> None:
     words = ["train", "r", "--data.shards", "a; touch x"]
-    command = launch_command(8, words)
+    command = launch_command(8, words, "logs")
     assert command[-len(words) :] == words
     assert command[command.index("--nproc-per-node") + 1] == "8"
     assert command[command.index("--local-addr") + 1] == "127.0.0.1"
@@ -160,6 +160,69 @@ def test_an_interrupt_of_one_process_is_a_clean_stop(words: list[str], tmp_path:
         assert (tmp_path / "run" / "PREEMPTED").exists()
     finally:
         one.close()
+
+
+STUCK = """
+import os
+if "RANK" in os.environ:
+    import time
+    from fastmoco import trainer
+    def step(*args, **more):
+        print("the first step", flush=True)
+        time.sleep(1000)
+    trainer.Trainer.step = step
+"""
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["slurm.sh", "single_node.sh"])
+def test_a_run_of_two_processes_that_is_preempted_in_its_first_step_may_go_on(
+    script: str, stubs: Path, words: list[str], tmp_path: Path
+) -> None:
+    """The first step compiles and fills caches: minutes, in which there is nothing to save yet."""
+    state, out = tmp_path / "state", tmp_path / "run"
+    (stubs / "sitecustomize.py").write_text(STUCK)
+    more = {"STUB_HOST": "127.0.0.1", "STUB_STATE": str(state), "PATH": f"{stubs}:{os.environ['PATH']}"}
+    more |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "n", "FASTMOCO_LAUNCH": str(ROOT / "launch")}
+    more |= {"GPUS": "2", "PYTHONPATH": f"{stubs}:{environment()['PYTHONPATH']}"}
+    one = start_script(script, [*words, "--faults.stop-within-s", "3"], out, **more)
+    try:
+        one.wait_for(lambda: one.text().count("the first step") == 2, 120)
+        if script == "slurm.sh":
+            os.kill(int(Path(f"{state}.srun").read_text()), signal.SIGUSR1)
+        else:
+            one.process.send_signal(signal.SIGTERM)
+        assert one.end(60) == (0 if script == "slurm.sh" else 75), one.text()
+        assert (out / "PREEMPTED").exists()
+        assert "nothing is lost" in one.text()
+        assert "ended by the failure" not in one.text()
+        if script == "slurm.sh":
+            assert Path(f"{state}.scontrol").read_text() == f"requeue {os.getpid()}\n"
+    finally:
+        one.close()
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_refusal_is_not_tried_again(words: list[str], tmp_path: Path) -> None:
+    """torchrun would try three times more by `--gpus`, and answers 1 to everything."""
+    one = start_script("single_node.sh", [*words, "--global-batch-size", "2048"], tmp_path / "run", GPUS="2")
+    try:
+        assert one.end() == 2, one.text()
+        assert "is larger than the whole set of 1437 samples" in one.text()
+        assert one.text().count("torchrun is asked to end") == 1
+        assert "attempts left" not in one.text()
+    finally:
+        one.close()
+
+
+def test_ports_of_jobs_lie_below_those_that_linux_hands_out() -> None:
+    text = (ROOT / "launch" / "slurm.sh").read_text()
+    found = re.search(r"MASTER_PORT=\$\(\((\d+) \+ SLURM_JOB_ID % (\d+)\)\)", text)
+    assert found is not None
+    assert int(found[1]) > 1024
+    assert int(found[1]) + int(found[2]) <= 32768
 
 
 @pytest.mark.long

@@ -37,8 +37,8 @@ DEFAULTS = {
     "precision": "fp32",
     "lr": 1.5e-4,
     "eps": 1e-8,
-    "epochs": 300,
-    "warmup_epochs": 40,
+    "epochs": 300.0,
+    "warmup_epochs": 40.0,
 }
 TIMEOUT_S = 3600
 

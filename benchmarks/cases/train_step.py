@@ -34,6 +34,9 @@ NAME = "train_step"
 DEFAULTS = {
     "device": "auto",
     "recipe": "",
+    "architecture": "",
+    "linears": "native",
+    "compile": 0,
     "batch": 0,
     "chunk": "auto",
     "rounds": 5,
@@ -41,8 +44,9 @@ DEFAULTS = {
     "checked": 32,
     "tflops": 790.0,
 }
-LIMITS = {"loss": 1e-4, "gradients": 2e-3}
-"""Relative distances in float32 that two ways of computing a step may have."""
+LIMITS = {"loss": 1e-4, "gradients": 2e-3, "features": 0.3}
+"""Relative distances in float32 that two ways of computing a step may have. Float8, which rounds to 1/16, is compared by the
+features of its trunk: batch norms of fresh heads over few images make any gradient of it another one."""
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
@@ -50,8 +54,10 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         options: ``device`` ("auto", "cpu" or "cuda"); ``recipe`` (empty: vit_s16_e300_b4096 on a GPU, quickstart_digits on a
-            CPU); ``batch`` images (0: the recipe's); ``chunk`` ("auto", "none" or a number); ``rounds`` of ``steps`` steps;
-            images ``checked``; ``tflops`` of the device in bf16, which the utilisation is a share of.
+            CPU); ``architecture`` and ``linears`` instead of the recipe's, ``compile`` 1 for blocks through torch.compile (the
+            opponent stays native and eager); ``batch`` images (0: the recipe's); ``chunk`` ("auto", "none" or a number);
+            ``rounds`` of ``steps`` steps; images ``checked``; ``tflops`` of the device in bf16, which the utilisation is a
+            share of.
 
     Returns:
         ``errors`` and ``failed``; ``plan`` of the trainer; the opponent's ``eager_batch``; ``images_per_s`` by side and round;
@@ -100,8 +106,15 @@ def _config(options: dict[str, Any], device: torch.device) -> Config:
     recipe = options["recipe"] or ("vit_s16_e300_b4096" if device.type == "cuda" else "quickstart_digits")
     config = get_recipe(recipe)
     chunk = options["chunk"]
+    model = replace(
+        config.model,
+        architecture=options["architecture"] or config.model.architecture,
+        linears=options["linears"],
+        compile=bool(options["compile"]),
+    )
     return replace(
         config,
+        model=model,
         device="cuda" if device.type == "cuda" else "cpu",
         global_batch_size=options["batch"] or config.global_batch_size,
         epochs=1e6,
@@ -120,7 +133,7 @@ class EagerStep:
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        written_out = replace(config, model=replace(config.model, attention="explicit"))
+        written_out = replace(config, model=replace(config.model, attention="explicit", linears="native"))
         self.objective = build_objective(written_out, device)
         self._half = device.type == "cuda"
         self._device = device
@@ -146,7 +159,11 @@ class EagerStep:
 
 
 def _compare(trainer: Trainer, eager: EagerStep, view1: Tensor, view2: Tensor) -> dict[str, float]:
-    """Relative distance of loss and of all gradients as one vector, both in float32."""
+    """Relative distance of loss and of all gradients as one vector, both in float32; in float8 of class features instead."""
+    if trainer.config.model.linears == "float8":
+        with torch.no_grad():
+            ours, plain = trainer.objective.encoder(view1), eager.objective.encoder(view1)
+        return {"features": relative_error(plain, ours)}
     losses, gradients = [], []
     for objective, forward in ((trainer.objective, trainer.objective), (eager.objective, None)):
         output = forward(view1, view2) if forward is not None else plain_forward(objective, view1, view2)

@@ -5,7 +5,7 @@ One fresh folder a save, never written twice::
     root/step_00000123/tensors.safetensors       written by a process alone: weights, twin, buffers, optimizer moments
                        .metadata, __R_N.distcp   instead, written by several ranks (torch.distributed.checkpoint)
                        state.json                everything that is not a tensor
-                       COMMITTED                 JSON: step, ranks, time, size and SHA-256 of every file and of itself
+                       COMMITTED                 JSON: step, ranks, time, run, size and SHA-256 of every file and of itself
 
 The files are written into a hidden folder beside the final one and flushed to the disk; when those of all ranks are there
 the folder gets its name by one rename; the marker comes last. So a process killed at any moment leaves either a folder

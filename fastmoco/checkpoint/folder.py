@@ -17,8 +17,13 @@ from typing import Any
 from fastmoco.checkpoint.errors import CheckpointError
 
 TENSORS, METADATA, STATE, MARKER = "tensors.safetensors", ".metadata", "state.json", "COMMITTED"
-FORMAT, WHOLE_FORMAT = "fastmoco-checkpoint-2", "fastmoco-checkpoint-1"
-"""What is written, and what runs before wrote: tensors in one file, and a marker that vouches for nothing but the files."""
+FORMAT = "fastmoco-checkpoint-3"
+_ENTRIES = {
+    FORMAT: {"world_size", "saved_at", "run_id", "sha256"},
+    "fastmoco-checkpoint-2": {"world_size", "saved_at", "sha256"},
+    "fastmoco-checkpoint-1": set(),
+}
+"""What a marker holds beside step and files: of what is written, and of what runs before wrote."""
 MARKER_LIMIT = 64 * 2**20
 """Bytes; a hundred for each file, and a rank writes one."""
 _KNOWN = re.compile(r"tensors\.safetensors|\.metadata|state\.json|__\d+_\d+\.distcp")
@@ -37,6 +42,11 @@ def unfinished_saves(root: Path) -> list[Path]:
         return []
     hidden = [path for path in root.iterdir() if _HIDDEN.fullmatch(path.name) and path.is_dir()]
     return sorted(hidden + [path for path in _step_folders(root) if not (path / MARKER).is_file()])
+
+
+def step_of(path: Path) -> int:
+    """The step that a folder of `list_checkpoints` is named after."""
+    return int(path.name.removeprefix("step_"))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -92,7 +102,9 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def marker_text(step: int, files: Mapping[str, Mapping[str, Any]], *, world_size: int, saved_at: str) -> str:
+def marker_text(
+    step: int, files: Mapping[str, Mapping[str, Any]], *, world_size: int, saved_at: str, run_id: str = ""
+) -> str:
     """The exact content of a marker. Its last entry is the SHA-256 of all before it, so that it vouches for itself too.
 
     Args:
@@ -100,8 +112,16 @@ def marker_text(step: int, files: Mapping[str, Mapping[str, Any]], *, world_size
         files: `fingerprint` of every file of the checkpoint, by name.
         world_size: ranks that wrote it.
         saved_at: UTC, ISO 8601.
+        run_id: of the run that wrote it; "" outside a run.
     """
-    body = {"format": FORMAT, "step": step, "world_size": world_size, "saved_at": saved_at, "files": dict(files)}
+    body = {
+        "format": FORMAT,
+        "step": step,
+        "world_size": world_size,
+        "saved_at": saved_at,
+        "run_id": run_id,
+        "files": dict(files),
+    }
     return json.dumps(body | {"sha256": _digest(body)}, indent=1)
 
 
@@ -109,7 +129,7 @@ def read_marker(path: Path) -> dict[str, Any]:
     """The marker of a folder, checked against itself and the folder's name, not yet against the files.
 
     Returns:
-        ``step`` and ``files``; ``world_size`` and ``saved_at`` where the marker is of the present format.
+        ``step`` and ``files``; ``world_size``, ``saved_at`` and ``run_id`` where the marker's format has them.
 
     Raises:
         ValueError: if there is none, or one bit of it is not as it was written.
@@ -122,7 +142,7 @@ def read_marker(path: Path) -> dict[str, Any]:
     damaged = ValueError(f"the {MARKER} marker is damaged")
     try:
         promised = json.loads(raw)
-        known = {FORMAT: {"world_size", "saved_at", "sha256"}, WHOLE_FORMAT: set()}[promised["format"]]
+        known = _ENTRIES[promised["format"]]
         whole = (
             promised.keys() == {"format", "step", "files"} | known
             and json.dumps(promised, indent=1).encode() == raw
@@ -192,13 +212,18 @@ def sweep(root: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def prune(root: Path, *, newest: Path, keep: int) -> None:
+def prune(root: Path, *, newest: Path, keep: int, keep_multiple: int = 0) -> None:
     """Remove the oldest but ``keep``, counted back from ``newest``, whose content the caller has just hashed.
 
-    Folders of later steps stay: a run arrives below them only if they did not verify, and then they are evidence.
+    Folders of later steps stay: a run arrives below them only if they did not verify, and then they are evidence. So does
+    the newest one whose step is a multiple of ``keep_multiple``, if that is not 0.
     """
     committed = list_checkpoints(root)
-    for path in committed[: max(0, committed.index(newest) + 1 - keep)]:
+    committed = committed[: committed.index(newest) + 1]
+    regular = [path for path in committed if keep_multiple and step_of(path) % keep_multiple == 0]
+    for path in committed[: max(0, len(committed) - keep)]:
+        if path in regular[-1:]:
+            continue
         try:
             (path / MARKER).unlink()  # first, so that a kill half-way leaves a folder that is ignored
         except OSError:

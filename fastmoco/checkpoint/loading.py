@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from fastmoco.checkpoint.dcp_metadata import read_metadata
 from fastmoco.checkpoint.errors import CheckpointError
-from fastmoco.checkpoint.folder import METADATA, STATE, TENSORS, list_checkpoints, verify
+from fastmoco.checkpoint.folder import METADATA, STATE, TENSORS, list_checkpoints, step_of, verify
 from fastmoco.checkpoint.shards import read_shards_into, shard_entries
 from fastmoco.checkpoint.whole_file import read_whole_into, whole_entries
 
@@ -31,6 +31,7 @@ class Checkpoint:
         state: the JSON part; tuples come back as lists.
         path: its folder.
         entries: shape and dtype of every tensor by name, as tensors on the meta device.
+        run_id: of the run that wrote it; "" where the marker does not say.
         skipped: newer committed folders that could not be believed, newest first, each with the reason. Print them.
         metadata: where DCP finds each piece of the tensors; None where one process wrote one file.
     """
@@ -39,6 +40,7 @@ class Checkpoint:
     state: dict[str, Any]
     path: Path
     entries: Mapping[str, Tensor]
+    run_id: str = ""
     skipped: tuple[tuple[Path, str], ...] = ()
     metadata: Metadata | None = None
 
@@ -84,13 +86,21 @@ class Checkpoint:
             ) from error
 
 
-def load_latest(root: Path) -> Checkpoint | None:
+Admit: TypeAlias = Callable[[Path, str], None]
+"""Told a folder whose every byte is as its marker says, and the id of the run that wrote it; raises what refuses it."""
+
+
+def load_latest(
+    root: Path, *, among: Callable[[int], bool] = lambda step: True, admit: Admit = lambda path, run_id: None
+) -> Checkpoint | None:
     """The newest checkpoint that verifies, or None where nothing was ever committed.
 
     Every rank hashes every file by itself: what a rank reads is what it has checked.
 
     Args:
         root: folder of the run's checkpoints.
+        among: which steps count; the others are not looked at.
+        admit: what it raises is raised here: a checkpoint that is refused is not passed over.
 
     Returns:
         The checkpoint, with every newer one that was passed over and why in ``skipped``.
@@ -99,9 +109,9 @@ def load_latest(root: Path) -> Checkpoint | None:
         CheckpointError: if committed folders exist and none verifies. Starting from scratch is the user's decision.
     """
     skipped: list[tuple[Path, str]] = []
-    for path in reversed(list_checkpoints(root)):
+    for path in reversed([path for path in list_checkpoints(root) if among(step_of(path))]):
         try:
-            loaded = load_checkpoint(path)
+            loaded = load_checkpoint(path, admit=admit)
         except CheckpointError as error:
             skipped.append((path, str(error)))
             continue
@@ -115,8 +125,8 @@ def load_latest(root: Path) -> Checkpoint | None:
     )
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Verify one committed folder and open it.
+def load_checkpoint(path: Path, *, admit: Admit = lambda path, run_id: None) -> Checkpoint:
+    """Verify one committed folder and open it; ``admit`` is asked in between, before anything is parsed.
 
     Raises:
         CheckpointError: naming the file that is missing, changed, unreadable or hostile, and the cure.
@@ -124,6 +134,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     cure = f"Restore {path.name} from a copy, or remove it to continue from an earlier checkpoint."
     try:
         promised = verify(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}. {cure}") from error
+    run_id = promised.get("run_id", "")
+    admit(path, run_id)
+    try:
         state = json.loads((path / STATE).read_bytes())
         if not isinstance(state, dict):
             raise ValueError(f"{STATE} holds a {type(state).__name__} where an object is due")
@@ -133,4 +148,4 @@ def load_checkpoint(path: Path) -> Checkpoint:
         entries = whole_entries(path / TENSORS) if metadata is None else shard_entries(metadata)
     except (OSError, ValueError, RecursionError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}. {cure}") from error
-    return Checkpoint(step=promised["step"], state=state, path=path, entries=entries, metadata=metadata)
+    return Checkpoint(step=promised["step"], state=state, path=path, entries=entries, run_id=run_id, metadata=metadata)

@@ -29,6 +29,7 @@ class Saver:
     Args:
         root: folder of the run's checkpoints.
         keep: see `save_checkpoint`.
+        keep_multiple: see `save_checkpoint`.
         group: see `save_checkpoint`; used by nothing else, so that it can be used beside the training.
         check: looks at this rank's tensors before they are written, and raises a RunError if they must not be.
 
@@ -37,10 +38,17 @@ class Saver:
     """
 
     def __init__(
-        self, root: Path, *, keep: int, group: dist.ProcessGroup | None = None, check: Check = lambda tensors: None
+        self,
+        root: Path,
+        *,
+        keep: int,
+        keep_multiple: int = 0,
+        group: dist.ProcessGroup | None = None,
+        check: Check = lambda tensors: None,
     ) -> None:
         self.saved_step: int | None = None
-        self._root, self._keep, self._group, self._check = root, keep, group, check
+        self._root, self._keep, self._keep_multiple = root, keep, keep_multiple
+        self._group, self._check = group, check
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._stager: DefaultStager | None = None
@@ -108,5 +116,13 @@ class Saver:
             on_every_rank(lambda: self._check(tensors), self._group)
         except RuntimeError as error:
             raise error if isinstance(error, RunError) else RunError(str(error)) from error
-        save_checkpoint(self._root, step=step, tensors=tensors, state=state, keep=self._keep, group=self._group)
+        save_checkpoint(
+            self._root,
+            step=step,
+            tensors=tensors,
+            state=state,
+            keep=self._keep,
+            keep_multiple=self._keep_multiple,
+            group=self._group,
+        )
         self.saved_step = step

@@ -6,7 +6,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -46,6 +46,7 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, JSON],
     keep: int,
+    keep_multiple: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write one checkpoint so that it exists whole or not at all, then drop all but the last ``keep``.
@@ -59,9 +60,10 @@ def save_checkpoint(
         step: optimizer steps done, >= 0.
         tensors: by name; dense, any device, any strides, sharded or not; shared storage is stored once a name. What
             is not sharded and held by several ranks must be equal on them. Of dtypes, what safetensors knows.
-        state: string keys, JSON values, finite floats only; the first rank's is written.
+        state: string keys, JSON values, finite floats only; the first rank's is written, its ``run_id`` into the marker too.
         keep: committed checkpoints to keep, this one among them. The one just written has been read back and hashed
             before an older one goes, so the last verified one is never removed.
+        keep_multiple: the newest checkpoint at a multiple of so many steps is kept besides; 0: none.
         group: ranks that save together, see `group_for_saving`; its timeout is how long they wait for each other.
 
     Returns:
@@ -89,7 +91,11 @@ def save_checkpoint(
             write_whole(writing / TENSORS, tensors)
         parts = on_every_rank(lambda: _fingerprints(writing, rank_in(group), sharded), group)
         files = {name: file for part in parts for name, file in sorted(part.items())}
-        on_first_rank(partial(_finish, writing, final, files, step, size_of(group), keep), group)
+        run_id = str(state.get("run_id", ""))
+        saved_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        marker = marker_text(step, files, world_size=size_of(group), saved_at=saved_at, run_id=run_id)
+        drop = partial(prune, root, newest=final, keep=keep, keep_multiple=keep_multiple)
+        on_first_rank(partial(_finish, writing, final, files, marker, drop), group)
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
         if isinstance(error, CheckpointError) and group is None:
             raise
@@ -129,7 +135,7 @@ def _fingerprints(writing: Path, rank: int, sharded: bool) -> dict[str, dict[str
 
 
 def _finish(
-    writing: Path, final: Path, files: Mapping[str, Mapping[str, Any]], step: int, world_size: int, keep: int
+    writing: Path, final: Path, files: Mapping[str, Mapping[str, Any]], marker: str, drop: Callable[[], None]
 ) -> None:
     """Give the folder its name and its marker, and drop the oldest."""
     for name, file in files.items():
@@ -137,9 +143,8 @@ def _finish(
             raise CheckpointError(f"{name} is not here as its rank wrote it: every rank must see the same folder")
     flush(writing)
     if make_way(final, files):
-        saved_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        commit(writing, final, marker_text(step, files, world_size=world_size, saved_at=saved_at))
-    prune(final.parent, newest=final, keep=keep)
+        commit(writing, final, marker)
+    drop()
 
 
 def _reason(error: BaseException) -> str:

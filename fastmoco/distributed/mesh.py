@@ -133,6 +133,11 @@ def stop_world() -> None:
         dist.destroy_process_group()
 
 
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether an error says no more than that an exchange broke: a plain RuntimeError of gloo, a DistError of NCCL."""
+    return dist.is_initialized() and (type(error) is RuntimeError or isinstance(error, dist.DistError))
+
+
 def group_size() -> int:
     """Number of processes that collectives reach now: 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1

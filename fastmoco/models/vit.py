@@ -219,6 +219,20 @@ def vit_base(
     return _build(image_size, patch_size, freeze_patch_embed, attention, (768, 12, 12))
 
 
+def vit_large(
+    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
+) -> VisionTransformer:
+    """ViT-L: width 1024, 24 blocks, 16 heads."""
+    return _build(image_size, patch_size, freeze_patch_embed, attention, (1024, 24, 16))
+
+
+def vit_huge(
+    *, image_size: int = 224, patch_size: int = 14, freeze_patch_embed: bool = True, attention: str = "auto"
+) -> VisionTransformer:
+    """ViT-H: width 1280, 32 blocks, 16 heads; patches of 14 pixels in the paper."""
+    return _build(image_size, patch_size, freeze_patch_embed, attention, (1280, 32, 16))
+
+
 def vit_conv_small(
     *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
 ) -> VisionTransformer:
@@ -235,6 +249,16 @@ def vit_conv_base(
 
 ARCHITECTURES: dict[str, Callable[..., VisionTransformer]] = {
     build.__name__: build
-    for build in (vit_nano, vit_micro, vit_tiny, vit_small, vit_base, vit_conv_small, vit_conv_base)
+    for build in (
+        vit_nano,
+        vit_micro,
+        vit_tiny,
+        vit_small,
+        vit_base,
+        vit_large,
+        vit_huge,
+        vit_conv_small,
+        vit_conv_base,
+    )
 }
 """Constructors by name; each takes ``image_size``, ``patch_size``, ``freeze_patch_embed`` and ``attention``."""

@@ -78,9 +78,15 @@ class Recorder:
         if best is not None:
             self._dips.observe(0, best)
 
-    def gradients(self, step: int, objective: nn.Module) -> None:
-        """Keep this step's gradient norms on the device; call it between backward and update."""
-        self._gradients.record(step, gradient_norms(objective.named_parameters()))
+    def gradients(self, step: int, objective: nn.Module) -> dict[str, Tensor]:
+        """Keep this step's gradient norms on the device, and give them; call it between backward and update."""
+        norms = gradient_norms(objective.named_parameters())
+        self._gradients.record(step, norms)
+        return norms
+
+    def rolled_back(self, step: int, to: int) -> None:
+        """Write that the state is that of an earlier step again."""
+        self._write(step, {"epoch": step / self.resolved.steps_per_epoch, "rolled_back_to": to})
 
     def stepped(self, wait_seconds: float) -> None:
         """Count one finished step."""

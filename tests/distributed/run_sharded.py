@@ -112,7 +112,7 @@ def run_steps(
             result["gradients"].append(whole({n: p.grad for n, p in trained.items() if p.grad is not None}))
         result["norms"].append(gradient_norms(trained.items()))
         result["shares"].append(objective.shares_patch_tokens())
-        update_weights(weights, objective, 0.9)
+        update_weights(weights, objective, 0.9, found_inf=torch.zeros(()))
         if step == 1:
             result["features"] = evaluate(objective, mine[0], autocast)
     tensors = training_state.collect(objective, weights)

@@ -43,9 +43,9 @@ def with_strategy(strategy: str, chunk: int = 0, **parallel: Any) -> Config:
     return replace(CONFIG, batch=batch, parallel=ParallelConfig(strategy=strategy, **parallel))  # type: ignore[arg-type]
 
 
-def run(config: Config, out: Path, world: World) -> dict[str, Any]:
+def run(config: Config, out: Path, world: World, *, trust: bool = False) -> dict[str, Any]:
     """A run to its end, new or continued; the losses that it logged."""
-    trainer = Trainer.build(config, out, world)
+    trainer = Trainer.build(config, out, world, trust=trust)
     try:
         code = trainer.run()
         kinds = {type(tensor).__name__ for tensor in trainer.objective.predictor.parameters()}
@@ -62,7 +62,7 @@ def run_continued(config: Config, before: Path, out: Path, world: World) -> dict
         first = list_checkpoints(before / "checkpoints")[0]
         shutil.copytree(first, out / "checkpoints" / first.name)
     dist.barrier()
-    return run(config, out, world)
+    return run(config, out, world, trust=True)
 
 
 def run_flipped_bit(out: Path, world: World) -> dict[str, Any]:

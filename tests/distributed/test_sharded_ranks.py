@@ -12,6 +12,7 @@ from fastmoco.distributed import World
 from tests.distributed.run_sharded import CASES, GRADIENTS_OF, OPTIONS, STEPS, Case, cases_of, run_steps
 from tests.distributed.test_ranks import launch
 
+pytestmark = pytest.mark.slow
 references: dict[str, Case] = {}
 Ranks = list[dict[str, Any]]
 results: dict[int, Ranks] = {}
@@ -32,9 +33,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def over(*chosen: str) -> pytest.MarkDecorator:
     """A test for each number of ranks, strategy and case of these names that `CASES` has."""
     rows = [
-        pytest.param(
-            world, strategy, name, id=f"{world} ranks-{strategy}-{name}", marks=[pytest.mark.slow] * (world > 2)
-        )
+        pytest.param(world, strategy, name, id=f"{world} ranks-{strategy}-{name}")
         for world, by_strategy in CASES.items()
         for strategy, names in by_strategy.items()
         for name in names

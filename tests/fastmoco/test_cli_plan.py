@@ -21,9 +21,14 @@ def test_json_names_everything_and_holds_together(capsys: pytest.CaptureFixture[
     settings = [(row["checkpointing"], row["state_over"]) for row in found["settings"]]
     assert settings == [(how, shards) for shards in (1, 2) for how in ("none", "selective", "full")]
     by_setting = dict(zip(settings, found["settings"], strict=True))
-    assert by_setting["none", 1]["state_bytes"]["total"] == 2 * by_setting["none", 2]["state_bytes"]["total"]
+    whole_state, shards = (by_setting["none", share]["state_bytes"] for share in (1, 2))
+    assert whole_state["optimizer"] == 2 * shards["optimizer"]
+    assert whole_state["in_flight"] == 0 < shards["in_flight"]
+    assert whole_state["total"] / 2 + shards["in_flight"] < shards["total"] < whole_state["total"]
     for row in found["settings"]:
-        assert row["largest_batch_in_chunks"] >= row["largest_batch_whole"] > 0
+        whole, in_chunks = row["largest_batch_whole"], row["largest_batch_in_chunks"]
+        # chunks of shards hold the trunk's gradients whole, which so small a memory feels
+        assert in_chunks >= (whole if row["state_over"] == 1 else 0.9 * whole) > 0
         assert row["fits"]
     whole = [by_setting[how, 1]["largest_batch_whole"] for how in ("none", "selective", "full")]
     assert whole == sorted(whole)

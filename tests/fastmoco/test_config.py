@@ -42,7 +42,7 @@ def test_a_wrong_recipe_name_gets_the_nearest():
     ("build", "text"),
     [
         (lambda: ModelConfig(image_size=100), r"image_size=100: must be a multiple of patch_size=16"),
-        (lambda: ModelConfig(architecture="vit_huge"), "architecture='vit_huge'"),
+        (lambda: ModelConfig(architecture="vit_giant"), "architecture='vit_giant'"),
         (lambda: ObjectiveConfig(temperature=0), "temperature=0: must be positive"),
         (lambda: ObjectiveConfig(ema_momentum=1.1), "ema_momentum=1.1"),
         (lambda: OptimConfig(lr=-1), "lr=-1"),

@@ -9,11 +9,12 @@ from unittest import mock
 import pytest
 import torch
 
-from fastmoco import setup_run
+from fastmoco import setup_run, training_state
 from fastmoco.config import BatchConfig, Config, ModelConfig
 from fastmoco.config_json import differences, from_json, to_json
 from fastmoco.distributed.mesh import World
 from fastmoco.gradients import Gradients, choose_plan
+from fastmoco.planner import HEADROOM
 from fastmoco.recipes import quickstart_digits, with_image_size
 from fastmoco.run_folder import RunFolder
 from fastmoco.trainer import Trainer
@@ -56,6 +57,43 @@ def test_the_bound_of_a_small_step_is_one() -> None:
     config = _config()
     objective = setup_run.build_objective(config, WORLD.device)
     assert whole_bytes(measure_costs(config, "fp32", attention="explicit"), 256) < _at_most(config, objective, 256)
+
+
+def test_a_copy_for_saves_in_the_background_lies_in_the_same_memory_on_a_cpu() -> None:
+    config = _config()
+    copies = {}
+    for background in (True, False):
+        chosen = replace(config, checkpoint=replace(config.checkpoint, async_save=background))
+        with mock.patch("fastmoco.gradients.plan_step") as plan_step:
+            _plan(chosen, 100e6)
+        copies[background] = plan_step.call_args.kwargs["budget"]
+    objective = setup_run.build_objective(config, WORLD.device)
+    trained = sum(p.nbytes for p in objective.parameters() if p.requires_grad)
+    everything = sum(p.nbytes for p in objective.parameters())
+    assert copies[False] - copies[True] == everything + 2 * trained
+    assert copies[False] == 100e6 * HEADROOM - 3 * trained  # gradient and moments; the weights are there already
+
+
+def test_where_a_run_continues_memory_is_looked_at_before_the_optimizer_is_there(small_run, tmp_path) -> None:
+    """Its state is subtracted from what is free then: it must not be missing there already."""
+    first = Trainer.build(small_run, tmp_path, WORLD)
+    try:
+        first.run(max_steps=3)
+        first._save(force=True)
+    finally:
+        first.close()
+    calls = mock.Mock()
+    calls.free_bytes.return_value = 10**10
+    calls.restore.side_effect = training_state.restore
+    calls.build_optimizer.side_effect = setup_run.build_optimizer
+    with (
+        mock.patch("fastmoco.gradients.free_bytes", calls.free_bytes),
+        mock.patch("fastmoco.training_state.restore", calls.restore),
+        mock.patch("fastmoco.setup_run.build_optimizer", calls.build_optimizer),
+        mock.patch("fastmoco.checkpoint.Checkpoint.tensors", None),  # nobody reads them whole
+    ):
+        Trainer.build(small_run, tmp_path, WORLD).close()
+    assert [name for name, _, _ in calls.mock_calls] == ["free_bytes", "build_optimizer", "restore"]
 
 
 def test_none_and_numbers_are_taken_as_given() -> None:

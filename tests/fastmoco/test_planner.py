@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 from fastmoco.free_memory import free_bytes
-from fastmoco.planner import busy_chunk, chunked_bytes, largest_batch, plan_step, state_bytes, whole_bytes
-from fastmoco.step_costs import Line, StepCosts
+from fastmoco.planner import busy_chunk, chunked_bytes, largest_batch, plan_step, sharded, state_bytes, whole_bytes
+from fastmoco.step_costs import Line, StepCosts, Units
 
 COSTS = StepCosts(
     trainable=100,
@@ -26,6 +27,7 @@ COSTS = StepCosts(
     query_flops=25.0,
     recompute_flops=0.0,
     step_flops=100.0,
+    units=Units(0, 0, 0, 0, 0, 4),
 )
 TOKENS = 197
 
@@ -82,6 +84,20 @@ def test_state_is_shared_over_shards() -> None:
     whole = state_bytes(COSTS, "adamw", 4)
     assert (whole.parameters, whole.gradients, whole.optimizer) == (720, 400, 800)
     assert state_bytes(COSTS, "adamw", 4, shards=8).total == whole.total / 8
+    units = Units(block=10, largest=30, trunk=40, heads=50, frozen=20, bytes=2)
+    shards = state_bytes(replace(COSTS, units=units), "adamw", 4, shards=8)
+    assert (shards.parameters, shards.gradients, shards.optimizer) == ((160 / 8 + 20) * 4, 50, 100)
+    assert shards.in_flight == (10 + 30) * (2 + 4)  # a unit and its gradient, summed in float32; the next, the last
+
+
+def test_a_sharded_step_copies_no_weights_and_piles_gradients_up_in_chunks() -> None:
+    units = Units(block=10, largest=30, trunk=20, heads=30, frozen=20, bytes=2)
+    half = sharded(replace(COSTS, units=units), 4)
+    assert (half.graph.fixed, half.train.fixed, half.forward.fixed, half.heads.fixed) == (10, 20, 0, 10)
+    single = sharded(replace(COSTS, units=units._replace(bytes=4)), 4)
+    assert single == replace(COSTS, units=units._replace(bytes=4), piled_bytes=80.0)
+    assert chunked_bytes(single, 100, 8) == chunked_bytes(COSTS, 100, 8) + 80
+    assert whole_bytes(single, 100) == whole_bytes(COSTS, 100)
     assert state_bytes(COSTS, "lars", 4).optimizer == 400
 
 
@@ -146,6 +162,22 @@ def test_a_limit_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     where = _machine(tmp_path, 1000, "0::/\n", {})
     (tmp_path / "cgroup" / "memory.max").mkdir(parents=True)
     assert free_bytes(torch.device("cpu"), **where) == 1024_000
+
+
+def test_a_system_without_proc_is_asked_for_its_pages_or_refused_with_the_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As macOS, which says how much there is, and not how much is free."""
+    nowhere = {"proc": tmp_path / "proc", "cgroups": tmp_path / "cgroup"}
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 16384}.__getitem__)
+    assert free_bytes(torch.device("cpu"), **nowhere) == 500 * 16384
+
+    def unknown(name: str) -> int:
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(os, "sysconf", unknown)
+    with pytest.raises(ValueError, match=r"set --batch\.chunk to a number of images, or to none"):
+        free_bytes(torch.device("cpu"), **nowhere)
 
 
 def test_this_machine_has_some() -> None:

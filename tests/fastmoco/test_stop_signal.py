@@ -76,10 +76,13 @@ with StopSignal(pulse, folder), pulse.inside("data", 600.0) if "data" in sys.arg
 def blocked(seconds: float, out: Path, *how: str) -> subprocess.Popen[str]:
     """A process whose main thread comes to no handler: in its first step, its ``second``, or the wait for its first ``data``."""
     command = [sys.executable, "-c", BLOCKED, str(seconds), str(out), *how]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "blocked\n"
-    return process
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until_blocked(*processes: subprocess.Popen[str]) -> None:
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "blocked\n"
 
 
 def test_a_blocked_process_ends_at_the_deadline_of_the_first_signal_or_at_once_at_a_second(
@@ -88,6 +91,7 @@ def test_a_blocked_process_ends_at_the_deadline_of_the_first_signal_or_at_once_a
     """T05 and T06: the two wait beside each other."""
     once, twice = (blocked(seconds, tmp_path / str(seconds), "holds", "second") for seconds in (3.0, 600.0))
     try:
+        wait_until_blocked(once, twice)
         began = time.monotonic()
         for process in (once, twice):
             process.send_signal(signal.SIGTERM)
@@ -106,11 +110,13 @@ def test_a_blocked_process_ends_at_the_deadline_of_the_first_signal_or_at_once_a
         twice.kill()
 
 
+@pytest.mark.slow
 def test_before_the_first_step_is_done_a_signal_stops_a_run_that_has_nothing_to_save(tmp_path: Path) -> None:
     """Only the process that holds the folder leaves the mark; the others end as it does."""
     how = {"step": ["holds"], "data": ["holds", "data"], "peer": [], "twice": ["holds"]}
     runs = {name: blocked(3.0 if name != "twice" else 600.0, tmp_path / name, *words) for name, words in how.items()}
     try:
+        wait_until_blocked(*runs.values())
         for process in runs.values():
             process.send_signal(signal.SIGUSR1)
         for name in ("step", "data", "peer"):
@@ -152,11 +158,15 @@ def test_a_peer_that_ends_first_before_the_first_step_is_no_failure(
             pass
     stopped = signalled and lost and steps == 0
     error = RuntimeError("Connection closed by peer") if lost else ValueError("a mistake")
-    with group_of_one(), pytest.raises(SystemExit if stopped else type(error)) as ended:  # noqa: SIM117
+
+    def run() -> None:
         with StopSignal(pulse, folder), pulse.step():
             if signalled:
                 os.kill(os.getpid(), signal.SIGTERM)
             raise error
+
+    with group_of_one(), pytest.raises(SystemExit if stopped else type(error)) as ended:
+        run()
     assert (tmp_path / "PREEMPTED").exists() == stopped
     assert not stopped or ended.value.code == 75  # type: ignore[union-attr]
 

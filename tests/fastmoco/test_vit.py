@@ -15,6 +15,8 @@ from fastmoco.models import (
     VisionTransformer,
     sincos_positions,
     vit_conv_small,
+    vit_huge,
+    vit_large,
     vit_micro,
     vit_small,
     vit_tiny,
@@ -153,6 +155,14 @@ def test_uniform_draws_stay_within_their_analytic_bounds(build: Callable[[], Vis
 def test_trunk_sizes(build: Callable[[], VisionTransformer], count: int) -> None:
     with torch.device("meta"):
         assert sum(p.numel() for p in build().parameters()) == count
+
+
+# 304 M and 632 M as usually given: with a classifier of 1000 classes; ViT-H has patches of 14 pixels there.
+@pytest.mark.parametrize(("build", "count"), [(vit_large, 304_326_632), (vit_huge, 632_045_800)])
+def test_large_trunks_have_the_published_sizes(build: Callable[[], VisionTransformer], count: int) -> None:
+    with torch.device("meta"):
+        encoder = build()
+    assert sum(p.numel() for p in encoder.parameters()) + 1000 * (encoder.embed_dim + 1) == count
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))

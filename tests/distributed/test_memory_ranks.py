@@ -1,0 +1,36 @@
+"""What two ranks under FSDP2 take is what `fastmoco plan` says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from fastmoco.planner import chunked_bytes, sharded, state_bytes, whole_bytes
+from fastmoco.step_costs import measure_costs
+from tests.distributed.run_memory import IMAGES, config_of
+from tests.distributed.test_ranks import launch
+
+RANKS = 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IMAGES)
+def test_the_peak_of_a_real_sharded_step_is_the_planned_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for habit in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.setenv(habit, "65536")
+    config, images = config_of(name), IMAGES[name]
+    costs = measure_costs(config, config.precision)
+    state = state_bytes(costs, "adamw", 4, shards=RANKS)
+    costs = sharded(costs, 4)
+    if isinstance(config.batch.chunk, int):
+        step = chunked_bytes(costs, images, config.batch.chunk, config.batch.chunk, RANKS)
+    else:
+        step = whole_bytes(costs, images, RANKS)
+    planned = state.parameters + state.gradients + state.in_flight + step  # there is no optimizer
+    assert planned - state.in_flight < 0.97 * planned
+    for rank in launch(RANKS, tmp_path, name, module="tests.distributed.run_memory"):
+        assert cast("dict[str, int]", rank[name])["peak"] == pytest.approx(planned, rel=0.15)

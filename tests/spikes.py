@@ -1,0 +1,60 @@
+"""A small run of synthetic images, and gradient spikes in chosen steps of a run, which come again when it is continued."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed.tensor import DTensor
+
+from fastmoco.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig
+from fastmoco.config_faults import FaultConfig
+from fastmoco.objectives import MoCoV3Output
+from fastmoco.trainer import Trainer
+from fastmoco_pipelines import TwoViewBatch
+from fastmoco_pipelines.spec import ViewSpec
+
+EVERY, SPIKE, LOGGED, TOTAL = 4, 26, 27, 30
+"""Saved are steps 4, 8, ...; every third is logged, so the spike of step 26 is seen behind step 27, and 24 is gone back to.
+The median needs 20 steps before it may call a norm a spike."""
+ROLLING = Config(
+    epochs=TOTAL / (1_281_167 // 16),
+    global_batch_size=16,
+    precision="fp64",
+    threads=1,
+    log_every_steps=3,
+    model=ModelConfig(architecture="vit_nano", image_size=8, patch_size=2, hidden_dim=32, projection_dim=8),
+    data=DataConfig(synthetic=True, view1=ViewSpec(size=8), view2=ViewSpec(size=8)),
+    optim=OptimConfig(warmup_epochs=0, lr=1e-2, fused_backend="fastmoco"),
+    checkpoint=CheckpointConfig(every_steps=EVERY, every_minutes=1e6),
+    faults=FaultConfig(rollback_spike=10),
+)
+
+
+def spike(trainer: Trainer, *numbers: int, factor: float = 1e4) -> Trainer:
+    """Make the gradients of the steps of these numbers (the first is 1) so many times as long, on this rank's part of them."""
+    plain = trainer.step
+
+    def step(batch: TwoViewBatch, *, inspect: Callable[[], None] | None = None) -> MoCoV3Output:
+        def spoil() -> None:
+            for parameter in trainer.objective.parameters():
+                if batch.step + 1 in numbers and parameter.grad is not None:
+                    grad: Any = parameter.grad
+                    (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(factor)
+            if inspect is not None:
+                inspect()
+
+        return plain(batch, inspect=spoil)
+
+    trainer.step = step  # type: ignore[method-assign]
+    return trainer
+
+
+def skip(trainer: Trainer, first: int, last: int) -> None:
+    """The run as if steps ``first`` to ``last`` had never been: what a rollback is measured by."""
+    for number in range(1, TOTAL + 1):
+        batch = trainer.loader.next()
+        if first <= number <= last:
+            trainer.step_count += 1
+        else:
+            trainer.step(batch)
