@@ -197,7 +197,15 @@ def _plan(args: list[str]) -> int:
 
 def _train(args: list[str]) -> int:
     """Pre-train from a recipe; the same command again continues."""
-    parsed = _parse_config(TrainArguments, "train", args)
+    try:
+        parsed = _parse_config(TrainArguments, "train", args)
+    except SystemExit:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise
+        from fastmoco.restarts import refusals_are_final
+
+        with refusals_are_final():  # torchrun would start the same words again
+            raise
     if parsed is None:
         return EXIT_REFUSED
     if parsed.gpus:

@@ -87,12 +87,14 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
     by_setting = {
         setting: measure_costs(config, precision, attention=attention, recompute=setting) for setting in settings
     }
+    plain = by_setting["none"]
+    shared = _shared_by(config, plain, gpus, memory)
     rows = [
         _row(config, costs, setting, gpus, memory * HEADROOM, shards)
-        for shards in ((1, gpus) if gpus > 1 else (1,))
+        for shards in sorted({1, shared, gpus})
         for setting, costs in by_setting.items()
     ]
-    plain = by_setting["none"]
+    asked = (config.model.checkpointing, shared)
     return {
         "recipe": config.recipe,
         "gpus": gpus,
@@ -107,8 +109,18 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
         "flops_per_step": plain.step_flops * config.global_batch_size,
         "couples_samples": plain.couples_samples,
         "settings": rows,
-        "chosen": next(row for row in rows if row["checkpointing"] == config.model.checkpointing),
+        "chosen": next(row for row in rows if (row["checkpointing"], row["state_over"]) == asked),
     }
+
+
+def _shared_by(config: Config, costs: StepCosts, gpus: int, memory: int) -> int:
+    """GPUs that share a copy of the state as ``parallel.strategy`` has it, on one machine (`choose_strategy`)."""
+    from fastmoco.distributed.parallelize import STATE_SHARE
+
+    if config.parallel.strategy == "auto":
+        state = (costs.parameters + 3 * costs.trainable) * (8 if config.precision == "fp64" else 4)
+        return gpus if config.device != "cpu" and state > STATE_SHARE * memory else 1
+    return {"ddp": 1, "fsdp": gpus, "hsdp": config.parallel.shard_size or gpus}[config.parallel.strategy]
 
 
 def _row(config: Config, costs: StepCosts, setting: str, gpus: int, usable: float, shards: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class ModelConfig:
     """The encoder and its heads (Chen, Xie, He 2021, section 4)."""
 
     architecture: Architecture = "vit_small"
-    """Encoder; ViT-S has 12 heads as in the paper, not DeiT's 6."""
+    """Encoder; ViT-S has 12 heads as in the paper, not DeiT's 6. ViT-H as published needs ``patch_size`` 14."""
     image_size: int = 224
     """Height and width of a view in pixels; both views and the evaluation crop are cut to it."""
     patch_size: int = 16

@@ -18,7 +18,8 @@ from fastmoco.errors import ASKED_TO_END, EXIT_FAILED, EXIT_FINISHED, EXIT_REFUS
 
 MAX_RESTARTS = 3
 SAVE_SECONDS = 600
-"""What workers get between a signal and SIGKILL; torchrun's own 30 s are less than a large checkpoint needs."""
+"""What workers get between a signal and SIGKILL; torchrun's own 30 s are less than a large checkpoint needs, and all there
+is in torch 2.11, whose agent has no such setting."""
 
 
 def launch_command(processes: int, args: Sequence[str], logs: str) -> list[str]:

@@ -29,7 +29,7 @@ def require_progress(folder: RunFolder, step: int) -> None:
         step: of the checkpoint that this start would go on from.
 
     Raises:
-        RunError: if the launcher has tried often enough; torchrun, where it is the parent, is told to end.
+        RunError: if the launcher has tried often enough; within `refusals_are_final` torchrun then ends too.
     """
     launch = _launch()
     before = _read(folder.starts)
@@ -38,7 +38,6 @@ def require_progress(folder: RunFolder, step: int) -> None:
     folder.write_starts({"launch": launch, "step": step, "starts": starts})
     if starts <= MOST_STARTS:
         return
-    _end_launcher("no progress over several starts")
     raise RunError(
         f"{MOST_STARTS} starts from step {step} came to no new checkpoint, so this one is not tried: the first error in the "
         f"log names the cause. The same command by hand tries again; --checkpoint.every-minutes saves more often"
@@ -75,16 +74,20 @@ def refusals_are_final() -> Iterator[None]:
         yield
     except SystemExit as refusal:
         if refusal.code == EXIT_REFUSED and not isinstance(refusal.__cause__, PeerError):
-            _end_launcher("refused, and would be refused again")
+            # Behind the refusal's own line: torchrun's answer is to kill this process.
+            _end_launcher()
         raise
 
 
-def _end_launcher(why: str) -> None:
+def _end_launcher() -> None:
     """Ask torchrun to end: by itself it would go through all its restarts, each refused like this one.
 
-    Once a start: a second signal would break torchrun off while it waits for its workers. The first rank to come leaves a file
-    beside those that torchrun gives its workers to report errors in.
+    Not behind its last one: it ends then by itself, with a report that quotes the cause. Once a start: a second signal would
+    break torchrun off while it waits for its workers. The first rank to come leaves a file beside those that torchrun gives its
+    workers to report errors in.
     """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) >= int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        return
     parent = os.getppid()
     try:
         command = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
@@ -99,5 +102,5 @@ def _end_launcher(why: str) -> None:
                 (Path(report).parent.parent / ASKED_TO_END).touch(exist_ok=False)
             except OSError:
                 return
-        say(f"{why}: torchrun is asked to end")
+        say("refused, and would be refused again: torchrun is asked to end")
         os.kill(parent, signal.SIGTERM)

@@ -32,6 +32,7 @@ ALLOWABLE = (
     "objective.temperature",
     "objective.ema_momentum",
     "objective.ema_schedule",
+    "model.linears",
     "data.view1",
     "data.view2",
 )

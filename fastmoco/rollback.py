@@ -76,7 +76,7 @@ class Rollback:
         if self._factor:
             self._on_device.record(step, norms)
 
-    def after_step(self, step: int, recorder: Recorder, *, logged: bool) -> None:
+    def after_step(self, step: int, recorder: Recorder, *, logged: bool) -> bool:
         """Judge the steps since the last call that did, and go back if one of them was a spike.
 
         Args:
@@ -84,28 +84,36 @@ class Rollback:
             recorder: told of it.
             logged: whether this is a log step; only these and steps by which is saved judge, with one host sync.
 
+        Returns:
+            Whether it went back.
+
         Raises:
             RunError: after too many rollbacks without a quiet stretch.
             CheckpointError: if the checkpoints to go back to do not verify.
         """
         if not self._factor or not (logged or step % self._every == 0):
-            return
+            return False
         spike = self._judge()
         if not spike:
-            return
+            return False
         spiked = f"step {spike}: a gradient norm above {self._factor:g} times its running median"
         quiet = self._last is None or spike - self._last[0] > self._every
         row = 1 if quiet else self._row + 1
         if row > self._most:
+            # Whatever continues from inside the spike comes to know of it, and ends here again.
+            inside = self._saving.last_committed() >= spike
             raise RunError(
                 f"{spiked}, and {row - 1} rollbacks in a row did not help (faults.max_rollbacks={self._most}). "
-                "The checkpoints are from before the spike. Lower --optim.lr (with --allow optim.lr) or set "
+                + (f"Move the checkpoints from step {spike} on away; the others" if inside else "The checkpoints")
+                + " are from before the spike. Lower --optim.lr (with --allow optim.lr) or set "
                 "--optim.clip-norm (with --allow optim.clip_norm), or go on without --faults.rollback-spike"
             )
         checkpoint = self._saving.go_back(step, self._take, recorder.paused)
         if checkpoint is None:
             recorder.event(f"warning: {spiked}; no checkpoint by steps to go back to yet, the run goes on")
-            return
+            return False
+        for path, reason in checkpoint.skipped:
+            recorder.event(f"passed over {path.name}: {reason}")
         self._restart_median(checkpoint.state.get("rollback", {}))
         self._total, self._row, self._last = self._total + 1, row, (step, checkpoint.step)
         recorder.rolled_back(step, checkpoint.step)
@@ -113,6 +121,7 @@ class Rollback:
             f"warning: {spiked}; weights, twin, buffers and optimizer are those of step {checkpoint.step} again, as if steps "
             f"{checkpoint.step + 1} to {step} had never been (rollback {row} in a row, {self._total} in all)"
         )
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to hold: the history of the median, norms not judged yet, and what was rolled back."""

@@ -118,6 +118,9 @@ class Saving:
     ) -> Checkpoint | None:
         """Take the state of the newest checkpoint at a multiple of ``checkpoint.every_steps``, after the save in flight.
 
+        One with norms that were not judged when it was saved is left out: under another ``checkpoint.every_steps`` a save by
+        the clock or on a signal may stand at such a step.
+
         Args:
             before: only checkpoints of earlier steps count.
             take: puts the state in its place.
@@ -140,8 +143,13 @@ class Saving:
         every, found = self._rules.every_steps, []
         admit = self._identity.admit if self._identity is not None else lambda path, run_id: None
 
+        def newest_below(end: int) -> Checkpoint | None:
+            return load_latest(self._root, among=lambda step: step < end and step % every == 0, admit=admit)
+
         def find() -> int:
-            newest = load_latest(self._root, among=lambda step: step < before and step % every == 0, admit=admit)
+            newest = newest_below(before)
+            while newest is not None and newest.state.get("rollback", {}).get("pending"):
+                newest = newest_below(newest.step)
             found.append(newest)
             return newest.step if newest is not None else -1
 

@@ -73,6 +73,10 @@ class StepGuard:
         self._counts = torch.stack([self._counts[0] + number, row, torch.maximum(self._counts[2], row)])
         return found
 
+    def forget(self) -> None:
+        """Begin a new row of bad steps: those up to now have never been (`rollback.py`). No host sync."""
+        self._counts[1:].zero_()
+
     def report(self, step: int) -> list[str]:
         """What there is to say since the last call; one host sync.
 

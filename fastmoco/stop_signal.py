@@ -5,7 +5,9 @@ to none: a handler alone would make a process that nothing short of SIGKILL ends
 signal's number to a socket at once, from wherever the main thread is. A thread reads it, and ends a process that does not stop.
 
 Before the first step is done (it compiles and fills caches) there is nothing to save: however such a process ends, it was
-stopped as it was asked to be, and the same command goes on.
+stopped as it was asked to be, and the same command goes on. That holds if all ranks were asked. A launcher sends the same
+signal to those that are left when one has died, and that is a failure: so ranks tell each other through their store what
+they hear, and one that has died before tells nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from fastmoco.distributed.mesh import lost_a_peer
+from fastmoco.distributed.mesh import World, lost_a_peer
 from fastmoco.errors import EXIT_FAILED, EXIT_STOPPED, say
+from fastmoco.first_cause import connect
 from fastmoco.pulse import Pulse
 from fastmoco.run_folder import RunFolder
 
@@ -44,14 +47,15 @@ class StopSignal:
     Args:
         pulse: says how long the step at hand may still take after a signal; without it there is no deadline.
         folder: of the run; gets its mark if the process has to end before its first step is done.
+        world: this process among its peers; default alone.
     """
 
-    def __init__(self, pulse: Pulse | None = None, folder: RunFolder | None = None) -> None:
+    def __init__(self, pulse: Pulse | None = None, folder: RunFolder | None = None, world: World | None = None) -> None:
         self.received: str | None = None
-        self._pulse, self._folder = pulse, folder
+        self._pulse, self._folder, self._world = pulse, folder, world or World()
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
         self._received_at = 0.0
-        self._over = threading.Event()
+        self._over, self._all_asked = threading.Event(), threading.Event()
 
     def __enter__(self) -> StopSignal:
         self._ear, self._mouth = socket.socketpair()
@@ -65,13 +69,16 @@ class StopSignal:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        stopped = self.received is not None and self._unstarted() and error is not None and lost_a_peer(error)
+        # The peer may have gone before all had told what they heard.
+        stopped = stopped and self._all_asked.wait(PATIENCE_SECONDS)
         self._over.set()
+        self._thread.join()
         signal.set_wakeup_fd(self._wakeup_before)
         self._restore()
-        self._thread.join()
         self._ear.close()
         self._mouth.close()
-        if self.received is not None and self._unstarted() and error is not None and lost_a_peer(error):
+        if stopped:
             # The peer has heard the same signal, and its deadline came first: that is no failure.
             self._mark()
             say(f"{self.received}: a peer has ended; {_NOTHING_LOST}")
@@ -81,9 +88,8 @@ class StopSignal:
         if self.received is None:
             self.received, self._received_at = signal.Signals(number).name, time.monotonic()
         elif time.monotonic() - self._received_at > PATIENCE_SECONDS:
-            if self._unstarted():
-                with contextlib.suppress(OSError):
-                    self._mark()
+            if self._nothing_lost():
+                self._give_up(f"a second signal after {self.received}: ended at once", EXIT_STOPPED)
             self._restore()
             os.kill(os.getpid(), number)
 
@@ -100,6 +106,8 @@ class StopSignal:
             for number in heard:
                 if first is None:
                     first = (number, now)
+                    # A thread of its own: a store whose holder was stopped answers nobody, and the deadline must hold.
+                    threading.Thread(target=self._tell_peers, name="fastmoco-asked", daemon=True).start()
                 elif now - first[1] > PATIENCE_SECONDS and second_at is None:
                     second_at = now
             if first is None:
@@ -111,22 +119,41 @@ class StopSignal:
             if late is not None:
                 self._give_up(f"{name}: {late}", EXIT_FAILED)
 
+    def _tell_peers(self) -> None:
+        """Leave a note that this rank was asked to stop, and look for those of all others."""
+        with contextlib.suppress(RuntimeError):  # the store went down with the rank that held it
+            if self._world.world_size > 1:
+                store = connect(self._world)
+                store.set(f"asked/{self._world.rank}", "")
+                everybody = [f"asked/{rank}" for rank in range(self._world.world_size)]
+                while not store.check(everybody):
+                    if self._over.wait(_LOOK_SECONDS):
+                        return
+            self._all_asked.set()
+
     def _unstarted(self) -> bool:
         return self._pulse is not None and self._pulse.unstarted
+
+    def _nothing_lost(self) -> bool:
+        """Whether all ranks were asked to stop, this one before its first step was done. Waits for nobody."""
+        return self._unstarted() and self._all_asked.is_set()
 
     def _mark(self) -> None:
         if self._folder is not None:
             self._folder.mark("PREEMPTED")
 
     def _give_up(self, why: str, code: int) -> NoReturn:
-        """End the process: its main thread waits in a library, where no exception reaches it."""
+        """End the process at once, whatever its main thread waits for: no exception reaches it in a library."""
         try:
-            if self._unstarted():
+            if self._nothing_lost():
                 self._mark()
                 why, code = f"{why}; {_NOTHING_LOST}", EXIT_STOPPED
             else:
                 why += "; ended without saving"
             say(why)
+            if code == EXIT_STOPPED and self._world.rank > 0:
+                # srun kills all ranks behind the first that ends so: let the one that holds the folder leave its mark.
+                time.sleep(4 * _LOOK_SECONDS)
         finally:
             os._exit(code)
 

@@ -97,22 +97,24 @@ class Trainer:
         """
         threads = setup_run.share_cores(config)
         folder = RunFolder(out)
-        if world.rank == 0:
-            folder.acquire()
-        who = identify(folder, world, trust_all=trust)
-        checkpoint = load_latest(folder.checkpoints, admit=who.admit)
-        if world.rank == 0:
-            restarts.require_progress(folder, checkpoint.step if checkpoint is not None else 0)
-        resume.require_same_step(checkpoint, world)
-        loader = setup_run.build_train_loader(
-            config,
-            world,
-            threads=threads,
-            start_step=checkpoint.step if checkpoint is not None else 0,
-            shuffle_window=resume.shuffle_window(checkpoint),
-            quarantine_list=folder.quarantine,
-        )
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(folder.release)
+            if world.rank == 0:
+                folder.acquire()
+            who = identify(folder, world, trust_all=trust)
+            checkpoint = load_latest(folder.checkpoints, admit=who.admit)
+            if world.rank == 0:
+                restarts.require_progress(folder, checkpoint.step if checkpoint is not None else 0)
+            resume.require_same_step(checkpoint, world)
+            loader = setup_run.build_train_loader(
+                config,
+                world,
+                threads=threads,
+                start_step=checkpoint.step if checkpoint is not None else 0,
+                shuffle_window=resume.shuffle_window(checkpoint),
+                quarantine_list=folder.quarantine,
+            )
+            undo.callback(loader.close)
             if checkpoint is not None:
                 precision = setup_run.choose_precision(config.precision, world.device)
                 resume.require_same_run(checkpoint, config, precision, loader.digest, folder, allow)
@@ -122,10 +124,7 @@ class Trainer:
                 config=config, world=world, folder=folder, loader=loader, knn=knn, checkpoint=checkpoint, identity=who
             )
             trainer._open_records(checkpoint)
-        except BaseException:
-            loader.close()
-            folder.release()
-            raise
+            undo.pop_all()
         return trainer
 
     def _open_records(self, checkpoint: Checkpoint | None) -> None:
@@ -199,15 +198,15 @@ class Trainer:
         Returns:
             `EXIT_FINISHED`, or `EXIT_STOPPED` after a signal to stop, with the state saved.
         """
-        recorder = self.recorder
+        recorder, total = self.recorder, self.resolved.total_steps
         assert recorder is not None
-        total = self.resolved.total_steps
         last = total if max_steps is None else min(total, self.step_count + max_steps)
         if max_steps is None and self.step_count >= last:
             self.folder.mark("DONE")
             recorder.event(f"this run is finished already; its {last} steps are in {self.folder.checkpoints}")
             return EXIT_FINISHED
-        with StopSignal(self.pulse, self.folder) as stop, Watchdog(self.world, self.pulse, self.config.faults):
+        stop = StopSignal(self.pulse, self.folder, self.world)
+        with stop, Watchdog(self.world, self.pulse, self.config.faults):
             self.folder.mark(None)
             self._measure_knn(force=self.step_count == 0)
             while self.step_count < last:
@@ -217,13 +216,13 @@ class Trainer:
                     recorder.event(f"{stop.received or 'a peer was asked to stop'}: saved step {self.step_count}")
                     return EXIT_STOPPED
                 self._one_step(recorder)
-                self._measure_knn(force=self.step_count == self.resolved.total_steps)
+                self._measure_knn(force=self.step_count == total)
                 if max_steps is None:
                     self._save(force=self.step_count == last)
-        if max_steps is None:
-            self.folder.mark("DONE")
-            recorder.loader_verdict(self.loader.figures())
-            recorder.event(f"finished after {last} steps; the model is in {self.folder.checkpoints}")
+            if max_steps is None:  # while signals are still heard: what is saved to the end was not stopped
+                self.folder.mark("DONE")
+                recorder.loader_verdict(self.loader.figures())
+                recorder.event(f"finished after {last} steps; the model is in {self.folder.checkpoints}")
         return EXIT_FINISHED
 
     def _asked_to_stop(self, stop: StopSignal) -> bool:
@@ -241,7 +240,7 @@ class Trainer:
                 self._save(force=True)
             raise
         number = self.step_count + 1
-        lr, momentum = self.schedule(self.step_count)
+        lr, ema = self.schedule(self.step_count)
         self.stragglers.begin(self.loader.wait_seconds)
         with self.pulse.step():
             output = self.step(
@@ -250,12 +249,13 @@ class Trainer:
         recorder.stepped(self.loader.wait_seconds)
         if self._logs(number):
             recorder.loader(self.loader.figures())
-            recorder.log(
-                number, output.loss, output.q1, output.k2, lr=lr, ema_momentum=momentum, accuracy=output.accuracy
-            )
+            recorder.log(number, output.loss, output.q1, output.k2, lr=lr, ema_momentum=ema, accuracy=output.accuracy)
+        # Before the guard may end the run: a spike can be what made the steps behind it bad.
+        if self.rollback.after_step(number, recorder, logged=self._logs(number)):
+            self.guard.forget()
+        if self._logs(number):
             for event in (*self.stragglers.report(number), *self.guard.report(number)):
                 recorder.event(event)
-        self.rollback.after_step(number, recorder, logged=self._logs(number))
 
     def _logs(self, step: int) -> bool:
         """Whether a step is logged: every so many, the first and the last."""
@@ -273,8 +273,8 @@ class Trainer:
 
     def _save(self, *, force: bool) -> None:
         """Write a checkpoint if one is due; a forced one is on the disk, of all ranks, when this returns."""
-        assert self.recorder is not None
         recorder = self.recorder
+        assert recorder is not None
         self.saving.after_step(self.step_count, self._state, recorder.event, force=force, paused=recorder.paused)
 
     def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:

@@ -21,9 +21,9 @@ pytestmark = pytest.mark.faults
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 STUBS = {
-    # Starts the tasks, and passes on what SLURM's --signal sends to them.
+    # Starts the tasks, passes on what SLURM's --signal sends to them, and by --kill-on-bad-exit kills all behind the first.
     "srun": """#!{python}
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 command = sys.argv[1:]
 while command[0].startswith("--"):
     command.pop(0)
@@ -31,7 +31,11 @@ shared = os.environ | {{"SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "2"}}
 tasks = [subprocess.Popen(command, env=shared | {{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}}) for i in range(2)]
 signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
 open(os.environ["STUB_STATE"] + ".srun", "w").write(str(os.getpid()))
-sys.exit(max(task.wait() for task in tasks))
+while any(task.poll() is None for task in tasks) and not any(task.poll() for task in tasks):
+    time.sleep(0.01)
+for task in tasks:
+    task.kill()
+sys.exit(max(abs(task.wait()) for task in tasks))
 """,
     "scontrol": """#!{python}
 import os, sys
@@ -166,7 +170,9 @@ STUCK = """
 import os
 if "RANK" in os.environ:
     import time
-    from fastmoco import trainer
+    from fastmoco import stop_signal, trainer
+    if os.environ["RANK"] == "0":
+        stop_signal._LOOK_SECONDS = 0.7  # so its peer, which leaves no mark, is the first to give up
     def step(*args, **more):
         print("the first step", flush=True)
         time.sleep(1000)
@@ -212,6 +218,21 @@ def test_a_refusal_is_not_tried_again(words: list[str], tmp_path: Path) -> None:
         assert one.end() == 2, one.text()
         assert "is larger than the whole set of 1437 samples" in one.text()
         assert one.text().count("torchrun is asked to end") == 1
+        assert "attempts left" not in one.text()
+    finally:
+        one.close()
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_words_that_make_no_config_are_not_tried_again(words: list[str], tmp_path: Path) -> None:
+    """By torchrun itself: with `--gpus` nothing is started for them."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--max-restarts", "3"]
+    command = [sys.executable, *torchrun, "-m", "fastmoco", "train", *words, "--model.image-size", "13"]
+    one = start_command(command, tmp_path / "run")
+    try:
+        assert one.end() == 1, one.text()
+        assert one.text().count("must be a multiple of patch_size") == 1
         assert "attempts left" not in one.text()
     finally:
         one.close()

@@ -138,7 +138,7 @@ def _torchao() -> tuple[Callable[..., Any], Any]:
         if (error.name or "").partition(".")[0] != "torchao":
             raise
         raise ModuleNotFoundError(
-            "model.linears='float8' needs torchao: pip install 'fastmoco[float8]'", name="torchao"
+            "model.linears='float8' needs torchao: pip install '.[float8]' in fastmoco's source folder", name="torchao"
         ) from error
     return convert_to_float8_training, Float8LinearConfig.from_recipe_name("rowwise")
 

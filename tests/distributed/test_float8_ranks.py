@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from tests.distributed.run_float8 import CASES, run_case
 from tests.distributed.run_sharded import Case, run_steps
 from tests.distributed.test_ranks import launch
 from tests.distributed.test_sharded_ranks import distances
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 from tests.distributed.test_ranks import launch
 from tests.spikes import LOGGED
 
-pytestmark = [pytest.mark.slow, pytest.mark.faults]
+pytestmark = [pytest.mark.faults, pytest.mark.long, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,26 @@ def test_json_names_everything_and_holds_together(capsys: pytest.CaptureFixture[
     assert found["chosen"] == by_setting["none", 1]
 
 
+@pytest.mark.parametrize(
+    ("words", "shared_by"),
+    [
+        (["ddp"], 1),
+        (["fsdp"], 4),
+        (["hsdp", "--parallel.shard-size", "2"], 2),
+        (["auto"], 1),
+        (["auto", "--memory", "1MiB"], 4),
+        (["auto", "--memory", "1MiB", "--device", "cpu"], 1),
+    ],
+)
+def test_what_is_chosen_is_shared_as_the_run_would_share_it(
+    capsys: pytest.CaptureFixture[str], words: list[str], shared_by: int
+) -> None:
+    assert main(["plan", "quickstart_digits", "--gpus", "4", "--json", *SMALL, "--parallel.strategy", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["chosen"]["state_over"] == shared_by
+    assert {row["state_over"] for row in found["settings"]} == {1, shared_by, 4}
+
+
 def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["plan", "quickstart_digits", "--memory", "24GB", *SMALL, "--batch.chunk", "64", "--batch.kept", "1"]) == 0

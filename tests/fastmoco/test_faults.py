@@ -199,6 +199,25 @@ trainer.Trainer.step = die
     assert "3 starts from step 0 came to no new checkpoint" in one.text()
 
 
+def test_a_rank_that_dies_in_every_first_step_is_no_request_to_stop(run: Start, config: Config) -> None:
+    """T38: what is left of such a start hears torchrun's SIGTERM, as it would hear a person's, and has no step to lose."""
+    before = """
+def die(self, *args, **more):
+    import signal, time
+    print("<tried>", flush=True)
+    time.sleep(0.5)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1000)
+trainer.Trainer.step = die
+"""
+    one = run(config, restarts=6, before=before)
+    assert one.end() != 0
+    assert not (one.out / "PREEMPTED").exists()
+    assert one.text().count("<tried>") == 6, one.text()
+    assert "3 starts from step 0 came to no new checkpoint" in one.text()
+
+
 def test_a_set_smaller_than_a_batch_is_refused_by_every_rank(run: Start, config: Config) -> None:
     """T39. Fewer shards than ranks are no fault here: ranks share a shard (tests of two ranks train on a single one)."""
     one = run(replace(config, global_batch_size=2048))

@@ -77,6 +77,7 @@ def test_one_ranks_bad_data_ends_both(digits_copy, tmp_path):
     assert name in text[text.index("ChildFailedError") :], text  # the launcher's own report quotes it too
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_rank_that_hangs_in_a_read_ends_both(digits_copy, tmp_path):
     config, _ = digits_copy
@@ -103,6 +104,7 @@ shard_files.LocalFiles.read = hang
     assert any("reading the shards for step" in line and "train-" in line for line in lines), text
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_rank_that_is_refused_before_the_first_step_ends_both(digits_copy, tmp_path):
     config, _ = digits_copy
@@ -123,6 +125,7 @@ setup_run.build_train_loader = refuse
     assert "Connection" not in text  # rank 0 says the same, if the launcher has not ended it before it could
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_rank_that_hears_nothing_is_ended_by_its_watcher(digits_copy, tmp_path):
     """As on a GPU whose exchange waits for the lost peer: here it sleeps instead."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from fastmoco.cli import main
 from fastmoco.config import Config, ModelConfig
 from fastmoco.config_json import differences
 from fastmoco.distributed.mesh import World
+from fastmoco.errors import RunError
 from fastmoco.loading import load_run
 from fastmoco.models import ARCHITECTURES, VisionTransformer, float8, vit_micro, vit_nano
 from fastmoco.models.float8 import flop_per_byte, require_gain, require_support, use_float8_
@@ -30,6 +32,7 @@ from fastmoco.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 
 
 @pytest.fixture
@@ -49,6 +52,7 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Config]:
     return lambda: config
 
 
+@needs_torchao
 def test_a_run_saves_what_a_native_model_reads(anywhere: Callable[[], Config], tmp_path: Path) -> None:
     config = anywhere()
     trainer = Trainer.build(config, tmp_path / "run", World())
@@ -73,8 +77,14 @@ def test_a_run_saves_what_a_native_model_reads(anywhere: Callable[[], Config], t
     assert all(torch.equal(weights[n], t) for n, t in ours.state_dict().items())
     native = replace(config, model=replace(config.model, linears="native"))
     assert differences(config, native) == ["model.linears: 'float8' -> 'native'"]
+    with pytest.raises(RunError, match=r"give --allow model\.linears if you mean it"):
+        Trainer.build(native, tmp_path / "run", World())
+    other = Trainer.build(native, tmp_path / "run", World(), allow=["model.linears"])
+    other.close()
+    assert all(torch.equal(weights[n], t) for n, t in other.objective.state_dict().items())
 
 
+@needs_torchao
 def test_the_planner_counts_the_float8_step(anywhere: Callable[[], Config]) -> None:
     config = anywhere()
     native = replace(config, model=replace(config.model, linears="native"))
@@ -153,6 +163,7 @@ def test_settings_that_lose_are_refused(options: dict[str, Any], text: str) -> N
         ModelConfig(architecture="vit_large", linears="float8", **options)
 
 
+@needs_torchao
 def test_selective_checkpointing_would_compute_products_twice() -> None:
     """Why it is refused: autograd cannot stop inside of torchao's operation."""
     costs = {}
@@ -204,13 +215,14 @@ def without_torchao(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("without_torchao")
 def test_without_torchao_the_extra_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ModuleNotFoundError, match=r"needs torchao: pip install 'fastmoco\[float8\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"needs torchao: pip install '\.\[float8\]'"):
         use_float8_(vit_nano())
     words = ["plan", "vit_b16_e300_b4096", "--model.architecture", "vit_large"]
     assert exit_code([*words, "--model.linears", "float8", "--model.compile"]) == 2
     assert "needs torchao: pip install '.[float8]'" in capsys.readouterr().err
 
 
+@needs_torchao
 @pytest.mark.slow
 def test_torchao_comes_only_where_it_is_asked_for_and_says_nothing() -> None:
     script = (

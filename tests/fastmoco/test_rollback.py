@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from fastmoco.checkpoint import CheckpointError, list_checkpoints, load_checkpoi
 from fastmoco.config import Config
 from fastmoco.config_faults import FaultConfig
 from fastmoco.distributed.mesh import World
-from fastmoco.errors import EXIT_STOPPED
+from fastmoco.errors import EXIT_STOPPED, RunError
 from fastmoco.run_folder import RunFolder
 from fastmoco.trainer import Trainer
 from tests.checkpoint_content import assert_same, flip_bit
@@ -39,9 +40,11 @@ def rolling() -> Config:
     return ROLLING
 
 
-def run(config: Config, out: Path, *spikes: int, before: Callable[[Trainer, int], None] | None = None) -> int:
+def run(
+    config: Config, out: Path, *spikes: int, before: Callable[[Trainer, int], None] | None = None, **options: Any
+) -> int:
     """Train with spikes; ``before`` is called with the number of each step that is about to begin."""
-    trainer = spike(Trainer.build(config, out, WORLD), *spikes)
+    trainer = spike(Trainer.build(config, out, WORLD, **options), *spikes)
     plain = trainer.step
 
     def step(batch: Any, **more: Any) -> Any:
@@ -186,8 +189,58 @@ def test_a_spike_in_the_step_of_a_save_is_seen_before_it(rolling: Config, tmp_pa
     assert saved[24].state["rollback"]["history"] == saved[20].state["rollback"]["history"]
 
 
+def test_what_a_signal_saved_inside_a_spike_is_not_gone_back_to_under_another_rhythm(
+    rolling: Config, tmp_path: Path
+) -> None:
+    """Step 26, saved on a signal inside the spike, is a multiple of the next start's two steps; 24 is the one to go back to."""
+
+    def stop(trainer: Trainer, number: int) -> None:
+        if number == SPIKE:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert run(rolling, tmp_path, SPIKE, before=stop) == EXIT_STOPPED
+    often = replace(rolling, checkpoint=replace(rolling.checkpoint, every_steps=2))
+    assert run(often, tmp_path, SPIKE) == 0
+    assert RunFolder(tmp_path).read_metric("rolled_back_to") == [(LOGGED, 24)]
+
+
+def test_given_up_with_a_checkpoint_inside_the_spike_it_says_which_to_move_away(
+    rolling: Config, tmp_path: Path
+) -> None:
+    """Every step is saved, so that a run continued from step 26 would end again, whatever its learning rate."""
+    rules = replace(rolling.checkpoint, every_minutes=1e-9)
+    config = replace(rolling, checkpoint=rules, faults=replace(rolling.faults, max_rollbacks=0))
+    with pytest.raises(RunError, match=f"Move the checkpoints from step {SPIKE} on away") as ended:
+        run(config, tmp_path, SPIKE)
+    calmer = replace(config, optim=replace(config.optim, lr=1e-3))
+    for path in list_checkpoints(tmp_path / "checkpoints"):
+        if load_checkpoint(path).step >= SPIKE:
+            shutil.move(path, tmp_path / path.name)
+    assert "Lower --optim.lr (with --allow optim.lr)" in str(ended.value)
+    assert run(calmer, tmp_path, allow=["optim.lr"]) == 0
+
+
+def test_bad_steps_behind_a_spike_are_rolled_back_with_it(rolling: Config, tmp_path: Path) -> None:
+    """Five in a row would end the run at the log step that finds the spike before them."""
+    rules = replace(rolling.checkpoint, every_steps=8)
+    config = replace(rolling, checkpoint=rules, log_every_steps=10)
+    build = Trainer.build
+
+    def spoiled(*arguments: Any, **more: Any) -> Trainer:
+        return spike(build(*arguments, **more), 26, 27, 28, 29, 30, factor=float("nan"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "build", spoiled)
+        assert run(config, tmp_path, 25) == 0
+        assert RunFolder(tmp_path).read_metric("rolled_back_to") == [(TOTAL, 24)]
+        with pytest.raises(RunError, match="5 steps in a row up to step 30"):
+            run(replace(config, faults=FaultConfig()), tmp_path / "off", 25)
+
+
 @pytest.mark.long
-def test_a_damaged_checkpoint_is_passed_over_and_none_at_all_ends_the_run(rolling: Config, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_none_at_all_ends_the_run(
+    rolling: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rules = replace(rolling.checkpoint, keep=2, async_save=False)
 
     def spoil(*steps: int) -> Callable[[Trainer, int], None]:
@@ -200,6 +253,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_none_at_all_ends_the_run(rollin
     config = replace(rolling, checkpoint=rules)
     assert run(config, tmp_path / "1", SPIKE, before=spoil(24)) == 0
     assert RunFolder(tmp_path / "1").read_metric("rolled_back_to") == [(LOGGED, 20)]
+    assert "passed over step_00000024: " in " ".join(capsys.readouterr().out.split())
     with pytest.raises(CheckpointError, match="2 checkpoint\\(s\\) exist and none can be trusted"):
         run(config, tmp_path / "2", SPIKE, before=spoil(20, 24))
 

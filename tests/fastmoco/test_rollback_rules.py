@@ -37,7 +37,11 @@ class Fake:
 
     def go_back(self, before: int, take: Callable[[Any], None], paused: Any) -> Any:
         steps = [step for step in self.saved if step < before]
-        return SimpleNamespace(step=steps[-1], state={"rollback": self.saved[steps[-1]]}) if steps else None
+        state = {"rollback": self.saved[steps[-1]]} if steps else {}
+        return SimpleNamespace(step=steps[-1], state=state, skipped=()) if steps else None
+
+    def last_committed(self) -> int:
+        return max(self.saved, default=0)
 
     def event(self, text: str) -> None:
         self.said.append(text)
@@ -69,7 +73,8 @@ def test_too_many_without_a_quiet_stretch_end_the_run() -> None:
     assert [text for text in said if "->" in text] == ["27 -> 24", "32 -> 28"]
     assert "rollback 2 in a row, 2 in all" in said[-1]
     assert "rollback 1 in a row, 3 in all" in fake.steps(34, 42, spikes=(41,))[-1]
-    with pytest.raises(RunError, match=r"step 49: .* 2 rollbacks in a row did not help .*max_rollbacks=2.*Lower --opt"):
+    text = r"step 49: .* 2 rollbacks in a row did not help .*max_rollbacks=2\)\. The checkpoints .*Lower --opt"
+    with pytest.raises(RunError, match=text):
         fake.steps(43, 51, spikes=(45, 49))
     # Saved once more in each stretch, but without one quiet step of progress.
     fake = Fake(replace(ROLLING, faults=FaultConfig(rollback_spike=10, max_rollbacks=3)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -71,6 +72,17 @@ def test_one_id_in_the_folder_in_every_state_and_every_marker(runs: tuple[Path, 
     assert load_checkpoint(again / "checkpoints" / "step_00000006").run_id == ids[1]
 
 
+def test_the_id_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut that left config.json empty would leave a run that owns no checkpoint."""
+    flushed: list[bytes] = []
+    replaced: list[bytes] = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(Path(f"/proc/self/fd/{file}").read_bytes()))
+    plain = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (replaced.append(flushed[-1]), plain(old, new)))
+    RunFolder(tmp_path).write_config({"run_id": "0" * 14})
+    assert replaced == [(tmp_path / "config.json").read_bytes()]
+
+
 def test_the_checkpoint_of_another_run_is_refused_and_not_passed_over(
     runs: tuple[Path, Path], mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +99,8 @@ def test_the_checkpoint_of_another_run_is_refused_and_not_passed_over(
     assert "another --out" in text
     assert opened == []
     assert RunFolder(mixed).read_config()["run_id"] == ours
+    monkeypatch.undo()
+    Trainer.build(CONFIG, mixed, WORLD, trust=True).close()  # the refusal, still held here, has given the folder back
 
 
 def test_a_folder_that_holds_a_checkpoint_and_nothing_else_owns_none(runs: tuple[Path, Path], tmp_path: Path) -> None:

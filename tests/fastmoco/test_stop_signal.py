@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastmoco.config_faults import FaultConfig
+from fastmoco.distributed.mesh import World
 from fastmoco.pulse import Pulse
 from fastmoco.run_folder import RunFolder
 from fastmoco.stop_signal import PATIENCE_SECONDS, SIGNALS, StopSignal
@@ -110,6 +112,7 @@ def test_a_blocked_process_ends_at_the_deadline_of_the_first_signal_or_at_once_a
         twice.kill()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_before_the_first_step_is_done_a_signal_stops_a_run_that_has_nothing_to_save(tmp_path: Path) -> None:
     """Only the process that holds the folder leaves the mark; the others end as it does."""
@@ -169,6 +172,48 @@ def test_a_peer_that_ends_first_before_the_first_step_is_no_failure(
         run()
     assert (tmp_path / "PREEMPTED").exists() == stopped
     assert not stopped or ended.value.code == 75  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_signal_that_a_dead_peer_never_heard_is_no_request(
+    told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher ends what is left of a start in which one has died, by the signal that it passes on when asked to stop."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    if told:
+        store.set("fastmoco/this/asked/1", "")
+    store.set("fastmoco/earlier/asked/1", "")
+    folder, world = RunFolder(tmp_path), World(rank=0, world_size=2, attempt="this")
+    folder.acquire()
+
+    def run() -> None:
+        with StopSignal(Pulse(FaultConfig()), folder, world):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("Connection closed by peer")
+
+    with group_of_one(), pytest.raises(SystemExit if told else RuntimeError):
+        run()
+    assert (tmp_path / "PREEMPTED").exists() == told
+
+
+def test_a_second_signal_before_the_first_step_is_done_is_the_same_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the main thread comes to its handlers or not: test_before_the_first_step_is_done_... has the other way."""
+    folder, codes = RunFolder(tmp_path), []
+    folder.acquire()
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with StopSignal(Pulse(FaultConfig()), folder) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop._all_asked.wait(5)
+        later = time.monotonic() + PATIENCE_SECONDS + 0.1
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        with pytest.raises(KeyboardInterrupt):  # behind an end that the test has taken away
+            os.kill(os.getpid(), signal.SIGINT)
+    assert codes == [75]
+    assert (tmp_path / "PREEMPTED").exists()
 
 
 def test_a_save_that_has_begun_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from fastmoco.errors import RunError
 from fastmoco.objectives.reference import plain_forward
 from fastmoco.recipes import quickstart_digits
 from fastmoco.run_folder import RunFolder
+from fastmoco.stop_signal import StopSignal
 from fastmoco.trainer import Trainer
 
 WORLD = World()
@@ -243,3 +244,14 @@ def test_ranks_that_see_different_folders_are_refused(monkeypatch):
     monkeypatch.setattr(resume, "gather_rows", lambda rows, device: torch.tensor([int(rows[0]), 6]))
     with pytest.raises(RunError, match=r"different steps, \[0, 6\]: every rank must see the same --out"):
         resume.require_same_step(None, WORLD)
+
+
+def test_a_run_is_marked_as_finished_while_signals_are_still_heard(small_run, tmp_path, monkeypatch):
+    """One that comes as the handlers go would end the process the usual way, and leave a finished run without its mark."""
+    done = tmp_path / "run" / "DONE"
+    there = []
+    restore = StopSignal._restore
+    monkeypatch.setattr(StopSignal, "_restore", lambda self: (there.append(done.exists()), restore(self)))
+    config = replace(small_run, epochs=1, optim=replace(small_run.optim, warmup_epochs=0))
+    assert _train(config, done.parent) == 0
+    assert there == [True]
