@@ -8,7 +8,7 @@ READY := $(VENV)/.ready-$(DALI)
 
 .PHONY: quickstart test faults check kernels gpu format bench clean
 
-quickstart: $(READY)  ## train a tiny encoder on handwritten digits, about a minute
+quickstart: $(READY)  ## train a tiny encoder on handwritten digits, a few minutes
 	$(RUN)/fastmoco quickstart --out quickstart
 
 # One thread a worker: threads that wait for each other by spinning are slow beside any other job.

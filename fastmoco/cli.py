@@ -66,7 +66,7 @@ class EvalKnnArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartArguments:
-    """Pack handwritten digits, train a tiny ViT on them for about a minute, and show what it learned."""
+    """Pack handwritten digits, train a tiny ViT on them for a few minutes, and show what it learned."""
 
     out: Path = Path("quickstart")
     """Folder for shards, run and pictures."""
@@ -233,7 +233,7 @@ def _eval_knn(args: list[str]) -> int:
 
 
 def _quickstart(args: list[str]) -> int:
-    """Digits, a minute of training, pictures: see it work."""
+    """Digits, a few minutes of training, pictures: see it work."""
     parsed = tyro.cli(QuickstartArguments, prog="fastmoco quickstart", args=args)
     from fastmoco.quickstart import quickstart
 

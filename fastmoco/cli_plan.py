@@ -173,7 +173,7 @@ def _print_tables(found: dict[str, Any]) -> None:
     )
     print(
         f"{found['parameters'] / 1e6:.1f} M parameters, {found['trainable_parameters'] / 1e6:.1f} M of them trainable; "
-        f"{found['flops_per_image'] / 1e9:.1f} GFLOP an image, {found['flops_per_step'] / 1e12:.1f} TFLOP a step"
+        f"{_figure(found['flops_per_image'] / 1e9)} GFLOP an image, {_figure(found['flops_per_step'] / 1e12)} TFLOP a step"
     )
     if found["couples_samples"]:
         print(f"no chunks: {found['couples_samples']}")
@@ -200,3 +200,7 @@ def _print_tables(found: dict[str, Any]) -> None:
         "MB/img: activations of an image. batch in: chunks x images. kept: chunks that keep their activations.\n"
         "extra: FLOPs computed twice. whole, chunks: the largest batch over all GPUs at once, and in such chunks."
     )
+
+
+def _figure(value: float) -> str:
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"

@@ -178,6 +178,9 @@ class Config:
         require(
             self.data.view1.size == size, "data.view1.size", self.data.view1.size, f"must be model.image_size={size}"
         )
+        every = self.checkpoint.every_steps
+        rule = "must be set for faults.rollback_spike: a run goes back only to what was saved by steps"
+        require(self.faults.rollback_spike == 0 or every > 0, "checkpoint.every_steps", every, rule)
         small = self.knn.resize == 0 or self.knn.resize >= size
         require(small, "knn.resize", self.knn.resize, f"must be 0 or at least model.image_size={size}")
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from fastmoco.errors import ASKED_TO_END, EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, EXIT_STOPPED, RunError
+from fastmoco.errors import ASKED_TO_END, EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, EXIT_STOPPED, RunError, say
 
 MAX_RESTARTS = 3
 SAVE_SECONDS = 600
@@ -50,7 +50,8 @@ def launch(processes: int, args: Sequence[str], out: Path) -> int:
     if "RANK" in os.environ:
         raise RunError("--gpus starts the processes itself: leave it out under torchrun or srun")
     _forget(out)
-    environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS)}
+    # torchrun would take one thread too, and say so in a banner; a worker shares the cores by `--threads`, whatever stands here.
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS)}
     with tempfile.TemporaryDirectory(prefix="fastmoco_") as logs:
         # A session of its own, so that Ctrl-C reaches it once and through this process.
         agent = subprocess.Popen(launch_command(processes, args, logs), env=environment, start_new_session=True)
@@ -58,8 +59,11 @@ def launch(processes: int, args: Sequence[str], out: Path) -> int:
         refused = any(Path(logs).glob(f"*/attempt_0/{ASKED_TO_END}"))  # a later start's is a storm of restarts
     if (out / "DONE").exists():
         return EXIT_FINISHED
+    # torchrun ends in a traceback of its own, whatever the reason: the last line should say what it comes to.
     if (out / "PREEMPTED").exists():
+        say("stopped by a signal; the same command continues")
         return EXIT_STOPPED
+    say(f"{'refused' if refused else 'failed'}: the first line above that begins with 'fastmoco:' says why")
     return EXIT_REFUSED if refused else EXIT_FAILED
 
 

@@ -16,7 +16,7 @@ from fastmoco.objectives import MoCoV3
 from fastmoco.run_folder import RunFolder
 
 
-def load_run(run: Path, device: torch.device | str = "cpu") -> tuple[MoCoV3, Config, Checkpoint]:
+def load_run(run: Path | str, device: torch.device | str = "cpu") -> tuple[MoCoV3, Config, Checkpoint]:
     """The model of a run's newest checkpoint.
 
     ``objective.encoder`` is the trained encoder: in eval mode it maps [B, 3, H, W] images, normalised as ``config.data.view1``
@@ -33,7 +33,7 @@ def load_run(run: Path, device: torch.device | str = "cpu") -> tuple[MoCoV3, Con
         RunError: if the folder holds no checkpoint.
         CheckpointError: if it holds checkpoints and none verifies.
     """
-    checkpoint = load_latest(RunFolder(run).checkpoints)
+    checkpoint = load_latest(RunFolder(Path(run)).checkpoints)
     if checkpoint is None:
         raise RunError(f"{run} holds no checkpoint; is it the folder given to fastmoco train --out?")
     config = from_json(checkpoint.state["config"])

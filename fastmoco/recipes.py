@@ -62,7 +62,7 @@ def _grey_view(size: int, *, flip: float) -> ViewSpec:
 
 
 def quickstart_digits() -> Config:
-    """A tiny ViT on 8x8 handwritten digits: about a minute on two cores, no download."""
+    """A tiny ViT on 8x8 handwritten digits: a few minutes on two cores, no download."""
     model = ModelConfig(architecture="vit_nano", image_size=8, patch_size=2, projection_dim=64, hidden_dim=256)
     # Contrast about the mean taught nothing here.
     view = replace(_grey_view(8, flip=0.0), contrast=0.0)

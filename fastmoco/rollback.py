@@ -30,7 +30,6 @@ from fastmoco.errors import RunError
 from fastmoco.saving import Saving
 from fastmoco.telemetry.recorder import Recorder
 from fastmoco.telemetry.stability import GradientRecorder, SpikeDetector
-from fastmoco_pipelines.spec import require
 
 WINDOW = 100
 """Steps of the running median."""
@@ -47,9 +46,6 @@ class Rollback:
         saving: of the run, whose checkpoints it goes back to.
         take: makes the state of a checkpoint the run's, whose count of steps stays.
         state: what `state_dict` gave, of the checkpoint that the run continues from; empty for a new run.
-
-    Raises:
-        ValueError: if nothing is saved by steps.
     """
 
     def __init__(
@@ -58,12 +54,6 @@ class Rollback:
         self._saving, self._take = saving, take
         self._world, self._factor, self._most = world, config.faults.rollback_spike, config.faults.max_rollbacks
         self._every = config.checkpoint.every_steps
-        require(
-            self._factor == 0 or self._every > 0,
-            "checkpoint.every_steps",
-            self._every,
-            "must be set for faults.rollback_spike: a run goes back only to what was saved by steps",
-        )
         self._on_device = GradientRecorder()
         self._pending: list[Row] = [_row(*row) for row in state.get("pending", [])]
         self._restart_median(state)

@@ -32,11 +32,13 @@ class RunIdentity:
         run_id: 14 hexadecimal digits, drawn at the run's first start and kept in its ``config.json``.
         trusted: ids of other runs whose checkpoints it may continue from; "" stands for checkpoints without an id.
         trust_all: whether the user trusts whatever lies in the folder.
+        new: whether the id is of this start.
     """
 
     run_id: str
     trusted: tuple[str, ...] = ()
     trust_all: bool = False
+    new: bool = False
 
     def admit(self, path: Path, run_id: str) -> None:
         """Refuse a checkpoint of another run.
@@ -51,9 +53,16 @@ class RunIdentity:
         if not self.trust_all and run_id not in (self.run_id, *self.trusted):
             raise RunError(
                 f"{path / 'COMMITTED'}: this checkpoint was written by {f'run {run_id}' if run_id else 'a run without an id'}, "
-                f"and {path.parent.parent} is the folder of run {self.run_id}. If you know where it comes from, give --trust "
+                f"and {self._owner(path.parent.parent)}. If you know where it comes from, give --trust "
                 "to take it over; its SHA-256 is checked all the same. Or choose another --out"
             )
+
+    def _owner(self, folder: Path) -> str:
+        return (
+            f"{folder} has no config.json with a run's id"
+            if self.new
+            else f"{folder} is the folder of run {self.run_id}"
+        )
 
     def taking_over(self, run_id: str) -> RunIdentity:
         """The identity of a run that has continued from a checkpoint of that id, and need not be told again."""
@@ -75,10 +84,11 @@ def identify(folder: RunFolder, world: World, *, trust_all: bool) -> RunIdentity
         world: this process among its peers.
         trust_all: as for `RunIdentity`.
     """
-    saved = folder.read_config()
+    saved, new = folder.read_config(), False
     known, trusted = saved.get("run_id"), saved.get("trusted_run_ids")
     if not isinstance(known, str) or not re.fullmatch(f"[0-9a-f]{{{2 * BYTES}}}", known):
+        new = True
         known, trusted = secrets.token_hex(BYTES), [""] if "config" in saved and known is None else []
     first = int(gather_rows(torch.tensor([int(known, 16)]), world.device)[0])
     others = tuple(str(other) for other in trusted) if isinstance(trusted, list) else ()
-    return RunIdentity(run_id=f"{first:0{2 * BYTES}x}", trusted=others, trust_all=trust_all)
+    return RunIdentity(run_id=f"{first:0{2 * BYTES}x}", trusted=others, trust_all=trust_all, new=new)

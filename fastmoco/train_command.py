@@ -84,8 +84,10 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
 
 
 def _draw(folder: RunFolder, title: str) -> None:
-    """The curves as a picture, where matplotlib is installed."""
+    """The curves as a picture, where matplotlib is installed. A finished run is finished without it too."""
     try:
         draw_curves(folder.metrics, folder.curves, title=title)
     except ImportError:
         say(f"curves not drawn: pip install '.[logging]' in fastmoco's source folder for {folder.curves.name}")
+    except (ValueError, OSError) as error:
+        say(f"curves not drawn: {error}")

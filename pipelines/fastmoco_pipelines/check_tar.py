@@ -105,9 +105,7 @@ class TarCheck:
             what = (
                 f"was made for another tar ({index.tar}) or a state that this one has nothing to do with; it is ignored"
             )
-        self._fault(
-            "", "stale index", f"{index_path(self.path).name} {what}: run `fastmoco data index` on the shards again"
-        )
+        self._fault("", "stale index", f"{index_path(self.path).name} {what}: run `fastmoco data index` on the shards")
 
     def _candidates(self, content: TarContent) -> list[_Candidate]:
         path = str(self.path)
@@ -133,7 +131,7 @@ class TarCheck:
                 kind, reason = "wrong index", f"its header says another size than the index, {size[1]}x{size[0]} pixels"
         if candidate.row is None and self.fits and not kind:
             kind = "not indexed"
-            reason = "is a good image that the index does not list: run `fastmoco data index` on the shards again"
+            reason = "is a good image that the index does not list: run `fastmoco data index` on the shards"
         counted = candidate.row is not None or (not self.fits and verdict.listed)
         self.promised += counted
         self.delivered += counted and not kind

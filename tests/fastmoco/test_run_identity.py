@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastmoco.checkpoint import CheckpointError, load_checkpoint, load_latest
+from fastmoco.checkpoint import CheckpointError, load_checkpoint, load_latest, save_checkpoint
 from fastmoco.checkpoint.folder import fingerprint, marker_text
 from fastmoco.cli import main
 from fastmoco.config import Config
@@ -226,3 +226,9 @@ def test_the_command_line_says_trust(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_ranks_have_the_id_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastmoco.run_identity.gather_rows", lambda rows, device: torch.tensor([5, int(rows[0])]))
     assert identify(RunFolder(tmp_path), WORLD, trust_all=False).run_id == "00000000000005"
+
+
+def test_tensors_that_no_run_saved_are_no_run_even_if_trusted(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoints", step=3, tensors={"a": torch.zeros(2)}, state={}, keep=1)
+    with pytest.raises(RunError, match="step_00000003: no run wrote this checkpoint"):
+        Trainer.build(CONFIG, tmp_path, WORLD, trust=True)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,14 @@ from tests.checkpoint_content import group_of_one
 pytestmark = pytest.mark.faults
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def interrupts() -> Iterator[None]:
+    """Python's own answer to SIGINT, which a job in the background of a shell begins without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -56,6 +65,7 @@ def test_a_later_second_interrupt_ends_at_once(monkeypatch):
 
 BLOCKED = """
 import ctypes, sys
+from collections.abc import Iterator
 from pathlib import Path
 from fastmoco.config_faults import FaultConfig
 from fastmoco.pulse import Pulse

@@ -205,7 +205,7 @@ def test_another_precision_is_refused_even_if_auto_chose_it(small_run, whole, mo
 def test_another_number_of_threads_is_reported(small_run, whole, capsys):
     trainer = Trainer.build(replace(small_run, threads=2), whole, WORLD)
     trainer.close()
-    assert "another machine: threads 1 -> 2" in capsys.readouterr().out
+    assert "another set-up: threads 1 -> 2" in capsys.readouterr().out
 
 
 def test_a_state_that_is_not_finite_is_never_saved(small_run, tmp_path):
