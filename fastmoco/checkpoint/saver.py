@@ -16,6 +16,8 @@ from fastmoco.checkpoint.ranks import on_every_rank
 from fastmoco.checkpoint.store import JSON, save_checkpoint
 from fastmoco.errors import RunError
 
+_STAGES_ONCE = torch.__version__ < "2.13"
+"""Before, torch's stager closed itself behind its first copy, so each save takes one of its own and pins its memory anew."""
 Check: TypeAlias = Callable[[Mapping[str, Tensor]], None]
 
 
@@ -69,7 +71,7 @@ class Saver:
         A save in flight is waited for first: there is never more than one copy.
         """
         self.settle()
-        if self._stager is None:
+        if self._stager is None or _STAGES_ONCE:
             on_cuda = any(tensor.is_cuda for tensor in tensors.values())
             self._stager = DefaultStager(
                 StagingOptions(
