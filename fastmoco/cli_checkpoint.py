@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, RunError, one_line
+from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, no_checkpoint, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def verify(args: list[str]) -> int:
         # What a killed save left is ignored by every reader, so it is no fault of the run; `list` shows it.
         verdicts = [verdict for verdict in found if verdict.committed or verdict.path == options.path]
         if not verdicts:
-            raise _empty(options.path)
+            raise no_checkpoint(options.path)
     for verdict in verdicts:
         print(f"{verdict.path.name}: {verdict.fault or 'sound'}")
     return EXIT_FAILED if any(verdict.fault for verdict in verdicts) else EXIT_FINISHED
@@ -63,7 +63,7 @@ def list_all(args: list[str]) -> int:
     with one_line(EXIT_REFUSED, OSError):
         verdicts = inspect_checkpoints(options.path)
         if not verdicts:
-            raise _empty(options.path)
+            raise no_checkpoint(options.path)
     print(f"{'step':>10} {'MB':>10} {'saved at':<20} {'ranks':>5}  verdict")
     for verdict in verdicts:
         ranks = str(verdict.world_size or "?")
@@ -87,14 +87,10 @@ def consolidate(args: list[str]) -> int:
             inner = options.path / "checkpoints"
             newest = load_latest(inner if inner.is_dir() else options.path)
             if newest is None:
-                raise _empty(options.path)
+                raise no_checkpoint(options.path)
             checkpoint = newest
         for path, reason in checkpoint.skipped:
             print(f"passed over {path.name}: {reason}")
         count = write(checkpoint, options.out, encoder_only=options.encoder)
     print(f"wrote {count} tensors of step {checkpoint.step} to {options.out}")
     return EXIT_FINISHED
-
-
-def _empty(path: Path) -> RunError:
-    return RunError(f"{path} holds no checkpoint; is it the folder given to fastmoco train --out?")

@@ -116,18 +116,24 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
 def _shared_by(config: Config, costs: StepCosts, gpus: int, memory: int) -> int:
     """GPUs that share a copy of the state as ``parallel.strategy`` has it, on one machine (`choose_strategy`)."""
     from fastmoco.distributed.parallelize import STATE_SHARE
+    from fastmoco.planner import state_bytes
 
     if config.parallel.strategy == "auto":
-        state = (costs.parameters + 3 * costs.trainable) * (8 if config.precision == "fp64" else 4)
+        state = state_bytes(costs, "adamw", _element(config)).total  # with two moments, as there
         return gpus if config.device != "cpu" and state > STATE_SHARE * memory else 1
     return {"ddp": 1, "fsdp": gpus, "hsdp": config.parallel.shard_size or gpus}[config.parallel.strategy]
+
+
+def _element(config: Config) -> int:
+    """Bytes of a number of the state."""
+    return 8 if config.precision == "fp64" else 4
 
 
 def _row(config: Config, costs: StepCosts, setting: str, gpus: int, usable: float, shards: int) -> dict[str, Any]:
     """One way to train, with the plan for the recipe's batch and the batches at which it ends."""
     from fastmoco.planner import busy_chunk, largest_batch, plan_step, sharded, state_bytes
 
-    element = 8 if config.precision == "fp64" else 4
+    element = _element(config)
     state = state_bytes(costs, config.optim.name, element, shards=shards)
     costs = sharded(costs, element) if shards > 1 else costs
     budget = usable - state.total

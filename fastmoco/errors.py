@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
@@ -48,6 +49,11 @@ def one_line(code: int, *mendable: type[Exception]) -> Iterator[None]:
     except known as error:
         say(str(error))
         raise SystemExit(code) from error
+
+
+def no_checkpoint(path: Path | str) -> RunError:
+    """The error of who looks for a run where there is none."""
+    return RunError(f"{path} holds no checkpoint; is it the folder given to fastmoco train --out?")
 
 
 def say(text: str) -> None:

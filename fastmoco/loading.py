@@ -11,7 +11,7 @@ from fastmoco import setup_run, training_state
 from fastmoco.checkpoint import Checkpoint, load_latest
 from fastmoco.config import Config
 from fastmoco.config_json import from_json
-from fastmoco.errors import RunError
+from fastmoco.errors import no_checkpoint
 from fastmoco.objectives import MoCoV3
 from fastmoco.run_folder import RunFolder
 
@@ -35,7 +35,7 @@ def load_run(run: Path | str, device: torch.device | str = "cpu") -> tuple[MoCoV
     """
     checkpoint = load_latest(RunFolder(Path(run)).checkpoints)
     if checkpoint is None:
-        raise RunError(f"{run} holds no checkpoint; is it the folder given to fastmoco train --out?")
+        raise no_checkpoint(run)
     config = from_json(checkpoint.state["config"])
     # What a run trained with may not run on this device: all backends of attention agree to rounding, and float8 is one.
     anywhere = replace(config, model=replace(config.model, attention="auto", linears="native"))

@@ -66,13 +66,16 @@ def announce(
         report(f"another set-up: {', '.join(changed)}; losses agree to rounding, not bit for bit")
 
 
-def require_same_step(checkpoint: Checkpoint | None, world: World) -> None:
-    """Refuse a checkpoint that no run wrote, and ranks that would continue from different steps, as on machines that do not
-    share ``out``."""
+def require_run(checkpoint: Checkpoint | None) -> None:
+    """Refuse a checkpoint that holds tensors and no run."""
     if checkpoint is not None and not {"config", "resolved", "data"} <= checkpoint.state.keys():
         raise RunError(
             f"{checkpoint.path}: no run wrote this checkpoint, so none can be continued from it; move it away"
         )
+
+
+def require_same_step(checkpoint: Checkpoint | None, world: World) -> None:
+    """Refuse ranks that would continue from different steps, as on machines that do not share ``out``."""
     step = checkpoint.step if checkpoint is not None else 0
     steps = gather_rows(torch.tensor([step]), world.device).tolist()
     if len(set(steps)) > 1:

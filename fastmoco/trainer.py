@@ -105,6 +105,7 @@ class Trainer:
             checkpoint = load_latest(folder.checkpoints, admit=who.admit)
             if world.rank == 0:
                 restarts.require_progress(folder, checkpoint.step if checkpoint is not None else 0)
+            resume.require_run(checkpoint)
             resume.require_same_step(checkpoint, world)
             loader = setup_run.build_train_loader(
                 config,

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch.distributed.tensor import DTensor
 
-from fastmoco.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig
+from fastmoco.config import CheckpointConfig
 from fastmoco.config_faults import FaultConfig
 from fastmoco.objectives import MoCoV3Output
 from fastmoco.trainer import Trainer
 from fastmoco_pipelines import TwoViewBatch
-from fastmoco_pipelines.spec import ViewSpec
+from tests.distributed.run_trainer import CONFIG
 
 EVERY, SPIKE, LOGGED, TOTAL = 4, 26, 27, 30
 """Saved are steps 4, 8, ...; every third is logged, so the spike of step 26 is seen behind step 27, and 24 is gone back to.
 The median needs 20 steps before it may call a norm a spike."""
-ROLLING = Config(
+ROLLING = replace(
+    CONFIG,
     epochs=TOTAL / (1_281_167 // 16),
-    global_batch_size=16,
-    precision="fp64",
-    threads=1,
     log_every_steps=3,
-    model=ModelConfig(architecture="vit_nano", image_size=8, patch_size=2, hidden_dim=32, projection_dim=8),
-    data=DataConfig(synthetic=True, view1=ViewSpec(size=8), view2=ViewSpec(size=8)),
-    optim=OptimConfig(warmup_epochs=0, lr=1e-2, fused_backend="fastmoco"),
+    optim=replace(CONFIG.optim, fused_backend="fastmoco"),
     checkpoint=CheckpointConfig(every_steps=EVERY, every_minutes=1e6),
     faults=FaultConfig(rollback_spike=10),
 )
