@@ -25,9 +25,11 @@ from torch.utils.dlpack import from_dlpack
 from fastmoco_kernels.cut_views.native import native_library
 from fastmoco_pipelines.arguments import named_inputs
 from fastmoco_pipelines.dali_engine import DecodeError, Engine
-from fastmoco_pipelines.dali_graph import Device, central_part, cut_view, decode, normalise
+from fastmoco_pipelines.dali_graph import Device, central_part, cut_view, decode
+from fastmoco_pipelines.dali_graph import normalise as normalise_in_graph
 from fastmoco_pipelines.draws import ViewDraws
 from fastmoco_pipelines.exact_color import exact_color, exact_views
+from fastmoco_pipelines.levels import normalise
 from fastmoco_pipelines.spec import EvalSpec, ViewSpec, require
 
 __all__ = ["DecodeError", "EvalPipeline", "ViewPipeline"]
@@ -79,8 +81,10 @@ class ViewPipeline:
         def graph() -> Any:
             images = decode(device)
             named = ((view1, "view1_"), (view2, "view2_"))
+            # On a GPU DALI would round the normalisation otherwise than on a CPU: there `normalise` does it.
+            as_levels = view_dtype == "uint8" or device == "gpu"
             views = [
-                cut_view(images, view, device, prefix, as_levels=view_dtype == "uint8")
+                cut_view(images, view, device, prefix, as_levels=as_levels)
                 for view, prefix in named
                 if not self._cut_here(view)
             ]
@@ -155,7 +159,7 @@ class ViewPipeline:
         tensor = from_dlpack(output.as_tensor())
         if view.color == "exact":
             return exact_color(tensor, view, draws, dtype=self._dtype)
-        return _owned(tensor)
+        return _owned(tensor) if tensor.dtype == self._dtype else normalise(tensor, view)
 
 
 def _owned(tensor: Tensor) -> Tensor:
@@ -180,7 +184,7 @@ class EvalPipeline:
         self, spec: EvalSpec, *, batch_size: int, threads: int = 2, device: Device = "cpu", device_id: int | None = None
     ) -> None:
         def graph() -> Any:
-            return normalise(central_part(decode(device), spec), spec)
+            return normalise_in_graph(central_part(decode(device), spec), spec)
 
         self._engine = Engine(graph, batch_size=batch_size, threads=threads, device=device, device_id=device_id)
 
@@ -191,4 +195,6 @@ class EvalPipeline:
             DecodeError: if DALI cannot decode an image. The next run works again.
             ValueError: if the batch is empty or too large.
         """
-        return self._engine.run(encoded, lambda _: {}, lambda outputs, _: [_owned(from_dlpack(outputs[0].as_tensor()))])[0]
+        return self._engine.run(
+            encoded, lambda _: {}, lambda outputs, _: [_owned(from_dlpack(outputs[0].as_tensor()))]
+        )[0]

@@ -30,30 +30,30 @@ def normalise(view: Tensor, spec: ViewSpec, *, dtype: torch.dtype = torch.float3
     Raises:
         ValueError: for a view of another type or number of channels.
 
-    Numerics: equal to the loader's float32 views to the bit, as each ``color`` rounds: ``exact`` a product and then a sum,
-        both in float32; ``dali`` one fused multiply-add, as DALI does (on a CPU that is tested; its kernels for GPUs say
-        the same). Where torch.compile fuses the product and the sum of ``exact``, the last bit may differ.
-    Memory and cost: the result; with ``color="dali"`` twice that meanwhile.
+    Numerics: equal to the loader's float32 views to the bit, on every device. Two operations in float32, each rounded:
+        ``exact`` multiplies and adds, ``dali`` subtracts and multiplies, as DALI does on a CPU. Where torch.compile fuses a
+        product and a sum, the last bit may differ.
+    Memory and cost: the result, written, read and written again.
     """
     if view.dtype != torch.uint8 or view.dim() != 4 or view.shape[1] != 3:
         raise ValueError(f"normalise: the view is {view.dtype} {tuple(view.shape)}; needs uint8 [B, 3, H, W]")
     # A graph that is being traced must not leave its tensors in the cache.
     plain = type(view) is Tensor and not torch.compiler.is_compiling()
-    scale, shift = (_factors if plain else _factors.__wrapped__)(spec.mean, spec.std, spec.color, view.device)
-    # A product of 8 and 24 bits and its sum are exact in float64: rounded once, they are a fused multiply-add in float32.
-    return (view * scale).add_(shift).to(torch.float32).to(dtype)
+    first, second = (_numbers if plain else _numbers.__wrapped__)(
+        tuple(spec.mean), tuple(spec.std), spec.color, view.device
+    )
+    result = (view * first).add_(second) if spec.color == "exact" else (view - first).mul_(second)
+    return result.to(dtype)
 
 
 @functools.cache
-def _factors(
+def _numbers(
     mean: tuple[float, ...], std: tuple[float, ...], color: str, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """[3, 1, 1], factor of a level and summand: float32 values, in float64 where product and sum are rounded together."""
+    """[3, 1, 1] float32 each: factor of a level and summand, or the mean and one over the deviation, in levels."""
     if color == "exact":
-        scale, shift = (torch.tensor(x, dtype=torch.float32) for x in level_factors(mean, std))
+        first, second = (torch.tensor(x, dtype=torch.float32) for x in level_factors(mean, std))
     else:
-        deviation = torch.tensor([255 * s for s in std], dtype=torch.float32)
-        scale = torch.ones_like(deviation) / deviation
-        shift = (-torch.tensor([255 * m for m in mean], dtype=torch.float32) * scale).double()
-        scale = scale.double()
-    return scale[:, None, None].to(device), shift[:, None, None].to(device)
+        first, second = (torch.tensor([255 * x for x in numbers], dtype=torch.float32) for numbers in (mean, std))
+        second = torch.ones_like(second) / second
+    return first[:, None, None].to(device), second[:, None, None].to(device)

@@ -281,7 +281,9 @@ class Source:
                 self.clock.within(DECODE, AUGMENT, self.pipeline.augment_seconds)
                 if self.pinned:
                     with self.clock.stage(TRANSFER, step):
-                        view1 = view1.pin_memory()  # one after the other: pageable and pinned memory of one view at most
+                        view1 = (
+                            view1.pin_memory()
+                        )  # one after the other: pageable and pinned memory of one view at most
                         view2 = view2.pin_memory()
                 return TwoViewBatch(view1=view1, view2=view2, sample_ids=prepared.places.ids, step=step)
             except DecodeError as error:

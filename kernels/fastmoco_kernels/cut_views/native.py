@@ -77,7 +77,9 @@ def cut_views_native(
     name = LEVELS if out.dtype == torch.uint8 else "fastmoco_cut_views"
     cut = getattr(library, name, None)
     if cut is None:
-        raise RuntimeError(f"cut_views: the compiled part has no {name}: it is older than its source. Install fastmoco again")
+        raise RuntimeError(
+            f"cut_views: the compiled part has no {name}: it is older than its source. Install fastmoco again"
+        )
     pixels = np.array([image.ctypes.data for image in images], dtype=np.uint64)
     strides = np.array([image.strides[0] for image in images], dtype=np.int64)
     fields = [t.contiguous() for t in (crops, tables.steps, tables.factors, tables.shift, tables.flags, tables.boxes)]
