@@ -10,12 +10,13 @@ from fastmoco_pipelines.spec import EvalSpec, ViewSpec
 
 Device = Literal["cpu", "gpu"]
 
-GPU_DECODER = {"hw_decoder_load": 0.9, "device_memory_padding": 4 << 20, "host_memory_padding": 2 << 20}
+GPU_DECODER = {"hw_decoder_load": 1.0, "device_memory_padding": 4 << 20, "host_memory_padding": 2 << 20}
 """Options of the decoder on a GPU.
 
-* JPEGs for the GPU's JPEG engines, as a share; the rest is decoded by CPU threads and the GPU's processors, which training
-  needs. DALI's default is 0.65; its authors measured 0.9 as 1.8 % faster in a training run (NVIDIA/DALI pull request 6366).
-* Buffers for each thread, in bytes, for what the engines do not decode. They grow where an image needs more. DALI's defaults
+* All JPEGs that the GPU's JPEG engines can read go to them. With a share below 1 (DALI: 0.65) an image's decoder, and so the
+  last bit of its levels, would depend on its neighbours in the batch; and the rest would take CPU threads, and processors of
+  the GPU that training needs. DALI's authors measured 0.9 as 1.8 % faster in training than 0.65 (NVIDIA/DALI pull request 6366).
+* Buffers for each thread, in bytes, for what the engines do not read. They grow where an image needs more. DALI's defaults
   are four times as large: 16 MiB of GPU memory for each of 14 threads would be a ninth of what a loader may hold.
 """
 
