@@ -190,7 +190,7 @@ def test_a_library_older_than_its_source_is_named(monkeypatch: pytest.MonkeyPatc
     image = photos()[0]
     arguments = ([image], windows([image]), ViewColorParameters.neutral(1))
     assert cut_views(*arguments, size=9, backend="native").dtype == torch.float32
-    with pytest.raises(RuntimeError, match="older than its source. Install fastmoco again"):
+    with pytest.raises(RuntimeError, match=r"older than its source\. Install fastmoco again"):
         cut_views(*arguments, size=9, dtype=torch.uint8, backend="native")
 
 

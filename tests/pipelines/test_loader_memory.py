@@ -65,7 +65,7 @@ def test_bytes_follow_the_spec() -> None:
 
 
 def test_the_decoders_buffer_is_what_it_is_told() -> None:
-    assert DECODER_BYTES == GPU_DECODER["device_memory_padding"]
+    assert GPU_DECODER["device_memory_padding"] == DECODER_BYTES
 
 
 def test_arithmetic_needs_no_torch() -> None:

@@ -17,8 +17,8 @@ from fastmoco_pipelines.dali_engine import Engine
 from fastmoco_pipelines.dali_graph import GPU_DECODER
 from fastmoco_pipelines.order import epoch_order
 from fastmoco_pipelines.spec import GPU_SUB_BATCH
-from tests.pipelines.damage import damaged_copy
 from tests.pipelines.dali_cases import draw, photographs
+from tests.pipelines.damage import damaged_copy
 
 COUNT = 11
 PAIR = moco_v3_views(24)[0], moco_v3_views(24, color="dali")[1]  # one view by either hand
