@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmoco.config import BatchConfig, Config, ModelConfig
 from fastmoco.distributed.mesh import World
@@ -28,18 +28,26 @@ IMAGES = 48
 STEPS = 12
 
 
-def short_run(device: str, *, precision: str = "fp32", chunk: Any = "none", kept: Any = "auto", **model: Any) -> Config:
-    """12 steps of 48 synthetic images; beyond the first and the last, nothing is logged or saved.
+def short_run(
+    device: str,
+    *,
+    precision: str = "fp32",
+    chunk: Any = "none",
+    kept: Any = "auto",
+    steps: int = STEPS,
+    **model: Any,
+) -> Config:
+    """A few steps of 48 synthetic images; beyond the first and the last, nothing is logged or saved.
 
     On a CPU width 64 and 17 tokens, seconds for a whole test; on a GPU width 128 and 65 tokens, which fills its tiles.
     """
     large = device == "cuda"
     base = with_image_size(vit_nano8_e60_b256(), 32 if large else 16, patch_size=4)
     fields: dict[str, Any] = {"architecture": "vit_micro" if large else "vit_nano", "projection_dim": 64}
-    fields |= {"hidden_dim": 256, "compile": False, **model}
+    fields |= {"hidden_dim": 64, "compile": False, **model}
     config = replace(
         base,
-        epochs=STEPS / (1_281_167 // IMAGES),  # the synthetic set pretends to be ImageNet-1k
+        epochs=steps / (1_281_167 // IMAGES),  # the synthetic set pretends to be ImageNet-1k
         global_batch_size=IMAGES,
         precision=precision,  # type: ignore[arg-type]
         threads=1,
@@ -55,7 +63,7 @@ def short_run(device: str, *, precision: str = "fp32", chunk: Any = "none", kept
 
 @contextmanager
 def running(config: Config, out: Path, device: str) -> Iterator[Trainer]:
-    """A trainer on one device whose momentum encoder is not the encoder's copy: an average of equal weights shows nothing."""
+    """A trainer on one device, its weights moved apart from their start; it is closed after the block."""
     trainer = Trainer.build(
         config, out, World(device=torch.device(device, 0) if device == "cuda" else torch.device(device))
     )
@@ -69,12 +77,21 @@ def running(config: Config, out: Path, device: str) -> Iterator[Trainer]:
 
 @torch.no_grad()
 def _move_apart(objective: MoCoV3) -> None:
-    """Noise on every weight that the momentum encoder does not have to share with the encoder."""
+    """Noise on every weight of the trunk, and more on the momentum encoder's.
+
+    At the start the class token's gradient is all but the whole gradient, and an average of equal weights shows nothing.
+    """
     noise = torch.Generator().manual_seed(7)
-    own = objective.encoder.parameters()
-    for average, source in zip(objective.momentum_encoder.parameters(), own, strict=True):
-        if source.requires_grad:
-            average.add_(0.02 * torch.randn(average.shape, generator=noise, dtype=torch.float64).to(average))
+
+    def add(parameter: Tensor, scale: float) -> None:
+        parameter.add_(scale * torch.randn(parameter.shape, generator=noise, dtype=torch.float64).to(parameter))
+
+    own = dict(objective.encoder.named_parameters())
+    for name, average in objective.momentum_encoder.named_parameters():
+        if own[name].requires_grad:
+            add(own[name], 0.0 if name.startswith("head.") else 0.05)
+            average.copy_(own[name])
+            add(average, 0.02)
 
 
 def images_of(config: Config, step: int, device: str, *, rows: int = IMAGES) -> TwoViewBatch:
@@ -85,6 +102,33 @@ def images_of(config: Config, step: int, device: str, *, rows: int = IMAGES) -> 
     views = [F.interpolate(scene + 0.5 * change, size=(size, size)).to(device) for change in changes]
     ids = torch.arange(rows).numpy()
     return TwoViewBatch(view1=views[0], view2=views[1], sample_ids=ids, step=step)
+
+
+def clear_images(config: Config, exact: MoCoV3, device: str) -> TwoViewBatch:
+    """A batch that meets no ReLU near its kink: rounding there would change one whole gradient on one device alone.
+
+    Args:
+        config: of the run.
+        exact: its objective in float64, on the CPU.
+        device: where the batch shall lie.
+    """
+    for step in range(64):
+        batch = images_of(config, step, device)
+        if _nearest_kink(exact, batch) > 1e-4:
+            return batch
+    raise AssertionError("64 batches, and in each some ReLU within 1e-4 of its kink")
+
+
+@torch.no_grad()
+def _nearest_kink(exact: MoCoV3, batch: TwoViewBatch) -> float:
+    """The smallest absolute input of any ReLU."""
+    nearest: list[float] = []
+    units = [part for part in exact.modules() if isinstance(part, nn.ReLU)]
+    look = [unit.register_forward_pre_hook(lambda _, x: nearest.append(float(x[0].abs().min()))) for unit in units]
+    plain_forward(copy.deepcopy(exact), batch.view1.cpu().double(), batch.view2.cpu().double())
+    for handle in look:
+        handle.remove()
+    return min(nearest)
 
 
 def poisoned(batch: TwoViewBatch) -> TwoViewBatch:
