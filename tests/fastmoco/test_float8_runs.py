@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastmoco import setup_run, training_state
 from fastmoco.checkpoint import load_latest
-from fastmoco.cli import main
 from fastmoco.config import Config, ModelConfig
 from fastmoco.config_json import differences
 from fastmoco.distributed.mesh import World
@@ -29,6 +28,7 @@ from fastmoco.recipes import quickstart_digits
 from fastmoco.run_folder import RunFolder
 from fastmoco.step_costs import measure_costs
 from fastmoco.trainer import Trainer
+from tests.command_line import main
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
