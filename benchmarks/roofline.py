@@ -1,0 +1,334 @@
+"""The fastest that this very step can be on a card: counted, not modelled, on a CPU in seconds.
+
+``python -m benchmarks.roofline`` runs the pieces of a training step on fake tensors and adds up what every operation reads,
+writes and multiplies. A card does products at 650 TFLOP/s, attention at 35 % of that, and everything else at its memory
+bandwidth, one operation after the other. Real kernels reach less: expect 75 to 85 % of these images/s.
+
+Eager steps are counted operation by operation (`op_counts`). Compiled ones go through Dynamo and AOT autograd; the graphs
+that come out are counted by a model of fusion (`fusion`), everything outside of them operation by operation.
+
+"recomputed 0" keeps every graph; "planned" takes the chunks and kept graphs that the planner chooses for the card's memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch_config
+from torch._inductor import compile_fx
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.fusion import FusedGraph
+from benchmarks.op_counts import ATTENTION, PRODUCTS, Cost, Counts, OperationCounter
+from fastmoco import setup_run
+from fastmoco.config import Config
+from fastmoco.distributed.parallelize import compile_blocks
+from fastmoco.models.blocks import Attention
+from fastmoco.objectives import MoCoV3
+from fastmoco.planner import HEADROOM, StepPlan, busy_chunk, plan_step, state_bytes
+from fastmoco.recipes import get_recipe
+from fastmoco.step_costs import measure_costs
+from fastmoco_kernels.adamw_ema.op import bytes_moved as sweep_bytes
+from fastmoco_kernels.info_nce import cost as loss_cost
+
+ATTENTION_SHARE = 0.35
+"""Of the rate of products, at heads of 32 and 64 channels and 197 tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """What a card can do."""
+
+    bytes_per_s: float
+    flops_per_s: float
+    memory: float
+    """Bytes."""
+
+    def seconds(self, kind: str, cost: Cost) -> float:
+        """What a kind of operation takes at the least."""
+        if kind == PRODUCTS:
+            return cost.flops / self.flops_per_s
+        if kind == ATTENTION:
+            return cost.flops / (ATTENTION_SHARE * self.flops_per_s)
+        return cost.bytes / self.bytes_per_s
+
+    def seconds_of(self, counts: Counts) -> float:
+        """What everything counted takes, one operation after the other."""
+        return sum(self.seconds(kind, cost) for kind, cost in counts.by_kind.items())
+
+
+CARDS = {
+    "H100": Card(bytes_per_s=3.0e12, flops_per_s=650e12, memory=80e9),
+    "H200": Card(bytes_per_s=4.2e12, flops_per_s=650e12, memory=139 * 2**30),
+}
+"""Rates that large copies and products reach, not those of a data sheet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCounts:
+    """What the pieces of a step cost; the first four are those of one chunk."""
+
+    chunk: int
+    first: Counts
+    """Query trunk without gradient."""
+    query: Counts
+    """Query trunk with gradient."""
+    keys: Counts
+    """Trunk of the momentum encoder."""
+    backward: Counts
+    """Backward of the query trunk."""
+    heads: Counts
+    """Heads and loss on the whole batch, forward and backward, and the optimizer's sweep."""
+
+    def step(self, chunks: float, kept: float) -> Counts:
+        """A whole step of some chunks, of which ``kept`` are computed once."""
+        whole = Counts()
+        for part in (self.query, self.keys, self.backward):
+            whole.merge(part, chunks)
+        whole.merge(self.first, chunks - kept)
+        whole.merge(self.heads)
+        return whole
+
+
+class _Blocks:
+    """A backend of torch.compile that counts the graphs instead of compiling them."""
+
+    def __init__(self) -> None:
+        self.counter: OperationCounter | None = None
+        self.calls = 0
+        self._backend = aot_autograd(
+            fw_compiler=self._counted,
+            bw_compiler=self._counted,
+            inference_compiler=self._counted,
+            decompositions=select_decomp_table(),
+            partition_fn=compile_fx.partition_fn,
+        )
+
+    def compile(self, function: Callable[..., Any], **options: Any) -> Any:
+        """In place of ``torch.compile``."""
+        kept = {name: options[name] for name in ("dynamic", "fullgraph") if name in options}
+        compiled = _compile(function, backend=self._backend, **kept)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            if self.counter is None:
+                return compiled(*arguments, **named)
+            with self.counter.off():  # Dynamo passes by under a dispatch mode
+                return compiled(*arguments, **named)
+
+        return call
+
+    def _counted(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        counts = FusedGraph(graph).counts()
+
+        def run(arguments: list[Any]) -> Any:
+            self.calls += 1
+            if self.counter is None:
+                return graph(*arguments)
+            self.counter.counts.merge(counts)
+            with self.counter.paused():
+                return graph(*arguments)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+
+_compile = torch.compile
+
+
+def count_step(config: Config, *, chunk: int, compiled: bool, views: torch.dtype = torch.float32) -> StepCounts:
+    """Count the pieces of a step.
+
+    Args:
+        config: model, heads and batch are read.
+        chunk: images that pass the trunk together.
+        compiled: whether blocks go through torch.compile.
+        views: dtype in which views come.
+    """
+    torch._dynamo.reset()
+    blocks, found = _Blocks(), {}
+    with FakeTensorMode():
+        objective = setup_run.build_model(config)
+        for module in objective.modules():
+            if isinstance(module, Attention):
+                module.backend = "sdpa"
+        if compiled:
+            with mock.patch.object(torch, "compile", blocks.compile):
+                compile_blocks(objective)
+        for rehearsal in (True, False) if compiled else (False,):
+            # The first round compiles: what that runs is no part of a step.
+            calls, blocks.calls = blocks.calls, 0
+            found = _count_pieces(config, objective, chunk, views, None if rehearsal else blocks)
+        if compiled and (blocks.calls != calls or not calls):
+            raise RuntimeError(f"{blocks.calls} compiled graphs ran where {calls} had been compiled: counted nothing")
+    heads = found["heads"]
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    averaged = sum(p.numel() for p in objective.encoder.parameters() if p.requires_grad)
+    heads.add("sweep", sweep_bytes(trained, averaged=averaged, param_copied=0, average_copied=0))
+    return StepCounts(chunk=chunk, **found)
+
+
+def _count_pieces(
+    config: Config, objective: MoCoV3, chunk: int, views: torch.dtype, blocks: _Blocks | None
+) -> dict[str, Counts]:
+    """Run every piece; with ``blocks`` under a counter."""
+    found: dict[str, Counts] = {}
+
+    @contextmanager
+    def counted(name: str) -> Iterator[None]:
+        counter = OperationCounter()
+        if blocks is None:
+            yield
+        else:
+            blocks.counter = counter
+            with counter:
+                yield
+            blocks.counter = None
+        found[name] = counter.counts
+
+    autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=config.precision in ("auto", "bf16"))
+    side, batch = config.model.image_size, config.global_batch_size
+    view1, view2 = (torch.empty(chunk, 3, side, side, dtype=views) for _ in range(2))
+    with counted("first"), torch.no_grad(), autocast():
+        tokens = objective.query_features(view1, view2)[1]
+    with counted("keys"), torch.no_grad(), autocast():
+        objective.key_features(view1, view2, tokens if _shares(objective) else None)
+    with counted("query"), autocast():
+        features = objective.query_features(view1, view2)[0]
+    gradient = torch.empty_like(features)
+    with counted("backward"):
+        features.backward(gradient)  # type: ignore[no-untyped-call]
+    objective.zero_grad(set_to_none=True)
+    queries, keys = (torch.empty(2, batch, objective.encoder.embed_dim) for _ in range(2))
+    queries.requires_grad_()
+    with counted("heads"):
+        with autocast():
+            loss = objective.compare(queries, keys).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+    width = config.model.projection_dim
+    found["heads"].add(PRODUCTS, 0.0, loss_cost.flops(batch, batch, width, directions=2))
+    return found
+
+
+def _shares(objective: MoCoV3) -> bool:
+    """Whether both encoders take the same patch tokens; fake tensors cannot be compared as the objective would."""
+    stem: list[Tensor] = [objective.encoder.pos_embed, *objective.encoder.patch_embed.parameters()]
+    return not (objective.couples_samples or any(p.requires_grad for p in stem))
+
+
+def plan_for(config: Config, card: Card) -> StepPlan:
+    """The plan of one process that has a card for itself."""
+    costs = measure_costs(config, "bf16", attention="sdpa")
+    tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
+    budget = HEADROOM * card.memory - state_bytes(costs, config.optim.name, 4).total
+    return plan_step(costs, images=config.global_batch_size, budget=budget, tokens=tokens)
+
+
+def report(config: Config, *, chunk: int, compiled: bool, kept: int | None, views: torch.dtype) -> dict[str, Any]:
+    """Counts of a step and images/s on every card.
+
+    Args:
+        config: model, heads and batch.
+        chunk: images of a chunk; 0: as the planner would.
+        compiled: whether blocks go through torch.compile.
+        kept: chunks whose graphs are kept, instead of the planner's choice.
+        views: dtype of the views.
+    """
+    tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
+    counted = count_step(config, chunk=chunk or busy_chunk(tokens), compiled=compiled, views=views)
+    chunks = config.global_batch_size / counted.chunk
+    whole = counted.step(chunks, chunks)
+    cards = {}
+    for name, card in CARDS.items():
+        plan = plan_for(config, card)
+        share = (kept if kept is not None else plan.kept if plan.chunk else plan.chunks) / plan.chunks
+        planned = counted.step(chunks, chunks * share)
+        cards[name] = {
+            "nothing_recomputed": round(config.global_batch_size / card.seconds_of(whole)),
+            "planned": round(config.global_batch_size / card.seconds_of(planned)),
+            "kept": f"{share * plan.chunks:.0f} of {plan.chunks}",
+            "ms_a_chunk": {
+                part: round(1e3 * card.seconds_of(getattr(counted, part)), 2) for part in ("query", "keys", "backward")
+            },
+        }
+    return {
+        "model": config.model.architecture,
+        "compiled": compiled,
+        "chunk": counted.chunk,
+        "operations_a_chunk": sum(
+            part.total.operations for part in (counted.first, counted.query, counted.keys, counted.backward)
+        ),
+        "step": {
+            kind: {
+                "operations": cost.operations,
+                "gb": round(cost.bytes / 1e9, 1),
+                "tflop": round(cost.flops / 1e12, 2),
+                "ms": {name: round(1e3 * card.seconds(kind, cost), 1) for name, card in CARDS.items()},
+            }
+            for kind, cost in sorted(whole.by_kind.items(), key=lambda item: -CARDS["H200"].seconds(*item))
+        },
+        "cards": cards,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; returns 0."""
+    parser = argparse.ArgumentParser(prog="benchmarks.roofline", description=__doc__.splitlines()[0])
+    parser.add_argument("--recipes", default="vit_s16_e300_b4096,vit_b16_e300_b4096", help="comma between them")
+    parser.add_argument("--mode", choices=("both", "eager", "compiled"), default="both")
+    parser.add_argument("--chunk", type=int, default=0, help="images of a chunk; 0: as the planner would")
+    parser.add_argument("--kept", type=int, default=None, help="chunks that keep their graphs, instead of the plan's")
+    parser.add_argument("--views", default="float32", help="dtype of the views, as torch names it")
+    parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="")
+    parser.add_argument("--memory-budget", type=float, default=None, help="AOT autograd's activation_memory_budget")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(arguments)
+    budget = {} if given.memory_budget is None else {"activation_memory_budget": given.memory_budget}
+    for recipe in given.recipes.split(","):
+        config = get_recipe(recipe)
+        if given.checkpointing:
+            config = replace(config, model=replace(config.model, checkpointing=given.checkpointing))
+        for compiled in {"both": (False, True), "eager": (False,), "compiled": (True,)}[given.mode]:
+            with functorch_config.patch(**budget):  # type: ignore[no-untyped-call]
+                found = report(
+                    config,
+                    chunk=given.chunk,
+                    compiled=compiled,
+                    kept=given.kept,
+                    views=getattr(torch, given.views),
+                )
+            print(json.dumps({"recipe": recipe, **found}) if given.json else table(found), flush=True)
+    return 0
+
+
+def table(found: dict[str, Any]) -> str:
+    """A report as text."""
+    lines = [
+        f"{found['model']}, {'compiled' if found['compiled'] else 'eager'}, chunks of {found['chunk']}: "
+        f"{found['operations_a_chunk']} operations a chunk with its second forward"
+    ]
+    for name, card in found["cards"].items():
+        parts = ", ".join(f"{part} {ms}" for part, ms in card["ms_a_chunk"].items())
+        lines.append(
+            f"  {name}: {card['nothing_recomputed']} images/s with nothing recomputed, {card['planned']} as planned "
+            f"({card['kept']} kept); ms a chunk: {parts}"
+        )
+    lines.append(f"  a step, nothing recomputed   {'operations':>10} {'GB':>8} {'TFLOP':>8}   ms: {' '.join(CARDS)}")
+    for kind, cost in found["step"].items():
+        times = " ".join(f"{ms:7.1f}" for ms in cost["ms"].values())
+        lines.append(f"  {kind:28} {cost['operations']:10} {cost['gb']:8.1f} {cost['tflop']:8.2f}   {times}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
