@@ -11,7 +11,7 @@ kernels, is modelled, because inductor needs a GPU to do it for one:
   size, unless something else would have to run in between.
 * A reduction over leading dimensions ("columns": gradients of biases and norm weights) is a kernel of its own, shared by
   those over the same rows that read a tensor in common. Newer inductors fuse some of these into the rows: the model does not.
-* Views are free; concatenation is pointwise.
+* Views are free; concatenation is pointwise; an operation with several results writes all of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,17 @@ MANY_READS = 4
 """Inputs above which a value that several kernels use is written once instead of computed in each (inductor's default)."""
 REDUCTIONS = ("sum", "mean", "amax", "amin", "var_mean", "var", "prod", "argmax", "argmin", "any", "all")
 POINTWISE = ("convert_element_type", "fma", "clone", "cat", "_to_copy", "copy", "copy_", "where", "select_scatter")
-POINTWISE_TOO = ("slice_scatter", "constant_pad_nd", "full", "full_like", "zeros", "zeros_like", "ones", "iota", "arange")
+POINTWISE_TOO = (
+    "slice_scatter",
+    "constant_pad_nd",
+    "full",
+    "full_like",
+    "zeros",
+    "zeros_like",
+    "ones",
+    "iota",
+    "arange",
+)
 VIEWS = ("_unsafe_view", "reshape", "expand_as", "view_as", "_reshape_alias")
 ROWS, COLUMNS, EXTERNAL = "fused rows", "column sums", "external"
 
