@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from fastmoco import setup_run
 from fastmoco.config import Config
 from fastmoco.models.blocks import Attention, Recompute
+from fastmoco.models.compiled import traced_blocks
 from fastmoco.objectives import MoCoV3
 
 SIZES = (4096, 8192)
@@ -135,7 +136,13 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def measure_costs(
-    config: Config, precision: str, *, attention: str = "sdpa", recompute: Recompute | None = None
+    config: Config,
+    precision: str,
+    *,
+    attention: str = "sdpa",
+    recompute: Recompute | None = None,
+    compiled: bool = False,
+    budget: float = 1.0,
 ) -> StepCosts:
     """Count what a step of a config costs.
 
@@ -144,6 +151,8 @@ def measure_costs(
         precision: "bf16", "fp32" or "fp64".
         attention: who computes attention; a kernel that is not torch's counts like ``sdpa``, which keeps as much.
         recompute: instead of ``model.checkpointing``.
+        compiled: whether blocks go through torch.compile, which then chooses what they keep.
+        budget: of `compile_blocks`.
     """
     recompute = recompute or config.model.checkpointing
     dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -154,9 +163,12 @@ def measure_costs(
             if isinstance(module, Attention):
                 module.backend = attention if attention in ("explicit", "reference") else "sdpa"
         pieces = _Pieces(objective, config.model.image_size, precision == "bf16")
-        sizes = pieces.on_all_blocks(recompute, pieces.bytes_of_an_image)
         flops = pieces.on_all_blocks("none", pieces.flops_of_an_image)
-        again = flops if recompute == "none" else pieces.on_all_blocks(recompute, pieces.flops_of_an_image)
+        # Checkpointing inside of compiled blocks is the compiler's too, but it keeps what was asked for.
+        with traced_blocks(objective, budget=budget) if compiled and recompute == "none" else nullcontext():
+            sizes = pieces.on_all_blocks(recompute, pieces.bytes_of_an_image)
+            once = recompute == "none" and not compiled
+            again = flops if once else pieces.on_all_blocks(recompute, pieces.flops_of_an_image)
     element = own[0].element_size()
     return StepCosts(
         trainable=sum(p.numel() for p in own if p.requires_grad),
@@ -229,6 +241,7 @@ class _Pieces:
         for images in SIZES:
             found: dict[str, float] = {}
             for name, run in self._runs(images).items():
+                run(None)  # traces blocks that are to be traced
                 live = _LiveBytes(self.objective.parameters())
                 with live:
                     graph = run(live)
@@ -244,6 +257,7 @@ class _Pieces:
         """FLOPs of each piece. A pass of its own: torch's counter keeps tensors alive."""
         found: Figures = {}
         for name, run in self._runs(SIZES[0]).items():
+            run(None)
             with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
                 run(None)
             found[name] = (counter.get_total_flops() / SIZES[0],)

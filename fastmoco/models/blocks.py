@@ -76,7 +76,8 @@ class Attention(nn.Module):
         """The same from the stacked projections: [B, L, 3 E] -> [B, L, E]."""
         B, L, F3 = qkv_BLF.shape
         qkv = qkv_BLF.view(B, L, 3, self.num_heads, F3 // (3 * self.num_heads))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        # Views of one memory, whose gradients are stacked into it: a permutation before it would be copied once more.
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         out: Tensor = self.proj(attention(q, k, v, backend=self.backend).transpose(1, 2).reshape(B, L, F3 // 3))
         return out
 
