@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch._functorch import config as functorch_config
 
 from benchmarks.op_counts import ATTENTION, PRODUCTS, Cost, Counts
 from benchmarks.step_counts import count_step
@@ -69,7 +68,9 @@ def plan_for(config: Config, card: Card) -> StepPlan:
     return plan_step(costs, images=config.global_batch_size, budget=budget, tokens=tokens)
 
 
-def report(config: Config, *, chunk: int, compiled: bool, kept: int | None, views: torch.dtype) -> dict[str, Any]:
+def report(
+    config: Config, *, chunk: int, compiled: bool, kept: int | None, budget: float, views: torch.dtype
+) -> dict[str, Any]:
     """Counts of a step and images/s on every card.
 
     Args:
@@ -77,10 +78,11 @@ def report(config: Config, *, chunk: int, compiled: bool, kept: int | None, view
         chunk: images of a chunk; 0: as the planner would.
         compiled: whether blocks go through torch.compile.
         kept: chunks whose graphs are kept, instead of the planner's choice.
+        budget: share of the activations that compiled blocks keep.
         views: dtype of the views.
     """
     tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
-    counted = count_step(config, chunk=chunk or busy_chunk(tokens), compiled=compiled, views=views)
+    counted = count_step(config, chunk=chunk or busy_chunk(tokens), compiled=compiled, budget=budget, views=views)
     chunks = config.global_batch_size / counted.chunk
     whole = counted.step(chunks, chunks)
     cards = {}
@@ -125,23 +127,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kept", type=int, default=None, help="chunks that keep their graphs, instead of the plan's")
     parser.add_argument("--views", default="float32", help="dtype of the views, as torch names it")
     parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="")
-    parser.add_argument("--memory-budget", type=float, default=None, help="AOT autograd's activation_memory_budget")
+    parser.add_argument(
+        "--memory-budget", type=float, default=1.0, help="share of activations that compiled blocks keep"
+    )
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
-    budget = {} if given.memory_budget is None else {"activation_memory_budget": given.memory_budget}
     for recipe in given.recipes.split(","):
         config = get_recipe(recipe)
         if given.checkpointing:
             config = replace(config, model=replace(config.model, checkpointing=given.checkpointing))
         for compiled in {"both": (False, True), "eager": (False,), "compiled": (True,)}[given.mode]:
-            with functorch_config.patch(**budget):
-                found = report(
-                    config,
-                    chunk=given.chunk,
-                    compiled=compiled,
-                    kept=given.kept,
-                    views=getattr(torch, given.views),
-                )
+            found = report(
+                config,
+                chunk=given.chunk,
+                compiled=compiled,
+                kept=given.kept,
+                budget=given.memory_budget,
+                views=getattr(torch, given.views),
+            )
             print(json.dumps({"recipe": recipe, **found}) if given.json else table(found), flush=True)
     return 0
 

@@ -7,7 +7,7 @@ compiled, the graphs that Dynamo and AOT autograd make of them are counted by a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,8 +24,8 @@ from benchmarks.fusion import FusedGraph
 from benchmarks.op_counts import PRODUCTS, Counts, OperationCounter
 from fastmoco import setup_run
 from fastmoco.config import Config
-from fastmoco.distributed.parallelize import compile_blocks
 from fastmoco.models.blocks import Attention
+from fastmoco.models.compiled import compile_blocks
 from fastmoco.objectives import MoCoV3
 from fastmoco_kernels.adamw_ema.op import bytes_moved as sweep_bytes
 from fastmoco_kernels.info_nce import cost as loss_cost
@@ -71,10 +71,20 @@ class CountingBackend:
             partition_fn=compile_fx.partition_fn,
         )
 
+    @contextmanager
+    def instead(self) -> Iterator[None]:
+        """In here ``torch.compile`` and inductor, also where it is called by another backend, are this one."""
+        with (
+            mock.patch.object(torch, "compile", self.compile),
+            mock.patch.object(compile_fx, "compile_fx", self._backend),
+        ):
+            yield
+
     def compile(self, function: Callable[..., Any], **options: Any) -> Any:
         """In place of ``torch.compile``."""
         kept = {name: options[name] for name in ("dynamic", "fullgraph") if name in options}
-        compiled = _compile(function, backend=self._backend, **kept)
+        given = options.get("backend", "inductor")
+        compiled = _compile(function, backend=self._backend if given == "inductor" else given, **kept)
 
         def call(*arguments: Any, **named: Any) -> Any:
             if self.counter is None:
@@ -102,25 +112,27 @@ class CountingBackend:
 _compile = torch.compile
 
 
-def count_step(config: Config, *, chunk: int, compiled: bool, views: torch.dtype = torch.float32) -> StepCounts:
+def count_step(
+    config: Config, *, chunk: int, compiled: bool, budget: float = 1.0, views: torch.dtype = torch.float32
+) -> StepCounts:
     """Count the pieces of a step.
 
     Args:
         config: model, heads and batch are read.
         chunk: images that pass the trunk together.
         compiled: whether blocks go through torch.compile.
+        budget: share of the activations that compiled blocks keep for their backward.
         views: dtype in which views come.
     """
     torch._dynamo.reset()
     blocks, found = CountingBackend(), {}
-    with FakeTensorMode():
+    with blocks.instead() if compiled else nullcontext(), FakeTensorMode():
         objective = setup_run.build_model(config)
         for module in objective.modules():
             if isinstance(module, Attention):
                 module.backend = "sdpa"
         if compiled:
-            with mock.patch.object(torch, "compile", blocks.compile):
-                compile_blocks(objective)
+            compile_blocks(objective, budget=budget)
         for rehearsal in (True, False) if compiled else (False,):
             # The first round compiles: what that runs is no part of a step.
             calls, blocks.calls = blocks.calls, 0
