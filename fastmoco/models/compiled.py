@@ -144,7 +144,7 @@ def _traced(block: Block, name: str, budget: float, graphs: dict[Any, Callable[.
     def as_it_is(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         return make_boxed_func(graph.forward)
 
-    def whole(weights: dict[str, Tensor], *stream: Tensor | None) -> Any:
+    def whole(weights: dict[str, Tensor], *stream: Tensor) -> Any:
         return functional_call(_Method(block, plain), {f"block.{key}": value for key, value in weights.items()}, stream)
 
     def forward(*stream: Tensor | None) -> Any:
@@ -160,7 +160,7 @@ def _traced(block: Block, name: str, budget: float, graphs: dict[Any, Callable[.
                 decompositions=select_decomp_table(),
             )
         with functorch.patch(activation_memory_budget=budget):
-            return graphs[key](parameters, *stream)
+            return graphs[key](parameters, *(x for x in stream if x is not None))
 
     return forward
 
