@@ -97,9 +97,7 @@ def test_a_checkpoint_changes_no_bit(backend):
         return checkpoint(_two_norms, *arguments, use_reentrant=False)
 
     tensors = _inputs(5, 100)
-    for a, b in zip(
-        _gradients(forgetful, tensors, backend), _gradients(_two_norms, tensors, backend), strict=True
-    ):
+    for a, b in zip(_gradients(forgetful, tensors, backend), _gradients(_two_norms, tensors, backend), strict=True):
         assert torch.equal(a, b)
 
 
@@ -122,9 +120,7 @@ def test_fake_tensors_keep_what_real_ones_keep(branch):
     """A planner counts the fake ones. Kept are the sum, the weight and two numbers a row; not y, not the branch."""
     real = _saved(_inputs(6, 100), branch=branch)
     with FakeTensorMode():
-        fake = _saved(
-            [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in _inputs_of(6, 100)], branch=branch
-        )
+        fake = _saved([torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in _inputs_of(6, 100)], branch=branch)
     assert fake == real
     assert real == [(SINGLE, (6, 100), 2400), (SINGLE, (100,), 400), (SINGLE, (6,), 24), (SINGLE, (6,), 24)]
 

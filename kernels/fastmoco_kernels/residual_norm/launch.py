@@ -8,7 +8,6 @@ partial sums stay few. `aot_cases` compiles it at the widths of vision transform
 from __future__ import annotations
 
 import functools
-from itertools import product
 from typing import Any
 
 import torch
@@ -172,34 +171,41 @@ def _key(rows: int, E: int, x: Tensor, branch: Tensor | None, y: Tensor) -> tupl
 
 _Types = tuple[str, str, str, str]
 _USUAL: _Types = ("fp32", "bf16", "bf16", "fp32")
-_WIDTHS = (64, 100, 192, 384, 768, 1024, 1280, 2048, 4096)
+_OTHERS: tuple[_Types, ...] = (
+    ("fp32", "fp16", "fp16", "fp32"),
+    ("fp32", "bf16", "bf16", "bf16"),
+    ("fp32", "fp32", "fp32", "fp32"),
+    ("bf16", "bf16", "bf16", "bf16"),
+)
+_WIDTHS = (384, 768, 1024, 1280)
+_RARE_WIDTHS = (64, 100, 192, 4096)
 
 
 def aot_cases() -> list[AotCase]:
-    """Every tile at the widths of vision transformers and at the bounds, in the types of autocast; the rest at 384.
+    """Every tile at the widths of vision transformers in autocast's types, defaults at narrow, odd and the widest rows.
 
-    Types are those of x, branch, y and weight. Forwards with and without a branch, backwards with and without
-    a gradient to x_new and one to the branch.
+    Types are those of x, branch, y and weight; other ones, and calls without a branch or without a gradient to x_new or to the
+    branch, are compiled at a width of 384.
     """
     cases = []
-    others: list[_Types] = [
-        ("fp32", "fp16", "fp16", "fp32"),
-        ("fp32", "bf16", "bf16", "bf16"),
-        ("fp32", "fp32", "fp32", "fp32"),
-        ("bf16", "bf16", "bf16", "bf16"),
-    ]
-    for E, types in [*((E, _USUAL) for E in _WIDTHS), *((384, types) for types in others)]:
-        for tile, flag in product(forward_tiles(E), (True, False)):
-            constants = {"HAS_BRANCH": flag, "E": E, "COLS": columns(E), "ROWS": tile[0]}
-            cases.append(_case("fwd", types, constants, tile, forward_tiles(E)[0]))
-        for tile, new, branch in product(backward_tiles(E), (True, False), (True, False)):
-            constants = {"HAS_DX_NEW": new, "HAS_DBRANCH": branch, "E": E, "COLS": columns(E), "ROWS": tile[0]}
-            cases.append(_case("bwd", types, constants, tile, backward_tiles(E)[0]))
-    for E, weight in product((384, 1280), ("fp32", "bf16")):
-        constants = {"E": E, "COLS": SUM_COLS, "ROWS": SUM_ROWS}
-        cases.append(
-            _case("sum", ("fp32", "bf16", "bf16", weight), constants, (SUM_ROWS, SUM_WARPS), (SUM_ROWS, SUM_WARPS))
-        )
+
+    def add(way: str, E: int, types: _Types, tile: Tile, **flags: bool) -> None:
+        tiles = forward_tiles(E) if way == "fwd" else backward_tiles(E)
+        constants = flags | {"E": E, "COLS": columns(E), "ROWS": tile[0]}
+        cases.append(_case(way, types, constants, tile, tiles[0]))
+
+    usual = [(E, types, 1) for E, types in [(E, _USUAL) for E in _RARE_WIDTHS] + [(384, types) for types in _OTHERS]]
+    for E, types, tiles in [(E, _USUAL, None) for E in _WIDTHS] + usual:
+        for tile in forward_tiles(E)[:tiles]:
+            add("fwd", E, types, tile, HAS_BRANCH=True)
+        for tile in backward_tiles(E)[:tiles]:
+            add("bwd", E, types, tile, HAS_DX_NEW=True, HAS_DBRANCH=types[1] != types[0])
+    add("fwd", 384, _USUAL, forward_tiles(384)[0], HAS_BRANCH=False)
+    for new, branch in ((True, False), (False, True), (False, False)):
+        add("bwd", 384, _USUAL, backward_tiles(384)[0], HAS_DX_NEW=new, HAS_DBRANCH=branch)
+    for types in (_USUAL, _OTHERS[1]):
+        tile = (SUM_ROWS, SUM_WARPS)
+        cases.append(_case("sum", types, {"E": 384, "COLS": SUM_COLS, "ROWS": SUM_ROWS}, tile, tile))
     unique: dict[str, AotCase] = {}
     for case in cases:  # tiles that differ in programs alone are one configuration, and the first may be the default
         unique.setdefault(case.name, case)
