@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.cases import residual_norm as case
 from fastmoco_kernels import residual_norm
 from fastmoco_kernels.residual_norm import launch, op, operator
 from fastmoco_kernels.residual_norm.cost import eager_bytes, residual_norm_backward_bytes, residual_norm_bytes
@@ -238,3 +239,13 @@ def test_bytes_an_element_of_the_usual_types():
     assert residual_norm_backward_bytes(R, E, programs=528) == pytest.approx(16 * R * E, rel=1e-2)
     assert eager_bytes(R, E) == 2 * residual_norm_bytes(R, E) - 2 * (8 * R + 8 * E)
     assert eager_bytes(R, E, backward=True) > 2.7 * residual_norm_backward_bytes(R, E, programs=528)
+
+
+def test_the_benchmark_checks_every_contender_before_it_times_them():
+    found = case.run(case.DEFAULTS | {"rows": 20, "E": 32, "compile": 0, "rounds": 1})
+    assert not found["failed"]
+    assert set(found["errors"]) == {"residual_norm", "eager"}
+    assert set(found["speedup"]) == {"eager"}
+    assert found["bytes"]["forward"] < found["bytes"]["eager_forward"]
+    with pytest.raises(ValueError, match="dtype='int8' is none of bf16, fp16, fp32"):
+        case.run(case.DEFAULTS | {"dtype": "int8"})
