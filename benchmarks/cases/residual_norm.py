@@ -49,11 +49,11 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     rows = int(options["rows"]) or _ROWS[device.type]
     inputs = _inputs(rows, E, dtype, device, options["seed"])
     found = contest(_contenders(inputs, options), subject=NAME, device=device, rounds=options["rounds"])
-    sizes = {"branch": dtype.itemsize, "out": dtype.itemsize}
-    forward = cost.residual_norm_bytes(rows, E, **sizes)
-    backward = cost.residual_norm_backward_bytes(rows, E, **sizes)
+    size = dtype.itemsize
+    forward = cost.residual_norm_bytes(rows, E, branch=size, out=size)
+    backward = cost.residual_norm_backward_bytes(rows, E, branch=size, out=size)
     result = found | {"rows": rows, "E": E, "bytes": {"forward": forward, "backward": backward}}
-    if dtype.itemsize == 2:
+    if size == 2:
         result["bytes"] |= {f"eager_{way}": cost.eager_bytes(rows, E, backward=way == "backward") for way in _WAYS}
     if NAME in found.get("milliseconds", {}):
         result["gb_per_s"] = round((forward + backward) / found["milliseconds"][NAME] / 1e6, 1)

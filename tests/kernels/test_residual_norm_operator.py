@@ -163,6 +163,37 @@ def test_autocast_casts_no_argument_and_names_the_default_of_y(backend):
         assert residual_norm(x.double(), b, weight, bias, EPS)[1].dtype == torch.float64
 
 
+@pytest.mark.parametrize("branch", [HALF, SINGLE, None])
+def test_the_way_past_the_dispatcher_gives_what_the_operator_gives(branch, monkeypatch):
+    tensors = _inputs(5, 100, branch=branch or HALF)
+
+    def run():
+        x, b, weight, bias = leaves = _leaves(tensors)
+        x_new, y = residual_norm(x, None if branch is None else b, weight, bias, EPS, HALF, backend="triton")
+        (x_new.square().sum() + y.float().square().sum()).backward()
+        return [x_new, y, *(t.grad for t in leaves)], type(y.grad_fn).__name__
+
+    direct, direct_name = run()
+    monkeypatch.setattr(operator, "_watched", lambda *_: True)
+    registered, registered_name = run()
+    assert (direct_name, registered_name) == (
+        "_EagerBackward",
+        "GeneratedBackwardFor_fastmoco_residual_norm_defaultBackward",
+    )
+    for a, b in zip(direct, registered, strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_second_derivative_is_refused(watched, monkeypatch):
+    monkeypatch.setattr(operator, "_watched", lambda *_: watched)
+    x, b, weight, bias = _leaves(_inputs(5, 100))
+    y = residual_norm(x, b, weight, bias, EPS, backend="triton")[1]
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula was registered"):
+        gradient.sum().backward()
+
+
 def test_without_gradients_nothing_is_kept():
     x, b, weight, bias = _leaves(_inputs(5, 100))
     with torch.no_grad():

@@ -11,7 +11,6 @@ import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
@@ -31,9 +30,10 @@ _WITHOUT_GPU = 3
 
 def columns(E: int) -> int:
     """The power of two that holds a row."""
-    return max(32, int(triton.next_power_of_2(E)))
+    return max(32, 1 << (E - 1).bit_length())
 
 
+@functools.cache
 def forward_tiles(E: int) -> list[Tile]:
     """(rows at a time, warps), the default first: 16 numbers a thread, then 8, 32, and one warp a row."""
     cols, warps = columns(E), _warps(E)
@@ -41,6 +41,7 @@ def forward_tiles(E: int) -> list[Tile]:
     return list(dict.fromkeys([*tiles, (1, 1)] if cols <= 1024 else tiles))
 
 
+@functools.cache
 def backward_tiles(E: int) -> list[Tile]:
     """(rows at a time, warps, programs a processor), the default first: 16 numbers a thread, then 8, or more programs."""
     cols, warps = columns(E), _warps(E)
@@ -57,6 +58,11 @@ def _warps(E: int) -> int:
 def _rows(numbers: int, warps: int, cols: int) -> int:
     """Rows that make ``numbers`` a thread."""
     return max(1, numbers * 32 * warps // cols)
+
+
+def _parts(whole: int, part: int) -> int:
+    """``part`` goes so often into ``whole``, rounded up."""
+    return -(-whole // part)
 
 
 @functools.cache
@@ -84,7 +90,7 @@ def forward(
     constants = {"HAS_BRANCH": branch is not None, "E": E, "COLS": columns(E)}
 
     def run(tile: Tile) -> None:
-        residual_norm_fwd_kernel[(triton.cdiv(rows, tile[0]),)](
+        residual_norm_fwd_kernel[(_parts(rows, tile[0]),)](
             x,
             read,
             weight,
@@ -146,7 +152,7 @@ def backward(
             ROWS=tile[0],
             num_warps=tile[1],
         )
-        residual_norm_sum_kernel[(triton.cdiv(E, SUM_COLS), 2)](
+        residual_norm_sum_kernel[(_parts(E, SUM_COLS), 2)](
             partial, dweight, dbias, programs, E=E, COLS=SUM_COLS, ROWS=SUM_ROWS, num_warps=SUM_WARPS
         )
 
@@ -160,13 +166,23 @@ def backward(
 
 def programs_of(rows: int, tile: Tile, device: torch.device) -> int:
     """Programs of the backward: as many as the device runs at once, and none without rows."""
-    return min(triton.cdiv(rows, tile[0]), tile[2] * _processors(device))
+    return min(_parts(rows, tile[0]), int(tile[2]) * _processors(device))
 
 
 def _key(rows: int, E: int, x: Tensor, branch: Tensor | None, y: Tensor) -> tuple[int | str, ...]:
     """What the best tile depends on; of the rows, only their order of magnitude."""
-    types = (str(t.dtype).removeprefix("torch.") if t is not None else "none" for t in (x, branch, y))
-    return (f"2**{rows.bit_length()} rows", E, *types)
+    return (
+        f"2**{rows.bit_length()} rows",
+        E,
+        _name(x.dtype),
+        "none" if branch is None else _name(branch.dtype),
+        _name(y.dtype),
+    )
+
+
+@functools.cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 _Types = tuple[str, str, str, str]

@@ -1,7 +1,8 @@
 """`fastmoco::residual_norm`: the kernels as one operator of torch, with its gradient.
 
 Kept for the backward: x_new (x itself without a branch), the weight, and two float32 a row. Not y: who multiplies it
-keeps it anyway. The operator stands below autocast, which casts none of its arguments.
+keeps it anyway. The operator stands below autocast, which casts none of its arguments. Where nothing watches torch's calls,
+an autograd function launches at once: the way through the dispatcher costs the host more than a norm costs a GPU.
 """
 
 from __future__ import annotations
@@ -10,20 +11,43 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from fastmoco_kernels._multi_tensor import traced
 from fastmoco_kernels._runtime import require_triton
 
 _Four = tuple[Tensor, Tensor, Tensor, Tensor]
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
-@torch.library.custom_op("fastmoco::residual_norm", mutates_args=())
-def _residual_norm(
+def residual_norm_triton(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x_new and y by the Triton kernels; shapes and dtypes have been checked by the caller. Differentiable once."""
+    run = _residual_norm if _watched(x, branch, weight, bias) else _Eager.apply  # type: ignore[no-untyped-call]
+    x_new, y, _, _ = run(x, branch, weight, bias, eps, out_dtype)
+    return (x if branch is None else x_new), y
+
+
+def _watched(*tensors: Tensor | None) -> bool:
+    """Whether a compiler, a mode, a transform or a subclass of tensor wants to see the operator."""
+    return traced() or torch._C._are_functorch_transforms_active() or not _PLAIN.issuperset(map(type, tensors))
+
+
+def _forward(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
 ) -> _Four:
     require_triton("residual_norm", x.device)
     from fastmoco_kernels.residual_norm.launch import forward
 
     return forward(x, branch, weight, bias, eps, out_dtype)
+
+
+@torch.library.custom_op("fastmoco::residual_norm", mutates_args=())
+def _residual_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+) -> _Four:
+    return _forward(x, branch, weight, bias, eps, out_dtype)
 
 
 @torch.library.custom_op("fastmoco::residual_norm_backward", mutates_args=())
@@ -86,24 +110,33 @@ def _gradients(ctx: Any, dx_new: Tensor | None, dy: Tensor | None, *_: Tensor | 
     x_new, weight, mean, rstd = ctx.saved_tensors
     x_dtype, branch_dtype = ctx.dtypes
     if dy is None:  # y was not used: the sum alone is differentiated
-        dx, dbranch, dweight, dbias = dx_new, dx_new, None, None
-        dx = None if dx is None else dx.to(x_dtype)
-        dbranch = None if dbranch is None or branch_dtype is None else dbranch.to(branch_dtype)
-        return dx, dbranch, dweight, dbias, None, None
-    other = None if branch_dtype in (None, x_dtype) else branch_dtype
-    found: _Four = _residual_norm_backward(dy, dx_new, x_new, weight, mean, rstd, x_dtype, other)
-    dx, dbranch, dweight, dbias = found
-    if other is None:
-        dbranch = None if branch_dtype is None else dx
+        dx = None if dx_new is None else dx_new.to(x_dtype)
+        dbranch = None if dx_new is None or branch_dtype is None else dx_new.to(branch_dtype)
+        return dx, dbranch, None, None, None, None
+    other = None if branch_dtype == x_dtype else branch_dtype  # of x's dtype, dbranch is dx
+    if _watched(dy, dx_new, x_new, weight):
+        run = _residual_norm_backward
+    else:
+        from fastmoco_kernels.residual_norm.launch import backward as run
+    found: _Four = run(dy, dx_new, x_new, weight, mean, rstd, x_dtype, other)
+    dx, own, dweight, dbias = found
+    dbranch = None if branch_dtype is None else dx if other is None else own
     return dx, dbranch, dweight, dbias, None, None
 
 
 _residual_norm.register_autograd(_gradients, setup_context=_keep)
 
 
-def residual_norm_triton(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """x_new and y by the Triton kernels; shapes and dtypes have been checked by the caller. Differentiable once."""
-    x_new, y, _, _ = _residual_norm(x, branch, weight, bias, eps, out_dtype)
-    return (x if branch is None else x_new), y
+class _Eager(torch.autograd.Function):
+    """The operator without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:  # with a setup_context, torch reads the signature at every call
+        output = _forward(*arguments)
+        _keep(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *incoming: Any) -> Any:
+        return _gradients(ctx, *incoming)
