@@ -155,6 +155,15 @@ def test_one_of_the_two_results_alone(backend, device):
                 torch.testing.assert_close(mine.grad.double(), truth.grad, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_y_is_the_norm_of_the_sum_as_it_is_stored(backend, device):
+    """The backward has nothing else to go by."""
+    x, branch, weight, bias, *_ = _inputs((9, 100), device, x=HALF)
+    x_new, y = residual_norm(8 * x, branch, weight, bias, EPS, SINGLE, backend=backend)
+    assert x_new.dtype == HALF
+    assert torch.equal(y, residual_norm(x_new, None, weight, bias, EPS, SINGLE, backend=backend)[1])
+
+
 def test_a_large_mean_loses_no_more_than_torch(device):
     """The variance is that of what is left of a row, not a difference of two large sums."""
     inputs = _inputs((5, 384), device, branch=SINGLE)

@@ -33,8 +33,9 @@ def _leaves(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _two_norms(x, branch, weight, bias, backend):
-    """As in a block: the sum goes on, and meets a second branch."""
-    x, y = residual_norm(x, branch, weight, bias, EPS, HALF, backend=backend)
+    """As in a block: the norm of the stream, then the sum goes on, and meets a second branch."""
+    x, y = residual_norm(x, None, weight, bias, EPS, HALF, backend=backend)
+    x, y = residual_norm(x, branch + y, weight, bias, EPS, HALF, backend=backend)
     x, y = residual_norm(x, y * 2, weight, bias, EPS, HALF, backend=backend)
     return x.sum() + y.float().square().sum()
 

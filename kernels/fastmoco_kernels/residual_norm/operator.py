@@ -108,6 +108,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: _Four) -> None:
 def _gradients(ctx: Any, dx_new: Tensor | None, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     x_new, weight, mean, rstd = ctx.saved_tensors
     x_dtype, branch_dtype = ctx.dtypes
+    dx_new = None if branch_dtype is None else dx_new  # without a branch that result is an empty stand-in
     if dy is None:  # y was not used: the sum alone is differentiated
         dx = None if dx_new is None else dx_new.to(x_dtype)
         dbranch = None if dx_new is None or branch_dtype is None else dx_new.to(branch_dtype)
