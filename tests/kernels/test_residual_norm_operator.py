@@ -76,6 +76,8 @@ def test_a_graph_compiler_is_left_the_plain_form_and_finds_no_break_in_the_choic
     compiled = torch.compile(residual_norm, fullgraph=True, backend="eager")
     y = compiled(x, b, weight, bias, EPS, HALF)[1]
     assert torch.equal(y, residual_norm(x, b, weight, bias, EPS, HALF, backend="reference")[1])
+    with torch.autocast(DEVICE.type, HALF):
+        assert compiled(x, b, weight, bias, EPS)[1].dtype == HALF
     assert not asked
 
 
@@ -203,26 +205,22 @@ def test_without_gradients_nothing_is_kept():
     assert not y.requires_grad
 
 
-def _with(position: int, value):
-    given = _inputs(3, 8)
-    given[position] = value
-    return given
-
-
 @pytest.mark.parametrize(
-    ("given", "options", "text"),
+    ("position", "value", "options", "text"),
     [
-        (_with(1, torch.zeros(2, 8, device=DEVICE)), {}, r"x is \(3, 8\) but branch is \(2, 8\)"),
-        (_with(2, torch.ones(7, device=DEVICE)), {}, r"x \(3, 8\) .* weight \(7,\) and bias \(8,\)"),
-        (_with(3, torch.ones(8, dtype=HALF, device=DEVICE)), {}, "weight is torch.float32 but bias is torch.float16"),
-        (_with(1, torch.ones(3, 8, device="meta")), {}, "x is on .* but branch is on meta"),
-        (_with(0, torch.ones(3, 8, dtype=torch.int32, device=DEVICE)), {}, "x is torch.int32"),
-        (_with(0, torch.ones(3, 8, device=DEVICE)), {"out_dtype": torch.int8}, "out_dtype=torch.int8"),
-        (_with(0, torch.ones(3, 8, device=DEVICE)), {"backend": "cuda"}, "backend='cuda' is none of"),
-        (_with(0, torch.ones(3, 8, device=DEVICE).double()), {"backend": "triton"}, "torch.float64 is none of"),
+        (1, torch.zeros(2, 8), {}, r"x is \(3, 8\) but branch is \(2, 8\)"),
+        (2, torch.ones(7), {}, r"x \(3, 8\) .* weight \(7,\) and bias \(8,\)"),
+        (3, torch.ones(8, dtype=HALF), {}, "weight is torch.float32 but bias is torch.float16"),
+        (1, torch.ones(3, 8, device="meta"), {}, "x is on cpu but branch is on meta"),
+        (0, torch.ones(3, 8, dtype=torch.int32), {}, "x is torch.int32"),
+        (0, torch.ones(3, 8), {"out_dtype": torch.int8}, "out_dtype=torch.int8"),
+        (0, torch.ones(3, 8), {"backend": "cuda"}, "backend='cuda' is none of"),
+        (0, torch.ones(3, 8).double(), {"backend": "triton"}, "torch.float64 is none of"),
     ],
 )
-def test_errors_name_both_sides(given, options, text):
+def test_errors_name_both_sides(position, value, options, text):
+    given = [t.cpu() for t in _inputs(3, 8)]
+    given[position] = value
     with pytest.raises(ValueError, match=text):
         residual_norm(*given, EPS, **options)
 
