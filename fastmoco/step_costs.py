@@ -7,22 +7,20 @@ give the bytes per image and the rest that does not grow with the batch.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastmoco import setup_run
 from fastmoco.config import Config
+from fastmoco.live_bytes import LiveBytes
 from fastmoco.models.blocks import Attention, Recompute
+from fastmoco.models.compiled import traced_blocks
 from fastmoco.objectives import MoCoV3
 
 SIZES = (4096, 8192)
@@ -104,38 +102,14 @@ class StepCosts:
     """Gradients that a step in chunks holds whole until its end, beside the state."""
 
 
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums the storages that exist: those that operations made while it was on, until their last tensor is gone.
-
-    Views of ``state`` make nothing.
-    """
-
-    def __init__(self, state: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in state)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._see, made)
-        return made
-
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self._seen:
-            return
-        self._seen.add(storage)
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, size).atexit = False
-
-    def _gone(self, size: int) -> None:
-        self.now -= size
-
-
 def measure_costs(
-    config: Config, precision: str, *, attention: str = "sdpa", recompute: Recompute | None = None
+    config: Config,
+    precision: str,
+    *,
+    attention: str = "sdpa",
+    recompute: Recompute | None = None,
+    compiled: bool = False,
+    budget: float = 1.0,
 ) -> StepCosts:
     """Count what a step of a config costs.
 
@@ -144,6 +118,8 @@ def measure_costs(
         precision: "bf16", "fp32" or "fp64".
         attention: who computes attention; a kernel that is not torch's counts like ``sdpa``, which keeps as much.
         recompute: instead of ``model.checkpointing``.
+        compiled: whether blocks go through torch.compile, which then chooses what they keep.
+        budget: of `compile_blocks`.
     """
     recompute = recompute or config.model.checkpointing
     dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -154,9 +130,12 @@ def measure_costs(
             if isinstance(module, Attention):
                 module.backend = attention if attention in ("explicit", "reference") else "sdpa"
         pieces = _Pieces(objective, config.model.image_size, precision == "bf16")
-        sizes = pieces.on_all_blocks(recompute, pieces.bytes_of_an_image)
         flops = pieces.on_all_blocks("none", pieces.flops_of_an_image)
-        again = flops if recompute == "none" else pieces.on_all_blocks(recompute, pieces.flops_of_an_image)
+        # Checkpointing inside of compiled blocks is the compiler's too, but it keeps what was asked for.
+        with traced_blocks(objective, budget=budget) if compiled and recompute == "none" else nullcontext():
+            sizes = pieces.on_all_blocks(recompute, pieces.bytes_of_an_image)
+            once = recompute == "none" and not compiled
+            again = flops if once else pieces.on_all_blocks(recompute, pieces.flops_of_an_image)
     element = own[0].element_size()
     return StepCosts(
         trainable=sum(p.numel() for p in own if p.requires_grad),
@@ -229,7 +208,8 @@ class _Pieces:
         for images in SIZES:
             found: dict[str, float] = {}
             for name, run in self._runs(images).items():
-                live = _LiveBytes(self.objective.parameters())
+                run(None)  # traces blocks that are to be traced
+                live = LiveBytes(self.objective.parameters())
                 with live:
                     graph = run(live)
                 found[name] = live.peak
@@ -244,24 +224,25 @@ class _Pieces:
         """FLOPs of each piece. A pass of its own: torch's counter keeps tensors alive."""
         found: Figures = {}
         for name, run in self._runs(SIZES[0]).items():
+            run(None)
             with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
                 run(None)
             found[name] = (counter.get_total_flops() / SIZES[0],)
         return found
 
-    def _runs(self, images: int) -> dict[str, Callable[[_LiveBytes | None], int]]:
+    def _runs(self, images: int) -> dict[str, Callable[[LiveBytes | None], int]]:
         """The pieces by name; ``train`` returns the bytes alive between its forward and its backward, the others 0."""
         objective = self.objective
         view1, view2 = torch.empty(2, images, 3, self.side, self.side).unbind()
         queries, keys = torch.empty(2, 2, images, objective.encoder.embed_dim).unbind()
         queries.requires_grad_()
 
-        def query(live: _LiveBytes | None) -> int:
+        def query(live: LiveBytes | None) -> int:
             with torch.no_grad(), self._autocast():
                 objective.query_features(view1, view2)
             return 0
 
-        def train(live: _LiveBytes | None) -> int:
+        def train(live: LiveBytes | None) -> int:
             with self._autocast():
                 features = objective.query_features(view1, view2)[0]
             graph = live.now if live else 0
@@ -269,13 +250,13 @@ class _Pieces:
             objective.zero_grad(set_to_none=True)
             return graph
 
-        def forward(live: _LiveBytes | None) -> int:
+        def forward(live: LiveBytes | None) -> int:
             with torch.no_grad(), self._autocast():
                 tokens = objective.query_features(view1, view2)[1]
                 objective.key_features(view1, view2, tokens if self.shared else None)
             return 0
 
-        def heads(live: _LiveBytes | None) -> int:
+        def heads(live: LiveBytes | None) -> int:
             with self._autocast():
                 loss = objective.compare(queries, keys, accuracy=True).loss
             loss.backward()  # type: ignore[no-untyped-call]

@@ -8,9 +8,9 @@ fewer keys. But only heads and loss couple images; a trunk of layer norms maps e
     3. each chunk again, with gradient: its part of d loss / d f goes on through the trunk (chain rule, no approximation)
 
 Sums over images are taken in another order, nothing else differs. (The two-pass idea is that of Gao, Zhang, Han, Callan
-2021, "Scaling deep contrastive learning batch size under memory limited setup".) Graphs of the first ``kept`` chunks are
-kept, so that only the others pay for a second forward; how many are kept changes no bit, because chunks go back in their
-order either way.
+2021, "Scaling deep contrastive learning batch size under memory limited setup".) Graphs of the first chunks are kept, so
+that only the others pay for a second forward; how many are kept changes no bit, because chunks go back in their order
+either way.
 """
 
 from __future__ import annotations
@@ -25,6 +25,13 @@ from fastmoco.distributed.gradient_average import GradientAverage, ShardedGradie
 from fastmoco.objectives.moco_v3 import MoCoV3, MoCoV3Output
 
 RandomState = tuple[Tensor, Tensor | None]
+PrepareViews = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Two views as a loader delivers them -> two as the encoder reads them."""
+
+
+def as_they_are(view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
+    """Views that an encoder can read already."""
+    return view1, view2
 
 
 class ChunkedStep:
@@ -37,9 +44,16 @@ class ChunkedStep:
         objective: its trunk couples no samples; not wrapped for data-parallel training.
         chunk: images (two views each) that pass the trunk together; the last chunk of a batch may be smaller.
         kept: chunks whose graphs are kept; more than there are means all.
+        kept_images: instead of ``kept``, the first so many images of a batch, which need not be whole chunks: where memory
+            holds the graphs of two chunks and a half, the half is kept too. They go in chunks of their own, ``chunk`` images
+            each and the last of what is left, and the others after them likewise. Borders of chunks move with it, and so
+            does rounding in the sums over images; of a multiple of ``chunk`` it is ``kept``, bit for bit. Shapes of chunks
+            become at most three, each compiled once where blocks are compiled.
         autocast: makes the contexts of the forwards. There is none around the step: autocast remembers its casts of weights
             until the outermost context ends, and one made without gradient would serve the pass with gradient, silently.
         average: when gradients cross ranks; default once, behind the last chunk.
+        prepare: makes what the encoder reads of a chunk's two views, each time that they pass the trunk: the batch itself may
+            then be held in fewer bytes.
 
     Raises:
         ValueError: if the trunk couples samples, or for a number that makes no sense.
@@ -51,16 +65,24 @@ class ChunkedStep:
         *,
         chunk: int,
         kept: int = 0,
+        kept_images: int | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         average: GradientAverage | ShardedGradientAverage | None = None,
+        prepare: PrepareViews = as_they_are,
     ) -> None:
         if chunk < 1:
             raise ValueError(f"chunk={chunk}: needs at least 1 image")
         if kept < 0:
             raise ValueError(f"kept={kept}: must not be negative")
+        if kept_images is not None and (kept or kept_images < 0):
+            raise ValueError(
+                f"kept_images={kept_images}, kept={kept}: one of the two says what is kept, and is not negative"
+            )
         require_separable(objective, chunk)
-        self.objective, self.chunk, self.kept, self.autocast = objective, chunk, kept, autocast
+        self.objective, self.chunk, self.autocast = objective, chunk, autocast
+        self.kept_images = chunk * kept if kept_images is None else kept_images
         self.average = average or gradient_average(objective)
+        self.prepare = prepare
 
     def __call__(self, view1: Tensor, view2: Tensor, *, accuracy: bool = False) -> MoCoV3Output:
         """One forward and backward; gradients are added to ``grad`` of the trainable parameters, averaged over ranks.
@@ -77,9 +99,10 @@ class ChunkedStep:
             raise ValueError(f"view1 shape={tuple(view1.shape)}, view2 shape={tuple(view2.shape)}: must be equal")
         if torch.is_autocast_enabled(view1.device.type):
             raise ValueError("autocast is on around the chunked step: give it as ChunkedStep(autocast=...) instead")
-        parts = (view.split(self.chunk) for view in (view1, view2))  # type: ignore[no-untyped-call]
+        kept_sizes, other_sizes = self._sizes(len(view1))
+        sizes, kept = kept_sizes + other_sizes, len(kept_sizes)
+        parts = (view.split(sizes) for view in (view1, view2))  # type: ignore[no-untyped-call]
         chunks = list(zip(*parts, strict=True))
-        kept = min(self.kept, len(chunks))
         # Those without a graph first: what they leave is small, and what they need in passing is free again by then.
         with torch.no_grad(), self.autocast():
             later = [self._features(chunk) for chunk in chunks[kept:]]
@@ -97,7 +120,7 @@ class ChunkedStep:
         with self.average.local():
             output.loss.backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
-        gradients = leaf.grad.split(self.chunk, dim=1)  # type: ignore[no-untyped-call]
+        gradients = leaf.grad.split(sizes, dim=1)  # type: ignore[no-untyped-call]
         for i, (chunk, gradient, state) in enumerate(zip(chunks, gradients, states, strict=True)):
             queries = graphs[i] if i < kept else self._again(chunk, state)
             with self.average.last() if i == len(chunks) - 1 else self.average.local():
@@ -107,17 +130,23 @@ class ChunkedStep:
             del queries
         return output
 
+    def _sizes(self, images: int) -> tuple[list[int], list[int]]:
+        """Images of the chunks whose graphs are kept, and of those after them."""
+        kept = min(self.kept_images, images)
+        return _even_but_last(kept, self.chunk), _even_but_last(images - kept, self.chunk)
+
     def _features(self, chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, RandomState]:
         """Both encoders' features of a chunk, and where the random numbers stood before."""
         state = _random_state(chunk[0].device)
-        queries, tokens = self.objective.query_features(*chunk)
+        views = self.prepare(*chunk)
+        queries, tokens = self.objective.query_features(*views)
         shared = tokens if self.objective.shares_patch_tokens() else None
-        return queries, self.objective.key_features(*chunk, shared), state
+        return queries, self.objective.key_features(*views, shared), state
 
     def _again(self, chunk: tuple[Tensor, Tensor], state: RandomState) -> Tensor:
         """The same features of the query side once more, with gradient, from the same random numbers."""
         with _replay(state, chunk[0].device), self.autocast():
-            return self.objective.query_features(*chunk)[0]
+            return self.objective.query_features(*self.prepare(*chunk))[0]
 
 
 def require_separable(objective: MoCoV3, chunk: int) -> None:
@@ -132,6 +161,12 @@ def require_separable(objective: MoCoV3, chunk: int) -> None:
             "another model. Instead: --model.checkpointing full, more processes (batch norms see the batches of all), "
             "a smaller --global-batch-size, or an encoder with linear patches such as vit_small"
         )
+
+
+def _even_but_last(images: int, chunk: int) -> list[int]:
+    """So many images in chunks of one size, the last of what is left."""
+    whole, rest = divmod(images, chunk)
+    return [chunk] * whole + ([rest] if rest else [])
 
 
 def _random_state(device: torch.device) -> RandomState:

@@ -14,6 +14,7 @@ from fastmoco_kernels.ema.op import ema_update_
 from fastmoco_kernels.info_nce.op import InfoNCEResult, info_nce_loss, symmetric_info_nce_loss
 from fastmoco_kernels.lars.op import lars_step_
 from fastmoco_kernels.lars.optimizer import LARS
+from fastmoco_kernels.residual_norm.op import residual_norm
 from fastmoco_kernels.view_color.op import view_color
 from fastmoco_kernels.view_color.plan import ViewColorParameters
 
@@ -32,6 +33,7 @@ __all__ = [
     "info_nce_loss",
     "lars_step_",
     "packed_attention",
+    "residual_norm",
     "symmetric_info_nce_loss",
     "view_color",
 ]

@@ -68,6 +68,45 @@ def test_how_many_graphs_are_kept_changes_no_bit() -> None:
         assert largest_difference(runs[0], other) == 0
 
 
+# Of 13 images in chunks of 4: none, less than a chunk, a chunk, a chunk and a half, all but one, all, more.
+@pytest.mark.parametrize("kept_images", [0, 3, 4, 6, 12, 13, 99])
+def test_images_kept_need_not_be_whole_chunks(kept_images: int) -> None:
+    objective, views = case()
+    expected, output = whole(objective, views)
+    ours = copy.deepcopy(objective)
+    graphs: list[int] = []
+    query_features = ours.query_features
+
+    def seen(view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor | None]:
+        graphs.extend([len(view1)] if torch.is_grad_enabled() else [])
+        return query_features(view1, view2)
+
+    with mock.patch.object(ours, "query_features", seen):
+        ours_output = ChunkedStep(ours, chunk=4, kept_images=kept_images)(*views)
+    assert (ours_output.loss - output.loss).abs() <= 1e-12
+    assert largest_difference(ours, expected) <= 1e-12
+    first = [min(4, kept_images - i) for i in range(0, min(kept_images, BATCH), 4)]
+    first = [min(size, BATCH - 4 * i) for i, size in enumerate(first)]
+    assert graphs[: len(first)] == first
+    assert sum(graphs) == BATCH
+    assert max(graphs) <= 4
+
+
+def test_which_images_are_kept_changes_no_bit_between_the_same_borders() -> None:
+    objective, views = case(torch.float32)
+    for kept in (0, 1, 3):
+        other, _ = chunked(objective, views, 4, kept)
+        ours = copy.deepcopy(objective)
+        ChunkedStep(ours, chunk=4, kept_images=4 * kept)(*views)
+        assert largest_difference(ours, other) == 0
+    ours, other = copy.deepcopy(objective), copy.deepcopy(objective)
+    ChunkedStep(ours, chunk=4, kept_images=6)(*views)
+    step = ChunkedStep(other, chunk=4, kept_images=0)
+    with mock.patch.object(step, "_sizes", return_value=([], [4, 2, 4, 3])):
+        step(*views)
+    assert largest_difference(ours, other) == 0
+
+
 @pytest.mark.parametrize("options", [{"freeze": False}, {"apart": True}])
 def test_where_the_encoders_share_no_tokens_it_holds_too(options: dict[str, bool]) -> None:
     objective, views = case(freeze=options.get("freeze", True))
@@ -175,7 +214,15 @@ def test_a_trunk_that_couples_samples_is_refused_with_the_alternatives() -> None
         ChunkedStep(objective, chunk=4)
 
 
-@pytest.mark.parametrize(("arguments", "text"), [({"chunk": 0}, "chunk=0"), ({"chunk": 1, "kept": -1}, "kept=-1")])
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"chunk": 0}, "chunk=0"),
+        ({"chunk": 1, "kept": -1}, "kept=-1"),
+        ({"chunk": 4, "kept_images": -1}, "kept_images=-1"),
+        ({"chunk": 4, "kept": 1, "kept_images": 6}, "kept_images=6, kept=1: one of the two"),
+    ],
+)
 def test_wrong_numbers_are_named(arguments: dict[str, int], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         ChunkedStep(case()[0], **arguments)

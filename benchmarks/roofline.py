@@ -1,0 +1,172 @@
+"""The fastest that this very step can be on a card: counted, not modelled, on a CPU in seconds.
+
+``python -m benchmarks.roofline`` runs the pieces of a training step on fake tensors and adds up what every operation reads,
+writes and multiplies. A card does products at 650 TFLOP/s, attention at 35 % of that, and everything else at its memory
+bandwidth, one operation after the other. Real kernels reach less: expect 75 to 85 % of these images/s.
+
+Eager steps are counted operation by operation (`op_counts`). Compiled ones go through Dynamo and AOT autograd; the graphs
+that come out are counted by a model of fusion (`fusion`), everything outside of them operation by operation.
+
+"recomputed 0" keeps every graph; "planned" takes the chunks and kept graphs that the planner chooses for the card's memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.op_counts import ATTENTION, PRODUCTS, Cost, Counts
+from benchmarks.step_counts import count_step
+from fastmoco.config import Config
+from fastmoco.planner import HEADROOM, StepPlan, busy_chunk, plan_step, state_bytes
+from fastmoco.recipes import get_recipe
+from fastmoco.step_costs import measure_costs
+
+ATTENTION_SHARE = 0.35
+"""Of the rate of products, at heads of 32 and 64 channels and 197 tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """What a card can do."""
+
+    bytes_per_s: float
+    flops_per_s: float
+    memory: float
+    """Bytes."""
+
+    def seconds(self, kind: str, cost: Cost) -> float:
+        """What a kind of operation takes at the least."""
+        if kind == PRODUCTS:
+            return cost.flops / self.flops_per_s
+        if kind == ATTENTION:
+            return cost.flops / (ATTENTION_SHARE * self.flops_per_s)
+        return cost.bytes / self.bytes_per_s
+
+    def seconds_of(self, counts: Counts) -> float:
+        """What everything counted takes, one operation after the other."""
+        return sum(self.seconds(kind, cost) for kind, cost in counts.by_kind.items())
+
+
+CARDS = {
+    "H100": Card(bytes_per_s=3.0e12, flops_per_s=650e12, memory=80e9),
+    "H200": Card(bytes_per_s=4.2e12, flops_per_s=650e12, memory=139 * 2**30),
+}
+"""Rates that large copies and products reach, not those of a data sheet."""
+
+
+def plan_for(config: Config, card: Card) -> StepPlan:
+    """The plan of one process that has a card for itself."""
+    costs = measure_costs(config, "bf16", attention="sdpa")
+    tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
+    budget = HEADROOM * card.memory - state_bytes(costs, config.optim.name, 4).total
+    return plan_step(costs, images=config.global_batch_size, budget=budget, tokens=tokens)
+
+
+def report(
+    config: Config, *, chunk: int, compiled: bool, kept: int | None, budget: float, views: torch.dtype
+) -> dict[str, Any]:
+    """Counts of a step and images/s on every card.
+
+    Args:
+        config: model, heads and batch.
+        chunk: images of a chunk; 0: as the planner would.
+        compiled: whether blocks go through torch.compile.
+        kept: chunks whose graphs are kept, instead of the planner's choice.
+        budget: share of the activations that compiled blocks keep.
+        views: dtype of the views.
+    """
+    tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
+    counted = count_step(config, chunk=chunk or busy_chunk(tokens), compiled=compiled, budget=budget, views=views)
+    chunks = config.global_batch_size / counted.chunk
+    whole = counted.step(chunks, chunks)
+    cards = {}
+    for name, card in CARDS.items():
+        plan = plan_for(config, card)
+        share = (kept if kept is not None else plan.kept if plan.chunk else plan.chunks) / plan.chunks
+        planned = counted.step(chunks, chunks * share)
+        cards[name] = {
+            "nothing_recomputed": round(config.global_batch_size / card.seconds_of(whole)),
+            "planned": round(config.global_batch_size / card.seconds_of(planned)),
+            "kept": f"{share * plan.chunks:.0f} of {plan.chunks}",
+            "ms_a_chunk": {
+                part: round(1e3 * card.seconds_of(getattr(counted, part)), 2) for part in ("query", "keys", "backward")
+            },
+        }
+    return {
+        "model": config.model.architecture,
+        "compiled": compiled,
+        "chunk": counted.chunk,
+        "operations_a_chunk": sum(
+            part.total.operations for part in (counted.first, counted.query, counted.keys, counted.backward)
+        ),
+        "step": {
+            kind: {
+                "operations": cost.operations,
+                "gb": round(cost.bytes / 1e9, 1),
+                "tflop": round(cost.flops / 1e12, 2),
+                "ms": {name: round(1e3 * card.seconds(kind, cost), 1) for name, card in CARDS.items()},
+            }
+            for kind, cost in sorted(whole.by_kind.items(), key=lambda item: -CARDS["H200"].seconds(*item))
+        },
+        "cards": cards,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; returns 0."""
+    parser = argparse.ArgumentParser(prog="benchmarks.roofline", description=__doc__.splitlines()[0])
+    parser.add_argument("--recipes", default="vit_s16_e300_b4096,vit_b16_e300_b4096", help="comma between them")
+    parser.add_argument("--mode", choices=("both", "eager", "compiled"), default="both")
+    parser.add_argument("--chunk", type=int, default=0, help="images of a chunk; 0: as the planner would")
+    parser.add_argument("--kept", type=int, default=None, help="chunks that keep their graphs, instead of the plan's")
+    parser.add_argument("--views", default="float32", help="dtype of the views, as torch names it")
+    parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="")
+    parser.add_argument(
+        "--memory-budget", type=float, default=1.0, help="share of activations that compiled blocks keep"
+    )
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(arguments)
+    for recipe in given.recipes.split(","):
+        config = get_recipe(recipe)
+        if given.checkpointing:
+            config = replace(config, model=replace(config.model, checkpointing=given.checkpointing))
+        for compiled in {"both": (False, True), "eager": (False,), "compiled": (True,)}[given.mode]:
+            found = report(
+                config,
+                chunk=given.chunk,
+                compiled=compiled,
+                kept=given.kept,
+                budget=given.memory_budget,
+                views=getattr(torch, given.views),
+            )
+            print(json.dumps({"recipe": recipe, **found}) if given.json else table(found), flush=True)
+    return 0
+
+
+def table(found: dict[str, Any]) -> str:
+    """A report as text."""
+    lines = [
+        f"{found['model']}, {'compiled' if found['compiled'] else 'eager'}, chunks of {found['chunk']}: "
+        f"{found['operations_a_chunk']} operations a chunk with its second forward"
+    ]
+    for name, card in found["cards"].items():
+        parts = ", ".join(f"{part} {ms}" for part, ms in card["ms_a_chunk"].items())
+        lines.append(
+            f"  {name}: {card['nothing_recomputed']} images/s with nothing recomputed, {card['planned']} as planned "
+            f"({card['kept']} kept); ms a chunk: {parts}"
+        )
+    lines.append(f"  a step, nothing recomputed   {'operations':>10} {'GB':>8} {'TFLOP':>8}   ms: {' '.join(CARDS)}")
+    for kind, cost in found["step"].items():
+        times = " ".join(f"{ms:7.1f}" for ms in cost["ms"].values())
+        lines.append(f"  {kind:28} {cost['operations']:10} {cost['gb']:8.1f} {cost['tflop']:8.2f}   {times}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,194 @@
+"""What the pieces of a training step cost, eager and compiled, counted on fake tensors: no GPU, no data, seconds.
+
+The step is whatever the objective's blocks do. Eager operations are counted one by one (`op_counts`); where blocks are
+compiled, the graphs that Dynamo and AOT autograd make of them are counted by a model of fusion (`fusion`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor import compile_fx
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.fusion import FusedGraph
+from benchmarks.op_counts import PRODUCTS, Counts, OperationCounter
+from fastmoco import setup_run
+from fastmoco.config import Config
+from fastmoco.models.blocks import Attention
+from fastmoco.models.compiled import compile_blocks
+from fastmoco.objectives import MoCoV3
+from fastmoco_kernels.adamw_ema.op import bytes_moved as sweep_bytes
+from fastmoco_kernels.info_nce import cost as loss_cost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCounts:
+    """What the pieces of a step cost; the first four are those of one chunk."""
+
+    chunk: int
+    first: Counts
+    """Query trunk without gradient."""
+    query: Counts
+    """Query trunk with gradient."""
+    keys: Counts
+    """Trunk of the momentum encoder."""
+    backward: Counts
+    """Backward of the query trunk."""
+    heads: Counts
+    """Heads and loss on the whole batch, forward and backward, and the optimizer's sweep."""
+
+    def step(self, chunks: float, kept: float) -> Counts:
+        """A whole step of some chunks, of which ``kept`` are computed once."""
+        whole = Counts()
+        for part in (self.query, self.keys, self.backward):
+            whole.merge(part, chunks)
+        whole.merge(self.first, chunks - kept)
+        whole.merge(self.heads)
+        return whole
+
+
+class CountingBackend:
+    """A backend of torch.compile that counts the graphs instead of compiling them."""
+
+    def __init__(self) -> None:
+        self.counter: OperationCounter | None = None
+        self.calls = 0
+        self._backend = aot_autograd(
+            fw_compiler=self._counted,
+            bw_compiler=self._counted,
+            inference_compiler=self._counted,
+            decompositions=select_decomp_table(),
+            partition_fn=compile_fx.partition_fn,
+        )
+
+    @contextmanager
+    def instead(self) -> Iterator[None]:
+        """In here ``torch.compile`` and inductor, also where it is called by another backend, are this one."""
+        with (
+            mock.patch.object(torch, "compile", self.compile),
+            mock.patch.object(compile_fx, "compile_fx", self._backend),
+        ):
+            yield
+
+    def compile(self, function: Callable[..., Any], **options: Any) -> Any:
+        """In place of ``torch.compile``."""
+        kept = {name: options[name] for name in ("dynamic", "fullgraph") if name in options}
+        given = options.get("backend", "inductor")
+        compiled = _compile(function, backend=self._backend if given == "inductor" else given, **kept)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            if self.counter is None:
+                return compiled(*arguments, **named)
+            with self.counter.off():  # Dynamo passes by under a dispatch mode
+                return compiled(*arguments, **named)
+
+        return call
+
+    def _counted(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        counts = FusedGraph(graph).counts()
+
+        def run(arguments: list[Any]) -> Any:
+            self.calls += 1
+            if self.counter is None:
+                return graph(*arguments)
+            self.counter.counts.merge(counts)
+            with self.counter.paused():
+                return graph(*arguments)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+
+_compile = torch.compile
+
+
+def count_step(
+    config: Config, *, chunk: int, compiled: bool, budget: float = 1.0, views: torch.dtype = torch.float32
+) -> StepCounts:
+    """Count the pieces of a step.
+
+    Args:
+        config: model, heads and batch are read.
+        chunk: images that pass the trunk together.
+        compiled: whether blocks go through torch.compile.
+        budget: share of the activations that compiled blocks keep for their backward.
+        views: dtype in which views come.
+    """
+    torch._dynamo.reset()
+    blocks, found = CountingBackend(), {}
+    with blocks.instead() if compiled else nullcontext(), FakeTensorMode():
+        objective = setup_run.build_model(config)
+        for module in objective.modules():
+            if isinstance(module, Attention):
+                module.backend = "sdpa"
+        if compiled:
+            compile_blocks(objective, budget=budget)
+        for rehearsal in (True, False) if compiled else (False,):
+            # The first round compiles: what that runs is no part of a step.
+            calls, blocks.calls = blocks.calls, 0
+            found = _count_pieces(config, objective, chunk, views, None if rehearsal else blocks)
+        if compiled and (blocks.calls != calls or not calls):
+            raise RuntimeError(f"{blocks.calls} compiled graphs ran where {calls} had been compiled: counted nothing")
+    heads = found["heads"]
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    averaged = sum(p.numel() for p in objective.encoder.parameters() if p.requires_grad)
+    heads.add("sweep", sweep_bytes(trained, averaged=averaged, param_copied=0, average_copied=0))
+    return StepCounts(chunk=chunk, **found)
+
+
+def _count_pieces(
+    config: Config, objective: MoCoV3, chunk: int, views: torch.dtype, blocks: CountingBackend | None
+) -> dict[str, Counts]:
+    """Run every piece; with ``blocks`` under a counter."""
+    found: dict[str, Counts] = {}
+
+    @contextmanager
+    def counted(name: str) -> Iterator[None]:
+        counter = OperationCounter()
+        if blocks is None:
+            yield
+        else:
+            blocks.counter = counter
+            with counter:
+                yield
+            blocks.counter = None
+        found[name] = counter.counts
+
+    autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=config.precision in ("auto", "bf16"))
+    side, batch = config.model.image_size, config.global_batch_size
+    view1, view2 = (torch.empty(chunk, 3, side, side, dtype=views) for _ in range(2))
+    with counted("first"), torch.no_grad(), autocast():
+        tokens = objective.query_features(view1, view2)[1]
+    with counted("keys"), torch.no_grad(), autocast():
+        objective.key_features(view1, view2, tokens if _shares(objective) else None)
+    with counted("query"), autocast():
+        features = objective.query_features(view1, view2)[0]
+    gradient = torch.empty_like(features)
+    with counted("backward"):
+        features.backward(gradient)  # type: ignore[no-untyped-call]
+    objective.zero_grad(set_to_none=True)
+    queries, keys = (torch.empty(2, batch, objective.encoder.embed_dim) for _ in range(2))
+    queries.requires_grad_()
+    with counted("heads"):
+        with autocast():
+            loss = objective.compare(queries, keys).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+    width = config.model.projection_dim
+    found["heads"].add(PRODUCTS, 0.0, loss_cost.flops(batch, batch, width, directions=2))
+    return found
+
+
+def _shares(objective: MoCoV3) -> bool:
+    """Whether both encoders take the same patch tokens; fake tensors cannot be compared as the objective would."""
+    stem: list[Tensor] = [objective.encoder.pos_embed, *objective.encoder.patch_embed.parameters()]
+    return not (objective.couples_samples or any(p.requires_grad for p in stem))

@@ -1,0 +1,180 @@
+"""Blocks through torch.compile: who compiles, with which shapes, and how much the backward keeps.
+
+A block at a time: all blocks share one compilation, and what FSDP2 does around a block stays outside of it. Shapes are static: a
+step's chunks have one size, and kernels for a symbolic batch are slower. Evaluation runs the blocks uncompiled, because its last
+batch has any size; so the graphs of training are the same with and without it.
+
+What a compiled block keeps for its backward is torch's partitioner's choice, steered by a budget: the share of what it would
+keep that it may keep (``torch._functorch.config.activation_memory_budget``). 1 keeps the inputs of all matrix products. Below
+that it first drops what element-wise operations make again (layer norms, GELU), then whole products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fastmoco.models.blocks import Block
+from fastmoco_kernels._runtime import triton_is_default
+
+BUDGETS = (1.0, 0.9, 0.6, 0.4, 0.2)
+"""Budgets that a plan chooses among. Products drop out one by one, so others in between give the same graphs."""
+GRAPHS = 32
+"""Graphs of a block that torch.compile may hold: with and without gradient, by encoder and size of a chunk. Its own limit of 8 is
+reached by two sizes, and then it computes uncompiled without a word."""
+METHODS = ("forward", "class_row")
+
+
+class CompileChoice(NamedTuple):
+    """Whether blocks are compiled, and why."""
+
+    compiled: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'compiled' if self.compiled else 'not compiled'} ({self.reason})"
+
+
+def choose_compile(wanted: Literal["auto"] | bool, device: torch.device, precision: str) -> CompileChoice:
+    """What ``model.compile`` means on a device: ``auto`` compiles where torch's code generator writes Triton kernels.
+
+    Args:
+        wanted: of the config.
+        device: of the model.
+        precision: "bf16", "fp32" or "fp64".
+    """
+    if wanted != "auto":
+        return CompileChoice(wanted, "asked for")
+    if device.type != "cuda":
+        return CompileChoice(False, "auto compiles on CUDA alone")
+    if precision == "fp64":
+        return CompileChoice(False, "auto does not compile fp64, which is for comparing runs")
+    if not triton_is_default(device):
+        return CompileChoice(False, "needs Triton and compute capability 8.0")
+    return CompileChoice(True, "auto, on CUDA")
+
+
+def compile_blocks(objective: nn.Module, *, budget: float = 1.0) -> None:
+    """Pass every transformer block through torch.compile, in place: names, hooks and state stay as they are.
+
+    Args:
+        objective: or any module that holds lists of blocks named ``blocks``. In evaluation mode they compute uncompiled.
+        budget: share of the activations that the backward keeps, in [0, 1]; see `BUDGETS`.
+    """
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
+    options: dict[str, Any] = {"backend": _within(budget)} if budget < 1 else {}
+    for block in _blocks(objective):
+        for name in METHODS:
+            plain = getattr(block, name)
+            compiled = torch.compile(plain, dynamic=False, **options)
+            setattr(block, name, _in_training(block, compiled, plain))
+
+
+def _blocks(objective: nn.Module) -> list[nn.Module]:
+    lists = [getattr(part, "blocks", None) for part in objective.modules()]
+    return [block for blocks in lists if isinstance(blocks, nn.ModuleList) for block in blocks]
+
+
+def _in_training(block: nn.Module, compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(x_BLE: Tensor) -> Any:
+        return (compiled if block.training else plain)(x_BLE)
+
+    return forward
+
+
+def _within(budget: float) -> Callable[[torch.fx.GraphModule, Any], Any]:
+    """Torch's compiler under a budget of activations: read when a graph is split, the setting binds these graphs alone."""
+
+    def inductor(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        import torch._functorch.config as functorch
+        from torch._inductor.compile_fx import compile_fx
+
+        with functorch.patch(activation_memory_budget=budget):
+            return compile_fx(graph, inputs)
+
+    return inductor
+
+
+@contextmanager
+def traced_blocks(objective: nn.Module, *, budget: float = 1.0) -> Iterator[None]:
+    """Blocks that keep what compiled ones keep, one operation at a time: to count on fake tensors.
+
+    The graphs are those of the compiler before it fuses: the same split into forward and backward, the same tensors between them.
+    Without gradient nothing is kept, and blocks compute as they do uncompiled. Run each call once before it is counted.
+
+    Args:
+        objective: whose blocks are replaced in here.
+        budget: as for `compile_blocks`.
+    """
+    graphs: dict[Any, Callable[..., Tensor]] = {}
+    blocks = [block for block in _blocks(objective) if isinstance(block, Block) and block.recompute == "none"]
+    try:
+        for block in blocks:
+            for name in METHODS:
+                block.__dict__[name] = _traced(block, name, budget, graphs)
+        yield
+    finally:
+        for block in blocks:
+            for name in METHODS:
+                del block.__dict__[name]
+
+
+def _traced(block: Block, name: str, budget: float, graphs: dict[Any, Callable[..., Tensor]]) -> Callable[..., Tensor]:
+    """A method of a block by graphs that it shares with all blocks, one for each kind of call."""
+    import torch._functorch.config as functorch
+    from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    plain = getattr(type(block), name)
+    parameters = dict(block.named_parameters())
+
+    def split(*joint: Any, **options: Any) -> Any:
+        # Weights stay where they are: what is made of them alone, such as their copies for autocast, is made again.
+        weights = list(range(len(parameters)))
+        options |= {"compiler": "inductor", "static_lifetime_input_indices": weights}
+        return min_cut_rematerialization_partition(*joint, **options)
+
+    def as_it_is(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    def whole(weights: dict[str, Tensor], x_BLE: Tensor) -> Tensor:
+        return functional_call(
+            _Method(block, plain), {f"block.{key}": value for key, value in weights.items()}, (x_BLE,)
+        )
+
+    def forward(x_BLE: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return cast(Tensor, plain(block, x_BLE))
+        key = (name, x_BLE.shape, x_BLE.dtype, x_BLE.requires_grad)
+        if key not in graphs:
+            graphs[key] = aot_function(
+                whole,
+                as_it_is,
+                as_it_is,
+                partition_fn=split,
+                decompositions=select_decomp_table(),
+            )
+        with functorch.patch(activation_memory_budget=budget):
+            out: Tensor = graphs[key](parameters, x_BLE)
+        return out
+
+    return forward
+
+
+class _Method(nn.Module):
+    """A method of a module, callable as a module's forward."""
+
+    def __init__(self, block: nn.Module, method: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.block = block
+        self._method = method
+
+    def forward(self, x_BLE: Tensor) -> Tensor:
+        return self._method(self.block, x_BLE)

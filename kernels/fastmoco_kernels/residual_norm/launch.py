@@ -1,0 +1,234 @@
+"""How the residual layer norm is launched: rows at a time, warps, programs that share the backward.
+
+Warps lie along a row, 128 columns each (up to eight), so that a sum over rows never leaves a thread; a thread holds
+about 16 numbers of every tensor. The backward starts as many programs as run at once and each goes through many rows:
+partial sums stay few. `aot_cases` compiles it at the widths of vision transformers and at odd ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastmoco_kernels._aot import AotCase
+from fastmoco_kernels._runtime import device_guard
+from fastmoco_kernels._tuning import tuned
+from fastmoco_kernels.residual_norm.triton_kernels import (
+    residual_norm_bwd_kernel,
+    residual_norm_fwd_kernel,
+    residual_norm_sum_kernel,
+)
+
+Tile = tuple[int, ...]
+SUM_COLS, SUM_ROWS, SUM_WARPS = 32, 64, 4
+_WITHOUT_GPU = 3
+"""Programs of the backward for each that a processor would run: in the interpreter, where tests want more than one."""
+
+
+def columns(E: int) -> int:
+    """The power of two that holds a row."""
+    return max(32, int(triton.next_power_of_2(E)))
+
+
+def forward_tiles(E: int) -> list[Tile]:
+    """(rows at a time, warps), the default first: 16 numbers a thread, then 8, 32, and one warp a row."""
+    cols, warps = columns(E), _warps(E)
+    tiles: list[Tile] = [(_rows(numbers, warps, cols), warps) for numbers in (16, 8, 32)]
+    return list(dict.fromkeys([*tiles, (1, 1)] if cols <= 1024 else tiles))
+
+
+def backward_tiles(E: int) -> list[Tile]:
+    """(rows at a time, warps, programs a processor), the default first: 16 numbers a thread, then 8, or more programs."""
+    cols, warps = columns(E), _warps(E)
+    sixteen, eight = (_rows(numbers, warps, cols) for numbers in (16, 8))
+    return list(
+        dict.fromkeys([(sixteen, warps, 16 // warps), (eight, warps, 24 // warps), (sixteen, warps, 32 // warps)])
+    )
+
+
+def _warps(E: int) -> int:
+    return min(8, max(1, columns(E) // 128))
+
+
+def _rows(numbers: int, warps: int, cols: int) -> int:
+    """Rows that make ``numbers`` a thread."""
+    return max(1, numbers * 32 * warps // cols)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _WITHOUT_GPU
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def forward(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x_new (empty without a branch), y, and of every row the mean and the reciprocal standard deviation."""
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    E = x.shape[-1]
+    rows = x.numel() // E
+    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    if branch is None:
+        x_new = torch.empty(0, dtype=x.dtype, device=x.device)
+        read, written = x, x  # stand-ins: the kernel touches neither
+    else:
+        x_new = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
+        read, written = branch.contiguous(), x_new
+    constants = {"HAS_BRANCH": branch is not None, "E": E, "COLS": columns(E)}
+
+    def run(tile: Tile) -> None:
+        residual_norm_fwd_kernel[(triton.cdiv(rows, tile[0]),)](
+            x,
+            read,
+            weight,
+            bias,
+            written,
+            y,
+            mean,
+            rstd,
+            rows,
+            eps,
+            **constants,
+            ROWS=tile[0],
+            num_warps=tile[1],
+        )
+
+    if rows:
+        with device_guard(x):
+            tiles = forward_tiles(E)
+            run(tuned("residual_norm.fwd", _key(rows, E, x, branch, y), tiles, tiles[0], run, x.device))
+    return x_new, y, mean, rstd
+
+
+def backward(
+    dy: Tensor,
+    dx_new: Tensor | None,
+    x_new: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x_dtype: torch.dtype,
+    branch_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dbranch (empty unless ``branch_dtype``), dweight and dbias, both in the weight's dtype."""
+    dy, x_new, weight = dy.contiguous(), x_new.contiguous(), weight.contiguous()
+    dx_new = None if dx_new is None else dx_new.contiguous()
+    E = x_new.shape[-1]
+    rows = x_new.numel() // E
+    dx = torch.empty(x_new.shape, dtype=x_dtype, device=x_new.device)
+    shape = (0,) if branch_dtype is None else x_new.shape
+    dbranch = torch.empty(shape, dtype=branch_dtype or x_dtype, device=x_new.device)
+    dweight, dbias = (torch.zeros_like(weight) if rows == 0 else torch.empty_like(weight) for _ in range(2))
+    constants = {"HAS_DX_NEW": dx_new is not None, "HAS_DBRANCH": branch_dtype is not None, "E": E, "COLS": columns(E)}
+
+    def run(tile: Tile) -> None:
+        programs = programs_of(rows, tile, x_new.device)
+        partial = torch.empty(2, programs, E, dtype=torch.float32, device=x_new.device)
+        residual_norm_bwd_kernel[(programs,)](
+            dy,
+            x_new if dx_new is None else dx_new,
+            x_new,
+            weight,
+            mean,
+            rstd,
+            dx,
+            dx if branch_dtype is None else dbranch,
+            partial,
+            rows,
+            **constants,
+            ROWS=tile[0],
+            num_warps=tile[1],
+        )
+        residual_norm_sum_kernel[(triton.cdiv(E, SUM_COLS), 2)](
+            partial, dweight, dbias, programs, E=E, COLS=SUM_COLS, ROWS=SUM_ROWS, num_warps=SUM_WARPS
+        )
+
+    if rows:
+        with device_guard(x_new):
+            tiles = backward_tiles(E)
+            key = _key(rows, E, x_new, None if branch_dtype is None else dbranch, dy)
+            run(tuned("residual_norm.bwd", key, tiles, tiles[0], run, x_new.device))
+    return dx, dbranch, dweight, dbias
+
+
+def programs_of(rows: int, tile: Tile, device: torch.device) -> int:
+    """Programs of the backward: as many as the device runs at once, and none without rows."""
+    return min(triton.cdiv(rows, tile[0]), tile[2] * _processors(device))
+
+
+def _key(rows: int, E: int, x: Tensor, branch: Tensor | None, y: Tensor) -> tuple[int | str, ...]:
+    """What the best tile depends on; of the rows, only their order of magnitude."""
+    types = (str(t.dtype).removeprefix("torch.") if t is not None else "none" for t in (x, branch, y))
+    return (f"2**{rows.bit_length()} rows", E, *types)
+
+
+_Types = tuple[str, str, str, str]
+_USUAL: _Types = ("fp32", "bf16", "bf16", "fp32")
+_WIDTHS = (64, 100, 192, 384, 768, 1024, 1280, 2048, 4096)
+
+
+def aot_cases() -> list[AotCase]:
+    """Every tile at the widths of vision transformers and at the bounds, in the types of autocast; the rest at 384.
+
+    Types are those of x, branch, y and weight. Forwards with and without a branch, backwards with and without
+    a gradient to x_new and one to the branch.
+    """
+    cases = []
+    others: list[_Types] = [
+        ("fp32", "fp16", "fp16", "fp32"),
+        ("fp32", "bf16", "bf16", "bf16"),
+        ("fp32", "fp32", "fp32", "fp32"),
+        ("bf16", "bf16", "bf16", "bf16"),
+    ]
+    for E, types in [*((E, _USUAL) for E in _WIDTHS), *((384, types) for types in others)]:
+        for tile, flag in product(forward_tiles(E), (True, False)):
+            constants = {"HAS_BRANCH": flag, "E": E, "COLS": columns(E), "ROWS": tile[0]}
+            cases.append(_case("fwd", types, constants, tile, forward_tiles(E)[0]))
+        for tile, new, branch in product(backward_tiles(E), (True, False), (True, False)):
+            constants = {"HAS_DX_NEW": new, "HAS_DBRANCH": branch, "E": E, "COLS": columns(E), "ROWS": tile[0]}
+            cases.append(_case("bwd", types, constants, tile, backward_tiles(E)[0]))
+    for E, weight in product((384, 1280), ("fp32", "bf16")):
+        constants = {"E": E, "COLS": SUM_COLS, "ROWS": SUM_ROWS}
+        cases.append(
+            _case("sum", ("fp32", "bf16", "bf16", weight), constants, (SUM_ROWS, SUM_WARPS), (SUM_ROWS, SUM_WARPS))
+        )
+    unique: dict[str, AotCase] = {}
+    for case in cases:  # tiles that differ in programs alone are one configuration, and the first may be the default
+        unique.setdefault(case.name, case)
+    return list(unique.values())
+
+
+def _case(way: str, types: _Types, constants: dict[str, Any], tile: Tile, default: Tile) -> AotCase:
+    """One configuration; types by the names of the arguments."""
+    kernels = {"fwd": residual_norm_fwd_kernel, "bwd": residual_norm_bwd_kernel, "sum": residual_norm_sum_kernel}
+    kernel = kernels[way]
+    x, branch, y, weight = types
+    stream = "fp32" if x == "fp32" or (branch == "fp32" and constants.get("HAS_BRANCH", True)) else x
+    kinds = {"x_ptr": x, "dx_ptr": x, "branch_ptr": branch, "dbranch_ptr": branch, "y_ptr": y, "dy_ptr": y}
+    kinds |= {"x_new_ptr": stream, "dx_new_ptr": stream, "mean_ptr": "fp32", "rstd_ptr": "fp32", "partial_ptr": "fp32"}
+    kinds |= dict.fromkeys(("weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr"), weight)
+    scalars = {"rows": "i32", "programs": "i32", "eps": "fp32"}
+    signature = {
+        name: f"*{kinds[name]}" if name in kinds else scalars.get(name, "constexpr") for name in kernel.arg_names
+    }
+    flags = " ".join(name for name in ("HAS_BRANCH", "HAS_DX_NEW", "HAS_DBRANCH") if constants.get(name))
+    shape = (f"rows {tile[0]}", f"w{tile[1]}")
+    return AotCase(
+        name=" ".join(filter(None, (f"residual_norm.{way}", "/".join(types), f"E={constants['E']}", flags, *shape))),
+        kernel=kernel,
+        signature=signature,
+        constexprs=constants,
+        num_warps=tile[1],
+        num_stages=3,
+        default_on=(80, 90, 100) if tile == default else (),
+        aligned=tuple(name for name in signature if name.endswith("_ptr")),
+        quick=types == _USUAL and constants["E"] in (384, 768),
+    )

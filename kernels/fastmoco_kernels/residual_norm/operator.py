@@ -1,0 +1,109 @@
+"""`fastmoco::residual_norm`: the kernels as one operator of torch, with its gradient.
+
+Kept for the backward: x_new (x itself without a branch), the weight, and two float32 a row. Not y: who multiplies it
+keeps it anyway. The operator stands below autocast, which casts none of its arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmoco_kernels._runtime import require_triton
+
+_Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("fastmoco::residual_norm", mutates_args=())
+def _residual_norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+) -> _Four:
+    require_triton("residual_norm", x.device)
+    from fastmoco_kernels.residual_norm.launch import forward
+
+    return forward(x, branch, weight, bias, eps, out_dtype)
+
+
+@torch.library.custom_op("fastmoco::residual_norm_backward", mutates_args=())
+def _residual_norm_backward(
+    dy: Tensor,
+    dx_new: Tensor | None,
+    x_new: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x_dtype: torch.dtype,
+    branch_dtype: torch.dtype | None,
+) -> _Four:
+    from fastmoco_kernels.residual_norm.launch import backward
+
+    return backward(dy, dx_new, x_new, weight, mean, rstd, x_dtype, branch_dtype)
+
+
+@_residual_norm.register_fake
+def _(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> _Four:
+    rows = x.numel() // x.shape[-1]
+    shape, dtype = ((0,), x.dtype) if branch is None else (x.shape, torch.promote_types(x.dtype, branch.dtype))
+    return (
+        x.new_empty(shape, dtype=dtype),
+        x.new_empty(x.shape, dtype=out_dtype),
+        x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(rows, dtype=torch.float32),
+    )
+
+
+@_residual_norm_backward.register_fake
+def _(
+    dy: Tensor,
+    dx_new: Tensor | None,
+    x_new: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x_dtype: torch.dtype,
+    branch_dtype: torch.dtype | None,
+) -> _Four:
+    return (
+        x_new.new_empty(x_new.shape, dtype=x_dtype),
+        x_new.new_empty((0,) if branch_dtype is None else x_new.shape, dtype=branch_dtype or x_dtype),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: _Four) -> None:
+    x, branch, weight = inputs[:3]
+    x_new, _, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*((x_new,) if branch is None else ()), mean, rstd)
+    ctx.save_for_backward(x if branch is None else x_new, weight, mean, rstd)
+    ctx.dtypes = x.dtype, None if branch is None else branch.dtype
+
+
+def _gradients(ctx: Any, dx_new: Tensor | None, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    x_new, weight, mean, rstd = ctx.saved_tensors
+    x_dtype, branch_dtype = ctx.dtypes
+    if dy is None:  # y was not used: the sum alone is differentiated
+        dx, dbranch, dweight, dbias = dx_new, dx_new, None, None
+        dx = None if dx is None else dx.to(x_dtype)
+        dbranch = None if dbranch is None or branch_dtype is None else dbranch.to(branch_dtype)
+        return dx, dbranch, dweight, dbias, None, None
+    other = None if branch_dtype in (None, x_dtype) else branch_dtype
+    found: _Four = _residual_norm_backward(dy, dx_new, x_new, weight, mean, rstd, x_dtype, other)
+    dx, dbranch, dweight, dbias = found
+    if other is None:
+        dbranch = None if branch_dtype is None else dx
+    return dx, dbranch, dweight, dbias, None, None
+
+
+_residual_norm.register_autograd(_gradients, setup_context=_keep)
+
+
+def residual_norm_triton(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x_new and y by the Triton kernels; shapes and dtypes have been checked by the caller. Differentiable once."""
+    x_new, y, _, _ = _residual_norm(x, branch, weight, bias, eps, out_dtype)
+    return (x if branch is None else x_new), y

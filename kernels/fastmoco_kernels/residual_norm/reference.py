@@ -1,0 +1,28 @@
+"""Residual add, layer norm and cast in plain torch, one after the other: what the kernels are held against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmoco_kernels._runtime import accumulation_dtype
+
+
+def residual_norm_reference(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``x + branch`` and its layer norm (Ba, Kiros, Hinton 2016, Eq. 4), in float32 or wider, then ``.to(out_dtype)``.
+
+    Args:
+        x: [..., E].
+        branch: [..., E], or None: then the first result is ``x`` itself.
+        weight: [E], widened to the arithmetic type where it is narrower.
+        bias: [E].
+        eps: added to the variance.
+        out_dtype: of the second result.
+    """
+    x_new = x if branch is None else x + branch
+    wide = accumulation_dtype(x_new)
+    normed = F.layer_norm(x_new.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
+    return x_new, normed.to(out_dtype)
