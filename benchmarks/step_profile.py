@@ -20,8 +20,8 @@ def profiled(step: Callable[[], object], device: torch.device) -> dict[str, Any]
         device: CUDA: kernels are counted; CPU: operators.
 
     Returns:
-        ``launches``: kernels, copies and fills of one call; ``busy_ms``: their times added up; ``largest_kernels``: the dozen that
-        take most, each with its milliseconds, its share and its calls.
+        ``launches``: kernels, copies and fills of one call; ``busy_ms``: their times added up; ``largest_kernels``: the
+        dozen that take most, each with its milliseconds, its share and its calls.
     """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]

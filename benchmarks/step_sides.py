@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from fastmoco.distributed.mesh import start_world
 from fastmoco.models.compiled import compile_blocks
 from fastmoco.objectives.reference import plain_forward
 from fastmoco.recipes import get_recipe
-from fastmoco.setup_run import build_objective
+from fastmoco.setup_run import build_model, build_objective
 from fastmoco.trainer import Trainer
 
 SIDES = ("fastmoco", "eager", "compiled")
@@ -190,17 +189,14 @@ def check(trainer: Trainer, view1: Tensor, view2: Tensor) -> dict[str, Any]:
     """
     objective = trainer.objective
     views = [as_float(trainer, view) for view in (view1, view2)]
-    exact = deepcopy(objective).double()
-    for module in exact.modules():
-        if getattr(module, "backend", None):
-            module.backend = "explicit"
+    model = trainer.config.model
+    exact = build_model(replace(trainer.config, model=replace(model, attention="explicit", linears="native")))
+    exact = exact.to(view1.device).double()
+    exact.load_state_dict(objective.state_dict(), strict=model.linears == "native")
     with torch.compiler.set_stance("force_eager"):
-        if trainer.config.model.linears == "float8":
-            native = build_objective(
-                replace(trainer.config, model=replace(trainer.config.model, linears="native")), view1.device
-            )
+        if model.linears == "float8":
             with torch.no_grad():
-                truth = native.encoder(views[0])
+                truth = exact.encoder(views[0].double())
                 return {"errors": {"features": relative_error(objective.encoder(views[0]), truth)}, "plain_errors": {}}
         truth = _loss_and_gradients(exact, plain_forward, [view.double() for view in views])
         del exact

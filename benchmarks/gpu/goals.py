@@ -1,8 +1,8 @@
 """Goals as data, for whichever card: what was set for an H200 is held against another by the ceilings that both reach.
 
 A goal is at heart a share of what the card can do. Its figure stands for an H200 whose ceilings are `SET_FOR`; on another
-card it is scaled by that card's measured ones: a compute-bound time by the rate of products, a memory-bound one by that of copies, a
-training step by both, in the proportion that `benchmarks.roofline` counts for its time. Speed-ups are not scaled.
+card it is scaled by that card's measured ones: a compute-bound time by the rate of products, a memory-bound one by that of
+copies, a training step by both, in the proportion that `benchmarks.roofline` counts. Speed-ups are not scaled.
 """
 
 from __future__ import annotations

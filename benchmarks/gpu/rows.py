@@ -43,7 +43,7 @@ def main() -> int:
         try:
             options = parse_options((*words, *device), case.DEFAULTS)
             result = case.run(options)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # the latter for an option that the case does not know
             traceback.print_exc()
             emit(row.name, FAILED, reason=f"{type(error).__name__}: {str(error)[:300]}", **about)
             failed = True

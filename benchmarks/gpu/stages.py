@@ -37,6 +37,13 @@ class Stage:
 
 
 _SMALL_STEP = (
+    *("recipe=quickstart_digits", "batch=16", "chunk=4", "rounds=1", "steps=1", "checked=4", "compile=0"),
+    "processes=0",
+)
+_SMALL_SWEEP = ("width=16", "depth=1", "hidden=16", "rounds=1")
+_SMALL_LOSS = ("rows=64", "keys=96", "dim=32", "rounds=1", "compile=0")
+_SMALL_ATTENTION = ("B=2", "A=2", "L=17", "M=17", "rounds=1", "dtype=fp32", "subject=sdpa", "compile=0")
+_STEP = (
     "recipe=quickstart_digits",
     "batch=32",
     "chunk=8",
@@ -81,7 +88,7 @@ STEP_1024 = Stage(
             case="train_step",
             op="step",
             options=("batch=1024", "compile=1", "profile=1", "steps=4", *_STEP),
-            dry=_SMALL_STEP,
+            dry=(*_SMALL_STEP, "processes=1"),
         ),
         Row(
             name="ViT-S 1024 eager",

@@ -20,7 +20,7 @@ def shown(line: Mapping[str, Any], ceilings: Mapping[str, float], card: str) -> 
     text = [head, *_body(line)]
     if share := line.get("share"):
         text.append("share of this card's ceilings: " + ", ".join(f"{key} {value:.0%}" for key, value in share.items()))
-    if isinstance(line.get("result"), Mapping):
+    if isinstance(line.get("result"), Mapping) and not line.get("dry"):  # small shapes on a CPU have no goals
         result = {**line["result"], "share": line.get("share", {})}
         text += [str(verdict) for verdict in goals.verdicts(name, result, card, ceilings)]
     return [(row if i == 0 else f"    {row}")[:WIDTH] for i, row in enumerate(text)]
