@@ -11,6 +11,7 @@ from benchmarks.gpu.runner import Run
 from benchmarks.gpu.stages import chosen
 
 BUDGET_SECONDS = 560.0
+DRY_BUDGET_SECONDS = 1800.0
 
 
 def main() -> int:
@@ -19,7 +20,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--stages", default=given.get("STAGES", ""), help="names, or a and b; comma between them")
     parser.add_argument("--only", default=given.get("ONLY", ""), help="an op, or part of a row's name")
-    parser.add_argument("--budget", type=float, default=float(given.get("BUDGET") or BUDGET_SECONDS), help="seconds")
+    parser.add_argument("--budget", type=float, default=float(given.get("BUDGET") or 0), help="seconds")
     parser.add_argument("--out", type=Path, default=Path(given.get("OUT") or "gpu-results"))
     parser.add_argument("--dry-run", action="store_true", default=given.get("DRY", "") not in ("", "0"))
     arguments = parser.parse_args()
@@ -28,7 +29,8 @@ def main() -> int:
     except ValueError as error:
         print(f"benchmarks.gpu: {error}", file=sys.stderr)
         return 2
-    run = Run(out=arguments.out, budget=arguments.budget, only=arguments.only, dry=arguments.dry_run)
+    budget = arguments.budget or (DRY_BUDGET_SECONDS if arguments.dry_run else BUDGET_SECONDS)
+    run = Run(out=arguments.out, budget=budget, only=arguments.only, dry=arguments.dry_run)
     return run.all(stages)
 
 

@@ -37,25 +37,12 @@ class Stage:
 
 
 _SMALL_STEP = (
-    *("recipe=quickstart_digits", "batch=16", "chunk=4", "rounds=1", "steps=1", "checked=4", "compile=0"),
-    "processes=0",
+    *("recipe=quickstart_digits", "batch=16", "chunk=none", "rounds=1", "steps=1", "checked=4", "compile=0"),
+    *("profile=0", "processes=0"),
 )
 _SMALL_SWEEP = ("width=16", "depth=1", "hidden=16", "rounds=1")
 _SMALL_LOSS = ("rows=64", "keys=96", "dim=32", "rounds=1", "compile=0")
 _SMALL_ATTENTION = ("B=2", "A=2", "L=17", "M=17", "rounds=1", "dtype=fp32", "subject=sdpa", "compile=0")
-_STEP = (
-    "recipe=quickstart_digits",
-    "batch=32",
-    "chunk=8",
-    "rounds=1",
-    "steps=1",
-    "checked=8",
-    "compile=0",
-    "kept=0",
-)
-_SMALL_SWEEP = ("width=16", "depth=1", "hidden=16", "rounds=1")
-_SMALL_LOSS = ("rows=64", "keys=96", "dim=32", "rounds=1", "compile=0")
-_SMALL_ATTENTION = ("B=2", "A=2", "L=17", "M=17", "rounds=1", "dtype=fp32", "subject=sdpa")
 _STEP = ("sides=fastmoco", "processes=1", "rounds=3")
 
 ENVIRONMENT = Stage(name="env", run="a", limit=90, module="benchmarks.gpu.environment")
@@ -88,7 +75,7 @@ STEP_1024 = Stage(
             case="train_step",
             op="step",
             options=("batch=1024", "compile=1", "profile=1", "steps=4", *_STEP),
-            dry=(*_SMALL_STEP, "processes=1"),
+            dry=(*_SMALL_STEP, "processes=1", "profile=1"),
         ),
         Row(
             name="ViT-S 1024 eager",
