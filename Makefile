@@ -1,12 +1,13 @@
 # Every target sets up .venv by itself. PYTHON chooses the interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 VENV := .venv
 RUN := $(VENV)/bin
 # DALI's wheel follows the driver: CUDA 12 drivers need the cu12 build; everything else, machines without a GPU among them, takes cu13.
 DALI := $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo dali-cu12 || echo dali-cu13)
 READY := $(VENV)/.ready-$(DALI)
 
-.PHONY: quickstart test faults check kernels gpu format bench clean
+.PHONY: quickstart test faults check kernels gpu rehearsal format bench clean
 
 quickstart: $(READY)  ## train a tiny encoder on handwritten digits, a few minutes
 	$(RUN)/fastmoco quickstart --out quickstart
@@ -34,6 +35,10 @@ kernels: $(READY)  ## compile every kernel configuration for sm_80, sm_90a and s
 gpu:  ## on a GPU: kernels against float64, ceilings, training steps, tests, benchmark cases; results in $$OUT
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/pipelines:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu
 
+# Sets itself up in .rehearsal. REHEARSAL_PYTHON takes an interpreter that has the packages already.
+rehearsal:  ## what a bare GPU machine will do, on the CPU: Python 3.12, torch 2.11, no git, no C part, only what such a machine has
+	$(PYTHON) tests/rehearsal.py --python312 "$(PYTHON312)" --python "$(REHEARSAL_PYTHON)"
+
 format: $(READY)  ## rewrite the code as ruff wants it
 	$(RUN)/ruff check --fix-only .
 	$(RUN)/ruff format .
@@ -48,4 +53,4 @@ $(READY): setup.py pyproject.toml constraints.txt $(wildcard kernels/fastmoco_ke
 	@touch $@
 
 clean:  ## remove what make built
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .rehearsal build *.egg-info

@@ -103,9 +103,15 @@ class BatchConfig:
     chunk: Literal["auto", "none"] | int = "auto"
     """Images that pass the encoder together. ``none``: all; ``auto``: all where they fit into the memory that is free."""
     kept: Literal["auto"] | int = "auto"
-    """Chunks that keep their activations and save the second forward; ``auto``: as many as fit."""
+    """Chunks that keep their activations and save the second forward; ``auto``: as many as fit, parts of chunks among them."""
+    activation_budget: Literal["auto"] | float = "auto"
+    """Share of its activations that a compiled block keeps for its backward: 1 all that products read, 0.9 what element-wise
+    operations do not make again, less also drops products. ``auto``: the first of 1 and 0.9 that computes least twice."""
 
     def __post_init__(self) -> None:
+        budget = self.activation_budget
+        share = budget == "auto" or (isinstance(budget, int | float) and 0 <= budget <= 1)
+        require(share, "activation_budget", budget, "must be auto, or a share in [0, 1]")
         for name, words, least in (("chunk", ("auto", "none"), 1), ("kept", ("auto",), 0)):
             value = getattr(self, name)
             fits = value >= least if type(value) is int else value in words

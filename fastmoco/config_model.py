@@ -47,13 +47,16 @@ class ModelConfig:
     linears: Linears = "native"
     """Products of the blocks' linear layers: ``native`` in the run's precision; ``float8`` by torchao, for vit_large and wider
     on CUDA from capability 8.9 on, in bf16 and compiled. Another rounding, so another run."""
-    compile: bool = False
-    """Blocks through torch.compile: fewer and larger kernels, the same numbers to rounding, about a minute at the start."""
+    compile: Literal["auto"] | bool = "auto"
+    """Blocks through torch.compile: fewer and larger kernels, the same numbers to rounding, about a minute at the start.
+    ``auto``: on CUDA, in bf16 and fp32."""
 
     def __post_init__(self) -> None:
         for name, kind in KINDS.items():
             value = getattr(self, name)
             require(value in get_args(kind), name, value, f"must be one of {get_args(kind)}")
+        known = self.compile == "auto" or isinstance(self.compile, bool)
+        require(known, "compile", self.compile, "must be auto, True or False")
         require(self.patch_size >= 1, "patch_size", self.patch_size, "must be at least 1 pixel")
         divides = self.image_size >= self.patch_size and self.image_size % self.patch_size == 0
         require(divides, "image_size", self.image_size, f"must be a multiple of patch_size={self.patch_size}")
@@ -63,7 +66,5 @@ class ModelConfig:
             # torchao's layer is one operation to autograd, which cannot stop inside of it.
             rule = "with linears=float8 would compute products twice as full does, and keep them too: take full or none"
             require(self.checkpointing != "selective", "checkpointing", self.checkpointing, rule)
-            rule = (
-                "linears=float8 needs --model.compile: uncompiled, casts move several times the bytes of the products"
-            )
-            require(self.compile, "compile", self.compile, rule)
+            rule = "linears=float8 needs --model.compile auto or True: uncompiled, casts move several times the bytes of products"
+            require(self.compile is not False, "compile", self.compile, rule)

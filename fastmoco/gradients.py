@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,10 +17,11 @@ from fastmoco.distributed.mesh import World
 from fastmoco.distributed.parallelize import Strategy, choose_strategy, parallelize
 from fastmoco.distributed.replicas import require_equal_replicas
 from fastmoco.free_memory import free_bytes
+from fastmoco.models.compiled import BUDGETS, choose_compile, compile_blocks
 from fastmoco.objectives import MoCoV3, MoCoV3Output
-from fastmoco.objectives.chunked import ChunkedStep, require_separable
-from fastmoco.planner import HEADROOM, StepPlan, plan_step, sharded, state_bytes
-from fastmoco.step_costs import measure_costs
+from fastmoco.objectives.chunked import ChunkedStep, PrepareViews, as_they_are, require_separable
+from fastmoco.planner import HEADROOM, StepPlan, best_plan, plan_step, sharded, state_bytes
+from fastmoco.step_costs import StepCosts, measure_costs
 
 SURELY_SMALL = 0.25
 """Share of the free memory below which an upper bound of a step is not worth counting exactly, which takes seconds."""
@@ -32,10 +34,28 @@ class Gradients:
         strategy: how the model is spread over processes, in words. Making this object may shard the objective, in place:
             build the optimizer afterwards.
         plan: how the batch is taken, and why.
+        compile: whether blocks are compiled, and why.
+
+    Args:
+        config: of the run.
+        objective: whole, initialised, on the device of ``world``.
+        world: this process among its peers.
+        precision: "bf16", "fp32" or "fp64".
+        attention: who computes attention.
+        prepare: makes what the encoder reads of two views as the loader delivers them, a chunk at a time.
+        reserved: bytes of the device's memory that others will take, the loader among them, less those that it holds already.
     """
 
     def __init__(
-        self, config: Config, objective: MoCoV3, world: World, precision: str, *, attention: str = "sdpa"
+        self,
+        config: Config,
+        objective: MoCoV3,
+        world: World,
+        precision: str,
+        *,
+        attention: str = "sdpa",
+        prepare: PrepareViews = as_they_are,
+        reserved: float = 0.0,
     ) -> None:
         self._objective, self._world = objective, world
         # From the first call on: it sees what a restore left.
@@ -48,7 +68,20 @@ class Gradients:
             require_separable(objective, config.batch.chunk)
         strategy = choose_strategy(config.parallel.strategy, objective, world)
         self.strategy: str = strategy if world.world_size > 1 else "one process"
-        self.plan = choose_plan(config, objective, world, precision, attention=attention, strategy=strategy)
+        self.compile = choose_compile(config.model.compile, world.device, precision)
+        self.plan = choose_plan(
+            config,
+            objective,
+            world,
+            precision,
+            attention=attention,
+            strategy=strategy,
+            compiled=self.compile.compiled,
+            reserved=reserved,
+        )
+        self._prepare = prepare
+        if self.compile.compiled:
+            compile_blocks(objective, budget=self.plan.activation_budget)
         self._chunked: ChunkedStep | None = None
         # Chunks go round the wrapper, whose hooks would average after each of them.
         self._forward = parallelize(
@@ -57,17 +90,22 @@ class Gradients:
             strategy=strategy,
             shard_size=config.parallel.shard_size,
             half=half,
-            compiled=config.model.compile,
             average_gradients=self.plan.chunk == 0,
         )
         if self.plan.chunk:
-            self._chunked = ChunkedStep(objective, chunk=self.plan.chunk, kept=self.plan.kept, autocast=self._autocast)
+            self._chunked = ChunkedStep(
+                objective,
+                chunk=self.plan.chunk,
+                kept_images=self.plan.kept_images,
+                autocast=self._autocast,
+                prepare=prepare,
+            )
 
     def __call__(self, view1: Tensor, view2: Tensor, *, accuracy: bool = False) -> MoCoV3Output:
         """Add this batch's gradients to ``grad``, averaged over ranks.
 
         Args:
-            view1: [B, 3, H, W], this rank's.
+            view1: [B, 3, H, W], this rank's, as the loader delivers it.
             view2: [B, 3, H, W].
             accuracy: as for `MoCoV3.forward`.
 
@@ -83,7 +121,7 @@ class Gradients:
         if self._chunked is not None:
             return self._chunked(view1, view2, accuracy=accuracy)
         with self._autocast():
-            output: MoCoV3Output = self._forward(view1, view2, accuracy=accuracy)
+            output: MoCoV3Output = self._forward(*self._prepare(view1, view2), accuracy=accuracy)
         output.loss.backward()  # type: ignore[no-untyped-call]
         return output
 
@@ -96,39 +134,58 @@ def choose_plan(
     *,
     attention: str = "sdpa",
     strategy: Strategy = "ddp",
+    compiled: bool = False,
+    reserved: float = 0.0,
 ) -> StepPlan:
     """The plan for the memory that is free now: on every rank for the rank that has least.
 
     Now the objective is whole, and neither gradients nor the optimizer's state are there, also where a run continues: a
-    checkpoint is read behind this.
+    checkpoint is read after this. Arguments are those of `Gradients`; ``compiled`` says whether blocks are compiled.
     """
     images = config.global_batch_size // world.world_size
-    batch = config.batch
+    batch, wanted = config.batch, config.batch.activation_budget
+    splits = compiled and config.model.checkpointing == "none"  # else checkpointing says what is kept
+    budgets = (BUDGETS if wanted == "auto" else (float(wanted),)) if splits else (1.0,)
+    at_once = StepPlan(chunk=0, kept=0, chunks=1, overhead=0.0, peak_bytes=0.0, reason="", activation_budget=budgets[0])
     if batch.chunk == "none":
-        return StepPlan(chunk=0, kept=0, chunks=1, overhead=0.0, peak_bytes=0.0, reason="asked for")
-    free = torch.tensor([free_bytes(world.device)], dtype=torch.float64, device=world.device)
+        return replace(at_once, reason="asked for")
+    free = torch.tensor([free_bytes(world.device) - reserved], dtype=torch.float64, device=world.device)
     if world.world_size > 1:
         dist.all_reduce(free, op=dist.ReduceOp.MIN)
-    budget = free.item() * HEADROOM
-    if batch.chunk == "auto" and _at_most(config, objective, images) < SURELY_SMALL * budget:
-        return StepPlan(chunk=0, kept=0, chunks=1, overhead=0.0, peak_bytes=0.0, reason="small beside the free memory")
-    costs = measure_costs(config, precision, attention=attention)
+    memory = free.item() * HEADROOM
+    if batch.chunk == "auto" and _at_most(config, objective, images) < SURELY_SMALL * memory:
+        return replace(at_once, reason="small beside the free memory")
+
+    def plan_within(budget: float) -> StepPlan:
+        costs = measure_costs(config, precision, attention=attention, compiled=compiled, budget=budget)
+        taken, costs = _beside(config, costs, world, strategy, objective)
+        plan = plan_step(
+            costs,
+            images=images,
+            budget=memory - taken,
+            tokens=objective.encoder.pos_embed.shape[1],
+            chunk=batch.chunk,
+            kept=batch.kept,
+            world_size=world.world_size,
+        )
+        return replace(plan, activation_budget=budget)
+
+    return best_plan(map(plan_within, budgets))
+
+
+def _beside(
+    config: Config, costs: StepCosts, world: World, strategy: Strategy, objective: MoCoV3
+) -> tuple[float, StepCosts]:
+    """Bytes that the state will take beyond the parameters that lie there now, and the costs of a step with such a state."""
     element = objective.encoder.pos_embed.element_size()
     state = whole = state_bytes(costs, config.optim.name, element)
     if strategy != "ddp" and world.world_size > 1:
         shards = world.world_size if strategy == "fsdp" else config.parallel.shard_size or world.local_world_size
         state, costs = state_bytes(costs, config.optim.name, element, shards=shards), sharded(costs, element)
+    taken = state.total - whole.parameters
     if world.device.type == "cpu" and config.checkpoint.async_save:
-        budget -= state.parameters + state.optimizer  # the copy that a save in the background writes lies here too
-    return plan_step(
-        costs,
-        images=images,
-        budget=budget + whole.parameters - state.total,
-        tokens=objective.encoder.pos_embed.shape[1],
-        chunk=batch.chunk,
-        kept=batch.kept,
-        world_size=world.world_size,
-    )
+        taken += state.parameters + state.optimizer  # the copy that a save in the background writes lies here too
+    return taken, costs
 
 
 def _at_most(config: Config, objective: MoCoV3, images: int) -> float:

@@ -14,6 +14,7 @@ over ranks, the next block, fetched in advance, and the sum of the last one's gr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -23,6 +24,9 @@ HEADROOM = 0.9
 """Share of the free memory that a plan uses: allocators round up, libraries take workspaces."""
 BUSY_ROWS = 2**15
 """Rows of tokens of a chunk that keep a large device busy."""
+PARTS = 4
+"""Parts of a chunk that may keep their graphs alone: a whole one takes gigabytes, which would lie idle. Each size of a chunk is
+compiled for itself."""
 OPTIMIZER_COPIES = {"adamw": 2, "lamb": 2, "lars": 1}
 """Numbers that an optimizer keeps for each trainable parameter."""
 
@@ -50,7 +54,7 @@ class StepPlan:
     chunk: int
     """Images that pass the trunk together; 0: all of them, without a second forward."""
     kept: int
-    """Chunks whose graphs are kept."""
+    """Whole chunks whose graphs are kept."""
     chunks: int
     """Chunks of a step; 1 where all pass together."""
     overhead: float
@@ -59,12 +63,21 @@ class StepPlan:
     """What the step takes beside the state; 0 where it was not counted."""
     reason: str
     """Why, as a clause."""
+    kept_images: int = 0
+    """Images whose graphs are kept: those of the kept chunks, and of a part of a chunk more."""
+    fits: bool = True
+    """Whether it stays within the memory it was made for."""
+    activation_budget: float = 1.0
+    """Of compiled blocks; see `fastmoco.models.compiled`."""
 
     def __str__(self) -> str:
+        within = (
+            f", activations within {self.activation_budget:g} of the compiler's" if self.activation_budget < 1 else ""
+        )
         if not self.chunk:
-            return f"whole batch at once ({self.reason})"
-        kept = f"{self.kept} of {self.chunks} keep their graphs, {self.overhead:+.1%} FLOPs"
-        return f"{self.chunks} chunks of {self.chunk} images, {kept} ({self.reason})"
+            return f"whole batch at once{within} ({self.reason})"
+        kept = f"{self.kept_images} images keep their graphs, {self.overhead:+.1%} FLOPs"
+        return f"{self.chunks} chunks of {self.chunk} images, {kept}{within} ({self.reason})"
 
     def to_json(self) -> dict[str, int | float | str]:
         """As a dictionary."""
@@ -170,24 +183,43 @@ def plan_step(
         if chunk == "auto" and whole > budget:
             reason += f", too much; chunks would help, but {costs.couples_samples}"
         again = costs.recompute_flops / costs.step_flops
-        return StepPlan(chunk=0, kept=0, chunks=1, overhead=again, peak_bytes=whole, reason=reason)
+        at_once = StepPlan(chunk=0, kept=0, chunks=1, overhead=again, peak_bytes=whole, reason=reason)
+        return replace(at_once, kept_images=images, fits=whole <= budget)
     size = min(images, _largest_that_fits(costs, images, budget, tokens, world_size) if chunk == "auto" else int(chunk))
-    chunks = -(-images // size)
-    fits = chunks
-    while fits and chunked_bytes(costs, images, size, min(images, fits * size), world_size) > budget:
-        fits -= 1
-    fits = fits if kept == "auto" else min(chunks, int(kept))
-    kept_images = min(images, fits * size)
+    grain = max(1, size // PARTS)
+    if kept == "auto":
+        parts = -(-images // grain)
+        while parts and chunked_bytes(costs, images, size, min(images, parts * grain), world_size) > budget:
+            parts -= 1
+        kept_images = min(images, parts * grain)
+    else:
+        kept_images = min(images, int(kept) * size)
     peak = chunked_bytes(costs, images, size, kept_images, world_size)
     short = "" if peak <= budget else ", which may not be enough"
     return StepPlan(
         chunk=size,
-        kept=fits,
-        chunks=chunks,
+        kept=-(-kept_images // size) if kept_images == images else kept_images // size,
+        chunks=-(-kept_images // size) + -(-(images - kept_images) // size),
+        kept_images=kept_images,
         overhead=((1 - kept_images / images) * costs.query_flops + costs.recompute_flops) / costs.step_flops,
         peak_bytes=peak,
+        fits=peak <= budget,
         reason=f"about {_gib(peak)} of {free}{short}; all at once would take {_gib(whole)}",
     )
+
+
+def best_plan(plans: Iterable[StepPlan]) -> StepPlan:
+    """Of plans for falling shares of activations, the first that fits and computes nothing twice, or else least.
+
+    Args:
+        plans: at least one, each for less kept than the one before; no more of them are made than needed.
+    """
+    seen: list[StepPlan] = []
+    for plan in plans:
+        seen.append(plan)
+        if plan.fits and plan.overhead == 0:
+            break
+    return min(seen, key=lambda plan: (not plan.fits, plan.overhead))  # of equal ones the first, which makes less again
 
 
 def largest_batch(costs: StepCosts, budget: float, *, chunk: int = 0, world_size: int = 1) -> int:

@@ -7,21 +7,18 @@ give the bytes per image and the rest that does not grow with the batch.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastmoco import setup_run
 from fastmoco.config import Config
+from fastmoco.live_bytes import LiveBytes
 from fastmoco.models.blocks import Attention, Recompute
 from fastmoco.models.compiled import traced_blocks
 from fastmoco.objectives import MoCoV3
@@ -103,36 +100,6 @@ class StepCosts:
     units: Units
     piled_bytes: float = 0.0
     """Gradients that a step in chunks holds whole until its end, beside the state."""
-
-
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums the storages that exist: those that operations made while it was on, until their last tensor is gone.
-
-    Views of ``state`` make nothing.
-    """
-
-    def __init__(self, state: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in state)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._see, made)
-        return made
-
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self._seen:
-            return
-        self._seen.add(storage)
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, size).atexit = False
-
-    def _gone(self, size: int) -> None:
-        self.now -= size
 
 
 def measure_costs(
@@ -242,7 +209,7 @@ class _Pieces:
             found: dict[str, float] = {}
             for name, run in self._runs(images).items():
                 run(None)  # traces blocks that are to be traced
-                live = _LiveBytes(self.objective.parameters())
+                live = LiveBytes(self.objective.parameters())
                 with live:
                     graph = run(live)
                 found[name] = live.peak
@@ -263,19 +230,19 @@ class _Pieces:
             found[name] = (counter.get_total_flops() / SIZES[0],)
         return found
 
-    def _runs(self, images: int) -> dict[str, Callable[[_LiveBytes | None], int]]:
+    def _runs(self, images: int) -> dict[str, Callable[[LiveBytes | None], int]]:
         """The pieces by name; ``train`` returns the bytes alive between its forward and its backward, the others 0."""
         objective = self.objective
         view1, view2 = torch.empty(2, images, 3, self.side, self.side).unbind()
         queries, keys = torch.empty(2, 2, images, objective.encoder.embed_dim).unbind()
         queries.requires_grad_()
 
-        def query(live: _LiveBytes | None) -> int:
+        def query(live: LiveBytes | None) -> int:
             with torch.no_grad(), self._autocast():
                 objective.query_features(view1, view2)
             return 0
 
-        def train(live: _LiveBytes | None) -> int:
+        def train(live: LiveBytes | None) -> int:
             with self._autocast():
                 features = objective.query_features(view1, view2)[0]
             graph = live.now if live else 0
@@ -283,13 +250,13 @@ class _Pieces:
             objective.zero_grad(set_to_none=True)
             return graph
 
-        def forward(live: _LiveBytes | None) -> int:
+        def forward(live: LiveBytes | None) -> int:
             with torch.no_grad(), self._autocast():
                 tokens = objective.query_features(view1, view2)[1]
                 objective.key_features(view1, view2, tokens if self.shared else None)
             return 0
 
-        def heads(live: _LiveBytes | None) -> int:
+        def heads(live: LiveBytes | None) -> int:
             with self._autocast():
                 loss = objective.compare(queries, keys, accuracy=True).loss
             loss.backward()  # type: ignore[no-untyped-call]

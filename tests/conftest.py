@@ -41,6 +41,13 @@ def nan_poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m gpu`` only files with such tests are read: on a GPU machine every worker would import all the others too."""
+    if config.option.markexpr != "gpu" or collection_path.suffix != ".py":
+        return None
+    return True if "mark.gpu" not in collection_path.read_text() else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """GPU tests are counted as skipped where there is no CUDA device."""
     if not torch.cuda.is_available():

@@ -1,7 +1,7 @@
 """Make an objective train over all ranks: the one place where wrappers are put on, and in which order.
 
 activation checkpointing (inside the blocks, chosen when the model is built)
--> torch.compile of each block
+-> torch.compile of each block (`models/compiled.py`, called before this)
 -> equal start and synchronised norms are checked
 -> DistributedDataParallel, or FSDP2 (`sharding.py`), after which parameters are DTensors: the optimizer comes later
 """
@@ -87,18 +87,6 @@ def choose_strategy(strategy: Literal["auto", "ddp", "fsdp", "hsdp"], objective:
     return "fsdp" if large.item() else "ddp"
 
 
-def compile_blocks(objective: nn.Module) -> None:
-    """Pass every transformer block through torch.compile, in place: names, hooks and state stay as they are.
-
-    A block at a time: all blocks share one compilation, and what FSDP2 does around a block stays outside of it.
-    """
-    for part in objective.modules():
-        if isinstance(blocks := getattr(part, "blocks", None), nn.ModuleList):
-            for block in blocks:
-                for name in ("forward", "class_row"):
-                    setattr(block, name, torch.compile(getattr(block, name)))
-
-
 def parallelize(
     objective: nn.Module,
     world: World,
@@ -106,7 +94,6 @@ def parallelize(
     strategy: Strategy = "ddp",
     shard_size: int = 0,
     half: bool = False,
-    compiled: bool = False,
     average_gradients: bool = True,
 ) -> nn.Module:
     """Wrap an objective for data-parallel training; call the result instead of the objective.
@@ -122,7 +109,6 @@ def parallelize(
         strategy: how; nothing to choose for one process.
         shard_size: processes that hold one copy under ``hsdp``; 0: those of this machine.
         half: whether the forward runs under bf16 autocast: shards are then put together in bf16.
-        compiled: whether blocks go through torch.compile.
         average_gradients: False leaves that to the caller, as a step of several backward passes does (`gradient_average.py`).
 
     Returns:
@@ -131,8 +117,6 @@ def parallelize(
     Raises:
         ValueError: if ranks start from different numbers, a batch norm is not synchronised, or ``shard_size`` does not fit.
     """
-    if compiled:
-        compile_blocks(objective)
     if world.world_size == 1:
         return objective
     require_synchronised_norms(objective)

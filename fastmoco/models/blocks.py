@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastmoco.distributed.sync_batch_norm import BatchNorm
-from fastmoco_kernels import attention
+from fastmoco_kernels import attention, residual_norm
 
 CONV_STEM_STRIDE = 16
 """Pixels of an image per token of the convolutional stem, each way."""
@@ -48,7 +48,14 @@ def _linear(fan_in: int, fan_out: int, *, matrices: int = 1) -> nn.Linear:
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, whose weights may be narrower than its input: shards are handed out in bf16, and a CPU wants both alike."""
+    """torch's, whose weights may be narrower than its input: shards are handed out in bf16, and a CPU wants both alike.
+
+    ``add`` is the one inside a block, fused with the residual before it; ``forward`` the one after the last block.
+    """
+
+    def add(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``x + branch`` and its norm, [..., E] both; the norm in the dtype of the product that reads it."""
+        return residual_norm(x, branch, self.weight, self.bias, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., E] -> [..., E]."""
@@ -136,8 +143,8 @@ class Block(nn.Module):
             return self._whole(x_BLE)
         if self.recompute == "full":
             return _forgetful(self._whole, x_BLE)
-        x_BLE = x_BLE + self.attn.attend(_forgetful(lambda x: self.attn.qkv(self.norm1(x)), x_BLE))
-        hidden = _forgetful(lambda x: self.mlp.fc1(self.norm2(x)), x_BLE)
+        x_BLE = x_BLE + self.attn.attend(_forgetful(lambda x: self.attn.qkv(self.norm1.add(x)[1]), x_BLE))
+        hidden = _forgetful(lambda x: self.mlp.fc1(self.norm2.add(x)[1]), x_BLE)
         return x_BLE + _forgetful(self.mlp.contract, hidden)
 
     def class_row(self, x_BLE: Tensor) -> Tensor:
@@ -147,13 +154,15 @@ class Block(nn.Module):
         return _forgetful(self._class_row, x_BLE)
 
     def _whole(self, x_BLE: Tensor) -> Tensor:
-        x_BLE = x_BLE + self.attn(self.norm1(x_BLE))
-        out: Tensor = x_BLE + self.mlp(self.norm2(x_BLE))
+        x_BLE, normed = self.norm1.add(x_BLE)
+        x_BLE, normed = self.norm2.add(x_BLE, self.attn(normed))
+        out: Tensor = x_BLE + self.mlp(normed)
         return out
 
     def _class_row(self, x_BLE: Tensor) -> Tensor:
-        x_BE = x_BLE[:, 0] + self.attn.class_row(self.norm1(x_BLE))
-        out: Tensor = x_BE + self.mlp(self.norm2(x_BE))
+        x_BLE, normed = self.norm1.add(x_BLE)
+        x_BE, normed_BE = self.norm2.add(x_BLE[:, 0], self.attn.class_row(normed))
+        out: Tensor = x_BE + self.mlp(normed_BE)
         return out
 
 

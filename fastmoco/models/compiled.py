@@ -69,11 +69,11 @@ def compile_blocks(objective: nn.Module, *, budget: float = 1.0) -> None:
     import torch._dynamo.config as dynamo
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
-    backend = cast(Any, "inductor" if budget >= 1 else _within(budget))
+    options: dict[str, Any] = {"backend": _within(budget)} if budget < 1 else {}
     for block in _blocks(objective):
         for name in METHODS:
             plain = getattr(block, name)
-            compiled = torch.compile(plain, dynamic=False, backend=backend)
+            compiled = torch.compile(plain, dynamic=False, **options)
             setattr(block, name, _in_training(block, compiled, plain))
 
 
@@ -90,7 +90,7 @@ def _in_training(block: nn.Module, compiled: Callable[..., Any], plain: Callable
 
 
 def _within(budget: float) -> Callable[[torch.fx.GraphModule, Any], Any]:
-    """Torch's compiler under a budget of activations. The setting is read when a graph is split, so it binds these graphs alone."""
+    """Torch's compiler under a budget of activations: read when a graph is split, the setting binds these graphs alone."""
 
     def inductor(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         import torch._functorch.config as functorch
@@ -135,11 +135,19 @@ def _traced(block: Block, name: str, budget: float, graphs: dict[Any, Callable[.
     plain = getattr(type(block), name)
     parameters = dict(block.named_parameters())
 
+    def split(*joint: Any, **options: Any) -> Any:
+        # Weights stay where they are: what is made of them alone, such as their copies for autocast, is made again.
+        weights = list(range(len(parameters)))
+        options |= {"compiler": "inductor", "static_lifetime_input_indices": weights}
+        return min_cut_rematerialization_partition(*joint, **options)
+
     def as_it_is(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         return make_boxed_func(graph.forward)
 
     def whole(weights: dict[str, Tensor], x_BLE: Tensor) -> Tensor:
-        return functional_call(_Method(block, plain), {f"block.{key}": value for key, value in weights.items()}, (x_BLE,))
+        return functional_call(
+            _Method(block, plain), {f"block.{key}": value for key, value in weights.items()}, (x_BLE,)
+        )
 
     def forward(x_BLE: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -150,7 +158,7 @@ def _traced(block: Block, name: str, budget: float, graphs: dict[Any, Callable[.
                 whole,
                 as_it_is,
                 as_it_is,
-                partition_fn=min_cut_rematerialization_partition,
+                partition_fn=split,
                 decompositions=select_decomp_table(),
             )
         with functorch.patch(activation_memory_budget=budget):

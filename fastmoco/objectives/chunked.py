@@ -25,6 +25,13 @@ from fastmoco.distributed.gradient_average import GradientAverage, ShardedGradie
 from fastmoco.objectives.moco_v3 import MoCoV3, MoCoV3Output
 
 RandomState = tuple[Tensor, Tensor | None]
+PrepareViews = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Two views as a loader delivers them -> two as the encoder reads them."""
+
+
+def as_they_are(view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
+    """Views that an encoder can read already."""
+    return view1, view2
 
 
 class ChunkedStep:
@@ -45,6 +52,8 @@ class ChunkedStep:
         autocast: makes the contexts of the forwards. There is none around the step: autocast remembers its casts of weights
             until the outermost context ends, and one made without gradient would serve the pass with gradient, silently.
         average: when gradients cross ranks; default once, behind the last chunk.
+        prepare: makes what the encoder reads of a chunk's two views, each time that they pass the trunk: the batch itself may
+            then be held in fewer bytes.
 
     Raises:
         ValueError: if the trunk couples samples, or for a number that makes no sense.
@@ -59,6 +68,7 @@ class ChunkedStep:
         kept_images: int | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         average: GradientAverage | ShardedGradientAverage | None = None,
+        prepare: PrepareViews = as_they_are,
     ) -> None:
         if chunk < 1:
             raise ValueError(f"chunk={chunk}: needs at least 1 image")
@@ -72,6 +82,7 @@ class ChunkedStep:
         self.objective, self.chunk, self.autocast = objective, chunk, autocast
         self.kept_images = chunk * kept if kept_images is None else kept_images
         self.average = average or gradient_average(objective)
+        self.prepare = prepare
 
     def __call__(self, view1: Tensor, view2: Tensor, *, accuracy: bool = False) -> MoCoV3Output:
         """One forward and backward; gradients are added to ``grad`` of the trainable parameters, averaged over ranks.
@@ -127,14 +138,15 @@ class ChunkedStep:
     def _features(self, chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, RandomState]:
         """Both encoders' features of a chunk, and where the random numbers stood before."""
         state = _random_state(chunk[0].device)
-        queries, tokens = self.objective.query_features(*chunk)
+        views = self.prepare(*chunk)
+        queries, tokens = self.objective.query_features(*views)
         shared = tokens if self.objective.shares_patch_tokens() else None
-        return queries, self.objective.key_features(*chunk, shared), state
+        return queries, self.objective.key_features(*views, shared), state
 
     def _again(self, chunk: tuple[Tensor, Tensor], state: RandomState) -> Tensor:
         """The same features of the query side once more, with gradient, from the same random numbers."""
         with _replay(state, chunk[0].device), self.autocast():
-            return self.objective.query_features(*chunk)[0]
+            return self.objective.query_features(*self.prepare(*chunk))[0]
 
 
 def require_separable(objective: MoCoV3, chunk: int) -> None:

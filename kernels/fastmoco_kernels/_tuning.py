@@ -25,6 +25,8 @@ Tile = TypeVar("Tile", bound=tuple[int, ...])
 _log = logging.getLogger(__name__)
 _chosen: dict[tuple[str, str], tuple[int, ...]] = {}
 _read: set[Path] = set()
+_settled: dict[tuple[str, tuple[int | str, ...], torch.device], tuple[int, ...]] = {}
+"""Choices by call, found without making the text of a key and the path of a file."""
 
 
 def tuned(
@@ -48,19 +50,25 @@ def tuned(
     Returns:
         The fastest candidate by the median of repeated launches, or the default.
     """
-    if device.type != "cuda" or interpreting() or len(candidates) < 2 or torch.are_deterministic_algorithms_enabled():
+    if device.type != "cuda" or len(candidates) < 2 or torch.are_deterministic_algorithms_enabled() or interpreting():
         return default
+    call = (op, tuple(shape), device)
+    settled = _settled.get(call)
+    if settled is not None and settled in candidates:
+        return settled  # type: ignore[return-value]  # it is one of the candidates
     path = _cache_file(device)
     key = (path.stem, f"{op}({', '.join(map(str, shape))})")
     _load(path)
     known = _chosen.get(key)
     for candidate in candidates:
         if known == tuple(candidate):
+            _settled[call] = candidate
             return candidate
     if torch.cuda.is_current_stream_capturing():
         return default
     best = _fastest(key[1], candidates, default, run)
     _chosen[key] = tuple(best)
+    _settled[call] = best
     _store(path)
     return best
 

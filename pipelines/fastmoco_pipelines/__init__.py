@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from fastmoco_pipelines.eval_loader import EvalLoader, build_eval_loader
     from fastmoco_pipelines.index import ShardError
     from fastmoco_pipelines.indexing import IndexReport, index_shards
+    from fastmoco_pipelines.levels import normalise
     from fastmoco_pipelines.loader import Loader, build_loader
+    from fastmoco_pipelines.memory import LoaderBytes, loader_bytes
     from fastmoco_pipelines.order import epoch_order, rank_slice, steps_per_epoch
     from fastmoco_pipelines.pack import PackReport, pack_folder
     from fastmoco_pipelines.samples import pack_digits
@@ -31,6 +33,7 @@ __all__ = [
     "EvalSpec",
     "IndexReport",
     "Loader",
+    "LoaderBytes",
     "LoaderSpec",
     "PackReport",
     "ShardError",
@@ -43,7 +46,9 @@ __all__ = [
     "epoch_order",
     "expand_shards",
     "index_shards",
+    "loader_bytes",
     "moco_v3_views",
+    "normalise",
     "pack_digits",
     "pack_folder",
     "rank_slice",
@@ -56,7 +61,9 @@ _HOMES = {
     "eval_loader": ("EvalLoader", "build_eval_loader"),
     "index": ("ShardError",),
     "indexing": ("IndexReport", "index_shards"),
+    "levels": ("normalise",),
     "loader": ("Loader", "build_loader"),
+    "memory": ("LoaderBytes", "loader_bytes"),
     "order": ("epoch_order", "rank_slice", "steps_per_epoch"),
     "pack": ("PackReport", "pack_folder"),
     "samples": ("pack_digits",),

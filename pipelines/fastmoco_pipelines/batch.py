@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,8 +27,9 @@ class TwoViewBatch:
     """One rank's part of one global batch.
 
     Attributes:
-        view1: [B, 3, H, W] float32, normalised, on the loader's device.
-        view2: [B, 3, H, W] float32, normalised, on the loader's device; row i shows the image of ``view1``'s row i.
+        view1: [B, 3, H, W] on the loader's device: float32, normalised, or uint8, levels that ``levels.normalise`` takes
+            (``LoaderSpec.view_dtype``).
+        view2: [B, 3, H, W], of the same type on the same device; row i shows the image of ``view1``'s row i.
         sample_ids: [B] int64, on the host: row i's position in the manifest.
         step: the global step this batch belongs to, from 0.
     """
@@ -36,6 +38,11 @@ class TwoViewBatch:
     view2: Tensor
     sample_ids: NDArray[np.int64]
     step: int
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the views can go to an encoder as they are."""
+        return self.view1.dtype != torch.uint8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ of another (every number has its own fixed place in the sample's stream).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import permutations
 
 import numpy as np
@@ -54,6 +54,10 @@ class ViewDraws:
 
     def __len__(self) -> int:
         return len(self.flip)
+
+    def rows(self, rows: slice) -> ViewDraws:
+        """The draws of some of the samples, sharing memory."""
+        return ViewDraws(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
 def _random_bits(

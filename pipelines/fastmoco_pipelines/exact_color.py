@@ -29,21 +29,32 @@ def color_parameters(draws: ViewDraws) -> ViewColorParameters:
     )
 
 
-def exact_color(resized: Tensor, spec: ViewSpec, draws: ViewDraws) -> Tensor:
-    """[B, size, size, 3] uint8, cropped and resized, to [B, 3, size, size] float32 on the same device, memory of its own."""
+def exact_color(resized: Tensor, spec: ViewSpec, draws: ViewDraws, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[B, size, size, 3] uint8, cropped and resized, to [B, 3, size, size] on the same device, memory of its own.
+
+    ``dtype`` is float32, normalised, or uint8, levels.
+    """
     return view_color(
-        resized, color_parameters(draws), mean=spec.mean, std=spec.std, solarize_threshold=spec.solarize_threshold
+        resized,
+        color_parameters(draws),
+        mean=spec.mean,
+        std=spec.std,
+        dtype=dtype,
+        solarize_threshold=spec.solarize_threshold,
     )
 
 
-def exact_views(decoded: Any, spec: ViewSpec, draws: ViewDraws, threads: int) -> Tensor:
-    """Views of B decoded images on the CPU, [B, 3, size, size] float32.
+def exact_views(
+    decoded: Any, spec: ViewSpec, draws: ViewDraws, threads: int, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Views of B decoded images on the CPU, [B, 3, size, size].
 
     Args:
         decoded: sequence of B images that numpy reads as [H, W, 3] uint8: arrays, or a list of tensors from DALI.
         spec: what the view is.
         draws: B rows.
         threads: that cut.
+        dtype: float32, normalised, or uint8, levels.
     """
     return cut_views(
         [decoded[row] for row in range(len(decoded))],
@@ -52,6 +63,7 @@ def exact_views(decoded: Any, spec: ViewSpec, draws: ViewDraws, threads: int) ->
         size=spec.size,
         mean=spec.mean,
         std=spec.std,
+        dtype=dtype,
         solarize_threshold=spec.solarize_threshold,
         threads=threads,
     )

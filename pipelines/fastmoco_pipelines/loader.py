@@ -26,7 +26,7 @@ from fastmoco_pipelines.culprit import Suspects
 from fastmoco_pipelines.draws import ViewDraws, draw_views
 from fastmoco_pipelines.heal import Healer
 from fastmoco_pipelines.heal_verdicts import Verdicts
-from fastmoco_pipelines.loader_threads import POLL_SECONDS, make_batches, read_steps
+from fastmoco_pipelines.loader_threads import POLL_SECONDS, BatchPlaces, make_batches, read_steps
 from fastmoco_pipelines.order import local_batch_size
 from fastmoco_pipelines.refill import Places, Plan
 from fastmoco_pipelines.shards import ShardError, ShardSet
@@ -54,6 +54,7 @@ def build_loader(
     start_step: int = 0,
     quarantine_list: Path | None = None,
     pin_memory: bool = False,
+    count_making: bool | None = None,
 ) -> Loader:
     """Open the shards, build the DALI graph and begin to produce batches.
 
@@ -65,6 +66,7 @@ def build_loader(
         start_step: the step of the first batch: 0, or where a resumed run goes on.
         quarantine_list: the run's own list of bad samples, read and added to; all ranks may share it. None: none is kept.
         pin_memory: whether batches made on the CPU lie in pinned memory, from where a GPU takes them while it computes.
+        count_making: whether the batch that is being made is one of those ahead of the trainer; None: on a GPU it is.
 
     Raises:
         ValueError: for a batch that the ranks cannot share or that is larger than the set, or a pattern without shards.
@@ -93,14 +95,24 @@ def build_loader(
         suspects = Suspects(device=spec.device, device_id=device_id, threads=spec.threads)
         stop = threading.Event()
         pipeline = ViewPipeline(
-            spec.view1, spec.view2, batch_size=local, threads=spec.threads, device=spec.device, device_id=device_id
+            spec.view1,
+            spec.view2,
+            batch_size=local,
+            sub_batch=spec.images_per_run(local),
+            threads=spec.threads,
+            device=spec.device,
+            device_id=device_id,
+            view_dtype=spec.view_dtype,
         )
     except BaseException:
         shards.close()
         raise
     healer = Healer(shards, verdicts, suspects, stop)
     pinned = pin_memory and spec.device == "cpu"
-    return Loader(Source(spec, shards, plan, pipeline, healer, StageClock(spec.prefetch), stop, pinned), start_step)
+    bounded = spec.device == "gpu" if count_making is None else count_making
+    places = BatchPlaces(spec.batches_ahead) if bounded else None
+    clock = StageClock(spec.batches_ahead)
+    return Loader(Source(spec, shards, plan, pipeline, healer, clock, stop, pinned, places), start_step)
 
 
 class Loader(BatchStream):
@@ -120,8 +132,8 @@ class Loader(BatchStream):
         )
         self._clock, self._verdicts = source.clock, source.healer.verdicts
         self._failure: BaseException | None = None
-        self._shards = source.shards
-        self._results: Results = queue.Queue(maxsize=source.spec.prefetch)
+        self._shards, self._places = source.shards, source.places
+        self._results: Results = queue.Queue(maxsize=source.spec.batches_ahead)
         stop = source.stop
         # The threads know nothing of this object, so that a forgotten loader is collected and they end with it. They
         # are daemons: a read that hangs must not keep the interpreter from exiting.
@@ -168,6 +180,8 @@ class Loader(BatchStream):
         if isinstance(result, BaseException):
             self._failure = result
             raise result
+        if self._places is not None:
+            self._places.give(result.view1.device)
         self._step = result.step + 1
         return result
 
@@ -234,6 +248,8 @@ class Source:
     clock: StageClock
     stop: threading.Event
     pinned: bool = False
+    places: BatchPlaces | None = None
+    """Room for the batches ahead; None: all but the one in the making lie in a bounded queue."""
 
     def prepare(self, step: int) -> Prepared:
         """Bytes and draws of one step."""
@@ -256,11 +272,19 @@ class Source:
         while True:
             try:
                 with self.clock.stage(DECODE, step):
-                    view1, view2 = self.pipeline.run(prepared.encoded, prepared.draws1, prepared.draws2)
+                    view1, view2 = self.pipeline.run(
+                        prepared.encoded,
+                        prepared.draws1,
+                        prepared.draws2,
+                        before_output=None if self.places is None else self.places.wait,
+                    )
                 self.clock.within(DECODE, AUGMENT, self.pipeline.augment_seconds)
                 if self.pinned:
                     with self.clock.stage(TRANSFER, step):
-                        view1, view2 = view1.pin_memory(), view2.pin_memory()
+                        view1 = (
+                            view1.pin_memory()
+                        )  # one after the other: pageable and pinned memory of one view at most
+                        view2 = view2.pin_memory()
                 return TwoViewBatch(view1=view1, view2=view2, sample_ids=prepared.places.ids, step=step)
             except DecodeError as error:
                 with self.clock.stage(HEAL, step):

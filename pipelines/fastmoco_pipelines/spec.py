@@ -11,6 +11,8 @@ from typing import Literal
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+GPU_SUB_BATCH = 128
+"""Images of one run of DALI on a GPU: enough for all of its JPEG engines, little enough for the memory (memory.py)."""
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -141,8 +143,14 @@ class LoaderSpec:
     """Where DALI decodes and augments."""
     threads: int = 2
     """DALI worker threads of this process."""
-    prefetch: int = 2
-    """Finished batches kept ready ahead of the trainer."""
+    view_dtype: Literal["float32", "uint8"] = "float32"
+    """What views are made of: ``float32``, normalised; or ``uint8``, the levels 0 to 255 before that last step, a quarter of the
+    bytes. ``levels.normalise`` makes the first of the second, to the bit."""
+    prefetch: int = 0
+    """Batches ahead of the trainer. On a CPU finished ones, besides the one that is being made; on a GPU, where memory is
+    short, the one that is being made counts. 0: two on a CPU, one on a GPU."""
+    sub_batch: int = 0
+    """Images that DALI decodes and augments in one run, which bounds its buffers. 0: the whole batch on a CPU, 128 on a GPU."""
     cache_dir: str = ""
     """Folder for shards from a server; see CacheSpec."""
     cache_size_gb: float = 100
@@ -162,7 +170,9 @@ class LoaderSpec:
         require(0 <= self.seed < 2**63, "seed", self.seed, "needs a whole number from 0 to 2**63 - 1")
         require(self.device in ("cpu", "gpu"), "device", self.device, 'is "cpu" or "gpu"')
         require(self.threads >= 1, "threads", self.threads, "needs at least one thread")
-        require(self.prefetch >= 1, "prefetch", self.prefetch, "keeps at least one batch ready")
+        require(self.view_dtype in ("float32", "uint8"), "view_dtype", self.view_dtype, 'is "float32" or "uint8"')
+        require(self.prefetch >= 0, "prefetch", self.prefetch, "counts batches; 0 leaves it to the device")
+        require(self.sub_batch >= 0, "sub_batch", self.sub_batch, "counts images; 0 leaves it to the device")
         window = self.shuffle_window
         require(window is None or window >= 0, "shuffle_window", window, "counts shards; 0 shuffles the whole set")
         require(0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "a share lies in [0, 1]")
@@ -173,6 +183,16 @@ class LoaderSpec:
     def cache(self) -> CacheSpec:
         """Where shards from a server are kept."""
         return CacheSpec(folder=self.cache_dir, size_gb=self.cache_size_gb)
+
+    @property
+    def batches_ahead(self) -> int:
+        """``prefetch``, resolved."""
+        return self.prefetch or (1 if self.device == "gpu" else 2)
+
+    def images_per_run(self, local_batch_size: int) -> int:
+        """``sub_batch``, resolved: images of one run of DALI where this process has so many of each batch."""
+        wanted = self.sub_batch or (GPU_SUB_BATCH if self.device == "gpu" else local_batch_size)
+        return min(wanted, local_batch_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ class SyntheticLoader(BatchStream):
     """Delivers the same two tensors of noise for ever, already on the device; the surface is ``Loader``'s.
 
     Args:
-        spec: sizes and seed are used; ``shards`` is not read.
+        spec: sizes, type of the views and seed are used; ``shards`` is not read.
         rank: this process; world_size: processes that share each global batch equally.
         device: where the views lie.
         start_step: the step of the first batch.
@@ -48,7 +48,11 @@ class SyntheticLoader(BatchStream):
         )[1].astype(np.int64)
         noise = torch.Generator().manual_seed(spec.seed + rank)
         shapes = [(self.local_batch_size, 3, view.size, view.size) for view in (spec.view1, spec.view2)]
-        self._view1, self._view2 = (torch.randn(shape, generator=noise).to(device) for shape in shapes)
+        if spec.view_dtype == "uint8":
+            views = [torch.randint(256, shape, generator=noise, dtype=torch.uint8) for shape in shapes]
+        else:
+            views = [torch.randn(shape, generator=noise, dtype=torch.float32) for shape in shapes]
+        self._view1, self._view2 = (view.to(device) for view in views)
 
     def next(self) -> TwoViewBatch:
         """The same batch under the next step's number."""

@@ -23,6 +23,7 @@ from fastmoco import training_state
 from fastmoco.distributed import World, parallelize
 from fastmoco.distributed.gradient_average import ShardedGradientAverage
 from fastmoco.distributed.replicas import require_equal_replicas
+from fastmoco.models.compiled import compile_blocks
 from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.optim import build_adamw, build_adamw_ema, build_lars
@@ -80,13 +81,14 @@ def run_steps(
     """Three steps on this rank's part of each batch, an evaluation between the second and the third."""
     objective, batches = build(stem, dtype, seed)
     objective.encoder.recompute(recompute)  # type: ignore[arg-type]
+    if compiled:
+        compile_blocks(objective)
     forward = parallelize(
         objective,
         world,
         strategy=strategy,  # type: ignore[arg-type]
         shard_size=2,
         half=half,
-        compiled=compiled,
         average_gradients=chunk == 0,
     )
 
@@ -204,7 +206,7 @@ def run_unsynced(world: World, strategy: str) -> Case:
 def run_compiled(world: World, strategy: str) -> Case:
     """Blocks traced by torch.compile and run without its code generator, which takes minutes where cores are few."""
     traced = functools.partial(torch.compile, backend="aot_eager")
-    with mock.patch("fastmoco.distributed.parallelize.torch.compile", traced):
+    with mock.patch("fastmoco.models.compiled.torch.compile", traced):
         return run_steps(world, strategy, dtype=torch.float32, compiled=True)
 
 

@@ -8,7 +8,6 @@ from torch import nn
 
 from fastmoco.distributed import BatchNorm, World, gather_keys, group_rank, group_size, parallelize, start_world
 from fastmoco.distributed.replicas import bit_sums
-from tests.golden_objective import random_views, rough_objective
 
 
 def test_a_run_without_torchrun_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,20 +66,6 @@ def test_stacked_batches_are_normalised_apart(training: bool) -> None:
     assert torch.equal(stacked(x), torch.stack([one_by_one(view) for view in x]))
     for a, b in zip(stacked.buffers(), one_by_one.buffers(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_a_compiled_block_is_the_same_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without torch's code generator, which takes a minute; names stay as they are."""
-    torch.manual_seed(0)
-    objective = rough_objective()
-    pair, names = random_views(objective), list(objective.state_dict())
-    expected = objective(*pair).loss
-    called: list[int] = []
-    monkeypatch.setattr(torch, "compile", lambda function: lambda *a: called.append(1) or function(*a))
-    assert parallelize(objective, World(), compiled=True) is objective
-    assert list(objective.state_dict()) == names
-    assert torch.equal(objective(*pair).loss, expected)
-    assert len(called) == 2 * len(objective.encoder.blocks)
 
 
 def test_norm_keeps_bf16_out_of_its_statistics() -> None:

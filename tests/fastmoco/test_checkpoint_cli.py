@@ -12,12 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastmoco.checkpoint import save_checkpoint
-from fastmoco.cli import main
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
 from fastmoco.loading import load_run
 from fastmoco.trainer import Trainer
 from tests.checkpoint_content import assert_same, content, flip_bit, group_of_one, save
+from tests.command_line import main
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from fastmoco.cli import main
 from fastmoco.config_json import from_json
 from fastmoco.recipes import get_recipe
+from tests.command_line import main
 
 
 def test_help_names_every_verb(capsys):

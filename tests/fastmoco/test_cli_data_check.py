@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco.cli import main
 from fastmoco_pipelines.index import index_path, read_index
+from tests.command_line import main
 
 
 def image(i: int, size: tuple[int, int] = (48, 40)) -> bytes:

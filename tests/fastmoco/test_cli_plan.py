@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+pytest.importorskip("tyro", reason="tyro is not installed")
+
 from fastmoco.cli import main
 from fastmoco.cli_plan import parse_bytes
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fastmoco.cli import main
 from fastmoco.config import Config
 from fastmoco.config_json import from_json, to_json
 from fastmoco.environment import clean_environment
 from fastmoco.run_folder import RunFolder
+from tests.command_line import main
 
 pytestmark = pytest.mark.faults
 

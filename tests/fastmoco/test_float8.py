@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastmoco.distributed.parallelize import compile_blocks
 from fastmoco.models import VisionTransformer, float8
+from fastmoco.models.compiled import compile_blocks
 from fastmoco.models.float8 import candidates, use_float8_
 from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.chunked import ChunkedStep
@@ -193,7 +193,7 @@ def test_compiled_blocks_compute_the_same() -> None:
     _, ours, views = objectives(depth=2)
     eager, loss = at_once(ours, views)
     traced = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
-    with mock.patch("fastmoco.distributed.parallelize.torch.compile", traced):
+    with mock.patch("fastmoco.models.compiled.torch.compile", traced):
         compile_blocks(ours)
     ours.zero_grad()
     with autocast():

@@ -14,12 +14,12 @@ import torch
 from fastmoco import setup_run
 from fastmoco import trainer as trainer_module
 from fastmoco.checkpoint import load_latest, saver
-from fastmoco.cli import main
 from fastmoco.config import Config
 from fastmoco.config_json import differences, from_json, to_json
 from fastmoco.distributed.mesh import World
 from fastmoco.run_folder import RunFolder
 from fastmoco.trainer import Trainer
+from tests.command_line import main
 from tests.golden_objective import train_step
 
 CPU = torch.device("cpu")

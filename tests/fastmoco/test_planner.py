@@ -10,7 +10,18 @@ import pytest
 import torch
 
 from fastmoco.free_memory import free_bytes
-from fastmoco.planner import busy_chunk, chunked_bytes, largest_batch, plan_step, sharded, state_bytes, whole_bytes
+from fastmoco.planner import (
+    PARTS,
+    StepPlan,
+    best_plan,
+    busy_chunk,
+    chunked_bytes,
+    largest_batch,
+    plan_step,
+    sharded,
+    state_bytes,
+    whole_bytes,
+)
 from fastmoco.step_costs import Line, StepCosts, Units
 
 COSTS = StepCosts(
@@ -42,11 +53,14 @@ def test_a_plan_fits_and_keeps_all_that_fits(budget: float) -> None:
     images = 1000
     plan = plan_step(COSTS, images=images, budget=budget, tokens=TOKENS)
     assert plan.chunk & (plan.chunk - 1) == 0
-    assert plan.chunks == -(-images // plan.chunk)
+    assert plan.fits
     assert plan.peak_bytes <= budget
-    kept = plan.kept * plan.chunk
+    kept = plan.kept_images
+    assert plan.chunks == -(-kept // plan.chunk) - (-(images - kept) // plan.chunk)
+    assert plan.kept == kept // plan.chunk
     assert plan.peak_bytes == chunked_bytes(COSTS, images, plan.chunk, kept)
-    assert chunked_bytes(COSTS, images, plan.chunk, kept + plan.chunk) > budget
+    # Parts of a chunk are kept too: what stays idle is less than one of them.
+    assert chunked_bytes(COSTS, images, plan.chunk, kept + max(1, plan.chunk // PARTS)) > budget
     assert plan.overhead == pytest.approx((1 - kept / images) * 0.25)
 
 
@@ -56,6 +70,20 @@ def test_a_chunk_and_kept_graphs_may_be_asked_for() -> None:
     assert plan_step(COSTS, images=1000, budget=1e9, tokens=TOKENS, chunk=64).kept == 16
     assert plan_step(COSTS, images=50, budget=1e9, tokens=TOKENS, chunk=64).chunk == 50
     assert plan_step(COSTS, images=1000, budget=1, tokens=TOKENS, chunk="none").chunk == 0
+
+
+def _plan(overhead: float, fits: bool = True) -> StepPlan:
+    return StepPlan(chunk=1, kept=0, chunks=1, overhead=overhead, peak_bytes=1.0, reason="", fits=fits)
+
+
+def test_of_plans_that_fit_the_one_that_computes_least_twice_is_taken() -> None:
+    large, small, none = _plan(0.1), _plan(0.05), _plan(0.0)
+    assert best_plan([large, small]) is small
+    assert best_plan(iter([large, none, pytest.fail])) is none  # later ones are not even made
+    tight = _plan(0.0, fits=False)
+    assert best_plan([tight, large]) is large
+    first, second = _plan(0.1), _plan(0.1)
+    assert best_plan([first, second]) is first
 
 
 def test_what_cannot_fit_is_said() -> None:

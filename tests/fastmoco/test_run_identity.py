@@ -15,7 +15,6 @@ import torch
 
 from fastmoco.checkpoint import CheckpointError, load_checkpoint, load_latest, save_checkpoint
 from fastmoco.checkpoint.folder import fingerprint, marker_text
-from fastmoco.cli import main
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
@@ -24,6 +23,7 @@ from fastmoco.run_folder import RunFolder
 from fastmoco.run_identity import identify
 from fastmoco.trainer import Trainer
 from tests.checkpoint_content import flip_bit
+from tests.command_line import main
 from tests.spikes import ROLLING
 
 pytestmark = pytest.mark.faults

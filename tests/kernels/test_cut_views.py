@@ -107,6 +107,16 @@ def test_normalised_values_are_equal_on_both_backends() -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [40, 49, 1])
+def test_levels_are_pillows_to_the_bit(backend: str, size: int) -> None:
+    images, parameters = photos(4) * 2, drawn(2 * len(SHAPES), seed=5)
+    crops = windows(images, 6)
+    made = cut_views(images, crops, parameters, size=size, dtype=torch.uint8, threads=2, backend=backend)
+    assert made.dtype == torch.uint8
+    assert torch.equal(made.float(), by_pillow(resized(images, crops, size), parameters))
+
+
 @pytest.mark.parametrize("threads", [2, 5, 64])
 def test_threads_change_nothing(threads: int) -> None:
     images, parameters = photos(7), drawn(len(SHAPES), seed=8)
@@ -171,6 +181,19 @@ def test_a_thread_without_memory_is_reported(monkeypatch: pytest.MonkeyPatch) ->
         cut_views([image], windows([image]), ViewColorParameters.neutral(1), size=9, backend="native")
 
 
+def test_a_library_older_than_its_source_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = native.native_library()
+    if library is None:
+        pytest.skip("needs the compiled part")
+    monkeypatch.setattr(native, "LEVELS", "fastmoco_cut_future")
+    monkeypatch.setattr(native, "native_library", lambda: library)
+    image = photos()[0]
+    arguments = ([image], windows([image]), ViewColorParameters.neutral(1))
+    assert cut_views(*arguments, size=9, backend="native").dtype == torch.float32
+    with pytest.raises(RuntimeError, match=r"older than its source\. Install fastmoco again"):
+        cut_views(*arguments, size=9, dtype=torch.uint8, backend="native")
+
+
 def test_the_structure_is_laid_out_as_in_c() -> None:
     assert ctypes.sizeof(native._Batch) == 8 * (3 + len(native._POINTERS) + 1)
 
@@ -197,6 +220,7 @@ CROP = torch.tensor([[2, 3, 10, 12]], dtype=torch.int32)
         ({"parameters": ViewColorParameters.neutral(2)}, "brightness is (2,)"),
         ({"size": 0}, "size=0 lies outside 1 to 32768"),
         ({"solarize_threshold": 257}, "solarize_threshold=257"),
+        ({"dtype": torch.float16}, "dtype=torch.float16 is neither torch.float32 nor torch.uint8"),
         ({"threads": 0}, "threads=0; needs at least one"),
         ({"std": (1, 0, 1)}, "cut_views: std=(1, 0, 1) must be positive"),
         ({"mean": (1, 0)}, "cut_views: mean has 2 numbers"),

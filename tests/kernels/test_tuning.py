@@ -27,6 +27,7 @@ def on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(_tuning, "_cache_file", lambda device: path)
     monkeypatch.setattr(_tuning, "_chosen", {})
     monkeypatch.setattr(_tuning, "_read", set())
+    monkeypatch.setattr(_tuning, "_settled", {})
     monkeypatch.setattr(_tuning, "interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     torch.use_deterministic_algorithms(False)
@@ -45,6 +46,7 @@ def test_a_shape_is_measured_once_and_remembered_by_the_next_process(on_a_gpu, m
     assert _tuning.choices() == {"gpu": {"main(4096, 256)": [128, 8]}}
     monkeypatch.setattr(_tuning, "_chosen", {})
     monkeypatch.setattr(_tuning, "_read", set())
+    monkeypatch.setattr(_tuning, "_settled", {})
     assert _tuned() == TILES[1]
     assert len(measured) == 1
 

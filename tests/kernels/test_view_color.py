@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmoco_kernels.view_color.op import IMAGENET_MEAN, IMAGENET_STD, view_color
+from fastmoco_kernels.view_color.op import IMAGENET_MEAN, IMAGENET_STD, level_factors, view_color
 from fastmoco_kernels.view_color.plan import ViewColorParameters
 from fastmoco_pipelines.reference import adjust_hue
 from tests.kernels.view_color_cases import LEVELS, ORDERS, by_pillow, drawn, pictures
@@ -79,6 +79,18 @@ def test_normalises_as_stored_and_in_every_type() -> None:
         assert torch.equal(view_color(images, neutral), made)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_levels_are_what_is_normalised(channels_last) -> None:
+    """As bytes, whatever mean and std are, and Pillow's."""
+    images, parameters = pictures(30, 13, 11), drawn(30)
+    made = view_color(images, parameters, dtype=torch.uint8, channels_last=channels_last, solarize_threshold=100)
+    assert made.dtype == torch.uint8
+    assert made.stride() == view_color(images, parameters, channels_last=channels_last).stride()
+    assert torch.equal(made.float(), by_pillow(images, parameters, 100))
+    scale, shift = (torch.tensor(x)[:, None, None] for x in level_factors(IMAGENET_MEAN, IMAGENET_STD))
+    assert torch.equal(made * scale + shift, view_color(images, parameters, solarize_threshold=100))
+
+
 def test_a_large_image_has_its_exact_mean() -> None:
     """Beyond 2^16 pixels a float32 sum of levels would round."""
     images = pictures(1, 300, 301) // 2 + 127
@@ -119,7 +131,7 @@ def test_is_an_operator_of_torch() -> None:
         [1 / (255 * s) for s in IMAGENET_STD],
         [-m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)],
     )
-    for dtype, channels_last in ((torch.float32, False), (torch.bfloat16, True)):
+    for dtype, channels_last in ((torch.float32, False), (torch.bfloat16, True), (torch.uint8, False)):
         arguments = (images, *parameters, scale, shift, 128, dtype, channels_last, False)
         torch.library.opcheck(torch.ops.fastmoco.view_color.default, arguments)
     compiled = torch.compile(lambda x, p: view_color(x, p) * 2, backend="aot_eager", fullgraph=True)

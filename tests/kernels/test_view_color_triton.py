@@ -27,8 +27,8 @@ def test_equals_pillow_in_every_order(device) -> None:
     assert torch.equal(made, by_pillow(images, parameters))
 
 
-# More pixels than a block; one pixel (Triton makes arguments of 1 constants); half precision; channels innermost: with some
-# images blurred, and with none.
+# More pixels than a block; one pixel (Triton makes arguments of 1 constants); half precision; channels innermost; levels: with
+# some images blurred, and with none.
 @pytest.mark.parametrize(
     ("shape", "blurred", "options"),
     [
@@ -37,6 +37,8 @@ def test_equals_pillow_in_every_order(device) -> None:
         ((5, 6), [2], {"dtype": torch.float16}),
         ((6, 5), [0], {"channels_last": True}),
         ((4, 4), [], {"channels_last": True, "dtype": torch.float16, "solarize_threshold": 90}),
+        ((27, 41), [1], {"dtype": torch.uint8}),
+        ((1, 1), [0, 2], {"dtype": torch.uint8, "channels_last": True}),
     ],
 )
 def test_equals_torch(shape, blurred, options, device) -> None:
@@ -49,12 +51,23 @@ def test_equals_torch(shape, blurred, options, device) -> None:
     assert torch.equal(made.cpu(), expected)
 
 
+def test_levels_are_pillows_to_the_bit(device) -> None:
+    """Every level from 0 to 255."""
+    images = torch.arange(256, dtype=torch.uint8).repeat_interleave(3).view(1, 16, 16, 3).repeat(2, 1, 1, 1)
+    images[1] = pictures(1, 16, 16)[0]
+    parameters = ViewColorParameters.neutral(2)._replace(blur_sigma=torch.tensor([0, 1.2]), flip=torch.ones(2) > 0)
+    made = view_color(images.to(device), parameters, dtype=torch.uint8, backend="triton").cpu()
+    assert made.dtype == torch.uint8
+    assert torch.equal(made.float(), by_pillow(images, parameters))
+    assert len(made[0].unique()) == 256
+
+
 @pytest.mark.gpu
 def test_parameters_on_the_device_and_bf16() -> None:
     """Then the host looks at nothing: every launch is made, and images without a blur pass through the boxes unchanged."""
     images, parameters = pictures(48, 60, 44), drawn(48)
     there, parameters_there = images.cuda(), on("cuda", parameters)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.uint8):
         view_color(
             there, parameters_there, dtype=dtype, backend="triton"
         )  # compiles, and copies the table of late hues

@@ -1,11 +1,13 @@
 """`adamw_ema_step_` as an optimizer that torch.optim.AdamW can take over from, and the other way round.
 
 What a step does not need to do again is done once: shards are unwrapped, tensors checked, sorted into launches. A plan
-holds while the same parameters have gradients of the same types and layouts; addresses may change from step to step.
+holds while the same parameters and state have the same types and layouts, gradients too; addresses may change from step
+to step.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, overload
 
@@ -13,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from fastmoco_kernels._multi_tensor import local
 from fastmoco_kernels.adamw_ema.checks import check_scalars
-from fastmoco_kernels.adamw_ema.plan import Plan, local_grads
+from fastmoco_kernels.adamw_ema.plan import Plan
 from fastmoco_kernels.adamw_ema.run import chosen_backend
 from fastmoco_kernels.adamw_ema.sweep import Number, Scalars
 
@@ -80,6 +83,7 @@ class AdamWEMA(Optimizer):
     ) -> None:
         self.backend = backend
         self._plans: dict[int, Plan] = {}
+        self._seen: tuple[list[Tensor], list[object]] = ([], [])
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **_FIXED})
         known = {id(p) for group in self.param_groups for p in group["params"]}
         self.averages = _known(averages, known, "averages")
@@ -110,7 +114,7 @@ class AdamWEMA(Optimizer):
             ValueError: for a state with options that this optimizer has not got.
         """
         super().__setstate__(state)
-        self._plans = {}
+        self._plans, self._seen = {}, ([], [])
         for group in self.param_groups:
             for name in ("amsgrad", "maximize"):
                 if group.get(name):
@@ -167,30 +171,49 @@ class AdamWEMA(Optimizer):
                 loss = closure()
         found_inf = getattr(self, "found_inf", None) if found_inf is None else found_inf
         grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
+        if not self._state_is_seen():
+            self._plans.clear()
         for index, group in enumerate(self.param_groups):
-            params = [p for p in group["params"] if p.grad is not None]
+            params, grads = group["params"], [grad for p in group["params"] if (grad := p.grad) is not None]
+            if len(grads) < len(params):
+                params = [p for p in params if p.grad is not None]
             if params:
                 scalars = _scalars(group, 1.0 if ema_momentum is None else ema_momentum, found_inf, grad_scale)
                 check_scalars(scalars, params[0].device)
-                self._step_group(index, params, ema_momentum is not None, scalars)
+                self._step_group(index, params, grads, ema_momentum is not None, scalars)
+        if not self._state_is_seen():
+            self._seen = (list(self.state), list(self.state.values()))
         return loss
 
-    def _step_group(self, index: int, params: list[Tensor], averaged: bool, scalars: Scalars) -> None:
+    def _state_is_seen(self) -> bool:
+        """Whether every parameter has the dictionary of state that it had after the last step. Finding them again by
+        parameter would take ten times as long.
+        """
+        parameters, states = self._seen
+        return (
+            len(parameters) == len(self.state)
+            and all(map(operator.is_, self.state, parameters))
+            and all(map(operator.is_, self.state.values(), states))
+        )
+
+    def _step_group(
+        self, index: int, params: list[Tensor], grads: list[Tensor], averaged: bool, scalars: Scalars
+    ) -> None:
         """Run the group's plan; make a new one where it does not hold."""
-        for param in params:
-            if not self.state[param]:
-                self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-                self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-                self.state[param]["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        states = [self.state[param] for param in params]
         plan = self._plans.get(index)
-        grads = None if plan is None else plan.matching_grads(params, states, averaged)
-        if plan is None or grads is None:
+        mine = None if plan is None else plan.matching_grads(params, grads, averaged)
+        if plan is None or mine is None:
+            for param in params:
+                if not self.state[param]:
+                    self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+                    self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                    self.state[param]["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            states = [self.state[param] for param in params]
             backend = chosen_backend(self.backend, params[0].device)
             averages = self.averages if averaged else None
             plan = Plan(params, states, averages, self.param_copies, self.average_copies, backend)
-            self._plans[index], grads = plan, local_grads(params)
-        plan.run(grads, scalars)
+            self._plans[index], mine = plan, local(grads)
+        plan.run(mine, scalars)
 
 
 def _scalars(

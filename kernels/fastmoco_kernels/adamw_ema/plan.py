@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastmoco_kernels._multi_tensor import local
+from fastmoco_kernels._unchanged import Unchanged
 from fastmoco_kernels.adamw_ema.checks import check_sweep
 from fastmoco_kernels.adamw_ema.reference import adamw_ema_foreach_
 from fastmoco_kernels.adamw_ema.run import run_sweep
 from fastmoco_kernels.adamw_ema.sweep import Optional, Scalars, Sweep
+
+_STATE = operator.itemgetter("step", "exp_avg", "exp_avg_sq")
 
 
 class Plan:
@@ -41,7 +45,7 @@ class Plan:
         backend: str,
     ) -> None:
         self.backend, self.averaged = backend, averages is not None
-        self._given = _given(params, states)
+        self._params, self._own, self._states = list(params), list(states), _state_tensors(states)
         for param in params:
             _same_placements(param, averages)
         self.sweep = Sweep(
@@ -55,8 +59,13 @@ class Plan:
             average_copies=_column(average_copies if averages is not None else {}, params),
         )
         check_sweep(self.sweep)
-        self._shards = _shards(params)
-        self._layouts = _layouts(self.sweep.grads)
+        used = [averages or {}, param_copies, average_copies if averages is not None else {}]
+        owners = [*params, *self._states, *(by[param] for by in used for param in params if param in by)]
+        self._shards = [(owner, owner._local_tensor) for owner in owners if hasattr(owner, "_local_tensor")]
+        columns = self.sweep.columns()
+        fixed = [tensor for column in (columns[0], *columns[2:], self.sweep.steps) for tensor in column]
+        self._fixed = [tensor for tensor in fixed if tensor is not None]
+        self._unchanged = Unchanged([*self._fixed, *self.sweep.grads])
         if backend == "triton":
             from fastmoco_kernels.adamw_ema.launch import plan_launches
 
@@ -65,23 +74,20 @@ class Plan:
                 launch.sweep = replace(launch.sweep, grads=())
         self.sweep = replace(self.sweep, grads=())  # the next step has others; these must not live on beside them
 
-    def matching_grads(
-        self, params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], averaged: bool
-    ) -> list[Tensor] | None:
-        """The gradients of this step, or None if the plan was made for something else.
+    def matching_grads(self, params: Sequence[Tensor], grads: Sequence[Tensor], averaged: bool) -> list[Tensor] | None:
+        """The gradients of this step, shards unwrapped, or None if the plan was made for something else.
 
-        Gradients may lie elsewhere than last time. Parameters, state, and types and layouts of gradients must be the same;
-        a parameter that changes its type or layout changes its gradient's.
+        Parameters and their state must be the same objects (the caller sees to it that they are the same dictionaries), and every tensor of the type, layout and device of that time, also
+        where something changed it under the same object. Anything may lie elsewhere than last time.
         """
-        given = _given(params, states)
-        if averaged != self.averaged or len(given) != len(self._given):
+        if averaged != self.averaged or len(params) != len(self._params) or not _same(params, self._params):
             return None
-        if not all(now is then for now, then in zip(given, self._given, strict=True)):
+        if not _same(_state_tensors(self._own), self._states) or any(
+            owner._local_tensor is not shard for owner, shard in self._shards
+        ):
             return None
-        if _shards(params) != self._shards:
-            return None
-        grads = local_grads(params)
-        return grads if _layouts(grads) == self._layouts else None
+        mine = local(grads)
+        return mine if self._unchanged.holds([*self._fixed, *mine]) else None
 
     def run(self, grads: Sequence[Tensor], scalars: Scalars) -> None:
         """Take one step with these gradients."""
@@ -96,7 +102,9 @@ class Plan:
         if self._rest:
             adamw_ema_foreach_(replace(self.sweep, grads=grads).pick(self._rest), scalars)
         for launch in self._launches:
-            sweep_triton_(launch, [grads[row] for row in launch.rows], scalars)
+            # Rows ascend: as many as there are gradients are all of them.
+            own = grads if len(launch.rows) == len(grads) else [grads[row] for row in launch.rows]
+            sweep_triton_(launch, own, scalars)
 
 
 def local_grads(params: Sequence[Tensor]) -> list[Tensor]:
@@ -104,18 +112,14 @@ def local_grads(params: Sequence[Tensor]) -> list[Tensor]:
     return local([param.grad for param in params if param.grad is not None])
 
 
-def _given(params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-    """What must stay the same object for a plan to hold."""
-    return [*params, *(own[name] for own in states for name in ("step", "exp_avg", "exp_avg_sq"))]
+def _state_tensors(states: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """What must stay the same object for a plan to hold, three tensors a parameter."""
+    return list(itertools.chain.from_iterable(map(_STATE, states)))
 
 
-def _shards(params: Sequence[Tensor]) -> list[int]:
-    """Where the shards of DTensors lie. `to_local` of a parameter makes a new tensor: too slow for every step."""
-    return [param._local_tensor.data_ptr() for param in params if hasattr(param, "_local_tensor")]
-
-
-def _layouts(tensors: Sequence[Tensor]) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-    return [(tensor.dtype, tensor.stride()) for tensor in tensors]
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether two lists of one length hold the same objects."""
+    return all(map(operator.is_, some, others))
 
 
 def _column(by_param: Mapping[Tensor, Tensor], params: Sequence[Tensor]) -> Optional:

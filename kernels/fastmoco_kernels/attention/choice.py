@@ -18,13 +18,15 @@ memory_efficient_attention; ``explicit``: softmax(q k^T) v written out in the in
 kernels for short sequences; ``reference``: written out in float32 or wider."""
 TRITON_HEAD_DIMS = (32, 64)
 TRITON_LONGEST = 256
+TRITON_DTYPES = (torch.bfloat16, torch.float16)
+"""What the compiled kernels take. In Triton's interpreter, which cannot hold bf16, float32 stands in for it."""
 _DTYPES = {
     "flash": (torch.float16, torch.bfloat16),
     "cudnn": (torch.float16, torch.bfloat16),
     "efficient": (torch.float16, torch.bfloat16, torch.float32),
     "fa4": (torch.float16, torch.bfloat16),
     "xformers": (torch.float16, torch.bfloat16, torch.float32),
-    "triton": (torch.float16, torch.bfloat16, torch.float32),
+    "triton": TRITON_DTYPES,
 }
 _XFORMERS = ((0, 0, 34), (0, 0, 36))
 _log = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ def choose_attention(
         return AttentionChoice(name, "bf16 on a CPU: written out it trains faster there than torch's own kernel")
     if device.type != "cuda":
         return AttentionChoice(name, f"{_short(dtype)} on {device.type}: torch's own kernel")
-    fault = triton_fault(dtype, queries, keys, head_dim)
+    fault = triton_fault(device, dtype, queries, keys, head_dim)
     other = f"triton cannot: {fault}" if fault else "triton fits, but has not been measured on a GPU and is opt-in"
     return AttentionChoice(name, f"{_short(dtype)} on cuda: torch picks flash, cuDNN or memory-efficient; {other}")
 
@@ -87,10 +89,12 @@ def default_backend(device: torch.device, dtype: torch.dtype) -> str:
     return "explicit" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
 
 
-def triton_fault(dtype: torch.dtype, queries: int, keys: int, head_dim: int) -> str:
+def triton_fault(device: torch.device, dtype: torch.dtype, queries: int, keys: int, head_dim: int) -> str:
     """Why the kernels for short sequences do not take such a call; empty where they do."""
-    if dtype not in _DTYPES["triton"]:
-        return f"{_short(dtype)} is none of {', '.join(map(_short, _DTYPES['triton']))}"
+    if dtype == torch.float32 and device.type == "cuda":
+        return "float32 operands of a product lie in registers, and one head's keys are more than a thread has"
+    if dtype not in (*TRITON_DTYPES, torch.float32):
+        return f"{_short(dtype)} is none of {', '.join(map(_short, TRITON_DTYPES))}"
     if head_dim not in TRITON_HEAD_DIMS:
         return f"head dimension {head_dim} is none of {TRITON_HEAD_DIMS}"
     if max(queries, keys) > TRITON_LONGEST:
@@ -119,7 +123,7 @@ def _require(name: str, device: torch.device, dtype: torch.dtype, queries: int, 
     if name not in _DTYPES:
         return
     if name == "triton":
-        fault = triton_fault(dtype, queries, keys, head_dim)
+        fault = triton_fault(device, dtype, queries, keys, head_dim)
         if fault:
             raise ValueError(f"attention: backend='triton': {fault}; backend='auto' takes any shape")
         require_triton("attention", device)

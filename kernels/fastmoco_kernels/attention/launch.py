@@ -1,8 +1,9 @@
 """How the short-sequence kernels are launched: which tiles, how many warps, where the results lie.
 
-Registers decide the defaults, chip by chip, because no default may spill: the backward of head dimension 64 takes its keys
-16 at a time, that of 32 takes 32; a smaller last tile of queries fits on Hopper alone. `aot_cases` lists all that can be
-picked.
+Registers decide the defaults, chip by chip, because no default may spill under any supported Triton: the backward of head
+dimension 64 takes its keys 16 at a time (32 on Blackwell), that of 32 takes 32; a smaller last tile of queries fits on
+Hopper alone, and is a default for head dimension 32 only. float32 has no tiles: its products take their operands from
+registers, and one head's keys are far more than a thread has. `aot_cases` lists all that can be picked.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastmoco_kernels._aot import AotCase
 from fastmoco_kernels._runtime import device_guard
 from fastmoco_kernels._tuning import tuned
-from fastmoco_kernels.attention.choice import TRITON_HEAD_DIMS, TRITON_LONGEST
+from fastmoco_kernels.attention.choice import TRITON_DTYPES, TRITON_HEAD_DIMS, TRITON_LONGEST
 from fastmoco_kernels.attention.triton_kernels import short_attention_bwd_kernel, short_attention_fwd_kernel
 
 Rows = tuple[int, int, int]
@@ -29,6 +30,7 @@ KEY_ROWS: tuple[Rows, ...] = ((64, 0, 0), (128, 0, 0), (128, 64, 0), VIT_ROWS, (
 QUERY_ROWS: tuple[Rows, ...] = ((16, 0, 0), (64, 0, 0), (128, 0, 0), VIT_ROWS, (256, 0, 0))
 """How the backward cuts its queries; rows beyond them add 0, in any tile."""
 CHIPS = (80, 90, 100)
+_ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def row_tiles(rows: int, cuts: tuple[Rows, ...]) -> Rows:
@@ -43,21 +45,28 @@ def row_tiles(rows: int, cuts: tuple[Rows, ...]) -> Rows:
     raise ValueError(f"attention: backend='triton' holds {TRITON_LONGEST} rows on chip; {rows} are too many")
 
 
-def forward_tiles(chip: int, queries: int, keys: Rows) -> list[Tile]:
+def forward_tiles(chip: int, head_dim: int, queries: int, keys: Rows) -> list[Tile]:
     """(rows of queries at a time, rows of the last, warps, stages), the default first."""
     if queries <= 16:
         return [(16, 0, 4, 1)]
     if keys != VIT_ROWS:
         return [(64, 0, 8 if keys == KEY_ROWS[-1] else 4, 1)]
     plain: list[Tile] = [(64, 0, 4, 1), (128, 0, 8, 1)]
-    return [(64, 16, 4, 1), *plain] if chip == 90 and 0 < queries % 64 <= 16 else plain
+    if chip != 90 or not 0 < queries % 64 <= 16:
+        return plain
+    # Triton 3.6 spills 132 bytes of head dimension 64 with the smaller last tile; measured, it may still be the faster.
+    return [(64, 16, 4, 1), *plain] if head_dim == 32 else [*plain, (64, 16, 4, 1)]
 
 
-def backward_tiles(head_dim: int, queries: Rows) -> list[Tile]:
+def backward_tiles(chip: int, head_dim: int, queries: Rows) -> list[Tile]:
     """(keys at a time, warps, stages), the default first."""
-    warps = 4 if queries == QUERY_ROWS[0] else 8
-    default = (32 if head_dim == 32 else 16, warps, 2)
-    return [default, (16, warps, 2)] if queries == VIT_ROWS and head_dim == 32 else [default]
+    if queries != VIT_ROWS:
+        return [(32 if head_dim == 32 else 16, 4 if queries == QUERY_ROWS[0] else 8, 2)]
+    if head_dim == 64:
+        return [(32, 8, 2), (16, 8, 2)] if chip == 100 else [(16, 8, 2)]
+    tiles: list[Tile] = [(32, 8, 2), (16, 8, 2)]
+    # Four warps leave room for a second program on a processor; only those that spill nowhere.
+    return tiles + {90: [(32, 4, 2), (16, 4, 2)], 100: [(16, 4, 2)]}.get(chip, [])
 
 
 def in_halves(chip: int, head_dim: int, queries: int) -> bool:
@@ -100,7 +109,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         )
 
     with device_guard(q):
-        tiles = forward_tiles(_chip(q.device), L, keys)
+        tiles = forward_tiles(_chip(q.device), d, L, keys)
         run(tuned("attention.fwd", (B * A, L, M, d, str(q.dtype)), tiles, tiles[0], run, q.device))
     return out.transpose(1, 2), lse
 
@@ -155,7 +164,7 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
         )
 
     with device_guard(q):
-        tiles = backward_tiles(d, queries)
+        tiles = backward_tiles(_chip(q.device), d, queries)
         run(tuned("attention.bwd", (B * A, L, M, d, str(q.dtype)), tiles, tiles[0], run, q.device))
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -177,23 +186,23 @@ def _backward_constants(head_dim: int, queries: Rows, tile: Tile) -> dict[str, A
 
 
 def aot_cases() -> list[AotCase]:
-    """Every configuration that `forward` and `backward` may pick, in bf16 and fp16.
+    """Every configuration that `forward` and `backward` may pick, in the types that `choice.TRITON_DTYPES` lets in.
 
     Tiles of 16 query rows are narrower than Hopper's and Blackwell's own matrix instructions: they run on the older
     ones there, so nothing is asked of them.
     """
     cases = []
-    for dtype, head_dim in product(("bf16", "fp16"), TRITON_HEAD_DIMS):
+    for dtype, head_dim in product((_ELEMENTS[dtype] for dtype in TRITON_DTYPES), TRITON_HEAD_DIMS):
         for keys in KEY_ROWS:
             # 1: the class token alone; 64 and 80: without and with a smaller last tile.
-            lists = [(chip, forward_tiles(chip, queries, keys)) for chip in CHIPS for queries in (1, 64, 80)]
+            lists = [(chip, forward_tiles(chip, head_dim, queries, keys)) for chip in CHIPS for queries in (1, 64, 80)]
             for tile in dict.fromkeys(tile for _, tiles in lists for tile in tiles):
                 what = f"keys {_sum(keys)} queries {tile[0]}{f'..{tile[1]}' if tile[1] else ''}"
                 constants = _forward_constants(head_dim, keys, tile)
                 cases.append(_case("fwd", what, dtype, constants, tile, lists, tile[0] > 16, keys == VIT_ROWS))
         for rows in QUERY_ROWS:
             chips = [chip for chip in CHIPS if not in_halves(chip, head_dim, sum(rows))]
-            lists = [(chip, backward_tiles(head_dim, rows)) for chip in chips]
+            lists = [(chip, backward_tiles(chip, head_dim, rows)) for chip in chips]
             for tile in dict.fromkeys(tile for _, tiles in lists for tile in tiles):
                 what = f"queries {_sum(rows)} keys {tile[0]}"
                 constants = _backward_constants(head_dim, rows, tile)

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels._runtime import require_triton
+from fastmoco_kernels.attention.choice import triton_fault
 
 
 @torch.library.custom_op("fastmoco::short_attention", mutates_args=())
 def _short_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     require_triton("attention", q.device)
+    fault = triton_fault(q.device, q.dtype, q.shape[2], k.shape[2], q.shape[3])
+    if fault:  # a compiled caller has not been through `choice.announce`
+        raise ValueError(f"attention: backend='triton': {fault}; backend='auto' takes any shape")
     from fastmoco_kernels.attention.launch import forward
 
     return forward(q, k, v)
@@ -66,7 +70,7 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention by the Triton kernels; shapes and dtypes have been checked by the caller.
 
     Args:
-        q: [B, A, L, d] bf16, fp16 or fp32, L at most 256, d 32 or 64.
+        q: [B, A, L, d] bf16 or fp16 (in Triton's interpreter also fp32), L at most 256, d 32 or 64.
         k: [B, A, M, d], M at most 256.
         v: [B, A, M, d].
 

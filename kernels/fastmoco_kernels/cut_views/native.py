@@ -8,6 +8,7 @@ import importlib.util
 import threading
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from fastmoco_kernels.view_color.plan import Plan
 
 LIBRARY = "fastmoco_kernels.cut_views._native"
 """Where setup.py puts it. There is no Python in it: one file serves every version."""
+LEVELS = "fastmoco_cut_levels"
+"""The function that writes bytes; a library that was built before it was written lacks it."""
 
 _POINTERS = ("pixels", "strides", "crops", "steps", "factors", "hue_shift", "flags", "boxes", "scale", "shift", "out")
 
@@ -36,8 +39,10 @@ def native_library() -> ctypes.CDLL | None:
     if spec is None or spec.origin is None:
         return None
     library = ctypes.CDLL(spec.origin)
-    library.fastmoco_cut_views.argtypes = [ctypes.POINTER(_Batch)]
-    library.fastmoco_cut_views.restype = ctypes.c_int
+    for function in (library.fastmoco_cut_views, getattr(library, LEVELS, None)):
+        if function is not None:
+            function.argtypes = [ctypes.POINTER(_Batch)]
+            function.restype = ctypes.c_int
     return library
 
 
@@ -61,13 +66,20 @@ def cut_views_native(
         shift: [3] float32, what is added then.
         threshold: level from which solarize inverts.
         threads: that work on it, this one among them.
-        out: [B, 3, size, size] float32, contiguous.
+        out: [B, 3, size, size] float32, contiguous; or uint8, for levels without factor and summand.
 
     Raises:
+        RuntimeError: if the library was built from an older source.
         MemoryError: if a thread gets no memory to work in.
     """
     library = native_library()
     assert library is not None
+    name = LEVELS if out.dtype == torch.uint8 else "fastmoco_cut_views"
+    cut = getattr(library, name, None)
+    if cut is None:
+        raise RuntimeError(
+            f"cut_views: the compiled part has no {name}: it is older than its source. Install fastmoco again"
+        )
     pixels = np.array([image.ctypes.data for image in images], dtype=np.uint64)
     strides = np.array([image.strides[0] for image in images], dtype=np.int64)
     fields = [t.contiguous() for t in (crops, tables.steps, tables.factors, tables.shift, tables.flags, tables.boxes)]
@@ -78,7 +90,7 @@ def cut_views_native(
     results: list[int] = []
 
     def work() -> None:  # ctypes gives the interpreter away meanwhile; the threads share out the images by `next`
-        results.append(library.fastmoco_cut_views(ctypes.byref(batch)))
+        results.append(cut(ctypes.byref(batch)))
 
     others = [threading.Thread(target=work, name="fastmoco-cut") for _ in range(min(threads, len(images)) - 1)]
     for thread in others:

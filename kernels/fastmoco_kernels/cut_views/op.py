@@ -25,7 +25,7 @@ from torch import Tensor
 from fastmoco_kernels._runtime import choose_backend
 from fastmoco_kernels.cut_views.native import cut_views_native, native_library
 from fastmoco_kernels.cut_views.reference import cut_views_reference
-from fastmoco_kernels.view_color.op import IMAGENET_MEAN, IMAGENET_STD, check_normalisation, check_ranges
+from fastmoco_kernels.view_color.op import IMAGENET_MEAN, IMAGENET_STD, check_normalisation, check_ranges, level_factors
 from fastmoco_kernels.view_color.plan import ViewColorParameters, plan
 
 _LARGEST = 2**15
@@ -40,6 +40,7 @@ def cut_views(
     size: int = 224,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    dtype: torch.dtype = torch.float32,
     solarize_threshold: int = 128,
     threads: int = 1,
     backend: str = "auto",
@@ -47,7 +48,8 @@ def cut_views(
     """Cut a window from every image, scale it to ``size`` x ``size``, and colour it by its own parameters.
 
     ``(level / 255 - mean) / std`` of the levels that torchvision's PIL transforms (resized crop, colour jitter, greyscale,
-    Gaussian blur, solarize, flip) give for the same draws: the augmentation of Chen, Xie, He 2021 (MoCo v3).
+    Gaussian blur, solarize, flip) give for the same draws: the augmentation of Chen, Xie, He 2021 (MoCo v3). With
+    ``dtype=torch.uint8`` those levels themselves.
 
     Args:
         images: B decoded images, each [H, W, 3] uint8 RGB on the CPU, of any height, width and distance between rows.
@@ -56,16 +58,17 @@ def cut_views(
         size: height and width of a view in pixels, 1 to 32768.
         mean: of the three channels, subtracted after scaling to [0, 1].
         std: of the three channels, divided by; positive.
+        dtype: float32; or uint8: levels, not normalised, whatever ``mean`` and ``std`` are.
         solarize_threshold: level, 0 to 256, from which solarize inverts.
         threads: that work on the batch, this one among them; the result does not depend on it.
         backend: ``"auto"``, ``"native"`` (compiled C) or ``"torch"``.
 
     Returns:
-        [B, 3, size, size] float32, contiguous. Not differentiable.
+        [B, 3, size, size] of ``dtype``, contiguous. Not differentiable.
 
     Raises:
         ValueError: for an image or crops of another type, shape or device, a window that leaves its image, parameters of
-            another length or out of range, or a backend that cannot run here.
+            another length or out of range, another dtype, or a backend that cannot run here.
         MemoryError: if a thread gets no memory to work in.
 
     Numerics: levels are whole numbers, equal on every backend and machine; the last step is one product and one sum in float32.
@@ -84,6 +87,8 @@ def cut_views(
     arrays = [_array(image, row) for row, image in enumerate(images)]
     _check(arrays, crops, parameters, size, solarize_threshold, threads)
     check_normalisation("cut_views", mean, std)
+    if dtype not in (torch.float32, torch.uint8):
+        raise ValueError(f"cut_views: dtype={dtype} is neither torch.float32 nor torch.uint8")
     check_ranges("cut_views", parameters)
     default = "native" if native_library() is not None else "torch"
     chosen = choose_backend("cut_views", backend, default, ("native", "torch"))
@@ -92,9 +97,8 @@ def cut_views(
             "cut_views: backend='native' but fastmoco was installed without its compiled part; install a C compiler "
             "and fastmoco again, or take backend='auto'"
         )
-    scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
-    out = torch.empty(len(arrays), 3, size, size, dtype=torch.float32)  # whatever the default is
+    scale, shift = (torch.tensor(x, dtype=torch.float32) for x in level_factors(mean, std))
+    out = torch.empty(len(arrays), 3, size, size, dtype=dtype)
     if chosen == "native":
         cut_views_native(arrays, crops, plan(parameters), scale, shift, solarize_threshold, threads, out)
     else:

@@ -22,7 +22,7 @@ def cut_views_reference(
     threshold: int,
     out: Tensor,
 ) -> None:
-    """Compute a batch into ``out``, [B, 3, size, size] float32; the arguments are those of `cut_views_native`."""
+    """Compute a batch into ``out``, [B, 3, size, size] float32 or uint8; the arguments are those of `cut_views_native`."""
     size = out.shape[-1]
     for row, (image, crop) in enumerate(zip(images, crops.tolist(), strict=True)):
         top, left, height, width = crop

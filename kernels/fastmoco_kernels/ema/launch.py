@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._multi_tensor import CHUNK, pointer_table
+from fastmoco_kernels._multi_tensor import CHUNK, PointerTable
 from fastmoco_kernels._runtime import device_guard
 from fastmoco_kernels.ema.triton_kernels import ema_kernel
 
@@ -20,18 +20,18 @@ ELEMENT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 """Triton's names of the element types that kernels over pointer tables read."""
 
 
-def ema_update_triton_(averages: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor) -> None:
+def launch_(table: PointerTable, averages: Sequence[Tensor], source: torch.dtype, momentum: float | Tensor) -> None:
     """Update flat float32 averages from flat sources of one type, all on one device.
 
     Args:
+        table: addresses of averages and sources.
         averages: float32, at least one.
-        sources: of one type in `ELEMENT`; source i has the layout of average i.
+        source: type of the sources, one of `ELEMENT`.
         momentum: number, or a tensor of one element on the same device.
     """
     on_device = isinstance(momentum, Tensor)
-    with device_guard(averages[0]):
-        table = pointer_table("ema_update_", [averages, sources])
-        if table.chunks:
+    if table.chunks:
+        with device_guard(averages[0]):
             ema_kernel[(table.chunks,)](
                 table.pointers,
                 table.sizes,
@@ -40,7 +40,7 @@ def ema_update_triton_(averages: Sequence[Tensor], sources: Sequence[Tensor], mo
                 table.rows,
                 momentum if on_device else float(1 - momentum),
                 ON_DEVICE=on_device,
-                SOURCE=ELEMENT[sources[0].dtype],
+                SOURCE=ELEMENT[source],
                 CHUNK=table.chunk,
                 num_warps=NUM_WARPS,
             )

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import local, same_layout, traced
+from fastmoco_kernels._multi_tensor import local, traced
 from fastmoco_kernels._runtime import choose_backend, require_triton, triton_is_default
+from fastmoco_kernels.ema.plan import known_plan, new_plan
 from fastmoco_kernels.ema.reference import ema_update_foreach_, ema_update_reference_
 
 WIDE = (torch.float32, torch.float64)
 BACKENDS = ("triton", "foreach", "reference")
-_TRITON_SOURCES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
@@ -61,14 +61,20 @@ def ema_update_(
         tensor([0.2500, 0.2500])
     """
     own_averages, own_sources = local(averages), local(sources)
-    _check(own_averages, own_sources, momentum)
+    _check_momentum(own_averages, momentum)
     if not own_averages:
+        _check_tensors(own_averages, own_sources)
         return
     device = own_averages[0].device
     default = "triton" if triton_is_default(device) else "foreach"
     chosen = choose_backend("ema_update_", backend, default, BACKENDS)
     if chosen == "triton":
         require_triton("ema_update_", device)
+        plan = None if traced() else known_plan(own_averages, own_sources)
+        if plan is not None:  # these tensors have been checked
+            plan.run(own_averages, own_sources, momentum)
+            return
+    _check_tensors(own_averages, own_sources)
     run = torch.ops.fastmoco.ema_update_ if traced() else _run
     number, tensor = (0.0, momentum) if isinstance(momentum, Tensor) else (float(momentum), None)
     run(own_averages, own_sources, number, tensor, chosen)
@@ -99,21 +105,7 @@ def _run(
     elif backend == "foreach":
         ema_update_foreach_(averages, sources, value)
     else:
-        _run_triton(averages, sources, value)
-
-
-def _run_triton(averages: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor) -> None:
-    """One launch a source type; foreach for what a table of addresses cannot hold."""
-    from fastmoco_kernels.ema.launch import ema_update_triton_
-
-    launches: dict[torch.dtype | None, tuple[list[Tensor], list[Tensor]]] = {}
-    for average, source in zip(averages, sources, strict=True):
-        flat = average.dtype == torch.float32 and source.dtype in _TRITON_SOURCES and same_layout(average, source)
-        pair = launches.setdefault(source.dtype if flat else None, ([], []))
-        pair[0].append(average)
-        pair[1].append(source)
-    for dtype, (some_averages, some_sources) in launches.items():
-        (ema_update_foreach_ if dtype is None else ema_update_triton_)(some_averages, some_sources, momentum)
+        (known_plan(averages, sources) or new_plan(averages, sources)).run(averages, sources, value)
 
 
 @torch.library.custom_op("fastmoco::ema_update_", mutates_args=("averages",))
@@ -128,8 +120,7 @@ def _(averages: object, sources: object, momentum: object, device_momentum: obje
     return None
 
 
-def _check(averages: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor) -> None:
-    """Every way of calling the op wrongly, each with both numbers in its text."""
+def _check_momentum(averages: Sequence[Tensor], momentum: float | Tensor) -> None:
     if isinstance(momentum, Tensor):
         if momentum.numel() != 1:
             raise ValueError(f"ema_update_: momentum has {momentum.numel()} elements; it needs 1")
@@ -139,6 +130,10 @@ def _check(averages: Sequence[Tensor], sources: Sequence[Tensor], momentum: floa
             )
     elif not 0 <= momentum <= 1:
         raise ValueError(f"ema_update_: momentum={momentum} lies outside [0, 1]")
+
+
+def _check_tensors(averages: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Every pair of tensors that does not fit, with both values in the text."""
     if len(averages) != len(sources):
         raise ValueError(f"ema_update_: {len(averages)} averages but {len(sources)} sources")
     if (

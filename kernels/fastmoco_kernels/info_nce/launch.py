@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from fastmoco_kernels._runtime import device_guard
@@ -65,21 +64,22 @@ def info_nce_triton(
     """
     with device_guard(queries[0]):
         q, k = _unit_rows(queries, request.precision), _unit_rows(keys, request.precision)
-        swept = _stream(q.unit, k.unit, keys[0].shape[0], request.positive_offset, request, None, tile, splits)
+        N, B = keys[0].shape[0], queries[0].shape[0]
+        swept = _stream(q.unit, k.unit, N, request.positive_offset, request, None, tile, splits)
         rows, dq, bias, share = _finish(q, k, swept, request)
         dkeys = rows.new_empty(0)
         if request.key_gradient:
-            back = _stream(k.unit, q.unit, queries[0].shape[0], -request.positive_offset, request, bias, tile, splits)
+            back = _stream(k.unit, q.unit, B, -request.positive_offset, request, bias, tile, splits)
             dkeys = _finish_keys(q, k, back, share, request)
     # A sum of one shape is added in one order.
-    sums = rows[: 4 if request.accuracy else 2 if request.gradient else 1].flatten(1).sum(1)
+    loss, *others = rows[: 4 if request.accuracy else 2 if request.gradient else 1].sum((1, 2)).unbind()
     nothing = rows.new_empty(0)
     return OnePass(
-        loss=sums[0].clone(),
+        loss=loss.clone(),  # no view: a caller may add to it in place
         dq=dq,
         dkeys=dkeys,
-        dtemperature=sums[1].clone() if request.gradient else nothing,
-        hits=sums[2:] / rows[0].numel() if request.accuracy else nothing.clone(),
+        dtemperature=others[0] if request.gradient else nothing,
+        hits=torch.stack(others[1:]) / rows[0].numel() if request.accuracy else nothing.clone(),
     )
 
 
@@ -109,36 +109,36 @@ def _stream(
     tile: Tile | None,
     splits: int | None,
 ) -> _Pass:
-    """One pass of the rows of y past those of x, with the best tile."""
+    """One pass of the rows of y past those of x, with the best tile; x stands in the place of what is not asked for."""
     S, x_padded, D = x.shape
     kind, processors = _chip(x.device)
-
+    gradient = request.gradient or bias is not None
     counting = request.accuracy and bias is None
-    own = torch.empty((S, x_padded) if counting else (1,), dtype=torch.float32, device=x.device)
+    own = x
     if counting:
+        own = torch.empty((S, x_padded), dtype=torch.float32, device=x.device)
         block = _epilogue_rows(D)
         triton_kernels.info_nce_own_kernel[(x_padded // block, S)](
             x, y, own, x_padded, y.shape[1], y_rows, positive_shift, D=D, ROWS=block, num_warps=4
         )
 
     def run(tile: Tile) -> _Pass:
-        tiles = triton.cdiv(y_rows, tile.block_y)
+        tiles = _cdiv(y_rows, tile.block_y)
         wanted = key_splits(x_padded, y_rows, S, tile, processors) if splits is None else min(splits, tiles)
-        per_split = triton.cdiv(tiles, wanted)
-        parts = triton.cdiv(tiles, per_split)
-        acc, total, count = (
-            torch.empty((parts, S, x_padded, *tail) if used else (1,), dtype=dtype, device=x.device)
-            for tail, used, dtype in (
-                ((D,), request.gradient or bias is not None, torch.float32),
-                ((), bias is None, torch.float32),
-                ((), counting, torch.int32),
-            )
-        )
+        per_split = _cdiv(tiles, wanted)
+        parts = _cdiv(tiles, per_split)
+        acc = total = count = x
+        if gradient:
+            acc = torch.empty((parts, S, x_padded, D), dtype=torch.float32, device=x.device)
+        if bias is None:
+            total = torch.empty((parts, S, x_padded), dtype=torch.float32, device=x.device)
+        if counting:
+            count = torch.empty((parts, S, x_padded), dtype=torch.int32, device=x.device)
         triton_kernels.info_nce_stream_kernel[(x_padded // tile.block_x, parts, S)](
             x, y, acc, total, count, own, own if bias is None else bias, *_temperature(request, own),
             x_padded, y_rows, y.shape[1], positive_shift, per_split,
             D=D, BLOCK_X=tile.block_x, BLOCK_Y=tile.block_y,
-            GRADIENT=acc.dim() > 1, COUNT=counting, BIAS=bias is not None, **_constants(request),
+            GRADIENT=gradient, COUNT=counting, BIAS=bias is not None, **_constants(request),
             PRECISION=DOT[request.precision], num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return _Pass(acc, total, count, parts)
@@ -146,6 +146,7 @@ def _stream(
     if tile is None:
         choices = candidates(kind, D, request.precision)
         wants = ("gradient" if request.gradient else "loss") if bias is None else "keys"
+        wants += "+ranks" if counting else ""
         key = (S, x_padded, y_rows, D, request.precision, wants)
         tile = tuned("info_nce", key, choices, choices[0], run, x.device)
     return run(tile)
@@ -159,10 +160,13 @@ def _finish(q: _Units, k: _Units, swept: _Pass, request: Request) -> tuple[Tenso
     rows = torch.empty((4, S, B), dtype=torch.float32, device=device)
     kept = torch.float32 if q.raw[0].dtype == torch.float16 else q.raw[0].dtype
     dq = torch.empty((S, B, dim) if request.gradient else (0,), dtype=kept, device=device)
-    bias, share = (torch.empty((S, B_padded) if keys else (0,), dtype=torch.float32, device=device) for _ in range(2))
+    bias = share = rows
+    if keys:
+        bias, share = torch.empty((2, S, B_padded), dtype=torch.float32, device=device).unbind()
     block = _epilogue_rows(q.unit.shape[2])
-    epilogue_kernels.info_nce_finish_kernel[(triton.cdiv(B_padded if keys else B, block), S)](
-        *q.raw, *k.raw, q.norm, k.norm, swept.acc, swept.total, swept.ranks,
+    epilogue_kernels.info_nce_finish_kernel[(_cdiv(B_padded if keys else B, block), S)](
+        *q.raw, *k.raw, q.norm, k.norm,
+        swept.acc if request.gradient else swept.total, swept.total, swept.ranks if request.accuracy else swept.total,
         *_temperature(request, swept.total)[:1], rows, dq, bias, share,
         B, B_padded, N, dim, *q.raw[0].stride(), *k.raw[0].stride(), request.positive_offset, swept.splits,
         _temperature(request, swept.total)[1], request.scale / B, _key_shift(request),
@@ -178,13 +182,18 @@ def _finish_keys(q: _Units, k: _Units, back: _Pass, share: Tensor, request: Requ
     kept = torch.float32 if k.raw[0].dtype == torch.float16 else k.raw[0].dtype
     dk = torch.empty((N, dim), dtype=kept, device=k.norm.device)
     block, (pointer, scale_log2) = _epilogue_rows(D), _temperature(request, share)
-    epilogue_kernels.info_nce_finish_keys_kernel[(triton.cdiv(N, block),)](
+    epilogue_kernels.info_nce_finish_keys_kernel[(_cdiv(N, block),)](
         q.raw[0], k.raw[0], q.norm, k.norm, back.acc, share, pointer, dk,
         B, N, k.unit.shape[1], dim, *q.raw[0].stride(), *k.raw[0].stride(), request.positive_offset, back.splits,
         scale_log2, request.scale / B, 2.0 ** -_key_shift(request),
         EPS=EPS, D=D, ROWS=block, ON_DEVICE=isinstance(request.temperature, Tensor), num_warps=4,
     )  # fmt: skip
     return dk
+
+
+def _cdiv(a: int, b: int) -> int:
+    """Triton's own costs some microseconds a call: it is made for kernels."""
+    return -(-a // b)
 
 
 def _epilogue_rows(D: int) -> int:

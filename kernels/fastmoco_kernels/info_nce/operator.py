@@ -1,7 +1,8 @@
 """`fastmoco::info_nce`: the one-pass loss as one operator of torch, with its gradient.
 
 The operator computes the gradient in its forward, where it is nearly free, and hands it out as further results; the way
-back multiplies by the incoming gradient. So nothing of size B x N is ever kept, and a graph compiler sees one node.
+back multiplies by the incoming gradient. So nothing of size B x N is ever kept, and a graph compiler sees one node. Where
+nothing watches torch's calls, an autograd function calls the pass at once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmoco_kernels._multi_tensor import all_plain, traced
 from fastmoco_kernels._runtime import accumulation_dtype
 from fastmoco_kernels.info_nce.chunked import OnePass, Request, info_nce_chunked
 
@@ -29,7 +31,7 @@ def one_pass(
         triton: the kernels; else chunks in torch.
     """
     tensor = isinstance(request.temperature, Tensor)
-    results: _Results = _info_nce(
+    arguments = (
         queries[0],
         keys[0],
         queries[1] if len(queries) > 1 else None,
@@ -44,7 +46,46 @@ def one_pass(
         request.precision,
         triton,
     )
+    watched = traced() or torch._C._are_functorch_transforms_active() or not all_plain(queries + keys)
+    results: _Results = _info_nce(*arguments) if watched else _Eager.apply(*arguments)  # type: ignore[no-untyped-call]
     return results[0], results[4]
+
+
+def _compute(
+    q: Tensor,
+    keys: Tensor,
+    second_q: Tensor | None,
+    second_keys: Tensor | None,
+    temperature: Tensor | None,
+    fixed_temperature: float,
+    scale: float,
+    positive_offset: int,
+    gradient: bool,
+    key_gradient: bool,
+    accuracy: bool,
+    precision: str,
+    triton: bool,
+) -> _Results:
+    """The pass itself; its results may share memory."""
+    request = Request(
+        temperature=fixed_temperature if temperature is None else temperature.detach().to(accumulation_dtype(q)),
+        scale=scale,
+        positive_offset=positive_offset,
+        gradient=gradient,
+        key_gradient=key_gradient,
+        accuracy=accuracy,
+        precision=precision,
+    )
+    queries = (q,) if second_q is None else (q, second_q)
+    all_keys = (keys,) if second_keys is None else (keys, second_keys)
+    with torch.autocast(q.device.type, enabled=False):
+        if triton:
+            from fastmoco_kernels.info_nce.launch import info_nce_triton
+
+            found = info_nce_triton(queries, all_keys, request)
+        else:
+            found = info_nce_chunked(queries, all_keys, request)
+    return _as_results(found, q, keys, learnt=temperature is not None)
 
 
 @torch.library.custom_op(
@@ -71,25 +112,24 @@ def _info_nce(
     precision: str,
     triton: bool,
 ) -> _Results:
-    request = Request(
-        temperature=fixed_temperature if temperature is None else temperature.detach().to(accumulation_dtype(q)),
-        scale=scale,
-        positive_offset=positive_offset,
-        gradient=gradient,
-        key_gradient=key_gradient,
-        accuracy=accuracy,
-        precision=precision,
+    results = _compute(
+        q,
+        keys,
+        second_q,
+        second_keys,
+        temperature,
+        fixed_temperature,
+        scale,
+        positive_offset,
+        gradient,
+        key_gradient,
+        accuracy,
+        precision,
+        triton,
     )
-    queries = (q,) if second_q is None else (q, second_q)
-    all_keys = (keys,) if second_keys is None else (keys, second_keys)
-    with torch.autocast(q.device.type, enabled=False):
-        if triton:
-            from fastmoco_kernels.info_nce.launch import info_nce_triton
-
-            found = info_nce_triton(queries, all_keys, request)
-        else:
-            found = info_nce_chunked(queries, all_keys, request)
-    return _as_results(found, q, keys, learnt=temperature is not None)
+    # An operator's results share no memory; those of a few numbers may be parts of one tensor.
+    loss, dq, dkeys, dtemperature, hits = (part.clone() if part.numel() < 3 else part for part in results)
+    return loss, dq, dkeys, dtemperature, hits
 
 
 def _as_results(found: OnePass, q: Tensor, keys: Tensor, *, learnt: bool) -> _Results:
@@ -135,12 +175,11 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Results) -> None:
-    q, keys, second_q, temperature = inputs[0], inputs[1], inputs[2], inputs[4]
+    q, keys, temperature = inputs[0], inputs[1], inputs[4]
     _, dq, dkeys, dtemperature, hits = output
     ctx.mark_non_differentiable(dq, dkeys, dtemperature, hits)
     ctx.save_for_backward(dq, dkeys, dtemperature)
     ctx.dtypes = q.dtype, keys.dtype, None if temperature is None else temperature.dtype
-    ctx.second = second_q is not None
 
 
 def _backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -154,14 +193,29 @@ def _backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
             return _once(result)
         return result
 
+    both = scaled(dq, q_dtype) if wanted[0] and wanted[2] else None  # one launch instead of two
     return (
-        scaled(dq[0], q_dtype) if wanted[0] else None,
+        (scaled(dq[0], q_dtype) if both is None else both[0]) if wanted[0] else None,
         scaled(dkeys, key_dtype) if wanted[1] else None,
-        scaled(dq[1], q_dtype) if ctx.second and wanted[2] else None,
+        (scaled(dq[1], q_dtype) if both is None else both[1]) if wanted[2] else None,
         None,
         scaled(dtemperature, temperature_dtype) if temperature_dtype is not None and wanted[4] else None,
         *[None] * 8,
     )
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without torch.library's dispatch, which takes longer on the host than all else together."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        results = _compute(*inputs)
+        _setup_context(ctx, inputs, results)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Any) -> Any:
+        return _backward(ctx, *incoming)
 
 
 class _OnceOnly(torch.autograd.Function):

@@ -75,13 +75,13 @@ def residual_norm(
         >>> y.dtype, x_new.dtype
         (torch.bfloat16, torch.float32)
     """
-    _check(x, branch, weight, bias)
+    _check(x, branch, weight, bias, out_dtype)
     stream = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     out = _default_dtype(stream, x.device) if out_dtype is None else out_dtype
     fault = _triton_fault(x, branch, weight, out)
-    # torch.compile asks first: it cannot look into what decides where Triton runs.
-    plain = bool(fault) or torch.compiler.is_compiling() or not triton_is_default(x.device)
-    name = choose_backend("residual_norm", backend, "reference" if plain else "triton", BACKENDS)
+    # In this order: a graph compiler cannot look into what decides where Triton runs.
+    fused = not fault and not torch.compiler.is_compiling() and backend == "auto" and triton_is_default(x.device)
+    name = choose_backend("residual_norm", backend, "triton" if fused else "reference", BACKENDS)
     if name == "reference":
         return residual_norm_reference(x, branch, weight, bias, eps, out)
     if fault:
@@ -105,7 +105,7 @@ def _triton_fault(x: Tensor, branch: Tensor | None, weight: Tensor, out: torch.d
     return f"rows of {x.shape[-1]}, where at most {WIDEST} fit on chip" if x.shape[-1] > WIDEST else ""
 
 
-def _check(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor) -> None:
+def _check(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, out_dtype: torch.dtype | None) -> None:
     """Every way of calling the op wrongly, each with both numbers in its text."""
     if x.dim() == 0 or weight.shape != x.shape[-1:] or bias.shape != weight.shape or x.shape[-1] == 0:
         raise ValueError(
@@ -124,3 +124,5 @@ def _check(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor) -> No
             f"residual_norm: x is {x.dtype}, branch {None if branch is None else branch.dtype}, weight {weight.dtype}; "
             "all must be floating point"
         )
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise ValueError(f"residual_norm: out_dtype={out_dtype} must be floating point, as x is: {x.dtype}")

@@ -34,7 +34,7 @@ from fastmoco_kernels.view_color.plan import Plan, ViewColorParameters, plan
 from fastmoco_kernels.view_color.reference import view_color_reference
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TYPES = (torch.float32, torch.float16, torch.bfloat16)
+TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 _LARGEST = 2**31 // (256 * 4)
 """Pixels of an image, so that offsets and sums of one image fit int32."""
 
@@ -53,14 +53,14 @@ def view_color(
     """Jitter, grey, blur, solarize and normalise every image by its own parameters.
 
     ``(level / 255 - mean) / std`` of the levels that torchvision's PIL transforms give for the same parameters: the
-    augmentation of Chen, Xie, He 2021 (MoCo v3).
+    augmentation of Chen, Xie, He 2021 (MoCo v3). With ``dtype=torch.uint8`` those levels themselves.
 
     Args:
         images: [B, H, W, 3] uint8 RGB, any stride, CPU or CUDA, at most 2^21 pixels each.
         parameters: a row for each image; on the CPU or on the images' device. On the CPU their range is checked.
         mean: of the three channels, subtracted after scaling to [0, 1].
         std: of the three channels, divided by; positive.
-        dtype: float32, float16 or bfloat16.
+        dtype: float32, float16 or bfloat16; or uint8: levels, not normalised, whatever ``mean`` and ``std`` are.
         solarize_threshold: level, 0 to 256, from which solarize inverts.
         channels_last: lay the result out with the channels innermost.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
@@ -91,8 +91,7 @@ def view_color(
     chosen = choose_backend("view_color", backend, default, ("torch", "triton"))
     if chosen == "triton":
         require_triton("view_color", images.device)
-    scale = [1 / (255 * s) for s in std]
-    shift = [-m / s for m, s in zip(mean, std, strict=True)]
+    scale, shift = level_factors(mean, std) if dtype.is_floating_point else ([1.0] * 3, [0.0] * 3)
     # Outside a graph the operator is passed by: its first call would import torch's compiler, seconds before a first batch.
     traced = torch.compiler.is_compiling() or type(images) is not Tensor
     result: Tensor = (_view_color if traced else _compute)(
@@ -190,6 +189,14 @@ def _check(
         raise ValueError(f"view_color: dtype={dtype} is none of {TYPES}")
     if not 0 <= threshold <= 256:
         raise ValueError(f"view_color: solarize_threshold={threshold} lies outside 0 to 256")
+
+
+def level_factors(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    """``(level / 255 - mean) / std`` as ``level * factor + summand``: the factors and the summands of the channels.
+
+    Both are rounded to float32, then the product is, then the sum.
+    """
+    return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
 
 
 def check_normalisation(op: str, mean: Sequence[float], std: Sequence[float]) -> None:

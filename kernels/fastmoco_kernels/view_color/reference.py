@@ -30,7 +30,7 @@ def view_color_reference(
         scale: [3] float32, factor of a level in the result.
         shift: [3] float32, what is added then.
         threshold: level from which solarize inverts.
-        out: [B, 3, H, W] of any floating-point type and strides.
+        out: [B, 3, H, W] of any floating-point type and strides; or uint8, for levels without factor and summand.
     """
     batch, height, width, _ = images.shape
     together = max(1, _PIECE // (height * width))
@@ -42,7 +42,10 @@ def view_color_reference(
         _grey_(planes, _places(piece.flags[:, 0]))
         _blur_(planes, piece.boxes, _places(piece.boxes[:, 0] >= 0))
         _solarize_(planes, _places(piece.flags[:, 1]), threshold)
-        planes.mul_(scale[:, None, None, None]).add_(shift[:, None, None, None])
+        if out.dtype == torch.uint8:
+            planes = planes.to(torch.int32)  # as in `_blur_`
+        else:
+            planes.mul_(scale[:, None, None, None]).add_(shift[:, None, None, None])
         out[rows].copy_(planes.transpose(0, 1))
 
 

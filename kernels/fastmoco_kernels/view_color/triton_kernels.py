@@ -63,10 +63,13 @@ def _step(r, g, b, code, factor_ptr, grey_mean, shift, late_ptr):
 
 @triton.jit
 def _write(out_ptr, level, scale, shift, solarize, threshold, inside):
-    """Solarize, normalise, cast, store one channel."""
+    """Solarize, normalise, cast, store one channel; of a result of bytes only solarize and store."""
     level = tl.where((level >= threshold) & (solarize != 0), 255 - level, level)
-    value = level.to(tl.float32) * scale + shift
-    tl.store(out_ptr, value.to(out_ptr.dtype.element_ty), mask=inside)
+    if out_ptr.dtype.element_ty == tl.uint8:
+        tl.store(out_ptr, level.to(tl.uint8), mask=inside)
+    else:
+        value = level.to(tl.float32) * scale + shift
+        tl.store(out_ptr, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

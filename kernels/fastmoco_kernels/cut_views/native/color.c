@@ -131,3 +131,17 @@ VECTORISED void normalise(Planes planes, const float *scale, const float *shift,
                     to[x] = (float)levels[x] * scale[c] + shift[c];
         }
 }
+
+VECTORISED void copy_levels(Planes planes, int flip, uint8_t *out)
+{
+    if (!flip) {
+        __builtin_memcpy(out, planes.levels, 3 * (size_t)planes.count);
+        return;
+    }
+    for (int y = 0; y < 3 * planes.height; y++) {
+        const uint8_t *last = planes.levels + (ptrdiff_t)y * planes.width + planes.width - 1;
+        uint8_t *restrict to = out + (ptrdiff_t)y * planes.width;
+        for (int x = 0; x < planes.width; x++)
+            to[x] = last[-x];
+    }
+}

@@ -18,11 +18,12 @@ typedef struct {
     const int32_t *flags;         /* [B, 3], greyscale, solarize, flip */
     const int32_t *boxes;         /* [B, 4], radius (-1: no blur), whole, edge, unused */
     const float *scale, *shift;   /* [3] */
-    float *out;                   /* [B, 3, size, size] */
+    void *out;                    /* [B, 3, size, size], float or uint8_t */
     atomic_llong next;
 } Batch;
 
-static void cut_one(Batch *batch, int64_t i, uint8_t *memory, size_t view_bytes)
+/* as_levels: write bytes, and leave out the normalisation. */
+static void cut_one(Batch *batch, int64_t i, int as_levels, uint8_t *memory, size_t view_bytes)
 {
     int size = (int)batch->size;
     const int32_t *crop = batch->crops + 4 * i, *flags = batch->flags + 3 * i, *box = batch->boxes + 4 * i;
@@ -40,11 +41,13 @@ static void cut_one(Batch *batch, int64_t i, uint8_t *memory, size_t view_bytes)
         blur_planes(planes, box[0], (uint32_t)box[1], (uint32_t)box[2], scratch);
     if (flags[1])
         solarize(planes, (int)batch->threshold);
-    normalise(planes, batch->scale, batch->shift, flags[2], batch->out + 3 * planes.count * i);
+    if (as_levels)
+        copy_levels(planes, flags[2], (uint8_t *)batch->out + 3 * planes.count * i);
+    else
+        normalise(planes, batch->scale, batch->shift, flags[2], (float *)batch->out + 3 * planes.count * i);
 }
 
-/* Cut what is left of the batch. Returns 0, or -1 where memory is short. */
-__attribute__((visibility("default"))) int fastmoco_cut_views(Batch *batch)
+static int cut_rest(Batch *batch, int as_levels)
 {
     int size = (int)batch->size;
     size_t view_bytes = ((size_t)3 * size * size + 63) & ~(size_t)63, room = 0;
@@ -62,8 +65,19 @@ __attribute__((visibility("default"))) int fastmoco_cut_views(Batch *batch)
             if (memory == NULL)
                 return -1;
         }
-        cut_one(batch, i, memory, view_bytes);
+        cut_one(batch, i, as_levels, memory, view_bytes);
     }
     free(memory);
     return 0;
+}
+
+/* Cut what is left of the batch, to normalised floats or to bytes. They return 0, or -1 where memory is short. */
+__attribute__((visibility("default"))) int fastmoco_cut_views(Batch *batch)
+{
+    return cut_rest(batch, 0);
+}
+
+__attribute__((visibility("default"))) int fastmoco_cut_levels(Batch *batch)
+{
+    return cut_rest(batch, 1);
 }

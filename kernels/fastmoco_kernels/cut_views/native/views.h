@@ -51,6 +51,9 @@ void blur_planes(Planes planes, int radius, uint32_t whole, uint32_t edge, uint8
 /* level * scale + shift, in float32, left and right swapped if asked for. */
 void normalise(Planes planes, const float *scale, const float *shift, int flip, float *out);
 
+/* The levels as they are, left and right swapped if asked for. */
+void copy_levels(Planes planes, int flip, uint8_t *out);
+
 /* [height, width] bytes to [width, height]; rows of the source are source_stride bytes apart, of the target target_stride. */
 void transpose_bytes(
     const uint8_t *source, ptrdiff_t source_stride, int height, int width, uint8_t *target, ptrdiff_t target_stride

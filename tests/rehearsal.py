@@ -1,0 +1,203 @@
+"""What a borrowed GPU machine will do, on this one: its Python and packages, the repository as it travels, and no GPU.
+
+``make rehearsal`` runs it. In ``.rehearsal`` it makes a virtual environment with what such a machine brings and nothing else,
+and a copy of the repository without history, build results or the C part; there is no ``git`` on its PATH. Then it collects
+all tests, collects the GPU tests, and goes through every stage of ``make gpu`` with small shapes. A module that is absent, a
+tool that is not there, or a version that differs shows here, not on the borrowed machine.
+
+Only the standard library is used: any Python from 3.9 on can run this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HOME = ROOT / ".rehearsal"
+PACKAGES = (
+    "torch==2.11.0",  # brings Triton 3.6.0 and the libraries of CUDA 13.0
+    "numpy==2.5.2",
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "pillow",
+    "safetensors",
+    "rich",
+    "matplotlib",
+    "tensorboard",
+    "scikit-learn",
+    "fsspec",
+)
+STEP_TESTS = ("tests/fastmoco/test_step_gpu.py", "tests/fastmoco/test_step_waits_gpu.py")
+ABSENT = ("tyro", "webdataset", "torchao", "nvidia.dali", "xformers")
+LEFT_BEHIND = shutil.ignore_patterns(
+    ".git",
+    ".venv",
+    ".rehearsal",
+    ".gpu",
+    "build",
+    "*.egg-info",
+    "__pycache__",
+    "*.so",
+    ".*_cache",
+    "quickstart",
+    "runs",
+)
+LOOK = """
+import importlib, shutil, sys
+import numpy, torch, triton
+print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, Triton {triton.__version__}, NumPy {numpy.__version__}")
+found = []
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        continue
+    found.append(name)
+if shutil.which("git"):
+    found.append("git")
+if sys.version_info[:2] != (3, 12) or torch.__version__.split("+")[0] != "2.11.0":
+    found.append("other versions")
+sys.exit(f"a bare GPU machine has no {', '.join(found)}" if found else 0)
+"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the rehearsal."""
+
+    name: str
+    command: Sequence[str]
+    must_show: str = ""
+    """A pattern that the output of a command that went well matches."""
+    quiet: bool = False
+    """Show the last lines alone."""
+
+
+def stages(python: str) -> list[Stage]:
+    """What is rehearsed, in order."""
+    pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "tests"]
+    return [
+        Stage("surroundings", [python, "-c", LOOK, *ABSENT]),
+        Stage("every test is collected", [*pytest, "--collect-only"], quiet=True),
+        Stage("GPU tests are collected", [*pytest, "-m", "gpu"], r"[1-9]\d* skipped"),
+        Stage("the training step's tests", [*pytest[:-1], "-n", "2", *STEP_TESTS]),
+        Stage("make gpu, small, on the CPU", [python, "-m", "benchmarks.gpu", "--dry-run"]),
+    ]
+
+
+def ready_python(named: str) -> str:
+    """The interpreter of the virtual environment, made if it is not there or was made from another list.
+
+    Raises:
+        SystemExit: if there is no Python 3.12 of that name.
+    """
+    python = shutil.which(named)
+    if python is None:
+        sys.exit(
+            f"rehearsal: PYTHON312={named}: there is no such command. GPU machines have Python 3.12; install it, or name it: "
+            "make rehearsal PYTHON312=/path/to/python3.12"
+        )
+    inside, ready = HOME / "venv" / "bin" / "python", HOME / "venv" / ".ready"
+    wanted = "\n".join((python, *PACKAGES))
+    if not ready.is_file() or ready.read_text() != wanted:
+        shutil.rmtree(HOME / "venv", ignore_errors=True)
+        subprocess.run([python, "-m", "venv", str(HOME / "venv")], check=True)
+        pip = [str(inside), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, *PACKAGES], check=True)
+        ready.write_text(wanted)
+    return str(inside)
+
+
+def copy_repository(target: Path) -> None:
+    """The working tree as it travels: what git tracks or would add; without git, all but what is built."""
+    shutil.rmtree(target, ignore_errors=True)
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        shutil.copytree(ROOT, target, ignore=LEFT_BEHIND)
+        return
+    for name in filter(None, subprocess.check_output(listed, cwd=ROOT).decode().split("\0")):
+        if (ROOT / name).is_file():  # not one that is deleted here but still tracked
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+def path_without_git(folder: Path) -> str:
+    """A folder with a link to every command of this PATH but git's."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for place in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        for command in Path(place).iterdir() if Path(place).is_dir() else ():
+            # python3 of this PATH would be found before the machine's own.
+            if not re.match(r"git|python|pip", command.name) and not (folder / command.name).is_symlink():
+                (folder / command.name).symlink_to(command)
+    return str(folder)
+
+
+def surroundings(python: str, repository: Path) -> dict[str, str]:
+    """The environment of every stage: nothing of this machine's but its commands."""
+    roots = (repository, repository / "kernels", repository / "pipelines")
+    (HOME / "home").mkdir(parents=True, exist_ok=True)
+    return {
+        "PATH": os.pathsep.join((os.path.dirname(python), path_without_git(HOME / "commands"))),
+        "PYTHONPATH": os.pathsep.join(map(str, roots)),
+        "HOME": str(HOME / "home"),
+        "OUT": str(HOME / "results"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "LANG": "C.UTF-8",
+    }
+
+
+def perform(stage: Stage, repository: Path, environment: dict[str, str]) -> tuple[int, float]:
+    """Run a stage, its lines shown as they come; gives its exit code, 1 where it did not show what it must, and seconds."""
+    print(f"== {stage.name}", flush=True)
+    began, lines = time.monotonic(), []
+    process = subprocess.Popen(
+        stage.command, cwd=repository, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if not stage.quiet:
+            print(line, end="", flush=True)
+    code = process.wait()
+    if stage.quiet:
+        print("".join(lines[-60 if code else -1 :]), end="", flush=True)
+    if code == 0 and not re.search(stage.must_show, "".join(lines)):
+        print(f"nothing in the output matches {stage.must_show!r}")
+        code = 1
+    return code, time.monotonic() - began
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Set up, run every stage, print what each came to; 0 if all went well."""
+    parser = argparse.ArgumentParser(description="rehearse on the CPU what a bare GPU machine will run")
+    parser.add_argument("--python312", default="python3.12", help="makes the virtual environment")
+    parser.add_argument(
+        "--python", default="", help="an interpreter with the packages, instead of a virtual environment"
+    )
+    given = parser.parse_args(arguments)
+    python = given.python or ready_python(given.python312)
+    repository = HOME / "repository"
+    copy_repository(repository)
+    environment = surroundings(python, repository)
+    done = [(stage, *perform(stage, repository, environment)) for stage in stages(python)]
+    print("== rehearsal")
+    for stage, code, seconds in done:
+        print(f"{seconds:6.1f} s  exit {code}  {stage.name}")
+    failed = any(code for _, code, _ in done)
+    print("something would fail on a bare GPU machine" if failed else "nothing failed")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,164 @@
+"""Runs of a few steps on either device, for the tests of the training step: a small model, images that differ, and a measure.
+
+Every test of a step takes its device as a parameter: what runs on a GPU machine has run on a CPU before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmoco.config import BatchConfig, Config, ModelConfig
+from fastmoco.distributed.mesh import World
+from fastmoco.objectives import MoCoV3
+from fastmoco.objectives.reference import plain_forward
+from fastmoco.recipes import vit_nano8_e60_b256, with_image_size
+from fastmoco.trainer import Trainer
+from fastmoco_pipelines import TwoViewBatch
+
+IMAGES = 48
+STEPS = 12
+
+
+def short_run(
+    device: str,
+    *,
+    precision: str = "fp32",
+    chunk: Any = "none",
+    kept: Any = "auto",
+    steps: int = STEPS,
+    **model: Any,
+) -> Config:
+    """A few steps of 48 synthetic images; beyond the first and the last, nothing is logged or saved.
+
+    On a CPU width 64 and 17 tokens, seconds for a whole test; on a GPU width 128 and 65 tokens, which fills its tiles.
+    """
+    large = device == "cuda"
+    base = with_image_size(vit_nano8_e60_b256(), 32 if large else 16, patch_size=4)
+    fields: dict[str, Any] = {"architecture": "vit_micro" if large else "vit_nano", "projection_dim": 64}
+    fields |= {"hidden_dim": 64, "compile": False, **model}
+    config = replace(
+        base,
+        epochs=steps / (1_281_167 // IMAGES),  # the synthetic set pretends to be ImageNet-1k
+        global_batch_size=IMAGES,
+        precision=precision,  # type: ignore[arg-type]
+        threads=1,
+        log_every_steps=1000,
+        batch=BatchConfig(chunk=chunk, kept=kept),
+        data=replace(base.data, synthetic=True),
+        knn=replace(base.knn, every_epochs=0),
+        optim=replace(base.optim, warmup_epochs=0),
+    )
+    assert isinstance(config.model, ModelConfig)
+    return replace(config, model=replace(config.model, **fields))
+
+
+@contextmanager
+def running(config: Config, out: Path, device: str) -> Iterator[Trainer]:
+    """A trainer on one device, its weights moved apart from their start; it is closed after the block."""
+    trainer = Trainer.build(
+        config, out, World(device=torch.device(device, 0) if device == "cuda" else torch.device(device))
+    )
+    try:
+        if trainer.step_count == 0:
+            _move_apart(trainer.objective)
+        yield trainer
+    finally:
+        trainer.close()
+
+
+@torch.no_grad()
+def _move_apart(objective: MoCoV3) -> None:
+    """Noise on every weight of the trunk, and more on the momentum encoder's.
+
+    At the start the class token's gradient is all but the whole gradient, and an average of equal weights shows nothing.
+    """
+    noise = torch.Generator().manual_seed(7)
+
+    def add(parameter: Tensor, scale: float) -> None:
+        parameter.add_(scale * torch.randn(parameter.shape, generator=noise, dtype=torch.float64).to(parameter))
+
+    own = dict(objective.encoder.named_parameters())
+    for name, average in objective.momentum_encoder.named_parameters():
+        if own[name].requires_grad:
+            add(own[name], 0.0 if name.startswith("head.") else 0.05)
+            average.copy_(own[name])
+            add(average, 0.02)
+
+
+def images_of(config: Config, step: int, device: str, *, rows: int = IMAGES) -> TwoViewBatch:
+    """Two views of images that differ in the large: of plain noise all features are alike, and batch norms enlarge rounding."""
+    noise = torch.Generator().manual_seed(100 + step)
+    scene, *changes = torch.randn(3, rows, 3, 4, 4, generator=noise)
+    size = config.model.image_size
+    views = [F.interpolate(scene + 0.5 * change, size=(size, size)).to(device) for change in changes]
+    ids = torch.arange(rows).numpy()
+    return TwoViewBatch(view1=views[0], view2=views[1], sample_ids=ids, step=step)
+
+
+def clear_images(config: Config, exact: MoCoV3, device: str) -> TwoViewBatch:
+    """A batch that meets no ReLU near its kink: rounding there would change one whole gradient on one device alone.
+
+    Args:
+        config: of the run.
+        exact: its objective in float64, on the CPU.
+        device: where the batch shall lie.
+    """
+    for step in range(64):
+        batch = images_of(config, step, device)
+        if _nearest_kink(exact, batch) > 1e-4:
+            return batch
+    raise AssertionError("64 batches, and in each some ReLU within 1e-4 of its kink")
+
+
+@torch.no_grad()
+def _nearest_kink(exact: MoCoV3, batch: TwoViewBatch) -> float:
+    """The smallest absolute input of any ReLU."""
+    nearest: list[float] = []
+    units = [part for part in exact.modules() if isinstance(part, nn.ReLU)]
+    look = [unit.register_forward_pre_hook(lambda _, x: nearest.append(float(x[0].abs().min()))) for unit in units]
+    plain_forward(copy.deepcopy(exact), batch.view1.cpu().double(), batch.view2.cpu().double())
+    for handle in look:
+        handle.remove()
+    return min(nearest)
+
+
+def poisoned(batch: TwoViewBatch) -> TwoViewBatch:
+    """The same batch with one pixel that is NaN."""
+    view1 = batch.view1.clone()
+    view1[0, 0, 0, 0] = torch.nan
+    return replace(batch, view1=view1)
+
+
+def gradients_of(objective: MoCoV3) -> dict[str, Tensor]:
+    """Copies in float64 on the CPU, where all are compared."""
+    named = ((name, parameter.grad) for name, parameter in objective.named_parameters() if parameter.requires_grad)
+    return {name: gradient.detach().cpu().double() for name, gradient in named if gradient is not None}
+
+
+def plain_step(objective: MoCoV3, batch: TwoViewBatch, precision: str) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients by the plain forward, on a copy of the objective, where it lies and in its dtype."""
+    objective = copy.deepcopy(objective)
+    place = objective.encoder.pos_embed
+    view1, view2 = (view.to(place) for view in (batch.view1, batch.view2))
+    with torch.autocast(place.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        loss = plain_forward(objective, view1, view2).loss
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.item(), gradients_of(objective)
+
+
+def distance(ours: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Length of the difference of all tensors as one vector, relative to the other's."""
+    assert ours.keys() == other.keys()
+    pairs = [(ours[name].detach().cpu().double(), other[name].detach().cpu().double()) for name in ours]
+    apart = sum((a - b).square().sum() for a, b in pairs)
+    whole = sum(b.square().sum() for _, b in pairs)
+    return float(torch.as_tensor(apart / whole).sqrt())
