@@ -16,6 +16,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.distributed.parallelize import Strategy, choose_strategy, parallelize
 from fastmoco.distributed.replicas import require_equal_replicas
 from fastmoco.free_memory import free_bytes
+from fastmoco.models.float8_inference import float8_layers, require_whole
 from fastmoco.objectives import MoCoV3, MoCoV3Output
 from fastmoco.objectives.chunked import ChunkedStep, require_separable
 from fastmoco.planner import HEADROOM, StepPlan, plan_step, sharded, state_bytes
@@ -47,6 +48,8 @@ class Gradients:
         if isinstance(config.batch.chunk, int):
             require_separable(objective, config.batch.chunk)
         strategy = choose_strategy(config.parallel.strategy, objective, world)
+        self._float8 = float8_layers(objective.momentum_encoder)
+        require_whole(bool(self._float8) and strategy != "ddp" and world.world_size > 1)
         self.strategy: str = strategy if world.world_size > 1 else "one process"
         self.plan = choose_plan(config, objective, world, precision, attention=attention, strategy=strategy)
         self._chunked: ChunkedStep | None = None
@@ -80,6 +83,8 @@ class Gradients:
         if self._verify_every and self._calls % self._verify_every == 0:
             require_equal_replicas(self._objective, self._world)
         self._calls += 1
+        for layer in self._float8:
+            layer.refresh_()
         if self._chunked is not None:
             return self._chunked(view1, view2, accuracy=accuracy)
         with self._autocast():

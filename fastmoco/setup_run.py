@@ -21,7 +21,7 @@ import fastmoco
 from fastmoco.config import Config, Resolved
 from fastmoco.distributed.mesh import World
 from fastmoco.evaluation.monitor import KnnMonitor
-from fastmoco.models import float8
+from fastmoco.models import float8, float8_inference
 from fastmoco.models.blocks import Block
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives import MoCoV3
@@ -65,8 +65,9 @@ def build_objective(config: Config, device: torch.device) -> MoCoV3:
     Raises:
         ValueError: if the device does not multiply as the config says, or that would lose.
     """
-    if config.model.linears == "float8":
-        float8.require_support(device, choose_precision(config.precision, device))
+    for name in ("linears", "momentum_linears"):
+        if getattr(config.model, name) == "float8":
+            float8.require_support(device, choose_precision(config.precision, device), field=f"model.{name}")
     torch.manual_seed(config.seed)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     return build_model(config).to(device, dtype)
@@ -92,6 +93,9 @@ def build_model(config: Config) -> MoCoV3:
         for encoder in (objective.encoder, objective.momentum_encoder):
             float8.require_gain(encoder)
             float8.use_float8_(encoder)
+    if model.momentum_linears == "float8":
+        float8_inference.require_gain(objective.momentum_encoder)
+        float8_inference.use_float8_inference_(objective.momentum_encoder)
     return objective
 
 
