@@ -104,6 +104,9 @@ class BatchConfig:
     """Images that pass the encoder together. ``none``: all; ``auto``: all where they fit into the memory that is free."""
     kept: Literal["auto"] | int = "auto"
     """Chunks that keep their activations and save the second forward; ``auto``: as many as fit."""
+    cuda_graphs: bool = False
+    """Replay the trunk's kernels for chunks that keep nothing, instead of launching them from Python. CUDA, one process or ddp,
+    without ``model.checkpointing``. The same gradients, more memory."""
 
     def __post_init__(self) -> None:
         for name, words, least in (("chunk", ("auto", "none"), 1), ("kept", ("auto",), 0)):

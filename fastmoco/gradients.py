@@ -18,6 +18,7 @@ from fastmoco.distributed.replicas import require_equal_replicas
 from fastmoco.free_memory import free_bytes
 from fastmoco.models.float8_inference import float8_layers, require_whole
 from fastmoco.objectives import MoCoV3, MoCoV3Output
+from fastmoco.objectives.chunk_graphs import ChunkGraphs, require_capturable
 from fastmoco.objectives.chunked import ChunkedStep, require_separable
 from fastmoco.planner import HEADROOM, StepPlan, plan_step, sharded, state_bytes
 from fastmoco.step_costs import measure_costs
@@ -63,8 +64,13 @@ class Gradients:
             compiled=config.model.compile,
             average_gradients=self.plan.chunk == 0,
         )
+        if config.batch.cuda_graphs:
+            require_capturable(objective)
         if self.plan.chunk:
-            self._chunked = ChunkedStep(objective, chunk=self.plan.chunk, kept=self.plan.kept, autocast=self._autocast)
+            graphs = ChunkGraphs(objective, self.plan.chunk, self._autocast) if config.batch.cuda_graphs else None
+            self._chunked = ChunkedStep(
+                objective, chunk=self.plan.chunk, kept=self.plan.kept, autocast=self._autocast, graphs=graphs
+            )
 
     def __call__(self, view1: Tensor, view2: Tensor, *, accuracy: bool = False) -> MoCoV3Output:
         """Add this batch's gradients to ``grad``, averaged over ranks.

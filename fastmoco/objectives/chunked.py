@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.distributed.gradient_average import GradientAverage, ShardedGradientAverage, gradient_average
+from fastmoco.objectives.chunk_graphs import ChunkGraphs
 from fastmoco.objectives.moco_v3 import MoCoV3, MoCoV3Output
 
 RandomState = tuple[Tensor, Tensor | None]
@@ -45,6 +46,7 @@ class ChunkedStep:
         autocast: makes the contexts of the forwards. There is none around the step: autocast remembers its casts of weights
             until the outermost context ends, and one made without gradient would serve the pass with gradient, silently.
         average: when gradients cross ranks; default once, behind the last chunk.
+        graphs: replays the passes over chunks of its size whose graphs are not kept; None: all run from Python.
 
     Raises:
         ValueError: if the trunk couples samples, or for a number that makes no sense.
@@ -59,6 +61,7 @@ class ChunkedStep:
         kept_images: int | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         average: GradientAverage | ShardedGradientAverage | None = None,
+        graphs: ChunkGraphs | None = None,
     ) -> None:
         if chunk < 1:
             raise ValueError(f"chunk={chunk}: needs at least 1 image")
@@ -71,7 +74,7 @@ class ChunkedStep:
         require_separable(objective, chunk)
         self.objective, self.chunk, self.autocast = objective, chunk, autocast
         self.kept_images = chunk * kept if kept_images is None else kept_images
-        self.average = average or gradient_average(objective)
+        self.average, self.graphs = average or gradient_average(objective), graphs
 
     def __call__(self, view1: Tensor, view2: Tensor, *, accuracy: bool = False) -> MoCoV3Output:
         """One forward and backward; gradients are added to ``grad`` of the trainable parameters, averaged over ranks.
@@ -89,12 +92,14 @@ class ChunkedStep:
         if torch.is_autocast_enabled(view1.device.type):
             raise ValueError("autocast is on around the chunked step: give it as ChunkedStep(autocast=...) instead")
         kept_sizes, other_sizes = self._sizes(len(view1))
+        if self.graphs is not None and self.chunk in other_sizes:
+            self.graphs.begin(view1)
         sizes, kept = kept_sizes + other_sizes, len(kept_sizes)
         parts = (view.split(sizes) for view in (view1, view2))  # type: ignore[no-untyped-call]
         chunks = list(zip(*parts, strict=True))
         # Those without a graph first: what they leave is small, and what they need in passing is free again by then.
         with torch.no_grad(), self.autocast():
-            later = [self._features(chunk) for chunk in chunks[kept:]]
+            later = [self._replayed_features(chunk) or self._features(chunk) for chunk in chunks[kept:]]
         with self.autocast():
             first = [self._features(chunk) for chunk in chunks[:kept]]
         graphs = [queries for queries, _, _ in first]
@@ -111,18 +116,27 @@ class ChunkedStep:
         assert leaf.grad is not None
         gradients = leaf.grad.split(sizes, dim=1)  # type: ignore[no-untyped-call]
         for i, (chunk, gradient, state) in enumerate(zip(chunks, gradients, states, strict=True)):
-            queries = graphs[i] if i < kept else self._again(chunk, state)
             with self.average.last() if i == len(chunks) - 1 else self.average.local():
-                queries.backward(gradient)  # type: ignore[no-untyped-call]
-            if i < kept:
-                graphs[i] = queries.detach()  # its graph, used up, goes before the next chunk needs room
-            del queries
+                if i < kept:
+                    graphs[i].backward(gradient)  # type: ignore[no-untyped-call]
+                    graphs[i] = graphs[i].detach()  # its graph, used up, goes before the next chunk needs room
+                elif state is None:
+                    assert self.graphs is not None
+                    self.graphs.backward(*chunk, gradient)
+                else:
+                    self._again(chunk, state).backward(gradient)  # type: ignore[no-untyped-call]
         return output
 
     def _sizes(self, images: int) -> tuple[list[int], list[int]]:
         """Images of the chunks whose graphs are kept, and of those after them."""
         kept = min(self.kept_images, images)
         return _even_but_last(kept, self.chunk), _even_but_last(images - kept, self.chunk)
+
+    def _replayed_features(self, chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, None] | None:
+        """`_features` from a graph, which draws no random numbers; None where there is none for this chunk."""
+        if self.graphs is None or not self.graphs.fits(chunk[0]):
+            return None
+        return *self.graphs.features(*chunk), None
 
     def _features(self, chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, RandomState]:
         """Both encoders' features of a chunk, and where the random numbers stood before."""
