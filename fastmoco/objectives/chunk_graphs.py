@@ -202,7 +202,7 @@ class ChunkGraphs:
         """Run both passes, see which parameters they reach, and capture."""
         device = self._view1.device
         before = _random_state(device)
-        stream = torch.cuda.Stream(device) if self._capture else None
+        stream = torch.cuda.Stream(device) if self._capture else None  # type: ignore[no-untyped-call]
         with _beside(stream):
             queries, _ = self._features()
         self._gradient = torch.zeros_like(queries)

@@ -116,15 +116,15 @@ class ChunkedStep:
         assert leaf.grad is not None
         gradients = leaf.grad.split(sizes, dim=1)  # type: ignore[no-untyped-call]
         for i, (chunk, gradient, state) in enumerate(zip(chunks, gradients, states, strict=True)):
+            queries = graphs[i] if i < kept else self._again(chunk, state) if state is not None else None
             with self.average.last() if i == len(chunks) - 1 else self.average.local():
-                if i < kept:
-                    graphs[i].backward(gradient)  # type: ignore[no-untyped-call]
-                    graphs[i] = graphs[i].detach()  # its graph, used up, goes before the next chunk needs room
-                elif state is None:
-                    assert self.graphs is not None
-                    self.graphs.backward(*chunk, gradient)
-                else:
-                    self._again(chunk, state).backward(gradient)  # type: ignore[no-untyped-call]
+                if queries is not None:
+                    queries.backward(gradient)  # type: ignore[no-untyped-call]
+                elif self.graphs is not None:
+                    self.graphs.backward(chunk[0], chunk[1], gradient)
+            if i < kept:
+                graphs[i] = graphs[i].detach()  # its graph, used up, goes before the next chunk needs room
+            del queries
         return output
 
     def _sizes(self, images: int) -> tuple[list[int], list[int]]:
