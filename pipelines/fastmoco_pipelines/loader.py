@@ -49,6 +49,7 @@ def build_loader(
     quarantine_list: Path | None = None,
     pin_memory: bool = False,
     count_making: bool | None = None,
+    begin: bool = True,
 ) -> Loader:
     """Open the shards, build the DALI graph and begin to produce batches.
 
@@ -61,6 +62,7 @@ def build_loader(
         quarantine_list: the run's own list of bad samples, read and added to; all ranks may share it. None: none is kept.
         pin_memory: whether batches made on the CPU lie in pinned memory, from where a GPU takes them while it computes.
         count_making: whether the batch that is being made is one of those ahead of the trainer; None: on a GPU it is.
+        begin: False waits for `Loader.begin`, or the first ``next``, before any memory is taken for batches.
 
     Raises:
         ValueError: for a batch that the ranks cannot share or that is larger than the set, or a pattern without shards.
@@ -106,7 +108,10 @@ def build_loader(
     bounded = spec.device == "gpu" if count_making is None else count_making
     places = BatchPlaces(spec.batches_ahead) if bounded else None
     clock = StageClock(spec.batches_ahead)
-    return Loader(Source(spec, shards, plan, pipeline, healer, clock, stop, pinned, places), start_step)
+    loader = Loader(Source(spec, shards, plan, pipeline, healer, clock, stop, pinned, places), start_step)
+    if begin:
+        loader.begin()
+    return loader
 
 
 class Loader(BatchStream):
@@ -141,8 +146,14 @@ class Loader(BatchStream):
         # The garbage collector may call this in any thread, one of these two included, and while that holds a queue's
         # lock: so it waits for nothing and touches no queue.
         self._stop = weakref.finalize(self, stop.set)
-        self._reader.start()
-        self._producer.start()
+        self._begun = False
+
+    def begin(self) -> None:
+        """Start to make batches; again is nothing new."""
+        if not self._begun:
+            self._begun = True
+            self._reader.start()
+            self._producer.start()
 
     def next(self) -> TwoViewBatch:
         """The batch of the next step.
@@ -153,6 +164,7 @@ class Loader(BatchStream):
         """
         if self._failure is not None:
             raise self._failure
+        self.begin()
         start, queued, tell_at = time.perf_counter(), self._results.qsize(), _REPORT_SECONDS
         while True:
             if not self._stop.alive:
@@ -209,7 +221,7 @@ class Loader(BatchStream):
         self._stop()
         self._shards.cancel()  # the reading thread may be waiting for a server
         until = time.monotonic() + (POLL_SECONDS if isinstance(self._failure, LoaderTimeoutError) else _CLOSE_SECONDS)
-        for thread in (self._producer, self._reader):
+        for thread in (self._producer, self._reader) if self._begun else ():
             thread.join(max(POLL_SECONDS, until - time.monotonic()))
         if not (self._producer.is_alive() or self._reader.is_alive()):
             self._shards.close()
