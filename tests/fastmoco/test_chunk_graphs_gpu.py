@@ -195,7 +195,7 @@ def test_trainers_in_one_process_skip_resume_and_go_on(tmp_path: Path) -> None:
                 losses[graphs].append(output.loss.item())
         assert [loss == loss for loss in losses[True]] == [True, True, True, False, True]
         for i in (0, 1, 2, 4):
-            assert losses[True][i] == pytest.approx(losses[False][i], rel=1e-3)
+            assert losses[True][i] == pytest.approx(losses[False][i], rel=1e-2)  # AdamW makes full steps of rounding
         trainers[True]._save(force=True)
         weights = {name: tensor.clone() for name, tensor in trainers[True].objective.state_dict().items()}
         trainers[True].close()
