@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.host_cost`` replaces every kernel by a function that does nothing and measures what is left: checks,
 tables of addresses, scratch tensors, autograd. On a GPU this time hides behind the kernels only as long as it is shorter
-than they are. Cases and checkouts take turns, call by call and process by process, and medians are printed;
+than they are. Cases and checkouts take turns, a few calls and a process at a time, and medians are printed;
 ``--against FOLDER`` measures another checkout of this repository beside this one, in the same minutes.
 
 The cases are those of one step of a ViT-S: an optimizer and an average over 154 tensors, once with gradients that stay
@@ -26,6 +26,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TENSORS = 154
+TURN = 20
+"""Calls of one case in a row."""
 Case = tuple[Callable[[int], object], Callable[[], object]]
 """What comes before a call and is not measured, given the number of the call; and the call."""
 
@@ -56,6 +58,7 @@ def stub_kernels(*modules: ModuleType) -> list[NoLaunch]:
 def cases() -> dict[str, Case]:
     """Every case by name, on CUDA where there is a device and else on the CPU, where addresses are compared alike."""
     import torch
+
     from fastmoco_kernels.adamw_ema import launch as adamw_launch
     from fastmoco_kernels.attention import launch as attention_launch
     from fastmoco_kernels.ema import launch as ema_launch
@@ -116,6 +119,7 @@ def _with_gradients(device: Any, moved: bool) -> tuple[list[Any], Callable[[int]
 
 def _adamw(device: Any, *, moved: bool) -> Case:
     import torch
+
     from fastmoco_kernels import AdamWEMA
 
     parameters, turn = _with_gradients(device, moved)
@@ -137,6 +141,7 @@ def _lars(device: Any, *, moved: bool) -> Case:
 
 def _info_nce(device: Any) -> Case:
     import torch
+
     from fastmoco_kernels import symmetric_info_nce_loss
 
     queries = [torch.ones(8, 256, device=device, requires_grad=True) for _ in range(2)]
@@ -153,6 +158,7 @@ def _info_nce(device: Any) -> Case:
 
 def _attention(device: Any) -> Case:
     import torch
+
     from fastmoco_kernels import attention
 
     inputs = [torch.zeros(1, 2, 16, 32, device=device, dtype=torch.float16, requires_grad=True) for _ in range(3)]
@@ -167,13 +173,16 @@ def measure(calls: int, *, warm_up: int = 20) -> dict[str, float]:
     torch.set_num_threads(1)
     every = cases()
     times: dict[str, list[float]] = {name: [] for name in every}
-    for number in range(warm_up + calls):
+    for first in range(0, warm_up + calls, TURN):
         for name, (before, call) in every.items():
-            before(number)
-            began = time.process_time_ns()
-            call()
-            if number >= warm_up:
-                times[name].append((time.process_time_ns() - began) / 1000)
+            for number in range(first, first + TURN):
+                before(number)
+                began = time.process_time_ns()
+                call()
+                if (
+                    number >= warm_up and number % TURN > 1
+                ):  # the first two calls of a turn find the caches of another case
+                    times[name].append((time.process_time_ns() - began) / 1000)
     return {name: statistics.median(found) for name, found in times.items()}
 
 

@@ -11,7 +11,6 @@ from fastmoco_kernels.attention import launch, short
 from fastmoco_kernels.attention.choice import TRITON_DTYPES, triton_fault
 from fastmoco_kernels.attention.cost import attention_bytes
 
-
 WIDE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 """Compiled kernels take 16 bits alone; the interpreter cannot hold bf16, and float32 shows its arithmetic best."""
 
@@ -193,7 +192,7 @@ def test_scores_far_from_zero(device):
     q, k, v, grad = _inputs(5, 5, 32, WIDE, device)
     far = [30 + q, -30 + 0.01 * k, v, grad]
     large = [100 * q, 100 * k, v, grad]  # a softmax of zeros and ones
-    rounding = 1e-4 if WIDE == torch.float32 else 3e-2
+    rounding = 1e-4 if torch.float32 == WIDE else 3e-2
     for inputs in (far, large):
         for found, exact in zip(_all(inputs, "triton"), _all(inputs, "reference", torch.float64), strict=True):
             assert found.isfinite().all()

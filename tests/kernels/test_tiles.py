@@ -135,7 +135,13 @@ def test_whatever_changes_the_work_is_in_the_key_of_the_loss(monkeypatch):
     monkeypatch.setattr(launch, "tuned", tuned)
     q, k = _data(5, 9, 64, 3, "fp32")
     usual = {"temperature": 0.2, "scale": 1.0, "positive_offset": 3, "gradient": True, "precision": "fp32"}
-    variants = [{}, {"gradient": False}, {"accuracy": True}, {"gradient": False, "accuracy": True}, {"precision": "tf32"}]
+    variants = [
+        {},
+        {"gradient": False},
+        {"accuracy": True},
+        {"gradient": False, "accuracy": True},
+        {"precision": "tf32"},
+    ]
     for changes in variants:
         launch.info_nce_triton((q,), (k,), Request(**(usual | changes)))
     launch.info_nce_triton((q, q), (k, k), Request(**usual))

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastmoco_kernels import AdamWEMA, ema_update_
-from fastmoco_kernels import _multi_tensor
+from fastmoco_kernels import AdamWEMA, _multi_tensor, ema_update_
 from fastmoco_kernels import _unchanged as unchanged_module
 from fastmoco_kernels._multi_tensor import PointerTable
 from fastmoco_kernels._unchanged import Unchanged, guards, plain
@@ -122,7 +121,12 @@ def test_an_average_follows_what_changes_under_its_tensors(name):
 def test_memory_that_was_freed_and_handed_out_again_is_another_tensor():
     """The allocator gives the address of a dead tensor to the next: same address, other type and shape."""
     room = torch.zeros(64, device=DEVICE)
-    for shape, dtype in (((4, 4), torch.float32), ((2, 8), torch.float32), ((4, 4), torch.float16), ((4, 4), torch.float32)):
+    for shape, dtype in (
+        ((4, 4), torch.float32),
+        ((2, 8), torch.float32),
+        ((4, 4), torch.float16),
+        ((4, 4), torch.float32),
+    ):
         average, source = _square().view(shape), room.view(dtype)[:16].view(shape)
         assert source.data_ptr() == room.data_ptr()
         source.copy_(torch.ones(shape, device=DEVICE))
@@ -165,9 +169,7 @@ class Trained:
         self.expected = [p.detach().clone() for p in self.ours]
         self.copies = {p: torch.zeros_like(p, dtype=torch.float16) for p in self.ours}
         options = {"lr": 0.1, "weight_decay": 0.1}
-        self.own = AdamWEMA(
-            self.ours, averages=self.averages, param_copies=self.copies, backend=backend, **options
-        )
+        self.own = AdamWEMA(self.ours, averages=self.averages, param_copies=self.copies, backend=backend, **options)
         self.torchs = torch.optim.AdamW(self.theirs, **options)
 
     def step(self, seed: int) -> None:
@@ -210,9 +212,7 @@ ADAM_CHANGES = {
     "moment elsewhere": lambda t: setattr(
         t.own.state[t.ours[0]]["exp_avg"], "data", t.own.state[t.ours[0]]["exp_avg"].data.clone()
     ),
-    "moment another tensor": lambda t: t.own.state[t.ours[0]].update(
-        exp_avg=t.own.state[t.ours[0]]["exp_avg"].clone()
-    ),
+    "moment another tensor": lambda t: t.own.state[t.ours[0]].update(exp_avg=t.own.state[t.ours[0]]["exp_avg"].clone()),
     "state another dictionary": _replace_state,
     "frozen and thawed": _freeze_and_thaw,
 }
