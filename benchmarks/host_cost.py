@@ -67,7 +67,7 @@ def cases() -> dict[str, Case]:
 
     stub_kernels(adamw_launch, attention_launch, ema_launch, epilogue_kernels, triton_kernels, lars_launch)
     torch.use_deterministic_algorithms(True, warn_only=True)  # the default tile: nothing is timed here
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "ema_update_": _ema(device, moved=False),

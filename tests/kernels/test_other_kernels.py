@@ -1,4 +1,4 @@
-"""Attention by other people's kernels, each against the reference in value and every gradient; and what of xformers a CPU can tell.
+"""Attention by other people's kernels against the reference in value and every gradient; what of xformers a CPU can tell.
 
 On a GPU every backend that can be imported is run; the others are counted as skipped, with what they lack.
 """

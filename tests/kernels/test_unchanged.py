@@ -140,9 +140,9 @@ def test_wrong_tensors_are_refused_where_right_ones_have_a_plan():
         ema_update_(averages, sources[:1], 0.5, backend="triton")
     with pytest.raises(ValueError, match=r"average 1 is \(4, 4\) but its source is \(2, 8\)"):
         ema_update_(averages, [sources[0], sources[1].view(2, 8)], 0.5, backend="triton")
-    with pytest.raises(ValueError, match="average 0 is torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"average 0 is torch\.bfloat16"):
         ema_update_([a.bfloat16() for a in averages], sources, 0.5, backend="triton")
-    with pytest.raises(ValueError, match="momentum=1.5"):
+    with pytest.raises(ValueError, match=r"momentum=1\.5"):
         ema_update_(averages, sources, 1.5, backend="triton")
 
 
