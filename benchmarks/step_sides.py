@@ -150,8 +150,8 @@ class PlainStep:
     """
 
     def __init__(self, config: Config, device: torch.device, *, compiled: bool = False) -> None:
-        attention = "sdpa" if compiled else "explicit"
-        written_out = replace(config, model=replace(config.model, attention=attention, linears="native"))
+        model = replace(config.model, attention="sdpa" if compiled else "explicit", linears="native")
+        written_out = replace(config, model=model)
         self.objective = build_objective(written_out, device)
         if compiled:
             compile_blocks(self.objective)

@@ -26,7 +26,7 @@ def _config(place: Place, chunk: Literal["none"] | int, *, compiled: bool = Fals
     config = quickstart_digits()
     return replace(
         config,
-        device=place.device.type,
+        device="cpu" if place.device.type == "cpu" else "cuda",
         precision="fp32" if place.dry else "bf16",
         threads=1 if place.dry else 0,
         global_batch_size=16 if place.dry else 64,
