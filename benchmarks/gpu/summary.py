@@ -55,6 +55,9 @@ def _plain(line: Mapping[str, Any]) -> list[str]:
         "errors",
         "time",
         "share",
+        "dry",
+        "row",
+        "case",
     }
     fields = [f"{key} {value}" for key, value in line.items() if key not in hidden]
     return [", ".join(fields)] if fields else []
