@@ -33,6 +33,8 @@ from fastmoco.trainer import Trainer
 SIDES = ("fastmoco", "eager", "compiled")
 """``fastmoco``: the trainer's own step. ``eager``: the same from torch's own parts, one after the other. ``compiled``: that with
 blocks through torch.compile and attention by torch's fused kernel."""
+COMPILED_IMAGES = 1024
+"""At most, for the compiled opponent: every batch that it has no memory for costs a compilation first."""
 SEGMENTS = "expandable_segments:True"
 """Of torch's allocator: a large step that changes shape then does not hand its memory back and fetch it again."""
 
@@ -134,6 +136,8 @@ def open_side(name: str, options: dict[str, Any]) -> Iterator[Side]:
         return
     plain = PlainStep(config, device, compiled=name == "compiled")
     side, images = config.model.image_size, config.global_batch_size
+    if name == "compiled":
+        images = min(images, COMPILED_IMAGES)
     generator = torch.Generator(device).manual_seed(0)
     views = [torch.randn(images, 3, side, side, device=device, generator=generator) for _ in range(2)]
     images = _largest_that_fits(plain, *views)
@@ -150,8 +154,8 @@ class PlainStep:
     """
 
     def __init__(self, config: Config, device: torch.device, *, compiled: bool = False) -> None:
-        attention = "sdpa" if compiled else "explicit"
-        written_out = replace(config, model=replace(config.model, attention=attention, linears="native"))
+        model = replace(config.model, attention="sdpa" if compiled else "explicit", linears="native")
+        written_out = replace(config, model=model)
         self.objective = build_objective(written_out, device)
         if compiled:
             compile_blocks(self.objective)

@@ -110,13 +110,12 @@ def _contenders(inputs: Inputs, temperature: float, *, compiled: bool) -> list[C
         return call
 
     def ours(backend: str) -> Gradients:
-        how = {"temperature": temperature, "backend": backend}
         if len(inputs) == 1:
-            return of(partial(info_nce_loss, **how))
+            return of(partial(info_nce_loss, temperature=temperature, backend=backend))
 
         def call(pairs: Inputs) -> tuple[Tensor, list[Tensor]]:
             (q1, k2), (q2, k1) = ((q.detach().requires_grad_(), keys) for q, keys in pairs)
-            loss = symmetric_info_nce_loss(q1, k2, q2, k1, **how).loss
+            loss = symmetric_info_nce_loss(q1, k2, q2, k1, temperature=temperature, backend=backend).loss
             return loss.detach(), list(torch.autograd.grad(loss, (q1, q2)))
 
         return call

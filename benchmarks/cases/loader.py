@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from benchmarks.cpu_time import images_per_cpu_second, images_per_second
 from benchmarks.dali_stock import decoding_feed, stock_feed
@@ -37,8 +36,7 @@ from benchmarks.loading import (
     webdataset_feed,
 )
 from benchmarks.measure import interleave, ratios
-from benchmarks.photos import cut_window
-from fastmoco_pipelines.pack import pack_folder
+from benchmarks.photos import sample_shards
 from fastmoco_pipelines.patterns import expand_shards
 from fastmoco_pipelines.reference import reference_view
 
@@ -60,8 +58,6 @@ DEFAULTS = {
 SUBJECT, DALI = "fastmoco exact", "fastmoco dali"
 CHECKED_IMAGES = 64
 """Of the first batch, that are compared with Pillow's: it makes a hundred and fifty a second."""
-DISTINCT = 256
-"""Windows that are cut of each sample photograph; of a larger set they are copies."""
 LIMITS = {
     "cpu": {"fastmoco exact": 1e-4, "fastmoco dali": 20.0, "pillow": 0.05},
     "cuda": {"fastmoco exact": 1.5, "fastmoco dali": 20.0, "pillow": 0.05},
@@ -98,7 +94,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     before = torch.get_num_threads()
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, before)
-        shards = options["shards"] or _sample_shards(
+        shards = options["shards"] or sample_shards(
             Path(stack.enter_context(tempfile.TemporaryDirectory())), options["batch"]
         )
         job = Job(
@@ -289,27 +285,3 @@ def memory(job: Job, steps: int) -> dict[str, Any]:
     finally:
         feed.close()
     return {"steps": steps, "resident_mb": resident, "growth_mb": round(resident[-1] - resident[0], 1), **device}
-
-
-def _sample_shards(folder: Path, batch: int) -> str:
-    """Two batches at least of windows of the two photographs that come with scikit-learn, or of smooth noise without it."""
-    from PIL import Image
-
-    rng, src = np.random.default_rng(0), folder / "images"
-    src.mkdir()
-    for number, photo in enumerate(_photographs(rng)):
-        windows = [cut_window(Image.fromarray(photo), rng) for _ in range(min(DISTINCT, max(24, batch)))]
-        for i in range(max(24, batch)):
-            (src / f"{number}-{i:05d}.jpg").write_bytes(windows[i % len(windows)])
-    return pack_folder(src, folder / "shards").pattern
-
-
-def _photographs(rng: np.random.Generator) -> list[NDArray[np.uint8]]:
-    from PIL import Image
-
-    if _has("sklearn"):
-        from sklearn.datasets import load_sample_images
-
-        return list(load_sample_images().images)
-    coarse = rng.integers(0, 256, (2, 60, 90, 3), dtype=np.uint8)
-    return [np.asarray(Image.fromarray(noise).resize((640, 427), Image.Resampling.BICUBIC)) for noise in coarse]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from benchmarks.measure import interleave, ratios
@@ -113,7 +114,8 @@ def _in_turns(sides: list[str], options: dict[str, Any]) -> dict[str, dict[str, 
         open_sides = {name: stack.enter_context(open_side(name, options)) for name in sides}
         for side in open_sides.values():
             side.warm(profile=bool(options["profile"]))
-        measures = {name: lambda side=side: side.images_per_s(options["steps"]) for name, side in open_sides.items()}  # type: ignore[misc]
+        steps = options["steps"]
+        measures = {name: partial(side.images_per_s, steps) for name, side in open_sides.items()}
         rates = interleave(measures, rounds=options["rounds"])
         return {name: side.result | {"images_per_s": rates[name]} for name, side in open_sides.items()}
 

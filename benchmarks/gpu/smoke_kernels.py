@@ -41,13 +41,13 @@ def _loss_inputs(place: Place) -> tuple[Tensor, Tensor, str]:
 def _info_nce(place: Place) -> Errors:
     q, k, precision = _loss_inputs(place)
 
-    def gradient(rows: Tensor, keys: Tensor, **how: str) -> tuple[Tensor, Tensor]:
+    def gradient(rows: Tensor, keys: Tensor, backend: str, precision: str = "auto") -> tuple[Tensor, Tensor]:
         leaf = rows.detach().requires_grad_()
-        loss = info_nce_loss(leaf, keys, temperature=0.2, **how)
+        loss = info_nce_loss(leaf, keys, temperature=0.2, backend=backend, precision=precision)
         return loss, torch.autograd.grad(loss, leaf)[0]
 
-    loss, dq = gradient(q, k, backend="triton", precision=precision)
-    exact, truth = gradient(q.double(), k.double(), backend="reference")
+    loss, dq = gradient(q, k, "triton", precision)
+    exact, truth = gradient(q.double(), k.double(), "reference")
     limit = 1e-3 + place.unit
     return {"loss": (relative_error(loss, exact), limit), "dq": (relative_error(dq, truth), limit)}
 
@@ -56,11 +56,12 @@ def _symmetric(place: Place) -> Errors:
     q, k, precision = _loss_inputs(place)
     p = q.flip(0).contiguous()
 
-    def both(a: Tensor, b: Tensor, keys: Tensor, **how: str) -> Tensor:
-        return symmetric_info_nce_loss(a, keys, b, keys, temperature=0.2, **how).loss
+    def both(a: Tensor, b: Tensor, keys: Tensor, backend: str, precision: str = "auto") -> Tensor:
+        found = symmetric_info_nce_loss(a, keys, b, keys, temperature=0.2, backend=backend, precision=precision)
+        return found.loss
 
-    loss = both(q, p, k, backend="triton", precision=precision)
-    exact = both(q.double(), p.double(), k.double(), backend="reference")
+    loss = both(q, p, k, "triton", precision)
+    exact = both(q.double(), p.double(), k.double(), "reference")
     return {"loss": (relative_error(loss, exact), 1e-3 + place.unit)}
 
 
@@ -99,8 +100,8 @@ def _packed(backend: str) -> Check:
         except ValueError as reason:
             raise Unavailable(str(reason)) from None
         grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
-        wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
-        exact = packed_attention(*wide, lengths, backend="loop")
+        wide = tuple(t.detach().double().requires_grad_() for t in (q, k, v))
+        exact = packed_attention(wide[0], wide[1], wide[2], lengths, backend="loop")
         truth = torch.autograd.grad(exact.square().sum(), wide)
         limit = 1e-5 if place.dry else 2e-2
         names = ("out", "dq", "dk", "dv")
@@ -159,7 +160,8 @@ def _residual_norm(place: Place) -> Errors:
 
     def results(cast: Callable[[Tensor], Tensor], out: torch.dtype, backend: str) -> list[Tensor]:
         leaves = [cast(t).detach().requires_grad_() for t in (stream, branch, weight, bias)]
-        total, y = residual_norm(*leaves, 1e-6, out, backend=backend)
+        x, b, w, c = leaves
+        total, y = residual_norm(x, b, w, c, 1e-6, out, backend=backend)
         return [total, y, *torch.autograd.grad((total, y), leaves, (torch.ones_like(total), grad.to(y.dtype)))]
 
     ours = results(lambda t: t, place.narrow, "triton")

@@ -22,17 +22,17 @@ from fastmoco.trainer import Trainer
 Errors = dict[str, tuple[float, float]]
 
 
-def _config(place: Place, chunk: Literal["none"] | int, *, compiled: bool = False) -> Config:
+def _config(place: Place, chunk: Literal["none"] | int, precision: Literal["fp32", "bf16"] = "fp32") -> Config:
     config = quickstart_digits()
     return replace(
         config,
-        device=place.device.type,
-        precision="fp32" if place.dry else "bf16",
+        device="cpu" if place.device.type == "cpu" else "cuda",
+        precision=precision,
         threads=1 if place.dry else 0,
         global_batch_size=16 if place.dry else 64,
         epochs=1e6,
         log_every_steps=10**6,
-        model=replace(config.model, compile=compiled),
+        model=replace(config.model, compile=False),
         batch=BatchConfig(chunk=chunk, kept="auto" if chunk == "none" else 1),
         data=replace(config.data, synthetic=True),
         knn=KnnConfig(every_epochs=0),
@@ -76,12 +76,12 @@ def _chunks_equal_the_whole(place: Place) -> Errors:
         whole = _gradients(trainer)
     with _trainer(_config(place, 4 if place.dry else 16)) as trainer:
         chunked = _gradients(trainer)
-    # Rounding of the features, enlarged by fresh batch norms over few images.
-    return {"gradients": (relative_error(chunked, whole), 1e-3 if place.dry else 5e-2)}
+    # In float32: rounding of the features is enlarged some ten thousand times by fresh batch norms over few images.
+    return {"gradients": (relative_error(chunked, whole), 1e-2)}
 
 
 def _steps_do_not_wait(place: Place) -> Errors:
-    with _trainer(_config(place, 4 if place.dry else 16)) as trainer:
+    with _trainer(_config(place, 4 if place.dry else 16, "fp32" if place.dry else "bf16")) as trainer:
         for _ in range(3):  # the first is logged; allocators and tables of pointers settle
             trainer.step(trainer.loader.next())
         batches = [trainer.loader.next() for _ in range(3)]

@@ -55,6 +55,9 @@ def _plain(line: Mapping[str, Any]) -> list[str]:
         "errors",
         "time",
         "share",
+        "dry",
+        "row",
+        "case",
     }
     fields = [f"{key} {value}" for key, value in line.items() if key not in hidden]
     return [", ".join(fields)] if fields else []
@@ -92,7 +95,8 @@ def summary(
         ceilings: of the card.
         card: its name.
     """
-    text = ["== stages: " + "  ".join(f"{name} {outcome} {seconds:.0f}s" for name, outcome, seconds in stages)]
+    shown_stages = [f"{name} {outcome} {seconds:.0f}s" for name, outcome, seconds in stages]
+    text = ["== stages: " + "  ".join(shown_stages[:6]), *("   " + "  ".join(shown_stages[i : i + 6]) for i in (6, 12))]
     for status in (FAILED, MARKED, SKIPPED):
         these = [line for line in lines if line["status"] == status]
         text += [f"{status}: {line['name']}: {line.get('reason', '')}"[:WIDTH] for line in these[:12]]

@@ -73,7 +73,7 @@ def test_the_summary_is_short_and_begins_with_the_faults():
     failed = {"name": "ema", "status": "failed", "reason": "too far"}
     found = summary([line] * 60 + [failed], [("loss", "ok", 3.0)], CEILINGS, "H100")
     assert len(found) <= LINES
-    assert "failed: ema: too far" in found[1]
+    assert "failed: ema: too far" in found[3]
 
 
 def test_without_git_or_a_driver_nothing_is_lost(monkeypatch):
