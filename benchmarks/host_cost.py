@@ -56,6 +56,7 @@ def stub_kernels(*modules: ModuleType) -> list[NoLaunch]:
 def cases() -> dict[str, Case]:
     """Every case by name, on CUDA where there is a device and else on the CPU, where addresses are compared alike."""
     import torch
+
     from fastmoco_kernels.adamw_ema import launch as adamw_launch
     from fastmoco_kernels.attention import launch as attention_launch
     from fastmoco_kernels.ema import launch as ema_launch
@@ -116,6 +117,7 @@ def _with_gradients(device: Any, moved: bool) -> tuple[list[Any], Callable[[int]
 
 def _adamw(device: Any, *, moved: bool) -> Case:
     import torch
+
     from fastmoco_kernels import AdamWEMA
 
     parameters, turn = _with_gradients(device, moved)
@@ -137,6 +139,7 @@ def _lars(device: Any, *, moved: bool) -> Case:
 
 def _info_nce(device: Any) -> Case:
     import torch
+
     from fastmoco_kernels import symmetric_info_nce_loss
 
     queries = [torch.ones(8, 256, device=device, requires_grad=True) for _ in range(2)]
@@ -153,6 +156,7 @@ def _info_nce(device: Any) -> Case:
 
 def _attention(device: Any) -> Case:
     import torch
+
     from fastmoco_kernels import attention
 
     inputs = [torch.zeros(1, 2, 16, 32, device=device, dtype=torch.float16, requires_grad=True) for _ in range(3)]

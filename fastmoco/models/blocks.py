@@ -127,7 +127,11 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; ``recompute`` says what its backward computes again."""
+    """A pre-norm transformer block; ``recompute`` says what its backward computes again.
+
+    Between blocks the residual stream travels as a sum that is not taken yet, stream + branch: the next norm takes it in its one
+    pass over memory.
+    """
 
     def __init__(self, width: int, num_heads: int, mlp_hidden: int, attention_backend: str = "auto") -> None:
         super().__init__()
@@ -137,33 +141,38 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, mlp_hidden)
 
-    def forward(self, x_BLE: Tensor) -> Tensor:
-        """[B, L, E] -> [B, L, E]."""
+    def forward(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Stream and branch, [B, L, E] each, to stream and branch."""
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self._whole(x_BLE)
+            return self._whole(x_BLE, branch_BLE)
+        # What is kept is the block's input: one tensor, the sum.
+        x_BLE = sum_of(x_BLE, branch_BLE)
         if self.recompute == "full":
-            return _forgetful(self._whole, x_BLE)
+            return _forgetful(lambda x: sum_of(*self._whole(x)), x_BLE), None
         x_BLE = x_BLE + self.attn.attend(_forgetful(lambda x: self.attn.qkv(self.norm1.add(x)[1]), x_BLE))
         hidden = _forgetful(lambda x: self.mlp.fc1(self.norm2.add(x)[1]), x_BLE)
-        return x_BLE + _forgetful(self.mlp.contract, hidden)
+        return x_BLE + _forgetful(self.mlp.contract, hidden), None
 
-    def class_row(self, x_BLE: Tensor) -> Tensor:
-        """Row 0 of ``forward`` alone: [B, L, E] -> [B, E]. So little work that every way of recomputing does all of it."""
+    def class_row(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> Tensor:
+        """Row 0 of ``forward``'s sum alone: [B, E]. So little work that every way of recomputing does all of it."""
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self._class_row(x_BLE)
-        return _forgetful(self._class_row, x_BLE)
+            return self._class_row(x_BLE, branch_BLE)
+        return _forgetful(self._class_row, sum_of(x_BLE, branch_BLE))
 
-    def _whole(self, x_BLE: Tensor) -> Tensor:
-        x_BLE, normed = self.norm1.add(x_BLE)
+    def _whole(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x_BLE, normed = self.norm1.add(x_BLE, branch_BLE)
         x_BLE, normed = self.norm2.add(x_BLE, self.attn(normed))
-        out: Tensor = x_BLE + self.mlp(normed)
-        return out
+        return x_BLE, self.mlp(normed)
 
-    def _class_row(self, x_BLE: Tensor) -> Tensor:
-        x_BLE, normed = self.norm1.add(x_BLE)
+    def _class_row(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> Tensor:
+        x_BLE, normed = self.norm1.add(x_BLE, branch_BLE)
         x_BE, normed_BE = self.norm2.add(x_BLE[:, 0], self.attn.class_row(normed))
-        out: Tensor = x_BE + self.mlp(normed_BE)
-        return out
+        return sum_of(x_BE, self.mlp(normed_BE))
+
+
+def sum_of(x: Tensor, branch: Tensor | None) -> Tensor:
+    """The residual stream as one tensor."""
+    return x if branch is None else x + branch
 
 
 class PatchStem(nn.Module):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from torch.func import functional_call
 from fastmoco.models.blocks import Block
 from fastmoco_kernels._runtime import triton_is_default
 
-BUDGETS = (1.0, 0.9, 0.6, 0.4, 0.2)
-"""Budgets that a plan chooses among. Products drop out one by one, so others in between give the same graphs."""
+BUDGETS = (1.0, 0.9)
+"""Budgets that a plan chooses among. Less than these drops products, and then a second forward of whole chunks is as cheap."""
 GRAPHS = 32
 """Graphs of a block that torch.compile may hold: with and without gradient, by encoder and size of a chunk. Its own limit of 8 is
 reached by two sizes, and then it computes uncompiled without a word."""
@@ -83,8 +83,8 @@ def _blocks(objective: nn.Module) -> list[nn.Module]:
 
 
 def _in_training(block: nn.Module, compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(x_BLE: Tensor) -> Any:
-        return (compiled if block.training else plain)(x_BLE)
+    def forward(*stream: Tensor | None) -> Any:
+        return (compiled if block.training else plain)(*stream)
 
     return forward
 
@@ -113,7 +113,7 @@ def traced_blocks(objective: nn.Module, *, budget: float = 1.0) -> Iterator[None
         objective: whose blocks are replaced in here.
         budget: as for `compile_blocks`.
     """
-    graphs: dict[Any, Callable[..., Tensor]] = {}
+    graphs: dict[Any, Callable[..., Any]] = {}
     blocks = [block for block in _blocks(objective) if isinstance(block, Block) and block.recompute == "none"]
     try:
         for block in blocks:
@@ -126,7 +126,7 @@ def traced_blocks(objective: nn.Module, *, budget: float = 1.0) -> Iterator[None
                 del block.__dict__[name]
 
 
-def _traced(block: Block, name: str, budget: float, graphs: dict[Any, Callable[..., Tensor]]) -> Callable[..., Tensor]:
+def _traced(block: Block, name: str, budget: float, graphs: dict[Any, Callable[..., Any]]) -> Callable[..., Any]:
     """A method of a block by graphs that it shares with all blocks, one for each kind of call."""
     import torch._functorch.config as functorch
     from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
@@ -144,15 +144,13 @@ def _traced(block: Block, name: str, budget: float, graphs: dict[Any, Callable[.
     def as_it_is(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         return make_boxed_func(graph.forward)
 
-    def whole(weights: dict[str, Tensor], x_BLE: Tensor) -> Tensor:
-        return functional_call(
-            _Method(block, plain), {f"block.{key}": value for key, value in weights.items()}, (x_BLE,)
-        )
+    def whole(weights: dict[str, Tensor], *stream: Tensor) -> Any:
+        return functional_call(_Method(block, plain), {f"block.{key}": value for key, value in weights.items()}, stream)
 
-    def forward(x_BLE: Tensor) -> Tensor:
+    def forward(*stream: Tensor | None) -> Any:
         if not torch.is_grad_enabled():
-            return cast(Tensor, plain(block, x_BLE))
-        key = (name, x_BLE.shape, x_BLE.dtype, x_BLE.requires_grad)
+            return plain(block, *stream)
+        key = (name, *((x.shape, x.dtype, x.requires_grad) if x is not None else None for x in stream))
         if key not in graphs:
             graphs[key] = aot_function(
                 whole,
@@ -162,8 +160,7 @@ def _traced(block: Block, name: str, budget: float, graphs: dict[Any, Callable[.
                 decompositions=select_decomp_table(),
             )
         with functorch.patch(activation_memory_budget=budget):
-            out: Tensor = graphs[key](parameters, x_BLE)
-        return out
+            return graphs[key](parameters, *(x for x in stream if x is not None))
 
     return forward
 
@@ -171,10 +168,10 @@ def _traced(block: Block, name: str, budget: float, graphs: dict[Any, Callable[.
 class _Method(nn.Module):
     """A method of a module, callable as a module's forward."""
 
-    def __init__(self, block: nn.Module, method: Callable[..., Tensor]) -> None:
+    def __init__(self, block: nn.Module, method: Callable[..., Any]) -> None:
         super().__init__()
         self.block = block
         self._method = method
 
-    def forward(self, x_BLE: Tensor) -> Tensor:
-        return self._method(self.block, x_BLE)
+    def forward(self, *stream: Tensor | None) -> Any:
+        return self._method(self.block, *stream)

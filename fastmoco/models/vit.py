@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastmoco.models.blocks import CONV_STEM_STRIDE, Block, ConvStem, LayerNorm, PatchStem, Recompute
+from fastmoco.models.blocks import CONV_STEM_STRIDE, Block, ConvStem, LayerNorm, PatchStem, Recompute, sum_of
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
@@ -119,19 +119,19 @@ class VisionTransformer(nn.Module):
 
     def encode(self, patch_tokens: Tensor) -> Tensor:
         """[B, L, E] patch tokens -> [B, E] class-token feature; of the last block only the class token is computed."""
-        tokens = self._with_class_token(patch_tokens)
+        tokens, branch = self._with_class_token(patch_tokens), None
         for block in self.blocks[:-1]:
-            tokens = block(tokens)
+            tokens, branch = block(tokens, branch)
         last = self.blocks[-1]
         assert isinstance(last, Block)
-        feature: Tensor = self.norm(last.class_row(tokens))
+        feature: Tensor = self.norm(last.class_row(tokens, branch))
         return feature
 
     def encode_plain(self, patch_tokens: Tensor) -> Tensor:
-        """The same feature by the book: every block and the final norm on every token, then the class token's row."""
+        """The same feature without the saving: every block and the final norm on every token, then the class token's row."""
         tokens = self._with_class_token(patch_tokens)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = sum_of(*block(tokens))
         normalised: Tensor = self.norm(tokens)
         return normalised[:, 0]
 
