@@ -71,7 +71,8 @@ def compile_blocks(objective: nn.Module, *, budget: float = 1.0) -> None:
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
     options: dict[str, Any] = {"backend": _within(budget)} if budget < 1 else {}
     for block in _blocks(objective):
-        block.hands_on_parts = False  # see `traced_blocks`: two inputs would both be kept where one sum suffices
+        # One tensor between blocks, as in `traced_blocks`: of two inputs both would be kept, where one sum suffices.
+        block.__dict__["hands_on_parts"] = False
         for name in METHODS:
             plain = getattr(block, name)
             compiled = torch.compile(plain, dynamic=False, **options)
