@@ -68,7 +68,9 @@ class Gradients:
             require_separable(objective, config.batch.chunk)
         strategy = choose_strategy(config.parallel.strategy, objective, world)
         self.strategy: str = strategy if world.world_size > 1 else "one process"
-        self.compile = choose_compile(config.model.compile, world.device, precision)
+        # A fused block brings its own kernels.
+        wanted = False if config.model.blocks == "fused" else config.model.compile
+        self.compile = choose_compile(wanted, world.device, precision)
         self.plan = choose_plan(
             config,
             objective,
