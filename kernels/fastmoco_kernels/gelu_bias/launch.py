@@ -5,14 +5,14 @@ A thread holds about 16 numbers of every tensor; 256 columns are one warp's 16-b
 
 from __future__ import annotations
 
+import functools
 from itertools import product
 
 import torch
-import triton
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._column_sums import add_partial_sums, column_sum_case, row_programs
+from fastmoco_kernels._column_sums import add_partial_sums, column_sum_case, parts, row_programs
 from fastmoco_kernels._runtime import device_guard
 from fastmoco_kernels._tuning import tuned
 from fastmoco_kernels.gelu_bias.triton_kernels import gelu_bwd_kernel
@@ -23,9 +23,10 @@ WARPS = 4
 
 def columns(F: int) -> int:
     """Columns of a block: a power of two."""
-    return min(256, max(32, int(triton.next_power_of_2(F))))
+    return min(256, max(32, 1 << (F - 1).bit_length()))
 
 
+@functools.cache
 def tiles(F: int) -> list[Tile]:
     """(rows at a time, programs a processor), the default first: 16 numbers a thread, then 8 and 32."""
     return [(numbers * 32 * WARPS // columns(F), share) for numbers, share in ((16, 8), (8, 12), (32, 4), (16, 12))]
@@ -33,7 +34,7 @@ def tiles(F: int) -> list[Tile]:
 
 def programs_of(rows: int, F: int, tile: Tile, device: torch.device) -> int:
     """Programs that share the rows."""
-    return row_programs(rows, tile[0], triton.cdiv(F, columns(F)), tile[1], device)
+    return row_programs(rows, tile[0], parts(F, columns(F)), tile[1], device)
 
 
 def backward(dout: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -51,7 +52,7 @@ def backward(dout: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[T
     def run(tile: Tile) -> None:
         programs = programs_of(rows, F, tile, h.device)
         partial = dh if bias_dtype is None else torch.empty(programs, F, dtype=torch.float32, device=h.device)
-        gelu_bwd_kernel[(triton.cdiv(F, columns(F)), programs)](
+        gelu_bwd_kernel[(parts(F, columns(F)), programs)](
             dout, h, dh, partial, rows, **constants, ROWS=tile[0], num_warps=WARPS
         )
         if bias_dtype is not None:

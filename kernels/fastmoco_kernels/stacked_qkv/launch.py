@@ -6,14 +6,14 @@ A thread holds about 16 numbers of its tile. The gradients' strides are read as 
 
 from __future__ import annotations
 
+import functools
 from itertools import product
 
 import torch
-import triton
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._column_sums import add_partial_sums, column_sum_case, row_programs
+from fastmoco_kernels._column_sums import add_partial_sums, column_sum_case, parts, row_programs
 from fastmoco_kernels._runtime import device_guard
 from fastmoco_kernels._tuning import tuned
 from fastmoco_kernels.stacked_qkv.triton_kernels import split_qkv_bwd_kernel
@@ -27,9 +27,10 @@ def columns(E: int) -> int:
     for cols in (256, 128, 64):
         if E % cols == 0:
             return cols
-    return min(256, max(32, int(triton.next_power_of_2(E))))
+    return min(256, max(32, 1 << (E - 1).bit_length()))
 
 
+@functools.cache
 def tiles(E: int) -> list[Tile]:
     """(rows at a time, programs a processor), the default first: 16 numbers a thread, then 8 and 32."""
     return [(numbers * 32 * WARPS // columns(E), share) for numbers, share in ((16, 8), (8, 12), (32, 4), (16, 12))]
@@ -37,7 +38,7 @@ def tiles(E: int) -> list[Tile]:
 
 def programs_of(rows: int, E: int, tile: Tile, device: torch.device) -> int:
     """Programs that share the rows."""
-    return row_programs(rows, tile[0], 3 * triton.cdiv(E, columns(E)), tile[1], device)
+    return row_programs(rows, tile[0], 3 * parts(E, columns(E)), tile[1], device)
 
 
 def backward(dq: Tensor, dk: Tensor, dv: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,7 @@ def backward(dq: Tensor, dk: Tensor, dv: Tensor, bias_dtype: torch.dtype | None)
     def run(tile: Tile) -> None:
         programs = programs_of(rows, E, tile, dq.device)
         partial = dqkv if bias_dtype is None else torch.empty(programs, 3 * E, dtype=torch.float32, device=dq.device)
-        grid = (3 * triton.cdiv(E, columns(E)), programs)
+        grid = (3 * parts(E, columns(E)), programs)
         split_qkv_bwd_kernel[grid](
             dq, dk, dv, *strides, dqkv, partial, rows, L, **constants, ROWS=tile[0], num_warps=WARPS
         )
