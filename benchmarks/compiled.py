@@ -19,7 +19,18 @@ from pathlib import Path
 
 from fastmoco_kernels._aot import ARCHITECTURES, MATRIX_OPCODES, SHARED_LIMITS, AotCase, Compiled, compile_case
 
-OPS = ("adamw_ema", "attention", "blur", "ema", "info_nce", "lars", "residual_norm", "view_color")
+OPS = (
+    "adamw_ema",
+    "attention",
+    "blur",
+    "ema",
+    "gelu_bias",
+    "info_nce",
+    "lars",
+    "residual_norm",
+    "stacked_qkv",
+    "view_color",
+)
 SHOWN = ("MUFU", "FFMA", "FMUL", "FMNMX", "SHFL")
 Row = tuple[str, int, Compiled | None, list[str]]
 

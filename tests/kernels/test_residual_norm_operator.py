@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.cases import residual_norm as case
 from fastmoco_kernels import residual_norm
 from fastmoco_kernels.residual_norm import launch, op, operator
 from fastmoco_kernels.residual_norm.cost import eager_bytes, residual_norm_backward_bytes, residual_norm_bytes
@@ -32,8 +33,9 @@ def _leaves(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _two_norms(x, branch, weight, bias, backend):
-    """As in a block: the sum goes on, and meets a second branch."""
-    x, y = residual_norm(x, branch, weight, bias, EPS, HALF, backend=backend)
+    """As in a block: the norm of the stream, then the sum goes on, and meets a second branch."""
+    x, y = residual_norm(x, None, weight, bias, EPS, HALF, backend=backend)
+    x, y = residual_norm(x, branch + y, weight, bias, EPS, HALF, backend=backend)
     x, y = residual_norm(x, y * 2, weight, bias, EPS, HALF, backend=backend)
     return x.sum() + y.float().square().sum()
 
@@ -74,6 +76,8 @@ def test_a_graph_compiler_is_left_the_plain_form_and_finds_no_break_in_the_choic
     compiled = torch.compile(residual_norm, fullgraph=True, backend="eager")
     y = compiled(x, b, weight, bias, EPS, HALF)[1]
     assert torch.equal(y, residual_norm(x, b, weight, bias, EPS, HALF, backend="reference")[1])
+    with torch.autocast(DEVICE.type, HALF):
+        assert compiled(x, b, weight, bias, EPS)[1].dtype == HALF
     assert not asked
 
 
@@ -162,6 +166,37 @@ def test_autocast_casts_no_argument_and_names_the_default_of_y(backend):
         assert residual_norm(x.double(), b, weight, bias, EPS)[1].dtype == torch.float64
 
 
+@pytest.mark.parametrize("branch", [HALF, SINGLE, None])
+def test_the_way_past_the_dispatcher_gives_what_the_operator_gives(branch, monkeypatch):
+    tensors = _inputs(5, 100, branch=branch or HALF)
+
+    def run():
+        x, b, weight, bias = leaves = _leaves(tensors)
+        x_new, y = residual_norm(x, None if branch is None else b, weight, bias, EPS, HALF, backend="triton")
+        (x_new.square().sum() + y.float().square().sum()).backward()
+        return [x_new, y, *(t.grad for t in leaves)], type(y.grad_fn).__name__
+
+    direct, direct_name = run()
+    monkeypatch.setattr(operator, "_watched", lambda *_: True)
+    registered, registered_name = run()
+    assert (direct_name, registered_name) == (
+        "_EagerBackward",
+        "GeneratedBackwardFor_fastmoco_residual_norm_defaultBackward",
+    )
+    for a, b in zip(direct, registered, strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_second_derivative_is_refused(watched, monkeypatch):
+    monkeypatch.setattr(operator, "_watched", lambda *_: watched)
+    x, b, weight, bias = _leaves(_inputs(5, 100))
+    y = residual_norm(x, b, weight, bias, EPS, backend="triton")[1]
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula was registered"):
+        gradient.sum().backward()
+
+
 def test_without_gradients_nothing_is_kept():
     x, b, weight, bias = _leaves(_inputs(5, 100))
     with torch.no_grad():
@@ -170,26 +205,22 @@ def test_without_gradients_nothing_is_kept():
     assert not y.requires_grad
 
 
-def _with(position: int, value):
-    given = _inputs(3, 8)
-    given[position] = value
-    return given
-
-
 @pytest.mark.parametrize(
-    ("given", "options", "text"),
+    ("position", "value", "options", "text"),
     [
-        (_with(1, torch.zeros(2, 8, device=DEVICE)), {}, r"x is \(3, 8\) but branch is \(2, 8\)"),
-        (_with(2, torch.ones(7, device=DEVICE)), {}, r"x \(3, 8\) .* weight \(7,\) and bias \(8,\)"),
-        (_with(3, torch.ones(8, dtype=HALF, device=DEVICE)), {}, "weight is torch.float32 but bias is torch.float16"),
-        (_with(1, torch.ones(3, 8, device="meta")), {}, "x is on .* but branch is on meta"),
-        (_with(0, torch.ones(3, 8, dtype=torch.int32, device=DEVICE)), {}, "x is torch.int32"),
-        (_with(0, torch.ones(3, 8, device=DEVICE)), {"out_dtype": torch.int8}, "out_dtype=torch.int8"),
-        (_with(0, torch.ones(3, 8, device=DEVICE)), {"backend": "cuda"}, "backend='cuda' is none of"),
-        (_with(0, torch.ones(3, 8, device=DEVICE).double()), {"backend": "triton"}, "torch.float64 is none of"),
+        (1, torch.zeros(2, 8), {}, r"x is \(3, 8\) but branch is \(2, 8\)"),
+        (2, torch.ones(7), {}, r"x \(3, 8\) .* weight \(7,\) and bias \(8,\)"),
+        (3, torch.ones(8, dtype=HALF), {}, "weight is torch.float32 but bias is torch.float16"),
+        (1, torch.ones(3, 8, device="meta"), {}, "x is on cpu but branch is on meta"),
+        (0, torch.ones(3, 8, dtype=torch.int32), {}, "x is torch.int32"),
+        (0, torch.ones(3, 8), {"out_dtype": torch.int8}, "out_dtype=torch.int8"),
+        (0, torch.ones(3, 8), {"backend": "cuda"}, "backend='cuda' is none of"),
+        (0, torch.ones(3, 8).double(), {"backend": "triton"}, "torch.float64 is none of"),
     ],
 )
-def test_errors_name_both_sides(given, options, text):
+def test_errors_name_both_sides(position, value, options, text):
+    given = [t.cpu() for t in _inputs(3, 8)]
+    given[position] = value
     with pytest.raises(ValueError, match=text):
         residual_norm(*given, EPS, **options)
 
@@ -238,3 +269,13 @@ def test_bytes_an_element_of_the_usual_types():
     assert residual_norm_backward_bytes(R, E, programs=528) == pytest.approx(16 * R * E, rel=1e-2)
     assert eager_bytes(R, E) == 2 * residual_norm_bytes(R, E) - 2 * (8 * R + 8 * E)
     assert eager_bytes(R, E, backward=True) > 2.7 * residual_norm_backward_bytes(R, E, programs=528)
+
+
+def test_the_benchmark_checks_every_contender_before_it_times_them():
+    found = case.run(case.DEFAULTS | {"rows": 20, "E": 32, "compile": 0, "rounds": 1})
+    assert not found["failed"]
+    assert set(found["errors"]) == {"residual_norm", "eager"}
+    assert set(found["speedup"]) == {"eager"}
+    assert found["bytes"]["forward"] < found["bytes"]["eager_forward"]
+    with pytest.raises(ValueError, match="dtype='int8' is none of bf16, fp16, fp32"):
+        case.run(case.DEFAULTS | {"dtype": "int8"})

@@ -8,11 +8,9 @@ partial sums stay few. `aot_cases` compiles it at the widths of vision transform
 from __future__ import annotations
 
 import functools
-from itertools import product
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
@@ -32,9 +30,10 @@ _WITHOUT_GPU = 3
 
 def columns(E: int) -> int:
     """The power of two that holds a row."""
-    return max(32, int(triton.next_power_of_2(E)))
+    return max(32, 1 << (E - 1).bit_length())
 
 
+@functools.cache
 def forward_tiles(E: int) -> list[Tile]:
     """(rows at a time, warps), the default first: 16 numbers a thread, then 8, 32, and one warp a row."""
     cols, warps = columns(E), _warps(E)
@@ -42,6 +41,7 @@ def forward_tiles(E: int) -> list[Tile]:
     return list(dict.fromkeys([*tiles, (1, 1)] if cols <= 1024 else tiles))
 
 
+@functools.cache
 def backward_tiles(E: int) -> list[Tile]:
     """(rows at a time, warps, programs a processor), the default first: 16 numbers a thread, then 8, or more programs."""
     cols, warps = columns(E), _warps(E)
@@ -58,6 +58,11 @@ def _warps(E: int) -> int:
 def _rows(numbers: int, warps: int, cols: int) -> int:
     """Rows that make ``numbers`` a thread."""
     return max(1, numbers * 32 * warps // cols)
+
+
+def _parts(whole: int, part: int) -> int:
+    """``part`` goes so often into ``whole``, rounded up."""
+    return -(-whole // part)
 
 
 @functools.cache
@@ -85,7 +90,7 @@ def forward(
     constants = {"HAS_BRANCH": branch is not None, "E": E, "COLS": columns(E)}
 
     def run(tile: Tile) -> None:
-        residual_norm_fwd_kernel[(triton.cdiv(rows, tile[0]),)](
+        residual_norm_fwd_kernel[(_parts(rows, tile[0]),)](
             x,
             read,
             weight,
@@ -147,7 +152,7 @@ def backward(
             ROWS=tile[0],
             num_warps=tile[1],
         )
-        residual_norm_sum_kernel[(triton.cdiv(E, SUM_COLS), 2)](
+        residual_norm_sum_kernel[(_parts(E, SUM_COLS), 2)](
             partial, dweight, dbias, programs, E=E, COLS=SUM_COLS, ROWS=SUM_ROWS, num_warps=SUM_WARPS
         )
 
@@ -161,45 +166,62 @@ def backward(
 
 def programs_of(rows: int, tile: Tile, device: torch.device) -> int:
     """Programs of the backward: as many as the device runs at once, and none without rows."""
-    return min(triton.cdiv(rows, tile[0]), tile[2] * _processors(device))
+    return min(_parts(rows, tile[0]), int(tile[2]) * _processors(device))
 
 
 def _key(rows: int, E: int, x: Tensor, branch: Tensor | None, y: Tensor) -> tuple[int | str, ...]:
     """What the best tile depends on; of the rows, only their order of magnitude."""
-    types = (str(t.dtype).removeprefix("torch.") if t is not None else "none" for t in (x, branch, y))
-    return (f"2**{rows.bit_length()} rows", E, *types)
+    return (
+        f"2**{rows.bit_length()} rows",
+        E,
+        _name(x.dtype),
+        "none" if branch is None else _name(branch.dtype),
+        _name(y.dtype),
+    )
+
+
+@functools.cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 _Types = tuple[str, str, str, str]
 _USUAL: _Types = ("fp32", "bf16", "bf16", "fp32")
-_WIDTHS = (64, 100, 192, 384, 768, 1024, 1280, 2048, 4096)
+_OTHERS: tuple[_Types, ...] = (
+    ("fp32", "fp16", "fp16", "fp32"),
+    ("fp32", "bf16", "bf16", "bf16"),
+    ("fp32", "fp32", "fp32", "fp32"),
+    ("bf16", "bf16", "bf16", "bf16"),
+)
+_WIDTHS = (384, 768, 1024, 1280)
+_RARE_WIDTHS = (64, 100, 192, 4096)
 
 
 def aot_cases() -> list[AotCase]:
-    """Every tile at the widths of vision transformers and at the bounds, in the types of autocast; the rest at 384.
+    """Every tile at the widths of vision transformers in autocast's types, defaults at narrow, odd and the widest rows.
 
-    Types are those of x, branch, y and weight. Forwards with and without a branch, backwards with and without
-    a gradient to x_new and one to the branch.
+    Types are those of x, branch, y and weight; other ones, and calls without a branch or without a gradient to x_new or to the
+    branch, are compiled at a width of 384.
     """
     cases = []
-    others: list[_Types] = [
-        ("fp32", "fp16", "fp16", "fp32"),
-        ("fp32", "bf16", "bf16", "bf16"),
-        ("fp32", "fp32", "fp32", "fp32"),
-        ("bf16", "bf16", "bf16", "bf16"),
-    ]
-    for E, types in [*((E, _USUAL) for E in _WIDTHS), *((384, types) for types in others)]:
-        for tile, flag in product(forward_tiles(E), (True, False)):
-            constants = {"HAS_BRANCH": flag, "E": E, "COLS": columns(E), "ROWS": tile[0]}
-            cases.append(_case("fwd", types, constants, tile, forward_tiles(E)[0]))
-        for tile, new, branch in product(backward_tiles(E), (True, False), (True, False)):
-            constants = {"HAS_DX_NEW": new, "HAS_DBRANCH": branch, "E": E, "COLS": columns(E), "ROWS": tile[0]}
-            cases.append(_case("bwd", types, constants, tile, backward_tiles(E)[0]))
-    for E, weight in product((384, 1280), ("fp32", "bf16")):
-        constants = {"E": E, "COLS": SUM_COLS, "ROWS": SUM_ROWS}
-        cases.append(
-            _case("sum", ("fp32", "bf16", "bf16", weight), constants, (SUM_ROWS, SUM_WARPS), (SUM_ROWS, SUM_WARPS))
-        )
+
+    def add(way: str, E: int, types: _Types, tile: Tile, **flags: bool) -> None:
+        tiles = forward_tiles(E) if way == "fwd" else backward_tiles(E)
+        constants = flags | {"E": E, "COLS": columns(E), "ROWS": tile[0]}
+        cases.append(_case(way, types, constants, tile, tiles[0]))
+
+    usual = [(E, types, 1) for E, types in [(E, _USUAL) for E in _RARE_WIDTHS] + [(384, types) for types in _OTHERS]]
+    for E, types, tiles in [(E, _USUAL, None) for E in _WIDTHS] + usual:
+        for tile in forward_tiles(E)[:tiles]:
+            add("fwd", E, types, tile, HAS_BRANCH=True)
+        for tile in backward_tiles(E)[:tiles]:
+            add("bwd", E, types, tile, HAS_DX_NEW=True, HAS_DBRANCH=types[1] != types[0])
+    add("fwd", 384, _USUAL, forward_tiles(384)[0], HAS_BRANCH=False)
+    for new, branch in ((True, False), (False, True), (False, False)):
+        add("bwd", 384, _USUAL, backward_tiles(384)[0], HAS_DX_NEW=new, HAS_DBRANCH=branch)
+    for types in (_USUAL, _OTHERS[1]):
+        tile = (SUM_ROWS, SUM_WARPS)
+        cases.append(_case("sum", types, {"E": 384, "COLS": SUM_COLS, "ROWS": SUM_ROWS}, tile, tile))
     unique: dict[str, AotCase] = {}
     for case in cases:  # tiles that differ in programs alone are one configuration, and the first may be the default
         unique.setdefault(case.name, case)

@@ -1,23 +1,41 @@
 """`fastmoco::residual_norm`: the kernels as one operator of torch, with its gradient.
 
 Kept for the backward: x_new (x itself without a branch), the weight, and two float32 a row. Not y: who multiplies it
-keeps it anyway. The operator stands below autocast, which casts none of its arguments.
+keeps it anyway. The operator stands below autocast, which casts none of its arguments. Where nothing watches torch's calls,
+an autograd function launches at once: the way through the dispatcher takes the host twice as long.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from fastmoco_kernels._multi_tensor import traced
 from fastmoco_kernels._runtime import require_triton
 
 _Four = tuple[Tensor, Tensor, Tensor, Tensor]
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
-@torch.library.custom_op("fastmoco::residual_norm", mutates_args=())
-def _residual_norm(
+def residual_norm_triton(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x_new and y by the Triton kernels; shapes and dtypes have been checked by the caller. Differentiable once."""
+    run: Callable[..., _Four] = _residual_norm if _watched(x, branch, weight, bias) else _Eager.apply
+    x_new, y, _, _ = run(x, branch, weight, bias, eps, out_dtype)
+    return (x if branch is None else x_new), y
+
+
+def _watched(*tensors: Tensor | None) -> bool:
+    """Whether a compiler, a mode, a transform or a subclass of tensor wants to see the operator."""
+    return traced() or torch._C._are_functorch_transforms_active() or not _PLAIN.issuperset(map(type, tensors))
+
+
+def _forward(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
 ) -> _Four:
     require_triton("residual_norm", x.device)
@@ -26,8 +44,10 @@ def _residual_norm(
     return forward(x, branch, weight, bias, eps, out_dtype)
 
 
-@torch.library.custom_op("fastmoco::residual_norm_backward", mutates_args=())
-def _residual_norm_backward(
+_residual_norm = torch.library.custom_op("fastmoco::residual_norm", _forward, mutates_args=())
+
+
+def _backward(
     dy: Tensor,
     dx_new: Tensor | None,
     x_new: Tensor,
@@ -40,6 +60,9 @@ def _residual_norm_backward(
     from fastmoco_kernels.residual_norm.launch import backward
 
     return backward(dy, dx_new, x_new, weight, mean, rstd, x_dtype, branch_dtype)
+
+
+_residual_norm_backward = torch.library.custom_op("fastmoco::residual_norm_backward", _backward, mutates_args=())
 
 
 @_residual_norm.register_fake
@@ -85,25 +108,31 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: _Four) -> None:
 def _gradients(ctx: Any, dx_new: Tensor | None, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     x_new, weight, mean, rstd = ctx.saved_tensors
     x_dtype, branch_dtype = ctx.dtypes
+    dx_new = None if branch_dtype is None else dx_new  # without a branch that result is an empty stand-in
     if dy is None:  # y was not used: the sum alone is differentiated
-        dx, dbranch, dweight, dbias = dx_new, dx_new, None, None
-        dx = None if dx is None else dx.to(x_dtype)
-        dbranch = None if dbranch is None or branch_dtype is None else dbranch.to(branch_dtype)
-        return dx, dbranch, dweight, dbias, None, None
-    other = None if branch_dtype in (None, x_dtype) else branch_dtype
-    found: _Four = _residual_norm_backward(dy, dx_new, x_new, weight, mean, rstd, x_dtype, other)
-    dx, dbranch, dweight, dbias = found
-    if other is None:
-        dbranch = None if branch_dtype is None else dx
+        dx = None if dx_new is None else dx_new.to(x_dtype)
+        dbranch = None if dx_new is None or branch_dtype is None else dx_new.to(branch_dtype)
+        return dx, dbranch, None, None, None, None
+    other = None if branch_dtype == x_dtype else branch_dtype  # of x's dtype, dbranch is dx
+    run: Callable[..., _Four] = _residual_norm_backward if _watched(dy, dx_new, x_new, weight) else _backward
+    dx, own, dweight, dbias = run(dy, dx_new, x_new, weight, mean, rstd, x_dtype, other)
+    dbranch = None if branch_dtype is None else dx if other is None else own
     return dx, dbranch, dweight, dbias, None, None
 
 
 _residual_norm.register_autograd(_gradients, setup_context=_keep)
 
 
-def residual_norm_triton(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """x_new and y by the Triton kernels; shapes and dtypes have been checked by the caller. Differentiable once."""
-    x_new, y, _, _ = _residual_norm(x, branch, weight, bias, eps, out_dtype)
-    return (x if branch is None else x_new), y
+class _Eager(torch.autograd.Function):
+    """The operator without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:  # with a setup_context, torch reads the signature at every call
+        output = _forward(*arguments)
+        _keep(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *incoming: Any) -> Any:
+        return _gradients(ctx, *incoming)
