@@ -24,6 +24,7 @@ OPS = (
     "attention",
     "blur",
     "ema",
+    "fused_block",
     "gelu_bias",
     "info_nce",
     "lars",

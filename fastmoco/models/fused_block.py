@@ -156,7 +156,7 @@ class _FusedBlock(torch.autograd.Function):
             del dm_RE, gelu
             dy2 = (dhidden @ w.fc1.to(dtype)).view_as(a)
             narrow = None if dtype == stream.dtype else dtype
-            dx1, da, y2, dnorm2, dnorm2_bias, dproj_bias = norm_backward(
+            dx1, da, y2, dnorm2 = norm_backward(
                 dy2, dx2, stream, a, w.norm2, w.norm2_bias, mean2, rstd2, narrow, triton
             )
             del dy2, dx2, a
@@ -175,20 +175,20 @@ class _FusedBlock(torch.autograd.Function):
             dqkv_RF = _rows(dqkv)
             dy1 = (dqkv_RF @ w.qkv.to(dtype)).view_as(stream)
             narrow = None if ctx.branch_dtype == stream.dtype else ctx.branch_dtype
-            dx, dbranch, y1, dnorm1, dnorm1_bias, _ = norm_backward(
+            dx, dbranch, y1, dnorm1 = norm_backward(
                 dy1, dx1, stream, None, w.norm1, w.norm1_bias, mean1, rstd1, narrow, triton
             )
             if narrow is None:
                 dbranch = None if ctx.branch_dtype is None else dx
             dweights = Weights(
-                norm1=dnorm1,
-                norm1_bias=dnorm1_bias,
+                norm1=dnorm1[0],
+                norm1_bias=dnorm1[1],
                 qkv=dqkv_RF.t() @ _rows(y1),
                 qkv_bias=dqkv_bias,
                 proj=dproj,
-                proj_bias=dproj_bias,
-                norm2=dnorm2,
-                norm2_bias=dnorm2_bias,
+                proj_bias=dnorm2[2],
+                norm2=dnorm2[0],
+                norm2_bias=dnorm2[1],
                 fc1=dfc1,
                 fc1_bias=dfc1_bias,
                 fc2=dfc2,

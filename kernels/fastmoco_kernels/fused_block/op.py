@@ -33,7 +33,6 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _Two = tuple[Tensor, Tensor]
 _Three = tuple[Tensor, Tensor, Tensor]
 _Four = tuple[Tensor, Tensor, Tensor, Tensor]
-_Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def kernels_fit(x: Tensor) -> bool:
@@ -88,14 +87,14 @@ def norm_backward(
     rstd: Tensor,
     branch_dtype: torch.dtype | None,
     triton: bool,
-) -> _Six:
-    """dx, dbranch (empty unless ``branch_dtype``), y, and sums over rows: dweight, dbias, dbranch's (dx's without one)."""
+) -> _Four:
+    """dx, dbranch (empty unless ``branch_dtype``), y, and sums over rows [3, E]: dweight, dbias, and with a branch dbranch's."""
     if not triton:
         return norm_backward_reference(dy, dsum, x, branch, weight, bias, mean, rstd, branch_dtype)
     require_triton("fused_block", x.device)
-    from fastmoco_kernels.fused_block.launch import norm_backward
+    from fastmoco_kernels.fused_block import launch
 
-    return norm_backward(dy, dsum, x, branch, weight, bias, mean, rstd, branch_dtype)
+    return launch.norm_backward(dy, dsum, x, branch, weight, bias, mean, rstd, branch_dtype)
 
 
 @norm_backward.register_fake
@@ -110,10 +109,10 @@ def _(
     rstd: Tensor,
     branch_dtype: torch.dtype | None,
     triton: bool,
-) -> _Six:
-    sums = (x.new_empty(x.shape[-1], dtype=accumulation_dtype(x)) for _ in range(3))
+) -> _Four:
+    sums = x.new_empty(2 if branch is None else 3, x.shape[-1], dtype=accumulation_dtype(x))
     dbranch = x.new_empty(0) if branch_dtype is None else x.new_empty(x.shape, dtype=branch_dtype)
-    return x.new_empty(x.shape), dbranch, x.new_empty(x.shape, dtype=dy.dtype), *sums
+    return x.new_empty(x.shape), dbranch, x.new_empty(x.shape, dtype=dy.dtype), sums
 
 
 @torch.library.custom_op("fastmoco::block_gelu_backward", mutates_args=())
@@ -122,9 +121,9 @@ def gelu_backward(dg: Tensor, h: Tensor, triton: bool) -> _Three:
     if not triton:
         return gelu_backward_reference(dg, h)
     require_triton("fused_block", h.device)
-    from fastmoco_kernels.fused_block.launch import gelu_backward
+    from fastmoco_kernels.fused_block import launch
 
-    return gelu_backward(dg, h)
+    return launch.gelu_backward(dg, h)
 
 
 @gelu_backward.register_fake
@@ -135,7 +134,12 @@ def _(dg: Tensor, h: Tensor, triton: bool) -> _Three:
 @torch.library.custom_op("fastmoco::block_stack_qkv", mutates_args=())
 def stack_qkv(dq: Tensor, dk: Tensor, dv: Tensor, triton: bool) -> _Two:
     """[B, L, 3 A d] of three [B, A, L, d] of any strides, and the sum over rows of it."""
-    return stack_qkv_reference(dq, dk, dv)
+    if not triton:
+        return stack_qkv_reference(dq, dk, dv)
+    require_triton("fused_block", dq.device)
+    from fastmoco_kernels.stacked_qkv.launch import backward
+
+    return backward(dq, dk, dv, torch.float32)
 
 
 @stack_qkv.register_fake

@@ -41,8 +41,10 @@ def norm_backward_reference(
     mean: Tensor,
     rstd: Tensor,
     branch_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dbranch (empty unless ``branch_dtype``), y once more, and sums over rows for weight, bias and dbranch.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dbranch (empty unless ``branch_dtype``), y once more, and sums over rows [3, E]: dweight, dbias, dbranch's.
+
+    The last is dx's where there is no dbranch, and is left out without a branch.
 
     ``dx = dsum + rstd * (g - mean(g) - xhat * mean(g * xhat))``, ``g = weight * dy`` (Ba, Kiros, Hinton 2016, Eq. 4, derived).
 
@@ -64,11 +66,10 @@ def norm_backward_reference(
     g = dy.to(wide) * weight.to(wide)
     dx = (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd.view(rows)
     dx = (dx if dsum is None else dx + dsum).to(x.dtype)
-    dbranch = x.new_empty(0, dtype=branch_dtype) if branch_dtype is None else dx.to(branch_dtype)
+    dbranch = x.new_empty(0) if branch_dtype is None else dx.to(branch_dtype, copy=True)
     y = (xhat * weight.to(wide) + bias.to(wide)).to(dy.dtype)
-    dweight = (dy.to(wide) * xhat).reshape(-1, E).sum(0)
-    dbias, total = (t.reshape(-1, E).sum(0, dtype=wide) for t in (dy, dx if branch_dtype is None else dbranch))
-    return dx, dbranch, y, dweight, dbias, total
+    added = (dy.to(wide) * xhat, dy, *(() if branch is None else (dx if branch_dtype is None else dbranch,)))
+    return dx, dbranch, y, torch.stack([t.reshape(-1, E).sum(0, dtype=wide) for t in added])
 
 
 def gelu_backward_reference(dg: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
