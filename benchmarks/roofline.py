@@ -159,8 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def table(found: dict[str, Any]) -> str:
     """A report as text."""
+    kind = "fused blocks" if found["blocks"] == "fused" else "compiled" if found["compiled"] else "eager"
     lines = [
-        f"{found['model']}, {found['blocks']}, {'compiled' if found['compiled'] else 'eager'}, chunks of {found['chunk']}: "
+        f"{found['model']}, {kind}, chunks of {found['chunk']}: "
         f"{found['operations_a_chunk']} operations a chunk with its second forward"
     ]
     for name, card in found["cards"].items():
