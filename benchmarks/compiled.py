@@ -24,7 +24,19 @@ from typing import Any
 
 from fastmoco_kernels._aot import ARCHITECTURES, MATRIX_OPCODES, SHARED_LIMITS, AotCase, Compiled, compile_case
 
-OPS = ("adamw_ema", "attention", "blur", "ema", "info_nce", "lars", "residual_norm", "view_color")
+OPS = (
+    "adamw_ema",
+    "attention",
+    "blur",
+    "ema",
+    "fused_block",
+    "gelu_bias",
+    "info_nce",
+    "lars",
+    "residual_norm",
+    "stacked_qkv",
+    "view_color",
+)
 SHOWN = ("MUFU", "FFMA", "FMUL", "FMNMX", "SHFL")
 Row = tuple[str, int, Compiled | None, list[str]]
 Run = dict[str, Any]

@@ -35,6 +35,12 @@ KINDS = {
     "clone": "stack, cat, clone",
     "stack": "stack, cat, clone",
     "cat": "stack, cat, clone",
+    "residual_norm": "layer norm",
+    "residual_norm_backward": "layer norm",
+    "block_norm": "layer norm",
+    "block_norm_backward": "layer norm",
+    "block_gelu_backward": "GELU",
+    "block_stack_qkv": "stack, cat, clone",
 }
 """Names under which operations are reported; products and attention are recognised by their FLOPs, the rest is "other"."""
 

@@ -112,6 +112,7 @@ def report(
         }
     return {
         "model": config.model.architecture,
+        "blocks": config.model.blocks,
         "compiled": compiled,
         "chunk": counted.chunk,
         "operations_a_chunk": sum(
@@ -139,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kept", type=int, default=None, help="images that keep their graphs, instead of the plan's")
     parser.add_argument("--views", default="float32", help="dtype of the views, as torch names it")
     parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="")
+    parser.add_argument("--blocks", choices=("modules", "fused"), default="modules", help="fused: counted as it runs")
     parser.add_argument(
         "--memory-budget", type=float, default=None, help="share of activations that compiled blocks keep"
     )
@@ -148,7 +150,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = get_recipe(recipe)
         if given.checkpointing:
             config = replace(config, model=replace(config.model, checkpointing=given.checkpointing))
-        for compiled in {"both": (False, True), "eager": (False,), "compiled": (True,)}[given.mode]:
+        config = replace(config, model=replace(config.model, blocks=given.blocks))
+        modes = (
+            (False,)
+            if given.blocks == "fused"
+            else {"both": (False, True), "eager": (False,), "compiled": (True,)}[given.mode]
+        )
+        for compiled in modes:
             found = report(
                 config,
                 chunk=given.chunk,
@@ -163,8 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def table(found: dict[str, Any]) -> str:
     """A report as text."""
+    kind = "fused blocks" if found["blocks"] == "fused" else "compiled" if found["compiled"] else "eager"
     lines = [
-        f"{found['model']}, {'compiled' if found['compiled'] else 'eager'}, chunks of {found['chunk']}: "
+        f"{found['model']}, {kind}, chunks of {found['chunk']}: "
         f"{found['operations_a_chunk']} operations a chunk with its second forward"
     ]
     for name, card in found["cards"].items():

@@ -21,6 +21,7 @@ FREE_TO_CHANGE = (
     "optim.fused_backend",
     "model.checkpointing",
     "model.compile",
+    "model.blocks",
     "batch.",
     "parallel.",
     "data.cache_dir",

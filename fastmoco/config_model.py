@@ -23,12 +23,14 @@ AttentionBackend = Literal[
 ]
 Recompute = Literal["none", "selective", "full"]
 Linears = Literal["native", "float8"]
+Blocks = Literal["modules", "fused"]
 KINDS = {
     "architecture": Architecture,
     "attention": AttentionBackend,
     "checkpointing": Recompute,
     "linears": Linears,
     "momentum_linears": Linears,
+    "blocks": Blocks,
 }
 
 
@@ -59,6 +61,9 @@ class ModelConfig:
     compile: Literal["auto"] | bool = "auto"
     """Blocks through torch.compile: fewer and larger kernels, the same numbers to rounding, about a minute at the start.
     ``auto``: on CUDA, in bf16 and fp32."""
+    blocks: Blocks = "modules"
+    """Encoder blocks as ``modules``, or ``fused``: forward and backward written by hand, not compiled, fewer bytes moved and
+    kept, the same numbers to rounding."""
 
     def __post_init__(self) -> None:
         for name, kind in KINDS.items():
@@ -82,3 +87,11 @@ class ModelConfig:
             require(self.checkpointing != "selective", "checkpointing", self.checkpointing, rule)
             rule = "linears=float8 needs --model.compile auto or True: uncompiled, casts move several times the bytes of products"
             require(self.compile is not False, "compile", self.compile, rule)
+        if self.blocks == "fused":
+            # The fused block is one operation to autograd and to the compiler.
+            rule = "blocks=fused recomputes norms and GELU by itself, and cannot stop in between: take none, or blocks modules"
+            require(self.checkpointing == "none", "checkpointing", self.checkpointing, rule)
+            rule = "blocks=fused multiplies in the run's precision: take native, or blocks modules"
+            require(self.linears == "native", "linears", self.linears, rule)
+            rule = "blocks=fused brings its own kernels: take auto or False, or blocks modules"
+            require(self.compile is not True, "compile", self.compile, rule)

@@ -74,7 +74,9 @@ class Gradients:
         self._float8 = float8_layers(objective.momentum_encoder)
         require_whole(bool(self._float8) and strategy != "ddp" and world.world_size > 1)
         self.strategy: str = strategy if world.world_size > 1 else "one process"
-        self.compile = choose_compile(config.model.compile, world.device, precision)
+        # A fused block brings its own kernels.
+        wanted = False if config.model.blocks == "fused" else config.model.compile
+        self.compile = choose_compile(wanted, world.device, precision)
         self.plan = choose_plan(
             config,
             objective,

@@ -90,6 +90,9 @@ def build_model(config: Config) -> MoCoV3:
         temperature=config.objective.temperature,
     )
     objective.encoder.recompute(model.checkpointing)
+    for module in objective.modules():
+        if isinstance(module, Block):
+            module.fused = model.blocks == "fused"
     if model.linears == "float8":
         for encoder in (objective.encoder, objective.momentum_encoder):
             float8.require_gain(encoder)

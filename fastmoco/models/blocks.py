@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastmoco.distributed.sync_batch_norm import BatchNorm
+from fastmoco.models.fused_block import Form, Weights, fused_block
 from fastmoco_kernels import attention, residual_norm
 
 CONV_STEM_STRIDE = 16
@@ -129,6 +130,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block; ``recompute`` says what its backward computes again.
 
+    ``fused``: ``forward`` is one node of autograd with a backward of its own (`fused_block`), where nothing else is recomputed.
+
     Where ``hands_on_parts``, the residual stream travels between blocks as a sum that is not taken yet, stream + branch: the next
     norm takes it in its one pass over memory.
     """
@@ -137,6 +140,7 @@ class Block(nn.Module):
         super().__init__()
         self.recompute: Recompute = "none"
         self.hands_on_parts = True
+        self.fused = False
         self.norm1 = LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, num_heads, attention_backend)
         self.norm2 = LayerNorm(width, eps=1e-6)
@@ -144,6 +148,8 @@ class Block(nn.Module):
 
     def forward(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Stream and branch, [B, L, E] each, to stream and branch."""
+        if self.fused and self.recompute == "none":
+            return self._fused(x_BLE, branch_BLE)
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._whole(x_BLE, branch_BLE)
         # What is kept is the block's input: one tensor, the sum.
@@ -165,6 +171,13 @@ class Block(nn.Module):
         x_BLE, normed = self.norm2.add(x_BLE, self.attn(normed))
         branch_BLE = self.mlp(normed)
         return (x_BLE, branch_BLE) if self.hands_on_parts else (x_BLE + branch_BLE, None)
+
+    def _fused(self, x_BLE: Tensor, branch_BLE: Tensor | None) -> tuple[Tensor, Tensor]:
+        norm1, norm2, attn, mlp = self.norm1, self.norm2, self.attn, self.mlp
+        used = (norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2)
+        weights = Weights(*(tensor for module in used for tensor in (module.weight, module.bias)))
+        form = Form(self.attn.num_heads, (self.norm1.eps, self.norm2.eps), self.attn.backend)
+        return fused_block(x_BLE, branch_BLE, weights, form)
 
     def _class_row(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> Tensor:
         x_BLE, normed = self.norm1.add(x_BLE, branch_BLE)

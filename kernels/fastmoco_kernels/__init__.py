@@ -11,10 +11,12 @@ from fastmoco_kernels.attention.packed import packed_attention
 from fastmoco_kernels.blur.op import gaussian_blur
 from fastmoco_kernels.cut_views.op import cut_views
 from fastmoco_kernels.ema.op import ema_update_
+from fastmoco_kernels.gelu_bias.op import gelu
 from fastmoco_kernels.info_nce.op import InfoNCEResult, info_nce_loss, symmetric_info_nce_loss
 from fastmoco_kernels.lars.op import lars_step_
 from fastmoco_kernels.lars.optimizer import LARS
 from fastmoco_kernels.residual_norm.op import residual_norm
+from fastmoco_kernels.stacked_qkv.op import split_qkv
 from fastmoco_kernels.view_color.op import view_color
 from fastmoco_kernels.view_color.plan import ViewColorParameters
 
@@ -30,10 +32,12 @@ __all__ = [
     "cut_views",
     "ema_update_",
     "gaussian_blur",
+    "gelu",
     "info_nce_loss",
     "lars_step_",
     "packed_attention",
     "residual_norm",
+    "split_qkv",
     "symmetric_info_nce_loss",
     "view_color",
 ]

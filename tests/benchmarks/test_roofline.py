@@ -86,6 +86,23 @@ def test_a_step_adds_up_its_chunks(eager):
     assert card.seconds_of(counts) == pytest.approx(2 + 2 / roofline.ATTENTION_SHARE + 4)
 
 
+def test_a_fused_block_equals_a_count_by_hand(config, eager):
+    """Of a block with a branch before it: 12 bytes a token and channel for each norm forward, 20 and 18 backward; GELU 16 and 32."""
+    fused = count_step(replace(config, model=replace(config.model, blocks="fused")), chunk=CHUNK, compiled=False)
+    for part in ("query", "keys", "backward"):
+        for kind in (PRODUCTS, ATTENTION):
+            assert getattr(fused, part).by_kind[kind].flops == getattr(eager, part).by_kind[kind].flops
+    images, weight = 2 * CHUNK, 4
+    # The first block has no branch to add, and neither has the class row's second norm a wide one.
+    norms = R * E * (4 + 2) + R * E * (4 + 2 + 4 + 2) + R * E * (4 + 2 + 4 + 2) + images * E * (4 + 2 + 4 + 2)
+    assert (
+        fused.query.by_kind["layer norm"].bytes
+        == norms + 4 * 2 * E * weight + 8 * (3 * R + images) + images * E * 8 + 2 * E * weight + 8 * images
+    )
+    # The gradient to GELU's output and its input in; its output, the gradient and the sum over its rows out. Torch's for the class row.
+    assert fused.backward.by_kind["GELU"].bytes == (4 * R + 3 * images) * HIDDEN * 2 + HIDDEN * 4
+
+
 class Small(nn.Module):
     """Norm, product with bias, GELU, residual: what the model of fusion is about."""
 

@@ -23,6 +23,7 @@ from fastmoco import training_state
 from fastmoco.distributed import World, parallelize
 from fastmoco.distributed.gradient_average import ShardedGradientAverage
 from fastmoco.distributed.replicas import require_equal_replicas
+from fastmoco.models.blocks import Block
 from fastmoco.models.compiled import compile_blocks
 from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.chunked import ChunkedStep
@@ -76,11 +77,15 @@ def run_steps(
     half: bool = False,
     recompute: str = "none",
     compiled: bool = False,
+    fused: bool = False,
     seed: int = 30,
 ) -> Case:
     """Three steps on this rank's part of each batch, an evaluation between the second and the third."""
     objective, batches = build(stem, dtype, seed)
     objective.encoder.recompute(recompute)  # type: ignore[arg-type]
+    for module in objective.modules():
+        if isinstance(module, Block):
+            module.fused = fused
     if compiled:
         compile_blocks(objective)
     forward = parallelize(
@@ -227,10 +232,12 @@ OPTIONS: dict[str, Case] = {
     "chunked fp32": {"chunk": 2, "dtype": torch.float32},
     "conv fp64": {"stem": "conv"},
     "recomputed fp64": {"recompute": "full", "chunk": 2},
+    "fused fp64": {"fused": True, "chunk": 2, "kept": 1},
     "adamw fp64": {"optimizer": "adamw"},
     "sweep fp64": {"optimizer": "sweep"},
     "bf16": {"dtype": torch.float32, "half": True},
     "bf16 chunked": {"dtype": torch.float32, "half": True, "chunk": 2, "kept": 1},
+    "bf16 fused": {"dtype": torch.float32, "half": True, "chunk": 2, "kept": 1, "fused": True},
 }
 MUTANTS: dict[str, Callable[[World, str], Case]] = {
     "wrong offset": mutant("fastmoco.objectives.moco_v3.group_rank", lambda: 0),

@@ -44,8 +44,8 @@ def over(*chosen: str) -> pytest.MarkDecorator:
 
 
 def reference(name: str) -> Case:
-    """The same training in this process: the whole batches, and never in chunks."""
-    options = {key: value for key, value in OPTIONS[name].items() if key not in ("chunk", "kept", "recompute")}
+    """The same training in this process: the whole batches, never in chunks, and blocks of modules."""
+    options = {key: value for key, value in OPTIONS[name].items() if key not in ("chunk", "kept", "recompute", "fused")}
     key = str(options)
     if key not in references:
         references[key] = run_steps(World(), **options)
@@ -129,7 +129,7 @@ def test_a_twin_leaves_no_notes_for_a_backward_that_never_comes(ranks: Ranks, st
         assert case["notes"] <= 1  # its head's
 
 
-@over("bf16", "bf16 chunked")
+@over("bf16", "bf16 chunked", "bf16 fused")
 def test_bf16_over_float32_shards(ranks: Ranks, strategy: str, name: str) -> None:
     """Weights that cross ranks in bf16 give what autocast gives; master weights, twin and optimizer stay float32."""
     cases, exact = run_by(ranks, f"{strategy} {name}"), reference("fp32")

@@ -1,0 +1,214 @@
+"""A transformer block as one node of autograd: what it keeps and every pass of its backward are chosen here.
+
+Kept are the stream, the statistics of both norms, the stacked projections, attention's output, its projection (the branch),
+and the hidden layer: 11 numbers of 16 bits a token and channel. Norms, GELU and the second sum are made again, each by
+the kernel that takes the gradient through it and adds up what biases and norm weights need (`fastmoco_kernels.fused_block`).
+One sum over rows is left as a pass: that of the gradient to the block's own branch, for the bias of its last product. The
+kernel that makes this gradient belongs to the next block, and FSDP2 holds no other block's weights there.
+
+Attention brings its own backward: its part of the graph is made and kept inside of this node. Weights are kept as parameters
+and cast again in the backward, so FSDP2 may take them away in between.
+
+Legend: B images, L tokens, E width, F hidden width, A heads, d = E / A; R = B L rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmoco_kernels import attention
+from fastmoco_kernels.fused_block.op import gelu_backward, kernels_fit, norm_backward, norm_forward, stack_qkv
+
+
+class Weights(NamedTuple):
+    """A block's parameters, in the order of their use."""
+
+    norm1: Tensor
+    norm1_bias: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor
+    proj: Tensor
+    proj_bias: Tensor
+    norm2: Tensor
+    norm2_bias: Tensor
+    fc1: Tensor
+    fc1_bias: Tensor
+    fc2: Tensor
+    fc2_bias: Tensor
+
+
+class Form(NamedTuple):
+    """What a block is beside its weights."""
+
+    num_heads: int
+    eps: tuple[float, float]
+    """Of the first norm and the second."""
+    attention: str
+    """Who computes attention, a backend of `attention`."""
+
+
+def fused_block(x_BLE: Tensor, branch_BLE: Tensor | None, weights: Weights, form: Form) -> tuple[Tensor, Tensor]:
+    """Stream and branch, [B, L, E] each, to stream and branch: the values of `Block`, with the backward of this file.
+
+    Products and norms are in autocast's dtype where autocast is on, else in the stream's; float64 stays. Differentiable once.
+
+    Args:
+        x_BLE: the residual stream, floating point.
+        branch_BLE: to be added to it, no wider than the stream; or None.
+        weights: of the block, in the stream's dtype or narrower.
+        form: the rest of it.
+
+    Raises:
+        ValueError: for a branch that is wider than the stream.
+    """
+    if branch_BLE is not None and torch.promote_types(x_BLE.dtype, branch_BLE.dtype) != x_BLE.dtype:
+        raise ValueError(f"fused block: the branch is {branch_BLE.dtype}, wider than the stream, {x_BLE.dtype}")
+    dtype, kind = x_BLE.dtype, x_BLE.device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        if torch.is_grad_enabled():
+            found: tuple[Tensor, Tensor] = _FusedBlock.apply(form, dtype, x_BLE, branch_BLE, *weights)  # type: ignore[no-untyped-call]
+            return found
+        return _forward(form, dtype, x_BLE, branch_BLE, weights).out
+
+
+class _Forward(NamedTuple):
+    """Results, and what the backward needs of the way to them."""
+
+    out: tuple[Tensor, Tensor]
+    stream: Tensor | None
+    """The sum of the block's inputs, where there are two."""
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor]
+    qkv: tuple[Tensor, Tensor, Tensor]
+    attended: Tensor
+    """[B, A, L, d], with its graph from ``qkv`` where one was asked for."""
+    branch: Tensor
+    hidden: Tensor
+
+
+def _forward(
+    form: Form, dtype: torch.dtype, x: Tensor, branch: Tensor | None, weights: Weights, *, keep: bool = False
+) -> _Forward:
+    """The block; ``keep``: with attention's own graph."""
+    triton = kernels_fit(x)
+    w = weights
+    stream, y1, mean1, rstd1 = norm_forward(x, branch, w.norm1, w.norm1_bias, form.eps[0], dtype, triton)
+    stream = x if branch is None else stream
+    q, k, v = _heads(F.linear(y1, w.qkv.to(dtype), w.qkv_bias.to(dtype)), form.num_heads)
+    del y1
+    with torch.set_grad_enabled(keep):
+        if keep:
+            q, k, v = (part.detach().requires_grad_() for part in (q, k, v))
+        attended = attention(q, k, v, backend=form.attention)
+    a = F.linear(_tokens(attended.detach()), w.proj.to(dtype), w.proj_bias.to(dtype))
+    x2, y2, mean2, rstd2 = norm_forward(stream, a, w.norm2, w.norm2_bias, form.eps[1], dtype, triton)
+    hidden = F.linear(y2, w.fc1.to(dtype), w.fc1_bias.to(dtype))
+    del y2
+    m = F.linear(F.gelu(hidden), w.fc2.to(dtype), w.fc2_bias.to(dtype))
+    return _Forward(
+        out=(x2, m),
+        stream=None if branch is None else stream,
+        statistics=(mean1, rstd1, mean2, rstd2),
+        qkv=(q, k, v),
+        attended=attended,
+        branch=a,
+        hidden=hidden,
+    )
+
+
+class _FusedBlock(torch.autograd.Function):
+    """The block as one node."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, form: Form, dtype: torch.dtype, x: Tensor, branch: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        made = _forward(form, dtype, x, branch, Weights(*weights), keep=True)
+        stream = x if made.stream is None else made.stream
+        ctx.save_for_backward(stream, *made.statistics, made.branch, made.hidden, *weights)
+        ctx.attention = made.qkv, made.attended
+        ctx.branch_dtype = None if branch is None else branch.dtype
+        ctx.set_materialize_grads(False)
+        return made.out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        stream, mean1, rstd1, mean2, rstd2, a, hidden, *parameters = ctx.saved_tensors
+        if ctx.attention is None:
+            raise RuntimeError("a fused block goes back once; take model.blocks modules for several backward passes")
+        (qkv, attended), ctx.attention = ctx.attention, None
+        ctx.maybe_clear_saved_tensors()  # what is used up is free again: this is where a step's memory peaks
+        w, dtype, triton = Weights(*parameters), a.dtype, kernels_fit(stream)
+        dx2, dm = gradients
+        del gradients
+        with torch.autocast(stream.device.type, enabled=False):
+            dm_RE = _rows(torch.zeros_like(a) if dm is None else dm)
+            del dm
+            dfc2_bias = dm_RE.sum(0, dtype=mean1.dtype)
+            gelu, dhidden, dfc1_bias = gelu_backward(dm_RE @ w.fc2.to(dtype), _rows(hidden), triton)
+            del hidden
+            dfc2 = dm_RE.t() @ gelu
+            del dm_RE, gelu
+            dy2 = (dhidden @ w.fc1.to(dtype)).view_as(a)
+            narrow = None if dtype == stream.dtype else dtype
+            dx1, da, y2, dnorm2 = norm_backward(
+                dy2, dx2, stream, a, w.norm2, w.norm2_bias, mean2, rstd2, narrow, triton
+            )
+            del dy2, dx2, a
+            dfc1 = dhidden.t() @ _rows(y2)
+            del dhidden, y2
+            da_RE = _rows(dx1 if narrow is None else da)
+            del da
+            dproj = da_RE.t() @ _rows(_tokens(attended.detach()))
+            B, A, L, d = attended.shape
+            dattended = (da_RE @ w.proj.to(dtype)).view(B, L, A, d).transpose(1, 2)
+            del da_RE
+            parts = torch.autograd.grad(attended, qkv, dattended)
+            del attended, qkv, dattended
+            dqkv, dqkv_bias = stack_qkv(*parts, triton)
+            del parts
+            dqkv_RF = _rows(dqkv)
+            dy1 = (dqkv_RF @ w.qkv.to(dtype)).view_as(stream)
+            narrow = None if ctx.branch_dtype == stream.dtype else ctx.branch_dtype
+            dx, dbranch, y1, dnorm1 = norm_backward(
+                dy1, dx1, stream, None, w.norm1, w.norm1_bias, mean1, rstd1, narrow, triton
+            )
+            if narrow is None:
+                dbranch = None if ctx.branch_dtype is None else dx
+            dweights = Weights(
+                norm1=dnorm1[0],
+                norm1_bias=dnorm1[1],
+                qkv=dqkv_RF.t() @ _rows(y1),
+                qkv_bias=dqkv_bias,
+                proj=dproj,
+                proj_bias=dnorm2[2],
+                norm2=dnorm2[0],
+                norm2_bias=dnorm2[1],
+                fc1=dfc1,
+                fc1_bias=dfc1_bias,
+                fc2=dfc2,
+                fc2_bias=dfc2_bias,
+            )
+            return None, None, dx, dbranch, *(g.to(p.dtype) for g, p in zip(dweights, w, strict=True))
+
+
+def _heads(qkv_BLF: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views q, k, v [B, A, L, d] of stacked projections [B, L, 3 E]."""
+    B, L, F3 = qkv_BLF.shape
+    q, k, v = (part.transpose(1, 2) for part in qkv_BLF.view(B, L, 3, num_heads, F3 // (3 * num_heads)).unbind(2))
+    return q, k, v
+
+
+def _tokens(attended_BALd: Tensor) -> Tensor:
+    """[B, A, L, d] -> [B, L, E]: a view where heads lie beside each other."""
+    B, A, L, d = attended_BALd.shape
+    return attended_BALd.transpose(1, 2).reshape(B, L, A * d)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])

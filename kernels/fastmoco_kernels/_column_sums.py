@@ -1,0 +1,80 @@
+"""Sums over rows without atomics: programs of a backward leave partial sums in a table, and this kernel adds them up.
+
+The order is fixed: the same bits every time on one GPU and one tile.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmoco_kernels._aot import AotCase
+
+COLS, ROWS, WARPS = 32, 64, 4
+_WITHOUT_GPU = 3
+"""Processors in the interpreter, where tests want more than one."""
+
+
+@triton.jit(do_not_specialize=["programs"])
+def column_sum_kernel(
+    partial_ptr,  # [programs, E] float32
+    sum_ptr,  # [E]
+    programs,
+    E: tl.constexpr,
+    COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The sums over all programs of COLS columns."""
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    row = tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, programs, ROWS):
+        inside = (start + row < programs)[:, None] & (col < E)[None, :]
+        total += tl.load(partial_ptr + (start + row)[:, None] * E + col[None, :], mask=inside, other=0.0)
+    tl.store(sum_ptr + col, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=col < E)
+
+
+def parts(whole: int, part: int) -> int:
+    """``part`` goes so often into ``whole``, rounded up; triton.cdiv without what it costs the host."""
+    return -(-whole // part)
+
+
+def add_partial_sums(partial: Tensor, out: Tensor) -> None:
+    """``out`` [E] = the sums over rows of ``partial`` [programs, E] float32, in out's dtype."""
+    programs, E = partial.shape
+    column_sum_kernel[(parts(E, COLS),)](partial, out, programs, E=E, COLS=COLS, ROWS=ROWS, num_warps=WARPS)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    if device.type != "cuda":
+        return _WITHOUT_GPU
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def row_programs(rows: int, rows_at_a_time: int, blocks: int, per_processor: int, device: torch.device) -> int:
+    """Programs that share the rows, where as many run at once for each of ``blocks`` blocks of columns."""
+    return min(parts(rows, rows_at_a_time), max(1, per_processor * processors(device) // blocks))
+
+
+def column_sum_case(op: str, E: int, bias: str) -> AotCase:
+    """One configuration to compile ahead."""
+    constants: dict[str, Any] = {"E": E, "COLS": COLS, "ROWS": ROWS}
+    return AotCase(
+        name=f"{op}.sum {bias} E={E}",
+        kernel=column_sum_kernel,
+        signature={"partial_ptr": "*fp32", "sum_ptr": f"*{bias}", "programs": "i32"}
+        | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        num_warps=WARPS,
+        num_stages=3,
+        default_on=(80, 90, 100),
+        aligned=("partial_ptr", "sum_ptr"),
+        quick=bias == "fp32",
+    )

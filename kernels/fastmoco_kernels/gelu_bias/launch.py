@@ -1,0 +1,94 @@
+"""How the gradient of GELU is launched: columns by block, and as many programs that share the rows as run at once.
+
+A thread holds about 16 numbers of every tensor; 256 columns are one warp's 16-byte reads of 16-bit numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from fastmoco_kernels._aot import AotCase
+from fastmoco_kernels._column_sums import add_partial_sums, column_sum_case, parts, row_programs
+from fastmoco_kernels._runtime import device_guard
+from fastmoco_kernels._tuning import tuned
+from fastmoco_kernels.gelu_bias.triton_kernels import gelu_bwd_kernel
+
+Tile = tuple[int, ...]
+WARPS = 4
+
+
+def columns(F: int) -> int:
+    """Columns of a block: a power of two."""
+    return min(256, max(32, 1 << (F - 1).bit_length()))
+
+
+@functools.cache
+def tiles(F: int) -> list[Tile]:
+    """(rows at a time, programs a processor), the default first: 16 numbers a thread, then 8 and 32."""
+    return [(numbers * 32 * WARPS // columns(F), share) for numbers, share in ((16, 8), (8, 12), (32, 4), (16, 12))]
+
+
+def programs_of(rows: int, F: int, tile: Tile, device: torch.device) -> int:
+    """Programs that share the rows."""
+    return row_programs(rows, tile[0], parts(F, columns(F)), tile[1], device)
+
+
+def backward(dout: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """dh, and its sums over rows in the bias's dtype (empty without one)."""
+    dout, h = dout.contiguous(), h.contiguous()
+    F = h.shape[-1]
+    rows = h.numel() // F
+    dh = torch.empty_like(h)
+    shape = (0,) if bias_dtype is None else (F,)
+    dbias = torch.empty(shape, dtype=bias_dtype or h.dtype, device=h.device)
+    if rows == 0:
+        return dh, dbias.zero_()
+    constants = {"HAS_BIAS": bias_dtype is not None, "F": F, "COLS": columns(F)}
+
+    def run(tile: Tile) -> None:
+        programs = programs_of(rows, F, tile, h.device)
+        partial = dh if bias_dtype is None else torch.empty(programs, F, dtype=torch.float32, device=h.device)
+        gelu_bwd_kernel[(parts(F, columns(F)), programs)](
+            dout, h, dh, partial, rows, **constants, ROWS=tile[0], num_warps=WARPS
+        )
+        if bias_dtype is not None:
+            add_partial_sums(partial, dbias)
+
+    with device_guard(h):
+        key = (f"2**{rows.bit_length()} rows", F, str(h.dtype).removeprefix("torch."), "bias" if dbias.numel() else "")
+        run(tuned("gelu_bias.bwd", key, tiles(F), tiles(F)[0], run, h.device))
+    return dh, dbias
+
+
+def aot_cases() -> list[AotCase]:
+    """Every tile at the hidden widths of vision transformers and at odd ones, in bf16; the other types at 1536."""
+    cases: dict[str, AotCase] = {}
+    for F, dtype in [*((F, "bf16") for F in (100, 768, 1536, 3072, 4096, 5120)), (1536, "fp16"), (1536, "fp32")]:
+        for tile, bias in product(tiles(F), (True, False)):
+            case = _case(F, dtype, tile, bias=bias)
+            cases.setdefault(case.name, case)  # tiles that differ in programs alone are one configuration
+    for F, kind in product((1536, 5120), ("fp32", "bf16")):
+        case = column_sum_case("gelu_bias", F, kind)
+        cases[case.name] = case
+    return list(cases.values())
+
+
+def _case(F: int, dtype: str, tile: Tile, *, bias: bool) -> AotCase:
+    pointers = {"dout_ptr": f"*{dtype}", "h_ptr": f"*{dtype}", "dh_ptr": f"*{dtype}"}
+    pointers["partial_ptr"] = "*fp32" if bias else f"*{dtype}"
+    constants = {"HAS_BIAS": bias, "F": F, "COLS": columns(F), "ROWS": tile[0]}
+    return AotCase(
+        name=f"gelu_bias.bwd {dtype} F={F}{' bias' if bias else ''} rows {tile[0]}",
+        kernel=gelu_bwd_kernel,
+        signature=pointers | {"rows": "i32"} | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        num_warps=WARPS,
+        num_stages=3,
+        default_on=(80, 90, 100) if tile == tiles(F)[0] else (),
+        aligned=tuple(pointers),
+        quick=dtype == "bf16" and F in (1536, 3072),
+    )

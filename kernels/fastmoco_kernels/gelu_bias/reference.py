@@ -1,0 +1,18 @@
+"""GELU in plain torch, and the bias's gradient as torch's linear layer sums it: what the kernel is held against."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmoco_kernels._bias_gradient import pass_bias_gradient
+
+
+def gelu_reference(h: Tensor, bias: Tensor | None) -> Tensor:
+    """``h * Phi(h)`` with the normal distribution's Phi (Hendrycks and Gimpel 2016), exact.
+
+    Args:
+        h: [..., F].
+        bias: [F], or None.
+    """
+    return F.gelu(pass_bias_gradient(h, bias))

@@ -1,0 +1,104 @@
+"""How the stack of gradients is launched: columns by block, none of which lies in two parts, and programs that share rows.
+
+A thread holds about 16 numbers of its tile. The gradients' strides are read as they are: flash attention leaves
+[B, L, A, d] in memory, others [B, A, L, d].
+"""
+
+from __future__ import annotations
+
+import functools
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from fastmoco_kernels._aot import AotCase
+from fastmoco_kernels._column_sums import add_partial_sums, column_sum_case, parts, row_programs
+from fastmoco_kernels._runtime import device_guard
+from fastmoco_kernels._tuning import tuned
+from fastmoco_kernels.stacked_qkv.triton_kernels import split_qkv_bwd_kernel
+
+Tile = tuple[int, ...]
+WARPS = 4
+
+
+def columns(E: int) -> int:
+    """Columns of a block: the widest power of two up to 256 that divides E, or one that wastes little."""
+    for cols in (256, 128, 64):
+        if E % cols == 0:
+            return cols
+    return min(256, max(32, 1 << (E - 1).bit_length()))
+
+
+@functools.cache
+def tiles(E: int) -> list[Tile]:
+    """(rows at a time, programs a processor), the default first: 16 numbers a thread, then 8 and 32."""
+    return [(numbers * 32 * WARPS // columns(E), share) for numbers, share in ((16, 8), (8, 12), (32, 4), (16, 12))]
+
+
+def programs_of(rows: int, E: int, tile: Tile, device: torch.device) -> int:
+    """Programs that share the rows."""
+    return row_programs(rows, tile[0], 3 * parts(E, columns(E)), tile[1], device)
+
+
+def backward(dq: Tensor, dk: Tensor, dv: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """dqkv [B, L, 3 E], and its sums over rows in the bias's dtype (empty without one)."""
+    dq, dk, dv = (t if t.stride(3) == 1 else t.contiguous() for t in (dq, dk, dv))
+    B, A, L, d = dq.shape
+    E, rows = A * d, B * L
+    dqkv = torch.empty(B, L, 3 * E, dtype=dq.dtype, device=dq.device)
+    shape = (0,) if bias_dtype is None else (3 * E,)
+    dbias = torch.empty(shape, dtype=bias_dtype or dq.dtype, device=dq.device)
+    if rows == 0:
+        return dqkv, dbias.zero_()
+    constants = {"HAS_BIAS": bias_dtype is not None, "E": E, "D": d, "COLS": columns(E)}
+    strides = [stride for t in (dq, dk, dv) for stride in t.stride()[:3]]
+
+    def run(tile: Tile) -> None:
+        programs = programs_of(rows, E, tile, dq.device)
+        partial = dqkv if bias_dtype is None else torch.empty(programs, 3 * E, dtype=torch.float32, device=dq.device)
+        grid = (3 * parts(E, columns(E)), programs)
+        split_qkv_bwd_kernel[grid](
+            dq, dk, dv, *strides, dqkv, partial, rows, L, **constants, ROWS=tile[0], num_warps=WARPS
+        )
+        if bias_dtype is not None:
+            add_partial_sums(partial, dbias)
+
+    with device_guard(dq):
+        lies = "by token" if dq.stride(1) < dq.stride(2) else "by head"
+        key = (f"2**{rows.bit_length()} rows", E, d, str(dq.dtype).removeprefix("torch."), lies, str(bias_dtype))
+        run(tuned("stacked_qkv.bwd", key, tiles(E), tiles(E)[0], run, dq.device))
+    return dqkv, dbias
+
+
+def aot_cases() -> list[AotCase]:
+    """Every tile at the widths of vision transformers and at an odd one, in bf16; the other types at 384."""
+    cases: dict[str, AotCase] = {}
+    shapes = [(96, 3), (192, 64), (384, 32), (384, 64), (768, 64), (1024, 64), (1280, 80)]
+    for (E, d), dtype in [*((shape, "bf16") for shape in shapes), ((384, 32), "fp16"), ((384, 32), "fp32")]:
+        for tile, bias in product(tiles(E), (True, False)):
+            case = _case(E, d, dtype, tile, bias=bias)
+            cases.setdefault(case.name, case)  # tiles that differ in programs alone are one configuration
+    for E, kind in product((384, 1280), ("fp32", "bf16")):
+        case = column_sum_case("stacked_qkv", 3 * E, kind)
+        cases[case.name] = case
+    return list(cases.values())
+
+
+def _case(E: int, d: int, dtype: str, tile: Tile, *, bias: bool) -> AotCase:
+    constants = {"HAS_BIAS": bias, "E": E, "D": d, "COLS": columns(E), "ROWS": tile[0]}
+    kinds = dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr", "dqkv_ptr"), f"*{dtype}")
+    kinds |= {"partial_ptr": "*fp32" if bias else f"*{dtype}"} | dict.fromkeys(constants, "constexpr")
+    names = split_qkv_bwd_kernel.arg_names
+    strides = tuple(name for name in names if name.startswith("stride")) if d % 16 == 0 else ()
+    return AotCase(
+        name=f"stacked_qkv.bwd {dtype} E={E} d={d}{' bias' if bias else ''} rows {tile[0]}",
+        kernel=split_qkv_bwd_kernel,
+        signature={name: kinds.get(name, "i32") for name in names},
+        constexprs=constants,
+        num_warps=WARPS,
+        num_stages=3,
+        default_on=(80, 90, 100) if tile == tiles(E)[0] else (),
+        aligned=(*(name for name in names if name.endswith("_ptr")), *strides),
+        quick=dtype == "bf16" and E in (384, 768),
+    )

@@ -1,0 +1,54 @@
+"""`fastmoco::split_qkv_backward`: the kernel as an operator of torch, and the autograd node that calls it.
+
+The forward gives views, which an operator of torch may not: so the node is plain autograd, and only what is new on the
+way back is an operator. Nothing is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmoco_kernels._runtime import require_triton
+from fastmoco_kernels.stacked_qkv.reference import views_of
+
+_Three = tuple[Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("fastmoco::split_qkv_backward", mutates_args=())
+def _split_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    require_triton("split_qkv", dq.device)
+    from fastmoco_kernels.stacked_qkv.launch import backward
+
+    return backward(dq, dk, dv, bias_dtype)
+
+
+@_split_qkv_backward.register_fake
+def _(dq: Tensor, dk: Tensor, dv: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    B, A, L, d = dq.shape
+    shape = (0,) if bias_dtype is None else (3 * A * d,)
+    return dq.new_empty(B, L, 3 * A * d), dq.new_empty(shape, dtype=bias_dtype or dq.dtype)
+
+
+class _SplitQkv(torch.autograd.Function):
+    """Views whose gradients the kernel stacks. Differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, num_heads: int, bias: Tensor | None) -> _Three:
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return views_of(qkv, num_heads)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        dq, dk, dv = gradients
+        bias_dtype = ctx.bias_dtype if ctx.needs_input_grad[2] else None
+        dqkv, dbias = _split_qkv_backward(dq, dk, dv, bias_dtype)
+        return dqkv, None, None if bias_dtype is None else dbias
+
+
+def split_qkv_triton(qkv: Tensor, num_heads: int, bias: Tensor | None) -> _Three:
+    """q, k, v with the kernel's gradient; shapes and dtypes have been checked by the caller."""
+    found: _Three = _SplitQkv.apply(qkv, num_heads, bias)  # type: ignore[no-untyped-call]
+    return found
