@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from fastmoco_kernels import gelu
 from fastmoco_kernels.gelu_bias import launch, op
 from fastmoco_kernels.gelu_bias.cost import eager_backward_bytes, gelu_backward_bytes, gelu_bytes
+from tests.kernels.touched_bytes import CountedKernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF, SINGLE = torch.float16, torch.float32
@@ -34,12 +35,12 @@ def _all(inputs: list[Tensor], backend: str, *, with_bias: bool = True) -> list[
 
 
 def _assert_right(inputs: list[Tensor], *, with_bias: bool = True) -> None:
-    """Value and dh: twice torch's error, or four units in the last place: a GPU's exp is good to two. dbias: the sum of dh as it was rounded."""
+    """Value and dh: twice torch's error, or four units of float32: a GPU is good to two. dbias: the sum of dh as rounded."""
     truth = _all([t.double() for t in inputs], "reference", with_bias=with_bias)
     ours, torchs = (_all(inputs, backend, with_bias=with_bias) for backend in ("triton", "reference"))
     for mine, other, exact in zip(ours[:2], torchs[:2], truth[:2], strict=True):
         assert (mine.dtype, mine.shape) == (other.dtype, other.shape)
-        floor = 4 * torch.finfo(mine.dtype).eps * exact.norm()
+        floor = 4 * torch.finfo(SINGLE).eps * exact.norm()
         assert (mine.double() - exact).norm() <= torch.maximum(2 * (other.double() - exact).norm(), floor)
     if with_bias:
         assert ours[2].dtype == inputs[1].dtype
@@ -231,7 +232,7 @@ def test_the_byte_model_counts_the_tensors_that_the_launches_touch(bias, monkeyp
 
     touched: list[int] = []
     for module, name in ((launch, "gelu_bwd_kernel"), (_column_sums, "column_sum_kernel")):
-        monkeypatch.setattr(module, name, _Counting(getattr(module, name), touched))
+        monkeypatch.setattr(module, name, CountedKernel(getattr(module, name), touched))
     rows, width = 63, 1536
     h, _, dout = _inputs((rows, width), HALF)
     launch.backward(dout, h, bias)
@@ -243,20 +244,6 @@ def test_the_byte_model_counts_the_tensors_that_the_launches_touch(bias, monkeyp
     assert gelu_bytes(R, width) == 4 * R * width
     assert gelu_backward_bytes(R, width, bias=4, programs=176) == pytest.approx(6 * R * width, rel=5e-3)
     assert eager_backward_bytes(R, width) == 8 * R * width
-
-
-class _Counting:
-    """A kernel that adds up the bytes of every tensor that one launch is given, each once."""
-
-    def __init__(self, kernel, touched: list[int]) -> None:
-        self.kernel, self.touched = kernel, touched
-
-    def __getitem__(self, grid):
-        def launched(*arguments, **options):
-            self.touched.append(sum({t.data_ptr(): t.nbytes for t in arguments if isinstance(t, Tensor)}.values()))
-            return self.kernel[grid](*arguments, **options)
-
-        return launched
 
 
 @pytest.mark.gpu
