@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from fastmoco_kernels import gelu
+from fastmoco_kernels._column_sums import launch as sums
 from fastmoco_kernels.gelu_bias import launch, op
 from fastmoco_kernels.gelu_bias.cost import eager_backward_bytes, gelu_backward_bytes, gelu_bytes
 from tests.kernels.touched_bytes import CountedKernel
@@ -21,8 +22,8 @@ HALF, SINGLE = torch.float16, torch.float32
 def _inputs(shape: tuple[int, ...], dtype: torch.dtype = SINGLE, bias: torch.dtype = SINGLE) -> list[Tensor]:
     """h, bias and the gradient to the result."""
     generator = torch.Generator().manual_seed(sum(shape))
-    h, b, dout = (torch.randn(s, generator=generator, dtype=torch.float64) for s in (shape, shape[-1:], shape))
-    return [(h * 2).to(DEVICE, dtype), b.to(DEVICE, bias), dout.to(DEVICE, dtype)]
+    h, b, dy = (torch.randn(s, generator=generator, dtype=torch.float64) for s in (shape, shape[-1:], shape))
+    return [(h * 2).to(DEVICE, dtype), b.to(DEVICE, bias), dy.to(DEVICE, dtype)]
 
 
 def _all(inputs: list[Tensor], backend: str, *, with_bias: bool = True) -> list[Tensor]:
@@ -132,12 +133,12 @@ def test_no_rows_at_all(backend):
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_a_bias_that_wants_no_gradient_gets_none(backend):
-    h, bias, dout = _inputs((3, 8))
+    h, bias, dy = _inputs((3, 8))
     h.requires_grad_()
-    gelu(h, bias, backend=backend).backward(dout)
+    gelu(h, bias, backend=backend).backward(dy)
     assert bias.grad is None
     bias.requires_grad_()
-    gelu(h.detach(), bias, backend=backend).backward(dout)  # and h may want none where the bias does
+    gelu(h.detach(), bias, backend=backend).backward(dy)  # and h may want none where the bias does
     assert bias.grad is not None
     with torch.no_grad():
         assert not gelu(h, bias, backend=backend).requires_grad
@@ -186,8 +187,8 @@ def test_auto_takes_the_kernel_where_triton_runs_in_a_compiled_graph_too(monkeyp
 
 @pytest.mark.parametrize("bias_dtype", [SINGLE, HALF, None])
 def test_opcheck(bias_dtype):
-    h, _, dout = _inputs((5, 7), HALF)
-    torch.library.opcheck(torch.ops.fastmoco.gelu_backward.default, (dout, h, bias_dtype))
+    h, _, dy = _inputs((5, 7), HALF)
+    torch.library.opcheck(torch.ops.fastmoco.gelu_backward.default, (dy, h, bias_dtype))
 
 
 def _saved(h: Tensor, bias: Tensor) -> list[tuple[torch.dtype, tuple[int, ...], int]]:
@@ -228,14 +229,12 @@ def test_errors_name_both_sides(given, text):
 
 @pytest.mark.parametrize("bias", [SINGLE, HALF, None])
 def test_the_byte_model_counts_the_tensors_that_the_launches_touch(bias, monkeypatch):
-    from fastmoco_kernels import _column_sums
-
     touched: list[int] = []
-    for module, name in ((launch, "gelu_bwd_kernel"), (_column_sums, "column_sum_kernel")):
+    for module, name in ((launch, "gelu_bwd_kernel"), (sums, "column_sum_kernel")):
         monkeypatch.setattr(module, name, CountedKernel(getattr(module, name), touched))
     rows, width = 63, 1536
-    h, _, dout = _inputs((rows, width), HALF)
-    launch.backward(dout, h, bias)
+    h, _, dy = _inputs((rows, width), HALF)
+    launch.backward(dy, h, bias)
     programs = launch.programs_of(rows, width, launch.tiles(width)[0], DEVICE)
     assert sum(touched) == gelu_backward_bytes(
         rows, width, bias=0 if bias is None else bias.itemsize, programs=programs

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from fastmoco_kernels import attention, split_qkv
+from fastmoco_kernels._column_sums import launch as sums
 from fastmoco_kernels.stacked_qkv import launch, op
 from fastmoco_kernels.stacked_qkv.cost import eager_backward_bytes, split_qkv_backward_bytes
 from tests.kernels.touched_bytes import CountedKernel
@@ -256,10 +257,8 @@ def test_errors_name_both_sides(given, text):
 
 @pytest.mark.parametrize("bias", [SINGLE, HALF, None])
 def test_the_byte_model_counts_the_tensors_that_the_launches_touch(bias, monkeypatch):
-    from fastmoco_kernels import _column_sums
-
     touched: list[int] = []
-    for module, name in ((launch, "split_qkv_bwd_kernel"), (_column_sums, "column_sum_kernel")):
+    for module, name in ((launch, "split_qkv_bwd_kernel"), (sums, "column_sum_kernel")):
         monkeypatch.setattr(module, name, CountedKernel(getattr(module, name), touched))
     launch.backward(*_gradients_of_parts(3, 11, 6, 64, HALF, "BLAd"), bias)
     programs = launch.programs_of(33, 384, launch.tiles(384)[0], DEVICE)

@@ -16,18 +16,18 @@ from fastmoco_kernels._multi_tensor import all_plain, traced
 from fastmoco_kernels._runtime import require_triton
 
 
-def _backward(dout: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+def _backward(dy: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     require_triton("gelu", h.device)
     from fastmoco_kernels.gelu_bias.launch import backward
 
-    return backward(dout, h, bias_dtype)
+    return backward(dy, h, bias_dtype)
 
 
 _gelu_backward = torch.library.custom_op("fastmoco::gelu_backward", _backward, mutates_args=())
 
 
 @_gelu_backward.register_fake
-def _(dout: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     shape = (0,) if bias_dtype is None else h.shape[-1:]
     return h.new_empty(h.shape), h.new_empty(shape, dtype=bias_dtype or h.dtype)
 
