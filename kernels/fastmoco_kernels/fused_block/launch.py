@@ -84,10 +84,9 @@ def norm_backward(
 
     with device_guard(x):
         tiles = norm_tiles(E)
-        types = (
-            str(t.dtype).removeprefix("torch.") if t is not None else "none" for t in (x, dsum, branch, dy, dbranch)
-        )
-        key = (f"2**{rows.bit_length()} rows", E, *types)
+        given = (x, dsum, branch, dy, dbranch)
+        types = ("none" if t is None else str(t.dtype).removeprefix("torch.") for t in given)
+        key: tuple[int | str, ...] = (f"2**{rows.bit_length()} rows", E, *types)
         run(tuned("fused_block.norm_bwd", key, tiles, tiles[0], run, x.device))
     return dx, dbranch, y, sums
 
