@@ -87,7 +87,7 @@ def test_a_step_adds_up_its_chunks(eager):
 
 
 def test_a_fused_block_equals_a_count_by_hand(config, eager):
-    """Of a block with a branch before it: bytes a token and channel of a norm 12, backward 20 and 18; of GELU 16 and 32."""
+    """A norm with a branch moves 12 bytes a token and channel; the gradient of GELU moves 8 for each of its four tensors."""
     fused = count_step(replace(config, model=replace(config.model, blocks="fused")), chunk=CHUNK, compiled=False)
     for part in ("query", "keys", "backward"):
         for kind in (PRODUCTS, ATTENTION):
@@ -99,7 +99,7 @@ def test_a_fused_block_equals_a_count_by_hand(config, eager):
         fused.query.by_kind["layer norm"].bytes
         == norms + 4 * 2 * E * weight + 8 * (3 * R + images) + images * E * 8 + 2 * E * weight + 8 * images
     )
-    # The gradient to GELU's output and its input in; its output, the gradient and the sum over its rows out. The class row: torch's.
+    # The gradient to GELU's output and its input in; its output, the gradient and the sum over rows out. The class row's is torch's.
     assert fused.backward.by_kind["GELU"].bytes == (4 * R + 3 * images) * HIDDEN * 2 + HIDDEN * 4
 
 

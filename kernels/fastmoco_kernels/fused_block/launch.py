@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._column_sums import add_partial_sums, column_sum_case, parts, row_programs
+from fastmoco_kernels._column_sums.launch import add_partial_sums, column_sum_case, parts, row_programs
 from fastmoco_kernels._runtime import device_guard
 from fastmoco_kernels._tuning import tuned
 from fastmoco_kernels.fused_block.triton_kernels import block_gelu_bwd_kernel, block_norm_bwd_kernel
@@ -84,10 +84,9 @@ def norm_backward(
 
     with device_guard(x):
         tiles = norm_tiles(E)
-        types = (
-            str(t.dtype).removeprefix("torch.") if t is not None else "none" for t in (x, dsum, branch, dy, dbranch)
-        )
-        key = (f"2**{rows.bit_length()} rows", E, *types)
+        given = (x, dsum, branch, dy, dbranch)
+        types = ("none" if t is None else str(t.dtype).removeprefix("torch.") for t in given)
+        key: tuple[int | str, ...] = (f"2**{rows.bit_length()} rows", E, *types)
         run(tuned("fused_block.norm_bwd", key, tiles, tiles[0], run, x.device))
     return dx, dbranch, y, sums
 

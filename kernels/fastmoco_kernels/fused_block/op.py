@@ -71,8 +71,8 @@ def _(
 ) -> _Four:
     shape, dtype = ((0,), x.dtype) if branch is None else (x.shape, torch.promote_types(x.dtype, branch.dtype))
     rows, wide = x.numel() // x.shape[-1], accumulation_dtype(x)
-    statistics = (x.new_empty(rows, dtype=wide) for _ in range(2))
-    return x.new_empty(shape, dtype=dtype), x.new_empty(x.shape, dtype=out_dtype), *statistics
+    mean, rstd = (x.new_empty(rows, dtype=wide) for _ in range(2))
+    return x.new_empty(shape, dtype=dtype), x.new_empty(x.shape, dtype=out_dtype), mean, rstd
 
 
 @torch.library.custom_op("fastmoco::block_norm_backward", mutates_args=())
