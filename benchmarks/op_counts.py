@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fastmoco.step_costs import CPU_ATTENTION
 
-PRODUCTS, ATTENTION = "products", "attention"
+PRODUCTS, ATTENTION, FLOAT8 = "products", "attention", "float8 products"
 KINDS = {
     "addmm": PRODUCTS,
     "add": "add",
@@ -156,7 +156,7 @@ def kind_of(func: Any, flops: float) -> str:
     """The name under which an operation is reported."""
     name = func._overloadpacket.__name__ if isinstance(func, torch._ops.OpOverload) else str(func)
     if flops:
-        return ATTENTION if "attention" in name else PRODUCTS
+        return ATTENTION if "attention" in name else FLOAT8 if name == "_scaled_mm" else PRODUCTS
     return KINDS.get(name, "other")
 
 

@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.op_counts import ATTENTION, PRODUCTS, Cost, Counts
+from benchmarks.op_counts import ATTENTION, FLOAT8, PRODUCTS, Cost, Counts
 from benchmarks.step_counts import count_step
 from fastmoco import gradients
 from fastmoco.config import Config
@@ -30,6 +30,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.planner import StepPlan, busy_chunk
 from fastmoco.recipes import get_recipe
 from fastmoco.setup_run import build_model
+from fastmoco_pipelines.memory import loader_bytes
 
 ATTENTION_SHARE = 0.35
 """Of the rate of products, at heads of 32 and 64 channels and 197 tokens."""
@@ -48,6 +49,8 @@ class Card:
         """What a kind of operation takes at the least."""
         if kind == PRODUCTS:
             return cost.flops / self.flops_per_s
+        if kind == FLOAT8:
+            return cost.flops / (2 * self.flops_per_s)
         if kind == ATTENTION:
             return cost.flops / (ATTENTION_SHARE * self.flops_per_s)
         return cost.bytes / self.bytes_per_s
@@ -64,15 +67,20 @@ CARDS = {
 """Rates that large copies and products reach, not those of a data sheet."""
 
 
-def plan_for(config: Config, card: Card, *, compiled: bool) -> StepPlan:
-    """The plan of one process that has a card for itself, with nothing on it but the model."""
+def plan_for(config: Config, card: Card, *, compiled: bool, levels: bool = True) -> StepPlan:
+    """The plan of one process that has a card for itself, with nothing on it but the model and a loader."""
     with torch.device("meta"):
         objective = build_model(config)
     free = card.memory - sum(p.nbytes for p in objective.parameters())
     # A save in the background copies to the host's memory, which is not the card's.
     config = replace(config, checkpoint=replace(config.checkpoint, async_save=False))
+    shards = replace(config.data, shards=config.data.shards or "not read")
+    spec = replace(replace(config, data=shards).loader_spec(device="gpu", threads=14), view_dtype="uint8")
+    reserved = loader_bytes(spec).beside_batch_bytes
     with mock.patch.object(gradients, "free_bytes", return_value=free):
-        return gradients.choose_plan(config, objective, World(), "bf16", compiled=compiled)
+        return gradients.choose_plan(
+            config, objective, World(), "bf16", compiled=compiled, levels=levels, reserved=reserved
+        )
 
 
 def report(
@@ -93,19 +101,24 @@ def report(
     count = functools.cache(
         lambda chunk, budget: count_step(config, chunk=chunk, compiled=compiled, budget=budget, views=views)
     )
+    remade = replace(config, model=replace(config.model, checkpointing="full"))
+    lean = functools.cache(lambda chunk: count_step(remade, chunk=chunk, compiled=False, views=views))
     counted = count(chunk or busy_chunk(tokens), 1.0 if budget is None else budget)
     whole = counted.step(images / counted.chunk, images / counted.chunk)
     cards = {}
     for name, card in CARDS.items():
-        plan = plan_for(config, card, compiled=compiled)
+        plan = plan_for(config, card, compiled=compiled, levels=views == torch.uint8)
         size = chunk or plan.chunk or counted.chunk
         keeps = kept if kept is not None else plan.kept_images if plan.chunk else images
         within = plan.activation_budget if budget is None else budget
         planned = count(size, within).step(images / size, keeps / size)
+        if plan.lean and kept is None:
+            planned = count(size, within).step(keeps / size, keeps / size)
+            planned.merge(lean(size).trunk((images - keeps) / size))
         cards[name] = {
             "nothing_recomputed": round(images / card.seconds_of(whole)),
             "planned": round(images / card.seconds_of(planned)),
-            "plan": f"chunks of {size}, {keeps} of {images} images kept, budget {within:g}",
+            "plan": f"chunks of {size}, {keeps} of {images} images kept{', the rest lean' * plan.lean}, budget {within:g}",
             "ms_a_chunk": {
                 part: round(1e3 * card.seconds_of(getattr(counted, part)), 2) for part in ("query", "keys", "backward")
             },
@@ -138,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mode", choices=("both", "eager", "compiled"), default="both")
     parser.add_argument("--chunk", type=int, default=0, help="images of a chunk; 0: as the planner would")
     parser.add_argument("--kept", type=int, default=None, help="images that keep their graphs, instead of the plan's")
-    parser.add_argument("--views", default="float32", help="dtype of the views, as torch names it")
+    parser.add_argument("--views", default="uint8", help="dtype of the views, as torch names it")
+    parser.add_argument("--momentum-linears", choices=("native", "float8"), default="native")
     parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="")
     parser.add_argument("--blocks", choices=("modules", "fused"), default="modules", help="fused: counted as it runs")
     parser.add_argument(
@@ -150,7 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = get_recipe(recipe)
         if given.checkpointing:
             config = replace(config, model=replace(config.model, checkpointing=given.checkpointing))
-        config = replace(config, model=replace(config.model, blocks=given.blocks))
+        config = replace(
+            config, model=replace(config.model, blocks=given.blocks, momentum_linears=given.momentum_linears)
+        )
         modes = (
             (False,)
             if given.blocks == "fused"

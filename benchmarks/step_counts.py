@@ -27,6 +27,7 @@ from fastmoco.config import Config
 from fastmoco.models.blocks import Attention
 from fastmoco.models.compiled import compile_blocks
 from fastmoco.objectives import MoCoV3
+from fastmoco.objectives.prepare import PrepareViews, view_preparation
 from fastmoco_kernels.adamw_ema.op import bytes_moved as sweep_bytes
 from fastmoco_kernels.info_nce import cost as loss_cost
 from fastmoco_kernels.residual_norm import op as residual_norm
@@ -50,12 +51,17 @@ class StepCounts:
 
     def step(self, chunks: float, kept: float) -> Counts:
         """A whole step of some chunks, of which ``kept`` are computed once."""
-        whole = Counts()
-        for part in (self.query, self.keys, self.backward):
-            whole.merge(part, chunks)
+        whole = self.trunk(chunks)
         whole.merge(self.first, chunks - kept)
         whole.merge(self.heads)
         return whole
+
+    def trunk(self, chunks: float) -> Counts:
+        """Both trunks and the backward of so many chunks, once."""
+        found = Counts()
+        for part in (self.query, self.keys, self.backward):
+            found.merge(part, chunks)
+        return found
 
 
 class CountingBackend:
@@ -129,18 +135,24 @@ def count_step(
     blocks, found = CountingBackend(), {}
     # Fused blocks are those of a GPU, and so is the norm of the last block, whose class row is no fused block.
     kernels = mock.patch.object(residual_norm, "triton_is_default", return_value=config.model.blocks == "fused")
-    with blocks.instead() if compiled else nullcontext(), kernels, FakeTensorMode():
+    fused, half = config.model.blocks == "fused", config.precision in ("auto", "bf16")
+    # Beside fused blocks a run compiles what they do not cover: levels to numbers, and a momentum encoder in float8.
+    graphs = compiled or (fused and views == torch.uint8)
+    with blocks.instead() if graphs else nullcontext(), kernels, FakeTensorMode():
+        prepare = view_preparation(config.data.view1, config.data.view2, "bf16" if half else "fp32", compiled=graphs)
         objective = setup_run.build_model(config)
         for module in objective.modules():
             if isinstance(module, Attention):
                 module.backend = "sdpa"
         if compiled:
             compile_blocks(objective, budget=budget)
-        for rehearsal in (True, False) if compiled else (False,):
-            # The first round compiles: what that runs is no part of a step.
+        elif fused and config.model.momentum_linears == "float8":
+            compile_blocks(objective.momentum_encoder)
+        for rehearsal in (True, True, False) if graphs else (False,):
+            # The first round compiles: what that runs is no part of a step. The second is what the last must run.
             calls, blocks.calls = blocks.calls, 0
-            found = _count_pieces(config, objective, chunk, views, None if rehearsal else blocks)
-        if compiled and (blocks.calls != calls or not calls):
+            found = _count_pieces(config, objective, chunk, views, prepare, None if rehearsal else blocks)
+        if graphs and (blocks.calls != calls or not calls):
             raise RuntimeError(f"{blocks.calls} compiled graphs ran where {calls} had been compiled: counted nothing")
     heads = found["heads"]
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
@@ -150,7 +162,12 @@ def count_step(
 
 
 def _count_pieces(
-    config: Config, objective: MoCoV3, chunk: int, views: torch.dtype, blocks: CountingBackend | None
+    config: Config,
+    objective: MoCoV3,
+    chunk: int,
+    views: torch.dtype,
+    prepare: PrepareViews,
+    blocks: CountingBackend | None,
 ) -> dict[str, Counts]:
     """Run every piece; with ``blocks`` under a counter."""
     found: dict[str, Counts] = {}
@@ -171,11 +188,12 @@ def _count_pieces(
     side, batch = config.model.image_size, config.global_batch_size
     view1, view2 = (torch.empty(chunk, 3, side, side, dtype=views) for _ in range(2))
     with counted("first"), torch.no_grad(), autocast():
-        tokens = objective.query_features(view1, view2)[1]
+        views_of_both = prepare(view1, view2)
+        tokens = objective.query_features(*views_of_both)[1]
     with counted("keys"), torch.no_grad(), autocast():
-        objective.key_features(view1, view2, tokens if _shares(objective) else None)
+        objective.key_features(*views_of_both, tokens if _shares(objective) else None)
     with counted("query"), autocast():
-        features = objective.query_features(view1, view2)[0]
+        features = objective.query_features(*prepare(view1, view2))[0]
     gradient = torch.empty_like(features)
     with counted("backward"):
         features.backward(gradient)  # type: ignore[no-untyped-call]

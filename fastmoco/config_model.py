@@ -89,8 +89,8 @@ class ModelConfig:
             require(self.compile is not False, "compile", self.compile, rule)
         if self.blocks == "fused":
             # The fused block is one operation to autograd and to the compiler.
-            rule = "blocks=fused recomputes norms and GELU by itself, and cannot stop in between: take none, or blocks modules"
-            require(self.checkpointing == "none", "checkpointing", self.checkpointing, rule)
+            rule = "blocks=fused recomputes norms and GELU always: take none or full, or blocks modules"
+            require(self.checkpointing != "selective", "checkpointing", self.checkpointing, rule)
             rule = "blocks=fused multiplies in the run's precision: take native, or blocks modules"
             require(self.linears == "native", "linears", self.linears, rule)
             rule = "blocks=fused brings its own kernels: take auto or False, or blocks modules"

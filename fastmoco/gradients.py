@@ -17,7 +17,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.distributed.parallelize import Strategy, choose_strategy, parallelize
 from fastmoco.distributed.replicas import require_equal_replicas
 from fastmoco.free_memory import free_bytes
-from fastmoco.models.compiled import BUDGETS, choose_compile, compile_blocks
+from fastmoco.models.compiled import BUDGETS, CompileChoice, choose_compile, compile_blocks
 from fastmoco.models.float8_inference import float8_layers, require_whole
 from fastmoco.objectives import MoCoV3, MoCoV3Output
 from fastmoco.objectives.chunk_graphs import ChunkGraphs, require_capturable
@@ -74,9 +74,9 @@ class Gradients:
         self._float8 = float8_layers(objective.momentum_encoder)
         require_whole(bool(self._float8) and strategy != "ddp" and world.world_size > 1)
         self.strategy: str = strategy if world.world_size > 1 else "one process"
-        # A fused block brings its own kernels.
-        wanted = False if config.model.blocks == "fused" else config.model.compile
-        self.compile = choose_compile(wanted, world.device, precision)
+        possible = choose_compile(config.model.compile, world.device, precision)
+        fused = config.model.blocks == "fused"
+        self.compile = CompileChoice(False, "fused blocks bring their own kernels") if fused else possible
         self.plan = choose_plan(
             config,
             objective,
@@ -89,10 +89,12 @@ class Gradients:
             reserved=reserved,
         )
         data = config.data
-        prepare = view_preparation(data.view1, data.view2, precision, compiled=self.compile.compiled)
+        prepare = view_preparation(data.view1, data.view2, precision, compiled=possible.compiled)
         self.prepare = prepare
         if self.compile.compiled:
             compile_blocks(objective, budget=self.plan.activation_budget)
+        elif fused and self._float8 and possible.compiled:
+            compile_blocks(objective.momentum_encoder)  # whose casts to float8 are then part of other kernels
         self._chunked: ChunkedStep | None = None
         # Chunks go round the wrapper, whose hooks would average after each of them.
         self._forward = parallelize(
@@ -113,6 +115,7 @@ class Gradients:
                 objective,
                 chunk=self.plan.chunk,
                 kept_images=self.plan.kept_images,
+                lean=self.plan.lean,
                 autocast=self._autocast,
                 prepare=prepare,
                 graphs=graphs,

@@ -6,7 +6,10 @@ and the graphs of k images kept, a step needs beside the state
     whole:    B (views + features) + max(G(B) + max(F(B), H(B)), T(B))
     chunked:  B (views + features) + max(G(k) + F(c), G(k) + H(B), G(k) + T(c) - G(c), T(c))
 
-and a chunked step computes the forward of the other B - k images' queries once more.
+and a chunked step computes the forward of the other B - k images' queries once more. Where blocks can keep the residual stream
+alone (L, "lean"), the others may keep that instead, and compute less than a forward once more:
+
+    lean:     B (views + features) + G(k) + L(B-k) + max(F(c), H(B), T(c) - G(c), T_L(c) - L(c))
 
 Under FSDP2 a process holds beside its shards what is whole for a moment: the unit at work and its gradient or the sum of it
 over ranks, the next block, fetched in advance, and the sum of the last one's gradients; in chunks the trunk's gradients too.
@@ -65,6 +68,8 @@ class StepPlan:
     """Why, as a clause."""
     kept_images: int = 0
     """Images whose graphs are kept: those of the kept chunks, and of a part of a chunk more."""
+    lean: bool = False
+    """Whether the other images keep the residual stream of their blocks, instead of nothing."""
     fits: bool = True
     """Whether it stays within the memory it was made for."""
     activation_budget: float = 1.0
@@ -76,7 +81,8 @@ class StepPlan:
         )
         if not self.chunk:
             return f"whole batch at once{within} ({self.reason})"
-        kept = f"{self.kept_images} images keep their graphs, {self.overhead:+.1%} FLOPs"
+        others = ", the others the residual stream" if self.lean else ""
+        kept = f"{self.kept_images} images keep their graphs{others}, {self.overhead:+.1%} FLOPs"
         return f"{self.chunks} chunks of {self.chunk} images, {kept}{within} ({self.reason})"
 
     def to_json(self) -> dict[str, int | float | str]:
@@ -155,10 +161,27 @@ def chunked_bytes(costs: StepCosts, images: int, chunk: int, kept_images: int = 
     )
 
 
+def lean_bytes(costs: StepCosts, images: int, chunk: int, kept_images: int = 0, world_size: int = 1) -> float:
+    """Bytes of a step in chunks whose other images keep the residual stream, beside the state; infinite where none can."""
+    if costs.lean is None or costs.lean_train is None:
+        return float("inf")
+    chunk, others = min(chunk, images), images - kept_images
+    graphs = (costs.graph.at(kept_images) if kept_images else 0.0) + (costs.lean.at(others) if others else 0.0)
+    passing = max(
+        costs.forward.at(chunk),
+        _heads(costs, images, world_size),
+        costs.train.at(chunk) - costs.graph.at(chunk),
+        costs.lean_train.at(chunk) - costs.lean.at(chunk),
+    )
+    return costs.piled_bytes + _resident(costs, images) + graphs + passing
+
+
 def parts_of(costs: StepCosts, plan: StepPlan, images: int, world_size: int = 1) -> dict[str, float]:
     """Where the peak of a plan goes, in bytes: the batch's views, class features, kept graphs, and what is needed in passing."""
     held = {"views": images * costs.view_bytes, "features": images * costs.feature_bytes}
     kept = costs.graph.at(plan.kept_images) if plan.kept_images else 0.0
+    if plan.lean and costs.lean is not None:
+        kept += costs.lean.at(images - plan.kept_images)
     peak = plan.peak_bytes or whole_bytes(costs, images, world_size)
     return held | {"kept activations": kept, "in passing": max(0.0, peak - sum(held.values()) - kept)}
 
@@ -194,25 +217,45 @@ def plan_step(
         at_once = StepPlan(chunk=0, kept=0, chunks=1, overhead=again, peak_bytes=whole, reason=reason)
         return replace(at_once, kept_images=images, fits=whole <= budget)
     size = min(images, _largest_that_fits(costs, images, budget, tokens, world_size) if chunk == "auto" else int(chunk))
-    grain = max(1, size // PARTS)
+    plans = [_in_chunks(costs, images, budget, size, kept, world_size, lean=False, whole=whole)]
+    if costs.lean is not None and kept == "auto":
+        plans.append(_in_chunks(costs, images, budget, size, kept, world_size, lean=True, whole=whole))
+    return best_plan(plans)
+
+
+def _in_chunks(
+    costs: StepCosts,
+    images: int,
+    budget: float,
+    size: int,
+    kept: Literal["auto"] | int,
+    world_size: int,
+    *,
+    lean: bool,
+    whole: float,
+) -> StepPlan:
+    """The plan in chunks of a size that keeps as much as fits."""
+    needs, grain = lean_bytes if lean else chunked_bytes, max(1, size // PARTS)
     if kept == "auto":
         parts = -(-images // grain)
-        while parts and chunked_bytes(costs, images, size, min(images, parts * grain), world_size) > budget:
+        while parts and needs(costs, images, size, min(images, parts * grain), world_size) > budget:
             parts -= 1
         kept_images = min(images, parts * grain)
     else:
         kept_images = min(images, int(kept) * size)
-    peak = chunked_bytes(costs, images, size, kept_images, world_size)
+    peak = needs(costs, images, size, kept_images, world_size)
     short = "" if peak <= budget else ", which may not be enough"
+    twice = costs.lean_flops if lean else costs.query_flops
     return StepPlan(
         chunk=size,
         kept=-(-kept_images // size) if kept_images == images else kept_images // size,
         chunks=-(-kept_images // size) + -(-(images - kept_images) // size),
         kept_images=kept_images,
-        overhead=((1 - kept_images / images) * costs.query_flops + costs.recompute_flops) / costs.step_flops,
+        lean=lean,
+        overhead=((1 - kept_images / images) * twice + costs.recompute_flops) / costs.step_flops,
         peak_bytes=peak,
         fits=peak <= budget,
-        reason=f"about {_gib(peak)} of {free}{short}; all at once would take {_gib(whole)}",
+        reason=f"about {_gib(peak)} of {_gib(budget)} free{short}; all at once would take {_gib(whole)}",
     )
 
 

@@ -90,9 +90,12 @@ def build_model(config: Config) -> MoCoV3:
         temperature=config.objective.temperature,
     )
     objective.encoder.recompute(model.checkpointing)
-    for module in objective.modules():
-        if isinstance(module, Block):
-            module.fused = model.blocks == "fused"
+    for encoder in (objective.encoder, objective.momentum_encoder):
+        # Float8 layers of a momentum encoder are modules, which a fused block would pass by.
+        ours = model.blocks == "fused" and (encoder is objective.encoder or model.momentum_linears == "native")
+        for block in encoder.blocks:
+            assert isinstance(block, Block)
+            block.fused = ours
     if model.linears == "float8":
         for encoder in (objective.encoder, objective.momentum_encoder):
             float8.require_gain(encoder)

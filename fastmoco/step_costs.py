@@ -99,6 +99,12 @@ class StepCosts:
     step_flops: float
     """Everything once, an image."""
     units: Units
+    lean: Line | None = None
+    """``graph`` of images whose fused blocks keep the residual stream alone; None where there is no such way."""
+    lean_train: Line | None = None
+    """``train`` of such."""
+    lean_flops: float = 0.0
+    """What such a way computes twice, an image."""
     piled_bytes: float = 0.0
     """Gradients that a step in chunks holds whole until its end, beside the state."""
 
@@ -140,6 +146,10 @@ def measure_costs(
             sizes = pieces.on_all_blocks(recompute, pieces.bytes_of_an_image)
             once = recompute == "none" and not compiled
             again = flops if once else pieces.on_all_blocks(recompute, pieces.flops_of_an_image)
+        lean, twice = None, flops
+        if config.model.blocks == "fused" and recompute == "none":
+            lean = pieces.on_all_blocks("full", pieces.bytes_of_an_image)
+            twice = pieces.on_all_blocks("full", pieces.flops_of_an_image)
     element = own[0].element_size()
     return StepCosts(
         trainable=sum(p.numel() for p in own if p.requires_grad),
@@ -156,6 +166,9 @@ def measure_costs(
         recompute_flops=again["train"][0] - flops["train"][0],
         step_flops=flops["train"][0] + flops["forward"][0] - flops["query"][0] + flops["heads"][0],
         units=_units(objective, 2 if precision == "bf16" else element),
+        lean=Line(*lean["graph"]) if lean else None,
+        lean_train=Line(*lean["train"]) if lean else None,
+        lean_flops=twice["train"][0] - flops["train"][0],
     )
 
 

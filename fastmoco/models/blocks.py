@@ -130,7 +130,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block; ``recompute`` says what its backward computes again.
 
-    ``fused``: ``forward`` is one node of autograd with a backward of its own (`fused_block`), where nothing else is recomputed.
+    ``fused``: ``forward`` is one node of autograd with a backward of its own (`fused_block`), which knows of
+    recomputing none and full.
 
     Where ``hands_on_parts``, the residual stream travels between blocks as a sum that is not taken yet, stream + branch: the next
     norm takes it in its one pass over memory.
@@ -148,7 +149,7 @@ class Block(nn.Module):
 
     def forward(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Stream and branch, [B, L, E] each, to stream and branch."""
-        if self.fused and self.recompute == "none":
+        if self.fused:
             return self._fused(x_BLE, branch_BLE)
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._whole(x_BLE, branch_BLE)
@@ -176,7 +177,9 @@ class Block(nn.Module):
         norm1, norm2, attn, mlp = self.norm1, self.norm2, self.attn, self.mlp
         used = (norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2)
         weights = Weights(*(tensor for module in used for tensor in (module.weight, module.bias)))
-        form = Form(self.attn.num_heads, (self.norm1.eps, self.norm2.eps), self.attn.backend)
+        form = Form(
+            self.attn.num_heads, (self.norm1.eps, self.norm2.eps), self.attn.backend, remakes=self.recompute != "none"
+        )
         return fused_block(x_BLE, branch_BLE, weights, form)
 
     def _class_row(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> Tensor:

@@ -6,6 +6,9 @@ the kernel that takes the gradient through it and adds up what biases and norm w
 One sum over rows is left as a pass: that of the gradient to the block's own branch, for the bias of its last product. The
 kernel that makes this gradient belongs to the next block, and FSDP2 holds no other block's weights there.
 
+``remakes``: kept are the stream, the statistics and the branch alone, 3 numbers of 16 bits; the backward makes projections,
+attention and hidden layer again, but not the branch and not the last product. That is cheaper than a second forward of all of it.
+
 Attention brings its own backward: its part of the graph is made and kept inside of this node. Weights are kept as parameters
 and cast again in the backward, so FSDP2 may take them away in between.
 
@@ -49,6 +52,8 @@ class Form(NamedTuple):
     """Of the first norm and the second."""
     attention: str
     """Who computes attention, a backend of `attention`."""
+    remakes: bool = False
+    """Whether the backward makes products and attention again instead of keeping what they gave."""
 
 
 def fused_block(x_BLE: Tensor, branch_BLE: Tensor | None, weights: Weights, form: Form) -> tuple[Tensor, Tensor]:
@@ -101,10 +106,7 @@ def _forward(
     stream = x if branch is None else stream
     q, k, v = _heads(F.linear(y1, w.qkv.to(dtype), w.qkv_bias.to(dtype)), form.num_heads)
     del y1
-    with torch.set_grad_enabled(keep):
-        if keep:
-            q, k, v = (part.detach().requires_grad_() for part in (q, k, v))
-        attended = attention(q, k, v, backend=form.attention)
+    (q, k, v), attended = _attend((q, k, v), form, keep=keep)
     a = F.linear(_tokens(attended.detach()), w.proj.to(dtype), w.proj_bias.to(dtype))
     x2, y2, mean2, rstd2 = norm_forward(stream, a, w.norm2, w.norm2_bias, form.eps[1], dtype, triton)
     hidden = F.linear(y2, w.fc1.to(dtype), w.fc1_bias.to(dtype))
@@ -128,10 +130,11 @@ class _FusedBlock(torch.autograd.Function):
     def forward(
         ctx: Any, form: Form, dtype: torch.dtype, x: Tensor, branch: Tensor | None, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        made = _forward(form, dtype, x, branch, Weights(*weights), keep=True)
+        made = _forward(form, dtype, x, branch, Weights(*weights), keep=not form.remakes)
         stream = x if made.stream is None else made.stream
-        ctx.save_for_backward(stream, *made.statistics, made.branch, made.hidden, *weights)
-        ctx.attention = made.qkv, made.attended
+        ctx.save_for_backward(stream, *made.statistics, made.branch, None if form.remakes else made.hidden, *weights)
+        ctx.attention = None if form.remakes else (made.qkv, made.attended)
+        ctx.form, ctx.used = form, False
         ctx.branch_dtype = None if branch is None else branch.dtype
         ctx.set_materialize_grads(False)
         return made.out
@@ -139,11 +142,16 @@ class _FusedBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         stream, mean1, rstd1, mean2, rstd2, a, hidden, *parameters = ctx.saved_tensors
-        if ctx.attention is None:
+        if ctx.used:
             raise RuntimeError("a fused block goes back once; take model.blocks modules for several backward passes")
-        (qkv, attended), ctx.attention = ctx.attention, None
+        kept, ctx.attention, ctx.used = ctx.attention, None, True
         ctx.maybe_clear_saved_tensors()  # what is used up is free again: this is where a step's memory peaks
         w, dtype, triton = Weights(*parameters), a.dtype, kernels_fit(stream)
+        if kept is None:
+            with torch.autocast(stream.device.type, enabled=False):
+                kept, hidden = _remade(ctx.form, dtype, stream, a, w)
+        qkv, attended = kept
+        del kept
         dx2, dm = gradients
         del gradients
         with torch.autocast(stream.device.type, enabled=False):
@@ -195,6 +203,28 @@ class _FusedBlock(torch.autograd.Function):
                 fc2_bias=dfc2_bias,
             )
             return None, None, dx, dbranch, *(g.to(p.dtype) for g, p in zip(dweights, w, strict=True))
+
+
+def _attend(
+    qkv: tuple[Tensor, Tensor, Tensor], form: Form, *, keep: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Attention of q, k, v; ``keep``: with a graph of its own, from the leaves that are returned."""
+    with torch.set_grad_enabled(keep):
+        if keep:
+            q, k, v = (part.detach().requires_grad_() for part in qkv)
+            qkv = q, k, v
+        return qkv, attention(*qkv, backend=form.attention)
+
+
+def _remade(
+    form: Form, dtype: torch.dtype, stream: Tensor, a: Tensor, w: Weights
+) -> tuple[tuple[tuple[Tensor, Tensor, Tensor], Tensor], Tensor]:
+    """q, k, v and attention with its graph, and the hidden layer, as the forward made them."""
+    triton = kernels_fit(stream)
+    y = norm_forward(stream, None, w.norm1, w.norm1_bias, form.eps[0], dtype, triton)[1]
+    kept = _attend(_heads(F.linear(y, w.qkv.to(dtype), w.qkv_bias.to(dtype)), form.num_heads), form, keep=True)
+    y = norm_forward(stream, a, w.norm2, w.norm2_bias, form.eps[1], dtype, triton)[1]
+    return kept, F.linear(y, w.fc1.to(dtype), w.fc1_bias.to(dtype))
 
 
 def _heads(qkv_BLF: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:

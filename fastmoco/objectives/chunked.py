@@ -49,6 +49,8 @@ class ChunkedStep:
         average: when gradients cross ranks; default once, behind the last chunk.
         prepare: makes what the encoder reads of a chunk's two views, each time that they pass the trunk: the batch itself may
             then be held in fewer bytes.
+        lean: whether images that keep no graph keep the residual stream of their fused blocks: their graphs stay too, and the
+            backward makes the rest again.
         graphs: replays the passes over chunks of its size whose graphs are not kept; None: all run from Python.
 
     Raises:
@@ -65,6 +67,7 @@ class ChunkedStep:
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         average: GradientAverage | ShardedGradientAverage | None = None,
         prepare: PrepareViews = as_they_are,
+        lean: bool = False,
         graphs: ChunkGraphs | None = None,
     ) -> None:
         if chunk < 1:
@@ -79,7 +82,7 @@ class ChunkedStep:
         self.objective, self.chunk, self.autocast = objective, chunk, autocast
         self.kept_images = chunk * kept if kept_images is None else kept_images
         self.average, self.graphs = average or gradient_average(objective), graphs
-        self.prepare = prepare
+        self.prepare, self.lean = prepare, lean
 
     def __call__(self, view1: Tensor, view2: Tensor, *, accuracy: bool = False) -> MoCoV3Output:
         """One forward and backward; gradients are added to ``grad`` of the trainable parameters, averaged over ranks.
@@ -97,16 +100,19 @@ class ChunkedStep:
         if torch.is_autocast_enabled(view1.device.type):
             raise ValueError("autocast is on around the chunked step: give it as ChunkedStep(autocast=...) instead")
         kept_sizes, other_sizes = self._sizes(len(view1))
-        if self.graphs is not None and self.chunk in other_sizes:
+        sizes, full = kept_sizes + other_sizes, len(kept_sizes)
+        kept = len(sizes) if self.lean else full
+        if self.graphs is not None and self.chunk in sizes[kept:]:
             self.graphs.begin(view1)
-        sizes, kept = kept_sizes + other_sizes, len(kept_sizes)
         parts = (view.split(sizes) for view in (view1, view2))  # type: ignore[no-untyped-call]
         chunks = list(zip(*parts, strict=True))
         # Those without a graph first: what they leave is small, and what they need in passing is free again by then.
         with torch.no_grad(), self.autocast():
             later = [self._replayed_features(chunk) or self._features(chunk) for chunk in chunks[kept:]]
         with self.autocast():
-            first = [self._features(chunk) for chunk in chunks[:kept]]
+            first = [self._features(chunk) for chunk in chunks[:full]]
+            with self._lean():
+                first += [self._features(chunk) for chunk in chunks[full:kept]]
         graphs = [queries for queries, _, _ in first]
         features = [*first, *later]
         states = [state for _, _, state in features]
@@ -131,6 +137,15 @@ class ChunkedStep:
                 graphs[i] = graphs[i].detach()  # its graph, used up, goes before the next chunk needs room
             del queries
         return output
+
+    @contextmanager
+    def _lean(self) -> Iterator[None]:
+        """Blocks keep the residual stream alone."""
+        self.objective.encoder.recompute("full")
+        try:
+            yield
+        finally:
+            self.objective.encoder.recompute("none")
 
     def _sizes(self, images: int) -> tuple[list[int], list[int]]:
         """Images of the chunks whose graphs are kept, and of those after them."""
