@@ -99,7 +99,7 @@ def test_a_fused_block_equals_a_count_by_hand(config, eager):
         fused.query.by_kind["layer norm"].bytes
         == norms + 4 * 2 * E * weight + 8 * (3 * R + images) + images * E * 8 + 2 * E * weight + 8 * images
     )
-    # Gradient to GELU's output, and its input, in; its output, the gradient and the sum over rows out. The class row's is torch's.
+    # Gradient to GELU's output and its input in; its output, the gradient and the sum over rows out. The class row's is torch's.
     assert fused.backward.by_kind["GELU"].bytes == (4 * R + 3 * images) * HIDDEN * 2 + HIDDEN * 4
 
 

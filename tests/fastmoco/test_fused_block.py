@@ -15,6 +15,7 @@ from fastmoco.config_json import differences
 from fastmoco.distributed.mesh import World
 from fastmoco.gradients import Gradients
 from fastmoco.live_bytes import LiveBytes
+from fastmoco.models import fused_block
 from fastmoco.models.blocks import Block
 from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.recipes import quickstart_digits
@@ -25,30 +26,34 @@ B, L, E, A = 3, 17, 48, 4
 CPU = torch.device("cpu")
 
 
-def _block(dtype: torch.dtype = torch.float32) -> Block:
+def _block(dtype: torch.dtype = torch.float32, *, width: int = E, heads: int = A, device: str = "cpu") -> Block:
     torch.manual_seed(0)
-    block = Block(E, A, 4 * E, "sdpa").to(dtype)
+    block = Block(width, heads, 4 * width, "sdpa")
     for parameter in block.parameters():
-        nn.init.normal_(parameter, std=0.2)  # biases and norms of their own, too
-    return block
+        nn.init.normal_(parameter, std=width**-0.5)  # biases and norms of their own, too
+    return block.to(device, dtype)
 
 
-def _run(block: Block, *, fused: bool, half: bool, branch: bool, used: str = "both") -> dict[str, Tensor]:
-    """Outputs and all gradients by name."""
+def _run(
+    block: Block, *, fused: bool, half: bool, branch: bool, used: str = "both", rows: int = L
+) -> dict[str, Tensor]:
+    """Outputs and all gradients by name, of the same numbers whatever the dtype."""
     block.fused = fused
     block.zero_grad()
-    dtype = block.norm1.weight.dtype
+    weight = block.norm1.weight
+    narrow = torch.bfloat16 if half else weight.dtype
     torch.manual_seed(1)
-    x = torch.randn(B, L, E, dtype=dtype, requires_grad=True)
-    added = torch.randn(B, L, E).to(torch.bfloat16 if half else dtype).requires_grad_() if branch else None
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        stream, out = block(x, added)
+    x, *others = torch.randn(4, B, rows, len(weight))
+    added, *given = (t.bfloat16().to(weight) for t in others)
+    x = x.to(weight).requires_grad_()
+    branch_in = added.to(narrow).requires_grad_() if branch else None
+    with torch.autocast(weight.device.type, torch.bfloat16, enabled=half):
+        stream, out = block(x, branch_in)
     assert out is not None
-    outputs = {"both": [stream, out], "stream": [stream], "branch": [out]}[used]
-    torch.autograd.backward(outputs, [torch.randn_like(t) for t in outputs])
-    found = {"stream": stream.detach(), "branch": out.detach(), "dx": x.grad} | (
-        {"dbranch": added.grad} if added is not None else {}
-    )
+    chosen = {"both": (0, 1), "stream": (0,), "branch": (1,)}[used]
+    torch.autograd.backward([(stream, out)[i] for i in chosen], [given[i].to((stream, out)[i].dtype) for i in chosen])
+    found = {"stream": stream.detach(), "branch": out.detach(), "dx": x.grad}
+    found |= {} if branch_in is None else {"dbranch": branch_in.grad}
     found |= {name: p.grad for name, p in block.named_parameters()}
     return {name: t for name, t in found.items() if t is not None}
 
@@ -70,13 +75,41 @@ def test_outputs_and_every_gradient_are_those_of_the_modules(
         assert _distance(fused[name], truth) <= tolerance, name
 
 
+def _assert_as_good_as_modules(width: int, heads: int, rows: int, device: str, *, branch: bool) -> None:
+    """Under autocast: types of the modules, and their distance from float64 or less."""
+    size = {"width": width, "heads": heads, "device": device}
+    block = _block(**size)  # type: ignore[arg-type]
+    modules, fused = (_run(block, fused=fused, half=True, branch=branch, rows=rows) for fused in (False, True))
+    exact = _run(_block(torch.float64, **size), fused=False, half=False, branch=branch, rows=rows)  # type: ignore[arg-type]
+    for name, truth in exact.items():
+        assert (fused[name].dtype, fused[name].shape) == (modules[name].dtype, modules[name].shape), name
+        error, allowed = _distance(fused[name], truth), _distance(modules[name], truth)
+        assert error <= max(1.2 * allowed, torch.finfo(torch.bfloat16).eps / 2), (name, error, allowed)
+
+
 @pytest.mark.parametrize("branch", [True, False])
-def test_under_autocast_they_differ_by_units_in_the_last_place(branch: bool) -> None:
-    block = _block()
-    modules, fused = (_run(block, fused=fused, half=True, branch=branch) for fused in (False, True))
-    for name, other in modules.items():
-        assert fused[name].dtype == other.dtype, name
-        assert _distance(fused[name], other) <= 2 * torch.finfo(torch.bfloat16).eps, name
+def test_under_autocast_it_is_as_near_to_float64_as_the_modules_are(branch: bool) -> None:
+    _assert_as_good_as_modules(E, A, L, "cpu", branch=branch)
+
+
+@pytest.mark.parametrize("branch", [True, False])
+def test_the_kernels_give_the_same_block(monkeypatch: pytest.MonkeyPatch, branch: bool) -> None:
+    """In float32 through Triton's interpreter, or on a GPU."""
+    block = _block(device="cuda" if torch.cuda.is_available() else "cpu")
+    modules = _run(block, fused=False, half=False, branch=branch)
+    asked: list[Tensor] = []
+    monkeypatch.setattr(fused_block, "kernels_fit", lambda x: asked.append(x) is None)
+    fused = _run(block, fused=True, half=False, branch=branch)
+    assert len(asked) == 2
+    for name, truth in modules.items():
+        assert _distance(fused[name], truth) <= 1e-5, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("branch", [True, False])
+@pytest.mark.parametrize(("width", "heads"), [(384, 12), (768, 12)])
+def test_on_cuda_it_is_as_near_to_float64_as_the_modules_are(width: int, heads: int, branch: bool) -> None:
+    _assert_as_good_as_modules(width, heads, 197, "cuda", branch=branch)
 
 
 @pytest.mark.parametrize("used", ["stream", "branch"])
