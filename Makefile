@@ -30,8 +30,9 @@ check: $(READY)  ## format, lint, types, layering, spelling, shell scripts
 kernels: $(READY)  ## compile every kernel configuration for sm_80, sm_90a and sm_100a, without a GPU, and check what it costs
 	$(RUN)/python -m benchmarks.compiled $(if $(OUT),--out $(OUT))
 
-# Takes the python at hand, installs nothing: for a machine that brings torch for its GPU, pytest and numpy.
-gpu:  ## on a GPU: kernels against float64, the GPU tests, the benchmark cases; under nine minutes, results in $$OUT
+# Takes the python at hand, installs nothing: for a machine that brings torch for its GPU, pytest and numpy. Variables: STAGES,
+# ONLY, BUDGET (seconds), OUT, FASTMOCO_COMMIT; DRY=1 goes through every stage on the CPU. See benchmarks/gpu/__init__.py.
+gpu:  ## on a GPU: kernels against float64, ceilings, training steps, tests, benchmark cases; results in $$OUT
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/pipelines:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu
 
 # Sets itself up in .rehearsal. REHEARSAL_PYTHON takes an interpreter that has the packages already.

@@ -70,9 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if beaten else 0
 
 
-def pairs(rows: int, dim: int, positive_cosine: float, decay: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def pairs(
+    rows: int, dim: int, positive_cosine: float, decay: float, device: torch.device, *, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """[rows, dim] float32 raw queries, and keys whose row i has about this cosine with query i."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     spectrum = (torch.arange(dim, dtype=torch.float64) + 1) ** (-decay / 2)
     unit, other = (
         normalize(torch.randn(rows, dim, generator=generator, dtype=torch.float64) * spectrum, dim=1) for _ in range(2)

@@ -3,12 +3,16 @@
 ``python -m benchmarks.compiled`` compiles each configuration that a launcher may pick for sm_80, sm_90a and sm_100a, prints
 the table, and ends with 1 if a gate does not hold: no spills in a default configuration, shared memory within the chip's
 limit, the architecture's tensor-core instruction present, nothing forbidden in an inner loop.
+
+Versions of Triton allocate registers differently, and every supported one must hold the gates. ``--rows FILE`` keeps a run's
+figures; a run under another Triton that is given them by ``--beside FILE`` writes a page with both.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 import time
@@ -16,6 +20,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from fastmoco_kernels._aot import ARCHITECTURES, MATRIX_OPCODES, SHARED_LIMITS, AotCase, Compiled, compile_case
 
@@ -34,6 +39,8 @@ OPS = (
 )
 SHOWN = ("MUFU", "FFMA", "FMUL", "FMNMX", "SHFL")
 Row = tuple[str, int, Compiled | None, list[str]]
+Run = dict[str, Any]
+"""``triton``: its version; ``broken``: gates; ``figures``: registers and spilled bytes by configuration and target."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="only what is a default on sm_90a")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers at a time")
     parser.add_argument("--out", type=Path, help="write the table to this file")
+    parser.add_argument("--rows", type=Path, help="write this run's figures to this file, for --beside")
+    parser.add_argument("--beside", type=Path, help="figures of a run under another Triton, shown on the page")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SystemExit("benchmarks.compiled: TRITON_INTERPRET=1 replaces kernels by Python; unset it")
@@ -64,9 +73,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     print("\n".join(faults), file=sys.stderr)
     print(f"{len(rows)} compiled in {time.monotonic() - began:.0f} s, {len(faults)} gates broken")
+    run = _run(rows)
+    if arguments.rows:
+        arguments.rows.write_text(json.dumps(run))
     if arguments.out:
-        arguments.out.write_text(_page(text, len(rows), len(faults)))
+        runs = [run] if arguments.beside is None else [run, json.loads(arguments.beside.read_text())]
+        arguments.out.write_text(_page(rows, runs))
     return 1 if faults else 0
+
+
+def _run(rows: Sequence[Row]) -> Run:
+    """What one run found, as JSON holds it."""
+    import triton
+
+    figures = {
+        f"{name} on {ARCHITECTURES[capability]}": None if cost is None else [cost.registers, cost.spill_bytes]
+        for name, capability, cost, _ in rows
+    }
+    return {"triton": triton.__version__, "broken": sum(len(found) for *_, found in rows), "figures": figures}
 
 
 def _cases(op: str) -> list[AotCase]:
@@ -91,38 +115,43 @@ def _measure(job: tuple[str, str, int]) -> Row:
     return name, capability, compiled, compiled.faults(case, capability)
 
 
-def table(rows: Iterable[Row]) -> str:
-    """The rows as a Markdown table; counts are of the whole kernel."""
+def table(rows: Iterable[Row], others: Sequence[Run] = ()) -> str:
+    """The rows as a Markdown table; counts are of the whole kernel. Other runs add their registers and spilled bytes."""
+    beside = "".join(f" registers, spills ({other['triton']}) |" for other in others)
     lines = [
-        "| kernel | target | registers | spill bytes | shared bytes | tensor core | "
+        f"| kernel | target | registers | spill bytes |{beside} shared bytes | tensor core | "
         + " | ".join(SHOWN)
         + " | gates |",
-        "|---|---|---|---|---|---|" + "---|" * len(SHOWN) + "---|",
+        "|---|---|---|---|---|---|" + "---|" * (len(others) + len(SHOWN)) + "---|",
     ]
     for name, capability, compiled, faults in rows:
         verdict = "; ".join(faults) or "hold"
         if compiled is None:
-            lines.append(f"| {name} | {ARCHITECTURES[capability]} |" + " |" * (4 + len(SHOWN)) + f" {verdict} |")
+            empty = " |" * (4 + len(others) + len(SHOWN))
+            lines.append(f"| {name} | {ARCHITECTURES[capability]} |{empty} {verdict} |")
             continue
         matrix = compiled.opcodes[MATRIX_OPCODES[capability]]
+        found = [other["figures"].get(f"{name} on {ARCHITECTURES[capability]}") for other in others]
+        cells = "".join(f" {figures[0]}, {figures[1]} |" if figures else " |" for figures in found)
         counts = " | ".join(str(compiled.opcodes[opcode]) for opcode in SHOWN)
         lines.append(
-            f"| {name} | {ARCHITECTURES[capability]} | {compiled.registers} | {compiled.spill_bytes} "
-            f"| {compiled.shared_bytes} | {matrix} | {counts} | {verdict} |"
+            f"| {name} | {ARCHITECTURES[capability]} | {compiled.registers} | {compiled.spill_bytes} |"
+            f"{cells} {compiled.shared_bytes} | {matrix} | {counts} | {verdict} |"
         )
     return "\n".join(lines)
 
 
-def _page(text: str, compiled: int, broken: int) -> str:
-    """The committed page."""
-    import triton
-
+def _page(rows: Sequence[Row], runs: Sequence[Run]) -> str:
+    """The committed page: this run's table, and what other runs found beside it."""
     limits = ", ".join(f"{ARCHITECTURES[c]} {limit:,} B" for c, limit in SHARED_LIMITS.items())
+    counts = "; ".join(
+        f"Triton {run['triton']}: {len(run['figures'])} configurations, {run['broken']} gates broken" for run in runs
+    )
     return (
         "# Compiled kernels\n\n"
-        f"Triton {triton.__version__}, compiled without a GPU by `make kernels`: {compiled} configurations, {broken} gates "
-        f"broken. Shared memory limits: {limits}. Tensor core counts HMMA, HGMMA and UTCHMMA instructions.\n\n"
-        f"{text}\n"
+        f"Compiled without a GPU by `make kernels`. {counts}. Shared memory limits: {limits}. Tensor core counts HMMA, "
+        f"HGMMA and UTCHMMA instructions; what is not said to be another's is of Triton {runs[0]['triton']}.\n\n"
+        f"{table(rows, runs[1:])}\n"
     )
 
 

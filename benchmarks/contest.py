@@ -1,19 +1,25 @@
 """Contenders for one job: each is checked first, then they are timed in turns, and only then compared.
 
-Speed-ups are ratios of medians within one run. Milliseconds are reported from a GPU alone: this project's CPUs are shared.
+Speed-ups are ratios of medians within one run. Milliseconds are reported from a GPU alone: this project's CPUs are shared. There
+they are three: what the kernels take on the GPU, what the host takes to launch them, and the clock on the wall around both.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.measure import interleave, ratios
+
+CYCLES_PER_S = 2e9
+"""Of a GPU's clock, at the most: a sleep given in cycles lasts at least as long as meant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +52,26 @@ def contest(contenders: Sequence[Contender], *, subject: str, device: torch.devi
 
     Returns:
         ``errors`` by contender; ``skipped`` and ``failed`` with reasons; ``peak_bytes`` that one call adds;
-        ``speedup`` of the subject over each other contender that passed its check; ``milliseconds`` on CUDA.
-        Without a passing subject there is no ``speedup`` at all.
+        ``speedup`` of the subject over each other contender that passed its check; on CUDA ``milliseconds`` of the GPU,
+        ``host_ms`` and ``wall_ms``. Without a passing subject there is no ``speedup`` at all. Others that fail, by
+        their check, an error or for want of memory, cost only themselves.
     """
-    result: dict[str, Any] = {"errors": {}, "skipped": {}, "failed": {}, "peak_bytes": {}, "speedup": {}}
+    result: dict[str, Any] = {
+        "errors": {},
+        "skipped": {},
+        "failed": {},
+        "peak_bytes": {},
+        "speedup": {},
+        "subject": subject,
+    }
     running = []
     for contender in contenders:
         if contender.skipped:
             result["skipped"][contender.name] = contender.skipped
             continue
-        errors = dict(contender.errors())
+        if (found := _attempt(contender.name, subject, contender.errors, result)) is None:
+            continue
+        errors = dict(found)
         result["errors"][contender.name] = {name: float(f"{value:.3g}") for name, value in errors.items()}
         beyond = [
             f"{name} {errors[name]:.3g} > {limit:.3g}"
@@ -68,19 +84,43 @@ def contest(contenders: Sequence[Contender], *, subject: str, device: torch.devi
             running.append(contender)
     if subject not in {contender.name for contender in running}:
         return result
-    for contender in running:
-        contender.call()  # compile, tune, fill the caches
-        result["peak_bytes"][contender.name] = peak_bytes(contender.call, device)
+    for contender in tuple(running):
+        peak = _attempt(contender.name, subject, partial(_warm_peak, contender.call, device), result)
+        if peak is None:
+            running.remove(contender)
+        else:
+            result["peak_bytes"][contender.name] = peak
     timed = {contender.name: _timer(contender.call, device) for contender in running}
     figures = interleave(timed, rounds=rounds)
     if device.type == "cuda":
         result["milliseconds"] = {name: round(statistics.median(values) * 1e3, 4) for name, values in figures.items()}
+        walls = {contender.name: wall_and_host(contender.call, device) for contender in running}
+        result["wall_ms"] = {name: round(wall * 1e3, 4) for name, (wall, _) in walls.items()}
+        result["host_ms"] = {name: round(host * 1e3, 4) for name, (_, host) in walls.items()}
     result["speedup"] = {
         name: {kind: round(value, 3) for kind, value in ratios(values, figures[subject]).items()}
         for name, values in figures.items()
         if name != subject
     }
     return result
+
+
+def _attempt(name: str, subject: str, action: Callable[[], Any], result: dict[str, Any]) -> Any:
+    """What ``action`` gives; None, with the reason in ``failed``, where it fails for another than the subject."""
+    try:
+        return action()
+    except (RuntimeError, ValueError, ImportError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if name == subject or "CUDA error" in str(error):
+            raise
+        result["failed"][name] = f"{type(error).__name__}: {str(error)[:200]}"
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+
+def _warm_peak(call: Callable[[], object], device: torch.device) -> int:
+    call()  # compile, tune, fill the caches
+    return peak_bytes(call, device)
 
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
@@ -109,25 +149,53 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def _timer(call: Callable[[], object], device: torch.device) -> Callable[[], float]:
-    """Seconds of one call: by events behind a cleared L2 cache on CUDA, by the clock elsewhere."""
+def seconds_by_events(call: Callable[[], object], device: torch.device, *, queued: float = 2e-3) -> float:
+    """Seconds of one call's kernels on a GPU, after a cleared L2 cache; on a CPU by the clock.
+
+    The GPU sleeps first, so that all launches of the call are queued when it wakes: what the events then see is kernels, not
+    Python. Only a call that waits for the device itself, or queues more than about a thousand launches, shows its host.
+
+    Args:
+        call: the work.
+        device: where.
+        queued: seconds that the GPU sleeps, longer than the host takes for the call.
+    """
     if device.type != "cuda":
-
-        def by_clock() -> float:
-            began = time.perf_counter()
-            call()
-            return time.perf_counter() - began
-
-        return by_clock
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
-
-    def by_events() -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        flush.zero_()
-        start.record()
+        began = time.perf_counter()
         call()
-        end.record()
-        torch.cuda.synchronize(device)
-        return float(start.elapsed_time(end)) / 1e3
+        return time.perf_counter() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    _flush(device).zero_()
+    torch.cuda._sleep(int(queued * CYCLES_PER_S))  # type: ignore[no-untyped-call]
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return float(start.elapsed_time(end)) / 1e3
 
-    return by_events
+
+def wall_and_host(call: Callable[[], object], device: torch.device, *, calls: int = 5) -> tuple[float, float]:
+    """Seconds of a call until its results are there, and until the host may go on; medians of some calls."""
+    walls, hosts = [], []
+    for _ in range(calls):
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        call()
+        hosts.append(time.perf_counter() - began)
+        torch.cuda.synchronize(device)
+        walls.append(time.perf_counter() - began)
+    return statistics.median(walls), statistics.median(hosts)
+
+
+@functools.cache
+def _flush(device: torch.device) -> torch.Tensor:
+    """More bytes than any L2 cache holds."""
+    return torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+
+
+def _timer(call: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """Seconds of one call, the GPU's own where there is one."""
+    if device.type != "cuda":
+        return lambda: seconds_by_events(call, device)
+    _, host = wall_and_host(call, device, calls=2)
+    return lambda: seconds_by_events(call, device, queued=min(0.5, 1.5 * host + 2e-4))

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.host_cost`` replaces every kernel by a function that does nothing and measures what is left: checks,
 tables of addresses, scratch tensors, autograd. On a GPU this time hides behind the kernels only as long as it is shorter
-than they are. Cases and checkouts take turns, call by call and process by process, and medians are printed;
+than they are. Cases and checkouts take turns, a few calls and a process at a time, and medians are printed;
 ``--against FOLDER`` measures another checkout of this repository beside this one, in the same minutes.
 
 The cases are those of one step of a ViT-S: an optimizer and an average over 154 tensors, once with gradients that stay
@@ -26,6 +26,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TENSORS = 154
+TURN = 20
+"""Calls of one case in a row."""
 Case = tuple[Callable[[int], object], Callable[[], object]]
 """What comes before a call and is not measured, given the number of the call; and the call."""
 
@@ -65,7 +67,7 @@ def cases() -> dict[str, Case]:
 
     stub_kernels(adamw_launch, attention_launch, ema_launch, epilogue_kernels, triton_kernels, lars_launch)
     torch.use_deterministic_algorithms(True, warn_only=True)  # the default tile: nothing is timed here
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "ema_update_": _ema(device, moved=False),
@@ -171,13 +173,16 @@ def measure(calls: int, *, warm_up: int = 20) -> dict[str, float]:
     torch.set_num_threads(1)
     every = cases()
     times: dict[str, list[float]] = {name: [] for name in every}
-    for number in range(warm_up + calls):
+    for first in range(0, warm_up + calls, TURN):
         for name, (before, call) in every.items():
-            before(number)
-            began = time.process_time_ns()
-            call()
-            if number >= warm_up:
-                times[name].append((time.process_time_ns() - began) / 1000)
+            for number in range(first, first + TURN):
+                before(number)
+                began = time.process_time_ns()
+                call()
+                if (
+                    number >= warm_up and number % TURN > 1
+                ):  # the first two calls of a turn find the caches of another case
+                    times[name].append((time.process_time_ns() - began) / 1000)
     return {name: statistics.median(found) for name, found in times.items()}
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,26 +40,57 @@ def ratios(numerator: list[float], denominator: list[float]) -> dict[str, float]
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """What the figures were taken on. Nothing that is absent here costs a result: it is called "unknown"."""
     described: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
         "cores": len(os.sched_getaffinity(0)),
         "cpu": _cpu_model(),
-        "commit": _commit(),
+        "commit": commit(),
     }
     if torch.cuda.is_available():
-        described["gpu"] = torch.cuda.get_device_name()
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        described["gpu"] = properties.name
+        described["gpu_gib"] = round(properties.total_memory / 2**30, 1)
+        described["driver"] = _driver()
     return described
 
 
+def commit() -> str:
+    """The commit of the tree, with a plus sign where it is changed; ``FASTMOCO_COMMIT`` says it where there is no git."""
+    if told := os.environ.get("FASTMOCO_COMMIT"):
+        return told
+    here = Path(__file__).resolve().parent
+    return _output(["git", "-C", str(here), "describe", "--always", "--dirty=+"]) or "unknown"
+
+
+def _driver() -> str:
+    """NVIDIA's driver."""
+    shown = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return shown.splitlines()[0] if shown else "unknown"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
 def _cpu_model() -> str:
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
     return names[0] if names else platform.machine()
 
 
-def _commit() -> str:
-    """The commit of the tree, with a plus sign where it is changed."""
-    shown = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
-    return shown.stdout.strip() or "unknown"
+def _output(command: list[str]) -> str:
+    """What a program prints; nothing where it is missing, fails or hangs."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

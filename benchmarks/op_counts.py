@@ -112,7 +112,7 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
-            self.__enter__()
+            self.__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -144,9 +144,11 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> float:
     """FLOPs of a product or of attention; 0 for everything else. A multiply-add counts as two."""
     packet = func._overloadpacket if isinstance(func, torch._ops.OpOverload) else func
     if packet in CPU_ATTENTION:
-        return float(CPU_ATTENTION[packet](*(arg.shape if isinstance(arg, Tensor) else arg for arg in args)))
-    if packet in flop_registry:
-        return float(flop_registry[packet](*args, **kwargs, out_val=out))
+        shaped: Any = CPU_ATTENTION[packet]
+        return float(shaped(*(arg.shape if isinstance(arg, Tensor) else arg for arg in args)))
+    count: Any = flop_registry.get(packet)
+    if count is not None:
+        return float(count(*args, **kwargs, out_val=out))
     return 0.0
 
 

@@ -10,12 +10,14 @@ out: wallpapers hold more of them than a data set does, and its files weigh abou
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import tempfile
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.datasets import distinct_files
@@ -27,6 +29,9 @@ SHAPES = ((500, 375), (500, 375), (500, 375), (375, 500), (500, 334), (640, 480)
 """Width and height, drawn uniformly."""
 PACKED = {"original": None, "max256": 256, "max512": 512}
 """Folder of shards -> longest side."""
+
+DISTINCT = 256
+"""Windows that are cut of each sample photograph; of a larger set they are copies."""
 
 
 def cut_photos(src: Path, out: Path, *, cuts: int = CUTS, flat_bytes: int = FLAT_BYTES, seed: int = 0) -> int:
@@ -86,6 +91,26 @@ def main() -> None:
             report = pack_folder(Path(folder), arguments.out / name, max_side=max_side, shard_samples=200)
             mean = report.total_bytes / report.samples / 1e3
             print(f"{report.samples} images of {mean:.0f} kB on average: {report.pattern}")
+
+
+def sample_shards(folder: Path, batch: int) -> str:
+    """Two batches at least of windows of the two photographs that come with scikit-learn, or of smooth noise without it."""
+    rng, src = np.random.default_rng(0), folder / "images"
+    src.mkdir()
+    for number, photo in enumerate(_photographs(rng)):
+        windows = [cut_window(Image.fromarray(photo), rng) for _ in range(min(DISTINCT, max(24, batch)))]
+        for i in range(max(24, batch)):
+            (src / f"{number}-{i:05d}.jpg").write_bytes(windows[i % len(windows)])
+    return pack_folder(src, folder / "shards").pattern
+
+
+def _photographs(rng: np.random.Generator) -> list[NDArray[np.uint8]]:
+    if importlib.util.find_spec("sklearn") is not None:
+        from sklearn.datasets import load_sample_images
+
+        return list(load_sample_images().images)
+    coarse = rng.integers(0, 256, (2, 60, 90, 3), dtype=np.uint8)
+    return [np.asarray(Image.fromarray(noise).resize((640, 427), Image.Resampling.BICUBIC)) for noise in coarse]
 
 
 if __name__ == "__main__":

@@ -61,11 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     case = CASES[arguments.case]
     options = parse_options(arguments.options, case.DEFAULTS)
+    described = machine()  # before the case: nothing that fails here may cost a result
     result = {
         "case": arguments.case,
         "options": options,
         "result": _result(case, options),
-        "machine": machine(),
+        "machine": described,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     line = json.dumps(result)

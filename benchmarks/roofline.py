@@ -13,19 +13,23 @@ that come out are counted by a model of fusion (`fusion`), everything outside of
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks.op_counts import ATTENTION, PRODUCTS, Cost, Counts
 from benchmarks.step_counts import count_step
+from fastmoco import gradients
 from fastmoco.config import Config
-from fastmoco.planner import HEADROOM, StepPlan, busy_chunk, plan_step, state_bytes
+from fastmoco.distributed.mesh import World
+from fastmoco.planner import StepPlan, busy_chunk
 from fastmoco.recipes import get_recipe
-from fastmoco.step_costs import measure_costs
+from fastmoco.setup_run import build_model
 
 ATTENTION_SHARE = 0.35
 """Of the rate of products, at heads of 32 and 64 channels and 197 tokens."""
@@ -60,16 +64,19 @@ CARDS = {
 """Rates that large copies and products reach, not those of a data sheet."""
 
 
-def plan_for(config: Config, card: Card) -> StepPlan:
-    """The plan of one process that has a card for itself."""
-    costs = measure_costs(config, "bf16", attention="sdpa")
-    tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
-    budget = HEADROOM * card.memory - state_bytes(costs, config.optim.name, 4).total
-    return plan_step(costs, images=config.global_batch_size, budget=budget, tokens=tokens)
+def plan_for(config: Config, card: Card, *, compiled: bool) -> StepPlan:
+    """The plan of one process that has a card for itself, with nothing on it but the model."""
+    with torch.device("meta"):
+        objective = build_model(config)
+    free = card.memory - sum(p.nbytes for p in objective.parameters())
+    # A save in the background copies to the host's memory, which is not the card's.
+    config = replace(config, checkpoint=replace(config.checkpoint, async_save=False))
+    with mock.patch.object(gradients, "free_bytes", return_value=free):
+        return gradients.choose_plan(config, objective, World(), "bf16", compiled=compiled)
 
 
 def report(
-    config: Config, *, chunk: int, compiled: bool, kept: int | None, budget: float, views: torch.dtype
+    config: Config, *, chunk: int, compiled: bool, kept: int | None, budget: float | None, views: torch.dtype
 ) -> dict[str, Any]:
     """Counts of a step and images/s on every card.
 
@@ -77,23 +84,28 @@ def report(
         config: model, heads and batch.
         chunk: images of a chunk; 0: as the planner would.
         compiled: whether blocks go through torch.compile.
-        kept: chunks whose graphs are kept, instead of the planner's choice.
-        budget: share of the activations that compiled blocks keep.
+        kept: images whose graphs are kept, instead of the planner's choice.
+        budget: share of the activations that compiled blocks keep; None: all, and as planned the planner's choice.
         views: dtype of the views.
     """
     tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
-    counted = count_step(config, chunk=chunk or busy_chunk(tokens), compiled=compiled, budget=budget, views=views)
-    chunks = config.global_batch_size / counted.chunk
-    whole = counted.step(chunks, chunks)
+    images = config.global_batch_size
+    count = functools.cache(
+        lambda chunk, budget: count_step(config, chunk=chunk, compiled=compiled, budget=budget, views=views)
+    )
+    counted = count(chunk or busy_chunk(tokens), 1.0 if budget is None else budget)
+    whole = counted.step(images / counted.chunk, images / counted.chunk)
     cards = {}
     for name, card in CARDS.items():
-        plan = plan_for(config, card)
-        share = (kept if kept is not None else plan.kept if plan.chunk else plan.chunks) / plan.chunks
-        planned = counted.step(chunks, chunks * share)
+        plan = plan_for(config, card, compiled=compiled)
+        size = chunk or plan.chunk or counted.chunk
+        keeps = kept if kept is not None else plan.kept_images if plan.chunk else images
+        within = plan.activation_budget if budget is None else budget
+        planned = count(size, within).step(images / size, keeps / size)
         cards[name] = {
-            "nothing_recomputed": round(config.global_batch_size / card.seconds_of(whole)),
-            "planned": round(config.global_batch_size / card.seconds_of(planned)),
-            "kept": f"{share * plan.chunks:.0f} of {plan.chunks}",
+            "nothing_recomputed": round(images / card.seconds_of(whole)),
+            "planned": round(images / card.seconds_of(planned)),
+            "plan": f"chunks of {size}, {keeps} of {images} images kept, budget {within:g}",
             "ms_a_chunk": {
                 part: round(1e3 * card.seconds_of(getattr(counted, part)), 2) for part in ("query", "keys", "backward")
             },
@@ -125,12 +137,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipes", default="vit_s16_e300_b4096,vit_b16_e300_b4096", help="comma between them")
     parser.add_argument("--mode", choices=("both", "eager", "compiled"), default="both")
     parser.add_argument("--chunk", type=int, default=0, help="images of a chunk; 0: as the planner would")
-    parser.add_argument("--kept", type=int, default=None, help="chunks that keep their graphs, instead of the plan's")
+    parser.add_argument("--kept", type=int, default=None, help="images that keep their graphs, instead of the plan's")
     parser.add_argument("--views", default="float32", help="dtype of the views, as torch names it")
     parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="")
     parser.add_argument("--blocks", choices=("modules", "fused"), default="modules", help="fused: counted as it runs")
     parser.add_argument(
-        "--memory-budget", type=float, default=1.0, help="share of activations that compiled blocks keep"
+        "--memory-budget", type=float, default=None, help="share of activations that compiled blocks keep"
     )
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
@@ -168,7 +180,7 @@ def table(found: dict[str, Any]) -> str:
         parts = ", ".join(f"{part} {ms}" for part, ms in card["ms_a_chunk"].items())
         lines.append(
             f"  {name}: {card['nothing_recomputed']} images/s with nothing recomputed, {card['planned']} as planned "
-            f"({card['kept']} kept); ms a chunk: {parts}"
+            f"({card['plan']}); ms a chunk: {parts}"
         )
     lines.append(f"  a step, nothing recomputed   {'operations':>10} {'GB':>8} {'TFLOP':>8}   ms: {' '.join(CARDS)}")
     for kind, cost in found["step"].items():

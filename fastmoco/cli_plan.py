@@ -16,7 +16,10 @@ from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line
 if TYPE_CHECKING:
     from fastmoco.planner import StepPlan
     from fastmoco.step_costs import StepCosts
+    from fastmoco_pipelines.memory import LoaderBytes
 
+PLANNED_THREADS = 14
+"""Threads of DALI beside a GPU, for what its decoder holds."""
 UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -69,6 +72,7 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
     """
     import torch
 
+    from fastmoco.models.compiled import BUDGETS
     from fastmoco.planner import HEADROOM
     from fastmoco.setup_run import choose_precision
     from fastmoco.step_costs import measure_costs
@@ -84,13 +88,30 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
     settings: tuple[Recompute, ...] = ("none", "selective", "full")
     if config.model.linears == "float8":
         settings = ("none", "full")  # which refuses the other
-    by_setting = {
-        setting: measure_costs(config, precision, attention=attention, recompute=setting) for setting in settings
-    }
-    plain = by_setting["none"]
+    levels = config.data.view_dtype == "uint8" or (config.data.view_dtype == "auto" and not on_cpu)
+    compiled = config.model.compile is True or (config.model.compile == "auto" and not on_cpu and precision != "fp64")
+    wanted = config.batch.activation_budget
+    budgets = (BUDGETS if wanted == "auto" else (float(wanted),)) if compiled else (1.0,)
+
+    def costs_of(setting: Recompute, budget: float) -> StepCosts:
+        return measure_costs(
+            config,
+            precision,
+            attention=attention,
+            recompute=setting,
+            compiled=compiled,
+            budget=budget,
+            levels=levels,
+        )
+
+    by_setting = {setting: [costs_of(setting, budgets[0])] for setting in settings}
+    by_setting["none"] += [costs_of("none", budget) for budget in budgets[1:]]
+    plain = by_setting["none"][0]
     shared = _shared_by(config, plain, gpus, memory)
+    loader = _loader(config, gpus, levels, on_cpu)
+    usable = memory * HEADROOM - loader.beside_batch_bytes
     rows = [
-        _row(config, costs, setting, gpus, memory * HEADROOM, shards)
+        _row(config, dict(zip(budgets, costs, strict=False)), setting, gpus, usable, shards)
         for shards in sorted({1, shared, gpus})
         for setting, costs in by_setting.items()
     ]
@@ -108,9 +129,27 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
         "flops_per_image": plain.step_flops,
         "flops_per_step": plain.step_flops * config.global_batch_size,
         "couples_samples": plain.couples_samples,
+        "compiled": compiled,
+        "views": "uint8" if levels else "float32",
+        "loader_bytes": asdict(loader) | {"beside_batch_bytes": loader.beside_batch_bytes},
         "settings": rows,
         "chosen": next(row for row in rows if (row["checkpointing"], row["state_over"]) == asked),
     }
+
+
+def _loader(config: Config, gpus: int, levels: bool, on_cpu: bool) -> LoaderBytes:
+    """What a loader holds that makes its views where the model is; of synthetic images nothing but the batch."""
+    from dataclasses import replace
+
+    from fastmoco_pipelines.memory import LoaderBytes, loader_bytes
+
+    shards = config.data.shards or "not read"
+    named = replace(config, data=replace(config.data, shards=shards))
+    spec = named.loader_spec(device="cpu" if on_cpu else "gpu", threads=config.data.threads or PLANNED_THREADS)
+    held = loader_bytes(replace(spec, view_dtype="uint8" if levels else "float32"), gpus)
+    if config.data.synthetic:
+        return LoaderBytes(batch_bytes=held.batch_bytes, ready_bytes=0, scratch_bytes=0)
+    return held
 
 
 def _shared_by(config: Config, costs: StepCosts, gpus: int, memory: int) -> int:
@@ -129,28 +168,40 @@ def _element(config: Config) -> int:
     return 8 if config.precision == "fp64" else 4
 
 
-def _row(config: Config, costs: StepCosts, setting: str, gpus: int, usable: float, shards: int) -> dict[str, Any]:
+def _row(
+    config: Config, by_budget: dict[float, StepCosts], setting: str, gpus: int, usable: float, shards: int
+) -> dict[str, Any]:
     """One way to train, with the plan for the recipe's batch and the batches at which it ends."""
-    from fastmoco.planner import busy_chunk, largest_batch, plan_step, sharded, state_bytes
+    from dataclasses import replace
+
+    from fastmoco.planner import best_plan, busy_chunk, largest_batch, parts_of, plan_step, sharded, state_bytes
 
     element = _element(config)
+    costs = next(iter(by_budget.values()))
     state = state_bytes(costs, config.optim.name, element, shards=shards)
-    costs = sharded(costs, element) if shards > 1 else costs
+    by_budget = {share: sharded(costs, element) if shards > 1 else costs for share, costs in by_budget.items()}
     budget = usable - state.total
     tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
     if costs.couples_samples and isinstance(config.batch.chunk, int):
         raise ValueError(
             f"batch.chunk={config.batch.chunk}: this trunk cannot go in chunks, because {costs.couples_samples}"
         )
-    chosen: StepPlan = plan_step(
-        costs,
-        images=config.global_batch_size // gpus,
-        budget=budget,
-        tokens=tokens,
-        chunk=config.batch.chunk,
-        kept=config.batch.kept,
-        world_size=gpus,
-    )
+    images = config.global_batch_size // gpus
+
+    def planned(share: float, costs: StepCosts) -> StepPlan:
+        plan = plan_step(
+            costs,
+            images=images,
+            budget=budget,
+            tokens=tokens,
+            chunk=config.batch.chunk,
+            kept=config.batch.kept,
+            world_size=gpus,
+        )
+        return replace(plan, activation_budget=share)
+
+    chosen = best_plan(planned(share, costs) for share, costs in by_budget.items())
+    costs = by_budget[chosen.activation_budget]
     chunk = chosen.chunk or busy_chunk(tokens)
     in_chunks = 0 if costs.couples_samples else gpus * largest_batch(costs, budget, chunk=chunk, world_size=gpus)
     return {
@@ -159,7 +210,8 @@ def _row(config: Config, costs: StepCosts, setting: str, gpus: int, usable: floa
         "state_bytes": asdict(state) | {"total": state.total},
         "activation_bytes_per_image": costs.graph.per_image,
         "step_bytes": chosen.peak_bytes,
-        "fits": chosen.peak_bytes <= budget,
+        "parts_bytes": parts_of(costs, chosen, images, gpus),
+        "fits": chosen.fits,
         "plan": chosen.to_json(),
         "largest_batch_whole": gpus * largest_batch(costs, budget, world_size=gpus),
         "largest_batch_in_chunks": in_chunks,
@@ -193,17 +245,27 @@ def _print_tables(found: dict[str, Any]) -> None:
             f"{state / gib:.2f}",
             f"{row['activation_bytes_per_image'] / 1e6:.1f}",
             f"{plan['chunks']} x {plan['chunk']}" if plan["chunk"] else "one",
-            f"{plan['kept']}" if plan["chunk"] else "",
+            f"{plan['kept_images']}" if plan["chunk"] else "",
             f"{plan['overhead']:+.1%}",
             f"{(row['step_bytes'] + state) / gib:.1f}" + ("" if row["fits"] else " !"),
             f"{row['largest_batch_whole']}",
             f"{row['largest_batch_in_chunks']}" if row["largest_batch_in_chunks"] else "-",
         )
     console.print(table)
+    chosen = found["chosen"]
+    parts = {"state": chosen["state_bytes"]["total"], **chosen["parts_bytes"]}
+    parts |= {"loader beside that": found["loader_bytes"]["beside_batch_bytes"]}
+    print("as configured, GiB: " + ", ".join(f"{name} {size / gib:.2f}" for name, size in parts.items()))
+    blocks = (
+        f"compiled, {chosen['plan']['activation_budget']:g} of the activations kept"
+        if found["compiled"]
+        else "not compiled"
+    )
+    print(f"blocks {blocks}; views as {found['views']}")
     print(
         "share: GPUs that share one copy of parameters, gradients and optimizer. state, peak: GiB of a GPU (! does not fit),\n"
         "with what FSDP2 puts together for a moment.\n"
-        "MB/img: activations of an image. batch in: chunks x images. kept: chunks that keep their activations.\n"
+        "MB/img: activations of an image. batch in: chunks x images. kept: images that keep their activations.\n"
         "extra: FLOPs computed twice. whole, chunks: the largest batch over all GPUs at once, and in such chunks."
     )
 

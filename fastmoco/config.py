@@ -107,6 +107,9 @@ class BatchConfig:
     activation_budget: Literal["auto"] | float = "auto"
     """Share of its activations that a compiled block keeps for its backward: 1 all that products read, 0.9 what element-wise
     operations do not make again, less also drops products. ``auto``: the first of 1 and 0.9 that computes least twice."""
+    cuda_graphs: bool = False
+    """Replay the trunk's kernels for chunks that keep nothing, instead of launching them from Python. CUDA, one process or ddp,
+    without ``model.checkpointing``. The same gradients, more memory."""
 
     def __post_init__(self) -> None:
         budget = self.activation_budget
@@ -213,6 +216,7 @@ class Config:
             device=device,
             threads=threads,
             prefetch=data.prefetch,
+            sub_batch=data.sub_batch,
             cache_dir=data.cache_dir,
             cache_size_gb=data.cache_size_gb,
             shuffle_window=data.shuffle_window,

@@ -22,8 +22,13 @@ class DataConfig:
     """Where DALI decodes and augments; ``auto`` follows the training device."""
     threads: int = 0
     """DALI worker threads of each process; 0 shares the machine's cores among its processes."""
-    prefetch: int = 2
-    """Batches kept ready ahead of the trainer."""
+    view_dtype: Literal["auto", "float32", "uint8"] = "auto"
+    """What views are until the step takes them: ``float32``, normalised, or ``uint8``, levels, of which the step makes the same
+    numbers: a quarter of the memory. ``auto``: ``uint8`` where the model is on a GPU."""
+    prefetch: int = 0
+    """Batches ahead of the trainer: on a CPU beside the one that is being made, on a GPU that one counts. 0: two, and one."""
+    sub_batch: int = 0
+    """Images that DALI decodes and augments at a time, which bounds what it holds. 0: the batch on a CPU, 128 on a GPU."""
     cache_dir: str = ""
     """Folder for shards from a server, shared by all processes of a machine; empty: fastmoco/shards in your cache folder."""
     cache_size_gb: float = 100
@@ -40,7 +45,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(self.device in ("auto", "cpu", "gpu"), "device", self.device, "must be auto, cpu or gpu")
         require(self.threads >= 0, "threads", self.threads, "must not be negative")
-        require(self.prefetch >= 1, "prefetch", self.prefetch, "keeps at least one batch ready")
+        types = ("auto", "float32", "uint8")
+        require(self.view_dtype in types, "view_dtype", self.view_dtype, f"must be one of {types}")
+        for name in ("prefetch", "sub_batch"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         require((self.shuffle_window or 0) >= 0, "shuffle_window", self.shuffle_window, "counts shards; 0: all of them")
         same = self.view1.size == self.view2.size
         require(same, "view2.size", self.view2.size, f"both views must have one size; view1.size={self.view1.size}")

@@ -16,6 +16,8 @@ FREE_TO_CHANGE = (
     "data.shards",
     "data.threads",
     "data.prefetch",
+    "data.sub_batch",
+    "data.view_dtype",
     "optim.fused_backend",
     "model.checkpointing",
     "model.compile",

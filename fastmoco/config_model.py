@@ -29,6 +29,7 @@ KINDS = {
     "attention": AttentionBackend,
     "checkpointing": Recompute,
     "linears": Linears,
+    "momentum_linears": Linears,
     "blocks": Blocks,
 }
 
@@ -54,6 +55,9 @@ class ModelConfig:
     linears: Linears = "native"
     """Products of the blocks' linear layers: ``native`` in the run's precision; ``float8`` by torchao, for vit_large and wider
     on CUDA from capability 8.9 on, in bf16 and compiled. Another rounding, so another run."""
+    momentum_linears: Linears = "native"
+    """The same for the momentum encoder alone, which has no backward: ``float8`` by torch itself, for vit_small and wider. Not
+    under fsdp or hsdp. Another rounding of the keys, so another run."""
     compile: Literal["auto"] | bool = "auto"
     """Blocks through torch.compile: fewer and larger kernels, the same numbers to rounding, about a minute at the start.
     ``auto``: on CUDA, in bf16 and fp32."""
@@ -72,6 +76,11 @@ class ModelConfig:
         require(divides, "image_size", self.image_size, f"must be a multiple of patch_size={self.patch_size}")
         require(self.projection_dim >= 2, "projection_dim", self.projection_dim, "must be at least 2")
         require(self.hidden_dim >= 1, "hidden_dim", self.hidden_dim, "must be at least 1")
+        if self.momentum_linears == "float8":
+            rule = "goes with linears=native: linears=float8 covers the momentum encoder too"
+            require(self.linears == "native", "momentum_linears", self.momentum_linears, rule)
+            rule = "momentum_linears=float8 needs --model.compile: uncompiled, casts move several times the products' bytes"
+            require(self.compile is not False, "compile", self.compile, rule)
         if self.linears == "float8":
             # torchao's layer is one operation to autograd, which cannot stop inside of it.
             rule = "with linears=float8 would compute products twice as full does, and keep them too: take full or none"

@@ -18,8 +18,11 @@ from fastmoco.distributed.parallelize import Strategy, choose_strategy, parallel
 from fastmoco.distributed.replicas import require_equal_replicas
 from fastmoco.free_memory import free_bytes
 from fastmoco.models.compiled import BUDGETS, choose_compile, compile_blocks
+from fastmoco.models.float8_inference import float8_layers, require_whole
 from fastmoco.objectives import MoCoV3, MoCoV3Output
-from fastmoco.objectives.chunked import ChunkedStep, PrepareViews, as_they_are, require_separable
+from fastmoco.objectives.chunk_graphs import ChunkGraphs, require_capturable
+from fastmoco.objectives.chunked import ChunkedStep, require_separable
+from fastmoco.objectives.prepare import view_preparation
 from fastmoco.planner import HEADROOM, StepPlan, best_plan, plan_step, sharded, state_bytes
 from fastmoco.step_costs import StepCosts, measure_costs
 
@@ -35,6 +38,7 @@ class Gradients:
             build the optimizer afterwards.
         plan: how the batch is taken, and why.
         compile: whether blocks are compiled, and why.
+        prepare: makes what the encoder reads of two views as the loader delivers them.
 
     Args:
         config: of the run.
@@ -42,7 +46,7 @@ class Gradients:
         world: this process among its peers.
         precision: "bf16", "fp32" or "fp64".
         attention: who computes attention.
-        prepare: makes what the encoder reads of two views as the loader delivers them, a chunk at a time.
+        levels: whether views come as uint8.
         reserved: bytes of the device's memory that others will take, the loader among them, less those that it holds already.
     """
 
@@ -54,7 +58,7 @@ class Gradients:
         precision: str,
         *,
         attention: str = "sdpa",
-        prepare: PrepareViews = as_they_are,
+        levels: bool = False,
         reserved: float = 0.0,
     ) -> None:
         self._objective, self._world = objective, world
@@ -67,6 +71,8 @@ class Gradients:
         if isinstance(config.batch.chunk, int):
             require_separable(objective, config.batch.chunk)
         strategy = choose_strategy(config.parallel.strategy, objective, world)
+        self._float8 = float8_layers(objective.momentum_encoder)
+        require_whole(bool(self._float8) and strategy != "ddp" and world.world_size > 1)
         self.strategy: str = strategy if world.world_size > 1 else "one process"
         # A fused block brings its own kernels.
         wanted = False if config.model.blocks == "fused" else config.model.compile
@@ -79,9 +85,12 @@ class Gradients:
             attention=attention,
             strategy=strategy,
             compiled=self.compile.compiled,
+            levels=levels,
             reserved=reserved,
         )
-        self._prepare = prepare
+        data = config.data
+        prepare = view_preparation(data.view1, data.view2, precision, compiled=self.compile.compiled)
+        self.prepare = prepare
         if self.compile.compiled:
             compile_blocks(objective, budget=self.plan.activation_budget)
         self._chunked: ChunkedStep | None = None
@@ -94,13 +103,19 @@ class Gradients:
             half=half,
             average_gradients=self.plan.chunk == 0,
         )
+        if config.batch.cuda_graphs:
+            require_capturable(objective)
         if self.plan.chunk:
+            graphs = None
+            if config.batch.cuda_graphs:
+                graphs = ChunkGraphs(objective, self.plan.chunk, self._autocast, prepare=prepare)
             self._chunked = ChunkedStep(
                 objective,
                 chunk=self.plan.chunk,
                 kept_images=self.plan.kept_images,
                 autocast=self._autocast,
                 prepare=prepare,
+                graphs=graphs,
             )
 
     def __call__(self, view1: Tensor, view2: Tensor, *, accuracy: bool = False) -> MoCoV3Output:
@@ -120,10 +135,12 @@ class Gradients:
         if self._verify_every and self._calls % self._verify_every == 0:
             require_equal_replicas(self._objective, self._world)
         self._calls += 1
+        for layer in self._float8:
+            layer.refresh_()
         if self._chunked is not None:
             return self._chunked(view1, view2, accuracy=accuracy)
         with self._autocast():
-            output: MoCoV3Output = self._forward(*self._prepare(view1, view2), accuracy=accuracy)
+            output: MoCoV3Output = self._forward(*self.prepare(view1, view2), accuracy=accuracy)
         output.loss.backward()  # type: ignore[no-untyped-call]
         return output
 
@@ -137,12 +154,14 @@ def choose_plan(
     attention: str = "sdpa",
     strategy: Strategy = "ddp",
     compiled: bool = False,
+    levels: bool = False,
     reserved: float = 0.0,
 ) -> StepPlan:
     """The plan for the memory that is free now: on every rank for the rank that has least.
 
     Now the objective is whole, and neither gradients nor the optimizer's state are there, also where a run continues: a
-    checkpoint is read after this. Arguments are those of `Gradients`; ``compiled`` says whether blocks are compiled.
+    checkpoint is read after this. Arguments are those of `Gradients`; ``compiled`` says whether blocks are compiled, ``levels``
+    whether views come as uint8.
     """
     images = config.global_batch_size // world.world_size
     batch, wanted = config.batch, config.batch.activation_budget
@@ -159,7 +178,7 @@ def choose_plan(
         return replace(at_once, reason="small beside the free memory")
 
     def plan_within(budget: float) -> StepPlan:
-        costs = measure_costs(config, precision, attention=attention, compiled=compiled, budget=budget)
+        costs = measure_costs(config, precision, attention=attention, compiled=compiled, budget=budget, levels=levels)
         taken, costs = _beside(config, costs, world, strategy, objective)
         plan = plan_step(
             costs,

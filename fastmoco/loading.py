@@ -38,7 +38,8 @@ def load_run(run: Path | str, device: torch.device | str = "cpu") -> tuple[MoCoV
         raise no_checkpoint(run)
     config = from_json(checkpoint.state["config"])
     # What a run trained with may not run on this device: all backends of attention agree to rounding, and float8 is one.
-    anywhere = replace(config, model=replace(config.model, attention="auto", linears="native"))
+    native = replace(config.model, attention="auto", linears="native", momentum_linears="native")
+    anywhere = replace(config, model=native)
     objective = setup_run.build_objective(anywhere, torch.device(device))
     training_state.restore_model(objective, checkpoint)
     return objective, config, checkpoint

@@ -155,6 +155,14 @@ def chunked_bytes(costs: StepCosts, images: int, chunk: int, kept_images: int = 
     )
 
 
+def parts_of(costs: StepCosts, plan: StepPlan, images: int, world_size: int = 1) -> dict[str, float]:
+    """Where the peak of a plan goes, in bytes: the batch's views, class features, kept graphs, and what is needed in passing."""
+    held = {"views": images * costs.view_bytes, "features": images * costs.feature_bytes}
+    kept = costs.graph.at(plan.kept_images) if plan.kept_images else 0.0
+    peak = plan.peak_bytes or whole_bytes(costs, images, world_size)
+    return held | {"kept activations": kept, "in passing": max(0.0, peak - sum(held.values()) - kept)}
+
+
 def plan_step(
     costs: StepCosts,
     *,

@@ -33,6 +33,7 @@ ALLOWABLE = (
     "objective.ema_momentum",
     "objective.ema_schedule",
     "model.linears",
+    "model.momentum_linears",
     "data.view1",
     "data.view2",
 )

@@ -21,14 +21,15 @@ import fastmoco
 from fastmoco.config import Config, Resolved
 from fastmoco.distributed.mesh import World
 from fastmoco.evaluation.monitor import KnnMonitor
-from fastmoco.models import float8
+from fastmoco.models import float8, float8_inference
 from fastmoco.models.blocks import Block
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives import MoCoV3
 from fastmoco.optim import build_adamw, build_adamw_ema, build_apex, build_lars
 from fastmoco_kernels._runtime import triton_is_default
 from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
-from fastmoco_pipelines import Loader, SyntheticLoader, build_loader
+from fastmoco_pipelines import Loader, LoaderSpec, SyntheticLoader, build_loader
+from fastmoco_pipelines.memory import loader_bytes
 
 
 def share_cores(config: Config) -> int:
@@ -65,8 +66,9 @@ def build_objective(config: Config, device: torch.device) -> MoCoV3:
     Raises:
         ValueError: if the device does not multiply as the config says, or that would lose.
     """
-    if config.model.linears == "float8":
-        float8.require_support(device, choose_precision(config.precision, device))
+    for name in ("linears", "momentum_linears"):
+        if getattr(config.model, name) == "float8":
+            float8.require_support(device, choose_precision(config.precision, device), field=f"model.{name}")
     torch.manual_seed(config.seed)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     return build_model(config).to(device, dtype)
@@ -95,6 +97,9 @@ def build_model(config: Config) -> MoCoV3:
         for encoder in (objective.encoder, objective.momentum_encoder):
             float8.require_gain(encoder)
             float8.use_float8_(encoder)
+    if model.momentum_linears == "float8":
+        float8_inference.require_gain(objective.momentum_encoder)
+        float8_inference.use_float8_inference_(objective.momentum_encoder)
     return objective
 
 
@@ -162,6 +167,33 @@ def data_device(config: Config, world: World) -> Literal["cpu", "gpu"]:
     return config.data.device
 
 
+def loader_spec(config: Config, world: World, *, threads: int = 1) -> LoaderSpec:
+    """What the training loader of a config delivers here: beside a GPU, levels, which the step normalises by chunks.
+
+    Raises:
+        ValueError: if ``data.shards`` is not given, and the images are not synthetic.
+    """
+    device = "cpu" if config.data.synthetic else data_device(config, world)
+    spec = config.loader_spec(device=device, threads=config.data.threads or threads)
+    wanted = config.data.view_dtype
+    if wanted == "auto":
+        wanted = "uint8" if world.device.type == "cuda" else "float32"
+    return replace(spec, view_dtype=wanted)
+
+
+def reserved_bytes(config: Config, world: World, loader: Loader | SyntheticLoader) -> float:
+    """Bytes of the model's device that a plan of the step must leave to the loader, beside the batch that is in use.
+
+    The batch of a synthetic loader, which a plan counts, lies there already: less than nothing.
+    """
+    spec = loader_spec(config, world)
+    held = loader_bytes(spec, world.world_size)
+    if isinstance(loader, SyntheticLoader):
+        return -float(held.batch_bytes)
+    on_gpu = world.device.type == "cuda"
+    return float(held.beside_batch_bytes) if on_gpu == (spec.device == "gpu") else 0.0
+
+
 def build_train_loader(
     config: Config,
     world: World,
@@ -185,12 +217,12 @@ def build_train_loader(
         ValueError: if ``data.shards`` is not given.
     """
     if config.data.synthetic:
-        spec = config.loader_spec(device="cpu", threads=1)
+        spec = loader_spec(config, world, threads=1)
         return SyntheticLoader(
             spec, rank=world.rank, world_size=world.world_size, device=world.device, start_step=start_step
         )
-    device = data_device(config, world)
-    spec = config.loader_spec(device=device, threads=config.data.threads or threads)
+    spec = loader_spec(config, world, threads=threads)
+    device = spec.device
     if spec.shuffle_window is None:
         spec = replace(spec, shuffle_window=shuffle_window)
     device_id = world.device.index if device == "gpu" else None
@@ -202,6 +234,7 @@ def build_train_loader(
         start_step=start_step,
         quarantine_list=quarantine_list,
         pin_memory=world.device.type == "cuda",
+        begin=False,
     )
 
 

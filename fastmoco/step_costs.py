@@ -22,6 +22,7 @@ from fastmoco.live_bytes import LiveBytes
 from fastmoco.models.blocks import Attention, Recompute
 from fastmoco.models.compiled import traced_blocks
 from fastmoco.objectives import MoCoV3
+from fastmoco.objectives.prepare import PrepareViews, view_preparation
 
 SIZES = (4096, 8192)
 """Batches that are measured: so large that activations, not weights, decide where the peak lies."""
@@ -110,6 +111,7 @@ def measure_costs(
     recompute: Recompute | None = None,
     compiled: bool = False,
     budget: float = 1.0,
+    levels: bool = False,
 ) -> StepCosts:
     """Count what a step of a config costs.
 
@@ -120,6 +122,7 @@ def measure_costs(
         recompute: instead of ``model.checkpointing``.
         compiled: whether blocks go through torch.compile, which then chooses what they keep.
         budget: of `compile_blocks`.
+        levels: whether views come as uint8, and a chunk at a time is normalised.
     """
     recompute = recompute or config.model.checkpointing
     dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -129,7 +132,8 @@ def measure_costs(
         for module in objective.modules():
             if isinstance(module, Attention):
                 module.backend = attention if attention in ("explicit", "reference") else "sdpa"
-        pieces = _Pieces(objective, config.model.image_size, precision == "bf16")
+        prepare = view_preparation(config.data.view1, config.data.view2, precision)
+        pieces = _Pieces(objective, config.model.image_size, precision == "bf16", prepare, levels)
         flops = pieces.on_all_blocks("none", pieces.flops_of_an_image)
         # Checkpointing inside of compiled blocks is the compiler's too, but it keeps what was asked for.
         with traced_blocks(objective, budget=budget) if compiled and recompute == "none" else nullcontext():
@@ -141,7 +145,7 @@ def measure_costs(
         trainable=sum(p.numel() for p in own if p.requires_grad),
         parameters=sum(p.numel() for p in own),
         couples_samples=objective.couples_samples,
-        view_bytes=2 * 3 * config.model.image_size**2 * element,
+        view_bytes=2 * 3 * config.model.image_size**2 * (1 if levels else element),
         feature_bytes=2 * 5 * objective.encoder.embed_dim * element,
         key_bytes=2 * 2 * config.model.projection_dim * element,
         graph=Line(*sizes["graph"]),
@@ -178,8 +182,9 @@ Figures = dict[str, tuple[float, ...]]
 class _Pieces:
     """The pieces of a step, run on fake images under a counter."""
 
-    def __init__(self, objective: MoCoV3, side: int, half: bool) -> None:
+    def __init__(self, objective: MoCoV3, side: int, half: bool, prepare: PrepareViews, levels: bool) -> None:
         self.objective, self.side, self.half = objective, side, half
+        self.prepare, self.kind = prepare, torch.uint8 if levels else torch.get_default_dtype()
         stem = [objective.encoder.pos_embed, *objective.encoder.patch_embed.parameters()]
         self.shared = not (objective.couples_samples or any(p.requires_grad for p in stem))
 
@@ -233,18 +238,18 @@ class _Pieces:
     def _runs(self, images: int) -> dict[str, Callable[[LiveBytes | None], int]]:
         """The pieces by name; ``train`` returns the bytes alive between its forward and its backward, the others 0."""
         objective = self.objective
-        view1, view2 = torch.empty(2, images, 3, self.side, self.side).unbind()
+        view1, view2 = torch.empty(2, images, 3, self.side, self.side, dtype=self.kind).unbind()
         queries, keys = torch.empty(2, 2, images, objective.encoder.embed_dim).unbind()
         queries.requires_grad_()
 
         def query(live: LiveBytes | None) -> int:
             with torch.no_grad(), self._autocast():
-                objective.query_features(view1, view2)
+                objective.query_features(*self.prepare(view1, view2))
             return 0
 
         def train(live: LiveBytes | None) -> int:
             with self._autocast():
-                features = objective.query_features(view1, view2)[0]
+                features = objective.query_features(*self.prepare(view1, view2))[0]
             graph = live.now if live else 0
             features.backward(torch.empty_like(features))  # type: ignore[no-untyped-call]
             objective.zero_grad(set_to_none=True)
@@ -252,8 +257,9 @@ class _Pieces:
 
         def forward(live: LiveBytes | None) -> int:
             with torch.no_grad(), self._autocast():
-                tokens = objective.query_features(view1, view2)[1]
-                objective.key_features(view1, view2, tokens if self.shared else None)
+                views = self.prepare(view1, view2)
+                tokens = objective.query_features(*views)[1]
+                objective.key_features(*views, tokens if self.shared else None)
             return 0
 
         def heads(live: LiveBytes | None) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastmoco import restarts, resume, setup_run, training_state
@@ -64,7 +63,15 @@ class Trainer:
         self.objective = setup_run.build_objective(config, world.device)
         self.attention = setup_run.attention_choice(config, self.objective.encoder, self.precision, world.device)
         # Before optimizer and restore: it may shard the parameters.
-        self.gradients = Gradients(config, self.objective, world, self.precision, attention=self.attention.backend)
+        self.gradients = Gradients(
+            config,
+            self.objective,
+            world,
+            self.precision,
+            attention=self.attention.backend,
+            levels=setup_run.loader_spec(config, world).view_dtype == "uint8",
+            reserved=setup_run.reserved_bytes(config, world, loader),
+        )
         self.optimizer = setup_run.build_optimizer(config, self.objective)
         self.step_count = 0
         if checkpoint is not None:
@@ -125,6 +132,7 @@ class Trainer:
                 config=config, world=world, folder=folder, loader=loader, knn=knn, checkpoint=checkpoint, identity=who
             )
             trainer._open_records(checkpoint)
+            loader.begin()  # not before the step is planned: what batches take would be missing from the free memory
             undo.pop_all()
         return trainer
 
@@ -137,7 +145,8 @@ class Trainer:
             self.folder.write_config(saved)
         self.recorder = Recorder(self.config, self.resolved, self.folder, self.world, start_step=self.step_count)
         self.recorder.event(f"attention: {self.attention}")
-        self.recorder.event(f"batch: {self.gradients.plan}; parallel: {self.gradients.strategy}")
+        plan, strategy, blocks = self.gradients.plan, self.gradients.strategy, self.gradients.compile
+        self.recorder.event(f"batch: {plan}; parallel: {strategy}; blocks: {blocks}")
         self.loader.report = self.recorder.event_of_any_rank
         if self.knn is not None:
             self.knn.report = self.recorder.event
@@ -178,8 +187,7 @@ class Trainer:
         lr, _ = self.schedule(self.step_count)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        dtype = torch.float64 if self.precision == "fp64" else torch.float32
-        view1, view2 = (view.to(self.world.device, dtype, non_blocking=True) for view in (batch.view1, batch.view2))
+        view1, view2 = (view.to(self.world.device, non_blocking=True) for view in (batch.view1, batch.view2))
         self.objective.zero_grad(set_to_none=True)
         self.guard.begin()
         output = self.gradients(view1, view2, accuracy=self._logs(self.step_count + 1))

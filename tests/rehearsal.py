@@ -95,18 +95,28 @@ def stages(python: str) -> list[Stage]:
     ]
 
 
-def ready_python(named: str) -> str:
-    """The interpreter of the virtual environment, made if it is not there or was made from another list.
+def find_python(named: str) -> str:
+    """The first command of that name that is a Python 3.12; where it is a shim of pyenv, also the versions that pyenv has.
 
     Raises:
-        SystemExit: if there is no Python 3.12 of that name.
+        SystemExit: if there is none.
     """
-    python = shutil.which(named)
-    if python is None:
-        sys.exit(
-            f"rehearsal: PYTHON312={named}: there is no such command. GPU machines have Python 3.12; install it, or name it: "
-            "make rehearsal PYTHON312=/path/to/python3.12"
-        )
+    found = [named] if os.sep in named else [str(Path(place) / named) for place in os.get_exec_path()]
+    for shim in [Path(path) for path in found if Path(path).parent.name == "shims"]:
+        found += map(str, sorted(shim.parent.parent.glob(f"versions/3.12*/bin/{named}")))
+    ask = "import sys; sys.exit(sys.version_info[:2] != (3, 12))"
+    for path in filter(shutil.which, found):
+        if subprocess.run([path, "-c", ask], capture_output=True, check=False).returncode == 0:
+            return path
+    sys.exit(
+        f"rehearsal: PYTHON312={named}: there is no such command that is a Python 3.12, which GPU machines have; install it, "
+        "or name it: make rehearsal PYTHON312=/path/to/python3.12"
+    )
+
+
+def ready_python(named: str) -> str:
+    """The interpreter of the virtual environment, made if it is not there or was made from another list."""
+    python = find_python(named)
     inside, ready = HOME / "venv" / "bin" / "python", HOME / "venv" / ".ready"
     wanted = "\n".join((python, *PACKAGES))
     if not ready.is_file() or ready.read_text() != wanted:

@@ -53,9 +53,22 @@ def test_commands_are_there_but_git_and_python(tmp_path: Path, monkeypatch) -> N
     assert sorted(os.listdir(folder)) == ["gcc", "sh"]
 
 
-def test_without_python_3_12_it_says_how_to_name_one() -> None:
-    with pytest.raises(SystemExit, match=r"PYTHON312=python9\.9: there is no such command.*make rehearsal PYTHON312="):
-        rehearsal.ready_python("python9.9")
+def test_python_3_12_is_found_by_name_also_where_pyenv_answers_for_another(tmp_path: Path, monkeypatch) -> None:
+    shim, real = tmp_path / "shims" / "python3.12", tmp_path / "versions" / "3.12.1" / "bin" / "python3.12"
+    for path, code in ((shim, 127), (real, 0)):
+        path.parent.mkdir(parents=True)
+        path.write_text(f"#!/bin/sh\nexit {code}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'none'}:{shim.parent}:{os.environ['PATH']}")
+    assert rehearsal.find_python("python3.12") == str(real)
+    assert rehearsal.find_python(str(real)) == str(real)
+
+
+@pytest.mark.parametrize("named", ["python9.9", "/none/python3.12", "false"])
+def test_without_python_3_12_it_says_how_to_name_one(named: str) -> None:
+    rule = rf"PYTHON312={named}: there is no such command that is a Python 3\.12.*make rehearsal PYTHON312="
+    with pytest.raises(SystemExit, match=rule):
+        rehearsal.find_python(named)
 
 
 @pytest.mark.parametrize(

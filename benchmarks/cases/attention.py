@@ -29,6 +29,7 @@ DEFAULTS = {
     "dtype": "bf16",
     "subject": "auto",
     "fa4": 0,
+    "compile": 1,
     "rounds": 7,
     "seed": 0,
 }
@@ -50,7 +51,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             1024 x 12 x 197 x 197 on CUDA; ``L=1`` is the class token alone); ``d`` of a head; ``dtype`` bf16, fp16 or fp32;
             ``subject``, whose speed-up is asked for (``auto``: the Triton kernel on CUDA, what ``attention`` itself takes
             on a CPU); ``fa4=1`` lets flash-attention 4 run, which replaces torch's flash kernel in the whole process, so
-            ``sdpa`` and ``flash`` then sit out; ``rounds``; ``seed``.
+            ``sdpa`` and ``flash`` then sit out; ``compile=0`` leaves the compiled explicit form out; ``rounds``; ``seed``.
 
     Returns:
         What `contest` returns, with the shape, FLOPs and the fewest bytes of forward and backward.
@@ -69,13 +70,14 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     if subject == "auto":
         subject = "triton" if device.type == "cuda" else chosen.backend
     q, k, v, grad = _inputs((B, A, L, M, d), dtype, device, options["seed"])
-    contenders = _contenders((q, k, v, grad), fa4=bool(options["fa4"]))
+    contenders = _contenders((q, k, v, grad), fa4=bool(options["fa4"]), compiled=bool(options["compile"]))
     if subject not in {contender.name for contender in contenders}:
         raise ValueError(f"subject={subject!r} is none of {', '.join(c.name for c in contenders)}")
     result = contest(contenders, subject=subject, device=device, rounds=options["rounds"])
     sizes = (B, A, L, M, d)
+    both = attention_flops(*sizes) + attention_flops(*sizes, backward=True)
     return result | {
-        "subject": subject,
+        "work": {"flops": both, "ms": result.get("milliseconds", {}).get(subject)},
         "auto": str(chosen),
         "shape": dict(zip(("B", "A", "L", "M", "d"), sizes, strict=True)),
         "flops": {"forward": attention_flops(*sizes), "backward": attention_flops(*sizes, backward=True)},
@@ -100,7 +102,7 @@ def _inputs(
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
 
 
-def _contenders(inputs: tuple[Tensor, Tensor, Tensor, Tensor], *, fa4: bool) -> list[Contender]:
+def _contenders(inputs: tuple[Tensor, Tensor, Tensor, Tensor], *, fa4: bool, compiled: bool) -> list[Contender]:
     q, k, _, _ = inputs
     few = tuple(t.detach()[:_CHECKED_IMAGES] for t in inputs)
     truth = _results(lambda a, b, c: attention(a, b, c, backend="reference"), tuple(t.double() for t in few))
@@ -115,8 +117,9 @@ def _contenders(inputs: tuple[Tensor, Tensor, Tensor, Tensor], *, fa4: bool) -> 
             reason = str(error)
         if name == "triton" and q.device.type != "cuda":
             reason = reason or "the interpreter is for tests, not for speed"
-        if name == "explicit_compiled" and q.device.type == "cpu" and shutil.which("g++") is None:
-            reason = "no C++ compiler"
+        if name == "explicit_compiled":
+            no_compiler = q.device.type == "cpu" and shutil.which("g++") is None
+            reason = "compile=0" if not compiled else "no C++ compiler" if no_compiler else ""
         found.append(Contender(name=name, skipped=reason) if reason else _contender(name, inputs, few, truth))
     return found
 

@@ -104,4 +104,5 @@ def with_rate(result: dict[str, Any], moved: int) -> dict[str, Any]:
     """The result, and where it has milliseconds what they mean in GB/s for the subject."""
     if "milliseconds" in result:
         result["gb_per_s"] = round(moved / result["milliseconds"]["fastmoco"] / 1e6, 1)
+        result["work"] = {"bytes": moved, "ms": result["milliseconds"]["fastmoco"]}
     return result

@@ -1,4 +1,4 @@
-"""The InfoNCE loss of one direction, forward and gradient of the queries: one pass against what others do.
+"""The InfoNCE loss, one direction or both, forward and gradient of the queries: one pass against what others do.
 
 Contenders: ``naive`` (normalise, matmul, / temperature, cross-entropy, autograd; fp16 autocast on CUDA as moco-v3 runs it),
 ``compiled`` (the same through torch.compile), ``sdpa_v_is_k`` (attention with values = keys, gradient by hand: the one-pass
@@ -18,15 +18,23 @@ from torch.nn.functional import cross_entropy, normalize
 
 from benchmarks.accuracy import LOSS_SCALE, gradient_of, pairs
 from benchmarks.contest import Contender, contest, relative_error
-from fastmoco_kernels import info_nce_loss
+from fastmoco_kernels import info_nce_loss, symmetric_info_nce_loss
 from fastmoco_kernels.info_nce.cost import bytes_moved, flops
 from fastmoco_kernels.info_nce.reference import info_nce_reference
 
 NAME = "info_nce"
-DEFAULTS = {"rows": 8192, "keys": 0, "dim": 256, "temperature": 0.2, "rounds": 5, "device": "auto", "compile": 1}
+DEFAULTS = {
+    "rows": 8192,
+    "keys": 0,
+    "dim": 256,
+    "temperature": 0.2,
+    "rounds": 5,
+    "device": "auto",
+    "compile": 1,
+    "directions": 1,
+}
 CHECKED_ROWS = 1024
 """Queries whose gradient is compared with float64: all of them would need float64 logits of rows x keys."""
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +42,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         options: ``rows`` B; ``keys`` N (0: as many); ``dim`` D; ``temperature``; ``rounds``; ``device`` (auto: CUDA where
-            there is one); ``compile`` (0 leaves the torch.compile'd contender out).
+            there is one); ``compile`` (0 leaves the torch.compile'd contender out); ``directions`` 1, or 2 as MoCo v3
+            computes them, which this project does in one launch and the others one after the other.
 
     Returns:
         As `benchmarks.contest.contest`, with the FLOPs and bytes that the one-pass kernels need, and the size of q.
@@ -45,61 +54,85 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     N = options["keys"] or B
     if N < B:
         raise ValueError(f"keys={N} below rows={B}: every query needs its positive")
-    q, keys = pairs(N, D, 0.93, 0.8, device)
-    q = q[:B].contiguous()
+    directions = options["directions"]
+    if directions not in (1, 2):
+        raise ValueError(f"directions={directions}: must be 1 or 2")
+    inputs = []
+    for seed in range(directions):
+        q, keys = pairs(N, D, 0.93, 0.8, device, seed=seed)
+        inputs.append((q[:B].contiguous(), keys))
     subject = "triton" if device.type == "cuda" else "chunked"
     result = contest(
-        _contenders(q, keys, temperature, compiled=bool(options["compile"])),
+        _contenders(inputs, temperature, compiled=bool(options["compile"])),
         subject=subject,
         device=device,
         rounds=options["rounds"],
     )
-    result["subject"] = subject
-    result["flops"] = flops(B, N, D)
-    result["bytes"] = {"q": q.nbytes, "one_pass": bytes_moved(B, N, D)}
-    return result
+    work = {"flops": flops(B, N, D, directions=directions), "bytes": bytes_moved(B, N, D, directions=directions)}
+    result["flops"] = work["flops"]
+    result["bytes"] = {"q": inputs[0][0].nbytes, "one_pass": work["bytes"]}
+    return result | {"work": {"flops": work["flops"], "ms": result.get("milliseconds", {}).get(subject)}}
 
 
-def _contenders(q: Tensor, keys: Tensor, temperature: float, *, compiled: bool) -> list[Contender]:
-    cuda = q.is_cuda
+Inputs = list[tuple[Tensor, Tensor]]
+"""Queries and keys of each direction."""
+Gradients = Callable[[Inputs], tuple[Tensor, list[Tensor]]]
+"""Loss of all directions and the gradient of each one's queries."""
+
+
+def _contenders(inputs: Inputs, temperature: float, *, compiled: bool) -> list[Contender]:
+    cuda = inputs[0][0].is_cuda
     naive = partial(naive_loss, temperature=temperature)
     # bf16 and the fp16 of autocast round operands; float32 on a CPU does not
     limits = {"loss": 2e-3, "gradient": 2e-2} if cuda else {"loss": 1e-5, "gradient": 1e-5}
-    whole = _truth(q, keys, temperature)
+    whole = [_truth(q, keys, temperature) for q, keys in inputs]
+    exact = sum(loss for loss, _ in whole)
 
-    def one(name: str, gradient: Callable[[Tensor], tuple[Tensor, Tensor]], skipped: str = "") -> Contender:
+    def one(name: str, gradients: Gradients, skipped: str = "") -> Contender:
         def errors() -> dict[str, float]:
             # Rows do not know of each other: the first rows of the whole call, whose loss is a mean over all of them.
-            loss, dq = gradient(q)
-            return {"loss": relative_error(loss, whole[0]), "gradient": relative_error(dq[: len(whole[1])], whole[1])}
+            loss, found = gradients(inputs)
+            parts = [relative_error(dq[: len(first)], first) for dq, (_, first) in zip(found, whole, strict=True)]
+            return {"loss": relative_error(loss, torch.as_tensor(exact)), "gradient": max(parts)}
 
-        return Contender(name=name, call=lambda: gradient(q), errors=errors, limits=limits, skipped=skipped)
+        return Contender(name=name, call=lambda: gradients(inputs), errors=errors, limits=limits, skipped=skipped)
 
-    def of(loss: Loss) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        return lambda x: gradient_of(lambda y: loss(y, keys), x)
+    def of(loss: Callable[..., Tensor], scale: float = 1.0) -> Gradients:
+        """Each direction's loss, one after the other. fp16 needs a scale: without one its gradients are flushed to zero."""
 
-    def scaled(loss: Loss) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """With a loss scale, as fp16 is run: without one the gradient of the logits is flushed to zero."""
-        scale = LOSS_SCALE if cuda else 1.0
-
-        def call(x: Tensor) -> tuple[Tensor, Tensor]:
-            value, gradient = gradient_of(lambda y: loss(y, keys) * scale, x)
-            return value / scale, gradient / scale
+        def call(pairs: Inputs) -> tuple[Tensor, list[Tensor]]:
+            leaves = [q.detach().requires_grad_() for q, _ in pairs]
+            value = sum(loss(q, keys) * scale for q, (_, keys) in zip(leaves, pairs, strict=True))
+            assert isinstance(value, Tensor)
+            found = torch.autograd.grad(value, leaves)
+            return value.detach() / scale, [dq / scale for dq in found] if scale != 1 else list(found)
 
         return call
 
+    def ours(backend: str) -> Gradients:
+        if len(inputs) == 1:
+            return of(partial(info_nce_loss, temperature=temperature, backend=backend))
+
+        def call(pairs: Inputs) -> tuple[Tensor, list[Tensor]]:
+            (q1, k2), (q2, k1) = ((q.detach().requires_grad_(), keys) for q, keys in pairs)
+            loss = symmetric_info_nce_loss(q1, k2, q2, k1, temperature=temperature, backend=backend).loss
+            return loss.detach(), list(torch.autograd.grad(loss, (q1, q2)))
+
+        return call
+
+    def sdpa(pairs: Inputs) -> tuple[Tensor, list[Tensor]]:
+        found = [sdpa_loss_and_gradient(q, keys, temperature) for q, keys in pairs]
+        return torch.stack([loss for loss, _ in found]).sum(), [dq for _, dq in found]
+
     no_compiler = not cuda and shutil.which("g++") is None
     reason = "compile=0" if not compiled else "torch.compile needs a C++ compiler" if no_compiler else ""
+    scale = LOSS_SCALE if cuda else 1.0
     return [
-        one("naive", scaled(naive)),
-        one("compiled", scaled(torch.compile(naive)), reason),
-        one("sdpa_v_is_k", lambda x: sdpa_loss_and_gradient(x, keys, temperature)),
-        one("chunked", of(partial(info_nce_loss, temperature=temperature, backend="chunked"))),
-        one(
-            "triton",
-            of(partial(info_nce_loss, temperature=temperature, backend="triton")),
-            "" if cuda else "needs a CUDA device",
-        ),
+        one("naive", of(naive, scale)),
+        one("compiled", of(torch.compile(naive), scale), reason),
+        one("sdpa_v_is_k", sdpa),
+        one("chunked", ours("chunked")),
+        one("triton", ours("triton"), "" if cuda else "needs a CUDA device"),
     ]
 
 

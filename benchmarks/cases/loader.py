@@ -8,10 +8,11 @@ makes shards of photographs. On a GPU images/s by the clock are reported too.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +36,7 @@ from benchmarks.loading import (
     webdataset_feed,
 )
 from benchmarks.measure import interleave, ratios
-from benchmarks.photos import cut_window
-from fastmoco_pipelines.pack import pack_folder
+from benchmarks.photos import sample_shards
 from fastmoco_pipelines.patterns import expand_shards
 from fastmoco_pipelines.reference import reference_view
 
@@ -53,8 +53,11 @@ DEFAULTS = {
     "threads": "1",
     "workers": 2,
     "memory": 20,
+    "feeds": "",
 }
 SUBJECT, DALI = "fastmoco exact", "fastmoco dali"
+CHECKED_IMAGES = 64
+"""Of the first batch, that are compared with Pillow's: it makes a hundred and fifty a second."""
 LIMITS = {
     "cpu": {"fastmoco exact": 1e-4, "fastmoco dali": 20.0, "pillow": 0.05},
     "cuda": {"fastmoco exact": 1.5, "fastmoco dali": 20.0, "pillow": 0.05},
@@ -72,22 +75,26 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         options: ``shards`` (empty: cut from the two sample photographs of scikit-learn); ``packed256`` and ``packed512``, the
             same images packed with that ``max_side``; ``device`` ("auto", "cpu" or "gpu"); ``size`` of a view; images of a
             ``batch``; ``batches`` of a turn; ``rounds``; ``threads`` of DALI and torch, further ones after a comma are
-            the scaling line; ``workers`` of torch's DataLoader; ``memory``: steps over which the memory is followed.
+            the scaling line; ``workers`` of torch's DataLoader; ``memory``: steps over which the memory is followed;
+            ``feeds``: names begin with this, and parts of the work are left out (empty: all feeds, and the parts).
 
     Returns:
+        ``skipped_because`` alone where DALI is absent. Else
         ``checked`` and ``failed`` by feed; ``images_per_cpu_s`` by feed and round; ``speedup`` of fastmoco with exact colours
         over the others and ``speedup_dali`` with DALI's; ``packed`` gains; ``profile`` in CPU milliseconds an image;
         ``stages`` of the loader by its own clock; ``scaling``; ``memory``.
     """
     if options["device"] not in ("auto", "cpu", "gpu"):
         raise ValueError(f"device={options['device']!r}: is auto, cpu or gpu")
+    if not _has("nvidia.dali"):
+        return {"skipped_because": "the loader needs nvidia.dali, which is not here"}
     available = torch.cuda.is_available()
     on_gpu = available if options["device"] == "auto" else options["device"] == "gpu"
     threads = [int(word) for word in options["threads"].split(",")]
     before = torch.get_num_threads()
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, before)
-        shards = options["shards"] or _sample_shards(
+        shards = options["shards"] or sample_shards(
             Path(stack.enter_context(tempfile.TemporaryDirectory())), options["batch"]
         )
         job = Job(
@@ -100,22 +107,46 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         return _run(job, options, threads[1:], stack)
 
 
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package around it
+        return False
+
+
+def _feeds(job: Job, options: dict[str, Any], skipped: dict[str, str]) -> list[Feed]:
+    """The ways of loading that are asked for and run here."""
+    wanted = options["feeds"]
+    makers: dict[str, Callable[[], Feed]] = {
+        # Workers are forked: before DALI has threads.
+        "webdataset": lambda: webdataset_feed(job, options["workers"], expand_shards(job.shards)),
+        SUBJECT: lambda: fastmoco_feed(job, "exact"),
+        DALI: lambda: fastmoco_feed(job, "dali"),
+        "pillow": lambda: pillow_feed(job),
+        "dali stock": lambda: stock_feed(job),
+    }
+    if not _has("webdataset"):
+        del makers["webdataset"]
+        skipped["webdataset"] = "webdataset is not here"
+    return [make() for name, make in makers.items() if name.startswith(wanted)]
+
+
 def _run(job: Job, options: dict[str, Any], more_threads: Sequence[int], stack: ExitStack) -> dict[str, Any]:
     def added(feed: Feed) -> Feed:
         stack.callback(feed.close)
         return feed
 
-    # Workers are forked: before DALI has threads.
-    web = added(webdataset_feed(job, options["workers"], expand_shards(job.shards)))
-    feeds = [web, *map(added, (fastmoco_feed(job, "exact"), fastmoco_feed(job, "dali")))]
-    feeds += map(added, (pillow_feed(job), stock_feed(job)))
+    skipped: dict[str, str] = {}
+    feeds = [added(feed) for feed in _feeds(job, options, skipped)]
     checked, failed = check(feeds, job)
     result: dict[str, Any] = {"images": len(job.set), "checked": checked, "failed": failed, "speedup": {}}
+    result |= {"skipped": skipped, "subject": SUBJECT}
     if SUBJECT in failed:
         return result
     feeds = [feed for feed in feeds if feed.name not in failed]
     compared = [feed.name for feed in feeds]
-    feeds += map(added, (reading_feed(job), decoding_feed(job), pillow_decoding_feed(job), augment_feed(job)))
+    if not options["feeds"]:
+        feeds += map(added, (reading_feed(job), decoding_feed(job), pillow_decoding_feed(job), augment_feed(job)))
     packed: list[str] = []
     for side in ("packed256", "packed512"):
         if options[side]:
@@ -144,7 +175,8 @@ def _run(job: Job, options: dict[str, Any], more_threads: Sequence[int], stack: 
         name: _ratio(figures, DALI, name) for name in compared if DALI in compared and name != DALI
     }
     result["packed"] = {name: _ratio(figures, name, f"fastmoco {name.split()[1]}") for name in packed}
-    result["profile"] = _profile(figures)
+    if not options["feeds"]:
+        result["profile"] = _profile(figures)
     result["stages"] = {
         feed.name: (feed.loader.figures() - earlier[feed.name]).metrics() for feed in subjects if feed.loader
     }
@@ -209,14 +241,14 @@ def _implausible(view: torch.Tensor, job: Job) -> str:
 
 
 def _levels(views: Sequence[torch.Tensor], job: Job) -> float:
-    """Mean distance of the first batch from Pillow's views of the same images by the same draws, in levels of 255."""
-    ids = job.ids(0)
+    """Mean distance of the first images from Pillow's views of them by the same draws, in levels of 255."""
+    ids = job.ids(0)[:CHECKED_IMAGES]
     images = [pillow_decode(data) for data in job.set.read(ids)]
     distances = []
     for number, (view, spec) in enumerate(zip(views, job.views("exact"), strict=True), start=1):
         draws = job.draws(ids, number)
         truth = np.stack([reference_view(image, spec, draws, i) for i, image in enumerate(images)])
-        apart = np.abs(view.cpu().numpy() - truth) * 255 * np.array(spec.std)[:, None, None]
+        apart = np.abs(view[: len(ids)].cpu().numpy() - truth) * 255 * np.array(spec.std)[:, None, None]
         distances.append(float(apart.mean()))
     return max(distances)
 
@@ -238,6 +270,8 @@ def _profile(figures: Mapping[str, list[float]]) -> dict[str, float]:
 
 def memory(job: Job, steps: int) -> dict[str, Any]:
     """Resident MB of this process after each fifth of some steps of fastmoco's loader."""
+    on_gpu = job.device.type == "cuda"
+    free = torch.cuda.mem_get_info()[0] if on_gpu else 0
     feed = fastmoco_feed(job, "exact")
     try:
         resident = []
@@ -246,19 +280,8 @@ def memory(job: Job, steps: int) -> dict[str, Any]:
                 feed.next()
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             resident.append(round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1))
+        # The driver's own figure: DALI does not allocate by torch.
+        device = {"device_mb": round((free - torch.cuda.mem_get_info()[0]) / 1e6, 1)} if on_gpu else {}
     finally:
         feed.close()
-    return {"steps": steps, "resident_mb": resident, "growth_mb": round(resident[-1] - resident[0], 1)}
-
-
-def _sample_shards(folder: Path, batch: int) -> str:
-    """Two batches at least of windows of the two photographs that come with scikit-learn."""
-    from PIL import Image
-    from sklearn.datasets import load_sample_images
-
-    rng, src = np.random.default_rng(0), folder / "images"
-    src.mkdir()
-    for number, photo in enumerate(load_sample_images().images):
-        for i in range(max(24, batch)):
-            (src / f"{number}-{i:03d}.jpg").write_bytes(cut_window(Image.fromarray(photo), rng))
-    return pack_folder(src, folder / "shards").pattern
+    return {"steps": steps, "resident_mb": resident, "growth_mb": round(resident[-1] - resident[0], 1), **device}

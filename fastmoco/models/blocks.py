@@ -132,13 +132,14 @@ class Block(nn.Module):
 
     ``fused``: ``forward`` is one node of autograd with a backward of its own (`fused_block`), where nothing else is recomputed.
 
-    Between blocks the residual stream travels as a sum that is not taken yet, stream + branch: the next norm takes it in its one
-    pass over memory.
+    Where ``hands_on_parts``, the residual stream travels between blocks as a sum that is not taken yet, stream + branch: the next
+    norm takes it in its one pass over memory.
     """
 
     def __init__(self, width: int, num_heads: int, mlp_hidden: int, attention_backend: str = "auto") -> None:
         super().__init__()
         self.recompute: Recompute = "none"
+        self.hands_on_parts = True
         self.fused = False
         self.norm1 = LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, num_heads, attention_backend)
@@ -165,10 +166,11 @@ class Block(nn.Module):
             return self._class_row(x_BLE, branch_BLE)
         return _forgetful(self._class_row, sum_of(x_BLE, branch_BLE))
 
-    def _whole(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _whole(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         x_BLE, normed = self.norm1.add(x_BLE, branch_BLE)
         x_BLE, normed = self.norm2.add(x_BLE, self.attn(normed))
-        return x_BLE, self.mlp(normed)
+        branch_BLE = self.mlp(normed)
+        return (x_BLE, branch_BLE) if self.hands_on_parts else (x_BLE + branch_BLE, None)
 
     def _fused(self, x_BLE: Tensor, branch_BLE: Tensor | None) -> tuple[Tensor, Tensor]:
         norm1, norm2, attn, mlp = self.norm1, self.norm2, self.attn, self.mlp

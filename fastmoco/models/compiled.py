@@ -71,6 +71,8 @@ def compile_blocks(objective: nn.Module, *, budget: float = 1.0) -> None:
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
     options: dict[str, Any] = {"backend": _within(budget)} if budget < 1 else {}
     for block in _blocks(objective):
+        # One tensor between blocks, as in `traced_blocks`: of two inputs both would be kept, where one sum suffices.
+        block.__dict__["hands_on_parts"] = False
         for name in METHODS:
             plain = getattr(block, name)
             compiled = torch.compile(plain, dynamic=False, **options)
@@ -107,6 +109,7 @@ def traced_blocks(objective: nn.Module, *, budget: float = 1.0) -> Iterator[None
     """Blocks that keep what compiled ones keep, one operation at a time: to count on fake tensors.
 
     The graphs are those of the compiler before it fuses: the same split into forward and backward, the same tensors between them.
+    Its split takes a graph's inputs for free, so blocks hand on one tensor: of stream and branch it would keep both.
     Without gradient nothing is kept, and blocks compute as they do uncompiled. Run each call once before it is counted.
 
     Args:
@@ -117,11 +120,13 @@ def traced_blocks(objective: nn.Module, *, budget: float = 1.0) -> Iterator[None
     blocks = [block for block in _blocks(objective) if isinstance(block, Block) and block.recompute == "none"]
     try:
         for block in blocks:
+            block.hands_on_parts = False
             for name in METHODS:
                 block.__dict__[name] = _traced(block, name, budget, graphs)
         yield
     finally:
         for block in blocks:
+            block.hands_on_parts = True
             for name in METHODS:
                 del block.__dict__[name]
 

@@ -71,31 +71,32 @@ def require_gain(encoder: VisionTransformer) -> None:
         )
 
 
-def require_support(device: torch.device, precision: str) -> None:
+def require_support(device: torch.device, precision: str, *, field: str = "model.linears") -> None:
     """Refuse devices that do not multiply float8, and precisions that do not go with it.
 
     Args:
         device: of the encoder.
         precision: "bf16", "fp32" or "fp64".
+        field: which asks for float8, as errors name it.
 
     Raises:
         ValueError: with what is missing, and the cure.
     """
     if device.type != "cuda":
         raise ValueError(
-            f"model.linears='float8': there are no fast float8 products on device {device.type!r}, only on CUDA; "
-            "take model.linears native"
+            f"{field}='float8': there are no fast float8 products on device {device.type!r}, only on CUDA; "
+            f"take {field} native"
         )
     found = torch.cuda.get_device_capability(device)
     if found < CAPABILITY:
         raise ValueError(
-            f"model.linears='float8': {torch.cuda.get_device_name(device)} has CUDA capability {found[0]}.{found[1]}, and "
-            f"float8 products come with {CAPABILITY[0]}.{CAPABILITY[1]}; take model.linears native"
+            f"{field}='float8': {torch.cuda.get_device_name(device)} has CUDA capability {found[0]}.{found[1]}, and "
+            f"float8 products come with {CAPABILITY[0]}.{CAPABILITY[1]}; take {field} native"
         )
     if precision != "bf16":
         raise ValueError(
-            f"model.linears='float8': goes with precision bf16, not {precision}: whoever wants more than bf16 keeps does not "
-            "want less in between; take --precision bf16, or model.linears native"
+            f"{field}='float8': goes with precision bf16, not {precision}: whoever wants more than bf16 keeps does not "
+            f"want less in between; take --precision bf16, or {field} native"
         )
 
 

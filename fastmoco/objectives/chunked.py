@@ -22,16 +22,11 @@ import torch
 from torch import Tensor
 
 from fastmoco.distributed.gradient_average import GradientAverage, ShardedGradientAverage, gradient_average
+from fastmoco.objectives.chunk_graphs import ChunkGraphs
 from fastmoco.objectives.moco_v3 import MoCoV3, MoCoV3Output
+from fastmoco.objectives.prepare import PrepareViews, as_they_are
 
 RandomState = tuple[Tensor, Tensor | None]
-PrepareViews = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Two views as a loader delivers them -> two as the encoder reads them."""
-
-
-def as_they_are(view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-    """Views that an encoder can read already."""
-    return view1, view2
 
 
 class ChunkedStep:
@@ -54,6 +49,7 @@ class ChunkedStep:
         average: when gradients cross ranks; default once, behind the last chunk.
         prepare: makes what the encoder reads of a chunk's two views, each time that they pass the trunk: the batch itself may
             then be held in fewer bytes.
+        graphs: replays the passes over chunks of its size whose graphs are not kept; None: all run from Python.
 
     Raises:
         ValueError: if the trunk couples samples, or for a number that makes no sense.
@@ -69,6 +65,7 @@ class ChunkedStep:
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         average: GradientAverage | ShardedGradientAverage | None = None,
         prepare: PrepareViews = as_they_are,
+        graphs: ChunkGraphs | None = None,
     ) -> None:
         if chunk < 1:
             raise ValueError(f"chunk={chunk}: needs at least 1 image")
@@ -81,7 +78,7 @@ class ChunkedStep:
         require_separable(objective, chunk)
         self.objective, self.chunk, self.autocast = objective, chunk, autocast
         self.kept_images = chunk * kept if kept_images is None else kept_images
-        self.average = average or gradient_average(objective)
+        self.average, self.graphs = average or gradient_average(objective), graphs
         self.prepare = prepare
 
     def __call__(self, view1: Tensor, view2: Tensor, *, accuracy: bool = False) -> MoCoV3Output:
@@ -100,12 +97,14 @@ class ChunkedStep:
         if torch.is_autocast_enabled(view1.device.type):
             raise ValueError("autocast is on around the chunked step: give it as ChunkedStep(autocast=...) instead")
         kept_sizes, other_sizes = self._sizes(len(view1))
+        if self.graphs is not None and self.chunk in other_sizes:
+            self.graphs.begin(view1)
         sizes, kept = kept_sizes + other_sizes, len(kept_sizes)
         parts = (view.split(sizes) for view in (view1, view2))  # type: ignore[no-untyped-call]
         chunks = list(zip(*parts, strict=True))
         # Those without a graph first: what they leave is small, and what they need in passing is free again by then.
         with torch.no_grad(), self.autocast():
-            later = [self._features(chunk) for chunk in chunks[kept:]]
+            later = [self._replayed_features(chunk) or self._features(chunk) for chunk in chunks[kept:]]
         with self.autocast():
             first = [self._features(chunk) for chunk in chunks[:kept]]
         graphs = [queries for queries, _, _ in first]
@@ -122,11 +121,14 @@ class ChunkedStep:
         assert leaf.grad is not None
         gradients = leaf.grad.split(sizes, dim=1)  # type: ignore[no-untyped-call]
         for i, (chunk, gradient, state) in enumerate(zip(chunks, gradients, states, strict=True)):
-            queries = graphs[i] if i < kept else self._again(chunk, state)
+            queries = graphs[i] if i < kept else self._again(chunk, state) if state is not None else None
             with self.average.last() if i == len(chunks) - 1 else self.average.local():
-                queries.backward(gradient)  # type: ignore[no-untyped-call]
+                if queries is not None:
+                    queries.backward(gradient)  # type: ignore[no-untyped-call]
+                elif self.graphs is not None:
+                    self.graphs.backward(chunk[0], chunk[1], gradient)
             if i < kept:
-                graphs[i] = queries.detach()  # its graph, used up, goes before the next chunk needs room
+                graphs[i] = graphs[i].detach()  # its graph, used up, goes before the next chunk needs room
             del queries
         return output
 
@@ -134,6 +136,12 @@ class ChunkedStep:
         """Images of the chunks whose graphs are kept, and of those after them."""
         kept = min(self.kept_images, images)
         return _even_but_last(kept, self.chunk), _even_but_last(images - kept, self.chunk)
+
+    def _replayed_features(self, chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, None] | None:
+        """`_features` from a graph, which draws no random numbers; None where there is none for this chunk."""
+        if self.graphs is None or not self.graphs.fits(chunk[0]):
+            return None
+        return *self.graphs.features(*chunk), None
 
     def _features(self, chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, RandomState]:
         """Both encoders' features of a chunk, and where the random numbers stood before."""

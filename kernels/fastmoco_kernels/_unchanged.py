@@ -9,6 +9,7 @@ compares all of them. Addresses are not compared here: a tensor may move, and `P
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ def guards(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """The same in compiled code: what torch.compile checks of its inputs before every call."""
     from torch._C._dynamo.guards import TensorGuards
 
-    sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
+    sizes: Any = [list(tensor.shape) for tensor in tensors]
+    strides: Any = [list(tensor.stride()) for tensor in tensors]
     check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     return check
 

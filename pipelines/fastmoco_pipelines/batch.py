@@ -96,6 +96,9 @@ class BatchStream(ABC):
         self._spec = spec
         self._step = start_step
 
+    def begin(self) -> None:  # noqa: B027  # nothing to do is a way of doing it
+        """Start to make batches ahead of ``next``, where a stream does."""
+
     @abstractmethod
     def next(self) -> TwoViewBatch:
         """The batch of the next step."""

@@ -10,6 +10,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
 
 from fastmoco_kernels.view_color.op import level_factors
 from fastmoco_pipelines.spec import ViewSpec
@@ -37,13 +38,29 @@ def normalise(view: Tensor, spec: ViewSpec, *, dtype: torch.dtype = torch.float3
     """
     if view.dtype != torch.uint8 or view.dim() != 4 or view.shape[1] != 3:
         raise ValueError(f"normalise: the view is {view.dtype} {tuple(view.shape)}; needs uint8 [B, 3, H, W]")
-    # A graph that is being traced must not leave its tensors in the cache.
-    plain = type(view) is Tensor and not torch.compiler.is_compiling()
-    first, second = (_numbers if plain else _numbers.__wrapped__)(
-        tuple(spec.mean), tuple(spec.std), spec.color, view.device
-    )
-    result = (view * first).add_(second) if spec.color == "exact" else (view - first).mul_(second)
+    return normalise_by(view, *numbers(spec, view.device), multiply_first=spec.color == "exact", dtype=dtype)
+
+
+def normalise_by(view: Tensor, first: Tensor, second: Tensor, *, multiply_first: bool, dtype: torch.dtype) -> Tensor:
+    """The arithmetic of `normalise` alone, for who passes it through torch.compile.
+
+    Args:
+        view: [B, 3, H, W] uint8.
+        first: [3, 1, 1] float32, of `numbers`.
+        second: the same.
+        multiply_first: whether ``view * first + second``; else ``(view - first) * second``.
+        dtype: of the result.
+    """
+    result = (view * first).add_(second) if multiply_first else (view - first).mul_(second)
     return result.to(dtype)
+
+
+def numbers(spec: ViewSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What `normalise_by` takes for a view: kept on the device from the first call on, so that later ones copy nothing there."""
+    # Neither a graph that is being traced nor tensors without memory may leave theirs in the cache.
+    plain = not torch.compiler.is_compiling() and active_fake_mode() is None
+    made = _numbers if plain else _numbers.__wrapped__
+    return made(tuple(spec.mean), tuple(spec.std), spec.color, device)
 
 
 @functools.cache

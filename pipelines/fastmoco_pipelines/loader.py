@@ -8,33 +8,27 @@ the samples that stand in for bad ones too (heal.py).
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 import time
 import weakref
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 from fastmoco_pipelines.arenas import give_back_memory, share_arenas
 from fastmoco_pipelines.batch import BatchStream, TwoViewBatch
 from fastmoco_pipelines.culprit import Suspects
-from fastmoco_pipelines.draws import ViewDraws, draw_views
 from fastmoco_pipelines.heal import Healer
 from fastmoco_pipelines.heal_verdicts import Verdicts
+from fastmoco_pipelines.loader_source import Source
 from fastmoco_pipelines.loader_threads import POLL_SECONDS, BatchPlaces, make_batches, read_steps
 from fastmoco_pipelines.order import local_batch_size
-from fastmoco_pipelines.refill import Places, Plan
+from fastmoco_pipelines.refill import Plan
 from fastmoco_pipelines.shards import ShardError, ShardSet
 from fastmoco_pipelines.spec import LoaderSpec, require
-from fastmoco_pipelines.stages import AUGMENT, DECODE, DRAW, HEAL, READ, TRANSFER, StageClock, StageFigures
+from fastmoco_pipelines.stages import StageClock, StageFigures
 
 if TYPE_CHECKING:
-    from fastmoco_pipelines.dali import DecodeError, ViewPipeline
     from fastmoco_pipelines.loader_threads import Readings, Results
 
 _CLOSE_SECONDS = 30.0  # a batch under way may take so long; a read that hangs takes for ever
@@ -55,6 +49,7 @@ def build_loader(
     quarantine_list: Path | None = None,
     pin_memory: bool = False,
     count_making: bool | None = None,
+    begin: bool = True,
 ) -> Loader:
     """Open the shards, build the DALI graph and begin to produce batches.
 
@@ -67,6 +62,7 @@ def build_loader(
         quarantine_list: the run's own list of bad samples, read and added to; all ranks may share it. None: none is kept.
         pin_memory: whether batches made on the CPU lie in pinned memory, from where a GPU takes them while it computes.
         count_making: whether the batch that is being made is one of those ahead of the trainer; None: on a GPU it is.
+        begin: False waits for `Loader.begin`, or the first ``next``, before any memory is taken for batches.
 
     Raises:
         ValueError: for a batch that the ranks cannot share or that is larger than the set, or a pattern without shards.
@@ -112,7 +108,10 @@ def build_loader(
     bounded = spec.device == "gpu" if count_making is None else count_making
     places = BatchPlaces(spec.batches_ahead) if bounded else None
     clock = StageClock(spec.batches_ahead)
-    return Loader(Source(spec, shards, plan, pipeline, healer, clock, stop, pinned, places), start_step)
+    loader = Loader(Source(spec, shards, plan, pipeline, healer, clock, stop, pinned, places), start_step)
+    if begin:
+        loader.begin()
+    return loader
 
 
 class Loader(BatchStream):
@@ -147,8 +146,14 @@ class Loader(BatchStream):
         # The garbage collector may call this in any thread, one of these two included, and while that holds a queue's
         # lock: so it waits for nothing and touches no queue.
         self._stop = weakref.finalize(self, stop.set)
-        self._reader.start()
-        self._producer.start()
+        self._begun = False
+
+    def begin(self) -> None:
+        """Start to make batches; again is nothing new."""
+        if not self._begun:
+            self._begun = True
+            self._reader.start()
+            self._producer.start()
 
     def next(self) -> TwoViewBatch:
         """The batch of the next step.
@@ -159,6 +164,7 @@ class Loader(BatchStream):
         """
         if self._failure is not None:
             raise self._failure
+        self.begin()
         start, queued, tell_at = time.perf_counter(), self._results.qsize(), _REPORT_SECONDS
         while True:
             if not self._stop.alive:
@@ -215,102 +221,10 @@ class Loader(BatchStream):
         self._stop()
         self._shards.cancel()  # the reading thread may be waiting for a server
         until = time.monotonic() + (POLL_SECONDS if isinstance(self._failure, LoaderTimeoutError) else _CLOSE_SECONDS)
-        for thread in (self._producer, self._reader):
+        for thread in (self._producer, self._reader) if self._begun else ():
             thread.join(max(POLL_SECONDS, until - time.monotonic()))
         if not (self._producer.is_alive() or self._reader.is_alive()):
             self._shards.close()
         while not self._results.empty():  # nobody will ask for them, and they may lie on the GPU
             self._results.get_nowait()
         give_back_memory()
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What DALI needs for one step."""
-
-    places: Places
-    encoded: list[NDArray[np.uint8]]
-    draws1: ViewDraws
-    draws2: ViewDraws
-    innocent: bool = False
-    """All of its images have been found to decode alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One rank's share of the data; ``prepare`` runs in the reading thread, ``render`` in the producing one."""
-
-    spec: LoaderSpec
-    shards: ShardSet
-    plan: Plan
-    pipeline: ViewPipeline
-    healer: Healer
-    clock: StageClock
-    stop: threading.Event
-    pinned: bool = False
-    places: BatchPlaces | None = None
-    """Room for the batches ahead; None: all but the one in the making lie in a bounded queue."""
-
-    def prepare(self, step: int) -> Prepared:
-        """Bytes and draws of one step."""
-        with self.clock.stage(READ, step):
-            places = self.plan.places(step)
-            position = places.batch_start
-            self.shards.follow(self.plan.windows, seed=self.spec.seed, epoch=places.epoch, position=position)
-            with contextlib.suppress(ShardError, OSError):  # a hint; whether they can be read is seen when they are
-                following = self.plan.places(step + 1).ids
-                self.shards.will_need(following[~self.healer.verdicts.bad(following)])
-            encoded = self.healer.fill(self.plan, places)
-        with self.clock.stage(DRAW, step):
-            return self._drawn(places, encoded)
-
-    def render(self, prepared: Prepared) -> TwoViewBatch:
-        """Decode and augment; bad images are replaced until all is well."""
-        from fastmoco_pipelines.dali import DecodeError
-
-        step = prepared.places.step
-        while True:
-            try:
-                with self.clock.stage(DECODE, step):
-                    view1, view2 = self.pipeline.run(
-                        prepared.encoded,
-                        prepared.draws1,
-                        prepared.draws2,
-                        before_output=None if self.places is None else self.places.wait,
-                    )
-                self.clock.within(DECODE, AUGMENT, self.pipeline.augment_seconds)
-                if self.pinned:
-                    with self.clock.stage(TRANSFER, step):
-                        view1 = (
-                            view1.pin_memory()
-                        )  # one after the other: pageable and pinned memory of one view at most
-                        view2 = view2.pin_memory()
-                return TwoViewBatch(view1=view1, view2=view2, sample_ids=prepared.places.ids, step=step)
-            except DecodeError as error:
-                with self.clock.stage(HEAL, step):
-                    prepared = self._healed(prepared, error)
-
-    def _healed(self, prepared: Prepared, error: DecodeError) -> Prepared:
-        """The step with other images in the places of those that broke it."""
-        places = prepared.places
-        encoded = self.healer.blame(error, places.ids, prepared.encoded)
-        if all(data is not None for data in encoded):
-            if prepared.innocent:
-                raise error
-            return replace(prepared, innocent=True)  # once more by a new graph: something may just have been scarce
-        return self._drawn(places, self.healer.fill(self.plan, places, encoded))
-
-    def _drawn(self, places: Places, encoded: list[NDArray[np.uint8]]) -> Prepared:
-        draws1, draws2 = (
-            draw_views(
-                view,
-                seed=self.spec.seed,
-                epoch=places.epoch,
-                sample_ids=places.ids,
-                sizes=self.shards.sizes[places.ids],
-                view=number,
-                places=places.streams,
-            )
-            for number, view in ((1, self.spec.view1), (2, self.spec.view2))
-        )
-        return Prepared(places, encoded, draws1, draws2)

@@ -17,7 +17,7 @@ import torch
 
 if TYPE_CHECKING:
     from fastmoco_pipelines.batch import TwoViewBatch
-    from fastmoco_pipelines.loader import Prepared, Source
+    from fastmoco_pipelines.loader_source import Prepared, Source
 
     Readings = queue.Queue[Prepared | BaseException]
     Results = queue.Queue[TwoViewBatch | BaseException]

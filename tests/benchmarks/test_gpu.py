@@ -1,51 +1,197 @@
-"""The one script for a borrowed GPU: its cases exist, its table shows failures, and without a GPU it says so."""
+"""The instrument for a borrowed GPU: its stages and goals as data, its lines and gates, and a dry run of every stage."""
 
 from __future__ import annotations
 
+import ctypes
 import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks.gpu import environment, goals, kernel_tests, rows, runner
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.carried import unpack
+from benchmarks.gpu.lines import run_lines
+from benchmarks.gpu.runner import Run
+from benchmarks.gpu.stages import STAGES, TESTS_OF, Row, Stage, chosen, within
+from benchmarks.gpu.summary import LINES, shown, summary
+from benchmarks.measure import commit, machine
 from benchmarks.registry import CASES, parse_options
 
-
-@pytest.mark.parametrize("timed", gpu.CASES, ids=lambda timed: f"{timed.case} {' '.join(timed.options)}")
-def test_every_case_exists_with_its_options(timed):
-    parse_options(timed.options, CASES[timed.case].DEFAULTS)
+ROWS = [row for stage in STAGES for row in stage.rows]
+CEILINGS = {"matmul_tflops": 395.0, "copy_gb_per_s": 2150.0}
 
 
-def test_the_table_shows_times_ratios_failures_and_goals():
-    part = {
-        "milliseconds": {"ours": 0.5, "naive": 4.0},
-        "speedup": {"naive": {"median": 8.0}},
-        "failed": {"wrong": "gradient 1 > 0.1"},
-    }
-    lines = [
-        {"case": "one", "options": {"rows": 4}, "result": part, "goal": "G1"},
-        {"case": "two", "options": {}, "result": {"view1": part, "images": 3}},
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_is_a_case_with_its_options(row):
+    parse_options((*row.options, *row.dry, "device=cpu"), CASES[row.case].DEFAULTS)
+
+
+def test_stages_are_chosen_by_name_or_run_and_keep_their_order():
+    assert [stage.name for stage in chosen("")] == [stage.name for stage in STAGES]
+    assert [stage.name for stage in chosen("ceilings, smoke")] == ["smoke", "ceilings"]
+    assert {stage.run for stage in chosen("b")} == {"b"}
+    with pytest.raises(ValueError, match="'speed' is none of a, b, env"):
+        chosen("speed")
+    left = {stage.name for stage in STAGES if within(stage, "info_nce")}
+    assert left == {"env", "smoke", "ceilings", "tests", "loss"}
+
+
+def test_every_gate_has_tests_and_every_goal_a_row():
+    for op, patterns in TESTS_OF.items():
+        assert kernel_tests.test_files(patterns) or op == "step", op
+    assert {row.op for row in ROWS} <= {*TESTS_OF, "loader"}
+    assert {goal.row for goal in goals.GOALS} <= {row.name for row in ROWS}
+
+
+def test_goals_follow_the_card():
+    times = {"milliseconds": {"triton": 1.5}, "speedup": {"naive": {"median": 8.0}}}
+    on_h200, naive = goals.verdicts("loss 16384", times, "NVIDIA H200", CEILINGS)
+    assert (on_h200.wanted, on_h200.met, naive.met) == (1.0, False, True)
+    elsewhere = goals.verdicts("loss 16384", times, "NVIDIA H100 80GB HBM3", CEILINGS)[0]
+    assert (elsewhere.wanted, elsewhere.met) == (2.0, True)  # half the rate of products, twice the time
+    step = goals.verdicts("ViT-S 4096", {"images_per_s": {"fastmoco": [3000.0, 2000.0, 2600.0]}}, "H100", CEILINGS)[0]
+    assert (step.wanted, step.measured) == (2500.0, 2600.0)
+    assert "G7 met" in str(step)
+
+
+def test_shares_are_of_the_measured_ceilings():
+    assert goals.shares({"work": {"flops": 395e9, "bytes": 215e7, "ms": 2.0}}, CEILINGS) == {"matmul": 0.5, "copy": 0.5}
+    assert goals.shares({"work": {"flops": 1, "ms": None}}, CEILINGS) == {}
+
+
+def test_the_summary_is_short_and_begins_with_the_faults():
+    result = {"milliseconds": {"ours": 0.5}, "speedup": {"naive": {"median": 8.0}}, "failed": {"wrong": "gradient"}}
+    line = {"name": "loss 16384", "status": "ok", "result": result, "share": {"matmul": 0.5}}
+    text = "\n".join(shown(line, CEILINGS, "H100"))
+    for part in ("ours 0.500", "naive 8.00x", "failed wrong: gradient", "matmul 50%", "G1 met: speedup.naive.median"):
+        assert part in text
+    failed = {"name": "ema", "status": "failed", "reason": "too far"}
+    found = summary([line] * 60 + [failed], [("loss", "ok", 3.0)], CEILINGS, "H100")
+    assert len(found) <= LINES
+    assert "failed: ema: too far" in found[3]
+
+
+def test_without_git_or_a_driver_nothing_is_lost(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert commit() == "unknown"
+    assert {"torch", "triton", "numpy", "commit"} <= machine().keys()
+    monkeypatch.setenv("FASTMOCO_COMMIT", "abc123")
+    assert machine()["commit"] == "abc123"
+
+
+@pytest.mark.skipif(not environment.compiler(), reason="needs a C compiler")
+def test_the_c_part_is_built_with_the_flags_of_setup_py(tmp_path):
+    assert "-ffp-contract=off" in environment.build_flags()
+    said, failed = environment.build_native(environment.NATIVE, out=tmp_path / "native.so")
+    assert (said.split()[0], failed) == ("built", False)
+    assert ctypes.CDLL(str(tmp_path / "native.so")).fastmoco_cut_views
+    assert environment.build_native(environment.NATIVE, out=tmp_path / "native.so") == ("was there", False)
+
+
+def test_wheels_are_unpacked_and_a_broken_one_costs_only_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    carried = tmp_path / ".gpu"
+    carried.mkdir()
+    assert unpack(carried) == (None, [])
+    with zipfile.ZipFile(carried / "one-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("one/__init__.py", "")
+        wheel.writestr("one-1.0.data/purelib/two.py", "")
+    (carried / "broken.whl").write_bytes(b"no zip")
+    for _ in range(2):
+        site, names = unpack(carried)
+        assert (site / "one" / "__init__.py").exists()
+        assert (site / "two.py").exists()
+        assert names[0] == "one-1.0-py3-none-any.whl"
+        assert names[1].startswith("broken.whl FAILED")
+
+
+def test_a_process_is_read_while_it_works_and_ended_at_its_limit(tmp_path):
+    code = 'import time; print(\'{"name": "a", "status": "ok"}\', flush=True); print(\'noise\', flush=True); time.sleep(60)'
+    lines: list[dict] = []
+    command = [sys.executable, "-c", code]
+    done = run_lines(command, limit=5, log=tmp_path / "log", environment={}, take=lines.append, cwd=tmp_path)
+    assert (done, lines) == (124, [{"name": "a", "status": "ok"}])
+    assert "noise" in (tmp_path / "log").read_text()
+
+
+def _stage(*names: str) -> Stage:
+    small = ("width=8", "depth=1", "hidden=8", "rounds=1")
+    options = {"good": small, "other": small, "bad": (*small, "momentum=7"), "dead": ("no_such_option=1",)}
+    return Stage(
+        name="sweeps",
+        run="b",
+        limit=300,
+        rows=tuple(Row(name=name, case="ema", op="ema", dry=options[name]) for name in names),
+    )
+
+
+@pytest.mark.slow
+def test_a_row_that_fails_costs_only_itself_and_sets_the_exit_code(tmp_path, monkeypatch, capsys):
+    stage = _stage("bad", "dead", "good")
+    monkeypatch.setattr(rows, "STAGES", (stage,))
+
+    def in_this_process(command, *, take, **_):
+        monkeypatch.setattr(sys, "argv", command[2:])
+        code = rows.main()
+        for text in capsys.readouterr().out.splitlines():
+            if text.startswith("{"):
+                take(json.loads(text))
+        return code
+
+    monkeypatch.setattr(runner, "run_lines", in_this_process)
+    run = Run(out=tmp_path, budget=300, only="", dry=True)
+    assert run.all([stage]) == 1
+    assert [(line["name"], line["status"]) for line in run.lines] == [
+        ("bad", "failed"),
+        ("dead", "failed"),
+        ("good", "ok"),
     ]
-    text = "\n".join(gpu.summary(lines))
-    for shown in ("one rows=4", "ours 0.500", "naive 8.00x", "FAILED wrong: gradient 1 > 0.1", "goal: G1", "view1 ms:"):
-        assert shown in text
+    kept = [json.loads(text) for text in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in kept] == ["bad", "dead", "good"]
+    assert kept[2]["gate"] == "not run"
+    run._kept["gates"]["ema"] = "failed"
+    run.lines.clear()
+    assert run.all([stage]) == 0
+    assert {line["reason"] for line in run.lines} == {"the tests of ema failed: not timed"}
 
 
-def test_a_case_that_fails_or_hangs_costs_only_itself(tmp_path, capsys):
-    assert gpu._run_case(gpu.Timed("no_such_case"), tmp_path / "gpu.jsonl", limit=60) is None
-    assert gpu._run_case(gpu.Timed("ema"), tmp_path / "gpu.jsonl", limit=0.01) is None
-    assert "ended after" in capsys.readouterr().out
-    assert not (tmp_path / "gpu.jsonl").exists()
+def test_out_of_time_is_told_from_a_failure(tmp_path, capsys):
+    assert Run(out=tmp_path, budget=1, only="", dry=True).all(chosen("b")) == 3
+    assert "loss out of time" in capsys.readouterr().out
 
 
-def test_a_line_of_results_is_kept_with_its_goal(tmp_path):
-    small = ("width=8", "depth=1", "hidden=8", "rounds=1", "device=cpu")
-    line = gpu._run_case(gpu.Timed("ema", small, "G5"), tmp_path / "gpu.jsonl", limit=120)
-    assert line is not None
-    assert json.loads((tmp_path / "gpu.jsonl").read_text())["goal"] == "G5"
+def test_a_kernel_test_that_fails_closes_its_own_gate_alone(tmp_path, monkeypatch, capsys):
+    bad, good = tmp_path / "test_bad.py", tmp_path / "test_good.py"
+    bad.write_text("def test_it():\n    assert False\n")
+    good.write_text("def test_it():\n    assert True\n")
+    monkeypatch.setattr(kernel_tests, "ROOT", tmp_path)
+    monkeypatch.setattr(kernel_tests, "TESTS_OF", {"one": ("test_bad.py",), "two": ("test_good.py",)})
+    monkeypatch.setattr(sys, "argv", ["kernel_tests", "--limit", "100"])
+    assert kernel_tests.main() == 1
+    lines = [json.loads(text) for text in capsys.readouterr().out.splitlines() if text.startswith("{")]
+    assert {line["op"]: line["gate"] for line in lines} == {"one": "failed", "two": "passed"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_without_a_gpu_it_says_so(capsys):
-    assert gpu.main() == 1
+def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
+    assert main() == 1
     assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_dry_run_goes_through_every_stage(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    lines = [json.loads(text) for text in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {stage.name for stage in STAGES}
+    assert {row.name for row in ROWS} <= {line["name"] for line in lines}
+    assert all(line["dry"] and line["machine"]["torch"] for line in lines[1:])
+    end = done.stdout[done.stdout.index("== stages") :].splitlines()
+    assert len(end) <= LINES

@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from benchmarks.cases import info_nce, train_step, view_color
 from benchmarks.measure import interleave, ratios
 from benchmarks.registry import CASES, main, parse_options
+from fastmoco.objectives import MoCoV3
 
 
 def test_list_names_every_case_and_its_options(capsys):
@@ -70,26 +72,61 @@ def test_views_are_compared_after_they_are_checked(tmp_path):
         assert set(view["speedup"]) == {"pillow, image by image", "torch"}
 
 
-@pytest.mark.slow
-def test_a_step_is_compared_with_the_eager_one_after_their_gradients(tmp_path, monkeypatch):
-    from benchmarks.cases import train_step
+STEP = ["recipe=quickstart_digits", "batch=16", "steps=1", "rounds=1", "checked=8", "chunk=4", "compile=0"]
 
-    options = ["recipe=quickstart_digits", "batch=16", "steps=1", "rounds=1", "checked=8", "chunk=4"]
+
+@pytest.mark.slow
+def test_a_step_is_held_against_float64_and_compared_with_the_eager_one(tmp_path, monkeypatch):
     out = tmp_path / "results.jsonl"
-    assert main(["run", "train_step", *options, "--out", str(out)]) == 0
+    assert main(["run", "train_step", *STEP, "--out", str(out)]) == 0
     result = json.loads(out.read_text())["result"]
-    assert (result["failed"], result["eager_batch"]) == ({}, 16)
+    assert (result["failed"], result["batch"]) == ({}, {"eager": 16})
+    assert "marked" not in result
+    assert result["errors"]["gradients"] < 1e-3
     assert result["speedup"]["eager"]["median"] > 0
     assert "4" in result["plan"]
 
-    other = train_step.EagerStep.__init__
+    ours = MoCoV3.forward
 
-    def scaled(self, config, device):
-        other(self, config, device)
-        self.objective.temperature *= 1.5
+    def wrong(self, view1, view2, **how):
+        output = ours(self, view1, view2, **how)
+        return output._replace(loss=output.loss * 1.001)
 
-    monkeypatch.setattr(train_step.EagerStep, "__init__", scaled)
-    assert main(["run", "train_step", *options, "--out", str(out)]) == 0
-    failed = json.loads(out.read_text().splitlines()[-1])["result"]
-    assert "gradients" in failed["failed"]["eager"]
-    assert failed["speedup"] == {}
+    monkeypatch.setattr(MoCoV3, "forward", wrong)
+    assert main(["run", "train_step", *STEP, "--out", str(out)]) == 0
+    marked = json.loads(out.read_text().splitlines()[-1])["result"]
+    assert "gradients 0.001 from float64" in marked["marked"]
+    assert marked["speedup"]["eager"]["median"] > 0  # timed all the same
+
+
+def test_a_side_that_fails_costs_only_itself(monkeypatch):
+    def measure(name, options):
+        if name == "eager":
+            raise RuntimeError("eager: exit 1")
+        return {"images_per_s": [4.0, 2.0], "first_step_s": 1.0, "peak_bytes": 0}
+
+    monkeypatch.setattr(train_step, "measure_apart", measure)
+    options = {**train_step.DEFAULTS, "device": "cpu", "processes": 1}
+    result = train_step.run(options)
+    assert result["failed"] == {"eager": "eager: exit 1"}
+    assert result["images_per_s"] == {"fastmoco": [4.0, 2.0]}
+    assert result["speedup"] == {}
+    with pytest.raises(ValueError, match="'fast' is none of"):
+        train_step.run(options | {"sides": "fast"})
+
+
+def test_both_directions_of_the_loss_are_checked_and_compared():
+    options = {**info_nce.DEFAULTS, "rows": 40, "keys": 50, "dim": 16, "rounds": 1, "compile": 0, "device": "cpu"}
+    both = info_nce.run(options | {"directions": 2})
+    assert both["failed"] == {}
+    assert set(both["speedup"]) == {"naive", "sdpa_v_is_k"}
+    assert both["flops"] == 2 * info_nce.run(options)["flops"]
+    with pytest.raises(ValueError, match="directions=3"):
+        info_nce.run(options | {"directions": 3})
+
+
+def test_colours_are_measured_where_dali_is_absent(monkeypatch):
+    monkeypatch.setattr(view_color, "_has_dali", lambda: False)
+    result = view_color.run({**view_color.DEFAULTS, "images": 2, "size": 16, "rounds": 1, "device": "cpu"})
+    assert result["view1"]["failed"] == {}
+    assert result["pipeline"] == {"skipped": {"DALI": "absent"}}

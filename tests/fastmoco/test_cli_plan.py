@@ -11,11 +11,11 @@ pytest.importorskip("tyro", reason="tyro is not installed")
 from fastmoco.cli import main
 from fastmoco.cli_plan import parse_bytes
 
-SMALL = ["--model.hidden-dim", "32", "--model.projection-dim", "8"]
+SMALL = ["--model.hidden-dim", "32", "--model.projection-dim", "8", "--model.compile", "False"]
 
 
 def test_json_names_everything_and_holds_together(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--gpus", "2", "--memory", "40MiB", "--json", *SMALL]
+    options = ["--gpus", "2", "--memory", "40MiB", "--json", "--data.synthetic", *SMALL]
     assert main(["plan", "quickstart_digits", *options]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["gpus"], found["memory_bytes"], found["local_batch_size"]) == (2, 40 * 2**20, 128)
@@ -55,6 +55,20 @@ def test_what_is_chosen_is_shared_as_the_run_would_share_it(
     found = json.loads(capsys.readouterr().out)
     assert found["chosen"]["state_over"] == shared_by
     assert {row["state_over"] for row in found["settings"]} == {1, shared_by, 4}
+
+
+def test_a_gpu_compiles_takes_levels_and_leaves_the_loader_its_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "quickstart_digits", "--memory", "2GB", "--json", *SMALL[:4], "--batch.chunk", "64"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["compiled"] is True
+    assert found["views"] == "uint8"
+    chosen, loader = found["chosen"], found["loader_bytes"]
+    assert chosen["parts_bytes"]["views"] == loader["batch_bytes"] == 256 * 2 * 3 * 8 * 8
+    assert sum(chosen["parts_bytes"].values()) == pytest.approx(chosen["step_bytes"])
+    assert chosen["fits"]
+    left = 2e9 * found["usable_share"] - loader["beside_batch_bytes"] - chosen["state_bytes"]["total"]
+    assert f"of {left / 2**30:.2f} GiB free" in chosen["plan"]["reason"]
 
 
 def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

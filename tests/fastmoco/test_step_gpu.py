@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmoco import training_state
+from fastmoco import setup_run, training_state
 from fastmoco.trainer import Trainer
 from tests.step_runs import clear_images, distance, gradients_of, images_of, plain_step, poisoned, running, short_run
 
@@ -75,6 +75,13 @@ def test_so_they_are_under_other_attention(attention: str, precision: str, tmp_p
     _require_as_near_as_torch("cuda", tmp_path, precision=precision, chunk=20, kept=1, attention=attention)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk", ["none", 20])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_so_they_are_where_blocks_are_compiled(chunk: Any, precision: str, tmp_path: Path) -> None:
+    _require_as_near_as_torch("cuda", tmp_path, precision=precision, chunk=chunk, kept=1, compile=True)
+
+
 def _require_as_near_as_torch(device: str, out: Path, *, precision: str, **options: Any) -> None:
     """A multiple of what the plain forward in torch loses in the same precision, for all of the gradient and for each tensor.
 
@@ -85,7 +92,9 @@ def _require_as_near_as_torch(device: str, out: Path, *, precision: str, **optio
     config = short_run(device, precision=precision, **options)
     found: dict[str, Tensor] = {}
     with running(config, out, device) as trainer:
-        start = copy.deepcopy(trainer.objective)
+        # Not a copy: a copy of a compiled block calls the block that it was copied from.
+        start = setup_run.build_objective(config, trainer.world.device)
+        start.load_state_dict(trainer.objective.state_dict())
         reference = copy.deepcopy(start).cpu().double()
         batch = clear_images(config, reference, device)
         exact_loss, exact = plain_step(reference, batch, "fp64")
@@ -98,10 +107,12 @@ def _require_as_near_as_torch(device: str, out: Path, *, precision: str, **optio
     assert output.loss.item() == pytest.approx(exact_loss, rel=1e-3 if sharp else 1e-2)
     # Batch norms of so few images enlarge rounding; were it the gradient's own size, nothing would be told apart.
     assert distance(plain, exact) <= (2e-5 if sharp else 0.3)
-    multiple, share, floor = (10, 1e-4, 1e-5) if sharp else (2, 5e-2, 1e-2)
+    multiple, share, floor = (10, 1e-4, 1e-5) if sharp else (2, 0, 0)
     if sharp and device == "cuda":
         share, floor = 8e-3, 1e-4
     assert distance(found, exact) <= multiple * distance(plain, exact) + (share if sharp else 0)
+    if not sharp:  # two roundings of one small tensor may differ more than those of all of them
+        multiple, share, floor = 3, 0.15, 0.02
     whole = math.sqrt(sum(float(gradient.square().sum()) for gradient in exact.values()))
     for name, gradient in exact.items():
         lost = float((plain[name] - gradient).norm())
@@ -180,7 +191,7 @@ def test_a_bad_step_leaves_no_trace_and_the_next_is_that_of_a_run_without_it(
             trainer.step(images_of(config, 0, device))
             before = state_of(trainer)
             if fed:
-                assert math.isnan(trainer.step(poisoned(images_of(config, 1, device))).loss.item())
+                assert not math.isfinite(trainer.step(poisoned(images_of(config, 1, device))).loss.item())
                 assert differing(before, state_of(trainer)) == []
                 assert trainer.guard.report(2) == [
                     "warning: 1 steps up to step 2 skipped, loss or gradients not finite (1 so far)"
@@ -215,7 +226,7 @@ def test_infinite_gradients_under_a_finite_loss_leave_no_trace_either(device: st
 @pytest.mark.parametrize("chunk", ["none", 20])
 def test_a_run_continued_from_a_checkpoint_is_the_run_without_a_break(device: str, chunk: Any, tmp_path: Path) -> None:
     config = short_run(device, precision="fp32", chunk=chunk, kept=1, attention="explicit")
-    config = replace(config, checkpoint=replace(config.checkpoint, every_steps=2, keep=9))
+    config = replace(config, checkpoint=replace(config.checkpoint, every_steps=2, keep=9, async_save=False))
     with running(config, tmp_path / "whole", device) as trainer:
         assert trainer.run() == 0
         whole = state_of(trainer)

@@ -10,8 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from fastmoco_kernels import gelu
+from fastmoco_kernels._column_sums import launch as sums
 from fastmoco_kernels.gelu_bias import launch, op
 from fastmoco_kernels.gelu_bias.cost import eager_backward_bytes, gelu_backward_bytes, gelu_bytes
+from tests.kernels.touched_bytes import CountedKernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF, SINGLE = torch.float16, torch.float32
@@ -20,8 +22,8 @@ HALF, SINGLE = torch.float16, torch.float32
 def _inputs(shape: tuple[int, ...], dtype: torch.dtype = SINGLE, bias: torch.dtype = SINGLE) -> list[Tensor]:
     """h, bias and the gradient to the result."""
     generator = torch.Generator().manual_seed(sum(shape))
-    h, b, dout = (torch.randn(s, generator=generator, dtype=torch.float64) for s in (shape, shape[-1:], shape))
-    return [(h * 2).to(DEVICE, dtype), b.to(DEVICE, bias), dout.to(DEVICE, dtype)]
+    h, b, dy = (torch.randn(s, generator=generator, dtype=torch.float64) for s in (shape, shape[-1:], shape))
+    return [(h * 2).to(DEVICE, dtype), b.to(DEVICE, bias), dy.to(DEVICE, dtype)]
 
 
 def _all(inputs: list[Tensor], backend: str, *, with_bias: bool = True) -> list[Tensor]:
@@ -34,12 +36,12 @@ def _all(inputs: list[Tensor], backend: str, *, with_bias: bool = True) -> list[
 
 
 def _assert_right(inputs: list[Tensor], *, with_bias: bool = True) -> None:
-    """Value and dh: twice torch's error, or four units in the last place: a GPU's exp is good to two. dbias: the sum of dh as it was rounded."""
+    """Value and dh: twice torch's error, or four units of float32: a GPU is good to two. dbias: the sum of dh as rounded."""
     truth = _all([t.double() for t in inputs], "reference", with_bias=with_bias)
     ours, torchs = (_all(inputs, backend, with_bias=with_bias) for backend in ("triton", "reference"))
     for mine, other, exact in zip(ours[:2], torchs[:2], truth[:2], strict=True):
         assert (mine.dtype, mine.shape) == (other.dtype, other.shape)
-        floor = 4 * torch.finfo(mine.dtype).eps * exact.norm()
+        floor = 4 * torch.finfo(SINGLE).eps * exact.norm()
         assert (mine.double() - exact).norm() <= torch.maximum(2 * (other.double() - exact).norm(), floor)
     if with_bias:
         assert ours[2].dtype == inputs[1].dtype
@@ -131,12 +133,12 @@ def test_no_rows_at_all(backend):
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_a_bias_that_wants_no_gradient_gets_none(backend):
-    h, bias, dout = _inputs((3, 8))
+    h, bias, dy = _inputs((3, 8))
     h.requires_grad_()
-    gelu(h, bias, backend=backend).backward(dout)
+    gelu(h, bias, backend=backend).backward(dy)
     assert bias.grad is None
     bias.requires_grad_()
-    gelu(h.detach(), bias, backend=backend).backward(dout)  # and h may want none where the bias does
+    gelu(h.detach(), bias, backend=backend).backward(dy)  # and h may want none where the bias does
     assert bias.grad is not None
     with torch.no_grad():
         assert not gelu(h, bias, backend=backend).requires_grad
@@ -185,8 +187,8 @@ def test_auto_takes_the_kernel_where_triton_runs_in_a_compiled_graph_too(monkeyp
 
 @pytest.mark.parametrize("bias_dtype", [SINGLE, HALF, None])
 def test_opcheck(bias_dtype):
-    h, _, dout = _inputs((5, 7), HALF)
-    torch.library.opcheck(torch.ops.fastmoco.gelu_backward.default, (dout, h, bias_dtype))
+    h, _, dy = _inputs((5, 7), HALF)
+    torch.library.opcheck(torch.ops.fastmoco.gelu_backward.default, (dy, h, bias_dtype))
 
 
 def _saved(h: Tensor, bias: Tensor) -> list[tuple[torch.dtype, tuple[int, ...], int]]:
@@ -227,14 +229,12 @@ def test_errors_name_both_sides(given, text):
 
 @pytest.mark.parametrize("bias", [SINGLE, HALF, None])
 def test_the_byte_model_counts_the_tensors_that_the_launches_touch(bias, monkeypatch):
-    from fastmoco_kernels import _column_sums
-
     touched: list[int] = []
-    for module, name in ((launch, "gelu_bwd_kernel"), (_column_sums, "column_sum_kernel")):
-        monkeypatch.setattr(module, name, _Counting(getattr(module, name), touched))
+    for module, name in ((launch, "gelu_bwd_kernel"), (sums, "column_sum_kernel")):
+        monkeypatch.setattr(module, name, CountedKernel(getattr(module, name), touched))
     rows, width = 63, 1536
-    h, _, dout = _inputs((rows, width), HALF)
-    launch.backward(dout, h, bias)
+    h, _, dy = _inputs((rows, width), HALF)
+    launch.backward(dy, h, bias)
     programs = launch.programs_of(rows, width, launch.tiles(width)[0], DEVICE)
     assert sum(touched) == gelu_backward_bytes(
         rows, width, bias=0 if bias is None else bias.itemsize, programs=programs
@@ -243,20 +243,6 @@ def test_the_byte_model_counts_the_tensors_that_the_launches_touch(bias, monkeyp
     assert gelu_bytes(R, width) == 4 * R * width
     assert gelu_backward_bytes(R, width, bias=4, programs=176) == pytest.approx(6 * R * width, rel=5e-3)
     assert eager_backward_bytes(R, width) == 8 * R * width
-
-
-class _Counting:
-    """A kernel that adds up the bytes of every tensor that one launch is given, each once."""
-
-    def __init__(self, kernel, touched: list[int]) -> None:
-        self.kernel, self.touched = kernel, touched
-
-    def __getitem__(self, grid):
-        def launched(*arguments, **options):
-            self.touched.append(sum({t.data_ptr(): t.nbytes for t in arguments if isinstance(t, Tensor)}.values()))
-            return self.kernel[grid](*arguments, **options)
-
-        return launched
 
 
 @pytest.mark.gpu

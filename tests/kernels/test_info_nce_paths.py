@@ -70,6 +70,18 @@ def test_every_gradient_is_that_of_float64(path, rows, keys, dim, offset, temper
         assert _relative(value, expected) <= limit, f"{name}: {_relative(value, expected):.1e}"
 
 
+@pytest.mark.parametrize("path", ["triton", "chunked"])
+def test_gradients_of_the_keys_at_a_temperature_that_is_a_number(path):
+    q, k = _data(5, 9, 40, 2)
+    how = {"temperature": 0.2, "positive_offset": 2, "key_gradients": True}
+    truth = [x.clone().requires_grad_() for x in (q, k)]
+    info_nce_loss(*truth, **how, backend="reference").backward()
+    found = [x.float().requires_grad_() for x in (q, k)]
+    info_nce_loss(*found, **how, backend=path, precision="fp32").backward()
+    for mine, exact in zip(found, truth, strict=True):
+        assert _relative(mine.grad, exact.grad) <= TOLERANCE["fp32"][1]
+
+
 @pytest.mark.parametrize("path", ["fp32", "tf32", "fp16", "chunked"])
 def test_golden_figures(golden, path):
     """Loss and gradient of moco-v3's formula in every case, both directions in one launch."""

@@ -14,6 +14,7 @@ from benchmarks.cases import residual_norm as case
 from fastmoco_kernels import residual_norm
 from fastmoco_kernels.residual_norm import launch, op, operator
 from fastmoco_kernels.residual_norm.cost import eager_bytes, residual_norm_backward_bytes, residual_norm_bytes
+from tests.kernels.touched_bytes import CountedKernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = 1e-6
@@ -49,13 +50,13 @@ def _gradients(function, tensors: list[Tensor], *rest) -> list[Tensor]:
 def test_opcheck(branch):
     x, b, weight, bias = _leaves(_inputs(5, 7, branch=branch or HALF))
     b = None if branch is None else b
-    torch.library.opcheck(torch.ops.fastmoco.residual_norm.default, (x, b, weight, bias, EPS, HALF))
+    torch.library.opcheck(torch.ops.fastmoco.residual_norm.default, (x, b, weight, bias, EPS, HALF, None))
     with torch.no_grad():
-        x_new, y, mean, rstd = torch.ops.fastmoco.residual_norm(x, b, weight, bias, EPS, HALF)
+        x_new, y, mean, rstd = torch.ops.fastmoco.residual_norm(x, b, weight, bias, EPS, HALF, None)
         x_new = x.detach() if b is None else x_new
         saved = (x_new, weight.detach(), mean, rstd)
         for dx_new, other in ((x_new * 2, HALF), (None, None)):
-            arguments = (y.detach(), dx_new, *saved, SINGLE, other)
+            arguments = (y.detach(), dx_new, *saved, SINGLE, other, None)
             torch.library.opcheck(torch.ops.fastmoco.residual_norm_backward.default, arguments)
 
 
@@ -138,7 +139,7 @@ def _inputs_of(rows: int, E: int) -> list[Tensor]:
 def test_fake_results_lie_as_the_real_ones():
     """Whatever the strides of x."""
     x, b, weight, bias = _inputs(6, 100)
-    given = (x.mT.contiguous().mT, b, weight, bias, EPS, HALF)
+    given = (x.mT.contiguous().mT, b, weight, bias, EPS, HALF, None)
     real = torch.ops.fastmoco.residual_norm(*given)
     with FakeTensorMode() as mode:
         fake = torch.ops.fastmoco.residual_norm(*(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in given))
@@ -231,25 +232,11 @@ def test_rows_that_do_not_fit_on_chip_are_refused_by_name():
         residual_norm(x, None, x[0], x[0], EPS, backend="triton")
 
 
-class _Counting:
-    """A kernel that adds up the bytes of every tensor that one launch is given, each once."""
-
-    def __init__(self, kernel, touched: list[int]) -> None:
-        self.kernel, self.touched = kernel, touched
-
-    def __getitem__(self, grid):
-        def launched(*arguments, **options):
-            self.touched.append(sum({t.data_ptr(): t.nbytes for t in arguments if isinstance(t, Tensor)}.values()))
-            return self.kernel[grid](*arguments, **options)
-
-        return launched
-
-
 @pytest.mark.parametrize(("branch", "dx_new"), [(HALF, True), (SINGLE, True), (None, True), (HALF, False)])
 def test_the_byte_model_counts_the_tensors_that_the_launches_touch(branch, dx_new, monkeypatch):
     touched: list[int] = []
     for name in ("residual_norm_fwd_kernel", "residual_norm_bwd_kernel", "residual_norm_sum_kernel"):
-        monkeypatch.setattr(launch, name, _Counting(getattr(launch, name), touched))
+        monkeypatch.setattr(launch, name, CountedKernel(getattr(launch, name), touched))
     rows, E = 63, 384
     x, b, weight, bias = _leaves(_inputs(rows, E, branch=branch or HALF))
     x_new, y = residual_norm(x, None if branch is None else b, weight, bias, EPS, HALF, backend="triton")

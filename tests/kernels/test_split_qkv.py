@@ -10,8 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from fastmoco_kernels import attention, split_qkv
+from fastmoco_kernels._column_sums import launch as sums
 from fastmoco_kernels.stacked_qkv import launch, op
 from fastmoco_kernels.stacked_qkv.cost import eager_backward_bytes, split_qkv_backward_bytes
+from tests.kernels.touched_bytes import CountedKernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF, SINGLE = torch.float16, torch.float32
@@ -255,11 +257,9 @@ def test_errors_name_both_sides(given, text):
 
 @pytest.mark.parametrize("bias", [SINGLE, HALF, None])
 def test_the_byte_model_counts_the_tensors_that_the_launches_touch(bias, monkeypatch):
-    from fastmoco_kernels import _column_sums
-
     touched: list[int] = []
-    for module, name in ((launch, "split_qkv_bwd_kernel"), (_column_sums, "column_sum_kernel")):
-        monkeypatch.setattr(module, name, _Counting(getattr(module, name), touched))
+    for module, name in ((launch, "split_qkv_bwd_kernel"), (sums, "column_sum_kernel")):
+        monkeypatch.setattr(module, name, CountedKernel(getattr(module, name), touched))
     launch.backward(*_gradients_of_parts(3, 11, 6, 64, HALF, "BLAd"), bias)
     programs = launch.programs_of(33, 384, launch.tiles(384)[0], DEVICE)
     size = 0 if bias is None else bias.itemsize
@@ -267,20 +267,6 @@ def test_the_byte_model_counts_the_tensors_that_the_launches_touch(bias, monkeyp
     whole = 12 * 256 * 197 * 384
     assert split_qkv_backward_bytes(256, 197, 384, bias=4, programs=118) == pytest.approx(whole, rel=5e-3)
     assert eager_backward_bytes(256, 197, 384) == 1.5 * whole
-
-
-class _Counting:
-    """A kernel that adds up the bytes of every tensor that one launch is given, each once."""
-
-    def __init__(self, kernel, touched: list[int]) -> None:
-        self.kernel, self.touched = kernel, touched
-
-    def __getitem__(self, grid):
-        def launched(*arguments, **options):
-            self.touched.append(sum({t.data_ptr(): t.nbytes for t in arguments if isinstance(t, Tensor)}.values()))
-            return self.kernel[grid](*arguments, **options)
-
-        return launched
 
 
 @pytest.mark.gpu

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
 import numpy as np
@@ -131,22 +130,28 @@ def test_the_size_of_a_part_follows_the_device() -> None:
         pipeline(0)
 
 
-def test_dalis_decoder_takes_the_options_for_gpus() -> None:
-    """As far as a machine without a GPU tells: the operator's schema, and a graph that is made and not built."""
-    from nvidia.dali import Pipeline, backend, fn
+@pytest.mark.parametrize("view_dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("color", ["exact", "dali"])
+def test_the_graph_for_gpus_is_defined(color: str, view_dtype) -> None:
+    """As far as a machine without a GPU tells: every operator takes its options, and the views come out on the GPU."""
+    from nvidia.dali import pipeline_def
 
-    schema = backend.GetSchema("decoders__Image")
-    assert set(GPU_DECODER) <= set(schema.GetArgumentNames())
-    assert set(GPU_DECODER) <= set(inspect.signature(fn.decoders.image).parameters)
-    for color in ("exact", "dali"):
-        made = ViewPipeline(*moco_v3_views(24, color=color), batch_size=8, sub_batch=4, device="gpu", device_id=0)
-        graph = Pipeline(batch_size=4, num_threads=1, device_id=None, prefetch_queue_depth=1)
-        with graph:
-            images = fn.decoders.image(
-                fn.external_source(name="encoded", ndim=1), device="mixed", adjust_orientation=False, **GPU_DECODER
-            )
-            assert images.device == "gpu"
-        assert made._engine._options["batch_size"] == 4
+    pair = moco_v3_views(24, color=color)
+    made = ViewPipeline(*pair, batch_size=8, sub_batch=4, device="gpu", device_id=0, view_dtype=view_dtype)
+    graph = pipeline_def(made._engine._graph, **made._engine._options)()
+    assert [output.device for output in graph._graph_out] == ["gpu", "gpu"]
+
+
+def test_the_decoder_on_gpus_refuses_other_options(monkeypatch) -> None:
+    """What the test above would miss if defining a graph looked at nothing."""
+    from nvidia.dali import pipeline_def
+
+    made = ViewPipeline(*PAIR, batch_size=8, device="gpu", device_id=0)
+    for option, value, words in (("hw_decoder_load", "much", "to float: 'much'"), ("hw_load", 1.0, "KeyError")):
+        with monkeypatch.context() as patched:
+            patched.setitem(GPU_DECODER, option, value)
+            with pytest.raises(Exception, match=words):
+                pipeline_def(made._engine._graph, **made._engine._options)()
 
 
 @pytest.mark.gpu

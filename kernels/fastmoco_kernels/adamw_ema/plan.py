@@ -77,8 +77,9 @@ class Plan:
     def matching_grads(self, params: Sequence[Tensor], grads: Sequence[Tensor], averaged: bool) -> list[Tensor] | None:
         """The gradients of this step, shards unwrapped, or None if the plan was made for something else.
 
-        Parameters and their state must be the same objects (the caller sees to it that they are the same dictionaries), and every tensor of the type, layout and device of that time, also
-        where something changed it under the same object. Anything may lie elsewhere than last time.
+        Parameters and state must be the same objects, and every tensor of the type, layout and device of that time, also
+        where something changed it under the same object. Anything may lie elsewhere than last time. That the parameters
+        still have the same dictionaries of state is for the caller to see to.
         """
         if averaged != self.averaged or len(params) != len(self._params) or not _same(params, self._params):
             return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._column_sums import add_partial_sums, column_sum_case, parts, row_programs
+from fastmoco_kernels._column_sums.launch import add_partial_sums, column_sum_case, parts, row_programs
 from fastmoco_kernels._runtime import device_guard
 from fastmoco_kernels._tuning import tuned
 from fastmoco_kernels.fused_block.triton_kernels import block_gelu_bwd_kernel, block_norm_bwd_kernel

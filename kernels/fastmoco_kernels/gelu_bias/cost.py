@@ -9,7 +9,7 @@ def gelu_bytes(R: int, F: int, *, size: int = 2) -> int:
 
 
 def gelu_backward_bytes(R: int, F: int, *, size: int = 2, bias: int = 0, programs: int = 0) -> int:
-    """Bytes that the backward reads and writes: dout, h, dh, and partial sums once each way.
+    """Bytes that the backward reads and writes: dy, h, dh, and partial sums once each way.
 
     Args:
         R: rows.

@@ -4,7 +4,7 @@ A linear layer adds its bias in the product's epilogue, for nothing. Its gradien
 tensor that GELU's backward has just written. Here that kernel adds up what it writes. The layer then must leave its bias
 out of the graph, ``F.linear(x, W, bias.detach())``, and ``bias`` itself goes to `gelu`.
 
-The forward is torch's own. The backward reads dout and h and writes dh: 6 bytes an element of 16 bits, where torch's two
+The forward is torch's own. The backward reads dy and h and writes dh: 6 bytes an element of 16 bits, where torch's two
 operations move 8. Partial sums are kept by program and added in a fixed order.
 """
 
@@ -25,8 +25,8 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def gelu(h: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """The exact GELU of a linear layer's output, and on the way back the gradient of that layer's bias.
 
-    ``out = h * Phi(h)`` with the normal distribution's Phi, by erf (Hendrycks and Gimpel 2016);
-    ``dh = dout * (Phi(h) + h * phi(h))``; ``dbias = sum over rows of dh``
+    ``y = h * Phi(h)`` with the normal distribution's Phi, by erf (Hendrycks and Gimpel 2016);
+    ``dh = dy * (Phi(h) + h * phi(h))``; ``dbias = sum over rows of dh``
 
     Args:
         h: [..., F] floating point, any stride (other than rows on end costs a copy in the backward): what

@@ -12,19 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmoco_kernels._multi_tensor import all_plain, traced
 from fastmoco_kernels._runtime import require_triton
 
 
-@torch.library.custom_op("fastmoco::gelu_backward", mutates_args=())
-def _gelu_backward(dout: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+def _backward(dy: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     require_triton("gelu", h.device)
     from fastmoco_kernels.gelu_bias.launch import backward
 
-    return backward(dout, h, bias_dtype)
+    return backward(dy, h, bias_dtype)
+
+
+_gelu_backward = torch.library.custom_op("fastmoco::gelu_backward", _backward, mutates_args=())
 
 
 @_gelu_backward.register_fake
-def _(dout: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     shape = (0,) if bias_dtype is None else h.shape[-1:]
     return h.new_empty(h.shape), h.new_empty(shape, dtype=bias_dtype or h.dtype)
 
@@ -42,7 +45,8 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
         (h,) = ctx.saved_tensors
         bias_dtype = ctx.bias_dtype if ctx.needs_input_grad[1] else None
-        dh, dbias = _gelu_backward(gradients[0], h, bias_dtype)
+        watched = traced() or not all_plain((*gradients, h))  # the way through the dispatcher costs the host more
+        dh, dbias = (_gelu_backward if watched else _backward)(gradients[0], h, bias_dtype)
         return dh, None if bias_dtype is None else dbias
 
 

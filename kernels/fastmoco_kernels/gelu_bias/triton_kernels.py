@@ -15,7 +15,7 @@ DENSITY_AT_0 = tl.constexpr(0.3989422804014327)
 
 @triton.jit(do_not_specialize=["rows"])
 def gelu_bwd_kernel(
-    dout_ptr,  # [rows, F]
+    dy_ptr,  # [rows, F]
     h_ptr,  # [rows, F]
     dh_ptr,  # [rows, F]
     partial_ptr,  # [programs, F] float32; not written without HAS_BIAS
@@ -25,7 +25,7 @@ def gelu_bwd_kernel(
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """dh = dout * (Phi(h) + h * phi(h)); partial sums of dh as it is stored."""
+    """dh = dy * (Phi(h) + h * phi(h)); partial sums of dh as it is stored."""
     program, programs = tl.program_id(1), tl.num_programs(1)
     row, col = tl.arange(0, ROWS), tl.program_id(0) * COLS + tl.arange(0, COLS)
     at = row[:, None] * F + col[None, :]
@@ -34,10 +34,10 @@ def gelu_bwd_kernel(
         start = tl.full((), first, tl.int64)
         inside = (start + row < rows)[:, None] & (col < F)[None, :]
         h = tl.load(h_ptr + start * F + at, mask=inside, other=0.0).to(tl.float32)
-        dout = tl.load(dout_ptr + start * F + at, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + start * F + at, mask=inside, other=0.0).to(tl.float32)
         distribution = 0.5 + 0.5 * tl.erf(h * SQRT_HALF)
         density = DENSITY_AT_0 * tl.exp(-0.5 * h * h)
-        dh = (dout * (distribution + h * density)).to(dh_ptr.dtype.element_ty)
+        dh = (dy * (distribution + h * density)).to(dh_ptr.dtype.element_ty)
         tl.store(dh_ptr + start * F + at, dh, mask=inside)
         if HAS_BIAS:
             total += dh.to(tl.float32)

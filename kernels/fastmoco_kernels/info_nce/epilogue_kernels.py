@@ -188,5 +188,8 @@ def info_nce_finish_keys_kernel(
         acc += tl.load(acc_ptr + place[:, None] * D + column[None, :], mask=live[:, None], other=0.0)
     dv = acc * unshift - u * share[:, None]
     along = tl.where(k_norm >= EPS, tl.sum(dv * v, 1), 0.0)
-    dk = (dv - along[:, None] * v) * (scale_log2 * LN_2 * factor / tl.maximum(k_norm, EPS))[:, None]
+    wide_factor = (
+        tl.full([ROWS], 1.0, tl.float32) * scale_log2 * factor
+    )  # a tensor: the interpreter divides no constant
+    dk = (dv - along[:, None] * v) * (wide_factor * LN_2 / tl.maximum(k_norm, EPS))[:, None]
     tl.store(dk_ptr + row[:, None] * dim + column[None, :], dk.to(dk_ptr.dtype.element_ty), mask=inside)

@@ -34,6 +34,7 @@ def residual_norm_backward_bytes(
     x_new: int | None = None,
     dx_new: bool = True,
     programs: int = 0,
+    branch_bias: int = 0,
 ) -> int:
     """Bytes that the backward reads and writes.
 
@@ -50,10 +51,12 @@ def residual_norm_backward_bytes(
         x_new: of x_new and dx_new; the wider of x and branch unless told otherwise.
         dx_new: whether x_new was used beside its norm.
         programs: that keep partial sums.
+        branch_bias: bytes of one element of the branch's bias; 0 where there is none.
     """
     wide = max(x, branch) if x_new is None else x_new
     moved = R * E * (out + (2 if dx_new else 1) * wide + x + (0 if branch == x else branch))
-    return moved + 3 * E * weight + 8 * R + 2 * 2 * programs * E * 4
+    sums = 3 if branch_bias else 2
+    return moved + 3 * E * weight + E * branch_bias + 8 * R + 2 * sums * programs * E * 4
 
 
 def eager_bytes(R: int, E: int, *, backward: bool = False) -> int:

@@ -122,8 +122,9 @@ def backward(
     rstd: Tensor,
     x_dtype: torch.dtype,
     branch_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dbranch (empty unless ``branch_dtype``), dweight and dbias, both in the weight's dtype."""
+    branch_bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dbranch (empty unless ``branch_dtype``), dweight and dbias in the weight's dtype, dbranch_bias (or empty)."""
     dy, x_new, weight = dy.contiguous(), x_new.contiguous(), weight.contiguous()
     dx_new = None if dx_new is None else dx_new.contiguous()
     E = x_new.shape[-1]
@@ -132,11 +133,13 @@ def backward(
     shape = (0,) if branch_dtype is None else x_new.shape
     dbranch = torch.empty(shape, dtype=branch_dtype or x_dtype, device=x_new.device)
     dweight, dbias = (torch.zeros_like(weight) if rows == 0 else torch.empty_like(weight) for _ in range(2))
-    constants = {"HAS_DX_NEW": dx_new is not None, "HAS_DBRANCH": branch_dtype is not None, "E": E, "COLS": columns(E)}
+    sums = 2 if branch_bias_dtype is None else 3
+    dbranch_bias = weight.new_zeros(0 if sums == 2 else E, dtype=branch_bias_dtype)
+    flags = {"HAS_DX_NEW": dx_new is not None, "HAS_DBRANCH": branch_dtype is not None, "HAS_BRANCH_BIAS": sums == 3}
 
     def run(tile: Tile) -> None:
         programs = programs_of(rows, tile, x_new.device)
-        partial = torch.empty(2, programs, E, dtype=torch.float32, device=x_new.device)
+        partial = torch.empty(sums, programs, E, dtype=torch.float32, device=x_new.device)
         residual_norm_bwd_kernel[(programs,)](
             dy,
             x_new if dx_new is None else dx_new,
@@ -148,20 +151,30 @@ def backward(
             dx if branch_dtype is None else dbranch,
             partial,
             rows,
-            **constants,
+            **flags,
+            E=E,
+            COLS=columns(E),
             ROWS=tile[0],
             num_warps=tile[1],
         )
-        residual_norm_sum_kernel[(_parts(E, SUM_COLS), 2)](
-            partial, dweight, dbias, programs, E=E, COLS=SUM_COLS, ROWS=SUM_ROWS, num_warps=SUM_WARPS
+        residual_norm_sum_kernel[(_parts(E, SUM_COLS), sums)](
+            partial,
+            dweight,
+            dbias,
+            dbias if sums == 2 else dbranch_bias,
+            programs,
+            E=E,
+            COLS=SUM_COLS,
+            ROWS=SUM_ROWS,
+            num_warps=SUM_WARPS,
         )
 
     if rows:
         with device_guard(x_new):
             tiles = backward_tiles(E)
-            key = _key(rows, E, x_new, None if branch_dtype is None else dbranch, dy)
+            key = (*_key(rows, E, x_new, None if branch_dtype is None else dbranch, dy), sums)
             run(tuned("residual_norm.bwd", key, tiles, tiles[0], run, x_new.device))
-    return dx, dbranch, dweight, dbias
+    return dx, dbranch, dweight, dbias, dbranch_bias
 
 
 def programs_of(rows: int, tile: Tile, device: torch.device) -> int:
@@ -215,10 +228,11 @@ def aot_cases() -> list[AotCase]:
         for tile in forward_tiles(E)[:tiles]:
             add("fwd", E, types, tile, HAS_BRANCH=True)
         for tile in backward_tiles(E)[:tiles]:
-            add("bwd", E, types, tile, HAS_DX_NEW=True, HAS_DBRANCH=types[1] != types[0])
+            for summed in (False, True):
+                add("bwd", E, types, tile, HAS_DX_NEW=True, HAS_DBRANCH=types[1] != types[0], HAS_BRANCH_BIAS=summed)
     add("fwd", 384, _USUAL, forward_tiles(384)[0], HAS_BRANCH=False)
     for new, branch in ((True, False), (False, True), (False, False)):
-        add("bwd", 384, _USUAL, backward_tiles(384)[0], HAS_DX_NEW=new, HAS_DBRANCH=branch)
+        add("bwd", 384, _USUAL, backward_tiles(384)[0], HAS_DX_NEW=new, HAS_DBRANCH=branch, HAS_BRANCH_BIAS=False)
     for types in (_USUAL, _OTHERS[1]):
         tile = (SUM_ROWS, SUM_WARPS)
         cases.append(_case("sum", types, {"E": 384, "COLS": SUM_COLS, "ROWS": SUM_ROWS}, tile, tile))
@@ -236,12 +250,14 @@ def _case(way: str, types: _Types, constants: dict[str, Any], tile: Tile, defaul
     stream = "fp32" if x == "fp32" or (branch == "fp32" and constants.get("HAS_BRANCH", True)) else x
     kinds = {"x_ptr": x, "dx_ptr": x, "branch_ptr": branch, "dbranch_ptr": branch, "y_ptr": y, "dy_ptr": y}
     kinds |= {"x_new_ptr": stream, "dx_new_ptr": stream, "mean_ptr": "fp32", "rstd_ptr": "fp32", "partial_ptr": "fp32"}
-    kinds |= dict.fromkeys(("weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr"), weight)
+    kinds |= dict.fromkeys(("weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr", "dbranch_bias_ptr"), weight)
     scalars = {"rows": "i32", "programs": "i32", "eps": "fp32"}
     signature = {
         name: f"*{kinds[name]}" if name in kinds else scalars.get(name, "constexpr") for name in kernel.arg_names
     }
-    flags = " ".join(name for name in ("HAS_BRANCH", "HAS_DX_NEW", "HAS_DBRANCH") if constants.get(name))
+    flags = " ".join(
+        name for name in ("HAS_BRANCH", "HAS_DX_NEW", "HAS_DBRANCH", "HAS_BRANCH_BIAS") if constants.get(name)
+    )
     shape = (f"rows {tile[0]}", f"w{tile[1]}")
     return AotCase(
         name=" ".join(filter(None, (f"residual_norm.{way}", "/".join(types), f"E={constants['E']}", flags, *shape))),

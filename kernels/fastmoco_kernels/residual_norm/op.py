@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmoco_kernels._bias_gradient import check_bias
 from fastmoco_kernels._runtime import choose_backend, triton_is_default
 from fastmoco_kernels.residual_norm.operator import residual_norm_triton
 from fastmoco_kernels.residual_norm.reference import residual_norm_reference
@@ -34,6 +35,7 @@ def residual_norm(
     eps: float,
     out_dtype: torch.dtype | None = None,
     *,
+    branch_bias: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual stream and layer-normalise the sum, written in ``out_dtype``.
@@ -49,11 +51,14 @@ def residual_norm(
         eps: added to the variance.
         out_dtype: of y. Default: autocast's dtype where autocast is enabled for x's device (the dtype of the linear layer
             that reads y), else that of x_new. float64 stays float64, as autocast leaves it.
+        branch_bias: [E] floating point, the parameter of the linear layer that gave the branch, which has added it:
+            ``F.linear(h, W, bias.detach())``. The forward does not read it. Its gradient is the sum over rows of the
+            branch's, as rounded to the branch's dtype: in float32 by triton, with torch's bits by reference.
         backend: ``"auto"`` (triton on CUDA where it can; reference elsewhere, for float64, for rows above 4096, and
             under torch.compile, which fuses it), ``"triton"`` or ``"reference"``.
 
     Returns:
-        ``(x_new, y)``, both [..., E] and differentiable in x, branch, weight and bias. x_new has the dtype of
+        ``(x_new, y)``, both [..., E] and differentiable in x, branch, weight, bias and branch_bias. x_new has the dtype of
         ``x + branch``; without a branch it is ``x`` itself.
 
     Raises:
@@ -76,17 +81,18 @@ def residual_norm(
         (torch.bfloat16, torch.float32)
     """
     _check(x, branch, weight, bias, out_dtype)
+    _check_branch_bias(branch, branch_bias)
     stream = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     out = _default_dtype(stream, x.device) if out_dtype is None else out_dtype
-    fault = _triton_fault(x, branch, weight, out)
+    fault = _triton_fault(x, branch, weight, branch_bias, out)
     # In this order: a graph compiler cannot look into what decides where Triton runs.
     fused = not fault and not torch.compiler.is_compiling() and backend == "auto" and triton_is_default(x.device)
     name = choose_backend("residual_norm", backend, "triton" if fused else "reference", BACKENDS)
     if name == "reference":
-        return residual_norm_reference(x, branch, weight, bias, eps, out)
+        return residual_norm_reference(x, branch, weight, bias, eps, out, branch_bias)
     if fault:
         raise ValueError(f"residual_norm: backend='triton': {fault}; backend='auto' takes any")
-    return residual_norm_triton(x, branch, weight, bias, eps, out)
+    return residual_norm_triton(x, branch, weight, bias, eps, out, branch_bias)
 
 
 def _default_dtype(stream: torch.dtype, device: torch.device) -> torch.dtype:
@@ -96,9 +102,11 @@ def _default_dtype(stream: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type)
 
 
-def _triton_fault(x: Tensor, branch: Tensor | None, weight: Tensor, out: torch.dtype) -> str:
+def _triton_fault(
+    x: Tensor, branch: Tensor | None, weight: Tensor, branch_bias: Tensor | None, out: torch.dtype
+) -> str:
     """Why the kernels do not take such a call; empty where they do."""
-    dtypes = (x.dtype, weight.dtype, out, *(() if branch is None else (branch.dtype,)))
+    dtypes = (x.dtype, weight.dtype, out, *(t.dtype for t in (branch, branch_bias) if t is not None))
     odd = [dtype for dtype in dtypes if dtype not in _TRITON_DTYPES]
     if odd:
         return f"{odd[0]} is none of {', '.join(map(str, _TRITON_DTYPES))}"
@@ -126,3 +134,10 @@ def _check(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, out_d
         )
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise ValueError(f"residual_norm: out_dtype={out_dtype} must be floating point, as x is: {x.dtype}")
+
+
+def _check_branch_bias(branch: Tensor | None, branch_bias: Tensor | None) -> None:
+    if branch is not None:
+        check_bias("residual_norm", "branch", branch, branch_bias)
+    elif branch_bias is not None:
+        raise ValueError(f"residual_norm: branch is None but branch_bias is {tuple(branch_bias.shape)}; leave both out")

@@ -2,7 +2,8 @@
 
 Kept for the backward: x_new (x itself without a branch), the weight, and two float32 a row. Not y: who multiplies it
 keeps it anyway. The operator stands below autocast, which casts none of its arguments. Where nothing watches torch's calls,
-an autograd function launches at once: the way through the dispatcher takes the host twice as long.
+an autograd function launches at once: the way through the dispatcher takes the host twice as long. No argument has a
+default: the dispatcher would leave it out, and the gradients would be fewer.
 """
 
 from __future__ import annotations
@@ -18,15 +19,22 @@ from fastmoco_kernels._multi_tensor import traced
 from fastmoco_kernels._runtime import require_triton
 
 _Four = tuple[Tensor, Tensor, Tensor, Tensor]
+_Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def residual_norm_triton(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+    branch_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """x_new and y by the Triton kernels; shapes and dtypes have been checked by the caller. Differentiable once."""
-    run: Callable[..., _Four] = _residual_norm if _watched(x, branch, weight, bias) else _Eager.apply
-    x_new, y, _, _ = run(x, branch, weight, bias, eps, out_dtype)
+    run: Callable[..., _Four] = _residual_norm if _watched(x, branch, weight, bias, branch_bias) else _Eager.apply
+    x_new, y, _, _ = run(x, branch, weight, bias, eps, out_dtype, branch_bias)
     return (x if branch is None else x_new), y
 
 
@@ -36,7 +44,13 @@ def _watched(*tensors: Tensor | None) -> bool:
 
 
 def _forward(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+    branch_bias: Tensor | None,
 ) -> _Four:
     require_triton("residual_norm", x.device)
     from fastmoco_kernels.residual_norm.launch import forward
@@ -56,17 +70,26 @@ def _backward(
     rstd: Tensor,
     x_dtype: torch.dtype,
     branch_dtype: torch.dtype | None,
-) -> _Four:
+    branch_bias_dtype: torch.dtype | None,
+) -> _Five:
     from fastmoco_kernels.residual_norm.launch import backward
 
-    return backward(dy, dx_new, x_new, weight, mean, rstd, x_dtype, branch_dtype)
+    return backward(dy, dx_new, x_new, weight, mean, rstd, x_dtype, branch_dtype, branch_bias_dtype)
 
 
 _residual_norm_backward = torch.library.custom_op("fastmoco::residual_norm_backward", _backward, mutates_args=())
 
 
 @_residual_norm.register_fake
-def _(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> _Four:
+def _(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+    branch_bias: Tensor | None,
+) -> _Four:
     rows = x.numel() // x.shape[-1]
     shape, dtype = ((0,), x.dtype) if branch is None else (x.shape, torch.promote_types(x.dtype, branch.dtype))
     return (
@@ -87,37 +110,44 @@ def _(
     rstd: Tensor,
     x_dtype: torch.dtype,
     branch_dtype: torch.dtype | None,
-) -> _Four:
+    branch_bias_dtype: torch.dtype | None,
+) -> _Five:
     return (
         x_new.new_empty(x_new.shape, dtype=x_dtype),
         x_new.new_empty((0,) if branch_dtype is None else x_new.shape, dtype=branch_dtype or x_dtype),
         weight.new_empty(weight.shape),
         weight.new_empty(weight.shape),
+        weight.new_empty((0,) if branch_bias_dtype is None else weight.shape, dtype=branch_bias_dtype),
     )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: _Four) -> None:
     x, branch, weight = inputs[:3]
+    branch_bias = inputs[6]
     x_new, _, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((x_new,) if branch is None else ()), mean, rstd)
     ctx.save_for_backward(x if branch is None else x_new, weight, mean, rstd)
-    ctx.dtypes = x.dtype, None if branch is None else branch.dtype
+    ctx.dtypes = x.dtype, None if branch is None else branch.dtype, None if branch_bias is None else branch_bias.dtype
 
 
 def _gradients(ctx: Any, dx_new: Tensor | None, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     x_new, weight, mean, rstd = ctx.saved_tensors
-    x_dtype, branch_dtype = ctx.dtypes
+    x_dtype, branch_dtype, branch_bias_dtype = ctx.dtypes
+    branch_bias_dtype = branch_bias_dtype if ctx.needs_input_grad[6] else None
     dx_new = None if branch_dtype is None else dx_new  # without a branch that result is an empty stand-in
     if dy is None:  # y was not used: the sum alone is differentiated
         dx = None if dx_new is None else dx_new.to(x_dtype)
         dbranch = None if dx_new is None or branch_dtype is None else dx_new.to(branch_dtype)
-        return dx, dbranch, None, None, None, None
+        dbranch_bias = None
+        if dbranch is not None and branch_bias_dtype is not None:
+            dbranch_bias = dbranch.reshape(-1, dbranch.shape[-1]).sum(0, dtype=torch.float32).to(branch_bias_dtype)
+        return dx, dbranch, None, None, None, None, dbranch_bias
     other = None if branch_dtype == x_dtype else branch_dtype  # of x's dtype, dbranch is dx
-    run: Callable[..., _Four] = _residual_norm_backward if _watched(dy, dx_new, x_new, weight) else _backward
-    dx, own, dweight, dbias = run(dy, dx_new, x_new, weight, mean, rstd, x_dtype, other)
+    run: Callable[..., _Five] = _residual_norm_backward if _watched(dy, dx_new, x_new, weight) else _backward
+    dx, own, dweight, dbias, sums = run(dy, dx_new, x_new, weight, mean, rstd, x_dtype, other, branch_bias_dtype)
     dbranch = None if branch_dtype is None else dx if other is None else own
-    return dx, dbranch, dweight, dbias, None, None
+    return dx, dbranch, dweight, dbias, None, None, None if branch_bias_dtype is None else sums
 
 
 _residual_norm.register_autograd(_gradients, setup_context=_keep)

@@ -6,11 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmoco_kernels._bias_gradient import pass_bias_gradient
 from fastmoco_kernels._runtime import accumulation_dtype
 
 
 def residual_norm_reference(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+    branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``x + branch`` and its layer norm (Ba, Kiros, Hinton 2016, Eq. 4), in float32 or wider, then ``.to(out_dtype)``.
 
@@ -21,8 +28,9 @@ def residual_norm_reference(
         bias: [E].
         eps: added to the variance.
         out_dtype: of the second result.
+        branch_bias: [E], given the sum over rows of the branch's gradient; or None.
     """
-    x_new = x if branch is None else x + branch
+    x_new = x if branch is None else x + pass_bias_gradient(branch, branch_bias)
     wide = accumulation_dtype(x_new)
     normed = F.layer_norm(x_new.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
     return x_new, normed.to(out_dtype)

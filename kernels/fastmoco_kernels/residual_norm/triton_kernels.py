@@ -71,10 +71,11 @@ def residual_norm_bwd_kernel(
     rstd_ptr,  # [rows] float32
     dx_ptr,  # [rows, E]
     dbranch_ptr,  # [rows, E]; not written without HAS_DBRANCH
-    partial_ptr,  # [2, programs, E] float32: each program's share of dweight, then of dbias
+    partial_ptr,  # [2 or 3, programs, E] float32: each program's share of dweight, then of dbias, then of dbranch_bias
     rows,
     HAS_DX_NEW: tl.constexpr,
     HAS_DBRANCH: tl.constexpr,
+    HAS_BRANCH_BIAS: tl.constexpr,
     E: tl.constexpr,
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -85,6 +86,7 @@ def residual_norm_bwd_kernel(
     at = row[:, None] * E + col[None, :]
     weight = tl.load(weight_ptr + col, mask=col < E, other=0.0).to(tl.float32)
     dweight, dbias = tl.zeros([COLS], tl.float32), tl.zeros([COLS], tl.float32)
+    dbranch_bias = tl.zeros([COLS], tl.float32)
     for first in range(program * ROWS, rows, programs * ROWS):
         start = tl.full((), first, tl.int64)
         there = start + row < rows
@@ -107,21 +109,29 @@ def residual_norm_bwd_kernel(
             tl.store(dbranch_ptr + start * E + at, dx.to(dbranch_ptr.dtype.element_ty), mask=inside)
         dweight += tl.sum(dy * xhat, 0)
         dbias += tl.sum(dy, 0)
+        if HAS_BRANCH_BIAS:  # of what is stored; beyond the rows dx is 0
+            if HAS_DBRANCH:
+                dbranch_bias += tl.sum(dx.to(dbranch_ptr.dtype.element_ty).to(tl.float32), 0)
+            else:
+                dbranch_bias += tl.sum(dx.to(dx_ptr.dtype.element_ty).to(tl.float32), 0)
     tl.store(partial_ptr + program * E + col, dweight, mask=col < E)
     tl.store(partial_ptr + (programs + program) * E + col, dbias, mask=col < E)
+    if HAS_BRANCH_BIAS:
+        tl.store(partial_ptr + (2 * programs + program) * E + col, dbranch_bias, mask=col < E)
 
 
 @triton.jit(do_not_specialize=["programs"])
 def residual_norm_sum_kernel(
-    partial_ptr,  # [2, programs, E] float32
+    partial_ptr,  # [2 or 3, programs, E] float32
     dweight_ptr,  # [E]
     dbias_ptr,  # [E]
+    dbranch_bias_ptr,  # [E]; not written where the grid has two rows
     programs,
     E: tl.constexpr,
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """dweight and dbias: the sums over all programs, COLS columns of one of them."""
+    """dweight, dbias, dbranch_bias: the sums over all programs, COLS columns of one of them."""
     which = tl.program_id(1)
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)
     row = tl.arange(0, ROWS)
@@ -133,5 +143,7 @@ def residual_norm_sum_kernel(
     summed = tl.sum(total, 0)
     if which == 0:
         tl.store(dweight_ptr + col, summed.to(dweight_ptr.dtype.element_ty), mask=col < E)
-    else:
+    elif which == 1:
         tl.store(dbias_ptr + col, summed.to(dbias_ptr.dtype.element_ty), mask=col < E)
+    else:
+        tl.store(dbranch_bias_ptr + col, summed.to(dbranch_bias_ptr.dtype.element_ty), mask=col < E)

@@ -7,13 +7,12 @@ A thread holds about 16 numbers of its tile. The gradients' strides are read as 
 from __future__ import annotations
 
 import functools
-from itertools import product
 
 import torch
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._column_sums import add_partial_sums, column_sum_case, parts, row_programs
+from fastmoco_kernels._column_sums.launch import add_partial_sums, column_sum_case, parts, row_programs
 from fastmoco_kernels._runtime import device_guard
 from fastmoco_kernels._tuning import tuned
 from fastmoco_kernels.stacked_qkv.triton_kernels import split_qkv_bwd_kernel
@@ -71,15 +70,19 @@ def backward(dq: Tensor, dk: Tensor, dv: Tensor, bias_dtype: torch.dtype | None)
     return dqkv, dbias
 
 
+_SHAPES = ((384, 32), (384, 64), (768, 64), (1024, 64), (1280, 80))
+_OTHERS = ((96, 3, "bf16"), (192, 64, "bf16"), (384, 32, "fp16"), (384, 32, "fp32"))
+
+
 def aot_cases() -> list[AotCase]:
-    """Every tile at the widths of vision transformers and at an odd one, in bf16; the other types at 384."""
+    """Every tile at the widths of vision transformers in bf16; defaults in other types, at others, without a bias."""
     cases: dict[str, AotCase] = {}
-    shapes = [(96, 3), (192, 64), (384, 32), (384, 64), (768, 64), (1024, 64), (1280, 80)]
-    for (E, d), dtype in [*((shape, "bf16") for shape in shapes), ((384, 32), "fp16"), ((384, 32), "fp32")]:
-        for tile, bias in product(tiles(E), (True, False)):
-            case = _case(E, d, dtype, tile, bias=bias)
-            cases.setdefault(case.name, case)  # tiles that differ in programs alone are one configuration
-    for E, kind in product((384, 1280), ("fp32", "bf16")):
+    usual = [(E, d, "bf16", tile, True) for E, d in _SHAPES for tile in tiles(E)]
+    others = [(E, d, dtype, tiles(E)[0], True) for E, d, dtype in _OTHERS] + [(384, 32, "bf16", tiles(384)[0], False)]
+    for E, d, dtype, tile, bias in usual + others:
+        case = _case(E, d, dtype, tile, bias=bias)
+        cases.setdefault(case.name, case)  # tiles that differ in programs alone are one configuration
+    for E, kind in ((384, "fp32"), (1280, "bf16")):
         case = column_sum_case("stacked_qkv", 3 * E, kind)
         cases[case.name] = case
     return list(cases.values())

@@ -1,7 +1,4 @@
-"""Sums over rows without atomics: programs of a backward leave partial sums in a table, and this kernel adds them up.
-
-The order is fixed: the same bits every time on one GPU and one tile.
-"""
+"""Sums over rows without atomics: programs of a backward leave partial sums in a table, and one kernel adds them up."""
 
 from __future__ import annotations
 
@@ -9,34 +6,14 @@ import functools
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
+from fastmoco_kernels._column_sums.triton_kernels import column_sum_kernel
 
 COLS, ROWS, WARPS = 32, 64, 4
 _WITHOUT_GPU = 3
 """Processors in the interpreter, where tests want more than one."""
-
-
-@triton.jit(do_not_specialize=["programs"])
-def column_sum_kernel(
-    partial_ptr,  # [programs, E] float32
-    sum_ptr,  # [E]
-    programs,
-    E: tl.constexpr,
-    COLS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """The sums over all programs of COLS columns."""
-    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    row = tl.arange(0, ROWS)
-    total = tl.zeros([ROWS, COLS], tl.float32)
-    for start in range(0, programs, ROWS):
-        inside = (start + row < programs)[:, None] & (col < E)[None, :]
-        total += tl.load(partial_ptr + (start + row)[:, None] * E + col[None, :], mask=inside, other=0.0)
-    tl.store(sum_ptr + col, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=col < E)
 
 
 def parts(whole: int, part: int) -> int:

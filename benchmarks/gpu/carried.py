@@ -1,0 +1,54 @@
+"""What travels in ``.gpu/`` is unpacked here: wheels and a slim DALI, into a folder that later stages have on their path."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+DONE = ".unpacked"
+
+
+def unpack(source: Path) -> tuple[Path | None, list[str]]:
+    """Unpack all that is carried; once for the same files, so that a second run on a warm machine does not.
+
+    Args:
+        source: folder with ``*.whl`` and perhaps ``dali.tar.xz``.
+
+    Returns:
+        The folder for ``PYTHONPATH``, None where nothing is carried; and the names of what was unpacked or failed.
+    """
+    files = sorted([*source.glob("*.whl"), *source.glob("*.tar.xz")])
+    if not files:
+        return None, []
+    key = hashlib.sha256("".join(f"{file.name} {file.stat().st_size}" for file in files).encode()).hexdigest()[:12]
+    site = Path(tempfile.gettempdir()) / f"fastmoco-carried-{key}"
+    if not (site / DONE).exists():
+        site.mkdir(parents=True, exist_ok=True)
+        faults = []
+        for file in files:
+            try:
+                _unpack_one(file, site)
+            except (OSError, zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+                faults.append(f"{file.name} FAILED: {error}")
+        (site / DONE).write_text("\n".join(faults))
+    faults = [line for line in (site / DONE).read_text().splitlines() if line]
+    broken = {fault.split()[0] for fault in faults}
+    return site, [*(file.name for file in files if file.name not in broken), *faults]
+
+
+def _unpack_one(file: Path, site: Path) -> None:
+    if file.suffix == ".whl":
+        with zipfile.ZipFile(file) as wheel:
+            wheel.extractall(site)
+        for data in site.glob("*.data"):  # what a wheel keeps apart for site-packages
+            for part in ("purelib", "platlib"):
+                if (data / part).exists():
+                    shutil.copytree(data / part, site, dirs_exist_ok=True)
+            shutil.rmtree(data)
+        return
+    with tarfile.open(file, "r:xz") as archive:
+        archive.extractall(site, filter="data")

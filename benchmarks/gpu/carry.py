@@ -1,0 +1,61 @@
+"""Fetch the wheels that a bare GPU machine lacks into ``.gpu/``: ``python -m benchmarks.gpu.carry``, on a machine with a network.
+
+Wheels of CPython 3.12 on Linux x86-64, without their dependencies: torch and NumPy are there already. DALI is not among
+them, because its wheels exceed what may travel; a slim ``dali.tar.xz`` beside them is unpacked likewise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+WHEELS = (
+    "xformers==0.0.35",
+    "tyro",
+    *("docstring-parser", "shtab", "typeguard", "rich", "markdown-it-py", "mdurl", "pygments"),
+    "webdataset",
+    *("braceexpand", "pyyaml"),
+)
+"""xformers and, with what they import, the command line's parser and webdataset."""
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+LIMIT_MIB = 60
+"""What may travel, with the repository beside it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Download; returns 1 if a wheel could not be had."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("wheels", nargs="*", default=WHEELS, help="requirements, instead of the usual ones")
+    parser.add_argument("--python", default="3.12")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / ".gpu")
+    given = parser.parse_args(arguments)
+    given.out.mkdir(exist_ok=True)
+    failed = []
+    for wheel in given.wheels:
+        command = download_command(wheel, given.python, given.out)
+        if subprocess.run(command, check=False).returncode != 0:
+            failed.append(wheel)
+    files = sorted([*given.out.glob("*.whl"), *given.out.glob("*.tar.xz")])
+    size = sum(file.stat().st_size for file in files) / 2**20
+    for file in files:
+        print(f"{file.stat().st_size / 2**20:6.2f} MiB  {file.name}")
+    print(f"{size:6.2f} MiB in {given.out}" + (f", more than {LIMIT_MIB}" if size > LIMIT_MIB else ""))
+    if failed:
+        print(f"could not be had: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def download_command(wheel: str, python: str, out: Path) -> list[str]:
+    """pip's command for one wheel, without dependencies."""
+    words = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    words += ["--only-binary=:all:", "--implementation", "cp", "--python-version", python]
+    for platform in PLATFORMS:
+        words += ["--platform", platform]
+    return [*words, "--dest", str(out), wheel]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

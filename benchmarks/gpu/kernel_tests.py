@@ -1,0 +1,84 @@
+"""The tests of each op, several processes at once; what comes out is a gate for that op's own rows, and for no others.
+
+Test files are named one by one: collecting the whole folder would import what a bare machine has not got. Each file is a
+process of its own, so that a crash of CUDA in one costs no other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from benchmarks.gpu.lines import FAILED, OK, SKIPPED, emit
+from benchmarks.gpu.stages import QUICK_TEST, TESTS_OF, concerns
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKERS = 8
+NOTHING_COLLECTED = 5
+OUT_OF_TIME = 124
+
+
+def main() -> int:
+    """Run them; returns 1 if an op's tests failed, 3 if some were not done in time and none failed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--limit", type=float, default=120)
+    arguments = parser.parse_args()
+    files = {op: test_files(patterns) for op, patterns in TESTS_OF.items() if concerns(arguments.only, op)}
+    if arguments.dry_run:
+        files = {op: list(QUICK_TEST) for op in list(files)[:1]}
+    ends = time.monotonic() + arguments.limit
+    workers = min(WORKERS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(workers) as pool:
+        running = {op: [pool.submit(run_file, file, ends) for file in paths] for op, paths in files.items()}
+        codes = []
+        for op, results in running.items():
+            done = [result.result() for result in results]
+            codes.append(_report(op, dict(zip(files[op], done, strict=True))))
+    return 1 if 1 in codes else 3 if 3 in codes else 0
+
+
+def test_files(patterns: tuple[str, ...]) -> list[str]:
+    """The files of some patterns that exist."""
+    return sorted({str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)})
+
+
+def run_file(file: str, ends: float) -> tuple[int, str]:
+    """Exit code of one file's tests, and their last line."""
+    left = ends - time.monotonic()
+    if left < 1:
+        return OUT_OF_TIME, "not begun"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short", file]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=left, check=False)
+    except subprocess.TimeoutExpired:
+        return OUT_OF_TIME, "not done in time"
+    print(f"== {file}: exit {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-1000:]}", file=sys.stderr, flush=True)
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode, " | ".join([*failed[:3], lines[-1] if lines else done.stderr[-200:]])
+
+
+def _report(op: str, results: dict[str, tuple[int, str]]) -> int:
+    failed = {file: text for file, (code, text) in results.items() if code not in (0, NOTHING_COLLECTED, OUT_OF_TIME)}
+    late = [file for file, (code, _) in results.items() if code == OUT_OF_TIME]
+    shown = {Path(file).name: text for file, (_, text) in results.items()}
+    if not results:
+        emit(f"tests of {op}", SKIPPED, op=op, gate="not run", reason="no test files here")
+    elif failed:
+        emit(f"tests of {op}", FAILED, op=op, gate="failed", results=shown, reason=" ".join(failed.values())[:300])
+    elif late:
+        emit(f"tests of {op}", SKIPPED, op=op, gate="not done in time", results=shown, reason=f"not done: {late}")
+    else:
+        emit(f"tests of {op}", OK, op=op, gate="passed", results=shown)
+    return 1 if failed else 3 if late else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

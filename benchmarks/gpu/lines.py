@@ -1,0 +1,105 @@
+"""Lines of results: what a stage's process prints, and how a process of its own is run and read while it works."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+FAILED, SKIPPED, OK, MARKED = "failed", "skipped", "ok", "marked"
+"""What became of a line. "marked": it was timed although its check failed, and says so."""
+
+
+def emit(name: str, status: str = OK, **fields: Any) -> None:
+    """Print one line of results, at once.
+
+    Args:
+        name: of the figure or check.
+        status: one of `OK`, `FAILED`, `SKIPPED`, `MARKED`.
+        fields: whatever else is known.
+    """
+    print(json.dumps({"name": name, "status": status, **fields}, default=str), flush=True)
+
+
+def run_lines(
+    command: Sequence[str],
+    *,
+    limit: float,
+    log: Path,
+    environment: Mapping[str, str],
+    take: Callable[[dict[str, Any]], None],
+    cwd: Path,
+) -> int:
+    """Run a process and hand over its lines as they come.
+
+    Whatever it prints besides, and its errors, goes to ``log``. At its limit the process and all that it started are ended.
+
+    Args:
+        command: words of the command.
+        limit: seconds.
+        log: file to append to.
+        environment: of the process.
+        take: called with every line that is a JSON object.
+        cwd: folder to run in.
+
+    Returns:
+        Its exit code; 124 where the limit ended it.
+    """
+    with open(log, "a") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            env=dict(environment),
+            cwd=cwd,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        reader = threading.Thread(target=_read, args=(process.stdout, file, take), daemon=True)
+        reader.start()
+        try:
+            code = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            code = 124
+            file.write(f"\nended after {limit:.0f} s\n")
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # also what outlived the process
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            reader.join(timeout=10)
+    return code
+
+
+def _read(stdout: IO[str], log: IO[str], take: Callable[[dict[str, Any]], None]) -> None:
+    for text in stdout:
+        line = _parsed(text)
+        if line is None:
+            log.write(text)
+        else:
+            take(line)
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    if not text.startswith("{"):
+        return None
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and "name" in line else None
+
+
+def last_words(log: Path, length: int = 500) -> str:
+    """The end of a log, as one paragraph."""
+    if not log.exists():
+        return ""
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 4 * length))
+        return " | ".join(file.read().decode(errors="replace").split("\n"))[-length:].strip()

@@ -1,0 +1,179 @@
+"""Runs the stages: a process each, within its limit and the budget; keeps every line as it comes; says what became of it.
+
+Standard library only: where torch does not even import, this still says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import goals
+from benchmarks.gpu.carried import unpack
+from benchmarks.gpu.lines import FAILED, MARKED, OK, SKIPPED, last_words, run_lines
+from benchmarks.gpu.stages import Stage, concerns, within
+from benchmarks.gpu.summary import shown, summary
+
+ROOT = Path(__file__).resolve().parents[2]
+LEAST_SECONDS = 5.0
+"""Below that no stage is begun."""
+SPOILED, OUT_OF_TIME = 9, 124
+CARD_CHECK = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+
+
+class Run:
+    """One call.
+
+    Args:
+        out: folder of the results; ceilings, gates and environment of an earlier call in it are taken over.
+        budget: seconds for everything.
+        only: an op or part of a row's name; empty for all.
+        dry: on the CPU with small shapes.
+    """
+
+    def __init__(self, *, out: Path, budget: float, only: str, dry: bool) -> None:
+        self.out, self.only, self.dry = out, only, dry
+        self._ends = time.monotonic() + budget
+        out.mkdir(parents=True, exist_ok=True)
+        self.lines: list[dict[str, Any]] = []
+        self._kept_file = out / ("kept-dry.json" if dry else "kept.json")
+        self._kept: dict[str, Any] = {"machine": {}, "ceilings": {}, "gates": {}}
+        if self._kept_file.exists():
+            self._kept |= json.loads(self._kept_file.read_text())
+        site, carried = unpack(ROOT / ".gpu")
+        paths = [ROOT, ROOT / "kernels", ROOT / "pipelines", *([site] if site else [])]
+        self._environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([*map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if carried:
+            self._say(f"carried: {', '.join(carried)}")
+
+    def all(self, stages: Sequence[Stage]) -> int:
+        """Run stages in their order; returns 0, 1 if something failed, 3 if the time ran out and nothing failed."""
+        if not self.dry and subprocess.run([sys.executable, "-c", CARD_CHECK], check=False).returncode != 0:
+            print(
+                "benchmarks.gpu: there is no CUDA device here; --dry-run goes through everything without",
+                file=sys.stderr,
+            )
+            return 1
+        done: list[tuple[str, str, float]] = []
+        for stage in stages:
+            if not within(stage, self.only):
+                continue
+            began = time.monotonic()
+            outcome = self._stage(stage)
+            done.append((stage.name, outcome, time.monotonic() - began))
+            self._say(f"-- {stage.name}: {outcome} after {done[-1][2]:.0f} s, {self._left():.0f} s left")
+        card = self._kept["machine"].get("gpu", "")
+        self._say("\n".join(summary(self.lines, done, self._kept["ceilings"], card)))
+        outcomes = {outcome for _, outcome, _ in done}
+        if FAILED in outcomes:
+            return 1
+        return 3 if "out of time" in outcomes else 0
+
+    def _left(self) -> float:
+        return self._ends - time.monotonic()
+
+    def _stage(self, stage: Stage) -> str:
+        """One stage; "ok", "failed" or "out of time"."""
+        # A dry run is for whichever machine, busy ones among them: there only the budget ends a stage.
+        limit = self._left() if self.dry else min(stage.limit, self._left())
+        if limit < LEAST_SECONDS:
+            return "out of time"
+        self._say(f"-- {stage.name}")
+        if stage.rows:
+            return self._rows(stage, limit)
+        words = ["--only", self.only] if stage.ops or stage.name == "tests" else []
+        words += ["--limit", f"{max(1.0, limit - 10):.0f}"] if stage.name == "tests" else []
+        code, failed = self._process(stage, words, limit)
+        if code == OUT_OF_TIME or (code == 3 and not failed):
+            return "out of time"
+        return FAILED if code or failed else "ok"
+
+    def _rows(self, stage: Stage, limit: float) -> str:
+        """Rows of a stage, in one process as long as it lives; a new one goes on after a row that killed it."""
+        ends = time.monotonic() + limit
+        waiting = []
+        for number, row in enumerate(stage.rows):
+            gate = self._kept["gates"].get(row.op)
+            if not concerns(self.only, row.name, row.op, row.case):
+                continue
+            # Training steps are timed whatever their tests say, and marked: their figure is what one came for.
+            if gate == FAILED and row.op != "step":
+                self._take(
+                    stage, {"name": row.name, "status": SKIPPED, "reason": f"the tests of {row.op} failed: not timed"}
+                )
+            else:
+                waiting.append(number)
+        failed = False
+        while waiting:
+            before = {line.get("row") for line in self.lines if line.get("stage") == stage.name}
+            words = [stage.name, "--rows", ",".join(map(str, waiting))]
+            left = ends - time.monotonic()
+            code, bad = self._process(stage, words, left) if left > LEAST_SECONDS else (OUT_OF_TIME, False)
+            failed = failed or bad
+            seen = {line.get("row") for line in self.lines if line.get("stage") == stage.name} - before
+            waiting = [number for number in waiting if number not in seen]
+            if code == OUT_OF_TIME:
+                for number in waiting:
+                    self._take(stage, {"name": stage.rows[number].name, "status": SKIPPED, "reason": "out of time"})
+                return FAILED if failed else "out of time"
+            if waiting and code != SPOILED:  # it died in the middle of a row
+                row = stage.rows[waiting.pop(0)]
+                reason = f"exit {code}: {last_words(self._log(stage))}"
+                self._take(stage, {"name": row.name, "status": FAILED, "reason": reason})
+                failed = True
+        return FAILED if failed else "ok"
+
+    def _process(self, stage: Stage, words: Sequence[str], limit: float) -> tuple[int, bool]:
+        """Run a stage's module; its exit code, and whether one of its lines says that something failed."""
+        command = [sys.executable, "-m", stage.module, *words, *(["--dry-run"] if self.dry else [])]
+        first = len(self.lines)
+        code = run_lines(
+            command,
+            limit=limit,
+            log=self._log(stage),
+            environment=self._environment,
+            take=lambda line: self._take(stage, line),
+            cwd=ROOT,
+        )
+        failed = any(line["status"] == FAILED for line in self.lines[first:])
+        if code not in (0, 1, 3, SPOILED) or (code == 1 and not failed):
+            self._say(f"{stage.name}: exit {code}: {last_words(self._log(stage))}")
+        return code, failed
+
+    def _take(self, stage: Stage, line: dict[str, Any]) -> None:
+        """Keep a line, show it, and remember what later stages need of it."""
+        if line["name"] == "environment":
+            self._kept["machine"] = line["machine"]
+        elif line["name"] == "ceilings":
+            self._kept["ceilings"] = {key: value for key, value in line.items() if key not in ("name", "status")}
+        elif line.get("gate"):
+            self._kept["gates"][line["op"]] = line["gate"]
+        if isinstance(line.get("result"), dict):
+            line["gate"] = self._kept["gates"].get(line.get("op", ""), "not run")
+            if line["gate"] == FAILED and line["status"] == OK:
+                line |= {"status": MARKED, "reason": f"the tests of {line.get('op')} failed"}
+            line["share"] = goals.shares(line["result"], self._kept["ceilings"])
+        line = {"stage": stage.name, **line, "machine": self._kept["machine"], "dry": self.dry}
+        line["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.lines.append(line)
+        with open(self.out / "gpu.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._kept_file.write_text(json.dumps(self._kept))
+        self._say("\n".join(shown(line, self._kept["ceilings"], self._kept["machine"].get("gpu", ""))))
+
+    def _log(self, stage: Stage) -> Path:
+        return self.out / f"{stage.name}.log"
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(text, flush=True)

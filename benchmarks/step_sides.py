@@ -1,0 +1,278 @@
+"""The sides of the training-step benchmark, each able to run in a process of its own: what fills a GPU's memory shares it badly.
+
+``python -m benchmarks.step_sides '{"side": "eager", ...}'`` measures one and prints its figures as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.contest import relative_error
+from benchmarks.step_profile import profiled
+from fastmoco.config import BatchConfig, Config, KnnConfig
+from fastmoco.distributed.mesh import start_world
+from fastmoco.models.compiled import compile_blocks
+from fastmoco.objectives.reference import plain_forward
+from fastmoco.recipes import get_recipe
+from fastmoco.setup_run import build_model, build_objective
+from fastmoco.trainer import Trainer
+
+SIDES = ("fastmoco", "eager", "compiled")
+"""``fastmoco``: the trainer's own step. ``eager``: the same from torch's own parts, one after the other. ``compiled``: that with
+blocks through torch.compile and attention by torch's fused kernel."""
+COMPILED_IMAGES = 1024
+"""At most, for the compiled opponent: every batch that it has no memory for costs a compilation first."""
+SEGMENTS = "expandable_segments:True"
+"""Of torch's allocator: a large step that changes shape then does not hand its memory back and fetch it again."""
+
+
+def device_of(options: dict[str, Any]) -> torch.device:
+    """Where a case runs."""
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(available if options["device"] == "auto" else options["device"])
+
+
+def config_of(options: dict[str, Any]) -> Config:
+    """The run that the options describe: a recipe on synthetic images, logging and evaluating nothing."""
+    device = device_of(options)
+    config = get_recipe(options["recipe"] or ("vit_s16_e300_b4096" if device.type == "cuda" else "quickstart_digits"))
+    chunk = options["chunk"]
+    model = replace(
+        config.model,
+        architecture=options["architecture"] or config.model.architecture,
+        linears=options["linears"],
+        compile=bool(options["compile"]),
+    )
+    return replace(
+        config,
+        model=model,
+        device="cuda" if device.type == "cuda" else "cpu",
+        global_batch_size=options["batch"] or config.global_batch_size,
+        epochs=1e6,
+        log_every_steps=10**6,
+        batch=BatchConfig(chunk=chunk if chunk in ("auto", "none") else int(chunk)),
+        data=replace(config.data, synthetic=True),
+        knn=KnnConfig(every_epochs=0),
+    )
+
+
+class Side:
+    """One way of taking a step.
+
+    Attributes:
+        images: of one step.
+        result: what is known beside the times.
+    """
+
+    def __init__(self, step: Callable[[], object], images: int, device: torch.device, result: dict[str, Any]) -> None:
+        self._step, self.images, self._device, self.result = step, images, device, result
+
+    def warm(self, *, profile: bool) -> None:
+        """Two untimed steps, the first of which compiles, tunes and makes the optimizer's state; then the peak of one."""
+        began = time.perf_counter()
+        self._step()
+        self._wait()
+        self.result["first_step_s"] = round(time.perf_counter() - began, 2)
+        self._step()
+        self._wait()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._step()
+        self._wait()
+        peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
+        self.result["peak_bytes"] = peak
+        if profile:
+            self.result |= profiled(self._step, self._device)
+
+    def images_per_s(self, steps: int) -> float:
+        """Of some steps in a row."""
+        self._wait()
+        began = time.perf_counter()
+        for _ in range(steps):
+            self._step()
+        self._wait()
+        return steps * self.images / (time.perf_counter() - began)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+@contextmanager
+def open_side(name: str, options: dict[str, Any]) -> Iterator[Side]:
+    """Build a side; ``fastmoco`` is checked on the way.
+
+    Args:
+        name: one of `SIDES`.
+        options: of the case `train_step`.
+    """
+    device, config = device_of(options), config_of(options)
+    if name == "fastmoco":
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer.build(config, Path(folder) / "run", start_world(config.device))
+            try:
+                batch = trainer.loader.next()
+                checked = min(options["checked"], config.global_batch_size)
+                result = {
+                    "plan": str(trainer.gradients.plan),
+                    **check(trainer, batch.view1[:checked], batch.view2[:checked]),
+                }
+                yield Side(lambda: trainer.step(batch), config.global_batch_size, device, result)
+            finally:
+                trainer.close()
+        return
+    plain = PlainStep(config, device, compiled=name == "compiled")
+    side, images = config.model.image_size, config.global_batch_size
+    if name == "compiled":
+        images = min(images, COMPILED_IMAGES)
+    generator = torch.Generator(device).manual_seed(0)
+    views = [torch.randn(images, 3, side, side, device=device, generator=generator) for _ in range(2)]
+    images = _largest_that_fits(plain, *views)
+    some = [view[:images].clone() for view in views]
+    del views
+    yield Side(lambda: plain(*some), images, device, {"batch": images})
+
+
+class PlainStep:
+    """The opponent: one step of the reference on whatever it is called with.
+
+    Attributes:
+        objective: encoder, momentum encoder and predictor, from the config's seed.
+    """
+
+    def __init__(self, config: Config, device: torch.device, *, compiled: bool = False) -> None:
+        model = replace(config.model, attention="sdpa" if compiled else "explicit", linears="native")
+        written_out = replace(config, model=model)
+        self.objective = build_objective(written_out, device)
+        if compiled:
+            compile_blocks(self.objective)
+        self._half = device.type == "cuda"
+        self._device = device
+        self._momentum = config.objective.ema_momentum
+        trained = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            trained, lr=1e-6, betas=config.optim.betas, weight_decay=config.optim.weight_decay
+        )
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self._half)
+
+    def __call__(self, view1: Tensor, view2: Tensor) -> None:
+        """Forward, backward, optimizer, average."""
+        with torch.no_grad():
+            pairs = zip(self.objective.momentum_encoder.parameters(), self.objective.encoder.parameters(), strict=True)
+            for average, own in pairs:
+                average.mul_(self._momentum).add_(own, alpha=1 - self._momentum)
+        with torch.autocast(self._device.type, dtype=torch.float16, enabled=self._half):
+            loss = plain_forward(self.objective, view1.float(), view2.float()).loss
+        self._optimizer.zero_grad()
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+
+
+def check(trainer: Trainer, view1: Tensor, view2: Tensor) -> dict[str, Any]:
+    """How far the trainer's objective and the reference, both in float32, are from float64 on some images.
+
+    Fresh batch norms over few images enlarge rounding some ten thousand times: no fixed limit fits. What the reference
+    loses is the measure. Blocks run uncompiled for it: a graph for this batch would take longer than the check.
+
+    Returns:
+        ``errors`` and ``plain_errors`` of loss and gradients; of the features in float8, whose reference is float64 too.
+    """
+    objective = trainer.objective
+    views = [as_float(trainer, view) for view in (view1, view2)]
+    model = trainer.config.model
+    exact = build_model(replace(trainer.config, model=replace(model, attention="explicit", linears="native")))
+    exact = exact.to(view1.device).double()
+    exact.load_state_dict(objective.state_dict(), strict=model.linears == "native")
+    with torch.compiler.set_stance("force_eager"):
+        if model.linears == "float8":
+            with torch.no_grad():
+                truth = exact.encoder(views[0].double())
+                return {"errors": {"features": relative_error(objective.encoder(views[0]), truth)}, "plain_errors": {}}
+        truth = _loss_and_gradients(exact, plain_forward, [view.double() for view in views])
+        del exact
+        plain = _loss_and_gradients(objective, plain_forward, views)
+        ours = _loss_and_gradients(objective, lambda model, one, two: model(one, two), views)
+    if view1.device.type == "cuda":
+        torch.cuda.empty_cache()
+    names = ("loss", "gradients")
+    return {
+        "errors": {name: relative_error(mine, exact) for name, mine, exact in zip(names, ours, truth, strict=True)},
+        "plain_errors": {
+            name: relative_error(mine, exact) for name, mine, exact in zip(names, plain, truth, strict=True)
+        },
+    }
+
+
+def as_float(trainer: Trainer, view: Tensor) -> Tensor:
+    """A view as the objective takes it, whatever the loader delivers."""
+    if view.is_floating_point():
+        return view.float()
+    prepare = getattr(trainer.gradients, "_prepare", None)
+    return prepare(view, view)[0].float() if prepare else view.float()
+
+
+def _loss_and_gradients(objective: Any, forward: Callable[..., Any], views: list[Tensor]) -> tuple[Tensor, Tensor]:
+    output = forward(objective, *views)
+    output.loss.backward()
+    grads = [p.grad.flatten() for p in objective.parameters() if p.grad is not None]
+    objective.zero_grad(set_to_none=True)
+    return output.loss.detach(), torch.cat(grads)
+
+
+def _largest_that_fits(step: PlainStep, view1: Tensor, view2: Tensor) -> int:
+    """Images of the batch, or of the first half of it again and again, that the opponent has memory for."""
+    images = len(view1)
+    while True:
+        try:
+            step(view1[:images], view2[:images])
+            return images
+        except torch.OutOfMemoryError:
+            step.objective.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            images //= 2
+            if images < 2:
+                raise
+
+
+def measure(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Build, warm and time a side in this process."""
+    with open_side(name, options) as side:
+        side.warm(profile=bool(options["profile"]))
+        rates = [side.images_per_s(options["steps"]) for _ in range(options["rounds"])]
+        return side.result | {"images_per_s": rates}
+
+
+def measure_apart(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The same in a process of its own, whose allocator grows segments.
+
+    Raises:
+        RuntimeError: with its last words, if it fails.
+    """
+    environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": SEGMENTS, "PYTORCH_ALLOC_CONF": SEGMENTS}
+    command = [sys.executable, "-m", "benchmarks.step_sides", json.dumps({"side": name, **options})]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    sys.stderr.write(done.stderr)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode != 0 or not lines:
+        raise RuntimeError(f"{name}: exit {done.returncode}: {done.stderr[-600:]}")
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    print(json.dumps(measure(asked.pop("side"), asked)), flush=True)

@@ -1,0 +1,40 @@
+"""From what a loader delivers to what an encoder reads, a chunk at a time: levels become numbers where they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastmoco_pipelines.levels import normalise_by, numbers
+from fastmoco_pipelines.spec import ViewSpec
+
+PrepareViews = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Two views as a loader delivers them -> two as the encoder reads them."""
+
+
+def as_they_are(view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
+    """Views that an encoder can read already."""
+    return view1, view2
+
+
+def view_preparation(view1: ViewSpec, view2: ViewSpec, precision: str, *, compiled: bool = False) -> PrepareViews:
+    """Levels (uint8) are normalised, straight into the dtype of the encoder's first product; float32 views pass as they are.
+
+    Args:
+        view1: how the first view is made: mean, std and color are used.
+        view2: the second.
+        precision: "bf16", "fp32" or "fp64".
+        compiled: one kernel by torch.compile in place of three operations; the last bit of the float32 result may differ.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
+    kernel = torch.compile(normalise_by, dynamic=False) if compiled else normalise_by
+
+    def one(view: Tensor, spec: ViewSpec) -> Tensor:
+        if view.dtype != torch.uint8:
+            return view.to(dtype) if dtype == torch.float64 else view
+        # The numbers are made outside of what is compiled: inside, they would be copied to the device at every call.
+        return kernel(view, *numbers(spec, view.device), multiply_first=spec.color == "exact", dtype=dtype)
+
+    return lambda first, second: (one(first, view1), one(second, view2))
