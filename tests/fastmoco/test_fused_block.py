@@ -203,12 +203,15 @@ def test_a_step_whole_or_in_chunks_is_that_of_modules(chunk: int) -> None:
 
 
 def test_the_planner_counts_the_fused_block() -> None:
-    """The same products, none of them twice, and fewer bytes."""
-    modules, fused = (measure_costs(_small(blocks=blocks), "bf16") for blocks in ("modules", "fused"))
+    """The same products, none of them twice; of the one block that is not the last, 9 numbers a token and channel instead of 16."""
+    configs = (_small(blocks=blocks) for blocks in ("modules", "fused"))
+    nano = (replace(config, model=replace(config.model, architecture="vit_nano")) for config in configs)
+    modules, fused = (measure_costs(config, "bf16") for config in nano)
     assert fused.step_flops == modules.step_flops
     assert fused.recompute_flops == 0
-    assert fused.graph.per_image < 0.7 * modules.graph.per_image
-    assert fused.train.per_image < 0.8 * modules.train.per_image
+    unit = 2 * 2 * 17 * 64  # two views, 16 bits, tokens, channels
+    assert modules.graph.per_image - fused.graph.per_image == pytest.approx(7 * unit, rel=0.02)
+    assert fused.train.per_image <= modules.train.per_image
 
 
 def test_fused_blocks_are_not_compiled() -> None:
