@@ -203,7 +203,7 @@ def test_a_step_whole_or_in_chunks_is_that_of_modules(chunk: int) -> None:
 
 
 def test_the_planner_counts_the_fused_block() -> None:
-    """The same products, none of them twice; of the one block that is not the last, 9 numbers a token and channel instead of 16."""
+    """The same products, none of them twice; of the one block beside the last, 9 numbers a token and channel instead of 16."""
     configs = (_small(blocks=blocks) for blocks in ("modules", "fused"))
     nano = (replace(config, model=replace(config.model, architecture="vit_nano")) for config in configs)
     modules, fused = (measure_costs(config, "bf16") for config in nano)
