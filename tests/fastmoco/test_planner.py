@@ -17,6 +17,8 @@ from fastmoco.planner import (
     busy_chunk,
     chunked_bytes,
     largest_batch,
+    lean_bytes,
+    parts_of,
     plan_step,
     sharded,
     state_bytes,
@@ -62,6 +64,25 @@ def test_a_plan_fits_and_keeps_all_that_fits(budget: float) -> None:
     # Parts of a chunk are kept too: what stays idle is less than one of them.
     assert chunked_bytes(COSTS, images, plan.chunk, kept + max(1, plan.chunk // PARTS)) > budget
     assert plan.overhead == pytest.approx((1 - kept / images) * 0.25)
+
+
+LEAN = replace(COSTS, lean=Line(200, 20), lean_train=Line(400, 40), lean_flops=12.0)
+
+
+@pytest.mark.parametrize("budget", [100e3, 250e3, 400e3, 900e3])
+def test_the_residual_stream_alone_is_kept_where_that_computes_less(budget: float) -> None:
+    images = 1000
+    plan, without = (plan_step(costs, images=images, budget=budget, tokens=TOKENS) for costs in (LEAN, COSTS))
+    assert plan.fits
+    assert plan.overhead <= without.overhead
+    # 200 bytes an image are there or not; half of a second forward is less than all of it.
+    assert plan.lean == (lean_bytes(LEAN, images, plan.chunk) <= budget)
+    if plan.lean:
+        assert plan.peak_bytes == lean_bytes(LEAN, images, plan.chunk, plan.kept_images) <= budget
+        assert plan.overhead == pytest.approx((1 - plan.kept_images / images) * 0.12)
+        assert sum(parts_of(LEAN, plan, images).values()) == pytest.approx(plan.peak_bytes)
+        assert "the others the residual stream" in str(plan)
+    assert lean_bytes(COSTS, images, 64) == float("inf")
 
 
 def test_a_chunk_and_kept_graphs_may_be_asked_for() -> None:

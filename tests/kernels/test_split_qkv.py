@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +12,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from fastmoco_kernels import attention, split_qkv
+from fastmoco_kernels import _bias_gradient, attention, split_qkv
 from fastmoco_kernels._column_sums import launch as sums
-from fastmoco_kernels.stacked_qkv import launch, op
+from fastmoco_kernels.stacked_qkv import launch
 from fastmoco_kernels.stacked_qkv.cost import eager_backward_bytes, split_qkv_backward_bytes
 from tests.kernels.touched_bytes import CountedKernel
 
@@ -201,7 +204,9 @@ def test_a_checkpoint_changes_no_bit(backend):
 
 
 def test_auto_takes_the_kernel_where_triton_runs_in_a_compiled_graph_too(monkeypatch):
-    monkeypatch.setattr(op, "kernels_are_default", lambda device: True)
+    torch._dynamo.reset()  # a constant is not guarded: graphs of other tests would be taken
+    # as what decides on CUDA: no graph compiler looks into it, so it must be a constant
+    monkeypatch.setattr(_bias_gradient, "triton_is_default", lambda device: Path(os.devnull).exists())
     taken = []
     real = launch.backward
     monkeypatch.setattr(launch, "backward", lambda *given: taken.append(given) or real(*given))
@@ -211,6 +216,7 @@ def test_auto_takes_the_kernel_where_triton_runs_in_a_compiled_graph_too(monkeyp
         assert len(taken) == number + 1
     _gradients(_attend, "auto", dtype=torch.float64)
     assert len(taken) == 2
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("bias_dtype", [SINGLE, HALF, None])
