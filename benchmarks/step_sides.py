@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -54,7 +54,10 @@ def config_of(options: dict[str, Any]) -> Config:
         config.model,
         architecture=options["architecture"] or config.model.architecture,
         linears=options["linears"],
-        compile=bool(options["compile"]),
+        momentum_linears=options["momentum_linears"],
+        blocks=options["blocks"],
+        # Beside fused blocks, which are not compiled, a run compiles what they do not cover.
+        compile="auto" if options["blocks"] == "fused" else bool(options["compile"]),
     )
     return replace(
         config,
@@ -63,7 +66,9 @@ def config_of(options: dict[str, Any]) -> Config:
         global_batch_size=options["batch"] or config.global_batch_size,
         epochs=1e6,
         log_every_steps=10**6,
-        batch=BatchConfig(chunk=chunk if chunk in ("auto", "none") else int(chunk)),
+        batch=BatchConfig(
+            chunk=chunk if chunk in ("auto", "none") else int(chunk), cuda_graphs=bool(options["cuda_graphs"])
+        ),
         data=replace(config.data, synthetic=True),
         knn=KnnConfig(every_epochs=0),
     )
@@ -154,7 +159,10 @@ class PlainStep:
     """
 
     def __init__(self, config: Config, device: torch.device, *, compiled: bool = False) -> None:
-        model = replace(config.model, attention="sdpa" if compiled else "explicit", linears="native")
+        attention: Literal["sdpa", "explicit"] = "sdpa" if compiled else "explicit"
+        model = replace(
+            config.model, attention=attention, linears="native", momentum_linears="native", blocks="modules"
+        )
         written_out = replace(config, model=model)
         self.objective = build_objective(written_out, device)
         if compiled:
@@ -194,8 +202,8 @@ def check(trainer: Trainer, view1: Tensor, view2: Tensor) -> dict[str, Any]:
     objective = trainer.objective
     views = [as_float(trainer, view) for view in (view1, view2)]
     model = trainer.config.model
-    exact = build_model(replace(trainer.config, model=replace(model, attention="explicit", linears="native")))
-    exact = exact.to(view1.device).double()
+    written_out = replace(model, attention="explicit", linears="native", momentum_linears="native", blocks="modules")
+    exact = build_model(replace(trainer.config, model=written_out)).to(view1.device).double()
     exact.load_state_dict(objective.state_dict(), strict=model.linears == "native")
     with torch.compiler.set_stance("force_eager"):
         if model.linears == "float8":
@@ -221,8 +229,7 @@ def as_float(trainer: Trainer, view: Tensor) -> Tensor:
     """A view as the objective takes it, whatever the loader delivers."""
     if view.is_floating_point():
         return view.float()
-    prepare = getattr(trainer.gradients, "_prepare", None)
-    return prepare(view, view)[0].float() if prepare else view.float()
+    return trainer.gradients.prepare(view, view)[0].float()
 
 
 def _loss_and_gradients(objective: Any, forward: Callable[..., Any], views: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,10 @@ DEFAULTS = {
     "recipe": "",
     "architecture": "",
     "linears": "native",
+    "momentum_linears": "native",
+    "blocks": "modules",
     "compile": 0,
+    "cuda_graphs": 0,
     "batch": 0,
     "chunk": "auto",
     "sides": "fastmoco,eager",
@@ -50,7 +53,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         options: ``device`` ("auto", "cpu" or "cuda"); ``recipe`` (empty: vit_s16_e300_b4096 on a GPU, quickstart_digits on a
-            CPU); ``architecture`` and ``linears`` instead of the recipe's, ``compile`` 1 for our blocks through torch.compile;
+            CPU); ``architecture``, ``linears``, ``momentum_linears``, ``blocks`` as in `ModelConfig`, for the recipe's;
+            ``compile`` 1 for our blocks through torch.compile, ``cuda_graphs`` 1 for chunks replayed;
             ``batch`` images (0: the recipe's); ``chunk`` ("auto", "none" or a number); ``sides``, some of `step_sides.SIDES`;
             ``processes`` 1: each side in a process of its own, 0: in turns in this one, -1: apart on a GPU; ``profile`` 1 for
             launches and the largest kernels; ``rounds`` of ``steps`` steps; images ``checked``; ``tflops`` of the

@@ -150,6 +150,41 @@ STEP_B = Stage(
         ),
     ),
 )
+FUSED = Stage(
+    name="fused",
+    run="b",
+    limit=210,
+    rows=(
+        Row(
+            name="ViT-S 4096 fused",
+            case="train_step",
+            op="step",
+            options=("blocks=fused", "steps=2", *_STEP),
+            dry=(*_SMALL_STEP, "blocks=fused"),
+        ),
+        Row(
+            name="ViT-B 4096 fused",
+            case="train_step",
+            op="step",
+            options=("recipe=vit_b16_e300_b4096", "blocks=fused", "steps=1", *_STEP),
+            dry=(*_SMALL_STEP, "blocks=fused"),
+        ),
+        Row(
+            name="ViT-B 4096 fused, momentum float8",
+            case="train_step",
+            op="step",
+            options=("recipe=vit_b16_e300_b4096", "blocks=fused", "momentum_linears=float8", "steps=1", *_STEP),
+            dry=(*_SMALL_STEP, "blocks=fused"),
+        ),
+        Row(name="block ViT-S", case="fused_block", op="fused_block", dry=("E=32", "heads=4", "tokens=5", "compile=0")),
+        Row(
+            name="residual_norm ViT-S",
+            case="residual_norm",
+            op="residual_norm",
+            dry=("rows=64", "E=32", "compile=0", "rounds=1"),
+        ),
+    ),
+)
 COLOR = Stage(
     name="color",
     run="b",
@@ -196,7 +231,7 @@ PEERS = Stage(
 
 STAGES = (
     *(ENVIRONMENT, SMOKE, CEILINGS, STEP_1024, TESTS),
-    *(LOSS, SWEEPS, ATTENTION, STEP_S, STEP_B, COLOR, LOADER, KNN, PEERS),
+    *(LOSS, SWEEPS, ATTENTION, STEP_S, STEP_B, FUSED, COLOR, LOADER, KNN, PEERS),
 )
 """In the order in which they run."""
 
@@ -205,14 +240,20 @@ TESTS_OF = {
         "tests/kernels/test_info_nce.py",
         "tests/kernels/test_info_nce_operator.py",
         "tests/kernels/test_info_nce_paths.py",
+        "tests/kernels/test_tiles.py",
     ),
     "attention": (
         "tests/kernels/test_attention.py",
         "tests/kernels/test_attention_short.py",
         "tests/kernels/test_attention_choice.py",
+        "tests/kernels/test_other_kernels.py",
     ),
     "ema": ("tests/kernels/test_ema.py", "tests/kernels/test_ema_triton.py", "tests/kernels/test_multi_tensor.py"),
-    "adamw_ema": ("tests/kernels/test_adamw_ema.py", "tests/kernels/test_adamw_ema_optimizer.py"),
+    "adamw_ema": (
+        "tests/kernels/test_adamw_ema.py",
+        "tests/kernels/test_adamw_ema_optimizer.py",
+        "tests/kernels/test_unchanged.py",
+    ),
     "lars": ("tests/kernels/test_lars.py", "tests/kernels/test_lars_optimizer.py"),
     "view_color": (
         "tests/kernels/test_view_color.py",
@@ -220,6 +261,12 @@ TESTS_OF = {
         "tests/kernels/test_blur.py",
     ),
     "residual_norm": ("tests/kernels/test_residual_norm*.py",),
+    "fused_block": (
+        "tests/kernels/test_fused_block.py",
+        "tests/kernels/test_gelu_bias.py",
+        "tests/kernels/test_split_qkv.py",
+        "tests/fastmoco/test_fused_block.py",
+    ),
     "cut_views": ("tests/kernels/test_cut_views.py",),
     "tuning": ("tests/kernels/test_tuning.py",),
     "step": ("tests/fastmoco/*_gpu.py",),
