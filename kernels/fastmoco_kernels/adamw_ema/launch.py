@@ -18,7 +18,7 @@ from fastmoco_kernels.adamw_ema.sweep import Scalars, Sweep
 from fastmoco_kernels.adamw_ema.triton_kernels import adamw_ema_prepare_kernel, adamw_ema_sweep_kernel
 
 CHUNK, NUM_WARPS = 1024, 4
-"""8 elements a thread and array: about 96 registers, so five programs share an SM with 20 KiB each on the way to it."""
+"""8 elements a thread and array: about 80 registers, so six programs share an SM with 20 KiB each on the way to it."""
 ROWS, ROW_WARPS = 128, 4
 
 GRADS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
