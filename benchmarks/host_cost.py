@@ -118,16 +118,11 @@ def _with_gradients(device: Any, moved: bool) -> tuple[list[Any], Callable[[int]
 
 
 def _adamw(device: Any, *, moved: bool) -> Case:
-    import torch
-
     from fastmoco_kernels import AdamWEMA
 
     parameters, turn = _with_gradients(device, moved)
     averages = dict(zip(parameters, _tensors(device), strict=True))
-    copies = [{p: torch.zeros_like(p, dtype=torch.bfloat16) for p in parameters} for _ in range(2)]
-    optimizer = AdamWEMA(
-        parameters, averages=averages, param_copies=copies[0], average_copies=copies[1], backend="triton"
-    )
+    optimizer = AdamWEMA(parameters, averages=averages, backend="triton")
     return turn, lambda: optimizer.step(ema_momentum=0.99)
 
 

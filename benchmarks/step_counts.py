@@ -157,7 +157,7 @@ def count_step(
     heads = found["heads"]
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     averaged = sum(p.numel() for p in objective.encoder.parameters() if p.requires_grad)
-    heads.add("sweep", sweep_bytes(trained, averaged=averaged, param_copied=0, average_copied=0))
+    heads.add("sweep", sweep_bytes(trained, averaged=averaged))
     return StepCounts(chunk=chunk, **found)
 
 

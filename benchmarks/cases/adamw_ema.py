@@ -1,4 +1,4 @@
-"""AdamW, moving average and both bf16 copies: one sweep against separate passes."""
+"""AdamW and moving average: one sweep against separate passes."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ NAME = "adamw_ema"
 DEFAULTS = {"device": "auto", "width": 0, "depth": 12, "hidden": 0, "momentum": 0.99, "rounds": 9}
 
 LR, WEIGHT_DECAY, BETAS, EPS = 1e-3, 0.1, (0.9, 0.999), 1e-8
-LIMITS = {"param": 1e-6, "average": 1e-6, "param_copy": 4e-3, "average_copy": 4e-3}
-"""float32 rounds to 6e-8 and bf16 to 2e-3; the first step's bias correction costs float32 a few units."""
+LIMITS = {"param": 1e-6, "average": 1e-6}
+"""float32 rounds to 6e-8; the first step's bias correction costs float32 a few units."""
 
 
 @dataclass
 class Twins:
-    """Parameters with gradients, their averages, and a bf16 copy of each."""
+    """Parameters with gradients, and their averages."""
 
     params: list[torch.nn.Parameter]
     averages: list[Tensor]
-    param_copies: list[Tensor]
-    average_copies: list[Tensor]
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
@@ -46,15 +44,15 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     start = [random_tensors(shapes, seed, device) for seed in (1, 2, 3)]
     makers: dict[str, Callable[[Twins], Callable[[], None]]] = {
         "fastmoco": lambda twins: _ours(twins, momentum),
-        "fused_then_lerp_then_casts": lambda twins: _passes(twins, momentum, fused=True),
-        "foreach_then_lerp_then_casts": lambda twins: _passes(twins, momentum, foreach=True),
+        "fused_then_lerp": lambda twins: _passes(twins, momentum, fused=True),
+        "foreach_then_lerp": lambda twins: _passes(twins, momentum, foreach=True),
         "tensor_by_tensor": lambda twins: _passes(twins, momentum, fused=False, foreach=False),
     }
     truth = _truth(start, momentum)
     contenders = [_contender(name, maker, start, truth) for name, maker in makers.items()]
     result = contest(contenders, subject="fastmoco", device=device, rounds=options["rounds"])
     elements = sum(p.numel() for p in start[0])
-    moved = bytes_moved(elements, averaged=elements, param_copied=elements, average_copied=elements)
+    moved = bytes_moved(elements, averaged=elements)
     return {"tensors": len(shapes), "parameters": elements, **with_rate(result, moved)}
 
 
@@ -63,8 +61,7 @@ def _twins(start: Sequence[Sequence[Tensor]]) -> Twins:
     params = [torch.nn.Parameter(p.clone()) for p in start[0]]
     for param, grad in zip(params, start[2], strict=True):
         param.grad = grad
-    narrow = [[torch.empty_like(p, dtype=torch.bfloat16) for p in start[0]] for _ in range(2)]
-    return Twins(params, [a.clone() for a in start[1]], *narrow)
+    return Twins(params, [a.clone() for a in start[1]])
 
 
 def _ours(twins: Twins, momentum: float) -> Callable[[], None]:
@@ -76,14 +73,12 @@ def _ours(twins: Twins, momentum: float) -> Callable[[], None]:
         eps=EPS,
         weight_decay=WEIGHT_DECAY,
         averages=dict(zip(twins.params, twins.averages, strict=True)),
-        param_copies=dict(zip(twins.params, twins.param_copies, strict=True)),
-        average_copies=dict(zip(twins.params, twins.average_copies, strict=True)),
     )
     return lambda: optimizer.step(ema_momentum=momentum)
 
 
 def _passes(twins: Twins, momentum: float, **implementation: bool) -> Callable[[], None]:
-    """torch.optim.AdamW, then the average, then the copies; one tensor after the other if nothing is fused."""
+    """torch.optim.AdamW, then the average; one tensor after the other if nothing is fused."""
     optimizer = torch.optim.AdamW(
         twins.params, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, **implementation
     )
@@ -95,15 +90,9 @@ def _passes(twins: Twins, momentum: float, **implementation: bool) -> Callable[[
         optimizer.step()
         if many:
             torch._foreach_lerp_(twins.averages, params, 1 - momentum)
-            torch._foreach_copy_(twins.param_copies, params)
-            torch._foreach_copy_(twins.average_copies, twins.averages)
             return
-        for param, average, param_copy, average_copy in zip(
-            twins.params, twins.averages, twins.param_copies, twins.average_copies, strict=True
-        ):
+        for param, average in zip(twins.params, twins.averages, strict=True):
             average.copy_(average * momentum + param * (1 - momentum))
-            param_copy.copy_(param)
-            average_copy.copy_(average)
 
     return step
 
@@ -113,7 +102,7 @@ def _truth(start: Sequence[Sequence[Tensor]], momentum: float) -> dict[str, Tens
     params, averages, grads = (flat(tensors) for tensors in start)
     params = params * (1 - LR * WEIGHT_DECAY) - LR * grads / (grads.abs() + EPS)
     averages = momentum * averages + (1 - momentum) * params
-    return {"param": params, "average": averages, "param_copy": params, "average_copy": averages}
+    return {"param": params, "average": averages}
 
 
 def _contender(
@@ -128,12 +117,7 @@ def _contender(
     def errors() -> Mapping[str, float]:
         fresh = _twins(start)
         maker(fresh)()
-        found: dict[str, Sequence[Tensor]] = {
-            "param": fresh.params,
-            "average": fresh.averages,
-            "param_copy": fresh.param_copies,
-            "average_copy": fresh.average_copies,
-        }
+        found: dict[str, Sequence[Tensor]] = {"param": fresh.params, "average": fresh.averages}
         return {key: relative_error(flat(values), truth[key]) for key, values in found.items()}
 
     return Contender(name=name, call=maker(twins), errors=errors, limits=LIMITS)

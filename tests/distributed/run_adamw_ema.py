@@ -57,17 +57,15 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def run_sharded(world: World, backend: str) -> dict[str, object]:
-    """Train under fully_shard with a sharded twin and narrow copies."""
+    """Train under fully_shard with a sharded twin."""
     model, twin = build(5), build(6)
     fully_shard(model)
     fully_shard(twin)
     params, averages = dict(model.named_parameters()), dict(twin.named_parameters())
-    copies = {name: torch.zeros_like(p, dtype=torch.float16) for name, p in params.items()}
     optimizer = AdamWEMA(
         model.parameters(),
         **OPTIONS,
         averages={params[n]: averages[n] for n in params if n != "second.weight"},
-        param_copies={params[n]: copies[n] for n in params},
         backend=backend,
     )
     rows = 8 // world.world_size
@@ -80,7 +78,6 @@ def run_sharded(world: World, backend: str) -> dict[str, object]:
     return {
         "params": whole(params),
         "averages": whole(averages),
-        "copies": whole(copies),
         "sharded_state": all(isinstance(own["exp_avg"], DTensor) for own in state.values()),
         "local_sizes": [p.to_local().numel() for p in params.values()],
     }

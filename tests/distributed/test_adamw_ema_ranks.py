@@ -45,7 +45,6 @@ def test_shards_take_the_steps_of_whole_tensors(ranks: Results, case: str) -> No
     for rank in ranks:
         assert distance(rank[case]["params"], params) < 2e-5
         assert distance(rank[case]["averages"], averages) < 2e-5
-        assert all(torch.equal(rank[case]["copies"][n], p.half()) for n, p in rank[case]["params"].items())
         assert rank[case]["sharded_state"]
 
 

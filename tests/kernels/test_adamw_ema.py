@@ -1,4 +1,4 @@
-"""One sweep of AdamW, average and copies against float64 and against torch.optim.AdamW."""
+"""One sweep of AdamW and average against float64 and against torch.optim.AdamW."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["triton", "foreach", "reference"]
 # one element; around a chunk; a chunk and more; no elements; no dimensions
 SHAPES = [(1,), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (33, 65), (0, 5), ()]
-COPY = torch.float16  # the interpreter has no bf16
 
 
 def _random(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -33,21 +32,15 @@ class Tensors:
     exp_avg_sqs: list[torch.Tensor] = field(default_factory=lambda: [t.square() for t in _random(3)])
     steps: list[torch.Tensor] = field(default_factory=lambda: [torch.full((), 6.0, device=DEVICE) for _ in SHAPES])
     averages: list = field(default_factory=lambda: [None if i % 3 == 2 else t for i, t in enumerate(_random(4))])
-    param_copies: list = field(default_factory=lambda: [None if i == 3 else t for i, t in enumerate(_random(5, COPY))])
-    average_copies: list = field(
-        default_factory=lambda: [None if i % 3 == 2 or i == 1 else t for i, t in enumerate(_random(6, COPY))]
-    )
 
     def step(self, grads, **options):
         options = {"lr": 0.01, "weight_decay": 0.1, "ema_momentum": 0.9} | options
-        adamw_ema_step_(self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.steps, **self.optional(), **options)
+        lists = self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.steps
+        adamw_ema_step_(*lists, averages=self.averages, **options)
         return self
 
-    def optional(self):
-        return {n: getattr(self, n) for n in ("averages", "param_copies", "average_copies")}
-
     def all(self):
-        lists = self.params, self.exp_avgs, self.exp_avg_sqs, self.steps, *self.optional().values()
+        lists = self.params, self.exp_avgs, self.exp_avg_sqs, self.steps, self.averages
         return [t for tensors in lists for t in tensors if t is not None]
 
 
@@ -78,10 +71,6 @@ def test_matches_float64(backend, dtype):
         assert ours.steps[i].item() == 7
         if a is not None:
             torch.testing.assert_close(ours.averages[i].double(), a, rtol=1e-6, atol=3e-7)
-        if ours.param_copies[i] is not None:
-            assert torch.equal(ours.param_copies[i], ours.params[i].to(COPY))
-        if ours.average_copies[i] is not None:
-            assert torch.equal(ours.average_copies[i], ours.averages[i].to(COPY))
 
 
 # the first steps have the largest bias corrections; betas on both sides of the lerp's 1/2, and at its end
@@ -155,7 +144,7 @@ def test_what_equals_its_average_stays_equal(backend):
 def test_odd_addresses_and_permuted_memory_give_the_same_numbers():
     plain = Tensors().step(_random(7), backend="triton")
     odd, grads = Tensors(), _random(7)
-    for tensors in (odd.params, odd.exp_avg_sqs, odd.averages, odd.param_copies, grads):
+    for tensors in (odd.params, odd.exp_avg_sqs, odd.averages, grads):
         for i in (2, 3, 4):
             if tensors[i] is not None:
                 room = torch.zeros(tensors[i].numel() + 3, device=DEVICE, dtype=tensors[i].dtype)
@@ -169,7 +158,6 @@ def test_odd_addresses_and_permuted_memory_give_the_same_numbers():
         for tensors in lists:
             tensors[4] = tensors[4].t().contiguous().t()
         ours.averages[4] = None
-        ours.param_copies[4] = ours.average_copies[4] = None
         ours.step(grads, backend="triton")
         torch.testing.assert_close(ours.params[4], plain.params[4], rtol=1e-6, atol=2e-7)
 
@@ -188,22 +176,17 @@ def test_the_byte_model_is_what_the_sweep_touches(dtype):
         elements(ours.params),
         grad_bytes=dtype.itemsize,
         averaged=elements(ours.averages),
-        param_copied=elements(ours.param_copies),
-        average_copied=elements(ours.average_copies),
     )
-    assert bytes_moved(1, averaged=1, param_copied=1, average_copied=1) == 40
+    assert bytes_moved(1, averaged=1) == 36
     assert flops(2, averaged=1) == 33
 
 
 def _packed(tensors: Tensors, backend: str):
-    rows, given = [], []
-    for column in tensors.optional().values():
-        present = [t for t in column if t is not None]
-        places = iter(range(len(present)))
-        rows += [-1 if t is None else next(places) for t in column]
-        given.append(present)
+    averages = [t for t in tensors.averages if t is not None]
+    places = iter(range(len(averages)))
+    rows = [-1 if t is None else next(places) for t in tensors.averages]
     numbers, lr = [0.0, 0.1, 0.9, 0.999, 1e-8, 0.9], torch.tensor([0.01], device=DEVICE)
-    lists = tensors.params, _random(7), tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps, *given
+    lists = tensors.params, _random(7), tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps, averages
     return (*lists, rows, numbers, [lr], [0], None, None, backend)
 
 
@@ -214,12 +197,12 @@ def test_opcheck(backend):
 
 def test_compiles_as_a_whole_graph_and_autocast_changes_nothing():
     @torch.compile(fullgraph=True, backend="aot_eager")
-    def compiled(tensors, grads, optional, lr):
+    def compiled(tensors, grads, lr):
         lists = tensors.params, grads, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps
-        adamw_ema_step_(*lists, lr=lr, weight_decay=0.1, ema_momentum=0.9, **optional)
+        adamw_ema_step_(*lists, lr=lr, weight_decay=0.1, ema_momentum=0.9, averages=tensors.averages)
 
     one, two = Tensors(), Tensors()
-    compiled(one, _random(7), one.optional(), torch.tensor(0.01, dtype=torch.float64, device=DEVICE))
+    compiled(one, _random(7), torch.tensor(0.01, dtype=torch.float64, device=DEVICE))
     with torch.autocast(DEVICE, torch.bfloat16):
         two.step(_random(7))
     assert all(torch.equal(a, b) for a, b in zip(one.all(), two.all(), strict=True))
@@ -237,7 +220,6 @@ def _call(**changes):
         ({"steps": []}, "1 params but 0 steps"),
         ({"averages": [], "ema_momentum": 0.9}, "1 params but 0 averages"),
         ({"averages": [torch.ones(2)]}, "1 averages but ema_momentum=None"),
-        ({"average_copies": [torch.ones(2).bfloat16()]}, r"average_copies\[0\] is given but averages\[0\] is None"),
         ({"exp_avgs": [torch.ones(3)]}, r"exp_avgs\[0\] is \(3,\) but its param is \(2,\)"),
         ({"grads": [torch.ones(2, device="meta")]}, r"grads\[0\] is on meta but its param is on cpu"),
         ({"grads": [torch.ones(2).long()]}, "int64"),
@@ -259,11 +241,8 @@ def test_errors_name_both_numbers(changes, text):
 
 
 @pytest.mark.gpu
-def test_bf16_and_a_captured_step_on_a_gpu():
+def test_bf16_gradients_and_a_captured_step_on_a_gpu():
     eager, captured = Tensors(), Tensors()
-    for tensors in (eager, captured):
-        tensors.param_copies = [None if t is None else t.bfloat16() for t in tensors.param_copies]
-        tensors.average_copies = [None if t is None else t.bfloat16() for t in tensors.average_copies]
     grads = _random(7, torch.bfloat16)
     lr = torch.tensor(0.01, device=DEVICE)
     for _ in range(3):

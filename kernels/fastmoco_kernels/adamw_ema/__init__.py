@@ -1,1 +1,1 @@
-"""AdamW, the moving average and both compute copies in one sweep: see `op.py`."""
+"""AdamW and the moving average in one sweep: see `op.py`."""

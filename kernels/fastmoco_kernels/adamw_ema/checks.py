@@ -24,8 +24,6 @@ def check_sweep(sweep: Sweep) -> None:
         "exp_avgs": sweep.exp_avgs,
         "exp_avg_sqs": sweep.exp_avg_sqs,
         "averages": sweep.averages,
-        "param_copies": sweep.param_copies,
-        "average_copies": sweep.average_copies,
     }
     for name, tensors in {**lists, "steps": sweep.steps}.items():
         if len(tensors) != len(sweep.params):
@@ -57,8 +55,6 @@ def check_sweep(sweep: Sweep) -> None:
                 f"{OP}: steps[{i}] has {step.numel()} elements of {step.dtype} on {step.device}; "
                 f"it must be 1 of floating point on {param.device}"
             )
-        if sweep.average_copies[i] is not None and sweep.averages[i] is None:
-            raise ValueError(f"{OP}: average_copies[{i}] is given but averages[{i}] is None")
 
 
 def check_scalars(scalars: Scalars, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from fastmoco_kernels.adamw_ema.sweep import Number, Scalars, Sweep
 
 @torch.library.custom_op(
     "fastmoco::adamw_ema_step_",
-    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "steps", "averages", "param_copies", "average_copies"),
+    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "steps", "averages"),
 )
 def _adamw_ema_step(
     params: list[Tensor],
@@ -20,8 +20,6 @@ def _adamw_ema_step(
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
     averages: list[Tensor],
-    param_copies: list[Tensor],
-    average_copies: list[Tensor],
     rows: list[int],
     numbers: list[float],
     tensors: list[Tensor],
@@ -30,26 +28,19 @@ def _adamw_ema_step(
     grad_scale: Tensor | None,
     backend: str,
 ) -> None:
-    """The registered form. Lists with gaps come without them: `rows` holds, for averages, param_copies and average_copies
-    in turn, the place of each parameter's tensor or -1. `tensors` stand in `numbers` at `slots`.
+    """The registered form. Averages come without gaps: `rows` holds the place of each parameter's average or -1. `tensors`
+    stand in `numbers` at `slots`.
     """
-    count = len(params)
     values: list[Number] = list(numbers)
     for slot, tensor in zip(slots, tensors, strict=True):
         values[slot] = tensor
-    sparse = [
-        [None if place < 0 else given[place] for place in rows[i * count : (i + 1) * count]]
-        for i, given in enumerate((averages, param_copies, average_copies))
-    ]
     sweep = Sweep(
         params=params,
         grads=grads,
         exp_avgs=exp_avgs,
         exp_avg_sqs=exp_avg_sqs,
         steps=steps,
-        averages=sparse[0],
-        param_copies=sparse[1],
-        average_copies=sparse[2],
+        averages=[None if place < 0 else averages[place] for place in rows],
     )
     run_sweep(sweep, Scalars.of(values, found_inf, grad_scale), backend)
 
@@ -61,13 +52,9 @@ def _(*arguments: object) -> None:
 
 def dispatch_sweep(sweep: Sweep, scalars: Scalars, backend: str) -> None:
     """One step through the registered op: for torch.compile, fake tensors and whatever else watches torch calls."""
-    rows: list[int] = []
-    given: list[list[Tensor]] = []
-    for column in (sweep.averages, sweep.param_copies, sweep.average_copies):
-        present = [tensor for tensor in column if tensor is not None]
-        places = iter(range(len(present)))
-        rows += [-1 if tensor is None else next(places) for tensor in column]
-        given.append(present)
+    averages = [tensor for tensor in sweep.averages if tensor is not None]
+    places = iter(range(len(averages)))
+    rows = [-1 if tensor is None else next(places) for tensor in sweep.averages]
     numbers = scalars.numbers()
     slots = [i for i, x in enumerate(numbers) if isinstance(x, Tensor)]
     torch.ops.fastmoco.adamw_ema_step_(
@@ -76,7 +63,7 @@ def dispatch_sweep(sweep: Sweep, scalars: Scalars, backend: str) -> None:
         sweep.exp_avgs,
         sweep.exp_avg_sqs,
         sweep.steps,
-        *given,
+        averages,
         rows,
         [0.0 if isinstance(x, Tensor) else float(x) for x in numbers],
         [x for x in numbers if isinstance(x, Tensor)],

@@ -18,17 +18,16 @@ from fastmoco_kernels.adamw_ema.sweep import Scalars, Sweep
 from fastmoco_kernels.adamw_ema.triton_kernels import adamw_ema_prepare_kernel, adamw_ema_sweep_kernel
 
 CHUNK, NUM_WARPS = 1024, 4
-"""8 elements a thread and array: about 96 registers, so five programs share an SM with 20 KiB each on the way to it."""
+"""8 elements a thread and array: about 80 registers, so six programs share an SM with 20 KiB each on the way to it."""
 ROWS, ROW_WARPS = 128, 4
 
 GRADS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-COPIES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _SHARED = 8
 
 
 @dataclass
 class Launch:
-    """Parameters that one launch takes: their numbers in the whole sweep, their tensors and element types.
+    """Parameters that one launch takes: their numbers in the whole sweep, their tensors and the gradients' type.
 
     `table` and `visible` are made by the first run: where everything lies, and the tensors that autograd may have saved.
     """
@@ -36,39 +35,33 @@ class Launch:
     rows: list[int]
     sweep: Sweep
     grad: torch.dtype
-    copy: torch.dtype
     table: PointerTable | None = None
     visible: list[Tensor] = field(default_factory=list)
 
 
 def plan_launches(sweep: Sweep) -> tuple[list[Launch], list[int]]:
-    """Sort parameters into launches, by the types of gradient and copies.
+    """Sort parameters into launches, by the type of the gradient.
 
     Returns:
         The launches, one in all but odd cases, and the parameters that the kernels do not take: state that is not
         float32, or tensors of one parameter that do not pair up as flat memory.
     """
-    launches: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    launches: dict[torch.dtype, list[int]] = {}
     rest = []
-    copies = {t.dtype for column in (sweep.param_copies, sweep.average_copies) for t in column if t is not None}
-    usual = next(iter(sorted(copies, key=str)), torch.bfloat16)
     for row, tensors in enumerate(zip(*sweep.columns(), strict=True)):
-        param, grad, exp_avg, exp_avg_sq, average, *narrow = tensors
-        types = {c.dtype for c in narrow if c is not None} or {usual}
+        param, grad, exp_avg, exp_avg_sq, average = tensors
         wide = [t for t in (param, exp_avg, exp_avg_sq, average, sweep.steps[row]) if t is not None]
         fits = (
             all(t.dtype == torch.float32 for t in wide)
             and grad is not None
             and grad.dtype in GRADS
-            and len(types) == 1
-            and types <= COPIES.keys()
             and same_layout(*tensors)
         )
         if fits and grad is not None:
-            launches.setdefault((grad.dtype, types.pop()), []).append(row)
+            launches.setdefault(grad.dtype, []).append(row)
         else:
             rest.append(row)
-    return [Launch(rows, sweep.pick(rows), grad, copy) for (grad, copy), rows in launches.items()], rest
+    return [Launch(rows, sweep.pick(rows), grad) for grad, rows in launches.items()], rest
 
 
 def sweep_triton_(launch: Launch, grads: Sequence[Tensor], scalars: Scalars) -> None:
@@ -85,8 +78,7 @@ def sweep_triton_(launch: Launch, grads: Sequence[Tensor], scalars: Scalars) -> 
         columns[1] = grads
         if launch.table is None:
             launch.table = pointer_table("adamw_ema_step_", columns, [sweep.steps], chunk=CHUNK)
-            seen = (sweep.params, sweep.averages, sweep.param_copies, sweep.average_copies)
-            launch.visible = [tensor for column in seen for tensor in column if tensor is not None]
+            launch.visible = [tensor for tensor in (*sweep.params, *sweep.averages) if tensor is not None]
         else:
             launch.table.refresh(columns, [sweep.steps])
         table = launch.table
@@ -117,7 +109,6 @@ def sweep_triton_(launch: Launch, grads: Sequence[Tensor], scalars: Scalars) -> 
                 per_row,
                 table.rows,
                 GRAD=GRADS[launch.grad],
-                COPY=COPIES[launch.copy],
                 CHUNK=table.chunk,
                 num_warps=NUM_WARPS,
             )
@@ -147,16 +138,16 @@ def aot_cases() -> list[AotCase]:
     scratch = {"shared_ptr": "*fp32", "per_row_ptr": "*fp32", "rows": "i32"}
     cases = [
         AotCase(
-            name=f"adamw_ema.adamw_ema_sweep_kernel {grad} gradients, {copy} copies",
+            name=f"adamw_ema.adamw_ema_sweep_kernel {grad} gradients",
             kernel=adamw_ema_sweep_kernel,
-            signature={**table, **scratch, **dict.fromkeys(("GRAD", "COPY", "CHUNK"), "constexpr")},
-            constexprs={"GRAD": grad, "COPY": copy, "CHUNK": CHUNK},
+            signature={**table, **scratch, **dict.fromkeys(("GRAD", "CHUNK"), "constexpr")},
+            constexprs={"GRAD": grad, "CHUNK": CHUNK},
             num_warps=NUM_WARPS,
             num_stages=3,
             default_on=(80, 90, 100),
             aligned=(*table, "shared_ptr", "per_row_ptr"),
         )
-        for grad, copy in itertools.product(GRADS.values(), COPIES.values())
+        for grad in GRADS.values()
     ]
     for chosen in itertools.product((False, True), repeat=len(flags)):
         pointers = {

@@ -1,8 +1,8 @@
-"""AdamW, the momentum encoder's moving average and both compute copies in one sweep over memory.
+"""AdamW and the momentum encoder's moving average in one sweep over memory.
 
-After a step, four things read or write every parameter: AdamW (28 bytes: reads p, g, m, v; writes p, m, v), the moving
-average (12: reads p and a; writes a), and a cast of each to the type the matrix products want (6 each). One sweep holds
-p in registers between them: 20 bytes read, 20 written, 40 instead of 52, and two launches instead of hundreds.
+After a backward pass, two things read and write every parameter: AdamW (28 bytes: reads p, g, m, v; writes p, m, v) and
+the moving average (12: reads p and a; writes a). One sweep holds p in registers between them: 20 bytes read, 16 written,
+36 instead of 40, and two launches instead of hundreds.
 
 The first launch is tiny. It looks at `found_inf`, counts each parameter's step on the device, and works out the bias
 corrections in float64; so the step can be captured in a CUDA graph and nothing is ever read back. The second walks a
@@ -38,8 +38,6 @@ def adamw_ema_step_(
     weight_decay: Number = 1e-2,
     averages: Sequence[Tensor | None] | None = None,
     ema_momentum: Number | None = None,
-    param_copies: Sequence[Tensor | None] | None = None,
-    average_copies: Sequence[Tensor | None] | None = None,
     found_inf: Tensor | None = None,
     grad_scale: Tensor | None = None,
     backend: str = "auto",
@@ -51,7 +49,7 @@ def adamw_ema_step_(
         t += 1;  p *= 1 - lr * weight_decay
         m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g * g
         p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
-        a += (1 - ema_momentum) * (p - a);  narrow copies of p and a
+        a += (1 - ema_momentum) * (p - a)
 
     Args:
         params: float32 or float64, any shape, one device; changed. DTensors stand for their local shards, in every list.
@@ -66,8 +64,6 @@ def adamw_ema_step_(
         weight_decay: decoupled, per unit of learning rate.
         averages: a, float32 or float64; None for a parameter without one (a predictor); changed.
         ema_momentum: in [0, 1]; needed with ``averages``.
-        param_copies: bf16 or fp16 copy of each new parameter, or None; written.
-        average_copies: the same of each new average; written.
         found_inf: one element; not 0, or NaN: nothing changes, the steps neither.
         grad_scale: one element; gradients are divided by it in passing and stay as they are.
         backend: ``"auto"`` (triton on CUDA, foreach elsewhere), ``"triton"``, ``"foreach"`` or ``"reference"``.
@@ -77,7 +73,7 @@ def adamw_ema_step_(
 
     Numerics: float32 parameters in float32, bias corrections in float64; equal to `torch.optim.AdamW` to a few units in
         the last place; bitwise reproducible. Autocast changes nothing.
-    Memory and cost: `bytes_moved`, 40 a parameter with everything on; `flops`; 8 bytes of scratch a tensor. Under triton,
+    Memory and cost: `bytes_moved`, 36 a parameter with an average; `flops`; 8 bytes of scratch a tensor. Under triton,
         parameters with gaps in memory, with strides unlike their gradient's, or in float64 take the foreach path. That
         path and the reference read ``found_inf`` and tensor numbers on the host, which waits for the device.
     Distributed: none; every shard is updated where it lies.
@@ -93,7 +89,7 @@ def adamw_ema_step_(
     if averages is not None and ema_momentum is None:
         raise ValueError(f"{OP}: {len(averages)} averages but ema_momentum=None")
     kept = 1.0 if ema_momentum is None else ema_momentum
-    sweep = _local_sweep(params, grads, exp_avgs, exp_avg_sqs, steps, averages, param_copies, average_copies)
+    sweep = _local_sweep(params, grads, exp_avgs, exp_avg_sqs, steps, averages)
     scalars = Scalars(lr, weight_decay, *betas, eps, kept, found_inf, grad_scale)
     check_sweep(sweep)
     if sweep.params:
@@ -102,26 +98,15 @@ def adamw_ema_step_(
         (dispatch_sweep if traced() else run_sweep)(sweep, scalars, chosen)
 
 
-def bytes_moved(
-    params: int,
-    *,
-    grad_bytes: int = 4,
-    averaged: int = 0,
-    param_copied: int = 0,
-    average_copied: int = 0,
-    copy_bytes: int = 2,
-) -> int:
+def bytes_moved(params: int, *, grad_bytes: int = 4, averaged: int = 0) -> int:
     """Bytes that one sweep reads and writes.
 
     Args:
         params: elements of all parameters.
         grad_bytes: of one gradient element.
         averaged: elements that have a moving average.
-        param_copied: elements whose parameter has a narrow copy.
-        average_copied: elements whose average has a narrow copy.
-        copy_bytes: of one element of a copy.
     """
-    return params * (24 + grad_bytes) + averaged * 8 + (param_copied + average_copied) * copy_bytes
+    return params * (24 + grad_bytes) + averaged * 8
 
 
 def flops(params: int, *, averaged: int = 0) -> int:
@@ -135,22 +120,15 @@ def _local_sweep(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
-    *optional: Sequence[Tensor | None] | None,
+    averages: Sequence[Tensor | None] | None,
 ) -> Sweep:
-    """Local shards of everything, None in its place; a list of None where no averages or copies were given."""
-    averages, param_copies, average_copies = (
-        [None] * len(params)
-        if tensors is None
-        else [None if tensor is None else local([tensor])[0] for tensor in tensors]
-        for tensors in optional
-    )
+    """Local shards of everything, None in its place; a list of None where no averages were given."""
+    given = [None] * len(params) if averages is None else averages
     return Sweep(
         params=local(params),
         grads=local(grads),
         exp_avgs=local(exp_avgs),
         exp_avg_sqs=local(exp_avg_sqs),
         steps=local(steps),
-        averages=averages,
-        param_copies=param_copies,
-        average_copies=average_copies,
+        averages=[None if tensor is None else local([tensor])[0] for tensor in given],
     )

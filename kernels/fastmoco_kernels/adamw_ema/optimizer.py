@@ -34,7 +34,7 @@ _FIXED = {
 
 
 class AdamWEMA(Optimizer):
-    """AdamW that moves the momentum encoder and writes both compute copies in the same sweep.
+    """AdamW that moves the momentum encoder in the same sweep.
 
     Args:
         params: as any torch optimizer takes them, with or without names and groups; float32 or float64; DTensors
@@ -46,15 +46,13 @@ class AdamWEMA(Optimizer):
         weight_decay: decoupled, per unit of learning rate.
         averages: moving average by parameter, float32 or float64, of its shape (and placement, for DTensors); a
             parameter without one is updated alone. The caller owns and saves them.
-        param_copies: bf16 or fp16 copy by parameter, written with each new value.
-        average_copies: the same for averages.
         backend: see `adamw_ema_step_`.
 
     Raises:
         ValueError: for numbers out of range, unknown parameters in a mapping, or tensors that do not fit.
 
     State: ``step``, ``exp_avg``, ``exp_avg_sq`` by parameter, in the format of torch.optim.AdamW; its state loads here
-        and ours there. Averages and copies are not part of it.
+        and ours there. Averages are not part of it.
 
     Example:
         >>> import torch
@@ -77,8 +75,6 @@ class AdamWEMA(Optimizer):
         eps: Number = 1e-8,
         weight_decay: Number = 1e-2,
         averages: Mapping[Tensor, Tensor] | None = None,
-        param_copies: Mapping[Tensor, Tensor] | None = None,
-        average_copies: Mapping[Tensor, Tensor] | None = None,
         backend: str = "auto",
     ) -> None:
         self.backend = backend
@@ -87,8 +83,6 @@ class AdamWEMA(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **_FIXED})
         known = {id(p) for group in self.param_groups for p in group["params"]}
         self.averages = _known(averages, known, "averages")
-        self.param_copies = _known(param_copies, known, "param_copies")
-        self.average_copies = _known(average_copies, known, "average_copies")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as in every torch optimizer.
@@ -104,8 +98,7 @@ class AdamWEMA(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: what torch's optimizers keep, and what this one was given beside it."""
-        names = ("backend", "averages", "param_copies", "average_copies")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+        return {**super().__getstate__(), "backend": self.backend, "averages": self.averages}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After loading: options that only torch.optim.AdamW has are set back, step counters go to their device.
@@ -158,7 +151,7 @@ class AdamWEMA(Optimizer):
 
         Args:
             closure: computes the loss again and returns it.
-            ema_momentum: share that the averages keep, in [0, 1]; None leaves averages and their copies alone.
+            ema_momentum: share that the averages keep, in [0, 1]; None leaves averages alone.
             found_inf: one element on the device; not 0: nothing changes.
             grad_scale: one element on the device; gradients are divided by it.
 
@@ -211,7 +204,7 @@ class AdamWEMA(Optimizer):
             states = [self.state[param] for param in params]
             backend = chosen_backend(self.backend, params[0].device)
             averages = self.averages if averaged else None
-            plan = Plan(params, states, averages, self.param_copies, self.average_copies, backend)
+            plan = Plan(params, states, averages, backend)
             self._plans[index], mine = plan, local(grads)
         plan.run(mine, scalars)
 

@@ -27,8 +27,6 @@ class Plan:
         params: parameters with a gradient, as the optimizer has them.
         states: their optimizer state.
         averages: moving average by parameter, or None to leave averages alone.
-        param_copies: narrow copy by parameter.
-        average_copies: narrow copy of the average by parameter.
         backend: a named one.
 
     Raises:
@@ -40,8 +38,6 @@ class Plan:
         params: Sequence[Tensor],
         states: Sequence[Mapping[str, Tensor]],
         averages: Mapping[Tensor, Tensor] | None,
-        param_copies: Mapping[Tensor, Tensor],
-        average_copies: Mapping[Tensor, Tensor],
         backend: str,
     ) -> None:
         self.backend, self.averaged = backend, averages is not None
@@ -55,12 +51,10 @@ class Plan:
             exp_avg_sqs=local([own["exp_avg_sq"] for own in states]),
             steps=[own["step"] for own in states],
             averages=_column(averages or {}, params),
-            param_copies=_column(param_copies, params),
-            average_copies=_column(average_copies if averages is not None else {}, params),
         )
         check_sweep(self.sweep)
-        used = [averages or {}, param_copies, average_copies if averages is not None else {}]
-        owners = [*params, *self._states, *(by[param] for by in used for param in params if param in by)]
+        used = averages or {}
+        owners = [*params, *self._states, *(used[param] for param in params if param in used)]
         self._shards = [(owner, owner._local_tensor) for owner in owners if hasattr(owner, "_local_tensor")]
         columns = self.sweep.columns()
         fixed = [tensor for column in (columns[0], *columns[2:], self.sweep.steps) for tensor in column]

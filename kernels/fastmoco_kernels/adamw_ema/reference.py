@@ -15,7 +15,7 @@ _FUSED_DEVICES = ("cpu", "cuda")
 
 
 def adamw_ema_reference_(sweep: Sweep, scalars: Scalars) -> None:
-    """Loshchilov and Hutter 2019, algorithm 2, as `torch.optim.AdamW` orders it; then average and copies.
+    """Loshchilov and Hutter 2019, algorithm 2, as `torch.optim.AdamW` orders it; then the average.
 
     Everything in the parameter's own dtype, the gradient cast to it.
     """
@@ -34,17 +34,13 @@ def adamw_ema_reference_(sweep: Sweep, scalars: Scalars) -> None:
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         root = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step))
         param.addcdiv_(exp_avg, root.add_(eps), value=-lr / (1 - beta1**step))
-        average, param_copy, average_copy = (c[row] for c in (sweep.averages, sweep.param_copies, sweep.average_copies))
+        average = sweep.averages[row]
         if average is not None:
             average.lerp_(param.to(average.dtype), 1 - ema_momentum)
-        if param_copy is not None:
-            param_copy.copy_(param)
-        if average_copy is not None and average is not None:
-            average_copy.copy_(average)
 
 
 def adamw_ema_foreach_(sweep: Sweep, scalars: Scalars) -> None:
-    """The same in four passes: torch's fused AdamW, its multi-tensor lerp, and a copy for each narrow type.
+    """The same in two passes: torch's fused AdamW and its multi-tensor lerp.
 
     Parameters that the fused op cannot take (gaps in memory, strides that differ from the moments', another device) go
     through the plain path.
@@ -91,10 +87,6 @@ def _fused_adamw_(sweep: Sweep, host: Scalars) -> None:
     )
     averaged = [(a, p) for a, p in zip(sweep.averages, sweep.params, strict=True) if a is not None]
     ema_update_foreach_([a for a, _ in averaged], [p for _, p in averaged], ema_momentum)
-    for copies, values in ((sweep.param_copies, sweep.params), (sweep.average_copies, sweep.averages)):
-        pairs = [(c, v) for c, v in zip(copies, values, strict=True) if c is not None and v is not None]
-        if pairs:
-            torch._foreach_copy_([c for c, _ in pairs], [v for _, v in pairs])
 
 
 def _unscaled(grad: Tensor, grad_scale: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ Optional = Sequence[Tensor | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Tensors of P parameters: eight lists of P, each parameter's own tensors of its shape.
+    """Tensors of P parameters: six lists of P, each parameter's own tensors of its shape.
 
     Attributes:
         params: updated.
@@ -22,8 +22,6 @@ class Sweep:
         exp_avg_sqs: running mean of the squared gradient, updated.
         steps: one float32 element each, counted up by 1.
         averages: moving averages of the parameters, updated; None for a parameter without one.
-        param_copies: written with the new parameter in a narrower type; None for a parameter without one.
-        average_copies: written with the new average; None for a parameter without one.
     """
 
     params: Sequence[Tensor]
@@ -32,20 +30,10 @@ class Sweep:
     exp_avg_sqs: Sequence[Tensor]
     steps: Sequence[Tensor]
     averages: Optional
-    param_copies: Optional
-    average_copies: Optional
 
     def columns(self) -> list[Optional]:
-        """The seven lists of tensors of a parameter's size, in the kernels' order."""
-        return [
-            self.params,
-            self.grads,
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            self.averages,
-            self.param_copies,
-            self.average_copies,
-        ]
+        """The five lists of tensors of a parameter's size, in the kernels' order."""
+        return [self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.averages]
 
     def pick(self, rows: Sequence[int]) -> Sweep:
         """The sweep over some of the parameters."""
@@ -56,8 +44,6 @@ class Sweep:
             exp_avg_sqs=[self.exp_avg_sqs[r] for r in rows],
             steps=[self.steps[r] for r in rows],
             averages=[self.averages[r] for r in rows],
-            param_copies=[self.param_copies[r] for r in rows],
-            average_copies=[self.average_copies[r] for r in rows],
         )
 
 

@@ -1,4 +1,4 @@
-"""AdamW, the moving average and both compute copies in one sweep over the table of `_multi_tensor.py`.
+"""AdamW and the moving average in one sweep over the table of `_multi_tensor.py`.
 
 Two launches: `adamw_ema_prepare_kernel` looks at `found_inf`, counts the step and works out every scalar in float64, once
 a tensor; `adamw_ema_sweep_kernel` touches every parameter once. What passes between them:
@@ -6,9 +6,9 @@ a tensor; `adamw_ema_sweep_kernel` touches every parameter once. What passes bet
     shared [8] float32: live (0: change nothing), decay, 1 - beta1, beta2, 1 - beta2, eps, 1 - ema_momentum, 1 / grad_scale
     per_row [2, rows] float32: lr / (1 - beta1^step), sqrt(1 - beta2^step)
 
-Columns of the table: 0 params, 1 grads, 2 exp_avgs, 3 exp_avg_sqs, 4 averages, 5 param_copies, 6 average_copies, 7 steps.
-GRAD and COPY are element types; everything else is float32. Address 0 stands for no average or no copy: its loads and
-stores are masked out by one scalar, which leaves them 128 bits wide.
+Columns of the table: 0 params, 1 grads, 2 exp_avgs, 3 exp_avg_sqs, 4 averages, 5 steps.
+GRAD is the gradients' element type; everything else is float32. Address 0 stands for no average: its loads and stores are
+masked out by one scalar, which leaves them 128 bits wide.
 """
 
 import triton
@@ -19,7 +19,7 @@ from fastmoco_kernels.ema.triton_kernels import lerp
 
 @triton.jit
 def adamw_ema_prepare_kernel(
-    pointers_ptr,  # [8, rows] int64
+    pointers_ptr,  # [6, rows] int64
     shared_ptr,  # [8] float32, written
     per_row_ptr,  # [2, rows] float32, written
     rows,
@@ -61,7 +61,7 @@ def adamw_ema_prepare_kernel(
     unscale = one
     if HAS_GRAD_SCALE:
         unscale = one / tl.load(grad_scale_ptr).to(tl.float64)
-    step_ptr = tl.load(pointers_ptr + 7 * rows + row, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+    step_ptr = tl.load(pointers_ptr + 5 * rows + row, mask=mask, other=0).to(tl.pointer_type(tl.float32))
     step = tl.load(step_ptr, mask=mask, other=0.0) + live
     tl.store(step_ptr, step, mask=mask)
     exponent = tl.maximum(step, 1.0).to(tl.float64)
@@ -88,16 +88,11 @@ def adamw_ema_chunk(
     exp_avg_ptr,
     exp_avg_sq_ptr,
     average_ptr,
-    param_copy_ptr,
-    average_copy_ptr,
     mask,
     average_mask,
-    param_copy_mask,
-    average_copy_mask,
     shared_ptr,
     per_row_ptr,
     rows,
-    COPY: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Update CHUNK elements; a mask of None stands for all of them."""
@@ -119,13 +114,11 @@ def adamw_ema_chunk(
     tl.store(exp_avg_ptr + offset, exp_avg, mask=mask)
     tl.store(exp_avg_sq_ptr + offset, exp_avg_sq, mask=mask)
     tl.store(average_ptr + offset, average, mask=average_mask)
-    tl.store(param_copy_ptr + offset, param.to(COPY), mask=param_copy_mask)
-    tl.store(average_copy_ptr + offset, average.to(COPY), mask=average_copy_mask)
 
 
 @triton.jit
 def adamw_ema_sweep_kernel(
-    pointers_ptr,  # [8, rows] int64
+    pointers_ptr,  # [6, rows] int64
     sizes_ptr,  # [rows] int64
     chunk_rows_ptr,  # [chunks] int32
     chunk_starts_ptr,  # [chunks] int64
@@ -133,7 +126,6 @@ def adamw_ema_sweep_kernel(
     per_row_ptr,  # [2, rows] float32
     rows,
     GRAD: tl.constexpr,
-    COPY: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """One chunk of one parameter and of everything that belongs to it."""
@@ -148,20 +140,14 @@ def adamw_ema_sweep_kernel(
     exp_avg = tl.load(pointers_ptr + 2 * rows + row)
     exp_avg_sq = tl.load(pointers_ptr + 3 * rows + row)
     average = tl.load(pointers_ptr + 4 * rows + row)
-    param_copy = tl.load(pointers_ptr + 5 * rows + row)
-    average_copy = tl.load(pointers_ptr + 6 * rows + row)
     param_ptr = param.to(tl.pointer_type(tl.float32)) + start
     grad_ptr = grad.to(tl.pointer_type(GRAD)) + start
     exp_avg_ptr = exp_avg.to(tl.pointer_type(tl.float32)) + start
     exp_avg_sq_ptr = exp_avg_sq.to(tl.pointer_type(tl.float32)) + start
     average_ptr = average.to(tl.pointer_type(tl.float32)) + start
-    param_copy_ptr = param_copy.to(tl.pointer_type(COPY)) + start
-    average_copy_ptr = average_copy.to(tl.pointer_type(COPY)) + start
-    anywhere = param | grad | exp_avg | exp_avg_sq | average | param_copy | average_copy
+    anywhere = param | grad | exp_avg | exp_avg_sq | average
     everywhere = tl.full([CHUNK], 1, tl.int1)
     has_average = everywhere & (average != 0)
-    has_param_copy = everywhere & (param_copy != 0)
-    has_average_copy = everywhere & (average_copy != 0)
     if (left >= CHUNK) & ((anywhere & 15) == 0):
         # As many elements a load for all, whatever their type: otherwise some change hands in shared memory.
         adamw_ema_chunk(
@@ -170,16 +156,11 @@ def adamw_ema_sweep_kernel(
             tl.multiple_of(exp_avg_ptr, 16),
             tl.multiple_of(exp_avg_sq_ptr, 16),
             tl.multiple_of(average_ptr, 16),
-            tl.multiple_of(param_copy_ptr, COPY.primitive_bitwidth // 2),
-            tl.multiple_of(average_copy_ptr, COPY.primitive_bitwidth // 2),
             None,
             has_average,
-            has_param_copy,
-            has_average_copy,
             shared_ptr,
             per_row_ptr + row,
             rows,
-            COPY,
             CHUNK,
         )
     else:
@@ -190,15 +171,10 @@ def adamw_ema_sweep_kernel(
             exp_avg_ptr,
             exp_avg_sq_ptr,
             average_ptr,
-            param_copy_ptr,
-            average_copy_ptr,
             mask,
             has_average & mask,
-            has_param_copy & mask,
-            has_average_copy & mask,
             shared_ptr,
             per_row_ptr + row,
             rows,
-            COPY,
             CHUNK,
         )
