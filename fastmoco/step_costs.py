@@ -26,8 +26,8 @@ from fastmoco.objectives.prepare import PrepareViews, view_preparation
 
 SIZES = (4096, 8192)
 """Batches that are measured: so large that activations, not weights, decide where the peak lies."""
-DEPTHS = (2, 3)
-"""Numbers of blocks that are measured where there are more."""
+DEPTHS = (3, 4)
+"""Numbers of blocks that are measured where there are more: the first, which has no branch yet, one or two more, and the last."""
 
 
 def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:

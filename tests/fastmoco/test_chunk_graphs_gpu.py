@@ -135,7 +135,7 @@ def test_what_is_not_finite_is_gone_in_the_next_step() -> None:
 
 
 def test_compiled_blocks_and_float8_keys_are_captured_too() -> None:
-    from fastmoco.distributed.parallelize import compile_blocks
+    from fastmoco.models.compiled import compile_blocks
 
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no float8 products here")

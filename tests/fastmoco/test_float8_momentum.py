@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.distributed.mesh import World
-from fastmoco.distributed.parallelize import compile_blocks
 from fastmoco.gradients import Gradients
 from fastmoco.models import VisionTransformer, float8
+from fastmoco.models.compiled import compile_blocks
 from fastmoco.models.float8_inference import (
     Float8Linear,
     float8_layers,

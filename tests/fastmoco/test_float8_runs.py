@@ -38,7 +38,7 @@ needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, 
 @pytest.fixture
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Config]:
     """A run in float8 on a CPU, with a small encoder, blocks traced but not generated."""
-    monkeypatch.setattr(float8, "require_support", lambda device, precision: None)
+    monkeypatch.setattr(float8, "require_support", lambda device, precision, **_: None)
     monkeypatch.setattr(float8, "BALANCE", 0.0)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     recipe = quickstart_digits()

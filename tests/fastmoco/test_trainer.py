@@ -197,8 +197,10 @@ def test_knn_rises_while_training(small_run, digits, tmp_path):
 
 
 def test_another_precision_is_refused_even_if_auto_chose_it(small_run, whole, monkeypatch):
-    monkeypatch.setattr(setup_run, "choose_precision", lambda *_: "bf16")
-    with pytest.raises(RunError, match=r"precision on this machine: 'fp32' -> 'bf16' \(give --precision fp32\)"):
+    ran = setup_run.choose_precision("auto", WORLD.device)
+    other = "fp32" if ran == "bf16" else "bf16"
+    monkeypatch.setattr(setup_run, "choose_precision", lambda *_: other)
+    with pytest.raises(RunError, match=rf"precision on this machine: '{ran}' -> '{other}' \(give --precision {ran}\)"):
         Trainer.build(small_run, whole, WORLD)
 
 
