@@ -86,10 +86,12 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
     )
     attention = "explicit" if on_cpu and precision == "bf16" else config.model.attention
     settings: tuple[Recompute, ...] = ("none", "selective", "full")
-    if config.model.linears == "float8":
-        settings = ("none", "full")  # which refuses the other
+    fused = config.model.blocks == "fused"
+    if config.model.linears == "float8" or fused:
+        settings = ("none", "full")  # which refuse the other
     levels = config.data.view_dtype == "uint8" or (config.data.view_dtype == "auto" and not on_cpu)
-    compiled = config.model.compile is True or (config.model.compile == "auto" and not on_cpu and precision != "fp64")
+    automatic = config.model.compile == "auto" and not on_cpu and precision != "fp64"
+    compiled = (config.model.compile is True or automatic) and not fused
     wanted = config.batch.activation_budget
     budgets = (BUDGETS if wanted == "auto" else (float(wanted),)) if compiled else (1.0,)
 
@@ -104,14 +106,21 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
             levels=levels,
         )
 
-    by_setting = {setting: [costs_of(setting, budgets[0])] for setting in settings}
+    by_setting = {setting: [costs_of(setting, budgets[0] if setting == "none" else 1.0)] for setting in settings}
     by_setting["none"] += [costs_of("none", budget) for budget in budgets[1:]]
     plain = by_setting["none"][0]
     shared = _shared_by(config, plain, gpus, memory)
     loader = _loader(config, gpus, levels, on_cpu)
-    usable = memory * HEADROOM - loader.beside_batch_bytes
+    usable = (memory - loader.beside_batch_bytes) * HEADROOM
     rows = [
-        _row(config, dict(zip(budgets, costs, strict=False)), setting, gpus, usable, shards)
+        _row(
+            config,
+            dict(zip(budgets if setting == "none" else (1.0,), costs, strict=True)),
+            setting,
+            gpus,
+            usable,
+            shards,
+        )
         for shards in sorted({1, shared, gpus})
         for setting, costs in by_setting.items()
     ]

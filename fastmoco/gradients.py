@@ -23,7 +23,7 @@ from fastmoco.objectives import MoCoV3, MoCoV3Output
 from fastmoco.objectives.chunk_graphs import ChunkGraphs, require_capturable
 from fastmoco.objectives.chunked import ChunkedStep, require_separable
 from fastmoco.objectives.prepare import view_preparation
-from fastmoco.planner import HEADROOM, StepPlan, best_plan, plan_step, sharded, state_bytes
+from fastmoco.planner import HEADROOM, StepPlan, best_plan, busy_chunk, plan_step, sharded, state_bytes
 from fastmoco.step_costs import StepCosts, measure_costs
 
 SURELY_SMALL = 0.25
@@ -39,6 +39,7 @@ class Gradients:
         plan: how the batch is taken, and why.
         compile: whether blocks are compiled, and why.
         prepare: makes what the encoder reads of two views as the loader delivers them.
+        replays: what CUDA graphs replay, in words.
 
     Args:
         config: of the run.
@@ -76,7 +77,13 @@ class Gradients:
         self.strategy: str = strategy if world.world_size > 1 else "one process"
         possible = choose_compile(config.model.compile, world.device, precision)
         fused = config.model.blocks == "fused"
-        self.compile = CompileChoice(False, "fused blocks bring their own kernels") if fused else possible
+        if self._float8 and world.device.type == "cuda" and not possible.compiled:
+            raise ValueError(
+                f"model.momentum_linears='float8': needs compiled blocks, and they are {possible}: uncompiled, casts move "
+                "several times the bytes of the products; take model.momentum_linears native"
+            )
+        also = ", the momentum encoder's in float8 are compiled" if self._float8 else ""
+        self.compile = CompileChoice(False, f"fused blocks bring their own kernels{also}") if fused else possible
         self.plan = choose_plan(
             config,
             objective,
@@ -96,6 +103,8 @@ class Gradients:
         elif fused and self._float8 and possible.compiled:
             compile_blocks(objective.momentum_encoder)  # whose casts to float8 are then part of other kernels
         self._chunked: ChunkedStep | None = None
+        images = config.global_batch_size // world.world_size
+        self.replays = "nothing: no chunk is without its own" if config.batch.cuda_graphs else "nothing"
         # Chunks go round the wrapper, whose hooks would average after each of them.
         self._forward = parallelize(
             objective,
@@ -111,6 +120,8 @@ class Gradients:
             graphs = None
             if config.batch.cuda_graphs:
                 graphs = ChunkGraphs(objective, self.plan.chunk, self._autocast, prepare=prepare)
+            replayed = graphs is not None and not self.plan.lean and self.plan.kept_images < images
+            self.replays = "chunks without a graph" if replayed else self.replays
             self._chunked = ChunkedStep(
                 objective,
                 chunk=self.plan.chunk,
@@ -183,6 +194,9 @@ def choose_plan(
     def plan_within(budget: float) -> StepPlan:
         costs = measure_costs(config, precision, attention=attention, compiled=compiled, budget=budget, levels=levels)
         taken, costs = _beside(config, costs, world, strategy, objective)
+        if batch.cuda_graphs:  # what a captured pass needs in passing is never given back
+            size = min(images, busy_chunk(objective.encoder.pos_embed.shape[1]))
+            taken += size * costs.view_bytes + max(costs.forward.at(size), costs.train.at(size))
         plan = plan_step(
             costs,
             images=images,

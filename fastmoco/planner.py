@@ -147,7 +147,7 @@ def whole_bytes(costs: StepCosts, images: int, world_size: int = 1) -> float:
 def chunked_bytes(costs: StepCosts, images: int, chunk: int, kept_images: int = 0, world_size: int = 1) -> float:
     """Bytes of a step in chunks that keeps the graphs of so many images, beside the state."""
     chunk = min(chunk, images)
-    graphs = costs.graph.at(kept_images) if kept_images else 0.0
+    graphs = _graphs(costs, kept_images, chunk)
     backward = costs.train.at(chunk)
     return (
         costs.piled_bytes
@@ -166,7 +166,7 @@ def lean_bytes(costs: StepCosts, images: int, chunk: int, kept_images: int = 0, 
     if costs.lean is None or costs.lean_train is None:
         return float("inf")
     chunk, others = min(chunk, images), images - kept_images
-    graphs = (costs.graph.at(kept_images) if kept_images else 0.0) + (costs.lean.at(others) if others else 0.0)
+    graphs = _graphs(costs, kept_images, chunk) + (costs.lean.at(others) if others else 0.0)
     passing = max(
         costs.forward.at(chunk),
         _heads(costs, images, world_size),
@@ -179,7 +179,7 @@ def lean_bytes(costs: StepCosts, images: int, chunk: int, kept_images: int = 0, 
 def parts_of(costs: StepCosts, plan: StepPlan, images: int, world_size: int = 1) -> dict[str, float]:
     """Where the peak of a plan goes, in bytes: the batch's views, class features, kept graphs, and what is needed in passing."""
     held = {"views": images * costs.view_bytes, "features": images * costs.feature_bytes}
-    kept = costs.graph.at(plan.kept_images) if plan.kept_images else 0.0
+    kept = _graphs(costs, plan.kept_images, plan.chunk or images)
     if plan.lean and costs.lean is not None:
         kept += costs.lean.at(images - plan.kept_images)
     peak = plan.peak_bytes or whole_bytes(costs, images, world_size)
@@ -314,6 +314,14 @@ def _largest_that_fits(costs: StepCosts, images: int, budget: float, tokens: int
     while chunk > 1 and (chunk >= images or chunked_bytes(costs, images, chunk, 0, world_size) > budget):
         chunk //= 2
     return chunk
+
+
+def _graphs(costs: StepCosts, kept_images: int, chunk: int) -> float:
+    """What the graphs of some images keep, in chunks."""
+    if not kept_images:
+        return 0.0
+    again = -(-kept_images // chunk) - 1 if costs.apart else 0
+    return costs.graph.at(kept_images) + again * costs.graph.fixed
 
 
 def _resident(costs: StepCosts, images: int) -> float:

@@ -105,6 +105,9 @@ class StepCosts:
     """``train`` of such."""
     lean_flops: float = 0.0
     """What such a way computes twice, an image."""
+    apart: bool = False
+    """Whether every kept chunk keeps ``graph``'s fixed part for itself: copies of weights, which compiled blocks make for each.
+    Autocast's are made once a step."""
     piled_bytes: float = 0.0
     """Gradients that a step in chunks holds whole until its end, beside the state."""
 
@@ -166,6 +169,7 @@ def measure_costs(
         recompute_flops=again["train"][0] - flops["train"][0],
         step_flops=flops["train"][0] + flops["forward"][0] - flops["query"][0] + flops["heads"][0],
         units=_units(objective, 2 if precision == "bf16" else element),
+        apart=compiled and recompute == "none",
         lean=Line(*lean["graph"]) if lean else None,
         lean_train=Line(*lean["train"]) if lean else None,
         lean_flops=twice["train"][0] - flops["train"][0],

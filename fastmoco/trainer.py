@@ -147,6 +147,8 @@ class Trainer:
         self.recorder.event(f"attention: {self.attention}")
         plan, strategy, blocks = self.gradients.plan, self.gradients.strategy, self.gradients.compile
         self.recorder.event(f"batch: {plan}; parallel: {strategy}; blocks: {blocks}")
+        if self.config.batch.cuda_graphs:
+            self.recorder.event(f"CUDA graphs replay {self.gradients.replays}")
         self.loader.report = self.recorder.event_of_any_rank
         if self.knn is not None:
             self.knn.report = self.recorder.event

@@ -69,6 +69,8 @@ def compile_blocks(objective: nn.Module, *, budget: float = 1.0) -> None:
     import torch._dynamo.config as dynamo
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
+    # Dynamo would cut every block at the borders of DDP's buckets. A block is small enough for gradients to travel meanwhile.
+    dynamo.optimize_ddp = False
     options: dict[str, Any] = {"backend": _within(budget)} if budget < 1 else {}
     for block in _blocks(objective):
         # One tensor between blocks, as in `traced_blocks`: of two inputs both would be kept, where one sum suffices.

@@ -164,6 +164,8 @@ class Loader(BatchStream):
         """
         if self._failure is not None:
             raise self._failure
+        if not self._stop.alive:
+            raise RuntimeError("the loader is closed")
         self.begin()
         start, queued, tell_at = time.perf_counter(), self._results.qsize(), _REPORT_SECONDS
         while True:

@@ -67,7 +67,7 @@ def test_a_gpu_compiles_takes_levels_and_leaves_the_loader_its_memory(capsys: py
     assert chosen["parts_bytes"]["views"] == loader["batch_bytes"] == 256 * 2 * 3 * 8 * 8
     assert sum(chosen["parts_bytes"].values()) == pytest.approx(chosen["step_bytes"])
     assert chosen["fits"]
-    left = 2e9 * found["usable_share"] - loader["beside_batch_bytes"] - chosen["state_bytes"]["total"]
+    left = (2e9 - loader["beside_batch_bytes"]) * found["usable_share"] - chosen["state_bytes"]["total"]
     assert f"of {left / 2**30:.2f} GiB free" in chosen["plan"]["reason"]
 
 

@@ -121,7 +121,6 @@ def test_compiled_blocks_compute_the_same(budget: float) -> None:
     plain = encoder()
     ours = copy.deepcopy(plain)
     names = list(ours.state_dict())
-    real = compiled._within
 
     def split_only(share: float) -> Any:
         del share
@@ -131,7 +130,6 @@ def test_compiled_blocks_compute_the_same(budget: float) -> None:
         mock.patch.object(compiled, "_within", split_only),
         mock.patch.object(torch, "compile", functools.partial(torch.compile, fullgraph=True)),
     ):
-        assert real is not compiled._within
         compile_blocks(ours, budget=min(budget, 0.999))
     assert list(ours.state_dict()) == names
     images, weights = torch.randn(5, 3, 32, 32), torch.randn(5, 64)
@@ -141,6 +139,25 @@ def test_compiled_blocks_compute_the_same(budget: float) -> None:
     for (name, a), (_, b) in zip(plain.named_parameters(), ours.named_parameters(), strict=True):
         if a.grad is not None:
             assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-5), name
+
+
+def test_a_budget_binds_the_graphs_of_these_blocks_alone() -> None:
+    import torch._functorch.config as functorch
+    from torch._inductor import compile_fx
+
+    seen: list[float] = []
+
+    def noted(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.append(functorch.activation_memory_budget)
+        return graph.forward
+
+    model = encoder()
+    with mock.patch.object(compile_fx, "compile_fx", noted):
+        compile_blocks(model, budget=0.7)
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert seen == [0.7, 0.7]  # a block and a class row
+    assert functorch.activation_memory_budget == 1.0
+    assert not torch._dynamo.config.optimize_ddp  # which would cut blocks at the borders of buckets
 
 
 def kept_by_graph(output: Tensor, held: set[int]) -> int:

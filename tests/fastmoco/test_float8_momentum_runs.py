@@ -38,7 +38,7 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Config]:
     monkeypatch.setattr(float8_inference, "require_gain", lambda encoder: None)
     use = functools.partial(use_float8_inference_, emulate=True)
     monkeypatch.setattr(float8_inference, "use_float8_inference_", use)
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     recipe = quickstart_digits()
     model = replace(recipe.model, momentum_linears="float8", compile=True, hidden_dim=32, projection_dim=16)
     config = replace(
@@ -114,7 +114,7 @@ def test_encoders_that_lose_by_their_casts_are_refused(name: str, speed: float, 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({}, "compile=False: momentum_linears=float8 needs --model.compile"),
+        ({"compile": False}, "compile=False: momentum_linears=float8 needs --model.compile"),
         ({"compile": True, "linears": "float8"}, "linears=float8 covers the momentum encoder too"),
     ],
 )

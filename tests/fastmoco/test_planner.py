@@ -93,6 +93,12 @@ def test_a_chunk_and_kept_graphs_may_be_asked_for() -> None:
     assert plan_step(COSTS, images=1000, budget=1, tokens=TOKENS, chunk="none").chunk == 0
 
 
+def test_compiled_chunks_keep_copies_of_weights_each_for_itself() -> None:
+    apart = replace(COSTS, apart=True)
+    assert chunked_bytes(apart, 100, 8, 8) == chunked_bytes(COSTS, 100, 8, 8)
+    assert chunked_bytes(apart, 100, 8, 20) == chunked_bytes(COSTS, 100, 8, 20) + 2 * COSTS.graph.fixed
+
+
 def _plan(overhead: float, fits: bool = True) -> StepPlan:
     return StepPlan(chunk=1, kept=0, chunks=1, overhead=overhead, peak_bytes=1.0, reason="", fits=fits)
 
