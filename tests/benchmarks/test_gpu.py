@@ -17,8 +17,9 @@ from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.carried import unpack
 from benchmarks.gpu.lines import run_lines
 from benchmarks.gpu.runner import Run
-from benchmarks.gpu.stages import STAGES, TESTS_OF, Row, Stage, chosen, within
+from benchmarks.gpu.stages import STAGES, Row, Stage, chosen, within
 from benchmarks.gpu.summary import LINES, shown, summary
+from benchmarks.gpu.tests_of import TESTS_OF
 from benchmarks.measure import commit, machine
 from benchmarks.registry import CASES, parse_options
 
@@ -145,6 +146,7 @@ def test_a_row_that_fails_costs_only_itself_and_sets_the_exit_code(tmp_path, mon
 
     monkeypatch.setattr(runner, "run_lines", in_this_process)
     run = Run(out=tmp_path, budget=300, only="", dry=True)
+    run._kept |= {"machine": {"gpu": "none"}, "ceilings": CEILINGS}
     assert run.all([stage]) == 1
     assert [(line["name"], line["status"]) for line in run.lines] == [
         ("bad", "failed"),
@@ -156,7 +158,7 @@ def test_a_row_that_fails_costs_only_itself_and_sets_the_exit_code(tmp_path, mon
     assert kept[2]["gate"] == "not run"
     run._kept["gates"]["ema"] = "failed"
     run.lines.clear()
-    assert run.all([stage]) == 0
+    assert run.all([stage]) == 1
     assert {line["reason"] for line in run.lines} == {"the tests of ema failed: not timed"}
 
 
