@@ -27,11 +27,23 @@ SPOILED, OUT_OF_TIME = 9, 124
 CARD_CHECK = "import sys, torch; sys.exit(not torch.cuda.is_available())"
 
 
+def _commit() -> str:
+    """As `benchmarks.measure.commit` says it, without torch."""
+    if told := os.environ.get("FASTMOCO_COMMIT"):
+        return told
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
 class Run:
     """One call.
 
     Args:
-        out: folder of the results; ceilings, gates and environment of an earlier call in it are taken over.
+        out: folder of the results; ceilings of an earlier call in it are taken over, and of one at the same commit its gates
+            and environment.
         budget: seconds for everything.
         only: an op or part of a row's name; empty for all.
         dry: on the CPU with small shapes.
@@ -46,6 +58,8 @@ class Run:
         self._kept: dict[str, Any] = {"machine": {}, "ceilings": {}, "gates": {}}
         if self._kept_file.exists():
             self._kept |= json.loads(self._kept_file.read_text())
+        if self._kept.get("commit") != (now := _commit()):  # what another tree passed says nothing of this one
+            self._kept |= {"commit": now, "machine": {}, "gates": {}}
         site, carried = unpack(ROOT / ".gpu")
         paths = [ROOT, ROOT / "kernels", ROOT / "pipelines", *([site] if site else [])]
         self._environment = {

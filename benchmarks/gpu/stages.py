@@ -61,6 +61,8 @@ SMOKE = Stage(
         "view_color",
         "residual_norm",
         "fused_block",
+        "gelu_bias",
+        "split_qkv",
         "cut_views",
         "step",
     ),
