@@ -64,7 +64,8 @@ def run_file(file: str, ends: float) -> tuple[int, str]:
     left = ends - time.monotonic()
     if left < 1:
         return OUT_OF_TIME, "not begun"
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short", file]
+    # A line for each test, in spite of the -q in pyproject.toml.
+    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short", file]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # what it prints before it is ended is not lost
     try:
         done = subprocess.run(

@@ -266,6 +266,7 @@ def test_a_failure_before_the_time_ran_out_is_one(tmp_path, monkeypatch, capsys)
     slow = "\n\ndef test_slow():\n    import time\n    time.sleep(60)\n"
     (tmp_path / "test_bad.py").write_text(f"def test_it():\n    assert False\n{slow}")
     (tmp_path / "test_good.py").write_text(f"def test_it():\n    assert True\n{slow}")
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\n")
     monkeypatch.setattr(kernel_tests, "ROOT", tmp_path)
     ends = time.monotonic() + 8
     with ThreadPoolExecutor(2) as pool:
