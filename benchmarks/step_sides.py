@@ -10,12 +10,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor
@@ -263,6 +265,14 @@ def measure(name: str, options: dict[str, Any]) -> dict[str, Any]:
         return side.result | {"images_per_s": rates}
 
 
+def _pass_on(errors: IO[str], words: deque[str]) -> None:
+    """To our own errors line by line, so that a process that is ended has said something; the last ones are kept."""
+    for line in errors:
+        sys.stderr.write(line)
+        sys.stderr.flush()
+        words.append(line)
+
+
 def measure_apart(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """The same in a process of its own, whose allocator grows segments.
 
@@ -271,11 +281,16 @@ def measure_apart(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """
     environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": SEGMENTS, "PYTORCH_ALLOC_CONF": SEGMENTS}
     command = [sys.executable, "-m", "benchmarks.step_sides", json.dumps({"side": name, **options})]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    sys.stderr.write(done.stderr)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode != 0 or not lines:
-        raise RuntimeError(f"{name}: exit {done.returncode}: {done.stderr[-600:]}")
+    words: deque[str] = deque(maxlen=20)
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None  # noqa: PT018
+        (reader := threading.Thread(target=_pass_on, args=(process.stderr, words), daemon=True)).start()
+        lines = [line for line in process.stdout if line.startswith("{")]
+        reader.join(timeout=10)
+    if process.returncode != 0 or not lines:
+        raise RuntimeError(f"{name}: exit {process.returncode}: {''.join(words)[-600:]}")
     found: dict[str, Any] = json.loads(lines[-1])
     return found
 

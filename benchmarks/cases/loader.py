@@ -79,15 +79,17 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             ``feeds``: names begin with this, and parts of the work are left out (empty: all feeds, and the parts).
 
     Returns:
-        ``skipped_because`` alone where DALI is absent. Else
+        ``skipped_because`` alone where DALI, or webdataset to pack shards with, is absent. Else
         ``checked`` and ``failed`` by feed; ``images_per_cpu_s`` by feed and round; ``speedup`` of fastmoco with exact colours
         over the others and ``speedup_dali`` with DALI's; ``packed`` gains; ``profile`` in CPU milliseconds an image;
         ``stages`` of the loader by its own clock; ``scaling``; ``memory``.
     """
     if options["device"] not in ("auto", "cpu", "gpu"):
         raise ValueError(f"device={options['device']!r}: is auto, cpu or gpu")
-    if not _has("nvidia.dali"):
-        return {"skipped_because": "the loader needs nvidia.dali, which is not here"}
+    # The sample shards are packed by webdataset; those that are given are there.
+    for module in ("nvidia.dali", *(() if options["shards"] else ("webdataset",))):
+        if not _has(module):
+            return {"skipped_because": f"the loader needs {module}, which is not here"}
     available = torch.cuda.is_available()
     on_gpu = available if options["device"] == "auto" else options["device"] == "gpu"
     threads = [int(word) for word in options["threads"].split(",")]

@@ -54,7 +54,12 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             for number, view in enumerate(pair, start=1)
         }
         # Last, and in a result of its own: without DALI the kernels were measured all the same.
-        pipeline = _pipeline_contest(images, pair, device, options) if _has_dali() else {"skipped": {"DALI": "absent"}}
+        pipeline: dict[str, Any] = {"skipped": {"DALI": "absent"}}
+        if _has_dali():
+            try:
+                pipeline = _pipeline_contest(images, pair, device, options)
+            except (RuntimeError, ValueError, ImportError) as error:  # what was measured is not lost
+                pipeline = {"failed": {"DALI": f"{type(error).__name__}: {str(error)[:300]}"}}
         both = [part.get("milliseconds", {}).get("triton") for part in results.values()]
         per_image = {"us_per_image": round(1e3 * sum(both) / len(images), 3)} if all(both) else {}
         return {**results, "pipeline": pipeline, **per_image}

@@ -3,10 +3,11 @@
 ``make gpu`` runs it with the python at hand and installs nothing. Variables, of make or of the environment:
 
 * ``STAGES``: names of stages (`stages.py`), or ``a`` and ``b`` for the two runs; default ``a,b``. Their order is fixed.
-* ``ONLY``: an op (``info_nce``, ``attention``, ...) or part of a row's name; other rows and tests are left out.
+* ``ONLY``: an op (``info_nce``, ``attention``, ...) or part of a row's name; other rows, and tests of other ops, are left out.
 * ``BUDGET``: seconds for everything, 560 by default. A stage that would not fit any more is named and left out.
 * ``OUT``: folder for ``gpu.jsonl`` (one line a figure, with card, driver, versions and commit), logs of the stages, and what
-  one run leaves for the next: ceilings of the card, gates of the ops, the environment. Default ``gpu-results``.
+  one run leaves for the next: ceilings of the card, and at the same commit gates of the ops and the environment. Ceilings
+  and environment that are not there are measured first, whatever ``STAGES`` says. Default ``gpu-results``.
 * ``DRY=1`` (or ``--dry-run``): every stage on the CPU with small shapes. It checks everything but the card.
 * ``FASTMOCO_COMMIT``: the commit to write into every line, where there is no git.
 

@@ -26,15 +26,19 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--only", default="")
     dry = parser.parse_args().dry_run
-    try:
-        found = importlib.util.find_spec("nvidia.dali")
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
-        emit(NAME, SKIPPED, reason="needs nvidia.dali, which is not here")
-        return 0
+    for module in ("nvidia.dali", "webdataset"):
+        if not _has(module):
+            emit(NAME, SKIPPED, reason=f"needs {module}, which is not here")
+            return 0
     with tempfile.TemporaryDirectory() as folder:
         return _run(Path(folder), dry)
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package around it
+        return False
 
 
 def _run(folder: Path, dry: bool) -> int:

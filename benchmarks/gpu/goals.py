@@ -65,30 +65,37 @@ class Verdict:
     """A goal on this card, and what was measured."""
 
     goal: Goal
-    wanted: float
+    wanted: float | None
+    """None: the goal is to be scaled, and nothing is known to scale it by."""
     measured: float
 
     @property
-    def met(self) -> bool:
-        """Whether it is reached."""
+    def met(self) -> bool | None:
+        """Whether it is reached; None where that cannot be told."""
+        if self.wanted is None:
+            return None
         return self.measured >= self.wanted if self.goal.at_least is not None else self.measured <= self.wanted
 
     def __str__(self) -> str:
+        if self.wanted is None:
+            return f"{self.goal.name} unscaled: {self.goal.figure} {self.measured:.4g}, no ceilings of this card"
         sign = ">=" if self.goal.at_least is not None else "<="
         word = "met" if self.met else "MISSED"
         return f"{self.goal.name} {word}: {self.goal.figure} {self.measured:.4g} {sign} {self.wanted:.4g}"
 
 
-def slower(card: str, ceilings: Mapping[str, float], compute: float) -> float:
-    """How much longer a card takes than the one that the goals were set for; 1 on an H200 and where no ceiling was measured.
+def slower(card: str, ceilings: Mapping[str, float], compute: float) -> float | None:
+    """How much longer a card takes than the one that the goals were set for; 1 on an H200, None where no ceiling was measured.
 
     Args:
         card: its name.
         ceilings: measured, by the names of `SET_FOR`.
         compute: share of the time that products take.
     """
-    if "H200" in card or any(not ceilings.get(name) for name in SET_FOR):
+    if "H200" in card:
         return 1.0
+    if any(not ceilings.get(name) for name in SET_FOR):
+        return None
     products, copies = (SET_FOR[name] / ceilings[name] for name in ("matmul_tflops", "copy_gb_per_s"))
     return compute * products + (1 - compute) * copies
 
@@ -101,7 +108,9 @@ def verdicts(row: str, result: Mapping[str, Any], card: str, ceilings: Mapping[s
         if goal.row != row or measured is None:
             continue
         factor = 1.0 if goal.compute is None else slower(card, ceilings, goal.compute)
-        wanted = goal.at_least / factor if goal.at_least is not None else (goal.at_most or 0.0) * factor
+        wanted = None
+        if factor is not None:
+            wanted = goal.at_least / factor if goal.at_least is not None else (goal.at_most or 0.0) * factor
         found.append(Verdict(goal=goal, wanted=wanted, measured=measured))
     return found
 

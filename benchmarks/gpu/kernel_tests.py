@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,12 +16,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.gpu.lines import FAILED, OK, SKIPPED, emit
-from benchmarks.gpu.stages import QUICK_TEST, TESTS_OF, concerns
+from benchmarks.gpu.stages import checked
+from benchmarks.gpu.tests_of import QUICK_TEST, TESTS_OF
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 8
+LONGEST = ("step", "fused_block")
+"""Ops whose files begin first, so that they do not end last."""
 NOTHING_COLLECTED = 5
 OUT_OF_TIME = 124
+OF_A_TEST = re.compile(r"^(FAILED|ERROR)\b|::.* (FAILED|ERROR)\b")
+PASSED = re.compile(r"\b[1-9]\d* passed\b")
 
 
 def main() -> int:
@@ -30,9 +36,13 @@ def main() -> int:
     parser.add_argument("--only", default="")
     parser.add_argument("--limit", type=float, default=120)
     arguments = parser.parse_args()
-    files = {op: test_files(patterns) for op, patterns in TESTS_OF.items() if concerns(arguments.only, op)}
+    files = {op: test_files(patterns) for op, patterns in TESTS_OF.items() if checked(arguments.only, op)}
     if arguments.dry_run:
         files = {op: list(QUICK_TEST) for op in list(files)[:1]}
+    files = dict(sorted(files.items(), key=lambda item: item[0] not in LONGEST))
+    if not any(files.values()):
+        emit("tests", SKIPPED, reason=f"no test files for ONLY={arguments.only!r}")
+        return 0
     ends = time.monotonic() + arguments.limit
     workers = min(WORKERS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(workers) as pool:
@@ -54,15 +64,28 @@ def run_file(file: str, ends: float) -> tuple[int, str]:
     left = ends - time.monotonic()
     if left < 1:
         return OUT_OF_TIME, "not begun"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short", file]
+    # A line for each test, in spite of the -q in pyproject.toml.
+    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short", file]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # what it prints before it is ended is not lost
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=left, check=False)
-    except subprocess.TimeoutExpired:
-        return OUT_OF_TIME, "not done in time"
-    print(f"== {file}: exit {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-1000:]}", file=sys.stderr, flush=True)
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left, check=False
+        )
+        code, out, err = done.returncode, done.stdout, done.stderr
+    except subprocess.TimeoutExpired as late:
+        code, out, err = OUT_OF_TIME, _text(late.stdout), _text(late.stderr)
+    print(f"== {file}: exit {code}\n{out[-4000:]}{err[-1000:]}", file=sys.stderr, flush=True)
+    lines = [line for line in out.splitlines() if line.strip()]
+    if code == OUT_OF_TIME:  # no summary at the end: the tests' own lines tell
+        failed = [line for line in lines if OF_A_TEST.search(line)]
+        return (1 if failed else OUT_OF_TIME), " | ".join([*failed[:3], "not done in time"])
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return done.returncode, " | ".join([*failed[:3], lines[-1] if lines else done.stderr[-200:]])
+    return code, " | ".join([*failed[:3], lines[-1] if lines else err[-200:]])
+
+
+def _text(printed: str | bytes | None) -> str:
+    """Of a process that was ended, which comes as bytes whatever was asked for."""
+    return printed.decode(errors="replace") if isinstance(printed, bytes) else printed or ""
 
 
 def _report(op: str, results: dict[str, tuple[int, str]]) -> int:
@@ -75,6 +98,8 @@ def _report(op: str, results: dict[str, tuple[int, str]]) -> int:
         emit(f"tests of {op}", FAILED, op=op, gate="failed", results=shown, reason=" ".join(failed.values())[:300])
     elif late:
         emit(f"tests of {op}", SKIPPED, op=op, gate="not done in time", results=shown, reason=f"not done: {late}")
+    elif not any(PASSED.search(text) for _, text in results.values()):
+        emit(f"tests of {op}", SKIPPED, op=op, gate="not run", results=shown, reason="none of its tests ran")
     else:
         emit(f"tests of {op}", OK, op=op, gate="passed", results=shown)
     return 1 if failed else 3 if late else 0

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -82,8 +83,11 @@ def _read(stdout: IO[str], log: IO[str], take: Callable[[dict[str, Any]], None])
         line = _parsed(text)
         if line is None:
             log.write(text)
-        else:
+            continue
+        try:
             take(line)
+        except Exception:  # the lines after it are still wanted, and a full pipe would stop the process
+            log.write(f"{text}{traceback.format_exc()}")
 
 
 def _parsed(text: str) -> dict[str, Any] | None:

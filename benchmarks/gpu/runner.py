@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.gpu import goals
 from benchmarks.gpu.carried import unpack
 from benchmarks.gpu.lines import FAILED, MARKED, OK, SKIPPED, last_words, run_lines
-from benchmarks.gpu.stages import Stage, concerns, within
+from benchmarks.gpu.stages import CEILINGS, ENVIRONMENT, Stage, concerns, within
 from benchmarks.gpu.summary import shown, summary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,11 +27,23 @@ SPOILED, OUT_OF_TIME = 9, 124
 CARD_CHECK = "import sys, torch; sys.exit(not torch.cuda.is_available())"
 
 
+def _commit() -> str:
+    """As `benchmarks.measure.commit` says it, without torch."""
+    if told := os.environ.get("FASTMOCO_COMMIT"):
+        return told
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
 class Run:
     """One call.
 
     Args:
-        out: folder of the results; ceilings, gates and environment of an earlier call in it are taken over.
+        out: folder of the results; ceilings of an earlier call in it are taken over, and of one at the same commit its gates
+            and environment.
         budget: seconds for everything.
         only: an op or part of a row's name; empty for all.
         dry: on the CPU with small shapes.
@@ -46,6 +58,8 @@ class Run:
         self._kept: dict[str, Any] = {"machine": {}, "ceilings": {}, "gates": {}}
         if self._kept_file.exists():
             self._kept |= json.loads(self._kept_file.read_text())
+        if self._kept.get("commit") != (now := _commit()):  # what another tree passed says nothing of this one
+            self._kept |= {"commit": now, "machine": {}, "gates": {}}
         site, carried = unpack(ROOT / ".gpu")
         paths = [ROOT, ROOT / "kernels", ROOT / "pipelines", *([site] if site else [])]
         self._environment = {
@@ -64,6 +78,9 @@ class Run:
                 file=sys.stderr,
             )
             return 1
+        # Without these a figure has neither a card nor anything to be judged by.
+        first = [s for s, key in ((ENVIRONMENT, "machine"), (CEILINGS, "ceilings")) if not self._kept[key]]
+        stages = [*(stage for stage in first if stage not in stages), *stages]
         done: list[tuple[str, str, float]] = []
         for stage in stages:
             if not within(stage, self.only):
@@ -83,7 +100,7 @@ class Run:
         return self._ends - time.monotonic()
 
     def _stage(self, stage: Stage) -> str:
-        """One stage; "ok", "failed" or "out of time"."""
+        """One stage; "ok", "failed", "skipped" or "out of time"."""
         # A dry run is for whichever machine, busy ones among them: there only the budget ends a stage.
         limit = self._left() if self.dry else min(stage.limit, self._left())
         if limit < LEAST_SECONDS:
@@ -93,15 +110,19 @@ class Run:
             return self._rows(stage, limit)
         words = ["--only", self.only] if stage.ops or stage.name == "tests" else []
         words += ["--limit", f"{max(1.0, limit - 10):.0f}"] if stage.name == "tests" else []
+        first = len(self.lines)
         code, failed = self._process(stage, words, limit)
-        if code == OUT_OF_TIME or (code == 3 and not failed):
+        if code in (OUT_OF_TIME, 3) and not failed:
             return "out of time"
-        return FAILED if code or failed else "ok"
+        if code or failed:
+            return FAILED
+        printed = [line["status"] for line in self.lines[first:]]
+        return SKIPPED if printed and all(status == SKIPPED for status in printed) else "ok"
 
     def _rows(self, stage: Stage, limit: float) -> str:
         """Rows of a stage, in one process as long as it lives; a new one goes on after a row that killed it."""
         ends = time.monotonic() + limit
-        waiting = []
+        waiting, failed = [], False
         for number, row in enumerate(stage.rows):
             gate = self._kept["gates"].get(row.op)
             if not concerns(self.only, row.name, row.op, row.case):
@@ -111,9 +132,9 @@ class Run:
                 self._take(
                     stage, {"name": row.name, "status": SKIPPED, "reason": f"the tests of {row.op} failed: not timed"}
                 )
+                failed = True
             else:
                 waiting.append(number)
-        failed = False
         while waiting:
             before = {line.get("row") for line in self.lines if line.get("stage") == stage.name}
             words = [stage.name, "--rows", ",".join(map(str, waiting))]

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu.checks import Check, Place, Unavailable
 from benchmarks.gpu.lines import FAILED, OK, SKIPPED, emit
-from benchmarks.gpu.stages import concerns
+from benchmarks.gpu.stages import checked, concerns
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ def main() -> int:
     results = [
         run_check(name, op, check, place)
         for (name, op), check in {**CHECKS, **STEP_CHECKS}.items()
-        if concerns(arguments.only, name, op)
+        if concerns(arguments.only, name) or checked(arguments.only, op)
     ]
     return int(not all(results))
 

@@ -16,14 +16,17 @@ from fastmoco_kernels import (
     cut_views,
     ema_update_,
     gaussian_blur,
+    gelu,
     info_nce_loss,
     lars_step_,
     packed_attention,
     residual_norm,
+    split_qkv,
     symmetric_info_nce_loss,
     view_color,
 )
 from fastmoco_kernels.attention.choice import choose_attention
+from fastmoco_kernels.fused_block.op import gelu_backward, norm_backward, norm_forward, stack_qkv
 
 Errors = dict[str, tuple[float, float]]
 SWEPT = 2e-6
@@ -167,6 +170,57 @@ def _residual_norm(place: Place) -> Errors:
     ours = results(lambda t: t, place.narrow, "triton")
     truth = results(lambda t: t.double(), torch.float64, "reference")
     names = ("x", "y", "dx", "dbranch", "dweight", "dbias")
+    return _against(place, names, ours, truth)
+
+
+def _gelu_bias(place: Place) -> Errors:
+    rows, width = (5, 48) if place.dry else (1970, 1536)
+    h, grad = place.random(rows, width, seed=1), place.random(rows, width, seed=2)
+    bias = place.random(width, seed=3, dtype=torch.float32)
+
+    def results(cast: Callable[[Tensor], Tensor], backend: str) -> list[Tensor]:
+        leaves = [cast(t).detach().requires_grad_() for t in (h, bias)]
+        y = gelu(leaves[0], leaves[1], backend=backend)
+        return [y, *torch.autograd.grad(y, leaves, cast(grad))]
+
+    return _against(place, ("y", "dh", "dbias"), results(lambda t: t, "triton"), results(Tensor.double, "reference"))
+
+
+def _split_qkv(place: Place) -> Errors:
+    images, tokens, heads, width = (2, 5, 2, 8) if place.dry else (10, 197, 12, 32)
+    stacked = place.random(images, tokens, 3 * heads * width, seed=1)
+    bias = place.random(3 * heads * width, seed=2, dtype=torch.float32)
+    grads = [place.random(images, heads, tokens, width, seed=i) for i in (3, 4, 5)]
+
+    def results(cast: Callable[[Tensor], Tensor], backend: str) -> list[Tensor]:
+        leaves = [cast(t).detach().requires_grad_() for t in (stacked, bias)]
+        parts = split_qkv(leaves[0], heads, leaves[1], backend=backend)
+        return list(torch.autograd.grad(parts, leaves, [cast(grad) for grad in grads]))
+
+    return _against(place, ("dqkv", "dbias"), results(lambda t: t, "triton"), results(Tensor.double, "reference"))
+
+
+def _fused_block(place: Place) -> Errors:
+    rows, width = (5, 48) if place.dry else (1970, 384)
+    x, dsum = (place.random(rows, width, seed=i, dtype=torch.float32) for i in (1, 2))
+    branch, dy, h = (place.random(rows, width, seed=i) for i in (3, 4, 5))
+    weight, bias = (place.random(width, seed=i, dtype=torch.float32) for i in (6, 7))
+    parts = [place.random(2, 3, rows, 16, seed=i) for i in (8, 9, 10)]
+
+    def results(cast: Callable[[Tensor], Tensor], narrow: torch.dtype, triton: bool) -> list[Tensor]:
+        stream, side, w, b = (cast(t) for t in (x, branch, weight, bias))
+        total, y, mean, rstd = norm_forward(stream, side, w, b, 1e-6, narrow, triton)
+        back = norm_backward(cast(dy), cast(dsum), stream, side, w, b, mean, rstd, narrow, triton)
+        after = (*gelu_backward(cast(dy), cast(h), triton), *stack_qkv(*(cast(t) for t in parts), triton))
+        return [total, y, *back, *after]
+
+    names = ("sum", "y", "dx", "dbranch", "y again", "norm sums", "gelu", "dh", "gelu sums", "dqkv", "dqkv sums")
+    return _against(
+        place, names, results(lambda t: t, place.narrow, True), results(Tensor.double, torch.float64, False)
+    )
+
+
+def _against(place: Place, names: tuple[str, ...], ours: list[Tensor], truth: list[Tensor]) -> Errors:
     limit = 2 * place.unit + 1e-5
     return {name: (relative_error(mine, exact), limit) for name, mine, exact in zip(names, ours, truth, strict=True)}
 
@@ -222,6 +276,9 @@ CHECKS: dict[tuple[str, str], Check] = {
     ("adamw_ema", "adamw_ema"): _adamw,
     ("lars", "lars"): _lars,
     ("residual_norm", "residual_norm"): _residual_norm,
+    ("gelu_bias", "fused_block"): _gelu_bias,
+    ("split_qkv", "fused_block"): _split_qkv,
+    ("fused_block", "fused_block"): _fused_block,
     ("view_color", "view_color"): _view_color,
     ("blur", "blur"): _blur,
     ("cut_views", "cut_views"): _cut_views,

@@ -60,6 +60,9 @@ SMOKE = Stage(
         "blur",
         "view_color",
         "residual_norm",
+        "fused_block",
+        "gelu_bias",
+        "split_qkv",
         "cut_views",
         "step",
     ),
@@ -174,7 +177,7 @@ FUSED = Stage(
             case="train_step",
             op="step",
             options=("recipe=vit_b16_e300_b4096", "blocks=fused", "momentum_linears=float8", "steps=1", *_STEP),
-            dry=(*_SMALL_STEP, "blocks=fused"),
+            dry=(*_SMALL_STEP, "blocks=fused", "momentum_linears=native"),  # no CPU has float8
         ),
         Row(name="block ViT-S", case="fused_block", op="fused_block", dry=("E=32", "heads=4", "tokens=5", "compile=0")),
         Row(
@@ -194,7 +197,7 @@ COLOR = Stage(
             name="colour",
             case="view_color",
             op="view_color",
-            options=("images=256",),
+            options=("images=64", "rounds=2"),  # Pillow, which is timed too, makes few a second
             dry=("images=3", "size=32", "rounds=1"),
         ),
     ),
@@ -218,62 +221,23 @@ PEERS = Stage(
     name="peers",
     run="b",
     limit=150,
-    rows=(
+    rows=tuple(
         Row(
-            name="ViT-S 4096 peers",
+            name=f"ViT-S 4096 peer, {side}",
             case="train_step",
             op="step",
-            options=("sides=eager,compiled", "processes=1", "rounds=2", "steps=1"),
+            options=(f"sides={side}", "processes=1", "rounds=2", "steps=1"),
             dry=(*_SMALL_STEP, "sides=eager"),
-        ),
+        )
+        for side in ("eager", "compiled")
     ),
 )
 
 STAGES = (
     *(ENVIRONMENT, SMOKE, CEILINGS, STEP_1024, TESTS),
-    *(LOSS, SWEEPS, ATTENTION, STEP_S, STEP_B, FUSED, COLOR, LOADER, KNN, PEERS),
+    *(LOSS, SWEEPS, ATTENTION, STEP_S, FUSED, COLOR, STEP_B, LOADER, KNN, PEERS),
 )
 """In the order in which they run."""
-
-TESTS_OF = {
-    "info_nce": (
-        "tests/kernels/test_info_nce.py",
-        "tests/kernels/test_info_nce_operator.py",
-        "tests/kernels/test_info_nce_paths.py",
-        "tests/kernels/test_tiles.py",
-    ),
-    "attention": (
-        "tests/kernels/test_attention.py",
-        "tests/kernels/test_attention_short.py",
-        "tests/kernels/test_attention_choice.py",
-        "tests/kernels/test_other_kernels.py",
-    ),
-    "ema": ("tests/kernels/test_ema.py", "tests/kernels/test_ema_triton.py", "tests/kernels/test_multi_tensor.py"),
-    "adamw_ema": (
-        "tests/kernels/test_adamw_ema.py",
-        "tests/kernels/test_adamw_ema_optimizer.py",
-        "tests/kernels/test_unchanged.py",
-    ),
-    "lars": ("tests/kernels/test_lars.py", "tests/kernels/test_lars_optimizer.py"),
-    "view_color": (
-        "tests/kernels/test_view_color.py",
-        "tests/kernels/test_view_color_triton.py",
-        "tests/kernels/test_blur.py",
-    ),
-    "residual_norm": ("tests/kernels/test_residual_norm*.py",),
-    "fused_block": (
-        "tests/kernels/test_fused_block.py",
-        "tests/kernels/test_gelu_bias.py",
-        "tests/kernels/test_split_qkv.py",
-        "tests/fastmoco/test_fused_block.py",
-    ),
-    "cut_views": ("tests/kernels/test_cut_views.py",),
-    "tuning": ("tests/kernels/test_tuning.py",),
-    "step": ("tests/fastmoco/*_gpu.py",),
-}
-"""The tests of each op, as patterns: rows of an op are timed where these passed, whatever others did."""
-QUICK_TEST = ("tests/kernels/test_multi_tensor.py",)
-"""What the dry run takes instead."""
 
 
 def chosen(names: str) -> list[Stage]:
@@ -297,8 +261,16 @@ def concerns(only: str, *texts: str) -> bool:
     return not only or any(only.lower() in text.lower() for text in texts)
 
 
+def checked(only: str, op: str) -> bool:
+    """Whether tests and checks of an op are wanted under ``ONLY``: it names the op, or a row of it."""
+    rows = [row for stage in STAGES for row in stage.rows if row.op == op]
+    return concerns(only, op) or any(concerns(only, row.name, row.case) for row in rows)
+
+
 def within(stage: Stage, only: str) -> bool:
     """Whether anything of a stage is left under ``ONLY``."""
     if stage.rows:
         return any(concerns(only, row.name, row.op, row.case) for row in stage.rows)
+    if stage.name == SMOKE.name:
+        return any(checked(only, op) for op in stage.ops)
     return not stage.ops or concerns(only, *stage.ops)

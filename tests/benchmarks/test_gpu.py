@@ -6,7 +6,9 @@ import ctypes
 import json
 import subprocess
 import sys
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.carried import unpack
 from benchmarks.gpu.lines import run_lines
 from benchmarks.gpu.runner import Run
-from benchmarks.gpu.stages import STAGES, TESTS_OF, Row, Stage, chosen, within
+from benchmarks.gpu.stages import STAGES, Row, Stage, checked, chosen, within
 from benchmarks.gpu.summary import LINES, shown, summary
+from benchmarks.gpu.tests_of import TESTS_OF
 from benchmarks.measure import commit, machine
 from benchmarks.registry import CASES, parse_options
 
@@ -39,6 +42,10 @@ def test_stages_are_chosen_by_name_or_run_and_keep_their_order():
         chosen("speed")
     left = {stage.name for stage in STAGES if within(stage, "info_nce")}
     assert left == {"env", "smoke", "ceilings", "tests", "loss"}
+    assert {stage.name for stage in STAGES if within(stage, "loss 16384")} == left  # tests and checks of a row's op
+    assert [op for op in TESTS_OF if checked("loss 16384", op)] == ["info_nce"]
+    names = [stage.name for stage in STAGES]
+    assert max(names.index("fused"), names.index("color")) < names.index("vit_b")
 
 
 def test_every_gate_has_tests_and_every_goal_a_row():
@@ -57,6 +64,9 @@ def test_goals_follow_the_card():
     step = goals.verdicts("ViT-S 4096", {"images_per_s": {"fastmoco": [3000.0, 2000.0, 2600.0]}}, "H100", CEILINGS)[0]
     assert (step.wanted, step.measured) == (2500.0, 2600.0)
     assert "G7 met" in str(step)
+    unscaled, naive = goals.verdicts("loss 16384", times, "NVIDIA H100 80GB HBM3", {})
+    assert (unscaled.wanted, unscaled.met, naive.met) == (None, None, True)
+    assert "G1 unscaled: milliseconds.triton 1.5" in str(unscaled)
 
 
 def test_shares_are_of_the_measured_ceilings():
@@ -119,6 +129,69 @@ def test_a_process_is_read_while_it_works_and_ended_at_its_limit(tmp_path):
     assert "noise" in (tmp_path / "log").read_text()
 
 
+def test_a_line_that_cannot_be_kept_costs_only_itself(tmp_path):
+    lines: list[dict] = []
+
+    def take(line):
+        lines.append(line)
+        if line["name"] == "a":
+            raise KeyError("status")
+
+    command = [sys.executable, "-c", 'print(\'{"name": "a"}\\n{"name": "b"}\')']
+    assert run_lines(command, limit=60, log=tmp_path / "log", environment={}, take=take, cwd=tmp_path) == 0
+    assert [line["name"] for line in lines] == ["a", "b"]
+    assert "KeyError: 'status'" in (tmp_path / "log").read_text()
+
+
+def _run_with(monkeypatch, tmp_path, code: int, *printed: dict) -> Run:
+    """A run whose processes print these lines and end with this code; the stages that it began are in ``began``."""
+    monkeypatch.setattr(runner, "_commit", lambda: "one")
+    run = Run(out=tmp_path, budget=300, only="", dry=True)
+    run.began = []
+
+    def processes(command, *, take, **_):
+        run.began.append(command[2])
+        for line in printed:
+            take(dict(line))
+        return code
+
+    monkeypatch.setattr(runner, "run_lines", processes)
+    return run
+
+
+LOOK = Stage(name="look", run="a", limit=60, module="look")
+GOOD, BAD, LEFT_OUT = ({"name": word, "status": word} for word in ("ok", "failed", "skipped"))
+
+
+@pytest.mark.parametrize(
+    ("code", "line", "outcome"),
+    [
+        (124, GOOD, "out of time"),
+        (124, BAD, "failed"),
+        (0, LEFT_OUT, "skipped"),
+        (0, GOOD, "ok"),
+        (3, GOOD, "out of time"),
+    ],
+)
+def test_a_stage_is_called_what_it_was(tmp_path, monkeypatch, code, line, outcome):
+    run = _run_with(monkeypatch, tmp_path, code, line)
+    assert run._stage(LOOK) == outcome
+
+
+def test_what_later_stages_need_is_measured_first_and_kept_for_its_commit(tmp_path, monkeypatch):
+    facts = ({**GOOD, "name": "environment", "machine": {"gpu": "H100"}}, {**GOOD, "name": "ceilings", **CEILINGS})
+    run = _run_with(monkeypatch, tmp_path, 0, *facts, {**BAD, "op": "ema", "gate": "failed"})
+    assert run.all([LOOK]) == 1
+    assert run.began == ["benchmarks.gpu.environment", "benchmarks.gpu.ceilings", "look"]
+    again = _run_with(monkeypatch, tmp_path, 0, GOOD)
+    assert again.all([LOOK]) == 0
+    assert again.began == ["look"]
+    assert again.all([_stage("good")]) == 1  # not timed, because the tests of its op failed: not a success
+    monkeypatch.setattr(runner, "_commit", lambda: "another")
+    kept = Run(out=tmp_path, budget=300, only="", dry=True)._kept
+    assert (kept["gates"], kept["machine"], kept["ceilings"]) == ({}, {}, CEILINGS)
+
+
 def _stage(*names: str) -> Stage:
     small = ("width=8", "depth=1", "hidden=8", "rounds=1")
     options = {"good": small, "other": small, "bad": (*small, "momentum=7"), "dead": ("no_such_option=1",)}
@@ -145,6 +218,7 @@ def test_a_row_that_fails_costs_only_itself_and_sets_the_exit_code(tmp_path, mon
 
     monkeypatch.setattr(runner, "run_lines", in_this_process)
     run = Run(out=tmp_path, budget=300, only="", dry=True)
+    run._kept |= {"machine": {"gpu": "none"}, "ceilings": CEILINGS}
     assert run.all([stage]) == 1
     assert [(line["name"], line["status"]) for line in run.lines] == [
         ("bad", "failed"),
@@ -156,7 +230,7 @@ def test_a_row_that_fails_costs_only_itself_and_sets_the_exit_code(tmp_path, mon
     assert kept[2]["gate"] == "not run"
     run._kept["gates"]["ema"] = "failed"
     run.lines.clear()
-    assert run.all([stage]) == 0
+    assert run.all([stage]) == 1
     assert {line["reason"] for line in run.lines} == {"the tests of ema failed: not timed"}
 
 
@@ -175,6 +249,31 @@ def test_a_kernel_test_that_fails_closes_its_own_gate_alone(tmp_path, monkeypatc
     assert kernel_tests.main() == 1
     lines = [json.loads(text) for text in capsys.readouterr().out.splitlines() if text.startswith("{")]
     assert {line["op"]: line["gate"] for line in lines} == {"one": "failed", "two": "passed"}
+
+
+def test_a_gate_needs_a_test_that_ran(tmp_path, monkeypatch, capsys):
+    (tmp_path / "test_none.py").write_text("import pytest\n\n@pytest.mark.skip\ndef test_it():\n    pass\n")
+    monkeypatch.setattr(kernel_tests, "ROOT", tmp_path)
+    monkeypatch.setattr(kernel_tests, "TESTS_OF", {"ema": ("test_none.py",)})
+    for only, told in (("", ("tests of ema", "not run")), ("no such row", ("tests", None))):
+        monkeypatch.setattr(sys, "argv", ["kernel_tests", "--limit", "100", "--only", only])
+        assert kernel_tests.main() == 0
+        line = next(json.loads(text) for text in capsys.readouterr().out.splitlines() if text.startswith("{"))
+        assert (line["name"], line.get("gate"), line["status"]) == (*told, "skipped")
+
+
+def test_a_failure_before_the_time_ran_out_is_one(tmp_path, monkeypatch, capsys):
+    slow = "\n\ndef test_slow():\n    import time\n    time.sleep(60)\n"
+    (tmp_path / "test_bad.py").write_text(f"def test_it():\n    assert False\n{slow}")
+    (tmp_path / "test_good.py").write_text(f"def test_it():\n    assert True\n{slow}")
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\n")
+    monkeypatch.setattr(kernel_tests, "ROOT", tmp_path)
+    ends = time.monotonic() + 8
+    with ThreadPoolExecutor(2) as pool:
+        bad, good = pool.map(lambda file: kernel_tests.run_file(file, ends), ("test_bad.py", "test_good.py"))
+    assert (bad[0], good) == (1, (124, "not done in time"))
+    assert "test_bad.py::test_it FAILED" in bad[1]
+    assert "test_good.py::test_it PASSED" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -1,0 +1,43 @@
+"""Which test files gate the rows of which op."""
+
+from __future__ import annotations
+
+TESTS_OF = {
+    "info_nce": (
+        "tests/kernels/test_info_nce.py",
+        "tests/kernels/test_info_nce_operator.py",
+        "tests/kernels/test_info_nce_paths.py",
+        "tests/kernels/test_tiles.py",
+    ),
+    "attention": (
+        "tests/kernels/test_attention.py",
+        "tests/kernels/test_attention_short.py",
+        "tests/kernels/test_attention_choice.py",
+        "tests/kernels/test_other_kernels.py",
+    ),
+    "ema": ("tests/kernels/test_ema.py", "tests/kernels/test_ema_triton.py", "tests/kernels/test_multi_tensor.py"),
+    "adamw_ema": (
+        "tests/kernels/test_adamw_ema.py",
+        "tests/kernels/test_adamw_ema_optimizer.py",
+        "tests/kernels/test_unchanged.py",
+    ),
+    "lars": ("tests/kernels/test_lars.py", "tests/kernels/test_lars_optimizer.py"),
+    "view_color": (
+        "tests/kernels/test_view_color.py",
+        "tests/kernels/test_view_color_triton.py",
+        "tests/kernels/test_blur.py",
+    ),
+    "residual_norm": ("tests/kernels/test_residual_norm*.py",),
+    "fused_block": (
+        "tests/kernels/test_fused_block.py",
+        "tests/kernels/test_gelu_bias.py",
+        "tests/kernels/test_split_qkv.py",
+        "tests/fastmoco/test_fused_block.py",
+    ),
+    "cut_views": ("tests/kernels/test_cut_views.py",),
+    "tuning": ("tests/kernels/test_tuning.py",),
+    "step": ("tests/fastmoco/*_gpu.py",),
+}
+"""The tests of each op, as patterns: rows of an op are timed where these passed, whatever others did."""
+QUICK_TEST = ("tests/kernels/test_multi_tensor.py",)
+"""What the dry run takes instead."""
