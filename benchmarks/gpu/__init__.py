@@ -1,4 +1,4 @@
-"""One call for a borrowed GPU: stages, each a process with a limit of its own, every figure a line as soon as it is there.
+"""One call for a GPU at hand: stages, each a process with a limit of its own, every figure a line as soon as it is there.
 
 ``make gpu`` runs it with the python at hand and installs nothing. Variables, of make or of the environment:
 

@@ -1,4 +1,4 @@
-"""The instrument for a borrowed GPU: its stages and goals as data, its lines and gates, and a dry run of every stage."""
+"""The instrument for a GPU: its stages and goals as data, its lines and gates, and a dry run of every stage."""
 
 from __future__ import annotations
 
