@@ -72,10 +72,8 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
     """
     import torch
 
-    from fastmoco.models.compiled import BUDGETS
     from fastmoco.planner import HEADROOM
     from fastmoco.setup_run import choose_precision
-    from fastmoco.step_costs import measure_costs
 
     if gpus < 1 or config.global_batch_size % gpus:
         raise ValueError(f"gpus={gpus}: must divide global_batch_size={config.global_batch_size}")
@@ -84,45 +82,18 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
     precision = (
         choose_precision(config.precision, torch.device("cpu")) if on_cpu else config.precision.replace("auto", "bf16")
     )
-    attention = "explicit" if on_cpu and precision == "bf16" else config.model.attention
-    settings: tuple[Recompute, ...] = ("none", "selective", "full")
-    fused = config.model.blocks == "fused"
-    if config.model.linears == "float8" or fused:
-        settings = ("none", "full")  # which refuse the other
     levels = config.data.view_dtype == "uint8" or (config.data.view_dtype == "auto" and not on_cpu)
     automatic = config.model.compile == "auto" and not on_cpu and precision != "fp64"
-    compiled = (config.model.compile is True or automatic) and not fused
-    wanted = config.batch.activation_budget
-    budgets = (BUDGETS if wanted == "auto" else (float(wanted),)) if compiled else (1.0,)
-
-    def costs_of(setting: Recompute, budget: float) -> StepCosts:
-        return measure_costs(
-            config,
-            precision,
-            attention=attention,
-            recompute=setting,
-            compiled=compiled,
-            budget=budget,
-            levels=levels,
-        )
-
-    by_setting = {setting: [costs_of(setting, budgets[0] if setting == "none" else 1.0)] for setting in settings}
-    by_setting["none"] += [costs_of("none", budget) for budget in budgets[1:]]
-    plain = by_setting["none"][0]
+    compiled = (config.model.compile is True or automatic) and config.model.blocks != "fused"
+    by_setting = _costs(config, precision, on_cpu=on_cpu, compiled=compiled, levels=levels)
+    plain = next(iter(by_setting["none"].values()))
     shared = _shared_by(config, plain, gpus, memory)
     loader = _loader(config, gpus, levels, on_cpu)
     usable = (memory - loader.beside_batch_bytes) * HEADROOM
     rows = [
-        _row(
-            config,
-            dict(zip(budgets if setting == "none" else (1.0,), costs, strict=True)),
-            setting,
-            gpus,
-            usable,
-            shards,
-        )
+        _row(config, by_budget, setting, gpus, usable, shards)
         for shards in sorted({1, shared, gpus})
-        for setting, costs in by_setting.items()
+        for setting, by_budget in by_setting.items()
     ]
     asked = (config.model.checkpointing, shared)
     return {
@@ -143,6 +114,30 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
         "loader_bytes": asdict(loader) | {"beside_batch_bytes": loader.beside_batch_bytes},
         "settings": rows,
         "chosen": next(row for row in rows if (row["checkpointing"], row["state_over"]) == asked),
+    }
+
+
+def _costs(
+    config: Config, precision: str, *, on_cpu: bool, compiled: bool, levels: bool
+) -> dict[Recompute, dict[float, StepCosts]]:
+    """What a step costs by way of recomputing, and by share of the activations that compiled blocks keep."""
+    from fastmoco.models.compiled import BUDGETS
+    from fastmoco.step_costs import measure_costs
+
+    attention = "explicit" if on_cpu and precision == "bf16" else config.model.attention
+    settings: tuple[Recompute, ...] = ("none", "selective", "full")
+    if config.model.linears == "float8" or config.model.blocks == "fused":
+        settings = ("none", "full")  # which refuse the other
+    wanted = config.batch.activation_budget
+    budgets = (BUDGETS if wanted == "auto" else (float(wanted),)) if compiled else (1.0,)
+
+    def costs_of(setting: Recompute, budget: float) -> StepCosts:
+        how = {"attention": attention, "compiled": compiled, "levels": levels}
+        return measure_costs(config, precision, recompute=setting, budget=budget, **how)  # type: ignore[arg-type]
+
+    return {
+        setting: {budget: costs_of(setting, budget) for budget in (budgets if setting == "none" else (1.0,))}
+        for setting in settings
     }
 
 
