@@ -170,7 +170,7 @@ def data_device(config: Config, world: World) -> Literal["cpu", "gpu"]:
     return config.data.device
 
 
-def loader_spec(config: Config, world: World, *, threads: int = 1) -> LoaderSpec:
+def loader_spec(config: Config, world: World, *, threads: int) -> LoaderSpec:
     """What the training loader of a config delivers here: beside a GPU, levels, which the step normalises by chunks.
 
     Raises:
@@ -184,17 +184,16 @@ def loader_spec(config: Config, world: World, *, threads: int = 1) -> LoaderSpec
     return replace(spec, view_dtype=wanted)
 
 
-def reserved_bytes(config: Config, world: World, loader: Loader | SyntheticLoader) -> float:
+def reserved_bytes(world: World, loader: Loader | SyntheticLoader) -> float:
     """Bytes of the model's device that a plan of the step must leave to the loader, beside the batch that is in use.
 
     The batch of a synthetic loader, which a plan counts, lies there already: less than nothing.
     """
-    spec = loader_spec(config, world)
-    held = loader_bytes(spec, world.world_size)
+    held = loader_bytes(loader.spec, world.world_size)
     if isinstance(loader, SyntheticLoader):
         return -float(held.batch_bytes)
     on_gpu = world.device.type == "cuda"
-    return float(held.beside_batch_bytes) if on_gpu == (spec.device == "gpu") else 0.0
+    return float(held.beside_batch_bytes) if on_gpu == (loader.spec.device == "gpu") else 0.0
 
 
 def build_train_loader(

@@ -69,8 +69,8 @@ class Trainer:
             world,
             self.precision,
             attention=self.attention.backend,
-            levels=setup_run.loader_spec(config, world).view_dtype == "uint8",
-            reserved=setup_run.reserved_bytes(config, world, loader),
+            levels=loader.spec.view_dtype == "uint8",
+            reserved=setup_run.reserved_bytes(world, loader),
         )
         self.optimizer = setup_run.build_optimizer(config, self.objective)
         self.step_count = 0

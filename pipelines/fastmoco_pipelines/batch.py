@@ -67,6 +67,7 @@ class BatchStream(ABC):
         steps_per_epoch: full global batches of one pass over the set; the ragged rest is left out on all ranks.
         local_batch_size: images of each batch.
         sample_count: images of the whole set.
+        spec: what is delivered, and where.
         digest: identity of the set's content (``ShardSet.digest``).
         shuffle_window: shards shuffled together; 0 = the whole set.
         order_digest: identity of how shards are shuffled together (``ShardWindows.digest``); empty for the whole set.
@@ -93,7 +94,7 @@ class BatchStream(ABC):
         self.order_digest = windows.digest if windows is not None else ""
         self.wait_seconds = 0.0
         self.report: Callable[[str], None] = logging.getLogger(__name__).warning
-        self._spec = spec
+        self.spec = spec
         self._step = start_step
 
     def begin(self) -> None:  # noqa: B027  # nothing to do is a way of doing it
@@ -117,8 +118,8 @@ class BatchStream(ABC):
         return {
             "step": self._step,
             "digest": self.digest,
-            "seed": self._spec.seed,
-            "global_batch_size": self._spec.global_batch_size,
+            "seed": self.spec.seed,
+            "global_batch_size": self.spec.global_batch_size,
             **order,
         }
 

@@ -178,7 +178,7 @@ class Loader(BatchStream):
                 if not self._producer.is_alive() and self._results.empty():
                     raise RuntimeError(f"the loader's thread ended before step {self._step}") from None
                 waited = time.perf_counter() - start
-                if waited >= min(tell_at, self._spec.timeout_s):
+                if waited >= min(tell_at, self.spec.timeout_s):
                     tell_at *= 2
                     self._tell_of_waiting(waited)
         self.wait_seconds = time.perf_counter() - start
@@ -196,7 +196,7 @@ class Loader(BatchStream):
     def _tell_of_waiting(self, waited: float) -> None:
         """Say what the loader is at, or give up."""
         doing = self._clock.doing(self._shards.reading)
-        if waited < self._spec.timeout_s:
+        if waited < self.spec.timeout_s:
             self.report(f"waiting for the data of step {self._step} for {waited:.0f} s: {doing}")
             return
         self._failure = LoaderTimeoutError(
