@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastmoco_pipelines.check_pool import ChildLimits, DecodePool, Item
-from fastmoco_pipelines.index import build_index, index_path, write_index
+from fastmoco_pipelines.formats.index import build_index, index_path, write_index
+from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, DecodePool, Item
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {"image": 0.8, "tar": 0.15, "index": 0.05}

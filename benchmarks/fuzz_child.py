@@ -1,6 +1,6 @@
 """The child of ``benchmarks.fuzz``: one mutated input at a time, judged by this project's code and by a second opinion.
 
-Speaks the protocol of ``fastmoco_pipelines.check_child``. The ``path`` of an item is ``TARGET:FILE``; its crc32 is the
+Speaks the protocol of `fastmoco_pipelines.inspecting.decode_child`. The `path` of an item is `TARGET:FILE`; its crc32 is the
 number of the seed that the input was made from, the file ``TARGET-NUMBER`` beside it. ``kind`` is the outcome, ``reason``
 its detail.
 """
@@ -22,11 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastmoco_pipelines.check_child import Decoder, limit_memory, limit_time
-from fastmoco_pipelines.images import ImageRefusedError, read_header
-from fastmoco_pipelines.index import ShardError, build_index, index_path, read_index, write_index
-from fastmoco_pipelines.shards import ShardSet
-from fastmoco_pipelines.tar import TarError, walk_damaged, walk_tar
+from fastmoco_pipelines.errors import ImageRefusedError, ShardError, TarError
+from fastmoco_pipelines.formats.images import read_header
+from fastmoco_pipelines.formats.index import build_index, index_path, read_index, write_index
+from fastmoco_pipelines.formats.tar import walk_damaged, walk_tar
+from fastmoco_pipelines.inspecting.decode_child import Decoder, limit_memory, limit_time
+from fastmoco_pipelines.sets.shard_set import ShardSet
 
 Outcome = tuple[str, str]
 ALIKE_LEVELS = 1.0

@@ -22,10 +22,12 @@ from PIL import Image
 from torch import Tensor
 
 from fastmoco_pipelines import LoaderSpec, ViewSpec, moco_v3_views
-from fastmoco_pipelines.draws import ViewDraws, draw_views
-from fastmoco_pipelines.exact_color import exact_color, exact_views
-from fastmoco_pipelines.loader import Loader, build_loader
-from fastmoco_pipelines.reference import (
+from fastmoco_pipelines.loading.loader import Loader, build_loader
+from fastmoco_pipelines.sampling.stand_ins import Plan
+from fastmoco_pipelines.sets.shard_set import ShardSet
+from fastmoco_pipelines.views.draws import ViewDraws, draw_views
+from fastmoco_pipelines.views.exact_color import exact_color, exact_views
+from fastmoco_pipelines.views.reference import (
     adjust_brightness,
     adjust_contrast,
     adjust_saturation,
@@ -35,8 +37,6 @@ from fastmoco_pipelines.reference import (
     solarize,
     to_grayscale,
 )
-from fastmoco_pipelines.refill import Plan
-from fastmoco_pipelines.shards import ShardSet
 
 Views = tuple[Tensor, Tensor]
 Color = Literal["dali", "exact"]

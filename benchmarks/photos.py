@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.datasets import distinct_files
-from fastmoco_pipelines.pack import pack_folder
+from fastmoco_pipelines.making.pack import pack_folder
 
 MIN_SIDE, CUTS, TRIES, FLAT_BYTES = 1000, 36, 3, 60_000
 """Least side of a photograph; windows kept of each; windows tried for each of these; a file that weighs less is flat."""

@@ -30,7 +30,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.planner import StepPlan, busy_chunk
 from fastmoco.recipes import get_recipe
 from fastmoco.setup_run import build_model
-from fastmoco_pipelines.memory import loader_bytes
+from fastmoco_pipelines.loading.memory import loader_bytes
 
 ATTENTION_SHARE = 0.35
 """Of the rate of products, at heads of 32 and 64 channels and 197 tokens."""

@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks.soak_data import DroppingServer, damaged_set, make_set
 from benchmarks.soak_memory import MARKS, MemoryLog, MemorySample, at_marks, rises
 from fastmoco_pipelines import LoaderSpec, build_loader, moco_v3_views
-from fastmoco_pipelines.loader import Loader
+from fastmoco_pipelines.loading.loader import Loader
 
 _RESTART_STEPS = 150
 _PACE_STEPS = 5

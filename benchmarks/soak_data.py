@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from fastmoco_pipelines import ShardSet, pack_folder
-from fastmoco_pipelines.index import index_path, tar_hash, write_json
+from fastmoco_pipelines.files import write_json
+from fastmoco_pipelines.formats.index import index_path, tar_hash
 
 _SHARDS = 20
 _KINDS = ("changed", "garbage", "truncated", "zeros")

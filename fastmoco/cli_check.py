@@ -14,8 +14,8 @@ from fastmoco.cli_data import CacheArguments, progress_bar
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, one_line
 
 if TYPE_CHECKING:
-    from fastmoco_pipelines.check_report import CheckReport
-    from fastmoco_pipelines.stats import ShardStats
+    from fastmoco_pipelines.inspecting.report import CheckReport
+    from fastmoco_pipelines.inspecting.stats import ShardStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class StatsArguments(CacheArguments):
 def check(args: list[str]) -> int:
     """Decode everything, name every fault, write the quarantine list."""
     options = tyro.cli(CheckArguments, prog="fastmoco data check", args=args)
-    from fastmoco_pipelines.check import check_shards
-    from fastmoco_pipelines.check_pool import ChildLimits
+    from fastmoco_pipelines.inspecting.check import check_shards
+    from fastmoco_pipelines.inspecting.decode_pool import ChildLimits
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
         with progress_bar("checking", unit="bytes") as advance:
@@ -77,7 +77,7 @@ def check(args: list[str]) -> int:
 def stats(args: list[str]) -> int:
     """Sizes, formats, classes, bytes and aspect ratios, as a table and a picture."""
     options = tyro.cli(StatsArguments, prog="fastmoco data stats", args=args)
-    from fastmoco_pipelines.stats import draw_stats, measure_shards
+    from fastmoco_pipelines.inspecting.stats import draw_stats, measure_shards
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
         measured = measure_shards(options.shards, cache=options.cache)
@@ -128,7 +128,7 @@ def _print_report(report: CheckReport, show: int) -> None:
 
 def _nothing_found(report: CheckReport) -> str:
     """The last line where there is no fault; a set that training would refuse is not called clean."""
-    from fastmoco_pipelines.patterns import is_remote
+    from fastmoco_pipelines.sets.patterns import is_remote
 
     if not report.unindexed:
         return "clean"
@@ -142,7 +142,7 @@ def _print_stats(stats: ShardStats) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastmoco_pipelines.quarantine import escaped
+    from fastmoco_pipelines.text import escaped
 
     console = Console(highlight=False)
     skipped = f", {stats.skipped} members skipped" if stats.skipped else ""

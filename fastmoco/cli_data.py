@@ -139,7 +139,7 @@ def index(args: list[str]) -> int:
     """Write the index beside existing shards."""
     options = tyro.cli(IndexArguments, prog="fastmoco data index", args=args)
     from fastmoco_pipelines import index_shards
-    from fastmoco_pipelines.labels import LabelRule
+    from fastmoco_pipelines.formats.labels import LabelRule
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
         if options.label_field is not None and options.labels not in ("auto", "json"):
@@ -180,7 +180,7 @@ def index(args: list[str]) -> int:
 def views(args: list[str]) -> int:
     """Draw pairs of augmented views, made by the real pipeline."""
     from fastmoco.recipes import get_recipe
-    from fastmoco_pipelines.preview import save_view_grid
+    from fastmoco_pipelines.inspecting.preview import save_view_grid
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
         view1, view2 = moco_v3_views()

@@ -16,7 +16,7 @@ from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line
 if TYPE_CHECKING:
     from fastmoco.planner import StepPlan
     from fastmoco.step_costs import StepCosts
-    from fastmoco_pipelines.memory import LoaderBytes
+    from fastmoco_pipelines.loading.memory import LoaderBytes
 
 PLANNED_THREADS = 14
 """Threads of DALI beside a GPU, for what its decoder holds."""
@@ -145,7 +145,7 @@ def _loader(config: Config, gpus: int, levels: bool, on_cpu: bool) -> LoaderByte
     """What a loader holds that makes its views where the model is; of synthetic images nothing but the batch."""
     from dataclasses import replace
 
-    from fastmoco_pipelines.memory import LoaderBytes, loader_bytes
+    from fastmoco_pipelines.loading.memory import LoaderBytes, loader_bytes
 
     shards = config.data.shards or "not read"
     named = replace(config, data=replace(config.data, shards=shards))

@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any, get_origin, get_type_hints
 
 from fastmoco.config import Config
-from fastmoco_pipelines.patterns import redact
 from fastmoco_pipelines.spec import require
+from fastmoco_pipelines.text import redact
 
 FREE_TO_CHANGE = (
     "recipe",

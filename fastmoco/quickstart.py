@@ -19,7 +19,7 @@ from fastmoco.recipes import quickstart_digits
 from fastmoco.run_folder import RunFolder
 from fastmoco.train_command import train
 from fastmoco_pipelines import build_eval_loader, pack_digits
-from fastmoco_pipelines.preview import save_view_grid
+from fastmoco_pipelines.inspecting.preview import save_view_grid
 
 
 def quickstart(out: Path) -> int:

@@ -29,7 +29,7 @@ from fastmoco.optim import build_adamw, build_adamw_ema, build_apex, build_lars
 from fastmoco_kernels._runtime import triton_is_default
 from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
 from fastmoco_pipelines import Loader, LoaderSpec, SyntheticLoader, build_loader
-from fastmoco_pipelines.memory import loader_bytes
+from fastmoco_pipelines.loading.memory import loader_bytes
 
 
 def share_cores(config: Config) -> int:

@@ -17,9 +17,9 @@ from benchmarks.contest import Contender, contest
 from fastmoco_kernels.cut_views.native import native_library
 from fastmoco_kernels.cut_views.op import cut_views
 from fastmoco_pipelines import ViewSpec, moco_v3_views
-from fastmoco_pipelines.draws import draw_views
-from fastmoco_pipelines.exact_color import color_parameters
-from fastmoco_pipelines.reference import reference_view
+from fastmoco_pipelines.views.draws import draw_views
+from fastmoco_pipelines.views.exact_color import color_parameters
+from fastmoco_pipelines.views.reference import reference_view
 
 NAME = "cut_views"
 DEFAULTS = {"images": 16, "height": 375, "width": 500, "size": 224, "rounds": 5, "threads": 1}

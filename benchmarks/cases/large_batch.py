@@ -26,7 +26,7 @@ from fastmoco.config import BatchConfig, Config, KnnConfig, ObjectiveConfig, Opt
 from fastmoco.distributed.mesh import start_world, stop_world
 from fastmoco.recipes import quickstart_digits
 from fastmoco.trainer import Trainer
-from fastmoco_pipelines.batch import TwoViewBatch
+from fastmoco_pipelines.loading.batch import TwoViewBatch
 
 NAME = "large_batch"
 DEFAULTS = {

@@ -37,8 +37,8 @@ from benchmarks.loading import (
 )
 from benchmarks.measure import interleave, ratios
 from benchmarks.photos import sample_shards
-from fastmoco_pipelines.patterns import expand_shards
-from fastmoco_pipelines.reference import reference_view
+from fastmoco_pipelines.sets.patterns import expand_shards
+from fastmoco_pipelines.views.reference import reference_view
 
 NAME = "loader"
 DEFAULTS = {

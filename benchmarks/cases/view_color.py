@@ -23,9 +23,9 @@ from torch import Tensor
 from benchmarks.contest import Contender, contest
 from fastmoco_kernels.view_color.op import view_color
 from fastmoco_pipelines import ViewSpec, moco_v3_views
-from fastmoco_pipelines.draws import ViewDraws, draw_views
-from fastmoco_pipelines.exact_color import color_parameters
-from fastmoco_pipelines.reference import reference_view
+from fastmoco_pipelines.views.draws import ViewDraws, draw_views
+from fastmoco_pipelines.views.exact_color import color_parameters
+from fastmoco_pipelines.views.reference import reference_view
 
 NAME = "view_color"
 DEFAULTS = {"device": "auto", "images": 24, "size": 224, "rounds": 5, "threads": 1}
@@ -130,7 +130,7 @@ def _pipeline_contest(
     images: NDArray[np.uint8], pair: tuple[ViewSpec, ViewSpec], device: torch.device, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Encoded images to both views."""
-    from fastmoco_pipelines.dali import ViewPipeline
+    from fastmoco_pipelines.views.dali import ViewPipeline
 
     encoded = [_jpeg(image) for image in images]
     decoded = [Image.open(io.BytesIO(data.tobytes())).convert("RGB") for data in encoded]

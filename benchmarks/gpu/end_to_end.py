@@ -47,7 +47,7 @@ def _run(folder: Path, dry: bool) -> int:
     from fastmoco.recipes import vit_nano8_e60_b256, vit_s16_e300_b1024
     from fastmoco.run_folder import RunFolder
     from fastmoco.trainer import Trainer
-    from fastmoco_pipelines.pack import pack_folder
+    from fastmoco_pipelines.making.pack import pack_folder
 
     batch, warm, steps = (8, 1, 3) if dry else (512, 10, 60)
     side = 40 if dry else 400

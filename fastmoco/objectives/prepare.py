@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastmoco_pipelines.levels import normalise_by, numbers
 from fastmoco_pipelines.spec import ViewSpec
+from fastmoco_pipelines.views.levels import normalise_by, numbers
 
 PrepareViews = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Two views as a loader delivers them -> two as the encoder reads them."""

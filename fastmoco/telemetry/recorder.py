@@ -27,7 +27,7 @@ from fastmoco.telemetry.stability import (
     gradient_norms,
     pair_cosines,
 )
-from fastmoco_pipelines.stages import StageFigures
+from fastmoco_pipelines.loading.stages import StageFigures
 
 SLOW_LOADER = 0.2
 """Share of an interval that the trainer may wait for data before the recorder says so."""

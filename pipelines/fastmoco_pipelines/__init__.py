@@ -11,20 +11,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastmoco_pipelines.batch import EvalBatch, TwoViewBatch
-    from fastmoco_pipelines.culprit import BadImageError
-    from fastmoco_pipelines.eval_loader import EvalLoader, build_eval_loader
-    from fastmoco_pipelines.index import ShardError
-    from fastmoco_pipelines.indexing import IndexReport, index_shards
-    from fastmoco_pipelines.levels import normalise
-    from fastmoco_pipelines.loader import Loader, build_loader
-    from fastmoco_pipelines.memory import LoaderBytes, loader_bytes
-    from fastmoco_pipelines.order import epoch_order, rank_slice, steps_per_epoch
-    from fastmoco_pipelines.pack import PackReport, pack_folder
-    from fastmoco_pipelines.samples import pack_digits
-    from fastmoco_pipelines.shards import ShardSet, expand_shards
+    from fastmoco_pipelines.errors import BadImageError, ShardError
+    from fastmoco_pipelines.loading.batch import EvalBatch, TwoViewBatch
+    from fastmoco_pipelines.loading.eval_loader import EvalLoader, build_eval_loader
+    from fastmoco_pipelines.loading.loader import Loader, build_loader
+    from fastmoco_pipelines.loading.memory import LoaderBytes, loader_bytes
+    from fastmoco_pipelines.loading.synthetic import SyntheticLoader
+    from fastmoco_pipelines.making.digits import pack_digits
+    from fastmoco_pipelines.making.indexing import IndexReport, index_shards
+    from fastmoco_pipelines.making.pack import PackReport, pack_folder
+    from fastmoco_pipelines.sampling.order import epoch_order, rank_slice, steps_per_epoch
+    from fastmoco_pipelines.sets.shard_set import ShardSet, expand_shards
     from fastmoco_pipelines.spec import EvalSpec, LoaderSpec, ViewSpec, moco_v3_views
-    from fastmoco_pipelines.synthetic import SyntheticLoader
+    from fastmoco_pipelines.views.levels import normalise
 
 __all__ = [
     "BadImageError",

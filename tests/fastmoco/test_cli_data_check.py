@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco_pipelines.index import index_path, read_index
+from fastmoco_pipelines.formats.index import index_path, read_index
 from tests.command_line import main
 
 

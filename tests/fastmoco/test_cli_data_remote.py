@@ -10,7 +10,7 @@ import tarfile
 
 import pytest
 
-from fastmoco_pipelines import object_store
+from fastmoco_pipelines.stores import object_store
 from tests.command_line import main
 from tests.fastmoco.test_cli_data_check import image
 from tests.pipelines.http_fault_server import FaultServer

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.evaluation.embed import embed, raw_pixels
-from fastmoco_pipelines.batch import EvalBatch
+from fastmoco_pipelines.loading.batch import EvalBatch
 
 
 def batches(*sizes: int, side: int = 4) -> Iterator[EvalBatch]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastmoco.config_json import to_json
-from fastmoco_pipelines.order import epoch_order
+from fastmoco_pipelines.sampling.order import epoch_order
 from tests.pipelines.damage import damage
 
 pytestmark = pytest.mark.faults

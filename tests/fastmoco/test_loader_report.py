@@ -15,9 +15,9 @@ from fastmoco.run_folder import RunFolder
 from fastmoco.telemetry.console import plain_line
 from fastmoco.telemetry.recorder import Recorder
 from fastmoco.train_command import train
-from fastmoco_pipelines.order import epoch_order
-from fastmoco_pipelines.quarantine import Quarantine
-from fastmoco_pipelines.stages import StageFigures
+from fastmoco_pipelines.formats.quarantine import Quarantine
+from fastmoco_pipelines.loading.stages import StageFigures
+from fastmoco_pipelines.sampling.order import epoch_order
 from tests.pipelines.damage import damage
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from fastmoco_kernels import ViewColorParameters, cut_views
 from fastmoco_kernels.cut_views import native
 from fastmoco_kernels.cut_views.reference import resize_reference
-from fastmoco_pipelines import reference
+from fastmoco_pipelines.views import reference
 from tests.kernels.view_color_cases import LEVELS, by_pillow, drawn, pictures
 
 BACKENDS = ("native", "torch")

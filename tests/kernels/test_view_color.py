@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastmoco_kernels.view_color.op import IMAGENET_MEAN, IMAGENET_STD, level_factors, view_color
 from fastmoco_kernels.view_color.plan import ViewColorParameters
-from fastmoco_pipelines.reference import adjust_hue
+from fastmoco_pipelines.views.reference import adjust_hue
 from tests.kernels.view_color_cases import LEVELS, ORDERS, by_pillow, drawn, pictures
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "aug.npz")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastmoco_kernels.view_color.plan import ViewColorParameters
-from fastmoco_pipelines import reference
+from fastmoco_pipelines.views import reference
 
 ORDERS = np.array(list(permutations(range(4))), dtype=np.uint8)
 LEVELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}

@@ -66,7 +66,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory, noise_image: Callable
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
     """``image_folder`` packed into three shards ``train-*.tar``. Copy it before you damage it."""
-    from fastmoco_pipelines.pack import pack_folder
+    from fastmoco_pipelines.making.pack import pack_folder
 
     out = tmp_path_factory.mktemp("packed")
     pack_folder(image_folder, out, shard_samples=16)

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastmoco_pipelines.draws import ViewDraws, draw_views
 from fastmoco_pipelines.spec import ViewSpec
+from fastmoco_pipelines.views.draws import ViewDraws, draw_views
 
 
 @functools.cache

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmoco_pipelines.index import index_path, tar_hash, write_json
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.files import write_json
+from fastmoco_pipelines.formats.index import index_path, tar_hash
+from fastmoco_pipelines.sets.shard_set import ShardSet
 
 KINDS = ("changed", "garbage", "truncated", "empty")
 

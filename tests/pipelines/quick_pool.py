@@ -6,9 +6,9 @@ import os
 
 import numpy as np
 
-from fastmoco_pipelines.check_child import _examine
-from fastmoco_pipelines.check_pool import Verdict
-from fastmoco_pipelines.headers import image_size
+from fastmoco_pipelines.formats.headers import image_size
+from fastmoco_pipelines.inspecting.decode_child import _examine
+from fastmoco_pipelines.inspecting.decode_pool import Verdict
 
 
 class QuickPool:

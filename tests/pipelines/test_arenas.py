@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from fastmoco_pipelines import pack_digits
-from fastmoco_pipelines.arenas import ARENAS, share_arenas
+from fastmoco_pipelines.loading.arenas import ARENAS, share_arenas
 
 pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="needs glibc's malloc")
 
@@ -28,7 +28,7 @@ def arenas():
 """
 THREADS = """
 import threading
-from fastmoco_pipelines.arenas import share_arenas
+from fastmoco_pipelines.loading.arenas import share_arenas
 told = sys.argv[1] == "shared" and share_arenas()
 barrier = threading.Barrier(12)
 
@@ -93,7 +93,7 @@ def test_none_at_all_is_refused():
 
 TRIMMED = """
 import sys
-from fastmoco_pipelines.arenas import give_back_memory
+from fastmoco_pipelines.loading.arenas import give_back_memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096

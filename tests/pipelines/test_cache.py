@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmoco_pipelines import cache as cache_module
-from fastmoco_pipelines import transfer
-from fastmoco_pipelines.cache import NoRoomError, ShardCache
-from fastmoco_pipelines.limits import Limits
-from fastmoco_pipelines.pack import pack_folder
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.errors import NoRoomError
+from fastmoco_pipelines.making.pack import pack_folder
+from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec
+from fastmoco_pipelines.stores import cache as cache_module
+from fastmoco_pipelines.stores import transfer
+from fastmoco_pipelines.stores.cache import ShardCache
+from fastmoco_pipelines.stores.limits import Limits
 from tests.pipelines.http_fault_server import FaultServer, plain
 from tests.pipelines.test_http_faults import QUICK, require_no_threads
 

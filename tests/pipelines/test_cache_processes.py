@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmoco_pipelines.cache import ShardCache
-from fastmoco_pipelines.order import epoch_order
-from fastmoco_pipelines.pack import pack_folder
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.making.pack import pack_folder
+from fastmoco_pipelines.sampling.order import epoch_order
+from fastmoco_pipelines.sets.shard_set import ShardSet
+from fastmoco_pipelines.stores.cache import ShardCache
 from tests.pipelines.http_fault_server import FaultServer, drop
 
 READER = """
 import hashlib, json, sys
 import numpy as np
-from fastmoco_pipelines.limits import Limits
-from fastmoco_pipelines.order import rank_slice
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.stores.limits import Limits
+from fastmoco_pipelines.sampling.order import rank_slice
+from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec
 
 url, folder, size_gb, rank, steps = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from fastmoco_pipelines import check as check_module
-from fastmoco_pipelines.check import check_shards
-from fastmoco_pipelines.check_pool import ChildLimits, DecodePool, Item, Verdict
-from fastmoco_pipelines.index import ShardError, index_path, read_index
-from fastmoco_pipelines.quarantine import Quarantine, quarantine_path
+from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.formats.index import index_path, read_index
+from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
+from fastmoco_pipelines.inspecting import check as check_module
+from fastmoco_pipelines.inspecting.check import check_shards
+from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, DecodePool, Item, Verdict
 
 # A child that does what an item's size asks for. It speaks the protocol of the real one.
 CHILD = """

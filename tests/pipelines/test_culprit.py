@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastmoco_pipelines import dali
-from fastmoco_pipelines.culprit import BadImageError, raise_bad_image
-from fastmoco_pipelines.dali import DecodeError
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.errors import BadImageError
+from fastmoco_pipelines.healing.culprit import raise_bad_image
+from fastmoco_pipelines.sets.shard_set import ShardSet
+from fastmoco_pipelines.views import dali
+from fastmoco_pipelines.views.dali import DecodeError
 
 ERROR = DecodeError("the batch failed")
 

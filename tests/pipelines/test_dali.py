@@ -10,11 +10,11 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali")
 
-from fastmoco_pipelines.arguments import colour_matrices, operations
-from fastmoco_pipelines.dali import DecodeError, EvalPipeline, ViewPipeline
-from fastmoco_pipelines.draws import ViewDraws, draw_views
-from fastmoco_pipelines.reference import adjust_hue, reference_eval, reference_view
 from fastmoco_pipelines.spec import IMAGENET_STD, EvalSpec, ViewSpec, moco_v3_views
+from fastmoco_pipelines.views.arguments import colour_matrices, operations
+from fastmoco_pipelines.views.dali import DecodeError, EvalPipeline, ViewPipeline
+from fastmoco_pipelines.views.draws import ViewDraws, draw_views
+from fastmoco_pipelines.views.reference import adjust_hue, reference_eval, reference_view
 
 COUNT, SIZE = 24, 112
 NOTHING = {

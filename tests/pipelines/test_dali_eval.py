@@ -10,9 +10,9 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali")
 
-from fastmoco_pipelines.dali import DecodeError, EvalPipeline
-from fastmoco_pipelines.reference import reference_eval
 from fastmoco_pipelines.spec import IMAGENET_STD, EvalSpec
+from fastmoco_pipelines.views.dali import DecodeError, EvalPipeline
+from fastmoco_pipelines.views.reference import reference_eval
 
 
 def encode(image: Image.Image) -> np.ndarray:

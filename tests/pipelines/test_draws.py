@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from fastmoco_pipelines.draws import ViewDraws, draw_views
-from fastmoco_pipelines.philox import philox_words
+from fastmoco_pipelines.sampling.philox import philox_words
 from fastmoco_pipelines.spec import ViewSpec, moco_v3_views
+from fastmoco_pipelines.views.draws import ViewDraws, draw_views
 
 VIEW = moco_v3_views()[1]  # the one that leaves no probability at 0 or 1
 PINNED = {

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastmoco_pipelines.eval_loader import build_eval_loader
-from fastmoco_pipelines.heal_verdicts import TooManyBadSamplesError
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.errors import TooManyBadSamplesError
+from fastmoco_pipelines.loading.eval_loader import build_eval_loader
+from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import EvalSpec
 from tests.pipelines.damage import damaged_copy
 

@@ -12,15 +12,15 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali")
 
-from fastmoco_pipelines.arguments import named_inputs, operations
-from fastmoco_pipelines.batch import TwoViewBatch
-from fastmoco_pipelines.dali import ViewPipeline
-from fastmoco_pipelines.draws import ViewDraws, draw_views
-from fastmoco_pipelines.loader import build_loader
-from fastmoco_pipelines.preview import denormalise, save_view_grid
-from fastmoco_pipelines.reference import reference_view
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.inspecting.preview import denormalise, save_view_grid
+from fastmoco_pipelines.loading.batch import TwoViewBatch
+from fastmoco_pipelines.loading.loader import build_loader
+from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import IMAGENET_STD, LoaderSpec, ViewSpec, moco_v3_views
+from fastmoco_pipelines.views.arguments import named_inputs, operations
+from fastmoco_pipelines.views.dali import ViewPipeline
+from fastmoco_pipelines.views.draws import ViewDraws, draw_views
+from fastmoco_pipelines.views.reference import reference_view
 
 COUNT, SIZE = 24, 112
 STILL = {
@@ -105,7 +105,7 @@ def test_without_a_compiled_library_the_views_are_the_same_and_somebody_is_told(
     specs = moco_v3_views(24)
     draws = draw(specs[0], photographs[:3]), draw(specs[1], photographs[:3], view=2)
     compiled = ViewPipeline(*specs, batch_size=3, threads=1).run(photographs[:3], *draws)
-    for module in ("fastmoco_pipelines.dali", "fastmoco_kernels.cut_views.op"):
+    for module in ("fastmoco_pipelines.views.dali", "fastmoco_kernels.cut_views.op"):
         monkeypatch.setattr(importlib.import_module(module), "native_library", lambda: None)
     with pytest.warns(RuntimeWarning, match="without a C compiler: views are cut by plain torch"):
         plain = ViewPipeline(*specs, batch_size=3, threads=1)

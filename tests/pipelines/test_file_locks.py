@@ -8,9 +8,9 @@ import os
 
 import pytest
 
-from fastmoco_pipelines.cache import ShardCache
-from fastmoco_pipelines.file_locks import is_free, lock_path
+from fastmoco_pipelines.files import is_free, lock_path
 from fastmoco_pipelines.spec import CacheSpec
+from fastmoco_pipelines.stores.cache import ShardCache
 from tests.pipelines.test_cache import A, B, C, put
 
 

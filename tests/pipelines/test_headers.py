@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco_pipelines.headers import image_size
-from fastmoco_pipelines.images import structure_fault
+from fastmoco_pipelines.formats.headers import image_size
+from fastmoco_pipelines.formats.images import structure_fault
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8))
 

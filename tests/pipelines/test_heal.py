@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastmoco_pipelines.batch import TwoViewBatch
-from fastmoco_pipelines.dali import ViewPipeline
-from fastmoco_pipelines.draws import draw_views
-from fastmoco_pipelines.heal_verdicts import TooManyBadSamplesError
-from fastmoco_pipelines.loader import build_loader
-from fastmoco_pipelines.order import epoch_order
-from fastmoco_pipelines.quarantine import NAME, Quarantine, append_entry
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.errors import TooManyBadSamplesError
+from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, append_entry
+from fastmoco_pipelines.loading.batch import TwoViewBatch
+from fastmoco_pipelines.loading.loader import build_loader
+from fastmoco_pipelines.sampling.order import epoch_order
+from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import LoaderSpec, moco_v3_views
+from fastmoco_pipelines.views.dali import ViewPipeline
+from fastmoco_pipelines.views.draws import draw_views
 from tests.pipelines.damage import damage, damaged_copy
 
 STEPS = 9  # 45 images, 12 a step: 3 steps an epoch, so that three epochs are seen

@@ -11,8 +11,8 @@ PROGRAM = """
 import io
 import numpy as np
 from PIL import Image
-from fastmoco_pipelines.dali import ViewPipeline
-from fastmoco_pipelines.draws import draw_views
+from fastmoco_pipelines.views.dali import ViewPipeline
+from fastmoco_pipelines.views.draws import draw_views
 from fastmoco_pipelines.spec import moco_v3_views
 
 def jpeg(height, width):

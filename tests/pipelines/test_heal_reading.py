@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastmoco_pipelines import heal_reader, loader, shard_files
-from fastmoco_pipelines.heal_verdicts import UNREADABLE, TooManyBadSamplesError
-from fastmoco_pipelines.loader import LoaderTimeoutError, build_loader
-from fastmoco_pipelines.order import epoch_order
-from fastmoco_pipelines.quarantine import NAME, Quarantine, append_entry
-from fastmoco_pipelines.shards import ShardError, ShardSet
+from fastmoco_pipelines.errors import LoaderTimeoutError, TooManyBadSamplesError
+from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, append_entry
+from fastmoco_pipelines.healing import reader as heal_reader
+from fastmoco_pipelines.healing.verdicts import UNREADABLE
+from fastmoco_pipelines.loading import loader
+from fastmoco_pipelines.loading.loader import build_loader
+from fastmoco_pipelines.sampling.order import epoch_order
+from fastmoco_pipelines.sets import shard_files
+from fastmoco_pipelines.sets.shard_set import ShardError, ShardSet
 from tests.pipelines.damage import damaged_copy, place_of
 from tests.pipelines.test_heal import assert_same, spec_of, take
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastmoco_pipelines import heal_reader
-from fastmoco_pipelines.heal_verdicts import TooManyBadSamplesError
-from fastmoco_pipelines.loader import build_loader
-from fastmoco_pipelines.order import epoch_order
+from fastmoco_pipelines.errors import TooManyBadSamplesError
+from fastmoco_pipelines.healing import reader as heal_reader
+from fastmoco_pipelines.loading.loader import build_loader
+from fastmoco_pipelines.sampling.order import epoch_order
 from tests.pipelines.damage import damaged_copy, place_of
 from tests.pipelines.http_fault_server import plain, status
 from tests.pipelines.test_heal import assert_same, spec_of, take
@@ -25,7 +25,7 @@ FIRST = epoch_order(7, 0, 45)
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(heal_reader, "PATIENCE", (0.02,))
-    monkeypatch.setattr("fastmoco_pipelines.shards.Limits", lambda: QUICK)
+    monkeypatch.setattr("fastmoco_pipelines.sets.shard_set.Limits", lambda: QUICK)
 
 
 def options(tmp_path, **more) -> dict:

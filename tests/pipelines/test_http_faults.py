@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmoco_pipelines.limits import Limits
-from fastmoco_pipelines.remote import RemoteError
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.errors import RemoteError
+from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec
+from fastmoco_pipelines.stores.limits import Limits
 from tests.pipelines.http_fault_server import (
     FaultServer,
     drip,

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco_pipelines.check import check_shards
-from fastmoco_pipelines.check_child import Decoder
-from fastmoco_pipelines.check_pool import DecodePool, Item
-from fastmoco_pipelines.images import ImageRefusedError, read_header, structure_fault
-from fastmoco_pipelines.index import build_index, write_index
-from fastmoco_pipelines.quarantine import Quarantine, quarantine_path
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.errors import ImageRefusedError
+from fastmoco_pipelines.formats.images import read_header, structure_fault
+from fastmoco_pipelines.formats.index import build_index, write_index
+from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
+from fastmoco_pipelines.inspecting.check import check_shards
+from fastmoco_pipelines.inspecting.decode_child import Decoder
+from fastmoco_pipelines.inspecting.decode_pool import DecodePool, Item
+from fastmoco_pipelines.sets.shard_set import ShardSet
 from tests.pipelines.image_corpus import BAD, BOMBS, GARBLED, GOOD, HEIGHT, JPEG, SCAN, WIDTH, flipped
 
 EXPECTED = (
@@ -78,8 +79,8 @@ def test_what_the_header_lets_through_is_quarantined(reports, corpus):
 
 def test_the_loaders_engine_says_the_same(reports):
     """The bytes of each file through the pipeline that training and evaluation decode with, one at a time."""
-    from fastmoco_pipelines.dali import DecodeError, EvalPipeline
     from fastmoco_pipelines.spec import EvalSpec
+    from fastmoco_pipelines.views.dali import DecodeError, EvalPipeline
 
     pipeline = EvalPipeline(EvalSpec(size=8, resize=8), batch_size=1, threads=1)
     for name, data in CONTENT.items():
@@ -148,7 +149,7 @@ def test_a_flipped_bit_that_decodes_is_caught_by_its_checksum(tmp_path, write_ta
 
 def test_a_decoder_out_of_memory_costs_one_sample(tmp_path):
     """A child with no room left refuses, and the next image is decoded."""
-    from fastmoco_pipelines.check_pool import ChildLimits
+    from fastmoco_pipelines.inspecting.decode_pool import ChildLimits
     from tests.pipelines.image_corpus import encode, picture
 
     large, small = encode(picture(height=4000, width=5000), "PNG"), GOOD["png.png"]

@@ -11,15 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco_pipelines.images import (
-    MAX_BYTES,
-    ImageRefusedError,
-    check_decodes,
-    image_kind,
-    read_header,
-    shrink,
-    size_problem,
-)
+from fastmoco_pipelines.errors import ImageRefusedError
+from fastmoco_pipelines.formats.images import MAX_BYTES, check_decodes, image_kind, read_header, shrink, size_problem
 
 
 def png_header(height: int, width: int, body: int) -> bytes:
@@ -124,8 +117,8 @@ def test_shrink_scales_sixteen_bits_instead_of_clipping():
 
 def test_verdicts_agree_with_dali(noise_image):
     """What packing lets through must not stop the training, nor may it refuse what would have been fine."""
-    from fastmoco_pipelines.dali import DecodeError, EvalPipeline
     from fastmoco_pipelines.spec import EvalSpec
+    from fastmoco_pipelines.views.dali import DecodeError, EvalPipeline
 
     jpeg, png, webp = (noise_image(5, 90, 120, format) for format in ("JPEG", "PNG", "WEBP"))
     flipped = bytearray(png)

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastmoco_pipelines.index import ShardError, build_index, index_path, read_index, write_index
-from fastmoco_pipelines.indexing import index_shards
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.formats.index import build_index, index_path, read_index, write_index
+from fastmoco_pipelines.making.indexing import index_shards
+from fastmoco_pipelines.sets.shard_set import ShardSet
 
 
 def copy_set(packed: Path, to: Path) -> Path:

@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 
-from fastmoco_pipelines.check import check_shards
-from fastmoco_pipelines.index import ShardError, build_index, index_path, read_index, write_index
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.formats.index import build_index, index_path, read_index, write_index
+from fastmoco_pipelines.inspecting.check import check_shards
+from fastmoco_pipelines.sets.shard_set import ShardSet
 
 COUNT = 6
 

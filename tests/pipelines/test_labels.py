@@ -8,13 +8,14 @@ import subprocess
 
 import pytest
 
-from fastmoco_pipelines.grouping import group_members, split_name
-from fastmoco_pipelines.index import ShardError, read_index
-from fastmoco_pipelines.indexing import index_shards
-from fastmoco_pipelines.labels import LabelRule
-from fastmoco_pipelines.manifest import read_sets
-from fastmoco_pipelines.shards import ShardSet
-from fastmoco_pipelines.tar import TarMember
+from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.formats.index import read_index
+from fastmoco_pipelines.formats.labels import LabelRule
+from fastmoco_pipelines.formats.manifest import read_sets
+from fastmoco_pipelines.formats.members import group_members, split_name
+from fastmoco_pipelines.formats.tar import TarMember
+from fastmoco_pipelines.making.indexing import index_shards
+from fastmoco_pipelines.sets.shard_set import ShardSet
 
 
 def labelled(write_tar, path, image, texts: list[bytes | None], extension: str):

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("nvidia.dali")
 
 from fastmoco_pipelines import LoaderSpec, TwoViewBatch, ViewSpec, build_loader, moco_v3_views, normalise
-from fastmoco_pipelines.exact_color import exact_color
-from fastmoco_pipelines.synthetic import SyntheticLoader
+from fastmoco_pipelines.loading.synthetic import SyntheticLoader
+from fastmoco_pipelines.views.exact_color import exact_color
 from tests.pipelines.dali_cases import draw, photographs
 
 ODD = {"mean": (0.1307, 0.5, 0.713), "std": (0.3081, 0.11, 0.29)}  # no ImageNet in the rounding
@@ -145,7 +145,7 @@ def test_the_spec_knows_two_types() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("color", ["exact", "dali"])
 def test_levels_normalised_are_the_float32_views_on_a_gpu(color: str) -> None:
-    from fastmoco_pipelines.dali import ViewPipeline
+    from fastmoco_pipelines.views.dali import ViewPipeline
 
     pair = moco_v3_views(48, color=color)
     encoded = photographs(9)

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastmoco_pipelines.batch import TwoViewBatch
-from fastmoco_pipelines.loader import build_loader
-from fastmoco_pipelines.order import epoch_order
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.loading.batch import TwoViewBatch
+from fastmoco_pipelines.loading.loader import build_loader
+from fastmoco_pipelines.sampling.order import epoch_order
+from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import LoaderSpec, moco_v3_views
 
 STEPS = 9  # 45 images, 12 a step: 3 steps an epoch, so that three epochs are seen
@@ -121,7 +121,7 @@ def test_state_is_the_step(packed):
 
 
 def test_waiting_is_measured(packed, monkeypatch):
-    from fastmoco_pipelines import loader as module
+    from fastmoco_pipelines.loading import loader as module
 
     render = module.Source.render
 
@@ -140,7 +140,7 @@ def test_waiting_is_measured(packed, monkeypatch):
 
 
 def test_unexpected_errors_reach_the_trainer(packed, monkeypatch):
-    from fastmoco_pipelines import loader as module
+    from fastmoco_pipelines.loading import loader as module
 
     def fail(self, prepared):
         raise MemoryError("no room")
@@ -182,7 +182,7 @@ def assert_threads_end() -> None:
 @pytest.mark.parametrize("work", ["prepare", "render"])
 def test_a_loader_may_be_collected_in_its_own_threads(packed, monkeypatch, work):
     """The garbage collector runs in any thread; there it must not wait for a thread that waits for this one."""
-    from fastmoco_pipelines import loader as module
+    from fastmoco_pipelines.loading import loader as module
 
     plain, holder, released, collected_in = getattr(module.Source, work), [], threading.Event(), []
 
@@ -228,7 +228,7 @@ sys.exit(3)
 
 
 def test_a_thread_that_dies_is_noticed(packed, monkeypatch):
-    from fastmoco_pipelines import loader as module
+    from fastmoco_pipelines.loading import loader as module
 
     monkeypatch.setattr(module, "make_batches", lambda *_: None)
     with build_loader(spec_of(packed)) as loader, pytest.raises(RuntimeError, match="ended before step 0"):

@@ -17,10 +17,10 @@ import torch
 pytest.importorskip("nvidia.dali")
 
 from fastmoco_pipelines import LoaderSpec, build_loader, loader_bytes, moco_v3_views
-from fastmoco_pipelines import loader as loader_module
-from fastmoco_pipelines.dali_graph import GPU_DECODER
-from fastmoco_pipelines.loader_threads import BatchPlaces
-from fastmoco_pipelines.memory import DECODER_BYTES
+from fastmoco_pipelines.loading import loader as loader_module
+from fastmoco_pipelines.loading.memory import DECODER_BYTES
+from fastmoco_pipelines.loading.threads import BatchPlaces
+from fastmoco_pipelines.views.graph import GPU_DECODER
 
 VIEW1, VIEW2 = moco_v3_views()
 LARGE = LoaderSpec(

@@ -28,7 +28,7 @@ def test_public_names_are_importable():
 
 def test_a_spec_needs_neither_torch_nor_dali():
     code = (
-        "import sys; from fastmoco_pipelines import ViewSpec; import fastmoco_pipelines.spec, fastmoco_pipelines.memory;"
+        "import sys; from fastmoco_pipelines import ViewSpec; import fastmoco_pipelines.spec, fastmoco_pipelines.loading.memory;"
         "assert not {'torch', 'nvidia.dali', 'webdataset', 'sklearn'} & set(sys.modules), sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastmoco_pipelines.order import epoch_order, local_batch_size, rank_slice, steps_per_epoch
+from fastmoco_pipelines.sampling.order import epoch_order, local_batch_size, rank_slice, steps_per_epoch
 
 PINNED = [3, 4, 9, 2, 1, 5, 0, 6, 8, 7]
 

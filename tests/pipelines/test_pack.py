@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco_pipelines.pack import pack_folder
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.making.pack import pack_folder
+from fastmoco_pipelines.sets.shard_set import ShardSet
 
 
 def content_of(pattern: str) -> list[tuple[int, bytes]]:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmoco_pipelines.culprit import BadImageError
-from fastmoco_pipelines.indexing import index_shards
-from fastmoco_pipelines.order import epoch_order
-from fastmoco_pipelines.preview import denormalise, save_view_grid
-from fastmoco_pipelines.samples import pack_digits
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.errors import BadImageError
+from fastmoco_pipelines.inspecting.preview import denormalise, save_view_grid
+from fastmoco_pipelines.making.digits import pack_digits
+from fastmoco_pipelines.making.indexing import index_shards
+from fastmoco_pipelines.sampling.order import epoch_order
+from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import ViewSpec
 
 

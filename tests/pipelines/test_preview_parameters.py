@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco_pipelines.draws import draw_views
-from fastmoco_pipelines.preview import save_view_grid
-from fastmoco_pipelines.preview_parameters import describe_draws, put_beside
+from fastmoco_pipelines.inspecting.preview import save_view_grid
+from fastmoco_pipelines.inspecting.preview_parameters import describe_draws, put_beside
 from fastmoco_pipelines.spec import ViewSpec, moco_v3_views
+from fastmoco_pipelines.views.draws import draw_views
 
 STILL = {"jitter_probability": 0, "grayscale_probability": 0, "blur_probability": 0, "flip_probability": 0}
 

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from fastmoco_pipelines.quarantine import Quarantine, append_entry, escaped, quarantine_path
+from fastmoco_pipelines.formats.quarantine import Quarantine, append_entry, quarantine_path
+from fastmoco_pipelines.text import escaped
 
 
 def entry(i: int, **changes: object) -> dict[str, object]:
@@ -87,7 +88,7 @@ def test_a_line_torn_by_a_crash_does_not_swallow_the_next(tmp_path):
 
 def test_many_writers_lose_no_line(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from fastmoco_pipelines.quarantine import *\n"
+        "import sys; from pathlib import Path; from fastmoco_pipelines.formats.quarantine import *\n"
         "for i in range(200):\n"
         "    append_entry(Path(sys.argv[1]), Quarantine().add(shard=sys.argv[2], key=str(i), extension='jpg',"
         " offset=i, size=1, crc32=1, reason='r' * 300))"

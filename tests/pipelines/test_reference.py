@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco_pipelines import reference
-from fastmoco_pipelines.draws import draw_views
 from fastmoco_pipelines.spec import EvalSpec, ViewSpec
+from fastmoco_pipelines.views import reference
+from fastmoco_pipelines.views.draws import draw_views
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "aug.npz")
 IMAGE = Image.fromarray(GOLDEN["img"])

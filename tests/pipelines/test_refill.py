@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmoco_pipelines.draws import draw_views
-from fastmoco_pipelines.order import epoch_order
-from fastmoco_pipelines.refill import REFILL_TAG, WINDOW_ATTEMPTS, Plan
+from fastmoco_pipelines.sampling.order import epoch_order
+from fastmoco_pipelines.sampling.stand_ins import REFILL_TAG, WINDOW_ATTEMPTS, Plan
+from fastmoco_pipelines.sampling.window import ShardWindows
 from fastmoco_pipelines.spec import ViewSpec
-from fastmoco_pipelines.window import ShardWindows
+from fastmoco_pipelines.views.draws import draw_views
 
 
 def plan_of(shards: int = 1, samples: int = 100, *, window: int = 0, batch: int = 12, **options) -> Plan:

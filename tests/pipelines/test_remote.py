@@ -15,13 +15,14 @@ import fsspec
 import numpy as np
 import pytest
 
-from fastmoco_pipelines import object_store, remote
-from fastmoco_pipelines.index import ShardError
-from fastmoco_pipelines.pack import pack_folder
-from fastmoco_pipelines.patterns import is_remote, redact
-from fastmoco_pipelines.remote import RemoteError
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.errors import RemoteError, ShardError
+from fastmoco_pipelines.making.pack import pack_folder
+from fastmoco_pipelines.sets.patterns import is_remote
+from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec
+from fastmoco_pipelines.stores import http as remote
+from fastmoco_pipelines.stores import object_store
+from fastmoco_pipelines.text import redact
 from tests.pipelines.http_fault_server import FaultServer, drop, redirect, stall, status
 from tests.pipelines.test_http_faults import QUICK
 
@@ -285,7 +286,7 @@ def test_a_store_serves_as_http_does(packed, spec, monkeypatch):
 def test_fsspec_is_not_needed_for_http(server, spec):
     code = (
         "import sys; sys.modules['fsspec'] = None\n"
-        "from fastmoco_pipelines.shards import ShardSet\nfrom fastmoco_pipelines.spec import CacheSpec\n"
+        "from fastmoco_pipelines.sets.shard_set import ShardSet\nfrom fastmoco_pipelines.spec import CacheSpec\n"
         f"shards = ShardSet.open({server.url + '/'!r}, cache=CacheSpec(folder={spec.folder!r}))\n"
         "assert len(shards.read([0, 20, 40])) == 3 and 'torch' not in sys.modules\n"
     )

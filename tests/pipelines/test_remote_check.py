@@ -12,16 +12,16 @@ import fsspec
 import numpy as np
 import pytest
 
-from fastmoco_pipelines import check as check_module
-from fastmoco_pipelines import object_store
-from fastmoco_pipelines.check import check_shards
-from fastmoco_pipelines.heal_verdicts import Verdicts
-from fastmoco_pipelines.index import ShardError, build_index, index_path, read_index, write_index
-from fastmoco_pipelines.quarantine import Quarantine, quarantine_path
-from fastmoco_pipelines.remote import RemoteError
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.errors import RemoteError, ShardError
+from fastmoco_pipelines.formats.index import build_index, index_path, read_index, write_index
+from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
+from fastmoco_pipelines.healing.verdicts import Verdicts
+from fastmoco_pipelines.inspecting import check as check_module
+from fastmoco_pipelines.inspecting.check import check_shards
+from fastmoco_pipelines.inspecting.stats import measure_shards
+from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec
-from fastmoco_pipelines.stats import measure_shards
+from fastmoco_pipelines.stores import object_store
 from tests.pipelines.damage import damaged_copy
 from tests.pipelines.http_fault_server import FaultServer, drop, plain, stall, status
 from tests.pipelines.quick_pool import QuickPool

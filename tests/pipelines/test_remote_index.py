@@ -9,12 +9,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from fastmoco_pipelines import object_store
-from fastmoco_pipelines.index import ShardError
-from fastmoco_pipelines.indexing import index_shards
-from fastmoco_pipelines.remote import RemoteError
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.errors import RemoteError, ShardError
+from fastmoco_pipelines.making.indexing import index_shards
+from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec
+from fastmoco_pipelines.stores import object_store
 from tests.pipelines.http_fault_server import FaultServer, drop, status
 from tests.pipelines.tar_faults import DAMAGES, good_members
 from tests.pipelines.test_http_faults import QUICK

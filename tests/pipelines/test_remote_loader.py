@@ -7,11 +7,11 @@ import time
 import numpy as np
 import pytest
 
-from fastmoco_pipelines.eval_loader import build_eval_loader
-from fastmoco_pipelines.limits import Limits
-from fastmoco_pipelines.loader import build_loader
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.loading.eval_loader import build_eval_loader
+from fastmoco_pipelines.loading.loader import build_loader
+from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec, EvalSpec, LoaderSpec, moco_v3_views
+from fastmoco_pipelines.stores.limits import Limits
 from tests.pipelines.http_fault_server import drip, drop, stall, status
 from tests.pipelines.test_http_faults import QUICK, require_no_threads
 
@@ -32,7 +32,7 @@ def loader_spec(shards: object, spec: CacheSpec, **changes: object) -> LoaderSpe
 
 def test_the_loader_delivers_the_same_batches_from_a_failing_server(server, packed, spec, monkeypatch):
     """Connections that drop, a cache smaller than the set, two ranks: bit for bit the local batches, over two epochs."""
-    monkeypatch.setattr("fastmoco_pipelines.shards.Limits", lambda: QUICK)
+    monkeypatch.setattr("fastmoco_pipelines.sets.shard_set.Limits", lambda: QUICK)
     small = CacheSpec(folder=spec.folder, size_gb=1e-4)
     for path in packed.glob("*.tar"):
         server.script[path.name] = [drop(7000), drop(20_000), status(503)] * 3
@@ -90,7 +90,7 @@ def test_leaving_an_evaluation_does_not_wait_for_a_server(server, packed, spec):
 
 
 def test_closing_does_not_wait_for_a_server(server, spec, monkeypatch):
-    monkeypatch.setattr("fastmoco_pipelines.shards.Limits", lambda: Limits(read_seconds=2))
+    monkeypatch.setattr("fastmoco_pipelines.sets.shard_set.Limits", lambda: Limits(read_seconds=2))
     for name in ("train-000000.tar", "train-000001.tar", "train-000002.tar"):
         server.always[name] = stall(2000)
     loader = build_loader(loader_spec(f"{server.url}/", spec))

@@ -10,12 +10,13 @@ import fsspec
 import numpy as np
 import pytest
 
-from fastmoco_pipelines import object_store, remote_set
-from fastmoco_pipelines.heal_verdicts import Verdicts
-from fastmoco_pipelines.quarantine import Quarantine, quarantine_path
-from fastmoco_pipelines.remote import RemoteError
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.errors import RemoteError
+from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
+from fastmoco_pipelines.healing.verdicts import Verdicts
+from fastmoco_pipelines.sets import remote_set
+from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec
+from fastmoco_pipelines.stores import object_store
 from tests.pipelines.http_fault_server import FaultServer, html, plain, status
 from tests.pipelines.test_heal import assert_same, take
 from tests.pipelines.test_http_faults import QUICK
@@ -52,7 +53,7 @@ def known(pattern: str, spec: CacheSpec) -> tuple[list[int], list[str], int]:
 
 
 def test_a_run_over_http_delivers_what_a_local_one_does(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastmoco_pipelines.shards.Limits", lambda: QUICK)
+    monkeypatch.setattr("fastmoco_pipelines.sets.shard_set.Limits", lambda: QUICK)
     first = take(folder, 1)[0].sample_ids
     write_list(folder, int(first[3]))
     expected = take(folder, 3)

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmoco_pipelines.index import ShardError, build_index, index_path, read_index, write_index
-from fastmoco_pipelines.indexing import index_shards
-from fastmoco_pipelines.shards import ShardSet
-from fastmoco_pipelines.tar import BLOCK, MAX_FAULTS, walk_damaged
+from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.formats.index import build_index, index_path, read_index, write_index
+from fastmoco_pipelines.formats.tar import BLOCK, MAX_FAULTS, walk_damaged
+from fastmoco_pipelines.making.indexing import index_shards
+from fastmoco_pipelines.sets.shard_set import ShardSet
 from tests.pipelines.tar_faults import COUNT, DAMAGES, good_members, member
 
 SOUND = ("zeroed block in the data",)  # the walk goes through, one image is none any more

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco_pipelines.samples import pack_digits
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.making.digits import pack_digits
+from fastmoco_pipelines.sets.shard_set import ShardSet
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("nvidia.dali")
 
-from fastmoco_pipelines import dali, self_test
-from fastmoco_pipelines.self_test import DecoderBrokenError, require_working_decoder, sample_jpegs
+from fastmoco_pipelines.errors import DecoderBrokenError
+from fastmoco_pipelines.views import dali, self_test
+from fastmoco_pipelines.views.self_test import require_working_decoder, sample_jpegs
 
 
 def child(code: str) -> list[str]:
@@ -69,7 +70,7 @@ def test_wrong_pixels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_loader_on_a_gpu_asks_first(packed, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmoco_pipelines.loader import build_loader
+    from fastmoco_pipelines.loading.loader import build_loader
     from fastmoco_pipelines.spec import LoaderSpec
 
     def broken(device: str, device_id: int | None) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmoco_pipelines import patterns, shard_files
-from fastmoco_pipelines.index import index_path
-from fastmoco_pipelines.indexing import index_shards
-from fastmoco_pipelines.shards import ShardError, ShardSet, expand_shards
+from fastmoco_pipelines.formats.index import index_path
+from fastmoco_pipelines.making.indexing import index_shards
+from fastmoco_pipelines.sets import patterns, shard_files
+from fastmoco_pipelines.sets.shard_set import ShardError, ShardSet, expand_shards
 
 
 def unsealed(path: Path) -> dict:
@@ -109,7 +109,7 @@ def test_odd_characters_in_paths_are_taken_as_they_are(tmp_path, packed):
 
 
 def test_a_folder_of_several_sets_needs_a_choice(packed, image_folder, tmp_path):
-    from fastmoco_pipelines.pack import pack_folder
+    from fastmoco_pipelines.making.pack import pack_folder
 
     both = shutil.copytree(packed, tmp_path / "set")
     pack_folder(image_folder, both, prefix="test")
@@ -137,7 +137,7 @@ def test_reads_what_lies_in_the_tars(packed):
 
 
 def test_digest_is_the_identity_of_the_content(packed, image_folder, tmp_path):
-    from fastmoco_pipelines.pack import pack_folder
+    from fastmoco_pipelines.making.pack import pack_folder
 
     digest = ShardSet.open(str(packed)).digest
     assert re.fullmatch("[0-9a-f]{64}", digest)
@@ -239,7 +239,7 @@ def test_an_index_that_lost_samples_contradicts_the_manifest(packed, tmp_path):
 
 
 def test_sets_with_other_classes_do_not_mix(packed, noise_image, tmp_path):
-    from fastmoco_pipelines.pack import pack_folder
+    from fastmoco_pipelines.making.pack import pack_folder
 
     for name in ("ant", "bee"):
         (tmp_path / "src" / name).mkdir(parents=True)

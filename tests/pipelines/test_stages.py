@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from fastmoco_pipelines import loader as module
-from fastmoco_pipelines.loader import build_loader
-from fastmoco_pipelines.stages import AUGMENT, DECODE, DRAW, HEAL, READ, StageClock, StageFigures
-from fastmoco_pipelines.synthetic import SyntheticLoader
+from fastmoco_pipelines.loading import loader as module
+from fastmoco_pipelines.loading.loader import build_loader
+from fastmoco_pipelines.loading.stages import AUGMENT, DECODE, DRAW, HEAL, READ, StageClock, StageFigures
+from fastmoco_pipelines.loading.synthetic import SyntheticLoader
 from tests.pipelines.damage import damaged_copy
 from tests.pipelines.test_heal import FIRST, spec_of
 

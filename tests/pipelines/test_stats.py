@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco_pipelines.index import ShardError
-from fastmoco_pipelines.shards import ShardSet
-from fastmoco_pipelines.stats import draw_stats, measure_shards
+from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.inspecting.stats import draw_stats, measure_shards
+from fastmoco_pipelines.sets.shard_set import ShardSet
 
 
 def test_figures_are_those_of_the_images(packed):
@@ -45,7 +45,7 @@ def test_a_set_without_an_index_says_how_to_get_one(tmp_path, write_tar, noise_i
 def test_the_picture_is_drawn_without_a_display(packed, tmp_path, write_tar, noise_image, monkeypatch, many):
     pytest.importorskip("matplotlib")
     monkeypatch.delenv("DISPLAY", raising=False)
-    from fastmoco_pipelines.indexing import index_shards
+    from fastmoco_pipelines.making.indexing import index_shards
 
     path = write_tar(tmp_path / "x.tar", [(f"{i}.jpg", noise_image(0)) for i in range(many)])  # all of one size
     index_shards(str(path))

@@ -11,11 +11,11 @@ import torch
 pytest.importorskip("nvidia.dali")
 
 from fastmoco_pipelines import LoaderSpec, TwoViewBatch, build_loader, moco_v3_views
-from fastmoco_pipelines.dali import DecodeError, ViewPipeline
-from fastmoco_pipelines.dali_engine import Engine
-from fastmoco_pipelines.dali_graph import GPU_DECODER
-from fastmoco_pipelines.order import epoch_order
+from fastmoco_pipelines.sampling.order import epoch_order
 from fastmoco_pipelines.spec import GPU_SUB_BATCH
+from fastmoco_pipelines.views.dali import DecodeError, ViewPipeline
+from fastmoco_pipelines.views.engine import Engine
+from fastmoco_pipelines.views.graph import GPU_DECODER
 from tests.pipelines.dali_cases import draw, photographs
 from tests.pipelines.damage import damaged_copy
 

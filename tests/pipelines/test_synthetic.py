@@ -7,9 +7,9 @@ import inspect
 import pytest
 import torch
 
-from fastmoco_pipelines.loader import Loader
+from fastmoco_pipelines.loading.loader import Loader
+from fastmoco_pipelines.loading.synthetic import SyntheticLoader
 from fastmoco_pipelines.spec import LoaderSpec, moco_v3_views
-from fastmoco_pipelines.synthetic import SyntheticLoader
 
 VIEW1, VIEW2 = moco_v3_views(8)
 SPEC = LoaderSpec(shards="unused", view1=VIEW1, view2=VIEW2, global_batch_size=12, seed=3)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmoco_pipelines.tar import BLOCK, TarError, unsafe_name, walk_tar
+from fastmoco_pipelines.errors import TarError
+from fastmoco_pipelines.formats.tar import BLOCK, unsafe_name, walk_tar
 
 MEMBERS = [(f"{i:03d}.jpg", bytes([i % 251]) * (100 + 613 * i)) for i in range(5)]
 

@@ -8,12 +8,13 @@ import tarfile
 import numpy as np
 import pytest
 
-from fastmoco_pipelines.check import check_shards
-from fastmoco_pipelines.index import ShardError, build_index, index_path, write_index
-from fastmoco_pipelines.indexing import index_shards
-from fastmoco_pipelines.manifest import write_sets
-from fastmoco_pipelines.quarantine import Quarantine, quarantine_path
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.formats.index import build_index, index_path, write_index
+from fastmoco_pipelines.formats.manifest import write_sets
+from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
+from fastmoco_pipelines.inspecting.check import check_shards
+from fastmoco_pipelines.making.indexing import index_shards
+from fastmoco_pipelines.sets.shard_set import ShardSet
 from tests.pipelines.tar_faults import COUNT, DAMAGES, good_members
 
 

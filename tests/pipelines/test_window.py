@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from fastmoco_pipelines.order import epoch_order, rank_slice, steps_per_epoch
-from fastmoco_pipelines.window import ShardWindows, default_window
+from fastmoco_pipelines.sampling.order import epoch_order, rank_slice, steps_per_epoch
+from fastmoco_pipelines.sampling.window import ShardWindows, default_window
 
 SIZES = [7, 1, 12, 30, 5, 5, 9, 40, 3, 11, 2, 8]
 

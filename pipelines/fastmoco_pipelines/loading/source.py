@@ -1,0 +1,115 @@
+"""One rank's share of the data, step by step: bytes and draws in one thread of a loader, views in the other."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmoco_pipelines.healing.healer import Healer
+from fastmoco_pipelines.loading.batch import TwoViewBatch
+from fastmoco_pipelines.loading.stages import AUGMENT, DECODE, DRAW, HEAL, READ, TRANSFER, StageClock
+from fastmoco_pipelines.loading.threads import BatchPlaces
+from fastmoco_pipelines.sampling.stand_ins import Places, Plan
+from fastmoco_pipelines.sets.shard_set import ShardError, ShardSet
+from fastmoco_pipelines.spec import LoaderSpec
+from fastmoco_pipelines.views.draws import ViewDraws, draw_views
+
+if TYPE_CHECKING:
+    from fastmoco_pipelines.views.dali import DecodeError, ViewPipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What DALI needs for one step."""
+
+    places: Places
+    encoded: list[NDArray[np.uint8]]
+    draws1: ViewDraws
+    draws2: ViewDraws
+    innocent: bool = False
+    """All of its images have been found to decode alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One rank's share of the data; ``prepare`` runs in the reading thread, ``render`` in the producing one."""
+
+    spec: LoaderSpec
+    shards: ShardSet
+    plan: Plan
+    pipeline: ViewPipeline
+    healer: Healer
+    clock: StageClock
+    stop: threading.Event
+    pinned: bool = False
+    places: BatchPlaces | None = None
+    """Room for the batches ahead; None: all but the one in the making lie in a bounded queue."""
+
+    def prepare(self, step: int) -> Prepared:
+        """Bytes and draws of one step."""
+        with self.clock.stage(READ, step):
+            places = self.plan.places(step)
+            position = places.batch_start
+            self.shards.follow(self.plan.windows, seed=self.spec.seed, epoch=places.epoch, position=position)
+            with contextlib.suppress(ShardError, OSError):  # a hint; whether they can be read is seen when they are
+                following = self.plan.places(step + 1).ids
+                self.shards.will_need(following[~self.healer.verdicts.bad(following)])
+            encoded = self.healer.fill(self.plan, places)
+        with self.clock.stage(DRAW, step):
+            return self._drawn(places, encoded)
+
+    def render(self, prepared: Prepared) -> TwoViewBatch:
+        """Decode and augment; bad images are replaced until all is well."""
+        from fastmoco_pipelines.views.dali import DecodeError
+
+        step = prepared.places.step
+        while True:
+            try:
+                with self.clock.stage(DECODE, step):
+                    view1, view2 = self.pipeline.run(
+                        prepared.encoded,
+                        prepared.draws1,
+                        prepared.draws2,
+                        before_output=None if self.places is None else self.places.wait,
+                    )
+                self.clock.within(DECODE, AUGMENT, self.pipeline.augment_seconds)
+                if self.pinned:
+                    with self.clock.stage(TRANSFER, step):
+                        view1 = (
+                            view1.pin_memory()
+                        )  # one after the other: pageable and pinned memory of one view at most
+                        view2 = view2.pin_memory()
+                return TwoViewBatch(view1=view1, view2=view2, sample_ids=prepared.places.ids, step=step)
+            except DecodeError as error:
+                with self.clock.stage(HEAL, step):
+                    prepared = self._healed(prepared, error)
+
+    def _healed(self, prepared: Prepared, error: DecodeError) -> Prepared:
+        """The step with other images in the places of those that broke it."""
+        places = prepared.places
+        encoded = self.healer.blame(error, places.ids, prepared.encoded)
+        if all(data is not None for data in encoded):
+            if prepared.innocent:
+                raise error
+            return replace(prepared, innocent=True)  # once more by a new graph: something may just have been scarce
+        return self._drawn(places, self.healer.fill(self.plan, places, encoded))
+
+    def _drawn(self, places: Places, encoded: list[NDArray[np.uint8]]) -> Prepared:
+        draws1, draws2 = (
+            draw_views(
+                view,
+                seed=self.spec.seed,
+                epoch=places.epoch,
+                sample_ids=places.ids,
+                sizes=self.shards.sizes[places.ids],
+                view=number,
+                places=places.streams,
+            )
+            for number, view in ((1, self.spec.view1), (2, self.spec.view2))
+        )
+        return Prepared(places, encoded, draws1, draws2)

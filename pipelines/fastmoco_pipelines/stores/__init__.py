@@ -1,0 +1,1 @@
+"""URL to bytes: the only room with sockets."""

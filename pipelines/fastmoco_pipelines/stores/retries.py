@@ -1,0 +1,71 @@
+"""Tries again what failed on the way, with growing pauses, until it succeeds or its time is over."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from fastmoco_pipelines.errors import PassingError, RemoteError, StoppedError, WrongContentError
+from fastmoco_pipelines.stores.limits import Limits
+from fastmoco_pipelines.text import redact
+
+T = TypeVar("T")
+_told: set[str] = set()  # hosts; a set, so that a hundred transfers of a run leave one line
+_lock = threading.Lock()
+
+
+def retried(
+    url: str,
+    limits: Limits,
+    deadline: float,
+    stop: threading.Event,
+    attempt: Callable[[], T],
+    arrived: Callable[[], int] = lambda: 0,
+) -> T:
+    """The result of the first attempt that succeeds. An attempt that brought something on does not count as a failure.
+
+    Args:
+        url: of the file.
+        limits: tries and pauses.
+        deadline: of ``time.monotonic()``: no try begins after it.
+        stop: set when nobody wants it any more.
+        attempt: one try, which raises PassingError where another one may succeed.
+        arrived: bytes at hand.
+
+    Raises:
+        RemoteError: the attempt's own, or its last PassingError with what was tried.
+        StoppedError: if ``stop`` was set in a pause.
+    """
+    began, failures, wrong, tries, most = time.monotonic(), 0, 0, 0, arrived()
+    while True:
+        tries += 1
+        try:
+            return attempt()
+        except PassingError as error:
+            wrong += isinstance(error, WrongContentError)
+            failures = 1 if arrived() > most else failures + 1
+            most = max(most, arrived())
+            pause = min(limits.max_delay_seconds, limits.first_delay_seconds * 2.0 ** (failures - 1))
+            pause = max(pause * random.uniform(0.5, 1.0), error.retry_after)
+            over = failures >= limits.attempts or wrong >= limits.wrong_attempts
+            if over or time.monotonic() + pause > deadline:
+                seconds = time.monotonic() - began
+                raise RemoteError(f"{error}; given up after {tries} tries in {seconds:.0f} s") from None
+            _tell_once(url, f"{error}; trying again, up to {limits.attempts - 1} times without progress")
+        if stop.wait(pause):
+            raise StoppedError(f"{redact(url)}: not read to its end, the loader was closed")
+
+
+def _tell_once(url: str, message: str) -> None:
+    """Say it on the console, at the first failure of a host in this process: pauses would pass for a hang."""
+    host = urlsplit(redact(url)).netloc
+    with _lock:
+        if host in _told:
+            return
+        _told.add(host)
+    logging.getLogger(__name__).warning(message)

@@ -1,0 +1,39 @@
+"""Text as it may be shown: URLs without their secrets, names that cannot steer a terminal."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote, urlsplit
+
+REMOTE_SCHEMES = ("http", "https", "s3", "gs")
+
+
+SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
+
+
+_AUTHORITY = re.compile(r"[\w.{},-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
+
+
+def redact(url: str) -> str:
+    """A URL, or a pattern of URLs, as it may be shown: without user, password, query and fragment."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        match = SCHEME.match(url)  # a slip such as https:/user:password@host
+        return f"{match.group(0)}..." if match and match.group(1).lower() in REMOTE_SCHEMES else url
+    rest = re.split(r"[?#]", rest, maxsplit=1)[0]
+    rest = re.sub(r"://[^/@]*@", "://", rest)  # of the second URL in braces around two
+    authority, slash, path = rest.partition("/")
+    authority = authority.rpartition("@")[2]
+    if authority and _AUTHORITY.fullmatch(re.sub(r",https?:$", "", authority)) is None:
+        authority = "..."  # whatever stands there, it may be part of a password
+    return ascii(f"{scheme}://{authority}{slash}{path}")[1:-1]
+
+
+def shard_name(url: str) -> str:
+    """File name of a shard's URL, without its folder."""
+    return unquote(urlsplit(url).path.rpartition("/")[2])
+
+
+def escaped(text: str) -> str:
+    """Text from a tar or a decoder made fit for a terminal or a log: nothing in it can move the cursor."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
