@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from fastmoco.step_costs import CPU_ATTENTION
+from fastmoco.planning.costs import CPU_ATTENTION
 
 PRODUCTS, ATTENTION, FLOAT8 = "products", "attention", "float8 products"
 KINDS = {

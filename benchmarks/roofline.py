@@ -24,12 +24,12 @@ import torch
 
 from benchmarks.op_counts import ATTENTION, FLOAT8, PRODUCTS, Cost, Counts
 from benchmarks.step_counts import count_step
-from fastmoco import gradients
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
-from fastmoco.planner import StepPlan, busy_chunk
+from fastmoco.objectives.build import build_model
+from fastmoco.planning import choose
+from fastmoco.planning.plan import StepPlan, busy_chunk
 from fastmoco.recipes import get_recipe
-from fastmoco.setup_run import build_model
 from fastmoco_pipelines.loading.memory import loader_bytes
 
 ATTENTION_SHARE = 0.35
@@ -77,8 +77,8 @@ def plan_for(config: Config, card: Card, *, compiled: bool, levels: bool = True)
     shards = replace(config.data, shards=config.data.shards or "not read")
     spec = replace(replace(config, data=shards).loader_spec(device="gpu", threads=14), view_dtype="uint8")
     reserved = loader_bytes(spec).beside_batch_bytes
-    with mock.patch.object(gradients, "free_bytes", return_value=free):
-        return gradients.choose_plan(
+    with mock.patch.object(choose, "free_bytes", return_value=free):
+        return choose.choose_plan(
             config, objective, World(), "bf16", compiled=compiled, levels=levels, reserved=reserved
         )
 

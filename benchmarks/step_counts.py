@@ -22,11 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.fusion import FusedGraph
 from benchmarks.op_counts import PRODUCTS, Counts, OperationCounter
-from fastmoco import setup_run
 from fastmoco.config import Config
 from fastmoco.models.blocks import Attention
 from fastmoco.models.compiled import compile_blocks
 from fastmoco.objectives import MoCoV3
+from fastmoco.objectives.build import build_model
 from fastmoco.objectives.prepare import PrepareViews, view_preparation
 from fastmoco_kernels.adamw_ema.op import bytes_moved as sweep_bytes
 from fastmoco_kernels.info_nce import cost as loss_cost
@@ -140,7 +140,7 @@ def count_step(
     graphs = compiled or (fused and views == torch.uint8)
     with blocks.instead() if graphs else nullcontext(), kernels, FakeTensorMode():
         prepare = view_preparation(config.data.view1, config.data.view2, "bf16" if half else "fp32", compiled=graphs)
-        objective = setup_run.build_model(config)
+        objective = build_model(config)
         for module in objective.modules():
             if isinstance(module, Attention):
                 module.backend = "sdpa"

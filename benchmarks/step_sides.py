@@ -27,10 +27,10 @@ from benchmarks.step_profile import profiled
 from fastmoco.config import BatchConfig, Config, KnnConfig
 from fastmoco.distributed.mesh import start_world
 from fastmoco.models.compiled import compile_blocks
+from fastmoco.objectives.build import build_model, build_objective
 from fastmoco.objectives.reference import plain_forward
 from fastmoco.recipes import get_recipe
-from fastmoco.setup_run import build_model, build_objective
-from fastmoco.trainer import Trainer
+from fastmoco.training.trainer import Trainer
 
 SIDES = ("fastmoco", "eager", "compiled")
 """``fastmoco``: the trainer's own step. ``eager``: the same from torch's own parts, one after the other. ``compiled``: that with

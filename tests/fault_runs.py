@@ -13,16 +13,17 @@ from pathlib import Path
 
 from fastmoco.checkpoint import load_latest
 from fastmoco.config import Config
-from fastmoco.config_json import to_json
-from fastmoco.run_folder import RunFolder
+from fastmoco.config.serial import to_json
+from fastmoco.run.folder import RunFolder
 from tests.checkpoint_content import assert_same
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
-from fastmoco import train_command, trainer
-from fastmoco.config_json import from_json
+from fastmoco.cli import train as train_command
+from fastmoco.training import trainer
+from fastmoco.config.serial import from_json
 out, rank = Path(sys.argv[2]), int(os.environ.get("RANK", "0"))
 Path(f"{{out}}.rank{{rank}}").write_text(str(os.getpid()))
 {before}

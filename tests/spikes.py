@@ -9,9 +9,9 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 
 from fastmoco.config import CheckpointConfig
-from fastmoco.config_faults import FaultConfig
+from fastmoco.config.faults import FaultConfig
 from fastmoco.objectives import MoCoV3Output
-from fastmoco.trainer import Trainer
+from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import TwoViewBatch
 from tests.distributed.run_trainer import CONFIG
 

@@ -21,7 +21,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.reference import plain_forward
 from fastmoco.recipes import vit_nano8_e60_b256, with_image_size
-from fastmoco.trainer import Trainer
+from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import TwoViewBatch
 
 IMAGES = 48

@@ -95,7 +95,7 @@ def test_data_never_reaches(what):
 
 def test_configuration_imports_neither_torch_nor_dali():
     code = (
-        "import sys, fastmoco.config, fastmoco.recipes, fastmoco_pipelines.spec, fastmoco.cli;"
+        "import sys, fastmoco.config, fastmoco.recipes, fastmoco_pipelines.spec, fastmoco.cli.main;"
         "sys.exit(any(name.split('.')[0] in ('torch', 'nvidia') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -112,6 +112,6 @@ def test_no_decision_hangs_on_the_wall_clock():
     """It jumps. Lines of metrics and torchrun's report are stamped with it, nothing is measured by it."""
     sources = [path for path in SOURCES if ROOT / "fastmoco" in path.parents and "time.time()" in path.read_text()]
     assert {str(path.relative_to(ROOT)) for path in sources} == {
-        "fastmoco/first_cause.py",
+        "fastmoco/faults/first_cause.py",
         "fastmoco/telemetry/sinks.py",
     }

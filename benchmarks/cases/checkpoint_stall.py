@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import interleave
-from fastmoco import training_state
 from fastmoco.checkpoint import Saver
 from fastmoco.config import KnnConfig
 from fastmoco.distributed.mesh import start_world
 from fastmoco.recipes import get_recipe, with_image_size
-from fastmoco.trainer import Trainer
+from fastmoco.training import state as training_state
+from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import pack_digits
 
 NAME = "checkpoint_stall"

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from fastmoco.config import BatchConfig, Config, KnnConfig, ObjectiveConfig, OptimConfig
 from fastmoco.distributed.mesh import start_world, stop_world
 from fastmoco.recipes import quickstart_digits
-from fastmoco.trainer import Trainer
+from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines.loading.batch import TwoViewBatch
 
 NAME = "large_batch"

@@ -16,8 +16,8 @@ from typing import Any
 
 from benchmarks.measure import interleave, ratios
 from benchmarks.step_sides import SIDES, config_of, device_of, measure_apart, open_side
-from fastmoco.setup_run import choose_precision
-from fastmoco.step_costs import measure_costs
+from fastmoco.models.precision import choose_precision
+from fastmoco.planning.costs import measure_costs
 
 NAME = "train_step"
 DEFAULTS = {

@@ -18,7 +18,7 @@ from benchmarks.measure import interleave, ratios
 from fastmoco.config import Config, KnnConfig
 from fastmoco.distributed.mesh import start_world
 from fastmoco.recipes import get_recipe
-from fastmoco.trainer import Trainer
+from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import pack_digits
 
 NAME = "train_vs_synthetic"

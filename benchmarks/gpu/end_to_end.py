@@ -45,8 +45,8 @@ def _run(folder: Path, dry: bool) -> int:
     from fastmoco.config import Config, DataConfig, KnnConfig
     from fastmoco.distributed.mesh import start_world
     from fastmoco.recipes import vit_nano8_e60_b256, vit_s16_e300_b1024
-    from fastmoco.run_folder import RunFolder
-    from fastmoco.trainer import Trainer
+    from fastmoco.run.folder import RunFolder
+    from fastmoco.training.trainer import Trainer
     from fastmoco_pipelines.making.pack import pack_folder
 
     batch, warm, steps = (8, 1, 3) if dry else (512, 10, 60)

@@ -17,7 +17,7 @@ from benchmarks.gpu.checks import Check, Place
 from fastmoco.config import BatchConfig, Config, KnnConfig
 from fastmoco.distributed.mesh import start_world
 from fastmoco.recipes import quickstart_digits
-from fastmoco.trainer import Trainer
+from fastmoco.training.trainer import Trainer
 
 Errors = dict[str, tuple[float, float]]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastmoco.config import Config, Resolved
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import say
-from fastmoco.run_folder import RunFolder
+from fastmoco.run.folder import RunFolder
 from fastmoco.telemetry.console import Console
 from fastmoco.telemetry.metrics import Throughput
 from fastmoco.telemetry.sinks import JsonlSink, TensorBoardSink

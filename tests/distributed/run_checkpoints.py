@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastmoco import training_state
 from fastmoco.checkpoint import Saver, group_for_saving, load_latest, save_checkpoint, saver, store
 from fastmoco.distributed import World, start_world, stop_world
 from fastmoco.errors import RunError
+from fastmoco.training import state as training_state
 from tests.checkpoint_content import full_disk
 
 STEPS = 3

@@ -16,8 +16,9 @@ from fastmoco.config import BatchConfig, Config, DataConfig, ModelConfig, OptimC
 from fastmoco.distributed import World
 from fastmoco.distributed.gradient_average import GradientAverage
 from fastmoco.distributed.parallelize import parallelize
-from fastmoco.gradients import choose_plan
+from fastmoco.objectives.build import build_objective
 from fastmoco.objectives.chunked import ChunkedStep
+from fastmoco.planning.choose import choose_plan
 from fastmoco_pipelines.spec import ViewSpec
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import message_of, objective_and_views, part, record
@@ -99,10 +100,9 @@ def run_plan(world: World) -> dict[str, object]:
         optim=OptimConfig(warmup_epochs=0),
         batch=BatchConfig(chunk="auto"),
     )
-    from fastmoco import setup_run
 
-    objective = setup_run.build_objective(config, world.device)
-    with mock.patch("fastmoco.gradients.free_bytes", return_value=(40 - 8 * world.rank) * 10**6):
+    objective = build_objective(config, world.device)
+    with mock.patch("fastmoco.planning.choose.free_bytes", return_value=(40 - 8 * world.rank) * 10**6):
         return {"plan": choose_plan(config, objective, world, "fp32").to_json()}
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from fastmoco import training_state
 from fastmoco.config import ParallelConfig
 from fastmoco.distributed import World
-from fastmoco.run_folder import RunFolder
-from fastmoco.trainer import Trainer
+from fastmoco.run.folder import RunFolder
+from fastmoco.training import state as training_state
+from fastmoco.training.trainer import Trainer
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import message_of
 from tests.distributed.run_sharded import whole

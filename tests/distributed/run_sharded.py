@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastmoco import training_state
 from fastmoco.distributed import World, parallelize
 from fastmoco.distributed.gradient_average import ShardedGradientAverage
 from fastmoco.distributed.replicas import require_equal_replicas
@@ -29,7 +28,8 @@ from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.optim import build_adamw, build_adamw_ema, build_lars
 from fastmoco.telemetry.stability import gradient_norms
-from fastmoco.update import update_weights
+from fastmoco.training import state as training_state
+from fastmoco.training.update import update_weights
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import GLOBAL_BATCH, message_of, part
 from tests.golden_objective import random_views, rough_objective

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from fastmoco.checkpoint import list_checkpoints
 from fastmoco.config import BatchConfig, CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig
 from fastmoco.distributed import World
-from fastmoco.run_folder import RunFolder
-from fastmoco.trainer import Trainer
+from fastmoco.run.folder import RunFolder
+from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines.spec import ViewSpec
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import message_of

@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import nn
 
-from fastmoco import setup_run
 from fastmoco.checkpoint import flatten_optimizer, restore_optimizer
 from fastmoco.config import Config, OptimConfig
 from fastmoco.distributed.mesh import World
 from fastmoco.optim import apex as adapter
 from fastmoco.optim import build_adamw, build_apex
-from fastmoco.run_folder import RunFolder
-from fastmoco.trainer import Trainer
+from fastmoco.optim.build import name_of
+from fastmoco.run.folder import RunFolder
+from fastmoco.training.trainer import Trainer
 
 NUMBERS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.98), "eps": 1e-8}
 OPTIMIZERS = """
@@ -156,7 +156,7 @@ def test_the_trainer_trains_and_continues_with_it_bit_for_bit(small_run: Config,
         for max_steps in pieces:
             trainer = Trainer.build(config, tmp_path / folder, World())
             try:
-                assert setup_run.name_of(trainer.optimizer) == f"apex Fused{'Adam' if name == 'adamw' else 'LAMB'}"
+                assert name_of(trainer.optimizer) == f"apex Fused{'Adam' if name == 'adamw' else 'LAMB'}"
                 trainer.run(max_steps)
                 trainer._save(force=True)
             finally:
@@ -216,11 +216,12 @@ def test_nobody_imports_it_unasked(tmp_path: Path) -> None:
     (tmp_path / "amp_C.py").write_text("raise SystemExit('imported')")
     code = (
         "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
-        "import fastmoco.optim, fastmoco.trainer\n"
-        "from fastmoco import setup_run\n"
+        "import fastmoco.optim, fastmoco.training.trainer\n"
+        "from fastmoco.objectives.build import build_objective\n"
+        "from fastmoco.optim.build import build_optimizer\n"
         "from fastmoco.recipes import quickstart_digits\n"
         "config = quickstart_digits()\n"
-        "setup_run.build_optimizer(config, setup_run.build_objective(config, torch.device('cpu')))\n"
+        "build_optimizer(config, build_objective(config, torch.device('cpu')))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

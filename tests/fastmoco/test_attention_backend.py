@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmoco import setup_run, training_state
 from fastmoco.checkpoint import save_checkpoint
 from fastmoco.config import AttentionBackend, Config, ModelConfig
-from fastmoco.config_json import from_json, to_json
+from fastmoco.config.serial import from_json, to_json
 from fastmoco.distributed.mesh import World
-from fastmoco.loading import load_run
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
+from fastmoco.objectives.build import attention_choice, build_objective
+from fastmoco.optim.build import build_optimizer
 from fastmoco.recipes import get_recipe
-from fastmoco.run_folder import RunFolder
-from fastmoco.trainer import Trainer
+from fastmoco.run.folder import RunFolder
+from fastmoco.training import state as training_state
+from fastmoco.training.load_run import load_run
+from fastmoco.training.trainer import Trainer
 from fastmoco_kernels.attention.choice import BACKENDS
 
 CPU = torch.device("cpu")
@@ -72,20 +74,20 @@ def _loss_and_gradients(backend: str, dtype: torch.dtype, plain: bool) -> dict[s
 
 
 def _objective(config: Config):
-    return setup_run.build_objective(config, CPU)
+    return build_objective(config, CPU)
 
 
 @pytest.mark.parametrize(("precision", "backend"), [("bf16", "explicit"), ("fp32", "sdpa"), ("fp64", "sdpa")])
 def test_the_choice_follows_precision(precision, backend):
     config = get_recipe("quickstart_digits")
-    assert setup_run.attention_choice(config, _objective(config).encoder, precision, CPU).backend == backend
+    assert attention_choice(config, _objective(config).encoder, precision, CPU).backend == backend
 
 
 def test_a_backend_that_cannot_run_stops_the_run_before_it_starts():
     config = get_recipe("quickstart_digits")
     config = replace(config, model=replace(config.model, attention="cudnn"))
     with pytest.raises(ValueError, match="backend='cudnn' on cpu; it needs a CUDA device"):
-        setup_run.attention_choice(config, _objective(config).encoder, "fp32", CPU)
+        attention_choice(config, _objective(config).encoder, "fp32", CPU)
 
 
 def test_a_run_says_who_computes_attention_and_writes_it_down(tmp_path: Path, capsys):
@@ -110,7 +112,7 @@ def test_a_run_of_another_machines_backend_loads_here(tmp_path: Path):
     config = get_recipe("quickstart_digits")
     run = replace(config, model=replace(config.model, attention="cudnn"))
     objective = _objective(config)
-    tensors = training_state.collect(objective, setup_run.build_optimizer(config, objective))
+    tensors = training_state.collect(objective, build_optimizer(config, objective))
     save_checkpoint(RunFolder(tmp_path).checkpoints, step=1, tensors=tensors, state={"config": to_json(run)}, keep=1)
     loaded, found, _ = load_run(tmp_path)
     assert found.model.attention == "cudnn"

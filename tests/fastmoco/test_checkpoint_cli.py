@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from fastmoco.checkpoint import save_checkpoint
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
-from fastmoco.loading import load_run
-from fastmoco.trainer import Trainer
+from fastmoco.training.load_run import load_run
+from fastmoco.training.trainer import Trainer
 from tests.checkpoint_content import assert_same, content, flip_bit, group_of_one, save
 from tests.command_line import main
 

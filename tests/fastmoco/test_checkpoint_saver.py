@@ -15,14 +15,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from fastmoco.checkpoint import CheckpointError, Saver, list_checkpoints, load_checkpoint, load_latest, saver
+from fastmoco.cli.train import train
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import EXIT_REFUSED, RunError
-from fastmoco.pulse import Pulse
-from fastmoco.run_folder import RunFolder
-from fastmoco.saving import Saving
-from fastmoco.train_command import train
-from fastmoco.trainer import Trainer
+from fastmoco.faults.pulse import Pulse
+from fastmoco.run.folder import RunFolder
+from fastmoco.training.saving import Saving
+from fastmoco.training.trainer import Trainer
 from tests.checkpoint_content import assert_same, content, flip_bit, full_disk, group_of_one, loaded_step, save
 
 pytestmark = pytest.mark.faults

@@ -20,7 +20,7 @@ from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.chunk_graphs import ChunkGraphs
 from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.recipes import quickstart_digits
-from fastmoco.trainer import Trainer
+from fastmoco.training.trainer import Trainer
 from tests.golden_objective import random_views, rough_objective
 
 pytestmark = pytest.mark.gpu

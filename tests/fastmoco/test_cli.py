@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fastmoco.config_json import from_json
+from fastmoco.config.serial import from_json
 from fastmoco.recipes import get_recipe
 from tests.command_line import main
 
@@ -110,7 +110,7 @@ def test_pack_of_a_missing_folder_is_refused_in_one_line(tmp_path, capsys):
 
 def test_an_interrupt_outside_training_is_one_line(monkeypatch, capsys):
     pytest.importorskip("tyro", reason="tyro is not installed")
-    from fastmoco import cli
+    from fastmoco.cli import main as cli
 
     def interrupted(_name):
         raise KeyboardInterrupt

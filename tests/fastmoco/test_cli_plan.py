@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("tyro", reason="tyro is not installed")
 
-from fastmoco.cli import main
-from fastmoco.cli_plan import parse_bytes
+from fastmoco.cli.main import main
+from fastmoco.cli.plan import parse_bytes
 
 SMALL = ["--model.hidden-dim", "32", "--model.projection-dim", "8", "--model.compile", "False"]
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastmoco.live_bytes import LiveBytes
 from fastmoco.models import VisionTransformer, compiled
 from fastmoco.models.compiled import choose_compile, compile_blocks, traced_blocks
 from fastmoco.objectives import MoCoV3
+from fastmoco.planning.live_bytes import LiveBytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 TOKENS = 4**2 + 1

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from fastmoco.config import CheckpointConfig, Config, KnnConfig, ModelConfig, ObjectiveConfig, OptimConfig, resolve
-from fastmoco.config_json import differences, flatten, from_json, to_json
-from fastmoco.config_parallel import ParallelConfig
+from fastmoco.config.parallel import ParallelConfig
+from fastmoco.config.serial import differences, flatten, from_json, to_json
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from fastmoco.cli.environment import clean_environment
 from fastmoco.config import Config
-from fastmoco.config_json import from_json, to_json
-from fastmoco.environment import clean_environment
-from fastmoco.run_folder import RunFolder
+from fastmoco.config.serial import from_json, to_json
+from fastmoco.run.folder import RunFolder
 from tests.command_line import main
 
 pytestmark = pytest.mark.faults

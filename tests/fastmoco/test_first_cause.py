@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmoco.config_json import to_json
+from fastmoco.config.serial import to_json
 from fastmoco_pipelines.sampling.order import epoch_order
 from tests.pipelines.damage import damage
 
@@ -22,8 +22,8 @@ LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from fastmoco.config_json import from_json
-from fastmoco import train_command
+from fastmoco.config.serial import from_json
+from fastmoco.cli import train as train_command
 {before}
 sys.exit(train_command.train(from_json(json.loads(sys.argv[1])), Path(sys.argv[2])))
 """
@@ -84,7 +84,8 @@ def test_a_rank_that_hangs_in_a_read_ends_both(digits_copy, tmp_path):
     config = replace(config, data=replace(config.data, timeout_s=6.0))
     before = """
 import os, time
-from fastmoco_pipelines import loader, shard_files
+from fastmoco_pipelines.loading import loader
+from fastmoco_pipelines.sets import shard_files
 loader._REPORT_SECONDS = 2.0
 read, reads = shard_files.LocalFiles.read, []
 def hang(self, places):
@@ -110,13 +111,13 @@ def test_a_rank_that_is_refused_before_the_first_step_ends_both(digits_copy, tmp
     config, _ = digits_copy
     before = """
 import os
-from fastmoco import setup_run
-build = setup_run.build_train_loader
+from fastmoco.training import setup
+build = setup.build_train_loader
 def refuse(*args, **more):
     if os.environ["RANK"] == "1":
         raise ValueError("this rank has no data")
     return build(*args, **more)
-setup_run.build_train_loader = refuse
+setup.build_train_loader = refuse
 """
     code, text, seconds = run(config, tmp_path / "run", before)
     assert code != 0
@@ -132,7 +133,8 @@ def test_a_rank_that_hears_nothing_is_ended_by_its_watcher(digits_copy, tmp_path
     config, _ = digits_copy
     before = """
 import os, time
-from fastmoco import first_cause, trainer
+from fastmoco.faults import first_cause
+from fastmoco.training import trainer
 first_cause.GRACE_SECONDS = 1.0
 def step(self, *args, **more):
     if os.environ["RANK"] == "1":

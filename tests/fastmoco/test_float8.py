@@ -23,7 +23,7 @@ from fastmoco.models.compiled import compile_blocks
 from fastmoco.models.float8 import candidates, use_float8_
 from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.chunked import ChunkedStep
-from fastmoco.update import update_weights
+from fastmoco.training.update import update_weights
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.distributed.mesh import World
-from fastmoco.gradients import Gradients
 from fastmoco.models import VisionTransformer, float8
 from fastmoco.models.compiled import compile_blocks
 from fastmoco.models.float8_inference import (
@@ -29,6 +28,7 @@ from fastmoco.models.float8_inference import (
 from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.recipes import quickstart_digits
+from fastmoco.training.forward_backward import Gradients
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 BATCH = 13

@@ -11,12 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastmoco import setup_run
 from fastmoco.config import Config, ModelConfig, ParallelConfig
-from fastmoco.config_json import differences
+from fastmoco.config.serial import differences
 from fastmoco.distributed.mesh import World
-from fastmoco.gradients import Gradients
-from fastmoco.loading import load_run
 from fastmoco.models import ARCHITECTURES, float8, float8_inference
 from fastmoco.models.float8_inference import (
     float8_layers,
@@ -25,9 +22,12 @@ from fastmoco.models.float8_inference import (
     require_whole,
     use_float8_inference_,
 )
+from fastmoco.objectives.build import build_objective
+from fastmoco.planning.costs import measure_costs
 from fastmoco.recipes import quickstart_digits
-from fastmoco.step_costs import measure_costs
-from fastmoco.trainer import Trainer
+from fastmoco.training.forward_backward import Gradients
+from fastmoco.training.load_run import load_run
+from fastmoco.training.trainer import Trainer
 from tests.fastmoco.test_float8_momentum import LAYERS, encoder, needs_scaled_mm, objectives
 
 
@@ -129,7 +129,7 @@ def test_devices_without_float8_and_shards_are_refused(monkeypatch: pytest.Monke
     with pytest.raises(
         ValueError, match=r"momentum_linears='float8': there are no fast float8 products on device 'cpu'"
     ):
-        setup_run.build_objective(config, torch.device("cpu"))
+        build_objective(config, torch.device("cpu"))
     _, ours, _ = objectives()
     with pytest.raises(ValueError, match=r"momentum_linears='float8': .* take parallel.strategy ddp"):
         Gradients(config, ours, World(rank=0, world_size=2), "bf16")

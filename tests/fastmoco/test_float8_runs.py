@@ -15,19 +15,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastmoco import setup_run, training_state
 from fastmoco.checkpoint import load_latest
 from fastmoco.config import Config, ModelConfig
-from fastmoco.config_json import differences
+from fastmoco.config.serial import differences
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
-from fastmoco.loading import load_run
 from fastmoco.models import ARCHITECTURES, VisionTransformer, float8, vit_micro, vit_nano
 from fastmoco.models.float8 import flop_per_byte, require_gain, require_support, use_float8_
+from fastmoco.objectives.build import build_objective
+from fastmoco.optim.build import build_optimizer
+from fastmoco.planning.costs import measure_costs
 from fastmoco.recipes import quickstart_digits
-from fastmoco.run_folder import RunFolder
-from fastmoco.step_costs import measure_costs
-from fastmoco.trainer import Trainer
+from fastmoco.run.folder import RunFolder
+from fastmoco.training import state as training_state
+from fastmoco.training.load_run import load_run
+from fastmoco.training.trainer import Trainer
 from tests.command_line import main
 
 ROOT = Path(__file__).parents[2]
@@ -70,10 +72,10 @@ def test_a_run_saves_what_a_native_model_reads(anywhere: Callable[[], Config], t
     assert not any(type(m).__module__.startswith("torchao") for m in objective.modules())
     assert all(torch.equal(weights[n], t) for n, t in objective.state_dict().items())
     # and back again, with the optimizer's state
-    ours = setup_run.build_objective(config, CPU)
+    ours = build_objective(config, CPU)
     latest = load_latest(RunFolder(tmp_path / "run").checkpoints)
     assert latest is not None
-    training_state.restore(ours, setup_run.build_optimizer(config, ours), latest)
+    training_state.restore(ours, build_optimizer(config, ours), latest)
     assert all(torch.equal(weights[n], t) for n, t in ours.state_dict().items())
     native = replace(config, model=replace(config.model, linears="native"))
     assert differences(config, native) == ["model.linears: 'float8' -> 'native'"]
@@ -226,7 +228,7 @@ def test_without_torchao_the_extra_is_named(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.slow
 def test_torchao_comes_only_where_it_is_asked_for_and_says_nothing() -> None:
     script = (
-        "import sys, fastmoco.trainer, fastmoco.cli\n"
+        "import sys, fastmoco.training.trainer, fastmoco.cli.main\n"
         "from fastmoco.models import vit_nano\n"
         "from fastmoco.models.float8 import use_float8_\n"
         "assert 'torchao' not in sys.modules\n"

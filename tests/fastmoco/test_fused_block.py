@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmoco.config import ModelConfig
-from fastmoco.config_json import differences
+from fastmoco.config.serial import differences
 from fastmoco.distributed.mesh import World
-from fastmoco.gradients import Gradients
-from fastmoco.live_bytes import LiveBytes
 from fastmoco.models import fused_block
 from fastmoco.models.blocks import Block, Recompute
+from fastmoco.objectives.build import build_objective
 from fastmoco.objectives.chunked import ChunkedStep
+from fastmoco.planning.costs import measure_costs
+from fastmoco.planning.live_bytes import LiveBytes
 from fastmoco.recipes import quickstart_digits
-from fastmoco.setup_run import build_objective
-from fastmoco.step_costs import measure_costs
+from fastmoco.training.forward_backward import Gradients
 
 B, L, E, A = 3, 17, 48, 4
 CPU = torch.device("cpu")

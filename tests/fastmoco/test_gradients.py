@@ -9,16 +9,19 @@ from unittest import mock
 import pytest
 import torch
 
-from fastmoco import setup_run, training_state
 from fastmoco.config import BatchConfig, Config, ModelConfig
-from fastmoco.config_json import differences, from_json, to_json
+from fastmoco.config.serial import differences, from_json, to_json
 from fastmoco.distributed.mesh import World
-from fastmoco.gradients import Gradients, choose_plan
-from fastmoco.planner import HEADROOM
-from fastmoco.planner import plan_step as plan_step_itself
+from fastmoco.objectives.build import build_objective
+from fastmoco.optim.build import build_optimizer
+from fastmoco.planning.choose import choose_plan
+from fastmoco.planning.plan import HEADROOM
+from fastmoco.planning.plan import plan_step as plan_step_itself
 from fastmoco.recipes import quickstart_digits, with_image_size
-from fastmoco.run_folder import RunFolder
-from fastmoco.trainer import Trainer
+from fastmoco.run.folder import RunFolder
+from fastmoco.training import state as training_state
+from fastmoco.training.forward_backward import Gradients
+from fastmoco.training.trainer import Trainer
 
 WORLD = World()
 
@@ -30,15 +33,15 @@ def _config(**batch: object) -> Config:
 
 
 def _plan(config: Config, free: float) -> tuple[int, int, str]:
-    objective = setup_run.build_objective(config, WORLD.device)
-    with mock.patch("fastmoco.gradients.free_bytes", return_value=int(free)):
+    objective = build_objective(config, WORLD.device)
+    with mock.patch("fastmoco.planning.choose.free_bytes", return_value=int(free)):
         plan = choose_plan(config, objective, WORLD, "fp32")
     return plan.chunk, plan.kept, plan.reason
 
 
 def test_auto_takes_the_whole_batch_where_it_fits_and_chunks_where_not() -> None:
     config = _config()
-    with mock.patch("fastmoco.gradients.measure_costs") as counting:
+    with mock.patch("fastmoco.planning.choose.measure_costs") as counting:
         assert _plan(config, 1e10) == (0, 0, "small beside the free memory")
         assert not counting.called  # the bound is enough
     chunk, _, reason = _plan(config, 150e6)
@@ -51,12 +54,12 @@ def test_auto_takes_the_whole_batch_where_it_fits_and_chunks_where_not() -> None
 
 
 def test_the_bound_of_a_small_step_is_one() -> None:
-    from fastmoco.gradients import _at_most
-    from fastmoco.planner import whole_bytes
-    from fastmoco.step_costs import measure_costs
+    from fastmoco.planning.choose import _at_most
+    from fastmoco.planning.costs import measure_costs
+    from fastmoco.planning.plan import whole_bytes
 
     config = _config()
-    objective = setup_run.build_objective(config, WORLD.device)
+    objective = build_objective(config, WORLD.device)
     assert whole_bytes(measure_costs(config, "fp32", attention="explicit"), 256) < _at_most(config, objective, 256)
 
 
@@ -65,10 +68,10 @@ def test_a_copy_for_saves_in_the_background_lies_in_the_same_memory_on_a_cpu() -
     copies = {}
     for background in (True, False):
         chosen = replace(config, checkpoint=replace(config.checkpoint, async_save=background))
-        with mock.patch("fastmoco.gradients.plan_step", wraps=plan_step_itself) as plan_step:
+        with mock.patch("fastmoco.planning.choose.plan_step", wraps=plan_step_itself) as plan_step:
             _plan(chosen, 100e6)
         copies[background] = plan_step.call_args.kwargs["budget"]
-    objective = setup_run.build_objective(config, WORLD.device)
+    objective = build_objective(config, WORLD.device)
     trained = sum(p.nbytes for p in objective.parameters() if p.requires_grad)
     everything = sum(p.nbytes for p in objective.parameters())
     assert copies[False] - copies[True] == everything + 2 * trained
@@ -86,11 +89,11 @@ def test_where_a_run_continues_memory_is_looked_at_before_the_optimizer_is_there
     calls = mock.Mock()
     calls.free_bytes.return_value = 10**10
     calls.restore.side_effect = training_state.restore
-    calls.build_optimizer.side_effect = setup_run.build_optimizer
+    calls.build_optimizer.side_effect = build_optimizer
     with (
-        mock.patch("fastmoco.gradients.free_bytes", calls.free_bytes),
-        mock.patch("fastmoco.training_state.restore", calls.restore),
-        mock.patch("fastmoco.setup_run.build_optimizer", calls.build_optimizer),
+        mock.patch("fastmoco.planning.choose.free_bytes", calls.free_bytes),
+        mock.patch("fastmoco.training.state.restore", calls.restore),
+        mock.patch("fastmoco.training.trainer.build_optimizer", calls.build_optimizer),
         mock.patch("fastmoco.checkpoint.Checkpoint.tensors", None),  # nobody reads them whole
     ):
         Trainer.build(small_run, tmp_path, WORLD).close()
@@ -108,13 +111,13 @@ def test_a_conv_stem_is_refused_in_chunks_and_whole_under_auto() -> None:
     config = replace(
         config, global_batch_size=8, model=replace(config.model, architecture="vit_conv_small", patch_size=16)
     )
-    objective = setup_run.build_objective(config, WORLD.device)
+    objective = build_objective(config, WORLD.device)
     with pytest.raises(
         ValueError, match=r"batch.chunk=4: this trunk cannot go in chunks, because its convolutional stem"
     ):
         Gradients(config, objective, WORLD, "fp32")
     config = replace(config, batch=BatchConfig())
-    with mock.patch("fastmoco.gradients.free_bytes", return_value=10**6):
+    with mock.patch("fastmoco.planning.choose.free_bytes", return_value=10**6):
         plan = choose_plan(config, objective, WORLD, "fp32")
     assert plan.chunk == 0
     assert "chunks would help, but its convolutional stem" in plan.reason

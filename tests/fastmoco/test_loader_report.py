@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastmoco.cli.train import train
 from fastmoco.distributed.mesh import World
-from fastmoco.run_folder import RunFolder
+from fastmoco.run.folder import RunFolder
 from fastmoco.telemetry.console import plain_line
 from fastmoco.telemetry.recorder import Recorder
-from fastmoco.train_command import train
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.loading.stages import StageFigures
 from fastmoco_pipelines.sampling.order import epoch_order

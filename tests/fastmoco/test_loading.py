@@ -7,8 +7,8 @@ import torch
 
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
-from fastmoco.loading import load_run
-from fastmoco.trainer import Trainer
+from fastmoco.training.load_run import load_run
+from fastmoco.training.trainer import Trainer
 
 
 def test_the_encoder_of_a_run_is_the_one_that_was_trained(small_run, tmp_path):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmoco import setup_run
 from fastmoco.distributed.mesh import World
 from fastmoco.evaluation.monitor import KnnMonitor
+from fastmoco.objectives.build import build_objective
+from fastmoco.training import setup
 
 
 @pytest.fixture
@@ -20,17 +21,17 @@ def config(small_run, digits):
 
 
 def _monitor(config) -> KnnMonitor:
-    monitor = setup_run.build_knn(config, World(), threads=1)
+    monitor = setup.build_knn(config, World(), threads=1)
     assert monitor is not None
     return monitor
 
 
 def test_no_held_out_shards_no_monitor(small_run):
-    assert setup_run.build_knn(small_run, World(), threads=1) is None
+    assert setup.build_knn(small_run, World(), threads=1) is None
 
 
 def test_measuring_leaves_no_trace_in_the_model(config):
-    objective = setup_run.build_objective(config, torch.device("cpu"))
+    objective = build_objective(config, torch.device("cpu"))
     before, rng = copy.deepcopy(objective.state_dict()), torch.get_rng_state()
     monitor = _monitor(config)
     accuracy = monitor.measure(objective.encoder, 2.0)

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastmoco import setup_run
-from fastmoco import trainer as trainer_module
 from fastmoco.checkpoint import load_latest, saver
 from fastmoco.config import Config
-from fastmoco.config_json import differences, from_json, to_json
+from fastmoco.config.serial import differences, from_json, to_json
 from fastmoco.distributed.mesh import World
-from fastmoco.run_folder import RunFolder
-from fastmoco.trainer import Trainer
+from fastmoco.objectives.build import build_objective
+from fastmoco.optim.build import build_optimizer, choose_optimizer_backend, name_of
+from fastmoco.run.folder import RunFolder
+from fastmoco.training import trainer as trainer_module
+from fastmoco.training.trainer import Trainer
 from tests.command_line import main
 from tests.golden_objective import train_step
 
@@ -99,8 +100,8 @@ def test_the_average_at_the_end_of_a_step_is_the_one_before_the_next_bit_for_bit
     config = replace(config, precision="fp32")
     trainer = Trainer.build(config, tmp_path, World())
     try:
-        book = setup_run.build_objective(config, CPU)
-        optimizer = setup_run.build_optimizer(config, book)
+        book = build_objective(config, CPU)
+        optimizer = build_optimizer(config, book)
         for step in range(STEPS):
             batch = trainer.loader.next()
             lr, momentum = trainer.schedule(step)
@@ -187,8 +188,8 @@ def test_every_frozen_stem_that_differs_moves_under_each_backend(config):
     twins = []
     for backend in ("torch", "fastmoco"):
         changed = with_optim(config, fused_backend=backend)
-        objective = setup_run.build_objective(changed, CPU)
-        optimizer = setup_run.build_optimizer(changed, objective)
+        objective = build_objective(changed, CPU)
+        optimizer = build_optimizer(changed, objective)
         with torch.no_grad():
             for parameter in objective.momentum_encoder.parameters():
                 parameter.add_(1.0)
@@ -216,19 +217,19 @@ def test_every_frozen_stem_that_differs_moves_under_each_backend(config):
 )
 def test_the_command_line_chooses(words, name, capsys, monkeypatch):
     built: list[Config] = []
-    monkeypatch.setattr("fastmoco.train_command.train", lambda config, out, **options: built.append(config) or 0)
+    monkeypatch.setattr("fastmoco.cli.train.train", lambda config, out, **options: built.append(config) or 0)
     assert main(["train", "quickstart_digits", "--out", "unused", *words]) == 0
-    objective = setup_run.build_objective(built[0], CPU)
-    assert setup_run.name_of(setup_run.build_optimizer(built[0], objective)) == name
+    objective = build_objective(built[0], CPU)
+    assert name_of(build_optimizer(built[0], objective)) == name
 
 
 def test_auto_takes_the_sweep_where_triton_runs(config, monkeypatch):
-    assert setup_run.choose_optimizer_backend(config, CPU) == "torch"
+    assert choose_optimizer_backend(config, CPU) == "torch"
     asked: list[Callable[..., bool] | torch.device] = []
-    monkeypatch.setattr(setup_run, "triton_is_default", lambda device: asked.append(device) or True)
-    assert setup_run.choose_optimizer_backend(config, torch.device("cuda")) == "fastmoco"
+    monkeypatch.setattr("fastmoco.optim.build.triton_is_default", lambda device: asked.append(device) or True)
+    assert choose_optimizer_backend(config, torch.device("cuda")) == "fastmoco"
     assert asked == [torch.device("cuda")]
-    assert setup_run.choose_optimizer_backend(with_optim(config, fused_backend="torch"), CPU) == "torch"
+    assert choose_optimizer_backend(with_optim(config, fused_backend="torch"), CPU) == "torch"
 
 
 def test_configs_saved_before_there_was_a_choice_still_load_and_may_continue(config):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmoco.free_memory import free_bytes
-from fastmoco.planner import (
+from fastmoco.planning.costs import Line, StepCosts, Units
+from fastmoco.planning.free_memory import free_bytes
+from fastmoco.planning.plan import (
     PARTS,
     StepPlan,
     best_plan,
@@ -24,7 +25,6 @@ from fastmoco.planner import (
     state_bytes,
     whole_bytes,
 )
-from fastmoco.step_costs import Line, StepCosts, Units
 
 COSTS = StepCosts(
     trainable=100,

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from fastmoco import quickstart as module
+from fastmoco.cli import quickstart as module
 from fastmoco.recipes import quickstart_digits
-from fastmoco.run_folder import RunFolder
+from fastmoco.run.folder import RunFolder
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from torch import nn
 from fastmoco.config import resolve
 from fastmoco.distributed.mesh import World
 from fastmoco.recipes import get_recipe
-from fastmoco.run_folder import RunFolder
+from fastmoco.run.folder import RunFolder
 from fastmoco.telemetry.recorder import Recorder
 from fastmoco.telemetry.stability import ForgettingDetector
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco.report import BLUE, ORANGE, draw_curves, read_metrics
+from fastmoco.run.curves import BLUE, ORANGE, draw_curves, read_metrics
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fastmoco import restarts
 from fastmoco.errors import RunError
-from fastmoco.restarts import require_progress
-from fastmoco.run_folder import RunFolder
+from fastmoco.faults import restarts
+from fastmoco.faults.restarts import require_progress
+from fastmoco.run.folder import RunFolder
 
 pytestmark = pytest.mark.faults
 

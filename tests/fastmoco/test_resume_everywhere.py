@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from fastmoco.checkpoint import list_checkpoints, load_checkpoint
+from fastmoco.cli.train import train
 from fastmoco.config import Config
-from fastmoco.config_json import differences
+from fastmoco.config.serial import differences
 from fastmoco.distributed.mesh import World
-from fastmoco.run_folder import RunFolder
-from fastmoco.train_command import train
-from fastmoco.trainer import Trainer
+from fastmoco.run.folder import RunFolder
+from fastmoco.training.trainer import Trainer
 from tests.checkpoint_content import assert_same
 from tests.fastmoco.test_trainer import _losses, _start, _train, _wait_for_step
 

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from fastmoco import resume, setup_run
-from fastmoco.config_json import differences, from_json, to_json
+from fastmoco.config.serial import differences, from_json, to_json
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
 from fastmoco.recipes import get_recipe
+from fastmoco.training import resume, setup
 from fastmoco_pipelines import pack_folder
 
 
@@ -31,7 +31,7 @@ def test_the_window_of_a_run_goes_on(tmp_path):
     assert resume.shuffle_window(None) is None
     assert resume.shuffle_window(checkpoint(step=3)) == 0  # of a run from before there were windows
     for wanted, remembered, window in ((begun, None, 1), (config, 1, 1), (config, None, 0), (begun, 0, 1)):
-        loader = setup_run.build_train_loader(wanted, World(), threads=1, shuffle_window=remembered)
+        loader = setup.build_train_loader(wanted, World(), threads=1, shuffle_window=remembered)
         assert loader.shuffle_window == window
         assert loader.state_dict().get("shuffle_window", 0) == window
         loader.close()

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from fastmoco import training_state
 from fastmoco.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, load_latest, save_checkpoint
 from fastmoco.config import Config
-from fastmoco.config_faults import FaultConfig
+from fastmoco.config.faults import FaultConfig
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import EXIT_STOPPED, RunError
-from fastmoco.run_folder import RunFolder
-from fastmoco.trainer import Trainer
+from fastmoco.run.folder import RunFolder
+from fastmoco.training import state as training_state
+from fastmoco.training.trainer import Trainer
 from tests.checkpoint_content import assert_same, flip_bit
 from tests.fault_runs import assert_same_end, start
 from tests.spikes import LOGGED, ROLLING, SPIKE, TOTAL, skip, spike

@@ -14,10 +14,10 @@ import torch
 
 from fastmoco.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from fastmoco.config import Config
-from fastmoco.config_faults import FaultConfig
+from fastmoco.config.faults import FaultConfig
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
-from fastmoco.rollback import Rollback
+from fastmoco.training.rollback import Rollback
 from tests.checkpoint_content import content, save
 from tests.spikes import EVERY, ROLLING
 

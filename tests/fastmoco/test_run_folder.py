@@ -11,7 +11,7 @@ import time
 import pytest
 
 from fastmoco.errors import RunError
-from fastmoco.run_folder import RunFolder
+from fastmoco.run.folder import RunFolder
 
 pytestmark = pytest.mark.faults
 
@@ -39,7 +39,7 @@ def test_a_run_that_ended_as_it_was_asked_has_no_start_that_came_to_nothing(tmp_
 
 def test_a_killed_owner_frees_the_folder(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from fastmoco.run_folder import RunFolder;"
+        "import sys, time; from pathlib import Path; from fastmoco.run.folder import RunFolder;"
         "folder = RunFolder(Path(sys.argv[1])); folder.acquire(); print('held', flush=True); time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)

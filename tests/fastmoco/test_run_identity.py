@@ -18,10 +18,10 @@ from fastmoco.checkpoint.folder import fingerprint, marker_text
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
-from fastmoco.loading import load_run
-from fastmoco.run_folder import RunFolder
-from fastmoco.run_identity import identify
-from fastmoco.trainer import Trainer
+from fastmoco.run.folder import RunFolder
+from fastmoco.run.identity import identify
+from fastmoco.training.load_run import load_run
+from fastmoco.training.trainer import Trainer
 from tests.checkpoint_content import flip_bit
 from tests.command_line import main
 from tests.spikes import ROLLING
@@ -212,19 +212,19 @@ def test_the_marker_says_whose_it_is(tmp_path: Path) -> None:
 
 def test_the_command_line_says_trust(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr("fastmoco.train_command.train", lambda config, out, **more: given.append(more["trust"]) or 0)
+    monkeypatch.setattr("fastmoco.cli.train.train", lambda config, out, **more: given.append(more["trust"]) or 0)
     for words in ([], ["--trust"]):
         assert main(["train", "quickstart_digits", "--out", "unused", *words]) == 0
     launched: list[list[str]] = []
     keep: Callable[..., int] = lambda gpus, args, out: launched.append(args) or 0  # noqa: E731
-    monkeypatch.setattr("fastmoco.launch.launch", keep)
+    monkeypatch.setattr("fastmoco.cli.launch.launch", keep)
     assert main(["train", "quickstart_digits", "--out", "unused", "--gpus", "2", "--trust"]) == 0
     assert given == [False, True]
     assert "--trust" in launched[0]
 
 
 def test_all_ranks_have_the_id_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastmoco.run_identity.gather_rows", lambda rows, device: torch.tensor([5, int(rows[0])]))
+    monkeypatch.setattr("fastmoco.run.identity.gather_rows", lambda rows, device: torch.tensor([5, int(rows[0])]))
     assert identify(RunFolder(tmp_path), WORLD, trust_all=False).run_id == "00000000000005"
 
 

@@ -12,12 +12,12 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from fastmoco import training_state
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
-from fastmoco.skip_step import global_norm
-from fastmoco.trainer import Trainer
+from fastmoco.training import state as training_state
+from fastmoco.training.step_guard import global_norm
+from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import TwoViewBatch
 from tests.checkpoint_content import group_of_one
 

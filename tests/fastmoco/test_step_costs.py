@@ -13,21 +13,21 @@ import pytest
 import torch
 
 from fastmoco.config import Config, ModelConfig
-from fastmoco.planner import chunked_bytes, whole_bytes
+from fastmoco.planning.costs import measure_costs
+from fastmoco.planning.plan import chunked_bytes, whole_bytes
 from fastmoco.recipes import get_recipe, quickstart_digits
-from fastmoco.step_costs import measure_costs
 
 ROOT = Path(__file__).parents[2]
 REAL_STEP = """
 import json, sys, torch
 from pathlib import Path
 from dataclasses import replace
-from fastmoco import setup_run
-from fastmoco.config_json import from_json
+from fastmoco.config.serial import from_json
+from fastmoco.objectives.build import build_objective
 from fastmoco.objectives.chunked import ChunkedStep
 config, images, chunk, kept = json.loads(sys.argv[1])
 config = from_json(config)
-objective = setup_run.build_objective(config, torch.device("cpu"))
+objective = build_objective(config, torch.device("cpu"))
 side = config.model.image_size
 def step(images, chunk, kept):
     view1, view2 = torch.randn(2, images, 3, side, side).unbind()
@@ -58,7 +58,7 @@ def _config() -> Config:
 
 def _real_peak(config: Config, images: int, chunk: int, kept: int) -> int:
     """The growth of the resident set in one real step, in a process of its own."""
-    from fastmoco.config_json import to_json
+    from fastmoco.config.serial import to_json
 
     habits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-c", REAL_STEP, json.dumps([to_json(config), images, chunk, kept])]
@@ -117,7 +117,7 @@ def test_two_depths_tell_what_all_blocks_cost() -> None:
     config = _config()
     config = replace(config, model=replace(config.model, architecture="vit_tiny"))  # twelve blocks
     by_two = measure_costs(config, "fp32")
-    from fastmoco import step_costs
+    from fastmoco.planning import costs as step_costs
 
     before = step_costs.DEPTHS
     step_costs.DEPTHS = (11, 12)

@@ -18,8 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmoco import setup_run, training_state
-from fastmoco.trainer import Trainer
+from fastmoco.objectives.build import build_objective
+from fastmoco.training import state as training_state
+from fastmoco.training.trainer import Trainer
 from tests.step_runs import clear_images, distance, gradients_of, images_of, plain_step, poisoned, running, short_run
 
 cuda = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -93,7 +94,7 @@ def _require_as_near_as_torch(device: str, out: Path, *, precision: str, **optio
     found: dict[str, Tensor] = {}
     with running(config, out, device) as trainer:
         # Not a copy: a copy of a compiled block calls the block that it was copied from.
-        start = setup_run.build_objective(config, trainer.world.device)
+        start = build_objective(config, trainer.world.device)
         start.load_state_dict(trainer.objective.state_dict())
         reference = copy.deepcopy(start).cpu().double()
         batch = clear_images(config, reference, device)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fastmoco.evaluation.embed import embed
-from fastmoco.trainer import Trainer
+from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import EvalBatch, TwoViewBatch
 from tests.step_runs import images_of, running, short_run
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastmoco.config_faults import FaultConfig
+from fastmoco.config.faults import FaultConfig
 from fastmoco.distributed.mesh import World
-from fastmoco.pulse import Pulse
-from fastmoco.run_folder import RunFolder
-from fastmoco.stop_signal import PATIENCE_SECONDS, SIGNALS, StopSignal
+from fastmoco.faults.pulse import Pulse
+from fastmoco.faults.stop_signal import PATIENCE_SECONDS, SIGNALS, StopSignal
+from fastmoco.run.folder import RunFolder
 from tests.checkpoint_content import group_of_one
 
 pytestmark = pytest.mark.faults
@@ -67,10 +67,10 @@ BLOCKED = """
 import ctypes, sys
 from collections.abc import Iterator
 from pathlib import Path
-from fastmoco.config_faults import FaultConfig
-from fastmoco.pulse import Pulse
-from fastmoco.run_folder import RunFolder
-from fastmoco.stop_signal import StopSignal
+from fastmoco.config.faults import FaultConfig
+from fastmoco.faults.pulse import Pulse
+from fastmoco.run.folder import RunFolder
+from fastmoco.faults.stop_signal import StopSignal
 pulse, folder = Pulse(FaultConfig(stop_within_s=float(sys.argv[1]))), RunFolder(Path(sys.argv[2]))
 if "holds" in sys.argv:
     folder.acquire()

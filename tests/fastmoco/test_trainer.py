@@ -14,17 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmoco import resume, setup_run
 from fastmoco.checkpoint import load_latest
 from fastmoco.config import Config
-from fastmoco.config_json import flatten
+from fastmoco.config.serial import flatten
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
+from fastmoco.faults.stop_signal import StopSignal
+from fastmoco.models.precision import choose_precision
+from fastmoco.objectives.build import build_objective
 from fastmoco.objectives.reference import plain_forward
+from fastmoco.optim.build import build_optimizer
 from fastmoco.recipes import quickstart_digits
-from fastmoco.run_folder import RunFolder
-from fastmoco.stop_signal import StopSignal
-from fastmoco.trainer import Trainer
+from fastmoco.run.folder import RunFolder
+from fastmoco.training import resume
+from fastmoco.training.trainer import Trainer
 
 WORLD = World()
 
@@ -160,8 +163,8 @@ def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(small_run
     trainer = Trainer.build(config, tmp_path, WORLD)
     try:
         objective = trainer.objective
-        twin = setup_run.build_objective(config, torch.device("cpu"))
-        optimizer = setup_run.build_optimizer(config, twin)
+        twin = build_objective(config, torch.device("cpu"))
+        optimizer = build_optimizer(config, twin)
         batch = trainer.loader.next()
         batch = replace(batch, view1=batch.view1.double(), view2=batch.view2.double())
         for step in range(2):
@@ -197,9 +200,9 @@ def test_knn_rises_while_training(small_run, digits, tmp_path):
 
 
 def test_another_precision_is_refused_even_if_auto_chose_it(small_run, whole, monkeypatch):
-    ran = setup_run.choose_precision("auto", WORLD.device)
+    ran = choose_precision("auto", WORLD.device)
     other = "fp32" if ran == "bf16" else "bf16"
-    monkeypatch.setattr(setup_run, "choose_precision", lambda *_: other)
+    monkeypatch.setattr("fastmoco.training.trainer.choose_precision", lambda *_: other)
     with pytest.raises(RunError, match=rf"precision on this machine: '{ran}' -> '{other}' \(give --precision {ran}\)"):
         Trainer.build(small_run, whole, WORLD)
 

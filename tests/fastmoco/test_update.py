@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from fastmoco import setup_run
+from fastmoco.objectives.build import build_model
+from fastmoco.optim.build import build_optimizer
 from fastmoco.recipes import quickstart_digits
-from fastmoco.update import update_weights
+from fastmoco.training.update import update_weights
 
 
 @pytest.mark.parametrize("optim", [{"fused_backend": "torch"}, {"name": "lars"}])
@@ -19,8 +20,8 @@ def test_the_host_does_not_wait_for_the_flag(optim: dict[str, str]) -> None:
     config = replace(quickstart_digits(), precision="fp32")
     config = replace(config, optim=replace(config.optim, **optim))  # type: ignore[arg-type]
     with FakeTensorMode():
-        objective = setup_run.build_model(config)
-        optimizer = setup_run.build_optimizer(config, objective)
+        objective = build_model(config)
+        optimizer = build_optimizer(config, objective)
         for parameter in objective.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         update_weights(optimizer, objective, None, found_inf=torch.zeros(()))

@@ -11,11 +11,11 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from fastmoco import watchdog
-from fastmoco.config_faults import FaultConfig
+from fastmoco.config.faults import FaultConfig
 from fastmoco.distributed.mesh import World
-from fastmoco.pulse import Pulse
-from fastmoco.watchdog import Watchdog
+from fastmoco.faults import watchdog
+from fastmoco.faults.pulse import Pulse
+from fastmoco.faults.watchdog import Watchdog
 
 pytestmark = pytest.mark.faults
 

@@ -190,7 +190,7 @@ def test_spec_knows_two_modes() -> None:
 
 def test_configs_carry_the_mode() -> None:
     """Reachable from the command line, absent from older files, and a change when a run continues."""
-    from fastmoco.config_json import differences, flatten, from_json, to_json
+    from fastmoco.config.serial import differences, flatten, from_json, to_json
     from fastmoco.recipes import get_recipe
 
     exact = get_recipe("vit_s16_e300_b1024")

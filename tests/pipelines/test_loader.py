@@ -211,7 +211,7 @@ def test_the_interpreter_exits_without_a_close(packed, hang):
     """With both threads at work, and with a reader that hangs as on a lost network disk."""
     program = f"""
 import sys, time
-from fastmoco_pipelines import loader
+from fastmoco_pipelines.loading import loader
 from fastmoco_pipelines.spec import LoaderSpec
 prepare = loader.Source.prepare
 def slow(self, step):

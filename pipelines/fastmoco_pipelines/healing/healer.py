@@ -1,8 +1,8 @@
 """Batches in spite of bad samples: find them, leave them out, fill their places.
 
 The verdict on a sample rests on its bytes alone: they must be those of the index, have the structure and size of an image,
-and pass the decoder that makes the views, undisturbed by its neighbours. Which sample stands in is refill.py's to say; what
-is known already, and how much is bearable, heal_verdicts.py's.
+and pass the decoder that makes the views, undisturbed by its neighbours. `sampling/stand_ins.py` chooses the
+sample that takes its place; `verdicts.py` knows what is bad already, and how much is tolerated.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class DecodePool:
     Args:
         workers: children at a time.
         limits: for each image.
-        module: what a child runs; it speaks the protocol of ``check_child``.
+        module: what a child runs; it speaks the protocol of `decode_child`.
     """
 
     def __init__(self, workers: int, limits: ChildLimits | None = None, module: str = MODULE) -> None:

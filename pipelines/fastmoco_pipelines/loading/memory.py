@@ -13,7 +13,7 @@ ENCODED_BYTES = 110_000
 MARGIN = 1.5
 """On DALI's buffers: a run of larger images, and pools that keep more than is in use."""
 DECODER_BYTES = 4 << 20
-"""The decoder's buffer for each thread, as dali_graph.GPU_DECODER asks for."""
+"""The decoder's buffer for each thread, as views.graph.GPU_DECODER asks for."""
 RESIZE_IMAGES = 32
 """Images that DALI's resize keeps a float32 intermediate of at once."""
 

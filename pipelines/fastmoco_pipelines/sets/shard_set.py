@@ -1,6 +1,6 @@
 """A set of shards as one list of samples: which tars, where each image lies, and its bytes, checked.
 
-Local shards are read where they lie; those of a server through copies in a cache (fetching.py), with the same checks.
+Local shards are read where they lie; those of a server through copies in a cache (stores/fetcher.py), with the same checks.
 Nothing here starts a process, follows a link inside a tar or unpickles anything.
 """
 

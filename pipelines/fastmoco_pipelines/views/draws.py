@@ -164,7 +164,7 @@ def draw_views(
         sample_ids: [B] manifest positions, from 0.
         sizes: [B, 2] height and width of each decoded image, in pixels.
         view: 1 or 2.
-        places: [B] 0 for a sample that comes by the epoch's order. One that stands in for another (refill.py) has 1 plus
+        places: [B] 0 for a sample that comes by the epoch's order. One that replaces another (`sampling/stand_ins.py`) has 1 plus
             its position in the epoch here: an image that comes twice in an epoch is not cut twice alike. None: all 0.
 
     Returns:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import tyro
 from tyro.conf import Positional
 
-from fastmoco.cli_data import CacheArguments, progress_bar
+from fastmoco.cli.data import CacheArguments, progress_bar
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, one_line
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from fastmoco import setup_run
+from fastmoco.cli.train import train
 from fastmoco.config import Config
 from fastmoco.evaluation.embed import raw_pixels
 from fastmoco.evaluation.knn import knn_accuracy
 from fastmoco.recipes import quickstart_digits
-from fastmoco.run_folder import RunFolder
-from fastmoco.train_command import train
+from fastmoco.run.folder import RunFolder
+from fastmoco.training import setup
 from fastmoco_pipelines import build_eval_loader, pack_digits
 from fastmoco_pipelines.inspecting.preview import save_view_grid
 
@@ -85,9 +85,7 @@ def _raw_pixel_accuracy(config: Config) -> float:
     """kNN accuracy of the pixels themselves."""
 
     def read(shards: str) -> tuple[torch.Tensor, torch.Tensor]:
-        with build_eval_loader(
-            shards, config.eval_spec(), batch_size=256, threads=setup_run.share_cores(config)
-        ) as loader:
+        with build_eval_loader(shards, config.eval_spec(), batch_size=256, threads=setup.share_cores(config)) as loader:
             return raw_pixels(loader)
 
     bank, bank_labels = read(config.data.shards)

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastmoco import training_state
 from fastmoco.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -24,9 +23,10 @@ from fastmoco.checkpoint import (
 )
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
-from fastmoco.pulse import Pulse
-from fastmoco.run_folder import RunFolder
-from fastmoco.run_identity import RunIdentity
+from fastmoco.faults.pulse import Pulse
+from fastmoco.run.folder import RunFolder
+from fastmoco.run.identity import RunIdentity
+from fastmoco.training import state as training_state
 
 DEADLINE_S = 600.0
 """Seconds that ranks wait for each other in one phase of a save; then it has failed on all of them."""

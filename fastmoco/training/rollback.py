@@ -3,7 +3,7 @@
 Chowdhery et al. 2022 (PaLM, section 5.1) restarted from before a spike of the loss and left out the batches around it; the
 spikes did not come back, so it takes both a batch and a state to make one. Here weights, twin, buffers and the optimizer's
 state become those of the checkpoint of step c, while the count of steps, and with it schedule and order of the data, stays
-at s: what is left is a run whose steps c to s were all skipped, as `skip_step.py` skips one. The twin is part of the state and
+at s: what is left is a run whose steps c to s were all skipped, as `step_guard.py` skips one. The twin is part of the state and
 not averaged again: at c it was made ready for the next step, which is now that of s.
 
 What is decided depends on steps alone, so that a run that was killed and continued decides alike. Norms are kept for every
@@ -27,9 +27,9 @@ from fastmoco.checkpoint import Checkpoint
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
-from fastmoco.saving import Saving
 from fastmoco.telemetry.recorder import Recorder
 from fastmoco.telemetry.stability import GradientRecorder, SpikeDetector
+from fastmoco.training.saving import Saving
 
 WINDOW = 100
 """Steps of the running median."""

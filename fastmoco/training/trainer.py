@@ -13,26 +13,31 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmoco import restarts, resume, setup_run, training_state
 from fastmoco.checkpoint import Checkpoint, load_latest
 from fastmoco.config import Config, resolve
-from fastmoco.config_json import to_json
+from fastmoco.config.serial import to_json
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import EXIT_FINISHED, EXIT_STOPPED, say
 from fastmoco.evaluation.monitor import KnnMonitor
-from fastmoco.gradients import Gradients
+from fastmoco.faults import restarts
+from fastmoco.faults.pulse import Pulse
+from fastmoco.faults.stop_signal import StopSignal
+from fastmoco.faults.watchdog import Watchdog
+from fastmoco.models.precision import choose_precision
 from fastmoco.objectives import MoCoV3Output
-from fastmoco.pulse import Pulse
-from fastmoco.rollback import Rollback
-from fastmoco.run_folder import RunFolder
-from fastmoco.run_identity import RunIdentity, identify
-from fastmoco.saving import DEADLINE_S, Saving
-from fastmoco.skip_step import StepGuard
-from fastmoco.stop_signal import StopSignal
+from fastmoco.objectives.build import attention_choice, build_objective
+from fastmoco.optim.build import build_optimizer
+from fastmoco.run.folder import RunFolder
+from fastmoco.run.identity import RunIdentity, identify
 from fastmoco.telemetry.recorder import Recorder
 from fastmoco.telemetry.stragglers import Stragglers
-from fastmoco.update import scheduled, update_weights
-from fastmoco.watchdog import Watchdog
+from fastmoco.training import resume, setup
+from fastmoco.training import state as training_state
+from fastmoco.training.forward_backward import Gradients
+from fastmoco.training.rollback import Rollback
+from fastmoco.training.saving import DEADLINE_S, Saving
+from fastmoco.training.step_guard import StepGuard
+from fastmoco.training.update import scheduled, update_weights
 from fastmoco_pipelines import Loader, ShardError, SyntheticLoader, TwoViewBatch
 
 
@@ -59,9 +64,9 @@ class Trainer:
         self.config, self.world, self.folder, self.loader, self.knn = config, world, folder, loader, knn
         self.identity = identity if checkpoint is None else identity.taking_over(checkpoint.run_id)
         self.resolved = resolve(config, world_size=world.world_size, sample_count=loader.sample_count)
-        self.precision = setup_run.choose_precision(config.precision, world.device)
-        self.objective = setup_run.build_objective(config, world.device)
-        self.attention = setup_run.attention_choice(config, self.objective.encoder, self.precision, world.device)
+        self.precision = choose_precision(config.precision, world.device)
+        self.objective = build_objective(config, world.device)
+        self.attention = attention_choice(config, self.objective.encoder, self.precision, world.device)
         # Before optimizer and restore: it may shard the parameters.
         self.gradients = Gradients(
             config,
@@ -70,9 +75,9 @@ class Trainer:
             self.precision,
             attention=self.attention.backend,
             levels=loader.spec.view_dtype == "uint8",
-            reserved=setup_run.reserved_bytes(world, loader),
+            reserved=setup.reserved_bytes(world, loader),
         )
-        self.optimizer = setup_run.build_optimizer(config, self.objective)
+        self.optimizer = build_optimizer(config, self.objective)
         self.step_count = 0
         if checkpoint is not None:
             self._take_state(checkpoint)
@@ -95,14 +100,14 @@ class Trainer:
         """Everything a run needs, continued from the newest checkpoint in ``out`` if there is one.
 
         ``allow`` names fields that may differ from the run's in ``out`` (`resume.require_same_run`); ``trust`` takes
-        over a checkpoint of another run (`run_identity.py`).
+        over a checkpoint of another run (`run/identity.py`).
 
         Raises:
             ValueError: if config, world and data do not fit together.
             RunError: if ``out`` is in use, or holds a run of another config or data set, or the checkpoint of another run.
             CheckpointError: if ``out`` holds checkpoints and none verifies.
         """
-        threads = setup_run.share_cores(config)
+        threads = setup.share_cores(config)
         folder = RunFolder(out)
         with contextlib.ExitStack() as undo:
             undo.callback(folder.release)
@@ -114,7 +119,7 @@ class Trainer:
                 restarts.require_progress(folder, checkpoint.step if checkpoint is not None else 0)
             resume.require_run(checkpoint)
             resume.require_same_step(checkpoint, world)
-            loader = setup_run.build_train_loader(
+            loader = setup.build_train_loader(
                 config,
                 world,
                 threads=threads,
@@ -124,10 +129,10 @@ class Trainer:
             )
             undo.callback(loader.close)
             if checkpoint is not None:
-                precision = setup_run.choose_precision(config.precision, world.device)
+                precision = choose_precision(config.precision, world.device)
                 resume.require_same_run(checkpoint, config, precision, loader.digest, folder, allow)
                 resume.require_same_order(checkpoint, loader.order_digest)
-            knn = setup_run.build_knn(config, world, threads=threads, quarantine_list=folder.quarantine)
+            knn = setup.build_knn(config, world, threads=threads, quarantine_list=folder.quarantine)
             trainer = cls(
                 config=config, world=world, folder=folder, loader=loader, knn=knn, checkpoint=checkpoint, identity=who
             )
@@ -160,7 +165,7 @@ class Trainer:
 
     def _describe(self) -> dict[str, Any]:
         """What was resolved, for ``config.json`` and checkpoints."""
-        return setup_run.describe(
+        return setup.describe(
             self.resolved, self.world, self.precision, self.attention, self.gradients.plan.to_json(), self.optimizer
         )
 

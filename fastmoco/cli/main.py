@@ -14,11 +14,11 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from tyro.conf import Positional
 
-from fastmoco import cli_plan
-from fastmoco.cli_plan import PlanArguments
+from fastmoco.cli import plan as cli_plan
+from fastmoco.cli.environment import clean_environment
+from fastmoco.cli.plan import PlanArguments
 from fastmoco.config import Config
-from fastmoco.config_json import to_json
-from fastmoco.environment import clean_environment
+from fastmoco.config.serial import to_json
 from fastmoco.errors import EXIT_REFUSED, one_line, say
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
 
@@ -91,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         say(str(error))
         return EXIT_REFUSED
-    from fastmoco import cli_check, cli_checkpoint, cli_data
+    from fastmoco.cli import check as cli_check
+    from fastmoco.cli import checkpoint as cli_checkpoint
+    from fastmoco.cli import data as cli_data
 
     verbs: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
@@ -202,18 +204,18 @@ def _train(args: list[str]) -> int:
     except SystemExit:
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             raise
-        from fastmoco.restarts import refusals_are_final
+        from fastmoco.faults.restarts import refusals_are_final
 
         with refusals_are_final():  # torchrun would start the same words again
             raise
     if parsed is None:
         return EXIT_REFUSED
     if parsed.gpus:
-        from fastmoco.launch import launch
+        from fastmoco.cli.launch import launch
 
         with one_line(EXIT_REFUSED, ValueError, OSError):
             return launch(parsed.gpus, ["train", *_without_gpus(args)], parsed.out)
-    from fastmoco.train_command import train
+    from fastmoco.cli.train import train
 
     return train(parsed.config, parsed.out, allow=parsed.allow, trust=parsed.trust)
 
@@ -227,7 +229,7 @@ def _without_gpus(args: list[str]) -> list[str]:
 def _eval_knn(args: list[str]) -> int:
     """kNN accuracy of a run's encoder on labelled shards."""
     parsed = tyro.cli(EvalKnnArguments, prog="fastmoco eval knn", args=args)
-    from fastmoco.train_command import eval_knn
+    from fastmoco.cli.train import eval_knn
 
     return eval_knn(parsed.run, parsed.train, parsed.test, k=parsed.k, temperature=parsed.temperature)
 
@@ -235,7 +237,7 @@ def _eval_knn(args: list[str]) -> int:
 def _quickstart(args: list[str]) -> int:
     """Digits, a few minutes of training, pictures: see it work."""
     parsed = tyro.cli(QuickstartArguments, prog="fastmoco quickstart", args=args)
-    from fastmoco.quickstart import quickstart
+    from fastmoco.cli.quickstart import quickstart
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
         return quickstart(parsed.out)

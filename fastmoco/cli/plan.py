@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastmoco.config import Config
-from fastmoco.config_model import Recompute
+from fastmoco.config.model import Recompute
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line
 
 if TYPE_CHECKING:
-    from fastmoco.planner import StepPlan
-    from fastmoco.step_costs import StepCosts
+    from fastmoco.planning.costs import StepCosts
+    from fastmoco.planning.plan import StepPlan
     from fastmoco_pipelines.loading.memory import LoaderBytes
 
 PLANNED_THREADS = 14
@@ -72,8 +72,8 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
     """
     import torch
 
-    from fastmoco.planner import HEADROOM
-    from fastmoco.setup_run import choose_precision
+    from fastmoco.models.precision import choose_precision
+    from fastmoco.planning.plan import HEADROOM
 
     if gpus < 1 or config.global_batch_size % gpus:
         raise ValueError(f"gpus={gpus}: must divide global_batch_size={config.global_batch_size}")
@@ -122,7 +122,7 @@ def _costs(
 ) -> dict[Recompute, dict[float, StepCosts]]:
     """What a step costs by way of recomputing, and by share of the activations that compiled blocks keep."""
     from fastmoco.models.compiled import BUDGETS
-    from fastmoco.step_costs import measure_costs
+    from fastmoco.planning.costs import measure_costs
 
     attention = "explicit" if on_cpu and precision == "bf16" else config.model.attention
     settings: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -159,7 +159,7 @@ def _loader(config: Config, gpus: int, levels: bool, on_cpu: bool) -> LoaderByte
 def _shared_by(config: Config, costs: StepCosts, gpus: int, memory: int) -> int:
     """GPUs that share a copy of the state as ``parallel.strategy`` has it, on one machine (`choose_strategy`)."""
     from fastmoco.distributed.parallelize import STATE_SHARE
-    from fastmoco.planner import state_bytes
+    from fastmoco.planning.plan import state_bytes
 
     if config.parallel.strategy == "auto":
         state = state_bytes(costs, "adamw", _element(config)).total  # with two moments, as there
@@ -178,7 +178,7 @@ def _row(
     """One way to train, with the plan for the recipe's batch and the batches at which it ends."""
     from dataclasses import replace
 
-    from fastmoco.planner import best_plan, busy_chunk, largest_batch, parts_of, plan_step, sharded, state_bytes
+    from fastmoco.planning.plan import best_plan, busy_chunk, largest_batch, parts_of, plan_step, sharded, state_bytes
 
     element = _element(config)
     costs = next(iter(by_budget.values()))

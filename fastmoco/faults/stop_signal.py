@@ -26,9 +26,9 @@ import torch.distributed as dist
 
 from fastmoco.distributed.mesh import World, lost_a_peer
 from fastmoco.errors import EXIT_FAILED, EXIT_STOPPED, say
-from fastmoco.first_cause import connect
-from fastmoco.pulse import Pulse
-from fastmoco.run_folder import RunFolder
+from fastmoco.faults.first_cause import connect
+from fastmoco.faults.pulse import Pulse
+from fastmoco.run.folder import RunFolder
 
 PATIENCE_SECONDS = 2.0
 """A signal that comes again within this time is the same request: schedulers and launchers often both send it."""

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from fastmoco.step_costs import Line, StepCosts
+from fastmoco.planning.costs import Line, StepCosts
 
 HEADROOM = 0.9
 """Share of the free memory that a plan uses: allocators round up, libraries take workspaces."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastmoco.config_faults import FaultConfig
+from fastmoco.config.faults import FaultConfig
 
 
 class Pulse:

@@ -1,34 +1,13 @@
-"""Recipes: functions that return a whole `Config`, named model_epochs_batch.
-
-The ImageNet recipes carry the official numbers of MoCo v3 (temperature 0.2, base learning rate 1.5e-4, weight decay 0.1,
-momentum 0.99 rising to 1, 40 epochs of warm-up, crops from 8 % of the area). The small ones train in minutes on a CPU.
-"""
+"""Small images: minutes on a CPU."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
 from dataclasses import replace
 
 from fastmoco.config import Config, DataConfig, KnnConfig, ModelConfig, ObjectiveConfig, OptimConfig
 from fastmoco_pipelines.spec import ViewSpec
 
 GREY_MEAN, GREY_STD = (0.3, 0.3, 0.3), (0.35, 0.35, 0.35)
-
-
-def vit_s16_e300_b4096() -> Config:
-    """ViT-S/16 on ImageNet, 300 epochs, batch 4096: 73.2 % linear top-1 in the official release."""
-    return Config(recipe="vit_s16_e300_b4096")
-
-
-def vit_s16_e300_b1024() -> Config:
-    """ViT-S/16 on ImageNet, 300 epochs, batch 1024: the official single-node set-up."""
-    return replace(vit_s16_e300_b4096(), recipe="vit_s16_e300_b1024", global_batch_size=1024)
-
-
-def vit_b16_e300_b4096() -> Config:
-    """ViT-B/16 on ImageNet, 300 epochs, batch 4096: 76.7 % linear top-1 in the official release."""
-    return replace(vit_s16_e300_b4096(), recipe="vit_b16_e300_b4096", model=ModelConfig(architecture="vit_base"))
 
 
 def _small(recipe: str, model: ModelConfig, view: ViewSpec, *, epochs: float) -> Config:
@@ -95,45 +74,3 @@ def vit_nano8_e60_b256() -> Config:
     )
     config = _small("vit_nano8_e60_b256", model, view, epochs=60)
     return replace(config, knn=replace(config.knn, every_epochs=10))
-
-
-RECIPES: dict[str, Callable[[], Config]] = {
-    recipe.__name__: recipe
-    for recipe in (
-        vit_s16_e300_b4096,
-        vit_s16_e300_b1024,
-        vit_b16_e300_b4096,
-        vit_nano7_e12_b256,
-        vit_nano8_e60_b256,
-        quickstart_digits,
-    )
-}
-
-
-def with_image_size(config: Config, image_size: int, *, patch_size: int | None = None) -> Config:
-    """The same recipe at another image size: both views follow, and the blur, which is in pixels, scales along.
-
-    Raises:
-        ValueError: if ``image_size`` is no multiple of the patch size.
-    """
-
-    def resized(view: ViewSpec) -> ViewSpec:
-        low, high = (sigma * image_size / view.size for sigma in view.blur_sigma)
-        return replace(view, size=image_size, blur_sigma=(low, high))
-
-    model = replace(config.model, image_size=image_size, patch_size=patch_size or config.model.patch_size)
-    data = replace(config.data, view1=resized(config.data.view1), view2=resized(config.data.view2))
-    return replace(config, model=model, data=data)
-
-
-def get_recipe(name: str) -> Config:
-    """The config of a recipe.
-
-    Raises:
-        ValueError: if there is none of that name, with the nearest ones.
-    """
-    if name in RECIPES:
-        return RECIPES[name]()
-    near = difflib.get_close_matches(name, RECIPES, n=2, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(RECIPES)}"
-    raise ValueError(f"recipe {name!r} does not exist; {hint} `fastmoco recipes` lists them")

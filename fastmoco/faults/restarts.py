@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco.errors import ASKED_TO_END, EXIT_REFUSED, RunError, say
-from fastmoco.first_cause import PeerError
-from fastmoco.run_folder import RunFolder
+from fastmoco.faults.first_cause import PeerError
+from fastmoco.run.folder import RunFolder
 
 MOST_STARTS = 3
 """Starts from one and the same step, by the same launch, that are tried."""

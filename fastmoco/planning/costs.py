@@ -16,13 +16,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from fastmoco import setup_run
 from fastmoco.config import Config
-from fastmoco.live_bytes import LiveBytes
 from fastmoco.models.blocks import Attention, Recompute
 from fastmoco.models.compiled import traced_blocks
 from fastmoco.objectives import MoCoV3
+from fastmoco.objectives.build import build_model
 from fastmoco.objectives.prepare import PrepareViews, view_preparation
+from fastmoco.planning.live_bytes import LiveBytes
 
 SIZES = (4096, 8192)
 """Batches that are measured: so large that activations, not weights, decide where the peak lies."""
@@ -136,7 +136,7 @@ def measure_costs(
     recompute = recompute or config.model.checkpointing
     dtype = torch.float64 if precision == "fp64" else torch.float32
     with FakeTensorMode(), _default_dtype(dtype):
-        objective = setup_run.build_model(config)
+        objective = build_model(config)
         own = list(objective.parameters())
         for module in objective.modules():
             if isinstance(module, Attention):

@@ -18,7 +18,7 @@ import torch
 from fastmoco.distributed.gather import gather_rows
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
-from fastmoco.run_folder import RunFolder
+from fastmoco.run.folder import RunFolder
 
 BYTES = 7
 """Of a run id; as a whole number it fits into an int64."""

@@ -1,7 +1,7 @@
 """What a run is: a tree of frozen dataclasses, checked where it is written down. No torch, no DALI.
 
 Batch sizes are global unless the name says local. `resolve` computes once what depends on the world and the data set and
-returns a new object; both are written as JSON beside every checkpoint (`config_json.py`).
+returns a new object; both are written as JSON beside every checkpoint (`serial.py`).
 """
 
 from __future__ import annotations
@@ -9,91 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastmoco.config_data import DataConfig, KnnConfig
-from fastmoco.config_faults import FaultConfig
-from fastmoco.config_model import AttentionBackend, ModelConfig
-from fastmoco.config_parallel import ParallelConfig
+from fastmoco.config.data import DataConfig, KnnConfig
+from fastmoco.config.faults import FaultConfig
+from fastmoco.config.model import ModelConfig
+from fastmoco.config.objective import ObjectiveConfig
+from fastmoco.config.optim import OptimConfig
+from fastmoco.config.parallel import ParallelConfig
 from fastmoco_pipelines.spec import EvalSpec, LoaderSpec, require
-
-__all__ = [
-    "AttentionBackend",
-    "BatchConfig",
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "FaultConfig",
-    "KnnConfig",
-    "ModelConfig",
-    "ObjectiveConfig",
-    "OptimConfig",
-    "ParallelConfig",
-    "Resolved",
-    "resolve",
-]
-
-FUSED_BACKENDS = {"adamw": ("auto", "torch", "fastmoco", "apex"), "lars": ("auto", "fastmoco"), "lamb": ("apex",)}
-"""Who offers each optimizer. LAMB never comes by ``auto``: apex is imported only where it is named."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ObjectiveConfig:
-    """The loss and the twin."""
-
-    temperature: float = 0.2
-    """Softmax temperature of the InfoNCE loss: 0.2 for ViT, 1.0 for ResNet-50."""
-    ema_momentum: float = 0.99
-    """Momentum of the twin encoder's average at step 0."""
-    ema_schedule: Literal["cosine", "constant"] = "cosine"
-    """``cosine`` lets the momentum rise to 1 over the run, as every official recipe does."""
-
-    def __post_init__(self) -> None:
-        require(self.temperature > 0, "temperature", self.temperature, "must be positive")
-        require(0 <= self.ema_momentum <= 1, "ema_momentum", self.ema_momentum, "must lie in [0, 1]")
-        require(
-            self.ema_schedule in ("cosine", "constant"), "ema_schedule", self.ema_schedule, "must be cosine or constant"
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimConfig:
-    """The optimizer of all trainable parameters, in one group; docs/optimizers.md says when to take which."""
-
-    name: Literal["adamw", "lars", "lamb"] = "adamw"
-    """``adamw`` for ViT: its decay also hits biases and norms, as in the official runs. ``lars`` for ResNet and very large
-    batches. ``lamb`` needs NVIDIA apex."""
-    fused_backend: Literal["auto", "torch", "fastmoco", "apex"] = "auto"
-    """Whose code takes the step: ``torch``; ``fastmoco``, for AdamW one sweep with the twin's average; ``apex``, NVIDIA's, if
-    installed. ``auto``: ``fastmoco`` for LARS and on CUDA with Triton, else ``torch``. All agree to rounding."""
-    lr: float = 1.5e-4
-    """Base learning rate for 256 images; the peak is ``lr * global_batch_size / 256``."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay of AdamW and LAMB; LARS adds it to the gradient, of tensors of two or more dimensions."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Averaging coefficients of AdamW and LAMB."""
-    eps: float = 1e-8
-    """Denominator floor of AdamW and LAMB."""
-    sgd_momentum: float = 0.9
-    """Momentum of LARS's buffer."""
-    trust_coefficient: float = 0.001
-    """Length of a LARS step relative to the weights', before the learning rate."""
-    warmup_epochs: float = 40
-    """Epochs over which the learning rate rises linearly from 0 to its peak."""
-    clip_norm: float = 0.0
-    """Gradients longer than this, as one vector, are shortened to it; 0: never, as in the paper."""
-
-    def __post_init__(self) -> None:
-        backends = FUSED_BACKENDS.get(self.name, ())
-        require(bool(backends), "name", self.name, f"must be one of {tuple(FUSED_BACKENDS)}")
-        rule = f"{self.name} is there as {backends}"
-        require(self.fused_backend in backends, "fused_backend", self.fused_backend, rule)
-        require(0 <= self.sgd_momentum < 1, "sgd_momentum", self.sgd_momentum, "must lie in [0, 1)")
-        require(self.trust_coefficient > 0, "trust_coefficient", self.trust_coefficient, "must be positive")
-        require(self.lr >= 0, "lr", self.lr, "must not be negative")
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
-        require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must lie in [0, 1)")
-        require(self.eps > 0, "eps", self.eps, "must be positive")
-        require(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "must not be negative")
-        require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "must not be negative")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,43 +151,3 @@ class Config:
         size = self.model.image_size
         resize = self.knn.resize or (round(size * 256 / 224) if size > 64 else size)
         return EvalSpec(size=size, resize=resize, mean=self.data.view1.mean, std=self.data.view1.std)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resolved:
-    """What a config becomes on a given world and data set."""
-
-    world_size: int
-    sample_count: int
-    steps_per_epoch: int
-    total_steps: int
-    local_batch_size: int
-    peak_lr: float
-
-
-def resolve(config: Config, *, world_size: int, sample_count: int) -> Resolved:
-    """Compute what depends on the world and the data set.
-
-    Args:
-        config: the run.
-        world_size: processes that train.
-        sample_count: images in the training set.
-
-    Raises:
-        ValueError: if ``world_size`` does not divide the global batch, or the set is smaller than one batch.
-    """
-    batch = config.global_batch_size
-    require(batch % world_size == 0, "global_batch_size", batch, f"must be a multiple of the {world_size} processes")
-    steps_per_epoch = sample_count // batch
-    require(
-        steps_per_epoch >= 1, "global_batch_size", batch, f"must be at most the {sample_count} images of data.shards"
-    )
-    total_steps = max(1, round(config.epochs * steps_per_epoch))
-    return Resolved(
-        world_size=world_size,
-        sample_count=sample_count,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        local_batch_size=batch // world_size,
-        peak_lr=config.peak_lr,
-    )

@@ -18,11 +18,11 @@ from typing import Any
 
 from torch.distributed import DistStoreError
 
-from fastmoco.config_faults import FaultConfig
+from fastmoco.config.faults import FaultConfig
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import EXIT_FAILED, say
-from fastmoco.first_cause import connect, report
-from fastmoco.pulse import Pulse
+from fastmoco.faults.first_cause import connect, report
+from fastmoco.faults.pulse import Pulse
 
 
 class Watchdog:

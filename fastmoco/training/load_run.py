@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from fastmoco import setup_run, training_state
 from fastmoco.checkpoint import Checkpoint, load_latest
 from fastmoco.config import Config
-from fastmoco.config_json import from_json
+from fastmoco.config.serial import from_json
 from fastmoco.errors import no_checkpoint
 from fastmoco.objectives import MoCoV3
-from fastmoco.run_folder import RunFolder
+from fastmoco.objectives.build import build_objective
+from fastmoco.run.folder import RunFolder
+from fastmoco.training import state as training_state
 
 
 def load_run(run: Path | str, device: torch.device | str = "cpu") -> tuple[MoCoV3, Config, Checkpoint]:
@@ -40,6 +41,6 @@ def load_run(run: Path | str, device: torch.device | str = "cpu") -> tuple[MoCoV
     # What a run trained with may not run on this device: all backends of attention agree to rounding, and float8 is one.
     native = replace(config.model, attention="auto", linears="native", momentum_linears="native")
     anywhere = replace(config, model=native)
-    objective = setup_run.build_objective(anywhere, torch.device(device))
+    objective = build_objective(anywhere, torch.device(device))
     training_state.restore_model(objective, checkpoint)
     return objective, config, checkpoint

@@ -9,12 +9,12 @@ import torch
 
 from fastmoco.checkpoint import Checkpoint
 from fastmoco.config import Config
-from fastmoco.config_json import differences, from_json
+from fastmoco.config.serial import differences, from_json
 from fastmoco.distributed.gather import gather_rows
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
-from fastmoco.run_folder import RunFolder
-from fastmoco.run_identity import RunIdentity
+from fastmoco.run.folder import RunFolder
+from fastmoco.run.identity import RunIdentity
 
 MACHINE_FIELDS = ("world_size", "device", "threads", "optimizer", "chunk", "versions")
 """What a checkpoint says of the machine that wrote it; a change is reported when a run continues."""
@@ -96,7 +96,7 @@ def require_same_run(
 ) -> None:
     """Refuse to continue a run under another config, in another precision or on other images.
 
-    Some fields are free to change (`config_json.FREE_TO_CHANGE`); those of `ALLOWABLE` are where the user names them.
+    Some fields are free to change (`config.serial.FREE_TO_CHANGE`); those of `ALLOWABLE` are where the user names them.
 
     Args:
         checkpoint: where the run stands.

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fastmoco import restarts, setup_run
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import start_world, stop_world
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, RunError, one_line, say
-from fastmoco.first_cause import first_cause
-from fastmoco.loading import load_run
-from fastmoco.report import draw_curves
-from fastmoco.run_folder import RunFolder
-from fastmoco.trainer import Trainer
+from fastmoco.faults import restarts
+from fastmoco.faults.first_cause import first_cause
+from fastmoco.run.curves import draw_curves
+from fastmoco.run.folder import RunFolder
+from fastmoco.training import setup
+from fastmoco.training.load_run import load_run
+from fastmoco.training.trainer import Trainer
 
 
 def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool = False) -> int:
@@ -72,8 +73,8 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
         )
         config = replace(saved, knn=knn, device="auto")
         world = start_world(config.device)
-        threads = setup_run.share_cores(config)
-        monitor = setup_run.build_knn(config, world, threads=threads)
+        threads = setup.share_cores(config)
+        monitor = setup.build_knn(config, world, threads=threads)
         if monitor is None:
             raise RunError("name the shards to classify with --test")
         accuracy = monitor.measure(objective.to(world.device).encoder, 0.0)

@@ -1,0 +1,73 @@
+"""Recipes: functions that return a whole `Config`, named model_epochs_batch.
+
+The ImageNet recipes carry the official numbers of MoCo v3 (temperature 0.2, base learning rate 1.5e-4, weight decay 0.1,
+momentum 0.99 rising to 1, 40 epochs of warm-up, crops from 8 % of the area). The small ones train in minutes on a CPU.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import replace
+
+from fastmoco.config import Config
+from fastmoco.recipes.moco_v3 import vit_b16_e300_b4096, vit_s16_e300_b1024, vit_s16_e300_b4096
+from fastmoco.recipes.small import (
+    quickstart_digits,
+    vit_nano7_e12_b256,
+    vit_nano8_e60_b256,
+)
+from fastmoco_pipelines.spec import ViewSpec
+
+__all__ = [
+    "RECIPES",
+    "get_recipe",
+    "quickstart_digits",
+    "vit_b16_e300_b4096",
+    "vit_nano7_e12_b256",
+    "vit_nano8_e60_b256",
+    "vit_s16_e300_b1024",
+    "vit_s16_e300_b4096",
+    "with_image_size",
+]
+
+RECIPES: dict[str, Callable[[], Config]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        vit_s16_e300_b4096,
+        vit_s16_e300_b1024,
+        vit_b16_e300_b4096,
+        vit_nano7_e12_b256,
+        vit_nano8_e60_b256,
+        quickstart_digits,
+    )
+}
+
+
+def with_image_size(config: Config, image_size: int, *, patch_size: int | None = None) -> Config:
+    """The same recipe at another image size: both views follow, and the blur, which is in pixels, scales along.
+
+    Raises:
+        ValueError: if ``image_size`` is no multiple of the patch size.
+    """
+
+    def resized(view: ViewSpec) -> ViewSpec:
+        low, high = (sigma * image_size / view.size for sigma in view.blur_sigma)
+        return replace(view, size=image_size, blur_sigma=(low, high))
+
+    model = replace(config.model, image_size=image_size, patch_size=patch_size or config.model.patch_size)
+    data = replace(config.data, view1=resized(config.data.view1), view2=resized(config.data.view2))
+    return replace(config, model=model, data=data)
+
+
+def get_recipe(name: str) -> Config:
+    """The config of a recipe.
+
+    Raises:
+        ValueError: if there is none of that name, with the nearest ones.
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    near = difflib.get_close_matches(name, RECIPES, n=2, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(RECIPES)}"
+    raise ValueError(f"recipe {name!r} does not exist; {hint} `fastmoco recipes` lists them")
