@@ -37,7 +37,7 @@ PACKAGES = (
     "scikit-learn",
     "fsspec",
 )
-STEP_TESTS = ("tests/fastmoco/test_step_gpu.py", "tests/fastmoco/test_step_waits_gpu.py")
+STEP_TESTS = ("tests/fastmoco/training/test_step_gpu.py", "tests/fastmoco/training/test_step_waits_gpu.py")
 ABSENT = ("tyro", "webdataset", "torchao", "nvidia.dali", "xformers")
 LEFT_BEHIND = shutil.ignore_patterns(
     ".git",

@@ -88,7 +88,7 @@ def test_data_never_reaches(what):
     contender = ROOT / "benchmarks"  # measures webdataset's reader beside ours, on shards that it packed itself
     sources = [path for path in SOURCES if "webdataset" not in what or contender not in path.parents]
     hits = [str(path.relative_to(ROOT)) for path in sources if re.search(FORBIDDEN[what], path.read_text())]
-    if what == "an unpickler":  # the restricted one, and the attacks on it: tests/fastmoco/test_checkpoint_metadata.py
+    if what == "an unpickler":  # the restricted one, and the attacks on it: tests/fastmoco/checkpoint/test_metadata.py
         hits.remove("fastmoco/checkpoint/dcp_metadata.py")
     assert not hits, f"{what} in {hits}"
 

@@ -31,7 +31,7 @@ def test_every_test_is_collected_without_the_modules_that_a_gpu_machine_lacks() 
     files = {
         line.partition(": ")[0].partition("::")[0] for line in done.stdout.splitlines() if line.startswith("tests/")
     }
-    assert "tests/fastmoco/test_step_gpu.py" in files
+    assert "tests/fastmoco/training/test_step_gpu.py" in files
     assert [name for name in files if "mark.gpu" not in (ROOT / name).read_text()] == []
 
 

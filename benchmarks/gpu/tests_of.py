@@ -32,11 +32,11 @@ TESTS_OF = {
         "tests/kernels/test_fused_block.py",
         "tests/kernels/test_gelu_bias.py",
         "tests/kernels/test_split_qkv.py",
-        "tests/fastmoco/test_fused_block.py",
+        "tests/fastmoco/models/test_fused_block.py",
     ),
     "cut_views": ("tests/kernels/test_cut_views.py",),
     "tuning": ("tests/kernels/test_tuning.py",),
-    "step": ("tests/fastmoco/*_gpu.py",),
+    "step": ("tests/fastmoco/*/*_gpu.py",),
 }
 """The tests of each op, as patterns: rows of an op are timed where these passed, whatever others did."""
 QUICK_TEST = ("tests/kernels/test_multi_tensor.py",)

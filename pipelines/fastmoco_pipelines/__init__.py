@@ -54,28 +54,40 @@ __all__ = [
     "steps_per_epoch",
 ]
 
-_HOMES = {
-    "batch": ("EvalBatch", "TwoViewBatch"),
-    "culprit": ("BadImageError",),
-    "eval_loader": ("EvalLoader", "build_eval_loader"),
-    "index": ("ShardError",),
-    "indexing": ("IndexReport", "index_shards"),
-    "levels": ("normalise",),
-    "loader": ("Loader", "build_loader"),
-    "memory": ("LoaderBytes", "loader_bytes"),
-    "order": ("epoch_order", "rank_slice", "steps_per_epoch"),
-    "pack": ("PackReport", "pack_folder"),
-    "samples": ("pack_digits",),
-    "shards": ("ShardSet", "expand_shards"),
-    "spec": ("EvalSpec", "LoaderSpec", "ViewSpec", "moco_v3_views"),
-    "synthetic": ("SyntheticLoader",),
+_ROOMS = {
+    "BadImageError": "errors",
+    "EvalBatch": "loading.batch",
+    "EvalLoader": "loading.eval_loader",
+    "EvalSpec": "spec",
+    "IndexReport": "making.indexing",
+    "Loader": "loading.loader",
+    "LoaderBytes": "loading.memory",
+    "LoaderSpec": "spec",
+    "PackReport": "making.pack",
+    "ShardError": "errors",
+    "ShardSet": "sets.shard_set",
+    "SyntheticLoader": "loading.synthetic",
+    "TwoViewBatch": "loading.batch",
+    "ViewSpec": "spec",
+    "build_eval_loader": "loading.eval_loader",
+    "build_loader": "loading.loader",
+    "epoch_order": "sampling.order",
+    "expand_shards": "sets.shard_set",
+    "index_shards": "making.indexing",
+    "loader_bytes": "loading.memory",
+    "moco_v3_views": "spec",
+    "normalise": "views.levels",
+    "pack_digits": "making.digits",
+    "pack_folder": "making.pack",
+    "rank_slice": "sampling.order",
+    "steps_per_epoch": "sampling.order",
 }
+"""Public name -> the module that has it."""
 
 
 def __getattr__(name: str) -> object:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
+    if name in _ROOMS:
+        return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

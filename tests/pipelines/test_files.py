@@ -11,7 +11,7 @@ import pytest
 from fastmoco_pipelines.files import is_free, lock_path
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.cache import ShardCache
-from tests.pipelines.test_cache import A, B, C, put
+from tests.pipelines.stores.test_cache import A, B, C, put
 
 
 def open_files() -> int:

@@ -17,7 +17,7 @@ from fastmoco.planning.costs import measure_costs
 from fastmoco.planning.plan import chunked_bytes, whole_bytes
 from fastmoco.recipes import get_recipe, quickstart_digits
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 REAL_STEP = """
 import json, sys, torch
 from pathlib import Path

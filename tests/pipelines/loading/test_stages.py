@@ -11,7 +11,7 @@ from fastmoco_pipelines.loading.loader import build_loader
 from fastmoco_pipelines.loading.stages import AUGMENT, DECODE, DRAW, HEAL, READ, StageClock, StageFigures
 from fastmoco_pipelines.loading.synthetic import SyntheticLoader
 from tests.pipelines.damage import damaged_copy
-from tests.pipelines.test_heal import FIRST, spec_of
+from tests.pipelines.healing.test_healer import FIRST, spec_of
 
 
 def figures(wait: float, **stages: float) -> StageFigures:

@@ -22,7 +22,7 @@ from fastmoco_pipelines.stores import transfer
 from fastmoco_pipelines.stores.cache import ShardCache
 from fastmoco_pipelines.stores.limits import Limits
 from tests.pipelines.http_fault_server import FaultServer, plain
-from tests.pipelines.test_http_faults import QUICK, require_no_threads
+from tests.pipelines.stores.test_http_faults import QUICK, require_no_threads
 
 PATTERN = "train-{000000..000002}.tar"
 A, B, C = ("a" * 64, "b" * 64, "c" * 64)

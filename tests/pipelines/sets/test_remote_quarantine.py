@@ -17,9 +17,9 @@ from fastmoco_pipelines.sets import remote_set
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores import object_store
+from tests.pipelines.healing.test_healer import assert_same, take
 from tests.pipelines.http_fault_server import FaultServer, html, plain, status
-from tests.pipelines.test_heal import assert_same, take
-from tests.pipelines.test_http_faults import QUICK
+from tests.pipelines.stores.test_http_faults import QUICK
 
 NAME = "quarantine.jsonl"
 

@@ -10,7 +10,7 @@ from fastmoco_pipelines.spec import EvalSpec, ViewSpec
 from fastmoco_pipelines.views import reference
 from fastmoco_pipelines.views.draws import draw_views
 
-GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "aug.npz")
+GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "aug.npz")
 IMAGE = Image.fromarray(GOLDEN["img"])
 
 

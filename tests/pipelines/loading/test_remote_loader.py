@@ -13,7 +13,7 @@ from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec, EvalSpec, LoaderSpec, moco_v3_views
 from fastmoco_pipelines.stores.limits import Limits
 from tests.pipelines.http_fault_server import drip, drop, stall, status
-from tests.pipelines.test_http_faults import QUICK, require_no_threads
+from tests.pipelines.stores.test_http_faults import QUICK, require_no_threads
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from fastmoco_pipelines.sampling.order import epoch_order
 from fastmoco_pipelines.sets import shard_files
 from fastmoco_pipelines.sets.shard_set import ShardError, ShardSet
 from tests.pipelines.damage import damaged_copy, place_of
-from tests.pipelines.test_heal import assert_same, spec_of, take
+from tests.pipelines.healing.test_healer import assert_same, spec_of, take
 
 FIRST = epoch_order(7, 0, 45)
 

@@ -25,8 +25,8 @@ from fastmoco_pipelines.stores import object_store
 from tests.pipelines.damage import damaged_copy
 from tests.pipelines.http_fault_server import FaultServer, drop, plain, stall, status
 from tests.pipelines.quick_pool import QuickPool
+from tests.pipelines.stores.test_http_faults import QUICK
 from tests.pipelines.tar_faults import DAMAGES, good_members
-from tests.pipelines.test_http_faults import QUICK
 
 SECRET = "Geheim123"
 

@@ -15,8 +15,8 @@ from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores import object_store
 from tests.pipelines.http_fault_server import FaultServer, drop, status
+from tests.pipelines.stores.test_http_faults import QUICK
 from tests.pipelines.tar_faults import DAMAGES, good_members
-from tests.pipelines.test_http_faults import QUICK
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Who hangs is told from signs in a store; what two real ranks do about it is in test_faults.py."""
+"""Who hangs is told from signs in a store; what two real ranks do about it is in test_fault_table.py."""
 
 from __future__ import annotations
 

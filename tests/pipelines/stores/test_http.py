@@ -24,7 +24,7 @@ from fastmoco_pipelines.stores import http as remote
 from fastmoco_pipelines.stores import object_store
 from fastmoco_pipelines.text import redact
 from tests.pipelines.http_fault_server import FaultServer, drop, redirect, stall, status
-from tests.pipelines.test_http_faults import QUICK
+from tests.pipelines.stores.test_http_faults import QUICK
 
 SECRET = "Geheim123"
 
@@ -247,7 +247,7 @@ def test_stores_name_the_package_they_need(scheme, package, spec, monkeypatch):
 
 
 def test_the_extras_that_are_named_bring_these_packages():
-    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+    extras = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
     assert [name.partition(">=")[0] for scheme in ("s3", "gs") for name in extras[scheme]] == ["s3fs", "gcsfs"]

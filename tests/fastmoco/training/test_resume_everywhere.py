@@ -20,7 +20,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.run.folder import RunFolder
 from fastmoco.training.trainer import Trainer
 from tests.checkpoint_content import assert_same
-from tests.fastmoco.test_trainer import _losses, _start, _train, _wait_for_step
+from tests.fastmoco.training.test_trainer import _losses, _start, _train, _wait_for_step
 
 pytestmark = pytest.mark.faults
 

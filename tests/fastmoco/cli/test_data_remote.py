@@ -12,7 +12,7 @@ import pytest
 
 from fastmoco_pipelines.stores import object_store
 from tests.command_line import main
-from tests.fastmoco.test_cli_data_check import image
+from tests.fastmoco.cli.test_data_check import image
 from tests.pipelines.http_fault_server import FaultServer
 
 

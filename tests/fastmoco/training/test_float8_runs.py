@@ -32,7 +32,7 @@ from fastmoco.training.load_run import load_run
 from fastmoco.training.trainer import Trainer
 from tests.command_line import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 

@@ -17,7 +17,7 @@ from tests.command_line import main
 
 pytestmark = pytest.mark.faults
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("verb", [["train", "quickstart_digits"], ["checkpoint", "list", "."], ["recipes"]])

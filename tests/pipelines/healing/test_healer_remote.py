@@ -15,9 +15,9 @@ from fastmoco_pipelines.healing import reader as heal_reader
 from fastmoco_pipelines.loading.loader import build_loader
 from fastmoco_pipelines.sampling.order import epoch_order
 from tests.pipelines.damage import damaged_copy, place_of
+from tests.pipelines.healing.test_healer import assert_same, spec_of, take
 from tests.pipelines.http_fault_server import plain, status
-from tests.pipelines.test_heal import assert_same, spec_of, take
-from tests.pipelines.test_http_faults import QUICK
+from tests.pipelines.stores.test_http_faults import QUICK
 
 FIRST = epoch_order(7, 0, 45)
 

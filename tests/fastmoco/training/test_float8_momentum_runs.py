@@ -28,7 +28,7 @@ from fastmoco.recipes import quickstart_digits
 from fastmoco.training.forward_backward import Gradients
 from fastmoco.training.load_run import load_run
 from fastmoco.training.trainer import Trainer
-from tests.fastmoco.test_float8_momentum import LAYERS, encoder, needs_scaled_mm, objectives
+from tests.fastmoco.models.test_float8_momentum import LAYERS, encoder, needs_scaled_mm, objectives
 
 
 @pytest.fixture
