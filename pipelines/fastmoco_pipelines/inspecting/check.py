@@ -26,7 +26,7 @@ from fastmoco_pipelines.sets.patterns import is_remote
 from fastmoco_pipelines.sets.remote_set import fetch_lists
 from fastmoco_pipelines.sets.whole_tars import LocalTars, RemoteTars, whole_names
 from fastmoco_pipelines.spec import CacheSpec
-from fastmoco_pipelines.stores.limits import Limits
+from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.text import redact
 
 Progress = Callable[[int, int], None]

@@ -28,7 +28,7 @@ from fastmoco_pipelines.formats.manifest import read_sets, write_sets
 from fastmoco_pipelines.sets.patterns import is_remote
 from fastmoco_pipelines.sets.whole_tars import LocalTars, RemoteTars, whole_names
 from fastmoco_pipelines.spec import CacheSpec
-from fastmoco_pipelines.stores.limits import Limits
+from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.text import escaped, redact
 
 _ORIGIN = "indexed"  # marks the sets of a manifest that were written here

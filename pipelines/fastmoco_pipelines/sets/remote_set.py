@@ -23,8 +23,8 @@ from fastmoco_pipelines.formats.quarantine import NAME as QUARANTINE
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.sets.patterns import expand_braces
 from fastmoco_pipelines.stores.cache import ShardCache
-from fastmoco_pipelines.stores.limits import Limits
 from fastmoco_pipelines.stores.object_store import list_objects
+from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.stores.transfer import RemoteShard, fetch_document
 from fastmoco_pipelines.text import redact, shard_name
 

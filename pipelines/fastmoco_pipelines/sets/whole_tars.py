@@ -29,8 +29,7 @@ from fastmoco_pipelines.sets.remote_set import THREADS, SmallFiles, beside, find
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.cache import ShardCache
 from fastmoco_pipelines.stores.fetcher import ShardFetcher
-from fastmoco_pipelines.stores.limits import Limits
-from fastmoco_pipelines.stores.retries import retried
+from fastmoco_pipelines.stores.retries import Limits, retried
 from fastmoco_pipelines.stores.transfer import RemoteShard, fetch_document, open_body, verify
 from fastmoco_pipelines.text import redact, shard_name
 

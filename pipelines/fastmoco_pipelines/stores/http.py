@@ -22,7 +22,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from fastmoco_pipelines.errors import AbsentError, AccessError, PassingError, RemoteError, WrongContentError
-from fastmoco_pipelines.stores.limits import Limits
+from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.text import redact
 
 CHUNK_BYTES = 1 << 20

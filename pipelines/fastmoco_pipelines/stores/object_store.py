@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from fastmoco_pipelines.errors import AbsentError, AccessError, PassingError, RemoteError
 from fastmoco_pipelines.stores.http import Body
-from fastmoco_pipelines.stores.limits import Limits
+from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.text import redact
 
 BLOCK_BYTES = 8 << 20

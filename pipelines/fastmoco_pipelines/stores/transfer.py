@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from fastmoco_pipelines.errors import PassingError, RemoteError, StoppedError, WrongContentError
 from fastmoco_pipelines.formats.index import ShardIndex, hash_ends
 from fastmoco_pipelines.stores.http import Body, open_http
-from fastmoco_pipelines.stores.limits import Limits
 from fastmoco_pipelines.stores.object_store import open_object
-from fastmoco_pipelines.stores.retries import retried
+from fastmoco_pipelines.stores.retries import Limits, retried
 from fastmoco_pipelines.text import redact, shard_name
 
 MAX_DOCUMENT_BYTES = 1 << 30  # an index holds about 80 bytes a sample

@@ -18,7 +18,7 @@ from fastmoco_pipelines.healing.verdicts import UNREADABLE
 from fastmoco_pipelines.loading import loader
 from fastmoco_pipelines.loading.loader import build_loader
 from fastmoco_pipelines.sampling.order import epoch_order
-from fastmoco_pipelines.sets import shard_files
+from fastmoco_pipelines.sets import local_files
 from fastmoco_pipelines.sets.shard_set import ShardError, ShardSet
 from tests.pipelines.damage import damaged_copy, place_of
 from tests.pipelines.healing.test_healer import assert_same, spec_of, take
@@ -29,7 +29,7 @@ FIRST = epoch_order(7, 0, 45)
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(heal_reader, "PATIENCE", (0.02, 0.05))
-    monkeypatch.setattr(shard_files, "_PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(local_files, "_PAUSES", (0.01, 0.02))
 
 
 @pytest.fixture(scope="module")
