@@ -34,6 +34,13 @@ def shard_name(url: str) -> str:
     return unquote(urlsplit(url).path.rpartition("/")[2])
 
 
-def escaped(text: str) -> str:
-    """Text from a tar or a decoder made fit for a terminal or a log: nothing in it can move the cursor."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def escaped(text: str, *, keep: str = "") -> str:
+    """Text made fit for a terminal or a log: nothing in it can move the cursor.
+
+    Args:
+        text: from a tar, a decoder, a file's name.
+        keep: characters that stay although they are not printable, e.g. a newline.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import PassingError, RemoteError, StoppedError, WrongContentError
+from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.formats.index import ShardIndex, hash_ends
 from fastmoco_pipelines.stores.http import Body, open_http
 from fastmoco_pipelines.stores.object_store import open_object
@@ -190,9 +191,7 @@ def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading
         problem = verify(shard, part.descriptor)
         if problem:
             if _frame_problem(shard, part.descriptor) is None:
-                with open(part.descriptor, "rb", closefd=False) as file:
-                    file.seek(0)
-                    content = hashlib.file_digest(file, "sha256").hexdigest()
+                content = hash_file(part.descriptor)
                 if content in brought:
                     return
                 brought.add(content)
@@ -210,10 +209,7 @@ def verify(shard: RemoteShard, descriptor: int) -> str | None:
     if problem := _frame_problem(shard, descriptor):
         return problem
     if shard.sha256 is not None:
-        with open(descriptor, "rb", closefd=False) as file:
-            file.seek(0)
-            good = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
-        return None if good else "its SHA-256 is not the one of the manifest"
+        return None if hash_file(descriptor) == shard.sha256 else "its SHA-256 is not the one of the manifest"
     for offset, length, crc32 in shard.rows.tolist():
         if zlib.crc32(os.pread(descriptor, length, offset)) != crc32:
             return f"its {length} bytes from {offset} on differ from the index (crc32)"
