@@ -42,7 +42,7 @@ _COLUMNS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("ema_momentum", "m", "EMA momentum", "{:.4f}".format),
     ("images_per_s", "img/s", "images/s", "{:.0f}".format),
     ("wait_share", "wait", "wait for data", "{:.1%}".format),
-    ("quarantined", "quarantined", "images left out", "{:.0f}".format),
+    ("quarantined", "left out", "images left out", "{:.0f}".format),
     ("eta_s", "eta", "time left", _clock),
     ("knn", "knn", "kNN", "{:.1%}".format),
 )

@@ -1,7 +1,7 @@
 """`check_shards`: read and decode everything, report every fault, and write the quarantine list beside the tars.
 
 Each tar is walked strictly, compared with its index and the manifest, and every image in it is decoded, by the decoder
-that training uses, in a disposable process. Verdicts depend on the bytes alone. No tar is ever changed. Those of a server
+that training uses, in a disposable process. What is found depends on the bytes alone. No tar is ever changed. Those of a server
 are checked in copies, and the list is written to this machine: to put it beside them is the user's to do.
 """
 

@@ -66,7 +66,7 @@ class Source:
             position = places.batch_start
             self.shards.follow(self.plan.windows, seed=self.spec.seed, epoch=places.epoch, position=position)
             with contextlib.suppress(ShardError, OSError):  # a hint: whether they can be read is seen when they are
-                self.shards.will_need(following[~self.healer.verdicts.bad(following)])
+                self.shards.will_need(following[~self.healer.bad.contains(following)])
             encoded = self.healer.fill(self.plan, places)
         with self.clock.stage(DRAW, places.step):
             return self._drawn(places, encoded)
