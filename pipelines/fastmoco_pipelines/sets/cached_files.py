@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from fastmoco_pipelines.errors import ShardError, StoppedError
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.sampling.window import ShardWindows
-from fastmoco_pipelines.sets.local_files import MAX_OPEN_FILES, Place, read_at
+from fastmoco_pipelines.sets.local_files import MAX_OPEN_FILES, Place, ReadFault, read_at
 from fastmoco_pipelines.spec import CacheSpec
 
 if TYPE_CHECKING:
@@ -39,11 +40,13 @@ class CachedFiles:
         self._planned: set[int] | None = None
         self._renewed: set[int] = set()
 
-    def read(self, places: Sequence[Place]) -> list[bytes]:
-        """The bytes at some places. Shard by shard, so that one that must be fetched is fetched once.
+    def read(self, places: Sequence[Place]) -> list[bytes | ReadFault]:
+        """The bytes at some places; an error, which names the URL, where they cannot be read.
+
+        Shard by shard, so that one that must be fetched is fetched once.
 
         Raises:
-            RemoteError: naming the URL and the cause.
+            StoppedError: after `cancel`.
         """
         by_shard: dict[int, list[int]] = {}
         for i, (shard, _, _) in enumerate(places):
@@ -52,11 +55,16 @@ class CachedFiles:
             last = max(by_shard, default=0)
             after = range(last + 1, min(last + 3, self._count))
             self._fetcher.want([shard for shard in (*by_shard, *after) if shard not in self._open])
-        found: dict[int, bytes] = {}
+        found: dict[int, bytes | ReadFault] = {}
         for shard, members in by_shard.items():
             ranges = [places[i][1:] for i in members]
             self.reading = (shard, 0)
-            found.update(zip(members, self._read_ranges(shard, ranges), strict=True))
+            try:
+                found |= zip(members, self._read_ranges(shard, ranges), strict=True)
+            except StoppedError:
+                raise
+            except (ShardError, OSError) as error:
+                found |= dict.fromkeys(members, error)
         return [found[i] for i in range(len(places))]
 
     def will_need(self, places: Sequence[Place]) -> None:
@@ -71,15 +79,14 @@ class CachedFiles:
         for shard in self._open.keys() - self._planned:
             os.close(self._open.pop(shard))
 
-    def renew(self, shard: int) -> bool:
-        """Throw away a damaged copy, once for each shard: whether it is worth another try."""
+    def renew(self, shard: int) -> None:
+        """Throw away a damaged copy, once for each shard; the next `read` fetches another."""
         if shard in self._renewed:
-            return False
+            return
         self._renewed.add(shard)
         if shard in self._open:
             os.close(self._open.pop(shard))
         self._fetcher.discard(shard)
-        return True
 
     def cancel(self) -> None:
         """End a wait for a server, in whichever thread it is: there ``read`` raises."""

@@ -19,6 +19,8 @@ _PAUSES = (0.05, 0.45)  # seconds before a local file is tried again: file syste
 
 Place = tuple[int, int, int]
 """Shard, offset and size in bytes."""
+ReadFault = ShardError | OSError
+"""Why one sample could not be read: a value beside the bytes of the others."""
 
 
 class LocalFiles:
@@ -30,23 +32,26 @@ class LocalFiles:
         self._folders = sorted({path.parent for path in paths})
         self.reading = (0, 0)  # shard and offset of what is being read: where a read that hangs, hangs
 
-    def read(self, places: Sequence[Place]) -> list[bytes]:
-        """The bytes at some places; fewer where a file ends earlier.
+    def read(self, places: Sequence[Place]) -> list[bytes | ReadFault]:
+        """The bytes at some places, fewer where a file ends earlier; an error where they cannot be read.
 
-        Raises:
-            ShardError: naming the file that cannot be opened or read, also on a second and third try.
+        The error names the file that could not be opened or read, on three tries.
         """
-        return [self._read(*place) for place in places]
+        found: list[bytes | ReadFault] = []
+        for place in places:
+            try:
+                found.append(self._read(*place))
+            except (ShardError, OSError) as error:
+                found.append(error)
+        return found
 
     def will_need(self, places: Sequence[Place]) -> None:
         """Ask the operating system to fetch these places from the disk in the background."""
         for shard, offset, size in places:
             os.posix_fadvise(self._descriptor(shard), offset, size, os.POSIX_FADV_WILLNEED)
 
-    def renew(self, shard: int) -> bool:
-        """Whether reading damaged bytes again may help; here it does not."""
-        del shard
-        return False
+    def renew(self, shard: int) -> None:
+        """Throw away a damaged copy; here there is none."""
 
     def quarantine(self) -> tuple[Quarantine, list[str]]:
         """The lists beside the shards, as one, and what is wrong with them, in sentences."""

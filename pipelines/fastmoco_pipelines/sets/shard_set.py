@@ -28,7 +28,7 @@ from fastmoco_pipelines.formats.manifest import FolderOfShards, check_folders, r
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.sampling.window import ShardWindows, default_window
 from fastmoco_pipelines.sets.cached_files import CachedFiles, open_cache
-from fastmoco_pipelines.sets.local_files import LocalFiles, Place
+from fastmoco_pipelines.sets.local_files import LocalFiles, Place, ReadFault
 from fastmoco_pipelines.sets.patterns import expand_shards, is_remote, without_scheme
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.retries import Limits
@@ -195,7 +195,7 @@ class ShardSet:
                 self._files.follow(windows, seed=seed, epoch=epoch, position=position)
 
     def read(self, sample_ids: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """The encoded bytes of some samples, checked against their crc32 and the size that the index gives them.
+        """The encoded bytes of some samples, checked as in `read_each`.
 
         Args:
             sample_ids: [B] int64, each in [0, len(self)).
@@ -204,23 +204,51 @@ class ShardSet:
             B arrays [size] uint8, read-only.
 
         Raises:
-            ShardError: naming tar and member, if bytes are missing or differ from what was indexed, or if their header
-                declares another size: crops and the limits on decoding rest on the index.
+            ShardError: the first fault.
+        """
+        encoded = []
+        for data in self.read_each(sample_ids):
+            if not isinstance(data, np.ndarray):
+                raise data
+            encoded.append(data)
+        return encoded
+
+    def read_each(self, sample_ids: NDArray[np.int64]) -> list[NDArray[np.uint8] | ReadFault]:
+        """The encoded bytes of each sample, or why there are none.
+
+        Bytes are checked against the crc32 and the size that the index gives them: crops and the limits on
+        decoding rest on the index. Bytes that fail are read once more; of a remote shard, from a new copy.
+
+        Args:
+            sample_ids: [B] int64, each in [0, len(self)).
+
+        Returns:
+            For each sample an array [size] uint8, read-only, or an error that names tar and member: it cannot be
+            read, it is cut off, it differs from what was indexed, or its header declares another size.
+
+        Raises:
+            StoppedError: after `cancel`.
         """
         sample_ids = np.asarray(sample_ids, dtype=np.int64)
         places = self._places(sample_ids)
-        encoded, renewed = [], set()
+        found = []
         with self._lock:
             for sample_id, place, data in zip(sample_ids.tolist(), places, self._files.read(places), strict=True):
-                problem = self._problem(sample_id, data)
-                if problem is not None and (place[0] in renewed or self._files.renew(place[0])):
-                    renewed.add(place[0])
-                    data = self._files.read([place])[0]
-                    problem = self._problem(sample_id, data)
-                if problem is not None:
-                    raise ShardError(f"{self.describe(sample_id)}: {problem}")
-                encoded.append(np.frombuffer(data, dtype=np.uint8))
-        return encoded
+                checked = self._checked(sample_id, data)
+                if isinstance(data, bytes) and not isinstance(checked, np.ndarray):
+                    self._files.renew(place[0])
+                    checked = self._checked(sample_id, self._files.read([place])[0])
+                found.append(checked)
+        return found
+
+    def _checked(self, sample_id: int, data: bytes | ReadFault) -> NDArray[np.uint8] | ReadFault:
+        """The bytes of a sample as an array, or what is wrong with them."""
+        if not isinstance(data, bytes):
+            return data
+        problem = self._problem(sample_id, data)
+        if problem is not None:
+            return ShardError(f"{self.describe(sample_id)}: {problem}")
+        return np.frombuffer(data, dtype=np.uint8)
 
     def _problem(self, sample_id: int, data: bytes) -> str | None:
         """What is wrong with the bytes of a sample."""
