@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
 from fastmoco.config import Config
-from fastmoco.objectives import MoCoV3
 from fastmoco.optim import build_adamw, build_adamw_ema, build_apex, build_lars
 from fastmoco_kernels._runtime import triton_is_default
 
@@ -27,25 +26,30 @@ def choose_optimizer_backend(
     return "fastmoco" if optim.name == "lars" or sharded or triton_is_default(device) else "torch"
 
 
-def build_optimizer(config: Config, objective: MoCoV3) -> torch.optim.Optimizer:
-    """The optimizer of the objective's trainable parameters; the trainer sets the learning rate of every step.
+def build_optimizer(
+    config: Config, named_parameters: Iterable[tuple[str, nn.Parameter]], averages: Mapping[nn.Parameter, Tensor]
+) -> torch.optim.Optimizer:
+    """The optimizer of all trainable parameters; the trainer sets the learning rate of every step.
+
+    Args:
+        config: the run; `config.optim` names the optimizer and its numbers.
+        named_parameters: of the whole objective, sharded already where it will be.
+        averages: the exponential moving average of each parameter that has one.
 
     Raises:
         ValueError: if apex is asked for and cannot serve.
     """
     optim = config.optim
-    named = list(objective.named_parameters())
+    named = list(named_parameters)
     lr, decay = 0.0, optim.weight_decay
     if optim.name == "lars":
         momentum, trust = optim.sgd_momentum, optim.trust_coefficient
         return build_lars(named, lr=lr, weight_decay=decay, sgd_momentum=momentum, trust_coefficient=trust)
-    sharded = any(isinstance(parameter, DTensor) for _, parameter in named)
+    sharded = any(hasattr(parameter, "placements") for _, parameter in named)
     backend = choose_optimizer_backend(config, named[0][1].device, sharded=sharded)
     if backend == "apex":
         return build_apex(optim.name, named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
     if backend == "fastmoco":
-        own, twins = objective.encoder.parameters(), objective.momentum_encoder.parameters()
-        averages: dict[Tensor, Tensor] = dict(zip(own, twins, strict=True))
         return build_adamw_ema(named, averages, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
     return build_adamw(named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
 

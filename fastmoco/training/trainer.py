@@ -77,7 +77,7 @@ class Trainer:
             levels=loader.spec.view_dtype == "uint8",
             reserved=setup.reserved_bytes(world, loader),
         )
-        self.optimizer = build_optimizer(config, self.objective)
+        self.optimizer = build_optimizer(config, self.objective.named_parameters(), self.objective.averages())
         self.step_count = 0
         if checkpoint is not None:
             self._take_state(checkpoint)

@@ -101,7 +101,7 @@ def test_the_average_at_the_end_of_a_step_is_the_one_before_the_next_bit_for_bit
     trainer = Trainer.build(config, tmp_path, World())
     try:
         book = build_objective(config, CPU)
-        optimizer = build_optimizer(config, book)
+        optimizer = build_optimizer(config, book.named_parameters(), book.averages())
         for step in range(STEPS):
             batch = trainer.loader.next()
             lr, momentum = trainer.schedule(step)
@@ -189,7 +189,7 @@ def test_every_frozen_stem_that_differs_moves_under_each_backend(config):
     for backend in ("torch", "fastmoco"):
         changed = with_optim(config, fused_backend=backend)
         objective = build_objective(changed, CPU)
-        optimizer = build_optimizer(changed, objective)
+        optimizer = build_optimizer(changed, objective.named_parameters(), objective.averages())
         with torch.no_grad():
             for parameter in objective.momentum_encoder.parameters():
                 parameter.add_(1.0)
@@ -220,7 +220,7 @@ def test_the_command_line_chooses(words, name, capsys, monkeypatch):
     monkeypatch.setattr("fastmoco.cli.train.train", lambda config, out, **options: built.append(config) or 0)
     assert main(["train", "quickstart_digits", "--out", "unused", *words]) == 0
     objective = build_objective(built[0], CPU)
-    assert name_of(build_optimizer(built[0], objective)) == name
+    assert name_of(build_optimizer(built[0], objective.named_parameters(), objective.averages())) == name
 
 
 def test_auto_takes_the_sweep_where_triton_runs(config, monkeypatch):

@@ -21,7 +21,7 @@ def test_the_host_does_not_wait_for_the_flag(optim: dict[str, str]) -> None:
     config = replace(config, optim=replace(config.optim, **optim))  # type: ignore[arg-type]
     with FakeTensorMode():
         objective = build_model(config)
-        optimizer = build_optimizer(config, objective)
+        optimizer = build_optimizer(config, objective.named_parameters(), objective.averages())
         for parameter in objective.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         update_weights(optimizer, objective, None, found_inf=torch.zeros(()))
