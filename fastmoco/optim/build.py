@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.config import Config
-from fastmoco.optim import build_adamw, build_adamw_ema, build_apex, build_lars
+from fastmoco.optim.adamw import build_adamw, build_adamw_ema
+from fastmoco.optim.apex import build_apex
+from fastmoco.optim.averaged import AveragedLARS, AveragedOptimizer, FusedAdamW, HostSkipped, SweptAdamW
+from fastmoco.optim.lars import build_lars
 from fastmoco_kernels._runtime import triton_is_default
 
 
@@ -28,8 +31,8 @@ def choose_optimizer_backend(
 
 def build_optimizer(
     config: Config, named_parameters: Iterable[tuple[str, nn.Parameter]], averages: Mapping[nn.Parameter, Tensor]
-) -> torch.optim.Optimizer:
-    """The optimizer of all trainable parameters; the trainer sets the learning rate of every step.
+) -> AveragedOptimizer:
+    """The optimizer of all trainable parameters and of their averages; the trainer sets the learning rate of every step.
 
     Args:
         config: the run; `config.optim` names the optimizer and its numbers.
@@ -44,16 +47,21 @@ def build_optimizer(
     lr, decay = 0.0, optim.weight_decay
     if optim.name == "lars":
         momentum, trust = optim.sgd_momentum, optim.trust_coefficient
-        return build_lars(named, lr=lr, weight_decay=decay, sgd_momentum=momentum, trust_coefficient=trust)
+        lars = build_lars(named, lr=lr, weight_decay=decay, sgd_momentum=momentum, trust_coefficient=trust)
+        return AveragedLARS(lars, averages)
     sharded = any(hasattr(parameter, "placements") for _, parameter in named)
     backend = choose_optimizer_backend(config, named[0][1].device, sharded=sharded)
     if backend == "apex":
-        return build_apex(optim.name, named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
+        apex = build_apex(optim.name, named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
+        return HostSkipped(apex, averages)
     if backend == "fastmoco":
-        return build_adamw_ema(named, averages, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
-    return build_adamw(named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
+        swept = build_adamw_ema(named, averages, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
+        return SweptAdamW(swept, averages)
+    adamw = build_adamw(named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
+    return (FusedAdamW if adamw.defaults["fused"] else HostSkipped)(adamw, averages)
 
 
-def name_of(optimizer: torch.optim.Optimizer) -> str:
-    """Whose optimizer it is: ``torch AdamW``, ``fastmoco_kernels LARS``."""
-    return f"{type(optimizer).__module__.partition('.')[0]} {type(optimizer).__name__}"
+def name_of(optimizer: AveragedOptimizer) -> str:
+    """Whose optimizer it is: `torch AdamW`, `fastmoco_kernels LARS`."""
+    kind = type(optimizer.inner)
+    return f"{kind.__module__.partition('.')[0]} {kind.__name__}"
