@@ -26,8 +26,8 @@ from fastmoco.models.blocks import Block
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives import MoCoV3
 from fastmoco.optim import build_adamw, build_adamw_ema, build_apex, build_lars
-from fastmoco_kernels._runtime import triton_is_default
 from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
+from fastmoco_kernels.backends import triton_is_default
 from fastmoco_pipelines import Loader, LoaderSpec, SyntheticLoader, build_loader
 from fastmoco_pipelines.memory import loader_bytes
 

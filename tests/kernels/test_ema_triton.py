@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastmoco_kernels import ema_update_
-from fastmoco_kernels._multi_tensor import CHUNK
 from fastmoco_kernels.ema.op import bytes_moved
+from fastmoco_kernels.tensors import CHUNK
 from tests.kernels.touched_bytes import touched_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._multi_tensor import PointerTable, pointer_table, same_layout
-from fastmoco_kernels._runtime import device_guard
 from fastmoco_kernels.adamw_ema.sweep import Scalars, Sweep
 from fastmoco_kernels.adamw_ema.triton_kernels import adamw_ema_prepare_kernel, adamw_ema_sweep_kernel
+from fastmoco_kernels.backends import device_guard
+from fastmoco_kernels.tensors import PointerTable, pointer_table, same_layout
 
 CHUNK, NUM_WARPS = 1024, 4
 """8 elements a thread and array: about 80 registers, so six programs share an SM with 20 KiB each on the way to it."""

@@ -6,7 +6,7 @@ the moving average (12: reads p and a; writes a). One sweep holds p in registers
 
 The first launch is tiny. It looks at `found_inf`, counts each parameter's step on the device, and works out the bias
 corrections in float64; so the step can be captured in a CUDA graph and nothing is ever read back. The second walks a
-table of addresses (`_multi_tensor.py`). The moving average takes the *updated* parameter, in the lerp form of
+table of addresses (`tensors.py`). The moving average takes the *updated* parameter, in the lerp form of
 `ema_update_`: what equals its average stays equal.
 """
 
@@ -17,11 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import local, traced
 from fastmoco_kernels.adamw_ema.checks import OP, check_scalars, check_sweep
 from fastmoco_kernels.adamw_ema.dispatch import dispatch_sweep
 from fastmoco_kernels.adamw_ema.run import chosen_backend, run_sweep
 from fastmoco_kernels.adamw_ema.sweep import Number, Scalars, Sweep
+from fastmoco_kernels.tensors import local, traced
 
 
 @torch.no_grad()

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import same_layout
 from fastmoco_kernels.adamw_ema.sweep import Scalars, Sweep
 from fastmoco_kernels.ema.reference import ema_update_foreach_
+from fastmoco_kernels.tensors import same_layout
 
 _FUSED_DEVICES = ("cpu", "cuda")
 

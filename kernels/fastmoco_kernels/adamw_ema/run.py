@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fastmoco_kernels._runtime import choose_backend, require_triton, triton_is_default
 from fastmoco_kernels.adamw_ema.checks import OP
 from fastmoco_kernels.adamw_ema.reference import adamw_ema_foreach_, adamw_ema_reference_
 from fastmoco_kernels.adamw_ema.sweep import Scalars, Sweep
+from fastmoco_kernels.backends import choose_backend, require_triton, triton_is_default
 
 BACKENDS = ("triton", "foreach", "reference")
 

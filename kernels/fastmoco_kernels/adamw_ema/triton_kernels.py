@@ -1,4 +1,4 @@
-"""AdamW and the moving average in one sweep over the table of `_multi_tensor.py`.
+"""AdamW and the moving average in one sweep over the table of `tensors.py`.
 
 Two launches: `adamw_ema_prepare_kernel` looks at `found_inf`, counts the step and works out every scalar in float64, once
 a tensor; `adamw_ema_sweep_kernel` touches every parameter once. What passes between them:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastmoco_kernels._runtime import choose_backend, require_triton
+from fastmoco_kernels.backends import choose_backend, require_triton
 
 BACKENDS = ("sdpa", "flash", "cudnn", "efficient", "fa4", "xformers", "explicit", "triton", "reference")
 """``sdpa``: torch's scaled_dot_product_attention, which picks a kernel by itself; ``flash``, ``cudnn``, ``efficient``:

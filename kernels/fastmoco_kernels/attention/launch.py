@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._runtime import device_guard
-from fastmoco_kernels._tuning import tuned
 from fastmoco_kernels.attention.choice import TRITON_DTYPES, TRITON_HEAD_DIMS, TRITON_LONGEST
 from fastmoco_kernels.attention.triton_kernels import short_attention_bwd_kernel, short_attention_fwd_kernel
+from fastmoco_kernels.backends import device_guard
+from fastmoco_kernels.tuning import tuned
 
 Rows = tuple[int, int, int]
 Tile = tuple[int, ...]

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastmoco_kernels._runtime import choose_backend
 from fastmoco_kernels.attention.choice import BACKENDS, announce, default_backend
 from fastmoco_kernels.attention.external import attention_by_kernel, attention_by_xformers
 from fastmoco_kernels.attention.reference import attention_explicit, attention_reference
 from fastmoco_kernels.attention.short import short_attention
+from fastmoco_kernels.backends import choose_backend
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tensor:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import choose_backend
 from fastmoco_kernels.attention.choice import require_xformers
 from fastmoco_kernels.attention.op import attention, cast_by_autocast
+from fastmoco_kernels.backends import choose_backend
 
 PACKED_BACKENDS = ("varlen", "xformers", "loop")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmoco_kernels._runtime import accumulation_dtype
+from fastmoco_kernels.backends import accumulation_dtype
 
 
 def attention_explicit(q_BALd: Tensor, k_BAMd: Tensor, v_BAMd: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import require_triton
 from fastmoco_kernels.attention.choice import triton_fault
+from fastmoco_kernels.backends import require_triton
 
 
 @torch.library.custom_op("fastmoco::short_attention", mutates_args=())

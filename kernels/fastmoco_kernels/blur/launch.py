@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._runtime import device_guard
+from fastmoco_kernels.backends import device_guard
 from fastmoco_kernels.blur.boxes import PASSES
 from fastmoco_kernels.blur.triton_kernels import box_pass_kernel
 

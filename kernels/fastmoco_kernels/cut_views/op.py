@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastmoco_kernels._runtime import choose_backend
+from fastmoco_kernels.backends import choose_backend
 from fastmoco_kernels.cut_views.native import cut_views_native, native_library
 from fastmoco_kernels.cut_views.reference import cut_views_reference
 from fastmoco_kernels.view_color.op import IMAGENET_MEAN, IMAGENET_STD, check_normalisation, check_ranges, level_factors

@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._multi_tensor import CHUNK, PointerTable
-from fastmoco_kernels._runtime import device_guard
+from fastmoco_kernels.backends import device_guard
 from fastmoco_kernels.ema.triton_kernels import ema_kernel
+from fastmoco_kernels.tensors import CHUNK, PointerTable
 
 NUM_WARPS = 4
 """With CHUNK: 16 elements a thread, loaded by four 128-bit instructions an array before the first is used."""

@@ -5,7 +5,7 @@ arithmetic, and in floating point it leaves ``average`` untouched where it equal
 drift. Averages must be stored in float32: near momentum 1 an increment is below half a unit in the last place of bf16
 and vanishes, whatever type the arithmetic uses.
 
-On CUDA all tensors are updated by one launch over a table of their addresses (`_multi_tensor.py`), built on the first
+On CUDA all tensors are updated by one launch over a table of their addresses (`tensors.py`), built on the first
 call and refreshed where a tensor moved. The twin of a ViT-S has 150 tensors, most of them tiny: tensor by tensor, the
 launches cost more than the 12 bytes a parameter.
 """
@@ -17,10 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import local, traced
-from fastmoco_kernels._runtime import choose_backend, require_triton, triton_is_default
+from fastmoco_kernels.backends import choose_backend, require_triton, triton_is_default
 from fastmoco_kernels.ema.plan import known_plan, new_plan
 from fastmoco_kernels.ema.reference import ema_update_foreach_, ema_update_reference_
+from fastmoco_kernels.tensors import local, traced
 
 WIDE = (torch.float32, torch.float64)
 BACKENDS = ("triton", "foreach", "reference")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import PointerTable, pointer_table, same_layout
 from fastmoco_kernels._unchanged import Unchanged
 from fastmoco_kernels.ema.reference import ema_update_foreach_
+from fastmoco_kernels.tensors import PointerTable, pointer_table, same_layout
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of the sources that the kernel reads."""

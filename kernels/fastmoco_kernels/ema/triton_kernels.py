@@ -1,4 +1,4 @@
-"""The moving average of many tensors in one launch, over the table of `_multi_tensor.py`.
+"""The moving average of many tensors in one launch, over the table of `tensors.py`.
 
 Legend: a program handles CHUNK elements of one tensor. AVERAGE and SOURCE are the element types. A chunk that is full and
 whose addresses allow it is read and written 128 bits at a time; the last chunk of a tensor, and tensors at odd

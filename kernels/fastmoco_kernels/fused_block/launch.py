@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._column_sums.launch import add_partial_sums, column_sum_case, parts, row_programs
-from fastmoco_kernels._runtime import device_guard
-from fastmoco_kernels._tuning import tuned
+from fastmoco_kernels.backends import device_guard
+from fastmoco_kernels.column_sums.launch import add_partial_sums, column_sum_case, parts, row_programs
 from fastmoco_kernels.fused_block.triton_kernels import block_gelu_bwd_kernel, block_norm_bwd_kernel
 from fastmoco_kernels.gelu_bias.launch import WARPS as GELU_WARPS
 from fastmoco_kernels.gelu_bias.launch import columns as gelu_columns
 from fastmoco_kernels.gelu_bias.launch import tiles as gelu_tiles
 from fastmoco_kernels.residual_norm.launch import backward_tiles as norm_tiles
 from fastmoco_kernels.residual_norm.launch import columns as norm_columns
+from fastmoco_kernels.tuning import tuned
 
 Tile = tuple[int, ...]
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import accumulation_dtype, require_triton, triton_is_default
+from fastmoco_kernels.backends import accumulation_dtype, require_triton, triton_is_default
 from fastmoco_kernels.fused_block.reference import (
     gelu_backward_reference,
     norm_backward_reference,

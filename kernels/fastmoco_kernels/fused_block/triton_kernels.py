@@ -1,7 +1,7 @@
 """A fused block's backward passes: a norm's, with its result and the branch's columns, and GELU's, with its result.
 
 As in `residual_norm` a program of the norm takes ROWS whole rows at a time, which stay in registers; as in `gelu_bias` one of
-GELU takes COLS columns and goes through rows. What programs have summed lies in a table that `_column_sums` adds up in a
+GELU takes COLS columns and goes through rows. What programs have summed lies in a table that `column_sums` adds up in a
 fixed order: no atomics, the same bits every time on one GPU and one tile.
 
 Legend: E or F width, COLS columns and ROWS rows at a time. All arithmetic is float32, whatever is stored.

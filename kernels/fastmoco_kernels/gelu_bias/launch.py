@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._column_sums.launch import add_partial_sums, column_sum_case, parts, row_programs
-from fastmoco_kernels._runtime import device_guard
-from fastmoco_kernels._tuning import tuned
+from fastmoco_kernels.backends import device_guard
+from fastmoco_kernels.column_sums.launch import add_partial_sums, column_sum_case, parts, row_programs
 from fastmoco_kernels.gelu_bias.triton_kernels import gelu_bwd_kernel
+from fastmoco_kernels.tuning import tuned
 
 Tile = tuple[int, ...]
 WARPS = 4

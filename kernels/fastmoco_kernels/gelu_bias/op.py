@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels._bias_gradient import check_bias, kernels_are_default
-from fastmoco_kernels._runtime import choose_backend
+from fastmoco_kernels.backends import choose_backend
 from fastmoco_kernels.gelu_bias.operator import gelu_triton
 from fastmoco_kernels.gelu_bias.reference import gelu_reference
 

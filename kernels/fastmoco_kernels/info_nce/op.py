@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import choose_backend, require_triton, triton_is_default
+from fastmoco_kernels.backends import choose_backend, require_triton, triton_is_default
 from fastmoco_kernels.info_nce.chunked import Request
 from fastmoco_kernels.info_nce.cost import MAX_DIM, PRECISIONS, smallest_temperature
 from fastmoco_kernels.info_nce.operator import one_pass

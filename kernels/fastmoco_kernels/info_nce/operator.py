@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import all_plain, traced
-from fastmoco_kernels._runtime import accumulation_dtype
+from fastmoco_kernels.backends import accumulation_dtype
 from fastmoco_kernels.info_nce.chunked import OnePass, Request, info_nce_chunked
+from fastmoco_kernels.tensors import all_plain, traced
 
 _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._multi_tensor import CHUNK, pointer_table, same_layout
-from fastmoco_kernels._runtime import device_guard
+from fastmoco_kernels.backends import device_guard
 from fastmoco_kernels.lars.triton_kernels import lars_fold_kernel, lars_norms_kernel, lars_update_kernel
+from fastmoco_kernels.tensors import CHUNK, pointer_table, same_layout
 
 FOLD_BLOCK = 256
 """Partial sums that one step of the fold adds; 16.8 million elements have 8192."""

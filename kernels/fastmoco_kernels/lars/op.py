@@ -22,11 +22,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import same_layout, traced
-from fastmoco_kernels._runtime import choose_backend, require_triton, triton_is_default
+from fastmoco_kernels.backends import choose_backend, require_triton, triton_is_default
 from fastmoco_kernels.lars.checks import check_numbers, check_tensors
 from fastmoco_kernels.lars.foreach import squares_foreach, update_foreach_
 from fastmoco_kernels.lars.reference import lars_step_reference_
+from fastmoco_kernels.tensors import same_layout, traced
 
 BACKENDS = ("triton", "foreach")
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import local, sums_over_shards
 from fastmoco_kernels.lars.checks import check_numbers, check_tensors
 from fastmoco_kernels.lars.op import BACKENDS, lars_squares, lars_update_, resolve_backend
+from fastmoco_kernels.tensors import local, sums_over_shards
 
 
 class _Part(NamedTuple):

@@ -1,4 +1,4 @@
-"""The three kernels of LARS; `launch.py` says who launches them, `_multi_tensor.py` what a row, a chunk and a column are.
+"""The three kernels of LARS; `launch.py` says who launches them, `tensors.py` what a row, a chunk and a column are.
 
 `lars_norms_kernel` and `lars_update_kernel` have one program a chunk, `lars_fold_kernel` one a tensor. WORD is the tensors'
 type, float32 or float64. Addresses come from a table, so the compiler knows nothing of their alignment: where all of a row's

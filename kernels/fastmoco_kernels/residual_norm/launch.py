@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._runtime import device_guard
-from fastmoco_kernels._tuning import tuned
+from fastmoco_kernels.backends import device_guard
 from fastmoco_kernels.residual_norm.triton_kernels import (
     residual_norm_bwd_kernel,
     residual_norm_fwd_kernel,
     residual_norm_sum_kernel,
 )
+from fastmoco_kernels.tuning import tuned
 
 Tile = tuple[int, ...]
 SUM_COLS, SUM_ROWS, SUM_WARPS = 32, 64, 4

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels._bias_gradient import check_bias
-from fastmoco_kernels._runtime import choose_backend, triton_is_default
+from fastmoco_kernels.backends import choose_backend, triton_is_default
 from fastmoco_kernels.residual_norm.operator import residual_norm_triton
 from fastmoco_kernels.residual_norm.reference import residual_norm_reference
 

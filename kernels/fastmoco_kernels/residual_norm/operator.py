@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmoco_kernels._multi_tensor import traced
-from fastmoco_kernels._runtime import require_triton
+from fastmoco_kernels.backends import require_triton
+from fastmoco_kernels.tensors import traced
 
 _Four = tuple[Tensor, Tensor, Tensor, Tensor]
 _Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

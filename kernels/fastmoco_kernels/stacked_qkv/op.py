@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels._bias_gradient import check_bias, kernels_are_default
-from fastmoco_kernels._runtime import choose_backend
+from fastmoco_kernels.backends import choose_backend
 from fastmoco_kernels.stacked_qkv.operator import split_qkv_triton
 from fastmoco_kernels.stacked_qkv.reference import split_qkv_reference
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import all_plain, traced
-from fastmoco_kernels._runtime import require_triton
+from fastmoco_kernels.backends import require_triton
 from fastmoco_kernels.stacked_qkv.reference import views_of
+from fastmoco_kernels.tensors import all_plain, traced
 
 _Three = tuple[Tensor, Tensor, Tensor]
 

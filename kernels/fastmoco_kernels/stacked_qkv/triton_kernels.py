@@ -1,7 +1,7 @@
 """dq, dk and dv, wherever they lie, into one [B, L, 3 E], and the sums over rows of it.
 
 A program takes COLS columns of one of the three and goes through rows (image and token); what it has summed stays in
-registers and leaves them once. No atomics: a table of partial sums is added up by `_column_sums`.
+registers and leaves them once. No atomics: a table of partial sums is added up by `column_sums`.
 
 Legend: L tokens, E width, D columns of a head, COLS columns and ROWS rows at a time.
 """

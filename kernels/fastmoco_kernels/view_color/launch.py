@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._runtime import device_guard
+from fastmoco_kernels.backends import device_guard
 from fastmoco_kernels.blur.launch import blur_triton
 from fastmoco_kernels.view_color.plan import Plan, late_hues
 from fastmoco_kernels.view_color.triton_kernels import finish_kernel, grey_sum_kernel, view_color_kernel

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import choose_backend, require_triton, triton_is_default
+from fastmoco_kernels.backends import choose_backend, require_triton, triton_is_default
 from fastmoco_kernels.blur.op import check_sigmas
 from fastmoco_kernels.view_color.plan import Plan, ViewColorParameters, plan
 from fastmoco_kernels.view_color.reference import view_color_reference

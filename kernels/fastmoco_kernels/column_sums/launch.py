@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._column_sums.triton_kernels import column_sum_kernel
+from fastmoco_kernels.column_sums.triton_kernels import column_sum_kernel
 
 COLS, ROWS, WARPS = 32, 64, 4
 _WITHOUT_GPU = 3

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import torch
 
-from fastmoco_kernels._runtime import interpreting
+from fastmoco_kernels.backends import interpreting
 
 Tile = TypeVar("Tile", bound=tuple[int, ...])
 _log = logging.getLogger(__name__)
