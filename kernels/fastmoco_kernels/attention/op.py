@@ -8,7 +8,7 @@ one head's keys on chip: an exact softmax without rescaling, 208 columns compute
 128 computes 256, and a backward without atomics that gives the same bits every time. It has not been measured on a
 GPU yet, and is taken only when asked for.
 
-What crosses ranks: nothing. Sequences of unequal length go through `packed.py`.
+What crosses ranks: nothing.
 """
 
 from __future__ import annotations
