@@ -17,10 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmoco_kernels.adamw_ema.checks import OP, check_scalars, check_sweep
-from fastmoco_kernels.adamw_ema.dispatch import dispatch_sweep
-from fastmoco_kernels.adamw_ema.run import chosen_backend, run_sweep
-from fastmoco_kernels.adamw_ema.sweep import Number, Scalars, Sweep
+from fastmoco_kernels.adamw_ema.dispatch import chosen_backend, dispatch_sweep, run_sweep
+from fastmoco_kernels.adamw_ema.sweep import OP, Number, Scalars, Sweep, check_scalars, check_sweep
 from fastmoco_kernels.tensors import local, traced
 
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from fastmoco_kernels.adamw_ema.checks import check_scalars
+from fastmoco_kernels.adamw_ema.dispatch import chosen_backend
 from fastmoco_kernels.adamw_ema.plan import Plan
-from fastmoco_kernels.adamw_ema.run import chosen_backend
-from fastmoco_kernels.adamw_ema.sweep import Number, Scalars
+from fastmoco_kernels.adamw_ema.sweep import Number, Scalars, check_scalars
 from fastmoco_kernels.tensors import local
 
 _FIXED = {

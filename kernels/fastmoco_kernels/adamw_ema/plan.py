@@ -11,10 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from fastmoco_kernels._unchanged import Unchanged
-from fastmoco_kernels.adamw_ema.checks import check_sweep
+from fastmoco_kernels.adamw_ema.dispatch import run_sweep
 from fastmoco_kernels.adamw_ema.reference import adamw_ema_foreach_
-from fastmoco_kernels.adamw_ema.run import run_sweep
-from fastmoco_kernels.adamw_ema.sweep import Optional, Scalars, Sweep
+from fastmoco_kernels.adamw_ema.sweep import Optional, Scalars, Sweep, check_sweep
 from fastmoco_kernels.tensors import local
 
 _STATE = operator.itemgetter("step", "exp_avg", "exp_avg_sq")
