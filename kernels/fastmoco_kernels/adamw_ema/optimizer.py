@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,42 +117,25 @@ class AdamWEMA(Optimizer):
                 if own:
                     own["step"] = torch.as_tensor(own["step"], dtype=torch.float32, device=param.device)
 
-    @overload
-    def step(
-        self,
-        closure: None = None,
-        *,
-        ema_momentum: Number | None = None,
-        found_inf: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-    ) -> None: ...
-
-    @overload
-    def step(
-        self,
-        closure: Callable[[], float],
-        *,
-        ema_momentum: Number | None = None,
-        found_inf: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-    ) -> float: ...
-
     @torch.no_grad()
     def step(
         self,
-        closure: Callable[[], float] | None = None,
+        closure: Callable[[], Any] | None = None,
         *,
         ema_momentum: Number | None = None,
         found_inf: Tensor | None = None,
         grad_scale: Tensor | None = None,
-    ) -> float | None:
+    ) -> Any:
         """Update every parameter that has a gradient.
 
         Args:
-            closure: computes the loss again and returns it.
+            closure: computes the loss again, with gradients, and returns it.
             ema_momentum: share that the averages keep, in [0, 1]; None leaves averages alone.
             found_inf: one element on the device; not 0: nothing changes.
             grad_scale: one element on the device; gradients are divided by it.
+
+        Returns:
+            What `closure` returned, or None.
 
         Raises:
             ValueError: for tensors or numbers that do not fit together.
