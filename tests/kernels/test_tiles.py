@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.aot.info_nce import aot_cases
 from fastmoco_kernels import tuning
 from fastmoco_kernels.attention import launch as attention_launch
 from fastmoco_kernels.attention.op import attention
 from fastmoco_kernels.info_nce import cost, launch
 from fastmoco_kernels.info_nce.chunked import Request
-from fastmoco_kernels.info_nce.compiled import aot_cases
 from fastmoco_kernels.info_nce.op import info_nce_loss
 from fastmoco_kernels.info_nce.reference import positive_ranks_reference
 from fastmoco_kernels.info_nce.tiles import FAMILIES, Tile, candidates, family

@@ -3,20 +3,18 @@
 Registers decide the defaults, chip by chip, because no default may spill under any supported Triton: the backward of head
 dimension 64 takes its keys 16 at a time (32 on Blackwell), that of 32 takes 32; a smaller last tile of queries fits on
 Hopper alone, and is a default for head dimension 32 only. float32 has no tiles: its products take their operands from
-registers, and one head's keys are far more than a thread has. `aot_cases` lists all that can be picked.
+registers, and one head's keys are far more than a thread has. `benchmarks/aot` compiles all that can be picked.
 """
 
 from __future__ import annotations
 
 import math
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels.attention.choice import TRITON_DTYPES, TRITON_HEAD_DIMS, TRITON_LONGEST
+from fastmoco_kernels.attention.choice import TRITON_LONGEST
 from fastmoco_kernels.attention.triton_kernels import short_attention_bwd_kernel, short_attention_fwd_kernel
 from fastmoco_kernels.backends import device_guard
 from fastmoco_kernels.tuning import tuned
@@ -30,7 +28,6 @@ KEY_ROWS: tuple[Rows, ...] = ((64, 0, 0), (128, 0, 0), (128, 64, 0), VIT_ROWS, (
 QUERY_ROWS: tuple[Rows, ...] = ((16, 0, 0), (64, 0, 0), (128, 0, 0), VIT_ROWS, (256, 0, 0))
 """How the backward cuts its queries; rows beyond them add 0, in any tile."""
 CHIPS = (80, 90, 100)
-_ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def row_tiles(rows: int, cuts: tuple[Rows, ...]) -> Rows:
@@ -103,7 +100,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             L,
             M,
             d**-0.5 * math.log2(math.e),
-            **_forward_constants(d, keys, tile),
+            **forward_constants(d, keys, tile),
             num_warps=tile[2],
             num_stages=tile[3],
         )
@@ -158,7 +155,7 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
             M,
             d**-0.5 * math.log2(math.e),
             d**-0.5,
-            **_backward_constants(d, queries, tile),
+            **backward_constants(d, queries, tile),
             num_warps=tile[1],
             num_stages=tile[2],
         )
@@ -174,73 +171,14 @@ def _readable(t: Tensor) -> Tensor:
     return t if t.stride(3) == 1 and t.shape[2] * t.stride(2) < 2**31 else t.contiguous()
 
 
-def _forward_constants(head_dim: int, keys: Rows, tile: Tile) -> dict[str, Any]:
+def forward_constants(head_dim: int, keys: Rows, tile: Tile) -> dict[str, Any]:
+    """The constexprs of the forward kernel."""
     # "ieee" says how float32 is multiplied; 16-bit types have one way only.
     names = {"D": head_dim, "QUERIES": tile[0], "TAIL": tile[1], "PRECISION": "ieee"}
     return names | {f"KEYS_{i + 1}": rows for i, rows in enumerate(keys)}
 
 
-def _backward_constants(head_dim: int, queries: Rows, tile: Tile) -> dict[str, Any]:
+def backward_constants(head_dim: int, queries: Rows, tile: Tile) -> dict[str, Any]:
+    """The constexprs of the backward kernel."""
     names = {"D": head_dim, "KEYS": tile[0], "PRECISION": "ieee"}
     return names | {f"QUERIES_{i + 1}": rows for i, rows in enumerate(queries)}
-
-
-def aot_cases() -> list[AotCase]:
-    """Every configuration that `forward` and `backward` may pick, in the types that `choice.TRITON_DTYPES` lets in.
-
-    Tiles of 16 query rows are narrower than Hopper's and Blackwell's own matrix instructions: they run on the older
-    ones there, so nothing is asked of them.
-    """
-    cases = []
-    for dtype, head_dim in product((_ELEMENTS[dtype] for dtype in TRITON_DTYPES), TRITON_HEAD_DIMS):
-        for keys in KEY_ROWS:
-            # 1: the class token alone; 64 and 80: without and with a smaller last tile.
-            lists = [(chip, forward_tiles(chip, head_dim, queries, keys)) for chip in CHIPS for queries in (1, 64, 80)]
-            for tile in dict.fromkeys(tile for _, tiles in lists for tile in tiles):
-                what = f"keys {_sum(keys)} queries {tile[0]}{f'..{tile[1]}' if tile[1] else ''}"
-                constants = _forward_constants(head_dim, keys, tile)
-                cases.append(_case("fwd", what, dtype, constants, tile, lists, tile[0] > 16, keys == VIT_ROWS))
-        for rows in QUERY_ROWS:
-            chips = [chip for chip in CHIPS if not in_halves(chip, head_dim, sum(rows))]
-            lists = [(chip, backward_tiles(chip, head_dim, rows)) for chip in chips]
-            for tile in dict.fromkeys(tile for _, tiles in lists for tile in tiles):
-                what = f"queries {_sum(rows)} keys {tile[0]}"
-                constants = _backward_constants(head_dim, rows, tile)
-                cases.append(_case("bwd", what, dtype, constants, tile, lists, rows[0] > 16, rows == VIT_ROWS))
-    return cases
-
-
-def _sum(rows: Rows) -> str:
-    return "+".join(str(n) for n in rows if n)
-
-
-def _case(
-    way: str,
-    what: str,
-    dtype: str,
-    constants: dict[str, Any],
-    tile: Tile,
-    lists: list[tuple[int, list[Tile]]],
-    matrix: bool,
-    quick: bool,
-) -> AotCase:
-    """One configuration, on the chips in whose ``lists`` of tiles it stands; a default where it comes first."""
-    kernel = short_attention_fwd_kernel if way == "fwd" else short_attention_bwd_kernel
-    kinds = {"lse_ptr": "*fp32", "A": "i32", "L": "i32", "M": "i32", "scale": "fp32", "scale_log2": "fp32"}
-    signature = {}
-    for name in kernel.arg_names:
-        other = f"*{dtype}" if name.endswith("_ptr") else "i32" if name.startswith("stride") else "constexpr"
-        signature[name] = kinds.get(name, other)
-    return AotCase(
-        name=f"attention.{way} {dtype} d={constants['D']} {what} w{tile[-2]} s{tile[-1]}",
-        kernel=kernel,
-        signature=signature,
-        constexprs=constants,
-        num_warps=tile[-2],
-        num_stages=tile[-1],
-        targets=tuple(dict.fromkeys(chip for chip, tiles in lists if tile in tiles)),
-        default_on=tuple(dict.fromkeys(chip for chip, tiles in lists if tile == tiles[0])),
-        aligned=tuple(name for name in signature if name.endswith("_ptr") or name.startswith("stride")),
-        matrix=matrix,
-        quick=quick and dtype == "bf16",
-    )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._aot import AotCase
 from fastmoco_kernels.column_sums.triton_kernels import column_sum_kernel
 
 COLS, ROWS, WARPS = 32, 64, 4
@@ -38,20 +36,3 @@ def processors(device: torch.device) -> int:
 def row_programs(rows: int, rows_at_a_time: int, blocks: int, per_processor: int, device: torch.device) -> int:
     """Programs that share the rows, where as many run at once for each of ``blocks`` blocks of columns."""
     return min(parts(rows, rows_at_a_time), max(1, per_processor * processors(device) // blocks))
-
-
-def column_sum_case(op: str, E: int, bias: str) -> AotCase:
-    """One configuration to compile ahead."""
-    constants: dict[str, Any] = {"E": E, "COLS": COLS, "ROWS": ROWS}
-    return AotCase(
-        name=f"{op}.sum {bias} E={E}",
-        kernel=column_sum_kernel,
-        signature={"partial_ptr": "*fp32", "sum_ptr": f"*{bias}", "programs": "i32"}
-        | dict.fromkeys(constants, "constexpr"),
-        constexprs=constants,
-        num_warps=WARPS,
-        num_stages=3,
-        default_on=(80, 90, 100),
-        aligned=("partial_ptr", "sum_ptr"),
-        quick=bias == "fp32",
-    )

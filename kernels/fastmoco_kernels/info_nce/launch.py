@@ -17,12 +17,10 @@ from torch import Tensor
 from fastmoco_kernels.backends import device_guard
 from fastmoco_kernels.info_nce import epilogue_kernels, triton_kernels
 from fastmoco_kernels.info_nce.chunked import EPS, OnePass, Request
-from fastmoco_kernels.info_nce.compiled import aot_cases
 from fastmoco_kernels.info_nce.cost import LOG2_E, exponent_ceiling, padded, padded_dim
 from fastmoco_kernels.info_nce.tiles import Tile, candidates, family, key_splits
 from fastmoco_kernels.tuning import tuned
 
-__all__ = ["aot_cases", "info_nce_triton"]
 SCRATCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 DOT = {"bf16": "tf32", "fp16": "tf32", "tf32": "tf32", "fp32": "ieee"}
 """``input_precision`` of the products; it means nothing for two-byte operands."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastmoco_kernels._aot import AotCase
+from benchmarks.aot.machine_code import AotCase
 from fastmoco_kernels.info_nce import epilogue_kernels, triton_kernels
 from fastmoco_kernels.info_nce.chunked import EPS
 from fastmoco_kernels.info_nce.cost import exponent_ceiling
