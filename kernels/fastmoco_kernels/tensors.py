@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -255,6 +255,37 @@ def same_layout(*tensors: Tensor | None) -> bool:
             return False
         expected *= size
     return all(tensor.stride() == first.stride() for tensor in present)
+
+
+def check_lists(op: str, name: str, leaders: Sequence[Tensor], others: Mapping[str, Column]) -> None:
+    """Refuse lists of tensors that do not pair up.
+
+    Args:
+        op: name of the op, for the error text.
+        name: name of the first list.
+        leaders: the first list; all on one device.
+        others: further lists by name, of its length; each tensor of its leader's shape and device, or None.
+
+    Raises:
+        ValueError: naming both lists, the index and both values.
+    """
+    for other, column in others.items():
+        if len(column) != len(leaders):
+            raise ValueError(f"{op}: {len(leaders)} {name} but {len(column)} {other}")
+
+    for i, leader in enumerate(leaders):
+        if leader.device != leaders[0].device:
+            raise ValueError(f"{op}: {name}[{i}] is on {leader.device} but {name}[0] is on {leaders[0].device}")
+        for other, column in others.items():
+            tensor = column[i]
+            if tensor is None:
+                continue
+            if tensor.shape != leader.shape:
+                raise ValueError(
+                    f"{op}: {other}[{i}] is {tuple(tensor.shape)} but {name}[{i}] is {tuple(leader.shape)}"
+                )
+            if tensor.device != leader.device:
+                raise ValueError(f"{op}: {other}[{i}] is on {tensor.device} but {name}[{i}] is on {leader.device}")
 
 
 def _addresses(column: Column) -> list[int]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastmoco_kernels.tensors import check_lists
+
 OP = "adamw_ema_step_"
 WIDE = (torch.float32, torch.float64)
 
@@ -101,36 +103,30 @@ def check_sweep(sweep: Sweep) -> None:
     Raises:
         ValueError: naming the list, the parameter and both values.
     """
-    lists: dict[str, Sequence[Tensor | None]] = {
+    lists: dict[str, Optional] = {
         "grads": sweep.grads,
         "exp_avgs": sweep.exp_avgs,
         "exp_avg_sqs": sweep.exp_avg_sqs,
         "averages": sweep.averages,
     }
-    for name, tensors in {**lists, "steps": sweep.steps}.items():
-        if len(tensors) != len(sweep.params):
-            raise ValueError(f"{OP}: {len(sweep.params)} params but {len(tensors)} {name}")
+    if len(sweep.steps) != len(sweep.params):
+        raise ValueError(f"{OP}: {len(sweep.params)} params but {len(sweep.steps)} steps")
+    check_lists(OP, "params", sweep.params, lists)
+
+    # Types: every tensor dense and floating point, what accumulates small increments float32 or wider.
     for i, param in enumerate(sweep.params):
-        if param.dtype not in WIDE:
-            raise ValueError(
-                f"{OP}: params[{i}] is {param.dtype}; updates below its half ulp vanish: needs one of {WIDE}"
-            )
-        if param.device != sweep.params[0].device:
-            raise ValueError(f"{OP}: params[{i}] is on {param.device} but params[0] on {sweep.params[0].device}")
-        for name, tensors in lists.items():
+        for name, tensors in {"params": sweep.params, **lists}.items():
             tensor = tensors[i]
             if tensor is None:
                 continue
-            if tensor.shape != param.shape:
-                raise ValueError(f"{OP}: {name}[{i}] is {tuple(tensor.shape)} but its param is {tuple(param.shape)}")
-            if tensor.device != param.device:
-                raise ValueError(f"{OP}: {name}[{i}] is on {tensor.device} but its param is on {param.device}")
             if tensor.is_complex() or not tensor.is_floating_point() or tensor.layout != torch.strided:
                 raise ValueError(
                     f"{OP}: {name}[{i}] is {tensor.dtype}, {tensor.layout}; it must be dense floating point"
                 )
-            if name in ("exp_avgs", "exp_avg_sqs", "averages") and tensor.dtype not in WIDE:
-                raise ValueError(f"{OP}: {name}[{i}] is {tensor.dtype}; only one of {WIDE} moves near momentum 1")
+            if name != "grads" and tensor.dtype not in WIDE:
+                raise ValueError(
+                    f"{OP}: {name}[{i}] is {tensor.dtype}; updates below its half ulp vanish: needs one of {WIDE}"
+                )
         step = sweep.steps[i]
         if step.numel() != 1 or step.device != param.device or not step.is_floating_point():
             raise ValueError(

@@ -20,10 +20,11 @@ from torch import Tensor
 from fastmoco_kernels.backends import choose_backend, require_triton, triton_is_default
 from fastmoco_kernels.ema.plan import known_plan, new_plan
 from fastmoco_kernels.ema.reference import ema_update_foreach_, ema_update_reference_
-from fastmoco_kernels.tensors import local, traced
+from fastmoco_kernels.tensors import check_lists, local, traced
 
 WIDE = (torch.float32, torch.float64)
 BACKENDS = ("triton", "foreach", "reference")
+OP = "ema_update_"
 
 
 @torch.no_grad()
@@ -67,9 +68,9 @@ def ema_update_(
         return
     device = own_averages[0].device
     default = "triton" if triton_is_default(device) else "foreach"
-    chosen = choose_backend("ema_update_", backend, default, BACKENDS)
+    chosen = choose_backend(OP, backend, default, BACKENDS)
     if chosen == "triton":
-        require_triton("ema_update_", device)
+        require_triton(OP, device)
         plan = None if traced() else known_plan(own_averages, own_sources)
         if plan is not None:  # these tensors have been checked
             plan.run(own_averages, own_sources, momentum)
@@ -123,35 +124,23 @@ def _(averages: object, sources: object, momentum: object, device_momentum: obje
 def _check_momentum(averages: Sequence[Tensor], momentum: float | Tensor) -> None:
     if isinstance(momentum, Tensor):
         if momentum.numel() != 1:
-            raise ValueError(f"ema_update_: momentum has {momentum.numel()} elements; it needs 1")
+            raise ValueError(f"{OP}: momentum has {momentum.numel()} elements; it needs 1")
         if averages and momentum.device != averages[0].device:
-            raise ValueError(
-                f"ema_update_: momentum is a tensor on {momentum.device} but average 0 is on {averages[0].device}"
-            )
+            raise ValueError(f"{OP}: momentum is on {momentum.device} but averages[0] is on {averages[0].device}")
     elif not 0 <= momentum <= 1:
-        raise ValueError(f"ema_update_: momentum={momentum} lies outside [0, 1]")
+        raise ValueError(f"{OP}: momentum={momentum} lies outside [0, 1]")
 
 
 def _check_tensors(averages: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Every pair of tensors that does not fit, with both values in the text."""
-    if len(averages) != len(sources):
-        raise ValueError(f"ema_update_: {len(averages)} averages but {len(sources)} sources")
+    # The usual case, in three comparisons.
     if (
         [average.shape for average in averages] == [source.shape for source in sources]
         and len({tensor.device for tensors in (averages, sources) for tensor in tensors}) < 2
         and {average.dtype for average in averages} <= set(WIDE)
     ):
         return
-    for i, (average, source) in enumerate(zip(averages, sources, strict=True)):
-        if average.shape != source.shape:
-            raise ValueError(
-                f"ema_update_: average {i} is {tuple(average.shape)} but its source is {tuple(source.shape)}"
-            )
-        if average.device != source.device:
-            raise ValueError(f"ema_update_: average {i} is on {average.device} but its source is on {source.device}")
-        if average.device != averages[0].device:
-            raise ValueError(f"ema_update_: average {i} is on {average.device} but average 0 on {averages[0].device}")
+    check_lists(OP, "averages", averages, {"sources": sources})
+    for i, average in enumerate(averages):
         if average.dtype not in WIDE:
-            raise ValueError(
-                f"ema_update_: average {i} is {average.dtype}; near momentum 1 only float32 or wider moves"
-            )
+            raise ValueError(f"{OP}: averages[{i}] is {average.dtype}; near momentum 1 only one of {WIDE} moves")
