@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from benchmarks.aot.column_sums import column_sum_case
 from benchmarks.aot.machine_code import AotCase
-from fastmoco_kernels.gelu_bias.launch import WARPS, Tile, columns, tiles
+from fastmoco_kernels.column_sums.launch import Tile
+from fastmoco_kernels.gelu_bias.launch import WARPS, columns, tiles
 from fastmoco_kernels.gelu_bias.triton_kernels import gelu_bwd_kernel
 
 _WIDTHS = (1536, 3072, 4096, 5120)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from benchmarks.aot.column_sums import column_sum_case
 from benchmarks.aot.machine_code import AotCase
-from fastmoco_kernels.stacked_qkv.launch import WARPS, Tile, columns, tiles
+from fastmoco_kernels.column_sums.launch import Tile
+from fastmoco_kernels.stacked_qkv.launch import WARPS, columns, tiles
 from fastmoco_kernels.stacked_qkv.triton_kernels import split_qkv_bwd_kernel
 
 _SHAPES = ((384, 32), (384, 64), (768, 64), (1024, 64), (1280, 80))

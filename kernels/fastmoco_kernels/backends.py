@@ -12,6 +12,8 @@ from torch import Tensor
 
 OLDEST_CAPABILITY = (8, 0)
 """Oldest compute capability that the Triton kernels are compiled and checked for."""
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the Triton kernels read and write; float64 takes the plain path."""
 
 
 def choose_backend(op: str, requested: str, default: str, available: tuple[str, ...]) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmoco_kernels.column_sums.triton_kernels import column_sum_kernel
 
+Tile = tuple[int, ...]
 COLS, ROWS, WARPS = 32, 64, 4
 _WITHOUT_GPU = 3
 """Processors in the interpreter, where tests want more than one."""
@@ -31,6 +32,14 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _WITHOUT_GPU
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def shared_tiles(columns: int, warps: int) -> list[Tile]:
+    """Tiles for a pass over a block of columns by programs that share the rows.
+
+    (rows at a time, programs a processor), the default first: 16 numbers a thread, then 8 and 32.
+    """
+    return [(numbers * 32 * warps // columns, share) for numbers, share in ((16, 8), (8, 12), (32, 4), (16, 12))]
 
 
 def row_programs(rows: int, rows_at_a_time: int, blocks: int, per_processor: int, device: torch.device) -> int:

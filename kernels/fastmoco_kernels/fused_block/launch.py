@@ -6,26 +6,18 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels.backends import device_guard
-from fastmoco_kernels.column_sums.launch import add_partial_sums, parts, row_programs
+from fastmoco_kernels.column_sums.launch import add_partial_sums, parts
 from fastmoco_kernels.fused_block.triton_kernels import block_gelu_bwd_kernel, block_norm_bwd_kernel
 from fastmoco_kernels.gelu_bias.launch import WARPS as GELU_WARPS
 from fastmoco_kernels.gelu_bias.launch import columns as gelu_columns
+from fastmoco_kernels.gelu_bias.launch import programs_of as gelu_programs
 from fastmoco_kernels.gelu_bias.launch import tiles as gelu_tiles
 from fastmoco_kernels.residual_norm.launch import backward_tiles as norm_tiles
 from fastmoco_kernels.residual_norm.launch import columns as norm_columns
+from fastmoco_kernels.residual_norm.launch import programs_of as norm_programs
 from fastmoco_kernels.tuning import tuned
 
 Tile = tuple[int, ...]
-
-
-def norm_programs(rows: int, tile: Tile, device: torch.device) -> int:
-    """Programs that share the rows of a norm."""
-    return row_programs(rows, tile[0], 1, tile[2], device)
-
-
-def gelu_programs(rows: int, F: int, tile: Tile, device: torch.device) -> int:
-    """Programs that share the rows of GELU, for each block of columns."""
-    return row_programs(rows, tile[0], parts(F, gelu_columns(F)), tile[1], device)
 
 
 def norm_backward(

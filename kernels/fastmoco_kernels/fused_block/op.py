@@ -19,17 +19,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmoco_kernels.backends import accumulation_dtype, require_triton, triton_is_default
+from fastmoco_kernels.backends import KERNEL_DTYPES, accumulation_dtype, require_triton, triton_is_default
 from fastmoco_kernels.fused_block.reference import (
     gelu_backward_reference,
     norm_backward_reference,
     norm_forward_reference,
     stack_qkv_reference,
 )
+from fastmoco_kernels.residual_norm.op import WIDEST
 
-WIDEST = 4096
-"""Longest row that the kernels hold in registers."""
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _Two = tuple[Tensor, Tensor]
 _Three = tuple[Tensor, Tensor, Tensor]
 _Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -37,7 +35,7 @@ _Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def kernels_fit(x: Tensor) -> bool:
     """Whether ``"auto"`` means the Triton kernels for a block whose stream is ``x``."""
-    return x.dtype in _TRITON_DTYPES and x.shape[-1] <= WIDEST and triton_is_default(x.device)
+    return x.dtype in KERNEL_DTYPES and x.shape[-1] <= WIDEST and triton_is_default(x.device)
 
 
 @torch.library.custom_op("fastmoco::block_norm", mutates_args=())

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels.backends import device_guard
-from fastmoco_kernels.column_sums.launch import add_partial_sums, parts, row_programs
+from fastmoco_kernels.column_sums.launch import Tile, add_partial_sums, parts, row_programs, shared_tiles
 from fastmoco_kernels.gelu_bias.triton_kernels import gelu_bwd_kernel
 from fastmoco_kernels.tuning import tuned
 
-Tile = tuple[int, ...]
 WARPS = 4
 
 
@@ -26,8 +25,8 @@ def columns(F: int) -> int:
 
 @functools.cache
 def tiles(F: int) -> list[Tile]:
-    """(rows at a time, programs a processor), the default first: 16 numbers a thread, then 8 and 32."""
-    return [(numbers * 32 * WARPS // columns(F), share) for numbers, share in ((16, 8), (8, 12), (32, 4), (16, 12))]
+    """(rows at a time, programs a processor), the default first."""
+    return shared_tiles(columns(F), WARPS)
 
 
 def programs_of(rows: int, F: int, tile: Tile, device: torch.device) -> int:

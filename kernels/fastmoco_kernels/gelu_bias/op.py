@@ -10,16 +10,14 @@ operations move 8. Partial sums are kept by program and added in a fixed order.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastmoco_kernels._bias_gradient import check_bias, kernels_are_default
-from fastmoco_kernels.backends import choose_backend
+from fastmoco_kernels.backends import KERNEL_DTYPES, choose_backend
 from fastmoco_kernels.gelu_bias.operator import gelu_triton
 from fastmoco_kernels.gelu_bias.reference import gelu_reference
 
 BACKENDS = ("triton", "reference")
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def gelu(h: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -61,7 +59,7 @@ def gelu(h: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Ten
             f"gelu: h is {h.dtype} {tuple(h.shape)}; it must be floating point, [..., F] with F at least 1"
         )
     check_bias("gelu", "h", h, bias)
-    fits = h.dtype in _TRITON_DTYPES and (bias is None or bias.dtype in _TRITON_DTYPES)
+    fits = h.dtype in KERNEL_DTYPES and (bias is None or bias.dtype in KERNEL_DTYPES)
     fused = backend == "auto" and fits and kernels_are_default(h.device)
     name = choose_backend("gelu", backend, "triton" if fused else "reference", BACKENDS)
     if name == "reference":
@@ -69,6 +67,6 @@ def gelu(h: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Ten
     if not fits:
         raise ValueError(
             f"gelu: backend='triton': h is {h.dtype}, bias {None if bias is None else bias.dtype}; each must be one of "
-            f"{', '.join(map(str, _TRITON_DTYPES))}; backend='auto' takes any"
+            f"{', '.join(map(str, KERNEL_DTYPES))}; backend='auto' takes any"
         )
     return gelu_triton(h, bias)

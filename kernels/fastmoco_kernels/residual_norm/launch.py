@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels.backends import device_guard
+from fastmoco_kernels.column_sums.launch import parts, row_programs
 from fastmoco_kernels.residual_norm.triton_kernels import (
     residual_norm_bwd_kernel,
     residual_norm_fwd_kernel,
@@ -22,8 +23,6 @@ from fastmoco_kernels.tuning import tuned
 
 Tile = tuple[int, ...]
 SUM_COLS, SUM_ROWS, SUM_WARPS = 32, 64, 4
-_WITHOUT_GPU = 3
-"""Programs of the backward for each that a processor would run: in the interpreter, where tests want more than one."""
 
 
 def columns(E: int) -> int:
@@ -58,18 +57,6 @@ def _rows(numbers: int, warps: int, cols: int) -> int:
     return max(1, numbers * 32 * warps // cols)
 
 
-def _parts(whole: int, part: int) -> int:
-    """``part`` goes so often into ``whole``, rounded up."""
-    return -(-whole // part)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _WITHOUT_GPU
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def forward(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -88,7 +75,7 @@ def forward(
     constants = {"HAS_BRANCH": branch is not None, "E": E, "COLS": columns(E)}
 
     def run(tile: Tile) -> None:
-        residual_norm_fwd_kernel[(_parts(rows, tile[0]),)](
+        residual_norm_fwd_kernel[(parts(rows, tile[0]),)](
             x,
             read,
             weight,
@@ -155,7 +142,7 @@ def backward(
             ROWS=tile[0],
             num_warps=tile[1],
         )
-        residual_norm_sum_kernel[(_parts(E, SUM_COLS), sums)](
+        residual_norm_sum_kernel[(parts(E, SUM_COLS), sums)](
             partial,
             dweight,
             dbias,
@@ -177,7 +164,7 @@ def backward(
 
 def programs_of(rows: int, tile: Tile, device: torch.device) -> int:
     """Programs of the backward: as many as the device runs at once, and none without rows."""
-    return min(_parts(rows, tile[0]), int(tile[2]) * _processors(device))
+    return row_programs(rows, tile[0], 1, tile[2], device)
 
 
 def _key(rows: int, E: int, x: Tensor, branch: Tensor | None, y: Tensor) -> tuple[int | str, ...]:

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels._bias_gradient import check_bias
-from fastmoco_kernels.backends import choose_backend, triton_is_default
+from fastmoco_kernels.backends import KERNEL_DTYPES, choose_backend, triton_is_default
 from fastmoco_kernels.residual_norm.operator import residual_norm_triton
 from fastmoco_kernels.residual_norm.reference import residual_norm_reference
 
 BACKENDS = ("triton", "reference")
 WIDEST = 4096
 """Longest row that the kernels hold in registers."""
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def residual_norm(
@@ -107,9 +106,9 @@ def _triton_fault(
 ) -> str:
     """Why the kernels do not take such a call; empty where they do."""
     dtypes = (x.dtype, weight.dtype, out, *(t.dtype for t in (branch, branch_bias) if t is not None))
-    odd = [dtype for dtype in dtypes if dtype not in _TRITON_DTYPES]
+    odd = [dtype for dtype in dtypes if dtype not in KERNEL_DTYPES]
     if odd:
-        return f"{odd[0]} is none of {', '.join(map(str, _TRITON_DTYPES))}"
+        return f"{odd[0]} is none of {', '.join(map(str, KERNEL_DTYPES))}"
     return f"rows of {x.shape[-1]}, where at most {WIDEST} fit on chip" if x.shape[-1] > WIDEST else ""
 
 

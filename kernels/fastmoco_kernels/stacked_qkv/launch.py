@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels.backends import device_guard
-from fastmoco_kernels.column_sums.launch import add_partial_sums, parts, row_programs
+from fastmoco_kernels.column_sums.launch import Tile, add_partial_sums, parts, row_programs, shared_tiles
 from fastmoco_kernels.stacked_qkv.triton_kernels import split_qkv_bwd_kernel
 from fastmoco_kernels.tuning import tuned
 
-Tile = tuple[int, ...]
 WARPS = 4
 
 
@@ -30,8 +29,8 @@ def columns(E: int) -> int:
 
 @functools.cache
 def tiles(E: int) -> list[Tile]:
-    """(rows at a time, programs a processor), the default first: 16 numbers a thread, then 8 and 32."""
-    return [(numbers * 32 * WARPS // columns(E), share) for numbers, share in ((16, 8), (8, 12), (32, 4), (16, 12))]
+    """(rows at a time, programs a processor), the default first."""
+    return shared_tiles(columns(E), WARPS)
 
 
 def programs_of(rows: int, E: int, tile: Tile, device: torch.device) -> int:

@@ -10,16 +10,14 @@ Legend: B images, L tokens, E width, A heads, d = E / A.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastmoco_kernels._bias_gradient import check_bias, kernels_are_default
-from fastmoco_kernels.backends import choose_backend
+from fastmoco_kernels.backends import KERNEL_DTYPES, choose_backend
 from fastmoco_kernels.stacked_qkv.operator import split_qkv_triton
 from fastmoco_kernels.stacked_qkv.reference import split_qkv_reference
 
 BACKENDS = ("triton", "reference")
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def split_qkv(
@@ -59,7 +57,7 @@ def split_qkv(
         (torch.Size([1, 2, 2, 2]), [4.0, 5.0])
     """
     _check(qkv, num_heads, bias)
-    fits = qkv.dtype in _TRITON_DTYPES and (bias is None or bias.dtype in _TRITON_DTYPES)
+    fits = qkv.dtype in KERNEL_DTYPES and (bias is None or bias.dtype in KERNEL_DTYPES)
     fused = backend == "auto" and fits and kernels_are_default(qkv.device)
     name = choose_backend("split_qkv", backend, "triton" if fused else "reference", BACKENDS)
     if name == "reference":
@@ -67,7 +65,7 @@ def split_qkv(
     if not fits:
         raise ValueError(
             f"split_qkv: backend='triton': qkv is {qkv.dtype}, bias {None if bias is None else bias.dtype}; each must be "
-            f"one of {', '.join(map(str, _TRITON_DTYPES))}; backend='auto' takes any"
+            f"one of {', '.join(map(str, KERNEL_DTYPES))}; backend='auto' takes any"
         )
     return split_qkv_triton(qkv, num_heads, bias)
 
