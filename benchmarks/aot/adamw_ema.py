@@ -6,13 +6,28 @@ import itertools
 
 from benchmarks.aot.machine_code import AotCase
 from fastmoco_kernels.adamw_ema.launch import CHUNK, GRADS, NUM_WARPS, ROW_WARPS, ROWS
-from fastmoco_kernels.adamw_ema.triton_kernels import adamw_ema_prepare_kernel, adamw_ema_sweep_kernel
+from fastmoco_kernels.adamw_ema.triton_kernels import (
+    adamw_ema_prepare_kernel,
+    adamw_ema_sweep_kernel,
+)
 
 
 def aot_cases() -> list[AotCase]:
     """Every configuration of both launches."""
-    table = {"pointers_ptr": "*i64", "sizes_ptr": "*i64", "chunk_rows_ptr": "*i32", "chunk_starts_ptr": "*i64"}
-    numbers = ("lr", "weight_decay", "one_minus_beta1", "one_minus_beta2", "eps", "one_minus_momentum")
+    table = {
+        "pointers_ptr": "*i64",
+        "sizes_ptr": "*i64",
+        "chunk_rows_ptr": "*i32",
+        "chunk_starts_ptr": "*i64",
+    }
+    numbers = (
+        "lr",
+        "weight_decay",
+        "one_minus_beta1",
+        "one_minus_beta2",
+        "eps",
+        "one_minus_momentum",
+    )
     flags = ("ON_DEVICE", "HAS_FOUND_INF", "HAS_GRAD_SCALE")
     scratch = {"shared_ptr": "*fp32", "per_row_ptr": "*fp32", "rows": "i32"}
     cases = [

@@ -22,7 +22,10 @@ from fastmoco_kernels.attention.launch import (
     forward_tiles,
     in_halves,
 )
-from fastmoco_kernels.attention.triton_kernels import short_attention_bwd_kernel, short_attention_fwd_kernel
+from fastmoco_kernels.attention.triton_kernels import (
+    short_attention_bwd_kernel,
+    short_attention_fwd_kernel,
+)
 
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -66,9 +69,16 @@ def _case(
     matrix: bool,
     quick: bool,
 ) -> AotCase:
-    """One configuration, on the chips in whose ``lists`` of tiles it stands; a default where it comes first."""
+    """One configuration, on the chips in whose `lists` of tiles it stands; a default where it comes first."""
     kernel = short_attention_fwd_kernel if way == "fwd" else short_attention_bwd_kernel
-    kinds = {"lse_ptr": "*fp32", "A": "i32", "L": "i32", "M": "i32", "scale": "fp32", "scale_log2": "fp32"}
+    kinds = {
+        "lse_ptr": "*fp32",
+        "A": "i32",
+        "L": "i32",
+        "M": "i32",
+        "scale": "fp32",
+        "scale_log2": "fp32",
+    }
     signature = {}
     for name in kernel.arg_names:
         other = f"*{dtype}" if name.endswith("_ptr") else "i32" if name.startswith("stride") else "constexpr"

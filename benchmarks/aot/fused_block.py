@@ -20,16 +20,31 @@ def aot_cases() -> list[AotCase]:
     """Every tile at the widths of vision transformers and at odd ones, in the types of autocast; other types at 384 alone."""
     cases: dict[str, AotCase] = {}
     types = [(E, "bf16", "fp32") for E in (100, 192, 384, 768, 1024, 1280)]
-    types += [(384, "fp16", "fp32"), (384, "fp32", "fp32"), (384, "bf16", "bf16"), (4096, "bf16", "fp32")]
+    types += [
+        (384, "fp16", "fp32"),
+        (384, "fp32", "fp32"),
+        (384, "bf16", "bf16"),
+        (4096, "bf16", "fp32"),
+    ]
     for E, half, weight in types:
         # The second norm of a block, the first, and the first of the first block.
         forms = ((True, True, True), (True, False, True), (True, False, False), (False, True, True))
         default = norm_tiles(E)[0]
-        for tile, (dsum, branch, dbranch) in [*product([default], forms), *product(norm_tiles(E)[1:], forms[:1])]:
-            flags = {"HAS_DSUM": dsum, "HAS_BRANCH": branch, "HAS_DBRANCH": dbranch and half != "fp32"}
+        for tile, (dsum, branch, dbranch) in [
+            *product([default], forms),
+            *product(norm_tiles(E)[1:], forms[:1]),
+        ]:
+            flags = {
+                "HAS_DSUM": dsum,
+                "HAS_BRANCH": branch,
+                "HAS_DBRANCH": dbranch and half != "fp32",
+            }
             case = _norm_case(E, half, weight, tile, flags)
             cases.setdefault(case.name, case)  # tiles that differ in programs alone are one configuration
-    for F, dtype in [*((4 * E, half) for E, half, weight in types if weight == "fp32" and E < 4096), (100, "bf16")]:
+    for F, dtype in [
+        *((4 * E, half) for E, half, weight in types if weight == "fp32" and E < 4096),
+        (100, "bf16"),
+    ]:
         for tile in gelu_tiles(F):
             case = _gelu_case(F, dtype, tile)
             cases.setdefault(case.name, case)
@@ -56,7 +71,10 @@ def _norm_case(E: int, half: str, weight: str, tile: Tile, flags: dict[str, bool
 
 
 def _gelu_case(F: int, dtype: str, tile: Tile) -> AotCase:
-    kinds = dict.fromkeys(("dg_ptr", "h_ptr", "g_ptr", "dh_ptr"), f"*{dtype}") | {"partial_ptr": "*fp32", "rows": "i32"}
+    kinds = dict.fromkeys(("dg_ptr", "h_ptr", "g_ptr", "dh_ptr"), f"*{dtype}") | {
+        "partial_ptr": "*fp32",
+        "rows": "i32",
+    }
     return _case(
         f"fused_block.gelu_bwd {dtype} F={F} rows {tile[0]}",
         block_gelu_bwd_kernel,
@@ -69,7 +87,14 @@ def _gelu_case(F: int, dtype: str, tile: Tile) -> AotCase:
 
 
 def _case(
-    name: str, kernel: Any, kinds: dict[str, str], constants: dict[str, Any], *, warps: int, default: bool, quick: bool
+    name: str,
+    kernel: Any,
+    kinds: dict[str, str],
+    constants: dict[str, Any],
+    *,
+    warps: int,
+    default: bool,
+    quick: bool,
 ) -> AotCase:
     names = kernel.arg_names
     return AotCase(

@@ -8,7 +8,11 @@ import triton.language as tl
 
 from benchmarks.aot.machine_code import AotCase
 from fastmoco_kernels.lars.launch import FOLD_BLOCK, NUM_WARPS
-from fastmoco_kernels.lars.triton_kernels import lars_fold_kernel, lars_norms_kernel, lars_update_kernel
+from fastmoco_kernels.lars.triton_kernels import (
+    lars_fold_kernel,
+    lars_norms_kernel,
+    lars_update_kernel,
+)
 from fastmoco_kernels.tensors import CHUNK
 
 
@@ -17,7 +21,12 @@ def aot_cases() -> list[AotCase]:
     return [case for word in ("fp32", "fp64") for case in (*_norm_cases(word), *_update_cases(word))]
 
 
-_TABLE = {"pointers_ptr": "*i64", "sizes_ptr": "*i64", "chunk_rows_ptr": "*i32", "chunk_starts_ptr": "*i64"}
+_TABLE = {
+    "pointers_ptr": "*i64",
+    "sizes_ptr": "*i64",
+    "chunk_rows_ptr": "*i32",
+    "chunk_starts_ptr": "*i64",
+}
 _CONSTANTS = {"WORD": "constexpr", "CHUNK": "constexpr"}
 
 
@@ -40,7 +49,13 @@ def _constexprs(word: str) -> dict[str, Any]:
 
 def _norm_cases(word: str) -> list[AotCase]:
     """The two kernels of the first pass."""
-    norms = {**_TABLE, "partials_ptr": f"*{word}", "rows": "i32", "weight_decay": "fp64", **_CONSTANTS}
+    norms = {
+        **_TABLE,
+        "partials_ptr": f"*{word}",
+        "rows": "i32",
+        "weight_decay": "fp64",
+        **_CONSTANTS,
+    }
     fold = {
         "pointers_ptr": "*i64",
         "first_chunks_ptr": "*i32",
@@ -57,12 +72,24 @@ def _norm_cases(word: str) -> list[AotCase]:
 
 def _update_cases(word: str) -> list[AotCase]:
     """The second pass, without and with what it may be given as a tensor on the device."""
-    numbers = {"lr": "fp64", "momentum": "fp64", "weight_decay": "fp64", "trust_coefficient": "fp64"}
+    numbers = {
+        "lr": "fp64",
+        "momentum": "fp64",
+        "weight_decay": "fp64",
+        "trust_coefficient": "fp64",
+    }
     cases = []
     for given in ((), ("found_inf_ptr",), ("lr_ptr",), ("found_inf_ptr", "lr_ptr")):
         optional = {name: "*fp32" if name in given else "constexpr" for name in ("found_inf_ptr", "lr_ptr")}
         absent: dict[str, Any] = {name: None for name, kind in optional.items() if kind == "constexpr"}
-        signature = {**_TABLE, "squares_ptr": "*fp64", **optional, "rows": "i32", **numbers, **_CONSTANTS}
+        signature = {
+            **_TABLE,
+            "squares_ptr": "*fp64",
+            **optional,
+            "rows": "i32",
+            **numbers,
+            **_CONSTANTS,
+        }
         name = " ".join([f"lars.update {word}", *(name.removesuffix("_ptr") for name in given)])
         cases.append(_case(name, lars_update_kernel, signature, _constexprs(word) | absent, NUM_WARPS))
     return cases

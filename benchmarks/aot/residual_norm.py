@@ -51,10 +51,26 @@ def aot_cases() -> list[AotCase]:
             add("fwd", E, types, tile, HAS_BRANCH=True)
         for tile in backward_tiles(E)[:tiles]:
             for summed in (False, True):
-                add("bwd", E, types, tile, HAS_DX_NEW=True, HAS_DBRANCH=types[1] != types[0], HAS_BRANCH_BIAS=summed)
+                add(
+                    "bwd",
+                    E,
+                    types,
+                    tile,
+                    HAS_DX_NEW=True,
+                    HAS_DBRANCH=types[1] != types[0],
+                    HAS_BRANCH_BIAS=summed,
+                )
     add("fwd", 384, _USUAL, forward_tiles(384)[0], HAS_BRANCH=False)
     for new, branch in ((True, False), (False, True), (False, False)):
-        add("bwd", 384, _USUAL, backward_tiles(384)[0], HAS_DX_NEW=new, HAS_DBRANCH=branch, HAS_BRANCH_BIAS=False)
+        add(
+            "bwd",
+            384,
+            _USUAL,
+            backward_tiles(384)[0],
+            HAS_DX_NEW=new,
+            HAS_DBRANCH=branch,
+            HAS_BRANCH_BIAS=False,
+        )
     for types in (_USUAL, _OTHERS[1]):
         tile = (SUM_ROWS, SUM_WARPS)
         cases.append(_case("sum", types, {"E": 384, "COLS": SUM_COLS, "ROWS": SUM_ROWS}, tile, tile))
@@ -66,12 +82,29 @@ def aot_cases() -> list[AotCase]:
 
 def _case(way: str, types: _Types, constants: dict[str, Any], tile: Tile, default: Tile) -> AotCase:
     """One configuration; types by the names of the arguments."""
-    kernels = {"fwd": residual_norm_fwd_kernel, "bwd": residual_norm_bwd_kernel, "sum": residual_norm_sum_kernel}
+    kernels = {
+        "fwd": residual_norm_fwd_kernel,
+        "bwd": residual_norm_bwd_kernel,
+        "sum": residual_norm_sum_kernel,
+    }
     kernel = kernels[way]
     x, branch, y, weight = types
     stream = "fp32" if x == "fp32" or (branch == "fp32" and constants.get("HAS_BRANCH", True)) else x
-    kinds = {"x_ptr": x, "dx_ptr": x, "branch_ptr": branch, "dbranch_ptr": branch, "y_ptr": y, "dy_ptr": y}
-    kinds |= {"x_new_ptr": stream, "dx_new_ptr": stream, "mean_ptr": "fp32", "rstd_ptr": "fp32", "partial_ptr": "fp32"}
+    kinds = {
+        "x_ptr": x,
+        "dx_ptr": x,
+        "branch_ptr": branch,
+        "dbranch_ptr": branch,
+        "y_ptr": y,
+        "dy_ptr": y,
+    }
+    kinds |= {
+        "x_new_ptr": stream,
+        "dx_new_ptr": stream,
+        "mean_ptr": "fp32",
+        "rstd_ptr": "fp32",
+        "partial_ptr": "fp32",
+    }
     kinds |= dict.fromkeys(("weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr", "dbranch_bias_ptr"), weight)
     scalars = {"rows": "i32", "programs": "i32", "eps": "fp32"}
     signature = {
@@ -82,7 +115,12 @@ def _case(way: str, types: _Types, constants: dict[str, Any], tile: Tile, defaul
     )
     shape = (f"rows {tile[0]}", f"w{tile[1]}")
     return AotCase(
-        name=" ".join(filter(None, (f"residual_norm.{way}", "/".join(types), f"E={constants['E']}", flags, *shape))),
+        name=" ".join(
+            filter(
+                None,
+                (f"residual_norm.{way}", "/".join(types), f"E={constants['E']}", flags, *shape),
+            )
+        ),
         kernel=kernel,
         signature=signature,
         constexprs=constants,

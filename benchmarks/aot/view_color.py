@@ -6,7 +6,11 @@ import torch
 
 from benchmarks.aot.machine_code import AotCase
 from fastmoco_kernels.view_color.launch import BLOCK, SUMS, WARPS
-from fastmoco_kernels.view_color.triton_kernels import finish_kernel, grey_sum_kernel, view_color_kernel
+from fastmoco_kernels.view_color.triton_kernels import (
+    finish_kernel,
+    grey_sum_kernel,
+    view_color_kernel,
+)
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
 
@@ -33,12 +37,26 @@ def aot_cases() -> list[AotCase]:
             fp_fusion=False,
         )
 
-    cases = [case("grey_sum", grey_sum_kernel, {"images_ptr": "*u8", **tables, "pixels": "i32"}, ("images_ptr",))]
+    cases = [
+        case(
+            "grey_sum",
+            grey_sum_kernel,
+            {"images_ptr": "*u8", **tables, "pixels": "i32"},
+            ("images_ptr",),
+        )
+    ]
     for kind in _TYPES.values():
         out = {"out_ptr": f"*{kind}", **strides}
         main = {"images_ptr": "*u8", **tables, "planes_ptr": "*u8", **out}
         main |= {"pixels": "i32", "width": "i32", "blocks": "i32", **numbers}
-        finish = {"planes_ptr": "*u8", "images_of_ptr": "*i32", "rows_ptr": "*i32", **out, "pixels": "i32", **numbers}
+        finish = {
+            "planes_ptr": "*u8",
+            "images_of_ptr": "*i32",
+            "rows_ptr": "*i32",
+            **out,
+            "pixels": "i32",
+            **numbers,
+        }
         aligned = ("planes_ptr", "out_ptr")
         cases.append(case(f"colour {kind}", view_color_kernel, main, ("images_ptr", *aligned), SUMS=SUMS))
         cases.append(case(f"finish {kind}", finish_kernel, finish, aligned))

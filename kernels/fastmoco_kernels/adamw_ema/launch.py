@@ -11,7 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmoco_kernels.adamw_ema.sweep import Scalars, Sweep
-from fastmoco_kernels.adamw_ema.triton_kernels import adamw_ema_prepare_kernel, adamw_ema_sweep_kernel
+from fastmoco_kernels.adamw_ema.triton_kernels import (
+    adamw_ema_prepare_kernel,
+    adamw_ema_sweep_kernel,
+)
 from fastmoco_kernels.backends import device_guard
 from fastmoco_kernels.tensors import PointerTable, pointer_table, same_layout
 
@@ -76,7 +79,9 @@ def sweep_triton_(launch: Launch, grads: Sequence[Tensor], scalars: Scalars) -> 
         columns[1] = grads
         if launch.table is None:
             launch.table = pointer_table("adamw_ema_step_", columns, [sweep.steps], chunk=CHUNK)
-            launch.visible = [tensor for tensor in (*sweep.params, *sweep.averages) if tensor is not None]
+            launch.visible = [
+                tensor for tensor in (*sweep.params, *sweep.averages) if tensor is not None
+            ]
         else:
             launch.table.refresh(columns, [sweep.steps])
         table = launch.table

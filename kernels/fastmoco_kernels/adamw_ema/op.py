@@ -61,10 +61,10 @@ def adamw_ema_step_(
         eps: 0 or more.
         weight_decay: decoupled, per unit of learning rate.
         averages: a, float32 or float64; None for a parameter without one (a predictor); changed.
-        ema_momentum: in [0, 1]; needed with ``averages``.
+        ema_momentum: in [0, 1]; needed with `averages`.
         found_inf: one element; not 0, or NaN: nothing changes, the steps neither.
         grad_scale: one element; gradients are divided by it in passing and stay as they are.
-        backend: ``"auto"`` (triton on CUDA, foreach elsewhere), ``"triton"``, ``"foreach"`` or ``"reference"``.
+        backend: `"auto"` (triton on CUDA, foreach elsewhere), `"triton"`, `"foreach"` or `"reference"`.
 
     Raises:
         ValueError: for counts, shapes, devices, dtypes or numbers that do not fit, naming both.
@@ -73,7 +73,7 @@ def adamw_ema_step_(
         the last place; bitwise reproducible. Autocast changes nothing.
     Memory and cost: `bytes_moved`, 36 a parameter with an average; `flops`; 8 bytes of scratch a tensor. Under triton,
         parameters with gaps in memory, with strides unlike their gradient's, or in float64 take the foreach path. That
-        path and the reference read ``found_inf`` and tensor numbers on the host, which waits for the device.
+        path and the reference read `found_inf` and tensor numbers on the host, which waits for the device.
     Distributed: none; every shard is updated where it lies.
 
     Example:

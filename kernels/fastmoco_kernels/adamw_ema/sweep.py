@@ -78,7 +78,9 @@ class Scalars:
     grad_scale: Tensor | None = None
 
     @classmethod
-    def of(cls, numbers: Sequence[Number], found_inf: Tensor | None, grad_scale: Tensor | None) -> Scalars:
+    def of(
+        cls, numbers: Sequence[Number], found_inf: Tensor | None, grad_scale: Tensor | None
+    ) -> Scalars:
         """From the six in the order of `numbers`."""
         lr, weight_decay, beta1, beta2, eps, ema_momentum = numbers
         return cls(lr, weight_decay, beta1, beta2, eps, ema_momentum, found_inf, grad_scale)
@@ -119,7 +121,11 @@ def check_sweep(sweep: Sweep) -> None:
             tensor = tensors[i]
             if tensor is None:
                 continue
-            if tensor.is_complex() or not tensor.is_floating_point() or tensor.layout != torch.strided:
+            if (
+                tensor.is_complex()
+                or not tensor.is_floating_point()
+                or tensor.layout != torch.strided
+            ):
                 raise ValueError(
                     f"{OP}: {name}[{i}] is {tensor.dtype}, {tensor.layout}; it must be dense floating point"
                 )
@@ -151,7 +157,18 @@ def check_scalars(scalars: Scalars, device: torch.device) -> None:
             raise ValueError(f"{OP}: {name}={value} lies outside [0, 1)")
     if not isinstance(scalars.ema_momentum, Tensor) and not 0 <= scalars.ema_momentum <= 1:
         raise ValueError(f"{OP}: ema_momentum={scalars.ema_momentum} lies outside [0, 1]")
-    for name in ("lr", "weight_decay", "beta1", "beta2", "eps", "ema_momentum", "found_inf", "grad_scale"):
+    for name in (
+        "lr",
+        "weight_decay",
+        "beta1",
+        "beta2",
+        "eps",
+        "ema_momentum",
+        "found_inf",
+        "grad_scale",
+    ):
         tensor = getattr(scalars, name)
         if isinstance(tensor, Tensor) and (tensor.numel() != 1 or tensor.device != device):
-            raise ValueError(f"{OP}: {name} has {tensor.numel()} elements on {tensor.device}; it must be 1 on {device}")
+            raise ValueError(
+                f"{OP}: {name} has {tensor.numel()} elements on {tensor.device}; it must be 1 on {device}"
+            )

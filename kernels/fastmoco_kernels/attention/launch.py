@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels.attention.choice import TRITON_LONGEST
-from fastmoco_kernels.attention.triton_kernels import short_attention_bwd_kernel, short_attention_fwd_kernel
+from fastmoco_kernels.attention.triton_kernels import (
+    short_attention_bwd_kernel,
+    short_attention_fwd_kernel,
+)
 from fastmoco_kernels.backends import device_guard
 from fastmoco_kernels.tuning import tuned
 
@@ -31,7 +34,7 @@ CHIPS = (80, 90, 100)
 
 
 def row_tiles(rows: int, cuts: tuple[Rows, ...]) -> Rows:
-    """The cut that holds ``rows`` rows with the fewest to spare.
+    """The cut that holds `rows` rows with the fewest to spare.
 
     Raises:
         ValueError: for more rows than fit on chip.
@@ -39,7 +42,9 @@ def row_tiles(rows: int, cuts: tuple[Rows, ...]) -> Rows:
     for tiles in cuts:
         if sum(tiles) >= rows:
             return tiles
-    raise ValueError(f"attention: backend='triton' holds {TRITON_LONGEST} rows on chip; {rows} are too many")
+    raise ValueError(
+        f"attention: backend='triton' holds {TRITON_LONGEST} rows on chip; {rows} are too many"
+    )
 
 
 def forward_tiles(chip: int, head_dim: int, queries: int, keys: Rows) -> list[Tile]:
@@ -111,7 +116,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2), lse
 
 
-def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to q [B, A, L, d], k and v [B, A, M, d], in memory as [B, rows, A, d].
 
     Where the queries go `in_halves`, the two parts of dk and dv are rounded before they are added.
@@ -119,14 +126,22 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
     if not in_halves(_chip(q.device), q.shape[3], q.shape[2]):
         return _backward(grad, q, k, v, out, lse)
     parts = [
-        _backward(grad[:, :, part], q[:, :, part], k, v, out[:, :, part], lse[:, :, part].contiguous())
+        _backward(
+            grad[:, :, part], q[:, :, part], k, v, out[:, :, part], lse[:, :, part].contiguous()
+        )
         for part in (slice(0, 128), slice(128, None))
     ]
     (dq1, dk1, dv1), (dq2, dk2, dv2) = parts
-    return torch.cat([dq1.transpose(1, 2), dq2.transpose(1, 2)], dim=1).transpose(1, 2), dk1 + dk2, dv1 + dv2
+    return (
+        torch.cat([dq1.transpose(1, 2), dq2.transpose(1, 2)], dim=1).transpose(1, 2),
+        dk1 + dk2,
+        dv1 + dv2,
+    )
 
 
-def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     grad, q, k, v, out = (_readable(t) for t in (grad, q, k, v, out))
     B, A, L, d = q.shape
     M = k.shape[2]

@@ -31,7 +31,15 @@ def blur_triton(images: Tensor, boxes: Tensor) -> Tensor:
             target = buffers[number % 2]
             along_width = number < PASSES
             box_pass_kernel[grid](
-                source, target, boxes, channels, height, width, ALONG_WIDTH=along_width, BLOCK=BLOCK, num_warps=WARPS
+                source,
+                target,
+                boxes,
+                channels,
+                height,
+                width,
+                ALONG_WIDTH=along_width,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
             )
             source = target
     return source

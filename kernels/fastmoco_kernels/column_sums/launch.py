@@ -16,14 +16,16 @@ _WITHOUT_GPU = 3
 
 
 def parts(whole: int, part: int) -> int:
-    """``part`` goes so often into ``whole``, rounded up; triton.cdiv without what it costs the host."""
+    """`part` goes so often into `whole`, rounded up; triton.cdiv without what it costs the host."""
     return -(-whole // part)
 
 
 def add_partial_sums(partial: Tensor, out: Tensor) -> None:
-    """``out`` [E] = the sums over rows of ``partial`` [programs, E] float32, in out's dtype."""
+    """`out` [E] = the sums over rows of `partial` [programs, E] float32, in out's dtype."""
     programs, E = partial.shape
-    column_sum_kernel[(parts(E, COLS),)](partial, out, programs, E=E, COLS=COLS, ROWS=ROWS, num_warps=WARPS)
+    column_sum_kernel[(parts(E, COLS),)](
+        partial, out, programs, E=E, COLS=COLS, ROWS=ROWS, num_warps=WARPS
+    )
 
 
 @functools.cache
@@ -39,9 +41,14 @@ def shared_tiles(columns: int, warps: int) -> list[Tile]:
 
     (rows at a time, programs a processor), the default first: 16 numbers a thread, then 8 and 32.
     """
-    return [(numbers * 32 * warps // columns, share) for numbers, share in ((16, 8), (8, 12), (32, 4), (16, 12))]
+    return [
+        (numbers * 32 * warps // columns, share)
+        for numbers, share in ((16, 8), (8, 12), (32, 4), (16, 12))
+    ]
 
 
-def row_programs(rows: int, rows_at_a_time: int, blocks: int, per_processor: int, device: torch.device) -> int:
-    """Programs that share the rows, where as many run at once for each of ``blocks`` blocks of columns."""
+def row_programs(
+    rows: int, rows_at_a_time: int, blocks: int, per_processor: int, device: torch.device
+) -> int:
+    """Programs that share the rows, where as many run at once for each of `blocks` blocks of columns."""
     return min(parts(rows, rows_at_a_time), max(1, per_processor * processors(device) // blocks))

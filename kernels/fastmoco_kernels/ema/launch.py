@@ -19,7 +19,9 @@ ELEMENT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 """Triton's names of the element types that kernels over pointer tables read."""
 
 
-def launch_(table: PointerTable, averages: Sequence[Tensor], source: torch.dtype, momentum: float | Tensor) -> None:
+def launch_(
+    table: PointerTable, averages: Sequence[Tensor], source: torch.dtype, momentum: float | Tensor
+) -> None:
     """Update flat float32 averages from flat sources of one type, all on one device.
 
     Args:

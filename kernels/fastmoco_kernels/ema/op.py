@@ -1,7 +1,7 @@
 """The momentum (EMA) update of the twin encoder.
 
-``average <- average + (1 - momentum) * (source - average)``: the lerp form. It equals ``m * a + (1 - m) * s`` in exact
-arithmetic, and in floating point it leaves ``average`` untouched where it equals ``source``, so frozen tensors never
+`average <- average + (1 - momentum) * (source - average)`: the lerp form. It equals `m * a + (1 - m) * s` in exact
+arithmetic, and in floating point it leaves `average` untouched where it equals `source`, so frozen tensors never
 drift. Averages must be stored in float32: near momentum 1 an increment is below half a unit in the last place of bf16
 and vanishes, whatever type the arithmetic uses.
 
@@ -29,19 +29,23 @@ OP = "ema_update_"
 
 @torch.no_grad()
 def ema_update_(
-    averages: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor, *, backend: str = "auto"
+    averages: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    momentum: float | Tensor,
+    *,
+    backend: str = "auto",
 ) -> None:
     """Move every average towards its source, in place (Chen, Xie, He 2021, section 3).
 
-    ``average <- average + (1 - momentum) * (source - average)``
+    `average <- average + (1 - momentum) * (source - average)`
 
     Args:
         averages: tensors of float32 or float64, any shape and strides, on one device; changed in place. DTensors stand
             for their local shards.
         sources: as many floating-point tensors, each of its average's shape and device; read only.
         momentum: in [0, 1]: 1 keeps the averages, 0 copies the sources. A tensor of one element is read on the device,
-            without a synchronisation and without a check of its range; float64 keeps ``1 - momentum`` exact.
-        backend: ``"auto"`` (triton on CUDA, foreach elsewhere), ``"triton"``, ``"foreach"`` or ``"reference"``.
+            without a synchronisation and without a check of its range; float64 keeps `1 - momentum` exact.
+        backend: `"auto"` (triton on CUDA, foreach elsewhere), `"triton"`, `"foreach"` or `"reference"`.
 
     Raises:
         ValueError: for different counts, shapes or devices, for averages narrower than float32, for a momentum
@@ -97,7 +101,11 @@ def flops(elements: int) -> int:
 
 
 def _run(
-    averages: Sequence[Tensor], sources: Sequence[Tensor], momentum: float, device_momentum: Tensor | None, backend: str
+    averages: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    momentum: float,
+    device_momentum: Tensor | None,
+    backend: str,
 ) -> None:
     """The update by one named backend, its arguments checked."""
     value = momentum if device_momentum is None else device_momentum
@@ -111,13 +119,19 @@ def _run(
 
 @torch.library.custom_op("fastmoco::ema_update_", mutates_args=("averages",))
 def _ema_update(
-    averages: list[Tensor], sources: list[Tensor], momentum: float, device_momentum: Tensor | None, backend: str
+    averages: list[Tensor],
+    sources: list[Tensor],
+    momentum: float,
+    device_momentum: Tensor | None,
+    backend: str,
 ) -> None:
     _run(averages, sources, momentum, device_momentum, backend)
 
 
 @_ema_update.register_fake
-def _(averages: object, sources: object, momentum: object, device_momentum: object, backend: object) -> None:
+def _(
+    averages: object, sources: object, momentum: object, device_momentum: object, backend: object
+) -> None:
     return None
 
 
@@ -126,7 +140,9 @@ def _check_momentum(averages: Sequence[Tensor], momentum: float | Tensor) -> Non
         if momentum.numel() != 1:
             raise ValueError(f"{OP}: momentum has {momentum.numel()} elements; it needs 1")
         if averages and momentum.device != averages[0].device:
-            raise ValueError(f"{OP}: momentum is on {momentum.device} but averages[0] is on {averages[0].device}")
+            raise ValueError(
+                f"{OP}: momentum is on {momentum.device} but averages[0] is on {averages[0].device}"
+            )
     elif not 0 <= momentum <= 1:
         raise ValueError(f"{OP}: momentum={momentum} lies outside [0, 1]")
 
@@ -143,4 +159,6 @@ def _check_tensors(averages: Sequence[Tensor], sources: Sequence[Tensor]) -> Non
     check_lists(OP, "averages", averages, {"sources": sources})
     for i, average in enumerate(averages):
         if average.dtype not in WIDE:
-            raise ValueError(f"{OP}: averages[{i}] is {average.dtype}; near momentum 1 only one of {WIDE} moves")
+            raise ValueError(
+                f"{OP}: averages[{i}] is {average.dtype}; near momentum 1 only one of {WIDE} moves"
+            )

@@ -31,7 +31,7 @@ def norm_backward(
     rstd: Tensor,
     branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dbranch (empty unless ``branch_dtype``), y, and float32 sums over rows [3 or 2, E]: as the reference."""
+    """dx, dbranch (empty unless `branch_dtype`), y, and float32 sums over rows [3 or 2, E]: as the reference."""
     dy, x, weight, bias = dy.contiguous(), x.contiguous(), weight.contiguous(), bias.contiguous()
     dsum = None if dsum is None else dsum.contiguous()
     branch = None if branch is None else branch.contiguous()
@@ -43,14 +43,20 @@ def norm_backward(
     sums = torch.empty(2 if branch is None else 3, E, dtype=torch.float32, device=x.device)
     if rows == 0:
         return dx, dbranch, y, sums.zero_()
-    flags = {"HAS_DSUM": dsum is not None, "HAS_BRANCH": branch is not None, "HAS_DBRANCH": branch_dtype is not None}
+    flags = {
+        "HAS_DSUM": dsum is not None,
+        "HAS_BRANCH": branch is not None,
+        "HAS_DBRANCH": branch_dtype is not None,
+    }
 
     def run(tile: Tile) -> None:
         programs = norm_programs(rows, tile, x.device)
         partial = torch.empty(programs, sums.numel(), dtype=torch.float32, device=x.device)
         block_norm_bwd_kernel[(programs,)](
             dy,
-            x if dsum is None else dsum,  # a stand-in where there is none: the kernel does not touch it
+            x
+            if dsum is None
+            else dsum,  # a stand-in where there is none: the kernel does not touch it
             x,
             x if branch is None else branch,
             weight,
@@ -93,7 +99,16 @@ def gelu_backward(dg: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         programs = gelu_programs(rows, F, tile, h.device)
         partial = torch.empty(programs, F, dtype=torch.float32, device=h.device)
         block_gelu_bwd_kernel[(parts(F, gelu_columns(F)), programs)](
-            dg, h, g, dh, partial, rows, F=F, COLS=gelu_columns(F), ROWS=tile[0], num_warps=GELU_WARPS
+            dg,
+            h,
+            g,
+            dh,
+            partial,
+            rows,
+            F=F,
+            COLS=gelu_columns(F),
+            ROWS=tile[0],
+            num_warps=GELU_WARPS,
         )
         add_partial_sums(partial, total)
 

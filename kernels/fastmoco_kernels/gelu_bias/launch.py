@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels.backends import device_guard
-from fastmoco_kernels.column_sums.launch import Tile, add_partial_sums, parts, row_programs, shared_tiles
+from fastmoco_kernels.column_sums.launch import (
+    Tile,
+    add_partial_sums,
+    parts,
+    row_programs,
+    shared_tiles,
+)
 from fastmoco_kernels.gelu_bias.triton_kernels import gelu_bwd_kernel
 from fastmoco_kernels.tuning import tuned
 
@@ -48,7 +54,11 @@ def backward(dy: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Ten
 
     def run(tile: Tile) -> None:
         programs = programs_of(rows, F, tile, h.device)
-        partial = dh if bias_dtype is None else torch.empty(programs, F, dtype=torch.float32, device=h.device)
+        partial = (
+            dh
+            if bias_dtype is None
+            else torch.empty(programs, F, dtype=torch.float32, device=h.device)
+        )
         gelu_bwd_kernel[(parts(F, columns(F)), programs)](
             dy, h, dh, partial, rows, **constants, ROWS=tile[0], num_warps=WARPS
         )
@@ -56,6 +66,11 @@ def backward(dy: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Ten
             add_partial_sums(partial, dbias)
 
     with device_guard(h):
-        key = (f"2**{rows.bit_length()} rows", F, str(h.dtype).removeprefix("torch."), "bias" if dbias.numel() else "")
+        key = (
+            f"2**{rows.bit_length()} rows",
+            F,
+            str(h.dtype).removeprefix("torch."),
+            "bias" if dbias.numel() else "",
+        )
         run(tuned("gelu_bias.bwd", key, tiles(F), tiles(F)[0], run, h.device))
     return dh, dbias

@@ -2,7 +2,7 @@
 
 A linear layer adds its bias in the product's epilogue, for nothing. Its gradient costs a pass: the sum over rows of a
 tensor that GELU's backward has just written. Here that kernel adds up what it writes. The layer then must leave its bias
-out of the graph, ``F.linear(x, W, bias.detach())``, and ``bias`` itself goes to `gelu`.
+out of the graph, `F.linear(x, W, bias.detach())`, and `bias` itself goes to `gelu`.
 
 The forward is torch's own. The backward reads dy and h and writes dh: 6 bytes an element of 16 bits, where torch's two
 operations move 8. Partial sums are kept by program and added in a fixed order.
@@ -23,15 +23,15 @@ BACKENDS = ("triton", "reference")
 def gelu(h: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """The exact GELU of a linear layer's output, and on the way back the gradient of that layer's bias.
 
-    ``y = h * Phi(h)`` with the normal distribution's Phi, by erf (Hendrycks and Gimpel 2016);
-    ``dh = dy * (Phi(h) + h * phi(h))``; ``dbias = sum over rows of dh``
+    `y = h * Phi(h)` with the normal distribution's Phi, by erf (Hendrycks and Gimpel 2016);
+    `dh = dy * (Phi(h) + h * phi(h))`; `dbias = sum over rows of dh`
 
     Args:
         h: [..., F] floating point, any stride (other than rows on end costs a copy in the backward): what
-            ``F.linear(x, W, bias.detach())`` gave. Not detached, the bias would be given its gradient twice.
+            `F.linear(x, W, bias.detach())` gave. Not detached, the bias would be given its gradient twice.
         bias: [F] floating point, the parameter, on h's device. The forward does not read it. None: a plain GELU.
-        backend: ``"auto"`` (triton on CUDA, under torch.compile too; reference elsewhere and for float64), ``"triton"``
-            or ``"reference"``.
+        backend: `"auto"` (triton on CUDA, under torch.compile too; reference elsewhere and for float64), `"triton"`
+            or `"reference"`.
 
     Returns:
         [..., F] in h's dtype, differentiable in h and bias (by triton once).
@@ -40,8 +40,8 @@ def gelu(h: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Ten
         ValueError: for shapes, dtypes or devices that do not fit together, or a backend that does not run here.
 
     Numerics: computed in float32 (float64 of float64) and rounded once, both ways. dbias sums dh as it was rounded to h's
-        dtype, as torch's linear layer does: ``triton`` in float32, then rounded to the bias's dtype, the same bits every
-        time on one GPU and one tile; ``reference`` gives torch's bits (of 16-bit rows its sum is rounded to 16 bits).
+        dtype, as torch's linear layer does: `triton` in float32, then rounded to the bias's dtype, the same bits every
+        time on one GPU and one tile; `reference` gives torch's bits (of 16-bit rows its sum is rounded to 16 bits).
     Memory and cost: h is kept. `cost.gelu_bytes`, `cost.gelu_backward_bytes`: 4 and 6 bytes an element of 16 bits, where
         torch's backward and sum move 8 (`cost.eager_backward_bytes`). No rows at all are well.
     Distributed: none.

@@ -45,7 +45,9 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
         (h,) = ctx.saved_tensors
         bias_dtype = ctx.bias_dtype if ctx.needs_input_grad[1] else None
-        watched = traced() or not all_plain((*gradients, h))  # the way through the dispatcher costs the host more
+        watched = traced() or not all_plain(
+            (*gradients, h)
+        )  # the way through the dispatcher costs the host more
         dh, dbias = (_gelu_backward if watched else _backward)(gradients[0], h, bias_dtype)
         return dh, None if bias_dtype is None else dbias
 

@@ -55,7 +55,9 @@ def one_pass(
         triton: the kernels; else chunks in torch.
     """
     temperature, fixed_temperature = (
-        (request.temperature, 0.0) if isinstance(request.temperature, Tensor) else (None, request.temperature)
+        (request.temperature, 0.0)
+        if isinstance(request.temperature, Tensor)
+        else (None, request.temperature)
     )
     values = _Values(
         queries[0],
@@ -72,7 +74,9 @@ def one_pass(
         request.precision,
         triton,
     )
-    watched = traced() or torch._C._are_functorch_transforms_active() or not all_plain(queries + keys)
+    watched = (
+        traced() or torch._C._are_functorch_transforms_active() or not all_plain(queries + keys)
+    )
     results: _Results = _info_nce(*values) if watched else _Eager.apply(*values)  # type: ignore[no-untyped-call]
     return results[0], results[4]
 
@@ -81,7 +85,9 @@ def _compute(values: _Values) -> _Results:
     """The pass itself; its results may share memory."""
     q, keys, temperature = values.q, values.keys, values.temperature
     request = Request(
-        temperature=values.fixed_temperature if temperature is None else temperature.detach().to(accumulation_dtype(q)),
+        temperature=values.fixed_temperature
+        if temperature is None
+        else temperature.detach().to(accumulation_dtype(q)),
         scale=values.scale,
         positive_offset=values.positive_offset,
         gradient=values.gradient,
@@ -105,7 +111,9 @@ def _compute(values: _Values) -> _Results:
 def _info_nce(*arguments: Any) -> _Results:
     results = _compute(_Values(*arguments))
     # An operator's results share no memory; those of a few numbers may be parts of one tensor.
-    loss, dq, dkeys, dtemperature, hits = (part.clone() if part.numel() < 3 else part for part in results)
+    loss, dq, dkeys, dtemperature, hits = (
+        part.clone() if part.numel() < 3 else part for part in results
+    )
     return loss, dq, dkeys, dtemperature, hits
 
 
@@ -146,7 +154,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Results) -> None:
     ctx.mark_non_differentiable(dq, dkeys, dtemperature, hits)
     ctx.save_for_backward(dq, dkeys, dtemperature)
     temperature = values.temperature
-    ctx.dtypes = values.q.dtype, values.keys.dtype, None if temperature is None else temperature.dtype
+    ctx.dtypes = (
+        values.q.dtype,
+        values.keys.dtype,
+        None if temperature is None else temperature.dtype,
+    )
 
 
 def _backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -156,7 +168,9 @@ def _backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
 
     def scaled(gradient: Tensor, dtype: torch.dtype) -> Tensor:
         result = (incoming * gradient).to(dtype)
-        if torch.is_grad_enabled():  # create_graph=True: what was computed in the forward has no graph of its own
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph=True: what was computed in the forward has no graph of its own
             return _once(result)
         return result
 
@@ -166,7 +180,9 @@ def _backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
         scaled(dkeys, key_dtype) if wanted[1] else None,
         (scaled(dq[1], q_dtype) if both is None else both[1]) if wanted[2] else None,
         None,
-        scaled(dtemperature, temperature_dtype) if temperature_dtype is not None and wanted[4] else None,
+        scaled(dtemperature, temperature_dtype)
+        if temperature_dtype is not None and wanted[4]
+        else None,
         *[None] * 8,
     )
 

@@ -13,7 +13,9 @@ OP = "lars_step_"
 WIDE = (torch.float32, torch.float64)
 
 
-def check_numbers(lr: float | Tensor, momentum: float, weight_decay: float, trust_coefficient: float) -> None:
+def check_numbers(
+    lr: float | Tensor, momentum: float, weight_decay: float, trust_coefficient: float
+) -> None:
     """Refuse numbers out of range; a rate in a tensor is not read, only its size."""
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
@@ -29,13 +31,18 @@ def check_numbers(lr: float | Tensor, momentum: float, weight_decay: float, trus
 
 
 def check_tensors(
-    params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor], found_inf: Tensor | None
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    found_inf: Tensor | None,
 ) -> None:
     """Refuse lists, shapes, types and devices that do not fit together."""
     check_lists(OP, "params", params, {"grads": grads, "momentum_buffers": momentum_buffers})
     for i, (param, grad, buffer) in enumerate(zip(params, grads, momentum_buffers, strict=True)):
         if param.dtype not in WIDE:
-            raise ValueError(f"{OP}: params[{i}] is {param.dtype}; small steps vanish in it: needs one of {WIDE}")
+            raise ValueError(
+                f"{OP}: params[{i}] is {param.dtype}; small steps vanish in it: needs one of {WIDE}"
+            )
         if not grad.dtype.is_floating_point:
             raise ValueError(f"{OP}: grads[{i}] is {grad.dtype}; it must be floating point")
         if param.dtype != params[0].dtype or buffer.dtype != param.dtype:
@@ -47,4 +54,6 @@ def check_tensors(
         if found_inf.numel() != 1:
             raise ValueError(f"{OP}: found_inf has {found_inf.numel()} elements; it needs 1")
         if found_inf.device != params[0].device:
-            raise ValueError(f"{OP}: found_inf is on {found_inf.device}, the parameters on {params[0].device}")
+            raise ValueError(
+                f"{OP}: found_inf is on {found_inf.device}, the parameters on {params[0].device}"
+            )

@@ -9,7 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmoco_kernels.backends import device_guard
-from fastmoco_kernels.lars.triton_kernels import lars_fold_kernel, lars_norms_kernel, lars_update_kernel
+from fastmoco_kernels.lars.triton_kernels import (
+    lars_fold_kernel,
+    lars_norms_kernel,
+    lars_update_kernel,
+)
 from fastmoco_kernels.tensors import pointer_table, same_layout
 
 FOLD_BLOCK = 256
@@ -18,9 +22,14 @@ NUM_WARPS = 4
 _WORDS = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def squares_triton(params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float) -> Tensor:
+def squares_triton(
+    params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float
+) -> Tensor:
     """First pass, as `op.lars_squares`."""
-    columns = [params, matching_grads(params, grads)]  # held until the launch: the table knows addresses alone
+    columns = [
+        params,
+        matching_grads(params, grads),
+    ]  # held until the launch: the table knows addresses alone
     table = pointer_table("lars_squares", columns, [_scaled(params)])
     first = params[0]
     squares = torch.empty(table.rows, 2, dtype=torch.float64, device=first.device)
@@ -40,7 +49,13 @@ def squares_triton(params: Sequence[Tensor], grads: Sequence[Tensor], weight_dec
                 num_warps=NUM_WARPS,
             )
         lars_fold_kernel[(table.rows,)](
-            table.pointers, table.first_chunks, partials, squares, table.rows, BLOCK=FOLD_BLOCK, num_warps=1
+            table.pointers,
+            table.first_chunks,
+            partials,
+            squares,
+            table.rows,
+            BLOCK=FOLD_BLOCK,
+            num_warps=1,
         )
     return squares
 
@@ -57,7 +72,7 @@ def update_triton_(
     trust_coefficient: float,
     found_inf: Tensor | None,
 ) -> None:
-    """Second pass, as `op.lars_update_`. Waits for nothing: ``lr`` is read on the device if it is there."""
+    """Second pass, as `op.lars_update_`. Waits for nothing: `lr` is read on the device if it is there."""
     columns = [params, matching_grads(params, grads), momentum_buffers]
     table = pointer_table("lars_update_", columns, [_scaled(params)])
     if not table.chunks:
@@ -86,7 +101,9 @@ def update_triton_(
 def matching_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
     """The gradients in their parameters' dtype and memory order; what fits already is passed on."""
     return [
-        grad if grad.dtype == param.dtype and same_layout(param, grad) else torch.empty_like(param).copy_(grad)
+        grad
+        if grad.dtype == param.dtype and same_layout(param, grad)
+        else torch.empty_like(param).copy_(grad)
         for param, grad in zip(params, grads, strict=True)
     ]
 

@@ -44,7 +44,13 @@ def backward_tiles(E: int) -> list[Tile]:
     cols, warps = columns(E), _warps(E)
     sixteen, eight = (_rows(numbers, warps, cols) for numbers in (16, 8))
     return list(
-        dict.fromkeys([(sixteen, warps, 16 // warps), (eight, warps, 24 // warps), (sixteen, warps, 32 // warps)])
+        dict.fromkeys(
+            [
+                (sixteen, warps, 16 // warps),
+                (eight, warps, 24 // warps),
+                (sixteen, warps, 32 // warps),
+            ]
+        )
     )
 
 
@@ -53,12 +59,17 @@ def _warps(E: int) -> int:
 
 
 def _rows(numbers: int, warps: int, cols: int) -> int:
-    """Rows that make ``numbers`` a thread."""
+    """Rows that make `numbers` a thread."""
     return max(1, numbers * 32 * warps // cols)
 
 
 def forward(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_new (empty without a branch), y, and of every row the mean and the reciprocal standard deviation."""
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
@@ -70,7 +81,9 @@ def forward(
         x_new = torch.empty(0, dtype=x.dtype, device=x.device)
         read, written = x, x  # stand-ins: the kernel touches neither
     else:
-        x_new = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
+        x_new = torch.empty(
+            x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device
+        )
         read, written = branch.contiguous(), x_new
     constants = {"HAS_BRANCH": branch is not None, "E": E, "COLS": columns(E)}
 
@@ -94,7 +107,11 @@ def forward(
     if rows:
         with device_guard(x):
             tiles = forward_tiles(E)
-            run(tuned("residual_norm.fwd", _key(rows, E, x, branch, y), tiles, tiles[0], run, x.device))
+            run(
+                tuned(
+                    "residual_norm.fwd", _key(rows, E, x, branch, y), tiles, tiles[0], run, x.device
+                )
+            )
     return x_new, y, mean, rstd
 
 
@@ -109,7 +126,7 @@ def backward(
     branch_dtype: torch.dtype | None,
     branch_bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dbranch (empty unless ``branch_dtype``), dweight and dbias in the weight's dtype, dbranch_bias (or empty)."""
+    """dx, dbranch (empty unless `branch_dtype`), dweight and dbias in the weight's dtype, dbranch_bias (or empty)."""
     dy, x_new, weight = dy.contiguous(), x_new.contiguous(), weight.contiguous()
     dx_new = None if dx_new is None else dx_new.contiguous()
     E = x_new.shape[-1]
@@ -117,10 +134,16 @@ def backward(
     dx = torch.empty(x_new.shape, dtype=x_dtype, device=x_new.device)
     shape = (0,) if branch_dtype is None else x_new.shape
     dbranch = torch.empty(shape, dtype=branch_dtype or x_dtype, device=x_new.device)
-    dweight, dbias = (torch.zeros_like(weight) if rows == 0 else torch.empty_like(weight) for _ in range(2))
+    dweight, dbias = (
+        torch.zeros_like(weight) if rows == 0 else torch.empty_like(weight) for _ in range(2)
+    )
     sums = 2 if branch_bias_dtype is None else 3
     dbranch_bias = weight.new_zeros(0 if sums == 2 else E, dtype=branch_bias_dtype)
-    flags = {"HAS_DX_NEW": dx_new is not None, "HAS_DBRANCH": branch_dtype is not None, "HAS_BRANCH_BIAS": sums == 3}
+    flags = {
+        "HAS_DX_NEW": dx_new is not None,
+        "HAS_DBRANCH": branch_dtype is not None,
+        "HAS_BRANCH_BIAS": sums == 3,
+    }
 
     def run(tile: Tile) -> None:
         programs = programs_of(rows, tile, x_new.device)

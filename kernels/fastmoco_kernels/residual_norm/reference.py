@@ -19,11 +19,11 @@ def residual_norm_reference(
     out_dtype: torch.dtype,
     branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``x + branch`` and its layer norm (Ba, Kiros, Hinton 2016, Eq. 4), in float32 or wider, then ``.to(out_dtype)``.
+    """`x + branch` and its layer norm (Ba, Kiros, Hinton 2016, Eq. 4), in float32 or wider, then `.to(out_dtype)`.
 
     Args:
         x: [..., E].
-        branch: [..., E], or None: then the first result is ``x`` itself.
+        branch: [..., E], or None: then the first result is `x` itself.
         weight: [E], widened to the arithmetic type where it is narrower.
         bias: [E].
         eps: added to the variance.

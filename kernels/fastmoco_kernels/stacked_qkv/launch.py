@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels.backends import device_guard
-from fastmoco_kernels.column_sums.launch import Tile, add_partial_sums, parts, row_programs, shared_tiles
+from fastmoco_kernels.column_sums.launch import (
+    Tile,
+    add_partial_sums,
+    parts,
+    row_programs,
+    shared_tiles,
+)
 from fastmoco_kernels.stacked_qkv.triton_kernels import split_qkv_bwd_kernel
 from fastmoco_kernels.tuning import tuned
 
@@ -38,7 +44,9 @@ def programs_of(rows: int, E: int, tile: Tile, device: torch.device) -> int:
     return row_programs(rows, tile[0], 3 * parts(E, columns(E)), tile[1], device)
 
 
-def backward(dq: Tensor, dk: Tensor, dv: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+def backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     """dqkv [B, L, 3 E], and its sums over rows in the bias's dtype (empty without one)."""
     dq, dk, dv = (t if t.stride(3) == 1 else t.contiguous() for t in (dq, dk, dv))
     B, A, L, d = dq.shape
@@ -53,7 +61,11 @@ def backward(dq: Tensor, dk: Tensor, dv: Tensor, bias_dtype: torch.dtype | None)
 
     def run(tile: Tile) -> None:
         programs = programs_of(rows, E, tile, dq.device)
-        partial = dqkv if bias_dtype is None else torch.empty(programs, 3 * E, dtype=torch.float32, device=dq.device)
+        partial = (
+            dqkv
+            if bias_dtype is None
+            else torch.empty(programs, 3 * E, dtype=torch.float32, device=dq.device)
+        )
         grid = (3 * parts(E, columns(E)), programs)
         split_qkv_bwd_kernel[grid](
             dq, dk, dv, *strides, dqkv, partial, rows, L, **constants, ROWS=tile[0], num_warps=WARPS
@@ -63,6 +75,13 @@ def backward(dq: Tensor, dk: Tensor, dv: Tensor, bias_dtype: torch.dtype | None)
 
     with device_guard(dq):
         lies = "by token" if dq.stride(1) < dq.stride(2) else "by head"
-        key = (f"2**{rows.bit_length()} rows", E, d, str(dq.dtype).removeprefix("torch."), lies, str(bias_dtype))
+        key = (
+            f"2**{rows.bit_length()} rows",
+            E,
+            d,
+            str(dq.dtype).removeprefix("torch."),
+            lies,
+            str(bias_dtype),
+        )
         run(tuned("stacked_qkv.bwd", key, tiles(E), tiles(E)[0], run, dq.device))
     return dqkv, dbias

@@ -76,10 +76,55 @@ def split_qkv_bwd_kernel(
     col = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
     # Three times the same code, not one pointer chosen: of a chosen one the compiler does not know that it is aligned.
     if which == 0:
-        _stack(dq_ptr, stride_qb, stride_qa, stride_ql, dqkv_ptr, partial_ptr, rows, L, col, HAS_BIAS, E, D, COLS, ROWS)
+        _stack(
+            dq_ptr,
+            stride_qb,
+            stride_qa,
+            stride_ql,
+            dqkv_ptr,
+            partial_ptr,
+            rows,
+            L,
+            col,
+            HAS_BIAS,
+            E,
+            D,
+            COLS,
+            ROWS,
+        )
     elif which == 1:
         dqkv_ptr, partial_ptr = dqkv_ptr + E, partial_ptr + E
-        _stack(dk_ptr, stride_kb, stride_ka, stride_kl, dqkv_ptr, partial_ptr, rows, L, col, HAS_BIAS, E, D, COLS, ROWS)
+        _stack(
+            dk_ptr,
+            stride_kb,
+            stride_ka,
+            stride_kl,
+            dqkv_ptr,
+            partial_ptr,
+            rows,
+            L,
+            col,
+            HAS_BIAS,
+            E,
+            D,
+            COLS,
+            ROWS,
+        )
     else:
         dqkv_ptr, partial_ptr = dqkv_ptr + 2 * E, partial_ptr + 2 * E
-        _stack(dv_ptr, stride_vb, stride_va, stride_vl, dqkv_ptr, partial_ptr, rows, L, col, HAS_BIAS, E, D, COLS, ROWS)
+        _stack(
+            dv_ptr,
+            stride_vb,
+            stride_va,
+            stride_vl,
+            dqkv_ptr,
+            partial_ptr,
+            rows,
+            L,
+            col,
+            HAS_BIAS,
+            E,
+            D,
+            COLS,
+            ROWS,
+        )

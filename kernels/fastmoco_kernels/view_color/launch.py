@@ -12,21 +12,27 @@ from torch import Tensor
 from fastmoco_kernels.backends import device_guard
 from fastmoco_kernels.blur.launch import blur_triton
 from fastmoco_kernels.view_color.plan import Plan, late_hues
-from fastmoco_kernels.view_color.triton_kernels import finish_kernel, grey_sum_kernel, view_color_kernel
+from fastmoco_kernels.view_color.triton_kernels import (
+    finish_kernel,
+    grey_sum_kernel,
+    view_color_kernel,
+)
 
 BLOCK, WARPS, SUMS = 1024, 4, 64  # the result does not depend on them: every sum is one of integers
 
 
 class Normalisation(NamedTuple):
-    """``level * scale + shift`` of each channel, rounded to float32, and where solarize begins. Bytes know the last alone."""
+    """`level * scale + shift` of each channel, rounded to float32, and where solarize begins. Bytes know the last alone."""
 
     scale: tuple[float, float, float]
     shift: tuple[float, float, float]
     threshold: int
 
 
-def view_color_triton(images: Tensor, tables: Plan, normalisation: Normalisation, out: Tensor) -> None:
-    """Compute a batch into ``out``.
+def view_color_triton(
+    images: Tensor, tables: Plan, normalisation: Normalisation, out: Tensor
+) -> None:
+    """Compute a batch into `out`.
 
     Args:
         images: [B, H, W, 3] uint8, contiguous.
@@ -66,7 +72,9 @@ def view_color_triton(images: Tensor, tables: Plan, normalisation: Normalisation
         )
         if slots:
             blurred = blur_triton(planes, boxes)
-            finish_kernel[(slots, blocks)](blurred, images_of, rows, out, *strides, pixels, *numbers, **options)
+            finish_kernel[(slots, blocks)](
+                blurred, images_of, rows, out, *strides, pixels, *numbers, **options
+            )
 
 
 def _needs(tables: Plan) -> tuple[bool, int]:
@@ -76,7 +84,9 @@ def _needs(tables: Plan) -> tuple[bool, int]:
     return bool((tables.contrast_at < 4).any()), int((tables.boxes[:, 0] >= 0).sum())
 
 
-def _on_device(tables: Plan, slots: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _on_device(
+    tables: Plan, slots: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows [B, 12], factors [B, 4], boxes [slots, 4] and images [slots], by one transfer where they lie on the CPU."""
     batch = len(tables.steps)
     blurred = tables.boxes[:, 0] >= 0
@@ -89,7 +99,14 @@ def _on_device(tables: Plan, slots: int, device: torch.device) -> tuple[Tensor, 
         slot = torch.where(blurred, blurred.cumsum(0) - 1, -1).to(torch.int32)
         boxes = tables.boxes[blurred]
     rest = torch.zeros(batch, 2, dtype=torch.int32, device=slot.device)
-    columns = [tables.steps, tables.contrast_at[:, None], tables.shift[:, None], tables.flags, slot[:, None], rest]
+    columns = [
+        tables.steps,
+        tables.contrast_at[:, None],
+        tables.shift[:, None],
+        tables.flags,
+        slot[:, None],
+        rest,
+    ]
     rows = torch.cat(columns, 1).to(torch.int32)
     parts = (rows, tables.factors.view(torch.int32), boxes, images_of)
     packed = torch.cat([part.reshape(-1) for part in parts]).to(device)
