@@ -25,8 +25,8 @@ class Verdict:
         path: the folder.
         step: from its name; -1 where even that says nothing.
         size: bytes of all its files.
-        saved_at: UTC, ISO 8601; "" where the marker does not say.
-        world_size: ranks that wrote it; 0 where the marker does not say.
+        saved_at: UTC, ISO 8601; "" without a sound marker.
+        world_size: ranks that wrote it; 0 without a sound marker.
         committed: whether it carries a marker; a folder without one is what a killed save left, and every reader ignores it.
         fault: "" if it can be trusted, else why not.
     """
