@@ -29,7 +29,7 @@ _HIDDEN = re.compile(r"\.(?:writing|replaced)-step_\d{8,}-[0-9a-f]{8}")
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Folders under ``root`` that carry a commit marker, oldest step first. Their content is not verified here."""
+    """Folders under `root` that carry a commit marker, oldest step first. Their content is not verified here."""
     return [path for path in _step_folders(root) if (path / MARKER).is_file()]
 
 
@@ -126,7 +126,7 @@ def read_marker(path: Path) -> dict[str, Any]:
     """The marker of a folder, checked against itself and the folder's name, not yet against the files.
 
     Returns:
-        The entries ``format``, ``step``, ``world_size``, ``saved_at``, ``run_id`` and ``files``.
+        The entries `format`, `step`, `world_size`, `saved_at`, `run_id` and `files`.
 
     Raises:
         ValueError: if there is none, if it has another format, or if one bit of it has changed.
@@ -180,10 +180,10 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def make_way(final: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
-    """See that the name ``final`` is free: move aside what holds it, unless that is a valid checkpoint.
+    """See that the name `final` is free: move aside what holds it, unless that is a valid checkpoint.
 
     Returns:
-        False if these very ``files`` are committed there already, so that nothing is left to write.
+        False if these very `files` are committed there already, so that nothing is left to write.
 
     Raises:
         FileExistsError: if another valid checkpoint stands there.
@@ -216,10 +216,10 @@ def sweep(root: Path) -> None:
 
 
 def prune(root: Path, *, newest: Path, keep: int, keep_multiple: int = 0) -> None:
-    """Remove the oldest but ``keep``, counted back from ``newest``, whose content the caller has just hashed.
+    """Remove the oldest but `keep`, counted back from `newest`, whose content the caller has just hashed.
 
     Folders of later steps stay: a run arrives below them only if they did not verify, and then they are evidence. So does
-    the newest one whose step is a multiple of ``keep_multiple``, if that is not 0.
+    the newest one whose step is a multiple of `keep_multiple`, if that is not 0.
     """
     committed = list_checkpoints(root)
     committed = committed[: committed.index(newest) + 1]

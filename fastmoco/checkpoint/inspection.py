@@ -80,14 +80,14 @@ def consolidate(checkpoint: Checkpoint, out: Path, *, encoder_only: bool) -> int
     Args:
         checkpoint: see `load_latest`.
         out: a new file (mode 0600), whole or not there at all.
-        encoder_only: only the trained encoder, under its own names (``blocks.0.norm1.weight``), without the projector
+        encoder_only: only the trained encoder, under its own names (`blocks.0.norm1.weight`), without the projector
             behind it, which is of no use after pre-training. Else every tensor, optimizer and twin among them.
 
     Returns:
         The number of tensors written.
 
     Raises:
-        CheckpointError: if ``out`` exists or cannot be written, or there is no encoder in the checkpoint.
+        CheckpointError: if `out` exists or cannot be written, or there is no encoder in the checkpoint.
     """
     tensors = checkpoint.tensors
     if encoder_only:

@@ -103,7 +103,7 @@ def load_latest(
         admit: what it raises is raised here: a checkpoint that is refused is not passed over.
 
     Returns:
-        The checkpoint, with every newer one that was passed over and why in ``skipped``.
+        The checkpoint, with every newer one that was passed over and why in `skipped`.
 
     Raises:
         CheckpointError: if committed folders exist and none verifies. Starting from scratch is the user's decision.
@@ -126,7 +126,7 @@ def load_latest(
 
 
 def load_checkpoint(path: Path, *, admit: Admit = lambda path, run_id: None) -> Checkpoint:
-    """Verify one committed folder and open it; ``admit`` is asked in between, before anything is parsed.
+    """Verify one committed folder and open it; `admit` is asked in between, before anything is parsed.
 
     Raises:
         CheckpointError: naming the file that is missing, changed, unreadable or hostile, and the cure.

@@ -1,8 +1,8 @@
 """The vision transformers of MoCo v3: fixed positions, frozen patch projection, class-token feature.
 
-Two savings stand beside a plain path that a test holds equal. Patch tokens come apart from the trunk (``patch_tokens``,
-``encode``), so that two encoders with the same frozen projection can share them. And of the last block only the class
-token is computed (``encode`` against ``encode_plain``; how, stands in ``blocks``).
+Two savings stand beside a plain path that a test holds equal. Patch tokens come apart from the trunk (`patch_tokens`,
+`encode`), so that two encoders with the same frozen projection can share them. And of the last block only the class
+token is computed (`encode` against `encode_plain`; how, stands in `blocks`).
 
 Legend: B images, L patch tokens, E width.
 """
@@ -22,7 +22,7 @@ def sincos_positions(grid: int, width: int) -> Tensor:
     """The fixed two-dimensional sine-cosine table of MoCo v3.
 
     Row 0 belongs to the class token and is zero. The token at row r and column c holds
-    ``[sin(r w), cos(r w), sin(c w), cos(c w)]``, a quarter of the width each, with ``w_i = 10000^(-i / (width / 4))``.
+    `[sin(r w), cos(r w), sin(c w), cos(c w)]`, a quarter of the width each, with `w_i = 10000^(-i / (width / 4))`.
     The ROW block comes first; tables in the manner of MAE put the column first and do not fit.
 
     Args:
@@ -48,12 +48,12 @@ class VisionTransformer(nn.Module):
 
     Initialisation (Chen, Xie, He 2021): every linear layer Xavier-uniform, with q, k and v taken as three matrices;
     biases 0; class token normal with deviation 1e-6; patch projection uniform by its own fan-in and fan-out. Positions
-    are a parameter that never trains. ``head`` is where an objective attaches its projector; nothing here applies it.
+    are a parameter that never trains. `head` is where an objective attaches its projector; nothing here applies it.
 
     Args:
         image_size: height and width of the images, in pixels; a multiple of the patch size.
         patch_size: height and width of a patch, in pixels; 16 with the conv stem.
-        embed_dim: width E, divisible by 4 (positions), by ``num_heads``, and by 8 with the conv stem.
+        embed_dim: width E, divisible by 4 (positions), by `num_heads`, and by 8 with the conv stem.
         depth: number of blocks.
         num_heads: attention heads A.
         mlp_ratio: hidden width of the MLP over E.

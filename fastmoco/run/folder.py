@@ -14,9 +14,9 @@ from fastmoco.errors import RunError
 class RunFolder:
     """Paths of a run, and its lock.
 
-    Layout: ``config.json`` (the config, what it resolved to, the run's id), ``metrics.jsonl`` (one line a logged step),
-    ``checkpoints/``, ``quarantine.jsonl`` (bad images found), ``curves.png``, ``lock``, ``starts.json`` (starts without
-    progress), and after a run ``DONE`` or ``PREEMPTED``, because launchers hide exit codes. The folder has mode 0700.
+    Layout: `config.json` (the config, what it resolved to, the run's id), `metrics.jsonl` (one line a logged step),
+    `checkpoints/`, `quarantine.jsonl` (bad images found), `curves.png`, `lock`, `starts.json` (starts without
+    progress), and after a run `DONE` or `PREEMPTED`, because launchers hide exit codes. The folder has mode 0700.
 
     Args:
         path: the folder; made if absent.
@@ -114,7 +114,7 @@ class RunFolder:
             self._lock = None
 
     def read_config(self) -> dict[str, Any]:
-        """What ``config.json`` holds; nothing if there is none, or one that is no JSON."""
+        """What `config.json` holds; nothing if there is none, or one that is no JSON."""
         try:
             found = json.loads(self._config.read_text())
         except (OSError, ValueError):
@@ -122,11 +122,11 @@ class RunFolder:
         return found if isinstance(found, dict) else {}
 
     def write_config(self, data: dict[str, Any]) -> None:
-        """Write ``config.json``."""
+        """Write `config.json`."""
         _replace(self._config, json.dumps(data, indent=2) + "\n")
 
     def trim_metrics(self, step: int) -> int:
-        """Drop the metrics after ``step`` and any line cut off by a kill: those steps are about to be taken again.
+        """Drop the metrics after `step` and any line cut off by a kill: those steps are about to be taken again.
 
         Returns:
             The number of lines dropped.
@@ -140,7 +140,7 @@ class RunFolder:
         return len(lines) - len(kept)
 
     def read_metric(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of every line of ``metrics.jsonl`` that holds the metric."""
+        """(step, value) of every line of `metrics.jsonl` that holds the metric."""
         if not self.metrics.exists():
             return []
         rows = [json.loads(line) for line in self.metrics.read_text().splitlines() if _step_of(line) < float("inf")]

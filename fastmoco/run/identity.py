@@ -29,7 +29,7 @@ class RunIdentity:
     """The id of a run, and which others it has taken over checkpoints from.
 
     Attributes:
-        run_id: 14 hexadecimal digits, drawn at the run's first start and kept in its ``config.json``.
+        run_id: 14 hexadecimal digits, drawn at the run's first start and kept in its `config.json`.
         trusted: ids of other runs whose checkpoints it may continue from.
         trust_all: whether the user trusts whatever lies in the folder.
         new: whether the id is of this start.
@@ -69,14 +69,14 @@ class RunIdentity:
         return self if run_id in (self.run_id, *self.trusted) else replace(self, trusted=(*self.trusted, run_id))
 
     def to_json(self) -> dict[str, Any]:
-        """The entries of ``config.json``."""
+        """The entries of `config.json`."""
         return {"run_id": self.run_id, "trusted_run_ids": list(self.trusted)}
 
 
 def identify(folder: RunFolder, world: World, *, trust_all: bool) -> RunIdentity:
     """Who the run of a folder is, the same on all ranks, who call it together; a folder without an id gets one.
 
-    A folder whose ``config.json`` holds no id owns none of the checkpoints that it holds.
+    A folder whose `config.json` holds no id owns none of the checkpoints that it holds.
 
     Args:
         folder: of the run.
