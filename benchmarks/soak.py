@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak --minutes 30 --processes 2
 
-One image in a hundred is damaged, in four ways; a local HTTP server cuts one answer in ``--drop-every``; the cache holds
+One image in a hundred is damaged, in four ways; a local HTTP server cuts one answer in `--drop-every`; the cache holds
 about 40 % of the set, so that shards come and go. Every rank compares each batch with that of the undamaged set on the disk:
 all rows but those of bad images must agree bit for bit, and no stand-in may be a bad image. Now and then the loader is built
 anew at the step where it was, sometimes with its list of bad images and sometimes without: the batches must not show it. The
