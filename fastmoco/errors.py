@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastmoco_pipelines.text import escaped
+
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -58,5 +60,4 @@ def no_checkpoint(path: Path | str) -> RunError:
 
 def say(text: str) -> None:
     """Print one line on standard error; names of files and members that it quotes cannot steer the terminal."""
-    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-    print(f"fastmoco: {shown}", file=sys.stderr)
+    print("fastmoco: " + escaped(text, keep="\n"), file=sys.stderr)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from fastmoco.errors import RunError
+from fastmoco_pipelines.files import write_file
 
 
 class RunFolder:
@@ -156,11 +157,5 @@ def _step_of(line: str) -> float:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a whole file or nothing, through to the disk: a run whose id a power cut has taken owns no checkpoint any more."""
-    fresh = path.with_name(path.name + ".tmp")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(descriptor)
-    os.replace(fresh, path)
+    """Write a whole file or nothing, through to the disk: without its id a run owns no checkpoint."""
+    write_file(path, text.encode(), mode=0o600, durable=True)

@@ -229,11 +229,11 @@ def test_a_loader_may_be_collected_in_its_own_threads(packed, monkeypatch, work)
 
     plain, holder, released, collected_in = getattr(module.Source, work), [], threading.Event(), []
 
-    def forget(self, argument):
+    def forget(self, *arguments):
         if released.is_set():
             holder.clear()
             gc.collect()
-        return plain(self, argument)
+        return plain(self, *arguments)
 
     monkeypatch.setattr(module.Source, work, forget)
     holder.append(build_loader(spec_of(packed, prefetch=1)))
@@ -257,10 +257,10 @@ import sys, time
 from fastmoco_pipelines.loading import loader
 from fastmoco_pipelines.spec import LoaderSpec
 prepare = loader.Source.prepare
-def slow(self, step):
-    if step > 3:
+def slow(self, places, following):
+    if places.step > 3:
         {hang or "pass"}
-    return prepare(self, step)
+    return prepare(self, places, following)
 loader.Source.prepare = slow
 kept = loader.build_loader(LoaderSpec(shards={str(packed)!r}, global_batch_size=12, threads=1))
 kept.next()
