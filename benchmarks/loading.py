@@ -122,8 +122,8 @@ def fastmoco_feed(job: Job, color: Color, name: str = "") -> Feed:
     loader = build_loader(spec, device_id=0 if on_gpu else None)
 
     def following() -> Views:
-        batch = loader.next()
-        return batch.view1, batch.view2
+        view1, view2 = loader.next().views
+        return view1, view2
 
     shown = name or f"fastmoco {color}"
     return Feed(name=shown, next=following, close=loader.close, resting=lambda: loader.resting, loader=loader)
@@ -226,7 +226,7 @@ def pillow_decode(data: bytes | NDArray[np.uint8]) -> Image.Image:
 
 
 def pillow_view(image: Image.Image, spec: ViewSpec, draws: ViewDraws, i: int) -> Tensor:
-    """torchvision's PIL transforms with the drawn parameters of row ``i``: [3, size, size] float32."""
+    """torchvision's PIL transforms with the drawn parameters of row `i`: [3, size, size] float32."""
     top, left, height, width = draws.crop[i].tolist()
     window = image.crop((left, top, left + width, top + height))
     view = window.resize((spec.size, spec.size), Image.Resampling.BILINEAR)

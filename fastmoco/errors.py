@@ -34,7 +34,7 @@ def one_line(code: int, *mendable: type[Exception]) -> Iterator[None]:
         mendable: further errors that count: `ValueError` and `OSError` where only the user's own values are at work.
 
     Raises:
-        SystemExit: with ``code``, in their place; 2 where an optional dependency is missing.
+        SystemExit: with `code`, in their place; 2 where an optional dependency is missing.
     """
     from fastmoco_pipelines import BadImageError, ShardError
 

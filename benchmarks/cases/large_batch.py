@@ -26,7 +26,7 @@ from fastmoco.config import BatchConfig, Config, KnnConfig, ObjectiveConfig, Opt
 from fastmoco.distributed.mesh import start_world, stop_world
 from fastmoco.recipes import quickstart_digits
 from fastmoco.training.trainer import Trainer
-from fastmoco_pipelines.loading.batch import TwoViewBatch
+from fastmoco_pipelines.loading.batch import Batch
 
 NAME = "large_batch"
 DEFAULTS = {
@@ -47,9 +47,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``batch`` images over all processes; ``chunk`` images at a time; ``steps``; ``processes`` of the third side;
-            ``precision``; base ``lr``, ``eps`` of AdamW, ``epochs`` and ``warmup_epochs``, which decide how fast rounding grows.
-            The defaults are the first steps of the paper's schedule; a short warm-up takes ``precision=fp64`` to stay equal.
+        options: `batch` images over all processes; `chunk` images at a time; `steps`; `processes` of the third side;
+            `precision`; base `lr`, `eps` of AdamW, `epochs` and `warmup_epochs`, which decide how fast rounding grows.
+            The defaults are the first steps of the paper's schedule; a short warm-up takes `precision=fp64` to stay equal.
 
     Returns:
         By side: losses, peak bytes of a process, seconds a step. Largest difference of any loss from the whole batch's, and
@@ -146,9 +146,9 @@ def _child(options: dict[str, Any]) -> None:
             began = time.perf_counter()
             for step in range(options["steps"]):
                 views = _global_batch(step, config.global_batch_size, config.model.image_size, dtype)
-                view1, view2 = (view[mine].clone() for view in views)
+                local_views = tuple(view[mine].clone() for view in views)
                 del views
-                batch = TwoViewBatch(view1=view1, view2=view2, sample_ids=torch.arange(local).numpy(), step=step)
+                batch = Batch(views=local_views, sample_ids=torch.arange(local).numpy(), step=step)
                 loss = trainer.step(batch).loss.detach().double()
                 if world.world_size > 1:
                     dist.all_reduce(loss)

@@ -25,8 +25,8 @@ class Verdict:
         path: the folder.
         step: from its name; -1 where even that says nothing.
         size: bytes of all its files.
-        saved_at: UTC, ISO 8601; "" where the marker does not say.
-        world_size: ranks that wrote it; 0 where the marker does not say.
+        saved_at: UTC, ISO 8601; "" without a sound marker.
+        world_size: ranks that wrote it; 0 without a sound marker.
         committed: whether it carries a marker; a folder without one is what a killed save left, and every reader ignores it.
         fault: "" if it can be trusted, else why not.
     """
@@ -80,14 +80,14 @@ def consolidate(checkpoint: Checkpoint, out: Path, *, encoder_only: bool) -> int
     Args:
         checkpoint: see `load_latest`.
         out: a new file (mode 0600), whole or not there at all.
-        encoder_only: only the trained encoder, under its own names (``blocks.0.norm1.weight``), without the projector
+        encoder_only: only the trained encoder, under its own names (`blocks.0.norm1.weight`), without the projector
             behind it, which is of no use after pre-training. Else every tensor, optimizer and twin among them.
 
     Returns:
         The number of tensors written.
 
     Raises:
-        CheckpointError: if ``out`` exists or cannot be written, or there is no encoder in the checkpoint.
+        CheckpointError: if `out` exists or cannot be written, or there is no encoder in the checkpoint.
     """
     tensors = checkpoint.tensors
     if encoder_only:

@@ -56,10 +56,10 @@ def _shown(row: Mapping[str, Any], key: str, form: Callable[[float], str]) -> st
 
 
 def plain_line(row: Mapping[str, Any], total_steps: int) -> str:
-    """One log line: ``step 120/2000 epoch 3.2 loss 3.412 lr 1.5e-04 m 0.9931 img/s 1842 wait 2.1% eta 0:01:12 knn 93.1%``.
+    """One log line: `step 120/2000 epoch 3.2 loss 3.412 lr 1.5e-04 m 0.9931 img/s 1842 wait 2.1% eta 0:01:12 knn 93.1%`.
 
     Args:
-        row: ``step`` and any of epoch, loss, lr, ema_momentum, images_per_s, wait_share (share), eta_s (seconds), knn (share).
+        row: `step` and any of epoch, loss, lr, ema_momentum, images_per_s, wait_share (share), eta_s (seconds), knn (share).
             Absent ones are left out, unknown ones ignored.
         total_steps: steps of the whole run.
     """
@@ -86,7 +86,7 @@ class Console:
         Args:
             rank: only rank 0 speaks.
             stream: where to write; standard output by default.
-            live: True for the table, False for lines; by default the table if ``stream`` is a capable terminal.
+            live: True for the table, False for lines; by default the table if `stream` is a capable terminal.
         """
         self._stream = sys.stdout if stream is None else stream
         self._silent, self._live_wanted = rank > 0, live
@@ -97,7 +97,7 @@ class Console:
         self._events: deque[str] = deque(maxlen=EVENTS_SHOWN)
 
     def start(self, total_steps: int, header: str) -> None:
-        """Begin a run of ``total_steps`` optimizer steps; ``header`` says in a line or a few what is trained on what."""
+        """Begin a run of `total_steps` optimizer steps; `header` says in a line or a few what is trained on what."""
         self._total, self._header = total_steps, escaped(header, keep="\n")
         if not self._silent:
             self._guarded(self._start_live)
@@ -109,7 +109,7 @@ class Console:
 
         Args:
             row: see `plain_line`. What is absent stays on the table as it was; the best kNN is kept here, and
-                ``knn_best`` may tell of one from before a resume.
+                `knn_best` may tell of one from before a resume.
         """
         for key in ("knn", "knn_best"):
             value = row.get(key)

@@ -17,11 +17,11 @@ import torch
 from fastmoco_pipelines.views.runtime import load_dali
 
 if TYPE_CHECKING:
-    from fastmoco_pipelines.loading.batch import TwoViewBatch
+    from fastmoco_pipelines.loading.batch import Batch
     from fastmoco_pipelines.loading.source import Prepared, Source
 
     Readings = queue.Queue[Prepared | BaseException]
-    Results = queue.Queue[TwoViewBatch | BaseException]
+    Results = queue.Queue[Batch | BaseException]
 
 POLL_SECONDS = 0.2
 _EXIT_SECONDS = 5.0
