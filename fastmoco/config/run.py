@@ -7,7 +7,7 @@ returns a new object; both are written as JSON beside every checkpoint (`serial.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from fastmoco.config.data import DataConfig, KnnConfig
 from fastmoco.config.faults import FaultConfig
@@ -15,7 +15,7 @@ from fastmoco.config.model import ModelConfig
 from fastmoco.config.objective import ObjectiveConfig
 from fastmoco.config.optim import OptimConfig
 from fastmoco.config.parallel import ParallelConfig
-from fastmoco_pipelines.spec import EvalSpec, LoaderSpec, require
+from fastmoco_pipelines.spec import EvalSpec, LoaderSpec, Resume, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +67,9 @@ class CheckpointConfig:
 class Config:
     """One run of MoCo v3 pre-training."""
 
-    recipe: str = "custom"
+    recipe: Annotated[str, Resume.FREE] = "custom"
     """Name of the recipe this started from."""
-    epochs: float = 300
+    epochs: Annotated[float, Resume.WITH_ALLOW] = 300
     """Passes over the training images; the schedules run over exactly this long."""
     global_batch_size: int = 4096
     """Images of one optimizer step, over all ranks."""
@@ -80,19 +80,19 @@ class Config:
     ``auto``: bf16 where the device multiplies it natively, else fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where there is one."""
-    threads: int = 0
+    threads: Annotated[int, Resume.FREE] = 0
     """CPU threads of torch in each process; 0 shares the machine's cores among its processes."""
-    log_every_steps: int = 10
+    log_every_steps: Annotated[int, Resume.FREE] = 10
     """Steps between two lines of metrics; only these steps wait for the device."""
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    batch: Annotated[BatchConfig, Resume.FREE] = field(default_factory=BatchConfig)
+    parallel: Annotated[ParallelConfig, Resume.FREE] = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    knn: KnnConfig = field(default_factory=KnnConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    faults: FaultConfig = field(default_factory=FaultConfig)
+    knn: Annotated[KnnConfig, Resume.FREE] = field(default_factory=KnnConfig)
+    checkpoint: Annotated[CheckpointConfig, Resume.FREE] = field(default_factory=CheckpointConfig)
+    faults: Annotated[FaultConfig, Resume.FREE] = field(default_factory=FaultConfig)
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, "epochs", self.epochs, "must be positive")

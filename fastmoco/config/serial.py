@@ -3,43 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_origin, get_type_hints
+from collections.abc import Iterator
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from fastmoco.config import Config
-from fastmoco_pipelines.spec import require
+from fastmoco_pipelines.spec import Resume, require
 from fastmoco_pipelines.text import redact
-
-FREE_TO_CHANGE = (
-    "recipe",
-    "threads",
-    "log_every_steps",
-    "data.shards",
-    "data.threads",
-    "data.prefetch",
-    "data.sub_batch",
-    "data.view_dtype",
-    "optim.fused_backend",
-    "model.checkpointing",
-    "model.compile",
-    "model.blocks",
-    "batch.",
-    "parallel.",
-    "data.cache_dir",
-    "data.cache_size_gb",
-    "data.max_bad_share",
-    "data.timeout_s",
-    "knn.",
-    "checkpoint.",
-    "faults.",
-)
-"""Fields (or groups, with a dot behind) that may differ when a run continues: none of them changes what a training step
-computes. Another number of threads changes the order of its sums, so losses then agree to rounding instead of bit for bit. The
-shards may have moved; that they hold the same images is checked by their digest. Another backend of the same optimizer reads
-the same state and agrees to rounding, and so does a batch in other chunks or on
-other processes."""
 
 PATTERNS = (("data", "shards"), ("knn", "train_shards"), ("knn", "test_shards"))
 """Fields that may hold URLs."""
+
+
+def marked(mark: Resume) -> tuple[str, ...]:
+    """The dotted names of the fields that bear a mark; of a group that bears it, the group's name."""
+
+    def walk(prefix: str, cls: Any) -> Iterator[str]:
+        for name, hint in get_type_hints(cls, include_extras=True).items():
+            kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+            if mark in marks:
+                yield f"{prefix}{name}"
+            elif dataclasses.is_dataclass(kind):
+                yield from walk(f"{prefix}{name}.", kind)
+
+    return tuple(walk("", Config))
+
+
+def may_change(name: str, mark: Resume) -> bool:
+    """Whether a field, or the group that it is in, bears a mark."""
+    return any(name == field or name.startswith(f"{field}.") for field in marked(mark))
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -97,5 +88,5 @@ def differences(saved: Config, wanted: Config) -> list[str]:
     return [
         f"{name}: {old[name]!r} -> {new[name]!r}"
         for name in old
-        if old[name] != new[name] and not name.startswith(FREE_TO_CHANGE)
+        if old[name] != new[name] and not may_change(name, Resume.FREE)
     ]

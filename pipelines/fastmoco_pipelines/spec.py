@@ -7,12 +7,26 @@ torchvision's conventions: a strength s means a factor drawn uniformly from [1 -
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Literal
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 GPU_SUB_BATCH = 128
 """Images of one run of DALI on a GPU: enough for all of its JPEG engines, little enough for the memory (memory.py)."""
+
+
+class Resume(Enum):
+    """Whether a field of a run's config may differ when the run continues; a field without a mark may not.
+
+    A field bears its mark in its annotation: `threads: Annotated[int, Resume.FREE] = 0`. A mark on a group of fields
+    holds for all of them.
+    """
+
+    FREE = "free"
+    """It may: no batch and no step is computed from it, or the results agree to rounding."""
+    WITH_ALLOW = "with --allow"
+    """Where the user names it: it changes what is trained, but the state and the order of the images stay usable."""
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:

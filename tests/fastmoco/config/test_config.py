@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 import pytest
 
 from fastmoco.config import CheckpointConfig, Config, KnnConfig, ModelConfig, ObjectiveConfig, OptimConfig, resolve
 from fastmoco.config.parallel import ParallelConfig
-from fastmoco.config.serial import differences, flatten, from_json, to_json
+from fastmoco.config.serial import differences, flatten, from_json, marked, may_change, to_json
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
+from fastmoco_pipelines.spec import Resume
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -126,3 +128,28 @@ def test_a_config_from_before_a_field_was_there_still_loads():
 def test_parallel_settings_that_make_no_sense_are_refused(fields, text):
     with pytest.raises(ValueError, match=text):
         ParallelConfig(**fields)
+
+
+FREE = """recipe threads log_every_steps batch.* parallel.* model.checkpointing model.compile model.blocks
+optim.fused_backend data.shards data.threads data.view_dtype data.prefetch data.sub_batch data.cache_dir
+data.cache_size_gb data.max_bad_share data.timeout_s knn.* checkpoint.* faults.*"""
+WITH_ALLOW = """epochs model.linears model.momentum_linears objective.temperature objective.ema_momentum
+objective.ema_schedule optim.lr optim.weight_decay optim.betas optim.eps optim.sgd_momentum optim.trust_coefficient
+optim.warmup_epochs optim.clip_norm data.view1.* data.view2.*"""
+
+
+@pytest.mark.parametrize(("mark", "expected"), [(Resume.FREE, FREE), (Resume.WITH_ALLOW, WITH_ALLOW)])
+def test_each_field_says_whether_it_may_change_when_a_run_continues(mark, expected):
+    """A field without a mark is not in either list, and a change of it refuses the run."""
+    leaves = flatten(Config())
+    patterns = expected.split()
+    assert {name for name in leaves if may_change(name, mark)} == {
+        name for name in leaves if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+    assert sorted(marked(mark)) == sorted(pattern.removesuffix(".*") for pattern in patterns)
+
+
+def test_a_mark_does_not_cover_fields_whose_names_begin_alike():
+    assert may_change("data.view1.size", Resume.WITH_ALLOW)
+    assert not may_change("data.view10.size", Resume.WITH_ALLOW)
+    assert not may_change("data.shards_of_another", Resume.FREE)
