@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import tyro
 from tyro.conf import Positional
 
-from fastmoco.cli.data import CacheArguments, progress_bar
+from fastmoco.cli.data import progress_bar
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, one_line
+from fastmoco_pipelines.spec import CacheSpec
 
 if TYPE_CHECKING:
     from fastmoco_pipelines.inspecting.report import CheckReport
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckArguments(CacheArguments):
+class CheckArguments(CacheSpec):
     """Read and decode everything, name every fault, and list what cannot be used in quarantine.jsonl beside the tars,
     which loaders honour. The tars are never changed, nor anything on a server. Exit code 0: no fault, 1: faults found, 2:
     refused."""
@@ -41,7 +42,7 @@ class CheckArguments(CacheArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatsArguments(CacheArguments):
+class StatsArguments(CacheSpec):
     """Sizes, formats, classes, bytes and aspect ratios of a set, as a table and a picture. Reads the indexes alone."""
 
     shards: Positional[str]
@@ -64,7 +65,7 @@ def check(args: list[str]) -> int:
                 quarantine=options.quarantine,
                 progress=advance,
                 limits=ChildLimits(seconds=options.seconds_per_image),
-                cache=options.cache,
+                cache=options,
                 remote_lists=options.quarantine_out,
             )
         if options.json is not None:
@@ -80,7 +81,7 @@ def stats(args: list[str]) -> int:
     from fastmoco_pipelines.inspecting.stats import draw_stats, measure_shards
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
-        measured = measure_shards(options.shards, cache=options.cache)
+        measured = measure_shards(options.shards, cache=options)
         _print_stats(measured)
         if options.out is not None:
             print(f"wrote {draw_stats(measured, options.out)}")

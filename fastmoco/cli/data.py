@@ -39,22 +39,7 @@ class PackArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheArguments:
-    """Where shards of a server are kept meanwhile."""
-
-    cache_dir: str = ""
-    """Folder for copies of shards of a server; empty: fastmoco/shards in your cache folder."""
-    cache_size_gb: float = 100
-    """Size of that folder in 10^9 bytes at most; a fifth of the free disk is left alone in any case."""
-
-    @property
-    def cache(self) -> CacheSpec:
-        """The same, as the pipelines take it."""
-        return CacheSpec(folder=self.cache_dir, size_gb=self.cache_size_gb)
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexArguments(CacheArguments):
+class IndexArguments(CacheSpec):
     """Write the index beside existing shards, whoever packed them: KEY.jpg, .jpeg, .png or .webp beside KEY.cls, .json
     or .txt. Class names are numbered in sorted order over all shards given and kept in manifest.json."""
 
@@ -155,7 +140,7 @@ def index(args: list[str]) -> int:
                 rule=rule,
                 salvage=options.salvage,
                 out=options.out,
-                cache=options.cache,
+                cache=options,
             )
         print(f"{report.samples} images in {report.shards} shards indexed, {len(report.skipped)} members skipped")
         named = f", {len(report.classes)} class names" if report.classes else ""

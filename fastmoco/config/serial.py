@@ -50,6 +50,8 @@ def from_json(data: dict[str, Any]) -> Config:
     Raises:
         ValueError: for unknown fields, by name, or values that the config refuses.
     """
+    if data.get("device") == "cuda":  # as configs before spelled it
+        data = data | {"device": "gpu"}
     built: Config = _build(Config, data, "config")
     return built
 

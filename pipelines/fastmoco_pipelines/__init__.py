@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastmoco_pipelines.making.pack import PackReport, pack_folder
     from fastmoco_pipelines.sampling.order import epoch_order, rank_slice, steps_per_epoch
     from fastmoco_pipelines.sets.shard_set import ShardSet, expand_shards
-    from fastmoco_pipelines.spec import EvalSpec, LoaderSpec, ViewSpec, moco_v3_views
+    from fastmoco_pipelines.spec import EvalLoaderSpec, EvalSpec, LoaderSpec, ViewSpec, moco_v3_views
     from fastmoco_pipelines.views.levels import normalise
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Batch",
     "EvalBatch",
     "EvalLoader",
+    "EvalLoaderSpec",
     "EvalSpec",
     "IndexReport",
     "Loader",
@@ -59,6 +60,7 @@ _ROOMS = {
     "Batch": "loading.batch",
     "EvalBatch": "loading.batch",
     "EvalLoader": "loading.eval_loader",
+    "EvalLoaderSpec": "spec",
     "EvalSpec": "spec",
     "IndexReport": "making.indexing",
     "Loader": "loading.loader",

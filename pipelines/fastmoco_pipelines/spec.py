@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Literal
+from typing import Annotated, Literal
 
+Device = Literal["cpu", "gpu"]
+"""Where images are decoded and models are trained."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 GPU_SUB_BATCH = 128
@@ -121,25 +123,55 @@ def moco_v3_views(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSpec:
-    """Where shards that lie on a server are kept on this machine; local shards need none."""
+    """Where shards of a server are kept on this machine; local shards need none."""
 
-    folder: str = ""
-    """Folder of the cache, for this user alone, shared by all processes of a machine; empty: fastmoco/shards in the user's
-    cache folder (XDG_CACHE_HOME or ~/.cache)."""
-    size_gb: float = 100
-    """Its size in 10^9 bytes at most; it also leaves a fifth of the free disk alone."""
+    cache_dir: Annotated[str, Resume.FREE] = ""
+    """Folder for copies of shards from a server, for this user alone, shared by all processes of a
+    machine; empty: fastmoco/shards in the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
+    cache_size_gb: Annotated[float, Resume.FREE] = 100
+    """Size of that folder in 10^9 bytes at most; a fifth of the free disk is left alone in any case."""
 
     def __post_init__(self) -> None:
-        require(0 < self.size_gb < 1e9, "cache_size_gb", self.size_gb, "a size in GB is above 0")
+        size = self.cache_size_gb
+        require(0 < size < 1e9, "cache_size_gb", size, "a size in GB is above 0")
 
     @property
-    def size_bytes(self) -> int:
-        """Its size in bytes at most."""
-        return int(self.size_gb * 1e9)
+    def cache_bytes(self) -> int:
+        """Size of the folder in bytes at most."""
+        return int(self.cache_size_gb * 1e9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoaderSpec:
+class LoaderOptions(CacheSpec):
+    """How a training loader works: what its spec and the config of a run have in common."""
+
+    prefetch: Annotated[int, Resume.FREE] = 0
+    """Batches ahead of the trainer: on a CPU beside the one that is being made, on a GPU, where
+    memory is short, that one counts. 0: two on a CPU, one on a GPU."""
+    sub_batch: Annotated[int, Resume.FREE] = 0
+    """Images that DALI decodes and augments in one run, which bounds its buffers. 0: the whole batch
+    on a CPU, 128 on a GPU."""
+    shuffle_window: int | None = None
+    """Shards shuffled together; 0: all. None: all of a local set, of a remote one 64, or as many as
+    fit into half of the cache."""
+    max_bad_share: Annotated[float, Resume.FREE] = 0.001
+    """Share of the images that may prove bad before the run ends, or 10 images if that is more; 0:
+    none. Those in the list beside the shards (`fastmoco data check`) do not count."""
+    timeout_s: Annotated[float, Resume.FREE] = 600
+    """Seconds to wait for one batch before the run ends, e.g. where a disk of the network hangs."""
+
+    def __post_init__(self) -> None:
+        CacheSpec.__post_init__(self)
+        require(self.prefetch >= 0, "prefetch", self.prefetch, "counts batches; 0 leaves it to the device")
+        require(self.sub_batch >= 0, "sub_batch", self.sub_batch, "counts images; 0 leaves it to the device")
+        window = self.shuffle_window
+        require(window is None or window >= 0, "shuffle_window", window, "counts shards; 0 shuffles the whole set")
+        require(0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "a share lies in [0, 1]")
+        require(self.timeout_s > 0, "timeout_s", self.timeout_s, "needs a time above 0 seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderSpec(LoaderOptions):
     """What a training loader delivers: which shards, which views, how many at a time, and where."""
 
     shards: str
@@ -153,50 +185,22 @@ class LoaderSpec:
     """Images of one step over all ranks; every rank gets an equal part."""
     seed: int = 0
     """Seed of the order and of every augmentation draw."""
-    device: Literal["cpu", "gpu"] = "cpu"
+    device: Device = "cpu"
     """Where DALI decodes and augments."""
     threads: int = 2
     """DALI worker threads of this process."""
     view_dtype: Literal["float32", "uint8"] = "float32"
     """What views are made of: ``float32``, normalised; or ``uint8``, the levels 0 to 255 before that last step, a quarter of the
     bytes. ``levels.normalise`` makes the first of the second, to the bit."""
-    prefetch: int = 0
-    """Batches ahead of the trainer. On a CPU finished ones, besides the one that is being made; on a GPU, where memory is
-    short, the one that is being made counts. 0: two on a CPU, one on a GPU."""
-    sub_batch: int = 0
-    """Images that DALI decodes and augments in one run, which bounds its buffers. 0: the whole batch on a CPU, 128 on a GPU."""
-    cache_dir: str = ""
-    """Folder for shards from a server; see CacheSpec."""
-    cache_size_gb: float = 100
-    """Size of that folder in 10^9 bytes at most."""
-    shuffle_window: int | None = None
-    """Shards shuffled together; 0: the whole set. None: the whole set where it is local, else 64 shards, or as many as fit
-    into half of the cache."""
-    max_bad_share: float = 0.001
-    """Share of the set's samples that a run may leave out before it ends, on top of those listed beside the shards; ten are
-    allowed in any case. 0: none."""
-    timeout_s: float = 600
-    """Seconds to wait for one batch before it is given up, e.g. where a disk of the network hangs."""
 
     def __post_init__(self) -> None:
+        LoaderOptions.__post_init__(self)
         require(bool(self.shards.strip()), "shards", self.shards, "name the shard tars, e.g. data/train-*.tar")
         require(self.global_batch_size >= 2, "global_batch_size", self.global_batch_size, "needs at least 2 images")
         require(0 <= self.seed < 2**63, "seed", self.seed, "needs a whole number from 0 to 2**63 - 1")
         require(self.device in ("cpu", "gpu"), "device", self.device, 'is "cpu" or "gpu"')
         require(self.threads >= 1, "threads", self.threads, "needs at least one thread")
         require(self.view_dtype in ("float32", "uint8"), "view_dtype", self.view_dtype, 'is "float32" or "uint8"')
-        require(self.prefetch >= 0, "prefetch", self.prefetch, "counts batches; 0 leaves it to the device")
-        require(self.sub_batch >= 0, "sub_batch", self.sub_batch, "counts images; 0 leaves it to the device")
-        window = self.shuffle_window
-        require(window is None or window >= 0, "shuffle_window", window, "counts shards; 0 shuffles the whole set")
-        require(0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "a share lies in [0, 1]")
-        require(self.timeout_s > 0, "timeout_s", self.timeout_s, "needs a time above 0 seconds")
-        _ = self.cache  # checks its numbers
-
-    @property
-    def cache(self) -> CacheSpec:
-        """Where shards from a server are kept."""
-        return CacheSpec(folder=self.cache_dir, size_gb=self.cache_size_gb)
 
     @property
     def batches_ahead(self) -> int:
@@ -226,3 +230,32 @@ class EvalSpec:
         require(self.size >= 1, "size", self.size, "an image is at least 1 pixel wide")
         require(self.resize >= self.size, "resize", self.resize, f"the shorter side cannot be below size={self.size}")
         require(all(s > 0 for s in self.std), "std", self.std, "every channel's deviation is positive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalLoaderSpec(CacheSpec):
+    """What an evaluation loader delivers: which shards, how they are shown, how many at a time, and where."""
+
+    shards: str
+    """The shards, as for `LoaderSpec`."""
+    image: EvalSpec = field(default_factory=EvalSpec)
+    """How an image is shown."""
+    batch_size: int
+    """Images of a batch on each rank; the last one may be smaller."""
+    device: Device = "cpu"
+    """Where DALI works."""
+    threads: int = 2
+    """DALI worker threads of this process."""
+    limit: int | None = None
+    """Use only this many images, spread evenly over the set; None uses all."""
+    max_bad_share: float = 0.001
+    """Share of the set's images that may prove bad, or 10 images if that is more; 0: none."""
+
+    def __post_init__(self) -> None:
+        CacheSpec.__post_init__(self)
+        require(bool(self.shards.strip()), "shards", self.shards, "name the shard tars, e.g. data/test-*.tar")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "needs at least 1 image")
+        require(self.device in ("cpu", "gpu"), "device", self.device, 'is "cpu" or "gpu"')
+        require(self.threads >= 1, "threads", self.threads, "needs at least one thread")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "needs at least 1 image, or None for all")
+        require(0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "a share lies in [0, 1]")

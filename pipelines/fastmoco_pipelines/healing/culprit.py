@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fastmoco_pipelines.errors import BadImageError, ImageRefusedError
 from fastmoco_pipelines.formats.images import check_decodes, structure_fault
 from fastmoco_pipelines.sets.shard_set import ShardSet
-from fastmoco_pipelines.spec import EvalSpec
+from fastmoco_pipelines.spec import Device, EvalSpec
 from fastmoco_pipelines.views.runtime import cause_of
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ class Suspects:
         threads: DALI worker threads.
     """
 
-    def __init__(self, *, device: Literal["cpu", "gpu"], device_id: int | None, threads: int) -> None:
-        self._device: Literal["cpu", "gpu"] = device
+    def __init__(self, *, device: Device, device_id: int | None, threads: int) -> None:
+        self._device = device
         self._device_id, self._threads = device_id, threads
 
     def find(self, error: DecodeError, encoded: list[NDArray[np.uint8]]) -> dict[int, str]:
@@ -83,7 +83,7 @@ def raise_bad_image(
     shards: ShardSet,
     sample_ids: NDArray[np.int64],
     encoded: list[NDArray[np.uint8]],
-    device: Literal["cpu", "gpu"],
+    device: Device,
     device_id: int | None,
 ) -> NoReturn:
     """Raise an error that names the first bad image of a failed batch, where nothing may stand in for it.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,7 @@ from torch import Tensor
 from fastmoco_pipelines.healing.culprit import raise_bad_image
 from fastmoco_pipelines.sampling.order import epoch_order
 from fastmoco_pipelines.sets.shard_set import ShardSet
-from fastmoco_pipelines.spec import ViewSpec, require
+from fastmoco_pipelines.spec import Device, ViewSpec, require
 from fastmoco_pipelines.views.draws import ViewDraws, draw_views
 
 _CELL = 96  # pixels; smaller views are enlarged to about this, larger ones shown as they are
@@ -36,7 +35,7 @@ def save_view_grid(
     seed: int = 0,
     epoch: int = 0,
     threads: int = 2,
-    device: Literal["cpu", "gpu"] = "cpu",
+    device: Device = "cpu",
     device_id: int | None = None,
     parameters: bool = False,
 ) -> Path:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,62 +20,55 @@ from fastmoco_pipelines.healing.culprit import Suspects
 from fastmoco_pipelines.healing.healer import Healer
 from fastmoco_pipelines.loading.batch import EvalBatch
 from fastmoco_pipelines.sets.shard_set import ShardSet
-from fastmoco_pipelines.spec import CacheSpec, EvalSpec, require
+from fastmoco_pipelines.spec import EvalLoaderSpec, require
 
 if TYPE_CHECKING:
     from fastmoco_pipelines.views.dali import EvalPipeline
 
 
 def build_eval_loader(
-    pattern: str,
-    spec: EvalSpec,
+    spec: EvalLoaderSpec,
     *,
-    batch_size: int,
-    device: Literal["cpu", "gpu"] = "cpu",
-    device_id: int | None = None,
-    threads: int = 2,
     rank: int = 0,
     world_size: int = 1,
-    limit: int | None = None,
-    cache: CacheSpec | None = None,
-    max_bad_share: float = 0.001,
+    device_id: int | None = None,
     quarantine_list: Path | None = None,
 ) -> EvalLoader:
-    """Open the shards and build the DALI graph of resize, centre crop and normalise.
+    """Open the shards and build the DALI graph of resize, center crop and normalise.
 
     Args:
-        pattern: the shards, as for ``expand_shards``.
-        spec: how an image is shown.
-        batch_size: images of a batch on this rank; the last one may be smaller.
-        device: where DALI works; "gpu" needs ``device_id``.
-        device_id: index of this process's GPU.
-        threads: DALI worker threads.
+        spec: what to deliver.
         rank: this process, 0 to world_size - 1.
         world_size: processes that share the set: contiguous parts, equal to within one image.
-        limit: use only so many images, spread evenly over the set; None uses all.
-        cache: where shards from a server are kept; None: the default folder and size.
-        max_bad_share: share of the set's images that may prove to be bad, ten are allowed in any case; 0 allows none.
+        device_id: index of this process's GPU; needed for, and only for, `spec.device="gpu"`.
         quarantine_list: a run's list of bad samples, read and added to; None: none is kept.
 
     Raises:
         ValueError: for numbers out of range or a pattern without shards.
         ShardError: if an index is missing, broken or stale, or more images are bad than allowed.
     """
-    from fastmoco_pipelines.views.dali import EvalPipeline  # needs DALI, which whoever only reads shards may lack
+    from fastmoco_pipelines.views.dali import EvalPipeline  # needs DALI, which programs that only read shards may lack
 
-    require(batch_size >= 1, "batch_size", batch_size, "needs at least 1 image")
     require(world_size >= 1, "world_size", world_size, "needs at least one rank")
     require(0 <= rank < world_size, "rank", rank, f"must lie in [0, world_size={world_size})")
-    require(limit is None or limit >= 1, "limit", limit, "needs at least 1 image, or None for all")
-    require((device_id is not None) == (device == "gpu"), "device_id", device_id, f"does not fit {device=}")
-    shards = ShardSet.open(pattern, cache=cache)
-    bad = BadSamples(shards, max_bad_share=max_bad_share, run_list=quarantine_list)
-    suspects = Suspects(device=device, device_id=device_id, threads=threads)
-    count = len(shards) if limit is None else min(limit, len(shards))
-    part = np.arange(rank * count // world_size, (rank + 1) * count // world_size, dtype=np.int64)
-    pipeline = EvalPipeline(spec, batch_size=batch_size, threads=threads, device=device, device_id=device_id)
+    require((device_id is not None) == (spec.device == "gpu"), "device_id", device_id, f"does not fit {spec.device=}")
+    shards = ShardSet.open(spec.shards, cache=spec)
+    bad = BadSamples(shards, max_bad_share=spec.max_bad_share, run_list=quarantine_list)
+    suspects = Suspects(device=spec.device, device_id=device_id, threads=spec.threads)
     healer = Healer(shards, bad, suspects, threading.Event())
-    return EvalLoader(shards, healer, pipeline, part * len(shards) // count, count, batch_size)
+    pipeline = EvalPipeline(
+        spec.image,
+        batch_size=spec.batch_size,
+        threads=spec.threads,
+        device=spec.device,
+        device_id=device_id,
+    )
+
+    # A contiguous part of `count` numbers for each rank, which are then spread over the set.
+    count = len(shards) if spec.limit is None else min(spec.limit, len(shards))
+    part = np.arange(rank * count // world_size, (rank + 1) * count // world_size, dtype=np.int64)
+    sample_ids = part * len(shards) // count
+    return EvalLoader(shards, healer, pipeline, sample_ids, count, spec.batch_size)
 
 
 class EvalLoader:

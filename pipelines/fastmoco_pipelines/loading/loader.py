@@ -74,11 +74,11 @@ def build_loader(
     share_arenas()  # before the first of many threads starts
     if spec.device == "gpu":
         self_test.require_working_decoder(spec.device, device_id)
-    shards = ShardSet.open(spec.shards, cache=spec.cache)
+    shards = ShardSet.open(spec.shards, cache=spec)
     try:
         plan = Plan(
             seed=spec.seed,
-            windows=shards.windows(spec.shuffle_window, spec.cache),
+            windows=shards.windows(spec.shuffle_window, spec),
             global_batch_size=spec.global_batch_size,
             rank=rank,
             world_size=world_size,

@@ -115,7 +115,7 @@ class ShardSet:
             cache: of a remote set.
         """
         if shuffle_window is None:
-            size = (cache or CacheSpec()).size_bytes
+            size = (cache or CacheSpec()).cache_bytes
             shuffle_window = default_window(self._largest, size) if isinstance(self._files, CachedFiles) else 0
         whole = shuffle_window >= len(self._names)
         return ShardWindows(first=self._first, window=0 if whole else shuffle_window)

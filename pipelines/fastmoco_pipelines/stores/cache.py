@@ -108,7 +108,7 @@ class ShardCache:
             OSError: if it can be neither found nor made.
         """
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoco" / "shards"
-        folder = Path(spec.folder).expanduser() if spec.folder else default
+        folder = Path(spec.cache_dir).expanduser() if spec.cache_dir else default
         folder.parent.mkdir(parents=True, exist_ok=True)
         if not os.path.lexists(folder):
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -118,10 +118,10 @@ class ShardCache:
                 f"cache_dir={str(folder)!r}: must be a folder of your own that nobody else can write to, and no link: "
                 f"chmod 700 it, or choose another"
             )
-        cache = cls(folder, spec.size_bytes)
+        cache = cls(folder, spec.cache_bytes)
         entries = cache._entries()
         held = sum(entry.size for entry in entries)
-        cache.limit = min(spec.size_bytes, int(0.8 * (shutil.disk_usage(folder).free + held)))
+        cache.limit = min(spec.cache_bytes, int(0.8 * (shutil.disk_usage(folder).free + held)))
         parts = {entry.key for entry in entries if entry.kind == "part"}
         for entry in entries:
             old = entry.kind == "part" and time.time() - entry.used > _ABANDONED_SECONDS

@@ -24,12 +24,12 @@ from torch.utils.dlpack import from_dlpack
 
 from fastmoco_kernels.cut_views.native import native_library
 from fastmoco_pipelines.errors import DecodeError
-from fastmoco_pipelines.spec import EvalSpec, ViewSpec, require
+from fastmoco_pipelines.spec import Device, EvalSpec, ViewSpec, require
 from fastmoco_pipelines.views.arguments import named_inputs
 from fastmoco_pipelines.views.draws import ViewDraws
 from fastmoco_pipelines.views.engine import Engine
 from fastmoco_pipelines.views.exact_color import exact_color, exact_views
-from fastmoco_pipelines.views.graph import Device, central_part, cut_view, decode
+from fastmoco_pipelines.views.graph import central_part, cut_view, decode
 from fastmoco_pipelines.views.graph import normalise as normalise_in_graph
 from fastmoco_pipelines.views.levels import normalise
 

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from fastmoco_pipelines.errors import DecodeError
 from fastmoco_pipelines.formats.images import structure_fault
-from fastmoco_pipelines.spec import require
-from fastmoco_pipelines.views.graph import Device
+from fastmoco_pipelines.spec import Device, require
 from fastmoco_pipelines.views.runtime import build_pipeline
 
 if TYPE_CHECKING:

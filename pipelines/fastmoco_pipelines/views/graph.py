@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
-from fastmoco_pipelines.spec import EvalSpec, ViewSpec
+from fastmoco_pipelines.spec import Device, EvalSpec, ViewSpec
 from fastmoco_pipelines.views.arguments import TRUNCATION, operations
-
-Device = Literal["cpu", "gpu"]
 
 GPU_DECODER = {"hw_decoder_load": 1.0, "device_memory_padding": 4 << 20, "host_memory_padding": 2 << 20}
 """Options of the decoder on a GPU.

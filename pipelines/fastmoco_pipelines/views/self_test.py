@@ -11,14 +11,13 @@ import io
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from fastmoco_pipelines.errors import DecoderBrokenError
-from fastmoco_pipelines.spec import EvalSpec
+from fastmoco_pipelines.spec import Device, EvalSpec
 from fastmoco_pipelines.views.reference import reference_eval
 
 LIMIT_LEVELS = 4.0
@@ -51,7 +50,7 @@ def sample_jpegs() -> list[NDArray[np.uint8]]:
 
 
 def require_working_decoder(
-    device: Literal["cpu", "gpu"],
+    device: Device,
     device_id: int | None,
     *,
     command: Sequence[str] | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 
 import pytest
@@ -12,7 +12,7 @@ from fastmoco.config import CheckpointConfig, Config, KnnConfig, ModelConfig, Ob
 from fastmoco.config.parallel import ParallelConfig
 from fastmoco.config.serial import differences, flatten, from_json, marked, may_change, to_json
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
-from fastmoco_pipelines.spec import Resume
+from fastmoco_pipelines.spec import LoaderOptions, Resume
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -153,3 +153,18 @@ def test_a_mark_does_not_cover_fields_whose_names_begin_alike():
     assert may_change("data.view1.size", Resume.WITH_ALLOW)
     assert not may_change("data.view10.size", Resume.WITH_ALLOW)
     assert not may_change("data.shards_of_another", Resume.FREE)
+
+
+def test_a_config_with_an_earlier_spelling_of_the_device_loads():
+    saved = to_json(Config()) | {"device": "cuda"}
+    assert from_json(saved) == replace(Config(), device="gpu")
+
+
+def test_the_loader_gets_every_option_that_the_config_has():
+    """One dataclass has these fields, so none can be forgotten between the two."""
+    changed = {"prefetch": 3, "sub_batch": 5, "cache_dir": "/c", "cache_size_gb": 7, "shuffle_window": 2}
+    changed |= {"max_bad_share": 0.5, "timeout_s": 9}
+    assert changed.keys() == {option.name for option in fields(LoaderOptions)}
+    config = replace(Config(), data=replace(Config().data, shards="x.tar", **changed))
+    spec = config.loader_spec(device="cpu", threads=1)
+    assert {name: getattr(spec, name) for name in changed} == changed
