@@ -192,8 +192,7 @@ def views(args: list[str]) -> int:
         options = tyro.cli(ViewsArguments, prog="fastmoco data views", args=args, default=default)
         path = save_view_grid(
             options.shards,
-            options.view1,
-            options.view2,
+            (options.view1, options.view2),
             options.out,
             rows=options.rows,
             seed=options.seed,

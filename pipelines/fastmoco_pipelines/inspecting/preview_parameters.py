@@ -40,6 +40,11 @@ def describe_draws(draws: ViewDraws, i: int, size: Sequence[int]) -> str:
     return ", ".join(words)
 
 
+def height_of(lines: int) -> int:
+    """Pixels of a row that shows so many lines of text; 0 for none."""
+    return lines * _LINE + (2 * _MARGIN if lines else 0)
+
+
 def put_beside(picture: Image.Image, texts: Sequence[Sequence[str]], row_height: int) -> Image.Image:
     """The picture with lines of text to the right of each of its rows.
 

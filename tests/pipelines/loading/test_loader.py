@@ -28,7 +28,7 @@ STEPS = 9  # 45 images, 12 a step: 3 steps an epoch, so that three epochs are se
 
 def spec_of(folder: Path | str, **changes) -> LoaderSpec:
     view1, view2 = moco_v3_views(16)
-    options = {"shards": str(folder), "view1": view1, "view2": view2, "global_batch_size": 12, "seed": 7, "threads": 1}
+    options = {"shards": str(folder), "views": (view1, view2), "global_batch_size": 12, "seed": 7, "threads": 1}
     return LoaderSpec(**options | changes)
 
 

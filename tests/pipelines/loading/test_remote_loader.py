@@ -25,7 +25,7 @@ VIEW1, VIEW2 = moco_v3_views(16)
 
 
 def loader_spec(shards: object, spec: CacheSpec, **changes: object) -> LoaderSpec:
-    options = {"view1": VIEW1, "view2": VIEW2, "global_batch_size": 8, "seed": 3, "threads": 1, "shuffle_window": 1}
+    options = {"views": (VIEW1, VIEW2), "global_batch_size": 8, "seed": 3, "threads": 1, "shuffle_window": 1}
     cache = {"cache_dir": spec.folder, "cache_size_gb": spec.size_gb}
     return LoaderSpec(shards=str(shards), **options | cache | changes)  # type: ignore[arg-type]
 
