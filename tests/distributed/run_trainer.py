@@ -1,6 +1,6 @@
 """What one of two real processes does with whole runs: the trainer under DDP and FSDP2, and one continued as the other.
 
-Started by test_trainer_ranks.py as ``python -m tests.distributed.run_trainer OUT``; results go to OUT/rank<r>.pt.
+Started by test_trainer_ranks.py as `python -m tests.distributed.run_trainer OUT`; results go to OUT/rank<r>.pt.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run(config: Config, out: Path, world: World, *, trust: bool = False) -> dict
     try:
         code = trainer.run()
         kinds = {type(tensor).__name__ for tensor in trainer.objective.predictor.parameters()}
-        optimizer = type(trainer.optimizer).__module__
+        optimizer = type(trainer.optimizer.inner).__module__
     finally:
         trainer.close()
     dist.barrier()

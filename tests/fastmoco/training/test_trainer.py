@@ -164,7 +164,7 @@ def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(small_run
     try:
         objective = trainer.objective
         twin = build_objective(config, torch.device("cpu"))
-        optimizer = build_optimizer(config, twin)
+        optimizer = build_optimizer(config, twin.named_parameters(), twin.averages()).inner
         batch = trainer.loader.next()
         batch = replace(batch, views=tuple(view.double() for view in batch.views))
         for step in range(2):

@@ -15,7 +15,7 @@ import torch
 from fastmoco_pipelines.loading.batch import Batch
 from fastmoco_pipelines.loading.loader import build_loader
 from fastmoco_pipelines.loading.memory import loader_bytes
-from fastmoco_pipelines.loading.source import Source
+from fastmoco_pipelines.loading.source import Prepared, Source
 from fastmoco_pipelines.loading.synthetic import SyntheticLoader
 from fastmoco_pipelines.sampling.order import epoch_order
 from fastmoco_pipelines.spec import LoaderSpec, ViewSpec, each_view, moco_v3_views
@@ -186,17 +186,17 @@ def test_twenty_pairs_of_the_digits_keep_their_bits(tmp_path, monkeypatch) -> No
     from fastmoco_pipelines.making.digits import pack_digits
 
     train, _ = pack_digits(tmp_path, seed=0)
-    prepare, prepared = Source.prepare, {}
+    render, rendered = Source.render, []
 
-    def keep(self: Source, step: int):
-        prepared[step] = prepare(self, step)
-        return prepared[step]
+    def keep(self: Source, prepared: Prepared) -> Batch:
+        rendered.append(prepared)
+        return render(self, prepared)
 
-    monkeypatch.setattr(Source, "prepare", keep)
+    monkeypatch.setattr(Source, "render", keep)
     draws, levels, ids = (hashlib.sha256() for _ in range(3))
     spec = LoaderSpec(shards=train, views=PAIR, global_batch_size=48, seed=11, threads=1, view_dtype="uint8")
     for batch in take(spec, 20):
-        for drawn in prepared[batch.step].draws:
+        for drawn in rendered[batch.step].draws:
             for field in fields(drawn):
                 draws.update(np.ascontiguousarray(getattr(drawn, field.name)).tobytes())
         for view in batch.views:
