@@ -92,9 +92,7 @@ def error(ours: torch.Tensor, expected: np.ndarray) -> float:
     return float(difference / max(1.0, np.abs(expected).max()))
 
 
-def check_first_step(
-    objective: MoCoV3, output: object, data: dict[str, np.ndarray], bounds: Bounds
-) -> None:
+def check_first_step(objective: MoCoV3, output: object, data: dict[str, np.ndarray], bounds: Bounds) -> None:
     """Queries, keys, gradients, buffers and parameters after the first step."""
     for name in ("q1", "q2", "k1", "k2"):
         rows, expected = getattr(output, name).detach().numpy(), data[f"step0/{name}"]
@@ -159,7 +157,9 @@ def test_200_steps_match_golden(golden: Golden, dtype: torch.dtype, key: str, to
     if dtype == torch.float64:
         state = objective.state_dict()
         for name, squares in zip(data["final/names"], data["final/sqsum"], strict=True):
-            assert state[our_name(str(name))].square().sum().item() == pytest.approx(squares, rel=1e-10, abs=1e-10), name
+            assert state[our_name(str(name))].square().sum().item() == pytest.approx(squares, rel=1e-10, abs=1e-10), (
+                name
+            )
 
 
 @pytest.mark.parametrize("mutant", ["average after the optimizer", "both views in one batch norm"])

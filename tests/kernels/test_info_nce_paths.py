@@ -121,9 +121,7 @@ def test_both_directions_with_a_learnable_temperature(path):
     truth = plain(*exact)
     truth.backward()
     how = {"positive_offset": 2, "backend": path, "precision": "fp32"}
-    (result, *none) = symmetric_info_nce_loss(
-        found[0], k2.float(), found[1], k1.float(), temperature=found[2], **how
-    )
+    (result, *none) = symmetric_info_nce_loss(found[0], k2.float(), found[1], k1.float(), temperature=found[2], **how)
     result.backward()
     assert none == [None, None]
     assert _relative(result.detach(), truth.detach()) <= TOLERANCE["fp32"][0]
