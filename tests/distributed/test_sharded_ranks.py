@@ -173,7 +173,6 @@ def test_uneven_parts_end_in_a_named_error_on_every_rank(ranks: Ranks, strategy:
     rows = [3] * (len(ranks) - 1) + [2]
     for case in run_by(ranks, f"{strategy} {name}"):
         assert case["message"].startswith(f"keys per rank={rows}: every rank must bring the same number of images")
-        assert case["seconds"] < 30  # a group waits for 60
 
 
 @over("flipped bit")

@@ -48,7 +48,7 @@ def test_a_killed_owner_frees_the_folder(tmp_path):
     with pytest.raises(RunError, match=f"process {owner.pid}"):
         RunFolder(tmp_path).acquire()
     owner.send_signal(signal.SIGKILL)
-    owner.wait(timeout=10)
+    owner.wait(timeout=120)
     owner.stdout.close()
     time.sleep(0.05)
     folder = RunFolder(tmp_path)

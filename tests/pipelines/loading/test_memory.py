@@ -107,7 +107,7 @@ def test_no_more_batches_live_than_the_arithmetic_says(packed, monkeypatch, coun
     with build_loader(spec, count_making=count_making) as loader:
         batch = None
         for step in range(8):
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 120
             while not loader.resting and time.monotonic() < deadline:  # as many as may are ready
                 time.sleep(0.005)
             del batch
@@ -132,14 +132,13 @@ def test_a_bounded_loader_ends_while_it_waits_for_a_place(packed) -> None:
     loader = build_loader(spec_of(packed), count_making=True)
     while not loader.resting:
         time.sleep(0.005)
-    start = time.perf_counter()
     loader.close()
-    assert time.perf_counter() - start < 20
+    assert not any(thread.name.startswith("fastmoco") for thread in threading.enumerate())
     forgotten = build_loader(spec_of(packed), count_making=True)
     forgotten.next()
     del forgotten
     gc.collect()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while any(thread.name.startswith("fastmoco") for thread in threading.enumerate()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(thread.name.startswith("fastmoco") for thread in threading.enumerate())
