@@ -1,4 +1,4 @@
-"""Every way of calling LARS wrongly, each with both numbers in its text."""
+"""Checks of the arguments of LARS; every message contains both values."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ WIDE = (torch.float32, torch.float64)
 def check_numbers(
     lr: float | Tensor, momentum: float, weight_decay: float, trust_coefficient: float
 ) -> None:
-    """Refuse numbers out of range; a rate in a tensor is not read, only its size."""
+    """Refuse numbers out of range; of a learning rate in a tensor only the size is checked."""
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"{OP}: lr has {lr.numel()} elements; it needs 1")
     elif not lr >= 0:
         raise ValueError(f"{OP}: lr={lr} is below 0")
     if not 0 <= momentum < 1:
-        raise ValueError(f"{OP}: momentum={momentum} lies outside [0, 1)")
+        raise ValueError(f"{OP}: momentum={momentum} is outside [0, 1)")
     if not weight_decay >= 0:
         raise ValueError(f"{OP}: weight_decay={weight_decay} is below 0")
     if not trust_coefficient > 0:
@@ -47,7 +47,8 @@ def check_tensors(
             raise ValueError(f"{OP}: grads[{i}] is {grad.dtype}; it must be floating point")
         if param.dtype != params[0].dtype or buffer.dtype != param.dtype:
             raise ValueError(
-                f"{OP}: params[{i}] is {param.dtype}, momentum_buffers[{i}] {buffer.dtype}, params[0] {params[0].dtype}; "
+                f"{OP}: params[{i}] is {param.dtype}, momentum_buffers[{i}] {buffer.dtype}, "
+                f"params[0] {params[0].dtype}; "
                 "all must have one dtype"
             )
     if found_inf is not None and params:
