@@ -9,7 +9,9 @@ from fastmoco_kernels.tensors import CHUNK
 
 
 def aot_cases() -> list[AotCase]:
-    """Every configuration of the launch: one for each source type, with the momentum as a number and on the device."""
+    """Every configuration of the launch: one for each source type, with the momentum as a number
+    and on the device.
+    """
     return [
         AotCase(
             name=f"ema.ema_kernel {str(dtype).removeprefix('torch.')} sources, momentum {weight}",

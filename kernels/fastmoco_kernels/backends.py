@@ -92,5 +92,5 @@ def require_triton(op: str, device: torch.device) -> None:
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the tensor's CUDA device current: Triton launches on it, wherever the pointers are."""
+    """Make the tensor's CUDA device current: Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 2048
-"""Elements a program handles unless told otherwise; a power of two."""
+"""Elements a program, by default; a power of two."""
 _CACHED_TABLES = 64
 
 Column = Sequence[Tensor | None]
@@ -208,8 +208,8 @@ def pointer_table(
 
     Raises:
         ValueError: see `PointerTable`; checked when a table is built.
-        RuntimeError: if a CUDA graph capture meets tensors that no call outside of a capture has
-            seen.
+        RuntimeError: if a CUDA graph capture uses tensors that no call outside of a capture has
+            used.
 
     Cost: a few dozen nanoseconds a tensor on the host; a copy of 8 bytes a tensor where one moved.
     The tables of the 64 tensor sets used last are kept, and those that a CUDA graph reads.

@@ -149,7 +149,7 @@ def _store(path: Path) -> None:
     On a full or read-only disk a warning is logged and the run continues.
     """
     _read.discard(path)
-    _load(path)  # what other processes chose since: writing must not drop it
+    _load(path)  # keep what other processes have chosen since
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(choices().get(path.stem, {}), indent=1)

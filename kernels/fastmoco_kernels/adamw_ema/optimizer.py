@@ -143,7 +143,8 @@ class AdamWEMA(Optimizer):
 
         Args:
             closure: computes the loss again, with gradients, and returns it.
-            ema_momentum: share that the averages keep, in [0, 1]; None leaves averages alone.
+            ema_momentum: share that the averages keep, in [0, 1]; None leaves the averages
+                unchanged.
             found_inf: one element on the device; not 0: nothing changes.
             grad_scale: one element on the device; gradients are divided by it.
 

@@ -25,7 +25,7 @@ class Plan:
     Args:
         params: parameters with a gradient, as the optimizer has them.
         states: their optimizer state.
-        averages: moving average by parameter, or None to leave averages alone.
+        averages: moving average by parameter, or None to leave the averages unchanged.
         backend: a named one.
 
     Raises:

@@ -9,7 +9,7 @@ columns computed for 197 where a kernel with tiles of 128 computes 256, and a ba
 atomics that gives the same bits every time. It has not been measured on a GPU yet, and is taken
 only by name.
 
-What crosses ranks: nothing.
+Distributed: none.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
             one that does not run here; the message contains the reason and the cure.
 
     Numerics: no dropout, no mask. `triton` accumulates in float32 and rounds the weights to the
-        inputs' dtype before they meet v, as flash attention does; the same bits every time.
+        inputs' dtype before they meet v, as flash attention does; reproducible bit by bit.
         `reference` computes in float32 or wider.
     Memory and cost: `cost.attention_flops` and `cost.attention_bytes`: 4 B A L M d FLOPs forward,
         10 backward. `explicit` keeps the [B, A, L, M] weights for the backward; `triton` 4 bytes a

@@ -331,7 +331,7 @@ def short_attention_bwd_kernel(
             D,
         )
 
-    # Every tile of keys meets every tile of queries; its gradients are then complete.
+    # After all tiles of queries, the gradients of a tile of keys are complete.
     for start in range(0, M, KEYS):
         k = _load_rows(k_ptr, start, M, stride_kl, KEYS, D)
         v = _load_rows(v_ptr, start, M, stride_vl, KEYS, D)

@@ -29,7 +29,7 @@ SCRATCH = {
     "fp32": torch.float32,
 }
 DOT = {"bf16": "tf32", "fp16": "tf32", "tf32": "tf32", "fp32": "ieee"}
-"""`input_precision` of the products; it means nothing for two-byte operands."""
+"""`input_precision` of the products; without effect on two-byte operands."""
 
 
 class _Units(NamedTuple):

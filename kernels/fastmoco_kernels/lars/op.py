@@ -1,20 +1,9 @@
 """LARS over any number of tensors in two sweeps, on whole tensors and on shards.
 
-A tensor's trust ratio needs the norms of the whole tensor before the first element moves. So there
-are two passes:
+1. `lars_squares`: `||p||^2` and `||g + weight_decay * p||^2` of every tensor.
+2. `lars_update_`: reads the sums, computes the ratio, updates buffer and parameter.
 
-1. `lars_squares`: `||p||^2` and `||g + weight_decay * p||^2` of every tensor. The Triton kernel
-   writes one partial sum a chunk and a second, small launch adds a tensor's partial sums in float64
-   and in a fixed order: no atomic adds, so the same inputs give the same bits.
-2. `lars_update_`: reads the sums, makes the ratio in registers, updates buffer and parameter.
-
-The result of the first pass is a [T, 2] float64 tensor. Where parameters are sharded, ranks must
-add it: two numbers a tensor, all tensors in one collective (`optimizer.LARS` does so for DTensors).
-Ratios of one shard's norms would differ between ranks without any error: each rank would take steps
-of its own length.
-
-`g + weight_decay * p` is computed twice instead of kept: one multiply-add is free beside the bytes
-that both passes move, and keeping it would cost a write, a read and a copy of the model.
+Why two sweeps, and what sharded parameters need between them: kernels/README.md, "Design notes".
 """
 
 from __future__ import annotations
@@ -25,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels.backends import choose_backend, require_triton, triton_is_default
-from fastmoco_kernels.lars.checks import check_numbers, check_tensors
 from fastmoco_kernels.lars.foreach import squares_foreach, update_foreach_
 from fastmoco_kernels.lars.reference import lars_step_reference_
-from fastmoco_kernels.tensors import same_layout, traced
+from fastmoco_kernels.tensors import check_lists, same_layout, traced
 
 BACKENDS = ("triton", "foreach")
+OP = "lars_step_"
+WIDE = (torch.float32, torch.float64)
 
 
 @torch.no_grad()
@@ -123,6 +113,53 @@ def lars_step_(
         found_inf=found_inf,
         backend=chosen,
     )
+
+
+def check_numbers(
+    lr: float | Tensor, momentum: float, weight_decay: float, trust_coefficient: float
+) -> None:
+    """Refuse numbers out of range; of a learning rate in a tensor only the size is checked."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"{OP}: lr has {lr.numel()} elements; it needs 1")
+    elif not lr >= 0:
+        raise ValueError(f"{OP}: lr={lr} is below 0")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"{OP}: momentum={momentum} is outside [0, 1)")
+    if not weight_decay >= 0:
+        raise ValueError(f"{OP}: weight_decay={weight_decay} is below 0")
+    if not trust_coefficient > 0:
+        raise ValueError(f"{OP}: trust_coefficient={trust_coefficient} is not above 0")
+
+
+def check_tensors(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    found_inf: Tensor | None,
+) -> None:
+    """Refuse lists, shapes, types and devices that do not fit together."""
+    check_lists(OP, "params", params, {"grads": grads, "momentum_buffers": momentum_buffers})
+    for i, (param, grad, buffer) in enumerate(zip(params, grads, momentum_buffers, strict=True)):
+        if param.dtype not in WIDE:
+            raise ValueError(
+                f"{OP}: params[{i}] is {param.dtype}; small steps vanish in it: needs one of {WIDE}"
+            )
+        if not grad.dtype.is_floating_point:
+            raise ValueError(f"{OP}: grads[{i}] is {grad.dtype}; it must be floating point")
+        if param.dtype != params[0].dtype or buffer.dtype != param.dtype:
+            raise ValueError(
+                f"{OP}: params[{i}] is {param.dtype}, momentum_buffers[{i}] {buffer.dtype}, "
+                f"params[0] {params[0].dtype}; "
+                "all must have one dtype"
+            )
+    if found_inf is not None and params:
+        if found_inf.numel() != 1:
+            raise ValueError(f"{OP}: found_inf has {found_inf.numel()} elements; it needs 1")
+        if found_inf.device != params[0].device:
+            raise ValueError(
+                f"{OP}: found_inf is on {found_inf.device}, the parameters on {params[0].device}"
+            )
 
 
 def resolve_backend(

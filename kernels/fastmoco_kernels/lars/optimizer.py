@@ -8,8 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmoco_kernels.lars.checks import check_numbers, check_tensors
-from fastmoco_kernels.lars.op import BACKENDS, lars_squares, lars_update_, resolve_backend
+from fastmoco_kernels.lars.op import (
+    BACKENDS,
+    check_numbers,
+    check_tensors,
+    lars_squares,
+    lars_update_,
+    resolve_backend,
+)
 from fastmoco_kernels.tensors import local, sums_over_shards
 
 

@@ -2,7 +2,7 @@
 
 `lars_norms_kernel` and `lars_update_kernel` have one program a chunk, `lars_fold_kernel` one a
 tensor. WORD is the tensors' type, float32 or float64. Addresses come from a table, so the compiler
-knows nothing of their alignment: where all of a row's are multiples of 16 bytes and the chunk is
+does not know their alignment: where all of a row's are multiples of 16 bytes and the chunk is
 full, a branch tells the compiler, and loads are 128 bits wide; other chunks are masked.
 """
 

@@ -24,7 +24,7 @@ def residual_norm_bytes(
         branch: of the branch; 0 where there is none, and then x_new is not written.
         out: of y.
         weight: of weight and bias.
-        x_new: of x_new; the wider of x and branch unless told otherwise.
+        x_new: of x_new; by default the wider of x and branch.
     """
     written = (max(x, branch) if x_new is None else x_new) if branch else 0
     return R * E * (x + branch + written + out) + 2 * E * weight + 8 * R
@@ -56,8 +56,8 @@ def residual_norm_backward_bytes(
             type, one tensor.
         out: of dy.
         weight: of weight and bias.
-        x_new: of x_new and dx_new; the wider of x and branch unless told otherwise.
-        dx_new: whether x_new was used beside its norm.
+        x_new: of x_new and dx_new; by default the wider of x and branch.
+        dx_new: whether x_new has another use than its norm.
         programs: that keep partial sums.
         branch_bias: bytes of one element of the branch's bias; 0 where there is none.
     """

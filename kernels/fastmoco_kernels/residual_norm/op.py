@@ -178,5 +178,5 @@ def _check_branch_bias(branch: Tensor | None, branch_bias: Tensor | None) -> Non
     elif branch_bias is not None:
         raise ValueError(
             f"residual_norm: branch is None but branch_bias is {tuple(branch_bias.shape)}; "
-            "leave both out"
+            "pass neither or both"
         )

@@ -66,7 +66,7 @@ def view_color(
     Numerics: levels are whole numbers, equal to Pillow's to the bit on every backend; the last step
         is one product and one sum in float32, rounded once more to `dtype`. Deterministic. Autocast
         changes nothing.
-    Memory and cost: the result, and for blurred images 9 bytes a pixel meanwhile; `bytes_moved`.
+    Memory and cost: the result, and temporarily 9 bytes a pixel of blurred images; `bytes_moved`.
         With parameters on a GPU every launch is made whether a batch needs it or not.
     Distributed: none.
 

@@ -18,7 +18,7 @@ class ViewColorParameters(NamedTuple):
     """Parameters of B images; row i is of image i.
 
     All on the CPU (where a loader draws them; then only what the batch needs is launched), or all
-    on the images' device (then nothing waits for them). Floating-point fields may have any
+    on the images' device (then they are used without waiting). Floating-point fields may have any
     floating-point type; float32 is used.
     """
 

@@ -116,8 +116,8 @@ def view_color_kernel(
     factors_ptr,  # [B, 4] float32
     late_ptr,  # [256] uint8
     sums_ptr,  # [B, blocks] int32, of grey_sum_kernel
-    planes_ptr,  # [slots, 3, H, W] uint8: where an image that is to be blurred goes
-    out_ptr,  # [B, 3, H, W]: where every other image goes
+    planes_ptr,  # [slots, 3, H, W] uint8: images to be blurred
+    out_ptr,  # [B, 3, H, W]: all other images
     stride_ob,
     stride_oc,
     stride_op,
