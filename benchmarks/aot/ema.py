@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.aot.machine_code import AotCase
 from fastmoco_kernels.ema.launch import ELEMENT, NUM_WARPS
 from fastmoco_kernels.ema.triton_kernels import ema_kernel
-from fastmoco_kernels.tensors import CHUNK
+from fastmoco_kernels.tables import CHUNK
 
 
 def aot_cases() -> list[AotCase]:

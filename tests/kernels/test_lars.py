@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels.lars.op import BACKENDS, lars_bytes, lars_step_
-from fastmoco_kernels.tensors import CHUNK
+from fastmoco_kernels.tables import CHUNK
 
 # a vector, a scalar, a matrix within one chunk, one over two chunks whose second is ragged, a convolution, an empty shard, a
 # class token of three dimensions, a vector longer than a chunk, a matrix of whole chunks, which takes the wide loads

@@ -16,7 +16,8 @@ from fastmoco_kernels.adamw_ema.triton_kernels import (
     adamw_ema_sweep_kernel,
 )
 from fastmoco_kernels.backends import device_guard
-from fastmoco_kernels.tensors import PointerTable, pointer_table, same_layout
+from fastmoco_kernels.tables import PointerTable, pointer_table
+from fastmoco_kernels.tensors import same_layout
 
 CHUNK, NUM_WARPS = 1024, 4
 """8 elements a thread and array: about 80 registers, so an SM runs six programs with 20 KiB in

@@ -6,7 +6,7 @@ between them: 20 bytes read, 16 written, 36 instead of 40, and two launches inst
 
 The first launch is tiny. It reads `found_inf`, counts each parameter's step on the device, and
 works out the bias corrections in float64; so the step can be captured in a CUDA graph and nothing
-is ever read back. The second walks a table of addresses (`tensors.py`). The moving average takes
+is ever read back. The second walks a table of addresses (`tables.py`). The moving average takes
 the *updated* parameter, in the lerp form of `ema_update_`: what equals its average stays equal.
 """
 

@@ -1,4 +1,4 @@
-"""AdamW and the moving average in one sweep over the table of `tensors.py`.
+"""AdamW and the moving average in one sweep over the table of `tables.py`.
 
 Two launches: `adamw_ema_prepare_kernel` reads `found_inf`, counts the step and works out every
 scalar in float64, once a tensor; `adamw_ema_sweep_kernel` touches every parameter once. What passes

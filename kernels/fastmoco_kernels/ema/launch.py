@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmoco_kernels.backends import device_guard
 from fastmoco_kernels.ema.triton_kernels import ema_kernel
-from fastmoco_kernels.tensors import PointerTable
+from fastmoco_kernels.tables import PointerTable
 
 NUM_WARPS = 4
 """With CHUNK: 16 elements a thread, four 128-bit loads an array before the first is used."""

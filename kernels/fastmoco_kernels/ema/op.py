@@ -6,7 +6,7 @@ it equals `source`, so frozen tensors never drift. Averages must be stored in fl
 1 an increment is below half a unit in the last place of bf16 and vanishes, whatever type the
 arithmetic uses.
 
-On CUDA all tensors are updated by one launch over a table of their addresses (`tensors.py`), built
+On CUDA all tensors are updated by one launch over a table of their addresses (`tables.py`), built
 on the first call and refreshed where a tensor moved. The momentum encoder of a ViT-S has 150
 tensors, most of them tiny: one launch per tensor costs more than moving 12 bytes a parameter.
 """

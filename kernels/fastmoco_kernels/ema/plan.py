@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastmoco_kernels._unchanged import Unchanged
 from fastmoco_kernels.ema.reference import ema_update_foreach_
-from fastmoco_kernels.tensors import PointerTable, pointer_table, same_layout
+from fastmoco_kernels.tables import PointerTable, pointer_table
+from fastmoco_kernels.tensors import same_layout
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of the sources that the kernel reads."""

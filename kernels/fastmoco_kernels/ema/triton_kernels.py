@@ -1,4 +1,4 @@
-"""The moving average of many tensors in one launch, over the table of `tensors.py`.
+"""The moving average of many tensors in one launch, over the table of `tables.py`.
 
 Legend: a program handles CHUNK elements of one tensor. AVERAGE and SOURCE are the element types. A
 chunk that is full and whose addresses allow it is read and written 128 bits at a time; the last

@@ -14,7 +14,8 @@ from fastmoco_kernels.lars.triton_kernels import (
     lars_norms_kernel,
     lars_update_kernel,
 )
-from fastmoco_kernels.tensors import pointer_table, same_layout
+from fastmoco_kernels.tables import pointer_table
+from fastmoco_kernels.tensors import same_layout
 
 FOLD_BLOCK = 256
 """Partial sums that one step of the fold adds; 16.8 million elements have 8192."""

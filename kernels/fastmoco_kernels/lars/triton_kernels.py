@@ -1,4 +1,4 @@
-"""The three kernels of LARS. `tensors.py` defines rows, chunks and columns.
+"""The three kernels of LARS. `tables.py` defines rows, chunks and columns.
 
 `lars_norms_kernel` and `lars_update_kernel` have one program a chunk, `lars_fold_kernel` one a
 tensor. WORD is the tensors' type, float32 or float64. Addresses come from a table, so the compiler
