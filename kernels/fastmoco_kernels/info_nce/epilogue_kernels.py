@@ -150,7 +150,6 @@ def info_nce_finish_kernel(
     odds = tl.where(total == 0.0, float("-inf"), tl.log2(some) + reference - own_similarity * scale)
     whole = log2_of_1p_exp2(odds)
     share = 1.0 / (1.0 + tl.exp2(-odds))
-
     out = direction * B + row
     plane = directions.to(tl.int64) * B
     tl.store(row_ptr + out, whole * LN_2 * factor, mask=live)
