@@ -34,10 +34,12 @@ def test_files_are_short(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_functions_are_short(path):
+    """Their bodies: arguments of a kernel, one a line, and a docstring take no thought to follow."""
     tree = ast.parse(path.read_text())
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    long = [n.name for n in ast.walk(tree) if isinstance(n, kinds) and n.end_lineno - n.lineno >= 80]
-    assert not long
+    functions = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    first = {n: n.body[1] if ast.get_docstring(n) and len(n.body) > 1 else n.body[0] for n in functions}
+    assert not [n.name for n in functions if n.end_lineno - first[n].lineno >= 80]
 
 
 @pytest.mark.parametrize(
