@@ -1,4 +1,4 @@
-"""What the process finds in its environment, before anything reads it: switches that would undo a safeguard."""
+"""Check the environment for variables that would disable a safeguard, before any library reads it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import MutableMapping
 
 FORBIDDEN = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 DROPPED = ("GOPEN_REWRITE", "GOPEN_VERBOSE", "GOPEN_BUFFER", "WDS_")
-"""Variables, or beginnings of them, of readers that may be installed too; the first turns a path into a shell command."""
+"""Variables (or prefixes) of other readers that may be installed; the first turns a path into a shell command."""
 
 
 def clean_environment(environment: MutableMapping[str, str]) -> None:
-    """Refuse the switch that lets torch unpickle whatever it loads; drop those of readers that are not used here.
+    """Refuse the variable that lets torch unpickle any file; remove those of readers that fastmoco does not use.
 
     Raises:
-        ValueError: if the switch is on.
+        ValueError: if that variable is set.
     """
     if environment.get(FORBIDDEN, "").lower() in ("1", "y", "yes", "true"):
         raise ValueError(
