@@ -1,4 +1,6 @@
-"""Exit codes, and the conversion of errors that a user can fix to one line; other errors show their traceback."""
+"""Exit codes, and the conversion of errors that a user can fix to one line;
+other errors show their traceback.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,16 @@ EXIT_REFUSED = 2
 EXIT_STOPPED = 75
 """The run stopped on request and saved its state; the same command continues it (EX_TEMPFAIL)."""
 ASKED_TO_END = "asked-to-end"
-"""File next to torchrun's reports of one start: a rank was refused and has asked torchrun to end."""
+"""File next to torchrun's reports of one start: a rank was refused and has
+asked torchrun to end."""
 
-EXTRAS = {"nvidia": "dali-cu13", "webdataset": "data", "sklearn": "data", "matplotlib": "logging", "torchao": "float8"}
+EXTRAS = {
+    "nvidia": "dali-cu13",
+    "webdataset": "data",
+    "sklearn": "data",
+    "matplotlib": "logging",
+    "torchao": "float8",
+}
 """The extra of the distribution that installs a module."""
 
 
@@ -29,7 +38,8 @@ def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
 
     Args:
         code: exit code for them.
-        fixable: further errors to treat so: `ValueError` and `OSError` where only values of the user can cause them.
+        fixable: further errors to treat so: `ValueError` and `OSError` where only values of the
+            user can cause them.
 
     Raises:
         SystemExit: with `code` instead; 2 if an optional dependency is missing.
@@ -57,6 +67,8 @@ def no_checkpoint(path: Path | str) -> RunError:
 
 
 def say(text: str) -> None:
-    """Print one line on standard error, with control characters escaped, because it may quote names of files."""
+    """Print one line on standard error, with control characters escaped,
+    because it may quote names of files.
+    """
     shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
     print(f"fastmoco: {shown}", file=sys.stderr)

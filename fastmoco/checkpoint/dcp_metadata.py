@@ -1,8 +1,10 @@
-"""Read the `.metadata` of torch.distributed.checkpoint, which is a pickle, with a restricted unpickler.
+"""Read the `.metadata` of torch.distributed.checkpoint, which is a pickle, with
+a restricted unpickler.
 
-`torch.distributed.checkpoint.FileSystemReader` uses the plain unpickler, which executes any code that the file names, and
-loads entries that are not tensors in the same way. Here a pickle may name the classes below and no others. The result is
-then checked entry by entry: tensors only, in files that the marker lists, and inside those files.
+`torch.distributed.checkpoint.FileSystemReader` uses the plain unpickler, which executes any code
+that the file names, and loads entries that are not tensors in the same way. Here a pickle may name
+the classes below and no others. The result is then checked entry by entry: tensors only, in files
+that the marker lists, and inside those files.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ _CLASSES: dict[tuple[str, str], Any] = {
 
 
 class _RestrictedUnpickler(Unpickler):
-    """Accepts the classes of DCP's metadata and torch's dtypes, and refuses any other name before it is imported."""
+    """Accepts the classes of DCP's metadata and torch's dtypes, and refuses any
+    other name before it is imported.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = _CLASSES.get((module, name))
@@ -88,7 +92,8 @@ def _require_tensors_alone(held: object, files: Mapping[str, Mapping[str, Any]])
             raise ValueError(f"entry {name!r} has no dtype")
         _require_covered(name, entry, held.storage_data)
         chunks += len(entry.chunks)
-    # Every chunk was found among the pieces, so equal counts mean that every piece belongs to a tensor.
+    # Every chunk was found among the pieces, so equal counts mean that every
+    # piece belongs to a tensor.
     if len(held.storage_data) != chunks:
         raise ValueError("it stores pieces that belong to no tensor")
     for index, place in held.storage_data.items():
@@ -96,7 +101,9 @@ def _require_tensors_alone(held: object, files: Mapping[str, Mapping[str, Any]])
 
 
 def _require_covered(name: str, entry: TensorStorageMetadata, stored: Mapping[MetadataIndex, object]) -> None:
-    """Require that the chunks are inside the tensor, have as many elements as it, and are all stored."""
+    """Require that the chunks are inside the tensor, have as many elements as
+    it, and are all stored.
+    """
     count = 0
     for chunk in entry.chunks:
         ranges = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
@@ -111,7 +118,9 @@ def _require_covered(name: str, entry: TensorStorageMetadata, stored: Mapping[Me
 
 
 def _require_inside(index: MetadataIndex, place: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Require that a piece is inside a file that the marker lists, and is read as a plain tensor."""
+    """Require that a piece is inside a file that the marker lists, and is
+    read as a plain tensor.
+    """
     if type(index) is not MetadataIndex or type(place) is not filesystem._StorageInfo:
         raise ValueError("it stores something unknown")
     if place.relative_path not in files or not place.relative_path.endswith(".distcp"):

@@ -1,4 +1,6 @@
-"""A checkpoint folder on the disk: names, durable writes, and the commit marker with the hashes of its files."""
+"""A checkpoint folder on the disk: names, durable writes, and the commit marker
+with the hashes of its files.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,16 @@ _HIDDEN = re.compile(r"\.(?:writing|replaced)-step_\d{8,}-[0-9a-f]{8}")
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Folders under `root` with a commit marker, oldest step first. Their content is not verified here."""
+    """Folders under `root` with a commit marker, oldest step first. Their
+    content is not verified here.
+    """
     return [path for path in _step_folders(root) if (path / MARKER).is_file()]
 
 
 def unfinished_saves(root: Path) -> list[Path]:
-    """Folders without a marker, left by killed saves. Loading ignores them, and the next save removes them."""
+    """Folders without a marker, left by killed saves. Loading ignores them, and
+    the next save removes them.
+    """
     if not root.is_dir():
         return []
     hidden = [path for path in root.iterdir() if _HIDDEN.fullmatch(path.name) and path.is_dir()]
@@ -55,7 +61,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def require_writable(root: Path, rank: int) -> None:
-    """Write, flush and remove a small file, so that a run that cannot save is refused before its first step.
+    """Write, flush and remove a small file, so that a run that cannot save is
+    refused before its first step.
 
     Args:
         root: folder of the checkpoints; created (mode 0700) if absent.
@@ -100,7 +107,12 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def marker_text(
-    step: int, files: Mapping[str, Mapping[str, Any]], *, world_size: int, saved_at: str, run_id: str = ""
+    step: int,
+    files: Mapping[str, Mapping[str, Any]],
+    *,
+    world_size: int,
+    saved_at: str,
+    run_id: str = "",
 ) -> str:
     """The exact content of a marker. Its last entry is the SHA-256 of all the entries before it.
 
@@ -123,7 +135,8 @@ def marker_text(
 
 
 def read_marker(path: Path) -> dict[str, Any]:
-    """Read the marker of a folder and check it against its own hash and the folder's name, not yet against the files.
+    """Read the marker of a folder and check it against its own hash and the
+    folder's name, not yet against the files.
 
     Returns:
         The entries `format`, `step`, `world_size`, `saved_at`, `run_id` and `files`.
@@ -164,7 +177,8 @@ def read_marker(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Check the marker of a committed folder against its own hash and every file against the marker.
+    """Check the marker of a committed folder against its own hash and every
+    file against the marker.
 
     Files that the marker does not list are not opened.
 
@@ -204,7 +218,9 @@ def make_way(final: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def commit(writing: Path, final: Path, marker: str) -> None:
-    """Rename a complete, flushed folder, then write its marker. A kill in between leaves a folder that is ignored."""
+    """Rename a complete, flushed folder, then write its marker. A kill in
+    between leaves a folder that is ignored.
+    """
     writing.rename(final)
     flush(final.parent)
     write_text(final / f"{MARKER}.writing", marker)
@@ -213,16 +229,20 @@ def commit(writing: Path, final: Path, marker: str) -> None:
 
 
 def sweep(root: Path) -> None:
-    """Remove the folders of `unfinished_saves`. One that cannot be removed stays, because it is ignored anyway."""
+    """Remove the folders of `unfinished_saves`. One that cannot be removed
+    stays, because it is ignored anyway.
+    """
     for leftover in unfinished_saves(root):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def prune(root: Path, *, newest: Path, keep: int, keep_multiple: int = 0) -> None:
-    """Remove all but the last `keep` checkpoints up to `newest`, whose content the caller has just hashed.
+    """Remove all but the last `keep` checkpoints up to `newest`, whose content
+    the caller has just hashed.
 
-    Folders of later steps stay: a run saves at an earlier step only if they did not verify, and then they are evidence.
-    The newest folder whose step is a multiple of `keep_multiple` stays as well, if that is not 0.
+    Folders of later steps stay: a run saves at an earlier step only if they did not verify, and
+    then they are evidence. The newest folder whose step is a multiple of `keep_multiple` stays as
+    well, if that is not 0.
     """
     committed = list_checkpoints(root)
     committed = committed[: committed.index(newest) + 1]

@@ -1,4 +1,6 @@
-"""Inspect the checkpoints of a run from outside, and export their tensors to one file for other tools."""
+"""Inspect the checkpoints of a run from outside, and export their tensors to
+one file for other tools.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from fastmoco.checkpoint.errors import CheckpointError
-from fastmoco.checkpoint.folder import MARKER, flush, list_checkpoints, read_marker, unfinished_saves
+from fastmoco.checkpoint.folder import (
+    MARKER,
+    flush,
+    list_checkpoints,
+    read_marker,
+    unfinished_saves,
+)
 from fastmoco.checkpoint.loading import Checkpoint, load_checkpoint
 from fastmoco.checkpoint.whole_file import write_whole
 
@@ -27,7 +35,8 @@ class Inspection:
         size: bytes of all its files.
         saved_at: UTC, ISO 8601; "" without a sound marker.
         world_size: ranks that wrote it; 0 without a sound marker.
-        committed: whether it has a marker; a folder without one was left by a killed save, and every reader ignores it.
+        committed: whether it has a marker; a folder without one was left by a killed save, and
+            every reader ignores it.
         fault: "" if it can be trusted, else the reason why not.
     """
 
@@ -41,7 +50,8 @@ class Inspection:
 
 
 def inspect_checkpoints(path: Path) -> list[Inspection]:
-    """Verify every checkpoint of a folder as loading would, oldest first, and report unfinished saves as faults.
+    """Verify every checkpoint of a folder as loading would, oldest first, and
+    report unfinished saves as faults.
 
     Args:
         path: folder of a run, of its checkpoints, or of one checkpoint.
@@ -80,8 +90,9 @@ def consolidate(checkpoint: Checkpoint, out: Path, *, encoder_only: bool) -> int
     Args:
         checkpoint: see `load_latest`.
         out: a new file (mode 0600); it is complete or does not exist.
-        encoder_only: only the trained encoder, under its own names (`blocks.0.norm1.weight`), without the projector,
-            which has no use after pre-training. Otherwise every tensor, including optimizer and momentum encoder.
+        encoder_only: only the trained encoder, under its own names (`blocks.0.norm1.weight`),
+            without the projector, which has no use after pre-training. Otherwise every tensor,
+            including optimizer and momentum encoder.
 
     Returns:
         The number of tensors written.

@@ -32,7 +32,8 @@ class Checkpoint:
         path: its folder.
         entries: shape and dtype of every tensor by name, as tensors on the meta device.
         run_id: of the run that wrote it; "" if it was saved outside a run.
-        skipped: newer committed folders that could not be trusted, newest first, each with the reason, to be printed.
+        skipped: newer committed folders that could not be trusted, newest first, each with the
+            reason, to be printed.
         metadata: DCP's table of the pieces of each tensor; None for the file of a single process.
     """
 
@@ -46,7 +47,8 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor, unsharded, on the CPU, contiguous, in the dtype in which it was saved; each owns its memory.
+        """Every tensor, unsharded, on the CPU, contiguous, in the dtype in which
+        it was saved; each owns its memory.
 
         Raises:
             CheckpointError: if the files have changed since they were verified.
@@ -56,14 +58,16 @@ class Checkpoint:
         return whole
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
-        """Fill tensors in place; of a sharded tensor this rank reads its own part only. Nothing is sent.
+        """Fill tensors in place; of a sharded tensor this rank reads its own
+        part only. Nothing is sent.
 
         Args:
-            targets: by name, plain or sharded over any number of ranks, on any device; values of another dtype are
-                converted. Entries without a target are not read.
+            targets: by name, plain or sharded over any number of ranks, on any device; values of
+                another dtype are converted. Entries without a target are not read.
 
         Raises:
-            CheckpointError: naming entries that are missing or have another shape, or if the files have changed.
+            CheckpointError: naming entries that are missing or have another
+                shape, or if the files have changed.
         """
         missing = [name for name in targets if name not in self.entries]
         if missing:
@@ -71,7 +75,8 @@ class Checkpoint:
         for name, target in targets.items():
             if target.shape != self.entries[name].shape:
                 raise CheckpointError(
-                    f"{self.path}: {name} has shape {tuple(self.entries[name].shape)}, the model has "
+                    f"{self.path}: {name} has shape {tuple(self.entries[name].shape)}, the model "
+                    "has "
                     f"{tuple(target.shape)}; was the model changed since the save?"
                 )
         plain = {name: target.detach() for name, target in targets.items()}
@@ -87,11 +92,15 @@ class Checkpoint:
 
 
 Admit: TypeAlias = Callable[[Path, str], None]
-"""Called with a verified folder and the id of the run that wrote it; raises an error to refuse it."""
+"""Called with a verified folder and the id of the run that wrote it; raises
+an error to refuse it."""
 
 
 def load_latest(
-    root: Path, *, among: Callable[[int], bool] = lambda step: True, admit: Admit = lambda path, run_id: None
+    root: Path,
+    *,
+    among: Callable[[int], bool] = lambda step: True,
+    admit: Admit = lambda path, run_id: None,
 ) -> Checkpoint | None:
     """The newest checkpoint that verifies, or None if nothing was ever committed.
 
@@ -106,8 +115,8 @@ def load_latest(
         The checkpoint; `skipped` lists every newer one that failed to verify, with the reason.
 
     Raises:
-        CheckpointError: if committed folders exist and none verifies, because only the user can decide to start
-            from scratch.
+        CheckpointError: if committed folders exist and none verifies, because only the user can
+            decide to start from scratch.
     """
     skipped: list[tuple[Path, str]] = []
     for path in reversed([path for path in list_checkpoints(root) if among(step_of(path))]):
@@ -122,15 +131,18 @@ def load_latest(
     reasons = "\n  ".join(reason for _, reason in skipped)
     raise CheckpointError(
         f"{root}: {len(skipped)} checkpoint(s) exist and none can be trusted:\n  {reasons}\n"
-        f"Put back an intact copy of one of these folders, or move {root} away to start from scratch."
+        f"Put back an intact copy of one of these folders, or move {root} away to start from "
+        "scratch."
     )
 
 
 def load_checkpoint(path: Path, *, admit: Admit = lambda path, run_id: None) -> Checkpoint:
-    """Verify one committed folder, call `admit`, and open the folder. Nothing is parsed before `admit` returns.
+    """Verify one committed folder, call `admit`, and open the folder. Nothing
+    is parsed before `admit` returns.
 
     Raises:
-        CheckpointError: naming the file that is missing, changed, unreadable or hostile, and the cure.
+        CheckpointError: naming the file that is missing, changed, unreadable or
+            hostile, and the cure.
     """
     cure = f"Restore {path.name} from a copy, or remove it to continue from an earlier checkpoint."
     try:
@@ -149,4 +161,11 @@ def load_checkpoint(path: Path, *, admit: Admit = lambda path, run_id: None) -> 
         entries = whole_entries(path / TENSORS) if metadata is None else shard_entries(metadata)
     except (OSError, ValueError, RecursionError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}. {cure}") from error
-    return Checkpoint(step=promised["step"], state=state, path=path, entries=entries, run_id=run_id, metadata=metadata)
+    return Checkpoint(
+        step=promised["step"],
+        state=state,
+        path=path,
+        entries=entries,
+        run_id=run_id,
+        metadata=metadata,
+    )

@@ -14,12 +14,15 @@ from fastmoco.checkpoint.errors import CheckpointError
 def flatten_optimizer(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name: `optimizer.<name>.exp_avg`, `...exp_avg_sq`, `...step`.
+    """The optimizer's state by parameter name: `optimizer.<name>.exp_avg`,
+    `...exp_avg_sq`, `...step`.
 
-    Hyperparameters (lr, betas, weight decay) are excluded: they belong to the config and the schedule.
+    Hyperparameters (lr, betas, weight decay) are excluded: they belong to the
+    config and the schedule.
 
     Raises:
-        CheckpointError: if the optimizer holds a parameter that `named_parameters` lacks, or state that is not a tensor.
+        CheckpointError: if the optimizer holds a parameter that `named_parameters` lacks, or state
+            that is not a tensor.
     """
     names = {id(parameter): name for name, parameter in named_parameters}
     flat: dict[str, Tensor] = {}
@@ -27,7 +30,8 @@ def flatten_optimizer(
         name = names.get(id(parameter))
         if name is None:
             raise CheckpointError(
-                f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that has no name; "
+                f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that has no "
+                "name; "
                 "pass the named_parameters() of the module it was built from"
             )
         state = dict(optimizer.state.get(parameter, {}))
@@ -50,10 +54,12 @@ def restore_optimizer(
     Args:
         optimizer: newly built over the same parameters; its hyperparameters do not change.
         named_parameters: as for `flatten_optimizer`.
-        tensors: entries other than `optimizer.*` are ignored; values are copied to the device of each parameter.
+        tensors: entries other than `optimizer.*` are ignored; values are copied
+            to the device of each parameter.
 
     Raises:
-        CheckpointError: naming parameters without state, state without a parameter, or the two shapes that differ.
+        CheckpointError: naming parameters without state, state without a
+            parameter, or the two shapes that differ.
     """
     saved: dict[str, dict[str, Tensor]] = {}
     for entry, tensor in tensors.items():
@@ -64,8 +70,10 @@ def restore_optimizer(
     named = {name: p for name, p in named_parameters if id(p) in held}
     if saved.keys() != named.keys() and saved:
         raise CheckpointError(
-            f"the optimizer state does not fit the model: without state {sorted(named.keys() - saved.keys())[:5]}, "
-            f"without parameter {sorted(saved.keys() - named.keys())[:5]}; was the model changed since the save?"
+            "the optimizer state does not fit the model: without state "
+            f"{sorted(named.keys() - saved.keys())[:5]}, "
+            f"without parameter {sorted(saved.keys() - named.keys())[:5]}; was the model changed "
+            "since the save?"
         )
     restored: dict[Tensor, dict[str, Tensor]] = {}
     for name, entries in saved.items():
@@ -74,14 +82,16 @@ def restore_optimizer(
         for key, tensor in entries.items():
             if key != "step" and tensor.shape != parameter.shape:
                 raise CheckpointError(
-                    f"optimizer.{name}.{key} has shape {tuple(tensor.shape)}, the parameter has {tuple(parameter.shape)}; "
+                    f"optimizer.{name}.{key} has shape {tuple(tensor.shape)}, the parameter has "
+                    f"{tuple(parameter.shape)}; "
                     "was the model changed since the save?"
                 )
             group = held[id(parameter)]
             if key == "step" and "step" in group:
                 group["step"] = int(tensor)
                 continue
-            # torch keeps the step count on the host, unless the update itself reads it on the device.
+            # torch keeps the step count on the host, unless the update itself
+            # reads it on the device.
             on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
             state[key] = tensor.to("cpu" if on_host else parameter.device, copy=True)
     optimizer.state.clear()

@@ -1,4 +1,6 @@
-"""Actions of all ranks: an error on one rank is raised on all, as is the loss of a rank within a deadline."""
+"""Actions of all ranks: an error on one rank is raised on all, as is the loss
+of a rank within a deadline.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ T = TypeVar("T")
 
 
 def group_for_saving(deadline_s: float) -> dist.ProcessGroup | None:
-    """A process group of all ranks for checkpoints only, on the CPU, usable from a thread during training.
+    """A process group of all ranks for checkpoints only, on the CPU, usable
+    from a thread during training.
 
     Args:
         deadline_s: seconds that ranks wait for each other in one phase of a save.
@@ -45,8 +48,8 @@ def on_every_rank(action: Callable[[], T], group: dist.ProcessGroup | None) -> l
         The results in rank order, the same list on all ranks.
 
     Raises:
-        CheckpointError: on every rank, naming the ranks on which it failed, or if a rank does not take part in time.
-            Without a group the error itself is raised.
+        CheckpointError: on every rank, naming the ranks on which it failed, or if a rank does not
+            take part in time. Without a group the error itself is raised.
     """
     if group is None:
         return [action()]

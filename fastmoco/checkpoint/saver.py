@@ -17,23 +17,26 @@ from fastmoco.checkpoint.store import JSON, save_checkpoint
 from fastmoco.errors import RunError
 
 _STAGES_ONCE = torch.__version__ < "2.13"
-"""Before 2.13 torch's stager closes itself after its first copy, so each save needs a new one and pins memory again."""
+"""Before 2.13 torch's stager closes itself after its first copy, so each save
+needs a new one and pins memory again."""
 Check: TypeAlias = Callable[[Mapping[str, Tensor]], None]
 
 
 class Saver:
     """Writes the checkpoints of one run, one at a time.
 
-    A background save copies the tensors to the host before it returns, so that it writes the state at the time of the
-    call. A thread then checks, writes, hashes and commits the copy. The memory of the copy is kept for the next save, so
-    the host needs memory for one more state of its process. With a group, all ranks make the same calls in the same order.
+    A background save copies the tensors to the host before it returns, so that it writes the state
+    at the time of the call. A thread then checks, writes, hashes and commits the copy. The memory
+    of the copy is kept for the next save, so the host needs memory for one more state of its
+    process. With a group, all ranks make the same calls in the same order.
 
     Args:
         root: folder of the run's checkpoints.
         keep: see `save_checkpoint`.
         keep_multiple: see `save_checkpoint`.
         group: see `save_checkpoint`; for saves only, so that they can run during training.
-        check: called with this rank's tensors before they are written; raises a RunError to refuse them.
+        check: called with this rank's tensors before they are written; raises a
+            RunError to refuse them.
 
     Attributes:
         saved_step: step of the newest committed checkpoint; None before the first.
@@ -59,7 +62,8 @@ class Saver:
         self._stager: DefaultStager | None = None
 
     def save(self, *, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, JSON]) -> None:
-        """Write a checkpoint and return when it is committed. Waits for a save in flight; its error is kept for `poll`.
+        """Write a checkpoint and return when it is committed. Waits for a save
+        in flight; its error is kept for `poll`.
 
         Raises:
             RunError: if the check refuses the tensors.
@@ -69,7 +73,8 @@ class Saver:
         self._write(step, tensors, state)
 
     def save_in_background(self, *, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, JSON]) -> None:
-        """Copy the state and return; a thread writes the copy. `poll` and `wait` return the errors of the thread.
+        """Copy the state and return; a thread writes the copy. `poll` and `wait`
+        return the errors of the thread.
 
         Waits for a save in flight first, so that there is never more than one copy.
         """
@@ -84,7 +89,10 @@ class Saver:
                     use_non_blocking_copy=on_cuda,
                 )
             )
-        copy = cast("dict[str, Tensor]", self._stager.stage({name: t.detach() for name, t in tensors.items()}))
+        copy = cast(
+            "dict[str, Tensor]",
+            self._stager.stage({name: t.detach() for name, t in tensors.items()}),
+        )
 
         def write() -> None:
             try:
@@ -92,7 +100,8 @@ class Saver:
             except BaseException as error:  # of any kind: training must see it
                 self._error = error
 
-        # A daemon thread, so that the process can end while a peer hangs; a folder without a marker is ignored.
+        # A daemon thread, so that the process can end while a peer hangs; a
+        # folder without a marker is ignored.
         self._thread = threading.Thread(target=write, name=f"checkpoint of step {step}", daemon=True)
         self._thread.start()
 

@@ -1,4 +1,6 @@
-"""Tensors in the format of torch.distributed.checkpoint: each rank writes its shards, any number of ranks reads them."""
+"""Tensors in the format of torch.distributed.checkpoint: each rank writes its
+shards, any number of ranks reads them.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,18 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 
 class _Writer(FileSystemWriter):
-    """Omits the folder's path and a random number from the metadata, so that equal states give equal bytes."""
+    """Omits the folder's path and a random number from the metadata, so that
+    equal states give equal bytes.
+    """
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()
 
 
 class _Reader(FileSystemReader):
-    """Uses metadata that `dcp_metadata.read_metadata` has checked, and never opens the file itself."""
+    """Uses metadata that `dcp_metadata.read_metadata` has checked, and never
+    opens the file itself.
+    """
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
@@ -36,10 +42,12 @@ class _Reader(FileSystemReader):
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Write tensors into an existing empty folder and flush them to the disk. Call it on every rank of `group`.
+    """Write tensors into an existing empty folder and flush them to the disk.
+    Call it on every rank of `group`.
 
-    Each rank writes its parts of a sharded tensor. A tensor that all ranks hold must be equal on all of them; one rank
-    writes it, and the work is spread evenly. A tensor that a single rank has is written by that rank.
+    Each rank writes its parts of a sharded tensor. A tensor that all ranks hold must be equal on
+    all of them; one rank writes it, and the work is spread evenly. A tensor that a single rank has
+    is written by that rank.
 
     Raises:
         torch.distributed.checkpoint.CheckpointException: on every rank, if one of them fails.
@@ -48,7 +56,8 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
     _quietly(
         save,
         {name: tensor.detach() for name, tensor in tensors.items()},
-        # No copies ahead: in the thread of a background save they would open CUDA device 0 on every rank.
+        # No copies ahead: in the thread of a background save they would open
+        # CUDA device 0 on every rank.
         storage_writer=_Writer(folder, sync_files=True, overwrite=False, per_thread_copy_ahead=0),
         planner=DefaultSavePlanner(flatten_state_dict=False),
         process_group=group,
@@ -57,7 +66,9 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
 
 
 def read_shards_into(folder: Path, metadata: Metadata, targets: Mapping[str, Tensor]) -> None:
-    """Fill tensors in place; of a sharded tensor this rank's part. Every rank reads for itself, and nothing is sent."""
+    """Fill tensors in place; of a sharded tensor this rank's part. Every rank
+    reads for itself, and nothing is sent.
+    """
     _quietly(
         load,
         {name: tensor.detach() for name, tensor in targets.items()},

@@ -49,31 +49,39 @@ def save_checkpoint(
     keep_multiple: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write one checkpoint, which is complete or does not exist, then remove all but the last `keep`.
+    """Write one checkpoint, which is complete or does not exist, then remove
+    all but the last `keep`.
 
-    A folder of the same step is replaced only if it was never committed or no longer verifies. Saving the same content
-    again changes nothing. A single process writes one safetensors file. Several ranks, and a process with a sharded
-    tensor, write one file each with torch.distributed.checkpoint. With a group every rank calls this, one save at a time.
+    A folder of the same step is replaced only if it was never committed or no longer verifies.
+    Saving the same content again changes nothing. A single process writes one safetensors file.
+    Several ranks, and a process with a sharded tensor, write one file each with
+    torch.distributed.checkpoint. With a group every rank calls this, one save at a time.
 
     Args:
         root: folder of the run's checkpoints, the same on all ranks; created (mode 0700) if absent.
         step: number of finished optimizer steps, >= 0.
-        tensors: by name; dense, any device, any strides, sharded or not, of a dtype that safetensors supports. Shared
-            storage is written once for each name. An unsharded tensor must be equal on all ranks that hold it.
-        state: string keys, JSON values, finite floats only. Rank 0's is written; the marker contains its `run_id` too.
-        keep: number of committed checkpoints to keep, including this one. An older one is removed only after this one
-            has been read back and hashed, so the last verified checkpoint is never removed.
-        keep_multiple: the newest checkpoint at a multiple of this many steps is kept as well; 0: none.
-        group: ranks that save together, see `group_for_saving`; its timeout is the longest wait for a rank.
+        tensors: by name; dense, any device, any strides, sharded or not, of a dtype that
+            safetensors supports. Shared storage is written once for each name. An unsharded tensor
+            must be equal on all ranks that hold it.
+        state: string keys, JSON values, finite floats only. Rank 0's is written; the marker
+            contains its `run_id` too.
+        keep: number of committed checkpoints to keep, including this one. An older one is removed
+            only after this one has been read back and hashed, so the last verified checkpoint is
+            never removed.
+        keep_multiple: the newest checkpoint at a multiple of this many steps is
+            kept as well; 0: none.
+        group: ranks that save together, see `group_for_saving`; its timeout is
+            the longest wait for a rank.
 
     Returns:
         The folder `root/step_<step>`.
 
     Raises:
         ValueError: if `step` or `keep` is out of range.
-        CheckpointError: on every remaining rank, if an entry cannot be stored (the message names it), the file system
-            fails, a rank fails, ends or hangs, or a different valid checkpoint of this step exists. Older checkpoints
-            are then unchanged, and no partial folder remains.
+        CheckpointError: on every remaining rank, if an entry cannot be stored (the message names
+            it), the file system fails, a rank fails, ends or hangs, or a different valid checkpoint
+            of this step exists. Older checkpoints are then unchanged, and no partial folder
+            remains.
     """
     if step < 0:
         raise ValueError(f"step={step}: needs a step >= 0")
@@ -135,7 +143,11 @@ def _fingerprints(writing: Path, rank: int, sharded: bool) -> dict[str, dict[str
 
 
 def _finish(
-    writing: Path, final: Path, files: Mapping[str, Mapping[str, Any]], marker: str, drop: Callable[[], None]
+    writing: Path,
+    final: Path,
+    files: Mapping[str, Mapping[str, Any]],
+    marker: str,
+    drop: Callable[[], None],
 ) -> None:
     """Rename the folder, write its marker, and remove old checkpoints."""
     for name, file in files.items():
@@ -150,7 +162,9 @@ def _finish(
 
 
 def _reason(error: BaseException) -> str:
-    """One line. DCP's errors contain the tracebacks of all ranks; of these the first line for each rank."""
+    """One line. DCP's errors contain the tracebacks of all ranks; of these the
+    first line for each rank.
+    """
     if isinstance(error, CheckpointException):
         return "; ".join(f"rank {rank}: {_first_line(cause)}" for rank, (cause, _) in error.failures.items())
     return _first_line(error)

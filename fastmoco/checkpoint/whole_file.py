@@ -1,4 +1,6 @@
-"""Tensors in one safetensors file, written by a single process. It contains no pickle, and other tools can read it."""
+"""Tensors in one safetensors file, written by a single process. It contains no
+pickle, and other tools can read it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from fastmoco.checkpoint.folder import flush
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the host, contiguous, no two in one storage, because safetensors stores each as its own run of bytes.
+    """Copies on the host, contiguous, no two in one storage, because
+    safetensors stores each as its own run of bytes.
 
     Raises:
         CheckpointError: if a tensor has the name that the format reserves.
@@ -79,7 +82,8 @@ def read_whole_into(path: Path, targets: Mapping[str, Tensor]) -> None:
         for name, target in targets.items():
             tensor = file.get_tensor(name)
             if isinstance(target, DTensor):
-                # Every rank has read the same bytes, so each takes its own part and nothing is sent.
+                # Every rank has read the same bytes, so each takes its own part
+                # and nothing is sent.
                 tensor = tensor.to(target.device)
                 part = distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
                 target, tensor = target.to_local(), part.to_local()

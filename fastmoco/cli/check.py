@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckArguments(CacheArguments):
-    """Read and decode every image, report every fault, and list unusable images in quarantine.jsonl next to the tars.
-    Loaders skip the images of that list. Tars and servers are never changed. Exit code 0: no fault, 1: faults found,
-    2: refused."""
+    """Read and decode every image, report every fault, and list unusable images in quarantine.jsonl
+    next to the tars. Loaders skip the images of that list. Tars and servers are never changed. Exit
+    code 0: no fault, 1: faults found, 2: refused."""
 
     shards: Positional[str]
     """A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or gs://."""
@@ -31,7 +31,8 @@ class CheckArguments(CacheArguments):
     quarantine: bool = True
     """Write quarantine.jsonl."""
     quarantine_out: Path | None = None
-    """For shards on a server: folder for that list, named quarantine-PLACE.jsonl; default the current folder."""
+    """For shards on a server: folder for that list, named
+    quarantine-PLACE.jsonl; default the current folder."""
     workers: int | None = None
     """Decoding processes; default one per core."""
     show: int = 20
@@ -42,7 +43,9 @@ class CheckArguments(CacheArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class StatsArguments(CacheArguments):
-    """Sizes, formats, classes, bytes and aspect ratios of a set, as a table and a picture. Reads only the indexes."""
+    """Sizes, formats, classes, bytes and aspect ratios of a set, as a table and
+    a picture. Reads only the indexes.
+    """
 
     shards: Positional[str]
     """A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or gs://."""
@@ -127,7 +130,9 @@ def _print_report(report: CheckReport, show: int) -> None:
 
 
 def _nothing_found(report: CheckReport) -> str:
-    """The last line of a report without faults; it is not "clean" if training would refuse the set."""
+    """The last line of a report without faults; it is not "clean" if training
+    would refuse the set.
+    """
     from fastmoco_pipelines.sets.patterns import is_remote
 
     if not report.unindexed:

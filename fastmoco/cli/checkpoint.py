@@ -1,4 +1,6 @@
-"""`fastmoco checkpoint verify|list|consolidate`: verify checkpoints, list them, export one to a single file."""
+"""`fastmoco checkpoint verify|list|consolidate`: verify checkpoints, list them,
+export one to a single file.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, no_checkpo
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyArguments:
-    """Read every byte of every checkpoint and verify it. Exit code 0: all are sound, 1: some are not, 2: there is none."""
+    """Read every byte of every checkpoint and verify it. Exit code 0: all are sound, 1: some are
+    not, 2: there is none.
+    """
 
     path: Positional[Path]
     """Folder of a run, or of one checkpoint."""
@@ -21,7 +25,9 @@ class VerifyArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ListArguments:
-    """Step, size, time, number of ranks and status of every checkpoint, also of unfinished saves. Reads every byte."""
+    """Step, size, time, number of ranks and status of every checkpoint, also of
+    unfinished saves. Reads every byte.
+    """
 
     path: Positional[Path]
     """Folder of a run, or of one checkpoint."""
@@ -29,7 +35,9 @@ class ListArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ConsolidateArguments:
-    """Write the tensors of a checkpoint, saved on any number of ranks, into one safetensors file."""
+    """Write the tensors of a checkpoint, saved on any number of ranks, into
+    one safetensors file.
+    """
 
     path: Positional[Path]
     """Folder of a run, for its newest sound checkpoint, or of one checkpoint."""

@@ -17,7 +17,9 @@ from fastmoco_pipelines.spec import CacheSpec, ViewSpec, moco_v3_views
 
 @dataclass(frozen=True, kw_only=True)
 class PackArguments:
-    """Pack a folder of images into shuffled WebDataset shards, each with an index, and a manifest."""
+    """Pack a folder of images into shuffled WebDataset shards, each with an
+    index, and a manifest.
+    """
 
     src: Positional[Path]
     """Folder of class folders, whose names become the labels, or of images without labels."""
@@ -26,8 +28,8 @@ class PackArguments:
     prefix: str = "train"
     """Shards are named PREFIX-000000.tar and so on."""
     max_side: int | None = None
-    """Shrink images whose longer side exceeds this many pixels. Decoding takes most of the time of loading; 512 is a good
-    value for photographs and views of 224 pixels."""
+    """Shrink images whose longer side exceeds this many pixels. Decoding takes most of the time of
+    loading; 512 is a good value for photographs and views of 224 pixels."""
     quality: int = 92
     """JPEG quality of images that are shrunk."""
     shard_size: int = 256
@@ -55,13 +57,15 @@ class CacheArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexArguments(CacheArguments):
-    """Write the index next to existing shards of any origin, with members KEY.jpg, .jpeg, .png or .webp and KEY.cls,
-    .json or .txt. Class names are numbered in sorted order over all given shards and stored in manifest.json."""
+    """Write the index next to existing shards of any origin, with members KEY.jpg, .jpeg, .png or
+    .webp and KEY.cls, .json or .txt. Class names are numbered in sorted order over all given shards
+    and stored in manifest.json."""
 
     shards: Positional[str]
     """A path, glob, brace pattern or folder; or URLs, with --out."""
     labels: Literal["auto", "cls", "json", "txt", "none"] = "auto"
-    """Members that contain the labels, numbers or class names; auto: the first of cls, json and txt that the set has."""
+    """Members that contain the labels, numbers or class names; auto: the first
+    of cls, json and txt that the set has."""
     label_field: str | None = None
     """Field of the .json that contains the label (default: label); selects json."""
     salvage: bool = False
@@ -83,7 +87,8 @@ class ViewsArguments:
     seed: int = 0
     """Seed of the choice of images and of the draws."""
     parameters: bool = True
-    """Print the drawn parameters next to each row: crop, jitter and its order, grayscale, blur, solarize, flip."""
+    """Print the drawn parameters next to each row: crop, jitter and its order,
+    grayscale, blur, solarize, flip."""
     recipe: str | None = None
     """Show this recipe's views instead of MoCo v3's pair at 224 pixels."""
     view1: ViewSpec
@@ -94,7 +99,9 @@ class ViewsArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleArguments:
-    """Write a small real data set that a library contains: the 8x8 handwritten digits of scikit-learn."""
+    """Write a small real data set that a library contains: the 8x8 handwritten
+    digits of scikit-learn.
+    """
 
     name: Positional[Literal["digits"]]
     """Name of the set."""
@@ -129,7 +136,8 @@ def pack(args: list[str]) -> int:
         classes = f"{len(report.classes)} classes" if report.classes else "no labels"
         size = report.total_bytes / 1e6
         print(
-            f"{report.samples} images, {classes}, {len(report.shards)} shards, {size:.1f} MB, {len(report.skipped)} skipped"
+            f"{report.samples} images, {classes}, {len(report.shards)} shards, {size:.1f} MB, "
+            f"{len(report.skipped)} skipped"
         )
         print(f"shards: {report.pattern}")
     return 0
@@ -218,10 +226,21 @@ def sample(args: list[str]) -> int:
 def progress_bar(what: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
     """A progress bar, on terminals only. `unit="bytes"` shows amounts in bytes and the speed."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     console = Console(stderr=True)
-    columns = (*Progress.get_default_columns()[:2], BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        *Progress.get_default_columns()[:2],
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
     shown = (*columns, TimeRemainingColumn()) if unit == "bytes" else Progress.get_default_columns()
     with Progress(*shown, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)

@@ -1,7 +1,8 @@
 """`fastmoco train --gpus N`: start torchrun with N copies of the same command.
 
-torchrun hides the exit codes of its workers: it returns 1 both after a crash and after a run that saved its state and exited
-with 75. The exit code of this command is therefore derived from the files that the run has written.
+torchrun hides the exit codes of its workers: it returns 1 both after a crash and after a run that
+saved its state and exited with 75. The exit code of this command is therefore derived from the
+files that the run has written.
 """
 
 from __future__ import annotations
@@ -15,22 +16,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from fastmoco.errors import ASKED_TO_END, EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, EXIT_STOPPED, RunError, say
+from fastmoco.errors import (
+    ASKED_TO_END,
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_REFUSED,
+    EXIT_STOPPED,
+    RunError,
+    say,
+)
 
 MAX_RESTARTS = 3
 SAVE_SECONDS = 600
-"""Time of workers between a signal and SIGKILL. torchrun's default of 30 s is too short for a large checkpoint; torch 2.11
-has no setting for it."""
+"""Time of workers between a signal and SIGKILL. torchrun's default of 30 s is too short for a large
+checkpoint; torch 2.11 has no setting for it."""
 
 
 def launch_command(processes: int, args: Sequence[str], logs: str) -> list[str]:
     """The argument list that starts `fastmoco` with `args` in several processes of this machine.
 
-    The store and all connections use the loopback interface. Output of workers is not redirected to `logs`, which only
-    contains the files in which they report errors.
+    The store and all connections use the loopback interface. Output of workers is not redirected to
+    `logs`, which only contains the files in which they report errors.
     """
-    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    counts = ["--nproc-per-node", str(processes), "--max-restarts", str(MAX_RESTARTS), "--log-dir", logs]
+    agent = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+    ]
+    counts = [
+        "--nproc-per-node",
+        str(processes),
+        "--max-restarts",
+        str(MAX_RESTARTS),
+        "--log-dir",
+        logs,
+    ]
     return [*agent, *counts, "-m", "fastmoco", *args]
 
 
@@ -43,7 +66,8 @@ def launch(processes: int, args: Sequence[str], out: Path) -> int:
         out: folder of the run.
 
     Returns:
-        0 finished, 75 stopped by a signal after saving its state, 2 refused before its first step, 1 otherwise.
+        0 finished, 75 stopped by a signal after saving its state, 2 refused
+        before its first step, 1 otherwise.
 
     Raises:
         RunError: in a process that a launcher has started.
@@ -51,7 +75,8 @@ def launch(processes: int, args: Sequence[str], out: Path) -> int:
     if "RANK" in os.environ:
         raise RunError("--gpus starts the processes itself; omit it under torchrun or srun")
     _forget(out)
-    # torchrun would set one thread too, but with a warning. Workers divide the cores by `--threads` in any case.
+    # torchrun would set one thread too, but with a warning. Workers divide the
+    # cores by `--threads` in any case.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS)}
     with tempfile.TemporaryDirectory(prefix="fastmoco_") as logs:
         # In its own session, so that Ctrl-C reaches it once, through this process.
@@ -90,6 +115,8 @@ def _wait(agent: subprocess.Popen[bytes]) -> None:
 
 
 def _forget(out: Path) -> None:
-    """Remove the marks of an earlier start, because the workers of this one may end before they do it."""
+    """Remove the marks of an earlier start, because the workers of this one may
+    end before they do it.
+    """
     for name in ("DONE", "PREEMPTED"):
         (out / name).unlink(missing_ok=True)

@@ -1,4 +1,6 @@
-"""The command line: arguments to a function call. Slow imports are delayed until they are needed."""
+"""The command line: arguments to a function call. Slow imports are delayed
+until they are needed.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,21 @@ from fastmoco.recipes import RECIPES, get_recipe, with_image_size
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments:
-    """Pre-train an encoder. The same command again continues the run; SIGTERM and Ctrl-C save and exit with code 75."""
+    """Pre-train an encoder. The same command again continues the run; SIGTERM
+    and Ctrl-C save and exit with code 75.
+    """
 
     out: Path
     """Folder of the run: checkpoints, metrics.jsonl, config.json, curves.png."""
     gpus: int = 0
-    """Processes to start on this machine, one per GPU; 0: train in this process, also under torchrun or srun."""
+    """Processes to start on this machine, one per GPU; 0: train in this
+    process, also under torchrun or srun."""
     allow: tuple[str, ...] = ()
-    """Fields that may differ from those of the run in --out, e.g. optim.lr; the error of a refused run lists them."""
+    """Fields that may differ from those of the run in --out, e.g. optim.lr; the
+    error of a refused run lists them."""
     trust: bool = False
-    """Continue from the newest checkpoint in --out even if another run wrote it. Its SHA-256 is still checked."""
+    """Continue from the newest checkpoint in --out even if another run wrote
+    it. Its SHA-256 is still checked."""
     config: Annotated[Config, tyro.conf.arg(name="")]
 
 
@@ -66,7 +73,9 @@ class EvalKnnArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartArguments:
-    """Pack handwritten digits, train a tiny ViT on them for a few minutes, and report its kNN accuracy."""
+    """Pack handwritten digits, train a tiny ViT on them for a few minutes, and
+    report its kNN accuracy.
+    """
 
     out: Path = Path("quickstart")
     """Folder for shards, run and pictures."""
@@ -79,12 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the name of the program; default those of the process.
 
     Returns:
-        The exit code: 0 finished, 1 failed while running, 2 refused before running, 75 stopped by a signal after saving
-        its state, 130 interrupted with nothing to save.
+        The exit code: 0 finished, 1 failed while running, 2 refused before running, 75 stopped by a
+        signal after saving its state, 130 interrupted with nothing to save.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    # Before torch loads OpenMP. Its threads spin while they wait, and if other threads, such as the loader's, need the
-    # cores, long spinning makes a small model several times slower.
+    # Before torch loads OpenMP. Its threads spin while they wait, and if other threads, such as the
+    # loader's, need the cores, long spinning makes a small model several times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         clean_environment(os.environ)
@@ -145,7 +154,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _usage(verbs: dict[str, Callable[[list[str]], int]]) -> str:
     """One line for each command."""
     lines = [f"  fastmoco {name:<14} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in verbs.items()]
-    return "\n".join(["fastmoco: MoCo v3 pre-training", "", *lines, "", "fastmoco COMMAND --help lists its options."])
+    return "\n".join(
+        [
+            "fastmoco: MoCo v3 pre-training",
+            "",
+            *lines,
+            "",
+            "fastmoco COMMAND --help lists its options.",
+        ]
+    )
 
 
 def _parse_config(kind: type[P], verb: str, args: list[str]) -> P | None:

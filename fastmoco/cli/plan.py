@@ -1,4 +1,6 @@
-"""`fastmoco plan`: memory and FLOPs of a recipe on given GPUs, and the largest batch of each setting, without a GPU."""
+"""`fastmoco plan`: memory and FLOPs of a recipe on given GPUs, and the largest batch of each
+setting, without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
 @dataclass(frozen=True, kw_only=True)
 class PlanArguments:
-    """Parameters, FLOPs, memory, micro-batches and largest batches of a recipe, without a GPU and without data."""
+    """Parameters, FLOPs, memory, micro-batches and largest batches of a recipe,
+    without a GPU and without data.
+    """
 
     gpus: int = 1
     """Training processes, one per GPU."""
@@ -68,7 +72,8 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
         memory: bytes of each device.
 
     Raises:
-        ValueError: if the processes cannot divide the batch, or the config sets micro-batches and the trunk couples samples.
+        ValueError: if the processes cannot divide the batch, or the config sets micro-batches and
+            the trunk couples samples.
     """
     import torch
 
@@ -142,7 +147,9 @@ def _costs(
 
 
 def _loader(config: Config, gpus: int, levels: bool, on_cpu: bool) -> LoaderBytes:
-    """Memory of a loader that makes its views on the device of the model; with synthetic images only the batch."""
+    """Memory of a loader that makes its views on the device of the model; with
+    synthetic images only the batch.
+    """
     from dataclasses import replace
 
     from fastmoco_pipelines.loading.memory import LoaderBytes, loader_bytes
@@ -157,7 +164,9 @@ def _loader(config: Config, gpus: int, levels: bool, on_cpu: bool) -> LoaderByte
 
 
 def _shared_by(config: Config, costs: StepCosts, gpus: int, memory: int) -> int:
-    """Number of GPUs that share a copy of the state under `parallel.strategy`, on one machine (`choose_strategy`)."""
+    """Number of GPUs that share a copy of the state under `parallel.strategy`, on one machine
+    (`choose_strategy`).
+    """
     from fastmoco.distributed.parallelize import STATE_SHARE
     from fastmoco.planning.plan import state_bytes
 
@@ -173,12 +182,25 @@ def _element(config: Config) -> int:
 
 
 def _row(
-    config: Config, by_budget: dict[float, StepCosts], setting: str, gpus: int, usable: float, shards: int
+    config: Config,
+    by_budget: dict[float, StepCosts],
+    setting: str,
+    gpus: int,
+    usable: float,
+    shards: int,
 ) -> dict[str, Any]:
     """One setting: the plan for the batch of the recipe, and the largest batches."""
     from dataclasses import replace
 
-    from fastmoco.planning.plan import best_plan, busy_chunk, largest_batch, parts_of, plan_step, sharded, state_bytes
+    from fastmoco.planning.plan import (
+        best_plan,
+        busy_chunk,
+        largest_batch,
+        parts_of,
+        plan_step,
+        sharded,
+        state_bytes,
+    )
 
     element = _element(config)
     costs = next(iter(by_budget.values()))
@@ -230,16 +252,30 @@ def _print_tables(found: dict[str, Any]) -> None:
     console = Console(highlight=False)
     gib = 2**30
     print(
-        f"{found['recipe']}: batch {found['global_batch_size']} on {found['gpus']} x {found['memory_bytes'] / gib:.4g} GiB, "
+        f"{found['recipe']}: batch {found['global_batch_size']} on {found['gpus']} x "
+        f"{found['memory_bytes'] / gib:.4g} GiB, "
         f"{found['precision']}; {found['usable_share']:.0%} of the memory is used for the plan"
     )
     print(
-        f"{found['parameters'] / 1e6:.1f} M parameters, {found['trainable_parameters'] / 1e6:.1f} M of them trainable; "
-        f"{_figure(found['flops_per_image'] / 1e9)} GFLOP per image, {_figure(found['flops_per_step'] / 1e12)} TFLOP per step"
+        f"{found['parameters'] / 1e6:.1f} M parameters, {found['trainable_parameters'] / 1e6:.1f} "
+        "M of them trainable; "
+        f"{_figure(found['flops_per_image'] / 1e9)} GFLOP per image, "
+        f"{_figure(found['flops_per_step'] / 1e12)} TFLOP per step"
     )
     if found["couples_samples"]:
         print(f"no chunks: {found['couples_samples']}")
-    heading = ("recompute", "share", "state", "MB/img", "batch in", "kept", "extra", "peak", "whole", "chunks")
+    heading = (
+        "recompute",
+        "share",
+        "state",
+        "MB/img",
+        "batch in",
+        "kept",
+        "extra",
+        "peak",
+        "whole",
+        "chunks",
+    )
     table = Table(*heading, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for row in found["settings"]:
         plan, state = row["plan"], row["state_bytes"]["total"]
@@ -267,10 +303,13 @@ def _print_tables(found: dict[str, Any]) -> None:
     )
     print(f"blocks {blocks}; views as {found['views']}")
     print(
-        "share: GPUs that share one copy of parameters, gradients and optimizer. state, peak: GiB per GPU (! does not fit),\n"
+        "share: GPUs that share one copy of parameters, gradients and optimizer. state, peak: GiB "
+        "per GPU (! does not fit),\n"
         "including tensors that FSDP2 gathers temporarily.\n"
-        "MB/img: activations of an image. batch in: chunks x images. kept: images that keep their activations.\n"
-        "extra: FLOPs computed twice. whole, chunks: the largest batch over all GPUs at once, and in such chunks."
+        "MB/img: activations of an image. batch in: chunks x images. kept: images that keep their "
+        "activations.\n"
+        "extra: FLOPs computed twice. whole, chunks: the largest batch over all GPUs at once, and "
+        "in such chunks."
     )
 
 

@@ -1,4 +1,6 @@
-"""`fastmoco quickstart`: train an encoder on digits that scikit-learn contains, and draw pictures."""
+"""`fastmoco quickstart`: train an encoder on digits that scikit-learn
+contains, and draw pictures.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,11 @@ def quickstart(out: Path) -> int:
     print(f"3/3  training {config.recipe}: {config.epochs:g} epochs of {config.global_batch_size} images per step\n")
     code = train(config, out / "run")
     if code == 0:
-        _summary(config, out, f"after {time.monotonic() - began:.0f} s" if fresh else "in an earlier call")
+        _summary(
+            config,
+            out,
+            f"after {time.monotonic() - began:.0f} s" if fresh else "in an earlier call",
+        )
     return code
 
 

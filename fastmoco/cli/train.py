@@ -33,12 +33,13 @@ def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool =
         0 finished, 75 stopped by a signal after saving its state.
 
     Raises:
-        SystemExit: with 2 if the run is refused before its first step, with 1 if it fails while running, after a
-            message on standard error.
+        SystemExit: with 2 if the run is refused before its first step, with 1 if it fails while
+            running, after a message on standard error.
     """
     os.umask(0o077)  # only the owner may read weights and metrics
     with restarts.refusals_are_final(), one_line(EXIT_REFUSED, ValueError):
-        # Collectives wait longer than the loader, so that the rank whose data hangs fails first and reports the cause.
+        # Collectives wait longer than the loader, so that the rank whose data hangs fails first and
+        # reports the cause.
         world = start_world(config.device, timeout_s=config.data.timeout_s + 120)
         with first_cause(world):
             trainer = Trainer.build(config, out, world, allow=allow, trust=trust)
@@ -57,7 +58,8 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
     """Print the kNN accuracy of the newest checkpoint of a run as one JSON line; returns 0.
 
     Raises:
-        SystemExit: with 2 if the run or the shards cannot be used, after a message on standard error.
+        SystemExit: with 2 if the run or the shards cannot be used, after a
+            message on standard error.
     """
     with one_line(EXIT_REFUSED, ValueError):
         objective, saved, checkpoint = load_run(run)

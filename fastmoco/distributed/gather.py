@@ -19,8 +19,8 @@ all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_ga
 def gather_keys(keys: Tensor) -> Tensor:
     """Concatenate every rank's keys by rank; row `rank * B + i` is row i of that rank.
 
-    Keys come from the momentum encoder and have no gradient, so neither has the result (Chen, Xie, He 2021). The
-    positives of this rank's queries are the rows `rank * B + i`.
+    Keys come from the momentum encoder and have no gradient, so neither has the result (Chen, Xie,
+    He 2021). The positives of this rank's queries are the rows `rank * B + i`.
 
     Args:
         keys: [B, D], any dtype; B and D must be equal on all ranks.
@@ -29,14 +29,17 @@ def gather_keys(keys: Tensor) -> Tensor:
         [N, D] with N = B * world size; with one process `keys` itself, detached.
 
     Raises:
-        ValueError: on the CPU, if B differs between ranks, where gloo would silently return rows of zeros. On CUDA the
-            check would wait for the device in every step; the loader gives equal parts by construction.
+        ValueError: on the CPU, if B differs between ranks, where gloo would silently return rows of
+            zeros. On CUDA the check would wait for the device in every step; the loader gives equal
+            parts by construction.
     """
     return start_gathering(keys)()
 
 
 def start_gathering(keys: Tensor) -> Callable[[], Tensor]:
-    """Start `gather_keys`; the returned function waits for the result. Work in between overlaps with communication."""
+    """Start `gather_keys`; the returned function waits for the result. Work in
+    between overlaps with communication.
+    """
     keys = keys.detach()
     world_size = group_size()
     if world_size == 1:
@@ -56,7 +59,8 @@ def start_gathering(keys: Tensor) -> Callable[[], Tensor]:
 
 
 def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
-    """Concatenate tensors whose first dimension may differ between ranks, in rank order, on every rank.
+    """Concatenate tensors whose first dimension may differ between ranks, in
+    rank order, on every rank.
 
     Args:
         rows: [n, ...] on the CPU; all but n must be equal on all ranks.

@@ -1,7 +1,8 @@
-"""Accumulate gradients in one process over several backward passes, and average them over ranks once.
+"""Accumulate gradients in one process over several backward passes, and average
+them over ranks once.
 
-`DistributedDataParallel` averages in every backward, which would cost a step in micro-batches one all-reduce of the whole
-model for each of them.
+`DistributedDataParallel` averages in every backward, which would cost a step in micro-batches one
+all-reduce of the whole model for each of them.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from fastmoco.distributed.mesh import group_size
 from fastmoco.distributed.sharding import trunk_units
 
 BUCKET_BYTES = 32 * 2**20
-"""Bytes of gradients in one message: large enough for the network, small compared with the model."""
+"""Bytes of gradients in one message: large enough for the network, small
+compared with the model."""
 
 
 class GradientAverage:
     """Averages gradients over ranks after the last backward pass of a step.
 
-    Use `with average.local(): ...` around every backward but the last, and `with average.last(): ...` around the last one.
-    Afterwards `grad` of every trainable parameter is the mean of the sums of all ranks, with the same bits on all of them.
+    Use `with average.local(): ...` around every backward but the last, and
+    `with average.last(): ...` around the last one. Afterwards `grad` of every trainable parameter
+    is the mean of the sums of all ranks, with the same bits on all of them.
 
     Args:
-        module: with the same trainable parameters in the same order on every rank; each must get a gradient.
+        module: with the same trainable parameters in the same order on every
+            rank; each must get a gradient.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -44,8 +48,8 @@ class GradientAverage:
         """The backward pass that completes the gradients.
 
         Raises:
-            RuntimeError: naming the first trainable parameter without a gradient. Other ranks would wait for it, or use
-                the gradient of another parameter instead.
+            RuntimeError: naming the first trainable parameter without a gradient. Other ranks would
+                wait for it, or use the gradient of another parameter instead.
         """
         yield
         if group_size() > 1:
@@ -62,12 +66,13 @@ class GradientAverage:
 class ShardedGradientAverage:
     """The same for a model under FSDP2.
 
-    Gradients of the trunk are accumulated unsharded, in float32 and in this process, until the last backward, and are then
-    reduced into the shards. The heads have one backward per step and are reduced in it.
+    Gradients of the trunk are accumulated unsharded, in float32 and in this process, until the last
+    backward, and are then reduced into the shards. The heads have one backward per step and are
+    reduced in it.
 
     Args:
-        objective: a `MoCoV3` after `parallelize`. All ranks must use the same micro-batches, because FSDP2 gathers weights
-            in each of them.
+        objective: a `MoCoV3` after `parallelize`. All ranks must use the same micro-batches,
+            because FSDP2 gathers weights in each of them.
     """
 
     def __init__(self, objective: Any) -> None:
@@ -98,7 +103,9 @@ def gradient_average(objective: Any) -> GradientAverage | ShardedGradientAverage
 
 
 def _buckets(gradients: Iterator[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive gradients of one dtype, up to `BUCKET_BYTES` together; a larger tensor has its own bucket."""
+    """Consecutive gradients of one dtype, up to `BUCKET_BYTES` together; a
+    larger tensor has its own bucket.
+    """
     bucket: list[Tensor] = []
     size = 0
     for gradient in gradients:

@@ -29,7 +29,8 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Device of this process's model and batches."""
     attempt: str = ""
-    """A name that only the ranks of this start share, not those of an earlier start under the same launcher."""
+    """A name that only the ranks of this start share, not those of an earlier
+    start under the same launcher."""
 
 
 def _device_of(device: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:
@@ -50,8 +51,8 @@ def _device_of(device: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch
 def start_world(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_s: float = 600.0) -> World:
     """Read torchrun's environment and, if there is more than one process, join the process group.
 
-    A run without torchrun has one process and no process group. Several processes communicate with gloo on the CPU and
-    with NCCL on CUDA; each CUDA process uses the device of its local rank.
+    A run without torchrun has one process and no process group. Several processes communicate with
+    gloo on the CPU and with NCCL on CUDA; each CUDA process uses the device of its local rank.
 
     Args:
         device: "auto" uses CUDA if there is a device.
@@ -94,15 +95,18 @@ def start_world(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_s: f
 
 
 def agree_on_attempt(store: Any, rank: int, world_size: int, *, timeout_s: float) -> str:
-    """Agree on a name that only the ranks of this start share, through a store that may have entries of dead ranks.
+    """Agree on a name that only the ranks of this start share, through a store that may have
+    entries of dead ranks.
 
-    torchrun keeps one store over all its restarts, and new ranks would try to connect to the addresses of dead ranks in it
-    (on gloo about every second restart fails for this reason). torchrun's count of restarts does not identify a start,
-    because the agent of each machine counts the failures of its own workers. Rank 0 therefore draws a name and answers
-    every rank that presents a new random number.
+    torchrun keeps one store over all its restarts, and new ranks would try to connect to the
+    addresses of dead ranks in it (on gloo about every second restart fails for this reason).
+    torchrun's count of restarts does not identify a start, because the agent of each machine counts
+    the failures of its own workers. Rank 0 therefore draws a name and answers every rank that
+    presents a new random number.
 
     Raises:
-        RuntimeError: on rank 0 if ranks are missing after `timeout_s`, naming them; on others if rank 0 never answers.
+        RuntimeError: on rank 0 if ranks are missing after `timeout_s`, naming them; on others if
+            rank 0 never answers.
     """
     mine = uuid.uuid4().hex
     if rank > 0:
@@ -129,7 +133,9 @@ def agree_on_attempt(store: Any, rank: int, world_size: int, *, timeout_s: float
 
 
 def stop_world() -> None:
-    """Leave the process group, if there is one, after a barrier, because a slower rank may still need its peers."""
+    """Leave the process group, if there is one, after a barrier, because a
+    slower rank may still need its peers.
+    """
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):  # the death of a peer after its work is no failure of this process
             dist.barrier()
@@ -137,7 +143,9 @@ def stop_world() -> None:
 
 
 def lost_a_peer(error: BaseException) -> bool:
-    """Whether an error only reports a broken collective: a plain RuntimeError of gloo, a DistError of NCCL."""
+    """Whether an error only reports a broken collective: a plain RuntimeError
+    of gloo, a DistError of NCCL.
+    """
     return dist.is_initialized() and (type(error) is RuntimeError or isinstance(error, dist.DistError))
 
 

@@ -1,7 +1,8 @@
 """Compare the state that ranks have in common, bit by bit, to detect faults of memory and devices.
 
-A rank whose weights differ in one bit would continue without an error and contribute wrong gradients to every step. The
-comparison reads each tensor once on its device and sends 8 bytes per tensor.
+A rank whose weights differ in one bit would continue without an error and contribute wrong
+gradients to every step. The comparison reads each tensor once on its device and sends 8 bytes per
+tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bit_sums(tensors: list[Tensor]) -> Tensor:
-    """The sum of the elements of each tensor as integers, modulo 2**64, which any single flipped bit changes.
+    """The sum of the elements of each tensor as integers, modulo 2**64, which
+    any single flipped bit changes.
 
     Args:
         tensors: on one device; for a DTensor, this rank's shard.
@@ -37,15 +39,16 @@ def bit_sums(tensors: list[Tensor]) -> Tensor:
 def require_equal_replicas(objective: nn.Module, world: World) -> None:
     """Compare parameters and buffers over all ranks that hold the same ones.
 
-    Under DDP these are all of them; under FSDP2 buffers of batch norms and frozen parameters; under HSDP also the shards
-    of the copies.
+    Under DDP these are all of them; under FSDP2 buffers of batch norms and frozen parameters; under
+    HSDP also the shards of the copies.
 
     Args:
         objective: between two steps.
         world: ranks; all of them must call this function.
 
     Raises:
-        RunError: on every rank, naming the first tensor that differs and the ranks that differ from the majority.
+        RunError: on every rank, naming the first tensor that differs and the
+            ranks that differ from the majority.
     """
     if world.world_size == 1:
         return
@@ -62,8 +65,10 @@ def require_equal_replicas(objective: nn.Module, world: World) -> None:
             if odd:
                 where = f"on ranks={odd} from the others" if odd != peers else f"among ranks={odd}"
                 raise RunError(
-                    f"{name} differs {where}: a bit flipped in memory, or an operation there gives other results. "
-                    "Remove that machine, and continue from a checkpoint that is older than the last comparison "
+                    f"{name} differs {where}: a bit flipped in memory, or an operation there gives "
+                    "other results. "
+                    "Remove that machine, and continue from a checkpoint that is older than the "
+                    "last comparison "
                     "(parallel.verify_replicas_every)"
                 )
 

@@ -1,9 +1,10 @@
 """Batch normalisation over the batches of all ranks, on CPU and CUDA.
 
-torch's `SyncBatchNorm` refuses to train on CPU tensors, so it could not be tested without GPUs, and local statistics change
-the loss by 0.1 and more without an error. Here one process uses torch's batch norm. Several processes exchange mean, centred
-squares and count of their parts in one message per layer, for both views of a head at once, and combine them as in Chan,
-Golub, LeVeque 1983, without cancellation and with the same bits on all ranks.
+torch's `SyncBatchNorm` refuses to train on CPU tensors, so it could not be tested without GPUs, and
+local statistics change the loss by 0.1 and more without an error. Here one process uses torch's
+batch norm. Several processes exchange mean, centred squares and count of their parts in one message
+per layer, for both views of a head at once, and combine them as in Chan, Golub, LeVeque 1983,
+without cancellation and with the same bits on all ranks.
 """
 
 from __future__ import annotations
@@ -20,24 +21,32 @@ from fastmoco.distributed.mesh import group_size
 
 
 def _layout(x: Tensor) -> tuple[list[int], list[int]]:
-    """The dimensions that a statistic covers, and the shape in which a vector of channels broadcasts to `x`."""
+    """The dimensions that a statistic covers, and the shape in which a vector
+    of channels broadcasts to `x`.
+    """
     channel = 2 if x.ndim == 3 else 1
     dims = [d for d in range(x.ndim) if d != channel and not (x.ndim == 3 and d == 0)]
     return dims, [-1 if d == channel else 1 for d in range(x.ndim)]
 
 
 class _NormaliseOverRanks(torch.autograd.Function):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias with mean and biased var over batch, positions and ranks.
+    """y = (x - mean) / sqrt(var + eps) * weight + bias with mean and biased var over batch,
+    positions and ranks.
 
-    With V batches in x (1, except for [V, B, C]), the forward sends V * 2C + 1 elements and the backward [2, V, C]: with
-    xhat = (y - bias) / weight and means over all ranks,
-    dx = weight / sqrt(var + eps) * (dy - mean(dy) - xhat * mean(dy * xhat)). Gradients of weight and bias stay local, as
-    for every other parameter; the data-parallel wrapper averages them.
+    With V batches in x (1, except for [V, B, C]), the forward sends V * 2C + 1 elements and the
+    backward [2, V, C]: with xhat = (y - bias) / weight and means over all ranks, dx = weight /
+    sqrt(var + eps) * (dy - mean(dy) - xhat * mean(dy * xhat)). Gradients of weight and bias stay
+    local, as for every other parameter; the data-parallel wrapper averages them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dims, per_channel = _layout(x)
 
@@ -88,10 +97,11 @@ class _NormaliseOverRanks(torch.autograd.Function):
 class BatchNorm(nn.Module):
     """Batch normalisation whose training statistics cover the batches of all ranks.
 
-    Inputs [V, B, C] are V separate batches: the result, buffers included, equals that of V calls in turn, with a single
-    message between ranks. Names of parameters and buffers, defaults and running averages are those of
-    `torch.nn.BatchNorm1d`. Statistics and arithmetic are at least float32 for 16-bit inputs; the output has the input's
-    dtype. `running_var` averages the unbiased variance, n / (n - 1) times the biased one, where n counts all ranks.
+    Inputs [V, B, C] are V separate batches: the result, buffers included, equals that of V calls in
+    turn, with a single message between ranks. Names of parameters and buffers, defaults and running
+    averages are those of `torch.nn.BatchNorm1d`. Statistics and arithmetic are at least float32 for
+    16-bit inputs; the output has the input's dtype. `running_var` averages the unbiased variance, n
+    / (n - 1) times the biased one, where n counts all ranks.
 
     Args:
         num_features: number of channels C of inputs [B, C], [V, B, C] or [B, C, H, W].
@@ -118,10 +128,12 @@ class BatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [B, C], [V, B, C] or [B, C, H, W]: over the global batch in training, else by the running averages.
+        """Normalise [B, C], [V, B, C] or [B, C, H, W]: over the global batch in training, else by
+        the running averages.
 
         Raises:
-            ValueError: if the channel count is not `num_features`, or a single process trains on one value per channel.
+            ValueError: if the channel count is not `num_features`, or a single process trains on
+                one value per channel.
         """
         C = self.num_features
         if not 2 <= x.ndim <= 4 or x.shape[2 if x.ndim == 3 else 1] != C:
@@ -139,7 +151,14 @@ class BatchNorm(nn.Module):
         dtype = self.running_mean.dtype
         weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
         return F.batch_norm(
-            x, self.running_mean, self.running_var, weight, bias, self.training, self.averaging, self.eps
+            x,
+            self.running_mean,
+            self.running_var,
+            weight,
+            bias,
+            self.training,
+            self.averaging,
+            self.eps,
         )
 
     def _normalise_over_ranks(self, x: Tensor) -> Tensor:

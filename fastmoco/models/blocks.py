@@ -1,12 +1,15 @@
-"""The parts of a vision transformer: attention, MLP, block, and the two stems, initialised as in MoCo v3.
+"""The parts of a vision transformer: attention, MLP, block, and the two stems,
+initialised as in MoCo v3.
 
-Only the class token of the last block is read, so `Block.class_row` computes nothing else. It multiplies the query with
-the key projection before the product with the tokens, and applies the value projection to one weighted mean for each head
-instead of every token. That costs 2 A E multiplications per token; a full block costs 12 E^2 and more.
+Only the class token of the last block is read, so `Block.class_row` computes nothing else. It
+multiplies the query with the key projection before the product with the tokens, and applies the
+value projection to one weighted mean for each head instead of every token. That costs 2 A E
+multiplications per token; a full block costs 12 E^2 and more.
 
-`Block.recompute` selects the activations that are kept for the backward. "selective" keeps the results of the matrix
-products and of attention, and computes layer norms and GELU again; torch stops a recomputation at the last tensor that is
-needed, so no product runs twice. "full" keeps the input of the block and computes everything again. All give the same bits.
+`Block.recompute` selects the activations that are kept for the backward. "selective" keeps the
+results of the matrix products and of attention, and computes layer norms and GELU again; torch
+stops a recomputation at the last tensor that is needed, so no product runs twice. "full" keeps the
+input of the block and computes everything again. All give the same bits.
 
 Legend: B images, L tokens, E width, A heads, d = E / A.
 """
@@ -51,12 +54,15 @@ def _linear(fan_in: int, fan_out: int, *, matrices: int = 1) -> nn.Linear:
 class LayerNorm(nn.LayerNorm):
     """torch's layer norm, with weights that may be narrower than the input.
 
-    Sharded training gathers weights in bf16, and torch on a CPU needs one dtype for both. `add` is the norm inside a
-    block, fused with the residual addition before it; `forward` is the norm after the last block.
+    Sharded training gathers weights in bf16, and torch on a CPU needs one dtype for both. `add` is
+    the norm inside a block, fused with the residual addition before it; `forward` is the norm after
+    the last block.
     """
 
     def add(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`x + branch` and its norm, both [..., E]. The norm has the dtype of the product that reads it."""
+        """`x + branch` and its norm, both [..., E]. The norm has the dtype of
+        the product that reads it.
+        """
         return residual_norm(x, branch, self.weight, self.bias, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +75,9 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; rows of `qkv` are grouped q, k, v, then by head. `backend`: see `attention`."""
+    """Multi-head self-attention; rows of `qkv` are grouped q, k, v, then by
+    head. `backend`: see `attention`.
+    """
 
     def __init__(self, width: int, num_heads: int, backend: str = "auto") -> None:
         super().__init__()
@@ -83,7 +91,9 @@ class Attention(nn.Module):
         return self.attend(self.qkv(x_BLE))
 
     def attend(self, qkv_BLF: Tensor) -> Tensor:
-        """Attention of the stacked projections, and the output projection: [B, L, 3 E] -> [B, L, E]."""
+        """Attention of the stacked projections, and the output projection: [B,
+        L, 3 E] -> [B, L, E].
+        """
         B, L, F3 = qkv_BLF.shape
         qkv = qkv_BLF.view(B, L, 3, self.num_heads, F3 // (3 * self.num_heads))
         # Views of one buffer, so that their gradients are stacked without another copy.
@@ -138,9 +148,10 @@ class Block(nn.Module):
 
     Attributes:
         recompute: the activations that the backward computes again.
-        hands_on_parts: whether the block returns the residual stream as two tensors, stream and branch, whose sum the
-            next norm computes in its own pass over memory.
-        fused: whether `forward` is a single autograd node (`fused_block`), which supports recomputing none and full.
+        hands_on_parts: whether the block returns the residual stream as two tensors, stream and
+            branch, whose sum the next norm computes in its own pass over memory.
+        fused: whether `forward` is a single autograd node (`fused_block`), which supports
+            recomputing none and full.
     """
 
     def __init__(self, width: int, num_heads: int, mlp_hidden: int, attention_backend: str = "auto") -> None:
@@ -168,7 +179,9 @@ class Block(nn.Module):
         return x_BLE + _checkpointed(self.mlp.contract, hidden), None
 
     def class_row(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> Tensor:
-        """Row 0 of the sum that `forward` returns: [B, E]. Cheap, so both ways of recomputing compute all of it again."""
+        """Row 0 of the sum that `forward` returns: [B, E]. Cheap, so both ways of recomputing
+        compute all of it again.
+        """
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._class_row(x_BLE, branch_BLE)
         return _checkpointed(self._class_row, sum_of(x_BLE, branch_BLE))
@@ -184,7 +197,10 @@ class Block(nn.Module):
         used = (norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2)
         weights = Weights(*(tensor for module in used for tensor in (module.weight, module.bias)))
         form = Form(
-            self.attn.num_heads, (self.norm1.eps, self.norm2.eps), self.attn.backend, remakes=self.recompute != "none"
+            self.attn.num_heads,
+            (self.norm1.eps, self.norm2.eps),
+            self.attn.backend,
+            remakes=self.recompute != "none",
         )
         return fused_block(x_BLE, branch_BLE, weights, form)
 
@@ -217,7 +233,9 @@ class PatchStem(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Four 3x3 convolutions of stride 2 with batch norm and ReLU, then a 1x1 convolution (Xiao et al. 2021)."""
+    """Four 3x3 convolutions of stride 2 with batch norm and ReLU, then a 1x1
+    convolution (Xiao et al. 2021).
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,12 +1,14 @@
 """Matrix products in float8 for wide encoders, with torchao.
 
-torchao replaces the forward of a linear layer and both products of its backward. Parameters stay the same objects under the
-same names, so state, optimizers, momentum encoder and shards are not affected. Every row of an operand is scaled by its own
-power of two to the range of float8 (e4m3), so no state is carried from step to step. docs/precision.md describes the errors
-and their dependence on micro-batches and ranks.
+torchao replaces the forward of a linear layer and both products of its backward. Parameters stay
+the same objects under the same names, so state, optimizers, momentum encoder and shards are not
+affected. Every row of an operand is scaled by its own power of two to the range of float8 (e4m3),
+so no state is carried from step to step. docs/precision.md describes the errors and their
+dependence on micro-batches and ranks.
 
-Some layers stay in bf16: patch projection and heads; layers whose sides are not multiples of 16, which the hardware does not
-support; and the last block, which computes few rows and bypasses the layers for queries and values (`blocks`).
+Some layers stay in bf16: patch projection and heads; layers whose sides are not multiples of 16,
+which the hardware does not support; and the last block, which computes few rows and bypasses the
+layers for queries and values (`blocks`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from torch import Tensor, nn
 from fastmoco.models.vit import VisionTransformer
 
 BALANCE = 367.0
-"""FLOP per byte above which float8 products are limited by arithmetic, not memory: 1580 TFLOP/s over 4.3 TB/s on an H200."""
+"""FLOP per byte above which float8 products are limited by arithmetic, not memory: 1580 TFLOP/s
+over 4.3 TB/s on an H200."""
 CAPABILITY = (8, 9)
 """Lowest CUDA capability with float8 products: Ada, then Hopper."""
 ALIGNMENT = 16
@@ -42,12 +45,14 @@ def candidates(encoder: VisionTransformer) -> dict[str, nn.Linear]:
 
 
 def flop_per_byte(encoder: VisionTransformer) -> float:
-    """FLOP of the float8 products of a step, divided by the least bytes that they and their casts move.
+    """FLOP of the float8 products of a step, divided by the least bytes that
+    they and their casts move.
 
-    For each token and each layer of K inputs and N outputs a step has four products of 2 K N FLOP: query, key, and the
-    gradients of inputs and weights. An operand is read in bf16, written in float8, and read again: 4 bytes per element.
-    A result is written in bf16. Each forward moves 4 K + 2 N bytes, the gradient of the inputs 4 N + 2 K, that of the
-    weights 4 K + 4 N. Bytes of weights are neglected: a batch has far more tokens than an encoder has channels.
+    For each token and each layer of K inputs and N outputs a step has four products of 2 K N FLOP:
+    query, key, and the gradients of inputs and weights. An operand is read in bf16, written in
+    float8, and read again: 4 bytes per element. A result is written in bf16. Each forward moves 4 K
+    + 2 N bytes, the gradient of the inputs 4 N + 2 K, that of the weights 4 K + 4 N. Bytes of
+    weights are neglected: a batch has far more tokens than an encoder has channels.
     """
     sizes = [(layer.in_features, layer.out_features) for layer in candidates(encoder).values()]
     moved = sum(14 * K + 12 * N for K, N in sizes)
@@ -63,9 +68,12 @@ def require_gain(encoder: VisionTransformer) -> None:
     found = flop_per_byte(encoder)
     if found < BALANCE:
         raise ValueError(
-            f"model.linears='float8': the products of this encoder, {encoder.embed_dim} channels wide, do {found:.0f} FLOP per "
-            f"byte, casts included; below {BALANCE:.0f} an H200 waits for memory and float8 is slower. Both are counted "
-            "from shapes, not measured. Use model.linears native, or an encoder of at least the size of vit_large"
+            f"model.linears='float8': the products of this encoder, {encoder.embed_dim} channels "
+            f"wide, do {found:.0f} FLOP per "
+            f"byte, casts included; below {BALANCE:.0f} an H200 waits for memory and float8 is "
+            "slower. Both are counted "
+            "from shapes, not measured. Use model.linears native, or an encoder of at least the "
+            "size of vit_large"
         )
 
 
@@ -87,18 +95,21 @@ def require_support(device: torch.device, precision: str, *, field: str = "model
     found = torch.cuda.get_device_capability(device)
     if found < CAPABILITY:
         raise ValueError(
-            f"{field}='float8': {torch.cuda.get_device_name(device)} has CUDA capability {found[0]}.{found[1]}, and "
+            f"{field}='float8': {torch.cuda.get_device_name(device)} has CUDA capability "
+            f"{found[0]}.{found[1]}, and "
             f"float8 products need {CAPABILITY[0]}.{CAPABILITY[1]}; use {field} native"
         )
     if precision != "bf16":
         raise ValueError(
-            f"{field}='float8': requires precision bf16, got {precision}: float8 products are less precise than bf16, "
+            f"{field}='float8': requires precision bf16, got {precision}: float8 products are less "
+            "precise than bf16, "
             f"which an {precision} run has ruled out; use --precision bf16, or {field} native"
         )
 
 
 def use_float8_(encoder: VisionTransformer, *, emulate: bool = False) -> list[str]:
-    """Replace the encoder's `candidates` by float8 layers, in place. Call it before compiling, wrapping and sharding.
+    """Replace the encoder's `candidates` by float8 layers, in place. Call it before compiling,
+    wrapping and sharding.
 
     Args:
         encoder: on any device; its parameters do not change.
@@ -121,7 +132,9 @@ def use_float8_(encoder: VisionTransformer, *, emulate: bool = False) -> list[st
 
 
 def _as_autocast_has_it(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-    """Cast inputs to the dtype of autocast. torchao does this on CUDA only, but plans and tests run on a CPU."""
+    """Cast inputs to the dtype of autocast. torchao does this on CUDA only, but
+    plans and tests run on a CPU.
+    """
     kind = inputs[0].device.type
     return (inputs[0].to(torch.get_autocast_dtype(kind)),) if torch.is_autocast_enabled(kind) else None
 
@@ -136,14 +149,17 @@ def _torchao() -> tuple[Callable[..., Any], Any]:
         if (error.name or "").partition(".")[0] != "torchao":
             raise
         raise ModuleNotFoundError(
-            "model.linears='float8' needs torchao: pip install '.[float8]' in fastmoco's source folder", name="torchao"
+            "model.linears='float8' needs torchao: pip install '.[float8]' in fastmoco's source folder",
+            name="torchao",
         ) from error
     return convert_to_float8_training, Float8LinearConfig.from_recipe_name("rowwise")
 
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Silence these loggers: torchao warns of every library that it cannot load, and needs none of them here."""
+    """Silence these loggers: torchao warns of every library that it cannot
+    load, and needs none of them here.
+    """
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)

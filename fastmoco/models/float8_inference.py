@@ -1,16 +1,20 @@
-"""Matrix products in float8 for the momentum encoder only, which has no backward; one product per layer, without torchao.
+"""Matrix products in float8 for the momentum encoder only, which has no backward; one product per
+layer, without torchao.
 
     y = s_x s_w (x8 w8^T) + b,    x8 = e4m3(x / s_x),    w8 = e4m3(W / s_w)
 
-A row of `x` is a token, a row of `W` an output channel. Each has its own scale: the smallest power of two that brings its
-largest entry to at most 448, the largest number of e4m3. Scaling therefore adds no rounding, the result of a token does not
-depend on other tokens, and keys do not depend on micro-batches. `torch._scaled_mm` applies both scales in its epilogue.
+A row of `x` is a token, a row of `W` an output channel. Each has its own scale: the smallest power
+of two that brings its largest entry to at most 448, the largest number of e4m3. Scaling therefore
+adds no rounding, the result of a token does not depend on other tokens, and keys do not depend on
+micro-batches. `torch._scaled_mm` applies both scales in its epilogue.
 
-`W` and `b` change once per step, by the momentum update. `refresh_` rounds them once for all micro-batches, into tensors that
-keep their addresses, because captured CUDA graphs read them; autocast would cast them again in each. The rounded copies
-belong to no state: parameters stay float32 under their names, and the momentum update reads and writes those.
+`W` and `b` change once per step, by the momentum update. `refresh_` rounds them once for all
+micro-batches, into tensors that keep their addresses, because captured CUDA graphs read them;
+autocast would cast them again in each. The rounded copies belong to no state: parameters stay
+float32 under their names, and the momentum update reads and writes those.
 
-Layers are those of `float8.candidates`: the blocks' `qkv`, `proj`, `fc1` and `fc2`, without the last block.
+Layers are those of `float8.candidates`: the blocks' `qkv`, `proj`, `fc1` and
+`fc2`, without the last block.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
 """Largest number of e4m3."""
 TINY = 1e-30
-"""Rows whose entries are all smaller count as zero, so that scales and their inverses are normal numbers."""
+"""Rows whose entries are all smaller count as zero, so that scales and their
+inverses are normal numbers."""
 EXPONENT = 0x7F800000
 """The exponent bits of a positive float32."""
 
@@ -46,11 +51,13 @@ def quantise_rows(matrix: Tensor) -> Rows:
     """Round a matrix to float8, each row with its own power of two as scale.
 
     Args:
-        matrix: [M, K], any floating dtype; read once for the scales and once for the values, both in float32.
+        matrix: [M, K], any floating dtype; read once for the scales and once
+            for the values, both in float32.
 
     Returns:
-        The rows, with a relative error of at most 2^-4 or, for small entries, an error of 2^-10 of the scale. A row
-        with NaN or infinity contains NaN, so that non-finite values stay non-finite.
+        The rows, with a relative error of at most 2^-4 or, for small entries, an error of 2^-10 of
+        the scale. A row with NaN or infinity contains NaN, so that non-finite values stay
+        non-finite.
     """
     wide = matrix.float()
     largest = wide.abs().amax(dim=1, keepdim=True)
@@ -81,21 +88,29 @@ class Float8Linear(nn.Linear):
 
     @torch.no_grad()
     def refresh_(self) -> None:
-        """Round the current weights, in place after the first time, so that addresses stay the same."""
+        """Round the current weights, in place after the first time, so that
+        addresses stay the same.
+        """
         bias = self.bias if self.bias is not None else self.weight.new_zeros(self.out_features)
         new = quantise_rows(self.weight), bias.to(torch.bfloat16)
         if self.rounded is None or self.rounded[1].device != self.weight.device:
             self.rounded = new
         else:
             (old_rows, old_bias), (new_rows, new_bias) = self.rounded, new
-            for old, now in ((old_rows.values, new_rows.values), (old_rows.scales, new_rows.scales)):
+            for old, now in (
+                (old_rows.values, new_rows.values),
+                (old_rows.scales, new_rows.scales),
+            ):
                 old.copy_(now)
             old_bias.copy_(new_bias)
         self._seen = self._state()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in autocast's dtype, without autocast in that of `x`. Without gradient."""
-        # torch counts writes by its own operations. Kernels may bypass that count, so a step calls `refresh_` itself.
+        """[..., K] -> [..., N] in autocast's dtype, without autocast in that of
+        `x`. Without gradient.
+        """
+        # torch counts writes by its own operations. Kernels may bypass that count, so a step calls
+        # `refresh_` itself.
         if not torch.compiler.is_compiling() and self._seen != self._state():
             self.refresh_()
         if self.rounded is None:
@@ -119,7 +134,8 @@ def multiply(x: Rows, weight: Rows, bias: Tensor) -> Tensor:
         bias: [N] bf16.
 
     Returns:
-        [M, N] bf16, rounded once. CUDA's fast accumulation has fewer bits than float32 and far more than e4m3.
+        [M, N] bf16, rounded once. CUDA's fast accumulation has fewer bits than
+        float32 and far more than e4m3.
     """
     return torch._scaled_mm(
         x.values,
@@ -140,7 +156,8 @@ def multiply_emulated(x: Rows, weight: Rows, bias: Tensor) -> Tensor:
 
 
 def use_float8_inference_(encoder: VisionTransformer, *, emulate: bool = False) -> list[str]:
-    """Replace an encoder's `candidates` by float8 layers for the forward, in place. Call it before compiling and wrapping.
+    """Replace an encoder's `candidates` by float8 layers for the forward, in place. Call it before
+    compiling and wrapping.
 
     Args:
         encoder: on any device, without gradient; its parameters do not change.
@@ -157,22 +174,26 @@ def use_float8_inference_(encoder: VisionTransformer, *, emulate: bool = False) 
 
 
 def float8_layers(module: nn.Module) -> list[Float8Linear]:
-    """The layers of a module that `use_float8_inference_` has made; call `refresh_` on each after weights change."""
+    """The layers of a module that `use_float8_inference_` has made; call
+    `refresh_` on each after weights change.
+    """
     return [part for part in module.modules() if isinstance(part, Float8Linear)]
 
 
 def forward_speed(encoder: VisionTransformer, *, fused: bool = False) -> float:
-    """Upper bound on the speed of the float8 layers' forward relative to bf16, counted from shapes for an H200.
+    """Upper bound on the speed of the float8 layers' forward relative to bf16,
+    counted from shapes for an H200.
 
-    For each token and each layer of K inputs and N outputs both take 2 K N FLOP. In bf16 they move 2 K + 2 N bytes, with
-    half the arithmetic rate of float8. In float8 they move K + 2 N, and a cast before them reads the operand in bf16 and
-    writes it in float8, 3 K. Each product takes the longer of its two times. Bytes of weights are neglected, as in
-    `float8.flop_per_byte`.
+    For each token and each layer of K inputs and N outputs both take 2 K N FLOP. In bf16 they move
+    2 K + 2 N bytes, with half the arithmetic rate of float8. In float8 they move K + 2 N, and a
+    cast before them reads the operand in bf16 and writes it in float8, 3 K. Each product takes the
+    longer of its two times. Bytes of weights are neglected, as in `float8.flop_per_byte`.
 
     Args:
         encoder: its `candidates` are counted.
-        fused: whether layer norm and GELU write float8 instead of bf16, as kernels of torch.compile do. Only `proj`,
-            whose operand is the output of attention, then has its own cast; the others write K bytes instead of 2 K.
+        fused: whether layer norm and GELU write float8 instead of bf16, as kernels of torch.compile
+            do. Only `proj`, whose operand is the output of attention, then has its own cast; the
+            others write K bytes instead of 2 K.
     """
     native = float8 = 0.0
     for name, layer in candidates(encoder).items():
@@ -192,8 +213,10 @@ def require_gain(encoder: VisionTransformer) -> None:
     found = forward_speed(encoder)
     if found <= 1:
         raise ValueError(
-            f"model.momentum_linears='float8': with {encoder.embed_dim} channels products and casts of the forward run at "
-            f"{found:.2f} of the speed of bf16 on an H200, counted from shapes, not measured. Use model.momentum_linears "
+            f"model.momentum_linears='float8': with {encoder.embed_dim} channels products and "
+            "casts of the forward run at "
+            f"{found:.2f} of the speed of bf16 on an H200, counted from shapes, not measured. Use "
+            "model.momentum_linears "
             "native, or an encoder of at least the size of vit_small"
         )
 
@@ -206,6 +229,8 @@ def require_whole(sharded: bool) -> None:
     """
     if sharded:
         raise ValueError(
-            "model.momentum_linears='float8': rounds whole weights once per step, but with parallel.strategy fsdp or hsdp "
-            "a process has only parts of them; use parallel.strategy ddp, or model.momentum_linears native"
+            "model.momentum_linears='float8': rounds whole weights once per step, but with "
+            "parallel.strategy fsdp or hsdp "
+            "a process has only parts of them; use parallel.strategy ddp, or "
+            "model.momentum_linears native"
         )

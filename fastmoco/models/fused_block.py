@@ -1,16 +1,19 @@
-"""A transformer block as one autograd node that defines its saved tensors and every pass of its backward.
+"""A transformer block as one autograd node that defines its saved tensors and
+every pass of its backward.
 
-Saved: the stream, the statistics of both norms, the stacked projections, the output of attention, its projection (the
-branch), and the hidden layer: 11 elements of 16 bits per token and channel. Norms, GELU and the second sum are recomputed,
-each in the kernel that computes the gradient through it and the sums for biases and norm weights
-(`fastmoco_kernels.fused_block`). One sum over rows needs its own pass: the gradient of the block's branch, for the bias of
-its last product. The kernel that computes this gradient runs in the next block, for which FSDP2 has gathered other weights.
+Saved: the stream, the statistics of both norms, the stacked projections, the output of attention,
+its projection (the branch), and the hidden layer: 11 elements of 16 bits per token and channel.
+Norms, GELU and the second sum are recomputed, each in the kernel that computes the gradient through
+it and the sums for biases and norm weights (`fastmoco_kernels.fused_block`). One sum over rows
+needs its own pass: the gradient of the block's branch, for the bias of its last product. The kernel
+that computes this gradient runs in the next block, for which FSDP2 has gathered other weights.
 
-With `remakes` only the stream, the statistics and the branch are saved, 3 elements of 16 bits. The backward recomputes
-projections, attention and hidden layer, but neither the branch nor the last product, so it costs less than a second forward.
+With `remakes` only the stream, the statistics and the branch are saved, 3 elements of 16 bits. The
+backward recomputes projections, attention and hidden layer, but neither the branch nor the last
+product, so it costs less than a second forward.
 
-Attention has its own backward: its part of the graph is built and kept inside this node. Weights are saved as parameters and
-cast again in the backward, so FSDP2 may free them in between.
+Attention has its own backward: its part of the graph is built and kept inside this node. Weights
+are saved as parameters and cast again in the backward, so FSDP2 may free them in between.
 
 Legend: B images, L tokens, E width, F hidden width, A heads, d = E / A; R = B L rows.
 """
@@ -24,7 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoco_kernels import attention
-from fastmoco_kernels.fused_block.op import gelu_backward, kernels_fit, norm_backward, norm_forward, stack_qkv
+from fastmoco_kernels.fused_block.op import (
+    gelu_backward,
+    kernels_fit,
+    norm_backward,
+    norm_forward,
+    stack_qkv,
+)
 
 
 class Weights(NamedTuple):
@@ -57,10 +66,11 @@ class Form(NamedTuple):
 
 
 def fused_block(x_BLE: Tensor, branch_BLE: Tensor | None, weights: Weights, form: Form) -> tuple[Tensor, Tensor]:
-    """Stream and branch, [B, L, E] each, to stream and branch: the values of `Block` with the backward of this module.
+    """Stream and branch, [B, L, E] each, to stream and branch: the values of `Block` with the
+    backward of this module.
 
-    Products and norms have the dtype of autocast if it is on and the stream is not float64, otherwise the stream's dtype.
-    Differentiable once.
+    Products and norms have the dtype of autocast if it is on and the stream is not float64,
+    otherwise the stream's dtype. Differentiable once.
 
     Args:
         x_BLE: the residual stream, floating point.
@@ -99,7 +109,13 @@ class _Forward(NamedTuple):
 
 
 def _forward(
-    form: Form, dtype: torch.dtype, x: Tensor, branch: Tensor | None, weights: Weights, *, keep: bool = False
+    form: Form,
+    dtype: torch.dtype,
+    x: Tensor,
+    branch: Tensor | None,
+    weights: Weights,
+    *,
+    keep: bool = False,
 ) -> _Forward:
     """Compute the block; `keep`: keep the graph of attention."""
     triton = kernels_fit(x)
@@ -218,7 +234,13 @@ class _FusedBlock(torch.autograd.Function):
                 fc2=dfc2,
                 fc2_bias=dfc2_bias,
             )
-            return None, None, dx, dbranch, *(g.to(p.dtype) for g, p in zip(dweights, w, strict=True))
+            return (
+                None,
+                None,
+                dx,
+                dbranch,
+                *(g.to(p.dtype) for g, p in zip(dweights, w, strict=True)),
+            )
 
 
 def _attend(

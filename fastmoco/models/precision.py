@@ -11,7 +11,9 @@ import torch
 def choose_precision(
     precision: Literal["auto", "bf16", "fp32", "fp64"], device: torch.device
 ) -> Literal["bf16", "fp32", "fp64"]:
-    """Resolve `precision` for a device: `auto` selects bf16 only if the hardware multiplies it natively."""
+    """Resolve `precision` for a device: `auto` selects bf16 only if the
+    hardware multiplies it natively.
+    """
     if precision == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)

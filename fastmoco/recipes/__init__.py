@@ -1,7 +1,8 @@
 """Recipes: functions that return a complete `Config`, named model_epochs_batch.
 
-The ImageNet recipes have the official numbers of MoCo v3 (temperature 0.2, base learning rate 1.5e-4, weight decay 0.1,
-momentum 0.99 rising to 1, 40 epochs of warm-up, crops from 8 % of the area). The small ones train in minutes on a CPU.
+The ImageNet recipes have the official numbers of MoCo v3 (temperature 0.2, base learning rate
+1.5e-4, weight decay 0.1, momentum 0.99 rising to 1, 40 epochs of warm-up, crops from 8 % of the
+area). The small ones train in minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
 
 
 def with_image_size(config: Config, image_size: int, *, patch_size: int | None = None) -> Config:
-    """The recipe at another image size. Both views get this size, and the blur, which is in pixels, scales with it.
+    """The recipe at another image size. Both views get this size, and the blur,
+    which is in pixels, scales with it.
 
     Raises:
         ValueError: if `image_size` is not a multiple of the patch size.

@@ -11,7 +11,9 @@ GREY_MEAN, GREY_STD = (0.3, 0.3, 0.3), (0.35, 0.35, 0.35)
 
 
 def _small(recipe: str, model: ModelConfig, view: ViewSpec, *, epochs: float) -> Config:
-    """Common settings of the recipes for small images on a CPU; both views have the same distribution."""
+    """Common settings of the recipes for small images on a CPU; both views have
+    the same distribution.
+    """
     return Config(
         recipe=recipe,
         epochs=epochs,
@@ -58,9 +60,12 @@ def vit_nano7_e12_b256() -> Config:
 
 
 def vit_nano8_e60_b256() -> Config:
-    """ViT-nano/8 on 32-pixel color images such as patches of photographs: ten minutes on two cores."""
+    """ViT-nano/8 on 32-pixel color images such as patches of photographs: ten
+    minutes on two cores.
+    """
     model = ModelConfig(architecture="vit_nano", image_size=32, patch_size=8, projection_dim=128, hidden_dim=512)
-    # Weaker than the jitter of MoCo v3: at 32 pixels color is much of the difference between two photographs.
+    # Weaker than the jitter of MoCo v3: at 32 pixels color is much of the
+    # difference between two photographs.
     view = ViewSpec(
         size=32,
         crop_scale=(0.4, 1.0),

@@ -14,7 +14,8 @@ BLUE, ORANGE, GREY = "#1f6fb4", "#d95f02", "#777777"
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a `metrics.jsonl`, one for each step, in the order of steps.
 
-    Lines of the same step are merged. If a killed run repeated steps, the last line counts. Incomplete lines are skipped.
+    Lines of the same step are merged. If a killed run repeated steps, the last line counts.
+    Incomplete lines are skipped.
 
     Args:
         path: JSON lines with a `step` each.
@@ -34,16 +35,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(
-    metrics_jsonl: Path, out_png: Path, title: str, *, knn_baselines: Mapping[str, float] | None = None
+    metrics_jsonl: Path,
+    out_png: Path,
+    title: str,
+    *,
+    knn_baselines: Mapping[str, float] | None = None,
 ) -> Path:
     """Plot loss, kNN accuracy and recorded gradient norms against the step.
 
     Args:
-        metrics_jsonl: file of a run. The metrics `loss`, `knn` (share) and `gradient_norm/<part>` are plotted; a panel
-            without data is omitted.
+        metrics_jsonl: file of a run. The metrics `loss`, `knn` (share) and `gradient_norm/<part>`
+            are plotted; a panel without data is omitted.
         out_png: picture to write; its folder is created.
         title: of the picture.
-        knn_baselines: accuracies (shares) plotted as dashed lines, by name, e.g. `{"raw pixels": 0.98}`.
+        knn_baselines: accuracies (shares) plotted as dashed lines, by name, e.g.
+            `{"raw pixels": 0.98}`.
 
     Returns:
         `out_png`.
@@ -99,7 +105,11 @@ def draw_curves(
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         else:
             for name in norms:
-                axes.plot(*_series(rows, name), linewidth=1, label=name.partition("/")[2].replace("_", " "))
+                axes.plot(
+                    *_series(rows, name),
+                    linewidth=1,
+                    label=name.partition("/")[2].replace("_", " "),
+                )
             axes.set_yscale("log")
             axes.legend(fontsize=8, ncols=len(norms), frameon=False)
     axes.set_xlabel("step")

@@ -1,4 +1,6 @@
-"""The folder of one run: its files, its lock, and the removal of outdated metrics after a resume."""
+"""The folder of one run: its files, its lock, and the removal of outdated
+metrics after a resume.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,10 @@ from fastmoco.errors import RunError
 class RunFolder:
     """Paths of a run, and its lock.
 
-    Layout: `config.json` (the config, its resolved values, the run's id), `metrics.jsonl` (one line for each logged step),
-    `checkpoints/`, `quarantine.jsonl` (bad images found), `curves.png`, `lock`, `starts.json` (starts without
-    progress), and after a run `DONE` or `PREEMPTED`, because launchers hide exit codes. The folder has mode 0700.
+    Layout: `config.json` (the config, its resolved values, the run's id), `metrics.jsonl` (one line
+    for each logged step), `checkpoints/`, `quarantine.jsonl` (bad images found), `curves.png`,
+    `lock`, `starts.json` (starts without progress), and after a run `DONE` or `PREEMPTED`, because
+    launchers hide exit codes. The folder has mode 0700.
 
     Args:
         path: the folder; `acquire` creates it if absent.
@@ -44,7 +47,8 @@ class RunFolder:
         _replace(self.starts, json.dumps(data) + "\n")
 
     def mark(self, name: Literal["DONE", "PREEMPTED"] | None, text: str = "") -> None:
-        """Record by the name of a file how the run ended; None: it has not. One mark replaces the other.
+        """Record by the name of a file how the run ended; None: it has not. One
+        mark replaces the other.
 
         Does nothing in a process that does not hold the lock.
         """
@@ -54,7 +58,8 @@ class RunFolder:
             if other != name:
                 (self.path / other).unlink(missing_ok=True)
         if name is not None:
-            # The run ended as requested, so repeated preemption before the next step does not count as a failure.
+            # The run ended as requested, so repeated preemption before the next
+            # step does not count as a failure.
             self.starts.unlink(missing_ok=True)
             _replace(self.path / name, text + "\n")
 
@@ -71,7 +76,8 @@ class RunFolder:
         return [path.name for path in found]
 
     def acquire(self) -> None:
-        """Lock the folder for this process until `release` or the end of the process, however it ends.
+        """Lock the folder for this process until `release` or the end of the
+        process, however it ends.
 
         Raises:
             RunError: if the folder cannot be written, or another process trains into it.
@@ -130,7 +136,8 @@ class RunFolder:
         _replace(self._config, json.dumps(data, indent=2) + "\n")
 
     def trim_metrics(self, step: int) -> int:
-        """Remove metrics after `step`, which the resumed run will write again, and incomplete lines.
+        """Remove metrics after `step`, which the resumed run will write again,
+        and incomplete lines.
 
         Returns:
             The number of lines removed.
@@ -160,7 +167,9 @@ def _step_of(line: str) -> float:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Replace a file atomically and flush it: a run that lost its id in a power cut could not use its checkpoints."""
+    """Replace a file atomically and flush it: a run that lost its id in a power
+    cut could not use its checkpoints.
+    """
     fresh = path.with_name(path.name + ".tmp")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "w") as file:

@@ -1,7 +1,8 @@
 """The identity of a run: it continues from its own checkpoints and from those that the user trusts.
 
-A valid checkpoint of another run, copied into the folder by mistake or planted there, is refused, because it would silently
-change the results. The id does not protect from an attacker who can write the whole folder.
+A valid checkpoint of another run, copied into the folder by mistake or planted there, is refused,
+because it would silently change the results. The id does not protect from an attacker who can write
+the whole folder.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class RunIdentity:
     """The id of a run, and the ids of runs whose checkpoints it has taken over.
 
     Attributes:
-        run_id: 14 hexadecimal digits, drawn at the first start of the run and stored in its `config.json`.
+        run_id: 14 hexadecimal digits, drawn at the first start of the run and
+            stored in its `config.json`.
         trusted: ids of other runs whose checkpoints it may continue from.
         trust_all: whether the user trusts every checkpoint in the folder.
         new: whether the id was drawn at this start.
@@ -51,8 +53,10 @@ class RunIdentity:
         """
         if not self.trust_all and run_id not in (self.run_id, *self.trusted):
             raise RunError(
-                f"{path / 'COMMITTED'}: this checkpoint was written by {f'run {run_id}' if run_id else 'a run without an id'}, "
-                f"and {self._owner(path.parent.parent)}. If you know its origin, add --trust to continue from it "
+                f"{path / 'COMMITTED'}: this checkpoint was written by "
+                f"{f'run {run_id}' if run_id else 'a run without an id'}, "
+                f"and {self._owner(path.parent.parent)}. If you know its origin, add --trust to "
+                "continue from it "
                 "(its SHA-256 is still checked), or choose another --out"
             )
 
@@ -64,7 +68,9 @@ class RunIdentity:
         )
 
     def taking_over(self, run_id: str) -> RunIdentity:
-        """The identity after continuing from a checkpoint of that id, which is trusted from then on."""
+        """The identity after continuing from a checkpoint of that id, which is
+        trusted from then on.
+        """
         return self if run_id in (self.run_id, *self.trusted) else replace(self, trusted=(*self.trusted, run_id))
 
     def to_json(self) -> dict[str, Any]:
@@ -73,7 +79,8 @@ class RunIdentity:
 
 
 def identify(folder: RunFolder, world: World, *, trust_all: bool) -> RunIdentity:
-    """The identity of the run in a folder, equal on all ranks, which call it together; draws an id if there is none.
+    """The identity of the run in a folder, equal on all ranks, which call it
+    together; draws an id if there is none.
 
     A folder whose `config.json` has no id owns none of its checkpoints.
 

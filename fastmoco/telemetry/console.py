@@ -1,7 +1,9 @@
-"""Progress of a run: a live table on a terminal, plain lines in a log file, and no output from ranks above 0.
+"""Progress of a run: a live table on a terminal, plain lines in a log file, and
+no output from ranks above 0.
 
-A failure to show progress never stops training. After any error while drawing (a closed terminal, an encoding without a
-character, a window of two columns) plain lines replace the live table, and after an error in those there is no more output.
+A failure to show progress never stops training. After any error while drawing (a closed terminal,
+an encoding without a character, a window of two columns) plain lines replace the live table, and
+after an error in those there is no more output.
 """
 
 from __future__ import annotations
@@ -59,11 +61,12 @@ def _printable(text: str) -> str:
 
 
 def plain_line(row: Mapping[str, Any], total_steps: int) -> str:
-    """One log line: `step 120/2000 epoch 3.2 loss 3.412 lr 1.5e-04 m 0.9931 img/s 1842 wait 2.1% eta 0:01:12 knn 93.1%`.
+    """One log line:
+    `step 120/2000 epoch 3.2 loss 3.412 lr 1.5e-04 m 0.9931 img/s 1842 wait 2.1% eta 0:01:12 knn 93.1%`.
 
     Args:
-        row: `step` and any of epoch, loss, lr, ema_momentum, images_per_s, wait_share (share), eta_s (seconds), knn (share).
-            Other keys are ignored.
+        row: `step` and any of epoch, loss, lr, ema_momentum, images_per_s, wait_share (share),
+            eta_s (seconds), knn (share). Other keys are ignored.
         total_steps: steps of the whole run.
     """
     parts = [f"step {row.get('step', '?')}/{total_steps}"]
@@ -81,7 +84,9 @@ class _Terminal(RichConsole):
 
 
 class Console:
-    """Progress of one run. Call `start`, then `log` and `event`, then `close`, or use it as a context manager after `start`."""
+    """Progress of one run. Call `start`, then `log` and `event`, then `close`, or use it as a
+    context manager after `start`.
+    """
 
     def __init__(self, *, rank: int = 0, stream: TextIO | None = None, live: bool | None = None) -> None:
         """Choose how to show progress.
@@ -89,7 +94,8 @@ class Console:
         Args:
             rank: only rank 0 writes.
             stream: output; default standard output.
-            live: True for the table, False for lines; by default the table if `stream` is a capable terminal.
+            live: True for the table, False for lines; by default the table if
+                `stream` is a capable terminal.
         """
         self._stream = sys.stdout if stream is None else stream
         self._silent = rank > 0
@@ -102,7 +108,9 @@ class Console:
         self._events: deque[str] = deque(maxlen=EVENTS_SHOWN)
 
     def start(self, total_steps: int, header: str) -> None:
-        """Begin a run of `total_steps` optimizer steps; `header` names the model and the data in a few lines."""
+        """Begin a run of `total_steps` optimizer steps; `header` names the model
+        and the data in a few lines.
+        """
         self._total = total_steps
         self._header = _printable(header)
         if not self._silent:
@@ -114,8 +122,8 @@ class Console:
         """Show one log step.
 
         Args:
-            row: see `plain_line`. Absent values stay in the table. The best kNN accuracy is kept here; `knn_best` passes
-                the one from before a resume.
+            row: see `plain_line`. Absent values stay in the table. The best kNN accuracy is kept
+                here; `knn_best` passes the one from before a resume.
         """
         for key in ("knn", "knn_best"):
             value = row.get(key)
@@ -128,7 +136,9 @@ class Console:
             self._line(lambda: plain_line(row, self._total))
 
     def event(self, text: str) -> None:
-        """Show something that happened once: a gradient spike, a checkpoint passed over, a signal."""
+        """Show something that happened once: a gradient spike, a checkpoint
+        passed over, a signal.
+        """
         text = f"! {_printable(text)}"
         pushed_out = self._events[0] if len(self._events) == EVENTS_SHOWN else None
         self._events.append(text)
@@ -138,14 +148,19 @@ class Console:
             self._line(text)
 
     def close(self) -> None:
-        """Leave the last state on the screen and release the terminal. May be called more than once."""
+        """Leave the last state on the screen and release the terminal. May be
+        called more than once.
+        """
         self._stop_live()
 
     def __enter__(self) -> Console:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 

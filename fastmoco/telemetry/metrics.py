@@ -1,7 +1,8 @@
-"""Speed of training: images per second, the share of time that it waits for data, and the time left.
+"""Speed of training: images per second, the share of time that it waits for
+data, and the time left.
 
-It reads the clock only and never waits for a device. On a GPU the figures are correct over an interval, because the log
-step at its end waits for the device once.
+It reads the clock only and never waits for a device. On a GPU the figures are correct over an
+interval, because the log step at its end waits for the device once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ class Speed(NamedTuple):
     """Figures of one log interval."""
 
     images_per_s: float
-    """Images (not views) of the global batch per second of training, without evaluation and saving."""
+    """Images (not views) of the global batch per second of training, without
+    evaluation and saving."""
     wait_share: float
     """Share of that time that the host waited for the loader, 0 to 1."""
     eta_s: float
@@ -73,7 +75,9 @@ class Throughput:
             self._paused += self._clock() - start
 
     def report(self) -> Speed:
-        """Return the figures since the last report and start the next interval; without a step the last figures again."""
+        """Return the figures since the last report and start the next interval;
+        without a step the last figures again.
+        """
         if self._steps == 0:
             return self._last
         now = self._clock()

@@ -13,13 +13,16 @@ from pathlib import Path
 class JsonlSink:
     """One JSON object per line: `{"step": 20, "time": 1767225600.0, "loss": 3.41, ...}`.
 
-    Every line is written with one call, so a killed run loses at most the line that it was writing, and several processes
-    could append. NaN and infinity, which JSON does not have, become null. A line contains any subset of metrics, and a
-    step may have several lines, such as one for the loss and one for kNN.
+    Every line is written with one call, so a killed run loses at most the line that it was writing,
+    and several processes could append. NaN and infinity, which JSON does not have, become null. A
+    line contains any subset of metrics, and a step may have several lines, such as one for the loss
+    and one for kNN.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open `path` (mode 0600 if new) for appending. An incomplete last line of a killed run is ended, not continued."""
+        """Open `path` (mode 0600 if new) for appending. An incomplete last line of a killed run is
+        ended, not continued.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         size = os.fstat(self._descriptor).st_size
