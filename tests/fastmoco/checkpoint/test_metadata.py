@@ -160,7 +160,7 @@ def huge(metadata: Metadata) -> Metadata:
         (with_place(transform_descriptors=["zstd"]), "asks for a transformation"),
         (with_chunk([0, 0], [40, 51]), "a chunk outside its shape"),
         (with_chunk([-1, 0], [40, 50]), "a chunk outside its shape"),
-        (with_chunk([0, 0], [20, 50]), "chunks of 1000 numbers for a shape of 2000"),
+        (with_chunk([0, 0], [20, 50]), "chunks of 1000 elements for a shape of 2000"),
         (with_chunk([1, 0], [39, 50]), "is not stored"),
         (huge, "in fewer bytes than it has"),
         (changed(planner_data={"a": ("b",)}), "not written by fastmoco"),
