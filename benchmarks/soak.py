@@ -107,21 +107,22 @@ def _soak_rank(job: dict[str, Any]) -> dict[str, Any]:
             step = result["steps"]
             _keep_pace(job, step, until)
             if step and step % _RESTART_STEPS == 0:
-                result["quarantined"] = max(result["quarantined"], faulty.figures().quarantined)
+                result["quarantined"] = max(result["quarantined"], faulty.figures().left_out)
                 faulty.close()
                 faulty = _build(job, job["faulty"], step, result["restarts"] % 2)
                 result["restarts"] += 1
             wanted, got = clean.next(), faulty.next()
             excused = np.isin(wanted.sample_ids, bad)
-            equal = (got.view1 == wanted.view1).flatten(1).all(1) & (got.view2 == wanted.view2).flatten(1).all(1)
-            good = (got.sample_ids == wanted.sample_ids) & equal.numpy()
+            good = got.sample_ids == wanted.sample_ids
+            for view, other in zip(got.views, wanted.views, strict=True):
+                good &= (view == other).flatten(1).all(1).numpy()
             stands_in = (got.sample_ids != wanted.sample_ids) & ~np.isin(got.sample_ids, bad)
             result["differing"] += int(not np.where(excused, stands_in, good).all())
             result["replaced"] += int(excused.sum())
             result["steps"] += 1
             log.look()
-        result["quarantined"] = max(result["quarantined"], faulty.figures().quarantined)
-        result["verdict"] = faulty.figures().verdict()
+        result["quarantined"] = max(result["quarantined"], faulty.figures().left_out)
+        result["verdict"] = faulty.figures().summary()
     except Exception as error:  # the other ranks' figures are worth having all the same
         result["error"] = f"{type(error).__name__}: {error}"
     finally:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastmoco_pipelines.text import escaped
+
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -70,5 +72,4 @@ def say(text: str) -> None:
     """Print one line on standard error, with control characters escaped,
     because it may quote names of files.
     """
-    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-    print(f"fastmoco: {shown}", file=sys.stderr)
+    print("fastmoco: " + escaped(text, keep="\n"), file=sys.stderr)

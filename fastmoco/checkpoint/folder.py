@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco.checkpoint.errors import CheckpointError
+from fastmoco_pipelines.files import hash_file, write_file
 
 TENSORS, METADATA, STATE, MARKER = "tensors.safetensors", ".metadata", "state.json", "COMMITTED"
 FORMAT = "fastmoco-checkpoint-3"
@@ -101,9 +102,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a plain file."""
     if path.is_symlink() or not path.is_file():
         raise FileNotFoundError(f"{path.name} is missing or not a plain file")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
 def marker_text(
@@ -223,8 +222,7 @@ def commit(writing: Path, final: Path, marker: str) -> None:
     """
     writing.rename(final)
     flush(final.parent)
-    write_text(final / f"{MARKER}.writing", marker)
-    (final / f"{MARKER}.writing").rename(final / MARKER)
+    write_file(final / MARKER, marker.encode(), mode=0o600, durable=True)
     flush(final)
 
 

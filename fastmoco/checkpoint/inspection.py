@@ -5,7 +5,6 @@ one file for other tools.
 from __future__ import annotations
 
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from fastmoco.checkpoint.folder import (
 )
 from fastmoco.checkpoint.loading import Checkpoint, load_checkpoint
 from fastmoco.checkpoint.whole_file import write_whole
+from fastmoco_pipelines.files import whole_file
 
 ENCODER = "model.encoder."
 
@@ -111,13 +111,10 @@ def consolidate(checkpoint: Checkpoint, out: Path, *, encoder_only: bool) -> int
         raise CheckpointError(f"{checkpoint.path} has no tensors {ENCODER}*: it is no checkpoint of a run")
     if os.path.lexists(out):
         raise CheckpointError(f"{out} exists; choose another --out")
-    fresh = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
-        write_whole(fresh, tensors, {"format": "pt", "step": str(checkpoint.step)})
-        fresh.rename(out)
+        with whole_file(out) as fresh:
+            write_whole(fresh, tensors, {"format": "pt", "step": str(checkpoint.step)})
         flush(out.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out} was not written: {error}. Free space or choose another --out") from error
-    finally:
-        fresh.unlink(missing_ok=True)
     return len(tensors)

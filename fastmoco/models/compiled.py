@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastmoco.models.blocks import Block
-from fastmoco_kernels._runtime import triton_is_default
+from fastmoco_kernels.backends import triton_is_default
 
 BUDGETS = (1.0, 0.9)
 """Budgets that a plan chooses from. A smaller one recomputes products, where a second forward of a

@@ -43,6 +43,9 @@ def build_model(config: Config) -> MoCoV3:
         projection_dim=model.projection_dim,
         hidden_dim=model.hidden_dim,
         temperature=config.objective.temperature,
+        ema_momentum=config.objective.ema_momentum,
+        ema_schedule=config.objective.ema_schedule,
+        epochs=config.epochs,
     )
     objective.encoder.recompute(model.checkpointing)
     for encoder in (objective.encoder, objective.momentum_encoder):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Set
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from fastmoco.distributed.gather import start_gathering
 from fastmoco.distributed.mesh import group_rank
 from fastmoco.models.heads import predictor, projector
 from fastmoco.models.vit import VisionTransformer
+from fastmoco.objectives.interface import Progress
+from fastmoco.optim import schedule
 from fastmoco_kernels import ema_update_
 from fastmoco_kernels.info_nce.op import symmetric_info_nce_loss
 
@@ -50,6 +52,9 @@ class MoCoV3(nn.Module):
         projection_dim: width D of queries and keys.
         hidden_dim: hidden width of projector and predictor.
         temperature: > 0, divides the cosines.
+        ema_momentum: of the momentum encoder at step 0, in [0, 1].
+        ema_schedule: how it goes on from there, as for `fastmoco.optim.schedule.ema_momentum`.
+        epochs: over which; None: those of the run's steps.
 
     Attributes:
         encoder: the query side; ``encoder.head`` is its projector.
@@ -67,11 +72,15 @@ class MoCoV3(nn.Module):
         projection_dim: int = 256,
         hidden_dim: int = 4096,
         temperature: float = 0.2,
+        ema_momentum: float = 0.99,
+        ema_schedule: Literal["cosine", "constant"] = "cosine",
+        epochs: float | None = None,
     ) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature={temperature}: must be positive")
         self.temperature = temperature
+        self._ema_start, self._ema_schedule, self._epochs = ema_momentum, ema_schedule, epochs
         self.encoder, self.momentum_encoder = build_encoder(), build_encoder()
         for encoder in (self.encoder, self.momentum_encoder):
             encoder.head = projector(encoder.embed_dim, hidden_dim, projection_dim)
@@ -152,6 +161,37 @@ class MoCoV3(nn.Module):
         if self.encoder.couples_samples:
             return "its convolutional stem has batch norms, whose statistics are those of the whole batch"
         return ""
+
+    def averages(self) -> Mapping[nn.Parameter, Tensor]:
+        """The parameter of the momentum encoder for each of the encoder, frozen ones included."""
+        return dict(zip(self.encoder.parameters(), self.momentum_encoder.parameters(), strict=True))
+
+    def ema_momentum(self, at: Progress) -> float | None:
+        """Momentum of the move that ends the step `at`, m(t + 1); None after the last step.
+
+        Chen, Xie, He 2021 (Algorithm 1) average inside a step, before its forward, from the encoder as
+        it is then. Nothing moves between the optimizer of one step and that point of the next, so step
+        t may end with the average of step t + 1, at the momentum of that step: the same operands, the
+        same bits, and one sweep over memory can do both. Step 0 needs none: it starts with equal
+        encoders, which the average leaves alone.
+        """
+        following = at.step + 1
+        if following >= at.total_steps:
+            return None
+        return schedule.ema_momentum(
+            following,
+            start=self._ema_start,
+            epochs=at.total_steps / at.steps_per_epoch if self._epochs is None else self._epochs,
+            steps_per_epoch=at.steps_per_epoch,
+            schedule=self._ema_schedule,
+        )
+
+    def after_step(self, skipped: Tensor | None, at: Progress) -> None:
+        """Nothing: MoCo v3 has no queue and no centre."""
+
+    def frozen(self, at: Progress) -> frozenset[str]:
+        """Nothing is frozen for a time."""
+        return frozenset()
 
     @torch.no_grad()
     def update_momentum_encoder(self, ema_momentum: float | Tensor, *, done: Set[Tensor] = frozenset()) -> None:

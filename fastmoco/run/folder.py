@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from fastmoco.errors import RunError
+from fastmoco_pipelines.files import write_file
 
 
 class RunFolder:
@@ -167,13 +168,5 @@ def _step_of(line: str) -> float:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Replace a file atomically and flush it: a run that lost its id in a power
-    cut could not use its checkpoints.
-    """
-    fresh = path.with_name(path.name + ".tmp")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(descriptor)
-    os.replace(fresh, path)
+    """Replace a file atomically and flush it, because a run without its id owns no checkpoint."""
+    write_file(path, text.encode(), mode=0o600, durable=True)

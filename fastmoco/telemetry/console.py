@@ -24,6 +24,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fastmoco_pipelines.text import escaped
+
 EVENTS_SHOWN = 6
 
 
@@ -42,7 +44,7 @@ _COLUMNS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("ema_momentum", "m", "EMA momentum", "{:.4f}".format),
     ("images_per_s", "img/s", "images/s", "{:.0f}".format),
     ("wait_share", "wait", "wait for data", "{:.1%}".format),
-    ("quarantined", "quarantined", "images left out", "{:.0f}".format),
+    ("quarantined", "left out", "images left out", "{:.0f}".format),
     ("eta_s", "eta", "time left", _clock),
     ("knn", "knn", "kNN", "{:.1%}".format),
 )
@@ -52,12 +54,9 @@ def _shown(row: Mapping[str, Any], key: str, form: Callable[[float], str]) -> st
     value = row.get(key)
     if value is None:
         return None
-    return form(value) if isinstance(value, int | float) and math.isfinite(value) else _printable(str(value))
-
-
-def _printable(text: str) -> str:
-    """Escape control characters, because the text may quote names of files."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    if isinstance(value, int | float) and math.isfinite(value):
+        return form(value)
+    return escaped(str(value), keep="\n")
 
 
 def plain_line(row: Mapping[str, Any], total_steps: int) -> str:
@@ -108,11 +107,11 @@ class Console:
         self._events: deque[str] = deque(maxlen=EVENTS_SHOWN)
 
     def start(self, total_steps: int, header: str) -> None:
-        """Begin a run of `total_steps` optimizer steps; `header` names the model
-        and the data in a few lines.
+        """Begin a run of `total_steps` optimizer steps; `header` names the model and the data in a few
+        lines.
         """
         self._total = total_steps
-        self._header = _printable(header)
+        self._header = escaped(header, keep="\n")
         if not self._silent:
             self._guarded(self._start_live)
         if self._live is None:
@@ -136,10 +135,8 @@ class Console:
             self._line(lambda: plain_line(row, self._total))
 
     def event(self, text: str) -> None:
-        """Show something that happened once: a gradient spike, a checkpoint
-        passed over, a signal.
-        """
-        text = f"! {_printable(text)}"
+        """Show an event, such as a gradient spike, a checkpoint passed over, or a signal."""
+        text = "! " + escaped(text, keep="\n")
         pushed_out = self._events[0] if len(self._events) == EVENTS_SHOWN else None
         self._events.append(text)
         if self._live is not None:

@@ -1,7 +1,7 @@
 """The loop: one step, and what happens between steps. Everything that has a home of its own is called from here.
 
-The order of a step follows Chen, Xie, He 2021 (Algorithm 1). The twin's average is taken at the end of the step before, which
-equals taking it between the two forwards, bit for bit: see `update.py`.
+The order of a step follows Chen, Xie, He 2021 (Algorithm 1). The average is taken at the end of the step before, which
+equals taking it between the two forwards, bit for bit: see `MoCoV3.ema_momentum`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from fastmoco.faults.watchdog import Watchdog
 from fastmoco.models.precision import choose_precision
 from fastmoco.objectives import MoCoV3Output
 from fastmoco.objectives.build import attention_choice, build_objective
+from fastmoco.objectives.interface import Progress
 from fastmoco.optim.build import build_optimizer
+from fastmoco.optim.schedule import ema_momentum, learning_rate
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.identity import RunIdentity, identify
 from fastmoco.telemetry.recorder import Recorder
@@ -37,8 +39,7 @@ from fastmoco.training.forward_backward import Gradients
 from fastmoco.training.rollback import Rollback
 from fastmoco.training.saving import DEADLINE_S, Saving
 from fastmoco.training.step_guard import StepGuard
-from fastmoco.training.update import scheduled, update_weights
-from fastmoco_pipelines import Loader, ShardError, SyntheticLoader, TwoViewBatch
+from fastmoco_pipelines import Batch, Loader, ShardError, SyntheticLoader
 
 
 class Trainer:
@@ -77,7 +78,7 @@ class Trainer:
             levels=loader.spec.view_dtype == "uint8",
             reserved=setup.reserved_bytes(world, loader),
         )
-        self.optimizer = build_optimizer(config, self.objective)
+        self.optimizer = build_optimizer(config, self.objective.named_parameters(), self.objective.averages())
         self.step_count = 0
         if checkpoint is not None:
             self._take_state(checkpoint)
@@ -171,17 +172,33 @@ class Trainer:
 
     def schedule(self, step: int) -> tuple[float, float]:
         """Learning rate and EMA momentum of one step: pure functions of it."""
-        return scheduled(self.config, self.resolved, step)
+        config, steps_per_epoch = self.config, self.resolved.steps_per_epoch
+        lr = learning_rate(
+            step,
+            peak=self.resolved.peak_lr,
+            epochs=config.epochs,
+            warmup_epochs=config.optim.warmup_epochs,
+            steps_per_epoch=steps_per_epoch,
+        )
+        momentum = ema_momentum(
+            step,
+            start=config.objective.ema_momentum,
+            epochs=config.epochs,
+            steps_per_epoch=steps_per_epoch,
+            schedule=config.objective.ema_schedule,
+        )
+        return lr, momentum
 
-    def _following(self, step: int) -> float | None:
-        """EMA momentum of the step behind the first so many; None behind the last."""
-        return self.schedule(step)[1] if step < self.resolved.total_steps else None
+    def progress(self, step: int) -> Progress:
+        """Where the run is after so many steps."""
+        return Progress(step, self.resolved.total_steps, self.resolved.steps_per_epoch)
 
     def _take_state(self, checkpoint: Checkpoint) -> None:
         """Make weights, twin, buffers and the optimizer's state those of a checkpoint; the step count stays."""
-        training_state.restore(self.objective, self.optimizer, checkpoint, self._following(checkpoint.step))
+        momentum = self.objective.ema_momentum(self.progress(checkpoint.step - 1))
+        training_state.restore(self.objective, self.optimizer, checkpoint, momentum)
 
-    def step(self, batch: TwoViewBatch, *, inspect: Callable[[], None] | None = None) -> MoCoV3Output:
+    def step(self, batch: Batch, *, inspect: Callable[[], None] | None = None) -> MoCoV3Output:
         """One optimizer step. Nothing here waits for the device.
 
         Args:
@@ -191,10 +208,11 @@ class Trainer:
         Returns:
             This rank's loss, queries and keys.
         """
-        lr, _ = self.schedule(self.step_count)
+        at = self.progress(self.step_count)
+        lr, _ = self.schedule(at.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        view1, view2 = (view.to(self.world.device, non_blocking=True) for view in (batch.view1, batch.view2))
+        view1, view2 = (view.to(self.world.device, non_blocking=True) for view in batch.views)
         self.objective.zero_grad(set_to_none=True)
         self.guard.begin()
         output = self.gradients(view1, view2, accuracy=self._logs(self.step_count + 1))
@@ -202,7 +220,8 @@ class Trainer:
             inspect()
         bad = self.guard.judge(output.loss)
         self.step_count += 1
-        update_weights(self.optimizer, self.objective, self._following(self.step_count), found_inf=bad)
+        self.optimizer.step(ema_momentum=self.objective.ema_momentum(at), skip=bad)
+        self.objective.after_step(bad, at)
         return output
 
     def run(self, max_steps: int | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.healing.healer import Healer
-from fastmoco_pipelines.loading.batch import TwoViewBatch
+from fastmoco_pipelines.loading.batch import Batch
 from fastmoco_pipelines.loading.stages import AUGMENT, DECODE, DRAW, HEAL, READ, TRANSFER, StageClock
 from fastmoco_pipelines.loading.threads import BatchPlaces
 from fastmoco_pipelines.sampling.stand_ins import Places, Plan
@@ -37,7 +38,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One rank's share of the data; ``prepare`` runs in the reading thread, ``render`` in the producing one."""
+    """One rank's share of the data; `steps` runs in the reading thread, `render` in the producing one."""
 
     spec: LoaderSpec
     shards: ShardSet
@@ -50,20 +51,27 @@ class Source:
     places: BatchPlaces | None = None
     """Room for the batches ahead; None: all but the one in the making lie in a bounded queue."""
 
-    def prepare(self, step: int) -> Prepared:
-        """Bytes and draws of one step."""
-        with self.clock.stage(READ, step):
-            places = self.plan.places(step)
+    def steps(self, start_step: int) -> Iterator[Prepared]:
+        """Bytes and draws of every step from `start_step` on."""
+        places = self.plan.places(start_step)
+        while True:
+            with self.clock.stage(READ, places.step):
+                following = self.plan.places(places.step + 1)
+            yield self.prepare(places, following.ids)
+            places = following
+
+    def prepare(self, places: Places, following: NDArray[np.int64]) -> Prepared:
+        """Bytes and draws of one step; the samples of the next one are announced to the disk."""
+        with self.clock.stage(READ, places.step):
             position = places.batch_start
             self.shards.follow(self.plan.windows, seed=self.spec.seed, epoch=places.epoch, position=position)
-            with contextlib.suppress(ShardError, OSError):  # a hint; whether they can be read is seen when they are
-                following = self.plan.places(step + 1).ids
-                self.shards.will_need(following[~self.healer.verdicts.bad(following)])
+            with contextlib.suppress(ShardError, OSError):  # a hint: whether they can be read is seen when they are
+                self.shards.will_need(following[~self.healer.bad.contains(following)])
             encoded = self.healer.fill(self.plan, places)
-        with self.clock.stage(DRAW, step):
+        with self.clock.stage(DRAW, places.step):
             return self._drawn(places, encoded)
 
-    def render(self, prepared: Prepared) -> TwoViewBatch:
+    def render(self, prepared: Prepared) -> Batch:
         """Decode and augment; bad images are replaced until all is well."""
         from fastmoco_pipelines.views.dali import DecodeError
 
@@ -71,20 +79,21 @@ class Source:
         while True:
             try:
                 with self.clock.stage(DECODE, step):
-                    view1, view2 = self.pipeline.run(
-                        prepared.encoded,
-                        prepared.draws1,
-                        prepared.draws2,
-                        before_output=None if self.places is None else self.places.wait,
+                    views = list(
+                        self.pipeline.run(
+                            prepared.encoded,
+                            prepared.draws1,
+                            prepared.draws2,
+                            before_output=None if self.places is None else self.places.wait,
+                        )
                     )
                 self.clock.within(DECODE, AUGMENT, self.pipeline.augment_seconds)
                 if self.pinned:
                     with self.clock.stage(TRANSFER, step):
-                        view1 = (
-                            view1.pin_memory()
-                        )  # one after the other: pageable and pinned memory of one view at most
-                        view2 = view2.pin_memory()
-                return TwoViewBatch(view1=view1, view2=view2, sample_ids=prepared.places.ids, step=step)
+                        # One at a time: a single view is held in pageable and in pinned memory at once.
+                        for number in range(len(views)):
+                            views[number] = views[number].pin_memory()
+                return Batch(views=tuple(views), sample_ids=prepared.places.ids, step=step)
             except DecodeError as error:
                 with self.clock.stage(HEAL, step):
                     prepared = self._healed(prepared, error)
