@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastmoco.config import Config
-from fastmoco.objectives import MoCoV3
 from fastmoco.optim import build_adamw, build_adamw_ema, build_apex, build_lars
 from fastmoco_kernels._runtime import triton_is_default
 
@@ -27,7 +26,7 @@ def choose_optimizer_backend(
     return "fastmoco" if optim.name == "lars" or sharded or triton_is_default(device) else "torch"
 
 
-def build_optimizer(config: Config, objective: MoCoV3) -> torch.optim.Optimizer:
+def build_optimizer(config: Config, objective: Any) -> torch.optim.Optimizer:
     """The optimizer of the objective's trainable parameters; the trainer sets the learning rate of every step.
 
     Raises:
@@ -44,8 +43,7 @@ def build_optimizer(config: Config, objective: MoCoV3) -> torch.optim.Optimizer:
     if backend == "apex":
         return build_apex(optim.name, named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
     if backend == "fastmoco":
-        own, twins = objective.encoder.parameters(), objective.momentum_encoder.parameters()
-        averages: dict[Tensor, Tensor] = dict(zip(own, twins, strict=True))
+        averages: dict[Tensor, Tensor] = dict(objective.averages())
         return build_adamw_ema(named, averages, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
     return build_adamw(named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from fastmoco.config import Config, Resolved
-from fastmoco.objectives import MoCoV3
+from fastmoco.objectives.interface import Objective
 from fastmoco.optim.schedule import ema_momentum, learning_rate
 from fastmoco_kernels.adamw_ema.optimizer import AdamWEMA
 from fastmoco_kernels.lars.optimizer import LARS
@@ -38,7 +38,7 @@ def scheduled(config: Config, resolved: Resolved, step: int) -> tuple[float, flo
 
 def update_weights(
     optimizer: torch.optim.Optimizer,
-    objective: MoCoV3,
+    objective: Objective,
     next_ema_momentum: float | None,
     *,
     found_inf: torch.Tensor | None = None,

@@ -59,10 +59,7 @@ def build_optimizer(name: str, objective: MoCoV3) -> torch.optim.Optimizer:
         return build_lars(named, lr=0.5, weight_decay=0.01)
     if name == "adamw":
         return build_adamw(named, lr=1e-3, weight_decay=0.1)
-    averages: dict[Tensor, Tensor] = dict(
-        zip(objective.encoder.parameters(), objective.momentum_encoder.parameters(), strict=True)
-    )
-    return build_adamw_ema(named, averages, lr=1e-3, weight_decay=0.1)
+    return build_adamw_ema(named, dict(objective.averages()), lr=1e-3, weight_decay=0.1)
 
 
 def run_steps(
@@ -114,11 +111,11 @@ def run_steps(
             output.loss.backward()
         trained = {n: p for n, p in objective.named_parameters() if p.grad is not None}
         result["losses"].append(output.loss.detach())
-        result["keys"].append((output.k1, output.k2))
+        result["keys"].append(tuple(output.watch["keys"]))
         if step in GRADIENTS_OF:
             result["gradients"].append(whole({n: p.grad for n, p in trained.items() if p.grad is not None}))
-        result["norms"].append(gradient_norms(trained.items()))
-        result["shares"].append(objective.shares_patch_tokens())
+        result["norms"].append(gradient_norms(trained.items(), objective.places()))
+        result["shares"].append(objective.momentum.shares_tokens())
         update_weights(weights, objective, 0.9, found_inf=torch.zeros(()))
         if step == 1:
             result["features"] = evaluate(objective, mine[0], autocast)
