@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastmoco_kernels._aot import ARCHITECTURES, MATRIX_OPCODES, SHARED_LIMITS, AotCase, Compiled, compile_case
+from benchmarks.aot.machine_code import ARCHITECTURES, MATRIX_OPCODES, SHARED_LIMITS, AotCase, Compiled, compile_case
 
 OPS = (
     "adamw_ema",
@@ -95,7 +95,7 @@ def _run(rows: Sequence[Row]) -> Run:
 
 def _cases(op: str) -> list[AotCase]:
     """Every configuration of one op; two of one name would hide one of them."""
-    cases: list[AotCase] = importlib.import_module(f"fastmoco_kernels.{op}.launch").aot_cases()
+    cases: list[AotCase] = importlib.import_module(f"benchmarks.aot.{op}").aot_cases()
     names = [case.name for case in cases]
     if len(set(names)) < len(names):
         raise ValueError(f"{op}: aot_cases() gives a name twice: {sorted({n for n in names if names.count(n) > 1})}")

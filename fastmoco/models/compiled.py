@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastmoco.models.blocks import Block
-from fastmoco_kernels._runtime import triton_is_default
+from fastmoco_kernels.backends import triton_is_default
 
 BUDGETS = (1.0, 0.9)
 """Budgets that a plan chooses among. Less than these drops products, and then a second forward of whole chunks is as cheap."""

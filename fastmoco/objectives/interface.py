@@ -19,7 +19,7 @@ per view, [V * B, E] for joint ones.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Set
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,8 +42,12 @@ class Progress:
     """Steps of the whole run."""
     steps_per_epoch: int = 1
     """Steps of one pass over the training set."""
-    epochs: float = 1.0
-    """Passes over the training set in the whole run; `total_steps` is this, rounded to a whole step."""
+    epochs: float = 0.0
+    """Passes over the training set in the whole run; `total_steps` is this, rounded to a whole step. 0: by `total_steps`."""
+
+    def __post_init__(self) -> None:
+        if not self.epochs:
+            object.__setattr__(self, "epochs", self.total_steps / self.steps_per_epoch)
 
     @property
     def epoch(self) -> float:
@@ -164,7 +168,7 @@ class Objective(nn.Module, ABC):
     def averages(self) -> Mapping[nn.Parameter, Tensor]:
         """Parameter -> its exponential moving average, which the optimizer moves; empty without one.
 
-        Parameters that never train and equal their average are left out: a move would leave them as they are.
+        Frozen parameters are among them: foreign weights may differ there, and then they are averaged too.
         """
         return {}
 
@@ -176,17 +180,22 @@ class Objective(nn.Module, ABC):
         return None
 
     @torch.no_grad()
-    def update_momentum_encoder(self, ema_momentum: float | Tensor, *, done: Set[Tensor] = frozenset()) -> None:
+    def update_momentum_encoder(self, ema_momentum: float | Tensor) -> None:
         """Move every average: `average <- m * average + (1 - m) * parameter`. For users without our optimizers.
+
+        Frozen parameters that equal their average, as they do unless a checkpoint says otherwise, stay untouched.
 
         Args:
             ema_momentum: m in [0, 1]; a tensor of one element is read on the device, as `ema_update_` does.
-            done: parameters whose averages were moved already, by the optimizer's own sweep.
 
         Raises:
             ValueError: if m is outside [0, 1].
         """
-        pairs = [(average, own) for own, average in self.averages().items() if own not in done]
+        pairs = [
+            (average, own)
+            for own, average in self.averages().items()
+            if own.requires_grad or not torch.equal(own, average)
+        ]
         ema_update_([average for average, _ in pairs], [own for _, own in pairs], ema_momentum)
 
     def schedules(self, at: Progress) -> Mapping[str, float]:

@@ -37,11 +37,8 @@ class Momentum:
         self._stems_compared = self._stems()
 
     def averages(self) -> dict[nn.Parameter, Tensor]:
-        """Parameter -> its average, but for frozen parameters that are equal in both encoders, as they are unless a
-        checkpoint says otherwise: those stay untouched."""
-        frozen_too = not self.shares_tokens()
-        pairs = zip(self.encoder.parameters(), self.momentum_encoder.parameters(), strict=True)
-        return {own: average for own, average in pairs if own.requires_grad or frozen_too}
+        """Parameter -> its average, frozen ones included."""
+        return dict(zip(self.encoder.parameters(), self.momentum_encoder.parameters(), strict=True))
 
     def shares_tokens(self) -> bool:
         """Whether both encoders must give the same patch tokens: their stems are frozen and equal.

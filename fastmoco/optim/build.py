@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
 from fastmoco.config import Config
-from fastmoco.optim import build_adamw, build_adamw_ema, build_apex, build_lars
-from fastmoco_kernels._runtime import triton_is_default
+from fastmoco.optim.adamw import build_adamw, build_adamw_ema
+from fastmoco.optim.apex import build_apex
+from fastmoco.optim.averaged import AveragedLARS, AveragedOptimizer, FusedAdamW, HostSkipped, SweptAdamW
+from fastmoco.optim.lars import build_lars
+from fastmoco_kernels.backends import triton_is_default
 
 
 def choose_optimizer_backend(
@@ -26,28 +29,39 @@ def choose_optimizer_backend(
     return "fastmoco" if optim.name == "lars" or sharded or triton_is_default(device) else "torch"
 
 
-def build_optimizer(config: Config, objective: Any) -> torch.optim.Optimizer:
-    """The optimizer of the objective's trainable parameters; the trainer sets the learning rate of every step.
+def build_optimizer(
+    config: Config, named_parameters: Iterable[tuple[str, nn.Parameter]], averages: Mapping[nn.Parameter, Tensor]
+) -> AveragedOptimizer:
+    """The optimizer of all trainable parameters and of their averages; the trainer sets the learning rate of every step.
+
+    Args:
+        config: the run; `config.optim` names the optimizer and its numbers.
+        named_parameters: of the whole objective, sharded already where it will be.
+        averages: the exponential moving average of each parameter that has one.
 
     Raises:
         ValueError: if apex is asked for and cannot serve.
     """
     optim = config.optim
-    named = list(objective.named_parameters())
+    named = list(named_parameters)
     lr, decay = 0.0, optim.weight_decay
     if optim.name == "lars":
         momentum, trust = optim.sgd_momentum, optim.trust_coefficient
-        return build_lars(named, lr=lr, weight_decay=decay, sgd_momentum=momentum, trust_coefficient=trust)
-    sharded = any(isinstance(parameter, DTensor) for _, parameter in named)
+        lars = build_lars(named, lr=lr, weight_decay=decay, sgd_momentum=momentum, trust_coefficient=trust)
+        return AveragedLARS(lars, averages)
+    sharded = any(hasattr(parameter, "placements") for _, parameter in named)
     backend = choose_optimizer_backend(config, named[0][1].device, sharded=sharded)
     if backend == "apex":
-        return build_apex(optim.name, named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
+        apex = build_apex(optim.name, named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
+        return HostSkipped(apex, averages)
     if backend == "fastmoco":
-        averages: dict[Tensor, Tensor] = dict(objective.averages())
-        return build_adamw_ema(named, averages, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
-    return build_adamw(named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
+        swept = build_adamw_ema(named, averages, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
+        return SweptAdamW(swept, averages)
+    adamw = build_adamw(named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
+    return (FusedAdamW if adamw.defaults["fused"] else HostSkipped)(adamw, averages)
 
 
-def name_of(optimizer: torch.optim.Optimizer) -> str:
-    """Whose optimizer it is: ``torch AdamW``, ``fastmoco_kernels LARS``."""
-    return f"{type(optimizer).__module__.partition('.')[0]} {type(optimizer).__name__}"
+def name_of(optimizer: AveragedOptimizer) -> str:
+    """Whose optimizer it is: `torch AdamW`, `fastmoco_kernels LARS`."""
+    kind = type(optimizer.inner)
+    return f"{kind.__module__.partition('.')[0]} {kind.__name__}"

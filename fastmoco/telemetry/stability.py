@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import normalize
 
-from fastmoco_kernels._multi_tensor import local, sums_over_shards
+from fastmoco_kernels.tensors import local, sums_over_shards
 
 
 def feature_std(features_BD: Tensor) -> Tensor:

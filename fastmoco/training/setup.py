@@ -19,6 +19,7 @@ from fastmoco.config import Config, Resolved
 from fastmoco.distributed.mesh import World
 from fastmoco.evaluation.monitor import KnnMonitor
 from fastmoco.models.precision import choose_precision
+from fastmoco.optim.averaged import AveragedOptimizer
 from fastmoco.optim.build import name_of
 from fastmoco_kernels.attention.choice import AttentionChoice
 from fastmoco_pipelines import Loader, LoaderSpec, SyntheticLoader, build_loader
@@ -134,7 +135,7 @@ def describe(
     precision: str,
     attention: AttentionChoice,
     plan: Mapping[str, Any],
-    optimizer: torch.optim.Optimizer,
+    optimizer: AveragedOptimizer,
 ) -> dict[str, Any]:
     """What a config came to on this machine, for ``config.json`` and checkpoints."""
     return {

@@ -10,18 +10,18 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fastmoco.checkpoint import Checkpoint, CheckpointError, flatten_optimizer, restore_optimizer
 from fastmoco.distributed.mesh import group_rank
 from fastmoco.errors import RunError
-from fastmoco.objectives.interface import Objective
+from fastmoco.optim.averaged import AveragedOptimizer
+from fastmoco_kernels.tensors import local
 
 
-def collect(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def collect(objective: nn.Module, optimizer: AveragedOptimizer) -> dict[str, Tensor]:
     """Every tensor of the run's state, by name; none is copied but the states of the random numbers, which each rank has."""
     tensors = {f"model.{name}": tensor for name, tensor in objective.state_dict().items()}
-    tensors |= flatten_optimizer(optimizer, objective.named_parameters())
+    tensors |= flatten_optimizer(optimizer.inner, objective.named_parameters())
     tensors[_of_rank("rng.cpu", group_rank())] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors[_of_rank("rng.cuda", group_rank())] = torch.cuda.get_rng_state()
@@ -29,15 +29,12 @@ def collect(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def restore(
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    checkpoint: Checkpoint,
-    next_ema_momentum: float | None = None,
+    objective: nn.Module, optimizer: AveragedOptimizer, checkpoint: Checkpoint, next_ema_momentum: float | None = None
 ) -> None:
     """Put a collected state back, in place: objective and optimizer may be sharded, over other ranks than when it was saved.
 
     A rank beyond those that saved takes the random numbers of the first. Averages are made ready for the next step, at the end
-    of which its average is taken. It is saved so, but after a run's last step, and by runs from when a step began with it.
+    of which they move. They are saved so, but after a run's last step, and by runs from when a step began with it.
 
     Args:
         objective: of the run.
@@ -62,14 +59,14 @@ def restore(
         if name in checkpoint.entries:
             rng[name] = torch.empty_like(checkpoint.entries[name], device="cpu")
     checkpoint.read_into(moments | rng)
-    restore_optimizer(optimizer, objective.named_parameters(), moments)
+    restore_optimizer(optimizer.inner, objective.named_parameters(), moments)
     for name, state in rng.items():
         if name.startswith("rng.cpu"):
             torch.set_rng_state(state)
         elif torch.cuda.is_available():
             torch.cuda.set_rng_state(state)
     if next_ema_momentum is not None and not checkpoint.state.get("twin_advanced", False):
-        objective.update_momentum_encoder(next_ema_momentum)
+        optimizer.move_averages(next_ema_momentum)
 
 
 def restore_model(objective: nn.Module, checkpoint: Checkpoint) -> None:
@@ -106,7 +103,7 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
         RunError: naming the first tensor with NaN or infinity.
     """
     for name, tensor in tensors.items():
-        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        (own,) = local([tensor])
         if own.is_floating_point() and not bool(torch.isfinite(own).all()):
             raise RunError(
                 f"{name} is not finite: this state is not saved, and the checkpoints before it are kept. "

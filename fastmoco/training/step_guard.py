@@ -1,9 +1,10 @@
 """A step whose loss or gradients are not finite leaves no trace, and is decided on without waiting for the device.
 
-One NaN pixel makes the batch norms' statistics NaN for all images, in the forward: a model whose optimizer merely skips such
-a step trains on, looks healthy, and gives NaN for ever in eval mode. So the buffers of both encoders are kept at a step's
-start and put back by a select on the device, and the optimizer is told by a flag on the device (`update.py`). The flag is the
-worst of all ranks. A forward draws no random numbers, so there are none to put back.
+One NaN pixel makes the statistics of batch norms NaN for all images, in the forward. A model whose optimizer
+merely skips such a step trains on, looks healthy, and gives NaN in eval mode from then on. So buffers are copied
+at the start of a step and restored by a select on the device, and the optimizer gets a flag on the device
+(`optim/averaged.py`). The flag is the worst of all ranks. A forward draws no random numbers, so there are none to
+restore.
 """
 
 from __future__ import annotations

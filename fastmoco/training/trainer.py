@@ -1,7 +1,7 @@
 """The loop: one step, and what happens between steps. Everything that has a home of its own is called from here.
 
-The order of a step follows Chen, Xie, He 2021 (Algorithm 1). The twin's average is taken at the end of the step before, which
-equals taking it between the two forwards, bit for bit: see `update.py`.
+The order of a step follows Chen, Xie, He 2021 (Algorithm 1). The average is taken at the end of the step before, which
+equals taking it between the two forwards, bit for bit: see `MoCoV3.ema_momentum`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fastmoco.models.precision import choose_precision
 from fastmoco.objectives.build import attention_choice, build_objective
 from fastmoco.objectives.interface import Output, Progress
 from fastmoco.optim.build import build_optimizer
+from fastmoco.optim.schedule import learning_rate
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.identity import RunIdentity, identify
 from fastmoco.telemetry.recorder import Recorder
@@ -37,8 +38,7 @@ from fastmoco.training.forward_backward import Gradients
 from fastmoco.training.rollback import Rollback
 from fastmoco.training.saving import DEADLINE_S, Saving
 from fastmoco.training.step_guard import StepGuard
-from fastmoco.training.update import scheduled, update_weights
-from fastmoco_pipelines import Loader, ShardError, SyntheticLoader, TwoViewBatch
+from fastmoco_pipelines import Batch, Loader, ShardError, SyntheticLoader
 
 
 class Trainer:
@@ -77,7 +77,7 @@ class Trainer:
             levels=loader.spec.view_dtype == "uint8",
             reserved=setup.reserved_bytes(world, loader),
         )
-        self.optimizer = build_optimizer(config, self.objective)
+        self.optimizer = build_optimizer(config, self.objective.named_parameters(), self.objective.averages())
         self.step_count = 0
         if checkpoint is not None:
             self._take_state(checkpoint)
@@ -169,9 +169,16 @@ class Trainer:
             self.resolved, self.world, self.precision, self.attention, self.gradients.plan.to_json(), self.optimizer
         )
 
-    def schedule(self, step: int) -> tuple[float, float]:
-        """Learning rate and EMA momentum of one step: pure functions of it."""
-        return scheduled(self.config, self.resolved, step)
+    def schedule(self, step: int) -> float:
+        """Learning rate of one step: a pure function of it."""
+        config, steps_per_epoch = self.config, self.resolved.steps_per_epoch
+        return learning_rate(
+            step,
+            peak=self.resolved.peak_lr,
+            epochs=config.epochs,
+            warmup_epochs=config.optim.warmup_epochs,
+            steps_per_epoch=steps_per_epoch,
+        )
 
     def progress(self, step: int) -> Progress:
         """Where the run is after a number of steps."""
@@ -186,7 +193,7 @@ class Trainer:
         """Make weights, twin, buffers and the optimizer's state those of a checkpoint; the step count stays."""
         training_state.restore(self.objective, self.optimizer, checkpoint, self._last_move(checkpoint.step))
 
-    def step(self, batch: TwoViewBatch, *, inspect: Callable[[], None] | None = None) -> Output:
+    def step(self, batch: Batch, *, inspect: Callable[[], None] | None = None) -> Output:
         """One optimizer step. Nothing here waits for the device.
 
         Args:
@@ -196,11 +203,10 @@ class Trainer:
         Returns:
             This rank's loss, queries and keys.
         """
-        lr, _ = self.schedule(self.step_count)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         at = self.progress(self.step_count)
-        views = [view.to(self.world.device, non_blocking=True) for view in (batch.view1, batch.view2)]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule(at.step)
+        views = [view.to(self.world.device, non_blocking=True) for view in batch.views]
         self.objective.zero_grad(set_to_none=True)
         self.guard.begin()
         output = self.gradients(*views, at=at, accuracy=self._logs(self.step_count + 1))
@@ -208,7 +214,7 @@ class Trainer:
             inspect()
         bad = self.guard.judge(output.loss)
         self.step_count += 1
-        update_weights(self.optimizer, self.objective, self._last_move(self.step_count), found_inf=bad)
+        self.optimizer.step(ema_momentum=self.objective.ema_momentum(at), skip=bad)
         self.objective.after_step(bad, at)
         return output
 
@@ -263,7 +269,7 @@ class Trainer:
                 self._save(force=True)
             raise
         number = self.step_count + 1
-        lr = self.schedule(self.step_count)[0]
+        lr = self.schedule(self.step_count)
         schedules = self.objective.schedules(self.progress(self.step_count))
         self.stragglers.begin(self.loader.wait_seconds)
         with self.pulse.step():

@@ -27,9 +27,9 @@ from fastmoco.models.compiled import compile_blocks
 from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.optim import build_adamw, build_adamw_ema, build_lars
+from fastmoco.optim.averaged import AveragedLARS, AveragedOptimizer, FusedAdamW, SweptAdamW
 from fastmoco.telemetry.stability import gradient_norms
 from fastmoco.training import state as training_state
-from fastmoco.training.update import update_weights
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import GLOBAL_BATCH, message_of, part
 from tests.golden_objective import random_views, rough_objective
@@ -53,13 +53,13 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in tensors.items()}
 
 
-def build_optimizer(name: str, objective: MoCoV3) -> torch.optim.Optimizer:
-    named = list(objective.named_parameters())
+def build_optimizer(name: str, objective: MoCoV3) -> AveragedOptimizer:
+    named, averages = list(objective.named_parameters()), objective.averages()
     if name == "lars":
-        return build_lars(named, lr=0.5, weight_decay=0.01)
+        return AveragedLARS(build_lars(named, lr=0.5, weight_decay=0.01), averages)
     if name == "adamw":
-        return build_adamw(named, lr=1e-3, weight_decay=0.1)
-    return build_adamw_ema(named, dict(objective.averages()), lr=1e-3, weight_decay=0.1)
+        return FusedAdamW(build_adamw(named, lr=1e-3, weight_decay=0.1), averages)
+    return SweptAdamW(build_adamw_ema(named, averages, lr=1e-3, weight_decay=0.1), averages)
 
 
 def run_steps(
@@ -116,7 +116,7 @@ def run_steps(
             result["gradients"].append(whole({n: p.grad for n, p in trained.items() if p.grad is not None}))
         result["norms"].append(gradient_norms(trained.items(), objective.places()))
         result["shares"].append(objective.momentum.shares_tokens())
-        update_weights(weights, objective, 0.9, found_inf=torch.zeros(()))
+        weights.step(ema_momentum=0.9, skip=torch.zeros(()))
         if step == 1:
             result["features"] = evaluate(objective, mine[0], autocast)
     tensors = training_state.collect(objective, weights)

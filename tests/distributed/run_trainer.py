@@ -49,7 +49,7 @@ def run(config: Config, out: Path, world: World, *, trust: bool = False) -> dict
     try:
         code = trainer.run()
         kinds = {type(tensor).__name__ for tensor in trainer.objective.predictor.parameters()}
-        optimizer = type(trainer.optimizer).__module__
+        optimizer = type(trainer.optimizer.inner).__module__
     finally:
         trainer.close()
     dist.barrier()

@@ -112,7 +112,9 @@ def test_a_run_of_another_machines_backend_loads_here(tmp_path: Path):
     config = get_recipe("quickstart_digits")
     run = replace(config, model=replace(config.model, attention="cudnn"))
     objective = _objective(config)
-    tensors = training_state.collect(objective, build_optimizer(config, objective))
+    tensors = training_state.collect(
+        objective, build_optimizer(config, objective.named_parameters(), objective.averages())
+    )
     save_checkpoint(RunFolder(tmp_path).checkpoints, step=1, tensors=tensors, state={"config": to_json(run)}, keep=1)
     loaded, found, _ = load_run(tmp_path)
     assert found.model.attention == "cudnn"

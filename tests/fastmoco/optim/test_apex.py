@@ -221,7 +221,8 @@ def test_nobody_imports_it_unasked(tmp_path: Path) -> None:
         "from fastmoco.optim.build import build_optimizer\n"
         "from fastmoco.recipes import quickstart_digits\n"
         "config = quickstart_digits()\n"
-        "build_optimizer(config, build_objective(config, torch.device('cpu')))\n"
+        "objective = build_objective(config, torch.device('cpu'))\n"
+        "build_optimizer(config, objective.named_parameters(), objective.averages())\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

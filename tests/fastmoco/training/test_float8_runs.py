@@ -75,7 +75,7 @@ def test_a_run_saves_what_a_native_model_reads(anywhere: Callable[[], Config], t
     ours = build_objective(config, CPU)
     latest = load_latest(RunFolder(tmp_path / "run").checkpoints)
     assert latest is not None
-    training_state.restore(ours, build_optimizer(config, ours), latest)
+    training_state.restore(ours, build_optimizer(config, ours.named_parameters(), ours.averages()), latest)
     assert all(torch.equal(weights[n], t) for n, t in ours.state_dict().items())
     native = replace(config, model=replace(config.model, linears="native"))
     assert differences(config, native) == ["model.linears: 'float8' -> 'native'"]

@@ -16,9 +16,9 @@ from fastmoco.config import Config
 from fastmoco.config.serial import differences, from_json, to_json
 from fastmoco.distributed.mesh import World
 from fastmoco.objectives.build import build_objective
+from fastmoco.optim.averaged import AveragedOptimizer
 from fastmoco.optim.build import build_optimizer, choose_optimizer_backend, name_of
 from fastmoco.run.folder import RunFolder
-from fastmoco.training import trainer as trainer_module
 from fastmoco.training.trainer import Trainer
 from tests.command_line import main
 from tests.golden_objective import train_step
@@ -101,11 +101,11 @@ def test_the_average_at_the_end_of_a_step_is_the_one_before_the_next_bit_for_bit
     trainer = Trainer.build(config, tmp_path, World())
     try:
         book = build_objective(config, CPU)
-        optimizer = build_optimizer(config, book)
+        optimizer = build_optimizer(config, book.named_parameters(), book.averages())
         for step in range(STEPS):
             batch = trainer.loader.next()
-            lr, momentum = trainer.schedule(step)
-            loss = train_step(book, optimizer, (batch.view1, batch.view2), lr=lr, ema_momentum=momentum)
+            lr, momentum = trainer.schedule(step), trainer.objective.schedules(trainer.progress(step))["ema_momentum"]
+            loss = train_step(book, optimizer.inner, batch.views, lr=lr, ema_momentum=momentum)
             assert torch.equal(trainer.step(batch).loss, loss), step
         for name, tensor in trainer.objective.state_dict().items():  # the last step ends without a further average
             assert torch.equal(tensor, book.state_dict()[name]), name
@@ -137,19 +137,19 @@ def test_it_continues_under_the_other_backend_and_says_so(config, folders, tmp_p
 def old_folder(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint as it was when a step began with the average: without the entry, the twin one average behind."""
     folder = tmp_path_factory.mktemp("old")
-    update, save = trainer_module.update_weights, saver.save_checkpoint
+    update, save = AveragedOptimizer.step, saver.save_checkpoint
     calls: list[float | None] = []
 
-    def as_before(optimizer: Any, objective: Any, momentum: float | None, **options: Any) -> None:
-        calls.append(momentum)
-        update(optimizer, objective, None if len(calls) == CUT else momentum, **options)
+    def as_before(optimizer: Any, *, ema_momentum: float | None, skip: torch.Tensor | None) -> None:
+        calls.append(ema_momentum)
+        update(optimizer, ema_momentum=None if len(calls) == CUT else ema_momentum, skip=skip)
 
     def saved_as_before(*arguments: Any, state: dict[str, Any], **options: Any) -> Path:
         assert state.pop("twin_advanced")
         return save(*arguments, state=state, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "update_weights", as_before)
+        patch.setattr(AveragedOptimizer, "step", as_before)
         patch.setattr(saver, "save_checkpoint", saved_as_before)
         train(config, folder, CUT)
     return folder
@@ -189,7 +189,7 @@ def test_every_frozen_stem_that_differs_moves_under_each_backend(config):
     for backend in ("torch", "fastmoco"):
         changed = with_optim(config, fused_backend=backend)
         objective = build_objective(changed, CPU)
-        optimizer = build_optimizer(changed, objective)
+        optimizer = build_optimizer(changed, objective.named_parameters(), objective.averages())
         with torch.no_grad():
             for parameter in objective.momentum_encoder.parameters():
                 parameter.add_(1.0)
@@ -199,7 +199,7 @@ def test_every_frozen_stem_that_differs_moves_under_each_backend(config):
         unused = objective.encoder.blocks[0].mlp.fc1.bias
         unused.grad = None
         start = {name: p.detach().clone() for name, p in objective.momentum_encoder.named_parameters()}
-        trainer_module.update_weights(optimizer, objective, 0.5)
+        optimizer.step(ema_momentum=0.5)
         moved = dict(objective.momentum_encoder.named_parameters())
         assert all(not torch.equal(start[name], moved[name]) for name in start)
         twins.append(moved)
@@ -220,7 +220,7 @@ def test_the_command_line_chooses(words, name, capsys, monkeypatch):
     monkeypatch.setattr("fastmoco.cli.train.train", lambda config, out, **options: built.append(config) or 0)
     assert main(["train", "quickstart_digits", "--out", "unused", *words]) == 0
     objective = build_objective(built[0], CPU)
-    assert name_of(build_optimizer(built[0], objective)) == name
+    assert name_of(build_optimizer(built[0], objective.named_parameters(), objective.averages())) == name
 
 
 def test_auto_takes_the_sweep_where_triton_runs(config, monkeypatch):

@@ -164,11 +164,11 @@ def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(small_run
     try:
         objective = trainer.objective
         twin = build_objective(config, torch.device("cpu"))
-        optimizer = build_optimizer(config, twin)
+        optimizer = build_optimizer(config, twin.named_parameters(), twin.averages()).inner
         batch = trainer.loader.next()
-        batch = replace(batch, view1=batch.view1.double(), view2=batch.view2.double())
+        batch = replace(batch, views=tuple(view.double() for view in batch.views))
         for step in range(2):
-            lr, momentum = trainer.schedule(step)
+            lr, momentum = trainer.schedule(step), trainer.objective.schedules(trainer.progress(step))["ema_momentum"]
             trainer.step_count = step
             output = trainer.step(batch)
             for group in optimizer.param_groups:
@@ -177,12 +177,15 @@ def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(small_run
                 pairs = zip(twin.momentum_encoder.parameters(), twin.encoder.parameters(), strict=True)
                 for average, source in pairs:
                     average.copy_(momentum * average + (1 - momentum) * source)
-            plain = plain_forward(twin, batch.view1, batch.view2)
+            plain = plain_forward(twin, *batch.views)
             optimizer.zero_grad()
             plain.loss.backward()
             optimizer.step()
             assert abs(output.loss.item() - plain.loss.item()) < 1e-12
-        _, momentum = trainer.schedule(2)  # the trainer has made the twin ready for the next step
+        # The trainer has made the average ready for the next step.
+        momentum = trainer.objective.schedules(trainer.progress(2))["ema_momentum"]
+            "ema_momentum"
+        ]  # the trainer has made the twin ready for the next step
         twin.update_momentum_encoder(momentum)
         for name, value in objective.momentum_encoder.state_dict().items():
             torch.testing.assert_close(value, twin.momentum_encoder.state_dict()[name], rtol=0, atol=1e-12)
