@@ -184,8 +184,6 @@ def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(small_run
             assert abs(output.loss.item() - plain.loss.item()) < 1e-12
         # The trainer has made the average ready for the next step.
         momentum = trainer.objective.schedules(trainer.progress(2))["ema_momentum"]
-            "ema_momentum"
-        ]  # the trainer has made the twin ready for the next step
         twin.update_momentum_encoder(momentum)
         for name, value in objective.momentum_encoder.state_dict().items():
             torch.testing.assert_close(value, twin.momentum_encoder.state_dict()[name], rtol=0, atol=1e-12)
