@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fastmoco.config import Config
+from fastmoco.recipes.byol import byol_digits, byol_vit_s16_e300_b4096
 from fastmoco.recipes.moco_v3 import vit_b16_e300_b4096, vit_s16_e300_b1024, vit_s16_e300_b4096
 from fastmoco.recipes.small import (
     quickstart_digits,
@@ -41,6 +42,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
         vit_nano7_e12_b256,
         vit_nano8_e60_b256,
         quickstart_digits,
+        byol_vit_s16_e300_b4096,
+        byol_digits,
     )
 }
 
