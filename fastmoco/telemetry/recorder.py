@@ -7,10 +7,10 @@ import math
 from contextlib import AbstractContextManager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastmoco.config import Config, Resolved
+from fastmoco.distributed.agree import mean
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import say
 from fastmoco.run.folder import RunFolder
@@ -133,10 +133,7 @@ class Recorder:
         parts = [torch.stack([loss.detach(), feature_std(q)]), pair_cosines(q, keys)]
         if accuracy is not None:
             parts.append(accuracy)
-        figures = torch.cat([part.double() for part in parts])
-        if self.world.world_size > 1:
-            dist.all_reduce(figures)
-            figures /= self.world.world_size
+        figures = mean(torch.cat([part.double() for part in parts]))
         mean_loss, spread, positive, negative, *shares = figures.tolist()
         peaks = self._gradient_peaks()
         for event in (self._collapse.observe(step, spread), self._forgetting.observe(step, positive, negative)):

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import normalize
 
-from fastmoco_kernels._multi_tensor import local, sums_over_shards
+from fastmoco_kernels._multi_tensor import all_plain, local, sums_over_shards
 
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 _HEADS = re.compile(r"(?:^|\.)(?:head|projector|predictor)\.")
@@ -128,7 +127,7 @@ def gradient_norms(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, 
     wide = torch.promote_types(found[0][1].dtype, torch.float32)
     grads = [grad for _, grad in found]
     norms = torch.stack(torch._foreach_norm(local(grads), 2, wide)).float()
-    if any(isinstance(grad, DTensor) for grad in grads):
+    if not all_plain(grads):
         norms = sums_over_shards([norms.double().square()], grads)[0].sqrt().float()
     blocks = {int(match[1]) for name, _ in found if (match := _BLOCK.search(name))}
     groups: dict[str, list[int]] = {}
