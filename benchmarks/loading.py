@@ -122,8 +122,8 @@ def fastmoco_feed(job: Job, color: Color, name: str = "") -> Feed:
     loader = build_loader(spec, device_id=0 if on_gpu else None)
 
     def following() -> Views:
-        batch = loader.next()
-        return batch.view1, batch.view2
+        view1, view2 = loader.next().views
+        return view1, view2
 
     shown = name or f"fastmoco {color}"
     return Feed(name=shown, next=following, close=loader.close, resting=lambda: loader.resting, loader=loader)

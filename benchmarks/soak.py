@@ -113,8 +113,9 @@ def _soak_rank(job: dict[str, Any]) -> dict[str, Any]:
                 result["restarts"] += 1
             wanted, got = clean.next(), faulty.next()
             excused = np.isin(wanted.sample_ids, bad)
-            equal = (got.view1 == wanted.view1).flatten(1).all(1) & (got.view2 == wanted.view2).flatten(1).all(1)
-            good = (got.sample_ids == wanted.sample_ids) & equal.numpy()
+            good = got.sample_ids == wanted.sample_ids
+            for view, other in zip(got.views, wanted.views, strict=True):
+                good &= (view == other).flatten(1).all(1).numpy()
             stands_in = (got.sample_ids != wanted.sample_ids) & ~np.isin(got.sample_ids, bad)
             result["differing"] += int(not np.where(excused, stands_in, good).all())
             result["replaced"] += int(excused.sum())

@@ -135,7 +135,7 @@ def open_side(name: str, options: dict[str, Any]) -> Iterator[Side]:
                 checked = min(options["checked"], config.global_batch_size)
                 result = {
                     "plan": str(trainer.gradients.plan),
-                    **check(trainer, batch.view1[:checked], batch.view2[:checked]),
+                    **check(trainer, *(view[:checked] for view in batch.views)),
                 }
                 yield Side(lambda: trainer.step(batch), config.global_batch_size, device, result)
             finally:

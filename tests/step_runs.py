@@ -22,7 +22,7 @@ from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.reference import plain_forward
 from fastmoco.recipes import vit_nano8_e60_b256, with_image_size
 from fastmoco.training.trainer import Trainer
-from fastmoco_pipelines import TwoViewBatch
+from fastmoco_pipelines import Batch
 
 IMAGES = 48
 STEPS = 12
@@ -94,17 +94,17 @@ def _move_apart(objective: MoCoV3) -> None:
             add(average, 0.02)
 
 
-def images_of(config: Config, step: int, device: str, *, rows: int = IMAGES) -> TwoViewBatch:
+def images_of(config: Config, step: int, device: str, *, rows: int = IMAGES) -> Batch:
     """Two views of images that differ in the large: of plain noise all features are alike, and batch norms enlarge rounding."""
     noise = torch.Generator().manual_seed(100 + step)
     scene, *changes = torch.randn(3, rows, 3, 4, 4, generator=noise)
     size = config.model.image_size
     views = [F.interpolate(scene + 0.5 * change, size=(size, size)).to(device) for change in changes]
     ids = torch.arange(rows).numpy()
-    return TwoViewBatch(view1=views[0], view2=views[1], sample_ids=ids, step=step)
+    return Batch(views=tuple(views), sample_ids=ids, step=step)
 
 
-def clear_images(config: Config, exact: MoCoV3, device: str) -> TwoViewBatch:
+def clear_images(config: Config, exact: MoCoV3, device: str) -> Batch:
     """A batch that meets no ReLU near its kink: rounding there would change one whole gradient on one device alone.
 
     Args:
@@ -120,22 +120,22 @@ def clear_images(config: Config, exact: MoCoV3, device: str) -> TwoViewBatch:
 
 
 @torch.no_grad()
-def _nearest_kink(exact: MoCoV3, batch: TwoViewBatch) -> float:
+def _nearest_kink(exact: MoCoV3, batch: Batch) -> float:
     """The smallest absolute input of any ReLU."""
     nearest: list[float] = []
     units = [part for part in exact.modules() if isinstance(part, nn.ReLU)]
     look = [unit.register_forward_pre_hook(lambda _, x: nearest.append(float(x[0].abs().min()))) for unit in units]
-    plain_forward(copy.deepcopy(exact), batch.view1.cpu().double(), batch.view2.cpu().double())
+    plain_forward(copy.deepcopy(exact), *(view.cpu().double() for view in batch.views))
     for handle in look:
         handle.remove()
     return min(nearest)
 
 
-def poisoned(batch: TwoViewBatch) -> TwoViewBatch:
+def poisoned(batch: Batch) -> Batch:
     """The same batch with one pixel that is NaN."""
-    view1 = batch.view1.clone()
+    view1 = batch.views[0].clone()
     view1[0, 0, 0, 0] = torch.nan
-    return replace(batch, view1=view1)
+    return replace(batch, views=(view1, *batch.views[1:]))
 
 
 def gradients_of(objective: MoCoV3) -> dict[str, Tensor]:
@@ -144,11 +144,11 @@ def gradients_of(objective: MoCoV3) -> dict[str, Tensor]:
     return {name: gradient.detach().cpu().double() for name, gradient in named if gradient is not None}
 
 
-def plain_step(objective: MoCoV3, batch: TwoViewBatch, precision: str) -> tuple[float, dict[str, Tensor]]:
+def plain_step(objective: MoCoV3, batch: Batch, precision: str) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients by the plain forward, on a copy of the objective, where it lies and in its dtype."""
     objective = copy.deepcopy(objective)
     place = objective.encoder.pos_embed
-    view1, view2 = (view.to(place) for view in (batch.view1, batch.view2))
+    view1, view2 = (view.to(place) for view in batch.views)
     with torch.autocast(place.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         loss = plain_forward(objective, view1, view2).loss
     loss.backward()  # type: ignore[no-untyped-call]

@@ -26,7 +26,7 @@ from fastmoco.config import BatchConfig, Config, KnnConfig, ObjectiveConfig, Opt
 from fastmoco.distributed.mesh import start_world, stop_world
 from fastmoco.recipes import quickstart_digits
 from fastmoco.training.trainer import Trainer
-from fastmoco_pipelines.loading.batch import TwoViewBatch
+from fastmoco_pipelines.loading.batch import Batch
 
 NAME = "large_batch"
 DEFAULTS = {
@@ -146,9 +146,9 @@ def _child(options: dict[str, Any]) -> None:
             began = time.perf_counter()
             for step in range(options["steps"]):
                 views = _global_batch(step, config.global_batch_size, config.model.image_size, dtype)
-                view1, view2 = (view[mine].clone() for view in views)
+                local_views = tuple(view[mine].clone() for view in views)
                 del views
-                batch = TwoViewBatch(view1=view1, view2=view2, sample_ids=torch.arange(local).numpy(), step=step)
+                batch = Batch(views=local_views, sample_ids=torch.arange(local).numpy(), step=step)
                 loss = trainer.step(batch).loss.detach().double()
                 if world.world_size > 1:
                     dist.all_reduce(loss)

@@ -39,7 +39,7 @@ from fastmoco.training.forward_backward import Gradients
 from fastmoco.training.rollback import Rollback
 from fastmoco.training.saving import DEADLINE_S, Saving
 from fastmoco.training.step_guard import StepGuard
-from fastmoco_pipelines import Loader, ShardError, SyntheticLoader, TwoViewBatch
+from fastmoco_pipelines import Batch, Loader, ShardError, SyntheticLoader
 
 
 class Trainer:
@@ -198,7 +198,7 @@ class Trainer:
         momentum = self.objective.ema_momentum(self.progress(checkpoint.step - 1))
         training_state.restore(self.objective, self.optimizer, checkpoint, momentum)
 
-    def step(self, batch: TwoViewBatch, *, inspect: Callable[[], None] | None = None) -> MoCoV3Output:
+    def step(self, batch: Batch, *, inspect: Callable[[], None] | None = None) -> MoCoV3Output:
         """One optimizer step. Nothing here waits for the device.
 
         Args:
@@ -212,7 +212,7 @@ class Trainer:
         lr, _ = self.schedule(at.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        view1, view2 = (view.to(self.world.device, non_blocking=True) for view in (batch.view1, batch.view2))
+        view1, view2 = (view.to(self.world.device, non_blocking=True) for view in batch.views)
         self.objective.zero_grad(set_to_none=True)
         self.guard.begin()
         output = self.gradients(view1, view2, accuracy=self._logs(self.step_count + 1))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastmoco_pipelines.errors import BadImageError, ShardError
-    from fastmoco_pipelines.loading.batch import EvalBatch, TwoViewBatch
+    from fastmoco_pipelines.loading.batch import Batch, EvalBatch
     from fastmoco_pipelines.loading.eval_loader import EvalLoader, build_eval_loader
     from fastmoco_pipelines.loading.loader import Loader, build_loader
     from fastmoco_pipelines.loading.memory import LoaderBytes, loader_bytes
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BadImageError",
+    "Batch",
     "EvalBatch",
     "EvalLoader",
     "EvalSpec",
@@ -38,7 +39,6 @@ __all__ = [
     "ShardError",
     "ShardSet",
     "SyntheticLoader",
-    "TwoViewBatch",
     "ViewSpec",
     "build_eval_loader",
     "build_loader",
@@ -56,6 +56,7 @@ __all__ = [
 
 _ROOMS = {
     "BadImageError": "errors",
+    "Batch": "loading.batch",
     "EvalBatch": "loading.batch",
     "EvalLoader": "loading.eval_loader",
     "EvalSpec": "spec",
@@ -67,7 +68,6 @@ _ROOMS = {
     "ShardError": "errors",
     "ShardSet": "sets.shard_set",
     "SyntheticLoader": "loading.synthetic",
-    "TwoViewBatch": "loading.batch",
     "ViewSpec": "spec",
     "build_eval_loader": "loading.eval_loader",
     "build_loader": "loading.loader",

@@ -23,26 +23,25 @@ from fastmoco_pipelines.spec import LoaderSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TwoViewBatch:
+class Batch:
     """One rank's part of one global batch.
 
     Attributes:
-        view1: [B, 3, H, W] on the loader's device: float32, normalised, or uint8, levels that ``levels.normalise`` takes
-            (``LoaderSpec.view_dtype``).
-        view2: [B, 3, H, W], of the same type on the same device; row i shows the image of ``view1``'s row i.
+        views: view v is [B, 3, H_v, W_v] on the loader's device: float32, normalised, or uint8, levels
+            that `views.levels.normalise` takes (`LoaderSpec.view_dtype`). Row i of every view shows the
+            same image.
         sample_ids: [B] int64, on the host: row i's position in the manifest.
         step: the global step this batch belongs to, from 0.
     """
 
-    view1: Tensor
-    view2: Tensor
+    views: tuple[Tensor, ...]
     sample_ids: NDArray[np.int64]
     step: int
 
     @property
     def normalised(self) -> bool:
         """Whether the views can go to an encoder as they are."""
-        return self.view1.dtype != torch.uint8
+        return self.views[0].dtype != torch.uint8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +100,7 @@ class BatchStream(ABC):
         """Start to make batches ahead of ``next``, where a stream does."""
 
     @abstractmethod
-    def next(self) -> TwoViewBatch:
+    def next(self) -> Batch:
         """The batch of the next step."""
 
     @abstractmethod
@@ -123,10 +122,10 @@ class BatchStream(ABC):
             **order,
         }
 
-    def __iter__(self) -> Iterator[TwoViewBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> TwoViewBatch:
+    def __next__(self) -> Batch:
         return self.next()
 
     def __enter__(self) -> Self:

@@ -20,7 +20,7 @@ from fastmoco_pipelines.healing.culprit import Suspects
 from fastmoco_pipelines.healing.healer import Healer
 from fastmoco_pipelines.healing.verdicts import Verdicts
 from fastmoco_pipelines.loading.arenas import give_back_memory, share_arenas
-from fastmoco_pipelines.loading.batch import BatchStream, TwoViewBatch
+from fastmoco_pipelines.loading.batch import Batch, BatchStream
 from fastmoco_pipelines.loading.source import Source
 from fastmoco_pipelines.loading.stages import StageClock, StageFigures
 from fastmoco_pipelines.loading.threads import POLL_SECONDS, BatchPlaces, make_batches, read_steps
@@ -152,7 +152,7 @@ class Loader(BatchStream):
             self._reader.start()
             self._producer.start()
 
-    def next(self) -> TwoViewBatch:
+    def next(self) -> Batch:
         """The batch of the next step.
 
         Raises:
@@ -186,7 +186,7 @@ class Loader(BatchStream):
             self._failure = result
             raise result
         if self._places is not None:
-            self._places.give(result.view1.device)
+            self._places.give(result.views[0].device)
         self._step = result.step + 1
         return result
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.healing.healer import Healer
-from fastmoco_pipelines.loading.batch import TwoViewBatch
+from fastmoco_pipelines.loading.batch import Batch
 from fastmoco_pipelines.loading.stages import AUGMENT, DECODE, DRAW, HEAL, READ, TRANSFER, StageClock
 from fastmoco_pipelines.loading.threads import BatchPlaces
 from fastmoco_pipelines.sampling.stand_ins import Places, Plan
@@ -63,7 +63,7 @@ class Source:
         with self.clock.stage(DRAW, step):
             return self._drawn(places, encoded)
 
-    def render(self, prepared: Prepared) -> TwoViewBatch:
+    def render(self, prepared: Prepared) -> Batch:
         """Decode and augment; bad images are replaced until all is well."""
         from fastmoco_pipelines.views.dali import DecodeError
 
@@ -71,20 +71,21 @@ class Source:
         while True:
             try:
                 with self.clock.stage(DECODE, step):
-                    view1, view2 = self.pipeline.run(
-                        prepared.encoded,
-                        prepared.draws1,
-                        prepared.draws2,
-                        before_output=None if self.places is None else self.places.wait,
+                    views = list(
+                        self.pipeline.run(
+                            prepared.encoded,
+                            prepared.draws1,
+                            prepared.draws2,
+                            before_output=None if self.places is None else self.places.wait,
+                        )
                     )
                 self.clock.within(DECODE, AUGMENT, self.pipeline.augment_seconds)
                 if self.pinned:
                     with self.clock.stage(TRANSFER, step):
-                        view1 = (
-                            view1.pin_memory()
-                        )  # one after the other: pageable and pinned memory of one view at most
-                        view2 = view2.pin_memory()
-                return TwoViewBatch(view1=view1, view2=view2, sample_ids=prepared.places.ids, step=step)
+                        # One at a time: a single view is held in pageable and in pinned memory at once.
+                        for number in range(len(views)):
+                            views[number] = views[number].pin_memory()
+                return Batch(views=tuple(views), sample_ids=prepared.places.ids, step=step)
             except DecodeError as error:
                 with self.clock.stage(HEAL, step):
                     prepared = self._healed(prepared, error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastmoco_pipelines.loading.batch import BatchStream, TwoViewBatch
+from fastmoco_pipelines.loading.batch import Batch, BatchStream
 from fastmoco_pipelines.sampling.order import rank_slice
 from fastmoco_pipelines.spec import LoaderSpec
 
@@ -52,11 +52,11 @@ class SyntheticLoader(BatchStream):
             views = [torch.randint(256, shape, generator=noise, dtype=torch.uint8) for shape in shapes]
         else:
             views = [torch.randn(shape, generator=noise, dtype=torch.float32) for shape in shapes]
-        self._view1, self._view2 = (view.to(device) for view in views)
+        self._views = tuple(view.to(device) for view in views)
 
-    def next(self) -> TwoViewBatch:
+    def next(self) -> Batch:
         """The same batch under the next step's number."""
-        batch = TwoViewBatch(view1=self._view1, view2=self._view2, sample_ids=self._sample_ids, step=self._step)
+        batch = Batch(views=self._views, sample_ids=self._sample_ids, step=self._step)
         self._step += 1
         return batch
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 if TYPE_CHECKING:
-    from fastmoco_pipelines.loading.batch import TwoViewBatch
+    from fastmoco_pipelines.loading.batch import Batch
     from fastmoco_pipelines.loading.source import Prepared, Source
 
     Readings = queue.Queue[Prepared | BaseException]
-    Results = queue.Queue[TwoViewBatch | BaseException]
+    Results = queue.Queue[Batch | BaseException]
 
 POLL_SECONDS = 0.2
 _EXIT_SECONDS = 5.0

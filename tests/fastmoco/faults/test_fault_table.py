@@ -148,7 +148,7 @@ trainer.Trainer.step = step
 NAN = """
         import time
         if rank == 1:
-            batch.view1[0, 0, 0, 0] = float("nan")
+            batch.views[0][0, 0, 0, 0] = float("nan")
 """
 NEVER = """
         self.step_count += 1

@@ -183,10 +183,10 @@ def test_trainers_in_one_process_skip_resume_and_go_on(tmp_path: Path) -> None:
         for i in range(5):
             for graphs, trainer in trainers.items():
                 batch = trainer.loader.next()
-                view1 = batch.view1.to(world.device, torch.float32, copy=True)
+                view1 = batch.views[0].to(world.device, torch.float32, copy=True)
                 if i == 3:
                     view1[0] = torch.nan
-                batch = replace(batch, view1=view1, view2=batch.view2.to(world.device))
+                batch = replace(batch, views=(view1, batch.views[1].to(world.device)))
                 if i >= 2:  # step 1 is logged, and captures
                     with no_waiting():
                         output = trainer.step(batch)

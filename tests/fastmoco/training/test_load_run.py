@@ -15,7 +15,7 @@ def test_the_encoder_of_a_run_is_the_one_that_was_trained(small_run, tmp_path):
     trainer = Trainer.build(small_run, tmp_path, World())
     try:
         assert trainer.run() == 0
-        images = trainer.loader.next().view1
+        images = trainer.loader.next().views[0]
     finally:
         trainer.close()
     objective, config, checkpoint = load_run(tmp_path)

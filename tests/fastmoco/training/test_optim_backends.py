@@ -105,7 +105,7 @@ def test_the_average_at_the_end_of_a_step_is_the_one_before_the_next_bit_for_bit
         for step in range(STEPS):
             batch = trainer.loader.next()
             lr, momentum = trainer.schedule(step)
-            loss = train_step(book, optimizer.inner, (batch.view1, batch.view2), lr=lr, ema_momentum=momentum)
+            loss = train_step(book, optimizer.inner, batch.views, lr=lr, ema_momentum=momentum)
             assert torch.equal(trainer.step(batch).loss, loss), step
         for name, tensor in trainer.objective.state_dict().items():  # the last step ends without a further average
             assert torch.equal(tensor, book.state_dict()[name]), name

@@ -18,7 +18,7 @@ from fastmoco.errors import RunError
 from fastmoco.training import state as training_state
 from fastmoco.training.step_guard import global_norm
 from fastmoco.training.trainer import Trainer
-from fastmoco_pipelines import TwoViewBatch
+from fastmoco_pipelines import Batch
 from tests.checkpoint_content import group_of_one
 
 pytestmark = pytest.mark.faults
@@ -26,11 +26,11 @@ pytestmark = pytest.mark.faults
 WORLD = World()
 
 
-def poison(batch: TwoViewBatch, value: float = math.nan) -> TwoViewBatch:
+def poison(batch: Batch, value: float = math.nan) -> Batch:
     """One bad pixel."""
-    view1 = batch.view1.clone()
+    view1 = batch.views[0].clone()
     view1[0, 0, 0, 0] = value
-    return replace(batch, view1=view1)
+    return replace(batch, views=(view1, *batch.views[1:]))
 
 
 def steps(config: Config, out: Path, *, bad: set[int], fed: bool) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -140,7 +140,7 @@ def test_a_run_goes_on_after_bad_steps_and_ends_after_too_many(
             trainer.close()
 
 
-def _maybe(batch: TwoViewBatch, bad: set[int]) -> TwoViewBatch:
+def _maybe(batch: Batch, bad: set[int]) -> Batch:
     return poison(batch) if batch.step in bad else batch
 
 

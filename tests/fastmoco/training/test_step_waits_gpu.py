@@ -18,7 +18,7 @@ import torch
 
 from fastmoco.evaluation.embed import embed
 from fastmoco.training.trainer import Trainer
-from fastmoco_pipelines import EvalBatch, TwoViewBatch
+from fastmoco_pipelines import Batch, EvalBatch
 from tests.step_runs import images_of, running, short_run
 
 
@@ -35,7 +35,7 @@ def at_each_fetch(trainer: Trainer, look: Callable[[int], None]) -> None:
     """Call ``look`` with the number of the step whose batch has just been fetched, from 0."""
     fetch = trainer.loader.next
 
-    def next_batch() -> TwoViewBatch:
+    def next_batch() -> Batch:
         batch = fetch()
         look(batch.step)
         return batch
@@ -158,7 +158,7 @@ def measure(trainer: Trainer, device: str) -> None:
 
     def batches() -> Iterator[EvalBatch]:
         for rows in (16, 16, 7):
-            images = images_of(trainer.config, 0, device, rows=rows).view1
+            images = images_of(trainer.config, 0, device, rows=rows).views[0]
             yield EvalBatch(images=images, labels=np.zeros(rows, np.int64), sample_ids=np.arange(rows))
 
     def encode(images: torch.Tensor) -> torch.Tensor:

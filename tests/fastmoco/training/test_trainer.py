@@ -166,7 +166,7 @@ def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(small_run
         twin = build_objective(config, torch.device("cpu"))
         optimizer = build_optimizer(config, twin.named_parameters(), twin.averages()).inner
         batch = trainer.loader.next()
-        batch = replace(batch, view1=batch.view1.double(), view2=batch.view2.double())
+        batch = replace(batch, views=tuple(view.double() for view in batch.views))
         for step in range(2):
             lr, momentum = trainer.schedule(step)
             trainer.step_count = step
@@ -177,7 +177,7 @@ def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(small_run
                 pairs = zip(twin.momentum_encoder.parameters(), twin.encoder.parameters(), strict=True)
                 for average, source in pairs:
                     average.copy_(momentum * average + (1 - momentum) * source)
-            plain = plain_forward(twin, batch.view1, batch.view2)
+            plain = plain_forward(twin, *batch.views)
             optimizer.zero_grad()
             plain.loss.backward()
             optimizer.step()

@@ -11,7 +11,7 @@ import torch
 
 from fastmoco_pipelines.errors import TooManyBadSamplesError
 from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, append_entry
-from fastmoco_pipelines.loading.batch import TwoViewBatch
+from fastmoco_pipelines.loading.batch import Batch
 from fastmoco_pipelines.loading.loader import build_loader
 from fastmoco_pipelines.sampling.order import epoch_order
 from fastmoco_pipelines.sets.shard_set import ShardSet
@@ -32,20 +32,20 @@ def spec_of(folder: Path | str, **changes) -> LoaderSpec:
     return LoaderSpec(**options | changes)
 
 
-def take(folder: Path, steps: int = STEPS, *, changes: dict | None = None, **options) -> list[TwoViewBatch]:
+def take(folder: Path, steps: int = STEPS, *, changes: dict | None = None, **options) -> list[Batch]:
     with build_loader(spec_of(folder, **changes or {}), **options) as loader:
         return [loader.next() for _ in range(steps)]
 
 
-def assert_same(got: TwoViewBatch, wanted: TwoViewBatch) -> None:
+def assert_same(got: Batch, wanted: Batch) -> None:
     assert got.step == wanted.step
     assert np.array_equal(got.sample_ids, wanted.sample_ids)
-    assert torch.equal(got.view1, wanted.view1)
-    assert torch.equal(got.view2, wanted.view2)
+    assert torch.equal(got.views[0], wanted.views[0])
+    assert torch.equal(got.views[1], wanted.views[1])
 
 
 @pytest.fixture(scope="module")
-def clean(packed) -> list[TwoViewBatch]:
+def clean(packed) -> list[Batch]:
     return take(packed)
 
 
@@ -55,7 +55,7 @@ def faulty(packed, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def healed(faulty) -> list[TwoViewBatch]:
+def healed(faulty) -> list[Batch]:
     return take(faulty)
 
 
@@ -66,8 +66,8 @@ def test_only_the_places_of_bad_samples_differ(packed, clean, healed):
             bad = np.isin(wanted.sample_ids, list(BAD))
             replaced += int(bad.sum())
             keep = torch.from_numpy(~bad)
-            assert torch.equal(got.view1[keep], wanted.view1[keep])
-            assert torch.equal(got.view2[keep], wanted.view2[keep])
+            assert torch.equal(got.views[0][keep], wanted.views[0][keep])
+            assert torch.equal(got.views[1][keep], wanted.views[1][keep])
             assert np.array_equal(got.sample_ids[~bad], wanted.sample_ids[~bad])
             for row in np.flatnonzero(bad).tolist():
                 stand_in = int(got.sample_ids[row])
@@ -77,7 +77,7 @@ def test_only_the_places_of_bad_samples_differ(packed, clean, healed):
     assert replaced == len([i for epoch in range(3) for i in epoch_order(7, epoch, 45)[:36] if int(i) in BAD])
 
 
-def assert_is_drawn_for_its_place(shards: ShardSet, batch: TwoViewBatch, row: int) -> None:
+def assert_is_drawn_for_its_place(shards: ShardSet, batch: Batch, row: int) -> None:
     """The views of a stand-in are those of its number, the epoch and the place; not those of its own turn."""
     sample_id = batch.sample_ids[row : row + 1]
     position = batch.step % 3 * 12 + row
@@ -97,8 +97,8 @@ def assert_is_drawn_for_its_place(shards: ShardSet, batch: TwoViewBatch, row: in
         )
         view1, view2 = pipeline.run(shards.read(sample_id), draws1, draws2)
         own = bool(places[0])
-        assert torch.equal(view1[0], batch.view1[row]) == own
-        assert torch.equal(view2[0], batch.view2[row]) == own
+        assert torch.equal(view1[0], batch.views[0][row]) == own
+        assert torch.equal(view2[0], batch.views[1][row]) == own
 
 
 @pytest.mark.parametrize("start", range(1, STEPS))
@@ -112,9 +112,8 @@ def test_ranks_together_are_bit_identical_to_one(faulty, healed, world_size):
     ranks = [take(faulty, 5, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step in range(5):
         parts = [batches[step] for batches in ranks]
-        together = TwoViewBatch(
-            view1=torch.cat([part.view1 for part in parts]),
-            view2=torch.cat([part.view2 for part in parts]),
+        together = Batch(
+            views=tuple(map(torch.cat, zip(*(part.views for part in parts), strict=True))),
             sample_ids=np.concatenate([part.sample_ids for part in parts]),
             step=step,
         )
@@ -168,7 +167,7 @@ def test_a_wrong_line_in_a_list_costs_its_sample_alone(packed, clean, tmp_path):
         entry = Quarantine().add(**shards.entry(int(FIRST[5])), reason="somebody's dislike")
     append_entry(folder / NAME, entry)
     got = take(folder, 1)[0]
-    differs = [i for i in range(12) if not torch.equal(got.view1[i], clean[0].view1[i])]
+    differs = [i for i in range(12) if not torch.equal(got.views[0][i], clean[0].views[0][i])]
     assert differs == [5]
 
 
@@ -181,7 +180,7 @@ def test_bad_candidates_are_passed_over(packed, tmp_path):
     halves = [take(folder, 2, changes={"max_bad_share": 1.0}, rank=rank, world_size=2) for rank in range(2)]
     for step, batch in enumerate(whole):
         assert not set(batch.sample_ids.tolist()) & bad.keys()
-        assert torch.equal(batch.view1, torch.cat([half[step].view1 for half in halves]))
+        assert torch.equal(batch.views[0], torch.cat([half[step].views[0] for half in halves]))
 
 
 def test_the_limit_names_counts_culprits_and_the_cure(packed, tmp_path):

@@ -87,7 +87,7 @@ def test_a_damaged_spot_costs_its_sample_until_a_restart(packed, clean, monkeypa
     got = take(packed, 6, quarantine_list=run_list)
     assert got[1].sample_ids[2] != victim
     keep = torch.arange(12) != 2
-    assert torch.equal(got[1].view1[keep], clean[1].view1[keep])
+    assert torch.equal(got[1].views[0][keep], clean[1].views[0][keep])
     entry = next(iter(Quarantine.read(run_list)))
     assert entry.reason.startswith(f"{UNREADABLE}train-00000")
     assert "Input/output error" in entry.reason
@@ -144,7 +144,7 @@ def test_a_window_that_is_lost_as_a_whole_is_filled_from_the_others(packed, tmp_
     parts = [take(folder, 3, changes=options, rank=rank, world_size=2, start_step=6) for rank in range(2)]
     for wanted, low, high in zip(batches[6:], *parts, strict=True):
         assert np.array_equal(np.concatenate([low.sample_ids, high.sample_ids]), wanted.sample_ids)
-        assert torch.equal(torch.cat([low.view1, high.view1]), wanted.view1)
+        assert torch.equal(torch.cat([low.views[0], high.views[0]]), wanted.views[0])
 
 
 def test_a_file_system_may_hand_out_less_than_was_asked_for(packed, clean, monkeypatch):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmoco_pipelines.loading.batch import TwoViewBatch
+from fastmoco_pipelines.loading.batch import Batch
 from fastmoco_pipelines.loading.loader import build_loader
 from fastmoco_pipelines.sampling.order import epoch_order
 from fastmoco_pipelines.sets.shard_set import ShardSet
@@ -32,13 +32,13 @@ def spec_of(folder: Path | str, **changes) -> LoaderSpec:
     return LoaderSpec(**options | changes)
 
 
-def take(spec: LoaderSpec, steps: int, **options) -> list[TwoViewBatch]:
+def take(spec: LoaderSpec, steps: int, **options) -> list[Batch]:
     with build_loader(spec, **options) as loader:
         return [loader.next() for _ in range(steps)]
 
 
 @pytest.fixture(scope="module")
-def whole(packed) -> list[TwoViewBatch]:
+def whole(packed) -> list[Batch]:
     return take(spec_of(packed), STEPS)
 
 
@@ -46,30 +46,30 @@ def loader_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("fastmoco")]
 
 
-def assert_same(got: TwoViewBatch, wanted: TwoViewBatch) -> None:
+def assert_same(got: Batch, wanted: Batch) -> None:
     assert got.step == wanted.step
     assert np.array_equal(got.sample_ids, wanted.sample_ids)
-    assert torch.equal(got.view1, wanted.view1)
-    assert torch.equal(got.view2, wanted.view2)
+    assert torch.equal(got.views[0], wanted.views[0])
+    assert torch.equal(got.views[1], wanted.views[1])
 
 
 def test_batches_are_what_the_order_says(whole):
     for step, batch in enumerate(whole):
         assert batch.step == step
-        assert batch.view1.shape == batch.view2.shape == (12, 3, 16, 16)
-        assert batch.view1.dtype == torch.float32
-        assert bool(torch.isfinite(batch.view1).all() and torch.isfinite(batch.view2).all())
+        assert batch.views[0].shape == batch.views[1].shape == (12, 3, 16, 16)
+        assert batch.views[0].dtype == torch.float32
+        assert bool(torch.isfinite(batch.views[0]).all() and torch.isfinite(batch.views[1]).all())
         start = step % 3 * 12  # 45 = 3 * 12 + 9: the ragged nine are left out
         assert np.array_equal(batch.sample_ids, epoch_order(7, step // 3, 45)[start : start + 12])
 
 
 def test_views_and_epochs_differ(whole):
-    assert not torch.equal(whole[0].view1, whole[0].view2)
+    assert not torch.equal(whole[0].views[0], whole[0].views[1])
     # The same image in two epochs is cut differently.
     sample = next(i for i in whole[0].sample_ids if any(i in batch.sample_ids for batch in whole[3:6]))
     again = next(batch for batch in whole[3:6] if sample in batch.sample_ids)
-    first = whole[0].view1[list(whole[0].sample_ids).index(sample)]
-    assert not torch.equal(first, again.view1[list(again.sample_ids).index(sample)])
+    first = whole[0].views[0][list(whole[0].sample_ids).index(sample)]
+    assert not torch.equal(first, again.views[0][list(again.sample_ids).index(sample)])
 
 
 @pytest.mark.parametrize("start", range(STEPS))
@@ -84,9 +84,8 @@ def test_ranks_together_are_bit_identical_to_one(packed, whole, world_size):
     for i in range(4):
         parts = [batches[i] for batches in ranks]
         assert {len(part.sample_ids) for part in parts} == {12 // world_size}
-        together = TwoViewBatch(
-            view1=torch.cat([part.view1 for part in parts]),
-            view2=torch.cat([part.view2 for part in parts]),
+        together = Batch(
+            views=tuple(map(torch.cat, zip(*(part.views for part in parts), strict=True))),
             sample_ids=np.concatenate([part.sample_ids for part in parts]),
             step=parts[0].step,
         )

@@ -84,7 +84,7 @@ class Census:
         def counted(source, prepared):
             self._look(1)
             batch = render(source, prepared)
-            self.live.append(weakref.ref(batch.view1))
+            self.live.append(weakref.ref(batch.views[0]))
             self._look(0)
             return batch
 
@@ -121,7 +121,7 @@ def test_no_more_batches_live_than_the_arithmetic_says(packed, monkeypatch, coun
 def test_the_batches_are_the_same(packed) -> None:
     def take(**options) -> list[torch.Tensor]:
         with build_loader(spec_of(packed, prefetch=1), **options) as loader:
-            return [loader.next().view2 for _ in range(5)]
+            return [loader.next().views[1] for _ in range(5)]
 
     assert all(torch.equal(a, b) for a, b in zip(take(), take(count_making=True), strict=True))
 
@@ -174,7 +174,7 @@ def test_a_gpu_holds_one_batch_beside_the_one_in_use(packed) -> None:
             batch = loader.next()
             assert batch.step == step
             torch.cuda._sleep(100_000_000)  # tens of milliseconds
-            used += batch.view1[0, 0, 0, 0] >= 0
+            used += batch.views[0][0, 0, 0, 0] >= 0
         peak = torch.cuda.memory_stats()["active_bytes.all.peak"]
     assert int(used) == 9
     # A part of either view, and the planes and buffers of a blur, come and go.

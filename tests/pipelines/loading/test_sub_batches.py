@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("nvidia.dali")
 
-from fastmoco_pipelines import LoaderSpec, TwoViewBatch, build_loader, moco_v3_views
+from fastmoco_pipelines import Batch, LoaderSpec, build_loader, moco_v3_views
 from fastmoco_pipelines.sampling.order import epoch_order
 from fastmoco_pipelines.spec import GPU_SUB_BATCH
 from fastmoco_pipelines.views.dali import DecodeError, ViewPipeline
@@ -96,7 +96,7 @@ def spec_of(folder: Path, **changes) -> LoaderSpec:
     return LoaderSpec(shards=str(folder), **options | changes)
 
 
-def take(spec: LoaderSpec) -> list[TwoViewBatch]:
+def take(spec: LoaderSpec) -> list[Batch]:
     with build_loader(spec) as loader:
         return [loader.next() for _ in range(3)]
 
@@ -110,8 +110,8 @@ def test_a_healed_batch_is_the_same(packed, tmp_path) -> None:
     for got, want in zip(take(spec_of(folder, sub_batch=5)), wanted, strict=True):
         assert np.array_equal(got.sample_ids, want.sample_ids)
         assert not set(kinds) & set(got.sample_ids.tolist())
-        assert torch.equal(got.view1, want.view1)
-        assert torch.equal(got.view2, want.view2)
+        assert torch.equal(got.views[0], want.views[0])
+        assert torch.equal(got.views[1], want.views[1])
 
 
 def test_the_size_of_a_part_follows_the_device() -> None:

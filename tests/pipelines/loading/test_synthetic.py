@@ -20,10 +20,10 @@ def test_batches_are_constant_and_counted():
         assert (loader.local_batch_size, loader.steps_per_epoch, loader.sample_count) == (4, 8, 100)
         first, second = next(loader), loader.next()
         assert (first.step, second.step, loader.state_dict()["step"]) == (5, 6, 7)
-        assert first.view1.shape == first.view2.shape == (4, 3, 8, 8)
-        assert first.view1.dtype == torch.float32
-        assert first.view1 is second.view1
-        assert not torch.equal(first.view1, first.view2)
+        assert first.views[0].shape == first.views[1].shape == (4, 3, 8, 8)
+        assert first.views[0].dtype == torch.float32
+        assert first.views[0] is second.views[0]
+        assert not torch.equal(first.views[0], first.views[1])
         assert loader.wait_seconds == 0
 
 

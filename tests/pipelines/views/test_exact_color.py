@@ -13,7 +13,7 @@ from PIL import Image
 pytest.importorskip("nvidia.dali")
 
 from fastmoco_pipelines.inspecting.preview import denormalise, save_view_grid
-from fastmoco_pipelines.loading.batch import TwoViewBatch
+from fastmoco_pipelines.loading.batch import Batch
 from fastmoco_pipelines.loading.loader import build_loader
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import IMAGENET_STD, LoaderSpec, ViewSpec, moco_v3_views
@@ -135,13 +135,13 @@ def spec_of(folder, **changes) -> LoaderSpec:
     return LoaderSpec(shards=str(folder), **options | changes)
 
 
-def take(spec: LoaderSpec, steps: int, **options) -> list[TwoViewBatch]:
+def take(spec: LoaderSpec, steps: int, **options) -> list[Batch]:
     with build_loader(spec, **options) as loader:
         return [loader.next() for _ in range(steps)]
 
 
 @pytest.fixture(scope="module")
-def whole(packed) -> list[TwoViewBatch]:
+def whole(packed) -> list[Batch]:
     return take(spec_of(packed), 5)  # 45 images: the second epoch begins with step 3
 
 
@@ -151,14 +151,14 @@ def test_the_loader_delivers_the_reference(packed, whole) -> None:
         for batch in whole:
             ids = batch.sample_ids
             images = [decode(image) for image in shards.read(ids)]
-            for number, made in ((1, batch.view1), (2, batch.view2)):
+            for number, made in ((1, batch.views[0]), (2, batch.views[1])):
                 view = (spec.view1, spec.view2)[number - 1]
                 draws = draw_views(
                     view, seed=7, epoch=batch.step // 3, sample_ids=ids, sizes=shards.sizes[ids], view=number
                 )
                 expected = np.stack([reference_view(image, view, draws, i) for i, image in enumerate(images)])
                 np.testing.assert_allclose(made.numpy(), expected, atol=1e-6)
-    assert all(batch.view1.dtype == torch.float32 and batch.view1.is_contiguous() for batch in whole)
+    assert all(batch.views[0].dtype == torch.float32 and batch.views[0].is_contiguous() for batch in whole)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -169,8 +169,8 @@ def test_ranks_and_restarts_are_bit_identical(packed, whole, world_size, start) 
     for i, wanted in enumerate(whole[start : start + 2]):
         parts = [batches[i] for batches in ranks]
         assert {part.step for part in parts} == {wanted.step}
-        assert torch.equal(torch.cat([part.view1 for part in parts]), wanted.view1)
-        assert torch.equal(torch.cat([part.view2 for part in parts]), wanted.view2)
+        assert torch.equal(torch.cat([part.views[0] for part in parts]), wanted.views[0])
+        assert torch.equal(torch.cat([part.views[1] for part in parts]), wanted.views[1])
 
 
 def test_preview_shows_the_mode(packed, tmp_path) -> None:

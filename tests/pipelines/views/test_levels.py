@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("nvidia.dali")
 
-from fastmoco_pipelines import LoaderSpec, TwoViewBatch, ViewSpec, build_loader, moco_v3_views, normalise
+from fastmoco_pipelines import Batch, LoaderSpec, ViewSpec, build_loader, moco_v3_views, normalise
 from fastmoco_pipelines.loading.synthetic import SyntheticLoader
 from fastmoco_pipelines.views.exact_color import exact_color
 from tests.pipelines.dali_cases import draw, photographs
@@ -30,9 +30,7 @@ def loader_spec(folder: Path, pair: tuple[ViewSpec, ViewSpec], **changes) -> Loa
     return LoaderSpec(shards=str(folder), **options | changes)
 
 
-def take(
-    spec: LoaderSpec, steps: int = 4
-) -> list[TwoViewBatch]:  # 45 images, three steps an epoch: two epochs are seen
+def take(spec: LoaderSpec, steps: int = 4) -> list[Batch]:  # 45 images, three steps an epoch: two epochs are seen
     with build_loader(spec) as loader:
         return [loader.next() for _ in range(steps)]
 
@@ -47,7 +45,7 @@ def test_levels_normalised_are_the_float32_views(packed, name: str, numbers) -> 
         assert np.array_equal(got.sample_ids, want.sample_ids)
         assert got.step == want.step
         assert (got.normalised, want.normalised) == (False, True)
-        for levels, view, spec in ((got.view1, want.view1, pair[0]), (got.view2, want.view2, pair[1])):
+        for levels, view, spec in ((got.views[0], want.views[0], pair[0]), (got.views[1], want.views[1], pair[1])):
             assert levels.dtype == torch.uint8
             assert levels.is_contiguous()
             assert torch.equal(normalise(levels, spec), view)
@@ -126,13 +124,13 @@ def test_synthetic_levels_and_unchanged_floats() -> None:
     view1, view2 = moco_v3_views(8)
     spec = LoaderSpec(shards="unused", view1=view1, view2=view2, global_batch_size=12, seed=3)
     batch = SyntheticLoader(replace(spec, view_dtype="uint8"), sample_count=100).next()
-    assert batch.view1.dtype == batch.view2.dtype == torch.uint8
-    assert batch.view1.shape == (12, 3, 8, 8)
-    assert len(batch.view1.unique()) > 200
-    assert not torch.equal(batch.view1, batch.view2)
+    assert batch.views[0].dtype == batch.views[1].dtype == torch.uint8
+    assert batch.views[0].shape == (12, 3, 8, 8)
+    assert len(batch.views[0].unique()) > 200
+    assert not torch.equal(batch.views[0], batch.views[1])
     noise = torch.Generator().manual_seed(3)
     floats = SyntheticLoader(spec, sample_count=100).next()
-    for view in (floats.view1, floats.view2):
+    for view in (floats.views[0], floats.views[1]):
         assert torch.equal(view, torch.randn(12, 3, 8, 8, generator=noise))
 
 
