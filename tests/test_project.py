@@ -121,8 +121,8 @@ def _imported(path: Path) -> set[str]:
     """Modules that a file imports, and the names it takes from modules, with dots."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
-    return plain | {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+    taken = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    return plain | {f"{node.module}.{alias.name}" for node in taken for alias in node.names}
 
 
 def test_collectives_are_in_two_rooms_alone():
