@@ -181,8 +181,7 @@ class PlainStep:
     def __call__(self, view1: Tensor, view2: Tensor) -> None:
         """Forward, backward, optimizer, average."""
         with torch.no_grad():
-            pairs = zip(self.objective.momentum_encoder.parameters(), self.objective.encoder.parameters(), strict=True)
-            for average, own in pairs:
+            for own, average in self.objective.averages().items():
                 average.mul_(self._momentum).add_(own, alpha=1 - self._momentum)
         with torch.autocast(self._device.type, dtype=torch.float16, enabled=self._half):
             loss = plain_forward(self.objective, view1.float(), view2.float()).loss
@@ -231,7 +230,7 @@ def as_float(trainer: Trainer, view: Tensor) -> Tensor:
     """A view as the objective takes it, whatever the loader delivers."""
     if view.is_floating_point():
         return view.float()
-    return trainer.gradients.prepare(view, view)[0].float()
+    return trainer.gradients.prepare((view, view))[0].float()
 
 
 def _loss_and_gradients(objective: Any, forward: Callable[..., Any], views: list[Tensor]) -> tuple[Tensor, Tensor]:

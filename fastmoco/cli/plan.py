@@ -108,7 +108,7 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
         "trainable_parameters": plain.trainable,
         "flops_per_image": plain.step_flops,
         "flops_per_step": plain.step_flops * config.global_batch_size,
-        "couples_samples": plain.couples_samples,
+        "coupling_reason": plain.coupling_reason,
         "compiled": compiled,
         "views": "uint8" if levels else "float32",
         "loader_bytes": asdict(loader) | {"beside_batch_bytes": loader.beside_batch_bytes},
@@ -186,9 +186,9 @@ def _row(
     by_budget = {share: sharded(costs, element) if shards > 1 else costs for share, costs in by_budget.items()}
     budget = usable - state.total
     tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
-    if costs.couples_samples and isinstance(config.batch.chunk, int):
+    if costs.coupling_reason and isinstance(config.batch.chunk, int):
         raise ValueError(
-            f"batch.chunk={config.batch.chunk}: this trunk cannot go in chunks, because {costs.couples_samples}"
+            f"batch.chunk={config.batch.chunk}: this trunk cannot go in chunks, because {costs.coupling_reason}"
         )
     images = config.global_batch_size // gpus
 
@@ -207,7 +207,7 @@ def _row(
     chosen = best_plan(planned(share, costs) for share, costs in by_budget.items())
     costs = by_budget[chosen.activation_budget]
     chunk = chosen.chunk or busy_chunk(tokens)
-    in_chunks = 0 if costs.couples_samples else gpus * largest_batch(costs, budget, chunk=chunk, world_size=gpus)
+    in_chunks = 0 if costs.coupling_reason else gpus * largest_batch(costs, budget, chunk=chunk, world_size=gpus)
     return {
         "checkpointing": setting,
         "state_over": shards,
@@ -237,8 +237,8 @@ def _print_tables(found: dict[str, Any]) -> None:
         f"{found['parameters'] / 1e6:.1f} M parameters, {found['trainable_parameters'] / 1e6:.1f} M of them trainable; "
         f"{_figure(found['flops_per_image'] / 1e9)} GFLOP an image, {_figure(found['flops_per_step'] / 1e12)} TFLOP a step"
     )
-    if found["couples_samples"]:
-        print(f"no chunks: {found['couples_samples']}")
+    if found["coupling_reason"]:
+        print(f"no chunks: {found['coupling_reason']}")
     heading = ("recompute", "share", "state", "MB/img", "batch in", "kept", "extra", "peak", "whole", "chunks")
     table = Table(*heading, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for row in found["settings"]:

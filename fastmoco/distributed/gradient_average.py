@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fastmoco.distributed.mesh import group_size
-from fastmoco.distributed.sharding import trunk_units
+from fastmoco.distributed.sharding import is_sharded, trunk_units
 
 BUCKET_BYTES = 32 * 2**20
 """Bytes of gradients that travel as one message: large enough for the network, small beside the model."""
@@ -63,11 +64,18 @@ class ShardedGradientAverage:
     backward, and are then summed into the shards. The heads see one backward a step and are summed in it.
 
     Args:
-        objective: a `MoCoV3` behind `parallelize`. Its trunk crosses ranks: all must take the same chunks.
+        objective: an `Objective` after `parallelize`. Its trunks cross ranks: all must take the same chunks.
     """
 
     def __init__(self, objective: Any) -> None:
-        self._root, self._units = objective.encoder, trunk_units(objective.encoder)
+        networks: dict[str, Any] = dict(objective.networks())
+        if objective.coupling == "none":  # heads, too, see a backward for each chunk
+            self._roots = [net for net in networks.values() if any(p.requires_grad for p in net.parameters())]
+            self._units = [part for root in self._roots for part in root.modules() if isinstance(part, FSDPModule)]
+        else:
+            trunks = objective.trunks()
+            self._roots = [networks[name] for name in trunks]
+            self._units = [unit for name, parts in trunks.items() for unit in trunk_units(networks[name], parts)]
 
     @contextmanager
     def local(self) -> Iterator[None]:
@@ -82,14 +90,15 @@ class ShardedGradientAverage:
         yield
 
     def _set(self, *, last: bool) -> None:
-        self._root.set_is_last_backward(last)
+        for root in self._roots:
+            root.set_is_last_backward(last)
         for unit in self._units:
             unit.set_requires_gradient_sync(last, recurse=False)
 
 
 def gradient_average(objective: Any) -> GradientAverage | ShardedGradientAverage:
     """The one that fits how an objective is spread."""
-    return ShardedGradientAverage(objective) if trunk_units(objective.encoder) else GradientAverage(objective)
+    return ShardedGradientAverage(objective) if is_sharded(objective) else GradientAverage(objective)
 
 
 def _buckets(gradients: Iterator[Tensor]) -> Iterator[list[Tensor]]:

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.models.blocks import CONV_STEM_STRIDE, Block, ConvStem, LayerNorm, PatchStem, Recompute, sum_of
+from fastmoco.models.encoder import Coupling, Parts
+
+STEM_COUPLES = "its convolutional stem has batch norms, whose statistics are those of the whole batch"
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
@@ -63,8 +66,10 @@ class VisionTransformer(nn.Module):
         attention: who computes attention, a backend of `fastmoco_kernels.attention`; the last block needs none.
 
     Attributes:
-        couples_samples: whether an image's tokens depend on the other images of the batch (batch norm in the conv stem):
-            then two views may not share a batch.
+        tokens: tokens of a view in a block, the class token among them.
+        coupling: `Coupling.TRUNK` where an image's tokens depend on the other images of the batch (batch norm in the conv
+            stem): then two views may not share a batch. Else `Coupling.NONE`.
+        coupling_reason: why, as a clause; empty for `Coupling.NONE`.
 
     Raises:
         ValueError: naming the field, its value and the rule.
@@ -86,7 +91,9 @@ class VisionTransformer(nn.Module):
         super().__init__()
         _check_sizes(image_size, patch_size, embed_dim, depth, num_heads, stem)
         self.image_size, self.patch_size, self.embed_dim = image_size, patch_size, embed_dim
-        self.couples_samples = stem == "conv"
+        self.tokens = 1 + (image_size // patch_size) ** 2
+        self.coupling = Coupling.TRUNK if stem == "conv" else Coupling.NONE
+        self.coupling_reason = STEM_COUPLES if stem == "conv" else ""
         positions = sincos_positions(image_size // patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=1e-6))
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
@@ -138,6 +145,30 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] images -> [B, E] class-token features."""
         return self.encode(self.patch_tokens(images))
+
+    def stem_tensors(self) -> list[Tensor]:
+        """All that turns pixels into patch tokens."""
+        return [self.pos_embed, *self.patch_embed.parameters()]
+
+    def parts(self) -> Parts:
+        """Modules by role; the trunk is called piece by piece, not through `forward`."""
+        return Parts(
+            stem={"patch_embed": self.patch_embed},
+            blocks=self.blocks,
+            heads={"head": self.head},
+            methods={"": ("encode",), f"blocks.{len(self.blocks) - 1}": ("class_row",)},
+        )
+
+    def most_numbers(self) -> int:
+        """An upper bound of the numbers that training keeps of one view.
+
+        It takes 40 for each channel of a token and block, where about half are kept. Attention that is written out keeps a few
+        more for each pair of tokens and head.
+        """
+        first = self.blocks[0]
+        assert isinstance(first, Block)
+        per_token = self.embed_dim * 40 + first.attn.num_heads * self.tokens * 8
+        return self.tokens * per_token * (len(self.blocks) + 1)
 
     def _with_class_token(self, patch_tokens: Tensor) -> Tensor:
         class_token = (self.cls_token + self.pos_embed[:, :1]).expand(patch_tokens.shape[0], -1, -1)

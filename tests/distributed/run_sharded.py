@@ -111,11 +111,11 @@ def run_steps(
             output.loss.backward()
         trained = {n: p for n, p in objective.named_parameters() if p.grad is not None}
         result["losses"].append(output.loss.detach())
-        result["keys"].append((output.k1, output.k2))
+        result["keys"].append(tuple(output.watch["keys"]))
         if step in GRADIENTS_OF:
             result["gradients"].append(whole({n: p.grad for n, p in trained.items() if p.grad is not None}))
-        result["norms"].append(gradient_norms(trained.items()))
-        result["shares"].append(objective.shares_patch_tokens())
+        result["norms"].append(gradient_norms(trained.items(), objective.places()))
+        result["shares"].append(objective.momentum.shares_tokens())
         weights.step(ema_momentum=0.9, skip=torch.zeros(()))
         if step == 1:
             result["features"] = evaluate(objective, mine[0], autocast)

@@ -18,7 +18,7 @@ import torch
 
 from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.reference import plain_forward
-from tests.distributed.run_ranks import UNEVEN, norm_and_inputs, objective_and_views
+from tests.distributed.run_ranks import UNEVEN, norm_and_inputs, objective_and_views, rows_of
 from tests.golden_objective import our_name
 
 Golden = Callable[[str], dict[str, np.ndarray]]
@@ -72,7 +72,7 @@ def one_process(stem: str, dtype: torch.dtype) -> tuple[MoCoV3, tuple[torch.Tens
     objective, pair = objective_and_views(stem, dtype)
     output = objective(*pair)
     output.loss.backward()
-    return objective, tuple(t.detach() for t in output if t is not None)
+    return objective, rows_of(output)
 
 
 def distance(case: dict[str, object], objective: MoCoV3) -> float:
