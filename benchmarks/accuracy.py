@@ -1,6 +1,6 @@
 """How exact the loss's gradient is: the one-pass kernel's arithmetic against the fp16 autocast formula, both against float64.
 
-``python -m benchmarks.accuracy`` prints a table and ends with 1 unless the gradient error of the default precision lies
+`python -m benchmarks.accuracy` prints a table and ends with 1 unless the gradient error of the default precision lies
 below that of the autocast formula on every set of trained-like data, at temperature 0.2 and 0.07.
 
 On a GPU the kernel itself and torch's own autocast run. Without one both are emulated on the CPU, by rounding what a GPU
@@ -36,7 +36,7 @@ PRECISIONS = ("bf16", "fp16", "tf32")
 LOSS_SCALE = 2.0**16
 """Of the fp16 formula, as a gradient scaler starts."""
 DEFAULT = {0.2: "bf16", 0.07: "tf32"}
-"""What ``precision="auto"`` means at each temperature."""
+"""What `precision="auto"` means at each temperature."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,11 +1,11 @@
 """What every kernel configuration costs on GPUs that need not be here: registers, spills, shared memory, instructions.
 
-``python -m benchmarks.compiled`` compiles each configuration that a launcher may pick for sm_80, sm_90a and sm_100a, prints
+`python -m benchmarks.compiled` compiles each configuration that a launcher may pick for sm_80, sm_90a and sm_100a, prints
 the table, and ends with 1 if a gate does not hold: no spills in a default configuration, shared memory within the chip's
 limit, the architecture's tensor-core instruction present, nothing forbidden in an inner loop.
 
-Versions of Triton allocate registers differently, and every supported one must hold the gates. ``--rows FILE`` keeps a run's
-figures; a run under another Triton that is given them by ``--beside FILE`` writes a page with both.
+Versions of Triton allocate registers differently, and every supported one must hold the gates. `--rows FILE` keeps a run's
+figures; a run under another Triton that is given them by `--beside FILE` writes a page with both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastmoco_kernels._aot import ARCHITECTURES, MATRIX_OPCODES, SHARED_LIMITS, AotCase, Compiled, compile_case
+from benchmarks.aot.machine_code import ARCHITECTURES, MATRIX_OPCODES, SHARED_LIMITS, AotCase, Compiled, compile_case
 
 OPS = (
     "adamw_ema",
@@ -40,7 +40,7 @@ OPS = (
 SHOWN = ("MUFU", "FFMA", "FMUL", "FMNMX", "SHFL")
 Row = tuple[str, int, Compiled | None, list[str]]
 Run = dict[str, Any]
-"""``triton``: its version; ``broken``: gates; ``figures``: registers and spilled bytes by configuration and target."""
+"""`triton`: its version; `broken`: gates; `figures`: registers and spilled bytes by configuration and target."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +95,7 @@ def _run(rows: Sequence[Row]) -> Run:
 
 def _cases(op: str) -> list[AotCase]:
     """Every configuration of one op; two of one name would hide one of them."""
-    cases: list[AotCase] = importlib.import_module(f"fastmoco_kernels.{op}.launch").aot_cases()
+    cases: list[AotCase] = importlib.import_module(f"benchmarks.aot.{op}").aot_cases()
     names = [case.name for case in cases]
     if len(set(names)) < len(names):
         raise ValueError(f"{op}: aot_cases() gives a name twice: {sorted({n for n in names if names.count(n) > 1})}")

@@ -45,15 +45,15 @@ def contest(contenders: Sequence[Contender], *, subject: str, device: torch.devi
     """Check, time and compare.
 
     Args:
-        contenders: ``subject`` among them.
+        contenders: `subject` among them.
         subject: the name whose speed-up over every other is asked for.
         device: where all of them run.
         rounds: timed turns of each.
 
     Returns:
-        ``errors`` by contender; ``skipped`` and ``failed`` with reasons; ``peak_bytes`` that one call adds;
-        ``speedup`` of the subject over each other contender that passed its check; on CUDA ``milliseconds`` of the GPU,
-        ``host_ms`` and ``wall_ms``. Without a passing subject there is no ``speedup`` at all. Others that fail, by
+        `errors` by contender; `skipped` and `failed` with reasons; `peak_bytes` that one call adds;
+        `speedup` of the subject over each other contender that passed its check; on CUDA `milliseconds` of the GPU,
+        `host_ms` and `wall_ms`. Without a passing subject there is no `speedup` at all. Others that fail, by
         their check, an error or for want of memory, cost only themselves.
     """
     result: dict[str, Any] = {
@@ -106,7 +106,7 @@ def contest(contenders: Sequence[Contender], *, subject: str, device: torch.devi
 
 
 def _attempt(name: str, subject: str, action: Callable[[], Any], result: dict[str, Any]) -> Any:
-    """What ``action`` gives; None, with the reason in ``failed``, where it fails for another than the subject."""
+    """What `action` gives; None, with the reason in `failed`, where it fails for another than the subject."""
     try:
         return action()
     except (RuntimeError, ValueError, ImportError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -124,7 +124,7 @@ def _warm_peak(call: Callable[[], object], device: torch.device) -> int:
 
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    """``||value - truth|| / ||truth||`` in float64; a NaN or an infinity anywhere gives infinity."""
+    """`||value - truth|| / ||truth||` in float64; a NaN or an infinity anywhere gives infinity."""
     value, truth = value.detach().double().cpu(), truth.detach().double().cpu()
     error = float((value - truth).norm() / truth.norm().clamp_min(1e-300))
     return error if error == error else float("inf")

@@ -38,7 +38,7 @@ def fashion(src: Path, out: Path) -> int:
 
 
 def distinct_files(src: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Files below ``src`` with one of the suffixes, in order of their names, each content once."""
+    """Files below `src` with one of the suffixes, in order of their names, each content once."""
     seen = set()
     for path in sorted(p for p in src.rglob("*") if p.suffix.lower() in suffixes and p.is_file()):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -48,7 +48,7 @@ def distinct_files(src: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
 
 
 def patches(src: Path, out: Path, *, seed: int = 0) -> int:
-    """Cut 32-pixel patches of random scale from every distinct photograph below ``src``; returns their number."""
+    """Cut 32-pixel patches of random scale from every distinct photograph below `src`; returns their number."""
     rng, written = np.random.default_rng(seed), 0
     for number, path in enumerate(distinct_files(src, (".jpg", ".jpeg", ".png")), start=1):
         with Image.open(path) as opened:

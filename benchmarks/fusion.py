@@ -174,7 +174,7 @@ class FusedGraph:
         makers = {node: kernel for kernel in self.kernels for node in kernel.made}
 
         def reaches(source: Kernel, goal: Kernel) -> bool:
-            """Whether ``goal`` depends on ``source`` by way of another kernel."""
+            """Whether `goal` depends on `source` by way of another kernel."""
             seen: set[int] = set()
             waiting = [maker for read in goal.reads if (maker := makers.get(read)) not in (None, source, goal)]
             while waiting:

@@ -1,7 +1,7 @@
-"""The child of ``benchmarks.fuzz``: one mutated input at a time, judged by this project's code and by a second opinion.
+"""The child of `benchmarks.fuzz`: one mutated input at a time, judged by this project's code and by a second opinion.
 
 Speaks the protocol of `fastmoco_pipelines.inspecting.decode_child`. The `path` of an item is `TARGET:FILE`; its crc32 is the
-number of the seed that the input was made from, the file ``TARGET-NUMBER`` beside it. ``kind`` is the outcome, ``reason``
+number of the seed that the input was made from, the file `TARGET-NUMBER` beside it. `kind` is the outcome, `reason`
 its detail.
 """
 

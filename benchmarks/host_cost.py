@@ -1,9 +1,9 @@
 """Processor time that a call of an op takes on the host, its kernels' launches left out.
 
-``python -m benchmarks.host_cost`` replaces every kernel by a function that does nothing and measures what is left: checks,
+`python -m benchmarks.host_cost` replaces every kernel by a function that does nothing and measures what is left: checks,
 tables of addresses, scratch tensors, autograd. On a GPU this time hides behind the kernels only as long as it is shorter
 than they are. Cases and checkouts take turns, a few calls and a process at a time, and medians are printed;
-``--against FOLDER`` measures another checkout of this repository beside this one, in the same minutes.
+`--against FOLDER` measures another checkout of this repository beside this one, in the same minutes.
 
 The cases are those of one step of a ViT-S: an optimizer and an average over 154 tensors, once with gradients that stay
 where they are and once with gradients that moved, as `zero_grad(set_to_none=True)` makes them; the loss, both ways. Tensors
@@ -46,7 +46,7 @@ class NoLaunch:
 
 
 def stub_kernels(*modules: ModuleType) -> list[NoLaunch]:
-    """Replace every name that ends in ``_kernel`` in some modules, for the rest of the process."""
+    """Replace every name that ends in `_kernel` in some modules, for the rest of the process."""
     stubs = []
     for module in modules:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:

@@ -226,7 +226,7 @@ def pillow_decode(data: bytes | NDArray[np.uint8]) -> Image.Image:
 
 
 def pillow_view(image: Image.Image, spec: ViewSpec, draws: ViewDraws, i: int) -> Tensor:
-    """torchvision's PIL transforms with the drawn parameters of row ``i``: [3, size, size] float32."""
+    """torchvision's PIL transforms with the drawn parameters of row `i`: [3, size, size] float32."""
     top, left, height, width = draws.crop[i].tolist()
     window = image.crop((left, top, left + width, top + height))
     view = window.resize((spec.size, spec.size), Image.Resampling.BILINEAR)

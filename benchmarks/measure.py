@@ -22,7 +22,7 @@ def interleave(measures: Mapping[str, Callable[[], float]], *, rounds: int) -> d
         rounds: measurements of each.
 
     Raises:
-        ValueError: if ``rounds`` is below 1.
+        ValueError: if `rounds` is below 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: needs at least one")
@@ -59,7 +59,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the tree, with a plus sign where it is changed; ``FASTMOCO_COMMIT`` says it where there is no git."""
+    """The commit of the tree, with a plus sign where it is changed; `FASTMOCO_COMMIT` says it where there is no git."""
     if told := os.environ.get("FASTMOCO_COMMIT"):
         return told
     here = Path(__file__).resolve().parent

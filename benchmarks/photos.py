@@ -35,7 +35,7 @@ DISTINCT = 256
 
 
 def cut_photos(src: Path, out: Path, *, cuts: int = CUTS, flat_bytes: int = FLAT_BYTES, seed: int = 0) -> int:
-    """Cut windows from every distinct JPEG photograph below ``src`` into ``out``; returns the number of images.
+    """Cut windows from every distinct JPEG photograph below `src` into `out`; returns the number of images.
 
     Args:
         src: searched to any depth for .jpg and .jpeg files of at least 1000 pixels a side.

@@ -88,7 +88,7 @@ def _result(case: Any, options: dict[str, Any]) -> Any:
 
 
 def parse_options(given: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The defaults of a case with ``name=value`` words over them, each in its default's type.
+    """The defaults of a case with `name=value` words over them, each in its default's type.
 
     Raises:
         SystemExit: naming an unknown option.

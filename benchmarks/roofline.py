@@ -1,6 +1,6 @@
 """The fastest that this very step can be on a card: counted, not modelled, on a CPU in seconds.
 
-``python -m benchmarks.roofline`` runs the pieces of a training step on fake tensors and adds up what every operation reads,
+`python -m benchmarks.roofline` runs the pieces of a training step on fake tensors and adds up what every operation reads,
 writes and multiplies. A card does products at 650 TFLOP/s, attention at 35 % of that, and everything else at its memory
 bandwidth, one operation after the other. Real kernels reach less: expect 75 to 85 % of these images/s.
 

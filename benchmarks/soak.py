@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak --minutes 30 --processes 2
 
-One image in a hundred is damaged, in four ways; a local HTTP server cuts one answer in ``--drop-every``; the cache holds
+One image in a hundred is damaged, in four ways; a local HTTP server cuts one answer in `--drop-every`; the cache holds
 about 40 % of the set, so that shards come and go. Every rank compares each batch with that of the undamaged set on the disk:
 all rows but those of bad images must agree bit for bit, and no stand-in may be a bad image. Now and then the loader is built
 anew at the step where it was, sometimes with its list of bad images and sometimes without: the batches must not show it. The
@@ -107,7 +107,7 @@ def _soak_rank(job: dict[str, Any]) -> dict[str, Any]:
             step = result["steps"]
             _keep_pace(job, step, until)
             if step and step % _RESTART_STEPS == 0:
-                result["quarantined"] = max(result["quarantined"], faulty.figures().quarantined)
+                result["quarantined"] = max(result["quarantined"], faulty.figures().left_out)
                 faulty.close()
                 faulty = _build(job, job["faulty"], step, result["restarts"] % 2)
                 result["restarts"] += 1
@@ -121,8 +121,8 @@ def _soak_rank(job: dict[str, Any]) -> dict[str, Any]:
             result["replaced"] += int(excused.sum())
             result["steps"] += 1
             log.look()
-        result["quarantined"] = max(result["quarantined"], faulty.figures().quarantined)
-        result["verdict"] = faulty.figures().verdict()
+        result["quarantined"] = max(result["quarantined"], faulty.figures().left_out)
+        result["verdict"] = faulty.figures().summary()
     except Exception as error:  # the other ranks' figures are worth having all the same
         result["error"] = f"{type(error).__name__}: {error}"
     finally:

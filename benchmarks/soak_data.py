@@ -83,7 +83,7 @@ def _damage(tar: Path, row: int, offset: int, size: int, kind: str) -> None:
 
 
 class DroppingServer(ThreadingHTTPServer):
-    """Serves the tars and indexes of a folder on 127.0.0.1, with ranges; cuts one tar's answer in ``drop_every`` off.
+    """Serves the tars and indexes of a folder on 127.0.0.1, with ranges; cuts one tar's answer in `drop_every` off.
 
     Attributes:
         answers: answers with a tar so far.

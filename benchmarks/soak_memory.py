@@ -1,7 +1,7 @@
 """What a process holds over time, and whether that is flat.
 
-RSS alone cannot tell: its file-backed part (``RssFile``) is libraries and page cache that the kernel takes back when it likes.
-What a leak grows is ``RssAnon``, open files and threads.
+RSS alone cannot tell: its file-backed part (`RssFile`) is libraries and page cache that the kernel takes back when it likes.
+What a leak grows is `RssAnon`, open files and threads.
 
 **Flat** means: a straight line fitted by least squares to all samples of a run's second half rises by no more than 5 % of
 their mean (RssAnon), or by no more than 5 (files, threads), from its one end to the other. The first half is the warm-up: a
@@ -66,7 +66,7 @@ class Rise:
 
 
 def sample_memory(seconds: float) -> MemorySample:
-    """What this process holds now, ``seconds`` after the start of the run."""
+    """What this process holds now, `seconds` after the start of the run."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     status = {words[0]: int(words[1]) for words in lines if words[0] in ("RssAnon:", "RssFile:", "Threads:")}
     files = len(os.listdir("/proc/self/fd")) - 1  # without the one that looks
@@ -94,12 +94,12 @@ class MemoryLog:
 
 
 def at_marks(samples: Sequence[MemorySample], duration: float) -> list[MemorySample]:
-    """The samples nearest to each of ``MARKS``; none where there are no samples at all."""
+    """The samples nearest to each of `MARKS`; none where there are no samples at all."""
     return [min(samples, key=lambda sample: abs(sample.seconds - mark * duration)) for mark in MARKS if samples]
 
 
 def rises(samples: Sequence[MemorySample], duration: float) -> list[Rise]:
-    """What rose over the second half of a run of ``duration`` seconds; empty where too few samples lie there."""
+    """What rose over the second half of a run of `duration` seconds; empty where too few samples lie there."""
     half = [sample for sample in samples if sample.seconds >= duration / 2]
     if len(half) < _LEAST_SAMPLES:
         return []

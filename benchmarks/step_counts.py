@@ -50,7 +50,7 @@ class StepCounts:
     """Heads and loss on the whole batch, forward and backward, and the optimizer's sweep."""
 
     def step(self, chunks: float, kept: float) -> Counts:
-        """A whole step of some chunks, of which ``kept`` are computed once."""
+        """A whole step of some chunks, of which `kept` are computed once."""
         whole = self.trunk(chunks)
         whole.merge(self.first, chunks - kept)
         whole.merge(self.heads)
@@ -80,7 +80,7 @@ class CountingBackend:
 
     @contextmanager
     def instead(self) -> Iterator[None]:
-        """In here ``torch.compile`` and inductor, also where it is called by another backend, are this one."""
+        """In here `torch.compile` and inductor, also where it is called by another backend, are this one."""
         with (
             mock.patch.object(torch, "compile", self.compile),
             mock.patch.object(compile_fx, "compile_fx", self._backend),
@@ -88,7 +88,7 @@ class CountingBackend:
             yield
 
     def compile(self, function: Callable[..., Any], **options: Any) -> Any:
-        """In place of ``torch.compile``."""
+        """In place of `torch.compile`."""
         kept = {name: options[name] for name in ("dynamic", "fullgraph") if name in options}
         given = options.get("backend", "inductor")
         compiled = _compile(function, backend=self._backend if given == "inductor" else given, **kept)
@@ -171,7 +171,7 @@ def _count_pieces(
     prepare: PrepareViews,
     blocks: CountingBackend | None,
 ) -> dict[str, Counts]:
-    """Run every piece; with ``blocks`` under a counter."""
+    """Run every piece; with `blocks` under a counter."""
     found: dict[str, Counts] = {}
 
     @contextmanager

@@ -20,7 +20,7 @@ def profiled(step: Callable[[], object], device: torch.device) -> dict[str, Any]
         device: CUDA: kernels are counted; CPU: operators.
 
     Returns:
-        ``launches``: kernels, copies and fills of one call; ``busy_ms``: their times added up; ``largest_kernels``: the
+        `launches`: kernels, copies and fills of one call; `busy_ms`: their times added up; `largest_kernels`: the
         dozen that take most, each with its milliseconds, its share and its calls.
     """
     on_gpu = device.type == "cuda"

@@ -1,6 +1,6 @@
 """The sides of the training-step benchmark, each able to run in a process of its own: what fills a GPU's memory shares it badly.
 
-``python -m benchmarks.step_sides '{"side": "eager", ...}'`` measures one and prints its figures as JSON.
+`python -m benchmarks.step_sides '{"side": "eager", ...}'` measures one and prints its figures as JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fastmoco.recipes import get_recipe
 from fastmoco.training.trainer import Trainer
 
 SIDES = ("fastmoco", "eager", "compiled")
-"""``fastmoco``: the trainer's own step. ``eager``: the same from torch's own parts, one after the other. ``compiled``: that with
+"""`fastmoco`: the trainer's own step. `eager`: the same from torch's own parts, one after the other. `compiled`: that with
 blocks through torch.compile and attention by torch's fused kernel."""
 COMPILED_IMAGES = 1024
 """At most, for the compiled opponent: every batch that it has no memory for costs a compilation first."""
@@ -120,7 +120,7 @@ class Side:
 
 @contextmanager
 def open_side(name: str, options: dict[str, Any]) -> Iterator[Side]:
-    """Build a side; ``fastmoco`` is checked on the way.
+    """Build a side; `fastmoco` is checked on the way.
 
     Args:
         name: one of `SIDES`.
@@ -198,7 +198,7 @@ def check(trainer: Trainer, view1: Tensor, view2: Tensor) -> dict[str, Any]:
     loses is the measure. Blocks run uncompiled for it: a graph for this batch would take longer than the check.
 
     Returns:
-        ``errors`` and ``plain_errors`` of loss and gradients; of the features in float8, whose reference is float64 too.
+        `errors` and `plain_errors` of loss and gradients; of the features in float8, whose reference is float64 too.
     """
     objective = trainer.objective
     views = [as_float(trainer, view) for view in (view1, view2)]

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastmoco_pipelines.text import escaped
+
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -32,7 +34,7 @@ def one_line(code: int, *mendable: type[Exception]) -> Iterator[None]:
         mendable: further errors that count: `ValueError` and `OSError` where only the user's own values are at work.
 
     Raises:
-        SystemExit: with ``code``, in their place; 2 where an optional dependency is missing.
+        SystemExit: with `code`, in their place; 2 where an optional dependency is missing.
     """
     from fastmoco_pipelines import BadImageError, ShardError
 
@@ -58,5 +60,4 @@ def no_checkpoint(path: Path | str) -> RunError:
 
 def say(text: str) -> None:
     """Print one line on standard error; names of files and members that it quotes cannot steer the terminal."""
-    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-    print(f"fastmoco: {shown}", file=sys.stderr)
+    print("fastmoco: " + escaped(text, keep="\n"), file=sys.stderr)

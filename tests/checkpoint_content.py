@@ -13,7 +13,7 @@ from fastmoco.checkpoint import group_for_saving, load_latest, save_checkpoint
 
 
 def content(step: int) -> dict[str, Tensor]:
-    """What step ``step`` must hold, recomputable by whoever checks it."""
+    """What step `step` must hold, recomputable by whoever checks it."""
     rng = torch.Generator().manual_seed(step)
     return {
         "float32": torch.randn(40, 50, generator=rng),

@@ -40,7 +40,7 @@ def environment(**more: str) -> dict[str, str]:
 
 @dataclass
 class FaultRun:
-    """A run in processes of its own; its words go to ``log``."""
+    """A run in processes of its own; its words go to `log`."""
 
     process: subprocess.Popen[bytes]
     out: Path
@@ -92,7 +92,7 @@ class FaultRun:
 
 
 def start(config: Config, out: Path, *, before: str = "", ranks: int = 2, restarts: int = 0) -> FaultRun:
-    """Start a run, under torchrun unless ``ranks`` is 0; ``before`` runs in every rank first."""
+    """Start a run, under torchrun unless `ranks` is 0; `before` runs in every rank first."""
     program = ["-c", PROGRAM.format(before=before), json.dumps(to_json(config)), str(out)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node"]
     launcher = [*torchrun, str(ranks), "--max-restarts", str(restarts), "--no-python", sys.executable] if ranks else []
@@ -100,7 +100,7 @@ def start(config: Config, out: Path, *, before: str = "", ranks: int = 2, restar
 
 
 def start_command(command: list[str], out: Path, **more: str) -> FaultRun:
-    """Start any command that trains into ``out``."""
+    """Start any command that trains into `out`."""
     log = Path(f"{out}.log")
     with log.open("ab") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment(**more), cwd=ROOT)

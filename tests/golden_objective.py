@@ -84,7 +84,7 @@ def train_step(
     ema_momentum: float,
     forward: torch.nn.Module | None = None,
 ) -> Tensor:
-    """One step in the order of the method, through ``forward`` where that is a wrapper; returns the loss."""
+    """One step in the order of the method, through `forward` where that is a wrapper; returns the loss."""
     optimizer.param_groups[0]["lr"] = lr
     objective.update_momentum_encoder(ema_momentum)
     loss: Tensor = (forward or objective)(*batch).loss

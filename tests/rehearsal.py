@@ -1,8 +1,8 @@
 """What a bare GPU machine will do, on this one: its Python and packages, the repository as it travels, and no GPU.
 
-``make rehearsal`` runs it. In ``.rehearsal`` it makes a virtual environment with what such a machine brings and nothing else,
-and a copy of the repository without history, build results or the C part; there is no ``git`` on its PATH. Then it collects
-all tests, collects the GPU tests, and goes through every stage of ``make gpu`` with small shapes. A module that is absent, a
+`make rehearsal` runs it. In `.rehearsal` it makes a virtual environment with what such a machine brings and nothing else,
+and a copy of the repository without history, build results or the C part; there is no `git` on its PATH. Then it collects
+all tests, collects the GPU tests, and goes through every stage of `make gpu` with small shapes. A module that is absent, a
 tool that is not there, or a version that differs shows here, not there.
 
 Only the standard library is used: any Python from 3.9 on can run this file.

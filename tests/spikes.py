@@ -48,7 +48,7 @@ def spike(trainer: Trainer, *numbers: int, factor: float = 1e4) -> Trainer:
 
 
 def skip(trainer: Trainer, first: int, last: int) -> None:
-    """The run as if steps ``first`` to ``last`` had never been: what a rollback is measured by."""
+    """The run as if steps `first` to `last` had never been: what a rollback is measured by."""
     for number in range(1, TOTAL + 1):
         batch = trainer.loader.next()
         if first <= number <= last:

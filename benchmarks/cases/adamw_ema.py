@@ -34,7 +34,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``device``; ``width``, ``depth`` and ``hidden`` as in the case `ema`; ``momentum`` of the average; ``rounds``.
+        options: `device`; `width`, `depth` and `hidden` as in the case `ema`; `momentum` of the average; `rounds`.
 
     Returns:
         What `contest` gives, the numbers of tensors and parameters, and on CUDA our GB/s.

@@ -47,11 +47,11 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``device``; ``B`` images, ``A`` heads, ``L`` queries, ``M`` keys (0: 8 x 4 x 197 x 197 on a CPU,
-            1024 x 12 x 197 x 197 on CUDA; ``L=1`` is the class token alone); ``d`` of a head; ``dtype`` bf16, fp16 or fp32;
-            ``subject``, whose speed-up is asked for (``auto``: the Triton kernel on CUDA, what ``attention`` itself takes
-            on a CPU); ``fa4=1`` lets flash-attention 4 run, which replaces torch's flash kernel in the whole process, so
-            ``sdpa`` and ``flash`` then sit out; ``compile=0`` leaves the compiled explicit form out; ``rounds``; ``seed``.
+        options: `device`; `B` images, `A` heads, `L` queries, `M` keys (0: 8 x 4 x 197 x 197 on a CPU,
+            1024 x 12 x 197 x 197 on CUDA; `L=1` is the class token alone); `d` of a head; `dtype` bf16, fp16 or fp32;
+            `subject`, whose speed-up is asked for (`auto`: the Triton kernel on CUDA, what `attention` itself takes
+            on a CPU); `fa4=1` lets flash-attention 4 run, which replaces torch's flash kernel in the whole process, so
+            `sdpa` and `flash` then sit out; `compile=0` leaves the compiled explicit form out; `rounds`; `seed`.
 
     Returns:
         What `contest` returns, with the shape, FLOPs and the fewest bytes of forward and backward.

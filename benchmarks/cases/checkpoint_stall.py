@@ -1,7 +1,7 @@
 """What a checkpoint costs a training run: seconds that training stands still, as a share of one step, sync and async.
 
 A run of a small ViT on one constant batch takes turns: some steps, a save in the foreground and as many steps, a save in the
-background and as many steps. ``blocked`` is how long the call of the save holds the training up; ``added`` is all that
+background and as many steps. `blocked` is how long the call of the save holds the training up; `added` is all that
 it adds until it is committed, so the steps that a background save slows down on a shared processor count too. Where one
 disk flush differs from the next, read the range.
 """
@@ -44,13 +44,13 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``recipe``, ``device``, ``architecture``, ``image_size``, ``hidden_dim`` and ``batch`` of the run; ``steps``
-            after each save, long enough for the background save to end within them; ``rounds``; ``folder`` on the disk to
+        options: `recipe`, `device`, `architecture`, `image_size`, `hidden_dim` and `batch` of the run; `steps`
+            after each save, long enough for the background save to end within them; `rounds`; `folder` on the disk to
             be measured (empty: the temporary folder).
 
     Returns:
-        ``state_mb``; ``step_s``, the median second of a step; ``blocked`` and ``added``, each for ``sync`` and ``async``, in
-        steps: median, smallest and largest; ``async_over_sync`` of the blocked time; ``share_of_a_run``, the blocked time of
+        `state_mb`; `step_s`, the median second of a step; `blocked` and `added`, each for `sync` and `async`, in
+        steps: median, smallest and largest; `async_over_sync` of the blocked time; `share_of_a_run`, the blocked time of
         a save over the default interval between two.
     """
     with ExitStack() as stack:

@@ -29,11 +29,11 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Check, then measure.
 
     Args:
-        options: ``images`` of a batch, their ``height`` and ``width``; ``size`` of a view; ``rounds``; ``threads`` of torch and
+        options: `images` of a batch, their `height` and `width`; `size` of a view; `rounds`; `threads` of torch and
             of the C code (Pillow takes one).
 
     Returns:
-        One contest each for ``view1`` and ``view2``.
+        One contest each for `view1` and `view2`.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(options["threads"])

@@ -22,8 +22,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``device``; ``width`` and ``depth`` of the encoder and ``hidden`` of its projector (0: a ViT-S with its
-            head of 4096 on CUDA, a third of its width and an eighth of its head elsewhere); ``momentum``; ``rounds``.
+        options: `device`; `width` and `depth` of the encoder and `hidden` of its projector (0: a ViT-S with its
+            head of 4096 on CUDA, a third of its width and an eighth of its head elsewhere); `momentum`; `rounds`.
 
     Returns:
         What `contest` gives, the numbers of tensors and parameters, and on CUDA our GB/s.
@@ -71,7 +71,7 @@ def _contender(
 
 
 def chosen_device(name: str) -> torch.device:
-    """The device that an option names; ``auto`` is CUDA where there is one."""
+    """The device that an option names; `auto` is CUDA where there is one."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 

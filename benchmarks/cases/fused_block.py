@@ -28,8 +28,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``device``; ``images`` (0: 2 on a CPU, 128 on CUDA) of ``tokens``; width ``E``; ``heads``; ``compile=0`` leaves
-            torch.compile out; ``rounds``; ``seed``.
+        options: `device`; `images` (0: 2 on a CPU, 128 on CUDA) of `tokens`; width `E`; `heads`; `compile=0` leaves
+            torch.compile out; `rounds`; `seed`.
 
     Returns:
         What `contest` returns, and the shape.

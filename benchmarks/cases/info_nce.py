@@ -1,8 +1,8 @@
 """The InfoNCE loss, one direction or both, forward and gradient of the queries: one pass against what others do.
 
-Contenders: ``naive`` (normalise, matmul, / temperature, cross-entropy, autograd; fp16 autocast on CUDA as moco-v3 runs it),
-``compiled`` (the same through torch.compile), ``sdpa_v_is_k`` (attention with values = keys, gradient by hand: the one-pass
-idea without a kernel), ``chunked`` and ``triton`` (this project's).
+Contenders: `naive` (normalise, matmul, / temperature, cross-entropy, autograd; fp16 autocast on CUDA as moco-v3 runs it),
+`compiled` (the same through torch.compile), `sdpa_v_is_k` (attention with values = keys, gradient by hand: the one-pass
+idea without a kernel), `chunked` and `triton` (this project's).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``rows`` B; ``keys`` N (0: as many); ``dim`` D; ``temperature``; ``rounds``; ``device`` (auto: CUDA where
-            there is one); ``compile`` (0 leaves the torch.compile'd contender out); ``directions`` 1, or 2 as MoCo v3
+        options: `rows` B; `keys` N (0: as many); `dim` D; `temperature`; `rounds`; `device` (auto: CUDA where
+            there is one); `compile` (0 leaves the torch.compile'd contender out); `directions` 1, or 2 as MoCo v3
             computes them, which this project does in one launch and the others one after the other.
 
     Returns:

@@ -47,9 +47,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``batch`` images over all processes; ``chunk`` images at a time; ``steps``; ``processes`` of the third side;
-            ``precision``; base ``lr``, ``eps`` of AdamW, ``epochs`` and ``warmup_epochs``, which decide how fast rounding grows.
-            The defaults are the first steps of the paper's schedule; a short warm-up takes ``precision=fp64`` to stay equal.
+        options: `batch` images over all processes; `chunk` images at a time; `steps`; `processes` of the third side;
+            `precision`; base `lr`, `eps` of AdamW, `epochs` and `warmup_epochs`, which decide how fast rounding grows.
+            The defaults are the first steps of the paper's schedule; a short warm-up takes `precision=fp64` to stay equal.
 
     Returns:
         By side: losses, peak bytes of a process, seconds a step. Largest difference of any loss from the whole batch's, and

@@ -2,7 +2,7 @@
 
 Images per CPU-second: processor time of this process and of its workers, taken between two moments of rest, because the
 wall clock of a shared machine says little. Every feed is checked before anything is timed: finite float32 views of plausible
-levels, and fastmoco's against Pillow on the same draws. Without that there are no ratios. ``python -m benchmarks.photos``
+levels, and fastmoco's against Pillow on the same draws. Without that there are no ratios. `python -m benchmarks.photos`
 makes shards of photographs. On a GPU images/s by the clock are reported too.
 """
 
@@ -72,17 +72,17 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Check, then measure.
 
     Args:
-        options: ``shards`` (empty: cut from the two sample photographs of scikit-learn); ``packed256`` and ``packed512``, the
-            same images packed with that ``max_side``; ``device`` ("auto", "cpu" or "gpu"); ``size`` of a view; images of a
-            ``batch``; ``batches`` of a turn; ``rounds``; ``threads`` of DALI and torch, further ones after a comma are
-            the scaling line; ``workers`` of torch's DataLoader; ``memory``: steps over which the memory is followed;
-            ``feeds``: names begin with this, and parts of the work are left out (empty: all feeds, and the parts).
+        options: `shards` (empty: cut from the two sample photographs of scikit-learn); `packed256` and `packed512`, the
+            same images packed with that `max_side`; `device` ("auto", "cpu" or "gpu"); `size` of a view; images of a
+            `batch`; `batches` of a turn; `rounds`; `threads` of DALI and torch, further ones after a comma are
+            the scaling line; `workers` of torch's DataLoader; `memory`: steps over which the memory is followed;
+            `feeds`: names begin with this, and parts of the work are left out (empty: all feeds, and the parts).
 
     Returns:
-        ``skipped_because`` alone where DALI, or webdataset to pack shards with, is absent. Else
-        ``checked`` and ``failed`` by feed; ``images_per_cpu_s`` by feed and round; ``speedup`` of fastmoco with exact colours
-        over the others and ``speedup_dali`` with DALI's; ``packed`` gains; ``profile`` in CPU milliseconds an image;
-        ``stages`` of the loader by its own clock; ``scaling``; ``memory``.
+        `skipped_because` alone where DALI, or webdataset to pack shards with, is absent. Else
+        `checked` and `failed` by feed; `images_per_cpu_s` by feed and round; `speedup` of fastmoco with exact colours
+        over the others and `speedup_dali` with DALI's; `packed` gains; `profile` in CPU milliseconds an image;
+        `stages` of the loader by its own clock; `scaling`; `memory`.
     """
     if options["device"] not in ("auto", "cpu", "gpu"):
         raise ValueError(f"device={options['device']!r}: is auto, cpu or gpu")

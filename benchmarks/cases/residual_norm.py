@@ -32,8 +32,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``device``; ``rows`` (0: 8 images of 197 tokens on a CPU, 256 on CUDA); width ``E``; ``dtype`` of branch and
-            y: bf16, fp16 or fp32; ``compile=0`` leaves torch.compile out; ``rounds``; ``seed``.
+        options: `device`; `rows` (0: 8 images of 197 tokens on a CPU, 256 on CUDA); width `E`; `dtype` of branch and
+            y: bf16, fp16 or fp32; `compile=0` leaves torch.compile out; `rounds`; `seed`.
 
     Returns:
         What `contest` returns, with the fewest bytes each way, those of torch's operations, and on CUDA the GB/s of ours.

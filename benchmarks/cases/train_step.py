@@ -52,18 +52,18 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Check, then measure.
 
     Args:
-        options: ``device`` ("auto", "cpu" or "cuda"); ``recipe`` (empty: vit_s16_e300_b4096 on a GPU, quickstart_digits on a
-            CPU); ``architecture``, ``linears``, ``momentum_linears``, ``blocks`` as in `ModelConfig`, for the recipe's;
-            ``compile`` 1 for our blocks through torch.compile, ``cuda_graphs`` 1 for chunks replayed;
-            ``batch`` images (0: the recipe's); ``chunk`` ("auto", "none" or a number); ``sides``, some of `step_sides.SIDES`;
-            ``processes`` 1: each side in a process of its own, 0: in turns in this one, -1: apart on a GPU; ``profile`` 1 for
-            launches and the largest kernels; ``rounds`` of ``steps`` steps; images ``checked``; ``tflops`` of the
+        options: `device` ("auto", "cpu" or "cuda"); `recipe` (empty: vit_s16_e300_b4096 on a GPU, quickstart_digits on a
+            CPU); `architecture`, `linears`, `momentum_linears`, `blocks` as in `ModelConfig`, for the recipe's;
+            `compile` 1 for our blocks through torch.compile, `cuda_graphs` 1 for chunks replayed;
+            `batch` images (0: the recipe's); `chunk` ("auto", "none" or a number); `sides`, some of `step_sides.SIDES`;
+            `processes` 1: each side in a process of its own, 0: in turns in this one, -1: apart on a GPU; `profile` 1 for
+            launches and the largest kernels; `rounds` of `steps` steps; images `checked`; `tflops` of the
             device in bf16, which the utilisation is a share of.
 
     Returns:
-        ``errors``, ``plain_errors`` and ``failed``, and ``marked`` with the reason where the check failed; ``plan`` of the
-        trainer; ``images_per_s`` by side and round; ``speedup`` by images/s; ``batch`` of each opponent; on CUDA
-        ``milliseconds`` an image, ``mfu`` and ``peak_bytes`` by side.
+        `errors`, `plain_errors` and `failed`, and `marked` with the reason where the check failed; `plan` of the
+        trainer; `images_per_s` by side and round; `speedup` by images/s; `batch` of each opponent; on CUDA
+        `milliseconds` an image, `mfu` and `peak_bytes` by side.
 
     Raises:
         ValueError: for an unknown side.

@@ -29,8 +29,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``recipe``; ``shards`` (empty: the digits, packed for the occasion); ``rounds``; ``steps`` of a segment;
-            ``warm_steps`` before each segment, which use up what was prefetched while the other trainer ran.
+        options: `recipe`; `shards` (empty: the digits, packed for the occasion); `rounds`; `steps` of a segment;
+            `warm_steps` before each segment, which use up what was prefetched while the other trainer ran.
 
     Returns:
         images/s of each side by round, and their ratios.

@@ -1,7 +1,7 @@
 """Exact colours against Pillow one image at a time, and the pipeline with exact colours against the one with DALI's.
 
-Two jobs. ``view1`` and ``view2``: cropped bytes to normalised views with MoCo v3's draws, by Pillow, by torch and by the
-kernels. ``pipeline``: encoded images to both views. Errors are mean distances from Pillow in levels of 255, measured
+Two jobs. `view1` and `view2`: cropped bytes to normalised views with MoCo v3's draws, by Pillow, by torch and by the
+kernels. `pipeline`: encoded images to both views. Errors are mean distances from Pillow in levels of 255, measured
 first; DALI's own is some levels, because it has no HSV and one order for all images. There is no compiled contender:
 each image has its own order of operations and its own blur, so a graph of the whole job would compute all 24.
 """
@@ -35,11 +35,11 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Check, then measure.
 
     Args:
-        options: ``device`` ("auto", "cpu" or "cuda"); ``images`` of a batch; ``size`` of a view; ``rounds``; ``threads`` of
+        options: `device` ("auto", "cpu" or "cuda"); `images` of a batch; `size` of a view; `rounds`; `threads` of
             torch and of DALI on the CPU.
 
     Returns:
-        One contest each for ``view1`` and ``view2``; for ``pipeline`` too where there is DALI, else why not. ``us_per_image``
+        One contest each for `view1` and `view2`; for `pipeline` too where there is DALI, else why not. `us_per_image`
         of both views by the kernels on CUDA.
     """
     available = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""What travels in ``.gpu/`` is unpacked here: wheels and a slim DALI, into a folder that later stages have on their path."""
+"""What travels in `.gpu/` is unpacked here: wheels and a slim DALI, into a folder that later stages have on their path."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def unpack(source: Path) -> tuple[Path | None, list[str]]:
     """Unpack all that is carried; once for the same files, so that a second run on a warm machine does not.
 
     Args:
-        source: folder with ``*.whl`` and perhaps ``dali.tar.xz``.
+        source: folder with `*.whl` and perhaps `dali.tar.xz`.
 
     Returns:
-        The folder for ``PYTHONPATH``, None where nothing is carried; and the names of what was unpacked or failed.
+        The folder for `PYTHONPATH`, None where nothing is carried; and the names of what was unpacked or failed.
     """
     files = sorted([*source.glob("*.whl"), *source.glob("*.tar.xz")])
     if not files:

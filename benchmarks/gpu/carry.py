@@ -1,7 +1,7 @@
-"""Fetch the wheels that a bare GPU machine lacks into ``.gpu/``: ``python -m benchmarks.gpu.carry``, on a machine with a network.
+"""Fetch the wheels that a bare GPU machine lacks into `.gpu/`: `python -m benchmarks.gpu.carry`, on a machine with a network.
 
 Wheels of CPython 3.12 on Linux x86-64, without their dependencies: torch and NumPy are there already. DALI is not among
-them, because its wheels exceed what may travel; a slim ``dali.tar.xz`` beside them is unpacked likewise.
+them, because its wheels exceed what may travel; a slim `dali.tar.xz` beside them is unpacked likewise.
 """
 
 from __future__ import annotations

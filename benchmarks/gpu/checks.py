@@ -24,7 +24,7 @@ class Place:
         return float(torch.finfo(self.narrow).eps)
 
     def random(self, *shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal numbers that ``dtype`` holds exactly."""
+        """Normal numbers that `dtype` holds exactly."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(*shape, generator=generator).to(self.device, dtype or self.narrow)
 

@@ -56,10 +56,10 @@ def compiler() -> list[str]:
 
 
 def build_native(folder: Path, *, out: Path | None = None) -> tuple[str, bool]:
-    """Build the C part of ``cut_views`` unless it is there, with setup.py's own flags.
+    """Build the C part of `cut_views` unless it is there, with setup.py's own flags.
 
     Args:
-        folder: of the op; its sources are in ``native``.
+        folder: of the op; its sources are in `native`.
         out: the library to write; default where the op looks for it.
 
     Returns:
@@ -80,7 +80,7 @@ def build_native(folder: Path, *, out: Path | None = None) -> tuple[str, bool]:
 
 
 def build_flags() -> list[str]:
-    """``FLAGS`` of setup.py, read without running it: it wants setuptools, which a bare Python 3.12 lacks."""
+    """`FLAGS` of setup.py, read without running it: it wants setuptools, which a bare Python 3.12 lacks."""
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "FLAGS":
             return [str(flag) for flag in ast.literal_eval(node.value)]

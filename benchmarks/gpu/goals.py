@@ -22,8 +22,8 @@ class Goal:
     Attributes:
         name: G1 to G11.
         row: name of the row.
-        figure: path into its result: ``milliseconds.triton``, ``speedup.naive.median``, ``images_per_s.fastmoco``.
-        at_least: the goal, where more is better; else ``at_most``.
+        figure: path into its result: `milliseconds.triton`, `speedup.naive.median`, `images_per_s.fastmoco`.
+        at_least: the goal, where more is better; else `at_most`.
         compute: share of the time that products take, which scales with their rate; the rest with copies'. None: not scaled.
     """
 
@@ -128,10 +128,10 @@ def figure(result: Mapping[str, Any], path: str) -> float | None:
 
 
 def shares(result: Mapping[str, Any], ceilings: Mapping[str, float]) -> dict[str, float]:
-    """What a result reached of this card's ceilings: ``matmul`` by its FLOPs, ``copy`` by its bytes.
+    """What a result reached of this card's ceilings: `matmul` by its FLOPs, `copy` by its bytes.
 
     Args:
-        result: with ``work``: ``flops`` and ``bytes`` of one call or image of the subject, and ``ms``, its time.
+        result: with `work`: `flops` and `bytes` of one call or image of the subject, and `ms`, its time.
         ceilings: of this card.
     """
     work = result.get("work") or {}

@@ -39,7 +39,7 @@ def run_lines(
 ) -> int:
     """Run a process and hand over its lines as they come.
 
-    Whatever it prints besides, and its errors, goes to ``log``. At its limit the process and all that it started are ended.
+    Whatever it prints besides, and its errors, goes to `log`. At its limit the process and all that it started are ended.
 
     Args:
         command: words of the command.

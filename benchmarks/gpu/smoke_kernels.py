@@ -19,7 +19,6 @@ from fastmoco_kernels import (
     gelu,
     info_nce_loss,
     lars_step_,
-    packed_attention,
     residual_norm,
     split_qkv,
     symmetric_info_nce_loss,
@@ -90,26 +89,6 @@ def _attention(backend: str, head_dim: int, tokens: int = 197) -> Check:
             name: (relative_error(mine, exact), 2 * relative_error(other, exact) + 4 * place.unit)
             for name, mine, other, exact in zip(("out", "dq", "dk", "dv"), ours, plain, truth, strict=True)
         }
-
-    return check
-
-
-def _packed(backend: str) -> Check:
-    def check(place: Place) -> Errors:
-        lengths = [5, 9] if place.dry else [197, 50, 197, 1]
-        q, k, v = (place.random(sum(lengths), 4, 32, seed=i).requires_grad_() for i in range(3))
-        try:
-            out = packed_attention(q, k, v, lengths, backend=backend)
-        except ValueError as reason:
-            raise Unavailable(str(reason)) from None
-        grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
-        wide = tuple(t.detach().double().requires_grad_() for t in (q, k, v))
-        exact = packed_attention(wide[0], wide[1], wide[2], lengths, backend="loop")
-        truth = torch.autograd.grad(exact.square().sum(), wide)
-        limit = 1e-5 if place.dry else 2e-2
-        names = ("out", "dq", "dk", "dv")
-        pairs = zip(names, (out, *grads), (exact, *truth), strict=True)
-        return {name: (relative_error(mine, right), limit) for name, mine, right in pairs}
 
     return check
 
@@ -271,7 +250,6 @@ CHECKS: dict[tuple[str, str], Check] = {
         (f"attention {backend} d={d}", "attention"): _attention(backend, d)
         for backend, d in (("triton", 32), ("triton", 64), ("sdpa", 32), ("flash", 32), ("cudnn", 32), ("xformers", 32))
     },
-    **{(f"packed attention {backend}", "attention"): _packed(backend) for backend in ("varlen", "xformers", "loop")},
     ("ema", "ema"): _ema,
     ("adamw_ema", "adamw_ema"): _adamw,
     ("lars", "lars"): _lars,

@@ -33,7 +33,7 @@ class Stage:
     module: str = "benchmarks.gpu.rows"
     rows: tuple[Row, ...] = ()
     ops: tuple[str, ...] = ()
-    """Ops that a stage without rows is about; empty: it runs whatever ``ONLY`` says."""
+    """Ops that a stage without rows is about; empty: it runs whatever `ONLY` says."""
 
 
 _SMALL_STEP = (
@@ -257,18 +257,18 @@ def chosen(names: str) -> list[Stage]:
 
 
 def concerns(only: str, *texts: str) -> bool:
-    """Whether ``ONLY`` lets something through that bears these names; empty lets all through."""
+    """Whether `ONLY` lets something through that bears these names; empty lets all through."""
     return not only or any(only.lower() in text.lower() for text in texts)
 
 
 def checked(only: str, op: str) -> bool:
-    """Whether tests and checks of an op are wanted under ``ONLY``: it names the op, or a row of it."""
+    """Whether tests and checks of an op are wanted under `ONLY`: it names the op, or a row of it."""
     rows = [row for stage in STAGES for row in stage.rows if row.op == op]
     return concerns(only, op) or any(concerns(only, row.name, row.case) for row in rows)
 
 
 def within(stage: Stage, only: str) -> bool:
-    """Whether anything of a stage is left under ``ONLY``."""
+    """Whether anything of a stage is left under `ONLY`."""
     if stage.rows:
         return any(concerns(only, row.name, row.op, row.case) for row in stage.rows)
     if stage.name == SMOKE.name:

@@ -15,7 +15,7 @@ TESTS_OF = {
         "tests/kernels/test_attention_choice.py",
         "tests/kernels/test_other_kernels.py",
     ),
-    "ema": ("tests/kernels/test_ema.py", "tests/kernels/test_ema_triton.py", "tests/kernels/test_multi_tensor.py"),
+    "ema": ("tests/kernels/test_ema.py", "tests/kernels/test_ema_triton.py", "tests/kernels/test_tensors.py"),
     "adamw_ema": (
         "tests/kernels/test_adamw_ema.py",
         "tests/kernels/test_adamw_ema_optimizer.py",
@@ -39,5 +39,5 @@ TESTS_OF = {
     "step": ("tests/fastmoco/*/*_gpu.py",),
 }
 """The tests of each op, as patterns: rows of an op are timed where these passed, whatever others did."""
-QUICK_TEST = ("tests/kernels/test_multi_tensor.py",)
+QUICK_TEST = ("tests/kernels/test_tensors.py",)
 """What the dry run takes instead."""

@@ -11,7 +11,7 @@ The files are written into a hidden folder beside the final one and flushed to t
 the folder gets its name by one rename; the marker comes last. So a process killed at any moment leaves either a folder
 whose marker vouches for every byte or a folder without a marker, which is no checkpoint and is ignored. Loading reads
 every byte for its SHA-256 before anything is parsed, falls back to the checkpoint before if one differs, and says so.
-Nothing is executed on loading: the formats are safetensors and JSON, ``.metadata`` is read by an unpickler that knows
+Nothing is executed on loading: the formats are safetensors and JSON, `.metadata` is read by an unpickler that knows
 DCP's classes alone, and files that the marker does not name are never opened.
 """
 

@@ -1,4 +1,4 @@
-"""The ``.metadata`` of torch.distributed.checkpoint is a pickle: read here by an unpickler that can build nothing else.
+"""The `.metadata` of torch.distributed.checkpoint is a pickle: read here by an unpickler that can build nothing else.
 
 `torch.distributed.checkpoint.FileSystemReader` calls the plain unpickler, which runs whatever the file says, and loads
 entries that are not tensors likewise. Here a pickle may name the classes below and no others, and what it builds is then
@@ -55,7 +55,7 @@ def read_metadata(path: Path, files: Mapping[str, Mapping[str, Any]]) -> Metadat
     """Read and check the metadata of a folder whose every file has been verified.
 
     Args:
-        path: the file ``.metadata``.
+        path: the file `.metadata`.
         files: size by name, of all files that may be read, as the marker has them.
 
     Raises:

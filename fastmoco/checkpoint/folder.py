@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco.checkpoint.errors import CheckpointError
+from fastmoco_pipelines.files import hash_file, write_file
 
 TENSORS, METADATA, STATE, MARKER = "tensors.safetensors", ".metadata", "state.json", "COMMITTED"
 FORMAT = "fastmoco-checkpoint-3"
-_ENTRIES = {
-    FORMAT: {"world_size", "saved_at", "run_id", "sha256"},
-    "fastmoco-checkpoint-2": {"world_size", "saved_at", "sha256"},
-    "fastmoco-checkpoint-1": set(),
-}
-"""What a marker holds beside step and files: of what is written, and of what runs before wrote."""
+_ENTRIES = {"format", "step", "world_size", "saved_at", "run_id", "files", "sha256"}
+_UNRELEASED_FORMATS = {"fastmoco-checkpoint-1", "fastmoco-checkpoint-2"}
+"""Formats of commits before 0.1.0, which are recognized but not read."""
 MARKER_LIMIT = 64 * 2**20
 """Bytes; a hundred for each file, and a rank writes one."""
 _KNOWN = re.compile(r"tensors\.safetensors|\.metadata|state\.json|__\d+_\d+\.distcp")
@@ -32,7 +30,7 @@ _HIDDEN = re.compile(r"\.(?:writing|replaced)-step_\d{8,}-[0-9a-f]{8}")
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Folders under ``root`` that carry a commit marker, oldest step first. Their content is not verified here."""
+    """Folders under `root` that carry a commit marker, oldest step first. Their content is not verified here."""
     return [path for path in _step_folders(root) if (path / MARKER).is_file()]
 
 
@@ -97,9 +95,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a plain file."""
     if path.is_symlink() or not path.is_file():
         raise FileNotFoundError(f"{path.name} is missing or not a plain file")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
 def marker_text(
@@ -129,10 +125,10 @@ def read_marker(path: Path) -> dict[str, Any]:
     """The marker of a folder, checked against itself and the folder's name, not yet against the files.
 
     Returns:
-        ``step`` and ``files``; ``world_size``, ``saved_at`` and ``run_id`` where the marker's format has them.
+        The entries `format`, `step`, `world_size`, `saved_at`, `run_id` and `files`.
 
     Raises:
-        ValueError: if there is none, or one bit of it is not as it was written.
+        ValueError: if there is none, if it has another format, or if one bit of it has changed.
     """
     match = _FOLDER.fullmatch(path.name)
     marker = path / MARKER
@@ -142,19 +138,25 @@ def read_marker(path: Path) -> dict[str, Any]:
     damaged = ValueError(f"the {MARKER} marker is damaged")
     try:
         promised = json.loads(raw)
-        known = _ENTRIES[promised["format"]]
+        other_format = promised["format"] if promised["format"] in _UNRELEASED_FORMATS else ""
         whole = (
-            promised.keys() == {"format", "step", "files"} | known
+            promised["format"] == FORMAT
+            and promised.keys() == _ENTRIES
             and json.dumps(promised, indent=1).encode() == raw
             and promised["step"] == int(match[1])
             and all(_KNOWN.fullmatch(name) for name in promised["files"])
             and STATE in promised["files"]
             and (TENSORS in promised["files"]) != (METADATA in promised["files"])
         )
-        if known and promised.pop("sha256") != _digest(promised):
+        if whole and promised.pop("sha256") != _digest(promised):
             whole = False
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged from error
+    if other_format:
+        raise ValueError(
+            f"the {MARKER} marker has the format {other_format} of an unreleased version; "
+            f"this version reads {FORMAT} alone, so only the version that wrote it can load it"
+        )
     if not whole:
         raise damaged
     return dict(promised)
@@ -177,10 +179,10 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def make_way(final: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
-    """See that the name ``final`` is free: move aside what holds it, unless that is a valid checkpoint.
+    """See that the name `final` is free: move aside what holds it, unless that is a valid checkpoint.
 
     Returns:
-        False if these very ``files`` are committed there already, so that nothing is left to write.
+        False if these very `files` are committed there already, so that nothing is left to write.
 
     Raises:
         FileExistsError: if another valid checkpoint stands there.
@@ -201,8 +203,7 @@ def commit(writing: Path, final: Path, marker: str) -> None:
     """Give a complete, flushed folder its name, then its marker. A kill in between leaves no checkpoint, and no harm."""
     writing.rename(final)
     flush(final.parent)
-    write_text(final / f"{MARKER}.writing", marker)
-    (final / f"{MARKER}.writing").rename(final / MARKER)
+    write_file(final / MARKER, marker.encode(), mode=0o600, durable=True)
     flush(final)
 
 
@@ -213,10 +214,10 @@ def sweep(root: Path) -> None:
 
 
 def prune(root: Path, *, newest: Path, keep: int, keep_multiple: int = 0) -> None:
-    """Remove the oldest but ``keep``, counted back from ``newest``, whose content the caller has just hashed.
+    """Remove the oldest but `keep`, counted back from `newest`, whose content the caller has just hashed.
 
     Folders of later steps stay: a run arrives below them only if they did not verify, and then they are evidence. So does
-    the newest one whose step is a multiple of ``keep_multiple``, if that is not 0.
+    the newest one whose step is a multiple of `keep_multiple`, if that is not 0.
     """
     committed = list_checkpoints(root)
     committed = committed[: committed.index(newest) + 1]

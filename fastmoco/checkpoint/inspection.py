@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from fastmoco.checkpoint.errors import CheckpointError
 from fastmoco.checkpoint.folder import MARKER, flush, list_checkpoints, read_marker, unfinished_saves
 from fastmoco.checkpoint.loading import Checkpoint, load_checkpoint
 from fastmoco.checkpoint.whole_file import write_whole
+from fastmoco_pipelines.files import whole_file
 
 ENCODER = "model.encoder."
 
@@ -25,8 +25,8 @@ class Verdict:
         path: the folder.
         step: from its name; -1 where even that says nothing.
         size: bytes of all its files.
-        saved_at: UTC, ISO 8601; "" where the marker does not say.
-        world_size: ranks that wrote it; 0 where the marker does not say.
+        saved_at: UTC, ISO 8601; "" without a sound marker.
+        world_size: ranks that wrote it; 0 without a sound marker.
         committed: whether it carries a marker; a folder without one is what a killed save left, and every reader ignores it.
         fault: "" if it can be trusted, else why not.
     """
@@ -80,14 +80,14 @@ def consolidate(checkpoint: Checkpoint, out: Path, *, encoder_only: bool) -> int
     Args:
         checkpoint: see `load_latest`.
         out: a new file (mode 0600), whole or not there at all.
-        encoder_only: only the trained encoder, under its own names (``blocks.0.norm1.weight``), without the projector
+        encoder_only: only the trained encoder, under its own names (`blocks.0.norm1.weight`), without the projector
             behind it, which is of no use after pre-training. Else every tensor, optimizer and twin among them.
 
     Returns:
         The number of tensors written.
 
     Raises:
-        CheckpointError: if ``out`` exists or cannot be written, or there is no encoder in the checkpoint.
+        CheckpointError: if `out` exists or cannot be written, or there is no encoder in the checkpoint.
     """
     tensors = checkpoint.tensors
     if encoder_only:
@@ -100,13 +100,10 @@ def consolidate(checkpoint: Checkpoint, out: Path, *, encoder_only: bool) -> int
         raise CheckpointError(f"{checkpoint.path} holds no {ENCODER}*: it is no checkpoint of a run")
     if os.path.lexists(out):
         raise CheckpointError(f"{out} exists; choose another --out")
-    fresh = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
-        write_whole(fresh, tensors, {"format": "pt", "step": str(checkpoint.step)})
-        fresh.rename(out)
+        with whole_file(out) as fresh:
+            write_whole(fresh, tensors, {"format": "pt", "step": str(checkpoint.step)})
         flush(out.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out} was not written: {error}. Free space or choose another --out") from error
-    finally:
-        fresh.unlink(missing_ok=True)
     return len(tensors)

@@ -31,7 +31,7 @@ class Checkpoint:
         state: the JSON part; tuples come back as lists.
         path: its folder.
         entries: shape and dtype of every tensor by name, as tensors on the meta device.
-        run_id: of the run that wrote it; "" where the marker does not say.
+        run_id: of the run that wrote it; "" if it was saved outside a run.
         skipped: newer committed folders that could not be believed, newest first, each with the reason. Print them.
         metadata: where DCP finds each piece of the tensors; None where one process wrote one file.
     """
@@ -103,7 +103,7 @@ def load_latest(
         admit: what it raises is raised here: a checkpoint that is refused is not passed over.
 
     Returns:
-        The checkpoint, with every newer one that was passed over and why in ``skipped``.
+        The checkpoint, with every newer one that was passed over and why in `skipped`.
 
     Raises:
         CheckpointError: if committed folders exist and none verifies. Starting from scratch is the user's decision.
@@ -126,7 +126,7 @@ def load_latest(
 
 
 def load_checkpoint(path: Path, *, admit: Admit = lambda path, run_id: None) -> Checkpoint:
-    """Verify one committed folder and open it; ``admit`` is asked in between, before anything is parsed.
+    """Verify one committed folder and open it; `admit` is asked in between, before anything is parsed.
 
     Raises:
         CheckpointError: naming the file that is missing, changed, unreadable or hostile, and the cure.
@@ -136,7 +136,7 @@ def load_checkpoint(path: Path, *, admit: Admit = lambda path, run_id: None) -> 
         promised = verify(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}. {cure}") from error
-    run_id = promised.get("run_id", "")
+    run_id = promised["run_id"]
     admit(path, run_id)
     try:
         state = json.loads((path / STATE).read_bytes())

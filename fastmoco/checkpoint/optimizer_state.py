@@ -14,12 +14,12 @@ from fastmoco.checkpoint.errors import CheckpointError
 def flatten_optimizer(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name: ``optimizer.<name>.exp_avg``, ``...exp_avg_sq``, ``...step``.
+    """The optimizer's state by parameter name: `optimizer.<name>.exp_avg`, `...exp_avg_sq`, `...step`.
 
     Hyperparameters (lr, betas, weight decay) are left out on purpose: they belong to the config and the schedule.
 
     Raises:
-        CheckpointError: if the optimizer holds a parameter that ``named_parameters`` lacks, or state that is no tensor.
+        CheckpointError: if the optimizer holds a parameter that `named_parameters` lacks, or state that is no tensor.
     """
     names = {id(parameter): name for name, parameter in named_parameters}
     flat: dict[str, Tensor] = {}
@@ -50,7 +50,7 @@ def restore_optimizer(
     Args:
         optimizer: freshly built over the same parameters; its hyperparameters stay as they are.
         named_parameters: as for `flatten_optimizer`.
-        tensors: may hold other entries beside ``optimizer.*``; the values are copied to each parameter's device.
+        tensors: may hold other entries beside `optimizer.*`; the values are copied to each parameter's device.
 
     Raises:
         CheckpointError: naming parameters without state, state without a parameter, or the two shapes that differ.

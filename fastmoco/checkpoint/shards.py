@@ -36,7 +36,7 @@ class _Reader(FileSystemReader):
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Write tensors into an existing empty folder, through to the disk. Call it on every rank of ``group``.
+    """Write tensors into an existing empty folder, through to the disk. Call it on every rank of `group`.
 
     A sharded tensor is written by the ranks that hold its parts. One that all ranks hold is written by one of them, the
     load spread evenly; all must hold the same numbers. One that a single rank knows is written by that rank.

@@ -49,7 +49,7 @@ def save_checkpoint(
     keep_multiple: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write one checkpoint so that it exists whole or not at all, then drop all but the last ``keep``.
+    """Write one checkpoint so that it exists whole or not at all, then drop all but the last `keep`.
 
     A folder of the same step is replaced only if it was never committed or no longer verifies; saving the same content
     again changes nothing. A process alone writes one safetensors file; ranks, and a process with a sharded tensor, write
@@ -60,17 +60,17 @@ def save_checkpoint(
         step: optimizer steps done, >= 0.
         tensors: by name; dense, any device, any strides, sharded or not; shared storage is stored once a name. What
             is not sharded and held by several ranks must be equal on them. Of dtypes, what safetensors knows.
-        state: string keys, JSON values, finite floats only; the first rank's is written, its ``run_id`` into the marker too.
+        state: string keys, JSON values, finite floats only; the first rank's is written, its `run_id` into the marker too.
         keep: committed checkpoints to keep, this one among them. The one just written has been read back and hashed
             before an older one goes, so the last verified one is never removed.
         keep_multiple: the newest checkpoint at a multiple of so many steps is kept besides; 0: none.
         group: ranks that save together, see `group_for_saving`; its timeout is how long they wait for each other.
 
     Returns:
-        The folder ``root/step_<step>``.
+        The folder `root/step_<step>`.
 
     Raises:
-        ValueError: if ``step`` or ``keep`` is out of range.
+        ValueError: if `step` or `keep` is out of range.
         CheckpointError: if something is not storable (named), the disk refuses, a rank fails, ends or hangs, or a
             different valid checkpoint of this step exists; on every rank that is left. Older checkpoints are
             untouched then, and no partial folder is left.

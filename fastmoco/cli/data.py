@@ -216,7 +216,7 @@ def sample(args: list[str]) -> int:
 
 @contextmanager
 def progress_bar(what: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal; silence elsewhere. ``unit="bytes"`` shows amounts and speed as such."""
+    """A progress bar on a terminal; silence elsewhere. `unit="bytes"` shows amounts and speed as such."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 

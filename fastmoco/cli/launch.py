@@ -23,9 +23,9 @@ is in torch 2.11, whose agent has no such setting."""
 
 
 def launch_command(processes: int, args: Sequence[str], logs: str) -> list[str]:
-    """The argument list that starts ``fastmoco`` with ``args`` in several processes of this machine.
+    """The argument list that starts `fastmoco` with `args` in several processes of this machine.
 
-    The store and all connections stay on the loopback interface. What workers print is not redirected to ``logs``; the files in
+    The store and all connections stay on the loopback interface. What workers print is not redirected to `logs`; the files in
     which they report errors lie there.
     """
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
@@ -34,7 +34,7 @@ def launch_command(processes: int, args: Sequence[str], logs: str) -> list[str]:
 
 
 def launch(processes: int, args: Sequence[str], out: Path) -> int:
-    """Run ``fastmoco`` with ``args`` in several processes, pass signals on, and wait for their end.
+    """Run `fastmoco` with `args` in several processes, pass signals on, and wait for their end.
 
     Args:
         processes: one a GPU; on a machine without, that many share its cores.

@@ -48,7 +48,7 @@ def plan(options: PlanArguments) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a size such as ``80GiB``.
+    """Bytes of a size such as `80GiB`.
 
     Raises:
         ValueError: if it is none.
@@ -157,7 +157,7 @@ def _loader(config: Config, gpus: int, levels: bool, on_cpu: bool) -> LoaderByte
 
 
 def _shared_by(config: Config, costs: StepCosts, gpus: int, memory: int) -> int:
-    """GPUs that share a copy of the state as ``parallel.strategy`` has it, on one machine (`choose_strategy`)."""
+    """GPUs that share a copy of the state as `parallel.strategy` has it, on one machine (`choose_strategy`)."""
     from fastmoco.distributed.parallelize import STATE_SHARE
     from fastmoco.planning.plan import state_bytes
 

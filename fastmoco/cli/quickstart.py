@@ -26,7 +26,7 @@ def quickstart(out: Path) -> int:
     """Pack the digits, train on them, and print what was learned.
 
     Args:
-        out: folder for ``data/`` (shards), ``run/`` (checkpoints, metrics, curves.png) and ``views.png``.
+        out: folder for `data/` (shards), `run/` (checkpoints, metrics, curves.png) and `views.png`.
 
     Returns:
         The exit code of the training run. The same call again continues a stopped run.

@@ -21,13 +21,13 @@ from fastmoco.training.trainer import Trainer
 
 
 def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool = False) -> int:
-    """Train, or continue, the run in ``out``.
+    """Train, or continue, the run in `out`.
 
     Args:
         config: of the run.
         out: its folder.
-        allow: fields that may differ from the run's in ``out``.
-        trust: continue from a checkpoint in ``out`` even if another run wrote it.
+        allow: fields that may differ from the run's in `out`.
+        trust: continue from a checkpoint in `out` even if another run wrote it.
 
     Returns:
         0 finished, 75 stopped by a signal with its state saved.

@@ -17,16 +17,16 @@ all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_ga
 
 
 def gather_keys(keys: Tensor) -> Tensor:
-    """Concatenate every rank's keys by rank; row ``rank * B + i`` is row i of that rank.
+    """Concatenate every rank's keys by rank; row `rank * B + i` is row i of that rank.
 
     Keys come from the momentum encoder and carry no gradient, so neither does the result (Chen, Xie, He 2021; the
-    positives of this rank's queries therefore stand at ``rank * B + i``).
+    positives of this rank's queries therefore stand at `rank * B + i`).
 
     Args:
         keys: [B, D], any dtype; B and D must be equal on all ranks.
 
     Returns:
-        [N, D] with N = B * world size; ``keys`` itself, detached, where there is one process.
+        [N, D] with N = B * world size; `keys` itself, detached, where there is one process.
 
     Raises:
         ValueError: on the CPU, if B differs between ranks. Gloo would deliver zero rows there without a word. On CUDA
@@ -63,7 +63,7 @@ def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
         device: where the process group communicates.
 
     Returns:
-        [sum of n, ...] on the CPU, without gradient; ``rows`` itself, detached, where there is one process.
+        [sum of n, ...] on the CPU, without gradient; `rows` itself, detached, where there is one process.
     """
     rows = rows.detach()
     if group_size() == 1:

@@ -25,8 +25,8 @@ BUCKET_BYTES = 32 * 2**20
 class GradientAverage:
     """Says of each backward pass of a step whether more follow, and averages over ranks after the last one.
 
-    ``with average.local(): ...`` around every backward but the last, ``with average.last(): ...`` around that one. Behind it
-    every trainable parameter's ``grad`` is the mean of the ranks' sums, the same bits on all of them.
+    `with average.local(): ...` around every backward but the last, `with average.last(): ...` around that one. Behind it
+    every trainable parameter's `grad` is the mean of the ranks' sums, the same bits on all of them.
 
     Args:
         module: on every rank the same trainable parameters in the same order, none of which is without gradient in the end.

@@ -19,7 +19,7 @@ class World:
     """One process's place among all processes of a run."""
 
     rank: int = 0
-    """This process's number, from 0 to ``world_size - 1``."""
+    """This process's number, from 0 to `world_size - 1`."""
     world_size: int = 1
     """Number of processes of the run."""
     local_rank: int = 0
@@ -61,7 +61,7 @@ def start_world(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_s: f
         This process's place; pass it on, nothing else reads the environment.
 
     Raises:
-        ValueError: if ``device`` is unknown, or if there are fewer CUDA devices than local processes.
+        ValueError: if `device` is unknown, or if there are fewer CUDA devices than local processes.
     """
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     rank, world_size, local_rank, local_world_size = (int(os.environ.get(name, n)) for name, n in defaults.items())
@@ -101,7 +101,7 @@ def agree_on_attempt(store: Any, rank: int, world_size: int, *, timeout_s: float
     counts the failures of its own workers. So rank 0 draws one, and tells it to each rank that shows a fresh number.
 
     Raises:
-        RuntimeError: on rank 0 if ranks are missing after ``timeout_s``, naming them; on another if rank 0 never answers.
+        RuntimeError: on rank 0 if ranks are missing after `timeout_s`, naming them; on another if rank 0 never answers.
     """
     mine = uuid.uuid4().hex
     if rank > 0:

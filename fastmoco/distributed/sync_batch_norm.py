@@ -1,6 +1,6 @@
 """Batch normalisation over the batches of all ranks, on CPU and CUDA alike.
 
-torch's own ``SyncBatchNorm`` refuses to train on CPU tensors, so nothing about it could be tested without GPUs, and
+torch's own `SyncBatchNorm` refuses to train on CPU tensors, so nothing about it could be tested without GPUs, and
 statistics that stay local change the loss by 0.1 and more without an error. Here one process uses torch's batch norm;
 several processes exchange mean, centred squares and count of their parts in one message a layer, for both views of a head
 at once, and combine them as Chan, Golub, LeVeque 1983 do: no digits are lost to cancellation, and all ranks get the same bits.
@@ -20,7 +20,7 @@ from fastmoco.distributed.mesh import group_size
 
 
 def _layout(x: Tensor) -> tuple[list[int], list[int]]:
-    """The dimensions that a statistic covers, and the shape in which a vector of channels meets ``x``."""
+    """The dimensions that a statistic covers, and the shape in which a vector of channels meets `x`."""
     channel = 2 if x.ndim == 3 else 1
     dims = [d for d in range(x.ndim) if d != channel and not (x.ndim == 3 and d == 0)]
     return dims, [-1 if d == channel else 1 for d in range(x.ndim)]
@@ -84,15 +84,15 @@ class BatchNorm(nn.Module):
     """Batch normalisation whose training statistics cover the batches of all ranks.
 
     [V, B, C] are V batches that stay apart: what V calls in turn give, buffers included, in one exchange between ranks.
-    Parameter and buffer names, defaults and the running averages are those of ``torch.nn.BatchNorm1d``. Statistics
-    and arithmetic are at least float32 for half-precision inputs; the output has the input's dtype. ``running_var``
+    Parameter and buffer names, defaults and the running averages are those of `torch.nn.BatchNorm1d`. Statistics
+    and arithmetic are at least float32 for half-precision inputs; the output has the input's dtype. `running_var`
     averages the unbiased variance, n / (n - 1) times the biased one, n counting values over all ranks.
 
     Args:
         num_features: number of channels C of inputs [B, C], [V, B, C] or [B, C, H, W].
         eps: added to the variance.
         averaging: share of the newest statistics in the running averages.
-        affine: whether there are a trainable ``weight`` and ``bias`` [C].
+        affine: whether there are a trainable `weight` and `bias` [C].
     """
 
     weight: nn.Parameter | None
@@ -114,7 +114,7 @@ class BatchNorm(nn.Module):
         """Normalise [B, C], [V, B, C] or [B, C, H, W]: over the global batch in training, else by the running averages.
 
         Raises:
-            ValueError: if the channel count is not ``num_features``, or one process trains on one value per channel.
+            ValueError: if the channel count is not `num_features`, or one process trains on one value per channel.
         """
         C = self.num_features
         if not 2 <= x.ndim <= 4 or x.shape[2 if x.ndim == 3 else 1] != C:
@@ -146,5 +146,5 @@ class BatchNorm(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        """What ``print(module)`` shows of it."""
+        """What `print(module)` shows of it."""
         return f"{self.num_features}, eps={self.eps}, averaging={self.averaging}, affine={self.weight is not None}"

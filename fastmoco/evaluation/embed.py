@@ -27,7 +27,7 @@ def embed(encode: Callable[[Tensor], Tensor], loader: Iterable[EvalBatch]) -> tu
         ValueError: if the loader yields nothing, or ``encode`` does not return one row an image.
     """
     module = encode if isinstance(encode, nn.Module) else getattr(encode, "__self__", None)
-    with _eval_mode(module if isinstance(module, nn.Module) else None), torch.no_grad():
+    with eval_mode(module if isinstance(module, nn.Module) else None), torch.no_grad():
         return _collect(encode, loader)
 
 
@@ -63,8 +63,8 @@ def _collect(encode: Callable[[Tensor], Tensor], loader: Iterable[EvalBatch]) ->
 
 
 @contextmanager
-def _eval_mode(module: nn.Module | None) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule trains or not as before, also where they differed."""
+def eval_mode(module: nn.Module | None) -> Iterator[None]:
+    """Eval mode inside; afterwards every submodule is in the mode that it had before."""
     before = [(part, part.training) for part in module.modules()] if module is not None else []
     try:
         for part, _ in before:

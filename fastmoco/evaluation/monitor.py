@@ -15,7 +15,7 @@ from fastmoco.config import Config
 from fastmoco.distributed.agree import of_first_rank
 from fastmoco.distributed.gather import gather_rows
 from fastmoco.distributed.mesh import World
-from fastmoco.evaluation.embed import embed
+from fastmoco.evaluation.embed import embed, eval_mode
 from fastmoco.evaluation.knn import knn_accuracy
 from fastmoco_pipelines import ShardSet, build_eval_loader
 from fastmoco_pipelines.spec import CacheSpec
@@ -70,20 +70,17 @@ class KnnMonitor:
         """kNN accuracy of the encoder's class-token features on the held-out shards.
 
         Args:
-            encoder: maps [B, 3, H, W] to [B, E]; put into eval mode for the time being, and back.
+            encoder: maps [B, 3, H, W] to [B, E]; in eval mode meanwhile, and every part in its own mode
+                afterwards.
             epoch: epochs trained so far, fractional.
 
         Returns:
             Share of held-out images classified right, in [0, 1].
         """
         began, knn = time.monotonic(), self.config.knn
-        was_training = encoder.training
-        encoder.eval()
-        try:
+        with eval_mode(encoder):
             bank, bank_labels = self._embed(encoder, self.bank_shards, knn.max_train_images)
             queries, labels = self._embed(encoder, knn.test_shards, knn.max_test_images)
-        finally:
-            encoder.train(was_training)
         sets = (rows.to(self.world.device) for rows in (bank, bank_labels, queries, labels))
         accuracy = knn_accuracy(*sets, k=knn.k, temperature=knn.temperature)
         self.last, self.last_epoch = accuracy, epoch

@@ -1,10 +1,10 @@
 """What a vision transformer is made of: attention, MLP, block, and the two stems, each initialised as MoCo v3 does.
 
-Of the last block only the class token is read, so ``Block.class_row`` computes nothing else: there queries take in the
+Of the last block only the class token is read, so `Block.class_row` computes nothing else: there queries take in the
 key projection before they meet the tokens, and the value projection acts on the one weighted mean of each head instead
 of on every token. What remains costs 2 A E multiplications a token, where a full block costs 12 E^2 and more.
 
-What a block keeps for its backward is its ``recompute``. "selective" keeps what the matrix products and attention gave
+What a block keeps for its backward is its `recompute`. "selective" keeps what the matrix products and attention gave
 and computes layer norms and GELU again: torch stops a recomputation at the last tensor that is wanted, so no product runs
 twice. "full" keeps the block's input and computes all of it again. Neither changes a bit of any gradient.
 
@@ -34,13 +34,13 @@ Recompute = Literal["none", "selective", "full"]
 
 
 def _forgetful(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)``, of which only ``x`` is kept for the backward. Draws of random numbers are repeated."""
+    """`function(x)`, of which only `x` is kept for the backward. Draws of random numbers are repeated."""
     out: Tensor = checkpoint(function, x, use_reentrant=False)
     return out
 
 
 def _linear(fan_in: int, fan_out: int, *, matrices: int = 1) -> nn.Linear:
-    """A linear layer, Xavier-uniform for each of the ``matrices`` stacked by rows, bias 0."""
+    """A linear layer, Xavier-uniform for each of the `matrices` stacked by rows, bias 0."""
     linear = nn.Linear(fan_in, fan_out)
     bound = math.sqrt(6 / (fan_in + fan_out // matrices))
     nn.init.uniform_(linear.weight, -bound, bound)
@@ -51,11 +51,11 @@ def _linear(fan_in: int, fan_out: int, *, matrices: int = 1) -> nn.Linear:
 class LayerNorm(nn.LayerNorm):
     """torch's, whose weights may be narrower than its input: shards are handed out in bf16, and a CPU wants both alike.
 
-    ``add`` is the one inside a block, fused with the residual before it; ``forward`` the one after the last block.
+    `add` is the one inside a block, fused with the residual before it; `forward` the one after the last block.
     """
 
     def add(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``x + branch`` and its norm, [..., E] both; the norm in the dtype of the product that reads it."""
+        """`x + branch` and its norm, [..., E] both; the norm in the dtype of the product that reads it."""
         return residual_norm(x, branch, self.weight, self.bias, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; rows of ``qkv`` are grouped q, k, v, then by head. ``backend``: see `attention`."""
+    """Multi-head self-attention; rows of `qkv` are grouped q, k, v, then by head. `backend`: see `attention`."""
 
     def __init__(self, width: int, num_heads: int, backend: str = "auto") -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         return out
 
     def class_row(self, x_BLE: Tensor) -> Tensor:
-        """Row 0 of ``forward``, [B, E], without keys or values of the tokens.
+        """Row 0 of `forward`, [B, E], without keys or values of the tokens.
 
         Per head, q . (W_k x_j + b_k) = (W_k^T q) . x_j + a constant that the softmax drops, and
         sum_j p_j (W_v x_j + b_v) = W_v (sum_j p_j x_j) + b_v because the p_j sum to 1.
@@ -128,12 +128,12 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; ``recompute`` says what its backward computes again.
+    """A pre-norm transformer block; `recompute` says what its backward computes again.
 
-    ``fused``: ``forward`` is one node of autograd with a backward of its own (`fused_block`), which knows of
+    `fused`: `forward` is one node of autograd with a backward of its own (`fused_block`), which knows of
     recomputing none and full.
 
-    Where ``hands_on_parts``, the residual stream travels between blocks as a sum that is not taken yet, stream + branch: the next
+    Where `hands_on_parts`, the residual stream travels between blocks as a sum that is not taken yet, stream + branch: the next
     norm takes it in its one pass over memory.
     """
 
@@ -162,7 +162,7 @@ class Block(nn.Module):
         return x_BLE + _forgetful(self.mlp.contract, hidden), None
 
     def class_row(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> Tensor:
-        """Row 0 of ``forward``'s sum alone: [B, E]. So little work that every way of recomputing does all of it."""
+        """Row 0 of `forward`'s sum alone: [B, E]. So little work that every way of recomputing does all of it."""
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._class_row(x_BLE, branch_BLE)
         return _forgetful(self._class_row, sum_of(x_BLE, branch_BLE))

@@ -5,7 +5,7 @@ step's chunks have one size, and kernels for a symbolic batch are slower. Evalua
 batch has any size; so the graphs of training are the same with and without it.
 
 What a compiled block keeps for its backward is torch's partitioner's choice, steered by a budget: the share of what it would
-keep that it may keep (``torch._functorch.config.activation_memory_budget``). 1 keeps the inputs of all matrix products. Below
+keep that it may keep (`torch._functorch.config.activation_memory_budget`). 1 keeps the inputs of all matrix products. Below
 that it first drops what element-wise operations make again (layer norms, GELU), then whole products.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastmoco.models.blocks import Block
-from fastmoco_kernels._runtime import triton_is_default
+from fastmoco_kernels.backends import triton_is_default
 
 BUDGETS = (1.0, 0.9)
 """Budgets that a plan chooses among. Less than these drops products, and then a second forward of whole chunks is as cheap."""
@@ -41,7 +41,7 @@ class CompileChoice(NamedTuple):
 
 
 def choose_compile(wanted: Literal["auto"] | bool, device: torch.device, precision: str) -> CompileChoice:
-    """What ``model.compile`` means on a device: ``auto`` compiles where torch's code generator writes Triton kernels.
+    """What `model.compile` means on a device: `auto` compiles where torch's code generator writes Triton kernels.
 
     Args:
         wanted: of the config.
@@ -63,7 +63,7 @@ def compile_blocks(objective: nn.Module, *, budget: float = 1.0) -> None:
     """Pass every transformer block through torch.compile, in place: names, hooks and state stay as they are.
 
     Args:
-        objective: or any module that holds lists of blocks named ``blocks``. In evaluation mode they compute uncompiled.
+        objective: or any module that holds lists of blocks named `blocks`. In evaluation mode they compute uncompiled.
         budget: share of the activations that the backward keeps, in [0, 1]; see `BUDGETS`.
     """
     import torch._dynamo.config as dynamo

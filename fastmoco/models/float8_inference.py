@@ -2,15 +2,15 @@
 
     y = s_x s_w (x8 w8^T) + b,    x8 = e4m3(x / s_x),    w8 = e4m3(W / s_w)
 
-A row of ``x`` is a token, a row of ``W`` an output channel. Each has a scale of its own: the smallest power of two that
+A row of `x` is a token, a row of `W` an output channel. Each has a scale of its own: the smallest power of two that
 brings its largest entry to e4m3's 448 or below. So scaling rounds nothing, a token's result hangs on no other token, and
-keys are those of the whole batch whatever the chunks. ``torch._scaled_mm`` takes both scales in its epilogue.
+keys are those of the whole batch whatever the chunks. `torch._scaled_mm` takes both scales in its epilogue.
 
-``W`` and ``b`` change once a step, by the average, and serve every chunk of it: `refresh_` rounds them once, into tensors that
+`W` and `b` change once a step, by the average, and serve every chunk of it: `refresh_` rounds them once, into tensors that
 keep their addresses (a captured CUDA graph reads them), where autocast casts all weights anew in every chunk. They belong to
 no state: parameters stay the float32 tensors that they were, under their names, and the average is taken in those.
 
-Layers are those of `float8.candidates`: the blocks' ``qkv``, ``proj``, ``fc1`` and ``fc2``, without the last block.
+Layers are those of `float8.candidates`: the blocks' `qkv`, `proj`, `fc1` and `fc2`, without the last block.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EXPONENT = 0x7F800000
 
 
 class Rows(NamedTuple):
-    """A matrix in float8 with a scale for each row; ``values * scales`` is what it stands for."""
+    """A matrix in float8 with a scale for each row; `values * scales` is what it stands for."""
 
     values: Tensor
     """[M, K] e4m3."""
@@ -91,7 +91,7 @@ class Float8Linear(nn.Linear):
         self._seen = self._state()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in autocast's dtype, without autocast in that of ``x``. Without gradient."""
+        """[..., K] -> [..., N] in autocast's dtype, without autocast in that of `x`. Without gradient."""
         # Whoever writes weights by torch's operations is seen here; kernels may write past torch's count, so a step refreshes.
         if not torch.compiler.is_compiling() and self._seen != self._state():
             self.refresh_()
@@ -108,7 +108,7 @@ class Float8Linear(nn.Linear):
 
 
 def multiply(x: Rows, weight: Rows, bias: Tensor) -> Tensor:
-    """``x @ weight^T + bias`` by the hardware.
+    """`x @ weight^T + bias` by the hardware.
 
     Args:
         x: [M, K]; K a multiple of 16.
@@ -167,7 +167,7 @@ def forward_speed(encoder: VisionTransformer, *, fused: bool = False) -> float:
 
     Args:
         encoder: its `candidates` are counted.
-        fused: layer norm and GELU write float8 instead of bf16, as torch.compile's kernels do: then only ``proj``, whose
+        fused: layer norm and GELU write float8 instead of bf16, as torch.compile's kernels do: then only `proj`, whose
             operand is attention's output, has a pass of its own, and the others write K bytes where they would write 2 K.
     """
     native = float8 = 0.0

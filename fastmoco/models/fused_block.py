@@ -6,7 +6,7 @@ the kernel that takes the gradient through it and adds up what biases and norm w
 One sum over rows is left as a pass: that of the gradient to the block's own branch, for the bias of its last product. The
 kernel that makes this gradient belongs to the next block, and FSDP2 holds no other block's weights there.
 
-``remakes``: kept are the stream, the statistics and the branch alone, 3 numbers of 16 bits; the backward makes projections,
+`remakes`: kept are the stream, the statistics and the branch alone, 3 numbers of 16 bits; the backward makes projections,
 attention and hidden layer again, but not the branch and not the last product. That is cheaper than a second forward of all of it.
 
 Attention brings its own backward: its part of the graph is made and kept inside of this node. Weights are kept as parameters
@@ -91,7 +91,7 @@ class _Forward(NamedTuple):
     statistics: tuple[Tensor, Tensor, Tensor, Tensor]
     qkv: tuple[Tensor, Tensor, Tensor]
     attended: Tensor
-    """[B, A, L, d], with its graph from ``qkv`` where one was asked for."""
+    """[B, A, L, d], with its graph from `qkv` where one was asked for."""
     branch: Tensor
     hidden: Tensor
 
@@ -99,7 +99,7 @@ class _Forward(NamedTuple):
 def _forward(
     form: Form, dtype: torch.dtype, x: Tensor, branch: Tensor | None, weights: Weights, *, keep: bool = False
 ) -> _Forward:
-    """The block; ``keep``: with attention's own graph."""
+    """The block; `keep`: with attention's own graph."""
     triton = kernels_fit(x)
     w = weights
     stream, y1, mean1, rstd1 = norm_forward(x, branch, w.norm1, w.norm1_bias, form.eps[0], dtype, triton)
@@ -208,7 +208,7 @@ class _FusedBlock(torch.autograd.Function):
 def _attend(
     qkv: tuple[Tensor, Tensor, Tensor], form: Form, *, keep: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Attention of q, k, v; ``keep``: with a graph of its own, from the leaves that are returned."""
+    """Attention of q, k, v; `keep`: with a graph of its own, from the leaves that are returned."""
     with torch.set_grad_enabled(keep):
         if keep:
             q, k, v = (part.detach().requires_grad_() for part in qkv)

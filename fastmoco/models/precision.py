@@ -11,7 +11,7 @@ import torch
 def choose_precision(
     precision: Literal["auto", "bf16", "fp32", "fp64"], device: torch.device
 ) -> Literal["bf16", "fp32", "fp64"]:
-    """What ``precision`` means on a device: ``auto`` takes bf16 only where the hardware multiplies it natively."""
+    """What `precision` means on a device: `auto` takes bf16 only where the hardware multiplies it natively."""
     if precision == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,15 +1,15 @@
 """The vision transformers of MoCo v3: fixed positions, frozen patch projection, class-token feature.
 
-Two savings stand beside a plain path that a test holds equal. Patch tokens come apart from the trunk (``patch_tokens``,
-``encode``), so that two encoders with the same frozen projection can share them. And of the last block only the class
-token is computed (``encode`` against ``encode_plain``; how, stands in ``blocks``).
+Two savings stand beside a plain path that a test holds equal. Patch tokens come apart from the trunk (`patch_tokens`,
+`encode`), so that two encoders with the same frozen projection can share them. And of the last block only the class
+token is computed (`encode` against `encode_plain`; how, stands in `blocks`).
 
 Legend: B images, L patch tokens, E width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -25,7 +25,7 @@ def sincos_positions(grid: int, width: int) -> Tensor:
     """The fixed two-dimensional sine-cosine table of MoCo v3.
 
     Row 0 belongs to the class token and is zero. The token at row r and column c holds
-    ``[sin(r w), cos(r w), sin(c w), cos(c w)]``, a quarter of the width each, with ``w_i = 10000^(-i / (width / 4))``.
+    `[sin(r w), cos(r w), sin(c w), cos(c w)]`, a quarter of the width each, with `w_i = 10000^(-i / (width / 4))`.
     The ROW block comes first; tables in the manner of MAE put the column first and do not fit.
 
     Args:
@@ -51,12 +51,12 @@ class VisionTransformer(nn.Module):
 
     Initialisation (Chen, Xie, He 2021): every linear layer Xavier-uniform, with q, k and v taken as three matrices;
     biases 0; class token normal with deviation 1e-6; patch projection uniform by its own fan-in and fan-out. Positions
-    are a parameter that never trains. ``head`` is where an objective attaches its projector; nothing here applies it.
+    are a parameter that never trains. `head` is where an objective attaches its projector; nothing here applies it.
 
     Args:
         image_size: height and width of the images, in pixels; a multiple of the patch size.
         patch_size: height and width of a patch, in pixels; 16 with the conv stem.
-        embed_dim: width E, divisible by 4 (positions), by ``num_heads``, and by 8 with the conv stem.
+        embed_dim: width E, divisible by 4 (positions), by `num_heads`, and by 8 with the conv stem.
         depth: number of blocks.
         num_heads: attention heads A.
         mlp_ratio: hidden width of the MLP over E.
@@ -194,102 +194,59 @@ def _check_sizes(image_size: int, patch_size: int, embed_dim: int, depth: int, n
         raise ValueError(f"depth={depth}: needs at least 1 block")
 
 
-def _build(
-    image_size: int,
-    patch_size: int,
-    freeze: bool,
-    attention: str,
-    size: tuple[int, int, int],
-    stem: Literal["patch", "conv"] = "patch",
-) -> VisionTransformer:
-    embed_dim, depth, num_heads = size
-    return VisionTransformer(
-        image_size=image_size,
-        patch_size=patch_size,
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
-        stem=stem,
-        freeze_patch_embed=freeze,
-        attention=attention,
-    )
+@dataclass(frozen=True, slots=True)
+class ViTArchitecture:
+    """A size of the vision transformer; calling it builds an encoder of this size.
+
+    Attributes:
+        width: channels E.
+        depth: number of blocks.
+        heads: attention heads A.
+        stem: "patch" or "conv", see `VisionTransformer`.
+        image_size: pixels per side that an encoder is built for unless the call says otherwise.
+        patch_size: likewise.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    stem: Literal["patch", "conv"] = "patch"
+    image_size: int = 224
+    patch_size: int = 16
+
+    def __call__(
+        self,
+        *,
+        image_size: int | None = None,
+        patch_size: int | None = None,
+        freeze_patch_embed: bool = True,
+        attention: str = "auto",
+    ) -> VisionTransformer:
+        """Build an encoder; the arguments are those of `VisionTransformer`."""
+        return VisionTransformer(
+            image_size=self.image_size if image_size is None else image_size,
+            patch_size=self.patch_size if patch_size is None else patch_size,
+            embed_dim=self.width,
+            depth=self.depth,
+            num_heads=self.heads,
+            stem=self.stem,
+            freeze_patch_embed=freeze_patch_embed,
+            attention=attention,
+        )
 
 
-def vit_nano(
-    *, image_size: int = 8, patch_size: int = 2, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """For images of 8 to 16 pixels, seconds on a CPU: width 64, 2 blocks, 4 heads."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (64, 2, 4))
+# For images of 8 to 16 and of 28 to 64 pixels: seconds and minutes on a CPU.
+vit_nano = ViTArchitecture(64, 2, 4, image_size=8, patch_size=2)
+vit_micro = ViTArchitecture(128, 4, 4, image_size=32, patch_size=4)
+# As DeiT-Ti. ViT-S of MoCo v3 has 12 heads (DeiT-S has 6). ViT-H of the paper has patches of 14 pixels.
+vit_tiny = ViTArchitecture(192, 12, 3)
+vit_small = ViTArchitecture(384, 12, 12)
+vit_base = ViTArchitecture(768, 12, 12)
+vit_large = ViTArchitecture(1024, 24, 16)
+vit_huge = ViTArchitecture(1280, 32, 16, patch_size=14)
+# The convolutional stem replaces one block.
+vit_conv_small = ViTArchitecture(384, 11, 12, stem="conv")
+vit_conv_base = ViTArchitecture(768, 11, 12, stem="conv")
 
-
-def vit_micro(
-    *, image_size: int = 32, patch_size: int = 4, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """For images of 28 to 64 pixels on a CPU: width 128, 4 blocks, 4 heads."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (128, 4, 4))
-
-
-def vit_tiny(
-    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """Width 192, 12 blocks, 3 heads, as DeiT-Ti."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (192, 12, 3))
-
-
-def vit_small(
-    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """ViT-S of MoCo v3: width 384, 12 blocks, 12 heads (DeiT-S has 6)."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (384, 12, 12))
-
-
-def vit_base(
-    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """ViT-B: width 768, 12 blocks, 12 heads."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (768, 12, 12))
-
-
-def vit_large(
-    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """ViT-L: width 1024, 24 blocks, 16 heads."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (1024, 24, 16))
-
-
-def vit_huge(
-    *, image_size: int = 224, patch_size: int = 14, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """ViT-H: width 1280, 32 blocks, 16 heads; patches of 14 pixels in the paper."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (1280, 32, 16))
-
-
-def vit_conv_small(
-    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """ViT-S with a convolutional stem in place of one block: width 384, 11 blocks, 12 heads."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (384, 11, 12), stem="conv")
-
-
-def vit_conv_base(
-    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """ViT-B with a convolutional stem in place of one block: width 768, 11 blocks, 12 heads."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (768, 11, 12), stem="conv")
-
-
-ARCHITECTURES: dict[str, Callable[..., VisionTransformer]] = {
-    build.__name__: build
-    for build in (
-        vit_nano,
-        vit_micro,
-        vit_tiny,
-        vit_small,
-        vit_base,
-        vit_large,
-        vit_huge,
-        vit_conv_small,
-        vit_conv_base,
-    )
-}
-"""Constructors by name; each takes ``image_size``, ``patch_size``, ``freeze_patch_embed`` and ``attention``."""
+ARCHITECTURES = {name: value for name, value in globals().items() if isinstance(value, ViTArchitecture)}
+"""Architectures by name."""

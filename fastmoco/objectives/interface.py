@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fastmoco.models.encoder import Coupling, Encoder, Parts
 from fastmoco_kernels import ema_update_
-from fastmoco_kernels._multi_tensor import local
+from fastmoco_kernels.tensors import local
 
 __all__ = ["START", "Coupling", "Encoder", "Features", "Inputs", "Objective", "Output", "Parts", "Progress"]
 

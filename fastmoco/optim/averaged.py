@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco_kernels import LARS, AdamWEMA, ema_update_
-from fastmoco_kernels._multi_tensor import local
+from fastmoco_kernels.tensors import local
 
 Pair = tuple[Tensor, Tensor]
 """An average and the weight that it follows."""

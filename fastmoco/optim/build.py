@@ -13,7 +13,7 @@ from fastmoco.optim.adamw import build_adamw, build_adamw_ema
 from fastmoco.optim.apex import build_apex
 from fastmoco.optim.averaged import AveragedLARS, AveragedOptimizer, FusedAdamW, HostSkipped, SweptAdamW
 from fastmoco.optim.lars import build_lars
-from fastmoco_kernels._runtime import triton_is_default
+from fastmoco_kernels.backends import triton_is_default
 
 
 def choose_optimizer_backend(

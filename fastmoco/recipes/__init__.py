@@ -48,7 +48,7 @@ def with_image_size(config: Config, image_size: int, *, patch_size: int | None =
     """The same recipe at another image size: both views follow, and the blur, which is in pixels, scales along.
 
     Raises:
-        ValueError: if ``image_size`` is no multiple of the patch size.
+        ValueError: if `image_size` is no multiple of the patch size.
     """
 
     def resized(view: ViewSpec) -> ViewSpec:

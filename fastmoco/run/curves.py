@@ -12,16 +12,16 @@ BLUE, ORANGE, GREY = "#1f6fb4", "#d95f02", "#777777"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a ``metrics.jsonl``, one a step, in order of steps.
+    """Rows of a `metrics.jsonl`, one a step, in order of steps.
 
     Lines of one step are merged; where a run was killed and repeated steps, the last line counts; a line torn by the kill is
     left out.
 
     Args:
-        path: JSON lines with a ``step`` each.
+        path: JSON lines with a `step` each.
 
     Returns:
-        Rows with ``step`` and the metrics known at it.
+        Rows with `step` and the metrics known at it.
     """
     rows: dict[int, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -40,14 +40,14 @@ def draw_curves(
     """Draw loss and kNN accuracy, and gradient norms where they were recorded, over the steps.
 
     Args:
-        metrics_jsonl: what a run wrote; metrics ``loss``, ``knn`` (share) and ``gradient_norm/<place>`` are drawn. Others are
+        metrics_jsonl: what a run wrote; metrics `loss`, `knn` (share) and `gradient_norm/<place>` are drawn. Others are
             ignored, missing ones leave their panel out.
         out_png: picture to write; its folder is made.
         title: headline.
-        knn_baselines: accuracies (shares) drawn as dashed lines, by name, e.g. ``{"raw pixels": 0.98}``.
+        knn_baselines: accuracies (shares) drawn as dashed lines, by name, e.g. `{"raw pixels": 0.98}`.
 
     Returns:
-        ``out_png``.
+        `out_png`.
 
     Raises:
         ImportError: if matplotlib is not installed.

@@ -9,50 +9,36 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from fastmoco.errors import RunError
+from fastmoco_pipelines.files import write_file
 
 
 class RunFolder:
     """Paths of a run, and its lock.
 
-    Layout: ``config.json`` (the config, what it resolved to, the run's id), ``metrics.jsonl`` (one line a logged step),
-    ``checkpoints/``, ``quarantine.jsonl`` (bad images found), ``curves.png``, ``lock``, ``starts.json`` (starts without
-    progress), and after a run ``DONE`` or ``PREEMPTED``, because launchers hide exit codes. The folder has mode 0700.
+    Layout: `config.json` (the config, what it resolved to, the run's id), `metrics.jsonl` (one line a logged step),
+    `checkpoints/`, `quarantine.jsonl` (bad images found), `curves.png`, `lock`, `starts.json` (starts without
+    progress), and after a run `DONE` or `PREEMPTED`, because launchers hide exit codes. The folder has mode 0700.
 
     Args:
         path: the folder; made if absent.
 
-    Raises:
-        RunError: if it cannot be written, or another process trains into it.
+    Attributes:
+        checkpoints: folder of the checkpoints.
+        metrics: JSON lines, one for each logged step.
+        quarantine: list of the bad images that the run has found; every rank appends to it.
+        curves: picture of the loss and the accuracy.
+        starts: the number of starts without progress.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.quarantine = path / "quarantine.jsonl"
+        self.curves = path / "curves.png"
+        self.starts = path / "starts.json"
+        self._config = path / "config.json"
         self._lock: IO[str] | None = None
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """File of the metrics."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def quarantine(self) -> Path:
-        """List of the bad images that the run has found; all ranks add to it."""
-        return self.path / "quarantine.jsonl"
-
-    @property
-    def curves(self) -> Path:
-        """Picture of the curves."""
-        return self.path / "curves.png"
-
-    @property
-    def starts(self) -> Path:
-        """Count of starts that came to nothing."""
-        return self.path / "starts.json"
 
     def write_starts(self, data: dict[str, Any]) -> None:
         """Write the count of starts."""
@@ -117,7 +103,7 @@ class RunFolder:
         Raises:
             OSError: naming the file.
         """
-        for path in (self.metrics, self.path / "config.json", self.starts):
+        for path in (self.metrics, self._config, self.starts):
             if path.exists():
                 with path.open("ab"):
                     pass
@@ -129,19 +115,19 @@ class RunFolder:
             self._lock = None
 
     def read_config(self) -> dict[str, Any]:
-        """What ``config.json`` holds; nothing if there is none, or one that is no JSON."""
+        """What `config.json` holds; nothing if there is none, or one that is no JSON."""
         try:
-            found = json.loads((self.path / "config.json").read_text())
+            found = json.loads(self._config.read_text())
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
 
     def write_config(self, data: dict[str, Any]) -> None:
-        """Write ``config.json``."""
-        _replace(self.path / "config.json", json.dumps(data, indent=2) + "\n")
+        """Write `config.json`."""
+        _replace(self._config, json.dumps(data, indent=2) + "\n")
 
     def trim_metrics(self, step: int) -> int:
-        """Drop the metrics after ``step`` and any line cut off by a kill: those steps are about to be taken again.
+        """Drop the metrics after `step` and any line cut off by a kill: those steps are about to be taken again.
 
         Returns:
             The number of lines dropped.
@@ -155,7 +141,7 @@ class RunFolder:
         return len(lines) - len(kept)
 
     def read_metric(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of every line of ``metrics.jsonl`` that holds the metric."""
+        """(step, value) of every line of `metrics.jsonl` that holds the metric."""
         if not self.metrics.exists():
             return []
         rows = [json.loads(line) for line in self.metrics.read_text().splitlines() if _step_of(line) < float("inf")]
@@ -171,11 +157,5 @@ def _step_of(line: str) -> float:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a whole file or nothing, through to the disk: a run whose id a power cut has taken owns no checkpoint any more."""
-    fresh = path.with_name(path.name + ".tmp")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(descriptor)
-    os.replace(fresh, path)
+    """Write a whole file or nothing, through to the disk: without its id a run owns no checkpoint."""
+    write_file(path, text.encode(), mode=0o600, durable=True)

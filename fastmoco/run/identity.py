@@ -29,8 +29,8 @@ class RunIdentity:
     """The id of a run, and which others it has taken over checkpoints from.
 
     Attributes:
-        run_id: 14 hexadecimal digits, drawn at the run's first start and kept in its ``config.json``.
-        trusted: ids of other runs whose checkpoints it may continue from; "" stands for checkpoints without an id.
+        run_id: 14 hexadecimal digits, drawn at the run's first start and kept in its `config.json`.
+        trusted: ids of other runs whose checkpoints it may continue from.
         trust_all: whether the user trusts whatever lies in the folder.
         new: whether the id is of this start.
     """
@@ -69,15 +69,14 @@ class RunIdentity:
         return self if run_id in (self.run_id, *self.trusted) else replace(self, trusted=(*self.trusted, run_id))
 
     def to_json(self) -> dict[str, Any]:
-        """The entries of ``config.json``."""
+        """The entries of `config.json`."""
         return {"run_id": self.run_id, "trusted_run_ids": list(self.trusted)}
 
 
 def identify(folder: RunFolder, world: World, *, trust_all: bool) -> RunIdentity:
     """Who the run of a folder is, the same on all ranks, who call it together; a folder without an id gets one.
 
-    A folder whose ``config.json`` is from before there were ids owns the checkpoints without one. A folder without a
-    ``config.json`` owns no checkpoint that it holds.
+    A folder whose `config.json` holds no id owns none of the checkpoints that it holds.
 
     Args:
         folder: of the run.
@@ -88,7 +87,7 @@ def identify(folder: RunFolder, world: World, *, trust_all: bool) -> RunIdentity
     known, trusted = saved.get("run_id"), saved.get("trusted_run_ids")
     if not isinstance(known, str) or not re.fullmatch(f"[0-9a-f]{{{2 * BYTES}}}", known):
         new = True
-        known, trusted = secrets.token_hex(BYTES), [""] if "config" in saved and known is None else []
+        known, trusted = secrets.token_hex(BYTES), []
     first = int(gather_rows(torch.tensor([int(known, 16)]), world.device)[0])
     others = tuple(str(other) for other in trusted) if isinstance(trusted, list) else ()
     return RunIdentity(run_id=f"{first:0{2 * BYTES}x}", trusted=others, trust_all=trust_all, new=new)

@@ -22,6 +22,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fastmoco_pipelines.text import escaped
+
 EVENTS_SHOWN = 6
 
 
@@ -40,7 +42,7 @@ _COLUMNS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("ema_momentum", "m", "EMA momentum", "{:.4f}".format),
     ("images_per_s", "img/s", "images/s", "{:.0f}".format),
     ("wait_share", "wait", "wait for data", "{:.1%}".format),
-    ("quarantined", "quarantined", "images left out", "{:.0f}".format),
+    ("quarantined", "left out", "images left out", "{:.0f}".format),
     ("eta_s", "eta", "time left", _clock),
     ("knn", "knn", "kNN", "{:.1%}".format),
 )
@@ -50,19 +52,14 @@ def _shown(row: Mapping[str, Any], key: str, form: Callable[[float], str]) -> st
     value = row.get(key)
     if value is None:
         return None
-    return form(value) if isinstance(value, int | float) and math.isfinite(value) else _printable(str(value))
-
-
-def _printable(text: str) -> str:
-    """Text that cannot steer the terminal, whatever file name is quoted in it."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return form(value) if isinstance(value, int | float) and math.isfinite(value) else escaped(str(value), keep="\n")
 
 
 def plain_line(row: Mapping[str, Any], total_steps: int) -> str:
-    """One log line: ``step 120/2000 epoch 3.2 loss 3.412 lr 1.5e-04 m 0.9931 img/s 1842 wait 2.1% eta 0:01:12 knn 93.1%``.
+    """One log line: `step 120/2000 epoch 3.2 loss 3.412 lr 1.5e-04 m 0.9931 img/s 1842 wait 2.1% eta 0:01:12 knn 93.1%`.
 
     Args:
-        row: ``step`` and any of epoch, loss, lr, ema_momentum, images_per_s, wait_share (share), eta_s (seconds), knn (share).
+        row: `step` and any of epoch, loss, lr, ema_momentum, images_per_s, wait_share (share), eta_s (seconds), knn (share).
             Absent ones are left out, unknown ones ignored.
         total_steps: steps of the whole run.
     """
@@ -89,7 +86,7 @@ class Console:
         Args:
             rank: only rank 0 speaks.
             stream: where to write; standard output by default.
-            live: True for the table, False for lines; by default the table if ``stream`` is a capable terminal.
+            live: True for the table, False for lines; by default the table if `stream` is a capable terminal.
         """
         self._stream = sys.stdout if stream is None else stream
         self._silent, self._live_wanted = rank > 0, live
@@ -100,8 +97,8 @@ class Console:
         self._events: deque[str] = deque(maxlen=EVENTS_SHOWN)
 
     def start(self, total_steps: int, header: str) -> None:
-        """Begin a run of ``total_steps`` optimizer steps; ``header`` says in a line or a few what is trained on what."""
-        self._total, self._header = total_steps, _printable(header)
+        """Begin a run of `total_steps` optimizer steps; `header` says in a line or a few what is trained on what."""
+        self._total, self._header = total_steps, escaped(header, keep="\n")
         if not self._silent:
             self._guarded(self._start_live)
         if self._live is None:
@@ -112,7 +109,7 @@ class Console:
 
         Args:
             row: see `plain_line`. What is absent stays on the table as it was; the best kNN is kept here, and
-                ``knn_best`` may tell of one from before a resume.
+                `knn_best` may tell of one from before a resume.
         """
         for key in ("knn", "knn_best"):
             value = row.get(key)
@@ -126,7 +123,7 @@ class Console:
 
     def event(self, text: str) -> None:
         """Show something that happened once: a gradient spike, a checkpoint passed over, a signal."""
-        text = f"! {_printable(text)}"
+        text = "! " + escaped(text, keep="\n")
         pushed_out = self._events[0] if len(self._events) == EVENTS_SHOWN else None
         self._events.append(text)
         if self._live is not None:

@@ -52,7 +52,7 @@ class Throughput:
         self._last = Speed(0.0, 0.0, 0.0)
 
     def step(self, wait_seconds: float) -> None:
-        """Count one finished step, of which the host waited ``wait_seconds`` for the loader."""
+        """Count one finished step, of which the host waited `wait_seconds` for the loader."""
         self._steps += 1
         self._done += 1
         self._waited += wait_seconds

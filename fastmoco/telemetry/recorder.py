@@ -104,7 +104,7 @@ class Recorder:
     def loader_verdict(self, figures: StageFigures) -> None:
         """Say once whether the loader was the bottleneck of all that has been trained."""
         if figures.steps:
-            self.event(figures.verdict())
+            self.event(figures.summary())
 
     def paused(self) -> AbstractContextManager[None]:
         """Time inside counts as neither training nor waiting."""
@@ -158,7 +158,7 @@ class Recorder:
         }
         self._write(step, metrics)
         row: dict[str, float | None] = {"step": step, **metrics, "eta_s": speed.eta_s}
-        row["quarantined"] = self._loader.quarantined or None
+        row["quarantined"] = self._loader.left_out or None
         self.console.log({**row, "knn": self._knn_last, "knn_best": self._knn_best})
         return float(mean_loss)
 
@@ -170,7 +170,7 @@ class Recorder:
         slow = recent.wait_share > SLOW_LOADER and self._loader_before.steps > 0
         if slow and not self._loader_was_slow:
             self._loader_was_slow = True
-            self.event(recent.verdict())
+            self.event(recent.summary())
         return recent.metrics()
 
     def _gradient_peaks(self) -> dict[str, float]:

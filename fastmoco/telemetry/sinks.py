@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class JsonlSink:
-    """One JSON object a line: ``{"step": 20, "time": 1767225600.0, "loss": 3.41, ...}``.
+    """One JSON object a line: `{"step": 20, "time": 1767225600.0, "loss": 3.41, ...}`.
 
     Every line reaches the file in one write, so a killed run loses at most the line it was writing, and several processes could
     append. NaN and infinity, which JSON does not know, become null. A line may carry any subset of metrics; one step may
@@ -19,7 +19,7 @@ class JsonlSink:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open ``path`` (mode 0600 if new) for appending. A torn last line of a killed run is ended, not continued."""
+        """Open `path` (mode 0600 if new) for appending. A torn last line of a killed run is ended, not continued."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         size = os.fstat(self._descriptor).st_size
@@ -51,7 +51,7 @@ class TensorBoardSink:
     """The same metrics as TensorBoard scalars."""
 
     def __init__(self, folder: Path, *, first_step: int = 0) -> None:
-        """Open an event file in ``folder``; what earlier files hold from ``first_step`` on is hidden.
+        """Open an event file in `folder`; what earlier files hold from `first_step` on is hidden.
 
         Raises:
             ImportError: if TensorBoard is not installed.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fastmoco_kernels._multi_tensor import all_plain, local, sums_over_shards
+from fastmoco_kernels.tensors import all_plain, local, sums_over_shards
 
 
 def feature_std(features_BD: Tensor) -> Tensor:

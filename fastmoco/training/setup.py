@@ -24,6 +24,7 @@ from fastmoco.optim.build import name_of
 from fastmoco_kernels.attention.choice import AttentionChoice
 from fastmoco_pipelines import Loader, LoaderSpec, SyntheticLoader, build_loader
 from fastmoco_pipelines.loading.memory import loader_bytes
+from fastmoco_pipelines.views.runtime import dali_version
 
 
 def share_cores(config: Config) -> int:
@@ -159,12 +160,8 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "numpy": str(numpy.__version__),
     }
-    try:
-        import nvidia.dali as dali
-
-        found["dali"] = str(dali.__version__)
-    except ImportError:
-        pass
+    if (dali := dali_version()) is not None:
+        found["dali"] = dali
     if "torchao" in sys.modules:  # there only where a model multiplies with it
         found["torchao"] = importlib.metadata.version("torchao")
     return found

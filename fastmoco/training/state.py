@@ -15,7 +15,7 @@ from fastmoco.checkpoint import Checkpoint, CheckpointError, flatten_optimizer, 
 from fastmoco.distributed.mesh import group_rank
 from fastmoco.errors import RunError
 from fastmoco.optim.averaged import AveragedOptimizer
-from fastmoco_kernels._multi_tensor import local
+from fastmoco_kernels.tensors import local
 
 
 def collect(objective: nn.Module, optimizer: AveragedOptimizer) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastmoco.distributed.agree import largest
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
-from fastmoco_kernels._multi_tensor import local
+from fastmoco_kernels.tensors import local
 
 
 class StepGuard:

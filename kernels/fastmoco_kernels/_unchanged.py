@@ -2,7 +2,7 @@
 
 A plan (which tensors share a launch, which take the plain path) depends on the type, dtype, device, shape and strides of
 every tensor, not on which objects they are. A caller may change any of these under the same Python object and at the same
-address: ``p.data = p.data.t()``, ``module.half()``, a block of memory that the allocator hands out again. So every call
+address: `p.data = p.data.t()`, `module.half()`, a block of memory that the allocator hands out again. So every call
 compares all of them. Addresses are not compared here: a tensor may move, and `PointerTable.refresh` follows it.
 """
 
@@ -57,7 +57,9 @@ def guards(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
     sizes: Any = [list(tensor.shape) for tensor in tensors]
     strides: Any = [list(tensor.stride()) for tensor in tensors]
-    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    check: Callable[..., bool] = TensorGuards(
+        *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
+    ).check
     return check
 
 

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and locks on them that fall free when their owner dies, for threads and processes.
+"""Files written whole or not at all, their hashes, and locks that are released when their owner dies.
 
 flock belongs to the open file, not to the process: two descriptors opened apart exclude each other even in one thread.
 """
@@ -10,6 +10,9 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +81,59 @@ def remove_if_free(path: str) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A new name beside `path`, which takes the place of `path` when the block ends.
+
+    A reader of `path` sees the old file or the new one, never half of it. On an error the new file is removed.
+    """
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield fresh
+        os.replace(fresh, path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def write_file(path: Path, content: bytes, *, mode: int = 0o666, durable: bool = False) -> Path:
+    """Write a file whole or not at all; returns `path`.
+
+    Args:
+        path: a file of this name is replaced.
+        content: all of it.
+        mode: permissions of the file, less the umask.
+        durable: push the bytes through to the disk before the file gets its name.
+
+    Raises:
+        OSError: if it cannot be written; an older file stays as it was.
+    """
+    with whole_file(path) as fresh:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS
+        with open(os.open(fresh, flags, mode), "wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+    return path
+
+
 SEAL = b',"content_hash":"'
 
 
 def write_json(path: Path, content: dict[str, Any], *, sealed: bool = False) -> Path:
-    """Write a JSON file so that a reader sees the old one or the new one, never half of it.
+    """Write a JSON file whole or not at all; returns `path`.
 
-    ``sealed`` adds a last field, ``content_hash``: SHA-256 (hex) of the file as it would be without that field.
+    `sealed` adds a last field, `content_hash`: SHA-256 (hex) of the file as it would be without that field.
     """
     text = json.dumps(content, separators=(",", ":")).encode("ascii")
     if sealed:
         text = text[:-1] + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"}'
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_file(path, text)
+
+
+def hash_file(source: Path | int) -> str:
+    """SHA-256 (hex) of a whole file: of a path, or of an open descriptor, which stays open."""
+    with open(source, "rb", closefd=not isinstance(source, int)) as file:
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,6 @@
 """What one of several real processes does: a step in chunks, and its mutants, in one process group.
 
-Started by test_chunked_ranks.py as ``python -m tests.distributed.run_chunked OUT``; results go to OUT/rank<r>.pt.
+Started by test_chunked_ranks.py as `python -m tests.distributed.run_chunked OUT`; results go to OUT/rank<r>.pt.
 """
 
 from __future__ import annotations

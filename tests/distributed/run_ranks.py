@@ -1,6 +1,6 @@
 """What one of several real processes does: every case of tests/distributed in one process group.
 
-Started by test_ranks.py as ``python -m tests.distributed.run_ranks OUT CASES`` under torchrun's environment variables.
+Started by test_ranks.py as `python -m tests.distributed.run_ranks OUT CASES` under torchrun's environment variables.
 Results go to OUT/rank<r>.pt; what they must equal is computed by the test in one process.
 """
 

@@ -1,6 +1,6 @@
 """What one of two real processes does with a run that rolls back, and with one that never took the steps in question.
 
-Started by test_rollback_ranks.py as ``python -m tests.distributed.run_rollback OUT``; results go to OUT/rank<r>.pt.
+Started by test_rollback_ranks.py as `python -m tests.distributed.run_rollback OUT`; results go to OUT/rank<r>.pt.
 """
 
 from __future__ import annotations

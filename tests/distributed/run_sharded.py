@@ -1,6 +1,6 @@
 """What one of several real processes does with a whole training under DDP, FSDP2 and HSDP, and with mutants of it.
 
-Started by test_sharded_ranks.py as ``python -m tests.distributed.run_sharded OUT CASES``; results go to OUT/rank<r>.pt. The
+Started by test_sharded_ranks.py as `python -m tests.distributed.run_sharded OUT CASES`; results go to OUT/rank<r>.pt. The
 test computes what they must equal by calling `run_steps` in one process.
 """
 

@@ -1,6 +1,6 @@
 """What one of two real processes does with whole runs: the trainer under DDP and FSDP2, and one continued as the other.
 
-Started by test_trainer_ranks.py as ``python -m tests.distributed.run_trainer OUT``; results go to OUT/rank<r>.pt.
+Started by test_trainer_ranks.py as `python -m tests.distributed.run_trainer OUT`; results go to OUT/rank<r>.pt.
 """
 
 from __future__ import annotations

@@ -64,10 +64,10 @@ def test_gradients_cross_ranks_once(ranks: Results) -> None:
 
 @pytest.mark.parametrize("mutant", ["unsynced", "local norms", "wrong offset"])
 def test_mutants_are_far_from_one_process(ranks: Results, mutant: str) -> None:
-    if len(ranks) == 1:
-        return  # with one rank they are no mutants
+    """On one rank they are no mutants: what they break is only what crosses ranks."""
     objective, _ = one_process("patch", torch.float64)
-    assert max(distance(rank[mutant], objective) for rank in ranks) > 1e-3
+    farthest = max(distance(rank[mutant], objective) for rank in ranks)
+    assert farthest > 1e-3 if len(ranks) > 1 else farthest <= 1e-12
 
 
 def test_an_average_behind_every_backward_would_miss_parameters(ranks: Results) -> None:

@@ -100,6 +100,41 @@ def test_golden_figures(golden, path):
 
 
 @pytest.mark.parametrize("path", ["triton", "chunked", "reference"])
+def test_both_directions_with_a_learnable_temperature(path):
+    """Loss, and gradients in queries and temperature, by an explicit softmax in float64."""
+    q1, k2 = _data(5, 9, 40, 2)
+    q2, k1 = (x.flip(0, 1) for x in _data(5, 9, 40, 2))  # positives from row 2 on here too
+
+    def plain(q1, q2, tau):
+        total = 0
+        for q, k in ((q1, k2), (q2, k1)):
+            unit_q, unit_k = q / q.norm(dim=1, keepdim=True), k / k.norm(dim=1, keepdim=True)
+            share = torch.exp(unit_q @ unit_k.T / tau)
+            own = share[torch.arange(5), torch.arange(5) + 2]
+            total = total - 2 * tau * torch.log(own / share.sum(1)).mean()
+        return total
+
+    exact = [q1, q2, torch.tensor(0.3, dtype=torch.float64, device=DEVICE)]
+    found = [q1.float(), q2.float(), torch.tensor(0.3, device=DEVICE)]
+    for tensors in (exact, found):
+        tensors[:] = [tensor.clone().requires_grad_() for tensor in tensors]
+    truth = plain(*exact)
+    truth.backward()
+    how = {"positive_offset": 2, "backend": path, "precision": "fp32"}
+    (result, *none) = symmetric_info_nce_loss(found[0], k2.float(), found[1], k1.float(), temperature=found[2], **how)
+    result.backward()
+    assert none == [None, None]
+    assert _relative(result.detach(), truth.detach()) <= TOLERANCE["fp32"][0]
+    for mine, theirs in zip(found, exact, strict=True):
+        assert theirs.grad.abs().max() > 1e-3
+        assert _relative(mine.grad, theirs.grad) <= 2 * TOLERANCE["fp32"][1]
+
+    # The same number, whether the temperature is a tensor or not.
+    numbers = symmetric_info_nce_loss(q1.float(), k2.float(), q2.float(), k1.float(), temperature=0.3, **how)
+    assert _relative(numbers.loss, truth.detach()) <= TOLERANCE["fp32"][0]
+
+
+@pytest.mark.parametrize("path", ["triton", "chunked", "reference"])
 def test_ranks_are_counted_in_the_same_pass(path):
     q, k = (x.float() for x in _data(70, 90, 64, 13))
     k[13:83] += 0.3 * torch.randn(70, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)

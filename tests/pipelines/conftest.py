@@ -16,7 +16,7 @@ from tests.pipelines.http_fault_server import FaultServer
 
 @pytest.fixture(scope="session")
 def noise_image() -> Callable[..., bytes]:
-    """An encoded image of smooth noise: ``noise_image(i, height, width, format="JPEG", mode="RGB")``."""
+    """An encoded image of smooth noise: `noise_image(i, height, width, format="JPEG", mode="RGB")`."""
 
     def make(i: int, height: int = 24, width: int = 32, format: str = "JPEG", mode: str = "RGB") -> bytes:
         coarse = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -30,7 +30,7 @@ def noise_image() -> Callable[..., bytes]:
 
 @pytest.fixture(scope="session")
 def write_tar() -> Callable[..., Path]:
-    """Writes (name, bytes or tarfile.TarInfo fields) members: ``write_tar(path, [("a.jpg", data), ...])``."""
+    """Writes (name, bytes or tarfile.TarInfo fields) members: `write_tar(path, [("a.jpg", data), ...])`."""
 
     def write(path: Path, members: list[tuple[str, bytes | dict[str, object]]], **options: int) -> Path:
         with tarfile.open(path, "w", **options) as tar:  # type: ignore[call-overload]
@@ -65,7 +65,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory, noise_image: Callable
 
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
-    """``image_folder`` packed into three shards ``train-*.tar``. Copy it before you damage it."""
+    """`image_folder` packed into three shards `train-*.tar`. Copy it before you damage it."""
     from fastmoco_pipelines.making.pack import pack_folder
 
     out = tmp_path_factory.mktemp("packed")

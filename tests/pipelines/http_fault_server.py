@@ -25,7 +25,7 @@ LIFE_SECONDS = 300.0
 
 
 class FaultServer(ThreadingHTTPServer):
-    """See the module. ``requests`` holds (name, Range, If-Range) of every request so far."""
+    """See the module. `requests` holds (name, Range, If-Range) of every request so far."""
 
     daemon_threads = True
 
@@ -143,7 +143,7 @@ def serve(handler: _Handler, data: bytes) -> None:
 
 
 def plain(*, tag: str | None = None, ranges: bool = True, other: Callable[[bytes], bytes] = bytes) -> Fault:
-    """A server that knows no ranges, or no ETags (``tag=""``), or has other bytes."""
+    """A server that knows no ranges, or no ETags (`tag=""`), or has other bytes."""
 
     def fault(handler: _Handler, data: bytes) -> None:
         code, headers, body = answer(handler, other(data), tag, ranges=ranges)
@@ -229,7 +229,7 @@ def drip(*, head: bool = False, pause: float = 0.03) -> Fault:
 
 
 def wrong_range(shift: int = 512, *, said: bool = True) -> Fault:
-    """Bytes of another place: with the place they come from (``said``), or with the one that was asked for."""
+    """Bytes of another place: with the place they come from (`said`), or with the one that was asked for."""
 
     def fault(handler: _Handler, data: bytes) -> None:
         code, headers, body = answer(handler, data)

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastmoco_pipelines.formats.headers import image_size
 from fastmoco_pipelines.inspecting.decode_child import _examine
-from fastmoco_pipelines.inspecting.decode_pool import Verdict
+from fastmoco_pipelines.inspecting.decode_pool import Decoded
 
 
 class QuickPool:
@@ -32,7 +32,7 @@ class QuickPool:
                 answer = _examine(Blind(), said.fileno(), item.path, item.offset, item.size, item.crc32)
             shape = answer["shape"]
             verdicts.append(
-                Verdict(
+                Decoded(
                     answer["kind"], answer["reason"], answer["listed"], answer["crc32"], tuple(shape) if shape else None
                 )
             )

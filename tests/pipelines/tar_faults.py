@@ -16,7 +16,7 @@ COUNT = 20
 class TarFault:
     """Outcome for a tar that was indexed while it was whole, and for one that never had an index.
 
-    ``delivered`` counts the samples that stay good with the old index, ``fresh`` those found without one; ``kinds`` are
+    `delivered` counts the samples that stay good with the old index, `fresh` those found without one; `kinds` are
     faults that the check must name, with and without an index.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._multi_tensor import PointerTable, pointer_table, same_layout
-from fastmoco_kernels._runtime import device_guard
 from fastmoco_kernels.adamw_ema.sweep import Scalars, Sweep
-from fastmoco_kernels.adamw_ema.triton_kernels import adamw_ema_prepare_kernel, adamw_ema_sweep_kernel
+from fastmoco_kernels.adamw_ema.triton_kernels import (
+    adamw_ema_prepare_kernel,
+    adamw_ema_sweep_kernel,
+)
+from fastmoco_kernels.backends import device_guard
+from fastmoco_kernels.tensors import PointerTable, pointer_table, same_layout
 
 CHUNK, NUM_WARPS = 1024, 4
 """8 elements a thread and array: about 80 registers, so six programs share an SM with 20 KiB each on the way to it."""
@@ -78,7 +79,9 @@ def sweep_triton_(launch: Launch, grads: Sequence[Tensor], scalars: Scalars) -> 
         columns[1] = grads
         if launch.table is None:
             launch.table = pointer_table("adamw_ema_step_", columns, [sweep.steps], chunk=CHUNK)
-            launch.visible = [tensor for tensor in (*sweep.params, *sweep.averages) if tensor is not None]
+            launch.visible = [
+                tensor for tensor in (*sweep.params, *sweep.averages) if tensor is not None
+            ]
         else:
             launch.table.refresh(columns, [sweep.steps])
         table = launch.table
@@ -128,50 +131,3 @@ def _numbers(scalars: Scalars, unused: Tensor) -> tuple[list[float | Tensor], bo
         return [*([0.0] * len(given)), packed], True
     lr, weight_decay, beta1, beta2, eps, ema_momentum = (float(x) for x in given)
     return [lr, weight_decay, 1 - beta1, 1 - beta2, eps, 1 - ema_momentum, unused], False
-
-
-def aot_cases() -> list[AotCase]:
-    """Every configuration of both launches."""
-    table = {"pointers_ptr": "*i64", "sizes_ptr": "*i64", "chunk_rows_ptr": "*i32", "chunk_starts_ptr": "*i64"}
-    numbers = ("lr", "weight_decay", "one_minus_beta1", "one_minus_beta2", "eps", "one_minus_momentum")
-    flags = ("ON_DEVICE", "HAS_FOUND_INF", "HAS_GRAD_SCALE")
-    scratch = {"shared_ptr": "*fp32", "per_row_ptr": "*fp32", "rows": "i32"}
-    cases = [
-        AotCase(
-            name=f"adamw_ema.adamw_ema_sweep_kernel {grad} gradients",
-            kernel=adamw_ema_sweep_kernel,
-            signature={**table, **scratch, **dict.fromkeys(("GRAD", "CHUNK"), "constexpr")},
-            constexprs={"GRAD": grad, "CHUNK": CHUNK},
-            num_warps=NUM_WARPS,
-            num_stages=3,
-            default_on=(80, 90, 100),
-            aligned=(*table, "shared_ptr", "per_row_ptr"),
-        )
-        for grad in GRADS.values()
-    ]
-    for chosen in itertools.product((False, True), repeat=len(flags)):
-        pointers = {
-            "scalars_ptr": "*fp64" if chosen[0] else "*fp32",
-            "found_inf_ptr": "*fp32",
-            "grad_scale_ptr": "*fp32",
-        }
-        cases.append(
-            AotCase(
-                name="adamw_ema.adamw_ema_prepare_kernel "
-                + " ".join(f"{f}={int(c)}" for f, c in zip(flags, chosen, strict=True)),
-                kernel=adamw_ema_prepare_kernel,
-                signature={
-                    "pointers_ptr": "*i64",
-                    **scratch,
-                    **dict.fromkeys(numbers, "fp32"),
-                    **pointers,
-                    **dict.fromkeys((*flags, "ROWS"), "constexpr"),
-                },
-                constexprs={**dict(zip(flags, chosen, strict=True)), "ROWS": ROWS},
-                num_warps=ROW_WARPS,
-                num_stages=3,
-                default_on=(80, 90, 100),
-                aligned=("pointers_ptr", "shared_ptr", "per_row_ptr", *pointers),
-            )
-        )
-    return cases

@@ -6,7 +6,7 @@ the moving average (12: reads p and a; writes a). One sweep holds p in registers
 
 The first launch is tiny. It looks at `found_inf`, counts each parameter's step on the device, and works out the bias
 corrections in float64; so the step can be captured in a CUDA graph and nothing is ever read back. The second walks a
-table of addresses (`_multi_tensor.py`). The moving average takes the *updated* parameter, in the lerp form of
+table of addresses (`tensors.py`). The moving average takes the *updated* parameter, in the lerp form of
 `ema_update_`: what equals its average stays equal.
 """
 
@@ -17,11 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import local, traced
-from fastmoco_kernels.adamw_ema.checks import OP, check_scalars, check_sweep
-from fastmoco_kernels.adamw_ema.dispatch import dispatch_sweep
-from fastmoco_kernels.adamw_ema.run import chosen_backend, run_sweep
-from fastmoco_kernels.adamw_ema.sweep import Number, Scalars, Sweep
+from fastmoco_kernels.adamw_ema.dispatch import chosen_backend, dispatch_sweep, run_sweep
+from fastmoco_kernels.adamw_ema.sweep import OP, Number, Scalars, Sweep, check_scalars, check_sweep
+from fastmoco_kernels.tensors import local, traced
 
 
 @torch.no_grad()
@@ -63,10 +61,10 @@ def adamw_ema_step_(
         eps: 0 or more.
         weight_decay: decoupled, per unit of learning rate.
         averages: a, float32 or float64; None for a parameter without one (a predictor); changed.
-        ema_momentum: in [0, 1]; needed with ``averages``.
+        ema_momentum: in [0, 1]; needed with `averages`.
         found_inf: one element; not 0, or NaN: nothing changes, the steps neither.
         grad_scale: one element; gradients are divided by it in passing and stay as they are.
-        backend: ``"auto"`` (triton on CUDA, foreach elsewhere), ``"triton"``, ``"foreach"`` or ``"reference"``.
+        backend: `"auto"` (triton on CUDA, foreach elsewhere), `"triton"`, `"foreach"` or `"reference"`.
 
     Raises:
         ValueError: for counts, shapes, devices, dtypes or numbers that do not fit, naming both.
@@ -75,7 +73,7 @@ def adamw_ema_step_(
         the last place; bitwise reproducible. Autocast changes nothing.
     Memory and cost: `bytes_moved`, 36 a parameter with an average; `flops`; 8 bytes of scratch a tensor. Under triton,
         parameters with gaps in memory, with strides unlike their gradient's, or in float64 take the foreach path. That
-        path and the reference read ``found_inf`` and tensor numbers on the host, which waits for the device.
+        path and the reference read `found_inf` and tensor numbers on the host, which waits for the device.
     Distributed: none; every shard is updated where it lies.
 
     Example:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from fastmoco_kernels._multi_tensor import local
-from fastmoco_kernels.adamw_ema.checks import check_scalars
+from fastmoco_kernels.adamw_ema.dispatch import chosen_backend
 from fastmoco_kernels.adamw_ema.plan import Plan
-from fastmoco_kernels.adamw_ema.run import chosen_backend
-from fastmoco_kernels.adamw_ema.sweep import Number, Scalars
+from fastmoco_kernels.adamw_ema.sweep import Number, Scalars, check_scalars
+from fastmoco_kernels.tensors import local
 
 _FIXED = {
     "amsgrad": False,
@@ -51,7 +50,7 @@ class AdamWEMA(Optimizer):
     Raises:
         ValueError: for numbers out of range, unknown parameters in a mapping, or tensors that do not fit.
 
-    State: ``step``, ``exp_avg``, ``exp_avg_sq`` by parameter, in the format of torch.optim.AdamW; its state loads here
+    State: `step`, `exp_avg`, `exp_avg_sq` by parameter, in the format of torch.optim.AdamW; its state loads here
         and ours there. Averages are not part of it.
 
     Example:
@@ -64,7 +63,9 @@ class AdamWEMA(Optimizer):
         (tensor([0.5000, 0.5000]), tensor([0.7500, 0.7500]))
     """
 
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves grad_scale and found_inf on the optimizer
+    _step_supports_amp_scaling = (
+        True  # torch.amp.GradScaler then leaves grad_scale and found_inf on the optimizer
+    )
 
     def __init__(
         self,
@@ -80,7 +81,9 @@ class AdamWEMA(Optimizer):
         self.backend = backend
         self._plans: dict[int, Plan] = {}
         self._seen: tuple[list[Tensor], list[object]] = ([], [])
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **_FIXED})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **_FIXED}
+        )
         known = {id(p) for group in self.param_groups for p in group["params"]}
         self.averages = _known(averages, known, "averages")
 
@@ -111,49 +114,36 @@ class AdamWEMA(Optimizer):
         for group in self.param_groups:
             for name in ("amsgrad", "maximize"):
                 if group.get(name):
-                    raise ValueError(f"AdamWEMA: the state has {name}=True; here it is always False")
+                    raise ValueError(
+                        f"AdamWEMA: the state has {name}=True; here it is always False"
+                    )
             group.update(_FIXED)
             for param in group["params"]:
                 own = self.state.get(param)
                 if own:
-                    own["step"] = torch.as_tensor(own["step"], dtype=torch.float32, device=param.device)
-
-    @overload
-    def step(
-        self,
-        closure: None = None,
-        *,
-        ema_momentum: Number | None = None,
-        found_inf: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-    ) -> None: ...
-
-    @overload
-    def step(
-        self,
-        closure: Callable[[], float],
-        *,
-        ema_momentum: Number | None = None,
-        found_inf: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-    ) -> float: ...
+                    own["step"] = torch.as_tensor(
+                        own["step"], dtype=torch.float32, device=param.device
+                    )
 
     @torch.no_grad()
     def step(
         self,
-        closure: Callable[[], float] | None = None,
+        closure: Callable[[], Any] | None = None,
         *,
         ema_momentum: Number | None = None,
         found_inf: Tensor | None = None,
         grad_scale: Tensor | None = None,
-    ) -> float | None:
+    ) -> Any:
         """Update every parameter that has a gradient.
 
         Args:
-            closure: computes the loss again and returns it.
+            closure: computes the loss again, with gradients, and returns it.
             ema_momentum: share that the averages keep, in [0, 1]; None leaves averages alone.
             found_inf: one element on the device; not 0: nothing changes.
             grad_scale: one element on the device; gradients are divided by it.
+
+        Returns:
+            What `closure` returned, or None.
 
         Raises:
             ValueError: for tensors or numbers that do not fit together.
@@ -167,11 +157,16 @@ class AdamWEMA(Optimizer):
         if not self._state_is_seen():
             self._plans.clear()
         for index, group in enumerate(self.param_groups):
-            params, grads = group["params"], [grad for p in group["params"] if (grad := p.grad) is not None]
+            params, grads = (
+                group["params"],
+                [grad for p in group["params"] if (grad := p.grad) is not None],
+            )
             if len(grads) < len(params):
                 params = [p for p in params if p.grad is not None]
             if params:
-                scalars = _scalars(group, 1.0 if ema_momentum is None else ema_momentum, found_inf, grad_scale)
+                scalars = _scalars(
+                    group, 1.0 if ema_momentum is None else ema_momentum, found_inf, grad_scale
+                )
                 check_scalars(scalars, params[0].device)
                 self._step_group(index, params, grads, ema_momentum is not None, scalars)
         if not self._state_is_seen():
@@ -190,7 +185,12 @@ class AdamWEMA(Optimizer):
         )
 
     def _step_group(
-        self, index: int, params: list[Tensor], grads: list[Tensor], averaged: bool, scalars: Scalars
+        self,
+        index: int,
+        params: list[Tensor],
+        grads: list[Tensor],
+        averaged: bool,
+        scalars: Scalars,
     ) -> None:
         """Run the group's plan; make a new one where it does not hold."""
         plan = self._plans.get(index)
@@ -198,9 +198,15 @@ class AdamWEMA(Optimizer):
         if plan is None or mine is None:
             for param in params:
                 if not self.state[param]:
-                    self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-                    self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-                    self.state[param]["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                    self.state[param]["step"] = torch.zeros(
+                        (), dtype=torch.float32, device=param.device
+                    )
+                    self.state[param]["exp_avg"] = torch.zeros_like(
+                        param, memory_format=torch.preserve_format
+                    )
+                    self.state[param]["exp_avg_sq"] = torch.zeros_like(
+                        param, memory_format=torch.preserve_format
+                    )
             states = [self.state[param] for param in params]
             backend = chosen_backend(self.backend, params[0].device)
             averages = self.averages if averaged else None
@@ -210,7 +216,10 @@ class AdamWEMA(Optimizer):
 
 
 def _scalars(
-    group: Mapping[str, Any], ema_momentum: Number, found_inf: Tensor | None = None, grad_scale: Tensor | None = None
+    group: Mapping[str, Any],
+    ema_momentum: Number,
+    found_inf: Tensor | None = None,
+    grad_scale: Tensor | None = None,
 ) -> Scalars:
     """The numbers of a group and of a step."""
     lr, weight_decay, eps = group["lr"], group["weight_decay"], group["eps"]
@@ -218,7 +227,9 @@ def _scalars(
     return Scalars(lr, weight_decay, beta1, beta2, eps, ema_momentum, found_inf, grad_scale)
 
 
-def _known(given: Mapping[Tensor, Tensor] | None, known: set[int], name: str) -> dict[Tensor, Tensor]:
+def _known(
+    given: Mapping[Tensor, Tensor] | None, known: set[int], name: str
+) -> dict[Tensor, Tensor]:
     """A copy of the mapping, all of whose keys are parameters and all of whose shapes are theirs."""
     for i, (param, tensor) in enumerate((given or {}).items()):
         if id(param) not in known:
@@ -226,5 +237,7 @@ def _known(given: Mapping[Tensor, Tensor] | None, known: set[int], name: str) ->
                 f"AdamWEMA: key {i} of {name}, {tuple(param.shape)}, is none of the {len(known)} parameters"
             )
         if tensor.shape != param.shape:
-            raise ValueError(f"AdamWEMA: {name} has {tuple(tensor.shape)} for a parameter of {tuple(param.shape)}")
+            raise ValueError(
+                f"AdamWEMA: {name} has {tuple(tensor.shape)} for a parameter of {tuple(param.shape)}"
+            )
     return dict(given or {})

@@ -10,12 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import local
 from fastmoco_kernels._unchanged import Unchanged
-from fastmoco_kernels.adamw_ema.checks import check_sweep
+from fastmoco_kernels.adamw_ema.dispatch import run_sweep
 from fastmoco_kernels.adamw_ema.reference import adamw_ema_foreach_
-from fastmoco_kernels.adamw_ema.run import run_sweep
-from fastmoco_kernels.adamw_ema.sweep import Optional, Scalars, Sweep
+from fastmoco_kernels.adamw_ema.sweep import Optional, Scalars, Sweep, check_sweep
+from fastmoco_kernels.tensors import local
 
 _STATE = operator.itemgetter("step", "exp_avg", "exp_avg_sq")
 
@@ -55,9 +54,13 @@ class Plan:
         check_sweep(self.sweep)
         used = averages or {}
         owners = [*params, *self._states, *(used[param] for param in params if param in used)]
-        self._shards = [(owner, owner._local_tensor) for owner in owners if hasattr(owner, "_local_tensor")]
+        self._shards = [
+            (owner, owner._local_tensor) for owner in owners if hasattr(owner, "_local_tensor")
+        ]
         columns = self.sweep.columns()
-        fixed = [tensor for column in (columns[0], *columns[2:], self.sweep.steps) for tensor in column]
+        fixed = [
+            tensor for column in (columns[0], *columns[2:], self.sweep.steps) for tensor in column
+        ]
         self._fixed = [tensor for tensor in fixed if tensor is not None]
         self._unchanged = Unchanged([*self._fixed, *self.sweep.grads])
         if backend == "triton":
@@ -66,16 +69,24 @@ class Plan:
             self._launches, self._rest = plan_launches(self.sweep)
             for launch in self._launches:
                 launch.sweep = replace(launch.sweep, grads=())
-        self.sweep = replace(self.sweep, grads=())  # the next step has others; these must not live on beside them
+        self.sweep = replace(
+            self.sweep, grads=()
+        )  # the next step has others; these must not live on beside them
 
-    def matching_grads(self, params: Sequence[Tensor], grads: Sequence[Tensor], averaged: bool) -> list[Tensor] | None:
+    def matching_grads(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], averaged: bool
+    ) -> list[Tensor] | None:
         """The gradients of this step, shards unwrapped, or None if the plan was made for something else.
 
         Parameters and state must be the same objects, and every tensor of the type, layout and device of that time, also
         where something changed it under the same object. Anything may lie elsewhere than last time. That the parameters
         still have the same dictionaries of state is for the caller to see to.
         """
-        if averaged != self.averaged or len(params) != len(self._params) or not _same(params, self._params):
+        if (
+            averaged != self.averaged
+            or len(params) != len(self._params)
+            or not _same(params, self._params)
+        ):
             return None
         if not _same(_state_tensors(self._own), self._states) or any(
             owner._local_tensor is not shard for owner, shard in self._shards
@@ -128,4 +139,6 @@ def _same_placements(param: Tensor, averages: Mapping[Tensor, Tensor] | None) ->
     for name, tensor in (("gradient", param.grad), ("average", (averages or {}).get(param))):
         found: Any = expected if tensor is None else getattr(tensor, "placements", None)
         if found != expected:
-            raise ValueError(f"AdamWEMA: a parameter is placed as {expected} but its {name} as {found}")
+            raise ValueError(
+                f"AdamWEMA: a parameter is placed as {expected} but its {name} as {found}"
+            )

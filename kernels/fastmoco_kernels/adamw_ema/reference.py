@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import same_layout
 from fastmoco_kernels.adamw_ema.sweep import Scalars, Sweep
 from fastmoco_kernels.ema.reference import ema_update_foreach_
+from fastmoco_kernels.tensors import same_layout
 
 _FUSED_DEVICES = ("cpu", "cuda")
 
@@ -70,7 +70,10 @@ def _fused_adamw_(sweep: Sweep, host: Scalars) -> None:
     torch._foreach_add_(list(sweep.steps), 1)
     torch._fused_adamw_(
         list(sweep.params),
-        [_unscaled(g.to(p.dtype), host.grad_scale) for p, g in zip(sweep.params, sweep.grads, strict=True)],
+        [
+            _unscaled(g.to(p.dtype), host.grad_scale)
+            for p, g in zip(sweep.params, sweep.grads, strict=True)
+        ],
         list(sweep.exp_avgs),
         list(sweep.exp_avg_sqs),
         [],

@@ -1,4 +1,4 @@
-"""AdamW and the moving average in one sweep over the table of `_multi_tensor.py`.
+"""AdamW and the moving average in one sweep over the table of `tensors.py`.
 
 Two launches: `adamw_ema_prepare_kernel` looks at `found_inf`, counts the step and works out every scalar in float64, once
 a tensor; `adamw_ema_sweep_kernel` touches every parameter once. What passes between them:
@@ -57,11 +57,15 @@ def adamw_ema_prepare_kernel(
         momentum = one - one_minus_momentum
     live = tl.full([ROWS], 1.0, tl.float32)
     if HAS_FOUND_INF:
-        live = tl.where(tl.load(found_inf_ptr).to(tl.float32) == 0.0, live, 0.0)  # NaN counts as found
+        live = tl.where(
+            tl.load(found_inf_ptr).to(tl.float32) == 0.0, live, 0.0
+        )  # NaN counts as found
     unscale = one
     if HAS_GRAD_SCALE:
         unscale = one / tl.load(grad_scale_ptr).to(tl.float64)
-    step_ptr = tl.load(pointers_ptr + 5 * rows + row, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+    step_ptr = tl.load(pointers_ptr + 5 * rows + row, mask=mask, other=0).to(
+        tl.pointer_type(tl.float32)
+    )
     step = tl.load(step_ptr, mask=mask, other=0.0) + live
     tl.store(step_ptr, step, mask=mask)
     exponent = tl.maximum(step, 1.0).to(tl.float64)
@@ -105,7 +109,9 @@ def adamw_ema_chunk(
     zero = tl.full([CHUNK], 0.0, tl.float32)
     param = param * tl.load(shared_ptr + 1)
     exp_avg = lerp(exp_avg, grad, zero + tl.load(shared_ptr + 2))
-    exp_avg_sq = tl.fma(grad * grad, zero + tl.load(shared_ptr + 4), exp_avg_sq * tl.load(shared_ptr + 3))
+    exp_avg_sq = tl.fma(
+        grad * grad, zero + tl.load(shared_ptr + 4), exp_avg_sq * tl.load(shared_ptr + 3)
+    )
     root = tl.div_rn(tl.sqrt_rn(exp_avg_sq), zero + tl.load(per_row_ptr + rows))
     ratio = tl.div_rn(exp_avg, root + tl.load(shared_ptr + 5))
     param = tl.fma(ratio, zero - tl.load(per_row_ptr), param)

@@ -12,7 +12,9 @@ def attention_flops(B: int, A: int, L: int, M: int, d: int, *, backward: bool = 
     return (10 if backward else 4) * B * A * L * M * d
 
 
-def attention_bytes(B: int, A: int, L: int, M: int, d: int, itemsize: int, *, backward: bool = False) -> int:
+def attention_bytes(
+    B: int, A: int, L: int, M: int, d: int, itemsize: int, *, backward: bool = False
+) -> int:
     """The fewest bytes that cross device memory when weights stay on chip; every tensor once.
 
     Forward reads q, k, v and writes the output and a float32 a query (the logarithm of the softmax's denominator).
@@ -23,5 +25,5 @@ def attention_bytes(B: int, A: int, L: int, M: int, d: int, itemsize: int, *, ba
 
 
 def explicit_weights_bytes(B: int, A: int, L: int, M: int, itemsize: int) -> int:
-    """The [B, A, L, M] softmax weights, which backend ``"explicit"`` keeps for its backward."""
+    """The [B, A, L, M] softmax weights, which backend `"explicit"` keeps for its backward."""
     return B * A * L * M * itemsize

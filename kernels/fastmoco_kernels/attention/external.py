@@ -19,10 +19,10 @@ def attention_by_kernel(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One kernel of torch's scaled_dot_product_attention, or torch's error if it does not take the call.
 
     Flash-attention 4 takes the place of torch's flash kernel in the whole process from its first use on: that is how
-    torch's switch works, and ``"flash"`` and ``"sdpa"`` then run it too.
+    torch's switch works, and `"flash"` and `"sdpa"` then run it too.
 
     Args:
-        name: ``"flash"``, ``"cudnn"``, ``"efficient"`` or ``"fa4"``.
+        name: `"flash"`, `"cudnn"`, `"efficient"` or `"fa4"`.
         q: [B, A, L, d] on CUDA.
         k: [B, A, M, d].
         v: [B, A, M, d].
@@ -44,5 +44,7 @@ def attention_by_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """xformers' memory_efficient_attention, which wants its rows before its heads; views, no copies."""
     from xformers.ops import memory_efficient_attention
 
-    out: Tensor = memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    out: Tensor = memory_efficient_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    )
     return out.transpose(1, 2)

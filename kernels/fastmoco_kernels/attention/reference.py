@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmoco_kernels._runtime import accumulation_dtype
+from fastmoco_kernels.backends import accumulation_dtype
 
 
 def attention_explicit(q_BALd: Tensor, k_BAMd: Tensor, v_BAMd: Tensor) -> Tensor:
-    """``softmax(q k^T / sqrt(d)) v`` with the [B, A, L, M] weights in memory. Legend: A heads, L queries, M keys."""
+    """`softmax(q k^T / sqrt(d)) v` with the [B, A, L, M] weights in memory. Legend: A heads, L queries, M keys."""
     scores_BALM: Tensor = (q_BALd * q_BALd.shape[-1] ** -0.5) @ k_BAMd.transpose(-2, -1)
     weights_BALM = scores_BALM.softmax(dim=-1)
     return weights_BALM @ v_BAMd

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import require_triton
 from fastmoco_kernels.attention.choice import triton_fault
+from fastmoco_kernels.backends import require_triton
 
 
 @torch.library.custom_op("fastmoco::short_attention", mutates_args=())
@@ -48,7 +48,9 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_short_attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_by_rows(q), _empty_by_rows(k), _empty_by_rows(v)
 
 

@@ -7,7 +7,7 @@ keys pass, so that the gradients to a tile of keys are complete after one turn. 
 and shares none with another program: no atomics, the same bits every time.
 
 Legend: A heads, L queries, M keys, D head dimension. Scores are held times log2(e) / sqrt(D), because exp2 is what the
-hardware computes; ``lse`` is the logarithm to base 2 of the softmax's denominator.
+hardware computes; `lse` is the logarithm to base 2 of the softmax's denominator.
 """
 
 import triton
@@ -16,7 +16,7 @@ import triton.language as tl
 
 @triton.jit
 def _load_rows(ptr, start, rows, stride, ROWS: tl.constexpr, D: tl.constexpr):
-    """[ROWS, D] from row ``start`` on; rows from ``rows`` on read as 0."""
+    """[ROWS, D] from row `start` on; rows from `rows` on read as 0."""
     row = start + tl.arange(0, ROWS)
     at = row[:, None] * stride + tl.arange(0, D)[None, :]
     return tl.load(ptr + at, mask=row[:, None] < rows, other=0.0)
@@ -24,7 +24,7 @@ def _load_rows(ptr, start, rows, stride, ROWS: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _store_rows(ptr, value, start, rows, stride, ROWS: tl.constexpr, D: tl.constexpr):
-    """[ROWS, D] to row ``start`` on; rows from ``rows`` on are left out."""
+    """[ROWS, D] to row `start` on; rows from `rows` on are left out."""
     row = start + tl.arange(0, ROWS)
     at = row[:, None] * stride + tl.arange(0, D)[None, :]
     tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=row[:, None] < rows)
@@ -137,19 +137,76 @@ def short_attention_fwd_kernel(
         v3 = _load_rows(v_ptr, KEYS_1 + KEYS_2, M, stride_vl, KEYS_3, D)
     full = L // QUERIES * QUERIES if TAIL > 0 else L
     for start in range(0, full, QUERIES):
-        _attend(q_ptr, out_ptr, lse_ptr, k1, v1, k2, v2, k3, v3, start, L, M, stride_ql, A * D, scale_log2,
-                D, KEYS_1, KEYS_2, KEYS_3, QUERIES, PRECISION)  # fmt: skip
+        _attend(
+            q_ptr,
+            out_ptr,
+            lse_ptr,
+            k1,
+            v1,
+            k2,
+            v2,
+            k3,
+            v3,
+            start,
+            L,
+            M,
+            stride_ql,
+            A * D,
+            scale_log2,
+            D,
+            KEYS_1,
+            KEYS_2,
+            KEYS_3,
+            QUERIES,
+            PRECISION,
+        )
     if TAIL > 0:
-        _attend(q_ptr, out_ptr, lse_ptr, k1, v1, k2, v2, k3, v3, full, L, M, stride_ql, A * D, scale_log2,
-                D, KEYS_1, KEYS_2, KEYS_3, TAIL, PRECISION)  # fmt: skip
+        _attend(
+            q_ptr,
+            out_ptr,
+            lse_ptr,
+            k1,
+            v1,
+            k2,
+            v2,
+            k3,
+            v3,
+            full,
+            L,
+            M,
+            stride_ql,
+            A * D,
+            scale_log2,
+            D,
+            KEYS_1,
+            KEYS_2,
+            KEYS_3,
+            TAIL,
+            PRECISION,
+        )
 
 
 @triton.jit
 def _backward_tile(
-    k, v, q, do, lse, delta, dq, dk, dv, start, M, scale_log2, KEYS: tl.constexpr, PRECISION: tl.constexpr
+    k,
+    v,
+    q,
+    do,
+    lse,
+    delta,
+    dq,
+    dk,
+    dv,
+    start,
+    M,
+    scale_log2,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """What one tile of queries and one of keys add to dq [QUERIES, D], dk and dv [KEYS, D]."""
-    p = tl.exp2(tl.fma(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale_log2, -lse[:, None]))
+    p = tl.exp2(
+        tl.fma(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale_log2, -lse[:, None])
+    )
     # A column beyond the keys scores 0, and exp2(-lse) may be infinite.
     p = tl.where((start + tl.arange(0, KEYS))[None, :] < M, p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -162,7 +219,17 @@ def _backward_tile(
 
 @triton.jit
 def _query_tile(
-    q_ptr, out_ptr, dout_ptr, lse_ptr, start, L, stride_ql, stride_ol, stride_gl, QUERIES: tl.constexpr, D: tl.constexpr
+    q_ptr,
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    start,
+    L,
+    stride_ql,
+    stride_ol,
+    stride_gl,
+    QUERIES: tl.constexpr,
+    D: tl.constexpr,
 ):
     """What the backward needs of one tile of queries. Rows beyond the queries read as 0, and add 0 to every gradient."""
     row = start + tl.arange(0, QUERIES)
@@ -229,17 +296,39 @@ def short_attention_bwd_kernel(
     )
     if QUERIES_2 > 0:
         q2, do2, lse2, delta2, dq2 = _query_tile(
-            q_ptr, out_ptr, dout_ptr, lse_ptr, QUERIES_1, L, stride_ql, stride_ol, stride_gl, QUERIES_2, D
+            q_ptr,
+            out_ptr,
+            dout_ptr,
+            lse_ptr,
+            QUERIES_1,
+            L,
+            stride_ql,
+            stride_ol,
+            stride_gl,
+            QUERIES_2,
+            D,
         )
     if QUERIES_3 > 0:
         q3, do3, lse3, delta3, dq3 = _query_tile(
-            q_ptr, out_ptr, dout_ptr, lse_ptr, QUERIES_1 + QUERIES_2, L, stride_ql, stride_ol, stride_gl, QUERIES_3, D
+            q_ptr,
+            out_ptr,
+            dout_ptr,
+            lse_ptr,
+            QUERIES_1 + QUERIES_2,
+            L,
+            stride_ql,
+            stride_ol,
+            stride_gl,
+            QUERIES_3,
+            D,
         )
     for start in range(0, M, KEYS):
         k = _load_rows(k_ptr, start, M, stride_kl, KEYS, D)
         v = _load_rows(v_ptr, start, M, stride_vl, KEYS, D)
         dk, dv = tl.zeros([KEYS, D], tl.float32), tl.zeros([KEYS, D], tl.float32)
-        dq1, dk, dv = _backward_tile(k, v, q1, do1, lse1, delta1, dq1, dk, dv, start, M, scale_log2, KEYS, PRECISION)
+        dq1, dk, dv = _backward_tile(
+            k, v, q1, do1, lse1, delta1, dq1, dk, dv, start, M, scale_log2, KEYS, PRECISION
+        )
         if QUERIES_2 > 0:
             dq2, dk, dv = _backward_tile(
                 k, v, q2, do2, lse2, delta2, dq2, dk, dv, start, M, scale_log2, KEYS, PRECISION

@@ -39,6 +39,12 @@ def extended_boxes(sigmas: Tensor) -> Tensor:
     radius = (whole_radius + share).to(torch.int32)
     whole = torch.full_like(width, 2.0**WEIGHT_BITS).div(width).to(torch.int32)
     edge = (2**WEIGHT_BITS - (2 * radius + 1) * whole) // 2
-    missing = 2**WEIGHT_BITS - (2 * radius + 1) * whole - 2 * edge  # 0 or 1: two equal edges share what is left
+    missing = (
+        2**WEIGHT_BITS - (2 * radius + 1) * whole - 2 * edge
+    )  # 0 or 1: two equal edges share what is left
     bias = 2 ** (WEIGHT_BITS - 1) - OFFSET * missing
-    return torch.stack([torch.where(sigma > 0, radius, -1), whole, edge, bias], dim=1).to(torch.int32).contiguous()
+    return (
+        torch.stack([torch.where(sigma > 0, radius, -1), whole, edge, bias], dim=1)
+        .to(torch.int32)
+        .contiguous()
+    )

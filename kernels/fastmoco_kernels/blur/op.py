@@ -1,4 +1,4 @@
-"""Gaussian blur of uint8 images, a standard deviation for each, as Pillow's ``ImageFilter.GaussianBlur`` computes it.
+"""Gaussian blur of uint8 images, a standard deviation for each, as Pillow's `ImageFilter.GaussianBlur` computes it.
 
 MoCo v3 was trained on Pillow's blur, and that is no sampled Gaussian: three extended boxes along each axis, levels
 rounded to 8 bits after every one of the six. A box is two weights and a radius, the sums are integers below 2^31, and
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import choose_backend, require_triton, triton_is_default
+from fastmoco_kernels.backends import choose_backend, require_triton, triton_is_default
 from fastmoco_kernels.blur.boxes import PASSES, extended_boxes
 from fastmoco_kernels.blur.reference import blur_reference
 
@@ -23,15 +23,15 @@ from fastmoco_kernels.blur.reference import blur_reference
 def gaussian_blur(images: Tensor, sigmas: Tensor, *, backend: str = "auto") -> Tensor:
     """Blur every image by its own Gaussian.
 
-    Six boxes, three along the width and then three along the height; a box of width ``2 r + 1 + 2 e`` weighs its whole
-    taps ``1 / (2 r + 1 + 2 e)`` and its two edge taps ``e`` times that, with r and e such that its variance is
-    ``sigma^2 / 3`` (Gwosdek et al. 2011). Levels beyond the border repeat the border's.
+    Six boxes, three along the width and then three along the height; a box of width `2 r + 1 + 2 e` weighs its whole
+    taps `1 / (2 r + 1 + 2 e)` and its two edge taps `e` times that, with r and e such that its variance is
+    `sigma^2 / 3` (Gwosdek et al. 2011). Levels beyond the border repeat the border's.
 
     Args:
         images: [B, C, H, W] uint8, any stride, CPU or CUDA.
         sigmas: [B] floating point, standard deviations in pixels, >= 0; 0 leaves an image as it is. On the CPU or on the
             images' device; on the CPU their range is checked.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
         [B, C, H, W] uint8, contiguous, a new tensor. Not differentiable.
@@ -52,11 +52,15 @@ def gaussian_blur(images: Tensor, sigmas: Tensor, *, backend: str = "auto") -> T
         tensor([ 5, 21, 37, 21,  5], dtype=torch.uint8)
     """
     if images.dtype != torch.uint8 or images.dim() != 4:
-        raise ValueError(f"gaussian_blur: images are {images.dtype} {tuple(images.shape)}; need uint8 [B, C, H, W]")
+        raise ValueError(
+            f"gaussian_blur: images are {images.dtype} {tuple(images.shape)}; need uint8 [B, C, H, W]"
+        )
     if images.numel() == 0:
         raise ValueError(f"gaussian_blur: images {tuple(images.shape)} hold nothing")
     if sigmas.shape != images.shape[:1]:
-        raise ValueError(f"gaussian_blur: {images.shape[0]} images but sigmas of shape {tuple(sigmas.shape)}")
+        raise ValueError(
+            f"gaussian_blur: {images.shape[0]} images but sigmas of shape {tuple(sigmas.shape)}"
+        )
     if sigmas.device.type != "cpu" and sigmas.device != images.device:
         raise ValueError(f"gaussian_blur: sigmas on {sigmas.device} but images on {images.device}")
     default = "triton" if triton_is_default(images.device) else "torch"
@@ -80,7 +84,9 @@ def _compute(images: Tensor, sigmas: Tensor, triton: bool) -> Tensor:
 
 
 _gaussian_blur = torch.library.custom_op(
-    "fastmoco::gaussian_blur", mutates_args=(), schema="(Tensor images, Tensor sigmas, bool triton) -> Tensor"
+    "fastmoco::gaussian_blur",
+    mutates_args=(),
+    schema="(Tensor images, Tensor sigmas, bool triton) -> Tensor",
 )(_compute)
 
 

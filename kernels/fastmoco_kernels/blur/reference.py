@@ -44,7 +44,9 @@ def blur_reference(images: Tensor, boxes: Tensor) -> Tensor:
 def _blur(levels: Tensor, boxes: Tensor, radius: int) -> Tensor:
     """[n, H, W] int32 levels, all with boxes of one radius, blurred; the argument is overwritten."""
     whole, edge, bias = boxes[:, 1:, None, None].unbind(1)
-    bits = torch.tensor(WEIGHT_BITS, dtype=torch.int32)  # a Python number would be converted at every use
+    bits = torch.tensor(
+        WEIGHT_BITS, dtype=torch.int32
+    )  # a Python number would be converted at every use
     shared = int(edge[0]) if len(levels) == 1 else None  # a number then, which saves a sweep a pass
     levels = levels.sub_(OFFSET)
     far = torch.empty_like(levels)
@@ -58,7 +60,9 @@ def _blur(levels: Tensor, boxes: Tensor, radius: int) -> Tensor:
         before, first = padded.narrow(dim, 0, beyond), middle.narrow(dim, 0, 1)
         after, last = padded.narrow(dim, beyond + size, beyond), middle.narrow(dim, size - 1, 1)
         for _ in range(PASSES):
-            before.copy_(first)  # beyond the border the last level goes on; it is the one of this pass
+            before.copy_(
+                first
+            )  # beyond the border the last level goes on; it is the one of this pass
             after.copy_(last)
             if radius == 0:
                 torch.mul(middle, whole, out=levels)

@@ -19,7 +19,19 @@ LIBRARY = "fastmoco_kernels.cut_views._native"
 LEVELS = "fastmoco_cut_levels"
 """The function that writes bytes; a library that was built before it was written lacks it."""
 
-_POINTERS = ("pixels", "strides", "crops", "steps", "factors", "hue_shift", "flags", "boxes", "scale", "shift", "out")
+_POINTERS = (
+    "pixels",
+    "strides",
+    "crops",
+    "steps",
+    "factors",
+    "hue_shift",
+    "flags",
+    "boxes",
+    "scale",
+    "shift",
+    "out",
+)
 
 
 class _Batch(ctypes.Structure):
@@ -56,7 +68,7 @@ def cut_views_native(
     threads: int,
     out: Tensor,
 ) -> None:
-    """Compute a batch into ``out``.
+    """Compute a batch into `out`.
 
     Args:
         images: B of [H, W, 3] uint8, the levels of a row side by side.
@@ -82,21 +94,33 @@ def cut_views_native(
         )
     pixels = np.array([image.ctypes.data for image in images], dtype=np.uint64)
     strides = np.array([image.strides[0] for image in images], dtype=np.int64)
-    fields = [t.contiguous() for t in (crops, tables.steps, tables.factors, tables.shift, tables.flags, tables.boxes)]
+    fields = [
+        t.contiguous()
+        for t in (crops, tables.steps, tables.factors, tables.shift, tables.flags, tables.boxes)
+    ]
     pointers = [t.data_ptr() for t in (*fields, scale, shift, out)]
-    batch = _Batch(len(images), out.shape[-1], threshold, pixels.ctypes.data, strides.ctypes.data, *pointers, 0)
+    batch = _Batch(
+        len(images), out.shape[-1], threshold, pixels.ctypes.data, strides.ctypes.data, *pointers, 0
+    )
     # The threads hold the batch, and with it all that they read: an interrupt may end this function before they end.
     batch.memory = (images, pixels, strides, fields, scale, shift, out)
     results: list[int] = []
 
-    def work() -> None:  # ctypes gives the interpreter away meanwhile; the threads share out the images by `next`
+    def work() -> (
+        None
+    ):  # ctypes gives the interpreter away meanwhile; the threads share out the images by `next`
         results.append(cut(ctypes.byref(batch)))
 
-    others = [threading.Thread(target=work, name="fastmoco-cut") for _ in range(min(threads, len(images)) - 1)]
+    others = [
+        threading.Thread(target=work, name="fastmoco-cut")
+        for _ in range(min(threads, len(images)) - 1)
+    ]
     for thread in others:
         thread.start()
     work()
     for thread in others:
         thread.join()
     if any(results):
-        raise MemoryError(f"cut_views: no memory to cut {len(images)} views of {out.shape[-1]} pixels")
+        raise MemoryError(
+            f"cut_views: no memory to cut {len(images)} views of {out.shape[-1]} pixels"
+        )

@@ -22,10 +22,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastmoco_kernels._runtime import choose_backend
+from fastmoco_kernels.backends import choose_backend
 from fastmoco_kernels.cut_views.native import cut_views_native, native_library
 from fastmoco_kernels.cut_views.reference import cut_views_reference
-from fastmoco_kernels.view_color.op import IMAGENET_MEAN, IMAGENET_STD, check_normalisation, check_ranges, level_factors
+from fastmoco_kernels.view_color.op import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    check_normalisation,
+    check_ranges,
+    level_factors,
+)
 from fastmoco_kernels.view_color.plan import ViewColorParameters, plan
 
 _LARGEST = 2**15
@@ -45,11 +51,11 @@ def cut_views(
     threads: int = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """Cut a window from every image, scale it to ``size`` x ``size``, and colour it by its own parameters.
+    """Cut a window from every image, scale it to `size` x `size`, and colour it by its own parameters.
 
-    ``(level / 255 - mean) / std`` of the levels that torchvision's PIL transforms (resized crop, colour jitter, greyscale,
+    `(level / 255 - mean) / std` of the levels that torchvision's PIL transforms (resized crop, colour jitter, greyscale,
     Gaussian blur, solarize, flip) give for the same draws: the augmentation of Chen, Xie, He 2021 (MoCo v3). With
-    ``dtype=torch.uint8`` those levels themselves.
+    `dtype=torch.uint8` those levels themselves.
 
     Args:
         images: B decoded images, each [H, W, 3] uint8 RGB on the CPU, of any height, width and distance between rows.
@@ -58,13 +64,13 @@ def cut_views(
         size: height and width of a view in pixels, 1 to 32768.
         mean: of the three channels, subtracted after scaling to [0, 1].
         std: of the three channels, divided by; positive.
-        dtype: float32; or uint8: levels, not normalised, whatever ``mean`` and ``std`` are.
+        dtype: float32; or uint8: levels, not normalised, whatever `mean` and `std` are.
         solarize_threshold: level, 0 to 256, from which solarize inverts.
         threads: that work on the batch, this one among them; the result does not depend on it.
-        backend: ``"auto"``, ``"native"`` (compiled C) or ``"torch"``.
+        backend: `"auto"`, `"native"` (compiled C) or `"torch"`.
 
     Returns:
-        [B, 3, size, size] of ``dtype``, contiguous. Not differentiable.
+        [B, 3, size, size] of `dtype`, contiguous. Not differentiable.
 
     Raises:
         ValueError: for an image or crops of another type, shape or device, a window that leaves its image, parameters of
@@ -100,7 +106,9 @@ def cut_views(
     scale, shift = (torch.tensor(x, dtype=torch.float32) for x in level_factors(mean, std))
     out = torch.empty(len(arrays), 3, size, size, dtype=dtype)
     if chosen == "native":
-        cut_views_native(arrays, crops, plan(parameters), scale, shift, solarize_threshold, threads, out)
+        cut_views_native(
+            arrays, crops, plan(parameters), scale, shift, solarize_threshold, threads, out
+        )
     else:
         cut_views_reference(arrays, crops, plan(parameters), scale, shift, solarize_threshold, out)
     return out
@@ -112,7 +120,9 @@ def _array(image: Tensor | NDArray[np.uint8], row: int) -> NDArray[np.uint8]:
         raise ValueError(f"cut_views: image {row} is on {image.device}; views are cut on the CPU")
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise ValueError(f"cut_views: image {row} is {array.dtype} {array.shape}; need uint8 [H, W, 3]")
+        raise ValueError(
+            f"cut_views: image {row} is {array.dtype} {array.shape}; need uint8 [H, W, 3]"
+        )
     side_by_side = array.strides[1:] == (3, 1) and array.strides[0] > 0
     return array if side_by_side else np.ascontiguousarray(array)
 

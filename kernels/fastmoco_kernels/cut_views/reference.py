@@ -22,20 +22,22 @@ def cut_views_reference(
     threshold: int,
     out: Tensor,
 ) -> None:
-    """Compute a batch into ``out``, [B, 3, size, size] float32 or uint8; the arguments are those of `cut_views_native`."""
+    """Compute a batch into `out`, [B, 3, size, size] float32 or uint8; the arguments are those of `cut_views_native`."""
     size = out.shape[-1]
     for row, (image, crop) in enumerate(zip(images, crops.tolist(), strict=True)):
         top, left, height, width = crop
         window = torch.from_numpy(image[top : top + height, left : left + width].copy())
         rows = slice(row, row + 1)
         resized = resize_reference(window, size)[None]
-        view_color_reference(resized, Plan(*(table[rows] for table in tables)), scale, shift, threshold, out[rows])
+        view_color_reference(
+            resized, Plan(*(table[rows] for table in tables)), scale, shift, threshold, out[rows]
+        )
 
 
 def resize_reference(window: Tensor, size: int) -> Tensor:
     """Bilinear with antialiasing, along the rows first: [H, W, 3] uint8 to [size, size, 3] uint8.
 
-    A level of a pass is ``(2^21 + sum of weight * level) >> 22`` with whole weights; in float64 all of it is exact.
+    A level of a pass is `(2^21 + sum of weight * level) >> 22` with whole weights; in float64 all of it is exact.
     """
     height, width, _ = window.shape
     narrow = _whole(torch.einsum("xw,hwc->hxc", resize_weights(width, size), window.double()))
@@ -50,8 +52,8 @@ def _whole(sums: Tensor) -> Tensor:
 def resize_weights(length: int, size: int) -> Tensor:
     """[size, length] float64, whole numbers: weight of each level of an axis in each level of the result, times 2^22.
 
-    A triangle that reaches one pixel to each side, or ``length / size`` pixels where the axis shrinks; about its centre
-    ``(place + 0.5) length / size``, and with a sum of 1 before rounding.
+    A triangle that reaches one pixel to each side, or `length / size` pixels where the axis shrinks; about its centre
+    `(place + 0.5) length / size`, and with a sum of 1 before rounding.
     """
     scale = length / size
     reach = max(scale, 1.0)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import PointerTable, pointer_table, same_layout
 from fastmoco_kernels._unchanged import Unchanged
 from fastmoco_kernels.ema.reference import ema_update_foreach_
+from fastmoco_kernels.tensors import PointerTable, pointer_table, same_layout
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of the sources that the kernel reads."""
@@ -46,7 +46,11 @@ class Plan:
         self._unchanged = Unchanged([*averages, *sources])
         by_type: dict[torch.dtype | None, list[int]] = {}
         for row, (average, source) in enumerate(zip(averages, sources, strict=True)):
-            flat = average.dtype == torch.float32 and source.dtype in SOURCES and same_layout(average, source)
+            flat = (
+                average.dtype == torch.float32
+                and source.dtype in SOURCES
+                and same_layout(average, source)
+            )
             by_type.setdefault(source.dtype if flat else None, []).append(row)
         self._rest = by_type.pop(None, [])
         whole = len(by_type) == 1 and not self._rest
@@ -56,12 +60,16 @@ class Plan:
         """Whether the plan was made for tensors of these types, shapes and layouts. They may lie elsewhere."""
         return len(averages) == len(sources) and self._unchanged.holds([*averages, *sources])
 
-    def run(self, averages: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor) -> None:
+    def run(
+        self, averages: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor
+    ) -> None:
         """One update: a launch a source type, foreach for what a table of addresses cannot hold."""
         from fastmoco_kernels.ema.launch import launch_
 
         if self._rest:
-            ema_update_foreach_([averages[i] for i in self._rest], [sources[i] for i in self._rest], momentum)
+            ema_update_foreach_(
+                [averages[i] for i in self._rest], [sources[i] for i in self._rest], momentum
+            )
         for launch in self._launches:
             own, their = launch.pick(averages), launch.pick(sources)
             if launch.table is None:

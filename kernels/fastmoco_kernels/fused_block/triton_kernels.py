@@ -1,7 +1,7 @@
 """A fused block's backward passes: a norm's, with its result and the branch's columns, and GELU's, with its result.
 
 As in `residual_norm` a program of the norm takes ROWS whole rows at a time, which stay in registers; as in `gelu_bias` one of
-GELU takes COLS columns and goes through rows. What programs have summed lies in a table that `_column_sums` adds up in a
+GELU takes COLS columns and goes through rows. What programs have summed lies in a table that `column_sums` adds up in a
 fixed order: no atomics, the same bits every time on one GPU and one tile.
 
 Legend: E or F width, COLS columns and ROWS rows at a time. All arithmetic is float32, whatever is stored.
@@ -56,7 +56,11 @@ def block_norm_bwd_kernel(
         inside = there[:, None] & (col < E)[None, :]
         x = _read(x_ptr, start, at, inside, E)
         if HAS_BRANCH:
-            x = (x + _read(branch_ptr, start, at, inside, E)).to(x_ptr.dtype.element_ty).to(tl.float32)
+            x = (
+                (x + _read(branch_ptr, start, at, inside, E))
+                .to(x_ptr.dtype.element_ty)
+                .to(tl.float32)
+            )
         mean = tl.load(mean_ptr + start + row, mask=there, other=0.0)
         rstd = tl.load(rstd_ptr + start + row, mask=there, other=0.0)
         xhat = (x - mean[:, None]) * rstd[:, None]
@@ -77,7 +81,9 @@ def block_norm_bwd_kernel(
             narrow = stored.to(dbranch_ptr.dtype.element_ty)
             tl.store(dbranch_ptr + start * E + at, narrow, mask=inside)
             if HAS_BRANCH:
-                total += tl.sum(narrow.to(tl.float32), 0)  # beyond the rows rstd and dx are 0, columns are not stored
+                total += tl.sum(
+                    narrow.to(tl.float32), 0
+                )  # beyond the rows rstd and dx are 0, columns are not stored
         elif HAS_BRANCH:
             total += tl.sum(stored.to(tl.float32), 0)
     SUMS: tl.constexpr = 3 if HAS_BRANCH else 2

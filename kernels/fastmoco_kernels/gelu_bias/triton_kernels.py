@@ -1,7 +1,7 @@
 """The gradient of GELU, element by element, and its sums over rows: a program takes COLS columns and goes through rows.
 
 What a program has summed stays in registers, one number for each element of its tile, and leaves them once. No atomics:
-a table of partial sums is added up by `_column_sums`.
+a table of partial sums is added up by `column_sums`.
 
 Legend: F width, COLS columns and ROWS rows at a time. All arithmetic is float32, whatever is stored.
 """

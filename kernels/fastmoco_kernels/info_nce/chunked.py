@@ -1,7 +1,7 @@
 """InfoNCE in one pass over the keys in plain torch: loss and gradient together, a tile of logits at a time.
 
-The positive stays out of the sums, so that ``loss = log1p(sum_negatives / e_positive)`` keeps its digits when the loss is
-small. Cosines lie in [-1, 1]: at temperatures where ``exp(1 / temperature)`` is far from the ends of float32 no maximum is
+The positive stays out of the sums, so that `loss = log1p(sum_negatives / e_positive)` keeps its digits when the loss is
+small. Cosines lie in [-1, 1]: at temperatures where `exp(1 / temperature)` is far from the ends of float32 no maximum is
 subtracted; below, and where the temperature lies on a device, a running one is.
 
 Legend: B local queries, N keys, D projection dimension, R rows and C columns of one tile.
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import accumulation_dtype
+from fastmoco_kernels.backends import accumulation_dtype
 
 EPS = 1e-12
 SMALLEST_UNSHIFTED = 0.02
@@ -33,7 +33,7 @@ class OnePass(NamedTuple):
     """What one pass leaves; what was not asked for has no elements. S directions of B queries against N keys."""
 
     loss: Tensor
-    """Scalar: ``scale * mean`` summed over the directions."""
+    """Scalar: `scale * mean` summed over the directions."""
     dq: Tensor
     """[S, B, D] its gradient in the raw queries."""
     dkeys: Tensor
@@ -52,9 +52,9 @@ class Request:
         temperature: > 0, or a 0-dim tensor.
         scale: factor of the mean.
         positive_offset: row of the keys that is the positive of query 0.
-        gradient: whether ``dq`` and ``dtemperature`` are wanted.
-        key_gradient: whether ``dkeys`` is wanted.
-        accuracy: whether ``hits`` is wanted.
+        gradient: whether `dq` and `dtemperature` are wanted.
+        key_gradient: whether `dkeys` is wanted.
+        accuracy: whether `hits` is wanted.
         precision: operands of the tensor cores; "fp32" elsewhere.
     """
 
@@ -78,10 +78,12 @@ class _Rows(NamedTuple):
     rank: Tensor | None
 
 
-def info_nce_chunked(queries: Sequence[Tensor], keys: Sequence[Tensor], request: Request) -> OnePass:
-    """Both loss and gradients of S directions, ``queries[s]`` against ``keys[s]``; every result in one pass of the keys.
+def info_nce_chunked(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], request: Request
+) -> OnePass:
+    """Both loss and gradients of S directions, `queries[s]` against `keys[s]`; every result in one pass of the keys.
 
-    4 * B * N * D FLOPs a direction, as many again for ``dkeys``. Memory beyond the results: the unit rows, and one tile.
+    4 * B * N * D FLOPs a direction, as many again for `dkeys`. Memory beyond the results: the unit rows, and one tile.
     """
     dtype, device = accumulation_dtype(queries[0]), queries[0].device
     B, D = queries[0].shape
@@ -89,7 +91,9 @@ def info_nce_chunked(queries: Sequence[Tensor], keys: Sequence[Tensor], request:
     tile = torch.empty(min(rows, B) * min(columns, keys[0].shape[0]), dtype=dtype, device=device)
     factor = request.scale / (B * request.temperature)
     losses, dtemperatures, ranks = [], [], []
-    dq_SBD = torch.empty((len(queries), B, D) if request.gradient else (0,), dtype=dtype, device=device)
+    dq_SBD = torch.empty(
+        (len(queries), B, D) if request.gradient else (0,), dtype=dtype, device=device
+    )
     dkeys = torch.empty(0, dtype=dtype, device=device)
     for s, (q, k) in enumerate(zip(queries, keys, strict=True)):
         u_BD, q_norm = _unit_rows(q, dtype)
@@ -98,16 +102,27 @@ def info_nce_chunked(queries: Sequence[Tensor], keys: Sequence[Tensor], request:
         v_ND = wide[:, :D]
         blocks = []
         for start in range(0, B, rows):
-            block = _rows(u_BD[start : start + rows], wide, request.positive_offset + start, request, tile, columns)
+            block = _rows(
+                u_BD[start : start + rows],
+                wide,
+                request.positive_offset + start,
+                request,
+                tile,
+                columns,
+            )
             blocks.append(block)
             if block.dq is not None:
                 inside = slice(start, start + rows)
-                dq_SBD[s, inside] = _through_norm(block.dq.mul_(factor), u_BD[inside], q_norm[inside])
+                dq_SBD[s, inside] = _through_norm(
+                    block.dq.mul_(factor), u_BD[inside], q_norm[inside]
+                )
         losses.append(torch.cat([block.loss for block in blocks]))
         dtemperatures += [block.dtemperature for block in blocks if block.dtemperature is not None]
         ranks += [block.rank for block in blocks if block.rank is not None]
         if request.key_gradient:
-            lse, share = (torch.cat([getattr(block, name) for block in blocks]) for name in ("lse", "share"))
+            lse, share = (
+                torch.cat([getattr(block, name) for block in blocks]) for name in ("lse", "share")
+            )
             dv_ND = _key_pass(u_BD, v_ND, lse, share, request, tile, (rows, columns)).mul_(factor)
             dkeys = _through_norm(dv_ND, v_ND, key_norm)
     nothing = torch.empty(0, dtype=dtype, device=device)
@@ -115,7 +130,9 @@ def info_nce_chunked(queries: Sequence[Tensor], keys: Sequence[Tensor], request:
         loss=torch.cat(losses).sum() * (request.scale / B),
         dq=dq_SBD,
         dkeys=dkeys,
-        dtemperature=torch.cat(dtemperatures).sum() * (request.scale / B) if dtemperatures else nothing,
+        dtemperature=torch.cat(dtemperatures).sum() * (request.scale / B)
+        if dtemperatures
+        else nothing,
         hits=_hits(torch.cat(ranks), dtype) if ranks else nothing.clone(),
     )
 
@@ -139,10 +156,12 @@ def _through_norm(gradient: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
     return gradient.addcmul_(along, unit, value=-1).div_(norm.clamp_min(EPS))
 
 
-def _rows(u_RD: Tensor, wide: Tensor, first: int, request: Request, tile: Tensor, columns: int) -> _Rows:
-    """One block of queries against all keys; the positive of its row r is key ``first + r``.
+def _rows(
+    u_RD: Tensor, wide: Tensor, first: int, request: Request, tile: Tensor, columns: int
+) -> _Rows:
+    """One block of queries against all keys; the positive of its row r is key `first + r`.
 
-    ``wide`` [N, D + ONES] holds the keys and the column of ones.
+    `wide` [N, D + ONES] holds the keys and the column of ones.
     """
     (R, D), temperature = u_RD.shape, request.temperature
     bounded = not isinstance(temperature, Tensor) and temperature >= SMALLEST_UNSHIFTED
@@ -194,9 +213,15 @@ def _diagonal(tile_RC: Tensor, offset: int) -> Tensor:
 
 
 def _key_pass(
-    u_BD: Tensor, v_ND: Tensor, lse_B: Tensor, share_B: Tensor, request: Request, tile: Tensor, sizes: tuple[int, int]
+    u_BD: Tensor,
+    v_ND: Tensor,
+    lse_B: Tensor,
+    share_B: Tensor,
+    request: Request,
+    tile: Tensor,
+    sizes: tuple[int, int],
 ) -> Tensor:
-    """[N, D] ``sum_i (p_ij - [j is the positive of i]) u_i``: the columns of the softmax need the rows' final sums."""
+    """[N, D] `sum_i (p_ij - [j is the positive of i]) u_i`: the columns of the softmax need the rows' final sums."""
     (rows, columns), first = sizes, request.positive_offset
     dv_ND = torch.zeros_like(v_ND)
     for row in range(0, u_BD.shape[0], rows):

@@ -27,7 +27,7 @@ def exponent_ceiling(precision: str) -> float:
 def smallest_temperature(precision: str) -> float:
     """Down to this temperature the kernels hold.
 
-    Exponents (of 2) lie in ``[-2 c, 0] + ceiling`` with ``c = log2(e) / temperature``, and normal numbers end at -126: from
+    Exponents (of 2) lie in `[-2 c, 0] + ceiling` with `c = log2(e) / temperature`, and normal numbers end at -126: from
     0.0134 upwards no term of a softmax over cosines is lost, whatever the data. fp16 ends at -24: at 0.05 it drops
     negatives of a cosine below -0.35 from the gradient (not from the loss), which weigh e^-27 of one that equals the query.
     """
@@ -44,10 +44,18 @@ def padded_dim(dim: int) -> int:
     return max(64, 1 << (dim - 1).bit_length())
 
 
-def flops(B: int, N: int, D: int, *, directions: int = 1, gradient: bool = True, key_gradient: bool = False) -> int:
+def flops(
+    B: int,
+    N: int,
+    D: int,
+    *,
+    directions: int = 1,
+    gradient: bool = True,
+    key_gradient: bool = False,
+) -> int:
     """Multiplications and additions of the matrix products: logits, gradient, and the second pass for the keys.
 
-    ``2 B N D`` for the loss alone, 4 with the gradient of the queries, 8 with that of the keys.
+    `2 B N D` for the loss alone, 4 with the gradient of the queries, 8 with that of the keys.
     """
     return directions * 2 * B * N * D * (1 + gradient + 2 * key_gradient)
 
@@ -67,7 +75,7 @@ def bytes_moved(
 
     Rows to unit length: the raw rows in, the padded unit rows and lengths out. The pass: both unit rows in, the sums of each
     part of the keys out. The epilogue: raw rows, lengths and sums in, gradient and rows of results out. What the pass
-    streams again from the L2 cache for every block of queries is not counted. About ``16 B D + 8 N D + 8 splits B D``.
+    streams again from the L2 cache for every block of queries is not counted. About `16 B D + 8 N D + 8 splits B D`.
 
     Args:
         B: queries.
@@ -85,4 +93,6 @@ def bytes_moved(
     lengths = 4 * (B + N)
     sums = splits * x * 4 * (1 + (wide if gradient else 0))
     results = 4 * 4 * B + (B * D * itemsize if gradient else 0)
-    return directions * ((raw + units + lengths) + (units + sums) + (raw + lengths + sums + results))
+    return directions * (
+        (raw + units + lengths) + (units + sums) + (raw + lengths + sums + results)
+    )

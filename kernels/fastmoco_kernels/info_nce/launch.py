@@ -14,18 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import device_guard
-from fastmoco_kernels._tuning import tuned
+from fastmoco_kernels.backends import device_guard
 from fastmoco_kernels.info_nce import epilogue_kernels, triton_kernels
 from fastmoco_kernels.info_nce.chunked import EPS, OnePass, Request
-from fastmoco_kernels.info_nce.compiled import aot_cases
 from fastmoco_kernels.info_nce.cost import LOG2_E, exponent_ceiling, padded, padded_dim
 from fastmoco_kernels.info_nce.tiles import Tile, candidates, family, key_splits
+from fastmoco_kernels.tuning import tuned
 
-__all__ = ["aot_cases", "info_nce_triton"]
-SCRATCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+SCRATCH = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "fp32": torch.float32,
+}
 DOT = {"bf16": "tf32", "fp16": "tf32", "tf32": "tf32", "fp32": "ieee"}
-"""``input_precision`` of the products; it means nothing for two-byte operands."""
+"""`input_precision` of the products; it means nothing for two-byte operands."""
 
 
 class _Units(NamedTuple):
@@ -58,7 +61,7 @@ def info_nce_triton(
     Args:
         queries: S of [B, D], D <= 512, not float64.
         keys: S of [N, D].
-        request: with ``precision`` one of the four.
+        request: with `precision` one of the four.
         tile: instead of the measured one.
         splits: parts of the keys, instead of the computed number.
     """
@@ -72,7 +75,9 @@ def info_nce_triton(
             back = _stream(k.unit, q.unit, B, -request.positive_offset, request, bias, tile, splits)
             dkeys = _finish_keys(q, k, back, share, request)
     # A sum of one shape is added in one order.
-    loss, *others = rows[: 4 if request.accuracy else 2 if request.gradient else 1].sum((1, 2)).unbind()
+    loss, *others = (
+        rows[: 4 if request.accuracy else 2 if request.gradient else 1].sum((1, 2)).unbind()
+    )
     nothing = rows.new_empty(0)
     return OnePass(
         loss=loss.clone(),  # no view: a caller may add to it in place
@@ -93,9 +98,20 @@ def _unit_rows(raw: Sequence[Tensor], precision: str) -> _Units:
     unit = torch.empty((len(raw), padded(rows), D), dtype=SCRATCH[precision], device=first.device)
     norm = torch.empty((len(raw), rows), dtype=torch.float32, device=first.device)
     triton_kernels.info_nce_unit_rows_kernel[(padded(rows) // block, len(raw))](
-        first, second, unit, norm, rows, padded(rows), dim, *first.stride(),
-        EPS=EPS, D=D, ROWS=block, TF32=precision == "tf32", num_warps=4,
-    )  # fmt: skip
+        first,
+        second,
+        unit,
+        norm,
+        rows,
+        padded(rows),
+        dim,
+        *first.stride(),
+        EPS=EPS,
+        D=D,
+        ROWS=block,
+        TF32=precision == "tf32",
+        num_warps=4,
+    )
     return _Units((first, second), unit, norm)
 
 
@@ -124,7 +140,11 @@ def _stream(
 
     def run(tile: Tile) -> _Pass:
         tiles = _cdiv(y_rows, tile.block_y)
-        wanted = key_splits(x_padded, y_rows, S, tile, processors) if splits is None else min(splits, tiles)
+        wanted = (
+            key_splits(x_padded, y_rows, S, tile, processors)
+            if splits is None
+            else min(splits, tiles)
+        )
         per_split = _cdiv(tiles, wanted)
         parts = _cdiv(tiles, per_split)
         acc = total = count = x
@@ -135,12 +155,30 @@ def _stream(
         if counting:
             count = torch.empty((parts, S, x_padded), dtype=torch.int32, device=x.device)
         triton_kernels.info_nce_stream_kernel[(x_padded // tile.block_x, parts, S)](
-            x, y, acc, total, count, own, own if bias is None else bias, *_temperature(request, own),
-            x_padded, y_rows, y.shape[1], positive_shift, per_split,
-            D=D, BLOCK_X=tile.block_x, BLOCK_Y=tile.block_y,
-            GRADIENT=gradient, COUNT=counting, BIAS=bias is not None, **_constants(request),
-            PRECISION=DOT[request.precision], num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+            x,
+            y,
+            acc,
+            total,
+            count,
+            own,
+            own if bias is None else bias,
+            *_temperature(request, own),
+            x_padded,
+            y_rows,
+            y.shape[1],
+            positive_shift,
+            per_split,
+            D=D,
+            BLOCK_X=tile.block_x,
+            BLOCK_Y=tile.block_y,
+            GRADIENT=gradient,
+            COUNT=counting,
+            BIAS=bias is not None,
+            **_constants(request),
+            PRECISION=DOT[request.precision],
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
         return _Pass(acc, total, count, parts)
 
     if tile is None:
@@ -152,7 +190,9 @@ def _stream(
     return run(tile)
 
 
-def _finish(q: _Units, k: _Units, swept: _Pass, request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _finish(
+    q: _Units, k: _Units, swept: _Pass, request: Request
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows of results [4, S, B], the gradient [S, B, D], and what the second pass needs of every row."""
     S, B = q.norm.shape
     B_padded, N, dim = q.unit.shape[1], k.norm.shape[1], q.raw[0].shape[1]
@@ -165,14 +205,38 @@ def _finish(q: _Units, k: _Units, swept: _Pass, request: Request) -> tuple[Tenso
         bias, share = torch.empty((2, S, B_padded), dtype=torch.float32, device=device).unbind()
     block = _epilogue_rows(q.unit.shape[2])
     epilogue_kernels.info_nce_finish_kernel[(_cdiv(B_padded if keys else B, block), S)](
-        *q.raw, *k.raw, q.norm, k.norm,
-        swept.acc if request.gradient else swept.total, swept.total, swept.ranks if request.accuracy else swept.total,
-        *_temperature(request, swept.total)[:1], rows, dq, bias, share,
-        B, B_padded, N, dim, *q.raw[0].stride(), *k.raw[0].stride(), request.positive_offset, swept.splits,
-        _temperature(request, swept.total)[1], request.scale / B, _key_shift(request),
-        EPS=EPS, D=q.unit.shape[2], ROWS=block, GRADIENT=request.gradient, COUNT=request.accuracy, KEYS=keys,
-        **_constants(request), num_warps=4,
-    )  # fmt: skip
+        *q.raw,
+        *k.raw,
+        q.norm,
+        k.norm,
+        swept.acc if request.gradient else swept.total,
+        swept.total,
+        swept.ranks if request.accuracy else swept.total,
+        *_temperature(request, swept.total)[:1],
+        rows,
+        dq,
+        bias,
+        share,
+        B,
+        B_padded,
+        N,
+        dim,
+        *q.raw[0].stride(),
+        *k.raw[0].stride(),
+        request.positive_offset,
+        swept.splits,
+        _temperature(request, swept.total)[1],
+        request.scale / B,
+        _key_shift(request),
+        EPS=EPS,
+        D=q.unit.shape[2],
+        ROWS=block,
+        GRADIENT=request.gradient,
+        COUNT=request.accuracy,
+        KEYS=keys,
+        **_constants(request),
+        num_warps=4,
+    )
     return rows, dq, bias, share
 
 
@@ -183,11 +247,31 @@ def _finish_keys(q: _Units, k: _Units, back: _Pass, share: Tensor, request: Requ
     dk = torch.empty((N, dim), dtype=kept, device=k.norm.device)
     block, (pointer, scale_log2) = _epilogue_rows(D), _temperature(request, share)
     epilogue_kernels.info_nce_finish_keys_kernel[(_cdiv(N, block),)](
-        q.raw[0], k.raw[0], q.norm, k.norm, back.acc, share, pointer, dk,
-        B, N, k.unit.shape[1], dim, *q.raw[0].stride(), *k.raw[0].stride(), request.positive_offset, back.splits,
-        scale_log2, request.scale / B, 2.0 ** -_key_shift(request),
-        EPS=EPS, D=D, ROWS=block, ON_DEVICE=isinstance(request.temperature, Tensor), num_warps=4,
-    )  # fmt: skip
+        q.raw[0],
+        k.raw[0],
+        q.norm,
+        k.norm,
+        back.acc,
+        share,
+        pointer,
+        dk,
+        B,
+        N,
+        k.unit.shape[1],
+        dim,
+        *q.raw[0].stride(),
+        *k.raw[0].stride(),
+        request.positive_offset,
+        back.splits,
+        scale_log2,
+        request.scale / B,
+        2.0 ** -_key_shift(request),
+        EPS=EPS,
+        D=D,
+        ROWS=block,
+        ON_DEVICE=isinstance(request.temperature, Tensor),
+        num_warps=4,
+    )
     return dk
 
 

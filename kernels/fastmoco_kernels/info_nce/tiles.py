@@ -2,7 +2,7 @@
 
 A tile is (rows that stay, rows that stream past, warps, stages of the pipeline). Every one is compiled ahead of time for
 sm_80, sm_90a and sm_100a (the small ones for sm_80), and the defaults spill no register there, under the oldest and the
-newest supported Triton, which allocate registers differently: ``python -m benchmarks.compiled --op info_nce``.
+newest supported Triton, which allocate registers differently: `python -m benchmarks.compiled --op info_nce`.
 
 Legend: D padded projection dimension.
 """

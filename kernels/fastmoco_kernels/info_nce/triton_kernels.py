@@ -4,7 +4,7 @@ Legend: x rows that stay on chip (queries; keys in the second pass), y rows that
 pass), D the padded dimension, S the direction (view 1 or view 2). Scratch tensors are padded with zero rows and columns to
 whole tiles, so nothing in the loop is masked but the positive and the end of the keys.
 
-A term of the sums is ``2^(s * scale_log2 - reference)``. The reference is a constant: cosines are bounded, so no running
+A term of the sums is `2^(s * scale_log2 - reference)`. The reference is a constant: cosines are bounded, so no running
 maximum is needed, and parts of the keys add.
 """
 
@@ -23,7 +23,7 @@ def round_to_tf32(x):
 
 @triton.jit
 def temperature_log2(temperature_ptr, scale_log2, CEILING: tl.constexpr, ON_DEVICE: tl.constexpr):
-    """``c = log2(e) / temperature`` and the constant reference ``max(c - CEILING, 0)``."""
+    """`c = log2(e) / temperature` and the constant reference `max(c - CEILING, 0)`."""
     if ON_DEVICE:
         scale_log2 = LOG2_E / tl.load(temperature_ptr).to(tl.float32)
     return scale_log2, tl.maximum(scale_log2 - CEILING, 0.0)
@@ -53,7 +53,11 @@ def info_nce_unit_rows_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, D)
     inside = (row < rows)[:, None] & (column < dim)[None, :]
-    raw = tl.load(raw_ptr + row[:, None] * stride_row + column[None, :] * stride_column, mask=inside, other=0.0)
+    raw = tl.load(
+        raw_ptr + row[:, None] * stride_row + column[None, :] * stride_column,
+        mask=inside,
+        other=0.0,
+    )
     raw = raw.to(tl.float32)
     norm = tl.sqrt(tl.sum(raw * raw, 1))
     unit = raw / tl.maximum(norm, EPS)[:, None]
@@ -83,7 +87,11 @@ def info_nce_own_kernel(
     positive = row + positive_shift
     x = tl.load(x_ptr + (direction * x_padded + row)[:, None] * D + column[None, :])
     inside = (positive < y_rows)[:, None] & (column < D)[None, :]
-    y = tl.load(y_ptr + (direction * y_padded + positive)[:, None] * D + column[None, :], mask=inside, other=0.0)
+    y = tl.load(
+        y_ptr + (direction * y_padded + positive)[:, None] * D + column[None, :],
+        mask=inside,
+        other=0.0,
+    )
     tl.store(own_ptr + direction * x_padded + row, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1))
 
 
@@ -144,7 +152,11 @@ def info_nce_stream_kernel(
         if BIAS:
             bias = tl.load(bias_ptr + direction * y_padded + place)[None, :]
         term = tl.exp2(
-            tl.fma(similarity, tl.full(similarity.shape, scale, tl.float32), bias + tl.zeros_like(similarity))
+            tl.fma(
+                similarity,
+                tl.full(similarity.shape, scale, tl.float32),
+                bias + tl.zeros_like(similarity),
+            )
         )
         negative = place[None, :] != positive[:, None]
         if not BIAS:  # in the second pass the padding's reference is infinite

@@ -2,16 +2,16 @@
 
 A tensor's trust ratio needs the norms of the whole tensor before the first element moves. So there are two passes:
 
-1. ``lars_squares``: ``||p||^2`` and ``||g + weight_decay * p||^2`` of every tensor. The Triton kernel writes one partial sum
+1. `lars_squares`: `||p||^2` and `||g + weight_decay * p||^2` of every tensor. The Triton kernel writes one partial sum
    a chunk and a second, small launch adds a tensor's partial sums in float64 and in a fixed order: no atomic adds, so the
    same inputs give the same bits.
-2. ``lars_update_``: reads the sums, makes the ratio in registers, updates buffer and parameter.
+2. `lars_update_`: reads the sums, makes the ratio in registers, updates buffer and parameter.
 
 Between the passes lies a [T, 2] float64 tensor. Where parameters are sharded, that is what ranks must add: two numbers a
 tensor, all tensors at once, one collective (`optimizer.LARS` does it for DTensors). A ratio of one shard's norms would be
 another number on every rank, and nothing would fail: the ranks would train, worse, to different step lengths.
 
-``g + weight_decay * p`` is computed twice instead of kept: it is one multiply-add beside the bytes that both passes move
+`g + weight_decay * p` is computed twice instead of kept: it is one multiply-add beside the bytes that both passes move
 anyway, and keeping it would cost a write, a read and a copy of the model.
 """
 
@@ -22,11 +22,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import same_layout, traced
-from fastmoco_kernels._runtime import choose_backend, require_triton, triton_is_default
+from fastmoco_kernels.backends import choose_backend, require_triton, triton_is_default
 from fastmoco_kernels.lars.checks import check_numbers, check_tensors
 from fastmoco_kernels.lars.foreach import squares_foreach, update_foreach_
 from fastmoco_kernels.lars.reference import lars_step_reference_
+from fastmoco_kernels.tensors import same_layout, traced
 
 BACKENDS = ("triton", "foreach")
 
@@ -47,9 +47,9 @@ def lars_step_(
 ) -> None:
     """One step of layer-wise adaptive rate scaling, in place on parameters and buffers.
 
-    For a tensor of two or more dimensions ``u = g + weight_decay * p``, then ``u *= trust_coefficient * ||p|| / ||u||`` (factor
-    1 if either norm is 0; no epsilon); for others, biases and norms, ``u = g``. Then ``b <- momentum * b + u`` and
-    ``p <- p - lr * b``. You, Gitman, Ginsburg 2017, with the rate outside the buffer as in MoCo v3's ResNet runs.
+    For a tensor of two or more dimensions `u = g + weight_decay * p`, then `u *= trust_coefficient * ||p|| / ||u||` (factor
+    1 if either norm is 0; no epsilon); for others, biases and norms, `u = g`. Then `b <- momentum * b + u` and
+    `p <- p - lr * b`. You, Gitman, Ginsburg 2017, with the rate outside the buffer as in MoCo v3's ResNet runs.
 
     Args:
         params: T tensors of float32 or float64, any shape, one device; changed in place.
@@ -62,16 +62,16 @@ def lars_step_(
         reduce_squares: for tensors that are shards: called with the [T, 2] float64 squared norms of the local parts; it
             must add them in place over the ranks that hold the other parts.
         found_inf: one element on the same device; where it is not 0 nothing is changed.
-        backend: ``"auto"``, ``"triton"``, ``"foreach"`` or ``"reference"``.
+        backend: `"auto"`, `"triton"`, `"foreach"` or `"reference"`.
 
     Raises:
         ValueError: for different counts, shapes, dtypes or devices, for numbers out of range, for an unknown backend, and
-            for ``reduce_squares`` with ``"reference"``.
+            for `reduce_squares` with `"reference"`.
 
     Numerics: parameters' dtype, norms in float64 (Triton: float32 inside a chunk, float64 over chunks); bitwise
         reproducible. Autocast changes nothing. Agrees with the reference to rounding.
     Memory and cost: 28 bytes a float32 parameter (`lars_bytes`); no copy of the model with Triton, one with foreach.
-    Distributed: none, or what ``reduce_squares`` does.
+    Distributed: none, or what `reduce_squares` does.
 
     Example:
         >>> import torch
@@ -85,7 +85,11 @@ def lars_step_(
     if not params:
         return
     if backend == "reference":
-        numbers = {"momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient}
+        numbers = {
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+        }
         if reduce_squares is not None:
             raise ValueError(
                 "lars_step_: backend='reference' takes whole tensors; reduce_squares needs another backend"
@@ -111,10 +115,16 @@ def lars_step_(
     )
 
 
-def resolve_backend(backend: str, params: Sequence[Tensor], momentum_buffers: Sequence[Tensor]) -> str:
-    """``"triton"`` or ``"foreach"`` for these tensors; refuses what cannot run on their device, or on their strides."""
+def resolve_backend(
+    backend: str, params: Sequence[Tensor], momentum_buffers: Sequence[Tensor]
+) -> str:
+    """`"triton"` or `"foreach"` for these tensors; refuses what cannot run on their device, or on their strides."""
     device = params[0].device
-    odd = [i for i, (p, b) in enumerate(zip(params, momentum_buffers, strict=True)) if not same_layout(p, b)]
+    odd = [
+        i
+        for i, (p, b) in enumerate(zip(params, momentum_buffers, strict=True))
+        if not same_layout(p, b)
+    ]
     default = "triton" if triton_is_default(device) and not odd else "foreach"
     chosen = choose_backend("lars_step_", backend, default, BACKENDS)
     if chosen == "triton":
@@ -134,16 +144,22 @@ def lars_bytes(params: Sequence[Tensor]) -> int:
     28 a float32 element of a tensor of two or more dimensions, 20 of others. The [T, 2] sums and the table add some
     hundred bytes a tensor, the partial sums 16 a chunk of 2048 elements; neither is counted.
     """
-    return sum((7 if param.ndim > 1 else 5) * param.numel() * param.element_size() for param in params)
+    return sum(
+        (7 if param.ndim > 1 else 5) * param.numel() * param.element_size() for param in params
+    )
 
 
-def lars_squares(params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float, *, backend: str) -> Tensor:
-    """First pass: [T, 2] float64 of ``||p||^2`` and ``||g + weight_decay * p||^2``; zeros where nothing is scaled.
+def lars_squares(
+    params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float, *, backend: str
+) -> Tensor:
+    """First pass: [T, 2] float64 of `||p||^2` and `||g + weight_decay * p||^2`; zeros where nothing is scaled.
 
-    Args as in `lars_step_`, checked there; ``backend`` is ``"triton"`` or ``"foreach"``.
+    Args as in `lars_step_`, checked there; `backend` is `"triton"` or `"foreach"`.
     """
     if traced():
-        squares: Tensor = torch.ops.fastmoco.lars_squares(list(params), list(grads), weight_decay, backend)
+        squares: Tensor = torch.ops.fastmoco.lars_squares(
+            list(params), list(grads), weight_decay, backend
+        )
         return squares
     return _run_squares(params, grads, weight_decay, backend)
 
@@ -165,12 +181,16 @@ def lars_update_(
     rate = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
     numbers = (rate, momentum, weight_decay, trust_coefficient, found_inf, backend)
     if traced():
-        torch.ops.fastmoco.lars_update_(list(params), list(grads), list(momentum_buffers), squares, *numbers)
+        torch.ops.fastmoco.lars_update_(
+            list(params), list(grads), list(momentum_buffers), squares, *numbers
+        )
     else:
         _run_update_(params, grads, momentum_buffers, squares, *numbers)
 
 
-def _run_squares(params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float, backend: str) -> Tensor:
+def _run_squares(
+    params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float, backend: str
+) -> Tensor:
     if backend == "triton":
         from fastmoco_kernels.lars.launch import squares_triton
 
@@ -208,7 +228,9 @@ def _run_update_(
 
 
 @torch.library.custom_op("fastmoco::lars_squares", mutates_args=())
-def _squares(params: list[Tensor], grads: list[Tensor], weight_decay: float, backend: str) -> Tensor:
+def _squares(
+    params: list[Tensor], grads: list[Tensor], weight_decay: float, backend: str
+) -> Tensor:
     return _run_squares(params, grads, weight_decay, backend)
 
 

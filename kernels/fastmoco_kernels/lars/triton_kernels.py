@@ -1,4 +1,4 @@
-"""The three kernels of LARS; `launch.py` says who launches them, `_multi_tensor.py` what a row, a chunk and a column are.
+"""The three kernels of LARS; `launch.py` says who launches them, `tensors.py` what a row, a chunk and a column are.
 
 `lars_norms_kernel` and `lars_update_kernel` have one program a chunk, `lars_fold_kernel` one a tensor. WORD is the tensors'
 type, float32 or float64. Addresses come from a table, so the compiler knows nothing of their alignment: where all of a row's
@@ -11,11 +11,14 @@ import triton.language as tl
 
 @triton.jit
 def squares_of_chunk(p_ptr, g_ptr, offsets, mask, weight_decay, WORD: tl.constexpr):
-    """Sums of ``p^2`` and of ``(g + weight_decay * p)^2`` over a chunk; ``mask`` None stands for all of it."""
+    """Sums of `p^2` and of `(g + weight_decay * p)^2` over a chunk; `mask` None stands for all of it."""
     if mask is None:
         p, g = tl.load(p_ptr + offsets), tl.load(g_ptr + offsets)
     else:
-        p, g = tl.load(p_ptr + offsets, mask=mask, other=0.0), tl.load(g_ptr + offsets, mask=mask, other=0.0)
+        p, g = (
+            tl.load(p_ptr + offsets, mask=mask, other=0.0),
+            tl.load(g_ptr + offsets, mask=mask, other=0.0),
+        )
     u = tl.fma(p, tl.full(p.shape, weight_decay, WORD), g)
     return tl.sum(p * p, axis=0), tl.sum(u * u, axis=0)
 
@@ -47,7 +50,9 @@ def lars_norms_kernel(
             p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
             p_sum, u_sum = squares_of_chunk(p_ptr, g_ptr, offsets, None, weight_decay, WORD)
         else:
-            p_sum, u_sum = squares_of_chunk(p_ptr, g_ptr, offsets, offsets < left, weight_decay, WORD)
+            p_sum, u_sum = squares_of_chunk(
+                p_ptr, g_ptr, offsets, offsets < left, weight_decay, WORD
+            )
         tl.store(partials_ptr + 2 * chunk, p_sum)
         tl.store(partials_ptr + 2 * chunk + 1, u_sum)
 
@@ -78,8 +83,10 @@ def lars_fold_kernel(
 
 
 @triton.jit
-def update_chunk(p_ptr, g_ptr, b_ptr, offsets, mask, decay, ratio, momentum, lr, WORD: tl.constexpr):
-    """Buffer and parameter at ``offsets``; ``mask`` None stands for all of them."""
+def update_chunk(
+    p_ptr, g_ptr, b_ptr, offsets, mask, decay, ratio, momentum, lr, WORD: tl.constexpr
+):
+    """Buffer and parameter at `offsets`; `mask` None stands for all of them."""
     p = tl.load(p_ptr + offsets, mask=mask)
     g = tl.load(g_ptr + offsets, mask=mask)
     b = tl.load(b_ptr + offsets, mask=mask)
@@ -131,7 +138,11 @@ def lars_update_kernel(
     b_ptr = b_address.to(tl.pointer_type(WORD)) + start
     offsets = tl.arange(0, CHUNK)
     if (left >= CHUNK) & (((p_address | g_address | b_address) & 15) == 0):
-        p_ptr, g_ptr, b_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16), tl.multiple_of(b_ptr, 16)
+        p_ptr, g_ptr, b_ptr = (
+            tl.multiple_of(p_ptr, 16),
+            tl.multiple_of(g_ptr, 16),
+            tl.multiple_of(b_ptr, 16),
+        )
         update_chunk(p_ptr, g_ptr, b_ptr, offsets, None, decay, ratio, momentum, lr, WORD)
     else:
         update_chunk(p_ptr, g_ptr, b_ptr, offsets, offsets < left, decay, ratio, momentum, lr, WORD)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 
 def residual_norm_bytes(
-    R: int, E: int, *, x: int = 4, branch: int = 2, out: int = 2, weight: int = 4, x_new: int | None = None
+    R: int,
+    E: int,
+    *,
+    x: int = 4,
+    branch: int = 2,
+    out: int = 2,
+    weight: int = 4,
+    x_new: int | None = None,
 ) -> int:
     """Bytes that the forward reads and writes.
 
@@ -45,7 +52,7 @@ def residual_norm_backward_bytes(
         R: rows.
         E: width.
         x: bytes of one element of x and dx.
-        branch: of the branch; 0 where there is none. dbranch is dx itself where ``branch == x``: one type, one tensor.
+        branch: of the branch; 0 where there is none. dbranch is dx itself where `branch == x`: one type, one tensor.
         out: of dy.
         weight: of weight and bias.
         x_new: of x_new and dx_new; the wider of x and branch unless told otherwise.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoco_kernels._bias_gradient import pass_bias_gradient
-from fastmoco_kernels._runtime import accumulation_dtype
+from fastmoco_kernels.backends import accumulation_dtype
 
 
 def residual_norm_reference(
@@ -19,11 +19,11 @@ def residual_norm_reference(
     out_dtype: torch.dtype,
     branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``x + branch`` and its layer norm (Ba, Kiros, Hinton 2016, Eq. 4), in float32 or wider, then ``.to(out_dtype)``.
+    """`x + branch` and its layer norm (Ba, Kiros, Hinton 2016, Eq. 4), in float32 or wider, then `.to(out_dtype)`.
 
     Args:
         x: [..., E].
-        branch: [..., E], or None: then the first result is ``x`` itself.
+        branch: [..., E], or None: then the first result is `x` itself.
         weight: [E], widened to the arithmetic type where it is narrower.
         bias: [E].
         eps: added to the variance.

@@ -139,7 +139,9 @@ def residual_norm_sum_kernel(
     total = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, programs, ROWS):
         inside = (start + row < programs)[:, None] & (col < E)[None, :]
-        total += tl.load(partial_ptr + (start + row)[:, None] * E + col[None, :], mask=inside, other=0.0)
+        total += tl.load(
+            partial_ptr + (start + row)[:, None] * E + col[None, :], mask=inside, other=0.0
+        )
     summed = tl.sum(total, 0)
     if which == 0:
         tl.store(dweight_ptr + col, summed.to(dweight_ptr.dtype.element_ty), mask=col < E)

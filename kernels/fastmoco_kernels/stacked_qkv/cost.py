@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 
-def split_qkv_backward_bytes(B: int, L: int, E: int, *, size: int = 2, bias: int = 0, programs: int = 0) -> int:
+def split_qkv_backward_bytes(
+    B: int, L: int, E: int, *, size: int = 2, bias: int = 0, programs: int = 0
+) -> int:
     """Bytes that the backward reads and writes: dq, dk, dv, the stack, and partial sums once each way.
 
     Args:

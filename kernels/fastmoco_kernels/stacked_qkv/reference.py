@@ -12,7 +12,10 @@ _Three = tuple[Tensor, Tensor, Tensor]
 def views_of(qkv_BLF: Tensor, num_heads: int) -> _Three:
     """q, k, v [B, A, L, d]: views of [B, L, 3 A d], whose columns are grouped q, k, v, then by head."""
     B, L, F3 = qkv_BLF.shape
-    q, k, v = (part.transpose(1, 2) for part in qkv_BLF.view(B, L, 3, num_heads, F3 // (3 * num_heads)).unbind(2))
+    q, k, v = (
+        part.transpose(1, 2)
+        for part in qkv_BLF.view(B, L, 3, num_heads, F3 // (3 * num_heads)).unbind(2)
+    )
     return q, k, v
 
 

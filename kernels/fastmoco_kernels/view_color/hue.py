@@ -21,7 +21,7 @@ def shift_hue_(levels: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of every pixel, in place.
 
     HSV of a pixel, as PIL rounds it: V = max, S = floor(255 (max - min) / max), H = floor(42.5 N / (max - min)) with N
-    the numerator of its sector, but for `late_hues`. Back: a channel is ``V - round(V S w / 65025)``, with w from 0 to
+    the numerator of its sector, but for `late_hues`. Back: a channel is `V - round(V S w / 65025)`, with w from 0 to
     255 the channel's distance, in the hue circle of 1530 units, from where it equals V.
 
     Args:
@@ -29,7 +29,7 @@ def shift_hue_(levels: Tensor, shift: Tensor) -> Tensor:
         shift: [n] int32, 0 to 255.
 
     Returns:
-        ``levels``.
+        `levels`.
     """
     r, g, b = levels.unbind(0)
     high = torch.maximum(torch.maximum(r, g), b)
@@ -42,12 +42,20 @@ def shift_hue_(levels: Tensor, shift: Tensor) -> Tensor:
         away = torch.sub(units, centre, out=levels[channel]).abs_()
         away = away.neg_().add_(510.0) if channel == 0 else away.sub_(255.0)
         # The rounded quotient never lies on a tie: 2 V S w is even, 65025 is odd.
-        lost = away.clamp_(0.0, 255.0).mul_(amount).add_(32512.0).div_(_whole(65025.0, levels)).floor_()
+        lost = (
+            away.clamp_(0.0, 255.0)
+            .mul_(amount)
+            .add_(32512.0)
+            .div_(_whole(65025.0, levels))
+            .floor_()
+        )
         torch.sub(high, lost, out=lost)
     return levels
 
 
-def _hue_units(r: Tensor, g: Tensor, b: Tensor, high: Tensor, spread: Tensor, shift: Tensor) -> Tensor:
+def _hue_units(
+    r: Tensor, g: Tensor, b: Tensor, high: Tensor, spread: Tensor, shift: Tensor
+) -> Tensor:
     """[n, P] six times the shifted hue byte, 0 to 1530: the place on a circle of six sectors of 255 units."""
     is_red, is_green = torch.empty_like(r), torch.empty_like(r)
     torch.eq(r, high, out=is_red)

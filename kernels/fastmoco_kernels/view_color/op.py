@@ -9,10 +9,10 @@ Following PIL's own arithmetic costs nothing here: the kernels wait for memory.
 
 How. Contrast turns about the image's grey mean *at its place in the order*, so an image needs a reduction first:
 
-1. ``grey_sum``: reads the pixels, applies the steps before contrast, adds the luma: one integer a block.
-2. ``view_color``: reads the pixels again, adds those sums, applies everything up to greyscale. An image without blur is
+1. `grey_sum`: reads the pixels, applies the steps before contrast, adds the luma: one integer a block.
+2. `view_color`: reads the pixels again, adds those sums, applies everything up to greyscale. An image without blur is
    solarized, normalised and written; one that is blurred goes to planes of bytes.
-3. the six boxes of `gaussian_blur` and ``finish``, over blurred images alone.
+3. the six boxes of `gaussian_blur` and `finish`, over blurred images alone.
 
 Recomputing the steps before contrast beats keeping them (3 bytes a pixel written and read). All sums are sums of
 integers, so nothing depends on tiles, threads or backends: the 8-bit stage is equal everywhere, to the bit. Hue is HSV in
@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import choose_backend, require_triton, triton_is_default
+from fastmoco_kernels.backends import choose_backend, require_triton, triton_is_default
 from fastmoco_kernels.blur.op import check_sigmas
 from fastmoco_kernels.view_color.plan import Plan, ViewColorParameters, plan
 from fastmoco_kernels.view_color.reference import view_color_reference
@@ -52,28 +52,28 @@ def view_color(
 ) -> Tensor:
     """Jitter, grey, blur, solarize and normalise every image by its own parameters.
 
-    ``(level / 255 - mean) / std`` of the levels that torchvision's PIL transforms give for the same parameters: the
-    augmentation of Chen, Xie, He 2021 (MoCo v3). With ``dtype=torch.uint8`` those levels themselves.
+    `(level / 255 - mean) / std` of the levels that torchvision's PIL transforms give for the same parameters: the
+    augmentation of Chen, Xie, He 2021 (MoCo v3). With `dtype=torch.uint8` those levels themselves.
 
     Args:
         images: [B, H, W, 3] uint8 RGB, any stride, CPU or CUDA, at most 2^21 pixels each.
         parameters: a row for each image; on the CPU or on the images' device. On the CPU their range is checked.
         mean: of the three channels, subtracted after scaling to [0, 1].
         std: of the three channels, divided by; positive.
-        dtype: float32, float16 or bfloat16; or uint8: levels, not normalised, whatever ``mean`` and ``std`` are.
+        dtype: float32, float16 or bfloat16; or uint8: levels, not normalised, whatever `mean` and `std` are.
         solarize_threshold: level, 0 to 256, from which solarize inverts.
         channels_last: lay the result out with the channels innermost.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
-        [B, 3, H, W] of ``dtype`` on the images' device, contiguous (or channels-last). Not differentiable.
+        [B, 3, H, W] of `dtype` on the images' device, contiguous (or channels-last). Not differentiable.
 
     Raises:
         ValueError: for images of another type or shape, parameters of another length, place or range, a std that is not
             positive, another dtype, or a backend that cannot run here.
 
     Numerics: levels are whole numbers, equal to Pillow's to the bit on every backend; the last step is one product and one
-        sum in float32, rounded once more to ``dtype``. Deterministic. Autocast changes nothing.
+        sum in float32, rounded once more to `dtype`. Deterministic. Autocast changes nothing.
     Memory and cost: the result, and for blurred images 9 bytes a pixel meanwhile; `bytes_moved`. With parameters on a GPU
         every launch is made whether a batch needs it or not.
     Distributed: none.
@@ -95,7 +95,14 @@ def view_color(
     # Outside a graph the operator is passed by: its first call would import torch's compiler, seconds before a first batch.
     traced = torch.compiler.is_compiling() or type(images) is not Tensor
     result: Tensor = (_view_color if traced else _compute)(
-        images, *parameters, scale, shift, solarize_threshold, dtype, channels_last, chosen == "triton"
+        images,
+        *parameters,
+        scale,
+        shift,
+        solarize_threshold,
+        dtype,
+        channels_last,
+        chosen == "triton",
     )
     return result
 
@@ -127,11 +134,17 @@ def _compute(
     if triton:
         from fastmoco_kernels.view_color.launch import Normalisation, view_color_triton
 
-        numbers = Normalisation((scale[0], scale[1], scale[2]), (shift[0], shift[1], shift[2]), threshold)
+        numbers = Normalisation(
+            (scale[0], scale[1], scale[2]), (shift[0], shift[1], shift[2]), threshold
+        )
         view_color_triton(images.contiguous(), tables, numbers, out)
     else:
-        factor, offset = (torch.tensor(x, dtype=torch.float32, device=images.device) for x in (scale, shift))
-        view_color_reference(images, Plan(*(table.cpu() for table in tables)), factor, offset, threshold, out)
+        factor, offset = (
+            torch.tensor(x, dtype=torch.float32, device=images.device) for x in (scale, shift)
+        )
+        view_color_reference(
+            images, Plan(*(table.cpu() for table in tables)), factor, offset, threshold, out
+        )
     return out
 
 
@@ -156,7 +169,9 @@ def _(images: Tensor, *arguments: object) -> Tensor:
 def _empty(images: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     batch, height, width, _ = images.shape
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(batch, 3, height, width, dtype=dtype, device=images.device, memory_format=layout)
+    return torch.empty(
+        batch, 3, height, width, dtype=dtype, device=images.device, memory_format=layout
+    )
 
 
 def _check(
@@ -174,12 +189,19 @@ def _check(
     if images.numel() == 0:
         raise ValueError(f"view_color: images {shape} hold nothing")
     if shape[1] * shape[2] > _LARGEST:
-        raise ValueError(f"view_color: images of {shape[1]} x {shape[2]} pixels; an image has at most {_LARGEST}")
+        raise ValueError(
+            f"view_color: images of {shape[1]} x {shape[2]} pixels; an image has at most {_LARGEST}"
+        )
     for name, value in parameters._asdict().items():
         wanted = (shape[0], 4) if name == "order" else (shape[0],)
         if tuple(value.shape) != wanted:
-            raise ValueError(f"view_color: {name} is {tuple(value.shape)} but {shape[0]} images need {wanted}")
-        if value.device != parameters.brightness.device or value.device.type not in ("cpu", images.device.type):
+            raise ValueError(
+                f"view_color: {name} is {tuple(value.shape)} but {shape[0]} images need {wanted}"
+            )
+        if value.device != parameters.brightness.device or value.device.type not in (
+            "cpu",
+            images.device.type,
+        ):
             raise ValueError(
                 f"view_color: {name} is on {value.device}, brightness on {parameters.brightness.device} "
                 f"and the images on {images.device}; parameters are all on the CPU or all on the images' device"
@@ -192,7 +214,7 @@ def _check(
 
 
 def level_factors(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
-    """``(level / 255 - mean) / std`` as ``level * factor + summand``: the factors and the summands of the channels.
+    """`(level / 255 - mean) / std` as `level * factor + summand`: the factors and the summands of the channels.
 
     Both are rounded to float32, then the product is, then the sum.
     """
@@ -225,20 +247,32 @@ def check_ranges(op: str, parameters: ViewColorParameters) -> None:
         bad = (~(torch.isfinite(value) & (value >= 0))).nonzero()
         if len(bad):
             row = int(bad[0])
-            raise ValueError(f"{op}: {name} of image {row} is {float(value[row])}; must be finite and at least 0")
+            raise ValueError(
+                f"{op}: {name} of image {row} is {float(value[row])}; must be finite and at least 0"
+            )
     bad = (~(parameters.hue.abs() <= 0.5)).nonzero()
     if len(bad):
         row = int(bad[0])
-        raise ValueError(f"{op}: hue of image {row} is {float(parameters.hue[row])}; lies in -0.5 to 0.5 turns")
+        raise ValueError(
+            f"{op}: hue of image {row} is {float(parameters.hue[row])}; lies in -0.5 to 0.5 turns"
+        )
     bad = (parameters.order.long().sort(1).values != torch.arange(4)).any(1).nonzero()
     if len(bad):
         row = int(bad[0])
-        raise ValueError(f"{op}: order of image {row} is {parameters.order[row].tolist()}; no permutation of 0 to 3")
+        raise ValueError(
+            f"{op}: order of image {row} is {parameters.order[row].tolist()}; no permutation of 0 to 3"
+        )
     check_sigmas(op, parameters.blur_sigma)
 
 
 def bytes_moved(
-    images: int, height: int, width: int, *, dtype: torch.dtype, with_contrast: int = 0, blurred: int = 0
+    images: int,
+    height: int,
+    width: int,
+    *,
+    dtype: torch.dtype,
+    with_contrast: int = 0,
+    blurred: int = 0,
 ) -> int:
     """Bytes of pixels that the launches read and write (tables of 128 bytes an image left out).
 

@@ -42,7 +42,7 @@ class ViewColorParameters(NamedTuple):
 
     @classmethod
     def neutral(cls, batch: int, device: torch.device | str = "cpu") -> ViewColorParameters:
-        """Parameters that change nothing; replace fields with ``._replace``."""
+        """Parameters that change nothing; replace fields with `._replace`."""
         ones, zeros = torch.ones(batch, device=device), torch.zeros(batch, device=device)
         order = torch.arange(4, dtype=torch.uint8, device=device).repeat(batch, 1)
         never = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -72,7 +72,9 @@ class Plan(NamedTuple):
 def plan(parameters: ViewColorParameters) -> Plan:
     """Tables on the device of the parameters; nothing waits for that device."""
     p = parameters
-    factors = torch.stack([p.brightness, p.contrast, p.saturation, torch.zeros_like(p.brightness)], 1).float()
+    factors = torch.stack(
+        [p.brightness, p.contrast, p.saturation, torch.zeros_like(p.brightness)], 1
+    ).float()
     idle = torch.stack([*(factors[:, i] == 1 for i in range(3)), p.hue == 0], 1)
     order = p.order.long()
     steps = torch.where(idle.gather(1, order), NOTHING, order).to(torch.int32)
@@ -87,8 +89,8 @@ def plan(parameters: ViewColorParameters) -> Plan:
 def late_hues() -> tuple[bool, ...]:
     """Whether PIL's hue byte is one less than it should be, for each byte that it should be *exactly*.
 
-    PIL computes ``h = frac(((bc - gc), (2 + rc - bc) or (4 + gc - rc)) / 6)`` with ``rc = (max - r) / (max - min)`` and
-    so on in float32, and cuts ``255 h``. Where that is a whole number E in exact arithmetic, h may come out just below
+    PIL computes `h = frac(((bc - gc), (2 + rc - bc) or (4 + gc - rc)) / 6)` with `rc = (max - r) / (max - min)` and
+    so on in float32, and cuts `255 h`. Where that is a whole number E in exact arithmetic, h may come out just below
     E / 255; everywhere else the distance to the next whole number (1/1530 at least) dwarfs the rounding. For such a
     pixel the middle channel's share is (85 - 2 |j|) / 85 with j = E - 85 k in sector k, whatever the levels are, so the
     256 cases are all there are. A test compares all 2^24 colours.

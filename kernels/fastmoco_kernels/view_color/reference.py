@@ -22,7 +22,7 @@ _EXACT_SUM = 2**24 // 256
 def view_color_reference(
     images: Tensor, tables: Plan, scale: Tensor, shift: Tensor, threshold: int, out: Tensor
 ) -> None:
-    """Compute a batch into ``out``.
+    """Compute a batch into `out`.
 
     Args:
         images: [B, H, W, 3] uint8.
@@ -99,7 +99,9 @@ def _blur_(planes: Tensor, boxes: Tensor, chosen: list[int]) -> None:
         return
     index = None if len(chosen) == planes.shape[1] else torch.tensor(chosen, device=planes.device)
     some = planes if index is None else planes[:, index]
-    sharp = some.to(torch.int32).to(torch.uint8).transpose(0, 1)  # in one step torch converts four times as slowly
+    sharp = (
+        some.to(torch.int32).to(torch.uint8).transpose(0, 1)
+    )  # in one step torch converts four times as slowly
     blurred = blur_reference(sharp, boxes[chosen]).transpose(0, 1)
     if index is None:
         planes.copy_(blurred)
@@ -108,8 +110,13 @@ def _blur_(planes: Tensor, boxes: Tensor, chosen: list[int]) -> None:
 
 
 def luma(levels: Tensor) -> Tensor:
-    """[n, ...] float32: PIL's mode L, ``(19595 R + 38470 G + 7471 B + 32768) >> 16``; every sum is exact."""
-    grey = levels[0].mul(19595 / 65536).add_(levels[1], alpha=38470 / 65536).add_(levels[2], alpha=7471 / 65536)
+    """[n, ...] float32: PIL's mode L, `(19595 R + 38470 G + 7471 B + 32768) >> 16`; every sum is exact."""
+    grey = (
+        levels[0]
+        .mul(19595 / 65536)
+        .add_(levels[1], alpha=38470 / 65536)
+        .add_(levels[2], alpha=7471 / 65536)
+    )
     return grey.add_(0.5).floor_()
 
 

@@ -23,18 +23,20 @@ def _blend(anchor, level, factor):
 
 @triton.jit
 def _hue_level(high, amount, weight):
-    """``high - round(amount * weight / 65025)``, weight clipped to 0 to 255; no quotient lies on a tie."""
+    """`high - round(amount * weight / 65025)`, weight clipped to 0 to 255; no quotient lies on a tie."""
     weight = tl.minimum(tl.maximum(weight, 0), 255)
     return high - (amount * weight + 32512) // 65025
 
 
 @triton.jit
 def _turn_hue(r, g, b, shift, late_ptr):
-    """Through PIL's HSV of 8 bits and back, the hue byte moved on by ``shift``."""
+    """Through PIL's HSV of 8 bits and back, the hue byte moved on by `shift`."""
     high = tl.maximum(tl.maximum(r, g), b)
     spread = high - tl.minimum(tl.minimum(r, g), b)
     some = tl.maximum(spread, 1)
-    numerator = tl.where(r == high, g - b, tl.where(g == high, b - r + 2 * spread, r - g + 4 * spread))
+    numerator = tl.where(
+        r == high, g - b, tl.where(g == high, b - r + 2 * spread, r - g + 4 * spread)
+    )
     # A quarter keeps both quotients off whole numbers by more than any rounding of a division.
     hue = tl.floor((numerator.to(tl.float32) * 42.5 + 0.25) / some.to(tl.float32)).to(tl.int32)
     exact = 85 * numerator == 2 * hue * some

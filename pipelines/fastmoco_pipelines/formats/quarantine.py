@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastmoco_pipelines.files import write_file
 from fastmoco_pipelines.text import escaped
 
 NAME = "quarantine.jsonl"
@@ -152,13 +153,7 @@ class Quarantine:
 
     def write(self, path: Path) -> Path:
         """Write the whole list in place of an older file: a reader sees the old one or the new one, never half of it."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(b"".join(map(_line, self)))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        return write_file(path, b"".join(map(_line, self)))
 
 
 def append_entry(path: Path, entry: QuarantineEntry) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
@@ -12,6 +11,7 @@ from fastmoco_pipelines.errors import BadImageError, ImageRefusedError
 from fastmoco_pipelines.formats.images import check_decodes, structure_fault
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import EvalSpec
+from fastmoco_pipelines.views.runtime import cause_of
 
 if TYPE_CHECKING:
     from fastmoco_pipelines.views.dali import DecodeError, EvalPipeline
@@ -126,5 +126,4 @@ def _pillow_reason(data: NDArray[np.uint8]) -> str | None:
 
 
 def _dali_reason(failure: DecodeError) -> str:
-    said = re.search(r"encountered:\s*(.+)", str(failure))  # the rest of DALI's text is a traceback of the graph
-    return f"it cannot be decoded (DALI: {said.group(1) if said else failure})"
+    return f"it cannot be decoded (DALI: {cause_of(failure)})"

@@ -1,8 +1,8 @@
 """Batches in spite of bad samples: find them, leave them out, fill their places.
 
-The verdict on a sample rests on its bytes alone: they must be those of the index, have the structure and size of an image,
+Whether a sample is bad rests on its bytes alone: they must be those of the index, have the structure and size of an image,
 and pass the decoder that makes the views, undisturbed by its neighbours. `sampling/stand_ins.py` chooses the
-sample that takes its place; `verdicts.py` knows what is bad already, and how much is tolerated.
+sample that takes its place; `bad_samples.py` knows what is bad already, and how much is tolerated.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.healing.bad_samples import UNREADABLE, BadSamples
 from fastmoco_pipelines.healing.culprit import Suspects
 from fastmoco_pipelines.healing.reader import PatientReader, ReadFault
-from fastmoco_pipelines.healing.verdicts import UNREADABLE, Verdicts
 from fastmoco_pipelines.sampling.stand_ins import Places, Plan
 from fastmoco_pipelines.sets.shard_set import ShardSet
 
@@ -33,13 +33,13 @@ class Healer:
 
     Args:
         shards: the set.
-        verdicts: what is known of it.
+        bad: what is known of it.
         suspects: decodes images alone.
         stop: set when nobody waits any more.
     """
 
-    def __init__(self, shards: ShardSet, verdicts: Verdicts, suspects: Suspects, stop: threading.Event) -> None:
-        self.verdicts = verdicts
+    def __init__(self, shards: ShardSet, bad: BadSamples, suspects: Suspects, stop: threading.Event) -> None:
+        self.bad = bad
         self._shards = shards
         self._suspects = suspects
         self._reader = PatientReader(shards, stop)
@@ -51,16 +51,16 @@ class Healer:
             TooManyBadSamplesError: if too many are.
         """
         found: list[Encoded | None] = [None] * len(sample_ids)
-        rows = np.flatnonzero(~self.verdicts.bad(sample_ids))
+        rows = np.flatnonzero(~self.bad.contains(sample_ids))
         if len(rows):
             for row, data in zip(rows.tolist(), self._reader.read(sample_ids[rows]), strict=True):
                 if not isinstance(data, ReadFault):
                     found[row] = data
                 elif data.lost == "shard":
-                    self.verdicts.condemn_shard(int(sample_ids[row]), data.reason)
+                    self.bad.add_shard(int(sample_ids[row]), data.reason)
                 else:
                     prefix = UNREADABLE if data.lost == "sample" else ""
-                    self.verdicts.condemn(int(sample_ids[row]), prefix + data.reason)
+                    self.bad.add(int(sample_ids[row]), prefix + data.reason)
         return found
 
     def fill(self, plan: Plan, places: Places, encoded: list[Encoded | None] | None = None) -> list[Encoded]:
@@ -84,7 +84,7 @@ class Healer:
 
     def _advance(self, plan: Plan, places: Places, row: int) -> None:
         """To the next candidate that is not known to be bad."""
-        while self.verdicts.bad(places.ids[row : row + 1])[0]:
+        while self.bad.contains(places.ids[row : row + 1])[0]:
             if places.attempts[row] >= MAX_ATTEMPTS:
                 raise ShardError(
                     f"step {places.step}: of {MAX_ATTEMPTS} images drawn to stand in for a bad one, none is good: run "
@@ -104,5 +104,5 @@ class Healer:
         """
         bad = self._suspects.find(error, encoded)
         for row, reason in bad.items():
-            self.verdicts.condemn(int(sample_ids[row]), reason)
+            self.bad.add(int(sample_ids[row]), reason)
         return [None if row in bad else data for row, data in enumerate(encoded)]

@@ -1,7 +1,7 @@
 """`check_shards`: read and decode everything, report every fault, and write the quarantine list beside the tars.
 
 Each tar is walked strictly, compared with its index and the manifest, and every image in it is decoded, by the decoder
-that training uses, in a disposable process. Verdicts depend on the bytes alone. No tar is ever changed. Those of a server
+that training uses, in a disposable process. What is found depends on the bytes alone. No tar is ever changed. Those of a server
 are checked in copies, and the list is written to this machine: to put it beside them is the user's to do.
 """
 
@@ -26,7 +26,7 @@ from fastmoco_pipelines.sets.patterns import is_remote
 from fastmoco_pipelines.sets.remote_set import fetch_lists
 from fastmoco_pipelines.sets.whole_tars import LocalTars, RemoteTars, whole_names
 from fastmoco_pipelines.spec import CacheSpec
-from fastmoco_pipelines.stores.limits import Limits
+from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.text import redact
 
 Progress = Callable[[int, int], None]

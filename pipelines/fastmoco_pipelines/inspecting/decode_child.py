@@ -16,16 +16,15 @@ import re
 import resource
 import sys
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import ImageRefusedError
 from fastmoco_pipelines.formats.images import MAX_BYTES, read_header, refusal_kind
-
-if TYPE_CHECKING:
-    from nvidia.dali import Pipeline
+from fastmoco_pipelines.views.graph import decode
+from fastmoco_pipelines.views.runtime import build_pipeline, cause_of
 
 _FILE_BYTES = 1 << 20  # what a decoder may write to standard error
 _NOISE = re.compile(r"\x1b\[[0-9;]*m|\[(?:ERROR|WARN|INFO)\]\s*|\[[a-z_]*decoder[a-z_]*\]\s*")
@@ -37,7 +36,7 @@ class Decoder:
     """The decoder that the loader uses, fed as the loader feeds it, one image at a time."""
 
     def __init__(self) -> None:
-        self._pipeline: Pipeline | None = None
+        self._pipeline: Any = None  # of DALI
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
         """The decoded image, [height, width, 3] uint8; valid until the next call.
@@ -46,7 +45,8 @@ class Decoder:
             RuntimeError: DALI's, of several types, if it gives up.
         """
         if self._pipeline is None:
-            self._pipeline = _build()
+            options = {"batch_size": 1, "num_threads": 1, "device_id": None, "prefetch_queue_depth": 1}
+            self._pipeline = build_pipeline(lambda: decode("cpu"), **options)
         pipeline, self._pipeline = self._pipeline, None  # void after an error
         pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8)])
         (images,) = pipeline.run()
@@ -110,24 +110,10 @@ def _printed(said: int) -> str:
 
 
 def _words(said: int, error: Exception) -> str:
-    """What the decoder printed, or else the pith of DALI's error."""
+    """What the decoder printed, or else the cause in DALI's error."""
     printed = _printed(said)
-    encountered = re.search(r"encountered:\s*(.+)", str(error))  # the rest of DALI's text is a traceback of the graph
-    words = printed.splitlines()[0] if printed else encountered.group(1) if encountered else str(error)
+    words = printed.splitlines()[0] if printed else cause_of(error)
     return words.strip()[:300]
-
-
-def _build() -> Pipeline:
-    from nvidia.dali import fn, pipeline_def, types
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)  # type: ignore[untyped-decorator]
-    def decode_one() -> Any:
-        encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8, no_copy=True)
-        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
-
-    pipeline: Pipeline = decode_one()
-    pipeline.build()
-    return pipeline
 
 
 def _warm_up() -> bytes:

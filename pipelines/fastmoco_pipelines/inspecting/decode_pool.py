@@ -46,7 +46,7 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Decoded:
     """What became of an item: ``kind`` is empty for a good image; ``listed`` tells whether an index would list it;
     ``shape`` is (height, width) in pixels by its header; ``crc32`` is None where the process did not live to tell."""
 
@@ -89,19 +89,19 @@ class DecodePool:
         self._lock = threading.Lock()
         self._closed = False
 
-    def run(self, items: Sequence[Item], advance: Callable[[Item], None] | None = None) -> list[Verdict]:
-        """Decode all items; verdict i belongs to item i. ``advance`` is called, in any thread, as each is done.
+    def run(self, items: Sequence[Item], advance: Callable[[Item], None] | None = None) -> list[Decoded]:
+        """Decode all items; result i belongs to item i. ``advance`` is called, in any thread, as each is done.
 
         Raises:
             RuntimeError: if a child cannot be started at all.
         """
-        verdicts: list[Verdict | None] = [None] * len(items)
+        results: list[Decoded | None] = [None] * len(items)
         starts = iter(range(0, len(items), _BATCH))
 
         def work() -> None:
             while (start := self._next(starts)) is not None:
-                for i, verdict in enumerate(self._decode(items[start : start + _BATCH]), start):
-                    verdicts[i] = verdict
+                for i, result in enumerate(self._decode(items[start : start + _BATCH]), start):
+                    results[i] = result
                     if advance is not None:
                         advance(items[i])
 
@@ -114,7 +114,7 @@ class DecodePool:
                 except BaseException:
                     self.close()  # so that no thread waits for a child
                     raise
-        return [verdict for verdict in verdicts if verdict is not None]
+        return [result for result in results if result is not None]
 
     def close(self) -> None:
         """End all children."""
@@ -135,31 +135,31 @@ class DecodePool:
         with self._lock:
             return None if self._closed else next(starts, None)
 
-    def _decode(self, items: Sequence[Item]) -> Iterator[Verdict]:
+    def _decode(self, items: Sequence[Item]) -> Iterator[Decoded]:
         done = 0
         while done < len(items):
             try:
-                for verdict in self._ask(items[done:]):
+                for result in self._ask(items[done:]):
                     done += 1
-                    yield verdict
+                    yield result
             except _ChildEndedError:
                 # The heap may have been corrupted by an earlier image: only who fails in a fresh process is to blame.
                 yield self._alone(items[done])
                 done += 1
 
-    def _alone(self, item: Item) -> Verdict:
+    def _alone(self, item: Item) -> Decoded:
         try:
             child = self._start()
             try:
-                (verdict,) = child.ask([item])
-                return verdict
+                (result,) = child.ask([item])
+                return result
             finally:
                 self._give_back(child)
         except _ChildEndedError as ended:
             self.restarts += 1
-            return Verdict(ended.kind, str(ended), True, item.crc32, None)
+            return Decoded(ended.kind, str(ended), True, item.crc32, None)
 
-    def _ask(self, items: Sequence[Item]) -> Iterator[Verdict]:
+    def _ask(self, items: Sequence[Item]) -> Iterator[Decoded]:
         with self._lock:
             child = self._idle.pop() if self._idle else None
             if child is not None:
@@ -219,15 +219,15 @@ class _Child:
             self.kill()
             raise RuntimeError(f"the decoding process does not start: {answer['failed']}")
 
-    def ask(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Verdicts in order; a child that is left in mid-batch is of no more use."""
+    def ask(self, items: Sequence[Item]) -> Iterator[Decoded]:
+        """What became of the items, in order; a child that is left in mid-batch is of no more use."""
         finished = False
         try:
             self._send([[item.path, item.offset, item.size, item.crc32] for item in items])
             for _ in items:
                 answer = self._receive(self._limits.seconds)
                 shape = answer["shape"]
-                yield Verdict(
+                yield Decoded(
                     answer["kind"],
                     answer["reason"],
                     answer["listed"],

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastmoco_pipelines.healing.culprit import raise_bad_image
-from fastmoco_pipelines.inspecting.preview_parameters import describe_draws, put_beside
 from fastmoco_pipelines.sampling.order import epoch_order
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import ViewSpec, require
-from fastmoco_pipelines.views.draws import draw_views
+from fastmoco_pipelines.views.draws import ViewDraws, draw_views
 
 _CELL = 96  # pixels; smaller views are enlarged to about this, larger ones shown as they are
 _GAP = 4
 _GROUPS = 2  # (original, view 1, view 2) stand side by side this many times
+_LETTERS = "bcsh"  # brightness, contrast, saturation, hue: as jitter_order numbers them
+_LINE = 13  # pixels
+_MARGIN = 6
 
 
 def save_view_grid(
@@ -134,3 +137,49 @@ def _fit(image: Image.Image, side: int) -> Image.Image:
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     width, height = (max(1, round(length * side / longer)) for length in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def describe_draws(draws: ViewDraws, i: int, size: Sequence[int]) -> str:
+    """The draws of row ``i`` in one line; operations that leave the view alone are left out.
+
+    Args:
+        draws: of one view.
+        i: the row.
+        size: height and width of the image in pixels.
+    """
+    top, left, height, width = draws.crop[i].tolist()
+    share = height * width / max(int(size[0]) * int(size[1]), 1)
+    words = [f"crop {width}x{height} at {left},{top} = {share:.2f} of the image"]
+    factors = (float(draws.brightness[i]), float(draws.contrast[i]), float(draws.saturation[i]), float(draws.hue[i]))
+    if factors != (1.0, 1.0, 1.0, 0.0):
+        order = "".join(_LETTERS[k] for k in draws.jitter_order[i].tolist())
+        brightness, contrast, saturation, hue = factors
+        words.append(f"b {brightness:.2f} c {contrast:.2f} s {saturation:.2f} h {hue:+.3f} ({order})")
+    if draws.grayscale[i]:
+        words.append("grey")
+    if draws.blur_sigma[i] > 0:
+        words.append(f"sigma {draws.blur_sigma[i]:.2f}")
+    if draws.solarize[i]:
+        words.append("solarize")
+    if draws.flip[i]:
+        words.append("flip")
+    return ", ".join(words)
+
+
+def put_beside(picture: Image.Image, texts: Sequence[Sequence[str]], row_height: int) -> Image.Image:
+    """The picture with lines of text to the right of each of its rows.
+
+    Args:
+        picture: rows of ``row_height`` pixels each.
+        texts: the lines of each row; what does not fit into its height is cut off.
+    """
+    font = ImageFont.load_default()
+    widest = max((font.getlength(line) for lines in texts for line in lines), default=0.0)
+    canvas = Image.new("RGB", (picture.width + 2 * _MARGIN + int(widest), picture.height), "white")
+    canvas.paste(picture, (0, 0))
+    pen = ImageDraw.Draw(canvas)
+    for row, lines in enumerate(texts):
+        for number, line in enumerate(lines[: row_height // _LINE]):
+            at = (picture.width + _MARGIN, row * row_height + _MARGIN + number * _LINE)
+            pen.text(at, line, fill="black", font=font)
+    return canvas

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.formats.index import ShardIndex, read_index
 from fastmoco_pipelines.formats.manifest import read_sets
+from fastmoco_pipelines.sets.cached_files import open_cache
 from fastmoco_pipelines.sets.patterns import is_remote
 from fastmoco_pipelines.sets.remote_set import open_remote
-from fastmoco_pipelines.sets.shard_files import open_cache
 from fastmoco_pipelines.sets.whole_tars import LocalTars, whole_names
 from fastmoco_pipelines.spec import CacheSpec
-from fastmoco_pipelines.stores.limits import Limits
+from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.text import redact
 
 if TYPE_CHECKING:

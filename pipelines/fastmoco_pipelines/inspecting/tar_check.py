@@ -13,7 +13,7 @@ from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.members import TarContent, group_members, split_name
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.formats.tar import walk_damaged
-from fastmoco_pipelines.inspecting.decode_pool import DecodePool, Item, Verdict
+from fastmoco_pipelines.inspecting.decode_pool import Decoded, DecodePool, Item
 from fastmoco_pipelines.inspecting.report import CheckReport
 
 
@@ -57,10 +57,10 @@ class TarCheck:
         content = group_members(members)
         self._look_at_index(content)
         candidates = self._candidates(content)
-        verdicts = pool.run([candidate.item for candidate in candidates], advance)
+        results = pool.run([candidate.item for candidate in candidates], advance)
         listed = {candidate.item.offset for candidate in candidates}
-        for candidate, verdict in zip(candidates, verdicts, strict=True):
-            self._judge(candidate, verdict)
+        for candidate, decoded in zip(candidates, results, strict=True):
+            self._judge(candidate, decoded)
         self._look_at_names(content, listed, {split_name(damage.member)[0] for damage in damages if damage.member})
         self._look_at_damages(damages)
         if not (content.samples or damages):
@@ -124,16 +124,16 @@ class TarCheck:
                 candidates.append(_Candidate(sample.key, sample.extension, Item(path, image.offset, image.size), None))
         return candidates
 
-    def _judge(self, candidate: _Candidate, verdict: Verdict) -> None:
-        kind, reason = verdict.kind, verdict.reason
+    def _judge(self, candidate: _Candidate, decoded: Decoded) -> None:
+        kind, reason = decoded.kind, decoded.reason
         if candidate.row is not None and self.index is not None and not kind:
             size = self.index.columns["height"][candidate.row], self.index.columns["width"][candidate.row]
-            if verdict.shape != size:
+            if decoded.shape != size:
                 kind, reason = "wrong index", f"its header says another size than the index, {size[1]}x{size[0]} pixels"
         if candidate.row is None and self.fits and not kind:
             kind = "not indexed"
             reason = "is a good image that the index does not list: run `fastmoco data index` on the shards"
-        counted = candidate.row is not None or (not self.fits and verdict.listed)
+        counted = candidate.row is not None or (not self.fits and decoded.listed)
         self.promised += counted
         self.delivered += counted and not kind
         self.quarantined += counted and bool(kind)
@@ -143,7 +143,7 @@ class TarCheck:
         item = candidate.item
         outcome = "quarantined" if counted else "left out"
         self._fault(f"{candidate.key}.{candidate.extension}", kind, reason, item.offset, outcome)
-        crc32 = item.crc32 if item.crc32 is not None else verdict.crc32
+        crc32 = item.crc32 if item.crc32 is not None else decoded.crc32
         if counted and crc32 is not None:
             self.quarantine.add(
                 shard=self.path.name,

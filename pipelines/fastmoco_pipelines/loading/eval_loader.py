@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmoco_pipelines.healing.bad_samples import BadSamples
 from fastmoco_pipelines.healing.culprit import Suspects
 from fastmoco_pipelines.healing.healer import Healer
-from fastmoco_pipelines.healing.verdicts import Verdicts
 from fastmoco_pipelines.loading.batch import EvalBatch
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec, EvalSpec, require
@@ -69,12 +69,12 @@ def build_eval_loader(
     require(limit is None or limit >= 1, "limit", limit, "needs at least 1 image, or None for all")
     require((device_id is not None) == (device == "gpu"), "device_id", device_id, f"does not fit {device=}")
     shards = ShardSet.open(pattern, cache=cache)
-    verdicts = Verdicts(shards, max_bad_share=max_bad_share, run_list=quarantine_list)
+    bad = BadSamples(shards, max_bad_share=max_bad_share, run_list=quarantine_list)
     suspects = Suspects(device=device, device_id=device_id, threads=threads)
     count = len(shards) if limit is None else min(limit, len(shards))
     part = np.arange(rank * count // world_size, (rank + 1) * count // world_size, dtype=np.int64)
     pipeline = EvalPipeline(spec, batch_size=batch_size, threads=threads, device=device, device_id=device_id)
-    healer = Healer(shards, verdicts, suspects, threading.Event())
+    healer = Healer(shards, bad, suspects, threading.Event())
     return EvalLoader(shards, healer, pipeline, part * len(shards) // count, count, batch_size)
 
 
@@ -126,7 +126,7 @@ class EvalLoader:
                 batch = waiting.pop().result()
                 if ids is not None:
                     waiting.append(ahead.submit(self._load, ids))
-                for text in self._healer.verdicts.news():
+                for text in self._healer.bad.news():
                     self.report(text)
                 if batch is not None:
                     yield batch
@@ -140,7 +140,7 @@ class EvalLoader:
     @property
     def left_out(self) -> int:
         """Images of the set that are bad, as far as is known."""
-        return len(self._healer.verdicts)
+        return len(self._healer.bad)
 
     def close(self) -> None:
         """Close the files; a later iteration opens them again."""

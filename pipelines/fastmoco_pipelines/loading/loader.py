@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmoco_pipelines.errors import LoaderTimeoutError
+from fastmoco_pipelines.healing.bad_samples import BadSamples
 from fastmoco_pipelines.healing.culprit import Suspects
 from fastmoco_pipelines.healing.healer import Healer
-from fastmoco_pipelines.healing.verdicts import Verdicts
 from fastmoco_pipelines.loading.arenas import give_back_memory, share_arenas
 from fastmoco_pipelines.loading.batch import Batch, BatchStream
 from fastmoco_pipelines.loading.source import Source
@@ -84,7 +84,7 @@ def build_loader(
             world_size=world_size,
         )
         plan.places(start_step)  # says now what is wrong with the numbers
-        verdicts = Verdicts(shards, max_bad_share=spec.max_bad_share, run_list=quarantine_list)
+        bad = BadSamples(shards, max_bad_share=spec.max_bad_share, run_list=quarantine_list)
         suspects = Suspects(device=spec.device, device_id=device_id, threads=spec.threads)
         stop = threading.Event()
         pipeline = ViewPipeline(
@@ -100,7 +100,7 @@ def build_loader(
     except BaseException:
         shards.close()
         raise
-    healer = Healer(shards, verdicts, suspects, stop)
+    healer = Healer(shards, bad, suspects, stop)
     pinned = pin_memory and spec.device == "cpu"
     bounded = spec.device == "gpu" if count_making is None else count_making
     places = BatchPlaces(spec.batches_ahead) if bounded else None
@@ -126,7 +126,7 @@ class Loader(BatchStream):
             start_step=start_step,
             windows=source.plan.windows,
         )
-        self._clock, self._verdicts = source.clock, source.healer.verdicts
+        self._clock, self._bad = source.clock, source.healer.bad
         self._failure: BaseException | None = None
         self._shards, self._places = source.shards, source.places
         self._results: Results = queue.Queue(maxsize=source.spec.batches_ahead)
@@ -180,7 +180,7 @@ class Loader(BatchStream):
                     self._tell_of_waiting(waited)
         self.wait_seconds = time.perf_counter() - start
         self._clock.waited(self.wait_seconds, queued)
-        for text in self._verdicts.news():
+        for text in self._bad.news():
             self.report(text)
         if isinstance(result, BaseException):
             self._failure = result
@@ -204,8 +204,8 @@ class Loader(BatchStream):
 
     def figures(self) -> StageFigures:
         """Where the time has gone since the loader was built, and how many samples are left out."""
-        self._verdicts.look_at_peers()
-        return self._clock.figures(len(self._verdicts))
+        self._bad.read_run_list()
+        return self._clock.figures(len(self._bad))
 
     @property
     def resting(self) -> bool:

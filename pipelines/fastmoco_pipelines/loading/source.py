@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One rank's share of the data; ``prepare`` runs in the reading thread, ``render`` in the producing one."""
+    """One rank's share of the data; `steps` runs in the reading thread, `render` in the producing one."""
 
     spec: LoaderSpec
     shards: ShardSet
@@ -50,17 +51,24 @@ class Source:
     places: BatchPlaces | None = None
     """Room for the batches ahead; None: all but the one in the making lie in a bounded queue."""
 
-    def prepare(self, step: int) -> Prepared:
-        """Bytes and draws of one step."""
-        with self.clock.stage(READ, step):
-            places = self.plan.places(step)
+    def steps(self, start_step: int) -> Iterator[Prepared]:
+        """Bytes and draws of every step from `start_step` on."""
+        places = self.plan.places(start_step)
+        while True:
+            with self.clock.stage(READ, places.step):
+                following = self.plan.places(places.step + 1)
+            yield self.prepare(places, following.ids)
+            places = following
+
+    def prepare(self, places: Places, following: NDArray[np.int64]) -> Prepared:
+        """Bytes and draws of one step; the samples of the next one are announced to the disk."""
+        with self.clock.stage(READ, places.step):
             position = places.batch_start
             self.shards.follow(self.plan.windows, seed=self.spec.seed, epoch=places.epoch, position=position)
-            with contextlib.suppress(ShardError, OSError):  # a hint; whether they can be read is seen when they are
-                following = self.plan.places(step + 1).ids
-                self.shards.will_need(following[~self.healer.verdicts.bad(following)])
+            with contextlib.suppress(ShardError, OSError):  # a hint: whether they can be read is seen when they are
+                self.shards.will_need(following[~self.healer.bad.contains(following)])
             encoded = self.healer.fill(self.plan, places)
-        with self.clock.stage(DRAW, step):
+        with self.clock.stage(DRAW, places.step):
             return self._drawn(places, encoded)
 
     def render(self, prepared: Prepared) -> Batch:

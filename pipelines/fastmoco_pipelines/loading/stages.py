@@ -46,7 +46,7 @@ class StageFigures:
         stage_s: seconds of work by stage; the two threads work at the same time, so the sum may exceed ``wall_s``.
         queued: sum over the steps of the batches that lay ready when the trainer asked.
         prefetch: batches that may lie ready.
-        quarantined: images that are not delivered, on any rank as far as is known, at that moment.
+        left_out: images that are not delivered, on any rank as far as is known, at that moment.
     """
 
     steps: int = 0
@@ -55,7 +55,7 @@ class StageFigures:
     stage_s: Mapping[str, float] = field(default_factory=dict)
     queued: int = 0
     prefetch: int = 0
-    quarantined: int = 0
+    left_out: int = 0
 
     def __sub__(self, earlier: StageFigures) -> StageFigures:
         return StageFigures(
@@ -65,7 +65,7 @@ class StageFigures:
             stage_s={name: s - earlier.stage_s.get(name, 0.0) for name, s in self.stage_s.items()},
             queued=self.queued - earlier.queued,
             prefetch=self.prefetch,
-            quarantined=self.quarantined,
+            left_out=self.left_out,
         )
 
     @property
@@ -82,9 +82,9 @@ class StageFigures:
         """The figures by step, by name: ``loader/read_ms``, ..., ``loader/queue_depth``, ``loader/quarantined``."""
         steps = max(1, self.steps)
         found = {f"loader/{name}_ms": 1000 * seconds / steps for name, seconds in self.stage_s.items()}
-        return found | {"loader/queue_depth": self.queue_depth, "loader/quarantined": float(self.quarantined)}
+        return found | {"loader/queue_depth": self.queue_depth, "loader/quarantined": float(self.left_out)}
 
-    def verdict(self) -> str:
+    def summary(self) -> str:
         """One sentence: is it the loader, and if so, which part of it?"""
         waits = f"the trainer waits for the loader {self.wait_share:.0%} of the time"
         if self.wait_share <= FAST_ENOUGH:
@@ -144,7 +144,7 @@ class StageClock:
             parts.append(f"{STAGES[name]} for step {step}{where} since {now - since:.0f} s")
         return "; ".join(parts) or "nothing is under way"
 
-    def figures(self, quarantined: int) -> StageFigures:
+    def figures(self, left_out: int) -> StageFigures:
         """The figures up to now."""
         return StageFigures(
             steps=self._steps,
@@ -153,5 +153,5 @@ class StageClock:
             stage_s=dict(self._seconds),
             queued=self._queued,
             prefetch=self._prefetch,
-            quarantined=quarantined,
+            left_out=left_out,
         )

@@ -10,10 +10,11 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable
-from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+
+from fastmoco_pipelines.views.runtime import load_dali
 
 if TYPE_CHECKING:
     from fastmoco_pipelines.loading.batch import Batch
@@ -71,9 +72,9 @@ def _nothing() -> None:
 def read_steps(source: Source, start_step: int, read: Readings, stop: threading.Event) -> None:
     """The reading thread: the bytes and draws of every step until told to stop."""
     try:
-        for step in count(start_step):
-            if not put(read, source.prepare(step), stop):
-                return
+        steps = source.steps(start_step)
+        while put(read, next(steps), stop):  # no name for what is read: it would be kept while the next is
+            continue
     except BaseException as error:  # whatever it is, the trainer must hear of it instead of waiting for ever
         put(read, error, stop)
 
@@ -87,8 +88,7 @@ def make_batches(source: Source, read: Readings, results: Results, stop: threadi
         thread.join(_EXIT_SECONDS)
 
     try:
-        import nvidia.dali  # noqa: F401  # registers its exit handler now, so that it runs after the one below
-
+        load_dali()  # before the handler below, which must run before DALI's
         atexit.register(end)  # the interpreter must not take DALI down while it works here
         while not stop.is_set():
             try:

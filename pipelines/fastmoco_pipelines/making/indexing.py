@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco_pipelines.errors import LabelError, ShardError
+from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.formats.index import (
     ShardIndex,
     fits_tar,
@@ -28,7 +28,7 @@ from fastmoco_pipelines.formats.manifest import read_sets, write_sets
 from fastmoco_pipelines.sets.patterns import is_remote
 from fastmoco_pipelines.sets.whole_tars import LocalTars, RemoteTars, whole_names
 from fastmoco_pipelines.spec import CacheSpec
-from fastmoco_pipelines.stores.limits import Limits
+from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.text import escaped, redact
 
 _ORIGIN = "indexed"  # marks the sets of a manifest that were written here
@@ -144,7 +144,7 @@ def _index(
                 failures.append(ShardError(str(error).replace(path.name, name, 1)))
                 continue
             if isinstance(tars, RemoteTars):  # it will not be at hand when the manifest is written
-                hashes[path] = _sha256(path)
+                hashes[path] = hash_file(path)
         found[path], held[path] = raw, index
         if labelled := labelled or any(raw):
             for ready in list(held):  # right already where labels are numbers
@@ -216,11 +216,6 @@ def _rows(index: ShardIndex) -> set[tuple[int, int, int]]:
     return set(zip(*(index.columns[name] for name in ("offset", "size", "crc32")), strict=True))
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _label(path: Path, index: ShardIndex, labels: list[int]) -> None:
     index.columns["label"] = labels
     write_index(path, index)
@@ -288,7 +283,7 @@ def _entry(
     counts = Counter(label for tar in labels for label in tar)
     shards = []
     for path, of_tar in zip(tars, labels, strict=True):
-        sha256 = hashes.get(path) or _sha256(path)
+        sha256 = hashes.get(path) or hash_file(path)
         shards.append({"name": path.name, "samples": len(of_tar), "bytes": sizes[path], "sha256": sha256})
     return {
         "samples": sum(map(len, labels)),

@@ -7,7 +7,6 @@ bytes, tar for tar.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastmoco_pipelines.errors import ImageRefusedError
+from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.formats.images import MAX_BYTES, check_decodes, image_kind, shrink
 from fastmoco_pipelines.formats.index import ShardIndex, build_index, index_path, write_index
 from fastmoco_pipelines.formats.manifest import read_sets, write_sets
@@ -250,9 +250,8 @@ def _index_all(tars: Sequence[Path]) -> tuple[list[dict[str, Any]], list[ShardIn
     for tar in tars:
         index = build_index(tar)
         write_index(tar, index)
-        with open(tar, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        entries.append({"name": tar.name, "samples": len(index), "bytes": index.tar_bytes, "sha256": sha256})
+        entry = {"name": tar.name, "samples": len(index), "bytes": index.tar_bytes, "sha256": hash_file(tar)}
+        entries.append(entry)
         indexes.append(index)
     return entries, indexes
 

@@ -1,7 +1,7 @@
 """Shard patterns: which local files, or which URLs, a pattern names. Nothing here ever starts a process.
 
-The schemes are an allow-list: local paths, ``file:``, ``http(s)://``, ``s3://`` and ``gs://``. A URL is only ever shown
-without user, password and query: that is where tokens live.
+The schemes are an allow-list: local paths, `file:`, and those of `schemes.py`. A URL is only ever shown without user,
+password and query: that is where tokens live.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from fastmoco_pipelines.formats.manifest import read_sets
-from fastmoco_pipelines.text import _AUTHORITY, REMOTE_SCHEMES, SCHEME, redact
+from fastmoco_pipelines.schemes import SCHEME, STORES
+from fastmoco_pipelines.text import AUTHORITY, redact
 
 MAX_SHARDS = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -74,13 +75,14 @@ def is_remote(pattern: str) -> bool:
         return False
     if scheme == "pipe":
         raise ValueError("shards='pipe:...': refused: a shard pattern never starts a command")
-    if scheme not in REMOTE_SCHEMES:
+    if scheme not in STORES:
+        *others, last = (f"{known}://" for known in STORES)
         raise ValueError(
-            f"shards={scheme + ':...'!r}: reading over {scheme} is not supported yet: give a path, file:, http://, "
-            "https://, s3:// or gs://, or copy or mount the shards"
+            f"shards={scheme + ':...'!r}: reading over {scheme} is not supported yet: give a path, file:, "
+            f"{', '.join(others)} or {last}, or copy or mount the shards"
         )
     authority = re.split(r"[/?#]", pattern[match.end() :].removeprefix("//"), maxsplit=1)[0].rpartition("@")[2]
-    whole = pattern[match.end() :].startswith("//") and _AUTHORITY.fullmatch(authority) is not None
+    whole = pattern[match.end() :].startswith("//") and AUTHORITY.fullmatch(authority) is not None
     if not whole or not pattern.isascii() or not pattern.isprintable() or " " in pattern:
         raise ValueError(f"shards={redact(pattern)!r}: is no whole URL, such as https://host/folder/train-000000.tar")
     return True

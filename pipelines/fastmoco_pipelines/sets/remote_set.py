@@ -23,8 +23,8 @@ from fastmoco_pipelines.formats.quarantine import NAME as QUARANTINE
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.sets.patterns import expand_braces
 from fastmoco_pipelines.stores.cache import ShardCache
-from fastmoco_pipelines.stores.limits import Limits
-from fastmoco_pipelines.stores.object_store import list_objects
+from fastmoco_pipelines.stores.retries import Limits
+from fastmoco_pipelines.stores.table import store_of
 from fastmoco_pipelines.stores.transfer import RemoteShard, fetch_document
 from fastmoco_pipelines.text import redact, shard_name
 
@@ -82,7 +82,7 @@ def find_urls(pattern: str, reader: SmallFiles) -> list[str]:
         ValueError, RemoteError, ShardError: as for ``open_remote``.
     """
     names = expand_braces(pattern, pattern)
-    if any("@" in urlsplit(name).netloc for name in names if not name.lower().startswith("http")):
+    if any("@" in urlsplit(name).netloc for name in names if not store_of(name).user_in_url):
         raise ValueError(f"shards={redact(pattern)!r}: credentials of a store belong in the environment, not in a URL")
     return sorted({url for name in names for url in _expand(pattern, name, reader)})
 
@@ -163,18 +163,18 @@ def _expand(pattern: str, url: str, reader: SmallFiles) -> list[str]:
     name = path.rpartition("/")[2]
     if name and not glob.has_magic(path):
         return [url]
-    store = url.lower().startswith(("s3:", "gs:"))
-    if glob.has_magic(path.rpartition("/")[0]) and not store:
-        raise ValueError(f"shards={shown!r}: over http only a file's name may hold * or [...], not a folder's")
-    sets = {} if store and name else reader.sets(beside(url, ""))
+    store = store_of(url)
+    if glob.has_magic(path.rpartition("/")[0]) and not store.lists:
+        scheme = urlsplit(url).scheme
+        raise ValueError(f"shards={shown!r}: over {scheme} only a file's name may hold * or [...], not a folder's")
+    sets = {} if store.lists and name else reader.sets(beside(url, ""))
     if len(sets) > 1 and not name:
         choice = " or ".join(f"{redact(url)}{name}-*.tar" for name in sorted(sets))
         raise ValueError(f"shards={shown!r}: the folder holds several sets: name one, {choice}")
     listed = [shard["name"] for entry in sets.values() for shard in entry["shards"]]
-    if store and not listed:
-        found = [
-            found for found in list_objects(url if name else f"{url}*.tar", reader.limits) if found.endswith(".tar")
-        ]
+    if store.lists and not listed:
+        objects = store.find(url if name else f"{url}*.tar", reader.limits)
+        found = [item for item in objects if item.endswith(".tar")]
     elif not listed:
         raise ValueError(
             f"shards={shown!r}: there is no {MANIFEST} that lists the shards: copy it there, or spell them out, e.g. "
@@ -191,5 +191,5 @@ def _expand(pattern: str, url: str, reader: SmallFiles) -> list[str]:
 def beside(url: str, name: str) -> str:
     """The URL of another file in a URL's folder; the query, where keys to the whole folder stand, stays."""
     parts = urlsplit(url)
-    name = quote(name) if parts.scheme.startswith("http") else name
+    name = quote(name) if store_of(url).quotes_names else name
     return urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{name}"))

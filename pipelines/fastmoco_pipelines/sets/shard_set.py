@@ -27,10 +27,11 @@ from fastmoco_pipelines.formats.index import CURE, ShardIndex, read_index
 from fastmoco_pipelines.formats.manifest import FolderOfShards, check_folders, read_sets
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.sampling.window import ShardWindows, default_window
+from fastmoco_pipelines.sets.cached_files import CachedFiles, open_cache
+from fastmoco_pipelines.sets.local_files import LocalFiles, Place
 from fastmoco_pipelines.sets.patterns import expand_shards, is_remote, without_scheme
-from fastmoco_pipelines.sets.shard_files import LocalFiles, Place, RemoteFiles, open_cache
 from fastmoco_pipelines.spec import CacheSpec
-from fastmoco_pipelines.stores.limits import Limits
+from fastmoco_pipelines.stores.retries import Limits
 
 __all__ = ["ShardError", "ShardSet", "expand_shards"]
 
@@ -54,7 +55,7 @@ class ShardSet:
         names: Sequence[str],
         indexes: Sequence[ShardIndex],
         classes: tuple[str, ...],
-        files: LocalFiles | RemoteFiles,
+        files: LocalFiles | CachedFiles,
     ) -> None:
         self.classes = classes
         self.skipped = sum(len(index.skipped) for index in indexes)
@@ -98,7 +99,7 @@ class ShardSet:
             remote = open_remote(pattern, kept, limits)
             names = [shard.name for shard in remote.shards]
             lists = partial(fetch_lists, remote.folders, limits)
-            files = RemoteFiles(ShardFetcher(remote.shards, kept, limits), len(names), lists)
+            files = CachedFiles(ShardFetcher(remote.shards, kept, limits), len(names), lists)
             return cls(names, remote.indexes, remote.classes, files)
         paths = expand_shards(pattern)
         indexes = [read_index(path) for path in paths]
@@ -115,7 +116,7 @@ class ShardSet:
         """
         if shuffle_window is None:
             size = (cache or CacheSpec()).size_bytes
-            shuffle_window = default_window(self._largest, size) if isinstance(self._files, RemoteFiles) else 0
+            shuffle_window = default_window(self._largest, size) if isinstance(self._files, CachedFiles) else 0
         whole = shuffle_window >= len(self._names)
         return ShardWindows(first=self._first, window=0 if whole else shuffle_window)
 
@@ -189,7 +190,7 @@ class ShardSet:
 
         For a local set there is nothing to do.
         """
-        if isinstance(self._files, RemoteFiles):
+        if isinstance(self._files, CachedFiles):
             with self._lock:
                 self._files.follow(windows, seed=seed, epoch=epoch, position=position)
 
@@ -235,7 +236,7 @@ class ShardSet:
 
     def cancel(self) -> None:
         """End a wait for a server, in whichever thread it is: there ``read`` raises. Then ``close``."""
-        if isinstance(self._files, RemoteFiles):
+        if isinstance(self._files, CachedFiles):
             self._files.cancel()
 
     def close(self) -> None:

@@ -29,9 +29,10 @@ from fastmoco_pipelines.sets.remote_set import THREADS, SmallFiles, beside, find
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.cache import ShardCache
 from fastmoco_pipelines.stores.fetcher import ShardFetcher
-from fastmoco_pipelines.stores.limits import Limits
-from fastmoco_pipelines.stores.retries import retried
-from fastmoco_pipelines.stores.transfer import RemoteShard, fetch_document, open_body, verify
+from fastmoco_pipelines.stores.retries import Limits, retried
+from fastmoco_pipelines.stores.store import Request
+from fastmoco_pipelines.stores.table import open_url
+from fastmoco_pipelines.stores.transfer import RemoteShard, fetch_document, verify
 from fastmoco_pipelines.text import redact, shard_name
 
 
@@ -235,7 +236,8 @@ class RemoteTars:
         deadline = monotonic() + self._limits.deadline_seconds
 
         def ask(stop: int | None) -> _Head:
-            with open_body(url, stop=stop, limits=self._limits, deadline=deadline) as body:
+            request = Request(url=url, stop=stop, limits=self._limits, deadline=deadline)
+            with open_url(request) as body:
                 if body.total is None:
                     raise RemoteError(
                         f"{redact(url)}: the server does not say how large it is: have it send Content-Length"

@@ -27,7 +27,16 @@ from pathlib import Path
 from typing import Self
 
 from fastmoco_pipelines.errors import NoRoomError
-from fastmoco_pipelines.files import OPEN_FLAGS, is_free, is_named, lock_path, remove, remove_if_free, try_lock
+from fastmoco_pipelines.files import (
+    OPEN_FLAGS,
+    is_free,
+    is_named,
+    lock_path,
+    remove,
+    remove_if_free,
+    try_lock,
+    write_file,
+)
 from fastmoco_pipelines.spec import CacheSpec
 
 _NAME = re.compile(r"([0-9a-f]{64})\.(?:(tar)|(\d{1,15})\.(part)|(from)|(doc))")
@@ -216,14 +225,10 @@ class ShardCache:
 
     def write_document(self, key: str, validator: str, content: bytes) -> None:
         """Keep a small file, if there is room."""
-        fresh = str(self.folder / f".{key}.{os.getpid()}.tmp")
-        try:
-            with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, 0o600), "wb") as file:
-                digest = hashlib.sha256(content).hexdigest()
-                file.write(f"{validator}\n{digest}\n".encode("latin-1") + content)
-            os.rename(fresh, self.folder / f"{key}.doc")
-        except OSError:
-            remove(fresh)
+        digest = hashlib.sha256(content).hexdigest()
+        text = f"{validator}\n{digest}\n".encode("latin-1") + content
+        with suppress(OSError):
+            write_file(self.folder / f"{key}.doc", text, mode=0o600)
 
     def size(self) -> int:
         """Bytes that the cache holds; shards on their way count whole."""

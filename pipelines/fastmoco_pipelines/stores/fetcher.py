@@ -19,7 +19,7 @@ import numpy as np
 from fastmoco_pipelines.errors import NoRoomError, RemoteError, StoppedError
 from fastmoco_pipelines.sampling.window import ShardWindows
 from fastmoco_pipelines.stores.cache import ShardCache
-from fastmoco_pipelines.stores.limits import Limits
+from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.stores.transfer import RemoteShard, download, read_range
 
 THREADS = 4

@@ -1,8 +1,6 @@
 """One request to an HTTP server, bounded in every direction: time, speed, redirects, and what may answer.
 
-A body is handed out as a stream of chunks with what the server says of it: where it begins, how large the object is, and
-the validator by which a later request can go on. Retries, checks and files are transfer.py's business. Errors name the
-URL without user, password and query.
+Errors name the URL without user, password and query.
 """
 
 from __future__ import annotations
@@ -17,12 +15,12 @@ import time
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from fastmoco_pipelines.errors import AbsentError, AccessError, PassingError, RemoteError, WrongContentError
-from fastmoco_pipelines.stores.limits import Limits
+from fastmoco_pipelines.stores.retries import Limits
+from fastmoco_pipelines.stores.store import Body, Request, Store
 from fastmoco_pipelines.text import redact
 
 CHUNK_BYTES = 1 << 20
@@ -32,83 +30,65 @@ _PASSING = (408, 425, 429, 500, 502, 503, 504)  # the states of a server that ma
 _CREDENTIALS = "check the credentials, or whether the URL's signature has expired"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Body:
-    """The answer to one request."""
+class HttpStore(Store):
+    """http and https: plain GET requests with ranges."""
 
-    start: int
-    """Position in the file of the first byte that ``chunks`` yields."""
-    total: int | None
-    """Size of the whole file in bytes; None where the server does not say."""
-    validator: str
-    """A strong ETag or a date, by which a later request may go on with the same file; empty: there is none."""
-    kind: str
-    """Content type; of a page of a login portal for instance text/html."""
-    chunks: Iterator[bytes]
-    """The bytes; raises PassingError when they cease to come. They may also just end too early."""
-    unchanged: bool = False
-    """The file still is what ``known`` names; there are no chunks."""
+    user_in_url = True
+    quotes_names = True
+
+    @contextmanager
+    def open(self, request: Request) -> Iterator[Body]:
+        """See `Store.open`."""
+        start, stop, validator = request.start, request.stop, request.validator
+        known = request.known if request.known.startswith('"') else ""  # a date is no ETag
+
+        headers = {"Accept-Encoding": "identity", "User-Agent": "fastmoco"}
+        if start or stop is not None:
+            headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+            headers |= {"If-Range": validator} if validator else {}
+        headers |= {"If-None-Match": known} if known else {}
+
+        where = redact(request.url)
+        with _answer(request.url, headers, request.limits, request.deadline) as (response, sock):
+            _refuse_errors(where, response)
+            answered = _validator(response)
+            if response.status == 304 and known:
+                yield Body(start=0, total=None, validator=answered, kind="", chunks=iter(()), unchanged=True)
+                return
+            if response.getheader("Content-Encoding", "identity").lower() != "identity":
+                raise RemoteError(f"{where}: the server compresses it on the way: have it serve the file as it is")
+            begins, total = 0, response.length
+            if response.status == 206:
+                total = _total_of_range(where, response, start, asked="Range" in headers)
+                if validator and answered and answered != validator:
+                    raise WrongContentError(f"{where}: has changed on the server while it was read")
+                begins = start
+            elif response.status != 200:
+                raise RemoteError(f"{where}: HTTP {response.status} is no answer to a request for a file")
+            yield Body(
+                start=begins,
+                total=total,
+                validator=answered,
+                kind=ascii(response.getheader("Content-Type", "unknown"))[1:-1][:60],
+                chunks=_chunks(where, response, sock, request.limits, request.deadline),
+            )
 
 
-@contextmanager
-def open_http(
-    url: str,
-    *,
-    start: int = 0,
-    stop: int | None = None,
-    validator: str = "",
-    known: str = "",
-    limits: Limits,
-    deadline: float,
-) -> Iterator[Body]:
-    """Ask for a file, or for its bytes from ``start`` to before ``stop``.
+STORE = HttpStore()
 
-    Args:
-        url: http or https.
-        start: first byte wanted; the answer may begin at 0 all the same.
-        stop: end of the bytes wanted; None: all to the end of the file.
-        validator: of the file whose bytes before ``start`` are at hand; if it has changed, the answer begins at 0.
-        known: ETag of the copy at hand; if the file is still the same, the answer is ``unchanged``.
-        limits: times and speeds.
-        deadline: of ``time.monotonic()``, by which the last byte has come.
+
+def _total_of_range(where: str, response: http.client.HTTPResponse, start: int, *, asked: bool) -> int | None:
+    """Size of the whole file by the head of a partial answer; None where it does not say.
 
     Raises:
-        AbsentError, PassingError, RemoteError: see there.
+        WrongContentError: if the answer is another range than was asked for.
     """
-    headers = {"Accept-Encoding": "identity", "User-Agent": "fastmoco"}
-    if start or stop is not None:
-        headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
-        headers |= {"If-Range": validator} if validator else {}
-    headers |= {"If-None-Match": known} if known else {}
-    where = redact(url)
-    with _answer(url, headers, limits, deadline) as (response, sock):
-        _refuse_errors(where, response)
-        answered = _validator(response)
-        if response.status == 304 and known:
-            yield Body(start=0, total=None, validator=answered, kind="", chunks=iter(()), unchanged=True)
-            return
-        if response.getheader("Content-Encoding", "identity").lower() != "identity":
-            raise RemoteError(f"{where}: the server compresses it on the way: have it serve the file as it is")
-        begins, total = 0, response.length
-        if response.status == 206:
-            found = re.fullmatch(
-                r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", response.getheader("Content-Range", "").strip()
-            )
-            if "Range" not in headers or found is None or int(found[1]) != start:
-                said = ascii(response.getheader("Content-Range", ""))[:80]
-                raise WrongContentError(f"{where}: answers with another range than asked for ({said}, from {start})")
-            if validator and answered and answered != validator:
-                raise WrongContentError(f"{where}: has changed on the server while it was read")
-            begins, total = start, None if found[3] == "*" else int(found[3])
-        elif response.status != 200:
-            raise RemoteError(f"{where}: HTTP {response.status} is no answer to a request for a file")
-        yield Body(
-            start=begins,
-            total=total,
-            validator=answered,
-            kind=ascii(response.getheader("Content-Type", "unknown"))[1:-1][:60],
-            chunks=_chunks(where, response, sock, limits, deadline),
-        )
+    content_range = response.getheader("Content-Range", "")
+    found = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", content_range.strip())
+    if not asked or found is None or int(found[1]) != start:
+        said = ascii(content_range)[:80]
+        raise WrongContentError(f"{where}: answers with another range than asked for ({said}, from {start})")
+    return None if found[3] == "*" else int(found[3])
 
 
 def _chunks(

@@ -15,8 +15,8 @@ from functools import cache
 from typing import Any, TypeVar
 
 from fastmoco_pipelines.errors import AbsentError, AccessError, PassingError, RemoteError
-from fastmoco_pipelines.stores.http import Body
-from fastmoco_pipelines.stores.limits import Limits
+from fastmoco_pipelines.stores.retries import Limits
+from fastmoco_pipelines.stores.store import Body, Request, Store
 from fastmoco_pipelines.text import redact
 
 BLOCK_BYTES = 8 << 20
@@ -24,50 +24,44 @@ _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 T = TypeVar("T")
 
 
-@contextmanager
-def open_object(
-    url: str,
-    *,
-    start: int = 0,
-    stop: int | None = None,
-    validator: str = "",
-    known: str = "",
-    limits: Limits,
-    deadline: float,
-) -> Iterator[Body]:
-    """As ``open_http``, for an object of a store. ``deadline`` is kept by whoever consumes the chunks."""
-    del deadline
-    files = file_system(url.partition("://")[0])
-    where, seconds = redact(url), limits.respond_seconds
-    info = bounded(where, seconds, lambda: files.info(_path(url)))
-    total = info.get("size")
-    if info.get("type") == "directory" or not isinstance(total, int):
-        raise AbsentError(f"{where}: is no object of the store: check the name")
-    now = next((str(info[name]) for name in ("ETag", "etag", "generation", "LastModified") if info.get(name)), "")
-    if known and known == now:
-        yield Body(start=0, total=total, validator=now, kind="object", chunks=iter(()), unchanged=True)
-        return
-    begins = start if stop is not None or validator == now else 0
+class ObjectStore(Store):
+    """s3 and gs, through fsspec."""
 
-    def chunks() -> Iterator[bytes]:
-        end = total if stop is None else min(stop, total)
-        for low in range(begins, end, BLOCK_BYTES):
-            high = min(low + BLOCK_BYTES, end)
-            yield bounded(where, seconds, lambda: files.cat_file(_path(url), start=low, end=high))  # noqa: B023 - called at once
+    lists = True
 
-    yield Body(start=begins, total=total, validator=now, kind="object", chunks=chunks())
+    @contextmanager
+    def open(self, request: Request) -> Iterator[Body]:
+        """See `Store.open`. The deadline is kept by the caller, between two chunks."""
+        url, start, stop = request.url, request.start, request.stop
+        files = file_system(url.partition("://")[0])
+        where, seconds = redact(url), request.limits.respond_seconds
+        info = bounded(where, seconds, lambda: files.info(_path(url)))
+        total = info.get("size")
+        if info.get("type") == "directory" or not isinstance(total, int):
+            raise AbsentError(f"{where}: is no object of the store: check the name")
+        now = next((str(info[name]) for name in ("ETag", "etag", "generation", "LastModified") if info.get(name)), "")
+        if request.known and request.known == now:
+            yield Body(start=0, total=total, validator=now, kind="object", chunks=iter(()), unchanged=True)
+            return
+        begins = start if stop is not None or request.validator == now else 0
+
+        def chunks() -> Iterator[bytes]:
+            end = total if stop is None else min(stop, total)
+            for low in range(begins, end, BLOCK_BYTES):
+                high = min(low + BLOCK_BYTES, end)
+                yield bounded(where, seconds, lambda: files.cat_file(_path(url), start=low, end=high))  # noqa: B023 - called at once
+
+        yield Body(start=begins, total=total, validator=now, kind="object", chunks=chunks())
+
+    def find(self, url: str, limits: Limits) -> list[str]:
+        """See `Store.find`."""
+        scheme = url.partition("://")[0]
+        files = file_system(scheme)
+        found = bounded(redact(url), limits.respond_seconds, lambda: files.glob(_path(url)))
+        return sorted(f"{scheme}://{name.lstrip('/')}" for name in found)
 
 
-def list_objects(url: str, limits: Limits) -> list[str]:
-    """The URLs of the objects that a glob names, sorted.
-
-    Raises:
-        RemoteError: if the store cannot be asked.
-    """
-    scheme = url.partition("://")[0]
-    files = file_system(scheme)
-    found = bounded(redact(url), limits.respond_seconds, lambda: files.glob(_path(url)))
-    return sorted(f"{scheme}://{name.lstrip('/')}" for name in found)
+STORE = ObjectStore()
 
 
 @cache

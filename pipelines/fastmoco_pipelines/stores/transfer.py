@@ -11,7 +11,6 @@ import os
 import threading
 import time
 import zlib
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -19,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import PassingError, RemoteError, StoppedError, WrongContentError
+from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.formats.index import ShardIndex, hash_ends
-from fastmoco_pipelines.stores.http import Body, open_http
-from fastmoco_pipelines.stores.limits import Limits
-from fastmoco_pipelines.stores.object_store import open_object
-from fastmoco_pipelines.stores.retries import retried
+from fastmoco_pipelines.stores.retries import Limits, retried
+from fastmoco_pipelines.stores.store import Body, Request
+from fastmoco_pipelines.stores.table import open_url
 from fastmoco_pipelines.text import redact, shard_name
 
 MAX_DOCUMENT_BYTES = 1 << 30  # an index holds about 80 bytes a sample
@@ -79,21 +78,6 @@ class RemoteShard:
         return shard_name(self.url)
 
 
-def open_body(
-    url: str,
-    *,
-    start: int = 0,
-    stop: int | None = None,
-    validator: str = "",
-    known: str = "",
-    limits: Limits,
-    deadline: float,
-) -> AbstractContextManager[Body]:
-    """One request, by the URL's scheme; see ``open_http``."""
-    opener = open_http if url.lower().startswith("http") else open_object
-    return opener(url, start=start, stop=stop, validator=validator, known=known, limits=limits, deadline=deadline)
-
-
 def fetch_document(
     url: str,
     limits: Limits,
@@ -119,8 +103,7 @@ def fetch_document(
     deadline = time.monotonic() + limits.deadline_seconds
 
     def attempt() -> tuple[str, bytes]:
-        etag = known[0] if known[0].startswith('"') or not url.lower().startswith("http") else ""
-        with open_body(url, known=etag, limits=limits, deadline=deadline) as body:
+        with open_url(Request(url=url, known=known[0], limits=limits, deadline=deadline)) as body:
             if body.unchanged:
                 return known
             pieces, length = [], 0
@@ -146,7 +129,8 @@ def read_range(shard: RemoteShard, offset: int, size: int, limits: Limits, stop:
     deadline = time.monotonic() + limits.deadline_seconds
 
     def attempt() -> bytes:
-        with open_body(shard.url, start=offset, stop=offset + size, limits=limits, deadline=deadline) as body:
+        request = Request(url=shard.url, start=offset, stop=offset + size, limits=limits, deadline=deadline)
+        with open_url(request) as body:
             if body.start != offset:
                 raise RemoteError(
                     f"{redact(shard.url)}: its server ignores Range requests, and the shard cache cannot be used: "
@@ -182,8 +166,9 @@ def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading
     def attempt() -> None:
         start, validator = part.resume_point()
         if start < shard.size:
+            request = Request(url=shard.url, start=start, validator=validator, limits=limits, deadline=deadline)
             try:
-                with open_body(shard.url, start=start, validator=validator, limits=limits, deadline=deadline) as body:
+                with open_url(request) as body:
                     _take(shard, part, body, start, stop, deadline)
             except WrongContentError:
                 part.restart("")
@@ -191,9 +176,7 @@ def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading
         problem = verify(shard, part.descriptor)
         if problem:
             if _frame_problem(shard, part.descriptor) is None:
-                with open(part.descriptor, "rb", closefd=False) as file:
-                    file.seek(0)
-                    content = hashlib.file_digest(file, "sha256").hexdigest()
+                content = hash_file(part.descriptor)
                 if content in brought:
                     return
                 brought.add(content)
@@ -211,10 +194,7 @@ def verify(shard: RemoteShard, descriptor: int) -> str | None:
     if problem := _frame_problem(shard, descriptor):
         return problem
     if shard.sha256 is not None:
-        with open(descriptor, "rb", closefd=False) as file:
-            file.seek(0)
-            good = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
-        return None if good else "its SHA-256 is not the one of the manifest"
+        return None if hash_file(descriptor) == shard.sha256 else "its SHA-256 is not the one of the manifest"
     for offset, length, crc32 in shard.rows.tolist():
         if zlib.crc32(os.pread(descriptor, length, offset)) != crc32:
             return f"its {length} bytes from {offset} on differ from the index (crc32)"

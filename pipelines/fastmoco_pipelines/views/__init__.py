@@ -1,1 +1,1 @@
-"""Bytes and draws to tensors: the only room that imports DALI, beside the child process of a check."""
+"""Bytes and draws to tensors: the only room that imports DALI."""

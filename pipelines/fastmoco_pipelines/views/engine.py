@@ -21,6 +21,7 @@ from fastmoco_pipelines.errors import DecodeError
 from fastmoco_pipelines.formats.images import structure_fault
 from fastmoco_pipelines.spec import require
 from fastmoco_pipelines.views.graph import Device
+from fastmoco_pipelines.views.runtime import build_pipeline
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -129,7 +130,7 @@ class Engine:
     ) -> Sequence[Any]:
         """One run of DALI on some rows of a batch of ``count`` images."""
         if self._pipeline is None:
-            self._pipeline = self._build()
+            self._pipeline = build_pipeline(self._graph, **self._options)
         pipeline = self._pipeline
         try:
             pipeline.feed_input("encoded", list(encoded))
@@ -158,13 +159,6 @@ class Engine:
                 yield
         finally:
             self._stream.synchronize()
-
-    def _build(self) -> Pipeline:
-        from nvidia.dali import pipeline_def
-
-        pipeline: Pipeline = pipeline_def(self._graph, **self._options)()
-        pipeline.build()
-        return pipeline
 
 
 def _gathered(whole: list[Tensor], parts: list[Tensor], rows: slice, count: int) -> list[Tensor]:

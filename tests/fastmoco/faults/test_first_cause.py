@@ -85,16 +85,16 @@ def test_a_rank_that_hangs_in_a_read_ends_both(digits_copy, tmp_path):
     before = """
 import os, time
 from fastmoco_pipelines.loading import loader
-from fastmoco_pipelines.sets import shard_files
+from fastmoco_pipelines.sets import local_files
 loader._REPORT_SECONDS = 2.0
-read, reads = shard_files.LocalFiles.read, []
+read, reads = local_files.LocalFiles.read, []
 def hang(self, places):
     reads.append(1)
     if os.environ["RANK"] == "1" and len(reads) > 3:
         self.reading = places[0][:2]
         time.sleep(1000)
     return read(self, places)
-shard_files.LocalFiles.read = hang
+local_files.LocalFiles.read = hang
 """
     code, text, seconds = run(config, tmp_path / "run", before)
     assert code != 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,11 +17,44 @@ from tests.golden_objective import build_golden, our_name, train_step
 Golden = Callable[[str], dict[str, np.ndarray]]
 
 
-def test_three_steps_match_golden(golden: Golden) -> None:
-    data = golden("step")
-    objective = build_golden(data)
-    batch = torch.from_numpy(data["x1"]).double(), torch.from_numpy(data["x2"]).double()
-    optimizer = build_adamw(objective.named_parameters(), lr=0.0, weight_decay=float(data["weight_decay"]))
+class Bounds(NamedTuple):
+    """Largest errors allowed, each about ten times what is reached; other CPUs sum in other orders.
+
+    Where the numbers of a tensor exceed 1, they are relative to the largest of them.
+    """
+
+    loss: float
+    rows: float
+    """Queries and keys, relative to their largest number."""
+    gradients: float
+    """Beyond the rounding to float32 in which the file has them."""
+    buffers: float
+    parameters: float
+    """After the first step."""
+    final: float
+    """After the third step."""
+    summaries: float
+    """Sum, sum of squares and way moved of every tensor after the third step."""
+    noise: float | None
+    """The same of tensors whose true gradient is zero, in part or whole; None: not compared."""
+
+
+BOUNDS = {
+    torch.float64: Bounds(2e-14, 1e-13, 1e-13, 1e-14, 1e-14, 2e-14, 3e-14, 2e-9),
+    torch.float32: Bounds(5e-6, 3e-5, 4e-5, 2e-6, 1e-6, 3e-6, 1e-5, None),
+}
+NOISE = ("encoder.norm.bias", "attn.qkv.bias", "encoder.head.1.running_mean")
+"""Batch norm takes `norm.bias` out again, the softmax the biases of keys: AdamW makes steps of the rounding errors there.
+The first running mean of the projector sees the former."""
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_three_steps_match_golden(golden: Golden, dtype: torch.dtype) -> None:
+    data, bounds = golden("step"), BOUNDS[dtype]
+    objective = build_golden(data).to(dtype)
+    batch = torch.from_numpy(data["x1"]).to(dtype), torch.from_numpy(data["x2"]).to(dtype)
+    weight_decay = float(data["weight_decay"])
+    optimizer = build_adamw(objective.named_parameters(), lr=0.0, weight_decay=weight_decay)
     start = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
     trainable = {our_name(n) for n in data["trainable"].tolist()}
     assert {name for name, p in objective.named_parameters() if p.requires_grad} == trainable
@@ -28,40 +62,59 @@ def test_three_steps_match_golden(golden: Golden) -> None:
     outputs = []
     hook = objective.register_forward_hook(lambda _, __, output: outputs.append(output))
     for step in range(3):
-        loss = train_step(objective, optimizer, batch, lr=float(data["lr"][step]), ema_momentum=float(data["m"][step]))
-        assert abs(loss.item() - data["loss"][step]) <= 1e-12
+        lr, momentum = float(data["lr"][step]), float(data["m"][step])
+        loss = train_step(objective, optimizer, batch, lr=lr, ema_momentum=momentum)
+        assert loss.dtype == dtype
+        assert abs(loss.item() - data["loss"][step]) <= bounds.loss, step
         if step == 0:
-            check_first_step(objective, outputs[0], data)
+            check_first_step(objective, outputs[0], data, bounds)
     hook.remove()
 
     state = objective.state_dict()
     for name in (k for k in data if k.startswith("final/param/")):
-        assert np.abs(state[our_name(name[12:])].numpy() - data[name]).max() <= 1e-7, name
-    for name, total, squares, moved in zip(
-        data["final/names"], data["final/sum"], data["final/sqsum"], data["final/delta_l2"], strict=True
-    ):
-        ours, before = state[our_name(str(name))].double(), start[our_name(str(name))].double()
-        assert ours.sum().item() == pytest.approx(total, rel=1e-9, abs=1e-9), name
-        assert ours.square().sum().item() == pytest.approx(squares, rel=1e-9, abs=1e-12), name
-        assert (ours - before).norm().item() == pytest.approx(moved, rel=1e-9, abs=1e-9), name
+        assert error(state[our_name(name[12:])], data[name]) <= bounds.final, name
+
+    # Every tensor, by three numbers.
+    for i, golden_name in enumerate(data["final/names"].tolist()):
+        name = our_name(golden_name)
+        bound = bounds.noise if name.endswith(NOISE) else bounds.summaries
+        if bound is None:
+            continue
+        now, before = state[name].double(), start[name].double()
+        found = {"sum": now.sum(), "sqsum": now.square().sum(), "delta_l2": (now - before).norm()}
+        for kind, value in found.items():
+            assert error(value, data[f"final/{kind}"][i]) <= bound, (name, kind)
 
 
-def check_first_step(objective: MoCoV3, output: Output, data: dict[str, np.ndarray]) -> None:
+def error(ours: torch.Tensor, expected: np.ndarray) -> float:
+    """Largest difference, relative to the largest number where that exceeds 1."""
+    difference = np.abs(ours.detach().double().numpy() - expected).max()
+    return float(difference / max(1.0, np.abs(expected).max()))
+
+
+def check_first_step(objective: MoCoV3, output: Output, data: dict[str, np.ndarray], bounds: Bounds) -> None:
     """Queries, keys, gradients, buffers and parameters after the first step."""
-    rows = dict(zip(("q1", "q2", "k1", "k2"), (*output.watch["queries"], *output.watch["keys"]), strict=True))
-    for name in rows:
-        golden_rows = data[f"step0/{name}"]
-        assert np.abs(rows[name].numpy() - golden_rows).max() <= 1e-6 * np.abs(golden_rows).max()
+    outputs = dict(zip(("q1", "q2", "k1", "k2"), (*output.watch["queries"], *output.watch["keys"]), strict=True))
+    for name, tensor in outputs.items():
+        rows, expected = tensor.detach().numpy(), data[f"step0/{name}"]
+        assert np.abs(rows - expected).max() <= bounds.rows * np.abs(expected).max()
+
     parameters, state = dict(objective.named_parameters()), objective.state_dict()
     gradients = [k for k in data if k.startswith("step0/grad/")]
     assert len(gradients) == sum(p.requires_grad for p in parameters.values())
-    for name in gradients:  # stored in float32: half a unit in the last place is 6e-8 of the value
-        error = np.abs(parameters[our_name(name[11:])].grad.numpy() - data[name]).max()
-        assert error <= 1e-7 * max(1.0, np.abs(data[name]).max()), name
-    for name in (k for k in data if k.startswith("step0/buf/")):
-        assert np.abs(state[our_name(name[10:])].numpy() - data[name]).max() <= 1e-6, name
+    for name in gradients:
+        expected = data[name].astype(np.float64)
+        rounding = 2.0**-24 * np.abs(expected)  # half a unit in the last place of a float32
+        allowed = rounding + bounds.gradients * max(1.0, np.abs(expected).max())
+        found = parameters[our_name(name[11:])].grad.double().numpy()
+        assert (np.abs(found - expected) <= allowed).all(), name
+
+    buffers = [k for k in data if k.startswith("step0/buf/")]
+    assert len(buffers) == sum("pos_embed" not in n for n, _ in objective.named_buffers())
+    for name in buffers:
+        assert error(state[our_name(name[10:])], data[name]) <= bounds.buffers, name
     for name in (k for k in data if k.startswith("step0/param/")):
-        assert np.abs(state[our_name(name[12:])].numpy() - data[name]).max() <= 1e-7, name
+        assert error(state[our_name(name[12:])], data[name]) <= bounds.parameters, name
 
 
 def trace_pool(data: dict[str, np.ndarray]) -> np.ndarray:
@@ -80,7 +133,8 @@ def trace_views(data: dict[str, np.ndarray], pool: np.ndarray, step: int) -> tup
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "key", "tolerance"), [(torch.float64, "loss", 1e-10), (torch.float32, "loss_fp32", 2e-5)]
+    ("dtype", "key", "tolerance"),
+    [(torch.float64, "loss", 2e-14), (torch.float32, "loss_fp32", 1e-6)],
 )
 def test_200_steps_match_golden(golden: Golden, dtype: torch.dtype, key: str, tolerance: float) -> None:
     data = golden("trace")
@@ -99,11 +153,14 @@ def test_200_steps_match_golden(golden: Golden, dtype: torch.dtype, key: str, to
         assert (lr, m) == pytest.approx((data["lr"][step], data["m"][step]), rel=1e-12)
         view1, view2 = (torch.from_numpy(view).to(dtype) for view in trace_views(data, pool, step))
         loss = train_step(objective, optimizer, (view1, view2), lr=lr, ema_momentum=m)
-        assert abs(loss.item() - data[key][step]) <= tolerance, step
+        # The first losses are near 3, where float32 has steps of 2.4e-7.
+        assert abs(loss.item() - data[key][step]) <= tolerance * max(1.0, data[key][step]), step
     if dtype == torch.float64:
         state = objective.state_dict()
         for name, squares in zip(data["final/names"], data["final/sqsum"], strict=True):
-            assert state[our_name(str(name))].square().sum().item() == pytest.approx(squares, rel=1e-7, abs=1e-10), name
+            assert state[our_name(str(name))].square().sum().item() == pytest.approx(squares, rel=1e-10, abs=1e-10), (
+                name
+            )
 
 
 @pytest.mark.parametrize("mutant", ["average after the optimizer", "both views in one batch norm"])

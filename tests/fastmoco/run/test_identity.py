@@ -149,35 +149,22 @@ def test_trust_takes_nothing_that_is_damaged(runs: tuple[Path, Path], mixed: Pat
         Trainer.build(CONFIG, mixed, WORLD, trust=True)
 
 
-def without_id(folder: Path) -> None:
-    """A marker as it was before there were ids."""
-    import hashlib
-
-    promised = json.loads((folder / "COMMITTED").read_text())
-    body = {name: promised[name] for name in ("format", "step", "world_size", "saved_at", "files")}
-    body["format"] = "fastmoco-checkpoint-2"
-    digest = hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
-    (folder / "COMMITTED").write_text(json.dumps(body | {"sha256": digest}, indent=1))
-
-
-def test_a_run_from_before_there_were_ids_goes_on_and_gets_one(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_config_without_an_id_owns_no_checkpoint(runs: tuple[Path, Path], tmp_path: Path) -> None:
     out = Path(shutil.copytree(runs[1], tmp_path / "old"))
-    old = out / "checkpoints" / "step_00000004"
-    without_id(old)
-    assert load_checkpoint(old).run_id == ""
     saved = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({name: saved[name] for name in ("config", "resolved")}))
-    for _ in range(2):  # the second start finds an id, and an older checkpoint without one
-        trainer = Trainer.build(CONFIG, out, WORLD)
-        trainer.close()
-        assert trainer.step_count == 4
-    now = RunFolder(out).read_config()
-    assert (len(now["run_id"]), now["trusted_run_ids"]) == (14, [""])
-    # A run that never wrote a checkpoint without an id does not take one.
-    without_id(Path(shutil.copytree(out, tmp_path / "new")) / "checkpoints" / "step_00000004")
-    (tmp_path / "new" / "config.json").write_text(json.dumps(now | {"trusted_run_ids": []}))
+    with pytest.raises(RunError, match=r"old has no config\.json with a run's id.*give --trust"):
+        Trainer.build(CONFIG, out, WORLD)
+    Trainer.build(CONFIG, out, WORLD, trust=True).close()
+    assert len(RunFolder(out).read_config()["run_id"]) == 14
+
+
+def test_a_checkpoint_saved_outside_a_run_has_no_id_and_is_refused(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    out = Path(shutil.copytree(runs[1], tmp_path / "run"))
+    saved = save_checkpoint(out / "checkpoints", step=9, tensors={"a": torch.zeros(2)}, state={}, keep=9)
+    assert load_checkpoint(saved).run_id == ""
     with pytest.raises(RunError, match="a run without an id"):
-        Trainer.build(CONFIG, tmp_path / "new", WORLD)
+        Trainer.build(CONFIG, out, WORLD)
 
 
 def test_readers_that_only_look_read_any_folder(mixed: Path, tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ def bad_digits(small_run, digits, tmp_path):
 def test_a_run_over_bad_images_goes_on_and_says_so(bad_digits, tmp_path, capfd):
     assert train(bad_digits, tmp_path / "run") == 0
     said = capfd.readouterr().out
-    assert said.count("! quarantined train-") == 2
-    assert "quarantined 2 " in next(line for line in said.splitlines() if line.startswith("step 15/"))
+    assert said.count("! left out train-") == 2
+    assert "left out 2 " in next(line for line in said.splitlines() if line.startswith("step 15/"))
     assert "! the trainer waits for the loader " in said
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loader/quarantined"] == 2
@@ -48,7 +48,7 @@ def test_a_run_over_bad_images_goes_on_and_says_so(bad_digits, tmp_path, capfd):
 
 def test_the_column_is_shown_only_where_something_is_left_out():
     assert "quarantined" not in plain_line({"step": 1, "quarantined": None}, 10)
-    assert plain_line({"step": 1, "quarantined": 3}, 10) == "step 1/10 quarantined 3"
+    assert plain_line({"step": 1, "quarantined": 3}, 10) == "step 1/10 left out 3"
 
 
 def test_a_slow_loader_is_put_into_words_once(small_run, tmp_path, capsys):

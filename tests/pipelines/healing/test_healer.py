@@ -126,7 +126,7 @@ def test_knowing_it_from_the_start_changes_nothing(faulty, healed, tmp_path):
     with build_loader(spec_of(faulty), quarantine_list=run_list) as loader:
         for wanted in healed:
             assert_same(loader.next(), wanted)
-        assert loader.figures().quarantined == len(BAD)
+        assert loader.figures().left_out == len(BAD)
     found = Quarantine.read(run_list)
     assert len(found) == len(BAD)
     reasons = {entry.offset: entry.reason for entry in found}
@@ -136,7 +136,7 @@ def test_knowing_it_from_the_start_changes_nothing(faulty, healed, tmp_path):
     shutil.copy(run_list, known / NAME)
     for folder, options in ((faulty, {"quarantine_list": run_list}), (known, {})):
         with build_loader(spec_of(folder), **options) as loader:
-            assert loader.figures().quarantined == len(BAD)  # before the first step
+            assert loader.figures().left_out == len(BAD)  # before the first step
             for wanted in healed:
                 assert_same(loader.next(), wanted)
     assert len(run_list.read_text().splitlines()) == len(BAD)  # nothing is noted twice
@@ -157,7 +157,7 @@ def test_a_list_half_known_and_stale_lines(faulty, healed, tmp_path):
             assert_same(loader.next(), wanted)
     assert stale is not None
     assert "1 of 45 images are left out: listed in quarantine.jsonl; 1 of its lines match no sample any more" in told
-    assert sum(text.startswith("quarantined ") for text in told) == len(BAD) - 1
+    assert sum(text.startswith("left out ") for text in told) == len(BAD) - 1
 
 
 def test_a_wrong_line_in_a_list_costs_its_sample_alone(packed, clean, tmp_path):

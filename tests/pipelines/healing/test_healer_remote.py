@@ -47,7 +47,7 @@ def test_wrong_bytes_for_ever_cost_their_samples_alone(packed, server, tmp_path,
     with build_loader(spec_of(url, **options(tmp_path))) as loader:
         loader.report = told.append
         got = [loader.next() for _ in range(3)]
-        assert loader.figures().quarantined == 1
+        assert loader.figures().left_out == 1
     assert [text for text in told if "its bytes differ from the index (crc32) (1 so far)" in text]
     keep = torch.from_numpy(clean[1].sample_ids != victim)
     assert int((~keep).sum()) == 1
@@ -80,4 +80,4 @@ def test_a_cache_whose_disk_gives_up_costs_no_sample(packed, server, tmp_path, m
     with build_loader(spec_of(f"{server.url}/", **options(tmp_path))) as loader:
         for wanted in clean:
             assert_same(loader.next(), wanted)
-        assert loader.figures().quarantined == 0
+        assert loader.figures().left_out == 0

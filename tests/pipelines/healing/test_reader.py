@@ -14,11 +14,11 @@ import torch
 from fastmoco_pipelines.errors import LoaderTimeoutError, TooManyBadSamplesError
 from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, append_entry
 from fastmoco_pipelines.healing import reader as heal_reader
-from fastmoco_pipelines.healing.verdicts import UNREADABLE
+from fastmoco_pipelines.healing.bad_samples import UNREADABLE
 from fastmoco_pipelines.loading import loader
 from fastmoco_pipelines.loading.loader import build_loader
 from fastmoco_pipelines.sampling.order import epoch_order
-from fastmoco_pipelines.sets import shard_files
+from fastmoco_pipelines.sets import local_files
 from fastmoco_pipelines.sets.shard_set import ShardError, ShardSet
 from tests.pipelines.damage import damaged_copy, place_of
 from tests.pipelines.healing.test_healer import assert_same, spec_of, take
@@ -29,7 +29,7 @@ FIRST = epoch_order(7, 0, 45)
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(heal_reader, "PATIENCE", (0.02, 0.05))
-    monkeypatch.setattr(shard_files, "_PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(local_files, "_PAUSES", (0.01, 0.02))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_a_read_error_that_passes_is_not_noticed(packed, clean, monkeypatch, tim
     with build_loader(spec_of(packed)) as source:
         for wanted in clean:
             assert_same(source.next(), wanted)
-        assert source.figures().quarantined == 0
+        assert source.figures().left_out == 0
     assert disk.failed == times
 
 
@@ -76,7 +76,7 @@ def test_wrong_bytes_that_pass_are_not_noticed(packed, clean, monkeypatch):
     with build_loader(spec_of(packed)) as source:
         for wanted in clean:
             assert_same(source.next(), wanted)
-        assert source.figures().quarantined == 0
+        assert source.figures().left_out == 0
     assert wrong
 
 
@@ -116,7 +116,7 @@ def test_a_vanished_shard_that_is_bearable_is_left_out_as_a_whole(packed, tmp_pa
         source._shards.close()
         (folder / "train-000001.tar").rename(tmp_path / "gone")
         batches = [source.next() for _ in range(8)]
-        assert source.figures().quarantined == 16
+        assert source.figures().left_out == 16
     assert all(not ((batch.sample_ids >= 16) & (batch.sample_ids < 32)).any() for batch in batches[4:])
     assert len(Quarantine.read(run_list)) == 16
     (tmp_path / "gone").rename(folder / "train-000001.tar")
@@ -133,7 +133,7 @@ def test_a_window_that_is_lost_as_a_whole_is_filled_from_the_others(packed, tmp_
         told: list[str] = []
         source.report = told.append
         batches = [source.next() for _ in range(9)]
-        assert source.figures().quarantined == 16
+        assert source.figures().left_out == 16
     assert len(told) == 1
     assert "train-000001.tar: all of it, 16 images: " in told[0]
     assert all(not ((batch.sample_ids >= 16) & (batch.sample_ids < 32)).any() for batch in batches[3:])

@@ -15,7 +15,7 @@ from fastmoco_pipelines.formats.index import index_path, read_index
 from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
 from fastmoco_pipelines.inspecting import check as check_module
 from fastmoco_pipelines.inspecting.check import check_shards
-from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, DecodePool, Item, Verdict
+from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, Decoded, DecodePool, Item
 
 # A child that does what an item's size asks for. It speaks the protocol of the real one.
 CHILD = """
@@ -42,7 +42,7 @@ def pool(tmp_path, monkeypatch):
         yield pool
 
 
-def run(pool: DecodePool, sizes: list[int]) -> list[Verdict]:
+def run(pool: DecodePool, sizes: list[int]) -> list[Decoded]:
     return pool.run([Item("x", i, size) for i, size in enumerate(sizes)])
 
 

@@ -15,7 +15,7 @@ import pytest
 from fastmoco_pipelines.errors import RemoteError, ShardError
 from fastmoco_pipelines.formats.index import build_index, index_path, read_index, write_index
 from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
-from fastmoco_pipelines.healing.verdicts import Verdicts
+from fastmoco_pipelines.healing.bad_samples import BadSamples
 from fastmoco_pipelines.inspecting import check as check_module
 from fastmoco_pipelines.inspecting.check import check_shards
 from fastmoco_pipelines.inspecting.stats import measure_shards
@@ -104,7 +104,7 @@ def test_list_uploaded_by_hand_is_what_loaders_honour(packed, tmp_path, options,
         assert state(folder) == before
         shutil.copy(the_list(options), quarantine_path(folder))
         with ShardSet.open(f"{server.url}/", cache=options["cache"], limits=QUICK) as shards:
-            assert Verdicts(shards, max_bad_share=0).listed == 2
+            assert BadSamples(shards, max_bad_share=0).listed == 2
         again = check_shards(f"{server.url}/", **options)
         assert (again.quarantine_files, again.uploads) == ([], [])  # the server knows
         assert again.faults == report.faults
@@ -205,7 +205,7 @@ def test_several_places_with_the_same_names_are_checked_apart(packed, tmp_path, 
         for folder, server, count in ((one, a, 1), (two, b, 2)):
             shutil.copy(written[f"{server.url}/quarantine.jsonl"], quarantine_path(folder))
             with ShardSet.open(f"{server.url}/", cache=options["cache"], limits=QUICK) as shards:
-                assert Verdicts(shards, max_bad_share=0).listed == count
+                assert BadSamples(shards, max_bad_share=0).listed == count
 
 
 def test_indexes_that_do_not_fit_or_cannot_be_read_are_faults_as_they_are_locally(packed, tmp_path, options, quick):

@@ -72,7 +72,7 @@ def test_bad_images_are_left_out_and_named(packed, tmp_path):
             assert np.array_equal(labels, ShardSet.open(str(packed)).labels[wanted])
         assert (len(loader), loader.left_out) == (45, 4)
     assert len(told) == 4
-    assert told[0].startswith("quarantined train-000000.tar: ")
+    assert told[0].startswith("left out train-000000.tar: ")
     # Ranks part the set as without the bad images; and a batch of bad ones alone is no batch.
     parts = [take(folder, rank=rank, world_size=3, batch_size=1)[0] for rank in range(3)]
     assert [len(part) for part in parts] == [14, 13, 14]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import json
 import queue
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import weakref
@@ -16,12 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastmoco_pipelines.loading.batch import Batch
 from fastmoco_pipelines.loading.loader import build_loader
 from fastmoco_pipelines.sampling.order import epoch_order
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import LoaderSpec, moco_v3_views
+from fastmoco_pipelines.views.draws import draw_views
+from fastmoco_pipelines.views.reference import reference_view
 
 STEPS = 9  # 45 images, 12 a step: 3 steps an epoch, so that three epochs are seen
 
@@ -70,6 +75,45 @@ def test_views_and_epochs_differ(whole):
     again = next(batch for batch in whole[3:6] if sample in batch.sample_ids)
     first = whole[0].views[0][list(whole[0].sample_ids).index(sample)]
     assert not torch.equal(first, again.views[0][list(again.sample_ids).index(sample)])
+
+
+def test_equal_specs_still_get_draws_of_their_own(packed):
+    """With the same specs for both views only equal draws could make them equal."""
+    view = moco_v3_views(16)[1]
+    for batch in take(spec_of(packed, view1=view, view2=view), 4):
+        differ = (batch.views[0] != batch.views[1]).flatten(1).any(1)
+        assert differ.tolist() == [True] * 12
+        assert not torch.equal(batch.views[0].sort(0).values, batch.views[1].sort(0).values)
+
+
+def test_views_are_those_of_the_reference_by_seed_epoch_sample_and_number(packed, whole):
+    """PNG files, which all decoders read alike: their views by Pillow, from the draws of their own place."""
+    files = {}
+    for path in sorted(packed.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            images = [member for member in tar if not member.name.endswith(".cls")]
+            files |= {len(files) + i: (m.name, tar.extractfile(m).read()) for i, m in enumerate(images)}
+    specs, seen = moco_v3_views(16), 0
+    for batch in whole:
+        for row, sample in enumerate(batch.sample_ids.tolist()):
+            name, data = files[sample]
+            if not name.endswith(".png"):
+                continue
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            seen += 1
+            for number, spec, made in ((1, specs[0], batch.views[0]), (2, specs[1], batch.views[1])):
+                draws = draw_views(
+                    spec,
+                    seed=7,
+                    epoch=batch.step // 3,
+                    sample_ids=np.array([sample]),
+                    sizes=np.array([[image.height, image.width]], dtype=np.int32),
+                    view=number,
+                )
+                expected = reference_view(image, spec, draws, 0)
+                levels = 255 * np.array(spec.std)[:, None, None]
+                assert (np.abs(made[row].numpy() - expected) * levels).max() < 1e-3
+    assert seen > 20
 
 
 @pytest.mark.parametrize("start", range(STEPS))
@@ -185,11 +229,11 @@ def test_a_loader_may_be_collected_in_its_own_threads(packed, monkeypatch, work)
 
     plain, holder, released, collected_in = getattr(module.Source, work), [], threading.Event(), []
 
-    def forget(self, argument):
+    def forget(self, *arguments):
         if released.is_set():
             holder.clear()
             gc.collect()
-        return plain(self, argument)
+        return plain(self, *arguments)
 
     monkeypatch.setattr(module.Source, work, forget)
     holder.append(build_loader(spec_of(packed, prefetch=1)))
@@ -213,10 +257,10 @@ import sys, time
 from fastmoco_pipelines.loading import loader
 from fastmoco_pipelines.spec import LoaderSpec
 prepare = loader.Source.prepare
-def slow(self, step):
-    if step > 3:
+def slow(self, places, following):
+    if places.step > 3:
         {hang or "pass"}
-    return prepare(self, step)
+    return prepare(self, places, following)
 loader.Source.prepare = slow
 kept = loader.build_loader(LoaderSpec(shards={str(packed)!r}, global_batch_size=12, threads=1))
 kept.next()

@@ -11,7 +11,7 @@ from fastmoco_pipelines.loading.eval_loader import build_eval_loader
 from fastmoco_pipelines.loading.loader import build_loader
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec, EvalSpec, LoaderSpec, moco_v3_views
-from fastmoco_pipelines.stores.limits import Limits
+from fastmoco_pipelines.stores.retries import Limits
 from tests.pipelines.http_fault_server import drip, drop, stall, status
 from tests.pipelines.stores.test_http_faults import QUICK, require_no_threads
 

@@ -19,9 +19,9 @@ def figures(wait: float, **stages: float) -> StageFigures:
 
 
 def test_a_loader_that_nobody_waits_for_is_not_the_bottleneck():
-    said = figures(0.2, read=0.5, draw=0.1, decode=9.0).verdict()
+    said = figures(0.2, read=0.5, draw=0.1, decode=9.0).summary()
     assert said == "the trainer waits for the loader 2% of the time: it is not the bottleneck"
-    assert "not the bottleneck" in StageFigures().verdict()
+    assert "not the bottleneck" in StageFigures().summary()
 
 
 @pytest.mark.parametrize(
@@ -40,14 +40,14 @@ def test_a_loader_that_nobody_waits_for_is_not_the_bottleneck():
     ],
 )
 def test_the_slowest_stage_is_named_with_its_cure(stages, words):
-    said = figures(6.0, **stages).verdict()
+    said = figures(6.0, **stages).summary()
     assert said.startswith("the trainer waits for the loader 60% of the time: ")
     assert words in said
     assert "it would help: " in said
 
 
 def test_the_difference_of_two_moments_is_what_lies_between():
-    early = StageFigures(steps=4, wall_s=4.0, wait_s=1.0, stage_s={"read": 1.0}, queued=4, prefetch=2, quarantined=1)
+    early = StageFigures(steps=4, wall_s=4.0, wait_s=1.0, stage_s={"read": 1.0}, queued=4, prefetch=2, left_out=1)
     recent = figures(3.0, read=2.5, heal=0.6) - early
     assert (recent.steps, recent.wall_s, recent.wait_s, recent.wait_share) == (6, 6.0, 2.0, pytest.approx(1 / 3))
     assert recent.queue_depth == pytest.approx(11 / 6)
@@ -71,7 +71,7 @@ def test_the_clock_adds_up_and_knows_what_is_under_way():
     found = clock.figures(7)
     assert found.stage_s[READ] >= 0.05
     assert found.stage_s[DRAW] == 0
-    assert (found.steps, found.wait_s, found.queued, found.quarantined) == (1, 0.5, 2, 7)
+    assert (found.steps, found.wait_s, found.queued, found.left_out) == (1, 0.5, 2, 7)
 
 
 def test_a_part_of_a_stage_may_be_anothers():
@@ -103,7 +103,7 @@ def test_a_running_loader_says_what_is_slow(packed, monkeypatch):
     assert recent.wait_share > 0.5
     assert recent.queue_depth < 1
     assert 90 < recent.metrics()["loader/decode_ms"] < 1000
-    assert "decoding (and augmenting, where DALI does) is its slowest stage" in recent.verdict()
+    assert "decoding (and augmenting, where DALI does) is its slowest stage" in recent.summary()
 
 
 def test_healing_has_its_own_figure(packed, tmp_path):
@@ -113,7 +113,7 @@ def test_healing_has_its_own_figure(packed, tmp_path):
         loader.next()
         found = loader.figures()
     assert found.stage_s[HEAL] > 0
-    assert found.quarantined == 1
+    assert found.left_out == 1
 
 
 def test_what_costs_nothing_has_nothing_to_tell():

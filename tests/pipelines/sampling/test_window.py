@@ -48,6 +48,38 @@ def test_every_sample_comes_once_in_the_window_of_its_shard(window):
     assert len(orders) == 4
 
 
+def test_the_order_of_shards_is_a_permutation_by_seed_and_epoch_alone():
+    """With the same order every epoch a window would always hold the same shards."""
+    count = len(SIZES)
+    orders = {}
+    for seed in (0, 3, 2**63 - 1):
+        for epoch in range(6):
+            order = windows_of(SIZES, 3).shard_order(seed, epoch)
+            assert order.dtype == np.int64
+            assert sorted(order.tolist()) == list(range(count))
+            # Neither the window nor the sizes of the shards have a part in it.
+            assert np.array_equal(windows_of(SIZES[::-1], 5).shard_order(seed, epoch), order)
+            orders[seed, epoch] = tuple(order.tolist())
+    assert len(set(orders.values())) == len(orders)
+
+    # Over epochs each shard comes first about as often, and no two epochs put the same shards together.
+    windows = windows_of(SIZES, 3)
+    first = np.bincount([windows.shard_order(1, epoch)[0] for epoch in range(1200)], minlength=count)
+    assert first.min() > 60  # 100 expected, with a deviation of 9.6
+    together = {tuple(sorted(windows.windows_of_epoch(3, epoch)[0].tolist())) for epoch in range(20)}
+    assert len(together) > 10
+
+
+def test_the_order_of_shards_is_pinned():
+    """A run resumed with a later version must visit the same shards: these numbers never change."""
+    windows = windows_of(SIZES, 3)
+    assert windows.shard_order(7, 1).tolist() == [11, 9, 6, 7, 2, 1, 3, 4, 5, 8, 10, 0]
+    for epoch in range(3):
+        words = np.random.Philox(key=[7, 0x7368617264], counter=[0, 0, epoch, 0]).random_raw(12)
+        by_word = sorted(range(12), key=lambda shard: int(words[shard]))
+        assert windows.shard_order(7, epoch).tolist() == by_word
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_ranks_share_each_global_batch(world_size):
     options = {"seed": 5, "count": sum(SIZES), "global_batch_size": 16, "windows": windows_of(SIZES, 3)}

@@ -12,7 +12,7 @@ import pytest
 
 from fastmoco_pipelines.errors import RemoteError
 from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
-from fastmoco_pipelines.healing.verdicts import Verdicts
+from fastmoco_pipelines.healing.bad_samples import BadSamples
 from fastmoco_pipelines.sets import remote_set
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec
@@ -46,10 +46,10 @@ def write_list(folder: Path, *sample_ids: int) -> Path:
 def known(pattern: str, spec: CacheSpec) -> tuple[list[int], list[str], int]:
     """Samples that a run begins without, what it says of that, and how many lines match nothing."""
     with ShardSet.open(pattern, cache=spec, limits=QUICK) as shards:
-        verdicts = Verdicts(shards, max_bad_share=0)
-        bad = np.flatnonzero(verdicts.bad(np.arange(len(shards)))).tolist()
-        assert verdicts.listed == len(bad)
-        return bad, verdicts.news(), verdicts.stale
+        bad = BadSamples(shards, max_bad_share=0)
+        left_out = np.flatnonzero(bad.contains(np.arange(len(shards)))).tolist()
+        assert bad.listed == len(left_out)
+        return left_out, bad.news(), bad.stale
 
 
 def test_a_run_over_http_delivers_what_a_local_one_does(folder, tmp_path, monkeypatch):
@@ -154,7 +154,7 @@ def test_a_store_has_lists_too(folder, spec, monkeypatch):
 def test_what_a_run_finds_is_told_apart_from_what_the_list_says(folder, tmp_path, spec):
     write_list(folder, 2)
     with FaultServer(folder) as server, ShardSet.open(f"{server.url}/", cache=spec, limits=QUICK) as shards:
-        verdicts = Verdicts(shards, max_bad_share=0.5, run_list=tmp_path / "run.jsonl")
-        verdicts.condemn(5, "found now")
-        again = Verdicts(shards, max_bad_share=0.5, run_list=tmp_path / "run.jsonl")
-        assert (verdicts.listed, verdicts.found, again.listed, again.found) == (1, 1, 1, 1)
+        bad = BadSamples(shards, max_bad_share=0.5, run_list=tmp_path / "run.jsonl")
+        bad.add(5, "found now")
+        again = BadSamples(shards, max_bad_share=0.5, run_list=tmp_path / "run.jsonl")
+        assert (bad.listed, bad.found, again.listed, again.found) == (1, 1, 1, 1)

@@ -16,7 +16,7 @@ import pytest
 
 from fastmoco_pipelines.formats.index import index_path
 from fastmoco_pipelines.making.indexing import index_shards
-from fastmoco_pipelines.sets import patterns, shard_files
+from fastmoco_pipelines.sets import local_files, patterns
 from fastmoco_pipelines.sets.shard_set import ShardError, ShardSet, expand_shards
 
 
@@ -148,7 +148,7 @@ def test_digest_is_the_identity_of_the_content(packed, image_folder, tmp_path):
 
 
 def test_open_files_are_bounded(packed, monkeypatch):
-    monkeypatch.setattr(shard_files, "MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(local_files, "MAX_OPEN_FILES", 2)
 
     def open_tars() -> int:
         links = [os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
@@ -169,7 +169,7 @@ def test_open_files_are_bounded(packed, monkeypatch):
 
 def test_one_thread_reads_ahead_while_another_reads_stand_ins(packed, monkeypatch):
     """Each closes the file that was not used for longest: a read must not meet a closed or a foreign descriptor."""
-    monkeypatch.setattr(shard_files, "MAX_OPEN_FILES", 1)
+    monkeypatch.setattr(local_files, "MAX_OPEN_FILES", 1)
     shards, errors, over = ShardSet.open(str(packed)), [], threading.Event()
     once = [data.tobytes() for data in shards.read(np.arange(45))]
 

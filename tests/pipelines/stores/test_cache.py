@@ -20,7 +20,7 @@ from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores import cache as cache_module
 from fastmoco_pipelines.stores import transfer
 from fastmoco_pipelines.stores.cache import ShardCache
-from fastmoco_pipelines.stores.limits import Limits
+from fastmoco_pipelines.stores.retries import Limits
 from tests.pipelines.http_fault_server import FaultServer, plain
 from tests.pipelines.stores.test_http_faults import QUICK, require_no_threads
 

@@ -22,7 +22,7 @@ from tests.pipelines.http_fault_server import FaultServer, drop
 READER = """
 import hashlib, json, sys
 import numpy as np
-from fastmoco_pipelines.stores.limits import Limits
+from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.sampling.order import rank_slice
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec

@@ -22,6 +22,7 @@ from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores import http as remote
 from fastmoco_pipelines.stores import object_store
+from fastmoco_pipelines.stores.store import Request
 from fastmoco_pipelines.text import redact
 from tests.pipelines.http_fault_server import FaultServer, drop, redirect, stall, status
 from tests.pipelines.stores.test_http_faults import QUICK
@@ -181,9 +182,10 @@ def test_urls_are_shown_without_their_secrets():
 )
 def test_heads_of_a_hostile_answer_are_named(fault, words, server):
     server.always["train-000000.tar"] = fault
-    url = f"{server.url}/train-000000.tar"
+    deadline = time.monotonic() + 5
+    request = Request(url=f"{server.url}/train-000000.tar", start=5, limits=QUICK, deadline=deadline)
     with pytest.raises(RemoteError, match=words) as raised:  # noqa: SIM117
-        with remote.open_http(url, start=5, limits=QUICK, deadline=time.monotonic() + 5):
+        with remote.STORE.open(request):
             raise AssertionError
     assert "secret" not in str(raised.value)
 

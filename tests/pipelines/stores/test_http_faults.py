@@ -14,7 +14,7 @@ import pytest
 from fastmoco_pipelines.errors import RemoteError
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec
-from fastmoco_pipelines.stores.limits import Limits
+from fastmoco_pipelines.stores.retries import Limits
 from tests.pipelines.http_fault_server import (
     FaultServer,
     drip,

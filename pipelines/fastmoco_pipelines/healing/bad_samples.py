@@ -34,7 +34,7 @@ ALWAYS_ALLOWED = 10
 _SHOWN = 5
 
 
-class Verdicts:
+class BadSamples:
     """The samples of one set that are not delivered. Any thread may call any method.
 
     Args:
@@ -71,8 +71,8 @@ class Verdicts:
         if self.listed or self.stale:
             stale = f"; {self.stale} of its lines match no sample any more" if self.stale else ""
             self._news.append(f"{self.listed} of {len(shards)} images are left out: listed in {NAME}{stale}")
-        self.look_at_peers()
-        self.require_bearable()
+        self.read_run_list()
+        self.require_few()
 
     def __len__(self) -> int:
         """Samples that are not delivered, as far as this process knows."""
@@ -85,11 +85,11 @@ class Verdicts:
         with self._lock:
             return len(self._found)
 
-    def bad(self, sample_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def contains(self, sample_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of some samples are known to be bad."""
         return self._bad[sample_ids]
 
-    def condemn(self, sample_id: int, reason: str) -> None:
+    def add(self, sample_id: int, reason: str) -> None:
         """Leave a sample out from now on, and note why.
 
         Raises:
@@ -101,10 +101,10 @@ class Verdicts:
                 self._note(sample_id, reason, where)
                 count = len(self._found)
                 if count <= _SHOWN or count & (count - 1) == 0:  # then 8, 16, 32, ...: nobody is flooded
-                    self._news.append(f"quarantined {where}: {escaped(reason)} ({count} so far)")
-        self.require_bearable()
+                    self._news.append(f"left out {where}: {escaped(reason)} ({count} so far)")
+        self.require_few()
 
-    def condemn_shard(self, sample_id: int, reason: str) -> None:
+    def add_shard(self, sample_id: int, reason: str) -> None:
         """Leave out the whole shard of a sample: it cannot be read.
 
         Raises:
@@ -119,10 +119,10 @@ class Verdicts:
                 for i in lost:
                     self._note(i, f"{UNREADABLE}{reason}", where)
                 if lost:  # the next image of the same shard has nothing to add
-                    self._news.append(f"quarantined {where}, {len(lost)} images: {reason} ({len(self._found)} so far)")
-        self.require_bearable()
+                    self._news.append(f"left out {where}, {len(lost)} images: {reason} ({len(self._found)} so far)")
+        self.require_few()
 
-    def require_bearable(self) -> None:
+    def require_few(self) -> None:
         """Raise what ends the run.
 
         Raises:
@@ -142,7 +142,7 @@ class Verdicts:
             "command then continues without them; or raise --data.max-bad-share."
         )
 
-    def look_at_peers(self) -> None:
+    def read_run_list(self) -> None:
         """Take up what other ranks, or this run before a restart, have noted in the run's list."""
         if self._run_list is None:
             return

@@ -12,6 +12,8 @@ from torch import Tensor
 
 OLDEST_CAPABILITY = (8, 0)
 """Oldest compute capability that the Triton kernels are compiled and checked for."""
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the Triton kernels read and write; float64 takes the plain path."""
 
 
 def choose_backend(op: str, requested: str, default: str, available: tuple[str, ...]) -> str:
@@ -19,12 +21,12 @@ def choose_backend(op: str, requested: str, default: str, available: tuple[str, 
 
     Args:
         op: name of the op, for the error text.
-        requested: ``"auto"`` or one of ``available``.
-        default: what ``"auto"`` means for this call.
+        requested: `"auto"` or one of `available`.
+        default: what `"auto"` means for this call.
         available: every backend of the op.
 
     Raises:
-        ValueError: if ``requested`` is neither.
+        ValueError: if `requested` is neither.
     """
     if requested == "auto":
         return default
@@ -39,7 +41,7 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs kernels on the CPU (``TRITON_INTERPRET=1``): for tests, never for speed."""
+    """Whether Triton's interpreter runs kernels on the CPU (`TRITON_INTERPRET=1`): for tests, never for speed."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -54,7 +56,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def triton_is_default(device: torch.device) -> bool:
-    """Whether ``backend="auto"`` means Triton on ``device``: a CUDA device new enough, and triton installed.
+    """Whether `backend="auto"` means Triton on `device`: a CUDA device new enough, and triton installed.
 
     False under the interpreter: it is asked for by name, in tests.
     """
@@ -67,13 +69,15 @@ def triton_is_default(device: torch.device) -> bool:
 
 
 def require_triton(op: str, device: torch.device) -> None:
-    """Refuse ``backend="triton"`` where it cannot run, saying what is missing.
+    """Refuse `backend="triton"` where it cannot run, saying what is missing.
 
     Raises:
         ValueError: naming the op, the device and the cure.
     """
     if not _triton_installed():
-        raise ValueError(f"{op}: backend='triton' but triton is not installed; pip install triton, or backend='auto'")
+        raise ValueError(
+            f"{op}: backend='triton' but triton is not installed; pip install triton, or backend='auto'"
+        )
     if device.type != "cuda" and not interpreting():
         raise ValueError(
             f"{op}: backend='triton' on {device}; Triton needs a CUDA device (or TRITON_INTERPRET=1, for tests)"

@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,9 @@ class PointerTable:
         first_chunks: [rows + 1] int32: chunks first_chunks[r] to first_chunks[r + 1] belong to row r, in order.
     """
 
-    def __init__(self, columns: Sequence[Column], per_row: Sequence[Column] = (), *, chunk: int = CHUNK) -> None:
+    def __init__(
+        self, columns: Sequence[Column], per_row: Sequence[Column] = (), *, chunk: int = CHUNK
+    ) -> None:
         first = _checked(columns, per_row)
         self.rows, self.chunk, self.device = len(first), chunk, first[0].device
         sizes = torch.tensor([tensor.numel() for tensor in first], dtype=torch.int64)
@@ -73,19 +75,23 @@ class PointerTable:
         self.sizes = sizes.to(self.device)
         self.chunk_rows = rows.to(torch.int32).to(self.device)
         self.chunk_starts = starts.to(self.device)
-        self.first_chunks = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32).to(self.device)
+        self.first_chunks = (
+            torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32).to(self.device)
+        )
         self._host = [_addresses(column) for column in (*columns, *per_row)]
         host = _as_tensor(self._host)
         self.pointers = host.to(self.device)
         self._kept: list[Tensor] = []
         self._by_replay = False  # a copy that was captured has not run: until a replay its block holds no addresses
         self._spare = host.pin_memory() if self.device.type == "cuda" else None
-        self._stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        self._stream = (
+            torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        )
 
     def refresh(self, columns: Sequence[Column], per_row: Sequence[Column] = ()) -> None:
         """Make the table right for tensors of the same sizes that may lie elsewhere now.
 
-        Gradients move in every step after ``zero_grad(set_to_none=True)``. Addresses are compared on the host; the columns
+        Gradients move in every step after `zero_grad(set_to_none=True)`. Addresses are compared on the host; the columns
         that moved are copied from pinned memory without waiting. In a CUDA graph capture the addresses of the capture
         become part of the graph and are kept for its replays, whatever later calls outside of it do.
 
@@ -97,13 +103,19 @@ class PointerTable:
         if self._stream is not None and not capturing:
             self._follow_stream(self._stream)
         addresses = [_addresses(column) for column in (*columns, *per_row)]
-        moved = [place for place, (now, then) in enumerate(zip(addresses, self._host, strict=True)) if now != then]
+        moved = [
+            place
+            for place, (now, then) in enumerate(zip(addresses, self._host, strict=True))
+            if now != then
+        ]
         if self._by_replay and not capturing:
             moved = list(range(len(addresses)))
         if moved:
             lengths = [len(column) for column in addresses]
             if set(lengths) != {self.rows}:
-                raise ValueError(f"pointer table: columns of {lengths} rows; the table has {self.rows}")
+                raise ValueError(
+                    f"pointer table: columns of {lengths} rows; the table has {self.rows}"
+                )
             self._upload(addresses, moved[0], moved[-1] + 1, capturing)
             self._host, self._by_replay = addresses, capturing
         if capturing:
@@ -111,7 +123,7 @@ class PointerTable:
             _captured_tables.add(self)
 
     def _upload(self, addresses: list[list[int]], first: int, end: int, capturing: bool) -> None:
-        """Copy columns ``first`` to ``end`` to the device. A block that a graph reads is never written to again."""
+        """Copy columns `first` to `end` to the device. A block that a graph reads is never written to again."""
         if self._stream is None:
             self.pointers[first:end].copy_(_as_tensor(addresses[first:end]))
             return
@@ -139,7 +151,13 @@ class PointerTable:
         current = torch.cuda.current_stream(self.device)
         if current != last:
             current.wait_stream(last)
-            for tensor in (self.pointers, self.sizes, self.chunk_rows, self.chunk_starts, self.first_chunks):
+            for tensor in (
+                self.pointers,
+                self.sizes,
+                self.chunk_rows,
+                self.chunk_starts,
+                self.first_chunks,
+            ):
                 tensor.record_stream(current)
             self._stream = current
 
@@ -170,11 +188,21 @@ def pointer_table(
     first = [tensor for tensor in columns[0] if tensor is not None] if columns else []
     sizes = tuple(tensor.numel() for tensor in first)
     address = first[0].data_ptr() if first else 0
-    key = (owner, chunk, len(columns), len(per_row), first[0].device if first else None, address, sizes)
+    key = (
+        owner,
+        chunk,
+        len(columns),
+        len(per_row),
+        first[0].device if first else None,
+        address,
+        sizes,
+    )
     table = _tables.get(key)
     if table is None:
         if first and first[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{owner}: call it once with these tensors before a CUDA graph capture")
+            raise RuntimeError(
+                f"{owner}: call it once with these tensors before a CUDA graph capture"
+            )
         table = _tables[key] = PointerTable(columns, per_row, chunk=chunk)
         if len(_tables) > _CACHED_TABLES:
             _tables.popitem(last=False)
@@ -214,7 +242,7 @@ def sums_over_shards(sums: Sequence[Tensor], owners: Sequence[Tensor]) -> list[T
         owners: plain tensors, whose numbers stay, or DTensors; dimensions that are replicated (HSDP) take no part.
 
     Returns:
-        As ``sums``, the same on all ranks that share a tensor. All ranks must call it with the same owners.
+        As `sums`, the same on all ranks that share a tensor. All ranks must call it with the same owners.
 
     Raises:
         ValueError: for an owner that is a partial sum itself.
@@ -223,8 +251,12 @@ def sums_over_shards(sums: Sequence[Tensor], owners: Sequence[Tensor]) -> list[T
     for row, owner in enumerate(owners):
         placements = getattr(owner, "placements", ())
         if any(placement.is_partial() for placement in placements):
-            raise ValueError(f"a tensor lies as {placements}: a partial sum cannot be told from its shards")
-        dims = tuple(dim for dim, placement in enumerate(placements) if not placement.is_replicate())
+            raise ValueError(
+                f"a tensor lies as {placements}: a partial sum cannot be told from its shards"
+            )
+        dims = tuple(
+            dim for dim, placement in enumerate(placements) if not placement.is_replicate()
+        )
         if dims:
             shardings.setdefault((getattr(owner, "device_mesh"), dims), []).append(row)  # noqa: B009
     if not shardings:
@@ -250,11 +282,50 @@ def same_layout(*tensors: Tensor | None) -> bool:
         return True
     first = present[0]
     expected = 1
-    for stride, size in sorted((st, n) for st, n in zip(first.stride(), first.shape, strict=True) if n != 1):
+    for stride, size in sorted(
+        (st, n) for st, n in zip(first.stride(), first.shape, strict=True) if n != 1
+    ):
         if stride != expected:
             return False
         expected *= size
     return all(tensor.stride() == first.stride() for tensor in present)
+
+
+def check_lists(
+    op: str, name: str, leaders: Sequence[Tensor], others: Mapping[str, Column]
+) -> None:
+    """Refuse lists of tensors that do not pair up.
+
+    Args:
+        op: name of the op, for the error text.
+        name: name of the first list.
+        leaders: the first list; all on one device.
+        others: further lists by name, of its length; each tensor of its leader's shape and device, or None.
+
+    Raises:
+        ValueError: naming both lists, the index and both values.
+    """
+    for other, column in others.items():
+        if len(column) != len(leaders):
+            raise ValueError(f"{op}: {len(leaders)} {name} but {len(column)} {other}")
+
+    for i, leader in enumerate(leaders):
+        if leader.device != leaders[0].device:
+            raise ValueError(
+                f"{op}: {name}[{i}] is on {leader.device} but {name}[0] is on {leaders[0].device}"
+            )
+        for other, column in others.items():
+            tensor = column[i]
+            if tensor is None:
+                continue
+            if tensor.shape != leader.shape:
+                raise ValueError(
+                    f"{op}: {other}[{i}] is {tuple(tensor.shape)} but {name}[{i}] is {tuple(leader.shape)}"
+                )
+            if tensor.device != leader.device:
+                raise ValueError(
+                    f"{op}: {other}[{i}] is on {tensor.device} but {name}[{i}] is on {leader.device}"
+                )
 
 
 def _addresses(column: Column) -> list[int]:
@@ -274,10 +345,14 @@ def _checked(columns: Sequence[Column], per_row: Sequence[Column]) -> list[Tenso
     """Column 0, after every way to build a table wrongly."""
     first = [tensor for tensor in columns[0] if tensor is not None] if columns else []
     if not first or len(first) != len(columns[0]):
-        raise ValueError(f"pointer table: column 0 has {len(first)} tensors in {len(columns and columns[0])} rows")
+        raise ValueError(
+            f"pointer table: column 0 has {len(first)} tensors in {len(columns and columns[0])} rows"
+        )
     for c, column in enumerate((*columns, *per_row)):
         if len(column) != len(first):
-            raise ValueError(f"pointer table: column {c} has {len(column)} rows but column 0 has {len(first)}")
+            raise ValueError(
+                f"pointer table: column {c} has {len(column)} rows but column 0 has {len(first)}"
+            )
         for r, (tensor, leader) in enumerate(zip(column, first, strict=True)):
             if tensor is None:
                 continue
@@ -286,5 +361,7 @@ def _checked(columns: Sequence[Column], per_row: Sequence[Column]) -> list[Tenso
                     f"pointer table: row {r} has {tensor.numel()} elements in column {c} but {leader.numel()} in column 0"
                 )
             if tensor.device != first[0].device:
-                raise ValueError(f"pointer table: row {r} of column {c} is on {tensor.device}, not {first[0].device}")
+                raise ValueError(
+                    f"pointer table: row {r} of column {c} is on {tensor.device}, not {first[0].device}"
+                )
     return first

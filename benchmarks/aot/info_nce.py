@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastmoco_kernels._aot import AotCase
+from benchmarks.aot.machine_code import AotCase
 from fastmoco_kernels.info_nce import epilogue_kernels, triton_kernels
 from fastmoco_kernels.info_nce.chunked import EPS
 from fastmoco_kernels.info_nce.cost import exponent_ceiling
@@ -57,7 +57,12 @@ def _tiles(D: int, precision: str) -> dict[Tile, tuple[tuple[int, ...], tuple[in
 
 
 def _stream_case(
-    D: int, precision: str, tile: Tile, mode: str, targets: tuple[int, ...], default_on: tuple[int, ...]
+    D: int,
+    precision: str,
+    tile: Tile,
+    mode: str,
+    targets: tuple[int, ...],
+    default_on: tuple[int, ...],
 ) -> AotCase:
     element = _ELEMENTS[precision]
     constexprs: dict[str, Any] = {
@@ -78,7 +83,12 @@ def _stream_case(
     return AotCase(
         name=f"info_nce.stream {mode} {precision} D{D} {tile.block_x}x{tile.block_y} w{tile.warps} s{tile.stages}",
         kernel=triton_kernels.info_nce_stream_kernel,
-        signature={**pointers, "scale_log2": "fp32", **integers, **dict.fromkeys(constexprs, "constexpr")},
+        signature={
+            **pointers,
+            "scale_log2": "fp32",
+            **integers,
+            **dict.fromkeys(constexprs, "constexpr"),
+        },
         constexprs=constexprs,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -97,12 +107,25 @@ def _epilogue_case(D: int, kernel: str) -> AotCase:
     options: dict[str, dict[str, Any]] = {
         "unit_rows": {"EPS": EPS, "D": D, "ROWS": max(1, 1024 // D), "TF32": True},
         "own": {"D": D, "ROWS": max(1, 1024 // D)},
-        "finish": {"EPS": EPS, "D": D, "ROWS": max(1, 1024 // D), "GRADIENT": True, "COUNT": True, "KEYS": True}
+        "finish": {
+            "EPS": EPS,
+            "D": D,
+            "ROWS": max(1, 1024 // D),
+            "GRADIENT": True,
+            "COUNT": True,
+            "KEYS": True,
+        }
         | {"ON_DEVICE": True, "CEILING": exponent_ceiling("bf16")},
         "finish_keys": {"EPS": EPS, "D": D, "ROWS": max(1, 1024 // D), "ON_DEVICE": True},
     }
     flags = options[kernel]
-    kinds = {"count_ptr": "*i32", "scale_log2": "fp32", "factor": "fp32", "key_shift": "fp32", "unshift": "fp32"}
+    kinds = {
+        "count_ptr": "*i32",
+        "scale_log2": "fp32",
+        "factor": "fp32",
+        "key_shift": "fp32",
+        "unshift": "fp32",
+    }
     if kernel == "own":
         kinds |= {"x_ptr": "*bf16", "y_ptr": "*bf16"}
     if kernel == "unit_rows":

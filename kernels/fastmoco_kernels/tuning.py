@@ -1,7 +1,7 @@
 """Which tile sizes a kernel runs with: measured once per shape and GPU, remembered on disk, and shown.
 
 A choice may change the order in which a kernel adds, and with it the last bits of a result. So a choice is made once and
-kept: in ``$XDG_CACHE_HOME/fastmoco`` (``~/.cache/fastmoco``), one file per GPU model, Triton version and torch version.
+kept: in `$XDG_CACHE_HOME/fastmoco` (`~/.cache/fastmoco`), one file per GPU model, Triton version and torch version.
 Under `torch.use_deterministic_algorithms`, while a CUDA graph is captured, and in the interpreter nothing is measured:
 the default of the shape is taken.
 """
@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import torch
 
-from fastmoco_kernels._runtime import interpreting
+from fastmoco_kernels.backends import interpreting
 
 Tile = TypeVar("Tile", bound=tuple[int, ...])
 _log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def tuned(
     Args:
         op: name of the kernel, part of the key.
         shape: everything the best tile depends on.
-        candidates: tiles that are correct for the shape; ``default`` is one of them.
+        candidates: tiles that are correct for the shape; `default` is one of them.
         default: taken where nothing may be measured.
         run: launches the kernel once with a tile, into scratch outputs.
         device: where it runs.
@@ -50,7 +50,12 @@ def tuned(
     Returns:
         The fastest candidate by the median of repeated launches, or the default.
     """
-    if device.type != "cuda" or len(candidates) < 2 or torch.are_deterministic_algorithms_enabled() or interpreting():
+    if (
+        device.type != "cuda"
+        or len(candidates) < 2
+        or torch.are_deterministic_algorithms_enabled()
+        or interpreting()
+    ):
         return default
     call = (op, tuple(shape), device)
     settled = _settled.get(call)
@@ -74,23 +79,29 @@ def tuned(
 
 
 def choices() -> dict[str, dict[str, list[int]]]:
-    """Every choice of this process and of the files it read: tiles by GPU and by ``op(shape)``."""
+    """Every choice of this process and of the files it read: tiles by GPU and by `op(shape)`."""
     shown: dict[str, dict[str, list[int]]] = {}
     for (gpu, key), tile in sorted(_chosen.items()):
         shown.setdefault(gpu, {})[key] = list(tile)
     return shown
 
 
-def _fastest(key: str, candidates: Sequence[Tile], default: Tile, run: Callable[[Tile], object]) -> Tile:
+def _fastest(
+    key: str, candidates: Sequence[Tile], default: Tile, run: Callable[[Tile], object]
+) -> Tile:
     """Time every candidate; one that does not compile or launch is left out, with a word."""
     from triton.testing import do_bench
 
     times: dict[Tile, float] = {}
     for tile in candidates:
         try:
-            times[tile] = do_bench(lambda tile=tile: run(tile), warmup=5, rep=20, return_mode="median")
+            times[tile] = do_bench(
+                lambda tile=tile: run(tile), warmup=5, rep=20, return_mode="median"
+            )
         except Exception as error:  # a tile too large for this GPU: Triton's own classes differ from version to version
-            _log.info("%s: tile %s does not run here: %s", key, tuple(tile), str(error).splitlines()[0])
+            _log.info(
+                "%s: tile %s does not run here: %s", key, tuple(tile), str(error).splitlines()[0]
+            )
     if not times:
         return default  # and its launch will say what is wrong
     best = min(times, key=times.__getitem__)
@@ -136,4 +147,6 @@ def _store(path: Path) -> None:
             file.write(text)
         os.replace(file.name, path)
     except OSError as error:
-        _log.warning("tuning: %s is not written (%s); tiles are measured again next time", path, error)
+        _log.warning(
+            "tuning: %s is not written (%s); tiles are measured again next time", path, error
+        )

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco_pipelines.inspecting.preview import save_view_grid
-from fastmoco_pipelines.inspecting.preview_parameters import describe_draws, put_beside
+from fastmoco_pipelines.inspecting.preview import describe_draws, put_beside, save_view_grid
 from fastmoco_pipelines.spec import ViewSpec, moco_v3_views
 from fastmoco_pipelines.views.draws import draw_views
 

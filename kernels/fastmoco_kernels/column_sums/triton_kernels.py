@@ -19,5 +19,7 @@ def column_sum_kernel(
     total = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, programs, ROWS):
         inside = (start + row < programs)[:, None] & (col < E)[None, :]
-        total += tl.load(partial_ptr + (start + row)[:, None] * E + col[None, :], mask=inside, other=0.0)
+        total += tl.load(
+            partial_ptr + (start + row)[:, None] * E + col[None, :], mask=inside, other=0.0
+        )
     tl.store(sum_ptr + col, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=col < E)

@@ -27,14 +27,14 @@ class AotCase:
     """One configuration of one kernel.
 
     Attributes:
-        name: ``"<op>.<kernel> <what sets it apart>"``, unique.
-        kernel: the function under ``@triton.jit``.
-        signature: type of every argument by name, in order: ``"*bf16"``, ``"i32"``, ``"fp32"``, ``"constexpr"``.
+        name: `"<op>.<kernel> <what sets it apart>"`, unique.
+        kernel: the function under `@triton.jit`.
+        signature: type of every argument by name, in order: `"*bf16"`, `"i32"`, `"fp32"`, `"constexpr"`.
         constexprs: value of every constexpr.
         num_warps: warps a program.
         num_stages: depth of the software pipeline.
         targets: compute capabilities (80, 90, 100) that the launcher may use this configuration on.
-        default_on: those of ``targets`` where it is the launcher's default: no spills allowed there.
+        default_on: those of `targets` where it is the launcher's default: no spills allowed there.
         aligned: arguments that are divisible by 16, pointers and strides alike.
         matrix: whether the architecture's own tensor-core instruction must appear.
         forbidden_in_loop: opcodes that must not stand in a loop that holds tensor-core instructions.
@@ -109,7 +109,11 @@ def compile_case(case: AotCase, capability: int) -> Compiled:
         constexprs=dict(case.constexprs),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fp_fusion}
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": case.fp_fusion,
+    }
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spills, listing = _assemble(kernel.asm["ptx"], ARCHITECTURES[capability])
     instructions = _instructions(listing)
