@@ -28,6 +28,7 @@ from fastmoco.config import BatchConfig, Config, KnnConfig
 from fastmoco.distributed.mesh import start_world
 from fastmoco.models.compiled import compile_blocks
 from fastmoco.objectives.build import build_model, build_objective
+from fastmoco.objectives.interface import START
 from fastmoco.objectives.reference import plain_forward
 from fastmoco.recipes import get_recipe
 from fastmoco.training.trainer import Trainer
@@ -171,7 +172,7 @@ class PlainStep:
             compile_blocks(self.objective)
         self._half = device.type == "cuda"
         self._device = device
-        self._momentum = config.objective.ema_momentum
+        self._momentum = self.objective.schedules(START)["ema_momentum"]
         trained = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(
             trained, lr=1e-6, betas=config.optim.betas, weight_decay=config.optim.weight_decay

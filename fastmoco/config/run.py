@@ -12,7 +12,7 @@ from typing import Literal
 from fastmoco.config.data import DataConfig, KnnConfig
 from fastmoco.config.faults import FaultConfig
 from fastmoco.config.model import ModelConfig
-from fastmoco.config.objective import ObjectiveConfig
+from fastmoco.config.objective import MoCoV3Config, ObjectiveConfig
 from fastmoco.config.optim import OptimConfig
 from fastmoco.config.parallel import ParallelConfig
 from fastmoco_pipelines.spec import EvalSpec, LoaderSpec, require
@@ -65,7 +65,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """One run of MoCo v3 pre-training."""
+    """One run of pre-training."""
 
     recipe: str = "custom"
     """Name of the recipe this started from."""
@@ -87,7 +87,7 @@ class Config:
     batch: BatchConfig = field(default_factory=BatchConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=MoCoV3Config)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     knn: KnnConfig = field(default_factory=KnnConfig)

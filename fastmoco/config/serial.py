@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 from typing import Any, get_origin, get_type_hints
 
-from fastmoco.config import Config
+from fastmoco.config import Config, MoCoV3Config, ObjectiveConfig
 from fastmoco_pipelines.spec import require
 from fastmoco_pipelines.text import redact
 
@@ -45,11 +47,15 @@ PATTERNS = (("data", "shards"), ("knn", "train_shards"), ("knn", "test_shards"))
 def to_json(config: Config) -> dict[str, Any]:
     """The config as nested JSON-able dictionaries; `from_json` reads it back.
 
+    An objective other than MoCo v3 writes its `kind` beside its numbers.
+
     URLs lose user, password and query, which may hold keys: what is written down is read by others.
     """
     data = dataclasses.asdict(config)
     for group, name in PATTERNS:
         data[group][name] = redact(data[group][name])
+    if not isinstance(config.objective, MoCoV3Config):
+        data["objective"] = {"kind": config.objective.kind, **data["objective"]}
     return data
 
 
@@ -71,11 +77,30 @@ def _build(cls: Any, data: dict[str, Any], path: str) -> Any:
     values = {}
     for name, value in data.items():
         hint = hints[name]
+        if hint is ObjectiveConfig:
+            value = dict(value)
+            hint = _objective(value.pop("kind", MoCoV3Config.kind))
         if dataclasses.is_dataclass(hint):
             values[name] = _build(hint, value, f"{path}.{name}")
         else:
             values[name] = tuple(value) if get_origin(hint) is tuple else value
     return cls(**values)
+
+
+def _objective(kind: Any) -> type[ObjectiveConfig]:
+    """The class of an objective's numbers, which is in a module of the recipes with the name of its kind.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    place = f"fastmoco.recipes.{kind}"
+    if kind not in ObjectiveConfig.kinds and isinstance(kind, str) and kind.isidentifier():
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(place)
+    known = {name: made for name, made in ObjectiveConfig.kinds.items() if name}
+    rule = f"this version has no such objective; it knows {', '.join(sorted(known))}"
+    require(kind in known, "config.objective.kind", kind, rule)
+    return known[kind]
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -94,6 +119,8 @@ def flatten(config: Config) -> dict[str, Any]:
 def differences(saved: Config, wanted: Config) -> list[str]:
     """Fields that change training and differ, each as ``name: saved -> wanted``; empty where a run may continue."""
     old, new = flatten(saved), flatten(wanted)
+    if saved.objective.kind != wanted.objective.kind:
+        return [f"objective: {saved.objective.kind!r} -> {wanted.objective.kind!r}"]
     return [
         f"{name}: {old[name]!r} -> {new[name]!r}"
         for name in old

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 
-from fastmoco.config import Config, ModelConfig, ObjectiveConfig
+from fastmoco.config import Config, MoCoV3Config, ModelConfig, ObjectiveConfig
 from fastmoco.models import float8, float8_inference
 from fastmoco.models.blocks import Block
 from fastmoco.models.precision import choose_precision
@@ -19,7 +19,7 @@ from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
 
 BuildEncoder: TypeAlias = Callable[[], VisionTransformer]
 OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objective]] = {
-    ObjectiveConfig: MoCoV3.build,
+    MoCoV3Config: MoCoV3.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an encoder."""
 

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from fastmoco.models.encoder import Coupling, Encoder, Parts
 from fastmoco_kernels import ema_update_
-from fastmoco_kernels.tensors import local
 
 __all__ = ["START", "Coupling", "Encoder", "Features", "Inputs", "Objective", "Output", "Parts", "Progress"]
 
@@ -43,8 +42,12 @@ class Progress:
     """Steps of the whole run."""
     steps_per_epoch: int = 1
     """Steps of one pass over the training set."""
-    epochs: float = 1.0
-    """Passes over the training set in the whole run; `total_steps` is this, rounded to a whole step."""
+    epochs: float = 0.0
+    """Passes over the training set in the whole run; `total_steps` is this, rounded to a whole step. 0: by `total_steps`."""
+
+    def __post_init__(self) -> None:
+        if not self.epochs:
+            object.__setattr__(self, "epochs", self.total_steps / self.steps_per_epoch)
 
     @property
     def epoch(self) -> float:
@@ -165,7 +168,7 @@ class Objective(nn.Module, ABC):
     def averages(self) -> Mapping[nn.Parameter, Tensor]:
         """Parameter -> its exponential moving average, which the optimizer moves; empty without one.
 
-        Frozen parameters may be among them: those that equal their average are not written.
+        Frozen parameters are among them: foreign weights may differ there, and then they are averaged too.
         """
         return {}
 
@@ -180,7 +183,7 @@ class Objective(nn.Module, ABC):
     def update_momentum_encoder(self, ema_momentum: float | Tensor) -> None:
         """Move every average: `average <- m * average + (1 - m) * parameter`. For users without our optimizers.
 
-        Frozen parameters are compared with their averages first, which waits for the device.
+        Frozen parameters that equal their average, as they do unless a checkpoint says otherwise, stay untouched.
 
         Args:
             ema_momentum: m in [0, 1]; a tensor of one element is read on the device, as `ema_update_` does.
@@ -191,7 +194,7 @@ class Objective(nn.Module, ABC):
         pairs = [
             (average, own)
             for own, average in self.averages().items()
-            if own.requires_grad or not torch.equal(*local([own, average]))
+            if own.requires_grad or not torch.equal(own, average)
         ]
         ema_update_([average for average, _ in pairs], [own for _, own in pairs], ema_momentum)
 

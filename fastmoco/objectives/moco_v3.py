@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from fastmoco.config import Config
+from fastmoco.config import Config, MoCoV3Config
 from fastmoco.distributed.gather import gather_keys, start_gathering
 from fastmoco.distributed.mesh import group_rank
 from fastmoco.models.encoder import Coupling, Encoder
@@ -80,6 +80,7 @@ class MoCoV3(Objective):
     def build(cls, config: Config, build_encoder: Callable[[], VisionTransformer]) -> MoCoV3:
         """The objective of a config."""
         own = config.objective
+        assert isinstance(own, MoCoV3Config)
         return cls(
             build_encoder,
             projection_dim=config.model.projection_dim,

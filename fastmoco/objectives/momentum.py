@@ -37,7 +37,7 @@ class Momentum:
         self._stems_compared = self._stems()
 
     def averages(self) -> dict[nn.Parameter, Tensor]:
-        """Parameter -> its average, frozen parameters included."""
+        """Parameter -> its average, frozen ones included."""
         return dict(zip(self.encoder.parameters(), self.momentum_encoder.parameters(), strict=True))
 
     def shares_tokens(self) -> bool:

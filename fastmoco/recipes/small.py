@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fastmoco.config import Config, DataConfig, KnnConfig, ModelConfig, ObjectiveConfig, OptimConfig
+from fastmoco.config import Config, DataConfig, KnnConfig, MoCoV3Config, ModelConfig, OptimConfig
 from fastmoco_pipelines.spec import ViewSpec
 
 GREY_MEAN, GREY_STD = (0.3, 0.3, 0.3), (0.35, 0.35, 0.35)
@@ -17,7 +17,7 @@ def _small(recipe: str, model: ModelConfig, view: ViewSpec, *, epochs: float) ->
         epochs=epochs,
         global_batch_size=256,
         model=model,
-        objective=ObjectiveConfig(temperature=0.2),
+        objective=MoCoV3Config(temperature=0.2),
         optim=OptimConfig(lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98), warmup_epochs=min(1.0, epochs / 10)),
         data=DataConfig(view1=view, view2=view),
         knn=KnnConfig(every_epochs=max(1.0, epochs / 10), max_train_images=0, max_test_images=0),
@@ -46,7 +46,7 @@ def quickstart_digits() -> Config:
     # Contrast about the mean taught nothing here.
     view = replace(_grey_view(8, flip=0.0), contrast=0.0)
     config = _small("quickstart_digits", model, view, epochs=130)
-    objective = replace(config.objective, ema_momentum=0.97)
+    objective = MoCoV3Config(temperature=0.2, ema_momentum=0.97)
     return replace(config, objective=objective, knn=replace(config.knn, every_epochs=13))
 
 

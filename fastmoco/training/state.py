@@ -29,15 +29,12 @@ def collect(objective: nn.Module, optimizer: AveragedOptimizer) -> dict[str, Ten
 
 
 def restore(
-    objective: nn.Module,
-    optimizer: AveragedOptimizer,
-    checkpoint: Checkpoint,
-    next_ema_momentum: float | None = None,
+    objective: nn.Module, optimizer: AveragedOptimizer, checkpoint: Checkpoint, next_ema_momentum: float | None = None
 ) -> None:
     """Put a collected state back, in place: objective and optimizer may be sharded, over other ranks than when it was saved.
 
     A rank beyond those that saved takes the random numbers of the first. Averages are made ready for the next step, at the end
-    of which its average is taken. It is saved so, but after a run's last step, and by runs from when a step began with it.
+    of which they move. They are saved so, but after a run's last step, and by runs from when a step began with it.
 
     Args:
         objective: of the run.

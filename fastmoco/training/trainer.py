@@ -27,7 +27,7 @@ from fastmoco.models.precision import choose_precision
 from fastmoco.objectives.build import attention_choice, build_objective
 from fastmoco.objectives.interface import Output, Progress
 from fastmoco.optim.build import build_optimizer
-from fastmoco.optim.schedule import ema_momentum, learning_rate
+from fastmoco.optim.schedule import learning_rate
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.identity import RunIdentity, identify
 from fastmoco.telemetry.recorder import Recorder
@@ -169,24 +169,16 @@ class Trainer:
             self.resolved, self.world, self.precision, self.attention, self.gradients.plan.to_json(), self.optimizer
         )
 
-    def schedule(self, step: int) -> tuple[float, float]:
-        """Learning rate and EMA momentum of one step: pure functions of it."""
+    def schedule(self, step: int) -> float:
+        """Learning rate of one step: a pure function of it."""
         config, steps_per_epoch = self.config, self.resolved.steps_per_epoch
-        lr = learning_rate(
+        return learning_rate(
             step,
             peak=self.resolved.peak_lr,
             epochs=config.epochs,
             warmup_epochs=config.optim.warmup_epochs,
             steps_per_epoch=steps_per_epoch,
         )
-        momentum = ema_momentum(
-            step,
-            start=config.objective.ema_momentum,
-            epochs=config.epochs,
-            steps_per_epoch=steps_per_epoch,
-            schedule=config.objective.ema_schedule,
-        )
-        return lr, momentum
 
     def progress(self, step: int) -> Progress:
         """Where the run is after a number of steps."""
@@ -212,9 +204,8 @@ class Trainer:
             This rank's loss, queries and keys.
         """
         at = self.progress(self.step_count)
-        lr, _ = self.schedule(at.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.schedule(at.step)
         views = [view.to(self.world.device, non_blocking=True) for view in batch.views]
         self.objective.zero_grad(set_to_none=True)
         self.guard.begin()
@@ -278,7 +269,7 @@ class Trainer:
                 self._save(force=True)
             raise
         number = self.step_count + 1
-        lr = self.schedule(self.step_count)[0]
+        lr = self.schedule(self.step_count)
         schedules = self.objective.schedules(self.progress(self.step_count))
         self.stragglers.begin(self.loader.wait_seconds)
         with self.pulse.step():

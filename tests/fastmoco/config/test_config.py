@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 
-from fastmoco.config import CheckpointConfig, Config, KnnConfig, ModelConfig, ObjectiveConfig, OptimConfig, resolve
+from fastmoco.config import (
+    CheckpointConfig,
+    Config,
+    KnnConfig,
+    MoCoV3Config,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    resolve,
+)
 from fastmoco.config.parallel import ParallelConfig
 from fastmoco.config.serial import differences, flatten, from_json, to_json
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
@@ -43,8 +53,8 @@ def test_a_wrong_recipe_name_gets_the_nearest():
     [
         (lambda: ModelConfig(image_size=100), r"image_size=100: must be a multiple of patch_size=16"),
         (lambda: ModelConfig(architecture="vit_giant"), "architecture='vit_giant'"),
-        (lambda: ObjectiveConfig(temperature=0), "temperature=0: must be positive"),
-        (lambda: ObjectiveConfig(ema_momentum=1.1), "ema_momentum=1.1"),
+        (lambda: MoCoV3Config(temperature=0), "temperature=0: must be positive"),
+        (lambda: MoCoV3Config(ema_momentum=1.1), "ema_momentum=1.1"),
         (lambda: OptimConfig(lr=-1), "lr=-1"),
         (lambda: OptimConfig(betas=(0.9, 1.0)), "betas"),
         (lambda: KnnConfig(k=0), "k=0"),
@@ -90,6 +100,24 @@ def test_unknown_fields_are_refused_by_name():
     data = to_json(Config())
     data["optim"]["learning_rate"] = 1.0
     with pytest.raises(ValueError, match=r"config.optim=\['learning_rate'\]"):
+        from_json(data)
+
+
+def test_another_objective_writes_its_kind_and_an_unknown_one_is_refused():
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class OtherConfig(ObjectiveConfig):
+        kind: ClassVar[str] = "other_in_this_test"
+        strength: float = 1.0
+
+    assert "kind" not in to_json(Config())["objective"]
+    config = replace(Config(), objective=OtherConfig(strength=2.0))
+    data = json.loads(json.dumps(to_json(config)))
+    assert data["objective"] == {"kind": "other_in_this_test", "strength": 2.0}
+    assert from_json(data) == config
+    assert flatten(config)["objective.strength"] == 2.0
+    assert differences(Config(), config) == ["objective: 'moco_v3' -> 'other_in_this_test'"]
+    data["objective"]["kind"] = "nothing_of_that_name"
+    with pytest.raises(ValueError, match=r"config.objective.kind='nothing_of_that_name': .*it knows .*moco_v3"):
         from_json(data)
 
 

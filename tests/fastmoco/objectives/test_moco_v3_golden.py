@@ -94,10 +94,10 @@ def error(ours: torch.Tensor, expected: np.ndarray) -> float:
 
 def check_first_step(objective: MoCoV3, output: Output, data: dict[str, np.ndarray], bounds: Bounds) -> None:
     """Queries, keys, gradients, buffers and parameters after the first step."""
-    outputs = dict(zip(("q1", "q2", "k1", "k2"), (*output.watch["queries"], *output.watch["keys"]), strict=True))
-    for name, tensor in outputs.items():
-        rows, expected = tensor.detach().numpy(), data[f"step0/{name}"]
-        assert np.abs(rows - expected).max() <= bounds.rows * np.abs(expected).max()
+    found = (*output.watch["queries"], *output.watch["keys"])
+    for name, rows in zip(("q1", "q2", "k1", "k2"), found, strict=True):
+        expected = data[f"step0/{name}"]
+        assert np.abs(rows.numpy() - expected).max() <= bounds.rows * np.abs(expected).max()
 
     parameters, state = dict(objective.named_parameters()), objective.state_dict()
     gradients = [k for k in data if k.startswith("step0/grad/")]

@@ -168,7 +168,7 @@ def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(small_run
         batch = trainer.loader.next()
         batch = replace(batch, views=tuple(view.double() for view in batch.views))
         for step in range(2):
-            lr, momentum = trainer.schedule(step)
+            lr, momentum = trainer.schedule(step), trainer.objective.schedules(trainer.progress(step))["ema_momentum"]
             trainer.step_count = step
             output = trainer.step(batch)
             for group in optimizer.param_groups:
@@ -182,7 +182,8 @@ def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(small_run
             plain.loss.backward()
             optimizer.step()
             assert abs(output.loss.item() - plain.loss.item()) < 1e-12
-        _, momentum = trainer.schedule(2)  # the trainer has made the twin ready for the next step
+        # The trainer has made the average ready for the next step.
+        momentum = trainer.objective.schedules(trainer.progress(2))["ema_momentum"]
         twin.update_momentum_encoder(momentum)
         for name, value in objective.momentum_encoder.state_dict().items():
             torch.testing.assert_close(value, twin.momentum_encoder.state_dict()[name], rtol=0, atol=1e-12)
