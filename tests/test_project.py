@@ -117,3 +117,27 @@ def test_no_decision_hangs_on_the_wall_clock():
         "fastmoco/faults/first_cause.py",
         "fastmoco/telemetry/sinks.py",
     }
+
+
+def _imported(path: Path) -> set[str]:
+    """Modules that a file imports, and the names it takes from modules, with dots."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    taken = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    return plain | {f"{node.module}.{alias.name}" for node in taken for alias in node.names}
+
+
+def test_collectives_are_in_two_rooms_alone():
+    """import-linter sees torch as one package. What needs an answer of all ranks takes it from `distributed/agree.py`."""
+    rooms = [ROOT / "fastmoco" / "distributed", ROOT / "fastmoco" / "checkpoint"]
+    uses = {
+        path
+        for path in (ROOT / "fastmoco").rglob("*.py")
+        if any(n.startswith("torch.distributed") for n in _imported(path))
+    }
+    attributes = {
+        path for path in (ROOT / "fastmoco").rglob("*.py") if re.search(r"torch\.distributed\.\w+\(", path.read_text())
+    }
+    assert rooms[0] / "agree.py" in uses
+    outside = sorted(str(path.relative_to(ROOT)) for path in uses | attributes if path.parent not in rooms)
+    assert not outside, f"torch.distributed outside distributed/ and checkpoint/: {outside}"
