@@ -14,7 +14,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import compile_fx
 from torch._inductor.decomposition import select_decomp_table
@@ -25,8 +24,9 @@ from benchmarks.op_counts import PRODUCTS, Counts, OperationCounter
 from fastmoco.config import Config
 from fastmoco.models.blocks import Attention
 from fastmoco.models.compiled import compile_blocks
-from fastmoco.objectives import MoCoV3
+from fastmoco.models.float8_inference import float8_layers
 from fastmoco.objectives.build import build_model
+from fastmoco.objectives.interface import Features, Inputs, Objective, Progress
 from fastmoco.objectives.prepare import PrepareViews, view_preparation
 from fastmoco_kernels.adamw_ema.op import bytes_moved as sweep_bytes
 from fastmoco_kernels.info_nce import cost as loss_cost
@@ -139,7 +139,7 @@ def count_step(
     # Beside fused blocks a run compiles what they do not cover: levels to numbers, and a momentum encoder in float8.
     graphs = compiled or (fused and views == torch.uint8)
     with blocks.instead() if graphs else nullcontext(), kernels, FakeTensorMode():
-        prepare = view_preparation(config.data.view1, config.data.view2, "bf16" if half else "fp32", compiled=graphs)
+        prepare = view_preparation((config.data.view1, config.data.view2), "bf16" if half else "fp32", compiled=graphs)
         objective = build_model(config)
         for module in objective.modules():
             if isinstance(module, Attention):
@@ -147,7 +147,9 @@ def count_step(
         if compiled:
             compile_blocks(objective, budget=budget)
         elif fused and config.model.momentum_linears == "float8":
-            compile_blocks(objective.momentum_encoder)
+            for network in objective.networks().values():
+                if float8_layers(network):
+                    compile_blocks(network)
         for rehearsal in (True, True, False) if graphs else (False,):
             # The first round compiles: what that runs is no part of a step. The second is what the last must run.
             calls, blocks.calls = blocks.calls, 0
@@ -156,14 +158,14 @@ def count_step(
             raise RuntimeError(f"{blocks.calls} compiled graphs ran where {calls} had been compiled: counted nothing")
     heads = found["heads"]
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    averaged = sum(p.numel() for p in objective.encoder.parameters() if p.requires_grad)
+    averaged = sum(p.numel() for p in objective.averages() if p.requires_grad)
     heads.add("sweep", sweep_bytes(trained, averaged=averaged))
     return StepCounts(chunk=chunk, **found)
 
 
 def _count_pieces(
     config: Config,
-    objective: MoCoV3,
+    objective: Objective,
     chunk: int,
     views: torch.dtype,
     prepare: PrepareViews,
@@ -186,30 +188,29 @@ def _count_pieces(
 
     autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=config.precision in ("auto", "bf16"))
     side, batch = config.model.image_size, config.global_batch_size
-    view1, view2 = (torch.empty(chunk, 3, side, side, dtype=views) for _ in range(2))
+    at, of_chunk = Progress(), tuple(torch.empty(chunk, 3, side, side, dtype=views) for _ in range(2))
+
+    def prepared() -> Inputs:
+        return Inputs(prepare(of_chunk))
+
     with counted("first"), torch.no_grad(), autocast():
-        views_of_both = prepare(view1, view2)
-        tokens = objective.query_features(*views_of_both)[1]
+        objective.features(prepared(), at, target=False)
     with counted("keys"), torch.no_grad(), autocast():
-        objective.key_features(*views_of_both, tokens if _shares(objective) else None)
+        features = objective.features(prepared(), at)
+    found["keys"].merge(found["first"], -1.0)
     with counted("query"), autocast():
-        features = objective.query_features(*prepare(view1, view2))[0]
-    gradient = torch.empty_like(features)
+        online = objective.features(prepared(), at, target=False).online
+    gradient = [torch.empty_like(rows) for rows in online]
     with counted("backward"):
-        features.backward(gradient)  # type: ignore[no-untyped-call]
+        torch.autograd.backward(online, gradient)
     objective.zero_grad(set_to_none=True)
-    queries, keys = (torch.empty(2, batch, objective.encoder.embed_dim) for _ in range(2))
-    queries.requires_grad_()
+    whole = Features(*(tuple(rows.new_empty(batch, *rows.shape[1:]) for rows in part) for part in features))
+    for rows in whole.online:
+        rows.requires_grad_()
     with counted("heads"):
         with autocast():
-            loss = objective.compare(queries, keys).loss
+            loss = objective.compare(whole, at).loss
         loss.backward()  # type: ignore[no-untyped-call]
     width = config.model.projection_dim
     found["heads"].add(PRODUCTS, 0.0, loss_cost.flops(batch, batch, width, directions=2))
     return found
-
-
-def _shares(objective: MoCoV3) -> bool:
-    """Whether both encoders take the same patch tokens; fake tensors cannot be compared as the objective would."""
-    stem: list[Tensor] = [objective.encoder.pos_embed, *objective.encoder.patch_embed.parameters()]
-    return not (objective.couples_samples or any(p.requires_grad for p in stem))

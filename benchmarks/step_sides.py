@@ -28,6 +28,7 @@ from fastmoco.config import BatchConfig, Config, KnnConfig
 from fastmoco.distributed.mesh import start_world
 from fastmoco.models.compiled import compile_blocks
 from fastmoco.objectives.build import build_model, build_objective
+from fastmoco.objectives.interface import START
 from fastmoco.objectives.reference import plain_forward
 from fastmoco.recipes import get_recipe
 from fastmoco.training.trainer import Trainer
@@ -171,7 +172,7 @@ class PlainStep:
             compile_blocks(self.objective)
         self._half = device.type == "cuda"
         self._device = device
-        self._momentum = config.objective.ema_momentum
+        self._momentum = self.objective.schedules(START)["ema_momentum"]
         trained = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(
             trained, lr=1e-6, betas=config.optim.betas, weight_decay=config.optim.weight_decay
@@ -181,8 +182,7 @@ class PlainStep:
     def __call__(self, view1: Tensor, view2: Tensor) -> None:
         """Forward, backward, optimizer, average."""
         with torch.no_grad():
-            pairs = zip(self.objective.momentum_encoder.parameters(), self.objective.encoder.parameters(), strict=True)
-            for average, own in pairs:
+            for own, average in self.objective.averages().items():
                 average.mul_(self._momentum).add_(own, alpha=1 - self._momentum)
         with torch.autocast(self._device.type, dtype=torch.float16, enabled=self._half):
             loss = plain_forward(self.objective, view1.float(), view2.float()).loss
@@ -231,7 +231,7 @@ def as_float(trainer: Trainer, view: Tensor) -> Tensor:
     """A view as the objective takes it, whatever the loader delivers."""
     if view.is_floating_point():
         return view.float()
-    return trainer.gradients.prepare(view, view)[0].float()
+    return trainer.gradients.prepare((view, view))[0].float()
 
 
 def _loss_and_gradients(objective: Any, forward: Callable[..., Any], views: list[Tensor]) -> tuple[Tensor, Tensor]:

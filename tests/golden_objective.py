@@ -70,6 +70,11 @@ def random_views(objective: MoCoV3, batch: int = 6) -> tuple[Tensor, Tensor]:
     return view1, view2
 
 
+def features_of(encoder: VisionTransformer, views: tuple[Tensor, Tensor]) -> Tensor:
+    """[2, B, E] class features of two views by one encoder."""
+    return encoder.encode(encoder.patch_tokens(torch.cat(views))).view(2, len(views[0]), -1)
+
+
 def train_step(
     objective: MoCoV3,
     optimizer: torch.optim.Optimizer,

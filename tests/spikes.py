@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from fastmoco.config import CheckpointConfig
 from fastmoco.config.faults import FaultConfig
-from fastmoco.objectives import MoCoV3Output
+from fastmoco.objectives import Output
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import Batch
 from tests.distributed.run_trainer import CONFIG
@@ -32,7 +32,7 @@ def spike(trainer: Trainer, *numbers: int, factor: float = 1e4) -> Trainer:
     """Make the gradients of the steps of these numbers (the first is 1) so many times as long, on this rank's part of them."""
     plain = trainer.step
 
-    def step(batch: Batch, *, inspect: Callable[[], None] | None = None) -> MoCoV3Output:
+    def step(batch: Batch, *, inspect: Callable[[], None] | None = None) -> Output:
         def spoil() -> None:
             for parameter in trainer.objective.parameters():
                 if batch.step + 1 in numbers and parameter.grad is not None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastmoco.config import BatchConfig, Config, KnnConfig, ObjectiveConfig, OptimConfig
+from fastmoco.config import BatchConfig, Config, KnnConfig, MoCoV3Config, OptimConfig
 from fastmoco.distributed.mesh import start_world, stop_world
 from fastmoco.recipes import quickstart_digits
 from fastmoco.training.trainer import Trainer
@@ -115,7 +115,7 @@ def _config(options: dict[str, Any]) -> Config:
         threads=1,
         batch=BatchConfig(chunk=chunk, kept=0) if chunk != "none" else BatchConfig(chunk="none"),
         model=replace(recipe.model, hidden_dim=64, projection_dim=32),
-        objective=ObjectiveConfig(temperature=0.2),
+        objective=MoCoV3Config(temperature=0.2),
         optim=OptimConfig(lr=options["lr"], eps=options["eps"], warmup_epochs=options["warmup_epochs"]),
         data=replace(recipe.data, synthetic=True),
         knn=KnnConfig(every_epochs=0),

@@ -1,4 +1,6 @@
-"""`fastmoco checkpoint verify|list|consolidate`: which checkpoints can be trusted, and their tensors as one file."""
+"""`fastmoco checkpoint verify|list|consolidate`: verify checkpoints, list them,
+export one to a single file.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, no_checkpo
 
 
 def verify(path: Positional[Path]) -> int:
-    """Read every byte and report which checkpoints can be trusted.
+    """Read every byte of every checkpoint and verify it.
 
-    Exit code 0: all of them, 1: not all, 2: there is none.
+    Exit code 0: all are sound, 1: some are not, 2: there is none.
 
     Args:
         path: Folder of a run, or of one checkpoint.
@@ -21,19 +23,19 @@ def verify(path: Positional[Path]) -> int:
 
     with one_line(EXIT_REFUSED, OSError):
         found = inspect_checkpoints(path)
-        # What a killed save left is ignored by every reader, so it is no fault of the run; `list` shows it.
-        verdicts = [verdict for verdict in found if verdict.committed or verdict.path == path]
-        if not verdicts:
+        # Every reader ignores unfinished saves, so they are no fault of the run; `list` shows them.
+        found = [one for one in found if one.committed or one.path == path]
+        if not found:
             raise no_checkpoint(path)
-    for verdict in verdicts:
-        print(f"{verdict.path.name}: {verdict.fault or 'sound'}")
-    return EXIT_FAILED if any(verdict.fault for verdict in verdicts) else EXIT_FINISHED
+    for one in found:
+        print(f"{one.path.name}: {one.fault or 'sound'}")
+    return EXIT_FAILED if any(one.fault for one in found) else EXIT_FINISHED
 
 
 def list_all(path: Positional[Path]) -> int:
-    """Step, size, time, ranks and state of every checkpoint.
+    """Step, size, time, ranks and status of every checkpoint.
 
-    Unfinished saves too. Reads every byte.
+    Also of unfinished saves. Reads every byte.
 
     Args:
         path: Folder of a run, or of one checkpoint.
@@ -41,26 +43,23 @@ def list_all(path: Positional[Path]) -> int:
     from fastmoco.checkpoint import inspect_checkpoints
 
     with one_line(EXIT_REFUSED, OSError):
-        verdicts = inspect_checkpoints(path)
-        if not verdicts:
+        found = inspect_checkpoints(path)
+        if not found:
             raise no_checkpoint(path)
-    print(f"{'step':>10} {'MB':>10} {'saved at':<20} {'ranks':>5}  verdict")
-    for verdict in verdicts:
-        ranks = str(verdict.world_size or "?")
-        print(
-            f"{verdict.step:>10} {verdict.size / 1e6:>10.3f} {verdict.saved_at or '?':<20} {ranks:>5}  "
-            f"{verdict.fault or 'sound'}"
-        )
+    print(f"{'step':>10} {'MB':>10} {'saved at':<20} {'ranks':>5}  status")
+    for one in found:
+        ranks = str(one.world_size or "?")
+        print(f"{one.step:>10} {one.size / 1e6:>10.3f} {one.saved_at or '?':<20} {ranks:>5}  {one.fault or 'sound'}")
     return EXIT_FINISHED
 
 
 def consolidate(path: Positional[Path], *, out: Path, encoder: bool = False) -> int:
-    """Write the tensors of a checkpoint into one safetensors file, whatever number of ranks saved it.
+    """Write the tensors of a checkpoint, saved on any number of ranks, into one safetensors file.
 
     Args:
-        path: Folder of a run, whose newest sound checkpoint is taken, or of one checkpoint.
+        path: Folder of a run, for its newest sound checkpoint, or of one checkpoint.
         out: The file to write; it must not exist.
-        encoder: Only the trained encoder, without its projector; default the full state.
+        encoder: Write only the trained encoder without its projector; default the full state.
     """
     from fastmoco.checkpoint import consolidate as write
     from fastmoco.checkpoint import load_checkpoint, load_latest

@@ -1,4 +1,4 @@
-"""`fastmoco data ...`: shards made, indexed and looked at. Thin wrappers with a progress bar."""
+"""`fastmoco data ...`: make, index and inspect shards. Thin wrappers with a progress bar."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ class ViewsArguments:
     out: Path = Path("views.png")
     """The picture."""
     rows: int = 8
-    """Rows of the picture; each shows two images."""
+    """Rows of the picture, with two images each."""
     seed: int = 0
     """Seed of the choice of images and of the draws."""
     parameters: bool = True
-    """Write beside each row what was drawn: crop, factors of the jitter and their order, grey, blur, solarize, flip."""
+    """Print the drawn parameters next to each row: crop, jitter and its order,
+    grayscale, blur, solarize, flip."""
     recipe: str | None = None
     """Show this recipe's views instead of MoCo v3's pair at 224 pixels."""
     view1: ViewSpec
@@ -51,14 +52,14 @@ def pack(
     seed: int = 0,
     overwrite: bool = False,
 ) -> int:
-    """Pack a folder of images into shuffled WebDataset shards, with an index beside each and a manifest.
+    """Pack a folder of images into shuffled WebDataset shards, each with an index, and a manifest.
 
     Args:
-        src: Folder of class folders (their names become the labels) or of images alone (no labels).
+        src: Folder of class folders, whose names become the labels, or of images without labels.
         out: Folder for the shards.
         prefix: Shards are named PREFIX-000000.tar and so on.
-        max_side: Shrink images whose longer side exceeds this many pixels. Decoding dominates the cost: 512 is good
-            advice for photographs that views of 224 pixels are cut from.
+        max_side: Shrink images whose longer side exceeds this many pixels. Decoding takes most of the time of
+            loading; 512 is a good value for photographs and views of 224 pixels.
         quality: JPEG quality of images that are shrunk.
         shard_size: Largest size of a shard, in MB.
         seed: Seed of the shuffle.
@@ -86,7 +87,8 @@ def pack(
         classes = f"{len(report.classes)} classes" if report.classes else "no labels"
         size = report.total_bytes / 1e6
         print(
-            f"{report.samples} images, {classes}, {len(report.shards)} shards, {size:.1f} MB, {len(report.skipped)} skipped"
+            f"{report.samples} images, {classes}, {len(report.shards)} shards, {size:.1f} MB, "
+            f"{len(report.skipped)} skipped"
         )
         print(f"shards: {report.pattern}")
     return 0
@@ -101,18 +103,18 @@ def index(
     out: Path | None = None,
     cache: Annotated[CacheSpec, tyro.conf.arg(name="")] = CACHE,
 ) -> int:
-    """Write the index beside existing shards, whatever program packed them.
+    """Write the index next to existing shards of any origin.
 
-    A sample is KEY.jpg, .jpeg, .png or .webp beside KEY.cls, .json or .txt. Class names are numbered in sorted order
-    over all shards given and kept in manifest.json.
+    Their members are KEY.jpg, .jpeg, .png or .webp and KEY.cls, .json or .txt. Class names are numbered in sorted order
+    over all given shards and stored in manifest.json.
 
     Args:
         shards: A path, glob, brace pattern or folder; or URLs, with --out.
-        labels: Which members contain the labels, numbers or class names; auto: the first of cls, json and txt that the
+        labels: Members that contain the labels, numbers or class names; auto: the first of cls, json and txt that the
             set has.
-        label_field: Field of the .json that holds the label (default: label); chooses json.
-        salvage: Index what is left of damaged tars, and list every lost stretch by byte.
-        out: Of shards on a server: folder for the indexes, which then belong beside the shards there.
+        label_field: Field of the .json that contains the label (default: label); selects json.
+        salvage: Index the readable samples of damaged tars, and list every lost range of bytes.
+        out: For shards on a server: folder for the indexes, which you then copy next to the shards.
         cache: Where shards of a server are kept.
     """
     from fastmoco_pipelines import index_shards
@@ -144,11 +146,11 @@ def index(
             cut = f", in {part.member}" if part.member else ""
             print(f"lost {part.shard}: {part.size} bytes from byte {part.offset} on{cut}: {part.reason}")
         if report.lost:
-            print("the indexes allow for what is lost: training passes over it")
+            print("the indexes record the lost bytes, and training skips them")
         for tar, count in report.gone:
-            print(f"lost {tar}: {count} samples that an older index or the manifest knows are not found any more")
+            print(f"lost {tar}: {count} samples of an older index or the manifest are not found any more")
         for folder, url in report.uploads.items():
-            print(f"copy what is in {folder} to {url}")
+            print(f"copy the files in {folder} to {url}")
     return 0
 
 
@@ -167,8 +169,7 @@ def views(args: list[str]) -> int:
         options = tyro.cli(ViewsArguments, prog="fastmoco data views", args=args, default=default)
         path = save_view_grid(
             options.shards,
-            options.view1,
-            options.view2,
+            (options.view1, options.view2),
             options.out,
             rows=options.rows,
             seed=options.seed,
@@ -179,10 +180,10 @@ def views(args: list[str]) -> int:
 
 
 def sample(name: Positional[Literal["digits"]], out: Positional[Path], *, seed: int = 0) -> int:
-    """Write a small real data set that ships with a library: scikit-learn's 8x8 handwritten digits.
+    """Write a small real data set that a library contains: the 8x8 handwritten digits of scikit-learn.
 
     Args:
-        name: Which set.
+        name: Name of the set.
         out: Folder for the shards train-*.tar and test-*.tar.
         seed: Seed of the split and of the shuffle.
     """
@@ -197,12 +198,23 @@ def sample(name: Positional[Literal["digits"]], out: Positional[Path], *, seed: 
 
 @contextmanager
 def progress_bar(what: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal; silence elsewhere. `unit="bytes"` shows amounts and speed as such."""
+    """A progress bar, on terminals only. `unit="bytes"` shows amounts in bytes and the speed."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     console = Console(stderr=True)
-    columns = (*Progress.get_default_columns()[:2], BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        *Progress.get_default_columns()[:2],
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
     shown = (*columns, TimeRemainingColumn()) if unit == "bytes" else Progress.get_default_columns()
     with Progress(*shown, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastmoco.config.data import DataConfig, KnnConfig
 from fastmoco.config.faults import FaultConfig
 from fastmoco.config.model import AttentionBackend, ModelConfig
-from fastmoco.config.objective import ObjectiveConfig
+from fastmoco.config.objective import MoCoV3Config, ObjectiveConfig
 from fastmoco.config.optim import OptimConfig
 from fastmoco.config.parallel import ParallelConfig
 from fastmoco.config.resolve import Resolved, resolve
@@ -19,6 +19,7 @@ __all__ = [
     "DataConfig",
     "FaultConfig",
     "KnnConfig",
+    "MoCoV3Config",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from fastmoco.config.data import DataConfig, KnnConfig
 from fastmoco.config.faults import FaultConfig
 from fastmoco.config.model import ModelConfig
-from fastmoco.config.objective import ObjectiveConfig
+from fastmoco.config.objective import MoCoV3Config, ObjectiveConfig
 from fastmoco.config.optim import OptimConfig
 from fastmoco.config.parallel import ParallelConfig
 from fastmoco_pipelines.spec import Device, EvalSpec, LoaderOptions, LoaderSpec, Resume, require
@@ -65,7 +65,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """One run of MoCo v3 pre-training."""
+    """One run of pre-training."""
 
     recipe: Annotated[str, Resume.FREE] = "custom"
     """Name of the recipe this started from."""
@@ -87,7 +87,7 @@ class Config:
     batch: Annotated[BatchConfig, Resume.FREE] = field(default_factory=BatchConfig)
     parallel: Annotated[ParallelConfig, Resume.FREE] = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=MoCoV3Config)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     knn: Annotated[KnnConfig, Resume.FREE] = field(default_factory=KnnConfig)
@@ -131,8 +131,7 @@ class Config:
         require(named, "data.shards", data.shards, "must name the shards, e.g. --data.shards 'data/train-*.tar'")
         return LoaderSpec(
             shards=data.shards or "synthetic",
-            view1=data.view1,
-            view2=data.view2,
+            views=(data.view1, data.view2),
             global_batch_size=self.global_batch_size,
             seed=self.seed,
             device=device,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,21 +10,20 @@ from torch import Tensor
 from fastmoco_pipelines.spec import ViewSpec
 from fastmoco_pipelines.views.levels import normalise_by, numbers
 
-PrepareViews = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Two views as a loader delivers them -> two as the encoder reads them."""
+PrepareViews = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+"""Views as a loader delivers them -> the same number as the encoder reads them."""
 
 
-def as_they_are(view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
+def as_they_are(views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Views that an encoder can read already."""
-    return view1, view2
+    return views
 
 
-def view_preparation(view1: ViewSpec, view2: ViewSpec, precision: str, *, compiled: bool = False) -> PrepareViews:
+def view_preparation(specs: Sequence[ViewSpec], precision: str, *, compiled: bool = False) -> PrepareViews:
     """Levels (uint8) are normalised, straight into the dtype of the encoder's first product; float32 views pass as they are.
 
     Args:
-        view1: how the first view is made: mean, std and color are used.
-        view2: the second.
+        specs: how each view is made: mean, std and color are used.
         precision: "bf16", "fp32" or "fp64".
         compiled: one kernel by torch.compile in place of three operations; the last bit of the float32 result may differ.
     """
@@ -37,4 +36,4 @@ def view_preparation(view1: ViewSpec, view2: ViewSpec, precision: str, *, compil
         # The numbers are made outside of what is compiled: inside, they would be copied to the device at every call.
         return kernel(view, *numbers(spec, view.device), multiply_first=spec.color == "exact", dtype=dtype)
 
-    return lambda first, second: (one(first, view1), one(second, view2))
+    return lambda views: tuple(one(view, spec) for view, spec in zip(views, specs, strict=True))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-import torch.distributed as dist
-
 from fastmoco.config import Config
+from fastmoco.distributed.agree import least
 from fastmoco.distributed.mesh import World
 from fastmoco.distributed.parallelize import Strategy
 from fastmoco.models.compiled import BUDGETS
-from fastmoco.objectives import MoCoV3
+from fastmoco.objectives.interface import Objective
 from fastmoco.planning.costs import StepCosts, measure_costs
 from fastmoco.planning.free_memory import free_bytes
 from fastmoco.planning.plan import HEADROOM, StepPlan, best_plan, busy_chunk, plan_step, sharded, state_bytes
@@ -22,7 +20,7 @@ SURELY_SMALL = 0.25
 
 def choose_plan(
     config: Config,
-    objective: MoCoV3,
+    objective: Objective,
     world: World,
     precision: str,
     *,
@@ -45,10 +43,7 @@ def choose_plan(
     at_once = StepPlan(chunk=0, kept=0, chunks=1, overhead=0.0, peak_bytes=0.0, reason="", activation_budget=budgets[0])
     if batch.chunk == "none":
         return replace(at_once, reason="asked for")
-    free = torch.tensor([free_bytes(world.device) - reserved], dtype=torch.float64, device=world.device)
-    if world.world_size > 1:
-        dist.all_reduce(free, op=dist.ReduceOp.MIN)
-    memory = free.item() * HEADROOM
+    memory = least(free_bytes(world.device) - reserved, world.device) * HEADROOM
     if batch.chunk == "auto" and _at_most(config, objective, images) < SURELY_SMALL * memory:
         return replace(at_once, reason="small beside the free memory")
 
@@ -56,13 +51,13 @@ def choose_plan(
         costs = measure_costs(config, precision, attention=attention, compiled=compiled, budget=budget, levels=levels)
         taken, costs = _beside(config, costs, world, strategy, objective)
         if batch.cuda_graphs:  # what a captured pass needs in passing is never given back
-            size = min(images, busy_chunk(objective.encoder.pos_embed.shape[1]))
+            size = min(images, busy_chunk(objective.encoder.tokens))
             taken += size * costs.view_bytes + max(costs.forward.at(size), costs.train.at(size))
         plan = plan_step(
             costs,
             images=images,
             budget=memory - taken,
-            tokens=objective.encoder.pos_embed.shape[1],
+            tokens=objective.encoder.tokens,
             chunk=batch.chunk,
             kept=batch.kept,
             world_size=world.world_size,
@@ -73,10 +68,10 @@ def choose_plan(
 
 
 def _beside(
-    config: Config, costs: StepCosts, world: World, strategy: Strategy, objective: MoCoV3
+    config: Config, costs: StepCosts, world: World, strategy: Strategy, objective: Objective
 ) -> tuple[float, StepCosts]:
     """Bytes that the state will take beyond the parameters that lie there now, and the costs of a step with such a state."""
-    element = objective.encoder.pos_embed.element_size()
+    element = next(objective.parameters()).element_size()
     state = whole = state_bytes(costs, config.optim.name, element)
     if strategy != "ddp" and world.world_size > 1:
         shards = world.world_size if strategy == "fsdp" else config.parallel.shard_size or world.local_world_size
@@ -87,14 +82,10 @@ def _beside(
     return taken, costs
 
 
-def _at_most(config: Config, objective: MoCoV3, images: int) -> float:
-    """Twice what a step keeps, and more: 40 numbers a token, width and block, and as many a hidden unit of the heads.
-
-    Attention that is written out keeps a few more numbers for each pair of tokens and head.
-    """
-    encoder = objective.encoder
-    element, tokens = encoder.pos_embed.element_size(), encoder.pos_embed.shape[1]
-    block = encoder.embed_dim * 40 + encoder.blocks[0].attn.num_heads * tokens * 8  # type: ignore[union-attr, operator]
-    numbers = 2 * tokens * block * (len(encoder.blocks) + 1) + 2 * 40 * config.model.hidden_dim
+def _at_most(config: Config, objective: Objective, images: int) -> float:
+    """Upper bound of the bytes of a step, at least twice the true value: the trunk by `Encoder.most_numbers`, and 40 numbers
+    a view and hidden unit of the heads."""
+    element = next(objective.parameters()).element_size()
+    numbers = 2 * objective.encoder.most_numbers() + 2 * 40 * config.model.hidden_dim
     state = 5 * sum(parameter.numel() for parameter in objective.parameters())
     return float(element * (images * numbers + state))

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from fastmoco.config import Config
 from fastmoco.models.blocks import Attention, Recompute
 from fastmoco.models.compiled import traced_blocks
-from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.build import build_model
+from fastmoco.objectives.interface import Coupling, Features, Inputs, Objective, Progress
 from fastmoco.objectives.prepare import PrepareViews, view_preparation
 from fastmoco.planning.live_bytes import LiveBytes
 
@@ -70,18 +70,18 @@ class Units(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCosts:
-    """What one step costs. An image is two views; bytes are of one process, FLOPs count a multiply-add as two."""
+    """What one step costs. An image is all its views; bytes are of one process, FLOPs count a multiply-add as two."""
 
     trainable: int
     """Parameters that gradients and optimizer have an entry for."""
     parameters: int
-    """All parameters: encoder, twin and predictor."""
-    couples_samples: str
+    """All parameters, averages among them."""
+    coupling_reason: str
     """Why the trunk cannot go in chunks; empty where it can."""
     view_bytes: float
-    """Two views of an image."""
+    """All views of an image."""
     feature_bytes: float
-    """What a chunk leaves for an image: class features of both views and encoders, copied once, and a gradient."""
+    """What a chunk leaves for an image: the features of all encoders, copied once, and a gradient of the online ones."""
     key_bytes: float
     """Keys of one image of another rank."""
     graph: Line
@@ -110,6 +110,8 @@ class StepCosts:
     Autocast's are made once a step."""
     piled_bytes: float = 0.0
     """Gradients that a step in chunks holds whole until its end, beside the state."""
+    separate: bool = False
+    """Whether nothing couples images: heads and loss go in chunks too, and nothing is computed twice (`Coupling.NONE`)."""
 
 
 def measure_costs(
@@ -141,8 +143,11 @@ def measure_costs(
         for module in objective.modules():
             if isinstance(module, Attention):
                 module.backend = attention if attention in ("explicit", "reference") else "sdpa"
-        prepare = view_preparation(config.data.view1, config.data.view2, precision)
-        pieces = _Pieces(objective, config.model.image_size, precision == "bf16", prepare, levels)
+        views = (config.data.view1, config.data.view2)
+        sides = [view.size for view in views]
+        prepare = view_preparation(views, precision)
+        pieces = _Pieces(objective, sides, precision == "bf16", prepare, levels)
+        features = pieces.features(images=1)
         flops = pieces.on_all_blocks("none", pieces.flops_of_an_image)
         # Checkpointing inside of compiled blocks is the compiler's too, but it keeps what was asked for.
         with traced_blocks(objective, budget=budget) if compiled and recompute == "none" else nullcontext():
@@ -157,9 +162,11 @@ def measure_costs(
     return StepCosts(
         trainable=sum(p.numel() for p in own if p.requires_grad),
         parameters=sum(p.numel() for p in own),
-        couples_samples=objective.couples_samples,
-        view_bytes=2 * 3 * config.model.image_size**2 * (1 if levels else element),
-        feature_bytes=2 * 5 * objective.encoder.embed_dim * element,
+        coupling_reason=objective.coupling_reason,
+        separate=objective.coupling is Coupling.NONE,
+        view_bytes=sum(3 * side**2 for side in sides) * (1 if levels else element),
+        feature_bytes=sum(3 * rows.nbytes for rows in features.online)
+        + sum(2 * rows.nbytes for rows in features.target),
         key_bytes=2 * 2 * config.model.projection_dim * element,
         graph=Line(*sizes["graph"]),
         train=Line(*sizes["train"]),
@@ -176,19 +183,27 @@ def measure_costs(
     )
 
 
-def _units(objective: MoCoV3, size: int) -> Units:
-    encoder = objective.encoder
-    block, projector, predictor = (
-        sum(p.numel() for p in part.parameters()) for part in (encoder.blocks[0], encoder.head, objective.predictor)
-    )
-    trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in encoder.parameters()) - trained
+def _units(objective: Objective, size: int) -> Units:
+    networks = objective.networks()
+    trained = {name for name, network in networks.items() if any(p.requires_grad for p in network.parameters())}
+    blocks, heads = [0], [0]
+    trunk = frozen = 0
+    for name, parts in objective.parts().items():
+        inside = [sum(p.numel() for p in head.parameters()) for head in parts.heads.values()]
+        if name in trained:
+            blocks += [sum(p.numel() for p in block.parameters()) for block in parts.blocks]
+            heads += inside
+            trunk += sum(p.numel() for p in networks[name].parameters() if p.requires_grad) - sum(inside)
+
+    # What neither trains nor averages stays whole.
+    averages = {id(average) for own, average in objective.averages().items() if own.requires_grad}
+    frozen = sum(p.numel() for p in objective.parameters() if not p.requires_grad and id(p) not in averages)
     return Units(
-        block=block,
-        largest=max(block, projector, predictor),
-        trunk=trained - projector,
-        heads=projector + predictor,
-        frozen=2 * frozen,
+        block=max(blocks),
+        largest=max(*blocks, *heads),
+        trunk=trunk,
+        heads=sum(heads),
+        frozen=frozen,
         bytes=size,
     )
 
@@ -199,27 +214,31 @@ Figures = dict[str, tuple[float, ...]]
 class _Pieces:
     """The pieces of a step, run on fake images under a counter."""
 
-    def __init__(self, objective: MoCoV3, side: int, half: bool, prepare: PrepareViews, levels: bool) -> None:
-        self.objective, self.side, self.half = objective, side, half
-        self.prepare, self.kind = prepare, torch.uint8 if levels else torch.get_default_dtype()
-        stem = [objective.encoder.pos_embed, *objective.encoder.patch_embed.parameters()]
-        self.shared = not (objective.couples_samples or any(p.requires_grad for p in stem))
+    def __init__(self, objective: Objective, sides: list[int], half: bool, prepare: PrepareViews, levels: bool) -> None:
+        self.objective, self.sides, self.half = objective, sides, half
+        self.prepare = prepare
+        self.kind = torch.uint8 if levels else torch.get_default_dtype()
+        self.at = Progress()
 
     def on_all_blocks(self, recompute: Recompute, measure: Callable[[], Figures]) -> Figures:
-        """What ``measure`` gives with all blocks. They are alike: two depths tell what one more costs."""
-        encoders = self.objective.encoder, self.objective.momentum_encoder
-        whole = [encoder.blocks for encoder in encoders]
-        depth = len(whole[0])
-        self.objective.encoder.recompute(recompute)
-        if depth <= max(DEPTHS):
+        """What `measure` gives with all blocks. Those of a network are alike: two depths tell what one more costs."""
+        trunks: list[Any] = [parts.blocks for parts in self.objective.parts().values() if len(parts.blocks)]
+        for parts in self.objective.trunks().values():
+            for block in parts.blocks:
+                block.recompute = recompute  # type: ignore[assignment]
+        depths = {len(blocks) for blocks in trunks}
+        depth = max(depths, default=0)
+        if len(depths) != 1 or depth <= max(DEPTHS):
             return measure()
+        whole = [list(blocks) for blocks in trunks]
         measured = []
         for few in DEPTHS:
-            for encoder, blocks in zip(encoders, whole, strict=True):
-                encoder.blocks = blocks[:few]
+            for blocks, all_of_them in zip(trunks, whole, strict=True):
+                del blocks[:]
+                blocks.extend(all_of_them[:few])
             measured.append(measure())
-        for encoder, blocks in zip(encoders, whole, strict=True):
-            encoder.blocks = blocks
+        for blocks, all_of_them in zip(trunks, whole, strict=True):
+            blocks.extend(all_of_them[len(blocks) :])
         steps = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
         less, more = measured
         return {name: tuple(a + (b - a) * steps for a, b in zip(less[name], more[name], strict=True)) for name in less}
@@ -254,40 +273,46 @@ class _Pieces:
 
     def _runs(self, images: int) -> dict[str, Callable[[LiveBytes | None], int]]:
         """The pieces by name; ``train`` returns the bytes alive between its forward and its backward, the others 0."""
-        objective = self.objective
-        view1, view2 = torch.empty(2, images, 3, self.side, self.side, dtype=self.kind).unbind()
-        queries, keys = torch.empty(2, 2, images, objective.encoder.embed_dim).unbind()
-        queries.requires_grad_()
+        objective, at = self.objective, self.at
+        views = tuple(torch.empty(images, 3, side, side, dtype=self.kind) for side in self.sides)
+        online, target = self.features(images)
+        leaves = tuple(rows.requires_grad_() for rows in online)
 
         def query(live: LiveBytes | None) -> int:
             with torch.no_grad(), self._autocast():
-                objective.query_features(*self.prepare(view1, view2))
+                objective.features(Inputs(self.prepare(views)), at, target=False)
             return 0
 
         def train(live: LiveBytes | None) -> int:
             with self._autocast():
-                features = objective.query_features(*self.prepare(view1, view2))[0]
+                features = objective.features(Inputs(self.prepare(views)), at, target=False).online
             graph = live.now if live else 0
-            features.backward(torch.empty_like(features))  # type: ignore[no-untyped-call]
+            torch.autograd.backward(features, [torch.empty_like(rows) for rows in features])
             objective.zero_grad(set_to_none=True)
             return graph
 
         def forward(live: LiveBytes | None) -> int:
             with torch.no_grad(), self._autocast():
-                views = self.prepare(view1, view2)
-                tokens = objective.query_features(*views)[1]
-                objective.key_features(*views, tokens if self.shared else None)
+                objective.features(Inputs(self.prepare(views)), at)
             return 0
 
         def heads(live: LiveBytes | None) -> int:
             with self._autocast():
-                loss = objective.compare(queries, keys, accuracy=True).loss
+                loss = objective.compare(Features(leaves, target), at, accuracy=True).loss
             loss.backward()  # type: ignore[no-untyped-call]
             objective.zero_grad(set_to_none=True)
-            queries.grad = None
+            for rows in leaves:
+                rows.grad = None
             return 0
 
         return {"query": query, "train": train, "forward": forward, "heads": heads}
+
+    def features(self, images: int) -> Features:
+        """Features of some images as they come out of the trunks, without a graph."""
+        views = tuple(torch.empty(2, 3, side, side, dtype=self.kind) for side in self.sides)
+        with torch.no_grad(), self._autocast():
+            found = self.objective.features(Inputs(self.prepare(views)), self.at)
+        return Features(*(tuple(rows.new_empty(images, *rows.shape[1:]) for rows in side) for side in found))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half)

@@ -5,6 +5,7 @@ and the graphs of k images kept, a step needs beside the state
 
     whole:    B (views + features) + max(G(B) + max(F(B), H(B)), T(B))
     chunked:  B (views + features) + max(G(k) + F(c), G(k) + H(B), G(k) + T(c) - G(c), T(c))
+    separate: B views + c features + max(G(c) + max(F(c), H(c)), T(c)), where nothing couples images
 
 and a chunked step computes the forward of the other B - k images' queries once more. Where blocks can keep the residual stream
 alone (L, "lean"), the others may keep that instead, and compute less than a forward once more:
@@ -132,7 +133,7 @@ def sharded(costs: StepCosts, element: int) -> StepCosts:
         train=without(costs.train, units.trunk),
         forward=without(costs.forward, units.trunk),
         heads=without(costs.heads, units.heads),
-        piled_bytes=float(units.trunk * max(4, units.bytes)),
+        piled_bytes=float((units.trunk + (units.heads if costs.separate else 0)) * max(4, units.bytes)),
     )
 
 
@@ -145,8 +146,10 @@ def whole_bytes(costs: StepCosts, images: int, world_size: int = 1) -> float:
 
 
 def chunked_bytes(costs: StepCosts, images: int, chunk: int, kept_images: int = 0, world_size: int = 1) -> float:
-    """Bytes of a step in chunks that keeps the graphs of so many images, beside the state."""
+    """Bytes of a step in chunks that keeps the graphs of a number of images, beside the state."""
     chunk = min(chunk, images)
+    if costs.separate:  # a whole step for each chunk; only the views of the batch are there all the time
+        return costs.piled_bytes + (images - chunk) * costs.view_bytes + whole_bytes(costs, chunk, world_size)
     graphs = _graphs(costs, kept_images, chunk)
     backward = costs.train.at(chunk)
     return (
@@ -209,16 +212,16 @@ def plan_step(
     """
     whole = whole_bytes(costs, images, world_size)
     free = f"{_gib(budget)} free"
-    if chunk == "none" or (chunk == "auto" and (whole <= budget or costs.couples_samples)) or chunk == images:
+    if chunk == "none" or (chunk == "auto" and (whole <= budget or costs.coupling_reason)) or chunk == images:
         reason = "asked for" if chunk != "auto" else f"about {_gib(whole)} of {free}"
         if chunk == "auto" and whole > budget:
-            reason += f", too much; chunks would help, but {costs.couples_samples}"
+            reason += f", too much; chunks would help, but {costs.coupling_reason}"
         again = costs.recompute_flops / costs.step_flops
         at_once = StepPlan(chunk=0, kept=0, chunks=1, overhead=again, peak_bytes=whole, reason=reason)
         return replace(at_once, kept_images=images, fits=whole <= budget)
     size = min(images, _largest_that_fits(costs, images, budget, tokens, world_size) if chunk == "auto" else int(chunk))
     plans = [_in_chunks(costs, images, budget, size, kept, world_size, lean=False, whole=whole)]
-    if costs.lean is not None and kept == "auto":
+    if costs.lean is not None and kept == "auto" and not costs.separate:
         plans.append(_in_chunks(costs, images, budget, size, kept, world_size, lean=True, whole=whole))
     return best_plan(plans)
 
@@ -236,7 +239,9 @@ def _in_chunks(
 ) -> StepPlan:
     """The plan in chunks of a size that keeps as much as fits."""
     needs, grain = lean_bytes if lean else chunked_bytes, max(1, size // PARTS)
-    if kept == "auto":
+    if costs.separate:
+        kept_images = images  # every graph lives until its own backward, and none is made twice
+    elif kept == "auto":
         parts = -(-images // grain)
         while parts and needs(costs, images, size, min(images, parts * grain), world_size) > budget:
             parts -= 1

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmoco.config import Config, Resolved
+from fastmoco.distributed.agree import mean
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import say
 from fastmoco.run.folder import RunFolder
@@ -50,6 +52,7 @@ class Recorder:
             global_batch_size=config.global_batch_size, total_steps=resolved.total_steps, first_step=start_step
         )
         self._gradients, self._spikes = GradientRecorder(), SpikeDetector()
+        self._places: Mapping[str, tuple[str, ...]] | None = None
         self._collapse = CollapseDetector(dim=config.model.projection_dim)
         self._forgetting = ForgettingDetector()
         self._dips = DipDetector()
@@ -78,9 +81,11 @@ class Recorder:
         if best is not None:
             self._dips.observe(0, best)
 
-    def gradients(self, step: int, objective: nn.Module) -> dict[str, Tensor]:
+    def gradients(self, step: int, objective: Any) -> dict[str, Tensor]:
         """Keep this step's gradient norms on the device, and give them; call it between backward and update."""
-        norms = gradient_norms(objective.named_parameters())
+        if self._places is None:
+            self._places = objective.places()
+        norms = gradient_norms(objective.named_parameters(), self._places)
         self._gradients.record(step, norms)
         return norms
 
@@ -109,51 +114,45 @@ class Recorder:
         self,
         step: int,
         loss: Tensor,
-        q: Tensor,
-        keys: Tensor,
+        watch: Mapping[str, Tensor],
         *,
         lr: float,
-        ema_momentum: float,
-        accuracy: Tensor | None = None,
+        schedules: Mapping[str, float],
     ) -> float:
         """Write one line of metrics. The one place that waits for the device.
 
         Args:
             step: optimizer steps done.
             loss: this rank's loss, a scalar on the device; its mean over ranks is written.
-            q: [B, D] raw queries of this step.
-            keys: [B, D] raw keys of the same images' other view: the cosines say whether pairs, or all images, fall together.
+            watch: what the objective shows (`Output.watch`). Of "queries" and "keys" the cosines say whether pairs, or all
+                images, fall together; "accuracy" are shares of queries whose positive ranks first, and among the first five.
             lr: learning rate of this step.
-            ema_momentum: EMA momentum of this step.
-            accuracy: [2] shares of queries whose positive ranks first, and among the first five, of all keys.
+            schedules: the objective's own numbers of this step (`Objective.schedules`).
 
         Returns:
             The mean loss over ranks, the same number on all of them.
         """
-        parts = [torch.stack([loss.detach(), feature_std(q)]), pair_cosines(q, keys)]
-        if accuracy is not None:
-            parts.append(accuracy)
-        figures = torch.cat([part.double() for part in parts])
-        if self.world.world_size > 1:
-            dist.all_reduce(figures)
-            figures /= self.world.world_size
-        mean_loss, spread, positive, negative, *shares = figures.tolist()
+        shown = {"loss": loss.detach(), **_figures(watch)}
+        figures = mean(torch.stack([figure.double() for figure in shown.values()]))
+        values = dict(zip(shown, figures.tolist(), strict=True))
+        mean_loss = values.pop("loss")
         peaks = self._gradient_peaks()
-        for event in (self._collapse.observe(step, spread), self._forgetting.observe(step, positive, negative)):
-            if event:
-                self.event(f"warning: {event}")
+        events = []
+        if "feature_std" in values:
+            events.append(self._collapse.observe(step, values["feature_std"]))
+        if "cosine/positive" in values:
+            events.append(self._forgetting.observe(step, values["cosine/positive"], values["cosine/negative"]))
+        for event in filter(None, events):
+            self.event(f"warning: {event}")
         speed = self.meter.report()
         metrics = {
             "epoch": step / self.resolved.steps_per_epoch,
             "loss": mean_loss,
             "lr": lr,
-            "ema_momentum": ema_momentum,
+            **schedules,
             "images_per_s": speed.images_per_s,
             "wait_share": speed.wait_share,
-            "feature_std": spread,
-            "cosine/positive": positive,
-            "cosine/negative": negative,
-            **dict(zip(("contrast/top1", "contrast/top5"), shares, strict=False)),
+            **values,
             **{f"gradient_norm/{name}": value for name, value in peaks.items()},
             **self._loader_metrics(),
         }
@@ -224,3 +223,17 @@ class Recorder:
         if refused and not self._refused:
             self.event(f"warning: metrics cannot be written and are lost until they can ({'; '.join(refused)})")
         self._refused = bool(refused)
+
+
+def _figures(watch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scalars on the device of what an objective shows, by the name of their metric."""
+    figures: dict[str, Tensor] = {}
+    if "queries" in watch:
+        queries = watch["queries"][0]
+        figures["feature_std"] = feature_std(queries)
+        if "keys" in watch:
+            figures["cosine/positive"], figures["cosine/negative"] = pair_cosines(queries, watch["keys"][-1]).unbind()
+    if "accuracy" in watch:
+        figures["contrast/top1"], figures["contrast/top5"] = watch["accuracy"].unbind()
+    others = {name: tensor for name, tensor in watch.items() if name not in ("queries", "keys", "accuracy")}
+    return figures | {name: tensor for name, tensor in others.items() if tensor.ndim == 0}

@@ -16,9 +16,9 @@ from fastmoco.distributed.parallelize import choose_strategy, parallelize
 from fastmoco.distributed.replicas import require_equal_replicas
 from fastmoco.models.compiled import CompileChoice, choose_compile, compile_blocks
 from fastmoco.models.float8_inference import float8_layers, require_whole
-from fastmoco.objectives import MoCoV3, MoCoV3Output
 from fastmoco.objectives.chunk_graphs import ChunkGraphs, require_capturable
 from fastmoco.objectives.chunked import ChunkedStep, require_separable
+from fastmoco.objectives.interface import START, Inputs, Objective, Output, Progress
 from fastmoco.objectives.prepare import view_preparation
 from fastmoco.planning.choose import choose_plan
 
@@ -31,7 +31,7 @@ class Gradients:
             build the optimizer afterwards.
         plan: how the batch is taken, and why.
         compile: whether blocks are compiled, and why.
-        prepare: makes what the encoder reads of two views as the loader delivers them.
+        prepare: makes what the encoder reads of the views as the loader delivers them.
         replays: what CUDA graphs replay, in words.
 
     Args:
@@ -47,7 +47,7 @@ class Gradients:
     def __init__(
         self,
         config: Config,
-        objective: MoCoV3,
+        objective: Objective,
         world: World,
         precision: str,
         *,
@@ -65,7 +65,7 @@ class Gradients:
         if isinstance(config.batch.chunk, int):
             require_separable(objective, config.batch.chunk)
         strategy = choose_strategy(config.parallel.strategy, objective, world)
-        self._float8 = float8_layers(objective.momentum_encoder)
+        self._float8 = float8_layers(objective)
         require_whole(bool(self._float8) and strategy != "ddp" and world.world_size > 1)
         self.strategy: str = strategy if world.world_size > 1 else "one process"
         possible = choose_compile(config.model.compile, world.device, precision)
@@ -89,12 +89,14 @@ class Gradients:
             reserved=reserved,
         )
         data = config.data
-        prepare = view_preparation(data.view1, data.view2, precision, compiled=possible.compiled)
+        prepare = view_preparation((data.view1, data.view2), precision, compiled=possible.compiled)
         self.prepare = prepare
         if self.compile.compiled:
             compile_blocks(objective, budget=self.plan.activation_budget)
         elif fused and self._float8 and possible.compiled:
-            compile_blocks(objective.momentum_encoder)  # whose casts to float8 are then part of other kernels
+            for network in objective.networks().values():
+                if float8_layers(network):
+                    compile_blocks(network)  # whose casts to float8 are then part of other kernels
         self._chunked: ChunkedStep | None = None
         images = config.global_batch_size // world.world_size
         self.replays = "nothing: no chunk is without its own" if config.batch.cuda_graphs else "nothing"
@@ -125,16 +127,19 @@ class Gradients:
                 graphs=graphs,
             )
 
-    def __call__(self, view1: Tensor, view2: Tensor, *, accuracy: bool = False) -> MoCoV3Output:
-        """Add this batch's gradients to ``grad``, averaged over ranks.
+    def __call__(
+        self, *views: Tensor, masks: tuple[Tensor, ...] = (), at: Progress = START, accuracy: bool = False
+    ) -> Output:
+        """Add this batch's gradients to `grad`, averaged over ranks.
 
         Args:
-            view1: [B, 3, H, W], this rank's, as the loader delivers it.
-            view2: [B, 3, H, W].
-            accuracy: as for `MoCoV3.forward`.
+            views: [B, 3, H, W] each, this rank's, as the loader delivers them.
+            masks: of the views that have one.
+            at: the step.
+            accuracy: as for `Objective.compare`.
 
         Returns:
-            This rank's loss, queries and keys; the graph is used up.
+            This rank's loss and what telemetry looks at; the graph is used up.
 
         Raises:
             RunError: if ranks no longer hold the same state; looked at every `ParallelConfig.verify_replicas_every` calls.
@@ -142,11 +147,18 @@ class Gradients:
         if self._verify_every and self._calls % self._verify_every == 0:
             require_equal_replicas(self._objective, self._world)
         self._calls += 1
+        self._objective.before_step(at)
         for layer in self._float8:
             layer.refresh_()
+        output = self._forward_backward(Inputs(views, masks), at, accuracy)
+        self._objective.after_backward(at)
+        return output
+
+    def _forward_backward(self, inputs: Inputs, at: Progress, accuracy: bool) -> Output:
+        views, masks = inputs
         if self._chunked is not None:
-            return self._chunked(view1, view2, accuracy=accuracy)
+            return self._chunked(*views, masks=masks, at=at, accuracy=accuracy)
         with self._autocast():
-            output: MoCoV3Output = self._forward(*self.prepare(view1, view2), accuracy=accuracy)
+            output: Output = self._forward(*self.prepare(views), masks=masks, at=at, accuracy=accuracy)
         output.loss.backward()  # type: ignore[no-untyped-call]
         return output

@@ -11,13 +11,13 @@ from fastmoco.checkpoint import Checkpoint, load_latest
 from fastmoco.config import Config
 from fastmoco.config.serial import from_json
 from fastmoco.errors import no_checkpoint
-from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.build import build_objective
+from fastmoco.objectives.interface import Objective
 from fastmoco.run.folder import RunFolder
 from fastmoco.training import state as training_state
 
 
-def load_run(run: Path | str, device: torch.device | str = "cpu") -> tuple[MoCoV3, Config, Checkpoint]:
+def load_run(run: Path | str, device: torch.device | str = "cpu") -> tuple[Objective, Config, Checkpoint]:
     """The model of a run's newest checkpoint.
 
     ``objective.encoder`` is the trained encoder: in eval mode it maps [B, 3, H, W] images, normalised as ``config.data.view1``

@@ -91,18 +91,17 @@ def require_same_run(
         RunError: with every difference, and what can be done about it.
     """
     named = [name.replace("-", "_") for name in allow]
-    fixed = [name for name in named if not may_change(name, Resume.WITH_ALLOW)]
+    fixed = [name for name in named if not may_change(config, name, Resume.WITH_ALLOW)]
     if fixed:
-        raise RunError(
-            f"--allow {' '.join(fixed)}: cannot change within a run; those that can: {', '.join(marked(Resume.WITH_ALLOW))}"
-        )
+        those = ", ".join(marked(config, Resume.WITH_ALLOW))
+        raise RunError(f"--allow {' '.join(fixed)}: cannot change within a run; those that can: {those}")
     every = differences(from_json(checkpoint.state["config"]), config)
     changed = [line for line in every if line.partition(":")[0] not in named]
     before = checkpoint.state["resolved"]["precision"]
     if before != precision:
         changed.append(f"precision on this machine: {before!r} -> {precision!r} (give --precision {before})")
     if changed:
-        could = [name for line in changed if may_change(name := line.partition(":")[0], Resume.WITH_ALLOW)]
+        could = [name for line in changed if may_change(config, name := line.partition(":")[0], Resume.WITH_ALLOW)]
         hint = f", give --allow {' '.join(could)} if you mean it" if len(could) == len(changed) else ""
         raise RunError(
             f"{folder.path} holds a run of another config; changed: {'; '.join(changed)}. "

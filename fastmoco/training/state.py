@@ -1,6 +1,6 @@
 """Everything a run is, as named tensors and JSON; and a run made from them again.
 
-Tensors: ``model.*`` (encoder, twin and predictor with their BatchNorm buffers), ``optimizer.*`` by parameter name, ``rng.*``.
+Tensors: ``model.*`` (parameters and buffers of the objective), ``optimizer.*`` by parameter name, ``rng.*``.
 The data need nothing but the step. Tensors may be sharded over the ranks: each then reads and holds its own part.
 """
 
@@ -33,14 +33,14 @@ def restore(
 ) -> None:
     """Put a collected state back, in place: objective and optimizer may be sharded, over other ranks than when it was saved.
 
-    A rank beyond those that saved takes the random numbers of the first. The twin is made ready for the next step, at the end
-    of which its average is taken. It is saved so, but behind a run's last step, and by runs from when a step began with it.
+    A rank beyond those that saved takes the random numbers of the first. Averages are made ready for the next step, at the end
+    of which they move. They are saved so, but after a run's last step, and by runs from when a step began with it.
 
     Args:
-        objective: encoder, twin and predictor.
+        objective: of the run.
         optimizer: over the objective's trainable parameters.
         checkpoint: whose state to take.
-        next_ema_momentum: EMA momentum of the step behind the checkpoint's; None if there is none.
+        next_ema_momentum: momentum of the move that ends the checkpoint's last step; None if there is none.
 
     Raises:
         CheckpointError: if a tensor is missing, left over or of another shape.
@@ -70,7 +70,7 @@ def restore(
 
 
 def restore_model(objective: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put encoder, twin and predictor back, in place; they may be sharded.
+    """Put the objective's networks back, in place; they may be sharded.
 
     Raises:
         CheckpointError: if a tensor is missing, left over or of another shape.

@@ -24,11 +24,10 @@ from fastmoco.faults.pulse import Pulse
 from fastmoco.faults.stop_signal import StopSignal
 from fastmoco.faults.watchdog import Watchdog
 from fastmoco.models.precision import choose_precision
-from fastmoco.objectives import MoCoV3Output
 from fastmoco.objectives.build import attention_choice, build_objective
-from fastmoco.objectives.interface import Progress
+from fastmoco.objectives.interface import Output, Progress
 from fastmoco.optim.build import build_optimizer
-from fastmoco.optim.schedule import ema_momentum, learning_rate
+from fastmoco.optim.schedule import learning_rate
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.identity import RunIdentity, identify
 from fastmoco.telemetry.recorder import Recorder
@@ -170,35 +169,31 @@ class Trainer:
             self.resolved, self.world, self.precision, self.attention, self.gradients.plan.to_json(), self.optimizer
         )
 
-    def schedule(self, step: int) -> tuple[float, float]:
-        """Learning rate and EMA momentum of one step: pure functions of it."""
+    def schedule(self, step: int) -> float:
+        """Learning rate of one step: a pure function of it."""
         config, steps_per_epoch = self.config, self.resolved.steps_per_epoch
-        lr = learning_rate(
+        return learning_rate(
             step,
             peak=self.resolved.peak_lr,
             epochs=config.epochs,
             warmup_epochs=config.optim.warmup_epochs,
             steps_per_epoch=steps_per_epoch,
         )
-        momentum = ema_momentum(
-            step,
-            start=config.objective.ema_momentum,
-            epochs=config.epochs,
-            steps_per_epoch=steps_per_epoch,
-            schedule=config.objective.ema_schedule,
-        )
-        return lr, momentum
 
     def progress(self, step: int) -> Progress:
-        """Where the run is after so many steps."""
-        return Progress(step, self.resolved.total_steps, self.resolved.steps_per_epoch)
+        """Where the run is after a number of steps."""
+        resolved = self.resolved
+        return Progress(step, resolved.total_steps, resolved.steps_per_epoch, self.config.epochs)
+
+    def _last_move(self, steps: int) -> float | None:
+        """Momentum of the move of averages that ended the last of some steps; None without one."""
+        return self.objective.ema_momentum(self.progress(steps - 1)) if steps else None
 
     def _take_state(self, checkpoint: Checkpoint) -> None:
         """Make weights, twin, buffers and the optimizer's state those of a checkpoint; the step count stays."""
-        momentum = self.objective.ema_momentum(self.progress(checkpoint.step - 1))
-        training_state.restore(self.objective, self.optimizer, checkpoint, momentum)
+        training_state.restore(self.objective, self.optimizer, checkpoint, self._last_move(checkpoint.step))
 
-    def step(self, batch: Batch, *, inspect: Callable[[], None] | None = None) -> MoCoV3Output:
+    def step(self, batch: Batch, *, inspect: Callable[[], None] | None = None) -> Output:
         """One optimizer step. Nothing here waits for the device.
 
         Args:
@@ -209,13 +204,12 @@ class Trainer:
             This rank's loss, queries and keys.
         """
         at = self.progress(self.step_count)
-        lr, _ = self.schedule(at.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        view1, view2 = (view.to(self.world.device, non_blocking=True) for view in batch.views)
+            group["lr"] = self.schedule(at.step)
+        views = [view.to(self.world.device, non_blocking=True) for view in batch.views]
         self.objective.zero_grad(set_to_none=True)
         self.guard.begin()
-        output = self.gradients(view1, view2, accuracy=self._logs(self.step_count + 1))
+        output = self.gradients(*views, at=at, accuracy=self._logs(self.step_count + 1))
         if inspect is not None:
             inspect()
         bad = self.guard.judge(output.loss)
@@ -275,7 +269,8 @@ class Trainer:
                 self._save(force=True)
             raise
         number = self.step_count + 1
-        lr, ema = self.schedule(self.step_count)
+        lr = self.schedule(self.step_count)
+        schedules = self.objective.schedules(self.progress(self.step_count))
         self.stragglers.begin(self.loader.wait_seconds)
         with self.pulse.step():
             output = self.step(
@@ -284,7 +279,7 @@ class Trainer:
         recorder.stepped(self.loader.wait_seconds)
         if self._logs(number):
             recorder.loader(self.loader.figures())
-            recorder.log(number, output.loss, output.q1, output.k2, lr=lr, ema_momentum=ema, accuracy=output.accuracy)
+            recorder.log(number, output.loss, output.watch, lr=lr, schedules=schedules)
         # Before the guard may end the run: a spike can be what made the steps behind it bad.
         if self.rollback.after_step(number, recorder, logged=self._logs(number)):
             self.guard.forget()
@@ -321,7 +316,7 @@ class Trainer:
             "knn": self.knn.state_dict() if self.knn is not None else {},
             "rollback": self.rollback.state_dict(),
             "run_id": self.identity.run_id,
-            "twin_advanced": self.step_count < self.resolved.total_steps,
+            "twin_advanced": not self.step_count or self._last_move(self.step_count) is not None,
         }
 
     def close(self) -> None:

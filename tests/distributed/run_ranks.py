@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastmoco.distributed import BatchNorm, World, gather_keys, parallelize
 from fastmoco.errors import RunError
-from fastmoco.objectives import MoCoV3, MoCoV3Output
+from fastmoco.objectives import MoCoV3, Output
 from fastmoco.objectives.reference import plain_forward
 from fastmoco.optim import build_adamw
 from fastmoco_kernels import info_nce_loss
@@ -53,10 +53,17 @@ def part(tensor: Tensor, world: World) -> Tensor:
     return tensor.chunk(world.world_size)[world.rank]
 
 
-def record(module: nn.Module, output: MoCoV3Output) -> dict[str, object]:
+def rows_of(output: Output) -> tuple[Tensor, ...]:
+    """The loss, queries of both views, keys of both views, and what else there is."""
+    watch = dict(output.watch)
+    queries, keys = watch.pop("queries"), watch.pop("keys")
+    return (output.loss.detach(), *queries, *keys, *watch.values())
+
+
+def record(module: nn.Module, output: Output) -> dict[str, object]:
     """Loss, outputs, gradients and buffers after a backward pass."""
     return {
-        "output": tuple(t.detach() for t in output if t is not None),
+        "output": rows_of(output),
         "gradients": {n: p.grad for n, p in module.named_parameters() if p.grad is not None},
         "buffers": {n: b.clone() for n, b in module.named_buffers()},
     }

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
+from typing import ClassVar
 
 import pytest
 
-from fastmoco.config import CheckpointConfig, Config, KnnConfig, ModelConfig, ObjectiveConfig, OptimConfig, resolve
+from fastmoco.config import (
+    CheckpointConfig,
+    Config,
+    KnnConfig,
+    MoCoV3Config,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    resolve,
+)
 from fastmoco.config.parallel import ParallelConfig
 from fastmoco.config.serial import differences, flatten, from_json, marked, may_change, to_json
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
@@ -45,8 +55,8 @@ def test_a_wrong_recipe_name_gets_the_nearest():
     [
         (lambda: ModelConfig(image_size=100), r"image_size=100: must be a multiple of patch_size=16"),
         (lambda: ModelConfig(architecture="vit_giant"), "architecture='vit_giant'"),
-        (lambda: ObjectiveConfig(temperature=0), "temperature=0: must be positive"),
-        (lambda: ObjectiveConfig(ema_momentum=1.1), "ema_momentum=1.1"),
+        (lambda: MoCoV3Config(temperature=0), "temperature=0: must be positive"),
+        (lambda: MoCoV3Config(ema_momentum=1.1), "ema_momentum=1.1"),
         (lambda: OptimConfig(lr=-1), "lr=-1"),
         (lambda: OptimConfig(betas=(0.9, 1.0)), "betas"),
         (lambda: KnnConfig(k=0), "k=0"),
@@ -92,6 +102,24 @@ def test_unknown_fields_are_refused_by_name():
     data = to_json(Config())
     data["optim"]["learning_rate"] = 1.0
     with pytest.raises(ValueError, match=r"config.optim=\['learning_rate'\]"):
+        from_json(data)
+
+
+def test_another_objective_writes_its_kind_and_an_unknown_one_is_refused():
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class OtherConfig(ObjectiveConfig):
+        kind: ClassVar[str] = "other_in_this_test"
+        strength: float = 1.0
+
+    assert "kind" not in to_json(Config())["objective"]
+    config = replace(Config(), objective=OtherConfig(strength=2.0))
+    data = json.loads(json.dumps(to_json(config)))
+    assert data["objective"] == {"kind": "other_in_this_test", "strength": 2.0}
+    assert from_json(data) == config
+    assert flatten(config)["objective.strength"] == 2.0
+    assert differences(Config(), config) == ["objective: 'moco_v3' -> 'other_in_this_test'"]
+    data["objective"]["kind"] = "nothing_of_that_name"
+    with pytest.raises(ValueError, match=r"config.objective.kind='nothing_of_that_name': .*it knows .*moco_v3"):
         from_json(data)
 
 
@@ -143,16 +171,22 @@ def test_each_field_says_whether_it_may_change_when_a_run_continues(mark, expect
     """A field without a mark is not in either list, and a change of it refuses the run."""
     leaves = flatten(Config())
     patterns = expected.split()
-    assert {name for name in leaves if may_change(name, mark)} == {
+    assert {name for name in leaves if may_change(Config(), name, mark)} == {
         name for name in leaves if any(fnmatchcase(name, pattern) for pattern in patterns)
     }
-    assert sorted(marked(mark)) == sorted(pattern.removesuffix(".*") for pattern in patterns)
+    assert sorted(marked(Config(), mark)) == sorted(pattern.removesuffix(".*") for pattern in patterns)
+
+
+def test_the_numbers_of_every_objective_bear_marks_of_their_own():
+    config = get_recipe("byol_digits")
+    ours = [name for name in marked(config, Resume.WITH_ALLOW) if name.startswith("objective.")]
+    assert ours == ["objective.ema_momentum", "objective.ema_schedule"]
 
 
 def test_a_mark_does_not_cover_fields_whose_names_begin_alike():
-    assert may_change("data.view1.size", Resume.WITH_ALLOW)
-    assert not may_change("data.view10.size", Resume.WITH_ALLOW)
-    assert not may_change("data.shards_of_another", Resume.FREE)
+    assert may_change(Config(), "data.view1.size", Resume.WITH_ALLOW)
+    assert not may_change(Config(), "data.view10.size", Resume.WITH_ALLOW)
+    assert not may_change(Config(), "data.shards_of_another", Resume.FREE)
 
 
 def test_a_config_with_an_earlier_spelling_of_the_device_loads():

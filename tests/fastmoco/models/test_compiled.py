@@ -18,6 +18,7 @@ from fastmoco.models import VisionTransformer, compiled
 from fastmoco.models.compiled import choose_compile, compile_blocks, traced_blocks
 from fastmoco.objectives import MoCoV3
 from fastmoco.planning.live_bytes import LiveBytes
+from tests.golden_objective import features_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 TOKENS = 4**2 + 1
@@ -108,12 +109,13 @@ def test_three_sizes_of_chunks_with_all_kinds_of_calls_stay_compiled() -> None:
         views = torch.randn(2, images, 3, 32, 32).unbind()
         for mode in (torch.no_grad, torch.enable_grad):
             with mode():
-                objective.query_features(*views)
-                objective.key_features(*views, None)
+                features_of(objective.encoder, views)
+            with torch.no_grad():
+                features_of(objective.momentum_encoder, views)
     # Query side with and without gradient, key side; a block and a class row; three sizes.
     assert len(graphs.sizes) == 3 * 3 * 2
     with torch._dynamo.config.patch(error_on_recompile=True):
-        objective.query_features(*views)
+        features_of(objective.encoder, views)
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.9])

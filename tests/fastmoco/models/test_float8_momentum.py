@@ -29,6 +29,7 @@ from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.recipes import quickstart_digits
 from fastmoco.training.forward_backward import Gradients
+from tests.golden_objective import features_of
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 BATCH = 13
@@ -157,7 +158,7 @@ def test_linears_of_all_blocks_but_the_last_are_taken_and_state_is_what_it_was()
 def test_the_average_is_taken_in_the_weights_and_seen_by_the_product() -> None:
     native, ours, views = objectives()
     with autocast(), torch.no_grad():
-        before = ours.key_features(*views, None)
+        before = features_of(ours.momentum_encoder, views)
     layer = float8_layers(ours)[0]
     assert layer.rounded is not None
     addresses = [t.data_ptr() for t in (*layer.rounded[0], layer.rounded[1])]
@@ -167,7 +168,7 @@ def test_the_average_is_taken_in_the_weights_and_seen_by_the_product() -> None:
     fresh = copy.deepcopy(native)
     use_float8_inference_(fresh.momentum_encoder, emulate=True)
     with autocast(), torch.no_grad():
-        after, expected = (o.key_features(*views, None) for o in (ours, fresh))
+        after, expected = (features_of(o.momentum_encoder, views) for o in (ours, fresh))
     assert torch.equal(after, expected)
     assert not torch.equal(after, before)
     assert [t.data_ptr() for t in (*layer.rounded[0], layer.rounded[1])] == addresses
@@ -185,12 +186,12 @@ def test_a_step_sees_weights_that_were_written_past_torchs_count(monkeypatch: py
     for layer in float8_layers(fresh):
         layer.rounded, layer._seen = None, None
     with autocast():
-        expected = fresh(*views).k1
-    assert torch.equal(step(*views).k1, expected)
+        expected = fresh(*views).watch["keys"][0]
+    assert torch.equal(step(*views).watch["keys"][0], expected)
     for layer in float8_layers(ours):
         layer.weight.data.mul_(1.5)
     monkeypatch.setattr(Float8Linear, "refresh_", lambda self: None)
-    assert torch.equal(step(*views).k1, expected)  # without the step's refresh they would pass unseen
+    assert torch.equal(step(*views).watch["keys"][0], expected)  # without the step's refresh they would pass unseen
 
 
 # How near, and chunks
@@ -199,10 +200,10 @@ def test_a_step_sees_weights_that_were_written_past_torchs_count(monkeypatch: py
 def test_keys_are_within_the_rounding_of_float8_and_gradients_follow() -> None:
     """e4m3 rounds to 2^-4, bf16 to 2^-9. The query side is that of bf16, so only keys move its gradient."""
     native, ours, views = objectives()
-    native_keys = native.key_features(*views, None)
+    native_keys = features_of(native.momentum_encoder, views)
     with autocast(), torch.no_grad():
-        bf16, found = (relative(o.key_features(*views, None), native_keys) for o in (native, ours))
-        query = [o.query_features(*views)[0] for o in (native, ours)]
+        bf16, found = (relative(features_of(o.momentum_encoder, views), native_keys) for o in (native, ours))
+        query = [features_of(o.encoder, views) for o in (native, ours)]
     assert torch.equal(*query)
     assert 5 * bf16 < found < 0.09
     losses, gradients = [], []
@@ -226,8 +227,7 @@ def test_keys_hang_on_no_chunk() -> None:
     with autocast():
         whole = ours(*views)
     for run in runs:
-        assert torch.equal(run.k1, whole.k1)
-        assert torch.equal(run.k2, whole.k2)
+        assert torch.equal(run.watch["keys"], whole.watch["keys"])
 
 
 def test_all_blocks_share_one_graph_without_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,19 +237,19 @@ def test_all_blocks_share_one_graph_without_breaks(monkeypatch: pytest.MonkeyPat
     for layer in float8_layers(ours):
         layer.refresh_()
     with autocast(), torch.no_grad():
-        expected = ours.key_features(*views, None)
+        expected = features_of(ours.momentum_encoder, views)
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter, fullgraph=True))
     compile_blocks(ours.momentum_encoder.blocks and nn.ModuleList([ours.momentum_encoder]))
     for _ in range(2):
         with autocast(), torch.no_grad():
-            assert torch.equal(ours.key_features(*views, None), expected)
+            assert torch.equal(features_of(ours.momentum_encoder, views), expected)
         ours.update_momentum_encoder(0.5)
         for layer in float8_layers(ours):
             layer.refresh_()
         with autocast(), torch.no_grad():
-            moved = ours.key_features(*views, None)
+            moved = features_of(ours.momentum_encoder, views)
         assert not torch.equal(moved, expected)
         expected = moved
     assert counter.frame_count == 2  # forward, and the last block's class row

@@ -153,7 +153,7 @@ def test_it_goes_back_once(recompute: Recompute) -> None:
     block.fused, block.recompute = True, recompute
     out = sum(t.sum() for t in block(torch.randn(B, L, E), None))
     out.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="goes back once"):
+    with pytest.raises(RuntimeError, match="supports one backward pass"):
         out.backward()
 
 
@@ -214,7 +214,7 @@ def test_a_step_whole_or_in_chunks_is_that_of_modules(chunk: int, lean: bool) ->
         assert {m.fused for m in objective.modules() if isinstance(m, Block)} == {blocks == "fused"}
         if chunk and blocks == "fused":
             step = ChunkedStep(objective, chunk=chunk, kept=1, lean=lean)
-            with mock.patch.object(objective, "query_features", wraps=objective.query_features) as forward:
+            with mock.patch.object(objective, "features", wraps=objective.features) as forward:
                 step(view1, view2)
             # Of two chunks of four, or three of three: a second forward only where nothing is kept.
             assert forward.call_count == 3

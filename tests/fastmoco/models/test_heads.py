@@ -8,6 +8,7 @@ from torch import nn
 
 from fastmoco.distributed import BatchNorm
 from fastmoco.models import predictor, projector
+from fastmoco.models.heads import FORMS, HeadForm, build_head
 
 
 def test_projector_and_predictor_are_built_as_the_paper_says() -> None:
@@ -29,6 +30,15 @@ def test_projector_and_predictor_are_built_as_the_paper_says() -> None:
     assert out.shape == (16, 4)
     assert out.mean(0).abs().max() < 1e-5
     assert (out.std(0, unbiased=False) - 1).abs().max() < 1e-2
+
+
+def test_forms_differ_in_biases_and_the_last_norm() -> None:
+    byol = build_head(6, 8, 4, FORMS["byol"])
+    assert [type(m) for m in byol] == [nn.Linear, BatchNorm, nn.ReLU, nn.Linear]
+    assert [name for name, _ in byol.named_parameters()] == ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight"]
+    bare = build_head(6, 8, 4, HeadForm(layers=3, last_norm=False, last_bias=True))
+    assert [type(m) for m in bare] == [nn.Linear, BatchNorm, nn.ReLU, nn.Linear, BatchNorm, nn.ReLU, nn.Linear]
+    assert (bare[0].bias, bare[6].bias is None) == (None, False)
 
 
 @pytest.mark.parametrize("field", ["in_dim", "hidden_dim", "out_dim", "layers"])

@@ -21,6 +21,7 @@ from fastmoco.models import (
     vit_small,
     vit_tiny,
 )
+from fastmoco.models.encoder import Coupling
 from fastmoco.objectives import MoCoV3
 
 Golden = Callable[[str], dict[str, np.ndarray]]
@@ -146,7 +147,7 @@ def test_uniform_draws_stay_within_their_analytic_bounds(build: Callable[[], Vis
         if kind == "weight" and layer in bounds:
             bound = math.sqrt(bounds[layer])
             assert 0.99 * bound < parameter.abs().max().item() <= bound, name
-    if not encoder.couples_samples:
+    if encoder.coupling is Coupling.NONE:
         bound = math.sqrt(6 / (3 * 16 * 16 + E))
         assert 0.99 * bound < encoder.patch_embed.proj.weight.abs().max().item() <= bound
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.chunk_graphs import ChunkGraphs, Replayable
 from fastmoco.objectives.chunked import ChunkedStep
+from fastmoco.objectives.interface import Inputs, Progress
 from tests.golden_objective import random_views, rough_objective
 
 BATCH = 13
@@ -62,9 +63,9 @@ class Tape(Replayable):
         return self._result
 
 
-def taped_(graphs: ChunkGraphs, view: Tensor) -> ChunkGraphs:
+def taped_(graphs: ChunkGraphs, views: tuple[Tensor, Tensor]) -> ChunkGraphs:
     """The same with its passes as tapes."""
-    graphs.begin(view)
+    graphs.begin(Inputs(views), Progress())
     for name in ("_features", "_backward"):
         setattr(graphs, name, Tape(getattr(graphs, name)))
     return graphs
@@ -82,7 +83,9 @@ def train(step: ChunkedStep, batches: list[tuple[Tensor, Tensor]]) -> list[list[
         assert len(gradients) == len(trained)
         optimizer.step()
         objective.update_momentum_encoder(0.9)
-        history.append([output.loss.detach(), output.k1, output.k2, *gradients, *(p.detach().clone() for p in trained)])
+        history.append(
+            [output.loss.detach(), *output.watch["keys"], *gradients, *(p.detach().clone() for p in trained)]
+        )
     return history
 
 
@@ -103,7 +106,7 @@ def test_steps_over_static_tensors_are_those_from_python_to_the_bit(
     expected = train(ChunkedStep(copy.deepcopy(objective), chunk=4, autocast=context, **how), batches)
     graphs = ChunkGraphs(objective, 4, context, capture=False)
     if taped:
-        taped_(graphs, batches[0][0])
+        taped_(graphs, batches[0])
     with mock.patch.object(graphs, "backward", wraps=graphs.backward) as replayed:
         ours = train(ChunkedStep(objective, chunk=4, autocast=context, graphs=graphs, **how), batches)
     assert equal(ours, expected)
@@ -118,7 +121,7 @@ def test_where_the_encoders_share_no_tokens_too(options: dict[str, bool]) -> Non
         with torch.no_grad():
             objective.momentum_encoder.patch_embed.proj.weight.mul_(1.5)
     expected = train(ChunkedStep(copy.deepcopy(objective), chunk=4), batches)
-    graphs = taped_(ChunkGraphs(objective, 4, capture=False), batches[0][0])
+    graphs = taped_(ChunkGraphs(objective, 4, capture=False), batches[0])
     assert equal(train(ChunkedStep(objective, chunk=4, graphs=graphs), batches), expected)
 
 
@@ -126,11 +129,11 @@ def test_a_replay_that_relies_on_new_gradients_would_be_seen() -> None:
     """The tape is a judge: where autograd puts a new tensor into ``grad``, repeating its kernels changes nothing there."""
     objective, batches = case()
     graphs = ChunkGraphs(objective, 4, capture=False)
-    graphs.begin(batches[0][0])
+    graphs.begin(Inputs(batches[0]), Progress())
     objective.zero_grad(set_to_none=True)
     graphs._backward = Tape(graphs._backward)
-    graphs._view1.copy_(batches[0][0][:4])
-    graphs._gradient.fill_(1.0)
+    graphs._inputs.views[0].copy_(batches[0][0][:4])
+    graphs._gradient[0].fill_(1.0)
     objective.zero_grad(set_to_none=True)
     graphs._backward()
     assert all(p.grad is None for p in objective.parameters())
@@ -165,7 +168,7 @@ def test_gradients_stay_where_they_are_and_are_added_to_what_is_there() -> None:
 
 def test_a_step_that_was_not_finite_leaves_nothing_behind() -> None:
     objective, batches = case()
-    step = ChunkedStep(objective, chunk=4, graphs=taped_(ChunkGraphs(objective, 4, capture=False), batches[0][0]))
+    step = ChunkedStep(objective, chunk=4, graphs=taped_(ChunkGraphs(objective, 4, capture=False), batches[0]))
     expected = train(ChunkedStep(copy.deepcopy(objective), chunk=4), batches[:1])
     buffers = [buffer.clone() for buffer in objective.buffers()]
     bad = batches[1][0].clone()
@@ -224,11 +227,11 @@ def test_what_no_graph_can_serve_is_refused() -> None:
         ChunkGraphs(objective, 4, capture=False)
     objective.encoder.recompute("none")
     with (
-        mock.patch("fastmoco.objectives.chunk_graphs.trunk_units", return_value=[objective.encoder]),
+        mock.patch("fastmoco.objectives.chunk_graphs.is_sharded", return_value=True),
         pytest.raises(ValueError, match=r"under fsdp and hsdp .* or parallel.strategy ddp"),
     ):
         ChunkGraphs(objective, 4, capture=False)
     objective.encoder.blocks[0].mlp = _Noise(objective.encoder.blocks[0].mlp)
     with pytest.raises(ValueError, match="the trunk draws random numbers"):
-        ChunkGraphs(objective, 4, capture=False).begin(batches[0][0])
+        ChunkGraphs(objective, 4, capture=False).begin(Inputs(batches[0]), Progress())
     assert all(p.grad is None for p in objective.parameters())

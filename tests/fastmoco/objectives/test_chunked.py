@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.chunked import ChunkedStep
-from fastmoco.objectives.moco_v3 import MoCoV3Output
+from fastmoco.objectives.interface import Coupling, Features, Inputs, Output
 from tests.golden_objective import random_views, rough_objective
 
 BATCH = 13
@@ -27,14 +28,14 @@ def case(dtype: torch.dtype = torch.float64, **options: object) -> tuple[MoCoV3,
     return objective.to(dtype), (view1.to(dtype), view2.to(dtype))
 
 
-def whole(objective: MoCoV3, views: tuple[Tensor, Tensor]) -> tuple[MoCoV3, MoCoV3Output]:
+def whole(objective: MoCoV3, views: tuple[Tensor, Tensor]) -> tuple[MoCoV3, Output]:
     objective = copy.deepcopy(objective)
     output = objective(*views, accuracy=True)
     output.loss.backward()
     return objective, output
 
 
-def chunked(objective: MoCoV3, views: tuple[Tensor, Tensor], chunk: int, kept: int) -> tuple[MoCoV3, MoCoV3Output]:
+def chunked(objective: MoCoV3, views: tuple[Tensor, Tensor], chunk: int, kept: int) -> tuple[MoCoV3, Output]:
     objective = copy.deepcopy(objective)
     return objective, ChunkedStep(objective, chunk=chunk, kept=kept)(*views, accuracy=True)
 
@@ -53,8 +54,10 @@ def test_a_step_in_chunks_is_the_step_on_the_whole(dtype: torch.dtype, tolerance
     objective, views = case(dtype)
     expected, output = whole(objective, views)
     ours, ours_output = chunked(objective, views, chunk, kept)
-    for name, a, b in zip(output._fields, ours_output, output, strict=True):
-        assert (a - b).abs().max() <= tolerance, name
+    assert (ours_output.loss - output.loss).abs() <= tolerance
+    assert ours_output.watch.keys() == output.watch.keys() == {"queries", "keys", "accuracy"}
+    for name, expected_rows in output.watch.items():
+        assert (ours_output.watch[name] - expected_rows).abs().max() <= tolerance, name
     assert largest_difference(ours, expected) <= tolerance
     for (name, a), b in zip(ours.named_buffers(), expected.buffers(), strict=True):
         assert (a - b).abs().max() <= tolerance, name
@@ -75,13 +78,13 @@ def test_images_kept_need_not_be_whole_chunks(kept_images: int) -> None:
     expected, output = whole(objective, views)
     ours = copy.deepcopy(objective)
     graphs: list[int] = []
-    query_features = ours.query_features
+    features = ours.features
 
-    def seen(view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor | None]:
-        graphs.extend([len(view1)] if torch.is_grad_enabled() else [])
-        return query_features(view1, view2)
+    def seen(inputs: Inputs, *arguments: Any, **options: Any) -> Features:
+        graphs.extend([len(inputs.views[0])] if torch.is_grad_enabled() else [])
+        return features(inputs, *arguments, **options)
 
-    with mock.patch.object(ours, "query_features", seen):
+    with mock.patch.object(ours, "features", seen):
         ours_output = ChunkedStep(ours, chunk=4, kept_images=kept_images)(*views)
     assert (ours_output.loss - output.loss).abs() <= 1e-12
     assert largest_difference(ours, expected) <= 1e-12
@@ -113,11 +116,11 @@ def test_where_the_encoders_share_no_tokens_it_holds_too(options: dict[str, bool
     if "apart" in options:
         with torch.no_grad():
             objective.momentum_encoder.patch_embed.proj.weight.mul_(1.5)
-    assert not objective.shares_patch_tokens()
+    assert not objective.momentum.shares_tokens()
     expected, output = whole(objective, views)
     ours, ours_output = chunked(objective, views, 4, 1)
     assert largest_difference(ours, expected) <= 1e-12
-    assert (ours_output.k1 - output.k1).abs().max() <= 1e-12
+    assert (ours_output.watch["keys"] - output.watch["keys"]).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -207,7 +210,8 @@ def test_what_is_random_is_drawn_again_as_it_was_and_later_draws_go_on() -> None
 
 def test_a_trunk_that_couples_samples_is_refused_with_the_alternatives() -> None:
     objective, _ = case(stem="conv")
-    assert "batch norm" in objective.couples_samples
+    assert objective.coupling is Coupling.TRUNK
+    assert "batch norm" in objective.coupling_reason
     with pytest.raises(
         ValueError, match=r"batch.chunk=4: this trunk cannot go in chunks, because .*--model.checkpointing"
     ):
@@ -237,7 +241,7 @@ def test_views_of_different_shape_are_refused() -> None:
 MUTANTS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "scaled by the number of chunks": lambda gradient, index: gradient / 3,
     "last chunk missing": lambda gradient, index: gradient * (index < 2),
-    "views exchanged": lambda gradient, index: gradient.flip(0),
+    "views exchanged": lambda gradient, index: gradient.flip(1),
 }
 
 
@@ -246,16 +250,16 @@ def test_mutants_of_the_second_pass_are_far_off(mutant: str) -> None:
     objective, views = case()
     expected, _ = whole(objective, views)
     ours = copy.deepcopy(objective)
-    backward, pushed = Tensor.backward, 0
+    backward, pushed = torch.autograd.backward, 0
 
-    def push(self: Tensor, gradient: Tensor | None = None) -> None:
+    def push(tensors: Any, gradients: Any = None, *arguments: Any, **options: Any) -> None:
         nonlocal pushed
-        if gradient is not None:  # the loss has none
-            gradient = MUTANTS[mutant](gradient, pushed)
+        if isinstance(gradients, tuple):  # the loss has none
+            gradients = tuple(MUTANTS[mutant](gradient, pushed) for gradient in gradients)
             pushed += 1
-        backward(self, gradient)
+        backward(tensors, gradients, *arguments, **options)
 
-    with mock.patch.object(Tensor, "backward", push):
+    with mock.patch.object(torch.autograd, "backward", push):
         ChunkedStep(ours, chunk=5)(*views)
     assert pushed == 3
     assert largest_difference(ours, expected) > 1e-3

@@ -100,7 +100,7 @@ def test_flops_and_parameters_are_those_of_the_book() -> None:
     # query forward and backward, key forward, heads of both (the loss is 0.1 %)
     assert costs.step_flops == pytest.approx(4 * forward + 2 * patches + 2 * (3 + 1) * heads, rel=0.03)
     assert costs.parameters == pytest.approx(43.2e6 + 41.1e6, rel=0.005)
-    assert costs.couples_samples == ""
+    assert costs.coupling_reason == ""
 
 
 def test_checkpointing_trades_bytes_for_flops_and_selective_costs_next_to_none() -> None:

@@ -29,7 +29,7 @@ from fastmoco.planning.plan import (
 COSTS = StepCosts(
     trainable=100,
     parameters=180,
-    couples_samples="",
+    coupling_reason="",
     view_bytes=10,
     feature_bytes=4,
     key_bytes=2,
@@ -117,7 +117,7 @@ def test_what_cannot_fit_is_said() -> None:
     plan = plan_step(COSTS, images=1000, budget=1000, tokens=TOKENS)
     assert plan.chunk == 1
     assert "may not be enough" in plan.reason
-    coupled = plan_step(replace(COSTS, couples_samples="of batch norms"), images=1000, budget=1000, tokens=TOKENS)
+    coupled = plan_step(replace(COSTS, coupling_reason="of batch norms"), images=1000, budget=1000, tokens=TOKENS)
     assert coupled.chunk == 0
     assert "chunks would help, but of batch norms" in coupled.reason
 

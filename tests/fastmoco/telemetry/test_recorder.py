@@ -29,6 +29,21 @@ def _rows(recorder, tmp_path):
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
+MOMENTUM = {"ema_momentum": 0.9}
+
+
+def seen(rows: torch.Tensor, **others: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What an objective shows whose queries and keys are equal."""
+    return {"queries": rows[None], "keys": rows[None], **others}
+
+
+class Linear(nn.Linear):
+    """A layer that has no place in a network."""
+
+    def places(self) -> dict[str, tuple[str, ...]]:
+        return {}
+
+
 def _with_gradient(module: nn.Module, size: float) -> nn.Module:
     for parameter in module.parameters():
         parameter.grad = torch.full_like(parameter, size)
@@ -37,12 +52,12 @@ def _with_gradient(module: nn.Module, size: float) -> nn.Module:
 
 def test_a_spike_between_two_log_lines_shows_in_the_curve(tmp_path):
     recorder = _recorder(tmp_path)
-    model = nn.Linear(4, 1, bias=False)
+    model = Linear(4, 1, bias=False)
     for step, size in enumerate((1.0, 50.0, 2.0), start=1):
         recorder.gradients(step, _with_gradient(model, size))
         recorder.stepped(0.0)
     q = torch.randn(8, 64)
-    recorder.log(3, torch.tensor(2.5), q, q, lr=0.1, ema_momentum=0.9, accuracy=torch.tensor([0.25, 0.5]))
+    recorder.log(3, torch.tensor(2.5), seen(q, accuracy=torch.tensor([0.25, 0.5])), lr=0.1, schedules=MOMENTUM)
     row = _rows(recorder, tmp_path)[0]
     assert (row["contrast/top1"], row["contrast/top5"]) == (0.25, 0.5)
     assert row["gradient_norm/total"] == pytest.approx(100.0)
@@ -54,10 +69,10 @@ def test_a_spike_between_two_log_lines_shows_in_the_curve(tmp_path):
 def test_a_gradient_that_is_not_finite_is_never_hidden(tmp_path, capsys, order):
     recorder = _recorder(tmp_path)
     for step, size in enumerate(order, start=1):
-        recorder.gradients(step, _with_gradient(nn.Linear(4, 1), size))
+        recorder.gradients(step, _with_gradient(Linear(4, 1), size))
         recorder.stepped(0.0)
     q = torch.randn(8, 64)
-    recorder.log(3, torch.tensor(2.5), q, q, lr=0.1, ema_momentum=0.9)
+    recorder.log(3, torch.tensor(2.5), seen(q), lr=0.1, schedules=MOMENTUM)
     assert _rows(recorder, tmp_path)[0]["gradient_norm/total"] is None
     assert "gradient of total is nan" in capsys.readouterr().out
 
@@ -67,9 +82,9 @@ def test_a_constant_encoder_raises_the_alarm_within_ten_steps(tmp_path, capsys):
     healthy, constant = torch.randn(8, 64), torch.ones(8, 64)
     for step in range(1, 11):
         q = healthy if step < 3 else constant
-        recorder.gradients(step, _with_gradient(nn.Linear(4, 1), 1.0))
+        recorder.gradients(step, _with_gradient(Linear(4, 1), 1.0))
         recorder.stepped(0.0)
-        recorder.log(step, torch.tensor(1.0), q, q, lr=0.1, ema_momentum=0.9)
+        recorder.log(step, torch.tensor(1.0), seen(q), lr=0.1, schedules=MOMENTUM)
     text = capsys.readouterr().out
     assert "collapsing" in text
     assert "the encoder has collapsed" in text
@@ -104,7 +119,7 @@ def test_a_full_disk_costs_lines_of_metrics_and_not_the_run(tmp_path, capsys, mo
 
     def log(step):
         recorder.stepped(0.0)
-        recorder.log(step, torch.tensor(2.5), q, q, lr=0.1, ema_momentum=0.9)
+        recorder.log(step, torch.tensor(2.5), seen(q), lr=0.1, schedules=MOMENTUM)
 
     log(1)
     size = (tmp_path / "metrics.jsonl").stat().st_size

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastmoco.distributed.mesh import World
+from fastmoco.models.encoder import Parts
 from fastmoco.telemetry import stragglers
 from fastmoco.telemetry.stragglers import Stragglers
 
@@ -22,6 +23,10 @@ class Objective(nn.Module):
         super().__init__()
         self.encoder, self.momentum_encoder = nn.Sequential(), nn.Sequential()
         self.encoder.head, self.momentum_encoder.head = nn.Identity(), nn.Identity()
+
+    def parts(self) -> dict[str, Parts]:
+        networks = {"encoder": self.encoder, "momentum_encoder": self.momentum_encoder}
+        return {name: Parts(heads={"head": network.head}) for name, network in networks.items()}
 
     def forward(self, seconds: float) -> None:
         time.sleep(seconds)

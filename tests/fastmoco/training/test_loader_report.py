@@ -58,8 +58,9 @@ def test_a_slow_loader_is_put_into_words_once(small_run, tmp_path, capsys):
         small_run, resolve(small_run, world_size=1, sample_count=1437), RunFolder(tmp_path), World(), start_step=0
     )
     q = torch.nn.functional.normalize(torch.randn(8, small_run.model.projection_dim), dim=1)
+    watch = {"queries": q[None], "keys": q.roll(1, 0)[None]}
     for step in range(1, 6):
         recorder.loader(StageFigures(steps=step, wall_s=step, wait_s=0.5 * step, stage_s={"read": 0.1, "decode": step}))
-        recorder.log(step, torch.tensor(1.0), q, q.roll(1, 0), lr=0.1, ema_momentum=0.9)
+        recorder.log(step, torch.tensor(1.0), watch, lr=0.1, schedules={"ema_momentum": 0.9})
     recorder.close()
     assert capsys.readouterr().out.count("decoding (and augmenting, where DALI does) is its slowest stage") == 1

@@ -167,9 +167,9 @@ def test_weights_and_average_move_as_by_adamw_and_average_in_float64(device: str
             )
             for name, parameter in named.items():
                 parameter.grad = found[name]
-            optimizer.param_groups[0]["lr"] = trainer.schedule(step)[0]
+            optimizer.param_groups[0]["lr"] = trainer.schedule(step)
             optimizer.step()
-            momentum = trainer.schedule(step + 1)[1]
+            momentum = trainer.objective.schedules(trainer.progress(step + 1))["ema_momentum"]
             with torch.no_grad():
                 for average, own in zip(exact.momentum_encoder.parameters(), exact.encoder.parameters(), strict=True):
                     average.lerp_(own, 1 - momentum)
