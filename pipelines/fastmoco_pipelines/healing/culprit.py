@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco_pipelines.errors import BadImageError, ImageRefusedError
+from fastmoco_pipelines.errors import BadImageError, DecodeError, ImageRefusedError
 from fastmoco_pipelines.formats.images import check_decodes, structure_fault
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import Device, EvalSpec
 from fastmoco_pipelines.views.runtime import cause_of
 
 if TYPE_CHECKING:
-    from fastmoco_pipelines.views.dali import DecodeError, EvalPipeline
+    from fastmoco_pipelines.views.dali import EvalPipeline
 
 _GROUP = 32  # images tried together at first: all threads have work, and one bad image costs 32 single tries
 
@@ -104,7 +104,6 @@ def raise_bad_image(
 
 
 def _refused(pipeline: EvalPipeline, encoded: list[NDArray[np.uint8]]) -> DecodeError | None:
-    from fastmoco_pipelines.views.dali import DecodeError
 
     try:
         pipeline.run(encoded)

@@ -11,20 +11,16 @@ import errno
 import threading
 from collections.abc import Sequence
 from enum import Enum
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco_pipelines.errors import RemoteError, ShardError
+from fastmoco_pipelines.errors import DecodeError, RemoteError, ShardError
 from fastmoco_pipelines.healing.bad_samples import UNREADABLE, BadSamples
 from fastmoco_pipelines.healing.culprit import Suspects
 from fastmoco_pipelines.sampling.stand_ins import Places, Plan
 from fastmoco_pipelines.sets.local_files import ReadFault
 from fastmoco_pipelines.sets.shard_set import ShardSet
-
-if TYPE_CHECKING:
-    from fastmoco_pipelines.views.dali import DecodeError
 
 PATIENCE = (1.0, 3.0, 10.0)
 """Pauses in seconds before samples that cannot be read are tried again, on top of the tries that the files make."""
@@ -145,19 +141,43 @@ class Healer:
                 )
             plan.advance(places, row)
 
-    def blame(self, error: DecodeError, sample_ids: NDArray[np.int64], encoded: list[Encoded]) -> list[Encoded | None]:
-        """Find out which images broke a batch.
-
-        Returns:
-            ``encoded`` with None in the places of those; without any None where all decode alone.
+    def find_bad(self, error: DecodeError, sample_ids: NDArray[np.int64], encoded: list[Encoded]) -> set[int]:
+        """The rows of a batch that broke it, which are bad from now on; empty where all decode alone.
 
         Raises:
-            DecodeError: ``error`` itself where the decoder refuses everything, good images too: it is at fault.
+            DecodeError: `error` itself where the decoder refuses everything, good images too: it is at fault.
             TooManyBadSamplesError: if too many are bad.
         """
         bad = self._suspects.find(error, encoded)
         for row, reason in bad.items():
             self.bad.add(int(sample_ids[row]), reason)
+        return set(bad)
+
+
+class Trial:
+    """The decoding of one batch, again and again until no bad image is in it.
+
+    A batch whose images all decode alone is tried once more by a new graph, as something may just have been scarce.
+    """
+
+    def __init__(self, healer: Healer) -> None:
+        self._healer = healer
+        self._innocent = False
+
+    def blame(self, error: DecodeError, sample_ids: NDArray[np.int64], encoded: list[Encoded]) -> list[Encoded | None]:
+        """Find out which images broke the batch.
+
+        Returns:
+            `encoded` with None in the places of those; without any None the same batch is to be tried once more.
+
+        Raises:
+            DecodeError: `error` itself where no image is to blame, and the batch has been tried once more already.
+            TooManyBadSamplesError: if too many are bad.
+        """
+        bad = self._healer.find_bad(error, sample_ids, encoded)
+        if not bad and self._innocent:
+            raise error
+        self._innocent = not bad
         return [None if row in bad else data for row, data in enumerate(encoded)]
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from fastmoco_pipelines.errors import DecodeError
 from fastmoco_pipelines.healing.culprit import raise_bad_image
 from fastmoco_pipelines.sampling.order import epoch_order
 from fastmoco_pipelines.sets.shard_set import ShardSet
@@ -64,7 +65,7 @@ def save_view_grid(
         BadImageError: naming tar and member, if an image cannot be decoded.
         ShardError: if the shards or an index are damaged.
     """
-    from fastmoco_pipelines.views.dali import DecodeError, ViewPipeline
+    from fastmoco_pipelines.views.dali import ViewPipeline
 
     require(rows >= 1, "rows", rows, "needs at least one row")
     each = each_view(views)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmoco_pipelines.errors import DecodeError
 from fastmoco_pipelines.healing.bad_samples import BadSamples
 from fastmoco_pipelines.healing.culprit import Suspects
-from fastmoco_pipelines.healing.healer import Healer
+from fastmoco_pipelines.healing.healer import Healer, Trial
 from fastmoco_pipelines.loading.batch import EvalBatch
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import EvalLoaderSpec, require
@@ -148,9 +149,8 @@ class EvalLoader:
 
     def _load(self, ids: NDArray[np.int64]) -> EvalBatch | None:
         """The good ones of some images; None where there is none."""
-        from fastmoco_pipelines.views.dali import DecodeError
 
-        found, innocent = self._healer.read(ids), False
+        found, trial = self._healer.read(ids), Trial(self._healer)
         while True:
             rows = [row for row, data in enumerate(found) if data is not None]
             encoded = [data for data in found if data is not None]
@@ -160,10 +160,6 @@ class EvalLoader:
             try:
                 images = self._pipeline.run(encoded)
             except DecodeError as error:
-                found = self._healer.blame(error, ids, encoded)
-                if all(data is not None for data in found):
-                    if innocent:
-                        raise
-                    innocent = True  # once more by a new graph: something may just have been scarce
+                found = trial.blame(error, ids, encoded)
             else:
                 return EvalBatch(images=images, labels=self._shards.labels[ids], sample_ids=ids)

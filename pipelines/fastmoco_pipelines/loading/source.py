@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco_pipelines.healing.healer import Healer
+from fastmoco_pipelines.errors import DecodeError
+from fastmoco_pipelines.healing.healer import Healer, Trial
 from fastmoco_pipelines.loading.batch import Batch
 from fastmoco_pipelines.loading.stages import AUGMENT, DECODE, DRAW, HEAL, READ, TRANSFER, StageClock
 from fastmoco_pipelines.loading.threads import BatchPlaces
@@ -21,7 +22,7 @@ from fastmoco_pipelines.spec import LoaderSpec
 from fastmoco_pipelines.views.draws import ViewDraws, draw_batch
 
 if TYPE_CHECKING:
-    from fastmoco_pipelines.views.dali import DecodeError, ViewPipeline
+    from fastmoco_pipelines.views.dali import ViewPipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,6 @@ class Prepared:
     encoded: list[NDArray[np.uint8]]
     draws: tuple[ViewDraws, ...]
     """One for each view."""
-    innocent: bool = False
-    """All of its images have been found to decode alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +72,10 @@ class Source:
 
     def render(self, prepared: Prepared) -> Batch:
         """Decode and augment; bad images are replaced until all is well."""
-        from fastmoco_pipelines.views.dali import DecodeError
 
-        step = prepared.places.step
+        places = prepared.places
+        step = places.step
+        trial = Trial(self.healer)
         while True:
             try:
                 with self.clock.stage(DECODE, step):
@@ -92,20 +92,12 @@ class Source:
                         # One at a time: a single view is held in pageable and in pinned memory at once.
                         for number in range(len(views)):
                             views[number] = views[number].pin_memory()
-                return Batch(views=tuple(views), sample_ids=prepared.places.ids, step=step)
+                return Batch(views=tuple(views), sample_ids=places.ids, step=step)
             except DecodeError as error:
                 with self.clock.stage(HEAL, step):
-                    prepared = self._healed(prepared, error)
-
-    def _healed(self, prepared: Prepared, error: DecodeError) -> Prepared:
-        """The step with other images in the places of those that broke it."""
-        places = prepared.places
-        encoded = self.healer.blame(error, places.ids, prepared.encoded)
-        if all(data is not None for data in encoded):
-            if prepared.innocent:
-                raise error
-            return replace(prepared, innocent=True)  # once more by a new graph: something may just have been scarce
-        return self._drawn(places, self.healer.fill(self.plan, places, encoded))
+                    encoded = trial.blame(error, places.ids, prepared.encoded)
+                    if any(data is None for data in encoded):
+                        prepared = self._drawn(places, self.healer.fill(self.plan, places, encoded))
 
     def _drawn(self, places: Places, encoded: list[NDArray[np.uint8]]) -> Prepared:
         draws = draw_batch(
