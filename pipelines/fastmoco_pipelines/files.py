@@ -119,17 +119,25 @@ def write_file(path: Path, content: bytes, *, mode: int = 0o666, durable: bool =
 
 
 SEAL = b',"content_hash":"'
+"""What is before the hash at the end of a sealed JSON file."""
+
+
+def sealed_json(content: dict[str, Any]) -> bytes:
+    """JSON with a last field, `content_hash`: SHA-256 (hex) of the text as it would be without it."""
+    text = json.dumps(content, separators=(",", ":")).encode("ascii")
+    return text[:-1] + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"}'
+
+
+def is_sealed(text: bytes) -> bool:
+    """Whether the hash at the end of a JSON text is there and right."""
+    head, _, end = text.rpartition(SEAL)
+    return end == hashlib.sha256(head + b"}").hexdigest().encode() + b'"}'
 
 
 def write_json(path: Path, content: dict[str, Any], *, sealed: bool = False) -> Path:
-    """Write a JSON file whole or not at all; returns `path`.
-
-    `sealed` adds a last field, `content_hash`: SHA-256 (hex) of the file as it would be without that field.
-    """
-    text = json.dumps(content, separators=(",", ":")).encode("ascii")
-    if sealed:
-        text = text[:-1] + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"}'
-    return write_file(path, text)
+    """Write a JSON file whole or not at all, as `sealed_json` if asked; returns `path`."""
+    plain = json.dumps(content, separators=(",", ":")).encode("ascii")
+    return write_file(path, sealed_json(content) if sealed else plain)
 
 
 def hash_file(source: Path | int) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastmoco_pipelines.errors import ImageRefusedError, LabelError, ShardError, TarError
-from fastmoco_pipelines.files import SEAL, write_json
+from fastmoco_pipelines.files import is_sealed, write_json
 from fastmoco_pipelines.formats.images import MAX_BYTES, read_header
 from fastmoco_pipelines.formats.labels import LabelRule, RawLabel, Source, number_labels, read_labels
 from fastmoco_pipelines.formats.members import group_members
@@ -197,9 +197,9 @@ def parse_index(name: str, text: bytes) -> ShardIndex:
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{name}: is no valid JSON ({error}): {CURE}.") from error
     index = _checked_index(name, content)
-    head, _, end = text.rpartition(SEAL)
-    seal = hashlib.sha256(head + b"}").hexdigest()
-    if "content_hash" in content and end != seal.encode() + b'"}':  # indexes of earlier versions bear none
+    if "content_hash" not in content:
+        raise ShardError(f"{name}: has no content_hash, an earlier version of fastmoco wrote it: {CURE}.")
+    if not is_sealed(text):
         raise ShardError(f"{name}: was changed or damaged after it was written (content_hash): {CURE}.")
     return index
 

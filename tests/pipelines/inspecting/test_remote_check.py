@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fastmoco_pipelines.errors import RemoteError, ShardError
+from fastmoco_pipelines.files import sealed_json
 from fastmoco_pipelines.formats.index import build_index, index_path, read_index, write_index
 from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
 from fastmoco_pipelines.healing.bad_samples import BadSamples
@@ -71,7 +72,7 @@ def test_damaged_tars_get_the_report_of_a_local_check(indexed, tmp_path, write_t
         tar = folder / f"{number:02d}.tar"
         tar.write_bytes(fault.make(whole.read_bytes()))
         if indexed:
-            index_path(tar).write_text(json.dumps(content | {"tar": tar.name}))
+            index_path(tar).write_bytes(sealed_json(content | {"tar": tar.name}))
     local = check_shards(str(folder), workers=1)
     quarantine = quarantine_path(folder)
     expected = [entry.identity for entry in Quarantine.read(quarantine)]
