@@ -1,14 +1,17 @@
-"""Every error that this package raises for its user: each names the file, the member, what is wrong and the cure."""
+"""Every error that this package raises for its user: each names the file, the member, what is wrong
+and the cure."""
 
 from __future__ import annotations
 
 
 class ShardError(RuntimeError):
-    """A shard, an index or a manifest that cannot be used: names the file, the member, what is wrong and the cure."""
+    """A shard, an index or a manifest that cannot be used: names the file, the member, what is
+    wrong and the cure."""
 
 
 class RemoteError(ShardError):
-    """Something on a server that cannot be read: names the URL, without its secrets, the cause and the cure."""
+    """Something on a server that cannot be read: names the URL, without its secrets, the cause and
+    the cure."""
 
 
 class AbsentError(RemoteError):
@@ -20,7 +23,8 @@ class AccessError(AbsentError):
 
 
 class PassingError(RemoteError):
-    """A failure that may pass: worth another try. ``retry_after``: seconds that the server asks to wait."""
+    """A failure that may pass: worth another try. `retry_after`: seconds that the server asks to
+    wait."""
 
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)
@@ -36,11 +40,12 @@ class StoppedError(RemoteError):
 
 
 class LoaderTimeoutError(ShardError):
-    """A batch did not come within ``timeout_s``; says what the loader was at, and where."""
+    """A batch did not come within `timeout_s`; says what the loader was at, and where."""
 
 
 class TooManyBadSamplesError(ShardError):
-    """More of a set is bad than the run was told to bear; counts by reason, the first few, and the cure."""
+    """More of a set is bad than the run was told to bear; counts by reason, the first few, and the
+    cure."""
 
 
 class TarError(RuntimeError):
@@ -50,10 +55,13 @@ class TarError(RuntimeError):
         position: byte of the fault; None where the file is no plain tar at all.
         member: name of the member that the fault cut off, or empty.
         reason: what is wrong there, without file and cure.
-        lost: bytes from ``position`` on in which no member was found, once ``walk_damaged`` has looked; else 0.
+        lost: bytes from `position` on in which no member was found, once `walk_damaged` has looked;
+            else 0.
     """
 
-    def __init__(self, message: str, *, position: int | None = None, member: str = "", reason: str = "") -> None:
+    def __init__(
+        self, message: str, *, position: int | None = None, member: str = "", reason: str = ""
+    ) -> None:
         super().__init__(message)
         self.position = position
         self.member = member
@@ -74,14 +82,17 @@ class ImageRefusedError(ValueError):
 
 
 class NoRoomError(Exception):
-    """A shard cannot be kept: everything else in the cache is in use, or the disk is full or read-only."""
+    """A shard cannot be kept: everything else in the cache is in use, or the disk is full or
+    read-only."""
 
 
 class DecodeError(RuntimeError):
-    """A batch could not be made: as a rule one of its images cannot be decoded. The pipeline stays usable.
+    """A batch could not be made: as a rule one of its images cannot be decoded. The pipeline stays
+    usable.
 
     Attributes:
-        faults: (row, reason) of every image refused for its structure; empty where DALI failed without naming one.
+        faults: (row, reason) of every image refused for its structure; empty where DALI failed
+            without naming one.
     """
 
     def __init__(self, message: str, faults: tuple[tuple[int, str], ...] = ()) -> None:
@@ -90,8 +101,10 @@ class DecodeError(RuntimeError):
 
 
 class BadImageError(RuntimeError):
-    """An image in a shard that cannot be decoded: names tar and member, what is wrong and the cure."""
+    """An image in a shard that cannot be decoded: names tar and member, what is wrong and the
+    cure."""
 
 
 class DecoderBrokenError(RuntimeError):
-    """The decoder crashes, hangs or makes wrong pixels on this machine; says which, and the cure."""
+    """The decoder crashes, hangs or makes wrong pixels on this machine; says which, and the
+    cure."""

@@ -1,6 +1,8 @@
-"""Files written whole or not at all, their hashes, and locks that are released when their owner dies.
+"""Files written whole or not at all, their hashes, and locks that are released when their owner
+dies.
 
-flock belongs to the open file, not to the process: two descriptors opened apart exclude each other even in one thread.
+flock belongs to the open file, not to the process: two descriptors opened apart exclude each other
+    even in one thread.
 """
 
 from __future__ import annotations
@@ -35,9 +37,12 @@ def try_lock(descriptor: int, how: int) -> bool:
 
 
 def lock_path(path: str) -> int | None:
-    """A descriptor that holds a file's exclusive lock; None while somebody else holds any, or without such a file."""
+    """A descriptor that holds a file's exclusive lock; None while somebody else holds any, or
+    without such a file."""
     try:
-        descriptor = os.open(path, os.O_RDWR | OPEN_FLAGS)  # NFS gives an exclusive lock to those alone who may write
+        descriptor = os.open(
+            path, os.O_RDWR | OPEN_FLAGS
+        )  # NFS gives an exclusive lock to those alone who may write
     except OSError:
         return None
     mine = False
@@ -85,7 +90,8 @@ def remove_if_free(path: str) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """A new name beside `path`, which takes the place of `path` when the block ends.
 
-    A reader of `path` sees the old file or the new one, never half of it. On an error the new file is removed.
+    A reader of `path` sees the old file or the new one, never half of it. On an error the new file
+    is removed.
     """
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -123,7 +129,8 @@ SEAL = b',"content_hash":"'
 
 
 def sealed_json(content: dict[str, Any]) -> bytes:
-    """JSON with a last field, `content_hash`: SHA-256 (hex) of the text as it would be without it."""
+    """JSON with a last field, `content_hash`: SHA-256 (hex) of the text as it would be without
+    it."""
     text = json.dumps(content, separators=(",", ":")).encode("ascii")
     return text[:-1] + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"}'
 

@@ -12,7 +12,8 @@ AUTHORITY = re.compile(r"[\w.{},-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
 
 
 def redact(url: str) -> str:
-    """A URL, or a pattern of URLs, as it may be shown: without user, password, query and fragment."""
+    """A URL, or a pattern of URLs, as it may be shown: without user, password, query and
+    fragment."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         match = SCHEME.match(url)  # a slip such as https:/user:password@host

@@ -1,7 +1,9 @@
-"""Labels of shards that somebody else packed: read from ``.cls``, ``.json`` or ``.txt`` beside the image, or none.
+"""Labels of shards that somebody else packed: read from `.cls`, `.json` or `.txt` beside the image,
+or none.
 
-Numbers are taken as they are. Words are class names: they are sorted and numbered over the whole set at once, and the
-manifest keeps the names. Captions are no labels: text of several lines, or nearly every sample with words of its own.
+Numbers are taken as they are. Words are class names: they are sorted and numbered over the whole
+set at once, and the manifest keeps the names. Captions are no labels: text of several lines, or
+nearly every sample with words of its own.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ class LabelRule:
     """Where labels come from.
 
     Attributes:
-        source: "cls", "json" or "txt" beside each image, "none", or "auto": the first of these three that the set has.
-        field: of a ``.json``: a whole number or a class name.
+        source: "cls", "json" or "txt" beside each image, "none", or "auto": the first of these
+            three that the set has.
+        field: of a `.json`: a whole number or a class name.
     """
 
     source: Literal["auto", "cls", "json", "txt", "none"] = "auto"
@@ -60,7 +63,8 @@ class LabelRule:
 
 
 def read_labels(descriptor: int, sample: TarSample, rule: LabelRule) -> dict[Source, RawLabel]:
-    """What the texts beside an image say, by source; sources that are absent or say nothing are left out.
+    """What the texts beside an image say, by source; sources that are absent or say nothing are
+    left out.
 
     Args:
         descriptor: the open tar.
@@ -113,11 +117,11 @@ def number_labels(
     """Choose one source for the whole set and turn its labels into numbers.
 
     Args:
-        found: for each tar, for each sample: what ``read_labels`` gave.
+        found: for each tar, for each sample: what `read_labels` gave.
         known: class names that other sets of the same folder number already.
 
     Raises:
-        LabelError: for class names that ``known`` lacks.
+        LabelError: for class names that `known` lacks.
     """
     source: Source | None = None
     note = ""
@@ -129,7 +133,9 @@ def number_labels(
             else:
                 note = "the .txt members look like captions, not labels: no labels (--labels txt takes them as names)"
     if source is None:
-        return NumberedLabels(source=None, labels=[[-1] * len(tar) for tar in found], classes=(), note=note)
+        return NumberedLabels(
+            source=None, labels=[[-1] * len(tar) for tar in found], classes=(), note=note
+        )
     raw = [[sample.get(source) for sample in tar] for tar in found]
     given = {value for tar in raw for value in tar if value is not None}
     if all(isinstance(value, int) for value in given):
@@ -154,7 +160,9 @@ def number_labels(
 def _number(member: TarMember, text: bytes) -> int:
     digits = text.strip()
     if not digits.isdigit() or len(digits) > 9:
-        raise LabelError(f"{member.name}: a label is a whole number from 0 as text, not {digits[: _MAX_TEXT['cls']]!r}")
+        raise LabelError(
+            f"{member.name}: a label is a whole number from 0 as text, not {digits[: _MAX_TEXT['cls']]!r}"
+        )
     return int(digits)
 
 

@@ -1,4 +1,5 @@
-"""manifest.json: what was packed into a folder. One entry per set ("train", "test"), so that sets share their classes.
+"""manifest.json: what was packed into a folder. One entry per set ("train", "test"), so that sets
+share their classes.
 
 {"format": "fastmoco-manifest", "version": 1, "sets": {"train": {
     "samples": 1437, "classes": ["0", ...], "class_counts": [142, ...],
@@ -52,7 +53,9 @@ def parse_sets(where: str, text: bytes) -> dict[str, dict[str, Any]]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return {}
     if content.get("version") != VERSION:
-        raise ShardError(f"{where}: has version {content.get('version')!r}, this fastmoco reads {VERSION}.")
+        raise ShardError(
+            f"{where}: has version {content.get('version')!r}, this fastmoco reads {VERSION}."
+        )
     sets = content.get("sets")
     if not isinstance(sets, dict) or not all(_is_set(entry) for entry in sets.values()):
         raise ShardError(f"{where}: is broken: pack the images again.")
@@ -74,10 +77,12 @@ class FolderOfShards:
 
 
 def check_folders(folders: Iterable[FolderOfShards]) -> tuple[str, ...]:
-    """Class names from the manifests beside the shards, after checking that no shard of a packed set is lost.
+    """Class names from the manifests beside the shards, after checking that no shard of a packed
+    set is lost.
 
     Raises:
-        ShardError: if a listed shard is missing, holds other samples than listed, or the sets' classes differ.
+        ShardError: if a listed shard is missing, holds other samples than listed, or the sets'
+            classes differ.
     """
     classes: tuple[str, ...] = ()
     for folder in folders:
@@ -92,7 +97,9 @@ def check_folders(folders: Iterable[FolderOfShards]) -> tuple[str, ...]:
                         f"the shards to use, e.g. {name}-{{000000..000003}}.tar."
                     )
                 if shard in folder.samples and folder.samples[shard] != count:
-                    raise ShardError(f"{shard}: {folder.samples[shard]} samples, {NAME} says {count}: pack it again.")
+                    raise ShardError(
+                        f"{shard}: {folder.samples[shard]} samples, {NAME} says {count}: pack it again."
+                    )
             if classes and tuple(entry["classes"]) != classes:
                 raise ShardError(
                     f"{folder.where}/{NAME}: set {name!r} numbers its classes differently: use one at a time."

@@ -1,4 +1,5 @@
-"""Which images of a batch broke the decoder. DALI fails a whole batch and names no file; here each is tried alone."""
+"""Which images of a batch broke the decoder. DALI fails a whole batch and names no file; here each
+is tried alone."""
 
 from __future__ import annotations
 
@@ -35,16 +36,22 @@ class Suspects:
     def find(self, error: DecodeError, encoded: list[NDArray[np.uint8]]) -> dict[int, str]:
         """The rows of images that fail alone, and why; empty where all decode alone.
 
-        Images of broken structure are all there is to say of a batch that was refused for them: no other was tried.
+        Images of broken structure are all there is to say of a batch that was refused for them: no
+            other was tried.
 
         Args:
             error: how the batch failed.
             encoded: B arrays [bytes] uint8.
 
         Raises:
-            DecodeError: ``error`` itself where none decodes though Pillow reads them all: the decoder is at fault.
+            DecodeError: `error` itself where none decodes though Pillow reads them all: the decoder
+                is at fault.
         """
-        bad = {row: f"it cannot be decoded ({fault})" for row, data in enumerate(encoded) if (fault := _fault(data))}
+        bad = {
+            row: f"it cannot be decoded ({fault})"
+            for row, data in enumerate(encoded)
+            if (fault := _fault(data))
+        }
         if bad:
             return bad
         rows = list(range(len(encoded)))
@@ -86,11 +93,13 @@ def raise_bad_image(
     device: Device,
     device_id: int | None,
 ) -> NoReturn:
-    """Raise an error that names the first bad image of a failed batch, where nothing may stand in for it.
+    """Raise an error that names the first bad image of a failed batch, where nothing may stand in
+    for it.
 
     Raises:
-        BadImageError: from ``error``, naming tar and member.
-        DecodeError: ``error`` itself where no image is to blame: all decode alone, or none does though Pillow reads it.
+        BadImageError: from `error`, naming tar and member.
+        DecodeError: `error` itself where no image is to blame: all decode alone, or none does
+            though Pillow reads it.
     """
     bad = Suspects(device=device, device_id=device_id, threads=1).find(error, encoded)
     if not bad:

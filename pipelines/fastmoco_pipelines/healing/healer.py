@@ -1,8 +1,9 @@
 """Batches in spite of bad samples: find them, leave them out, fill their places.
 
-Whether a sample is bad rests on its bytes alone: they must be those of the index, have the structure and size of an image,
-and pass the decoder that makes the views, undisturbed by its neighbours. `sampling/stand_ins.py` chooses the
-sample that takes its place; `bad_samples.py` knows what is bad already, and how much is tolerated.
+Whether a sample is bad rests on its bytes alone: they must be those of the index, have the
+structure and size of an image, and pass the decoder that makes the views, undisturbed by its
+neighbours. `sampling/stand_ins.py` chooses the sample that takes its place; `bad_samples.py` knows
+what is bad already, and how much is tolerated.
 """
 
 from __future__ import annotations
@@ -23,10 +24,18 @@ from fastmoco_pipelines.sets.local_files import ReadFault
 from fastmoco_pipelines.sets.shard_set import ShardSet
 
 PATIENCE = (1.0, 3.0, 10.0)
-"""Pauses in seconds before samples that cannot be read are tried again, on top of the tries that the files make."""
+"""Pauses in seconds before samples that cannot be read are tried again, on top of the tries that
+the files make."""
 _OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this machine, not of a shard
-_ONE_PLACE = (errno.EIO, errno.EILSEQ, errno.EUCLEAN, errno.EBADMSG)  # a damaged spot; the rest of the file may be fine
-MAX_ATTEMPTS = 1000  # candidates of one place: beyond any share of bad samples that anybody would train on
+_ONE_PLACE = (
+    errno.EIO,
+    errno.EILSEQ,
+    errno.EUCLEAN,
+    errno.EBADMSG,
+)  # a damaged spot; the rest of the file may be fine
+MAX_ATTEMPTS = (
+    1000  # candidates of one place: beyond any share of bad samples that anybody would train on
+)
 
 Encoded = NDArray[np.uint8]
 
@@ -41,7 +50,9 @@ class Healer:
         stop: set when nobody waits any more.
     """
 
-    def __init__(self, shards: ShardSet, bad: BadSamples, suspects: Suspects, stop: threading.Event) -> None:
+    def __init__(
+        self, shards: ShardSet, bad: BadSamples, suspects: Suspects, stop: threading.Event
+    ) -> None:
         self.bad = bad
         self._shards = shards
         self._suspects = suspects
@@ -53,7 +64,8 @@ class Healer:
 
         Raises:
             TooManyBadSamplesError: if too many are.
-            ShardError: where nothing can be read whatever the sample: this process may open no more files, or is closing.
+            ShardError: where nothing can be read whatever the sample: this process may open no more
+                files, or is closing.
         """
         found: list[Encoded | None] = [None] * len(sample_ids)
         rows = np.flatnonzero(~self.bad.contains(sample_ids))
@@ -67,10 +79,15 @@ class Healer:
         return found
 
     def _read_patiently(self, sample_ids: NDArray[np.int64]) -> list[Encoded | ReadFault]:
-        """The bytes of each sample, or the fault that stays. A disk or a server that fails is given `PATIENCE`."""
+        """The bytes of each sample, or the fault that stays. A disk or a server that fails is given
+        `PATIENCE`."""
         found = self._read_each(sample_ids)
         for pause in PATIENCE:
-            rows = [row for row in self._may_pass(found) if self._shard_of(sample_ids[row]) not in self._given_up]
+            rows = [
+                row
+                for row in self._may_pass(found)
+                if self._shard_of(sample_ids[row]) not in self._given_up
+            ]
             if not rows or self._stop.wait(pause):
                 break
             for row, data in zip(rows, self._read_each(sample_ids[rows]), strict=True):
@@ -110,9 +127,13 @@ class Healer:
         elif lost is Lost.SAMPLE:
             self.bad.add(sample_id, UNREADABLE + reason)
         else:
-            self.bad.add(sample_id, reason.partition(". ")[0].partition(": run ")[0])  # without the cure
+            self.bad.add(
+                sample_id, reason.partition(". ")[0].partition(": run ")[0]
+            )  # without the cure
 
-    def fill(self, plan: Plan, places: Places, encoded: list[Encoded | None] | None = None) -> list[Encoded]:
+    def fill(
+        self, plan: Plan, places: Places, encoded: list[Encoded | None] | None = None
+    ) -> list[Encoded]:
         """The bytes of every place; places whose sample is bad go to their next candidates.
 
         Args:
@@ -141,11 +162,15 @@ class Healer:
                 )
             plan.advance(places, row)
 
-    def find_bad(self, error: DecodeError, sample_ids: NDArray[np.int64], encoded: list[Encoded]) -> set[int]:
-        """The rows of a batch that broke it, which are bad from now on; empty where all decode alone.
+    def find_bad(
+        self, error: DecodeError, sample_ids: NDArray[np.int64], encoded: list[Encoded]
+    ) -> set[int]:
+        """The rows of a batch that broke it, which are bad from now on; empty where all decode
+        alone.
 
         Raises:
-            DecodeError: `error` itself where the decoder refuses everything, good images too: it is at fault.
+            DecodeError: `error` itself where the decoder refuses everything, good images too: it is
+                at fault.
             TooManyBadSamplesError: if too many are bad.
         """
         bad = self._suspects.find(error, encoded)
@@ -157,21 +182,26 @@ class Healer:
 class Trial:
     """The decoding of one batch, again and again until no bad image is in it.
 
-    A batch whose images all decode alone is tried once more by a new graph, as something may just have been scarce.
+    A batch whose images all decode alone is tried once more by a new graph, as something may just
+    have been scarce.
     """
 
     def __init__(self, healer: Healer) -> None:
         self._healer = healer
         self._innocent = False
 
-    def blame(self, error: DecodeError, sample_ids: NDArray[np.int64], encoded: list[Encoded]) -> list[Encoded | None]:
+    def blame(
+        self, error: DecodeError, sample_ids: NDArray[np.int64], encoded: list[Encoded]
+    ) -> list[Encoded | None]:
         """Find out which images broke the batch.
 
         Returns:
-            `encoded` with None in the places of those; without any None the same batch is to be tried once more.
+            `encoded` with None in the places of those; without any None the same batch is to be
+            tried once more.
 
         Raises:
-            DecodeError: `error` itself where no image is to blame, and the batch has been tried once more already.
+            DecodeError: `error` itself where no image is to blame, and the batch has been tried
+                once more already.
             TooManyBadSamplesError: if too many are bad.
         """
         bad = self._healer.find_bad(error, sample_ids, encoded)

@@ -1,6 +1,7 @@
 """The evaluation loader: every image once, in manifest order, without augmentation.
 
-A bad image is left out: nothing stands in for it, and the others come as they would have come with it.
+A bad image is left out: nothing stands in for it, and the others come as they would have come with
+    it.
 """
 
 from __future__ import annotations
@@ -48,11 +49,18 @@ def build_eval_loader(
         ValueError: for numbers out of range or a pattern without shards.
         ShardError: if an index is missing, broken or stale, or more images are bad than allowed.
     """
-    from fastmoco_pipelines.views.dali import EvalPipeline  # needs DALI, which programs that only read shards may lack
+    from fastmoco_pipelines.views.dali import (
+        EvalPipeline,
+    )  # needs DALI, which programs that only read shards may lack
 
     require(world_size >= 1, "world_size", world_size, "needs at least one rank")
     require(0 <= rank < world_size, "rank", rank, f"must lie in [0, world_size={world_size})")
-    require((device_id is not None) == (spec.device == "gpu"), "device_id", device_id, f"does not fit {spec.device=}")
+    require(
+        (device_id is not None) == (spec.device == "gpu"),
+        "device_id",
+        device_id,
+        f"does not fit {spec.device=}",
+    )
     shards = ShardSet.open(spec.shards, cache=spec)
     bad = BadSamples(shards, max_bad_share=spec.max_bad_share, run_list=quarantine_list)
     suspects = Suspects(device=spec.device, device_id=device_id, threads=spec.threads)
@@ -73,12 +81,14 @@ def build_eval_loader(
 
 
 class EvalLoader:
-    """Iterates over one rank's part of a set, as often as asked; ``len`` counts the images of all ranks, bad ones too.
+    """Iterates over one rank's part of a set, as often as asked; `len` counts the images of all
+    ranks, bad ones too.
 
     Attributes:
         classes: class names by label; empty where no manifest tells.
         digest: identity of the set's content.
-        report: called with each image that is left out, in a sentence. Logs a warning unless replaced.
+        report: called with each image that is left out, in a sentence. Logs a warning unless
+            replaced.
     """
 
     def __init__(
@@ -124,7 +134,9 @@ class EvalLoader:
                     self.report(text)
                 if batch is not None:
                     yield batch
-        except BaseException:  # left before its time, by an interrupt perhaps: nobody wants what is being read
+        except (
+            BaseException
+        ):  # left before its time, by an interrupt perhaps: nobody wants what is being read
             self._shards.cancel()
             ahead.shutdown()
             self._shards.close()

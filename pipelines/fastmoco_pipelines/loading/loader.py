@@ -1,9 +1,10 @@
 """The training loader: shards in, augmented views of every image out, a few batches ahead.
 
-One thread reads bytes and draws the augmentations of the next steps while another runs DALI on step s and the trainer
-computes; bounded queues lie between. Everything is a function of (spec, step), so the step is the loader's whole
-state: a loader started at any step, on any number of ranks, delivers what an uninterrupted one would have. That holds for
-the samples that stand in for bad ones too (heal.py).
+One thread reads bytes and draws the augmentations of the next steps while another runs DALI on step
+s and the trainer computes; bounded queues lie between. Everything is a function of (spec, step), so
+the step is the loader's whole state: a loader started at any step, on any number of ranks, delivers
+what an uninterrupted one would have. That holds for the samples that stand in for bad ones too
+(heal.py).
 """
 
 from __future__ import annotations
@@ -54,22 +55,35 @@ def build_loader(
         spec: what to deliver.
         rank: this process, 0 to world_size - 1.
         world_size: processes that share each global batch equally.
-        device_id: index of this process's GPU; needed for, and only for, ``spec.device="gpu"``.
+        device_id: index of this process's GPU; needed for, and only for, `spec.device="gpu"`.
         start_step: the step of the first batch: 0, or where a resumed run goes on.
-        quarantine_list: the run's own list of bad samples, read and added to; all ranks may share it. None: none is kept.
-        pin_memory: whether batches made on the CPU lie in pinned memory, from where a GPU takes them while it computes.
-        count_making: whether the batch that is being made is one of those ahead of the trainer; None: on a GPU it is.
-        begin: False waits for `Loader.begin`, or the first ``next``, before any memory is taken for batches.
+        quarantine_list: the run's own list of bad samples, read and added to; all ranks may share
+            it. None: none is kept.
+        pin_memory: whether batches made on the CPU lie in pinned memory, from where a GPU takes
+            them while it computes.
+        count_making: whether the batch that is being made is one of those ahead of the trainer;
+            None: on a GPU it is.
+        begin: False waits for `Loader.begin`, or the first `next`, before any memory is taken for
+            batches.
 
     Raises:
-        ValueError: for a batch that the ranks cannot share or that is larger than the set, or a pattern without shards.
+        ValueError: for a batch that the ranks cannot share or that is larger than the set, or a
+            pattern without shards.
         DecoderBrokenError: if DALI crashes, hangs or errs on this GPU.
-        ShardError: if an index is missing, broken or stale, or more samples are bad than ``spec.max_bad_share`` allows.
+        ShardError: if an index is missing, broken or stale, or more samples are bad than
+            `spec.max_bad_share` allows.
     """
     from fastmoco_pipelines.views import self_test
-    from fastmoco_pipelines.views.dali import ViewPipeline  # needs DALI, which whoever only reads shards may lack
+    from fastmoco_pipelines.views.dali import (
+        ViewPipeline,
+    )  # needs DALI, which whoever only reads shards may lack
 
-    require((device_id is not None) == (spec.device == "gpu"), "device_id", device_id, f"does not fit {spec.device=}")
+    require(
+        (device_id is not None) == (spec.device == "gpu"),
+        "device_id",
+        device_id,
+        f"does not fit {spec.device=}",
+    )
     local = local_batch_size(spec.global_batch_size, world_size)
     share_arenas()  # before the first of many threads starts
     if spec.device == "gpu":
@@ -104,16 +118,20 @@ def build_loader(
     bounded = spec.device == "gpu" if count_making is None else count_making
     places = BatchPlaces(spec.batches_ahead) if bounded else None
     clock = StageClock(spec.batches_ahead)
-    loader = Loader(Source(spec, shards, plan, pipeline, healer, clock, stop, pinned, places), start_step)
+    loader = Loader(
+        Source(spec, shards, plan, pipeline, healer, clock, stop, pinned, places), start_step
+    )
     if begin:
         loader.begin()
     return loader
 
 
 class Loader(BatchStream):
-    """Endless batches of one rank, in the order of the steps, made ahead by two threads. Build it with ``build_loader``.
+    """Endless batches of one rank, in the order of the steps, made ahead by two threads. Build it
+    with `build_loader`.
 
-    A bad sample's place goes to another one. Iterating raises ShardError where too many are bad, or nothing comes at all.
+    A bad sample's place goes to another one. Iterating raises ShardError where too many are bad, or
+    nothing comes at all.
     """
 
     def __init__(self, source: Source, start_step: int) -> None:
@@ -130,17 +148,24 @@ class Loader(BatchStream):
         self._shards, self._places = source.shards, source.places
         self._results: Results = queue.Queue(maxsize=source.spec.batches_ahead)
         stop = source.stop
-        # The threads know nothing of this object, so that a forgotten loader is collected and they end with it. They
-        # are daemons: a read that hangs must not keep the interpreter from exiting.
+        # The threads know nothing of this object, so that a forgotten loader is collected and they
+        # end with it. They are daemons: a read that hangs must not keep the interpreter from
+        # exiting.
         read: Readings = queue.Queue(maxsize=1)
         self._reader = threading.Thread(
-            target=read_steps, args=(source, start_step, read, stop), name="fastmoco-read", daemon=True
+            target=read_steps,
+            args=(source, start_step, read, stop),
+            name="fastmoco-read",
+            daemon=True,
         )
         self._producer = threading.Thread(
-            target=make_batches, args=(source, read, self._results, stop), name="fastmoco-loader", daemon=True
+            target=make_batches,
+            args=(source, read, self._results, stop),
+            name="fastmoco-loader",
+            daemon=True,
         )
-        # The garbage collector may call this in any thread, one of these two included, and while that holds a queue's
-        # lock: so it waits for nothing and touches no queue.
+        # The garbage collector may call this in any thread, one of these two included, and while
+        # that holds a queue's lock: so it waits for nothing and touches no queue.
         self._stop = weakref.finalize(self, stop.set)
         self._begun = False
 
@@ -155,8 +180,9 @@ class Loader(BatchStream):
         """The batch of the next step.
 
         Raises:
-            ShardError: if too much of the data is damaged, or nothing came for ``timeout_s``; again on every later call.
-            RuntimeError: after ``close``.
+            ShardError: if too much of the data is damaged, or nothing came for `timeout_s`; again
+                on every later call.
+            RuntimeError: after `close`.
         """
         if self._failure is not None:
             raise self._failure
@@ -172,7 +198,9 @@ class Loader(BatchStream):
                 break
             except queue.Empty:
                 if not self._producer.is_alive() and self._results.empty():
-                    raise RuntimeError(f"the loader's thread ended before step {self._step}") from None
+                    raise RuntimeError(
+                        f"the loader's thread ended before step {self._step}"
+                    ) from None
                 waited = time.perf_counter() - start
                 if waited >= min(tell_at, self.spec.timeout_s):
                     tell_at *= 2
@@ -208,7 +236,8 @@ class Loader(BatchStream):
 
     @property
     def resting(self) -> bool:
-        """Whether as many batches lie ready as may, and no thread works: what a measurement waits for."""
+        """Whether as many batches lie ready as may, and no thread works: what a measurement waits
+        for."""
         return self._results.full() and not self._clock.busy
 
     def close(self) -> None:
@@ -218,7 +247,9 @@ class Loader(BatchStream):
         """
         self._stop()
         self._shards.cancel()  # the reading thread may be waiting for a server
-        until = time.monotonic() + (POLL_SECONDS if isinstance(self._failure, LoaderTimeoutError) else _CLOSE_SECONDS)
+        until = time.monotonic() + (
+            POLL_SECONDS if isinstance(self._failure, LoaderTimeoutError) else _CLOSE_SECONDS
+        )
         for thread in (self._producer, self._reader) if self._begun else ():
             thread.join(max(POLL_SECONDS, until - time.monotonic()))
         if not (self._producer.is_alive() or self._reader.is_alive()):

@@ -1,4 +1,5 @@
-"""One rank's share of the data, step by step: bytes and draws in one thread of a loader, views in the other."""
+"""One rank's share of the data, step by step: bytes and draws in one thread of a loader, views in
+the other."""
 
 from __future__ import annotations
 
@@ -14,7 +15,15 @@ from numpy.typing import NDArray
 from fastmoco_pipelines.errors import DecodeError
 from fastmoco_pipelines.healing.healer import Healer, Trial
 from fastmoco_pipelines.loading.batch import Batch
-from fastmoco_pipelines.loading.stages import AUGMENT, DECODE, DRAW, HEAL, READ, TRANSFER, StageClock
+from fastmoco_pipelines.loading.stages import (
+    AUGMENT,
+    DECODE,
+    DRAW,
+    HEAL,
+    READ,
+    TRANSFER,
+    StageClock,
+)
 from fastmoco_pipelines.loading.threads import BatchPlaces
 from fastmoco_pipelines.sampling.stand_ins import Places, Plan
 from fastmoco_pipelines.sets.shard_set import ShardError, ShardSet
@@ -37,7 +46,8 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One rank's share of the data; `steps` runs in the reading thread, `render` in the producing one."""
+    """One rank's share of the data; `steps` runs in the reading thread, `render` in the producing
+    one."""
 
     spec: LoaderSpec
     shards: ShardSet
@@ -63,8 +73,12 @@ class Source:
         """Bytes and draws of one step; the samples of the next one are announced to the disk."""
         with self.clock.stage(READ, places.step):
             position = places.batch_start
-            self.shards.follow(self.plan.windows, seed=self.spec.seed, epoch=places.epoch, position=position)
-            with contextlib.suppress(ShardError, OSError):  # a hint: whether they can be read is seen when they are
+            self.shards.follow(
+                self.plan.windows, seed=self.spec.seed, epoch=places.epoch, position=position
+            )
+            with contextlib.suppress(
+                ShardError, OSError
+            ):  # a hint: whether they can be read is seen when they are
                 self.shards.will_need(following[~self.healer.bad.contains(following)])
             encoded = self.healer.fill(self.plan, places)
         with self.clock.stage(DRAW, places.step):
@@ -89,7 +103,8 @@ class Source:
                 self.clock.within(DECODE, AUGMENT, self.pipeline.augment_seconds)
                 if self.pinned:
                     with self.clock.stage(TRANSFER, step):
-                        # One at a time: a single view is held in pageable and in pinned memory at once.
+                        # One at a time: a single view is held in pageable and in pinned memory at
+                        # once.
                         for number in range(len(views)):
                             views[number] = views[number].pin_memory()
                 return Batch(views=tuple(views), sample_ids=places.ids, step=step)

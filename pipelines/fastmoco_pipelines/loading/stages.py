@@ -1,7 +1,8 @@
 """Where a loader's time goes, and whether anybody waits for it.
 
-Two threads work one behind the other: one reads and draws, the other decodes, augments and hands over. The slower thread
-sets the pace, and its longest stage is what to improve. Measuring costs two clock readings a stage and batch.
+Two threads work one behind the other: one reads and draws, the other decodes, augments and hands
+over. The slower thread sets the pace, and its longest stage is what to improve. Measuring costs two
+clock readings a stage and batch.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ class StageFigures:
     Attributes:
         steps: batches taken by the trainer.
         wall_s: seconds since the loader was built.
-        wait_s: seconds of these that the trainer waited in ``next``.
-        stage_s: seconds of work by stage; the two threads work at the same time, so the sum may exceed ``wall_s``.
+        wait_s: seconds of these that the trainer waited in `next`.
+        stage_s: seconds of work by stage; the two threads work at the same time, so the sum may
+            exceed `wall_s`.
         queued: sum over the steps of the batches that lay ready when the trainer asked.
         prefetch: batches that may lie ready.
         left_out: images that are not delivered, on any rank as far as is known, at that moment.
@@ -75,14 +77,21 @@ class StageFigures:
 
     @property
     def queue_depth(self) -> float:
-        """Batches that lay ready when the trainer asked, on average; 0: it took each from the loader's hand."""
+        """Batches that lay ready when the trainer asked, on average; 0: it took each from the
+        loader's hand."""
         return self.queued / self.steps if self.steps else 0.0
 
     def metrics(self) -> dict[str, float]:
-        """The figures by step, by name: ``loader/read_ms``, ..., ``loader/queue_depth``, ``loader/quarantined``."""
+        """The figures by step, by name: `loader/read_ms`, ..., `loader/queue_depth`,
+        `loader/quarantined`."""
         steps = max(1, self.steps)
-        found = {f"loader/{name}_ms": 1000 * seconds / steps for name, seconds in self.stage_s.items()}
-        return found | {"loader/queue_depth": self.queue_depth, "loader/quarantined": float(self.left_out)}
+        found = {
+            f"loader/{name}_ms": 1000 * seconds / steps for name, seconds in self.stage_s.items()
+        }
+        return found | {
+            "loader/queue_depth": self.queue_depth,
+            "loader/quarantined": float(self.left_out),
+        }
 
     def summary(self) -> str:
         """One sentence: is it the loader, and if so, which part of it?"""
@@ -91,7 +100,9 @@ class StageFigures:
             return f"{waits}: it is not the bottleneck"
         reader = sum(s for name, s in self.stage_s.items() if name in _READER)
         total = sum(self.stage_s.values())
-        own = {name: s for name, s in self.stage_s.items() if (name in _READER) == (reader > total / 2)}
+        own = {
+            name: s for name, s in self.stage_s.items() if (name in _READER) == (reader > total / 2)
+        }
         if not own or total <= 0:
             return waits
         slowest = max(own, key=lambda name: own[name])
@@ -100,7 +111,8 @@ class StageFigures:
 
 
 class StageClock:
-    """Adds up the figures of one loader. Each stage belongs to one thread, ``waited`` to the trainer's."""
+    """Adds up the figures of one loader. Each stage belongs to one thread, `waited` to the
+    trainer's."""
 
     def __init__(self, prefetch: int) -> None:
         self._start = time.perf_counter()
@@ -137,7 +149,8 @@ class StageClock:
         return bool(self._doing)
 
     def doing(self, reading: str) -> str:
-        """What the threads are at, and since when, for people. ``reading``: what is read now or was last."""
+        """What the threads are at, and since when, for people. `reading`: what is read now or was
+        last."""
         now, parts = time.perf_counter(), []
         for name, step, since in list(self._doing.values()):
             where = f" ({reading})" if name in (READ, HEAL) else ""

@@ -1,6 +1,7 @@
 """The bytes of remote shards by (shard, offset, size), from copies in the shard cache.
 
-One thread at a time may use such an object, but for `cancel`: ShardSet sees to that, and checks the bytes.
+One thread at a time may use such an object, but for `cancel`: ShardSet sees to that, and checks the
+bytes.
 """
 
 from __future__ import annotations
@@ -22,16 +23,20 @@ if TYPE_CHECKING:
     from fastmoco_pipelines.stores.cache import ShardCache
     from fastmoco_pipelines.stores.fetcher import ShardFetcher
 
-MAX_UNPLANNED_COPIES = 4  # copies of remote shards held in the cache where nobody has said which ones come next
+MAX_UNPLANNED_COPIES = (
+    4  # copies of remote shards held in the cache where nobody has said which ones come next
+)
 
 
 class CachedFiles:
     """Shards of a server, read from copies in the cache. An open copy is not evicted.
 
-    ``quarantine`` fetches the lists beside them, anew each time; see ``fetch_lists``.
+    `quarantine` fetches the lists beside them, anew each time; see `fetch_lists`.
     """
 
-    def __init__(self, fetcher: ShardFetcher, count: int, lists: Callable[[], tuple[Quarantine, list[str]]]) -> None:
+    def __init__(
+        self, fetcher: ShardFetcher, count: int, lists: Callable[[], tuple[Quarantine, list[str]]]
+    ) -> None:
         self._fetcher = fetcher
         self._count = count
         self.quarantine = lists
@@ -74,7 +79,8 @@ class CachedFiles:
                 os.posix_fadvise(self._open[shard], offset, size, os.POSIX_FADV_WILLNEED)
 
     def follow(self, windows: ShardWindows, *, seed: int, epoch: int, position: int) -> None:
-        """Fetch the shards around a position of an epoch's order and those after them; let go of the others."""
+        """Fetch the shards around a position of an epoch's order and those after them; let go of
+        the others."""
         self._planned = self._fetcher.follow(windows, seed=seed, epoch=epoch, position=position)
         for shard in self._open.keys() - self._planned:
             os.close(self._open.pop(shard))
@@ -89,11 +95,11 @@ class CachedFiles:
         self._fetcher.discard(shard)
 
     def cancel(self) -> None:
-        """End a wait for a server, in whichever thread it is: there ``read`` raises."""
+        """End a wait for a server, in whichever thread it is: there `read` raises."""
         self._fetcher.cancel()
 
     def close(self) -> None:
-        """End the transfers and let go of the copies; a later ``read`` begins again."""
+        """End the transfers and let go of the copies; a later `read` begins again."""
         while self._open:
             os.close(self._open.popitem()[1])
         self._planned = None
@@ -102,7 +108,9 @@ class CachedFiles:
     def _read_ranges(self, shard: int, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         descriptor = self._descriptor(shard)
         if descriptor is not None:
-            with suppress(OSError):  # the disk under the cache gives up: the server still has what it held
+            with suppress(
+                OSError
+            ):  # the disk under the cache gives up: the server still has what it held
                 return [read_at(descriptor, size, offset) for offset, size in ranges]
         return self._fetcher.read(shard, ranges)
 
@@ -114,7 +122,9 @@ class CachedFiles:
                 os.close(self._open.popitem(last=False)[1])
             let_go = self._planned is None and len(self._open) > 0
             descriptor = self._fetcher.open(shard, warn=not let_go)
-            if descriptor is None and let_go:  # read in the order of the set, they have probably served
+            if (
+                descriptor is None and let_go
+            ):  # read in the order of the set, they have probably served
                 while self._open:
                     os.close(self._open.popitem()[1])
                 descriptor = self._fetcher.open(shard)

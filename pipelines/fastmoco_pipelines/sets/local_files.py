@@ -15,7 +15,10 @@ from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, read_list
 
 MAX_OPEN_FILES = 128  # a process may hold 1024 by default, and several sets are open at once
-_PAUSES = (0.05, 0.45)  # seconds before a local file is tried again: file systems on a network have hiccups
+_PAUSES = (
+    0.05,
+    0.45,
+)  # seconds before a local file is tried again: file systems on a network have hiccups
 
 Place = tuple[int, int, int]
 """Shard, offset and size in bytes."""
@@ -30,10 +33,14 @@ class LocalFiles:
         self._paths = tuple(paths)
         self._open: OrderedDict[int, int] = OrderedDict()
         self._folders = sorted({path.parent for path in paths})
-        self.reading = (0, 0)  # shard and offset of what is being read: where a read that hangs, hangs
+        self.reading = (
+            0,
+            0,
+        )  # shard and offset of what is being read: where a read that hangs, hangs
 
     def read(self, places: Sequence[Place]) -> list[bytes | ReadFault]:
-        """The bytes at some places, fewer where a file ends earlier; an error where they cannot be read.
+        """The bytes at some places, fewer where a file ends earlier; an error where they cannot be
+        read.
 
         The error names the file that could not be opened or read, on three tries.
         """
@@ -56,10 +63,12 @@ class LocalFiles:
     def quarantine(self) -> tuple[Quarantine, list[str]]:
         """The lists beside the shards, as one, and what is wrong with them, in sentences."""
         lists = [read_list(folder / NAME) for folder in self._folders]
-        return Quarantine(entry for entries, _ in lists for entry in entries), [text for _, text in lists if text]
+        return Quarantine(entry for entries, _ in lists for entry in entries), [
+            text for _, text in lists if text
+        ]
 
     def close(self) -> None:
-        """Close the files; a later ``read`` opens them again."""
+        """Close the files; a later `read` opens them again."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -73,12 +82,15 @@ class LocalFiles:
                 os.close(self._open.pop(shard))  # a stale handle is of no use any more
                 if pause is None:
                     name = self._paths[shard].name
-                    raise ShardError(f"{name}: cannot be read at byte {offset} ({error.strerror}).") from error
+                    raise ShardError(
+                        f"{name}: cannot be read at byte {offset} ({error.strerror})."
+                    ) from error
                 time.sleep(pause)
         raise AssertionError
 
     def _descriptor(self, shard: int) -> int:
-        """An open descriptor of a shard; the one unused for longest is closed when there are too many."""
+        """An open descriptor of a shard; the one unused for longest is closed when there are too
+        many."""
         descriptor = self._open.get(shard)
         if descriptor is not None:
             self._open.move_to_end(shard)
@@ -92,13 +104,16 @@ class LocalFiles:
             except OSError as error:
                 if pause is None:
                     name = self._paths[shard].name
-                    raise ShardError(f"{name}: cannot be opened any more ({error.strerror}).") from error
+                    raise ShardError(
+                        f"{name}: cannot be opened any more ({error.strerror})."
+                    ) from error
                 time.sleep(pause)
         return self._open[shard]
 
 
 def read_at(descriptor: int, size: int, offset: int) -> bytes:
-    """Bytes of a file, fewer only where it ends: file systems on a network may hand out less than was asked for."""
+    """Bytes of a file, fewer only where it ends: file systems on a network may hand out less than
+    was asked for."""
     data = os.pread(descriptor, size, offset)
     while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
         data += more

@@ -1,8 +1,10 @@
-"""The tars that a pattern names, one after another, for those who read them whole: `data check` and `data index`.
+"""The tars that a pattern names, one after another, for those who read them whole: `data check` and
+`data index`.
 
-Local tars are read where they lie. Those of a server come through the shard cache: each appears for its time under its own
-name in a folder of this machine, as a link to a copy that the cache keeps as long as it is open, beside its index and the
-folder's manifest. So one code checks both. The next tar is fetched meanwhile. Nothing is ever written to a server.
+Local tars are read where they lie. Those of a server come through the shard cache: each appears for
+its time under its own name in a folder of this machine, as a link to a copy that the cache keeps as
+long as it is open, beside its index and the folder's manifest. So one code checks both. The next
+tar is fetched meanwhile. Nothing is ever written to a server.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ from time import monotonic
 
 import numpy as np
 
-from fastmoco_pipelines.errors import AbsentError, RemoteError, ShardError, StoppedError, WrongContentError
+from fastmoco_pipelines.errors import (
+    AbsentError,
+    RemoteError,
+    ShardError,
+    StoppedError,
+    WrongContentError,
+)
 from fastmoco_pipelines.formats.index import index_path, parse_index
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import write_sets
@@ -40,8 +48,9 @@ class LocalTars:
     """Tars of this machine.
 
     Attributes:
-        paths: of the tars, sorted; ``sizes``: in bytes.
-        explicit: the pattern spells the names out: whatever else lies beside them is left out on purpose.
+        paths: of the tars, sorted; `sizes`: in bytes.
+        explicit: the pattern spells the names out: whatever else lies beside them is left out on
+            purpose.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -68,7 +77,8 @@ class LocalTars:
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """What a server says of a file: its size in bytes, and by what it would tell that it has changed."""
+    """What a server says of a file: its size in bytes, and by what it would tell that it has
+    changed."""
 
     size: int
     validator: str
@@ -76,7 +86,8 @@ class _Head:
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """A tar in the cache; ``descriptor`` is None where there is no room for it while another one is open."""
+    """A tar in the cache; `descriptor` is None where there is no room for it while another one is
+    open."""
 
     descriptor: int | None
     index: bytes | None
@@ -88,11 +99,13 @@ class RemoteTars:
     """Tars of servers; see the module. One thread at a time may use it.
 
     Args:
-        pattern: URLs, as for ``open_remote``.
-        work: an existing folder in which the tars appear: in folders 0, 1, ... of it where they lie in several places.
+        pattern: URLs, as for `open_remote`.
+        work: an existing folder in which the tars appear: in folders 0, 1, ... of it where they lie
+            in several places.
         cache: where copies are kept.
         limits: times and tries of a transfer.
-        indexes: fetch what lies beside the tars too: for a check. Without, ``work`` keeps what is written into it.
+        indexes: fetch what lies beside the tars too: for a check. Without, `work` keeps what is
+            written into it.
 
     Attributes:
         paths, sizes, explicit: as for LocalTars.
@@ -104,20 +117,29 @@ class RemoteTars:
         OSError: if the cache cannot be used.
     """
 
-    def __init__(self, pattern: str, work: Path, cache: CacheSpec, limits: Limits, *, indexes: bool) -> None:
+    def __init__(
+        self, pattern: str, work: Path, cache: CacheSpec, limits: Limits, *, indexes: bool
+    ) -> None:
         self._cache, self._limits, self._indexes = ShardCache.open(cache), limits, indexes
         self._files = SmallFiles(self._cache, limits)
         urls = find_urls(pattern, self._files)
-        with ThreadPoolExecutor(min(THREADS, len(urls)), thread_name_prefix="fastmoco-head") as pool:
+        with ThreadPoolExecutor(
+            min(THREADS, len(urls)), thread_name_prefix="fastmoco-head"
+        ) as pool:
             answers = list(pool.map(self._head, urls))
-        self._heads = {url: head for url, head in zip(urls, answers, strict=True) if isinstance(head, _Head)}
+        self._heads = {
+            url: head for url, head in zip(urls, answers, strict=True) if isinstance(head, _Head)
+        }
         self._urls = list(self._heads)
         self.explicit = "{" in pattern or urls == [pattern]
         for absent in answers:
             if isinstance(absent, AbsentError) and (self.explicit or not self._urls):
                 raise absent
         places = sorted({beside(url, "") for url in self._urls})
-        folders = {place: work if len(places) == 1 else work / str(number) for number, place in enumerate(places)}
+        folders = {
+            place: work if len(places) == 1 else work / str(number)
+            for number, place in enumerate(places)
+        }
         self.paths = [folders[beside(url, "")] / _safe_name(url) for url in self._urls]
         if len(set(self.paths)) < len(self.paths):
             raise ValueError(f"shards={redact(pattern)!r}: names a shard twice")
@@ -138,7 +160,8 @@ class RemoteTars:
         """A tar, to be read by this process and its children, until the context ends.
 
         Raises:
-            RemoteError: naming the URL that cannot be read, or that does not fit into the cache, and the cure.
+            RemoteError: naming the URL that cannot be read, or that does not fit into the cache,
+                and the cure.
         """
         path, copy = self.paths[number], self._copy(number)
         if copy.descriptor is None:
@@ -150,7 +173,9 @@ class RemoteTars:
         try:
             if path.is_symlink():  # of a process that was killed
                 path.unlink()
-            path.symlink_to(f"/proc/{os.getpid()}/fd/{copy.descriptor}")  # it stays even if its name in the cache goes
+            path.symlink_to(
+                f"/proc/{os.getpid()}/fd/{copy.descriptor}"
+            )  # it stays even if its name in the cache goes
             if copy.index is not None:
                 index_path(path).write_bytes(copy.index)
             if number + 1 < len(self.paths):
@@ -197,7 +222,9 @@ class RemoteTars:
         head = self._heads[url]
         sha256 = self._files.checksums(beside(url, "")).get(shard_name(url))
         text = self._index(url) if self._indexes else None
-        with suppress(ShardError):  # a broken index is the check's to name, and so is a tar that it does not fit
+        with suppress(
+            ShardError
+        ):  # a broken index is the check's to name, and so is a tar that it does not fit
             if text is not None and (index := parse_index("", text)).tar_bytes == head.size:
                 shard, sha256 = RemoteShard.from_index(url, index, sha256), None
                 return _Copy(self._bring(shard), text)
@@ -213,7 +240,8 @@ class RemoteTars:
         return _Copy(self._bring(shard), text, shard.key)
 
     def _bring(self, shard: RemoteShard) -> int | None:
-        """A descriptor of a copy; one that has been in the cache for long is looked at first: disks forget."""
+        """A descriptor of a copy; one that has been in the cache for long is looked at first: disks
+        forget."""
         self._fetcher = ShardFetcher([shard], self._cache, self._limits)
         if self._closed:  # asked after there is something to cancel: one of the two sees the other
             raise StoppedError(f"{shard.name}: not read, the work was stopped")
@@ -228,7 +256,9 @@ class RemoteTars:
     def _index(self, url: str) -> bytes | None:
         """What lies beside a tar under its index's name; None if nothing does."""
         with suppress(AbsentError):
-            return fetch_document(beside(url, index_path(Path(shard_name(url))).name), self._limits, Event())[1]
+            return fetch_document(
+                beside(url, index_path(Path(shard_name(url))).name), self._limits, Event()
+            )[1]
         return None
 
     def _head(self, url: str) -> _Head | AbsentError:
@@ -257,7 +287,8 @@ class RemoteTars:
 
 
 def whole_names(tars: LocalTars | RemoteTars) -> dict[Path, str]:
-    """By path, what to call those tars whose file name alone does not tell them from another one."""
+    """By path, what to call those tars whose file name alone does not tell them from another
+    one."""
     counts = Counter(path.name for path in tars.paths)
     return {path: tars.where(path) for path in tars.paths if counts[path.name] > 1}
 

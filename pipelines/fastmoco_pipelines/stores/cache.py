@@ -6,8 +6,8 @@
     KEY.doc         a small file (an index) with its validator and its own SHA-256
     lock            held for the moment in which room is made
 
-KEY is a hash of where a shard lies and what it holds. Names appear by renaming alone: what is there under its final name
-is whole. Links are never followed, and files of other users are not read.
+KEY is a hash of where a shard lies and what it holds. Names appear by renaming alone: what is there
+under its final name is whole. Links are never followed, and files of other users are not read.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Part:
         self._notes = notes
 
     def resume_point(self) -> tuple[int, str]:
-        """Bytes at hand, and the validator of the file that they belong to; (0, "") where there is nothing to go on with."""
+        """Bytes at hand, and the validator of the file that they belong to; (0, "") where there is
+        nothing to go on with."""
         length = os.fstat(self.descriptor).st_size
         if length == 0:
             return 0, ""
@@ -77,9 +78,13 @@ class Part:
     def restart(self, validator: str) -> None:
         """Throw away what is at hand, and begin anew with a file of this validator."""
         os.ftruncate(self.descriptor, 0)
-        remove(self._notes)  # before the first byte is written: a note never speaks of another file's bytes
+        remove(
+            self._notes
+        )  # before the first byte is written: a note never speaks of another file's bytes
         if validator:
-            with open(os.open(self._notes, os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, 0o600), "w") as file:
+            with open(
+                os.open(self._notes, os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, 0o600), "w"
+            ) as file:
                 file.write(validator)
 
     def close(self) -> None:
@@ -101,13 +106,16 @@ class ShardCache:
 
     @classmethod
     def open(cls, spec: CacheSpec) -> Self:
-        """The cache of a spec; its folder is made if absent, and what killed processes left long ago is removed.
+        """The cache of a spec; its folder is made if absent, and what killed processes left long
+        ago is removed.
 
         Raises:
             ValueError: if the folder is a link, another user's, or open to others.
             OSError: if it can be neither found nor made.
         """
-        default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoco" / "shards"
+        default = (
+            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoco" / "shards"
+        )
         folder = Path(spec.cache_dir).expanduser() if spec.cache_dir else default
         folder.parent.mkdir(parents=True, exist_ok=True)
         if not os.path.lexists(folder):
@@ -130,7 +138,8 @@ class ShardCache:
         return cache
 
     def lookup(self, key: str, size: int) -> int | None:
-        """A descriptor of a whole shard, which holds it in the cache until it is closed; None if it is not there."""
+        """A descriptor of a whole shard, which holds it in the cache until it is closed; None if it
+        is not there."""
         try:
             descriptor = os.open(self.folder / f"{key}.tar", os.O_RDONLY | OPEN_FLAGS)
         except OSError as error:
@@ -160,12 +169,14 @@ class ShardCache:
             return False
 
     def claim(self, key: str, size: int, keep: Collection[str] = ()) -> Part | None:
-        """The right and the room to fetch a shard; None while another thread or process fetches it, or has just done so.
+        """The right and the room to fetch a shard; None while another thread or process fetches it,
+        or has just done so.
 
         Args:
             key: of the shard.
             size: in bytes.
-            keep: keys of shards that are not evicted for it, though nobody reads them at this moment.
+            keep: keys of shards that are not evicted for it, though nobody reads them at this
+                moment.
 
         Raises:
             NoRoomError: if there is no room and none can be made.
@@ -204,7 +215,9 @@ class ShardCache:
             OSError, NoRoomError: if that is not possible.
         """
         os.utime(part.descriptor)
-        with self._making_room():  # whoever counts at this moment would find neither the old name nor the new one
+        with (
+            self._making_room()
+        ):  # whoever counts at this moment would find neither the old name nor the new one
             os.rename(part.path, self.folder / f"{key}.tar")
         remove(str(self.folder / f"{key}.from"))
 
@@ -219,7 +232,8 @@ class ShardCache:
                 validator, digest, content = file.read().split(b"\n", 2)
         except (OSError, ValueError):
             return "", b""
-        # A damaged copy would be believed for ever: the server goes on to say that the file is still the same.
+        # A damaged copy would be believed for ever: the server goes on to say that the file is
+        # still the same.
         whole = hashlib.sha256(content).hexdigest().encode() == digest
         return (validator.decode("latin-1"), content) if whole else ("", b"")
 
@@ -249,12 +263,17 @@ class ShardCache:
             size = info.st_size
             if kind == "part" and not is_free(item.path):
                 size = max(size, int(match[3]))
-            entries.append(_Entry(path=item.path, key=match[1], kind=kind, size=size, used=info.st_mtime))
+            entries.append(
+                _Entry(path=item.path, key=match[1], kind=kind, size=size, used=info.st_mtime)
+            )
         return entries
 
     def _make_room(self, key: str, size: int, *, have: int, keep: set[str]) -> None:
-        """Evict what was used longest ago until ``size`` more bytes fit; nothing at all if that does not suffice."""
-        entries = [entry for entry in self._entries() if not (entry.kind == "part" and entry.key == key)]
+        """Evict what was used longest ago until `size` more bytes fit; nothing at all if that does
+        not suffice."""
+        entries = [
+            entry for entry in self._entries() if not (entry.kind == "part" and entry.key == key)
+        ]
         usage = shutil.disk_usage(self.folder)
         over = sum(entry.size for entry in entries) + size - self.limit
         over = max(over, size - have - max(0, usage.free - _SPARE_BYTES))
@@ -273,7 +292,9 @@ class ShardCache:
                     chosen.append((entry, descriptor))
                     over -= entry.size
             if over > 0:
-                raise NoRoomError(f"{self.folder}: {size} bytes do not fit: all else in it is in use")
+                raise NoRoomError(
+                    f"{self.folder}: {size} bytes do not fit: all else in it is in use"
+                )
             for entry, _ in chosen:
                 remove(entry.path)
         finally:
@@ -288,7 +309,9 @@ class ShardCache:
             until = time.monotonic() + _LOCK_SECONDS
             while not try_lock(descriptor, fcntl.LOCK_EX):
                 if time.monotonic() > until:
-                    raise NoRoomError(f"{self.folder / 'lock'}: another process has held it for {_LOCK_SECONDS:g} s")
+                    raise NoRoomError(
+                        f"{self.folder / 'lock'}: another process has held it for {_LOCK_SECONDS:g} s"
+                    )
                 time.sleep(0.01)
             yield
         finally:

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 
 def load_dali() -> None:
-    """Import DALI now. It registers its exit handler, which runs after those that are registered later.
+    """Import DALI now. It registers its exit handler, which runs after those that are registered
+    later.
 
     Raises:
         ModuleNotFoundError: if it is not installed.
