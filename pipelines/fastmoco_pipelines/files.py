@@ -40,9 +40,8 @@ def lock_path(path: str) -> int | None:
     """A descriptor that holds a file's exclusive lock; None while somebody else holds any, or
     without such a file."""
     try:
-        descriptor = os.open(
-            path, os.O_RDWR | OPEN_FLAGS
-        )  # NFS gives an exclusive lock to those alone who may write
+        # NFS gives an exclusive lock to those alone who may write
+        descriptor = os.open(path, os.O_RDWR | OPEN_FLAGS)
     except OSError:
         return None
     mine = False

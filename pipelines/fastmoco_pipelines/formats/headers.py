@@ -79,9 +79,8 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
         if marker == _JPEG_START_OF_SCAN:
             if size is None:
                 raise StructureError("JPEG without a frame header")
-            if (
-                inks and not marked
-            ):  # DALI takes it for inverted and delivers black; Pillow does not
+            # DALI takes it for inverted and delivers black; Pillow does not
+            if inks and not marked:
                 raise StructureError(
                     "JPEG of four inks without Adobe's mark, which decoders read differently"
                 )

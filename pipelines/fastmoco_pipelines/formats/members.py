@@ -175,9 +175,8 @@ def _file(
         group.image, group.extension, group.member = member, extension, member.name
         group.kind = group.fault = ""
         return
-    if (
-        "." in group.extension and "." not in extension
-    ):  # of a.depth.png and a.jpg the plain name is the image
+    # of a.depth.png and a.jpg the plain name is the image
+    if "." in group.extension and "." not in extension:
         content.others.append((group.image.name, SECOND_IMAGE))
         group.image, group.extension, group.member = member, extension, member.name
         return

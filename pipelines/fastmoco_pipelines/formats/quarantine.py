@@ -185,9 +185,8 @@ def append_entry(path: Path, entry: QuarantineEntry) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         end = os.fstat(descriptor).st_size
-        torn = (
-            end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"
-        )  # a writer was killed in mid-line
+        # a writer was killed in mid-line
+        torn = end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"
         line = b"\n" * torn + _line(entry)
         if os.write(descriptor, line) != len(line):
             raise OSError(

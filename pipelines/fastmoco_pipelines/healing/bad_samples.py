@@ -113,9 +113,8 @@ class BadSamples:
                 where = self._shards.describe(sample_id)
                 self._note(sample_id, reason, where)
                 count = len(self._found)
-                if (
-                    count <= _SHOWN or count & (count - 1) == 0
-                ):  # then 8, 16, 32, ...: nobody is flooded
+                # then 8, 16, 32, ...: nobody is flooded
+                if count <= _SHOWN or count & (count - 1) == 0:
                     self._news.append(f"left out {where}: {escaped(reason)} ({count} so far)")
         self.require_few()
 
@@ -219,8 +218,7 @@ def _identity(shards: ShardSet, sample_id: int) -> tuple[str, int, int, int]:
 
 def _kind(reason: str) -> str:
     """What reasons have in common: their first words, without numbers and names."""
-    without_name = re.sub(
-        r"^\S+: ", "", reason.removeprefix(UNREADABLE)
-    )  # of the shard, or its URL
+    # of the shard, or its URL
+    without_name = re.sub(r"^\S+: ", "", reason.removeprefix(UNREADABLE))
     head = re.split(r"[(.;,]", without_name)[0].strip()
     return re.sub(r"\d+", "#", head)[:60]

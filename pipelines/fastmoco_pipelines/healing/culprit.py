@@ -17,7 +17,8 @@ from fastmoco_pipelines.views.runtime import cause_of
 if TYPE_CHECKING:
     from fastmoco_pipelines.views.dali import EvalPipeline
 
-_GROUP = 32  # images tried together at first: all threads have work, and one bad image costs 32 single tries
+# images tried together at first: all threads have work, and one bad image costs 32 single tries
+_GROUP = 32
 
 
 class Suspects:

@@ -27,15 +27,10 @@ PATIENCE = (1.0, 3.0, 10.0)
 """Pauses in seconds before samples that cannot be read are tried again, on top of the tries that
 the files make."""
 _OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this machine, not of a shard
-_ONE_PLACE = (
-    errno.EIO,
-    errno.EILSEQ,
-    errno.EUCLEAN,
-    errno.EBADMSG,
-)  # a damaged spot; the rest of the file may be fine
-MAX_ATTEMPTS = (
-    1000  # candidates of one place: beyond any share of bad samples that anybody would train on
-)
+# a damaged spot; the rest of the file may be fine
+_ONE_PLACE = (errno.EIO, errno.EILSEQ, errno.EUCLEAN, errno.EBADMSG)
+# candidates of one place: beyond any share of bad samples that anybody would train on
+MAX_ATTEMPTS = 1000
 
 Encoded = NDArray[np.uint8]
 
@@ -127,9 +122,8 @@ class Healer:
         elif lost is Lost.SAMPLE:
             self.bad.add(sample_id, UNREADABLE + reason)
         else:
-            self.bad.add(
-                sample_id, reason.partition(". ")[0].partition(": run ")[0]
-            )  # without the cure
+            # without the cure
+            self.bad.add(sample_id, reason.partition(". ")[0].partition(": run ")[0])
 
     def fill(
         self, plan: Plan, places: Places, encoded: list[Encoded | None] | None = None

@@ -49,9 +49,8 @@ def build_eval_loader(
         ValueError: for numbers out of range or a pattern without shards.
         ShardError: if an index is missing, broken or stale, or more images are bad than allowed.
     """
-    from fastmoco_pipelines.views.dali import (
-        EvalPipeline,
-    )  # needs DALI, which programs that only read shards may lack
+    # needs DALI, which programs that only read shards may lack
+    from fastmoco_pipelines.views.dali import EvalPipeline
 
     require(world_size >= 1, "world_size", world_size, "needs at least one rank")
     require(0 <= rank < world_size, "rank", rank, f"must lie in [0, world_size={world_size})")
@@ -134,9 +133,8 @@ class EvalLoader:
                     self.report(text)
                 if batch is not None:
                     yield batch
-        except (
-            BaseException
-        ):  # left before its time, by an interrupt perhaps: nobody wants what is being read
+        # left before its time, by an interrupt perhaps: nobody wants what is being read
+        except BaseException:
             self._shards.cancel()
             ahead.shutdown()
             self._shards.close()

@@ -74,9 +74,9 @@ def build_loader(
             `spec.max_bad_share` allows.
     """
     from fastmoco_pipelines.views import self_test
-    from fastmoco_pipelines.views.dali import (
-        ViewPipeline,
-    )  # needs DALI, which whoever only reads shards may lack
+
+    # needs DALI, which whoever only reads shards may lack
+    from fastmoco_pipelines.views.dali import ViewPipeline
 
     require(
         (device_id is not None) == (spec.device == "gpu"),

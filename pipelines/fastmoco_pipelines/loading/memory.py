@@ -68,9 +68,8 @@ def loader_bytes(spec: LoaderSpec, world_size: int = 1) -> LoaderBytes:
     batch = local * sum(levels) * level_bytes
     on_gpu = spec.device == "gpu"
     ahead = spec.batches_ahead + (0 if on_gpu else 1)
-    parts = (
-        run * sum(levels) * level_bytes if run < local else 0
-    )  # what is copied into its rows of the batch
+    # what is copied into its rows of the batch
+    parts = run * sum(levels) * level_bytes if run < local else 0
     if on_gpu:
         dali = run * (ENCODED_BYTES + IMAGE_BYTES) + sum(_cut_bytes(view, run) for view in views)
         colour = max(_colour_bytes(view, run) for view in views)
@@ -87,9 +86,8 @@ def _cut_bytes(view: ViewSpec, run: int) -> int:
     window = int(IMAGE_BYTES * share)
     intermediate = min(run, RESIZE_IMAGES) * int((window / 3) ** 0.5) * view.size * 3 * 4
     levels = 3 * view.size**2
-    steps = (
-        1 if view.color == "exact" else 4
-    )  # of a chain an operation's input and output, the grey's and a split's
+    # of a chain an operation's input and output, the grey's and a split's
+    steps = 1 if view.color == "exact" else 4
     return run * (window + steps * levels) + intermediate
 
 

@@ -76,9 +76,8 @@ class Source:
             self.shards.follow(
                 self.plan.windows, seed=self.spec.seed, epoch=places.epoch, position=position
             )
-            with contextlib.suppress(
-                ShardError, OSError
-            ):  # a hint: whether they can be read is seen when they are
+            # a hint: whether they can be read is seen when they are
+            with contextlib.suppress(ShardError, OSError):
                 self.shards.will_need(following[~self.healer.bad.contains(following)])
             encoded = self.healer.fill(self.plan, places)
         with self.clock.stage(DRAW, places.step):

@@ -77,13 +77,11 @@ def read_steps(source: Source, start_step: int, read: Readings, stop: threading.
     """The reading thread: the bytes and draws of every step until told to stop."""
     try:
         steps = source.steps(start_step)
-        while put(
-            read, next(steps), stop
-        ):  # no name for what is read: it would be kept while the next is
+        # no name for what is read: it would be kept while the next is
+        while put(read, next(steps), stop):
             continue
-    except (
-        BaseException
-    ) as error:  # whatever it is, the trainer must hear of it instead of waiting for ever
+    # whatever it is, the trainer must hear of it instead of waiting for ever
+    except BaseException as error:
         put(read, error, stop)
 
 

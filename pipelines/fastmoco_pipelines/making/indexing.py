@@ -152,9 +152,8 @@ def _index(
     lost: list[LostStretch] = []
     gone: list[tuple[str, int]] = []
     names = whole_names(tars)
-    held: dict[
-        Path, ShardIndex
-    ] = {}  # not to be written unless the source that was asked for tells a label
+    # not to be written unless the source that was asked for tells a label
+    held: dict[Path, ShardIndex] = {}
     labelled = rule.source in ("auto", "none")
     for number, path in enumerate(tars.paths):
         name = names.get(path, path.name)

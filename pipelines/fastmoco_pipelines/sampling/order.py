@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from fastmoco_pipelines.sampling.window import ShardWindows, shuffle_words
 from fastmoco_pipelines.spec import require
 
-ORDER_TAG = 0x6F72646572  # "order": second word of the Philox key, so that no augmentation draw shares a stream with it
+# "order": second word of the Philox key, so that no augmentation draw shares a stream with it
+ORDER_TAG = 0x6F72646572
 
 
 def epoch_order(

@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from fastmoco_pipelines.stores.cache import ShardCache
     from fastmoco_pipelines.stores.fetcher import ShardFetcher
 
-MAX_UNPLANNED_COPIES = (
-    4  # copies of remote shards held in the cache where nobody has said which ones come next
-)
+# copies of remote shards held in the cache where nobody has said which ones come next
+MAX_UNPLANNED_COPIES = 4
 
 
 class CachedFiles:
@@ -108,9 +107,8 @@ class CachedFiles:
     def _read_ranges(self, shard: int, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         descriptor = self._descriptor(shard)
         if descriptor is not None:
-            with suppress(
-                OSError
-            ):  # the disk under the cache gives up: the server still has what it held
+            # the disk under the cache gives up: the server still has what it held
+            with suppress(OSError):
                 return [read_at(descriptor, size, offset) for offset, size in ranges]
         return self._fetcher.read(shard, ranges)
 
@@ -122,9 +120,8 @@ class CachedFiles:
                 os.close(self._open.popitem(last=False)[1])
             let_go = self._planned is None and len(self._open) > 0
             descriptor = self._fetcher.open(shard, warn=not let_go)
-            if (
-                descriptor is None and let_go
-            ):  # read in the order of the set, they have probably served
+            # read in the order of the set, they have probably served
+            if descriptor is None and let_go:
                 while self._open:
                     os.close(self._open.popitem()[1])
                 descriptor = self._fetcher.open(shard)

@@ -15,10 +15,8 @@ from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, read_list
 
 MAX_OPEN_FILES = 128  # a process may hold 1024 by default, and several sets are open at once
-_PAUSES = (
-    0.05,
-    0.45,
-)  # seconds before a local file is tried again: file systems on a network have hiccups
+# seconds before a local file is tried again: file systems on a network have hiccups
+_PAUSES = (0.05, 0.45)
 
 Place = tuple[int, int, int]
 """Shard, offset and size in bytes."""
@@ -33,10 +31,8 @@ class LocalFiles:
         self._paths = tuple(paths)
         self._open: OrderedDict[int, int] = OrderedDict()
         self._folders = sorted({path.parent for path in paths})
-        self.reading = (
-            0,
-            0,
-        )  # shard and offset of what is being read: where a read that hangs, hangs
+        # shard and offset of what is being read: where a read that hangs, hangs
+        self.reading = (0, 0)
 
     def read(self, places: Sequence[Place]) -> list[bytes | ReadFault]:
         """The bytes at some places, fewer where a file ends earlier; an error where they cannot be

@@ -30,9 +30,8 @@ from fastmoco_pipelines.stores.transfer import RemoteShard, fetch_document
 from fastmoco_pipelines.text import redact, shard_name
 
 THREADS = 16
-MAX_LIST_BYTES = (
-    64 << 20
-)  # of a quarantine list: some 200,000 lines; whoever has more should pack the set anew
+# of a quarantine list: some 200,000 lines; whoever has more should pack the set anew
+MAX_LIST_BYTES = 64 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
 T = TypeVar("T")
 
@@ -184,9 +183,8 @@ class SmallFiles:
         known = self._cache.read_document(key) if self._cache is not None else ("", b"")
         fetched = fetch_document(url, self.limits, threading.Event(), known)
         parsed = parse(fetched[1])
-        if (
-            self._cache is not None and fetched[0] and fetched != known
-        ):  # only what has proved to be whole is kept
+        # only what has proved to be whole is kept
+        if self._cache is not None and fetched[0] and fetched != known:
             self._cache.write_document(key, *fetched)
         return parsed
 

@@ -65,9 +65,8 @@ class ShardSet:
         self.skipped = sum(len(index.skipped) for index in indexes)
         self._names = tuple(names)
         self._files = files
-        self._lock = (
-            threading.RLock()
-        )  # the files close the descriptor that was not used for longest
+        # the files close the descriptor that was not used for longest
+        self._lock = threading.RLock()
         self._largest = max(index.tar_bytes for index in indexes)
         self._keys = [index.keys for index in indexes]
         self._extensions = [

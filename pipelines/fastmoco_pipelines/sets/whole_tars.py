@@ -173,9 +173,8 @@ class RemoteTars:
         try:
             if path.is_symlink():  # of a process that was killed
                 path.unlink()
-            path.symlink_to(
-                f"/proc/{os.getpid()}/fd/{copy.descriptor}"
-            )  # it stays even if its name in the cache goes
+            # it stays even if its name in the cache goes
+            path.symlink_to(f"/proc/{os.getpid()}/fd/{copy.descriptor}")
             if copy.index is not None:
                 index_path(path).write_bytes(copy.index)
             if number + 1 < len(self.paths):
@@ -222,9 +221,8 @@ class RemoteTars:
         head = self._heads[url]
         sha256 = self._files.checksums(beside(url, "")).get(shard_name(url))
         text = self._index(url) if self._indexes else None
-        with suppress(
-            ShardError
-        ):  # a broken index is the check's to name, and so is a tar that it does not fit
+        # a broken index is the check's to name, and so is a tar that it does not fit
+        with suppress(ShardError):
             if text is not None and (index := parse_index("", text)).tar_bytes == head.size:
                 shard, sha256 = RemoteShard.from_index(url, index, sha256), None
                 return _Copy(self._bring(shard), text)

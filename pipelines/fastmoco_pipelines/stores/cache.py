@@ -78,9 +78,8 @@ class Part:
     def restart(self, validator: str) -> None:
         """Throw away what is at hand, and begin anew with a file of this validator."""
         os.ftruncate(self.descriptor, 0)
-        remove(
-            self._notes
-        )  # before the first byte is written: a note never speaks of another file's bytes
+        # before the first byte is written: a note never speaks of another file's bytes
+        remove(self._notes)
         if validator:
             with open(
                 os.open(self._notes, os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, 0o600), "w"
@@ -215,9 +214,8 @@ class ShardCache:
             OSError, NoRoomError: if that is not possible.
         """
         os.utime(part.descriptor)
-        with (
-            self._making_room()
-        ):  # whoever counts at this moment would find neither the old name nor the new one
+        # whoever counts at this moment would find neither the old name nor the new one
+        with self._making_room():
             os.rename(part.path, self.folder / f"{key}.tar")
         remove(str(self.folder / f"{key}.from"))
 

@@ -271,9 +271,8 @@ def _cut_off_after(sock: socket.socket, seconds: float) -> Iterator[None]:
 
 def _shut(sock: socket.socket) -> None:
     try:
-        socket.socket.shutdown(
-            sock, socket.SHUT_RDWR
-        )  # not TLS's own, which may not be called from another thread
+        # not TLS's own, which may not be called from another thread
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
     except OSError:  # closed meanwhile
         return
 

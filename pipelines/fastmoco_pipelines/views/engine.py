@@ -159,9 +159,8 @@ class Engine:
                 pipeline.feed_input(name, value)
             outputs: Sequence[Any] = pipeline.run()
             return outputs
-        except (
-            Exception
-        ) as error:  # DALI raises several types; whichever it was, its pipeline is void now
+        # DALI raises several types; whichever it was, its pipeline is void now
+        except Exception as error:
             self._pipeline = None
             part = f" (images {rows.start} to {rows.stop - 1})" if len(encoded) < count else ""
             raise DecodeError(

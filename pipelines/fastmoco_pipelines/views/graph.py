@@ -129,9 +129,8 @@ def central_part(images: Any, spec: EvalSpec) -> Any:
 def _blur_some(view: Any, argument: Callable[..., Any]) -> Any:
     from nvidia.dali import fn, types
 
-    if argument(
-        "blur", types.BOOL
-    ):  # DALI turns this into a split of the batch: the others pass by untouched
+    # DALI turns this into a split of the batch: the others pass by untouched
+    if argument("blur", types.BOOL):
         view = fn.gaussian_blur(
             view, sigma=argument("blur_sigma"), window_size=argument("blur_window", types.INT32)
         )
