@@ -15,11 +15,11 @@ class RemoteError(ShardError):
 
 
 class AbsentError(RemoteError):
-    """The server says that there is no such file, or none for this user."""
+    """The server has no such file, or none for this user."""
 
 
 class AccessError(AbsentError):
-    """The server refuses to say; some stores answer so for every file that does not exist."""
+    """The server refuses access; some stores answer so for every file that does not exist."""
 
 
 class PassingError(RemoteError):
@@ -32,7 +32,7 @@ class PassingError(RemoteError):
 
 
 class WrongContentError(PassingError):
-    """Other bytes than promised: another try begins anew, and there are few."""
+    """Other bytes than expected: another try starts from the first byte, and tries are few."""
 
 
 class StoppedError(RemoteError):
@@ -40,12 +40,13 @@ class StoppedError(RemoteError):
 
 
 class LoaderTimeoutError(ShardError):
-    """A batch did not come within `timeout_s`; says what the loader was at, and where."""
+    """A batch did not come within `timeout_s`; names the stage of the loader, the shard and the
+    byte."""
 
 
 class TooManyBadSamplesError(ShardError):
-    """More of a set is bad than the run was told to bear; counts by reason, the first few, and the
-    cure."""
+    """More of a set is bad than `max_bad_share` allows; contains counts by reason, the first few,
+    and the cure."""
 
 
 class TarError(RuntimeError):
@@ -70,15 +71,15 @@ class TarError(RuntimeError):
 
 
 class LabelError(ValueError):
-    """A member that should tell a label and does not; the text says how it should look."""
+    """A member that should contain a label and does not; the text describes a valid label."""
 
 
 class StructureError(ValueError):
-    """A file that no decoder may be given; the text says what is wrong with its structure."""
+    """A file that must not go to a decoder; the text names what is wrong with its structure."""
 
 
 class ImageRefusedError(ValueError):
-    """An image that is not used; the text says why."""
+    """An image that is not used; the text gives the reason."""
 
 
 class NoRoomError(Exception):
@@ -87,8 +88,8 @@ class NoRoomError(Exception):
 
 
 class DecodeError(RuntimeError):
-    """A batch could not be made: as a rule one of its images cannot be decoded. The pipeline stays
-    usable.
+    """A batch could not be made, usually because one of its images cannot be decoded. The pipeline
+    stays usable.
 
     Attributes:
         faults: (row, reason) of every image refused for its structure; empty where DALI failed
@@ -106,5 +107,5 @@ class BadImageError(RuntimeError):
 
 
 class DecoderBrokenError(RuntimeError):
-    """The decoder crashes, hangs or makes wrong pixels on this machine; says which, and the
+    """The decoder crashes, hangs or makes wrong pixels on this machine; names which, and the
     cure."""

@@ -37,10 +37,10 @@ def try_lock(descriptor: int, how: int) -> bool:
 
 
 def lock_path(path: str) -> int | None:
-    """A descriptor that holds a file's exclusive lock; None while somebody else holds any, or
-    without such a file."""
+    """A descriptor that holds a file's exclusive lock; None while another descriptor holds any
+    lock, or without such a file."""
     try:
-        # NFS gives an exclusive lock to those alone who may write
+        # NFS gives an exclusive lock only to descriptors that may write
         descriptor = os.open(path, os.O_RDWR | OPEN_FLAGS)
     except OSError:
         return None
@@ -54,7 +54,7 @@ def lock_path(path: str) -> int | None:
 
 
 def is_free(path: str) -> bool:
-    """Whether nobody holds a file's lock, this moment."""
+    """Whether a file's lock is free at this moment."""
     descriptor = lock_path(path)
     if descriptor is not None:
         os.close(descriptor)
@@ -62,7 +62,7 @@ def is_free(path: str) -> bool:
 
 
 def is_named(descriptor: int, path: str) -> bool:
-    """Whether a descriptor still is what stands under a name."""
+    """Whether a descriptor is still the file of this name."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
@@ -78,7 +78,7 @@ def remove(path: str) -> None:
 
 
 def remove_if_free(path: str) -> None:
-    """Remove a file unless somebody holds its lock."""
+    """Remove a file unless its lock is held."""
     descriptor = lock_path(path)
     if descriptor is not None:
         remove(path)

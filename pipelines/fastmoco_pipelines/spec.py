@@ -19,7 +19,7 @@ Device = Literal["cpu", "gpu"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MOST_VIEWS = 255
-"""Views of an image at most: a view's number is one byte of the counter behind its draws."""
+"""Views of an image at most: a view's number is one byte of the Philox counter of its draws."""
 GPU_SUB_BATCH = 128
 """Images of one run of DALI on a GPU: enough for all of its JPEG engines, little enough for the
 memory (memory.py)."""
@@ -29,8 +29,8 @@ class Resume(Enum):
     """Whether a field of a run's config may differ when the run continues; a field without a mark
     may not.
 
-    A field bears its mark in its annotation: `threads: Annotated[int, Resume.FREE] = 0`. A mark on
-    a group of fields holds for all of them.
+    The mark is in the annotation: `threads: Annotated[int, Resume.FREE] = 0`. A mark on a group of
+        fields holds for all of them.
     """
 
     FREE = "free"
@@ -69,7 +69,7 @@ class ViewSpec:
     flip_probability: float = 0.5
     """Probability of a horizontal flip."""
     jitter_probability: float = 0.8
-    """Probability that brightness, contrast, saturation and hue are changed at all."""
+    """Probability that brightness, contrast, saturation and hue are changed."""
     brightness: float = 0.4
     """Brightness strength."""
     contrast: float = 0.4
@@ -79,7 +79,7 @@ class ViewSpec:
     hue: float = 0.1
     """Hue strength, in turns: 0.1 shifts by up to 36 degrees either way; at most 0.5."""
     grayscale_probability: float = 0.2
-    """Probability that the view loses its colour."""
+    """Probability that the view becomes grayscale."""
     blur_probability: float = 1.0
     """Probability of a Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
@@ -94,10 +94,10 @@ class ViewSpec:
     std: tuple[float, float, float] = IMAGENET_STD
     """Per-channel standard deviation divided by."""
     color: Literal["dali", "exact"] = "dali"
-    """Who does the colours. `exact`: torchvision's PIL transforms to the bit, in each image's own
-    random order, by fused kernels on GPUs and compiled C on CPUs, there with crop and resize.
-    `dali`: fixed order, hue approximated; docs/views.md has the distances. The recipes take
-    `exact`; files that do not name it mean `dali`."""
+    """Implementation of the color operations. `exact`: bit-identical to torchvision's PIL
+    transforms, in each image's own random order, by fused kernels on GPUs and compiled C on CPUs
+    (there with crop and resize). `dali`: fixed order, hue approximated; see docs/views.md for the
+    differences. The recipes use `exact`; files without this field mean `dali`."""
 
     def __post_init__(self) -> None:
         require(self.copies >= 0, "copies", self.copies, "counts views; 0 leaves them out")
@@ -146,7 +146,7 @@ def moco_v3_views(
     Args:
         size: output height and width in pixels. The blur, defined at 224, is scaled with it.
         crop_min: smallest share of the image's area a crop covers.
-        color: who does the colours.
+        color: implementation of the color operations.
     """
     sigma = (0.1 * size / 224, 2.0 * size / 224)
     first = ViewSpec(
@@ -262,7 +262,7 @@ class LoaderSpec(LoaderOptions):
 
     shards: str
     """Shard tars: a path, a glob (`train-*.tar`), a brace pattern (`train-{000000..000099}.tar`),
-    or a folder; or the same behind `https://`, `http://`, `s3://` or `gs://`."""
+    or a folder; or a URL of these forms with `https://`, `http://`, `s3://` or `gs://`."""
     views: tuple[ViewSpec, ...] = field(default_factory=moco_v3_views)
     """Groups of views, each of `ViewSpec.copies` views. A batch holds the views of the first group,
     then those of the second, and so on. Groups of one size are neighbours."""
@@ -317,8 +317,8 @@ class LoaderSpec(LoaderOptions):
         return self.prefetch or (1 if self.device == "gpu" else 2)
 
     def images_per_run(self, local_batch_size: int) -> int:
-        """`sub_batch`, resolved: images of one run of DALI where this process has so many of each
-        batch."""
+        """`sub_batch`, resolved: images of one run of DALI, given the images of each batch on this
+        process."""
         wanted = self.sub_batch or (GPU_SUB_BATCH if self.device == "gpu" else local_batch_size)
         return min(wanted, local_batch_size)
 

@@ -32,9 +32,9 @@ def png(chunks: list[bytes]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def ihdr(height: int, width: int, depth: int, colour: int, interlace: int = 0) -> bytes:
-    """A PNG's header chunk; colour 0 is grey, 2 RGB."""
-    return b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
+def ihdr(height: int, width: int, depth: int, color: int, interlace: int = 0) -> bytes:
+    """A PNG's header chunk; color 0 is grey, 2 RGB."""
+    return b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlace)
 
 
 def deep_png() -> bytes:
@@ -91,7 +91,7 @@ GOOD: dict[str, bytes] = {
     "grey.jpg": encode(picture("L"), "JPEG"),
     "cmyk.jpg": CMYK,
     "progressive.jpg": encode(picture(), "JPEG", progressive=True),
-    "full_colour.jpg": encode(picture(), "JPEG", subsampling=0),
+    "full_color.jpg": encode(picture(), "JPEG", subsampling=0),
     "restarts.jpg": encode(picture(), "JPEG", restart_marker_blocks=2),
     "comment.jpg": encode(picture(), "JPEG", comment=b"words " * 2000),
     "trailing.jpg": JPEG + NOISE,

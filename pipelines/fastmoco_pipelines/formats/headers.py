@@ -44,14 +44,14 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def _png_size(data: bytes) -> tuple[int, int]:
-    length, kind, width, height, depth, colour, compression, filtering, interlace = unpack_from(
+    length, kind, width, height, depth, color, compression, filtering, interlace = unpack_from(
         ">I4sIIBBBBB", data, 8
     )
     if (length, kind) != (13, b"IHDR"):
         raise StructureError("PNG without its header chunk")
     if not (0 < width < 1 << 31 and 0 < height < 1 << 31):
         raise StructureError(f"PNG of {width} x {height} pixels")
-    if depth not in _PNG_DEPTHS.get(colour, ()) or compression or filtering or interlace > 1:
+    if depth not in _PNG_DEPTHS.get(color, ()) or compression or filtering or interlace > 1:
         raise StructureError("PNG with an impossible header")
     position, pixels = 33, False
     while True:

@@ -48,7 +48,7 @@ _FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """What the first bytes say: `kind` is "jpg", "png" or "webp"; sizes in pixels, before any EXIF
+    """What the header contains: `kind` is "jpg", "png" or "webp"; sizes in pixels, before any EXIF
     rotation."""
 
     kind: str
@@ -68,8 +68,8 @@ def image_kind(data: bytes) -> str | None:
 
 
 def foreign_kind(data: bytes) -> str | None:
-    """The name of a format that is not read, by the magic bytes; None for what is no image that one
-    meets."""
+    """The name of a format that is not read, by the magic bytes; None for what is no common
+    image."""
     if data[4:8] == b"ftyp":
         return _BOXES.get(data[8:12], "an ISO media file")
     return next((name for magic, name in _FOREIGN if data.startswith(magic)), None)
@@ -132,7 +132,7 @@ def read_header(data: bytes) -> ImageHeader:
     if len(data) > MAX_BYTES:
         raise ImageRefusedError(f"{len(data)} bytes are above the limit of {MAX_BYTES}")
     # Before Pillow sees it, so that a bomb costs nothing; and what Pillow reads, DALI need not:
-    # arithmetic coding, say.
+    # e.g. arithmetic coding.
     problem = _png_size_problem(data) or structure_fault(data)
     if problem is not None:
         raise ImageRefusedError(problem)
@@ -140,7 +140,7 @@ def read_header(data: bytes) -> ImageHeader:
     height, width = image_size(data)
     if (image.height, image.width) != (height, width):
         raise ImageRefusedError(
-            f"its header says {width}x{height} pixels and {image.width}x{image.height} as well"
+            f"its header declares {width}x{height} pixels and {image.width}x{image.height} as well"
         )
     if getattr(image, "is_animated", False):
         raise ImageRefusedError("it is an animation")
@@ -167,7 +167,7 @@ def shrink(data: bytes, *, max_side: int, quality: int) -> bytes:
     Args:
         data: an encoded JPEG, PNG or WebP.
         max_side: largest length of the longer side, height or width, in pixels.
-        quality: of a JPEG or WebP that is written anew, 1 to 100. PNG stays lossless.
+        quality: of a JPEG or WebP that is written again, 1 to 100. PNG stays lossless.
 
     Raises:
         ImageRefusedError: if the image cannot be decoded.
@@ -207,7 +207,7 @@ def _plain_mode(image: Image.Image) -> Image.Image:
 def _open(data: bytes, kind: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=(_FORMATS[kind],))
-    except UnidentifiedImageError as error:  # its text names a Python object, which helps nobody
+    except UnidentifiedImageError as error:  # its text names a Python object, which helps no user
         raise ImageRefusedError(f"its header is no valid {_FORMATS[kind]}") from error
     # Hostile bytes make a decoder raise nearly anything; whatever it is, the image is not used.
     except Exception as error:

@@ -1,5 +1,4 @@
-"""The index beside each tar (`x.tar.index.json`): where every image lies, how long it is and its
-checksum.
+"""The index beside each tar (`x.tar.index.json`): the position, size and checksum of every image.
 
 Columnar JSON, written once by `pack_folder` or `index_shards` and refused when its tar has changed
 since. Reading images by offset from it needs no walk through the tar, and a lost or damaged sample
@@ -77,7 +76,7 @@ class ShardIndex:
 
 
 def index_path(tar: Path) -> Path:
-    """Where the index of a tar lies."""
+    """Path of the index of a tar."""
     return tar.with_name(tar.name + SUFFIX)
 
 
@@ -85,7 +84,7 @@ def build_index(tar: Path) -> ShardIndex:
     """Read a whole tar and note its images and labels (`KEY.cls` beside `KEY.jpg`).
 
     Raises:
-        ShardError: if the tar is damaged or no usable image lies in it.
+        ShardError: if the tar is damaged or contains no usable image.
     """
     rule = LabelRule(source="cls")
     index, found, _ = scan_tar(tar, rule)
@@ -96,11 +95,9 @@ def build_index(tar: Path) -> ShardIndex:
 def scan_tar(
     tar: Path, rule: LabelRule, *, salvage: bool = False
 ) -> tuple[ShardIndex, list[dict[Source, RawLabel]], list[TarError]]:
-    """Read a whole tar: its index without labels, what the texts beside each image say, and what is
-    damaged.
-
-    With `salvage` a damage does not end the walk: what is sound before and behind it is taken, and
-    each lost stretch is a fault and stands in the index's `skipped` too. Without, the last list is
+    """Read a whole tar: its index without labels, the labels beside each image, and the damages.
+    With `salvage` a damage does not end the walk: sound members before and after it are taken, and
+    each lost stretch is a fault, which is in the index's `skipped` too. Without, the last list is
     empty.
 
     Raises:
@@ -139,7 +136,7 @@ def scan_tar(
                 found.append(read_labels(file.fileno(), sample, rule))
             except LabelError as error:
                 raise ShardError(
-                    f"{tar.name}: {error}: mend it in the tar, or index with --labels none."
+                    f"{tar.name}: {error}: fix it in the tar, or index with --labels none."
                 ) from error
             row = (member.offset, member.size, zlib.crc32(data), -1, header.height, header.width)
             index.keys.append(sample.key)
@@ -156,7 +153,7 @@ def scan_tar(
 
 
 def lost_entry(damage: TarError) -> tuple[str, str]:
-    """How a lost stretch stands among `skipped`."""
+    """The entry of a lost stretch among `skipped`."""
     member = ascii(damage.member)[1:-1] if damage.member else f"byte {damage.position}"
     return member, f"{damage.lost} bytes from byte {damage.position} on are lost: {damage.reason}"
 
@@ -285,7 +282,7 @@ def _checked_index(name: str, content: Any) -> ShardIndex:
         )
         check(good, f"its column {column!r} is broken")
     ends = map(int.__add__, columns["offset"] or (), columns["size"] or ())
-    check(max(ends) <= content["tar_bytes"], "lists a sample behind the end of its tar")
+    check(max(ends) <= content["tar_bytes"], "lists a sample after the end of its tar")
     skipped = content.get("skipped")
     check(
         isinstance(skipped, list) and all(isinstance(s, list) and len(s) == 2 for s in skipped),

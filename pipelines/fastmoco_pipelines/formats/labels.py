@@ -1,5 +1,5 @@
-"""Labels of shards that somebody else packed: read from `.cls`, `.json` or `.txt` beside the image,
-or none.
+"""Labels of shards that other programs packed: read from `.cls`, `.json` or `.txt` beside the
+image, or none.
 
 Numbers are taken as they are. Words are class names: they are sorted and numbered over the whole
 set at once, and the manifest keeps the names. Captions are no labels: text of several lines, or
@@ -29,7 +29,7 @@ MAX_NAME = 100
 """Longest class name, in characters."""
 _MAX_TEXT = {"cls": 64, "json": 1 << 20, "txt": 4 * MAX_NAME + 2}
 _LIMIT = 10**9
-_CAPTION = "\n"  # stands for any text that is no class name
+_CAPTION = "\n"  # any text that is no class name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,21 +50,21 @@ class LabelRule:
         return self.source in ("auto", source)
 
     def nothing_found(self, images: int) -> str:
-        """What to tell whoever asked for this source, if no image of the set has a label there."""
+        """The error if no image of the set has a label in the source that was asked for."""
         what = (
             f"a .json beside it with the field {self.field!r}"
             if self.source == "json"
             else f"a .{self.source} beside it"
         )
         return (
-            f"labels={self.source!r}: none of the {images} images has {what} that tells a label, and no index was written: "
+            f"labels={self.source!r}: none of the {images} images has {what} with a label, "
+            "and no index was written: "
             "--labels auto looks at .cls, .json and .txt, --labels none indexes without labels"
         )
 
 
 def read_labels(descriptor: int, sample: TarSample, rule: LabelRule) -> dict[Source, RawLabel]:
-    """What the texts beside an image say, by source; sources that are absent or say nothing are
-    left out.
+    """The labels beside an image, by source; sources that are absent or empty are left out.
 
     Args:
         descriptor: the open tar.

@@ -37,7 +37,7 @@ def read_sets(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def parse_sets(where: str, text: bytes) -> dict[str, dict[str, Any]]:
-    """The sets of a manifest by name; empty for a manifest.json of somebody else.
+    """The sets of a manifest by name; empty for a manifest.json of another program.
 
     Args:
         where: what errors call it.
@@ -64,7 +64,7 @@ def parse_sets(where: str, text: bytes) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderOfShards:
-    """The shards in use of one folder, beside what its manifest says."""
+    """The shards in use of one folder, and the content of its manifest."""
 
     where: str
     """The folder, as errors call it."""
@@ -98,7 +98,7 @@ def check_folders(folders: Iterable[FolderOfShards]) -> tuple[str, ...]:
                     )
                 if shard in folder.samples and folder.samples[shard] != count:
                     raise ShardError(
-                        f"{shard}: {folder.samples[shard]} samples, {NAME} says {count}: pack it again."
+                        f"{shard}: {folder.samples[shard]} samples, but {count} in {NAME}: pack it again."
                     )
             if classes and tuple(entry["classes"]) != classes:
                 raise ShardError(

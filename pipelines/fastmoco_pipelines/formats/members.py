@@ -1,9 +1,9 @@
-"""Members of a tar -> samples: which image and which texts lie under one key, and what cannot be
-used by its name.
+"""Members of a tar -> samples: the image and the texts of each key, and what cannot be used by its
+name.
 
 Webdataset's rule: the key is the path up to the first dot of the file name, the rest is the
-extension. The last part of the extension, in any case, says what the member is: `000123.rgb.JPG` is
-an image of key `000123`.
+extension. The last part of the extension, in upper or lower case, is the type of the member:
+`000123.rgb.JPG` is an image of key `000123`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastmoco_pipelines.formats.images import EXTENSIONS
 from fastmoco_pipelines.formats.tar import TarMember, unsafe_name
 
 TEXTS = ("cls", "json", "txt")
-"""Extensions of members that may tell a label."""
+"""Extensions of members that may contain a label."""
 FOREIGN_EXTENSIONS = (
     "gif",
     "avif",
@@ -42,7 +42,7 @@ class TarSample:
     Attributes:
         image: the member to decode; None where the key has none.
         extension: of the image, as in the tar, with all its parts.
-        texts: members that may tell the label, by extension in lower case.
+        texts: members that may contain the label, by extension in lower case.
         member: name of the image, else of the first member.
         kind: what makes it unusable, in two or three words; empty for a sample that can be tried.
         fault: the same as a sentence.
@@ -64,8 +64,8 @@ class TarContent:
     Attributes:
         samples: in file order of their images; those that cannot be used follow at the end.
         others: (member, reason) of what is of no use to any sample.
-        scattered: keys whose members do not lie side by side. Harmless here; readers that stream
-            lose such samples.
+        scattered: keys whose members are not adjacent. Harmless here; readers that stream lose such
+            samples.
     """
 
     samples: list[TarSample]
@@ -115,7 +115,7 @@ def group_members(members: Iterable[TarMember]) -> TarContent:
     return content
 
 
-_BARE = "no image lies beside it"
+_BARE = "there is no image beside it"
 
 
 def _name_fault(member: TarMember, key: str) -> tuple[str, str]:

@@ -7,10 +7,9 @@ run keeps its own discoveries in its run folder. One JSON object a line:
 {"shard": "train-000000.tar", "key": "000000012", "extension": "jpg", "offset": 512, "size": 9001, "crc32": 1, "reason":
 "...", "when": "2026-11-22T01:55:00Z"}
 
-A line speaks of bytes, not of names: it applies only where shard, offset, size and crc32 are those
-    of the index. After
-a tar was mended or packed anew its old lines are stale: they match nothing, and whoever opens the
-    set counts them.
+A line is about bytes, not names: it applies only if shard, offset, size and crc32 are those of the
+    index. After a tar was fixed or packed again its old lines are stale: they match nothing, and
+    are counted when the set is opened.
 """
 
 from __future__ import annotations
@@ -185,7 +184,7 @@ def append_entry(path: Path, entry: QuarantineEntry) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         end = os.fstat(descriptor).st_size
-        # a writer was killed in mid-line
+        # A writer was killed in the middle of a line.
         torn = end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"
         line = b"\n" * torn + _line(entry)
         if os.write(descriptor, line) != len(line):
@@ -214,7 +213,7 @@ def read_list(path: Path) -> tuple[Quarantine, str | None]:
 
 
 def quarantine_path(folder: Path) -> Path:
-    """Where the list of a folder of shards, or of a run, lies."""
+    """Path of the list of a folder of shards, or of a run."""
     return folder / NAME
 
 

@@ -1,17 +1,16 @@
-"""What is known to be bad in a set: where it is known from, how much of it is bearable, and who is
-told.
+"""The bad samples of a set: where they are known from, how many are allowed, and what is reported.
 
-This is a memory and nothing else: a sample that is not in it is found to be bad as soon as it is
-read, and delivered batches are the same either way. Three sources fill it:
+This is only a memory: a bad sample that is not in it is found as soon as it is read, and the
+    delivered batches are the same either way. It has three sources:
 
-* the list beside the shards (`fastmoco data check` writes it): somebody has seen these, so they do
+* the list beside the shards (`fastmoco data check` writes it): the user knows of these, so they do
   not count against `max_bad_share`;
 * the list of the run: what this run has found so far, on any of its ranks and before any restart;
 * what is found now, which is added to that list at once, one line in one write: ranks may share the
   file.
 
-A sample that cannot be *read* (a shard has vanished, a disk gives up) says nothing about its bytes.
-It is left out until the process ends, and counts; a restarted run tries it again.
+A sample that cannot be *read* (a shard has vanished, a disk fails) may have good bytes. It is left
+out until the process ends, and counts; a restarted run tries it again.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.text import escaped
 
 UNREADABLE = "unreadable: "
-"""How the reasons begin that speak of this machine and not of the sample's bytes."""
+"""Prefix of the reasons that are about this machine and not about the sample's bytes."""
 ALWAYS_ALLOWED = 10
 _SHOWN = 5
 
@@ -51,7 +50,8 @@ class BadSamples:
         run_list: file of the run's own discoveries; None keeps them in memory.
 
     Raises:
-        RemoteError: if the server of the shards does not say whether there is a list beside them.
+        RemoteError: if the server of the shards does not answer whether there is a list beside
+            them.
 
     Attributes:
         listed: samples left out because of the list beside the shards.
@@ -113,7 +113,7 @@ class BadSamples:
                 where = self._shards.describe(sample_id)
                 self._note(sample_id, reason, where)
                 count = len(self._found)
-                # then 8, 16, 32, ...: nobody is flooded
+                # The first few, then the 8th, 16th, 32nd, ...: a few lines, however many there are.
                 if count <= _SHOWN or count & (count - 1) == 0:
                     self._news.append(f"left out {where}: {escaped(reason)} ({count} so far)")
         self.require_few()
@@ -122,7 +122,7 @@ class BadSamples:
         """Leave out the whole shard of a sample: it cannot be read.
 
         Raises:
-            TooManyBadSamplesError: if these are too many; a run that cannot bear a shard ends here.
+            TooManyBadSamplesError: if these are too many.
         """
         with self._lock:
             name, samples = self._shards.shard_of(sample_id)
@@ -141,7 +141,7 @@ class BadSamples:
         self.require_few()
 
     def require_few(self) -> None:
-        """Raise what ends the run.
+        """End the run if too many samples are bad.
 
         Raises:
             TooManyBadSamplesError: if more has been found than is allowed.
@@ -163,7 +163,7 @@ class BadSamples:
         )
 
     def read_run_list(self) -> None:
-        """Take up what other ranks, or this run before a restart, have noted in the run's list."""
+        """Add what other ranks, or this run before a restart, have written to the run's list."""
         if self._run_list is None:
             return
         with self._lock:
@@ -188,8 +188,8 @@ class BadSamples:
                     )
 
     def news(self) -> list[str]:
-        """What has happened since the last call, for the console; a few lines, however much it
-        was."""
+        """What has happened since the last call, for the console; a few lines, however many
+        samples."""
         with self._lock:
             news, self._news = self._news, []
             return news

@@ -37,8 +37,8 @@ class Suspects:
     def find(self, error: DecodeError, encoded: list[NDArray[np.uint8]]) -> dict[int, str]:
         """The rows of images that fail alone, and why; empty where all decode alone.
 
-        Images of broken structure are all there is to say of a batch that was refused for them: no
-            other was tried.
+        If the batch was refused for images of broken structure, only those are returned: no other
+            was tried.
 
         Args:
             error: how the batch failed.

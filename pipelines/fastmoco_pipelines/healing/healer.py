@@ -1,9 +1,9 @@
 """Batches in spite of bad samples: find them, leave them out, fill their places.
 
-Whether a sample is bad rests on its bytes alone: they must be those of the index, have the
-structure and size of an image, and pass the decoder that makes the views, undisturbed by its
-neighbours. `sampling/stand_ins.py` chooses the sample that takes its place; `bad_samples.py` knows
-what is bad already, and how much is tolerated.
+Whether a sample is bad depends only on its bytes: they must be those of the index, have the
+structure and size of an image, and pass the decoder that makes the views, alone.
+`sampling/stand_ins.py` chooses the sample that takes its place; `bad_samples.py` knows what is bad
+already, and how much is tolerated.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ the files make."""
 _OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this machine, not of a shard
 # a damaged spot; the rest of the file may be fine
 _ONE_PLACE = (errno.EIO, errno.EILSEQ, errno.EUCLEAN, errno.EBADMSG)
-# candidates of one place: beyond any share of bad samples that anybody would train on
+# Candidates of one place: enough for any share of bad samples that is worth training on.
 MAX_ATTEMPTS = 1000
 
 Encoded = NDArray[np.uint8]
 
 
 class Healer:
-    """Reads samples of a set, and sees to those that are bad. Two threads may use it.
+    """Reads samples of a set, and replaces those that are bad. Two threads may use it.
 
     Args:
         shards: the set.
-        bad: what is known of it.
+        bad: the bad samples that are known.
         suspects: decodes images alone.
-        stop: set when nobody waits any more.
+        stop: set when the samples are no longer needed.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Healer:
         Args:
             plan: what the candidates are.
             places: changed where a sample is bad.
-            encoded: bytes that are at hand; None where a sample has turned out to be bad.
+            encoded: bytes that have been read; None where a sample has turned out to be bad.
 
         Raises:
             TooManyBadSamplesError: if too many are.

@@ -2,9 +2,9 @@
 beside the tars.
 
 Each tar is walked strictly, compared with its index and the manifest, and every image in it is
-decoded, by the decoder that training uses, in a disposable process. What is found depends on the
-bytes alone. No tar is ever changed. Those of a server are checked in copies, and the list is
-written to this machine: to put it beside them is the user's to do.
+decoded, by the decoder that training uses, in a disposable process. What is found depends only on
+the bytes. No tar is ever changed. Those of a server are checked in copies, and the list is written
+to this machine: the user copies it there.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def check_shards(
         limits: what one image may cost.
         cache: where copies of shards of a server are kept; None: the default folder and size.
         remote_lists: folder for the lists about shards of a server, quarantine-PLACE.jsonl for each
-            place where they lie; None: the current one. Written unless the list on the server says
-            the same already; lines about tars that are not checked, of that list and of an older
-            file, stay.
+            of their places; None: the current one. Written unless the list on the server is the
+            same already; lines about tars that are not checked, of that list and of an older file,
+            stay.
         transfers: times and tries of each transfer.
 
     Raises:
@@ -72,7 +72,7 @@ def check_shards(
         if not is_remote(pattern):
             if remote_lists is not None:
                 raise ValueError(
-                    f"{str(remote_lists)!r}: is for shards of a server; a local list lies beside its tars"
+                    f"{str(remote_lists)!r}: is for shards of a server; a local list is beside its tars"
                 )
             local = LocalTars(pattern)
             report = CheckReport(pattern=pattern)
@@ -92,7 +92,12 @@ def check_shards(
             stack.enter_context(closing(tars))
             report = CheckReport(pattern=redact(pattern))
             theirs = {}
-            for folder, place in tars.urls.items():  # now: a failure after hours would be a pity
+            for (
+                folder,
+                place,
+            ) in (
+                tars.urls.items()
+            ):  # Fetched first, so that a failure comes now and not after hours.
                 theirs[folder], problems = fetch_lists([place], transfers or Limits())
                 report.notes += problems
             found = _check(tars, report, workers, limits, progress)
@@ -111,7 +116,7 @@ def _check(
     limits: ChildLimits | None,
     progress: Progress | None,
 ) -> dict[Path, Quarantine]:
-    """Check all tars: what a list should say of each folder."""
+    """Check all tars; returns the entries for the list of each folder."""
     paths = tars.paths
     report.shards, report.total_bytes = len(paths), sum(tars.sizes)
     promises = {
@@ -209,7 +214,7 @@ def _write_remote_list(
     report: CheckReport,
 ) -> None:
     """The list of one place on a server; not under the name that loaders look for, as other shards
-    may lie in `out`."""
+    may be in `out`."""
     named = re.sub(r"[^A-Za-z0-9._]+", "-", redact(place).partition("://")[2]).strip("-")
     path = out / f"quarantine-{named[:200]}.jsonl"
     known = Quarantine(theirs)
@@ -222,8 +227,8 @@ def _write_remote_list(
 
 
 def _merged(old: Quarantine, found: Quarantine, checked: set[str]) -> Quarantine:
-    """A list after a check: what is known of tars that were not checked stays, and known samples
-    keep their date."""
+    """A list after a check: the entries of tars that were not checked stay, and known samples keep
+    their date."""
     when = {entry.identity: entry for entry in old}
     entries = Quarantine(entry for entry in old if entry.shard not in checked)
     entries.update(when.get(entry.identity, entry) for entry in found)

@@ -1,9 +1,4 @@
-"""The child process of `fastmoco data check`: decodes images one by one and says what became of
-each.
-
-Damaged bytes may crash a decoder, corrupt its heap, or make it take gigabytes. Here that ends a process which nobody
-misses: limits of the system stand around it, and each answer is out before the next image is touched. It speaks JSON
-lines: first `{"memory_bytes": ..., "cpu_seconds": ...}` in, `{"ready": true}` out; then lists of
+"""The child process of `fastmoco data check`: decodes images one by one and reports the outcome of each. Damaged bytes may crash a decoder, corrupt its heap, or make it take gigabytes. Here that ends a disposable process with limits of the operating system; each answer is written before the next image is read. The protocol is JSON lines: first `{"memory_bytes": ..., "cpu_seconds": ...}` in, `{"ready": true}` out; then lists of
 [path, offset, size, crc32 or null] in, and one object for each of them out.
 
 Started as `python -P -m fastmoco_pipelines.inspecting.decode_child`.
@@ -29,8 +24,8 @@ from fastmoco_pipelines.views.runtime import build_pipeline, cause_of
 
 _FILE_BYTES = 1 << 20  # what a decoder may write to standard error
 _NOISE = re.compile(r"\x1b\[[0-9;]*m|\[(?:ERROR|WARN|INFO)\]\s*|\[[a-z_]*decoder[a-z_]*\]\s*")
-# libjpeg warns of these and goes on with grey or garbage; of its other warnings the pixels take no
-# harm.
+# libjpeg warns of these and continues with grey or garbage; its other warnings do not change
+# pixels.
 _GARBLED = re.compile(
     r"(Corrupt JPEG data: (premature end|bad Huffman|found marker)|Premature end of JPEG file).*"
 )
@@ -74,7 +69,7 @@ def main() -> int:
     try:
         decoder = Decoder()
         decoder.decode(_warm_up())
-    except Exception as error:  # the other side tells its user why nothing can be decoded
+    except Exception as error:  # The parent process reports why nothing can be decoded.
         answers.write(json.dumps({"failed": f"{type(error).__name__}: {error}"}) + "\n")
         return 1
     limit_memory(limits["memory_bytes"])
@@ -91,7 +86,7 @@ def main() -> int:
 def _examine(
     decoder: Decoder, said: int, path: str, offset: int, size: int, crc32: int | None
 ) -> dict[str, Any]:
-    """`kind` is empty for a good image; `listed` tells whether an index would list it."""
+    """`kind` is empty for a good image; `listed`: an index would list it."""
     with open(path, "rb") as file:
         data = os.pread(file.fileno(), min(size, MAX_BYTES + 1), offset)
     answer: dict[str, Any] = {
@@ -121,7 +116,7 @@ def _examine(
             "reason": f"it cannot be decoded ({_words(said, error)})",
         }
     if shape != (header.height, header.width):
-        what = f"it decodes to {shape[1]}x{shape[0]} pixels, its header says {header.width}x{header.height}"
+        what = f"it decodes to {shape[1]}x{shape[0]} pixels, its header declares {header.width}x{header.height}"
         return answer | {"kind": "damaged image", "reason": what}
     if complaint := _GARBLED.search(_printed(said)):
         return answer | {
@@ -154,7 +149,7 @@ def _warm_up() -> bytes:
 
 
 def limit_memory(extra_bytes: int, *, file_bytes: int = _FILE_BYTES) -> None:
-    """Room beyond what is in use now, and for files that are written; no core files."""
+    """Limit memory beyond what is in use now, and the files that are written; no core files."""
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + extra_bytes,) * 2)
@@ -163,7 +158,7 @@ def limit_memory(extra_bytes: int, *, file_bytes: int = _FILE_BYTES) -> None:
 
 
 def limit_time(seconds: int) -> None:
-    """The system ends this process if nobody is left to do so."""
+    """The operating system ends this process if its parent cannot."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + seconds, hard))

@@ -39,7 +39,7 @@ class ChildLimits:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Bytes to decode: where they lie, and the crc32 that they should have (None: unknown)."""
+    """Bytes to decode: their position, and the crc32 that they should have (None: unknown)."""
 
     path: str
     offset: int
@@ -49,9 +49,8 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What became of an item: `kind` is empty for a good image; `listed` tells whether an index
-    would list it; `shape` is (height, width) in pixels by its header; `crc32` is None where the
-    process did not live to tell."""
+    """What became of an item: `kind` is empty for a good image; `listed`: an index would list it;
+    `shape` is (height, width) in pixels by its header; `crc32` is None if the process died."""
 
     kind: str
     reason: str
@@ -61,7 +60,7 @@ class Decoded:
 
 
 class _ChildEndedError(Exception):
-    """A child crashed, hung or was killed; the text says how."""
+    """A child crashed, hung or was killed; the text names which."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -151,8 +150,8 @@ class DecodePool:
                     done += 1
                     yield result
             except _ChildEndedError:
-                # The heap may have been corrupted by an earlier image: only who fails in a fresh
-                # process is to blame.
+                # The heap may have been corrupted by an earlier image: only an image that fails in
+                # a fresh process is to blame.
                 yield self._alone(items[done])
                 done += 1
 
@@ -232,8 +231,8 @@ class _Child:
             raise RuntimeError(f"the decoding process does not start: {answer['failed']}")
 
     def ask(self, items: Sequence[Item]) -> Iterator[Decoded]:
-        """What became of the items, in order; a child that is left in mid-batch is of no more
-        use."""
+        """What became of the items, in order; a child that is left in the middle of a batch cannot
+        be used again."""
         finished = False
         try:
             self._send([[item.path, item.offset, item.size, item.crc32] for item in items])
@@ -260,7 +259,7 @@ class _Child:
 
     def _send(self, content: Any) -> None:
         assert self._process.stdin is not None
-        with suppress(OSError):  # where it has ended, reading tells how
+        with suppress(OSError):  # if it has ended, reading finds out how
             self._process.stdin.write(json.dumps(content).encode("ascii") + b"\n")
 
     def _receive(self, seconds: float) -> dict[str, Any]:

@@ -101,8 +101,8 @@ def measure_shards(
 
     Raises:
         ValueError: if the pattern names no shard.
-        ShardError: if an index is missing, broken or stale; of tars of a server nobody looks
-            whether they fit it. RemoteError, which is one, if a server fails.
+        ShardError: if an index is missing, broken or stale; tars of a server are not compared with
+            it. RemoteError, which is one, if a server fails.
     """
     if is_remote(pattern):
         remote = open_remote(pattern, open_cache(cache or CacheSpec()), transfers or Limits())

@@ -42,8 +42,7 @@ class TarCheck:
         path: of the tar.
         promise: samples that the manifest promises, or None.
         report, quarantine: what is added to.
-        place: whole name of the tar, where its file name does not tell it from another one; else
-            empty.
+        place: full name of the tar, if another one has the same file name; else empty.
     """
 
     path: Path
@@ -92,8 +91,8 @@ class TarCheck:
         )
 
     def _look_at_index(self, content: TarContent) -> None:
-        """Find out whether the index speaks of this tar: fully, of an earlier state of it, or of
-        something else."""
+        """Find out whether the index is of this tar: fully, of an earlier state of it, or of
+        another one."""
         try:
             index = read_any_index(self.path)
         except ShardError as error:
@@ -120,9 +119,7 @@ class TarCheck:
         # Nothing to compare with: the name decides.
         if index.tar == self.path.name and 2 * known >= len(tried):
             self.index = index
-            what = (
-                "was made for an earlier state of this tar; it still tells which samples are lost"
-            )
+            what = "was made for an earlier state of this tar; it still lists the samples that are lost"
         else:
             what = f"was made for another tar ({index.tar}) or a state that this one has nothing to do with; it is ignored"
         self._fault(
@@ -167,7 +164,7 @@ class TarCheck:
             if decoded.shape != size:
                 kind, reason = (
                     "wrong index",
-                    f"its header says another size than the index, {size[1]}x{size[0]} pixels",
+                    f"its header declares another size than the index, {size[1]}x{size[0]} pixels",
                 )
         if candidate.row is None and self.fits and not kind:
             kind = "not indexed"
@@ -208,7 +205,7 @@ class TarCheck:
             self._fault(
                 key,
                 "scattered sample",
-                "its members do not lie side by side: readers that stream lose it",
+                "its members are not adjacent: readers that stream lose it",
             )
 
     def _look_at_damages(self, damages: Sequence[TarError]) -> None:

@@ -21,16 +21,16 @@ _M_ARENA_MAX = -8  # of malloc.h
 
 
 def share_arenas(arenas: int = ARENAS) -> bool:
-    """Have all threads of this process share so many arenas, the first one included.
+    """Have all threads of this process share a number of arenas, including the first one.
 
     It works from the start of a process until eight arenas exist: then glibc has settled its limit.
     A user's own `MALLOC_ARENA_MAX` or `GLIBC_TUNABLES` stays. No result depends on it.
 
     Args:
-        arenas: at most so many; at least 1.
+        arenas: number of arenas at most; at least 1.
 
     Returns:
-        Whether glibc was told: not where the user has, nor with another C library.
+        Whether the limit was set: not if the user has set one, nor with another C library.
 
     Raises:
         ValueError: for fewer than 1.
@@ -49,7 +49,7 @@ def give_back_memory() -> None:
     """Free dead cycles, DALI's graphs among them, and have glibc give free pages back to the
     system: some tens of ms.
 
-    For moments when a lot has just been let go, the end of a loader say.
+    For moments when much memory has just been released, e.g. the end of a loader.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -1,8 +1,8 @@
 """A batch on its way from the loader to the trainer, who owns its memory, and what every source of
 batches offers.
 
-The tensors of a batch belong to whoever holds it: the loader never writes into a batch that it has
-    handed out.
+The tensors of a batch belong to its consumer: the loader never writes into a batch that it has
+    delivered.
 """
 
 from __future__ import annotations
@@ -113,8 +113,7 @@ class BatchStream(ABC):
         """Give back what the stream holds. Batches already handed out stay valid."""
 
     def figures(self) -> StageFigures:
-        """Where the time has gone since the beginning; a stream that costs nothing has nothing to
-        tell."""
+        """Where the time has gone since the beginning; empty for a stream that costs nothing."""
         return StageFigures()
 
     def state_dict(self) -> dict[str, Any]:

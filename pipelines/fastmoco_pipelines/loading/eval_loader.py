@@ -1,7 +1,6 @@
 """The evaluation loader: every image once, in manifest order, without augmentation.
 
-A bad image is left out: nothing stands in for it, and the others come as they would have come with
-    it.
+A bad image is left out without a stand-in; the other images are the same as with it.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ class EvalLoader:
     ranks, bad ones too.
 
     Attributes:
-        classes: class names by label; empty where no manifest tells.
+        classes: class names by label; empty where no manifest contains them.
         digest: identity of the set's content.
         report: called with each image that is left out, in a sentence. Logs a warning unless
             replaced.
@@ -133,7 +132,7 @@ class EvalLoader:
                     self.report(text)
                 if batch is not None:
                     yield batch
-        # left before its time, by an interrupt perhaps: nobody wants what is being read
+        # Left early, e.g. by an interrupt: what is being read is no longer needed.
         except BaseException:
             self._shards.cancel()
             ahead.shutdown()
@@ -143,7 +142,7 @@ class EvalLoader:
 
     @property
     def left_out(self) -> int:
-        """Images of the set that are bad, as far as is known."""
+        """Images of the set that are known to be bad."""
         return len(self._healer.bad)
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ class LoaderBytes:
         batch_bytes: all views of one local batch; one such batch is in use by the trainer.
         ready_bytes: the batches ahead of it, ready or in the making.
         scratch_bytes: what is needed meanwhile to make one: DALI's buffers for one run, and the
-            colours'.
+            colors'.
     """
 
     batch_bytes: int
@@ -72,8 +72,8 @@ def loader_bytes(spec: LoaderSpec, world_size: int = 1) -> LoaderBytes:
     parts = run * sum(levels) * level_bytes if run < local else 0
     if on_gpu:
         dali = run * (ENCODED_BYTES + IMAGE_BYTES) + sum(_cut_bytes(view, run) for view in views)
-        colour = max(_colour_bytes(view, run) for view in views)
-        scratch = int(MARGIN * dali) + colour + parts + spec.threads * DECODER_BYTES
+        color = max(_color_bytes(view, run) for view in views)
+        scratch = int(MARGIN * dali) + color + parts + spec.threads * DECODER_BYTES
     else:
         scratch = int(MARGIN * run * (ENCODED_BYTES + IMAGE_BYTES)) + parts
     return LoaderBytes(batch_bytes=batch, ready_bytes=ahead * batch, scratch_bytes=scratch)
@@ -81,7 +81,7 @@ def loader_bytes(spec: LoaderSpec, world_size: int = 1) -> LoaderBytes:
 
 def _cut_bytes(view: ViewSpec, run: int) -> int:
     """DALI's own for a view on a GPU: windows, the resize's intermediate, and the resized levels,
-    or a chain of colours."""
+    or a chain of colors."""
     share = sum(view.crop_scale) / 2
     window = int(IMAGE_BYTES * share)
     intermediate = min(run, RESIZE_IMAGES) * int((window / 3) ** 0.5) * view.size * 3 * 4
@@ -91,6 +91,6 @@ def _cut_bytes(view: ViewSpec, run: int) -> int:
     return run * (window + steps * levels) + intermediate
 
 
-def _colour_bytes(view: ViewSpec, run: int) -> int:
+def _color_bytes(view: ViewSpec, run: int) -> int:
     """Of the kernels of `color="exact"` on a GPU: planes to blur, and the blur's two buffers."""
     return 3 * run * 3 * view.size**2 if view.color == "exact" and view.blur_probability > 0 else 0

@@ -58,7 +58,8 @@ class Source:
     stop: threading.Event
     pinned: bool = False
     places: BatchPlaces | None = None
-    """Room for the batches ahead; None: all but the one in the making lie in a bounded queue."""
+    """Room for the batches ahead; None: a bounded queue holds all but the one that is being
+    made."""
 
     def steps(self, start_step: int) -> Iterator[Prepared]:
         """Bytes and draws of every step from `start_step` on."""

@@ -18,7 +18,7 @@ class SyntheticLoader(BatchStream):
     Args:
         spec: sizes, type of the views and seed are used; `shards` is not read.
         rank: this process; world_size: processes that share each global batch equally.
-        device: where the views lie.
+        device: device of the views.
         start_step: the step of the first batch.
         sample_count: images of the pretended set; ImageNet-1k's by default.
 

@@ -19,12 +19,12 @@ def pack_digits(
     to train on, 360 to test.
 
     Every class is split in the same proportion, to within one image. Levels 0 to 16 become 0 to
-    255. The images pass through the same `pack_folder` as anybody's.
+    255. The images are packed by `pack_folder`, like any others.
 
     Args:
         out: folder of the shards `train-*.tar` and `test-*.tar`.
         seed: of the split and of the order in the shards.
-        overwrite: replace sets that lie there already.
+        overwrite: replace sets that exist already.
         progress: called with (images done, 1797).
 
     Returns:

@@ -1,4 +1,4 @@
-"""`index_shards`: indexes for tars that nobody packed with fastmoco, with labels numbered over the
+"""`index_shards`: indexes for tars that were not packed by fastmoco, with labels numbered over the
 whole set."""
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def index_shards(
         pattern: as for `ShardSet.open`.
         progress: called with (shards done, shards in all).
         rule: where labels come from.
-        salvage: index what is left of damaged tars, and tell what is lost.
+        salvage: index what is left of damaged tars, and report what is lost.
         out: folder for the indexes and the manifest of shards of a server; needed for these, and
             for these alone.
         cache: where copies of them are kept; None: the default folder and size.
@@ -124,7 +124,7 @@ def index_shards(
     if not is_remote(pattern):
         if out is not None:
             raise ValueError(
-                f"out={str(out)!r}: is for shards of a server; the index of a local tar lies beside it"
+                f"out={str(out)!r}: is for shards of a server; the index of a local tar is beside it"
             )
         return _index(LocalTars(pattern), progress, rule or LabelRule(), salvage)
     if out is None:
@@ -152,7 +152,7 @@ def _index(
     lost: list[LostStretch] = []
     gone: list[tuple[str, int]] = []
     names = whole_names(tars)
-    # not to be written unless the source that was asked for tells a label
+    # Not written unless the source that was asked for contains a label.
     held: dict[Path, ShardIndex] = {}
     labelled = rule.source in ("auto", "none")
     for number, path in enumerate(tars.paths):
@@ -164,7 +164,7 @@ def _index(
             except ShardError as error:
                 failures.append(ShardError(str(error).replace(path.name, name, 1)))
                 continue
-            if isinstance(tars, RemoteTars):  # it will not be at hand when the manifest is written
+            if isinstance(tars, RemoteTars):  # it is gone when the manifest is written
                 hashes[path] = hash_file(path)
         found[path], held[path] = raw, index
         if labelled := labelled or any(raw):
@@ -186,7 +186,7 @@ def _index(
         gone += [(name, missing)] if missing else []
         if progress is not None:
             progress(number + 1, len(tars.paths))
-    if held:  # to go on would drop the labels that an earlier index has
+    if held:  # To continue would drop the labels of an earlier index.
         raise ShardError(rule.nothing_found(samples))
     numbered = _number(found, rule)
     for (path, raw), labels in zip(found.items(), numbered.labels, strict=True):
@@ -234,7 +234,7 @@ def _gone(path: Path, index: ShardIndex) -> int:
     if missing and fits_tar(old, path):
         raise ShardError(
             f"{path.name}: its index knows {missing} samples more than can be found now: keep it, and let `fastmoco data "
-            f"check` tell which of them are damaged. To salvage all the same, delete {index_path(path).name} first."
+            f"check` find which of them are damaged. To salvage all the same, delete {index_path(path).name} first."
         )
     return max(promised, missing)
 

@@ -89,14 +89,14 @@ def pack_folder(
     Args:
         src: class folders (each folder directly below is a class, searched to any depth), or a flat
             folder (labels -1).
-        out: created if needed. Sets of other prefixes may lie there; they share the numbering of
+        out: created if needed. It may contain sets of other prefixes; they share the numbering of
             classes.
         prefix: name of the set: letters, digits and underscores.
-        max_side: pixels. An image whose longer side (height or width) exceeds it is shrunk until
-            that side is so long, and written anew in its own format: a panorama of 2048 x 512
-            becomes 512 x 128. None keeps every byte.
-        quality: of JPEG and WebP written anew, 1 to 100.
-        shard_size_mb: a new shard is begun after so many million bytes of images, or
+        max_side: pixels. An image whose longer side (height or width) exceeds it is shrunk to that
+            length and written again in its own format: a panorama of 2048 x 512 becomes 512 x 128.
+            None keeps every byte.
+        quality: of JPEG and WebP written again, 1 to 100.
+        shard_size_mb: a new shard begins after this many million bytes of images, or
             `shard_samples` images.
         seed: of the shuffle.
         follow_links: also read symbolic links; else they are skipped and counted.

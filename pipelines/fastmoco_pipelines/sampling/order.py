@@ -3,7 +3,7 @@ state of the data.
 
 The order of an epoch is a true shuffle of the whole set: the stable argsort of raw 64-bit words of
 Philox 4x64-10 (Salmon et al. 2011). Raw words and a stable sort are the same under every version of
-numpy; `Generator.permutation` is not promised to be. A set that is too large to be at hand is
+numpy; `Generator.permutation` is not promised to be. A set that is too large for the cache is
 shuffled within windows of shards instead (window.py). Global batch b is the order's slice b, rank
 r's part a contiguous slice of that: the samples of a step do not depend on the number of ranks. The
 ragged rest of an epoch is left out, on all ranks alike.

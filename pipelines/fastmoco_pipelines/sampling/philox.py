@@ -1,4 +1,4 @@
-"""Philox 4x64-10 over whole arrays: the counter-based generator behind every augmentation draw.
+"""Philox 4x64-10 over whole arrays: the counter-based generator of every augmentation draw.
 
 Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3". numpy ships the same
 generator as an object with one stream each; thousands of samples a step need one call over all of

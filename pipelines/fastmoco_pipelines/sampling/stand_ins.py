@@ -1,16 +1,16 @@
-"""Who stands in for a sample that cannot be delivered: a pure function of where it was missed.
+"""Which sample stands in for one that cannot be delivered: a pure function of its position.
 
 Whether a sample can be delivered depends on its bytes alone. So "the first good one of a fixed
 sequence of candidates" is the same sample for every number of ranks, after every restart, and
-whether a fault was known from the start or found a moment ago: nobody has to tell anybody. The
+whether a fault was known from the start or just found: ranks need not exchange anything. The
 sequence of a place is drawn by Philox 4x64-10 with key (seed, tag) and counter words (attempt,
 position in the epoch, epoch, 0), uniformly from the order of the epoch: from the same window of
-shards, which is at hand, and not from the same global batch, where the image would become a
-negative of itself. A window whose shards are all lost has nobody to offer: candidates beyond number
+shards, which is in the cache, and not from the same global batch, where the image would become a
+negative of itself. A window whose shards are all lost has no candidate: those beyond number
 `WINDOW_ATTEMPTS` come from the whole epoch.
 
 The stand-in is cut by the draws of (epoch, its own number, view, place); see `draw_views`. Two
-places that miss a sample may draw the same stand-in, and then show two views of it that differ.
+places may draw the same stand-in; their views of it then differ.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Plan:
             low, high = 0, int(bounds[-1])
         batch_low = max(low, places.batch_start)
         inside = min(high, places.batch_start + self.global_batch_size) - batch_low
-        if inside >= high - low:  # the batch is the whole window: nobody else is there
+        if inside >= high - low:  # the batch is the whole window: there is no other sample
             inside = 0
         counter = tuple(
             np.array([word], dtype=np.uint64) for word in (attempt, position, places.epoch, 0)

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from fastmoco_pipelines.stores.cache import ShardCache
     from fastmoco_pipelines.stores.fetcher import ShardFetcher
 
-# copies of remote shards held in the cache where nobody has said which ones come next
+# Copies of remote shards that are held in the cache where the next ones are unknown.
 MAX_UNPLANNED_COPIES = 4
 
 
 class CachedFiles:
     """Shards of a server, read from copies in the cache. An open copy is not evicted.
 
-    `quarantine` fetches the lists beside them, anew each time; see `fetch_lists`.
+    `quarantine` fetches the lists beside them again each time; see `fetch_lists`.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class CachedFiles:
         return [found[i] for i in range(len(places))]
 
     def will_need(self, places: Sequence[Place]) -> None:
-        """As for local files, of what is at hand: here nobody waits for a server."""
+        """As for local files, for open copies only: this never waits for a server."""
         for shard, offset, size in places:
             if shard in self._open:
                 os.posix_fadvise(self._open[shard], offset, size, os.POSIX_FADV_WILLNEED)
 
     def follow(self, windows: ShardWindows, *, seed: int, epoch: int, position: int) -> None:
-        """Fetch the shards around a position of an epoch's order and those after them; let go of
-        the others."""
+        """Fetch the shards around a position of an epoch's order and those after them; release the
+        others."""
         self._planned = self._fetcher.follow(windows, seed=seed, epoch=epoch, position=position)
         for shard in self._open.keys() - self._planned:
             os.close(self._open.pop(shard))
@@ -94,11 +94,11 @@ class CachedFiles:
         self._fetcher.discard(shard)
 
     def cancel(self) -> None:
-        """End a wait for a server, in whichever thread it is: there `read` raises."""
+        """End a wait for a server in any thread: `read` raises there."""
         self._fetcher.cancel()
 
     def close(self) -> None:
-        """End the transfers and let go of the copies; a later `read` begins again."""
+        """End the transfers and release the copies; a later `read` starts again."""
         while self._open:
             os.close(self._open.popitem()[1])
         self._planned = None
@@ -107,7 +107,7 @@ class CachedFiles:
     def _read_ranges(self, shard: int, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         descriptor = self._descriptor(shard)
         if descriptor is not None:
-            # the disk under the cache gives up: the server still has what it held
+            # The disk of the cache fails: the server still has the bytes.
             with suppress(OSError):
                 return [read_at(descriptor, size, offset) for offset, size in ranges]
         return self._fetcher.read(shard, ranges)

@@ -25,20 +25,18 @@ ReadFault = ShardError | OSError
 
 
 class LocalFiles:
-    """Shards that are read where they lie."""
+    """Local shards, read in place."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = tuple(paths)
         self._open: OrderedDict[int, int] = OrderedDict()
         self._folders = sorted({path.parent for path in paths})
-        # shard and offset of what is being read: where a read that hangs, hangs
+        # Shard and offset of the current read, for the report of a read that hangs.
         self.reading = (0, 0)
 
     def read(self, places: Sequence[Place]) -> list[bytes | ReadFault]:
         """The bytes at some places, fewer where a file ends earlier; an error where they cannot be
-        read.
-
-        The error names the file that could not be opened or read, on three tries.
+        read, which names the file and comes after three tries.
         """
         found: list[bytes | ReadFault] = []
         for place in places:
@@ -75,7 +73,7 @@ class LocalFiles:
             try:
                 return read_at(descriptor, size, offset)
             except OSError as error:
-                os.close(self._open.pop(shard))  # a stale handle is of no use any more
+                os.close(self._open.pop(shard))  # a stale handle stays stale
                 if pause is None:
                     name = self._paths[shard].name
                     raise ShardError(

@@ -2,7 +2,7 @@
 process.
 
 The schemes are an allow-list: local paths, `file:`, and those of `schemes.py`. A URL is only ever
-shown without user, password and query: that is where tokens live.
+shown without user, password and query: these may hold tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def expand_shards(pattern: str) -> list[Path]:
 
     Args:
         pattern: a tar, a folder of tars, a glob (`train-*.tar`), a brace pattern
-            (`train-{000000..000099}.tar` or `{a,b}.tar`), or one of these behind `file:`.
+            (`train-{000000..000099}.tar` or `{a,b}.tar`), or one of these after `file:`.
 
     Raises:
         ValueError: naming the pattern, if it names no file, one of the files it spells out is
@@ -38,7 +38,7 @@ def expand_shards(pattern: str) -> list[Path]:
     if is_remote(pattern):
         raise ValueError(
             f"shards={redact(pattern)!r}: this needs local files, work on a server's is not supported yet: run it where "
-            "the shards lie and copy what it writes to the server too"
+            "the shards are stored, and copy what it writes to the server too"
         )
     plain = without_scheme(pattern)
     if os.path.isdir(plain):
@@ -98,7 +98,7 @@ def is_remote(pattern: str) -> bool:
 
 
 def without_scheme(pattern: str) -> str:
-    """The local path of a pattern: what stands behind `file:`, or the pattern itself."""
+    """The local path of a pattern: the part after `file:`, or the pattern itself."""
     match = SCHEME.match(pattern)
     if match is None or os.path.exists(pattern) or match.group(1).lower() != "file":
         return pattern

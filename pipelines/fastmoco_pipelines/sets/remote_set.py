@@ -1,5 +1,5 @@
-"""From a pattern of URLs to shards that can be read: their names, their indexes, and what the
-manifest says of them."""
+"""From a pattern of URLs to shards that can be read: their names, their indexes, and their entries
+in the manifest."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fastmoco_pipelines.stores.transfer import RemoteShard, fetch_document
 from fastmoco_pipelines.text import redact, shard_name
 
 THREADS = 16
-# of a quarantine list: some 200,000 lines; whoever has more should pack the set anew
+# Of a quarantine list: about 200,000 lines; a set with more should be packed again.
 MAX_LIST_BYTES = 64 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
 T = TypeVar("T")
@@ -73,8 +73,8 @@ def open_remote(pattern: str, cache: ShardCache | None, limits: Limits) -> Remot
     ):
         sets, checked, members = reader.sets(folder), reader.checksums(folder), list(group)
         samples = {shard_name(url): len(index) for url, index in members}
-        # Whoever spells the URLs out may leave some out; a whole folder's were taken from this very
-        # manifest.
+        # A pattern that spells the URLs out may leave some out; those of a whole folder are from
+        # this manifest.
         folders.append(
             FolderOfShards(
                 where=redact(folder), sets=sets, samples=samples, present=lambda name: True
@@ -109,8 +109,8 @@ def fetch_lists(folders: Iterable[str], limits: Limits) -> tuple[Quarantine, lis
     """The quarantine lists of folders on servers, as one, and what is wrong with them, in
     sentences.
 
-    They are fetched whole each time: a copy of yesterday would decide what is delivered today. A
-    folder without a list has none. A server that fails is an error all the same, unlike a local
+    They are fetched whole each time: an old copy would decide which samples are delivered. A folder
+        without a list has none. A server that fails is an error all the same, unlike a local
     disk: some ranks of a run might know the list and others not, and they would deliver different
     samples.
 
@@ -125,7 +125,7 @@ def fetch_lists(folders: Iterable[str], limits: Limits) -> tuple[Quarantine, lis
             _, content = fetch_document(url, limits, threading.Event(), most=MAX_LIST_BYTES)
         except AccessError as error:
             problems.append(
-                f"{error}; taken for absent, as stores say so of files that are not there"
+                f"{error}; treated as absent, because stores answer so for files that do not exist"
             )
             continue
         except AbsentError:
@@ -140,8 +140,8 @@ def fetch_lists(folders: Iterable[str], limits: Limits) -> tuple[Quarantine, lis
 
 
 class SmallFiles:
-    """Small files of servers: each is asked for once, and kept while the server says that it is the
-    same."""
+    """Small files of servers: each is requested once, and kept while the server reports that it is
+    unchanged."""
 
     def __init__(self, cache: ShardCache | None, limits: Limits) -> None:
         self._cache, self.limits = cache, limits
@@ -168,7 +168,7 @@ class SmallFiles:
         return self._sets[folder]
 
     def checksums(self, folder: str) -> dict[str, str]:
-        """SHA-256 (hex) by file name, of the shards of a folder for which its manifest tells
+        """SHA-256 (hex) by file name, of the shards of a folder for which its manifest contains
         one."""
         listed = (shard for entry in self.sets(folder).values() for shard in entry["shards"])
         given = {shard["name"]: shard.get("sha256") for shard in listed}
@@ -183,7 +183,7 @@ class SmallFiles:
         known = self._cache.read_document(key) if self._cache is not None else ("", b"")
         fetched = fetch_document(url, self.limits, threading.Event(), known)
         parsed = parse(fetched[1])
-        # only what has proved to be whole is kept
+        # Only a document that could be parsed is kept.
         if self._cache is not None and fetched[0] and fetched != known:
             self._cache.write_document(key, *fetched)
         return parsed
@@ -225,8 +225,8 @@ def _expand(pattern: str, url: str, reader: SmallFiles) -> list[str]:
 
 
 def beside(url: str, name: str) -> str:
-    """The URL of another file in a URL's folder; the query, where keys to the whole folder stand,
-    stays."""
+    """The URL of another file in a URL's folder; the query, which may hold keys to the whole
+    folder, stays."""
     parts = urlsplit(url)
     name = quote(name) if store_of(url).quotes_names else name
     return urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{name}"))

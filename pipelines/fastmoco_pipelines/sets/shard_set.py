@@ -1,7 +1,5 @@
-"""A set of shards as one list of samples: which tars, where each image lies, and its bytes,
-checked.
-
-Local shards are read where they lie; those of a server through copies in a cache
+"""A set of shards as one list of samples: the tars, the position of each image, and its checked
+bytes. Local shards are read in place; those of a server through copies in a cache
 (stores/fetcher.py), with the same checks. Nothing here starts a process, follows a link inside a
 tar or unpickles anything.
 """
@@ -46,9 +44,9 @@ class ShardSet:
         labels: [n] int64, -1 = none.
         sizes: [n, 2] int32: height, width in pixels by the image's header, before any EXIF
             rotation.
-        classes: class names by label; empty where no manifest tells.
+        classes: class names by label; empty where no manifest contains them.
         digest: SHA-256 (hex) over every sample's checksum, size and label in order: the identity of
-            the data, wherever the files lie.
+            the data, wherever the files are stored.
         skipped: members of the tars that are no usable image, counted when they were indexed.
 
     Any thread may use it: one reads ahead while another reads the stand-ins of bad samples.
@@ -65,7 +63,7 @@ class ShardSet:
         self.skipped = sum(len(index.skipped) for index in indexes)
         self._names = tuple(names)
         self._files = files
-        # the files close the descriptor that was not used for longest
+        # The files close the least recently used descriptor.
         self._lock = threading.RLock()
         self._largest = max(index.tar_bytes for index in indexes)
         self._keys = [index.keys for index in indexes]
@@ -130,7 +128,7 @@ class ShardSet:
 
         Args:
             shuffle_window: number of shards; 0: all; None: all of a local set, as many of a remote
-                one as its cache bears.
+                one as fit into its cache.
             cache: of a remote set.
         """
         if shuffle_window is None:
@@ -150,13 +148,13 @@ class ShardSet:
         return [key for keys in self._keys for key in keys]
 
     def describe(self, sample_id: int) -> str:
-        """Where a sample lies, for people: `train-000001.tar: 000123.jpg`."""
+        """Tar and member of a sample, for people: `train-000001.tar: 000123.jpg`."""
         shard = int(self._shard[sample_id])
         i = sample_id - int(self._first[shard])
         return f"{self._names[shard]}: {self._keys[shard][i]}.{self._extensions[shard][i]}"
 
     def entry(self, sample_id: int) -> dict[str, str | int]:
-        """What a line of a quarantine list says of a sample: shard, key, extension, offset, size,
+        """The fields of a sample in a quarantine list: shard, key, extension, offset, size,
         crc32."""
         shard = int(self._shard[sample_id])
         i = sample_id - int(self._first[shard])
@@ -179,7 +177,7 @@ class ShardSet:
         return self._names[shard], range(int(self._first[shard]), int(self._first[shard + 1]))
 
     def listed(self, quarantine: Quarantine) -> dict[int, str]:
-        """The samples of which a list speaks, and the reasons it gives."""
+        """The samples that are in a list, and their reasons."""
         found: dict[int, str] = {}
         for shard in {entry.shard for entry in quarantine} & self.names:
             for number in (i for i, name in enumerate(self._names) if name == shard):
@@ -198,7 +196,7 @@ class ShardSet:
         sentences.
 
         Raises:
-            RemoteError: if a server does not say whether there is one.
+            RemoteError: if a server does not answer whether there is one.
         """
         return self._files.quarantine()
 
@@ -215,8 +213,8 @@ class ShardSet:
             self._files.will_need(self._places(sample_ids))
 
     def follow(self, windows: ShardWindows, *, seed: int, epoch: int, position: int) -> None:
-        """Have the shards around a position (in samples) of an epoch's order at hand, and those
-        after them on their way.
+        """Fetch the shards around a position (in samples) of an epoch's order, then those after
+        them.
 
         For a local set there is nothing to do.
         """
@@ -295,16 +293,16 @@ class ShardSet:
         declared = _declared_size(data)
         (height, width), indexed = declared or (0, 0), tuple(self.sizes[sample_id].tolist())
         if declared is not None and declared != indexed:
-            return f"its header says {width}x{height} pixels, the index {indexed[1]}x{indexed[0]}: {CURE}."
+            return f"its header declares {width}x{height} pixels, the index {indexed[1]}x{indexed[0]}: {CURE}."
         return None
 
     def cancel(self) -> None:
-        """End a wait for a server, in whichever thread it is: there `read` raises. Then `close`."""
+        """End a wait for a server in any thread: `read` raises there. Then `close`."""
         if isinstance(self._files, CachedFiles):
             self._files.cancel()
 
     def close(self) -> None:
-        """Close the files, when nobody reads any more; a later `read` opens them again."""
+        """Close the files, when no thread reads any more; a later `read` opens them again."""
         with self._lock:
             self._files.close()
 
@@ -354,7 +352,8 @@ def _check_budget(shards: ShardSet) -> None:
 def _local_folders(
     paths: Sequence[Path], indexes: Sequence[ShardIndex], *, explicit: bool
 ) -> Iterable[FolderOfShards]:
-    """The shards by folder. Whoever spells names out may leave some of the manifest's out."""
+    """The shards by folder. A pattern that spells names out may leave some of the manifest's
+    out."""
     for folder, group in groupby(zip(paths, indexes, strict=True), key=lambda pair: pair[0].parent):
         samples = {path.name: len(index) for path, index in group}
         yield FolderOfShards(

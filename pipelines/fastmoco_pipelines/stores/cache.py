@@ -1,13 +1,13 @@
 """Shards from a server, kept in a folder of bounded size that all processes of this machine share.
 
-    KEY.tar         a whole, checked shard; whoever reads it holds a shared lock, so that it is not evicted
-    KEY.SIZE.part   a shard on its way; whoever fetches it holds the lock, and it falls free if that process dies
+    KEY.tar         a whole, checked shard; a reader holds a shared lock, so that it is not evicted
+    KEY.SIZE.part   a shard in transfer; its process holds the lock, which is released if that process dies
     KEY.from        the validator of the .part, by which a broken download is taken up again
     KEY.doc         a small file (an index) with its validator and its own SHA-256
     lock            held for the moment in which room is made
 
-KEY is a hash of where a shard lies and what it holds. Names appear by renaming alone: what is there
-under its final name is whole. Links are never followed, and files of other users are not read.
+KEY is a hash of the URL and the content of a shard. Final names are only given by renaming, so a
+file under its final name is whole. Links are never followed, and files of other users are not read.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Entry:
 
 
 class Part:
-    """A shard on its way into the cache; this process holds its lock. See transfer.PartFile."""
+    """A shard in transfer into the cache; this process holds its lock. See transfer.PartFile."""
 
     def __init__(self, descriptor: int, path: str, notes: str) -> None:
         self.descriptor = descriptor
@@ -63,8 +63,8 @@ class Part:
         self._notes = notes
 
     def resume_point(self) -> tuple[int, str]:
-        """Bytes at hand, and the validator of the file that they belong to; (0, "") where there is
-        nothing to go on with."""
+        """Bytes received, and the validator of their file; (0, "") where there is nothing to
+        continue."""
         length = os.fstat(self.descriptor).st_size
         if length == 0:
             return 0, ""
@@ -76,7 +76,7 @@ class Part:
         return (length, validator) if validator else (0, "")
 
     def restart(self, validator: str) -> None:
-        """Throw away what is at hand, and begin anew with a file of this validator."""
+        """Discard the bytes received, and start again with a file of this validator."""
         os.ftruncate(self.descriptor, 0)
         # before the first byte is written: a note never speaks of another file's bytes
         remove(self._notes)
@@ -87,7 +87,7 @@ class Part:
                 file.write(validator)
 
     def close(self) -> None:
-        """Let go of it; another process may go on with it."""
+        """Release it; another process may continue it."""
         os.close(self.descriptor)
 
 
@@ -122,7 +122,7 @@ class ShardCache:
         info = os.lstat(folder)
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
             raise ValueError(
-                f"cache_dir={str(folder)!r}: must be a folder of your own that nobody else can write to, and no link: "
+                f"cache_dir={str(folder)!r}: must be a folder of your own that only you can write to, and no link:  "
                 f"chmod 700 it, or choose another"
             )
         cache = cls(folder, spec.cache_bytes)
@@ -157,7 +157,7 @@ class ShardCache:
                 self.discard(key)
             return None
         with suppress(OSError):  # a folder that can only be read still serves
-            os.utime(descriptor)  # its age by use; who was used longest ago goes first
+            os.utime(descriptor)  # Its age by use: the least recently used shard is evicted first.
         return descriptor
 
     def holds(self, key: str) -> bool:
@@ -174,7 +174,7 @@ class ShardCache:
         Args:
             key: of the shard.
             size: in bytes.
-            keep: keys of shards that are not evicted for it, though nobody reads them at this
+            keep: keys of shards that are not evicted for it, even if no process reads them at this
                 moment.
 
         Raises:
@@ -204,7 +204,7 @@ class ShardCache:
             raise NoRoomError(f"{self.folder}: {error.strerror}") from error
 
     def abandon(self, part: Part) -> None:
-        """Remove a shard on its way, of which there is nothing to go on with."""
+        """Remove a shard in transfer that cannot be continued."""
         remove(part.path)
 
     def finish(self, key: str, part: Part) -> None:
@@ -214,13 +214,13 @@ class ShardCache:
             OSError, NoRoomError: if that is not possible.
         """
         os.utime(part.descriptor)
-        # whoever counts at this moment would find neither the old name nor the new one
+        # Locked, because a count at this moment would find neither the old name nor the new one.
         with self._making_room():
             os.rename(part.path, self.folder / f"{key}.tar")
         remove(str(self.folder / f"{key}.from"))
 
     def discard(self, key: str) -> None:
-        """Throw away a shard that has proved to be damaged. Whoever reads it keeps what he has."""
+        """Discard a shard that has proved to be damaged. Open descriptors of it stay valid."""
         remove(str(self.folder / f"{key}.tar"))
 
     def read_document(self, key: str) -> tuple[str, bytes]:
@@ -230,8 +230,7 @@ class ShardCache:
                 validator, digest, content = file.read().split(b"\n", 2)
         except (OSError, ValueError):
             return "", b""
-        # A damaged copy would be believed for ever: the server goes on to say that the file is
-        # still the same.
+        # A damaged copy would be used indefinitely: the server reports that the file is unchanged.
         whole = hashlib.sha256(content).hexdigest().encode() == digest
         return (validator.decode("latin-1"), content) if whole else ("", b"")
 
@@ -243,7 +242,7 @@ class ShardCache:
             write_file(self.folder / f"{key}.doc", text, mode=0o600)
 
     def size(self) -> int:
-        """Bytes that the cache holds; shards on their way count whole."""
+        """Bytes that the cache holds; shards in transfer count with their full size."""
         with self._making_room():
             return sum(entry.size for entry in self._entries())
 
@@ -267,8 +266,8 @@ class ShardCache:
         return entries
 
     def _make_room(self, key: str, size: int, *, have: int, keep: set[str]) -> None:
-        """Evict what was used longest ago until `size` more bytes fit; nothing at all if that does
-        not suffice."""
+        """Evict the least recently used shards until `size` more bytes fit; none if that does not
+        suffice."""
         entries = [
             entry for entry in self._entries() if not (entry.kind == "part" and entry.key == key)
         ]
@@ -277,7 +276,7 @@ class ShardCache:
         over = max(over, size - have - max(0, usage.free - _SPARE_BYTES))
         if over <= 0:
             return
-        # Left-over parts first: nobody may ever come back for them.
+        # Left-over parts first: they may never be continued.
         known = (entry for entry in entries if entry.key not in keep and entry.kind != "from")
         candidates = sorted(known, key=lambda entry: (entry.kind != "part", entry.used))
         chosen: list[tuple[_Entry, int]] = []
@@ -301,7 +300,7 @@ class ShardCache:
 
     @contextmanager
     def _making_room(self) -> Iterator[None]:
-        """One process at a time; a stopped one does not hold up the others for ever."""
+        """One process at a time; a stopped process does not block the others indefinitely."""
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o600)
         try:
             until = time.monotonic() + _LOCK_SECONDS

@@ -1,8 +1,8 @@
 """The shards of a remote set, brought into the cache before they are needed, by a few threads in
 the background.
 
-The threads know the state alone, not the set: a forgotten set is collected, and they end. They are
-daemons, and what they leave behind when the process ends is taken up by the next one.
+The threads reference only the state, not the set: an unreferenced set is collected, and they end.
+    They are daemons; a transfer that they leave unfinished is continued by the next process.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class _Followed:
 
 
 class ShardFetcher:
-    """What stands between a set of shards and their server. One thread at a time may use it;
-    `cancel` any.
+    """Fetches the shards of a set from their server. One thread at a time may use it; any thread
+    may call `cancel`.
 
     Args:
         shards: all of the set.
@@ -92,14 +92,14 @@ class ShardFetcher:
 
         Args:
             number: of the shard.
-            warn: where it cannot be kept, say so, once.
+            warn: warn once if it cannot be kept.
 
         Returns:
             None where it cannot be kept on this machine: use `read`.
 
         Raises:
-            RemoteError: naming the URL and the cause; also when another process fetches it for
-                ever.
+            RemoteError: naming the URL and the cause; also if another process fetches it
+                indefinitely.
         """
         return self._state.open(number, warn)
 
@@ -122,7 +122,7 @@ class ShardFetcher:
             )
 
     def discard(self, number: int) -> None:
-        """Throw away the copy of a shard: it has proved to be damaged."""
+        """Discard the copy of a shard that has proved to be damaged."""
         if self._state.cache is not None:
             self._state.cache.discard(self._state.shards[number].key)
 
@@ -238,7 +238,7 @@ class _State:
             return None
 
     def fetch_ahead(self, number: int) -> None:
-        """Fetch a shard that nobody waits for yet; what goes wrong is told when somebody does."""
+        """Fetch a shard ahead of its use; an error is raised when it is used."""
         pause, failure = 0.0, None
         try:
             keep = {self.shards[n].key for n in self._wanted}
@@ -250,7 +250,7 @@ class _State:
         self._release(number, failure, pause)
 
     def _bring(self, number: int, keep: Sequence[str] | set[str]) -> bool:
-        """Fetch a shard; False where somebody else does."""
+        """Fetch a shard; False if another thread or process does."""
         assert self.cache is not None
         shard = self.shards[number]
         part = self.cache.claim(shard.key, shard.size, keep)

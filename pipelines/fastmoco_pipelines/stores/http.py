@@ -98,7 +98,7 @@ STORE = HttpStore()
 def _total_of_range(
     where: str, response: http.client.HTTPResponse, start: int, *, asked: bool
 ) -> int | None:
-    """Size of the whole file by the head of a partial answer; None where it does not say.
+    """Size of the whole file by the head of a partial answer; None where it is not given.
 
     Raises:
         WrongContentError: if the answer is another range than was asked for.

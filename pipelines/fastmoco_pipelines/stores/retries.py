@@ -25,7 +25,7 @@ class Limits:
     """Bounds of a transfer; the defaults give up on a dead server after about two minutes."""
 
     connect_seconds: float = 15
-    """Until a connection stands."""
+    """Until a connection is established."""
     respond_seconds: float = 60
     """From the request until the head of the answer is complete."""
     read_seconds: float = 30
@@ -55,16 +55,16 @@ def retried(
     attempt: Callable[[], T],
     arrived: Callable[[], int] = lambda: 0,
 ) -> T:
-    """The result of the first attempt that succeeds. An attempt that brought something on does not
-    count as a failure.
+    """The result of the first attempt that succeeds. An attempt that received further bytes does
+    not count as a failure.
 
     Args:
         url: of the file.
         limits: tries and pauses.
         deadline: of `time.monotonic()`: no try begins after it.
-        stop: set when nobody wants it any more.
+        stop: set when the result is no longer needed.
         attempt: one try, which raises PassingError where another one may succeed.
-        arrived: bytes at hand.
+        arrived: returns the number of bytes received so far.
 
     Raises:
         RemoteError: the attempt's own, or its last PassingError with what was tried.
@@ -97,8 +97,8 @@ def retried(
 
 
 def _tell_once(url: str, message: str) -> None:
-    """Say it on the console, at the first failure of a host in this process: pauses would pass for
-    a hang."""
+    """Log the first failure of each host in this process: without it, pauses would look like a
+    hang."""
     host = urlsplit(redact(url)).netloc
     with _lock:
         if host in _told:

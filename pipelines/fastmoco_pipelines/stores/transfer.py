@@ -30,21 +30,21 @@ MAX_DOCUMENT_BYTES = 1 << 30  # an index holds about 80 bytes a sample
 
 
 class PartFile(Protocol):
-    """A file in the making, that may outlive the process that makes it."""
+    """A partly written file, which may outlive the process that writes it."""
 
     descriptor: int
 
     def resume_point(self) -> tuple[int, str]:
-        """Bytes at hand, and the validator of the file that they belong to; (0, "") where there is
-        nothing to go on with."""
+        """Bytes received, and the validator of their file; (0, "") where there is nothing to
+        continue."""
 
     def restart(self, validator: str) -> None:
-        """Throw away what is at hand, and begin anew with a file of this validator."""
+        """Discard the bytes received, and start again with a file of this validator."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RemoteShard:
-    """A tar on a server, and all that says whether a copy of it is right."""
+    """A tar on a server, and what its copies are checked against."""
 
     url: str
     size: int
@@ -56,9 +56,9 @@ class RemoteShard:
     rows: NDArray[np.int64]
     """[samples, 3]: offset, size in bytes and crc32 of each sample, by the index."""
     key: str
-    """Name of its copy in a cache: of where it lies (without user, password and query, which change
-    while the file does not) and of what it holds. Shards of one file name in two folders, or two
-    states of a shard, have two."""
+    """Name of its copy in a cache: a hash of its URL (without user, password and query, which
+    change while the file does not) and its content. Shards of one file name in two folders, or two
+    states of a shard, have different keys."""
 
     @classmethod
     def from_index(cls, url: str, index: ShardIndex, sha256: str | None) -> Self:
@@ -95,11 +95,10 @@ def fetch_document(
     """A small file, whole.
 
     Args:
-        url: where it lies.
+        url: of the file.
         limits: times and tries.
-        stop: set when nobody wants it any more.
-        known: validator and content of the copy at hand, which is used again if the file is still
-            the same.
+        stop: set when the result is no longer needed. known: validator and content of an earlier
+            copy, which is used again if the file is unchanged.
         most: bytes that it may have.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What DALI is told about each sample: draws turned into the per-sample arguments of its operators.
+"""Draws turned into the per-sample arguments of DALI's operators.
 
 Plain numpy, so that the mapping from the draws to DALI's units can be read and tested without DALI.
 """
@@ -26,8 +26,7 @@ is."""
 
 def operations(spec: ViewSpec) -> frozenset[str]:
     """DALI's operations that can touch an image under this spec; the others are left out of the
-    graph. With exact colours everything behind the resize is done elsewhere
-    (:mod:`.exact_color`)."""
+    graph. With exact color everything after the resize is done elsewhere (:mod:`.exact_color`)."""
     if spec.color == "exact":
         return frozenset()
     jitter = spec.jitter_probability > 0
@@ -35,7 +34,7 @@ def operations(spec: ViewSpec) -> frozenset[str]:
         "flip": spec.flip_probability > 0,
         "brightness": jitter and spec.brightness > 0,
         "contrast": jitter and spec.contrast > 0,
-        "colour": (jitter and (spec.saturation > 0 or spec.hue > 0))
+        "color": (jitter and (spec.saturation > 0 or spec.hue > 0))
         or spec.grayscale_probability > 0,
         "blur": spec.blur_probability > 0 and spec.blur_sigma[1] >= _SMALLEST_SIGMA,
         "solarize": spec.solarize_probability > 0,
@@ -56,11 +55,11 @@ def named_inputs(draws: ViewDraws, spec: ViewSpec, prefix: str) -> dict[str, NDA
         inputs["brightness"] = draws.brightness
     if "contrast" in uses:
         inputs["contrast"] = draws.contrast
-    if "colour" in uses:
-        inputs["colour"] = colour_matrices(draws)
+    if "color" in uses:
+        inputs["color"] = color_matrices(draws)
         # As in TRUNCATION: Pillow cuts after a change of saturation, while its greyscale rounds.
         cut = (draws.saturation != 1) & ~draws.grayscale
-        inputs["colour_shift"] = np.where(cut, np.float32(TRUNCATION), np.float32(0))[
+        inputs["color_shift"] = np.where(cut, np.float32(TRUNCATION), np.float32(0))[
             :, None
         ].repeat(3, axis=1)
     if "blur" in uses:
@@ -78,7 +77,7 @@ def named_inputs(draws: ViewDraws, spec: ViewSpec, prefix: str) -> dict[str, NDA
     return {prefix + name: value for name, value in inputs.items()}
 
 
-def colour_matrices(draws: ViewDraws) -> NDArray[np.float32]:
+def color_matrices(draws: ViewDraws) -> NDArray[np.float32]:
     """[B, 3, 3] float32: saturation, then hue, then greyscale, as one matrix acting on (R, G, B).
 
     Saturation s is s * I + (1 - s) * (luma in every row); greyscale is the luma in every row. Hue

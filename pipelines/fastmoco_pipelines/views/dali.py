@@ -6,7 +6,7 @@ DALI draws nothing here. Crop windows, flips, strengths and sigmas arrive per sa
 the step number. What differs from the PIL semantics of :mod:`.reference`, and by how much, is
 written down in docs/views.md and held by tests.
 
-Colour stays uint8 between operations, because PIL rounds and clips there. An operation that a
+Color stays uint8 between operations, because PIL rounds and clips there. An operation that a
 :class:`ViewSpec` never applies is not in the graph; one that touches only a share of the images
 (blur, solarize) runs on that share alone. A view with `color="exact"` leaves the graph as bytes, on
 a GPU after its resize and on the CPU after decoding, and :mod:`.exact_color` does the rest.
@@ -106,8 +106,8 @@ class ViewPipeline:
 
     @property
     def augment_seconds(self) -> float:
-        """Seconds of the last run behind DALI: cutting and colouring exact views, or taking over
-        what DALI made."""
+        """Seconds of the last run after DALI: making exact views, or taking over the views of
+        DALI."""
         return self._engine.finish_seconds
 
     def _cut_here(self, view: ViewSpec) -> bool:
@@ -167,7 +167,7 @@ class ViewPipeline:
         return tuple(self._engine.run(encoded, inputs, finish, before_output))
 
     def _finish(self, output: Any, view: ViewSpec, draws: ViewDraws) -> Tensor:
-        """One output of DALI's graph that is a view, or one without its colours."""
+        """One output of DALI's graph that is a view, or a view before its color operations."""
         tensor = from_dlpack(output.as_tensor())
         if view.color == "exact":
             return exact_color(tensor, view, draws, dtype=self._dtype)

@@ -65,7 +65,7 @@ class Engine:
         )
         require(threads >= 1, "threads", threads, "needs at least one thread")
         require(device in ("cpu", "gpu"), "device", device, 'is "cpu" or "gpu"')
-        # DALI would keep buffers of 32 MiB and more for ever. Read when it first allocates; a
+        # DALI would keep buffers of 32 MiB and more indefinitely. Read when it first allocates; a
         # user's own setting stays.
         os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "0")
         self.finish_seconds = 0.0

@@ -1,4 +1,4 @@
-"""The pieces of DALI's graph: decode, cut, colour, normalise. What is drawn arrives as inputs, by
+"""The pieces of DALI's graph: decode, cut, color, normalise. What is drawn arrives as inputs, by
 name (:mod:`.arguments`)."""
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def cut_view(
     images: Any, spec: ViewSpec, device: Device, prefix: str, *, as_levels: bool = False
 ) -> Any:
     """One view of the decoded images, operations in the order of :class:`ViewSpec`; with exact
-    colours only resized.
+    color only resized.
 
     `as_levels` leaves out the normalisation.
     """
@@ -93,11 +93,11 @@ def cut_view(
             contrast_center=grey_mean,
             brightness_shift=TRUNCATION / 255,
         )
-    if "colour" in uses:
+    if "color" in uses:
         view = fn.coord_transform(
             view,
-            M=argument("colour", ndim=2),
-            T=argument("colour_shift", ndim=1),
+            M=argument("color", ndim=2),
+            T=argument("color_shift", ndim=1),
             dtype=types.UINT8,
         )
     if "blur" in uses:

@@ -44,6 +44,6 @@ def build_pipeline(graph: Callable[[], Any], **options: Any) -> Pipeline:
 
 
 def cause_of(error: Exception) -> str:
-    """What an error of DALI says went wrong, without the traceback of the graph around it."""
+    """The cause in an error of DALI, without the traceback of the graph around it."""
     found = re.search(r"encountered:\s*(.+)", str(error))
     return found[1] if found else str(error)

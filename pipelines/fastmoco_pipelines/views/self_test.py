@@ -23,7 +23,7 @@ from fastmoco_pipelines.spec import Device, EvalSpec
 from fastmoco_pipelines.views.reference import reference_eval
 
 LIMIT_LEVELS = 4.0
-"""Mean distance from Pillow, in levels of 255, that a decoder may have; GPUs interpolate colour
+"""Mean distance from Pillow, in levels of 255, that a decoder may have; GPUs interpolate color in
 another way."""
 DEADLINE_SECONDS = 180.0
 _SPEC = EvalSpec(size=48, resize=48)
@@ -40,7 +40,7 @@ _KINDS: tuple[tuple[str, dict[str, object]], ...] = (
 
 
 def sample_jpegs() -> list[NDArray[np.uint8]]:
-    """Eight small JPEGs, each [bytes] uint8, smooth as photographs are: grey and colour, four
+    """Eight small JPEGs, each [bytes] uint8, smooth as photographs are: grey and color, four
     samplings, baseline and progressive, odd sizes."""
     rng, files = np.random.default_rng(0), []
     for number, (mode, options) in enumerate(_KINDS):
@@ -87,7 +87,7 @@ def require_working_decoder(
     else:
         if done.returncode == 0:
             return
-        last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
         said = f"died of signal {-done.returncode}" if done.returncode < 0 else f"failed: {last}"
     raise DecoderBrokenError(
         f"DALI cannot decode ordinary JPEGs on this machine's {device}: a test of eight {said}. Reinstall the DALI that fits the "

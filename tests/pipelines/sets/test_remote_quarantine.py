@@ -111,7 +111,7 @@ def test_a_list_that_cannot_be_had_is_an_error_and_never_passed_over(folder, spe
         bad, news, _ = known(f"{server.url}/", spec)
         assert bad == []
         assert "access is refused (HTTP 403)" in news[0]
-        assert "taken for absent" in news[0]
+        assert "treated as absent" in news[0]
         del server.always[NAME]
         monkeypatch.setattr(remote_set, "MAX_LIST_BYTES", 100)
         with pytest.raises(RemoteError, match=rf"{NAME}: is larger than 100 bytes"):

@@ -235,7 +235,7 @@ def test_an_index_that_lost_samples_contradicts_the_manifest(packed, tmp_path):
     content = unsealed(path)
     columns = ("key", "extension", "offset", "size", "crc32", "label", "height", "width")
     path.write_bytes(sealed_json(content | {name: content[name][:-1] for name in columns}))
-    with pytest.raises(ShardError, match=r"train-000000\.tar: 15 samples, manifest\.json says 16"):
+    with pytest.raises(ShardError, match=r"train-000000\.tar: 15 samples, but 16 in manifest\.json"):
         ShardSet.open(str(folder))
 
 
@@ -275,7 +275,7 @@ def test_a_header_that_contradicts_the_index_is_refused(format, tmp_path, noise_
     with ShardSet.open(str(path)) as shards:
         assert len(shards.read(np.array([0, 2]))) == 2
         with pytest.raises(
-            ShardError, match=r"x\.tar: 1\.\w+: its header says 56x40 pixels, the index 9x8: run `fastmo"
+            ShardError, match=r"x\.tar: 1\.\w+: its header declares 56x40 pixels, the index 9x8: run `fastmo"
         ):
             shards.read(np.arange(3))
 
