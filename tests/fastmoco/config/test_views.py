@@ -99,8 +99,8 @@ def test_an_image_size_carries_small_crops_along_to_whole_patches():
             r"data.view1.size=224: must be model.image_size=112",
         ),
         (
-            lambda: from_json({"data": {"more_views": [{"sise": 3}]}}),
-            r"config.data.more_views.0=\['sise'\]: these fields do not exist",
+            lambda: from_json({"data": {"more_views": [{"colour_of": 3}]}}),
+            r"config.data.more_views.0=\['colour_of'\]: these fields do not exist",
         ),
     ],
 )
