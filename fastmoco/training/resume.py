@@ -36,6 +36,7 @@ ALLOWABLE = (
     "model.momentum_linears",
     "data.view1",
     "data.view2",
+    "data.more_views",
 )
 """Fields (or groups) that change what is trained but leave the state and the order of the images usable; with --allow only."""
 
