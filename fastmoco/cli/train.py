@@ -13,6 +13,7 @@ from fastmoco.distributed.mesh import start_world, stop_world
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, RunError, one_line, say
 from fastmoco.faults import restarts
 from fastmoco.faults.first_cause import first_cause
+from fastmoco.models.precision import choose_precision
 from fastmoco.run.curves import draw_curves
 from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
@@ -74,7 +75,8 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
         config = replace(saved, knn=knn, device="auto")
         world = start_world(config.device)
         threads = setup.share_cores(config)
-        monitor = setup.build_knn(config, world, threads=threads)
+        precision = choose_precision(config.precision, world.device)
+        monitor = setup.build_knn(config, world, threads=threads, precision=precision)
         if monitor is None:
             raise RunError("name the shards to classify with --test")
         accuracy = monitor.measure(objective.to(world.device).encoder, 0.0)

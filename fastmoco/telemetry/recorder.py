@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ from fastmoco.telemetry.stability import (
     GradientRecorder,
     SpikeDetector,
     feature_std,
-    gradient_norms,
     pair_cosines,
 )
 from fastmoco_pipelines.loading.stages import StageFigures
@@ -52,7 +50,6 @@ class Recorder:
             global_batch_size=config.global_batch_size, total_steps=resolved.total_steps, first_step=start_step
         )
         self._gradients, self._spikes = GradientRecorder(), SpikeDetector()
-        self._places: Mapping[str, tuple[str, ...]] | None = None
         self._collapse = CollapseDetector(dim=config.model.projection_dim)
         self._forgetting = ForgettingDetector()
         self._dips = DipDetector()
@@ -81,13 +78,9 @@ class Recorder:
         if best is not None:
             self._dips.observe(0, best)
 
-    def gradients(self, step: int, objective: Any) -> dict[str, Tensor]:
-        """Keep this step's gradient norms on the device, and give them; call it between backward and update."""
-        if self._places is None:
-            self._places = objective.places()
-        norms = gradient_norms(objective.named_parameters(), self._places)
+    def gradients(self, step: int, norms: Mapping[str, Tensor]) -> None:
+        """Keep the gradient norms of a step (`gradient_norms`) on their device. No host sync."""
         self._gradients.record(step, norms)
-        return norms
 
     def rolled_back(self, step: int, to: int) -> None:
         """Write that the state is that of an earlier step again."""

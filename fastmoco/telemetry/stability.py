@@ -105,7 +105,7 @@ def chance_loss(*, temperature: float, keys: int) -> float:
 def gradient_norms(
     named_parameters: Iterable[tuple[str, Tensor]], places: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Tensor]:
-    """L2 norms of the gradients, by place in the network, accumulated in float32.
+    """L2 norms of the gradients, by place in the network, in one pass over them, accumulated in float32 or wider.
 
     Args:
         named_parameters: of the objective, after backward. Parameters without a gradient (frozen, momentum side) are left
@@ -113,7 +113,7 @@ def gradient_norms(
         places: where each parameter counts, by its name (`Objective.places`); one without a place counts in the total alone.
 
     Returns:
-        Scalars float32 on the parameters' device, no host sync: each place that has a gradient, in the order of the network
+        Scalars, at least float32, on the parameters' device, no host sync: each place that has a gradient, in the order of the network
         (`patch_embed`, `first_block`, `last_block`, `heads`), and `total`. `first_block` is the first block of the ViT, the
         layer nearest to the input that is trained when the patch projection is frozen.
         `total` alone is a poor alarm: early on the class token dominates it (it starts at 1e-6 and a LayerNorm divides
@@ -124,9 +124,9 @@ def gradient_norms(
         return {"total": torch.zeros(())}
     wide = torch.promote_types(found[0][1].dtype, torch.float32)
     grads = [grad for _, grad in found]
-    norms = torch.stack(torch._foreach_norm(local(grads), 2, wide)).float()
+    norms = torch.stack(torch._foreach_norm(local(grads), 2, wide))
     if not all_plain(grads):
-        norms = sums_over_shards([norms.double().square()], grads)[0].sqrt().float()
+        norms = sums_over_shards([norms.double().square()], grads)[0].sqrt().to(wide)
     groups: dict[str, list[int]] = {}
     for index, (name, _) in enumerate(found):
         for place in places.get(name, ()):

@@ -18,7 +18,6 @@ import fastmoco
 from fastmoco.config import Config, Resolved
 from fastmoco.distributed.mesh import World
 from fastmoco.evaluation.monitor import KnnMonitor
-from fastmoco.models.precision import choose_precision
 from fastmoco.optim.averaged import AveragedOptimizer
 from fastmoco.optim.build import name_of
 from fastmoco_kernels.attention.choice import AttentionChoice
@@ -116,7 +115,9 @@ def build_train_loader(
     )
 
 
-def build_knn(config: Config, world: World, *, threads: int, quarantine_list: Path | None = None) -> KnnMonitor | None:
+def build_knn(
+    config: Config, world: World, *, threads: int, precision: str, quarantine_list: Path | None = None
+) -> KnnMonitor | None:
     """The kNN monitor that a config asks for; None without held-out shards or without an interval."""
     if not config.knn.test_shards or config.knn.every_epochs == 0:
         return None
@@ -125,7 +126,7 @@ def build_knn(config: Config, world: World, *, threads: int, quarantine_list: Pa
         world,
         threads=config.data.threads or threads,
         device=data_device(config, world),
-        precision=choose_precision(config.precision, world.device),
+        precision=precision,
         quarantine_list=quarantine_list,
     )
 
