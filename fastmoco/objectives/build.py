@@ -13,13 +13,16 @@ from fastmoco.models import float8, float8_inference
 from fastmoco.models.blocks import Block
 from fastmoco.models.precision import choose_precision
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
+from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.moco_v3 import MoCoV3
+from fastmoco.recipes.byol import BYOLConfig
 from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
 
 BuildEncoder: TypeAlias = Callable[[], VisionTransformer]
 OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objective]] = {
     MoCoV3Config: MoCoV3.build,
+    BYOLConfig: BYOL.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an encoder."""
 

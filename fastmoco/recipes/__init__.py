@@ -1,7 +1,8 @@
-"""Recipes: functions that return a whole `Config`, named model_epochs_batch.
+"""Recipes: functions that return a complete `Config`, named model_epochs_batch.
 
-The ImageNet recipes carry the official numbers of MoCo v3 (temperature 0.2, base learning rate 1.5e-4, weight decay 0.1,
-momentum 0.99 rising to 1, 40 epochs of warm-up, crops from 8 % of the area). The small ones train in minutes on a CPU.
+The ImageNet recipes have the official numbers of MoCo v3 (temperature 0.2, base learning rate
+1.5e-4, weight decay 0.1, momentum 0.99 rising to 1, 40 epochs of warm-up, crops from 8 % of the
+area). The small ones train in minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fastmoco.config import Config
+from fastmoco.recipes.byol import byol_digits, byol_vit_s16_e300_b4096
 from fastmoco.recipes.moco_v3 import vit_b16_e300_b4096, vit_s16_e300_b1024, vit_s16_e300_b4096
 from fastmoco.recipes.small import (
     quickstart_digits,
@@ -40,15 +42,18 @@ RECIPES: dict[str, Callable[[], Config]] = {
         vit_nano7_e12_b256,
         vit_nano8_e60_b256,
         quickstart_digits,
+        byol_vit_s16_e300_b4096,
+        byol_digits,
     )
 }
 
 
 def with_image_size(config: Config, image_size: int, *, patch_size: int | None = None) -> Config:
-    """The same recipe at another image size: both views follow, and the blur, which is in pixels, scales along.
+    """The recipe at another image size. Both views get this size, and the blur,
+    which is in pixels, scales with it.
 
     Raises:
-        ValueError: if `image_size` is no multiple of the patch size.
+        ValueError: if `image_size` is not a multiple of the patch size.
     """
 
     def resized(view: ViewSpec) -> ViewSpec:
@@ -64,7 +69,7 @@ def get_recipe(name: str) -> Config:
     """The config of a recipe.
 
     Raises:
-        ValueError: if there is none of that name, with the nearest ones.
+        ValueError: if there is no recipe of that name; the message suggests similar names.
     """
     if name in RECIPES:
         return RECIPES[name]()
