@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool =
     finally:
         trainer.close()
     if world.rank == 0 and code == EXIT_FINISHED:
-        _draw(trainer.folder, config.recipe)
+        _draw(trainer.folder, config.recipe, trainer.figures)
     stop_world()
     return code
 
@@ -81,17 +81,17 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
         monitor = setup.build_knn(config, world, threads=threads, precision=precision)
         if monitor is None:
             raise RunError("no shards to classify; give them with --test")
-        accuracy = monitor.measure(objective.to(world.device).encoder, 0.0)
+        accuracy = monitor.evaluate(objective.to(world.device).encoder)["knn"]
     stop_world()
     if world.rank == 0:
         print(json.dumps({"run": str(run), "step": checkpoint.step, "knn": round(accuracy, 6), "k": k}))
     return EXIT_FINISHED
 
 
-def _draw(folder: RunFolder, title: str) -> None:
+def _draw(folder: RunFolder, title: str, figures: Mapping[str, str]) -> None:
     """Draw the curves if matplotlib is installed; an error here does not fail a finished run."""
     try:
-        draw_curves(folder.metrics, folder.curves, title=title)
+        draw_curves(folder.metrics, folder.curves, title, figures=figures)
     except ImportError:
         say(f"{folder.curves.name} not drawn; it needs pip install '.[logging]' in the source folder of fastmoco")
     except (ValueError, OSError) as error:

@@ -17,6 +17,7 @@ import torch
 import fastmoco
 from fastmoco.config import Config, Resolved
 from fastmoco.distributed.mesh import World
+from fastmoco.evaluation.interface import Monitor
 from fastmoco.evaluation.monitor import KnnMonitor
 from fastmoco.optim.averaged import AveragedOptimizer
 from fastmoco.optim.build import name_of
@@ -115,10 +116,26 @@ def build_train_loader(
     )
 
 
+def build_monitors(
+    config: Config, world: World, *, threads: int, precision: str, quarantine_list: Path | None = None
+) -> list[Monitor]:
+    """The evaluations that a config asks for while it trains.
+
+    Args:
+        config: the run.
+        world: this process among those that train.
+        threads: of DALI, where the config does not say.
+        precision: of the encoder: "bf16", "fp32" or "fp64".
+        quarantine_list: the run's list of bad images.
+    """
+    knn = build_knn(config, world, threads=threads, precision=precision, quarantine_list=quarantine_list)
+    return [knn] if knn is not None else []
+
+
 def build_knn(
     config: Config, world: World, *, threads: int, precision: str, quarantine_list: Path | None = None
 ) -> KnnMonitor | None:
-    """The kNN monitor that a config asks for; None without held-out shards or without an interval."""
+    """The kNN monitor; None without held-out shards or without an interval."""
     if not config.knn.test_shards or config.knn.every_epochs == 0:
         return None
     return KnnMonitor(

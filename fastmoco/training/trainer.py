@@ -18,9 +18,9 @@ from fastmoco.config import Config, resolve
 from fastmoco.config.serial import to_json
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import EXIT_FINISHED, EXIT_STOPPED
-from fastmoco.evaluation.monitor import KnnMonitor
+from fastmoco.evaluation.interface import Monitor, saved_states
 from fastmoco.faults import restarts
-from fastmoco.faults.pulse import Pulse
+from fastmoco.faults.pulse import Pulse, Section
 from fastmoco.faults.stop_signal import StopSignal
 from fastmoco.faults.watchdog import Watchdog
 from fastmoco.models.precision import choose_precision
@@ -57,7 +57,7 @@ class Trainer:
         world: World,
         folder: RunFolder,
         loader: Loader | SyntheticLoader,
-        knn: KnnMonitor | None,
+        monitors: Sequence[Monitor],
         checkpoint: Checkpoint | None,
         identity: RunIdentity,
         precision: str,
@@ -66,7 +66,7 @@ class Trainer:
         self.world = world
         self.folder = folder
         self.loader = loader
-        self.knn = knn
+        self.monitors = monitors
         self.precision = precision
         self.identity = identity if checkpoint is None else identity.taking_over(checkpoint.run_id)
         self.resolved = resolve(config, world_size=world.world_size, sample_count=loader.sample_count)
@@ -90,8 +90,9 @@ class Trainer:
         if checkpoint is not None:
             self._take_state(checkpoint)
             self.step_count = checkpoint.step
-            if knn is not None:
-                knn.load_state_dict(checkpoint.state["knn"])
+            states = saved_states(checkpoint.state)
+            for monitor in monitors:
+                monitor.load_state_dict(states.get(monitor.name, {}))
 
         # What goes on around the steps.
         self.pulse = Pulse(config.faults)
@@ -149,7 +150,7 @@ class Trainer:
             if checkpoint is not None:
                 resume.require_same_run(checkpoint, config, precision, loader.digest, folder, allow)
                 resume.require_same_order(checkpoint, loader.order_digest)
-            knn = setup.build_knn(
+            monitors = setup.build_monitors(
                 config, world, threads=threads, precision=precision, quarantine_list=folder.quarantine
             )
             trainer = cls(
@@ -157,7 +158,7 @@ class Trainer:
                 world=world,
                 folder=folder,
                 loader=loader,
-                knn=knn,
+                monitors=monitors,
                 checkpoint=checkpoint,
                 identity=who,
                 precision=precision,
@@ -166,6 +167,11 @@ class Trainer:
             undo.pop_all()
         return trainer
 
+    @property
+    def figures(self) -> dict[str, str]:
+        """Metric name -> label of all accuracies that are measured while training."""
+        return {name: label for monitor in self.monitors for name, label in monitor.figures.items()}
+
     def _open_records(self, checkpoint: Checkpoint | None) -> Recorder:
         """Open the records at the step of the checkpoint, and report what a user should know of it."""
         saved = {"config": to_json(self.config), "resolved": self._describe(), **self.identity.to_json()}
@@ -173,16 +179,23 @@ class Trainer:
             # Without a checkpoint nothing of what a killed run wrote still holds, its step 0 included.
             self.folder.trim_metrics(self.step_count if checkpoint is not None else -1)
             self.folder.write_config(saved)
-        recorder = Recorder(self.config, self.resolved, self.folder, self.world, start_step=self.step_count)
+        recorder = Recorder(
+            self.config,
+            self.resolved,
+            self.folder,
+            self.world,
+            start_step=self.step_count,
+            figures=self.figures,
+        )
         recorder.event(f"attention: {self.attention}")
         plan, strategy, blocks = self.gradients.plan, self.gradients.strategy, self.gradients.compile
         recorder.event(f"batch: {plan}; parallel: {strategy}; blocks: {blocks}")
         if self.config.batch.cuda_graphs:
             recorder.event(f"CUDA graphs replay {self.gradients.replays}")
         self.loader.report = recorder.event_of_any_rank
-        if self.knn is not None:
-            self.knn.report = recorder.event
-            recorder.known_knn(self.knn.last, self.knn.best)
+        for monitor in self.monitors:
+            monitor.report = recorder.event
+            recorder.known(monitor.last, monitor.best)
         for name in [*self.folder.take_leftovers(), *(folder.name for folder in self.saving.leftovers)]:
             recorder.event(f"ignored {name}, which a killed run left behind")
         if checkpoint is not None:
@@ -233,7 +246,7 @@ class Trainer:
         stop = StopSignal(self.pulse, self.folder, self.world)
         with stop, Watchdog(self.world, self.pulse, self.config.faults):
             self.folder.mark(None)
-            self._measure_knn(force=self.step_count == 0)
+            self._measure(force=self.step_count == 0)
             while self.step_count < last:
                 if self._asked_to_stop(stop):
                     self._save(force=True)
@@ -241,7 +254,7 @@ class Trainer:
                     recorder.event(f"{stop.received or 'a peer was asked to stop'}: saved step {self.step_count}")
                     return EXIT_STOPPED
                 self._one_step()
-                self._measure_knn(force=self.step_count == total)
+                self._measure(force=self.step_count == total)
                 if max_steps is None:
                     self._save(force=self.step_count == last)
             if max_steps is None:  # while signals are still heard: what is saved to the end was not stopped
@@ -258,7 +271,7 @@ class Trainer:
     def _one_step(self) -> None:
         """Fetch, step, record. Only logged steps read numbers back from the device."""
         try:
-            with self.pulse.inside("data", self.config.data.timeout_s + 60):
+            with self.pulse.inside(Section.DATA, self.config.data.timeout_s + 60):
                 batch = self.loader.next()
         except ShardError:
             if self.world.world_size == 1:
@@ -289,15 +302,15 @@ class Trainer:
         """Whether a step is logged: every so many, the first and the last."""
         return step % self.config.log_every_steps == 0 or step in (1, self.resolved.total_steps)
 
-    def _measure_knn(self, *, force: bool) -> None:
-        """A kNN measurement if one is due and within its time budget."""
-        if self.knn is None:
-            return
-        epoch = self.step_count / self.resolved.steps_per_epoch
-        if force or (self._logs(self.step_count) and self.knn.is_due(epoch)):
-            with self.recorder.paused(), self.pulse.inside("kNN", 6 * DEADLINE_S):
-                accuracy = self.knn.measure(self.objective.encoder, epoch)
-            self.recorder.knn(self.step_count, accuracy)
+    def _measure(self, *, force: bool) -> None:
+        """The evaluations that are due and within their time budget; all of them if forced."""
+        epoch = self.progress(self.step_count).epoch
+        for monitor in self.monitors:
+            if force or (self._logs(self.step_count) and monitor.is_due(epoch)):
+                doing = ", ".join(monitor.figures.values())
+                with self.recorder.paused(), self.pulse.inside(Section.MEASUREMENT, 6 * DEADLINE_S, doing):
+                    figures = monitor.measure(self.objective.encoder, epoch)
+                self.recorder.measured(self.step_count, figures)
 
     def _save(self, *, force: bool) -> None:
         """Write a checkpoint if one is due; a forced one is on the disk, of all ranks, when this returns."""
@@ -310,7 +323,7 @@ class Trainer:
             "config": to_json(self.config),
             "resolved": self._describe(),
             "data": self.loader.state_dict(),
-            "knn": self.knn.state_dict() if self.knn is not None else {},
+            "monitors": {monitor.name: monitor.state_dict() for monitor in self.monitors},
             "rollback": self.rollback.state_dict(),
             "run_id": self.identity.run_id,
             "twin_advanced": not self.step_count or self._last_move(self.step_count) is not None,

@@ -21,7 +21,7 @@ from fastmoco.telemetry.stability import ForgettingDetector, gradient_norms
 def _recorder(folder):
     config = get_recipe("quickstart_digits")
     resolved = resolve(config, world_size=1, sample_count=1437)
-    return Recorder(config, resolved, RunFolder(folder), World(), start_step=0)
+    return Recorder(config, resolved, RunFolder(folder), World(), start_step=0, figures={"knn": "kNN"})
 
 
 def _rows(recorder, tmp_path):
@@ -95,7 +95,7 @@ def test_forgetting_is_noticed_once_and_only_after_learning():
 def test_knn_dips_are_said(tmp_path, capsys):
     recorder = _recorder(tmp_path)
     for step, accuracy in ((0, 0.5), (10, 0.8), (20, 0.7)):
-        recorder.knn(step, accuracy)
+        recorder.measured(step, {"knn": accuracy})
     assert "kNN fell to 70.0%" in capsys.readouterr().out
     assert [row["knn"] for row in _rows(recorder, tmp_path)] == [0.5, 0.8, 0.7]
 
