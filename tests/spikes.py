@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from fastmoco.config import CheckpointConfig
 from fastmoco.config.faults import FaultConfig
 from fastmoco.objectives import Output
+from fastmoco.objectives.interface import Progress
 from fastmoco.training.trainer import Trainer
-from fastmoco_pipelines import Batch
 from tests.distributed.run_trainer import CONFIG
 
 EVERY, SPIKE, LOGGED, TOTAL = 4, 26, 27, 30
@@ -30,20 +29,17 @@ ROLLING = replace(
 
 def spike(trainer: Trainer, *numbers: int, factor: float = 1e4) -> Trainer:
     """Make the gradients of the steps of these numbers (the first is 1) so many times as long, on this rank's part of them."""
-    plain = trainer.step
+    plain = trainer.train_step.forward_backward
 
-    def step(batch: Batch, *, inspect: Callable[[], None] | None = None) -> Output:
-        def spoil() -> None:
-            for parameter in trainer.objective.parameters():
-                if batch.step + 1 in numbers and parameter.grad is not None:
-                    grad: Any = parameter.grad
-                    (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(factor)
-            if inspect is not None:
-                inspect()
+    def forward_backward(*views: Any, at: Progress, **options: Any) -> Output:
+        output = plain(*views, at=at, **options)
+        for parameter in trainer.objective.parameters():
+            if at.step + 1 in numbers and parameter.grad is not None:
+                grad: Any = parameter.grad
+                (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(factor)
+        return output
 
-        return plain(batch, inspect=spoil)
-
-    trainer.step = step  # type: ignore[method-assign]
+    trainer.train_step.forward_backward = forward_backward
     return trainer
 
 

@@ -6,7 +6,7 @@ Every test of a step takes its device as a parameter: what runs on a GPU machine
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastmoco.config import BatchConfig, Config, ModelConfig
 from fastmoco.distributed.mesh import World
-from fastmoco.objectives import MoCoV3
+from fastmoco.objectives import MoCoV3, Output
 from fastmoco.objectives.reference import plain_forward
 from fastmoco.recipes import vit_nano8_e60_b256, with_image_size
 from fastmoco.training.trainer import Trainer
@@ -92,6 +92,23 @@ def _move_apart(objective: MoCoV3) -> None:
             add(own[name], 0.0 if name.startswith("head.") else 0.05)
             average.copy_(own[name])
             add(average, 0.02)
+
+
+@contextmanager
+def after_backward(trainer: Trainer, act: Callable[[], object]) -> Iterator[None]:
+    """Within it, every step calls `act` between its backward and its pass over the gradients."""
+    plain = trainer.train_step.forward_backward
+
+    def with_act(*views: Tensor, **options: Any) -> Output:
+        output = plain(*views, **options)
+        act()
+        return output
+
+    trainer.train_step.forward_backward = with_act
+    try:
+        yield
+    finally:
+        trainer.train_step.forward_backward = plain
 
 
 def images_of(config: Config, step: int, device: str, *, rows: int = IMAGES) -> Batch:

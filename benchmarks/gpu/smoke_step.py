@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from benchmarks.contest import relative_error
 from benchmarks.gpu.checks import Check, Place
 from fastmoco.config import BatchConfig, Config, KnnConfig
 from fastmoco.distributed.mesh import start_world
+from fastmoco.objectives import Output
 from fastmoco.recipes import quickstart_digits
 from fastmoco.training.trainer import Trainer
 
@@ -63,12 +64,26 @@ def _no_waiting(place: Place) -> Iterator[None]:
 def _gradients(trainer: Trainer) -> Tensor:
     found: list[Tensor] = []
 
-    def inspect() -> None:
+    def keep() -> None:
         grads = (p.grad for p in trainer.objective.parameters())
         found.append(torch.cat([grad.flatten().float() for grad in grads if grad is not None]))
 
-    trainer.step(trainer.loader.next(), inspect=inspect)
+    _step(trainer, keep)
     return found[0]
+
+
+def _step(trainer: Trainer, act: Callable[[], None]) -> None:
+    """One step, and something done between its backward and its pass over the gradients."""
+    plain = trainer.train_step.forward_backward
+
+    def forward_backward(*views: Tensor, **options: Any) -> Output:
+        output = plain(*views, **options)
+        act()
+        return output
+
+    trainer.train_step.forward_backward = forward_backward
+    trainer.step(trainer.loader.next())
+    trainer.train_step.forward_backward = plain
 
 
 def _chunks_equal_the_whole(place: Place) -> Errors:
@@ -100,7 +115,7 @@ def _a_bad_step_leaves_no_trace(place: Place) -> Errors:
             assert grad is not None
             grad[..., 0] = float("inf")
 
-        trainer.step(trainer.loader.next(), inspect=poison)
+        _step(trainer, poison)
         after = list(trainer.objective.encoder.parameters())
         moved = sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
         trainer.step(trainer.loader.next())
