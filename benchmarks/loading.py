@@ -108,11 +108,9 @@ class Job:
 def fastmoco_feed(job: Job, color: Color, name: str = "") -> Feed:
     """fastmoco's loader."""
     on_gpu = job.device.type == "cuda"
-    view1, view2 = job.views(color)
     spec = LoaderSpec(
         shards=job.shards,
-        view1=view1,
-        view2=view2,
+        views=job.views(color),
         global_batch_size=job.batch,
         device="gpu" if on_gpu else "cpu",
         threads=job.threads,

@@ -144,12 +144,10 @@ def _keep_pace(job: dict[str, Any], step: int, until: float) -> None:
 
 
 def _build(job: dict[str, Any], shards: str, step: int, keeps_list: int | None) -> Loader:
-    view1, view2 = moco_v3_views(job["size"])
     remote = "://" in shards
     spec = LoaderSpec(
         shards=shards,
-        view1=view1,
-        view2=view2,
+        views=moco_v3_views(job["size"]),
         global_batch_size=job["batch"],
         threads=1,
         cache_dir=str(Path(job["folder"]) / "cache") if remote else "",

@@ -158,7 +158,7 @@ def count_step(
             raise RuntimeError(f"{blocks.calls} compiled graphs ran where {calls} had been compiled: counted nothing")
     heads = found["heads"]
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    averaged = sum(p.numel() for p in objective.averages())
+    averaged = sum(p.numel() for p in objective.averages() if p.requires_grad)
     heads.add("sweep", sweep_bytes(trained, averaged=averaged))
     return StepCounts(chunk=chunk, **found)
 

@@ -104,7 +104,7 @@ def test_the_workers_do_not_start_workers(given: list[str]) -> None:
 
 def test_gpus_inside_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(RunError, match="leave it out under torchrun or srun"):
+    with pytest.raises(RunError, match="omit it under torchrun or srun"):
         launch(2, ["train"], tmp_path)
 
 

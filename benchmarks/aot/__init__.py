@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation for GPUs that are not here: `machine_code.py`, and one file of configurations an op."""
+"""Ahead-of-time compilation without a GPU: `machine_code.py`, and the configurations of each op."""

@@ -31,10 +31,11 @@ _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def aot_cases() -> list[AotCase]:
-    """Every configuration that `forward` and `backward` may pick, in the types that `choice.TRITON_DTYPES` lets in.
+    """Every configuration that `forward` and `backward` may pick, in the types that
+    `choice.TRITON_DTYPES` lets in.
 
-    Tiles of 16 query rows are narrower than Hopper's and Blackwell's own matrix instructions: they run on the older
-    ones there, so nothing is asked of them.
+    Tiles of 16 query rows are narrower than Hopper's and Blackwell's own matrix instructions: they
+    run on the older ones there, so no instruction is required of them.
     """
     cases = []
     for dtype, head_dim in product((_ELEMENTS[dtype] for dtype in TRITON_DTYPES), TRITON_HEAD_DIMS):
@@ -69,7 +70,7 @@ def _case(
     matrix: bool,
     quick: bool,
 ) -> AotCase:
-    """One configuration, on the chips in whose `lists` of tiles it stands; a default where it comes first."""
+    """One configuration, on the chips whose `lists` contain its tile; a default where it is first."""
     kernel = short_attention_fwd_kernel if way == "fwd" else short_attention_bwd_kernel
     kinds = {
         "lse_ptr": "*fp32",

@@ -5,11 +5,13 @@ from __future__ import annotations
 from benchmarks.aot.machine_code import AotCase
 from fastmoco_kernels.ema.launch import ELEMENT, NUM_WARPS
 from fastmoco_kernels.ema.triton_kernels import ema_kernel
-from fastmoco_kernels.tensors import CHUNK
+from fastmoco_kernels.tables import CHUNK
 
 
 def aot_cases() -> list[AotCase]:
-    """Every configuration of the launch: one for each source type, with the momentum as a number and on the device."""
+    """Every configuration of the launch: one for each source type, with the momentum as a number
+    and on the device.
+    """
     return [
         AotCase(
             name=f"ema.ema_kernel {str(dtype).removeprefix('torch.')} sources, momentum {weight}",

@@ -17,7 +17,9 @@ from fastmoco_kernels.residual_norm.launch import columns as norm_columns
 
 
 def aot_cases() -> list[AotCase]:
-    """Every tile at the widths of vision transformers and at odd ones, in the types of autocast; other types at 384 alone."""
+    """Every tile at the widths of vision transformers and at odd ones, in the types of autocast;
+    other types at 384 alone.
+    """
     cases: dict[str, AotCase] = {}
     types = [(E, "bf16", "fp32") for E in (100, 192, 384, 768, 1024, 1280)]
     types += [

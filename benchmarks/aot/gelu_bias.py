@@ -13,7 +13,9 @@ _OTHERS = ((100, "bf16"), (768, "bf16"), (1536, "fp16"), (1536, "fp32"))
 
 
 def aot_cases() -> list[AotCase]:
-    """Every tile at the hidden widths of vision transformers in bf16; defaults in other types, at others, without a bias."""
+    """Every tile at the hidden widths of vision transformers in bf16; defaults in other types, at
+    others, without a bias.
+    """
     cases: dict[str, AotCase] = {}
     usual = [(F, "bf16", tile, True) for F in _WIDTHS for tile in tiles(F)]
     others = [(F, dtype, tiles(F)[0], True) for F, dtype in _OTHERS] + [(1536, "bf16", tiles(1536)[0], False)]

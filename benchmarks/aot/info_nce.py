@@ -1,7 +1,8 @@
 """Every configuration of the kernels that the launcher may pick, for compilation ahead of time.
 
-The streaming kernel: each tile as it computes loss and gradient; default tiles also as they count ranks, as the second pass
-for the keys, without a gradient, and with the temperature on the device. The epilogues: the widest.
+The streaming kernel: each tile as it computes loss and gradient; default tiles also as they count
+ranks, as the second pass for the keys, without a gradient, and with the temperature on the device.
+The epilogues: the widest.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _MODES: dict[str, dict[str, bool]] = {
 
 
 def aot_cases() -> list[AotCase]:
-    """All of them, once each; a tile that several kinds of GPU share is one case with several targets."""
+    """All of them, once each; a tile that several kinds of GPU share is one case with several
+    targets.
+    """
     cases = []
     for precision in _ELEMENTS:
         for D in _WIDTHS if precision != "fp16" else (256,):
@@ -38,14 +41,18 @@ def aot_cases() -> list[AotCase]:
 
 
 def _modes(precision: str, D: int) -> list[str]:
-    """What a default tile is compiled for: everything in bf16 at D=256, what differs in registers elsewhere."""
+    """What a default tile is compiled for: everything in bf16 at D=256, what differs in registers
+    elsewhere.
+    """
     if precision == "bf16":
         return list(_MODES) if D == 256 else ["gradient", "ranks", "keys"]
     return ["gradient", "ranks"] if precision == "tf32" else ["gradient"]
 
 
 def _tiles(D: int, precision: str) -> dict[Tile, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """For each tile the architectures it may run on and those where it is the default; small chips compile as sm_80."""
+    """For each tile the architectures it may run on and those where it is the default; small chips
+    compile as sm_80.
+    """
     found: dict[Tile, tuple[set[int], set[int]]] = {}
     for family in FAMILIES:
         for place, tile in enumerate(candidates(family, D, precision)):

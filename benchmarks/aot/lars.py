@@ -13,7 +13,7 @@ from fastmoco_kernels.lars.triton_kernels import (
     lars_norms_kernel,
     lars_update_kernel,
 )
-from fastmoco_kernels.tensors import CHUNK
+from fastmoco_kernels.tables import CHUNK
 
 
 def aot_cases() -> list[AotCase]:

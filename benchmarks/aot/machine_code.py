@@ -1,7 +1,8 @@
-"""Compile a kernel for a GPU that is not here, and read off what the machine code costs.
+"""Compile a kernel without a GPU and read the cost of its machine code.
 
-Triton brings NVIDIA's assembler and disassembler. So registers, spills, shared memory and instruction counts of every
-configuration that a launcher may pick are known, and gated, on a machine without a GPU.
+Triton brings NVIDIA's assembler and disassembler. So registers, spills, shared memory and
+instruction counts of every configuration that a launcher may pick are known, and gated, on a
+machine without a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class AotCase:
     Attributes:
         name: `"<op>.<kernel> <what sets it apart>"`, unique.
         kernel: the function under `@triton.jit`.
-        signature: type of every argument by name, in order: `"*bf16"`, `"i32"`, `"fp32"`, `"constexpr"`.
+        signature: type of every argument by name, in order: `"*bf16"`, `"i32"`, `"fp32"`,
+            `"constexpr"`.
         constexprs: value of every constexpr.
         num_warps: warps a program.
         num_stages: depth of the software pipeline.
@@ -37,9 +39,10 @@ class AotCase:
         default_on: those of `targets` where it is the launcher's default: no spills allowed there.
         aligned: arguments that are divisible by 16, pointers and strides alike.
         matrix: whether the architecture's own tensor-core instruction must appear.
-        forbidden_in_loop: opcodes that must not stand in a loop that holds tensor-core instructions.
-        quick: whether a quick look, as in `make test`, compiles it if it is a default; the others are for `make kernels`.
-        fp_fusion: whether products and sums may become fused multiply-adds, as the launch says.
+        forbidden_in_loop: opcodes that must not be in a loop with tensor-core instructions.
+        quick: whether a quick look, as in `make test`, compiles it if it is a default; the others
+            are for `make kernels`.
+        fp_fusion: whether products and sums may become fused multiply-adds, as in the launch.
     """
 
     name: str
@@ -65,7 +68,7 @@ class Compiled:
         registers: per thread.
         spill_bytes: stores and loads of spilled registers per thread.
         shared_bytes: shared memory per block.
-        opcodes: how often each instruction stands in the whole kernel.
+        opcodes: count of each instruction in the whole kernel.
         loop_opcodes: the same for the loops that hold tensor-core instructions.
     """
 
@@ -76,7 +79,7 @@ class Compiled:
     loop_opcodes: Counter[str]
 
     def faults(self, case: AotCase, capability: int) -> list[str]:
-        """Every gate this configuration breaks, in words; empty when it holds."""
+        """Every gate that this configuration breaks; empty if it holds."""
         found = []
         if capability in case.default_on and self.spill_bytes:
             found.append(f"{self.spill_bytes} bytes of spills in a default configuration")
@@ -96,7 +99,7 @@ def compile_case(case: AotCase, capability: int) -> Compiled:
     """Compile for one architecture; needs triton (outside its interpreter) and no GPU.
 
     Raises:
-        RuntimeError: with the assembler's words, if the code does not assemble.
+        RuntimeError: with the assembler's message, if the code does not assemble.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -127,7 +130,10 @@ def compile_case(case: AotCase, capability: int) -> Compiled:
 
 
 def _assemble(ptx: str, architecture: str) -> tuple[int, int, str]:
-    """Registers, spilled bytes and the disassembly. Newer PTX needs the newer of the two bundled assemblers."""
+    """Registers, spilled bytes and the disassembly.
+
+    Newer PTX needs the newer of the two bundled assemblers.
+    """
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -170,10 +176,12 @@ def _instructions(listing: str) -> list[tuple[int, str, str]]:
 
 
 def _matrix_loops(instructions: list[tuple[int, str, str]]) -> Counter[str]:
-    """Opcodes inside every innermost loop (the span of a backward branch) that holds a tensor-core instruction.
+    """Opcodes inside every innermost loop (the span of a backward branch) that holds a tensor-core
+    instruction.
 
-    Code that waits on a barrier is moved to the end of a kernel and jumps back from there; such a span holds a whole
-    loop and is none itself, which is why only spans without a smaller one inside count.
+    Code that waits on a barrier is moved to the end of a kernel and jumps back from there; such a
+    span holds a whole loop and is none itself, which is why only spans without a smaller one inside
+    count.
     """
     matrix = [address for address, opcode, _ in instructions if opcode in MATRIX_OPCODES.values()]
     spans = []

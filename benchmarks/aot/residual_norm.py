@@ -33,10 +33,11 @@ _RARE_WIDTHS = (64, 100, 192, 4096)
 
 
 def aot_cases() -> list[AotCase]:
-    """Every tile at the widths of vision transformers in autocast's types, defaults at narrow, odd and the widest rows.
+    """Every tile at the widths of vision transformers in autocast's types, defaults at narrow, odd
+    and the widest rows.
 
-    Types are those of x, branch, y and weight; other ones, and calls without a branch or without a gradient to x_new or to the
-    branch, are compiled at a width of 384.
+    Types are those of x, branch, y and weight; other ones, and calls without a branch or without a
+    gradient to x_new or to the branch, are compiled at a width of 384.
     """
     cases = []
 

@@ -13,7 +13,9 @@ _OTHERS = ((96, 3, "bf16"), (192, 64, "bf16"), (384, 32, "fp16"), (384, 32, "fp3
 
 
 def aot_cases() -> list[AotCase]:
-    """Every tile at the widths of vision transformers in bf16; defaults in other types, at others, without a bias."""
+    """Every tile at the widths of vision transformers in bf16; defaults in other types, at others,
+    without a bias.
+    """
     cases: dict[str, AotCase] = {}
     usual = [(E, d, "bf16", tile, True) for E, d in _SHAPES for tile in tiles(E)]
     others = [(E, d, dtype, tiles(E)[0], True) for E, d, dtype in _OTHERS] + [(384, 32, "bf16", tiles(384)[0], False)]

@@ -18,8 +18,8 @@ _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", 
 def aot_cases() -> list[AotCase]:
     """There is one tile; the result has four types."""
     tables = {"rows_ptr": "*i32", "factors_ptr": "*fp32", "late_ptr": "*u8", "sums_ptr": "*i32"}
-    colours = [f"{what}_{channel}" for what in ("scale", "shift") for channel in "rgb"]
-    numbers = {**dict.fromkeys(colours, "fp32"), "threshold": "i32"}
+    colors = [f"{what}_{channel}" for what in ("scale", "shift") for channel in "rgb"]
+    numbers = {**dict.fromkeys(colors, "fp32"), "threshold": "i32"}
     strides = {"stride_ob": "i32", "stride_oc": "i32", "stride_op": "i32"}
 
     def case(name: str, kernel: object, signature: dict[str, str], aligned: tuple[str, ...], **sums: int) -> AotCase:

@@ -141,8 +141,7 @@ def _pipeline_contest(
         truth = [reference_view(image, _whole(view1, "exact"), draws[0], i) for i, image in enumerate(decoded)]
         on_gpu = device.type == "cuda"
         pipeline = ViewPipeline(
-            view1,
-            view2,
+            (view1, view2),
             batch_size=len(images),
             threads=options["threads"],
             device="gpu" if on_gpu else "cpu",
@@ -150,7 +149,7 @@ def _pipeline_contest(
         )
 
         def call(pipeline: ViewPipeline = pipeline, draws: tuple[ViewDraws, ViewDraws] = draws) -> Tensor:
-            return pipeline.run(encoded, *draws)[0]
+            return pipeline.run(encoded, draws)[0]
 
         def errors(
             call: Callable[[], Tensor] = call, truth: list[NDArray[np.float32]] = truth, view: ViewSpec = view1

@@ -1,4 +1,4 @@
-"""`fastmoco data check` and `fastmoco data stats`: what shards hold, and what is wrong with them."""
+"""`fastmoco data check` and `fastmoco data stats`: faults and statistics of shards."""
 
 from __future__ import annotations
 
@@ -20,38 +20,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckArguments(CacheArguments):
-    """Read and decode everything, name every fault, and list what cannot be used in quarantine.jsonl beside the tars,
-    which loaders honour. The tars are never changed, nor anything on a server. Exit code 0: no fault, 1: faults found, 2:
-    refused."""
+    """Read and decode every image, report every fault, and list unusable images in quarantine.jsonl
+    next to the tars. Loaders skip the images of that list. Tars and servers are never changed. Exit
+    code 0: no fault, 1: faults found, 2: refused."""
 
     shards: Positional[str]
-    """A path, glob, brace pattern or folder, also behind https://, http://, s3:// or gs://."""
+    """A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or gs://."""
     json: Path | None = None
     """Write the whole report here as JSON."""
     quarantine: bool = True
     """Write quarantine.jsonl."""
     quarantine_out: Path | None = None
-    """Of shards on a server: folder for that list, there named quarantine-PLACE.jsonl; default the current folder."""
+    """For shards on a server: folder for that list, named
+    quarantine-PLACE.jsonl; default the current folder."""
     workers: int | None = None
-    """Decoding processes; default one for each core."""
+    """Decoding processes; default one per core."""
     show: int = 20
-    """Faults, and notes, to print; the JSON report holds all."""
+    """Number of faults, and of notes, to print; the JSON report contains all."""
     seconds_per_image: float = 30.0
-    """Longest time that decoding one image may take."""
+    """Longest time for decoding one image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatsArguments(CacheArguments):
-    """Sizes, formats, classes, bytes and aspect ratios of a set, as a table and a picture. Reads the indexes alone."""
+    """Sizes, formats, classes, bytes and aspect ratios of a set, as a table and
+    a picture. Reads only the indexes.
+    """
 
     shards: Positional[str]
-    """A path, glob, brace pattern or folder, also behind https://, http://, s3:// or gs://."""
+    """A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or gs://."""
     out: Path | None = None
     """Draw a picture too, e.g. stats.png; needs matplotlib."""
 
 
 def check(args: list[str]) -> int:
-    """Decode everything, name every fault, write the quarantine list."""
+    """Decode every image, report every fault, write the quarantine list."""
     options = tyro.cli(CheckArguments, prog="fastmoco data check", args=args)
     from fastmoco_pipelines.inspecting.check import check_shards
     from fastmoco_pipelines.inspecting.decode_pool import ChildLimits
@@ -111,23 +114,25 @@ def _print_report(report: CheckReport, show: int) -> None:
     rate = report.total_bytes / 1e6 / max(report.seconds, 1e-9)
     print(f"{report.shards} shards, {report.total_bytes / 1e6:.1f} MB in {report.seconds:.1f} s ({rate:.0f} MB/s)")
     if report.restarts:
-        print(f"{report.restarts} decoding processes ended at work and were replaced")
+        print(f"{report.restarts} decoding processes crashed and were replaced")
     if report.refused_shards:
         alone = report.refused_shards == report.unindexed
         why = "they have no index yet" if alone else "tar or index is damaged or missing"
-        print(f"{report.refused_shards} shards that a loader refuses as they are: {why}")
+        print(f"{report.refused_shards} shards that a loader refuses: {why}")
     print(f"{report.promised} samples = {report.delivered} delivered + {report.quarantined} quarantined")
     if report.left_out:
-        print(f"{report.left_out} further samples left out: no index lists them")
+        print(f"{report.left_out} further samples omitted: no index lists them")
     for path in report.quarantine_files:
         print(f"wrote {path}")
     for path, url in zip(report.quarantine_files, report.uploads, strict=False):
-        print(f"copy {path} to {url}: loaders look there, and from here nothing is written to a server")
+        print(f"copy {path} to {url}: loaders look there, and fastmoco never writes to a server")
     print(f"{len(report.faults)} faults" if report.faults else _nothing_found(report))
 
 
 def _nothing_found(report: CheckReport) -> str:
-    """The last line where there is no fault; a set that training would refuse is not called clean."""
+    """The last line of a report without faults; it is not "clean" if training
+    would refuse the set.
+    """
     from fastmoco_pipelines.sets.patterns import is_remote
 
     if not report.unindexed:

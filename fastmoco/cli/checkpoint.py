@@ -1,4 +1,6 @@
-"""`fastmoco checkpoint verify|list|consolidate`: which checkpoints can be trusted, and their tensors as one file."""
+"""`fastmoco checkpoint verify|list|consolidate`: verify checkpoints, list them,
+export one to a single file.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, no_checkpo
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyArguments:
-    """Read every byte and say which checkpoints can be trusted. Exit code 0: all of them, 1: not all, 2: there is none."""
+    """Read every byte of every checkpoint and verify it. Exit code 0: all are sound, 1: some are
+    not, 2: there is none.
+    """
 
     path: Positional[Path]
     """Folder of a run, or of one checkpoint."""
@@ -21,7 +25,9 @@ class VerifyArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ListArguments:
-    """Step, size, time, number of ranks and verdict of every checkpoint; unfinished saves too. Reads every byte."""
+    """Step, size, time, number of ranks and status of every checkpoint, also of
+    unfinished saves. Reads every byte.
+    """
 
     path: Positional[Path]
     """Folder of a run, or of one checkpoint."""
@@ -29,53 +35,52 @@ class ListArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ConsolidateArguments:
-    """Write the tensors of a checkpoint, on however many ranks it was saved, into one safetensors file."""
+    """Write the tensors of a checkpoint, saved on any number of ranks, into
+    one safetensors file.
+    """
 
     path: Positional[Path]
-    """Folder of a run, whose newest sound checkpoint is taken, or of one checkpoint."""
+    """Folder of a run, for its newest sound checkpoint, or of one checkpoint."""
     out: Path
     """The file to write; it must not exist."""
     encoder: bool = False
-    """Only the trained encoder, without its projector; default the full state."""
+    """Write only the trained encoder without its projector; default the full state."""
 
 
 def verify(args: list[str]) -> int:
-    """Read every byte; exit code 1 if a checkpoint cannot be trusted."""
+    """Verify every byte of every checkpoint."""
     options = tyro.cli(VerifyArguments, prog="fastmoco checkpoint verify", args=args)
     from fastmoco.checkpoint import inspect_checkpoints
 
     with one_line(EXIT_REFUSED, OSError):
         found = inspect_checkpoints(options.path)
-        # What a killed save left is ignored by every reader, so it is no fault of the run; `list` shows it.
-        verdicts = [verdict for verdict in found if verdict.committed or verdict.path == options.path]
-        if not verdicts:
+        # Every reader ignores unfinished saves, so they are no fault of the run; `list` shows them.
+        found = [one for one in found if one.committed or one.path == options.path]
+        if not found:
             raise no_checkpoint(options.path)
-    for verdict in verdicts:
-        print(f"{verdict.path.name}: {verdict.fault or 'sound'}")
-    return EXIT_FAILED if any(verdict.fault for verdict in verdicts) else EXIT_FINISHED
+    for one in found:
+        print(f"{one.path.name}: {one.fault or 'sound'}")
+    return EXIT_FAILED if any(one.fault for one in found) else EXIT_FINISHED
 
 
 def list_all(args: list[str]) -> int:
-    """Step, size, time, ranks and verdict of every checkpoint."""
+    """List step, size, time, ranks and status of every checkpoint."""
     options = tyro.cli(ListArguments, prog="fastmoco checkpoint list", args=args)
     from fastmoco.checkpoint import inspect_checkpoints
 
     with one_line(EXIT_REFUSED, OSError):
-        verdicts = inspect_checkpoints(options.path)
-        if not verdicts:
+        found = inspect_checkpoints(options.path)
+        if not found:
             raise no_checkpoint(options.path)
-    print(f"{'step':>10} {'MB':>10} {'saved at':<20} {'ranks':>5}  verdict")
-    for verdict in verdicts:
-        ranks = str(verdict.world_size or "?")
-        print(
-            f"{verdict.step:>10} {verdict.size / 1e6:>10.3f} {verdict.saved_at or '?':<20} {ranks:>5}  "
-            f"{verdict.fault or 'sound'}"
-        )
+    print(f"{'step':>10} {'MB':>10} {'saved at':<20} {'ranks':>5}  status")
+    for one in found:
+        ranks = str(one.world_size or "?")
+        print(f"{one.step:>10} {one.size / 1e6:>10.3f} {one.saved_at or '?':<20} {ranks:>5}  {one.fault or 'sound'}")
     return EXIT_FINISHED
 
 
 def consolidate(args: list[str]) -> int:
-    """One safetensors file of the full state, or of the encoder alone."""
+    """Write the full state, or only the encoder, into one safetensors file."""
     options = tyro.cli(ConsolidateArguments, prog="fastmoco checkpoint consolidate", args=args)
     from fastmoco.checkpoint import consolidate as write
     from fastmoco.checkpoint import load_checkpoint, load_latest

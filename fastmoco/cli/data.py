@@ -1,4 +1,4 @@
-"""`fastmoco data ...`: shards made, indexed and looked at. Thin wrappers with a progress bar."""
+"""`fastmoco data ...`: make, index and inspect shards. Thin wrappers with a progress bar."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from fastmoco_pipelines.spec import CacheSpec, ViewSpec, moco_v3_views
 
 @dataclass(frozen=True, kw_only=True)
 class PackArguments:
-    """Pack a folder of images into shuffled WebDataset shards, with an index beside each and a manifest."""
+    """Pack a folder of images into shuffled WebDataset shards, each with an
+    index, and a manifest.
+    """
 
     src: Positional[Path]
-    """Folder of class folders (their names become the labels) or of images alone (no labels)."""
+    """Folder of class folders, whose names become the labels, or of images without labels."""
     out: Positional[Path]
     """Folder for the shards."""
     prefix: str = "train"
     """Shards are named PREFIX-000000.tar and so on."""
     max_side: int | None = None
-    """Shrink images whose longer side exceeds this many pixels. Decoding dominates everything: 512 is good advice for
-    photographs that views of 224 pixels are cut from."""
+    """Shrink images whose longer side exceeds this many pixels. Decoding takes most of the time of
+    loading; 512 is a good value for photographs and views of 224 pixels."""
     quality: int = 92
     """JPEG quality of images that are shrunk."""
     shard_size: int = 256
@@ -40,34 +42,36 @@ class PackArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheArguments:
-    """Where shards of a server are kept meanwhile."""
+    """The cache for shards on a server."""
 
     cache_dir: str = ""
-    """Folder for copies of shards of a server; empty: fastmoco/shards in your cache folder."""
+    """Folder for copies of shards on a server; empty: fastmoco/shards in your cache folder."""
     cache_size_gb: float = 100
-    """Size of that folder in 10^9 bytes at most; a fifth of the free disk is left alone in any case."""
+    """Largest size of that folder in 10^9 bytes; a fifth of the free disk always stays free."""
 
     @property
     def cache(self) -> CacheSpec:
-        """The same, as the pipelines take it."""
+        """The same as an argument for the pipelines."""
         return CacheSpec(folder=self.cache_dir, size_gb=self.cache_size_gb)
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexArguments(CacheArguments):
-    """Write the index beside existing shards, whoever packed them: KEY.jpg, .jpeg, .png or .webp beside KEY.cls, .json
-    or .txt. Class names are numbered in sorted order over all shards given and kept in manifest.json."""
+    """Write the index next to existing shards of any origin, with members KEY.jpg, .jpeg, .png or
+    .webp and KEY.cls, .json or .txt. Class names are numbered in sorted order over all given shards
+    and stored in manifest.json."""
 
     shards: Positional[str]
     """A path, glob, brace pattern or folder; or URLs, with --out."""
     labels: Literal["auto", "cls", "json", "txt", "none"] = "auto"
-    """Which members tell the labels, numbers or class names; auto: the first of cls, json and txt that the set has."""
+    """Members that contain the labels, numbers or class names; auto: the first
+    of cls, json and txt that the set has."""
     label_field: str | None = None
-    """Field of the .json that holds the label (default: label); chooses json."""
+    """Field of the .json that contains the label (default: label); selects json."""
     salvage: bool = False
-    """Index what is left of damaged tars, and list every lost stretch by byte."""
+    """Index the readable samples of damaged tars, and list every lost range of bytes."""
     out: Path | None = None
-    """Of shards on a server: folder for the indexes, which then belong beside the shards there."""
+    """For shards on a server: folder for the indexes, which you then copy next to the shards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +83,12 @@ class ViewsArguments:
     out: Path = Path("views.png")
     """The picture."""
     rows: int = 8
-    """Rows of the picture; each shows two images."""
+    """Rows of the picture, with two images each."""
     seed: int = 0
     """Seed of the choice of images and of the draws."""
     parameters: bool = True
-    """Write beside each row what was drawn: crop, factors of the jitter and their order, grey, blur, solarize, flip."""
+    """Print the drawn parameters next to each row: crop, jitter and its order,
+    grayscale, blur, solarize, flip."""
     recipe: str | None = None
     """Show this recipe's views instead of MoCo v3's pair at 224 pixels."""
     view1: ViewSpec
@@ -94,10 +99,12 @@ class ViewsArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleArguments:
-    """Write a small real data set that ships with a library: scikit-learn's 8x8 handwritten digits."""
+    """Write a small real data set that a library contains: the 8x8 handwritten
+    digits of scikit-learn.
+    """
 
     name: Positional[Literal["digits"]]
-    """Which set."""
+    """Name of the set."""
     out: Positional[Path]
     """Folder for the shards train-*.tar and test-*.tar."""
     seed: int = 0
@@ -129,14 +136,15 @@ def pack(args: list[str]) -> int:
         classes = f"{len(report.classes)} classes" if report.classes else "no labels"
         size = report.total_bytes / 1e6
         print(
-            f"{report.samples} images, {classes}, {len(report.shards)} shards, {size:.1f} MB, {len(report.skipped)} skipped"
+            f"{report.samples} images, {classes}, {len(report.shards)} shards, {size:.1f} MB, "
+            f"{len(report.skipped)} skipped"
         )
         print(f"shards: {report.pattern}")
     return 0
 
 
 def index(args: list[str]) -> int:
-    """Write the index beside existing shards."""
+    """Write the index next to existing shards."""
     options = tyro.cli(IndexArguments, prog="fastmoco data index", args=args)
     from fastmoco_pipelines import index_shards
     from fastmoco_pipelines.formats.labels import LabelRule
@@ -169,11 +177,11 @@ def index(args: list[str]) -> int:
             cut = f", in {part.member}" if part.member else ""
             print(f"lost {part.shard}: {part.size} bytes from byte {part.offset} on{cut}: {part.reason}")
         if report.lost:
-            print("the indexes allow for what is lost: training passes over it")
+            print("the indexes record the lost bytes, and training skips them")
         for tar, count in report.gone:
-            print(f"lost {tar}: {count} samples that an older index or the manifest knows are not found any more")
+            print(f"lost {tar}: {count} samples of an older index or the manifest are not found any more")
         for folder, url in report.uploads.items():
-            print(f"copy what is in {folder} to {url}")
+            print(f"copy the files in {folder} to {url}")
     return 0
 
 
@@ -192,8 +200,7 @@ def views(args: list[str]) -> int:
         options = tyro.cli(ViewsArguments, prog="fastmoco data views", args=args, default=default)
         path = save_view_grid(
             options.shards,
-            options.view1,
-            options.view2,
+            (options.view1, options.view2),
             options.out,
             rows=options.rows,
             seed=options.seed,
@@ -216,12 +223,23 @@ def sample(args: list[str]) -> int:
 
 @contextmanager
 def progress_bar(what: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal; silence elsewhere. `unit="bytes"` shows amounts and speed as such."""
+    """A progress bar, on terminals only. `unit="bytes"` shows amounts in bytes and the speed."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     console = Console(stderr=True)
-    columns = (*Progress.get_default_columns()[:2], BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        *Progress.get_default_columns()[:2],
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
     shown = (*columns, TimeRemainingColumn()) if unit == "bytes" else Progress.get_default_columns()
     with Progress(*shown, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)

@@ -1,6 +1,8 @@
-"""`fastmoco train --gpus N`: torchrun's agent with N copies of the same command, its answer taken from what the run left.
+"""`fastmoco train --gpus N`: start torchrun with N copies of the same command.
 
-The agent hides its workers' exit codes: a run that saved its state and left with 75 makes it return 1, as a crash does.
+torchrun hides the exit codes of its workers: it returns 1 both after a crash and after a run that
+saved its state and exited with 75. The exit code of this command is therefore derived from the
+files that the run has written.
 """
 
 from __future__ import annotations
@@ -14,22 +16,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from fastmoco.errors import ASKED_TO_END, EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, EXIT_STOPPED, RunError, say
+from fastmoco.errors import (
+    ASKED_TO_END,
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_REFUSED,
+    EXIT_STOPPED,
+    RunError,
+    say,
+)
 
 MAX_RESTARTS = 3
 SAVE_SECONDS = 600
-"""What workers get between a signal and SIGKILL; torchrun's own 30 s are less than a large checkpoint needs, and all there
-is in torch 2.11, whose agent has no such setting."""
+"""Time of workers between a signal and SIGKILL. torchrun's default of 30 s is too short for a large
+checkpoint; torch 2.11 has no setting for it."""
 
 
 def launch_command(processes: int, args: Sequence[str], logs: str) -> list[str]:
     """The argument list that starts `fastmoco` with `args` in several processes of this machine.
 
-    The store and all connections stay on the loopback interface. What workers print is not redirected to `logs`; the files in
-    which they report errors lie there.
+    The store and all connections use the loopback interface. Output of workers is not redirected to
+    `logs`, which only contains the files in which they report errors.
     """
-    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    counts = ["--nproc-per-node", str(processes), "--max-restarts", str(MAX_RESTARTS), "--log-dir", logs]
+    agent = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+    ]
+    counts = [
+        "--nproc-per-node",
+        str(processes),
+        "--max-restarts",
+        str(MAX_RESTARTS),
+        "--log-dir",
+        logs,
+    ]
     return [*agent, *counts, "-m", "fastmoco", *args]
 
 
@@ -37,44 +61,50 @@ def launch(processes: int, args: Sequence[str], out: Path) -> int:
     """Run `fastmoco` with `args` in several processes, pass signals on, and wait for their end.
 
     Args:
-        processes: one a GPU; on a machine without, that many share its cores.
-        args: of the command, its verb first.
+        processes: one per GPU; on a machine without GPUs they share its cores.
+        args: of the command, starting with its name.
         out: folder of the run.
 
     Returns:
-        0 finished, 75 stopped by a signal with its state saved, 2 refused before its first step, 1 anything else.
+        0 finished, 75 stopped by a signal after saving its state, 2 refused
+        before its first step, 1 otherwise.
 
     Raises:
-        RunError: inside a process that a launcher has started already.
+        RunError: in a process that a launcher has started.
     """
     if "RANK" in os.environ:
-        raise RunError("--gpus starts the processes itself: leave it out under torchrun or srun")
+        raise RunError("--gpus starts the processes itself; omit it under torchrun or srun")
     _forget(out)
-    # torchrun would take one thread too, and say so in a banner; a worker shares the cores by `--threads`, whatever stands here.
+    # torchrun would set one thread too, but with a warning. Workers divide the
+    # cores by `--threads` in any case.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS)}
     with tempfile.TemporaryDirectory(prefix="fastmoco_") as logs:
-        # A session of its own, so that Ctrl-C reaches it once and through this process.
+        # In its own session, so that Ctrl-C reaches it once, through this process.
         agent = subprocess.Popen(launch_command(processes, args, logs), env=environment, start_new_session=True)
         _wait(agent)
-        refused = any(Path(logs).glob(f"*/attempt_0/{ASKED_TO_END}"))  # a later start's is a storm of restarts
+        refused = any(
+            Path(logs).glob(f"*/attempt_0/{ASKED_TO_END}")
+        )  # a refusal of a later start means too many restarts
     if (out / "DONE").exists():
         return EXIT_FINISHED
-    # torchrun ends in a traceback of its own, whatever the reason: the last line should say what it comes to.
+    # torchrun always prints a traceback, so the last line summarizes the result.
     if (out / "PREEMPTED").exists():
         say("stopped by a signal; the same command continues")
         return EXIT_STOPPED
-    say(f"{'refused' if refused else 'failed'}: the first line above that begins with 'fastmoco:' says why")
+    say(f"{'refused' if refused else 'failed'}: see the first line above that begins with 'fastmoco:'")
     return EXIT_REFUSED if refused else EXIT_FAILED
 
 
 def _wait(agent: subprocess.Popen[bytes]) -> None:
-    """Until the agent ends; signals are passed on to it."""
+    """Wait for the end of the agent and forward signals to it."""
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         agent.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup, where the run outlives its terminal
+    if (
+        signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    ):  # ignored under nohup, where the run outlives its terminal
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
@@ -85,6 +115,8 @@ def _wait(agent: subprocess.Popen[bytes]) -> None:
 
 
 def _forget(out: Path) -> None:
-    """Take away the marks of an earlier start: this one's workers may end before they come to it."""
+    """Remove the marks of an earlier start, because the workers of this one may
+    end before they do it.
+    """
     for name in ("DONE", "PREEMPTED"):
         (out / name).unlink(missing_ok=True)

@@ -1,4 +1,6 @@
-"""The command line: argv -> a verb. Nothing is decided here, and nothing heavy is imported before it is needed."""
+"""The command line: arguments to a function call. Slow imports are delayed
+until they are needed.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +27,27 @@ from fastmoco.recipes import RECIPES, get_recipe, with_image_size
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments:
-    """Pre-train MoCo v3. The same command again continues the run; SIGTERM and Ctrl-C save and exit with code 75."""
+    """Pre-train an encoder. The same command again continues the run; SIGTERM
+    and Ctrl-C save and exit with code 75.
+    """
 
     out: Path
     """Folder of the run: checkpoints, metrics.jsonl, config.json, curves.png."""
     gpus: int = 0
-    """Processes to start on this machine, one a GPU; 0: train in this process, or as torchrun or srun has started it."""
+    """Processes to start on this machine, one per GPU; 0: train in this
+    process, also under torchrun or srun."""
     allow: tuple[str, ...] = ()
-    """Fields that may differ from those of the run in --out, e.g. optim.lr; the refusal says which can."""
+    """Fields that may differ from those of the run in --out, e.g. optim.lr; the
+    error of a refused run lists them."""
     trust: bool = False
-    """Continue from the newest checkpoint in --out even if another run wrote it. Its SHA-256 is checked all the same."""
+    """Continue from the newest checkpoint in --out even if another run wrote
+    it. Its SHA-256 is still checked."""
     config: Annotated[Config, tyro.conf.arg(name="")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigArguments:
-    """Print the config that a recipe and these overrides make, as JSON."""
+    """Print the config of a recipe with these overrides as JSON."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
 
@@ -55,18 +62,20 @@ class EvalKnnArguments:
     run: Positional[Path]
     """Folder of the run, as given to `fastmoco train --out`."""
     train: str
-    """Labelled shards whose images vote."""
+    """Labelled shards for the neighbours."""
     test: str
     """Labelled shards to classify."""
     k: int = 20
-    """Neighbours that vote."""
+    """Number of neighbours."""
     temperature: float = 0.07
-    """A neighbour's vote weighs exp(cosine / temperature)."""
+    """The weight of a neighbour is exp(cosine / temperature)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartArguments:
-    """Pack handwritten digits, train a tiny ViT on them for a few minutes, and show what it learned."""
+    """Pack handwritten digits, train a tiny ViT on them for a few minutes, and
+    report its kNN accuracy.
+    """
 
     out: Path = Path("quickstart")
     """Folder for shards, run and pictures."""
@@ -76,15 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: arguments without the program's name; default the process's own.
+        argv: arguments without the name of the program; default those of the process.
 
     Returns:
-        The exit code: 0 done, 1 failed while running, 2 refused before running, 75 stopped by a signal with its state
-        saved, 130 interrupted with nothing to save.
+        The exit code: 0 finished, 1 failed while running, 2 refused before running, 75 stopped by a
+        signal after saving its state, 130 interrupted with nothing to save.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    # Before torch loads its OpenMP: threads that spin long while they wait for each other make a small model several
-    # times slower as soon as any other job, the loader's own threads among them, wants a core.
+    # Before torch loads OpenMP. Its threads spin while they wait, and if other threads, such as the
+    # loader's, need the cores, long spinning makes a small model several times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         clean_environment(os.environ)
@@ -125,35 +134,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb is not None:
             try:
                 return verb(args[words:])
-            except KeyboardInterrupt:  # before the first step or outside training, where there is nothing to save
+            except KeyboardInterrupt:  # before the first step or outside training: nothing to save
                 say("interrupted")
                 return 130
-            except SystemExit as stop:  # the parser and `one_line` end the program; the caller gets the code
+            except SystemExit as stop:  # from the parser and `one_line`; return the code to the caller
                 return stop.code if isinstance(stop.code, int) else EXIT_REFUSED
     group = [name for name in verbs if name.split()[0] == args[0]]
     if group and (len(args) == 1 or args[1] in ("-h", "--help")):
         print(_usage({name: verbs[name] for name in group}))
         return 0
+    # An unknown command: suggest similar ones.
     wanted = " ".join(args[: 2 if group else 1])
     near = difflib.get_close_matches(wanted, verbs, n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else "see fastmoco --help"
-    say(f"no command {wanted!r}; {hint}")
+    say(f"unknown command {wanted!r}; {hint}")
     return EXIT_REFUSED
 
 
 def _usage(verbs: dict[str, Callable[[list[str]], int]]) -> str:
-    """One line a command."""
+    """One line for each command."""
     lines = [f"  fastmoco {name:<14} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in verbs.items()]
-    return "\n".join(["fastmoco: MoCo v3 pre-training", "", *lines, "", "fastmoco COMMAND --help tells more."])
+    return "\n".join(
+        [
+            "fastmoco: MoCo v3 pre-training",
+            "",
+            *lines,
+            "",
+            "fastmoco COMMAND --help lists its options.",
+        ]
+    )
 
 
 def _parse_config(kind: type[P], verb: str, args: list[str]) -> P | None:
-    """A recipe name and its overrides; None where no recipe is named."""
+    """A recipe and its overrides; None if no recipe is named."""
     if not args or args[0].startswith("-"):
         print(f"usage: fastmoco {verb} RECIPE [options]; `fastmoco {verb} RECIPE --help` lists them\nrecipes:")
         _recipes([])
         return None
-    with one_line(EXIT_REFUSED, ValueError):  # also for rules between two fields, which tyro passes on
+    with one_line(EXIT_REFUSED, ValueError):  # also from rules between two fields, which tyro passes on
         config = _follow_image_size(get_recipe(args[0]), args[1:])
         missing: Any = tyro.MISSING
         fields: dict[str, Any] = {"config": config} | ({"out": missing} if kind is TrainArguments else {})
@@ -161,12 +179,13 @@ def _parse_config(kind: type[P], verb: str, args: list[str]) -> P | None:
 
 
 def _follow_image_size(config: Config, args: list[str]) -> Config:
-    """Let `--model.image-size` carry the views along, unless their sizes are given too."""
+    """Apply `--model.image-size` to the views too, unless their sizes are given."""
     given = {}
     for name, value in zip(args, [*args[1:], ""], strict=False):
         key, _, inline = name.replace("_", "-").partition("=")
         given[key] = inline or value
-    size, patch = given.get("--model.image-size"), given.get("--model.patch-size", str(config.model.patch_size))
+    size = given.get("--model.image-size")
+    patch = given.get("--model.patch-size", str(config.model.patch_size))
     if size is None or not (size.isdigit() and patch.isdigit()):
         return config
     return with_image_size(config, int(size), patch_size=int(patch))
@@ -190,7 +209,7 @@ def _print_config(args: list[str]) -> int:
 
 
 def _plan(args: list[str]) -> int:
-    """What a recipe takes on given GPUs: bytes, FLOPs, chunks, largest batches."""
+    """Memory, FLOPs, micro-batches and largest batches of a recipe on given GPUs."""
     parsed = _parse_config(PlanArguments, "plan", args)
     if parsed is None:
         return EXIT_REFUSED
@@ -206,7 +225,7 @@ def _train(args: list[str]) -> int:
             raise
         from fastmoco.faults.restarts import refusals_are_final
 
-        with refusals_are_final():  # torchrun would start the same words again
+        with refusals_are_final():  # otherwise torchrun would start the same command again
             raise
     if parsed is None:
         return EXIT_REFUSED
@@ -221,7 +240,7 @@ def _train(args: list[str]) -> int:
 
 
 def _without_gpus(args: list[str]) -> list[str]:
-    """The command of one process of many."""
+    """The arguments of one of several processes."""
     kept = [word for i, word in enumerate(args) if word != "--gpus" and args[max(i - 1, 0)] != "--gpus"]
     return [word for word in kept if not word.startswith("--gpus=")]
 
@@ -235,7 +254,7 @@ def _eval_knn(args: list[str]) -> int:
 
 
 def _quickstart(args: list[str]) -> int:
-    """Digits, a few minutes of training, pictures: see it work."""
+    """Train on handwritten digits for a few minutes; no data needed."""
     parsed = tyro.cli(QuickstartArguments, prog="fastmoco quickstart", args=args)
     from fastmoco.cli.quickstart import quickstart
 

@@ -1,4 +1,6 @@
-"""`fastmoco plan`: what a recipe takes on given GPUs, and the batch at which each setting stops fitting. No GPU, no data."""
+"""`fastmoco plan`: memory and FLOPs of a recipe on given GPUs, and the largest batch of each
+setting, without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +21,27 @@ if TYPE_CHECKING:
     from fastmoco_pipelines.loading.memory import LoaderBytes
 
 PLANNED_THREADS = 14
-"""Threads of DALI beside a GPU, for what its decoder holds."""
+"""Assumed threads of DALI per GPU, for the memory of its decoder."""
 UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanArguments:
-    """Parameters, FLOPs, bytes, chunks and largest batches of a recipe, without a GPU and without data."""
+    """Parameters, FLOPs, memory, micro-batches and largest batches of a recipe,
+    without a GPU and without data.
+    """
 
     gpus: int = 1
-    """Processes that train, one a GPU."""
+    """Training processes, one per GPU."""
     memory: str = "80GiB"
-    """Memory of each, e.g. 80GiB or 24GB."""
+    """Memory of each GPU, e.g. 80GiB or 24GB."""
     json: bool = False
     """Print JSON instead of tables."""
     config: Annotated[Config, tyro.conf.arg(name="")]
 
 
 def plan(options: PlanArguments) -> int:
-    """Print what a recipe takes; returns 0."""
+    """Print memory and FLOPs of a recipe; returns 0."""
     with one_line(EXIT_REFUSED, ValueError):
         found = describe(options.config, options.gpus, parse_bytes(options.memory))
     if options.json:
@@ -51,7 +55,7 @@ def parse_bytes(text: str) -> int:
     """Bytes of a size such as `80GiB`.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if the text is not a size.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2] not in UNITS or float(match[1]) <= 0:
@@ -60,15 +64,16 @@ def parse_bytes(text: str) -> int:
 
 
 def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
-    """All that `fastmoco plan` prints, as JSON-able figures.
+    """All figures of `fastmoco plan`, as JSON values.
 
     Args:
         config: the run.
-        gpus: processes, each on a device of its own.
+        gpus: processes, each with its own device.
         memory: bytes of each device.
 
     Raises:
-        ValueError: if the processes cannot share the batch, or a chunk is asked for where the trunk couples samples.
+        ValueError: if the processes cannot divide the batch, or the config sets micro-batches and
+            the trunk couples samples.
     """
     import torch
 
@@ -77,7 +82,7 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
 
     if gpus < 1 or config.global_batch_size % gpus:
         raise ValueError(f"gpus={gpus}: must divide global_batch_size={config.global_batch_size}")
-    # A GPU of today multiplies bf16; what a CPU does can be asked here.
+    # Every current GPU has bf16 products; for a CPU, ask this machine.
     on_cpu = config.device == "cpu"
     precision = (
         choose_precision(config.precision, torch.device("cpu")) if on_cpu else config.precision.replace("auto", "bf16")
@@ -120,14 +125,14 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
 def _costs(
     config: Config, precision: str, *, on_cpu: bool, compiled: bool, levels: bool
 ) -> dict[Recompute, dict[float, StepCosts]]:
-    """What a step costs by way of recomputing, and by share of the activations that compiled blocks keep."""
+    """Costs of a step by recomputation setting and by activation budget of compiled blocks."""
     from fastmoco.models.compiled import BUDGETS
     from fastmoco.planning.costs import measure_costs
 
     attention = "explicit" if on_cpu and precision == "bf16" else config.model.attention
     settings: tuple[Recompute, ...] = ("none", "selective", "full")
     if config.model.linears == "float8" or config.model.blocks == "fused":
-        settings = ("none", "full")  # which refuse the other
+        settings = ("none", "full")  # both refuse "selective"
     wanted = config.batch.activation_budget
     budgets = (BUDGETS if wanted == "auto" else (float(wanted),)) if compiled else (1.0,)
 
@@ -142,7 +147,9 @@ def _costs(
 
 
 def _loader(config: Config, gpus: int, levels: bool, on_cpu: bool) -> LoaderBytes:
-    """What a loader holds that makes its views where the model is; of synthetic images nothing but the batch."""
+    """Memory of a loader that makes its views on the device of the model; with
+    synthetic images only the batch.
+    """
     from dataclasses import replace
 
     from fastmoco_pipelines.loading.memory import LoaderBytes, loader_bytes
@@ -157,28 +164,43 @@ def _loader(config: Config, gpus: int, levels: bool, on_cpu: bool) -> LoaderByte
 
 
 def _shared_by(config: Config, costs: StepCosts, gpus: int, memory: int) -> int:
-    """GPUs that share a copy of the state as `parallel.strategy` has it, on one machine (`choose_strategy`)."""
+    """Number of GPUs that share a copy of the state under `parallel.strategy`, on one machine
+    (`choose_strategy`).
+    """
     from fastmoco.distributed.parallelize import STATE_SHARE
     from fastmoco.planning.plan import state_bytes
 
     if config.parallel.strategy == "auto":
-        state = state_bytes(costs, "adamw", _element(config)).total  # with two moments, as there
+        state = state_bytes(costs, "adamw", _element(config)).total  # with two moments, as in `choose_strategy`
         return gpus if config.device != "cpu" and state > STATE_SHARE * memory else 1
     return {"ddp": 1, "fsdp": gpus, "hsdp": config.parallel.shard_size or gpus}[config.parallel.strategy]
 
 
 def _element(config: Config) -> int:
-    """Bytes of a number of the state."""
+    """Bytes per element of the state."""
     return 8 if config.precision == "fp64" else 4
 
 
 def _row(
-    config: Config, by_budget: dict[float, StepCosts], setting: str, gpus: int, usable: float, shards: int
+    config: Config,
+    by_budget: dict[float, StepCosts],
+    setting: str,
+    gpus: int,
+    usable: float,
+    shards: int,
 ) -> dict[str, Any]:
-    """One way to train, with the plan for the recipe's batch and the batches at which it ends."""
+    """One setting: the plan for the batch of the recipe, and the largest batches."""
     from dataclasses import replace
 
-    from fastmoco.planning.plan import best_plan, busy_chunk, largest_batch, parts_of, plan_step, sharded, state_bytes
+    from fastmoco.planning.plan import (
+        best_plan,
+        busy_chunk,
+        largest_batch,
+        parts_of,
+        plan_step,
+        sharded,
+        state_bytes,
+    )
 
     element = _element(config)
     costs = next(iter(by_budget.values()))
@@ -188,7 +210,7 @@ def _row(
     tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
     if costs.coupling_reason and isinstance(config.batch.chunk, int):
         raise ValueError(
-            f"batch.chunk={config.batch.chunk}: this trunk cannot go in chunks, because {costs.coupling_reason}"
+            f"batch.chunk={config.batch.chunk}: this trunk needs the whole batch, because {costs.coupling_reason}"
         )
     images = config.global_batch_size // gpus
 
@@ -230,16 +252,30 @@ def _print_tables(found: dict[str, Any]) -> None:
     console = Console(highlight=False)
     gib = 2**30
     print(
-        f"{found['recipe']}: batch {found['global_batch_size']} on {found['gpus']} x {found['memory_bytes'] / gib:.4g} GiB, "
-        f"{found['precision']}; {found['usable_share']:.0%} of the memory is planned with"
+        f"{found['recipe']}: batch {found['global_batch_size']} on {found['gpus']} x "
+        f"{found['memory_bytes'] / gib:.4g} GiB, "
+        f"{found['precision']}; {found['usable_share']:.0%} of the memory is used for the plan"
     )
     print(
-        f"{found['parameters'] / 1e6:.1f} M parameters, {found['trainable_parameters'] / 1e6:.1f} M of them trainable; "
-        f"{_figure(found['flops_per_image'] / 1e9)} GFLOP an image, {_figure(found['flops_per_step'] / 1e12)} TFLOP a step"
+        f"{found['parameters'] / 1e6:.1f} M parameters, {found['trainable_parameters'] / 1e6:.1f} "
+        "M of them trainable; "
+        f"{_figure(found['flops_per_image'] / 1e9)} GFLOP per image, "
+        f"{_figure(found['flops_per_step'] / 1e12)} TFLOP per step"
     )
     if found["coupling_reason"]:
         print(f"no chunks: {found['coupling_reason']}")
-    heading = ("recompute", "share", "state", "MB/img", "batch in", "kept", "extra", "peak", "whole", "chunks")
+    heading = (
+        "recompute",
+        "share",
+        "state",
+        "MB/img",
+        "batch in",
+        "kept",
+        "extra",
+        "peak",
+        "whole",
+        "chunks",
+    )
     table = Table(*heading, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for row in found["settings"]:
         plan, state = row["plan"], row["state_bytes"]["total"]
@@ -258,7 +294,7 @@ def _print_tables(found: dict[str, Any]) -> None:
     console.print(table)
     chosen = found["chosen"]
     parts = {"state": chosen["state_bytes"]["total"], **chosen["parts_bytes"]}
-    parts |= {"loader beside that": found["loader_bytes"]["beside_batch_bytes"]}
+    parts |= {"loader": found["loader_bytes"]["beside_batch_bytes"]}
     print("as configured, GiB: " + ", ".join(f"{name} {size / gib:.2f}" for name, size in parts.items()))
     blocks = (
         f"compiled, {chosen['plan']['activation_budget']:g} of the activations kept"
@@ -267,10 +303,13 @@ def _print_tables(found: dict[str, Any]) -> None:
     )
     print(f"blocks {blocks}; views as {found['views']}")
     print(
-        "share: GPUs that share one copy of parameters, gradients and optimizer. state, peak: GiB of a GPU (! does not fit),\n"
-        "with what FSDP2 puts together for a moment.\n"
-        "MB/img: activations of an image. batch in: chunks x images. kept: images that keep their activations.\n"
-        "extra: FLOPs computed twice. whole, chunks: the largest batch over all GPUs at once, and in such chunks."
+        "share: GPUs that share one copy of parameters, gradients and optimizer. state, peak: GiB "
+        "per GPU (! does not fit),\n"
+        "including tensors that FSDP2 gathers temporarily.\n"
+        "MB/img: activations of an image. batch in: chunks x images. kept: images that keep their "
+        "activations.\n"
+        "extra: FLOPs computed twice. whole, chunks: the largest batch over all GPUs at once, and "
+        "in such chunks."
     )
 
 

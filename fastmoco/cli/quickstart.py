@@ -1,4 +1,6 @@
-"""`fastmoco quickstart`: from nothing to a trained encoder and its pictures, with no download."""
+"""`fastmoco quickstart`: train an encoder on digits that scikit-learn
+contains, and draw pictures.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,13 @@ from fastmoco_pipelines.inspecting.preview import save_view_grid
 
 
 def quickstart(out: Path) -> int:
-    """Pack the digits, train on them, and print what was learned.
+    """Pack the digits, train on them, and print the kNN accuracy.
 
     Args:
         out: folder for `data/` (shards), `run/` (checkpoints, metrics, curves.png) and `views.png`.
 
     Returns:
-        The exit code of the training run. The same call again continues a stopped run.
+        The exit code of the training run. Calling it again continues a stopped run.
     """
     began = time.monotonic()
     fresh = not RunFolder(out / "run").metrics.exists()
@@ -44,17 +46,22 @@ def quickstart(out: Path) -> int:
         knn=replace(config.knn, test_shards=test_shards),
     )
     print(f"1/3  packed 1,797 handwritten digits (8x8 pixels) into {data}")
-    views = save_view_grid(train_shards, config.data.view1, config.data.view2, out / "views.png", rows=6, seed=0)
+    pair = config.data.view1, config.data.view2
+    views = save_view_grid(train_shards, pair, out / "views.png", rows=6, seed=0)
     print(f"2/3  drew pairs of augmented views: {views}")
-    print(f"3/3  training {config.recipe}: {config.epochs:g} epochs of {config.global_batch_size} images a step\n")
+    print(f"3/3  training {config.recipe}: {config.epochs:g} epochs of {config.global_batch_size} images per step\n")
     code = train(config, out / "run")
     if code == 0:
-        _summary(config, out, f"in {time.monotonic() - began:.0f} s in all" if fresh else "in an earlier call")
+        _summary(
+            config,
+            out,
+            f"after {time.monotonic() - began:.0f} s" if fresh else "in an earlier call",
+        )
     return code
 
 
 def _summary(config: Config, out: Path, when: str) -> None:
-    """What was learned, the honest baseline, and what to type next."""
+    """Print the accuracy, the baselines, and the next commands."""
     history = RunFolder(out / "run").read_metric("knn")
     before, after = history[0][1], history[-1][1]
     pixels = _raw_pixel_accuracy(config)
@@ -64,8 +71,8 @@ def _summary(config: Config, out: Path, when: str) -> None:
 kNN accuracy on 360 held-out digits (k = 20, no label was used in training)
   random encoder   {before:7.1%}
   after training   {after:7.1%}     {when}
-  raw pixels       {pixels:7.1%}     8x8 digits are centred and scaled, so their pixels alone are nearly enough to tell
-                               them apart. The quickstart shows that training works, not that it beats pixels here.
+  raw pixels       {pixels:7.1%}     Pixels of these centred 8x8 digits almost suffice to classify them.
+                               The quickstart shows that training works, not that it beats pixels here.
 
 pictures  {out / "views.png"}, {out / "run" / "curves.png"}
 next      {program} data pack YOUR_IMAGES data --max-side 512
@@ -74,7 +81,7 @@ next      {program} data pack YOUR_IMAGES data --max-side 512
 
 
 def _program() -> str:
-    """How this installation's command is typed here: by name where the shell finds it, by path otherwise."""
+    """The command of this installation: its name if the shell finds it, otherwise its path."""
     if shutil.which("fastmoco"):
         return "fastmoco"
     script = Path(sys.executable).parent / "fastmoco"
@@ -82,7 +89,7 @@ def _program() -> str:
 
 
 def _raw_pixel_accuracy(config: Config) -> float:
-    """kNN accuracy of the pixels themselves."""
+    """kNN accuracy of raw pixels."""
 
     def read(shards: str) -> tuple[torch.Tensor, torch.Tensor]:
         with build_eval_loader(shards, config.eval_spec(), batch_size=256, threads=setup.share_cores(config)) as loader:

@@ -1,4 +1,4 @@
-"""`fastmoco train` and `fastmoco eval knn`: a world, a trainer, and the errors a user can mend, in one line each."""
+"""`fastmoco train` and `fastmoco eval knn`; errors that a user can fix become one line each."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool =
 
     Args:
         config: of the run.
-        out: its folder.
-        allow: fields that may differ from the run's in `out`.
+        out: folder of the run.
+        allow: fields that may differ from those of the run in `out`.
         trust: continue from a checkpoint in `out` even if another run wrote it.
 
     Returns:
-        0 finished, 75 stopped by a signal with its state saved.
+        0 finished, 75 stopped by a signal after saving its state.
 
     Raises:
-        SystemExit: with 2 if the run is refused before its first step, with 1 if it fails while running, and the cause is
-            named on standard error.
+        SystemExit: with 2 if the run is refused before its first step, with 1 if it fails while
+            running, after a message on standard error.
     """
-    os.umask(0o077)  # weights and metrics are their owner's alone
+    os.umask(0o077)  # only the owner may read weights and metrics
     with restarts.refusals_are_final(), one_line(EXIT_REFUSED, ValueError):
-        # Peers have more patience with each other than each has with its data: so the one whose data hangs names the cause.
+        # Collectives wait longer than the loader, so that the rank whose data hangs fails first and
+        # reports the cause.
         world = start_world(config.device, timeout_s=config.data.timeout_s + 120)
         with first_cause(world):
             trainer = Trainer.build(config, out, world, allow=allow, trust=trust)
@@ -57,7 +58,8 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
     """Print the kNN accuracy of the newest checkpoint of a run as one JSON line; returns 0.
 
     Raises:
-        SystemExit: with 2 if the run or the shards cannot be used, and the cause is named on standard error.
+        SystemExit: with 2 if the run or the shards cannot be used, after a
+            message on standard error.
     """
     with one_line(EXIT_REFUSED, ValueError):
         objective, saved, checkpoint = load_run(run)
@@ -76,7 +78,7 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
         threads = setup.share_cores(config)
         monitor = setup.build_knn(config, world, threads=threads)
         if monitor is None:
-            raise RunError("name the shards to classify with --test")
+            raise RunError("no shards to classify; give them with --test")
         accuracy = monitor.measure(objective.to(world.device).encoder, 0.0)
     stop_world()
     if world.rank == 0:
@@ -85,10 +87,10 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
 
 
 def _draw(folder: RunFolder, title: str) -> None:
-    """The curves as a picture, where matplotlib is installed. A finished run is finished without it too."""
+    """Draw the curves if matplotlib is installed; an error here does not fail a finished run."""
     try:
         draw_curves(folder.metrics, folder.curves, title=title)
     except ImportError:
-        say(f"curves not drawn: pip install '.[logging]' in fastmoco's source folder for {folder.curves.name}")
+        say(f"{folder.curves.name} not drawn; it needs pip install '.[logging]' in the source folder of fastmoco")
     except (ValueError, OSError) as error:
-        say(f"curves not drawn: {error}")
+        say(f"{folder.curves.name} not drawn: {error}")

@@ -131,8 +131,7 @@ class Config:
         require(named, "data.shards", data.shards, "must name the shards, e.g. --data.shards 'data/train-*.tar'")
         return LoaderSpec(
             shards=data.shards or "synthetic",
-            view1=data.view1,
-            view2=data.view2,
+            views=(data.view1, data.view2),
             global_batch_size=self.global_batch_size,
             seed=self.seed,
             device=device,

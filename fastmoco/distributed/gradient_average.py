@@ -1,7 +1,8 @@
-"""Gradients that pile up in one process over several backward passes, and cross ranks once.
+"""Accumulate gradients in one process over several backward passes, and average
+them over ranks once.
 
-What `DistributedDataParallel` does in every backward would cost a step in chunks one all-reduce of the whole model for each
-chunk; a sharded model knows the same two moments.
+`DistributedDataParallel` averages in every backward, which would cost a step in micro-batches one
+all-reduce of the whole model for each of them.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from fastmoco.distributed.mesh import group_size
 from fastmoco.distributed.sharding import is_sharded, trunk_units
 
 BUCKET_BYTES = 32 * 2**20
-"""Bytes of gradients that travel as one message: large enough for the network, small beside the model."""
+"""Bytes of gradients in one message: large enough for the network, small
+compared with the model."""
 
 
 class GradientAverage:
-    """Says of each backward pass of a step whether more follow, and averages over ranks after the last one.
+    """Averages gradients over ranks after the last backward pass of a step.
 
-    `with average.local(): ...` around every backward but the last, `with average.last(): ...` around that one. Behind it
-    every trainable parameter's `grad` is the mean of the ranks' sums, the same bits on all of them.
+    Use `with average.local(): ...` around every backward but the last, and
+    `with average.last(): ...` around the last one. Afterwards `grad` of every trainable parameter
+    is the mean of the sums of all ranks, with the same bits on all of them.
 
     Args:
-        module: on every rank the same trainable parameters in the same order, none of which is without gradient in the end.
+        module: with the same trainable parameters in the same order on every
+            rank; each must get a gradient.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -45,7 +49,8 @@ class GradientAverage:
         """The backward pass that completes the gradients.
 
         Raises:
-            RuntimeError: naming the first trainable parameter without a gradient: its peers would wait for it, or take another's.
+            RuntimeError: naming the first trainable parameter without a gradient. Other ranks would
+                wait for it, or use the gradient of another parameter instead.
         """
         yield
         if group_size() > 1:
@@ -60,11 +65,15 @@ class GradientAverage:
 
 
 class ShardedGradientAverage:
-    """The same for a model under FSDP2: gradients of the trunk pile up whole, in float32 and in this process, until the last
-    backward, and are then summed into the shards. The heads see one backward a step and are summed in it.
+    """The same for a model under FSDP2.
+
+    Gradients of the trunk are accumulated unsharded, in float32 and in this process, until the last
+    backward, and are then reduced into the shards. The heads have one backward per step and are
+    reduced in it.
 
     Args:
-        objective: an `Objective` after `parallelize`. Its trunks cross ranks: all must take the same chunks.
+        objective: an `Objective` after `parallelize`. All ranks must use the same chunks, because
+            FSDP2 gathers weights in each of them.
     """
 
     def __init__(self, objective: Any) -> None:
@@ -79,7 +88,7 @@ class ShardedGradientAverage:
 
     @contextmanager
     def local(self) -> Iterator[None]:
-        """A backward pass behind which the trunk's gradients stay in this process."""
+        """A backward pass after which the gradients of the trunk stay in this process."""
         self._set(last=False)
         yield
 
@@ -97,12 +106,14 @@ class ShardedGradientAverage:
 
 
 def gradient_average(objective: Any) -> GradientAverage | ShardedGradientAverage:
-    """The one that fits how an objective is spread."""
+    """The gradient average for an objective, sharded or not."""
     return ShardedGradientAverage(objective) if is_sharded(objective) else GradientAverage(objective)
 
 
 def _buckets(gradients: Iterator[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype, up to `BUCKET_BYTES` together; a larger tensor goes alone."""
+    """Consecutive gradients of one dtype, up to `BUCKET_BYTES` together; a
+    larger tensor has its own bucket.
+    """
     bucket: list[Tensor] = []
     size = 0
     for gradient in gradients:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastmoco.config import Config
+from fastmoco.distributed.agree import of_first_rank
 from fastmoco.distributed.gather import gather_rows
 from fastmoco.distributed.mesh import World
 from fastmoco.evaluation.embed import embed, eval_mode
@@ -64,12 +64,7 @@ class KnnMonitor:
         if epoch - self.last_epoch < self.config.knn.every_epochs - 1e-9:
             return False
         share = self._spent / max(time.monotonic() - self._started, 1e-9)
-        allowed = share <= self.config.knn.max_share
-        if self.world.world_size == 1:
-            return allowed
-        decision = torch.tensor(float(allowed), device=self.world.device)
-        dist.broadcast(decision, src=0)
-        return bool(decision.item())
+        return bool(of_first_rank(share <= self.config.knn.max_share, self.world.device))
 
     def measure(self, encoder: nn.Module, epoch: float) -> float:
         """kNN accuracy of the encoder's class-token features on the held-out shards.

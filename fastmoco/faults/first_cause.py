@@ -13,12 +13,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
-
 from fastmoco.distributed.mesh import World, lost_a_peer
+from fastmoco.distributed.store import connect
 from fastmoco.errors import EXIT_FAILED, RunError, say
 from fastmoco_pipelines import ShardError
 
@@ -69,14 +67,6 @@ def first_cause(world: World) -> Iterator[None]:
 def _words(error: Exception) -> str:
     """The text alone where it was written for people."""
     return str(error) if isinstance(error, (RunError, ShardError, ValueError)) else f"{type(error).__name__}: {error}"
-
-
-def connect(world: World, timeout_s: float = 30.0) -> Any:
-    """A connection of its own to the store of the ranks: the process group's may be busy in another thread."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))  # type: ignore[attr-defined]
-    # A launcher that restarts the ranks keeps its store.
-    return dist.PrefixStore(f"fastmoco/{world.attempt}", store)  # type: ignore[attr-defined]
 
 
 def report(store: Any, text: str) -> str:

@@ -22,11 +22,11 @@ from types import FrameType
 from typing import NoReturn
 
 import torch
-import torch.distributed as dist
 
+from fastmoco.distributed.agree import any_rank
 from fastmoco.distributed.mesh import World, lost_a_peer
+from fastmoco.distributed.store import connect
 from fastmoco.errors import EXIT_FAILED, EXIT_STOPPED, say
-from fastmoco.faults.first_cause import connect
 from fastmoco.faults.pulse import Pulse
 from fastmoco.run.folder import RunFolder
 
@@ -163,8 +163,4 @@ class StopSignal:
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any rank was asked to stop; every rank gets the same answer. One small all-reduce beyond one process."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return self.received is not None
-        flag = torch.tensor(float(self.received is not None), device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        return any_rank(self.received is not None, device)

@@ -16,12 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import DistStoreError
-
 from fastmoco.config.faults import FaultConfig
 from fastmoco.distributed.mesh import World
+from fastmoco.distributed.store import StoreTimeoutError, connect
 from fastmoco.errors import EXIT_FAILED, say
-from fastmoco.faults.first_cause import connect, report
+from fastmoco.faults.first_cause import report
 from fastmoco.faults.pulse import Pulse
 
 
@@ -74,7 +73,7 @@ class Watchdog:
                     self._end(rank, f"{self._pulse.section} has taken {self._pulse.age():.0f} s; {self._where()}", "")
                     return
             self._store.set(f"beat/{rank}", json.dumps({"left": True}))
-        except DistStoreError:
+        except StoreTimeoutError:
             say(f"rank {rank}: the store of the ranks has not answered for {self._timeout:.0f} s: its holder hangs")
             os._exit(EXIT_FAILED)  # the main thread waits in a library, where no exception reaches it
         except RuntimeError:

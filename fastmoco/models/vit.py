@@ -1,8 +1,10 @@
-"""The vision transformers of MoCo v3: fixed positions, frozen patch projection, class-token feature.
+"""The vision transformers of MoCo v3: fixed positions, frozen patch projection,
+class-token feature.
 
-Two savings stand beside a plain path that a test holds equal. Patch tokens come apart from the trunk (`patch_tokens`,
-`encode`), so that two encoders with the same frozen projection can share them. And of the last block only the class
-token is computed (`encode` against `encode_plain`; how, stands in `blocks`).
+Two optimizations have a plain reference that a test compares with them. `patch_tokens` and `encode`
+are separate, so that two encoders with the same frozen projection can share the patch tokens.
+`encode` computes only the class token of the last block (see `blocks`); its reference is
+`encode_plain`.
 
 Legend: B images, L patch tokens, E width.
 """
@@ -25,8 +27,9 @@ def sincos_positions(grid: int, width: int) -> Tensor:
     """The fixed two-dimensional sine-cosine table of MoCo v3.
 
     Row 0 belongs to the class token and is zero. The token at row r and column c holds
-    `[sin(r w), cos(r w), sin(c w), cos(c w)]`, a quarter of the width each, with `w_i = 10000^(-i / (width / 4))`.
-    The ROW block comes first; tables in the manner of MAE put the column first and do not fit.
+    `[sin(r w), cos(r w), sin(c w), cos(c w)]`, a quarter of the width each, with
+    `w_i = 10000^(-i / (width / 4))`. The row block comes first. Tables of MAE put the column first
+    and are not compatible.
 
     Args:
         grid: tokens per side.
@@ -35,7 +38,7 @@ def sincos_positions(grid: int, width: int) -> Tensor:
     Returns:
         [1 + grid * grid, width] float32.
     """
-    # In float32 throughout: so computed, the table is bit-equal to that of the released checkpoints.
+    # In float32 throughout, which makes the table bit-equal to that of the released checkpoints.
     quarter = width // 4
     w = 1.0 / 10000.0 ** (torch.arange(quarter, dtype=torch.float32) / quarter)
     angle = torch.arange(grid, dtype=torch.float32)[:, None] * w
@@ -49,9 +52,10 @@ def sincos_positions(grid: int, width: int) -> Tensor:
 class VisionTransformer(nn.Module):
     """A ViT whose feature is the class token after the final norm; parameter names are timm's.
 
-    Initialisation (Chen, Xie, He 2021): every linear layer Xavier-uniform, with q, k and v taken as three matrices;
-    biases 0; class token normal with deviation 1e-6; patch projection uniform by its own fan-in and fan-out. Positions
-    are a parameter that never trains. `head` is where an objective attaches its projector; nothing here applies it.
+    Initialisation (Chen, Xie, He 2021): every linear layer Xavier-uniform, with q, k and v taken as
+    three matrices; biases 0; class token normal with deviation 1e-6; patch projection uniform by
+    its own fan-in and fan-out. Positions are a parameter that never trains. An objective attaches
+    its projector as `head`; the encoder itself does not apply it.
 
     Args:
         image_size: height and width of the images, in pixels; a multiple of the patch size.
@@ -60,10 +64,11 @@ class VisionTransformer(nn.Module):
         depth: number of blocks.
         num_heads: attention heads A.
         mlp_ratio: hidden width of the MLP over E.
-        stem: "patch" projects patches linearly, "conv" is a small convolutional network with batch norm.
-        freeze_patch_embed: keep the random patch projection fixed, as MoCo v3 does for stability; has no effect on the
-            conv stem, which always trains.
-        attention: who computes attention, a backend of `fastmoco_kernels.attention`; the last block needs none.
+        stem: "patch" projects patches linearly, "conv" is a small convolutional
+            network with batch norm.
+        freeze_patch_embed: keep the random patch projection fixed, as MoCo v3 does for stability;
+            has no effect on the conv stem, which always trains.
+        attention: backend of `fastmoco_kernels.attention`; the last block does not use it.
 
     Attributes:
         tokens: tokens of a view in a block, the class token among them.
@@ -90,7 +95,9 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(image_size, patch_size, embed_dim, depth, num_heads, stem)
-        self.image_size, self.patch_size, self.embed_dim = image_size, patch_size, embed_dim
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
         self.tokens = 1 + (image_size // patch_size) ** 2
         self.coupling = Coupling.TRUNK if stem == "conv" else Coupling.NONE
         self.coupling_reason = STEM_COUPLES if stem == "conv" else ""
@@ -107,13 +114,16 @@ class VisionTransformer(nn.Module):
             self.patch_embed.requires_grad_(False)
 
     def recompute(self, what: Recompute) -> None:
-        """Choose what the backward computes again instead of keeping it; see `blocks`."""
+        """Choose which activations the backward computes again instead of
+        keeping them; see `blocks`.
+        """
         for block in self.blocks:
             assert isinstance(block, Block)
             block.recompute = what
 
     def patch_tokens(self, images: Tensor) -> Tensor:
-        """Embed the patches and add their positions: [B, 3, H, W] -> [B, L, E], row by row, without class token.
+        """Embed the patches and add their positions: [B, 3, H, W] -> [B, L, E],
+        row by row, without the class token.
 
         Raises:
             ValueError: if the images are not [B, 3, image_size, image_size].
@@ -125,8 +135,11 @@ class VisionTransformer(nn.Module):
         return patches.flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
 
     def encode(self, patch_tokens: Tensor) -> Tensor:
-        """[B, L, E] patch tokens -> [B, E] class-token feature; of the last block only the class token is computed."""
-        tokens, branch = self._with_class_token(patch_tokens), None
+        """[B, L, E] patch tokens -> [B, E] class-token feature. The last block
+        computes the class token only.
+        """
+        tokens = self._with_class_token(patch_tokens)
+        branch = None
         for block in self.blocks[:-1]:
             tokens, branch = block(tokens, branch)
         last = self.blocks[-1]
@@ -135,7 +148,9 @@ class VisionTransformer(nn.Module):
         return feature
 
     def encode_plain(self, patch_tokens: Tensor) -> Tensor:
-        """The same feature without the saving: every block and the final norm on every token, then the class token's row."""
+        """Reference of `encode`: every block and the final norm on every token,
+        then the row of the class token.
+        """
         tokens = self._with_class_token(patch_tokens)
         for block in self.blocks:
             tokens = sum_of(*block(tokens))
@@ -238,7 +253,8 @@ class ViTArchitecture:
 # For images of 8 to 16 and of 28 to 64 pixels: seconds and minutes on a CPU.
 vit_nano = ViTArchitecture(64, 2, 4, image_size=8, patch_size=2)
 vit_micro = ViTArchitecture(128, 4, 4, image_size=32, patch_size=4)
-# As DeiT-Ti. ViT-S of MoCo v3 has 12 heads (DeiT-S has 6). ViT-H of the paper has patches of 14 pixels.
+# As DeiT-Ti. ViT-S of MoCo v3 has 12 heads (DeiT-S has 6). ViT-H of the paper
+# has patches of 14 pixels.
 vit_tiny = ViTArchitecture(192, 12, 3)
 vit_small = ViTArchitecture(384, 12, 12)
 vit_base = ViTArchitecture(768, 12, 12)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-import torch.distributed as dist
-
 from fastmoco.config import Config
+from fastmoco.distributed.agree import least
 from fastmoco.distributed.mesh import World
 from fastmoco.distributed.parallelize import Strategy
 from fastmoco.models.compiled import BUDGETS
@@ -45,10 +43,7 @@ def choose_plan(
     at_once = StepPlan(chunk=0, kept=0, chunks=1, overhead=0.0, peak_bytes=0.0, reason="", activation_budget=budgets[0])
     if batch.chunk == "none":
         return replace(at_once, reason="asked for")
-    free = torch.tensor([free_bytes(world.device) - reserved], dtype=torch.float64, device=world.device)
-    if world.world_size > 1:
-        dist.all_reduce(free, op=dist.ReduceOp.MIN)
-    memory = free.item() * HEADROOM
+    memory = least(free_bytes(world.device) - reserved, world.device) * HEADROOM
     if batch.chunk == "auto" and _at_most(config, objective, images) < SURELY_SMALL * memory:
         return replace(at_once, reason="small beside the free memory")
 

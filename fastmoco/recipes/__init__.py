@@ -1,7 +1,8 @@
-"""Recipes: functions that return a whole `Config`, named model_epochs_batch.
+"""Recipes: functions that return a complete `Config`, named model_epochs_batch.
 
-The ImageNet recipes carry the official numbers of MoCo v3 (temperature 0.2, base learning rate 1.5e-4, weight decay 0.1,
-momentum 0.99 rising to 1, 40 epochs of warm-up, crops from 8 % of the area). The small ones train in minutes on a CPU.
+The ImageNet recipes have the official numbers of MoCo v3 (temperature 0.2, base learning rate
+1.5e-4, weight decay 0.1, momentum 0.99 rising to 1, 40 epochs of warm-up, crops from 8 % of the
+area). The small ones train in minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ RECIPES: dict[str, Callable[[], Config]] = {
 
 
 def with_image_size(config: Config, image_size: int, *, patch_size: int | None = None) -> Config:
-    """The same recipe at another image size: both views follow, and the blur, which is in pixels, scales along.
+    """The recipe at another image size. Both views get this size, and the blur,
+    which is in pixels, scales with it.
 
     Raises:
-        ValueError: if `image_size` is no multiple of the patch size.
+        ValueError: if `image_size` is not a multiple of the patch size.
     """
 
     def resized(view: ViewSpec) -> ViewSpec:
@@ -67,7 +69,7 @@ def get_recipe(name: str) -> Config:
     """The config of a recipe.
 
     Raises:
-        ValueError: if there is none of that name, with the nearest ones.
+        ValueError: if there is no recipe of that name; the message suggests similar names.
     """
     if name in RECIPES:
         return RECIPES[name]()

@@ -19,4 +19,8 @@ def vit_s16_e300_b1024() -> Config:
 
 def vit_b16_e300_b4096() -> Config:
     """ViT-B/16 on ImageNet, 300 epochs, batch 4096: 76.7 % linear top-1 in the official release."""
-    return replace(vit_s16_e300_b4096(), recipe="vit_b16_e300_b4096", model=ModelConfig(architecture="vit_base"))
+    return replace(
+        vit_s16_e300_b4096(),
+        recipe="vit_b16_e300_b4096",
+        model=ModelConfig(architecture="vit_base"),
+    )

@@ -11,7 +11,9 @@ GREY_MEAN, GREY_STD = (0.3, 0.3, 0.3), (0.35, 0.35, 0.35)
 
 
 def _small(recipe: str, model: ModelConfig, view: ViewSpec, *, epochs: float) -> Config:
-    """What the recipes for small images on a CPU share; both views are drawn by one rule."""
+    """Common settings of the recipes for small images on a CPU; both views have
+    the same distribution.
+    """
     return Config(
         recipe=recipe,
         epochs=epochs,
@@ -25,7 +27,7 @@ def _small(recipe: str, model: ModelConfig, view: ViewSpec, *, epochs: float) ->
 
 
 def _grey_view(size: int, *, flip: float) -> ViewSpec:
-    """A view of small grey pictures: crop, brightness and contrast; colour and blur have nothing to act on."""
+    """A view of small grey images: crop, brightness and contrast, without color jitter and blur."""
     return ViewSpec(
         size=size,
         crop_scale=(0.5, 1.0),
@@ -43,7 +45,7 @@ def _grey_view(size: int, *, flip: float) -> ViewSpec:
 def quickstart_digits() -> Config:
     """A tiny ViT on 8x8 handwritten digits: a few minutes on two cores, no download."""
     model = ModelConfig(architecture="vit_nano", image_size=8, patch_size=2, projection_dim=64, hidden_dim=256)
-    # Contrast about the mean taught nothing here.
+    # Contrast jitter about the mean did not help here.
     view = replace(_grey_view(8, flip=0.0), contrast=0.0)
     config = _small("quickstart_digits", model, view, epochs=130)
     objective = MoCoV3Config(temperature=0.2, ema_momentum=0.97)
@@ -51,16 +53,19 @@ def quickstart_digits() -> Config:
 
 
 def vit_nano7_e12_b256() -> Config:
-    """ViT-nano/7 on 28-pixel grey pictures such as Fashion-MNIST: ten minutes on two cores."""
+    """ViT-nano/7 on 28-pixel grey images such as Fashion-MNIST: ten minutes on two cores."""
     model = ModelConfig(architecture="vit_nano", image_size=28, patch_size=7, projection_dim=128, hidden_dim=512)
     config = _small("vit_nano7_e12_b256", model, _grey_view(28, flip=0.5), epochs=12)
     return replace(config, knn=replace(config.knn, every_epochs=3))
 
 
 def vit_nano8_e60_b256() -> Config:
-    """ViT-nano/8 on 32-pixel colour pictures such as patches of photographs: ten minutes on two cores."""
+    """ViT-nano/8 on 32-pixel color images such as patches of photographs: ten
+    minutes on two cores.
+    """
     model = ModelConfig(architecture="vit_nano", image_size=32, patch_size=8, projection_dim=128, hidden_dim=512)
-    # Milder than MoCo v3's own jitter: at 32 pixels colour is much of what tells two photographs apart.
+    # Weaker than the jitter of MoCo v3: at 32 pixels color is much of the
+    # difference between two photographs.
     view = ViewSpec(
         size=32,
         crop_scale=(0.4, 1.0),

@@ -1,1 +1,1 @@
-"""The folder of a run: what is in it, whose it is, and its curves."""
+"""The folder of a run: its files, its identity, and its curves."""

@@ -12,10 +12,10 @@ BLUE, ORANGE, GREY = "#1f6fb4", "#d95f02", "#777777"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a `metrics.jsonl`, one a step, in order of steps.
+    """Rows of a `metrics.jsonl`, one for each step, in the order of steps.
 
-    Lines of one step are merged; where a run was killed and repeated steps, the last line counts; a line torn by the kill is
-    left out.
+    Lines of the same step are merged. If a killed run repeated steps, the last line counts.
+    Incomplete lines are skipped.
 
     Args:
         path: JSON lines with a `step` each.
@@ -35,23 +35,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(
-    metrics_jsonl: Path, out_png: Path, title: str, *, knn_baselines: Mapping[str, float] | None = None
+    metrics_jsonl: Path,
+    out_png: Path,
+    title: str,
+    *,
+    knn_baselines: Mapping[str, float] | None = None,
 ) -> Path:
-    """Draw loss and kNN accuracy, and gradient norms where they were recorded, over the steps.
+    """Plot loss, kNN accuracy and recorded gradient norms against the step.
 
     Args:
-        metrics_jsonl: what a run wrote; metrics `loss`, `knn` (share) and `gradient_norm/<place>` are drawn. Others are
-            ignored, missing ones leave their panel out.
-        out_png: picture to write; its folder is made.
-        title: headline.
-        knn_baselines: accuracies (shares) drawn as dashed lines, by name, e.g. `{"raw pixels": 0.98}`.
+        metrics_jsonl: file of a run. The metrics `loss`, `knn` (share) and `gradient_norm/<part>`
+            are plotted; a panel without data is omitted.
+        out_png: picture to write; its folder is created.
+        title: of the picture.
+        knn_baselines: accuracies (shares) plotted as dashed lines, by name, e.g.
+            `{"raw pixels": 0.98}`.
 
     Returns:
         `out_png`.
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if the file holds none of these metrics.
+        ValueError: if the file contains none of these metrics.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -63,7 +68,9 @@ def draw_curves(
     if norms:
         panels.append("gradient norm")
     if not panels:
-        raise ValueError(f"{metrics_jsonl}: holds neither loss nor kNN nor gradient norms; has the run logged a step?")
+        raise ValueError(
+            f"{metrics_jsonl}: contains neither loss nor kNN nor gradient norms; has the run logged a step?"
+        )
     figure = Figure(figsize=(8, 1 + 2.4 * len(panels)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
@@ -98,7 +105,11 @@ def draw_curves(
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         else:
             for name in norms:
-                axes.plot(*_series(rows, name), linewidth=1, label=name.partition("/")[2].replace("_", " "))
+                axes.plot(
+                    *_series(rows, name),
+                    linewidth=1,
+                    label=name.partition("/")[2].replace("_", " "),
+                )
             axes.set_yscale("log")
             axes.legend(fontsize=8, ncols=len(norms), frameon=False)
     axes.set_xlabel("step")

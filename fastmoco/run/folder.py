@@ -1,4 +1,6 @@
-"""The folder of one run: what lies where in it, who may write to it, and which lines of its metrics still hold."""
+"""The folder of one run: its files, its lock, and the removal of outdated
+metrics after a resume.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,13 @@ from fastmoco_pipelines.files import write_file
 class RunFolder:
     """Paths of a run, and its lock.
 
-    Layout: `config.json` (the config, what it resolved to, the run's id), `metrics.jsonl` (one line a logged step),
-    `checkpoints/`, `quarantine.jsonl` (bad images found), `curves.png`, `lock`, `starts.json` (starts without
-    progress), and after a run `DONE` or `PREEMPTED`, because launchers hide exit codes. The folder has mode 0700.
+    Layout: `config.json` (the config, its resolved values, the run's id), `metrics.jsonl` (one line
+    for each logged step), `checkpoints/`, `quarantine.jsonl` (bad images found), `curves.png`,
+    `lock`, `starts.json` (starts without progress), and after a run `DONE` or `PREEMPTED`, because
+    launchers hide exit codes. The folder has mode 0700.
 
     Args:
-        path: the folder; made if absent.
+        path: the folder; `acquire` creates it if absent.
 
     Attributes:
         checkpoints: folder of the checkpoints.
@@ -41,13 +44,14 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def write_starts(self, data: dict[str, Any]) -> None:
-        """Write the count of starts."""
+        """Write the number of starts without progress."""
         _replace(self.starts, json.dumps(data) + "\n")
 
     def mark(self, name: Literal["DONE", "PREEMPTED"] | None, text: str = "") -> None:
-        """Say by a file's name how the run ended; None: it has not. One mark replaces the other.
+        """Record by the name of a file how the run ended; None: it has not. One
+        mark replaces the other.
 
-        Only the process that holds the folder does anything.
+        Does nothing in a process that does not hold the lock.
         """
         if self._lock is None:
             return
@@ -55,14 +59,15 @@ class RunFolder:
             if other != name:
                 (self.path / other).unlink(missing_ok=True)
         if name is not None:
-            # It ended as it was asked to: being preempted again and again before the next step is no failure.
+            # The run ended as requested, so repeated preemption before the next
+            # step does not count as a failure.
             self.starts.unlink(missing_ok=True)
             _replace(self.path / name, text + "\n")
 
     def take_leftovers(self) -> list[str]:
-        """Remove the half-written files of a killed run, which no reader looks at, and name them.
+        """Remove incomplete files of a killed run, which no reader opens, and return their names.
 
-        Only the process that holds the folder does anything.
+        Does nothing in a process that does not hold the lock.
         """
         if self._lock is None:
             return []
@@ -72,11 +77,16 @@ class RunFolder:
         return [path.name for path in found]
 
     def acquire(self) -> None:
-        """Take the folder for this process until `release`, or until the process ends however it ends."""
+        """Lock the folder for this process until `release` or the end of the
+        process, however it ends.
+
+        Raises:
+            RunError: if the folder cannot be written, or another process trains into it.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            self._lock = os.fdopen(descriptor, "a+")  # held open for as long as the run lasts
+            self._lock = os.fdopen(descriptor, "a+")  # held open until the run ends
         except OSError as error:
             raise RunError(f"cannot write to {self.path}: {error.strerror}; choose another --out") from error
         try:
@@ -95,13 +105,13 @@ class RunFolder:
         except OSError as error:
             self.release()
             name = error.filename or self.path
-            raise RunError(f"cannot write to {name}: {error.strerror}; mend it or choose another --out") from error
+            raise RunError(f"cannot write to {name}: {error.strerror}; fix it or choose another --out") from error
 
     def _require_writable(self) -> None:
-        """Find now what would end the run at its first line of metrics.
+        """Detect an error now that would otherwise end the run at its first line of metrics.
 
         Raises:
-            OSError: naming the file.
+            OSError: with the name of the file.
         """
         for path in (self.metrics, self._config, self.starts):
             if path.exists():
@@ -109,13 +119,13 @@ class RunFolder:
                     pass
 
     def release(self) -> None:
-        """Give the folder back."""
+        """Unlock the folder."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def read_config(self) -> dict[str, Any]:
-        """What `config.json` holds; nothing if there is none, or one that is no JSON."""
+        """The content of `config.json`; empty if the file is missing or not a JSON object."""
         try:
             found = json.loads(self._config.read_text())
         except (OSError, ValueError):
@@ -127,10 +137,11 @@ class RunFolder:
         _replace(self._config, json.dumps(data, indent=2) + "\n")
 
     def trim_metrics(self, step: int) -> int:
-        """Drop the metrics after `step` and any line cut off by a kill: those steps are about to be taken again.
+        """Remove metrics after `step`, which the resumed run will write again,
+        and incomplete lines.
 
         Returns:
-            The number of lines dropped.
+            The number of lines removed.
         """
         if not self.metrics.exists():
             return 0
@@ -141,7 +152,7 @@ class RunFolder:
         return len(lines) - len(kept)
 
     def read_metric(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of every line of `metrics.jsonl` that holds the metric."""
+        """(step, value) for every line of `metrics.jsonl` with the metric."""
         if not self.metrics.exists():
             return []
         rows = [json.loads(line) for line in self.metrics.read_text().splitlines() if _step_of(line) < float("inf")]
@@ -149,7 +160,7 @@ class RunFolder:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics; infinite for a line that is none."""
+    """The step of a line of metrics; infinite for an invalid line."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -157,5 +168,5 @@ def _step_of(line: str) -> float:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a whole file or nothing, through to the disk: without its id a run owns no checkpoint."""
+    """Replace a file atomically and flush it, because a run without its id owns no checkpoint."""
     write_file(path, text.encode(), mode=0o600, durable=True)

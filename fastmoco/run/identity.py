@@ -1,8 +1,8 @@
-"""Whose checkpoints a run continues from: its own, and those it was told to trust.
+"""The identity of a run: it continues from its own checkpoints and from those that the user trusts.
 
-A checkpoint becomes weights, and weights become results: one that somebody else has put into a run's folder, or that was copied
-there by mistake, is refused however sound it is. The id protects from mistakes and from planted checkpoints, not from
-somebody who may write the whole folder.
+A valid checkpoint of another run, copied into the folder by mistake or planted there, is refused,
+because it would silently change the results. The id does not protect from an attacker who can write
+the whole folder.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from fastmoco.errors import RunError
 from fastmoco.run.folder import RunFolder
 
 BYTES = 7
-"""Of a run id; as a whole number it fits into an int64."""
+"""Length of a run id, which fits into an int64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """The id of a run, and which others it has taken over checkpoints from.
+    """The id of a run, and the ids of runs whose checkpoints it has taken over.
 
     Attributes:
-        run_id: 14 hexadecimal digits, drawn at the run's first start and kept in its `config.json`.
+        run_id: 14 hexadecimal digits, drawn at the first start of the run and
+            stored in its `config.json`.
         trusted: ids of other runs whose checkpoints it may continue from.
-        trust_all: whether the user trusts whatever lies in the folder.
-        new: whether the id is of this start.
+        trust_all: whether the user trusts every checkpoint in the folder.
+        new: whether the id was drawn at this start.
     """
 
     run_id: str
@@ -45,16 +46,18 @@ class RunIdentity:
 
         Args:
             path: its folder, verified.
-            run_id: what its marker says; "" for nothing.
+            run_id: from its marker; "" if it was saved outside a run.
 
         Raises:
             RunError: naming the file, both ids and the cure.
         """
         if not self.trust_all and run_id not in (self.run_id, *self.trusted):
             raise RunError(
-                f"{path / 'COMMITTED'}: this checkpoint was written by {f'run {run_id}' if run_id else 'a run without an id'}, "
-                f"and {self._owner(path.parent.parent)}. If you know where it comes from, give --trust "
-                "to take it over; its SHA-256 is checked all the same. Or choose another --out"
+                f"{path / 'COMMITTED'}: this checkpoint was written by "
+                f"{f'run {run_id}' if run_id else 'a run without an id'}, "
+                f"and {self._owner(path.parent.parent)}. If you know its origin, add --trust to "
+                "continue from it "
+                "(its SHA-256 is still checked), or choose another --out"
             )
 
     def _owner(self, folder: Path) -> str:
@@ -65,7 +68,9 @@ class RunIdentity:
         )
 
     def taking_over(self, run_id: str) -> RunIdentity:
-        """The identity of a run that has continued from a checkpoint of that id, and need not be told again."""
+        """The identity after continuing from a checkpoint of that id, which is
+        trusted from then on.
+        """
         return self if run_id in (self.run_id, *self.trusted) else replace(self, trusted=(*self.trusted, run_id))
 
     def to_json(self) -> dict[str, Any]:
@@ -74,20 +79,24 @@ class RunIdentity:
 
 
 def identify(folder: RunFolder, world: World, *, trust_all: bool) -> RunIdentity:
-    """Who the run of a folder is, the same on all ranks, who call it together; a folder without an id gets one.
+    """The identity of the run in a folder, equal on all ranks, which call it
+    together; draws an id if there is none.
 
-    A folder whose `config.json` holds no id owns none of the checkpoints that it holds.
+    A folder whose `config.json` has no id owns none of its checkpoints.
 
     Args:
         folder: of the run.
         world: this process among its peers.
         trust_all: as for `RunIdentity`.
     """
-    saved, new = folder.read_config(), False
-    known, trusted = saved.get("run_id"), saved.get("trusted_run_ids")
+    saved = folder.read_config()
+    new = False
+    known = saved.get("run_id")
+    trusted = saved.get("trusted_run_ids")
     if not isinstance(known, str) or not re.fullmatch(f"[0-9a-f]{{{2 * BYTES}}}", known):
         new = True
-        known, trusted = secrets.token_hex(BYTES), []
+        known = secrets.token_hex(BYTES)
+        trusted = []
     first = int(gather_rows(torch.tensor([int(known, 16)]), world.device)[0])
     others = tuple(str(other) for other in trusted) if isinstance(trusted, list) else ()
     return RunIdentity(run_id=f"{first:0{2 * BYTES}x}", trusted=others, trust_all=trust_all, new=new)

@@ -1,7 +1,9 @@
-"""What the person at the terminal sees: a live table on a terminal, plain lines in a log file, nothing from rank 1 upwards.
+"""Progress of a run: a live table on a terminal, plain lines in a log file, and
+no output from ranks above 0.
 
-Showing progress is never a reason for training to stop. Whatever goes wrong while drawing (a closed terminal, an encoding that
-lacks a character, a window of two columns), the live table gives way to plain lines and plain lines give way to silence.
+A failure to show progress never stops training. After any error while drawing (a closed terminal,
+an encoding without a character, a window of two columns) plain lines replace the live table, and
+after an error in those there is no more output.
 """
 
 from __future__ import annotations
@@ -52,15 +54,18 @@ def _shown(row: Mapping[str, Any], key: str, form: Callable[[float], str]) -> st
     value = row.get(key)
     if value is None:
         return None
-    return form(value) if isinstance(value, int | float) and math.isfinite(value) else escaped(str(value), keep="\n")
+    if isinstance(value, int | float) and math.isfinite(value):
+        return form(value)
+    return escaped(str(value), keep="\n")
 
 
 def plain_line(row: Mapping[str, Any], total_steps: int) -> str:
-    """One log line: `step 120/2000 epoch 3.2 loss 3.412 lr 1.5e-04 m 0.9931 img/s 1842 wait 2.1% eta 0:01:12 knn 93.1%`.
+    """One log line:
+    `step 120/2000 epoch 3.2 loss 3.412 lr 1.5e-04 m 0.9931 img/s 1842 wait 2.1% eta 0:01:12 knn 93.1%`.
 
     Args:
-        row: `step` and any of epoch, loss, lr, ema_momentum, images_per_s, wait_share (share), eta_s (seconds), knn (share).
-            Absent ones are left out, unknown ones ignored.
+        row: `step` and any of epoch, loss, lr, ema_momentum, images_per_s, wait_share (share),
+            eta_s (seconds), knn (share). Other keys are ignored.
         total_steps: steps of the whole run.
     """
     parts = [f"step {row.get('step', '?')}/{total_steps}"]
@@ -73,32 +78,40 @@ def plain_line(row: Mapping[str, Any], total_steps: int) -> str:
 
 class _Terminal(RichConsole):
     def on_broken_pipe(self) -> None:
-        """Say so to the caller; rich's own answer is to end the process."""
+        """Raise an error, where rich would end the process."""
         raise OSError("the terminal is gone")
 
 
 class Console:
-    """Progress of one run. `start`, then `log` and `event` as they come, then `close`; or as a context manager after `start`."""
+    """Progress of one run. Call `start`, then `log` and `event`, then `close`, or use it as a
+    context manager after `start`.
+    """
 
     def __init__(self, *, rank: int = 0, stream: TextIO | None = None, live: bool | None = None) -> None:
-        """Decide how to show progress.
+        """Choose how to show progress.
 
         Args:
-            rank: only rank 0 speaks.
-            stream: where to write; standard output by default.
-            live: True for the table, False for lines; by default the table if `stream` is a capable terminal.
+            rank: only rank 0 writes.
+            stream: output; default standard output.
+            live: True for the table, False for lines; by default the table if
+                `stream` is a capable terminal.
         """
         self._stream = sys.stdout if stream is None else stream
-        self._silent, self._live_wanted = rank > 0, live
+        self._silent = rank > 0
+        self._live_wanted = live
         self._live: Live | None = None
-        self._total, self._header = 0, ""
+        self._total = 0
+        self._header = ""
         self._row: dict[str, Any] = {}
         self._best_knn: float | None = None
         self._events: deque[str] = deque(maxlen=EVENTS_SHOWN)
 
     def start(self, total_steps: int, header: str) -> None:
-        """Begin a run of `total_steps` optimizer steps; `header` says in a line or a few what is trained on what."""
-        self._total, self._header = total_steps, escaped(header, keep="\n")
+        """Begin a run of `total_steps` optimizer steps; `header` names the model and the data in a few
+        lines.
+        """
+        self._total = total_steps
+        self._header = escaped(header, keep="\n")
         if not self._silent:
             self._guarded(self._start_live)
         if self._live is None:
@@ -108,8 +121,8 @@ class Console:
         """Show one log step.
 
         Args:
-            row: see `plain_line`. What is absent stays on the table as it was; the best kNN is kept here, and
-                `knn_best` may tell of one from before a resume.
+            row: see `plain_line`. Absent values stay in the table. The best kNN accuracy is kept
+                here; `knn_best` passes the one from before a resume.
         """
         for key in ("knn", "knn_best"):
             value = row.get(key)
@@ -122,7 +135,7 @@ class Console:
             self._line(lambda: plain_line(row, self._total))
 
     def event(self, text: str) -> None:
-        """Show something that happened once: a gradient spike, a checkpoint passed over, a signal."""
+        """Show an event, such as a gradient spike, a checkpoint passed over, or a signal."""
         text = "! " + escaped(text, keep="\n")
         pushed_out = self._events[0] if len(self._events) == EVENTS_SHOWN else None
         self._events.append(text)
@@ -132,14 +145,19 @@ class Console:
             self._line(text)
 
     def close(self) -> None:
-        """Leave the last state standing and give the terminal back. More than once is fine."""
+        """Leave the last state on the screen and release the terminal. May be
+        called more than once.
+        """
         self._stop_live()
 
     def __enter__(self) -> Console:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -148,7 +166,7 @@ class Console:
         rich = _Terminal(file=self._stream, force_terminal=wanted, highlight=False)
         if not wanted or (self._live_wanted is None and rich.is_dumb_terminal):
             return
-        # No refresh thread: everything is drawn in `log` and `event`, so that every failure arrives there.
+        # No refresh thread: `log` and `event` draw everything, so that errors are raised there.
         self._live = Live(self._table(), console=rich, auto_refresh=False, vertical_overflow="crop")
         self._live.start(refresh=True)
         rich.show_cursor(True)  # a killed run leaves a usable terminal
@@ -179,10 +197,10 @@ class Console:
         return Panel(Group(*parts), title="fastmoco", title_align="left")
 
     def _guarded(self, draw: Callable[[], None]) -> None:
-        """Draw on the live table, or give it up for plain lines."""
+        """Draw on the live table; after an error change to plain lines."""
         try:
             draw()
-        except Exception:  # whatever the terminal did; see the module's docstring
+        except Exception:  # any error of the terminal; see the module's docstring
             self._live_wanted = False
             self._stop_live()
 
@@ -193,7 +211,7 @@ class Console:
                 live.stop()
 
     def _line(self, text: str | Callable[[], str]) -> None:
-        """Write one plain line and flush it, or fall silent for good."""
+        """Write one plain line and flush it; after an error write nothing any more."""
         if self._silent:
             return
         try:

@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastmoco.config import Config, Resolved
+from fastmoco.distributed.agree import mean
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import say
 from fastmoco.run.folder import RunFolder
@@ -133,10 +133,7 @@ class Recorder:
             The mean loss over ranks, the same number on all of them.
         """
         shown = {"loss": loss.detach(), **_figures(watch)}
-        figures = torch.stack([figure.double() for figure in shown.values()])
-        if self.world.world_size > 1:
-            dist.all_reduce(figures)
-            figures /= self.world.world_size
+        figures = mean(torch.stack([figure.double() for figure in shown.values()]))
         values = dict(zip(shown, figures.tolist(), strict=True))
         mean_loss = values.pop("loss")
         peaks = self._gradient_peaks()

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import normalize
 
-from fastmoco_kernels.tensors import local, sums_over_shards
+from fastmoco_kernels.tensors import all_plain, local, sums_over_shards
 
 
 def feature_std(features_BD: Tensor) -> Tensor:
@@ -126,7 +125,7 @@ def gradient_norms(
     wide = torch.promote_types(found[0][1].dtype, torch.float32)
     grads = [grad for _, grad in found]
     norms = torch.stack(torch._foreach_norm(local(grads), 2, wide)).float()
-    if any(isinstance(grad, DTensor) for grad in grads):
+    if not all_plain(grads):
         norms = sums_over_shards([norms.double().square()], grads)[0].sqrt().float()
     groups: dict[str, list[int]] = {}
     for index, (name, _) in enumerate(found):

@@ -19,12 +19,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastmoco.checkpoint import Checkpoint
 from fastmoco.config import Config
+from fastmoco.distributed.agree import of_first_rank
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
 from fastmoco.telemetry.recorder import Recorder
@@ -151,11 +150,7 @@ class Rollback:
         self._fetch()
         spike = self._observe(self._pending)
         self._pending = []
-        if self._world.world_size > 1:
-            told = torch.tensor(spike, device=self._world.device)
-            dist.broadcast(told, src=0)
-            spike = int(told)
-        return spike
+        return of_first_rank(spike, self._world.device)
 
 
 def _row(step: int, norms: Mapping[str, float]) -> Row:

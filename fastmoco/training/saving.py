@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastmoco.checkpoint import (
@@ -22,6 +20,7 @@ from fastmoco.checkpoint import (
     unfinished_saves,
 )
 from fastmoco.config import Config
+from fastmoco.distributed.agree import of_first_rank
 from fastmoco.distributed.mesh import World
 from fastmoco.faults.pulse import Pulse
 from fastmoco.run.folder import RunFolder
@@ -188,9 +187,5 @@ class Saving:
         order = NOTHING
         if self._failed or ((force or by_steps or by_clock) and self._begun_step != step):
             order = NOW if force or self._failed or not rules.async_save else BEHIND
-        if self._world.world_size == 1:
-            return order
         # Not through the group of the saves: their thread may be using it.
-        told = torch.tensor(order, device=self._world.device)
-        dist.broadcast(told, src=0)
-        return int(told)
+        return of_first_rank(order, self._world.device)

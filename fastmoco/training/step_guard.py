@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from fastmoco.distributed.agree import largest
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
+from fastmoco_kernels.tensors import local
 
 
 class StepGuard:
@@ -34,7 +34,7 @@ class StepGuard:
     """
 
     def __init__(self, objective: nn.Module, world: World, *, clip_norm: float, patience: int) -> None:
-        self._world, self._clip_norm, self._patience = world, clip_norm, patience
+        self._clip_norm, self._patience = clip_norm, patience
         self._parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         self._buffers = list(objective.buffers())
         self._before = [buffer.clone() for buffer in self._buffers]
@@ -61,14 +61,12 @@ class StepGuard:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = global_norm(gradients)
         bad = ~(torch.isfinite(loss.detach()) & torch.isfinite(norm))
-        found = bad.to(torch.float32)
-        if self._world.world_size > 1:
-            dist.all_reduce(found, op=dist.ReduceOp.MAX)
-            bad = found > 0
+        found = largest(bad.to(torch.float32))
+        bad = found > 0
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(torch.where(bad, before, buffer))
         if self._clip_norm > 0:
-            torch._foreach_mul_([_own(gradient) for gradient in gradients], (self._clip_norm / norm).clamp(max=1.0))
+            torch._foreach_mul_(local(gradients), (self._clip_norm / norm).clamp(max=1.0))
         number = bad.to(torch.int64)
         row = (self._counts[1] + number) * number
         self._counts = torch.stack([self._counts[0] + number, row, torch.maximum(self._counts[2], row)])
@@ -106,15 +104,10 @@ def global_norm(gradients: Iterable[Tensor]) -> Tensor:
     whole: list[Tensor] = []
     shards: list[Tensor] = []
     for gradient in gradients:
-        (shards if isinstance(gradient, DTensor) else whole).append(gradient)
+        (shards if hasattr(gradient, "placements") else whole).append(gradient)
     norms = [torch.nn.utils.get_total_norm(part) for part in (whole, shards) if part]
-    parts = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    parts = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     total: Tensor = torch.linalg.vector_norm(
         torch.stack([part.float() if part.itemsize < 4 else part for part in parts])
     )
     return total
-
-
-def _own(gradient: Tensor) -> Tensor:
-    """The part of a gradient that lies here."""
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

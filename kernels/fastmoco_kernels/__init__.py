@@ -1,4 +1,4 @@
-"""Fused ops for contrastive pre-training, usable alone: they need torch, and nothing of the trainer.
+"""Fused ops for contrastive pre-training. They need torch, but not the trainer.
 
 >>> from fastmoco_kernels import info_nce_loss, ema_update_, attention
 """

@@ -41,7 +41,7 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs kernels on the CPU (`TRITON_INTERPRET=1`): for tests, never for speed."""
+    """Whether Triton's interpreter runs kernels on the CPU (`TRITON_INTERPRET=1`), for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -56,7 +56,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def triton_is_default(device: torch.device) -> bool:
-    """Whether `backend="auto"` means Triton on `device`: a CUDA device new enough, and triton installed.
+    """Whether `backend="auto"` means Triton: a CUDA device new enough, and triton installed.
 
     False under the interpreter: it is asked for by name, in tests.
     """
@@ -69,25 +69,28 @@ def triton_is_default(device: torch.device) -> bool:
 
 
 def require_triton(op: str, device: torch.device) -> None:
-    """Refuse `backend="triton"` where it cannot run, saying what is missing.
+    """Refuse `backend="triton"` where it cannot run, and name what is missing.
 
     Raises:
         ValueError: naming the op, the device and the cure.
     """
     if not _triton_installed():
         raise ValueError(
-            f"{op}: backend='triton' but triton is not installed; pip install triton, or backend='auto'"
+            f"{op}: backend='triton' but triton is not installed; pip install triton, "
+            "or backend='auto'"
         )
     if device.type != "cuda" and not interpreting():
         raise ValueError(
-            f"{op}: backend='triton' on {device}; Triton needs a CUDA device (or TRITON_INTERPRET=1, for tests)"
+            f"{op}: backend='triton' on {device}; Triton needs a CUDA device (or "
+            "TRITON_INTERPRET=1, for tests)"
         )
     if device.type == "cuda" and _capability(device) < OLDEST_CAPABILITY:
         raise ValueError(
-            f"{op}: backend='triton' on compute capability {_capability(device)}; it needs {OLDEST_CAPABILITY} or newer"
+            f"{op}: backend='triton' on compute capability {_capability(device)}; "
+            f"it needs {OLDEST_CAPABILITY} or newer"
         )
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes the tensor's CUDA device current: Triton launches on the current device, whatever the pointers say."""
+    """Make the tensor's CUDA device current: Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

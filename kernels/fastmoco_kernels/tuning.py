@@ -1,9 +1,9 @@
-"""Which tile sizes a kernel runs with: measured once per shape and GPU, remembered on disk, and shown.
+"""Tile sizes of kernels: measured once per shape and GPU, kept on disk, and shown.
 
-A choice may change the order in which a kernel adds, and with it the last bits of a result. So a choice is made once and
-kept: in `$XDG_CACHE_HOME/fastmoco` (`~/.cache/fastmoco`), one file per GPU model, Triton version and torch version.
-Under `torch.use_deterministic_algorithms`, while a CUDA graph is captured, and in the interpreter nothing is measured:
-the default of the shape is taken.
+A choice may change the order in which a kernel adds, and with it the last bits of a result. So a
+choice is made once and kept: in `$XDG_CACHE_HOME/fastmoco` (`~/.cache/fastmoco`), one file per GPU
+model, Triton version and torch version. Under `torch.use_deterministic_algorithms`, while a CUDA
+graph is captured, and in the interpreter nothing is measured: the default of the shape is taken.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 _chosen: dict[tuple[str, str], tuple[int, ...]] = {}
 _read: set[Path] = set()
 _settled: dict[tuple[str, tuple[int | str, ...], torch.device], tuple[int, ...]] = {}
-"""Choices by call, found without making the text of a key and the path of a file."""
+"""Choices by call, found without building the key's text and the file's path."""
 
 
 def tuned(
@@ -57,10 +57,14 @@ def tuned(
         or interpreting()
     ):
         return default
+
+    # Settled in this process?
     call = (op, tuple(shape), device)
     settled = _settled.get(call)
     if settled is not None and settled in candidates:
         return settled  # type: ignore[return-value]  # it is one of the candidates
+
+    # Known from an earlier process?
     path = _cache_file(device)
     key = (path.stem, f"{op}({', '.join(map(str, shape))})")
     _load(path)
@@ -69,6 +73,8 @@ def tuned(
         if known == tuple(candidate):
             _settled[call] = candidate
             return candidate
+
+    # Measure; during a graph capture the default is taken and nothing is kept.
     if torch.cuda.is_current_stream_capturing():
         return default
     best = _fastest(key[1], candidates, default, run)
@@ -89,7 +95,7 @@ def choices() -> dict[str, dict[str, list[int]]]:
 def _fastest(
     key: str, candidates: Sequence[Tile], default: Tile, run: Callable[[Tile], object]
 ) -> Tile:
-    """Time every candidate; one that does not compile or launch is left out, with a word."""
+    """Time every candidate; one that does not compile or launch is skipped and logged."""
     from triton.testing import do_bench
 
     times: dict[Tile, float] = {}
@@ -98,12 +104,12 @@ def _fastest(
             times[tile] = do_bench(
                 lambda tile=tile: run(tile), warmup=5, rep=20, return_mode="median"
             )
-        except Exception as error:  # a tile too large for this GPU: Triton's own classes differ from version to version
+        except Exception as error:  # tile too large; Triton's classes differ between versions
             _log.info(
                 "%s: tile %s does not run here: %s", key, tuple(tile), str(error).splitlines()[0]
             )
     if not times:
-        return default  # and its launch will say what is wrong
+        return default  # its launch raises the error
     best = min(times, key=times.__getitem__)
     _log.info(
         "%s: tile %s, %.3f ms (default %s: %.3f ms)",
@@ -120,12 +126,13 @@ def _cache_file(device: torch.device) -> Path:
     import triton
 
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = f"{torch.cuda.get_device_name(device)} triton {triton.__version__} torch {torch.__version__}"
+    gpu = torch.cuda.get_device_name(device)
+    name = f"{gpu} triton {triton.__version__} torch {torch.__version__}"
     return root / "fastmoco" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.json"
 
 
 def _load(path: Path) -> None:
-    """Read a cache file once. One that cannot be read is as good as none: every choice is measured again."""
+    """Read a cache file once. If it cannot be read, every choice is measured again."""
     if path in _read:
         return
     _read.add(path)
@@ -137,9 +144,12 @@ def _load(path: Path) -> None:
 
 
 def _store(path: Path) -> None:
-    """Write all choices of one GPU; a reader sees the old file or the new one. A full or read-only disk costs a word."""
+    """Write all choices of one GPU; a reader sees the old file or the new one.
+
+    On a full or read-only disk a warning is logged and the run continues.
+    """
     _read.discard(path)
-    _load(path)  # what other processes chose since: writing must not drop it
+    _load(path)  # keep what other processes have chosen since
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(choices().get(path.stem, {}), indent=1)

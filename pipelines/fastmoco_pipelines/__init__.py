@@ -1,4 +1,4 @@
-"""Shards of images -> two augmented views of every image, on the device.
+"""Shards of images -> augmented views of every image, on the device.
 
 Pack images into shards with ``pack_folder``, describe the views with ``ViewSpec`` and the batches with ``LoaderSpec``,
 and iterate over ``build_loader(spec)``. A name is imported when it is first used: describing views needs no torch,

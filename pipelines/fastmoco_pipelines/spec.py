@@ -6,11 +6,15 @@ torchvision's conventions: a strength s means a factor drawn uniformly from [1 -
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_VIEWS = 255
+"""Views of an image at most: a view's number is one byte of the counter behind its draws."""
 GPU_SUB_BATCH = 128
 """Images of one run of DALI on a GPU: enough for all of its JPEG engines, little enough for the memory (memory.py)."""
 
@@ -31,6 +35,8 @@ class ViewSpec:
     about the image's grey mean, saturation, hue (these four in an order drawn for each image where ``color="exact"``),
     greyscale, Gaussian blur, solarize, horizontal flip, normalise."""
 
+    copies: int = 1
+    """Views of this kind that are cut from each image, each with its own draws; 0: none."""
     size: int = 224
     """Output height and width in pixels."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -69,6 +75,7 @@ class ViewSpec:
     has the distances. The recipes take ``exact``; files that do not name it mean ``dali``."""
 
     def __post_init__(self) -> None:
+        require(self.copies >= 0, "copies", self.copies, "counts views; 0 leaves them out")
         require(self.size >= 1, "size", self.size, "a view is at least 1 pixel wide")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "crop_scale", self.crop_scale, "needs 0 < smallest <= largest <= 1")
@@ -105,6 +112,35 @@ def moco_v3_views(
     return first, replace(first, blur_probability=0.1, solarize_probability=0.2)
 
 
+def each_view(groups: Sequence[ViewSpec]) -> tuple[ViewSpec, ...]:
+    """The views of an image one by one, in the order of the groups: n copies become n views.
+
+    View i of the result has the number i + 1 in the draws. Applied again it changes nothing.
+    """
+    views: list[ViewSpec] = []
+    for group in groups:
+        views += [group if group.copies == 1 else replace(group, copies=1)] * group.copies
+    return tuple(views)
+
+
+def require_views(groups: Sequence[ViewSpec], name: str) -> None:
+    """Check that groups of views make a batch.
+
+    Raises:
+        ValueError: for no view or too many, or where views of one size are not neighbours.
+    """
+    copies = tuple(group.copies for group in groups)
+    rule = "copies of each group: there is no view, give one group a copy"
+    require(sum(copies) >= 1, name, copies, rule)
+    rule = f"copies of each group: at most {MOST_VIEWS} views in all, give fewer copies"
+    require(sum(copies) <= MOST_VIEWS, name, copies, rule)
+
+    sizes = tuple(group.size for group in groups if group.copies)
+    changes = sum(size != before for before, size in pairwise(sizes))
+    rule = "sizes of the groups: those of one size must be neighbours, change the order of the groups"
+    require(changes == len(set(sizes)) - 1, name, sizes, rule)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSpec:
     """Where shards that lie on a server are kept on this machine; local shards need none."""
@@ -131,10 +167,9 @@ class LoaderSpec:
     shards: str
     """Shard tars: a path, a glob (``train-*.tar``), a brace pattern (``train-{000000..000099}.tar``), or a folder; or the
     same behind ``https://``, ``http://``, ``s3://`` or ``gs://``."""
-    view1: ViewSpec = field(default_factory=lambda: moco_v3_views()[0])
-    """The first view."""
-    view2: ViewSpec = field(default_factory=lambda: moco_v3_views()[1])
-    """The second view."""
+    views: tuple[ViewSpec, ...] = field(default_factory=moco_v3_views)
+    """Groups of views, each of `ViewSpec.copies` views. A batch holds the views of the first group,
+    then those of the second, and so on. Groups of one size are neighbours."""
     global_batch_size: int
     """Images of one step over all ranks; every rank gets an equal part."""
     seed: int = 0
@@ -166,6 +201,7 @@ class LoaderSpec:
 
     def __post_init__(self) -> None:
         require(bool(self.shards.strip()), "shards", self.shards, "name the shard tars, e.g. data/train-*.tar")
+        require_views(self.views, "views")
         require(self.global_batch_size >= 2, "global_batch_size", self.global_batch_size, "needs at least 2 images")
         require(0 <= self.seed < 2**63, "seed", self.seed, "needs a whole number from 0 to 2**63 - 1")
         require(self.device in ("cpu", "gpu"), "device", self.device, 'is "cpu" or "gpu"')
@@ -183,6 +219,11 @@ class LoaderSpec:
     def cache(self) -> CacheSpec:
         """Where shards from a server are kept."""
         return CacheSpec(folder=self.cache_dir, size_gb=self.cache_size_gb)
+
+    @property
+    def each_view(self) -> tuple[ViewSpec, ...]:
+        """How each view of a batch is made, in the order of `Batch.views`."""
+        return each_view(self.views)
 
     @property
     def batches_ahead(self) -> int:

@@ -127,7 +127,6 @@ def test_a_rank_that_hangs_is_an_error_on_all_after_the_deadline(saved: tuple[Pa
     for rank in saved[1][:2]:
         case = rank["hung rank"]
         assert "step 2 was not written: " in case["message"]
-        assert case["seconds"] < 40
         assert case["left"] == ["step_00000001"]
 
 
@@ -135,7 +134,6 @@ def test_a_rank_that_ends_before_its_write_leaves_the_checkpoint_before(saved: t
     out, results = saved
     case = results[0]["dead rank"]
     assert "step 2 was not written: " in case["message"]
-    assert case["seconds"] < 40
     assert case["left"] == ["step_00000001"]
     assert "dead rank" not in results[1]
     checkpoint = load_latest(out / "dead")

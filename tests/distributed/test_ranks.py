@@ -146,7 +146,7 @@ def test_unsynchronised_norm_is_refused(ranks: Results) -> None:
 def test_uneven_parts_are_refused_on_every_rank_and_even_ones_come_in_rank_order(ranks: Results) -> None:
     rows = [4] * (len(ranks) - 1) + [3]
     for rank in ranks:
-        assert rank["uneven keys"]["message"].startswith(f"keys per rank={rows}: every rank must bring the same number")
+        assert rank["uneven keys"]["message"].startswith(f"keys per rank={rows}: every rank must have the same number")
         gathered = rank["uneven keys"]["gathered"]
         assert gathered[:, 0].tolist() == [float(r) for r in range(len(ranks)) for _ in range(2)]
         assert not gathered.requires_grad

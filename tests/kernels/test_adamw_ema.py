@@ -228,7 +228,7 @@ def _call(**changes):
         ({"exp_avg_sqs": [torch.ones(2).bfloat16()]}, r"exp_avg_sqs\[0\] is torch.bfloat16"),
         ({"steps": [torch.ones(2)]}, r"steps\[0\] has 2 elements"),
         ({"lr": -1.0}, "lr=-1.0 must be 0 or more"),
-        ({"betas": (0.9, 1.0)}, r"beta2=1.0 lies outside \[0, 1\)"),
+        ({"betas": (0.9, 1.0)}, r"beta2=1.0 is outside \[0, 1\)"),
         ({"ema_momentum": 1.5}, "ema_momentum=1.5"),
         ({"found_inf": torch.zeros(2)}, "found_inf has 2 elements on cpu; it must be 1 on cpu"),
         ({"backend": "apex"}, "backend='apex'"),

@@ -218,7 +218,7 @@ CROP = torch.tensor([[2, 3, 10, 12]], dtype=torch.int32)
         ({"crops": -CROP}, "(-2, -3, -10, -12)"),
         ({"crops": torch.tensor([[2**31 - 1, 0, 2**31 - 1, 1]], dtype=torch.int32)}, "does not hold it"),
         ({"parameters": ViewColorParameters.neutral(2)}, "brightness is (2,)"),
-        ({"size": 0}, "size=0 lies outside 1 to 32768"),
+        ({"size": 0}, "size=0 is outside 1 to 32768"),
         ({"solarize_threshold": 257}, "solarize_threshold=257"),
         ({"dtype": torch.float16}, "dtype=torch.float16 is neither torch.float32 nor torch.uint8"),
         ({"threads": 0}, "threads=0; needs at least one"),

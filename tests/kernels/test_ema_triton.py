@@ -12,7 +12,7 @@ import torch
 
 from fastmoco_kernels import ema_update_
 from fastmoco_kernels.ema.op import bytes_moved
-from fastmoco_kernels.tensors import CHUNK
+from fastmoco_kernels.tables import CHUNK
 from tests.kernels.touched_bytes import touched_bytes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels.lars.op import BACKENDS, lars_bytes, lars_step_
-from fastmoco_kernels.tensors import CHUNK
+from fastmoco_kernels.tables import CHUNK
 
 # a vector, a scalar, a matrix within one chunk, one over two chunks whose second is ragged, a convolution, an empty shard, a
 # class token of three dimensions, a vector longer than a chunk, a matrix of whole chunks, which takes the wide loads
@@ -216,7 +216,7 @@ ONE = torch.ones(2, 2)
         ([ONE], [torch.ones(2, 2, device="meta")], [ONE], {}, r"grads\[0\] is on meta but params\[0\] is on cpu"),
         ([ONE], [ONE], [ONE], {"lr": -1.0}, r"lr=-1.0 is below 0"),
         ([ONE], [ONE], [ONE], {"lr": torch.ones(2)}, "lr has 2 elements; it needs 1"),
-        ([ONE], [ONE], [ONE], {"momentum": 1.0}, r"momentum=1.0 lies outside \[0, 1\)"),
+        ([ONE], [ONE], [ONE], {"momentum": 1.0}, r"momentum=1.0 is outside \[0, 1\)"),
         ([ONE], [ONE], [ONE], {"weight_decay": -0.1}, "weight_decay=-0.1"),
         ([ONE], [ONE], [ONE], {"trust_coefficient": 0.0}, "trust_coefficient=0.0"),
         ([ONE], [ONE], [ONE], {"found_inf": ONE}, "found_inf has 4 elements; it needs 1"),

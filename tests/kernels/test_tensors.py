@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastmoco_kernels import tensors as tensors_module
-from fastmoco_kernels.tensors import PointerTable, local, pointer_table, same_layout, traced
+from fastmoco_kernels import tables
+from fastmoco_kernels.tables import PointerTable, pointer_table
+from fastmoco_kernels.tensors import local, same_layout, traced
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -64,7 +65,7 @@ def test_old_tables_are_dropped():
     alive = [_columns(3) for _ in range(70)]
     for columns in alive:
         pointer_table("test", columns)
-    assert len(tensors_module._tables) == 64
+    assert len(tables._tables) == 64
 
 
 def test_none_is_address_zero_and_per_row_columns_have_their_own_sizes():

@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastmoco_kernels import AdamWEMA, ema_update_
+from fastmoco_kernels import AdamWEMA, ema_update_, tables
 from fastmoco_kernels import _unchanged as unchanged_module
-from fastmoco_kernels import tensors as tensors_module
 from fastmoco_kernels._unchanged import Unchanged, guards, plain
 from fastmoco_kernels.adamw_ema import optimizer as optimizer_module
 from fastmoco_kernels.ema import plan as ema_plan
-from fastmoco_kernels.tensors import PointerTable
+from fastmoco_kernels.tables import PointerTable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -229,9 +228,7 @@ def test_an_optimizer_follows_what_changes_under_its_tensors(name, backend):
 
 def test_gradients_that_move_upload_one_column_and_those_that_stay_none(monkeypatch):
     uploads, upload = [], PointerTable._upload
-    monkeypatch.setattr(
-        tensors_module, "_tables", OrderedDict()
-    )  # earlier tests' memory may have been handed out again
+    monkeypatch.setattr(tables, "_tables", OrderedDict())  # earlier tests' memory may have been handed out again
 
     def counted(self, addresses, first, end, capturing):
         uploads.append((first, end))

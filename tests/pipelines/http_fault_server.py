@@ -4,7 +4,8 @@
         server.script["train-000001.tar"] = [status(503), drop(after=1000)]   # the first two requests; then it behaves
         server.always["train-000002.tar"] = stall(after=10)                    # every request
 
-It listens on 127.0.0.1 alone, no answer takes longer than ANSWER_SECONDS, and it stops by itself after LIFE_SECONDS.
+It listens on 127.0.0.1 alone. No answer takes longer than ANSWER_SECONDS, but those of `hold`, which take HOLD_SECONDS;
+and it stops by itself after LIFE_SECONDS.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Self
 from urllib.parse import unquote, urlsplit
 
 ANSWER_SECONDS = 15.0
+HOLD_SECONDS = 120.0
 LIFE_SECONDS = 300.0
 
 
@@ -36,6 +38,8 @@ class FaultServer(ThreadingHTTPServer):
         self.always: dict[str, Fault] = {}
         self.requests: list[tuple[str, str, str]] = []
         self.stopping = threading.Event()
+        self.held: list[str] = []  # files whose answer is held back, or was
+        self.given_up: list[str] = []  # files of which a client has waited for the end
         self.pause = 0.0  # seconds before every 64 kB, so that a download can be met on its way
 
     @property
@@ -205,6 +209,26 @@ def stall(after: int | None) -> Fault:
             handler.head(code, headers)
             handler.push(body[:after])
         handler.wait()
+
+    return fault
+
+
+def hold() -> Fault:
+    """A byte now and then, for so long that a client which waits for the end is found out."""
+
+    def fault(handler: _Handler, data: bytes) -> None:
+        code, headers, body = answer(handler, data)
+        handler.head(code, headers)
+        handler.server.held.append(handler.path)
+        until = time.monotonic() + HOLD_SECONDS
+        for i in range(len(body)):
+            handler.wfile.write(body[i : i + 1])  # an error as soon as the client has hung up
+            handler.wfile.flush()
+            if handler.server.stopping.wait(0.05):
+                return
+            if time.monotonic() > until:
+                break
+        handler.server.given_up.append(handler.path)  # before the client can see the end
 
     return fault
 

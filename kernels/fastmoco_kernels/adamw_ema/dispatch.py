@@ -60,8 +60,10 @@ def _adamw_ema_step(
     grad_scale: Tensor | None,
     backend: str,
 ) -> None:
-    """The registered form. Averages come without gaps: `rows` holds the place of each parameter's average or -1. `tensors`
-    stand in `numbers` at `slots`.
+    """The registered form.
+
+    Lists have no None: `averages` holds those that exist, `rows` the index of each parameter's
+    average or -1. `tensors` replace the entries `slots` of `numbers`.
     """
     values: list[Number] = list(numbers)
     for slot, tensor in zip(slots, tensors, strict=True):
@@ -83,7 +85,7 @@ def _(*arguments: object) -> None:
 
 
 def dispatch_sweep(sweep: Sweep, scalars: Scalars, backend: str) -> None:
-    """One step through the registered op: for torch.compile, fake tensors and whatever else watches torch calls."""
+    """One step through the registered op, for torch.compile, fake tensors and other modes."""
     averages = [tensor for tensor in sweep.averages if tensor is not None]
     places = iter(range(len(averages)))
     rows = [-1 if tensor is None else next(places) for tensor in sweep.averages]

@@ -16,10 +16,13 @@ from fastmoco_kernels.adamw_ema.triton_kernels import (
     adamw_ema_sweep_kernel,
 )
 from fastmoco_kernels.backends import device_guard
-from fastmoco_kernels.tensors import PointerTable, pointer_table, same_layout
+from fastmoco_kernels.tables import PointerTable, pointer_table
+from fastmoco_kernels.tensors import same_layout
 
 CHUNK, NUM_WARPS = 1024, 4
-"""8 elements a thread and array: about 80 registers, so six programs share an SM with 20 KiB each on the way to it."""
+"""8 elements a thread and array: about 80 registers, so an SM runs six programs with 20 KiB in
+flight each.
+"""
 ROWS, ROW_WARPS = 128, 4
 
 GRADS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -28,9 +31,10 @@ _SHARED = 8
 
 @dataclass
 class Launch:
-    """Parameters that one launch takes: their numbers in the whole sweep, their tensors and the gradients' type.
+    """Parameters of one launch: their indexes in the whole sweep, tensors, and the gradients' type.
 
-    `table` and `visible` are made by the first run: where everything lies, and the tensors that autograd may have saved.
+    The first run makes `table`, the addresses, and `visible`, the tensors that autograd may have
+    saved.
     """
 
     rows: list[int]
@@ -44,8 +48,8 @@ def plan_launches(sweep: Sweep) -> tuple[list[Launch], list[int]]:
     """Sort parameters into launches, by the type of the gradient.
 
     Returns:
-        The launches, one in all but odd cases, and the parameters that the kernels do not take: state that is not
-        float32, or tensors of one parameter that do not pair up as flat memory.
+        The launches, one in all but odd cases, and the parameters that the kernels do not take:
+        state that is not float32, or tensors of one parameter whose memory layouts differ.
     """
     launches: dict[torch.dtype, list[int]] = {}
     rest = []
@@ -85,6 +89,8 @@ def sweep_triton_(launch: Launch, grads: Sequence[Tensor], scalars: Scalars) -> 
         else:
             launch.table.refresh(columns, [sweep.steps])
         table = launch.table
+
+        # Scalars of the whole sweep, then two numbers a tensor; the first launch fills them.
         scratch = torch.empty(_SHARED + 2 * table.rows, dtype=torch.float32, device=table.device)
         per_row = scratch[_SHARED:]
         numbers, on_device = _numbers(scalars, scratch)
@@ -102,6 +108,8 @@ def sweep_triton_(launch: Launch, grads: Sequence[Tensor], scalars: Scalars) -> 
             ROWS=ROWS,
             num_warps=ROW_WARPS,
         )
+
+        # The sweep itself; with empty tensors alone there is nothing to launch.
         if table.chunks:
             adamw_ema_sweep_kernel[(table.chunks,)](
                 table.pointers,
@@ -115,13 +123,15 @@ def sweep_triton_(launch: Launch, grads: Sequence[Tensor], scalars: Scalars) -> 
                 CHUNK=table.chunk,
                 num_warps=NUM_WARPS,
             )
+
     torch.autograd.graph.increment_version(launch.visible)
 
 
 def _numbers(scalars: Scalars, unused: Tensor) -> tuple[list[float | Tensor], bool]:
-    """Arguments `lr` to `scalars_ptr` of the first kernel, and whether the numbers are read on the device.
+    """Arguments `lr` to `scalars_ptr` of the first kernel; whether they are read on the device.
 
-    With any tensor among them all six go there, each by a small copy or fill that a CUDA graph can record.
+    With any tensor among them all six go to the device, each by a small copy or fill that a CUDA
+    graph records.
     """
     given = scalars.numbers()
     if any(isinstance(x, Tensor) for x in given):

@@ -1,8 +1,8 @@
-"""`adamw_ema_step_` as an optimizer that torch.optim.AdamW can take over from, and the other way round.
+"""`adamw_ema_step_` as an optimizer whose state is interchangeable with torch.optim.AdamW's.
 
-What a step does not need to do again is done once: shards are unwrapped, tensors checked, sorted into launches. A plan
-holds while the same parameters and state have the same types and layouts, gradients too; addresses may change from step
-to step.
+Shards are unwrapped, tensors checked and sorted into launches once, in a plan. A plan holds while
+the same parameters and state have the same types and layouts, gradients too; addresses may change
+from step to step.
 """
 
 from __future__ import annotations
@@ -29,37 +29,40 @@ _FIXED = {
     "fused": True,
     "decoupled_weight_decay": True,
 }
-"""What torch.optim.AdamW must know of our state: its fused form keeps `step` on the parameter's device, as we do."""
+"""Options under which torch.optim.AdamW reads our state: like its fused form we keep `step` on the
+device.
+"""
 
 
 class AdamWEMA(Optimizer):
     """AdamW that moves the momentum encoder in the same sweep.
 
     Args:
-        params: as any torch optimizer takes them, with or without names and groups; float32 or float64; DTensors
-            (FSDP2) are updated shard by shard.
-        lr: learning rate of groups that bring none. Like the other numbers of a group it may be a tensor of one element
-            on the parameters' device, which a CUDA graph then follows.
-        betas: of groups that bring none, as the next two.
+        params: as any torch optimizer takes them, with or without names and groups; float32 or
+            float64; DTensors (FSDP2) are updated shard by shard.
+        lr: learning rate of groups without one. Like the other numbers of a group it may be a
+            tensor of one element on the parameters' device, which a CUDA graph then follows.
+        betas: of groups without them, as the next two.
         eps: added to the root of the squared gradient.
         weight_decay: decoupled, per unit of learning rate.
-        averages: moving average by parameter, float32 or float64, of its shape (and placement, for DTensors); a
-            parameter without one is updated alone. The caller owns and saves them.
+        averages: moving average by parameter, float32 or float64, of its shape (and placement, for
+            DTensors); a parameter without one is updated alone. The caller owns and saves them.
         backend: see `adamw_ema_step_`.
 
     Raises:
-        ValueError: for numbers out of range, unknown parameters in a mapping, or tensors that do not fit.
+        ValueError: for numbers out of range, unknown parameters in a mapping, or tensors that do
+            not fit.
 
-    State: `step`, `exp_avg`, `exp_avg_sq` by parameter, in the format of torch.optim.AdamW; its state loads here
-        and ours there. Averages are not part of it.
+    State: `step`, `exp_avg`, `exp_avg_sq` by parameter, in the format of torch.optim.AdamW; its
+        state loads here and ours there. Averages are not part of it.
 
     Example:
         >>> import torch
         >>> from fastmoco_kernels import AdamWEMA
-        >>> weight, twin = torch.nn.Parameter(torch.ones(2)), torch.ones(2)
-        >>> optimizer = AdamWEMA([weight], lr=0.5, weight_decay=0.0, averages={weight: twin})
+        >>> weight, average = torch.nn.Parameter(torch.ones(2)), torch.ones(2)
+        >>> optimizer = AdamWEMA([weight], lr=0.5, weight_decay=0.0, averages={weight: average})
         >>> weight.sum().backward(); optimizer.step(ema_momentum=0.5)
-        >>> weight.detach(), twin
+        >>> weight.detach(), average
         (tensor([0.5000, 0.5000]), tensor([0.7500, 0.7500]))
     """
 
@@ -100,17 +103,19 @@ class AdamWEMA(Optimizer):
         self._plans.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: what torch's optimizers keep, and what this one was given beside it."""
+        """For copies and pickles: the state of torch's optimizers, the backend and the averages."""
         return {**super().__getstate__(), "backend": self.backend, "averages": self.averages}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """After loading: options that only torch.optim.AdamW has are set back, step counters go to their device.
+        """After loading: reset options that only torch.optim.AdamW has, move step counters to their
+        device.
 
         Raises:
-            ValueError: for a state with options that this optimizer has not got.
+            ValueError: for a state with options that this optimizer does not have.
         """
         super().__setstate__(state)
-        self._plans, self._seen = {}, ([], [])
+        self._plans = {}
+        self._seen = ([], [])
         for group in self.param_groups:
             for name in ("amsgrad", "maximize"):
                 if group.get(name):
@@ -138,7 +143,8 @@ class AdamWEMA(Optimizer):
 
         Args:
             closure: computes the loss again, with gradients, and returns it.
-            ema_momentum: share that the averages keep, in [0, 1]; None leaves averages alone.
+            ema_momentum: share that the averages keep, in [0, 1]; None leaves the averages
+                unchanged.
             found_inf: one element on the device; not 0: nothing changes.
             grad_scale: one element on the device; gradients are divided by it.
 
@@ -174,8 +180,9 @@ class AdamWEMA(Optimizer):
         return loss
 
     def _state_is_seen(self) -> bool:
-        """Whether every parameter has the dictionary of state that it had after the last step. Finding them again by
-        parameter would take ten times as long.
+        """Whether every parameter still has its state dictionary of the last step.
+
+        Looking them up by parameter would take ten times as long.
         """
         parameters, states = self._seen
         return (
@@ -230,14 +237,16 @@ def _scalars(
 def _known(
     given: Mapping[Tensor, Tensor] | None, known: set[int], name: str
 ) -> dict[Tensor, Tensor]:
-    """A copy of the mapping, all of whose keys are parameters and all of whose shapes are theirs."""
+    """A checked copy of the mapping: keys are parameters, values have their shapes."""
     for i, (param, tensor) in enumerate((given or {}).items()):
         if id(param) not in known:
             raise ValueError(
-                f"AdamWEMA: key {i} of {name}, {tuple(param.shape)}, is none of the {len(known)} parameters"
+                f"AdamWEMA: key {i} of {name}, {tuple(param.shape)}, "
+                f"is none of the {len(known)} parameters"
             )
         if tensor.shape != param.shape:
             raise ValueError(
-                f"AdamWEMA: {name} has {tuple(tensor.shape)} for a parameter of {tuple(param.shape)}"
+                f"AdamWEMA: {name} has {tuple(tensor.shape)} for a parameter of "
+                f"{tuple(param.shape)}"
             )
     return dict(given or {})

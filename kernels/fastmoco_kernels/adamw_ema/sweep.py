@@ -1,4 +1,4 @@
-"""What one sweep works on: tensors by parameter and numbers for all of them, and the checks of both."""
+"""Tensors and numbers of one sweep, and the checks of both."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Scalars:
-    """The numbers of a sweep; each is a Python number or a tensor of one element on the parameters' device.
+    """The numbers of a sweep: Python numbers, or tensors of one element on the parameters' device.
 
     Attributes:
         lr: learning rate.
@@ -90,7 +90,7 @@ class Scalars:
         return [self.lr, self.weight_decay, self.beta1, self.beta2, self.eps, self.ema_momentum]
 
     def on_host(self) -> Scalars | None:
-        """The same as Python numbers, the scale folded in as a number, or None if `found_inf` says to skip.
+        """The same as Python numbers, except for `grad_scale`; None where `found_inf` is set.
 
         Reads tensors, and so waits for their device.
         """
@@ -115,7 +115,8 @@ def check_sweep(sweep: Sweep) -> None:
         raise ValueError(f"{OP}: {len(sweep.params)} params but {len(sweep.steps)} steps")
     check_lists(OP, "params", sweep.params, lists)
 
-    # Types: every tensor dense and floating point, what accumulates small increments float32 or wider.
+    # Types: every tensor dense and floating point, what accumulates small increments float32 or
+    # wider.
     for i, param in enumerate(sweep.params):
         for name, tensors in {"params": sweep.params, **lists}.items():
             tensor = tensors[i]
@@ -127,11 +128,13 @@ def check_sweep(sweep: Sweep) -> None:
                 or tensor.layout != torch.strided
             ):
                 raise ValueError(
-                    f"{OP}: {name}[{i}] is {tensor.dtype}, {tensor.layout}; it must be dense floating point"
+                    f"{OP}: {name}[{i}] is {tensor.dtype}, {tensor.layout}; "
+                    "it must be dense floating point"
                 )
             if name != "grads" and tensor.dtype not in WIDE:
                 raise ValueError(
-                    f"{OP}: {name}[{i}] is {tensor.dtype}; updates below its half ulp vanish: needs one of {WIDE}"
+                    f"{OP}: {name}[{i}] is {tensor.dtype}; updates below its half ulp vanish: "
+                    f"needs one of {WIDE}"
                 )
         step = sweep.steps[i]
         if step.numel() != 1 or step.device != param.device or not step.is_floating_point():
@@ -142,7 +145,7 @@ def check_sweep(sweep: Sweep) -> None:
 
 
 def check_scalars(scalars: Scalars, device: torch.device) -> None:
-    """Ranges of numbers; device and size of tensors, whose values are not looked at.
+    """Ranges of numbers; device and size of tensors, whose values are not read.
 
     Raises:
         ValueError: naming the value and its rule.
@@ -154,9 +157,11 @@ def check_scalars(scalars: Scalars, device: torch.device) -> None:
     for name in ("beta1", "beta2"):
         value = getattr(scalars, name)
         if not isinstance(value, Tensor) and not 0 <= value < 1:
-            raise ValueError(f"{OP}: {name}={value} lies outside [0, 1)")
+            raise ValueError(f"{OP}: {name}={value} is outside [0, 1)")
     if not isinstance(scalars.ema_momentum, Tensor) and not 0 <= scalars.ema_momentum <= 1:
-        raise ValueError(f"{OP}: ema_momentum={scalars.ema_momentum} lies outside [0, 1]")
+        raise ValueError(f"{OP}: ema_momentum={scalars.ema_momentum} is outside [0, 1]")
+
+    # Tensors: one element, on the parameters' device.
     for name in (
         "lr",
         "weight_decay",
@@ -170,5 +175,6 @@ def check_scalars(scalars: Scalars, device: torch.device) -> None:
         tensor = getattr(scalars, name)
         if isinstance(tensor, Tensor) and (tensor.numel() != 1 or tensor.device != device):
             raise ValueError(
-                f"{OP}: {name} has {tensor.numel()} elements on {tensor.device}; it must be 1 on {device}"
+                f"{OP}: {name} has {tensor.numel()} elements on {tensor.device}; "
+                f"it must be 1 on {device}"
             )

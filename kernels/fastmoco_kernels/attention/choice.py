@@ -1,4 +1,4 @@
-"""Who computes attention: every backend, where it runs, and which one `"auto"` means. The one place that decides."""
+"""The choice of the attention backend: where each one runs, and which one `"auto"` means."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ BACKENDS = (
     "triton",
     "reference",
 )
-"""`sdpa`: torch's scaled_dot_product_attention, which picks a kernel by itself; `flash`, `cudnn`, `efficient`:
-that one of its kernels or an error; `fa4`: flash-attention 4 through torch's own switch; `xformers`: its
-memory_efficient_attention; `explicit`: softmax(q k^T) v written out in the inputs' dtype; `triton`: this package's
-kernels for short sequences; `reference`: written out in float32 or wider."""
+"""`sdpa`: torch's scaled_dot_product_attention, which picks a kernel by itself; `flash`, `cudnn`,
+`efficient`: that one of its kernels or an error; `fa4`: flash-attention 4 through torch's own
+switch; `xformers`: its memory_efficient_attention; `explicit`: softmax(q k^T) v written out in the
+inputs' dtype; `triton`: this package's kernels for short sequences; `reference`: written out in
+float32 or wider.
+"""
 TRITON_HEAD_DIMS = (32, 64)
 TRITON_LONGEST = 256
 TRITON_DTYPES = (torch.bfloat16, torch.float16)
-"""What the compiled kernels take. In Triton's interpreter, which cannot hold bf16, float32 stands in for it."""
+"""What the compiled kernels take. Triton's interpreter has no bf16 and takes float32 instead."""
 _DTYPES = {
     "flash": (torch.float16, torch.bfloat16),
     "cudnn": (torch.float16, torch.bfloat16),
@@ -74,10 +76,10 @@ def choose_attention(
     Args:
         device: where the tensors are.
         dtype: theirs, after autocast.
-        queries: L, rows that ask.
-        keys: M, rows that are asked.
+        queries: L, rows of queries.
+        keys: M, rows of keys.
         head_dim: d.
-        backend: `"auto"`, or one of `BACKENDS` to take it or learn why it does not run here.
+        backend: `"auto"`, or one of `BACKENDS`, which is taken or refused with the reason.
 
     Raises:
         ValueError: naming the backend, what it lacks and the cure.
@@ -116,9 +118,12 @@ def default_backend(device: torch.device, dtype: torch.dtype) -> str:
 def triton_fault(
     device: torch.device, dtype: torch.dtype, queries: int, keys: int, head_dim: int
 ) -> str:
-    """Why the kernels for short sequences do not take such a call; empty where they do."""
+    """Why the kernels for short sequences do not take a call; empty where they do."""
     if dtype == torch.float32 and device.type == "cuda":
-        return "float32 operands of a product lie in registers, and one head's keys are more than a thread has"
+        return (
+            "float32 operands of a product are in registers, "
+            "and one head's keys need more than a thread has"
+        )
     if dtype not in (*TRITON_DTYPES, torch.float32):
         return f"{_short(dtype)} is none of {', '.join(map(_short, TRITON_DTYPES))}"
     if head_dim not in TRITON_HEAD_DIMS:
@@ -131,7 +136,7 @@ def triton_fault(
 def announce(
     device: torch.device, dtype: torch.dtype, queries: int, keys: int, head_dim: int, backend: str
 ) -> None:
-    """Check a call as `choose_attention` does, once for each kind, and log each choice once for the process.
+    """Check a call as `choose_attention` does, once for each kind; log each choice once a process.
 
     Raises:
         ValueError: as `choose_attention`.
@@ -162,11 +167,13 @@ def _require(
         return
     if device.type != "cuda":
         raise ValueError(
-            f"attention: backend={name!r} on {device}; it needs a CUDA device, or take backend='auto'"
+            f"attention: backend={name!r} on {device}; it needs a CUDA device, "
+            "or take backend='auto'"
         )
     if dtype not in _DTYPES[name]:
         raise ValueError(
-            f"attention: backend={name!r} in {_short(dtype)}; it takes {', '.join(map(_short, _DTYPES[name]))}"
+            f"attention: backend={name!r} in {_short(dtype)}; "
+            f"it takes {', '.join(map(_short, _DTYPES[name]))}"
         )
     if name == "fa4":
         require_fa4(torch.cuda.get_device_capability(device))

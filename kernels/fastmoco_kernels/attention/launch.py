@@ -1,9 +1,10 @@
-"""How the short-sequence kernels are launched: which tiles, how many warps, where the results lie.
+"""Launches of the short-sequence kernels: tiles, warps, layout of the results.
 
-Registers decide the defaults, chip by chip, because no default may spill under any supported Triton: the backward of head
-dimension 64 takes its keys 16 at a time (32 on Blackwell), that of 32 takes 32; a smaller last tile of queries fits on
-Hopper alone, and is a default for head dimension 32 only. float32 has no tiles: its products take their operands from
-registers, and one head's keys are far more than a thread has. `benchmarks/aot` compiles all that can be picked.
+Defaults are chosen per chip such that none spills registers under any supported Triton: the
+backward of head dimension 64 takes its keys 16 at a time (32 on Blackwell), that of 32 takes 32; a
+smaller last tile of queries fits on Hopper alone, and is a default for head dimension 32 only.
+float32 has no tiles: its products take their operands from registers, and one head's keys do not
+fit in a thread's. `benchmarks/aot` compiles all that can be picked.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ Tile = tuple[int, ...]
 VIT_ROWS = (128, 64, 16)
 """208 rows, for the 197 tokens of a picture of 224 in patches of 16."""
 KEY_ROWS: tuple[Rows, ...] = ((64, 0, 0), (128, 0, 0), (128, 64, 0), VIT_ROWS, (256, 0, 0))
-"""How the forward cuts its keys. Only the last tile of a cut may be partly empty: the forward masks no other."""
+"""How the forward splits its keys. Only the last tile may be partly empty: no other is masked."""
 QUERY_ROWS: tuple[Rows, ...] = ((16, 0, 0), (64, 0, 0), (128, 0, 0), VIT_ROWS, (256, 0, 0))
-"""How the backward cuts its queries; rows beyond them add 0, in any tile."""
+"""How the backward splits its queries; rows beyond them add 0, in any tile."""
 CHIPS = (80, 90, 100)
 
 
 def row_tiles(rows: int, cuts: tuple[Rows, ...]) -> Rows:
-    """The cut that holds `rows` rows with the fewest to spare.
+    """The smallest split that holds `rows` rows.
 
     Raises:
         ValueError: for more rows than fit on chip.
@@ -48,7 +49,7 @@ def row_tiles(rows: int, cuts: tuple[Rows, ...]) -> Rows:
 
 
 def forward_tiles(chip: int, head_dim: int, queries: int, keys: Rows) -> list[Tile]:
-    """(rows of queries at a time, rows of the last, warps, stages), the default first."""
+    """(rows of queries at a time, rows of the last tile, warps, stages), the default first."""
     if queries <= 16:
         return [(16, 0, 4, 1)]
     if keys != VIT_ROWS:
@@ -56,7 +57,8 @@ def forward_tiles(chip: int, head_dim: int, queries: int, keys: Rows) -> list[Ti
     plain: list[Tile] = [(64, 0, 4, 1), (128, 0, 8, 1)]
     if chip != 90 or not 0 < queries % 64 <= 16:
         return plain
-    # Triton 3.6 spills 132 bytes of head dimension 64 with the smaller last tile; measured, it may still be the faster.
+    # With the smaller last tile Triton 3.6 spills 132 bytes at head dimension 64; it may still
+    # measure faster.
     return [(64, 16, 4, 1), *plain] if head_dim == 32 else [*plain, (64, 16, 4, 1)]
 
 
@@ -72,18 +74,21 @@ def backward_tiles(chip: int, head_dim: int, queries: Rows) -> list[Tile]:
 
 
 def in_halves(chip: int, head_dim: int, queries: int) -> bool:
-    """Whether the backward takes its queries in two launches: 256 rows of 64 do not fit Ampere's registers."""
+    """Whether the backward splits its queries: 256 rows of 64 do not fit Ampere's registers."""
     return chip == 80 and head_dim == 64 and queries > sum(VIT_ROWS)
 
 
 def _chip(device: torch.device) -> int:
-    """The architecture whose defaults a device takes. Consumer Blackwell (12.x) multiplies matrices as Ampere does."""
+    """The architecture whose defaults a device takes.
+
+    Consumer Blackwell (12.x) has Ampere's MMA.
+    """
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
     return {9: 90, 10: 100, 11: 100}.get(major, 80)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Output [B, A, L, d], in memory as [B, L, A, d], and the base-2 logarithm of the softmax's denominator [B, A, L]."""
+    """Output [B, A, L, d], in memory [B, L, A, d]; log2 of the softmax's denominator [B, A, L]."""
     q, k, v = _readable(q), _readable(k), _readable(v)
     B, A, L, d = q.shape
     M = k.shape[2]
@@ -182,13 +187,13 @@ def _backward(
 
 
 def _readable(t: Tensor) -> Tensor:
-    """The kernels read rows of d neighbours at any distance that 32 bits can tell; other layouts are copied."""
+    """Contiguous rows of d at 32-bit offsets are read as they are; other layouts are copied."""
     return t if t.stride(3) == 1 and t.shape[2] * t.stride(2) < 2**31 else t.contiguous()
 
 
 def forward_constants(head_dim: int, keys: Rows, tile: Tile) -> dict[str, Any]:
     """The constexprs of the forward kernel."""
-    # "ieee" says how float32 is multiplied; 16-bit types have one way only.
+    # "ieee" is for float32 products; it has no effect on 16-bit types.
     names = {"D": head_dim, "QUERIES": tile[0], "TAIL": tile[1], "PRECISION": "ieee"}
     return names | {f"KEYS_{i + 1}": rows for i, rows in enumerate(keys)}
 

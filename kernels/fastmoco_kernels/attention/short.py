@@ -1,8 +1,9 @@
-"""`fastmoco::short_attention`: the Triton kernels for short sequences as one operator of torch, with its gradient.
+"""`fastmoco::short_attention`: the Triton kernels as a differentiable operator of torch.
 
-The forward keeps its inputs, its output and a float32 a query; the weights are computed again on the way back. A graph
-compiler sees two nodes. The operator reads strided views as they are and leaves its output as [B, L, A, d] in memory, so
-that neither the packed projection before it nor the one behind it costs a copy.
+The forward keeps its inputs, its output and a float32 a query; the weights are recomputed in the
+backward. A graph compiler sees two nodes. The operator reads strided views as they are and leaves
+its output as [B, L, A, d] in memory, so that neither the packed projection before it nor the one
+after it costs a copy.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def blur_triton(images: Tensor, boxes: Tensor) -> Tensor:
         boxes: [B, 4] int32 on the same device, from `extended_boxes`.
 
     Returns:
-        [B, C, H, W] uint8, a new tensor. One more of its size is needed meanwhile.
+        [B, C, H, W] uint8, a new tensor. One more of its size is allocated temporarily.
     """
     batch, channels, height, width = images.shape
     source, buffers = images, (torch.empty_like(images), torch.empty_like(images))

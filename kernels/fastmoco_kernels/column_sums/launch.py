@@ -1,4 +1,4 @@
-"""Sums over rows without atomics: programs of a backward leave partial sums in a table, and one kernel adds them up."""
+"""Sums over rows without atomics: programs leave partial sums in a table, one kernel adds them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WITHOUT_GPU = 3
 
 
 def parts(whole: int, part: int) -> int:
-    """`part` goes so often into `whole`, rounded up; triton.cdiv without what it costs the host."""
+    """`whole / part`, rounded up; triton.cdiv takes the host microseconds."""
     return -(-whole // part)
 
 
@@ -50,5 +50,7 @@ def shared_tiles(columns: int, warps: int) -> list[Tile]:
 def row_programs(
     rows: int, rows_at_a_time: int, blocks: int, per_processor: int, device: torch.device
 ) -> int:
-    """Programs that share the rows, where as many run at once for each of `blocks` blocks of columns."""
+    """Programs that share the rows: as many as run at once, divided among `blocks` blocks of
+    columns.
+    """
     return min(parts(rows, rows_at_a_time), max(1, per_processor * processors(device) // blocks))

@@ -1,4 +1,4 @@
-"""Partial sums over rows, added up in a fixed order: the same bits every time on one GPU and one tile."""
+"""Partial sums over rows, added in a fixed order: reproducible bit by bit on one GPU and tile."""
 
 import triton
 import triton.language as tl

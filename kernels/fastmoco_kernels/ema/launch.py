@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastmoco_kernels.backends import device_guard
 from fastmoco_kernels.ema.triton_kernels import ema_kernel
-from fastmoco_kernels.tensors import PointerTable
+from fastmoco_kernels.tables import PointerTable
 
 NUM_WARPS = 4
-"""With CHUNK: 16 elements a thread, loaded by four 128-bit instructions an array before the first is used."""
+"""With CHUNK: 16 elements a thread, four 128-bit loads an array before the first is used."""
 
 ELEMENT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 """Triton's names of the element types that kernels over pointer tables read."""

@@ -1,13 +1,14 @@
-"""The momentum (EMA) update of the twin encoder.
+"""The momentum (EMA) update of the momentum encoder.
 
-`average <- average + (1 - momentum) * (source - average)`: the lerp form. It equals `m * a + (1 - m) * s` in exact
-arithmetic, and in floating point it leaves `average` untouched where it equals `source`, so frozen tensors never
-drift. Averages must be stored in float32: near momentum 1 an increment is below half a unit in the last place of bf16
-and vanishes, whatever type the arithmetic uses.
+`average <- average + (1 - momentum) * (source - average)`: the lerp form. It equals
+`m * a + (1 - m) * s` in exact arithmetic, and in floating point it leaves `average` untouched where
+it equals `source`, so frozen tensors never drift. Averages must be stored in float32: near momentum
+1 an increment is below half a unit in the last place of bf16 and vanishes, whatever type the
+arithmetic uses.
 
-On CUDA all tensors are updated by one launch over a table of their addresses (`tensors.py`), built on the first
-call and refreshed where a tensor moved. The twin of a ViT-S has 150 tensors, most of them tiny: tensor by tensor, the
-launches cost more than the 12 bytes a parameter.
+On CUDA all tensors are updated by one launch over a table of their addresses (`tables.py`), built
+on the first call and refreshed where a tensor moved. The momentum encoder of a ViT-S has 150
+tensors, most of them tiny: one launch per tensor costs more than moving 12 bytes a parameter.
 """
 
 from __future__ import annotations
@@ -40,29 +41,32 @@ def ema_update_(
     `average <- average + (1 - momentum) * (source - average)`
 
     Args:
-        averages: tensors of float32 or float64, any shape and strides, on one device; changed in place. DTensors stand
-            for their local shards.
+        averages: tensors of float32 or float64, any shape and strides, on one device; changed in
+            place. Of a DTensor the local shard is used.
         sources: as many floating-point tensors, each of its average's shape and device; read only.
-        momentum: in [0, 1]: 1 keeps the averages, 0 copies the sources. A tensor of one element is read on the device,
-            without a synchronisation and without a check of its range; float64 keeps `1 - momentum` exact.
-        backend: `"auto"` (triton on CUDA, foreach elsewhere), `"triton"`, `"foreach"` or `"reference"`.
+        momentum: in [0, 1]: 1 keeps the averages, 0 copies the sources. A tensor of one element is
+            read on the device, without a synchronisation and without a check of its range; float64
+            keeps `1 - momentum` exact.
+        backend: `"auto"` (triton on CUDA, foreach elsewhere), `"triton"`, `"foreach"` or
+            `"reference"`.
 
     Raises:
-        ValueError: for different counts, shapes or devices, for averages narrower than float32, for a momentum
-            outside [0, 1] or of more than one element.
+        ValueError: for different counts, shapes or devices, for averages narrower than float32, for
+            a momentum outside [0, 1] or of more than one element.
 
-    Numerics: computed in the averages' dtype; bitwise reproducible; equal tensors stay bitwise equal at any momentum;
-        foreach and reference agree bit for bit on a CPU, triton to two units in the last place. Autocast changes nothing.
-    Memory and cost: `bytes_moved`: 12 bytes a float32 parameter (two reads, one write); no allocation where the dtypes
-        agree. Under triton, float64 averages and tensors with gaps or with strides unlike their average's take the
-        foreach path.
-    Distributed: none; sharded twins are updated shard by shard.
+    Numerics: computed in the averages' dtype; bitwise reproducible; equal tensors stay bitwise
+        equal at any momentum; foreach and reference agree bit for bit on a CPU, triton to two units
+        in the last place. Autocast changes nothing.
+    Memory and cost: `bytes_moved`: 12 bytes a float32 parameter (two reads, one write); no
+        allocation where the dtypes agree. Under triton, float64 averages and tensors with gaps or
+        with strides unlike their average's take the foreach path.
+    Distributed: none; sharded averages are updated shard by shard.
 
     Example:
         >>> import torch
         >>> from fastmoco_kernels import ema_update_
-        >>> twin = [torch.zeros(2)]
-        >>> ema_update_(twin, [torch.ones(2)], 0.75); twin[0]
+        >>> averages = [torch.zeros(2)]
+        >>> ema_update_(averages, [torch.ones(2)], 0.75); averages[0]
         tensor([0.2500, 0.2500])
     """
     own_averages, own_sources = local(averages), local(sources)
@@ -144,11 +148,11 @@ def _check_momentum(averages: Sequence[Tensor], momentum: float | Tensor) -> Non
                 f"{OP}: momentum is on {momentum.device} but averages[0] is on {averages[0].device}"
             )
     elif not 0 <= momentum <= 1:
-        raise ValueError(f"{OP}: momentum={momentum} lies outside [0, 1]")
+        raise ValueError(f"{OP}: momentum={momentum} is outside [0, 1]")
 
 
 def _check_tensors(averages: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Every pair of tensors that does not fit, with both values in the text."""
+    """Refuse pairs of tensors that do not fit; every message contains both values."""
     # The usual case, in three comparisons.
     if (
         [average.shape for average in averages] == [source.shape for source in sources]

@@ -1,4 +1,4 @@
-"""The moving average in plain torch: one tensor at a time (the oracle of the tests), and all at once (the CPU path)."""
+"""The moving average in plain torch: the reference, one tensor at a time, and the CPU path."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ema_update_reference_(
 def ema_update_foreach_(
     averages: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor
 ) -> None:
-    """The same with torch's multi-tensor lerp; a momentum on the device stays there, tensor by tensor."""
+    """The same by torch's multi-tensor lerp; tensor by tensor for a momentum on the device."""
     if isinstance(momentum, Tensor):
         ema_update_reference_(averages, sources, momentum)
     elif averages:

@@ -1,4 +1,4 @@
-"""How a fused block's backward passes are launched: `residual_norm`'s tiles for the norm, `gelu_bias`' for GELU."""
+"""Launches of a fused block's backward, with the tiles of `residual_norm` and `gelu_bias`."""
 
 from __future__ import annotations
 
@@ -31,12 +31,15 @@ def norm_backward(
     rstd: Tensor,
     branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dbranch (empty unless `branch_dtype`), y, and float32 sums over rows [3 or 2, E]: as the reference."""
+    """dx, dbranch (empty unless `branch_dtype`), y, float32 sums over rows [3 or 2, E]; see
+    reference.
+    """
     dy, x, weight, bias = dy.contiguous(), x.contiguous(), weight.contiguous(), bias.contiguous()
     dsum = None if dsum is None else dsum.contiguous()
     branch = None if branch is None else branch.contiguous()
     E = x.shape[-1]
     rows = x.numel() // E
+
     dx, y = torch.empty_like(x), torch.empty(x.shape, dtype=dy.dtype, device=x.device)
     shape = (0,) if branch_dtype is None else x.shape
     dbranch = torch.empty(shape, dtype=branch_dtype or x.dtype, device=x.device)
@@ -54,9 +57,8 @@ def norm_backward(
         partial = torch.empty(programs, sums.numel(), dtype=torch.float32, device=x.device)
         block_norm_bwd_kernel[(programs,)](
             dy,
-            x
-            if dsum is None
-            else dsum,  # a stand-in where there is none: the kernel does not touch it
+            # Placeholders where a tensor is None: the kernel does not read them.
+            x if dsum is None else dsum,
             x,
             x if branch is None else branch,
             weight,

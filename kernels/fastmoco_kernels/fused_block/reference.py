@@ -1,6 +1,7 @@
-"""The passes of a fused block in plain torch, one operation after the other: what the kernels are held against.
+"""The passes of a fused block in plain torch: the reference of the kernels.
 
-All arithmetic is float32 (float64 of float64), whatever is stored; sums over rows are those of what is stored.
+All arithmetic is float32 (float64 of float64), whatever is stored; sums over rows are those of what
+is stored.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def norm_forward_reference(
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum (empty without a branch), its layer norm in `out_dtype`, mean and reciprocal deviation of every row.
+    """The sum (empty without a branch), its norm in `out_dtype`, mean and 1 / deviation of each
+    row.
 
     Args:
         x: [..., E].
@@ -54,11 +56,13 @@ def norm_backward_reference(
     rstd: Tensor,
     branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dbranch (empty unless `branch_dtype`), y once more, and sums over rows [3, E]: dweight, dbias, dbranch's.
+    """dx, dbranch (empty unless `branch_dtype`), y recomputed, and sums over rows [3 or 2, E].
 
-    The last is dx's where there is no dbranch, and is left out without a branch.
+    The sums are dweight, dbias and that of dbranch: of dx where there is no dbranch, absent without
+    a branch.
 
-    `dx = dsum + rstd * (g - mean(g) - xhat * mean(g * xhat))`, `g = weight * dy` (Ba, Kiros, Hinton 2016, Eq. 4, derived).
+    `dx = dsum + rstd * (g - mean(g) - xhat * mean(g * xhat))`, `g = weight * dy` (Ba, Kiros, Hinton
+    2016, Eq. 4, derived).
 
     Args:
         dy: [..., E], gradient to the norm, in its dtype.
@@ -89,10 +93,10 @@ def norm_backward_reference(
 
 
 def gelu_backward_reference(dg: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """GELU of h once more, the gradient to h, and the sum over rows of that.
+    """GELU of h recomputed, the gradient of h, and its sum over rows.
 
-    `g = h * Phi(h)`, `dh = dg * (Phi(h) + h * phi(h))` with the normal distribution's Phi and phi (Hendrycks and
-    Gimpel 2016).
+    `g = h * Phi(h)`, `dh = dg * (Phi(h) + h * phi(h))` with the normal distribution's Phi and phi
+    (Hendrycks and Gimpel 2016).
 
     Args:
         dg: [..., F], gradient to GELU's output.
@@ -104,7 +108,7 @@ def gelu_backward_reference(dg: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def stack_qkv_reference(dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, L, 3 A d] of three [B, A, L, d], columns grouped by part, then by head; and the sum over rows of it."""
+    """Stack three [B, A, L, d] to [B, L, 3 A d], columns by part, then head; sum its rows."""
     B, A, L, d = dq.shape
     stacked = torch.stack([part.transpose(1, 2) for part in (dq, dk, dv)], dim=2).reshape(
         B, L, 3 * A * d

@@ -1,6 +1,7 @@
-"""How the gradient of GELU is launched: columns by block, and as many programs that share the rows as run at once.
+"""Launches of the gradient of GELU: blocks of columns, and programs that share the rows.
 
-A thread holds about 16 numbers of every tensor; 256 columns are one warp's 16-byte reads of 16-bit numbers.
+A thread holds about 16 numbers of every tensor; 256 columns are one warp's 16-byte reads of 16-bit
+numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GELU in plain torch, and the bias's gradient as torch's linear layer sums it: what the kernel is held against."""
+"""GELU in plain torch, with the bias gradient as torch's linear layer sums it: the reference."""
 
 from __future__ import annotations
 

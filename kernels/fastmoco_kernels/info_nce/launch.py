@@ -1,7 +1,8 @@
 """Launches: scratch tensors, grids, the choice of a tile.
 
-Four launches whatever the number of directions: queries to unit length, keys to unit length, the pass, the epilogue; and
-one sum. Ranks add a small launch, gradients of the keys a pass and its epilogue.
+Four launches whatever the number of directions: queries to unit length, keys to unit length, the
+pass, the epilogue; and one sum. Ranks add a small launch, gradients of the keys a pass and its
+epilogue.
 
 Legend: B queries, N keys, D dimension (padded in scratch), S directions.
 """
@@ -28,7 +29,7 @@ SCRATCH = {
     "fp32": torch.float32,
 }
 DOT = {"bf16": "tf32", "fp16": "tf32", "tf32": "tf32", "fp32": "ieee"}
-"""`input_precision` of the products; it means nothing for two-byte operands."""
+"""`input_precision` of the products; without effect on two-byte operands."""
 
 
 class _Units(NamedTuple):
@@ -40,7 +41,7 @@ class _Units(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """What the streaming kernel leaves: by split, direction and row."""
+    """Results of the streaming kernel, by split, direction and row."""
 
     acc: Tensor
     total: Tensor
@@ -74,7 +75,7 @@ def info_nce_triton(
         if request.key_gradient:
             back = _stream(k.unit, q.unit, B, -request.positive_offset, request, bias, tile, splits)
             dkeys = _finish_keys(q, k, back, share, request)
-    # A sum of one shape is added in one order.
+    # Sums of one shape have one order.
     loss, *others = (
         rows[: 4 if request.accuracy else 2 if request.gradient else 1].sum((1, 2)).unbind()
     )
@@ -125,11 +126,13 @@ def _stream(
     tile: Tile | None,
     splits: int | None,
 ) -> _Pass:
-    """One pass of the rows of y past those of x, with the best tile; x stands in the place of what is not asked for."""
+    """Stream the rows of y past those of x, with the best tile; x replaces arguments not needed."""
     S, x_padded, D = x.shape
     kind, processors = _chip(x.device)
     gradient = request.gradient or bias is not None
     counting = request.accuracy and bias is None
+
+    # The positive's cosine, where ranks are counted.
     own = x
     if counting:
         own = torch.empty((S, x_padded), dtype=torch.float32, device=x.device)
@@ -147,6 +150,7 @@ def _stream(
         )
         per_split = _cdiv(tiles, wanted)
         parts = _cdiv(tiles, per_split)
+
         acc = total = count = x
         if gradient:
             acc = torch.empty((parts, S, x_padded, D), dtype=torch.float32, device=x.device)
@@ -193,7 +197,7 @@ def _stream(
 def _finish(
     q: _Units, k: _Units, swept: _Pass, request: Request
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of results [4, S, B], the gradient [S, B, D], and what the second pass needs of every row."""
+    """Results [4, S, B], the gradient [S, B, D], and bias and share for the second pass."""
     S, B = q.norm.shape
     B_padded, N, dim = q.unit.shape[1], k.norm.shape[1], q.raw[0].shape[1]
     device, keys = q.norm.device, request.key_gradient
@@ -203,6 +207,7 @@ def _finish(
     bias = share = rows
     if keys:
         bias, share = torch.empty((2, S, B_padded), dtype=torch.float32, device=device).unbind()
+
     block = _epilogue_rows(q.unit.shape[2])
     epilogue_kernels.info_nce_finish_kernel[(_cdiv(B_padded if keys else B, block), S)](
         *q.raw,
@@ -245,6 +250,7 @@ def _finish_keys(q: _Units, k: _Units, back: _Pass, share: Tensor, request: Requ
     B, (N, dim), D = q.norm.shape[1], k.raw[0].shape, q.unit.shape[2]
     kept = torch.float32 if k.raw[0].dtype == torch.float16 else k.raw[0].dtype
     dk = torch.empty((N, dim), dtype=kept, device=k.norm.device)
+
     block, (pointer, scale_log2) = _epilogue_rows(D), _temperature(request, share)
     epilogue_kernels.info_nce_finish_keys_kernel[(_cdiv(N, block),)](
         q.raw[0],
@@ -276,7 +282,7 @@ def _finish_keys(q: _Units, k: _Units, back: _Pass, share: Tensor, request: Requ
 
 
 def _cdiv(a: int, b: int) -> int:
-    """Triton's own costs some microseconds a call: it is made for kernels."""
+    """triton.cdiv takes the host some microseconds."""
     return -(-a // b)
 
 
@@ -285,7 +291,7 @@ def _epilogue_rows(D: int) -> int:
 
 
 def _temperature(request: Request, unused: Tensor) -> tuple[Tensor, float]:
-    """Pointer to the temperature (unused where it is a number), and log2(e) over it (unused where it is on the device)."""
+    """Pointer to the temperature, or `unused` for a number; and log2(e) over it, or 0."""
     if isinstance(request.temperature, Tensor):
         return request.temperature, 0.0
     return unused, LOG2_E / request.temperature
@@ -299,12 +305,15 @@ def _constants(request: Request) -> dict[str, Any]:
 
 
 def _key_shift(request: Request) -> float:
-    """In the second pass terms are shares of 1; fp16 holds small ones better multiplied by 2^15."""
+    """In the second pass terms are shares of 1; in fp16 small ones need a factor of 2^15."""
     return exponent_ceiling("fp16") if request.precision == "fp16" else 0.0
 
 
 def _chip(device: torch.device) -> tuple[int, int]:
-    """Row of the table of tiles, and the number of processors. The interpreter is one processor of the smallest kind."""
+    """Row of the table of tiles, and number of processors.
+
+    The interpreter is one small processor.
+    """
     if device.type != "cuda":
         return 0, 1
     chip = torch.cuda.get_device_properties(device)

@@ -1,12 +1,14 @@
 """`fastmoco::info_nce`: the one-pass loss as one operator of torch, with its gradient.
 
-The operator computes the gradient in its forward, where it is nearly free, and hands it out as further results; the way
-back multiplies by the incoming gradient. So nothing of size B x N is ever kept, and a graph compiler sees one node. Where
-nothing watches torch's calls, an autograd function calls the pass at once.
+The operator computes the gradient in its forward, where it is nearly free, and returns it as
+further results; the backward multiplies it by the incoming gradient. So nothing of size B x N is
+kept, and a graph compiler sees one node. Where nothing watches torch's calls, an autograd function
+calls the pass directly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +48,7 @@ class _Values(NamedTuple):
 def one_pass(
     queries: tuple[Tensor, ...], keys: tuple[Tensor, ...], request: Request, *, triton: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss, differentiable as the request says, and hits, of one direction or two.
+    """Loss, differentiable as requested, and hits, of one direction or two.
 
     Args:
         queries: one or two [B, D].
@@ -77,7 +79,8 @@ def one_pass(
     watched = (
         traced() or torch._C._are_functorch_transforms_active() or not all_plain(queries + keys)
     )
-    results: _Results = _info_nce(*values) if watched else _Eager.apply(*values)  # type: ignore[no-untyped-call]
+    run: Callable[..., _Results] = _info_nce if watched else _Eager.apply
+    results = run(*values)
     return results[0], results[4]
 
 
@@ -128,7 +131,7 @@ def _as_results(found: OnePass, q: Tensor, keys: Tensor, *, learnt: bool) -> _Re
 
 
 def _kept_dtype(tensor: Tensor) -> torch.dtype:
-    """fp16 would flush gradients that a loss scaler has not scaled yet."""
+    """float32 for fp16, which would flush gradients that a loss scaler has not scaled yet."""
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
@@ -168,9 +171,7 @@ def _backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
 
     def scaled(gradient: Tensor, dtype: torch.dtype) -> Tensor:
         result = (incoming * gradient).to(dtype)
-        if (
-            torch.is_grad_enabled()
-        ):  # create_graph=True: what was computed in the forward has no graph of its own
+        if torch.is_grad_enabled():  # create_graph=True: what the forward computed has no graph
             return _once(result)
         return result
 
@@ -188,7 +189,7 @@ def _backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
 
 
 class _Eager(torch.autograd.Function):
-    """The operator without torch.library's dispatch, which takes longer on the host than all else together."""
+    """The operator without torch.library's dispatch, which takes most of the host's time."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -211,7 +212,8 @@ class _OnceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> Any:
         raise RuntimeError(
-            "info_nce_loss: the gradient was computed in the forward and cannot be differentiated again; "
+            "info_nce_loss: the gradient was computed in the forward and cannot be "
+            "differentiated again; "
             "backend='reference' can be differentiated any number of times"
         )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 def squares_foreach(
     params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float
 ) -> Tensor:
-    """`squares_T2`; zeros where nothing is scaled: tensors of at most one dimension, and empty shards."""
+    """`squares_T2`; 0 where nothing is scaled: tensors of one dimension or none, empty shards."""
     squares_T2 = torch.zeros(len(params), 2, dtype=torch.float64, device=params[0].device)
     scaled = [i for i, param in enumerate(params) if param.ndim > 1 and param.numel()]
     if scaled:
@@ -37,7 +37,10 @@ def update_foreach_(
     trust_coefficient: float,
     found_inf: Tensor | None,
 ) -> None:
-    """The update, given everybody's norms. Reads `found_inf` on the host, and `lr` where it is there already."""
+    """The update, given norms of whole tensors.
+
+    Reads `found_inf` on the host, and `lr` if it is there.
+    """
     if found_inf is not None and bool(found_inf != 0):
         return
     updates = _as_params(params, grads, range(len(params)))

@@ -1,4 +1,4 @@
-"""Launches of the LARS kernels: two for the norms, one for the update, however many tensors there are."""
+"""Launches of the LARS kernels: two for the norms and one for the update of all tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from fastmoco_kernels.lars.triton_kernels import (
     lars_norms_kernel,
     lars_update_kernel,
 )
-from fastmoco_kernels.tensors import pointer_table, same_layout
+from fastmoco_kernels.tables import pointer_table
+from fastmoco_kernels.tensors import same_layout
 
 FOLD_BLOCK = 256
 """Partial sums that one step of the fold adds; 16.8 million elements have 8192."""
@@ -26,12 +27,11 @@ def squares_triton(
     params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float
 ) -> Tensor:
     """First pass, as `op.lars_squares`."""
-    columns = [
-        params,
-        matching_grads(params, grads),
-    ]  # held until the launch: the table knows addresses alone
+    # Held until the launch: the table has only addresses.
+    columns = [params, matching_grads(params, grads)]
     table = pointer_table("lars_squares", columns, [_scaled(params)])
     first = params[0]
+
     squares = torch.empty(table.rows, 2, dtype=torch.float64, device=first.device)
     partials = torch.empty(max(table.chunks, 1), 2, dtype=first.dtype, device=first.device)
     with device_guard(first):
@@ -72,7 +72,7 @@ def update_triton_(
     trust_coefficient: float,
     found_inf: Tensor | None,
 ) -> None:
-    """Second pass, as `op.lars_update_`. Waits for nothing: `lr` is read on the device if it is there."""
+    """Second pass, as `op.lars_update_`. Does not wait: an `lr` on the device is read there."""
     columns = [params, matching_grads(params, grads), momentum_buffers]
     table = pointer_table("lars_update_", columns, [_scaled(params)])
     if not table.chunks:

@@ -1,8 +1,9 @@
-"""The three kernels of LARS; `launch.py` says who launches them, `tensors.py` what a row, a chunk and a column are.
+"""The three kernels of LARS. `tables.py` defines rows, chunks and columns.
 
-`lars_norms_kernel` and `lars_update_kernel` have one program a chunk, `lars_fold_kernel` one a tensor. WORD is the tensors'
-type, float32 or float64. Addresses come from a table, so the compiler knows nothing of their alignment: where all of a row's
-are multiples of 16 bytes and the chunk is full, a branch says so and loads are 128 bits wide; the rest goes by a mask.
+`lars_norms_kernel` and `lars_update_kernel` have one program a chunk, `lars_fold_kernel` one a
+tensor. WORD is the tensors' type, float32 or float64. Addresses come from a table, so the compiler
+does not know their alignment: where all of a row's are multiples of 16 bytes and the chunk is
+full, a branch tells the compiler, and loads are 128 bits wide; other chunks are masked.
 """
 
 import triton
@@ -11,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def squares_of_chunk(p_ptr, g_ptr, offsets, mask, weight_decay, WORD: tl.constexpr):
-    """Sums of `p^2` and of `(g + weight_decay * p)^2` over a chunk; `mask` None stands for all of it."""
+    """Sums of `p^2` and `(g + weight_decay * p)^2` over a chunk; `mask` None means all of it."""
     if mask is None:
         p, g = tl.load(p_ptr + offsets), tl.load(g_ptr + offsets)
     else:
@@ -25,7 +26,7 @@ def squares_of_chunk(p_ptr, g_ptr, offsets, mask, weight_decay, WORD: tl.constex
 
 @triton.jit
 def lars_norms_kernel(
-    pointers_ptr,  # [3, rows] int64: parameter, gradient, and the parameter again where it is scaled, else 0
+    pointers_ptr,  # [3, rows] int64: parameter, gradient, and the parameter if scaled, else 0
     sizes_ptr,  # [rows] int64
     chunk_rows_ptr,  # [chunks] int32
     chunk_starts_ptr,  # [chunks] int64
@@ -86,7 +87,7 @@ def lars_fold_kernel(
 def update_chunk(
     p_ptr, g_ptr, b_ptr, offsets, mask, decay, ratio, momentum, lr, WORD: tl.constexpr
 ):
-    """Buffer and parameter at `offsets`; `mask` None stands for all of them."""
+    """Buffer and parameter at `offsets`; `mask` None means all of them."""
     p = tl.load(p_ptr + offsets, mask=mask)
     g = tl.load(g_ptr + offsets, mask=mask)
     b = tl.load(b_ptr + offsets, mask=mask)
@@ -99,13 +100,13 @@ def update_chunk(
 
 @triton.jit
 def lars_update_kernel(
-    pointers_ptr,  # [4, rows] int64: parameter, gradient, buffer, and the parameter again where it is scaled, else 0
+    pointers_ptr,  # [4, rows] int64: parameter, gradient, buffer, the parameter if scaled, else 0
     sizes_ptr,  # [rows] int64
     chunk_rows_ptr,  # [chunks] int32
     chunk_starts_ptr,  # [chunks] int64
     squares_ptr,  # [rows, 2] float64
     found_inf_ptr,  # one element, or None
-    lr_ptr,  # one element that stands for lr, or None
+    lr_ptr,  # one element that replaces lr, or None
     rows,
     lr: tl.float64,
     momentum: tl.float64,
@@ -123,6 +124,8 @@ def lars_update_kernel(
         left = tl.where(tl.load(found_inf_ptr) != 0, 0, left)
     if lr_ptr is not None:
         lr = tl.load(lr_ptr).to(tl.float64)
+
+    # The trust ratio of the whole tensor.
     scaled = tl.load(pointers_ptr + 3 * rows + row) != 0
     p_square = tl.load(squares_ptr + 2 * row)
     u_square = tl.load(squares_ptr + 2 * row + 1)
@@ -130,6 +133,7 @@ def lars_update_kernel(
     ratio = trust_coefficient * tl.sqrt(p_square) / tl.sqrt(tl.where(both, u_square, 1.0))
     ratio = tl.where(both, ratio, 1.0)
     decay = tl.where(scaled, tl.full((), weight_decay, tl.float64), 0.0)
+
     p_address = tl.load(pointers_ptr + row)
     g_address = tl.load(pointers_ptr + rows + row)
     b_address = tl.load(pointers_ptr + 2 * rows + row)

@@ -1,8 +1,9 @@
-"""How the residual layer norm is launched: rows at a time, warps, programs that share the backward.
+"""Launches of the residual layer norm: rows at a time, warps, programs that share the backward.
 
-Warps lie along a row, 128 columns each (up to eight), so that a sum over rows never leaves a thread; a thread holds
-about 16 numbers of every tensor. The backward starts as many programs as run at once and each goes through many rows:
-partial sums stay few. `benchmarks/aot` compiles it at the widths of vision transformers and at odd ones.
+Warps are along a row, 128 columns each (up to eight), so that a sum over rows stays in a thread; a
+thread holds about 16 numbers of every tensor. The backward starts as many programs as run at once,
+each for many rows: partial sums stay few. `benchmarks/aot` compiles it at the widths of vision
+transformers and at odd ones.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def columns(E: int) -> int:
 
 @functools.cache
 def forward_tiles(E: int) -> list[Tile]:
-    """(rows at a time, warps), the default first: 16 numbers a thread, then 8, 32, and one warp a row."""
+    """(rows at a time, warps), the default first: 16 numbers a thread, then 8, 32, and one warp a
+    row.
+    """
     cols, warps = columns(E), _warps(E)
     tiles: list[Tile] = [(_rows(numbers, warps, cols), warps) for numbers in (16, 8, 32)]
     return list(dict.fromkeys([*tiles, (1, 1)] if cols <= 1024 else tiles))
@@ -40,7 +43,7 @@ def forward_tiles(E: int) -> list[Tile]:
 
 @functools.cache
 def backward_tiles(E: int) -> list[Tile]:
-    """(rows at a time, warps, programs a processor), the default first: 16 numbers a thread, then 8, or more programs."""
+    """(rows at a time, warps, programs a processor): 16 numbers a thread, 8, or more programs."""
     cols, warps = columns(E), _warps(E)
     sixteen, eight = (_rows(numbers, warps, cols) for numbers in (16, 8))
     return list(
@@ -71,7 +74,7 @@ def forward(
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_new (empty without a branch), y, and of every row the mean and the reciprocal standard deviation."""
+    """x_new (empty without a branch), y, and of each row the mean and 1 / standard deviation."""
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     E = x.shape[-1]
     rows = x.numel() // E
@@ -79,7 +82,7 @@ def forward(
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     if branch is None:
         x_new = torch.empty(0, dtype=x.dtype, device=x.device)
-        read, written = x, x  # stand-ins: the kernel touches neither
+        read, written = x, x  # placeholders: the kernel does not touch them
     else:
         x_new = torch.empty(
             x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device
@@ -126,11 +129,13 @@ def backward(
     branch_dtype: torch.dtype | None,
     branch_bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dbranch (empty unless `branch_dtype`), dweight and dbias in the weight's dtype, dbranch_bias (or empty)."""
+    """dx, dbranch (empty unless `branch_dtype`), dweight, dbias, dbranch_bias (or empty)."""
     dy, x_new, weight = dy.contiguous(), x_new.contiguous(), weight.contiguous()
     dx_new = None if dx_new is None else dx_new.contiguous()
     E = x_new.shape[-1]
     rows = x_new.numel() // E
+
+    # Results; those not needed are empty.
     dx = torch.empty(x_new.shape, dtype=x_dtype, device=x_new.device)
     shape = (0,) if branch_dtype is None else x_new.shape
     dbranch = torch.empty(shape, dtype=branch_dtype or x_dtype, device=x_new.device)
@@ -139,6 +144,7 @@ def backward(
     )
     sums = 2 if branch_bias_dtype is None else 3
     dbranch_bias = weight.new_zeros(0 if sums == 2 else E, dtype=branch_bias_dtype)
+
     flags = {
         "HAS_DX_NEW": dx_new is not None,
         "HAS_DBRANCH": branch_dtype is not None,
@@ -186,7 +192,7 @@ def backward(
 
 
 def programs_of(rows: int, tile: Tile, device: torch.device) -> int:
-    """Programs of the backward: as many as the device runs at once, and none without rows."""
+    """Programs of the backward: as many as the device runs at once; none without rows."""
     return row_programs(rows, tile[0], 1, tile[2], device)
 
 

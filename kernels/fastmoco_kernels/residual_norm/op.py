@@ -1,14 +1,15 @@
-"""A transformer's residual add and the layer norm behind it in one pass, written in the next product's dtype.
+"""Residual add and the layer norm after it in one pass, written in the next product's dtype.
 
-In a pre-norm block under autocast torch adds the branch (16 bits) to the stream (float32), normalises the sum in float32 and
-casts the result, because the linear layer that follows computes in 16 bits: three passes forward and five backward,
-24 and 44 bytes an element. One pass each way moves 12 and 16.
+In a pre-norm block under autocast torch adds the branch (16 bits) to the stream (float32),
+normalises the sum in float32 and casts the result, because the linear layer that follows computes
+in 16 bits: three passes forward and five backward, 24 and 44 bytes an element. One pass each way
+moves 12 and 16.
 
-What is kept for the backward: the sum, which the residual stream keeps anyway, and two float32 a row. The gradient to
-the stream and the one to the normalised rows meet in the backward's one kernel, which writes their sum in both types.
+Kept for the backward: the sum, which the residual stream keeps anyway, and two float32 a row. One
+kernel adds the gradients of the stream and of the normalised rows and writes the sum in both types.
 Sums over rows (of weight and bias) are kept by program and added in a fixed order.
 
-A graph compiler fuses the plain form by itself: under torch.compile `"auto"` leaves it that.
+A graph compiler fuses the plain form itself, so under torch.compile `"auto"` means the plain form.
 """
 
 from __future__ import annotations
@@ -39,43 +40,49 @@ def residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual stream and layer-normalise the sum, written in `out_dtype`.
 
-    `x_new = x + branch`;
-    `y = (x_new - mean) / sqrt(variance + eps) * weight + bias` (Ba, Kiros, Hinton 2016, Eq. 4; biased variance)
+    `x_new = x + branch`; `y = (x_new - mean) / sqrt(variance + eps) * weight + bias` (Ba, Kiros,
+    Hinton 2016, Eq. 4; biased variance)
 
     Args:
-        x: [..., E] floating point, any stride (other than rows on end costs a copy): the residual stream.
-        branch: [..., E], x's shape and device, any floating dtype; or None: the plain layer norm of x.
+        x: [..., E] floating point, any stride (a copy unless contiguous): the residual stream.
+        branch: [..., E], x's shape and device, any floating dtype; or None: the plain layer norm of
+            x.
         weight: [E], may be narrower than x.
         bias: [E], weight's dtype.
         eps: added to the variance.
-        out_dtype: of y. Default: autocast's dtype where autocast is enabled for x's device (the dtype of the linear layer
-            that reads y), else that of x_new. float64 stays float64, as autocast leaves it.
-        branch_bias: [E] floating point, the parameter of the linear layer that gave the branch, which has added it:
-            `F.linear(h, W, bias.detach())`. The forward does not read it. Its gradient is the sum over rows of the
-            branch's, as rounded to the branch's dtype: in float32 by triton, with torch's bits by reference.
-        backend: `"auto"` (triton on CUDA where it can; reference elsewhere, for float64, for rows above 4096, and
-            under torch.compile, which fuses it), `"triton"` or `"reference"`.
+        out_dtype: of y. Default: autocast's dtype where autocast is enabled for x's device (the
+            dtype of the linear layer that reads y), else that of x_new. float64 stays float64, as
+            autocast leaves it.
+        branch_bias: [E] floating point, the parameter of the linear layer whose result is the
+            branch, bias included: `F.linear(h, W, bias.detach())`. The forward does not read it.
+            Its gradient is the sum over rows of the branch's, as rounded to the branch's dtype: in
+            float32 by triton, with torch's bits by reference.
+        backend: `"auto"` (triton on CUDA where it can; reference elsewhere, for float64, for rows
+            above 4096, and under torch.compile, which fuses it), `"triton"` or `"reference"`.
 
     Returns:
-        `(x_new, y)`, both [..., E] and differentiable in x, branch, weight, bias and branch_bias. x_new has the dtype of
-        `x + branch`; without a branch it is `x` itself.
+        `(x_new, y)`, both [..., E] and differentiable in x, branch, weight, bias and branch_bias.
+        x_new has the dtype of `x + branch`; without a branch it is `x` itself.
 
     Raises:
-        ValueError: for shapes, dtypes or devices that do not fit together, or a backend that does not run here.
+        ValueError: for shapes, dtypes or devices that do not fit together, or a backend that does
+            not run here.
 
-    Numerics: x_new is rounded to its dtype first, and statistics are taken of that, in float32 (float64 of float64); y is
-        rounded once. `reference` gives the bits of `x + branch`, `torch.nn.functional.layer_norm` and `.to` one
-        after the other, in value and gradient. Autocast casts no argument. triton gives the same bits every time on one
-        GPU and one tile.
-    Memory and cost: `cost.residual_norm_bytes`, `cost.residual_norm_backward_bytes`: 12 and 16 bytes an element for a
-        float32 stream and a 16-bit branch, where torch's operations move 24 and 44 (`cost.eager_bytes`). triton keeps x_new,
-        weight and 8 bytes a row for the backward. No rows at all are well: empty results, gradients 0.
+    Numerics: x_new is rounded to its dtype first, and statistics are taken of that, in float32
+        (float64 of float64); y is rounded once. `reference` gives the bits of `x + branch`,
+        `torch.nn.functional.layer_norm` and `.to` one after the other, in value and gradient.
+        Autocast casts no argument. triton gives the same bits every time on one GPU and one tile.
+    Memory and cost: `cost.residual_norm_bytes`, `cost.residual_norm_backward_bytes`: 12 and 16
+        bytes an element for a float32 stream and a 16-bit branch, where torch's operations move 24
+        and 44 (`cost.eager_bytes`). triton keeps x_new, weight and 8 bytes a row for the backward.
+        Empty inputs are allowed: empty results, gradients 0.
     Distributed: none.
 
     Example:
         >>> import torch
         >>> from fastmoco_kernels import residual_norm
-        >>> x_new, y = residual_norm(torch.zeros(2, 4), torch.eye(4)[:2], torch.ones(4), torch.zeros(4), 1e-6, torch.bfloat16)
+        >>> x, branch, norm = torch.zeros(2, 4), torch.eye(4)[:2], torch.nn.LayerNorm(4)
+        >>> x_new, y = residual_norm(x, branch, norm.weight, norm.bias, 1e-6, torch.bfloat16)
         >>> y.dtype, x_new.dtype
         (torch.bfloat16, torch.float32)
     """
@@ -84,7 +91,7 @@ def residual_norm(
     stream = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     out = _default_dtype(stream, x.device) if out_dtype is None else out_dtype
     fault = _triton_fault(x, branch, weight, branch_bias, out)
-    # In this order: a graph compiler cannot look into what decides where Triton runs.
+    # In this order: a graph compiler cannot trace `triton_is_default`.
     fused = (
         not fault
         and not torch.compiler.is_compiling()
@@ -100,7 +107,7 @@ def residual_norm(
 
 
 def _default_dtype(stream: torch.dtype, device: torch.device) -> torch.dtype:
-    """What autocast would make of the stream in a linear layer."""
+    """The dtype to which autocast casts the stream in a linear layer."""
     if stream == torch.float64 or not torch.is_autocast_enabled(device.type):
         return stream
     return torch.get_autocast_dtype(device.type)
@@ -109,7 +116,7 @@ def _default_dtype(stream: torch.dtype, device: torch.device) -> torch.dtype:
 def _triton_fault(
     x: Tensor, branch: Tensor | None, weight: Tensor, branch_bias: Tensor | None, out: torch.dtype
 ) -> str:
-    """Why the kernels do not take such a call; empty where they do."""
+    """Why the kernels do not take a call; empty where they do."""
     dtypes = (
         x.dtype,
         weight.dtype,
@@ -127,7 +134,7 @@ def _triton_fault(
 def _check(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, out_dtype: torch.dtype | None
 ) -> None:
-    """Every way of calling the op wrongly, each with both numbers in its text."""
+    """Refuse wrong arguments; every message contains both values."""
     if (
         x.dim() == 0
         or weight.shape != x.shape[-1:]
@@ -140,8 +147,10 @@ def _check(
         )
     if branch is not None and branch.shape != x.shape:
         raise ValueError(
-            f"residual_norm: x is {tuple(x.shape)} but branch is {tuple(branch.shape)}; they must agree"
+            f"residual_norm: x is {tuple(x.shape)} but branch is {tuple(branch.shape)}; "
+            "they must agree"
         )
+
     if weight.dtype != bias.dtype:
         raise ValueError(
             f"residual_norm: weight is {weight.dtype} but bias is {bias.dtype}; they must agree"
@@ -153,7 +162,8 @@ def _check(
             )
     if not all(t.is_floating_point() for t in (x, weight, *(() if branch is None else (branch,)))):
         raise ValueError(
-            f"residual_norm: x is {x.dtype}, branch {None if branch is None else branch.dtype}, weight {weight.dtype}; "
+            f"residual_norm: x is {x.dtype}, branch {None if branch is None else branch.dtype}, "
+            f"weight {weight.dtype}; "
             "all must be floating point"
         )
     if out_dtype is not None and not out_dtype.is_floating_point:
@@ -167,5 +177,6 @@ def _check_branch_bias(branch: Tensor | None, branch_bias: Tensor | None) -> Non
         check_bias("residual_norm", "branch", branch, branch_bias)
     elif branch_bias is not None:
         raise ValueError(
-            f"residual_norm: branch is None but branch_bias is {tuple(branch_bias.shape)}; leave both out"
+            f"residual_norm: branch is None but branch_bias is {tuple(branch_bias.shape)}; "
+            "pass neither or both"
         )

@@ -1,9 +1,10 @@
 """`fastmoco::residual_norm`: the kernels as one operator of torch, with its gradient.
 
-Kept for the backward: x_new (x itself without a branch), the weight, and two float32 a row. Not y: who multiplies it
-keeps it anyway. The operator stands below autocast, which casts none of its arguments. Where nothing watches torch's calls,
-an autograd function launches at once: the way through the dispatcher takes the host twice as long. No argument has a
-default: the dispatcher would leave it out, and the gradients would be fewer.
+Kept for the backward: x_new (x itself without a branch), the weight, and two float32 a row. Not y:
+the product that reads it keeps it anyway. The operator is below autocast, which casts none of its
+arguments. Where nothing watches torch's calls, an autograd function launches directly: the
+dispatcher takes the host twice as long. No argument has a default: the dispatcher would drop it,
+and the number of gradients would not match.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def residual_norm_triton(
     out_dtype: torch.dtype,
     branch_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """x_new and y by the Triton kernels; shapes and dtypes have been checked by the caller. Differentiable once."""
+    """x_new and y by the Triton kernels, differentiable once; the caller checks the arguments."""
     run: Callable[..., _Four] = (
         _residual_norm if _watched(x, branch, weight, bias, branch_bias) else _Eager.apply
     )
@@ -41,7 +42,7 @@ def residual_norm_triton(
 
 
 def _watched(*tensors: Tensor | None) -> bool:
-    """Whether a compiler, a mode, a transform or a subclass of tensor wants to see the operator."""
+    """Whether a compiler, a mode, a transform or a tensor subclass must see the operator."""
     return (
         traced()
         or torch._C._are_functorch_transforms_active()
@@ -155,9 +156,8 @@ def _gradients(
     x_new, weight, mean, rstd = ctx.saved_tensors
     x_dtype, branch_dtype, branch_bias_dtype = ctx.dtypes
     branch_bias_dtype = branch_bias_dtype if ctx.needs_input_grad[6] else None
-    dx_new = (
-        None if branch_dtype is None else dx_new
-    )  # without a branch that result is an empty stand-in
+    # Without a branch that result is an empty placeholder.
+    dx_new = None if branch_dtype is None else dx_new
     if dy is None:  # y was not used: the sum alone is differentiated
         dx = None if dx_new is None else dx_new.to(x_dtype)
         dbranch = None if dx_new is None or branch_dtype is None else dx_new.to(branch_dtype)

@@ -1,4 +1,4 @@
-"""Residual add, layer norm and cast in plain torch, one after the other: what the kernels are held against."""
+"""Residual add, layer norm and cast in plain torch: the reference of the kernels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def residual_norm_reference(
     out_dtype: torch.dtype,
     branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`x + branch` and its layer norm (Ba, Kiros, Hinton 2016, Eq. 4), in float32 or wider, then `.to(out_dtype)`.
+    """`x + branch` and its layer norm (Ba, Kiros, Hinton 2016, Eq. 4) in `out_dtype`.
+
+    The norm is computed in float32 or wider and rounded once.
 
     Args:
         x: [..., E].

@@ -1,7 +1,7 @@
-"""How the stack of gradients is launched: columns by block, none of which lies in two parts, and programs that share rows.
+"""Launches of the stack of gradients: blocks of columns of one part, programs that share rows.
 
-A thread holds about 16 numbers of its tile. The gradients' strides are read as they are: flash attention leaves
-[B, L, A, d] in memory, others [B, A, L, d].
+A thread holds about 16 numbers of its tile. The gradients' strides are read as they are: flash
+attention leaves [B, L, A, d] in memory, others [B, A, L, d].
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WARPS = 4
 
 
 def columns(E: int) -> int:
-    """Columns of a block: the widest power of two up to 256 that divides E, or one that wastes little."""
+    """Columns of a block: the widest of 64, 128, 256 that divides E, else a power of two."""
     for cols in (256, 128, 64):
         if E % cols == 0:
             return cols
@@ -74,13 +74,13 @@ def backward(
             add_partial_sums(partial, dbias)
 
     with device_guard(dq):
-        lies = "by token" if dq.stride(1) < dq.stride(2) else "by head"
+        order = "by token" if dq.stride(1) < dq.stride(2) else "by head"
         key = (
             f"2**{rows.bit_length()} rows",
             E,
             d,
             str(dq.dtype).removeprefix("torch."),
-            lies,
+            order,
             str(bias_dtype),
         )
         run(tuned("stacked_qkv.bwd", key, tiles(E), tiles(E)[0], run, dq.device))

@@ -1,7 +1,7 @@
-"""`fastmoco::split_qkv_backward`: the kernel as an operator of torch, and the autograd node that calls it.
+"""`fastmoco::split_qkv_backward`: the kernel as an operator of torch, and its autograd node.
 
-The forward gives views, which an operator of torch may not: so the node is plain autograd, and only what is new on the
-way back is an operator. Nothing is kept.
+The forward returns views, which an operator of torch may not; so the node is plain autograd, and
+only the kernel of the backward is an operator. Nothing is kept.
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ class _SplitQkv(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor | None]:
         dq, dk, dv = gradients
         bias_dtype = ctx.bias_dtype if ctx.needs_input_grad[2] else None
-        watched = traced() or not all_plain(
-            gradients
-        )  # the way through the dispatcher costs the host more
+        watched = traced() or not all_plain(gradients)  # the dispatcher costs the host more
         dqkv, dbias = (_split_qkv_backward if watched else _backward)(dq, dk, dv, bias_dtype)
         return dqkv, None, None if bias_dtype is None else dbias
 

@@ -1,4 +1,4 @@
-"""The launches of one batch: grey sums, colour, the six boxes of the blur and a finish; each only where it is needed."""
+"""The launches of one batch: grey sums, colors, six blur boxes, a finish; each only if needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ BLOCK, WARPS, SUMS = 1024, 4, 64  # the result does not depend on them: every su
 
 
 class Normalisation(NamedTuple):
-    """`level * scale + shift` of each channel, rounded to float32, and where solarize begins. Bytes know the last alone."""
+    """`level * scale + shift` of each channel, in float32, and the threshold of solarize.
+
+    Of bytes only the threshold is used.
+    """
 
     scale: tuple[float, float, float]
     shift: tuple[float, float, float]
@@ -44,13 +47,15 @@ def view_color_triton(
     pixels, blocks = height * width, triton.cdiv(height * width, BLOCK)
     means, slots = _needs(tables)
     rows, factors, boxes, images_of = _on_device(tables, slots, images.device)
+
     late = _late_hues(images.device)
     sums = torch.empty(batch, blocks, dtype=torch.int32, device=images.device)
     planes = torch.empty(slots, 3, height, width, dtype=torch.uint8, device=images.device)
     strides = (out.stride(0), out.stride(1), out.stride(3))
     numbers = (*normalisation.scale, *normalisation.shift, normalisation.threshold)
-    # Fused multiply-adds would leave out a rounding that PIL makes.
+    # Fused multiply-adds would skip a rounding of PIL's.
     options = {"BLOCK": BLOCK, "num_warps": WARPS, "enable_fp_fusion": False}
+
     with device_guard(images):
         if means:
             grey_sum_kernel[(batch, blocks)](images, rows, factors, late, sums, pixels, **options)
@@ -78,7 +83,9 @@ def view_color_triton(
 
 
 def _needs(tables: Plan) -> tuple[bool, int]:
-    """Whether any grey mean is needed, and how many images are blurred; the most there can be where looking would wait."""
+    """Whether a grey mean is needed, and how many images are blurred; upper bounds for a GPU's
+    tables.
+    """
     if tables.steps.is_cuda:
         return True, len(tables.steps)
     return bool((tables.contrast_at < 4).any()), int((tables.boxes[:, 0] >= 0).sum())
@@ -87,7 +94,7 @@ def _needs(tables: Plan) -> tuple[bool, int]:
 def _on_device(
     tables: Plan, slots: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows [B, 12], factors [B, 4], boxes [slots, 4] and images [slots], by one transfer where they lie on the CPU."""
+    """Rows [B, 12], factors [B, 4], boxes [slots, 4] and images [slots], by one transfer."""
     batch = len(tables.steps)
     blurred = tables.boxes[:, 0] >= 0
     if slots == batch:
@@ -98,6 +105,8 @@ def _on_device(
         images_of = blurred.nonzero().view(-1).to(torch.int32)
         slot = torch.where(blurred, blurred.cumsum(0) - 1, -1).to(torch.int32)
         boxes = tables.boxes[blurred]
+
+    # One row of integers an image; all tables in one transfer.
     rest = torch.zeros(batch, 2, dtype=torch.int32, device=slot.device)
     columns = [
         tables.steps,
@@ -111,6 +120,7 @@ def _on_device(
     parts = (rows, tables.factors.view(torch.int32), boxes, images_of)
     packed = torch.cat([part.reshape(-1) for part in parts]).to(device)
     on_device = torch.split(packed, [part.numel() for part in parts])
+
     return (
         on_device[0].view(rows.shape),
         on_device[1].view(torch.float32).view(batch, 4),

@@ -1,4 +1,4 @@
-"""A picture of what the encoder sees: images beside their two views, made by the very pipeline that training uses."""
+"""A picture of what the encoder sees: images beside their views, made by the pipeline of training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from fastmoco_pipelines.healing.culprit import raise_bad_image
 from fastmoco_pipelines.sampling.order import epoch_order
 from fastmoco_pipelines.sets.shard_set import ShardSet
-from fastmoco_pipelines.spec import ViewSpec, require
-from fastmoco_pipelines.views.draws import ViewDraws, draw_views
+from fastmoco_pipelines.spec import ViewSpec, each_view, require
+from fastmoco_pipelines.views.draws import ViewDraws, draw_batch
 
 _CELL = 96  # pixels; smaller views are enlarged to about this, larger ones shown as they are
 _GAP = 4
-_GROUPS = 2  # (original, view 1, view 2) stand side by side this many times
+_CELLS = 8  # of a row at most, for more than one image a row
 _LETTERS = "bcsh"  # brightness, contrast, saturation, hue: as jitter_order numbers them
 _LINE = 13  # pixels
 _MARGIN = 6
@@ -28,8 +28,7 @@ _MARGIN = 6
 
 def save_view_grid(
     shards: str,
-    view1: ViewSpec,
-    view2: ViewSpec,
+    views: Sequence[ViewSpec],
     out_png: Path | str,
     *,
     rows: int = 8,
@@ -40,17 +39,17 @@ def save_view_grid(
     device_id: int | None = None,
     parameters: bool = False,
 ) -> Path:
-    """Draw a grid of original | view 1 | view 2, two such groups a row, and save it as a PNG.
+    """Draw a grid of original | view 1 | view 2 | ... and save it as a PNG.
 
     The images are the first of the order of ``epoch``, with the draws they get there: this is what a run with the same
     seed is fed. Tiny images are enlarged without smoothing, so that every pixel stays visible.
 
     Args:
         shards: shard pattern, as for the loader.
-        view1: the first view.
-        view2: the second view.
+        views: what is made of each image, as for the loader.
         out_png: where to write; its folder is made if need be.
-        rows: rows of the grid. Each shows two images, so 2 x rows images in all, or as many as the shards hold.
+        rows: rows of the grid. Each shows two images, or one where there are more than three views;
+            fewer rows where the shards hold fewer images.
         seed: seed of order and draws.
         epoch: which epoch's order and draws to show.
         threads: DALI worker threads.
@@ -62,47 +61,54 @@ def save_view_grid(
         ``out_png`` as a path.
 
     Raises:
-        ValueError: if ``rows`` is below 1 or the shards hold no image.
+        ValueError: if `rows` is below 1, there is no view, or the shards hold no image.
         BadImageError: naming tar and member, if an image cannot be decoded.
         ShardError: if the shards or an index are damaged.
     """
     from fastmoco_pipelines.views.dali import DecodeError, ViewPipeline
 
     require(rows >= 1, "rows", rows, "needs at least one row")
+    each = each_view(views)
+    images_a_row = max(1, min(2, _CELLS // (1 + len(each))))
     shard_set = ShardSet.open(shards)
     try:
         require(len(shard_set) > 0, "shards", shards, "holds no image")
-        sample_ids = epoch_order(seed, epoch, len(shard_set))[: rows * _GROUPS]
+        sample_ids = epoch_order(seed, epoch, len(shard_set))[: rows * images_a_row]
         encoded = shard_set.read(sample_ids)
         sizes = shard_set.sizes[sample_ids]
     finally:
         shard_set.close()
-    draws1 = draw_views(view1, seed=seed, epoch=epoch, sample_ids=sample_ids, sizes=sizes, view=1)
-    draws2 = draw_views(view2, seed=seed, epoch=epoch, sample_ids=sample_ids, sizes=sizes, view=2)
+    draws = draw_batch(views, seed=seed, epoch=epoch, sample_ids=sample_ids, sizes=sizes)
     pipeline = ViewPipeline(
-        view1, view2, batch_size=len(sample_ids), threads=threads, device=device, device_id=device_id
+        views,
+        batch_size=len(sample_ids),
+        threads=threads,
+        device=device,
+        device_id=device_id,
     )
     try:
-        batch1, batch2 = pipeline.run(encoded, draws1, draws2)
+        made = pipeline.run(encoded, draws)
     except DecodeError as error:
         raise_bad_image(
             error, shards=shard_set, sample_ids=sample_ids, encoded=encoded, device=device, device_id=device_id
         )
     originals = [Image.open(io.BytesIO(image.tobytes())).convert("RGB") for image in encoded]
-    shown = zip(originals, denormalise(batch1, view1), denormalise(batch2, view2), strict=True)
-    cells = [[original, Image.fromarray(one), Image.fromarray(two)] for original, one, two in shown]
+    shown = [denormalise(tensor, view) for tensor, view in zip(made, each, strict=True)]
+    cells = [[original, *map(Image.fromarray, levels)] for original, *levels in zip(originals, *shown, strict=True)]
     out = Path(out_png)
     out.parent.mkdir(parents=True, exist_ok=True)
-    side = max(_CELL, view1.size, view2.size)
-    picture = _grid(cells, side)
+    side = max(_CELL, *(view.size for view in each))
+    lines_a_row = images_a_row * len(each)
+    row_height = max(side + _GAP, lines_a_row * _LINE + 2 * _MARGIN if parameters else 0)
+    picture = _grid(cells, images_a_row, side, row_height)
     if parameters:
         lines = [
-            f"{name}: {describe_draws(draws, i, sizes[i])}"
+            f"{i % images_a_row + 1} view {number}: {describe_draws(some, i, sizes[i])}"
             for i in range(len(cells))
-            for name, draws in ((f"{i % _GROUPS + 1} view 1", draws1), (f"{i % _GROUPS + 1} view 2", draws2))
+            for number, some in enumerate(draws, start=1)
         ]
-        rows_of_lines = [lines[at : at + 2 * _GROUPS] for at in range(0, len(lines), 2 * _GROUPS)]
-        picture = put_beside(picture, rows_of_lines, side + _GAP)
+        rows_of_lines = [lines[at : at + lines_a_row] for at in range(0, len(lines), lines_a_row)]
+        picture = put_beside(picture, rows_of_lines, row_height)
     picture.save(out, "PNG")
     return out
 
@@ -114,18 +120,23 @@ def denormalise(images: Tensor, spec: ViewSpec) -> NDArray[np.uint8]:
     return np.asarray(np.clip(np.rint(levels), 0, 255), dtype=np.uint8)
 
 
-def _grid(cells: list[list[Image.Image]], side: int) -> Image.Image:
-    """Rows of groups of three square cells on white."""
-    groups = min(_GROUPS, len(cells))
+def _grid(
+    cells: list[list[Image.Image]],
+    images_a_row: int,
+    side: int,
+    row_height: int,
+) -> Image.Image:
+    """Rows of groups of square cells on white, a group for each image."""
+    groups = min(images_a_row, len(cells))
     rows = -(-len(cells) // groups)
-    group_width = 3 * (side + _GAP) + 2 * _GAP
-    canvas = Image.new("RGB", (groups * group_width - _GAP, rows * (side + _GAP) + _GAP), "white")
+    group_width = len(cells[0]) * (side + _GAP) + 2 * _GAP
+    canvas = Image.new("RGB", (groups * group_width - _GAP, rows * row_height + _GAP), "white")
     for index, images in enumerate(cells):
         row, group = divmod(index, groups)
         for column, image in enumerate(images):
             fitted = _fit(image, side)
             left = group * group_width + _GAP + column * (side + _GAP) + (side - fitted.width) // 2
-            canvas.paste(fitted, (left, _GAP + row * (side + _GAP) + (side - fitted.height) // 2))
+            canvas.paste(fitted, (left, _GAP + row * row_height + (side - fitted.height) // 2))
     return canvas
 
 

@@ -28,7 +28,8 @@ class Batch:
 
     Attributes:
         views: view v is [B, 3, H_v, W_v] on the loader's device: float32, normalised, or uint8, levels
-            that `views.levels.normalise` takes (`LoaderSpec.view_dtype`). Row i of every view shows the
+            that `views.levels.normalise` takes (`LoaderSpec.view_dtype`). In the order of
+            `LoaderSpec.each_view`: views of one size are neighbours. Row i of every view shows the
             same image.
         sample_ids: [B] int64, on the host: row i's position in the manifest.
         step: the global step this batch belongs to, from 0.

@@ -1,4 +1,4 @@
-"""The training loader: shards in, two augmented views of every image out, a few batches ahead of the trainer.
+"""The training loader: shards in, augmented views of every image out, a few batches ahead.
 
 One thread reads bytes and draws the augmentations of the next steps while another runs DALI on step s and the trainer
 computes; bounded queues lie between. Everything is a function of (spec, step), so the step is the loader's whole
@@ -88,8 +88,7 @@ def build_loader(
         suspects = Suspects(device=spec.device, device_id=device_id, threads=spec.threads)
         stop = threading.Event()
         pipeline = ViewPipeline(
-            spec.view1,
-            spec.view2,
+            spec.views,
             batch_size=local,
             sub_batch=spec.images_per_run(local),
             threads=spec.threads,

@@ -23,7 +23,7 @@ class LoaderBytes:
     """What a loader holds at its peak on the device where it makes the views, in bytes.
 
     Attributes:
-        batch_bytes: two views of one local batch; one such batch is in use by the trainer.
+        batch_bytes: all views of one local batch; one such batch is in use by the trainer.
         ready_bytes: the batches ahead of it, ready or in the making.
         scratch_bytes: what is needed meanwhile to make one: DALI's buffers for one run, and the colours'.
     """
@@ -53,7 +53,7 @@ def loader_bytes(spec: LoaderSpec, world_size: int = 1) -> LoaderBytes:
     Raises:
         ValueError: for a batch that the ranks cannot share equally.
     """
-    size, views = spec.global_batch_size, (spec.view1, spec.view2)
+    size, views = spec.global_batch_size, spec.each_view
     require(world_size >= 1, "world_size", world_size, "needs at least one rank")
     require(size % world_size == 0, "global_batch_size", size, f"must be a multiple of {world_size=}")
     local = size // world_size

@@ -18,7 +18,7 @@ from fastmoco_pipelines.loading.threads import BatchPlaces
 from fastmoco_pipelines.sampling.stand_ins import Places, Plan
 from fastmoco_pipelines.sets.shard_set import ShardError, ShardSet
 from fastmoco_pipelines.spec import LoaderSpec
-from fastmoco_pipelines.views.draws import ViewDraws, draw_views
+from fastmoco_pipelines.views.draws import ViewDraws, draw_batch
 
 if TYPE_CHECKING:
     from fastmoco_pipelines.views.dali import DecodeError, ViewPipeline
@@ -30,8 +30,8 @@ class Prepared:
 
     places: Places
     encoded: list[NDArray[np.uint8]]
-    draws1: ViewDraws
-    draws2: ViewDraws
+    draws: tuple[ViewDraws, ...]
+    """One for each view."""
     innocent: bool = False
     """All of its images have been found to decode alone."""
 
@@ -82,8 +82,7 @@ class Source:
                     views = list(
                         self.pipeline.run(
                             prepared.encoded,
-                            prepared.draws1,
-                            prepared.draws2,
+                            prepared.draws,
                             before_output=None if self.places is None else self.places.wait,
                         )
                     )
@@ -109,16 +108,12 @@ class Source:
         return self._drawn(places, self.healer.fill(self.plan, places, encoded))
 
     def _drawn(self, places: Places, encoded: list[NDArray[np.uint8]]) -> Prepared:
-        draws1, draws2 = (
-            draw_views(
-                view,
-                seed=self.spec.seed,
-                epoch=places.epoch,
-                sample_ids=places.ids,
-                sizes=self.shards.sizes[places.ids],
-                view=number,
-                places=places.streams,
-            )
-            for number, view in ((1, self.spec.view1), (2, self.spec.view2))
+        draws = draw_batch(
+            self.spec.views,
+            seed=self.spec.seed,
+            epoch=places.epoch,
+            sample_ids=places.ids,
+            sizes=self.shards.sizes[places.ids],
+            places=places.streams,
         )
-        return Prepared(places, encoded, draws1, draws2)
+        return Prepared(places, encoded, draws)

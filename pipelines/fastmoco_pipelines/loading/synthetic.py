@@ -11,7 +11,9 @@ from fastmoco_pipelines.spec import LoaderSpec
 
 
 class SyntheticLoader(BatchStream):
-    """Delivers the same two tensors of noise for ever, already on the device; the surface is ``Loader``'s.
+    """Delivers the same tensors of noise indefinitely, one for each view, already on the device.
+
+    The interface is that of `Loader`.
 
     Args:
         spec: sizes, type of the views and seed are used; ``shards`` is not read.
@@ -47,7 +49,7 @@ class SyntheticLoader(BatchStream):
             world_size=world_size,
         )[1].astype(np.int64)
         noise = torch.Generator().manual_seed(spec.seed + rank)
-        shapes = [(self.local_batch_size, 3, view.size, view.size) for view in (spec.view1, spec.view2)]
+        shapes = [(self.local_batch_size, 3, view.size, view.size) for view in spec.each_view]
         if spec.view_dtype == "uint8":
             views = [torch.randint(256, shape, generator=noise, dtype=torch.uint8) for shape in shapes]
         else:

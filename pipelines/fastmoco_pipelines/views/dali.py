@@ -24,7 +24,7 @@ from torch.utils.dlpack import from_dlpack
 
 from fastmoco_kernels.cut_views.native import native_library
 from fastmoco_pipelines.errors import DecodeError
-from fastmoco_pipelines.spec import EvalSpec, ViewSpec, require
+from fastmoco_pipelines.spec import EvalSpec, ViewSpec, each_view, require, require_views
 from fastmoco_pipelines.views.arguments import named_inputs
 from fastmoco_pipelines.views.draws import ViewDraws
 from fastmoco_pipelines.views.engine import Engine
@@ -37,11 +37,10 @@ __all__ = ["DecodeError", "EvalPipeline", "ViewPipeline"]
 
 
 class ViewPipeline:
-    """Encoded images and draws in, two augmented views out.
+    """Encoded images and draws in, augmented views out. An image is decoded once for all its views.
 
     Args:
-        view1: the first view.
-        view2: the second view.
+        views: what is made of each image; a group of n copies is n views.
         batch_size: largest number of images of one batch.
         sub_batch: images of one run of DALI, which bounds what it holds; None: the whole batch. It changes no bit.
         threads: DALI worker threads.
@@ -50,14 +49,13 @@ class ViewPipeline:
         view_dtype: "float32", normalised, or "uint8": the levels, without the normalisation.
 
     Raises:
-        ValueError: if a size is out of its range.
+        ValueError: if a size is out of its range, or there is no view.
         ModuleNotFoundError: at the first run, if DALI is not installed.
     """
 
     def __init__(
         self,
-        view1: ViewSpec,
-        view2: ViewSpec,
+        views: Sequence[ViewSpec],
         *,
         batch_size: int,
         sub_batch: int | None = None,
@@ -67,10 +65,11 @@ class ViewPipeline:
         view_dtype: Literal["float32", "uint8"] = "float32",
     ) -> None:
         require(view_dtype in ("float32", "uint8"), "view_dtype", view_dtype, 'is "float32" or "uint8"')
-        self.view1, self.view2 = view1, view2
+        require_views(views, "views")
+        self.views = each_view(views)
         self._device, self._threads = device, threads
         self._dtype = torch.uint8 if view_dtype == "uint8" else torch.float32
-        self._decoded = any(map(self._cut_here, (view1, view2)))
+        self._decoded = any(map(self._cut_here, self.views))
         if self._decoded and native_library() is None:
             warnings.warn(
                 "fastmoco was installed without a C compiler: views are cut by plain torch, ten times as slowly. Install one and "
@@ -81,15 +80,14 @@ class ViewPipeline:
 
         def graph() -> Any:
             images = decode(device)
-            named = ((view1, "view1_"), (view2, "view2_"))
             # On a GPU DALI would round the normalisation otherwise than on a CPU: there `normalise` does it.
             as_levels = view_dtype == "uint8" or device == "gpu"
-            views = [
-                cut_view(images, view, device, prefix, as_levels=as_levels)
-                for view, prefix in named
+            cut = [
+                cut_view(images, view, device, _prefix(number), as_levels=as_levels)
+                for number, view in enumerate(self.views, start=1)
                 if not self._cut_here(view)
             ]
-            return tuple([images, *views] if self._decoded else views)
+            return tuple([images, *cut] if self._decoded else cut)
 
         self._engine = Engine(
             graph,
@@ -112,48 +110,51 @@ class ViewPipeline:
     def run(
         self,
         encoded: Sequence[NDArray[np.uint8]],
-        draws1: ViewDraws,
-        draws2: ViewDraws,
+        draws: Sequence[ViewDraws],
         *,
         before_output: Callable[[], None] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Make both views of a batch.
+    ) -> tuple[Tensor, ...]:
+        """Make all views of a batch.
 
         Args:
             encoded: B arrays [bytes] uint8, each one whole image file; 1 <= B <= batch_size.
-            draws1: draws of the first view, B rows in the order of ``encoded``.
-            draws2: draws of the second view.
+            draws: of each view, in the order of the views (`draw_batch`): B rows in the order of `encoded`.
             before_output: called once before memory is taken for the views.
 
         Returns:
-            Two tensors [B, 3, size, size], float32 normalised or uint8 levels, on the pipeline's device. They own their
-            memory: later runs do not touch them.
+            A tensor [B, 3, size, size] for each view, of the size of the view: float32 normalised or uint8
+            levels, on the pipeline's device. They own their memory: later runs do not touch them.
 
         Raises:
             DecodeError: if DALI cannot decode an image. The next run works again.
             ValueError: if the number of images and draws disagree or the batch is empty or too large.
         """
-        for name, draws in (("draws1", draws1), ("draws2", draws2)):
-            require(len(draws) == len(encoded), name, len(draws), f"needs one row for each of {len(encoded)} images")
-        views = ((self.view1, draws1, "view1_"), (self.view2, draws2, "view2_"))
+        rule = f"needs one for each of {len(self.views)} views"
+        require(len(draws) == len(self.views), "draws", len(draws), rule)
+        rule = f"needs one row for each of {len(encoded)} images"
+        for number, some in enumerate(draws, start=1):
+            require(len(some) == len(encoded), f"draws of view {number}", len(some), rule)
+        drawn = list(zip(self.views, draws, strict=True))
 
         def inputs(rows: slice) -> dict[str, NDArray[Any]]:
             named: dict[str, NDArray[Any]] = {}
-            for view, draws, prefix in views:
-                named |= {} if self._cut_here(view) else named_inputs(draws.rows(rows), view, prefix)
+            for number, (view, some) in enumerate(drawn, start=1):
+                if not self._cut_here(view):
+                    named |= named_inputs(some.rows(rows), view, _prefix(number))
             return named
 
         def finish(outputs: Sequence[Any], rows: slice) -> list[Tensor]:
             made = iter(outputs[1:] if self._decoded else outputs)
+            count = rows.stop - rows.start if self._decoded else 0
+            decoded = [outputs[0][row] for row in range(count)]
             return [
-                exact_views(outputs[0], view, draws.rows(rows), self._threads, dtype=self._dtype)
+                exact_views(decoded, view, some.rows(rows), self._threads, dtype=self._dtype)
                 if self._cut_here(view)
-                else self._finish(next(made), view, draws.rows(rows))
-                for view, draws, _ in views
+                else self._finish(next(made), view, some.rows(rows))
+                for view, some in drawn
             ]
 
-        first, second = self._engine.run(encoded, inputs, finish, before_output)
-        return first, second
+        return tuple(self._engine.run(encoded, inputs, finish, before_output))
 
     def _finish(self, output: Any, view: ViewSpec, draws: ViewDraws) -> Tensor:
         """One output of DALI's graph that is a view, or one without its colours."""
@@ -161,6 +162,11 @@ class ViewPipeline:
         if view.color == "exact":
             return exact_color(tensor, view, draws, dtype=self._dtype)
         return _owned(tensor) if tensor.dtype == self._dtype else normalise(tensor, view)
+
+
+def _prefix(number: int) -> str:
+    """Of the names of a view's inputs to DALI's graph."""
+    return f"view{number}_"
 
 
 def _owned(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ of another (every number has its own fixed place in the sample's stream).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import permutations
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.sampling.philox import philox_words
-from fastmoco_pipelines.spec import ViewSpec, require
+from fastmoco_pipelines.spec import MOST_VIEWS, ViewSpec, each_view, require
 
 _TAG = 0x76696577  # "view": keeps this stream apart from every other use of the seed
 _CROP_TRIES = 10
@@ -163,7 +164,7 @@ def draw_views(
         epoch: from 0.
         sample_ids: [B] manifest positions, from 0.
         sizes: [B, 2] height and width of each decoded image, in pixels.
-        view: 1 or 2.
+        view: number of the view in its batch, from 1.
         places: [B] 0 for a sample that comes by the epoch's order. One that replaces another (`sampling/stand_ins.py`) has 1 plus
             its position in the epoch here: an image that comes twice in an epoch is not cut twice alike. None: all 0.
 
@@ -176,7 +177,7 @@ def draw_views(
     count = len(sample_ids)
     require(0 <= seed < 2**64, "seed", seed, "needs a whole number from 0 to 2**64 - 1")
     require(epoch >= 0, "epoch", epoch, "counts from 0")
-    require(view in (1, 2), "view", view, "is 1 or 2")
+    require(1 <= view <= MOST_VIEWS, "view", view, f"views count from 1 to {MOST_VIEWS}")
     require(sizes.shape == (count, 2), "sizes", sizes.shape, f"needs one (height, width) per sample: {(count, 2)}")
     if count:
         require(int(sample_ids.min()) >= 0, "sample_ids", int(sample_ids.min()), "positions count from 0")
@@ -207,4 +208,31 @@ def draw_views(
         grayscale=unit[5] < spec.grayscale_probability,
         blur_sigma=np.where(unit[6] < spec.blur_probability, sigma, 0).astype(np.float32),
         solarize=unit[8] < spec.solarize_probability,
+    )
+
+
+def draw_batch(
+    views: Sequence[ViewSpec],
+    *,
+    seed: int,
+    epoch: int,
+    sample_ids: NDArray[np.int64],
+    sizes: NDArray[np.int32],
+    places: NDArray[np.int64] | None = None,
+) -> tuple[ViewDraws, ...]:
+    """Draw the parameters of all views of a batch: `draw_views` for each of them, numbered from 1.
+
+    The draws of a view depend on its number and its own spec, not on how many others there are.
+    """
+    return tuple(
+        draw_views(
+            view,
+            seed=seed,
+            epoch=epoch,
+            sample_ids=sample_ids,
+            sizes=sizes,
+            view=number,
+            places=places,
+        )
+        for number, view in enumerate(each_view(views), start=1)
     )

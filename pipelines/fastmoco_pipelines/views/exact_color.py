@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,19 +46,24 @@ def exact_color(resized: Tensor, spec: ViewSpec, draws: ViewDraws, *, dtype: tor
 
 
 def exact_views(
-    decoded: Any, spec: ViewSpec, draws: ViewDraws, threads: int, *, dtype: torch.dtype = torch.float32
+    decoded: Sequence[Any],
+    spec: ViewSpec,
+    draws: ViewDraws,
+    threads: int,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Views of B decoded images on the CPU, [B, 3, size, size].
 
     Args:
-        decoded: sequence of B images that numpy reads as [H, W, 3] uint8: arrays, or a list of tensors from DALI.
+        decoded: B images that numpy reads as [H, W, 3] uint8: arrays, or DALI's tensors.
         spec: what the view is.
         draws: B rows.
         threads: that cut.
         dtype: float32, normalised, or uint8, levels.
     """
     return cut_views(
-        [decoded[row] for row in range(len(decoded))],
+        decoded,
         torch.from_numpy(draws.crop),
         color_parameters(draws),
         size=spec.size,

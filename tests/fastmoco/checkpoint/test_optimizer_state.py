@@ -79,7 +79,7 @@ def test_optimizer_state_that_does_not_fit_is_named() -> None:
         restore_optimizer(optimizer, named, missing)
     with pytest.raises(CheckpointError, match=r"without parameter \['9.bias'\]"):
         restore_optimizer(optimizer, named, {**flat, "optimizer.9.bias.step": torch.ones(())})
-    with pytest.raises(CheckpointError, match=r"0.weight.exp_avg has shape \(2, 2\), the parameter \(8, 5\)"):
+    with pytest.raises(CheckpointError, match=r"0.weight.exp_avg has shape \(2, 2\), the parameter has \(8, 5\)"):
         restore_optimizer(optimizer, named, {**flat, "optimizer.0.weight.exp_avg": torch.ones(2, 2)})
 
 

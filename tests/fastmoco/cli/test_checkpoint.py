@@ -50,7 +50,7 @@ def test_verify_says_which_are_sound_by_its_exit_code(run: Path, capsys: pytest.
 def test_a_folder_without_checkpoints_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     more = ["--out", str(tmp_path / "out")] if verb == "consolidate" else []
     assert main(["checkpoint", verb, str(tmp_path), *more]) == 2
-    assert "holds no checkpoint; is it the folder given to fastmoco train --out?" in capsys.readouterr().err
+    assert "contains no checkpoint; is it the folder given to fastmoco train --out?" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

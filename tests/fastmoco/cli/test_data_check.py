@@ -44,7 +44,7 @@ def test_index_check_and_stats_of_a_foreign_set(shards, capsys):
     text = capsys.readouterr().out
     assert "6 samples = 6 delivered + 0 quarantined" in text
     assert "note: set-00.tar: has no index beside it" in text
-    assert "1 shards that a loader refuses as they are: they have no index yet" in text
+    assert "1 shards that a loader refuses: they have no index yet" in text
     last = text.splitlines()[-1]
     assert last == f"no fault; not indexed yet: run `fastmoco data index {shards}` before training"
     assert main(["data", "index", str(shards)]) == 0
@@ -78,7 +78,7 @@ def test_faults_are_printed_escaped_and_written(shards, tmp_path, capsys):
     assert "\x07" not in text
     assert "set-00.tar: [bold]y.jpg: its content is no JPEG, PNG or WebP [left out]" in text
     assert "7 samples = 6 delivered + 1 quarantined" in text
-    assert "2 further samples left out" in text
+    assert "2 further samples omitted" in text
     content = json.loads(report.read_text())
     assert content["counts"] == {"no image": 1, "damaged image": 1, "unsafe name": 1}
     assert (tmp_path / "quarantine.jsonl").exists()

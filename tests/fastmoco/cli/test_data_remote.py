@@ -42,7 +42,7 @@ def test_index_check_and_stats_of_a_set_on_a_server(folder, tmp_path, capsys):
         assert main(["data", "index", url, "--out", str(out), *cache]) == 0
         text = capsys.readouterr().out
         assert "6 images in 1 shards indexed" in text
-        assert f"copy what is in {out} to {server.url}/" in text
+        assert f"copy the files in {out} to {server.url}/" in text
         for path in out.iterdir():
             shutil.copy(path, folder)
         tar = folder / "set-00.tar"

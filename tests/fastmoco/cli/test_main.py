@@ -98,7 +98,7 @@ def test_train_without_shards_says_how_to_name_them(tmp_path, capsys):
 
 def test_eval_of_a_folder_without_checkpoints_is_refused(tmp_path, capsys):
     assert main(["eval", "knn", str(tmp_path), "--train", "a.tar", "--test", "b.tar"]) == 2
-    assert "holds no checkpoint" in capsys.readouterr().err
+    assert "contains no checkpoint" in capsys.readouterr().err
 
 
 def test_pack_of_a_missing_folder_is_refused_in_one_line(tmp_path, capsys):

@@ -77,7 +77,7 @@ def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     )
     shown = capsys.readouterr().out
     assert "quickstart_digits: batch 256 on 1 x 22.35 GiB, bf16" in shown
-    for word in ("selective", "full", "4 x 64", "parameters", "GFLOP an image"):
+    for word in ("selective", "full", "4 x 64", "parameters", "GFLOP per image"):
         assert word in shown
 
 

@@ -229,7 +229,7 @@ def test_the_figure_equals_an_independent_one(small_run, patterns, k, temperatur
 
 def test_a_measurement_writes_no_batch_norm_buffer(small_run, patterns):
     encoder = _conv_encoder()
-    encoder.patch_embed.eval()  # a part that differs from the whole
+    encoder.blocks[0].eval()  # a part that differs from the whole
     modes, before = [part.training for part in encoder.modules()], copy.deepcopy(encoder.state_dict())
     _monitor(_conv_config(small_run, patterns)).measure(encoder, 1.0)
     assert any("running" in name for name in before)

@@ -48,7 +48,7 @@ def test_a_killed_owner_frees_the_folder(tmp_path):
     with pytest.raises(RunError, match=f"process {owner.pid}"):
         RunFolder(tmp_path).acquire()
     owner.send_signal(signal.SIGKILL)
-    owner.wait(timeout=10)
+    owner.wait(timeout=120)
     owner.stdout.close()
     time.sleep(0.05)
     folder = RunFolder(tmp_path)
@@ -106,7 +106,7 @@ def test_a_file_that_cannot_be_written_is_found_before_the_first_step(tmp_path):
     """T37; a folder in its place, because the tests may run as a user whom no mode keeps out."""
     (tmp_path / "metrics.jsonl").mkdir()
     folder = RunFolder(tmp_path)
-    with pytest.raises(RunError, match=r"cannot write to .*metrics.jsonl: Is a directory; mend it or choose another"):
+    with pytest.raises(RunError, match=r"cannot write to .*metrics.jsonl: Is a directory; fix it or choose another"):
         folder.acquire()
     (tmp_path / "metrics.jsonl").rmdir()
     folder.acquire()  # the lock was given back

@@ -153,7 +153,7 @@ def test_a_config_without_an_id_owns_no_checkpoint(runs: tuple[Path, Path], tmp_
     out = Path(shutil.copytree(runs[1], tmp_path / "old"))
     saved = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({name: saved[name] for name in ("config", "resolved")}))
-    with pytest.raises(RunError, match=r"old has no config\.json with a run's id.*give --trust"):
+    with pytest.raises(RunError, match=r"old has no config\.json with a run's id.*add --trust"):
         Trainer.build(CONFIG, out, WORLD)
     Trainer.build(CONFIG, out, WORLD, trust=True).close()
     assert len(RunFolder(out).read_config()["run_id"]) == 14

@@ -223,7 +223,7 @@ def test_on_a_real_terminal(term: str | None) -> None:
             break
         output += chunk
     os.close(master)
-    _, errors = child.communicate(timeout=20)
+    _, errors = child.communicate(timeout=120)
     assert (child.returncode, errors) == (7, b"")
     text = output.decode()
     assert "step 3/10" in text
@@ -249,5 +249,5 @@ def test_a_closed_pipe_does_not_end_training() -> None:
         assert child.stdout is not None
         child.stdout.close()
         child.stdout = None
-        _, errors = child.communicate(b"", timeout=20)
+        _, errors = child.communicate(b"", timeout=120)
         assert (child.returncode, errors) == (7, b"")

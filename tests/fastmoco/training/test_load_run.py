@@ -27,5 +27,5 @@ def test_the_encoder_of_a_run_is_the_one_that_was_trained(small_run, tmp_path):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(RunError, match="holds no checkpoint"):
+    with pytest.raises(RunError, match="contains no checkpoint"):
         load_run(tmp_path)

@@ -96,7 +96,7 @@ def test_killed_at_any_step_it_continues_bit_for_bit(small_run, whole, tmp_path,
     process = _start(small_run, tmp_path, "-X", "faulthandler")
     _wait_for_step(process, tmp_path, step)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert _losses(tmp_path)[-1][0] < 15
     assert _train(small_run, tmp_path) == 0
     assert _losses(tmp_path) == _losses(whole)
@@ -113,7 +113,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_75(small_run, whole, tmp
     process = _start(config, tmp_path)
     _wait_for_step(process, tmp_path, 2)
     process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=240)
     assert process.returncode == 75, text
     assert "SIGTERM: saved step" in text
     assert _train(config, tmp_path) == 0

@@ -53,10 +53,10 @@ def test_size_is_that_before_rotation(noise_image):
     ],
 )
 def test_bad_headers_are_refused_at_once(data, words):
-    start = time.process_time()
+    start = time.thread_time()  # of this thread alone
     with pytest.raises(ImageRefusedError, match=words):
         read_header(data)
-    assert time.process_time() - start < 0.5
+    assert time.thread_time() - start < 0.5
 
 
 def test_limits_hold_at_their_edges():

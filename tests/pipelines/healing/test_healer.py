@@ -28,7 +28,7 @@ VIEW1, VIEW2 = moco_v3_views(16)
 
 
 def spec_of(folder: Path | str, **changes) -> LoaderSpec:
-    options = {"shards": str(folder), "view1": VIEW1, "view2": VIEW2, "global_batch_size": 12, "seed": 7, "threads": 1}
+    options = {"shards": str(folder), "views": (VIEW1, VIEW2), "global_batch_size": 12, "seed": 7, "threads": 1}
     return LoaderSpec(**options | changes)
 
 
@@ -81,7 +81,7 @@ def assert_is_drawn_for_its_place(shards: ShardSet, batch: Batch, row: int) -> N
     """The views of a stand-in are those of its number, the epoch and the place; not those of its own turn."""
     sample_id = batch.sample_ids[row : row + 1]
     position = batch.step % 3 * 12 + row
-    pipeline = ViewPipeline(VIEW1, VIEW2, batch_size=1, threads=1)
+    pipeline = ViewPipeline((VIEW1, VIEW2), batch_size=1, threads=1)
     for places in (np.array([position + 1]), np.array([0])):
         draws1, draws2 = (
             draw_views(
@@ -95,7 +95,7 @@ def assert_is_drawn_for_its_place(shards: ShardSet, batch: Batch, row: int) -> N
             )
             for number, view in ((1, VIEW1), (2, VIEW2))
         )
-        view1, view2 = pipeline.run(shards.read(sample_id), draws1, draws2)
+        view1, view2 = pipeline.run(shards.read(sample_id), (draws1, draws2))
         own = bool(places[0])
         assert torch.equal(view1[0], batch.views[0][row]) == own
         assert torch.equal(view2[0], batch.views[1][row]) == own

@@ -27,13 +27,13 @@ def run(images):
         draw_views(view, seed=0, epoch=0, sample_ids=np.arange(len(images)), sizes=sizes, view=number)
         for number, view in ((1, VIEW1), (2, VIEW2))
     ]
-    return PIPELINE.run([data for data, _ in images], *draws)
+    return PIPELINE.run([data for data, _ in images], draws)
 
 def mib():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 // 2**20
 
 VIEW1, VIEW2 = moco_v3_views(32)
-PIPELINE = ViewPipeline(VIEW1, VIEW2, batch_size=8, threads=2)
+PIPELINE = ViewPipeline((VIEW1, VIEW2), batch_size=8, threads=2)
 small, large = jpeg(100, 100), jpeg(4000, 5000)
 for _ in range(20):
     run([small] * 8)

@@ -31,7 +31,7 @@ def test_grid_of_digits(tmp_path) -> None:
     still = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "jitter_probability": 0, "grayscale_probability": 0}
     view1 = ViewSpec(size=8, blur_probability=0, flip_probability=0, **still)
     view2 = ViewSpec(size=8, blur_probability=0, flip_probability=1, **still)
-    out = save_view_grid(train, view1, view2, tmp_path / "new" / "views.png", rows=3, seed=5)
+    out = save_view_grid(train, (view1, view2), tmp_path / "new" / "views.png", rows=3, seed=5)
     grid = np.asarray(Image.open(out))
     assert grid.shape == (3 * 100 + 4, 2 * 308 - 4, 3)
     with ShardSet.open(train) as shards:
@@ -48,7 +48,7 @@ def test_grid_follows_the_seed(tmp_path) -> None:
     train, _ = pack_digits(tmp_path / "digits")
     view = ViewSpec(size=16, crop_scale=(0.5, 1.0))
     pictures = [
-        save_view_grid(train, view, view, tmp_path / f"{name}.png", rows=1, seed=seed).read_bytes()
+        save_view_grid(train, (view, view), tmp_path / f"{name}.png", rows=1, seed=seed).read_bytes()
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     ]
     assert pictures[0] == pictures[1] != pictures[2]
@@ -61,4 +61,4 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, noise_image, write_t
     index_shards(shards)
     view = ViewSpec(size=16)
     with pytest.raises(BadImageError, match=r"x\.tar: b\.png: it cannot be decoded"):
-        save_view_grid(shards, view, view, tmp_path / "views.png", rows=1)
+        save_view_grid(shards, (view, view), tmp_path / "views.png", rows=1)

@@ -52,7 +52,7 @@ def test_lines_stand_beside_their_rows():
 def test_the_grid_itself_does_not_change(packed, tmp_path):
     plain, told = (
         np.asarray(
-            Image.open(save_view_grid(str(packed), *moco_v3_views(32), tmp_path / f"{p}.png", rows=2, parameters=p))
+            Image.open(save_view_grid(str(packed), moco_v3_views(32), tmp_path / f"{p}.png", rows=2, parameters=p))
         )
         for p in (False, True)
     )

@@ -47,7 +47,7 @@ print(told, arenas())
 LOADER = """
 from fastmoco_pipelines import LoaderSpec, build_loader, moco_v3_views
 view1, view2 = moco_v3_views(16)
-spec = LoaderSpec(shards=sys.argv[1], view1=view1, view2=view2, global_batch_size=16, threads=4)
+spec = LoaderSpec(shards=sys.argv[1], views=(view1, view2), global_batch_size=16, threads=4)
 for step in range(3):  # the threads of the second and third find arenas of their own too, if they may
     with build_loader(spec, start_step=step) as loader:
         loader.next()

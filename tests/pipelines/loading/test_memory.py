@@ -24,20 +24,20 @@ from fastmoco_pipelines.views.graph import GPU_DECODER
 
 VIEW1, VIEW2 = moco_v3_views()
 LARGE = LoaderSpec(
-    shards="x", view1=VIEW1, view2=VIEW2, global_batch_size=4096, device="gpu", threads=14, view_dtype="uint8"
+    shards="x", views=(VIEW1, VIEW2), global_batch_size=4096, device="gpu", threads=14, view_dtype="uint8"
 )
 
 
 def spec_of(folder: Path, **changes) -> LoaderSpec:
     view1, view2 = moco_v3_views(16)
-    options = {"view1": view1, "view2": view2, "global_batch_size": 12, "seed": 7, "threads": 1}
+    options = {"views": (view1, view2), "global_batch_size": 12, "seed": 7, "threads": 1}
     return LoaderSpec(shards=str(folder), **options | changes)
 
 
 @pytest.mark.parametrize("color", ["exact", "dali"])
 def test_batches_of_4096_hold_two_gigabytes_beside_the_one_in_use(color) -> None:
     view1, view2 = moco_v3_views(color=color)
-    held = loader_bytes(replace(LARGE, view1=view1, view2=view2))
+    held = loader_bytes(replace(LARGE, views=(view1, view2)))
     assert held.batch_bytes == held.ready_bytes == 2 * 4096 * 3 * 224 * 224
     assert held.beside_batch_bytes == held.ready_bytes + held.scratch_bytes <= 2e9
     assert held.peak_bytes == held.batch_bytes + held.beside_batch_bytes
@@ -53,8 +53,9 @@ def test_bytes_follow_the_spec() -> None:
     assert loader_bytes(replace(LARGE, sub_batch=256)).scratch_bytes > 1.5 * plain.scratch_bytes
     # Every image of a run holds its decoded pixels, a window and a few views' worth of levels.
     assert plain.scratch_bytes > 128 * (600_000 + 2 * 324_000 + 6 * 3 * 224**2)
-    sharp = replace(LARGE, view1=VIEW2, view2=replace(VIEW2, blur_probability=0))
-    assert loader_bytes(replace(sharp, view1=sharp.view2)).scratch_bytes < loader_bytes(sharp).scratch_bytes
+    sharp = replace(VIEW2, blur_probability=0)
+    without, with_blur = (replace(LARGE, views=(first, sharp)) for first in (sharp, VIEW2))
+    assert loader_bytes(without).scratch_bytes < loader_bytes(with_blur).scratch_bytes
     on_cpu = loader_bytes(replace(LARGE, device="cpu"))
     assert on_cpu.ready_bytes == 3 * on_cpu.batch_bytes  # two finished, one in the making
     assert on_cpu.scratch_bytes > 4096 * 600_000
@@ -106,7 +107,7 @@ def test_no_more_batches_live_than_the_arithmetic_says(packed, monkeypatch, coun
     with build_loader(spec, count_making=count_making) as loader:
         batch = None
         for step in range(8):
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 120
             while not loader.resting and time.monotonic() < deadline:  # as many as may are ready
                 time.sleep(0.005)
             del batch
@@ -131,14 +132,13 @@ def test_a_bounded_loader_ends_while_it_waits_for_a_place(packed) -> None:
     loader = build_loader(spec_of(packed), count_making=True)
     while not loader.resting:
         time.sleep(0.005)
-    start = time.perf_counter()
     loader.close()
-    assert time.perf_counter() - start < 20
+    assert not any(thread.name.startswith("fastmoco") for thread in threading.enumerate())
     forgotten = build_loader(spec_of(packed), count_making=True)
     forgotten.next()
     del forgotten
     gc.collect()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while any(thread.name.startswith("fastmoco") for thread in threading.enumerate()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(thread.name.startswith("fastmoco") for thread in threading.enumerate())
@@ -160,7 +160,7 @@ def test_a_place_is_free_when_the_batch_before_has_been_used() -> None:
 def test_a_gpu_holds_one_batch_beside_the_one_in_use(packed) -> None:
     """Though the work on a batch has not ended when the next one is taken: its memory is waited for, not replaced."""
     view1, view2 = moco_v3_views(448)
-    changes = {"view1": view1, "view2": view2, "view_dtype": "uint8", "global_batch_size": 40}
+    changes = {"views": (view1, view2), "view_dtype": "uint8", "global_batch_size": 40}
     spec = spec_of(packed, device="gpu", sub_batch=2, **changes)
     held, part = loader_bytes(spec), 2 * 3 * 448**2
     with build_loader(spec, device_id=0) as loader:

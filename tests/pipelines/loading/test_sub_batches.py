@@ -24,7 +24,7 @@ PAIR = moco_v3_views(24)[0], moco_v3_views(24, color="dali")[1]  # one view by e
 
 
 def pipeline(sub_batch: int | None, **options) -> ViewPipeline:
-    return ViewPipeline(*PAIR, batch_size=COUNT, sub_batch=sub_batch, threads=1, **options)
+    return ViewPipeline(PAIR, batch_size=COUNT, sub_batch=sub_batch, threads=1, **options)
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +41,14 @@ def draws(encoded):
 @pytest.mark.parametrize("sub_batch", [1, 4, 5, 11, 40])
 @pytest.mark.parametrize("view_dtype", ["float32", "uint8"])
 def test_parts_change_no_bit(sub_batch: int, view_dtype, encoded, draws) -> None:
-    whole = pipeline(None, view_dtype=view_dtype).run(encoded, *draws)
+    whole = pipeline(None, view_dtype=view_dtype).run(encoded, draws)
     parts = pipeline(sub_batch, view_dtype=view_dtype)
     for _ in range(2):
-        for made, wanted in zip(parts.run(encoded, *draws), whole, strict=True):
+        for made, wanted in zip(parts.run(encoded, draws), whole, strict=True):
             assert made.is_contiguous()
             assert made.dtype == wanted.dtype
             assert torch.equal(made, wanted)
-    some = parts.run(encoded[:3], *(each.rows(slice(3)) for each in draws))  # a smaller batch than before
+    some = parts.run(encoded[:3], [each.rows(slice(3)) for each in draws])  # a smaller batch than before
     assert all(torch.equal(made, wanted[:3]) for made, wanted in zip(some, whole, strict=True))
 
 
@@ -62,7 +62,7 @@ def test_dali_never_sees_more_than_a_part(encoded, draws, monkeypatch) -> None:
 
     monkeypatch.setattr(Engine, "_outputs", watched)
     made = pipeline(4)
-    made.run(encoded, *draws)
+    made.run(encoded, draws)
     assert seen == [4, 4, 3]
     assert made._engine._options["batch_size"] == 4
 
@@ -71,28 +71,28 @@ def test_memory_is_asked_for_once_and_after_the_first_run(encoded, draws, monkey
     happened = []
     outputs = Engine._outputs
     monkeypatch.setattr(Engine, "_outputs", lambda *arguments: happened.append("run") or outputs(*arguments))
-    pipeline(4).run(encoded, *draws, before_output=lambda: happened.append("asked"))
+    pipeline(4).run(encoded, draws, before_output=lambda: happened.append("asked"))
     assert happened == ["run", "asked", "run", "run"]
 
 
 def test_a_bad_image_of_a_later_part_has_its_row_of_the_batch(encoded, draws) -> None:
     made = pipeline(4)
-    before = made.run(encoded, *draws)
+    before = made.run(encoded, draws)
     text = np.frombuffer(b"<html>", dtype=np.uint8)
     spoilt = [*encoded[:5], text, *encoded[6:10], text]
     with pytest.raises(DecodeError, match=r"2 of 11 images cannot be decoded; image 5: neither JPEG") as caught:
-        made.run(spoilt, *draws)
+        made.run(spoilt, draws)
     assert [row for row, _ in caught.value.faults] == [5, 10]
     half = encoded[6][: len(encoded[6]) // 2]  # its header is whole: DALI has to notice
     with pytest.raises(DecodeError, match=r"the views of a batch of 11 \(images 4 to 7\)") as caught:
-        made.run([*encoded[:6], half, *encoded[7:]], *draws)
+        made.run([*encoded[:6], half, *encoded[7:]], draws)
     assert caught.value.faults == ()
-    assert all(torch.equal(a, b) for a, b in zip(made.run(encoded, *draws), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(made.run(encoded, draws), before, strict=True))
 
 
 def spec_of(folder: Path, **changes) -> LoaderSpec:
     view1, view2 = moco_v3_views(16)
-    options = {"view1": view1, "view2": view2, "global_batch_size": 12, "seed": 7, "threads": 1}
+    options = {"views": (view1, view2), "global_batch_size": 12, "seed": 7, "threads": 1}
     return LoaderSpec(shards=str(folder), **options | changes)
 
 
@@ -137,7 +137,7 @@ def test_the_graph_for_gpus_is_defined(color: str, view_dtype) -> None:
     from nvidia.dali import pipeline_def
 
     pair = moco_v3_views(24, color=color)
-    made = ViewPipeline(*pair, batch_size=8, sub_batch=4, device="gpu", device_id=0, view_dtype=view_dtype)
+    made = ViewPipeline(pair, batch_size=8, sub_batch=4, device="gpu", device_id=0, view_dtype=view_dtype)
     graph = pipeline_def(made._engine._graph, **made._engine._options)()
     assert [output.device for output in graph._graph_out] == ["gpu", "gpu"]
 
@@ -146,7 +146,7 @@ def test_the_decoder_on_gpus_refuses_other_options(monkeypatch) -> None:
     """What the test above would miss if defining a graph looked at nothing."""
     from nvidia.dali import pipeline_def
 
-    made = ViewPipeline(*PAIR, batch_size=8, device="gpu", device_id=0)
+    made = ViewPipeline(PAIR, batch_size=8, device="gpu", device_id=0)
     for option, value, words in (("hw_decoder_load", "much", "to float: 'much'"), ("hw_load", 1.0, "KeyError")):
         with monkeypatch.context() as patched:
             patched.setitem(GPU_DECODER, option, value)
@@ -157,9 +157,9 @@ def test_the_decoder_on_gpus_refuses_other_options(monkeypatch) -> None:
 @pytest.mark.gpu
 def test_parts_change_no_bit_on_a_gpu(encoded, draws) -> None:
     options = {"device": "gpu", "device_id": 0}
-    whole = pipeline(None, **options).run(encoded, *draws)
+    whole = pipeline(None, **options).run(encoded, draws)
     parts = pipeline(4, **options)
     for _ in range(3):
-        for made, wanted in zip(parts.run(encoded, *draws), whole, strict=True):
+        for made, wanted in zip(parts.run(encoded, draws), whole, strict=True):
             assert made.is_cuda
             assert torch.equal(made, wanted)

@@ -12,7 +12,7 @@ from fastmoco_pipelines.loading.synthetic import SyntheticLoader
 from fastmoco_pipelines.spec import LoaderSpec, moco_v3_views
 
 VIEW1, VIEW2 = moco_v3_views(8)
-SPEC = LoaderSpec(shards="unused", view1=VIEW1, view2=VIEW2, global_batch_size=12, seed=3)
+SPEC = LoaderSpec(shards="unused", views=(VIEW1, VIEW2), global_batch_size=12, seed=3)
 
 
 def test_batches_are_constant_and_counted():

@@ -91,7 +91,9 @@ def test_a_loader_delivers_from_it_what_it_delivers_from_local_files(store, cach
             shards=shards, global_batch_size=12, threads=1, shuffle_window=0, cache_dir=cache.folder, cache_size_gb=size
         )
         with build_loader(spec) as loader:
-            return [array for _ in range(2) for batch in [loader.next()] for array in (batch.sample_ids, batch.view1)]
+            return [
+                array for _ in range(2) for batch in [loader.next()] for array in (batch.sample_ids, batch.views[0])
+            ]
 
     assert all(np.array_equal(a, b) for a, b in zip(batches("toy://set/"), batches(str(packed)), strict=True))
 

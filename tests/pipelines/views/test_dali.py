@@ -92,7 +92,7 @@ def test_operation_equals_pil(name: str, photographs, encoded) -> None:
     fields, mean_bound, image_bound = OPERATIONS[name]
     spec = ViewSpec(**{"size": SIZE, "blur_sigma": (0.1, 2.0), **fields})
     draws = draw(spec, encoded)
-    made = ViewPipeline(spec, spec, batch_size=COUNT, threads=1).run(encoded, draws, draws)[0].numpy()
+    made = ViewPipeline((spec, spec), batch_size=COUNT, threads=1).run(encoded, (draws, draws))[0].numpy()
     decoded = [decode(image) for image in encoded]
     expected = np.stack([reference_view(image, spec, draws, i) for i, image in enumerate(decoded)])
     untouched = ViewSpec(size=SIZE, **NOTHING)
@@ -112,11 +112,11 @@ def test_hue_is_the_nearest_rotation(encoded) -> None:
 
     spec = ViewSpec(**{"size": SIZE, **JITTER, "hue": 0.1})
     draws = draw(spec, encoded)
-    made = ViewPipeline(spec, spec, batch_size=COUNT, threads=1).run(encoded, draws, draws)[0].numpy()
+    made = ViewPipeline((spec, spec), batch_size=COUNT, threads=1).run(encoded, (draws, draws))[0].numpy()
     decoded = [decode(image) for image in encoded]
     expected = np.stack([reference_view(image, spec, draws, i) for i, image in enumerate(decoded)])
     still = ViewSpec(size=SIZE, **NOTHING)
-    plain = ViewPipeline(still, still, batch_size=COUNT, threads=1).run(encoded, draws, draws)[0].numpy()
+    plain = ViewPipeline((still, still), batch_size=COUNT, threads=1).run(encoded, (draws, draws))[0].numpy()
 
     pipeline = Pipeline(batch_size=COUNT, num_threads=1, device_id=None, prefetch_queue_depth=1)
     with pipeline:
@@ -149,8 +149,10 @@ def test_moco_pair_of_a_batch(photographs, encoded) -> None:
     """The default pair, both views: the whole chain with hue in it."""
     view1, view2 = moco_v3_views(SIZE, color="dali")
     draws1, draws2 = draw(view1, encoded, view=1), draw(view2, encoded, view=2)
-    pipeline = ViewPipeline(view1, view2, batch_size=COUNT, threads=2)
-    for spec, draws, made in zip((view1, view2), (draws1, draws2), pipeline.run(encoded, draws1, draws2), strict=True):
+    pipeline = ViewPipeline((view1, view2), batch_size=COUNT, threads=2)
+    for spec, draws, made in zip(
+        (view1, view2), (draws1, draws2), pipeline.run(encoded, (draws1, draws2)), strict=True
+    ):
         assert made.shape == (COUNT, 3, SIZE, SIZE)
         assert str(made.dtype) == "torch.float32"
         expected = np.stack([reference_view(decode(image), spec, draws, i) for i, image in enumerate(encoded)])
@@ -167,7 +169,7 @@ def test_tiny_grey_images_crop_exactly() -> None:
     encoded = [encode(Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8))) for _ in range(64)]
     spec = ViewSpec(size=16, crop_scale=(0.3, 1.0), **NOTHING)
     draws = draw(spec, encoded)
-    made = ViewPipeline(spec, spec, batch_size=64, threads=1).run(encoded, draws, draws)[0].numpy()
+    made = ViewPipeline((spec, spec), batch_size=64, threads=1).run(encoded, (draws, draws))[0].numpy()
     expected = np.stack([reference_view(decode(image), spec, draws, i) for i, image in enumerate(encoded)])
     assert level_errors(made, expected).max() < 0.5
     levels = made * np.array(spec.std)[:, None, None] + np.array(spec.mean)[:, None, None]
@@ -190,20 +192,20 @@ def test_a_row_depends_on_its_image_and_draws_alone(threads: int, encoded) -> No
     """Order, neighbours, batch size and threads change nothing, to the bit."""
     view1, view2 = moco_v3_views(32, color="dali")
     draws1, draws2 = draw(view1, encoded), draw(view2, encoded, view=2)
-    whole = ViewPipeline(view1, view2, batch_size=COUNT, threads=1).run(encoded, draws1, draws2)
+    whole = ViewPipeline((view1, view2), batch_size=COUNT, threads=1).run(encoded, (draws1, draws2))
     order = np.random.default_rng(0).permutation(COUNT)[:7]
-    pipeline = ViewPipeline(view1, view2, batch_size=COUNT, threads=threads)
-    some = pipeline.run([encoded[i] for i in order], part(draws1, order), part(draws2, order))
+    pipeline = ViewPipeline((view1, view2), batch_size=COUNT, threads=threads)
+    some = pipeline.run([encoded[i] for i in order], (part(draws1, order), part(draws2, order)))
     for a, b in zip(whole, some, strict=True):
         assert np.array_equal(a.numpy()[order], b.numpy())
 
 
 def test_later_runs_leave_earlier_outputs_alone(encoded) -> None:
     view1, view2 = moco_v3_views(32, color="dali")
-    pipeline = ViewPipeline(view1, view2, batch_size=COUNT, threads=2)
+    pipeline = ViewPipeline((view1, view2), batch_size=COUNT, threads=2)
     kept = []
     for seed in range(8):
-        outputs = pipeline.run(encoded, draw(view1, encoded, seed=seed), draw(view2, encoded, view=2, seed=seed))
+        outputs = pipeline.run(encoded, (draw(view1, encoded, seed=seed), draw(view2, encoded, view=2, seed=seed)))
         kept.append([(output, output.clone()) for output in outputs])
     del pipeline
     flat = [pair for pairs in kept for pair in pairs]
@@ -253,27 +255,27 @@ def test_every_format_decodes_as_pil_does(photographs) -> None:
 def test_a_refused_image_is_named_and_the_pipeline_goes_on(encoded) -> None:
     spec = ViewSpec(size=16, **NOTHING)
     draws = draw(spec, encoded[:4])
-    pipeline = ViewPipeline(spec, spec, batch_size=4, threads=1)
-    before = pipeline.run(encoded[:4], draws, draws)[0]
+    pipeline = ViewPipeline((spec, spec), batch_size=4, threads=1)
+    before = pipeline.run(encoded[:4], (draws, draws))[0]
     text = np.frombuffer(b"<html>", dtype=np.uint8)
     with pytest.raises(DecodeError, match=r"2 of 4 images .* image 1: neither JPEG nor PNG") as caught:
-        pipeline.run([encoded[0], text, encoded[2], text[:0]], draws, draws)
+        pipeline.run([encoded[0], text, encoded[2], text[:0]], (draws, draws))
     assert [row for row, _ in caught.value.faults] == [1, 3]
     half = encoded[3][: len(encoded[3]) // 2]  # its header is whole: the decoder has to notice
     with pytest.raises(DecodeError, match="decod") as caught:
-        pipeline.run([*encoded[:3], half], draws, draws)
+        pipeline.run([*encoded[:3], half], (draws, draws))
     assert caught.value.faults == ()
-    assert np.array_equal(before.numpy(), pipeline.run(encoded[:4], draws, draws)[0].numpy())
+    assert np.array_equal(before.numpy(), pipeline.run(encoded[:4], (draws, draws))[0].numpy())
 
 
 def test_wrong_counts_are_named(encoded) -> None:
     spec = ViewSpec(size=16, **NOTHING)
-    pipeline = ViewPipeline(spec, spec, batch_size=4, threads=1)
+    pipeline = ViewPipeline((spec, spec), batch_size=4, threads=1)
     draws = draw(spec, encoded[:5])
-    with pytest.raises(ValueError, match="draws1=5: needs one row for each of 4 images"):
-        pipeline.run(encoded[:4], draws, draws)
+    with pytest.raises(ValueError, match="draws of view 1=5: needs one row for each of 4 images"):
+        pipeline.run(encoded[:4], (draws, draws))
     with pytest.raises(ValueError, match="encoded=5: holds 1 to 4 images"):
-        pipeline.run(encoded[:5], draws, draws)
+        pipeline.run(encoded[:5], (draws, draws))
     with pytest.raises(ValueError, match="threads=0"):
         EvalPipeline(EvalSpec(), batch_size=1, threads=0)
 
@@ -283,8 +285,8 @@ def test_wrong_counts_are_named(encoded) -> None:
 def test_gpu_views_equal_cpu_views(encoded) -> None:
     view1, view2 = moco_v3_views(SIZE, color="dali")
     draws = draw(view1, encoded), draw(view2, encoded, view=2)
-    by_cpu = ViewPipeline(view1, view2, batch_size=COUNT, device="cpu").run(encoded, *draws)
-    by_gpu = ViewPipeline(view1, view2, batch_size=COUNT, device="gpu", device_id=0).run(encoded, *draws)
+    by_cpu = ViewPipeline((view1, view2), batch_size=COUNT, device="cpu").run(encoded, draws)
+    by_gpu = ViewPipeline((view1, view2), batch_size=COUNT, device="gpu", device_id=0).run(encoded, draws)
     for on_cpu, on_gpu in zip(by_cpu, by_gpu, strict=True):
         assert on_gpu.is_cuda
         errors = level_errors(on_gpu.cpu().numpy(), on_cpu.numpy())

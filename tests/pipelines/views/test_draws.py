@@ -190,7 +190,8 @@ def test_an_empty_batch_has_no_draws() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"view": 3}, "view=3"),
+        ({"view": 0}, "view=0"),
+        ({"view": 256}, "view=256: views count from 1 to 255"),
         ({"epoch": -1}, "epoch=-1"),
         ({"seed": -1}, "seed=-1"),
         ({"ids": np.array([-5])}, "sample_ids=-5"),

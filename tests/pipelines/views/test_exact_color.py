@@ -89,7 +89,7 @@ def test_operation_equals_pil(name: str, photographs) -> None:
     """From the decoded image to the normalised view, Pillow's levels to the bit."""
     spec = ViewSpec(**{"size": SIZE, "color": "exact", **OPERATIONS[name]})
     draws = draw(spec, photographs)
-    made = ViewPipeline(spec, spec, batch_size=COUNT, threads=2).run(photographs, draws, draws)[0]
+    made = ViewPipeline((spec, spec), batch_size=COUNT, threads=2).run(photographs, (draws, draws))[0]
     expected = np.stack([reference_view(decode(image), spec, draws, i) for i, image in enumerate(photographs)])
     np.testing.assert_array_equal(denormalise(made, spec), denormalise(torch.from_numpy(expected), spec))
     np.testing.assert_allclose(made.numpy(), expected, atol=1e-6)
@@ -104,12 +104,12 @@ def test_only_the_cut_is_left_to_dali_on_a_gpu(photographs) -> None:
 def test_without_a_compiled_library_the_views_are_the_same_and_somebody_is_told(photographs, monkeypatch) -> None:
     specs = moco_v3_views(24)
     draws = draw(specs[0], photographs[:3]), draw(specs[1], photographs[:3], view=2)
-    compiled = ViewPipeline(*specs, batch_size=3, threads=1).run(photographs[:3], *draws)
+    compiled = ViewPipeline(specs, batch_size=3, threads=1).run(photographs[:3], draws)
     for module in ("fastmoco_pipelines.views.dali", "fastmoco_kernels.cut_views.op"):
         monkeypatch.setattr(importlib.import_module(module), "native_library", lambda: None)
     with pytest.warns(RuntimeWarning, match="without a C compiler: views are cut by plain torch"):
-        plain = ViewPipeline(*specs, batch_size=3, threads=1)
-    assert all(torch.equal(a, b) for a, b in zip(compiled, plain.run(photographs[:3], *draws), strict=True))
+        plain = ViewPipeline(specs, batch_size=3, threads=1)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, plain.run(photographs[:3], draws), strict=True))
 
 
 def test_the_two_modes_may_stand_side_by_side(photographs) -> None:
@@ -121,7 +121,7 @@ def test_the_two_modes_may_stand_side_by_side(photographs) -> None:
         assert np.array_equal(getattr(again, field.name), getattr(draws1, field.name))
 
     def run(one: ViewSpec, two: ViewSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        return ViewPipeline(one, two, batch_size=COUNT, threads=1).run(photographs, draws1, draws2)
+        return ViewPipeline((one, two), batch_size=COUNT, threads=1).run(photographs, (draws1, draws2))
 
     mixed, plain, exact = run(exact1, dali2), run(dali1, dali2), run(exact1, exact2)
     assert torch.equal(mixed[0], exact[0])
@@ -131,7 +131,7 @@ def test_the_two_modes_may_stand_side_by_side(photographs) -> None:
 
 def spec_of(folder, **changes) -> LoaderSpec:
     view1, view2 = moco_v3_views(16)
-    options = {"view1": view1, "view2": view2, "global_batch_size": 12, "seed": 7, "threads": 1}
+    options = {"views": (view1, view2), "global_batch_size": 12, "seed": 7, "threads": 1}
     return LoaderSpec(shards=str(folder), **options | changes)
 
 
@@ -152,7 +152,7 @@ def test_the_loader_delivers_the_reference(packed, whole) -> None:
             ids = batch.sample_ids
             images = [decode(image) for image in shards.read(ids)]
             for number, made in ((1, batch.views[0]), (2, batch.views[1])):
-                view = (spec.view1, spec.view2)[number - 1]
+                view = spec.views[number - 1]
                 draws = draw_views(
                     view, seed=7, epoch=batch.step // 3, sample_ids=ids, sizes=shards.sizes[ids], view=number
                 )
@@ -175,7 +175,7 @@ def test_ranks_and_restarts_are_bit_identical(packed, whole, world_size, start) 
 
 def test_preview_shows_the_mode(packed, tmp_path) -> None:
     pictures = {
-        name: save_view_grid(str(packed), *pair, tmp_path / f"{name}.png", rows=2).read_bytes()
+        name: save_view_grid(str(packed), pair, tmp_path / f"{name}.png", rows=2).read_bytes()
         for name, pair in {"dali": dali_pair(32), "exact": moco_v3_views(32), "again": moco_v3_views(32)}.items()
     }
     assert pictures["exact"] == pictures["again"] != pictures["dali"]
@@ -206,10 +206,10 @@ def test_gpu_equals_cpu_but_for_the_resize(photographs) -> None:
     """DALI decodes and resizes on a GPU, a level away from Pillow; what is done to the bytes then is the same."""
     view1, view2 = moco_v3_views(SIZE)
     draws1, draws2 = draw(view1, photographs), draw(view2, photographs, view=2)
-    expected = ViewPipeline(view1, view2, batch_size=COUNT, threads=2).run(photographs, draws1, draws2)
-    pipeline = ViewPipeline(view1, view2, batch_size=COUNT, threads=2, device="gpu", device_id=0)
-    first = pipeline.run(photographs, draws1, draws2)
-    again = pipeline.run(photographs, draws1, draws2)
+    expected = ViewPipeline((view1, view2), batch_size=COUNT, threads=2).run(photographs, (draws1, draws2))
+    pipeline = ViewPipeline((view1, view2), batch_size=COUNT, threads=2, device="gpu", device_id=0)
+    first = pipeline.run(photographs, (draws1, draws2))
+    again = pipeline.run(photographs, (draws1, draws2))
     for a, b, cpu in zip(first, again, expected, strict=True):
         assert a.is_cuda
         assert torch.equal(a, b)

@@ -26,7 +26,7 @@ PAIRS = {
 
 def loader_spec(folder: Path, pair: tuple[ViewSpec, ViewSpec], **changes) -> LoaderSpec:
     view1, view2 = pair
-    options = {"view1": view1, "view2": view2, "global_batch_size": 12, "seed": 7, "threads": 1}
+    options = {"views": (view1, view2), "global_batch_size": 12, "seed": 7, "threads": 1}
     return LoaderSpec(shards=str(folder), **options | changes)
 
 
@@ -122,7 +122,7 @@ def test_the_gpu_path_of_exact_colours_gives_the_same_levels() -> None:
 
 def test_synthetic_levels_and_unchanged_floats() -> None:
     view1, view2 = moco_v3_views(8)
-    spec = LoaderSpec(shards="unused", view1=view1, view2=view2, global_batch_size=12, seed=3)
+    spec = LoaderSpec(shards="unused", views=(view1, view2), global_batch_size=12, seed=3)
     batch = SyntheticLoader(replace(spec, view_dtype="uint8"), sample_count=100).next()
     assert batch.views[0].dtype == batch.views[1].dtype == torch.uint8
     assert batch.views[0].shape == (12, 3, 8, 8)
@@ -149,8 +149,8 @@ def test_levels_normalised_are_the_float32_views_on_a_gpu(color: str) -> None:
     encoded = photographs(9)
     draws = draw(pair[0], encoded), draw(pair[1], encoded, view=2)
     options = {"batch_size": 9, "sub_batch": 4, "threads": 2, "device": "gpu", "device_id": 0}
-    floats = ViewPipeline(*pair, **options).run(encoded, *draws)
-    levels = ViewPipeline(*pair, view_dtype="uint8", **options).run(encoded, *draws)
+    floats = ViewPipeline(pair, **options).run(encoded, draws)
+    levels = ViewPipeline(pair, view_dtype="uint8", **options).run(encoded, draws)
     for view, wanted, spec in zip(levels, floats, pair, strict=True):
         assert (view.dtype, view.is_cuda) == (torch.uint8, True)
         normalise(view, spec)  # brings the factors to the GPU, once
