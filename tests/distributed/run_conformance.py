@@ -1,7 +1,8 @@
-"""What one of two real processes does with each objective of the table: three steps under DDP, FSDP2, and in chunks.
+"""What one of two real processes does with each objective of the table: three steps under DDP,
+FSDP2, and in chunks.
 
-Started by test_conformance_ranks.py as `python -m tests.distributed.run_conformance OUT`; the test computes what they must
-equal by calling `run_steps` in one process.
+Started by test_conformance_ranks.py as `python -m tests.distributed.run_conformance OUT`; the test
+computes what they must equal by calling `run_steps` in one process.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def run_steps(world: World, kind: type[ObjectiveConfig], **how: Any) -> dict[str, Any]:
-    """Losses, gradients of the first step and the state after three, on this rank's part of each batch."""
+    """Losses, gradients of the first step and the state after three, on this rank's part of each
+    batch."""
     config = config_for(kind, **how)
     objective = rough(config)
     gradients = Gradients(config, objective, world, "fp64")

@@ -76,7 +76,8 @@ NAMES: dict[str, dict[str, list[str]]] = {
     }
     for kind in ("moco_v3", "byol")
 }
-"""Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load for good."""
+"""Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load
+for good."""
 
 
 def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
@@ -85,7 +86,8 @@ def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
 
 
 def rough(config: Config) -> Objective:
-    """The objective of a config in float64, with averages apart from their weights and all buffers off their start."""
+    """The objective of a config in float64, with averages apart from their weights and all buffers
+    off their start."""
     objective = build_objective(replace(config, precision="fp64"), torch.device("cpu"))
     noise = torch.Generator().manual_seed(5)
     frozen_averages = {id(average) for own, average in objective.averages().items() if not own.requires_grad}
@@ -158,7 +160,8 @@ def check_chunks(config: Config) -> None:
 
 
 def check_features(config: Config) -> None:
-    """The second pass of a chunk gives the online features of the first, writes nothing, and rows are images."""
+    """The second pass of a chunk gives the online features of the first, writes nothing, and rows
+    are images."""
     objective, views = rough(config), views_of(config)
     before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
     objective.choices(AT)
@@ -181,7 +184,8 @@ def check_names(config: Config, known: dict[str, list[str]] | None) -> None:
     }
     if known is not None:
         assert names == {network: set(parameters) for network, parameters in known.items()}
-    # All that trains has a gradient and a place of its own in the state; an average has the shape of its weight.
+    # All that trains has a gradient and a place of its own in the state; an average has the shape
+    # of its weight.
     assert all(own.shape == average.shape and not average.requires_grad for own, average in averages.items())
     places = objective.places()
     assert set(places) <= {name for name, p in objective.named_parameters() if p.requires_grad}

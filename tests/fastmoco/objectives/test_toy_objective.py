@@ -1,8 +1,9 @@
 """A dry run of a new objective: all of it is in this file, and no file of ours is touched.
 
-It predicts the mean colors of an image from the encoder's class feature. Nothing couples its images, so losses of chunks
-add up. It has a part of each kind that a sibling may have: a buffer that moves after a step, another on each rank, a
-parameter that is frozen at first, an evaluated encoder, numbers that a log shows, and every hook.
+It predicts the mean colors of an image from the encoder's class feature. Nothing couples its
+images, so losses of chunks add up. It has a part of each kind that a sibling may have: a buffer
+that moves after a step, another on each rank, a parameter that is frozen at first, an evaluated
+encoder, numbers that a log shows, and every hook.
 """
 
 from __future__ import annotations
@@ -202,7 +203,8 @@ def test_what_each_rank_has_for_itself_is_saved_by_rank(tmp_path: Path) -> None:
 
 
 def test_no_file_of_ours_knows_it_and_few_know_byol() -> None:
-    """What adding an objective touches: its own two files, a form of heads if it has one, and two registrations."""
+    """What adding an objective touches: its own two files, a form of heads if it has one, and two
+    registrations."""
     package = Path(fastmoco.__file__).parent
     texts = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py")}
     assert not [path for path, text in texts.items() if "class Toy" in text or "ToyConfig" in text]
