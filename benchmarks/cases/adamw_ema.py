@@ -1,4 +1,4 @@
-"""AdamW and moving average: one sweep against separate passes."""
+"""AdamW and momentum update: one pass against separate passes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULTS = {"device": "auto", "width": 0, "depth": 12, "hidden": 0, "momentum": 
 
 LR, WEIGHT_DECAY, BETAS, EPS = 1e-3, 0.1, (0.9, 0.999), 1e-8
 LIMITS = {"param": 1e-6, "average": 1e-6}
-"""float32 rounds to 6e-8; the first step's bias correction costs float32 a few units."""
+"""float32 rounds to 6e-8; the bias correction of the first step adds a few units."""
 
 
 @dataclass
@@ -34,10 +34,11 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: `device`; `width`, `depth` and `hidden` as in the case `ema`; `momentum` of the average; `rounds`.
+        options: `device`; `width`, `depth` and `hidden` as in the case `ema`;
+            `momentum` of the average; `rounds`.
 
     Returns:
-        What `contest` gives, the numbers of tensors and parameters, and on CUDA our GB/s.
+        The result of `contest`, the numbers of tensors and parameters, and on CUDA our GB/s.
     """
     device, momentum = chosen_device(options["device"]), options["momentum"]
     shapes = vit_shapes(*sizes(options, device))
@@ -57,7 +58,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _twins(start: Sequence[Sequence[Tensor]]) -> Twins:
-    """Fresh tensors: parameters, averages and gradients from the three lists."""
+    """New tensors: parameters, averages and gradients from the three lists."""
     params = [torch.nn.Parameter(p.clone()) for p in start[0]]
     for param, grad in zip(params, start[2], strict=True):
         param.grad = grad
@@ -78,7 +79,9 @@ def _ours(twins: Twins, momentum: float) -> Callable[[], None]:
 
 
 def _passes(twins: Twins, momentum: float, **implementation: bool) -> Callable[[], None]:
-    """torch.optim.AdamW, then the average; one tensor after the other if nothing is fused."""
+    """torch.optim.AdamW, then the momentum update; one tensor after the other
+    if nothing is fused.
+    """
     optimizer = torch.optim.AdamW(
         twins.params, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, **implementation
     )
@@ -98,7 +101,9 @@ def _passes(twins: Twins, momentum: float, **implementation: bool) -> Callable[[
 
 
 def _truth(start: Sequence[Sequence[Tensor]], momentum: float) -> dict[str, Tensor]:
-    """The first step in float64: with no history m / (1 - beta1) is the gradient, v / (1 - beta2) its square."""
+    """The first step in float64: with no history m / (1 - beta1) is the
+    gradient, v / (1 - beta2) its square.
+    """
     params, averages, grads = (flat(tensors) for tensors in start)
     params = params * (1 - LR * WEIGHT_DECAY) - LR * grads / (grads.abs() + EPS)
     averages = momentum * averages + (1 - momentum) * params
@@ -111,7 +116,7 @@ def _contender(
     start: Sequence[Sequence[Tensor]],
     truth: Mapping[str, Tensor],
 ) -> Contender:
-    """A contender on tensors of its own."""
+    """A contender with its own tensors."""
     twins = _twins(start)
 
     def errors() -> Mapping[str, float]:

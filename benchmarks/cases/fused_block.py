@@ -1,7 +1,9 @@
-"""A transformer block, forward and backward, under autocast: of modules, the same compiled, and fused with a backward by hand.
+"""A transformer block, forward and backward, under autocast: as modules, the same compiled, and
+fused with its own backward.
 
-Stream and branch come in and go out as between the blocks of an encoder. Every contender is held against float64 first: both
-results, both gradients to the inputs, and those of all weights together.
+Inputs and outputs are stream and branch, as between the blocks of an encoder. Every contender is
+first compared with float64: both results, both gradients of the inputs, and those of all weights
+together.
 """
 
 from __future__ import annotations
@@ -17,7 +19,16 @@ from benchmarks.contest import Contender, contest, relative_error
 from fastmoco.models.blocks import Block
 
 NAME = "fused_block"
-DEFAULTS = {"device": "auto", "images": 0, "tokens": 197, "E": 384, "heads": 12, "compile": 1, "rounds": 9, "seed": 0}
+DEFAULTS = {
+    "device": "auto",
+    "images": 0,
+    "tokens": 197,
+    "E": 384,
+    "heads": 12,
+    "compile": 1,
+    "rounds": 9,
+    "seed": 0,
+}
 _IMAGES = {"cpu": 2, "cuda": 128}
 _LIMIT = 2e-2
 """A few roundings to bf16 one after the other."""
@@ -28,21 +39,25 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: `device`; `images` (0: 2 on a CPU, 128 on CUDA) of `tokens`; width `E`; `heads`; `compile=0` leaves
-            torch.compile out; `rounds`; `seed`.
+        options: `device`; `images` (0: 2 on a CPU, 128 on CUDA) of `tokens`; width `E`; `heads`;
+            `compile=0` omits torch.compile; `rounds`; `seed`.
 
     Returns:
-        What `contest` returns, and the shape.
+        The result of `contest`, and the shape.
     """
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(automatic if options["device"] == "auto" else options["device"])
     torch.manual_seed(options["seed"])
-    shape = (int(options["images"]) or _IMAGES[device.type], int(options["tokens"]), int(options["E"]))
+    shape = (
+        int(options["images"]) or _IMAGES[device.type],
+        int(options["tokens"]),
+        int(options["E"]),
+    )
     block = Block(shape[2], int(options["heads"]), 4 * shape[2], "sdpa")
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=shape[2] ** -0.5)
     block = block.to(device)
-    # Rounded, so that float64 is given the same numbers.
+    # Rounded, so that float64 has the same inputs.
     tensors = [torch.randn(shape).to(device, torch.bfloat16) for _ in range(4)]
     found = contest(_contenders(block, tensors, options), subject=NAME, device=device, rounds=options["rounds"])
     return found | dict(zip(("images", "tokens", "E"), shape, strict=True))
