@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SystemExit("benchmarks.compiled: TRITON_INTERPRET=1 replaces kernels by Python; unset it")
+
+    # Compile in parallel.
     ops = arguments.op or OPS
     jobs = [
         (op, case.name, capability)
@@ -77,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     with ProcessPoolExecutor(max(1, arguments.jobs)) as pool:
         rows = list(pool.map(_measure, jobs, chunksize=4))
+
+    # Report, and write the pages.
     text = table(rows)
     print(text)
     faults = [
@@ -147,10 +151,10 @@ def table(rows: Iterable[Row], others: Sequence[Run] = ()) -> str:
         "|---|---|---|---|---|---|" + "---|" * (len(others) + len(SHOWN)) + "---|",
     ]
     for name, capability, compiled, faults in rows:
-        verdict = "; ".join(faults) or "hold"
+        outcome = "; ".join(faults) or "hold"
         if compiled is None:
             empty = " |" * (4 + len(others) + len(SHOWN))
-            lines.append(f"| {name} | {ARCHITECTURES[capability]} |{empty} {verdict} |")
+            lines.append(f"| {name} | {ARCHITECTURES[capability]} |{empty} {outcome} |")
             continue
         matrix = compiled.opcodes[MATRIX_OPCODES[capability]]
         found = [other["figures"].get(f"{name} on {ARCHITECTURES[capability]}") for other in others]
@@ -159,7 +163,7 @@ def table(rows: Iterable[Row], others: Sequence[Run] = ()) -> str:
         lines.append(
             f"| {name} | {ARCHITECTURES[capability]} | {compiled.registers} | "
             f"{compiled.spill_bytes} |"
-            f"{cells} {compiled.shared_bytes} | {matrix} | {counts} | {verdict} |"
+            f"{cells} {compiled.shared_bytes} | {matrix} | {counts} | {outcome} |"
         )
     return "\n".join(lines)
 

@@ -66,6 +66,8 @@ def contest(contenders: Sequence[Contender], *, subject: str, device: torch.devi
         "speedup": {},
         "subject": subject,
     }
+
+    # Check each contender against its limits.
     running = []
     for contender in contenders:
         if contender.skipped:
@@ -86,12 +88,16 @@ def contest(contenders: Sequence[Contender], *, subject: str, device: torch.devi
             running.append(contender)
     if subject not in {contender.name for contender in running}:
         return result
+
+    # Measure the peak of one warm call.
     for contender in tuple(running):
         peak = _attempt(contender.name, subject, partial(_warm_peak, contender.call, device), result)
         if peak is None:
             running.remove(contender)
         else:
             result["peak_bytes"][contender.name] = peak
+
+    # Time the rest in turns.
     timed = {contender.name: _timer(contender.call, device) for contender in running}
     figures = interleave(timed, rounds=rounds)
     if device.type == "cuda":

@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rng = np.random.default_rng([options.seed, done])
             inputs = [mutated(rng, seeds) for _ in range(min(_ROUND, options.inputs - done))]
             items = _written(folder / f"round-{done}", inputs)
-            for (target, _, data), verdict in zip(inputs, pool.run(items), strict=True):
-                counts[target][verdict.kind, verdict.reason] += 1
-                if options.keep and verdict.kind.startswith(VIOLATIONS):
+            for (target, _, data), outcome in zip(inputs, pool.run(items), strict=True):
+                counts[target][outcome.kind, outcome.reason] += 1
+                if options.keep and outcome.kind.startswith(VIOLATIONS):
                     options.keep.mkdir(parents=True, exist_ok=True)
                     (options.keep / f"{target}-{zlib.crc32(data):08x}").write_bytes(data)
             (folder / f"round-{done}").unlink()

@@ -133,6 +133,8 @@ def judge_tar(path: Path, data: bytes, seed: Path) -> Outcome:
     del seed
     path.write_bytes(data)
     index_path(path).unlink(missing_ok=True)
+
+    # The strict and the tolerant reader must agree on whether the tar is damaged.
     members, faults = walk_damaged(path)
     try:
         strict = list(walk_tar(path))
@@ -146,6 +148,8 @@ def judge_tar(path: Path, data: bytes, seed: Path) -> Outcome:
         return "VIOLATION: a refused tar got an index", str(error)
     if faults or strict != members:
         return "VIOLATION: accepted and found damaged", str(faults)
+
+    # The standard library is the reference for members.
     ours = [(m.name, m.offset, m.size) for m in strict if not m.kind]
     try:
         with tarfile.open(path) as tar:
@@ -158,6 +162,8 @@ def judge_tar(path: Path, data: bytes, seed: Path) -> Outcome:
             shards.read(np.arange(len(shards)))
     except ShardError as error:
         return "accepted tar without a usable index", _pith(str(error))
+
+    # Compare the members of both.
     places = [(offset, size) for _, offset, size in ours]
     if {(offset, size) for _, offset, size in theirs} - set(places):
         return (

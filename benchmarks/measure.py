@@ -65,8 +65,8 @@ def commit() -> str:
     """The commit of the tree, with a plus sign if the tree is modified; without
     git the value of `FASTMOCO_COMMIT`.
     """
-    if told := os.environ.get("FASTMOCO_COMMIT"):
-        return told
+    if commit := os.environ.get("FASTMOCO_COMMIT"):
+        return commit
     here = Path(__file__).resolve().parent
     return _output(["git", "-C", str(here), "describe", "--always", "--dirty=+"]) or "unknown"
 

@@ -101,7 +101,8 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Count nothing inside, because the caller counts it in another way."""
-        before, self._paused = self._paused, True
+        before = self._paused
+        self._paused = True
         try:
             yield
         finally:

@@ -113,8 +113,11 @@ def report(
     )
     remade = replace(config, model=replace(config.model, checkpointing="full"))
     lean = functools.cache(lambda chunk: count_step(remade, chunk=chunk, compiled=False, views=views))
+
     counted = count(chunk or busy_chunk(tokens), 1.0 if budget is None else budget)
     whole = counted.step(images / counted.chunk, images / counted.chunk)
+
+    # Images/s on every card: without recomputation, and as planned for its memory.
     cards = {}
     for name, card in CARDS.items():
         plan = plan_for(config, card, compiled=compiled, levels=views == torch.uint8)
@@ -182,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="share of activations that compiled blocks keep",
     )
     parser.add_argument("--json", action="store_true")
+
     given = parser.parse_args(arguments)
     for recipe in given.recipes.split(","):
         config = get_recipe(recipe)

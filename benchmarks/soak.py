@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.rank is not None:
         print(json.dumps(_soak_rank(options.rank)), flush=True)
         return 0
+
+    # Data, a server for it, and a process for each rank.
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
         clean, pattern, size = make_set(folder / "clean", options.images)
@@ -75,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"{size / 1e6:.1f} MB in shards, {len(bad)} bad images, {server.drops} of {server.answers} answers cut off"
         )
+
+    # Judge the results.
     flat = _print_memory(results, common["seconds"])
     wrong = any(result["differing"] or result["error"] for result in results)
     return 1 if wrong or not flat else 0
@@ -127,7 +131,7 @@ def _soak_rank(job: dict[str, Any]) -> dict[str, Any]:
             result["steps"] += 1
             log.look()
         result["quarantined"] = max(result["quarantined"], faulty.figures().left_out)
-        result["verdict"] = faulty.figures().summary()
+        result["summary"] = faulty.figures().summary()
     except Exception as error:  # the figures of the other ranks are still useful
         result["error"] = f"{type(error).__name__}: {error}"
     finally:
@@ -181,7 +185,7 @@ def _print_counts(results: list[dict[str, Any]]) -> None:
         [("rank", *_COUNTS)] + [(str(i), *(str(result[n]) for n in _COUNTS)) for i, result in enumerate(results)]
     )
     for rank, result in enumerate(results):
-        print(f"rank {rank}: {result['error'] or result.get('verdict', '')}")
+        print(f"rank {rank}: {result['error'] or result.get('summary', '')}")
 
 
 def _print_memory(results: list[dict[str, Any]], seconds: float) -> bool:
@@ -189,7 +193,7 @@ def _print_memory(results: list[dict[str, Any]], seconds: float) -> bool:
     the run too short to judge.
     """
     rows = [("rank", "at %", "anon MiB", "file MiB", "files", "threads")]
-    verdicts, flat = [], True
+    outcomes, flat = [], True
     for rank, result in enumerate(results):
         samples = [MemorySample(*values) for values in result["memory"]]
         for mark, held in zip(MARKS, at_marks(samples, seconds), strict=False):
@@ -205,10 +209,10 @@ def _print_memory(results: list[dict[str, Any]], seconds: float) -> bool:
         bad = not found or not all(rise.flat for rise in found)
         reason = "not judged, it failed" if result["error"] else "not judged, the run was too short"
         word = ("NOT FLAT" if bad else "flat") if judged else reason
-        verdicts.append(f"rank {rank}: {word}; over the second half: {', '.join(map(str, found)) or 'too few samples'}")
+        outcomes.append(f"rank {rank}: {word}; over the second half: {', '.join(map(str, found)) or 'too few samples'}")
         flat &= not (judged and bad)
     _print_rows(rows)
-    print("\n".join(verdicts))
+    print("\n".join(outcomes))
     return flat
 
 

@@ -101,9 +101,12 @@ class DroppingServer(ThreadingHTTPServer):
 
     def __init__(self, folder: Path, drop_every: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.drop_every = folder, drop_every
-        self.answers = self.drops = 0
-        self._random, self._lock = random.Random(0), threading.Lock()
+        self.folder = folder
+        self.drop_every = drop_every
+        self.answers = 0
+        self.drops = 0
+        self._random = random.Random(0)
+        self._lock = threading.Lock()
 
     @property
     def url(self) -> str:

@@ -102,21 +102,21 @@ def rises(samples: Sequence[MemorySample], duration: float) -> list[Rise]:
     """Increases over the second half of a run of `duration` seconds; empty with
     too few samples there.
     """
-    half = [sample for sample in samples if sample.seconds >= duration / 2]
-    if len(half) < _LEAST_SAMPLES:
+    second = [sample for sample in samples if sample.seconds >= duration / 2]
+    if len(second) < _LEAST_SAMPLES:
         return []
-    at = np.array([sample.seconds for sample in half])
-    anon = np.array([sample.anon_mib for sample in half])
+    at = np.array([sample.seconds for sample in second])
+    anon = np.array([sample.anon_mib for sample in second])
     return [
         Rise("RssAnon", _line_rise(at, anon), ALLOWED_SHARE * float(anon.mean()), " MiB"),
         Rise(
             "open files",
-            _line_rise(at, np.array([float(sample.files) for sample in half])),
+            _line_rise(at, np.array([float(sample.files) for sample in second])),
             ALLOWED_COUNT,
         ),
         Rise(
             "threads",
-            _line_rise(at, np.array([float(sample.threads) for sample in half])),
+            _line_rise(at, np.array([float(sample.threads) for sample in second])),
             ALLOWED_COUNT,
         ),
     ]

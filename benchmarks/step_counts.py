@@ -143,12 +143,13 @@ def count_step(
     blocks, found = CountingBackend(), {}
     # Fused blocks and the norm of the last block, whose class row is not fused, as on a GPU.
     kernels = mock.patch.object(residual_norm, "triton_is_default", return_value=config.model.blocks == "fused")
-    fused, half = config.model.blocks == "fused", config.precision in ("auto", "bf16")
+    fused = config.model.blocks == "fused"
+    bf16 = config.precision in ("auto", "bf16")
     # With fused blocks a run compiles the rest: conversion of uint8 views, and
     # a momentum encoder in float8.
     graphs = compiled or (fused and views == torch.uint8)
     with blocks.instead() if graphs else nullcontext(), kernels, FakeTensorMode():
-        prepare = view_preparation(config.data.view1, config.data.view2, "bf16" if half else "fp32", compiled=graphs)
+        prepare = view_preparation(config.data.view1, config.data.view2, "bf16" if bf16 else "fp32", compiled=graphs)
         objective = build_model(config)
         for module in objective.modules():
             if isinstance(module, Attention):
@@ -160,7 +161,8 @@ def count_step(
         for rehearsal in (True, True, False) if graphs else (False,):
             # The first round compiles, which is no part of a step. The second
             # is measured, like the last.
-            calls, blocks.calls = blocks.calls, 0
+            calls = blocks.calls
+            blocks.calls = 0
             found = _count_pieces(config, objective, chunk, views, prepare, None if rehearsal else blocks)
         if graphs and (blocks.calls != calls or not calls):
             raise RuntimeError(f"{blocks.calls} compiled graphs ran where {calls} had been compiled: counted nothing")

@@ -90,7 +90,10 @@ class Side:
     """
 
     def __init__(self, step: Callable[[], object], images: int, device: torch.device, result: dict[str, Any]) -> None:
-        self._step, self.images, self._device, self.result = step, images, device, result
+        self._step = step
+        self.images = images
+        self._device = device
+        self.result = result
 
     def warm(self, *, profile: bool) -> None:
         """Two untimed steps, of which the first compiles, tunes and creates the optimizer's state;

@@ -67,7 +67,7 @@ def _contenders(block: Block, tensors: list[Tensor], options: dict[str, Any]) ->
     device = tensors[0].device
     modules, fused = (_copy(block, fused=fused) for fused in (False, True))
     exact = _copy(block, fused=False).double()
-    truth = _results(exact, exact, [t.double() for t in tensors], half=False)
+    truth = _results(exact, exact, [t.double() for t in tensors], autocast=False)
     no_compiler = "no C++ compiler" if device.type == "cpu" and shutil.which("g++") is None else ""
     reason = "left out by compile=0" if not options["compile"] else no_compiler
     compiled: Call = modules if reason else torch.compile(modules, dynamic=False)
@@ -89,30 +89,30 @@ def _copy(block: Block, *, fused: bool) -> Block:
 
 def _contender(name: str, block: Block, call: Call, tensors: list[Tensor], truth: dict[str, Tensor]) -> Contender:
     def errors() -> dict[str, float]:
-        found = _results(block, call, tensors, half=True)
+        found = _results(block, call, tensors, autocast=True)
         return {what: relative_error(value, truth[what]) for what, value in found.items()}
 
     return Contender(
         name=name,
-        call=lambda: _gradients(block, call, tensors, half=True),
+        call=lambda: _gradients(block, call, tensors, autocast=True),
         errors=errors,
         limits=dict.fromkeys(truth, _LIMIT),
     )
 
 
-def _gradients(block: Block, call: Call, tensors: list[Tensor], *, half: bool) -> tuple[list[Tensor], list[Tensor]]:
+def _gradients(block: Block, call: Call, tensors: list[Tensor], *, autocast: bool) -> tuple[list[Tensor], list[Tensor]]:
     """Results and all gradients."""
     x, branch, dx, dbranch = tensors
     wide = block.norm1.weight.dtype
     inputs = [x.to(wide).requires_grad_(), branch.detach().requires_grad_()]
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
         results = list(call(*inputs))
     outer = [dx.to(results[0].dtype), dbranch.to(results[1].dtype)]
     return results, list(torch.autograd.grad(results, [*inputs, *block.parameters()], outer))
 
 
-def _results(block: Block, call: Call, tensors: list[Tensor], *, half: bool) -> dict[str, Tensor]:
-    results, gradients = _gradients(block, call, tensors, half=half)
+def _results(block: Block, call: Call, tensors: list[Tensor], *, autocast: bool) -> dict[str, Tensor]:
+    results, gradients = _gradients(block, call, tensors, autocast=autocast)
     weights = torch.cat([gradient.flatten().double() for gradient in gradients[2:]])
     values = (*results, *gradients[:2], weights)
     return dict(zip(("stream", "branch", "dstream", "dbranch", "weights"), values, strict=True))

@@ -162,6 +162,8 @@ def _run(job: Job, options: dict[str, Any], more_threads: Sequence[int], stack: 
             added,
             (reading_feed(job), decoding_feed(job), pillow_decoding_feed(job), augment_feed(job)),
         )
+
+    # Further feeds: the same images packed smaller, and more threads.
     packed: list[str] = []
     for side in ("packed256", "packed512"):
         if options[side]:
@@ -175,6 +177,8 @@ def _run(job: Job, options: dict[str, Any], more_threads: Sequence[int], stack: 
         feed.next()
     torch.set_num_threads(job.threads)
     feeds += scaled
+
+    # Images per CPU-second of all feeds, after one round of warm-up.
     rounds, batches = options["rounds"], options["batches"]
     images = batches * job.batch
     subjects = [feed for feed in feeds if feed.loader is not None and feed.name in compared]
@@ -183,6 +187,7 @@ def _run(job: Job, options: dict[str, Any], more_threads: Sequence[int], stack: 
     for measure in measures.values():
         measure()
     figures = interleave(measures, rounds=rounds)
+
     result["images_per_cpu_s"] = {name: [round(x, 1) for x in values] for name, values in figures.items()}
     result["median"] = {name: round(statistics.median(values), 1) for name, values in figures.items()}
     result["speedup"] = {name: _ratio(figures, SUBJECT, name) for name in compared if name != SUBJECT}
@@ -195,6 +200,8 @@ def _run(job: Job, options: dict[str, Any], more_threads: Sequence[int], stack: 
     result["stages"] = {
         feed.name: (feed.loader.figures() - earlier[feed.name]).metrics() for feed in subjects if feed.loader
     }
+
+    # Images per second by wall-clock time: of every feed on a GPU, of the scaling line elsewhere.
     clocked = {feed.name: feed for feed in feeds if feed.name in compared or feed.name in packed}
     if job.device.type != "cuda":
         clocked = {}

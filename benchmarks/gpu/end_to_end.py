@@ -55,6 +55,7 @@ def _run(folder: Path, dry: bool) -> int:
     side = 40 if dry else 400
     train = pack_folder(_pictures(folder / "train", 2 * batch, side, 0), folder / "train-shards").pattern
     test = pack_folder(_pictures(folder / "test", batch, side, 1), folder / "test-shards").pattern
+
     base: Config = vit_nano8_e60_b256() if dry else vit_s16_e300_b1024()
     config = replace(
         base,
@@ -67,6 +68,8 @@ def _run(folder: Path, dry: bool) -> int:
         knn=replace(KnnConfig(), test_shards=test, every_epochs=1e6),
         optim=replace(base.optim, warmup_epochs=0),
     )
+
+    # Time the steps after the warm-up.
     out = folder / "run"
     trainer = Trainer.build(config, out, start_world(config.device))
     try:
@@ -76,6 +79,8 @@ def _run(folder: Path, dry: bool) -> int:
         seconds = time.monotonic() - began
     finally:
         trainer.close()
+
+    # Judge the accuracy, and report.
     accuracy = RunFolder(out).read_metric("knn")[-1][1]
     fault = "" if dry or accuracy >= LEARNT else f"kNN accuracy {accuracy:.2f}, no better than chance"
     rate = round((steps - warm) * batch / seconds, 1)

@@ -59,12 +59,12 @@ GOALS = (
     Goal(name="G7", row="ViT-S 4096", figure="images_per_s.fastmoco", at_least=5000, compute=0.6),
     Goal(name="G8", row="ViT-B 4096", figure="images_per_s.fastmoco", at_least=1600, compute=0.75),
     Goal(name="G11", row="loader", figure="images_per_s.fastmoco exact", at_least=4500),
-    Goal(name="G11", row="colour", figure="us_per_image", at_most=3.0, compute=0.0),
+    Goal(name="G11", row="color", figure="us_per_image", at_most=3.0, compute=0.0),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Outcome:
     """A goal for this card, and the measured figure."""
 
     goal: Goal
@@ -104,7 +104,7 @@ def slower(card: str, ceilings: Mapping[str, float], compute: float) -> float | 
     return compute * products + (1 - compute) * copies
 
 
-def verdicts(row: str, result: Mapping[str, Any], card: str, ceilings: Mapping[str, float]) -> list[Verdict]:
+def outcomes(row: str, result: Mapping[str, Any], card: str, ceilings: Mapping[str, float]) -> list[Outcome]:
     """The goals of a row with measured figures."""
     found = []
     for goal in GOALS:
@@ -115,7 +115,7 @@ def verdicts(row: str, result: Mapping[str, Any], card: str, ceilings: Mapping[s
         wanted = None
         if factor is not None:
             wanted = goal.at_least / factor if goal.at_least is not None else (goal.at_most or 0.0) * factor
-        found.append(Verdict(goal=goal, wanted=wanted, measured=measured))
+        found.append(Outcome(goal=goal, wanted=wanted, measured=measured))
     return found
 
 

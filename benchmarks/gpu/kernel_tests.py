@@ -79,6 +79,7 @@ def run_file(file: str, ends: float) -> tuple[int, str]:
         "--tb=short",
         file,
     ]
+
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # keep its output if it is killed
     try:
         done = subprocess.run(
@@ -93,6 +94,8 @@ def run_file(file: str, ends: float) -> tuple[int, str]:
         code, out, err = done.returncode, done.stdout, done.stderr
     except subprocess.TimeoutExpired as late:
         code, out, err = OUT_OF_TIME, _text(late.stdout), _text(late.stderr)
+
+    # The log has the end of the output, the result a summary of it.
     print(f"== {file}: exit {code}\n{out[-4000:]}{err[-1000:]}", file=sys.stderr, flush=True)
     lines = [line for line in out.splitlines() if line.strip()]
     if code == OUT_OF_TIME:  # no summary at the end: count the lines of the tests

@@ -38,6 +38,8 @@ def main() -> int:
         if row.needs and importlib.util.find_spec(row.needs) is None:
             emit(row.name, SKIPPED, reason=f"needs {row.needs}, which is not here", **about)
             continue
+
+        # Run the case; an error is a result too.
         words = (*row.options, *row.dry) if arguments.dry_run else row.options
         device = ("device=cpu",) if arguments.dry_run else ()
         began = time.monotonic()
@@ -51,7 +53,9 @@ def main() -> int:
             if "CUDA error" in str(error) or isinstance(error, torch.AcceleratorError):
                 return SPOILED
             continue
-        status, reason = verdict(result)
+
+        # Report the result, and free its memory for the next row.
+        status, reason = status_of(result)
         failed = failed or status == FAILED
         seconds = round(time.monotonic() - began, 1)
         emit(
@@ -69,7 +73,7 @@ def main() -> int:
     return int(failed)
 
 
-def verdict(result: dict[str, object]) -> tuple[str, str]:
+def status_of(result: dict[str, object]) -> tuple[str, str]:
     """Status of a case: failed if its subject failed, marked if it was timed
     although its check failed.
     """

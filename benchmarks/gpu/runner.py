@@ -30,8 +30,8 @@ CARD_CHECK = "import sys, torch; sys.exit(not torch.cuda.is_available())"
 
 def _commit() -> str:
     """As `benchmarks.measure.commit`, without torch."""
-    if told := os.environ.get("FASTMOCO_COMMIT"):
-        return told
+    if commit := os.environ.get("FASTMOCO_COMMIT"):
+        return commit
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
@@ -51,7 +51,9 @@ class Run:
     """
 
     def __init__(self, *, out: Path, budget: float, only: str, dry: bool) -> None:
-        self.out, self.only, self.dry = out, only, dry
+        self.out = out
+        self.only = only
+        self.dry = dry
         self._ends = time.monotonic() + budget
         out.mkdir(parents=True, exist_ok=True)
         self.lines: list[dict[str, Any]] = []
@@ -126,6 +128,8 @@ class Run:
         """Rows of a stage in one process, and in a new one after a row that killed it."""
         ends = time.monotonic() + limit
         waiting, failed = [], False
+
+        # Rows whose tests passed.
         for number, row in enumerate(stage.rows):
             gate = self._kept["gates"].get(row.op)
             if not concerns(self.only, row.name, row.op, row.case):
@@ -144,6 +148,8 @@ class Run:
                 failed = True
             else:
                 waiting.append(number)
+
+        # Run them; a row that kills the process is not tried again.
         while waiting:
             before = {line.get("row") for line in self.lines if line.get("stage") == stage.name}
             words = [stage.name, "--rows", ",".join(map(str, waiting))]

@@ -252,7 +252,7 @@ COLOR = Stage(
     limit=60,
     rows=(
         Row(
-            name="colour",
+            name="color",
             case="view_color",
             op="view_color",
             options=("images=64", "rounds=2"),  # Pillow, which is timed too, is slow

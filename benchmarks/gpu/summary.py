@@ -24,7 +24,7 @@ def shown(line: Mapping[str, Any], ceilings: Mapping[str, float], card: str) -> 
         text.append("share of this card's ceilings: " + ", ".join(f"{key} {value:.0%}" for key, value in share.items()))
     if isinstance(line.get("result"), Mapping) and not line.get("dry"):  # dry runs have no goals
         result = {**line["result"], "share": line.get("share", {})}
-        text += [str(verdict) for verdict in goals.verdicts(name, result, card, ceilings)]
+        text += [str(outcome) for outcome in goals.outcomes(name, result, card, ceilings)]
     return [(row if i == 0 else f"    {row}")[:WIDTH] for i, row in enumerate(text)]
 
 

@@ -71,6 +71,7 @@ def draw_curves(
         raise ValueError(
             f"{metrics_jsonl}: contains neither loss nor kNN nor gradient norms; has the run logged a step?"
         )
+
     figure = Figure(figsize=(8, 1 + 2.4 * len(panels)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
@@ -78,6 +79,7 @@ def draw_curves(
         axes.set_ylabel("kNN accuracy" if panel == "knn" else panel)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+
         if panel == "loss":
             axes.plot(*_series(rows, "loss"), color=BLUE, linewidth=1.2)
         elif panel == "knn":
@@ -112,6 +114,7 @@ def draw_curves(
                 )
             axes.set_yscale("log")
             axes.legend(fontsize=8, ncols=len(norms), frameon=False)
+
     axes.set_xlabel("step")
     out_png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out_png)
