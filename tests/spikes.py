@@ -1,4 +1,6 @@
-"""A small run of synthetic images, and gradient spikes in chosen steps of a run, which come again when it is continued."""
+"""A small run of synthetic images, and gradient spikes in chosen steps of a run, which also occur
+when it is continued.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from fastmoco.training.trainer import Trainer
 from tests.distributed.run_trainer import CONFIG
 
 EVERY, SPIKE, LOGGED, TOTAL = 4, 26, 27, 30
-"""Saved are steps 4, 8, ...; every third is logged, so the spike of step 26 is seen behind step 27, and 24 is gone back to.
-The median needs 20 steps before it may call a norm a spike."""
+"""Steps 4, 8, ... are saved and every third is logged, so the spike of step 26 is seen after step
+27, and the run goes back to 24. The median needs 20 steps before a norm can be a spike."""
 ROLLING = replace(
     CONFIG,
     epochs=TOTAL / (1_281_167 // 16),
@@ -44,7 +46,7 @@ def spike(trainer: Trainer, *numbers: int, factor: float = 1e4) -> Trainer:
 
 
 def skip(trainer: Trainer, first: int, last: int) -> None:
-    """The run as if steps `first` to `last` had never been: what a rollback is measured by."""
+    """The run without steps `first` to `last`, the expected result of a rollback."""
     for number in range(1, TOTAL + 1):
         batch = trainer.loader.next()
         if first <= number <= last:

@@ -167,10 +167,14 @@ def index(args: list[str]) -> int:
                 out=options.out,
                 cache=options.cache,
             )
+
+        # Summary.
         print(f"{report.samples} images in {report.shards} shards indexed, {len(report.skipped)} members skipped")
         named = f", {len(report.classes)} class names" if report.classes else ""
         labels = f"labels of {report.labelled} from .{report.labels}{named}" if report.labels else "no labels"
         print(labels + (f" ({report.note})" if report.note else ""))
+
+        # What is missing.
         for tar, member, reason in report.skipped[:20]:
             print(f"skipped {tar}: {member}: {reason}")
         if len(report.skipped) > 20:

@@ -73,6 +73,7 @@ def draw_curves(
         raise ValueError(
             f"{metrics_jsonl}: contains neither loss nor accuracies nor gradient norms; has the run logged a step?"
         )
+
     figure = Figure(figsize=(8, 1 + 2.4 * len(panels)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
@@ -80,6 +81,7 @@ def draw_curves(
         axes.set_ylabel(f"{figures[panel]} accuracy" if panel in figures else panel)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+
         if panel == "loss":
             axes.plot(*_series(rows, "loss"), color=BLUE, linewidth=1.2)
         elif panel in figures:
@@ -114,6 +116,7 @@ def draw_curves(
                 )
             axes.set_yscale("log")
             axes.legend(fontsize=8, ncols=len(norms), frameon=False)
+
     axes.set_xlabel("step")
     out_png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out_png)

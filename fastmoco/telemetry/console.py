@@ -220,7 +220,8 @@ class Console:
             self._stop_live()
 
     def _stop_live(self) -> None:
-        live, self._live = self._live, None
+        live = self._live
+        self._live = None
         if live is not None:
             with contextlib.suppress(Exception):  # the terminal may be gone; see the module's docstring
                 live.stop()
