@@ -20,14 +20,14 @@ CACHE = CacheSpec()
 
 @dataclass(frozen=True, kw_only=True)
 class ViewsArguments:
-    """Draw a grid of view pairs, made by the pipeline that training uses."""
+    """Draw a grid of images and their views, made by the pipeline that training uses."""
 
     shards: Positional[str]
     """A path, glob, brace pattern or folder."""
     out: Path = Path("views.png")
     """The picture."""
     rows: int = 8
-    """Rows of the picture, with two images each."""
+    """Rows of the picture; each shows two images, or one where there are more than three views."""
     seed: int = 0
     """Seed of the choice of images and of the draws."""
     parameters: bool = True
@@ -39,6 +39,8 @@ class ViewsArguments:
     """The first view; its fields override the recipe's."""
     view2: ViewSpec
     """The second view."""
+    more_views: tuple[ViewSpec, ...] = ()
+    """Further groups of views of the recipe."""
 
 
 def pack(
@@ -134,10 +136,14 @@ def index(
                 out=out,
                 cache=cache,
             )
+
+        # Summary.
         print(f"{report.samples} images in {report.shards} shards indexed, {len(report.skipped)} members skipped")
         named = f", {len(report.classes)} class names" if report.classes else ""
         found = f"labels of {report.labelled} from .{report.labels}{named}" if report.labels else "no labels"
         print(found + (f" ({report.note})" if report.note else ""))
+
+        # What is missing.
         for tar, member, reason in report.skipped[:20]:
             print(f"skipped {tar}: {member}: {reason}")
         if len(report.skipped) > 20:
@@ -161,15 +167,18 @@ def views(args: list[str]) -> int:
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
         view1, view2 = moco_v3_views()
+        more: tuple[ViewSpec, ...] = ()
         words = [part for word in args for part in word.split("=", 1)]
         if "--recipe" in words[:-1]:
             data = get_recipe(words[words.index("--recipe") + 1]).data
-            view1, view2 = data.view1, data.view2
-        default: Any = ViewsArguments(shards=tyro.MISSING, view1=view1, view2=view2)
+            view1, view2, *rest = data.views
+            more = tuple(rest)
+        missing: Any = tyro.MISSING
+        default = ViewsArguments(shards=missing, view1=view1, view2=view2, more_views=more)
         options = tyro.cli(ViewsArguments, prog="fastmoco data views", args=args, default=default)
         path = save_view_grid(
             options.shards,
-            (options.view1, options.view2),
+            (options.view1, options.view2, *options.more_views),
             options.out,
             rows=options.rows,
             seed=options.seed,

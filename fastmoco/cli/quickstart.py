@@ -46,8 +46,7 @@ def quickstart(out: Path) -> int:
         knn=replace(config.knn, test_shards=test_shards),
     )
     print(f"1/3  packed 1,797 handwritten digits (8x8 pixels) into {data}")
-    pair = config.data.view1, config.data.view2
-    views = save_view_grid(train_shards, pair, out / "views.png", rows=6, seed=0)
+    views = save_view_grid(train_shards, config.data.views, out / "views.png", rows=6, seed=0)
     print(f"2/3  drew pairs of augmented views: {views}")
     print(f"3/3  training {config.recipe}: {config.epochs:g} epochs of {config.global_batch_size} images per step\n")
     code = train(config, out / "run")

@@ -5,19 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from fastmoco_pipelines.spec import Device, LoaderOptions, Resume, ViewSpec, moco_v3_views, require
+from fastmoco_pipelines.spec import (
+    Device,
+    LoaderOptions,
+    Resume,
+    ViewSpec,
+    moco_v3_views,
+    require,
+    require_views,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig(LoaderOptions):
-    """Where the images are and how they become two views."""
+    """Where the images are and how they become views."""
 
     shards: Annotated[str, Resume.FREE] = ""
     """Training shards of `fastmoco data pack`: path, glob, braces or folder, also behind https://, http://, s3:// or gs://."""
     view1: Annotated[ViewSpec, Resume.WITH_ALLOW] = field(default_factory=lambda: moco_v3_views()[0])
-    """Augmentation of the first view."""
+    """Augmentation of the first view; `copies` above 1 cuts several views alike."""
     view2: Annotated[ViewSpec, Resume.WITH_ALLOW] = field(default_factory=lambda: moco_v3_views()[1])
-    """Augmentation of the second view."""
+    """Augmentation of the second view, of the first one's size; `copies` 0 leaves it out."""
+    more_views: Annotated[tuple[ViewSpec, ...], Resume.WITH_ALLOW] = ()
+    """Further groups of views after these two, e.g. the small crops of multi-crop."""
     device: Literal["auto"] | Device = "auto"
     """Where DALI decodes and augments; ``auto`` follows the training device."""
     threads: Annotated[int, Resume.FREE] = 0
@@ -34,8 +44,17 @@ class DataConfig(LoaderOptions):
         require(self.threads >= 0, "threads", self.threads, "must not be negative")
         types = ("auto", "float32", "uint8")
         require(self.view_dtype in types, "view_dtype", self.view_dtype, f"must be one of {types}")
-        same = self.view1.size == self.view2.size
-        require(same, "view2.size", self.view2.size, f"both views must have one size; view1.size={self.view1.size}")
+        rule = "a batch needs the first view; to leave the second one out set view2.copies to 0"
+        require(self.view1.copies >= 1, "view1.copies", self.view1.copies, rule)
+        same = self.view1.size == self.view2.size or self.view2.copies == 0
+        rule = f"both views must have one size; view1.size={self.view1.size}"
+        require(same, "view2.size", self.view2.size, rule)
+        require_views(self.views, "view1, view2 and more_views")
+
+    @property
+    def views(self) -> tuple[ViewSpec, ...]:
+        """All groups of views, in the order of a batch."""
+        return (self.view1, self.view2, *self.more_views)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

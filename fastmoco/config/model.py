@@ -41,7 +41,7 @@ class ModelConfig:
     architecture: Architecture = "vit_small"
     """Encoder; ViT-S has 12 heads as in the paper, not DeiT's 6. ViT-H as published needs ``patch_size`` 14."""
     image_size: int = 224
-    """Height and width of a view in pixels; both views and the evaluation crop are cut to it."""
+    """Height and width of a view in pixels; the first two views and the evaluation crop have it."""
     patch_size: int = 16
     """Height and width of a patch in pixels; divides ``image_size``."""
     projection_dim: int = 256

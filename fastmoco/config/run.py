@@ -109,6 +109,11 @@ class Config:
         require(
             self.data.view1.size == size, "data.view1.size", self.data.view1.size, f"must be model.image_size={size}"
         )
+        patch = self.model.patch_size
+        rule = f"must be a multiple of model.patch_size={patch}, at most model.image_size={size}"
+        for number, view in enumerate(self.data.more_views):
+            fits = view.size <= size and view.size % patch == 0
+            require(fits, f"data.more_views.{number}.size", view.size, rule)
         every = self.checkpoint.every_steps
         rule = "must be set for faults.rollback_spike: a run goes back only to what was saved by steps"
         require(self.faults.rollback_spike == 0 or every > 0, "checkpoint.every_steps", every, rule)
@@ -131,7 +136,7 @@ class Config:
         require(named, "data.shards", data.shards, "must name the shards, e.g. --data.shards 'data/train-*.tar'")
         return LoaderSpec(
             shards=data.shards or "synthetic",
-            views=(data.view1, data.view2),
+            views=data.views,
             global_batch_size=self.global_batch_size,
             seed=self.seed,
             device=device,

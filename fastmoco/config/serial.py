@@ -79,7 +79,7 @@ def _build(cls: Any, data: dict[str, Any], path: str) -> Any:
         if dataclasses.is_dataclass(hint):
             values[name] = _build(hint, value, f"{path}.{name}")
         else:
-            values[name] = tuple(value) if get_origin(hint) is tuple else value
+            values[name] = _leaf(hint, value, f"{path}.{name}")
     return cls(**values)
 
 
@@ -99,13 +99,25 @@ def _objective(kind: Any) -> type[ObjectiveConfig]:
     return known[kind]
 
 
+def _leaf(hint: Any, value: Any, path: str) -> Any:
+    """A field that is no dataclass; lists become the tuples they were, of dataclasses too."""
+    if get_origin(hint) is not tuple:
+        return value
+    inner = get_args(hint)[0]
+    if not dataclasses.is_dataclass(inner):
+        return tuple(value)
+    return tuple(_build(inner, item, f"{path}.{number}") for number, item in enumerate(value))
+
+
 def flatten(config: Config) -> dict[str, Any]:
     """Every leaf by its dotted name, as the command line spells it: ``{"optim.lr": 0.00015, ...}``."""
 
-    def walk(prefix: str, node: dict[str, Any]) -> dict[str, Any]:
+    def walk(prefix: str, node: dict[Any, Any]) -> dict[str, Any]:
         flat: dict[str, Any] = {}
         for name, value in node.items():
             dotted = f"{prefix}{name}"
+            if name == "more_views":  # groups by number, and how many there are
+                flat[dotted], value = len(value), dict(enumerate(value))
             flat |= walk(f"{dotted}.", value) if isinstance(value, dict) else {dotted: value}
         return flat
 
@@ -120,5 +132,5 @@ def differences(saved: Config, wanted: Config) -> list[str]:
     return [
         f"{name}: {old[name]!r} -> {new[name]!r}"
         for name in old
-        if old[name] != new[name] and not may_change(saved, name, Resume.FREE)
+        if old[name] != new.get(name, old[name]) and not may_change(saved, name, Resume.FREE)
     ]

@@ -43,7 +43,7 @@ def require_equal_replicas(objective: nn.Module, world: World) -> None:
     HSDP also the shards of the copies.
 
     Args:
-        objective: between two steps.
+        objective: between two steps; buffers named in its `per_rank` are left out.
         world: ranks; all of them must call this function.
 
     Raises:
@@ -52,7 +52,8 @@ def require_equal_replicas(objective: nn.Module, world: World) -> None:
     """
     if world.world_size == 1:
         return
-    named = objective.state_dict(keep_vars=True)
+    own: frozenset[str] = getattr(objective, "per_rank", frozenset())
+    named = {name: tensor for name, tensor in objective.state_dict(keep_vars=True).items() if name not in own}
     names = list(named)
     tensors = list(named.values())
     mine = bit_sums(tensors).to(world.device)

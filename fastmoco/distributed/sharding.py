@@ -1,16 +1,23 @@
-"""FSDP2 on the networks of an objective: what is a unit, what stays whole, and three traps that torch leaves open.
+"""FSDP2 on the networks of an objective: what is a unit, what stays whole, and three traps that
+torch leaves open.
 
-A unit is put together while it computes and given back afterwards: each block, each head, and what remains of a network.
+A unit is put together while it computes and given back afterwards: each block, each head, and what
+remains of a network.
 
-* Networks (encoder, momentum encoder, predictor) are roots of their own, each with its own streams and its own record of
-  forwards. In one tree the backward of the encoder would fetch units of the momentum encoder in advance (torch goes
-  backwards through the record of forwards), nothing would wait for them, and the next step would compute with old weights.
-* Roots give their weights back too. By default torch keeps them whole until a backward, and a momentum encoder has none: its
+* Networks (encoder, momentum encoder, predictor) are roots of their own, each with its own streams
+  and its own record of
+  forwards. In one tree the backward of the encoder would fetch units of the momentum encoder in
+  advance (torch goes backwards through the record of forwards), nothing would wait for them, and
+  the next step would compute with old weights.
+* Roots give their weights back too. By default torch keeps them whole until a backward, and a
+  momentum encoder has none: its
   average would be written to a copy that is thrown away.
-* FSDP2 records each forward for its backward. A network without one has its records cleared; otherwise they would accumulate.
+* FSDP2 records each forward for its backward. A network without one has its records cleared;
+  otherwise they would accumulate.
 
-Parameters that neither train nor average (positions, the patch projection) stay whole on every rank: two encoders may share
-the tokens they make, outside of any unit. They are small, and equal by `require_equal_start`.
+Parameters that neither train nor average (positions, the patch projection) stay whole on every
+rank: two encoders may share the tokens they make, outside of any unit. They are small, and equal by
+`require_equal_start`.
 """
 
 from __future__ import annotations
@@ -27,14 +34,16 @@ from fastmoco.distributed.mesh import World
 
 
 def shard_(objective: Any, world: World, *, copies_of: int = 0, half: bool = False) -> None:
-    """Shard the networks of an objective over all ranks, in place; parameters become DTensors under their old names.
+    """Shard the networks of an objective over all ranks, in place; parameters become DTensors under
+    their old names.
 
     Args:
         objective: an `Objective`, initialised, equal on all ranks.
         world: this process's place, not alone.
         copies_of: processes that hold one copy (HSDP); 0: all hold one.
-        half: whether the forward runs under bf16 autocast. Weights then cross ranks in bf16, as autocast would round them;
-            shards, reductions of gradients, and averages stay float32, and batch norms compute in it.
+        half: whether the forward runs under bf16 autocast. Weights then cross ranks in bf16, as
+            autocast would round them; shards, reductions of gradients, and averages stay float32,
+            and batch norms compute in it.
 
     Raises:
         ValueError: if ``copies_of`` does not make several groups of several processes.

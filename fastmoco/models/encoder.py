@@ -14,30 +14,32 @@ class Coupling(StrEnum):
     """Which part of a model makes the result of one image depend on the other images of a batch."""
 
     NONE = "none"
-    """None: every image has a loss of its own, and losses of chunks add up (MAE, MaskFeat; DINO)."""
+    """None: every image has a loss of its own, and losses of chunks add up (MAE, DINO)."""
     HEADS = "heads"
-    """Heads and loss: the trunk goes in chunks, heads and loss see the whole batch (MoCo v3, BYOL, SimCLR)."""
+    """Heads and loss: the trunk goes in chunks, heads and loss see the whole batch (MoCo v3)."""
     TRUNK = "trunk"
-    """The trunk itself, as with batch norms in it: the whole batch goes at once (ResNet, conv stem)."""
+    """The trunk itself, by batch norms in it: the whole batch goes at once (ResNet, conv stem)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """The modules of a network by role: what sharding wraps, compilers compile, costs and telemetry name."""
+    """The modules of a network by role, for sharding, compilers, costs and telemetry."""
 
     stem: Mapping[str, nn.Module] = field(default_factory=dict)
     """From pixels to tokens, by name in the network: "patch_embed"."""
     blocks: nn.ModuleList = field(default_factory=nn.ModuleList)
-    """Blocks of the trunk, first to last, equal in kind: the network's own list, which a measurement may shorten for a time."""
+    """Blocks of the trunk, first to last, equal in kind: the network's own list, which a
+    measurement may shorten for a time."""
     heads: Mapping[str, nn.Module] = field(default_factory=dict)
     """Projector, predictor, decoder, by name in the network; "" is the network itself."""
     methods: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Methods other than `forward` through which a module is called, by the module's name in the network; "" is the network.
-    The first of the network's own is the one that takes tokens through all blocks."""
+    """Methods other than `forward` through which a module is called, by the module's name in the
+    network; "" is the network. The first of the network's own is the one that takes tokens through
+    all blocks."""
 
 
 class Encoder(Protocol):
-    """From images to features; an `nn.Module`. One that an objective splits has a `stem` and a `body`."""
+    """From images to features; an `nn.Module`."""
 
     embed_dim: int
     """Width of the feature."""
@@ -55,7 +57,8 @@ class Encoder(Protocol):
         ...
 
     def stem_tensors(self) -> list[Tensor]:
-        """All that turns pixels into tokens: two encoders whose stems are frozen and equal may share their tokens."""
+        """All that turns pixels into tokens: two encoders whose stems are frozen and equal may
+        share their tokens."""
         ...
 
     def patch_tokens(self, images: Tensor) -> Tensor:
@@ -79,5 +82,5 @@ class Encoder(Protocol):
         ...
 
     def most_numbers(self) -> int:
-        """An upper bound, at least twice the truth, of the numbers that training keeps of one view."""
+        """An upper bound of the numbers that training keeps of one view: at least twice them."""
         ...

@@ -1,4 +1,5 @@
-"""Projectors and predictors: linear layers with batch norms between them, in the forms of several methods."""
+"""Projectors and predictors: linear layers with batch norms between them, in the forms of several
+methods."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from fastmoco.distributed.sync_batch_norm import BatchNorm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadForm:
-    """What a head is made of: (linear, norm, ReLU) * (layers - 1), linear, and a last norm without affine or none."""
+    """What a head is made of: (linear, norm, ReLU) * (layers - 1), linear, and a last norm without
+    affine or none."""
 
     layers: int
     """Linear layers."""
@@ -25,7 +27,8 @@ class HeadForm:
 
 
 FORMS = {
-    # Chen, Xie, He 2021: ViT; without the last norm BYOL on a ViT, as SDSSL (Jang et al. 2023) has its baseline.
+    # Chen, Xie, He 2021: ViT; without the last norm BYOL on a ViT, as SDSSL (Jang et al. 2023) has
+    # its baseline.
     "moco_v3_projector": HeadForm(layers=3),
     "moco_v3_predictor": HeadForm(layers=2),
     # Grill et al. 2020: projector and predictor alike.
@@ -37,8 +40,8 @@ FORMS = {
 def build_head(in_dim: int, hidden_dim: int, out_dim: int, form: HeadForm) -> nn.Sequential:
     """A head of some form.
 
-    Its norms see the batch of one view, over all ranks, where it gets one view or several stacked; of a flat batch of
-    several views they take joint statistics.
+    Its norms see the batch of one view, over all ranks, where it gets one view or several stacked;
+    of a flat batch of several views they take joint statistics.
 
     Args:
         in_dim: width of the input.
@@ -68,10 +71,12 @@ def build_head(in_dim: int, hidden_dim: int, out_dim: int, form: HeadForm) -> nn
 
 
 def projector(in_dim: int, hidden_dim: int, out_dim: int, layers: int = 3) -> nn.Sequential:
-    """The head of both encoders of MoCo v3, as `build_head` makes it; 3 layers for vision transformers."""
+    """The head of both encoders of MoCo v3, as `build_head` makes it; 3 layers for vision
+    transformers."""
     return build_head(in_dim, hidden_dim, out_dim, HeadForm(layers=layers))
 
 
 def predictor(in_dim: int, hidden_dim: int, out_dim: int, layers: int = 2) -> nn.Sequential:
-    """The head of MoCo v3's query side alone, after the projector: built as `projector` is, with 2 layers."""
+    """The head of MoCo v3's query side alone, after the projector: built as `projector` is, with 2
+    layers."""
     return build_head(in_dim, hidden_dim, out_dim, HeadForm(layers=layers))

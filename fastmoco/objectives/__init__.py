@@ -1,4 +1,4 @@
-"""What is learned: which encoder sees which view, which loss compares them, and when an average moves."""
+"""What is learned: which encoder sees which view, which loss compares them, what is averaged."""
 
 from fastmoco.objectives.interface import Objective, Output
 from fastmoco.objectives.moco_v3 import MoCoV3

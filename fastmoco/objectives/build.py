@@ -1,4 +1,5 @@
-"""From a config to an objective: encoders and heads, initialised from the seed, in the form that the config asks for."""
+"""From a config to an objective: encoders and heads, initialised from the seed, in the form that
+the config asks for."""
 
 from __future__ import annotations
 
@@ -24,18 +25,22 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     MoCoV3Config: MoCoV3.build,
     BYOLConfig: BYOL.build,
 }
-"""Type of `Config.objective` -> what makes the objective of a config, from what makes an encoder."""
+"""Type of `Config.objective` -> what makes the objective of a config, from what makes an
+encoder."""
 
 
 def build_objective(config: Config, device: torch.device) -> Objective:
-    """The objective of a config, initialised from its seed: the same numbers on every rank and device.
+    """The objective of a config, initialised from its seed: the same numbers on every rank and
+    device.
 
     Raises:
         ValueError: if the device does not multiply as the config says, or that would lose.
     """
     for name in ("linears", "momentum_linears"):
         if getattr(config.model, name) == "float8":
-            float8.require_support(device, choose_precision(config.precision, device), field=f"model.{name}")
+            float8.require_support(
+                device, choose_precision(config.precision, device), field=f"model.{name}"
+            )
     torch.manual_seed(config.seed)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     return build_model(config).to(device, dtype)
@@ -58,7 +63,8 @@ def build_model(config: Config) -> Objective:
 
 
 def _in_form(encoder: VisionTransformer, model: ModelConfig) -> None:
-    """Give an encoder the form that a config asks for: what it recomputes, fused blocks, products in float8."""
+    """Give an encoder the form that a config asks for: what it recomputes, fused blocks, products
+    in float8."""
     trains = any(parameter.requires_grad for parameter in encoder.parameters())
     if trains:
         encoder.recompute(model.checkpointing)
@@ -80,7 +86,8 @@ def attention_choice(
     """Who computes attention in a run, and why.
 
     Raises:
-        ValueError: if the config names a backend that does not run here: with what it lacks and the cure.
+        ValueError: if the config names a backend that does not run here: with what it lacks and the
+            cure.
     """
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
     block = encoder.blocks[0]

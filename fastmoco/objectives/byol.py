@@ -1,4 +1,5 @@
-"""BYOL (Grill et al. 2020) on a vision transformer: predict the momentum encoder's projection of the other view."""
+"""BYOL (Grill et al. 2020) on a vision transformer: predict the momentum encoder's projection of
+the other view."""
 
 from __future__ import annotations
 
@@ -22,10 +23,12 @@ FLOOR = 1e-12
 
 
 class BYOL(Objective):
-    """An encoder with projector and predictor, and its momentum encoder, without negatives and without gathers.
+    """An encoder with projector and predictor, and its momentum encoder, without negatives and
+    without gathers.
 
-    Wired as MoCo v3: both encoders see both views, heads take the batch statistics of each view alone, over all ranks.
-    The average moves after the optimizer, with the new weights, by the momentum of the step that ends.
+    Wired as MoCo v3: both encoders see both views, heads take the batch statistics of each view
+    alone, over all ranks. The average moves after the optimizer, with the new weights, by the
+    momentum of the step that ends.
 
     Args:
         build_encoder: called twice; its encoders must have equal shapes, and a free `head`.
@@ -88,7 +91,8 @@ class BYOL(Objective):
         return self.momentum.features(inputs, target=target)
 
     def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
-        """Heads and loss of the whole batch. There is no accuracy: nothing is compared with other images."""
+        """Heads and loss of the whole batch. There is no accuracy: nothing is compared with other
+        images."""
         with torch.no_grad():
             targets = self.momentum_encoder.head(by_view(features.target[0]))
         predictions = self.predictor(self.encoder.head(by_view(features.online[0])))
@@ -96,17 +100,27 @@ class BYOL(Objective):
         return Output(loss, {"queries": predictions.detach(), "keys": targets})
 
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
-        """The same with nothing shared: each encoder sees each view alone, and the loss is 2 - 2 cos of both directions."""
+        """The same with nothing shared: each encoder sees each view alone, and the loss is 2 - 2
+        cos of both directions."""
         views = two_views(inputs)
-        predictions = [self.predictor(self.encoder.head(_plain(self.encoder, view))) for view in views]
+        predictions = [
+            self.predictor(self.encoder.head(_plain(self.encoder, view))) for view in views
+        ]
         with torch.no_grad():
-            targets = [self.momentum_encoder.head(_plain(self.momentum_encoder, view)) for view in views]
+            targets = [
+                self.momentum_encoder.head(_plain(self.momentum_encoder, view)) for view in views
+            ]
         directions = zip(predictions, reversed(targets), strict=True)
-        loss = torch.stack([(2 - 2 * torch.cosine_similarity(p, z, dim=1)).mean() for p, z in directions]).sum()
-        return Output(loss, {"queries": torch.stack(predictions).detach(), "keys": torch.stack(targets)})
+        loss = torch.stack(
+            [(2 - 2 * torch.cosine_similarity(p, z, dim=1)).mean() for p, z in directions]
+        ).sum()
+        return Output(
+            loss, {"queries": torch.stack(predictions).detach(), "keys": torch.stack(targets)}
+        )
 
     def averages(self) -> Mapping[nn.Parameter, Tensor]:
-        """Weights of encoder and projector -> those of the momentum encoder; a predictor needs none."""
+        """Weights of encoder and projector -> those of the momentum encoder; a predictor needs
+        none."""
         return self.momentum.averages()
 
     def ema_momentum(self, at: Progress) -> float:
@@ -129,9 +143,11 @@ class BYOL(Objective):
 
 
 def regression_loss(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Sum over directions of the mean over the batch of |n(p) - n(z)|^2, n(v) = v / sqrt(max(|v|^2, 1e-12)).
+    """Sum over directions of the mean over the batch of |n(p) - n(z)|^2.
 
-    The difference is taken before it is squared: 2 - 2 cos loses all digits where a prediction is almost on its target.
+    Here n(v) = v / sqrt(max(|v|^2, 1e-12)).
+    The difference is taken before it is squared: 2 - 2 cos loses all digits where a prediction is
+    almost on its target.
 
     Args:
         predictions: [V, B, D], any floating dtype.

@@ -1,28 +1,34 @@
-"""The trunk's two passes over a chunk at fixed addresses, captured once as CUDA graphs and replayed: no launches from Python.
+"""The trunk's two passes over a chunk at fixed addresses, captured once as CUDA graphs and
+replayed: no launches from Python.
 
-Chunks of a step have one shape, so what the GPU does for one is the same list of kernels on the same addresses, once inputs are
-copied to where the list reads them:
+Chunks of a step have one shape, so what the GPU does for one is the same list of kernels on the
+same addresses, once inputs are copied to where the list reads them:
 
     features:   views -> features of all encoders, without gradient
-    backward:   views, d loss / d features -> forward again, and added to ``grad``
+    backward:   views, d loss / d features -> forward again, and added to `grad`
 
-Both run as plain code over the same tensors where nothing is captured. That code is held equal to `ChunkedStep` without graphs,
-bit for bit, and it is what is captured.
+Both run as plain code over the same tensors where nothing is captured. That code is held equal to
+`ChunkedStep` without graphs, bit for bit, and it is what is captured.
 
-What must hold, and what holds it. Weights keep their addresses: optimizers, restore and rollback write in place, and `begin`
-captures anew where one has moved. Gradients are added in place, so `begin` puts tensors of its own into ``grad`` and zeroes
-them there, whoever has set them to None since. No pass waits for the device: what `Objective.choices` decides is asked before,
-and another answer captures again. No random numbers: a replay could not draw those of the first pass again. Autograd's nodes
-for parameters remember a stream, so nothing may hold a graph of the trunk while capturing: `begin` is the first act of a step.
-Other threads go on meanwhile (data, checkpoints), so capturing watches its own alone.
+What must hold, and what holds it. Weights keep their addresses: optimizers, restore and rollback
+write in place, and `begin` captures anew where one has moved. Gradients are added in place, so
+`begin` puts tensors of its own into `grad` and zeroes them there, whoever has set them to None
+since. No pass waits for the device: what `Objective.choices` decides is asked before, and another
+answer captures again. No random numbers: a replay could not draw those of the first pass again.
+Autograd's nodes for parameters remember a stream, so nothing may hold a graph of the trunk while
+capturing: `begin` is the first act of a step. Other threads go on meanwhile (data, checkpoints), so
+capturing watches its own alone.
 
-Chunks whose graphs are kept stay as they are: each would need a pool of its own for what it keeps. So do chunks of another size.
+Chunks whose graphs are kept stay as they are: each would need a pool of its own for what it keeps.
+So do chunks of another size.
 
-Memory, which a plan has to count beside the state while this exists, c images a chunk, with F, T of `StepCosts`:
+Memory, which a plan has to count beside the state while this exists, c images a chunk, with F, T of
+`StepCosts`:
 
     static inputs:  c views (`c * view_bytes`) and one gradient of c features
-    pool:           max(F(c), T(c)): what either pass needs in passing is never returned, so heads and kept graphs come on top:
-                    peak = inputs + pool + B (views + features) + max(G(k) + H(B), G(k) + F(c) for the kept chunks)
+    pool:           max(F(c), T(c)): what either pass needs in passing is never returned, so heads
+                    and kept graphs come on top: peak = inputs + pool + B (views + features)
+                    + max(G(k) + H(B), G(k) + F(c) for the kept chunks)
 
 Gradients take what they take anyway, but stay between steps.
 """
@@ -46,7 +52,8 @@ WARM_UP = 3
 
 
 class Replayable:
-    """A function of no arguments over tensors that stay where they are: called, or captured once and then replayed.
+    """A function of no arguments over tensors that stay where they are: called, or captured once
+    and then replayed.
 
     Args:
         function: launches work on the current stream, and returns the same tensors or None.
@@ -66,11 +73,13 @@ class Replayable:
         return self._graph is not None
 
     def capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        """Record what the function launches, without running it. It must have run on this stream before.
+        """Record what the function launches, without running it. It must have run on this stream
+        before.
 
         Args:
             stream: a side stream; the one of the warm-up.
-            pool: of `torch.cuda.graph_pool_handle`; graphs that never run at the same time may share one.
+            pool: of `torch.cuda.graph_pool_handle`; graphs that never run at the same time may
+                share one.
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -78,7 +87,8 @@ class Replayable:
         self._graph = graph
 
     def __call__(self) -> Any:
-        """What the function returns: after a capture the same tensors every time, with new numbers in them."""
+        """What the function returns: after a capture the same tensors every time, with new numbers
+        in them."""
         if self._graph is None:
             return self._function()
         self._graph.replay()
@@ -93,9 +103,11 @@ class ChunkGraphs:
     Args:
         objective: its trunk couples no samples and recomputes nothing; in this process whole.
         chunk: images of a chunk.
-        autocast: makes the contexts of the forwards. They are entered inside a capture, so each replay casts its weights.
+        autocast: makes the contexts of the forwards. They are entered inside a capture, so each
+            replay casts its weights.
         prepare: as for `ChunkedStep`; part of what is captured.
-        capture: False runs the same code over the same tensors without capturing, on any device: for tests.
+        capture: False runs the same code over the same tensors without capturing, on any device:
+            for tests.
 
     Raises:
         ValueError: for an objective that cannot be captured, or a device without graphs.
@@ -112,7 +124,12 @@ class ChunkGraphs:
     ) -> None:
         require_capturable(objective, capture=capture)
         self._prepare = prepare
-        self._objective, self._chunk, self._autocast, self._capture = objective, chunk, autocast, capture
+        self._objective, self._chunk, self._autocast, self._capture = (
+            objective,
+            chunk,
+            autocast,
+            capture,
+        )
         self._trained: list[torch.nn.Parameter] = []
         self._gradients: list[Tensor] = []
         self._key: tuple[object, ...] = ()
@@ -123,10 +140,11 @@ class ChunkGraphs:
     _gradient: tuple[Tensor, ...]
 
     def begin(self, inputs: Inputs, at: Progress) -> None:
-        """Make ready for a step: passes that hold, and gradients where they add them, zero where they were None.
+        """Make ready for a step: passes that hold, and gradients where they add them, zero where
+        they were None.
 
-        The first call, and one after a weight has moved, runs a chunk a few times and captures, which takes seconds and
-        waits for the device. What is in ``grad`` is kept.
+        The first call, and one after a weight has moved, runs a chunk a few times and captures,
+        which takes seconds and waits for the device. What is in `grad` is kept.
 
         Args:
             inputs: of the step, at least a chunk.
@@ -156,7 +174,9 @@ class ChunkGraphs:
         """Features of a chunk without gradient, the caller's own."""
         self._load(chunk)
         online, target = self._features()
-        return Features(tuple(rows.clone() for rows in online), tuple(rows.clone() for rows in target))
+        return Features(
+            tuple(rows.clone() for rows in online), tuple(rows.clone() for rows in target)
+        )
 
     def backward(self, chunk: Inputs, gradient: tuple[Tensor, ...]) -> None:
         """Add what a chunk's online features pass on of their `gradient` to the trunk's `grad`."""
@@ -166,7 +186,8 @@ class ChunkGraphs:
         self._backward()
 
     def close(self) -> None:
-        """Give back graphs, pool and buffers; the next `begin` makes them anew. The gradients in ``grad`` stay."""
+        """Give back graphs, pool and buffers; the next `begin` makes them anew. The gradients in
+        `grad` stay."""
         self._key = ()
         for name in ("_features", "_backward", "_inputs", "_gradient"):
             self.__dict__.pop(name, None)
@@ -230,8 +251,8 @@ class ChunkGraphs:
                 self._backward()
         if not torch.equal(before, _random_state(device)):
             raise ValueError(
-                "batch.cuda_graphs=True: the trunk draws random numbers, and a replay would draw others in its second "
-                "forward; take batch.cuda_graphs False"
+                "batch.cuda_graphs=True: the trunk draws random numbers, and a replay would draw "
+                "others in its second forward; take batch.cuda_graphs False"
             )
         if stream is not None:
             gc.collect()  # what a dead cycle holds is better freed now than while capturing
@@ -249,24 +270,28 @@ def require_capturable(objective: Objective, *, capture: bool = True) -> None:
     cure = "take batch.cuda_graphs False"
     device = next(objective.parameters()).device
     if capture and device.type != "cuda":
-        raise ValueError(f"batch.cuda_graphs=True: device {device.type!r} has no CUDA graphs; {cure}")
+        raise ValueError(
+            f"batch.cuda_graphs=True: device {device.type!r} has no CUDA graphs; {cure}"
+        )
     if is_sharded(objective):
         raise ValueError(
-            "batch.cuda_graphs=True: under fsdp and hsdp weights come together anew for every chunk, at other addresses; "
-            f"{cure}, or parallel.strategy ddp"
+            "batch.cuda_graphs=True: under fsdp and hsdp weights are gathered again for every "
+            f"chunk, at other addresses; {cure}, or parallel.strategy ddp"
         )
     blocks = [block for parts in objective.trunks().values() for block in parts.blocks]
     how = {getattr(block, "recompute", "none") for block in blocks} - {"none"}
     if how:
         raise ValueError(
-            f"batch.cuda_graphs=True: with model.checkpointing={how.pop()} the forward reads the state of the random numbers, "
-            f"which no capture allows; {cure}, or model.checkpointing none"
+            f"batch.cuda_graphs=True: with model.checkpointing={how.pop()} the forward reads the "
+            "state of the random numbers, which no capture allows; "
+            f"{cure}, or model.checkpointing none"
         )
 
 
 @contextmanager
 def _beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Work on a side stream, after what was launched before and before what comes after; None: where one is."""
+    """Work on a side stream, after what was launched before and before what comes after; None:
+    where one is."""
     if stream is None:
         yield
         return

@@ -1,19 +1,24 @@
-"""One exact step of a batch whose activations do not fit: the trunk a chunk at a time, heads and loss on all of it.
+"""One exact step of a batch whose activations do not fit: the trunk a chunk at a time, heads and
+loss on all of it.
 
-A gradient accumulated over small batches is another gradient: batch norms in the heads would see other statistics, and each query
-fewer keys. But only heads and loss couple images; a trunk of layer norms maps each image by itself. So, with f = trunk(x):
+A gradient accumulated over small batches is another gradient: batch norms in the heads would see
+other statistics, and each query fewer keys. But only heads and loss couple images; a trunk of layer
+norms maps each image by itself. So, with f = trunk(x):
 
-    1. trunks of all encoders, chunk by chunk; of a chunk only its features stay, a few rows of E numbers an image
-    2. heads, batch statistics, gathers and loss, once, on the whole batch over all ranks: loss and d loss / d f
-    3. each chunk again, with gradient: its part of d loss / d f goes on through the trunk (chain rule, no approximation)
+    1. trunks of all encoders, chunk by chunk; of a chunk only its features stay, a few rows of E
+       numbers an image
+    2. heads, batch statistics, gathers and loss, once, on the whole batch over all ranks: loss and
+       d loss / d f
+    3. each chunk again, with gradient: its part of d loss / d f goes on through the trunk (chain
+       rule, no approximation)
 
-Sums over images are taken in another order, nothing else differs. (The two-pass idea is that of Gao, Zhang, Han, Callan
-2021, "Scaling deep contrastive learning batch size under memory limited setup".) Graphs of the first chunks are kept, so
-that only the others pay for a second forward; how many are kept changes no bit, because chunks go back in their order
-either way.
+Sums over images are taken in another order, nothing else differs. (The two-pass idea is that of
+Gao, Zhang, Han, Callan 2021, "Scaling deep contrastive learning batch size under memory limited
+setup".) Graphs of the first chunks are kept, so that only the others pay for a second forward; how
+many are kept changes no bit, because chunks go back in their order either way.
 
-Where nothing couples images (`Coupling.NONE`) losses of chunks add up: features, loss and backward a chunk at a time, each
-loss weighted by its share of the images, and nothing is computed twice.
+Where nothing couples images (`Coupling.NONE`) losses of chunks add up: features, loss and backward
+a chunk at a time, each loss weighted by its share of the images, and nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -25,9 +30,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmoco.distributed.gradient_average import GradientAverage, ShardedGradientAverage, gradient_average
+from fastmoco.distributed.gradient_average import (
+    GradientAverage,
+    ShardedGradientAverage,
+    gradient_average,
+)
 from fastmoco.objectives.chunk_graphs import ChunkGraphs
-from fastmoco.objectives.interface import START, Coupling, Features, Inputs, Objective, Output, Progress
+from fastmoco.objectives.interface import (
+    START,
+    Coupling,
+    Features,
+    Inputs,
+    Objective,
+    Output,
+    Progress,
+)
 from fastmoco.objectives.prepare import PrepareViews, as_they_are
 
 RandomState = tuple[Tensor, Tensor | None]
@@ -36,26 +53,30 @@ RandomState = tuple[Tensor, Tensor | None]
 class ChunkedStep:
     """Loss and gradients of a whole batch, the trunk in chunks.
 
-    Nothing in a trunk crosses ranks, so ranks may differ in ``chunk`` and ``kept``; but under FSDP2 its weights do, and they
-    may not.
+    Nothing in a trunk crosses ranks, so ranks may differ in `chunk` and `kept`; but under FSDP2
+    its weights do, and they may not.
 
     Args:
         objective: its trunk couples no samples; not wrapped for data-parallel training.
-        chunk: images (two views each) that pass the trunk together; the last chunk of a batch may be smaller.
+        chunk: images (two views each) that pass the trunk together; the last chunk of a batch may
+            be smaller.
         kept: chunks whose graphs are kept; more than there are means all.
-        kept_images: instead of ``kept``, the first so many images of a batch, which need not be whole chunks: where memory
-            holds the graphs of two chunks and a half, the half is kept too. They go in chunks of their own, ``chunk`` images
-            each and the last of what is left, and the others after them likewise. Borders of chunks move with it, and so
-            does rounding in the sums over images; of a multiple of ``chunk`` it is ``kept``, bit for bit. Shapes of chunks
-            become at most three, each compiled once where blocks are compiled.
-        autocast: makes the contexts of the forwards. There is none around the step: autocast remembers its casts of weights
-            until the outermost context ends, and one made without gradient would serve the pass with gradient, silently.
+        kept_images: instead of `kept`, the first so many images of a batch, which need not be
+            whole chunks: where memory holds the graphs of two chunks and a half, the half is kept
+            too. They go in chunks of their own, `chunk` images each and the last of what is left,
+            and the others after them likewise. Borders of chunks move with it, and so does rounding
+            in the sums over images; of a multiple of `chunk` it is `kept`, bit for bit. Shapes
+            of chunks become at most three, each compiled once where blocks are compiled.
+        autocast: makes the contexts of the forwards. There is none around the step: autocast
+            remembers its casts of weights until the outermost context ends, and one made without
+            gradient would serve the pass with gradient, silently.
         average: when gradients cross ranks; default once, behind the last chunk.
-        prepare: makes what the encoder reads of a chunk's two views, each time that they pass the trunk: the batch itself may
-            then be held in fewer bytes.
-        lean: whether images that keep no graph keep the residual stream of their fused blocks: their graphs stay too, and the
-            backward makes the rest again.
-        graphs: replays the passes over chunks of its size whose graphs are not kept; None: all run from Python.
+        prepare: makes what the encoder reads of a chunk's two views, each time that they pass the
+            trunk: the batch itself may then be held in fewer bytes.
+        lean: whether images that keep no graph keep the residual stream of their fused blocks:
+            their graphs stay too, and the backward makes the rest again.
+        graphs: replays the passes over chunks of its size whose graphs are not kept; None: all run
+            from Python.
 
     Raises:
         ValueError: if the trunk couples samples, or for a number that makes no sense.
@@ -80,7 +101,8 @@ class ChunkedStep:
             raise ValueError(f"kept={kept}: must not be negative")
         if kept_images is not None and (kept or kept_images < 0):
             raise ValueError(
-                f"kept_images={kept_images}, kept={kept}: one of the two says what is kept, and is not negative"
+                f"kept_images={kept_images}, kept={kept}: one of the two says what is kept, and is "
+                "not negative"
             )
         require_separable(objective, chunk)
         self.objective, self.chunk, self.autocast = objective, chunk, autocast
@@ -90,9 +112,14 @@ class ChunkedStep:
         self.prepare, self.lean = prepare, lean
 
     def __call__(
-        self, *views: Tensor, masks: tuple[Tensor, ...] = (), at: Progress = START, accuracy: bool = False
+        self,
+        *views: Tensor,
+        masks: tuple[Tensor, ...] = (),
+        at: Progress = START,
+        accuracy: bool = False,
     ) -> Output:
-        """One forward and backward; gradients are added to `grad` of the trainable parameters, averaged over ranks.
+        """One forward and backward; gradients are added to `grad` of the trainable parameters,
+        averaged over ranks.
 
         Args:
             views: [B, 3, H, W] each, the same B on every rank.
@@ -106,10 +133,14 @@ class ChunkedStep:
         images = len(views[0])
         for number, view in enumerate(views[1:], start=2):
             if len(view) != images:
-                first, other = tuple(views[0].shape), tuple(view.shape)
-                raise ValueError(f"view1 shape={first}, view{number} shape={other}: must have equally many images")
+                shapes = (
+                    f"view1 shape={tuple(views[0].shape)}, view{number} shape={tuple(view.shape)}"
+                )
+                raise ValueError(f"{shapes}: must have equally many images")
         if torch.is_autocast_enabled(views[0].device.type):
-            raise ValueError("autocast is on around the chunked step: give it as ChunkedStep(autocast=...) instead")
+            raise ValueError(
+                "autocast is on around the chunked step: give it as ChunkedStep(autocast=...)"
+            )
         inputs = Inputs(views, masks)
         if self.objective.coupling is Coupling.NONE:
             return self._separate(inputs, at, accuracy)
@@ -149,9 +180,13 @@ class ChunkedStep:
             self.graphs.begin(inputs, at)
         chunks = _split(inputs, sizes)
 
-        # Those without a graph first: what they leave is small, and what they need in passing is free again by then.
+        # Those without a graph first: what they leave is small, and what they need in passing is
+        # free again by then.
         with torch.no_grad(), self.autocast():
-            later = [self._replayed_features(chunk) or self._features(chunk, at) for chunk in chunks[kept:]]
+            later = [
+                self._replayed_features(chunk) or self._features(chunk, at)
+                for chunk in chunks[kept:]
+            ]
         with self.autocast():
             first = [self._features(chunk, at) for chunk in chunks[:full]]
             with self._lean():
@@ -161,7 +196,10 @@ class ChunkedStep:
         # Heads and loss, on leaves that receive the gradient of the features.
         features = [features for features, _ in (*first, *later)]
         states = [state for _, state in (*first, *later)]
-        online, target = ([torch.cat(rows) for rows in zip(*side, strict=True)] for side in zip(*features, strict=True))
+        online, target = (
+            [torch.cat(rows) for rows in zip(*side, strict=True)]
+            for side in zip(*features, strict=True)
+        )
         leaves = tuple(rows.detach().requires_grad_() for rows in online)
         with self.autocast():
             output = self.objective.compare(Features(leaves, tuple(target)), at, accuracy=accuracy)
@@ -173,7 +211,13 @@ class ChunkedStep:
         split = [_gradient(leaf).split(sizes) for leaf in leaves]  # type: ignore[no-untyped-call]
         gradients = list(zip(*split, strict=True))
         for i, (chunk, gradient, state) in enumerate(zip(chunks, gradients, states, strict=True)):
-            again = graphs[i] if i < kept else self._again(chunk, at, state) if state is not None else None
+            again = (
+                graphs[i]
+                if i < kept
+                else self._again(chunk, at, state)
+                if state is not None
+                else None
+            )
             with self.average.last() if i == len(chunks) - 1 else self.average.local():
                 if again is not None:
                     torch.autograd.backward(again, gradient)
@@ -187,7 +231,9 @@ class ChunkedStep:
     @contextmanager
     def _lean(self) -> Iterator[None]:
         """Blocks keep the residual stream alone."""
-        blocks: list[Any] = [block for parts in self.objective.trunks().values() for block in parts.blocks]
+        blocks: list[Any] = [
+            block for parts in self.objective.trunks().values() for block in parts.blocks
+        ]
         for block in blocks:
             block.recompute = "full"
         try:
@@ -202,7 +248,8 @@ class ChunkedStep:
         return _even_but_last(kept, self.chunk), _even_but_last(images - kept, self.chunk)
 
     def _replayed_features(self, chunk: Inputs) -> tuple[Features, None] | None:
-        """`_features` from a graph, which draws no random numbers; None where there is none for this chunk."""
+        """`_features` from a graph, which draws no random numbers; None where there is none for
+        this chunk."""
         if self.graphs is None or not self.graphs.fits(chunk):
             return None
         return self.graphs.features(chunk), None
@@ -229,9 +276,10 @@ def require_separable(objective: Objective, chunk: int) -> None:
     """
     if objective.coupling is Coupling.TRUNK:
         raise ValueError(
-            f"batch.chunk={chunk}: this trunk cannot go in chunks, because {objective.coupling_reason}; chunks would train "
-            "another model. Instead: --model.checkpointing full, more processes (batch norms see the batches of all), "
-            "a smaller --global-batch-size, or an encoder with linear patches such as vit_small"
+            f"batch.chunk={chunk}: this trunk cannot go in chunks, because "
+            f"{objective.coupling_reason}; chunks would train another model. Instead: "
+            "--model.checkpointing full, more processes (batch norms see the batches of all), a "
+            "smaller --global-batch-size, or an encoder with linear patches such as vit_small"
         )
 
 
@@ -257,7 +305,9 @@ def _even_but_last(images: int, chunk: int) -> list[int]:
 
 
 def _random_state(device: torch.device) -> RandomState:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), torch.cuda.get_rng_state(
+        device
+    ) if device.type == "cuda" else None
 
 
 @contextmanager

@@ -7,13 +7,13 @@ or a buffer of it. Its life in a step:
     features(inputs, at)       trunks, a chunk of images at a time where the coupling allows it
     compare(features, at)      heads, gathers and loss, on the whole batch where they couple images
     (backward)
-    after_backward(at)         gradients are complete and averaged over ranks (DINO: clip each tensor)
+    after_backward(at)         gradients are complete and averaged over ranks (DINO: clip tensors)
     (clipping, the optimizer, which also moves `averages()` by `ema_momentum(at)`)
     after_step(skipped, at)    queues, centres, prototypes
 
-Nothing is counted inside an objective: every number that changes with time is a function of `Progress`.
-Whether batch norms see each view alone is a property of the call: heads take [V, B, E] for statistics
-per view, [V * B, E] for joint ones.
+Nothing is counted inside an objective: every number that changes with time is a function of
+`Progress`. Whether batch norms see each view alone is a property of the call: heads take [V, B, E]
+for statistics per view, [V * B, E] for joint ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,17 @@ from torch import Tensor, nn
 from fastmoco.models.encoder import Coupling, Encoder, Parts
 from fastmoco_kernels import ema_update_
 
-__all__ = ["START", "Coupling", "Encoder", "Features", "Inputs", "Objective", "Output", "Parts", "Progress"]
+__all__ = [
+    "START",
+    "Coupling",
+    "Encoder",
+    "Features",
+    "Inputs",
+    "Objective",
+    "Output",
+    "Parts",
+    "Progress",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +53,8 @@ class Progress:
     steps_per_epoch: int = 1
     """Steps of one pass over the training set."""
     epochs: float = 0.0
-    """Passes over the training set in the whole run; `total_steps` is this, rounded to a whole step. 0: by `total_steps`."""
+    """Passes over the training set in the whole run; `total_steps` is this, rounded to a whole
+    step. 0: by `total_steps`."""
 
     def __post_init__(self) -> None:
         if not self.epochs:
@@ -83,21 +94,24 @@ class Output(NamedTuple):
     loss: Tensor
     """Scalar, at least float32: a mean over the local batch."""
     watch: Mapping[str, Tensor] = {}
-    """What telemetry may look at, on the device and without gradient, by name. "queries" and "keys" are [V, B, D], before
-    they are normalised: row i of the first view's queries and of the last view's keys are of one image. "accuracy" is [2]:
-    shares of queries whose positive ranks first, and among the first five. Anything else is a scalar, and is logged."""
+    """What telemetry may look at, on the device and without gradient, by name. "queries" and "keys"
+    are [V, B, D], before they are normalised: row i of the first view's queries and of the last
+    view's keys are of one image. "accuracy" is [2]: shares of queries whose positive ranks first,
+    and among the first five. Anything else is a scalar, and is logged."""
 
 
 class Objective(nn.Module, ABC):
     """What is learned: networks, which of them sees which view, and the loss.
 
-    A subclass defines `features`, `compare` and `reference`, and overrides those defaults that are not its own.
+    A subclass defines `features`, `compare` and `reference`, and overrides those defaults that are
+    not its own.
 
     Attributes:
         encoder: the encoder that is evaluated and exported.
         coupling: which part couples images.
         coupling_reason: why the trunk does, as a clause; empty where it does not.
-        per_rank: names of buffers that differ between ranks on purpose (SwAV's queue). Others must be equal on all ranks.
+        per_rank: names of buffers that differ between ranks on purpose (SwAV's queue). Others must
+            be equal on all ranks.
     """
 
     encoder: Any
@@ -109,13 +123,15 @@ class Objective(nn.Module, ABC):
     def features(self, inputs: Inputs, at: Progress, *, target: bool = True) -> Features:
         """Trunks: which encoder sees which view, under which mask.
 
-        Reads nothing back from the device, draws no random numbers that a second call cannot draw again, and writes no
-        buffer: a chunk may pass twice, and a pass may be replayed. What it decides on the host must follow from `choices`.
+        Reads nothing back from the device, draws no random numbers that a second call cannot draw
+        again, and writes no buffer where the trunk couples no images: a chunk may pass twice, and a
+        pass may be replayed. What it decides on the host must follow from `choices`.
 
         Args:
             inputs: of a batch, or of a chunk of it.
             at: the step.
-            target: whether `Features.target` is wanted; the second pass of a chunk needs `Features.online` alone.
+            target: whether `Features.target` is wanted; the second pass of a chunk needs
+                `Features.online` alone.
         """
 
     @abstractmethod
@@ -123,25 +139,30 @@ class Objective(nn.Module, ABC):
         """Heads, gathers and loss.
 
         Args:
-            features: of the whole local batch (`Coupling.HEADS`), or of a chunk of it (`Coupling.NONE`).
+            features: of the whole local batch (`Coupling.HEADS`), or of a chunk of it
+                (`Coupling.NONE`).
             at: the step.
             accuracy: whether `Output.watch` gets figures that cost a pass of their own.
         """
 
     @abstractmethod
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
-        """The same loss by plain operations, with nothing shared, saved or fused: what a test compares a forward with.
+        """The same loss by plain operations, with nothing shared, saved or fused, for tests.
 
         Like a forward, it moves the running averages of batch norms.
         """
 
     def forward(
-        self, *views: Tensor, masks: tuple[Tensor, ...] = (), at: Progress = START, accuracy: bool = False
+        self,
+        *views: Tensor,
+        masks: tuple[Tensor, ...] = (),
+        at: Progress = START,
+        accuracy: bool = False,
     ) -> Output:
         """One whole forward.
 
-        Where there are several processes, batch norms see all of them, and what is gathered comes in the order of ranks:
-        the mean of the ranks' losses is the loss of the global batch.
+        Where there are several processes, batch norms see all of them, and what is gathered comes
+        in the order of ranks: the mean of the ranks' losses is the loss of the global batch.
 
         Args:
             views: [B, 3, H, W] each, the same B on every rank; row i of all is of one image.
@@ -155,7 +176,7 @@ class Objective(nn.Module, ABC):
         return self.compare(self.features(Inputs(views, masks), at), at, accuracy=accuracy)
 
     def networks(self) -> Mapping[str, nn.Module]:
-        """Networks by attribute name, each a tree of its own: "encoder", "momentum_encoder", "predictor"."""
+        """Networks by attribute name ("encoder", "predictor"), each a tree of its own."""
         return dict(self.named_children())
 
     def parts(self) -> Mapping[str, Parts]:
@@ -166,14 +187,15 @@ class Objective(nn.Module, ABC):
         }
 
     def averages(self) -> Mapping[nn.Parameter, Tensor]:
-        """Parameter -> its exponential moving average, which the optimizer moves; empty without one.
+        """Parameter -> its exponential moving average, which the optimizer moves.
 
-        Frozen parameters are among them: foreign weights may differ there, and then they are averaged too.
+        Frozen parameters are among them: foreign weights may differ there, and then they are
+        averaged too.
         """
         return {}
 
     def ema_momentum(self, at: Progress) -> float | None:
-        """Momentum of the move that ends the step `at`: m(t + 1) for MoCo v3, m(t) for BYOL and DINO.
+        """Momentum of the move that ends the step: m(t + 1) for MoCo v3, m(t) for BYOL and DINO.
 
         None where there is no such move, as after the last step of MoCo v3.
         """
@@ -181,12 +203,15 @@ class Objective(nn.Module, ABC):
 
     @torch.no_grad()
     def update_momentum_encoder(self, ema_momentum: float | Tensor) -> None:
-        """Move every average: `average <- m * average + (1 - m) * parameter`. For users without our optimizers.
+        """Move every average: `average <- m * average + (1 - m) * parameter`.
 
-        Frozen parameters that equal their average, as they do unless a checkpoint says otherwise, stay untouched.
+        For users without our optimizers, which do it in their sweep.
+        Frozen parameters that equal their average, as they do unless a checkpoint says otherwise,
+        stay untouched.
 
         Args:
-            ema_momentum: m in [0, 1]; a tensor of one element is read on the device, as `ema_update_` does.
+            ema_momentum: m in [0, 1]; a tensor of one element is read on the device, as
+                `ema_update_` does.
 
         Raises:
             ValueError: if m is outside [0, 1].
@@ -213,13 +238,18 @@ class Objective(nn.Module, ABC):
         """Called before the forward of a step, once."""
 
     def after_backward(self, at: Progress) -> None:
-        """Called when a step's gradients are complete and averaged over ranks, before they are judged and clipped."""
+        """Called when gradients are complete and averaged, before they are judged and clipped."""
 
     def after_step(self, skipped: Tensor | None, at: Progress) -> None:
-        """Write queues, centres and prototypes; does nothing where `skipped` (one float32 on the device) is 1."""
+        """Write queues, centres and prototypes, or nothing where `skipped` is 1.
+
+        Args:
+            skipped: one float32 on the device, equal on all ranks; None: this step was not judged.
+            at: the step.
+        """
 
     def frozen(self, at: Progress) -> frozenset[str]:
-        """Names of parameters without an update in this step (DINO's last layer, SwAV's prototypes)."""
+        """Names of parameters without an update in this step (DINO's last layer)."""
         return frozenset()
 
     def trunks(self) -> dict[str, Parts]:
@@ -234,8 +264,9 @@ class Objective(nn.Module, ABC):
     def places(self) -> dict[str, tuple[str, ...]]:
         """Where telemetry counts each trained parameter, by the parameter's name.
 
-        The stem has the name of its module ("patch_embed"); "first_block" is the trained block nearest to the input,
-        "last_block" the last one, "heads" is all that is a head. Other parameters (class token, norms) have no place.
+        The stem has the name of its module ("patch_embed"); "first_block" is the trained block
+        nearest to the input, "last_block" the last one, "heads" is all that is a head. Other
+        parameters (class token, norms) have no place.
         """
         networks = self.networks()
         blocks = [
@@ -260,4 +291,6 @@ class Objective(nn.Module, ABC):
         if blocks:
             add(blocks[0], "first_block")
             add(blocks[-1], "last_block")
-        return {name: found[p] for name, p in self.named_parameters() if p in found and p.requires_grad}
+        return {
+            name: found[p] for name, p in self.named_parameters() if p in found and p.requires_grad
+        }

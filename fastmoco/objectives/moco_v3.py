@@ -1,4 +1,5 @@
-"""MoCo v3 (Chen, Xie, He 2021): which encoder sees which view, which head, which loss, and when the average moves."""
+"""MoCo v3 (Chen, Xie, He 2021): which encoder sees which view, which head, which loss, and when the
+average moves."""
 
 from __future__ import annotations
 
@@ -22,15 +23,17 @@ from fastmoco_kernels.info_nce.op import symmetric_info_nce_loss
 
 
 class MoCoV3(Objective):
-    """An encoder with projector and predictor, its momentum encoder, and the symmetric InfoNCE between them.
+    """An encoder with projector and predictor, its momentum encoder, and the symmetric InfoNCE
+    between them.
 
-    One step: `update_momentum_encoder(m)`, `forward`, backward, optimizer. The update uses the encoder as the last
-    optimizer step left it; whether it runs right after that step, before the query side's forward or after it changes no
-    number, because nothing in between moves a parameter. A trainer takes it at the end of the step before (`ema_momentum`).
+    One step: `update_momentum_encoder(m)`, `forward`, backward, optimizer. The update uses the
+    encoder as the last optimizer step left it; whether it runs right after that step, before the
+    query side's forward or after it changes no number, because nothing in between moves a
+    parameter. A trainer takes it at the end of the step before (`ema_momentum`).
 
-    Fast path, equal to `reference` under a test: both views pass a trunk as one batch where the trunk couples no samples,
-    heads see both views at once but keep their batch statistics apart, and patch tokens are computed once for both
-    encoders while their stems are frozen and equal.
+    Fast path, equal to `reference` under a test: both views pass a trunk as one batch where the
+    trunk couples no samples, heads see both views at once but keep their batch statistics apart,
+    and patch tokens are computed once for both encoders while their stems are frozen and equal.
 
     Args:
         build_encoder: called twice; its encoders must have equal shapes, and a free `head`.
@@ -104,7 +107,8 @@ class MoCoV3(Objective):
         Args:
             features: class features of both views, [B, 2, E] of either encoder.
             at: the step.
-            accuracy: whether to count, in the pass of the loss, how the positives rank among all keys.
+            accuracy: whether to count, in the pass of the loss, how the positives rank among all
+                keys.
         """
         with torch.no_grad():
             keys = self.momentum_encoder.head(by_view(features.target[0]))
@@ -115,7 +119,13 @@ class MoCoV3(Objective):
         keys1, keys2 = finish_gathering().chunk(2, dim=1)
         offset = group_rank() * len(q1)
         loss, top1, top5 = symmetric_info_nce_loss(
-            q1, keys2, q2, keys1, temperature=self.temperature, positive_offset=offset, accuracy=accuracy
+            q1,
+            keys2,
+            q2,
+            keys1,
+            temperature=self.temperature,
+            positive_offset=offset,
+            accuracy=accuracy,
         )
         watch = {"queries": queries.detach(), "keys": keys}
         if top1 is not None and top5 is not None:
@@ -125,8 +135,9 @@ class MoCoV3(Objective):
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
         """The same with nothing saved and nothing fused.
 
-        Each encoder embeds and encodes each view alone, every block sees every token, and the loss is written out:
-        `2 * temperature * CE(u(q) u(keys)^T / temperature, rank * B + i)`, summed over both directions.
+        Each encoder embeds and encodes each view alone, every block sees every token, and the loss
+        is written out: `2 * temperature * CE(u(q) u(keys)^T / temperature, rank * B + i)`, summed
+        over both directions.
         """
 
         def encode(encoder: Encoder, view: Tensor) -> Tensor:
@@ -137,7 +148,9 @@ class MoCoV3(Objective):
             logits = normalize(q, dim=1) @ gather_keys(normalize(k, dim=1)).T / self.temperature
             positives = group_rank() * q.shape[0] + torch.arange(q.shape[0], device=q.device)
             found = logits.topk(min(5, logits.shape[1]), dim=1).indices == positives[:, None]
-            shares = torch.stack([found[:, :1].any(1).to(q.dtype).mean(), found.any(1).to(q.dtype).mean()])
+            shares = torch.stack(
+                [found[:, :1].any(1).to(q.dtype).mean(), found.any(1).to(q.dtype).mean()]
+            )
             return 2 * self.temperature * cross_entropy(logits, positives), shares
 
         views = two_views(inputs)
@@ -155,7 +168,8 @@ class MoCoV3(Objective):
         return self.momentum.averages()
 
     def ema_momentum(self, at: Progress) -> float | None:
-        """That of the next step, m(t + 1): the paper averages before a step's forward. None at the end of the last step."""
+        """That of the next step, m(t + 1): the paper averages before a step's forward. None at the
+        end of the last step."""
         following = at.step + 1
         return self._momentum_at(following, at) if following < at.total_steps else None
 

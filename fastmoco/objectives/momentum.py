@@ -1,4 +1,5 @@
-"""The momentum encoder that several objectives share: an exponential moving average of the encoder's weights.
+"""The momentum encoder that several objectives share: an exponential moving average of the
+encoder's weights.
 
 A part, not a base class: an objective makes one of its two encoders and asks it.
 """
@@ -17,8 +18,8 @@ from fastmoco.objectives.interface import Features, Inputs
 class Momentum:
     """An encoder and its momentum encoder.
 
-    Both run in training mode: the momentum encoder normalises by the statistics of its own batch and keeps its own
-    running averages; only parameters are averaged.
+    Both run in training mode: the momentum encoder normalises by the statistics of its own batch
+    and keeps its own running averages; only parameters are averaged.
 
     Args:
         encoder: whose weights the other one copies.
@@ -30,7 +31,9 @@ class Momentum:
         self.momentum_encoder = momentum_encoder
         momentum_encoder.requires_grad_(False)
         with torch.no_grad():
-            for average, own in zip(momentum_encoder.parameters(), encoder.parameters(), strict=True):
+            for average, own in zip(
+                momentum_encoder.parameters(), encoder.parameters(), strict=True
+            ):
                 average.copy_(own)
         # A copy is equal: nothing is read back, which tensors without memory could not serve.
         self._stems_equal = True
@@ -43,7 +46,8 @@ class Momentum:
     def shares_tokens(self) -> bool:
         """Whether both encoders must give the same patch tokens: their stems are frozen and equal.
 
-        The comparison reads the device, so it runs only where one of the tensors has been replaced or written since.
+        The comparison reads the device, so it runs only where one of the tensors has been replaced
+        or written since.
         """
         if _couples(self.encoder):
             return False
@@ -57,10 +61,11 @@ class Momentum:
         return self._stems_equal
 
     def features(self, inputs: Inputs, *, target: bool = True) -> Features:
-        """Both views through both encoders: [b, 2, E] of the encoder, and of the momentum encoder without gradient.
+        """Both views through both encoders: [b, 2, E] of the encoder, and of the momentum encoder
+        without gradient.
 
-        Both views pass a trunk as one batch where it couples no images. Patch tokens are computed once for both encoders
-        where they must be the same.
+        Both views pass a trunk as one batch where it couples no images. Patch tokens are computed
+        once for both encoders where they must be the same.
 
         Args:
             inputs: two views of one shape.
@@ -75,7 +80,9 @@ class Momentum:
             return Features((online,))
         with torch.no_grad():
             shared = tokens if self.shares_tokens() else None
-            return Features((online,), (_class_features(self.momentum_encoder, (view1, view2), shared)[0],))
+            return Features(
+                (online,), (_class_features(self.momentum_encoder, (view1, view2), shared)[0],)
+            )
 
     def _stems(self) -> tuple[tuple[int, int, int], ...]:
         """Which memory the stems are in, and how often it has been written."""
@@ -95,7 +102,9 @@ def two_views(inputs: Inputs) -> tuple[Tensor, Tensor]:
         raise ValueError(f"views: {len(inputs.views)} of them; this objective compares 2")
     view1, view2 = inputs.views
     if view1.shape != view2.shape:
-        raise ValueError(f"view1 shape={tuple(view1.shape)}, view2 shape={tuple(view2.shape)}: must be equal")
+        raise ValueError(
+            f"view1 shape={tuple(view1.shape)}, view2 shape={tuple(view2.shape)}: must be equal"
+        )
     return view1, view2
 
 

@@ -7,11 +7,14 @@ from torch import Tensor
 from fastmoco.objectives.interface import START, Inputs, Objective, Output, Progress
 
 
-def plain_forward(objective: Objective, *views: Tensor, at: Progress = START, accuracy: bool = False) -> Output:
+def plain_forward(
+    objective: Objective, *views: Tensor, at: Progress = START, accuracy: bool = False
+) -> Output:
     """What `objective(*views)` computes, with nothing shared, saved or fused.
 
     Args:
-        objective: in training mode; the running averages of its batch norms move, as in any forward.
+        objective: in training mode; the running averages of its batch norms move, as in any
+            forward.
         views: [B, 3, H, W] each.
         at: the step.
         accuracy: whether the output has one.

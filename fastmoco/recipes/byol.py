@@ -23,14 +23,16 @@ class BYOLConfig(ObjectiveConfig):
     ema_schedule: Annotated[Literal["cosine", "constant"], Resume.WITH_ALLOW] = "cosine"
     """`cosine` lets the momentum rise to 1 over the run."""
     last_norm: bool = True
-    """Whether a batch norm ends projector and predictor, as in MoCo v3; BYOL itself has none there."""
+    """Whether a batch norm ends projector and predictor, as in MoCo v3; BYOL itself has none
+    there."""
 
     def __post_init__(self) -> None:
         require_ema(self.ema_momentum, self.ema_schedule)
 
 
 def byol_vit_s16_e300_b4096() -> Config:
-    """BYOL with ViT-S/16 on ImageNet, 300 epochs, batch 4096: schedule, heads and views of MoCo v3."""
+    """BYOL with ViT-S/16 on ImageNet, 300 epochs, batch 4096: schedule, heads and views of MoCo
+    v3."""
     base = vit_s16_e300_b4096()
     return replace(
         base,

@@ -1,4 +1,5 @@
-"""One forward and backward of a run: the batch whole or in chunks, on one process or many. The gradients are the same."""
+"""One forward and backward of a run: the batch whole or in chunks, on one process or many. The
+gradients are the same."""
 
 from __future__ import annotations
 
@@ -24,11 +25,12 @@ from fastmoco.planning.choose import choose_plan
 
 
 class Gradients:
-    """Call it with a batch: loss out, gradients of the global batch in every trainable parameter's ``grad``.
+    """Call it with a batch: loss out, gradients of the global batch in every trainable parameter's
+    ``grad``.
 
     Attributes:
-        strategy: how the model is spread over processes, in words. Making this object may shard the objective, in place:
-            build the optimizer afterwards.
+        strategy: how the model is spread over processes, in words. Making this object may shard the
+            objective, in place: build the optimizer afterwards.
         plan: how the batch is taken, and why.
         compile: whether blocks are compiled, and why.
         prepare: makes what the encoder reads of the views as the loader delivers them.
@@ -41,7 +43,8 @@ class Gradients:
         precision: "bf16", "fp32" or "fp64".
         attention: who computes attention.
         levels: whether views come as uint8.
-        reserved: bytes of the device's memory that others will take, the loader among them, less those that it holds already.
+        reserved: bytes of the device's memory that others will take, the loader among them, less
+            those that it holds already.
     """
 
     def __init__(
@@ -142,7 +145,8 @@ class Gradients:
             This rank's loss and what telemetry looks at; the graph is used up.
 
         Raises:
-            RunError: if ranks no longer hold the same state; looked at every `ParallelConfig.verify_replicas_every` calls.
+            RunError: if ranks no longer hold the same state; looked at every
+                `ParallelConfig.verify_replicas_every` calls.
         """
         if self._verify_every and self._calls % self._verify_every == 0:
             require_equal_replicas(self._objective, self._world)
@@ -152,6 +156,13 @@ class Gradients:
             layer.refresh_()
         output = self._forward_backward(Inputs(views, masks), at, accuracy)
         self._objective.after_backward(at)
+
+        # Without a gradient an optimizer passes a parameter over: neither decay nor momentum
+        # touches it.
+        frozen = self._objective.frozen(at)
+        for name, parameter in self._objective.named_parameters() if frozen else ():
+            if name in frozen:
+                parameter.grad = None
         return output
 
     def _forward_backward(self, inputs: Inputs, at: Progress, accuracy: bool) -> Output:

@@ -20,7 +20,7 @@ from fastmoco_kernels.tensors import local
 
 def collect(objective: nn.Module, optimizer: AveragedOptimizer) -> dict[str, Tensor]:
     """Every tensor of the run's state, by name; none is copied but the states of the random numbers, which each rank has."""
-    tensors = {f"model.{name}": tensor for name, tensor in objective.state_dict().items()}
+    tensors = _model_tensors(objective, group_rank())
     tensors |= flatten_optimizer(optimizer.inner, objective.named_parameters())
     tensors[_of_rank("rng.cpu", group_rank())] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -72,11 +72,23 @@ def restore(
 def restore_model(objective: nn.Module, checkpoint: Checkpoint) -> None:
     """Put the objective's networks back, in place; they may be sharded.
 
+    A rank beyond those that saved takes the first one's part of what each rank has for itself.
+
     Raises:
         CheckpointError: if a tensor is missing, left over or of another shape.
     """
-    targets = {f"model.{name}": tensor for name, tensor in objective.state_dict().items()}
-    beyond = [name for name in checkpoint.entries if name.startswith("model.") and name not in targets]
+    own, first = (_model_tensors(objective, rank) for rank in (group_rank(), 0))
+    targets = {
+        name if name in checkpoint.entries else shared: tensor
+        for (name, tensor), shared in zip(own.items(), first, strict=True)
+    }
+    of_others = tuple(f"model.{name}.rank" for name in _per_rank(objective))
+    known = targets.keys() | first.keys()
+    beyond = [
+        name
+        for name in checkpoint.entries
+        if name.startswith("model.") and name not in known and not (of_others and name.startswith(of_others))
+    ]
     if beyond:
         raise CheckpointError(
             f"{checkpoint.path} holds {beyond[:5]}, which the model lacks; was it changed since the save?"
@@ -90,6 +102,20 @@ def _blank_like(name: str, entry: Tensor, parameters: Mapping[str, Tensor]) -> T
     if parameter is None or parameter.shape != entry.shape:
         return torch.empty_like(entry, device="cpu")
     return torch.empty_like(parameter.detach(), dtype=entry.dtype)
+
+
+def _model_tensors(objective: nn.Module, rank: int) -> dict[str, Tensor]:
+    """Parameters and buffers under the names that a rank saves them by."""
+    own = _per_rank(objective)
+    return {
+        _of_rank(f"model.{name}", rank) if name in own else f"model.{name}": tensor
+        for name, tensor in objective.state_dict().items()
+    }
+
+
+def _per_rank(objective: nn.Module) -> frozenset[str]:
+    """Buffers that differ between ranks on purpose (`Objective.per_rank`)."""
+    return getattr(objective, "per_rank", frozenset())
 
 
 def _of_rank(kind: str, rank: int) -> str:

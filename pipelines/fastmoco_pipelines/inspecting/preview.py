@@ -108,17 +108,11 @@ def save_view_grid(
     out = Path(out_png)
     out.parent.mkdir(parents=True, exist_ok=True)
     side = max(_CELL, *(view.size for view in each))
-    lines_a_row = images_a_row * len(each)
-    row_height = max(side + _GAP, lines_a_row * _LINE + 2 * _MARGIN if parameters else 0)
+    texts = _texts(draws, sizes, images_a_row) if parameters else []
+    row_height = max([side + _GAP, *(len(lines) * _LINE + 2 * _MARGIN for lines in texts)])
     picture = _grid(cells, images_a_row, side, row_height)
     if parameters:
-        lines = [
-            f"{i % images_a_row + 1} view {number}: {describe_draws(some, i, sizes[i])}"
-            for i in range(len(cells))
-            for number, some in enumerate(draws, start=1)
-        ]
-        rows_of_lines = [lines[at : at + lines_a_row] for at in range(0, len(lines), lines_a_row)]
-        picture = put_beside(picture, rows_of_lines, row_height)
+        picture = put_beside(picture, texts, row_height)
     picture.save(out, "PNG")
     return out
 
@@ -193,6 +187,19 @@ def describe_draws(draws: ViewDraws, i: int, size: Sequence[int]) -> str:
     if draws.flip[i]:
         words.append("flip")
     return ", ".join(words)
+
+
+def _texts(
+    draws: Sequence[ViewDraws], sizes: NDArray[np.int32], images_a_row: int
+) -> list[list[str]]:
+    """Of each row of the grid, a line for each view of its images."""
+    lines = [
+        f"{i % images_a_row + 1} view {number}: {describe_draws(some, i, sizes[i])}"
+        for i in range(len(sizes))
+        for number, some in enumerate(draws, start=1)
+    ]
+    lines_a_row = images_a_row * len(draws)
+    return [lines[at : at + lines_a_row] for at in range(0, len(lines), lines_a_row)]
 
 
 def put_beside(

@@ -1,4 +1,5 @@
-"""BYOL against golden numbers: loss, schedules, three steps on a conv trunk and on a ViT, and on two ranks.
+"""BYOL against golden numbers: loss, schedules, three steps on a conv trunk and on a ViT, and on
+two ranks.
 
 As ``python -m tests.fastmoco.objectives.test_byol OUT`` it is one of the two ranks.
 """
@@ -76,7 +77,8 @@ def read() -> dict[str, np.ndarray]:
 
 
 def our_name(golden_name: str) -> str:
-    """The file calls the momentum encoder twin, and a projector stands beside its trunk where ours is its head."""
+    """The file calls the momentum encoder twin, and a projector stands beside its trunk where ours
+    is its head."""
     side, rest = ("momentum_encoder.", golden_name[5:]) if golden_name.startswith("twin.") else ("", golden_name)
     if rest.startswith("projector."):
         return f"{side or 'encoder.'}head.{rest[10:]}"
@@ -84,7 +86,8 @@ def our_name(golden_name: str) -> str:
 
 
 def load(objective: BYOL, data: dict[str, np.ndarray], prefix: str) -> BYOL:
-    """The objective in float64 with the golden start; a predictor of the momentum encoder has no place in it."""
+    """The objective in float64 with the golden start; a predictor of the momentum encoder has no
+    place in it."""
     start = f"{prefix}init/"
     weights = {our_name(k[len(start) :]): torch.from_numpy(v) for k, v in data.items() if k.startswith(start)}
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith("momentum_encoder.predictor")}
@@ -127,7 +130,8 @@ CASES = {"tr/": conv_case, "vit/": vit_case}
 
 
 def run(data: dict[str, np.ndarray], prefix: str, world: World) -> tuple[BYOL, dict[str, Any]]:
-    """Three steps on this rank's part of the batch; losses, and state and gradients after each step."""
+    """Three steps on this rank's part of the batch; losses, and state and gradients after each
+    step."""
     objective, optimizer = CASES[prefix](data)
     forward = parallelize(objective, world)
     found: dict[str, Any] = {"losses": [], "gradients": [], "states": []}
@@ -183,7 +187,8 @@ def test_loss_and_gradient_match_golden(data: dict[str, np.ndarray]) -> None:
 
 
 def test_gradient_is_the_formula_and_a_row_below_the_floor_has_a_plain_one() -> None:
-    """d loss / d p = -2 / (N |p|) (u(z) - u(p) (u(p) . u(z))); where |p|^2 < 1e-12 the length is no variable."""
+    """d loss / d p = -2 / (N |p|) (u(z) - u(p) (u(p) . u(z))); where |p|^2 < 1e-12 the length is no
+    variable."""
     torch.manual_seed(1)
     p, z = torch.randn(2, 1, 7, 5, dtype=torch.float64).unbind()
     p[0, 3] *= 1e-8

@@ -56,7 +56,7 @@ def _config() -> Config:
     )
 
 
-def _real_peak(config: Config, images: int, chunk: int, kept: int) -> int:
+def real_peak(config: Config, images: int, chunk: int, kept: int) -> int:
     """The growth of the resident set in one real step, in a process of its own."""
     from fastmoco.config.serial import to_json
 
@@ -83,7 +83,7 @@ def test_the_peak_of_a_real_step_is_the_planned_one(recompute: str, images: int,
     config = replace(config, model=replace(config.model, checkpointing=recompute))
     costs = measure_costs(config, "fp32")
     planned = chunked_bytes(costs, images, chunk, kept * chunk) if chunk else whole_bytes(costs, images)
-    real = _real_peak(config, images, chunk, kept)
+    real = real_peak(config, images, chunk, kept)
     assert real == pytest.approx(planned, rel=0.15)
 
 

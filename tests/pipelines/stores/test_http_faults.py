@@ -82,7 +82,7 @@ HEALED = {
     "wrong bytes once": [plain(other=lambda data: data[:700] + b"\0" * 300 + data[1000:])],
     "resumed by a server without ranges": [drop(5000), plain(ranges=False)],
     "resumed at the wrong place, said": [drop(5000), wrong_range()],
-    "resumed at the wrong place, unsaid": [drop(5000), wrong_range(said=False)],
+    "resumed at the wrong place, unsaid": [drop(5000), wrong_range(honest=False)],
     "changed between, told": [drop(5000, tag='"old"'), serve],
     "changed between, untold": [drop(5000, tag='"old"'), lambda handler, data: ignore_if_range(handler, data)],
     "no validator": [drop(5000, tag=""), plain(tag="")],
