@@ -183,7 +183,8 @@ def read_index(tar: Path) -> ShardIndex:
     index = read_any_index(tar)
     if not fits_tar(index, tar):
         raise ShardError(
-            f"{index_path(tar).name}: was made for another state of {tar.name} (size or content differ): {CURE}."
+            f"{index_path(tar).name}: was made for another state of {tar.name} (size or content "
+            f"differ): {CURE}."
         )
     return index
 

@@ -2,9 +2,9 @@
 share their classes.
 
 {"format": "fastmoco-manifest", "version": 1, "sets": {"train": {
-    "samples": 1437, "classes": ["0", ...], "class_counts": [142, ...],
-    "shards": [{"name": "train-000000.tar", "samples": 1437, "bytes": ..., "sha256": "..."}],
-    "skipped": [["a/b.gif", "reason"], ...], "options": {...}}}}
+"samples": 1437, "classes": ["0", ...], "class_counts": [142, ...],
+"shards": [{"name": "train-000000.tar", "samples": 1437, "bytes": ..., "sha256": "..."}],
+"skipped": [["a/b.gif", "reason"], ...], "options": {...}}}}
 """
 
 from __future__ import annotations
@@ -93,16 +93,19 @@ def check_folders(folders: Iterable[FolderOfShards]) -> tuple[str, ...]:
             for shard, count in listed.items():
                 if shard not in folder.samples and not folder.present(shard):
                     raise ShardError(
-                        f"{shard}: is listed in {NAME} but missing in {folder.where}: copy it there too, or spell out "
+                        f"{shard}: is listed in {NAME} but missing in {folder.where}: copy it "
+                        "there too, or spell out "
                         f"the shards to use, e.g. {name}-{{000000..000003}}.tar."
                     )
                 if shard in folder.samples and folder.samples[shard] != count:
                     raise ShardError(
-                        f"{shard}: {folder.samples[shard]} samples, but {count} in {NAME}: pack it again."
+                        f"{shard}: {folder.samples[shard]} samples, but {count} in {NAME}: pack it "
+                        "again."
                     )
             if classes and tuple(entry["classes"]) != classes:
                 raise ShardError(
-                    f"{folder.where}/{NAME}: set {name!r} numbers its classes differently: use one at a time."
+                    f"{folder.where}/{NAME}: set {name!r} numbers its classes differently: use one "
+                    "at a time."
                 )
             classes = tuple(entry["classes"])
     return classes

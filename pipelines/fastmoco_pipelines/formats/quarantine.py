@@ -4,12 +4,12 @@ tars stay as they are.
 `fastmoco data check` writes one beside the tars, and loaders honour it when they open the set; a
 run keeps its own discoveries in its run folder. One JSON object a line:
 
-{"shard": "train-000000.tar", "key": "000000012", "extension": "jpg", "offset": 512, "size": 9001, "crc32": 1, "reason":
-"...", "when": "2026-11-22T01:55:00Z"}
+{"shard": "train-000000.tar", "key": "000000012", "extension": "jpg", "offset": 512, "size": 9001,
+"crc32": 1, "reason": "...", "when": "2026-11-22T01:55:00Z"}
 
 A line is about bytes, not names: it applies only if shard, offset, size and crc32 are those of the
-    index. After a tar was fixed or packed again its old lines are stale: they match nothing, and
-    are counted when the set is opened.
+index. After a tar was fixed or packed again its old lines are stale: they match nothing, and
+are counted when the set is opened.
 """
 
 from __future__ import annotations

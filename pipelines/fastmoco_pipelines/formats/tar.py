@@ -156,7 +156,8 @@ def _member(
 
 def _damaged(path: Path, position: int, what: str, member: str = "") -> TarError:
     return TarError(
-        f"{path.name}: byte {position}: {what}. The tar is cut off or damaged: copy it again from its source, "
+        f"{path.name}: byte {position}: {what}. The tar is cut off or damaged: copy it again from "
+        "its source, "
         "or pack the images again.",
         position=position,
         member=member,
@@ -169,7 +170,8 @@ def _check_header_is_there(path: Path, position: int, header: bytes, total: int)
         header.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
     ):
         raise TarError(
-            f"{path.name}: is compressed; images are read by offset: unpack it to a plain .tar first."
+            f"{path.name}: is compressed; images are read by offset: unpack it to a plain .tar "
+            "first."
         )
     if len(header) < BLOCK:
         raise _damaged(

@@ -38,7 +38,7 @@ class Suspects:
         """The rows of images that fail alone, and why; empty where all decode alone.
 
         If the batch was refused for images of broken structure, only those are returned: no other
-            was tried.
+        was tried.
 
         Args:
             error: how the batch failed.
@@ -108,7 +108,8 @@ def raise_bad_image(
     row = min(bad)
     others = f" (and {len(bad) - 1} more images of this batch)" if len(bad) > 1 else ""
     raise BadImageError(
-        f"{shards.describe(int(sample_ids[row]))}: {bad[row]}{others}. `fastmoco data check` lists such images, and "
+        f"{shards.describe(int(sample_ids[row]))}: {bad[row]}{others}. `fastmoco data check` lists "
+        "such images, and "
         "training leaves them out; or remove it in the source folder and pack that again."
     ) from error
 

@@ -72,7 +72,8 @@ def check_shards(
         if not is_remote(pattern):
             if remote_lists is not None:
                 raise ValueError(
-                    f"{str(remote_lists)!r}: is for shards of a server; a local list is beside its tars"
+                    f"{str(remote_lists)!r}: is for shards of a server; a local list is beside its "
+                    "tars"
                 )
             local = LocalTars(pattern)
             report = CheckReport(pattern=pattern)
@@ -140,7 +141,8 @@ def _check(
     _missing_shards(tars, promises, report)
     if report.promised != report.delivered + report.quarantined:
         raise AssertionError(
-            f"the account does not add up: {report.promised=} {report.delivered=} {report.quarantined=}"
+            f"the account does not add up: {report.promised=} {report.delivered=} "
+            f"{report.quarantined=}"
         )
     return found
 
@@ -191,7 +193,10 @@ def _missing_shards(
                     report.promised += count
                     report.quarantined += count
                     report.refused_shards += 1
-                    reason = f"{MANIFEST} lists it for set {name!r}, with {count} samples: copy it here too"
+                    reason = (
+                        f"{MANIFEST} lists it for set {name!r}, with {count} samples: copy it here "
+                        "too"
+                    )
                     place = tars.where(path) if len(folders) > 1 else ""
                     report.add(path.name, "", "missing shard", reason, outcome="lost", path=place)
 

@@ -106,7 +106,10 @@ class StageFigures:
             return waits
         slowest = max(own, key=lambda name: own[name])
         share = own[slowest] / total
-        return f"{waits}: {STAGES[slowest]} is its slowest stage, {share:.0%} of its work; to speed it up: {_ADVICE[slowest]}"
+        return (
+            f"{waits}: {STAGES[slowest]} is its slowest stage, {share:.0%} of its work; to speed "
+            f"it up: {_ADVICE[slowest]}"
+        )
 
 
 class StageClock:

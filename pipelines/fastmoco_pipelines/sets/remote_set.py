@@ -100,7 +100,8 @@ def find_urls(pattern: str, reader: SmallFiles) -> list[str]:
     names = expand_braces(pattern, pattern)
     if any("@" in urlsplit(name).netloc for name in names if not store_of(name).user_in_url):
         raise ValueError(
-            f"shards={redact(pattern)!r}: credentials of a store belong in the environment, not in a URL"
+            f"shards={redact(pattern)!r}: credentials of a store belong in the environment, not in "
+            "a URL"
         )
     return sorted({url for name in names for url in _expand(pattern, name, reader)})
 
@@ -110,7 +111,7 @@ def fetch_lists(folders: Iterable[str], limits: Limits) -> tuple[Quarantine, lis
     sentences.
 
     They are fetched whole each time: an old copy would decide which samples are delivered. A folder
-        without a list has none. A server that fails is an error all the same, unlike a local
+    without a list has none. A server that fails is an error all the same, unlike a local
     disk: some ranks of a run might know the list and others not, and they would deliver different
     samples.
 
@@ -154,7 +155,8 @@ class SmallFiles:
             return self._parsed(url, lambda text: parse_index(redact(url), text))
         except AbsentError as error:
             raise ShardError(
-                f"{error}; every shard on a server needs its index beside it: {CURE}, and copy the index files there too"
+                f"{error}; every shard on a server needs its index beside it: {CURE}, and copy the "
+                "index files there too"
             ) from None
 
     def sets(self, folder: str) -> dict[str, dict[str, Any]]:
@@ -199,7 +201,8 @@ def _expand(pattern: str, url: str, reader: SmallFiles) -> list[str]:
     if glob.has_magic(path.rpartition("/")[0]) and not store.lists:
         scheme = urlsplit(url).scheme
         raise ValueError(
-            f"shards={shown!r}: over {scheme} only a file's name may hold * or [...], not a folder's"
+            f"shards={shown!r}: over {scheme} only a file's name may hold * or [...], not a "
+            "folder's"
         )
     sets = {} if store.lists and name else reader.sets(beside(url, ""))
     if len(sets) > 1 and not name:
@@ -211,7 +214,8 @@ def _expand(pattern: str, url: str, reader: SmallFiles) -> list[str]:
         found = [item for item in objects if item.endswith(".tar")]
     elif not listed:
         raise ValueError(
-            f"shards={shown!r}: there is no {MANIFEST} that lists the shards: copy it there, or spell them out, e.g. "
+            f"shards={shown!r}: there is no {MANIFEST} that lists the shards: copy it there, or "
+            "spell them out, e.g. "
             "train-{000000..000127}.tar"
         )
     else:

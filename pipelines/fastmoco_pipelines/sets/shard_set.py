@@ -293,7 +293,10 @@ class ShardSet:
         declared = _declared_size(data)
         (height, width), indexed = declared or (0, 0), tuple(self.sizes[sample_id].tolist())
         if declared is not None and declared != indexed:
-            return f"its header declares {width}x{height} pixels, the index {indexed[1]}x{indexed[0]}: {CURE}."
+            return (
+                f"its header declares {width}x{height} pixels, the index "
+                f"{indexed[1]}x{indexed[0]}: {CURE}."
+            )
         return None
 
     def cancel(self) -> None:
@@ -344,7 +347,8 @@ def _check_budget(shards: ShardSet) -> None:
     if bad.any():
         first = int(bad.argmax())
         raise ShardError(
-            f"{shards.describe(first)}: {width[first]}x{height[first]} pixels in {shards._size[first]} bytes are "
+            f"{shards.describe(first)}: {width[first]}x{height[first]} pixels in "
+            f"{shards._size[first]} bytes are "
             f"outside what is decoded: {CURE}."
         )
 

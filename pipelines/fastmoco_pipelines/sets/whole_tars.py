@@ -163,8 +163,10 @@ class RemoteTars:
         path, copy = self.paths[number], self._copy(number)
         if copy.descriptor is None:
             raise RemoteError(
-                f"{redact(self._urls[number])}: its {self.sizes[number]} bytes do not fit into the shard cache "
-                f"({self._cache.folder}, {self._cache.limit} bytes): give it more room (--cache-size-gb) or another disk "
+                f"{redact(self._urls[number])}: its {self.sizes[number]} bytes do not fit into the "
+                "shard cache "
+                f"({self._cache.folder}, {self._cache.limit} bytes): give it more room "
+                "(--cache-size-gb) or another disk "
                 "(--cache-dir)"
             )
         try:
@@ -265,7 +267,8 @@ class RemoteTars:
             with open_url(request) as body:
                 if body.total is None:
                     raise RemoteError(
-                        f"{redact(url)}: the server does not report its size: have it send Content-Length"
+                        f"{redact(url)}: the server does not report its size: have it send "
+                        "Content-Length"
                     )
                 return _Head(body.total, body.validator)
 

@@ -2,7 +2,7 @@
 the background.
 
 The threads reference only the state, not the set: an unreferenced set is collected, and they end.
-    They are daemons; a transfer that they leave unfinished is continued by the next process.
+They are daemons; a transfer that they leave unfinished is continued by the next process.
 """
 
 from __future__ import annotations
@@ -203,7 +203,8 @@ class _State:
             if not here:
                 if time.monotonic() > until:
                     raise RemoteError(
-                        f"{shard.name}: another process has been fetching it for too long: end that one"
+                        f"{shard.name}: another process has been fetching it for too long: end "
+                        "that one"
                     )
                 self.stop.wait(_POLL_SECONDS)
 
@@ -287,8 +288,10 @@ class _State:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{error}. Images are read from the server one by one, which is slow: give the shard cache more room "
-                "(--data.cache-size-gb, --data.cache-dir) or shuffle fewer shards together (--data.shuffle-window)",
+                f"{error}. Images are read from the server one by one, which is slow: give the "
+                "shard cache more room "
+                "(--data.cache-size-gb, --data.cache-dir) or shuffle fewer shards together "
+                "(--data.shuffle-window)",
                 RuntimeWarning,
                 stacklevel=2,
             )

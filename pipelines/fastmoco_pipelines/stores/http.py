@@ -152,7 +152,8 @@ def _answer(
                 peer = _peer_is_public(connection)
                 if public and not peer:
                     raise RemoteError(
-                        f"{where}: redirects from a public to a private address ({redact(url)}): refused"
+                        f"{where}: redirects from a public to a private address ({redact(url)}): "
+                        "refused"
                     )
                 public = public or peer
                 sock = connection.sock  # the connection forgets it where the answer is its last

@@ -91,7 +91,8 @@ def file_system(scheme: str) -> Any:
         importlib.import_module(package)
     except ImportError as error:
         raise RemoteError(
-            f"{scheme}://: needs the package {package} ({error}): pip install '.[{scheme}]' in fastmoco's source folder"
+            f"{scheme}://: needs the package {package} ({error}): pip install '.[{scheme}]' in "
+            "fastmoco's source folder"
         ) from None
     return fsspec.filesystem(scheme, use_listings_cache=False)
 

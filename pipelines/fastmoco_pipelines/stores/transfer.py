@@ -147,7 +147,8 @@ def read_range(
         with open_url(request) as body:
             if body.start != offset:
                 raise RemoteError(
-                    f"{redact(shard.url)}: its server ignores Range requests, and the shard cache cannot be used: "
+                    f"{redact(shard.url)}: its server ignores Range requests, and the shard cache "
+                    "cannot be used: "
                     "make room for the cache, or give --data.cache-dir a folder that can be written"
                 )
             data = b""

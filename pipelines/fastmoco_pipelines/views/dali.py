@@ -77,7 +77,8 @@ class ViewPipeline:
         self._decoded = any(map(self._cut_here, self.views))
         if self._decoded and native_library() is None:
             warnings.warn(
-                "fastmoco was installed without a C compiler: views are cut by plain torch, ten times as slowly. Install one and "
+                "fastmoco was installed without a C compiler: views are cut by plain torch, ten "
+                "times as slowly. Install one and "
                 "fastmoco again, or take --data.view1.color dali --data.view2.color dali",
                 RuntimeWarning,
                 stacklevel=2,

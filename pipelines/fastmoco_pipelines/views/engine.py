@@ -173,7 +173,7 @@ class Engine:
         kernels may still read it.
 
         On a GPU a stream of its own, complete at the end: on the trainer's they would wait for all
-            that is queued there.
+        that is queued there.
         """
         if not self._on_gpu:
             yield

@@ -90,7 +90,8 @@ def require_working_decoder(
         last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
         said = f"died of signal {-done.returncode}" if done.returncode < 0 else f"failed: {last}"
     raise DecoderBrokenError(
-        f"DALI cannot decode ordinary JPEGs on this machine's {device}: a test of eight {said}. Reinstall the DALI that fits the "
+        f"DALI cannot decode ordinary JPEGs on this machine's {device}: a test of eight {said}. "
+        "Reinstall the DALI that fits the "
         "driver (extra '.[dali-cu13]' or '.[dali-cu12]'), or decode on the CPU: --data.device cpu"
     )
 
@@ -118,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         apart = float((np.abs(view - truth) * 255 * np.array(_SPEC.std)[:, None, None]).mean())
         if not apart <= LIMIT_LEVELS:
             raise SystemExit(
-                f"JPEG {number} of {len(files)} {_KINDS[number]} is {apart:.1f} levels from Pillow's"
+                f"JPEG {number} of {len(files)} {_KINDS[number]} is {apart:.1f} levels from "
+                "Pillow's"
             )
 
 
