@@ -257,7 +257,8 @@ def _checked_index(name: str, content: Any) -> ShardIndex:
         content.get("version") == VERSION,
         f"has version {content.get('version')!r}, this fastmoco reads {VERSION}",
     )
-    keys, extensions = content.get("key"), content.get("extension")
+    keys = content.get("key")
+    extensions = content.get("extension")
     check(
         isinstance(content.get("tar_bytes"), int) and isinstance(content.get("tar_hash"), str),
         "lacks its tar's hash",

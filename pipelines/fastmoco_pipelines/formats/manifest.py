@@ -2,9 +2,9 @@
 share their classes.
 
 {"format": "fastmoco-manifest", "version": 1, "sets": {"train": {
-"samples": 1437, "classes": ["0", ...], "class_counts": [142, ...],
-"shards": [{"name": "train-000000.tar", "samples": 1437, "bytes": ..., "sha256": "..."}],
-"skipped": [["a/b.gif", "reason"], ...], "options": {...}}}}
+    "samples": 1437, "classes": ["0", ...], "class_counts": [142, ...],
+    "shards": [{"name": "train-000000.tar", "samples": 1437, "bytes": ..., "sha256": "..."}],
+    "skipped": [["a/b.gif", "reason"], ...], "options": {...}}}}
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def write_sets(folder: Path, sets: dict[str, dict[str, Any]]) -> Path:
 def _is_set(entry: Any) -> bool:
     if not isinstance(entry, dict):
         return False
-    classes, shards = entry.get("classes"), entry.get("shards")
+    classes = entry.get("classes")
+    shards = entry.get("shards")
     return (
         isinstance(classes, list)
         and all(isinstance(name, str) for name in classes)

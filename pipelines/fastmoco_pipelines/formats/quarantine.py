@@ -88,7 +88,8 @@ class Quarantine:
     @classmethod
     def load(cls, file: BinaryIO) -> Self:
         """The list in an open file."""
-        entries, broken = [], 0
+        entries = []
+        broken = 0
         while line := file.readline(_MAX_LINE):
             entry = _parse(line)
             if entry is not None:
@@ -161,7 +162,9 @@ class Quarantine:
         wanted = {entry.identity[1:]: entry.reason for entry in self if entry.shard == shard}
         if not wanted:
             return {}
-        offsets, sizes, checksums = np.asarray(offset), np.asarray(size), np.asarray(crc32)
+        offsets = np.asarray(offset)
+        sizes = np.asarray(size)
+        checksums = np.asarray(crc32)
         candidates = np.flatnonzero(np.isin(offsets, [place[0] for place in wanted])).tolist()
         places = (
             (row, (int(offsets[row]), int(sizes[row]), int(checksums[row]))) for row in candidates

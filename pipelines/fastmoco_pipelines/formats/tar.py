@@ -87,7 +87,8 @@ def walk_damaged(path: Path) -> tuple[list[TarMember], list[TarError]]:
 
 def _walk(path: Path, file: BinaryIO, position: int) -> Iterator[TarMember]:
     total = os.fstat(file.fileno()).st_size
-    name, size = None, None
+    name = None
+    size = None
     while True:
         file.seek(position)
         header = file.read(BLOCK)
@@ -237,7 +238,8 @@ def _pax(path: Path, position: int, payload: bytes) -> dict[bytes, bytes]:
         key, equals, value = rest[len(digits) + 1 : length].partition(b"=")
         if length > len(rest) or not equals or not value.endswith(b"\n"):
             raise _damaged(path, position, "a broken extended header")
-        records[key], rest = value[:-1], rest[length:]
+        records[key] = value[:-1]
+        rest = rest[length:]
     return records
 
 

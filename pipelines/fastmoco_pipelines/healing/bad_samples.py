@@ -195,7 +195,8 @@ class BadSamples:
         """What has happened since the last call, for the console; a few lines, however many
         samples."""
         with self._lock:
-            news, self._news = self._news, []
+            news = self._news
+            self._news = []
             return news
 
     def _note(self, sample_id: int, reason: str, where: str) -> None:

@@ -32,7 +32,8 @@ class Suspects:
 
     def __init__(self, *, device: Device, device_id: int | None, threads: int) -> None:
         self._device = device
-        self._device_id, self._threads = device_id, threads
+        self._device_id = device_id
+        self._threads = threads
 
     def find(self, error: DecodeError, encoded: list[NDArray[np.uint8]]) -> dict[int, str]:
         """The rows of images that fail alone, and why; empty where all decode alone.
@@ -57,7 +58,8 @@ class Suspects:
             return bad
         rows = list(range(len(encoded)))
         # Pipelines of their own: the one that failed is void.
-        together, alone = self._pipeline(_GROUP), self._pipeline(1)
+        together = self._pipeline(_GROUP)
+        alone = self._pipeline(1)
         blameless = 0
         for start in range(0, len(rows), _GROUP):
             group = rows[start : start + _GROUP]

@@ -119,7 +119,8 @@ def _check(
 ) -> dict[Path, Quarantine]:
     """Check all tars; returns the entries for the list of each folder."""
     paths = tars.paths
-    report.shards, report.total_bytes = len(paths), sum(tars.sizes)
+    report.shards = len(paths)
+    report.total_bytes = sum(tars.sizes)
     promises = {
         path: count
         for folder in {path.parent for path in paths}
@@ -151,7 +152,9 @@ class _Meter:
     """Progress in bytes of the whole set, from any thread."""
 
     def __init__(self, progress: Progress | None, before: int, total: int) -> None:
-        self._progress, self._done, self._total = progress, before, total
+        self._progress = progress
+        self._done = before
+        self._total = total
         self._lock = threading.Lock()
 
     def add(self, item: Item) -> None:

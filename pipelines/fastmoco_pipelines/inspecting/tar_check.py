@@ -161,16 +161,17 @@ class TarCheck:
         return candidates
 
     def _judge(self, candidate: _Candidate, decoded: Decoded) -> None:
-        kind, reason = decoded.kind, decoded.reason
+        kind = decoded.kind
+        reason = decoded.reason
         if candidate.row is not None and self.index is not None and not kind:
             size = (
                 self.index.columns["height"][candidate.row],
                 self.index.columns["width"][candidate.row],
             )
             if decoded.shape != size:
-                kind, reason = (
-                    "wrong index",
-                    f"its header declares another size than the index, {size[1]}x{size[0]} pixels",
+                kind = "wrong index"
+                reason = (
+                    f"its header declares another size than the index, {size[1]}x{size[0]} pixels"
                 )
         if candidate.row is None and self.fits and not kind:
             kind = "not indexed"

@@ -150,7 +150,9 @@ def _index(
 ) -> IndexReport:
     found: dict[Path, list[dict[Source, RawLabel]]] = {}
     hashes: dict[Path, str] = {}
-    samples, skipped, failures = 0, [], []
+    samples = 0
+    skipped = []
+    failures = []
     lost: list[LostStretch] = []
     gone: list[tuple[str, int]] = []
     names = whole_names(tars)
@@ -168,7 +170,8 @@ def _index(
                 continue
             if isinstance(tars, RemoteTars):  # it is gone when the manifest is written
                 hashes[path] = hash_file(path)
-        found[path], held[path] = raw, index
+        found[path] = raw
+        held[path] = index
         if labelled := labelled or any(raw):
             for ready in list(held):  # right already where labels are numbers
                 _label(ready, held.pop(ready), number_labels([found[ready]], rule).labels[0])

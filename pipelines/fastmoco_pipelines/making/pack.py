@@ -276,7 +276,8 @@ def _chain(
 
 def _index_all(tars: Sequence[Path]) -> tuple[list[dict[str, Any]], list[ShardIndex]]:
     """Read every tar back, write its index, and describe it for the manifest."""
-    entries, indexes = [], []
+    entries = []
+    indexes = []
     for tar in tars:
         index = build_index(tar)
         write_index(tar, index)

@@ -71,7 +71,9 @@ def open_remote(pattern: str, cache: ShardCache | None, limits: Limits) -> Remot
     for folder, group in groupby(
         zip(urls, indexes, strict=True), key=lambda pair: beside(pair[0], "")
     ):
-        sets, checked, members = reader.sets(folder), reader.checksums(folder), list(group)
+        sets = reader.sets(folder)
+        checked = reader.checksums(folder)
+        members = list(group)
         samples = {shard_name(url): len(index) for url, index in members}
         # A pattern that spells the URLs out may leave some out; those of a whole folder are from
         # this manifest.
@@ -119,7 +121,8 @@ def fetch_lists(folders: Iterable[str], limits: Limits) -> tuple[Quarantine, lis
         RemoteError: naming the URL that cannot be read, or holds more than a list may, and the
             cause.
     """
-    found, problems = Quarantine(), []
+    found = Quarantine()
+    problems = []
     for folder in folders:
         url = beside(folder, QUARANTINE)
         try:
@@ -145,7 +148,8 @@ class SmallFiles:
     unchanged."""
 
     def __init__(self, cache: ShardCache | None, limits: Limits) -> None:
-        self._cache, self.limits = cache, limits
+        self._cache = cache
+        self.limits = limits
         self._sets: dict[str, dict[str, dict[str, Any]]] = {}
 
     def index(self, tar: str) -> ShardIndex:
@@ -193,7 +197,8 @@ class SmallFiles:
 
 def _expand(pattern: str, url: str, reader: SmallFiles) -> list[str]:
     """The shards that one URL without braces names."""
-    shown, path = redact(pattern), urlsplit(url).path
+    shown = redact(pattern)
+    path = urlsplit(url).path
     name = path.rpartition("/")[2]
     if name and not glob.has_magic(path):
         return [url]

@@ -181,7 +181,8 @@ class ShardCache:
         Raises:
             NoRoomError: if there is no room and none can be made.
         """
-        path, notes = str(self.folder / f"{key}.{size}.part"), str(self.folder / f"{key}.from")
+        path = str(self.folder / f"{key}.{size}.part")
+        notes = str(self.folder / f"{key}.from")
         try:
             with self._making_room():
                 if os.path.islink(path):  # not made by this program

@@ -33,9 +33,12 @@ class ObjectStore(Store):
     @contextmanager
     def open(self, request: Request) -> Iterator[Body]:
         """See `Store.open`. The deadline is kept by the caller, between two chunks."""
-        url, start, stop = request.url, request.start, request.stop
+        url = request.url
+        start = request.start
+        stop = request.stop
         files = file_system(url.partition("://")[0])
-        where, seconds = redact(url), request.limits.respond_seconds
+        where = redact(url)
+        seconds = request.limits.respond_seconds
         info = bounded(where, seconds, lambda: files.info(_path(url)))
         total = info.get("size")
         if info.get("type") == "directory" or not isinstance(total, int):

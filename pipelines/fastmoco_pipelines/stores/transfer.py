@@ -113,7 +113,8 @@ def fetch_document(
         with open_url(Request(url=url, known=known[0], limits=limits, deadline=deadline)) as body:
             if body.unchanged:
                 return known
-            pieces, length = [], 0
+            pieces = []
+            length = 0
             for chunk in body.chunks:
                 _require_going_on(url, stop, deadline)
                 pieces.append(chunk)

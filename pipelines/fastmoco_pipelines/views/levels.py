@@ -34,8 +34,8 @@ def normalise(view: Tensor, spec: ViewSpec, *, dtype: torch.dtype = torch.float3
         ValueError: for a view of another type or number of channels.
 
     Numerics: equal to the loader's float32 views to the bit, on every device. Two operations in
-    float32, each rounded: `exact` multiplies and adds, `dali` subtracts and multiplies, as DALI
-    does on a CPU. Where torch.compile fuses a product and a sum, the last bit may differ.
+        float32, each rounded: `exact` multiplies and adds, `dali` subtracts and multiplies, as DALI
+        does on a CPU. Where torch.compile fuses a product and a sum, the last bit may differ.
     Memory and cost: the result, written, read and written again.
     """
     if view.dtype != torch.uint8 or view.dim() != 4 or view.shape[1] != 3:

@@ -42,7 +42,8 @@ _KINDS: tuple[tuple[str, dict[str, object]], ...] = (
 def sample_jpegs() -> list[NDArray[np.uint8]]:
     """Eight small JPEGs, each [bytes] uint8, smooth as photographs are: grey and color, four
     samplings, baseline and progressive, odd sizes."""
-    rng, files = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    files = []
     for number, (mode, options) in enumerate(_KINDS):
         coarse = Image.fromarray(rng.integers(70, 186, (7, 9, 3), dtype=np.uint8))
         image = coarse.resize(
