@@ -116,7 +116,7 @@ def group_members(members: Iterable[TarMember]) -> TarContent:
     return content
 
 
-_BARE = "there is no image beside it"
+_BARE = "no image is beside it"
 
 
 def _name_fault(member: TarMember, key: str) -> tuple[str, str]:

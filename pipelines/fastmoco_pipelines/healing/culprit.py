@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import BadImageError, DecodeError, ImageRefusedError
-from fastmoco_pipelines.formats.images import check_decodes, structure_fault
+from fastmoco_pipelines.formats.images import check_decodes
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import Device, EvalSpec
 from fastmoco_pipelines.views.runtime import cause_of
@@ -49,13 +49,10 @@ class Suspects:
             DecodeError: `error` itself where none decodes though Pillow reads them all: the decoder
                 is at fault.
         """
-        bad = {
-            row: f"it cannot be decoded ({fault})"
-            for row, data in enumerate(encoded)
-            if (fault := _fault(data))
-        }
-        if bad:
-            return bad
+        if error.faults:  # the engine has looked at the structure of all
+            return {row: f"it cannot be decoded ({fault})" for row, fault in error.faults}
+
+        bad: dict[int, str] = {}
         rows = list(range(len(encoded)))
         # Pipelines of their own: the one that failed is void.
         together = self._pipeline(_GROUP)
@@ -123,10 +120,6 @@ def _refused(pipeline: EvalPipeline, encoded: list[NDArray[np.uint8]]) -> Decode
     except DecodeError as failure:
         return failure
     return None
-
-
-def _fault(data: NDArray[np.uint8]) -> str | None:
-    return structure_fault(data.tobytes())
 
 
 def _pillow_reason(data: NDArray[np.uint8]) -> str | None:

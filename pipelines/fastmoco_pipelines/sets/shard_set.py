@@ -284,7 +284,10 @@ class ShardSet:
         return np.frombuffer(data, dtype=np.uint8)
 
     def _problem(self, sample_id: int, data: bytes) -> str | None:
-        """What is wrong with the bytes of a sample."""
+        """What is wrong with the bytes of a sample: they must be those that were indexed.
+
+        A broken structure is not refused here: the engine does that, for all bytes that DALI gets.
+        """
         if zlib.crc32(data) != self._crc32[sample_id]:
             whole = len(data) == self._size[sample_id]
             what = "its bytes differ from the index (crc32)" if whole else "the tar ends inside it"

@@ -110,6 +110,8 @@ class Engine:
             count,
             f"holds 1 to {self._batch_size} images",
         )
+
+        # The one place that guarantees the structure of what DALI gets, from shards or elsewhere.
         faults = tuple(
             (row, fault)
             for row, image in enumerate(encoded)
