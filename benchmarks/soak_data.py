@@ -81,11 +81,11 @@ def _damage(tar: Path, row: int, offset: int, size: int, kind: str) -> None:
     tar.write_bytes(data)
     path = index_path(tar)
     content = json.loads(path.read_bytes())
-    content.pop("content_hash", None)
+    del content["content_hash"]
     content["tar_hash"] = tar_hash(tar)
     if kind != "changed":
         content["crc32"][row] = zlib.crc32(bytes(data[offset : offset + size]))
-    write_json(path, content)
+    write_json(path, content, sealed=True)
 
 
 class DroppingServer(ThreadingHTTPServer):

@@ -69,7 +69,7 @@ def config_of(options: dict[str, Any]) -> Config:
     return replace(
         config,
         model=model,
-        device="cuda" if device.type == "cuda" else "cpu",
+        device="gpu" if device.type == "cuda" else "cpu",
         global_batch_size=options["batch"] or config.global_batch_size,
         epochs=1e6,
         log_every_steps=10**6,

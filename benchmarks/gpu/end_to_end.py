@@ -59,7 +59,7 @@ def _run(folder: Path, dry: bool) -> int:
     base: Config = vit_nano8_e60_b256() if dry else vit_s16_e300_b1024()
     config = replace(
         base,
-        device="cpu" if dry else "cuda",
+        device="cpu" if dry else "gpu",
         threads=1 if dry else 14,
         global_batch_size=batch,
         epochs=steps / 2,

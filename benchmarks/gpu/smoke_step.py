@@ -29,7 +29,7 @@ def _config(place: Place, chunk: Literal["none"] | int, precision: Literal["fp32
     config = quickstart_digits()
     return replace(
         config,
-        device="cpu" if place.device.type == "cpu" else "cuda",
+        device="cpu" if place.device.type == "cpu" else "gpu",
         precision=precision,
         threads=1 if place.dry else 0,
         global_batch_size=16 if place.dry else 64,

@@ -20,7 +20,7 @@ from fastmoco.evaluation.knn import knn_accuracy
 from fastmoco.recipes import quickstart_digits
 from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
-from fastmoco_pipelines import build_eval_loader, pack_digits
+from fastmoco_pipelines import EvalLoaderSpec, build_eval_loader, pack_digits
 from fastmoco_pipelines.inspecting.preview import save_view_grid
 
 
@@ -91,7 +91,9 @@ def _raw_pixel_accuracy(config: Config) -> float:
     """kNN accuracy of raw pixels."""
 
     def read(shards: str) -> tuple[torch.Tensor, torch.Tensor]:
-        with build_eval_loader(shards, config.eval_spec(), batch_size=256, threads=setup.share_cores(config)) as loader:
+        threads = setup.share_cores(config)
+        spec = EvalLoaderSpec(shards=shards, image=config.eval_spec(), batch_size=256, threads=threads)
+        with build_eval_loader(spec) as loader:
             return raw_pixels(loader)
 
     bank, bank_labels = read(config.data.shards)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from fastmoco_pipelines.spec import require
+from fastmoco_pipelines.spec import Resume, require
 
 Architecture = Literal[
     "vit_small",
@@ -50,18 +50,18 @@ class ModelConfig:
     """Hidden width of projector and predictor."""
     attention: AttentionBackend = "auto"
     """Who computes attention: ``auto`` decides by device and precision, and the run says why; a name, or nothing starts."""
-    checkpointing: Recompute = "none"
+    checkpointing: Annotated[Recompute, Resume.FREE] = "none"
     """Activations computed again in the backward: ``selective`` layer norms and GELU, ``full`` whole blocks. Same gradients."""
-    linears: Linears = "native"
+    linears: Annotated[Linears, Resume.WITH_ALLOW] = "native"
     """Products of the blocks' linear layers: ``native`` in the run's precision; ``float8`` by torchao, for vit_large and wider
     on CUDA from capability 8.9 on, in bf16 and compiled. Another rounding, so another run."""
-    momentum_linears: Linears = "native"
+    momentum_linears: Annotated[Linears, Resume.WITH_ALLOW] = "native"
     """The same for the momentum encoder alone, which has no backward: ``float8`` by torch itself, for vit_small and wider. Not
     under fsdp or hsdp. Another rounding of the keys, so another run."""
-    compile: Literal["auto"] | bool = "auto"
+    compile: Annotated[Literal["auto"] | bool, Resume.FREE] = "auto"
     """Blocks through torch.compile: fewer and larger kernels, the same numbers to rounding, about a minute at the start.
     ``auto``: on CUDA, in bf16 and fp32."""
-    blocks: Blocks = "modules"
+    blocks: Annotated[Blocks, Resume.FREE] = "modules"
     """Encoder blocks as ``modules``, or ``fused``: forward and backward written by hand, not compiled, fewer bytes moved and
     kept, the same numbers to rounding."""
 

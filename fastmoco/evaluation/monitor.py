@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from fastmoco.evaluation.embed import embed, eval_mode
 from fastmoco.evaluation.interface import Monitor
 from fastmoco.evaluation.knn import knn_accuracy
 from fastmoco_pipelines import ShardSet, build_eval_loader
-from fastmoco_pipelines.spec import CacheSpec
+from fastmoco_pipelines.spec import CacheSpec, Device, EvalLoaderSpec
 
 
 class KnnMonitor(Monitor):
@@ -45,7 +45,7 @@ class KnnMonitor(Monitor):
         world: World,
         *,
         threads: int,
-        device: Literal["cpu", "gpu"],
+        device: Device,
         precision: str,
         quarantine_list: Path | None = None,
     ) -> None:
@@ -56,7 +56,7 @@ class KnnMonitor(Monitor):
         self.precision = precision
         self.quarantine_list = quarantine_list
         self.bank_shards = config.knn.train_shards or config.data.shards
-        _require_comparable(self.bank_shards, config.knn.test_shards, config.data.cache)
+        _require_comparable(self.bank_shards, config.knn.test_shards, config.data)
 
     def evaluate(self, encoder: nn.Module) -> Mapping[str, float]:
         """Share of held-out images that the encoder's class-token features classify right."""
@@ -69,18 +69,23 @@ class KnnMonitor(Monitor):
 
     def _embed(self, encoder: nn.Module, shards: str, limit: int) -> tuple[Tensor, Tensor]:
         """Features and labels of a set, in its own order, on all ranks: each embeds a part."""
-        loader = build_eval_loader(
-            shards,
-            self.config.eval_spec(),
+        data = self.config.data
+        spec = EvalLoaderSpec(
+            shards=shards,
+            image=self.config.eval_spec(),
             batch_size=256,
             device=self.device,
-            device_id=self.world.device.index if self.device == "gpu" else None,
             threads=self.threads,
+            limit=limit or None,
+            max_bad_share=data.max_bad_share,
+            cache_dir=data.cache_dir,
+            cache_size_gb=data.cache_size_gb,
+        )
+        loader = build_eval_loader(
+            spec,
             rank=self.world.rank,
             world_size=self.world.world_size,
-            limit=limit or None,
-            cache=self.config.data.cache,
-            max_bad_share=self.config.data.max_bad_share,
+            device_id=self.world.device.index if self.device == "gpu" else None,
             quarantine_list=self.quarantine_list,
         )
         if self.report is not None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy
 import torch
@@ -24,6 +24,7 @@ from fastmoco.optim.build import name_of
 from fastmoco_kernels.attention.choice import AttentionChoice
 from fastmoco_pipelines import Loader, LoaderSpec, SyntheticLoader, build_loader
 from fastmoco_pipelines.loading.memory import loader_bytes
+from fastmoco_pipelines.spec import Device
 from fastmoco_pipelines.views.runtime import dali_version
 
 
@@ -39,7 +40,7 @@ def share_cores(config: Config) -> int:
     return threads
 
 
-def data_device(config: Config, world: World) -> Literal["cpu", "gpu"]:
+def data_device(config: Config, world: World) -> Device:
     """Where DALI works: beside the model unless the config says otherwise."""
     if config.data.device == "auto":
         return "gpu" if world.device.type == "cuda" else "cpu"

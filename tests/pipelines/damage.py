@@ -46,11 +46,11 @@ def damage(folder: Path, sample_id: int, kind: str) -> str:
     tar.write_bytes(raw)
     path = index_path(tar)
     content = json.loads(path.read_bytes())
-    content.pop("content_hash", None)  # as written by an earlier version
+    del content["content_hash"]
     content["tar_hash"] = tar_hash(tar)
     if kind != "changed":
         content["crc32"][row] = zlib.crc32(bytes(raw[offset : offset + size]))
-    write_json(path, content)
+    write_json(path, content, sealed=True)
     return f"{tar.name}: {content['key'][row]}.{content['extension'][row]}"
 
 

@@ -101,7 +101,7 @@ GOOD: dict[str, bytes] = {
     "grey.jpg": encode(picture("L"), "JPEG"),
     "cmyk.jpg": CMYK,
     "progressive.jpg": encode(picture(), "JPEG", progressive=True),
-    "full_colour.jpg": encode(picture(), "JPEG", subsampling=0),
+    "full_color.jpg": encode(picture(), "JPEG", subsampling=0),
     "restarts.jpg": encode(picture(), "JPEG", restart_marker_blocks=2),
     "comment.jpg": encode(picture(), "JPEG", comment=b"words " * 2000),
     "trailing.jpg": JPEG + NOISE,
