@@ -155,7 +155,7 @@ def check_decodes(data: bytes) -> None:
     or with a wrong CRC.
 
     Raises:
-        ImageRefusedError: if a decoder would give up (truncated data, broken chunks).
+        ImageRefusedError: if a decoder would fail (truncated data, broken chunks).
     """
     kind = read_header(data).kind
     if kind == "png":

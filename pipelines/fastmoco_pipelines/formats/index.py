@@ -217,7 +217,7 @@ def parse_index(name: str, text: bytes) -> ShardIndex:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"{name}: is no valid JSON ({error}): {CURE}.") from error
+        raise ShardError(f"{name}: is not valid JSON ({error}): {CURE}.") from error
     index = _checked_index(name, content)
     if "content_hash" not in content:
         raise ShardError(
@@ -252,7 +252,9 @@ def _checked_index(name: str, content: Any) -> ShardIndex:
         if not good:
             raise ShardError(f"{name}: {what}: {CURE}.")
 
-    check(isinstance(content, dict) and content.get("format") == FORMAT, "is no index of fastmoco")
+    check(
+        isinstance(content, dict) and content.get("format") == FORMAT, "is not an index of fastmoco"
+    )
     check(
         content.get("version") == VERSION,
         f"has version {content.get('version')!r}, this fastmoco reads {VERSION}",

@@ -103,7 +103,7 @@ class NumberedLabels:
         source: where they come from, or None.
         labels: one list a tar, one label a sample, -1 = none.
         classes: class names by label; empty where the labels are numbers.
-        note: for people, where texts were passed over; else empty.
+        note: for people, if texts were skipped; else empty.
     """
 
     source: Source | None
@@ -173,7 +173,7 @@ def _number(member: TarMember, text: bytes) -> int:
 
 
 def _field(member: TarMember, text: bytes, rule: LabelRule) -> RawLabel:
-    """The label in a JSON object. What is not asked for by name may be anything."""
+    """The label in a JSON object. A source that was not given by name may hold anything."""
     try:
         content = json.loads(text) if len(text) <= _MAX_TEXT["json"] else None
     except (ValueError, RecursionError):

@@ -49,7 +49,7 @@ def parse_sets(where: str, text: bytes) -> dict[str, dict[str, Any]]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"{where}: is no valid JSON ({error}): pack the images again.") from error
+        raise ShardError(f"{where}: is not valid JSON ({error}): pack the images again.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return {}
     if content.get("version") != VERSION:

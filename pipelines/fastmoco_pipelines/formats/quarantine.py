@@ -208,7 +208,7 @@ def read_list(path: Path) -> tuple[Quarantine, str | None]:
             f"{path}: cannot be read ({error.strerror}); bad images will be found again",
         )
     broken = (
-        f"{path}: {read.broken} lines are no entries of a list and were passed over"
+        f"{path}: {read.broken} lines are not entries of a list and were skipped"
         if read.broken
         else None
     )

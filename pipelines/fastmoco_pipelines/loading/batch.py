@@ -110,15 +110,15 @@ class BatchStream(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what the stream holds. Batches already handed out stay valid."""
+        """Release what the stream holds. Batches that were delivered stay valid."""
 
     def figures(self) -> StageFigures:
         """Where the time has gone since the beginning; empty for a stream that costs nothing."""
         return StageFigures()
 
     def state_dict(self) -> dict[str, Any]:
-        """All there is to know to go on: `step` of the next batch, and what a resumed run must
-        agree on; JSON-able."""
+        """What a resumed run needs: `step` of the next batch, and what it must agree on;
+        JSON-able."""
         order = (
             {"shuffle_window": self.shuffle_window, "order_digest": self.order_digest}
             if self.order_digest

@@ -58,7 +58,7 @@ def build_loader(
         rank: this process, 0 to world_size - 1.
         world_size: processes that share each global batch equally.
         device_id: index of this process's GPU; needed for, and only for, `spec.device="gpu"`.
-        start_step: the step of the first batch: 0, or where a resumed run goes on.
+        start_step: the step of the first batch: 0, or that of a resumed run.
         quarantine_list: the run's own list of bad samples, read and added to; all ranks may share
             it. None: none is kept.
         pin_memory: whether batches made on the CPU are in pinned memory, which a GPU copies from
@@ -247,7 +247,7 @@ class Loader(BatchStream):
         return self._results.full() and not self._clock.busy
 
     def close(self) -> None:
-        """Stop the threads and close the files. Batches already handed out stay valid.
+        """Stop the threads and close the files. Batches that were delivered stay valid.
 
         A thread that hangs in a read is left running with its files: it is a daemon.
         """

@@ -94,8 +94,8 @@ class ShardWindows:
 
 
 def default_window(shard_bytes: int, cache_bytes: int) -> int:
-    """The window of a remote set where none is asked for: half of the cache, the other half is for
-    the next window.
+    """The default window of a remote set: half of the cache, as the other half is for the next
+    window.
 
     A function of the set and the configuration alone, not of this machine's disk: all ranks must
     agree.

@@ -1,7 +1,7 @@
 """The bytes of remote shards by (shard, offset, size), from copies in the shard cache.
 
-One thread at a time may use such an object, but for `cancel`: ShardSet sees to that, and checks the
-bytes.
+One thread at a time may use such an object, except for `cancel`: ShardSet ensures that, and checks
+the bytes.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def is_remote(pattern: str) -> bool:
     whole = pattern[match.end() :].startswith("//") and AUTHORITY.fullmatch(authority) is not None
     if not whole or not pattern.isascii() or not pattern.isprintable() or " " in pattern:
         raise ValueError(
-            f"shards={redact(pattern)!r}: is no whole URL, such as https://host/folder/train-000000.tar"
+            f"shards={redact(pattern)!r}: is not a complete URL, such as https://host/folder/train-000000.tar"
         )
     return True
 
@@ -142,8 +142,8 @@ def _expanded(pattern: str, text: str) -> Iterator[str]:
             and int(high) - int(low) < MAX_SHARDS
         ):
             raise ValueError(
-                f"shards={redact(pattern)!r}: {match.group(0)} is no rising range of numbers like "
-                f"{{000..127}}"
+                f"shards={redact(pattern)!r}: {match.group(0)} is not a rising range of numbers "
+                "like {000..127}"
             )
         width = max(len(low), len(high)) if low.startswith("0") or high.startswith("0") else 0
         parts: Iterable[str] = (f"{number:0{width}d}" for number in range(int(low), int(high) + 1))

@@ -138,7 +138,7 @@ def fetch_lists(folders: Iterable[str], limits: Limits) -> tuple[Quarantine, lis
         found.update(read)
         if read.broken:
             problems.append(
-                f"{redact(url)}: {read.broken} lines are no entries of a list and were passed over"
+                f"{redact(url)}: {read.broken} lines are not entries of a list and were skipped"
             )
     return found, problems
 

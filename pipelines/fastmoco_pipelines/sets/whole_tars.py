@@ -2,7 +2,7 @@
 them whole. Local tars are read in place. Those of a server come through the shard cache: each
 appears for its time under its own name in a folder of this machine, as a link to a copy that the
 cache keeps as long as it is open, beside its index and the folder's manifest. So one code checks
-both. The next tar is fetched meanwhile. Nothing is ever written to a server.
+both. The next tar is fetched at the same time. Nothing is ever written to a server.
 """
 
 from __future__ import annotations
@@ -298,5 +298,5 @@ def _safe_name(url: str) -> str:
     """A shard's file name, which a server must not be able to make a path of."""
     name = shard_name(url)
     if name in ("", ".", "..") or "/" in name or not name.isprintable():
-        raise ValueError(f"shards={redact(url)!r}: {name!a} is no file name of a shard")
+        raise ValueError(f"shards={redact(url)!r}: {name!a} is not a file name of a shard")
     return name

@@ -2,7 +2,7 @@
 
     KEY.tar         a whole, checked shard; a reader holds a shared lock, so that it is not evicted
     KEY.SIZE.part   a shard in transfer; its process holds the lock, released if that process dies
-    KEY.from        the validator of the .part, by which a broken download is taken up again
+    KEY.from        the validator of the .part, by which an interrupted download is continued
     KEY.doc         a small file (an index) with its validator and its own SHA-256
     lock            held for the moment in which room is made
 
@@ -78,7 +78,8 @@ class Part:
     def restart(self, validator: str) -> None:
         """Discard the bytes received, and start again with a file of this validator."""
         os.ftruncate(self.descriptor, 0)
-        # before the first byte is written: a note never speaks of another file's bytes
+        # Before the first byte is written, so that a note never belongs to the bytes of another
+        # file.
         remove(self._notes)
         if validator:
             with open(

@@ -212,11 +212,12 @@ class _State:
                 self.stop.wait(_POLL_SECONDS)
 
     def _others_end(self, number: int, until: float) -> bool:
-        """Wait for what is being fetched ahead, and takes up the room; False if nothing is."""
+        """Wait for the shards that are being fetched ahead, and take the room; False if there are
+        none."""
         with self._change:
             if not self._busy - {number}:
                 return False
-            self._urgent = True  # nothing more is fetched ahead meanwhile
+            self._urgent = True  # no further shard is fetched ahead until then
             try:
                 while self._busy - {number} and not self.stop.is_set() and time.monotonic() < until:
                     self._change.wait(_POLL_SECONDS)

@@ -1,5 +1,5 @@
 """Files from a server, whole and checked: retries with growing pauses, taken up again where a
-connection broke off.
+connection was lost.
 
 Nothing is believed because a connection ended well: the size comes from the index, the bytes are
 checked by the manifest's SHA-256, or else by every sample's crc32.
@@ -173,7 +173,8 @@ def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading
     when it is read, so only the damaged ones are lost.
 
     Raises:
-        RemoteError: naming the URL and the cause. What has come stays in `part`, to go on with.
+        RemoteError: naming the URL and the cause. The bytes received stay in `part`, to be
+            continued.
         OSError: if it cannot be written.
     """
     deadline = time.monotonic() + limits.deadline_seconds + shard.size / 1e6
