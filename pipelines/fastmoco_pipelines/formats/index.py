@@ -109,6 +109,7 @@ def scan_tar(
     except TarError as error:
         hint = "" if error.position is None else f" {SALVAGE}"
         raise ShardError(f"{error}{hint}") from error
+
     if damages and damages[0].position is None:
         raise ShardError(str(damages[0]))
     index = ShardIndex(
@@ -120,6 +121,8 @@ def scan_tar(
         columns={name: [] for name in COLUMNS},
         skipped=[*content.others, *(lost_entry(damage) for damage in damages)],
     )
+
+    # Every image that could be used by its name: its header, its labels, its checksum.
     found: list[dict[Source, RawLabel]] = []
     with open(tar, "rb") as file:
         for sample in content.samples:
@@ -143,6 +146,7 @@ def scan_tar(
             index.extensions.append(sample.extension)
             for name, value in zip(COLUMNS, row, strict=True):
                 index.columns[name].append(value)
+
     if not index.keys:
         reasons = (
             "; ".join(f"{member}: {reason}" for member, reason in index.skipped[:3])

@@ -94,8 +94,8 @@ def check_folders(folders: Iterable[FolderOfShards]) -> tuple[str, ...]:
                 if shard not in folder.samples and not folder.present(shard):
                     raise ShardError(
                         f"{shard}: is listed in {NAME} but missing in {folder.where}: copy it "
-                        "there too, or spell out "
-                        f"the shards to use, e.g. {name}-{{000000..000003}}.tar."
+                        "there too, or spell out the shards to use, e.g. "
+                        f"{name}-{{000000..000003}}.tar."
                     )
                 if shard in folder.samples and folder.samples[shard] != count:
                     raise ShardError(

@@ -100,6 +100,8 @@ def group_members(members: Iterable[TarMember]) -> TarContent:
         group = groups.setdefault(key, TarSample(key, member=member.name))
         last = key
         _file(group, member, extension, unusable, content)
+
+    # Keys without an image.
     for group in groups.values():
         if group.image is None:
             group.kind = group.kind or "missing image"
@@ -109,6 +111,7 @@ def group_members(members: Iterable[TarMember]) -> TarContent:
                 (name, "a label without an image" if name.endswith("cls") else _BARE)
                 for name in texts
             ]
+
     content.scattered = list(scattered)
     content.samples = [group for group in groups.values() if not group.kind]
     content.samples.sort(key=lambda group: group.image.offset if group.image else 0)

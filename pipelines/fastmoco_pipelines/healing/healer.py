@@ -152,8 +152,7 @@ class Healer:
             if places.attempts[row] >= MAX_ATTEMPTS:
                 raise ShardError(
                     f"step {places.step}: of {MAX_ATTEMPTS} images drawn to stand in for a bad "
-                    "one, none is good: run "
-                    "`fastmoco data check` on the shards"
+                    "one, none is good: run `fastmoco data check` on the shards"
                 )
             plan.advance(places, row)
 

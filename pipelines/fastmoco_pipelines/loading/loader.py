@@ -193,6 +193,8 @@ class Loader(BatchStream):
         if not self._stop.alive:
             raise RuntimeError("the loader is closed")
         self.begin()
+
+        # Wait for the batch, and report a long wait.
         start = time.perf_counter()
         queued = self._results.qsize()
         tell_at = _REPORT_SECONDS
@@ -211,6 +213,7 @@ class Loader(BatchStream):
                 if waited >= min(tell_at, self.spec.timeout_s):
                     tell_at *= 2
                     self._tell_of_waiting(waited)
+
         self.wait_seconds = time.perf_counter() - start
         self._clock.waited(self.wait_seconds, queued)
         for text in self._bad.news():
@@ -230,9 +233,9 @@ class Loader(BatchStream):
             self.report(f"waiting for the data of step {self._step} for {waited:.0f} s: {doing}")
             return
         self._failure = LoaderTimeoutError(
-            f"no data for step {self._step} within {waited:.0f} s: {doing}. "
-            "Check the disk or the server; the same command resumes from the last checkpoint. "
-            "If storage is only slow, raise --data.timeout-s."
+            f"no data for step {self._step} within {waited:.0f} s: {doing}. Check the disk or the "
+            "server; the same command resumes from the last checkpoint. If storage is only slow, "
+            "raise --data.timeout-s."
         )
         raise self._failure
 

@@ -124,8 +124,7 @@ class ShardCache:
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
             raise ValueError(
                 f"cache_dir={str(folder)!r}: must be a folder of your own that only you can write "
-                "to, and no link: "
-                f"chmod 700 it, or choose another"
+                "to, and no link: chmod 700 it, or choose another"
             )
         cache = cls(folder, spec.cache_bytes)
         entries = cache._entries()

@@ -149,8 +149,8 @@ def read_range(
             if body.start != offset:
                 raise RemoteError(
                     f"{redact(shard.url)}: its server ignores Range requests, and the shard cache "
-                    "cannot be used: "
-                    "make room for the cache, or give --data.cache-dir a folder that can be written"
+                    "cannot be used: make room for the cache, or give --data.cache-dir a folder "
+                    "that can be written"
                 )
             data = b""
             for chunk in body.chunks:

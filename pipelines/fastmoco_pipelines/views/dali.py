@@ -79,8 +79,8 @@ class ViewPipeline:
         if self._decoded and native_library() is None:
             warnings.warn(
                 "fastmoco was installed without a C compiler: views are cut by plain torch, ten "
-                "times as slowly. Install one and "
-                "fastmoco again, or take --data.view1.color dali --data.view2.color dali",
+                "times as slowly. Install one and fastmoco again, or take --data.view1.color dali "
+                "--data.view2.color dali",
                 RuntimeWarning,
                 stacklevel=2,
             )

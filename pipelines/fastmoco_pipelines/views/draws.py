@@ -216,6 +216,7 @@ def draw_views(
             int(sizes.min()),
             "an image is at least 1 pixel high and wide",
         )
+
     ids = sample_ids.astype(np.uint64)
     sizes64 = sizes.astype(np.int64)
     streams = np.full(count, view, dtype=np.uint64)
