@@ -1,12 +1,13 @@
-"""The rooms of each package, from the imports of its own code: floors, arrows, circles, and the size of its files.
+"""The rooms of each package, from the imports of its own code: floors, arrows,
+circles, and the size of its files.
 
     python -m benchmarks.house             the table
     python -m benchmarks.house --arrows    with every import between two rooms
 
-A room is a folder or a module directly in a package. An arrow is that some module of one room imports
-a module of another, also inside of a function or for type checking. The floor of a room is one more
-than the highest floor that it imports. Imports of the package itself do not count: its `__init__`
-exports what the rooms define.
+A room is a folder or a module directly in a package. There is an arrow if a module of one room
+imports a module of another, also inside a function or for type checking. The floor of a room is one
+more than the highest floor that it imports. Imports of the package itself do not count: its
+`__init__` exports what the rooms define.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ WIDE = 100
 
 @dataclass(frozen=True, slots=True)
 class House:
-    """What the imports of a package say.
+    """Rooms and imports of a package.
 
     Attributes:
         floors: room -> its floor, from 1.
-        arrows: (room, imported room) -> the imports behind it, as "module -> module".
+        arrows: (room, imported room) -> its imports, as "module -> module".
         circles: rooms that import each other, one tuple for each circle found.
     """
 
@@ -53,7 +54,7 @@ def survey(package: str, folder: Path) -> House:
 
     Args:
         package: import name.
-        folder: where its files are.
+        folder: of its files.
     """
     modules = {_name(package, folder, path): path for path in sorted(folder.rglob("*.py"))}
     rooms = {_room(name) for name in modules}
@@ -82,7 +83,9 @@ def survey(package: str, folder: Path) -> House:
 
 
 def share_of_wide_lines(folder: Path) -> tuple[int, float]:
-    """Lines of the Python files of a folder, and the share of them that exceed `WIDE` characters."""
+    """Lines of the Python files of a folder, and the share of them that
+    exceed `WIDE` characters.
+    """
     lines = [line for path in folder.rglob("*.py") for line in path.read_text().splitlines()]
     return len(lines), sum(len(line) > WIDE for line in lines) / len(lines)
 
@@ -97,7 +100,7 @@ def _room(name: str) -> str:
 
 
 def _imports(tree: ast.AST, package: str, modules: dict[str, Path]) -> Iterator[str]:
-    """The modules of a package that some code imports, wherever the import is written."""
+    """The modules of a package that some code imports, anywhere in the file."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
             for alias in node.names:

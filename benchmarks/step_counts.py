@@ -1,7 +1,8 @@
-"""What the pieces of a training step cost, eager and compiled, counted on fake tensors: no GPU, no data, seconds.
+"""Costs of the pieces of a training step, eager and compiled, counted on fake
+tensors without GPU and data.
 
-The step is whatever the objective's blocks do. Eager operations are counted one by one (`op_counts`); where blocks are
-compiled, the graphs that Dynamo and AOT autograd make of them are counted by a model of fusion (`fusion`).
+Eager operations are counted one by one (`op_counts`). If blocks are compiled, a model of fusion
+(`fusion`) counts the graphs that Dynamo and AOT autograd make of them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fastmoco_kernels.residual_norm import op as residual_norm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCounts:
-    """What the pieces of a step cost; the first four are those of one chunk."""
+    """Costs of the pieces of a step; the first four are for one chunk."""
 
     chunk: int
     first: Counts
@@ -47,7 +48,7 @@ class StepCounts:
     backward: Counts
     """Backward of the query trunk."""
     heads: Counts
-    """Heads and loss on the whole batch, forward and backward, and the optimizer's sweep."""
+    """Heads and loss on the whole batch, forward and backward, and the optimizer."""
 
     def step(self, chunks: float, kept: float) -> Counts:
         """A whole step of some chunks, of which `kept` are computed once."""
@@ -57,7 +58,7 @@ class StepCounts:
         return whole
 
     def trunk(self, chunks: float) -> Counts:
-        """Both trunks and the backward of so many chunks, once."""
+        """Both trunks and the backward of the given number of chunks, once."""
         found = Counts()
         for part in (self.query, self.keys, self.backward):
             found.merge(part, chunks)
@@ -80,7 +81,9 @@ class CountingBackend:
 
     @contextmanager
     def instead(self) -> Iterator[None]:
-        """In here `torch.compile` and inductor, also where it is called by another backend, are this one."""
+        """Replace `torch.compile` and inductor by this backend, also in calls
+        from other backends.
+        """
         with (
             mock.patch.object(torch, "compile", self.compile),
             mock.patch.object(compile_fx, "compile_fx", self._backend),
@@ -88,7 +91,7 @@ class CountingBackend:
             yield
 
     def compile(self, function: Callable[..., Any], **options: Any) -> Any:
-        """In place of `torch.compile`."""
+        """Replaces `torch.compile`."""
         kept = {name: options[name] for name in ("dynamic", "fullgraph") if name in options}
         given = options.get("backend", "inductor")
         compiled = _compile(function, backend=self._backend if given == "inductor" else given, **kept)
@@ -96,7 +99,7 @@ class CountingBackend:
         def call(*arguments: Any, **named: Any) -> Any:
             if self.counter is None:
                 return compiled(*arguments, **named)
-            with self.counter.off():  # Dynamo passes by under a dispatch mode
+            with self.counter.off():  # Dynamo does nothing under a dispatch mode
                 return compiled(*arguments, **named)
 
         return call
@@ -120,26 +123,33 @@ _compile = torch.compile
 
 
 def count_step(
-    config: Config, *, chunk: int, compiled: bool, budget: float = 1.0, views: torch.dtype = torch.float32
+    config: Config,
+    *,
+    chunk: int,
+    compiled: bool,
+    budget: float = 1.0,
+    views: torch.dtype = torch.float32,
 ) -> StepCounts:
     """Count the pieces of a step.
 
     Args:
-        config: model, heads and batch are read.
-        chunk: images that pass the trunk together.
+        config: its model, heads and batch are used.
+        chunk: images of a micro-batch.
         compiled: whether blocks go through torch.compile.
         budget: share of the activations that compiled blocks keep for their backward.
-        views: dtype in which views come.
+        views: dtype of the views.
     """
     torch._dynamo.reset()
     blocks, found = CountingBackend(), {}
-    # Fused blocks are those of a GPU, and so is the norm of the last block, whose class row is no fused block.
+    # Fused blocks and the norm of the last block, whose class row is not fused, as on a GPU.
     kernels = mock.patch.object(residual_norm, "triton_is_default", return_value=config.model.blocks == "fused")
-    fused, half = config.model.blocks == "fused", config.precision in ("auto", "bf16")
-    # Beside fused blocks a run compiles what they do not cover: levels to numbers, and a momentum encoder in float8.
+    fused = config.model.blocks == "fused"
+    bf16 = config.precision in ("auto", "bf16")
+    # With fused blocks a run compiles the rest: conversion of uint8 views, and
+    # a momentum encoder in float8.
     graphs = compiled or (fused and views == torch.uint8)
     with blocks.instead() if graphs else nullcontext(), kernels, FakeTensorMode():
-        prepare = view_preparation((config.data.view1, config.data.view2), "bf16" if half else "fp32", compiled=graphs)
+        prepare = view_preparation((config.data.view1, config.data.view2), "bf16" if bf16 else "fp32", compiled=graphs)
         objective = build_model(config)
         for module in objective.modules():
             if isinstance(module, Attention):
@@ -151,8 +161,10 @@ def count_step(
                 if float8_layers(network):
                     compile_blocks(network)
         for rehearsal in (True, True, False) if graphs else (False,):
-            # The first round compiles: what that runs is no part of a step. The second is what the last must run.
-            calls, blocks.calls = blocks.calls, 0
+            # The first round compiles, which is no part of a step. The second
+            # is measured, like the last.
+            calls = blocks.calls
+            blocks.calls = 0
             found = _count_pieces(config, objective, chunk, views, prepare, None if rehearsal else blocks)
         if graphs and (blocks.calls != calls or not calls):
             raise RuntimeError(f"{blocks.calls} compiled graphs ran where {calls} had been compiled: counted nothing")

@@ -1,4 +1,4 @@
-"""Which test files gate the rows of which op."""
+"""The test files that gate the rows of each op."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ TESTS_OF = {
         "tests/kernels/test_attention_choice.py",
         "tests/kernels/test_other_kernels.py",
     ),
-    "ema": ("tests/kernels/test_ema.py", "tests/kernels/test_ema_triton.py", "tests/kernels/test_tensors.py"),
+    "ema": (
+        "tests/kernels/test_ema.py",
+        "tests/kernels/test_ema_triton.py",
+        "tests/kernels/test_tensors.py",
+    ),
     "adamw_ema": (
         "tests/kernels/test_adamw_ema.py",
         "tests/kernels/test_adamw_ema_optimizer.py",
@@ -38,6 +42,7 @@ TESTS_OF = {
     "tuning": ("tests/kernels/test_tuning.py",),
     "step": ("tests/fastmoco/*/*_gpu.py",),
 }
-"""The tests of each op, as patterns: rows of an op are timed where these passed, whatever others did."""
+"""The tests of each op, as patterns: rows of an op are timed if these passed,
+independently of others."""
 QUICK_TEST = ("tests/kernels/test_tensors.py",)
-"""What the dry run takes instead."""
+"""Tests for the dry run."""

@@ -66,6 +66,8 @@ def restore_optimizer(
         if entry.startswith("optimizer."):
             name, _, key = entry.removeprefix("optimizer.").rpartition(".")
             saved.setdefault(name, {})[key] = tensor
+
+    # Every parameter of the optimizer needs a state, and every state a parameter.
     held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     named = {name: p for name, p in named_parameters if id(p) in held}
     if saved.keys() != named.keys() and saved:
@@ -75,6 +77,8 @@ def restore_optimizer(
             f"without parameter {sorted(saved.keys() - named.keys())[:5]}; was the model changed "
             "since the save?"
         )
+
+    # Copy to the devices on which the optimizer expects its state.
     restored: dict[Tensor, dict[str, Tensor]] = {}
     for name, entries in saved.items():
         parameter = named[name]

@@ -3,90 +3,91 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import Positional
 
-from fastmoco.cli.data import CacheArguments, progress_bar
+from fastmoco.cli.data import CACHE, progress_bar
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, one_line
+from fastmoco_pipelines.spec import CacheSpec
 
 if TYPE_CHECKING:
     from fastmoco_pipelines.inspecting.report import CheckReport
     from fastmoco_pipelines.inspecting.stats import ShardStats
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckArguments(CacheArguments):
-    """Read and decode every image, report every fault, and list unusable images in quarantine.jsonl
-    next to the tars. Loaders skip the images of that list. Tars and servers are never changed. Exit
-    code 0: no fault, 1: faults found, 2: refused."""
+def check(
+    shards: Positional[str],
+    *,
+    json: Path | None = None,
+    quarantine: bool = True,
+    quarantine_out: Path | None = None,
+    workers: int | None = None,
+    show: int = 20,
+    seconds_per_image: float = 30.0,
+    cache: Annotated[CacheSpec, tyro.conf.arg(name="")] = CACHE,
+) -> int:
+    """Read and decode every image, report every fault, and list unusable images in quarantine.jsonl.
 
-    shards: Positional[str]
-    """A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or gs://."""
-    json: Path | None = None
-    """Write the whole report here as JSON."""
-    quarantine: bool = True
-    """Write quarantine.jsonl."""
-    quarantine_out: Path | None = None
-    """For shards on a server: folder for that list, named
-    quarantine-PLACE.jsonl; default the current folder."""
-    workers: int | None = None
-    """Decoding processes; default one per core."""
-    show: int = 20
-    """Number of faults, and of notes, to print; the JSON report contains all."""
-    seconds_per_image: float = 30.0
-    """Longest time for decoding one image."""
+    The list is written next to the tars; loaders skip the images in it. Tars and servers are never
+    changed. Exit code 0: no fault, 1: faults found, 2: refused.
 
-
-@dataclass(frozen=True, kw_only=True)
-class StatsArguments(CacheArguments):
-    """Sizes, formats, classes, bytes and aspect ratios of a set, as a table and
-    a picture. Reads only the indexes.
+    Args:
+        shards: A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or gs://.
+        json: Write the whole report here as JSON.
+        quarantine: Write quarantine.jsonl.
+        quarantine_out: For shards on a server: folder for that list, named quarantine-PLACE.jsonl;
+            default the current folder.
+        workers: Decoding processes; default one per core.
+        show: Number of faults, and of notes, to print; the JSON report contains all.
+        seconds_per_image: Longest time for decoding one image.
+        cache: Where shards of a server are kept.
     """
-
-    shards: Positional[str]
-    """A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or gs://."""
-    out: Path | None = None
-    """Draw a picture too, e.g. stats.png; needs matplotlib."""
-
-
-def check(args: list[str]) -> int:
-    """Decode every image, report every fault, write the quarantine list."""
-    options = tyro.cli(CheckArguments, prog="fastmoco data check", args=args)
     from fastmoco_pipelines.inspecting.check import check_shards
     from fastmoco_pipelines.inspecting.decode_pool import ChildLimits
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
         with progress_bar("checking", unit="bytes") as advance:
             report = check_shards(
-                options.shards,
-                workers=options.workers,
-                quarantine=options.quarantine,
+                shards,
+                workers=workers,
+                quarantine=quarantine,
                 progress=advance,
-                limits=ChildLimits(seconds=options.seconds_per_image),
-                cache=options.cache,
-                remote_lists=options.quarantine_out,
+                limits=ChildLimits(seconds=seconds_per_image),
+                cache=cache,
+                remote_lists=quarantine_out,
             )
-        if options.json is not None:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            report.write(options.json)
-        _print_report(report, options.show)
+        if json is not None:
+            json.parent.mkdir(parents=True, exist_ok=True)
+            report.write(json)
+        _print_report(report, show)
     return EXIT_FAILED if report.faults else EXIT_FINISHED
 
 
-def stats(args: list[str]) -> int:
-    """Sizes, formats, classes, bytes and aspect ratios, as a table and a picture."""
-    options = tyro.cli(StatsArguments, prog="fastmoco data stats", args=args)
+def stats(
+    shards: Positional[str],
+    *,
+    out: Path | None = None,
+    cache: Annotated[CacheSpec, tyro.conf.arg(name="")] = CACHE,
+) -> int:
+    """Sizes, formats, classes, bytes and aspect ratios of a set, as a table and a picture.
+
+    Reads only the indexes.
+
+    Args:
+        shards: A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or gs://.
+        out: Draw a picture too, e.g. stats.png; needs matplotlib.
+        cache: Where shards of a server are kept.
+    """
     from fastmoco_pipelines.inspecting.stats import draw_stats, measure_shards
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
-        measured = measure_shards(options.shards, cache=options.cache)
+        measured = measure_shards(shards, cache=cache)
         _print_stats(measured)
-        if options.out is not None:
-            print(f"wrote {draw_stats(measured, options.out)}")
+        if out is not None:
+            print(f"wrote {draw_stats(measured, out)}")
     return EXIT_FINISHED
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -14,76 +14,20 @@ from tyro.conf import Positional
 from fastmoco.errors import EXIT_REFUSED, one_line
 from fastmoco_pipelines.spec import CacheSpec, ViewSpec, moco_v3_views
 
-
-@dataclass(frozen=True, kw_only=True)
-class PackArguments:
-    """Pack a folder of images into shuffled WebDataset shards, each with an
-    index, and a manifest.
-    """
-
-    src: Positional[Path]
-    """Folder of class folders, whose names become the labels, or of images without labels."""
-    out: Positional[Path]
-    """Folder for the shards."""
-    prefix: str = "train"
-    """Shards are named PREFIX-000000.tar and so on."""
-    max_side: int | None = None
-    """Shrink images whose longer side exceeds this many pixels. Decoding takes most of the time of
-    loading; 512 is a good value for photographs and views of 224 pixels."""
-    quality: int = 92
-    """JPEG quality of images that are shrunk."""
-    shard_size: int = 256
-    """Largest size of a shard, in MB."""
-    seed: int = 0
-    """Seed of the shuffle."""
-    overwrite: bool = False
-    """Replace shards of the same prefix."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheArguments:
-    """The cache for shards on a server."""
-
-    cache_dir: str = ""
-    """Folder for copies of shards on a server; empty: fastmoco/shards in your cache folder."""
-    cache_size_gb: float = 100
-    """Largest size of that folder in 10^9 bytes; a fifth of the free disk always stays free."""
-
-    @property
-    def cache(self) -> CacheSpec:
-        """The same as an argument for the pipelines."""
-        return CacheSpec(folder=self.cache_dir, size_gb=self.cache_size_gb)
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexArguments(CacheArguments):
-    """Write the index next to existing shards of any origin, with members KEY.jpg, .jpeg, .png or
-    .webp and KEY.cls, .json or .txt. Class names are numbered in sorted order over all given shards
-    and stored in manifest.json."""
-
-    shards: Positional[str]
-    """A path, glob, brace pattern or folder; or URLs, with --out."""
-    labels: Literal["auto", "cls", "json", "txt", "none"] = "auto"
-    """Members that contain the labels, numbers or class names; auto: the first
-    of cls, json and txt that the set has."""
-    label_field: str | None = None
-    """Field of the .json that contains the label (default: label); selects json."""
-    salvage: bool = False
-    """Index the readable samples of damaged tars, and list every lost range of bytes."""
-    out: Path | None = None
-    """For shards on a server: folder for the indexes, which you then copy next to the shards."""
+CACHE = CacheSpec()
+"""The default cache of shards from a server."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewsArguments:
-    """Draw a grid of view pairs, made by the pipeline that training uses."""
+    """Draw a grid of images and their views, made by the pipeline that training uses."""
 
     shards: Positional[str]
     """A path, glob, brace pattern or folder."""
     out: Path = Path("views.png")
     """The picture."""
     rows: int = 8
-    """Rows of the picture, with two images each."""
+    """Rows of the picture; each shows two images, or one where there are more than three views."""
     seed: int = 0
     """Seed of the choice of images and of the draws."""
     parameters: bool = True
@@ -95,38 +39,47 @@ class ViewsArguments:
     """The first view; its fields override the recipe's."""
     view2: ViewSpec
     """The second view."""
+    more_views: tuple[ViewSpec, ...] = ()
+    """Further groups of views of the recipe."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleArguments:
-    """Write a small real data set that a library contains: the 8x8 handwritten
-    digits of scikit-learn.
+def pack(
+    src: Positional[Path],
+    out: Positional[Path],
+    *,
+    prefix: str = "train",
+    max_side: int | None = None,
+    quality: int = 92,
+    shard_size: int = 256,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> int:
+    """Pack a folder of images into shuffled WebDataset shards, each with an index, and a manifest.
+
+    Args:
+        src: Folder of class folders, whose names become the labels, or of images without labels.
+        out: Folder for the shards.
+        prefix: Shards are named PREFIX-000000.tar and so on.
+        max_side: Shrink images whose longer side exceeds this many pixels. Decoding takes most of the time of
+            loading; 512 is a good value for photographs and views of 224 pixels.
+        quality: JPEG quality of images that are shrunk.
+        shard_size: Largest size of a shard, in MB.
+        seed: Seed of the shuffle.
+        overwrite: Replace shards of the same prefix.
     """
-
-    name: Positional[Literal["digits"]]
-    """Name of the set."""
-    out: Positional[Path]
-    """Folder for the shards train-*.tar and test-*.tar."""
-    seed: int = 0
-    """Seed of the split and of the shuffle."""
-
-
-def pack(args: list[str]) -> int:
-    """Pack a folder of images into WebDataset shards."""
-    options = tyro.cli(PackArguments, prog="fastmoco data pack", args=args)
     from fastmoco_pipelines import pack_folder
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
         with progress_bar("packing") as advance:
             report = pack_folder(
-                options.src,
-                options.out,
-                prefix=options.prefix,
-                max_side=options.max_side,
-                quality=options.quality,
-                shard_size_mb=options.shard_size,
-                seed=options.seed,
-                overwrite=options.overwrite,
+                src,
+                out,
+                prefix=prefix,
+                max_side=max_side,
+                quality=quality,
+                shard_size_mb=shard_size,
+                seed=seed,
+                overwrite=overwrite,
                 progress=advance,
             )
         for name, reason in report.skipped[:20]:
@@ -143,32 +96,52 @@ def pack(args: list[str]) -> int:
     return 0
 
 
-def index(args: list[str]) -> int:
-    """Write the index next to existing shards."""
-    options = tyro.cli(IndexArguments, prog="fastmoco data index", args=args)
+def index(
+    shards: Positional[str],
+    *,
+    labels: Literal["auto", "cls", "json", "txt", "none"] = "auto",
+    label_field: str | None = None,
+    salvage: bool = False,
+    out: Path | None = None,
+    cache: Annotated[CacheSpec, tyro.conf.arg(name="")] = CACHE,
+) -> int:
+    """Write the index next to existing shards of any origin.
+
+    Their members are KEY.jpg, .jpeg, .png or .webp and KEY.cls, .json or .txt. Class names are numbered in sorted order
+    over all given shards and stored in manifest.json.
+
+    Args:
+        shards: A path, glob, brace pattern or folder; or URLs, with --out.
+        labels: Members that contain the labels, numbers or class names; auto: the first of cls, json and txt that the
+            set has.
+        label_field: Field of the .json that contains the label (default: label); selects json.
+        salvage: Index the readable samples of damaged tars, and list every lost range of bytes.
+        out: For shards on a server: folder for the indexes, which you then copy next to the shards.
+        cache: Where shards of a server are kept.
+    """
     from fastmoco_pipelines import index_shards
     from fastmoco_pipelines.formats.labels import LabelRule
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
-        if options.label_field is not None and options.labels not in ("auto", "json"):
-            raise ValueError(
-                f"labels={options.labels!r}: label_field={options.label_field!r} is a field of .json members"
-            )
-        source = options.labels if options.label_field is None else "json"
+        if label_field is not None and labels not in ("auto", "json"):
+            raise ValueError(f"labels={labels!r}: label_field={label_field!r} is a field of .json members")
+        source = labels if label_field is None else "json"
         with progress_bar("indexing") as advance:
-            rule = LabelRule(source=source, field=options.label_field or "label")
+            rule = LabelRule(source=source, field=label_field or "label")
             report = index_shards(
-                options.shards,
+                shards,
                 progress=advance,
                 rule=rule,
-                salvage=options.salvage,
-                out=options.out,
-                cache=options.cache,
+                salvage=salvage,
+                out=out,
+                cache=cache,
             )
+
+        # Summary.
         print(f"{report.samples} images in {report.shards} shards indexed, {len(report.skipped)} members skipped")
         named = f", {len(report.classes)} class names" if report.classes else ""
-        labels = f"labels of {report.labelled} from .{report.labels}{named}" if report.labels else "no labels"
-        print(labels + (f" ({report.note})" if report.note else ""))
+        found = f"labels of {report.labelled} from .{report.labels}{named}" if report.labels else "no labels"
+        print(found + (f" ({report.note})" if report.note else ""))
         for tar, member, reason in report.skipped[:20]:
             print(f"skipped {tar}: {member}: {reason}")
         if len(report.skipped) > 20:
@@ -192,15 +165,18 @@ def views(args: list[str]) -> int:
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
         view1, view2 = moco_v3_views()
+        more: tuple[ViewSpec, ...] = ()
         words = [part for word in args for part in word.split("=", 1)]
         if "--recipe" in words[:-1]:
             data = get_recipe(words[words.index("--recipe") + 1]).data
-            view1, view2 = data.view1, data.view2
-        default: Any = ViewsArguments(shards=tyro.MISSING, view1=view1, view2=view2)
+            view1, view2, *rest = data.views
+            more = tuple(rest)
+        missing: Any = tyro.MISSING
+        default = ViewsArguments(shards=missing, view1=view1, view2=view2, more_views=more)
         options = tyro.cli(ViewsArguments, prog="fastmoco data views", args=args, default=default)
         path = save_view_grid(
             options.shards,
-            (options.view1, options.view2),
+            (options.view1, options.view2, *options.more_views),
             options.out,
             rows=options.rows,
             seed=options.seed,
@@ -210,13 +186,19 @@ def views(args: list[str]) -> int:
     return 0
 
 
-def sample(args: list[str]) -> int:
-    """Write a small real data set as shards."""
-    options = tyro.cli(SampleArguments, prog="fastmoco data sample", args=args)
+def sample(name: Positional[Literal["digits"]], out: Positional[Path], *, seed: int = 0) -> int:
+    """Write a small real data set that a library contains: the 8x8 handwritten digits of scikit-learn.
+
+    Args:
+        name: Name of the set.
+        out: Folder for the shards train-*.tar and test-*.tar.
+        seed: Seed of the split and of the shuffle.
+    """
+    del name  # there is one
     from fastmoco_pipelines import pack_digits
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
-        train, test = pack_digits(options.out, seed=options.seed)
+        train, test = pack_digits(out, seed=seed)
         print(f"train: {train}\ntest:  {test}")
     return 0
 

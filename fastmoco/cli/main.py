@@ -5,6 +5,7 @@ until they are needed.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
 import sys
@@ -55,32 +56,6 @@ class ConfigArguments:
 P = TypeVar("P", TrainArguments, ConfigArguments, PlanArguments)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalKnnArguments:
-    """kNN accuracy of a run's encoder (k = 20, temperature 0.07, cosine) on labelled shards."""
-
-    run: Positional[Path]
-    """Folder of the run, as given to `fastmoco train --out`."""
-    train: str
-    """Labelled shards for the neighbours."""
-    test: str
-    """Labelled shards to classify."""
-    k: int = 20
-    """Number of neighbours."""
-    temperature: float = 0.07
-    """The weight of a neighbour is exp(cosine / temperature)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuickstartArguments:
-    """Pack handwritten digits, train a tiny ViT on them for a few minutes, and
-    report its kNN accuracy.
-    """
-
-    out: Path = Path("quickstart")
-    """Folder for shards, run and pictures."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -109,17 +84,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "recipes": _recipes,
         "print-config": _print_config,
         "plan": _plan,
-        "data pack": cli_data.pack,
-        "data index": cli_data.index,
-        "data check": cli_check.check,
-        "data stats": cli_check.stats,
+        "data pack": _parsed("data pack", cli_data.pack),
+        "data index": _parsed("data index", cli_data.index),
+        "data check": _parsed("data check", cli_check.check),
+        "data stats": _parsed("data stats", cli_check.stats),
         "data views": cli_data.views,
-        "data sample": cli_data.sample,
-        "checkpoint verify": cli_checkpoint.verify,
-        "checkpoint list": cli_checkpoint.list_all,
-        "checkpoint consolidate": cli_checkpoint.consolidate,
-        "eval knn": _eval_knn,
-        "quickstart": _quickstart,
+        "data sample": _parsed("data sample", cli_data.sample),
+        "checkpoint verify": _parsed("checkpoint verify", cli_checkpoint.verify),
+        "checkpoint list": _parsed("checkpoint list", cli_checkpoint.list_all),
+        "checkpoint consolidate": _parsed("checkpoint consolidate", cli_checkpoint.consolidate),
+        "eval knn": _parsed("eval knn", _eval_knn),
+        "quickstart": _parsed("quickstart", _quickstart),
     }
     if not args or args[0] in ("-h", "--help"):
         print(_usage(verbs))
@@ -149,6 +124,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     hint = f"did you mean {' or '.join(near)}?" if near else "see fastmoco --help"
     say(f"unknown command {wanted!r}; {hint}")
     return EXIT_REFUSED
+
+
+def _parsed(name: str, function: Callable[..., int]) -> Callable[[list[str]], int]:
+    """A verb whose arguments are those of a function, read from its signature and its docstring."""
+
+    @functools.wraps(function)
+    def bound(*values: Any, **named: Any) -> Callable[[], int]:
+        return functools.partial(function, *values, **named)
+
+    def verb(args: list[str]) -> int:
+        with one_line(EXIT_REFUSED, ValueError):  # of rules that a group of arguments checks itself
+            call = tyro.cli(bound, prog=f"fastmoco {name}", args=args)
+        return call()
+
+    verb.__doc__ = function.__doc__
+    return verb
 
 
 def _usage(verbs: dict[str, Callable[[list[str]], int]]) -> str:
@@ -245,18 +236,28 @@ def _without_gpus(args: list[str]) -> list[str]:
     return [word for word in kept if not word.startswith("--gpus=")]
 
 
-def _eval_knn(args: list[str]) -> int:
-    """kNN accuracy of a run's encoder on labelled shards."""
-    parsed = tyro.cli(EvalKnnArguments, prog="fastmoco eval knn", args=args)
+def _eval_knn(run: Positional[Path], *, train: str, test: str, k: int = 20, temperature: float = 0.07) -> int:
+    """kNN accuracy of a run's encoder (k = 20, temperature 0.07, cosine) on labelled shards.
+
+    Args:
+        run: Folder of the run, as given to `fastmoco train --out`.
+        train: Labelled shards for the neighbours.
+        test: Labelled shards to classify.
+        k: Number of neighbours.
+        temperature: The weight of a neighbour is exp(cosine / temperature).
+    """
     from fastmoco.cli.train import eval_knn
 
-    return eval_knn(parsed.run, parsed.train, parsed.test, k=parsed.k, temperature=parsed.temperature)
+    return eval_knn(run, train, test, k=k, temperature=temperature)
 
 
-def _quickstart(args: list[str]) -> int:
-    """Train on handwritten digits for a few minutes; no data needed."""
-    parsed = tyro.cli(QuickstartArguments, prog="fastmoco quickstart", args=args)
+def _quickstart(out: Path = Path("quickstart")) -> int:
+    """Pack handwritten digits, train a tiny ViT on them for a few minutes, and report its kNN accuracy.
+
+    Args:
+        out: Folder for shards, run and pictures.
+    """
     from fastmoco.cli.quickstart import quickstart
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
-        return quickstart(parsed.out)
+        return quickstart(out)

@@ -82,6 +82,7 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
 
     if gpus < 1 or config.global_batch_size % gpus:
         raise ValueError(f"gpus={gpus}: must divide global_batch_size={config.global_batch_size}")
+
     # Every current GPU has bf16 products; for a CPU, ask this machine.
     on_cpu = config.device == "cpu"
     precision = (
@@ -90,11 +91,15 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
     levels = config.data.view_dtype == "uint8" or (config.data.view_dtype == "auto" and not on_cpu)
     automatic = config.model.compile == "auto" and not on_cpu and precision != "fp64"
     compiled = (config.model.compile is True or automatic) and config.model.blocks != "fused"
+
+    # Costs, and the memory that is left for a step.
     by_setting = _costs(config, precision, on_cpu=on_cpu, compiled=compiled, levels=levels)
     plain = next(iter(by_setting["none"].values()))
     shared = _shared_by(config, plain, gpus, memory)
     loader = _loader(config, gpus, levels, on_cpu)
     usable = (memory - loader.beside_batch_bytes) * HEADROOM
+
+    # One row for each setting and number of shards.
     rows = [
         _row(config, by_budget, setting, gpus, usable, shards)
         for shards in sorted({1, shared, gpus})
@@ -276,6 +281,7 @@ def _print_tables(found: dict[str, Any]) -> None:
         "whole",
         "chunks",
     )
+
     table = Table(*heading, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for row in found["settings"]:
         plan, state = row["plan"], row["state_bytes"]["total"]
@@ -292,6 +298,8 @@ def _print_tables(found: dict[str, Any]) -> None:
             f"{row['largest_batch_in_chunks']}" if row["largest_batch_in_chunks"] else "-",
         )
     console.print(table)
+
+    # The setting of the config, in parts.
     chosen = found["chosen"]
     parts = {"state": chosen["state_bytes"]["total"], **chosen["parts_bytes"]}
     parts |= {"loader": found["loader_bytes"]["beside_batch_bytes"]}

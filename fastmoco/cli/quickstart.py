@@ -20,7 +20,7 @@ from fastmoco.evaluation.knn import knn_accuracy
 from fastmoco.recipes import quickstart_digits
 from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
-from fastmoco_pipelines import build_eval_loader, pack_digits
+from fastmoco_pipelines import EvalLoaderSpec, build_eval_loader, pack_digits
 from fastmoco_pipelines.inspecting.preview import save_view_grid
 
 
@@ -46,8 +46,7 @@ def quickstart(out: Path) -> int:
         knn=replace(config.knn, test_shards=test_shards),
     )
     print(f"1/3  packed 1,797 handwritten digits (8x8 pixels) into {data}")
-    pair = config.data.view1, config.data.view2
-    views = save_view_grid(train_shards, pair, out / "views.png", rows=6, seed=0)
+    views = save_view_grid(train_shards, config.data.views, out / "views.png", rows=6, seed=0)
     print(f"2/3  drew pairs of augmented views: {views}")
     print(f"3/3  training {config.recipe}: {config.epochs:g} epochs of {config.global_batch_size} images per step\n")
     code = train(config, out / "run")
@@ -92,7 +91,9 @@ def _raw_pixel_accuracy(config: Config) -> float:
     """kNN accuracy of raw pixels."""
 
     def read(shards: str) -> tuple[torch.Tensor, torch.Tensor]:
-        with build_eval_loader(shards, config.eval_spec(), batch_size=256, threads=setup.share_cores(config)) as loader:
+        threads = setup.share_cores(config)
+        spec = EvalLoaderSpec(shards=shards, image=config.eval_spec(), batch_size=256, threads=threads)
+        with build_eval_loader(spec) as loader:
             return raw_pixels(loader)
 
     bank, bank_labels = read(config.data.shards)

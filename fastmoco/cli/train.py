@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from fastmoco.distributed.mesh import start_world, stop_world
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, RunError, one_line, say
 from fastmoco.faults import restarts
 from fastmoco.faults.first_cause import first_cause
+from fastmoco.models.precision import choose_precision
 from fastmoco.run.curves import draw_curves
 from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
@@ -49,7 +50,7 @@ def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool =
     finally:
         trainer.close()
     if world.rank == 0 and code == EXIT_FINISHED:
-        _draw(trainer.folder, config.recipe)
+        _draw(trainer.folder, config.recipe, trainer.figures)
     stop_world()
     return code
 
@@ -76,20 +77,21 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
         config = replace(saved, knn=knn, device="auto")
         world = start_world(config.device)
         threads = setup.share_cores(config)
-        monitor = setup.build_knn(config, world, threads=threads)
+        precision = choose_precision(config.precision, world.device)
+        monitor = setup.build_knn(config, world, threads=threads, precision=precision)
         if monitor is None:
             raise RunError("no shards to classify; give them with --test")
-        accuracy = monitor.measure(objective.to(world.device).encoder, 0.0)
+        accuracy = monitor.evaluate(objective.to(world.device).encoder)["knn"]
     stop_world()
     if world.rank == 0:
         print(json.dumps({"run": str(run), "step": checkpoint.step, "knn": round(accuracy, 6), "k": k}))
     return EXIT_FINISHED
 
 
-def _draw(folder: RunFolder, title: str) -> None:
+def _draw(folder: RunFolder, title: str, figures: Mapping[str, str]) -> None:
     """Draw the curves if matplotlib is installed; an error here does not fail a finished run."""
     try:
-        draw_curves(folder.metrics, folder.curves, title=title)
+        draw_curves(folder.metrics, folder.curves, title, figures=figures)
     except ImportError:
         say(f"{folder.curves.name} not drawn; it needs pip install '.[logging]' in the source folder of fastmoco")
     except (ValueError, OSError) as error:

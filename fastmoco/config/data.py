@@ -3,60 +3,58 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastmoco_pipelines.spec import CacheSpec, ViewSpec, moco_v3_views, require
+from fastmoco_pipelines.spec import (
+    Device,
+    LoaderOptions,
+    Resume,
+    ViewSpec,
+    moco_v3_views,
+    require,
+    require_views,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig:
-    """Where the images are and how they become two views."""
+class DataConfig(LoaderOptions):
+    """Where the images are and how they become views."""
 
-    shards: str = ""
+    shards: Annotated[str, Resume.FREE] = ""
     """Training shards of `fastmoco data pack`: path, glob, braces or folder, also behind https://, http://, s3:// or gs://."""
-    view1: ViewSpec = field(default_factory=lambda: moco_v3_views()[0])
-    """Augmentation of the first view."""
-    view2: ViewSpec = field(default_factory=lambda: moco_v3_views()[1])
-    """Augmentation of the second view."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    view1: Annotated[ViewSpec, Resume.WITH_ALLOW] = field(default_factory=lambda: moco_v3_views()[0])
+    """Augmentation of the first view; `copies` above 1 cuts several views alike."""
+    view2: Annotated[ViewSpec, Resume.WITH_ALLOW] = field(default_factory=lambda: moco_v3_views()[1])
+    """Augmentation of the second view, of the first one's size; `copies` 0 leaves it out."""
+    more_views: Annotated[tuple[ViewSpec, ...], Resume.WITH_ALLOW] = ()
+    """Further groups of views after these two, e.g. the small crops of multi-crop."""
+    device: Literal["auto"] | Device = "auto"
     """Where DALI decodes and augments; ``auto`` follows the training device."""
-    threads: int = 0
+    threads: Annotated[int, Resume.FREE] = 0
     """DALI worker threads of each process; 0 shares the machine's cores among its processes."""
-    view_dtype: Literal["auto", "float32", "uint8"] = "auto"
+    view_dtype: Annotated[Literal["auto", "float32", "uint8"], Resume.FREE] = "auto"
     """What views are until the step takes them: ``float32``, normalised, or ``uint8``, levels, of which the step makes the same
     numbers: a quarter of the memory. ``auto``: ``uint8`` where the model is on a GPU."""
-    prefetch: int = 0
-    """Batches ahead of the trainer: on a CPU beside the one that is being made, on a GPU that one counts. 0: two, and one."""
-    sub_batch: int = 0
-    """Images that DALI decodes and augments at a time, which bounds what it holds. 0: the batch on a CPU, 128 on a GPU."""
-    cache_dir: str = ""
-    """Folder for shards from a server, shared by all processes of a machine; empty: fastmoco/shards in your cache folder."""
-    cache_size_gb: float = 100
-    """Size of that folder in 10^9 bytes at most; a fifth of the free disk is left alone in any case."""
-    shuffle_window: int | None = None
-    """Shards shuffled together; 0: all. None: all of a local set, of a remote one 64 or as many as fit into half of the cache."""
-    max_bad_share: float = 0.001
-    """Share of the images that may prove bad, or 10 images if that is more; 0: none. Those listed by `data check` are free."""
-    timeout_s: float = 600
-    """Seconds to wait for one batch before the run ends, e.g. where a disk of the network hangs."""
     synthetic: bool = False
     """Train on one constant random batch instead of images: the upper bound of every throughput figure."""
 
     def __post_init__(self) -> None:
+        LoaderOptions.__post_init__(self)
         require(self.device in ("auto", "cpu", "gpu"), "device", self.device, "must be auto, cpu or gpu")
         require(self.threads >= 0, "threads", self.threads, "must not be negative")
         types = ("auto", "float32", "uint8")
         require(self.view_dtype in types, "view_dtype", self.view_dtype, f"must be one of {types}")
-        for name in ("prefetch", "sub_batch"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        require((self.shuffle_window or 0) >= 0, "shuffle_window", self.shuffle_window, "counts shards; 0: all of them")
-        same = self.view1.size == self.view2.size
-        require(same, "view2.size", self.view2.size, f"both views must have one size; view1.size={self.view1.size}")
+        rule = "a batch needs the first view; to leave the second one out set view2.copies to 0"
+        require(self.view1.copies >= 1, "view1.copies", self.view1.copies, rule)
+        same = self.view1.size == self.view2.size or self.view2.copies == 0
+        rule = f"both views must have one size; view1.size={self.view1.size}"
+        require(same, "view2.size", self.view2.size, rule)
+        require_views(self.views, "view1, view2 and more_views")
 
     @property
-    def cache(self) -> CacheSpec:
-        """Where shards from a server are kept."""
-        return CacheSpec(folder=self.cache_dir, size_gb=self.cache_size_gb)
+    def views(self) -> tuple[ViewSpec, ...]:
+        """All groups of views, in the order of a batch."""
+        return (self.view1, self.view2, *self.more_views)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from fastmoco_pipelines.spec import require
+from fastmoco_pipelines.spec import Resume, require
 
 Architecture = Literal[
     "vit_small",
@@ -41,7 +41,7 @@ class ModelConfig:
     architecture: Architecture = "vit_small"
     """Encoder; ViT-S has 12 heads as in the paper, not DeiT's 6. ViT-H as published needs ``patch_size`` 14."""
     image_size: int = 224
-    """Height and width of a view in pixels; both views and the evaluation crop are cut to it."""
+    """Height and width of a view in pixels; the first two views and the evaluation crop have it."""
     patch_size: int = 16
     """Height and width of a patch in pixels; divides ``image_size``."""
     projection_dim: int = 256
@@ -50,18 +50,18 @@ class ModelConfig:
     """Hidden width of projector and predictor."""
     attention: AttentionBackend = "auto"
     """Who computes attention: ``auto`` decides by device and precision, and the run says why; a name, or nothing starts."""
-    checkpointing: Recompute = "none"
+    checkpointing: Annotated[Recompute, Resume.FREE] = "none"
     """Activations computed again in the backward: ``selective`` layer norms and GELU, ``full`` whole blocks. Same gradients."""
-    linears: Linears = "native"
+    linears: Annotated[Linears, Resume.WITH_ALLOW] = "native"
     """Products of the blocks' linear layers: ``native`` in the run's precision; ``float8`` by torchao, for vit_large and wider
     on CUDA from capability 8.9 on, in bf16 and compiled. Another rounding, so another run."""
-    momentum_linears: Linears = "native"
+    momentum_linears: Annotated[Linears, Resume.WITH_ALLOW] = "native"
     """The same for the momentum encoder alone, which has no backward: ``float8`` by torch itself, for vit_small and wider. Not
     under fsdp or hsdp. Another rounding of the keys, so another run."""
-    compile: Literal["auto"] | bool = "auto"
+    compile: Annotated[Literal["auto"] | bool, Resume.FREE] = "auto"
     """Blocks through torch.compile: fewer and larger kernels, the same numbers to rounding, about a minute at the start.
     ``auto``: on CUDA, in bf16 and fp32."""
-    blocks: Blocks = "modules"
+    blocks: Annotated[Blocks, Resume.FREE] = "modules"
     """Encoder blocks as ``modules``, or ``fused``: forward and backward written by hand, not compiled, fewer bytes moved and
     kept, the same numbers to rounding."""
 

@@ -6,9 +6,9 @@ A sibling's numbers are in `fastmoco/recipes/<kind>.py`, beside its recipes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from fastmoco_pipelines.spec import require
+from fastmoco_pipelines.spec import Resume, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +29,11 @@ class MoCoV3Config(ObjectiveConfig):
 
     kind: ClassVar[str] = "moco_v3"
 
-    temperature: float = 0.2
+    temperature: Annotated[float, Resume.WITH_ALLOW] = 0.2
     """Softmax temperature of the InfoNCE loss: 0.2 for ViT, 1.0 for ResNet-50."""
-    ema_momentum: float = 0.99
+    ema_momentum: Annotated[float, Resume.WITH_ALLOW] = 0.99
     """Momentum of the momentum encoder's average at step 0."""
-    ema_schedule: Literal["cosine", "constant"] = "cosine"
+    ema_schedule: Annotated[Literal["cosine", "constant"], Resume.WITH_ALLOW] = "cosine"
     """`cosine` lets the momentum rise to 1 over the run, as every official recipe does."""
 
     def __post_init__(self) -> None:

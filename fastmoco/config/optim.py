@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastmoco_pipelines.spec import require
+from fastmoco_pipelines.spec import Resume, require
 
 FUSED_BACKENDS = {"adamw": ("auto", "torch", "fastmoco", "apex"), "lars": ("auto", "fastmoco"), "lamb": ("apex",)}
 """Who offers each optimizer. LAMB never comes by ``auto``: apex is imported only where it is named."""
@@ -18,24 +18,24 @@ class OptimConfig:
     name: Literal["adamw", "lars", "lamb"] = "adamw"
     """``adamw`` for ViT: its decay also hits biases and norms, as in the official runs. ``lars`` for ResNet and very large
     batches. ``lamb`` needs NVIDIA apex."""
-    fused_backend: Literal["auto", "torch", "fastmoco", "apex"] = "auto"
+    fused_backend: Annotated[Literal["auto", "torch", "fastmoco", "apex"], Resume.FREE] = "auto"
     """Whose code takes the step: ``torch``; ``fastmoco``, for AdamW one sweep with the twin's average; ``apex``, NVIDIA's, if
     installed. ``auto``: ``fastmoco`` for LARS and on CUDA with Triton, else ``torch``. All agree to rounding."""
-    lr: float = 1.5e-4
+    lr: Annotated[float, Resume.WITH_ALLOW] = 1.5e-4
     """Base learning rate for 256 images; the peak is ``lr * global_batch_size / 256``."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Resume.WITH_ALLOW] = 0.1
     """Decoupled weight decay of AdamW and LAMB; LARS adds it to the gradient, of tensors of two or more dimensions."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], Resume.WITH_ALLOW] = (0.9, 0.999)
     """Averaging coefficients of AdamW and LAMB."""
-    eps: float = 1e-8
+    eps: Annotated[float, Resume.WITH_ALLOW] = 1e-8
     """Denominator floor of AdamW and LAMB."""
-    sgd_momentum: float = 0.9
+    sgd_momentum: Annotated[float, Resume.WITH_ALLOW] = 0.9
     """Momentum of LARS's buffer."""
-    trust_coefficient: float = 0.001
+    trust_coefficient: Annotated[float, Resume.WITH_ALLOW] = 0.001
     """Length of a LARS step relative to the weights', before the learning rate."""
-    warmup_epochs: float = 40
+    warmup_epochs: Annotated[float, Resume.WITH_ALLOW] = 40
     """Epochs over which the learning rate rises linearly from 0 to its peak."""
-    clip_norm: float = 0.0
+    clip_norm: Annotated[float, Resume.WITH_ALLOW] = 0.0
     """Gradients longer than this, as one vector, are shortened to it; 0: never, as in the paper."""
 
     def __post_init__(self) -> None:

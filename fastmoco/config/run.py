@@ -6,8 +6,8 @@ returns a new object; both are written as JSON beside every checkpoint (`serial.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Literal
 
 from fastmoco.config.data import DataConfig, KnnConfig
 from fastmoco.config.faults import FaultConfig
@@ -15,7 +15,7 @@ from fastmoco.config.model import ModelConfig
 from fastmoco.config.objective import MoCoV3Config, ObjectiveConfig
 from fastmoco.config.optim import OptimConfig
 from fastmoco.config.parallel import ParallelConfig
-from fastmoco_pipelines.spec import EvalSpec, LoaderSpec, require
+from fastmoco_pipelines.spec import Device, EvalSpec, LoaderOptions, LoaderSpec, Resume, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +67,9 @@ class CheckpointConfig:
 class Config:
     """One run of pre-training."""
 
-    recipe: str = "custom"
+    recipe: Annotated[str, Resume.FREE] = "custom"
     """Name of the recipe this started from."""
-    epochs: float = 300
+    epochs: Annotated[float, Resume.WITH_ALLOW] = 300
     """Passes over the training images; the schedules run over exactly this long."""
     global_batch_size: int = 4096
     """Images of one optimizer step, over all ranks."""
@@ -78,21 +78,21 @@ class Config:
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     """bf16: autocast over float32 weights; fp32: no autocast; fp64: everything, slow, to compare runs without rounding noise.
     ``auto``: bf16 where the device multiplies it natively, else fp32."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """``auto`` takes CUDA where there is one."""
-    threads: int = 0
+    device: Literal["auto"] | Device = "auto"
+    """`auto` takes a GPU where there is one."""
+    threads: Annotated[int, Resume.FREE] = 0
     """CPU threads of torch in each process; 0 shares the machine's cores among its processes."""
-    log_every_steps: int = 10
+    log_every_steps: Annotated[int, Resume.FREE] = 10
     """Steps between two lines of metrics; only these steps wait for the device."""
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    batch: Annotated[BatchConfig, Resume.FREE] = field(default_factory=BatchConfig)
+    parallel: Annotated[ParallelConfig, Resume.FREE] = field(default_factory=ParallelConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=MoCoV3Config)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    knn: KnnConfig = field(default_factory=KnnConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    faults: FaultConfig = field(default_factory=FaultConfig)
+    knn: Annotated[KnnConfig, Resume.FREE] = field(default_factory=KnnConfig)
+    checkpoint: Annotated[CheckpointConfig, Resume.FREE] = field(default_factory=CheckpointConfig)
+    faults: Annotated[FaultConfig, Resume.FREE] = field(default_factory=FaultConfig)
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, "epochs", self.epochs, "must be positive")
@@ -100,7 +100,7 @@ class Config:
         require(0 <= self.seed < 2**63, "seed", self.seed, "needs a whole number from 0 to 2**63 - 1")
         precisions = ("auto", "bf16", "fp32", "fp64")
         require(self.precision in precisions, "precision", self.precision, f"must be one of {precisions}")
-        require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "must be auto, cpu or cuda")
+        require(self.device in ("auto", "cpu", "gpu"), "device", self.device, "must be auto, cpu or gpu")
         require(self.threads >= 0, "threads", self.threads, "must not be negative")
         require(self.log_every_steps >= 1, "log_every_steps", self.log_every_steps, "must be at least 1")
         warmup, epochs = self.optim.warmup_epochs, self.epochs
@@ -109,6 +109,11 @@ class Config:
         require(
             self.data.view1.size == size, "data.view1.size", self.data.view1.size, f"must be model.image_size={size}"
         )
+        patch = self.model.patch_size
+        rule = f"must be a multiple of model.patch_size={patch}, at most model.image_size={size}"
+        for number, view in enumerate(self.data.more_views):
+            fits = view.size <= size and view.size % patch == 0
+            require(fits, f"data.more_views.{number}.size", view.size, rule)
         every = self.checkpoint.every_steps
         rule = "must be set for faults.rollback_spike: a run goes back only to what was saved by steps"
         require(self.faults.rollback_spike == 0 or every > 0, "checkpoint.every_steps", every, rule)
@@ -120,7 +125,7 @@ class Config:
         """Learning rate after the warm-up: ``optim.lr * global_batch_size / 256``."""
         return self.optim.lr * self.global_batch_size / 256
 
-    def loader_spec(self, *, device: Literal["cpu", "gpu"], threads: int) -> LoaderSpec:
+    def loader_spec(self, *, device: Device, threads: int) -> LoaderSpec:
         """What the training loader delivers.
 
         Raises:
@@ -131,18 +136,12 @@ class Config:
         require(named, "data.shards", data.shards, "must name the shards, e.g. --data.shards 'data/train-*.tar'")
         return LoaderSpec(
             shards=data.shards or "synthetic",
-            views=(data.view1, data.view2),
+            views=data.views,
             global_batch_size=self.global_batch_size,
             seed=self.seed,
             device=device,
             threads=threads,
-            prefetch=data.prefetch,
-            sub_batch=data.sub_batch,
-            cache_dir=data.cache_dir,
-            cache_size_gb=data.cache_size_gb,
-            shuffle_window=data.shuffle_window,
-            max_bad_share=data.max_bad_share,
-            timeout_s=data.timeout_s,
+            **{option.name: getattr(data, option.name) for option in fields(LoaderOptions)},
         )
 
     def eval_spec(self) -> EvalSpec:

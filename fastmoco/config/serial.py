@@ -5,43 +5,37 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-from typing import Any, get_origin, get_type_hints
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from fastmoco.config import Config, MoCoV3Config, ObjectiveConfig
-from fastmoco_pipelines.spec import require
+from fastmoco_pipelines.spec import Resume, require
 from fastmoco_pipelines.text import redact
-
-FREE_TO_CHANGE = (
-    "recipe",
-    "threads",
-    "log_every_steps",
-    "data.shards",
-    "data.threads",
-    "data.prefetch",
-    "data.sub_batch",
-    "data.view_dtype",
-    "optim.fused_backend",
-    "model.checkpointing",
-    "model.compile",
-    "model.blocks",
-    "batch.",
-    "parallel.",
-    "data.cache_dir",
-    "data.cache_size_gb",
-    "data.max_bad_share",
-    "data.timeout_s",
-    "knn.",
-    "checkpoint.",
-    "faults.",
-)
-"""Fields (or groups, with a dot behind) that may differ when a run continues: none of them changes what a training step
-computes. Another number of threads changes the order of its sums, so losses then agree to rounding instead of bit for bit. The
-shards may have moved; that they hold the same images is checked by their digest. Another backend of the same optimizer reads
-the same state and agrees to rounding, and so does a batch in other chunks or on
-other processes."""
 
 PATTERNS = (("data", "shards"), ("knn", "train_shards"), ("knn", "test_shards"))
 """Fields that may hold URLs."""
+
+
+def marked(config: Config, mark: Resume) -> tuple[str, ...]:
+    """The dotted names of the fields of a config with a mark; of a group that has it, the group's name."""
+
+    def walk(prefix: str, group: Any) -> Iterator[str]:
+        for name, hint in get_type_hints(type(group), include_extras=True).items():
+            if get_origin(hint) is ClassVar:
+                continue
+            marks = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+            value = getattr(group, name)
+            if mark in marks:
+                yield f"{prefix}{name}"
+            elif dataclasses.is_dataclass(value):
+                yield from walk(f"{prefix}{name}.", value)
+
+    return tuple(walk("", config))
+
+
+def may_change(config: Config, name: str, mark: Resume) -> bool:
+    """Whether a field of a config, or the group that it is in, has a mark."""
+    return any(name == field or name.startswith(f"{field}.") for field in marked(config, mark))
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -65,6 +59,8 @@ def from_json(data: dict[str, Any]) -> Config:
     Raises:
         ValueError: for unknown fields, by name, or values that the config refuses.
     """
+    if data.get("device") == "cuda":  # as configs before spelled it
+        data = data | {"device": "gpu"}
     built: Config = _build(Config, data, "config")
     return built
 
@@ -83,7 +79,7 @@ def _build(cls: Any, data: dict[str, Any], path: str) -> Any:
         if dataclasses.is_dataclass(hint):
             values[name] = _build(hint, value, f"{path}.{name}")
         else:
-            values[name] = tuple(value) if get_origin(hint) is tuple else value
+            values[name] = _leaf(hint, value, f"{path}.{name}")
     return cls(**values)
 
 
@@ -103,13 +99,25 @@ def _objective(kind: Any) -> type[ObjectiveConfig]:
     return known[kind]
 
 
+def _leaf(hint: Any, value: Any, path: str) -> Any:
+    """A field that is no dataclass; lists become the tuples they were, of dataclasses too."""
+    if get_origin(hint) is not tuple:
+        return value
+    inner = get_args(hint)[0]
+    if not dataclasses.is_dataclass(inner):
+        return tuple(value)
+    return tuple(_build(inner, item, f"{path}.{number}") for number, item in enumerate(value))
+
+
 def flatten(config: Config) -> dict[str, Any]:
     """Every leaf by its dotted name, as the command line spells it: ``{"optim.lr": 0.00015, ...}``."""
 
-    def walk(prefix: str, node: dict[str, Any]) -> dict[str, Any]:
+    def walk(prefix: str, node: dict[Any, Any]) -> dict[str, Any]:
         flat: dict[str, Any] = {}
         for name, value in node.items():
             dotted = f"{prefix}{name}"
+            if name == "more_views":  # groups by number, and how many there are
+                flat[dotted], value = len(value), dict(enumerate(value))
             flat |= walk(f"{dotted}.", value) if isinstance(value, dict) else {dotted: value}
         return flat
 
@@ -124,5 +132,5 @@ def differences(saved: Config, wanted: Config) -> list[str]:
     return [
         f"{name}: {old[name]!r} -> {new[name]!r}"
         for name in old
-        if old[name] != new[name] and not name.startswith(FREE_TO_CHANGE)
+        if old[name] != new.get(name, old[name]) and not may_change(saved, name, Resume.FREE)
     ]

@@ -33,14 +33,14 @@ class World:
     start under the same launcher."""
 
 
-def _device_of(device: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f'device={device!r}: is "auto", "cpu" or "cuda"')
+def _device_of(device: Literal["auto", "cpu", "gpu"], local_rank: int) -> torch.device:
+    if device not in ("auto", "cpu", "gpu"):
+        raise ValueError(f'device={device!r}: is "auto", "cpu" or "gpu"')
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 0:
-        raise ValueError('device="cuda": this machine has no CUDA device; use "cpu" or "auto"')
+        raise ValueError('device="gpu": this machine has no CUDA device; use "cpu" or "auto"')
     if local_rank >= count:
         raise ValueError(
             f"local_rank={local_rank}: this machine has {count} CUDA devices; start one process per device"
@@ -48,7 +48,7 @@ def _device_of(device: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch
     return torch.device("cuda", local_rank)
 
 
-def start_world(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_s: float = 600.0) -> World:
+def start_world(device: Literal["auto", "cpu", "gpu"] = "auto", *, timeout_s: float = 600.0) -> World:
     """Read torchrun's environment and, if there is more than one process, join the process group.
 
     A run without torchrun has one process and no process group. Several processes communicate with

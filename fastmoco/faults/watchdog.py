@@ -70,7 +70,7 @@ class Watchdog:
                     return
                 # Twice: it may have got on while the others were asked.
                 if self._pulse.overdue() and self._is_behind() and self._pulse.overdue():
-                    self._end(rank, f"{self._pulse.section} has taken {self._pulse.age():.0f} s; {self._where()}", "")
+                    self._end(rank, f"{self._pulse.doing} has taken {self._pulse.age():.0f} s; {self._where()}", "")
                     return
             self._store.set(f"beat/{rank}", json.dumps({"left": True}))
         except StoreTimeoutError:
@@ -84,7 +84,7 @@ class Watchdog:
         sign: dict[str, Any] = {
             "beat": beats,
             "count": pulse.count,
-            "section": pulse.section,
+            "section": pulse.doing,
             "process": _this_process(),
         }
         return sign | ({"place": pulse.place()} if pulse.overdue() else {})

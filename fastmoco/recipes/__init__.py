@@ -49,19 +49,31 @@ RECIPES: dict[str, Callable[[], Config]] = {
 
 
 def with_image_size(config: Config, image_size: int, *, patch_size: int | None = None) -> Config:
-    """The recipe at another image size. Both views get this size, and the blur,
-    which is in pixels, scales with it.
+    """The same recipe at another image size: its views follow, and the blur, which is in pixels, scales along.
+
+    Small crops keep their share of the image size, to whole patches.
 
     Raises:
         ValueError: if `image_size` is not a multiple of the patch size.
     """
 
-    def resized(view: ViewSpec) -> ViewSpec:
-        low, high = (sigma * image_size / view.size for sigma in view.blur_sigma)
-        return replace(view, size=image_size, blur_sigma=(low, high))
+    patch = patch_size or config.model.patch_size
 
-    model = replace(config.model, image_size=image_size, patch_size=patch_size or config.model.patch_size)
-    data = replace(config.data, view1=resized(config.data.view1), view2=resized(config.data.view2))
+    def resized(view: ViewSpec, size: int = image_size) -> ViewSpec:
+        low, high = (sigma * size / view.size for sigma in view.blur_sigma)
+        return replace(view, size=size, blur_sigma=(low, high))
+
+    def small(view: ViewSpec) -> ViewSpec:
+        patches = round(view.size * image_size / config.model.image_size / patch)
+        return resized(view, patch * max(1, patches))
+
+    model = replace(config.model, image_size=image_size, patch_size=patch)
+    data = replace(
+        config.data,
+        view1=resized(config.data.view1),
+        view2=resized(config.data.view2),
+        more_views=tuple(map(small, config.data.more_views)),
+    )
     return replace(config, model=model, data=data)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from fastmoco.config import Config, ObjectiveConfig
 from fastmoco.config.objective import require_ema
 from fastmoco.recipes.moco_v3 import vit_s16_e300_b4096
 from fastmoco.recipes.small import quickstart_digits
+from fastmoco_pipelines.spec import Resume
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,9 +18,9 @@ class BYOLConfig(ObjectiveConfig):
 
     kind: ClassVar[str] = "byol"
 
-    ema_momentum: float = 0.99
+    ema_momentum: Annotated[float, Resume.WITH_ALLOW] = 0.99
     """Momentum of the momentum encoder's average at step 0: 0.99 for 300 epochs, 0.996 for 1000."""
-    ema_schedule: Literal["cosine", "constant"] = "cosine"
+    ema_schedule: Annotated[Literal["cosine", "constant"], Resume.WITH_ALLOW] = "cosine"
     """`cosine` lets the momentum rise to 1 over the run."""
     last_norm: bool = True
     """Whether a batch norm ends projector and predictor, as in MoCo v3; BYOL itself has none

@@ -39,17 +39,19 @@ def draw_curves(
     out_png: Path,
     title: str,
     *,
-    knn_baselines: Mapping[str, float] | None = None,
+    figures: Mapping[str, str],
+    baselines: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:
-    """Plot loss, kNN accuracy and recorded gradient norms against the step.
+    """Plot loss, accuracies and recorded gradient norms against the step.
 
     Args:
-        metrics_jsonl: file of a run. The metrics `loss`, `knn` (share) and `gradient_norm/<part>`
+        metrics_jsonl: file of a run. The metrics `loss`, those of `figures` and `gradient_norm/<part>`
             are plotted; a panel without data is omitted.
         out_png: picture to write; its folder is created.
         title: of the picture.
-        knn_baselines: accuracies (shares) plotted as dashed lines, by name, e.g.
-            `{"raw pixels": 0.98}`.
+        figures: metric name -> label of accuracies (shares), e.g. `{"knn": "kNN"}`.
+        baselines: accuracies plotted as dashed lines in the panel of a metric, by name, e.g.
+            `{"knn": {"raw pixels": 0.98}}`.
 
     Returns:
         `out_png`.
@@ -63,25 +65,27 @@ def draw_curves(
     from matplotlib.ticker import PercentFormatter
 
     rows = read_metrics(metrics_jsonl)
-    panels: list[str] = [name for name in ("loss", "knn") if _series(rows, name)[0]]
+    panels: list[str] = [name for name in ("loss", *figures) if _series(rows, name)[0]]
     norms = sorted({key for row in rows for key in row if key.startswith("gradient_norm/") and _series(rows, key)[0]})
     if norms:
         panels.append("gradient norm")
     if not panels:
         raise ValueError(
-            f"{metrics_jsonl}: contains neither loss nor kNN nor gradient norms; has the run logged a step?"
+            f"{metrics_jsonl}: contains neither loss nor accuracies nor gradient norms; has the run logged a step?"
         )
+
     figure = Figure(figsize=(8, 1 + 2.4 * len(panels)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     for axes, panel in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, strict=True):
-        axes.set_ylabel("kNN accuracy" if panel == "knn" else panel)
+        axes.set_ylabel(f"{figures[panel]} accuracy" if panel in figures else panel)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+
         if panel == "loss":
             axes.plot(*_series(rows, "loss"), color=BLUE, linewidth=1.2)
-        elif panel == "knn":
-            steps, accuracies = _series(rows, "knn")
+        elif panel in figures:
+            steps, accuracies = _series(rows, panel)
             axes.plot(steps, accuracies, color=ORANGE, marker="o", markersize=4)
             axes.annotate(
                 f"{accuracies[-1]:.1%}",
@@ -91,7 +95,7 @@ def draw_curves(
                 ha="right",
                 va="top",
             )
-            for name, accuracy in (knn_baselines or {}).items():
+            for name, accuracy in (baselines or {}).get(panel, {}).items():
                 axes.axhline(accuracy, color=GREY, linestyle="--", linewidth=1)
                 axes.annotate(
                     f"{name} {accuracy:.1%}",
@@ -112,6 +116,7 @@ def draw_curves(
                 )
             axes.set_yscale("log")
             axes.legend(fontsize=8, ncols=len(norms), frameon=False)
+
     axes.set_xlabel("step")
     out_png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out_png)

@@ -36,8 +36,9 @@ def _clock(seconds: float) -> str:
     return f"{days}d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
 
 
-# key of the row, short label in a line, long label in the table, format
-_COLUMNS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+Column = tuple[str, str, str, Callable[[float], str]]
+"""Key of the row, short label in a line, long label in the table, format."""
+_COLUMNS: tuple[Column, ...] = (
     ("epoch", "epoch", "epoch", "{:.1f}".format),
     ("loss", "loss", "loss", "{:.3f}".format),
     ("lr", "lr", "learning rate", "{:.1e}".format),
@@ -46,8 +47,12 @@ _COLUMNS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("wait_share", "wait", "wait for data", "{:.1%}".format),
     ("quarantined", "left out", "images left out", "{:.0f}".format),
     ("eta_s", "eta", "time left", _clock),
-    ("knn", "knn", "kNN", "{:.1%}".format),
 )
+
+
+def _columns(figures: Mapping[str, str]) -> list[Column]:
+    """Those of every run, and one for each accuracy: metric name -> label."""
+    return [*_COLUMNS, *((name, name, label, "{:.1%}".format) for name, label in figures.items())]
 
 
 def _shown(row: Mapping[str, Any], key: str, form: Callable[[float], str]) -> str | None:
@@ -59,17 +64,18 @@ def _shown(row: Mapping[str, Any], key: str, form: Callable[[float], str]) -> st
     return escaped(str(value), keep="\n")
 
 
-def plain_line(row: Mapping[str, Any], total_steps: int) -> str:
+def plain_line(row: Mapping[str, Any], total_steps: int, figures: Mapping[str, str]) -> str:
     """One log line:
     `step 120/2000 epoch 3.2 loss 3.412 lr 1.5e-04 m 0.9931 img/s 1842 wait 2.1% eta 0:01:12 knn 93.1%`.
 
     Args:
         row: `step` and any of epoch, loss, lr, ema_momentum, images_per_s, wait_share (share),
-            eta_s (seconds), knn (share). Other keys are ignored.
+            eta_s (seconds), and accuracies (shares). Other keys are ignored.
         total_steps: steps of the whole run.
+        figures: metric name -> label of the accuracies.
     """
     parts = [f"step {row.get('step', '?')}/{total_steps}"]
-    for key, label, _, form in _COLUMNS:
+    for key, label, _, form in _columns(figures):
         text = _shown(row, key, form)
         if text is not None:
             parts.append(f"{label} {text}")
@@ -87,7 +93,14 @@ class Console:
     context manager after `start`.
     """
 
-    def __init__(self, *, rank: int = 0, stream: TextIO | None = None, live: bool | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        rank: int = 0,
+        stream: TextIO | None = None,
+        live: bool | None = None,
+        figures: Mapping[str, str] | None = None,
+    ) -> None:
         """Choose how to show progress.
 
         Args:
@@ -95,7 +108,9 @@ class Console:
             stream: output; default standard output.
             live: True for the table, False for lines; by default the table if
                 `stream` is a capable terminal.
+            figures: metric name -> label of the accuracies of this run.
         """
+        self._figures = dict(figures or {})
         self._stream = sys.stdout if stream is None else stream
         self._silent = rank > 0
         self._live_wanted = live
@@ -103,7 +118,7 @@ class Console:
         self._total = 0
         self._header = ""
         self._row: dict[str, Any] = {}
-        self._best_knn: float | None = None
+        self._best: dict[str, float] = {}
         self._events: deque[str] = deque(maxlen=EVENTS_SHOWN)
 
     def start(self, total_steps: int, header: str) -> None:
@@ -121,18 +136,18 @@ class Console:
         """Show one log step.
 
         Args:
-            row: see `plain_line`. Absent values stay in the table. The best kNN accuracy is kept
-                here; `knn_best` passes the one from before a resume.
+            row: see `plain_line`. Absent values stay in the table. The best of each accuracy is
+                kept here; `knn_best` passes the one of `knn` from before a resume.
         """
-        for key in ("knn", "knn_best"):
-            value = row.get(key)
-            if isinstance(value, int | float) and math.isfinite(value):
-                self._best_knn = value if self._best_knn is None else max(self._best_knn, value)
+        for name in self._figures:
+            for value in (row.get(name), row.get(f"{name}_best")):
+                if isinstance(value, int | float) and math.isfinite(value):
+                    self._best[name] = max(value, self._best.get(name, value))
         self._row.update(row)
         if self._live is not None:
             self._guarded(self._draw)
         if self._live is None:
-            self._line(lambda: plain_line(row, self._total))
+            self._line(lambda: plain_line(row, self._total, self._figures))
 
     def event(self, text: str) -> None:
         """Show an event, such as a gradient spike, a checkpoint passed over, or a signal."""
@@ -183,10 +198,10 @@ class Console:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim")
         grid.add_column(justify="right")
-        for key, _, label, form in _COLUMNS:
+        for key, _, label, form in _columns(self._figures):
             text = _shown(row, key, form)
-            if key == "knn" and text is not None and self._best_knn is not None:
-                text = f"{text}  (best {form(self._best_knn)})"
+            if text is not None and key in self._best:
+                text = f"{text}  (best {form(self._best[key])})"
             grid.add_row(label, Text("-" if text is None else text))
         progress = Table.grid(padding=(0, 2), expand=True)
         progress.add_column(no_wrap=True)
@@ -205,7 +220,8 @@ class Console:
             self._stop_live()
 
     def _stop_live(self) -> None:
-        live, self._live = self._live, None
+        live = self._live
+        self._live = None
         if live is not None:
             with contextlib.suppress(Exception):  # the terminal may be gone; see the module's docstring
                 live.stop()

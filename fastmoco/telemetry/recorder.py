@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ from fastmoco.telemetry.stability import (
     GradientRecorder,
     SpikeDetector,
     feature_std,
-    gradient_norms,
     pair_cosines,
 )
 from fastmoco_pipelines.loading.stages import StageFigures
@@ -44,24 +42,34 @@ class Recorder:
         folder: where ``metrics.jsonl`` lies, and TensorBoard's files where it is installed.
         world: this process's place.
         start_step: steps done before this process began.
+        figures: metric name -> label of the accuracies that `measured` will get.
     """
 
-    def __init__(self, config: Config, resolved: Resolved, folder: RunFolder, world: World, *, start_step: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        resolved: Resolved,
+        folder: RunFolder,
+        world: World,
+        *,
+        start_step: int,
+        figures: Mapping[str, str] | None = None,
+    ) -> None:
         self.resolved, self.world = resolved, world
         self.meter = Throughput(
             global_batch_size=config.global_batch_size, total_steps=resolved.total_steps, first_step=start_step
         )
         self._gradients, self._spikes = GradientRecorder(), SpikeDetector()
-        self._places: Mapping[str, tuple[str, ...]] | None = None
         self._collapse = CollapseDetector(dim=config.model.projection_dim)
         self._forgetting = ForgettingDetector()
-        self._dips = DipDetector()
-        self._knn_last: float | None = None
-        self._knn_best: float | None = None
+        self._labels = dict(figures or {})
+        self._dips = {name: DipDetector(label) for name, label in self._labels.items()}
+        self._last: dict[str, float] = {}
+        self._best: dict[str, float] = {}
         self._loader = self._loader_before = StageFigures()
         self._loader_was_slow = self._refused = False
         self._sinks: list[JsonlSink | TensorBoardSink] = []
-        self.console = Console(rank=world.rank)
+        self.console = Console(rank=world.rank, figures=self._labels)
         if world.rank == 0:
             self._sinks.append(JsonlSink(folder.metrics))
             try:
@@ -75,19 +83,16 @@ class Recorder:
             f"lr = {config.optim.lr:g} x {config.global_batch_size} / 256 = {resolved.peak_lr:g}",
         )
 
-    def known_knn(self, last: float | None, best: float | None) -> None:
-        """Show kNN accuracies from before a resume."""
-        self._knn_last, self._knn_best = last, best
-        if best is not None:
-            self._dips.observe(0, best)
+    def known(self, last: Mapping[str, float], best: Mapping[str, float]) -> None:
+        """Show accuracies from before a resume, the last and the best ones by metric name."""
+        self._last |= last
+        self._best |= best
+        for name, value in best.items():
+            self._dips[name].observe(0, value)
 
-    def gradients(self, step: int, objective: Any) -> dict[str, Tensor]:
-        """Keep this step's gradient norms on the device, and give them; call it between backward and update."""
-        if self._places is None:
-            self._places = objective.places()
-        norms = gradient_norms(objective.named_parameters(), self._places)
+    def gradients(self, step: int, norms: Mapping[str, Tensor]) -> None:
+        """Keep the gradient norms of a step (`gradient_norms`) on their device. No host sync."""
         self._gradients.record(step, norms)
-        return norms
 
     def rolled_back(self, step: int, to: int) -> None:
         """Write that the state is that of an earlier step again."""
@@ -159,7 +164,8 @@ class Recorder:
         self._write(step, metrics)
         row: dict[str, float | None] = {"step": step, **metrics, "eta_s": speed.eta_s}
         row["quarantined"] = self._loader.left_out or None
-        self.console.log({**row, "knn": self._knn_last, "knn_best": self._knn_best})
+        best = {f"{name}_best": value for name, value in self._best.items()}
+        self.console.log({**row, **self._last, **best})
         return float(mean_loss)
 
     def _loader_metrics(self) -> dict[str, float]:
@@ -185,15 +191,17 @@ class Recorder:
                 peaks[name] = math.nan if math.isnan(value + before) else max(value, before)
         return peaks
 
-    def knn(self, step: int, accuracy: float) -> None:
-        """Write one kNN accuracy."""
-        self._knn_last = accuracy
-        self._knn_best = accuracy if self._knn_best is None else max(self._knn_best, accuracy)
-        self._write(step, {"epoch": step / self.resolved.steps_per_epoch, "knn": accuracy})
-        self.event(f"step {step}: kNN {accuracy:.1%} (best {self._knn_best:.1%})")
-        dip = self._dips.observe(step, accuracy)
-        if dip:
-            self.event(f"warning: {dip}")
+    def measured(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write the figures of an evaluation, all of them named to the constructor."""
+        self._last |= figures
+        self._best |= {name: max(value, self._best.get(name, value)) for name, value in figures.items()}
+        self._write(step, {"epoch": step / self.resolved.steps_per_epoch, **figures})
+        shown = [f"{self._labels[name]} {value:.1%} (best {self._best[name]:.1%})" for name, value in figures.items()]
+        self.event(f"step {step}: {', '.join(shown)}")
+        for name, value in figures.items():
+            dip = self._dips[name].observe(step, value)
+            if dip:
+                self.event(f"warning: {dip}")
 
     def event(self, text: str) -> None:
         """Say something once."""

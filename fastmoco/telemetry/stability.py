@@ -105,7 +105,7 @@ def chance_loss(*, temperature: float, keys: int) -> float:
 def gradient_norms(
     named_parameters: Iterable[tuple[str, Tensor]], places: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Tensor]:
-    """L2 norms of the gradients, by place in the network, accumulated in float32.
+    """L2 norms of the gradients, by place in the network, in one pass over them, accumulated in float32 or wider.
 
     Args:
         named_parameters: of the objective, after backward. Parameters without a gradient (frozen, momentum side) are left
@@ -113,9 +113,10 @@ def gradient_norms(
         places: where each parameter counts, by its name (`Objective.places`); one without a place counts in the total alone.
 
     Returns:
-        Scalars float32 on the parameters' device, no host sync: each place that has a gradient, in the order of the network
-        (`patch_embed`, `first_block`, `last_block`, `heads`), and `total`. `first_block` is the first block of the ViT, the
-        layer nearest to the input that is trained when the patch projection is frozen.
+        Scalars, at least float32, on the parameters' device, no host sync: each place that has a
+        gradient, in the order of the network (`patch_embed`, `first_block`, `last_block`, `heads`),
+        and `total`. `first_block` is the first block of the ViT, the layer nearest to the input that
+        is trained when the patch projection is frozen.
         `total` alone is a poor alarm: early on the class token dominates it (it starts at 1e-6 and a LayerNorm divides
         by its deviation).
     """
@@ -124,9 +125,9 @@ def gradient_norms(
         return {"total": torch.zeros(())}
     wide = torch.promote_types(found[0][1].dtype, torch.float32)
     grads = [grad for _, grad in found]
-    norms = torch.stack(torch._foreach_norm(local(grads), 2, wide)).float()
+    norms = torch.stack(torch._foreach_norm(local(grads), 2, wide))
     if not all_plain(grads):
-        norms = sums_over_shards([norms.double().square()], grads)[0].sqrt().float()
+        norms = sums_over_shards([norms.double().square()], grads)[0].sqrt().to(wide)
     groups: dict[str, list[int]] = {}
     for index, (name, _) in enumerate(found):
         for place in places.get(name, ()):
@@ -266,11 +267,19 @@ class ForgettingDetector:
 
 
 class DipDetector:
-    """Event when kNN accuracy falls more than ``tolerance`` below its best: the paper's visible sign of instability."""
+    """Event when an accuracy falls more than `tolerance` below its best: the paper's visible sign of instability."""
 
-    def __init__(self, *, tolerance: float = 0.02) -> None:
-        """Remember the rule; the tolerance (a share) should exceed the noise of the held-out set, 2/sqrt(n) at worst."""
-        self._tolerance, self._best, self._inside = tolerance, -math.inf, False
+    def __init__(self, label: str, *, tolerance: float = 0.02) -> None:
+        """Remember the rule.
+
+        Args:
+            label: of the accuracy.
+            tolerance: a share, which should exceed the noise of the held-out set, 2/sqrt(n) at worst.
+        """
+        self._label = label
+        self._tolerance = tolerance
+        self._best = -math.inf
+        self._inside = False
 
     def observe(self, step: int, accuracy: float) -> str | None:
         """Take in one accuracy (a share); the event's text when a dip begins."""
@@ -278,4 +287,5 @@ class DipDetector:
         was_inside, self._inside = self._inside, accuracy < best - self._tolerance
         if not self._inside or was_inside:
             return None
-        return f"step {step}: kNN fell to {accuracy:.1%}, {100 * (best - accuracy):.1f} points below its best"
+        points = 100 * (best - accuracy)
+        return f"step {step}: {self._label} fell to {accuracy:.1%}, {points:.1f} points below its best"

@@ -9,35 +9,16 @@ import torch
 
 from fastmoco.checkpoint import Checkpoint
 from fastmoco.config import Config
-from fastmoco.config.serial import differences, from_json
+from fastmoco.config.serial import differences, from_json, marked, may_change
 from fastmoco.distributed.gather import gather_rows
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.identity import RunIdentity
+from fastmoco_pipelines.spec import Resume
 
 MACHINE_FIELDS = ("world_size", "device", "threads", "optimizer", "chunk", "versions")
 """What a checkpoint says of the machine that wrote it; a change is reported when a run continues."""
-
-ALLOWABLE = (
-    "epochs",
-    "optim.lr",
-    "optim.weight_decay",
-    "optim.betas",
-    "optim.eps",
-    "optim.sgd_momentum",
-    "optim.trust_coefficient",
-    "optim.warmup_epochs",
-    "optim.clip_norm",
-    "objective.temperature",
-    "objective.ema_momentum",
-    "objective.ema_schedule",
-    "model.linears",
-    "model.momentum_linears",
-    "data.view1",
-    "data.view2",
-)
-"""Fields (or groups) that change what is trained but leave the state and the order of the images usable; with --allow only."""
 
 
 def machine_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> list[str]:
@@ -96,7 +77,7 @@ def require_same_run(
 ) -> None:
     """Refuse to continue a run under another config, in another precision or on other images.
 
-    Some fields are free to change (`config.serial.FREE_TO_CHANGE`); those of `ALLOWABLE` are where the user names them.
+    Each field of the config says whether it is free to change, or may where the user names it (`Resume`).
 
     Args:
         checkpoint: where the run stands.
@@ -110,16 +91,17 @@ def require_same_run(
         RunError: with every difference, and what can be done about it.
     """
     named = [name.replace("-", "_") for name in allow]
-    fixed = [name for name in named if not name.startswith(ALLOWABLE)]
+    fixed = [name for name in named if not may_change(config, name, Resume.WITH_ALLOW)]
     if fixed:
-        raise RunError(f"--allow {' '.join(fixed)}: cannot change within a run; those that can: {', '.join(ALLOWABLE)}")
+        those = ", ".join(marked(config, Resume.WITH_ALLOW))
+        raise RunError(f"--allow {' '.join(fixed)}: cannot change within a run; those that can: {those}")
     every = differences(from_json(checkpoint.state["config"]), config)
     changed = [line for line in every if line.partition(":")[0] not in named]
     before = checkpoint.state["resolved"]["precision"]
     if before != precision:
         changed.append(f"precision on this machine: {before!r} -> {precision!r} (give --precision {before})")
     if changed:
-        could = [name for line in changed if (name := line.partition(":")[0]).startswith(ALLOWABLE)]
+        could = [name for line in changed if may_change(config, name := line.partition(":")[0], Resume.WITH_ALLOW)]
         hint = f", give --allow {' '.join(could)} if you mean it" if len(could) == len(changed) else ""
         raise RunError(
             f"{folder.path} holds a run of another config; changed: {'; '.join(changed)}. "

@@ -22,7 +22,7 @@ from fastmoco.checkpoint import (
 from fastmoco.config import Config
 from fastmoco.distributed.agree import of_first_rank
 from fastmoco.distributed.mesh import World
-from fastmoco.faults.pulse import Pulse
+from fastmoco.faults.pulse import Pulse, Section
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.identity import RunIdentity
 from fastmoco.training import state as training_state
@@ -96,7 +96,7 @@ class Saving:
             CheckpointError: if a save in the foreground fails.
         """
         if force:
-            with paused(), self._pulse.inside("save", 6 * DEADLINE_S):
+            with paused(), self._pulse.inside(Section.SAVE, 6 * DEADLINE_S):
                 self._hear(self._saver.wait(), report)
         else:
             self._hear(self._saver.poll(), report)
@@ -105,7 +105,7 @@ class Saving:
             return
         save = self._saver.save_in_background if order == BEHIND else self._saver.save
         self._begun_step, self._begun_at, self._failed = step, time.monotonic(), False
-        with paused(), self._pulse.inside("save", 6 * DEADLINE_S):
+        with paused(), self._pulse.inside(Section.SAVE, 6 * DEADLINE_S):
             tensors, state = collect()
             save(step=step, tensors=tensors, state=state)
 
@@ -131,7 +131,7 @@ class Saving:
         Raises:
             CheckpointError: on every rank, if there are some and none verifies, or the ranks see different ones.
         """
-        with paused(), self._pulse.inside("rollback", 6 * DEADLINE_S):
+        with paused(), self._pulse.inside(Section.ROLLBACK, 6 * DEADLINE_S):
             checkpoint = self._newest_by_steps(before)
             if checkpoint is not None:
                 take(checkpoint)

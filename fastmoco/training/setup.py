@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy
 import torch
@@ -17,13 +17,14 @@ import torch
 import fastmoco
 from fastmoco.config import Config, Resolved
 from fastmoco.distributed.mesh import World
+from fastmoco.evaluation.interface import Monitor
 from fastmoco.evaluation.monitor import KnnMonitor
-from fastmoco.models.precision import choose_precision
 from fastmoco.optim.averaged import AveragedOptimizer
 from fastmoco.optim.build import name_of
 from fastmoco_kernels.attention.choice import AttentionChoice
 from fastmoco_pipelines import Loader, LoaderSpec, SyntheticLoader, build_loader
 from fastmoco_pipelines.loading.memory import loader_bytes
+from fastmoco_pipelines.spec import Device
 from fastmoco_pipelines.views.runtime import dali_version
 
 
@@ -39,7 +40,7 @@ def share_cores(config: Config) -> int:
     return threads
 
 
-def data_device(config: Config, world: World) -> Literal["cpu", "gpu"]:
+def data_device(config: Config, world: World) -> Device:
     """Where DALI works: beside the model unless the config says otherwise."""
     if config.data.device == "auto":
         return "gpu" if world.device.type == "cuda" else "cpu"
@@ -116,8 +117,26 @@ def build_train_loader(
     )
 
 
-def build_knn(config: Config, world: World, *, threads: int, quarantine_list: Path | None = None) -> KnnMonitor | None:
-    """The kNN monitor that a config asks for; None without held-out shards or without an interval."""
+def build_monitors(
+    config: Config, world: World, *, threads: int, precision: str, quarantine_list: Path | None = None
+) -> list[Monitor]:
+    """The evaluations that a config asks for while it trains.
+
+    Args:
+        config: the run.
+        world: this process among those that train.
+        threads: of DALI, where the config does not say.
+        precision: of the encoder: "bf16", "fp32" or "fp64".
+        quarantine_list: the run's list of bad images.
+    """
+    knn = build_knn(config, world, threads=threads, precision=precision, quarantine_list=quarantine_list)
+    return [knn] if knn is not None else []
+
+
+def build_knn(
+    config: Config, world: World, *, threads: int, precision: str, quarantine_list: Path | None = None
+) -> KnnMonitor | None:
+    """The kNN monitor; None without held-out shards or without an interval."""
     if not config.knn.test_shards or config.knn.every_epochs == 0:
         return None
     return KnnMonitor(
@@ -125,7 +144,7 @@ def build_knn(config: Config, world: World, *, threads: int, quarantine_list: Pa
         world,
         threads=config.data.threads or threads,
         device=data_device(config, world),
-        precision=choose_precision(config.precision, world.device),
+        precision=precision,
         quarantine_list=quarantine_list,
     )
 

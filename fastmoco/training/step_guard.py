@@ -9,33 +9,28 @@ restore.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
 from fastmoco.distributed.agree import largest
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
-from fastmoco_kernels.tensors import local
 
 
 class StepGuard:
-    """Call `begin` before a forward, `judge` behind its backward, and `report` when waiting for the device is no loss.
+    """Call `begin` before a forward, `judge` after its backward, and `report` when waiting for the device is no loss.
 
     Args:
-        objective: encoder, twin and predictor; its gradients are averaged over ranks by the time of `judge`.
+        objective: whose buffers a forward writes.
         world: this process among its peers.
-        clip_norm: gradients longer than this are shortened to it; 0: never.
-        patience: bad steps in a row that end the run.
+        patience: consecutive bad steps that end the run.
 
     Attributes:
         skipped: steps skipped, as far as `report` has looked.
     """
 
-    def __init__(self, objective: nn.Module, world: World, *, clip_norm: float, patience: int) -> None:
-        self._clip_norm, self._patience = clip_norm, patience
-        self._parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    def __init__(self, objective: nn.Module, world: World, *, patience: int) -> None:
+        self._patience = patience
         self._buffers = list(objective.buffers())
         self._before = [buffer.clone() for buffer in self._buffers]
         self.skipped = 0
@@ -49,24 +44,21 @@ class StepGuard:
             torch._foreach_copy_(self._before, self._buffers)
 
     @torch.no_grad()
-    def judge(self, loss: Tensor) -> Tensor:
-        """Look at a step's loss and gradients, shorten the gradients if asked, and take a bad forward's traces back.
+    def judge(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
+        """Decide whether a step is skipped, and restore the buffers that its forward has written if so.
 
         Args:
-            loss: this rank's, a scalar.
+            loss: of this rank, a scalar.
+            gradient_norm: of all gradients as one vector, averaged over ranks.
 
         Returns:
             One float32 on the device, the same on all ranks: 1 for a step to skip, else 0. No host sync.
         """
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm = global_norm(gradients)
-        bad = ~(torch.isfinite(loss.detach()) & torch.isfinite(norm))
+        bad = ~(torch.isfinite(loss.detach()) & torch.isfinite(gradient_norm))
         found = largest(bad.to(torch.float32))
         bad = found > 0
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(torch.where(bad, before, buffer))
-        if self._clip_norm > 0:
-            torch._foreach_mul_(local(gradients), (self._clip_norm / norm).clamp(max=1.0))
         number = bad.to(torch.int64)
         row = (self._counts[1] + number) * number
         self._counts = torch.stack([self._counts[0] + number, row, torch.maximum(self._counts[2], row)])
@@ -97,17 +89,3 @@ class StepGuard:
         if not new:
             return []
         return [f"warning: {new} steps up to step {step} skipped, loss or gradients not finite ({total} so far)"]
-
-
-def global_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """L2 norm of all gradients as one vector, in float32 or wider; shards (DTensor) count as the whole tensor. No host sync."""
-    whole: list[Tensor] = []
-    shards: list[Tensor] = []
-    for gradient in gradients:
-        (shards if hasattr(gradient, "placements") else whole).append(gradient)
-    norms = [torch.nn.utils.get_total_norm(part) for part in (whole, shards) if part]
-    parts = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
-    total: Tensor = torch.linalg.vector_norm(
-        torch.stack([part.float() if part.itemsize < 4 else part for part in parts])
-    )
-    return total

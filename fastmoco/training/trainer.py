@@ -7,7 +7,7 @@ equals taking it between the two forwards, bit for bit: see `MoCoV3.ema_momentum
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,16 @@ from fastmoco.checkpoint import Checkpoint, load_latest
 from fastmoco.config import Config, resolve
 from fastmoco.config.serial import to_json
 from fastmoco.distributed.mesh import World
-from fastmoco.errors import EXIT_FINISHED, EXIT_STOPPED, say
-from fastmoco.evaluation.monitor import KnnMonitor
+from fastmoco.errors import EXIT_FINISHED, EXIT_STOPPED
+from fastmoco.evaluation.interface import Monitor, saved_states
 from fastmoco.faults import restarts
-from fastmoco.faults.pulse import Pulse
+from fastmoco.faults.pulse import Pulse, Section
 from fastmoco.faults.stop_signal import StopSignal
 from fastmoco.faults.watchdog import Watchdog
 from fastmoco.models.precision import choose_precision
 from fastmoco.objectives.build import attention_choice, build_objective
-from fastmoco.objectives.interface import Output, Progress
+from fastmoco.objectives.interface import Progress
 from fastmoco.optim.build import build_optimizer
-from fastmoco.optim.schedule import learning_rate
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.identity import RunIdentity, identify
 from fastmoco.telemetry.recorder import Recorder
@@ -37,6 +36,7 @@ from fastmoco.training import state as training_state
 from fastmoco.training.forward_backward import Gradients
 from fastmoco.training.rollback import Rollback
 from fastmoco.training.saving import DEADLINE_S, Saving
+from fastmoco.training.step import StepResult, TrainStep
 from fastmoco.training.step_guard import StepGuard
 from fastmoco_pipelines import Batch, Loader, ShardError, SyntheticLoader
 
@@ -57,17 +57,23 @@ class Trainer:
         world: World,
         folder: RunFolder,
         loader: Loader | SyntheticLoader,
-        knn: KnnMonitor | None,
+        monitors: Sequence[Monitor],
         checkpoint: Checkpoint | None,
         identity: RunIdentity,
+        precision: str,
     ) -> None:
-        self.config, self.world, self.folder, self.loader, self.knn = config, world, folder, loader, knn
+        self.config = config
+        self.world = world
+        self.folder = folder
+        self.loader = loader
+        self.monitors = monitors
+        self.precision = precision
         self.identity = identity if checkpoint is None else identity.taking_over(checkpoint.run_id)
         self.resolved = resolve(config, world_size=world.world_size, sample_count=loader.sample_count)
-        self.precision = choose_precision(config.precision, world.device)
+
+        # The objective and its gradients, before optimizer and restore: parameters may get sharded.
         self.objective = build_objective(config, world.device)
         self.attention = attention_choice(config, self.objective.encoder, self.precision, world.device)
-        # Before optimizer and restore: it may shard the parameters.
         self.gradients = Gradients(
             config,
             self.objective,
@@ -78,20 +84,32 @@ class Trainer:
             reserved=setup.reserved_bytes(world, loader),
         )
         self.optimizer = build_optimizer(config, self.objective.named_parameters(), self.objective.averages())
+
+        # The state of the checkpoint, if there is one.
         self.step_count = 0
         if checkpoint is not None:
             self._take_state(checkpoint)
             self.step_count = checkpoint.step
-            if knn is not None:
-                knn.load_state_dict(checkpoint.state["knn"])
-        self.pulse, self.stragglers = Pulse(config.faults), Stragglers(self.objective, world)
+            states = saved_states(checkpoint.state)
+            for monitor in monitors:
+                monitor.load_state_dict(states.get(monitor.name, {}))
+
+        # What goes on around the steps.
+        self.pulse = Pulse(config.faults)
+        self.stragglers = Stragglers(self.objective, world)
         self.saving = Saving(config, world, folder, step=self.step_count, pulse=self.pulse, identity=self.identity)
         rolled = checkpoint.state.get("rollback", {}) if checkpoint is not None else {}
         self.rollback = Rollback(config, world, self.saving, self._take_state, rolled)
-        self.guard = StepGuard(
-            self.objective, world, clip_norm=config.optim.clip_norm, patience=config.faults.max_skipped_steps
+        self.guard = StepGuard(self.objective, world, patience=config.faults.max_skipped_steps)
+        self.train_step = TrainStep(
+            config,
+            self.resolved,
+            objective=self.objective,
+            forward_backward=self.gradients,
+            optimizer=self.optimizer,
+            guard=self.guard,
         )
-        self.recorder: Recorder | None = None
+        self.recorder = self._open_records(checkpoint)
 
     @classmethod
     def build(
@@ -128,56 +146,66 @@ class Trainer:
                 quarantine_list=folder.quarantine,
             )
             undo.callback(loader.close)
+            precision = choose_precision(config.precision, world.device)
             if checkpoint is not None:
-                precision = choose_precision(config.precision, world.device)
                 resume.require_same_run(checkpoint, config, precision, loader.digest, folder, allow)
                 resume.require_same_order(checkpoint, loader.order_digest)
-            knn = setup.build_knn(config, world, threads=threads, quarantine_list=folder.quarantine)
-            trainer = cls(
-                config=config, world=world, folder=folder, loader=loader, knn=knn, checkpoint=checkpoint, identity=who
+            monitors = setup.build_monitors(
+                config, world, threads=threads, precision=precision, quarantine_list=folder.quarantine
             )
-            trainer._open_records(checkpoint)
+            trainer = cls(
+                config=config,
+                world=world,
+                folder=folder,
+                loader=loader,
+                monitors=monitors,
+                checkpoint=checkpoint,
+                identity=who,
+                precision=precision,
+            )
             loader.begin()  # not before the step is planned: what batches take would be missing from the free memory
             undo.pop_all()
         return trainer
 
-    def _open_records(self, checkpoint: Checkpoint | None) -> None:
-        """Open the records at the step of the checkpoint, and say what a user should know of it."""
+    @property
+    def figures(self) -> dict[str, str]:
+        """Metric name -> label of all accuracies that are measured while training."""
+        return {name: label for monitor in self.monitors for name, label in monitor.figures.items()}
+
+    def _open_records(self, checkpoint: Checkpoint | None) -> Recorder:
+        """Open the records at the step of the checkpoint, and report what a user should know of it."""
         saved = {"config": to_json(self.config), "resolved": self._describe(), **self.identity.to_json()}
         if self.world.rank == 0:
             # Without a checkpoint nothing of what a killed run wrote still holds, its step 0 included.
             self.folder.trim_metrics(self.step_count if checkpoint is not None else -1)
             self.folder.write_config(saved)
-        self.recorder = Recorder(self.config, self.resolved, self.folder, self.world, start_step=self.step_count)
-        self.recorder.event(f"attention: {self.attention}")
+        recorder = Recorder(
+            self.config,
+            self.resolved,
+            self.folder,
+            self.world,
+            start_step=self.step_count,
+            figures=self.figures,
+        )
+        recorder.event(f"attention: {self.attention}")
         plan, strategy, blocks = self.gradients.plan, self.gradients.strategy, self.gradients.compile
-        self.recorder.event(f"batch: {plan}; parallel: {strategy}; blocks: {blocks}")
+        recorder.event(f"batch: {plan}; parallel: {strategy}; blocks: {blocks}")
         if self.config.batch.cuda_graphs:
-            self.recorder.event(f"CUDA graphs replay {self.gradients.replays}")
-        self.loader.report = self.recorder.event_of_any_rank
-        if self.knn is not None:
-            self.knn.report = self.recorder.event
-            self.recorder.known_knn(self.knn.last, self.knn.best)
+            recorder.event(f"CUDA graphs replay {self.gradients.replays}")
+        self.loader.report = recorder.event_of_any_rank
+        for monitor in self.monitors:
+            monitor.report = recorder.event
+            recorder.known(monitor.last, monitor.best)
         for name in [*self.folder.take_leftovers(), *(folder.name for folder in self.saving.leftovers)]:
-            self.recorder.event(f"ignored {name}, which a killed run left behind")
+            recorder.event(f"ignored {name}, which a killed run left behind")
         if checkpoint is not None:
-            resume.announce(checkpoint, self.identity, saved["resolved"], self.recorder.event)
+            resume.announce(checkpoint, self.identity, saved["resolved"], recorder.event)
+        return recorder
 
     def _describe(self) -> dict[str, Any]:
         """What was resolved, for ``config.json`` and checkpoints."""
         return setup.describe(
             self.resolved, self.world, self.precision, self.attention, self.gradients.plan.to_json(), self.optimizer
-        )
-
-    def schedule(self, step: int) -> float:
-        """Learning rate of one step: a pure function of it."""
-        config, steps_per_epoch = self.config, self.resolved.steps_per_epoch
-        return learning_rate(
-            step,
-            peak=self.resolved.peak_lr,
-            epochs=config.epochs,
-            warmup_epochs=config.optim.warmup_epochs,
-            steps_per_epoch=steps_per_epoch,
         )
 
     def progress(self, step: int) -> Progress:
@@ -193,30 +221,12 @@ class Trainer:
         """Make weights, twin, buffers and the optimizer's state those of a checkpoint; the step count stays."""
         training_state.restore(self.objective, self.optimizer, checkpoint, self._last_move(checkpoint.step))
 
-    def step(self, batch: Batch, *, inspect: Callable[[], None] | None = None) -> Output:
-        """One optimizer step. Nothing here waits for the device.
-
-        Args:
-            batch: this rank's part of the global batch.
-            inspect: called between backward and update, when the gradients are there.
-
-        Returns:
-            This rank's loss, queries and keys.
-        """
+    def step(self, batch: Batch) -> StepResult:
+        """One optimizer step on this rank's part of the global batch (`TrainStep`)."""
         at = self.progress(self.step_count)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule(at.step)
-        views = [view.to(self.world.device, non_blocking=True) for view in batch.views]
-        self.objective.zero_grad(set_to_none=True)
-        self.guard.begin()
-        output = self.gradients(*views, at=at, accuracy=self._logs(self.step_count + 1))
-        if inspect is not None:
-            inspect()
-        bad = self.guard.judge(output.loss)
+        result = self.train_step(batch, at, accuracy=self._logs(at.step + 1))
         self.step_count += 1
-        self.optimizer.step(ema_momentum=self.objective.ema_momentum(at), skip=bad)
-        self.objective.after_step(bad, at)
-        return output
+        return result
 
     def run(self, max_steps: int | None = None) -> int:
         """Train until the last step or a signal; save and return the exit code.
@@ -228,7 +238,6 @@ class Trainer:
             `EXIT_FINISHED`, or `EXIT_STOPPED` after a signal to stop, with the state saved.
         """
         recorder, total = self.recorder, self.resolved.total_steps
-        assert recorder is not None
         last = total if max_steps is None else min(total, self.step_count + max_steps)
         if max_steps is None and self.step_count >= last:
             self.folder.mark("DONE")
@@ -237,15 +246,15 @@ class Trainer:
         stop = StopSignal(self.pulse, self.folder, self.world)
         with stop, Watchdog(self.world, self.pulse, self.config.faults):
             self.folder.mark(None)
-            self._measure_knn(force=self.step_count == 0)
+            self._measure(force=self.step_count == 0)
             while self.step_count < last:
                 if self._asked_to_stop(stop):
                     self._save(force=True)
                     self.folder.mark("PREEMPTED")
                     recorder.event(f"{stop.received or 'a peer was asked to stop'}: saved step {self.step_count}")
                     return EXIT_STOPPED
-                self._one_step(recorder)
-                self._measure_knn(force=self.step_count == total)
+                self._one_step()
+                self._measure(force=self.step_count == total)
                 if max_steps is None:
                     self._save(force=self.step_count == last)
             if max_steps is None:  # while signals are still heard: what is saved to the end was not stopped
@@ -259,53 +268,54 @@ class Trainer:
         free = self.world.world_size == 1 or self.world.device.type == "cpu"
         return (free or self.step_count % self.config.log_every_steps == 0) and stop.agreed(self.world.device)
 
-    def _one_step(self, recorder: Recorder) -> None:
+    def _one_step(self) -> None:
         """Fetch, step, record. Only logged steps read numbers back from the device."""
         try:
-            with self.pulse.inside("data", self.config.data.timeout_s + 60):
+            with self.pulse.inside(Section.DATA, self.config.data.timeout_s + 60):
                 batch = self.loader.next()
         except ShardError:
             if self.world.world_size == 1:
                 self._save(force=True)
             raise
-        number = self.step_count + 1
-        lr = self.schedule(self.step_count)
-        schedules = self.objective.schedules(self.progress(self.step_count))
         self.stragglers.begin(self.loader.wait_seconds)
         with self.pulse.step():
-            output = self.step(
-                batch, inspect=lambda: self.rollback.record(number, recorder.gradients(number, self.objective))
-            )
-        recorder.stepped(self.loader.wait_seconds)
+            result = self.step(batch)
+
+        # Norms stay on the device until a log step.
+        number = self.step_count
+        self.recorder.gradients(number, result.norms)
+        self.rollback.record(number, result.norms)
+        self.recorder.stepped(self.loader.wait_seconds)
         if self._logs(number):
-            recorder.loader(self.loader.figures())
-            recorder.log(number, output.loss, output.watch, lr=lr, schedules=schedules)
-        # Before the guard may end the run: a spike can be what made the steps behind it bad.
-        if self.rollback.after_step(number, recorder, logged=self._logs(number)):
+            self.recorder.loader(self.loader.figures())
+            schedules = self.objective.schedules(result.at)
+            self.recorder.log(number, result.loss, result.output.watch, lr=result.lr, schedules=schedules)
+
+        # Before the guard may end the run: a spike can be what made the steps after it bad.
+        if self.rollback.after_step(number, self.recorder, logged=self._logs(number)):
             self.guard.forget()
         if self._logs(number):
             for event in (*self.stragglers.report(number), *self.guard.report(number)):
-                recorder.event(event)
+                self.recorder.event(event)
 
     def _logs(self, step: int) -> bool:
         """Whether a step is logged: every so many, the first and the last."""
         return step % self.config.log_every_steps == 0 or step in (1, self.resolved.total_steps)
 
-    def _measure_knn(self, *, force: bool) -> None:
-        """A kNN measurement if one is due and within its time budget."""
-        if self.knn is None or self.recorder is None:
-            return
-        epoch = self.step_count / self.resolved.steps_per_epoch
-        if force or (self._logs(self.step_count) and self.knn.is_due(epoch)):
-            with self.recorder.paused(), self.pulse.inside("kNN", 6 * DEADLINE_S):
-                accuracy = self.knn.measure(self.objective.encoder, epoch)
-            self.recorder.knn(self.step_count, accuracy)
+    def _measure(self, *, force: bool) -> None:
+        """The evaluations that are due and within their time budget; all of them if forced."""
+        epoch = self.progress(self.step_count).epoch
+        for monitor in self.monitors:
+            if force or (self._logs(self.step_count) and monitor.is_due(epoch)):
+                doing = ", ".join(monitor.figures.values())
+                with self.recorder.paused(), self.pulse.inside(Section.MEASUREMENT, 6 * DEADLINE_S, doing):
+                    figures = monitor.measure(self.objective.encoder, epoch)
+                self.recorder.measured(self.step_count, figures)
 
     def _save(self, *, force: bool) -> None:
         """Write a checkpoint if one is due; a forced one is on the disk, of all ranks, when this returns."""
-        recorder = self.recorder
-        assert recorder is not None
-        self.saving.after_step(self.step_count, self._state, recorder.event, force=force, paused=recorder.paused)
+        report, paused = self.recorder.event, self.recorder.paused
+        self.saving.after_step(self.step_count, self._state, report, force=force, paused=paused)
 
     def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """All that a checkpoint holds: tensors, and what is none."""
@@ -313,7 +323,7 @@ class Trainer:
             "config": to_json(self.config),
             "resolved": self._describe(),
             "data": self.loader.state_dict(),
-            "knn": self.knn.state_dict() if self.knn is not None else {},
+            "monitors": {monitor.name: monitor.state_dict() for monitor in self.monitors},
             "rollback": self.rollback.state_dict(),
             "run_id": self.identity.run_id,
             "twin_advanced": not self.step_count or self._last_move(self.step_count) is not None,
@@ -323,7 +333,6 @@ class Trainer:
         """Stop the loader, close the records, give the folder back. Safe to call twice."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.folder.release)
-            if self.recorder is not None:
-                stack.callback(self.recorder.close)
+            stack.callback(self.recorder.close)
             stack.callback(self.loader.close)
-            stack.callback(self.saving.close, self.recorder.event if self.recorder is not None else say)
+            stack.callback(self.saving.close, self.recorder.event)

@@ -1,8 +1,9 @@
 """Shards of images -> augmented views of every image, on the device.
 
-Pack images into shards with ``pack_folder``, describe the views with ``ViewSpec`` and the batches with ``LoaderSpec``,
-and iterate over ``build_loader(spec)``. A name is imported when it is first used: describing views needs no torch,
-DALI is imported when a loader is built, webdataset when shards are packed.
+Pack images into shards with `pack_folder`, describe the views with `ViewSpec` and the batches with
+`LoaderSpec`, and iterate over `build_loader(spec)`. A name is imported when it is first used:
+describing views needs no torch, DALI is imported when a loader is built, webdataset when shards are
+packed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
     from fastmoco_pipelines.making.pack import PackReport, pack_folder
     from fastmoco_pipelines.sampling.order import epoch_order, rank_slice, steps_per_epoch
     from fastmoco_pipelines.sets.shard_set import ShardSet, expand_shards
-    from fastmoco_pipelines.spec import EvalSpec, LoaderSpec, ViewSpec, moco_v3_views
+    from fastmoco_pipelines.spec import (
+        EvalLoaderSpec,
+        EvalSpec,
+        LoaderSpec,
+        ViewSpec,
+        moco_v3_views,
+    )
     from fastmoco_pipelines.views.levels import normalise
 
 __all__ = [
@@ -30,6 +37,7 @@ __all__ = [
     "Batch",
     "EvalBatch",
     "EvalLoader",
+    "EvalLoaderSpec",
     "EvalSpec",
     "IndexReport",
     "Loader",
@@ -59,6 +67,7 @@ _ROOMS = {
     "Batch": "loading.batch",
     "EvalBatch": "loading.batch",
     "EvalLoader": "loading.eval_loader",
+    "EvalLoaderSpec": "spec",
     "EvalSpec": "spec",
     "IndexReport": "making.indexing",
     "Loader": "loading.loader",

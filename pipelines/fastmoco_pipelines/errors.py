@@ -1,26 +1,30 @@
-"""Every error that this package raises for its user: each names the file, the member, what is wrong and the cure."""
+"""Every error that this package raises for its user: each names the file, the member, what is wrong
+and the cure."""
 
 from __future__ import annotations
 
 
 class ShardError(RuntimeError):
-    """A shard, an index or a manifest that cannot be used: names the file, the member, what is wrong and the cure."""
+    """A shard, an index or a manifest that cannot be used: names the file, the member, what is
+    wrong and the cure."""
 
 
 class RemoteError(ShardError):
-    """Something on a server that cannot be read: names the URL, without its secrets, the cause and the cure."""
+    """Something on a server that cannot be read: names the URL, without its secrets, the cause and
+    the cure."""
 
 
 class AbsentError(RemoteError):
-    """The server says that there is no such file, or none for this user."""
+    """The server has no such file, or none for this user."""
 
 
 class AccessError(AbsentError):
-    """The server refuses to say; some stores answer so for every file that does not exist."""
+    """The server refuses access; some stores answer so for every file that does not exist."""
 
 
 class PassingError(RemoteError):
-    """A failure that may pass: worth another try. ``retry_after``: seconds that the server asks to wait."""
+    """A failure that may pass: worth another try. `retry_after`: seconds that the server asks to
+    wait."""
 
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)
@@ -28,7 +32,7 @@ class PassingError(RemoteError):
 
 
 class WrongContentError(PassingError):
-    """Other bytes than promised: another try begins anew, and there are few."""
+    """Other bytes than expected: another try starts from the first byte, and tries are few."""
 
 
 class StoppedError(RemoteError):
@@ -36,11 +40,13 @@ class StoppedError(RemoteError):
 
 
 class LoaderTimeoutError(ShardError):
-    """A batch did not come within ``timeout_s``; says what the loader was at, and where."""
+    """A batch did not come within `timeout_s`; names the stage of the loader, the shard and the
+    byte."""
 
 
 class TooManyBadSamplesError(ShardError):
-    """More of a set is bad than the run was told to bear; counts by reason, the first few, and the cure."""
+    """More of a set is bad than `max_bad_share` allows; contains counts by reason, the first few,
+    and the cure."""
 
 
 class TarError(RuntimeError):
@@ -50,10 +56,13 @@ class TarError(RuntimeError):
         position: byte of the fault; None where the file is no plain tar at all.
         member: name of the member that the fault cut off, or empty.
         reason: what is wrong there, without file and cure.
-        lost: bytes from ``position`` on in which no member was found, once ``walk_damaged`` has looked; else 0.
+        lost: bytes from `position` on in which no member was found, once `walk_damaged` has looked;
+            else 0.
     """
 
-    def __init__(self, message: str, *, position: int | None = None, member: str = "", reason: str = "") -> None:
+    def __init__(
+        self, message: str, *, position: int | None = None, member: str = "", reason: str = ""
+    ) -> None:
         super().__init__(message)
         self.position = position
         self.member = member
@@ -62,26 +71,29 @@ class TarError(RuntimeError):
 
 
 class LabelError(ValueError):
-    """A member that should tell a label and does not; the text says how it should look."""
+    """A member that should contain a label and does not; the text describes a valid label."""
 
 
 class StructureError(ValueError):
-    """A file that no decoder may be given; the text says what is wrong with its structure."""
+    """A file that must not go to a decoder; the text names what is wrong with its structure."""
 
 
 class ImageRefusedError(ValueError):
-    """An image that is not used; the text says why."""
+    """An image that is not used; the text gives the reason."""
 
 
 class NoRoomError(Exception):
-    """A shard cannot be kept: everything else in the cache is in use, or the disk is full or read-only."""
+    """A shard cannot be kept: everything else in the cache is in use, or the disk is full or
+    read-only."""
 
 
 class DecodeError(RuntimeError):
-    """A batch could not be made: as a rule one of its images cannot be decoded. The pipeline stays usable.
+    """A batch could not be made, usually because one of its images cannot be decoded. The pipeline
+    stays usable.
 
     Attributes:
-        faults: (row, reason) of every image refused for its structure; empty where DALI failed without naming one.
+        faults: (row, reason) of every image refused for its structure; empty where DALI failed
+            without naming one.
     """
 
     def __init__(self, message: str, faults: tuple[tuple[int, str], ...] = ()) -> None:
@@ -90,8 +102,10 @@ class DecodeError(RuntimeError):
 
 
 class BadImageError(RuntimeError):
-    """An image in a shard that cannot be decoded: names tar and member, what is wrong and the cure."""
+    """An image in a shard that cannot be decoded: names tar and member, what is wrong and the
+    cure."""
 
 
 class DecoderBrokenError(RuntimeError):
-    """The decoder crashes, hangs or makes wrong pixels on this machine; says which, and the cure."""
+    """The decoder crashes, hangs or makes wrong pixels on this machine; names which, and the
+    cure."""

@@ -1,6 +1,8 @@
-"""Files written whole or not at all, their hashes, and locks that are released when their owner dies.
+"""Files written whole or not at all, their hashes, and locks that are released when their owner
+dies.
 
-flock belongs to the open file, not to the process: two descriptors opened apart exclude each other even in one thread.
+flock belongs to the open file, not to the process: two descriptors opened apart exclude each other
+    even in one thread.
 """
 
 from __future__ import annotations
@@ -35,9 +37,11 @@ def try_lock(descriptor: int, how: int) -> bool:
 
 
 def lock_path(path: str) -> int | None:
-    """A descriptor that holds a file's exclusive lock; None while somebody else holds any, or without such a file."""
+    """A descriptor that holds a file's exclusive lock; None while another descriptor holds any
+    lock, or without such a file."""
     try:
-        descriptor = os.open(path, os.O_RDWR | OPEN_FLAGS)  # NFS gives an exclusive lock to those alone who may write
+        # NFS gives an exclusive lock only to descriptors that may write
+        descriptor = os.open(path, os.O_RDWR | OPEN_FLAGS)
     except OSError:
         return None
     mine = False
@@ -50,7 +54,7 @@ def lock_path(path: str) -> int | None:
 
 
 def is_free(path: str) -> bool:
-    """Whether nobody holds a file's lock, this moment."""
+    """Whether a file's lock is free at this moment."""
     descriptor = lock_path(path)
     if descriptor is not None:
         os.close(descriptor)
@@ -58,7 +62,7 @@ def is_free(path: str) -> bool:
 
 
 def is_named(descriptor: int, path: str) -> bool:
-    """Whether a descriptor still is what stands under a name."""
+    """Whether a descriptor is still the file of this name."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
@@ -74,7 +78,7 @@ def remove(path: str) -> None:
 
 
 def remove_if_free(path: str) -> None:
-    """Remove a file unless somebody holds its lock."""
+    """Remove a file unless its lock is held."""
     descriptor = lock_path(path)
     if descriptor is not None:
         remove(path)
@@ -85,7 +89,8 @@ def remove_if_free(path: str) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """A new name beside `path`, which takes the place of `path` when the block ends.
 
-    A reader of `path` sees the old file or the new one, never half of it. On an error the new file is removed.
+    A reader of `path` sees the old file or the new one, never half of it. On an error the new file
+    is removed.
     """
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -119,17 +124,26 @@ def write_file(path: Path, content: bytes, *, mode: int = 0o666, durable: bool =
 
 
 SEAL = b',"content_hash":"'
+"""What is before the hash at the end of a sealed JSON file."""
+
+
+def sealed_json(content: dict[str, Any]) -> bytes:
+    """JSON with a last field, `content_hash`: SHA-256 (hex) of the text as it would be without
+    it."""
+    text = json.dumps(content, separators=(",", ":")).encode("ascii")
+    return text[:-1] + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"}'
+
+
+def is_sealed(text: bytes) -> bool:
+    """Whether the hash at the end of a JSON text is there and right."""
+    head, _, end = text.rpartition(SEAL)
+    return end == hashlib.sha256(head + b"}").hexdigest().encode() + b'"}'
 
 
 def write_json(path: Path, content: dict[str, Any], *, sealed: bool = False) -> Path:
-    """Write a JSON file whole or not at all; returns `path`.
-
-    `sealed` adds a last field, `content_hash`: SHA-256 (hex) of the file as it would be without that field.
-    """
-    text = json.dumps(content, separators=(",", ":")).encode("ascii")
-    if sealed:
-        text = text[:-1] + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"}'
-    return write_file(path, text)
+    """Write a JSON file whole or not at all, as `sealed_json` if asked; returns `path`."""
+    plain = json.dumps(content, separators=(",", ":")).encode("ascii")
+    return write_file(path, sealed_json(content) if sealed else plain)
 
 
 def hash_file(source: Path | int) -> str:

@@ -1,4 +1,5 @@
-"""The schemes of URLs that are read, each with its store: the one table in which a new store is a row.
+"""The schemes of URLs that are read, each with its store: the one table in which a new store is a
+row.
 
 It is on the ground floor because messages must hide the secrets of every scheme, also where no
 store is ever used. The rows name modules, which are imported with the first URL (`stores.table`).
@@ -14,7 +15,8 @@ STORES: dict[str, object] = {
     "s3": "fastmoco_pipelines.stores.object_store",
     "gs": "fastmoco_pipelines.stores.object_store",
 }
-"""Scheme, in lower case -> a `stores.store.Store`, or the name of the module whose `STORE` is one."""
+"""Scheme, in lower case -> a `stores.store.Store`, or the name of the module whose `STORE` is
+one."""
 
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 """The scheme at the beginning of a URL, two letters at least: `C:` is a drive."""

@@ -12,7 +12,8 @@ AUTHORITY = re.compile(r"[\w.{},-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
 
 
 def redact(url: str) -> str:
-    """A URL, or a pattern of URLs, as it may be shown: without user, password, query and fragment."""
+    """A URL, or a pattern of URLs, as it may be shown: without user, password, query and
+    fragment."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         match = SCHEME.match(url)  # a slip such as https:/user:password@host
@@ -24,7 +25,7 @@ def redact(url: str) -> str:
     next_url = re.search(r",([^,:]+):$", authority)
     alone = authority[: next_url.start()] if next_url and next_url[1] in STORES else authority
     if authority and AUTHORITY.fullmatch(alone) is None:
-        authority = "..."  # whatever stands there, it may be part of a password
+        authority = "..."  # not a host: it may be part of a password
     return ascii(f"{scheme}://{authority}{slash}{path}")[1:-1]
 
 

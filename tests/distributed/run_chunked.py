@@ -1,6 +1,7 @@
-"""What one of several real processes does: a step in chunks, and its mutants, in one process group.
+"""One of several real processes: a step in chunks, and its mutants, in one process group.
 
-Started by test_chunked_ranks.py as `python -m tests.distributed.run_chunked OUT`; results go to OUT/rank<r>.pt.
+Started by test_chunked_ranks.py as
+`python -m tests.distributed.run_chunked OUT`; results go to OUT/rank<r>.pt.
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ from tests.distributed.run_ranks import message_of, objective_and_views, part, r
 
 
 def run_step(
-    world: World, *, chunk: int = 2, kept: int = 0, dtype: torch.dtype = torch.float64, uneven: bool = False
+    world: World,
+    *,
+    chunk: int = 2,
+    kept: int = 0,
+    dtype: torch.dtype = torch.float64,
+    uneven: bool = False,
 ) -> dict[str, object]:
-    """One step in chunks on this rank's part, and how many collectives carried gradients."""
+    """One step in chunks on this rank's part, and the number of collectives with gradients."""
     objective, (view1, view2) = objective_and_views("patch", dtype)
     assert parallelize(objective, world, average_gradients=False) is objective
     step = ChunkedStep(objective, chunk=chunk + (world.rank if uneven else 0), kept=world.rank if uneven else kept)
@@ -51,7 +57,7 @@ def run_small_buckets(world: World) -> dict[str, object]:
 
 
 def run_unsynced(world: World) -> dict[str, object]:
-    """Mutant: gradients never cross ranks."""
+    """Mutant: gradients are not averaged."""
     with mock.patch.object(GradientAverage, "last", return_value=contextlib.nullcontext()):
         return run_step(world)
 
@@ -69,7 +75,7 @@ def run_wrong_offset(world: World) -> dict[str, object]:
 
 
 def run_averaged_per_chunk(world: World) -> dict[str, object]:
-    """Mutant: an average behind every backward, as a data-parallel wrapper takes it."""
+    """Mutant: an average after every backward, as in a data-parallel wrapper."""
     with mock.patch.object(GradientAverage, "local", GradientAverage.last):
         return {"message": _runtime_message(lambda: run_step(world))}
 
@@ -83,7 +89,9 @@ def _runtime_message(action: Callable[[], object]) -> str:
 
 
 def run_mixed_start(world: World) -> dict[str, object]:
-    """Mutant: the last rank starts from other weights; chunks go round the wrapper, but not round this check."""
+    """Mutant: the last rank starts from other weights; chunks bypass the
+    wrapper, but not this check.
+    """
     objective, _ = objective_and_views("patch", torch.float64)
     if world.rank == world.world_size - 1:
         with torch.no_grad():
@@ -92,7 +100,7 @@ def run_mixed_start(world: World) -> dict[str, object]:
 
 
 def run_plan(world: World) -> dict[str, object]:
-    """Ranks with different free memory take the plan of the poorest."""
+    """Ranks with different free memory use the plan of the smallest."""
     config = Config(
         global_batch_size=1024,
         model=ModelConfig(architecture="vit_nano", image_size=8, patch_size=2, hidden_dim=32, projection_dim=8),

@@ -1,4 +1,6 @@
-"""What one of several real processes takes for its shards and one step; started by test_memory_ranks.py."""
+"""Memory of one of several real processes for its shards and one step; started by
+test_memory_ranks.py.
+"""
 
 from __future__ import annotations
 

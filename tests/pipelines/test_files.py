@@ -30,7 +30,7 @@ def test_room_is_made_on_a_network_file_system(tmp_path, monkeypatch):
         flock(descriptor, how)
 
     monkeypatch.setattr(fcntl, "flock", of_nfs)
-    cache = ShardCache.open(CacheSpec(folder=str(tmp_path / "cache"), size_gb=3000e-9))
+    cache = ShardCache.open(CacheSpec(cache_dir=str(tmp_path / "cache"), cache_size_gb=3000e-9))
     for key in (A, B, C):
         put(cache, key, 1400)
     assert sum(cache.holds(key) for key in (A, B, C)) == 2

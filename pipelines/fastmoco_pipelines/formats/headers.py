@@ -1,9 +1,11 @@
-"""A look at an image file's structure before DALI sees it: microseconds that keep the process alive.
+"""A look at an image file's structure before DALI sees it: microseconds that keep the process
+alive.
 
-DALI 2.4 raises a clean error when pixels cannot be decoded, but a file whose *structure* its parser refuses (a text
-file, an empty one, a PNG cut short) ends the whole process with a segmentation fault once it is part of a batch. So the
-structure is walked here first. Formats other than JPEG, PNG and WebP are refused: no packer of this project writes
-them, and some of DALI's other decoders crash on damaged input.
+DALI 2.4 raises a clean error when pixels cannot be decoded, but a file whose *structure* its parser
+refuses (a text file, an empty one, a PNG cut short) ends the whole process with a segmentation
+fault once it is part of a batch. So the structure is walked here first. Formats other than JPEG,
+PNG and WebP are refused: no packer of this project writes them, and some of DALI's other decoders
+crash on damaged input.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ _JPEG_START_OF_SCAN = 0xDA
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """(height, width) in pixels, before any EXIF rotation, that a JPEG, PNG or WebP file of sound structure declares.
+    """(height, width) in pixels, before any EXIF rotation, that a JPEG, PNG or WebP file of sound
+    structure declares.
 
     Its pixel data may still be damaged: that is an ordinary error of the decoder.
 
@@ -41,12 +44,14 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def _png_size(data: bytes) -> tuple[int, int]:
-    length, kind, width, height, depth, colour, compression, filtering, interlace = unpack_from(">I4sIIBBBBB", data, 8)
+    length, kind, width, height, depth, color, compression, filtering, interlace = unpack_from(
+        ">I4sIIBBBBB", data, 8
+    )
     if (length, kind) != (13, b"IHDR"):
         raise StructureError("PNG without its header chunk")
     if not (0 < width < 1 << 31 and 0 < height < 1 << 31):
         raise StructureError(f"PNG of {width} x {height} pixels")
-    if depth not in _PNG_DEPTHS.get(colour, ()) or compression or filtering or interlace > 1:
+    if depth not in _PNG_DEPTHS.get(color, ()) or compression or filtering or interlace > 1:
         raise StructureError("PNG with an impossible header")
     position, pixels = 33, False
     while True:
@@ -74,14 +79,24 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
         if marker == _JPEG_START_OF_SCAN:
             if size is None:
                 raise StructureError("JPEG without a frame header")
-            if inks and not marked:  # DALI takes it for inverted and delivers black; Pillow does not
-                raise StructureError("JPEG of four inks without Adobe's mark, which decoders read differently")
+            # DALI takes it for inverted and delivers black; Pillow does not
+            if inks and not marked:
+                raise StructureError(
+                    "JPEG of four inks without Adobe's mark, which decoders read differently"
+                )
             return size
         (length,) = unpack_from(">H", data, position + 1)
         if marker in _JPEG_FRAMES:
             depth, height, width, channels = unpack_from(">BHHB", data, position + 3)
-            if depth != 8 or channels not in (1, 3, 4) or not (height and width) or length != 8 + 3 * channels:
-                raise StructureError(f"JPEG of {width} x {height} pixels, {channels} channels, {depth} bits")
+            if (
+                depth != 8
+                or channels not in (1, 3, 4)
+                or not (height and width)
+                or length != 8 + 3 * channels
+            ):
+                raise StructureError(
+                    f"JPEG of {width} x {height} pixels, {channels} channels, {depth} bits"
+                )
             if size is not None:
                 raise StructureError("JPEG with two frame headers")
             size, inks = (height, width), channels == 4
@@ -89,7 +104,9 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
             raise StructureError("JPEG of an uncommon kind (lossless or arithmetic coding)")
         if marker < 0xC0 or length < 2:
             raise StructureError("JPEG with a damaged header")
-        marked = marked or (marker == 0xEE and length >= 14 and data[position + 3 : position + 8] == b"Adobe")
+        marked = marked or (
+            marker == 0xEE and length >= 14 and data[position + 3 : position + 8] == b"Adobe"
+        )
         position += 1 + length
 
 

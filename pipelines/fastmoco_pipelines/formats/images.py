@@ -1,7 +1,9 @@
-"""What may enter a shard: which image formats, how large, and whether they decode. By content, never by name alone.
+"""What may enter a shard: which image formats, how large, and whether they decode. By content,
+never by name alone.
 
-The limits keep decompression bombs away from the decoders: a file of 1,403 bytes can declare 30000 x 30000 pixels and
-cost half a minute and 5 GB. They are checked on the header, before any pixel is decoded.
+The limits keep decompression bombs away from the decoders: a file of 1,403 bytes can declare 30000
+x 30000 pixels and cost half a minute and 5 GB. They are checked on the header, before any pixel is
+decoded.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ _FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """What the first bytes say: ``kind`` is "jpg", "png" or "webp"; sizes in pixels, before any EXIF rotation."""
+    """What the header contains: `kind` is "jpg", "png" or "webp"; sizes in pixels, before any EXIF
+    rotation."""
 
     kind: str
     height: int
@@ -65,14 +68,15 @@ def image_kind(data: bytes) -> str | None:
 
 
 def foreign_kind(data: bytes) -> str | None:
-    """The name of a format that is not read, by the magic bytes; None for what is no image that one meets."""
+    """The name of a format that is not read, by the magic bytes; None for what is no common
+    image."""
     if data[4:8] == b"ftyp":
         return _BOXES.get(data[8:12], "an ISO media file")
     return next((name for magic, name in _FOREIGN if data.startswith(magic)), None)
 
 
 def refusal_kind(data: bytes) -> str:
-    """Why ``read_header`` refuses these bytes, in two or three words, for counting."""
+    """Why `read_header` refuses these bytes, in two or three words, for counting."""
     if not data:
         return "empty"
     if image_kind(data) is None:
@@ -83,11 +87,15 @@ def refusal_kind(data: bytes) -> str:
         height, width = image_size(data)
     except StructureError:
         return "damaged image"
-    return "too large or a bomb" if size_problem(height=height, width=width, size=len(data)) else "damaged image"
+    return (
+        "too large or a bomb"
+        if size_problem(height=height, width=width, size=len(data))
+        else "damaged image"
+    )
 
 
 def size_problem(*, height: int, width: int, size: int) -> str | None:
-    """Why an image of ``height`` x ``width`` pixels in ``size`` bytes is refused, or None."""
+    """Why an image of `height` x `width` pixels in `size` bytes is refused, or None."""
     if height < 1 or width < 1:
         return f"it declares {width}x{height} pixels"
     if size > MAX_BYTES:
@@ -100,7 +108,8 @@ def size_problem(*, height: int, width: int, size: int) -> str | None:
 
 
 def structure_fault(data: bytes) -> str | None:
-    """Why a file must not go to a decoder, or None: its structure is broken, or its header goes beyond the limits."""
+    """Why a file must not go to a decoder, or None: its structure is broken, or its header goes
+    beyond the limits."""
     try:
         height, width = image_size(data)
     except StructureError as fault:
@@ -112,7 +121,8 @@ def read_header(data: bytes) -> ImageHeader:
     """Kind and size of an encoded image, without decoding it.
 
     Raises:
-        ImageRefusedError: for other formats, unreadable headers, animations and images beyond the limits.
+        ImageRefusedError: for other formats, unreadable headers, animations and images beyond the
+            limits.
     """
     kind = image_kind(data)
     if kind is None:
@@ -121,21 +131,25 @@ def read_header(data: bytes) -> ImageHeader:
         raise ImageRefusedError(what if data else "it is empty")
     if len(data) > MAX_BYTES:
         raise ImageRefusedError(f"{len(data)} bytes are above the limit of {MAX_BYTES}")
-    # Before Pillow sees it, so that a bomb costs nothing; and what Pillow reads, DALI need not: arithmetic coding, say.
+    # Before Pillow sees it, so that a bomb costs nothing; and what Pillow reads, DALI need not:
+    # e.g. arithmetic coding.
     problem = _png_size_problem(data) or structure_fault(data)
     if problem is not None:
         raise ImageRefusedError(problem)
     image = _open(data, kind)
     height, width = image_size(data)
     if (image.height, image.width) != (height, width):
-        raise ImageRefusedError(f"its header says {width}x{height} pixels and {image.width}x{image.height} as well")
+        raise ImageRefusedError(
+            f"its header declares {width}x{height} pixels and {image.width}x{image.height} as well"
+        )
     if getattr(image, "is_animated", False):
         raise ImageRefusedError("it is an animation")
     return ImageHeader(kind, height, width)
 
 
 def check_decodes(data: bytes) -> None:
-    """Decode every pixel once, as strictly as DALI does: Pillow alone passes a PNG without its end or with a wrong CRC.
+    """Decode every pixel once, as strictly as DALI does: Pillow alone passes a PNG without its end
+    or with a wrong CRC.
 
     Raises:
         ImageRefusedError: if a decoder would give up (truncated data, broken chunks).
@@ -147,12 +161,13 @@ def check_decodes(data: bytes) -> None:
 
 
 def shrink(data: bytes, *, max_side: int, quality: int) -> bytes:
-    """The image with its longer side at most ``max_side`` pixels, in its own format; the very bytes if it already is.
+    """The image with its longer side at most `max_side` pixels, in its own format; the very bytes
+    if it already is.
 
     Args:
         data: an encoded JPEG, PNG or WebP.
         max_side: largest length of the longer side, height or width, in pixels.
-        quality: of a JPEG or WebP that is written anew, 1 to 100. PNG stays lossless.
+        quality: of a JPEG or WebP that is written again, 1 to 100. PNG stays lossless.
 
     Raises:
         ImageRefusedError: if the image cannot be decoded.
@@ -166,7 +181,9 @@ def shrink(data: bytes, *, max_side: int, quality: int) -> bytes:
     size = (max(1, round(header.width * scale)), max(1, round(header.height * scale)))
     resized = _plain_mode(image).resize(size, Image.Resampling.LANCZOS)
     out = io.BytesIO()
-    resized.save(out, _FORMATS[header.kind], **({} if header.kind == "png" else {"quality": quality}))
+    resized.save(
+        out, _FORMATS[header.kind], **({} if header.kind == "png" else {"quality": quality})
+    )
     return out.getvalue()
 
 
@@ -190,15 +207,19 @@ def _plain_mode(image: Image.Image) -> Image.Image:
 def _open(data: bytes, kind: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=(_FORMATS[kind],))
-    except UnidentifiedImageError as error:  # its text names a Python object, which helps nobody
+    except UnidentifiedImageError as error:  # its text names a Python object, which helps no user
         raise ImageRefusedError(f"its header is no valid {_FORMATS[kind]}") from error
     # Hostile bytes make a decoder raise nearly anything; whatever it is, the image is not used.
     except Exception as error:
-        raise ImageRefusedError(f"its header cannot be read ({type(error).__name__}: {error})") from error
+        raise ImageRefusedError(
+            f"its header cannot be read ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _call(decode: Callable[[], object]) -> None:
     try:
         decode()
     except Exception as error:  # as above
-        raise ImageRefusedError(f"it cannot be decoded ({type(error).__name__}: {error})") from error
+        raise ImageRefusedError(
+            f"it cannot be decoded ({type(error).__name__}: {error})"
+        ) from error

@@ -1,7 +1,8 @@
-"""The index beside each tar (``x.tar.index.json``): where every image lies, how long it is and its checksum.
+"""The index beside each tar (`x.tar.index.json`): the position, size and checksum of every image.
 
-Columnar JSON, written once by ``pack_folder`` or ``index_shards`` and refused when its tar has changed since. Reading
-images by offset from it needs no walk through the tar, and a lost or damaged sample is an error instead of a gap.
+Columnar JSON, written once by `pack_folder` or `index_shards` and refused when its tar has changed
+since. Reading images by offset from it needs no walk through the tar, and a lost or damaged sample
+is an error instead of a gap.
 """
 
 from __future__ import annotations
@@ -15,9 +16,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastmoco_pipelines.errors import ImageRefusedError, LabelError, ShardError, TarError
-from fastmoco_pipelines.files import SEAL, write_json
+from fastmoco_pipelines.files import is_sealed, write_json
 from fastmoco_pipelines.formats.images import MAX_BYTES, read_header
-from fastmoco_pipelines.formats.labels import LabelRule, RawLabel, Source, number_labels, read_labels
+from fastmoco_pipelines.formats.labels import (
+    LabelRule,
+    RawLabel,
+    Source,
+    number_labels,
+    read_labels,
+)
 from fastmoco_pipelines.formats.members import group_members
 from fastmoco_pipelines.formats.tar import walk_damaged, walk_tar
 
@@ -27,7 +34,14 @@ SUFFIX = ".index.json"
 COLUMNS = ("offset", "size", "crc32", "label", "height", "width")
 CURE = "run `fastmoco data index` on the shards"
 SALVAGE = "Or index what is left of it: `fastmoco data index --salvage`."
-_LIMITS = {"offset": 2**63, "size": MAX_BYTES + 1, "crc32": 2**32, "label": 2**31, "height": 2**16, "width": 2**16}
+_LIMITS = {
+    "offset": 2**63,
+    "size": MAX_BYTES + 1,
+    "crc32": 2**32,
+    "label": 2**31,
+    "height": 2**16,
+    "width": 2**16,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +52,11 @@ class ShardIndex:
         tar: file name of the tar, without its folder.
         tar_bytes: its size.
         tar_hash: SHA-256 (hex) over its first and last 4 KiB.
-        keys: webdataset key of each sample; ``extensions``: of its image, as in the tar.
-        columns: "offset", "size" (bytes), "crc32", "label" (-1 = none), "height", "width" (pixels, before rotation).
-        skipped: (member, reason) of every member that is neither an image, nor a text beside one, nor a folder.
+        keys: webdataset key of each sample; `extensions`: of its image, as in the tar.
+        columns: "offset", "size" (bytes), "crc32", "label" (-1 = none), "height", "width" (pixels,
+            before rotation).
+        skipped: (member, reason) of every member that is neither an image, nor a text beside one,
+            nor a folder.
     """
 
     tar: str
@@ -60,15 +76,15 @@ class ShardIndex:
 
 
 def index_path(tar: Path) -> Path:
-    """Where the index of a tar lies."""
+    """Path of the index of a tar."""
     return tar.with_name(tar.name + SUFFIX)
 
 
 def build_index(tar: Path) -> ShardIndex:
-    """Read a whole tar and note its images and labels (``KEY.cls`` beside ``KEY.jpg``).
+    """Read a whole tar and note its images and labels (`KEY.cls` beside `KEY.jpg`).
 
     Raises:
-        ShardError: if the tar is damaged or no usable image lies in it.
+        ShardError: if the tar is damaged or contains no usable image.
     """
     rule = LabelRule(source="cls")
     index, found, _ = scan_tar(tar, rule)
@@ -79,13 +95,13 @@ def build_index(tar: Path) -> ShardIndex:
 def scan_tar(
     tar: Path, rule: LabelRule, *, salvage: bool = False
 ) -> tuple[ShardIndex, list[dict[Source, RawLabel]], list[TarError]]:
-    """Read a whole tar: its index without labels, what the texts beside each image say, and what is damaged.
-
-    With ``salvage`` a damage does not end the walk: what is sound before and behind it is taken, and each lost stretch is a
-    fault and stands in the index's ``skipped`` too. Without, the last list is empty.
+    """Read a whole tar: its index without labels, the labels beside each image, and the damages.
+    With `salvage` a damage does not end the walk: sound members before and after it are taken, and
+    each lost stretch is a fault, which is in the index's `skipped` too. Without, the last list is
+    empty.
 
     Raises:
-        ShardError: as for ``build_index``; with ``salvage`` only where no usable image is left.
+        ShardError: as for `build_index`; with `salvage` only where no usable image is left.
     """
     try:
         members, damages = walk_damaged(tar) if salvage else (walk_tar(tar), [])
@@ -119,20 +135,25 @@ def scan_tar(
             try:
                 found.append(read_labels(file.fileno(), sample, rule))
             except LabelError as error:
-                raise ShardError(f"{tar.name}: {error}: mend it in the tar, or index with --labels none.") from error
+                raise ShardError(
+                    f"{tar.name}: {error}: fix it in the tar, or index with --labels none."
+                ) from error
             row = (member.offset, member.size, zlib.crc32(data), -1, header.height, header.width)
             index.keys.append(sample.key)
             index.extensions.append(sample.extension)
             for name, value in zip(COLUMNS, row, strict=True):
                 index.columns[name].append(value)
     if not index.keys:
-        reasons = "; ".join(f"{member}: {reason}" for member, reason in index.skipped[:3]) or "it has no members"
+        reasons = (
+            "; ".join(f"{member}: {reason}" for member, reason in index.skipped[:3])
+            or "it has no members"
+        )
         raise ShardError(f"{tar.name}: holds no usable image ({reasons}). Leave this tar out.")
     return index, found, damages
 
 
 def lost_entry(damage: TarError) -> tuple[str, str]:
-    """How a lost stretch stands among ``skipped``."""
+    """The entry of a lost stretch among `skipped`."""
     member = ascii(damage.member)[1:-1] if damage.member else f"byte {damage.position}"
     return member, f"{damage.lost} bytes from byte {damage.position} on are lost: {damage.reason}"
 
@@ -187,7 +208,7 @@ def read_any_index(tar: Path) -> ShardIndex:
 
 
 def parse_index(name: str, text: bytes) -> ShardIndex:
-    """An index from the content of its file, which errors call ``name``.
+    """An index from the content of its file, which errors call `name`.
 
     Raises:
         ShardError: if it is broken.
@@ -197,10 +218,14 @@ def parse_index(name: str, text: bytes) -> ShardIndex:
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{name}: is no valid JSON ({error}): {CURE}.") from error
     index = _checked_index(name, content)
-    head, _, end = text.rpartition(SEAL)
-    seal = hashlib.sha256(head + b"}").hexdigest()
-    if "content_hash" in content and end != seal.encode() + b'"}':  # indexes of earlier versions bear none
-        raise ShardError(f"{name}: was changed or damaged after it was written (content_hash): {CURE}.")
+    if "content_hash" not in content:
+        raise ShardError(
+            f"{name}: has no content_hash, an earlier version of fastmoco wrote it: {CURE}."
+        )
+    if not is_sealed(text):
+        raise ShardError(
+            f"{name}: was changed or damaged after it was written (content_hash): {CURE}."
+        )
     return index
 
 
@@ -211,7 +236,7 @@ def tar_hash(tar: Path) -> str:
 
 
 def hash_ends(file: BinaryIO) -> str:
-    """``tar_hash`` of a file that is open."""
+    """`tar_hash` of a file that is open."""
     file.seek(0)
     digest = hashlib.sha256(file.read(4096))
     file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
@@ -227,25 +252,42 @@ def _checked_index(name: str, content: Any) -> ShardIndex:
             raise ShardError(f"{name}: {what}: {CURE}.")
 
     check(isinstance(content, dict) and content.get("format") == FORMAT, "is no index of fastmoco")
-    check(content.get("version") == VERSION, f"has version {content.get('version')!r}, this fastmoco reads {VERSION}")
+    check(
+        content.get("version") == VERSION,
+        f"has version {content.get('version')!r}, this fastmoco reads {VERSION}",
+    )
     keys, extensions = content.get("key"), content.get("extension")
     check(
-        isinstance(content.get("tar_bytes"), int) and isinstance(content.get("tar_hash"), str), "lacks its tar's hash"
+        isinstance(content.get("tar_bytes"), int) and isinstance(content.get("tar_hash"), str),
+        "lacks its tar's hash",
     )
     columns = {column: content.get(column) for column in COLUMNS}
     for column, values in (("key", keys), ("extension", extensions), *columns.items()):
-        check(isinstance(values, list) and len(values) == len(keys or ()), f"its column {column!r} is missing or short")
+        check(
+            isinstance(values, list) and len(values) == len(keys or ()),
+            f"its column {column!r} is missing or short",
+        )
     for column, values in (("key", keys), ("extension", extensions)):
-        check(all(type(value) is str and value.isprintable() for value in values), f"its column {column!r} is broken")
+        check(
+            all(type(value) is str and value.isprintable() for value in values),
+            f"its column {column!r} is broken",
+        )
     check(len(keys) > 0, "lists no sample")
     for column, values in columns.items():
         low, high = (-1 if column == "label" else 0), _LIMITS[column]
-        good = all(type(value) is int for value in values) and min(values) >= low and max(values) < high
+        good = (
+            all(type(value) is int for value in values)
+            and min(values) >= low
+            and max(values) < high
+        )
         check(good, f"its column {column!r} is broken")
     ends = map(int.__add__, columns["offset"] or (), columns["size"] or ())
-    check(max(ends) <= content["tar_bytes"], "lists a sample behind the end of its tar")
+    check(max(ends) <= content["tar_bytes"], "lists a sample after the end of its tar")
     skipped = content.get("skipped")
-    check(isinstance(skipped, list) and all(isinstance(s, list) and len(s) == 2 for s in skipped), "is broken")
+    check(
+        isinstance(skipped, list) and all(isinstance(s, list) and len(s) == 2 for s in skipped),
+        "is broken",
+    )
     return ShardIndex(
         tar=str(content.get("tar")),
         tar_bytes=content["tar_bytes"],

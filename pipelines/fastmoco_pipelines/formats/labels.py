@@ -1,7 +1,9 @@
-"""Labels of shards that somebody else packed: read from ``.cls``, ``.json`` or ``.txt`` beside the image, or none.
+"""Labels of shards that other programs packed: read from `.cls`, `.json` or `.txt` beside the
+image, or none.
 
-Numbers are taken as they are. Words are class names: they are sorted and numbered over the whole set at once, and the
-manifest keeps the names. Captions are no labels: text of several lines, or nearly every sample with words of its own.
+Numbers are taken as they are. Words are class names: they are sorted and numbered over the whole
+set at once, and the manifest keeps the names. Captions are no labels: text of several lines, or
+nearly every sample with words of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ MAX_NAME = 100
 """Longest class name, in characters."""
 _MAX_TEXT = {"cls": 64, "json": 1 << 20, "txt": 4 * MAX_NAME + 2}
 _LIMIT = 10**9
-_CAPTION = "\n"  # stands for any text that is no class name
+_CAPTION = "\n"  # any text that is no class name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +37,9 @@ class LabelRule:
     """Where labels come from.
 
     Attributes:
-        source: "cls", "json" or "txt" beside each image, "none", or "auto": the first of these three that the set has.
-        field: of a ``.json``: a whole number or a class name.
+        source: "cls", "json" or "txt" beside each image, "none", or "auto": the first of these
+            three that the set has.
+        field: of a `.json`: a whole number or a class name.
     """
 
     source: Literal["auto", "cls", "json", "txt", "none"] = "auto"
@@ -47,20 +50,21 @@ class LabelRule:
         return self.source in ("auto", source)
 
     def nothing_found(self, images: int) -> str:
-        """What to tell whoever asked for this source, if no image of the set has a label there."""
+        """The error if no image of the set has a label in the source that was asked for."""
         what = (
             f"a .json beside it with the field {self.field!r}"
             if self.source == "json"
             else f"a .{self.source} beside it"
         )
         return (
-            f"labels={self.source!r}: none of the {images} images has {what} that tells a label, and no index was written: "
+            f"labels={self.source!r}: none of the {images} images has {what} with a label, "
+            "and no index was written: "
             "--labels auto looks at .cls, .json and .txt, --labels none indexes without labels"
         )
 
 
 def read_labels(descriptor: int, sample: TarSample, rule: LabelRule) -> dict[Source, RawLabel]:
-    """What the texts beside an image say, by source; sources that are absent or say nothing are left out.
+    """The labels beside an image, by source; sources that are absent or empty are left out.
 
     Args:
         descriptor: the open tar.
@@ -113,11 +117,11 @@ def number_labels(
     """Choose one source for the whole set and turn its labels into numbers.
 
     Args:
-        found: for each tar, for each sample: what ``read_labels`` gave.
+        found: for each tar, for each sample: what `read_labels` gave.
         known: class names that other sets of the same folder number already.
 
     Raises:
-        LabelError: for class names that ``known`` lacks.
+        LabelError: for class names that `known` lacks.
     """
     source: Source | None = None
     note = ""
@@ -129,7 +133,9 @@ def number_labels(
             else:
                 note = "the .txt members look like captions, not labels: no labels (--labels txt takes them as names)"
     if source is None:
-        return NumberedLabels(source=None, labels=[[-1] * len(tar) for tar in found], classes=(), note=note)
+        return NumberedLabels(
+            source=None, labels=[[-1] * len(tar) for tar in found], classes=(), note=note
+        )
     raw = [[sample.get(source) for sample in tar] for tar in found]
     given = {value for tar in raw for value in tar if value is not None}
     if all(isinstance(value, int) for value in given):
@@ -154,7 +160,9 @@ def number_labels(
 def _number(member: TarMember, text: bytes) -> int:
     digits = text.strip()
     if not digits.isdigit() or len(digits) > 9:
-        raise LabelError(f"{member.name}: a label is a whole number from 0 as text, not {digits[: _MAX_TEXT['cls']]!r}")
+        raise LabelError(
+            f"{member.name}: a label is a whole number from 0 as text, not {digits[: _MAX_TEXT['cls']]!r}"
+        )
     return int(digits)
 
 

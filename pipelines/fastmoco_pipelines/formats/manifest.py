@@ -1,4 +1,5 @@
-"""manifest.json: what was packed into a folder. One entry per set ("train", "test"), so that sets share their classes.
+"""manifest.json: what was packed into a folder. One entry per set ("train", "test"), so that sets
+share their classes.
 
 {"format": "fastmoco-manifest", "version": 1, "sets": {"train": {
     "samples": 1437, "classes": ["0", ...], "class_counts": [142, ...],
@@ -36,7 +37,7 @@ def read_sets(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def parse_sets(where: str, text: bytes) -> dict[str, dict[str, Any]]:
-    """The sets of a manifest by name; empty for a manifest.json of somebody else.
+    """The sets of a manifest by name; empty for a manifest.json of another program.
 
     Args:
         where: what errors call it.
@@ -52,7 +53,9 @@ def parse_sets(where: str, text: bytes) -> dict[str, dict[str, Any]]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return {}
     if content.get("version") != VERSION:
-        raise ShardError(f"{where}: has version {content.get('version')!r}, this fastmoco reads {VERSION}.")
+        raise ShardError(
+            f"{where}: has version {content.get('version')!r}, this fastmoco reads {VERSION}."
+        )
     sets = content.get("sets")
     if not isinstance(sets, dict) or not all(_is_set(entry) for entry in sets.values()):
         raise ShardError(f"{where}: is broken: pack the images again.")
@@ -61,7 +64,7 @@ def parse_sets(where: str, text: bytes) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderOfShards:
-    """The shards in use of one folder, beside what its manifest says."""
+    """The shards in use of one folder, and the content of its manifest."""
 
     where: str
     """The folder, as errors call it."""
@@ -74,10 +77,12 @@ class FolderOfShards:
 
 
 def check_folders(folders: Iterable[FolderOfShards]) -> tuple[str, ...]:
-    """Class names from the manifests beside the shards, after checking that no shard of a packed set is lost.
+    """Class names from the manifests beside the shards, after checking that no shard of a packed
+    set is lost.
 
     Raises:
-        ShardError: if a listed shard is missing, holds other samples than listed, or the sets' classes differ.
+        ShardError: if a listed shard is missing, holds other samples than listed, or the sets'
+            classes differ.
     """
     classes: tuple[str, ...] = ()
     for folder in folders:
@@ -92,7 +97,9 @@ def check_folders(folders: Iterable[FolderOfShards]) -> tuple[str, ...]:
                         f"the shards to use, e.g. {name}-{{000000..000003}}.tar."
                     )
                 if shard in folder.samples and folder.samples[shard] != count:
-                    raise ShardError(f"{shard}: {folder.samples[shard]} samples, {NAME} says {count}: pack it again.")
+                    raise ShardError(
+                        f"{shard}: {folder.samples[shard]} samples, but {count} in {NAME}: pack it again."
+                    )
             if classes and tuple(entry["classes"]) != classes:
                 raise ShardError(
                     f"{folder.where}/{NAME}: set {name!r} numbers its classes differently: use one at a time."

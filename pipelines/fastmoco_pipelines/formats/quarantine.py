@@ -1,13 +1,15 @@
-"""The list of samples that are not delivered (``quarantine.jsonl``): which, why and since when. The tars stay as they are.
+"""The list of samples that are not delivered (`quarantine.jsonl`): which, why and since when. The
+tars stay as they are.
 
-`fastmoco data check` writes one beside the tars, and loaders honour it when they open the set; a run keeps its own
-discoveries in its run folder. One JSON object a line:
+`fastmoco data check` writes one beside the tars, and loaders honour it when they open the set; a
+run keeps its own discoveries in its run folder. One JSON object a line:
 
 {"shard": "train-000000.tar", "key": "000000012", "extension": "jpg", "offset": 512, "size": 9001, "crc32": 1, "reason":
 "...", "when": "2026-11-22T01:55:00Z"}
 
-A line speaks of bytes, not of names: it applies only where shard, offset, size and crc32 are those of the index. After
-a tar was mended or packed anew its old lines are stale: they match nothing, and whoever opens the set counts them.
+A line is about bytes, not names: it applies only if shard, offset, size and crc32 are those of the
+    index. After a tar was fixed or packed again its old lines are stale: they match nothing, and
+    are counted when the set is opened.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ class QuarantineEntry:
     """One sample that is not delivered.
 
     Attributes:
-        shard: file name of the tar, without its folder; ``key`` and ``extension`` name the member.
-        offset: of the image's first byte in the tar; ``size`` in bytes; ``crc32`` by the index.
+        shard: file name of the tar, without its folder; `key` and `extension` name the member.
+        offset: of the image's first byte in the tar; `size` in bytes; `crc32` by the index.
         reason: why, in words; control characters are escaped.
         when: moment of the discovery, UTC, ISO 8601.
     """
@@ -75,7 +77,8 @@ class Quarantine:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The list in a file; empty where there is none. A line cut by a crash is counted in ``broken``."""
+        """The list in a file; empty where there is none. A line cut by a crash is counted in
+        `broken`."""
         try:
             with open(path, "rb") as file:
                 return cls.load(file)
@@ -101,9 +104,18 @@ class Quarantine:
         return iter(self._entries.values())
 
     def add(
-        self, *, shard: str, key: str, extension: str, offset: int, size: int, crc32: int, reason: str, when: str = ""
+        self,
+        *,
+        shard: str,
+        key: str,
+        extension: str,
+        offset: int,
+        size: int,
+        crc32: int,
+        reason: str,
+        when: str = "",
     ) -> QuarantineEntry | None:
-        """Note one sample; ``when`` is now unless given.
+        """Note one sample; `when` is now unless given.
 
         Returns:
             The new entry, or None if this sample is listed already.
@@ -124,7 +136,8 @@ class Quarantine:
         return entry
 
     def update(self, other: Iterable[QuarantineEntry]) -> None:
-        """Take over the entries of another list; of a sample that both hold, the first entry stays."""
+        """Take over the entries of another list; of a sample that both hold, the first entry
+        stays."""
         for entry in other:
             self._entries.setdefault(entry.identity, entry)
 
@@ -133,7 +146,9 @@ class Quarantine:
         entry = self._entries.get((shard, int(offset), int(size), int(crc32)))
         return None if entry is None else entry.reason
 
-    def rows(self, shard: str, offset: ArrayLike, size: ArrayLike, crc32: ArrayLike) -> dict[int, str]:
+    def rows(
+        self, shard: str, offset: ArrayLike, size: ArrayLike, crc32: ArrayLike
+    ) -> dict[int, str]:
         """Which rows of a shard's index are not delivered, and why.
 
         Args:
@@ -148,16 +163,20 @@ class Quarantine:
             return {}
         offsets, sizes, checksums = np.asarray(offset), np.asarray(size), np.asarray(crc32)
         candidates = np.flatnonzero(np.isin(offsets, [place[0] for place in wanted])).tolist()
-        places = ((row, (int(offsets[row]), int(sizes[row]), int(checksums[row]))) for row in candidates)
+        places = (
+            (row, (int(offsets[row]), int(sizes[row]), int(checksums[row]))) for row in candidates
+        )
         return {row: wanted[place] for row, place in places if place in wanted}
 
     def write(self, path: Path) -> Path:
-        """Write the whole list in place of an older file: a reader sees the old one or the new one, never half of it."""
+        """Write the whole list in place of an older file: a reader sees the old one or the new one,
+        never half of it."""
         return write_file(path, b"".join(map(_line, self)))
 
 
 def append_entry(path: Path, entry: QuarantineEntry) -> None:
-    """Add one line to a file, created if needed. Many processes may do so at once: every line is one write.
+    """Add one line to a file, created if needed. Many processes may do so at once: every line is
+    one write.
 
     Raises:
         OSError: if the line cannot be written in full.
@@ -165,10 +184,13 @@ def append_entry(path: Path, entry: QuarantineEntry) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         end = os.fstat(descriptor).st_size
-        torn = end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"  # a writer was killed in mid-line
+        # A writer was killed in the middle of a line.
+        torn = end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"
         line = b"\n" * torn + _line(entry)
         if os.write(descriptor, line) != len(line):
-            raise OSError(f"{path}: no room for the line about {entry.shard}: {entry.key}.{entry.extension}")
+            raise OSError(
+                f"{path}: no room for the line about {entry.shard}: {entry.key}.{entry.extension}"
+            )
     finally:
         os.close(descriptor)
 
@@ -178,13 +200,20 @@ def read_list(path: Path) -> tuple[Quarantine, str | None]:
     try:
         read = Quarantine.read(path)
     except OSError as error:
-        return Quarantine(), f"{path}: cannot be read ({error.strerror}); bad images will be found again"
-    broken = f"{path}: {read.broken} lines are no entries of a list and were passed over" if read.broken else None
+        return (
+            Quarantine(),
+            f"{path}: cannot be read ({error.strerror}); bad images will be found again",
+        )
+    broken = (
+        f"{path}: {read.broken} lines are no entries of a list and were passed over"
+        if read.broken
+        else None
+    )
     return read, broken
 
 
 def quarantine_path(folder: Path) -> Path:
-    """Where the list of a folder of shards, or of a run, lies."""
+    """Path of the list of a folder of shards, or of a run."""
     return folder / NAME
 
 

@@ -1,9 +1,11 @@
-"""A strict walk over the members of a tar file: every byte is accounted for, or the walk stops with an error.
+"""A strict walk over the members of a tar file: every byte is accounted for, or the walk stops with
+an error.
 
-Common readers stop without a word at a zeroed block, at a damaged header or where a file was cut at a member's edge,
-and the samples behind that point are gone unnoticed. Here the archive must run member by member to its end mark, and
-nothing but zeros may follow it. Links, devices and the like are reported, never followed. Who wants to know what is left
-of a damaged tar asks ``walk_damaged``, which goes on at the next sound header and tells of every fault.
+Common readers stop silently at a zeroed block, at a damaged header or where a file was cut at a
+member's edge, and the samples after that point are lost unnoticed. Here the archive must run member
+by member to its end mark, and only zeros may follow it. Links, devices and the like are reported,
+never followed. `walk_damaged` reads what is left of a damaged tar: it continues at the next sound
+header and reports every fault.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from fastmoco_pipelines.errors import TarError
 BLOCK = 512
 MAX_NAME_BYTES = 65536
 MAX_FAULTS = 100
-"""So many faults are looked past in one tar; a file made of nothing else is not searched for ever."""
+"""Faults of one tar after which the search ends, so that it is bounded in any file."""
 _KINDS = {
     b"1": "a hard link",
     b"2": "a symbolic link",
@@ -34,7 +36,7 @@ _WITHOUT_DATA = frozenset(b"123456")
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """One member: ``kind`` is empty for a plain file, else it says what the member is ("a symbolic link")."""
+    """One member: `kind` is empty for a plain file, else its type ("a symbolic link")."""
 
     name: str
     kind: str
@@ -43,7 +45,7 @@ class TarMember:
 
 
 def walk_tar(path: Path) -> Iterator[TarMember]:
-    """Yield every member in file order; folders, links and devices too, with their ``kind``.
+    """Yield every member in file order; folders, links and devices too, with their `kind`.
 
     Raises:
         TarError: where the file is compressed, damaged, or ends before its end mark.
@@ -53,11 +55,13 @@ def walk_tar(path: Path) -> Iterator[TarMember]:
 
 
 def walk_damaged(path: Path) -> tuple[list[TarMember], list[TarError]]:
-    """Every member that can be found, and every fault on the way; behind a fault the next sound header is looked for.
+    """Every member that can be found, and every fault on the way; after a fault the next sound
+    header is searched.
 
     Returns:
-        (members, faults): without faults, the members are those of ``walk_tar``. Every byte before the end mark belongs to
-        a member, to a record in front of one, or is counted by ``lost`` of a fault.
+        (members, faults): without faults, the members are those of `walk_tar`. Every byte before
+        the end mark belongs to a member, to a record in front of one, or is counted by `lost` of a
+        fault.
     """
     members: list[TarMember] = []
     faults: list[TarError] = []
@@ -77,7 +81,7 @@ def walk_damaged(path: Path) -> tuple[list[TarMember], list[TarError]]:
                 start = _next_header(file, fault.position + BLOCK) if searched else None
                 fault.lost = max(0, (total if start is None else start) - fault.position)
                 if not searched:
-                    fault.reason += f"; what lies behind {MAX_FAULTS} faults is not searched"
+                    fault.reason += f"; what comes after {MAX_FAULTS} faults is not searched"
     return members, faults
 
 
@@ -110,7 +114,7 @@ def _walk(path: Path, file: BinaryIO, position: int) -> Iterator[TarMember]:
 
 
 def _next_header(file: BinaryIO, start: int) -> int | None:
-    """Where the next block with a right checksum and the mark of a tar header lies, or None."""
+    """Position of the next block with a right checksum and the mark of a tar header, or None."""
     position = start = _padded(start)
     while True:
         file.seek(position)
@@ -136,7 +140,9 @@ def unsafe_name(name: str) -> str | None:
     return None
 
 
-def _member(path: Path, position: int, header: bytes, name: str, pax_size: int | None, total: int) -> TarMember:
+def _member(
+    path: Path, position: int, header: bytes, name: str, pax_size: int | None, total: int
+) -> TarMember:
     flag = header[156:157]
     size = _octal(path, position, header[124:136]) if pax_size is None else pax_size
     kind = "" if flag in (b"0", b"\0", b"7") else _KINDS.get(flag, f"of unknown type {flag!r}")
@@ -159,16 +165,24 @@ def _damaged(path: Path, position: int, what: str, member: str = "") -> TarError
 
 
 def _check_header_is_there(path: Path, position: int, header: bytes, total: int) -> None:
-    if position == 0 and (header.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))):
-        raise TarError(f"{path.name}: is compressed; images are read by offset: unpack it to a plain .tar first.")
+    if position == 0 and (
+        header.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
+    ):
+        raise TarError(
+            f"{path.name}: is compressed; images are read by offset: unpack it to a plain .tar first."
+        )
     if len(header) < BLOCK:
-        raise _damaged(path, position, f"the file ends here ({total} bytes) without the archive's end mark")
+        raise _damaged(
+            path, position, f"the file ends here ({total} bytes) without the archive's end mark"
+        )
 
 
 def _check_only_zeros_follow(path: Path, position: int, file: BinaryIO) -> None:
     while chunk := file.read(1 << 20):
         if chunk.strip(b"\0"):
-            raise _damaged(path, position, "data behind the archive's end mark: a hole of zeros in the middle")
+            raise _damaged(
+                path, position, "data after the archive's end mark: a hole of zeros in the middle"
+            )
 
 
 def _parse_header(path: Path, position: int, header: bytes) -> str:
@@ -190,7 +204,7 @@ def _sums_up(header: bytes) -> bool:
 
 
 def _octal(path: Path, position: int, field: bytes) -> int:
-    if field[0] & 0x80:  # GNU: a big-endian binary number behind a set top bit
+    if field[0] & 0x80:  # GNU: a big-endian binary number after a set top bit
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip() or b"0"
     if digits.strip(b"01234567"):  # int() would also take a sign and underscores
@@ -206,7 +220,7 @@ def _payload(path: Path, position: int, file: BinaryIO, size: int, total: int) -
 
 def _long_name(path: Path, position: int, payload: bytes) -> str:
     name = payload.rstrip(b"\0")
-    if b"\0" in name:  # with a damaged length, the record swallows the members behind it
+    if b"\0" in name:  # with a damaged length, the record contains the members after it
         raise _damaged(path, position, "a name with zeros in it")
     return _text(name)
 

@@ -1,15 +1,16 @@
-"""What is known to be bad in a set: where it is known from, how much of it is bearable, and who is told.
+"""The bad samples of a set: where they are known from, how many are allowed, and what is reported.
 
-This is a memory and nothing else: a sample that is not in it is found to be bad as soon as it is read, and delivered
-batches are the same either way. Three sources fill it:
+This is only a memory: a bad sample that is not in it is found as soon as it is read, and the
+    delivered batches are the same either way. It has three sources:
 
-* the list beside the shards (``fastmoco data check`` writes it): somebody has seen these, so they do not count against
-  ``max_bad_share``;
+* the list beside the shards (`fastmoco data check` writes it): the user knows of these, so they do
+  not count against `max_bad_share`;
 * the list of the run: what this run has found so far, on any of its ranks and before any restart;
-* what is found now, which is added to that list at once, one line in one write: ranks may share the file.
+* what is found now, which is added to that list at once, one line in one write: ranks may share the
+  file.
 
-A sample that cannot be *read* (a shard has vanished, a disk gives up) says nothing about its bytes. It is left out until
-the process ends, and counts; a restarted run tries it again.
+A sample that cannot be *read* (a shard has vanished, a disk fails) may have good bytes. It is left
+out until the process ends, and counts; a restarted run tries it again.
 """
 
 from __future__ import annotations
@@ -24,12 +25,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import TooManyBadSamplesError
-from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, QuarantineEntry, append_entry, read_list
+from fastmoco_pipelines.formats.quarantine import (
+    NAME,
+    Quarantine,
+    QuarantineEntry,
+    append_entry,
+    read_list,
+)
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.text import escaped
 
 UNREADABLE = "unreadable: "
-"""How the reasons begin that speak of this machine and not of the sample's bytes."""
+"""Prefix of the reasons that are about this machine and not about the sample's bytes."""
 ALWAYS_ALLOWED = 10
 _SHOWN = 5
 
@@ -43,15 +50,19 @@ class BadSamples:
         run_list: file of the run's own discoveries; None keeps them in memory.
 
     Raises:
-        RemoteError: if the server of the shards does not say whether there is a list beside them.
+        RemoteError: if the server of the shards does not answer whether there is a list beside
+            them.
 
     Attributes:
         listed: samples left out because of the list beside the shards.
         stale: lines of that list that match nothing in the set any more.
-        allowed: samples that the run may find bad: the share, ``ALWAYS_ALLOWED`` at least; none where the share is 0.
+        allowed: samples that the run may find bad: the share, `ALWAYS_ALLOWED` at least; none where
+            the share is 0.
     """
 
-    def __init__(self, shards: ShardSet, *, max_bad_share: float, run_list: Path | None = None) -> None:
+    def __init__(
+        self, shards: ShardSet, *, max_bad_share: float, run_list: Path | None = None
+    ) -> None:
         self._shards = shards
         self._run_list = run_list
         self._run_list_size = 0
@@ -70,7 +81,9 @@ class BadSamples:
         self.stale = ours - len({_identity(shards, i) for i in listed})
         if self.listed or self.stale:
             stale = f"; {self.stale} of its lines match no sample any more" if self.stale else ""
-            self._news.append(f"{self.listed} of {len(shards)} images are left out: listed in {NAME}{stale}")
+            self._news.append(
+                f"{self.listed} of {len(shards)} images are left out: listed in {NAME}{stale}"
+            )
         self.read_run_list()
         self.require_few()
 
@@ -100,7 +113,8 @@ class BadSamples:
                 where = self._shards.describe(sample_id)
                 self._note(sample_id, reason, where)
                 count = len(self._found)
-                if count <= _SHOWN or count & (count - 1) == 0:  # then 8, 16, 32, ...: nobody is flooded
+                # The first few, then the 8th, 16th, 32nd, ...: a few lines, however many there are.
+                if count <= _SHOWN or count & (count - 1) == 0:
                     self._news.append(f"left out {where}: {escaped(reason)} ({count} so far)")
         self.require_few()
 
@@ -108,22 +122,26 @@ class BadSamples:
         """Leave out the whole shard of a sample: it cannot be read.
 
         Raises:
-            TooManyBadSamplesError: if these are too many; a run that cannot bear a shard ends here.
+            TooManyBadSamplesError: if these are too many.
         """
         with self._lock:
             name, samples = self._shards.shard_of(sample_id)
             lost, where = [i for i in samples if not self._bad[i]], f"{name}: all of it"
             if len(self._found) + len(lost) > self.allowed:
-                self._found |= {_identity(self._shards, i): (where, f"{UNREADABLE}{reason}") for i in lost}
+                self._found |= {
+                    _identity(self._shards, i): (where, f"{UNREADABLE}{reason}") for i in lost
+                }
             else:
                 for i in lost:
                     self._note(i, f"{UNREADABLE}{reason}", where)
                 if lost:  # the next image of the same shard has nothing to add
-                    self._news.append(f"left out {where}, {len(lost)} images: {reason} ({len(self._found)} so far)")
+                    self._news.append(
+                        f"left out {where}, {len(lost)} images: {reason} ({len(self._found)} so far)"
+                    )
         self.require_few()
 
     def require_few(self) -> None:
-        """Raise what ends the run.
+        """End the run if too many samples are bad.
 
         Raises:
             TooManyBadSamplesError: if more has been found than is allowed.
@@ -132,7 +150,9 @@ class BadSamples:
             if len(self._found) <= self.allowed:
                 return
             kinds = Counter(_kind(reason) for _, reason in self._found.values())
-            shown = list(dict.fromkeys(f"{where} ({reason})" for where, reason in self._found.values()))
+            shown = list(
+                dict.fromkeys(f"{where} ({reason})" for where, reason in self._found.values())
+            )
         counts = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(_SHOWN))
         more = f"; and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
         raise TooManyBadSamplesError(
@@ -143,7 +163,7 @@ class BadSamples:
         )
 
     def read_run_list(self) -> None:
-        """Take up what other ranks, or this run before a restart, have noted in the run's list."""
+        """Add what other ranks, or this run before a restart, have written to the run's list."""
         if self._run_list is None:
             return
         with self._lock:
@@ -156,14 +176,20 @@ class BadSamples:
             self._run_list_size = size
             noted, problem = read_list(self._run_list)
             self._news += [problem] if problem else []
-            lasting = Quarantine(entry for entry in noted if not entry.reason.startswith(UNREADABLE))
+            lasting = Quarantine(
+                entry for entry in noted if not entry.reason.startswith(UNREADABLE)
+            )
             for sample_id, reason in self._shards.listed(lasting).items():
                 if not self._bad[sample_id]:
                     self._bad[sample_id] = True
-                    self._found[_identity(self._shards, sample_id)] = (self._shards.describe(sample_id), reason)
+                    self._found[_identity(self._shards, sample_id)] = (
+                        self._shards.describe(sample_id),
+                        reason,
+                    )
 
     def news(self) -> list[str]:
-        """What has happened since the last call, for the console; a few lines, however much it was."""
+        """What has happened since the last call, for the console; a few lines, however many
+        samples."""
         with self._lock:
             news, self._news = self._news, []
             return news
@@ -192,6 +218,7 @@ def _identity(shards: ShardSet, sample_id: int) -> tuple[str, int, int, int]:
 
 def _kind(reason: str) -> str:
     """What reasons have in common: their first words, without numbers and names."""
-    without_name = re.sub(r"^\S+: ", "", reason.removeprefix(UNREADABLE))  # of the shard, or its URL
+    # of the shard, or its URL
+    without_name = re.sub(r"^\S+: ", "", reason.removeprefix(UNREADABLE))
     head = re.split(r"[(.;,]", without_name)[0].strip()
     return re.sub(r"\d+", "#", head)[:60]

@@ -1,22 +1,24 @@
-"""Which images of a batch broke the decoder. DALI fails a whole batch and names no file; here each is tried alone."""
+"""Which images of a batch broke the decoder. DALI fails a whole batch and names no file; here each
+is tried alone."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco_pipelines.errors import BadImageError, ImageRefusedError
+from fastmoco_pipelines.errors import BadImageError, DecodeError, ImageRefusedError
 from fastmoco_pipelines.formats.images import check_decodes, structure_fault
 from fastmoco_pipelines.sets.shard_set import ShardSet
-from fastmoco_pipelines.spec import EvalSpec
+from fastmoco_pipelines.spec import Device, EvalSpec
 from fastmoco_pipelines.views.runtime import cause_of
 
 if TYPE_CHECKING:
-    from fastmoco_pipelines.views.dali import DecodeError, EvalPipeline
+    from fastmoco_pipelines.views.dali import EvalPipeline
 
-_GROUP = 32  # images tried together at first: all threads have work, and one bad image costs 32 single tries
+# images tried together at first: all threads have work, and one bad image costs 32 single tries
+_GROUP = 32
 
 
 class Suspects:
@@ -28,23 +30,29 @@ class Suspects:
         threads: DALI worker threads.
     """
 
-    def __init__(self, *, device: Literal["cpu", "gpu"], device_id: int | None, threads: int) -> None:
-        self._device: Literal["cpu", "gpu"] = device
+    def __init__(self, *, device: Device, device_id: int | None, threads: int) -> None:
+        self._device = device
         self._device_id, self._threads = device_id, threads
 
     def find(self, error: DecodeError, encoded: list[NDArray[np.uint8]]) -> dict[int, str]:
         """The rows of images that fail alone, and why; empty where all decode alone.
 
-        Images of broken structure are all there is to say of a batch that was refused for them: no other was tried.
+        If the batch was refused for images of broken structure, only those are returned: no other
+            was tried.
 
         Args:
             error: how the batch failed.
             encoded: B arrays [bytes] uint8.
 
         Raises:
-            DecodeError: ``error`` itself where none decodes though Pillow reads them all: the decoder is at fault.
+            DecodeError: `error` itself where none decodes though Pillow reads them all: the decoder
+                is at fault.
         """
-        bad = {row: f"it cannot be decoded ({fault})" for row, data in enumerate(encoded) if (fault := _fault(data))}
+        bad = {
+            row: f"it cannot be decoded ({fault})"
+            for row, data in enumerate(encoded)
+            if (fault := _fault(data))
+        }
         if bad:
             return bad
         rows = list(range(len(encoded)))
@@ -83,14 +91,16 @@ def raise_bad_image(
     shards: ShardSet,
     sample_ids: NDArray[np.int64],
     encoded: list[NDArray[np.uint8]],
-    device: Literal["cpu", "gpu"],
+    device: Device,
     device_id: int | None,
 ) -> NoReturn:
-    """Raise an error that names the first bad image of a failed batch, where nothing may stand in for it.
+    """Raise an error that names the first bad image of a failed batch, where nothing may stand in
+    for it.
 
     Raises:
-        BadImageError: from ``error``, naming tar and member.
-        DecodeError: ``error`` itself where no image is to blame: all decode alone, or none does though Pillow reads it.
+        BadImageError: from `error`, naming tar and member.
+        DecodeError: `error` itself where no image is to blame: all decode alone, or none does
+            though Pillow reads it.
     """
     bad = Suspects(device=device, device_id=device_id, threads=1).find(error, encoded)
     if not bad:
@@ -104,7 +114,6 @@ def raise_bad_image(
 
 
 def _refused(pipeline: EvalPipeline, encoded: list[NDArray[np.uint8]]) -> DecodeError | None:
-    from fastmoco_pipelines.views.dali import DecodeError
 
     try:
         pipeline.run(encoded)

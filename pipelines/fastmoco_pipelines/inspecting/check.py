@@ -1,8 +1,10 @@
-"""`check_shards`: read and decode everything, report every fault, and write the quarantine list beside the tars.
+"""`check_shards`: read and decode everything, report every fault, and write the quarantine list
+beside the tars.
 
-Each tar is walked strictly, compared with its index and the manifest, and every image in it is decoded, by the decoder
-that training uses, in a disposable process. What is found depends on the bytes alone. No tar is ever changed. Those of a server
-are checked in copies, and the list is written to this machine: to put it beside them is the user's to do.
+Each tar is walked strictly, compared with its index and the manifest, and every image in it is
+decoded, by the decoder that training uses, in a disposable process. What is found depends only on
+the bytes. No tar is ever changed. Those of a server are checked in copies, and the list is written
+to this machine: the user copies it there.
 """
 
 from __future__ import annotations
@@ -43,44 +45,59 @@ def check_shards(
     remote_lists: Path | None = None,
     transfers: Limits | None = None,
 ) -> CheckReport:
-    """Check the shards that ``pattern`` names.
+    """Check the shards that `pattern` names.
 
     Args:
-        pattern: as for ``ShardSet.open``.
+        pattern: as for `ShardSet.open`.
         workers: decoding processes; default one for each core.
-        quarantine: write ``quarantine.jsonl`` beside the tars. Lines about tars that are not checked stay; an empty
-            list is only written over an older file.
+        quarantine: write `quarantine.jsonl` beside the tars. Lines about tars that are not checked
+            stay; an empty list is only written over an older file.
         progress: called with (bytes done, bytes in all), by one thread at a time.
         limits: what one image may cost.
         cache: where copies of shards of a server are kept; None: the default folder and size.
-        remote_lists: folder for the lists about shards of a server, quarantine-PLACE.jsonl for each place where they lie; None:
-            the current one. Written unless the list on the server says the same already; lines about tars that are not
-            checked, of that list and of an older file, stay.
+        remote_lists: folder for the lists about shards of a server, quarantine-PLACE.jsonl for each
+            of their places; None: the current one. Written unless the list on the server is the
+            same already; lines about tars that are not checked, of that list and of an older file,
+            stay.
         transfers: times and tries of each transfer.
 
     Raises:
-        ValueError: if the pattern names no shard, or is a local one and ``remote_lists`` is given.
-        ShardError: if a manifest is broken; RemoteError, which is one, if a server fails or a shard does not fit into the
-            cache.
+        ValueError: if the pattern names no shard, or is a local one and `remote_lists` is given.
+        ShardError: if a manifest is broken; RemoteError, which is one, if a server fails or a shard
+            does not fit into the cache.
         ModuleNotFoundError: if DALI is not installed.
     """
     start = time.perf_counter()
     with ExitStack() as stack:
         if not is_remote(pattern):
             if remote_lists is not None:
-                raise ValueError(f"{str(remote_lists)!r}: is for shards of a server; a local list lies beside its tars")
+                raise ValueError(
+                    f"{str(remote_lists)!r}: is for shards of a server; a local list is beside its tars"
+                )
             local = LocalTars(pattern)
             report = CheckReport(pattern=pattern)
             found = _check(local, report, workers, limits, progress)
             for folder, entries in found.items() if quarantine else ():
-                _write_quarantine(folder, entries, {path.name for path in local.paths if path.parent == folder}, report)
+                _write_quarantine(
+                    folder,
+                    entries,
+                    {path.name for path in local.paths if path.parent == folder},
+                    report,
+                )
         else:
             work = Path(stack.enter_context(TemporaryDirectory(prefix="fastmoco-check-")))
-            tars = RemoteTars(pattern, work, cache or CacheSpec(), transfers or Limits(), indexes=True)
+            tars = RemoteTars(
+                pattern, work, cache or CacheSpec(), transfers or Limits(), indexes=True
+            )
             stack.enter_context(closing(tars))
             report = CheckReport(pattern=redact(pattern))
             theirs = {}
-            for folder, place in tars.urls.items():  # now: a failure after hours would be a pity
+            for (
+                folder,
+                place,
+            ) in (
+                tars.urls.items()
+            ):  # Fetched first, so that a failure comes now and not after hours.
                 theirs[folder], problems = fetch_lists([place], transfers or Limits())
                 report.notes += problems
             found = _check(tars, report, workers, limits, progress)
@@ -99,10 +116,14 @@ def _check(
     limits: ChildLimits | None,
     progress: Progress | None,
 ) -> dict[Path, Quarantine]:
-    """Check all tars: what a list should say of each folder."""
+    """Check all tars; returns the entries for the list of each folder."""
     paths = tars.paths
     report.shards, report.total_bytes = len(paths), sum(tars.sizes)
-    promises = {path: count for folder in {path.parent for path in paths} for path, count in _promises(folder).items()}
+    promises = {
+        path: count
+        for folder in {path.parent for path in paths}
+        for path, count in _promises(folder).items()
+    }
     places = whole_names(tars)
     found = {folder: Quarantine() for folder in sorted({path.parent for path in paths})}
     with DecodePool(workers or os.cpu_count() or 1, limits) as pool:
@@ -110,9 +131,9 @@ def _check(
         for number, size in enumerate(tars.sizes):
             meter = _Meter(progress, before, report.total_bytes)
             with tars.at_hand(number) as path:
-                TarCheck(path, promises.get(path), report, found[path.parent], places.get(path, "")).run(
-                    pool, meter.add
-                )
+                TarCheck(
+                    path, promises.get(path), report, found[path.parent], places.get(path, "")
+                ).run(pool, meter.add)
             before += size
             meter.set(before)
         report.restarts = pool.restarts
@@ -151,7 +172,9 @@ def _promises(folder: Path) -> dict[Path, int]:
     }
 
 
-def _missing_shards(tars: LocalTars | RemoteTars, promises: dict[Path, int], report: CheckReport) -> None:
+def _missing_shards(
+    tars: LocalTars | RemoteTars, promises: dict[Path, int], report: CheckReport
+) -> None:
     """Tars of a checked set that are gone, unless the pattern spells out which to use."""
     if tars.explicit:
         return
@@ -173,7 +196,9 @@ def _missing_shards(tars: LocalTars | RemoteTars, promises: dict[Path, int], rep
                     report.add(path.name, "", "missing shard", reason, outcome="lost", path=place)
 
 
-def _write_quarantine(folder: Path, found: Quarantine, checked: set[str], report: CheckReport) -> None:
+def _write_quarantine(
+    folder: Path, found: Quarantine, checked: set[str], report: CheckReport
+) -> None:
     path = quarantine_path(folder)
     entries = _merged(Quarantine.read(path), found, checked)
     if len(entries) or path.exists():
@@ -181,9 +206,15 @@ def _write_quarantine(folder: Path, found: Quarantine, checked: set[str], report
 
 
 def _write_remote_list(
-    place: str, out: Path, found: Quarantine, checked: set[str], theirs: Quarantine, report: CheckReport
+    place: str,
+    out: Path,
+    found: Quarantine,
+    checked: set[str],
+    theirs: Quarantine,
+    report: CheckReport,
 ) -> None:
-    """The list of one place on a server; not under the name that loaders look for, as other shards may lie in ``out``."""
+    """The list of one place on a server; not under the name that loaders look for, as other shards
+    may be in `out`."""
     named = re.sub(r"[^A-Za-z0-9._]+", "-", redact(place).partition("://")[2]).strip("-")
     path = out / f"quarantine-{named[:200]}.jsonl"
     known = Quarantine(theirs)
@@ -196,7 +227,8 @@ def _write_remote_list(
 
 
 def _merged(old: Quarantine, found: Quarantine, checked: set[str]) -> Quarantine:
-    """A list after a check: what is known of tars that were not checked stays, and known samples keep their date."""
+    """A list after a check: the entries of tars that were not checked stay, and known samples keep
+    their date."""
     when = {entry.identity: entry for entry in old}
     entries = Quarantine(entry for entry in old if entry.shard not in checked)
     entries.update(when.get(entry.identity, entry) for entry in found)

@@ -1,11 +1,7 @@
-"""The child process of ``fastmoco data check``: decodes images one by one and says what became of each.
-
-Damaged bytes may crash a decoder, corrupt its heap, or make it take gigabytes. Here that ends a process which nobody
-misses: limits of the system stand around it, and each answer is out before the next image is touched. It speaks JSON
-lines: first ``{"memory_bytes": ..., "cpu_seconds": ...}`` in, ``{"ready": true}`` out; then lists of
+"""The child process of `fastmoco data check`: decodes images one by one and reports the outcome of each. Damaged bytes may crash a decoder, corrupt its heap, or make it take gigabytes. Here that ends a disposable process with limits of the operating system; each answer is written before the next image is read. The protocol is JSON lines: first `{"memory_bytes": ..., "cpu_seconds": ...}` in, `{"ready": true}` out; then lists of
 [path, offset, size, crc32 or null] in, and one object for each of them out.
 
-Started as ``python -P -m fastmoco_pipelines.inspecting.decode_child``.
+Started as `python -P -m fastmoco_pipelines.inspecting.decode_child`.
 """
 
 from __future__ import annotations
@@ -28,8 +24,11 @@ from fastmoco_pipelines.views.runtime import build_pipeline, cause_of
 
 _FILE_BYTES = 1 << 20  # what a decoder may write to standard error
 _NOISE = re.compile(r"\x1b\[[0-9;]*m|\[(?:ERROR|WARN|INFO)\]\s*|\[[a-z_]*decoder[a-z_]*\]\s*")
-# libjpeg warns of these and goes on with grey or garbage; of its other warnings the pixels take no harm.
-_GARBLED = re.compile(r"(Corrupt JPEG data: (premature end|bad Huffman|found marker)|Premature end of JPEG file).*")
+# libjpeg warns of these and continues with grey or garbage; its other warnings do not change
+# pixels.
+_GARBLED = re.compile(
+    r"(Corrupt JPEG data: (premature end|bad Huffman|found marker)|Premature end of JPEG file).*"
+)
 
 
 class Decoder:
@@ -45,7 +44,12 @@ class Decoder:
             RuntimeError: DALI's, of several types, if it gives up.
         """
         if self._pipeline is None:
-            options = {"batch_size": 1, "num_threads": 1, "device_id": None, "prefetch_queue_depth": 1}
+            options = {
+                "batch_size": 1,
+                "num_threads": 1,
+                "device_id": None,
+                "prefetch_queue_depth": 1,
+            }
             self._pipeline = build_pipeline(lambda: decode("cpu"), **options)
         pipeline, self._pipeline = self._pipeline, None  # void after an error
         pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8)])
@@ -65,7 +69,7 @@ def main() -> int:
     try:
         decoder = Decoder()
         decoder.decode(_warm_up())
-    except Exception as error:  # the other side tells its user why nothing can be decoded
+    except Exception as error:  # The parent process reports why nothing can be decoded.
         answers.write(json.dumps({"failed": f"{type(error).__name__}: {error}"}) + "\n")
         return 1
     limit_memory(limits["memory_bytes"])
@@ -79,15 +83,26 @@ def main() -> int:
     return 0
 
 
-def _examine(decoder: Decoder, said: int, path: str, offset: int, size: int, crc32: int | None) -> dict[str, Any]:
-    """``kind`` is empty for a good image; ``listed`` tells whether an index would list it."""
+def _examine(
+    decoder: Decoder, said: int, path: str, offset: int, size: int, crc32: int | None
+) -> dict[str, Any]:
+    """`kind` is empty for a good image; `listed`: an index would list it."""
     with open(path, "rb") as file:
         data = os.pread(file.fileno(), min(size, MAX_BYTES + 1), offset)
-    answer: dict[str, Any] = {"crc32": zlib.crc32(data), "listed": False, "shape": None, "kind": "", "reason": ""}
+    answer: dict[str, Any] = {
+        "crc32": zlib.crc32(data),
+        "listed": False,
+        "shape": None,
+        "kind": "",
+        "reason": "",
+    }
     if len(data) < min(size, MAX_BYTES + 1):
         return answer | {"kind": "cut off", "reason": "the tar ends inside it"}
     if crc32 is not None and answer["crc32"] != crc32:
-        return answer | {"kind": "changed bytes", "reason": "its bytes differ from the index (crc32)"}
+        return answer | {
+            "kind": "changed bytes",
+            "reason": "its bytes differ from the index (crc32)",
+        }
     try:
         header = read_header(data)
     except ImageRefusedError as refused:
@@ -96,12 +111,18 @@ def _examine(decoder: Decoder, said: int, path: str, offset: int, size: int, crc
     try:
         shape = decoder.decode(data).shape[:2]
     except Exception as error:  # DALI raises several types
-        return answer | {"kind": "damaged image", "reason": f"it cannot be decoded ({_words(said, error)})"}
+        return answer | {
+            "kind": "damaged image",
+            "reason": f"it cannot be decoded ({_words(said, error)})",
+        }
     if shape != (header.height, header.width):
-        what = f"it decodes to {shape[1]}x{shape[0]} pixels, its header says {header.width}x{header.height}"
+        what = f"it decodes to {shape[1]}x{shape[0]} pixels, its header declares {header.width}x{header.height}"
         return answer | {"kind": "damaged image", "reason": what}
     if complaint := _GARBLED.search(_printed(said)):
-        return answer | {"kind": "garbled image", "reason": f"part of it decodes to nonsense ({complaint[0].strip()})"}
+        return answer | {
+            "kind": "garbled image",
+            "reason": f"part of it decodes to nonsense ({complaint[0].strip()})",
+        }
     return answer
 
 
@@ -128,7 +149,7 @@ def _warm_up() -> bytes:
 
 
 def limit_memory(extra_bytes: int, *, file_bytes: int = _FILE_BYTES) -> None:
-    """Room beyond what is in use now, and for files that are written; no core files."""
+    """Limit memory beyond what is in use now, and the files that are written; no core files."""
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + extra_bytes,) * 2)
@@ -137,7 +158,7 @@ def limit_memory(extra_bytes: int, *, file_bytes: int = _FILE_BYTES) -> None:
 
 
 def limit_time(seconds: int) -> None:
-    """The system ends this process if nobody is left to do so."""
+    """The operating system ends this process if its parent cannot."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + seconds, hard))

@@ -1,4 +1,5 @@
-"""Disposable processes that decode: a crash, a hang or a bomb costs one sample, which is named, and one process."""
+"""Disposable processes that decode: a crash, a hang or a bomb costs one sample, which is named, and
+one process."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class ChildLimits:
     """What one image may cost.
 
     Attributes:
-        memory_bytes: beyond what the process needs when idle. The largest image that is let in takes less than 1 GB.
+        memory_bytes: beyond what the process needs when idle. The largest image that is let in
+            takes less than 1 GB.
         seconds: wall-clock time of one image.
     """
 
@@ -37,7 +39,7 @@ class ChildLimits:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Bytes to decode: where they lie, and the crc32 that they should have (None: unknown)."""
+    """Bytes to decode: their position, and the crc32 that they should have (None: unknown)."""
 
     path: str
     offset: int
@@ -47,8 +49,8 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What became of an item: ``kind`` is empty for a good image; ``listed`` tells whether an index would list it;
-    ``shape`` is (height, width) in pixels by its header; ``crc32`` is None where the process did not live to tell."""
+    """What became of an item: `kind` is empty for a good image; `listed`: an index would list it;
+    `shape` is (height, width) in pixels by its header; `crc32` is None if the process died."""
 
     kind: str
     reason: str
@@ -58,7 +60,7 @@ class Decoded:
 
 
 class _ChildEndedError(Exception):
-    """A child crashed, hung or was killed; the text says how."""
+    """A child crashed, hung or was killed; the text names which."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -77,7 +79,9 @@ class DecodePool:
         module: what a child runs; it speaks the protocol of `decode_child`.
     """
 
-    def __init__(self, workers: int, limits: ChildLimits | None = None, module: str = MODULE) -> None:
+    def __init__(
+        self, workers: int, limits: ChildLimits | None = None, module: str = MODULE
+    ) -> None:
         if module == MODULE and importlib.util.find_spec("nvidia.dali") is None:
             raise ModuleNotFoundError("No module named 'nvidia.dali'", name="nvidia.dali")
         self.restarts = 0
@@ -89,8 +93,11 @@ class DecodePool:
         self._lock = threading.Lock()
         self._closed = False
 
-    def run(self, items: Sequence[Item], advance: Callable[[Item], None] | None = None) -> list[Decoded]:
-        """Decode all items; result i belongs to item i. ``advance`` is called, in any thread, as each is done.
+    def run(
+        self, items: Sequence[Item], advance: Callable[[Item], None] | None = None
+    ) -> list[Decoded]:
+        """Decode all items; result i belongs to item i. `advance` is called, in any thread, as each
+        is done.
 
         Raises:
             RuntimeError: if a child cannot be started at all.
@@ -143,7 +150,8 @@ class DecodePool:
                     done += 1
                     yield result
             except _ChildEndedError:
-                # The heap may have been corrupted by an earlier image: only who fails in a fresh process is to blame.
+                # The heap may have been corrupted by an earlier image: only an image that fails in
+                # a fresh process is to blame.
                 yield self._alone(items[done])
                 done += 1
 
@@ -209,7 +217,10 @@ class _Child:
 
     def wait_until_ready(self) -> None:
         """Send the limits and wait until libraries are loaded."""
-        limits = {"memory_bytes": self._limits.memory_bytes, "cpu_seconds": int(4 * self._limits.seconds) + 1}
+        limits = {
+            "memory_bytes": self._limits.memory_bytes,
+            "cpu_seconds": int(4 * self._limits.seconds) + 1,
+        }
         try:
             self._send(limits)
             answer = self._receive(_START_SECONDS)
@@ -220,7 +231,8 @@ class _Child:
             raise RuntimeError(f"the decoding process does not start: {answer['failed']}")
 
     def ask(self, items: Sequence[Item]) -> Iterator[Decoded]:
-        """What became of the items, in order; a child that is left in mid-batch is of no more use."""
+        """What became of the items, in order; a child that is left in the middle of a batch cannot
+        be used again."""
         finished = False
         try:
             self._send([[item.path, item.offset, item.size, item.crc32] for item in items])
@@ -247,7 +259,7 @@ class _Child:
 
     def _send(self, content: Any) -> None:
         assert self._process.stdin is not None
-        with suppress(OSError):  # where it has ended, reading tells how
+        with suppress(OSError):  # if it has ended, reading finds out how
             self._process.stdin.write(json.dumps(content).encode("ascii") + b"\n")
 
     def _receive(self, seconds: float) -> dict[str, Any]:

@@ -1,21 +1,22 @@
-"""A picture of what the encoder sees: images beside their views, made by the pipeline of training."""
+"""A picture of what the encoder sees: images beside their views, made by the pipeline of
+training."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from fastmoco_pipelines.errors import DecodeError
 from fastmoco_pipelines.healing.culprit import raise_bad_image
 from fastmoco_pipelines.sampling.order import epoch_order
 from fastmoco_pipelines.sets.shard_set import ShardSet
-from fastmoco_pipelines.spec import ViewSpec, each_view, require
+from fastmoco_pipelines.spec import Device, ViewSpec, each_view, require
 from fastmoco_pipelines.views.draws import ViewDraws, draw_batch
 
 _CELL = 96  # pixels; smaller views are enlarged to about this, larger ones shown as they are
@@ -35,14 +36,15 @@ def save_view_grid(
     seed: int = 0,
     epoch: int = 0,
     threads: int = 2,
-    device: Literal["cpu", "gpu"] = "cpu",
+    device: Device = "cpu",
     device_id: int | None = None,
     parameters: bool = False,
 ) -> Path:
     """Draw a grid of original | view 1 | view 2 | ... and save it as a PNG.
 
-    The images are the first of the order of ``epoch``, with the draws they get there: this is what a run with the same
-    seed is fed. Tiny images are enlarged without smoothing, so that every pixel stays visible.
+    The images are the first of the order of `epoch`, with the draws they get there: this is what a
+    run with the same seed is fed. Tiny images are enlarged without smoothing, so that every pixel
+    stays visible.
 
     Args:
         shards: shard pattern, as for the loader.
@@ -58,14 +60,14 @@ def save_view_grid(
         parameters: write beside each row what was drawn for its views.
 
     Returns:
-        ``out_png`` as a path.
+        `out_png` as a path.
 
     Raises:
         ValueError: if `rows` is below 1, there is no view, or the shards hold no image.
         BadImageError: naming tar and member, if an image cannot be decoded.
         ShardError: if the shards or an index are damaged.
     """
-    from fastmoco_pipelines.views.dali import DecodeError, ViewPipeline
+    from fastmoco_pipelines.views.dali import ViewPipeline
 
     require(rows >= 1, "rows", rows, "needs at least one row")
     each = each_view(views)
@@ -90,25 +92,27 @@ def save_view_grid(
         made = pipeline.run(encoded, draws)
     except DecodeError as error:
         raise_bad_image(
-            error, shards=shard_set, sample_ids=sample_ids, encoded=encoded, device=device, device_id=device_id
+            error,
+            shards=shard_set,
+            sample_ids=sample_ids,
+            encoded=encoded,
+            device=device,
+            device_id=device_id,
         )
     originals = [Image.open(io.BytesIO(image.tobytes())).convert("RGB") for image in encoded]
     shown = [denormalise(tensor, view) for tensor, view in zip(made, each, strict=True)]
-    cells = [[original, *map(Image.fromarray, levels)] for original, *levels in zip(originals, *shown, strict=True)]
+    cells = [
+        [original, *map(Image.fromarray, levels)]
+        for original, *levels in zip(originals, *shown, strict=True)
+    ]
     out = Path(out_png)
     out.parent.mkdir(parents=True, exist_ok=True)
     side = max(_CELL, *(view.size for view in each))
-    lines_a_row = images_a_row * len(each)
-    row_height = max(side + _GAP, lines_a_row * _LINE + 2 * _MARGIN if parameters else 0)
+    texts = _texts(draws, sizes, images_a_row) if parameters else []
+    row_height = max([side + _GAP, *(len(lines) * _LINE + 2 * _MARGIN for lines in texts)])
     picture = _grid(cells, images_a_row, side, row_height)
     if parameters:
-        lines = [
-            f"{i % images_a_row + 1} view {number}: {describe_draws(some, i, sizes[i])}"
-            for i in range(len(cells))
-            for number, some in enumerate(draws, start=1)
-        ]
-        rows_of_lines = [lines[at : at + lines_a_row] for at in range(0, len(lines), lines_a_row)]
-        picture = put_beside(picture, rows_of_lines, row_height)
+        picture = put_beside(picture, texts, row_height)
     picture.save(out, "PNG")
     return out
 
@@ -141,7 +145,8 @@ def _grid(
 
 
 def _fit(image: Image.Image, side: int) -> Image.Image:
-    """The image inside a square: enlarged by a whole factor without smoothing, or shrunk smoothly."""
+    """The image inside a square: enlarged by a whole factor without smoothing, or shrunk
+    smoothly."""
     longer = max(image.size)
     if longer <= side:
         factor = side // longer
@@ -151,7 +156,7 @@ def _fit(image: Image.Image, side: int) -> Image.Image:
 
 
 def describe_draws(draws: ViewDraws, i: int, size: Sequence[int]) -> str:
-    """The draws of row ``i`` in one line; operations that leave the view alone are left out.
+    """The draws of row `i` in one line; operations that leave the view alone are left out.
 
     Args:
         draws: of one view.
@@ -161,11 +166,18 @@ def describe_draws(draws: ViewDraws, i: int, size: Sequence[int]) -> str:
     top, left, height, width = draws.crop[i].tolist()
     share = height * width / max(int(size[0]) * int(size[1]), 1)
     words = [f"crop {width}x{height} at {left},{top} = {share:.2f} of the image"]
-    factors = (float(draws.brightness[i]), float(draws.contrast[i]), float(draws.saturation[i]), float(draws.hue[i]))
+    factors = (
+        float(draws.brightness[i]),
+        float(draws.contrast[i]),
+        float(draws.saturation[i]),
+        float(draws.hue[i]),
+    )
     if factors != (1.0, 1.0, 1.0, 0.0):
         order = "".join(_LETTERS[k] for k in draws.jitter_order[i].tolist())
         brightness, contrast, saturation, hue = factors
-        words.append(f"b {brightness:.2f} c {contrast:.2f} s {saturation:.2f} h {hue:+.3f} ({order})")
+        words.append(
+            f"b {brightness:.2f} c {contrast:.2f} s {saturation:.2f} h {hue:+.3f} ({order})"
+        )
     if draws.grayscale[i]:
         words.append("grey")
     if draws.blur_sigma[i] > 0:
@@ -177,11 +189,26 @@ def describe_draws(draws: ViewDraws, i: int, size: Sequence[int]) -> str:
     return ", ".join(words)
 
 
-def put_beside(picture: Image.Image, texts: Sequence[Sequence[str]], row_height: int) -> Image.Image:
+def _texts(
+    draws: Sequence[ViewDraws], sizes: NDArray[np.int32], images_a_row: int
+) -> list[list[str]]:
+    """Of each row of the grid, a line for each view of its images."""
+    lines = [
+        f"{i % images_a_row + 1} view {number}: {describe_draws(some, i, sizes[i])}"
+        for i in range(len(sizes))
+        for number, some in enumerate(draws, start=1)
+    ]
+    lines_a_row = images_a_row * len(draws)
+    return [lines[at : at + lines_a_row] for at in range(0, len(lines), lines_a_row)]
+
+
+def put_beside(
+    picture: Image.Image, texts: Sequence[Sequence[str]], row_height: int
+) -> Image.Image:
     """The picture with lines of text to the right of each of its rows.
 
     Args:
-        picture: rows of ``row_height`` pixels each.
+        picture: rows of `row_height` pixels each.
         texts: the lines of each row; what does not fit into its height is cut off.
     """
     font = ImageFont.load_default()

@@ -1,4 +1,5 @@
-"""What ``fastmoco data check`` found: faults by file, member and reason, and the account of every sample."""
+"""What `fastmoco data check` found: faults by file, member and reason, and the account of every
+sample."""
 
 from __future__ import annotations
 
@@ -21,13 +22,15 @@ class Fault:
     Attributes:
         shard: file name of the tar.
         member: name inside it, escaped; empty where the fault is the tar's or its index's.
-        kind: in two or three words, for counting: "damaged image", "stale index", "unsafe name", ...
+        kind: in two or three words, for counting: "damaged image", "stale index", "unsafe name",
+            ...
         reason: in a sentence.
         offset: of the member's first byte in the tar, or None.
-        outcome: "quarantined" (an index lists it, loaders pass it over), "left out" (no index lists it), "lost" (promised
-            and gone), "noted" (no sample suffers), or "allowed for by its index" (made with ``salvage``, it knows of
-            this damage).
-        path: of the tar, or its URL without secrets, where another tar has the same file name; else empty.
+        outcome: "quarantined" (an index lists it, loaders pass it over), "left out" (no index lists
+            it), "lost" (promised and gone), "noted" (no sample suffers), or "allowed for by its
+            index" (made with `salvage`, it knows of this damage).
+        path: of the tar, or its URL without secrets, where another tar has the same file name; else
+            empty.
     """
 
     shard: str
@@ -41,20 +44,23 @@ class Fault:
 
 @dataclass(slots=True, kw_only=True)
 class CheckReport:
-    """The outcome of a check. ``promised == delivered + quarantined`` holds always.
+    """The outcome of a check. `promised == delivered + quarantined` holds always.
 
     Attributes:
-        pattern: what was checked; ``shards``: how many tars; ``total_bytes``: their size.
-        promised: samples that index or manifest promise; for a tar without either, those that an index would list.
+        pattern: what was checked; `shards`: how many tars; `total_bytes`: their size.
+        promised: samples that index or manifest promise; for a tar without either, those that an
+            index would list.
         delivered: those that a loader can deliver, once its indexes are in order.
         quarantined: those that it cannot, the lost ones among them.
-        left_out: further members that would be samples but that no index lists, for the reason given.
+        left_out: further members that would be samples but that no index lists, for the reason
+            given.
         refused_shards: tars that loaders refuse as they are, because index or tar is damaged.
         unindexed: tars without an index, which count as refused too; no fault.
         restarts: decoding processes that ended at work.
         faults: in the order of the shards.
         notes: for people; no faults.
-        quarantine_files: lists that were written; ``uploads``: the URL where each belongs, for shards of a server.
+        quarantine_files: lists that were written; `uploads`: the URL where each belongs, for shards
+            of a server.
         seconds: the check took.
     """
 
@@ -108,8 +114,17 @@ class CheckReport:
         )
 
     def write(self, path: Path) -> Path:
-        """Write the report as JSON: the fields of this class, the faults as objects, and ``counts``."""
-        content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "clean": self.clean, "counts": self.counts()}
+        """Write the report as JSON: the fields of this class, the faults as objects, and
+        `counts`."""
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "clean": self.clean,
+            "counts": self.counts(),
+        }
         return write_json(
-            path, content | asdict(self) | {"quarantine_files": [str(file) for file in self.quarantine_files]}
+            path,
+            content
+            | asdict(self)
+            | {"quarantine_files": [str(file) for file in self.quarantine_files]},
         )

@@ -34,11 +34,11 @@ class ShardStats:
     """Sizes, formats and classes of a set.
 
     Attributes:
-        pattern: which shards; ``shards``: how many; ``tar_bytes``: their size.
+        pattern: which shards; `shards`: how many; `tar_bytes`: their size.
         heights, widths: [n] int64, pixels, as in the header.
         sizes: [n] int64, bytes of each encoded image.
         kinds: images by format, "JPEG", "PNG" or "WebP", by the name in the tar.
-        labels: [n] int64, -1 = none; ``classes``: their names, empty where they have none.
+        labels: [n] int64, -1 = none; `classes`: their names, empty where they have none.
         skipped: members that no sample uses.
     """
 
@@ -77,26 +77,32 @@ class ShardStats:
         }
 
     def class_counts(self) -> list[tuple[str, int]]:
-        """(class name or number, images), most frequent first; images without a label are left out."""
+        """(class name or number, images), most frequent first; images without a label are left
+        out."""
         counts = Counter(self.labels[self.labels >= 0].tolist())
         for label in range(len(self.classes)):
             counts.setdefault(label, 0)
-        named = [(self.classes[i] if i < len(self.classes) else str(i), count) for i, count in counts.items()]
+        named = [
+            (self.classes[i] if i < len(self.classes) else str(i), count)
+            for i, count in counts.items()
+        ]
         return sorted(named, key=lambda pair: (-pair[1], pair[0]))
 
 
-def measure_shards(pattern: str, *, cache: CacheSpec | None = None, transfers: Limits | None = None) -> ShardStats:
-    """Read the indexes of the shards that ``pattern`` names.
+def measure_shards(
+    pattern: str, *, cache: CacheSpec | None = None, transfers: Limits | None = None
+) -> ShardStats:
+    """Read the indexes of the shards that `pattern` names.
 
     Args:
-        pattern: as for ``ShardSet.open``.
+        pattern: as for `ShardSet.open`.
         cache: where indexes of shards of a server are kept; None: the default folder and size.
         transfers: times and tries of each transfer.
 
     Raises:
         ValueError: if the pattern names no shard.
-        ShardError: if an index is missing, broken or stale; of tars of a server nobody looks whether they fit it.
-            RemoteError, which is one, if a server fails.
+        ShardError: if an index is missing, broken or stale; tars of a server are not compared with
+            it. RemoteError, which is one, if a server fails.
     """
     if is_remote(pattern):
         remote = open_remote(pattern, open_cache(cache or CacheSpec()), transfers or Limits())
@@ -109,7 +115,9 @@ def measure_shards(pattern: str, *, cache: CacheSpec | None = None, transfers: L
     def column(name: str) -> NDArray[np.int64]:
         return np.concatenate([np.array(index.columns[name], dtype=np.int64) for index in indexes])
 
-    extensions = [extension.rpartition(".")[2].lower() for index in indexes for extension in index.extensions]
+    extensions = [
+        extension.rpartition(".")[2].lower() for index in indexes for extension in index.extensions
+    ]
     return ShardStats(
         pattern=redact(pattern),
         shards=len(indexes),
@@ -117,7 +125,9 @@ def measure_shards(pattern: str, *, cache: CacheSpec | None = None, transfers: L
         heights=np.maximum(column("height"), 1),
         widths=np.maximum(column("width"), 1),
         sizes=column("size"),
-        kinds=dict(Counter(_KINDS.get(extension, extension) for extension in extensions).most_common()),
+        kinds=dict(
+            Counter(_KINDS.get(extension, extension) for extension in extensions).most_common()
+        ),
         labels=column("label"),
         classes=classes,
         skipped=sum(len(index.skipped) for index in indexes),
@@ -125,7 +135,8 @@ def measure_shards(pattern: str, *, cache: CacheSpec | None = None, transfers: L
 
 
 def draw_stats(stats: ShardStats, out: Path) -> Path:
-    """Draw sizes, bytes, aspect ratios, formats and classes as one picture; the suffix of ``out`` chooses the format.
+    """Draw sizes, bytes, aspect ratios, formats and classes as one picture; the suffix of `out`
+    chooses the format.
 
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
@@ -143,14 +154,16 @@ def draw_stats(stats: ShardStats, out: Path) -> Path:
     axes[1, 1].barh(list(stats.kinds), list(stats.kinds.values()), color="tab:blue")
     axes[1, 1].set_xlabel("images by format")
     _draw_classes(axes[1, 2], stats)
-    figure.suptitle(f"{len(stats):,} images in {stats.shards} shards, {stats.tar_bytes / 1e9:.2f} GB")
+    figure.suptitle(
+        f"{len(stats):,} images in {stats.shards} shards, {stats.tar_bytes / 1e9:.2f} GB"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
     return out
 
 
 def _index(path: Path, name: str) -> ShardIndex:
-    """The index beside a tar, which errors call ``name``."""
+    """The index beside a tar, which errors call `name`."""
     try:
         return read_index(path)
     except ShardError as error:
@@ -168,7 +181,9 @@ def _classes(paths: Sequence[Path]) -> tuple[str, ...]:
 
 def _draw_sizes(axes: Axes, stats: ShardStats) -> None:
     few = np.random.default_rng(0).permutation(len(stats))[:20_000]
-    axes.scatter(stats.widths[few], stats.heights[few], s=4, alpha=0.3, color="tab:blue", linewidths=0)
+    axes.scatter(
+        stats.widths[few], stats.heights[few], s=4, alpha=0.3, color="tab:blue", linewidths=0
+    )
     axes.set_xlabel("width (pixels)")
     axes.set_ylabel("height (pixels)")
     axes.set_xlim(left=0)
@@ -179,7 +194,9 @@ def _draw_histogram(axes: Axes, values: NDArray[Any], label: str) -> None:
     """Over more than a decade, equal steps of the logarithm."""
     low, high = float(values.min()) * 0.99, float(values.max()) * 1.01
     wide = high > 10 * low
-    axes.hist(values, bins=list((np.geomspace if wide else np.linspace)(low, high, 41)), color="tab:blue")
+    axes.hist(
+        values, bins=list((np.geomspace if wide else np.linspace)(low, high, 41)), color="tab:blue"
+    )
     if wide:
         axes.set_xscale("log")
     axes.set_xlabel(label)

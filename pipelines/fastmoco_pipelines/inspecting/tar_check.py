@@ -1,4 +1,5 @@
-"""The check of one tar: walked strictly, compared with its index and the manifest, its images decoded in a child process."""
+"""The check of one tar: walked strictly, compared with its index and the manifest, its images
+decoded in a child process."""
 
 from __future__ import annotations
 
@@ -8,7 +9,13 @@ from pathlib import Path
 
 from fastmoco_pipelines.errors import ShardError, TarError
 from fastmoco_pipelines.formats.images import EXTENSIONS
-from fastmoco_pipelines.formats.index import ShardIndex, fits_tar, index_path, lost_entry, read_any_index
+from fastmoco_pipelines.formats.index import (
+    ShardIndex,
+    fits_tar,
+    index_path,
+    lost_entry,
+    read_any_index,
+)
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.members import TarContent, group_members, split_name
 from fastmoco_pipelines.formats.quarantine import Quarantine
@@ -19,7 +26,7 @@ from fastmoco_pipelines.inspecting.report import CheckReport
 
 @dataclass(slots=True)
 class _Candidate:
-    """An image to decode: ``row`` is its place in the index, None where none lists it."""
+    """An image to decode: `row` is its place in the index, None where none lists it."""
 
     key: str
     extension: str
@@ -35,7 +42,7 @@ class TarCheck:
         path: of the tar.
         promise: samples that the manifest promises, or None.
         report, quarantine: what is added to.
-        place: whole name of the tar, where its file name does not tell it from another one; else empty.
+        place: full name of the tar, if another one has the same file name; else empty.
     """
 
     path: Path
@@ -52,7 +59,7 @@ class TarCheck:
     refused: bool = field(default=False)
 
     def run(self, pool: DecodePool, advance: Callable[[Item], None]) -> None:
-        """Check it; ``advance`` is called, in any thread, as each image is done."""
+        """Check it; `advance` is called, in any thread, as each image is done."""
         members, damages = walk_damaged(self.path)
         content = group_members(members)
         self._look_at_index(content)
@@ -61,7 +68,9 @@ class TarCheck:
         listed = {candidate.item.offset for candidate in candidates}
         for candidate, decoded in zip(candidates, results, strict=True):
             self._judge(candidate, decoded)
-        self._look_at_names(content, listed, {split_name(damage.member)[0] for damage in damages if damage.member})
+        self._look_at_names(
+            content, listed, {split_name(damage.member)[0] for damage in damages if damage.member}
+        )
         self._look_at_damages(damages)
         if not (content.samples or damages):
             self._fault("", "empty tar", "it holds no sample")
@@ -74,11 +83,16 @@ class TarCheck:
         report.left_out += self.left_out
         report.refused_shards += self.refused
 
-    def _fault(self, member: str, kind: str, reason: str, offset: int | None = None, outcome: str = "noted") -> None:
-        self.report.add(self.path.name, member, kind, reason, offset=offset, outcome=outcome, path=self.place)
+    def _fault(
+        self, member: str, kind: str, reason: str, offset: int | None = None, outcome: str = "noted"
+    ) -> None:
+        self.report.add(
+            self.path.name, member, kind, reason, offset=offset, outcome=outcome, path=self.place
+        )
 
     def _look_at_index(self, content: TarContent) -> None:
-        """Find out whether the index speaks of this tar: fully, of an earlier state of it, or of something else."""
+        """Find out whether the index is of this tar: fully, of an earlier state of it, or of
+        another one."""
         try:
             index = read_any_index(self.path)
         except ShardError as error:
@@ -96,24 +110,36 @@ class TarCheck:
             return
         self.refused = True
         places = set(zip(index.columns["offset"], index.columns["size"], index.keys, strict=True))
-        tried = [(s.image.offset, s.image.size, s.key) for s in content.samples if s.image is not None and not s.kind]
+        tried = [
+            (s.image.offset, s.image.size, s.key)
+            for s in content.samples
+            if s.image is not None and not s.kind
+        ]
         known = sum(place in places for place in tried)
         # Nothing to compare with: the name decides.
         if index.tar == self.path.name and 2 * known >= len(tried):
             self.index = index
-            what = "was made for an earlier state of this tar; it still tells which samples are lost"
+            what = "was made for an earlier state of this tar; it still lists the samples that are lost"
         else:
-            what = (
-                f"was made for another tar ({index.tar}) or a state that this one has nothing to do with; it is ignored"
-            )
-        self._fault("", "stale index", f"{index_path(self.path).name} {what}: run `fastmoco data index` on the shards")
+            what = f"was made for another tar ({index.tar}) or a state that this one has nothing to do with; it is ignored"
+        self._fault(
+            "",
+            "stale index",
+            f"{index_path(self.path).name} {what}: run `fastmoco data index` on the shards",
+        )
 
     def _candidates(self, content: TarContent) -> list[_Candidate]:
         path = str(self.path)
         candidates = []
         if self.index is not None:
             columns = self.index.columns
-            places = zip(self.index.keys, self.index.extensions, columns["offset"], columns["size"], strict=True)
+            places = zip(
+                self.index.keys,
+                self.index.extensions,
+                columns["offset"],
+                columns["size"],
+                strict=True,
+            )
             for row, (key, extension, offset, size) in enumerate(places):
                 item = Item(path, offset, size, columns["crc32"][row])
                 candidates.append(_Candidate(key, extension, item, row))
@@ -121,15 +147,25 @@ class TarCheck:
         for sample in content.samples:
             image = sample.image
             if image is not None and not sample.kind and image.offset not in known:
-                candidates.append(_Candidate(sample.key, sample.extension, Item(path, image.offset, image.size), None))
+                candidates.append(
+                    _Candidate(
+                        sample.key, sample.extension, Item(path, image.offset, image.size), None
+                    )
+                )
         return candidates
 
     def _judge(self, candidate: _Candidate, decoded: Decoded) -> None:
         kind, reason = decoded.kind, decoded.reason
         if candidate.row is not None and self.index is not None and not kind:
-            size = self.index.columns["height"][candidate.row], self.index.columns["width"][candidate.row]
+            size = (
+                self.index.columns["height"][candidate.row],
+                self.index.columns["width"][candidate.row],
+            )
             if decoded.shape != size:
-                kind, reason = "wrong index", f"its header says another size than the index, {size[1]}x{size[0]} pixels"
+                kind, reason = (
+                    "wrong index",
+                    f"its header declares another size than the index, {size[1]}x{size[0]} pixels",
+                )
         if candidate.row is None and self.fits and not kind:
             kind = "not indexed"
             reason = "is a good image that the index does not list: run `fastmoco data index` on the shards"
@@ -156,7 +192,8 @@ class TarCheck:
             )
 
     def _look_at_names(self, content: TarContent, listed: set[int], cut: set[str]) -> None:
-        """Samples that cannot be used by their names; not those that the index lists or a damage accounts for."""
+        """Samples that cannot be used by their names; not those that the index lists or a damage
+        accounts for."""
         known = cut.union(self.index.keys if self.index is not None else ())
         for sample in content.samples:
             counted = sample.key in known if sample.image is None else sample.image.offset in listed
@@ -165,7 +202,11 @@ class TarCheck:
                 self.left_out += 1
                 self._fault(sample.member, sample.kind, sample.fault, offset, "left out")
         for key in content.scattered:
-            self._fault(key, "scattered sample", "its members do not lie side by side: readers that stream lose it")
+            self._fault(
+                key,
+                "scattered sample",
+                "its members are not adjacent: readers that stream lose it",
+            )
 
     def _look_at_damages(self, damages: Sequence[TarError]) -> None:
         allowed = self.index.skipped if self.index is not None and self.fits else []
@@ -175,7 +216,9 @@ class TarCheck:
             extension = split_name(damage.member)[1].rpartition(".")[2].lower()
             if self.index is None and extension in EXTENSIONS:
                 self.left_out += 1
-                self._fault(damage.member, "cut off", "the tar ends inside it", damage.position, "left out")
+                self._fault(
+                    damage.member, "cut off", "the tar ends inside it", damage.position, "left out"
+                )
 
     def _keep_promise(self) -> None:
         """What the manifest promises and nothing else accounts for is lost."""

@@ -1,6 +1,8 @@
-"""A batch on its way from the loader to the trainer, who owns its memory, and what every source of batches offers.
+"""A batch on its way from the loader to the trainer, who owns its memory, and what every source of
+batches offers.
 
-The tensors of a batch belong to whoever holds it: the loader never writes into a batch that it has handed out.
+The tensors of a batch belong to its consumer: the loader never writes into a batch that it has
+    delivered.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ class Batch:
     """One rank's part of one global batch.
 
     Attributes:
-        views: view v is [B, 3, H_v, W_v] on the loader's device: float32, normalised, or uint8, levels
-            that `views.levels.normalise` takes (`LoaderSpec.view_dtype`). In the order of
+        views: view v is [B, 3, H_v, W_v] on the loader's device: float32, normalised, or uint8,
+            levels that `views.levels.normalise` takes (`LoaderSpec.view_dtype`). In the order of
             `LoaderSpec.each_view`: views of one size are neighbours. Row i of every view shows the
             same image.
         sample_ids: [B] int64, on the host: row i's position in the manifest.
@@ -64,16 +66,18 @@ class BatchStream(ABC):
     """Endless batches of one rank, in the order of the steps.
 
     Attributes:
-        steps_per_epoch: full global batches of one pass over the set; the ragged rest is left out on all ranks.
+        steps_per_epoch: full global batches of one pass over the set; the ragged rest is left out
+            on all ranks.
         local_batch_size: images of each batch.
         sample_count: images of the whole set.
         spec: what is delivered, and where.
-        digest: identity of the set's content (``ShardSet.digest``).
+        digest: identity of the set's content (`ShardSet.digest`).
         shuffle_window: shards shuffled together; 0 = the whole set.
-        order_digest: identity of how shards are shuffled together (``ShardWindows.digest``); empty for the whole set.
-        wait_seconds: seconds that the last ``next()`` waited for its batch.
-        report: called in the trainer's thread with what a user should know, a sentence at a time: a sample that is left
-            out, a wait that is long. Logs a warning unless replaced.
+        order_digest: identity of how shards are shuffled together (`ShardWindows.digest`); empty
+            for the whole set.
+        wait_seconds: seconds that the last `next()` waited for its batch.
+        report: called in the trainer's thread with what a user should know, a sentence at a time: a
+            sample that is left out, a wait that is long. Logs a warning unless replaced.
     """
 
     def __init__(
@@ -98,7 +102,7 @@ class BatchStream(ABC):
         self._step = start_step
 
     def begin(self) -> None:  # noqa: B027  # nothing to do is a way of doing it
-        """Start to make batches ahead of ``next``, where a stream does."""
+        """Start to make batches ahead of `next`, where a stream does."""
 
     @abstractmethod
     def next(self) -> Batch:
@@ -109,12 +113,17 @@ class BatchStream(ABC):
         """Give back what the stream holds. Batches already handed out stay valid."""
 
     def figures(self) -> StageFigures:
-        """Where the time has gone since the beginning; a stream that costs nothing has nothing to tell."""
+        """Where the time has gone since the beginning; empty for a stream that costs nothing."""
         return StageFigures()
 
     def state_dict(self) -> dict[str, Any]:
-        """All there is to know to go on: ``step`` of the next batch, and what a resumed run must agree on; JSON-able."""
-        order = {"shuffle_window": self.shuffle_window, "order_digest": self.order_digest} if self.order_digest else {}
+        """All there is to know to go on: `step` of the next batch, and what a resumed run must
+        agree on; JSON-able."""
+        order = (
+            {"shuffle_window": self.shuffle_window, "order_digest": self.order_digest}
+            if self.order_digest
+            else {}
+        )
         return {
             "step": self._step,
             "digest": self.digest,

@@ -1,6 +1,6 @@
 """The evaluation loader: every image once, in manifest order, without augmentation.
 
-A bad image is left out: nothing stands in for it, and the others come as they would have come with it.
+A bad image is left out without a stand-in; the other images are the same as with it.
 """
 
 from __future__ import annotations
@@ -10,81 +10,83 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmoco_pipelines.errors import DecodeError
 from fastmoco_pipelines.healing.bad_samples import BadSamples
 from fastmoco_pipelines.healing.culprit import Suspects
-from fastmoco_pipelines.healing.healer import Healer
+from fastmoco_pipelines.healing.healer import Healer, Trial
 from fastmoco_pipelines.loading.batch import EvalBatch
 from fastmoco_pipelines.sets.shard_set import ShardSet
-from fastmoco_pipelines.spec import CacheSpec, EvalSpec, require
+from fastmoco_pipelines.spec import EvalLoaderSpec, require
 
 if TYPE_CHECKING:
     from fastmoco_pipelines.views.dali import EvalPipeline
 
 
 def build_eval_loader(
-    pattern: str,
-    spec: EvalSpec,
+    spec: EvalLoaderSpec,
     *,
-    batch_size: int,
-    device: Literal["cpu", "gpu"] = "cpu",
-    device_id: int | None = None,
-    threads: int = 2,
     rank: int = 0,
     world_size: int = 1,
-    limit: int | None = None,
-    cache: CacheSpec | None = None,
-    max_bad_share: float = 0.001,
+    device_id: int | None = None,
     quarantine_list: Path | None = None,
 ) -> EvalLoader:
-    """Open the shards and build the DALI graph of resize, centre crop and normalise.
+    """Open the shards and build the DALI graph of resize, center crop and normalise.
 
     Args:
-        pattern: the shards, as for ``expand_shards``.
-        spec: how an image is shown.
-        batch_size: images of a batch on this rank; the last one may be smaller.
-        device: where DALI works; "gpu" needs ``device_id``.
-        device_id: index of this process's GPU.
-        threads: DALI worker threads.
+        spec: what to deliver.
         rank: this process, 0 to world_size - 1.
         world_size: processes that share the set: contiguous parts, equal to within one image.
-        limit: use only so many images, spread evenly over the set; None uses all.
-        cache: where shards from a server are kept; None: the default folder and size.
-        max_bad_share: share of the set's images that may prove to be bad, ten are allowed in any case; 0 allows none.
+        device_id: index of this process's GPU; needed for, and only for, `spec.device="gpu"`.
         quarantine_list: a run's list of bad samples, read and added to; None: none is kept.
 
     Raises:
         ValueError: for numbers out of range or a pattern without shards.
         ShardError: if an index is missing, broken or stale, or more images are bad than allowed.
     """
-    from fastmoco_pipelines.views.dali import EvalPipeline  # needs DALI, which whoever only reads shards may lack
+    # needs DALI, which programs that only read shards may lack
+    from fastmoco_pipelines.views.dali import EvalPipeline
 
-    require(batch_size >= 1, "batch_size", batch_size, "needs at least 1 image")
     require(world_size >= 1, "world_size", world_size, "needs at least one rank")
     require(0 <= rank < world_size, "rank", rank, f"must lie in [0, world_size={world_size})")
-    require(limit is None or limit >= 1, "limit", limit, "needs at least 1 image, or None for all")
-    require((device_id is not None) == (device == "gpu"), "device_id", device_id, f"does not fit {device=}")
-    shards = ShardSet.open(pattern, cache=cache)
-    bad = BadSamples(shards, max_bad_share=max_bad_share, run_list=quarantine_list)
-    suspects = Suspects(device=device, device_id=device_id, threads=threads)
-    count = len(shards) if limit is None else min(limit, len(shards))
-    part = np.arange(rank * count // world_size, (rank + 1) * count // world_size, dtype=np.int64)
-    pipeline = EvalPipeline(spec, batch_size=batch_size, threads=threads, device=device, device_id=device_id)
+    require(
+        (device_id is not None) == (spec.device == "gpu"),
+        "device_id",
+        device_id,
+        f"does not fit {spec.device=}",
+    )
+    shards = ShardSet.open(spec.shards, cache=spec)
+    bad = BadSamples(shards, max_bad_share=spec.max_bad_share, run_list=quarantine_list)
+    suspects = Suspects(device=spec.device, device_id=device_id, threads=spec.threads)
     healer = Healer(shards, bad, suspects, threading.Event())
-    return EvalLoader(shards, healer, pipeline, part * len(shards) // count, count, batch_size)
+    pipeline = EvalPipeline(
+        spec.image,
+        batch_size=spec.batch_size,
+        threads=spec.threads,
+        device=spec.device,
+        device_id=device_id,
+    )
+
+    # A contiguous part of `count` numbers for each rank, which are then spread over the set.
+    count = len(shards) if spec.limit is None else min(spec.limit, len(shards))
+    part = np.arange(rank * count // world_size, (rank + 1) * count // world_size, dtype=np.int64)
+    sample_ids = part * len(shards) // count
+    return EvalLoader(shards, healer, pipeline, sample_ids, count, spec.batch_size)
 
 
 class EvalLoader:
-    """Iterates over one rank's part of a set, as often as asked; ``len`` counts the images of all ranks, bad ones too.
+    """Iterates over one rank's part of a set, as often as asked; `len` counts the images of all
+    ranks, bad ones too.
 
     Attributes:
-        classes: class names by label; empty where no manifest tells.
+        classes: class names by label; empty where no manifest contains them.
         digest: identity of the set's content.
-        report: called with each image that is left out, in a sentence. Logs a warning unless replaced.
+        report: called with each image that is left out, in a sentence. Logs a warning unless
+            replaced.
     """
 
     def __init__(
@@ -130,7 +132,8 @@ class EvalLoader:
                     self.report(text)
                 if batch is not None:
                     yield batch
-        except BaseException:  # left before its time, by an interrupt perhaps: nobody wants what is being read
+        # Left early, e.g. by an interrupt: what is being read is no longer needed.
+        except BaseException:
             self._shards.cancel()
             ahead.shutdown()
             self._shards.close()
@@ -139,7 +142,7 @@ class EvalLoader:
 
     @property
     def left_out(self) -> int:
-        """Images of the set that are bad, as far as is known."""
+        """Images of the set that are known to be bad."""
         return len(self._healer.bad)
 
     def close(self) -> None:
@@ -155,9 +158,8 @@ class EvalLoader:
 
     def _load(self, ids: NDArray[np.int64]) -> EvalBatch | None:
         """The good ones of some images; None where there is none."""
-        from fastmoco_pipelines.views.dali import DecodeError
 
-        found, innocent = self._healer.read(ids), False
+        found, trial = self._healer.read(ids), Trial(self._healer)
         while True:
             rows = [row for row, data in enumerate(found) if data is not None]
             encoded = [data for data in found if data is not None]
@@ -167,10 +169,6 @@ class EvalLoader:
             try:
                 images = self._pipeline.run(encoded)
             except DecodeError as error:
-                found = self._healer.blame(error, ids, encoded)
-                if all(data is not None for data in found):
-                    if innocent:
-                        raise
-                    innocent = True  # once more by a new graph: something may just have been scarce
+                found = trial.blame(error, ids, encoded)
             else:
                 return EvalBatch(images=images, labels=self._shards.labels[ids], sample_ids=ids)

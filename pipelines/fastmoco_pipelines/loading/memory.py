@@ -1,4 +1,5 @@
-"""What a training loader holds on its device, by arithmetic, so that a plan of a step can leave it room. Inert: no torch."""
+"""What a training loader holds on its device, by arithmetic, so that a plan of a step can leave it
+room. Inert: no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class LoaderBytes:
     Attributes:
         batch_bytes: all views of one local batch; one such batch is in use by the trainer.
         ready_bytes: the batches ahead of it, ready or in the making.
-        scratch_bytes: what is needed meanwhile to make one: DALI's buffers for one run, and the colours'.
+        scratch_bytes: what is needed meanwhile to make one: DALI's buffers for one run, and the
+            colors'.
     """
 
     batch_bytes: int
@@ -44,7 +46,8 @@ class LoaderBytes:
 
 
 def loader_bytes(spec: LoaderSpec, world_size: int = 1) -> LoaderBytes:
-    """Memory of one rank's loader on its device: GPU memory for ``spec.device="gpu"``, else host memory.
+    """Memory of one rank's loader on its device: GPU memory for `spec.device="gpu"`, else host
+    memory.
 
     Args:
         spec: of the loader.
@@ -55,7 +58,9 @@ def loader_bytes(spec: LoaderSpec, world_size: int = 1) -> LoaderBytes:
     """
     size, views = spec.global_batch_size, spec.each_view
     require(world_size >= 1, "world_size", world_size, "needs at least one rank")
-    require(size % world_size == 0, "global_batch_size", size, f"must be a multiple of {world_size=}")
+    require(
+        size % world_size == 0, "global_batch_size", size, f"must be a multiple of {world_size=}"
+    )
     local = size // world_size
     run = spec.images_per_run(local)
     level_bytes = 1 if spec.view_dtype == "uint8" else 4
@@ -63,26 +68,29 @@ def loader_bytes(spec: LoaderSpec, world_size: int = 1) -> LoaderBytes:
     batch = local * sum(levels) * level_bytes
     on_gpu = spec.device == "gpu"
     ahead = spec.batches_ahead + (0 if on_gpu else 1)
-    parts = run * sum(levels) * level_bytes if run < local else 0  # what is copied into its rows of the batch
+    # what is copied into its rows of the batch
+    parts = run * sum(levels) * level_bytes if run < local else 0
     if on_gpu:
         dali = run * (ENCODED_BYTES + IMAGE_BYTES) + sum(_cut_bytes(view, run) for view in views)
-        colour = max(_colour_bytes(view, run) for view in views)
-        scratch = int(MARGIN * dali) + colour + parts + spec.threads * DECODER_BYTES
+        color = max(_color_bytes(view, run) for view in views)
+        scratch = int(MARGIN * dali) + color + parts + spec.threads * DECODER_BYTES
     else:
         scratch = int(MARGIN * run * (ENCODED_BYTES + IMAGE_BYTES)) + parts
     return LoaderBytes(batch_bytes=batch, ready_bytes=ahead * batch, scratch_bytes=scratch)
 
 
 def _cut_bytes(view: ViewSpec, run: int) -> int:
-    """DALI's own for a view on a GPU: windows, the resize's intermediate, and the resized levels, or a chain of colours."""
+    """DALI's own for a view on a GPU: windows, the resize's intermediate, and the resized levels,
+    or a chain of colors."""
     share = sum(view.crop_scale) / 2
     window = int(IMAGE_BYTES * share)
     intermediate = min(run, RESIZE_IMAGES) * int((window / 3) ** 0.5) * view.size * 3 * 4
     levels = 3 * view.size**2
-    steps = 1 if view.color == "exact" else 4  # of a chain an operation's input and output, the grey's and a split's
+    # of a chain an operation's input and output, the grey's and a split's
+    steps = 1 if view.color == "exact" else 4
     return run * (window + steps * levels) + intermediate
 
 
-def _colour_bytes(view: ViewSpec, run: int) -> int:
-    """Of the kernels of ``color="exact"`` on a GPU: planes to blur, and the blur's two buffers."""
+def _color_bytes(view: ViewSpec, run: int) -> int:
+    """Of the kernels of `color="exact"` on a GPU: planes to blur, and the blur's two buffers."""
     return 3 * run * 3 * view.size**2 if view.color == "exact" and view.blur_probability > 0 else 0

@@ -1,7 +1,8 @@
-"""Where a loader's time goes, and whether anybody waits for it.
+"""Where a loader's time goes, and whether the trainer waits for it.
 
-Two threads work one behind the other: one reads and draws, the other decodes, augments and hands over. The slower thread
-sets the pace, and its longest stage is what to improve. Measuring costs two clock readings a stage and batch.
+Two threads form a pipeline: one reads and draws, the other decodes, augments and delivers. The
+slower thread sets the pace, and its longest stage is what to improve. Measuring costs two clock
+readings a stage and batch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ STAGES = {
     READ: "reading the shards",
     DRAW: "drawing the augmentations",
     DECODE: "decoding (and augmenting, where DALI does)",
-    AUGMENT: "cutting and colouring the views",
+    AUGMENT: "cutting the views and changing their colors",
     TRANSFER: "copying batches to pinned memory",
     HEAL: "replacing bad images",
 }
@@ -42,10 +43,11 @@ class StageFigures:
     Attributes:
         steps: batches taken by the trainer.
         wall_s: seconds since the loader was built.
-        wait_s: seconds of these that the trainer waited in ``next``.
-        stage_s: seconds of work by stage; the two threads work at the same time, so the sum may exceed ``wall_s``.
-        queued: sum over the steps of the batches that lay ready when the trainer asked.
-        prefetch: batches that may lie ready.
+        wait_s: seconds of these that the trainer waited in `next`.
+        stage_s: seconds of work by stage; the two threads work at the same time, so the sum may
+            exceed `wall_s`.
+        queued: sum over the steps of the batches that were ready when the trainer asked.
+        prefetch: batches that may be ready at most.
         left_out: images that are not delivered, on any rank as far as is known, at that moment.
     """
 
@@ -75,32 +77,41 @@ class StageFigures:
 
     @property
     def queue_depth(self) -> float:
-        """Batches that lay ready when the trainer asked, on average; 0: it took each from the loader's hand."""
+        """Batches that were ready when the trainer asked, on average; 0: it waited for each."""
         return self.queued / self.steps if self.steps else 0.0
 
     def metrics(self) -> dict[str, float]:
-        """The figures by step, by name: ``loader/read_ms``, ..., ``loader/queue_depth``, ``loader/quarantined``."""
+        """The figures by step, by name: `loader/read_ms`, ..., `loader/queue_depth`,
+        `loader/quarantined`."""
         steps = max(1, self.steps)
-        found = {f"loader/{name}_ms": 1000 * seconds / steps for name, seconds in self.stage_s.items()}
-        return found | {"loader/queue_depth": self.queue_depth, "loader/quarantined": float(self.left_out)}
+        found = {
+            f"loader/{name}_ms": 1000 * seconds / steps for name, seconds in self.stage_s.items()
+        }
+        return found | {
+            "loader/queue_depth": self.queue_depth,
+            "loader/quarantined": float(self.left_out),
+        }
 
     def summary(self) -> str:
-        """One sentence: is it the loader, and if so, which part of it?"""
+        """One sentence: is the loader the bottleneck, and if so, which part of it?"""
         waits = f"the trainer waits for the loader {self.wait_share:.0%} of the time"
         if self.wait_share <= FAST_ENOUGH:
             return f"{waits}: it is not the bottleneck"
         reader = sum(s for name, s in self.stage_s.items() if name in _READER)
         total = sum(self.stage_s.values())
-        own = {name: s for name, s in self.stage_s.items() if (name in _READER) == (reader > total / 2)}
+        own = {
+            name: s for name, s in self.stage_s.items() if (name in _READER) == (reader > total / 2)
+        }
         if not own or total <= 0:
             return waits
         slowest = max(own, key=lambda name: own[name])
         share = own[slowest] / total
-        return f"{waits}: {STAGES[slowest]} is its slowest stage, {share:.0%} of its work; it would help: {_ADVICE[slowest]}"
+        return f"{waits}: {STAGES[slowest]} is its slowest stage, {share:.0%} of its work; to speed it up: {_ADVICE[slowest]}"
 
 
 class StageClock:
-    """Adds up the figures of one loader. Each stage belongs to one thread, ``waited`` to the trainer's."""
+    """Adds up the figures of one loader. Each stage belongs to one thread, `waited` to the
+    trainer's."""
 
     def __init__(self, prefetch: int) -> None:
         self._start = time.perf_counter()
@@ -110,7 +121,7 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str, step: int) -> Iterator[None]:
-        """Time inside belongs to a stage of a step."""
+        """Count the time in the context for a stage of a step."""
         start = time.perf_counter()
         thread = READ if name in _READER else DECODE
         self._doing[thread] = (name, step, start)
@@ -121,12 +132,13 @@ class StageClock:
             self._doing.pop(thread, None)
 
     def within(self, outer: str, inner: str, seconds: float) -> None:
-        """So many seconds of a stage that has just ended were another's."""
+        """Move seconds from a stage that has just ended to another one."""
         self._seconds[outer] -= seconds
         self._seconds[inner] = self._seconds.get(inner, 0.0) + seconds
 
     def waited(self, seconds: float, queued: int) -> None:
-        """The trainer took a batch after so many seconds, when so many lay ready."""
+        """Count a batch that the trainer took: the seconds that it waited, and the batches that
+        were ready."""
         self._steps += 1
         self._waited += seconds
         self._queued += queued
@@ -137,7 +149,8 @@ class StageClock:
         return bool(self._doing)
 
     def doing(self, reading: str) -> str:
-        """What the threads are at, and since when, for people. ``reading``: what is read now or was last."""
+        """What the threads do now, and since when, for people. `reading`: what is read now or was
+        read last."""
         now, parts = time.perf_counter(), []
         for name, step, since in list(self._doing.values()):
             where = f" ({reading})" if name in (READ, HEAL) else ""

@@ -16,14 +16,14 @@ class SyntheticLoader(BatchStream):
     The interface is that of `Loader`.
 
     Args:
-        spec: sizes, type of the views and seed are used; ``shards`` is not read.
+        spec: sizes, type of the views and seed are used; `shards` is not read.
         rank: this process; world_size: processes that share each global batch equally.
-        device: where the views lie.
+        device: device of the views.
         start_step: the step of the first batch.
         sample_count: images of the pretended set; ImageNet-1k's by default.
 
     Raises:
-        ValueError: for a batch that the ranks cannot share or that is larger than ``sample_count``.
+        ValueError: for a batch that the ranks cannot share or that is larger than `sample_count`.
     """
 
     def __init__(
@@ -37,7 +37,11 @@ class SyntheticLoader(BatchStream):
         sample_count: int = 1_281_167,
     ) -> None:
         super().__init__(
-            spec, sample_count=sample_count, digest="synthetic", world_size=world_size, start_step=start_step
+            spec,
+            sample_count=sample_count,
+            digest="synthetic",
+            world_size=world_size,
+            start_step=start_step,
         )
         # Also refuses what a real loader would refuse.
         self._sample_ids = rank_slice(
@@ -51,7 +55,9 @@ class SyntheticLoader(BatchStream):
         noise = torch.Generator().manual_seed(spec.seed + rank)
         shapes = [(self.local_batch_size, 3, view.size, view.size) for view in spec.each_view]
         if spec.view_dtype == "uint8":
-            views = [torch.randint(256, shape, generator=noise, dtype=torch.uint8) for shape in shapes]
+            views = [
+                torch.randint(256, shape, generator=noise, dtype=torch.uint8) for shape in shapes
+            ]
         else:
             views = [torch.randn(shape, generator=noise, dtype=torch.float32) for shape in shapes]
         self._views = tuple(view.to(device) for view in views)

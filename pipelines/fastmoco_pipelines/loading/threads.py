@@ -1,6 +1,6 @@
-"""The two threads of a training loader, and how they end: by their own will, by the interpreter's, or with an error.
-
-They know a source of batches and the queues, and nothing of the loader that the trainer holds.
+"""The two threads of a training loader, and how they end: on `stop`, at the exit of the
+interpreter, or with an error. They reference a source of batches and the queues, but not the loader
+that the trainer holds.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ Item = TypeVar("Item")
 
 
 class BatchPlaces:
-    """Room for the batches ahead of the trainer where memory is short, as on a GPU: the batch in the making counts.
+    """Room for the batches ahead of the trainer where memory is short, as on a GPU: the batch in
+    the making counts.
 
-    A batch takes a place before it is made, and the trainer gives it back when it takes the batch. What the trainer did with
-    the batch before may not have ended by then: ``wait`` does, before memory is taken, so that the allocator can give out
-    that batch's memory again instead of new one.
+    A batch takes a place before it is made, and the trainer gives it back when it takes the batch.
+    The trainer's work on the batch before may not have ended by then. `wait` waits for it before
+    memory is allocated, so that the allocator can reuse that batch's memory.
     """
 
     def __init__(self, count: int) -> None:
@@ -52,7 +53,8 @@ class BatchPlaces:
         return False
 
     def give(self, device: torch.device) -> None:
-        """Give a place back, in the trainer's thread; what its current stream holds by now is what ``wait`` waits for."""
+        """Give a place back, in the trainer's thread; `wait` waits for what its current stream
+        contains now."""
         if device.type != "cuda":
             self._free.put(_nothing)
             return
@@ -70,17 +72,20 @@ def _nothing() -> None:
 
 
 def read_steps(source: Source, start_step: int, read: Readings, stop: threading.Event) -> None:
-    """The reading thread: the bytes and draws of every step until told to stop."""
+    """The reading thread: the bytes and draws of every step until `stop` is set."""
     try:
         steps = source.steps(start_step)
-        while put(read, next(steps), stop):  # no name for what is read: it would be kept while the next is
+        # Without a name for the step: a name would keep it in memory while the next one is read.
+        while put(read, next(steps), stop):
             continue
-    except BaseException as error:  # whatever it is, the trainer must hear of it instead of waiting for ever
+    # Every error must reach the trainer, which would wait indefinitely otherwise.
+    except BaseException as error:
         put(read, error, stop)
 
 
 def make_batches(source: Source, read: Readings, results: Results, stop: threading.Event) -> None:
-    """The producing thread: batches until told to stop; an error goes to the trainer in a batch's place."""
+    """The producing thread: batches until `stop` is set; an error goes to the trainer in a batch's
+    place."""
     thread = threading.current_thread()
 
     def end() -> None:

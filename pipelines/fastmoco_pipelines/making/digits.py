@@ -15,22 +15,23 @@ from fastmoco_pipelines.sampling.order import epoch_order
 def pack_digits(
     out: Path, *, seed: int = 0, overwrite: bool = False, progress: Progress | None = None
 ) -> tuple[str, str]:
-    """Pack the 1797 digits (8 x 8 pixels, 10 classes; Alpaydin and Kaynak 1998) as grey PNG, 1437 to train on, 360 to test.
+    """Pack the 1797 digits (8 x 8 pixels, 10 classes; Alpaydin and Kaynak 1998) as grey PNG, 1437
+    to train on, 360 to test.
 
-    Every class is split in the same proportion, to within one image. Levels 0 to 16 become 0 to 255. The images pass
-    through the same ``pack_folder`` as anybody's.
+    Every class is split in the same proportion, to within one image. Levels 0 to 16 become 0 to
+    255. The images are packed by `pack_folder`, like any others.
 
     Args:
-        out: folder of the shards ``train-*.tar`` and ``test-*.tar``.
+        out: folder of the shards `train-*.tar` and `test-*.tar`.
         seed: of the split and of the order in the shards.
-        overwrite: replace sets that lie there already.
+        overwrite: replace sets that exist already.
         progress: called with (images done, 1797).
 
     Returns:
         (pattern of the training shards, pattern of the test shards).
 
     Raises:
-        FileExistsError: if ``out`` holds such shards already.
+        FileExistsError: if `out` holds such shards already.
     """
     from sklearn.datasets import load_digits
 

@@ -1,4 +1,5 @@
-"""`index_shards`: indexes for tars that nobody packed with fastmoco, with labels numbered over the whole set."""
+"""`index_shards`: indexes for tars that were not packed by fastmoco, with labels numbered over the
+whole set."""
 
 from __future__ import annotations
 
@@ -22,7 +23,13 @@ from fastmoco_pipelines.formats.index import (
     scan_tar,
     write_index,
 )
-from fastmoco_pipelines.formats.labels import LabelRule, NumberedLabels, RawLabel, Source, number_labels
+from fastmoco_pipelines.formats.labels import (
+    LabelRule,
+    NumberedLabels,
+    RawLabel,
+    Source,
+    number_labels,
+)
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import read_sets, write_sets
 from fastmoco_pipelines.sets.patterns import is_remote
@@ -39,7 +46,8 @@ class LostStretch:
     """A part of a damaged tar in which no member could be found.
 
     Attributes:
-        shard: file name of the tar; ``member``: that the damage cut off, escaped, where its name is known.
+        shard: file name of the tar; `member`: that the damage cut off, escaped, where its name is
+            known.
         offset, size: in bytes; a size of 0: the file ends here, and what was to follow is gone.
         reason: what is wrong there.
     """
@@ -53,18 +61,21 @@ class LostStretch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexReport:
-    """What ``index_shards`` found.
+    """What `index_shards` found.
 
     Attributes:
         shards, samples: how many were indexed.
-        skipped: (tar, member, reason) of what was left out; like all tars here by file name, or by path where names repeat.
+        skipped: (tar, member, reason) of what was left out; like all tars here by file name, or by
+            path where names repeat.
         labels: where the labels come from: "cls", "json", "txt" or None.
         classes: class names by label; empty where the labels are numbers or there are none.
         labelled: samples that have a label.
         note: for people; as a rule empty.
         lost: what could not be salvaged of damaged tars, in file order.
-        gone: (tar, samples) that an older index or the manifest promised of damaged tars and that are not found any more.
-        uploads: URLs of the places to which the indexes belong, by the folder where they were written; of local shards none.
+        gone: (tar, samples) that an older index or the manifest promised of damaged tars and that
+            are not found any more.
+        uploads: URLs of the places to which the indexes belong, by the folder where they were
+            written; of local shards none.
     """
 
     shards: int
@@ -89,28 +100,32 @@ def index_shards(
     cache: CacheSpec | None = None,
     transfers: Limits | None = None,
 ) -> IndexReport:
-    """Write the index of every shard; for tars that were not made by ``fastmoco data pack``.
+    """Write the index of every shard; for tars that were not made by `fastmoco data pack`.
 
-    Class names are sorted, numbered and kept in ``manifest.json``; numbers are taken as they are.
+    Class names are sorted, numbered and kept in `manifest.json`; numbers are taken as they are.
 
     Args:
-        pattern: as for ``ShardSet.open``.
+        pattern: as for `ShardSet.open`.
         progress: called with (shards done, shards in all).
         rule: where labels come from.
-        salvage: index what is left of damaged tars, and tell what is lost.
-        out: folder for the indexes and the manifest of shards of a server; needed for these, and for these alone.
+        salvage: index what is left of damaged tars, and report what is lost.
+        out: folder for the indexes and the manifest of shards of a server; needed for these, and
+            for these alone.
         cache: where copies of them are kept; None: the default folder and size.
         transfers: times and tries of each transfer.
 
     Raises:
-        ShardError: naming a tar that is damaged, holds no image or has labels that cannot be read, after all others
-            have been indexed; or for class names that do not fit those of the folder's other sets; or, before anything is
-            written, if ``rule`` names a source and no image of the set has a label there.
-        ValueError: if the pattern names no shard, or ``out`` does not fit it.
+        ShardError: naming a tar that is damaged, holds no image or has labels that cannot be read,
+            after all others have been indexed; or for class names that do not fit those of the
+            folder's other sets; or, before anything is written, if `rule` names a source and no
+            image of the set has a label there.
+        ValueError: if the pattern names no shard, or `out` does not fit it.
     """
     if not is_remote(pattern):
         if out is not None:
-            raise ValueError(f"out={str(out)!r}: is for shards of a server; the index of a local tar lies beside it")
+            raise ValueError(
+                f"out={str(out)!r}: is for shards of a server; the index of a local tar is beside it"
+            )
         return _index(LocalTars(pattern), progress, rule or LabelRule(), salvage)
     if out is None:
         raise ValueError(
@@ -118,13 +133,18 @@ def index_shards(
             "copy what is in it beside the shards afterwards"
         )
     out.mkdir(parents=True, exist_ok=True)
-    with closing(RemoteTars(pattern, out, cache or CacheSpec(), transfers or Limits(), indexes=False)) as tars:
+    with closing(
+        RemoteTars(pattern, out, cache or CacheSpec(), transfers or Limits(), indexes=False)
+    ) as tars:
         report = _index(tars, progress, rule or LabelRule(), salvage)
         return replace(report, uploads={folder: redact(url) for folder, url in tars.urls.items()})
 
 
 def _index(
-    tars: LocalTars | RemoteTars, progress: Callable[[int, int], None] | None, rule: LabelRule, salvage: bool
+    tars: LocalTars | RemoteTars,
+    progress: Callable[[int, int], None] | None,
+    rule: LabelRule,
+    salvage: bool,
 ) -> IndexReport:
     found: dict[Path, list[dict[Source, RawLabel]]] = {}
     hashes: dict[Path, str] = {}
@@ -132,7 +152,8 @@ def _index(
     lost: list[LostStretch] = []
     gone: list[tuple[str, int]] = []
     names = whole_names(tars)
-    held: dict[Path, ShardIndex] = {}  # not to be written unless the source that was asked for tells a label
+    # Not written unless the source that was asked for contains a label.
+    held: dict[Path, ShardIndex] = {}
     labelled = rule.source in ("auto", "none")
     for number, path in enumerate(tars.paths):
         name = names.get(path, path.name)
@@ -143,7 +164,7 @@ def _index(
             except ShardError as error:
                 failures.append(ShardError(str(error).replace(path.name, name, 1)))
                 continue
-            if isinstance(tars, RemoteTars):  # it will not be at hand when the manifest is written
+            if isinstance(tars, RemoteTars):  # it is gone when the manifest is written
                 hashes[path] = hash_file(path)
         found[path], held[path] = raw, index
         if labelled := labelled or any(raw):
@@ -165,7 +186,7 @@ def _index(
         gone += [(name, missing)] if missing else []
         if progress is not None:
             progress(number + 1, len(tars.paths))
-    if held:  # to go on would drop the labels that an earlier index has
+    if held:  # To continue would drop the labels of an earlier index.
         raise ShardError(rule.nothing_found(samples))
     numbered = _number(found, rule)
     for (path, raw), labels in zip(found.items(), numbered.labels, strict=True):
@@ -173,7 +194,11 @@ def _index(
             _label(path, read_any_index(path), labels)
     _write_manifests(list(found), numbered, dict(zip(tars.paths, tars.sizes, strict=True)), hashes)
     if failures:
-        more = f" And {len(failures) - 1} more of the {len(tars.paths)} tars failed." if len(failures) > 1 else ""
+        more = (
+            f" And {len(failures) - 1} more of the {len(tars.paths)} tars failed."
+            if len(failures) > 1
+            else ""
+        )
         raise ShardError(f"{failures[0]}{more}") from failures[0]
     return IndexReport(
         shards=len(tars.paths),
@@ -189,10 +214,12 @@ def _index(
 
 
 def _gone(path: Path, index: ShardIndex) -> int:
-    """Samples of a damaged tar that an older index or the manifest knows, and the new index does not.
+    """Samples of a damaged tar that an older index or the manifest knows, and the new index does
+    not.
 
     Raises:
-        ShardError: if the older index was made for these very bytes, while they were whole: it is the better one.
+        ShardError: if the older index was made for these very bytes, while they were whole: it is
+            the better one.
     """
     listed = (shard for entry in read_sets(path.parent).values() for shard in entry["shards"])
     counts = [shard.get("samples") for shard in listed if shard["name"] == path.name]
@@ -207,7 +234,7 @@ def _gone(path: Path, index: ShardIndex) -> int:
     if missing and fits_tar(old, path):
         raise ShardError(
             f"{path.name}: its index knows {missing} samples more than can be found now: keep it, and let `fastmoco data "
-            f"check` tell which of them are damaged. To salvage all the same, delete {index_path(path).name} first."
+            f"check` find which of them are damaged. To salvage all the same, delete {index_path(path).name} first."
         )
     return max(promised, missing)
 
@@ -284,7 +311,9 @@ def _entry(
     shards = []
     for path, of_tar in zip(tars, labels, strict=True):
         sha256 = hashes.get(path) or hash_file(path)
-        shards.append({"name": path.name, "samples": len(of_tar), "bytes": sizes[path], "sha256": sha256})
+        shards.append(
+            {"name": path.name, "samples": len(of_tar), "bytes": sizes[path], "sha256": sha256}
+        )
     return {
         "samples": sum(map(len, labels)),
         "classes": list(numbered.classes),

@@ -1,8 +1,8 @@
 """A folder of images -> shuffled WebDataset shards with an index beside each, and a manifest.
 
-Files keep their bytes unless ``max_side`` demands smaller ones. Every image is decoded once here, so that what cannot
-be decoded is reported now and not in the middle of a training run. The same folder, seed and options give the same
-bytes, tar for tar.
+Files keep their bytes unless `max_side` demands smaller ones. Every image is decoded once here, so
+that what cannot be decoded is reported now and not in the middle of a training run. The same
+folder, seed and options give the same bytes, tar for tar.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackReport:
-    """What ``pack_folder`` wrote.
+    """What `pack_folder` wrote.
 
     Attributes:
         pattern: the glob that names the new shards.
-        samples: images packed; ``classes``: their class names by label (empty: no labels).
-        shards: the tars; ``total_bytes``: their size.
+        samples: images packed; `classes`: their class names by label (empty: no labels).
+        shards: the tars; `total_bytes`: their size.
         skipped: (path below the source folder, reason) of every file that was not packed.
     """
 
@@ -58,7 +58,12 @@ class _Options:
     seed: int
 
     def __post_init__(self) -> None:
-        require(self.max_side is None or self.max_side >= 1, "max_side", self.max_side, "needs at least 1 pixel")
+        require(
+            self.max_side is None or self.max_side >= 1,
+            "max_side",
+            self.max_side,
+            "needs at least 1 pixel",
+        )
         require(1 <= self.quality <= 100, "quality", self.quality, "lies in [1, 100]")
         require(self.shard_size_mb >= 1, "shard_size_mb", self.shard_size_mb, "needs at least 1")
         require(self.shard_samples >= 1, "shard_samples", self.shard_samples, "needs at least 1")
@@ -78,24 +83,30 @@ def pack_folder(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> PackReport:
-    """Pack the images of ``src`` into ``out/PREFIX-000000.tar`` and so on, with indexes and ``out/manifest.json``.
+    """Pack the images of `src` into `out/PREFIX-000000.tar` and so on, with indexes and
+    `out/manifest.json`.
 
     Args:
-        src: class folders (each folder directly below is a class, searched to any depth), or a flat folder (labels -1).
-        out: created if needed. Sets of other prefixes may lie there; they share the numbering of classes.
+        src: class folders (each folder directly below is a class, searched to any depth), or a flat
+            folder (labels -1).
+        out: created if needed. It may contain sets of other prefixes; they share the numbering of
+            classes.
         prefix: name of the set: letters, digits and underscores.
-        max_side: pixels. An image whose longer side (height or width) exceeds it is shrunk until that side is so long,
-            and written anew in its own format: a panorama of 2048 x 512 becomes 512 x 128. None keeps every byte.
-        quality: of JPEG and WebP written anew, 1 to 100.
-        shard_size_mb: a new shard is begun after so many million bytes of images, or ``shard_samples`` images.
+        max_side: pixels. An image whose longer side (height or width) exceeds it is shrunk to that
+            length and written again in its own format: a panorama of 2048 x 512 becomes 512 x 128.
+            None keeps every byte.
+        quality: of JPEG and WebP written again, 1 to 100.
+        shard_size_mb: a new shard begins after this many million bytes of images, or
+            `shard_samples` images.
         seed: of the shuffle.
         follow_links: also read symbolic links; else they are skipped and counted.
         overwrite: replace a set of the same prefix; else it is refused.
         progress: called with (images done, images in all).
 
     Raises:
-        ValueError: for options out of range, a ``src`` without images, or classes that ``out`` does not know.
-        FileExistsError: if ``out`` holds that prefix already.
+        ValueError: for options out of range, a `src` without images, or classes that `out` does not
+            know.
+        FileExistsError: if `out` holds that prefix already.
     """
     good_prefix = re.fullmatch(r"[A-Za-z0-9_]+", prefix) is not None
     require(good_prefix, "prefix", prefix, "letters, digits and underscores only")
@@ -108,7 +119,11 @@ def pack_folder(
             "or ask to overwrite them (--overwrite)"
         )
     sources, classes, skipped = find_sources(Path(src), follow_links=follow_links)
-    known = [tuple(entry["classes"]) for name, entry in sets.items() if name != prefix and entry["classes"]]
+    known = [
+        tuple(entry["classes"])
+        for name, entry in sets.items()
+        if name != prefix and entry["classes"]
+    ]
     sources, classes = _renumber(sources, classes, known[0] if known else classes, out)
     others = len(skipped)
     out.mkdir(parents=True, exist_ok=True)
@@ -144,7 +159,8 @@ def pack_folder(
 
 
 def _replace(old: Sequence[Path], new: Sequence[Path], out: Path) -> None:
-    """Move finished shards to their place; those of an older set of the same prefix go just before."""
+    """Move finished shards to their place; those of an older set of the same prefix go just
+    before."""
     for path in old:
         path.unlink()
         index_path(path).unlink(missing_ok=True)
@@ -161,14 +177,17 @@ def _tars_of(out: Path, prefix: str) -> list[Path]:
 def _renumber(
     sources: list[Source], classes: tuple[str, ...], known: tuple[str, ...], out: Path
 ) -> tuple[list[Source], tuple[str, ...]]:
-    """Labels by the numbering that the other sets of ``out`` have: a test set that lacks a class must not shift them."""
+    """Labels by the numbering that the other sets of `out` have: a test set that lacks a class must
+    not shift them."""
     unknown = sorted(set(classes) - set(known))
     if unknown:
         raise ValueError(
             f"classes={unknown!r}: not among the {len(known)} classes of the sets in {out}: pack into another folder"
         )
     label = {i: known.index(name) for i, name in enumerate(classes)} | {-1: -1}
-    return [Source(source.path, source.name, label[source.label]) for source in sources], known if classes else ()
+    return [
+        Source(source.path, source.name, label[source.label]) for source in sources
+    ], known if classes else ()
 
 
 def _prepare(source: Source, options: _Options) -> tuple[str, bytes] | str:
@@ -189,7 +208,10 @@ def _prepare(source: Source, options: _Options) -> tuple[str, bytes] | str:
 
 
 def _prepare_all(
-    sources: Sequence[Source], options: _Options, skipped: list[tuple[str, str]], progress: Progress | None
+    sources: Sequence[Source],
+    options: _Options,
+    skipped: list[tuple[str, str]],
+    progress: Progress | None,
 ) -> Iterator[tuple[str, bytes, int]]:
     """(kind, bytes, label) in order; decoded on all cores, a few images ahead."""
     workers = min(16, os.cpu_count() or 1)
@@ -209,8 +231,11 @@ def _prepare_all(
                 progress(done + 1, len(sources))
 
 
-def _write_tars(folder: Path, prefix: str, samples: Iterator[tuple[str, bytes, int]], options: _Options) -> list[Path]:
-    """webdataset's ShardWriter, on files that are opened here: its own opener may run commands from the environment."""
+def _write_tars(
+    folder: Path, prefix: str, samples: Iterator[tuple[str, bytes, int]], options: _Options
+) -> list[Path]:
+    """webdataset's ShardWriter, on files that are opened here: its own opener may run commands from
+    the environment."""
     import webdataset
 
     first = next(samples, None)
@@ -239,7 +264,9 @@ def _write_tars(folder: Path, prefix: str, samples: Iterator[tuple[str, bytes, i
     return tars
 
 
-def _chain(first: tuple[str, bytes, int], rest: Iterator[tuple[str, bytes, int]]) -> Iterator[tuple[str, bytes, int]]:
+def _chain(
+    first: tuple[str, bytes, int], rest: Iterator[tuple[str, bytes, int]]
+) -> Iterator[tuple[str, bytes, int]]:
     yield first
     yield from rest
 
@@ -250,7 +277,12 @@ def _index_all(tars: Sequence[Path]) -> tuple[list[dict[str, Any]], list[ShardIn
     for tar in tars:
         index = build_index(tar)
         write_index(tar, index)
-        entry = {"name": tar.name, "samples": len(index), "bytes": index.tar_bytes, "sha256": hash_file(tar)}
+        entry = {
+            "name": tar.name,
+            "samples": len(index),
+            "bytes": index.tar_bytes,
+            "sha256": hash_file(tar),
+        }
         entries.append(entry)
         indexes.append(index)
     return entries, indexes

@@ -12,21 +12,26 @@ from fastmoco_pipelines.formats.images import EXTENSIONS
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One image file: ``name`` is its path below the source folder, ``label`` -1 where there are no classes."""
+    """One image file: `name` is its path below the source folder, `label` -1 where there are no
+    classes."""
 
     path: Path
     name: str
     label: int
 
 
-def find_sources(src: Path, *, follow_links: bool) -> tuple[list[Source], tuple[str, ...], list[tuple[str, str]]]:
-    """The image files below ``src``, sorted by name.
+def find_sources(
+    src: Path, *, follow_links: bool
+) -> tuple[list[Source], tuple[str, ...], list[tuple[str, str]]]:
+    """The image files below `src`, sorted by name.
 
     Returns:
-        (sources, classes, skipped): class names by label, empty for a flat folder; skipped holds (name, reason).
+        (sources, classes, skipped): class names by label, empty for a flat folder; skipped holds
+        (name, reason).
 
     Raises:
-        ValueError: if ``src`` is no folder, holds no image, or holds images both beside and inside class folders.
+        ValueError: if `src` is no folder, holds no image, or holds images both beside and inside
+            class folders.
     """
     if not src.is_dir():
         raise ValueError(f"src={str(src)!r}: there is no such folder")
@@ -41,18 +46,25 @@ def find_sources(src: Path, *, follow_links: bool) -> tuple[list[Source], tuple[
     flat = [name for name in names if "/" not in name]
     classes = tuple(sorted({name.split("/", 1)[0] for name in names if "/" in name}))
     if not names:
-        raise ValueError(f"src={str(src)!r}: holds no .{', .'.join(EXTENSIONS)} ({len(skipped)} other files)")
+        raise ValueError(
+            f"src={str(src)!r}: holds no .{', .'.join(EXTENSIONS)} ({len(skipped)} other files)"
+        )
     if flat and classes:
         raise ValueError(
             f"src={str(src)!r}: holds {len(flat)} images of its own beside folders with images ({classes[0]!r}, ...): "
             "move them into class folders, or all into one flat folder"
         )
     label = {name: i for i, name in enumerate(classes)}
-    return [Source(src / name, name, label.get(name.split("/", 1)[0], -1)) for name in names], classes, skipped
+    return (
+        [Source(src / name, name, label.get(name.split("/", 1)[0], -1)) for name in names],
+        classes,
+        skipped,
+    )
 
 
 def _walk(folder: Path, below: str, follow_links: bool) -> Iterator[tuple[str, str | None]]:
-    """(name, reason to skip it or None) of every file; links are followed at most once into the same folder."""
+    """(name, reason to skip it or None) of every file; links are followed at most once into the
+    same folder."""
     seen: set[str] = set()
     stack = [(folder, below)]
     while stack:

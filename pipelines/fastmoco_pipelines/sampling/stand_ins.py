@@ -1,14 +1,16 @@
-"""Who stands in for a sample that cannot be delivered: a pure function of where it was missed.
+"""Which sample stands in for one that cannot be delivered: a pure function of its position.
 
-Whether a sample can be delivered depends on its bytes alone. So "the first good one of a fixed sequence of candidates" is
-the same sample for every number of ranks, after every restart, and whether a fault was known from the start or found a
-moment ago: nobody has to tell anybody. The sequence of a place is drawn by Philox 4x64-10 with key (seed, tag) and counter
-words (attempt, position in the epoch, epoch, 0), uniformly from the order of the epoch: from the same window of shards,
-which is at hand, and not from the same global batch, where the image would become a negative of itself. A window whose
-shards are all lost has nobody to offer: candidates beyond number ``WINDOW_ATTEMPTS`` come from the whole epoch.
+Whether a sample can be delivered depends on its bytes alone. So "the first good one of a fixed
+sequence of candidates" is the same sample for every number of ranks, after every restart, and
+whether a fault was known from the start or just found: ranks need not exchange anything. The
+sequence of a place is drawn by Philox 4x64-10 with key (seed, tag) and counter words (attempt,
+position in the epoch, epoch, 0), uniformly from the order of the epoch: from the same window of
+shards, which is in the cache, and not from the same global batch, where the image would become a
+negative of itself. A window whose shards are all lost has no candidate: those beyond number
+`WINDOW_ATTEMPTS` come from the whole epoch.
 
-The stand-in is cut by the draws of (epoch, its own number, view, place); see ``draw_views``. Two places that miss a sample
-may draw the same stand-in, and then show two views of it that differ.
+The stand-in is cut by the draws of (epoch, its own number, view, place); see `draw_views`. Two
+places may draw the same stand-in; their views of it then differ.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from fastmoco_pipelines.sampling.philox import philox_words
 from fastmoco_pipelines.sampling.window import ShardWindows
 
 REFILL_TAG = 0x726566696C6C
-"""\"refill\": second word of the Philox key, so that no other use of the seed shares a stream with it."""
+"""\"refill\": second word of the Philox key, so that no other use of the seed shares a stream with
+it."""
 
 WINDOW_ATTEMPTS = 100
 
@@ -54,7 +57,7 @@ class Plan:
         """This rank's places in a step, each filled by the sample whose turn it is.
 
         Raises:
-            ValueError: for numbers that ``rank_slice`` refuses.
+            ValueError: for numbers that `rank_slice` refuses.
         """
         epoch, ids = rank_slice(
             step,
@@ -84,7 +87,7 @@ class Plan:
         return candidate
 
     def candidate(self, places: Places, position: int, attempt: int) -> int:
-        """The sample that is tried as number ``attempt`` (from 1) for a position of an epoch."""
+        """The sample that is tried as number `attempt` (from 1) for a position of an epoch."""
         bounds = self.windows.bounds(self.seed, places.epoch)
         window = int(np.searchsorted(bounds, position, side="right")) - 1
         low, high = int(bounds[window]), int(bounds[window + 1])
@@ -92,9 +95,11 @@ class Plan:
             low, high = 0, int(bounds[-1])
         batch_low = max(low, places.batch_start)
         inside = min(high, places.batch_start + self.global_batch_size) - batch_low
-        if inside >= high - low:  # the batch is the whole window: nobody else is there
+        if inside >= high - low:  # the batch is the whole window: there is no other sample
             inside = 0
-        counter = tuple(np.array([word], dtype=np.uint64) for word in (attempt, position, places.epoch, 0))
+        counter = tuple(
+            np.array([word], dtype=np.uint64) for word in (attempt, position, places.epoch, 0)
+        )
         word = int(philox_words((self.seed, REFILL_TAG), counter)[0, 0])  # type: ignore[arg-type]
         drawn = low + word % (high - low - inside)
         if inside and drawn >= batch_low:
@@ -104,14 +109,16 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """One rank's places in one step, and who has them now; ``ids`` and ``attempts`` change as places are refilled.
+    """One rank's places in one step, and who has them now; `ids` and `attempts` change as places
+    are refilled.
 
     Attributes:
         step: from 0; epoch: from 0.
         batch_start: position in the epoch's order of the global batch's first sample.
         first: of this rank's first sample.
         ids: [B] int64 sample numbers.
-        attempts: [B] int64: 0 where the sample is the one whose turn it is, else which candidate of the sequence has it.
+        attempts: [B] int64: 0 where the sample is the one whose turn it is, else which candidate of
+            the sequence has it.
     """
 
     step: int
@@ -123,6 +130,7 @@ class Places:
 
     @property
     def streams(self) -> NDArray[np.int64]:
-        """[B]: the ``places`` of ``draw_views``: 0, or 1 plus the position in the epoch of a refilled place."""
+        """[B]: the `places` of `draw_views`: 0, or 1 plus the position in the epoch of a refilled
+        place."""
         positions = np.arange(self.first, self.first + len(self.ids), dtype=np.int64)
         return np.where(self.attempts > 0, positions + 1, 0)

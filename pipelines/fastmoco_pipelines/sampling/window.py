@@ -1,8 +1,10 @@
-"""Shards in an order of their own, and a true shuffle within a window of them: an order that a small cache can follow.
+"""Shards in an order of their own, and a true shuffle within a window of them: an order that a
+small cache can follow.
 
-An epoch visits the shards in a shuffled order, cut into windows of (nearly) equal numbers of shards; inside a window all
-samples of its shards are shuffled together. One window over all shards is the shuffle of the whole set, word for word.
-Everything is a pure function of (seed, epoch, shard boundaries, window), the same on every rank and after a restart.
+An epoch visits the shards in a shuffled order, cut into windows of (nearly) equal numbers of
+shards; inside a window all samples of its shards are shuffled together. One window over all shards
+is the shuffle of the whole set, word for word. Everything is a pure function of (seed, epoch, shard
+boundaries, window), the same on every rank and after a restart.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ DEFAULT_WINDOW = 64
 class ShardWindows:
     """How a set is cut into shards, and how many of these are shuffled together.
 
-    Compared and hashed by identity, so that an order can be kept for each object without looking at its numbers.
+    Compared and hashed by identity, so that an order can be kept for each object without looking at
+    its numbers.
     """
 
     first: NDArray[np.int64]
@@ -32,10 +35,13 @@ class ShardWindows:
 
     @property
     def digest(self) -> str:
-        """What the order depends on beside seed and content: SHA-256 (hex) of window and boundaries; empty: whole set."""
+        """What the order depends on beside seed and content: SHA-256 (hex) of window and
+        boundaries; empty: whole set."""
         if self.count == 1:
             return ""
-        return hashlib.sha256(np.array([self.window, *self.first], dtype="<i8").tobytes()).hexdigest()
+        return hashlib.sha256(
+            np.array([self.window, *self.first], dtype="<i8").tobytes()
+        ).hexdigest()
 
     @property
     def shards(self) -> int:
@@ -44,7 +50,8 @@ class ShardWindows:
 
     @property
     def count(self) -> int:
-        """Windows of an epoch: as few as ``window`` allows, so that none is much smaller than the others."""
+        """Windows of an epoch: as few as `window` allows, so that none is much smaller than the
+        others."""
         return -(-self.shards // self.window) if 0 < self.window < self.shards else 1
 
     def shard_order(self, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -66,22 +73,32 @@ class ShardWindows:
         return np.repeat(window_of_shard, np.diff(self.first))
 
     def bounds(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """[count + 1] int64: window w holds the positions bounds[w] to bounds[w + 1] - 1 of an epoch's order."""
+        """[count + 1] int64: window w holds the positions bounds[w] to bounds[w + 1] - 1 of an
+        epoch's order."""
         sizes = np.diff(self.first)
         samples = [int(sizes[shards].sum()) for shards in self.windows_of_epoch(seed, epoch)]
         return np.concatenate([[0], np.cumsum(samples)]).astype(np.int64)
 
-    def ahead(self, seed: int, epoch: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The shards of a window of an epoch, and those of the window after it, which may begin the next epoch."""
+    def ahead(
+        self, seed: int, epoch: int, window: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The shards of a window of an epoch, and those of the window after it, which may begin the
+        next epoch."""
         windows = self.windows_of_epoch(seed, epoch)
-        after = windows[window + 1] if window + 1 < len(windows) else self.windows_of_epoch(seed, epoch + 1)[0]
+        after = (
+            windows[window + 1]
+            if window + 1 < len(windows)
+            else self.windows_of_epoch(seed, epoch + 1)[0]
+        )
         return windows[window], after
 
 
 def default_window(shard_bytes: int, cache_bytes: int) -> int:
-    """The window of a remote set where none is asked for: half of the cache, the other half is for the next window.
+    """The window of a remote set where none is asked for: half of the cache, the other half is for
+    the next window.
 
-    A function of the set and the configuration alone, not of this machine's disk: all ranks must agree.
+    A function of the set and the configuration alone, not of this machine's disk: all ranks must
+    agree.
 
     Args:
         shard_bytes: size of the largest shard.

@@ -15,46 +15,54 @@ from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, read_list
 
 MAX_OPEN_FILES = 128  # a process may hold 1024 by default, and several sets are open at once
-_PAUSES = (0.05, 0.45)  # seconds before a local file is tried again: file systems on a network have hiccups
+# seconds before a local file is tried again: file systems on a network have hiccups
+_PAUSES = (0.05, 0.45)
 
 Place = tuple[int, int, int]
 """Shard, offset and size in bytes."""
+ReadFault = ShardError | OSError
+"""Why one sample could not be read: a value beside the bytes of the others."""
 
 
 class LocalFiles:
-    """Shards that are read where they lie."""
+    """Local shards, read in place."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = tuple(paths)
         self._open: OrderedDict[int, int] = OrderedDict()
         self._folders = sorted({path.parent for path in paths})
-        self.reading = (0, 0)  # shard and offset of what is being read: where a read that hangs, hangs
+        # Shard and offset of the current read, for the report of a read that hangs.
+        self.reading = (0, 0)
 
-    def read(self, places: Sequence[Place]) -> list[bytes]:
-        """The bytes at some places; fewer where a file ends earlier.
-
-        Raises:
-            ShardError: naming the file that cannot be opened or read, also on a second and third try.
+    def read(self, places: Sequence[Place]) -> list[bytes | ReadFault]:
+        """The bytes at some places, fewer where a file ends earlier; an error where they cannot be
+        read, which names the file and comes after three tries.
         """
-        return [self._read(*place) for place in places]
+        found: list[bytes | ReadFault] = []
+        for place in places:
+            try:
+                found.append(self._read(*place))
+            except (ShardError, OSError) as error:
+                found.append(error)
+        return found
 
     def will_need(self, places: Sequence[Place]) -> None:
         """Ask the operating system to fetch these places from the disk in the background."""
         for shard, offset, size in places:
             os.posix_fadvise(self._descriptor(shard), offset, size, os.POSIX_FADV_WILLNEED)
 
-    def renew(self, shard: int) -> bool:
-        """Whether reading damaged bytes again may help; here it does not."""
-        del shard
-        return False
+    def renew(self, shard: int) -> None:
+        """Throw away a damaged copy; here there is none."""
 
     def quarantine(self) -> tuple[Quarantine, list[str]]:
         """The lists beside the shards, as one, and what is wrong with them, in sentences."""
         lists = [read_list(folder / NAME) for folder in self._folders]
-        return Quarantine(entry for entries, _ in lists for entry in entries), [text for _, text in lists if text]
+        return Quarantine(entry for entries, _ in lists for entry in entries), [
+            text for _, text in lists if text
+        ]
 
     def close(self) -> None:
-        """Close the files; a later ``read`` opens them again."""
+        """Close the files; a later `read` opens them again."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -65,15 +73,18 @@ class LocalFiles:
             try:
                 return read_at(descriptor, size, offset)
             except OSError as error:
-                os.close(self._open.pop(shard))  # a stale handle is of no use any more
+                os.close(self._open.pop(shard))  # a stale handle stays stale
                 if pause is None:
                     name = self._paths[shard].name
-                    raise ShardError(f"{name}: cannot be read at byte {offset} ({error.strerror}).") from error
+                    raise ShardError(
+                        f"{name}: cannot be read at byte {offset} ({error.strerror})."
+                    ) from error
                 time.sleep(pause)
         raise AssertionError
 
     def _descriptor(self, shard: int) -> int:
-        """An open descriptor of a shard; the one unused for longest is closed when there are too many."""
+        """An open descriptor of a shard; the one unused for longest is closed when there are too
+        many."""
         descriptor = self._open.get(shard)
         if descriptor is not None:
             self._open.move_to_end(shard)
@@ -87,13 +98,16 @@ class LocalFiles:
             except OSError as error:
                 if pause is None:
                     name = self._paths[shard].name
-                    raise ShardError(f"{name}: cannot be opened any more ({error.strerror}).") from error
+                    raise ShardError(
+                        f"{name}: cannot be opened any more ({error.strerror})."
+                    ) from error
                 time.sleep(pause)
         return self._open[shard]
 
 
 def read_at(descriptor: int, size: int, offset: int) -> bytes:
-    """Bytes of a file, fewer only where it ends: file systems on a network may hand out less than was asked for."""
+    """Bytes of a file, fewer only where it ends: file systems on a network may hand out less than
+    was asked for."""
     data = os.pread(descriptor, size, offset)
     while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
         data += more

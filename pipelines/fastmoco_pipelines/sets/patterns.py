@@ -1,7 +1,8 @@
-"""Shard patterns: which local files, or which URLs, a pattern names. Nothing here ever starts a process.
+"""Shard patterns: which local files, or which URLs, a pattern names. Nothing here ever starts a
+process.
 
-The schemes are an allow-list: local paths, `file:`, and those of `schemes.py`. A URL is only ever shown without user,
-password and query: that is where tokens live.
+The schemes are an allow-list: local paths, `file:`, and those of `schemes.py`. A URL is only ever
+shown without user, password and query: these may hold tokens.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ def expand_shards(pattern: str) -> list[Path]:
     """The local shard tars that a pattern names, sorted.
 
     Args:
-        pattern: a tar, a folder of tars, a glob (``train-*.tar``), a brace pattern (``train-{000000..000099}.tar`` or
-            ``{a,b}.tar``), or one of these behind ``file:``.
+        pattern: a tar, a folder of tars, a glob (`train-*.tar`), a brace pattern
+            (`train-{000000..000099}.tar` or `{a,b}.tar`), or one of these after `file:`.
 
     Raises:
-        ValueError: naming the pattern, if it names no file, one of the files it spells out is missing, the folder
-            holds several sets, or its scheme is not supported; also for a URL, which is no local file.
+        ValueError: naming the pattern, if it names no file, one of the files it spells out is
+            missing, the folder holds several sets, or its scheme is not supported; also for a URL,
+            which is no local file.
     """
     if is_remote(pattern):
         raise ValueError(
             f"shards={redact(pattern)!r}: this needs local files, work on a server's is not supported yet: run it where "
-            "the shards lie and copy what it writes to the server too"
+            "the shards are stored, and copy what it writes to the server too"
         )
     plain = without_scheme(pattern)
     if os.path.isdir(plain):
@@ -57,7 +59,8 @@ def expand_shards(pattern: str) -> list[Path]:
 
 
 def is_remote(pattern: str) -> bool:
-    """Whether a pattern names URLs that are read over a network; refuses schemes that are not read at all.
+    """Whether a pattern names URLs that are read over a network; refuses schemes that are not read
+    at all.
 
     Raises:
         ValueError: for a scheme outside the allow-list, or a URL that is broken.
@@ -65,7 +68,9 @@ def is_remote(pattern: str) -> bool:
     if pattern.startswith("{") and "://" in pattern:
         kinds = {is_remote(name) for name in expand_braces(pattern, pattern)}
         if len(kinds) > 1:
-            raise ValueError(f"shards={redact(pattern)!r}: names local files and URLs: copy them to one side")
+            raise ValueError(
+                f"shards={redact(pattern)!r}: names local files and URLs: copy them to one side"
+            )
         return True in kinds
     match = SCHEME.match(pattern)
     if match is None or os.path.exists(pattern):
@@ -81,29 +86,36 @@ def is_remote(pattern: str) -> bool:
             f"shards={scheme + ':...'!r}: reading over {scheme} is not supported yet: give a path, file:, "
             f"{', '.join(others)} or {last}, or copy or mount the shards"
         )
-    authority = re.split(r"[/?#]", pattern[match.end() :].removeprefix("//"), maxsplit=1)[0].rpartition("@")[2]
+    authority = re.split(r"[/?#]", pattern[match.end() :].removeprefix("//"), maxsplit=1)[
+        0
+    ].rpartition("@")[2]
     whole = pattern[match.end() :].startswith("//") and AUTHORITY.fullmatch(authority) is not None
     if not whole or not pattern.isascii() or not pattern.isprintable() or " " in pattern:
-        raise ValueError(f"shards={redact(pattern)!r}: is no whole URL, such as https://host/folder/train-000000.tar")
+        raise ValueError(
+            f"shards={redact(pattern)!r}: is no whole URL, such as https://host/folder/train-000000.tar"
+        )
     return True
 
 
 def without_scheme(pattern: str) -> str:
-    """The local path of a pattern: what stands behind ``file:``, or the pattern itself."""
+    """The local path of a pattern: the part after `file:`, or the pattern itself."""
     match = SCHEME.match(pattern)
     if match is None or os.path.exists(pattern) or match.group(1).lower() != "file":
         return pattern
     url = urlsplit(pattern.replace("?", "%3F").replace("#", "%23"))
     if url.netloc in ("", "localhost"):
         return unquote(url.path)
-    raise ValueError(f"shards={redact(pattern)!r}: a file: URL names a file of this machine: file:///path")
+    raise ValueError(
+        f"shards={redact(pattern)!r}: a file: URL names a file of this machine: file:///path"
+    )
 
 
 def expand_braces(pattern: str, text: str) -> list[str]:
-    """``{000..007}`` counts with its zeros kept, ``{a,b}`` lists; the first braces are expanded, then the rest.
+    """`{000..007}` counts with its zeros kept, `{a,b}` lists; the first braces are expanded, then
+    the rest.
 
     Raises:
-        ValueError: naming ``pattern``, for a range that does not rise or more than a million names.
+        ValueError: naming `pattern`, for a range that does not rise or more than a million names.
     """
     names = list(islice(_expanded(pattern, text), MAX_SHARDS + 1))
     if len(names) > MAX_SHARDS:

@@ -1,8 +1,8 @@
-"""The tars that a pattern names, one after another, for those who read them whole: `data check` and `data index`.
-
-Local tars are read where they lie. Those of a server come through the shard cache: each appears for its time under its own
-name in a folder of this machine, as a link to a copy that the cache keeps as long as it is open, beside its index and the
-folder's manifest. So one code checks both. The next tar is fetched meanwhile. Nothing is ever written to a server.
+"""The tars that a pattern names, one after another, for `data check` and `data index`, which read
+them whole. Local tars are read in place. Those of a server come through the shard cache: each
+appears for its time under its own name in a folder of this machine, as a link to a copy that the
+cache keeps as long as it is open, beside its index and the folder's manifest. So one code checks
+both. The next tar is fetched meanwhile. Nothing is ever written to a server.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from time import monotonic
 
 import numpy as np
 
-from fastmoco_pipelines.errors import AbsentError, RemoteError, ShardError, StoppedError, WrongContentError
+from fastmoco_pipelines.errors import (
+    AbsentError,
+    RemoteError,
+    ShardError,
+    StoppedError,
+    WrongContentError,
+)
 from fastmoco_pipelines.formats.index import index_path, parse_index
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import write_sets
@@ -40,8 +46,8 @@ class LocalTars:
     """Tars of this machine.
 
     Attributes:
-        paths: of the tars, sorted; ``sizes``: in bytes.
-        explicit: the pattern spells the names out: whatever else lies beside them is left out on purpose.
+        paths: of the tars, sorted; `sizes`: in bytes.
+        explicit: the pattern spells the names out: other tars beside them are left out on purpose.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -59,7 +65,7 @@ class LocalTars:
         return str(path)
 
     def exists(self, path: Path) -> bool:
-        """Whether a further tar lies in one of the folders."""
+        """Whether a further tar is in one of the folders."""
         return path.exists()
 
     def close(self) -> None:
@@ -68,7 +74,8 @@ class LocalTars:
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """What a server says of a file: its size in bytes, and by what it would tell that it has changed."""
+    """What a server reports of a file: its size in bytes, and its validator, which changes with
+    it."""
 
     size: int
     validator: str
@@ -76,27 +83,30 @@ class _Head:
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """A tar in the cache; ``descriptor`` is None where there is no room for it while another one is open."""
+    """A tar in the cache; `descriptor` is None where there is no room for it while another one is
+    open."""
 
     descriptor: int | None
     index: bytes | None
     unproven: str | None = None
-    """Key of a copy that nothing but its size speaks for: it does not stay in the cache."""
+    """Key of a copy of which only the size is checked: it does not stay in the cache."""
 
 
 class RemoteTars:
     """Tars of servers; see the module. One thread at a time may use it.
 
     Args:
-        pattern: URLs, as for ``open_remote``.
-        work: an existing folder in which the tars appear: in folders 0, 1, ... of it where they lie in several places.
+        pattern: URLs, as for `open_remote`.
+        work: an existing folder in which the tars appear: in folders 0, 1, ... of it if they are in
+            several places.
         cache: where copies are kept.
         limits: times and tries of a transfer.
-        indexes: fetch what lies beside the tars too: for a check. Without, ``work`` keeps what is written into it.
+        indexes: also fetch the indexes beside the tars, for a check. Without, `work` keeps what is
+            written into it.
 
     Attributes:
         paths, sizes, explicit: as for LocalTars.
-        urls: of the places where the tars lie, by folder of this machine.
+        urls: of the places of the tars, by folder of this machine.
 
     Raises:
         ValueError: if the pattern names no shard or the cache's folder is not this user's alone.
@@ -104,20 +114,29 @@ class RemoteTars:
         OSError: if the cache cannot be used.
     """
 
-    def __init__(self, pattern: str, work: Path, cache: CacheSpec, limits: Limits, *, indexes: bool) -> None:
+    def __init__(
+        self, pattern: str, work: Path, cache: CacheSpec, limits: Limits, *, indexes: bool
+    ) -> None:
         self._cache, self._limits, self._indexes = ShardCache.open(cache), limits, indexes
         self._files = SmallFiles(self._cache, limits)
         urls = find_urls(pattern, self._files)
-        with ThreadPoolExecutor(min(THREADS, len(urls)), thread_name_prefix="fastmoco-head") as pool:
+        with ThreadPoolExecutor(
+            min(THREADS, len(urls)), thread_name_prefix="fastmoco-head"
+        ) as pool:
             answers = list(pool.map(self._head, urls))
-        self._heads = {url: head for url, head in zip(urls, answers, strict=True) if isinstance(head, _Head)}
+        self._heads = {
+            url: head for url, head in zip(urls, answers, strict=True) if isinstance(head, _Head)
+        }
         self._urls = list(self._heads)
         self.explicit = "{" in pattern or urls == [pattern]
         for absent in answers:
             if isinstance(absent, AbsentError) and (self.explicit or not self._urls):
                 raise absent
         places = sorted({beside(url, "") for url in self._urls})
-        folders = {place: work if len(places) == 1 else work / str(number) for number, place in enumerate(places)}
+        folders = {
+            place: work if len(places) == 1 else work / str(number)
+            for number, place in enumerate(places)
+        }
         self.paths = [folders[beside(url, "")] / _safe_name(url) for url in self._urls]
         if len(set(self.paths)) < len(self.paths):
             raise ValueError(f"shards={redact(pattern)!r}: names a shard twice")
@@ -138,7 +157,8 @@ class RemoteTars:
         """A tar, to be read by this process and its children, until the context ends.
 
         Raises:
-            RemoteError: naming the URL that cannot be read, or that does not fit into the cache, and the cure.
+            RemoteError: naming the URL that cannot be read, or that does not fit into the cache,
+                and the cure.
         """
         path, copy = self.paths[number], self._copy(number)
         if copy.descriptor is None:
@@ -150,7 +170,8 @@ class RemoteTars:
         try:
             if path.is_symlink():  # of a process that was killed
                 path.unlink()
-            path.symlink_to(f"/proc/{os.getpid()}/fd/{copy.descriptor}")  # it stays even if its name in the cache goes
+            # It stays even if its name in the cache is removed.
+            path.symlink_to(f"/proc/{os.getpid()}/fd/{copy.descriptor}")
             if copy.index is not None:
                 index_path(path).write_bytes(copy.index)
             if number + 1 < len(self.paths):
@@ -170,11 +191,11 @@ class RemoteTars:
         return redact(beside(self.urls[path.parent], path.name))
 
     def exists(self, path: Path) -> bool:
-        """Whether a further tar lies on the server, in the place of a folder of this machine."""
+        """Whether a further tar is on the server, in the place of a folder of this machine."""
         return isinstance(self._head(beside(self.urls[path.parent], path.name)), _Head)
 
     def close(self) -> None:
-        """End what is on its way."""
+        """End the transfers."""
         self._closed = True
         if self._fetcher is not None:
             self._fetcher.cancel()
@@ -197,7 +218,8 @@ class RemoteTars:
         head = self._heads[url]
         sha256 = self._files.checksums(beside(url, "")).get(shard_name(url))
         text = self._index(url) if self._indexes else None
-        with suppress(ShardError):  # a broken index is the check's to name, and so is a tar that it does not fit
+        # The check reports a broken index, and a tar that does not fit it.
+        with suppress(ShardError):
             if text is not None and (index := parse_index("", text)).tar_bytes == head.size:
                 shard, sha256 = RemoteShard.from_index(url, index, sha256), None
                 return _Copy(self._bring(shard), text)
@@ -213,7 +235,8 @@ class RemoteTars:
         return _Copy(self._bring(shard), text, shard.key)
 
     def _bring(self, shard: RemoteShard) -> int | None:
-        """A descriptor of a copy; one that has been in the cache for long is looked at first: disks forget."""
+        """A descriptor of a copy; one that was in the cache before is checked first: disks
+        decay."""
         self._fetcher = ShardFetcher([shard], self._cache, self._limits)
         if self._closed:  # asked after there is something to cancel: one of the two sees the other
             raise StoppedError(f"{shard.name}: not read, the work was stopped")
@@ -226,13 +249,15 @@ class RemoteTars:
         return descriptor
 
     def _index(self, url: str) -> bytes | None:
-        """What lies beside a tar under its index's name; None if nothing does."""
+        """The file beside a tar under its index's name; None if there is none."""
         with suppress(AbsentError):
-            return fetch_document(beside(url, index_path(Path(shard_name(url))).name), self._limits, Event())[1]
+            return fetch_document(
+                beside(url, index_path(Path(shard_name(url))).name), self._limits, Event()
+            )[1]
         return None
 
     def _head(self, url: str) -> _Head | AbsentError:
-        """What the server says of a tar."""
+        """What the server reports of a tar."""
         deadline = monotonic() + self._limits.deadline_seconds
 
         def ask(stop: int | None) -> _Head:
@@ -240,7 +265,7 @@ class RemoteTars:
             with open_url(request) as body:
                 if body.total is None:
                     raise RemoteError(
-                        f"{redact(url)}: the server does not say how large it is: have it send Content-Length"
+                        f"{redact(url)}: the server does not report its size: have it send Content-Length"
                     )
                 return _Head(body.total, body.validator)
 
@@ -257,7 +282,7 @@ class RemoteTars:
 
 
 def whole_names(tars: LocalTars | RemoteTars) -> dict[Path, str]:
-    """By path, what to call those tars whose file name alone does not tell them from another one."""
+    """By path, the full names of those tars that share their file name with another one."""
     counts = Counter(path.name for path in tars.paths)
     return {path: tars.where(path) for path in tars.paths if counts[path.name] > 1}
 

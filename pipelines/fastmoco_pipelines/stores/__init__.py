@@ -3,11 +3,9 @@
 A store is one file, with a class of `Store`, and one row of `fastmoco_pipelines.schemes`. From
 outside this package `register(scheme, store)` adds the row:
 
-```python
-from fastmoco_pipelines.stores import Store, register
+    from fastmoco_pipelines.stores import Store, register
 
-register("az", AzureStore())  # from now on az://container/train-*.tar is a pattern of shards
-```
+    register("az", AzureStore())  # from now on az://container/train-*.tar is a pattern of shards
 """
 
 from fastmoco_pipelines.stores.store import Body, Request, Store

@@ -1,13 +1,13 @@
 """Shards from a server, kept in a folder of bounded size that all processes of this machine share.
 
-    KEY.tar         a whole, checked shard; whoever reads it holds a shared lock, so that it is not evicted
-    KEY.SIZE.part   a shard on its way; whoever fetches it holds the lock, and it falls free if that process dies
+    KEY.tar         a whole, checked shard; a reader holds a shared lock, so that it is not evicted
+    KEY.SIZE.part   a shard in transfer; its process holds the lock, which is released if that process dies
     KEY.from        the validator of the .part, by which a broken download is taken up again
     KEY.doc         a small file (an index) with its validator and its own SHA-256
     lock            held for the moment in which room is made
 
-KEY is a hash of where a shard lies and what it holds. Names appear by renaming alone: what is there under its final name
-is whole. Links are never followed, and files of other users are not read.
+KEY is a hash of the URL and the content of a shard. Final names are only given by renaming, so a
+file under its final name is whole. Links are never followed, and files of other users are not read.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Entry:
 
 
 class Part:
-    """A shard on its way into the cache; this process holds its lock. See transfer.PartFile."""
+    """A shard in transfer into the cache; this process holds its lock. See transfer.PartFile."""
 
     def __init__(self, descriptor: int, path: str, notes: str) -> None:
         self.descriptor = descriptor
@@ -63,7 +63,8 @@ class Part:
         self._notes = notes
 
     def resume_point(self) -> tuple[int, str]:
-        """Bytes at hand, and the validator of the file that they belong to; (0, "") where there is nothing to go on with."""
+        """Bytes received, and the validator of their file; (0, "") where there is nothing to
+        continue."""
         length = os.fstat(self.descriptor).st_size
         if length == 0:
             return 0, ""
@@ -75,15 +76,18 @@ class Part:
         return (length, validator) if validator else (0, "")
 
     def restart(self, validator: str) -> None:
-        """Throw away what is at hand, and begin anew with a file of this validator."""
+        """Discard the bytes received, and start again with a file of this validator."""
         os.ftruncate(self.descriptor, 0)
-        remove(self._notes)  # before the first byte is written: a note never speaks of another file's bytes
+        # before the first byte is written: a note never speaks of another file's bytes
+        remove(self._notes)
         if validator:
-            with open(os.open(self._notes, os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, 0o600), "w") as file:
+            with open(
+                os.open(self._notes, os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, 0o600), "w"
+            ) as file:
                 file.write(validator)
 
     def close(self) -> None:
-        """Let go of it; another process may go on with it."""
+        """Release it; another process may continue it."""
         os.close(self.descriptor)
 
 
@@ -101,27 +105,30 @@ class ShardCache:
 
     @classmethod
     def open(cls, spec: CacheSpec) -> Self:
-        """The cache of a spec; its folder is made if absent, and what killed processes left long ago is removed.
+        """The cache of a spec; its folder is made if absent, and what killed processes left long
+        ago is removed.
 
         Raises:
             ValueError: if the folder is a link, another user's, or open to others.
             OSError: if it can be neither found nor made.
         """
-        default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoco" / "shards"
-        folder = Path(spec.folder).expanduser() if spec.folder else default
+        default = (
+            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoco" / "shards"
+        )
+        folder = Path(spec.cache_dir).expanduser() if spec.cache_dir else default
         folder.parent.mkdir(parents=True, exist_ok=True)
         if not os.path.lexists(folder):
             folder.mkdir(mode=0o700, exist_ok=True)
         info = os.lstat(folder)
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
             raise ValueError(
-                f"cache_dir={str(folder)!r}: must be a folder of your own that nobody else can write to, and no link: "
+                f"cache_dir={str(folder)!r}: must be a folder of your own that only you can write to, and no link:  "
                 f"chmod 700 it, or choose another"
             )
-        cache = cls(folder, spec.size_bytes)
+        cache = cls(folder, spec.cache_bytes)
         entries = cache._entries()
         held = sum(entry.size for entry in entries)
-        cache.limit = min(spec.size_bytes, int(0.8 * (shutil.disk_usage(folder).free + held)))
+        cache.limit = min(spec.cache_bytes, int(0.8 * (shutil.disk_usage(folder).free + held)))
         parts = {entry.key for entry in entries if entry.kind == "part"}
         for entry in entries:
             old = entry.kind == "part" and time.time() - entry.used > _ABANDONED_SECONDS
@@ -130,7 +137,8 @@ class ShardCache:
         return cache
 
     def lookup(self, key: str, size: int) -> int | None:
-        """A descriptor of a whole shard, which holds it in the cache until it is closed; None if it is not there."""
+        """A descriptor of a whole shard, which holds it in the cache until it is closed; None if it
+        is not there."""
         try:
             descriptor = os.open(self.folder / f"{key}.tar", os.O_RDONLY | OPEN_FLAGS)
         except OSError as error:
@@ -149,7 +157,7 @@ class ShardCache:
                 self.discard(key)
             return None
         with suppress(OSError):  # a folder that can only be read still serves
-            os.utime(descriptor)  # its age by use; who was used longest ago goes first
+            os.utime(descriptor)  # Its age by use: the least recently used shard is evicted first.
         return descriptor
 
     def holds(self, key: str) -> bool:
@@ -160,12 +168,14 @@ class ShardCache:
             return False
 
     def claim(self, key: str, size: int, keep: Collection[str] = ()) -> Part | None:
-        """The right and the room to fetch a shard; None while another thread or process fetches it, or has just done so.
+        """The right and the room to fetch a shard; None while another thread or process fetches it,
+        or has just done so.
 
         Args:
             key: of the shard.
             size: in bytes.
-            keep: keys of shards that are not evicted for it, though nobody reads them at this moment.
+            keep: keys of shards that are not evicted for it, even if no process reads them at this
+                moment.
 
         Raises:
             NoRoomError: if there is no room and none can be made.
@@ -194,7 +204,7 @@ class ShardCache:
             raise NoRoomError(f"{self.folder}: {error.strerror}") from error
 
     def abandon(self, part: Part) -> None:
-        """Remove a shard on its way, of which there is nothing to go on with."""
+        """Remove a shard in transfer that cannot be continued."""
         remove(part.path)
 
     def finish(self, key: str, part: Part) -> None:
@@ -204,12 +214,13 @@ class ShardCache:
             OSError, NoRoomError: if that is not possible.
         """
         os.utime(part.descriptor)
-        with self._making_room():  # whoever counts at this moment would find neither the old name nor the new one
+        # Locked, because a count at this moment would find neither the old name nor the new one.
+        with self._making_room():
             os.rename(part.path, self.folder / f"{key}.tar")
         remove(str(self.folder / f"{key}.from"))
 
     def discard(self, key: str) -> None:
-        """Throw away a shard that has proved to be damaged. Whoever reads it keeps what he has."""
+        """Discard a shard that has proved to be damaged. Open descriptors of it stay valid."""
         remove(str(self.folder / f"{key}.tar"))
 
     def read_document(self, key: str) -> tuple[str, bytes]:
@@ -219,7 +230,7 @@ class ShardCache:
                 validator, digest, content = file.read().split(b"\n", 2)
         except (OSError, ValueError):
             return "", b""
-        # A damaged copy would be believed for ever: the server goes on to say that the file is still the same.
+        # A damaged copy would be used indefinitely: the server reports that the file is unchanged.
         whole = hashlib.sha256(content).hexdigest().encode() == digest
         return (validator.decode("latin-1"), content) if whole else ("", b"")
 
@@ -231,7 +242,7 @@ class ShardCache:
             write_file(self.folder / f"{key}.doc", text, mode=0o600)
 
     def size(self) -> int:
-        """Bytes that the cache holds; shards on their way count whole."""
+        """Bytes that the cache holds; shards in transfer count with their full size."""
         with self._making_room():
             return sum(entry.size for entry in self._entries())
 
@@ -249,18 +260,23 @@ class ShardCache:
             size = info.st_size
             if kind == "part" and not is_free(item.path):
                 size = max(size, int(match[3]))
-            entries.append(_Entry(path=item.path, key=match[1], kind=kind, size=size, used=info.st_mtime))
+            entries.append(
+                _Entry(path=item.path, key=match[1], kind=kind, size=size, used=info.st_mtime)
+            )
         return entries
 
     def _make_room(self, key: str, size: int, *, have: int, keep: set[str]) -> None:
-        """Evict what was used longest ago until ``size`` more bytes fit; nothing at all if that does not suffice."""
-        entries = [entry for entry in self._entries() if not (entry.kind == "part" and entry.key == key)]
+        """Evict the least recently used shards until `size` more bytes fit; none if that does not
+        suffice."""
+        entries = [
+            entry for entry in self._entries() if not (entry.kind == "part" and entry.key == key)
+        ]
         usage = shutil.disk_usage(self.folder)
         over = sum(entry.size for entry in entries) + size - self.limit
         over = max(over, size - have - max(0, usage.free - _SPARE_BYTES))
         if over <= 0:
             return
-        # Left-over parts first: nobody may ever come back for them.
+        # Left-over parts first: they may never be continued.
         known = (entry for entry in entries if entry.key not in keep and entry.kind != "from")
         candidates = sorted(known, key=lambda entry: (entry.kind != "part", entry.used))
         chosen: list[tuple[_Entry, int]] = []
@@ -273,7 +289,9 @@ class ShardCache:
                     chosen.append((entry, descriptor))
                     over -= entry.size
             if over > 0:
-                raise NoRoomError(f"{self.folder}: {size} bytes do not fit: all else in it is in use")
+                raise NoRoomError(
+                    f"{self.folder}: {size} bytes do not fit: all else in it is in use"
+                )
             for entry, _ in chosen:
                 remove(entry.path)
         finally:
@@ -282,13 +300,15 @@ class ShardCache:
 
     @contextmanager
     def _making_room(self) -> Iterator[None]:
-        """One process at a time; a stopped one does not hold up the others for ever."""
+        """One process at a time; a stopped process does not block the others indefinitely."""
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o600)
         try:
             until = time.monotonic() + _LOCK_SECONDS
             while not try_lock(descriptor, fcntl.LOCK_EX):
                 if time.monotonic() > until:
-                    raise NoRoomError(f"{self.folder / 'lock'}: another process has held it for {_LOCK_SECONDS:g} s")
+                    raise NoRoomError(
+                        f"{self.folder / 'lock'}: another process has held it for {_LOCK_SECONDS:g} s"
+                    )
                 time.sleep(0.01)
             yield
         finally:

@@ -1,7 +1,8 @@
-"""The shards of a remote set, brought into the cache before they are needed, by a few threads in the background.
+"""The shards of a remote set, brought into the cache before they are needed, by a few threads in
+the background.
 
-The threads know the state alone, not the set: a forgotten set is collected, and they end. They are daemons, and what they
-leave behind when the process ends is taken up by the next one.
+The threads reference only the state, not the set: an unreferenced set is collected, and they end.
+    They are daemons; a transfer that they leave unfinished is continued by the next process.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class _Followed:
 
 
 class ShardFetcher:
-    """What stands between a set of shards and their server. One thread at a time may use it; ``cancel`` any.
+    """Fetches the shards of a set from their server. One thread at a time may use it; any thread
+    may call `cancel`.
 
     Args:
         shards: all of the set.
@@ -56,7 +58,9 @@ class ShardFetcher:
         limits: times and tries of a transfer.
     """
 
-    def __init__(self, shards: Sequence[RemoteShard], cache: ShardCache | None, limits: Limits) -> None:
+    def __init__(
+        self, shards: Sequence[RemoteShard], cache: ShardCache | None, limits: Limits
+    ) -> None:
         self._state = _State(shards, cache, limits)
         self._followed: _Followed | None = None
 
@@ -76,22 +80,26 @@ class ShardFetcher:
             window = int(np.searchsorted(bounds, position, side="right")) - 1
             now, after = (shards.tolist() for shards in windows.ahead(seed, epoch, window))
             low, high = bounds[window : window + 2].tolist()
-            self._followed = _Followed(windows, seed, epoch, low, high, set(now), list(dict.fromkeys([*now, *after])))
+            self._followed = _Followed(
+                windows, seed, epoch, low, high, set(now), list(dict.fromkeys([*now, *after]))
+            )
         self.want(self._followed.wanted)
         return self._followed.now
 
     def open(self, number: int, *, warn: bool = True) -> int | None:
-        """A descriptor of a whole, checked copy of a shard, which stays until the descriptor is closed.
+        """A descriptor of a whole, checked copy of a shard, which stays until the descriptor is
+        closed.
 
         Args:
             number: of the shard.
-            warn: where it cannot be kept, say so, once.
+            warn: warn once if it cannot be kept.
 
         Returns:
-            None where it cannot be kept on this machine: use ``read``.
+            None where it cannot be kept on this machine: use `read`.
 
         Raises:
-            RemoteError: naming the URL and the cause; also when another process fetches it for ever.
+            RemoteError: naming the URL and the cause; also if another process fetches it
+                indefinitely.
         """
         return self._state.open(number, warn)
 
@@ -102,17 +110,24 @@ class ShardFetcher:
             RemoteError: naming the URL and the cause.
         """
         state = self._state
-        with ThreadPoolExecutor(min(_READERS, len(ranges)), thread_name_prefix="fastmoco-range") as pool:
+        with ThreadPoolExecutor(
+            min(_READERS, len(ranges)), thread_name_prefix="fastmoco-range"
+        ) as pool:
             shard = state.shards[number]
-            return list(pool.map(lambda part: read_range(shard, part[0], part[1], state.limits, state.stop), ranges))
+            return list(
+                pool.map(
+                    lambda part: read_range(shard, part[0], part[1], state.limits, state.stop),
+                    ranges,
+                )
+            )
 
     def discard(self, number: int) -> None:
-        """Throw away the copy of a shard: it has proved to be damaged."""
+        """Discard the copy of a shard that has proved to be damaged."""
         if self._state.cache is not None:
             self._state.cache.discard(self._state.shards[number].key)
 
     def cancel(self) -> None:
-        """End every wait and transfer of this object with StoppedError, until ``close``."""
+        """End every wait and transfer of this object with StoppedError, until `close`."""
         self._state.stop.set()
 
     def close(self) -> None:
@@ -128,7 +143,9 @@ class ShardFetcher:
 class _State:
     """What the threads share."""
 
-    def __init__(self, shards: Sequence[RemoteShard], cache: ShardCache | None, limits: Limits) -> None:
+    def __init__(
+        self, shards: Sequence[RemoteShard], cache: ShardCache | None, limits: Limits
+    ) -> None:
         self.shards, self.cache, self.limits = shards, cache, limits
         self.stop = threading.Event()
         self._change = threading.Condition()
@@ -147,7 +164,9 @@ class _State:
             self._change.notify_all()
             for _ in range(min(THREADS, missing) - self._threads):
                 self._threads += 1
-                threading.Thread(target=_work, args=(self,), name="fastmoco-fetch", daemon=True).start()
+                threading.Thread(
+                    target=_work, args=(self,), name="fastmoco-fetch", daemon=True
+                ).start()
 
     def open(self, number: int, warn: bool) -> int | None:
         if self.cache is None:
@@ -183,7 +202,9 @@ class _State:
                 self._release(number, None)
             if not here:
                 if time.monotonic() > until:
-                    raise RemoteError(f"{shard.name}: another process has been fetching it for too long: end that one")
+                    raise RemoteError(
+                        f"{shard.name}: another process has been fetching it for too long: end that one"
+                    )
                 self.stop.wait(_POLL_SECONDS)
 
     def _others_end(self, number: int, until: float) -> bool:
@@ -217,7 +238,7 @@ class _State:
             return None
 
     def fetch_ahead(self, number: int) -> None:
-        """Fetch a shard that nobody waits for yet; what goes wrong is told when somebody does."""
+        """Fetch a shard ahead of its use; an error is raised when it is used."""
         pause, failure = 0.0, None
         try:
             keep = {self.shards[n].key for n in self._wanted}
@@ -229,7 +250,7 @@ class _State:
         self._release(number, failure, pause)
 
     def _bring(self, number: int, keep: Sequence[str] | set[str]) -> bool:
-        """Fetch a shard; False where somebody else does."""
+        """Fetch a shard; False if another thread or process does."""
         assert self.cache is not None
         shard = self.shards[number]
         part = self.cache.claim(shard.key, shard.size, keep)

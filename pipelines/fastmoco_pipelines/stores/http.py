@@ -1,4 +1,5 @@
-"""One request to an HTTP server, bounded in every direction: time, speed, redirects, and what may answer.
+"""One request to an HTTP server, bounded in every direction: time, speed, redirects, and what may
+answer.
 
 Errors name the URL without user, password and query.
 """
@@ -18,7 +19,13 @@ from contextlib import contextmanager
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from fastmoco_pipelines.errors import AbsentError, AccessError, PassingError, RemoteError, WrongContentError
+from fastmoco_pipelines.errors import (
+    AbsentError,
+    AccessError,
+    PassingError,
+    RemoteError,
+    WrongContentError,
+)
 from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.stores.store import Body, Request, Store
 from fastmoco_pipelines.text import redact
@@ -53,10 +60,19 @@ class HttpStore(Store):
             _refuse_errors(where, response)
             answered = _validator(response)
             if response.status == 304 and known:
-                yield Body(start=0, total=None, validator=answered, kind="", chunks=iter(()), unchanged=True)
+                yield Body(
+                    start=0,
+                    total=None,
+                    validator=answered,
+                    kind="",
+                    chunks=iter(()),
+                    unchanged=True,
+                )
                 return
             if response.getheader("Content-Encoding", "identity").lower() != "identity":
-                raise RemoteError(f"{where}: the server compresses it on the way: have it serve the file as it is")
+                raise RemoteError(
+                    f"{where}: the server compresses it on the way: have it serve the file as it is"
+                )
             begins, total = 0, response.length
             if response.status == 206:
                 total = _total_of_range(where, response, start, asked="Range" in headers)
@@ -64,7 +80,9 @@ class HttpStore(Store):
                     raise WrongContentError(f"{where}: has changed on the server while it was read")
                 begins = start
             elif response.status != 200:
-                raise RemoteError(f"{where}: HTTP {response.status} is no answer to a request for a file")
+                raise RemoteError(
+                    f"{where}: HTTP {response.status} is no answer to a request for a file"
+                )
             yield Body(
                 start=begins,
                 total=total,
@@ -77,8 +95,10 @@ class HttpStore(Store):
 STORE = HttpStore()
 
 
-def _total_of_range(where: str, response: http.client.HTTPResponse, start: int, *, asked: bool) -> int | None:
-    """Size of the whole file by the head of a partial answer; None where it does not say.
+def _total_of_range(
+    where: str, response: http.client.HTTPResponse, start: int, *, asked: bool
+) -> int | None:
+    """Size of the whole file by the head of a partial answer; None where it is not given.
 
     Raises:
         WrongContentError: if the answer is another range than was asked for.
@@ -87,7 +107,9 @@ def _total_of_range(where: str, response: http.client.HTTPResponse, start: int, 
     found = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", content_range.strip())
     if not asked or found is None or int(found[1]) != start:
         said = ascii(content_range)[:80]
-        raise WrongContentError(f"{where}: answers with another range than asked for ({said}, from {start})")
+        raise WrongContentError(
+            f"{where}: answers with another range than asked for ({said}, from {start})"
+        )
     return None if found[3] == "*" else int(found[3])
 
 
@@ -129,7 +151,9 @@ def _answer(
                 connection.connect()
                 peer = _peer_is_public(connection)
                 if public and not peer:
-                    raise RemoteError(f"{where}: redirects from a public to a private address ({redact(url)}): refused")
+                    raise RemoteError(
+                        f"{where}: redirects from a public to a private address ({redact(url)}): refused"
+                    )
                 public = public or peer
                 sock = connection.sock  # the connection forgets it where the answer is its last
                 sock.settimeout(limits.read_seconds)
@@ -144,11 +168,14 @@ def _answer(
             if response is not None:
                 response.close()
             connection.close()
-    raise RemoteError(f"{redact(first)}: redirects more than {MAX_REDIRECTS} times, in a circle perhaps")
+    raise RemoteError(
+        f"{redact(first)}: redirects more than {MAX_REDIRECTS} times, in a circle perhaps"
+    )
 
 
 def _connection(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-    """A connection to the URL's host, or to the proxy that the environment names; the target and headers to send."""
+    """A connection to the URL's host, or to the proxy that the environment names; the target and
+    headers to send."""
     parts = urlsplit(url)
     try:
         host, port = parts.hostname or "", parts.port
@@ -162,9 +189,13 @@ def _connection(url: str, seconds: float) -> tuple[http.client.HTTPConnection, s
     secure = parts.scheme.lower() == "https"
     proxy = None if proxy_bypass(host) else getproxies().get(parts.scheme.lower())
     via = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else None
-    address = (via.hostname or "", via.port or 80) if via else (host, port or (443 if secure else 80))
+    address = (
+        (via.hostname or "", via.port or 80) if via else (host, port or (443 if secure else 80))
+    )
     if secure:
-        connection: http.client.HTTPConnection = http.client.HTTPSConnection(*address, timeout=seconds)
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            *address, timeout=seconds
+        )
         if via:
             connection.set_tunnel(host, port or 443)
     else:
@@ -176,7 +207,8 @@ def _connection(url: str, seconds: float) -> tuple[http.client.HTTPConnection, s
 
 
 def _peer_is_public(connection: http.client.HTTPConnection) -> bool:
-    """Whether the other end of the connection itself, not only its name, is outside this network."""
+    """Whether the other end of the connection itself, not only its name, is outside this
+    network."""
     address = ipaddress.ip_address(connection.sock.getpeername()[0].partition("%")[0])
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_global)
@@ -192,7 +224,9 @@ def _redirected(where: str, url: str, location: str) -> str:
     if scheme not in ("http", "https") or not location:
         raise RemoteError(f"{where}: redirects to {scheme!a}, which is no http address: refused")
     if (before, scheme) == ("https", "http"):
-        raise RemoteError(f"{where}: redirects from https to http: refused; use the URL that it leads to")
+        raise RemoteError(
+            f"{where}: redirects from https to http: refused; use the URL that it leads to"
+        )
     return target
 
 
@@ -207,7 +241,9 @@ def _refuse_errors(where: str, response: http.client.HTTPResponse) -> None:
         raise WrongContentError(f"{where}: is shorter than its index says (HTTP 416)")
     if status in _PASSING:
         wait = response.getheader("Retry-After", "")
-        raise PassingError(f"{where}: HTTP {status}", float(wait) if wait.isdecimal() and len(wait) < 6 else 0.0)
+        raise PassingError(
+            f"{where}: HTTP {status}", float(wait) if wait.isdecimal() and len(wait) < 6 else 0.0
+        )
     if status >= 400:
         raise RemoteError(f"{where}: HTTP {status}: check the URL")
 
@@ -222,7 +258,8 @@ def _validator(response: http.client.HTTPResponse) -> str:
 
 @contextmanager
 def _cut_off_after(sock: socket.socket, seconds: float) -> Iterator[None]:
-    """Shut the connection when the time is over: a socket's own timeout starts again with every byte that drips in."""
+    """Shut the connection when the time is over: a socket's own timeout starts again with every
+    byte that drips in."""
     timer = threading.Timer(max(0.0, seconds), _shut, [sock])
     timer.daemon = True
     timer.start()
@@ -234,7 +271,8 @@ def _cut_off_after(sock: socket.socket, seconds: float) -> Iterator[None]:
 
 def _shut(sock: socket.socket) -> None:
     try:
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not TLS's own, which may not be called from another thread
+        # not TLS's own, which may not be called from another thread
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
     except OSError:  # closed meanwhile
         return
 
@@ -245,11 +283,15 @@ def _naming(where: str) -> Iterator[None]:
     try:
         yield
     except ssl.SSLCertVerificationError as error:
-        raise RemoteError(f"{where}: its certificate is not valid ({error.verify_message})") from None
+        raise RemoteError(
+            f"{where}: its certificate is not valid ({error.verify_message})"
+        ) from None
     except TimeoutError:
         raise PassingError(f"{where}: no answer in time") from None
     except OSError as error:
-        raise PassingError(f"{where}: the connection failed ({error.strerror or type(error).__name__})") from None
+        raise PassingError(
+            f"{where}: the connection failed ({error.strerror or type(error).__name__})"
+        ) from None
     except (http.client.HTTPException, ValueError) as error:
         # Their texts may quote the request, and with it a token.
         raise PassingError(f"{where}: the connection broke off ({type(error).__name__})") from None

@@ -1,7 +1,8 @@
-"""s3:// and gs:// through fsspec, block by block, with the same bounds and the same answers as HTTP.
+"""s3:// and gs:// through fsspec, block by block, with the same bounds and the same answers as
+HTTP.
 
-fsspec and its file systems are imported when the first such URL is met. Credentials are theirs to find, in the
-environment or the user's files; a URL holds none.
+fsspec and its file systems are imported when the first such URL is met. Credentials are theirs to
+find, in the environment or the user's files; a URL holds none.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 from fastmoco_pipelines.errors import AbsentError, AccessError, PassingError, RemoteError
@@ -39,17 +40,30 @@ class ObjectStore(Store):
         total = info.get("size")
         if info.get("type") == "directory" or not isinstance(total, int):
             raise AbsentError(f"{where}: is no object of the store: check the name")
-        now = next((str(info[name]) for name in ("ETag", "etag", "generation", "LastModified") if info.get(name)), "")
+        now = next(
+            (
+                str(info[name])
+                for name in ("ETag", "etag", "generation", "LastModified")
+                if info.get(name)
+            ),
+            "",
+        )
         if request.known and request.known == now:
-            yield Body(start=0, total=total, validator=now, kind="object", chunks=iter(()), unchanged=True)
+            yield Body(
+                start=0, total=total, validator=now, kind="object", chunks=iter(()), unchanged=True
+            )
             return
         begins = start if stop is not None or request.validator == now else 0
+
+        def block(low: int, high: int) -> bytes:
+            data: bytes = files.cat_file(_path(url), start=low, end=high)
+            return data
 
         def chunks() -> Iterator[bytes]:
             end = total if stop is None else min(stop, total)
             for low in range(begins, end, BLOCK_BYTES):
                 high = min(low + BLOCK_BYTES, end)
-                yield bounded(where, seconds, lambda: files.cat_file(_path(url), start=low, end=high))  # noqa: B023 - called at once
+                yield bounded(where, seconds, partial(block, low, high))
 
         yield Body(start=begins, total=total, validator=now, kind="object", chunks=chunks())
 
@@ -83,10 +97,11 @@ def file_system(scheme: str) -> Any:
 
 
 def bounded(where: str, seconds: float, call: Callable[[], T]) -> T:
-    """The result of a call that may hang: it is left to itself, in a daemon thread, when the time is over.
+    """The result of a call that may hang: it is left to itself, in a daemon thread, when the time
+    is over.
 
     Raises:
-        AbsentError, PassingError: naming ``where`` and the cause.
+        AbsentError, PassingError: naming `where` and the cause.
     """
     results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
 
@@ -104,7 +119,9 @@ def bounded(where: str, seconds: float, call: Callable[[], T]) -> T:
     if isinstance(error, FileNotFoundError):
         raise AbsentError(f"{where}: is not there: check the name") from None
     if isinstance(error, PermissionError):
-        raise AccessError(f"{where}: access is refused: check the credentials in the environment") from None
+        raise AccessError(
+            f"{where}: access is refused: check the credentials in the environment"
+        ) from None
     if error is not None:
         # The libraries' own texts may quote signed requests.
         raise PassingError(f"{where}: the store fails ({type(error).__name__})") from None

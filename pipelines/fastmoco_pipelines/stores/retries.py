@@ -1,4 +1,5 @@
-"""How long a transfer may take, and how often it is tried: again after growing pauses, until its time is over."""
+"""How long a transfer may take, and how often it is tried: again after growing pauses, until its
+time is over."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ class Limits:
     """Bounds of a transfer; the defaults give up on a dead server after about two minutes."""
 
     connect_seconds: float = 15
-    """Until a connection stands."""
+    """Until a connection is established."""
     respond_seconds: float = 60
     """From the request until the head of the answer is complete."""
     read_seconds: float = 30
@@ -40,7 +41,8 @@ class Limits:
     wrong_attempts: int = 3
     """Tries that end with other bytes than the index or the manifest promise."""
     first_delay_seconds: float = 0.5
-    """Pause after the first failure; doubled with each one, and shortened by up to a half at random."""
+    """Pause after the first failure; doubled with each one, and shortened by up to a half at
+    random."""
     max_delay_seconds: float = 30
     """Longest pause."""
 
@@ -53,19 +55,20 @@ def retried(
     attempt: Callable[[], T],
     arrived: Callable[[], int] = lambda: 0,
 ) -> T:
-    """The result of the first attempt that succeeds. An attempt that brought something on does not count as a failure.
+    """The result of the first attempt that succeeds. An attempt that received further bytes does
+    not count as a failure.
 
     Args:
         url: of the file.
         limits: tries and pauses.
-        deadline: of ``time.monotonic()``: no try begins after it.
-        stop: set when nobody wants it any more.
+        deadline: of `time.monotonic()`: no try begins after it.
+        stop: set when the result is no longer needed.
         attempt: one try, which raises PassingError where another one may succeed.
-        arrived: bytes at hand.
+        arrived: returns the number of bytes received so far.
 
     Raises:
         RemoteError: the attempt's own, or its last PassingError with what was tried.
-        StoppedError: if ``stop`` was set in a pause.
+        StoppedError: if `stop` was set in a pause.
     """
     began, failures, wrong, tries, most = time.monotonic(), 0, 0, 0, arrived()
     while True:
@@ -76,19 +79,26 @@ def retried(
             wrong += isinstance(error, WrongContentError)
             failures = 1 if arrived() > most else failures + 1
             most = max(most, arrived())
-            pause = min(limits.max_delay_seconds, limits.first_delay_seconds * 2.0 ** (failures - 1))
+            pause = min(
+                limits.max_delay_seconds, limits.first_delay_seconds * 2.0 ** (failures - 1)
+            )
             pause = max(pause * random.uniform(0.5, 1.0), error.retry_after)
             over = failures >= limits.attempts or wrong >= limits.wrong_attempts
             if over or time.monotonic() + pause > deadline:
                 seconds = time.monotonic() - began
-                raise RemoteError(f"{error}; given up after {tries} tries in {seconds:.0f} s") from None
-            _tell_once(url, f"{error}; trying again, up to {limits.attempts - 1} times without progress")
+                raise RemoteError(
+                    f"{error}; given up after {tries} tries in {seconds:.0f} s"
+                ) from None
+            _tell_once(
+                url, f"{error}; trying again, up to {limits.attempts - 1} times without progress"
+            )
         if stop.wait(pause):
             raise StoppedError(f"{redact(url)}: not read to its end, the loader was closed")
 
 
 def _tell_once(url: str, message: str) -> None:
-    """Say it on the console, at the first failure of a host in this process: pauses would pass for a hang."""
+    """Log the first failure of each host in this process: without it, pauses would look like a
+    hang."""
     host = urlsplit(redact(url)).netloc
     with _lock:
         if host in _told:

@@ -1,4 +1,5 @@
-"""What a store is: how the URLs of a scheme are opened and listed. One file for each kind of server.
+"""What a store is: how the URLs of a scheme are opened and listed. One file for each kind of
+server.
 
 A store moves bytes. Retries, checks and files are the work of `transfer.py`, the same for all.
 """
@@ -23,9 +24,10 @@ class Request:
     stop: int | None = None
     """End of the bytes wanted; None: all to the end of the file."""
     validator: str = ""
-    """Of the file whose bytes before `start` are at hand; if it has changed, the answer begins at 0."""
+    """Of the file whose bytes before `start` were received earlier; if it has changed, the answer
+    begins at 0."""
     known: str = ""
-    """Validator of the copy at hand; if the file is still the same, the answer may be `unchanged`."""
+    """Validator of an earlier copy; if the file is unchanged, the answer may be `unchanged`."""
     limits: Limits
     """Times and speeds."""
     deadline: float
@@ -39,9 +41,10 @@ class Body:
     start: int
     """Position in the file of the first byte that `chunks` yields."""
     total: int | None
-    """Size of the whole file in bytes; None where the server does not say."""
+    """Size of the whole file in bytes; None where the server does not report it."""
     validator: str
-    """Identifies this state of the file in a later request, e.g. an ETag or a date; empty: there is none."""
+    """Identifies this state of the file in a later request, e.g. an ETag or a date; empty: there is
+    none."""
     kind: str
     """Content type; of a page of a login portal for instance text/html."""
     chunks: Iterator[bytes]

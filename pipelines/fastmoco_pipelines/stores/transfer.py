@@ -1,7 +1,8 @@
-"""Files from a server, whole and checked: retries with growing pauses, taken up again where a connection broke off.
+"""Files from a server, whole and checked: retries with growing pauses, taken up again where a
+connection broke off.
 
-Nothing is believed because a connection ended well: the size comes from the index, the bytes are checked by the manifest's
-SHA-256, or else by every sample's crc32.
+Nothing is believed because a connection ended well: the size comes from the index, the bytes are
+checked by the manifest's SHA-256, or else by every sample's crc32.
 """
 
 from __future__ import annotations
@@ -29,20 +30,21 @@ MAX_DOCUMENT_BYTES = 1 << 30  # an index holds about 80 bytes a sample
 
 
 class PartFile(Protocol):
-    """A file in the making, that may outlive the process that makes it."""
+    """A partly written file, which may outlive the process that writes it."""
 
     descriptor: int
 
     def resume_point(self) -> tuple[int, str]:
-        """Bytes at hand, and the validator of the file that they belong to; (0, "") where there is nothing to go on with."""
+        """Bytes received, and the validator of their file; (0, "") where there is nothing to
+        continue."""
 
     def restart(self, validator: str) -> None:
-        """Throw away what is at hand, and begin anew with a file of this validator."""
+        """Discard the bytes received, and start again with a file of this validator."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RemoteShard:
-    """A tar on a server, and all that says whether a copy of it is right."""
+    """A tar on a server, and what its copies are checked against."""
 
     url: str
     size: int
@@ -54,14 +56,19 @@ class RemoteShard:
     rows: NDArray[np.int64]
     """[samples, 3]: offset, size in bytes and crc32 of each sample, by the index."""
     key: str
-    """Name of its copy in a cache: of where it lies (without user, password and query, which change while the file does
-    not) and of what it holds. Shards of one file name in two folders, or two states of a shard, have two."""
+    """Name of its copy in a cache: a hash of its URL (without user, password and query, which
+    change while the file does not) and its content. Shards of one file name in two folders, or two
+    states of a shard, have different keys."""
 
     @classmethod
     def from_index(cls, url: str, index: ShardIndex, sha256: str | None) -> Self:
         """The shard that an index was made for; the index itself, which is large, is not kept."""
-        rows = np.array([index.columns[name] for name in ("offset", "size", "crc32")], dtype=np.int64).T.copy()
-        identity = hashlib.sha256(repr((redact(url), index.tar_bytes, index.tar_hash, sha256)).encode())
+        rows = np.array(
+            [index.columns[name] for name in ("offset", "size", "crc32")], dtype=np.int64
+        ).T.copy()
+        identity = hashlib.sha256(
+            repr((redact(url), index.tar_bytes, index.tar_hash, sha256)).encode()
+        )
         identity.update(rows.astype("<i8").tobytes())
         return cls(
             url=url,
@@ -88,10 +95,10 @@ def fetch_document(
     """A small file, whole.
 
     Args:
-        url: where it lies.
+        url: of the file.
         limits: times and tries.
-        stop: set when nobody wants it any more.
-        known: validator and content of the copy at hand, which is used again if the file is still the same.
+        stop: set when the result is no longer needed. known: validator and content of an earlier
+            copy, which is used again if the file is unchanged.
         most: bytes that it may have.
 
     Returns:
@@ -112,7 +119,9 @@ def fetch_document(
                 pieces.append(chunk)
                 length += len(chunk)
                 if length > most:
-                    raise RemoteError(f"{redact(url)}: is larger than {most} bytes, which no such file is")
+                    raise RemoteError(
+                        f"{redact(url)}: is larger than {most} bytes, which no such file is"
+                    )
             if body.total is not None and length != body.total:
                 raise PassingError(f"{redact(url)}: ended after {length} of {body.total} bytes")
             return body.validator, b"".join(pieces)
@@ -120,8 +129,11 @@ def fetch_document(
     return retried(url, limits, deadline, stop, attempt)
 
 
-def read_range(shard: RemoteShard, offset: int, size: int, limits: Limits, stop: threading.Event) -> bytes:
-    """Some bytes of a shard, without a copy of the rest. Whether they are the right ones is the caller's to check.
+def read_range(
+    shard: RemoteShard, offset: int, size: int, limits: Limits, stop: threading.Event
+) -> bytes:
+    """Some bytes of a shard, without a copy of the rest. Whether they are the right ones is the
+    caller's to check.
 
     Raises:
         RemoteError: naming the URL and the cause.
@@ -129,7 +141,9 @@ def read_range(shard: RemoteShard, offset: int, size: int, limits: Limits, stop:
     deadline = time.monotonic() + limits.deadline_seconds
 
     def attempt() -> bytes:
-        request = Request(url=shard.url, start=offset, stop=offset + size, limits=limits, deadline=deadline)
+        request = Request(
+            url=shard.url, start=offset, stop=offset + size, limits=limits, deadline=deadline
+        )
         with open_url(request) as body:
             if body.start != offset:
                 raise RemoteError(
@@ -150,13 +164,14 @@ def read_range(shard: RemoteShard, offset: int, size: int, limits: Limits, stop:
 
 
 def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading.Event) -> None:
-    """Fill ``part`` with a shard; when this returns, its bytes are checked.
+    """Fill `part` with a shard; when this returns, its bytes are checked.
 
-    If its size and ends are right and two downloads bring the very same wrong bytes in between, then these are the file that
-    the server has. It is taken as it is: every sample is checked again when it is read, so only the damaged ones are lost.
+    If its size and ends are right and two downloads bring the very same wrong bytes in between,
+    then these are the file that the server has. It is taken as it is: every sample is checked again
+    when it is read, so only the damaged ones are lost.
 
     Raises:
-        RemoteError: naming the URL and the cause. What has come stays in ``part``, to go on with.
+        RemoteError: naming the URL and the cause. What has come stays in `part`, to go on with.
         OSError: if it cannot be written.
     """
     deadline = time.monotonic() + limits.deadline_seconds + shard.size / 1e6
@@ -166,7 +181,9 @@ def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading
     def attempt() -> None:
         start, validator = part.resume_point()
         if start < shard.size:
-            request = Request(url=shard.url, start=start, validator=validator, limits=limits, deadline=deadline)
+            request = Request(
+                url=shard.url, start=start, validator=validator, limits=limits, deadline=deadline
+            )
             try:
                 with open_url(request) as body:
                     _take(shard, part, body, start, stop, deadline)
@@ -181,7 +198,9 @@ def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading
                     return
                 brought.add(content)
             part.restart("")
-            raise WrongContentError(f"{where}: {problem}; copy it to the server again, with its index and manifest")
+            raise WrongContentError(
+                f"{where}: {problem}; copy it to the server again, with its index and manifest"
+            )
 
     def arrived() -> int:
         return os.fstat(part.descriptor).st_size
@@ -194,7 +213,11 @@ def verify(shard: RemoteShard, descriptor: int) -> str | None:
     if problem := _frame_problem(shard, descriptor):
         return problem
     if shard.sha256 is not None:
-        return None if hash_file(descriptor) == shard.sha256 else "its SHA-256 is not the one of the manifest"
+        return (
+            None
+            if hash_file(descriptor) == shard.sha256
+            else "its SHA-256 is not the one of the manifest"
+        )
     for offset, length, crc32 in shard.rows.tolist():
         if zlib.crc32(os.pread(descriptor, length, offset)) != crc32:
             return f"its {length} bytes from {offset} on differ from the index (crc32)"
@@ -202,7 +225,8 @@ def verify(shard: RemoteShard, descriptor: int) -> str | None:
 
 
 def _frame_problem(shard: RemoteShard, descriptor: int) -> str | None:
-    """What is wrong with the size or the ends of a copy: then it is another file, and not this one with some damage."""
+    """What is wrong with the size or the ends of a copy: then it is another file, and not this one
+    with some damage."""
     size = os.fstat(descriptor).st_size
     if size != shard.size:
         return f"has {size} bytes, its index says {shard.size}"
@@ -211,7 +235,14 @@ def _frame_problem(shard: RemoteShard, descriptor: int) -> str | None:
         return None if good else "its content is not what its index was made for"
 
 
-def _take(shard: RemoteShard, part: PartFile, body: Body, start: int, stop: threading.Event, deadline: float) -> None:
+def _take(
+    shard: RemoteShard,
+    part: PartFile,
+    body: Body,
+    start: int,
+    stop: threading.Event,
+    deadline: float,
+) -> None:
     """Write one answer into the part."""
     where = redact(shard.url)
     if body.total is not None and body.total != shard.size:
@@ -227,7 +258,9 @@ def _take(shard: RemoteShard, part: PartFile, body: Body, start: int, stop: thre
         _require_going_on(shard.url, stop, deadline)
         length += len(chunk)
         if length > shard.size:
-            raise WrongContentError(f"{where}: has more than the {shard.size} bytes of its index ({body.kind})")
+            raise WrongContentError(
+                f"{where}: has more than the {shard.size} bytes of its index ({body.kind})"
+            )
         _write(part.descriptor, chunk, length - len(chunk))
     if length < shard.size:
         raise PassingError(f"{where}: ended after {length} of {shard.size} bytes")

@@ -1,13 +1,15 @@
-"""The engine: NVIDIA DALI decodes each image once and cuts its views, on the GPU or on the CPU, by one graph.
+"""The engine: NVIDIA DALI decodes each image once and cuts its views, on the GPU or on the CPU, by
+one graph.
 
-DALI draws nothing here. Crop windows, flips, strengths and sigmas arrive per sample (:mod:`.draws`), so a batch is a
-function of its bytes and its draws, and the state of the data is the step number. What differs from the PIL semantics
-of :mod:`.reference`, and by how much, is written down in docs/views.md and held by tests.
+DALI draws nothing here. Crop windows, flips, strengths and sigmas arrive per sample
+(:mod:`.draws`), so a batch is a function of its bytes and its draws, and the state of the data is
+the step number. What differs from the PIL semantics of :mod:`.reference`, and by how much, is
+written down in docs/views.md and held by tests.
 
-Colour stays uint8 between operations, because PIL rounds and clips there. An operation that a :class:`ViewSpec` never
-applies is not in the graph; one that touches only a share of the images (blur, solarize) runs on that share alone.
-A view with ``color="exact"`` leaves the graph as bytes, on a GPU after its resize and on the CPU after decoding, and
-:mod:`.exact_color` does the rest.
+Color stays uint8 between operations, because PIL rounds and clips there. An operation that a
+:class:`ViewSpec` never applies is not in the graph; one that touches only a share of the images
+(blur, solarize) runs on that share alone. A view with `color="exact"` leaves the graph as bytes, on
+a GPU after its resize and on the CPU after decoding, and :mod:`.exact_color` does the rest.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ from torch.utils.dlpack import from_dlpack
 
 from fastmoco_kernels.cut_views.native import native_library
 from fastmoco_pipelines.errors import DecodeError
-from fastmoco_pipelines.spec import EvalSpec, ViewSpec, each_view, require, require_views
+from fastmoco_pipelines.spec import Device, EvalSpec, ViewSpec, each_view, require, require_views
 from fastmoco_pipelines.views.arguments import named_inputs
 from fastmoco_pipelines.views.draws import ViewDraws
 from fastmoco_pipelines.views.engine import Engine
 from fastmoco_pipelines.views.exact_color import exact_color, exact_views
-from fastmoco_pipelines.views.graph import Device, central_part, cut_view, decode
+from fastmoco_pipelines.views.graph import central_part, cut_view, decode
 from fastmoco_pipelines.views.graph import normalise as normalise_in_graph
 from fastmoco_pipelines.views.levels import normalise
 
@@ -42,7 +44,8 @@ class ViewPipeline:
     Args:
         views: what is made of each image; a group of n copies is n views.
         batch_size: largest number of images of one batch.
-        sub_batch: images of one run of DALI, which bounds what it holds; None: the whole batch. It changes no bit.
+        sub_batch: images of one run of DALI, which bounds what it holds; None: the whole batch. It
+            changes no bit.
         threads: DALI worker threads.
         device: where to decode and augment.
         device_id: ordinal of the GPU (0 if not given); ignored on the CPU.
@@ -64,7 +67,9 @@ class ViewPipeline:
         device_id: int | None = None,
         view_dtype: Literal["float32", "uint8"] = "float32",
     ) -> None:
-        require(view_dtype in ("float32", "uint8"), "view_dtype", view_dtype, 'is "float32" or "uint8"')
+        require(
+            view_dtype in ("float32", "uint8"), "view_dtype", view_dtype, 'is "float32" or "uint8"'
+        )
         require_views(views, "views")
         self.views = each_view(views)
         self._device, self._threads = device, threads
@@ -80,7 +85,8 @@ class ViewPipeline:
 
         def graph() -> Any:
             images = decode(device)
-            # On a GPU DALI would round the normalisation otherwise than on a CPU: there `normalise` does it.
+            # On a GPU DALI would round the normalisation otherwise than on a CPU: there `normalise`
+            # does it.
             as_levels = view_dtype == "uint8" or device == "gpu"
             cut = [
                 cut_view(images, view, device, _prefix(number), as_levels=as_levels)
@@ -100,7 +106,8 @@ class ViewPipeline:
 
     @property
     def augment_seconds(self) -> float:
-        """Seconds of the last run behind DALI: cutting and colouring exact views, or taking over what DALI made."""
+        """Seconds of the last run after DALI: making exact views, or taking over the views of
+        DALI."""
         return self._engine.finish_seconds
 
     def _cut_here(self, view: ViewSpec) -> bool:
@@ -118,16 +125,19 @@ class ViewPipeline:
 
         Args:
             encoded: B arrays [bytes] uint8, each one whole image file; 1 <= B <= batch_size.
-            draws: of each view, in the order of the views (`draw_batch`): B rows in the order of `encoded`.
+            draws: of each view, in the order of the views (`draw_batch`): B rows in the order of
+                `encoded`.
             before_output: called once before memory is taken for the views.
 
         Returns:
-            A tensor [B, 3, size, size] for each view, of the size of the view: float32 normalised or uint8
-            levels, on the pipeline's device. They own their memory: later runs do not touch them.
+            A tensor [B, 3, size, size] for each view, of the size of the view: float32 normalised
+            or uint8 levels, on the pipeline's device. They own their memory: later runs do not
+            touch them.
 
         Raises:
             DecodeError: if DALI cannot decode an image. The next run works again.
-            ValueError: if the number of images and draws disagree or the batch is empty or too large.
+            ValueError: if the number of images and draws disagree or the batch is empty or too
+                large.
         """
         rule = f"needs one for each of {len(self.views)} views"
         require(len(draws) == len(self.views), "draws", len(draws), rule)
@@ -157,7 +167,7 @@ class ViewPipeline:
         return tuple(self._engine.run(encoded, inputs, finish, before_output))
 
     def _finish(self, output: Any, view: ViewSpec, draws: ViewDraws) -> Tensor:
-        """One output of DALI's graph that is a view, or one without its colours."""
+        """One output of DALI's graph that is a view, or a view before its color operations."""
         tensor = from_dlpack(output.as_tensor())
         if view.color == "exact":
             return exact_color(tensor, view, draws, dtype=self._dtype)
@@ -175,7 +185,8 @@ def _owned(tensor: Tensor) -> Tensor:
 
 
 class EvalPipeline:
-    """Encoded images in, one plain view out: shorter side to ``spec.resize``, central crop, normalise.
+    """Encoded images in, one plain view out: shorter side to `spec.resize`, central crop,
+    normalise.
 
     The work and memory of an image grow with its own size alone, whatever its shape.
 
@@ -188,15 +199,24 @@ class EvalPipeline:
     """
 
     def __init__(
-        self, spec: EvalSpec, *, batch_size: int, threads: int = 2, device: Device = "cpu", device_id: int | None = None
+        self,
+        spec: EvalSpec,
+        *,
+        batch_size: int,
+        threads: int = 2,
+        device: Device = "cpu",
+        device_id: int | None = None,
     ) -> None:
         def graph() -> Any:
             return normalise_in_graph(central_part(decode(device), spec), spec)
 
-        self._engine = Engine(graph, batch_size=batch_size, threads=threads, device=device, device_id=device_id)
+        self._engine = Engine(
+            graph, batch_size=batch_size, threads=threads, device=device, device_id=device_id
+        )
 
     def run(self, encoded: Sequence[NDArray[np.uint8]]) -> Tensor:
-        """Return [B, 3, size, size] float32, normalised, owning its memory, for 1 <= B <= batch_size images.
+        """Return [B, 3, size, size] float32, normalised, owning its memory, for 1 <= B <=
+        batch_size images.
 
         Raises:
             DecodeError: if DALI cannot decode an image. The next run works again.

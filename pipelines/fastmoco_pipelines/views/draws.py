@@ -1,8 +1,9 @@
 """Every random number of a view, as a pure function of (seed, epoch, sample, view).
 
-Nothing here has a state: resuming at a step, or spreading a batch over more ranks, needs no generator to be saved.
-The draws of a sample do not depend on its neighbours in the batch, nor the draw of one operation on the probability
-of another (every number has its own fixed place in the sample's stream).
+Nothing here has a state: resuming at a step, or spreading a batch over more ranks, needs no
+generator to be saved. The draws of a sample do not depend on its neighbours in the batch, nor the
+draw of one operation on the probability of another (every number has its own fixed place in the
+sample's stream).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _TAG = 0x76696577  # "view": keeps this stream apart from every other use of the
 _CROP_TRIES = 10
 _ORDERS = np.array(list(permutations(range(4))), dtype=np.uint8)
 _BLOCKS = 5
-"""Philox blocks of a sample, of eight 32-bit numbers each: two for a first crop try and all else, three for nine more."""
+"""Philox blocks of a sample, of eight 32-bit numbers each: two for a first crop try and all else,
+three for nine more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +37,9 @@ class ViewDraws:
         contrast: [B] float32 factor, 1 where untouched.
         saturation: [B] float32 factor, 1 where untouched.
         hue: [B] float32 shift in turns, 0 where untouched.
-        jitter_order: [B, 4] uint8, a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue: followed where
-            ``color="exact"``; with ``color="dali"`` the four come in the fixed order of :class:`ViewSpec`.
+        jitter_order: [B, 4] uint8, a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue:
+            followed where `color="exact"`; with `color="dali"` the four come in the fixed order of
+            :class:`ViewSpec`.
         grayscale: [B] bool.
         blur_sigma: [B] float32 standard deviation in output pixels, 0 for no blur.
         solarize: [B] bool.
@@ -84,9 +87,13 @@ def _unit(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 
 def _crop_size(
-    area_draw: NDArray[np.float64], ratio_draw: NDArray[np.float64], sizes: NDArray[np.int64], spec: ViewSpec
+    area_draw: NDArray[np.float64],
+    ratio_draw: NDArray[np.float64],
+    sizes: NDArray[np.int64],
+    spec: ViewSpec,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-    """One try per sample: window height, width, and whether the window fits the image. Draws may be [tries, B]."""
+    """One try per sample: window height, width, and whether the window fits the image. Draws may be
+    [tries, B]."""
     height, width = sizes[:, 0], sizes[:, 1]
     smallest, largest = spec.crop_scale
     target = (height * width) * (smallest + (largest - smallest) * area_draw)
@@ -105,19 +112,27 @@ def _fallback(sizes: NDArray[np.int64], spec: ViewSpec) -> NDArray[np.int64]:
     low, high = spec.crop_ratio
     crop_height = np.where(ratio < low, np.rint(width / low).astype(np.int64), height)
     crop_width = np.where(ratio > high, np.rint(height * high).astype(np.int64), width)
-    # torchvision can round these to 0 or one past the edge on slivers; a window always lies inside the image here.
+    # torchvision can round these to 0 or one past the edge on slivers; a window always lies inside
+    # the image here.
     crop_height, crop_width = np.clip(crop_height, 1, height), np.clip(crop_width, 1, width)
-    return np.stack([(height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width], axis=1)
+    return np.stack(
+        [(height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width], axis=1
+    )
 
 
 def _draw_crops(
-    bits: NDArray[np.uint64], retry_bits: NDArray[np.uint64], sizes: NDArray[np.int64], spec: ViewSpec
+    bits: NDArray[np.uint64],
+    retry_bits: NDArray[np.uint64],
+    sizes: NDArray[np.int64],
+    spec: ViewSpec,
 ) -> NDArray[np.int32]:
-    """torchvision's RandomResizedCrop: the first of ten tries that fits, else the central fallback; [B, 4].
+    """torchvision's RandomResizedCrop: the first of ten tries that fits, else the central fallback;
+    [B, 4].
 
     Args:
         bits: [4, B]: area and ratio of the first try, then top and left.
-        retry_bits: [18, B]: area and ratio of each further try, used by the few samples whose first one does not fit.
+        retry_bits: [18, B]: area and ratio of each further try, used by the few samples whose first
+            one does not fit.
         sizes: [B, 2] image height and width.
         spec: the view's crop ranges.
     """
@@ -153,10 +168,11 @@ def draw_views(
 ) -> ViewDraws:
     """Draw one view's parameters for a batch.
 
-    The stream of a sample is numpy's Philox 4x64-10 with key (seed, tag) and counter words (block, sample, epoch,
-    view + 256 * place); each word gives two 32-bit numbers, low half first. The crop window follows torchvision's
-    RandomResizedCrop: up to ten tries of area = H * W * U(crop_scale) and ratio = exp(U(log crop_ratio)), rounded to
-    whole pixels, the first that fits at a uniform place; failing all, the largest central window within the ratio limits.
+    The stream of a sample is numpy's Philox 4x64-10 with key (seed, tag) and counter words (block,
+    sample, epoch, view + 256 * place); each word gives two 32-bit numbers, low half first. The crop
+    window follows torchvision's RandomResizedCrop: up to ten tries of area = H * W * U(crop_scale)
+    and ratio = exp(U(log crop_ratio)), rounded to whole pixels, the first that fits at a uniform
+    place; failing all, the largest central window within the ratio limits.
 
     Args:
         spec: what the view is.
@@ -165,11 +181,12 @@ def draw_views(
         sample_ids: [B] manifest positions, from 0.
         sizes: [B, 2] height and width of each decoded image, in pixels.
         view: number of the view in its batch, from 1.
-        places: [B] 0 for a sample that comes by the epoch's order. One that replaces another (`sampling/stand_ins.py`) has 1 plus
-            its position in the epoch here: an image that comes twice in an epoch is not cut twice alike. None: all 0.
+        places: [B] 0 for a sample that comes by the epoch's order. One that replaces another
+            (`sampling/stand_ins.py`) has 1 plus its position in the epoch here: an image that comes
+            twice in an epoch is not cut twice alike. None: all 0.
 
     Returns:
-        The draws; row i depends on ``sample_ids[i]``, ``sizes[i]`` and ``places[i]`` alone.
+        The draws; row i depends on `sample_ids[i]`, `sizes[i]` and `places[i]` alone.
 
     Raises:
         ValueError: if a number is out of its range or the shapes disagree.
@@ -178,14 +195,34 @@ def draw_views(
     require(0 <= seed < 2**64, "seed", seed, "needs a whole number from 0 to 2**64 - 1")
     require(epoch >= 0, "epoch", epoch, "counts from 0")
     require(1 <= view <= MOST_VIEWS, "view", view, f"views count from 1 to {MOST_VIEWS}")
-    require(sizes.shape == (count, 2), "sizes", sizes.shape, f"needs one (height, width) per sample: {(count, 2)}")
+    require(
+        sizes.shape == (count, 2),
+        "sizes",
+        sizes.shape,
+        f"needs one (height, width) per sample: {(count, 2)}",
+    )
     if count:
-        require(int(sample_ids.min()) >= 0, "sample_ids", int(sample_ids.min()), "positions count from 0")
-        require(int(sizes.min()) >= 1, "sizes", int(sizes.min()), "an image is at least 1 pixel high and wide")
+        require(
+            int(sample_ids.min()) >= 0,
+            "sample_ids",
+            int(sample_ids.min()),
+            "positions count from 0",
+        )
+        require(
+            int(sizes.min()) >= 1,
+            "sizes",
+            int(sizes.min()),
+            "an image is at least 1 pixel high and wide",
+        )
     ids, sizes64 = sample_ids.astype(np.uint64), sizes.astype(np.int64)
     streams = np.full(count, view, dtype=np.uint64)
     if places is not None:
-        require(places.shape == (count,), "places", places.shape, f"needs one number per sample: {(count,)}")
+        require(
+            places.shape == (count,),
+            "places",
+            places.shape,
+            f"needs one number per sample: {(count,)}",
+        )
         streams += places.astype(np.uint64) << np.uint64(8)
     bits = _random_bits(seed, epoch, streams, ids)
     unit = _unit(bits[4:16])

@@ -1,7 +1,8 @@
 """One DALI pipeline at work: built when needed, run on parts of a batch, its outputs taken over.
 
-DALI's buffers are as large as what it works on at once. So a batch goes through in parts of bounded size, and each part
-is written into its rows of the batch. A row depends on its own image and draws, so the parts change nothing.
+DALI's buffers are as large as what it works on at once. So a batch goes through in parts of bounded
+size, and each part is written into its rows of the batch. A row depends on its own image and draws,
+so the parts change nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from torch import Tensor
 
 from fastmoco_pipelines.errors import DecodeError
 from fastmoco_pipelines.formats.images import structure_fault
-from fastmoco_pipelines.spec import require
-from fastmoco_pipelines.views.graph import Device
+from fastmoco_pipelines.spec import Device, require
 from fastmoco_pipelines.views.runtime import build_pipeline
 
 if TYPE_CHECKING:
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 Inputs = Callable[[slice], Mapping[str, NDArray[Any]]]
 """The inputs of DALI's graph, by name, for some rows of a batch."""
 Finish = Callable[[Sequence[Any], slice], list[Tensor]]
-"""What makes tensors of all outputs of a run of DALI on some rows, on their device: returns memory of its own."""
+"""What makes tensors of all outputs of a run of DALI on some rows, on their device: returns memory
+of its own."""
 
 
 class Engine:
-    """A DALI pipeline that is built when first needed, and again after an error (DALI voids it then).
+    """A DALI pipeline that is built when first needed, and again after an error (DALI voids it
+    then).
 
     Args:
         graph: what builds the graph.
@@ -58,10 +60,13 @@ class Engine:
         device_id: int | None,
     ) -> None:
         require(batch_size >= 1, "batch_size", batch_size, "needs at least one image")
-        require(sub_batch is None or sub_batch >= 1, "sub_batch", sub_batch, "needs at least one image")
+        require(
+            sub_batch is None or sub_batch >= 1, "sub_batch", sub_batch, "needs at least one image"
+        )
         require(threads >= 1, "threads", threads, "needs at least one thread")
         require(device in ("cpu", "gpu"), "device", device, 'is "cpu" or "gpu"')
-        # DALI would keep buffers of 32 MiB and more for ever. Read when it first allocates; a user's own setting stays.
+        # DALI would keep buffers of 32 MiB and more indefinitely. Read when it first allocates; a
+        # user's own setting stays.
         os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "0")
         self.finish_seconds = 0.0
         self._batch_size = batch_size
@@ -87,10 +92,10 @@ class Engine:
         finish: Finish,
         before_output: Callable[[], None] | None = None,
     ) -> list[Tensor]:
-        """Run one batch, and its outputs through ``finish``; every tensor returned owns its memory.
+        """Run one batch, and its outputs through `finish`; every tensor returned owns its memory.
 
         Args:
-            encoded: 1 to ``batch_size`` arrays [bytes] uint8.
+            encoded: 1 to `batch_size` arrays [bytes] uint8.
             inputs: called for each part of the rows.
             finish: called with the outputs of each part; a part's first dimension is its rows.
             before_output: called once, before memory is taken for the batch.
@@ -99,11 +104,22 @@ class Engine:
             DecodeError: if an image's structure is broken, with rows of the batch, or DALI fails.
         """
         count = len(encoded)
-        require(1 <= count <= self._batch_size, "encoded", count, f"holds 1 to {self._batch_size} images")
-        faults = tuple((row, fault) for row, image in enumerate(encoded) if (fault := structure_fault(image.tobytes())))
+        require(
+            1 <= count <= self._batch_size,
+            "encoded",
+            count,
+            f"holds 1 to {self._batch_size} images",
+        )
+        faults = tuple(
+            (row, fault)
+            for row, image in enumerate(encoded)
+            if (fault := structure_fault(image.tobytes()))
+        )
         if faults:
             row, fault = faults[0]
-            raise DecodeError(f"{len(faults)} of {count} images cannot be decoded; image {row}: {fault}", faults)
+            raise DecodeError(
+                f"{len(faults)} of {count} images cannot be decoded; image {row}: {fault}", faults
+            )
         whole: list[Tensor] = []
         self.finish_seconds = 0.0
         for first in range(0, count, self._sub_batch):
@@ -120,15 +136,20 @@ class Engine:
             del outputs  # or DALI could not use their memory in its next run
         if self._on_gpu:
             for tensor in whole:
-                # This memory belongs to the side stream: when the trainer drops it, it may be given out again only after
-                # the kernels that the default stream holds by then. Who reads it on a third stream has to record that too.
+                # This memory belongs to the side stream: when the trainer drops it, it may be given
+                # out again only after the kernels that the default stream holds by then. Who reads
+                # it on a third stream has to record that too.
                 tensor.record_stream(torch.cuda.default_stream(tensor.device))
         return whole
 
     def _outputs(
-        self, encoded: Sequence[NDArray[np.uint8]], inputs: Mapping[str, NDArray[Any]], rows: slice, count: int
+        self,
+        encoded: Sequence[NDArray[np.uint8]],
+        inputs: Mapping[str, NDArray[Any]],
+        rows: slice,
+        count: int,
     ) -> Sequence[Any]:
-        """One run of DALI on some rows of a batch of ``count`` images."""
+        """One run of DALI on some rows of a batch of `count` images."""
         if self._pipeline is None:
             self._pipeline = build_pipeline(self._graph, **self._options)
         pipeline = self._pipeline
@@ -138,16 +159,21 @@ class Engine:
                 pipeline.feed_input(name, value)
             outputs: Sequence[Any] = pipeline.run()
             return outputs
-        except Exception as error:  # DALI raises several types; whichever it was, its pipeline is void now
+        # DALI raises several types; whichever it was, its pipeline is void now
+        except Exception as error:
             self._pipeline = None
             part = f" (images {rows.start} to {rows.stop - 1})" if len(encoded) < count else ""
-            raise DecodeError(f"DALI could not make the views of a batch of {count}{part}: {error}") from error
+            raise DecodeError(
+                f"DALI could not make the views of a batch of {count}{part}: {error}"
+            ) from error
 
     @contextlib.contextmanager
     def _own_stream(self) -> Iterator[None]:
-        """Where DALI's outputs are finished: it takes a buffer back when Python drops it, though kernels may still read it.
+        """Where DALI's outputs are finished: it takes a buffer back when Python drops it, though
+        kernels may still read it.
 
-        On a GPU a stream of its own, complete at the end: on the trainer's they would wait for all that is queued there.
+        On a GPU a stream of its own, complete at the end: on the trainer's they would wait for all
+            that is queued there.
         """
         if not self._on_gpu:
             yield
@@ -162,7 +188,8 @@ class Engine:
 
 
 def _gathered(whole: list[Tensor], parts: list[Tensor], rows: slice, count: int) -> list[Tensor]:
-    """The batch with some rows more; made when the first part's shapes are known. A part that is all of it is it."""
+    """The batch with some rows more; made when the first part's shapes are known. A part that is
+    all of it is it."""
     if rows.stop - rows.start == count:
         return parts
     whole = whole or [part.new_empty(count, *part.shape[1:]) for part in parts]

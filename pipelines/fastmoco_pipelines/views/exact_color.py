@@ -1,4 +1,5 @@
-"""Views in PIL's own arithmetic, ``color="exact"``: of decoded images on the CPU, of cropped and resized ones on a GPU."""
+"""Views in PIL's own arithmetic, `color="exact"`: of decoded images on the CPU, of cropped and
+resized ones on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from fastmoco_pipelines.views.draws import ViewDraws
 
 
 def color_parameters(draws: ViewDraws) -> ViewColorParameters:
-    """The draws of B samples as the parameters of `fastmoco_kernels.view_color`, on the CPU: B rows, sharing memory."""
+    """The draws of B samples as the parameters of `fastmoco_kernels.view_color`, on the CPU: B
+    rows, sharing memory."""
     return ViewColorParameters(
         brightness=torch.from_numpy(draws.brightness),
         contrast=torch.from_numpy(draws.contrast),
@@ -30,10 +32,13 @@ def color_parameters(draws: ViewDraws) -> ViewColorParameters:
     )
 
 
-def exact_color(resized: Tensor, spec: ViewSpec, draws: ViewDraws, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[B, size, size, 3] uint8, cropped and resized, to [B, 3, size, size] on the same device, memory of its own.
+def exact_color(
+    resized: Tensor, spec: ViewSpec, draws: ViewDraws, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """[B, size, size, 3] uint8, cropped and resized, to [B, 3, size, size] on the same device,
+    memory of its own.
 
-    ``dtype`` is float32, normalised, or uint8, levels.
+    `dtype` is float32, normalised, or uint8, levels.
     """
     return view_color(
         resized,

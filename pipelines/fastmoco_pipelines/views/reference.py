@@ -1,7 +1,9 @@
-"""The views in PIL semantics, one image at a time: the oracle that the fast path is measured against.
+"""The views in PIL semantics, one image at a time: the oracle that the fast path is measured
+against.
 
-The operations are the ones torchvision's PIL backend uses, written with Pillow alone. Every function takes and returns
-an RGB image of 8 bits a channel, so that rounding and clipping happen after each of them, as they do there.
+The operations are the ones torchvision's PIL backend uses, written with Pillow alone. Every
+function takes and returns an RGB image of 8 bits a channel, so that rounding and clipping happen
+after each of them, as they do there.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from fastmoco_pipelines.views.draws import ViewDraws
 
 
 def crop_and_resize(image: Image.Image, crop: tuple[int, int, int, int], size: int) -> Image.Image:
-    """Cut (top, left, height, width) and scale it to ``size`` x ``size``, bilinear with antialiasing.
+    """Cut (top, left, height, width) and scale it to `size` x `size`, bilinear with antialiasing.
 
-    Along the rows first, as Pillow does by itself up to version 12; version 13 takes the other order for windows much taller
-    than wide, and a level may differ by one there.
+    Along the rows first, as Pillow does by itself up to version 12; version 13 takes the other
+    order for windows much taller than wide, and a level may differ by one there.
     """
     top, left, height, width = crop
     window = image.crop((left, top, left + width, top + height))
@@ -27,22 +29,22 @@ def crop_and_resize(image: Image.Image, crop: tuple[int, int, int, int], size: i
 
 
 def adjust_brightness(image: Image.Image, factor: float) -> Image.Image:
-    """Multiply every level by ``factor``."""
+    """Multiply every level by `factor`."""
     return ImageEnhance.Brightness(image).enhance(factor)
 
 
 def adjust_contrast(image: Image.Image, factor: float) -> Image.Image:
-    """Move every level away from the image's grey mean by ``factor``."""
+    """Move every level away from the image's grey mean by `factor`."""
     return ImageEnhance.Contrast(image).enhance(factor)
 
 
 def adjust_saturation(image: Image.Image, factor: float) -> Image.Image:
-    """Move every pixel away from its own grey by ``factor``."""
+    """Move every pixel away from its own grey by `factor`."""
     return ImageEnhance.Color(image).enhance(factor)
 
 
 def adjust_hue(image: Image.Image, turns: float) -> Image.Image:
-    """Shift the hue byte of HSV by ``turns`` of a full turn, cut (not rounded) to 1/255 of it."""
+    """Shift the hue byte of HSV by `turns` of a full turn, cut (not rounded) to 1/255 of it."""
     hue, saturation, value = image.convert("HSV").split()
     shift = int(np.trunc(turns * 255)) % 256
     turned = ((np.asarray(hue).astype(np.int64) + shift) % 256).astype(np.uint8)
@@ -55,12 +57,13 @@ def to_grayscale(image: Image.Image) -> Image.Image:
 
 
 def gaussian_blur(image: Image.Image, sigma: float) -> Image.Image:
-    """Blur with standard deviation ``sigma`` pixels (Pillow approximates the Gaussian by box filters)."""
+    """Blur with standard deviation `sigma` pixels (Pillow approximates the Gaussian by box
+    filters)."""
     return image.filter(ImageFilter.GaussianBlur(radius=sigma))
 
 
 def solarize(image: Image.Image, threshold: int = 128) -> Image.Image:
-    """Invert the levels at or above ``threshold``."""
+    """Invert the levels at or above `threshold`."""
     return ImageOps.solarize(image, threshold)
 
 
@@ -76,9 +79,11 @@ def normalise(image: Image.Image, spec: ViewSpec | EvalSpec) -> NDArray[np.float
     return np.ascontiguousarray(scaled.transpose(2, 0, 1), dtype=np.float32)
 
 
-def reference_image(image: Image.Image | NDArray[np.uint8], spec: ViewSpec, draws: ViewDraws, i: int) -> Image.Image:
-    """Row ``i``'s view before normalisation, as an RGB image; the operations in the order of :class:`ViewSpec`, the four
-    of the jitter in the row's own where ``spec.color`` is "exact"."""
+def reference_image(
+    image: Image.Image | NDArray[np.uint8], spec: ViewSpec, draws: ViewDraws, i: int
+) -> Image.Image:
+    """Row `i`'s view before normalisation, as an RGB image; the operations in the order of
+    :class:`ViewSpec`, the four of the jitter in the row's own where `spec.color` is "exact"."""
     source = image if isinstance(image, Image.Image) else Image.fromarray(image)
     top, left, height, width = (int(value) for value in draws.crop[i])
     view = crop_and_resize(source.convert("RGB"), (top, left, height, width), spec.size)
@@ -94,7 +99,8 @@ def reference_image(image: Image.Image | NDArray[np.uint8], spec: ViewSpec, draw
 
 
 def _jitter(view: Image.Image, operation: int, draws: ViewDraws, i: int) -> Image.Image:
-    """One of 0 brightness, 1 contrast, 2 saturation, 3 hue; left out where its draw changes nothing."""
+    """One of 0 brightness, 1 contrast, 2 saturation, 3 hue; left out where its draw changes
+    nothing."""
     if operation == 0 and draws.brightness[i] != 1:
         return adjust_brightness(view, float(draws.brightness[i]))
     if operation == 1 and draws.contrast[i] != 1:
@@ -115,7 +121,7 @@ def reference_view(
         image: the decoded image; an array is uint8 [H, W, 3].
         spec: what the view is.
         draws: what was drawn, as for the fast path.
-        i: the row of ``draws`` to use.
+        i: the row of `draws` to use.
 
     Returns:
         [3, size, size] float32, normalised.
@@ -124,8 +130,8 @@ def reference_view(
 
 
 def reference_eval(image: Image.Image | NDArray[np.uint8], spec: EvalSpec) -> NDArray[np.float32]:
-    """Shorter side to ``spec.resize`` (the longer one cut to whole pixels, as torchvision does), central crop of ``spec.size``,
-    normalise: [3, size, size] float32."""
+    """Shorter side to `spec.resize` (the longer one cut to whole pixels, as torchvision does),
+    central crop of `spec.size`, normalise: [3, size, size] float32."""
     source = (image if isinstance(image, Image.Image) else Image.fromarray(image)).convert("RGB")
     shorter = min(source.size)
     width, height = (spec.resize * side // shorter for side in source.size)

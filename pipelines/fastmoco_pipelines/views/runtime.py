@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 
 def load_dali() -> None:
-    """Import DALI now. It registers its exit handler, which runs after those that are registered later.
+    """Import DALI now. It registers its exit handler, which runs after those that are registered
+    later.
 
     Raises:
         ModuleNotFoundError: if it is not installed.
@@ -43,6 +44,6 @@ def build_pipeline(graph: Callable[[], Any], **options: Any) -> Pipeline:
 
 
 def cause_of(error: Exception) -> str:
-    """What an error of DALI says went wrong, without the traceback of the graph around it."""
+    """The cause in an error of DALI, without the traceback of the graph around it."""
     found = re.search(r"encountered:\s*(.+)", str(error))
     return found[1] if found else str(error)

@@ -94,7 +94,7 @@ def test_salvage_lists_what_is_lost(folder, capsys):
         f"lost set-00.tar: {following - header} bytes from byte {header} on: no valid member header (checksum)" in text
     )
     assert text.count("no valid member header") == 1
-    assert "the indexes allow for what is lost" in text
+    assert "the indexes record the lost bytes" in text
     assert main(["data", "check", str(tar), "--workers", "1"]) == 1
     text = capsys.readouterr().out
     assert "[allowed for by its index]" in text

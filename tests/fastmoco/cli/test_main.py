@@ -118,3 +118,8 @@ def test_an_interrupt_outside_training_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "get_recipe", interrupted)
     assert main(["print-config", "quickstart_digits"]) == 130
     assert capsys.readouterr().err == "fastmoco: interrupted\n"
+
+
+def test_a_number_out_of_range_is_refused_in_one_line(tmp_path, capsys):
+    assert main(["data", "stats", str(tmp_path), "--cache-size-gb", "-1"]) == 2
+    assert capsys.readouterr().err == "fastmoco: cache_size_gb=-1.0: a size in GB is above 0\n"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import pytest
@@ -19,8 +20,9 @@ from fastmoco.config import (
     resolve,
 )
 from fastmoco.config.parallel import ParallelConfig
-from fastmoco.config.serial import differences, flatten, from_json, to_json
+from fastmoco.config.serial import differences, flatten, from_json, marked, may_change, to_json
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
+from fastmoco_pipelines.spec import LoaderOptions, Resume
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -154,3 +156,49 @@ def test_a_config_from_before_a_field_was_there_still_loads():
 def test_parallel_settings_that_make_no_sense_are_refused(fields, text):
     with pytest.raises(ValueError, match=text):
         ParallelConfig(**fields)
+
+
+FREE = """recipe threads log_every_steps batch.* parallel.* model.checkpointing model.compile model.blocks
+optim.fused_backend data.shards data.threads data.view_dtype data.prefetch data.sub_batch data.cache_dir
+data.cache_size_gb data.max_bad_share data.timeout_s knn.* checkpoint.* faults.*"""
+WITH_ALLOW = """epochs model.linears model.momentum_linears objective.temperature objective.ema_momentum
+objective.ema_schedule optim.lr optim.weight_decay optim.betas optim.eps optim.sgd_momentum optim.trust_coefficient
+optim.warmup_epochs optim.clip_norm data.view1.* data.view2.*"""
+
+
+@pytest.mark.parametrize(("mark", "expected"), [(Resume.FREE, FREE), (Resume.WITH_ALLOW, WITH_ALLOW)])
+def test_each_field_says_whether_it_may_change_when_a_run_continues(mark, expected):
+    """A field without a mark is not in either list, and a change of it refuses the run."""
+    leaves = flatten(Config())
+    patterns = expected.split()
+    assert {name for name in leaves if may_change(Config(), name, mark)} == {
+        name for name in leaves if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+    assert sorted(marked(Config(), mark)) == sorted(pattern.removesuffix(".*") for pattern in patterns)
+
+
+def test_the_numbers_of_every_objective_bear_marks_of_their_own():
+    config = get_recipe("byol_digits")
+    ours = [name for name in marked(config, Resume.WITH_ALLOW) if name.startswith("objective.")]
+    assert ours == ["objective.ema_momentum", "objective.ema_schedule"]
+
+
+def test_a_mark_does_not_cover_fields_whose_names_begin_alike():
+    assert may_change(Config(), "data.view1.size", Resume.WITH_ALLOW)
+    assert not may_change(Config(), "data.view10.size", Resume.WITH_ALLOW)
+    assert not may_change(Config(), "data.shards_of_another", Resume.FREE)
+
+
+def test_a_config_with_an_earlier_spelling_of_the_device_loads():
+    saved = to_json(Config()) | {"device": "cuda"}
+    assert from_json(saved) == replace(Config(), device="gpu")
+
+
+def test_the_loader_gets_every_option_that_the_config_has():
+    """One dataclass has these fields, so none can be forgotten between the two."""
+    changed = {"prefetch": 3, "sub_batch": 5, "cache_dir": "/c", "cache_size_gb": 7, "shuffle_window": 2}
+    changed |= {"max_bad_share": 0.5, "timeout_s": 9}
+    assert changed.keys() == {option.name for option in fields(LoaderOptions)}
+    config = replace(Config(), data=replace(Config().data, shards="x.tar", **changed))
+    spec = config.loader_spec(device="cpu", threads=1)
+    assert {name: getattr(spec, name) for name in changed} == changed

@@ -11,8 +11,10 @@ import glob
 import io
 import json
 import tarfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -22,9 +24,12 @@ from PIL import Image
 
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
+from fastmoco.evaluation.interface import Monitor, saved_states
 from fastmoco.evaluation.monitor import KnnMonitor
 from fastmoco.models import VisionTransformer
+from fastmoco.models.precision import choose_precision
 from fastmoco.objectives.build import build_objective
+from fastmoco.run.curves import draw_curves
 from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
 from fastmoco.training.load_run import load_run
@@ -43,26 +48,28 @@ def config(small_run, digits):
 
 
 def _monitor(config) -> KnnMonitor:
-    monitor = setup.build_knn(config, World(), threads=1)
+    world = World()
+    precision = choose_precision(config.precision, world.device)
+    monitor = setup.build_knn(config, world, threads=1, precision=precision)
     assert monitor is not None
     return monitor
 
 
 def test_no_held_out_shards_no_monitor(small_run):
-    assert setup.build_knn(small_run, World(), threads=1) is None
+    assert setup.build_monitors(small_run, World(), threads=1, precision="fp32") == []
 
 
 def test_measuring_leaves_no_trace_in_the_model(config):
     objective = build_objective(config, torch.device("cpu"))
     before, rng = copy.deepcopy(objective.state_dict()), torch.get_rng_state()
     monitor = _monitor(config)
-    accuracy = monitor.measure(objective.encoder, 2.0)
-    assert 0.2 < accuracy < 0.9
-    assert (monitor.last, monitor.best, monitor.last_epoch) == (accuracy, accuracy, 2.0)
+    figures = dict(monitor.measure(objective.encoder, 2.0))
+    assert 0.2 < figures["knn"] < 0.9
+    assert (monitor.last, monitor.best, monitor.last_epoch) == (figures, figures, 2.0)
     assert objective.encoder.training
     assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
-    assert monitor.measure(objective.encoder, 3.0) == accuracy
+    assert monitor.measure(objective.encoder, 3.0) == figures
 
 
 def test_due_by_epochs_and_within_its_share_of_the_time(config):
@@ -76,9 +83,22 @@ def test_due_by_epochs_and_within_its_share_of_the_time(config):
 
 def test_its_state_continues(config):
     one, two = _monitor(config), _monitor(config)
-    one.last_epoch, one.last, one.best = 3.0, 0.5, 0.6
-    two.load_state_dict(one.state_dict())
-    assert (two.last_epoch, two.last, two.best) == (3.0, 0.5, 0.6)
+    one.last_epoch, one.last, one.best = 3.0, {"knn": 0.5}, {"knn": 0.6}
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert (two.last_epoch, two.last, two.best) == (3.0, {"knn": 0.5}, {"knn": 0.6})
+
+
+@pytest.mark.parametrize(
+    ("last", "best", "found"),
+    [(0.5, 0.6, ({"knn": 0.5}, {"knn": 0.6})), (None, None, ({}, {}))],
+)
+def test_the_state_of_when_knn_was_the_only_evaluation_is_read(config, last, best, found):
+    old = {"knn": {"last_epoch": 3.0, "last": last, "best": best}}
+    monitor = _monitor(config)
+    monitor.load_state_dict(saved_states(old)["knn"])
+    assert (monitor.last_epoch, monitor.last, monitor.best) == (3.0, *found)
+    monitor.load_state_dict(saved_states({"knn": {}}).get("knn", {}))
+    assert (monitor.last_epoch, monitor.last, monitor.best) == (0.0, {}, {})
 
 
 def test_sets_that_cannot_vote_on_each_other_are_refused_at_once(config, tmp_path):
@@ -206,7 +226,7 @@ def test_the_figure_equals_an_independent_one(small_run, patterns, k, temperatur
     expected = _vote(bank, queries, **right)
 
     monitor = _monitor(_conv_config(small_run, patterns, **right))
-    assert monitor.measure(encoder, 1.0) == pytest.approx(expected, abs=1e-12)
+    assert monitor.measure(encoder, 1.0)["knn"] == pytest.approx(expected, abs=1e-12)
 
     # What this can tell apart: each of these mistakes would move the figure by two images or more.
     def shown_otherwise(**how: object) -> float:
@@ -273,7 +293,7 @@ def test_eval_knn_and_the_metrics_of_the_run_equal_a_plain_evaluation(small_run,
         evenly = np.arange(count) * len(labels) // count
         limited.append((rows[evenly], labels[evenly]))
     assert measured[10] == pytest.approx(_vote(*limited, k=5, temperature=0.3), abs=1.5 / 200)
-    assert checkpoint.state["knn"]["last"] == measured[10]
+    assert checkpoint.state["monitors"]["knn"]["last"]["knn"] == measured[10]
 
     # The command: its own numbers, its own defaults, and every image.
     for k, temperature, words in (
@@ -304,3 +324,53 @@ def test_eval_knn_of_a_run_that_measured_none(small_run, digits, tmp_path, capsy
     _train(replace(small_run, epochs=0.2, optim=optim), tmp_path)
     line = _eval_knn(capsys, str(tmp_path), "--train", digits[1], "--test", digits[1], "--k", "1")
     assert line == {"run": str(tmp_path), "step": 1, "knn": 1.0, "k": 1}
+
+
+class Brightness(Monitor):
+    """A toy evaluation with two figures, which depend on the weights and on how often it was asked."""
+
+    name = "brightness"
+    figures: ClassVar[Mapping[str, str]] = {"bright_top1": "bright top-1", "bright_top5": "bright top-5"}
+
+    def __init__(self, asked: int) -> None:
+        super().__init__(World(), every_epochs=0.2, max_share=1.0)
+        self.asked = asked
+
+    def evaluate(self, encoder: torch.nn.Module) -> Mapping[str, float]:
+        self.asked += 1
+        bound = float(torch.sigmoid(encoder.cls_token.detach().double().mean()))
+        return {"bright_top1": bound / (1 + self.asked), "bright_top5": bound}
+
+
+def test_a_second_evaluation_is_one_class_in_the_list(small_run, tmp_path, capsys, monkeypatch):
+    """In metrics, in the console, in the curves' names, in the checkpoint, and after a resume."""
+    made: list[Brightness] = []
+    monkeypatch.setattr(setup, "build_monitors", lambda *_, **__: made.append(Brightness(10 * len(made))) or made[-1:])
+    config = replace(small_run, epochs=0.6, optim=replace(small_run.optim, warmup_epochs=0))
+    trainer = Trainer.build(config, tmp_path, World())
+    try:
+        trainer.run(2)
+        trainer._save(force=True)
+    finally:
+        trainer.close()
+    assert made[0].asked == 3  # before the first step, and after each of two
+    text = capsys.readouterr().out
+    assert "! step 0: bright top-1 " in text
+    assert f"step 2/3 epoch 0.4 loss {RunFolder(tmp_path).read_metric('loss')[-1][1]:.3f}" in text
+    last, best = made[0].last, made[0].best
+    assert best["bright_top1"] > last["bright_top1"]
+
+    # The second process takes the state up: it knows the best, and when it was last measured.
+    _train(config, tmp_path)
+    assert made[1].asked == 11
+    assert [step for step, _ in RunFolder(tmp_path).read_metric("bright_top5")] == [0, 1, 2, 3]
+    assert made[1].best["bright_top1"] == best["bright_top1"]
+    text = capsys.readouterr().out
+    line = next(line for line in text.splitlines() if line.startswith("step 3/3"))
+    assert f"bright_top1 {last['bright_top1']:.1%} bright_top5 {last['bright_top5']:.1%}" in line
+    assert f"bright top-1 {made[1].last['bright_top1']:.1%} (best {best['bright_top1']:.1%})" in text
+    assert "warning: step 3: bright top-1 fell to" in text
+    saved = load_run(tmp_path)[2].state["monitors"]
+    assert saved == {"brightness": made[1].state_dict()}
+    pytest.importorskip("matplotlib")
+    assert draw_curves(tmp_path / "metrics.jsonl", tmp_path / "c.png", "toy", figures=Brightness.figures).exists()

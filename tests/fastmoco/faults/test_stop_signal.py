@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from fastmoco.config.faults import FaultConfig
 from fastmoco.distributed.mesh import World
-from fastmoco.faults.pulse import Pulse
+from fastmoco.faults.pulse import Pulse, Section
 from fastmoco.faults.stop_signal import PATIENCE_SECONDS, SIGNALS, StopSignal
 from fastmoco.run.folder import RunFolder
 from tests.checkpoint_content import group_of_one
@@ -68,7 +68,7 @@ import ctypes, sys
 from collections.abc import Iterator
 from pathlib import Path
 from fastmoco.config.faults import FaultConfig
-from fastmoco.faults.pulse import Pulse
+from fastmoco.faults.pulse import Pulse, Section
 from fastmoco.run.folder import RunFolder
 from fastmoco.faults.stop_signal import StopSignal
 pulse, folder = Pulse(FaultConfig(stop_within_s=float(sys.argv[1]))), RunFolder(Path(sys.argv[2]))
@@ -78,7 +78,7 @@ mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
 if "second" in sys.argv:
     with pulse.step():
         pass
-with StopSignal(pulse, folder), pulse.inside("data", 600.0) if "data" in sys.argv else pulse.step():
+with StopSignal(pulse, folder), pulse.inside(Section.DATA, 600.0) if "data" in sys.argv else pulse.step():
     libc.pthread_mutex_lock(mutex)
     print("blocked", flush=True)
     libc.pthread_mutex_lock(mutex)  # as in a library that waits for a lost peer: no handler of Python ever runs
@@ -150,7 +150,7 @@ def test_a_measurement_before_the_first_step_is_not_waited_for(monkeypatch: pyte
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     pulse = Pulse(FaultConfig(stop_within_s=10))
     for waited_for in (False, True):
-        with pulse.inside("kNN", 3600):
+        with pulse.inside(Section.MEASUREMENT, 3600, "kNN"):
             now[0] += 20
             assert (pulse.outlasts(20) is None) == waited_for
         with pulse.step():
@@ -229,7 +229,7 @@ def test_a_second_signal_before_the_first_step_is_done_is_the_same_stop(
 def test_a_save_that_has_begun_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     pulse = Pulse(FaultConfig(stop_within_s=1))
     later = time.monotonic() + 30
-    with pulse.inside("save", 600):
+    with pulse.inside(Section.SAVE, 600):
         monkeypatch.setattr(time, "monotonic", lambda: later)
         assert pulse.outlasts(29) is None
     later += 30
@@ -243,11 +243,11 @@ def test_a_run_that_waits_for_its_data_in_every_step_is_no_hang(monkeypatch: pyt
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     pulse = Pulse(FaultConfig(stop_within_s=10))
-    with pulse.inside("data", 660):
+    with pulse.inside(Section.DATA, 660):
         now[0] += 15
     with pulse.step():
         now[0] += 1
-    with pulse.inside("data", 660):
+    with pulse.inside(Section.DATA, 660):
         now[0] += 40
         assert pulse.outlasts(40) is None
         now[0] += 10

@@ -9,6 +9,8 @@ from PIL import Image
 
 from fastmoco.run.curves import BLUE, ORANGE, draw_curves, read_metrics
 
+KNN = {"knn": "kNN"}
+
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -44,7 +46,11 @@ def test_rows_are_merged_by_step_the_last_line_wins_and_torn_lines_are_left_out(
 
 def test_curves_are_drawn(tmp_path: Path) -> None:
     out = draw_curves(
-        write(tmp_path / "m", RUN), tmp_path / "new" / "c.png", "digits", knn_baselines={"raw pixels": 0.98}
+        write(tmp_path / "m", RUN),
+        tmp_path / "new" / "c.png",
+        "digits",
+        figures=KNN,
+        baselines={"knn": {"raw pixels": 0.98}},
     )
     assert out == tmp_path / "new" / "c.png"
     assert coloured(out, BLUE) > 200
@@ -55,7 +61,7 @@ def test_only_what_was_recorded_is_drawn(tmp_path: Path) -> None:
     heights = []
     for number, keys in enumerate((["loss"], ["loss", "knn"], ["loss", "knn", "gradient_norm/total"])):
         rows = [{k: v for k, v in row.items() if k == "step" or k in keys} for row in RUN]
-        out = draw_curves(write(tmp_path / "m", rows), tmp_path / f"{number}.png", "title")
+        out = draw_curves(write(tmp_path / "m", rows), tmp_path / f"{number}.png", "title", figures=KNN)
         heights.append(Image.open(out).height)
         assert (coloured(out, ORANGE) > 200) == ("knn" in keys)
     assert heights == sorted(set(heights))
@@ -63,8 +69,11 @@ def test_only_what_was_recorded_is_drawn(tmp_path: Path) -> None:
 
 def test_baselines_change_the_picture(tmp_path: Path) -> None:
     path = write(tmp_path / "m", RUN)
-    without = draw_curves(path, tmp_path / "a.png", "t").read_bytes()
-    assert draw_curves(path, tmp_path / "b.png", "t", knn_baselines={"raw pixels": 0.7}).read_bytes() != without
+    without = draw_curves(path, tmp_path / "a.png", "t", figures=KNN).read_bytes()
+    assert (
+        draw_curves(path, tmp_path / "b.png", "t", figures=KNN, baselines={"knn": {"raw pixels": 0.7}}).read_bytes()
+        != without
+    )
 
 
 def test_one_point_missing_values_and_not_finite_ones_are_fine(tmp_path: Path) -> None:
@@ -72,18 +81,18 @@ def test_one_point_missing_values_and_not_finite_ones_are_fine(tmp_path: Path) -
     path = write(tmp_path / "m", rows)
     with path.open("a") as file:
         file.write('{"step": 2, "loss": NaN}\n')
-    assert draw_curves(path, tmp_path / "c.png", "$ odd_title").exists()
+    assert draw_curves(path, tmp_path / "c.png", "$ odd_title", figures=KNN).exists()
 
 
 def test_nothing_to_draw_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has the run logged a step"):
-        draw_curves(write(tmp_path / "m", [{"step": 1, "lr": 0.1}]), tmp_path / "c.png", "t")
+        draw_curves(write(tmp_path / "m", [{"step": 1, "lr": 0.1}]), tmp_path / "c.png", "t", figures=KNN)
 
 
 def test_no_global_state_of_matplotlib_is_touched(tmp_path: Path) -> None:
     pyplot = sys.modules.pop("matplotlib.pyplot", None)
     try:
-        draw_curves(write(tmp_path / "m", RUN), tmp_path / "c.png", "t")
+        draw_curves(write(tmp_path / "m", RUN), tmp_path / "c.png", "t", figures=KNN)
         assert "matplotlib.pyplot" not in sys.modules
     finally:
         if pyplot is not None:

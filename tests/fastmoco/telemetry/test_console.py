@@ -13,6 +13,8 @@ import pytest
 
 from fastmoco.telemetry.console import EVENTS_SHOWN, Console, plain_line
 
+KNN = {"knn": "kNN"}
+
 ROW = {
     "step": 120,
     "epoch": 3.2,
@@ -65,7 +67,7 @@ def use(console: Console) -> None:
 
 
 def test_plain_line_to_the_letter() -> None:
-    assert plain_line(ROW, 2000) == LINE
+    assert plain_line(ROW, 2000, KNN) == LINE
 
 
 @pytest.mark.parametrize(
@@ -78,31 +80,31 @@ def test_plain_line_to_the_letter() -> None:
     ],
 )
 def test_plain_line_of_odd_rows(row: dict[str, Any], line: str) -> None:
-    assert plain_line(row, 9) == line
+    assert plain_line(row, 9, KNN) == line
 
 
 def test_elsewhere_than_on_a_terminal_it_is_lines() -> None:
     stream = io.StringIO()
-    use(Console(stream=stream))
+    use(Console(figures=KNN, stream=stream))
     assert stream.getvalue() == f"ViT-S/16 on digits\n{LINE}\n! step 121: gradient spike\n"
 
 
 def test_other_ranks_are_silent() -> None:
     stream = io.StringIO()
-    use(Console(rank=1, stream=stream))
-    use(Console(rank=1, stream=stream, live=True))
+    use(Console(figures=KNN, rank=1, stream=stream))
+    use(Console(figures=KNN, rank=1, stream=stream, live=True))
     assert stream.getvalue() == ""
 
 
 def test_every_line_is_flushed_at_once(tmp_path: Any) -> None:
     with open(tmp_path / "log", "w", encoding="utf-8") as stream:
-        Console(stream=stream).log(ROW)
+        Console(figures=KNN, stream=stream).log(ROW)
         assert (tmp_path / "log").read_text().endswith("knn 93.1%\n")
 
 
 def test_the_best_knn_of_before_a_resume_counts() -> None:
     stream = io.StringIO()
-    console = Console(stream=stream, live=True)
+    console = Console(figures=KNN, stream=stream, live=True)
     console.start(10, "")
     console.log({"step": 5, "knn": 0.5, "knn_best": 0.75})
     console.close()
@@ -115,7 +117,7 @@ def visible(text: str) -> str:
 
 def test_the_table_shows_everything_and_keeps_the_best_knn() -> None:
     stream = io.StringIO()
-    console = Console(stream=stream, live=True)
+    console = Console(figures=KNN, stream=stream, live=True)
     console.start(2000, "ViT-S/16 on digits")
     console.log(ROW)
     console.log({"step": 140, "knn": 0.92})
@@ -148,13 +150,13 @@ def test_a_broken_terminal_is_survived(
     error: BaseException, live: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
-    use(Console(stream=Broken(error), live=live))
+    use(Console(figures=KNN, stream=Broken(error), live=live))
 
 
 @pytest.mark.parametrize("live", [True, False])
 def test_a_terminal_that_closes_halfway_is_survived(live: bool) -> None:
     stream = io.StringIO()
-    console = Console(stream=stream, live=live)
+    console = Console(figures=KNN, stream=stream, live=live)
     console.start(10, "header")
     stream.close()
     console.log(ROW)
@@ -164,13 +166,13 @@ def test_a_terminal_that_closes_halfway_is_survived(live: bool) -> None:
 
 def test_interrupting_is_not_swallowed() -> None:
     with pytest.raises(KeyboardInterrupt):
-        Console(stream=Broken(KeyboardInterrupt()), live=False).log(ROW)
+        Console(figures=KNN, stream=Broken(KeyboardInterrupt()), live=False).log(ROW)
 
 
 @pytest.mark.parametrize("live", [True, False])
 def test_an_encoding_that_lacks_a_character_is_survived(live: bool) -> None:
     stream = Ascii()
-    console = Console(stream=stream, live=live)
+    console = Console(figures=KNN, stream=stream, live=live)
     console.start(10, "größe ☃")
     console.log({"step": 3})
     console.close()
@@ -179,7 +181,7 @@ def test_an_encoding_that_lacks_a_character_is_survived(live: bool) -> None:
 
 def test_quoted_names_cannot_steer_the_terminal() -> None:
     stream = io.StringIO()
-    Console(stream=stream).event("bad member \x1b]0;owned\x07\r.jpg")
+    Console(figures=KNN, stream=stream).event("bad member \x1b]0;owned\x07\r.jpg")
     assert stream.getvalue() == "! bad member \\x1b]0;owned\\x07\\r.jpg\n"
 
 
@@ -188,7 +190,7 @@ def test_any_window_width_is_survived(columns: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setenv("LINES", "3")
     stream = io.StringIO()
-    use(Console(stream=stream, live=True))
+    use(Console(figures=KNN, stream=stream, live=True))
     assert stream.getvalue()
 
 

@@ -15,13 +15,13 @@ from fastmoco.distributed.mesh import World
 from fastmoco.recipes import get_recipe
 from fastmoco.run.folder import RunFolder
 from fastmoco.telemetry.recorder import Recorder
-from fastmoco.telemetry.stability import ForgettingDetector
+from fastmoco.telemetry.stability import ForgettingDetector, gradient_norms
 
 
 def _recorder(folder):
     config = get_recipe("quickstart_digits")
     resolved = resolve(config, world_size=1, sample_count=1437)
-    return Recorder(config, resolved, RunFolder(folder), World(), start_step=0)
+    return Recorder(config, resolved, RunFolder(folder), World(), start_step=0, figures={"knn": "kNN"})
 
 
 def _rows(recorder, tmp_path):
@@ -37,24 +37,18 @@ def seen(rows: torch.Tensor, **others: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"queries": rows[None], "keys": rows[None], **others}
 
 
-class Linear(nn.Linear):
-    """A layer that has no place in a network."""
-
-    def places(self) -> dict[str, tuple[str, ...]]:
-        return {}
-
-
-def _with_gradient(module: nn.Module, size: float) -> nn.Module:
+def _norms(module: nn.Module, size: float) -> dict[str, torch.Tensor]:
+    """Gradient norms of a module whose gradients all have one size."""
     for parameter in module.parameters():
         parameter.grad = torch.full_like(parameter, size)
-    return module
+    return gradient_norms(module.named_parameters(), {})
 
 
 def test_a_spike_between_two_log_lines_shows_in_the_curve(tmp_path):
     recorder = _recorder(tmp_path)
-    model = Linear(4, 1, bias=False)
+    model = nn.Linear(4, 1, bias=False)
     for step, size in enumerate((1.0, 50.0, 2.0), start=1):
-        recorder.gradients(step, _with_gradient(model, size))
+        recorder.gradients(step, _norms(model, size))
         recorder.stepped(0.0)
     q = torch.randn(8, 64)
     recorder.log(3, torch.tensor(2.5), seen(q, accuracy=torch.tensor([0.25, 0.5])), lr=0.1, schedules=MOMENTUM)
@@ -69,7 +63,7 @@ def test_a_spike_between_two_log_lines_shows_in_the_curve(tmp_path):
 def test_a_gradient_that_is_not_finite_is_never_hidden(tmp_path, capsys, order):
     recorder = _recorder(tmp_path)
     for step, size in enumerate(order, start=1):
-        recorder.gradients(step, _with_gradient(Linear(4, 1), size))
+        recorder.gradients(step, _norms(nn.Linear(4, 1), size))
         recorder.stepped(0.0)
     q = torch.randn(8, 64)
     recorder.log(3, torch.tensor(2.5), seen(q), lr=0.1, schedules=MOMENTUM)
@@ -82,7 +76,7 @@ def test_a_constant_encoder_raises_the_alarm_within_ten_steps(tmp_path, capsys):
     healthy, constant = torch.randn(8, 64), torch.ones(8, 64)
     for step in range(1, 11):
         q = healthy if step < 3 else constant
-        recorder.gradients(step, _with_gradient(Linear(4, 1), 1.0))
+        recorder.gradients(step, _norms(nn.Linear(4, 1), 1.0))
         recorder.stepped(0.0)
         recorder.log(step, torch.tensor(1.0), seen(q), lr=0.1, schedules=MOMENTUM)
     text = capsys.readouterr().out
@@ -101,7 +95,7 @@ def test_forgetting_is_noticed_once_and_only_after_learning():
 def test_knn_dips_are_said(tmp_path, capsys):
     recorder = _recorder(tmp_path)
     for step, accuracy in ((0, 0.5), (10, 0.8), (20, 0.7)):
-        recorder.knn(step, accuracy)
+        recorder.measured(step, {"knn": accuracy})
     assert "kNN fell to 70.0%" in capsys.readouterr().out
     assert [row["knn"] for row in _rows(recorder, tmp_path)] == [0.5, 0.8, 0.7]
 

@@ -285,7 +285,7 @@ def test_collapse_alarms_once_after_patience_and_again_after_recovery() -> None:
 
 
 def test_a_dip_of_knn_is_told_once() -> None:
-    detector = DipDetector(tolerance=0.02)
+    detector = DipDetector("kNN", tolerance=0.02)
     curve = [0.50, 0.70, 0.69, 0.685, 0.61, 0.60, 0.69, 0.72, 0.69]
     events = [(i, event) for i, accuracy in enumerate(curve) if (event := detector.observe(i, accuracy))]
     assert [i for i, _ in events] == [4, 8]

@@ -104,7 +104,8 @@ def test_the_average_at_the_end_of_a_step_is_the_one_before_the_next_bit_for_bit
         optimizer = build_optimizer(config, book.named_parameters(), book.averages())
         for step in range(STEPS):
             batch = trainer.loader.next()
-            lr, momentum = trainer.schedule(step), trainer.objective.schedules(trainer.progress(step))["ema_momentum"]
+            at = trainer.progress(step)
+            lr, momentum = trainer.train_step.learning_rate(at), trainer.objective.schedules(at)["ema_momentum"]
             loss = train_step(book, optimizer.inner, batch.views, lr=lr, ema_momentum=momentum)
             assert torch.equal(trainer.step(batch).loss, loss), step
         for name, tensor in trainer.objective.state_dict().items():  # the last step ends without a further average

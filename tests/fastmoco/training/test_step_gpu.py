@@ -21,7 +21,17 @@ from torch import Tensor
 from fastmoco.objectives.build import build_objective
 from fastmoco.training import state as training_state
 from fastmoco.training.trainer import Trainer
-from tests.step_runs import clear_images, distance, gradients_of, images_of, plain_step, poisoned, running, short_run
+from tests.step_runs import (
+    after_backward,
+    clear_images,
+    distance,
+    gradients_of,
+    images_of,
+    plain_step,
+    poisoned,
+    running,
+    short_run,
+)
 
 cuda = pytest.param("cuda", marks=pytest.mark.gpu)
 on_each_device = pytest.mark.parametrize("device", ["cpu", cuda])
@@ -103,7 +113,8 @@ def _require_as_near_as_torch(device: str, out: Path, *, precision: str, **optio
             if hasattr(part, "backend"):
                 part.backend = "explicit"
         _, plain = plain_step(start, batch, precision)
-        output = trainer.step(batch, inspect=lambda: found.update(gradients_of(trainer.objective)))
+        with after_backward(trainer, lambda: found.update(gradients_of(trainer.objective))):
+            output = trainer.step(batch)
     sharp = precision == "fp32"
     assert output.loss.item() == pytest.approx(exact_loss, rel=1e-3 if sharp else 1e-2)
     # Batch norms of so few images enlarge rounding; were it the gradient's own size, nothing would be told apart.
@@ -161,13 +172,11 @@ def test_weights_and_average_move_as_by_adamw_and_average_in_float64(device: str
         )
         for step in range(3):
             found: dict[str, Tensor] = {}
-            trainer.step(
-                images_of(config, step, device),
-                inspect=lambda found=found: found.update(gradients_of(trainer.objective)),
-            )
+            with after_backward(trainer, lambda found=found: found.update(gradients_of(trainer.objective))):
+                trainer.step(images_of(config, step, device))
             for name, parameter in named.items():
                 parameter.grad = found[name]
-            optimizer.param_groups[0]["lr"] = trainer.schedule(step)
+            optimizer.param_groups[0]["lr"] = trainer.train_step.learning_rate(trainer.progress(step))
             optimizer.step()
             momentum = trainer.objective.schedules(trainer.progress(step + 1))["ema_momentum"]
             with torch.no_grad():
@@ -219,7 +228,8 @@ def test_infinite_gradients_under_a_finite_loss_leave_no_trace_either(device: st
             assert gradient is not None
             gradient.flatten()[0] = math.inf
 
-        assert math.isfinite(trainer.step(images_of(config, 1, device), inspect=spoil).loss.item())
+        with after_backward(trainer, spoil):
+            assert math.isfinite(trainer.step(images_of(config, 1, device)).loss.item())
         assert differing(before, state_of(trainer)) == []
 
 

@@ -15,11 +15,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
+from fastmoco.telemetry.stability import gradient_norms
 from fastmoco.training import state as training_state
-from fastmoco.training.step_guard import global_norm
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import Batch
 from tests.checkpoint_content import group_of_one
+from tests.step_runs import after_backward
 
 pytestmark = pytest.mark.faults
 
@@ -104,7 +105,8 @@ def test_infinite_gradients_under_a_finite_loss_are_skipped_too(small_run: Confi
             assert gradient is not None
             gradient[0, 0] = math.inf
 
-        assert math.isfinite(trainer.step(trainer.loader.next(), inspect=spoil).loss.item())
+        with after_backward(trainer, spoil):
+            assert math.isfinite(trainer.step(trainer.loader.next()).loss.item())
         after = trainer.objective.state_dict()
         assert [name for name in before if not torch.equal(before[name], after[name])] == []
         assert trainer.guard.report(2) == [
@@ -150,14 +152,16 @@ def test_gradients_are_clipped_to_the_norm_and_shorter_ones_left_alone(small_run
         config = replace(small_run, optim=replace(small_run.optim, clip_norm=clip))
         trainer = Trainer.build(config, tmp_path / str(clip), WORLD)
         try:
-            trainer.step(trainer.loader.next())
-            gradients = [p.grad for p in trainer.objective.parameters() if p.grad is not None]
-            norms.append(global_norm(gradients).item())
+            before = trainer.step(trainer.loader.next()).norms["total"].item()
+            after = gradient_norms(trainer.objective.named_parameters(), {})["total"].item()
+            norms.append((before, after))
         finally:
             trainer.close()
-    assert norms[0] > 0.01
-    assert norms[1] == pytest.approx(1e-3, rel=1e-5)
-    assert norms[2] == norms[0]
+    whole = norms[0][0]
+    assert whole > 0.01
+    assert [before for before, _ in norms] == [whole] * 3  # what is recorded is the norm before clipping
+    assert norms[0][1] == norms[2][1] == whole
+    assert norms[1][1] == pytest.approx(1e-3, rel=1e-5)
 
 
 def test_a_step_draws_no_random_numbers(small_run: Config, tmp_path: Path) -> None:
@@ -177,6 +181,23 @@ def test_the_norm_of_shards_and_whole_tensors_is_that_of_all_of_them() -> None:
         whole = [torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i in range(3)]
         mixed = [distribute_tensor(whole[0], mesh, [Shard(0)]), whole[1], distribute_tensor(whole[2], mesh, [Shard(0)])]
         expected = torch.cat([tensor.flatten() for tensor in whole]).norm()
-        torch.testing.assert_close(global_norm(mixed), expected)
+        torch.testing.assert_close(_norm(mixed), expected)
         mixed[2].to_local()[0, 0] = math.nan
-        assert not torch.isfinite(global_norm(mixed))
+        assert not torch.isfinite(_norm(mixed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_norm_is_that_which_torch_clips_by(dtype: torch.dtype) -> None:
+    """To the bit, so that clipping shortens as `torch.nn.utils.clip_grad_norm_` does; in the width of the gradients."""
+    noise = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(size, 7, generator=noise, dtype=dtype) for size in range(1, 80)]
+    ours = _norm(gradients)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, torch.nn.utils.get_total_norm(gradients))
+
+
+def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    parameters = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    return gradient_norms([(str(i), parameter) for i, parameter in enumerate(parameters)], {})["total"]

@@ -168,7 +168,8 @@ def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(small_run
         batch = trainer.loader.next()
         batch = replace(batch, views=tuple(view.double() for view in batch.views))
         for step in range(2):
-            lr, momentum = trainer.schedule(step), trainer.objective.schedules(trainer.progress(step))["ema_momentum"]
+            at = trainer.progress(step)
+            lr, momentum = trainer.train_step.learning_rate(at), trainer.objective.schedules(at)["ema_momentum"]
             trainer.step_count = step
             output = trainer.step(batch)
             for group in optimizer.param_groups:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.files import sealed_json
 from fastmoco_pipelines.formats.index import build_index, index_path, write_index
 from fastmoco_pipelines.formats.manifest import write_sets
 from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
@@ -35,7 +36,7 @@ def damaged(tmp_path_factory, whole):
     for tar, name in names.items():
         for folder in folders:
             (folder / tar).write_bytes(DAMAGES[name].make(raw))
-        index_path(folders[0] / tar).write_text(json.dumps(index | {"tar": tar}))
+        index_path(folders[0] / tar).write_bytes(sealed_json(index | {"tar": tar}))
     return folders, names
 
 

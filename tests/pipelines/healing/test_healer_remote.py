@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastmoco_pipelines.errors import TooManyBadSamplesError
-from fastmoco_pipelines.healing import reader as heal_reader
+from fastmoco_pipelines.healing import healer
 from fastmoco_pipelines.loading.loader import build_loader
 from fastmoco_pipelines.sampling.order import epoch_order
 from tests.pipelines.damage import damaged_copy, place_of
@@ -24,7 +24,7 @@ FIRST = epoch_order(7, 0, 45)
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(heal_reader, "PATIENCE", (0.02,))
+    monkeypatch.setattr(healer, "PATIENCE", (0.02,))
     monkeypatch.setattr("fastmoco_pipelines.sets.shard_set.Limits", lambda: QUICK)
 
 

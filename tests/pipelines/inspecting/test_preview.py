@@ -62,3 +62,31 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, noise_image, write_t
     view = ViewSpec(size=16)
     with pytest.raises(BadImageError, match=r"x\.tar: b\.png: it cannot be decoded"):
         save_view_grid(shards, (view, view), tmp_path / "views.png", rows=1)
+
+
+def test_a_grid_of_eight_views_shows_one_image_a_row_and_all_lines_of_its_draws(tmp_path) -> None:
+    train, _ = pack_digits(tmp_path / "digits")
+    still = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "jitter_probability": 0, "grayscale_probability": 0}
+    plain = ViewSpec(size=8, blur_probability=0, flip_probability=0, **still)
+    views = (plain, ViewSpec(size=8, blur_probability=0, flip_probability=1, copies=7, **still))
+    grids = [
+        np.asarray(Image.open(save_view_grid(train, views, tmp_path / "views.png", rows=2, seed=5, parameters=shown)))
+        for shown in (False, True)
+    ]
+    assert grids[0].shape == (2 * 100 + 4, 9 * 100 + 4, 3)
+    height = 8 * 13 + 12  # eight lines of text are higher than a cell
+    assert grids[1].shape[0] == 2 * height + 4
+    with ShardSet.open(train) as shards:
+        encoded = shards.read(epoch_order(5, 0, len(shards))[:2])
+    for grid, row_height in zip(grids, (100, height), strict=True):
+        for row, data in enumerate(encoded):
+            digit = np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))
+            top = 4 + row_height * row
+            for column, shown in enumerate((digit, digit, *[digit[:, ::-1]] * 7)):
+                cell = grid[top : top + 96, 4 + 100 * column : 4 + 100 * column + 96]
+                assert np.array_equal(cell, shown.repeat(12, axis=0).repeat(12, axis=1)), (row, column)
+    text = grids[1][:, 904:]
+    for row in range(2):
+        for line in range(8):
+            top = row * height + 6 + 13 * line
+            assert (text[top : top + 13] < 128).any(), (row, line)

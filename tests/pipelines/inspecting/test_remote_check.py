@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fastmoco_pipelines.errors import RemoteError, ShardError
+from fastmoco_pipelines.files import sealed_json
 from fastmoco_pipelines.formats.index import build_index, index_path, read_index, write_index
 from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
 from fastmoco_pipelines.healing.bad_samples import BadSamples
@@ -38,7 +39,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def options(tmp_path):
-    cache = CacheSpec(folder=str(tmp_path / "cache"), size_gb=0.01)
+    cache = CacheSpec(cache_dir=str(tmp_path / "cache"), cache_size_gb=0.01)
     return {"cache": cache, "transfers": QUICK, "remote_lists": tmp_path / "lists", "workers": 1}
 
 
@@ -71,7 +72,7 @@ def test_damaged_tars_get_the_report_of_a_local_check(indexed, tmp_path, write_t
         tar = folder / f"{number:02d}.tar"
         tar.write_bytes(fault.make(whole.read_bytes()))
         if indexed:
-            index_path(tar).write_text(json.dumps(content | {"tar": tar.name}))
+            index_path(tar).write_bytes(sealed_json(content | {"tar": tar.name}))
     local = check_shards(str(folder), workers=1)
     quarantine = quarantine_path(folder)
     expected = [entry.identity for entry in Quarantine.read(quarantine)]
@@ -150,7 +151,7 @@ def test_failing_connections_and_damaged_copies_are_no_faults_of_the_set(packed,
     server.script["train-000001.tar"] = [plain(), plain(other=lambda data: data[:700] + bytes(300) + data[1000:])]
     server.script["train-000002.tar.index.json"] = [stall(100)]
     assert check_shards(f"{server.url}/", **options).clean
-    folder = Path(options["cache"].folder)
+    folder = Path(options["cache"].cache_dir)
     for path in folder.glob("*.tar"):
         raw = bytearray(path.read_bytes())
         raw[2000] ^= 1
@@ -166,12 +167,12 @@ def test_failing_connections_and_damaged_copies_are_no_faults_of_the_set(packed,
 
 def test_the_cache_stays_within_its_size(packed, server, options, quick, monkeypatch):
     largest = max(path.stat().st_size for path in packed.glob("*.tar"))
-    options["cache"] = CacheSpec(folder=options["cache"].folder, size_gb=1.2 * largest / 1e9)
+    options["cache"] = CacheSpec(cache_dir=options["cache"].cache_dir, cache_size_gb=1.2 * largest / 1e9)
     run = QuickPool.run
     monkeypatch.setattr(QuickPool, "run", lambda *arguments: (time.sleep(0.3), run(*arguments))[1])  # fetched meanwhile
     assert check_shards(f"{server.url}/", **options).clean  # one at a time
-    assert sum(path.stat().st_size for path in Path(options["cache"].folder).glob("*.tar")) <= 1.2 * largest
-    options["cache"] = CacheSpec(folder=options["cache"].folder, size_gb=0.5 * largest / 1e9)
+    assert sum(path.stat().st_size for path in Path(options["cache"].cache_dir).glob("*.tar")) <= 1.2 * largest
+    options["cache"] = CacheSpec(cache_dir=options["cache"].cache_dir, cache_size_gb=0.5 * largest / 1e9)
     with pytest.raises(RemoteError, match=r"train-00000\d\.tar: its \d+ bytes do not fit .*--cache-size-gb"):
         check_shards(f"{server.url}/", **options)
 

@@ -9,14 +9,24 @@ import torch
 from fastmoco_pipelines.errors import TooManyBadSamplesError
 from fastmoco_pipelines.loading.eval_loader import build_eval_loader
 from fastmoco_pipelines.sets.shard_set import ShardSet
-from fastmoco_pipelines.spec import EvalSpec
+from fastmoco_pipelines.spec import EvalLoaderSpec, EvalSpec
 from tests.pipelines.damage import damaged_copy
 
 SPEC = EvalSpec(size=16, resize=18)
 
 
+PLACE = ("rank", "world_size", "device_id")
+
+
+def build(shards, **options):
+    """A loader by its options: those of a place in the world, and those of the spec."""
+    place = {name: options.pop(name) for name in PLACE if name in options}
+    defaults = {"batch_size": 16, "threads": 1, "image": SPEC}
+    return build_eval_loader(EvalLoaderSpec(shards=str(shards), **defaults | options), **place)
+
+
 def take(packed, **options):
-    with build_eval_loader(str(packed), SPEC, **{"batch_size": 16, "threads": 1} | options) as loader:
+    with build(packed, **options) as loader:
         batches = list(loader)
     ids = np.concatenate([batch.sample_ids for batch in batches]) if batches else np.array([], np.int64)
     return ids, batches
@@ -31,7 +41,7 @@ def test_every_image_comes_once_in_order(packed):
 
 
 def test_it_can_be_iterated_again_and_left_early(packed):
-    with build_eval_loader(str(packed), SPEC, batch_size=16) as loader:
+    with build(packed) as loader:
         assert (len(loader), loader.classes) == (45, ("cat", "dog", "owl"))
         next(iter(loader))
         first, second = list(loader), list(loader)
@@ -52,7 +62,7 @@ def test_ranks_share_the_set(packed, world_size):
 
 def test_limit_takes_images_from_everywhere(packed):
     assert take(packed, limit=5)[0].tolist() == [0, 9, 18, 27, 36]
-    assert len(build_eval_loader(str(packed), SPEC, batch_size=4, limit=5, world_size=2)) == 5
+    assert len(build(packed, batch_size=4, limit=5, world_size=2)) == 5
     assert len(take(packed, limit=1000)[0]) == 45
 
 
@@ -62,7 +72,7 @@ def test_bad_images_are_left_out_and_named(packed, tmp_path):
     clean = torch.cat([batch.images for batch in take(packed)[1]])
     wanted = [i for i in range(45) if i not in bad]
     told: list[str] = []
-    with build_eval_loader(str(folder), SPEC, batch_size=16, threads=1) as loader:
+    with build(folder) as loader:
         loader.report = told.append
         for _ in range(2):  # the second time it is known
             batches = list(loader)
@@ -98,4 +108,4 @@ def test_too_many_bad_images_end_it(packed, tmp_path):
 )
 def test_impossible_numbers_are_refused(packed, options, words):
     with pytest.raises(ValueError, match=words):
-        build_eval_loader(str(packed), SPEC, **{"batch_size": 4} | options)
+        build(packed, **options)

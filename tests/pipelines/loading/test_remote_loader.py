@@ -8,7 +8,7 @@ import pytest
 from fastmoco_pipelines.loading.eval_loader import build_eval_loader
 from fastmoco_pipelines.loading.loader import build_loader
 from fastmoco_pipelines.sets.shard_set import ShardSet
-from fastmoco_pipelines.spec import CacheSpec, EvalSpec, LoaderSpec, moco_v3_views
+from fastmoco_pipelines.spec import CacheSpec, EvalLoaderSpec, EvalSpec, LoaderSpec, moco_v3_views
 from fastmoco_pipelines.stores.retries import Limits
 from tests.pipelines.http_fault_server import drop, hold, stall, status
 from tests.pipelines.loading.test_loader import wait_until
@@ -17,7 +17,7 @@ from tests.pipelines.stores.test_http_faults import QUICK, require_no_threads
 
 @pytest.fixture
 def spec(tmp_path):
-    return CacheSpec(folder=str(tmp_path / "cache"))
+    return CacheSpec(cache_dir=str(tmp_path / "cache"))
 
 
 VIEW1, VIEW2 = moco_v3_views(16)
@@ -25,14 +25,14 @@ VIEW1, VIEW2 = moco_v3_views(16)
 
 def loader_spec(shards: object, spec: CacheSpec, **changes: object) -> LoaderSpec:
     options = {"views": (VIEW1, VIEW2), "global_batch_size": 8, "seed": 3, "threads": 1, "shuffle_window": 1}
-    cache = {"cache_dir": spec.folder, "cache_size_gb": spec.size_gb}
+    cache = {"cache_dir": spec.cache_dir, "cache_size_gb": spec.cache_size_gb}
     return LoaderSpec(shards=str(shards), **options | cache | changes)  # type: ignore[arg-type]
 
 
 def test_the_loader_delivers_the_same_batches_from_a_failing_server(server, packed, spec, monkeypatch):
     """Connections that drop, a cache smaller than the set, two ranks: bit for bit the local batches, over two epochs."""
     monkeypatch.setattr("fastmoco_pipelines.sets.shard_set.Limits", lambda: QUICK)
-    small = CacheSpec(folder=spec.folder, size_gb=1e-4)
+    small = CacheSpec(cache_dir=spec.cache_dir, cache_size_gb=1e-4)
     for path in packed.glob("*.tar"):
         server.script[path.name] = [drop(7000), drop(20_000), status(503)] * 3
     with build_loader(loader_spec(packed, spec)) as local:
@@ -57,16 +57,17 @@ def test_windows_follow_the_kind_of_set(server, packed, spec):
         assert local.windows(2).window == 2
         assert shards.windows(None, spec).window == 0  # 64 shards and more are the whole of this set
         size = shards._largest
-        assert shards.windows(None, CacheSpec(size_gb=4 * size / 1e9)).window == 2
-        assert shards.windows(0, CacheSpec(size_gb=4 * size / 1e9)).window == 0
+        assert shards.windows(None, CacheSpec(cache_size_gb=4 * size / 1e9)).window == 2
+        assert shards.windows(0, CacheSpec(cache_size_gb=4 * size / 1e9)).window == 0
         assert shards.windows(2).digest == local.windows(2).digest != ""
 
 
 def test_evaluation_reads_a_remote_set(server, packed, spec):
-    options = {"batch_size": 10, "threads": 1}
+    options = {"batch_size": 10, "threads": 1, "image": EvalSpec(size=16, resize=16)}
+    remote = EvalLoaderSpec(shards=f"{server.url}/", cache_dir=spec.cache_dir, **options)
     with (
-        build_eval_loader(f"{server.url}/", EvalSpec(size=16, resize=16), cache=spec, **options) as loader,
-        build_eval_loader(str(packed), EvalSpec(size=16, resize=16), **options) as local,
+        build_eval_loader(remote) as loader,
+        build_eval_loader(EvalLoaderSpec(shards=str(packed), **options)) as local,
     ):
         for ours, theirs in zip(loader, local, strict=True):
             assert np.array_equal(ours.images, theirs.images)
@@ -82,8 +83,9 @@ STUBBORN = Limits(read_seconds=1, attempts=1000, max_delay_seconds=1, deadline_s
 def test_leaving_an_evaluation_does_not_wait_for_a_server(server, packed, spec, monkeypatch):
     """As by an interrupt; and it can be begun again."""
     monkeypatch.setattr("fastmoco_pipelines.sets.shard_set.Limits", lambda: PATIENT)
-    options = {"batch_size": 16, "threads": 1, "cache": spec}
-    with build_eval_loader(f"{server.url}/", EvalSpec(size=16, resize=16), **options) as loader:
+    image = EvalSpec(size=16, resize=16)
+    options = {"batch_size": 16, "threads": 1, "cache_dir": spec.cache_dir}
+    with build_eval_loader(EvalLoaderSpec(shards=f"{server.url}/", image=image, **options)) as loader:
         server.always["train-000001.tar"] = hold()
         iteration = iter(loader)
         next(iteration)

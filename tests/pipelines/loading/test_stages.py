@@ -34,7 +34,7 @@ def test_a_loader_that_nobody_waits_for_is_not_the_bottleneck():
         ({"read": 8.0, "draw": 0.1, "decode": 2.0}, "reading the shards is its slowest stage, 79% of its work"),
         (
             {"read": 3.0, "draw": 0.1, "decode": 1.0, "augment": 6.0},
-            "cutting and colouring the views is its slowest stage",
+            "cutting the views and changing their colors is its slowest stage",
         ),
         ({"read": 1.0, "draw": 0.1, "decode": 1.0, "heal": 6.0}, "fastmoco data check"),
     ],
@@ -43,7 +43,7 @@ def test_the_slowest_stage_is_named_with_its_cure(stages, words):
     said = figures(6.0, **stages).summary()
     assert said.startswith("the trainer waits for the loader 60% of the time: ")
     assert words in said
-    assert "it would help: " in said
+    assert "to speed it up: " in said
 
 
 def test_the_difference_of_two_moments_is_what_lies_between():

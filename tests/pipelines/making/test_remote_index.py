@@ -36,7 +36,7 @@ def foreign(tmp_path, write_tar, noise_image):
 
 @pytest.fixture
 def options(tmp_path):
-    return {"cache": CacheSpec(folder=str(tmp_path / "cache"), size_gb=0.01), "transfers": QUICK}
+    return {"cache": CacheSpec(cache_dir=str(tmp_path / "cache"), cache_size_gb=0.01), "transfers": QUICK}
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -56,7 +56,9 @@ def test_indexes_and_class_names_are_those_of_a_local_run(foreign, tmp_path, opt
         assert sorted(path.name for path in out.iterdir()) == sorted(content(out))  # no tar, no link is left
         assert (report.samples, report.classes, report.uploads) == (60, expected.classes, {out: f"{server.url}/"})
         assert sorted(path.name for path in foreign.iterdir()) == before
-        assert not list(Path(options["cache"].folder).glob("*.tar"))  # nothing but their size speaks for these copies
+        assert not list(
+            Path(options["cache"].cache_dir).glob("*.tar")
+        )  # nothing but their size speaks for these copies
         for path in out.iterdir():
             shutil.copy(path, foreign)
         with ShardSet.open(f"{server.url}/", cache=options["cache"], limits=QUICK) as shards:

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.files import sealed_json
 from fastmoco_pipelines.formats.index import build_index, index_path, read_index, write_index
 from fastmoco_pipelines.inspecting.check import check_shards
 from fastmoco_pipelines.sets.shard_set import ShardSet
@@ -39,16 +40,15 @@ FAULTS = {
     "empty": lambda own, other: b"",
     "garbage": lambda own, other: b"\x00\xff" * 500,
     "cut": lambda own, other: json.dumps(own).encode()[:200],
-    "of another tar": lambda own, other: json.dumps(unsealed(other)).encode(),
-    "huge offset": lambda own, other: json.dumps(edited(unsealed(own), "offset", 2, 2**62)).encode(),
-    "offset beyond its end": lambda own, other: json.dumps(
-        edited(unsealed(own), "offset", 2, own["tar_bytes"] - 10)
-    ).encode(),
-    "negative size": lambda own, other: json.dumps(edited(unsealed(own), "size", 1, -5)).encode(),
-    "size beyond its end": lambda own, other: json.dumps(edited(unsealed(own), "size", 5, 60 << 20)).encode(),
-    "too few rows": lambda own, other: json.dumps(unsealed(own) | {"key": own["key"][:-1]}).encode(),
-    "too many rows": lambda own, other: json.dumps(unsealed(own) | {"crc32": own["crc32"] * 2}).encode(),
+    "of another tar": lambda own, other: sealed_json(unsealed(other)),
+    "huge offset": lambda own, other: sealed_json(edited(unsealed(own), "offset", 2, 2**62)),
+    "offset beyond its end": lambda own, other: sealed_json(edited(unsealed(own), "offset", 2, own["tar_bytes"] - 10)),
+    "negative size": lambda own, other: sealed_json(edited(unsealed(own), "size", 1, -5)),
+    "size beyond its end": lambda own, other: sealed_json(edited(unsealed(own), "size", 5, 60 << 20)),
+    "too few rows": lambda own, other: sealed_json(unsealed(own) | {"key": own["key"][:-1]}),
+    "too many rows": lambda own, other: sealed_json(unsealed(own) | {"crc32": own["crc32"] * 2}),
     "a label changed by hand": lambda own, other: json.dumps(edited(own, "label", 0, 3)).encode(),
+    "without a hash": lambda own, other: json.dumps(unsealed(own)).encode(),
     "a flipped bit": lambda own, other: json.dumps(own, separators=(",", ":")).encode().replace(b"48", b"58", 1),
 }
 # Faults of one row, which only its bytes give away: name of the reading that must not happen.
@@ -112,7 +112,7 @@ def test_rows_that_lie_cost_themselves_alone(pair, tmp_path):
     """An index with the right hash of its tar and a wrong row: that sample is quarantined, five are delivered."""
     own = json.loads(index_path(pair / "a.tar").read_text())
     for name, lie in ROWS.items():
-        with_index(pair, tmp_path / f"{name}.tar", json.dumps(lie(own)).encode())
+        with_index(pair, tmp_path / f"{name}.tar", sealed_json(lie(own)))
     report = check_shards(str(tmp_path), workers=1)
     assert report.promised == COUNT * len(ROWS)
     assert report.quarantined == len(ROWS)

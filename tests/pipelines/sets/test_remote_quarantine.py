@@ -26,7 +26,7 @@ NAME = "quarantine.jsonl"
 
 @pytest.fixture
 def spec(tmp_path):
-    return CacheSpec(folder=str(tmp_path / "cache"))
+    return CacheSpec(cache_dir=str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_every_run_asks_anew(folder, spec):
             assert news == ([f"{len(wanted)} of 45 images are left out: listed in {NAME}"] if wanted else [])
         assert server.count(NAME) == 5
         # An answer "still the same" cannot be asked for: no copy is kept.
-        texts = [path.read_bytes() for path in Path(spec.folder).glob("*.doc")]
+        texts = [path.read_bytes() for path in Path(spec.cache_dir).glob("*.doc")]
         assert texts
         assert not [text for text in texts if b"somebody has seen it" in text]
 
@@ -111,7 +111,7 @@ def test_a_list_that_cannot_be_had_is_an_error_and_never_passed_over(folder, spe
         bad, news, _ = known(f"{server.url}/", spec)
         assert bad == []
         assert "access is refused (HTTP 403)" in news[0]
-        assert "taken for absent" in news[0]
+        assert "treated as absent" in news[0]
         del server.always[NAME]
         monkeypatch.setattr(remote_set, "MAX_LIST_BYTES", 100)
         with pytest.raises(RemoteError, match=rf"{NAME}: is larger than 100 bytes"):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastmoco_pipelines.files import sealed_json
 from fastmoco_pipelines.formats.index import index_path
 from fastmoco_pipelines.making.indexing import index_shards
 from fastmoco_pipelines.sets import local_files, patterns
@@ -21,7 +22,7 @@ from fastmoco_pipelines.sets.shard_set import ShardError, ShardSet, expand_shard
 
 
 def unsealed(path: Path) -> dict:
-    """An index as an earlier version wrote it, without a hash of its own content: to be edited."""
+    """An index without the hash of its own content, to be edited and sealed again."""
     content = json.loads(path.read_text())
     del content["content_hash"]
     return content
@@ -233,8 +234,8 @@ def test_an_index_that_lost_samples_contradicts_the_manifest(packed, tmp_path):
     path = index_path(folder / "train-000000.tar")
     content = unsealed(path)
     columns = ("key", "extension", "offset", "size", "crc32", "label", "height", "width")
-    path.write_text(json.dumps(content | {name: content[name][:-1] for name in columns}))
-    with pytest.raises(ShardError, match=r"train-000000\.tar: 15 samples, manifest\.json says 16"):
+    path.write_bytes(sealed_json(content | {name: content[name][:-1] for name in columns}))
+    with pytest.raises(ShardError, match=r"train-000000\.tar: 15 samples, but 16 in manifest\.json"):
         ShardSet.open(str(folder))
 
 
@@ -255,7 +256,7 @@ def test_an_index_with_a_bomb_is_refused(packed, tmp_path):
     path = index_path(folder / "train-000000.tar")
     content = unsealed(path)
     content["height"][3] = content["width"][3] = 30_000
-    path.write_text(json.dumps(content))
+    path.write_bytes(sealed_json(content))
     with pytest.raises(ShardError, match=r"train-000000\.tar: 000000003\.\w+: 30000x30000 pixels"):
         ShardSet.open(str(folder))
 
@@ -270,11 +271,11 @@ def test_a_header_that_contradicts_the_index_is_refused(format, tmp_path, noise_
         assert len(shards.read(np.arange(3))) == 3
     content = unsealed(index_path(path))
     content["height"][1], content["width"][1] = 8, 9
-    index_path(path).write_text(json.dumps(content))
+    index_path(path).write_bytes(sealed_json(content))
     with ShardSet.open(str(path)) as shards:
         assert len(shards.read(np.array([0, 2]))) == 2
         with pytest.raises(
-            ShardError, match=r"x\.tar: 1\.\w+: its header says 56x40 pixels, the index 9x8: run `fastmo"
+            ShardError, match=r"x\.tar: 1\.\w+: its header declares 56x40 pixels, the index 9x8: run `fastmo"
         ):
             shards.read(np.arange(3))
 

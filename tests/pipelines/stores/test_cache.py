@@ -36,7 +36,7 @@ def expected(packed):
 
 @pytest.fixture
 def cache(tmp_path):
-    return ShardCache.open(CacheSpec(folder=str(tmp_path / "cache"), size_gb=3000e-9))
+    return ShardCache.open(CacheSpec(cache_dir=str(tmp_path / "cache"), cache_size_gb=3000e-9))
 
 
 def put(cache: ShardCache, key: str, size: int, keep: tuple[str, ...] = ()) -> None:
@@ -48,7 +48,9 @@ def put(cache: ShardCache, key: str, size: int, keep: tuple[str, ...] = ()) -> N
 
 
 def open_set(server: FaultServer, folder: Path, *, size_gb: float = 1) -> ShardSet:
-    return ShardSet.open(f"{server.url}/{PATTERN}", cache=CacheSpec(folder=str(folder), size_gb=size_gb), limits=QUICK)
+    return ShardSet.open(
+        f"{server.url}/{PATTERN}", cache=CacheSpec(cache_dir=str(folder), cache_size_gb=size_gb), limits=QUICK
+    )
 
 
 def read_all(shards: ShardSet) -> list[bytes]:
@@ -106,14 +108,14 @@ def test_a_part_is_taken_up_only_with_its_validator(cache):
 
 
 def test_the_folder_belongs_to_one_user(tmp_path):
-    ShardCache.open(CacheSpec(folder=str(tmp_path / "new")))
+    ShardCache.open(CacheSpec(cache_dir=str(tmp_path / "new")))
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     (tmp_path / "link").symlink_to(tmp_path / "new")
     for name in ("open", "link"):
         with pytest.raises(ValueError, match=r"cache_dir=.*chmod 700"):
-            ShardCache.open(CacheSpec(folder=str(tmp_path / name)))
+            ShardCache.open(CacheSpec(cache_dir=str(tmp_path / name)))
 
 
 def test_the_default_folder_follows_xdg(tmp_path, monkeypatch):
@@ -170,7 +172,7 @@ def test_shards_of_one_name_do_not_mix(packed, image_folder, tmp_path):
     pack_folder(image_folder, root / "two", shard_samples=16, seed=1)
     with FaultServer(root) as server:
         for name in ("one", "two", "one"):
-            spec = CacheSpec(folder=str(tmp_path / "cache"))
+            spec = CacheSpec(cache_dir=str(tmp_path / "cache"))
             with (
                 ShardSet.open(f"{server.url}/{name}/{PATTERN}", cache=spec, limits=QUICK) as shards,
                 ShardSet.open(str(root / name)) as local,
@@ -189,7 +191,7 @@ def test_shards_of_one_name_do_not_mix(packed, image_folder, tmp_path):
 def test_damaged_and_vanished_copies_are_fetched_again(server, expected, tmp_path):
     folder = tmp_path / "cache"
     patient = Limits(first_delay_seconds=0.01)  # a try that a loaded machine makes too late would count as a request
-    shards = ShardSet.open(f"{server.url}/{PATTERN}", cache=CacheSpec(folder=str(folder)), limits=patient)
+    shards = ShardSet.open(f"{server.url}/{PATTERN}", cache=CacheSpec(cache_dir=str(folder)), limits=patient)
     assert read_all(shards) == expected
     for path in folder.glob("*.tar"):
         raw = bytearray(path.read_bytes())
@@ -255,7 +257,7 @@ def test_a_cache_smaller_than_the_set_keeps_its_limit(server, expected, tmp_path
     largest = max(path.stat().st_size for path in packed.glob("*.tar"))
     indexes = sum(path.stat().st_size + 100 for path in packed.glob("*.json"))
     shards = open_set(server, tmp_path / "cache", size_gb=(2 * largest + indexes) / 1e9)
-    cache = ShardCache.open(CacheSpec(folder=str(tmp_path / "cache"), size_gb=(2 * largest + indexes) / 1e9))
+    cache = ShardCache.open(CacheSpec(cache_dir=str(tmp_path / "cache"), cache_size_gb=(2 * largest + indexes) / 1e9))
     most, stop = [0], threading.Event()
 
     def watch() -> None:

@@ -29,7 +29,7 @@ from fastmoco_pipelines.spec import CacheSpec
 
 url, folder, size_gb, rank, steps = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 limits = Limits(read_seconds=3, first_delay_seconds=0.02, deadline_seconds=60)
-with ShardSet.open(url, cache=CacheSpec(folder=folder, size_gb=size_gb), limits=limits) as shards:
+with ShardSet.open(url, cache=CacheSpec(cache_dir=folder, cache_size_gb=size_gb), limits=limits) as shards:
     windows = shards.windows(2)
     digest = hashlib.sha256()
     for step in range(steps):

@@ -32,7 +32,7 @@ SECRET = "Geheim123"
 
 @pytest.fixture
 def spec(tmp_path):
-    return CacheSpec(folder=str(tmp_path / "cache"))
+    return CacheSpec(cache_dir=str(tmp_path / "cache"))
 
 
 def require_equal(shards: ShardSet, local: ShardSet) -> None:
@@ -99,8 +99,8 @@ def test_folders_without_a_choice_are_refused(server, packed, image_folder, tmp_
 def test_an_index_is_fetched_once_and_then_asked_about(server, packed, spec):
     for _ in range(2):
         ShardSet.open(f"{server.url}/", cache=spec, limits=QUICK).close()
-    assert len(list(Path(spec.folder).glob("*.doc"))) == 4
-    for path in Path(spec.folder).glob("*.doc"):
+    assert len(list(Path(spec.cache_dir).glob("*.doc"))) == 4
+    for path in Path(spec.cache_dir).glob("*.doc"):
         raw = path.read_bytes()
         path.write_bytes(raw[:-9] + b"X" + raw[-8:])  # the server goes on to say that it is the same
     with ShardSet.open(f"{server.url}/", cache=spec, limits=QUICK) as shards, ShardSet.open(str(packed)) as local:
@@ -126,7 +126,7 @@ def test_secrets_are_sent_and_never_shown(server, tmp_path, spec, caplog, capfd,
         drop(9),
     ):
         server.always["train-000001.tar"] = server.always["train-000001.tar.index.json"] = fault
-        fresh = CacheSpec(folder=f"{spec.folder}{len(said)}")
+        fresh = CacheSpec(cache_dir=f"{spec.cache_dir}{len(said)}")
         with pytest.raises(RuntimeError) as raised, ShardSet.open(pattern, cache=fresh, limits=QUICK) as shards:
             shards.read(np.arange(45))
         error: BaseException | None = raised.value
@@ -149,7 +149,7 @@ def test_secrets_are_sent_and_never_shown(server, tmp_path, spec, caplog, capfd,
     )
     assert not [text for text in said if SECRET in text]
     assert len(said) > 10
-    for path in Path(spec.folder).iterdir():
+    for path in Path(spec.cache_dir).iterdir():
         assert SECRET not in path.name
         assert SECRET.encode() not in path.read_bytes()
 
@@ -275,7 +275,7 @@ def test_a_store_serves_as_http_does(packed, spec, monkeypatch):
             return original(*args, **options)
 
         monkeypatch.setattr(memory, "cat_file", cat_file)
-        shutil.rmtree(spec.folder)
+        shutil.rmtree(spec.cache_dir)
         with ShardSet.open("gs://bucket/set/train-*.tar", cache=spec, limits=QUICK) as shards:
             require_equal(shards, local)
         with pytest.raises(ShardError, match=r"s3://bucket/set/none-000000\.tar\.index\.json: is not there"):
@@ -289,7 +289,7 @@ def test_fsspec_is_not_needed_for_http(server, spec):
     code = (
         "import sys; sys.modules['fsspec'] = None\n"
         "from fastmoco_pipelines.sets.shard_set import ShardSet\nfrom fastmoco_pipelines.spec import CacheSpec\n"
-        f"shards = ShardSet.open({server.url + '/'!r}, cache=CacheSpec(folder={spec.folder!r}))\n"
+        f"shards = ShardSet.open({server.url + '/'!r}, cache=CacheSpec(cache_dir={spec.cache_dir!r}))\n"
         "assert len(shards.read([0, 20, 40])) == 3 and 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -51,7 +51,7 @@ def expected(packed):
 def read_all(server: FaultServer, cache: Path) -> list[bytes]:
     """Every sample, in an order that changes shards often; then no thread may be left."""
     pattern = f"{server.url}/train-{{000000..000002}}.tar"
-    with ShardSet.open(pattern, cache=CacheSpec(folder=str(cache)), limits=QUICK) as shards:
+    with ShardSet.open(pattern, cache=CacheSpec(cache_dir=str(cache)), limits=QUICK) as shards:
         order = np.random.default_rng(0).permutation(len(shards))
         found = dict(zip(order.tolist(), (data.tobytes() for data in shards.read(order)), strict=True))
     return [found[i] for i in range(len(found))]
@@ -82,7 +82,7 @@ HEALED = {
     "wrong bytes once": [plain(other=lambda data: data[:700] + b"\0" * 300 + data[1000:])],
     "resumed by a server without ranges": [drop(5000), plain(ranges=False)],
     "resumed at the wrong place, said": [drop(5000), wrong_range()],
-    "resumed at the wrong place, unsaid": [drop(5000), wrong_range(said=False)],
+    "resumed at the wrong place, unsaid": [drop(5000), wrong_range(honest=False)],
     "changed between, told": [drop(5000, tag='"old"'), serve],
     "changed between, untold": [drop(5000, tag='"old"'), lambda handler, data: ignore_if_range(handler, data)],
     "no validator": [drop(5000, tag=""), plain(tag="")],
@@ -157,7 +157,7 @@ def test_a_server_that_is_not_there_is_named(tmp_path):
     with pytest.raises(
         RemoteError, match=r"http://127\.0\.0\.1:\d+/train-000000\.tar\.index\.json: the connection failed"
     ):
-        ShardSet.open(url, cache=CacheSpec(folder=str(tmp_path / "cache")), limits=QUICK)
+        ShardSet.open(url, cache=CacheSpec(cache_dir=str(tmp_path / "cache")), limits=QUICK)
 
 
 def test_a_host_that_does_not_answer_is_told_once_and_at_once(tmp_path, caplog):
@@ -167,7 +167,9 @@ def test_a_host_that_does_not_answer_is_told_once_and_at_once(tmp_path, caplog):
     ended = []
     for _ in range(2):
         with pytest.raises(RemoteError, match="given up after 4 tries"):
-            ShardSet.open(f"{url}/train-00000{{0,1}}.tar", cache=CacheSpec(folder=str(tmp_path / "cache")), limits=slow)
+            ShardSet.open(
+                f"{url}/train-00000{{0,1}}.tar", cache=CacheSpec(cache_dir=str(tmp_path / "cache")), limits=slow
+            )
         ended.append(time.time())
     (record,) = caplog.records
     assert record.levelname == "WARNING"

@@ -66,7 +66,7 @@ def store(packed):
 
 @pytest.fixture
 def cache(tmp_path):
-    return CacheSpec(folder=str(tmp_path / "cache"))
+    return CacheSpec(cache_dir=str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("pattern", ["toy://set/", "toy://set/train-*.tar", "toy://set/train-{000000..000002}.tar"])
@@ -86,9 +86,14 @@ def test_a_glob_is_resolved_by_the_store(store, packed):
 
 def test_a_loader_delivers_from_it_what_it_delivers_from_local_files(store, cache, packed):
     def batches(shards: str) -> list[np.ndarray]:
-        size = cache.size_gb
+        size = cache.cache_size_gb
         spec = LoaderSpec(
-            shards=shards, global_batch_size=12, threads=1, shuffle_window=0, cache_dir=cache.folder, cache_size_gb=size
+            shards=shards,
+            global_batch_size=12,
+            threads=1,
+            shuffle_window=0,
+            cache_dir=cache.cache_dir,
+            cache_size_gb=size,
         )
         with build_loader(spec) as loader:
             return [

@@ -11,7 +11,7 @@ from PIL import Image
 pytest.importorskip("nvidia.dali")
 
 from fastmoco_pipelines.spec import IMAGENET_STD, EvalSpec, ViewSpec, moco_v3_views
-from fastmoco_pipelines.views.arguments import colour_matrices, operations
+from fastmoco_pipelines.views.arguments import color_matrices, operations
 from fastmoco_pipelines.views.dali import DecodeError, EvalPipeline, ViewPipeline
 from fastmoco_pipelines.views.draws import ViewDraws, draw_views
 from fastmoco_pipelines.views.reference import adjust_hue, reference_eval, reference_view
@@ -138,7 +138,7 @@ def test_hue_is_the_nearest_rotation(encoded) -> None:
 def test_a_third_of_a_turn_exchanges_the_channels(photographs) -> None:
     draws = draw(ViewSpec(**JITTER), [encode(photographs[0])])
     draws = dataclasses.replace(draws, hue=np.array([1 / 3], dtype=np.float32))
-    (matrix,) = colour_matrices(draws)
+    (matrix,) = color_matrices(draws)
     np.testing.assert_allclose(matrix, [[0, 0, 1], [1, 0, 0], [0, 1, 0]], atol=1e-6)
     levels = np.asarray(photographs[0])
     by_pil = np.asarray(adjust_hue(photographs[0], 1 / 3)).astype(int)
@@ -159,7 +159,7 @@ def test_moco_pair_of_a_batch(photographs, encoded) -> None:
         errors = level_errors(made.numpy(), expected)
         print(f"\nwhole view: mean {errors.mean():.2f}, worst image {errors.max():.2f}")
         assert errors.mean() < 6
-        # Where hue is untouched or colour is gone, nothing but rounding differs.
+        # Where hue is untouched or color is gone, nothing but rounding differs.
         assert (errors[draws.hue == 0] < 2).all()
 
 
@@ -179,8 +179,8 @@ def test_tiny_grey_images_crop_exactly() -> None:
 def test_operations_without_effect_are_not_in_the_graph() -> None:
     assert operations(ViewSpec(**NOTHING)) == frozenset()
     assert operations(ViewSpec(**JITTER)) == frozenset()
-    assert operations(ViewSpec(**JITTER | {"hue": 0.1})) == {"colour"}
-    assert operations(ViewSpec(**NOTHING | {"grayscale_probability": 0.1})) == {"colour"}
+    assert operations(ViewSpec(**JITTER | {"hue": 0.1})) == {"color"}
+    assert operations(ViewSpec(**NOTHING | {"grayscale_probability": 0.1})) == {"color"}
     assert "blur" in operations(moco_v3_views(224, color="dali")[1])
     assert "blur" not in operations(
         moco_v3_views(16, color="dali")[0]
@@ -291,4 +291,4 @@ def test_gpu_views_equal_cpu_views(encoded) -> None:
         assert on_gpu.is_cuda
         errors = level_errors(on_gpu.cpu().numpy(), on_cpu.numpy())
         print(f"\nGPU against CPU: mean {errors.mean():.2f}")
-        assert errors.mean() < 2  # the GPU's JPEG decoder rounds and upsamples colour in its own way
+        assert errors.mean() < 2  # the GPU's JPEG decoder rounds and upsamples color in its own way

@@ -53,7 +53,7 @@ def test_levels_normalised_are_the_float32_views(packed, name: str, numbers) -> 
 
 
 def test_every_level_of_every_channel() -> None:
-    """All 256, of both colours, as NumPy rounds them."""
+    """All 256, of both colors, as NumPy rounds them."""
     levels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
     for color in ("exact", "dali"):
         spec = ViewSpec(color=color, **ODD)
@@ -111,7 +111,7 @@ def test_what_is_no_view_of_levels_is_refused(view, text: str) -> None:
         normalise(view, ViewSpec())
 
 
-def test_the_gpu_path_of_exact_colours_gives_the_same_levels() -> None:
+def test_the_gpu_path_of_exact_colors_gives_the_same_levels() -> None:
     """On a GPU DALI resizes and ``exact_color`` does the rest; its arithmetic is the same on a CPU."""
     spec = moco_v3_views(24)[1]
     resized = torch.randint(256, (6, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

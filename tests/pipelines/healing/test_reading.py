@@ -13,8 +13,9 @@ import torch
 
 from fastmoco_pipelines.errors import LoaderTimeoutError, TooManyBadSamplesError
 from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, append_entry
-from fastmoco_pipelines.healing import reader as heal_reader
-from fastmoco_pipelines.healing.bad_samples import UNREADABLE
+from fastmoco_pipelines.healing import healer
+from fastmoco_pipelines.healing.bad_samples import UNREADABLE, BadSamples
+from fastmoco_pipelines.healing.culprit import Suspects
 from fastmoco_pipelines.loading import loader
 from fastmoco_pipelines.loading.loader import build_loader
 from fastmoco_pipelines.sampling.order import epoch_order
@@ -29,7 +30,7 @@ FIRST = epoch_order(7, 0, 45)
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(heal_reader, "PATIENCE", (0.02, 0.05))
+    monkeypatch.setattr(healer, "PATIENCE", (0.02, 0.05))
     monkeypatch.setattr(local_files, "_PAUSES", (0.01, 0.02))
 
 
@@ -160,7 +161,8 @@ def test_too_many_open_files_are_no_fault_of_the_data(packed, monkeypatch):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     with ShardSet.open(str(packed)) as shards:
-        reader = heal_reader.PatientReader(shards, threading.Event())
+        suspects = Suspects(device="cpu", device_id=None, threads=1)
+        reader = healer.Healer(shards, BadSamples(shards, max_bad_share=0), suspects, threading.Event())
         monkeypatch.setattr(os, "open", refuse)
         with pytest.raises(ShardError, match="ulimit -n"):
             reader.read(np.array([3]))

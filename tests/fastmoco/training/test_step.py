@@ -1,0 +1,73 @@
+"""A step in its order: what is read once, what is frozen for a time, and what is told to the objective."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastmoco.objectives.interface import Progress
+from tests.step_runs import images_of, running, short_run
+
+
+def test_gradients_are_read_once_for_the_guard_clipping_telemetry_and_rollback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = short_run("cpu")
+    config = replace(
+        config,
+        optim=replace(config.optim, clip_norm=0.1),
+        faults=replace(config.faults, rollback_spike=10),
+        checkpoint=replace(config.checkpoint, every_steps=50),
+    )
+    passes = []
+    norms = torch._foreach_norm
+    monkeypatch.setattr(torch, "_foreach_norm", lambda *args: passes.append(len(args[0])) or norms(*args))
+    with running(config, tmp_path, "cpu") as trainer:
+        trained = sum(p.requires_grad for p in trainer.objective.parameters())
+        trainer.loader.next = lambda: images_of(config, 0, "cpu")  # type: ignore[method-assign]
+        trainer._one_step()
+        assert passes == [trained]
+        assert [step for step, _ in trainer.rollback.state_dict()["history"]] == [1]
+
+
+def test_the_objective_hears_of_a_step_in_its_order_and_at_one_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = short_run("cpu")
+    heard: list[tuple[str, Progress]] = []
+    with running(config, tmp_path, "cpu") as trainer:
+        for name in ("before_step", "after_backward", "frozen", "ema_momentum", "after_step"):
+            plain = getattr(trainer.objective, name)
+
+            def hearing(*args: Any, name: str = name, plain: Any = plain) -> Any:
+                heard.append((name, args[-1]))
+                return plain(*args)
+
+            monkeypatch.setattr(trainer.objective, name, hearing)
+        trainer.step_count = 3
+        trainer.step(images_of(config, 3, "cpu"))
+        assert [name for name, _ in heard] == ["before_step", "after_backward", "frozen", "ema_momentum", "after_step"]
+        assert {at for _, at in heard} == {trainer.progress(3)}
+        assert len({id(at) for _, at in heard}) == 1
+
+
+@pytest.mark.parametrize("backend", ["torch", "fastmoco"])
+def test_a_parameter_that_is_frozen_for_a_step_stays_and_moves_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Any
+) -> None:
+    config = short_run("cpu")
+    config = replace(config, optim=replace(config.optim, fused_backend=backend))
+    name = "encoder.head.0.weight"
+    with running(config, tmp_path, "cpu") as trainer:
+        monkeypatch.setattr(trainer.objective, "frozen", lambda at: frozenset([name] if at.step == 0 else []))
+        parameters = dict(trainer.objective.named_parameters())
+        start = {name: p.detach().clone() for name, p in parameters.items()}
+        trainer.step(images_of(config, 0, "cpu"))
+        assert torch.equal(parameters[name], start[name])
+        assert not torch.equal(parameters["encoder.head.3.weight"], start["encoder.head.3.weight"])
+        trainer.step(images_of(config, 1, "cpu"))
+        assert not torch.equal(parameters[name], start[name])
