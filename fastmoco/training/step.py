@@ -95,6 +95,8 @@ class TrainStep:
         # The forward writes buffers, which the guard restores if the step turns out bad.
         self._guard.begin()
         output = self.forward_backward(*views, at=at, accuracy=accuracy)
+
+        # Without a gradient an optimizer passes a parameter over: no decay, no momentum.
         for name in self._objective.frozen(at):
             self._trainable[name].grad = None
 
