@@ -163,7 +163,7 @@ def lost_entry(damage: TarError) -> tuple[str, str]:
 
 
 def write_index(tar: Path, index: ShardIndex) -> Path:
-    """Write the index beside its tar, replacing an older one in one go."""
+    """Write the index beside its tar, whole or not at all."""
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -199,7 +199,7 @@ def fits_tar(index: ShardIndex, tar: Path) -> bool:
 
 
 def read_any_index(tar: Path) -> ShardIndex:
-    """The index beside a tar, be it stale or another tar's.
+    """The index beside a tar, even if it is stale or another tar's.
 
     Raises:
         ShardError: if it is missing or broken.

@@ -112,7 +112,7 @@ def check_folders(folders: Iterable[FolderOfShards]) -> tuple[str, ...]:
 
 
 def write_sets(folder: Path, sets: dict[str, dict[str, Any]]) -> Path:
-    """Write the manifest of a folder, replacing an older one in one go."""
+    """Write the manifest of a folder, whole or not at all."""
     return write_json(folder / NAME, {"format": FORMAT, "version": VERSION, "sets": sets})
 
 

@@ -37,7 +37,7 @@ SECOND_IMAGE = "a second image of the same key"
 
 @dataclass(slots=True)
 class TarSample:
-    """One key, or one image that has to do without.
+    """One key, or one image that cannot be filed under a key.
 
     Attributes:
         image: the member to decode; None where the key has none.
@@ -63,7 +63,7 @@ class TarContent:
 
     Attributes:
         samples: in file order of their images; those that cannot be used follow at the end.
-        others: (member, reason) of what is of no use to any sample.
+        others: (member, reason) of what no sample uses.
         scattered: keys whose members are not adjacent. Harmless here; readers that stream lose such
             samples.
     """
@@ -160,7 +160,7 @@ def _file(
     unusable: list[TarSample],
     content: TarContent,
 ) -> None:
-    """Put one member to its key."""
+    """Add one member to its key."""
     kind = _type(extension)
     if kind in TEXTS:
         if group.texts.setdefault(kind, member) is not member:

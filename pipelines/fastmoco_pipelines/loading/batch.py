@@ -101,7 +101,7 @@ class BatchStream(ABC):
         self.spec = spec
         self._step = start_step
 
-    def begin(self) -> None:  # noqa: B027  # nothing to do is a way of doing it
+    def begin(self) -> None:  # noqa: B027  # optional
         """Start to make batches ahead of `next`, where a stream does."""
 
     @abstractmethod

@@ -26,7 +26,8 @@ class LoaderBytes:
     Attributes:
         batch_bytes: all views of one local batch; one such batch is in use by the trainer.
         ready_bytes: the batches ahead of it, ready or being made.
-        scratch_bytes: memory to make one of them: DALI's buffers for one run, and the colors'.
+        scratch_bytes: memory to make one of them: DALI's buffers for one run, and those of the
+            color kernels.
     """
 
     batch_bytes: int

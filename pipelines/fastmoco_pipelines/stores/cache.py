@@ -138,8 +138,8 @@ class ShardCache:
         return cache
 
     def lookup(self, key: str, size: int) -> int | None:
-        """A descriptor of a whole shard, which holds it in the cache until it is closed; None if it
-        is not there."""
+        """A descriptor of a whole shard, which holds it in the cache until it is closed; None if
+        there is none."""
         try:
             descriptor = os.open(self.folder / f"{key}.tar", os.O_RDONLY | OPEN_FLAGS)
         except OSError as error:
@@ -226,7 +226,7 @@ class ShardCache:
         remove(str(self.folder / f"{key}.tar"))
 
     def read_document(self, key: str) -> tuple[str, bytes]:
-        """(validator, content) of a small file; ("", b"") if it is not there."""
+        """(validator, content) of a small file; ("", b"") if there is none."""
         try:
             with open(os.open(self.folder / f"{key}.doc", os.O_RDONLY | OPEN_FLAGS), "rb") as file:
                 validator, digest, content = file.read().split(b"\n", 2)

@@ -1,5 +1,4 @@
-"""One request to an HTTP server, bounded in every direction: time, speed, redirects, and what may
-answer.
+"""One request to an HTTP server, with bounds on time, speed, redirects and answers.
 
 Errors name the URL without user, password and query.
 """
@@ -151,7 +150,7 @@ def _answer(
         connection, target, own_headers = _connection(url, limits.connect_seconds)
         response = None
         try:
-            # The sender is shown no password of another host.
+            # A host gets only its own credentials.
             sent = {**headers, **(own_headers if urlsplit(url).netloc == origin.netloc else {})}
             seconds = min(limits.respond_seconds, deadline - time.monotonic())
             with _naming(where):
@@ -163,7 +162,7 @@ def _answer(
                         "refused"
                     )
                 public = public or peer
-                sock = connection.sock  # the connection forgets it where the answer is its last
+                sock = connection.sock  # the connection drops it after its last answer
                 sock.settimeout(limits.read_seconds)
                 with _cut_off_after(sock, seconds):
                     connection.request("GET", target, headers=sent)

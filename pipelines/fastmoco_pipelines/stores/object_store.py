@@ -1,8 +1,8 @@
 """s3:// and gs:// through fsspec, block by block, with the same bounds and the same answers as
 HTTP.
 
-fsspec and its file systems are imported when the first such URL is met. Credentials are theirs to
-find, in the environment or the user's files; a URL holds none.
+fsspec and its file systems are imported when the first such URL is met. They take credentials from
+the environment or the user's files; a URL holds none.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""Files from a server, whole and checked: retries with growing pauses, taken up again where a
-connection was lost.
-
-Nothing is believed because a connection ended well: the size comes from the index, the bytes are
+"""Files from a server, whole and checked: retries with growing pauses, continued where a connection
+was lost. The end of a connection proves nothing: the size comes from the index, the bytes are
 checked by the manifest's SHA-256, or else by every sample's crc32.
 """
 
@@ -133,8 +131,7 @@ def fetch_document(
 def read_range(
     shard: RemoteShard, offset: int, size: int, limits: Limits, stop: threading.Event
 ) -> bytes:
-    """Some bytes of a shard, without a copy of the rest. Whether they are the right ones is the
-    caller's to check.
+    """Some bytes of a shard, without a copy of the rest. The caller must check them.
 
     Raises:
         RemoteError: naming the URL and the cause.
