@@ -59,10 +59,10 @@ def test_patterns_name_files(folder, pattern, names):
         ("nothing-*.tar", "no file has such a name"),
         ("train-000007.tar", "there is no file"),
         ("train-{000000..000002}.tar", "there is no file .*train-000002.tar"),
-        ("train-{5..1}.tar", "no rising range"),
-        ("train-{a..c}.tar", "no rising range"),
-        ("train-{0..99999999999}.tar", "no rising range"),
-        ("train-{0..²}.tar", "no rising range"),
+        ("train-{5..1}.tar", "not a rising range"),
+        ("train-{a..c}.tar", "not a rising range"),
+        ("train-{0..99999999999}.tar", "not a rising range"),
+        ("train-{0..²}.tar", "not a rising range"),
     ],
 )
 def test_patterns_without_files_are_named(folder, pattern, words):
