@@ -96,8 +96,6 @@ class TrainStep:
         # The forward writes buffers, which the guard restores if the step turns out bad.
         self._guard.begin()
         output = self.forward_backward(*views, at=at, accuracy=accuracy)
-        for name in self._objective.frozen(at):
-            self._trainable[name].grad = None
 
         # One pass over the gradients: guard, clipping, telemetry and rollback read its norms.
         norms = gradient_norms(self._trainable.items(), self._places)
