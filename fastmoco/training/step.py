@@ -97,6 +97,10 @@ class TrainStep:
         self._guard.begin()
         output = self.forward_backward(*views, at=at, accuracy=accuracy)
 
+        # Without a gradient an optimizer passes a parameter over: no decay, no momentum.
+        for name in self._objective.frozen(at):
+            self._trainable[name].grad = None
+
         # One pass over the gradients: guard, clipping, telemetry and rollback read its norms.
         norms = gradient_norms(self._trainable.items(), self._places)
         skip = self._guard.judge(output.loss, norms["total"])

@@ -30,7 +30,7 @@ class Resume(Enum):
     may not.
 
     The mark is in the annotation: `threads: Annotated[int, Resume.FREE] = 0`. A mark on a group of
-        fields holds for all of them.
+    fields holds for all of them.
     """
 
     FREE = "free"

@@ -101,7 +101,10 @@ def size_problem(*, height: int, width: int, size: int) -> str | None:
     if size > MAX_BYTES:
         return f"{size} bytes are above the limit of {MAX_BYTES}"
     if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
-        return f"{width}x{height} pixels are above the limit of {MAX_SIDE} a side and {MAX_PIXELS} in all"
+        return (
+            f"{width}x{height} pixels are above the limit of {MAX_SIDE} a side and {MAX_PIXELS} in "
+            "all"
+        )
     if height * width > MAX_PIXELS_PER_BYTE * size:
         return f"{width}x{height} pixels in {size} bytes: a decompression bomb"
     return None

@@ -183,7 +183,8 @@ def read_index(tar: Path) -> ShardIndex:
     index = read_any_index(tar)
     if not fits_tar(index, tar):
         raise ShardError(
-            f"{index_path(tar).name}: was made for another state of {tar.name} (size or content differ): {CURE}."
+            f"{index_path(tar).name}: was made for another state of {tar.name} (size or content "
+            f"differ): {CURE}."
         )
     return index
 
@@ -256,7 +257,8 @@ def _checked_index(name: str, content: Any) -> ShardIndex:
         content.get("version") == VERSION,
         f"has version {content.get('version')!r}, this fastmoco reads {VERSION}",
     )
-    keys, extensions = content.get("key"), content.get("extension")
+    keys = content.get("key")
+    extensions = content.get("extension")
     check(
         isinstance(content.get("tar_bytes"), int) and isinstance(content.get("tar_hash"), str),
         "lacks its tar's hash",

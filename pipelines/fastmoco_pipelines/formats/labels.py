@@ -87,7 +87,8 @@ def read_labels(descriptor: int, sample: TarSample, rule: LabelRule) -> dict[Sou
             label = _words(text.decode("utf-8", "replace"))
             if label == _CAPTION and rule.source == "txt":
                 raise LabelError(
-                    f"{member.name}: a label is a number or a class name of one line of at most {MAX_NAME} characters"
+                    f"{member.name}: a label is a number or a class name of one line of at most "
+                    f"{MAX_NAME} characters"
                 )
         if label is not None:
             found[source] = label
@@ -131,7 +132,10 @@ def number_labels(
             if rule.source == candidate or candidate != "txt" or not _captions(values):
                 source = candidate
             else:
-                note = "the .txt members look like captions, not labels: no labels (--labels txt takes them as names)"
+                note = (
+                    "the .txt members look like captions, not labels: no labels (--labels txt "
+                    "takes them as names)"
+                )
     if source is None:
         return NumberedLabels(
             source=None, labels=[[-1] * len(tar) for tar in found], classes=(), note=note
@@ -148,7 +152,8 @@ def number_labels(
     names = {str(value) for value in given}
     if known and not names <= set(known):
         raise LabelError(
-            f"classes={sorted(names - set(known))[:3]!r}: not among the {len(known)} classes that other shards of this "
+            f"classes={sorted(names - set(known))[:3]!r}: not among the {len(known)} classes that "
+            "other shards of this "
             "folder have: keep sets with different classes in different folders"
         )
     classes = known or tuple(sorted(names))
@@ -161,7 +166,8 @@ def _number(member: TarMember, text: bytes) -> int:
     digits = text.strip()
     if not digits.isdigit() or len(digits) > 9:
         raise LabelError(
-            f"{member.name}: a label is a whole number from 0 as text, not {digits[: _MAX_TEXT['cls']]!r}"
+            f"{member.name}: a label is a whole number from 0 as text, not "
+            f"{digits[: _MAX_TEXT['cls']]!r}"
         )
     return int(digits)
 
@@ -179,7 +185,8 @@ def _field(member: TarMember, text: bytes, rule: LabelRule) -> RawLabel:
         return words
     if rule.source == "json" and not (isinstance(content, dict) and value is None):
         raise LabelError(
-            f"{member.name}: field {rule.field!r} should hold a whole number from 0 or a class name, not {value!a:.60}"
+            f"{member.name}: field {rule.field!r} should hold a whole number from 0 or a class "
+            f"name, not {value!a:.60}"
         )
     return None
 

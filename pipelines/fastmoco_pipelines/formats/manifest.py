@@ -93,16 +93,19 @@ def check_folders(folders: Iterable[FolderOfShards]) -> tuple[str, ...]:
             for shard, count in listed.items():
                 if shard not in folder.samples and not folder.present(shard):
                     raise ShardError(
-                        f"{shard}: is listed in {NAME} but missing in {folder.where}: copy it there too, or spell out "
+                        f"{shard}: is listed in {NAME} but missing in {folder.where}: copy it "
+                        "there too, or spell out "
                         f"the shards to use, e.g. {name}-{{000000..000003}}.tar."
                     )
                 if shard in folder.samples and folder.samples[shard] != count:
                     raise ShardError(
-                        f"{shard}: {folder.samples[shard]} samples, but {count} in {NAME}: pack it again."
+                        f"{shard}: {folder.samples[shard]} samples, but {count} in {NAME}: pack it "
+                        "again."
                     )
             if classes and tuple(entry["classes"]) != classes:
                 raise ShardError(
-                    f"{folder.where}/{NAME}: set {name!r} numbers its classes differently: use one at a time."
+                    f"{folder.where}/{NAME}: set {name!r} numbers its classes differently: use one "
+                    "at a time."
                 )
             classes = tuple(entry["classes"])
     return classes
@@ -116,7 +119,8 @@ def write_sets(folder: Path, sets: dict[str, dict[str, Any]]) -> Path:
 def _is_set(entry: Any) -> bool:
     if not isinstance(entry, dict):
         return False
-    classes, shards = entry.get("classes"), entry.get("shards")
+    classes = entry.get("classes")
+    shards = entry.get("shards")
     return (
         isinstance(classes, list)
         and all(isinstance(name, str) for name in classes)

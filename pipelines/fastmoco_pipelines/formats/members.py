@@ -102,7 +102,8 @@ def group_members(members: Iterable[TarMember]) -> TarContent:
         _file(group, member, extension, unusable, content)
     for group in groups.values():
         if group.image is None:
-            group.kind, group.fault = group.kind or "missing image", group.fault or _BARE
+            group.kind = group.kind or "missing image"
+            group.fault = group.fault or _BARE
             texts = [member.name for member in group.texts.values()]
             content.others += [
                 (name, "a label without an image" if name.endswith("cls") else _BARE)
@@ -115,7 +116,7 @@ def group_members(members: Iterable[TarMember]) -> TarContent:
     return content
 
 
-_BARE = "there is no image beside it"
+_BARE = "no image is beside it"
 
 
 def _name_fault(member: TarMember, key: str) -> tuple[str, str]:
@@ -164,21 +165,24 @@ def _file(
         return
     if kind not in EXTENSIONS:
         if kind in FOREIGN_EXTENSIONS and group.image is None:
-            group.kind, group.fault = (
-                "unsupported format",
-                f"{kind} is not read, only JPEG, PNG and WebP",
-            )
-            group.member, group.extension = member.name, extension
+            group.kind = "unsupported format"
+            group.fault = f"{kind} is not read, only JPEG, PNG and WebP"
+            group.member = member.name
+            group.extension = extension
         content.others.append((member.name, "no image by its name"))
         return
     if group.image is None:
-        group.image, group.extension, group.member = member, extension, member.name
+        group.image = member
+        group.extension = extension
+        group.member = member.name
         group.kind = group.fault = ""
         return
     # of a.depth.png and a.jpg the plain name is the image
     if "." in group.extension and "." not in extension:
         content.others.append((group.image.name, SECOND_IMAGE))
-        group.image, group.extension, group.member = member, extension, member.name
+        group.image = member
+        group.extension = extension
+        group.member = member.name
         return
     content.others.append((member.name, SECOND_IMAGE))
     if extension.lower() == group.extension.lower():

@@ -151,7 +151,8 @@ class Healer:
         while self.bad.contains(places.ids[row : row + 1])[0]:
             if places.attempts[row] >= MAX_ATTEMPTS:
                 raise ShardError(
-                    f"step {places.step}: of {MAX_ATTEMPTS} images drawn to stand in for a bad one, none is good: run "
+                    f"step {places.step}: of {MAX_ATTEMPTS} images drawn to stand in for a bad "
+                    "one, none is good: run "
                     "`fastmoco data check` on the shards"
                 )
             plan.advance(places, row)
@@ -225,5 +226,6 @@ def _raise_if_general(fault: ReadFault) -> None:
     cause = fault if isinstance(fault, OSError) else fault.__cause__
     if isinstance(cause, OSError) and cause.errno in _OWN_TROUBLE:
         raise ShardError(
-            f"{fault}: this process may not open another file or take more memory: ulimit -n, ulimit -v"
+            f"{fault}: this process may not open another file or take more memory: ulimit -n, "
+            "ulimit -v"
         ) from fault

@@ -119,9 +119,15 @@ class TarCheck:
         # Nothing to compare with: the name decides.
         if index.tar == self.path.name and 2 * known >= len(tried):
             self.index = index
-            what = "was made for an earlier state of this tar; it still lists the samples that are lost"
+            what = (
+                "was made for an earlier state of this tar; it still lists the samples that are "
+                "lost"
+            )
         else:
-            what = f"was made for another tar ({index.tar}) or a state that this one has nothing to do with; it is ignored"
+            what = (
+                f"was made for another tar ({index.tar}) or a state that this one has nothing to "
+                "do with; it is ignored"
+            )
         self._fault(
             "",
             "stale index",
@@ -155,20 +161,24 @@ class TarCheck:
         return candidates
 
     def _judge(self, candidate: _Candidate, decoded: Decoded) -> None:
-        kind, reason = decoded.kind, decoded.reason
+        kind = decoded.kind
+        reason = decoded.reason
         if candidate.row is not None and self.index is not None and not kind:
             size = (
                 self.index.columns["height"][candidate.row],
                 self.index.columns["width"][candidate.row],
             )
             if decoded.shape != size:
-                kind, reason = (
-                    "wrong index",
-                    f"its header declares another size than the index, {size[1]}x{size[0]} pixels",
+                kind = "wrong index"
+                reason = (
+                    f"its header declares another size than the index, {size[1]}x{size[0]} pixels"
                 )
         if candidate.row is None and self.fits and not kind:
             kind = "not indexed"
-            reason = "is a good image that the index does not list: run `fastmoco data index` on the shards"
+            reason = (
+                "is a good image that the index does not list: run `fastmoco data index` on the "
+                "shards"
+            )
         counted = candidate.row is not None or (not self.fits and decoded.listed)
         self.promised += counted
         self.delivered += counted and not kind

@@ -2,7 +2,7 @@
 batches offers.
 
 The tensors of a batch belong to its consumer: the loader never writes into a batch that it has
-    delivered.
+delivered.
 """
 
 from __future__ import annotations

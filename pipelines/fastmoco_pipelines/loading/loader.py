@@ -145,9 +145,11 @@ class Loader(BatchStream):
             start_step=start_step,
             windows=source.plan.windows,
         )
-        self._clock, self._bad = source.clock, source.healer.bad
+        self._clock = source.clock
+        self._bad = source.healer.bad
         self._failure: BaseException | None = None
-        self._shards, self._places = source.shards, source.places
+        self._shards = source.shards
+        self._places = source.places
         self._results: Results = queue.Queue(maxsize=source.spec.batches_ahead)
         stop = source.stop
         # The threads do not reference this object, so that an unreferenced loader is collected and
@@ -191,7 +193,9 @@ class Loader(BatchStream):
         if not self._stop.alive:
             raise RuntimeError("the loader is closed")
         self.begin()
-        start, queued, tell_at = time.perf_counter(), self._results.qsize(), _REPORT_SECONDS
+        start = time.perf_counter()
+        queued = self._results.qsize()
+        tell_at = _REPORT_SECONDS
         while True:
             if not self._stop.alive:
                 raise RuntimeError("the loader is closed")

@@ -56,7 +56,8 @@ def loader_bytes(spec: LoaderSpec, world_size: int = 1) -> LoaderBytes:
     Raises:
         ValueError: for a batch that the ranks cannot share equally.
     """
-    size, views = spec.global_batch_size, spec.each_view
+    size = spec.global_batch_size
+    views = spec.each_view
     require(world_size >= 1, "world_size", world_size, "needs at least one rank")
     require(
         size % world_size == 0, "global_batch_size", size, f"must be a multiple of {world_size=}"

@@ -115,7 +115,8 @@ def pack_folder(
     old = _tars_of(out, prefix)
     if old and not overwrite:
         raise FileExistsError(
-            f"{out} already holds {len(old)} shard(s) {prefix}-*.tar: pack into another folder, give another prefix, "
+            f"{out} already holds {len(old)} shard(s) {prefix}-*.tar: pack into another folder, "
+            "give another prefix, "
             "or ask to overwrite them (--overwrite)"
         )
     sources, classes, skipped = find_sources(Path(src), follow_links=follow_links)
@@ -133,7 +134,8 @@ def pack_folder(
         tars = _write_tars(Path(folder), prefix, samples, options)
         if not tars:
             raise ValueError(
-                f"src={str(src)!r}: none of its {len(sources)} images can be used: {_first(skipped[others:])}"
+                f"src={str(src)!r}: none of its {len(sources)} images can be used: "
+                f"{_first(skipped[others:])}"
             )
         entries, indexes = _index_all(tars)
         _replace(old, tars, out)
@@ -182,7 +184,8 @@ def _renumber(
     unknown = sorted(set(classes) - set(known))
     if unknown:
         raise ValueError(
-            f"classes={unknown!r}: not among the {len(known)} classes of the sets in {out}: pack into another folder"
+            f"classes={unknown!r}: not among the {len(known)} classes of the sets in {out}: pack "
+            "into another folder"
         )
     label = {i: known.index(name) for i, name in enumerate(classes)} | {-1: -1}
     return [
@@ -273,7 +276,8 @@ def _chain(
 
 def _index_all(tars: Sequence[Path]) -> tuple[list[dict[str, Any]], list[ShardIndex]]:
     """Read every tar back, write its index, and describe it for the manifest."""
-    entries, indexes = [], []
+    entries = []
+    indexes = []
     for tar in tars:
         index = build_index(tar)
         write_index(tar, index)

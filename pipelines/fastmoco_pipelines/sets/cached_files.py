@@ -144,7 +144,8 @@ def open_cache(spec: CacheSpec) -> ShardCache | None:
         return ShardCache.open(spec)
     except OSError as error:
         warnings.warn(
-            f"the shard cache cannot be used ({error}): images are read from the server one by one, which is slow: give "
+            f"the shard cache cannot be used ({error}): images are read from the server one by "
+            "one, which is slow: give "
             "--data.cache-dir a folder that can be written",
             RuntimeWarning,
             stacklevel=3,

@@ -37,7 +37,8 @@ def expand_shards(pattern: str) -> list[Path]:
     """
     if is_remote(pattern):
         raise ValueError(
-            f"shards={redact(pattern)!r}: this needs local files, work on a server's is not supported yet: run it where "
+            f"shards={redact(pattern)!r}: this needs local files, work on a server's is not "
+            "supported yet: run it where "
             "the shards are stored, and copy what it writes to the server too"
         )
     plain = without_scheme(pattern)
@@ -53,7 +54,8 @@ def expand_shards(pattern: str) -> list[Path]:
             raise ValueError(f"shards={redact(pattern)!r}: there is no file {redact(name)}")
     if not paths:
         raise ValueError(
-            f"shards={redact(pattern)!r}: no file has such a name (folder searched: {redact(str(Path(plain).parent))})"
+            f"shards={redact(pattern)!r}: no file has such a name (folder searched: "
+            f"{redact(str(Path(plain).parent))})"
         )
     return sorted(Path(path) for path in paths)
 
@@ -83,7 +85,8 @@ def is_remote(pattern: str) -> bool:
     if scheme not in STORES:
         *others, last = (f"{known}://" for known in STORES)
         raise ValueError(
-            f"shards={scheme + ':...'!r}: reading over {scheme} is not supported yet: give a path, file:, "
+            f"shards={scheme + ':...'!r}: reading over {scheme} is not supported yet: give a path, "
+            "file:, "
             f"{', '.join(others)} or {last}, or copy or mount the shards"
         )
     authority = re.split(r"[/?#]", pattern[match.end() :].removeprefix("//"), maxsplit=1)[
@@ -139,7 +142,8 @@ def _expanded(pattern: str, text: str) -> Iterator[str]:
             and int(high) - int(low) < MAX_SHARDS
         ):
             raise ValueError(
-                f"shards={redact(pattern)!r}: {match.group(0)} is no rising range of numbers like {{000..127}}"
+                f"shards={redact(pattern)!r}: {match.group(0)} is no rising range of numbers like "
+                f"{{000..127}}"
             )
         width = max(len(low), len(high)) if low.startswith("0") or high.startswith("0") else 0
         parts: Iterable[str] = (f"{number:0{width}d}" for number in range(int(low), int(high) + 1))

@@ -117,7 +117,9 @@ class RemoteTars:
     def __init__(
         self, pattern: str, work: Path, cache: CacheSpec, limits: Limits, *, indexes: bool
     ) -> None:
-        self._cache, self._limits, self._indexes = ShardCache.open(cache), limits, indexes
+        self._cache = ShardCache.open(cache)
+        self._limits = limits
+        self._indexes = indexes
         self._files = SmallFiles(self._cache, limits)
         urls = find_urls(pattern, self._files)
         with ThreadPoolExecutor(
@@ -160,11 +162,14 @@ class RemoteTars:
             RemoteError: naming the URL that cannot be read, or that does not fit into the cache,
                 and the cure.
         """
-        path, copy = self.paths[number], self._copy(number)
+        path = self.paths[number]
+        copy = self._copy(number)
         if copy.descriptor is None:
             raise RemoteError(
-                f"{redact(self._urls[number])}: its {self.sizes[number]} bytes do not fit into the shard cache "
-                f"({self._cache.folder}, {self._cache.limit} bytes): give it more room (--cache-size-gb) or another disk "
+                f"{redact(self._urls[number])}: its {self.sizes[number]} bytes do not fit into the "
+                "shard cache "
+                f"({self._cache.folder}, {self._cache.limit} bytes): give it more room "
+                "(--cache-size-gb) or another disk "
                 "(--cache-dir)"
             )
         try:
@@ -221,7 +226,8 @@ class RemoteTars:
         # The check reports a broken index, and a tar that does not fit it.
         with suppress(ShardError):
             if text is not None and (index := parse_index("", text)).tar_bytes == head.size:
-                shard, sha256 = RemoteShard.from_index(url, index, sha256), None
+                shard = RemoteShard.from_index(url, index, sha256)
+                sha256 = None
                 return _Copy(self._bring(shard), text)
         identity = repr((redact(url), head.size, head.validator, sha256, "as it is"))
         shard = RemoteShard(
@@ -265,7 +271,8 @@ class RemoteTars:
             with open_url(request) as body:
                 if body.total is None:
                     raise RemoteError(
-                        f"{redact(url)}: the server does not report its size: have it send Content-Length"
+                        f"{redact(url)}: the server does not report its size: have it send "
+                        "Content-Length"
                     )
                 return _Head(body.total, body.validator)
 

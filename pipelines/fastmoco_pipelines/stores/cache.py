@@ -1,7 +1,7 @@
 """Shards from a server, kept in a folder of bounded size that all processes of this machine share.
 
     KEY.tar         a whole, checked shard; a reader holds a shared lock, so that it is not evicted
-    KEY.SIZE.part   a shard in transfer; its process holds the lock, which is released if that process dies
+    KEY.SIZE.part   a shard in transfer; its process holds the lock, released if that process dies
     KEY.from        the validator of the .part, by which a broken download is taken up again
     KEY.doc         a small file (an index) with its validator and its own SHA-256
     lock            held for the moment in which room is made
@@ -122,7 +122,8 @@ class ShardCache:
         info = os.lstat(folder)
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
             raise ValueError(
-                f"cache_dir={str(folder)!r}: must be a folder of your own that only you can write to, and no link:  "
+                f"cache_dir={str(folder)!r}: must be a folder of your own that only you can write "
+                "to, and no link: "
                 f"chmod 700 it, or choose another"
             )
         cache = cls(folder, spec.cache_bytes)
@@ -180,7 +181,8 @@ class ShardCache:
         Raises:
             NoRoomError: if there is no room and none can be made.
         """
-        path, notes = str(self.folder / f"{key}.{size}.part"), str(self.folder / f"{key}.from")
+        path = str(self.folder / f"{key}.{size}.part")
+        notes = str(self.folder / f"{key}.from")
         try:
             with self._making_room():
                 if os.path.islink(path):  # not made by this program
@@ -307,7 +309,8 @@ class ShardCache:
             while not try_lock(descriptor, fcntl.LOCK_EX):
                 if time.monotonic() > until:
                     raise NoRoomError(
-                        f"{self.folder / 'lock'}: another process has held it for {_LOCK_SECONDS:g} s"
+                        f"{self.folder / 'lock'}: another process has held it for "
+                        f"{_LOCK_SECONDS:g} s"
                     )
                 time.sleep(0.01)
             yield

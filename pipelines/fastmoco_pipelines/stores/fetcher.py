@@ -2,7 +2,7 @@
 the background.
 
 The threads reference only the state, not the set: an unreferenced set is collected, and they end.
-    They are daemons; a transfer that they leave unfinished is continued by the next process.
+They are daemons; a transfer that they leave unfinished is continued by the next process.
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ class _State:
     def __init__(
         self, shards: Sequence[RemoteShard], cache: ShardCache | None, limits: Limits
     ) -> None:
-        self.shards, self.cache, self.limits = shards, cache, limits
+        self.shards = shards
+        self.cache = cache
+        self.limits = limits
         self.stop = threading.Event()
         self._change = threading.Condition()
         self._wanted: list[int] = []
@@ -171,7 +173,8 @@ class _State:
     def open(self, number: int, warn: bool) -> int | None:
         if self.cache is None:
             return None
-        shard, waited = self.shards[number], False
+        shard = self.shards[number]
+        waited = False
         until = time.monotonic() + 2 * self.limits.deadline_seconds + shard.size / 1e6
         while True:
             descriptor = self.cache.lookup(shard.key, shard.size)
@@ -203,7 +206,8 @@ class _State:
             if not here:
                 if time.monotonic() > until:
                     raise RemoteError(
-                        f"{shard.name}: another process has been fetching it for too long: end that one"
+                        f"{shard.name}: another process has been fetching it for too long: end "
+                        "that one"
                     )
                 self.stop.wait(_POLL_SECONDS)
 
@@ -239,14 +243,16 @@ class _State:
 
     def fetch_ahead(self, number: int) -> None:
         """Fetch a shard ahead of its use; an error is raised when it is used."""
-        pause, failure = 0.0, None
+        pause = 0.0
+        failure = None
         try:
             keep = {self.shards[n].key for n in self._wanted}
             pause = 0.0 if self._bring(number, keep) else 4 * _POLL_SECONDS
         except NoRoomError:
             pause = _NO_ROOM_SECONDS
         except BaseException as error:
-            pause, failure = _FAILED_SECONDS, error
+            pause = _FAILED_SECONDS
+            failure = error
         self._release(number, failure, pause)
 
     def _bring(self, number: int, keep: Sequence[str] | set[str]) -> bool:
@@ -287,8 +293,10 @@ class _State:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{error}. Images are read from the server one by one, which is slow: give the shard cache more room "
-                "(--data.cache-size-gb, --data.cache-dir) or shuffle fewer shards together (--data.shuffle-window)",
+                f"{error}. Images are read from the server one by one, which is slow: give the "
+                "shard cache more room "
+                "(--data.cache-size-gb, --data.cache-dir) or shuffle fewer shards together "
+                "(--data.shuffle-window)",
                 RuntimeWarning,
                 stacklevel=2,
             )

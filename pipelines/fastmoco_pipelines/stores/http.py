@@ -46,7 +46,9 @@ class HttpStore(Store):
     @contextmanager
     def open(self, request: Request) -> Iterator[Body]:
         """See `Store.open`."""
-        start, stop, validator = request.start, request.stop, request.validator
+        start = request.start
+        stop = request.stop
+        validator = request.validator
         known = request.known if request.known.startswith('"') else ""  # a date is no ETag
 
         headers = {"Accept-Encoding": "identity", "User-Agent": "fastmoco"}
@@ -73,7 +75,8 @@ class HttpStore(Store):
                 raise RemoteError(
                     f"{where}: the server compresses it on the way: have it serve the file as it is"
                 )
-            begins, total = 0, response.length
+            begins = 0
+            total = response.length
             if response.status == 206:
                 total = _total_of_range(where, response, start, asked="Range" in headers)
                 if validator and answered and answered != validator:
@@ -121,7 +124,8 @@ def _chunks(
     deadline: float,
 ) -> Iterator[bytes]:
     """The pieces of a body, as they come."""
-    since, received = time.monotonic(), 0
+    since = time.monotonic()
+    received = 0
     with _naming(where), _cut_off_after(sock, deadline - since):
         while chunk := response.read1(CHUNK_BYTES):
             yield chunk
@@ -130,7 +134,8 @@ def _chunks(
             if elapsed >= limits.speed_seconds:
                 if received < limits.min_bytes_per_s * elapsed:
                     raise PassingError(f"{where}: only {received / elapsed:.0f} bytes/s arrive")
-                since, received = since + elapsed, 0
+                since = since + elapsed
+                received = 0
 
 
 @contextmanager
@@ -138,7 +143,9 @@ def _answer(
     url: str, headers: Mapping[str, str], limits: Limits, deadline: float
 ) -> Iterator[tuple[http.client.HTTPResponse, socket.socket]]:
     """The head of the answer to a GET, after following redirects that may be followed."""
-    first, origin, public = url, urlsplit(url), False
+    first = url
+    origin = urlsplit(url)
+    public = False
     for _ in range(MAX_REDIRECTS + 1):
         where = redact(first)
         connection, target, own_headers = _connection(url, limits.connect_seconds)
@@ -152,7 +159,8 @@ def _answer(
                 peer = _peer_is_public(connection)
                 if public and not peer:
                     raise RemoteError(
-                        f"{where}: redirects from a public to a private address ({redact(url)}): refused"
+                        f"{where}: redirects from a public to a private address ({redact(url)}): "
+                        "refused"
                     )
                 public = public or peer
                 sock = connection.sock  # the connection forgets it where the answer is its last
@@ -178,7 +186,8 @@ def _connection(url: str, seconds: float) -> tuple[http.client.HTTPConnection, s
     headers to send."""
     parts = urlsplit(url)
     try:
-        host, port = parts.hostname or "", parts.port
+        host = parts.hostname or ""
+        port = parts.port
     except ValueError as error:
         raise RemoteError(f"{redact(url)}: is no usable URL ({error})") from None
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")

@@ -33,9 +33,12 @@ class ObjectStore(Store):
     @contextmanager
     def open(self, request: Request) -> Iterator[Body]:
         """See `Store.open`. The deadline is kept by the caller, between two chunks."""
-        url, start, stop = request.url, request.start, request.stop
+        url = request.url
+        start = request.start
+        stop = request.stop
         files = file_system(url.partition("://")[0])
-        where, seconds = redact(url), request.limits.respond_seconds
+        where = redact(url)
+        seconds = request.limits.respond_seconds
         info = bounded(where, seconds, lambda: files.info(_path(url)))
         total = info.get("size")
         if info.get("type") == "directory" or not isinstance(total, int):
@@ -91,7 +94,8 @@ def file_system(scheme: str) -> Any:
         importlib.import_module(package)
     except ImportError as error:
         raise RemoteError(
-            f"{scheme}://: needs the package {package} ({error}): pip install '.[{scheme}]' in fastmoco's source folder"
+            f"{scheme}://: needs the package {package} ({error}): pip install '.[{scheme}]' in "
+            "fastmoco's source folder"
         ) from None
     return fsspec.filesystem(scheme, use_listings_cache=False)
 

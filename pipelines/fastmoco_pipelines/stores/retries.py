@@ -70,7 +70,11 @@ def retried(
         RemoteError: the attempt's own, or its last PassingError with what was tried.
         StoppedError: if `stop` was set in a pause.
     """
-    began, failures, wrong, tries, most = time.monotonic(), 0, 0, 0, arrived()
+    began = time.monotonic()
+    failures = 0
+    wrong = 0
+    tries = 0
+    most = arrived()
     while True:
         tries += 1
         try:

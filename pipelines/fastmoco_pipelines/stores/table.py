@@ -38,7 +38,8 @@ def register(scheme: str, store: Store) -> None:
     scheme = scheme.lower()
     if not re.fullmatch(r"[a-z][a-z0-9+.-]+", scheme) or scheme in ("file", "pipe"):
         raise ValueError(
-            f"scheme={scheme!r}: cannot name a store: it needs two letters or more, not file or pipe"
+            f"scheme={scheme!r}: cannot name a store: it needs two letters or more, not file or "
+            "pipe"
         )
     if scheme in schemes.STORES:
         raise ValueError(f"scheme={scheme!r}: has a store already")

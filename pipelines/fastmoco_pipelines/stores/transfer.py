@@ -113,7 +113,8 @@ def fetch_document(
         with open_url(Request(url=url, known=known[0], limits=limits, deadline=deadline)) as body:
             if body.unchanged:
                 return known
-            pieces, length = [], 0
+            pieces = []
+            length = 0
             for chunk in body.chunks:
                 _require_going_on(url, stop, deadline)
                 pieces.append(chunk)
@@ -147,7 +148,8 @@ def read_range(
         with open_url(request) as body:
             if body.start != offset:
                 raise RemoteError(
-                    f"{redact(shard.url)}: its server ignores Range requests, and the shard cache cannot be used: "
+                    f"{redact(shard.url)}: its server ignores Range requests, and the shard cache "
+                    "cannot be used: "
                     "make room for the cache, or give --data.cache-dir a folder that can be written"
                 )
             data = b""

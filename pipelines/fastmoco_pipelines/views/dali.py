@@ -72,12 +72,14 @@ class ViewPipeline:
         )
         require_views(views, "views")
         self.views = each_view(views)
-        self._device, self._threads = device, threads
+        self._device = device
+        self._threads = threads
         self._dtype = torch.uint8 if view_dtype == "uint8" else torch.float32
         self._decoded = any(map(self._cut_here, self.views))
         if self._decoded and native_library() is None:
             warnings.warn(
-                "fastmoco was installed without a C compiler: views are cut by plain torch, ten times as slowly. Install one and "
+                "fastmoco was installed without a C compiler: views are cut by plain torch, ten "
+                "times as slowly. Install one and "
                 "fastmoco again, or take --data.view1.color dali --data.view2.color dali",
                 RuntimeWarning,
                 stacklevel=2,

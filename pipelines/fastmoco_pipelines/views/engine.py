@@ -110,6 +110,8 @@ class Engine:
             count,
             f"holds 1 to {self._batch_size} images",
         )
+
+        # The one place that guarantees the structure of what DALI gets, from shards or elsewhere.
         faults = tuple(
             (row, fault)
             for row, image in enumerate(encoded)
@@ -173,7 +175,7 @@ class Engine:
         kernels may still read it.
 
         On a GPU a stream of its own, complete at the end: on the trainer's they would wait for all
-            that is queued there.
+        that is queued there.
         """
         if not self._on_gpu:
             yield

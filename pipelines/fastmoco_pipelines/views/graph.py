@@ -113,7 +113,7 @@ def central_part(images: Any, spec: EvalSpec) -> Any:
     `spec.resize`.
 
     Only that square is computed: of an image of 16384 x 1 pixels the whole resized one would take 3
-        GiB.
+    GiB.
     """
     from nvidia.dali import fn, math, types
 
