@@ -40,7 +40,7 @@ class ToyStore(Store):
         self.asked.append(request)
         name = request.url.partition("://")[2].partition("?")[0]
         if name not in self.files:
-            raise AbsentError(f"{redact(request.url)}: is not there")
+            raise AbsentError(f"{redact(request.url)}: does not exist")
         if name.endswith(".tar") and self.failures:
             self.failures -= 1
             raise PassingError(f"{redact(request.url)}: the toy is out of order")
