@@ -1,7 +1,7 @@
 """Shard patterns: which local files, or which URLs, a pattern names. Nothing here ever starts a
 process.
 
-The schemes are an allow-list: local paths, `file:`, and those of `schemes.py`. A URL is only ever
+The schemes are an allow-list: local paths, `file:`, and those of `text.STORES`. A URL is only ever
 shown without user, password and query: these may hold tokens.
 """
 
@@ -16,8 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from fastmoco_pipelines.formats.manifest import read_sets
-from fastmoco_pipelines.schemes import SCHEME, STORES
-from fastmoco_pipelines.text import AUTHORITY, redact
+from fastmoco_pipelines.text import AUTHORITY, SCHEME, STORES, redact
 
 MAX_SHARDS = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
