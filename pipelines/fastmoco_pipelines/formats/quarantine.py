@@ -142,11 +142,6 @@ class Quarantine:
         for entry in other:
             self._entries.setdefault(entry.identity, entry)
 
-    def applies(self, shard: str, offset: int, size: int, crc32: int) -> str | None:
-        """The reason why this sample is not delivered, or None."""
-        entry = self._entries.get((shard, int(offset), int(size), int(crc32)))
-        return None if entry is None else entry.reason
-
     def rows(
         self, shard: str, offset: ArrayLike, size: ArrayLike, crc32: ArrayLike
     ) -> dict[int, str]:

@@ -23,9 +23,10 @@ def test_a_line_applies_only_to_the_very_bytes(tmp_path):
     quarantine.add(**entry(3))
     again = Quarantine.read(quarantine.write(quarantine_path(tmp_path)))
     assert len(again) == 1
-    assert again.applies("a.tar", 1536, 103, 7) == "truncated"
+    assert again.rows("a.tar", [1536], [103], [7]) == {0: "truncated"}
     for other in (("b.tar", 1536, 103, 7), ("a.tar", 0, 103, 7), ("a.tar", 1536, 104, 7), ("a.tar", 1536, 103, 8)):
-        assert again.applies(*other) is None
+        shard, *numbers = other
+        assert again.rows(shard, *([number] for number in numbers)) == {}
 
 
 def test_rows_of_an_index_are_found_at_once():
