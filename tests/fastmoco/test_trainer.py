@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -185,6 +186,50 @@ def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(small_run
             torch.testing.assert_close(value, twin.momentum_encoder.state_dict()[name], rtol=0, atol=1e-12)
     finally:
         trainer.close()
+
+
+def test_a_line_of_metrics_has_the_figures_of_its_step(small_run, tmp_path):
+    """Rates by the schedule's definition; loss and cosines from the step's own output."""
+    config = replace(small_run, precision="fp64", log_every_steps=2)
+    trainer, outputs = Trainer.build(config, tmp_path, WORLD), []
+    plain_step = trainer.step
+    trainer.step = lambda *args, **more: outputs.append(plain_step(*args, **more)) or outputs[-1]
+    try:
+        assert trainer.run() == 0
+    finally:
+        trainer.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 4, 6, 8, 10, 12, 14, 15]
+    assert len(outputs) == 15
+    warmup, peak = config.optim.warmup_epochs, config.peak_lr
+    for row in rows:
+        output, epoch = outputs[row["step"] - 1], (row["step"] - 1) / 5  # five steps an epoch, of three
+        shape = 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (3 - warmup)))
+        assert row["lr"] == pytest.approx(peak * (epoch / warmup if epoch < warmup else shape))
+        momentum = 1 - 0.5 * (1 + math.cos(math.pi * epoch / 3)) * (1 - config.objective.ema_momentum)
+        assert row["ema_momentum"] == pytest.approx(momentum)
+        assert row["epoch"] == pytest.approx(row["step"] / 5)
+        assert row["loss"] == pytest.approx(output.loss.item(), rel=1e-9)
+
+        # Positives are the other view's keys of the same image; the accuracy counts among all keys.
+        unit = {}
+        for name in ("q1", "q2", "k1", "k2"):
+            values = getattr(output, name).detach()
+            unit[name] = values / values.norm(dim=1, keepdim=True)
+        cosines = unit["q1"] @ unit["k2"].T
+        count = len(cosines)
+        others = (cosines.sum() - cosines.trace()).item() / (count * (count - 1))
+        assert row["cosine/positive"] == pytest.approx(cosines.trace().item() / count, abs=1e-6)
+        assert row["cosine/negative"] == pytest.approx(others, abs=1e-6)
+        spread = unit["q1"].std(dim=0, unbiased=False).mean().item()
+        assert row["feature_std"] == pytest.approx(spread, abs=1e-6)
+        both = torch.stack([cosines, unit["q2"] @ unit["k1"].T])
+        ranks = (both > both.diagonal(dim1=1, dim2=2)[..., None]).sum(2).double()
+        for name, first in (("contrast/top1", 1), ("contrast/top5", 5)):
+            share = (ranks < first).double().mean().item()
+            assert row[name] == pytest.approx(share, abs=1.5 / (2 * count))
+    assert 0 < warmup < 3
+    assert rows[-1]["contrast/top1"] < rows[-1]["contrast/top5"]
 
 
 def test_knn_rises_while_training(small_run, digits, tmp_path):
