@@ -13,7 +13,7 @@ import json
 import tarfile
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from PIL import Image
 from fastmoco import setup_run
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
+from fastmoco.evaluation import monitor as monitor_module
 from fastmoco.evaluation.monitor import KnnMonitor
 from fastmoco.loading import load_run
 from fastmoco.models import VisionTransformer
@@ -76,25 +77,23 @@ def test_due_by_epochs_and_within_its_share_of_the_time(config):
     assert not monitor.is_due(1.0)
 
 
-def test_the_best_is_kept_and_the_time_of_a_measurement_counts(config):
-    monitor = _monitor(config)
-    figures = iter([0.5, 0.75, 0.625])
-    monitor._embed = lambda *_: (torch.ones(8, 2), torch.arange(8))
-    with mock.patch("fastmoco.evaluation.monitor.knn_accuracy", lambda *_, **__: next(figures)):
-        found = [(monitor.measure(torch.nn.Identity(), epoch), monitor.best) for epoch in (1, 2, 3)]
-    assert found == [(0.5, 0.5), (0.75, 0.75), (0.625, 0.75)]
+def test_the_best_is_kept_and_the_time_of_a_measurement_counts(config, monkeypatch):
+    monitor, figures = _monitor(config), iter([0.5, 0.75, 0.625])
+    monkeypatch.setattr(KnnMonitor, "_embed", lambda *_: (torch.ones(8, 2), torch.arange(8)))
+    monkeypatch.setattr(monitor_module, "knn_accuracy", lambda *_, **__: next(figures))
+    for epoch, best in ((1, 0.5), (2, 0.75), (3, 0.75)):
+        monitor.measure(torch.nn.Identity(), epoch)
+        assert monitor.best == best
     assert monitor.last == 0.625
 
-    # Nearly all of this run was one long measurement: the next one has to wait until it is a tenth.
-    clock = iter([1000.0, 1090.0, 1100.0, 2000.0])
+    # Nearly all of this run was one measurement of 90 s: the next waits until that is a tenth of it.
+    clock = iter([1000.0, 1000.0, 1090.0, 1100.0, 2000.0])
+    monkeypatch.setattr(monitor_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(monitor_module, "knn_accuracy", lambda *_, **__: 0.5)
     monitor = _monitor(config)
-    with mock.patch("fastmoco.evaluation.monitor.time.monotonic", lambda: next(clock)):
-        monitor._started = 1000.0
-        with mock.patch("fastmoco.evaluation.monitor.knn_accuracy", lambda *_, **__: 0.5):
-            monitor._embed = lambda *_: (torch.ones(8, 2), torch.arange(8))
-            monitor.measure(torch.nn.Identity(), 1.0)
-        assert not monitor.is_due(2.0)
-        assert monitor.is_due(2.0)
+    monitor.measure(torch.nn.Identity(), 1.0)
+    assert not monitor.is_due(2.0)
+    assert monitor.is_due(2.0)
 
 
 def test_its_state_continues(config):

@@ -73,7 +73,7 @@ def test_evaluation_reads_a_remote_set(server, packed, spec):
             assert np.array_equal(ours.labels, theirs.labels)
 
 
-PATIENT = Limits(min_bytes_per_s=0, deadline_seconds=600)
+PATIENT = Limits(min_bytes_per_s=0, deadline_seconds=90)
 """Limits that end no transfer before a server that holds its answer back does."""
 STUBBORN = Limits(read_seconds=1, attempts=1000, max_delay_seconds=1, deadline_seconds=600)
 """Limits under which a silent server is asked again for ten minutes."""
