@@ -25,6 +25,7 @@ from fastmoco.objectives.reference import plain_forward
 from fastmoco.recipes import quickstart_digits
 from fastmoco.run_folder import RunFolder
 from fastmoco.stop_signal import StopSignal
+from fastmoco.telemetry.metrics import Throughput
 from fastmoco.trainer import Trainer
 
 WORLD = World()
@@ -230,6 +231,29 @@ def test_a_line_of_metrics_has_the_figures_of_its_step(small_run, tmp_path):
             assert row[name] == pytest.approx(share, abs=1.5 / (2 * count))
     assert 0 < warmup < 3
     assert rows[-1]["contrast/top1"] < rows[-1]["contrast/top5"]
+
+
+def test_evaluations_and_saves_are_no_part_of_the_speed(small_run, digits, tmp_path, monkeypatch):
+    """By a clock of the test's own: a step takes 2 s, a measurement 1000 s, a save 500 s."""
+    knn = replace(small_run.knn, every_epochs=1, test_shards=digits[1], max_share=1.0)
+    trainer, now = Trainer.build(replace(small_run, knn=knn), tmp_path, WORLD), [0.0]
+    recorder, plain_step, plain_state = trainer.recorder, trainer.step, trainer._state
+    recorder.meter = Throughput(global_batch_size=256, total_steps=15, clock=lambda: now[0])
+
+    def pass_time(seconds, result):
+        now[0] += seconds
+        return result
+
+    monkeypatch.setattr(trainer, "step", lambda *args, **more: pass_time(2, plain_step(*args, **more)))
+    monkeypatch.setattr(trainer, "_state", lambda: pass_time(500, plain_state()))
+    monkeypatch.setattr(trainer.knn, "measure", lambda *_: pass_time(1000, 0.5))
+    monkeypatch.setattr(trainer.knn, "is_due", lambda _: True)
+    try:
+        assert trainer.run() == 0
+    finally:
+        trainer.close()
+    assert now[0] >= 15 * 2 + 5 * 500 + 4 * 1000
+    assert RunFolder(tmp_path).read_metric("images_per_s") == [(step, 128.0) for step in range(1, 16)]
 
 
 def test_knn_rises_while_training(small_run, digits, tmp_path):
