@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from fastmoco_pipelines.limits import Limits
 from fastmoco_pipelines.loader import build_loader
 from fastmoco_pipelines.shards import ShardSet
 from fastmoco_pipelines.spec import CacheSpec, EvalSpec, LoaderSpec, moco_v3_views
-from tests.pipelines.http_fault_server import drop, hold, stall, status
+from tests.pipelines.http_fault_server import HOLD_SECONDS, drop, hold, stall, status
 from tests.pipelines.test_http_faults import QUICK, require_no_threads
 from tests.pipelines.test_loader import wait_until
 
@@ -88,8 +90,17 @@ def test_leaving_an_evaluation_does_not_wait_for_a_server(server, packed, spec, 
         iteration = iter(loader)
         next(iteration)
         wait_until(lambda: server.held)
-        with pytest.raises(KeyboardInterrupt):
-            iteration.throw(KeyboardInterrupt())
+        left = []
+
+        def leave() -> None:
+            with pytest.raises(KeyboardInterrupt):
+                iteration.throw(KeyboardInterrupt())
+            left.append(True)
+
+        thread = threading.Thread(target=leave, daemon=True)
+        thread.start()
+        thread.join(HOLD_SECONDS)  # a guard: it ends with the next byte
+        assert left == [True]
         assert server.given_up == []
         del server.always["train-000001.tar"]
         assert sum(len(batch.labels) for batch in loader) == 45
