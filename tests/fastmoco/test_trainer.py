@@ -145,6 +145,33 @@ def test_a_finished_run_has_nothing_left_to_do(small_run, whole):
     assert (whole / "metrics.jsonl").read_text() == before
 
 
+def test_random_numbers_go_on_where_the_run_was_saved(small_run, whole):
+    checkpoint = load_latest(whole / "checkpoints")
+    saved = torch.empty_like(torch.get_rng_state())
+    checkpoint.read_into({"rng.cpu": saved})
+    torch.manual_seed(123)
+    assert not torch.equal(torch.get_rng_state(), saved)
+    trainer = Trainer.build(small_run, whole, WORLD)
+    trainer.close()
+    assert torch.equal(torch.get_rng_state(), saved)
+
+
+def test_a_continued_run_knows_its_accuracies(small_run, digits, tmp_path):
+    knn = replace(small_run.knn, every_epochs=1, test_shards=digits[1])
+    config, state = replace(small_run, knn=knn), {"last_epoch": 0.2, "last": 0.5, "best": 0.75}
+    trainer = Trainer.build(config, tmp_path, WORLD)
+    try:
+        trainer.step(trainer.loader.next())
+        trainer.knn.load_state_dict(state)
+        trainer._save(force=True)
+    finally:
+        trainer.close()
+    again = Trainer.build(config, tmp_path, WORLD)
+    again.close()
+    assert again.step_count == 1
+    assert again.knn.state_dict() == state
+
+
 def test_another_config_is_refused_by_its_fields(small_run, whole):
     changed = replace(small_run, seed=1, optim=replace(small_run.optim, lr=1.0))
     with pytest.raises(RunError, match=r"seed: 0 -> 1; optim.lr: 0.0015 -> 1.0"):
