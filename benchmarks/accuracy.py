@@ -1,15 +1,19 @@
-"""How exact the loss's gradient is: the one-pass kernel's arithmetic against the fp16 autocast formula, both against float64.
+"""Accuracy of the gradient of the loss: the one-pass kernel and the fp16
+autocast formula, both against float64.
 
-``python -m benchmarks.accuracy`` prints a table and ends with 1 unless the gradient error of the default precision lies
-below that of the autocast formula on every set of trained-like data, at temperature 0.2 and 0.07.
+`python -m benchmarks.accuracy` prints a table. Its exit code is 1 unless the gradient error of the
+default precision is below that of the autocast formula on every set of trained-like data, at
+temperatures 0.2 and 0.07.
 
-On a GPU the kernel itself and torch's own autocast run. Without one both are emulated on the CPU, by rounding what a GPU
-rounds and summing in float32: for the kernel the unit rows and the terms of the sum, with the positive in float32; for
-autocast the operands of the product, the logits, the scaled logits, their gradient, and the gradient of the rows.
+On a GPU the kernel and torch's autocast run. Without one both are emulated on the CPU by rounding
+the same values as a GPU and summing in float32: for the kernel the unit rows and the terms of the
+sum, with the positive in float32; for autocast the operands of the product, the logits, the scaled
+logits, their gradient, and the gradient of the rows.
 
-Data: pairs of directions. "random": unrelated and spread evenly. "trained-like" and "late": positives at a mean cosine of
-0.93 and 0.99, and directions whose variance falls with the dimension d as (d + 1)^-0.8, so that negatives have cosines of
-0 +- 0.13 and some are hard; at temperature 0.07 the mean probability of the positive is then 0.96 and 0.98.
+Data are pairs of directions. "random": independent and uniform. "trained-like" and "late":
+positives at a mean cosine of 0.93 and 0.99, and directions whose variance falls with the dimension
+d as (d + 1)^-0.8, so that negatives have cosines of 0 +- 0.13 and some are hard; at temperature
+0.07 the mean probability of the positive is then 0.96 and 0.98.
 """
 
 from __future__ import annotations
@@ -34,9 +38,9 @@ TEMPERATURES = (0.2, 0.07)
 GATED = ("trained-like", "late")
 PRECISIONS = ("bf16", "fp16", "tf32")
 LOSS_SCALE = 2.0**16
-"""Of the fp16 formula, as a gradient scaler starts."""
+"""Loss scale of the fp16 formula, the initial value of torch's gradient scaler."""
 DEFAULT = {0.2: "bf16", 0.07: "tf32"}
-"""What ``precision="auto"`` means at each temperature."""
+"""The resolved value of `precision="auto"` for each temperature."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,15 +69,23 @@ def main(argv: Sequence[str] | None = None) -> int:
                 beaten.append(f"{data} {temperature}: {DEFAULT[temperature]} is not below the autocast formula")
     print(
         "\n"
-        + ("\n".join(beaten) or f"The default ({DEFAULT}) lies below the autocast formula on every trained-like set.")
+        + ("\n".join(beaten) or f"The default ({DEFAULT}) is below the autocast formula on every trained-like set.")
     )
     return 1 if beaten else 0
 
 
 def pairs(
-    rows: int, dim: int, positive_cosine: float, decay: float, device: torch.device, *, seed: int = 0
+    rows: int,
+    dim: int,
+    positive_cosine: float,
+    decay: float,
+    device: torch.device,
+    *,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """[rows, dim] float32 raw queries, and keys whose row i has about this cosine with query i."""
+    """[rows, dim] float32 unnormalised queries, and keys whose row i has about
+    this cosine with query i.
+    """
     generator = torch.Generator().manual_seed(seed)
     spectrum = (torch.arange(dim, dtype=torch.float64) + 1) ** (-decay / 2)
     unit, other = (
@@ -85,12 +97,13 @@ def pairs(
 
 
 def errors(q: Tensor, keys: Tensor, temperature: float) -> dict[str, tuple[float, float]]:
-    """Relative error of loss and gradient, by way of computing them."""
+    """Relative errors of loss and gradient, by method."""
     truth = gradient_of(
-        lambda x: info_nce_reference(x, keys.double(), temperature=temperature, positive_offset=0), q.double()
+        lambda x: info_nce_reference(x, keys.double(), temperature=temperature, positive_offset=0),
+        q.double(),
     )
     if q.is_cuda:
-        # with a loss scale, as it is run: without one fp16 flushes the gradient of the logits
+        # with a loss scale, as in practice: without one fp16 flushes the gradient of the logits
         scaled, gradient = gradient_of(lambda x: autocast_loss(x, keys, temperature) * LOSS_SCALE, q)
         found = {"autocast": (scaled / LOSS_SCALE, gradient / LOSS_SCALE)}
         for precision in PRECISIONS:
@@ -114,14 +127,18 @@ def gradient_of(loss: Callable[[Tensor], Tensor], q: Tensor) -> tuple[Tensor, Te
 
 
 def autocast_loss(q: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    """The formula as moco-v3 runs it: under fp16 autocast, normalise and cross-entropy are float32, the product is not."""
+    """The formula as in moco-v3, under fp16 autocast: normalisation and cross-entropy in float32,
+    the product in fp16.
+    """
     with torch.autocast("cuda", dtype=torch.float16):
         logits = normalize(q, dim=1) @ normalize(keys, dim=1).T / temperature
         return cross_entropy(logits, torch.arange(len(q), device=q.device)) * (2 * temperature)
 
 
 def emulated_autocast(q: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """`autocast_loss` forward and backward with fp16 wherever autocast has it, and a loss scale of 2^16."""
+    """`autocast_loss` forward and backward with fp16 in the places of autocast,
+    and a loss scale of 2^16.
+    """
     norm = q.norm(dim=1, keepdim=True)
     u, v = q / norm, normalize(keys, dim=1)
     u16, v16 = _rounded(u, torch.float16), _rounded(v, torch.float16)
@@ -137,7 +154,9 @@ def emulated_autocast(q: Tensor, keys: Tensor, temperature: float) -> tuple[Tens
 
 
 def emulated_kernel(q: Tensor, keys: Tensor, temperature: float, precision: str) -> tuple[Tensor, Tensor]:
-    """What `triton_kernels.py` computes, line by line: rounded operands, float32 sums, the positive in float32."""
+    """The computation of `triton_kernels.py`: rounded operands, float32 sums,
+    the positive in float32.
+    """
 
     def rounded(x: Tensor) -> Tensor:
         return _tf32(x) if precision == "tf32" else _rounded(x, getattr(torch, _DTYPES[precision]))

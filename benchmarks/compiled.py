@@ -1,11 +1,14 @@
-"""What every kernel configuration costs on GPUs that need not be here: registers, spills, shared memory, instructions.
+"""Compile every kernel configuration for other GPUs and report registers,
+spills, shared memory and instructions.
 
-``python -m benchmarks.compiled`` compiles each configuration that a launcher may pick for sm_80, sm_90a and sm_100a, prints
-the table, and ends with 1 if a gate does not hold: no spills in a default configuration, shared memory within the chip's
-limit, the architecture's tensor-core instruction present, nothing forbidden in an inner loop.
+`python -m benchmarks.compiled` compiles each configuration that a launcher may pick for sm_80,
+sm_90a and sm_100a, prints a table, and exits with 1 if a gate fails: no spills in a default
+configuration, shared memory within the chip's limit, the architecture's tensor-core instruction
+present, nothing forbidden in an inner loop.
 
-Versions of Triton allocate registers differently, and every supported one must hold the gates. ``--rows FILE`` keeps a run's
-figures; a run under another Triton that is given them by ``--beside FILE`` writes a page with both.
+Versions of Triton allocate registers differently, and every supported one must pass. `--rows FILE`
+stores the figures of a run; with `--beside FILE` a run under another Triton writes a page with
+both.
 """
 
 from __future__ import annotations
@@ -22,7 +25,14 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastmoco_kernels._aot import ARCHITECTURES, MATRIX_OPCODES, SHARED_LIMITS, AotCase, Compiled, compile_case
+from benchmarks.aot.machine_code import (
+    ARCHITECTURES,
+    MATRIX_OPCODES,
+    SHARED_LIMITS,
+    AotCase,
+    Compiled,
+    compile_case,
+)
 
 OPS = (
     "adamw_ema",
@@ -40,7 +50,8 @@ OPS = (
 SHOWN = ("MUFU", "FFMA", "FMUL", "FMNMX", "SHFL")
 Row = tuple[str, int, Compiled | None, list[str]]
 Run = dict[str, Any]
-"""``triton``: its version; ``broken``: gates; ``figures``: registers and spilled bytes by configuration and target."""
+"""`triton`: its version; `broken`: gates; `figures`: registers and spilled
+bytes by configuration and target."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SystemExit("benchmarks.compiled: TRITON_INTERPRET=1 replaces kernels by Python; unset it")
+
+    # Compile in parallel.
     ops = arguments.op or OPS
     jobs = [
         (op, case.name, capability)
@@ -66,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     with ProcessPoolExecutor(max(1, arguments.jobs)) as pool:
         rows = list(pool.map(_measure, jobs, chunksize=4))
+
+    # Report, and write the pages.
     text = table(rows)
     print(text)
     faults = [
@@ -83,19 +98,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(rows: Sequence[Row]) -> Run:
-    """What one run found, as JSON holds it."""
+    """The JSON of one run."""
     import triton
 
     figures = {
         f"{name} on {ARCHITECTURES[capability]}": None if cost is None else [cost.registers, cost.spill_bytes]
         for name, capability, cost, _ in rows
     }
-    return {"triton": triton.__version__, "broken": sum(len(found) for *_, found in rows), "figures": figures}
+    return {
+        "triton": triton.__version__,
+        "broken": sum(len(found) for *_, found in rows),
+        "figures": figures,
+    }
 
 
 def _cases(op: str) -> list[AotCase]:
-    """Every configuration of one op; two of one name would hide one of them."""
-    cases: list[AotCase] = importlib.import_module(f"fastmoco_kernels.{op}.launch").aot_cases()
+    """Every configuration of one op, with unique names."""
+    cases: list[AotCase] = importlib.import_module(f"benchmarks.aot.{op}").aot_cases()
     names = [case.name for case in cases]
     if len(set(names)) < len(names):
         raise ValueError(f"{op}: aot_cases() gives a name twice: {sorted({n for n in names if names.count(n) > 1})}")
@@ -103,20 +122,27 @@ def _cases(op: str) -> list[AotCase]:
 
 
 def _measure(job: tuple[str, str, int]) -> Row:
-    """One row of the table. A configuration that does not compile is a fault, not an end."""
+    """One row of the table. A configuration that does not compile is reported as a fault."""
     op, name, capability = job
     case = next(case for case in _cases(op) if case.name == name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             compiled = compile_case(case, capability)
-        except Exception as error:  # Triton's and MLIR's own classes differ from version to version
-            return name, capability, None, [f"does not compile: {str(error).strip().splitlines()[-1][:160]}"]
+        except Exception as error:  # classes of Triton and MLIR differ between versions
+            return (
+                name,
+                capability,
+                None,
+                [f"does not compile: {str(error).strip().splitlines()[-1][:160]}"],
+            )
     return name, capability, compiled, compiled.faults(case, capability)
 
 
 def table(rows: Iterable[Row], others: Sequence[Run] = ()) -> str:
-    """The rows as a Markdown table; counts are of the whole kernel. Other runs add their registers and spilled bytes."""
+    """The rows as a Markdown table; counts are of the whole kernel. Other runs
+    add their registers and spilled bytes.
+    """
     beside = "".join(f" registers, spills ({other['triton']}) |" for other in others)
     lines = [
         f"| kernel | target | registers | spill bytes |{beside} shared bytes | tensor core | "
@@ -125,32 +151,35 @@ def table(rows: Iterable[Row], others: Sequence[Run] = ()) -> str:
         "|---|---|---|---|---|---|" + "---|" * (len(others) + len(SHOWN)) + "---|",
     ]
     for name, capability, compiled, faults in rows:
-        verdict = "; ".join(faults) or "hold"
+        outcome = "; ".join(faults) or "hold"
         if compiled is None:
             empty = " |" * (4 + len(others) + len(SHOWN))
-            lines.append(f"| {name} | {ARCHITECTURES[capability]} |{empty} {verdict} |")
+            lines.append(f"| {name} | {ARCHITECTURES[capability]} |{empty} {outcome} |")
             continue
         matrix = compiled.opcodes[MATRIX_OPCODES[capability]]
         found = [other["figures"].get(f"{name} on {ARCHITECTURES[capability]}") for other in others]
         cells = "".join(f" {figures[0]}, {figures[1]} |" if figures else " |" for figures in found)
         counts = " | ".join(str(compiled.opcodes[opcode]) for opcode in SHOWN)
         lines.append(
-            f"| {name} | {ARCHITECTURES[capability]} | {compiled.registers} | {compiled.spill_bytes} |"
-            f"{cells} {compiled.shared_bytes} | {matrix} | {counts} | {verdict} |"
+            f"| {name} | {ARCHITECTURES[capability]} | {compiled.registers} | "
+            f"{compiled.spill_bytes} |"
+            f"{cells} {compiled.shared_bytes} | {matrix} | {counts} | {outcome} |"
         )
     return "\n".join(lines)
 
 
 def _page(rows: Sequence[Row], runs: Sequence[Run]) -> str:
-    """The committed page: this run's table, and what other runs found beside it."""
+    """The committed page: the table of this run with the figures of other runs."""
     limits = ", ".join(f"{ARCHITECTURES[c]} {limit:,} B" for c, limit in SHARED_LIMITS.items())
     counts = "; ".join(
         f"Triton {run['triton']}: {len(run['figures'])} configurations, {run['broken']} gates broken" for run in runs
     )
     return (
         "# Compiled kernels\n\n"
-        f"Compiled without a GPU by `make kernels`. {counts}. Shared memory limits: {limits}. Tensor core counts HMMA, "
-        f"HGMMA and UTCHMMA instructions; what is not said to be another's is of Triton {runs[0]['triton']}.\n\n"
+        f"Compiled without a GPU by `make kernels`. {counts}. Shared memory limits: {limits}. "
+        "Tensor core counts HMMA, "
+        "HGMMA and UTCHMMA instructions; what is not said to be another's is of Triton "
+        f"{runs[0]['triton']}.\n\n"
         f"{table(rows, runs[1:])}\n"
     )
 

@@ -1,7 +1,8 @@
-"""Contenders for one job: each is checked first, then they are timed in turns, and only then compared.
+"""Contenders for one task: check each, time them in turns, then compare.
 
-Speed-ups are ratios of medians within one run. Milliseconds are reported from a GPU alone: this project's CPUs are shared. There
-they are three: what the kernels take on the GPU, what the host takes to launch them, and the clock on the wall around both.
+Speed-ups are ratios of medians within one run. Milliseconds are reported on a GPU only, because
+CPUs are shared: the time of the kernels on the GPU, the time of the host to launch them, and the
+wall-clock time of both.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ import torch
 from benchmarks.measure import interleave, ratios
 
 CYCLES_PER_S = 2e9
-"""Of a GPU's clock, at the most: a sleep given in cycles lasts at least as long as meant."""
+"""Upper bound of a GPU's clock rate, so that a sleep in cycles is at least as long as intended."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One way of doing the job.
+    """One way of doing the task.
 
     Attributes:
-        name: what the result calls it.
-        call: does the whole job once, on inputs made beforehand.
-        errors: the distance of its results from a float64 truth, by quantity; run once, before anything is timed.
+        name: in the result.
+        call: does the whole task once, on prepared inputs.
+        errors: computes the errors relative to float64, by quantity; called once, before timing.
         limits: the largest allowed value of each error.
-        skipped: why it does not run here; then nothing else is looked at.
+        skipped: the reason why it does not run here; the other fields are then unused.
     """
 
     name: str
@@ -45,16 +46,17 @@ def contest(contenders: Sequence[Contender], *, subject: str, device: torch.devi
     """Check, time and compare.
 
     Args:
-        contenders: ``subject`` among them.
-        subject: the name whose speed-up over every other is asked for.
-        device: where all of them run.
+        contenders: including `subject`.
+        subject: name of the contender whose speed-ups over the others are reported.
+        device: of all of them.
         rounds: timed turns of each.
 
     Returns:
-        ``errors`` by contender; ``skipped`` and ``failed`` with reasons; ``peak_bytes`` that one call adds;
-        ``speedup`` of the subject over each other contender that passed its check; on CUDA ``milliseconds`` of the GPU,
-        ``host_ms`` and ``wall_ms``. Without a passing subject there is no ``speedup`` at all. Others that fail, by
-        their check, an error or for want of memory, cost only themselves.
+        `errors` by contender; `skipped` and `failed` with reasons; `peak_bytes` that one call adds;
+        `speedup` of the subject over each other contender that passed its check; on CUDA
+        `milliseconds` of the GPU, `host_ms` and `wall_ms`. Without a passing subject there is no
+        `speedup`. Other contenders that fail, by their check, an error or lack of memory, are
+        reported and omitted.
     """
     result: dict[str, Any] = {
         "errors": {},
@@ -64,6 +66,8 @@ def contest(contenders: Sequence[Contender], *, subject: str, device: torch.devi
         "speedup": {},
         "subject": subject,
     }
+
+    # Check each contender against its limits.
     running = []
     for contender in contenders:
         if contender.skipped:
@@ -84,12 +88,16 @@ def contest(contenders: Sequence[Contender], *, subject: str, device: torch.devi
             running.append(contender)
     if subject not in {contender.name for contender in running}:
         return result
+
+    # Measure the peak of one warm call.
     for contender in tuple(running):
         peak = _attempt(contender.name, subject, partial(_warm_peak, contender.call, device), result)
         if peak is None:
             running.remove(contender)
         else:
             result["peak_bytes"][contender.name] = peak
+
+    # Time the rest in turns.
     timed = {contender.name: _timer(contender.call, device) for contender in running}
     figures = interleave(timed, rounds=rounds)
     if device.type == "cuda":
@@ -106,10 +114,16 @@ def contest(contenders: Sequence[Contender], *, subject: str, device: torch.devi
 
 
 def _attempt(name: str, subject: str, action: Callable[[], Any], result: dict[str, Any]) -> Any:
-    """What ``action`` gives; None, with the reason in ``failed``, where it fails for another than the subject."""
+    """The result of `action`; None, with the reason in `failed`, if it fails
+    for a contender other than the subject.
+    """
     try:
         return action()
-    except (RuntimeError, ValueError, ImportError) as error:  # torch.OutOfMemoryError is a RuntimeError
+    except (
+        RuntimeError,
+        ValueError,
+        ImportError,
+    ) as error:  # torch.OutOfMemoryError is a RuntimeError
         if name == subject or "CUDA error" in str(error):
             raise
         result["failed"][name] = f"{type(error).__name__}: {str(error)[:200]}"
@@ -119,19 +133,19 @@ def _attempt(name: str, subject: str, action: Callable[[], Any], result: dict[st
 
 
 def _warm_peak(call: Callable[[], object], device: torch.device) -> int:
-    call()  # compile, tune, fill the caches
+    call()  # compile, tune, fill caches
     return peak_bytes(call, device)
 
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    """``||value - truth|| / ||truth||`` in float64; a NaN or an infinity anywhere gives infinity."""
+    """`||value - truth|| / ||truth||` in float64; a NaN or an infinity anywhere gives infinity."""
     value, truth = value.detach().double().cpu(), truth.detach().double().cpu()
     error = float((value - truth).norm() / truth.norm().clamp_min(1e-300))
     return error if error == error else float("inf")
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Memory that one call needs at its peak beyond what was allocated before it."""
+    """Peak memory of one call above the memory allocated before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -152,12 +166,13 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 def seconds_by_events(call: Callable[[], object], device: torch.device, *, queued: float = 2e-3) -> float:
     """Seconds of one call's kernels on a GPU, after a cleared L2 cache; on a CPU by the clock.
 
-    The GPU sleeps first, so that all launches of the call are queued when it wakes: what the events then see is kernels, not
-    Python. Only a call that waits for the device itself, or queues more than about a thousand launches, shows its host.
+    The GPU sleeps first, so that all launches of the call are queued when it wakes, and events
+    measure kernels, not Python. The host is visible only if the call itself waits for the device,
+    or queues more than about a thousand launches.
 
     Args:
         call: the work.
-        device: where.
+        device: of the call.
         queued: seconds that the GPU sleeps, longer than the host takes for the call.
     """
     if device.type != "cuda":
@@ -175,7 +190,9 @@ def seconds_by_events(call: Callable[[], object], device: torch.device, *, queue
 
 
 def wall_and_host(call: Callable[[], object], device: torch.device, *, calls: int = 5) -> tuple[float, float]:
-    """Seconds of a call until its results are there, and until the host may go on; medians of some calls."""
+    """Seconds until the results of a call are complete, and until the host
+    continues; medians over calls.
+    """
     walls, hosts = [], []
     for _ in range(calls):
         torch.cuda.synchronize(device)
@@ -194,7 +211,7 @@ def _flush(device: torch.device) -> torch.Tensor:
 
 
 def _timer(call: Callable[[], object], device: torch.device) -> Callable[[], float]:
-    """Seconds of one call, the GPU's own where there is one."""
+    """Seconds of one call, on a GPU by the clock of the GPU."""
     if device.type != "cuda":
         return lambda: seconds_by_events(call, device)
     _, host = wall_and_host(call, device, calls=2)

@@ -1,7 +1,7 @@
-"""Processor time of a loader's batches, and of its workers, between two moments of rest.
+"""Processor time of a loader and its workers, between two idle moments.
 
-The wall clock of a shared machine says little. A loader works ahead of its consumer, but its buffers are bounded: from one
-moment at which they are full to the next, as many batches are made as are taken.
+Wall-clock time of a shared machine is unreliable. A loader prefetches into bounded buffers, so
+between two moments at which they are full it makes as many batches as are taken.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def cpu_seconds() -> float:
 
 
 def settle(feed: Feed, quiet_s: float = 0.1, at_most_s: float = 60.0) -> None:
-    """Wait until what works ahead for a feed has nothing left to do: its buffers are full, and its workers are still."""
+    """Wait until the buffers of a feed are full and its workers idle."""
     until = time.monotonic() + at_most_s
     while time.monotonic() < until:
         before, resting = cpu_seconds() - time.process_time(), True
@@ -39,7 +39,7 @@ def settle(feed: Feed, quiet_s: float = 0.1, at_most_s: float = 60.0) -> None:
 
 
 def images_per_cpu_second(feed: Feed, images: int, batches: int) -> Callable[[], float]:
-    """A measurement of some batches of so many images in all, from rest to rest."""
+    """A measurement of some batches with the given total of images, between two idle moments."""
 
     def measure() -> float:
         settle(feed)
@@ -53,7 +53,7 @@ def images_per_cpu_second(feed: Feed, images: int, batches: int) -> Callable[[],
 
 
 def images_per_second(feed: Feed, images: int, batches: int, device: torch.device) -> Callable[[], float]:
-    """By the clock, once what lay ready is used up."""
+    """By wall-clock time, after the prefetched batches are used up."""
 
     def measure() -> float:
         for _ in range(4):

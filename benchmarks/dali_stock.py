@@ -1,4 +1,6 @@
-"""MoCo v3's views as a user of DALI writes them: its own operators, its own random numbers, one decoding per view."""
+"""MoCo v3's views as usually written with DALI: its operators and random
+numbers, and one decoding per view.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def stock_feed(job: Job) -> Feed:
-    """Both views, each decoded by itself: DALI decodes no more than the window then."""
+    """Both views, decoded separately, so that DALI decodes only the window of each."""
     pair = job.views("dali")
 
     def graph(encoded: Any) -> Any:
@@ -32,7 +34,7 @@ def stock_feed(job: Job) -> Feed:
 
 
 def decoding_feed(job: Job) -> Feed:
-    """Reading and decoding by DALI, nothing more."""
+    """Reading and decoding with DALI only."""
 
     def graph(encoded: Any) -> Any:
         from nvidia.dali import fn, types
@@ -48,7 +50,7 @@ def decoding_feed(job: Job) -> Feed:
 
 
 def _runner(graph: Callable[[Any], Any], job: Job) -> Callable[[], Any]:
-    """A built pipeline that is fed the next batch and run."""
+    """Feed the next batch to a built pipeline and run it."""
     from nvidia.dali import fn, pipeline_def, types
 
     def whole() -> Any:
@@ -79,13 +81,13 @@ def _decoder(job: Job) -> str:
 
 
 def _owned(output: Any, device: torch.device) -> torch.Tensor:
-    """A copy on the GPU, where DALI takes its buffer back; on the CPU the tensor keeps it."""
+    """A copy on the GPU, because DALI reuses its buffer; on the CPU the tensor owns it."""
     tensor = from_dlpack(output.as_tensor())
     return tensor.clone() if device.type == "cuda" else tensor
 
 
 def _view(encoded: Any, spec: ViewSpec, job: Job) -> Any:
-    """Crop while decoding, resize, twist the colours, grey, blur, solarize, flip and normalise."""
+    """Crop while decoding, resize, jitter colors, grayscale, blur, solarize, flip and normalise."""
     from nvidia.dali import fn, types
 
     def between(low: float, high: float) -> Any:

@@ -3,8 +3,9 @@
     python -m benchmarks.datasets fashion SRC OUT    idx files of Fashion-MNIST -> OUT/{train,test}/CLASS/*.png
     python -m benchmarks.datasets patches SRC OUT    a folder of photographs -> OUT/{train,test}/PHOTO/*.png, 32-pixel patches
 
-Debian's packages dataset-fashion-mnist and plasma-workspace-wallpapers hold such files. The patch task names each patch after its
-photograph: training patches come from the left 60 % of it, held-out ones from the right 35 %, so no pixel is in both.
+Debian's packages dataset-fashion-mnist and plasma-workspace-wallpapers contain such files. The
+class of a patch is its photograph: training patches come from the left 60 % of it, held-out ones
+from the right 35 %, so no pixel is in both.
 """
 
 from __future__ import annotations
@@ -19,7 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-FASHION = ("tshirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+FASHION = (
+    "tshirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "boot",
+)
 PATCH, TRAIN_PATCHES, TEST_PATCHES, MIN_SIDE = 32, 250, 40, 700
 
 
@@ -38,7 +50,7 @@ def fashion(src: Path, out: Path) -> int:
 
 
 def distinct_files(src: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Files below ``src`` with one of the suffixes, in order of their names, each content once."""
+    """Files below `src` with one of the suffixes, in order of their names, each content once."""
     seen = set()
     for path in sorted(p for p in src.rglob("*") if p.suffix.lower() in suffixes and p.is_file()):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -48,7 +60,9 @@ def distinct_files(src: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
 
 
 def patches(src: Path, out: Path, *, seed: int = 0) -> int:
-    """Cut 32-pixel patches of random scale from every distinct photograph below ``src``; returns their number."""
+    """Cut 32-pixel patches of random scale from every distinct photograph below
+    `src`; returns their number.
+    """
     rng, written = np.random.default_rng(seed), 0
     for number, path in enumerate(distinct_files(src, (".jpg", ".jpeg", ".png")), start=1):
         with Image.open(path) as opened:
@@ -67,7 +81,10 @@ def patches(src: Path, out: Path, *, seed: int = 0) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(count):
                 side = int(rng.integers(PATCH, min(160, right - left, photo.height)))
-                x, y = int(rng.integers(left, right - side + 1)), int(rng.integers(0, photo.height - side + 1))
+                x, y = (
+                    int(rng.integers(left, right - side + 1)),
+                    int(rng.integers(0, photo.height - side + 1)),
+                )
                 patch = photo.resize((PATCH, PATCH), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side))
                 patch.save(folder / f"{i:03d}.png")
                 written += 1
@@ -75,7 +92,7 @@ def patches(src: Path, out: Path, *, seed: int = 0) -> int:
 
 
 def _idx(path: Path, *, header: int) -> NDArray[np.uint8]:
-    """The bytes of an idx file behind its header."""
+    """The bytes of an idx file after its header."""
     return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
 
 

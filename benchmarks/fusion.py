@@ -1,16 +1,20 @@
-"""A model of what a fusing compiler makes of a graph: which kernels, and the bytes that each of them moves.
+"""A model of a fusing compiler: the kernels that it makes of a graph, and the
+bytes that each of them moves.
 
-The graph is the real one: Dynamo's and AOT autograd's with inductor's decompositions, joint passes and partitioner, so what
-is kept for the backward and what is computed again is what torch.compile decides. Only the last stage, from operations to
-kernels, is modelled, because inductor needs a GPU to do it for one:
+The graph is the real one: Dynamo's and AOT autograd's with inductor's decompositions, joint passes
+and partitioner, so the choice of kept and recomputed tensors is that of torch.compile. Only the
+last stage, from operations to kernels, is modelled, because inductor needs a GPU for it:
 
-* Products, convolutions, attention and custom operators are a kernel each, reading inputs and writing outputs once.
-* A pointwise operation costs nothing by itself: it is computed inside every kernel that needs it. Its value is written
-  only where a product or the caller reads it, or where several kernels do and it has more than four inputs.
-* A value that is written and a reduction over trailing dimensions ("rows") make one kernel with neighbours of the same
-  size, unless something else would have to run in between.
-* A reduction over leading dimensions ("columns": gradients of biases and norm weights) is a kernel of its own, shared by
-  those over the same rows that read a tensor in common. Newer inductors fuse some of these into the rows: the model does not.
+* Products, convolutions, attention and custom operators are a kernel each, reading inputs and
+  writing outputs once.
+* A pointwise operation has no cost of its own: it is computed inside every kernel that needs it.
+  Its value is written only if a product or the caller reads it, or if several kernels read it and
+  it has more than four inputs.
+* A value that is written and a reduction over trailing dimensions ("rows") make one kernel with
+  adjacent ones of the same size, unless another kernel has to run in between.
+* A reduction over leading dimensions ("columns": gradients of biases and norm weights) is a
+  separate kernel, shared by those over the same rows that read a common tensor. Newer inductors
+  fuse some of these into the rows; the model does not.
 * Views are free; concatenation is pointwise; an operation with several results writes all of them.
 """
 
@@ -28,9 +32,32 @@ from torch.utils._pytree import tree_map_only
 from benchmarks.op_counts import Counts, flops_of, kind_of, tensor_bytes, tensors
 
 MANY_READS = 4
-"""Inputs above which a value that several kernels use is written once instead of computed in each (inductor's default)."""
-REDUCTIONS = ("sum", "mean", "amax", "amin", "var_mean", "var", "prod", "argmax", "argmin", "any", "all")
-POINTWISE = ("convert_element_type", "fma", "clone", "cat", "_to_copy", "copy", "copy_", "where", "select_scatter")
+"""Inputs above which a value that several kernels use is written once instead of computed in each
+(inductor's default)."""
+REDUCTIONS = (
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "var_mean",
+    "var",
+    "prod",
+    "argmax",
+    "argmin",
+    "any",
+    "all",
+)
+POINTWISE = (
+    "convert_element_type",
+    "fma",
+    "clone",
+    "cat",
+    "_to_copy",
+    "copy",
+    "copy_",
+    "where",
+    "select_scatter",
+)
 POINTWISE_TOO = (
     "slice_scatter",
     "constant_pad_nd",
@@ -52,7 +79,7 @@ class Kernel:
 
     Attributes:
         kind: `ROWS`, "fused pointwise", `COLUMNS`, or what an external operation is reported as.
-        size: elements that it goes over.
+        size: number of elements that it processes.
         made: nodes whose values it computes and may have to write.
         reads: bytes of every buffer that its members read.
         rests: sizes of the results of its reductions.
@@ -97,7 +124,7 @@ class FusedGraph:
         return found
 
     def bytes_of(self, kernel: Kernel) -> float:
-        """What a kernel reads of others and writes for others."""
+        """Buffers that a kernel reads from others and writes for others."""
         made = set(kernel.made)
         read = sum(min(size, _bytes(buffer)) for buffer, size in kernel.reads.items() if buffer not in made)
         others = {buffer for other in self.kernels if other is not kernel for buffer in other.reads}
@@ -112,7 +139,9 @@ class FusedGraph:
         return len(users) > 1 and len(self._reads(node)) > MANY_READS
 
     def _reads(self, node: Node) -> dict[Node, float]:
-        """Buffers that computing a node reads, with bytes; pointwise values that nobody writes are looked through."""
+        """Buffers that computing a node reads, with bytes; pointwise values that are not written
+        are replaced by their inputs.
+        """
         if node in self._memo:
             return self._memo[node]
         found: dict[Node, float] = {}
@@ -170,11 +199,11 @@ class FusedGraph:
         return alike and not self._between(first, second)
 
     def _between(self, first: Kernel, second: Kernel) -> bool:
-        """Whether some third kernel needs the one and is needed by the other, either way."""
+        """Whether a third kernel depends on one and the other depends on it, in either order."""
         makers = {node: kernel for kernel in self.kernels for node in kernel.made}
 
         def reaches(source: Kernel, goal: Kernel) -> bool:
-            """Whether ``goal`` depends on ``source`` by way of another kernel."""
+            """Whether `goal` depends on `source` by way of another kernel."""
             seen: set[int] = set()
             waiting = [maker for read in goal.reads if (maker := makers.get(read)) not in (None, source, goal)]
             while waiting:
@@ -220,7 +249,7 @@ def _is_pointwise(node: Node) -> bool:
 
 
 def _reduction(node: Node) -> str:
-    """`ROWS`, `COLUMNS`, or nothing for what is no reduction."""
+    """`ROWS`, `COLUMNS`, or "" if the node is not a reduction."""
     if node.op != "call_function" or _name(node) not in REDUCTIONS or _is_pointwise(node):
         return ""
     value = _value(node.all_input_nodes[0])
@@ -232,7 +261,7 @@ def _reduction(node: Node) -> str:
 
 
 def _buffer(node: Node) -> Node:
-    """The node that made the memory which a node shows."""
+    """The node that allocated the memory of a view."""
     while _is_view(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node

@@ -1,10 +1,11 @@
-"""`python -m benchmarks.fuzz --inputs 20000 --seconds 600 --seed 0`: mutated images, tars and indexes, and what became
-of them.
+"""`python -m benchmarks.fuzz --inputs 20000 --seconds 600 --seed 0`: mutated images, tars and
+indexes, and their outcomes.
 
-Every input is judged in a disposable process with limits on time and memory. Counted are: inputs refused by name;
-accepted with the pixels, members or labels that a second opinion (Pillow, the standard library) has too; and violations:
-wrong pixels or samples without a word, crashes, hangs over 10 s. A flipped bit in a JPEG's scan gives the same garbage
-in every decoder: only the crc32 in the index tells, and such inputs are counted apart. Exit code 1 on a violation.
+Every input is processed in a child process with limits on time and memory. Outcomes are: refused
+with a reason; accepted with the same pixels, members or labels as in Pillow or the standard
+library; and violations: wrong pixels or samples without an error, crashes, hangs over 10 s. A
+flipped bit in the scan of a JPEG gives the same wrong pixels in every decoder; only the crc32 in
+the index detects it, and such inputs are counted separately. Exit code 1 on a violation.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastmoco_pipelines.check_pool import ChildLimits, DecodePool, Item
-from fastmoco_pipelines.index import build_index, index_path, write_index
+from fastmoco_pipelines.formats.index import build_index, index_path, write_index
+from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, DecodePool, Item
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {"image": 0.8, "tar": 0.15, "index": 0.05}
@@ -59,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rng = np.random.default_rng([options.seed, done])
             inputs = [mutated(rng, seeds) for _ in range(min(_ROUND, options.inputs - done))]
             items = _written(folder / f"round-{done}", inputs)
-            for (target, _, data), verdict in zip(inputs, pool.run(items), strict=True):
-                counts[target][verdict.kind, verdict.reason] += 1
-                if options.keep and verdict.kind.startswith(VIOLATIONS):
+            for (target, _, data), outcome in zip(inputs, pool.run(items), strict=True):
+                counts[target][outcome.kind, outcome.reason] += 1
+                if options.keep and outcome.kind.startswith(VIOLATIONS):
                     options.keep.mkdir(parents=True, exist_ok=True)
                     (options.keep / f"{target}-{zlib.crc32(data):08x}").write_bytes(data)
             (folder / f"round-{done}").unlink()
@@ -73,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(counts: dict[str, Counter[tuple[str, str]]], *, restarts: int, seconds: float) -> int:
-    """Print outcomes by target, most frequent first, with their commonest details; 1 if a rule was broken."""
+    """Print outcomes by target, most frequent first, with their most common
+    details; 1 on a violation.
+    """
     total = sum(sum(counter.values()) for counter in counts.values())
     violations = 0
     for target in TARGETS:
@@ -93,7 +96,7 @@ def report(counts: dict[str, Counter[tuple[str, str]]], *, restarts: int, second
 
 
 def write_seeds(folder: Path) -> dict[str, list[bytes]]:
-    """Small images of every kind, tars of every layout, and an index; the files lie beside each other."""
+    """Small images of every kind, tars of every layout, and an index, in one folder."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8))
     picture = picture.resize((96, 64), Image.Resampling.BICUBIC)
     encodings: list[tuple[str, str, dict[str, Any]]] = [
@@ -132,7 +135,10 @@ def _tar(images: list[bytes], layout: int, long: bool) -> bytes:
     with tarfile.open(fileobj=out, mode="w", format=layout) as tar:
         for i, data in enumerate(images):
             folder = "a-long-name/" * 12 if long else ""
-            for name, content in ((f"{folder}{i:03d}.jpg", data), (f"{folder}{i:03d}.cls", b"%d" % i)):
+            for name, content in (
+                (f"{folder}{i:03d}.jpg", data),
+                (f"{folder}{i:03d}.cls", b"%d" % i),
+            ):
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
@@ -156,14 +162,17 @@ def mutated(rng: np.random.Generator, seeds: dict[str, list[bytes]]) -> tuple[st
 
 
 def _mutate(rng: np.random.Generator, data: bytearray, target: str) -> None:
-    """Change a few bytes in place; half of the time near the start, or in a tar's headers, where structure is."""
+    """Change a few bytes in place; half of the time near the start, or in a tar in its headers."""
     if not data:
         return
     near = rng.random() < 0.5
     at = int(rng.integers(min(len(data), 700) if near and target != "tar" else len(data)))
     if near and target == "tar":  # a field of a header: name, size, checksum, type
         blocks = [i for i in range(0, len(data) - 511, 512) if data[i + 257 : i + 262] == b"ustar"] or [0]
-        at = min(int(rng.choice(blocks)) + int(rng.choice([0, 3, 124, 130, 148, 156, 257, 345])), len(data) - 1)
+        at = min(
+            int(rng.choice(blocks)) + int(rng.choice([0, 3, 124, 130, 148, 156, 257, 345])),
+            len(data) - 1,
+        )
     length = int(rng.integers(1, 40))
     kind = int(rng.integers(9))
     if kind == 0:
@@ -189,7 +198,7 @@ def _mutate(rng: np.random.Generator, data: bytearray, target: str) -> None:
 
 
 def _mend_png(data: bytearray) -> None:
-    """Right checksums, so that the decoder behind them is reached."""
+    """Correct the checksums, so that the decoder is reached."""
     if data[:8] != b"\x89PNG\r\n\x1a\n":
         return
     at = 8
@@ -203,7 +212,7 @@ def _mend_png(data: bytearray) -> None:
 
 
 def _mend_tar(data: bytearray) -> None:
-    """Right checksums in whatever looks like a header."""
+    """Correct the checksums of everything that looks like a header."""
     for at in range(0, len(data) - 511, 512):
         if data[at + 257 : at + 262] == b"ustar":
             data[at + 148 : at + 156] = b" " * 8

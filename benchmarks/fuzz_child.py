@@ -1,8 +1,9 @@
-"""The child of ``benchmarks.fuzz``: one mutated input at a time, judged by this project's code and by a second opinion.
+"""The child of `benchmarks.fuzz`: one mutated input at a time, decoded by this
+project and by another library.
 
-Speaks the protocol of ``fastmoco_pipelines.check_child``. The ``path`` of an item is ``TARGET:FILE``; its crc32 is the
-number of the seed that the input was made from, the file ``TARGET-NUMBER`` beside it. ``kind`` is the outcome, ``reason``
-its detail.
+Uses the protocol of `fastmoco_pipelines.inspecting.decode_child`. The `path` of an item is
+`TARGET:FILE`; its crc32 is the number of the seed that the input was made from, the file
+`TARGET-NUMBER` in the same folder. `kind` is the outcome, `reason` its detail.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastmoco_pipelines.check_child import Decoder, limit_memory, limit_time
-from fastmoco_pipelines.images import ImageRefusedError, read_header
-from fastmoco_pipelines.index import ShardError, build_index, index_path, read_index, write_index
-from fastmoco_pipelines.shards import ShardSet
-from fastmoco_pipelines.tar import TarError, walk_damaged, walk_tar
+from fastmoco_pipelines.errors import ImageRefusedError, ShardError, TarError
+from fastmoco_pipelines.formats.images import read_header
+from fastmoco_pipelines.formats.index import build_index, index_path, read_index, write_index
+from fastmoco_pipelines.formats.tar import walk_damaged, walk_tar
+from fastmoco_pipelines.inspecting.decode_child import Decoder, limit_memory, limit_time
+from fastmoco_pipelines.sets.shard_set import ShardSet
 
 Outcome = tuple[str, str]
 ALIKE_LEVELS = 1.0
-"""Two decoders agree within this many levels of 0 to 255; CMYK has no one conversion: see CMYK_LEVELS."""
+"""Two decoders agree within this many levels of 0 to 255; CMYK has no unique
+conversion: see CMYK_LEVELS."""
 CMYK_LEVELS = 3.0
 
 
@@ -60,13 +63,19 @@ def main() -> int:
             own = folder / f"child-{os.getpid()}"
             own.mkdir(exist_ok=True)
             kind, reason = targets[target](own / "x.tar", data, folder / f"{target}-{number}")
-            answer: dict[str, Any] = {"crc32": 0, "listed": True, "shape": None, "kind": kind, "reason": reason}
+            answer: dict[str, Any] = {
+                "crc32": 0,
+                "listed": True,
+                "shape": None,
+                "kind": kind,
+                "reason": reason,
+            }
             answers.write(json.dumps(answer) + "\n")
     return 0
 
 
 class _Images:
-    """Mutated image -> refused, or accepted with pixels that Pillow gives too, or a violation."""
+    """Mutated image: refused, accepted with the same pixels as in Pillow, or a violation."""
 
     def __init__(self) -> None:
         self._decoder = Decoder()
@@ -90,7 +99,7 @@ class _Images:
             return "accepted, pixels of the original", ""
         try:
             wanted, levels = pillow_pixels(data)
-        except Exception as error:  # whatever hostile bytes make it raise
+        except Exception as error:  # hostile bytes may raise anything
             return "accepted, Pillow refuses, caught by crc32", _pith(f"{type(error).__name__}: {error}")
         if wanted.shape != pixels.shape:
             return "VIOLATION: another size than Pillow's", f"{pixels.shape} {wanted.shape}"
@@ -111,7 +120,7 @@ def pillow_pixels(data: bytes) -> tuple[NDArray[np.float64], float]:
 
 
 def warm_up() -> None:
-    """Load what is loaded late: decoders of every format, in both libraries."""
+    """Load the decoders of every format in both libraries."""
     for kind in ("JPEG", "PNG", "WEBP"):
         out = io.BytesIO()
         Image.new("RGB", (16, 16)).save(out, kind)
@@ -120,10 +129,12 @@ def warm_up() -> None:
 
 
 def judge_tar(path: Path, data: bytes, seed: Path) -> Outcome:
-    """Mutated tar: refused by name, or read as the standard library reads it; nothing between."""
+    """Mutated tar: refused with a reason, or read as by the standard library."""
     del seed
     path.write_bytes(data)
     index_path(path).unlink(missing_ok=True)
+
+    # The strict and the tolerant reader must agree on whether the tar is damaged.
     members, faults = walk_damaged(path)
     try:
         strict = list(walk_tar(path))
@@ -137,11 +148,13 @@ def judge_tar(path: Path, data: bytes, seed: Path) -> Outcome:
         return "VIOLATION: a refused tar got an index", str(error)
     if faults or strict != members:
         return "VIOLATION: accepted and found damaged", str(faults)
+
+    # The standard library is the reference for members.
     ours = [(m.name, m.offset, m.size) for m in strict if not m.kind]
     try:
         with tarfile.open(path) as tar:
             theirs = [(m.name, m.offset_data, m.size) for m in tar.getmembers() if m.isreg()]
-    except Exception as error:  # whatever it raises
+    except Exception as error:  # of any kind
         return "accepted, the standard library refuses", _pith(f"{type(error).__name__}: {error}")
     try:
         write_index(path, build_index(path))
@@ -149,9 +162,14 @@ def judge_tar(path: Path, data: bytes, seed: Path) -> Outcome:
             shards.read(np.arange(len(shards)))
     except ShardError as error:
         return "accepted tar without a usable index", _pith(str(error))
+
+    # Compare the members of both.
     places = [(offset, size) for _, offset, size in ours]
     if {(offset, size) for _, offset, size in theirs} - set(places):
-        return "VIOLATION: a member that the standard library finds is missing", f"{len(ours)} {len(theirs)}"
+        return (
+            "VIOLATION: a member that the standard library finds is missing",
+            f"{len(ours)} {len(theirs)}",
+        )
     if len(places) > len(theirs):  # at a damaged field that no reader needs: an owner, a date
         return "accepted, the standard library loses members", ""
     if ours != theirs:  # a forged checksum over a damaged prefix, which GNU's own headers do not have
@@ -160,7 +178,9 @@ def judge_tar(path: Path, data: bytes, seed: Path) -> Outcome:
 
 
 def judge_index(path: Path, data: bytes, seed: Path) -> Outcome:
-    """Mutated index beside a good tar: refused by name, or every sample is the right one with the right label."""
+    """Mutated index of a sound tar: refused with a reason, or every sample has
+    the right bytes and label.
+    """
     raw = seed.read_bytes()
     path.write_bytes(raw)
     index_path(path).unlink(missing_ok=True)

@@ -1,13 +1,14 @@
-"""Processor time that a call of an op takes on the host, its kernels' launches left out.
+"""Processor time of a call of an op on the host, without the launches of its kernels.
 
-``python -m benchmarks.host_cost`` replaces every kernel by a function that does nothing and measures what is left: checks,
-tables of addresses, scratch tensors, autograd. On a GPU this time hides behind the kernels only as long as it is shorter
-than they are. Cases and checkouts take turns, a few calls and a process at a time, and medians are printed;
-``--against FOLDER`` measures another checkout of this repository beside this one, in the same minutes.
+`python -m benchmarks.host_cost` replaces every kernel by a function that does nothing and measures
+the rest: checks, tables of addresses, scratch tensors, autograd. On a GPU kernels hide this time
+only if they take longer. Cases and checkouts alternate, a few calls and a process at a time, and
+medians are printed. `--against FOLDER` also measures another checkout of this repository, at the
+same time.
 
-The cases are those of one step of a ViT-S: an optimizer and an average over 154 tensors, once with gradients that stay
-where they are and once with gradients that moved, as `zero_grad(set_to_none=True)` makes them; the loss, both ways. Tensors
-are tiny: the time does not depend on their sizes.
+The cases are those of one step of a ViT-S: an optimizer and a momentum update over 154 tensors,
+with gradients at fixed addresses and with new addresses as after `zero_grad(set_to_none=True)`; the
+loss, forward and backward. Tensors are tiny, because the time does not depend on their sizes.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ TENSORS = 154
 TURN = 20
 """Calls of one case in a row."""
 Case = tuple[Callable[[int], object], Callable[[], object]]
-"""What comes before a call and is not measured, given the number of the call; and the call."""
+"""The unmeasured preparation of a call, given its number; and the call."""
 
 
 class NoLaunch:
-    """Takes a kernel's place: counts launches, and launches nothing."""
+    """Replaces a kernel: counts launches without launching."""
 
     def __init__(self) -> None:
         self.launches = 0
@@ -46,7 +47,7 @@ class NoLaunch:
 
 
 def stub_kernels(*modules: ModuleType) -> list[NoLaunch]:
-    """Replace every name that ends in ``_kernel`` in some modules, for the rest of the process."""
+    """Replace every name that ends in `_kernel` in some modules, for the rest of the process."""
     stubs = []
     for module in modules:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
@@ -56,7 +57,9 @@ def stub_kernels(*modules: ModuleType) -> list[NoLaunch]:
 
 
 def cases() -> dict[str, Case]:
-    """Every case by name, on CUDA where there is a device and else on the CPU, where addresses are compared alike."""
+    """Every case by name, on CUDA if there is a device, else on the CPU, where addresses are
+    compared in the same way.
+    """
     import torch
 
     from fastmoco_kernels.adamw_ema import launch as adamw_launch
@@ -104,7 +107,7 @@ def _ema(device: Any, *, moved: bool) -> Case:
 
 
 def _with_gradients(device: Any, moved: bool) -> tuple[list[Any], Callable[[int], None]]:
-    """Parameters, and what gives them the gradients of one call or of the next."""
+    """Parameters, and a function that sets the gradients of the next call."""
     import torch
 
     parameters = [torch.nn.Parameter(tensor) for tensor in _tensors(device)]
@@ -144,7 +147,13 @@ def _info_nce(device: Any) -> Case:
 
     def call() -> None:
         result = symmetric_info_nce_loss(
-            queries[0], keys[0], queries[1], keys[1], temperature=0.2, precision="bf16", backend="triton"
+            queries[0],
+            keys[0],
+            queries[1],
+            keys[1],
+            temperature=0.2,
+            precision="bf16",
+            backend="triton",
         )
         torch.autograd.grad(result.loss, queries)
 
@@ -162,7 +171,7 @@ def _attention(device: Any) -> Case:
 
 
 def measure(calls: int, *, warm_up: int = 20) -> dict[str, float]:
-    """Median microseconds of processor time a call, by case; the cases take turns."""
+    """Median microseconds of processor time per call, by case; the cases alternate."""
     import torch
 
     torch.set_num_threads(1)
@@ -174,15 +183,15 @@ def measure(calls: int, *, warm_up: int = 20) -> dict[str, float]:
                 before(number)
                 began = time.process_time_ns()
                 call()
-                if (
-                    number >= warm_up and number % TURN > 1
-                ):  # the first two calls of a turn find the caches of another case
+                if number >= warm_up and number % TURN > 1:  # the first two calls of a turn have cold caches
                     times[name].append((time.process_time_ns() - began) / 1000)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure in processes of their own, one checkout after the other and again, and print medians of their medians."""
+    """Measure in separate processes, alternating between checkouts, and print
+    medians of their medians.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host_cost", description=__doc__)
     parser.add_argument("--against", type=Path, help="folder of another checkout, measured beside this one")
     parser.add_argument("--calls", type=int, default=300, help="calls of each case in one process")

@@ -1,7 +1,8 @@
-"""The ways of making two views of every image that the loader benchmark compares, all on the same shards.
+"""Feeds: the ways of making two views of every image that the loader benchmark
+compares, on the same shards.
 
-A feed hands out batches. Whatever works ahead of its consumer (threads, worker processes) does so for a bounded number of
-batches, so that between two moments of rest as many batches are made as are taken.
+A feed gives batches. Its threads or worker processes prefetch a bounded number of batches, so
+between two idle moments it makes as many batches as are taken.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from PIL import Image
 from torch import Tensor
 
 from fastmoco_pipelines import LoaderSpec, ViewSpec, moco_v3_views
-from fastmoco_pipelines.draws import ViewDraws, draw_views
-from fastmoco_pipelines.exact_color import exact_color, exact_views
-from fastmoco_pipelines.loader import Loader, build_loader
-from fastmoco_pipelines.reference import (
+from fastmoco_pipelines.loading.loader import Loader, build_loader
+from fastmoco_pipelines.sampling.stand_ins import Plan
+from fastmoco_pipelines.sets.shard_set import ShardSet
+from fastmoco_pipelines.views.draws import ViewDraws, draw_views
+from fastmoco_pipelines.views.exact_color import exact_color, exact_views
+from fastmoco_pipelines.views.reference import (
     adjust_brightness,
     adjust_contrast,
     adjust_saturation,
@@ -35,8 +38,6 @@ from fastmoco_pipelines.reference import (
     solarize,
     to_grayscale,
 )
-from fastmoco_pipelines.refill import Plan
-from fastmoco_pipelines.shards import ShardSet
 
 Views = tuple[Tensor, Tensor]
 Color = Literal["dali", "exact"]
@@ -47,11 +48,12 @@ class Feed:
     """One way of loading.
 
     Attributes:
-        name: what the result calls it.
-        next: makes or takes one batch: two tensors [B, 3, size, size] float32, or nothing for a part of the work.
-        close: gives back what it holds.
-        resting: whether no thread of this process works ahead any more.
-        loader: fastmoco's own, where it is one.
+        name: in the result.
+        next: makes or takes one batch: two tensors [B, 3, size, size] float32,
+            or None for a part of the work.
+        close: releases its resources.
+        resting: whether no thread of this process is prefetching.
+        loader: fastmoco's own, if it is one.
     """
 
     name: str
@@ -63,12 +65,12 @@ class Feed:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every feed is to deliver.
+    """The batches that every feed makes.
 
     Attributes:
         shards: pattern of the tars.
         size: height and width of a view; batch: images of a batch.
-        device: where the batches are wanted.
+        device: of the batches.
         threads: of DALI and of torch.
     """
 
@@ -79,7 +81,7 @@ class Job:
     threads: int
 
     def views(self, color: Color) -> tuple[ViewSpec, ViewSpec]:
-        """MoCo v3's pair."""
+        """The two views of MoCo v3."""
         return moco_v3_views(self.size, color=color)
 
     @cached_property
@@ -88,16 +90,16 @@ class Job:
         return ShardSet.open(self.shards)
 
     def ids(self, step: int) -> NDArray[np.int64]:
-        """The samples that fastmoco's loader delivers in a step; the others get the same."""
+        """The samples that fastmoco's loader delivers in a step; the other feeds use the same."""
         return Plan(seed=0, windows=self.set.windows(0), global_batch_size=self.batch).places(step).ids
 
     def draws(self, ids: NDArray[np.int64], number: int, color: Color = "exact", epoch: int = 0) -> ViewDraws:
-        """What fastmoco's loader draws for view 1 or 2 of these samples."""
+        """The draws of fastmoco's loader for view 1 or 2 of these samples."""
         spec, sizes = self.views(color)[number - 1], self.set.sizes[ids]
         return draw_views(spec, seed=0, epoch=epoch, sample_ids=ids, sizes=sizes, view=number)
 
     def batches(self) -> Iterator[tuple[NDArray[np.int64], list[NDArray[np.uint8]]]]:
-        """Numbers and bytes of the samples, step by step, for ever."""
+        """Numbers and bytes of the samples, step by step, without end."""
         step = 0
         while True:
             ids = self.ids(step)
@@ -108,25 +110,29 @@ class Job:
 def fastmoco_feed(job: Job, color: Color, name: str = "") -> Feed:
     """fastmoco's loader."""
     on_gpu = job.device.type == "cuda"
-    view1, view2 = job.views(color)
     spec = LoaderSpec(
         shards=job.shards,
-        view1=view1,
-        view2=view2,
+        views=job.views(color),
         global_batch_size=job.batch,
         device="gpu" if on_gpu else "cpu",
         threads=job.threads,
         shuffle_window=0,
     )
-    torch.set_num_threads(job.threads)  # the loader's threads take it over when they first need it
+    torch.set_num_threads(job.threads)  # the loader's threads read it at their first use
     loader = build_loader(spec, device_id=0 if on_gpu else None)
 
     def following() -> Views:
-        batch = loader.next()
-        return batch.view1, batch.view2
+        view1, view2 = loader.next().views
+        return view1, view2
 
     shown = name or f"fastmoco {color}"
-    return Feed(name=shown, next=following, close=loader.close, resting=lambda: loader.resting, loader=loader)
+    return Feed(
+        name=shown,
+        next=following,
+        close=loader.close,
+        resting=lambda: loader.resting,
+        loader=loader,
+    )
 
 
 def pillow_feed(job: Job) -> Feed:
@@ -148,7 +154,9 @@ def pillow_feed(job: Job) -> Feed:
 
 
 def webdataset_feed(job: Job, workers: int, paths: list[Path]) -> Feed:
-    """webdataset's reader and torch's DataLoader around the PIL transforms; the workers run until closed."""
+    """webdataset's reader and torch's DataLoader around the PIL transforms; the
+    workers run until closed.
+    """
     import webdataset
 
     pair = job.views("exact")
@@ -173,7 +181,7 @@ def webdataset_feed(job: Job, workers: int, paths: list[Path]) -> Feed:
 
 
 def reading_feed(job: Job) -> Feed:
-    """Reading the bytes and drawing the parameters, nothing more."""
+    """Reading bytes and drawing parameters only."""
     batches = job.batches()
 
     def following() -> None:
@@ -185,7 +193,7 @@ def reading_feed(job: Job) -> Feed:
 
 
 def pillow_decoding_feed(job: Job) -> Feed:
-    """Reading and decoding by Pillow."""
+    """Reading and decoding with Pillow only."""
     batches = job.batches()
 
     def following() -> None:
@@ -196,7 +204,9 @@ def pillow_decoding_feed(job: Job) -> Feed:
 
 
 def augment_feed(job: Job) -> Feed:
-    """What the exact views of one batch cost behind DALI: of decoded images on the CPU, of resized ones on a GPU."""
+    """The work of exact views after DALI for one batch: from decoded images on the CPU, from
+    resized ones on a GPU.
+    """
     ids, encoded = next(job.batches())
     images = [pillow_decode(data) for data in encoded]
     decoded = [np.asarray(image) for image in images]
@@ -226,7 +236,9 @@ def pillow_decode(data: bytes | NDArray[np.uint8]) -> Image.Image:
 
 
 def pillow_view(image: Image.Image, spec: ViewSpec, draws: ViewDraws, i: int) -> Tensor:
-    """torchvision's PIL transforms with the drawn parameters of row ``i``: [3, size, size] float32."""
+    """torchvision's PIL transforms with the drawn parameters of row `i`: [3,
+    size, size] float32.
+    """
     top, left, height, width = draws.crop[i].tolist()
     window = image.crop((left, top, left + width, top + height))
     view = window.resize((spec.size, spec.size), Image.Resampling.BILINEAR)
@@ -253,7 +265,7 @@ def pillow_view(image: Image.Image, spec: ViewSpec, draws: ViewDraws, i: int) ->
 
 
 def _adjust_hue(image: Image.Image, turns: float) -> Image.Image:
-    """torchvision's: the byte of the hue wraps around."""
+    """As in torchvision: the byte of the hue wraps around."""
     hue, saturation, value = image.convert("HSV").split()
     levels = np.array(hue, dtype=np.uint8)
     levels += np.int32(turns * 255).astype(np.uint8)
@@ -261,7 +273,7 @@ def _adjust_hue(image: Image.Image, turns: float) -> Image.Image:
 
 
 def random_draws(spec: ViewSpec, image: Image.Image) -> ViewDraws:
-    """One row from Python's own random numbers, as a transform of torchvision draws for itself."""
+    """One row from Python's own random numbers, as a transform of torchvision does."""
     chance, between = random.random, random.uniform
     jitter = chance() < spec.jitter_probability
 
@@ -284,7 +296,7 @@ def random_draws(spec: ViewSpec, image: Image.Image) -> ViewDraws:
 
 
 def _random_crop(spec: ViewSpec, width: int, height: int) -> tuple[int, int, int, int]:
-    """Top, left, height, width; the whole image where ten tries do not fit."""
+    """Top, left, height, width; the whole image if ten tries do not fit."""
     for _ in range(10):
         area = width * height * random.uniform(*spec.crop_scale)
         ratio = math.exp(random.uniform(math.log(spec.crop_ratio[0]), math.log(spec.crop_ratio[1])))

@@ -1,4 +1,4 @@
-"""How a benchmark is taken: alternating segments, medians, ratios within one run."""
+"""Measuring: alternating segments, medians, ratios within one run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ import torch
 
 
 def interleave(measures: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, list[float]]:
-    """Take each measurement once a round, in turn, so that a noisy neighbour hits all of them alike.
+    """Take each measurement once per round, in turn, so that other load on the
+    machine affects all of them equally.
 
     Args:
         measures: by name; each call returns one figure.
-        rounds: measurements of each.
+        rounds: number of measurements of each.
 
     Raises:
-        ValueError: if ``rounds`` is below 1.
+        ValueError: if `rounds` is below 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: needs at least one")
@@ -34,13 +35,15 @@ def interleave(measures: Mapping[str, Callable[[], float]], *, rounds: int) -> d
 
 
 def ratios(numerator: list[float], denominator: list[float]) -> dict[str, float]:
-    """Median, smallest and largest of the ratios of measurements that were taken side by side."""
+    """Median, smallest and largest ratio of paired measurements."""
     each = [a / b for a, b in zip(numerator, denominator, strict=True)]
     return {"median": statistics.median(each), "smallest": min(each), "largest": max(each)}
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on. Nothing that is absent here costs a result: it is called "unknown"."""
+    """Description of the machine. Missing information is "unknown", so that it
+    never fails a result.
+    """
     described: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -59,15 +62,17 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the tree, with a plus sign where it is changed; ``FASTMOCO_COMMIT`` says it where there is no git."""
-    if told := os.environ.get("FASTMOCO_COMMIT"):
-        return told
+    """The commit of the tree, with a plus sign if the tree is modified; without
+    git the value of `FASTMOCO_COMMIT`.
+    """
+    if commit := os.environ.get("FASTMOCO_COMMIT"):
+        return commit
     here = Path(__file__).resolve().parent
     return _output(["git", "-C", str(here), "describe", "--always", "--dirty=+"]) or "unknown"
 
 
 def _driver() -> str:
-    """NVIDIA's driver."""
+    """Version of NVIDIA's driver."""
     shown = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     return shown.splitlines()[0] if shown else "unknown"
 
@@ -89,7 +94,7 @@ def _cpu_model() -> str:
 
 
 def _output(command: list[str]) -> str:
-    """What a program prints; nothing where it is missing, fails or hangs."""
+    """Output of a program; "" if it is missing, fails or hangs."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):

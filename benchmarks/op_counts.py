@@ -1,7 +1,8 @@
-"""Operations of eager PyTorch, counted as they run: bytes that each reads and writes, and FLOPs of products.
+"""Operations of eager PyTorch, counted as they run: bytes read and written, and FLOPs of products.
 
-Meant for fake tensors, which have shapes and storages but no values. A view costs nothing. Every other operation reads each
-input once and writes each output once, as it does where the tensors are far larger than a cache.
+For fake tensors, which have shapes and storages but no values. A view costs nothing. Every other
+operation reads each input once and writes each output once, as with tensors far larger than a
+cache.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from fastmoco.step_costs import CPU_ATTENTION
+from fastmoco.planning.costs import CPU_ATTENTION
 
 PRODUCTS, ATTENTION, FLOAT8 = "products", "attention", "float8 products"
 KINDS = {
@@ -42,12 +43,13 @@ KINDS = {
     "block_gelu_backward": "GELU",
     "block_stack_qkv": "stack, cat, clone",
 }
-"""Names under which operations are reported; products and attention are recognised by their FLOPs, the rest is "other"."""
+"""Names of operations in the report; products and attention are recognized by
+their FLOPs, others are "other"."""
 
 
 @dataclass(slots=True)
 class Cost:
-    """What some operations cost together."""
+    """Total cost of some operations."""
 
     operations: int = 0
     bytes: float = 0.0
@@ -71,13 +73,13 @@ class Counts:
         self.by_kind[kind].add(Cost(1, size, flops))
 
     def merge(self, other: Counts, times: float = 1.0) -> None:
-        """Add all that was counted elsewhere, the given number of times."""
+        """Add other counts, the given number of times."""
         for kind, cost in other.by_kind.items():
             self.by_kind[kind].add(cost, times)
 
     @property
     def total(self) -> Cost:
-        """All kinds together."""
+        """Total of all kinds."""
         found = Cost()
         for cost in self.by_kind.values():
             found.add(cost)
@@ -85,10 +87,10 @@ class Counts:
 
 
 class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts every operation while it is on.
+    """Counts every operation while it is active.
 
     Attributes:
-        counts: what was counted.
+        counts: the costs so far.
     """
 
     def __init__(self) -> None:
@@ -98,8 +100,9 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Count nothing inside: the caller has counted it in another way."""
-        before, self._paused = self._paused, True
+        """Count nothing inside, because the caller counts it in another way."""
+        before = self._paused
+        self._paused = True
         try:
             yield
         finally:
@@ -107,7 +110,7 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Leave the stack of modes inside; the innermost mode only can."""
+        """Leave the stack of modes inside; only the innermost mode can."""
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         try:
             yield
@@ -141,7 +144,7 @@ def tensor_bytes(tensor: Tensor) -> int:
 
 
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> float:
-    """FLOPs of a product or of attention; 0 for everything else. A multiply-add counts as two."""
+    """FLOPs of a product or of attention; 0 for other operations. A multiply-add counts as two."""
     packet = func._overloadpacket if isinstance(func, torch._ops.OpOverload) else func
     if packet in CPU_ATTENTION:
         shaped: Any = CPU_ATTENTION[packet]
@@ -153,7 +156,7 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> float:
 
 
 def kind_of(func: Any, flops: float) -> str:
-    """The name under which an operation is reported."""
+    """The name of an operation in the report."""
     name = func._overloadpacket.__name__ if isinstance(func, torch._ops.OpOverload) else str(func)
     if flops:
         return ATTENTION if "attention" in name else FLOAT8 if name == "_scaled_mm" else PRODUCTS
@@ -161,7 +164,7 @@ def kind_of(func: Any, flops: float) -> str:
 
 
 def _is_free(func: Any, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> bool:
-    """Whether an operation moves nothing: views, and memory that nobody has written yet."""
+    """Whether an operation moves no bytes: views, and allocations of uninitialised memory."""
     if "empty" in func._overloadpacket.__name__:
         return True
     if func._schema.is_mutable:

@@ -1,10 +1,12 @@
-"""Photographs of about 500 x 375 pixels, as a data set of the web has them, packed in three sizes for the loader benchmark.
+"""Photographs of about 500 x 375 pixels, as in data sets from the web, packed in three sizes for
+the loader benchmark.
 
     python -m benchmarks.photos SRC OUT    the JPEG photographs below SRC -> OUT/{original,max256,max512}/train-*.tar
 
-Debian's package plasma-workspace-wallpapers holds such files (dpkg-deb -x); nothing is downloaded here. Windows of several
-widths are cut from every distinct photograph and scaled to 500 x 375, 375 x 500 or a little more. Flat ones (sky, blur) are left
-out: wallpapers hold more of them than a data set does, and its files weigh about 100 kB.
+Debian's package plasma-workspace-wallpapers contains such files (dpkg-deb -x); nothing is
+downloaded here. Windows of several widths are cut from every distinct photograph and scaled to 500
+x 375, 375 x 500 or a little more. Flat windows (sky, blur) are omitted, because wallpapers have
+more of them than a data set, whose files have about 100 kB.
 """
 
 from __future__ import annotations
@@ -21,27 +23,29 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.datasets import distinct_files
-from fastmoco_pipelines.pack import pack_folder
+from fastmoco_pipelines.making.pack import pack_folder
 
 MIN_SIDE, CUTS, TRIES, FLAT_BYTES = 1000, 36, 3, 60_000
-"""Least side of a photograph; windows kept of each; windows tried for each of these; a file that weighs less is flat."""
+"""Smallest side of a photograph; windows per photograph; tries for each window;
+bytes below which a file is flat."""
 SHAPES = ((500, 375), (500, 375), (500, 375), (375, 500), (500, 334), (640, 480))
 """Width and height, drawn uniformly."""
 PACKED = {"original": None, "max256": 256, "max512": 512}
 """Folder of shards -> longest side."""
 
 DISTINCT = 256
-"""Windows that are cut of each sample photograph; of a larger set they are copies."""
+"""Windows per sample photograph; a larger set repeats them."""
 
 
 def cut_photos(src: Path, out: Path, *, cuts: int = CUTS, flat_bytes: int = FLAT_BYTES, seed: int = 0) -> int:
-    """Cut windows from every distinct JPEG photograph below ``src`` into ``out``; returns the number of images.
+    """Cut windows from every distinct JPEG photograph below `src` into `out`;
+    returns the number of images.
 
     Args:
-        src: searched to any depth for .jpg and .jpeg files of at least 1000 pixels a side.
+        src: searched recursively for .jpg and .jpeg files of at least 1000 pixels per side.
         out: created; one folder per photograph.
         cuts: windows of each photograph at most.
-        flat_bytes: a window whose file weighs less is left out.
+        flat_bytes: a window with a smaller file is omitted.
         seed: of the windows; the same files and seed give the same pixels.
 
     Raises:
@@ -71,7 +75,10 @@ def cut_window(photo: Image.Image, rng: np.random.Generator) -> bytes:
     width, height = SHAPES[int(rng.integers(len(SHAPES)))]
     most = min(photo.width / width, photo.height / height)
     scale = float(rng.uniform(min(2.0, most), min(4.0, most)))
-    left, top = rng.uniform(0, photo.width - scale * width), rng.uniform(0, photo.height - scale * height)
+    left, top = (
+        rng.uniform(0, photo.width - scale * width),
+        rng.uniform(0, photo.height - scale * height),
+    )
     box = (left, top, left + scale * width, top + scale * height)
     out = io.BytesIO()
     photo.resize((width, height), Image.Resampling.LANCZOS, box=box).save(out, "JPEG", quality=95)
@@ -94,7 +101,9 @@ def main() -> None:
 
 
 def sample_shards(folder: Path, batch: int) -> str:
-    """Two batches at least of windows of the two photographs that come with scikit-learn, or of smooth noise without it."""
+    """At least two batches of windows of the two photographs of scikit-learn,
+    or of smooth noise without it.
+    """
     rng, src = np.random.default_rng(0), folder / "images"
     src.mkdir()
     for number, photo in enumerate(_photographs(rng)):

@@ -1,4 +1,6 @@
-"""The cases, and the two verbs: list them, run one and append its result to a file of JSON lines."""
+"""The cases and the command line: list the cases, or run one and append its
+result to a file of JSON lines.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     case = CASES[arguments.case]
     options = parse_options(arguments.options, case.DEFAULTS)
-    described = machine()  # before the case: nothing that fails here may cost a result
+    described = machine()  # before the case, so that an error here loses no result
     result = {
         "case": arguments.case,
         "options": options,
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _result(case: Any, options: dict[str, Any]) -> Any:
-    """Run a case; a value it refuses is an error of one line."""
+    """Run a case; a refused value is an error of one line."""
     try:
         return case.run(options)
     except ValueError as error:
@@ -88,7 +90,7 @@ def _result(case: Any, options: dict[str, Any]) -> Any:
 
 
 def parse_options(given: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The defaults of a case with ``name=value`` words over them, each in its default's type.
+    """The defaults of a case, overridden by `name=value` arguments of the same types.
 
     Raises:
         SystemExit: naming an unknown option.

@@ -1,13 +1,16 @@
-"""The fastest that this very step can be on a card: counted, not modelled, on a CPU in seconds.
+"""Upper bound of the speed of a training step on a card, counted on a CPU in seconds.
 
-``python -m benchmarks.roofline`` runs the pieces of a training step on fake tensors and adds up what every operation reads,
-writes and multiplies. A card does products at 650 TFLOP/s, attention at 35 % of that, and everything else at its memory
-bandwidth, one operation after the other. Real kernels reach less: expect 75 to 85 % of these images/s.
+`python -m benchmarks.roofline` runs the pieces of a training step on fake tensors and adds up the
+bytes and FLOPs of every operation. A card computes products at 650 TFLOP/s, attention at 35 % of
+that, and everything else at its memory bandwidth, one operation after the other. Real kernels are
+slower: expect 75 to 85 % of these images/s.
 
-Eager steps are counted operation by operation (`op_counts`). Compiled ones go through Dynamo and AOT autograd; the graphs
-that come out are counted by a model of fusion (`fusion`), everything outside of them operation by operation.
+Eager steps are counted operation by operation (`op_counts`). Compiled ones go through Dynamo and
+AOT autograd; the graphs that come out are counted by a model of fusion (`fusion`), everything
+outside of them operation by operation.
 
-"recomputed 0" keeps every graph; "planned" takes the chunks and kept graphs that the planner chooses for the card's memory.
+"recomputed 0" keeps every graph; "planned" takes the chunks and kept graphs that the planner
+chooses for the card's memory.
 """
 
 from __future__ import annotations
@@ -24,21 +27,21 @@ import torch
 
 from benchmarks.op_counts import ATTENTION, FLOAT8, PRODUCTS, Cost, Counts
 from benchmarks.step_counts import count_step
-from fastmoco import gradients
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
-from fastmoco.planner import StepPlan, busy_chunk
+from fastmoco.objectives.build import build_model
+from fastmoco.planning import choose
+from fastmoco.planning.plan import StepPlan, busy_chunk
 from fastmoco.recipes import get_recipe
-from fastmoco.setup_run import build_model
-from fastmoco_pipelines.memory import loader_bytes
+from fastmoco_pipelines.loading.memory import loader_bytes
 
 ATTENTION_SHARE = 0.35
-"""Of the rate of products, at heads of 32 and 64 channels and 197 tokens."""
+"""Rate of attention relative to products, for heads of 32 and 64 channels and 197 tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """What a card can do."""
+    """Rates and memory of a card."""
 
     bytes_per_s: float
     flops_per_s: float
@@ -46,7 +49,7 @@ class Card:
     """Bytes."""
 
     def seconds(self, kind: str, cost: Cost) -> float:
-        """What a kind of operation takes at the least."""
+        """Lower bound of the time of one kind of operation."""
         if kind == PRODUCTS:
             return cost.flops / self.flops_per_s
         if kind == FLOAT8:
@@ -56,7 +59,7 @@ class Card:
         return cost.bytes / self.bytes_per_s
 
     def seconds_of(self, counts: Counts) -> float:
-        """What everything counted takes, one operation after the other."""
+        """Lower bound of the time of all operations, one after the other."""
         return sum(self.seconds(kind, cost) for kind, cost in counts.by_kind.items())
 
 
@@ -64,36 +67,43 @@ CARDS = {
     "H100": Card(bytes_per_s=3.0e12, flops_per_s=650e12, memory=80e9),
     "H200": Card(bytes_per_s=4.2e12, flops_per_s=650e12, memory=139 * 2**30),
 }
-"""Rates that large copies and products reach, not those of a data sheet."""
+"""Rates of large copies and products, not those of a data sheet."""
 
 
 def plan_for(config: Config, card: Card, *, compiled: bool, levels: bool = True) -> StepPlan:
-    """The plan of one process that has a card for itself, with nothing on it but the model and a loader."""
+    """The plan of one process on its own card, with only the model and a loader on it."""
     with torch.device("meta"):
         objective = build_model(config)
     free = card.memory - sum(p.nbytes for p in objective.parameters())
-    # A save in the background copies to the host's memory, which is not the card's.
+    # A background save copies to memory of the host, not of the card.
     config = replace(config, checkpoint=replace(config.checkpoint, async_save=False))
     shards = replace(config.data, shards=config.data.shards or "not read")
     spec = replace(replace(config, data=shards).loader_spec(device="gpu", threads=14), view_dtype="uint8")
     reserved = loader_bytes(spec).beside_batch_bytes
-    with mock.patch.object(gradients, "free_bytes", return_value=free):
-        return gradients.choose_plan(
+    with mock.patch.object(choose, "free_bytes", return_value=free):
+        return choose.choose_plan(
             config, objective, World(), "bf16", compiled=compiled, levels=levels, reserved=reserved
         )
 
 
 def report(
-    config: Config, *, chunk: int, compiled: bool, kept: int | None, budget: float | None, views: torch.dtype
+    config: Config,
+    *,
+    chunk: int,
+    compiled: bool,
+    kept: int | None,
+    budget: float | None,
+    views: torch.dtype,
 ) -> dict[str, Any]:
     """Counts of a step and images/s on every card.
 
     Args:
         config: model, heads and batch.
-        chunk: images of a chunk; 0: as the planner would.
+        chunk: images of a chunk; 0: the planner's choice.
         compiled: whether blocks go through torch.compile.
         kept: images whose graphs are kept, instead of the planner's choice.
-        budget: share of the activations that compiled blocks keep; None: all, and as planned the planner's choice.
+        budget: share of the activations that compiled blocks keep; None: all, or the planner's
+            choice for the plan.
         views: dtype of the views.
     """
     tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
@@ -103,8 +113,11 @@ def report(
     )
     remade = replace(config, model=replace(config.model, checkpointing="full"))
     lean = functools.cache(lambda chunk: count_step(remade, chunk=chunk, compiled=False, views=views))
+
     counted = count(chunk or busy_chunk(tokens), 1.0 if budget is None else budget)
     whole = counted.step(images / counted.chunk, images / counted.chunk)
+
+    # Images/s on every card: without recomputation, and as planned for its memory.
     cards = {}
     for name, card in CARDS.items():
         plan = plan_for(config, card, compiled=compiled, levels=views == torch.uint8)
@@ -150,22 +163,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipes", default="vit_s16_e300_b4096,vit_b16_e300_b4096", help="comma between them")
     parser.add_argument("--mode", choices=("both", "eager", "compiled"), default="both")
     parser.add_argument("--chunk", type=int, default=0, help="images of a chunk; 0: as the planner would")
-    parser.add_argument("--kept", type=int, default=None, help="images that keep their graphs, instead of the plan's")
+    parser.add_argument(
+        "--kept",
+        type=int,
+        default=None,
+        help="images that keep their graphs, instead of the plan's",
+    )
     parser.add_argument("--views", default="uint8", help="dtype of the views, as torch names it")
     parser.add_argument("--momentum-linears", choices=("native", "float8"), default="native")
     parser.add_argument("--checkpointing", choices=("none", "selective", "full"), default="")
-    parser.add_argument("--blocks", choices=("modules", "fused"), default="modules", help="fused: counted as it runs")
     parser.add_argument(
-        "--memory-budget", type=float, default=None, help="share of activations that compiled blocks keep"
+        "--blocks",
+        choices=("modules", "fused"),
+        default="modules",
+        help="fused: counted as it runs",
+    )
+    parser.add_argument(
+        "--memory-budget",
+        type=float,
+        default=None,
+        help="share of activations that compiled blocks keep",
     )
     parser.add_argument("--json", action="store_true")
+
     given = parser.parse_args(arguments)
     for recipe in given.recipes.split(","):
         config = get_recipe(recipe)
         if given.checkpointing:
             config = replace(config, model=replace(config.model, checkpointing=given.checkpointing))
         config = replace(
-            config, model=replace(config.model, blocks=given.blocks, momentum_linears=given.momentum_linears)
+            config,
+            model=replace(config.model, blocks=given.blocks, momentum_linears=given.momentum_linears),
         )
         modes = (
             (False,)
@@ -195,7 +223,8 @@ def table(found: dict[str, Any]) -> str:
     for name, card in found["cards"].items():
         parts = ", ".join(f"{part} {ms}" for part, ms in card["ms_a_chunk"].items())
         lines.append(
-            f"  {name}: {card['nothing_recomputed']} images/s with nothing recomputed, {card['planned']} as planned "
+            f"  {name}: {card['nothing_recomputed']} images/s with nothing recomputed, "
+            f"{card['planned']} as planned "
             f"({card['plan']}); ms a chunk: {parts}"
         )
     lines.append(f"  a step, nothing recomputed   {'operations':>10} {'GB':>8} {'TFLOP':>8}   ms: {' '.join(CARDS)}")

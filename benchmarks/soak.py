@@ -1,13 +1,16 @@
-"""A long run over bad data: several processes read a damaged set from a server that drops connections.
+"""A long run over bad data: several processes read a damaged set from a server
+that drops connections.
 
     python -m benchmarks.soak --minutes 30 --processes 2
 
-One image in a hundred is damaged, in four ways; a local HTTP server cuts one answer in ``--drop-every``; the cache holds
-about 40 % of the set, so that shards come and go. Every rank compares each batch with that of the undamaged set on the disk:
-all rows but those of bad images must agree bit for bit, and no stand-in may be a bad image. Now and then the loader is built
-anew at the step where it was, sometimes with its list of bad images and sometimes without: the batches must not show it. The
-last tables say how much was compared and what the processes held. Exit code 1 if anything differed, or if, in a run of ten
-minutes or more, memory, open files or threads were not flat by the rule of :mod:`benchmarks.soak_memory`.
+One image in a hundred is damaged, in four ways; a local HTTP server cuts off one answer in
+`--drop-every`; the cache has room for about 40 % of the set, so shards are evicted. Every rank
+compares each batch with that of the undamaged set on the disk: all rows except those of bad images
+must agree bit for bit, and no replacement may be a bad image. From time to time the loader is built
+again at its current step, with or without its list of bad images, and the batches must not change.
+The last tables report how much was compared, and the resources of the processes. Exit code 1 if
+anything differed, or if, in a run of ten minutes or more, memory, open files or threads were not
+flat by the rule of `benchmarks.soak_memory`.
 """
 
 from __future__ import annotations
@@ -28,11 +31,11 @@ import numpy as np
 from benchmarks.soak_data import DroppingServer, damaged_set, make_set
 from benchmarks.soak_memory import MARKS, MemoryLog, MemorySample, at_marks, rises
 from fastmoco_pipelines import LoaderSpec, build_loader, moco_v3_views
-from fastmoco_pipelines.loader import Loader
+from fastmoco_pipelines.loading.loader import Loader
 
 _RESTART_STEPS = 150
 _PACE_STEPS = 5
-_JUDGED_SECONDS = 600  # a shorter run is all warm-up: its memory is shown, and not judged
+_JUDGED_SECONDS = 600  # a shorter run is warm-up only: its memory is reported but not judged
 _COUNTS = ("steps", "differing", "replaced", "quarantined", "restarts")
 
 
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--bad-share", type=float, default=0.01)
-    parser.add_argument("--drop-every", type=int, default=5, help="one answer in so many is cut off; 0: none")
+    parser.add_argument("--drop-every", type=int, default=5, help="one answer in this many is cut off; 0: none")
     parser.add_argument("--batch", type=int, default=32, help="global batch size")
     parser.add_argument("--size", type=int, default=64, help="side of a view in pixels")
     parser.add_argument("--rank", type=json.loads, default=None, help=argparse.SUPPRESS)
@@ -51,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.rank is not None:
         print(json.dumps(_soak_rank(options.rank)), flush=True)
         return 0
+
+    # Data, a server for it, and a process for each rank.
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
         clean, pattern, size = make_set(folder / "clean", options.images)
@@ -72,13 +77,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"{size / 1e6:.1f} MB in shards, {len(bad)} bad images, {server.drops} of {server.answers} answers cut off"
         )
+
+    # Judge the results.
     flat = _print_memory(results, common["seconds"])
     wrong = any(result["differing"] or result["error"] for result in results)
     return 1 if wrong or not flat else 0
 
 
 def _run_ranks(common: dict[str, Any]) -> list[dict[str, Any]]:
-    """Start a process for each rank and wait for all of them; they may take a few minutes more than they were given."""
+    """Start a process for each rank and wait for all of them, a few minutes
+    longer than the given time.
+    """
     processes = []
     for rank in range(common["world_size"]):
         job = json.dumps(common | {"rank": rank})
@@ -95,7 +104,7 @@ def _run_ranks(common: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _soak_rank(job: dict[str, Any]) -> dict[str, Any]:
-    """Compare until the time is over."""
+    """Compare batches until the time is over."""
     bad = np.array(job["bad"], dtype=np.int64)
     result: dict[str, Any] = dict.fromkeys(_COUNTS, 0) | {"error": ""}
     until = time.monotonic() + job["seconds"]
@@ -107,22 +116,23 @@ def _soak_rank(job: dict[str, Any]) -> dict[str, Any]:
             step = result["steps"]
             _keep_pace(job, step, until)
             if step and step % _RESTART_STEPS == 0:
-                result["quarantined"] = max(result["quarantined"], faulty.figures().quarantined)
+                result["quarantined"] = max(result["quarantined"], faulty.figures().left_out)
                 faulty.close()
                 faulty = _build(job, job["faulty"], step, result["restarts"] % 2)
                 result["restarts"] += 1
             wanted, got = clean.next(), faulty.next()
             excused = np.isin(wanted.sample_ids, bad)
-            equal = (got.view1 == wanted.view1).flatten(1).all(1) & (got.view2 == wanted.view2).flatten(1).all(1)
-            good = (got.sample_ids == wanted.sample_ids) & equal.numpy()
+            good = got.sample_ids == wanted.sample_ids
+            for view, other in zip(got.views, wanted.views, strict=True):
+                good &= (view == other).flatten(1).all(1).numpy()
             stands_in = (got.sample_ids != wanted.sample_ids) & ~np.isin(got.sample_ids, bad)
             result["differing"] += int(not np.where(excused, stands_in, good).all())
             result["replaced"] += int(excused.sum())
             result["steps"] += 1
             log.look()
-        result["quarantined"] = max(result["quarantined"], faulty.figures().quarantined)
-        result["verdict"] = faulty.figures().verdict()
-    except Exception as error:  # the other ranks' figures are worth having all the same
+        result["quarantined"] = max(result["quarantined"], faulty.figures().left_out)
+        result["summary"] = faulty.figures().summary()
+    except Exception as error:  # the figures of the other ranks are still useful
         result["error"] = f"{type(error).__name__}: {error}"
     finally:
         clean.close()
@@ -131,7 +141,9 @@ def _soak_rank(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _keep_pace(job: dict[str, Any], step: int, until: float) -> None:
-    """Wait for the other ranks as a trainer would, if not at every step: they share a cache."""
+    """Wait for the other ranks like a trainer, but not at every step, because
+    they share a cache.
+    """
     if step % _PACE_STEPS:
         return
     folder = Path(job["folder"])
@@ -143,12 +155,10 @@ def _keep_pace(job: dict[str, Any], step: int, until: float) -> None:
 
 
 def _build(job: dict[str, Any], shards: str, step: int, keeps_list: int | None) -> Loader:
-    view1, view2 = moco_v3_views(job["size"])
     remote = "://" in shards
     spec = LoaderSpec(
         shards=shards,
-        view1=view1,
-        view2=view2,
+        views=moco_v3_views(job["size"]),
         global_batch_size=job["batch"],
         threads=1,
         cache_dir=str(Path(job["folder"]) / "cache") if remote else "",
@@ -173,27 +183,34 @@ def _print_counts(results: list[dict[str, Any]]) -> None:
         [("rank", *_COUNTS)] + [(str(i), *(str(result[n]) for n in _COUNTS)) for i, result in enumerate(results)]
     )
     for rank, result in enumerate(results):
-        print(f"rank {rank}: {result['error'] or result.get('verdict', '')}")
+        print(f"rank {rank}: {result['error'] or result.get('summary', '')}")
 
 
 def _print_memory(results: list[dict[str, Any]], seconds: float) -> bool:
-    """What each process held; returns whether all were flat, or the run too short to tell."""
+    """Print the resources of each process; returns whether all were flat, or
+    the run too short to judge.
+    """
     rows = [("rank", "at %", "anon MiB", "file MiB", "files", "threads")]
-    verdicts, flat = [], True
+    outcomes, flat = [], True
     for rank, result in enumerate(results):
         samples = [MemorySample(*values) for values in result["memory"]]
         for mark, held in zip(MARKS, at_marks(samples, seconds), strict=False):
-            figures = f"{held.anon_mib:.0f}", f"{held.file_mib:.0f}", str(held.files), str(held.threads)
+            figures = (
+                f"{held.anon_mib:.0f}",
+                f"{held.file_mib:.0f}",
+                str(held.files),
+                str(held.threads),
+            )
             rows.append((str(rank), f"{100 * mark:.0f}", *figures))
         found = rises(samples, seconds)
         judged = seconds >= _JUDGED_SECONDS and not result["error"]
         bad = not found or not all(rise.flat for rise in found)
         reason = "not judged, it failed" if result["error"] else "not judged, the run was too short"
         word = ("NOT FLAT" if bad else "flat") if judged else reason
-        verdicts.append(f"rank {rank}: {word}; over the second half: {', '.join(map(str, found)) or 'too few samples'}")
+        outcomes.append(f"rank {rank}: {word}; over the second half: {', '.join(map(str, found)) or 'too few samples'}")
         flat &= not (judged and bad)
     _print_rows(rows)
-    print("\n".join(verdicts))
+    print("\n".join(outcomes))
     return flat
 
 

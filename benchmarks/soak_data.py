@@ -1,4 +1,4 @@
-"""What a soak needs: a set of images, a damaged copy of it, and a server that does not keep its connections up."""
+"""Data of a soak: a set of images, a damaged copy of it, and a server that drops connections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from fastmoco_pipelines import ShardSet, pack_folder
-from fastmoco_pipelines.index import index_path, tar_hash, write_json
+from fastmoco_pipelines.files import write_json
+from fastmoco_pipelines.formats.index import index_path, tar_hash
 
 _SHARDS = 20
 _KINDS = ("changed", "garbage", "truncated", "zeros")
@@ -48,8 +49,8 @@ def make_set(folder: Path, images: int) -> tuple[Path, str, int]:
 def damaged_set(clean: Path, to: Path, share: float) -> list[int]:
     """Copy a set and damage a share of its images; returns their sample numbers.
 
-    Three kinds are known to the index, as in a set that somebody else's tool has packed from damaged files; "changed" bytes
-    differ from it.
+    The index contains three kinds, as if another tool had packed damaged files; "changed" bytes
+    differ from the index.
     """
     shutil.copytree(clean, to)
     (to / "manifest.json").unlink()  # its checksums would refuse whole shards
@@ -57,7 +58,13 @@ def damaged_set(clean: Path, to: Path, share: float) -> list[int]:
         bad = np.random.default_rng(1).choice(len(shards), int(share * len(shards)), replace=False).tolist()
         places = [(shards.entry(i), i - shards.shard_of(i)[1].start) for i in bad]
     for number, (entry, row) in enumerate(places):
-        _damage(to / str(entry["shard"]), row, int(entry["offset"]), int(entry["size"]), _KINDS[number % len(_KINDS)])
+        _damage(
+            to / str(entry["shard"]),
+            row,
+            int(entry["offset"]),
+            int(entry["size"]),
+            _KINDS[number % len(_KINDS)],
+        )
     return list(bad)
 
 
@@ -74,18 +81,19 @@ def _damage(tar: Path, row: int, offset: int, size: int, kind: str) -> None:
     tar.write_bytes(data)
     path = index_path(tar)
     content = json.loads(path.read_bytes())
-    content.pop("content_hash", None)
+    del content["content_hash"]
     content["tar_hash"] = tar_hash(tar)
     if kind != "changed":
         content["crc32"][row] = zlib.crc32(bytes(data[offset : offset + size]))
-    write_json(path, content)
+    write_json(path, content, sealed=True)
 
 
 class DroppingServer(ThreadingHTTPServer):
-    """Serves the tars and indexes of a folder on 127.0.0.1, with ranges; cuts one tar's answer in ``drop_every`` off.
+    """Serves the tars and indexes of a folder on 127.0.0.1, with ranges; cuts off one answer with a
+    tar in `drop_every`.
 
     Attributes:
-        answers: answers with a tar so far.
+        answers: number of answers with a tar.
         drops: how many of these were cut off.
     """
 
@@ -93,17 +101,20 @@ class DroppingServer(ThreadingHTTPServer):
 
     def __init__(self, folder: Path, drop_every: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.drop_every = folder, drop_every
-        self.answers = self.drops = 0
-        self._random, self._lock = random.Random(0), threading.Lock()
+        self.folder = folder
+        self.drop_every = drop_every
+        self.answers = 0
+        self.drops = 0
+        self._random = random.Random(0)
+        self._lock = threading.Lock()
 
     @property
     def url(self) -> str:
-        """Where the folder is; without a slash at the end."""
+        """URL of the folder, without a slash at the end."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def keeps(self, name: str, size: int) -> int:
-        """How many bytes of an answer are sent."""
+        """Number of bytes of an answer that are sent."""
         with self._lock:
             if not name.endswith(".tar"):
                 return size
@@ -114,7 +125,7 @@ class DroppingServer(ThreadingHTTPServer):
             return self._random.randrange(size)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that goes away in the middle is nothing to speak of."""
+        """Ignore clients that disconnect during an answer."""
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
@@ -131,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 30
 
     def do_GET(self) -> None:
-        """One file, or the end of one."""
+        """Send a file, or the end of one."""
         name = self.path.lstrip("/")
         path = self.server.folder / name
         if not re.fullmatch(r"[\w.-]+", name) or not path.is_file():
@@ -154,10 +165,10 @@ class _Handler(BaseHTTPRequestHandler):
         sent = self.server.keeps(name, len(body))
         try:
             self.wfile.write(body[:sent])
-        except OSError:  # the client has gone
+        except OSError:  # the client has disconnected
             sent = 0
         if sent < len(body):
             self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""

@@ -1,12 +1,12 @@
-"""What a process holds over time, and whether that is flat.
+"""Memory, open files and threads of a process over time, and whether they are flat.
 
-RSS alone cannot tell: its file-backed part (``RssFile``) is libraries and page cache that the kernel takes back when it likes.
-What a leak grows is ``RssAnon``, open files and threads.
+RSS is not sufficient: its file-backed part (`RssFile`) is libraries and page cache that the kernel
+may reclaim. A leak grows `RssAnon`, open files or threads.
 
-**Flat** means: a straight line fitted by least squares to all samples of a run's second half rises by no more than 5 % of
-their mean (RssAnon), or by no more than 5 (files, threads), from its one end to the other. The first half is the warm-up: a
-heap grows to what its busiest moment needs. A line over all samples, because single ones go up and down by several per cent
-with whatever is under way at that moment.
+**Flat** means: a straight line fitted by least squares to all samples of the second half of a run
+rises by at most 5 % of their mean (RssAnon), or by at most 5 (files, threads), from one end to the
+other. The first half is warm-up, in which a heap grows to its largest need. The line is over all
+samples, because single ones vary by several per cent.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 MARKS = (0.1, 0.25, 0.5, 0.75, 1.0)
-"""Shares of a run at which a report shows what was held."""
+"""Shares of a run at which a report shows the resources."""
 ALLOWED_SHARE = 0.05
 ALLOWED_COUNT = 5.0
 _SAMPLES = 400
-_LEAST_SAMPLES = 20  # of the second half: a line through fewer says nothing
+_LEAST_SAMPLES = 20  # in the second half: fewer do not determine a line
 
 
 class MemorySample(NamedTuple):
-    """What a process held at a moment.
+    """Resources of a process at one time.
 
     Attributes:
         seconds: since the start of the run.
@@ -49,7 +49,7 @@ class MemorySample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rise:
-    """How much something rose over the second half of a run, and how much is flat."""
+    """Increase of a resource over the second half of a run, and the allowed increase."""
 
     name: str
     rise: float
@@ -58,7 +58,7 @@ class Rise:
 
     @property
     def flat(self) -> bool:
-        """Whether it is within what is allowed. What falls is flat."""
+        """Whether the increase is allowed. A decrease is flat."""
         return self.rise <= self.allowed
 
     def __str__(self) -> str:
@@ -66,16 +66,16 @@ class Rise:
 
 
 def sample_memory(seconds: float) -> MemorySample:
-    """What this process holds now, ``seconds`` after the start of the run."""
+    """Resources of this process now, `seconds` after the start of the run."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     status = {words[0]: int(words[1]) for words in lines if words[0] in ("RssAnon:", "RssFile:", "Threads:")}
-    files = len(os.listdir("/proc/self/fd")) - 1  # without the one that looks
+    files = len(os.listdir("/proc/self/fd")) - 1  # without the descriptor of listdir
     anon, file = status["RssAnon:"] / 1024, status["RssFile:"] / 1024
     return MemorySample(round(seconds, 2), round(anon, 1), round(file, 1), files, status["Threads:"])
 
 
 class MemoryLog:
-    """Samples of this process, evenly over a run.
+    """Samples of this process, evenly spaced over a run.
 
     Args:
         duration: of the run in seconds.
@@ -87,33 +87,43 @@ class MemoryLog:
         self._start = time.monotonic()
 
     def look(self) -> None:
-        """Take a sample if it is time for one."""
+        """Take a sample if one is due."""
         now = time.monotonic() - self._start
         if not self.samples or now >= self.samples[-1].seconds + self._pause:
             self.samples.append(sample_memory(now))
 
 
 def at_marks(samples: Sequence[MemorySample], duration: float) -> list[MemorySample]:
-    """The samples nearest to each of ``MARKS``; none where there are no samples at all."""
+    """The sample nearest to each of `MARKS`; empty without samples."""
     return [min(samples, key=lambda sample: abs(sample.seconds - mark * duration)) for mark in MARKS if samples]
 
 
 def rises(samples: Sequence[MemorySample], duration: float) -> list[Rise]:
-    """What rose over the second half of a run of ``duration`` seconds; empty where too few samples lie there."""
-    half = [sample for sample in samples if sample.seconds >= duration / 2]
-    if len(half) < _LEAST_SAMPLES:
+    """Increases over the second half of a run of `duration` seconds; empty with
+    too few samples there.
+    """
+    second = [sample for sample in samples if sample.seconds >= duration / 2]
+    if len(second) < _LEAST_SAMPLES:
         return []
-    at = np.array([sample.seconds for sample in half])
-    anon = np.array([sample.anon_mib for sample in half])
+    at = np.array([sample.seconds for sample in second])
+    anon = np.array([sample.anon_mib for sample in second])
     return [
         Rise("RssAnon", _line_rise(at, anon), ALLOWED_SHARE * float(anon.mean()), " MiB"),
-        Rise("open files", _line_rise(at, np.array([float(sample.files) for sample in half])), ALLOWED_COUNT),
-        Rise("threads", _line_rise(at, np.array([float(sample.threads) for sample in half])), ALLOWED_COUNT),
+        Rise(
+            "open files",
+            _line_rise(at, np.array([float(sample.files) for sample in second])),
+            ALLOWED_COUNT,
+        ),
+        Rise(
+            "threads",
+            _line_rise(at, np.array([float(sample.threads) for sample in second])),
+            ALLOWED_COUNT,
+        ),
     ]
 
 
 def _line_rise(at: NDArray[np.float64], values: NDArray[np.float64]) -> float:
-    """How much the line of least squares rises from the first to the last moment."""
+    """Increase of the least-squares line from the first to the last sample."""
     centred = at - at.mean()
     slope = float(centred @ values) / float(centred @ centred)
     return slope * float(at[-1] - at[0])

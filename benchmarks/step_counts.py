@@ -1,7 +1,8 @@
-"""What the pieces of a training step cost, eager and compiled, counted on fake tensors: no GPU, no data, seconds.
+"""Costs of the pieces of a training step, eager and compiled, counted on fake
+tensors without GPU and data.
 
-The step is whatever the objective's blocks do. Eager operations are counted one by one (`op_counts`); where blocks are
-compiled, the graphs that Dynamo and AOT autograd make of them are counted by a model of fusion (`fusion`).
+Eager operations are counted one by one (`op_counts`). If blocks are compiled, a model of fusion
+(`fusion`) counts the graphs that Dynamo and AOT autograd make of them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import compile_fx
 from torch._inductor.decomposition import select_decomp_table
@@ -22,11 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.fusion import FusedGraph
 from benchmarks.op_counts import PRODUCTS, Counts, OperationCounter
-from fastmoco import setup_run
 from fastmoco.config import Config
 from fastmoco.models.blocks import Attention
 from fastmoco.models.compiled import compile_blocks
-from fastmoco.objectives import MoCoV3
+from fastmoco.models.float8_inference import float8_layers
+from fastmoco.objectives.build import build_model
+from fastmoco.objectives.interface import Features, Inputs, Objective, Progress
 from fastmoco.objectives.prepare import PrepareViews, view_preparation
 from fastmoco_kernels.adamw_ema.op import bytes_moved as sweep_bytes
 from fastmoco_kernels.info_nce import cost as loss_cost
@@ -35,7 +36,7 @@ from fastmoco_kernels.residual_norm import op as residual_norm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCounts:
-    """What the pieces of a step cost; the first four are those of one chunk."""
+    """Costs of the pieces of a step; the first four are for one chunk."""
 
     chunk: int
     first: Counts
@@ -47,17 +48,17 @@ class StepCounts:
     backward: Counts
     """Backward of the query trunk."""
     heads: Counts
-    """Heads and loss on the whole batch, forward and backward, and the optimizer's sweep."""
+    """Heads and loss on the whole batch, forward and backward, and the optimizer."""
 
     def step(self, chunks: float, kept: float) -> Counts:
-        """A whole step of some chunks, of which ``kept`` are computed once."""
+        """A whole step of some chunks, of which `kept` are computed once."""
         whole = self.trunk(chunks)
         whole.merge(self.first, chunks - kept)
         whole.merge(self.heads)
         return whole
 
     def trunk(self, chunks: float) -> Counts:
-        """Both trunks and the backward of so many chunks, once."""
+        """Both trunks and the backward of the given number of chunks, once."""
         found = Counts()
         for part in (self.query, self.keys, self.backward):
             found.merge(part, chunks)
@@ -80,7 +81,9 @@ class CountingBackend:
 
     @contextmanager
     def instead(self) -> Iterator[None]:
-        """In here ``torch.compile`` and inductor, also where it is called by another backend, are this one."""
+        """Replace `torch.compile` and inductor by this backend, also in calls
+        from other backends.
+        """
         with (
             mock.patch.object(torch, "compile", self.compile),
             mock.patch.object(compile_fx, "compile_fx", self._backend),
@@ -88,7 +91,7 @@ class CountingBackend:
             yield
 
     def compile(self, function: Callable[..., Any], **options: Any) -> Any:
-        """In place of ``torch.compile``."""
+        """Replaces `torch.compile`."""
         kept = {name: options[name] for name in ("dynamic", "fullgraph") if name in options}
         given = options.get("backend", "inductor")
         compiled = _compile(function, backend=self._backend if given == "inductor" else given, **kept)
@@ -96,7 +99,7 @@ class CountingBackend:
         def call(*arguments: Any, **named: Any) -> Any:
             if self.counter is None:
                 return compiled(*arguments, **named)
-            with self.counter.off():  # Dynamo passes by under a dispatch mode
+            with self.counter.off():  # Dynamo does nothing under a dispatch mode
                 return compiled(*arguments, **named)
 
         return call
@@ -120,56 +123,67 @@ _compile = torch.compile
 
 
 def count_step(
-    config: Config, *, chunk: int, compiled: bool, budget: float = 1.0, views: torch.dtype = torch.float32
+    config: Config,
+    *,
+    chunk: int,
+    compiled: bool,
+    budget: float = 1.0,
+    views: torch.dtype = torch.float32,
 ) -> StepCounts:
     """Count the pieces of a step.
 
     Args:
-        config: model, heads and batch are read.
-        chunk: images that pass the trunk together.
+        config: its model, heads and batch are used.
+        chunk: images of a micro-batch.
         compiled: whether blocks go through torch.compile.
         budget: share of the activations that compiled blocks keep for their backward.
-        views: dtype in which views come.
+        views: dtype of the views.
     """
     torch._dynamo.reset()
     blocks, found = CountingBackend(), {}
-    # Fused blocks are those of a GPU, and so is the norm of the last block, whose class row is no fused block.
+    # Fused blocks and the norm of the last block, whose class row is not fused, as on a GPU.
     kernels = mock.patch.object(residual_norm, "triton_is_default", return_value=config.model.blocks == "fused")
-    fused, half = config.model.blocks == "fused", config.precision in ("auto", "bf16")
-    # Beside fused blocks a run compiles what they do not cover: levels to numbers, and a momentum encoder in float8.
+    fused = config.model.blocks == "fused"
+    bf16 = config.precision in ("auto", "bf16")
+    # With fused blocks a run compiles the rest: conversion of uint8 views, and
+    # a momentum encoder in float8.
     graphs = compiled or (fused and views == torch.uint8)
     with blocks.instead() if graphs else nullcontext(), kernels, FakeTensorMode():
-        prepare = view_preparation(config.data.view1, config.data.view2, "bf16" if half else "fp32", compiled=graphs)
-        objective = setup_run.build_model(config)
+        prepare = view_preparation((config.data.view1, config.data.view2), "bf16" if bf16 else "fp32", compiled=graphs)
+        objective = build_model(config)
         for module in objective.modules():
             if isinstance(module, Attention):
                 module.backend = "sdpa"
         if compiled:
             compile_blocks(objective, budget=budget)
         elif fused and config.model.momentum_linears == "float8":
-            compile_blocks(objective.momentum_encoder)
+            for network in objective.networks().values():
+                if float8_layers(network):
+                    compile_blocks(network)
         for rehearsal in (True, True, False) if graphs else (False,):
-            # The first round compiles: what that runs is no part of a step. The second is what the last must run.
-            calls, blocks.calls = blocks.calls, 0
+            # The first round compiles, which is no part of a step. The second
+            # is measured, like the last.
+            calls = blocks.calls
+            blocks.calls = 0
             found = _count_pieces(config, objective, chunk, views, prepare, None if rehearsal else blocks)
         if graphs and (blocks.calls != calls or not calls):
             raise RuntimeError(f"{blocks.calls} compiled graphs ran where {calls} had been compiled: counted nothing")
     heads = found["heads"]
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    averaged = sum(p.numel() for p in objective.encoder.parameters() if p.requires_grad)
+    averaged = sum(p.numel() for p in objective.averages() if p.requires_grad)
     heads.add("sweep", sweep_bytes(trained, averaged=averaged))
     return StepCounts(chunk=chunk, **found)
 
 
 def _count_pieces(
     config: Config,
-    objective: MoCoV3,
+    objective: Objective,
     chunk: int,
     views: torch.dtype,
     prepare: PrepareViews,
     blocks: CountingBackend | None,
 ) -> dict[str, Counts]:
-    """Run every piece; with ``blocks`` under a counter."""
+    """Run every piece; with `blocks` under a counter."""
     found: dict[str, Counts] = {}
 
     @contextmanager
@@ -186,30 +200,29 @@ def _count_pieces(
 
     autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=config.precision in ("auto", "bf16"))
     side, batch = config.model.image_size, config.global_batch_size
-    view1, view2 = (torch.empty(chunk, 3, side, side, dtype=views) for _ in range(2))
+    at, of_chunk = Progress(), tuple(torch.empty(chunk, 3, side, side, dtype=views) for _ in range(2))
+
+    def prepared() -> Inputs:
+        return Inputs(prepare(of_chunk))
+
     with counted("first"), torch.no_grad(), autocast():
-        views_of_both = prepare(view1, view2)
-        tokens = objective.query_features(*views_of_both)[1]
+        objective.features(prepared(), at, target=False)
     with counted("keys"), torch.no_grad(), autocast():
-        objective.key_features(*views_of_both, tokens if _shares(objective) else None)
+        features = objective.features(prepared(), at)
+    found["keys"].merge(found["first"], -1.0)
     with counted("query"), autocast():
-        features = objective.query_features(*prepare(view1, view2))[0]
-    gradient = torch.empty_like(features)
+        online = objective.features(prepared(), at, target=False).online
+    gradient = [torch.empty_like(rows) for rows in online]
     with counted("backward"):
-        features.backward(gradient)  # type: ignore[no-untyped-call]
+        torch.autograd.backward(online, gradient)
     objective.zero_grad(set_to_none=True)
-    queries, keys = (torch.empty(2, batch, objective.encoder.embed_dim) for _ in range(2))
-    queries.requires_grad_()
+    whole = Features(*(tuple(rows.new_empty(batch, *rows.shape[1:]) for rows in part) for part in features))
+    for rows in whole.online:
+        rows.requires_grad_()
     with counted("heads"):
         with autocast():
-            loss = objective.compare(queries, keys).loss
+            loss = objective.compare(whole, at).loss
         loss.backward()  # type: ignore[no-untyped-call]
     width = config.model.projection_dim
     found["heads"].add(PRODUCTS, 0.0, loss_cost.flops(batch, batch, width, directions=2))
     return found
-
-
-def _shares(objective: MoCoV3) -> bool:
-    """Whether both encoders take the same patch tokens; fake tensors cannot be compared as the objective would."""
-    stem: list[Tensor] = [objective.encoder.pos_embed, *objective.encoder.patch_embed.parameters()]
-    return not (objective.couples_samples or any(p.requires_grad for p in stem))

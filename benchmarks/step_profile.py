@@ -1,4 +1,4 @@
-"""Which kernels a training step spends its time in, and how many it launches."""
+"""Time by kernel of a training step, and the number of its launches."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ LARGEST = 12
 
 
 def profiled(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """Profile one call, warm already.
+    """Profile one call after warm-up.
 
     Args:
         step: the work.
         device: CUDA: kernels are counted; CPU: operators.
 
     Returns:
-        ``launches``: kernels, copies and fills of one call; ``busy_ms``: their times added up; ``largest_kernels``: the
-        dozen that take most, each with its milliseconds, its share and its calls.
+        `launches`: kernels, copies and fills of one call; `busy_ms`: the sum of their times;
+        `largest_kernels`: the twelve that take most, each with its milliseconds, its share and its
+        calls.
     """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]

@@ -1,6 +1,8 @@
-"""The sides of the training-step benchmark, each able to run in a process of its own: what fills a GPU's memory shares it badly.
+"""The sides of the training-step benchmark. Each can run in its own process, because it may fill
+the memory of a GPU.
 
-``python -m benchmarks.step_sides '{"side": "eager", ...}'`` measures one and prints its figures as JSON.
+`python -m benchmarks.step_sides '{"side": "eager", ...}'` measures one and
+prints its figures as JSON.
 """
 
 from __future__ import annotations
@@ -27,28 +29,31 @@ from benchmarks.step_profile import profiled
 from fastmoco.config import BatchConfig, Config, KnnConfig
 from fastmoco.distributed.mesh import start_world
 from fastmoco.models.compiled import compile_blocks
+from fastmoco.objectives.build import build_model, build_objective
+from fastmoco.objectives.interface import START
 from fastmoco.objectives.reference import plain_forward
 from fastmoco.recipes import get_recipe
-from fastmoco.setup_run import build_model, build_objective
-from fastmoco.trainer import Trainer
+from fastmoco.training.trainer import Trainer
 
 SIDES = ("fastmoco", "eager", "compiled")
-"""``fastmoco``: the trainer's own step. ``eager``: the same from torch's own parts, one after the other. ``compiled``: that with
-blocks through torch.compile and attention by torch's fused kernel."""
+"""`fastmoco`: the step of the trainer. `eager`: the same from torch's own parts. `compiled`: the
+latter with blocks through torch.compile and torch's fused attention."""
 COMPILED_IMAGES = 1024
-"""At most, for the compiled opponent: every batch that it has no memory for costs a compilation first."""
+"""Largest batch of the compiled opponent, because every batch that does not fit
+costs a compilation first."""
 SEGMENTS = "expandable_segments:True"
-"""Of torch's allocator: a large step that changes shape then does not hand its memory back and fetch it again."""
+"""Setting of torch's allocator: a large step with changing shapes then does not return its memory
+and allocate it again."""
 
 
 def device_of(options: dict[str, Any]) -> torch.device:
-    """Where a case runs."""
+    """Device of a case."""
     available = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(available if options["device"] == "auto" else options["device"])
 
 
 def config_of(options: dict[str, Any]) -> Config:
-    """The run that the options describe: a recipe on synthetic images, logging and evaluating nothing."""
+    """The config of the options: a recipe on synthetic images without logging and evaluation."""
     device = device_of(options)
     config = get_recipe(options["recipe"] or ("vit_s16_e300_b4096" if device.type == "cuda" else "quickstart_digits"))
     chunk = options["chunk"]
@@ -58,18 +63,19 @@ def config_of(options: dict[str, Any]) -> Config:
         linears=options["linears"],
         momentum_linears=options["momentum_linears"],
         blocks=options["blocks"],
-        # Beside fused blocks, which are not compiled, a run compiles what they do not cover.
+        # With fused blocks, which are not compiled, a run compiles the rest.
         compile="auto" if options["blocks"] == "fused" else bool(options["compile"]),
     )
     return replace(
         config,
         model=model,
-        device="cuda" if device.type == "cuda" else "cpu",
+        device="gpu" if device.type == "cuda" else "cpu",
         global_batch_size=options["batch"] or config.global_batch_size,
         epochs=1e6,
         log_every_steps=10**6,
         batch=BatchConfig(
-            chunk=chunk if chunk in ("auto", "none") else int(chunk), cuda_graphs=bool(options["cuda_graphs"])
+            chunk=chunk if chunk in ("auto", "none") else int(chunk),
+            cuda_graphs=bool(options["cuda_graphs"]),
         ),
         data=replace(config.data, synthetic=True),
         knn=KnnConfig(every_epochs=0),
@@ -77,18 +83,23 @@ def config_of(options: dict[str, Any]) -> Config:
 
 
 class Side:
-    """One way of taking a step.
+    """One implementation of a step.
 
     Attributes:
-        images: of one step.
-        result: what is known beside the times.
+        images: per step.
+        result: fields of the result besides the times.
     """
 
     def __init__(self, step: Callable[[], object], images: int, device: torch.device, result: dict[str, Any]) -> None:
-        self._step, self.images, self._device, self.result = step, images, device, result
+        self._step = step
+        self.images = images
+        self._device = device
+        self.result = result
 
     def warm(self, *, profile: bool) -> None:
-        """Two untimed steps, the first of which compiles, tunes and makes the optimizer's state; then the peak of one."""
+        """Two untimed steps, of which the first compiles, tunes and creates the optimizer's state;
+        then the peak of one.
+        """
         began = time.perf_counter()
         self._step()
         self._wait()
@@ -105,7 +116,7 @@ class Side:
             self.result |= profiled(self._step, self._device)
 
     def images_per_s(self, steps: int) -> float:
-        """Of some steps in a row."""
+        """Time of some consecutive steps."""
         self._wait()
         began = time.perf_counter()
         for _ in range(steps):
@@ -120,7 +131,7 @@ class Side:
 
 @contextmanager
 def open_side(name: str, options: dict[str, Any]) -> Iterator[Side]:
-    """Build a side; ``fastmoco`` is checked on the way.
+    """Build a side; `fastmoco` is also checked.
 
     Args:
         name: one of `SIDES`.
@@ -135,7 +146,7 @@ def open_side(name: str, options: dict[str, Any]) -> Iterator[Side]:
                 checked = min(options["checked"], config.global_batch_size)
                 result = {
                     "plan": str(trainer.gradients.plan),
-                    **check(trainer, batch.view1[:checked], batch.view2[:checked]),
+                    **check(trainer, *(view[:checked] for view in batch.views)),
                 }
                 yield Side(lambda: trainer.step(batch), config.global_batch_size, device, result)
             finally:
@@ -154,7 +165,7 @@ def open_side(name: str, options: dict[str, Any]) -> Iterator[Side]:
 
 
 class PlainStep:
-    """The opponent: one step of the reference on whatever it is called with.
+    """The opponent: one step of the reference on the given views.
 
     Attributes:
         objective: encoder, momentum encoder and predictor, from the config's seed.
@@ -163,7 +174,11 @@ class PlainStep:
     def __init__(self, config: Config, device: torch.device, *, compiled: bool = False) -> None:
         attention: Literal["sdpa", "explicit"] = "sdpa" if compiled else "explicit"
         model = replace(
-            config.model, attention=attention, linears="native", momentum_linears="native", blocks="modules"
+            config.model,
+            attention=attention,
+            linears="native",
+            momentum_linears="native",
+            blocks="modules",
         )
         written_out = replace(config, model=model)
         self.objective = build_objective(written_out, device)
@@ -171,7 +186,7 @@ class PlainStep:
             compile_blocks(self.objective)
         self._half = device.type == "cuda"
         self._device = device
-        self._momentum = config.objective.ema_momentum
+        self._momentum = self.objective.schedules(START)["ema_momentum"]
         trained = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(
             trained, lr=1e-6, betas=config.optim.betas, weight_decay=config.optim.weight_decay
@@ -181,8 +196,7 @@ class PlainStep:
     def __call__(self, view1: Tensor, view2: Tensor) -> None:
         """Forward, backward, optimizer, average."""
         with torch.no_grad():
-            pairs = zip(self.objective.momentum_encoder.parameters(), self.objective.encoder.parameters(), strict=True)
-            for average, own in pairs:
+            for own, average in self.objective.averages().items():
                 average.mul_(self._momentum).add_(own, alpha=1 - self._momentum)
         with torch.autocast(self._device.type, dtype=torch.float16, enabled=self._half):
             loss = plain_forward(self.objective, view1.float(), view2.float()).loss
@@ -193,13 +207,16 @@ class PlainStep:
 
 
 def check(trainer: Trainer, view1: Tensor, view2: Tensor) -> dict[str, Any]:
-    """How far the trainer's objective and the reference, both in float32, are from float64 on some images.
+    """Errors of the trainer's objective and of the reference, both in float32,
+    relative to float64 on some images.
 
-    Fresh batch norms over few images enlarge rounding some ten thousand times: no fixed limit fits. What the reference
-    loses is the measure. Blocks run uncompiled for it: a graph for this batch would take longer than the check.
+    Initial batch norms over few images amplify rounding about ten thousand times, so no fixed limit
+    is possible; the error of the reference is the measure. Blocks run uncompiled here, because a
+    graph for this batch would take longer than the check.
 
     Returns:
-        ``errors`` and ``plain_errors`` of loss and gradients; of the features in float8, whose reference is float64 too.
+        `errors` and `plain_errors` of loss and gradients; of the features in float8, whose
+        reference is float64 too.
     """
     objective = trainer.objective
     views = [as_float(trainer, view) for view in (view1, view2)]
@@ -211,7 +228,10 @@ def check(trainer: Trainer, view1: Tensor, view2: Tensor) -> dict[str, Any]:
         if model.linears == "float8":
             with torch.no_grad():
                 truth = exact.encoder(views[0].double())
-                return {"errors": {"features": relative_error(objective.encoder(views[0]), truth)}, "plain_errors": {}}
+                return {
+                    "errors": {"features": relative_error(objective.encoder(views[0]), truth)},
+                    "plain_errors": {},
+                }
         truth = _loss_and_gradients(exact, plain_forward, [view.double() for view in views])
         del exact
         plain = _loss_and_gradients(objective, plain_forward, views)
@@ -228,10 +248,10 @@ def check(trainer: Trainer, view1: Tensor, view2: Tensor) -> dict[str, Any]:
 
 
 def as_float(trainer: Trainer, view: Tensor) -> Tensor:
-    """A view as the objective takes it, whatever the loader delivers."""
+    """A view in the objective's dtype, from either dtype of the loader."""
     if view.is_floating_point():
         return view.float()
-    return trainer.gradients.prepare(view, view)[0].float()
+    return trainer.gradients.prepare((view, view))[0].float()
 
 
 def _loss_and_gradients(objective: Any, forward: Callable[..., Any], views: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -243,7 +263,7 @@ def _loss_and_gradients(objective: Any, forward: Callable[..., Any], views: list
 
 
 def _largest_that_fits(step: PlainStep, view1: Tensor, view2: Tensor) -> int:
-    """Images of the batch, or of the first half of it again and again, that the opponent has memory for."""
+    """The largest of batch, half, quarter, ... of it for which the opponent has memory."""
     images = len(view1)
     while True:
         try:
@@ -266,7 +286,9 @@ def measure(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pass_on(errors: IO[str], words: deque[str]) -> None:
-    """To our own errors line by line, so that a process that is ended has said something; the last ones are kept."""
+    """Copy to our own standard error line by line, so that a killed process has printed something;
+    keep the last lines.
+    """
     for line in errors:
         sys.stderr.write(line)
         sys.stderr.flush()
@@ -274,12 +296,16 @@ def _pass_on(errors: IO[str], words: deque[str]) -> None:
 
 
 def measure_apart(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The same in a process of its own, whose allocator grows segments.
+    """The same in a separate process with expandable segments.
 
     Raises:
-        RuntimeError: with its last words, if it fails.
+        RuntimeError: with its last lines, if it fails.
     """
-    environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": SEGMENTS, "PYTORCH_ALLOC_CONF": SEGMENTS}
+    environment = {
+        **os.environ,
+        "PYTORCH_CUDA_ALLOC_CONF": SEGMENTS,
+        "PYTORCH_ALLOC_CONF": SEGMENTS,
+    }
     command = [sys.executable, "-m", "benchmarks.step_sides", json.dumps({"side": name, **options})]
     words: deque[str] = deque(maxlen=20)
     with subprocess.Popen(

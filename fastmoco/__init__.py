@@ -1,7 +1,8 @@
 """fastmoco: train MoCo v3.
 
-The command line is `fastmoco`; the classes behind it are imported from their modules:
-`fastmoco.config.Config`, `fastmoco.recipes`, `fastmoco.trainer.Trainer`, `fastmoco.objectives.MoCoV3`.
+The command line is `fastmoco`. Import classes from their modules, such as `fastmoco.config.Config`,
+`fastmoco.training.trainer.Trainer` and `fastmoco.objectives.MoCoV3`. README.md in this folder is
+the map of the package.
 """
 
 __version__ = "0.1.0"

@@ -2,7 +2,7 @@
 
 import sys
 
-from fastmoco.cli import main
+from fastmoco.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,6 @@
-"""Exit codes, and how an error that a user can mend becomes one line; anything else shows its traceback."""
+"""Exit codes, and the conversion of errors that a user can fix to one line;
+other errors show their traceback.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +9,46 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastmoco_pipelines.text import escaped
+
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_STOPPED = 75
-"""A run that was asked to stop, has saved its state, and continues with the same command (EX_TEMPFAIL)."""
+"""The run stopped on request and saved its state; the same command continues it (EX_TEMPFAIL)."""
 ASKED_TO_END = "asked-to-end"
-"""File beside torchrun's reports of one start: a rank was refused, and has asked torchrun to end."""
+"""File next to torchrun's reports of one start: a rank was refused and has
+asked torchrun to end."""
 
-EXTRAS = {"nvidia": "dali-cu13", "webdataset": "data", "sklearn": "data", "matplotlib": "logging", "torchao": "float8"}
-"""Which extra of the distribution brings a module."""
+EXTRAS = {
+    "nvidia": "dali-cu13",
+    "webdataset": "data",
+    "sklearn": "data",
+    "matplotlib": "logging",
+    "torchao": "float8",
+}
+"""The extra of the distribution that installs a module."""
 
 
 class RunError(RuntimeError):
-    """A run cannot start or go on; the text says why and what to do."""
+    """A run cannot start or continue; the message names the reason and the cure."""
 
 
 @contextmanager
-def one_line(code: int, *mendable: type[Exception]) -> Iterator[None]:
-    """Turn errors that name their cure into one line on standard error and the end of the program.
+def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
+    """Print errors that name their cure as one line on standard error and end the program.
 
     Args:
         code: exit code for them.
-        mendable: further errors that count: `ValueError` and `OSError` where only the user's own values are at work.
+        fixable: further errors to treat so: `ValueError` and `OSError` where only values of the
+            user can cause them.
 
     Raises:
-        SystemExit: with ``code``, in their place; 2 where an optional dependency is missing.
+        SystemExit: with `code` instead; 2 if an optional dependency is missing.
     """
     from fastmoco_pipelines import BadImageError, ShardError
 
-    known: tuple[type[Exception], ...] = (RunError, ShardError, BadImageError, *mendable)
+    known: tuple[type[Exception], ...] = (RunError, ShardError, BadImageError, *fixable)
     try:
         yield
     except ModuleNotFoundError as error:
@@ -52,11 +64,12 @@ def one_line(code: int, *mendable: type[Exception]) -> Iterator[None]:
 
 
 def no_checkpoint(path: Path | str) -> RunError:
-    """The error of who looks for a run where there is none."""
-    return RunError(f"{path} holds no checkpoint; is it the folder given to fastmoco train --out?")
+    """The error for a folder without checkpoints."""
+    return RunError(f"{path} contains no checkpoint; is it the folder given to fastmoco train --out?")
 
 
 def say(text: str) -> None:
-    """Print one line on standard error; names of files and members that it quotes cannot steer the terminal."""
-    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-    print(f"fastmoco: {shown}", file=sys.stderr)
+    """Print one line on standard error, with control characters escaped,
+    because it may quote names of files.
+    """
+    print("fastmoco: " + escaped(text, keep="\n"), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Checkpoints whose every bit can be computed again by whoever checks them."""
+"""Checkpoints whose content a test can compute again."""
 
 import resource
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from fastmoco.checkpoint import group_for_saving, load_latest, save_checkpoint
 
 
 def content(step: int) -> dict[str, Tensor]:
-    """What step ``step`` must hold, recomputable by whoever checks it."""
+    """The content of step `step`, a function of the step."""
     rng = torch.Generator().manual_seed(step)
     return {
         "float32": torch.randn(40, 50, generator=rng),
@@ -47,7 +47,7 @@ def save(root: Path, step: int, keep: int = 3, group: dist.ProcessGroup | None =
 
 @contextmanager
 def group_of_one() -> Iterator[dist.ProcessGroup]:
-    """A group with this process alone in it: saves go the way of several ranks."""
+    """A group of this process only, so that saves use the code for several ranks."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         group = group_for_saving(60)

@@ -8,8 +8,10 @@ import pytest
 
 
 def main(words: Sequence[str]) -> int:
-    """`fastmoco.cli.main`; the test that calls it is skipped where tyro is absent, as on a bare GPU machine."""
+    """`fastmoco.cli.main.main`; the test that calls it is skipped where tyro is
+    absent, as on a bare GPU machine.
+    """
     pytest.importorskip("tyro", reason="tyro is not installed")
-    from fastmoco.cli import main as run
+    from fastmoco.cli.main import main as run
 
     return run(list(words))

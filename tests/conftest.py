@@ -1,4 +1,4 @@
-"""Shared by every test: golden numbers, and uninitialised memory that is NaN instead of whatever lay there."""
+"""Shared by every test: golden numbers, and NaN in uninitialised memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
 
 @pytest.fixture(autouse=True)
 def nan_poisoned_memory() -> Iterator[None]:
-    """`torch.empty` gives NaN, so that a path that forgets to write a value fails instead of passing by luck."""
+    """`torch.empty` gives NaN, so that code that does not write a value fails
+    instead of passing by chance.
+    """
     deterministic, fill = (
         torch.are_deterministic_algorithms_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,
@@ -42,14 +44,16 @@ def nan_poisoned_memory() -> Iterator[None]:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With ``-m gpu`` only files with such tests are read: on a GPU machine every worker would import all the others too."""
+    """With `-m gpu` only files with such tests are read: on a GPU machine every
+    worker would import all the others too.
+    """
     if config.option.markexpr != "gpu" or collection_path.suffix != ".py":
         return None
     return True if "mark.gpu" not in collection_path.read_text() else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests are counted as skipped where there is no CUDA device."""
+    """GPU tests are skipped, and counted, without a CUDA device."""
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -58,7 +62,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """NumPy 2.5 refuses what the interpreter of Triton 3.6 does with a loop's bounds: compiled kernels know nothing of it."""
+    """NumPy 2.5 refuses a conversion of loop bounds in the interpreter of Triton 3.6; compiled
+    kernels do not have it.
+    """
     try:
         return (yield)
     except Exception as error:
@@ -69,7 +75,9 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> tuple[str, str]:
-    """Patterns of the training and the held-out shards; what trains on them is skipped where shards cannot be packed."""
+    """Patterns of the training and the held-out shards; tests that need them
+    are skipped if shards cannot be packed.
+    """
     pytest.importorskip("webdataset", reason="webdataset is not installed")
     from fastmoco_pipelines import pack_digits
 

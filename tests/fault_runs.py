@@ -1,4 +1,4 @@
-"""Real runs on real processes that a test kills, stops and poisons."""
+"""Real runs in real processes that a test kills, stops and disturbs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from pathlib import Path
 
 from fastmoco.checkpoint import load_latest
 from fastmoco.config import Config
-from fastmoco.config_json import to_json
-from fastmoco.run_folder import RunFolder
+from fastmoco.config.serial import to_json
+from fastmoco.run.folder import RunFolder
 from tests.checkpoint_content import assert_same
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
-from fastmoco import train_command, trainer
-from fastmoco.config_json import from_json
+from fastmoco.cli import train as train_command
+from fastmoco.training import trainer
+from fastmoco.config.serial import from_json
 out, rank = Path(sys.argv[2]), int(os.environ.get("RANK", "0"))
 Path(f"{{out}}.rank{{rank}}").write_text(str(os.getpid()))
 {before}
@@ -31,7 +32,9 @@ sys.exit(train_command.train(from_json(json.loads(sys.argv[1])), out))
 
 
 def environment(**more: str) -> dict[str, str]:
-    """As a user's, with one thread a process; torch's own checks of collectives are on (DETAIL crashes torch 2.13's DDP)."""
+    """As for a user, with one thread per process; torch's own checks of collectives are on (DETAIL
+    crashes torch 2.13's DDP).
+    """
     paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "pipelines"))
     base = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))}
     return base | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "INFO"} | more
@@ -39,14 +42,14 @@ def environment(**more: str) -> dict[str, str]:
 
 @dataclass
 class FaultRun:
-    """A run in processes of its own; its words go to ``log``."""
+    """A run in separate processes; its output goes to `log`."""
 
     process: subprocess.Popen[bytes]
     out: Path
     log: Path
 
     def text(self) -> str:
-        """All that was said so far."""
+        """The output so far."""
         return self.log.read_text(errors="replace")
 
     def pid(self, rank: int) -> int:
@@ -58,7 +61,7 @@ class FaultRun:
         os.kill(self.pid(rank), number)
 
     def wait_for_step(self, step: int) -> None:
-        """Until a step is in the metrics."""
+        """Wait until a step is in the metrics."""
         self.wait_for(lambda: any(at >= step for at, _ in RunFolder(self.out).read_metric("loss")), 120)
 
     def wait_for_text(self, text: str, seconds: float = 100) -> None:
@@ -66,7 +69,7 @@ class FaultRun:
         self.wait_for(lambda: text in self.text(), seconds)
 
     def wait_for(self, condition, seconds: float) -> None:  # type: ignore[no-untyped-def]
-        """Until something holds, or fail with all that was said."""
+        """Wait until a condition holds, or fail with the output."""
         until = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < until, self.text()
@@ -78,7 +81,7 @@ class FaultRun:
         return self.process.wait(timeout=seconds)
 
     def close(self) -> None:
-        """Leave no process behind."""
+        """Kill all remaining processes."""
         self.process.kill()
         self.process.wait()
         for path in self.out.parent.glob(f"{self.out.name}.rank*"):
@@ -89,15 +92,22 @@ class FaultRun:
 
 
 def start(config: Config, out: Path, *, before: str = "", ranks: int = 2, restarts: int = 0) -> FaultRun:
-    """Start a run, under torchrun unless ``ranks`` is 0; ``before`` runs in every rank first."""
+    """Start a run, under torchrun unless `ranks` is 0; `before` runs in every rank first."""
     program = ["-c", PROGRAM.format(before=before), json.dumps(to_json(config)), str(out)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+        "--nproc-per-node",
+    ]
     launcher = [*torchrun, str(ranks), "--max-restarts", str(restarts), "--no-python", sys.executable] if ranks else []
     return start_command([sys.executable, *launcher, *program], out)
 
 
 def start_command(command: list[str], out: Path, **more: str) -> FaultRun:
-    """Start any command that trains into ``out``."""
+    """Start any command that trains into `out`."""
     log = Path(f"{out}.log")
     with log.open("ab") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment(**more), cwd=ROOT)
@@ -105,7 +115,7 @@ def start_command(command: list[str], out: Path, **more: str) -> FaultRun:
 
 
 def assert_same_end(ours: Path, theirs: Path) -> None:
-    """Two runs ended in the same bits."""
+    """Assert that two runs ended with the same bits."""
     a, b = load_latest(ours / "checkpoints"), load_latest(theirs / "checkpoints")
     assert a is not None
     assert b is not None

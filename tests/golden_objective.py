@@ -18,7 +18,9 @@ def our_name(golden_name: str) -> str:
 
 
 def build_golden(data: dict[str, np.ndarray]) -> MoCoV3:
-    """The float64 objective of step.npz or trace.npz; without a stored momentum encoder it is the encoder's copy."""
+    """The float64 objective of step.npz or trace.npz; without a stored momentum
+    encoder it is the encoder's copy.
+    """
     image_size, patch_size, embed_dim, depth, num_heads, hidden_dim, projection_dim = data["cfg"].tolist()
     build = partial(
         VisionTransformer,
@@ -41,7 +43,9 @@ def build_golden(data: dict[str, np.ndarray]) -> MoCoV3:
 
 
 def rough_objective(*, stem: str = "patch", freeze: bool = True, depth: int = 2) -> MoCoV3:
-    """A small float64 objective, encoders apart, with every norm, bias and running average off its starting value."""
+    """A small float64 objective, encoders apart, with every norm, bias and
+    running average off its starting value.
+    """
     build = partial(
         VisionTransformer,
         image_size=32 if stem == "conv" else 16,
@@ -70,6 +74,11 @@ def random_views(objective: MoCoV3, batch: int = 6) -> tuple[Tensor, Tensor]:
     return view1, view2
 
 
+def features_of(encoder: VisionTransformer, views: tuple[Tensor, Tensor]) -> Tensor:
+    """[2, B, E] class features of two views by one encoder."""
+    return encoder.encode(encoder.patch_tokens(torch.cat(views))).view(2, len(views[0]), -1)
+
+
 def train_step(
     objective: MoCoV3,
     optimizer: torch.optim.Optimizer,
@@ -79,7 +88,9 @@ def train_step(
     ema_momentum: float,
     forward: torch.nn.Module | None = None,
 ) -> Tensor:
-    """One step in the order of the method, through ``forward`` where that is a wrapper; returns the loss."""
+    """One step in the order of the method, through `forward` if it is a
+    wrapper; returns the loss.
+    """
     optimizer.param_groups[0]["lr"] = lr
     objective.update_momentum_encoder(ema_momentum)
     loss: Tensor = (forward or objective)(*batch).loss

@@ -1,9 +1,10 @@
-"""What a bare GPU machine will do, on this one: its Python and packages, the repository as it travels, and no GPU.
+"""Rehearse the work of a bare GPU machine here: its Python and packages, the
+copied repository, and no GPU.
 
-``make rehearsal`` runs it. In ``.rehearsal`` it makes a virtual environment with what such a machine brings and nothing else,
-and a copy of the repository without history, build results or the C part; there is no ``git`` on its PATH. Then it collects
-all tests, collects the GPU tests, and goes through every stage of ``make gpu`` with small shapes. A module that is absent, a
-tool that is not there, or a version that differs shows here, not there.
+`make rehearsal` runs it. In `.rehearsal` it makes a virtual environment with only the packages of
+such a machine, and a copy of the repository without history, build results or C code; there is no
+`git` on its PATH. Then it collects all tests, collects the GPU tests, and runs every stage of
+`make gpu` with small shapes. So a missing module, a missing tool or another version is found here.
 
 Only the standard library is used: any Python from 3.9 on can run this file.
 """
@@ -37,7 +38,10 @@ PACKAGES = (
     "scikit-learn",
     "fsspec",
 )
-STEP_TESTS = ("tests/fastmoco/test_step_gpu.py", "tests/fastmoco/test_step_waits_gpu.py")
+STEP_TESTS = (
+    "tests/fastmoco/training/test_step_gpu.py",
+    "tests/fastmoco/training/test_step_waits_gpu.py",
+)
 ABSENT = ("tyro", "webdataset", "torchao", "nvidia.dali", "xformers")
 LEFT_BEHIND = shutil.ignore_patterns(
     ".git",
@@ -78,13 +82,13 @@ class Stage:
     name: str
     command: Sequence[str]
     must_show: str = ""
-    """A pattern that the output of a command that went well matches."""
+    """A pattern that the output of a successful command matches."""
     quiet: bool = False
-    """Show the last lines alone."""
+    """Show only the last lines."""
 
 
 def stages(python: str) -> list[Stage]:
-    """What is rehearsed, in order."""
+    """The stages, in order."""
     pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "tests"]
     return [
         Stage("surroundings", [python, "-c", LOOK, *ABSENT]),
@@ -96,7 +100,8 @@ def stages(python: str) -> list[Stage]:
 
 
 def find_python(named: str) -> str:
-    """The first command of that name that is a Python 3.12; where it is a shim of pyenv, also the versions that pyenv has.
+    """The first command of that name that is a Python 3.12; where it is a shim of pyenv, also the
+    versions that pyenv has.
 
     Raises:
         SystemExit: if there is none.
@@ -109,13 +114,16 @@ def find_python(named: str) -> str:
         if subprocess.run([path, "-c", ask], capture_output=True, check=False).returncode == 0:
             return path
     sys.exit(
-        f"rehearsal: PYTHON312={named}: there is no such command that is a Python 3.12, which GPU machines have; install it, "
+        f"rehearsal: PYTHON312={named}: there is no such command that is a Python 3.12, which GPU "
+        "machines have; install it, "
         "or name it: make rehearsal PYTHON312=/path/to/python3.12"
     )
 
 
 def ready_python(named: str) -> str:
-    """The interpreter of the virtual environment, made if it is not there or was made from another list."""
+    """The interpreter of the virtual environment, which is made if it is
+    missing or was made from another list.
+    """
     python = find_python(named)
     inside, ready = HOME / "venv" / "bin" / "python", HOME / "venv" / ".ready"
     wanted = "\n".join((python, *PACKAGES))
@@ -129,7 +137,9 @@ def ready_python(named: str) -> str:
 
 
 def copy_repository(target: Path) -> None:
-    """The working tree as it travels: what git tracks or would add; without git, all but what is built."""
+    """The files to copy: those that git tracks or would add; without git, all
+    except build results.
+    """
     shutil.rmtree(target, ignore_errors=True)
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
@@ -142,7 +152,7 @@ def copy_repository(target: Path) -> None:
 
 
 def path_without_git(folder: Path) -> str:
-    """A folder with a link to every command of this PATH but git's."""
+    """A folder with links to all commands of this PATH except git."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for place in os.environ.get("PATH", os.defpath).split(os.pathsep):
@@ -154,7 +164,7 @@ def path_without_git(folder: Path) -> str:
 
 
 def surroundings(python: str, repository: Path) -> dict[str, str]:
-    """The environment of every stage: nothing of this machine's but its commands."""
+    """The environment of every stage, with only the commands of this machine."""
     roots = (repository, repository / "kernels", repository / "pipelines")
     (HOME / "home").mkdir(parents=True, exist_ok=True)
     return {
@@ -168,11 +178,18 @@ def surroundings(python: str, repository: Path) -> dict[str, str]:
 
 
 def perform(stage: Stage, repository: Path, environment: dict[str, str]) -> tuple[int, float]:
-    """Run a stage, its lines shown as they come; gives its exit code, 1 where it did not show what it must, and seconds."""
+    """Run a stage and show its lines; returns its exit code, 1 if its output
+    lacks the pattern, and seconds.
+    """
     print(f"== {stage.name}", flush=True)
     began, lines = time.monotonic(), []
     process = subprocess.Popen(
-        stage.command, cwd=repository, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        stage.command,
+        cwd=repository,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -189,11 +206,13 @@ def perform(stage: Stage, repository: Path, environment: dict[str, str]) -> tupl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Set up, run every stage, print what each came to; 0 if all went well."""
+    """Set up, run every stage, print their results; 0 if all succeeded."""
     parser = argparse.ArgumentParser(description="rehearse on the CPU what a bare GPU machine will run")
     parser.add_argument("--python312", default="python3.12", help="makes the virtual environment")
     parser.add_argument(
-        "--python", default="", help="an interpreter with the packages, instead of a virtual environment"
+        "--python",
+        default="",
+        help="an interpreter with the packages, instead of a virtual environment",
     )
     given = parser.parse_args(arguments)
     python = given.python or ready_python(given.python312)

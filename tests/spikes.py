@@ -1,23 +1,24 @@
-"""A small run of synthetic images, and gradient spikes in chosen steps of a run, which come again when it is continued."""
+"""A small run of synthetic images, and gradient spikes in chosen steps of a run, which also occur
+when it is continued.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from torch.distributed.tensor import DTensor
 
 from fastmoco.config import CheckpointConfig
-from fastmoco.config_faults import FaultConfig
-from fastmoco.objectives import MoCoV3Output
-from fastmoco.trainer import Trainer
-from fastmoco_pipelines import TwoViewBatch
+from fastmoco.config.faults import FaultConfig
+from fastmoco.objectives import Output
+from fastmoco.objectives.interface import Progress
+from fastmoco.training.trainer import Trainer
 from tests.distributed.run_trainer import CONFIG
 
 EVERY, SPIKE, LOGGED, TOTAL = 4, 26, 27, 30
-"""Saved are steps 4, 8, ...; every third is logged, so the spike of step 26 is seen behind step 27, and 24 is gone back to.
-The median needs 20 steps before it may call a norm a spike."""
+"""Steps 4, 8, ... are saved and every third is logged, so the spike of step 26 is seen after step
+27, and the run goes back to 24. The median needs 20 steps before a norm can be a spike."""
 ROLLING = replace(
     CONFIG,
     epochs=TOTAL / (1_281_167 // 16),
@@ -30,25 +31,22 @@ ROLLING = replace(
 
 def spike(trainer: Trainer, *numbers: int, factor: float = 1e4) -> Trainer:
     """Make the gradients of the steps of these numbers (the first is 1) so many times as long, on this rank's part of them."""
-    plain = trainer.step
+    plain = trainer.train_step.forward_backward
 
-    def step(batch: TwoViewBatch, *, inspect: Callable[[], None] | None = None) -> MoCoV3Output:
-        def spoil() -> None:
-            for parameter in trainer.objective.parameters():
-                if batch.step + 1 in numbers and parameter.grad is not None:
-                    grad: Any = parameter.grad
-                    (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(factor)
-            if inspect is not None:
-                inspect()
+    def forward_backward(*views: Any, at: Progress, **options: Any) -> Output:
+        output = plain(*views, at=at, **options)
+        for parameter in trainer.objective.parameters():
+            if at.step + 1 in numbers and parameter.grad is not None:
+                grad: Any = parameter.grad
+                (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(factor)
+        return output
 
-        return plain(batch, inspect=spoil)
-
-    trainer.step = step  # type: ignore[method-assign]
+    trainer.train_step.forward_backward = forward_backward
     return trainer
 
 
 def skip(trainer: Trainer, first: int, last: int) -> None:
-    """The run as if steps ``first`` to ``last`` had never been: what a rollback is measured by."""
+    """The run without steps `first` to `last`, the expected result of a rollback."""
     for number in range(1, TOTAL + 1):
         batch = trainer.loader.next()
         if first <= number <= last:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from fastmoco.cli.launch import launch, launch_command
 from fastmoco.errors import RunError
-from fastmoco.launch import launch, launch_command
 from tests.fault_runs import ROOT, FaultRun, environment, start_command
 
 pytestmark = pytest.mark.faults
@@ -97,20 +97,20 @@ def test_the_command_of_the_agent_is_a_list_on_the_loopback_interface() -> None:
 @pytest.mark.parametrize("given", [["--gpus", "8"], ["--gpus=8"]])
 def test_the_workers_do_not_start_workers(given: list[str]) -> None:
     pytest.importorskip("tyro", reason="tyro is not installed")
-    from fastmoco.cli import _without_gpus
+    from fastmoco.cli.main import _without_gpus
 
     assert _without_gpus(["r", "--out", "o", *given, "--seed", "8"]) == ["r", "--out", "o", "--seed", "8"]
 
 
 def test_gpus_inside_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(RunError, match="leave it out under torchrun or srun"):
+    with pytest.raises(RunError, match="omit it under torchrun or srun"):
         launch(2, ["train"], tmp_path)
 
 
 def test_under_nohup_a_run_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     agent = ["sh", "-c", 'kill -HUP "$1"; sleep 0.3; touch "$2/DONE"', "sh", str(os.getpid()), str(tmp_path)]
-    monkeypatch.setattr("fastmoco.launch.launch_command", lambda *_: agent)
+    monkeypatch.setattr("fastmoco.cli.launch.launch_command", lambda *_: agent)
     monkeypatch.delenv("RANK", raising=False)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -172,7 +172,8 @@ STUCK = """
 import os
 if "RANK" in os.environ:
     import time
-    from fastmoco import stop_signal, trainer
+    from fastmoco.faults import stop_signal
+    from fastmoco.training import trainer
     if os.environ["RANK"] == "0":
         stop_signal._LOOK_SECONDS = 0.7  # so its peer, which leaves no mark, is the first to give up
     def step(*args, **more):

@@ -31,7 +31,7 @@ def test_every_test_is_collected_without_the_modules_that_a_gpu_machine_lacks() 
     files = {
         line.partition(": ")[0].partition("::")[0] for line in done.stdout.splitlines() if line.startswith("tests/")
     }
-    assert "tests/fastmoco/test_step_gpu.py" in files
+    assert "tests/fastmoco/training/test_step_gpu.py" in files
     assert [name for name in files if "mark.gpu" not in (ROOT / name).read_text()] == []
 
 
@@ -40,7 +40,7 @@ def test_the_repository_travels_without_history_and_without_what_is_built(tmp_pa
         monkeypatch.setattr(shutil, "which", lambda name, has_git=has_git: name if has_git else None)
         rehearsal.copy_repository(tmp_path / "copy")
         names = {str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*") if path.is_file()}
-        assert {"Makefile", "fastmoco/trainer.py", "tests/rehearsal.py"} <= names
+        assert {"Makefile", "fastmoco/training/trainer.py", "tests/rehearsal.py"} <= names
         hidden = [name for name in names if name.endswith(".so") or name.startswith((".git/", ".venv/", ".rehearsal/"))]
         assert hidden == []
 

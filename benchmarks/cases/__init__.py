@@ -1,1 +1,1 @@
-"""One module a case; each offers NAME, a docstring, and run(options) -> one JSON-able result."""
+"""One module per case, with NAME, a docstring, and run(options), which returns a JSON result."""

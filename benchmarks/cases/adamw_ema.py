@@ -1,4 +1,4 @@
-"""AdamW and moving average: one sweep against separate passes."""
+"""AdamW and momentum update: one pass against separate passes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ DEFAULTS = {"device": "auto", "width": 0, "depth": 12, "hidden": 0, "momentum": 
 
 LR, WEIGHT_DECAY, BETAS, EPS = 1e-3, 0.1, (0.9, 0.999), 1e-8
 LIMITS = {"param": 1e-6, "average": 1e-6}
-"""float32 rounds to 6e-8; the first step's bias correction costs float32 a few units."""
+"""float32 rounds to 6e-8; the bias correction of the first step adds a few units."""
 
 
 @dataclass
-class Twins:
+class Tensors:
     """Parameters with gradients, and their averages."""
 
     params: list[torch.nn.Parameter]
@@ -34,19 +34,20 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``device``; ``width``, ``depth`` and ``hidden`` as in the case `ema`; ``momentum`` of the average; ``rounds``.
+        options: `device`; `width`, `depth` and `hidden` as in the case `ema`;
+            `momentum` of the average; `rounds`.
 
     Returns:
-        What `contest` gives, the numbers of tensors and parameters, and on CUDA our GB/s.
+        The result of `contest`, the numbers of tensors and parameters, and on CUDA our GB/s.
     """
     device, momentum = chosen_device(options["device"]), options["momentum"]
     shapes = vit_shapes(*sizes(options, device))
     start = [random_tensors(shapes, seed, device) for seed in (1, 2, 3)]
-    makers: dict[str, Callable[[Twins], Callable[[], None]]] = {
-        "fastmoco": lambda twins: _ours(twins, momentum),
-        "fused_then_lerp": lambda twins: _passes(twins, momentum, fused=True),
-        "foreach_then_lerp": lambda twins: _passes(twins, momentum, foreach=True),
-        "tensor_by_tensor": lambda twins: _passes(twins, momentum, fused=False, foreach=False),
+    makers: dict[str, Callable[[Tensors], Callable[[], None]]] = {
+        "fastmoco": lambda tensors: _ours(tensors, momentum),
+        "fused_then_lerp": lambda tensors: _passes(tensors, momentum, fused=True),
+        "foreach_then_lerp": lambda tensors: _passes(tensors, momentum, foreach=True),
+        "tensor_by_tensor": lambda tensors: _passes(tensors, momentum, fused=False, foreach=False),
     }
     truth = _truth(start, momentum)
     contenders = [_contender(name, maker, start, truth) for name, maker in makers.items()]
@@ -56,49 +57,53 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     return {"tensors": len(shapes), "parameters": elements, **with_rate(result, moved)}
 
 
-def _twins(start: Sequence[Sequence[Tensor]]) -> Twins:
-    """Fresh tensors: parameters, averages and gradients from the three lists."""
+def _tensors(start: Sequence[Sequence[Tensor]]) -> Tensors:
+    """New tensors: parameters, averages and gradients from the three lists."""
     params = [torch.nn.Parameter(p.clone()) for p in start[0]]
     for param, grad in zip(params, start[2], strict=True):
         param.grad = grad
-    return Twins(params, [a.clone() for a in start[1]])
+    return Tensors(params, [a.clone() for a in start[1]])
 
 
-def _ours(twins: Twins, momentum: float) -> Callable[[], None]:
+def _ours(tensors: Tensors, momentum: float) -> Callable[[], None]:
     """The step of `AdamWEMA`."""
     optimizer = AdamWEMA(
-        twins.params,
+        tensors.params,
         lr=LR,
         betas=BETAS,
         eps=EPS,
         weight_decay=WEIGHT_DECAY,
-        averages=dict(zip(twins.params, twins.averages, strict=True)),
+        averages=dict(zip(tensors.params, tensors.averages, strict=True)),
     )
     return lambda: optimizer.step(ema_momentum=momentum)
 
 
-def _passes(twins: Twins, momentum: float, **implementation: bool) -> Callable[[], None]:
-    """torch.optim.AdamW, then the average; one tensor after the other if nothing is fused."""
+def _passes(tensors: Tensors, momentum: float, **implementation: bool) -> Callable[[], None]:
+    """torch.optim.AdamW, then the momentum update; one tensor after the other
+    if nothing is fused.
+    """
     optimizer = torch.optim.AdamW(
-        twins.params, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, **implementation
+        tensors.params, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, **implementation
     )
     many = any(implementation.values())
-    params: list[Tensor] = [*twins.params]
+    params: list[Tensor] = [*tensors.params]
 
     @torch.no_grad()
     def step() -> None:
         optimizer.step()
         if many:
-            torch._foreach_lerp_(twins.averages, params, 1 - momentum)
+            torch._foreach_lerp_(tensors.averages, params, 1 - momentum)
             return
-        for param, average in zip(twins.params, twins.averages, strict=True):
+        for param, average in zip(tensors.params, tensors.averages, strict=True):
             average.copy_(average * momentum + param * (1 - momentum))
 
     return step
 
 
 def _truth(start: Sequence[Sequence[Tensor]], momentum: float) -> dict[str, Tensor]:
-    """The first step in float64: with no history m / (1 - beta1) is the gradient, v / (1 - beta2) its square."""
+    """The first step in float64: with no history m / (1 - beta1) is the
+    gradient, v / (1 - beta2) its square.
+    """
     params, averages, grads = (flat(tensors) for tensors in start)
     params = params * (1 - LR * WEIGHT_DECAY) - LR * grads / (grads.abs() + EPS)
     averages = momentum * averages + (1 - momentum) * params
@@ -107,17 +112,17 @@ def _truth(start: Sequence[Sequence[Tensor]], momentum: float) -> dict[str, Tens
 
 def _contender(
     name: str,
-    maker: Callable[[Twins], Callable[[], None]],
+    maker: Callable[[Tensors], Callable[[], None]],
     start: Sequence[Sequence[Tensor]],
     truth: Mapping[str, Tensor],
 ) -> Contender:
-    """A contender on tensors of its own."""
-    twins = _twins(start)
+    """A contender with its own tensors."""
+    tensors = _tensors(start)
 
     def errors() -> Mapping[str, float]:
-        fresh = _twins(start)
+        fresh = _tensors(start)
         maker(fresh)()
         found: dict[str, Sequence[Tensor]] = {"param": fresh.params, "average": fresh.averages}
         return {key: relative_error(flat(values), truth[key]) for key, values in found.items()}
 
-    return Contender(name=name, call=maker(twins), errors=errors, limits=LIMITS)
+    return Contender(name=name, call=maker(tensors), errors=errors, limits=LIMITS)

@@ -1,7 +1,8 @@
-"""Attention forward and backward: torch's kernels, the explicit form (compiled too), xformers, FA4 and the Triton kernel.
+"""Attention forward and backward: torch's kernels, the explicit form (compiled too), xformers, FA4
+and the Triton kernel.
 
-Every contender is held against float64 first: output and all three gradients, in the dtype it is timed in. q, k and v are
-views of one packed projection, as a vision transformer hands them over.
+Every contender is first compared with float64: output and all three gradients, in the dtype of the
+timing. q, k and v are views of one packed projection, as in a vision transformer.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ DEFAULTS = {
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SHAPES = {"cpu": (8, 4, 197, 197), "cuda": (1024, 12, 197, 197)}
 _LIMITS = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
-"""Several times what rounding of inputs, weights and results costs in each dtype."""
+"""Several times the rounding error of inputs, weights and results in each dtype."""
 _NAMES = ("sdpa", "flash", "cudnn", "efficient", "fa4", "xformers", "explicit", "triton")
 _CHECKED_IMAGES = 8
 """Images that are compared in float64: the [B, A, L, M] weights of a thousand would not fit."""
@@ -47,14 +48,15 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``device``; ``B`` images, ``A`` heads, ``L`` queries, ``M`` keys (0: 8 x 4 x 197 x 197 on a CPU,
-            1024 x 12 x 197 x 197 on CUDA; ``L=1`` is the class token alone); ``d`` of a head; ``dtype`` bf16, fp16 or fp32;
-            ``subject``, whose speed-up is asked for (``auto``: the Triton kernel on CUDA, what ``attention`` itself takes
-            on a CPU); ``fa4=1`` lets flash-attention 4 run, which replaces torch's flash kernel in the whole process, so
-            ``sdpa`` and ``flash`` then sit out; ``compile=0`` leaves the compiled explicit form out; ``rounds``; ``seed``.
+        options: `device`; `B` images, `A` heads, `L` queries, `M` keys (0: 8 x 4 x 197 x 197 on a
+            CPU, 1024 x 12 x 197 x 197 on CUDA; `L=1` is the class token alone); `d` of a head;
+            `dtype` bf16, fp16 or fp32; `subject`, whose speed-ups are reported (`auto`: the Triton
+            kernel on CUDA, the choice of `attention` on a CPU); `fa4=1` includes flash-attention 4,
+            which replaces torch's flash kernel in the whole process, so `sdpa` and `flash` are then
+            skipped; `compile=0` omits the compiled explicit form; `rounds`; `seed`.
 
     Returns:
-        What `contest` returns, with the shape, FLOPs and the fewest bytes of forward and backward.
+        The result of `contest`, with the shape, FLOPs and the fewest bytes of forward and backward.
 
     Raises:
         ValueError: for an unknown dtype or subject.
@@ -80,7 +82,10 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         "work": {"flops": both, "ms": result.get("milliseconds", {}).get(subject)},
         "auto": str(chosen),
         "shape": dict(zip(("B", "A", "L", "M", "d"), sizes, strict=True)),
-        "flops": {"forward": attention_flops(*sizes), "backward": attention_flops(*sizes, backward=True)},
+        "flops": {
+            "forward": attention_flops(*sizes),
+            "backward": attention_flops(*sizes, backward=True),
+        },
         "bytes": {
             "forward": attention_bytes(*sizes, dtype.itemsize),
             "backward": attention_bytes(*sizes, dtype.itemsize, backward=True),
@@ -92,7 +97,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 def _inputs(
     sizes: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v as views [B, A, rows, d] of packed projections, and the gradient that comes back."""
+    """q, k, v as views [B, A, rows, d] of packed projections, and the gradient of the output."""
     B, A, L, M, d = sizes
     generator = torch.Generator(device).manual_seed(seed)
     packed = torch.randn(B, max(L, M), 3, A, d, device=device, generator=generator).to(dtype)
@@ -144,4 +149,10 @@ def _results(attend: Attend, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """Output and gradients, by name."""
     *leaves, grad = (t.detach().requires_grad_() for t in inputs)
     out = attend(*leaves)
-    return dict(zip(("out", "dq", "dk", "dv"), (out, *torch.autograd.grad(out, leaves, grad.detach())), strict=True))
+    return dict(
+        zip(
+            ("out", "dq", "dk", "dv"),
+            (out, *torch.autograd.grad(out, leaves, grad.detach())),
+            strict=True,
+        )
+    )

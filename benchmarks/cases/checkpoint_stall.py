@@ -1,9 +1,10 @@
-"""What a checkpoint costs a training run: seconds that training stands still, as a share of one step, sync and async.
+"""Cost of a checkpoint: seconds that training waits, in units of one step, for
+foreground and background saves.
 
-A run of a small ViT on one constant batch takes turns: some steps, a save in the foreground and as many steps, a save in the
-background and as many steps. ``blocked`` is how long the call of the save holds the training up; ``added`` is all that
-it adds until it is committed, so the steps that a background save slows down on a shared processor count too. Where one
-disk flush differs from the next, read the range.
+A run of a small ViT on one constant batch alternates between some steps, a save in the foreground
+and as many steps, and a save in the background and as many steps. `blocked` is the duration of the
+call of the save; `added` is the additional time until it is committed, including steps that a
+background save slows down on a shared processor. If disk flushes vary, use the range.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import interleave
-from fastmoco import training_state
 from fastmoco.checkpoint import Saver
 from fastmoco.config import KnnConfig
 from fastmoco.distributed.mesh import start_world
 from fastmoco.recipes import get_recipe, with_image_size
-from fastmoco.trainer import Trainer
+from fastmoco.training import state as training_state
+from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import pack_digits
 
 NAME = "checkpoint_stall"
@@ -44,14 +45,14 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``recipe``, ``device``, ``architecture``, ``image_size``, ``hidden_dim`` and ``batch`` of the run; ``steps``
-            after each save, long enough for the background save to end within them; ``rounds``; ``folder`` on the disk to
-            be measured (empty: the temporary folder).
+        options: `recipe`, `device`, `architecture`, `image_size`, `hidden_dim` and `batch` of the
+            run; `steps` after each save, long enough for the background save to end within them;
+            `rounds`; `folder` on the disk to be measured (empty: the temporary folder).
 
     Returns:
-        ``state_mb``; ``step_s``, the median second of a step; ``blocked`` and ``added``, each for ``sync`` and ``async``, in
-        steps: median, smallest and largest; ``async_over_sync`` of the blocked time; ``share_of_a_run``, the blocked time of
-        a save over the default interval between two.
+        `state_mb`; `step_s`, the median second of a step; `blocked` and `added`, each for `sync`
+        and `async`, in steps: median, smallest and largest; `async_over_sync` of the blocked time;
+        `share_of_a_run`, the blocked time of a save over the default interval between two.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options["folder"] or None)))
@@ -83,7 +84,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
         measures = {name: segment(name) for name in ("none", "sync", "async")}
         for measure in measures.values():
-            measure()  # fills the caches, and the memory of the copy is there
+            measure()  # fills caches and allocates the memory of the copy
         blocked = {name: [] for name in savers}
         figures = interleave(measures, rounds=options["rounds"])
         megabytes = sum(tensor.nbytes for tensor in trainer._state()[0].values()) / 1e6
@@ -104,7 +105,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trainer(options: Mapping[str, Any], folder: Path) -> Trainer:
-    """A run on one constant batch that saves nothing by itself."""
+    """A run on one constant batch that never saves by itself."""
     config = get_recipe(options["recipe"])
     config = replace(
         config,

@@ -1,6 +1,8 @@
-"""Views of decoded images on the CPU: compiled C against Pillow one image at a time, and against plain torch.
+"""Views of decoded images on the CPU: compiled C against Pillow one image at a
+time, and against plain torch.
 
-For each view of MoCo v3's pair, with its draws. Errors are mean distances from Pillow in levels of 255, measured first.
+For both views of MoCo v3 with their draws. Errors are mean distances from
+Pillow in levels of 255, measured first.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from benchmarks.contest import Contender, contest
 from fastmoco_kernels.cut_views.native import native_library
 from fastmoco_kernels.cut_views.op import cut_views
 from fastmoco_pipelines import ViewSpec, moco_v3_views
-from fastmoco_pipelines.draws import draw_views
-from fastmoco_pipelines.exact_color import color_parameters
-from fastmoco_pipelines.reference import reference_view
+from fastmoco_pipelines.views.draws import draw_views
+from fastmoco_pipelines.views.exact_color import color_parameters
+from fastmoco_pipelines.views.reference import reference_view
 
 NAME = "cut_views"
 DEFAULTS = {"images": 16, "height": 375, "width": 500, "size": 224, "rounds": 5, "threads": 1}
@@ -29,11 +31,11 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Check, then measure.
 
     Args:
-        options: ``images`` of a batch, their ``height`` and ``width``; ``size`` of a view; ``rounds``; ``threads`` of torch and
-            of the C code (Pillow takes one).
+        options: `images` of a batch, their `height` and `width`; `size` of a view; `rounds`;
+            `threads` of torch and of the C code (Pillow uses one).
 
     Returns:
-        One contest each for ``view1`` and ``view2``.
+        One contest each for `view1` and `view2`.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(options["threads"])
@@ -69,7 +71,11 @@ def _contest(view: ViewSpec, number: int, options: dict[str, Any]) -> dict[str, 
         return Contender(name=name, call=call, skipped=skipped, errors=errors, limits={"levels": 1e-4})
 
     contenders = [
-        contender("native", by("native"), "" if native_library() else "fastmoco was installed without a C compiler"),
+        contender(
+            "native",
+            by("native"),
+            "" if native_library() else "fastmoco was installed without a C compiler",
+        ),
         contender("pillow, image by image", by_pillow),
         contender("torch", by("torch")),
     ]

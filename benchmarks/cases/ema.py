@@ -1,4 +1,6 @@
-"""The momentum encoder's moving average: one call against multi-tensor ops and the per-tensor formula."""
+"""The momentum encoder's moving average: one call against multi-tensor ops and
+the per-tensor formula.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,19 @@ NAME = "ema"
 DEFAULTS = {"device": "auto", "width": 0, "depth": 12, "hidden": 0, "momentum": 0.99, "rounds": 15}
 
 LIMIT = 1e-6
-"""Of the relative error: float32 rounds to 6e-8, the formula with two products a few times."""
+"""Relative error: float32 rounds to 6e-8, the formula with two products a few times."""
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``device``; ``width`` and ``depth`` of the encoder and ``hidden`` of its projector (0: a ViT-S with its
-            head of 4096 on CUDA, a third of its width and an eighth of its head elsewhere); ``momentum``; ``rounds``.
+        options: `device`; `width` and `depth` of the encoder and `hidden` of its projector (0: a
+            ViT-S with its head of 4096 on CUDA, a third of its width and an eighth of its head
+            elsewhere); `momentum`; `rounds`.
 
     Returns:
-        What `contest` gives, the numbers of tensors and parameters, and on CUDA our GB/s.
+        The result of `contest`, the numbers of tensors and parameters, and on CUDA our GB/s.
     """
     device = chosen_device(options["device"])
     shapes = vit_shapes(*sizes(options, device))
@@ -48,17 +51,29 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         for average, source in zip(own, sources, strict=True):
             average.data = average.data * momentum + source.data * (1 - momentum)
 
-    jobs = {"fastmoco": ours, "foreach_lerp": foreach_lerp, "foreach_mul_add": mul_then_add, "formula": formula}
+    jobs = {
+        "fastmoco": ours,
+        "foreach_lerp": foreach_lerp,
+        "foreach_mul_add": mul_then_add,
+        "formula": formula,
+    }
     contenders = [_contender(name, job, averages, truth) for name, job in jobs.items()]
     result = contest(contenders, subject="fastmoco", device=device, rounds=options["rounds"])
     elements = sum(a.numel() for a in averages)
-    return {"tensors": len(shapes), "parameters": elements, **with_rate(result, bytes_moved(elements))}
+    return {
+        "tensors": len(shapes),
+        "parameters": elements,
+        **with_rate(result, bytes_moved(elements)),
+    }
 
 
 def _contender(
-    name: str, job: Callable[[Sequence[Tensor]], None], averages: Sequence[Tensor], truth: Sequence[Tensor]
+    name: str,
+    job: Callable[[Sequence[Tensor]], None],
+    averages: Sequence[Tensor],
+    truth: Sequence[Tensor],
 ) -> Contender:
-    """A contender on averages of its own."""
+    """A contender with its own averages."""
     own = [average.clone() for average in averages]
 
     def errors() -> Mapping[str, float]:
@@ -71,21 +86,40 @@ def _contender(
 
 
 def chosen_device(name: str) -> torch.device:
-    """The device that an option names; ``auto`` is CUDA where there is one."""
+    """The device that an option names; `auto` is CUDA if there is a device."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def sizes(options: Mapping[str, Any], device: torch.device) -> tuple[int, int, int]:
-    """Width, depth and hidden width, zeros replaced by what suits the device."""
+    """Width, depth and hidden width, with zeros replaced by defaults for the device."""
     width, hidden = (384, 4096) if device.type == "cuda" else (128, 512)
     return options["width"] or width, options["depth"], options["hidden"] or hidden
 
 
 def vit_shapes(width: int, depth: int, hidden: int) -> list[tuple[int, ...]]:
-    """Trainable tensors of a vision transformer with a three-layer projector: most of them are short vectors."""
-    block = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,)]
+    """Shapes of the trainable tensors of a vision transformer with a
+    three-layer projector, mostly short vectors.
+    """
+    block = [
+        (width,),
+        (width,),
+        (3 * width, width),
+        (3 * width,),
+        (width, width),
+        (width,),
+        (width,),
+        (width,),
+    ]
     block += [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
-    head = [(hidden, width), (hidden,), (hidden,), (hidden, hidden), (hidden,), (hidden,), (256, hidden)]
+    head = [
+        (hidden, width),
+        (hidden,),
+        (hidden,),
+        (hidden, hidden),
+        (hidden,),
+        (hidden,),
+        (256, hidden),
+    ]
     return [(1, 1, width), *(block * depth), (width,), (width,), *head]
 
 
@@ -96,12 +130,12 @@ def random_tensors(shapes: Sequence[tuple[int, ...]], seed: int, device: torch.d
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """One vector of all numbers, in float64."""
+    """All tensors as one vector, in float64."""
     return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
 
 
 def with_rate(result: dict[str, Any], moved: int) -> dict[str, Any]:
-    """The result, and where it has milliseconds what they mean in GB/s for the subject."""
+    """The result, and GB/s of the subject if it has milliseconds."""
     if "milliseconds" in result:
         result["gb_per_s"] = round(moved / result["milliseconds"]["fastmoco"] / 1e6, 1)
         result["work"] = {"bytes": moved, "ms": result["milliseconds"]["fastmoco"]}

@@ -1,8 +1,10 @@
-"""The InfoNCE loss, one direction or both, forward and gradient of the queries: one pass against what others do.
+"""The InfoNCE loss, one direction or both, forward and gradient of the queries: one pass against
+other implementations.
 
-Contenders: ``naive`` (normalise, matmul, / temperature, cross-entropy, autograd; fp16 autocast on CUDA as moco-v3 runs it),
-``compiled`` (the same through torch.compile), ``sdpa_v_is_k`` (attention with values = keys, gradient by hand: the one-pass
-idea without a kernel), ``chunked`` and ``triton`` (this project's).
+Contenders: `naive` (normalise, matmul, / temperature, cross-entropy, autograd; fp16 autocast on
+CUDA as moco-v3 runs it), `compiled` (the same through torch.compile), `sdpa_v_is_k` (attention with
+values = keys and an explicit gradient: the one-pass idea without a kernel), `chunked` and `triton`
+(this project's).
 """
 
 from __future__ import annotations
@@ -34,19 +36,22 @@ DEFAULTS = {
     "directions": 1,
 }
 CHECKED_ROWS = 1024
-"""Queries whose gradient is compared with float64: all of them would need float64 logits of rows x keys."""
+"""Queries whose gradient is compared with float64, because all would need
+float64 logits of rows x keys."""
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``rows`` B; ``keys`` N (0: as many); ``dim`` D; ``temperature``; ``rounds``; ``device`` (auto: CUDA where
-            there is one); ``compile`` (0 leaves the torch.compile'd contender out); ``directions`` 1, or 2 as MoCo v3
-            computes them, which this project does in one launch and the others one after the other.
+        options: `rows` B; `keys` N (0: as many); `dim` D; `temperature`; `rounds`; `device` (auto:
+            CUDA if there is a device); `compile` (0 omits the compiled contender); `directions` 1,
+            or 2 as in MoCo v3, which this project computes in one launch and the others one after
+            the other.
 
     Returns:
-        As `benchmarks.contest.contest`, with the FLOPs and bytes that the one-pass kernels need, and the size of q.
+        As `benchmarks.contest.contest`, with FLOPs and bytes of the one-pass
+        kernels, and the size of q.
     """
     name = options["device"]
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
@@ -68,7 +73,10 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         device=device,
         rounds=options["rounds"],
     )
-    work = {"flops": flops(B, N, D, directions=directions), "bytes": bytes_moved(B, N, D, directions=directions)}
+    work = {
+        "flops": flops(B, N, D, directions=directions),
+        "bytes": bytes_moved(B, N, D, directions=directions),
+    }
     result["flops"] = work["flops"]
     result["bytes"] = {"q": inputs[0][0].nbytes, "one_pass": work["bytes"]}
     return result | {"work": {"flops": work["flops"], "ms": result.get("milliseconds", {}).get(subject)}}
@@ -77,7 +85,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 Inputs = list[tuple[Tensor, Tensor]]
 """Queries and keys of each direction."""
 Gradients = Callable[[Inputs], tuple[Tensor, list[Tensor]]]
-"""Loss of all directions and the gradient of each one's queries."""
+"""Loss of all directions and the gradients of their queries."""
 
 
 def _contenders(inputs: Inputs, temperature: float, *, compiled: bool) -> list[Contender]:
@@ -90,7 +98,8 @@ def _contenders(inputs: Inputs, temperature: float, *, compiled: bool) -> list[C
 
     def one(name: str, gradients: Gradients, skipped: str = "") -> Contender:
         def errors() -> dict[str, float]:
-            # Rows do not know of each other: the first rows of the whole call, whose loss is a mean over all of them.
+            # Rows are independent: compare the first rows of the whole call,
+            # whose loss is a mean over all of them.
             loss, found = gradients(inputs)
             parts = [relative_error(dq[: len(first)], first) for dq, (_, first) in zip(found, whole, strict=True)]
             return {"loss": relative_error(loss, torch.as_tensor(exact)), "gradient": max(parts)}
@@ -98,7 +107,9 @@ def _contenders(inputs: Inputs, temperature: float, *, compiled: bool) -> list[C
         return Contender(name=name, call=lambda: gradients(inputs), errors=errors, limits=limits, skipped=skipped)
 
     def of(loss: Callable[..., Tensor], scale: float = 1.0) -> Gradients:
-        """Each direction's loss, one after the other. fp16 needs a scale: without one its gradients are flushed to zero."""
+        """The loss of each direction, one after the other. fp16 needs a scale,
+        or its gradients are flushed to zero.
+        """
 
         def call(pairs: Inputs) -> tuple[Tensor, list[Tensor]]:
             leaves = [q.detach().requires_grad_() for q, _ in pairs]
@@ -151,7 +162,7 @@ def _truth(q: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]
 
 
 def naive_loss(q: Tensor, keys: Tensor, *, temperature: float) -> Tensor:
-    """The formula as everyone writes it, under fp16 autocast on CUDA as moco-v3 runs it."""
+    """The usual formula, under fp16 autocast on CUDA as in moco-v3."""
     with torch.autocast(q.device.type, dtype=torch.float16, enabled=q.is_cuda):
         logits = normalize(q, dim=1) @ normalize(keys, dim=1).T / temperature
         return cross_entropy(logits, torch.arange(len(q), device=q.device)) * (2 * temperature)
@@ -159,7 +170,9 @@ def naive_loss(q: Tensor, keys: Tensor, *, temperature: float) -> Tensor:
 
 @torch.no_grad()
 def sdpa_loss_and_gradient(q: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Flash attention with values = keys gives the softmax's mean key and logsumexp: loss and gradient without a kernel."""
+    """Loss and gradient from flash attention with values = keys, which gives the mean key of the
+    softmax and the logsumexp.
+    """
     norm = q.norm(dim=1, keepdim=True)
     u, v = q / norm, normalize(keys, dim=1)
     if q.is_cuda:

@@ -1,8 +1,10 @@
-"""One large batch three ways: whole, in chunks, and in chunks over four processes. Same losses, and the memory of each.
+"""One large batch in three ways: whole, in chunks, and in chunks over four
+processes; losses and memory of each.
 
-Every side is a run of its own in fresh processes, through the trainer's step, on the same pictures: noise around a pattern of
-the image's own, drawn from the number of the step, so that each rank cuts its part from the same global batch. Memory is the
-high-water mark of the resident set over what was resident before the first step, of the process that took most.
+Every side is a separate run in new processes, with the step of the trainer, on the same images:
+noise around a pattern of each image, drawn from the number of the step, so that each rank takes its
+part of the same global batch. Memory is the growth of the peak resident set since before the first
+step, of the largest process.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastmoco.config import BatchConfig, Config, KnnConfig, ObjectiveConfig, OptimConfig
+from fastmoco.config import BatchConfig, Config, KnnConfig, MoCoV3Config, OptimConfig
 from fastmoco.distributed.mesh import start_world, stop_world
 from fastmoco.recipes import quickstart_digits
-from fastmoco.trainer import Trainer
-from fastmoco_pipelines.batch import TwoViewBatch
+from fastmoco.training.trainer import Trainer
+from fastmoco_pipelines.loading.batch import Batch
 
 NAME = "large_batch"
 DEFAULTS = {
@@ -47,13 +49,14 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``batch`` images over all processes; ``chunk`` images at a time; ``steps``; ``processes`` of the third side;
-            ``precision``; base ``lr``, ``eps`` of AdamW, ``epochs`` and ``warmup_epochs``, which decide how fast rounding grows.
-            The defaults are the first steps of the paper's schedule; a short warm-up takes ``precision=fp64`` to stay equal.
+        options: `batch` images over all processes; `chunk` images at a time; `steps`; `processes`
+            of the third side; `precision`; base `lr`, `eps` of AdamW, `epochs` and `warmup_epochs`,
+            which determine how fast rounding errors grow. Defaults are the first steps of the
+            paper's schedule; a short warm-up needs `precision=fp64`.
 
     Returns:
-        By side: losses, peak bytes of a process, seconds a step. Largest difference of any loss from the whole batch's, and
-        each side's peak as a share of the whole batch's.
+        By side: losses, peak bytes of a process, seconds per step. The largest difference of a loss
+        from that of the whole batch, and the peak of each side as a share of the whole batch's.
     """
     sides = {
         "whole": _side(options, 1, "none"),
@@ -71,7 +74,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _side(options: dict[str, Any], processes: int, chunk: int | str) -> dict[str, Any]:
-    """Start the processes of one side and gather what they found."""
+    """Start the processes of one side and collect their results."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -81,11 +84,17 @@ def _side(options: dict[str, Any], processes: int, chunk: int | str) -> dict[str
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        # What is freed goes back to the system at once, or the high-water mark would be that of the allocator's habits.
+        # Return freed memory to the system at once, so that the peak does not
+        # depend on the allocator.
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
     }
-    command = [sys.executable, "-m", "benchmarks.cases.large_batch", json.dumps(options | {"chunk": chunk})]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.cases.large_batch",
+        json.dumps(options | {"chunk": chunk}),
+    ]
     ranks = [
         subprocess.Popen(command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE)
         for r in range(processes)
@@ -115,7 +124,7 @@ def _config(options: dict[str, Any]) -> Config:
         threads=1,
         batch=BatchConfig(chunk=chunk, kept=0) if chunk != "none" else BatchConfig(chunk="none"),
         model=replace(recipe.model, hidden_dim=64, projection_dim=32),
-        objective=ObjectiveConfig(temperature=0.2),
+        objective=MoCoV3Config(temperature=0.2),
         optim=OptimConfig(lr=options["lr"], eps=options["eps"], warmup_epochs=options["warmup_epochs"]),
         data=replace(recipe.data, synthetic=True),
         knn=KnnConfig(every_epochs=0),
@@ -123,7 +132,7 @@ def _config(options: dict[str, Any]) -> Config:
 
 
 def _global_batch(step: int, images: int, side: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two views of so many pictures, the same in every process."""
+    """Two views of the given number of images, the same in every process."""
     draws = torch.Generator().manual_seed(step)
     pattern = torch.randn(images, 3, side, side, generator=draws)
     view1, view2 = (pattern + 0.5 * torch.randn(pattern.shape, generator=draws) for _ in range(2))
@@ -131,7 +140,7 @@ def _global_batch(step: int, images: int, side: int, dtype: torch.dtype) -> tupl
 
 
 def _child(options: dict[str, Any]) -> None:
-    """Train one rank of one side and print what it found as one JSON line."""
+    """Train one rank of one side and print its results as one JSON line."""
     world = start_world("cpu")
     config = _config(options)
     losses = []
@@ -146,9 +155,9 @@ def _child(options: dict[str, Any]) -> None:
             began = time.perf_counter()
             for step in range(options["steps"]):
                 views = _global_batch(step, config.global_batch_size, config.model.image_size, dtype)
-                view1, view2 = (view[mine].clone() for view in views)
+                local_views = tuple(view[mine].clone() for view in views)
                 del views
-                batch = TwoViewBatch(view1=view1, view2=view2, sample_ids=torch.arange(local).numpy(), step=step)
+                batch = Batch(views=local_views, sample_ids=torch.arange(local).numpy(), step=step)
                 loss = trainer.step(batch).loss.detach().double()
                 if world.world_size > 1:
                     dist.all_reduce(loss)
@@ -162,19 +171,21 @@ def _child(options: dict[str, Any]) -> None:
 
 
 def _load_kernels(trainer: Trainer, dtype: torch.dtype) -> None:
-    """Let a copy take a small step: libraries that load at first use are no memory of the batch."""
-    encoder = copy.deepcopy(trainer.objective.encoder)  # alone: heads would wait for the other ranks
+    """Take a small step with a copy, so that libraries loaded at first use do
+    not count as memory of the batch.
+    """
+    encoder = copy.deepcopy(trainer.objective.encoder)  # without heads, which would wait for the other ranks
     encoder(_global_batch(0, 8, trainer.config.model.image_size, dtype)[0]).sum().backward()
 
 
 def _reset_peak() -> int:
-    """Forget the high-water mark up to now; returns the bytes resident."""
+    """Reset the peak; returns the resident bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
 def _status(name: str) -> int:
-    """One figure of the kernel's about this process, in bytes."""
+    """One figure of the kernel for this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 

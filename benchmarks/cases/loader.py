@@ -1,9 +1,11 @@
-"""The training loader against torchvision's PIL transforms, DALI's stock graph and webdataset, on the same shards.
+"""The training loader against torchvision's PIL transforms, DALI's stock graph
+and webdataset, on the same shards.
 
-Images per CPU-second: processor time of this process and of its workers, taken between two moments of rest, because the
-wall clock of a shared machine says little. Every feed is checked before anything is timed: finite float32 views of plausible
-levels, and fastmoco's against Pillow on the same draws. Without that there are no ratios. ``python -m benchmarks.photos``
-makes shards of photographs. On a GPU images/s by the clock are reported too.
+Images per CPU-second: processor time of this process and its workers between two idle moments,
+because wall-clock time of a shared machine is unreliable. Every feed is checked before timing:
+finite float32 views of plausible levels, and fastmoco's against Pillow on the same draws. Without a
+passing check there are no ratios. `python -m benchmarks.photos` makes shards of photographs. On a
+GPU images/s by wall-clock time are reported too.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ from benchmarks.loading import (
 )
 from benchmarks.measure import interleave, ratios
 from benchmarks.photos import sample_shards
-from fastmoco_pipelines.patterns import expand_shards
-from fastmoco_pipelines.reference import reference_view
+from fastmoco_pipelines.sets.patterns import expand_shards
+from fastmoco_pipelines.views.reference import reference_view
 
 NAME = "loader"
 DEFAULTS = {
@@ -57,36 +59,39 @@ DEFAULTS = {
 }
 SUBJECT, DALI = "fastmoco exact", "fastmoco dali"
 CHECKED_IMAGES = 64
-"""Of the first batch, that are compared with Pillow's: it makes a hundred and fifty a second."""
+"""Images of the first batch that are compared with Pillow, which makes about 150 per second."""
 LIMITS = {
     "cpu": {"fastmoco exact": 1e-4, "fastmoco dali": 20.0, "pillow": 0.05},
     "cuda": {"fastmoco exact": 1.5, "fastmoco dali": 20.0, "pillow": 0.05},
 }
-"""Mean distance from the reference in levels of 255, by device. On GPUs DALI resizes; Pillow 13 resizes some windows in another
-order; of DALI's other augmentation and order there is only a sanity check."""
+"""Mean distance from the reference in levels of 255, by device. On GPUs DALI resizes; Pillow 13
+resizes some windows in another order; the other augmentation and order of DALI only have a sanity
+check."""
 PARTS = ("read and draw", "decode dali", "decode pillow", "exact views alone")
-"""Parts of the work: timed, never compared."""
+"""Parts of the work: timed, but not compared."""
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
     """Check, then measure.
 
     Args:
-        options: ``shards`` (empty: cut from the two sample photographs of scikit-learn); ``packed256`` and ``packed512``, the
-            same images packed with that ``max_side``; ``device`` ("auto", "cpu" or "gpu"); ``size`` of a view; images of a
-            ``batch``; ``batches`` of a turn; ``rounds``; ``threads`` of DALI and torch, further ones after a comma are
-            the scaling line; ``workers`` of torch's DataLoader; ``memory``: steps over which the memory is followed;
-            ``feeds``: names begin with this, and parts of the work are left out (empty: all feeds, and the parts).
+        options: `shards` (empty: cut from the two sample photographs of scikit-learn); `packed256`
+            and `packed512`, the same images packed with that `max_side`; `device` ("auto", "cpu" or
+            "gpu"); `size` of a view; images of a `batch`; `batches` of a turn; `rounds`; `threads`
+            of DALI and torch, further ones after a comma are the scaling line; `workers` of torch's
+            DataLoader; `memory`: steps over which the memory is followed; `feeds`: prefix of their
+            names, without the parts of the work (empty: all feeds, and the parts).
 
     Returns:
-        ``skipped_because`` alone where DALI, or webdataset to pack shards with, is absent. Else
-        ``checked`` and ``failed`` by feed; ``images_per_cpu_s`` by feed and round; ``speedup`` of fastmoco with exact colours
-        over the others and ``speedup_dali`` with DALI's; ``packed`` gains; ``profile`` in CPU milliseconds an image;
-        ``stages`` of the loader by its own clock; ``scaling``; ``memory``.
+        Only `skipped_because` if DALI, or webdataset for packing shards, is missing. Otherwise
+        `checked` and `failed` by feed; `images_per_cpu_s` by feed and round; `speedup` of fastmoco
+        with exact colors over the others and `speedup_dali` with DALI's; gains by `packed` shards;
+        `profile` in CPU milliseconds per image; `stages` of the loader by its own measurement;
+        `scaling`; `memory`.
     """
     if options["device"] not in ("auto", "cpu", "gpu"):
         raise ValueError(f"device={options['device']!r}: is auto, cpu or gpu")
-    # The sample shards are packed by webdataset; those that are given are there.
+    # webdataset packs the sample shards; given shards exist.
     for module in ("nvidia.dali", *(() if options["shards"] else ("webdataset",))):
         if not _has(module):
             return {"skipped_because": f"the loader needs {module}, which is not here"}
@@ -112,15 +117,15 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 def _has(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package around it
+    except ModuleNotFoundError:  # nor its parent package
         return False
 
 
 def _feeds(job: Job, options: dict[str, Any], skipped: dict[str, str]) -> list[Feed]:
-    """The ways of loading that are asked for and run here."""
+    """The selected feeds that run on this machine."""
     wanted = options["feeds"]
     makers: dict[str, Callable[[], Feed]] = {
-        # Workers are forked: before DALI has threads.
+        # Workers are forked, so start them before DALI has threads.
         "webdataset": lambda: webdataset_feed(job, options["workers"], expand_shards(job.shards)),
         SUBJECT: lambda: fastmoco_feed(job, "exact"),
         DALI: lambda: fastmoco_feed(job, "dali"),
@@ -141,14 +146,24 @@ def _run(job: Job, options: dict[str, Any], more_threads: Sequence[int], stack: 
     skipped: dict[str, str] = {}
     feeds = [added(feed) for feed in _feeds(job, options, skipped)]
     checked, failed = check(feeds, job)
-    result: dict[str, Any] = {"images": len(job.set), "checked": checked, "failed": failed, "speedup": {}}
+    result: dict[str, Any] = {
+        "images": len(job.set),
+        "checked": checked,
+        "failed": failed,
+        "speedup": {},
+    }
     result |= {"skipped": skipped, "subject": SUBJECT}
     if SUBJECT in failed:
         return result
     feeds = [feed for feed in feeds if feed.name not in failed]
     compared = [feed.name for feed in feeds]
     if not options["feeds"]:
-        feeds += map(added, (reading_feed(job), decoding_feed(job), pillow_decoding_feed(job), augment_feed(job)))
+        feeds += map(
+            added,
+            (reading_feed(job), decoding_feed(job), pillow_decoding_feed(job), augment_feed(job)),
+        )
+
+    # Further feeds: the same images packed smaller, and more threads.
     packed: list[str] = []
     for side in ("packed256", "packed512"):
         if options[side]:
@@ -156,12 +171,14 @@ def _run(job: Job, options: dict[str, Any], more_threads: Sequence[int], stack: 
             feeds += [added(fastmoco_feed(replace(job, shards=options[side]), c, f"{side} {c}")) for c in colors]
             packed += [f"{side} {color}" for color in colors]
     for feed in feeds:
-        feed.next()  # whatever has threads has taken over their number by now
+        feed.next()  # all thread pools have read their number by now
     scaled = [added(fastmoco_feed(replace(job, threads=n), "exact", f"{n} threads")) for n in more_threads]
     for feed in scaled:
         feed.next()
     torch.set_num_threads(job.threads)
     feeds += scaled
+
+    # Images per CPU-second of all feeds, after one round of warm-up.
     rounds, batches = options["rounds"], options["batches"]
     images = batches * job.batch
     subjects = [feed for feed in feeds if feed.loader is not None and feed.name in compared]
@@ -170,6 +187,7 @@ def _run(job: Job, options: dict[str, Any], more_threads: Sequence[int], stack: 
     for measure in measures.values():
         measure()
     figures = interleave(measures, rounds=rounds)
+
     result["images_per_cpu_s"] = {name: [round(x, 1) for x in values] for name, values in figures.items()}
     result["median"] = {name: round(statistics.median(values), 1) for name, values in figures.items()}
     result["speedup"] = {name: _ratio(figures, SUBJECT, name) for name in compared if name != SUBJECT}
@@ -182,6 +200,8 @@ def _run(job: Job, options: dict[str, Any], more_threads: Sequence[int], stack: 
     result["stages"] = {
         feed.name: (feed.loader.figures() - earlier[feed.name]).metrics() for feed in subjects if feed.loader
     }
+
+    # Images per second by wall-clock time: of every feed on a GPU, of the scaling line elsewhere.
     clocked = {feed.name: feed for feed in feeds if feed.name in compared or feed.name in packed}
     if job.device.type != "cuda":
         clocked = {}
@@ -190,7 +210,7 @@ def _run(job: Job, options: dict[str, Any], more_threads: Sequence[int], stack: 
     by_clock = {name: images_per_second(feed, images, batches, job.device) for name, feed in clocked.items()}
     seconds = interleave(by_clock, rounds=rounds)
     result["images_per_s"] = {name: [round(x, 1) for x in values] for name, values in seconds.items()}
-    if job.device.type == "cuda":  # of an image, for the table of benchmarks.gpu
+    if job.device.type == "cuda":  # per image, for the table of benchmarks.gpu
         result["milliseconds"] = {name: round(1e3 / statistics.median(x), 4) for name, x in seconds.items()}
     result["scaling"] = {
         feed.name: {
@@ -204,7 +224,9 @@ def _run(job: Job, options: dict[str, Any], more_threads: Sequence[int], stack: 
 
 
 def check(feeds: Sequence[Feed], job: Job) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Figures of every feed's first batch, and what is wrong with it; to be called before anything else is taken."""
+    """Figures and faults of the first batch of every feed; call it before any
+    other batch is taken.
+    """
     checked: dict[str, dict[str, float]] = {}
     failed: dict[str, str] = {}
     for feed in feeds:
@@ -228,7 +250,7 @@ def check(feeds: Sequence[Feed], job: Job) -> tuple[dict[str, dict[str, float]],
 
 
 def _implausible(view: torch.Tensor, job: Job) -> str:
-    """What is wrong with one view of a batch, or nothing."""
+    """The fault of one view of a batch, or ""."""
     expected = (job.batch, 3, job.size, job.size)
     if tuple(view.shape) != expected or view.dtype != torch.float32 or view.device.type != job.device.type:
         return f"{view.dtype} {tuple(view.shape)} on {view.device.type}, not float32 {expected} on {job.device.type}"
@@ -243,7 +265,9 @@ def _implausible(view: torch.Tensor, job: Job) -> str:
 
 
 def _levels(views: Sequence[torch.Tensor], job: Job) -> float:
-    """Mean distance of the first images from Pillow's views of them by the same draws, in levels of 255."""
+    """Mean distance of the first images from Pillow's views with the same
+    draws, in levels of 255.
+    """
     ids = job.ids(0)[:CHECKED_IMAGES]
     images = [pillow_decode(data) for data in job.set.read(ids)]
     distances = []
@@ -260,7 +284,7 @@ def _ratio(figures: Mapping[str, list[float]], numerator: str, denominator: str)
 
 
 def _profile(figures: Mapping[str, list[float]]) -> dict[str, float]:
-    """CPU milliseconds an image, medians: where fastmoco's own time with exact colours goes."""
+    """Medians of CPU milliseconds per image of the parts of fastmoco's loader with exact colors."""
     ms = {name: 1e3 / statistics.median(values) for name, values in figures.items()}
     shown = {name: ms[name] for name in (*PARTS, SUBJECT, "pillow") if name in ms}
     decode = ms["decode dali"]  # reading included, drawing not
@@ -282,8 +306,13 @@ def memory(job: Job, steps: int) -> dict[str, Any]:
                 feed.next()
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             resident.append(round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1))
-        # The driver's own figure: DALI does not allocate by torch.
+        # From the driver, because DALI does not allocate through torch.
         device = {"device_mb": round((free - torch.cuda.mem_get_info()[0]) / 1e6, 1)} if on_gpu else {}
     finally:
         feed.close()
-    return {"steps": steps, "resident_mb": resident, "growth_mb": round(resident[-1] - resident[0], 1), **device}
+    return {
+        "steps": steps,
+        "resident_mb": resident,
+        "growth_mb": round(resident[-1] - resident[0], 1),
+        **device,
+    }

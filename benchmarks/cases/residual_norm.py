@@ -1,7 +1,8 @@
-"""Residual add, layer norm and cast, forward and backward: torch's three operations, the same compiled, and the kernels.
+"""Residual add, layer norm and cast, forward and backward: torch's three operations, the same
+compiled, and the kernels.
 
-As in a block under autocast: x is the float32 stream, branch and y are 16 bits, and gradients come back to the sum and to
-y. Every contender is held against float64 first: both results and all four gradients.
+As in a block under autocast: x is the float32 stream, branch and y have 16 bits, and the sum and y
+have gradients. Every contender is first compared with float64: both results and all four gradients.
 """
 
 from __future__ import annotations
@@ -19,12 +20,20 @@ from fastmoco_kernels import residual_norm
 from fastmoco_kernels.residual_norm import cost
 
 NAME = "residual_norm"
-DEFAULTS = {"device": "auto", "rows": 0, "E": 384, "dtype": "bf16", "compile": 1, "rounds": 15, "seed": 0}
+DEFAULTS = {
+    "device": "auto",
+    "rows": 0,
+    "E": 384,
+    "dtype": "bf16",
+    "compile": 1,
+    "rounds": 15,
+    "seed": 0,
+}
 EPS = 1e-6
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ROWS = {"cpu": 8 * 197, "cuda": 256 * 197}
 _LIMITS = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-5}
-"""Twice the rounding of one result in each dtype, and of float32 some sums of it."""
+"""Twice the rounding error of one result in each dtype, and for float32 that of some sums."""
 Norm = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -32,11 +41,13 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``device``; ``rows`` (0: 8 images of 197 tokens on a CPU, 256 on CUDA); width ``E``; ``dtype`` of branch and
-            y: bf16, fp16 or fp32; ``compile=0`` leaves torch.compile out; ``rounds``; ``seed``.
+        options: `device`; `rows` (0: 8 images of 197 tokens on a CPU, 256 on CUDA); width `E`;
+            `dtype` of branch and y: bf16, fp16 or fp32; `compile=0` omits torch.compile; `rounds`;
+            `seed`.
 
     Returns:
-        What `contest` returns, with the fewest bytes each way, those of torch's operations, and on CUDA the GB/s of ours.
+        The result of `contest`, with the fewest bytes of forward and backward, those of torch's
+        operations, and on CUDA our GB/s.
 
     Raises:
         ValueError: for an unknown dtype.
@@ -64,7 +75,7 @@ _WAYS = ("forward", "backward")
 
 
 def _inputs(rows: int, E: int, dtype: torch.dtype, device: torch.device, seed: int) -> list[Tensor]:
-    """x, branch, weight, bias, and the gradients that come back to x_new and y."""
+    """x, branch, weight, bias, and the gradients of x_new and y."""
     generator = torch.Generator(device).manual_seed(seed)
     shapes = ((rows, E), (rows, E), (E,), (E,), (rows, E), (rows, E))
     x, branch, weight, bias, dx_new, dy = (torch.randn(shape, device=device, generator=generator) for shape in shapes)

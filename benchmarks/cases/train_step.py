@@ -1,10 +1,12 @@
-"""A whole training step at a large batch, against the step that most people run: eager, mixed precision, nothing fused.
+"""A whole training step at a large batch, against a usual step: eager, mixed
+precision, nothing fused.
 
-The opponent is written from the paper with torch's own parts: every view through every block alone, attention written out,
-full logits and cross entropy, fp16 autocast with a gradient scaler on GPUs (float32 on CPUs), torch's AdamW, the average taken
-tensor by tensor. It keeps all graphs, so where the batch does not fit it takes the largest half, quarter, ... of it that does.
-Loss and gradients of the first images are held against float64, ours and the reference's; where ours lose several times more,
-the result is marked, and timed all the same. On a GPU each side has a process of its own.
+The opponent follows the paper with torch's own parts: each view separately through every block,
+explicit attention, full logits and cross entropy, fp16 autocast with a gradient scaler on GPUs
+(float32 on CPUs), torch's AdamW, the momentum update tensor by tensor. It keeps all graphs, so if
+the batch does not fit it uses the largest half, quarter, ... of it that does. Loss and gradients of
+the first images, ours and the reference's, are compared with float64. If our errors are several
+times larger, the result is marked but still timed. On a GPU each side has its own process.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from typing import Any
 
 from benchmarks.measure import interleave, ratios
 from benchmarks.step_sides import SIDES, config_of, device_of, measure_apart, open_side
-from fastmoco.setup_run import choose_precision
-from fastmoco.step_costs import measure_costs
+from fastmoco.models.precision import choose_precision
+from fastmoco.planning.costs import measure_costs
 
 NAME = "train_step"
 DEFAULTS = {
@@ -40,30 +42,31 @@ DEFAULTS = {
     "tflops": 790.0,
 }
 TIMES = 4.0
-"""What our distance from float64 may be of the reference's, both in float32."""
+"""Largest ratio of our error to that of the reference, both in float32 relative to float64."""
 FLOOR = 1e-5
-"""Where the reference loses less than that, it is lucky."""
+"""Smaller errors of the reference are chance."""
 FLOAT8 = 0.3
-"""Float8 rounds to 1/16, and is compared by the features of its trunk: batch norms of fresh heads over few images make any
-gradient of it another one."""
+"""Float8 rounds to 1/16. It is compared by the features of the trunk only, because batch norms of
+initial heads over few images amplify rounding errors in all gradients."""
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
     """Check, then measure.
 
     Args:
-        options: ``device`` ("auto", "cpu" or "cuda"); ``recipe`` (empty: vit_s16_e300_b4096 on a GPU, quickstart_digits on a
-            CPU); ``architecture``, ``linears``, ``momentum_linears``, ``blocks`` as in `ModelConfig`, for the recipe's;
-            ``compile`` 1 for our blocks through torch.compile, ``cuda_graphs`` 1 for chunks replayed;
-            ``batch`` images (0: the recipe's); ``chunk`` ("auto", "none" or a number); ``sides``, some of `step_sides.SIDES`;
-            ``processes`` 1: each side in a process of its own, 0: in turns in this one, -1: apart on a GPU; ``profile`` 1 for
-            launches and the largest kernels; ``rounds`` of ``steps`` steps; images ``checked``; ``tflops`` of the
-            device in bf16, which the utilisation is a share of.
+        options: `device` ("auto", "cpu" or "cuda"); `recipe` (empty: vit_s16_e300_b4096 on a GPU,
+            quickstart_digits on a CPU); `architecture`, `linears`, `momentum_linears`, `blocks` as
+            in `ModelConfig`, instead of the recipe's; `compile` 1 for our blocks through
+            torch.compile, `cuda_graphs` 1 for chunks replayed; `batch` images (0: the recipe's);
+            `chunk` ("auto", "none" or a number); `sides`, some of `step_sides.SIDES`; `processes`
+            1: each side in its own process, 0: in turns in this one, -1: separate on a GPU;
+            `profile` 1 for launches and the largest kernels; `rounds` of `steps` steps; images
+            `checked`; `tflops` of the device in bf16, for the utilisation.
 
     Returns:
-        ``errors``, ``plain_errors`` and ``failed``, and ``marked`` with the reason where the check failed; ``plan`` of the
-        trainer; ``images_per_s`` by side and round; ``speedup`` by images/s; ``batch`` of each opponent; on CUDA
-        ``milliseconds`` an image, ``mfu`` and ``peak_bytes`` by side.
+        `errors`, `plain_errors` and `failed`, and `marked` with the reason where the check failed;
+        `plan` of the trainer; `images_per_s` by side and round; `speedup` by images/s; `batch` of
+        each opponent; on CUDA `milliseconds` per image, `mfu` and `peak_bytes` by side.
 
     Raises:
         ValueError: for an unknown side.
@@ -102,7 +105,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apart(sides: list[str], options: dict[str, Any], failed: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Each side in a process of its own; one that fails costs only itself."""
+    """Each side in its own process; a failed one does not affect the others."""
     found = {}
     for name in sides:
         try:
@@ -113,7 +116,9 @@ def _apart(sides: list[str], options: dict[str, Any], failed: dict[str, str]) ->
 
 
 def _in_turns(sides: list[str], options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """All sides here, a round of each after the other: a noisy neighbour hits them alike."""
+    """All sides in this process, a round of each in turn, so that other load
+    affects them equally.
+    """
     with ExitStack() as stack:
         open_sides = {name: stack.enter_context(open_side(name, options)) for name in sides}
         for side in open_sides.values():
@@ -125,7 +130,7 @@ def _in_turns(sides: list[str], options: dict[str, Any]) -> dict[str, dict[str, 
 
 
 def _beyond(result: dict[str, Any]) -> str:
-    """Where our step is further from float64 than it may be; empty where it is not."""
+    """Quantities whose error relative to float64 is too large; empty if none."""
     plain = result.get("plain_errors", {})
     beyond = []
     for name, error in result.get("errors", {}).items():

@@ -1,7 +1,8 @@
 """Images/s of training from shards through DALI over images/s of training on one constant batch.
 
-Two trainers of the same recipe take turns in one process: the ratio says what the data path costs a training run, and
-1 is the most it can be. kNN and checkpoints are off.
+Two trainers of the same recipe alternate in one process. The ratio is the cost of the data path of
+a training run; it is at most
+1. kNN and checkpoints are off.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from benchmarks.measure import interleave, ratios
 from fastmoco.config import Config, KnnConfig
 from fastmoco.distributed.mesh import start_world
 from fastmoco.recipes import get_recipe
-from fastmoco.trainer import Trainer
+from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import pack_digits
 
 NAME = "train_vs_synthetic"
@@ -29,8 +30,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Measure.
 
     Args:
-        options: ``recipe``; ``shards`` (empty: the digits, packed for the occasion); ``rounds``; ``steps`` of a segment;
-            ``warm_steps`` before each segment, which use up what was prefetched while the other trainer ran.
+        options: `recipe`; `shards` (empty: the digits, packed here); `rounds`; `steps` of a
+            segment; `warm_steps` before each segment, which use up batches that were prefetched
+            while the other trainer ran.
 
     Returns:
         images/s of each side by round, and their ratios.

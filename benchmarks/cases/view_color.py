@@ -1,9 +1,11 @@
-"""Exact colours against Pillow one image at a time, and the pipeline with exact colours against the one with DALI's.
+"""Exact colors against Pillow one image at a time, and the pipeline with exact
+colors against the one with DALI's.
 
-Two jobs. ``view1`` and ``view2``: cropped bytes to normalised views with MoCo v3's draws, by Pillow, by torch and by the
-kernels. ``pipeline``: encoded images to both views. Errors are mean distances from Pillow in levels of 255, measured
-first; DALI's own is some levels, because it has no HSV and one order for all images. There is no compiled contender:
-each image has its own order of operations and its own blur, so a graph of the whole job would compute all 24.
+Two tasks. `view1` and `view2`: cropped bytes to normalised views with MoCo v3's draws, by Pillow,
+by torch and by the kernels. `pipeline`: encoded images to both views. Errors are mean distances
+from Pillow in levels of 255, measured first; DALI's is some levels, because it has no HSV and one
+order for all images. There is no compiled contender, because each image has its own order of
+operations and its own blur, and a graph of the whole task would compute all 24 orders.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from torch import Tensor
 from benchmarks.contest import Contender, contest
 from fastmoco_kernels.view_color.op import view_color
 from fastmoco_pipelines import ViewSpec, moco_v3_views
-from fastmoco_pipelines.draws import ViewDraws, draw_views
-from fastmoco_pipelines.exact_color import color_parameters
-from fastmoco_pipelines.reference import reference_view
+from fastmoco_pipelines.views.draws import ViewDraws, draw_views
+from fastmoco_pipelines.views.exact_color import color_parameters
+from fastmoco_pipelines.views.reference import reference_view
 
 NAME = "view_color"
 DEFAULTS = {"device": "auto", "images": 24, "size": 224, "rounds": 5, "threads": 1}
@@ -35,12 +37,12 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Check, then measure.
 
     Args:
-        options: ``device`` ("auto", "cpu" or "cuda"); ``images`` of a batch; ``size`` of a view; ``rounds``; ``threads`` of
-            torch and of DALI on the CPU.
+        options: `device` ("auto", "cpu" or "cuda"); `images` of a batch; `size` of a view;
+            `rounds`; `threads` of torch and of DALI on the CPU.
 
     Returns:
-        One contest each for ``view1`` and ``view2``; for ``pipeline`` too where there is DALI, else why not. ``us_per_image``
-        of both views by the kernels on CUDA.
+        One contest each for `view1` and `view2`; for `pipeline` too if DALI is installed, otherwise
+        the reason. `us_per_image` of both views by the kernels on CUDA.
     """
     available = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(available if options["device"] == "auto" else options["device"])
@@ -53,12 +55,12 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             f"view{number}": _colour_contest(images, view, number, device, options["rounds"])
             for number, view in enumerate(pair, start=1)
         }
-        # Last, and in a result of its own: without DALI the kernels were measured all the same.
+        # Last, and in a separate result, because the kernels can be measured without DALI.
         pipeline: dict[str, Any] = {"skipped": {"DALI": "absent"}}
         if _has_dali():
             try:
                 pipeline = _pipeline_contest(images, pair, device, options)
-            except (RuntimeError, ValueError, ImportError) as error:  # what was measured is not lost
+            except (RuntimeError, ValueError, ImportError) as error:  # keep the results so far
                 pipeline = {"failed": {"DALI": f"{type(error).__name__}: {str(error)[:300]}"}}
         both = [part.get("milliseconds", {}).get("triton") for part in results.values()]
         per_image = {"us_per_image": round(1e3 * sum(both) / len(images), 3)} if all(both) else {}
@@ -70,18 +72,18 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 def _has_dali() -> bool:
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # not even the package around it
+    except ModuleNotFoundError:  # nor its parent package
         return False
 
 
 def _pictures(count: int, size: int) -> NDArray[np.uint8]:
-    """[count, size, size, 3]: smooth noise, whose neighbours resemble each other as in photographs."""
+    """[count, size, size, 3]: smooth noise, with similar neighbours as in photographs."""
     coarse = np.random.default_rng(0).integers(0, 256, (count, 24, 24, 3), dtype=np.uint8)
     return np.stack([np.asarray(Image.fromarray(c).resize((size, size), Image.Resampling.BICUBIC)) for c in coarse])
 
 
 def _whole(view: ViewSpec, color: Literal["dali", "exact"]) -> ViewSpec:
-    """The view without its crop: the window is the image, and the resize changes nothing."""
+    """The view without its crop: the window is the whole image, and the resize is the identity."""
     return replace(view, color=color, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
 
 
@@ -127,10 +129,13 @@ def _colour_contest(
 
 
 def _pipeline_contest(
-    images: NDArray[np.uint8], pair: tuple[ViewSpec, ViewSpec], device: torch.device, options: dict[str, Any]
+    images: NDArray[np.uint8],
+    pair: tuple[ViewSpec, ViewSpec],
+    device: torch.device,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """Encoded images to both views."""
-    from fastmoco_pipelines.dali import ViewPipeline
+    from fastmoco_pipelines.views.dali import ViewPipeline
 
     encoded = [_jpeg(image) for image in images]
     decoded = [Image.open(io.BytesIO(data.tobytes())).convert("RGB") for data in encoded]
@@ -141,8 +146,7 @@ def _pipeline_contest(
         truth = [reference_view(image, _whole(view1, "exact"), draws[0], i) for i, image in enumerate(decoded)]
         on_gpu = device.type == "cuda"
         pipeline = ViewPipeline(
-            view1,
-            view2,
+            (view1, view2),
             batch_size=len(images),
             threads=options["threads"],
             device="gpu" if on_gpu else "cpu",
@@ -150,14 +154,18 @@ def _pipeline_contest(
         )
 
         def call(pipeline: ViewPipeline = pipeline, draws: tuple[ViewDraws, ViewDraws] = draws) -> Tensor:
-            return pipeline.run(encoded, *draws)[0]
+            return pipeline.run(encoded, draws)[0]
 
         def errors(
-            call: Callable[[], Tensor] = call, truth: list[NDArray[np.float32]] = truth, view: ViewSpec = view1
+            call: Callable[[], Tensor] = call,
+            truth: list[NDArray[np.float32]] = truth,
+            view: ViewSpec = view1,
         ) -> dict[str, float]:
             return {"levels": _distance(call(), np.stack(truth), view)}
 
-        limits = {"levels": 0.5 if color == "exact" else 20.0}  # of another augmentation there is only a sanity check
+        limits = {
+            "levels": 0.5 if color == "exact" else 20.0
+        }  # DALI's augmentation differs and only has a sanity check
         contenders.append(Contender(name=color, call=call, errors=errors, limits=limits))
     return contest(contenders, subject="exact", device=device, rounds=options["rounds"])
 

@@ -1,4 +1,6 @@
-"""``python -m benchmarks.gpu``: run the stages one after the other within a budget; see the package for its variables."""
+"""`python -m benchmarks.gpu`: run the stages one after the other within a
+budget; see the package for its variables.
+"""
 
 from __future__ import annotations
 

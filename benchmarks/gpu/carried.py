@@ -1,4 +1,4 @@
-"""What travels in ``.gpu/`` is unpacked here: wheels and a slim DALI, into a folder that later stages have on their path."""
+"""Unpack the wheels and the slim DALI of `.gpu/` into a folder on the path of later stages."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ DONE = ".unpacked"
 
 
 def unpack(source: Path) -> tuple[Path | None, list[str]]:
-    """Unpack all that is carried; once for the same files, so that a second run on a warm machine does not.
+    """Unpack all carried files, once for the same files.
 
     Args:
-        source: folder with ``*.whl`` and perhaps ``dali.tar.xz``.
+        source: folder with `*.whl` and perhaps `dali.tar.xz`.
 
     Returns:
-        The folder for ``PYTHONPATH``, None where nothing is carried; and the names of what was unpacked or failed.
+        The folder for `PYTHONPATH`, None if nothing is carried; and the names
+        of unpacked and failed files.
     """
     files = sorted([*source.glob("*.whl"), *source.glob("*.tar.xz")])
     if not files:
@@ -44,7 +45,7 @@ def _unpack_one(file: Path, site: Path) -> None:
     if file.suffix == ".whl":
         with zipfile.ZipFile(file) as wheel:
             wheel.extractall(site)
-        for data in site.glob("*.data"):  # what a wheel keeps apart for site-packages
+        for data in site.glob("*.data"):  # files of a wheel for site-packages
             for part in ("purelib", "platlib"):
                 if (data / part).exists():
                     shutil.copytree(data / part, site, dirs_exist_ok=True)

@@ -1,7 +1,8 @@
-"""Fetch the wheels that a bare GPU machine lacks into ``.gpu/``: ``python -m benchmarks.gpu.carry``, on a machine with a network.
+"""Fetch the wheels that a bare GPU machine lacks into `.gpu/`: `python -m benchmarks.gpu.carry`, on
+a machine with a network.
 
-Wheels of CPython 3.12 on Linux x86-64, without their dependencies: torch and NumPy are there already. DALI is not among
-them, because its wheels exceed what may travel; a slim ``dali.tar.xz`` beside them is unpacked likewise.
+Wheels of CPython 3.12 on Linux x86-64, without dependencies, because torch and NumPy are installed.
+DALI's wheels are too large; a slim `dali.tar.xz` in the same folder is unpacked in the same way.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ WHEELS = (
     "webdataset",
     *("braceexpand", "pyyaml"),
 )
-"""xformers and, with what they import, the command line's parser and webdataset."""
+"""xformers, the parser of the command line and webdataset, with their imports."""
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 LIMIT_MIB = 60
-"""What may travel, with the repository beside it."""
+"""Largest size of the folder, besides the repository."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Download; returns 1 if a wheel could not be had."""
+    """Download; returns 1 if a download failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wheels", nargs="*", default=WHEELS, help="requirements, instead of the usual ones")
     parser.add_argument("--python", default="3.12")
@@ -50,7 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def download_command(wheel: str, python: str, out: Path) -> list[str]:
     """pip's command for one wheel, without dependencies."""
-    words = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    words = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
     words += ["--only-binary=:all:", "--implementation", "cp", "--python-version", python]
     for platform in PLATFORMS:
         words += ["--platform", platform]

@@ -1,6 +1,6 @@
-"""What this card reaches at its best: copies, large products, a product of ViT-S, launches. Measured before all else.
+"""Ceilings of this card: copies, large products, a product of ViT-S, launches. Measured first.
 
-Later figures are reported as shares of these, and goals that were set for another card are scaled by them.
+Later figures are reported as shares of them, and goals of another card are scaled by them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def _copy(size: int, device: torch.device) -> float:
-    """GB/s of a copy, bytes read and written."""
+    """GB/s of a copy, counting bytes read and written."""
     source, target = (torch.zeros(size, dtype=torch.int8, device=device) for _ in range(2))
     return 2 * size / _median(lambda: target.copy_(source), device) / 1e9
 
@@ -53,7 +53,7 @@ def _product(m: int, k: int, n: int, device: torch.device) -> float:
 
 
 def _median(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call on the device, the median of some."""
+    """Median seconds of a call on the device."""
     for _ in range(3):
         call()
     return statistics.median(seconds_by_events(call, device) for _ in range(ROUNDS))

@@ -1,4 +1,4 @@
-"""What a smoke check is: where it runs, what it gives, and how it says that it cannot run here."""
+"""Types of a smoke check: its device and dtype, its result, and the reason for skipping it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where the checks run, and in what."""
+    """Device and dtype of the checks."""
 
     device: torch.device
     narrow: torch.dtype
-    """bf16, or float32 where that is not known."""
+    """bf16, or float32 if that is not supported."""
     dry: bool
 
     @property
@@ -24,13 +24,13 @@ class Place:
         return float(torch.finfo(self.narrow).eps)
 
     def random(self, *shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal numbers that ``dtype`` holds exactly."""
+        """Normal random numbers that are exact in `dtype`."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(*shape, generator=generator).to(self.device, dtype or self.narrow)
 
 
 class Unavailable(Exception):
-    """Why a check does not run here."""
+    """The reason why a check does not run here."""
 
 
 Check = Callable[[Place], dict[str, tuple[float, float]]]

@@ -1,4 +1,6 @@
-"""From JPEG shards to a kNN figure: sixty steps of ViT-S through DALI, or three of a tiny encoder in a dry run."""
+"""From JPEG shards to a kNN figure: sixty steps of ViT-S through DALI, or three
+of a tiny encoder in a dry run.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,11 @@ from benchmarks.gpu.lines import FAILED, OK, SKIPPED, emit
 NAME = "JPEG shards to kNN"
 CLASSES = 4
 LEARNT = 1.5 / CLASSES
-"""kNN accuracy that images of so different colours give even to a hardly trained encoder."""
+"""kNN accuracy that even a barely trained encoder reaches on images of such different colors."""
 
 
 def main() -> int:
-    """Train and evaluate; returns 1 if nothing sensible comes out."""
+    """Train and evaluate; returns 1 if the result is implausible."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--only", default="")
@@ -37,7 +39,7 @@ def main() -> int:
 def _has(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package around it
+    except ModuleNotFoundError:  # nor its parent package
         return False
 
 
@@ -45,18 +47,19 @@ def _run(folder: Path, dry: bool) -> int:
     from fastmoco.config import Config, DataConfig, KnnConfig
     from fastmoco.distributed.mesh import start_world
     from fastmoco.recipes import vit_nano8_e60_b256, vit_s16_e300_b1024
-    from fastmoco.run_folder import RunFolder
-    from fastmoco.trainer import Trainer
-    from fastmoco_pipelines.pack import pack_folder
+    from fastmoco.run.folder import RunFolder
+    from fastmoco.training.trainer import Trainer
+    from fastmoco_pipelines.making.pack import pack_folder
 
     batch, warm, steps = (8, 1, 3) if dry else (512, 10, 60)
     side = 40 if dry else 400
     train = pack_folder(_pictures(folder / "train", 2 * batch, side, 0), folder / "train-shards").pattern
     test = pack_folder(_pictures(folder / "test", batch, side, 1), folder / "test-shards").pattern
+
     base: Config = vit_nano8_e60_b256() if dry else vit_s16_e300_b1024()
     config = replace(
         base,
-        device="cpu" if dry else "cuda",
+        device="cpu" if dry else "gpu",
         threads=1 if dry else 14,
         global_batch_size=batch,
         epochs=steps / 2,
@@ -65,6 +68,8 @@ def _run(folder: Path, dry: bool) -> int:
         knn=replace(KnnConfig(), test_shards=test, every_epochs=1e6),
         optim=replace(base.optim, warmup_epochs=0),
     )
+
+    # Time the steps after the warm-up.
     out = folder / "run"
     trainer = Trainer.build(config, out, start_world(config.device))
     try:
@@ -74,15 +79,24 @@ def _run(folder: Path, dry: bool) -> int:
         seconds = time.monotonic() - began
     finally:
         trainer.close()
+
+    # Judge the accuracy, and report.
     accuracy = RunFolder(out).read_metric("knn")[-1][1]
     fault = "" if dry or accuracy >= LEARNT else f"kNN accuracy {accuracy:.2f}, no better than chance"
     rate = round((steps - warm) * batch / seconds, 1)
-    emit(NAME, FAILED if fault else OK, reason=fault, images_per_s_with_knn=rate, knn=accuracy, steps=steps)
+    emit(
+        NAME,
+        FAILED if fault else OK,
+        reason=fault,
+        images_per_s_with_knn=rate,
+        knn=accuracy,
+        steps=steps,
+    )
     return int(bool(fault))
 
 
 def _pictures(folder: Path, count: int, side: int, seed: int) -> Path:
-    """JPEGs of smooth noise, a folder for each class, which has a colour of its own."""
+    """JPEGs of smooth noise, a folder for each class, each class with its own color."""
     rng = np.random.default_rng(seed)
     for number in range(count):
         label = number % CLASSES

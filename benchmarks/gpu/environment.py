@@ -1,4 +1,6 @@
-"""The first stage: card, driver, versions, commit, compiler, what is there of the optional modules, and the C part built."""
+"""The first stage: card, driver, versions, commit, compiler, optional
+modules; builds the C code.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,11 @@ OPTIONAL = {
     "sklearn": "scikit-learn",
     "pytest": "pytest",
 }
-"""Modules that some stage can use, and their distributions."""
+"""Optional modules of the stages, and their distributions."""
 
 
 def main() -> int:
-    """Print the one line; returns 0, or 1 if the C part could not be built where there is a compiler."""
+    """Print one line; returns 0, or 1 if a compiler failed to build the C code."""
     native, fault = build_native(NATIVE)
     emit(
         "environment",
@@ -47,7 +49,7 @@ def main() -> int:
 
 
 def compiler() -> list[str]:
-    """The C compiler that setup.py would use, or another of this machine; empty where there is none."""
+    """The C compiler that setup.py would use, or another one of this machine; empty without one."""
     wanted = (os.environ.get("CC"), sysconfig.get_config_var("CC"), "cc", "gcc", "clang")
     for words in (shlex.split(name) for name in wanted if name):
         if words and shutil.which(words[0]):
@@ -56,14 +58,15 @@ def compiler() -> list[str]:
 
 
 def build_native(folder: Path, *, out: Path | None = None) -> tuple[str, bool]:
-    """Build the C part of ``cut_views`` unless it is there, with setup.py's own flags.
+    """Build the C part of `cut_views` unless it exists, with the flags of setup.py.
 
     Args:
-        folder: of the op; its sources are in ``native``.
-        out: the library to write; default where the op looks for it.
+        folder: of the op; its sources are in `native`.
+        out: the library to write; default the path that the op loads.
 
     Returns:
-        What became of it, and whether that is a failure: no compiler is none, because plain torch does the same.
+        A description of the result, and whether it is a failure. A missing compiler is none,
+        because plain torch computes the same.
     """
     library = out or folder / "_native.abi3.so"
     if library.exists() or (out is None and list(folder.glob("_native*.so"))):
@@ -72,7 +75,17 @@ def build_native(folder: Path, *, out: Path | None = None) -> tuple[str, bool]:
     if not words:
         return "no compiler: plain torch cuts the views", False
     sources = sorted(str(path) for path in (folder / "native").glob("*.c"))
-    command = [*words, "-shared", "-fPIC", *build_flags(), "-fvisibility=hidden", *sources, "-lm", "-o", str(library)]
+    command = [
+        *words,
+        "-shared",
+        "-fPIC",
+        *build_flags(),
+        "-fvisibility=hidden",
+        *sources,
+        "-lm",
+        "-o",
+        str(library),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return f"{words[0]} failed: {done.stderr[-300:]}", True
@@ -80,7 +93,9 @@ def build_native(folder: Path, *, out: Path | None = None) -> tuple[str, bool]:
 
 
 def build_flags() -> list[str]:
-    """``FLAGS`` of setup.py, read without running it: it wants setuptools, which a bare Python 3.12 lacks."""
+    """`FLAGS` of setup.py, read without running it, because it needs
+    setuptools, which a bare Python 3.12 lacks.
+    """
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "FLAGS":
             return [str(flag) for flag in ast.literal_eval(node.value)]
@@ -91,7 +106,7 @@ def _version(module: str, distribution: str) -> str | None:
     try:
         if importlib.util.find_spec(module) is None:
             return None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # of its parent package
         return None
     try:
         return importlib.metadata.version(distribution)

@@ -1,8 +1,9 @@
-"""Goals as data, for whichever card: what was set for an H200 is held against another by the ceilings that both reach.
+"""Goals as data. They were set for an H200 and are scaled to other cards by measured ceilings.
 
-A goal is at heart a share of what the card can do. Its figure stands for an H200 whose ceilings are `SET_FOR`; on another
-card it is scaled by that card's measured ones: a compute-bound time by the rate of products, a memory-bound one by that of
-copies, a training step by both, in the proportion that `benchmarks.roofline` counts. Speed-ups are not scaled.
+A goal is a share of the ceilings of a card. Its figure is for an H200 with the ceilings `SET_FOR`.
+For another card it is scaled by that card's measured ceilings: a compute-bound time by the rate of
+products, a memory-bound one by that of copies, a training step by both, in the proportion that
+`benchmarks.roofline` counts. Speed-ups are not scaled.
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ from dataclasses import dataclass
 from typing import Any
 
 SET_FOR = {"matmul_tflops": 790.0, "copy_gb_per_s": 4300.0}
-"""Ceilings of the H200 that the goals were set for."""
+"""Ceilings of the H200 for which the goals were set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """One figure of one row.
+    """The goal for one figure of one row.
 
     Attributes:
         name: G1 to G11.
         row: name of the row.
-        figure: path into its result: ``milliseconds.triton``, ``speedup.naive.median``, ``images_per_s.fastmoco``.
-        at_least: the goal, where more is better; else ``at_most``.
-        compute: share of the time that products take, which scales with their rate; the rest with copies'. None: not scaled.
+        figure: path into its result: `milliseconds.triton`, `speedup.naive.median`,
+            `images_per_s.fastmoco`.
+        at_least: the goal, if more is better; otherwise `at_most`.
+        compute: share of the time of products, which scales with their rate; the rest scales with
+            copies. None: not scaled.
     """
 
     name: str
@@ -56,22 +59,22 @@ GOALS = (
     Goal(name="G7", row="ViT-S 4096", figure="images_per_s.fastmoco", at_least=5000, compute=0.6),
     Goal(name="G8", row="ViT-B 4096", figure="images_per_s.fastmoco", at_least=1600, compute=0.75),
     Goal(name="G11", row="loader", figure="images_per_s.fastmoco exact", at_least=4500),
-    Goal(name="G11", row="colour", figure="us_per_image", at_most=3.0, compute=0.0),
+    Goal(name="G11", row="color", figure="us_per_image", at_most=3.0, compute=0.0),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """A goal on this card, and what was measured."""
+class Outcome:
+    """A goal for this card, and the measured figure."""
 
     goal: Goal
     wanted: float | None
-    """None: the goal is to be scaled, and nothing is known to scale it by."""
+    """None: the goal cannot be scaled, because a ceiling is missing."""
     measured: float
 
     @property
     def met(self) -> bool | None:
-        """Whether it is reached; None where that cannot be told."""
+        """Whether it is reached; None if unknown."""
         if self.wanted is None:
             return None
         return self.measured >= self.wanted if self.goal.at_least is not None else self.measured <= self.wanted
@@ -85,12 +88,13 @@ class Verdict:
 
 
 def slower(card: str, ceilings: Mapping[str, float], compute: float) -> float | None:
-    """How much longer a card takes than the one that the goals were set for; 1 on an H200, None where no ceiling was measured.
+    """Time of a card relative to the card of the goals; 1 on an H200, None
+    without measured ceilings.
 
     Args:
         card: its name.
         ceilings: measured, by the names of `SET_FOR`.
-        compute: share of the time that products take.
+        compute: share of the time of products.
     """
     if "H200" in card:
         return 1.0
@@ -100,8 +104,8 @@ def slower(card: str, ceilings: Mapping[str, float], compute: float) -> float | 
     return compute * products + (1 - compute) * copies
 
 
-def verdicts(row: str, result: Mapping[str, Any], card: str, ceilings: Mapping[str, float]) -> list[Verdict]:
-    """The goals of a row whose figures were measured."""
+def outcomes(row: str, result: Mapping[str, Any], card: str, ceilings: Mapping[str, float]) -> list[Outcome]:
+    """The goals of a row with measured figures."""
     found = []
     for goal in GOALS:
         measured = figure(result, goal.figure)
@@ -111,12 +115,12 @@ def verdicts(row: str, result: Mapping[str, Any], card: str, ceilings: Mapping[s
         wanted = None
         if factor is not None:
             wanted = goal.at_least / factor if goal.at_least is not None else (goal.at_most or 0.0) * factor
-        found.append(Verdict(goal=goal, wanted=wanted, measured=measured))
+        found.append(Outcome(goal=goal, wanted=wanted, measured=measured))
     return found
 
 
 def figure(result: Mapping[str, Any], path: str) -> float | None:
-    """A number of a result by its path, the median where there are several; None where it was not measured."""
+    """A number of a result by its path, the median of several; None if not measured."""
     value: Any = result
     for name in path.split("."):
         if not isinstance(value, Mapping) or name not in value:
@@ -128,10 +132,12 @@ def figure(result: Mapping[str, Any], path: str) -> float | None:
 
 
 def shares(result: Mapping[str, Any], ceilings: Mapping[str, float]) -> dict[str, float]:
-    """What a result reached of this card's ceilings: ``matmul`` by its FLOPs, ``copy`` by its bytes.
+    """Shares of this card's ceilings that a result reached: `matmul` by its
+    FLOPs, `copy` by its bytes.
 
     Args:
-        result: with ``work``: ``flops`` and ``bytes`` of one call or image of the subject, and ``ms``, its time.
+        result: with `work`: `flops` and `bytes` of one call or image of the
+            subject, and `ms`, its time.
         ceilings: of this card.
     """
     work = result.get("work") or {}

@@ -1,7 +1,7 @@
-"""The tests of each op, several processes at once; what comes out is a gate for that op's own rows, and for no others.
+"""The tests of each op, in several processes; the result is a gate for the rows of that op only.
 
-Test files are named one by one: collecting the whole folder would import what a bare machine has not got. Each file is a
-process of its own, so that a crash of CUDA in one costs no other.
+Test files are listed one by one, because collecting the whole folder would import packages that a
+bare machine lacks. Each file has its own process, so that a crash of CUDA affects no other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.gpu.tests_of import QUICK_TEST, TESTS_OF
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 8
 LONGEST = ("step", "fused_block")
-"""Ops whose files begin first, so that they do not end last."""
+"""Ops whose files start first, because they take longest."""
 NOTHING_COLLECTED = 5
 OUT_OF_TIME = 124
 OF_A_TEST = re.compile(r"^(FAILED|ERROR)\b|::.* (FAILED|ERROR)\b")
@@ -30,7 +30,9 @@ PASSED = re.compile(r"\b[1-9]\d* passed\b")
 
 
 def main() -> int:
-    """Run them; returns 1 if an op's tests failed, 3 if some were not done in time and none failed."""
+    """Run them; returns 1 if tests of an op failed, 3 if some did not finish in
+    time and none failed.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--only", default="")
@@ -55,7 +57,7 @@ def main() -> int:
 
 
 def test_files(patterns: tuple[str, ...]) -> list[str]:
-    """The files of some patterns that exist."""
+    """The existing files of some patterns."""
     return sorted({str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)})
 
 
@@ -64,19 +66,39 @@ def run_file(file: str, ends: float) -> tuple[int, str]:
     left = ends - time.monotonic()
     if left < 1:
         return OUT_OF_TIME, "not begun"
-    # A line for each test, in spite of the -q in pyproject.toml.
-    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short", file]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # what it prints before it is ended is not lost
+    # A line for each test, against the -q in pyproject.toml.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-vv",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        "--tb=short",
+        file,
+    ]
+
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # keep its output if it is killed
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left, check=False
+            command,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=left,
+            check=False,
         )
         code, out, err = done.returncode, done.stdout, done.stderr
     except subprocess.TimeoutExpired as late:
         code, out, err = OUT_OF_TIME, _text(late.stdout), _text(late.stderr)
+
+    # The log has the end of the output, the result a summary of it.
     print(f"== {file}: exit {code}\n{out[-4000:]}{err[-1000:]}", file=sys.stderr, flush=True)
     lines = [line for line in out.splitlines() if line.strip()]
-    if code == OUT_OF_TIME:  # no summary at the end: the tests' own lines tell
+    if code == OUT_OF_TIME:  # no summary at the end: count the lines of the tests
         failed = [line for line in lines if OF_A_TEST.search(line)]
         return (1 if failed else OUT_OF_TIME), " | ".join([*failed[:3], "not done in time"])
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
@@ -84,7 +106,7 @@ def run_file(file: str, ends: float) -> tuple[int, str]:
 
 
 def _text(printed: str | bytes | None) -> str:
-    """Of a process that was ended, which comes as bytes whatever was asked for."""
+    """Output of a killed process, which subprocess returns as bytes even in text mode."""
     return printed.decode(errors="replace") if isinstance(printed, bytes) else printed or ""
 
 
@@ -95,11 +117,32 @@ def _report(op: str, results: dict[str, tuple[int, str]]) -> int:
     if not results:
         emit(f"tests of {op}", SKIPPED, op=op, gate="not run", reason="no test files here")
     elif failed:
-        emit(f"tests of {op}", FAILED, op=op, gate="failed", results=shown, reason=" ".join(failed.values())[:300])
+        emit(
+            f"tests of {op}",
+            FAILED,
+            op=op,
+            gate="failed",
+            results=shown,
+            reason=" ".join(failed.values())[:300],
+        )
     elif late:
-        emit(f"tests of {op}", SKIPPED, op=op, gate="not done in time", results=shown, reason=f"not done: {late}")
+        emit(
+            f"tests of {op}",
+            SKIPPED,
+            op=op,
+            gate="not done in time",
+            results=shown,
+            reason=f"not done: {late}",
+        )
     elif not any(PASSED.search(text) for _, text in results.values()):
-        emit(f"tests of {op}", SKIPPED, op=op, gate="not run", results=shown, reason="none of its tests ran")
+        emit(
+            f"tests of {op}",
+            SKIPPED,
+            op=op,
+            gate="not run",
+            results=shown,
+            reason="none of its tests ran",
+        )
     else:
         emit(f"tests of {op}", OK, op=op, gate="passed", results=shown)
     return 1 if failed else 3 if late else 0

@@ -1,4 +1,4 @@
-"""Lines of results: what a stage's process prints, and how a process of its own is run and read while it works."""
+"""Lines of results: printing one, and running a process and reading its lines as they come."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 FAILED, SKIPPED, OK, MARKED = "failed", "skipped", "ok", "marked"
-"""What became of a line. "marked": it was timed although its check failed, and says so."""
+"""Status of a line. "marked": timed although its check failed."""
 
 
 def emit(name: str, status: str = OK, **fields: Any) -> None:
@@ -23,7 +23,7 @@ def emit(name: str, status: str = OK, **fields: Any) -> None:
     Args:
         name: of the figure or check.
         status: one of `OK`, `FAILED`, `SKIPPED`, `MARKED`.
-        fields: whatever else is known.
+        fields: further entries.
     """
     print(json.dumps({"name": name, "status": status, **fields}, default=str), flush=True)
 
@@ -37,12 +37,12 @@ def run_lines(
     take: Callable[[dict[str, Any]], None],
     cwd: Path,
 ) -> int:
-    """Run a process and hand over its lines as they come.
+    """Run a process and pass on its lines as they come.
 
-    Whatever it prints besides, and its errors, goes to ``log``. At its limit the process and all that it started are ended.
+    Other output and errors go to `log`. At its limit the process and all its children are killed.
 
     Args:
-        command: words of the command.
+        command: program and arguments.
         limit: seconds.
         log: file to append to.
         environment: of the process.
@@ -50,7 +50,7 @@ def run_lines(
         cwd: folder to run in.
 
     Returns:
-        Its exit code; 124 where the limit ended it.
+        Its exit code; 124 if the limit ended it.
     """
     with open(log, "a") as file:
         process = subprocess.Popen(
@@ -71,7 +71,7 @@ def run_lines(
             code = 124
             file.write(f"\nended after {limit:.0f} s\n")
         finally:
-            with contextlib.suppress(ProcessLookupError):  # also what outlived the process
+            with contextlib.suppress(ProcessLookupError):  # also children that outlived it
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             reader.join(timeout=10)
@@ -86,7 +86,7 @@ def _read(stdout: IO[str], log: IO[str], take: Callable[[dict[str, Any]], None])
             continue
         try:
             take(line)
-        except Exception:  # the lines after it are still wanted, and a full pipe would stop the process
+        except Exception:  # keep reading: later lines are needed, and a full pipe would block the process
             log.write(f"{text}{traceback.format_exc()}")
 
 

@@ -1,6 +1,7 @@
-"""The rows of a stage, one after the other in one process; a row that fails costs only itself.
+"""The rows of a stage, one after the other in one process; a failed row does not affect the others.
 
-An error inside CUDA spoils the process: the rows after it are left to a new one, which the caller starts.
+After an error inside CUDA the process cannot continue, and the caller starts a
+new one for the remaining rows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from benchmarks.gpu.stages import STAGES
 from benchmarks.registry import CASES, parse_options
 
 SPOILED = 9
-"""Exit code after which the rows that are left need another process."""
+"""Exit code after which the remaining rows need another process."""
 
 
 def main() -> int:
@@ -37,32 +38,49 @@ def main() -> int:
         if row.needs and importlib.util.find_spec(row.needs) is None:
             emit(row.name, SKIPPED, reason=f"needs {row.needs}, which is not here", **about)
             continue
+
+        # Run the case; an error is a result too.
         words = (*row.options, *row.dry) if arguments.dry_run else row.options
         device = ("device=cpu",) if arguments.dry_run else ()
         began = time.monotonic()
         try:
             options = parse_options((*words, *device), case.DEFAULTS)
             result = case.run(options)
-        except (Exception, SystemExit) as error:  # the latter for an option that the case does not know
+        except (Exception, SystemExit) as error:  # SystemExit from an unknown option of the case
             traceback.print_exc()
             emit(row.name, FAILED, reason=f"{type(error).__name__}: {str(error)[:300]}", **about)
             failed = True
             if "CUDA error" in str(error) or isinstance(error, torch.AcceleratorError):
                 return SPOILED
             continue
-        status, reason = verdict(result)
+
+        # Report the result, and free its memory for the next row.
+        status, reason = status_of(result)
         failed = failed or status == FAILED
         seconds = round(time.monotonic() - began, 1)
-        emit(row.name, status, reason=reason, options=options, result=result, seconds=seconds, **about)
+        emit(
+            row.name,
+            status,
+            reason=reason,
+            options=options,
+            result=result,
+            seconds=seconds,
+            **about,
+        )
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return int(failed)
 
 
-def verdict(result: dict[str, object]) -> tuple[str, str]:
-    """What became of a case: failed where its subject did, marked where it was timed all the same."""
-    parts = [result, *(part for part in result.values() if isinstance(part, dict) and "failed" in part)]
+def status_of(result: dict[str, object]) -> tuple[str, str]:
+    """Status of a case: failed if its subject failed, marked if it was timed
+    although its check failed.
+    """
+    parts = [
+        result,
+        *(part for part in result.values() if isinstance(part, dict) and "failed" in part),
+    ]
     if result.get("skipped_because"):
         return SKIPPED, str(result["skipped_because"])
     if result.get("marked"):

@@ -1,6 +1,7 @@
-"""Runs the stages: a process each, within its limit and the budget; keeps every line as it comes; says what became of it.
+"""Runs each stage in its own process within its limit and the budget, stores every line at once,
+and reports the results.
 
-Standard library only: where torch does not even import, this still says so.
+Standard library only, so that it can report a torch that does not import.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from benchmarks.gpu.summary import shown, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST_SECONDS = 5.0
-"""Below that no stage is begun."""
+"""With less time left no stage is started."""
 SPOILED, OUT_OF_TIME = 9, 124
 CARD_CHECK = "import sys, torch; sys.exit(not torch.cuda.is_available())"
 
 
 def _commit() -> str:
-    """As `benchmarks.measure.commit` says it, without torch."""
-    if told := os.environ.get("FASTMOCO_COMMIT"):
-        return told
+    """As `benchmarks.measure.commit`, without torch."""
+    if commit := os.environ.get("FASTMOCO_COMMIT"):
+        return commit
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
@@ -39,18 +40,20 @@ def _commit() -> str:
 
 
 class Run:
-    """One call.
+    """One call of `make gpu`.
 
     Args:
-        out: folder of the results; ceilings of an earlier call in it are taken over, and of one at the same commit its gates
-            and environment.
+        out: folder of the results; ceilings of an earlier call in it are used again, and gates and
+            environment of one at the same commit.
         budget: seconds for everything.
         only: an op or part of a row's name; empty for all.
         dry: on the CPU with small shapes.
     """
 
     def __init__(self, *, out: Path, budget: float, only: str, dry: bool) -> None:
-        self.out, self.only, self.dry = out, only, dry
+        self.out = out
+        self.only = only
+        self.dry = dry
         self._ends = time.monotonic() + budget
         out.mkdir(parents=True, exist_ok=True)
         self.lines: list[dict[str, Any]] = []
@@ -58,7 +61,7 @@ class Run:
         self._kept: dict[str, Any] = {"machine": {}, "ceilings": {}, "gates": {}}
         if self._kept_file.exists():
             self._kept |= json.loads(self._kept_file.read_text())
-        if self._kept.get("commit") != (now := _commit()):  # what another tree passed says nothing of this one
+        if self._kept.get("commit") != (now := _commit()):  # gates of another tree do not apply
             self._kept |= {"commit": now, "machine": {}, "gates": {}}
         site, carried = unpack(ROOT / ".gpu")
         paths = [ROOT, ROOT / "kernels", ROOT / "pipelines", *([site] if site else [])]
@@ -71,14 +74,16 @@ class Run:
             self._say(f"carried: {', '.join(carried)}")
 
     def all(self, stages: Sequence[Stage]) -> int:
-        """Run stages in their order; returns 0, 1 if something failed, 3 if the time ran out and nothing failed."""
+        """Run stages in their order; returns 0, 1 if something failed, 3 if the
+        time ran out and nothing failed.
+        """
         if not self.dry and subprocess.run([sys.executable, "-c", CARD_CHECK], check=False).returncode != 0:
             print(
                 "benchmarks.gpu: there is no CUDA device here; --dry-run goes through everything without",
                 file=sys.stderr,
             )
             return 1
-        # Without these a figure has neither a card nor anything to be judged by.
+        # Every figure needs the card and its ceilings.
         first = [s for s, key in ((ENVIRONMENT, "machine"), (CEILINGS, "ceilings")) if not self._kept[key]]
         stages = [*(stage for stage in first if stage not in stages), *stages]
         done: list[tuple[str, str, float]] = []
@@ -101,7 +106,7 @@ class Run:
 
     def _stage(self, stage: Stage) -> str:
         """One stage; "ok", "failed", "skipped" or "out of time"."""
-        # A dry run is for whichever machine, busy ones among them: there only the budget ends a stage.
+        # A dry run may be on a busy machine, so only the budget ends a stage.
         limit = self._left() if self.dry else min(stage.limit, self._left())
         if limit < LEAST_SECONDS:
             return "out of time"
@@ -120,21 +125,31 @@ class Run:
         return SKIPPED if printed and all(status == SKIPPED for status in printed) else "ok"
 
     def _rows(self, stage: Stage, limit: float) -> str:
-        """Rows of a stage, in one process as long as it lives; a new one goes on after a row that killed it."""
+        """Rows of a stage in one process, and in a new one after a row that killed it."""
         ends = time.monotonic() + limit
         waiting, failed = [], False
+
+        # Rows whose tests passed.
         for number, row in enumerate(stage.rows):
             gate = self._kept["gates"].get(row.op)
             if not concerns(self.only, row.name, row.op, row.case):
                 continue
-            # Training steps are timed whatever their tests say, and marked: their figure is what one came for.
+            # Training steps are timed even if their tests failed, and marked, because their figure
+            # is the main result.
             if gate == FAILED and row.op != "step":
                 self._take(
-                    stage, {"name": row.name, "status": SKIPPED, "reason": f"the tests of {row.op} failed: not timed"}
+                    stage,
+                    {
+                        "name": row.name,
+                        "status": SKIPPED,
+                        "reason": f"the tests of {row.op} failed: not timed",
+                    },
                 )
                 failed = True
             else:
                 waiting.append(number)
+
+        # Run them; a row that kills the process is not tried again.
         while waiting:
             before = {line.get("row") for line in self.lines if line.get("stage") == stage.name}
             words = [stage.name, "--rows", ",".join(map(str, waiting))]
@@ -145,9 +160,16 @@ class Run:
             waiting = [number for number in waiting if number not in seen]
             if code == OUT_OF_TIME:
                 for number in waiting:
-                    self._take(stage, {"name": stage.rows[number].name, "status": SKIPPED, "reason": "out of time"})
+                    self._take(
+                        stage,
+                        {
+                            "name": stage.rows[number].name,
+                            "status": SKIPPED,
+                            "reason": "out of time",
+                        },
+                    )
                 return FAILED if failed else "out of time"
-            if waiting and code != SPOILED:  # it died in the middle of a row
+            if waiting and code != SPOILED:  # it died during a row
                 row = stage.rows[waiting.pop(0)]
                 reason = f"exit {code}: {last_words(self._log(stage))}"
                 self._take(stage, {"name": row.name, "status": FAILED, "reason": reason})
@@ -155,7 +177,9 @@ class Run:
         return FAILED if failed else "ok"
 
     def _process(self, stage: Stage, words: Sequence[str], limit: float) -> tuple[int, bool]:
-        """Run a stage's module; its exit code, and whether one of its lines says that something failed."""
+        """Run the module of a stage; returns its exit code, and whether one of
+        its lines reports a failure.
+        """
         command = [sys.executable, "-m", stage.module, *words, *(["--dry-run"] if self.dry else [])]
         first = len(self.lines)
         code = run_lines(
@@ -172,7 +196,7 @@ class Run:
         return code, failed
 
     def _take(self, stage: Stage, line: dict[str, Any]) -> None:
-        """Keep a line, show it, and remember what later stages need of it."""
+        """Store a line, print it, and keep the values that later stages need."""
         if line["name"] == "environment":
             self._kept["machine"] = line["machine"]
         elif line["name"] == "ceilings":

@@ -1,7 +1,8 @@
-"""Every kernel once, against float64 or against its plain path, and three training steps: one process, under a minute.
+"""Every kernel once, against float64 or its plain path, and three training
+steps: one process, less than a minute.
 
-On a GPU in bf16, at sizes that take no tile evenly. In a dry run Triton's interpreter stands in for the GPU, with tiny shapes and
-the dtypes that NumPy knows.
+On a GPU in bf16, with sizes that are no multiple of a tile. A dry run uses Triton's interpreter
+instead of the GPU, with tiny shapes and the dtypes of NumPy.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def main() -> int:
 
     dry = arguments.dry_run
     place = Place(
-        device=torch.device("cpu" if dry else "cuda"), narrow=torch.float32 if dry else torch.bfloat16, dry=dry
+        device=torch.device("cpu" if dry else "cuda"),
+        narrow=torch.float32 if dry else torch.bfloat16,
+        dry=dry,
     )
     results = [
         run_check(name, op, check, place)
@@ -42,7 +45,7 @@ def main() -> int:
 
 
 def run_check(name: str, op: str, check: Check, place: Place) -> bool:
-    """One check and its line; whether it passed or does not run here."""
+    """Run one check and print its line; returns whether it passed or was skipped."""
     began = time.monotonic()
     try:
         errors = check(place)

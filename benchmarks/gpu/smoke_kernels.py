@@ -1,4 +1,6 @@
-"""One call of every kernel, forward and backward, and how far it is from float64 or from its plain path."""
+"""One call of every kernel, forward and backward, and its error relative to
+float64 or to its plain path.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,6 @@ from fastmoco_kernels import (
     gelu,
     info_nce_loss,
     lars_step_,
-    packed_attention,
     residual_norm,
     split_qkv,
     symmetric_info_nce_loss,
@@ -30,7 +31,7 @@ from fastmoco_kernels.fused_block.op import gelu_backward, norm_backward, norm_f
 
 Errors = dict[str, tuple[float, float]]
 SWEPT = 2e-6
-"""Limit of one optimizer step in float32: a few roundings."""
+"""Largest error of one optimizer step in float32: a few roundings."""
 
 
 def _loss_inputs(place: Place) -> tuple[Tensor, Tensor, str]:
@@ -85,31 +86,12 @@ def _attention(backend: str, head_dim: int, tokens: int = 197) -> Check:
         ours = results(inputs, backend)
         plain = results(inputs, "explicit")
         truth = results([t.double() for t in inputs], "reference")
-        # As good as the written-out form, which rounds its weights too: twice its error, and some units where it has none.
+        # As accurate as the explicit form, which also rounds its weights: twice
+        # its error plus some units.
         return {
             name: (relative_error(mine, exact), 2 * relative_error(other, exact) + 4 * place.unit)
             for name, mine, other, exact in zip(("out", "dq", "dk", "dv"), ours, plain, truth, strict=True)
         }
-
-    return check
-
-
-def _packed(backend: str) -> Check:
-    def check(place: Place) -> Errors:
-        lengths = [5, 9] if place.dry else [197, 50, 197, 1]
-        q, k, v = (place.random(sum(lengths), 4, 32, seed=i).requires_grad_() for i in range(3))
-        try:
-            out = packed_attention(q, k, v, lengths, backend=backend)
-        except ValueError as reason:
-            raise Unavailable(str(reason)) from None
-        grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
-        wide = tuple(t.detach().double().requires_grad_() for t in (q, k, v))
-        exact = packed_attention(wide[0], wide[1], wide[2], lengths, backend="loop")
-        truth = torch.autograd.grad(exact.square().sum(), wide)
-        limit = 1e-5 if place.dry else 2e-2
-        names = ("out", "dq", "dk", "dv")
-        pairs = zip(names, (out, *grads), (exact, *truth), strict=True)
-        return {name: (relative_error(mine, right), limit) for name, mine, right in pairs}
 
     return check
 
@@ -132,7 +114,15 @@ def _adamw(place: Place) -> Errors:
         first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
         steps = [torch.zeros((), device=place.device) for _ in params]
         adamw_ema_step_(
-            params, grads, first, second, steps, lr=1e-2, averages=averages, ema_momentum=0.9, backend=backend
+            params,
+            grads,
+            first,
+            second,
+            steps,
+            lr=1e-2,
+            averages=averages,
+            ema_momentum=0.9,
+            backend=backend,
         )
         return params, averages
 
@@ -165,7 +155,11 @@ def _residual_norm(place: Place) -> Errors:
         leaves = [cast(t).detach().requires_grad_() for t in (stream, branch, weight, bias)]
         x, b, w, c = leaves
         total, y = residual_norm(x, b, w, c, 1e-6, out, backend=backend)
-        return [total, y, *torch.autograd.grad((total, y), leaves, (torch.ones_like(total), grad.to(y.dtype)))]
+        return [
+            total,
+            y,
+            *torch.autograd.grad((total, y), leaves, (torch.ones_like(total), grad.to(y.dtype))),
+        ]
 
     ours = results(lambda t: t, place.narrow, "triton")
     truth = results(lambda t: t.double(), torch.float64, "reference")
@@ -183,7 +177,12 @@ def _gelu_bias(place: Place) -> Errors:
         y = gelu(leaves[0], leaves[1], backend=backend)
         return [y, *torch.autograd.grad(y, leaves, cast(grad))]
 
-    return _against(place, ("y", "dh", "dbias"), results(lambda t: t, "triton"), results(Tensor.double, "reference"))
+    return _against(
+        place,
+        ("y", "dh", "dbias"),
+        results(lambda t: t, "triton"),
+        results(Tensor.double, "reference"),
+    )
 
 
 def _split_qkv(place: Place) -> Errors:
@@ -197,7 +196,12 @@ def _split_qkv(place: Place) -> Errors:
         parts = split_qkv(leaves[0], heads, leaves[1], backend=backend)
         return list(torch.autograd.grad(parts, leaves, [cast(grad) for grad in grads]))
 
-    return _against(place, ("dqkv", "dbias"), results(lambda t: t, "triton"), results(Tensor.double, "reference"))
+    return _against(
+        place,
+        ("dqkv", "dbias"),
+        results(lambda t: t, "triton"),
+        results(Tensor.double, "reference"),
+    )
 
 
 def _fused_block(place: Place) -> Errors:
@@ -211,12 +215,30 @@ def _fused_block(place: Place) -> Errors:
         stream, side, w, b = (cast(t) for t in (x, branch, weight, bias))
         total, y, mean, rstd = norm_forward(stream, side, w, b, 1e-6, narrow, triton)
         back = norm_backward(cast(dy), cast(dsum), stream, side, w, b, mean, rstd, narrow, triton)
-        after = (*gelu_backward(cast(dy), cast(h), triton), *stack_qkv(*(cast(t) for t in parts), triton))
+        after = (
+            *gelu_backward(cast(dy), cast(h), triton),
+            *stack_qkv(*(cast(t) for t in parts), triton),
+        )
         return [total, y, *back, *after]
 
-    names = ("sum", "y", "dx", "dbranch", "y again", "norm sums", "gelu", "dh", "gelu sums", "dqkv", "dqkv sums")
+    names = (
+        "sum",
+        "y",
+        "dx",
+        "dbranch",
+        "y again",
+        "norm sums",
+        "gelu",
+        "dh",
+        "gelu sums",
+        "dqkv",
+        "dqkv sums",
+    )
     return _against(
-        place, names, results(lambda t: t, place.narrow, True), results(Tensor.double, torch.float64, False)
+        place,
+        names,
+        results(lambda t: t, place.narrow, True),
+        results(Tensor.double, torch.float64, False),
     )
 
 
@@ -232,7 +254,10 @@ def _pictures(place: Place) -> tuple[Tensor, ViewColorParameters]:
     neutral = ViewColorParameters.neutral(count)
     numbers = torch.rand(count, generator=generator)
     changed = neutral._replace(
-        brightness=0.5 + numbers, contrast=1.5 - numbers, saturation=0.5 + numbers, hue=numbers - 0.5
+        brightness=0.5 + numbers,
+        contrast=1.5 - numbers,
+        saturation=0.5 + numbers,
+        hue=numbers - 0.5,
     )
     return images, changed._replace(blur_sigma=2 * numbers, solarize=numbers > 0.7, grayscale=numbers < 0.2)
 
@@ -240,7 +265,12 @@ def _pictures(place: Place) -> tuple[Tensor, ViewColorParameters]:
 def _view_color(place: Place) -> Errors:
     images, parameters = _pictures(place)
     made = view_color(images.to(place.device), parameters, backend="triton")
-    return {"levels that differ": (float((made.cpu() != view_color(images, parameters, backend="torch")).sum()), 0.0)}
+    return {
+        "levels that differ": (
+            float((made.cpu() != view_color(images, parameters, backend="torch")).sum()),
+            0.0,
+        )
+    }
 
 
 def _blur(place: Place) -> Errors:
@@ -269,9 +299,15 @@ CHECKS: dict[tuple[str, str], Check] = {
     ("info_nce, both directions", "info_nce"): _symmetric,
     **{
         (f"attention {backend} d={d}", "attention"): _attention(backend, d)
-        for backend, d in (("triton", 32), ("triton", 64), ("sdpa", 32), ("flash", 32), ("cudnn", 32), ("xformers", 32))
+        for backend, d in (
+            ("triton", 32),
+            ("triton", 64),
+            ("sdpa", 32),
+            ("flash", 32),
+            ("cudnn", 32),
+            ("xformers", 32),
+        )
     },
-    **{(f"packed attention {backend}", "attention"): _packed(backend) for backend in ("varlen", "xformers", "loop")},
     ("ema", "ema"): _ema,
     ("adamw_ema", "adamw_ema"): _adamw,
     ("lars", "lars"): _lars,
@@ -283,4 +319,4 @@ CHECKS: dict[tuple[str, str], Check] = {
     ("blur", "blur"): _blur,
     ("cut_views", "cut_views"): _cut_views,
 }
-"""By name and op."""
+"""Checks by name and op."""

@@ -1,13 +1,15 @@
-"""Training steps of a tiny encoder: chunks against the whole batch, no host wait, and a step that must leave no trace."""
+"""Training steps of a tiny encoder: chunks against the whole batch, no host wait, and a skipped
+step that changes nothing.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +18,9 @@ from benchmarks.contest import relative_error
 from benchmarks.gpu.checks import Check, Place
 from fastmoco.config import BatchConfig, Config, KnnConfig
 from fastmoco.distributed.mesh import start_world
+from fastmoco.objectives import Output
 from fastmoco.recipes import quickstart_digits
-from fastmoco.trainer import Trainer
+from fastmoco.training.trainer import Trainer
 
 Errors = dict[str, tuple[float, float]]
 
@@ -26,7 +29,7 @@ def _config(place: Place, chunk: Literal["none"] | int, precision: Literal["fp32
     config = quickstart_digits()
     return replace(
         config,
-        device="cpu" if place.device.type == "cpu" else "cuda",
+        device="cpu" if place.device.type == "cpu" else "gpu",
         precision=precision,
         threads=1 if place.dry else 0,
         global_batch_size=16 if place.dry else 64,
@@ -50,7 +53,7 @@ def _trainer(config: Config) -> Iterator[Trainer]:
 
 @contextmanager
 def _no_waiting(place: Place) -> Iterator[None]:
-    """An error wherever the host waits for the device."""
+    """Raise an error if the host waits for the device."""
     if place.device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -63,12 +66,26 @@ def _no_waiting(place: Place) -> Iterator[None]:
 def _gradients(trainer: Trainer) -> Tensor:
     found: list[Tensor] = []
 
-    def inspect() -> None:
+    def keep() -> None:
         grads = (p.grad for p in trainer.objective.parameters())
         found.append(torch.cat([grad.flatten().float() for grad in grads if grad is not None]))
 
-    trainer.step(trainer.loader.next(), inspect=inspect)
+    _step(trainer, keep)
     return found[0]
+
+
+def _step(trainer: Trainer, act: Callable[[], None]) -> None:
+    """One step, and something done between its backward and its pass over the gradients."""
+    plain = trainer.train_step.forward_backward
+
+    def forward_backward(*views: Tensor, **options: Any) -> Output:
+        output = plain(*views, **options)
+        act()
+        return output
+
+    trainer.train_step.forward_backward = forward_backward
+    trainer.step(trainer.loader.next())
+    trainer.train_step.forward_backward = plain
 
 
 def _chunks_equal_the_whole(place: Place) -> Errors:
@@ -76,13 +93,14 @@ def _chunks_equal_the_whole(place: Place) -> Errors:
         whole = _gradients(trainer)
     with _trainer(_config(place, 4 if place.dry else 16)) as trainer:
         chunked = _gradients(trainer)
-    # In float32: rounding of the features is enlarged some ten thousand times by fresh batch norms over few images.
+    # In float32, because initial batch norms over few images amplify rounding
+    # about ten thousand times.
     return {"gradients": (relative_error(chunked, whole), 1e-2)}
 
 
 def _steps_do_not_wait(place: Place) -> Errors:
     with _trainer(_config(place, 4 if place.dry else 16, "fp32" if place.dry else "bf16")) as trainer:
-        for _ in range(3):  # the first is logged; allocators and tables of pointers settle
+        for _ in range(3):  # the first is logged; then allocators and tables of pointers are stable
             trainer.step(trainer.loader.next())
         batches = [trainer.loader.next() for _ in range(3)]
         with _no_waiting(place):
@@ -100,11 +118,11 @@ def _a_bad_step_leaves_no_trace(place: Place) -> Errors:
             assert grad is not None
             grad[..., 0] = float("inf")
 
-        trainer.step(trainer.loader.next(), inspect=poison)
+        _step(trainer, poison)
         after = list(trainer.objective.encoder.parameters())
         moved = sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
         trainer.step(trainer.loader.next())
-        # The learning rate has hardly begun to rise: weights near 1 do not show it.
+        # The learning rate is still so small that weights near 1 do not change.
         stuck = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     return {"tensors that moved": (float(moved), 0.0), "stuck after it": (float(stuck), 0.0)}
 
@@ -114,4 +132,4 @@ STEP_CHECKS: dict[tuple[str, str], Check] = {
     ("step: no host wait", "step"): _steps_do_not_wait,
     ("step: a bad step leaves no trace", "step"): _a_bad_step_leaves_no_trace,
 }
-"""By name and op."""
+"""Checks by name and op."""

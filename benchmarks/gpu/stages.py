@@ -1,4 +1,4 @@
-"""The stages as data: what runs, in which order, within which time, and with which small shapes in a dry run."""
+"""The stages as data: their order, time limits, rows, and small shapes for a dry run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Row:
     """A benchmark case with the options of one figure."""
 
     name: str
-    """As results and goals call it."""
+    """Name in results and goals."""
     case: str
     op: str
     """The op whose tests gate this row."""
@@ -18,7 +18,7 @@ class Row:
     dry: tuple[str, ...] = ()
     """Options of the dry run, after the others."""
     needs: str = ""
-    """A module without which there is nothing to run."""
+    """A module that the row needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +29,37 @@ class Stage:
     run: str
     """"a" or "b"."""
     limit: float
-    """Seconds that it may take."""
+    """Limit in seconds."""
     module: str = "benchmarks.gpu.rows"
     rows: tuple[Row, ...] = ()
     ops: tuple[str, ...] = ()
-    """Ops that a stage without rows is about; empty: it runs whatever ``ONLY`` says."""
+    """Ops of a stage without rows; empty: it runs for every `ONLY`."""
 
 
 _SMALL_STEP = (
-    *("recipe=quickstart_digits", "batch=16", "chunk=none", "rounds=1", "steps=1", "checked=4", "compile=0"),
+    *(
+        "recipe=quickstart_digits",
+        "batch=16",
+        "chunk=none",
+        "rounds=1",
+        "steps=1",
+        "checked=4",
+        "compile=0",
+    ),
     *("profile=0", "processes=0"),
 )
 _SMALL_SWEEP = ("width=16", "depth=1", "hidden=16", "rounds=1")
 _SMALL_LOSS = ("rows=64", "keys=96", "dim=32", "rounds=1", "compile=0")
-_SMALL_ATTENTION = ("B=2", "A=2", "L=17", "M=17", "rounds=1", "dtype=fp32", "subject=sdpa", "compile=0")
+_SMALL_ATTENTION = (
+    "B=2",
+    "A=2",
+    "L=17",
+    "M=17",
+    "rounds=1",
+    "dtype=fp32",
+    "subject=sdpa",
+    "compile=0",
+)
 _STEP = ("sides=fastmoco", "processes=1", "rounds=3")
 
 ENVIRONMENT = Stage(name="env", run="a", limit=90, module="benchmarks.gpu.environment")
@@ -95,7 +112,13 @@ LOSS = Stage(
     run="b",
     limit=110,
     rows=tuple(
-        Row(name=f"loss {shape}", case="info_nce", op="info_nce", options=("directions=2", *options), dry=_SMALL_LOSS)
+        Row(
+            name=f"loss {shape}",
+            case="info_nce",
+            op="info_nce",
+            options=("directions=2", *options),
+            dry=_SMALL_LOSS,
+        )
         for shape, options in (
             ("16384", ("rows=16384",)),
             ("4096", ("rows=4096", "compile=0")),
@@ -110,7 +133,13 @@ SWEEPS = Stage(
     limit=60,
     rows=(
         Row(name="AdamW ViT-S", case="adamw_ema", op="adamw_ema", dry=_SMALL_SWEEP),
-        Row(name="AdamW ViT-B", case="adamw_ema", op="adamw_ema", options=("width=768",), dry=_SMALL_SWEEP),
+        Row(
+            name="AdamW ViT-B",
+            case="adamw_ema",
+            op="adamw_ema",
+            options=("width=768",),
+            dry=_SMALL_SWEEP,
+        ),
         Row(name="EMA ViT-S", case="ema", op="ema", dry=_SMALL_SWEEP),
     ),
 )
@@ -119,8 +148,20 @@ ATTENTION = Stage(
     run="b",
     limit=90,
     rows=(
-        Row(name="attention d=32", case="attention", op="attention", options=("d=32",), dry=_SMALL_ATTENTION),
-        Row(name="attention d=64", case="attention", op="attention", options=("d=64", "A=6"), dry=_SMALL_ATTENTION),
+        Row(
+            name="attention d=32",
+            case="attention",
+            op="attention",
+            options=("d=32",),
+            dry=_SMALL_ATTENTION,
+        ),
+        Row(
+            name="attention d=64",
+            case="attention",
+            op="attention",
+            options=("d=64", "A=6"),
+            dry=_SMALL_ATTENTION,
+        ),
         Row(
             name="attention d=64, flash-attn 4",
             case="attention",
@@ -136,7 +177,13 @@ STEP_S = Stage(
     run="b",
     limit=130,
     rows=(
-        Row(name="ViT-S 4096", case="train_step", op="step", options=("compile=1", "steps=2", *_STEP), dry=_SMALL_STEP),
+        Row(
+            name="ViT-S 4096",
+            case="train_step",
+            op="step",
+            options=("compile=1", "steps=2", *_STEP),
+            dry=_SMALL_STEP,
+        ),
     ),
 )
 STEP_B = Stage(
@@ -176,10 +223,21 @@ FUSED = Stage(
             name="ViT-B 4096 fused, momentum float8",
             case="train_step",
             op="step",
-            options=("recipe=vit_b16_e300_b4096", "blocks=fused", "momentum_linears=float8", "steps=1", *_STEP),
-            dry=(*_SMALL_STEP, "blocks=fused", "momentum_linears=native"),  # no CPU has float8
+            options=(
+                "recipe=vit_b16_e300_b4096",
+                "blocks=fused",
+                "momentum_linears=float8",
+                "steps=1",
+                *_STEP,
+            ),
+            dry=(*_SMALL_STEP, "blocks=fused", "momentum_linears=native"),  # float8 needs CUDA
         ),
-        Row(name="block ViT-S", case="fused_block", op="fused_block", dry=("E=32", "heads=4", "tokens=5", "compile=0")),
+        Row(
+            name="block ViT-S",
+            case="fused_block",
+            op="fused_block",
+            dry=("E=32", "heads=4", "tokens=5", "compile=0"),
+        ),
         Row(
             name="residual_norm ViT-S",
             case="residual_norm",
@@ -194,10 +252,10 @@ COLOR = Stage(
     limit=60,
     rows=(
         Row(
-            name="colour",
+            name="color",
             case="view_color",
             op="view_color",
-            options=("images=64", "rounds=2"),  # Pillow, which is timed too, makes few a second
+            options=("images=64", "rounds=2"),  # Pillow, which is timed too, is slow
             dry=("images=3", "size=32", "rounds=1"),
         ),
     ),
@@ -211,7 +269,15 @@ LOADER = Stage(
             name="loader",
             case="loader",
             op="loader",
-            options=("device=gpu", "batch=4096", "threads=14", "batches=2", "rounds=3", "memory=5", "feeds=fastmoco"),
+            options=(
+                "device=gpu",
+                "batch=4096",
+                "threads=14",
+                "batches=2",
+                "rounds=3",
+                "memory=5",
+                "feeds=fastmoco",
+            ),
             dry=("device=cpu", "size=32", "batch=8", "threads=1", "batches=1", "rounds=1"),
         ),
     ),
@@ -237,11 +303,11 @@ STAGES = (
     *(ENVIRONMENT, SMOKE, CEILINGS, STEP_1024, TESTS),
     *(LOSS, SWEEPS, ATTENTION, STEP_S, FUSED, COLOR, STEP_B, LOADER, KNN, PEERS),
 )
-"""In the order in which they run."""
+"""In the order of execution."""
 
 
 def chosen(names: str) -> list[Stage]:
-    """The stages that a comma-separated list names, in their own order.
+    """The stages of a comma-separated list, in the order of execution.
 
     Raises:
         ValueError: for a name that is neither a stage nor a run.
@@ -257,18 +323,18 @@ def chosen(names: str) -> list[Stage]:
 
 
 def concerns(only: str, *texts: str) -> bool:
-    """Whether ``ONLY`` lets something through that bears these names; empty lets all through."""
+    """Whether `ONLY` selects one of these names; empty selects all."""
     return not only or any(only.lower() in text.lower() for text in texts)
 
 
 def checked(only: str, op: str) -> bool:
-    """Whether tests and checks of an op are wanted under ``ONLY``: it names the op, or a row of it."""
+    """Whether `ONLY` selects tests and checks of an op: it names the op or one of its rows."""
     rows = [row for stage in STAGES for row in stage.rows if row.op == op]
     return concerns(only, op) or any(concerns(only, row.name, row.case) for row in rows)
 
 
 def within(stage: Stage, only: str) -> bool:
-    """Whether anything of a stage is left under ``ONLY``."""
+    """Whether `ONLY` selects any part of a stage."""
     if stage.rows:
         return any(concerns(only, row.name, row.op, row.case) for row in stage.rows)
     if stage.name == SMOKE.name:

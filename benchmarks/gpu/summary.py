@@ -1,4 +1,6 @@
-"""What one sees at the end: at most eighty lines, the faults first, because the last of the output is all that comes back."""
+"""The summary at the end: at most eighty lines, faults first, because often
+only the end of the output is visible.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,16 @@ WIDTH = 150
 
 
 def shown(line: Mapping[str, Any], ceilings: Mapping[str, float], card: str) -> list[str]:
-    """A line of results as a few lines of text, short enough for a log."""
+    """A line of results as a few short lines of text."""
     name, status = line["name"], line["status"]
     seconds = f" ({line['seconds']:.0f} s)" if line.get("seconds") is not None else ""
     head = f"{name}: {status}{seconds}" + (f": {line['reason']}" if line.get("reason") else "")
     text = [head, *_body(line)]
     if share := line.get("share"):
         text.append("share of this card's ceilings: " + ", ".join(f"{key} {value:.0%}" for key, value in share.items()))
-    if isinstance(line.get("result"), Mapping) and not line.get("dry"):  # small shapes on a CPU have no goals
+    if isinstance(line.get("result"), Mapping) and not line.get("dry"):  # dry runs have no goals
         result = {**line["result"], "share": line.get("share", {})}
-        text += [str(verdict) for verdict in goals.verdicts(name, result, card, ceilings)]
+        text += [str(outcome) for outcome in goals.outcomes(name, result, card, ceilings)]
     return [(row if i == 0 else f"    {row}")[:WIDTH] for i, row in enumerate(text)]
 
 
@@ -96,7 +98,10 @@ def summary(
         card: its name.
     """
     shown_stages = [f"{name} {outcome} {seconds:.0f}s" for name, outcome, seconds in stages]
-    text = ["== stages: " + "  ".join(shown_stages[:6]), *("   " + "  ".join(shown_stages[i : i + 6]) for i in (6, 12))]
+    text = [
+        "== stages: " + "  ".join(shown_stages[:6]),
+        *("   " + "  ".join(shown_stages[i : i + 6]) for i in (6, 12)),
+    ]
     for status in (FAILED, MARKED, SKIPPED):
         these = [line for line in lines if line["status"] == status]
         text += [f"{status}: {line['name']}: {line.get('reason', '')}"[:WIDTH] for line in these[:12]]
@@ -114,7 +119,10 @@ def summary(
 
 
 def _short(line: Mapping[str, Any], ceilings: Mapping[str, float], card: str) -> list[str]:
-    """A figure in two or three lines: its times, its speed-ups, its goals."""
+    """A figure in two or three lines: times, speed-ups, goals."""
     rows = [row.strip() for row in shown(line, ceilings, card)]
     kept = [row for row in rows[1:] if row.startswith(("GPU ms", "images/s", "speed-up", "share", "G"))]
-    return [f"{line['name']} [{line['status']}] " + (kept[0] if kept else ""), *(f"    {row}" for row in kept[1:])]
+    return [
+        f"{line['name']} [{line['status']}] " + (kept[0] if kept else ""),
+        *(f"    {row}" for row in kept[1:]),
+    ]

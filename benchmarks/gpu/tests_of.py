@@ -1,4 +1,4 @@
-"""Which test files gate the rows of which op."""
+"""The test files that gate the rows of each op."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ TESTS_OF = {
         "tests/kernels/test_attention_choice.py",
         "tests/kernels/test_other_kernels.py",
     ),
-    "ema": ("tests/kernels/test_ema.py", "tests/kernels/test_ema_triton.py", "tests/kernels/test_multi_tensor.py"),
+    "ema": (
+        "tests/kernels/test_ema.py",
+        "tests/kernels/test_ema_triton.py",
+        "tests/kernels/test_tensors.py",
+    ),
     "adamw_ema": (
         "tests/kernels/test_adamw_ema.py",
         "tests/kernels/test_adamw_ema_optimizer.py",
@@ -32,12 +36,13 @@ TESTS_OF = {
         "tests/kernels/test_fused_block.py",
         "tests/kernels/test_gelu_bias.py",
         "tests/kernels/test_split_qkv.py",
-        "tests/fastmoco/test_fused_block.py",
+        "tests/fastmoco/models/test_fused_block.py",
     ),
     "cut_views": ("tests/kernels/test_cut_views.py",),
     "tuning": ("tests/kernels/test_tuning.py",),
-    "step": ("tests/fastmoco/*_gpu.py",),
+    "step": ("tests/fastmoco/*/*_gpu.py",),
 }
-"""The tests of each op, as patterns: rows of an op are timed where these passed, whatever others did."""
-QUICK_TEST = ("tests/kernels/test_multi_tensor.py",)
-"""What the dry run takes instead."""
+"""The tests of each op, as patterns: rows of an op are timed if these passed,
+independently of others."""
+QUICK_TEST = ("tests/kernels/test_tensors.py",)
+"""Tests for the dry run."""

@@ -1,8 +1,10 @@
-"""The ``.metadata`` of torch.distributed.checkpoint is a pickle: read here by an unpickler that can build nothing else.
+"""Read the `.metadata` of torch.distributed.checkpoint, which is a pickle, with
+a restricted unpickler.
 
-`torch.distributed.checkpoint.FileSystemReader` calls the plain unpickler, which runs whatever the file says, and loads
-entries that are not tensors likewise. Here a pickle may name the classes below and no others, and what it builds is then
-checked entry by entry: tensors only, in files that the marker vouches for, inside those files.
+`torch.distributed.checkpoint.FileSystemReader` uses the plain unpickler, which executes any code
+that the file names, and loads entries that are not tensors in the same way. Here a pickle may name
+the classes below and no others. The result is then checked entry by entry: tensors only, in files
+that the marker lists, and inside those files.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 SIZE_LIMIT = 2**30
-"""Bytes: far beyond any state that fits a cluster."""
+"""Bytes; the metadata of any real state is far smaller."""
 
 _CLASSES: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
@@ -40,7 +42,9 @@ _CLASSES: dict[tuple[str, str], Any] = {
 
 
 class _RestrictedUnpickler(Unpickler):
-    """Knows the classes of DCP's metadata and torch's dtypes; any other name is refused before it is imported."""
+    """Accepts the classes of DCP's metadata and torch's dtypes, and refuses any
+    other name before it is imported.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = _CLASSES.get((module, name))
@@ -52,24 +56,24 @@ class _RestrictedUnpickler(Unpickler):
 
 
 def read_metadata(path: Path, files: Mapping[str, Mapping[str, Any]]) -> Metadata:
-    """Read and check the metadata of a folder whose every file has been verified.
+    """Read and check the metadata of a folder whose files have all been verified.
 
     Args:
-        path: the file ``.metadata``.
-        files: size by name, of all files that may be read, as the marker has them.
+        path: the file `.metadata`.
+        files: the marker's entry for each file that may be read, by name.
 
     Raises:
-        ValueError: saying what it holds that a checkpoint of tensors does not.
+        ValueError: naming the content that a checkpoint of tensors does not have.
     """
     if path.stat().st_size > SIZE_LIMIT:
-        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, more than any checkpoint's")
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, more than any checkpoint has")
     try:
         with path.open("rb") as file:
             held = _RestrictedUnpickler(file).load()
         _require_tensors_alone(held, files)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # a hostile or cut pickle may raise anything: it is refused whatever it raises
+    except Exception as error:  # a hostile or truncated pickle may raise anything
         raise ValueError(f"{path.name} is refused: {error}") from error
     assert isinstance(held, Metadata)
     return held
@@ -77,7 +81,7 @@ def read_metadata(path: Path, files: Mapping[str, Mapping[str, Any]]) -> Metadat
 
 def _require_tensors_alone(held: object, files: Mapping[str, Mapping[str, Any]]) -> None:
     if type(held) is not Metadata or not isinstance(held.state_dict_metadata, dict):
-        raise ValueError(f"it holds a {type(held).__name__} where DCP's metadata is due")
+        raise ValueError(f"it holds a {type(held).__name__} instead of DCP's metadata")
     if held.planner_data is not None or not isinstance(held.storage_data, dict):
         raise ValueError("it was not written by fastmoco")
     chunks = 0
@@ -88,7 +92,8 @@ def _require_tensors_alone(held: object, files: Mapping[str, Mapping[str, Any]])
             raise ValueError(f"entry {name!r} has no dtype")
         _require_covered(name, entry, held.storage_data)
         chunks += len(entry.chunks)
-    # As many chunks as stored pieces, each found above: so every piece belongs to a tensor.
+    # Every chunk was found among the pieces, so equal counts mean that every
+    # piece belongs to a tensor.
     if len(held.storage_data) != chunks:
         raise ValueError("it stores pieces that belong to no tensor")
     for index, place in held.storage_data.items():
@@ -96,7 +101,9 @@ def _require_tensors_alone(held: object, files: Mapping[str, Mapping[str, Any]])
 
 
 def _require_covered(name: str, entry: TensorStorageMetadata, stored: Mapping[MetadataIndex, object]) -> None:
-    """The chunks lie inside the tensor, hold as many numbers as it has, and each is stored somewhere."""
+    """Require that the chunks are inside the tensor, have as many elements as
+    it, and are all stored.
+    """
     count = 0
     for chunk in entry.chunks:
         ranges = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
@@ -107,16 +114,20 @@ def _require_covered(name: str, entry: TensorStorageMetadata, stored: Mapping[Me
             raise ValueError(f"entry {name!r} has a chunk that is not stored, or in fewer bytes than it has")
         count += math.prod(chunk.sizes)
     if count != math.prod(entry.size):
-        raise ValueError(f"entry {name!r} has chunks of {count} numbers for a shape of {math.prod(entry.size)}")
+        raise ValueError(f"entry {name!r} has chunks of {count} elements for a shape of {math.prod(entry.size)}")
 
 
 def _require_inside(index: MetadataIndex, place: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """A piece lies inside a file that the marker vouches for, and nothing but a tensor is made of it."""
+    """Require that a piece is inside a file that the marker lists, and is
+    read as a plain tensor.
+    """
     if type(index) is not MetadataIndex or type(place) is not filesystem._StorageInfo:
         raise ValueError("it stores something unknown")
     if place.relative_path not in files or not place.relative_path.endswith(".distcp"):
-        raise ValueError(f"entry {index.fqn!r} lies in {place.relative_path!r}, which is no file of this checkpoint")
+        raise ValueError(
+            f"entry {index.fqn!r} is stored in {place.relative_path!r}, which is no file of this checkpoint"
+        )
     if not 0 <= place.offset <= place.offset + place.length <= files[place.relative_path]["bytes"]:
-        raise ValueError(f"entry {index.fqn!r} lies outside {place.relative_path}")
+        raise ValueError(f"entry {index.fqn!r} is outside {place.relative_path}")
     if getattr(place, "transform_descriptors", None):
         raise ValueError(f"entry {index.fqn!r} asks for a transformation")

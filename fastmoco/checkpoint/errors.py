@@ -1,7 +1,7 @@
-"""The one exception of this package."""
+"""The exception of this package."""
 
 from fastmoco.errors import RunError
 
 
 class CheckpointError(RunError):
-    """A checkpoint cannot be written or believed; the text says which, why, and what to do."""
+    """A checkpoint cannot be written or trusted; the message names it, the reason and the cure."""

@@ -1,4 +1,6 @@
-"""One checkpoint folder on the disk: names, durable writes, the commit marker and what it vouches for."""
+"""A checkpoint folder on the disk: names, durable writes, and the commit marker
+with the hashes of its files.
+"""
 
 from __future__ import annotations
 
@@ -15,29 +17,31 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco.checkpoint.errors import CheckpointError
+from fastmoco_pipelines.files import hash_file, write_file
 
 TENSORS, METADATA, STATE, MARKER = "tensors.safetensors", ".metadata", "state.json", "COMMITTED"
 FORMAT = "fastmoco-checkpoint-3"
-_ENTRIES = {
-    FORMAT: {"world_size", "saved_at", "run_id", "sha256"},
-    "fastmoco-checkpoint-2": {"world_size", "saved_at", "sha256"},
-    "fastmoco-checkpoint-1": set(),
-}
-"""What a marker holds beside step and files: of what is written, and of what runs before wrote."""
+_ENTRIES = {"format", "step", "world_size", "saved_at", "run_id", "files", "sha256"}
+_UNRELEASED_FORMATS = {"fastmoco-checkpoint-1", "fastmoco-checkpoint-2"}
+"""Formats of commits before 0.1.0, which are recognized but not read."""
 MARKER_LIMIT = 64 * 2**20
-"""Bytes; a hundred for each file, and a rank writes one."""
+"""Bytes. An entry takes about a hundred, and each rank writes one file."""
 _KNOWN = re.compile(r"tensors\.safetensors|\.metadata|state\.json|__\d+_\d+\.distcp")
 _FOLDER = re.compile(r"step_(\d{8,})")
 _HIDDEN = re.compile(r"\.(?:writing|replaced)-step_\d{8,}-[0-9a-f]{8}")
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Folders under ``root`` that carry a commit marker, oldest step first. Their content is not verified here."""
+    """Folders under `root` with a commit marker, oldest step first. Their
+    content is not verified here.
+    """
     return [path for path in _step_folders(root) if (path / MARKER).is_file()]
 
 
 def unfinished_saves(root: Path) -> list[Path]:
-    """What killed saves left behind: folders without a marker. Ignored on loading, swept away by the next save."""
+    """Folders without a marker, left by killed saves. Loading ignores them, and
+    the next save removes them.
+    """
     if not root.is_dir():
         return []
     hidden = [path for path in root.iterdir() if _HIDDEN.fullmatch(path.name) and path.is_dir()]
@@ -45,12 +49,12 @@ def unfinished_saves(root: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step that a folder of `list_checkpoints` is named after."""
+    """The step in the name of a folder that `list_checkpoints` returned."""
     return int(path.name.removeprefix("step_"))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a new file (mode 0600) through to the disk."""
+    """Write a new file (mode 0600) and flush it to the disk."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -58,14 +62,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def require_writable(root: Path, rank: int) -> None:
-    """Write, flush and remove a small file, so that a run that could not save is refused before its first step.
+    """Write, flush and remove a small file, so that a run that cannot save is
+    refused before its first step.
 
     Args:
-        root: folder of the checkpoints; made (mode 0700) if absent.
-        rank: who asks; ranks may ask at once.
+        root: folder of the checkpoints; created (mode 0700) if absent.
+        rank: of the caller; several ranks may call this at the same time.
 
     Raises:
-        CheckpointError: saying what the disk refused.
+        CheckpointError: with the error of the file system.
     """
     probe = root / f".probe-{rank}-{secrets.token_hex(4)}"
     try:
@@ -81,12 +86,12 @@ def require_writable(root: Path, rank: int) -> None:
 
 
 def flush(path: Path) -> None:
-    """Push a file's bytes, or a folder's list of names, through to the disk."""
+    """Flush a file's bytes, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot flush a folder; its files are flushed by themselves.
+        # Some network file systems cannot flush a folder; its files have been flushed one by one.
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
             raise
     finally:
@@ -97,18 +102,21 @@ def fingerprint(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a plain file."""
     if path.is_symlink() or not path.is_file():
         raise FileNotFoundError(f"{path.name} is missing or not a plain file")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
 def marker_text(
-    step: int, files: Mapping[str, Mapping[str, Any]], *, world_size: int, saved_at: str, run_id: str = ""
+    step: int,
+    files: Mapping[str, Mapping[str, Any]],
+    *,
+    world_size: int,
+    saved_at: str,
+    run_id: str = "",
 ) -> str:
-    """The exact content of a marker. Its last entry is the SHA-256 of all before it, so that it vouches for itself too.
+    """The exact content of a marker. Its last entry is the SHA-256 of all the entries before it.
 
     Args:
-        step: optimizer steps done.
+        step: number of optimizer steps that were finished.
         files: `fingerprint` of every file of the checkpoint, by name.
         world_size: ranks that wrote it.
         saved_at: UTC, ISO 8601.
@@ -126,13 +134,14 @@ def marker_text(
 
 
 def read_marker(path: Path) -> dict[str, Any]:
-    """The marker of a folder, checked against itself and the folder's name, not yet against the files.
+    """Read the marker of a folder and check it against its own hash and the
+    folder's name, not yet against the files.
 
     Returns:
-        ``step`` and ``files``; ``world_size``, ``saved_at`` and ``run_id`` where the marker's format has them.
+        The entries `format`, `step`, `world_size`, `saved_at`, `run_id` and `files`.
 
     Raises:
-        ValueError: if there is none, or one bit of it is not as it was written.
+        ValueError: if there is none, if it has another format, or if a bit of it has changed.
     """
     match = _FOLDER.fullmatch(path.name)
     marker = path / MARKER
@@ -142,81 +151,96 @@ def read_marker(path: Path) -> dict[str, Any]:
     damaged = ValueError(f"the {MARKER} marker is damaged")
     try:
         promised = json.loads(raw)
-        known = _ENTRIES[promised["format"]]
+        other_format = promised["format"] if promised["format"] in _UNRELEASED_FORMATS else ""
         whole = (
-            promised.keys() == {"format", "step", "files"} | known
+            promised["format"] == FORMAT
+            and promised.keys() == _ENTRIES
             and json.dumps(promised, indent=1).encode() == raw
             and promised["step"] == int(match[1])
             and all(_KNOWN.fullmatch(name) for name in promised["files"])
             and STATE in promised["files"]
             and (TENSORS in promised["files"]) != (METADATA in promised["files"])
         )
-        if known and promised.pop("sha256") != _digest(promised):
+        if whole and promised.pop("sha256") != _digest(promised):
             whole = False
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged from error
+    if other_format:
+        raise ValueError(
+            f"the {MARKER} marker has the format {other_format} of an unreleased version; "
+            f"this version reads {FORMAT} alone, so only the version that wrote it can load it"
+        )
     if not whole:
         raise damaged
     return dict(promised)
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Check every byte of a committed folder: the marker against itself, the files against the marker, which is returned.
+    """Check the marker of a committed folder against its own hash and every
+    file against the marker.
 
-    Files that the marker does not name are not looked at.
+    Files that the marker does not list are not opened.
+
+    Returns:
+        The marker.
 
     Raises:
         OSError: if a file is missing or unreadable.
-        ValueError: if anything is not as it was written; the text names the files.
+        ValueError: if any byte has changed since the save; the message names the files.
     """
     promised = read_marker(path)
     changed = [name for name, file in promised["files"].items() if fingerprint(path / name) != file]
     if changed:
-        raise ValueError(f"{' and '.join(changed)} differs in size or SHA-256 from what {MARKER} says was saved")
+        raise ValueError(f"{' and '.join(changed)} differs in size or SHA-256 from what {MARKER} lists")
     return promised
 
 
 def make_way(final: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
-    """See that the name ``final`` is free: move aside what holds it, unless that is a valid checkpoint.
+    """Free the name `final`: move a folder of that name aside, unless it is a valid checkpoint.
 
     Returns:
-        False if these very ``files`` are committed there already, so that nothing is left to write.
+        False if the same `files` are committed there already, so that nothing is left to write.
 
     Raises:
-        FileExistsError: if another valid checkpoint stands there.
+        FileExistsError: if the name belongs to another valid checkpoint.
     """
     if not os.path.lexists(final):
         return True
     try:
-        standing = verify(final)
+        existing = verify(final)
     except (OSError, ValueError):
         final.rename(final.with_name(f".replaced-{final.name}-{secrets.token_hex(4)}"))
         return True
-    if standing["files"] != files:
-        raise FileExistsError("another valid checkpoint of this step stands there and is never overwritten")
+    if existing["files"] != files:
+        raise FileExistsError("another valid checkpoint of this step exists and is never overwritten")
     return False
 
 
 def commit(writing: Path, final: Path, marker: str) -> None:
-    """Give a complete, flushed folder its name, then its marker. A kill in between leaves no checkpoint, and no harm."""
+    """Rename a complete, flushed folder, then write its marker. A kill in
+    between leaves a folder that is ignored.
+    """
     writing.rename(final)
     flush(final.parent)
-    write_text(final / f"{MARKER}.writing", marker)
-    (final / f"{MARKER}.writing").rename(final / MARKER)
+    write_file(final / MARKER, marker.encode(), mode=0o600, durable=True)
     flush(final)
 
 
 def sweep(root: Path) -> None:
-    """Remove what `unfinished_saves` lists. What cannot be removed stays: it is ignored anyway."""
+    """Remove the folders of `unfinished_saves`. One that cannot be removed
+    stays, because it is ignored anyway.
+    """
     for leftover in unfinished_saves(root):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def prune(root: Path, *, newest: Path, keep: int, keep_multiple: int = 0) -> None:
-    """Remove the oldest but ``keep``, counted back from ``newest``, whose content the caller has just hashed.
+    """Remove all but the last `keep` checkpoints up to `newest`, whose content
+    the caller has just hashed.
 
-    Folders of later steps stay: a run arrives below them only if they did not verify, and then they are evidence. So does
-    the newest one whose step is a multiple of ``keep_multiple``, if that is not 0.
+    Folders of later steps stay: a run saves at an earlier step only if they did not verify, and
+    then they are evidence. The newest folder whose step is a multiple of `keep_multiple` stays as
+    well, if that is not 0.
     """
     committed = list_checkpoints(root)
     committed = committed[: committed.index(newest) + 1]
@@ -225,7 +249,7 @@ def prune(root: Path, *, newest: Path, keep: int, keep_multiple: int = 0) -> Non
         if path in regular[-1:]:
             continue
         try:
-            (path / MARKER).unlink()  # first, so that a kill half-way leaves a folder that is ignored
+            (path / MARKER).unlink()  # first, so that a kill in between leaves a folder that is ignored
         except OSError:
             continue
         shutil.rmtree(path, ignore_errors=True)

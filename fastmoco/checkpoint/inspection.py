@@ -1,34 +1,43 @@
-"""Look at the checkpoints of a run from outside: which are sound, and their tensors as one file for other tools."""
+"""Inspect the checkpoints of a run from outside, and export their tensors to
+one file for other tools.
+"""
 
 from __future__ import annotations
 
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from fastmoco.checkpoint.errors import CheckpointError
-from fastmoco.checkpoint.folder import MARKER, flush, list_checkpoints, read_marker, unfinished_saves
+from fastmoco.checkpoint.folder import (
+    MARKER,
+    flush,
+    list_checkpoints,
+    read_marker,
+    unfinished_saves,
+)
 from fastmoco.checkpoint.loading import Checkpoint, load_checkpoint
 from fastmoco.checkpoint.whole_file import write_whole
+from fastmoco_pipelines.files import whole_file
 
 ENCODER = "model.encoder."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What is to be said of one folder.
+class Inspection:
+    """The result of inspecting one folder.
 
     Attributes:
         path: the folder.
-        step: from its name; -1 where even that says nothing.
+        step: from its name; -1 if the name has none.
         size: bytes of all its files.
-        saved_at: UTC, ISO 8601; "" where the marker does not say.
-        world_size: ranks that wrote it; 0 where the marker does not say.
-        committed: whether it carries a marker; a folder without one is what a killed save left, and every reader ignores it.
-        fault: "" if it can be trusted, else why not.
+        saved_at: UTC, ISO 8601; "" without a sound marker.
+        world_size: ranks that wrote it; 0 without a sound marker.
+        committed: whether it has a marker; a folder without one was left by a killed save, and
+            every reader ignores it.
+        fault: "" if it can be trusted, else the reason why not.
     """
 
     path: Path
@@ -40,21 +49,22 @@ class Verdict:
     fault: str
 
 
-def inspect_checkpoints(path: Path) -> list[Verdict]:
-    """Verify every checkpoint of a folder as loading would, oldest first; unfinished saves among them, as faults.
+def inspect_checkpoints(path: Path) -> list[Inspection]:
+    """Verify every checkpoint of a folder as loading would, oldest first, and
+    report unfinished saves as faults.
 
     Args:
-        path: of a run, of its checkpoints, or of one checkpoint.
+        path: folder of a run, of its checkpoints, or of one checkpoint.
     """
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints"
     folders = list_checkpoints(path) + unfinished_saves(path)
     if not folders and path.name.startswith("step_") and path.is_dir():
         folders = [path]
-    return sorted((_inspect(folder) for folder in folders), key=lambda verdict: (verdict.step, verdict.path))
+    return sorted((_inspect(folder) for folder in folders), key=lambda found: (found.step, found.path))
 
 
-def _inspect(folder: Path) -> Verdict:
+def _inspect(folder: Path) -> Inspection:
     marker: dict[str, object] = {}
     fault = ""
     try:
@@ -63,7 +73,7 @@ def _inspect(folder: Path) -> Verdict:
     except (ValueError, OSError, CheckpointError) as error:
         fault = str(error)
     digits = folder.name.partition("step_")[2].partition("-")[0]
-    return Verdict(
+    return Inspection(
         path=folder,
         step=int(digits) if digits.isdigit() else -1,
         size=sum(file.lstat().st_size for file in folder.iterdir()),
@@ -75,19 +85,20 @@ def _inspect(folder: Path) -> Verdict:
 
 
 def consolidate(checkpoint: Checkpoint, out: Path, *, encoder_only: bool) -> int:
-    """Write a checkpoint's tensors into one safetensors file, whoever wrote it and on however many ranks.
+    """Write the tensors of a checkpoint, saved on any number of ranks, into one safetensors file.
 
     Args:
         checkpoint: see `load_latest`.
-        out: a new file (mode 0600), whole or not there at all.
-        encoder_only: only the trained encoder, under its own names (``blocks.0.norm1.weight``), without the projector
-            behind it, which is of no use after pre-training. Else every tensor, optimizer and twin among them.
+        out: a new file (mode 0600); it is complete or does not exist.
+        encoder_only: only the trained encoder, under its own names (`blocks.0.norm1.weight`),
+            without the projector, which has no use after pre-training. Otherwise every tensor,
+            including optimizer and momentum encoder.
 
     Returns:
         The number of tensors written.
 
     Raises:
-        CheckpointError: if ``out`` exists or cannot be written, or there is no encoder in the checkpoint.
+        CheckpointError: if `out` exists or cannot be written, or the checkpoint has no encoder.
     """
     tensors = checkpoint.tensors
     if encoder_only:
@@ -97,16 +108,13 @@ def consolidate(checkpoint: Checkpoint, out: Path, *, encoder_only: bool) -> int
             if name.startswith(ENCODER) and not name.startswith(f"{ENCODER}head.")
         }
     if not tensors:
-        raise CheckpointError(f"{checkpoint.path} holds no {ENCODER}*: it is no checkpoint of a run")
+        raise CheckpointError(f"{checkpoint.path} has no tensors {ENCODER}*: it is no checkpoint of a run")
     if os.path.lexists(out):
         raise CheckpointError(f"{out} exists; choose another --out")
-    fresh = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
-        write_whole(fresh, tensors, {"format": "pt", "step": str(checkpoint.step)})
-        fresh.rename(out)
+        with whole_file(out) as fresh:
+            write_whole(fresh, tensors, {"format": "pt", "step": str(checkpoint.step)})
         flush(out.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out} was not written: {error}. Free space or choose another --out") from error
-    finally:
-        fresh.unlink(missing_ok=True)
     return len(tensors)

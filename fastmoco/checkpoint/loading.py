@@ -1,4 +1,4 @@
-"""Verify and read checkpoints, of both layouts, on any number of ranks."""
+"""Verify and read checkpoints of both formats on any number of ranks."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from fastmoco.checkpoint.whole_file import read_whole_into, whole_entries
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint whose every byte was verified; its tensors are read when they are asked for.
+    """A checkpoint whose bytes were all verified; its tensors are read on demand.
 
     Attributes:
-        step: optimizer steps done when it was saved.
+        step: number of optimizer steps finished when it was saved.
         state: the JSON part; tuples come back as lists.
         path: its folder.
         entries: shape and dtype of every tensor by name, as tensors on the meta device.
-        run_id: of the run that wrote it; "" where the marker does not say.
-        skipped: newer committed folders that could not be believed, newest first, each with the reason. Print them.
-        metadata: where DCP finds each piece of the tensors; None where one process wrote one file.
+        run_id: of the run that wrote it; "" if it was saved outside a run.
+        skipped: newer committed folders that could not be trusted, newest first, each with the
+            reason, to be printed.
+        metadata: DCP's table of the pieces of each tensor; None for the file of a single process.
     """
 
     step: int
@@ -46,7 +47,8 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor whole, on the CPU, contiguous, in the dtype it was saved in; they own their memory.
+        """Every tensor, unsharded, on the CPU, contiguous, in the dtype in which
+        it was saved; each owns its memory.
 
         Raises:
             CheckpointError: if the files have changed since they were verified.
@@ -56,14 +58,16 @@ class Checkpoint:
         return whole
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
-        """Fill tensors in place, of a sharded one this rank's part: no rank ever holds more. Nothing is sent.
+        """Fill tensors in place; of a sharded tensor this rank reads its own
+        part only. Nothing is sent.
 
         Args:
-            targets: by name, plain or sharded over any number of ranks, on any device; values of another dtype are
-                converted. Entries that are not named are not read.
+            targets: by name, plain or sharded over any number of ranks, on any device; values of
+                another dtype are converted. Entries without a target are not read.
 
         Raises:
-            CheckpointError: naming what is missing or of another shape, or if the files have changed.
+            CheckpointError: naming entries that are missing or have another
+                shape, or if the files have changed.
         """
         missing = [name for name in targets if name not in self.entries]
         if missing:
@@ -71,7 +75,8 @@ class Checkpoint:
         for name, target in targets.items():
             if target.shape != self.entries[name].shape:
                 raise CheckpointError(
-                    f"{self.path}: {name} has shape {tuple(self.entries[name].shape)}, the model's "
+                    f"{self.path}: {name} has shape {tuple(self.entries[name].shape)}, the model "
+                    "has "
                     f"{tuple(target.shape)}; was the model changed since the save?"
                 )
         plain = {name: target.detach() for name, target in targets.items()}
@@ -87,26 +92,31 @@ class Checkpoint:
 
 
 Admit: TypeAlias = Callable[[Path, str], None]
-"""Told a folder whose every byte is as its marker says, and the id of the run that wrote it; raises what refuses it."""
+"""Called with a verified folder and the id of the run that wrote it; raises
+an error to refuse it."""
 
 
 def load_latest(
-    root: Path, *, among: Callable[[int], bool] = lambda step: True, admit: Admit = lambda path, run_id: None
+    root: Path,
+    *,
+    among: Callable[[int], bool] = lambda step: True,
+    admit: Admit = lambda path, run_id: None,
 ) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None where nothing was ever committed.
+    """The newest checkpoint that verifies, or None if nothing was ever committed.
 
-    Every rank hashes every file by itself: what a rank reads is what it has checked.
+    Every rank hashes every file itself, so that it reads only what it has checked.
 
     Args:
         root: folder of the run's checkpoints.
-        among: which steps count; the others are not looked at.
-        admit: what it raises is raised here: a checkpoint that is refused is not passed over.
+        among: selects steps; folders of other steps are not opened.
+        admit: its errors are raised here; a refused checkpoint does not lead to the previous one.
 
     Returns:
-        The checkpoint, with every newer one that was passed over and why in ``skipped``.
+        The checkpoint; `skipped` lists every newer one that failed to verify, with the reason.
 
     Raises:
-        CheckpointError: if committed folders exist and none verifies. Starting from scratch is the user's decision.
+        CheckpointError: if committed folders exist and none verifies, because only the user can
+            decide to start from scratch.
     """
     skipped: list[tuple[Path, str]] = []
     for path in reversed([path for path in list_checkpoints(root) if among(step_of(path))]):
@@ -121,31 +131,41 @@ def load_latest(
     reasons = "\n  ".join(reason for _, reason in skipped)
     raise CheckpointError(
         f"{root}: {len(skipped)} checkpoint(s) exist and none can be trusted:\n  {reasons}\n"
-        f"Put back an intact copy of one of these folders, or move {root} away to start from scratch."
+        f"Put back an intact copy of one of these folders, or move {root} away to start from "
+        "scratch."
     )
 
 
 def load_checkpoint(path: Path, *, admit: Admit = lambda path, run_id: None) -> Checkpoint:
-    """Verify one committed folder and open it; ``admit`` is asked in between, before anything is parsed.
+    """Verify one committed folder, call `admit`, and open the folder. Nothing
+    is parsed before `admit` returns.
 
     Raises:
-        CheckpointError: naming the file that is missing, changed, unreadable or hostile, and the cure.
+        CheckpointError: naming the file that is missing, changed, unreadable or
+            hostile, and the cure.
     """
     cure = f"Restore {path.name} from a copy, or remove it to continue from an earlier checkpoint."
     try:
         promised = verify(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}. {cure}") from error
-    run_id = promised.get("run_id", "")
+    run_id = promised["run_id"]
     admit(path, run_id)
     try:
         state = json.loads((path / STATE).read_bytes())
         if not isinstance(state, dict):
-            raise ValueError(f"{STATE} holds a {type(state).__name__} where an object is due")
+            raise ValueError(f"{STATE} holds a JSON {type(state).__name__}, not an object")
         metadata = None
         if METADATA in promised["files"]:
             metadata = read_metadata(path / METADATA, promised["files"])
         entries = whole_entries(path / TENSORS) if metadata is None else shard_entries(metadata)
     except (OSError, ValueError, RecursionError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}. {cure}") from error
-    return Checkpoint(step=promised["step"], state=state, path=path, entries=entries, run_id=run_id, metadata=metadata)
+    return Checkpoint(
+        step=promised["step"],
+        state=state,
+        path=path,
+        entries=entries,
+        run_id=run_id,
+        metadata=metadata,
+    )

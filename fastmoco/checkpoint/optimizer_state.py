@@ -1,4 +1,4 @@
-"""The optimizer's state, by parameter name, as tensors and back."""
+"""Optimizer state as tensors by parameter name, and its restoration."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from fastmoco.checkpoint.errors import CheckpointError
 def flatten_optimizer(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name: ``optimizer.<name>.exp_avg``, ``...exp_avg_sq``, ``...step``.
+    """The optimizer's state by parameter name: `optimizer.<name>.exp_avg`,
+    `...exp_avg_sq`, `...step`.
 
-    Hyperparameters (lr, betas, weight decay) are left out on purpose: they belong to the config and the schedule.
+    Hyperparameters (lr, betas, weight decay) are excluded: they belong to the
+    config and the schedule.
 
     Raises:
-        CheckpointError: if the optimizer holds a parameter that ``named_parameters`` lacks, or state that is no tensor.
+        CheckpointError: if the optimizer holds a parameter that `named_parameters` lacks, or state
+            that is not a tensor.
     """
     names = {id(parameter): name for name, parameter in named_parameters}
     flat: dict[str, Tensor] = {}
@@ -27,11 +30,12 @@ def flatten_optimizer(
         name = names.get(id(parameter))
         if name is None:
             raise CheckpointError(
-                f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that has no name; "
+                f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that has no "
+                "name; "
                 "pass the named_parameters() of the module it was built from"
             )
         state = dict(optimizer.state.get(parameter, {}))
-        if state and "step" in group:  # counted once a group, as apex does; any other AdamW wants it by parameter
+        if state and "step" in group:  # apex counts once per group; any other AdamW wants it per parameter
             state.setdefault("step", torch.tensor(float(group["step"])))
         for key, value in state.items():
             if not isinstance(value, Tensor):
@@ -45,42 +49,53 @@ def restore_optimizer(
     named_parameters: Iterable[tuple[str, Tensor]],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Give the optimizer back what `flatten_optimizer` took from it, so that its next step is the same bit for bit.
+    """Restore the state of `flatten_optimizer`, so that the next step is bit-identical.
 
     Args:
-        optimizer: freshly built over the same parameters; its hyperparameters stay as they are.
+        optimizer: newly built over the same parameters; its hyperparameters do not change.
         named_parameters: as for `flatten_optimizer`.
-        tensors: may hold other entries beside ``optimizer.*``; the values are copied to each parameter's device.
+        tensors: entries other than `optimizer.*` are ignored; values are copied
+            to the device of each parameter.
 
     Raises:
-        CheckpointError: naming parameters without state, state without a parameter, or the two shapes that differ.
+        CheckpointError: naming parameters without state, state without a
+            parameter, or the two shapes that differ.
     """
     saved: dict[str, dict[str, Tensor]] = {}
     for entry, tensor in tensors.items():
         if entry.startswith("optimizer."):
             name, _, key = entry.removeprefix("optimizer.").rpartition(".")
             saved.setdefault(name, {})[key] = tensor
+
+    # Every parameter of the optimizer needs a state, and every state a parameter.
     held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     named = {name: p for name, p in named_parameters if id(p) in held}
     if saved.keys() != named.keys() and saved:
         raise CheckpointError(
-            f"the optimizer state does not fit the model: without state {sorted(named.keys() - saved.keys())[:5]}, "
-            f"without parameter {sorted(saved.keys() - named.keys())[:5]}; was the model changed since the save?"
+            "the optimizer state does not fit the model: without state "
+            f"{sorted(named.keys() - saved.keys())[:5]}, "
+            f"without parameter {sorted(saved.keys() - named.keys())[:5]}; was the model changed "
+            "since the save?"
         )
+
+    # Copy to the devices on which the optimizer expects its state.
     restored: dict[Tensor, dict[str, Tensor]] = {}
     for name, entries in saved.items():
-        parameter, state = named[name], restored.setdefault(named[name], {})
+        parameter = named[name]
+        state = restored.setdefault(parameter, {})
         for key, tensor in entries.items():
             if key != "step" and tensor.shape != parameter.shape:
                 raise CheckpointError(
-                    f"optimizer.{name}.{key} has shape {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}; "
+                    f"optimizer.{name}.{key} has shape {tuple(tensor.shape)}, the parameter has "
+                    f"{tuple(parameter.shape)}; "
                     "was the model changed since the save?"
                 )
             group = held[id(parameter)]
             if key == "step" and "step" in group:
                 group["step"] = int(tensor)
                 continue
-            # torch keeps the step count on the host unless the update itself reads it on the device.
+            # torch keeps the step count on the host, unless the update itself
+            # reads it on the device.
             on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
             state[key] = tensor.to("cpu" if on_host else parameter.device, copy=True)
     optimizer.state.clear()

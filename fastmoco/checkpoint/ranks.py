@@ -1,4 +1,6 @@
-"""What ranks do together: an error on one is an error on all, and a rank that ends or hangs is one within a deadline."""
+"""Actions of all ranks: an error on one rank is raised on all, as is the loss
+of a rank within a deadline.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,14 @@ T = TypeVar("T")
 
 
 def group_for_saving(deadline_s: float) -> dist.ProcessGroup | None:
-    """A group of all ranks for checkpoints alone: on the CPU, and usable from a thread while the ranks train.
+    """A process group of all ranks for checkpoints only, on the CPU, usable
+    from a thread during training.
 
     Args:
         deadline_s: seconds that ranks wait for each other in one phase of a save.
 
     Returns:
-        None where there is no process group: then this process saves alone.
+        None without a process group; this process then saves alone.
     """
     if not dist.is_initialized():
         return None
@@ -39,14 +42,14 @@ def size_of(group: dist.ProcessGroup | None) -> int:
 
 
 def on_every_rank(action: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
-    """Do something that needs no peer on every rank.
+    """Run an action that needs no communication on every rank.
 
     Returns:
-        What it gave, in the order of the ranks, the same on all of them.
+        The results in rank order, the same list on all ranks.
 
     Raises:
-        CheckpointError: on every rank, naming those on which it failed; also if a rank does not take part in time.
-            Without a group an error passes as it is.
+        CheckpointError: on every rank, naming the ranks on which it failed, or if a rank does not
+            take part in time. Without a group the error itself is raised.
     """
     if group is None:
         return [action()]
@@ -54,14 +57,14 @@ def on_every_rank(action: Callable[[], T], group: dist.ProcessGroup | None) -> l
     failure: Exception | None = None
     try:
         result = action()
-    except Exception as error:  # of any kind: the peers wait
+    except Exception as error:  # of any kind, because the peers wait
         failure = error
-    told = None if failure is None else f"rank {dist.get_rank(group)}: {failure}"
+    message = None if failure is None else f"rank {dist.get_rank(group)}: {failure}"
     answers: list[tuple[T, str | None] | None] = [None] * dist.get_world_size(group)
     try:
-        dist.all_gather_object(answers, (result, told), group=group)
+        dist.all_gather_object(answers, (result, message), group=group)
     except RuntimeError as error:
-        lost = CheckpointError(f"a rank ended, or was not there in time: {told or error}")
+        lost = CheckpointError(f"a rank ended or did not answer in time: {message or error}")
         raise lost from (failure or error)
     complete = cast("list[tuple[T, str | None]]", answers)
     failures = [text for _, text in complete if text is not None]
@@ -71,6 +74,6 @@ def on_every_rank(action: Callable[[], T], group: dist.ProcessGroup | None) -> l
 
 
 def on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    """Do something on the first rank alone and tell all of them what it gave; errors as in `on_every_rank`."""
+    """Run an action on rank 0 and return its result on every rank; errors as in `on_every_rank`."""
     results = on_every_rank(lambda: action() if rank_in(group) == 0 else None, group)
     return cast("T", results[0])

@@ -1,4 +1,4 @@
-"""Save in the foreground, or copy the state and write it while the training goes on."""
+"""Save in the foreground, or copy the state and write the copy during training."""
 
 from __future__ import annotations
 
@@ -17,26 +17,29 @@ from fastmoco.checkpoint.store import JSON, save_checkpoint
 from fastmoco.errors import RunError
 
 _STAGES_ONCE = torch.__version__ < "2.13"
-"""Before, torch's stager closed itself behind its first copy, so each save takes one of its own and pins its memory anew."""
+"""Before 2.13 torch's stager closes itself after its first copy, so each save
+needs a new one and pins memory again."""
 Check: TypeAlias = Callable[[Mapping[str, Tensor]], None]
 
 
 class Saver:
     """Writes the checkpoints of one run, one at a time.
 
-    A background save copies the tensors to the host before it returns, so that what is written is the state of the call;
-    a thread then checks, writes, hashes and commits the copy. The copy's memory is kept for the next one: the host holds
-    the state of its process once more. With a group every rank makes the same calls in the same order.
+    A background save copies the tensors to the host before it returns, so that it writes the state
+    at the time of the call. A thread then checks, writes, hashes and commits the copy. The memory
+    of the copy is kept for the next save, so the host needs memory for one more state of its
+    process. With a group, all ranks make the same calls in the same order.
 
     Args:
         root: folder of the run's checkpoints.
         keep: see `save_checkpoint`.
         keep_multiple: see `save_checkpoint`.
-        group: see `save_checkpoint`; used by nothing else, so that it can be used beside the training.
-        check: looks at this rank's tensors before they are written, and raises a RunError if they must not be.
+        group: see `save_checkpoint`; for saves only, so that they can run during training.
+        check: called with this rank's tensors before they are written; raises a
+            RunError to refuse them.
 
     Attributes:
-        saved_step: step of the newest checkpoint that is known to be committed; None before the first.
+        saved_step: step of the newest committed checkpoint; None before the first.
     """
 
     def __init__(
@@ -49,26 +52,31 @@ class Saver:
         check: Check = lambda tensors: None,
     ) -> None:
         self.saved_step: int | None = None
-        self._root, self._keep, self._keep_multiple = root, keep, keep_multiple
-        self._group, self._check = group, check
+        self._root = root
+        self._keep = keep
+        self._keep_multiple = keep_multiple
+        self._group = group
+        self._check = check
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._stager: DefaultStager | None = None
 
     def save(self, *, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, JSON]) -> None:
-        """Write a checkpoint and return when it is committed. A save in flight is waited for; its error is kept for `poll`.
+        """Write a checkpoint and return when it is committed. Waits for a save
+        in flight; its error is kept for `poll`.
 
         Raises:
-            RunError: if the check refuses it.
+            RunError: if the check refuses the tensors.
             CheckpointError: if it cannot be written.
         """
         self.settle()
         self._write(step, tensors, state)
 
     def save_in_background(self, *, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, JSON]) -> None:
-        """Copy the state and return; a thread writes the copy. Errors of the thread come out of `poll` and `wait`.
+        """Copy the state and return; a thread writes the copy. `poll` and `wait`
+        return the errors of the thread.
 
-        A save in flight is waited for first: there is never more than one copy.
+        Waits for a save in flight first, so that there is never more than one copy.
         """
         self.settle()
         if self._stager is None or _STAGES_ONCE:
@@ -81,32 +89,36 @@ class Saver:
                     use_non_blocking_copy=on_cuda,
                 )
             )
-        copy = cast("dict[str, Tensor]", self._stager.stage({name: t.detach() for name, t in tensors.items()}))
+        copy = cast(
+            "dict[str, Tensor]",
+            self._stager.stage({name: t.detach() for name, t in tensors.items()}),
+        )
 
         def write() -> None:
             try:
                 self._write(step, copy, state)
-            except BaseException as error:  # whatever it is, the training must hear of it
+            except BaseException as error:  # of any kind: training must see it
                 self._error = error
 
-        # A daemon: if the process must end while a peer hangs, it ends, and the folder without a marker is ignored.
+        # A daemon thread, so that the process can end while a peer hangs; a
+        # folder without a marker is ignored.
         self._thread = threading.Thread(target=write, name=f"checkpoint of step {step}", daemon=True)
         self._thread.start()
 
     def poll(self) -> BaseException | None:
-        """The error of the background save that has failed since the last call, if one has. Never blocks."""
+        """The error of a background save that failed since the last call, or None. Never blocks."""
         if self._thread is not None and not self._thread.is_alive():
             self.settle()
         error, self._error = (self._error, None) if self._thread is None else (None, self._error)
         return error
 
     def wait(self, timeout_s: float | None = None) -> BaseException | None:
-        """Wait for the save in flight, if there is one, and give its error."""
+        """Wait for the save in flight, if any, and return its error."""
         self.settle(timeout_s)
         return self.poll()
 
     def settle(self, timeout_s: float | None = None) -> None:
-        """Wait for the save in flight, if there is one; its error stays for `poll`."""
+        """Wait for the save in flight, if any; its error stays for `poll`."""
         if self._thread is not None:
             self._thread.join(timeout_s)
             if not self._thread.is_alive():

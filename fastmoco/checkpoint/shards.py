@@ -1,4 +1,6 @@
-"""Tensors by torch.distributed.checkpoint: every rank writes its shards, and any number of ranks reads them again."""
+"""Tensors in the format of torch.distributed.checkpoint: each rank writes its
+shards, any number of ranks reads them.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,18 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 
 class _Writer(FileSystemWriter):
-    """Leaves out of the metadata the path of the folder and a random number: the same state gives the same bytes."""
+    """Omits the folder's path and a random number from the metadata, so that
+    equal states give equal bytes.
+    """
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()
 
 
 class _Reader(FileSystemReader):
-    """Uses metadata that `dcp_metadata.read_metadata` has let through, and never opens the file itself."""
+    """Uses metadata that `dcp_metadata.read_metadata` has checked, and never
+    opens the file itself.
+    """
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
@@ -36,19 +42,22 @@ class _Reader(FileSystemReader):
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Write tensors into an existing empty folder, through to the disk. Call it on every rank of ``group``.
+    """Write tensors into an existing empty folder and flush them to the disk.
+    Call it on every rank of `group`.
 
-    A sharded tensor is written by the ranks that hold its parts. One that all ranks hold is written by one of them, the
-    load spread evenly; all must hold the same numbers. One that a single rank knows is written by that rank.
+    Each rank writes its parts of a sharded tensor. A tensor that all ranks hold must be equal on
+    all of them; one rank writes it, and the work is spread evenly. A tensor that a single rank has
+    is written by that rank.
 
     Raises:
         torch.distributed.checkpoint.CheckpointException: on every rank, if one of them fails.
-        RuntimeError: if a rank ends or hangs on the way.
+        RuntimeError: if a rank ends or hangs meanwhile.
     """
     _quietly(
         save,
         {name: tensor.detach() for name, tensor in tensors.items()},
-        # Nothing copied ahead: that would open CUDA's first device in the thread of a background save, on every rank.
+        # No copies ahead: in the thread of a background save they would open
+        # CUDA device 0 on every rank.
         storage_writer=_Writer(folder, sync_files=True, overwrite=False, per_thread_copy_ahead=0),
         planner=DefaultSavePlanner(flatten_state_dict=False),
         process_group=group,
@@ -57,7 +66,9 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
 
 
 def read_shards_into(folder: Path, metadata: Metadata, targets: Mapping[str, Tensor]) -> None:
-    """Fill tensors in place, of a sharded one this rank's part. Every rank reads for itself; nothing is sent."""
+    """Fill tensors in place; of a sharded tensor this rank's part. Every rank
+    reads for itself, and nothing is sent.
+    """
     _quietly(
         load,
         {name: tensor.detach() for name, tensor in targets.items()},
@@ -70,7 +81,7 @@ def read_shards_into(folder: Path, metadata: Metadata, targets: Mapping[str, Ten
 def shard_entries(metadata: Metadata) -> dict[str, Tensor]:
     """Shapes and dtypes of the whole tensors by name, as tensors on the meta device."""
     entries = metadata.state_dict_metadata
-    # `read_metadata` let tensors through alone
+    # `read_metadata` has accepted tensors only; the check is for the type checker.
     return {
         name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         for name, entry in entries.items()
@@ -79,7 +90,7 @@ def shard_entries(metadata: Metadata) -> dict[str, Tensor]:
 
 
 def _quietly(action: Any, *arguments: Any, **options: Any) -> None:
-    """DCP warns where it works without a process group, which is what is asked of it here."""
+    """Suppress DCP's warning that it works without a process group, which is intended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to")
         action(*arguments, **options)

@@ -1,4 +1,4 @@
-"""Save a whole checkpoint."""
+"""Save a checkpoint."""
 
 from __future__ import annotations
 
@@ -49,31 +49,39 @@ def save_checkpoint(
     keep_multiple: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write one checkpoint so that it exists whole or not at all, then drop all but the last ``keep``.
+    """Write one checkpoint, which is complete or does not exist, then remove
+    all but the last `keep`.
 
-    A folder of the same step is replaced only if it was never committed or no longer verifies; saving the same content
-    again changes nothing. A process alone writes one safetensors file; ranks, and a process with a sharded tensor, write
-    a file each by torch.distributed.checkpoint. With a group every rank calls this, one save at a time.
+    A folder of the same step is replaced only if it was never committed or no longer verifies.
+    Saving the same content again changes nothing. A single process writes one safetensors file.
+    Several ranks, and a process with a sharded tensor, write one file each with
+    torch.distributed.checkpoint. With a group every rank calls this, one save at a time.
 
     Args:
-        root: folder of the run's checkpoints, the same on all ranks; made (mode 0700) if absent.
-        step: optimizer steps done, >= 0.
-        tensors: by name; dense, any device, any strides, sharded or not; shared storage is stored once a name. What
-            is not sharded and held by several ranks must be equal on them. Of dtypes, what safetensors knows.
-        state: string keys, JSON values, finite floats only; the first rank's is written, its ``run_id`` into the marker too.
-        keep: committed checkpoints to keep, this one among them. The one just written has been read back and hashed
-            before an older one goes, so the last verified one is never removed.
-        keep_multiple: the newest checkpoint at a multiple of so many steps is kept besides; 0: none.
-        group: ranks that save together, see `group_for_saving`; its timeout is how long they wait for each other.
+        root: folder of the run's checkpoints, the same on all ranks; created (mode 0700) if absent.
+        step: number of finished optimizer steps, >= 0.
+        tensors: by name; dense, any device, any strides, sharded or not, of a dtype that
+            safetensors supports. Shared storage is written once for each name. An unsharded tensor
+            must be equal on all ranks that hold it.
+        state: string keys, JSON values, finite floats only. Rank 0's is written; the marker
+            contains its `run_id` too.
+        keep: number of committed checkpoints to keep, including this one. An older one is removed
+            only after this one has been read back and hashed, so the last verified checkpoint is
+            never removed.
+        keep_multiple: the newest checkpoint at a multiple of this many steps is
+            kept as well; 0: none.
+        group: ranks that save together, see `group_for_saving`; its timeout is
+            the longest wait for a rank.
 
     Returns:
-        The folder ``root/step_<step>``.
+        The folder `root/step_<step>`.
 
     Raises:
-        ValueError: if ``step`` or ``keep`` is out of range.
-        CheckpointError: if something is not storable (named), the disk refuses, a rank fails, ends or hangs, or a
-            different valid checkpoint of this step exists; on every rank that is left. Older checkpoints are
-            untouched then, and no partial folder is left.
+        ValueError: if `step` or `keep` is out of range.
+        CheckpointError: on every remaining rank, if an entry cannot be stored (the message names
+            it), the file system fails, a rank fails, ends or hangs, or a different valid checkpoint
+            of this step exists. Older checkpoints are then unchanged, and no partial folder
+            remains.
     """
     if step < 0:
         raise ValueError(f"step={step}: needs a step >= 0")
@@ -110,7 +118,7 @@ def save_checkpoint(
 
 
 def _begin(root: Path, final: Path, state: str) -> Path:
-    """A hidden folder beside the final one, with the JSON part in it."""
+    """Make a hidden folder next to the final one and write the JSON part into it."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     sweep(root)
     writing = root / f".writing-{final.name}-{secrets.token_hex(4)}"
@@ -121,11 +129,11 @@ def _begin(root: Path, final: Path, state: str) -> Path:
 
 def _require_seen(writing: Path) -> None:
     if not (writing / STATE).is_file():
-        raise CheckpointError(f"{writing} is not there: every rank must see the same folder")
+        raise CheckpointError(f"{writing} does not exist on this rank: every rank must see the same folder")
 
 
 def _fingerprints(writing: Path, rank: int, sharded: bool) -> dict[str, dict[str, Any]]:
-    """What this rank has written, closed to other users, read back and hashed: the ranks share the work."""
+    """Hashes of the files that this rank wrote, after closing them to other users."""
     mine = sorted(path.name for path in writing.glob(f"__{rank}_*.distcp"))
     if rank == 0:
         mine += [METADATA, STATE] if sharded else [TENSORS, STATE]
@@ -135,12 +143,18 @@ def _fingerprints(writing: Path, rank: int, sharded: bool) -> dict[str, dict[str
 
 
 def _finish(
-    writing: Path, final: Path, files: Mapping[str, Mapping[str, Any]], marker: str, drop: Callable[[], None]
+    writing: Path,
+    final: Path,
+    files: Mapping[str, Mapping[str, Any]],
+    marker: str,
+    drop: Callable[[], None],
 ) -> None:
-    """Give the folder its name and its marker, and drop the oldest."""
+    """Rename the folder, write its marker, and remove old checkpoints."""
     for name, file in files.items():
         if (writing / name).stat().st_size != file["bytes"]:
-            raise CheckpointError(f"{name} is not here as its rank wrote it: every rank must see the same folder")
+            raise CheckpointError(
+                f"{name} does not have the size that its rank wrote: every rank must see the same folder"
+            )
     flush(writing)
     if make_way(final, files):
         commit(writing, final, marker)
@@ -148,7 +162,9 @@ def _finish(
 
 
 def _reason(error: BaseException) -> str:
-    """One line; of DCP's errors, which carry the tracebacks of all ranks, what each rank says."""
+    """One line. DCP's errors contain the tracebacks of all ranks; of these the
+    first line for each rank.
+    """
     if isinstance(error, CheckpointException):
         return "; ".join(f"rank {rank}: {_first_line(cause)}" for rank, (cause, _) in error.failures.items())
     return _first_line(error)
@@ -165,7 +181,7 @@ def _cure(error: BaseException, root: Path) -> str:
 
 
 def _require_storable(tensors: Mapping[str, Tensor], state: Mapping[str, JSON]) -> str:
-    """Refuse, by name, what cannot be saved; the JSON part as text."""
+    """Refuse tensors and values that cannot be saved, by name; return the JSON part as text."""
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_meta:
             raise CheckpointError(
@@ -176,16 +192,16 @@ def _require_storable(tensors: Mapping[str, Tensor], state: Mapping[str, JSON]) 
 
 
 def _require_json(value: object, where: str) -> None:
-    """Refuse, by name, what JSON would drop or change on the way."""
+    """Refuse values that JSON would drop or change, by name."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise CheckpointError(f"{where} has the key {key!r}: JSON keeps string keys only")
+                raise CheckpointError(f"{where} has the key {key!r}: JSON has string keys only")
             _require_json(item, f"{where}.{key}")
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             _require_json(item, f"{where}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise CheckpointError(f"{where} is {value}: JSON knows finite numbers only; store None instead")
+        raise CheckpointError(f"{where} is {value}: JSON has finite numbers only; store None instead")
     elif not (value is None or type(value) in (bool, int, float, str)):
-        raise CheckpointError(f"{where} is {type(value).__name__}: only JSON values can be saved beside the tensors")
+        raise CheckpointError(f"{where} is {type(value).__name__}: only JSON values can be saved with the tensors")

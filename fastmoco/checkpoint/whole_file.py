@@ -1,4 +1,6 @@
-"""Tensors in one safetensors file: what a single process writes. No pickle anywhere, and any tool can read it."""
+"""Tensors in one safetensors file, written by a single process. It contains no
+pickle, and other tools can read it.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,17 @@ from fastmoco.checkpoint.folder import flush
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous host tensors, no two in one storage: safetensors stores each as a run of bytes of its own.
+    """Copies on the host, contiguous, no two in one storage, because
+    safetensors stores each as its own run of bytes.
 
     Raises:
-        CheckpointError: naming a tensor whose name the format keeps for itself.
+        CheckpointError: if a tensor has the name that the format reserves.
     """
     ready: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
         if name == "__metadata__":
-            raise CheckpointError("a tensor cannot be called '__metadata__': safetensors keeps that name for itself")
+            raise CheckpointError("a tensor cannot be called '__metadata__': safetensors reserves that name")
         host = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
         if host.untyped_storage().data_ptr() in seen:
             host = host.clone()
@@ -36,23 +39,23 @@ def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_whole(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
-    """Write tensors to a new file (mode 0600) through to the disk.
+    """Write tensors to a new file (mode 0600) and flush it to the disk.
 
     Args:
         path: must not exist.
         tensors: dense, on any device.
-        notes: kept in the file's header.
+        notes: written into the header of the file.
 
     Raises:
         CheckpointError: naming tensors of a dtype that safetensors cannot store.
-        OSError: if the disk refuses.
+        OSError: if the file system fails.
         SafetensorError: likewise.
     """
     ready = storable(tensors)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     try:
         save_file(ready, path, metadata=dict(notes or {}) or None)
-    except KeyError as error:  # safetensors' table of dtypes
+    except KeyError as error:  # from the table of dtypes in safetensors
         names = [name for name, tensor in ready.items() if str(tensor.dtype) == str(error.args[0])]
         raise CheckpointError(f"tensors {names[:5]} are {error.args[0]}, which safetensors cannot store") from error
     path.chmod(0o600)
@@ -60,7 +63,7 @@ def write_whole(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, s
 
 
 def whole_entries(path: Path) -> dict[str, Tensor]:
-    """Shapes and dtypes by name, as tensors on the meta device; no data are read."""
+    """Shapes and dtypes by name, as tensors on the meta device; no data is read."""
     with safe_open(path, framework="pt", device="cpu") as file:
         pieces = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         return {
@@ -74,12 +77,13 @@ def whole_entries(path: Path) -> dict[str, Tensor]:
 
 
 def read_whole_into(path: Path, targets: Mapping[str, Tensor]) -> None:
-    """Fill tensors in place; of a sharded one this rank's part alone."""
+    """Fill tensors in place; of a sharded tensor only this rank's part."""
     with safe_open(path, framework="pt", device="cpu") as file:
         for name, target in targets.items():
             tensor = file.get_tensor(name)
             if isinstance(target, DTensor):
-                # Every rank holds the same bytes, so each cuts out its own part and nothing is sent.
+                # Every rank has read the same bytes, so each takes its own part
+                # and nothing is sent.
                 tensor = tensor.to(target.device)
                 part = distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
                 target, tensor = target.to_local(), part.to_local()

@@ -1,4 +1,6 @@
-"""Several processes that train one model: who is who, gathered keys, shared batch statistics, averaged gradients."""
+"""Several processes that train one model: ranks, gathered keys, shared batch
+statistics, averaged gradients.
+"""
 
 from fastmoco.distributed.gather import gather_keys, gather_rows
 from fastmoco.distributed.mesh import World, group_rank, group_size, start_world, stop_world

@@ -1,4 +1,4 @@
-"""Keys of all ranks, in the order of the ranks."""
+"""Keys of all ranks, in rank order."""
 
 from __future__ import annotations
 
@@ -11,32 +11,35 @@ from torch import Tensor
 
 from fastmoco.distributed.mesh import group_size
 
-# Torch gave it another name in 2.13, and warns of the old one in every process.
+# torch renamed it in 2.13 and warns of the old name in every process.
 all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""Equal parts of all ranks into one tensor, in the order of the ranks."""
+"""Gather equal parts of all ranks into one tensor, in rank order."""
 
 
 def gather_keys(keys: Tensor) -> Tensor:
-    """Concatenate every rank's keys by rank; row ``rank * B + i`` is row i of that rank.
+    """Concatenate every rank's keys by rank; row `rank * B + i` is row i of that rank.
 
-    Keys come from the momentum encoder and carry no gradient, so neither does the result (Chen, Xie, He 2021; the
-    positives of this rank's queries therefore stand at ``rank * B + i``).
+    Keys come from the momentum encoder and have no gradient, so neither has the result (Chen, Xie,
+    He 2021). The positives of this rank's queries are the rows `rank * B + i`.
 
     Args:
         keys: [B, D], any dtype; B and D must be equal on all ranks.
 
     Returns:
-        [N, D] with N = B * world size; ``keys`` itself, detached, where there is one process.
+        [N, D] with N = B * world size; with one process `keys` itself, detached.
 
     Raises:
-        ValueError: on the CPU, if B differs between ranks. Gloo would deliver zero rows there without a word. On CUDA
-            the check would cost a wait for the device in every step; the loader hands out equal parts by construction.
+        ValueError: on the CPU, if B differs between ranks, where gloo would silently return rows of
+            zeros. On CUDA the check would wait for the device in every step; the loader gives equal
+            parts by construction.
     """
     return start_gathering(keys)()
 
 
 def start_gathering(keys: Tensor) -> Callable[[], Tensor]:
-    """Begin `gather_keys`; the function returned waits for the end of it. What lies between overlaps with the messages."""
+    """Start `gather_keys`; the returned function waits for the result. Work in
+    between overlaps with communication.
+    """
     keys = keys.detach()
     world_size = group_size()
     if world_size == 1:
@@ -44,7 +47,7 @@ def start_gathering(keys: Tensor) -> Callable[[], Tensor]:
     if keys.device.type == "cpu":
         rows = _counts(keys)
         if set(rows) != {keys.shape[0]}:
-            raise ValueError(f"keys per rank={rows}: every rank must bring the same number of images to a step")
+            raise ValueError(f"keys per rank={rows}: every rank must have the same number of images in a step")
     gathered = keys.new_empty((world_size * keys.shape[0], *keys.shape[1:]))
     work = all_gather_single(gathered, keys.contiguous(), async_op=True)
 
@@ -56,14 +59,15 @@ def start_gathering(keys: Tensor) -> Callable[[], Tensor]:
 
 
 def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
-    """Concatenate tensors whose first dimension may differ between ranks, in the order of the ranks, on every rank.
+    """Concatenate tensors whose first dimension may differ between ranks, in
+    rank order, on every rank.
 
     Args:
         rows: [n, ...] on the CPU; all but n must be equal on all ranks.
-        device: where the process group communicates.
+        device: on which the process group communicates.
 
     Returns:
-        [sum of n, ...] on the CPU, without gradient; ``rows`` itself, detached, where there is one process.
+        [sum of n, ...] on the CPU, without gradient; with one process `rows` itself, detached.
     """
     rows = rows.detach()
     if group_size() == 1:

@@ -1,7 +1,8 @@
-"""Gradients that pile up in one process over several backward passes, and cross ranks once.
+"""Accumulate gradients in one process over several backward passes, and average
+them over ranks once.
 
-What `DistributedDataParallel` does in every backward would cost a step in chunks one all-reduce of the whole model for each
-chunk; a sharded model knows the same two moments.
+`DistributedDataParallel` averages in every backward, which would cost a step in micro-batches one
+all-reduce of the whole model for each of them.
 """
 
 from __future__ import annotations
@@ -13,22 +14,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fastmoco.distributed.mesh import group_size
-from fastmoco.distributed.sharding import trunk_units
+from fastmoco.distributed.sharding import is_sharded, trunk_units
 
 BUCKET_BYTES = 32 * 2**20
-"""Bytes of gradients that travel as one message: large enough for the network, small beside the model."""
+"""Bytes of gradients in one message: large enough for the network, small
+compared with the model."""
 
 
 class GradientAverage:
-    """Says of each backward pass of a step whether more follow, and averages over ranks after the last one.
+    """Averages gradients over ranks after the last backward pass of a step.
 
-    ``with average.local(): ...`` around every backward but the last, ``with average.last(): ...`` around that one. Behind it
-    every trainable parameter's ``grad`` is the mean of the ranks' sums, the same bits on all of them.
+    Use `with average.local(): ...` around every backward but the last, and
+    `with average.last(): ...` around the last one. Afterwards `grad` of every trainable parameter
+    is the mean of the sums of all ranks, with the same bits on all of them.
 
     Args:
-        module: on every rank the same trainable parameters in the same order, none of which is without gradient in the end.
+        module: with the same trainable parameters in the same order on every
+            rank; each must get a gradient.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -44,7 +49,8 @@ class GradientAverage:
         """The backward pass that completes the gradients.
 
         Raises:
-            RuntimeError: naming the first trainable parameter without a gradient: its peers would wait for it, or take another's.
+            RuntimeError: naming the first trainable parameter without a gradient. Other ranks would
+                wait for it, or use the gradient of another parameter instead.
         """
         yield
         if group_size() > 1:
@@ -59,19 +65,30 @@ class GradientAverage:
 
 
 class ShardedGradientAverage:
-    """The same for a model under FSDP2: gradients of the trunk pile up whole, in float32 and in this process, until the last
-    backward, and are then summed into the shards. The heads see one backward a step and are summed in it.
+    """The same for a model under FSDP2.
+
+    Gradients of the trunk are accumulated unsharded, in float32 and in this process, until the last
+    backward, and are then reduced into the shards. The heads have one backward per step and are
+    reduced in it.
 
     Args:
-        objective: a `MoCoV3` behind `parallelize`. Its trunk crosses ranks: all must take the same chunks.
+        objective: an `Objective` after `parallelize`. All ranks must use the same chunks, because
+            FSDP2 gathers weights in each of them.
     """
 
     def __init__(self, objective: Any) -> None:
-        self._root, self._units = objective.encoder, trunk_units(objective.encoder)
+        networks: dict[str, Any] = dict(objective.networks())
+        if objective.coupling == "none":  # heads, too, see a backward for each chunk
+            self._roots = [net for net in networks.values() if any(p.requires_grad for p in net.parameters())]
+            self._units = [part for root in self._roots for part in root.modules() if isinstance(part, FSDPModule)]
+        else:
+            trunks = objective.trunks()
+            self._roots = [networks[name] for name in trunks]
+            self._units = [unit for name, parts in trunks.items() for unit in trunk_units(networks[name], parts)]
 
     @contextmanager
     def local(self) -> Iterator[None]:
-        """A backward pass behind which the trunk's gradients stay in this process."""
+        """A backward pass after which the gradients of the trunk stay in this process."""
         self._set(last=False)
         yield
 
@@ -82,18 +99,21 @@ class ShardedGradientAverage:
         yield
 
     def _set(self, *, last: bool) -> None:
-        self._root.set_is_last_backward(last)
+        for root in self._roots:
+            root.set_is_last_backward(last)
         for unit in self._units:
             unit.set_requires_gradient_sync(last, recurse=False)
 
 
 def gradient_average(objective: Any) -> GradientAverage | ShardedGradientAverage:
-    """The one that fits how an objective is spread."""
-    return ShardedGradientAverage(objective) if trunk_units(objective.encoder) else GradientAverage(objective)
+    """The gradient average for an objective, sharded or not."""
+    return ShardedGradientAverage(objective) if is_sharded(objective) else GradientAverage(objective)
 
 
 def _buckets(gradients: Iterator[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype, up to `BUCKET_BYTES` together; a larger tensor goes alone."""
+    """Consecutive gradients of one dtype, up to `BUCKET_BYTES` together; a
+    larger tensor has its own bucket.
+    """
     bucket: list[Tensor] = []
     size = 0
     for gradient in gradients:

@@ -103,8 +103,8 @@ def parallelize(
     mean over the global batch.
 
     Args:
-        objective: on ``world.device``, initialised, all its trainable parameters used in every forward. Under ``fsdp`` and
-            ``hsdp`` a `MoCoV3`: it is changed in place, so build the optimizer behind this call.
+        objective: on `world.device`, initialised, all its trainable parameters used in every forward. Under `fsdp` and
+            `hsdp` an `Objective`: it is changed in place, so build the optimizer after this call.
         world: this process's place.
         strategy: how; nothing to choose for one process.
         shard_size: processes that hold one copy under ``hsdp``; 0: those of this machine.

@@ -1,7 +1,8 @@
-"""What ranks hold in common, compared bit by bit: finds memory that forgets and devices that miscount.
+"""Compare the state that ranks have in common, bit by bit, to detect faults of memory and devices.
 
-A rank whose weights differ in one bit goes on without an error, and from then on every gradient is a mixture. The comparison
-reads each tensor once on its device and sends 8 bytes a tensor.
+A rank whose weights differ in one bit would continue without an error and contribute wrong
+gradients to every step. The comparison reads each tensor once on its device and sends 8 bytes per
+tensor.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bit_sums(tensors: list[Tensor]) -> Tensor:
-    """The sum of each tensor's elements read as integers, modulo 2**64: one flipped bit always changes it.
+    """The sum of the elements of each tensor as integers, modulo 2**64, which
+    any single flipped bit changes.
 
     Args:
-        tensors: on one device; of DTensors, this rank's shards count.
+        tensors: on one device; for a DTensor, this rank's shard.
 
     Returns:
         [number of tensors] int64 on that device; no host sync.
@@ -35,20 +37,25 @@ def bit_sums(tensors: list[Tensor]) -> Tensor:
 
 
 def require_equal_replicas(objective: nn.Module, world: World) -> None:
-    """Compare parameters and buffers over all ranks that hold the same: all of them under DDP, batch norms' buffers and
-    frozen parameters under FSDP2, and the shards of the copies besides under HSDP.
+    """Compare parameters and buffers over all ranks that hold the same ones.
+
+    Under DDP these are all of them; under FSDP2 buffers of batch norms and frozen parameters; under
+    HSDP also the shards of the copies.
 
     Args:
-        objective: between two steps.
-        world: this process's place; all ranks must call.
+        objective: between two steps; buffers named in its `per_rank` are left out.
+        world: ranks; all of them must call this function.
 
     Raises:
-        RunError: on every rank, naming the first tensor and the ranks that differ from most others.
+        RunError: on every rank, naming the first tensor that differs and the
+            ranks that differ from the majority.
     """
     if world.world_size == 1:
         return
-    named = objective.state_dict(keep_vars=True)
-    names, tensors = list(named), list(named.values())
+    own: frozenset[str] = getattr(objective, "per_rank", frozenset())
+    named = {name: tensor for name, tensor in objective.state_dict(keep_vars=True).items() if name not in own}
+    names = list(named)
+    tensors = list(named.values())
     mine = bit_sums(tensors).to(world.device)
     rows = mine.new_empty(world.world_size * mine.numel())
     all_gather_single(rows, mine)
@@ -59,14 +66,16 @@ def require_equal_replicas(objective: nn.Module, world: World) -> None:
             if odd:
                 where = f"on ranks={odd} from the others" if odd != peers else f"among ranks={odd}"
                 raise RunError(
-                    f"{name} differs {where}: a bit flipped in memory, or an operation there gives other results. "
-                    "Take that machine out, and continue from a checkpoint that is older than the last comparison "
+                    f"{name} differs {where}: a bit flipped in memory, or an operation there gives "
+                    "other results. "
+                    "Remove that machine, and continue from a checkpoint that is older than the "
+                    "last comparison "
                     "(parallel.verify_replicas_every)"
                 )
 
 
 def _holders(tensor: Tensor, world_size: int) -> list[list[int]]:
-    """Groups of ranks that hold the same numbers of a tensor."""
+    """Groups of ranks that hold the same elements of a tensor."""
     if not isinstance(tensor, DTensor):
         return [list(range(world_size))]
     mesh = tensor.device_mesh.mesh
@@ -80,7 +89,7 @@ def _holders(tensor: Tensor, world_size: int) -> list[list[int]]:
 
 
 def _minority(values: list[int], peers: list[int]) -> list[int]:
-    """Peers whose value is not the commonest; all of them where no value is held by more than half."""
+    """Ranks whose value is not the most common one; all of them if no value has a majority."""
     commonest = max(set(values), key=values.count)
     if values.count(commonest) == len(values):
         return []

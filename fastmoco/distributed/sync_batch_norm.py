@@ -1,9 +1,10 @@
-"""Batch normalisation over the batches of all ranks, on CPU and CUDA alike.
+"""Batch normalisation over the batches of all ranks, on CPU and CUDA.
 
-torch's own ``SyncBatchNorm`` refuses to train on CPU tensors, so nothing about it could be tested without GPUs, and
-statistics that stay local change the loss by 0.1 and more without an error. Here one process uses torch's batch norm;
-several processes exchange mean, centred squares and count of their parts in one message a layer, for both views of a head
-at once, and combine them as Chan, Golub, LeVeque 1983 do: no digits are lost to cancellation, and all ranks get the same bits.
+torch's `SyncBatchNorm` refuses to train on CPU tensors, so it could not be tested without GPUs, and
+local statistics change the loss by 0.1 and more without an error. Here one process uses torch's
+batch norm. Several processes exchange mean, centred squares and count of their parts in one message
+per layer, for both views of a head at once, and combine them as in Chan, Golub, LeVeque 1983,
+without cancellation and with the same bits on all ranks.
 """
 
 from __future__ import annotations
@@ -20,26 +21,36 @@ from fastmoco.distributed.mesh import group_size
 
 
 def _layout(x: Tensor) -> tuple[list[int], list[int]]:
-    """The dimensions that a statistic covers, and the shape in which a vector of channels meets ``x``."""
+    """The dimensions that a statistic covers, and the shape in which a vector
+    of channels broadcasts to `x`.
+    """
     channel = 2 if x.ndim == 3 else 1
     dims = [d for d in range(x.ndim) if d != channel and not (x.ndim == 3 and d == 0)]
     return dims, [-1 if d == channel else 1 for d in range(x.ndim)]
 
 
 class _NormaliseOverRanks(torch.autograd.Function):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias with mean and biased var over batch, positions and ranks.
+    """y = (x - mean) / sqrt(var + eps) * weight + bias with mean and biased var over batch,
+    positions and ranks.
 
-    With V batches in x (1, but for [V, B, C]), forward sends V * 2C + 1 numbers, backward [2, V, C]: with
-    xhat = (y - bias) / weight and means over all ranks,
-    dx = weight / sqrt(var + eps) * (dy - mean(dy) - xhat * mean(dy * xhat)). Gradients of weight and bias stay local,
-    as every other parameter's: the data-parallel wrapper averages them.
+    With V batches in x (1, except for [V, B, C]), the forward sends V * 2C + 1 elements and the
+    backward [2, V, C]: with xhat = (y - bias) / weight and means over all ranks, dx = weight /
+    sqrt(var + eps) * (dy - mean(dy) - xhat * mean(dy * xhat)). Gradients of weight and bias stay
+    local, as for every other parameter; the data-parallel wrapper averages them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dims, per_channel = _layout(x)
+
+        # Statistics of this rank's part, and those of all ranks in one message.
         wide = x.to(dtype)
         own_mean = wide.mean(dims, keepdim=True)
         own_squares = (wide - own_mean).square().sum(dims, keepdim=True)
@@ -48,11 +59,14 @@ class _NormaliseOverRanks(torch.autograd.Function):
         parts = mine.new_empty(group_size() * mine.numel())
         all_gather_single(parts, mine)
         parts = parts.view(-1, mine.numel())
+
+        # Combined as in Chan, Golub, LeVeque 1983.
         counts = parts[:, -1:]
         means, squares = parts[:, :-1].chunk(2, dim=1)
         count = counts.sum()
         mean = (means * counts).sum(0) / count
         var = (squares + counts * (means - mean).square()).sum(0) / count
+
         inverse_std = torch.rsqrt(var + eps).view_as(own_mean)
         y = (wide - mean.view_as(own_mean)) * inverse_std
         if weight is not None and bias is not None:
@@ -83,16 +97,17 @@ class _NormaliseOverRanks(torch.autograd.Function):
 class BatchNorm(nn.Module):
     """Batch normalisation whose training statistics cover the batches of all ranks.
 
-    [V, B, C] are V batches that stay apart: what V calls in turn give, buffers included, in one exchange between ranks.
-    Parameter and buffer names, defaults and the running averages are those of ``torch.nn.BatchNorm1d``. Statistics
-    and arithmetic are at least float32 for half-precision inputs; the output has the input's dtype. ``running_var``
-    averages the unbiased variance, n / (n - 1) times the biased one, n counting values over all ranks.
+    Inputs [V, B, C] are V separate batches: the result, buffers included, equals that of V calls in
+    turn, with a single message between ranks. Names of parameters and buffers, defaults and running
+    averages are those of `torch.nn.BatchNorm1d`. Statistics and arithmetic are at least float32 for
+    16-bit inputs; the output has the input's dtype. `running_var` averages the unbiased variance, n
+    / (n - 1) times the biased one, where n counts all ranks.
 
     Args:
         num_features: number of channels C of inputs [B, C], [V, B, C] or [B, C, H, W].
         eps: added to the variance.
         averaging: share of the newest statistics in the running averages.
-        affine: whether there are a trainable ``weight`` and ``bias`` [C].
+        affine: whether there are a trainable `weight` and `bias` [C].
     """
 
     weight: nn.Parameter | None
@@ -103,7 +118,9 @@ class BatchNorm(nn.Module):
 
     def __init__(self, num_features: int, *, eps: float = 1e-5, averaging: float = 0.1, affine: bool = True) -> None:
         super().__init__()
-        self.num_features, self.eps, self.averaging = num_features, eps, averaging
+        self.num_features = num_features
+        self.eps = eps
+        self.averaging = averaging
         self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
         self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -111,10 +128,12 @@ class BatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [B, C], [V, B, C] or [B, C, H, W]: over the global batch in training, else by the running averages.
+        """Normalise [B, C], [V, B, C] or [B, C, H, W]: over the global batch in training, else by
+        the running averages.
 
         Raises:
-            ValueError: if the channel count is not ``num_features``, or one process trains on one value per channel.
+            ValueError: if the channel count is not `num_features`, or a single process trains on
+                one value per channel.
         """
         C = self.num_features
         if not 2 <= x.ndim <= 4 or x.shape[2 if x.ndim == 3 else 1] != C:
@@ -128,11 +147,18 @@ class BatchNorm(nn.Module):
         return self._normalise_here(x)
 
     def _normalise_here(self, x: Tensor) -> Tensor:
-        # Sharded training hands out its weights in bf16; torch wants them as wide as the statistics.
+        # Sharded training gathers weights in bf16; torch needs them as wide as the statistics.
         dtype = self.running_mean.dtype
         weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
         return F.batch_norm(
-            x, self.running_mean, self.running_var, weight, bias, self.training, self.averaging, self.eps
+            x,
+            self.running_mean,
+            self.running_var,
+            weight,
+            bias,
+            self.training,
+            self.averaging,
+            self.eps,
         )
 
     def _normalise_over_ranks(self, x: Tensor) -> Tensor:
@@ -146,5 +172,5 @@ class BatchNorm(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        """What ``print(module)`` shows of it."""
+        """Arguments for `print(module)`."""
         return f"{self.num_features}, eps={self.eps}, averaging={self.averaging}, affine={self.weight is not None}"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastmoco_pipelines.batch import EvalBatch
+from fastmoco_pipelines.loading.batch import EvalBatch
 
 
 def embed(encode: Callable[[Tensor], Tensor], loader: Iterable[EvalBatch]) -> tuple[Tensor, Tensor]:

@@ -1,34 +1,16 @@
 """Encoders and heads."""
 
-from fastmoco.models.heads import predictor, projector
-from fastmoco.models.vit import (
-    ARCHITECTURES,
-    VisionTransformer,
-    sincos_positions,
-    vit_base,
-    vit_conv_base,
-    vit_conv_small,
-    vit_huge,
-    vit_large,
-    vit_micro,
-    vit_nano,
-    vit_small,
-    vit_tiny,
-)
-
-__all__ = [
-    "ARCHITECTURES",
-    "VisionTransformer",
-    "predictor",
-    "projector",
-    "sincos_positions",
-    "vit_base",
-    "vit_conv_base",
-    "vit_conv_small",
-    "vit_huge",
-    "vit_large",
-    "vit_micro",
-    "vit_nano",
-    "vit_small",
-    "vit_tiny",
-]
+from fastmoco.models.heads import predictor as predictor
+from fastmoco.models.heads import projector as projector
+from fastmoco.models.vit import ARCHITECTURES as ARCHITECTURES
+from fastmoco.models.vit import VisionTransformer as VisionTransformer
+from fastmoco.models.vit import sincos_positions as sincos_positions
+from fastmoco.models.vit import vit_base as vit_base
+from fastmoco.models.vit import vit_conv_base as vit_conv_base
+from fastmoco.models.vit import vit_conv_small as vit_conv_small
+from fastmoco.models.vit import vit_huge as vit_huge
+from fastmoco.models.vit import vit_large as vit_large
+from fastmoco.models.vit import vit_micro as vit_micro
+from fastmoco.models.vit import vit_nano as vit_nano
+from fastmoco.models.vit import vit_small as vit_small
+from fastmoco.models.vit import vit_tiny as vit_tiny

@@ -1,12 +1,15 @@
-"""What a vision transformer is made of: attention, MLP, block, and the two stems, each initialised as MoCo v3 does.
+"""The parts of a vision transformer: attention, MLP, block, and the two stems,
+initialised as in MoCo v3.
 
-Of the last block only the class token is read, so ``Block.class_row`` computes nothing else: there queries take in the
-key projection before they meet the tokens, and the value projection acts on the one weighted mean of each head instead
-of on every token. What remains costs 2 A E multiplications a token, where a full block costs 12 E^2 and more.
+Only the class token of the last block is read, so `Block.class_row` computes nothing else. It
+multiplies the query with the key projection before the product with the tokens, and applies the
+value projection to one weighted mean for each head instead of every token. That costs 2 A E
+multiplications per token; a full block costs 12 E^2 and more.
 
-What a block keeps for its backward is its ``recompute``. "selective" keeps what the matrix products and attention gave
-and computes layer norms and GELU again: torch stops a recomputation at the last tensor that is wanted, so no product runs
-twice. "full" keeps the block's input and computes all of it again. Neither changes a bit of any gradient.
+`Block.recompute` selects the activations that are kept for the backward. "selective" keeps the
+results of the matrix products and of attention, and computes layer norms and GELU again; torch
+stops a recomputation at the last tensor that is needed, so no product runs twice. "full" keeps the
+input of the block and computes everything again. All give the same bits.
 
 Legend: B images, L tokens, E width, A heads, d = E / A.
 """
@@ -28,19 +31,19 @@ from fastmoco.models.fused_block import Form, Weights, fused_block
 from fastmoco_kernels import attention, residual_norm
 
 CONV_STEM_STRIDE = 16
-"""Pixels of an image per token of the convolutional stem, each way."""
+"""Pixels per token of the convolutional stem, in each direction."""
 Recompute = Literal["none", "selective", "full"]
-"""What the backward computes again instead of keeping it."""
+"""Activations that the backward computes again instead of keeping them."""
 
 
-def _forgetful(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)``, of which only ``x`` is kept for the backward. Draws of random numbers are repeated."""
+def _checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function(x)`, keeping only `x` for the backward. Random draws are repeated there."""
     out: Tensor = checkpoint(function, x, use_reentrant=False)
     return out
 
 
 def _linear(fan_in: int, fan_out: int, *, matrices: int = 1) -> nn.Linear:
-    """A linear layer, Xavier-uniform for each of the ``matrices`` stacked by rows, bias 0."""
+    """A linear layer, Xavier-uniform for each of the `matrices` stacked by rows, bias 0."""
     linear = nn.Linear(fan_in, fan_out)
     bound = math.sqrt(6 / (fan_in + fan_out // matrices))
     nn.init.uniform_(linear.weight, -bound, bound)
@@ -49,13 +52,17 @@ def _linear(fan_in: int, fan_out: int, *, matrices: int = 1) -> nn.Linear:
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, whose weights may be narrower than its input: shards are handed out in bf16, and a CPU wants both alike.
+    """torch's layer norm, with weights that may be narrower than the input.
 
-    ``add`` is the one inside a block, fused with the residual before it; ``forward`` the one after the last block.
+    Sharded training gathers weights in bf16, and torch on a CPU needs one dtype for both. `add` is
+    the norm inside a block, fused with the residual addition before it; `forward` is the norm after
+    the last block.
     """
 
     def add(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``x + branch`` and its norm, [..., E] both; the norm in the dtype of the product that reads it."""
+        """`x + branch` and its norm, both [..., E]. The norm has the dtype of
+        the product that reads it.
+        """
         return residual_norm(x, branch, self.weight, self.bias, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,11 +75,14 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; rows of ``qkv`` are grouped q, k, v, then by head. ``backend``: see `attention`."""
+    """Multi-head self-attention; rows of `qkv` are grouped q, k, v, then by
+    head. `backend`: see `attention`.
+    """
 
     def __init__(self, width: int, num_heads: int, backend: str = "auto") -> None:
         super().__init__()
-        self.num_heads, self.backend = num_heads, backend
+        self.num_heads = num_heads
+        self.backend = backend
         self.qkv = _linear(width, 3 * width, matrices=3)
         self.proj = _linear(width, width)
 
@@ -81,28 +91,34 @@ class Attention(nn.Module):
         return self.attend(self.qkv(x_BLE))
 
     def attend(self, qkv_BLF: Tensor) -> Tensor:
-        """The same from the stacked projections: [B, L, 3 E] -> [B, L, E]."""
+        """Attention of the stacked projections, and the output projection: [B,
+        L, 3 E] -> [B, L, E].
+        """
         B, L, F3 = qkv_BLF.shape
         qkv = qkv_BLF.view(B, L, 3, self.num_heads, F3 // (3 * self.num_heads))
-        # Views of one memory, whose gradients are stacked into it: a permutation before it would be copied once more.
+        # Views of one buffer, so that their gradients are stacked without another copy.
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         out: Tensor = self.proj(attention(q, k, v, backend=self.backend).transpose(1, 2).reshape(B, L, F3 // 3))
         return out
 
     def class_row(self, x_BLE: Tensor) -> Tensor:
-        """Row 0 of ``forward``, [B, E], without keys or values of the tokens.
+        """Row 0 of `forward`, [B, E], without keys or values of the tokens.
 
         Per head, q . (W_k x_j + b_k) = (W_k^T q) . x_j + a constant that the softmax drops, and
         sum_j p_j (W_v x_j + b_v) = W_v (sum_j p_j x_j) + b_v because the p_j sum to 1.
         """
         B, _, E = x_BLE.shape
-        A, d = self.num_heads, E // self.num_heads
+        A = self.num_heads
+        d = E // A
         W_q, W_k, W_v = self.qkv.weight.view(3, E, E).unbind()
         b_q, _, b_v = self.qkv.bias.view(3, E).unbind()
+        # Scores: the query is multiplied with the key projection before it meets the tokens.
         q_ABd = F.linear(x_BLE[:, 0], W_q, b_q).view(B, A, d).transpose(0, 1) * d**-0.5
-        asks_BAE = torch.bmm(q_ABd, W_k.view(A, d, E)).transpose(0, 1)
-        scores_BAL = torch.bmm(asks_BAE, x_BLE.transpose(1, 2))
+        queries_BAE = torch.bmm(q_ABd, W_k.view(A, d, E)).transpose(0, 1)
+        scores_BAL = torch.bmm(queries_BAE, x_BLE.transpose(1, 2))
         weights_BAL = scores_BAL.softmax(dim=-1)
+
+        # Values: one weighted mean of the tokens for each head, then the value projection.
         means_ABE = torch.bmm(weights_BAL, x_BLE).transpose(0, 1)
         values_BE = torch.bmm(means_ABE, W_v.view(A, d, E).transpose(1, 2)).transpose(0, 1).reshape(B, E)
         out: Tensor = self.proj(values_BE + b_v)
@@ -128,13 +144,14 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; ``recompute`` says what its backward computes again.
+    """A pre-norm transformer block.
 
-    ``fused``: ``forward`` is one node of autograd with a backward of its own (`fused_block`), which knows of
-    recomputing none and full.
-
-    Where ``hands_on_parts``, the residual stream travels between blocks as a sum that is not taken yet, stream + branch: the next
-    norm takes it in its one pass over memory.
+    Attributes:
+        recompute: the activations that the backward computes again.
+        hands_on_parts: whether the block returns the residual stream as two tensors, stream and
+            branch, whose sum the next norm computes in its own pass over memory.
+        fused: whether `forward` is a single autograd node (`fused_block`), which supports
+            recomputing none and full.
     """
 
     def __init__(self, width: int, num_heads: int, mlp_hidden: int, attention_backend: str = "auto") -> None:
@@ -153,19 +170,21 @@ class Block(nn.Module):
             return self._fused(x_BLE, branch_BLE)
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._whole(x_BLE, branch_BLE)
-        # What is kept is the block's input: one tensor, the sum.
+        # Only the input of the block is kept: one tensor, the sum.
         x_BLE = sum_of(x_BLE, branch_BLE)
         if self.recompute == "full":
-            return _forgetful(lambda x: sum_of(*self._whole(x)), x_BLE), None
-        x_BLE = x_BLE + self.attn.attend(_forgetful(lambda x: self.attn.qkv(self.norm1.add(x)[1]), x_BLE))
-        hidden = _forgetful(lambda x: self.mlp.fc1(self.norm2.add(x)[1]), x_BLE)
-        return x_BLE + _forgetful(self.mlp.contract, hidden), None
+            return _checkpointed(lambda x: sum_of(*self._whole(x)), x_BLE), None
+        x_BLE = x_BLE + self.attn.attend(_checkpointed(lambda x: self.attn.qkv(self.norm1.add(x)[1]), x_BLE))
+        hidden = _checkpointed(lambda x: self.mlp.fc1(self.norm2.add(x)[1]), x_BLE)
+        return x_BLE + _checkpointed(self.mlp.contract, hidden), None
 
     def class_row(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> Tensor:
-        """Row 0 of ``forward``'s sum alone: [B, E]. So little work that every way of recomputing does all of it."""
+        """Row 0 of the sum that `forward` returns: [B, E]. Cheap, so both ways of recomputing
+        compute all of it again.
+        """
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._class_row(x_BLE, branch_BLE)
-        return _forgetful(self._class_row, sum_of(x_BLE, branch_BLE))
+        return _checkpointed(self._class_row, sum_of(x_BLE, branch_BLE))
 
     def _whole(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         x_BLE, normed = self.norm1.add(x_BLE, branch_BLE)
@@ -178,7 +197,10 @@ class Block(nn.Module):
         used = (norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2)
         weights = Weights(*(tensor for module in used for tensor in (module.weight, module.bias)))
         form = Form(
-            self.attn.num_heads, (self.norm1.eps, self.norm2.eps), self.attn.backend, remakes=self.recompute != "none"
+            self.attn.num_heads,
+            (self.norm1.eps, self.norm2.eps),
+            self.attn.backend,
+            remakes=self.recompute != "none",
         )
         return fused_block(x_BLE, branch_BLE, weights, form)
 
@@ -194,7 +216,7 @@ def sum_of(x: Tensor, branch: Tensor | None) -> Tensor:
 
 
 class PatchStem(nn.Module):
-    """One linear projection of non-overlapping patches, held as a convolution."""
+    """One linear projection of non-overlapping patches, as a convolution."""
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
@@ -211,7 +233,9 @@ class PatchStem(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Four 3x3 convolutions of stride 2 with batch norm and ReLU, then a 1x1 convolution (Xiao et al. 2021)."""
+    """Four 3x3 convolutions of stride 2 with batch norm and ReLU, then a 1x1
+    convolution (Xiao et al. 2021).
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,12 +1,14 @@
-"""Blocks through torch.compile: who compiles, with which shapes, and how much the backward keeps.
+"""Transformer blocks with torch.compile.
 
-A block at a time: all blocks share one compilation, and what FSDP2 does around a block stays outside of it. Shapes are static: a
-step's chunks have one size, and kernels for a symbolic batch are slower. Evaluation runs the blocks uncompiled, because its last
-batch has any size; so the graphs of training are the same with and without it.
+Each block is compiled on its own, so that all blocks share one compilation and the hooks of FSDP2
+stay outside of it. Shapes are static: the micro-batches of a step have one size, and kernels for a
+symbolic batch are slower. Evaluation runs the blocks uncompiled, because its last batch has another
+size; the graphs of training are therefore the same with and without it.
 
-What a compiled block keeps for its backward is torch's partitioner's choice, steered by a budget: the share of what it would
-keep that it may keep (``torch._functorch.config.activation_memory_budget``). 1 keeps the inputs of all matrix products. Below
-that it first drops what element-wise operations make again (layer norms, GELU), then whole products.
+torch's partitioner chooses the activations that a compiled block keeps for its backward. Its
+setting `torch._functorch.config.activation_memory_budget` is a share of the default: 1 keeps the
+inputs of all matrix products, less first recomputes element-wise operations (layer norms, GELU),
+then whole products.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastmoco.models.blocks import Block
-from fastmoco_kernels._runtime import triton_is_default
+from fastmoco_kernels.backends import triton_is_default
 
 BUDGETS = (1.0, 0.9)
-"""Budgets that a plan chooses among. Less than these drops products, and then a second forward of whole chunks is as cheap."""
+"""Budgets that a plan chooses from. A smaller one recomputes products, where a second forward of a
+micro-batch costs the same."""
 GRAPHS = 32
-"""Graphs of a block that torch.compile may hold: with and without gradient, by encoder and size of a chunk. Its own limit of 8 is
-reached by two sizes, and then it computes uncompiled without a word."""
+"""Graphs of a block that torch.compile may hold: with and without gradient, by encoder and size of
+a micro-batch. Two sizes reach its own limit of 8, after which it silently computes uncompiled."""
 METHODS = ("forward", "class_row")
 
 
@@ -41,17 +44,17 @@ class CompileChoice(NamedTuple):
 
 
 def choose_compile(wanted: Literal["auto"] | bool, device: torch.device, precision: str) -> CompileChoice:
-    """What ``model.compile`` means on a device: ``auto`` compiles where torch's code generator writes Triton kernels.
+    """Resolve `model.compile` for a device: `auto` compiles where torch generates Triton kernels.
 
     Args:
-        wanted: of the config.
+        wanted: the value in the config.
         device: of the model.
         precision: "bf16", "fp32" or "fp64".
     """
     if wanted != "auto":
-        return CompileChoice(wanted, "asked for")
+        return CompileChoice(wanted, "set in the config")
     if device.type != "cuda":
-        return CompileChoice(False, "auto compiles on CUDA alone")
+        return CompileChoice(False, "auto compiles on CUDA only")
     if precision == "fp64":
         return CompileChoice(False, "auto does not compile fp64, which is for comparing runs")
     if not triton_is_default(device):
@@ -60,20 +63,23 @@ def choose_compile(wanted: Literal["auto"] | bool, device: torch.device, precisi
 
 
 def compile_blocks(objective: nn.Module, *, budget: float = 1.0) -> None:
-    """Pass every transformer block through torch.compile, in place: names, hooks and state stay as they are.
+    """Compile every transformer block in place; names, hooks and state do not change.
 
     Args:
-        objective: or any module that holds lists of blocks named ``blocks``. In evaluation mode they compute uncompiled.
+        objective: or any module that contains lists of blocks named `blocks`. In evaluation mode
+            they run uncompiled.
         budget: share of the activations that the backward keeps, in [0, 1]; see `BUDGETS`.
     """
     import torch._dynamo.config as dynamo
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
-    # Dynamo would cut every block at the borders of DDP's buckets. A block is small enough for gradients to travel meanwhile.
+    # Dynamo would split every block at the borders of DDP's buckets. Blocks are small, so gradients
+    # are sent in time anyway.
     dynamo.optimize_ddp = False
     options: dict[str, Any] = {"backend": _within(budget)} if budget < 1 else {}
     for block in _blocks(objective):
-        # One tensor between blocks, as in `traced_blocks`: of two inputs both would be kept, where one sum suffices.
+        # One tensor between blocks, as in `traced_blocks`: with two inputs both would be kept, but
+        # their sum suffices.
         block.__dict__["hands_on_parts"] = False
         for name in METHODS:
             plain = getattr(block, name)
@@ -94,7 +100,9 @@ def _in_training(block: nn.Module, compiled: Callable[..., Any], plain: Callable
 
 
 def _within(budget: float) -> Callable[[torch.fx.GraphModule, Any], Any]:
-    """Torch's compiler under a budget of activations: read when a graph is split, the setting binds these graphs alone."""
+    """torch's compiler with an activation budget. The setting is read when a graph is split, so it
+    affects these graphs only.
+    """
 
     def inductor(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         import torch._functorch.config as functorch
@@ -108,14 +116,16 @@ def _within(budget: float) -> Callable[[torch.fx.GraphModule, Any], Any]:
 
 @contextmanager
 def traced_blocks(objective: nn.Module, *, budget: float = 1.0) -> Iterator[None]:
-    """Blocks that keep what compiled ones keep, one operation at a time: to count on fake tensors.
+    """Run blocks operation by operation but keep the activations that compiled blocks keep, to
+    count them on fake tensors.
 
-    The graphs are those of the compiler before it fuses: the same split into forward and backward, the same tensors between them.
-    Its split takes a graph's inputs for free, so blocks hand on one tensor: of stream and branch it would keep both.
-    Without gradient nothing is kept, and blocks compute as they do uncompiled. Run each call once before it is counted.
+    The graphs are those of the compiler before fusion, with the same split into forward and
+    backward and the same tensors kept in between. The split counts the inputs of a graph as free,
+    so blocks pass on one tensor: of stream and branch it would keep both. Without gradient nothing
+    is kept, and blocks run as they do uncompiled. Run each call once before counting.
 
     Args:
-        objective: whose blocks are replaced in here.
+        objective: its blocks are replaced within the context.
         budget: as for `compile_blocks`.
     """
     graphs: dict[Any, Callable[..., Any]] = {}
@@ -134,7 +144,7 @@ def traced_blocks(objective: nn.Module, *, budget: float = 1.0) -> Iterator[None
 
 
 def _traced(block: Block, name: str, budget: float, graphs: dict[Any, Callable[..., Any]]) -> Callable[..., Any]:
-    """A method of a block by graphs that it shares with all blocks, one for each kind of call."""
+    """A method of a block through graphs shared by all blocks, one for each kind of call."""
     import torch._functorch.config as functorch
     from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
@@ -143,7 +153,8 @@ def _traced(block: Block, name: str, budget: float, graphs: dict[Any, Callable[.
     parameters = dict(block.named_parameters())
 
     def split(*joint: Any, **options: Any) -> Any:
-        # Weights stay where they are: what is made of them alone, such as their copies for autocast, is made again.
+        # Weights stay in memory, so tensors computed from them alone, such as their copies for
+        # autocast, are recomputed.
         weights = list(range(len(parameters)))
         options |= {"compiler": "inductor", "static_lifetime_input_indices": weights}
         return min_cut_rematerialization_partition(*joint, **options)
@@ -157,7 +168,10 @@ def _traced(block: Block, name: str, budget: float, graphs: dict[Any, Callable[.
     def forward(*stream: Tensor | None) -> Any:
         if not torch.is_grad_enabled():
             return plain(block, *stream)
-        key = (name, *((x.shape, x.dtype, x.requires_grad) if x is not None else None for x in stream))
+        key = (
+            name,
+            *((x.shape, x.dtype, x.requires_grad) if x is not None else None for x in stream),
+        )
         if key not in graphs:
             graphs[key] = aot_function(
                 whole,

@@ -1,14 +1,14 @@
-"""Matrix products in float8 for wide encoders, by torchao: which linear layers, on which devices, and where it cannot pay.
+"""Matrix products in float8 for wide encoders, with torchao.
 
-torchao replaces a linear layer's forward and both products of its backward; parameters stay the same objects under the same
-names, so state, optimizers, twin and shards see nothing of it. Each row of an operand is scaled by a power of two to the
-range of float8 (e4m3) as it comes, so nothing is carried from step to step. Rows of the inputs are tokens, and a token's
-outputs and gradients do not depend on its neighbours: a chunk is exact there. In the gradient of the weights rows are
-channels, scaled by their largest entry over all tokens of a product: there another chunk, or another number of processes,
-moves what falls below float8's smallest normal number, 2^-15 of the largest. docs/precision.md has the figures.
+torchao replaces the forward of a linear layer and both products of its backward. Parameters stay
+the same objects under the same names, so state, optimizers, momentum encoder and shards are not
+affected. Every row of an operand is scaled by its own power of two to the range of float8 (e4m3),
+so no state is carried from step to step. docs/precision.md describes the errors and their
+dependence on micro-batches and ranks.
 
-Left in bf16: patch projection and heads; layers whose sides are not multiples of 16, which the hardware cannot take; and the
-last block, of which only the class token is read: few rows, and its queries and values go round the layer (`blocks`).
+Some layers stay in bf16: patch projection and heads; layers whose sides are not multiples of 16,
+which the hardware does not support; and the last block, which computes few rows and bypasses the
+layers for queries and values (`blocks`).
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from torch import Tensor, nn
 from fastmoco.models.vit import VisionTransformer
 
 BALANCE = 367.0
-"""FLOP a byte from which float8 products wait for arithmetic, not for memory: 1580 TFLOP/s over 4.3 TB/s, an H200."""
+"""FLOP per byte above which float8 products are limited by arithmetic, not memory: 1580 TFLOP/s
+over 4.3 TB/s on an H200."""
 CAPABILITY = (8, 9)
-"""First CUDA capability that multiplies float8: Ada, then Hopper."""
+"""Lowest CUDA capability with float8 products: Ada, then Hopper."""
 ALIGNMENT = 16
-"""Both sides of a float8 product's weights are multiples of this."""
+"""Both sides of the weights of a float8 product are multiples of this."""
 
 
 def candidates(encoder: VisionTransformer) -> dict[str, nn.Linear]:
-    """The layers that become float8, by their names in the encoder."""
+    """The layers that float8 replaces, by name in the encoder."""
     return {
         f"blocks.{i}.{name}": module
         for i, block in enumerate(encoder.blocks[:-1])
@@ -44,12 +45,14 @@ def candidates(encoder: VisionTransformer) -> dict[str, nn.Linear]:
 
 
 def flop_per_byte(encoder: VisionTransformer) -> float:
-    """FLOP of a step's float8 products over the bytes that they and their casts move at least.
+    """FLOP of the float8 products of a step, divided by the least bytes that
+    they and their casts move.
 
-    For a token and a layer of K inputs and N outputs a step has four products of 2 K N FLOP: query, key, and the gradients
-    of inputs and weights. An operand is read in bf16, written in float8, and read again: 4 bytes a number; a result is
-    written in bf16. Both forwards take 4 K + 2 N bytes each, the gradient of the inputs 4 N + 2 K, that of the weights
-    4 K + 4 N. Weights are left out: a batch has far more tokens than an encoder has channels.
+    For each token and each layer of K inputs and N outputs a step has four products of 2 K N FLOP:
+    query, key, and the gradients of inputs and weights. An operand is read in bf16, written in
+    float8, and read again: 4 bytes per element. A result is written in bf16. Each forward moves 4 K
+    + 2 N bytes, the gradient of the inputs 4 N + 2 K, that of the weights 4 K + 4 N. Bytes of
+    weights are neglected: a batch has far more tokens than an encoder has channels.
     """
     sizes = [(layer.in_features, layer.out_features) for layer in candidates(encoder).values()]
     moved = sum(14 * K + 12 * N for K, N in sizes)
@@ -57,55 +60,60 @@ def flop_per_byte(encoder: VisionTransformer) -> float:
 
 
 def require_gain(encoder: VisionTransformer) -> None:
-    """Refuse encoders that float8 can only slow down.
+    """Refuse encoders that float8 would slow down.
 
     Raises:
-        ValueError: with the FLOP a byte of the encoder, and those it would need.
+        ValueError: with the FLOP per byte of the encoder and the number that float8 needs.
     """
     found = flop_per_byte(encoder)
     if found < BALANCE:
         raise ValueError(
-            f"model.linears='float8': the products of this encoder, {encoder.embed_dim} channels wide, do {found:.0f} FLOP a "
-            f"byte, casts included; below {BALANCE:.0f} an H200 waits for memory and float8 loses. Both are counted from "
-            "shapes, not measured here. Take model.linears native, or an encoder from vit_large up"
+            f"model.linears='float8': the products of this encoder, {encoder.embed_dim} channels "
+            f"wide, do {found:.0f} FLOP per "
+            f"byte, casts included; below {BALANCE:.0f} an H200 waits for memory and float8 is "
+            "slower. Both are counted "
+            "from shapes, not measured. Use model.linears native, or an encoder of at least the "
+            "size of vit_large"
         )
 
 
 def require_support(device: torch.device, precision: str, *, field: str = "model.linears") -> None:
-    """Refuse devices that do not multiply float8, and precisions that do not go with it.
+    """Refuse devices without float8 products, and precisions other than bf16.
 
     Args:
         device: of the encoder.
         precision: "bf16", "fp32" or "fp64".
-        field: which asks for float8, as errors name it.
+        field: name of the config field in error messages.
 
     Raises:
-        ValueError: with what is missing, and the cure.
+        ValueError: naming the missing capability and the cure.
     """
     if device.type != "cuda":
         raise ValueError(
-            f"{field}='float8': there are no fast float8 products on device {device.type!r}, only on CUDA; "
-            f"take {field} native"
+            f"{field}='float8': device {device.type!r} has no fast float8 products, only CUDA has; use {field} native"
         )
     found = torch.cuda.get_device_capability(device)
     if found < CAPABILITY:
         raise ValueError(
-            f"{field}='float8': {torch.cuda.get_device_name(device)} has CUDA capability {found[0]}.{found[1]}, and "
-            f"float8 products come with {CAPABILITY[0]}.{CAPABILITY[1]}; take {field} native"
+            f"{field}='float8': {torch.cuda.get_device_name(device)} has CUDA capability "
+            f"{found[0]}.{found[1]}, and "
+            f"float8 products need {CAPABILITY[0]}.{CAPABILITY[1]}; use {field} native"
         )
     if precision != "bf16":
         raise ValueError(
-            f"{field}='float8': goes with precision bf16, not {precision}: whoever wants more than bf16 keeps does not "
-            f"want less in between; take --precision bf16, or {field} native"
+            f"{field}='float8': requires precision bf16, got {precision}: float8 products are less "
+            "precise than bf16, "
+            f"which an {precision} run has ruled out; use --precision bf16, or {field} native"
         )
 
 
 def use_float8_(encoder: VisionTransformer, *, emulate: bool = False) -> list[str]:
-    """Compute the encoder's `candidates` in float8 from now on, in place. Before compiling, wrapping and sharding.
+    """Replace the encoder's `candidates` by float8 layers, in place. Call it before compiling,
+    wrapping and sharding.
 
     Args:
-        encoder: on any device; its parameters stay as they are.
-        emulate: round to float8, multiply in float32: slow, for tests on any device.
+        encoder: on any device; its parameters do not change.
+        emulate: round to float8 but multiply in float32, which is slow; for tests on any device.
 
     Returns:
         Names of the layers.
@@ -115,7 +123,7 @@ def use_float8_(encoder: VisionTransformer, *, emulate: bool = False) -> list[st
     """
     chosen = candidates(encoder)
     convert, rowwise = _torchao()
-    # Tokens of a batch need not be a multiple of 16: then, and only then, a product is padded with zeros.
+    # If the tokens of a batch are not a multiple of 16, products are padded with zeros.
     config = replace(rowwise, pad_inner_dim=True, emulate=emulate)
     convert(encoder, module_filter_fn=lambda _, name: name in chosen, config=config)
     for name in chosen:
@@ -124,7 +132,9 @@ def use_float8_(encoder: VisionTransformer, *, emulate: bool = False) -> list[st
 
 
 def _as_autocast_has_it(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-    """Inputs in autocast's type. torchao asks CUDA's autocast alone; a plan is counted, and tests run, on a CPU."""
+    """Cast inputs to the dtype of autocast. torchao does this on CUDA only, but
+    plans and tests run on a CPU.
+    """
     kind = inputs[0].device.type
     return (inputs[0].to(torch.get_autocast_dtype(kind)),) if torch.is_autocast_enabled(kind) else None
 
@@ -139,14 +149,17 @@ def _torchao() -> tuple[Callable[..., Any], Any]:
         if (error.name or "").partition(".")[0] != "torchao":
             raise
         raise ModuleNotFoundError(
-            "model.linears='float8' needs torchao: pip install '.[float8]' in fastmoco's source folder", name="torchao"
+            "model.linears='float8' needs torchao: pip install '.[float8]' in fastmoco's source folder",
+            name="torchao",
         ) from error
     return convert_to_float8_training, Float8LinearConfig.from_recipe_name("rowwise")
 
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """No warnings of these loggers: torchao names every library of its own that a machine cannot load, and needs none here."""
+    """Silence these loggers: torchao warns of every library that it cannot
+    load, and needs none of them here.
+    """
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,16 +1,20 @@
-"""Matrix products in float8 for the momentum encoder alone: it has no backward, so one product a layer, without torchao.
+"""Matrix products in float8 for the momentum encoder only, which has no backward; one product per
+layer, without torchao.
 
     y = s_x s_w (x8 w8^T) + b,    x8 = e4m3(x / s_x),    w8 = e4m3(W / s_w)
 
-A row of ``x`` is a token, a row of ``W`` an output channel. Each has a scale of its own: the smallest power of two that
-brings its largest entry to e4m3's 448 or below. So scaling rounds nothing, a token's result hangs on no other token, and
-keys are those of the whole batch whatever the chunks. ``torch._scaled_mm`` takes both scales in its epilogue.
+A row of `x` is a token, a row of `W` an output channel. Each has its own scale: the smallest power
+of two that brings its largest entry to at most 448, the largest number of e4m3. Scaling therefore
+adds no rounding, the result of a token does not depend on other tokens, and keys do not depend on
+micro-batches. `torch._scaled_mm` applies both scales in its epilogue.
 
-``W`` and ``b`` change once a step, by the average, and serve every chunk of it: `refresh_` rounds them once, into tensors that
-keep their addresses (a captured CUDA graph reads them), where autocast casts all weights anew in every chunk. They belong to
-no state: parameters stay the float32 tensors that they were, under their names, and the average is taken in those.
+`W` and `b` change once per step, by the momentum update. `refresh_` rounds them once for all
+micro-batches, into tensors that keep their addresses, because captured CUDA graphs read them;
+autocast would cast them again in each. The rounded copies belong to no state: parameters stay
+float32 under their names, and the momentum update reads and writes those.
 
-Layers are those of `float8.candidates`: the blocks' ``qkv``, ``proj``, ``fc1`` and ``fc2``, without the last block.
+Layers are those of `float8.candidates`: the blocks' `qkv`, `proj`, `fc1` and
+`fc2`, without the last block.
 """
 
 from __future__ import annotations
@@ -28,13 +32,14 @@ FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
 """Largest number of e4m3."""
 TINY = 1e-30
-"""A row whose entries are all smaller counts as zero; keeps scales and their inverses normal numbers."""
+"""Rows whose entries are all smaller count as zero, so that scales and their
+inverses are normal numbers."""
 EXPONENT = 0x7F800000
-"""The bits of a positive float32 that are left of its mantissa."""
+"""The exponent bits of a positive float32."""
 
 
 class Rows(NamedTuple):
-    """A matrix in float8 with a scale for each row; ``values * scales`` is what it stands for."""
+    """A matrix in float8 with a scale for each row; it represents `values * scales`."""
 
     values: Tensor
     """[M, K] e4m3."""
@@ -43,14 +48,16 @@ class Rows(NamedTuple):
 
 
 def quantise_rows(matrix: Tensor) -> Rows:
-    """Round a matrix to float8, each row scaled by a power of two of its own.
+    """Round a matrix to float8, each row with its own power of two as scale.
 
     Args:
-        matrix: [M, K], any floating dtype; read once for the scales and once for the values, both in float32.
+        matrix: [M, K], any floating dtype; read once for the scales and once
+            for the values, both in float32.
 
     Returns:
-        The rows, each entry within 2^-4 of itself or, where it is small, 2^-10 of the scale. A row with NaN or infinity has
-        NaN, so that what is not finite stays so.
+        The rows, with a relative error of at most 2^-4 or, for small entries, an error of 2^-10 of
+        the scale. A row with NaN or infinity contains NaN, so that non-finite values stay
+        non-finite.
     """
     wide = matrix.float()
     largest = wide.abs().amax(dim=1, keepdim=True)
@@ -62,41 +69,52 @@ class Float8Linear(nn.Linear):
     """A linear layer of the momentum encoder that multiplies in float8; forward only.
 
     Args:
-        linear: whose parameters it takes over, the same objects.
-        emulate: multiply what was rounded to float8 in float32, on any device: the reference, slow.
+        linear: its parameters are used, the same objects.
+        emulate: multiply the rounded operands in float32, on any device: the reference, slow.
 
     Attributes:
-        rounded: weight and bias as the product reads them, or None before the first `refresh_`.
+        rounded: weight and bias for the product, or None before the first `refresh_`.
     """
 
     def __init__(self, linear: nn.Linear, *, emulate: bool = False) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.emulate = linear.in_features, linear.out_features, emulate
-        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.emulate = emulate
+        self.weight = linear.weight
+        self.bias = linear.bias
         self.rounded: tuple[Rows, Tensor] | None = None
         self._seen: tuple[torch.device, int] | None = None
 
     @torch.no_grad()
     def refresh_(self) -> None:
-        """Round the weights as they are now. In place where that was done before, so that addresses stay."""
+        """Round the current weights, in place after the first time, so that
+        addresses stay the same.
+        """
         bias = self.bias if self.bias is not None else self.weight.new_zeros(self.out_features)
         new = quantise_rows(self.weight), bias.to(torch.bfloat16)
         if self.rounded is None or self.rounded[1].device != self.weight.device:
             self.rounded = new
         else:
             (old_rows, old_bias), (new_rows, new_bias) = self.rounded, new
-            for old, now in ((old_rows.values, new_rows.values), (old_rows.scales, new_rows.scales)):
+            for old, now in (
+                (old_rows.values, new_rows.values),
+                (old_rows.scales, new_rows.scales),
+            ):
                 old.copy_(now)
             old_bias.copy_(new_bias)
         self._seen = self._state()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in autocast's dtype, without autocast in that of ``x``. Without gradient."""
-        # Whoever writes weights by torch's operations is seen here; kernels may write past torch's count, so a step refreshes.
+        """[..., K] -> [..., N] in autocast's dtype, without autocast in that of
+        `x`. Without gradient.
+        """
+        # torch counts writes by its own operations. Kernels may bypass that count, so a step calls
+        # `refresh_` itself.
         if not torch.compiler.is_compiling() and self._seen != self._state():
             self.refresh_()
         if self.rounded is None:
-            raise RuntimeError("float8 layer before its first refresh_(): there are no rounded weights to multiply by")
+            raise RuntimeError("float8 layer before its first refresh_(): it has no rounded weights")
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         rows = quantise_rows(x.reshape(-1, self.in_features))
@@ -108,7 +126,7 @@ class Float8Linear(nn.Linear):
 
 
 def multiply(x: Rows, weight: Rows, bias: Tensor) -> Tensor:
-    """``x @ weight^T + bias`` by the hardware.
+    """`x @ weight^T + bias` in hardware.
 
     Args:
         x: [M, K]; K a multiple of 16.
@@ -116,7 +134,8 @@ def multiply(x: Rows, weight: Rows, bias: Tensor) -> Tensor:
         bias: [N] bf16.
 
     Returns:
-        [M, N] bf16, rounded once. CUDA's fast accumulation keeps fewer bits than float32 in between, and far more than e4m3's.
+        [M, N] bf16, rounded once. CUDA's fast accumulation has fewer bits than
+        float32 and far more than e4m3.
     """
     return torch._scaled_mm(
         x.values,
@@ -130,17 +149,18 @@ def multiply(x: Rows, weight: Rows, bias: Tensor) -> Tensor:
 
 
 def multiply_emulated(x: Rows, weight: Rows, bias: Tensor) -> Tensor:
-    """The same from what the rows stand for, in float32: the reference of `multiply`, equal but for the order of sums."""
+    """Reference of `multiply`: the same product in float32, equal but for the order of sums."""
     with torch.autocast(x.values.device.type, enabled=False):
         wide_x, wide_weight = (rows.values.float() * rows.scales for rows in (x, weight))
         return F.linear(wide_x, wide_weight, bias.float()).to(torch.bfloat16)
 
 
 def use_float8_inference_(encoder: VisionTransformer, *, emulate: bool = False) -> list[str]:
-    """Compute an encoder's `candidates` in float8 from now on, forward only, in place. Before compiling and wrapping.
+    """Replace an encoder's `candidates` by float8 layers for the forward, in place. Call it before
+    compiling and wrapping.
 
     Args:
-        encoder: on any device, without gradient; its parameters stay as they are.
+        encoder: on any device, without gradient; its parameters do not change.
         emulate: as `Float8Linear`; for tests.
 
     Returns:
@@ -154,21 +174,26 @@ def use_float8_inference_(encoder: VisionTransformer, *, emulate: bool = False) 
 
 
 def float8_layers(module: nn.Module) -> list[Float8Linear]:
-    """The layers of a module that `use_float8_inference_` has made; `refresh_` each when weights have moved."""
+    """The layers of a module that `use_float8_inference_` has made; call
+    `refresh_` on each after weights change.
+    """
     return [part for part in module.modules() if isinstance(part, Float8Linear)]
 
 
 def forward_speed(encoder: VisionTransformer, *, fused: bool = False) -> float:
-    """How much faster the float8 layers' forward could be than bf16's, counted from shapes for an H200.
+    """Upper bound on the speed of the float8 layers' forward relative to bf16,
+    counted from shapes for an H200.
 
-    For a token and a layer of K inputs and N outputs both take 2 K N FLOP. In bf16 they move 2 K + 2 N bytes at half of
-    float8's rate; in float8 K + 2 N, and a pass before them reads the operand in bf16 and writes it in float8, 3 K. Each
-    product takes the longer of its two times. Weights are left out, as in `float8.flop_per_byte`.
+    For each token and each layer of K inputs and N outputs both take 2 K N FLOP. In bf16 they move
+    2 K + 2 N bytes, with half the arithmetic rate of float8. In float8 they move K + 2 N, and a
+    cast before them reads the operand in bf16 and writes it in float8, 3 K. Each product takes the
+    longer of its two times. Bytes of weights are neglected, as in `float8.flop_per_byte`.
 
     Args:
         encoder: its `candidates` are counted.
-        fused: layer norm and GELU write float8 instead of bf16, as torch.compile's kernels do: then only ``proj``, whose
-            operand is attention's output, has a pass of its own, and the others write K bytes where they would write 2 K.
+        fused: whether layer norm and GELU write float8 instead of bf16, as kernels of torch.compile
+            do. Only `proj`, whose operand is the output of attention, then has its own cast; the
+            others write K bytes instead of 2 K.
     """
     native = float8 = 0.0
     for name, layer in candidates(encoder).items():
@@ -180,28 +205,32 @@ def forward_speed(encoder: VisionTransformer, *, fused: bool = False) -> float:
 
 
 def require_gain(encoder: VisionTransformer) -> None:
-    """Refuse encoders that float8 can only slow down, by casts in passes of their own.
+    """Refuse encoders that float8 would slow down, with separate passes for the casts.
 
     Raises:
-        ValueError: with what was counted.
+        ValueError: with the counted speed.
     """
     found = forward_speed(encoder)
     if found <= 1:
         raise ValueError(
-            f"model.momentum_linears='float8': with {encoder.embed_dim} channels the forward's products and casts run at "
-            f"{found:.2f} of bf16's speed on an H200, counted from shapes, not measured here. Take model.momentum_linears "
-            "native, or an encoder from vit_small up"
+            f"model.momentum_linears='float8': with {encoder.embed_dim} channels products and "
+            "casts of the forward run at "
+            f"{found:.2f} of the speed of bf16 on an H200, counted from shapes, not measured. Use "
+            "model.momentum_linears "
+            "native, or an encoder of at least the size of vit_small"
         )
 
 
 def require_whole(sharded: bool) -> None:
-    """Refuse weights that lie in shards.
+    """Refuse sharded weights.
 
     Raises:
         ValueError: with the cure.
     """
     if sharded:
         raise ValueError(
-            "model.momentum_linears='float8': rounds whole weights once a step, and under parallel.strategy fsdp or hsdp a "
-            "process holds parts of them; take parallel.strategy ddp, or model.momentum_linears native"
+            "model.momentum_linears='float8': rounds whole weights once per step, but with "
+            "parallel.strategy fsdp or hsdp "
+            "a process has only parts of them; use parallel.strategy ddp, or "
+            "model.momentum_linears native"
         )

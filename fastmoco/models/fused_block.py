@@ -1,16 +1,19 @@
-"""A transformer block as one node of autograd: what it keeps and every pass of its backward are chosen here.
+"""A transformer block as one autograd node that defines its saved tensors and
+every pass of its backward.
 
-Kept are the stream, the statistics of both norms, the stacked projections, attention's output, its projection (the branch),
-and the hidden layer: 11 numbers of 16 bits a token and channel. Norms, GELU and the second sum are made again, each by
-the kernel that takes the gradient through it and adds up what biases and norm weights need (`fastmoco_kernels.fused_block`).
-One sum over rows is left as a pass: that of the gradient to the block's own branch, for the bias of its last product. The
-kernel that makes this gradient belongs to the next block, and FSDP2 holds no other block's weights there.
+Saved: the stream, the statistics of both norms, the stacked projections, the output of attention,
+its projection (the branch), and the hidden layer: 11 elements of 16 bits per token and channel.
+Norms, GELU and the second sum are recomputed, each in the kernel that computes the gradient through
+it and the sums for biases and norm weights (`fastmoco_kernels.fused_block`). One sum over rows
+needs its own pass: the gradient of the block's branch, for the bias of its last product. The kernel
+that computes this gradient runs in the next block, for which FSDP2 has gathered other weights.
 
-``remakes``: kept are the stream, the statistics and the branch alone, 3 numbers of 16 bits; the backward makes projections,
-attention and hidden layer again, but not the branch and not the last product. That is cheaper than a second forward of all of it.
+With `remakes` only the stream, the statistics and the branch are saved, 3 elements of 16 bits. The
+backward recomputes projections, attention and hidden layer, but neither the branch nor the last
+product, so it costs less than a second forward.
 
-Attention brings its own backward: its part of the graph is made and kept inside of this node. Weights are kept as parameters
-and cast again in the backward, so FSDP2 may take them away in between.
+Attention has its own backward: its part of the graph is built and kept inside this node. Weights
+are saved as parameters and cast again in the backward, so FSDP2 may free them in between.
 
 Legend: B images, L tokens, E width, F hidden width, A heads, d = E / A; R = B L rows.
 """
@@ -24,7 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoco_kernels import attention
-from fastmoco_kernels.fused_block.op import gelu_backward, kernels_fit, norm_backward, norm_forward, stack_qkv
+from fastmoco_kernels.fused_block.op import (
+    gelu_backward,
+    kernels_fit,
+    norm_backward,
+    norm_forward,
+    stack_qkv,
+)
 
 
 class Weights(NamedTuple):
@@ -45,34 +54,37 @@ class Weights(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What a block is beside its weights."""
+    """Everything that defines a block except its weights."""
 
     num_heads: int
     eps: tuple[float, float]
     """Of the first norm and the second."""
     attention: str
-    """Who computes attention, a backend of `attention`."""
+    """Backend of `fastmoco_kernels.attention`."""
     remakes: bool = False
-    """Whether the backward makes products and attention again instead of keeping what they gave."""
+    """Whether the backward recomputes products and attention instead of keeping their results."""
 
 
 def fused_block(x_BLE: Tensor, branch_BLE: Tensor | None, weights: Weights, form: Form) -> tuple[Tensor, Tensor]:
-    """Stream and branch, [B, L, E] each, to stream and branch: the values of `Block`, with the backward of this file.
+    """Stream and branch, [B, L, E] each, to stream and branch: the values of `Block` with the
+    backward of this module.
 
-    Products and norms are in autocast's dtype where autocast is on, else in the stream's; float64 stays. Differentiable once.
+    Products and norms have the dtype of autocast if it is on and the stream is not float64,
+    otherwise the stream's dtype. Differentiable once.
 
     Args:
         x_BLE: the residual stream, floating point.
-        branch_BLE: to be added to it, no wider than the stream; or None.
+        branch_BLE: is added to the stream, in a dtype no wider than the stream's; or None.
         weights: of the block, in the stream's dtype or narrower.
-        form: the rest of it.
+        form: heads, epsilons, attention backend and recomputation.
 
     Raises:
-        ValueError: for a branch that is wider than the stream.
+        ValueError: if the branch has a wider dtype than the stream.
     """
     if branch_BLE is not None and torch.promote_types(x_BLE.dtype, branch_BLE.dtype) != x_BLE.dtype:
         raise ValueError(f"fused block: the branch is {branch_BLE.dtype}, wider than the stream, {x_BLE.dtype}")
-    dtype, kind = x_BLE.dtype, x_BLE.device.type
+    dtype = x_BLE.dtype
+    kind = x_BLE.device.type
     if dtype != torch.float64 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):
@@ -83,23 +95,29 @@ def fused_block(x_BLE: Tensor, branch_BLE: Tensor | None, weights: Weights, form
 
 
 class _Forward(NamedTuple):
-    """Results, and what the backward needs of the way to them."""
+    """Results, and intermediate tensors that the backward needs."""
 
     out: tuple[Tensor, Tensor]
     stream: Tensor | None
-    """The sum of the block's inputs, where there are two."""
+    """The sum of the block's inputs, if there are two."""
     statistics: tuple[Tensor, Tensor, Tensor, Tensor]
     qkv: tuple[Tensor, Tensor, Tensor]
     attended: Tensor
-    """[B, A, L, d], with its graph from ``qkv`` where one was asked for."""
+    """[B, A, L, d], with its graph from `qkv` if `keep` was set."""
     branch: Tensor
     hidden: Tensor
 
 
 def _forward(
-    form: Form, dtype: torch.dtype, x: Tensor, branch: Tensor | None, weights: Weights, *, keep: bool = False
+    form: Form,
+    dtype: torch.dtype,
+    x: Tensor,
+    branch: Tensor | None,
+    weights: Weights,
+    *,
+    keep: bool = False,
 ) -> _Forward:
-    """The block; ``keep``: with attention's own graph."""
+    """Compute the block; `keep`: keep the graph of attention."""
     triton = kernels_fit(x)
     w = weights
     stream, y1, mean1, rstd1 = norm_forward(x, branch, w.norm1, w.norm1_bias, form.eps[0], dtype, triton)
@@ -134,7 +152,8 @@ class _FusedBlock(torch.autograd.Function):
         stream = x if made.stream is None else made.stream
         ctx.save_for_backward(stream, *made.statistics, made.branch, None if form.remakes else made.hidden, *weights)
         ctx.attention = None if form.remakes else (made.qkv, made.attended)
-        ctx.form, ctx.used = form, False
+        ctx.form = form
+        ctx.used = False
         ctx.branch_dtype = None if branch is None else branch.dtype
         ctx.set_materialize_grads(False)
         return made.out
@@ -143,10 +162,15 @@ class _FusedBlock(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         stream, mean1, rstd1, mean2, rstd2, a, hidden, *parameters = ctx.saved_tensors
         if ctx.used:
-            raise RuntimeError("a fused block goes back once; take model.blocks modules for several backward passes")
-        kept, ctx.attention, ctx.used = ctx.attention, None, True
-        ctx.maybe_clear_saved_tensors()  # what is used up is free again: this is where a step's memory peaks
-        w, dtype, triton = Weights(*parameters), a.dtype, kernels_fit(stream)
+            raise RuntimeError("a fused block supports one backward pass; use model.blocks modules for several")
+        kept = ctx.attention
+        ctx.attention = None
+        ctx.used = True
+        # The memory of a step peaks here, so every tensor is freed after its last use.
+        ctx.maybe_clear_saved_tensors()
+        w = Weights(*parameters)
+        dtype = a.dtype
+        triton = kernels_fit(stream)
         if kept is None:
             with torch.autocast(stream.device.type, enabled=False):
                 kept, hidden = _remade(ctx.form, dtype, stream, a, w)
@@ -155,6 +179,7 @@ class _FusedBlock(torch.autograd.Function):
         dx2, dm = gradients
         del gradients
         with torch.autocast(stream.device.type, enabled=False):
+            # MLP: second product, GELU, first product.
             dm_RE = _rows(torch.zeros_like(a) if dm is None else dm)
             del dm
             dfc2_bias = dm_RE.sum(0, dtype=mean1.dtype)
@@ -163,6 +188,8 @@ class _FusedBlock(torch.autograd.Function):
             dfc2 = dm_RE.t() @ gelu
             del dm_RE, gelu
             dy2 = (dhidden @ w.fc1.to(dtype)).view_as(a)
+
+            # Second norm and the residual sum before it.
             narrow = None if dtype == stream.dtype else dtype
             dx1, da, y2, dnorm2 = norm_backward(
                 dy2, dx2, stream, a, w.norm2, w.norm2_bias, mean2, rstd2, narrow, triton
@@ -170,6 +197,8 @@ class _FusedBlock(torch.autograd.Function):
             del dy2, dx2, a
             dfc1 = dhidden.t() @ _rows(y2)
             del dhidden, y2
+
+            # Output projection, attention, stacked projections.
             da_RE = _rows(dx1 if narrow is None else da)
             del da
             dproj = da_RE.t() @ _rows(_tokens(attended.detach()))
@@ -182,12 +211,15 @@ class _FusedBlock(torch.autograd.Function):
             del parts
             dqkv_RF = _rows(dqkv)
             dy1 = (dqkv_RF @ w.qkv.to(dtype)).view_as(stream)
+
+            # First norm and the sum of the block's inputs.
             narrow = None if ctx.branch_dtype == stream.dtype else ctx.branch_dtype
             dx, dbranch, y1, dnorm1 = norm_backward(
                 dy1, dx1, stream, None, w.norm1, w.norm1_bias, mean1, rstd1, narrow, triton
             )
             if narrow is None:
                 dbranch = None if ctx.branch_dtype is None else dx
+
             dweights = Weights(
                 norm1=dnorm1[0],
                 norm1_bias=dnorm1[1],
@@ -202,13 +234,19 @@ class _FusedBlock(torch.autograd.Function):
                 fc2=dfc2,
                 fc2_bias=dfc2_bias,
             )
-            return None, None, dx, dbranch, *(g.to(p.dtype) for g, p in zip(dweights, w, strict=True))
+            return (
+                None,
+                None,
+                dx,
+                dbranch,
+                *(g.to(p.dtype) for g, p in zip(dweights, w, strict=True)),
+            )
 
 
 def _attend(
     qkv: tuple[Tensor, Tensor, Tensor], form: Form, *, keep: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Attention of q, k, v; ``keep``: with a graph of its own, from the leaves that are returned."""
+    """Attention of q, k, v; `keep`: with its own graph from the leaves that are returned."""
     with torch.set_grad_enabled(keep):
         if keep:
             q, k, v = (part.detach().requires_grad_() for part in qkv)
@@ -219,7 +257,7 @@ def _attend(
 def _remade(
     form: Form, dtype: torch.dtype, stream: Tensor, a: Tensor, w: Weights
 ) -> tuple[tuple[tuple[Tensor, Tensor, Tensor], Tensor], Tensor]:
-    """q, k, v and attention with its graph, and the hidden layer, as the forward made them."""
+    """Recompute q, k, v, attention with its graph, and the hidden layer."""
     triton = kernels_fit(stream)
     y = norm_forward(stream, None, w.norm1, w.norm1_bias, form.eps[0], dtype, triton)[1]
     kept = _attend(_heads(F.linear(y, w.qkv.to(dtype), w.qkv_bias.to(dtype)), form.num_heads), form, keep=True)
@@ -235,7 +273,7 @@ def _heads(qkv_BLF: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _tokens(attended_BALd: Tensor) -> Tensor:
-    """[B, A, L, d] -> [B, L, E]: a view where heads lie beside each other."""
+    """[B, A, L, d] -> [B, L, E]: a view if heads are adjacent in memory."""
     B, A, L, d = attended_BALd.shape
     return attended_BALd.transpose(1, 2).reshape(B, L, A * d)
 

@@ -1,7 +1,9 @@
-"""Projector and predictor of MoCo v3: linear layers without bias, each followed by batch norm."""
+"""Projectors and predictors: linear layers with batch norms between them, in the forms of several
+methods."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import nn
@@ -9,28 +11,43 @@ from torch import nn
 from fastmoco.distributed.sync_batch_norm import BatchNorm
 
 
-def _head(in_dim: int, hidden_dim: int, out_dim: int, layers: int) -> nn.Sequential:
-    for name, value in (("in_dim", in_dim), ("hidden_dim", hidden_dim), ("out_dim", out_dim), ("layers", layers)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: a head needs at least 1")
-    widths = [in_dim] + [hidden_dim] * (layers - 1)
-    modules: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        modules.extend([nn.Linear(before, after, bias=False), BatchNorm(after), nn.ReLU(inplace=True)])
-    modules.extend([nn.Linear(widths[-1], out_dim, bias=False), BatchNorm(out_dim, affine=False)])
-    return nn.Sequential(*modules)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadForm:
+    """What a head is made of: (linear, norm, ReLU) * (layers - 1), linear, and a last norm without
+    affine or none."""
+
+    layers: int
+    """Linear layers."""
+    bias: bool = False
+    """Whether the linear layers before a norm have a bias."""
+    last_bias: bool = False
+    """Whether the last linear layer has one."""
+    last_norm: bool = True
+    """Whether a batch norm without affine ends the head."""
 
 
-def projector(in_dim: int, hidden_dim: int, out_dim: int, layers: int = 3) -> nn.Sequential:
-    """The head of both encoders: (linear, norm, ReLU) * (layers - 1), linear, norm without affine.
+FORMS = {
+    # Chen, Xie, He 2021: ViT; without the last norm BYOL on a ViT, as SDSSL (Jang et al. 2023) has
+    # its baseline.
+    "moco_v3_projector": HeadForm(layers=3),
+    "moco_v3_predictor": HeadForm(layers=2),
+    # Grill et al. 2020: projector and predictor alike.
+    "byol": HeadForm(layers=2, bias=True, last_norm=False),
+}
+"""Forms by name."""
 
-    Its norms see the batch of one view, over all ranks; give it one view, or several stacked.
+
+def build_head(in_dim: int, hidden_dim: int, out_dim: int, form: HeadForm) -> nn.Sequential:
+    """A head of some form.
+
+    Its norms see the batch of one view, over all ranks, where it gets one view or several stacked;
+    of a flat batch of several views they take joint statistics.
 
     Args:
-        in_dim: width of the feature.
+        in_dim: width of the input.
         hidden_dim: width between the layers.
-        out_dim: width of queries and keys.
-        layers: number of linear layers; 3 for vision transformers (Chen, Xie, He 2021).
+        out_dim: width of the output.
+        form: what it is made of.
 
     Returns:
         A module [B, in_dim] -> [B, out_dim], or [V, B, in_dim] -> [V, B, out_dim] for V views;
@@ -39,9 +56,27 @@ def projector(in_dim: int, hidden_dim: int, out_dim: int, layers: int = 3) -> nn
     Raises:
         ValueError: if a number is below 1.
     """
-    return _head(in_dim, hidden_dim, out_dim, layers)
+    numbers = {"in_dim": in_dim, "hidden_dim": hidden_dim, "out_dim": out_dim, "layers": form.layers}
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: a head needs at least 1")
+    widths = [in_dim] + [hidden_dim] * (form.layers - 1)
+    modules: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        modules.extend([nn.Linear(before, after, bias=form.bias), BatchNorm(after), nn.ReLU(inplace=True)])
+    modules.append(nn.Linear(widths[-1], out_dim, bias=form.last_bias))
+    if form.last_norm:
+        modules.append(BatchNorm(out_dim, affine=False))
+    return nn.Sequential(*modules)
+
+
+def projector(in_dim: int, hidden_dim: int, out_dim: int, layers: int = 3) -> nn.Sequential:
+    """The head of both encoders of MoCo v3, as `build_head` makes it; 3 layers for vision
+    transformers."""
+    return build_head(in_dim, hidden_dim, out_dim, HeadForm(layers=layers))
 
 
 def predictor(in_dim: int, hidden_dim: int, out_dim: int, layers: int = 2) -> nn.Sequential:
-    """The head of the query side alone, after the projector: built as ``projector`` is, with 2 layers."""
-    return _head(in_dim, hidden_dim, out_dim, layers)
+    """The head of MoCo v3's query side alone, after the projector: built as `projector` is, with 2
+    layers."""
+    return build_head(in_dim, hidden_dim, out_dim, HeadForm(layers=layers))

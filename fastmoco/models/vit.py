@@ -1,29 +1,35 @@
-"""The vision transformers of MoCo v3: fixed positions, frozen patch projection, class-token feature.
+"""The vision transformers of MoCo v3: fixed positions, frozen patch projection,
+class-token feature.
 
-Two savings stand beside a plain path that a test holds equal. Patch tokens come apart from the trunk (``patch_tokens``,
-``encode``), so that two encoders with the same frozen projection can share them. And of the last block only the class
-token is computed (``encode`` against ``encode_plain``; how, stands in ``blocks``).
+Two optimizations have a plain reference that a test compares with them. `patch_tokens` and `encode`
+are separate, so that two encoders with the same frozen projection can share the patch tokens.
+`encode` computes only the class token of the last block (see `blocks`); its reference is
+`encode_plain`.
 
 Legend: B images, L patch tokens, E width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastmoco.models.blocks import CONV_STEM_STRIDE, Block, ConvStem, LayerNorm, PatchStem, Recompute, sum_of
+from fastmoco.models.encoder import Coupling, Parts
+
+STEM_COUPLES = "its convolutional stem has batch norms, whose statistics are those of the whole batch"
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
     """The fixed two-dimensional sine-cosine table of MoCo v3.
 
     Row 0 belongs to the class token and is zero. The token at row r and column c holds
-    ``[sin(r w), cos(r w), sin(c w), cos(c w)]``, a quarter of the width each, with ``w_i = 10000^(-i / (width / 4))``.
-    The ROW block comes first; tables in the manner of MAE put the column first and do not fit.
+    `[sin(r w), cos(r w), sin(c w), cos(c w)]`, a quarter of the width each, with
+    `w_i = 10000^(-i / (width / 4))`. The row block comes first. Tables of MAE put the column first
+    and are not compatible.
 
     Args:
         grid: tokens per side.
@@ -32,7 +38,7 @@ def sincos_positions(grid: int, width: int) -> Tensor:
     Returns:
         [1 + grid * grid, width] float32.
     """
-    # In float32 throughout: so computed, the table is bit-equal to that of the released checkpoints.
+    # In float32 throughout, which makes the table bit-equal to that of the released checkpoints.
     quarter = width // 4
     w = 1.0 / 10000.0 ** (torch.arange(quarter, dtype=torch.float32) / quarter)
     angle = torch.arange(grid, dtype=torch.float32)[:, None] * w
@@ -46,25 +52,29 @@ def sincos_positions(grid: int, width: int) -> Tensor:
 class VisionTransformer(nn.Module):
     """A ViT whose feature is the class token after the final norm; parameter names are timm's.
 
-    Initialisation (Chen, Xie, He 2021): every linear layer Xavier-uniform, with q, k and v taken as three matrices;
-    biases 0; class token normal with deviation 1e-6; patch projection uniform by its own fan-in and fan-out. Positions
-    are a parameter that never trains. ``head`` is where an objective attaches its projector; nothing here applies it.
+    Initialisation (Chen, Xie, He 2021): every linear layer Xavier-uniform, with q, k and v taken as
+    three matrices; biases 0; class token normal with deviation 1e-6; patch projection uniform by
+    its own fan-in and fan-out. Positions are a parameter that never trains. An objective attaches
+    its projector as `head`; the encoder itself does not apply it.
 
     Args:
         image_size: height and width of the images, in pixels; a multiple of the patch size.
         patch_size: height and width of a patch, in pixels; 16 with the conv stem.
-        embed_dim: width E, divisible by 4 (positions), by ``num_heads``, and by 8 with the conv stem.
+        embed_dim: width E, divisible by 4 (positions), by `num_heads`, and by 8 with the conv stem.
         depth: number of blocks.
         num_heads: attention heads A.
         mlp_ratio: hidden width of the MLP over E.
-        stem: "patch" projects patches linearly, "conv" is a small convolutional network with batch norm.
-        freeze_patch_embed: keep the random patch projection fixed, as MoCo v3 does for stability; has no effect on the
-            conv stem, which always trains.
-        attention: who computes attention, a backend of `fastmoco_kernels.attention`; the last block needs none.
+        stem: "patch" projects patches linearly, "conv" is a small convolutional
+            network with batch norm.
+        freeze_patch_embed: keep the random patch projection fixed, as MoCo v3 does for stability;
+            has no effect on the conv stem, which always trains.
+        attention: backend of `fastmoco_kernels.attention`; the last block does not use it.
 
     Attributes:
-        couples_samples: whether an image's tokens depend on the other images of the batch (batch norm in the conv stem):
-            then two views may not share a batch.
+        tokens: tokens of a view in a block, the class token among them.
+        coupling: `Coupling.TRUNK` where an image's tokens depend on the other images of the batch (batch norm in the conv
+            stem): then two views may not share a batch. Else `Coupling.NONE`.
+        coupling_reason: why, as a clause; empty for `Coupling.NONE`.
 
     Raises:
         ValueError: naming the field, its value and the rule.
@@ -85,8 +95,12 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(image_size, patch_size, embed_dim, depth, num_heads, stem)
-        self.image_size, self.patch_size, self.embed_dim = image_size, patch_size, embed_dim
-        self.couples_samples = stem == "conv"
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
+        self.tokens = 1 + (image_size // patch_size) ** 2
+        self.coupling = Coupling.TRUNK if stem == "conv" else Coupling.NONE
+        self.coupling_reason = STEM_COUPLES if stem == "conv" else ""
         positions = sincos_positions(image_size // patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=1e-6))
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
@@ -100,13 +114,16 @@ class VisionTransformer(nn.Module):
             self.patch_embed.requires_grad_(False)
 
     def recompute(self, what: Recompute) -> None:
-        """Choose what the backward computes again instead of keeping it; see `blocks`."""
+        """Choose which activations the backward computes again instead of
+        keeping them; see `blocks`.
+        """
         for block in self.blocks:
             assert isinstance(block, Block)
             block.recompute = what
 
     def patch_tokens(self, images: Tensor) -> Tensor:
-        """Embed the patches and add their positions: [B, 3, H, W] -> [B, L, E], row by row, without class token.
+        """Embed the patches and add their positions: [B, 3, H, W] -> [B, L, E],
+        row by row, without the class token.
 
         Raises:
             ValueError: if the images are not [B, 3, image_size, image_size].
@@ -118,8 +135,11 @@ class VisionTransformer(nn.Module):
         return patches.flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
 
     def encode(self, patch_tokens: Tensor) -> Tensor:
-        """[B, L, E] patch tokens -> [B, E] class-token feature; of the last block only the class token is computed."""
-        tokens, branch = self._with_class_token(patch_tokens), None
+        """[B, L, E] patch tokens -> [B, E] class-token feature. The last block
+        computes the class token only.
+        """
+        tokens = self._with_class_token(patch_tokens)
+        branch = None
         for block in self.blocks[:-1]:
             tokens, branch = block(tokens, branch)
         last = self.blocks[-1]
@@ -128,7 +148,9 @@ class VisionTransformer(nn.Module):
         return feature
 
     def encode_plain(self, patch_tokens: Tensor) -> Tensor:
-        """The same feature without the saving: every block and the final norm on every token, then the class token's row."""
+        """Reference of `encode`: every block and the final norm on every token,
+        then the row of the class token.
+        """
         tokens = self._with_class_token(patch_tokens)
         for block in self.blocks:
             tokens = sum_of(*block(tokens))
@@ -138,6 +160,30 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] images -> [B, E] class-token features."""
         return self.encode(self.patch_tokens(images))
+
+    def stem_tensors(self) -> list[Tensor]:
+        """All that turns pixels into patch tokens."""
+        return [self.pos_embed, *self.patch_embed.parameters()]
+
+    def parts(self) -> Parts:
+        """Modules by role; the trunk is called piece by piece, not through `forward`."""
+        return Parts(
+            stem={"patch_embed": self.patch_embed},
+            blocks=self.blocks,
+            heads={"head": self.head},
+            methods={"": ("encode",), f"blocks.{len(self.blocks) - 1}": ("class_row",)},
+        )
+
+    def most_numbers(self) -> int:
+        """An upper bound of the numbers that training keeps of one view.
+
+        It takes 40 for each channel of a token and block, where about half are kept. Attention that is written out keeps a few
+        more for each pair of tokens and head.
+        """
+        first = self.blocks[0]
+        assert isinstance(first, Block)
+        per_token = self.embed_dim * 40 + first.attn.num_heads * self.tokens * 8
+        return self.tokens * per_token * (len(self.blocks) + 1)
 
     def _with_class_token(self, patch_tokens: Tensor) -> Tensor:
         class_token = (self.cls_token + self.pos_embed[:, :1]).expand(patch_tokens.shape[0], -1, -1)
@@ -163,102 +209,60 @@ def _check_sizes(image_size: int, patch_size: int, embed_dim: int, depth: int, n
         raise ValueError(f"depth={depth}: needs at least 1 block")
 
 
-def _build(
-    image_size: int,
-    patch_size: int,
-    freeze: bool,
-    attention: str,
-    size: tuple[int, int, int],
-    stem: Literal["patch", "conv"] = "patch",
-) -> VisionTransformer:
-    embed_dim, depth, num_heads = size
-    return VisionTransformer(
-        image_size=image_size,
-        patch_size=patch_size,
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
-        stem=stem,
-        freeze_patch_embed=freeze,
-        attention=attention,
-    )
+@dataclass(frozen=True, slots=True)
+class ViTArchitecture:
+    """A size of the vision transformer; calling it builds an encoder of this size.
+
+    Attributes:
+        width: channels E.
+        depth: number of blocks.
+        heads: attention heads A.
+        stem: "patch" or "conv", see `VisionTransformer`.
+        image_size: pixels per side that an encoder is built for unless the call says otherwise.
+        patch_size: likewise.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    stem: Literal["patch", "conv"] = "patch"
+    image_size: int = 224
+    patch_size: int = 16
+
+    def __call__(
+        self,
+        *,
+        image_size: int | None = None,
+        patch_size: int | None = None,
+        freeze_patch_embed: bool = True,
+        attention: str = "auto",
+    ) -> VisionTransformer:
+        """Build an encoder; the arguments are those of `VisionTransformer`."""
+        return VisionTransformer(
+            image_size=self.image_size if image_size is None else image_size,
+            patch_size=self.patch_size if patch_size is None else patch_size,
+            embed_dim=self.width,
+            depth=self.depth,
+            num_heads=self.heads,
+            stem=self.stem,
+            freeze_patch_embed=freeze_patch_embed,
+            attention=attention,
+        )
 
 
-def vit_nano(
-    *, image_size: int = 8, patch_size: int = 2, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """For images of 8 to 16 pixels, seconds on a CPU: width 64, 2 blocks, 4 heads."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (64, 2, 4))
+# For images of 8 to 16 and of 28 to 64 pixels: seconds and minutes on a CPU.
+vit_nano = ViTArchitecture(64, 2, 4, image_size=8, patch_size=2)
+vit_micro = ViTArchitecture(128, 4, 4, image_size=32, patch_size=4)
+# As DeiT-Ti. ViT-S of MoCo v3 has 12 heads (DeiT-S has 6). ViT-H of the paper
+# has patches of 14 pixels.
+vit_tiny = ViTArchitecture(192, 12, 3)
+vit_small = ViTArchitecture(384, 12, 12)
+vit_base = ViTArchitecture(768, 12, 12)
+vit_large = ViTArchitecture(1024, 24, 16)
+vit_huge = ViTArchitecture(1280, 32, 16, patch_size=14)
+# The convolutional stem replaces one block.
+vit_conv_small = ViTArchitecture(384, 11, 12, stem="conv")
+vit_conv_base = ViTArchitecture(768, 11, 12, stem="conv")
 
-
-def vit_micro(
-    *, image_size: int = 32, patch_size: int = 4, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """For images of 28 to 64 pixels on a CPU: width 128, 4 blocks, 4 heads."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (128, 4, 4))
-
-
-def vit_tiny(
-    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """Width 192, 12 blocks, 3 heads, as DeiT-Ti."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (192, 12, 3))
-
-
-def vit_small(
-    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """ViT-S of MoCo v3: width 384, 12 blocks, 12 heads (DeiT-S has 6)."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (384, 12, 12))
-
-
-def vit_base(
-    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """ViT-B: width 768, 12 blocks, 12 heads."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (768, 12, 12))
-
-
-def vit_large(
-    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """ViT-L: width 1024, 24 blocks, 16 heads."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (1024, 24, 16))
-
-
-def vit_huge(
-    *, image_size: int = 224, patch_size: int = 14, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """ViT-H: width 1280, 32 blocks, 16 heads; patches of 14 pixels in the paper."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (1280, 32, 16))
-
-
-def vit_conv_small(
-    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """ViT-S with a convolutional stem in place of one block: width 384, 11 blocks, 12 heads."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (384, 11, 12), stem="conv")
-
-
-def vit_conv_base(
-    *, image_size: int = 224, patch_size: int = 16, freeze_patch_embed: bool = True, attention: str = "auto"
-) -> VisionTransformer:
-    """ViT-B with a convolutional stem in place of one block: width 768, 11 blocks, 12 heads."""
-    return _build(image_size, patch_size, freeze_patch_embed, attention, (768, 11, 12), stem="conv")
-
-
-ARCHITECTURES: dict[str, Callable[..., VisionTransformer]] = {
-    build.__name__: build
-    for build in (
-        vit_nano,
-        vit_micro,
-        vit_tiny,
-        vit_small,
-        vit_base,
-        vit_large,
-        vit_huge,
-        vit_conv_small,
-        vit_conv_base,
-    )
-}
-"""Constructors by name; each takes ``image_size``, ``patch_size``, ``freeze_patch_embed`` and ``attention``."""
+ARCHITECTURES = {name: value for name, value in globals().items() if isinstance(value, ViTArchitecture)}
+"""Architectures by name."""

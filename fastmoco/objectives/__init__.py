@@ -1,5 +1,6 @@
-"""What is learned: which encoder sees which view, which loss compares them, and when the twin moves."""
+"""What is learned: which encoder sees which view, which loss compares them, what is averaged."""
 
-from fastmoco.objectives.moco_v3 import MoCoV3, MoCoV3Output
+from fastmoco.objectives.interface import Objective, Output
+from fastmoco.objectives.moco_v3 import MoCoV3
 
-__all__ = ["MoCoV3", "MoCoV3Output"]
+__all__ = ["MoCoV3", "Objective", "Output"]

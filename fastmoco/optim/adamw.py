@@ -54,7 +54,7 @@ def build_adamw(
 
 def build_adamw_ema(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
-    averages: Mapping[Tensor, Tensor],
+    averages: Mapping[nn.Parameter, Tensor],
     *,
     lr: float,
     weight_decay: float,
@@ -75,5 +75,5 @@ def build_adamw_ema(
         ValueError: if nothing is trainable.
     """
     trainable = trainable_parameters(named_parameters)
-    held: dict[Tensor, Tensor] = {parameter: averages[parameter] for _, parameter in trainable if parameter in averages}
+    held: dict[Tensor, Tensor] = {p: averages[p] for _, p in trainable if p in averages}
     return AdamWEMA(trainable, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, averages=held)

@@ -1,7 +1,9 @@
-"""What the person at the terminal sees: a live table on a terminal, plain lines in a log file, nothing from rank 1 upwards.
+"""Progress of a run: a live table on a terminal, plain lines in a log file, and
+no output from ranks above 0.
 
-Showing progress is never a reason for training to stop. Whatever goes wrong while drawing (a closed terminal, an encoding that
-lacks a character, a window of two columns), the live table gives way to plain lines and plain lines give way to silence.
+A failure to show progress never stops training. After any error while drawing (a closed terminal,
+an encoding without a character, a window of two columns) plain lines replace the live table, and
+after an error in those there is no more output.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fastmoco_pipelines.text import escaped
+
 EVENTS_SHOWN = 6
 
 
@@ -32,42 +36,46 @@ def _clock(seconds: float) -> str:
     return f"{days}d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
 
 
-# key of the row, short label in a line, long label in the table, format
-_COLUMNS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+Column = tuple[str, str, str, Callable[[float], str]]
+"""Key of the row, short label in a line, long label in the table, format."""
+_COLUMNS: tuple[Column, ...] = (
     ("epoch", "epoch", "epoch", "{:.1f}".format),
     ("loss", "loss", "loss", "{:.3f}".format),
     ("lr", "lr", "learning rate", "{:.1e}".format),
     ("ema_momentum", "m", "EMA momentum", "{:.4f}".format),
     ("images_per_s", "img/s", "images/s", "{:.0f}".format),
     ("wait_share", "wait", "wait for data", "{:.1%}".format),
-    ("quarantined", "quarantined", "images left out", "{:.0f}".format),
+    ("quarantined", "left out", "images left out", "{:.0f}".format),
     ("eta_s", "eta", "time left", _clock),
-    ("knn", "knn", "kNN", "{:.1%}".format),
 )
+
+
+def _columns(figures: Mapping[str, str]) -> list[Column]:
+    """Those of every run, and one for each accuracy: metric name -> label."""
+    return [*_COLUMNS, *((name, name, label, "{:.1%}".format) for name, label in figures.items())]
 
 
 def _shown(row: Mapping[str, Any], key: str, form: Callable[[float], str]) -> str | None:
     value = row.get(key)
     if value is None:
         return None
-    return form(value) if isinstance(value, int | float) and math.isfinite(value) else _printable(str(value))
+    if isinstance(value, int | float) and math.isfinite(value):
+        return form(value)
+    return escaped(str(value), keep="\n")
 
 
-def _printable(text: str) -> str:
-    """Text that cannot steer the terminal, whatever file name is quoted in it."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
-def plain_line(row: Mapping[str, Any], total_steps: int) -> str:
-    """One log line: ``step 120/2000 epoch 3.2 loss 3.412 lr 1.5e-04 m 0.9931 img/s 1842 wait 2.1% eta 0:01:12 knn 93.1%``.
+def plain_line(row: Mapping[str, Any], total_steps: int, figures: Mapping[str, str]) -> str:
+    """One log line:
+    `step 120/2000 epoch 3.2 loss 3.412 lr 1.5e-04 m 0.9931 img/s 1842 wait 2.1% eta 0:01:12 knn 93.1%`.
 
     Args:
-        row: ``step`` and any of epoch, loss, lr, ema_momentum, images_per_s, wait_share (share), eta_s (seconds), knn (share).
-            Absent ones are left out, unknown ones ignored.
+        row: `step` and any of epoch, loss, lr, ema_momentum, images_per_s, wait_share (share),
+            eta_s (seconds), and accuracies (shares). Other keys are ignored.
         total_steps: steps of the whole run.
+        figures: metric name -> label of the accuracies.
     """
     parts = [f"step {row.get('step', '?')}/{total_steps}"]
-    for key, label, _, form in _COLUMNS:
+    for key, label, _, form in _columns(figures):
         text = _shown(row, key, form)
         if text is not None:
             parts.append(f"{label} {text}")
@@ -76,32 +84,49 @@ def plain_line(row: Mapping[str, Any], total_steps: int) -> str:
 
 class _Terminal(RichConsole):
     def on_broken_pipe(self) -> None:
-        """Say so to the caller; rich's own answer is to end the process."""
+        """Raise an error, where rich would end the process."""
         raise OSError("the terminal is gone")
 
 
 class Console:
-    """Progress of one run. `start`, then `log` and `event` as they come, then `close`; or as a context manager after `start`."""
+    """Progress of one run. Call `start`, then `log` and `event`, then `close`, or use it as a
+    context manager after `start`.
+    """
 
-    def __init__(self, *, rank: int = 0, stream: TextIO | None = None, live: bool | None = None) -> None:
-        """Decide how to show progress.
+    def __init__(
+        self,
+        *,
+        rank: int = 0,
+        stream: TextIO | None = None,
+        live: bool | None = None,
+        figures: Mapping[str, str] | None = None,
+    ) -> None:
+        """Choose how to show progress.
 
         Args:
-            rank: only rank 0 speaks.
-            stream: where to write; standard output by default.
-            live: True for the table, False for lines; by default the table if ``stream`` is a capable terminal.
+            rank: only rank 0 writes.
+            stream: output; default standard output.
+            live: True for the table, False for lines; by default the table if
+                `stream` is a capable terminal.
+            figures: metric name -> label of the accuracies of this run.
         """
+        self._figures = dict(figures or {})
         self._stream = sys.stdout if stream is None else stream
-        self._silent, self._live_wanted = rank > 0, live
+        self._silent = rank > 0
+        self._live_wanted = live
         self._live: Live | None = None
-        self._total, self._header = 0, ""
+        self._total = 0
+        self._header = ""
         self._row: dict[str, Any] = {}
-        self._best_knn: float | None = None
+        self._best: dict[str, float] = {}
         self._events: deque[str] = deque(maxlen=EVENTS_SHOWN)
 
     def start(self, total_steps: int, header: str) -> None:
-        """Begin a run of ``total_steps`` optimizer steps; ``header`` says in a line or a few what is trained on what."""
-        self._total, self._header = total_steps, _printable(header)
+        """Begin a run of `total_steps` optimizer steps; `header` names the model and the data in a few
+        lines.
+        """
+        self._total = total_steps
+        self._header = escaped(header, keep="\n")
         if not self._silent:
             self._guarded(self._start_live)
         if self._live is None:
@@ -111,22 +136,22 @@ class Console:
         """Show one log step.
 
         Args:
-            row: see `plain_line`. What is absent stays on the table as it was; the best kNN is kept here, and
-                ``knn_best`` may tell of one from before a resume.
+            row: see `plain_line`. Absent values stay in the table. The best of each accuracy is
+                kept here; `knn_best` passes the one of `knn` from before a resume.
         """
-        for key in ("knn", "knn_best"):
-            value = row.get(key)
-            if isinstance(value, int | float) and math.isfinite(value):
-                self._best_knn = value if self._best_knn is None else max(self._best_knn, value)
+        for name in self._figures:
+            for value in (row.get(name), row.get(f"{name}_best")):
+                if isinstance(value, int | float) and math.isfinite(value):
+                    self._best[name] = max(value, self._best.get(name, value))
         self._row.update(row)
         if self._live is not None:
             self._guarded(self._draw)
         if self._live is None:
-            self._line(lambda: plain_line(row, self._total))
+            self._line(lambda: plain_line(row, self._total, self._figures))
 
     def event(self, text: str) -> None:
-        """Show something that happened once: a gradient spike, a checkpoint passed over, a signal."""
-        text = f"! {_printable(text)}"
+        """Show an event, such as a gradient spike, a checkpoint passed over, or a signal."""
+        text = "! " + escaped(text, keep="\n")
         pushed_out = self._events[0] if len(self._events) == EVENTS_SHOWN else None
         self._events.append(text)
         if self._live is not None:
@@ -135,14 +160,19 @@ class Console:
             self._line(text)
 
     def close(self) -> None:
-        """Leave the last state standing and give the terminal back. More than once is fine."""
+        """Leave the last state on the screen and release the terminal. May be
+        called more than once.
+        """
         self._stop_live()
 
     def __enter__(self) -> Console:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -151,7 +181,7 @@ class Console:
         rich = _Terminal(file=self._stream, force_terminal=wanted, highlight=False)
         if not wanted or (self._live_wanted is None and rich.is_dumb_terminal):
             return
-        # No refresh thread: everything is drawn in `log` and `event`, so that every failure arrives there.
+        # No refresh thread: `log` and `event` draw everything, so that errors are raised there.
         self._live = Live(self._table(), console=rich, auto_refresh=False, vertical_overflow="crop")
         self._live.start(refresh=True)
         rich.show_cursor(True)  # a killed run leaves a usable terminal
@@ -168,10 +198,10 @@ class Console:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim")
         grid.add_column(justify="right")
-        for key, _, label, form in _COLUMNS:
+        for key, _, label, form in _columns(self._figures):
             text = _shown(row, key, form)
-            if key == "knn" and text is not None and self._best_knn is not None:
-                text = f"{text}  (best {form(self._best_knn)})"
+            if text is not None and key in self._best:
+                text = f"{text}  (best {form(self._best[key])})"
             grid.add_row(label, Text("-" if text is None else text))
         progress = Table.grid(padding=(0, 2), expand=True)
         progress.add_column(no_wrap=True)
@@ -182,21 +212,22 @@ class Console:
         return Panel(Group(*parts), title="fastmoco", title_align="left")
 
     def _guarded(self, draw: Callable[[], None]) -> None:
-        """Draw on the live table, or give it up for plain lines."""
+        """Draw on the live table; after an error change to plain lines."""
         try:
             draw()
-        except Exception:  # whatever the terminal did; see the module's docstring
+        except Exception:  # any error of the terminal; see the module's docstring
             self._live_wanted = False
             self._stop_live()
 
     def _stop_live(self) -> None:
-        live, self._live = self._live, None
+        live = self._live
+        self._live = None
         if live is not None:
             with contextlib.suppress(Exception):  # the terminal may be gone; see the module's docstring
                 live.stop()
 
     def _line(self, text: str | Callable[[], str]) -> None:
-        """Write one plain line and flush it, or fall silent for good."""
+        """Write one plain line and flush it; after an error write nothing any more."""
         if self._silent:
             return
         try:

@@ -1,7 +1,8 @@
-"""Speed of training: images per second, the share of time spent waiting for data, and when it will be done.
+"""Speed of training: images per second, the share of time that it waits for
+data, and the time left.
 
-Wall clock only: nothing here touches a tensor or waits for a device. On a GPU the figures are right over an interval, because
-the log step at its end waits for the device once.
+It reads the clock only and never waits for a device. On a GPU the figures are correct over an
+interval, because the log step at its end waits for the device once.
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 SMOOTHING = 0.3
-"""Weight of the newest interval in the time per step from which the ETA is computed."""
+"""Weight of the newest interval in the smoothed time per step, for the ETA."""
 
 
 class Speed(NamedTuple):
     """Figures of one log interval."""
 
     images_per_s: float
-    """Images of the global batch (each gives two views) per second of training, evaluation and saving left out."""
+    """Images (not views) of the global batch per second of training, without
+    evaluation and saving."""
     wait_share: float
-    """Share of that time the host stood waiting for the loader, 0 to 1."""
+    """Share of that time that the host waited for the loader, 0 to 1."""
     eta_s: float
-    """Seconds of training until the last step; evaluation and saving come on top."""
+    """Seconds of training until the last step, without evaluation and saving."""
 
 
 class Throughput:
-    """Meter of one training run; `step` after every step, `report` at every log step."""
+    """Meter of one run. Call `step` after every step and `report` at every log step."""
 
     def __init__(
         self,
@@ -42,24 +44,30 @@ class Throughput:
         Args:
             global_batch_size: images of one step over all ranks.
             total_steps: optimizer steps of the whole run.
-            first_step: the step this process starts with, above 0 after a resume.
+            first_step: the step at which this process starts, above 0 after a resume.
             clock: seconds, monotonic.
         """
-        self._batch, self._total, self._done, self._clock = global_batch_size, total_steps, first_step, clock
+        self._batch = global_batch_size
+        self._total = total_steps
+        self._done = first_step
+        self._clock = clock
         self._start = clock()
-        self._steps, self._waited, self._paused = 0, 0.0, 0.0
+        # Since the last report.
+        self._steps = 0
+        self._waited = 0.0
+        self._paused = 0.0
         self._seconds_per_step: float | None = None
         self._last = Speed(0.0, 0.0, 0.0)
 
     def step(self, wait_seconds: float) -> None:
-        """Count one finished step, of which the host waited ``wait_seconds`` for the loader."""
+        """Count one finished step, of which the host waited `wait_seconds` for the loader."""
         self._steps += 1
         self._done += 1
         self._waited += wait_seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time inside (evaluation, saving) out of every figure."""
+        """Exclude the time inside (evaluation, saving) from every figure."""
         start = self._clock()
         try:
             yield
@@ -67,19 +75,27 @@ class Throughput:
             self._paused += self._clock() - start
 
     def report(self) -> Speed:
-        """Figures since the last report, and start the next interval. Without a step in between: the last figures."""
+        """Return the figures since the last report and start the next interval;
+        without a step the last figures again.
+        """
         if self._steps == 0:
             return self._last
         now = self._clock()
         wall = now - self._start
         training = max(wall - self._paused, 1e-9)
-        newest, smoothed = training / self._steps, self._seconds_per_step
+
+        newest = training / self._steps
+        smoothed = self._seconds_per_step
         smoothed = newest if smoothed is None else smoothed + SMOOTHING * (newest - smoothed)
         self._last = Speed(
             images_per_s=self._steps * self._batch / training,
             wait_share=min(1.0, self._waited / training),
             eta_s=max(0, self._total - self._done) * smoothed,
         )
-        self._seconds_per_step, self._start = smoothed, now
-        self._steps, self._waited, self._paused = 0, 0.0, 0.0
+
+        self._seconds_per_step = smoothed
+        self._start = now
+        self._steps = 0
+        self._waited = 0.0
+        self._paused = 0.0
         return self._last

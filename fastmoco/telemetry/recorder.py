@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmoco.config import Config, Resolved
+from fastmoco.distributed.agree import mean
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import say
-from fastmoco.run_folder import RunFolder
+from fastmoco.run.folder import RunFolder
 from fastmoco.telemetry.console import Console
 from fastmoco.telemetry.metrics import Throughput
 from fastmoco.telemetry.sinks import JsonlSink, TensorBoardSink
@@ -24,10 +25,9 @@ from fastmoco.telemetry.stability import (
     GradientRecorder,
     SpikeDetector,
     feature_std,
-    gradient_norms,
     pair_cosines,
 )
-from fastmoco_pipelines.stages import StageFigures
+from fastmoco_pipelines.loading.stages import StageFigures
 
 SLOW_LOADER = 0.2
 """Share of an interval that the trainer may wait for data before the recorder says so."""
@@ -42,9 +42,19 @@ class Recorder:
         folder: where ``metrics.jsonl`` lies, and TensorBoard's files where it is installed.
         world: this process's place.
         start_step: steps done before this process began.
+        figures: metric name -> label of the accuracies that `measured` will get.
     """
 
-    def __init__(self, config: Config, resolved: Resolved, folder: RunFolder, world: World, *, start_step: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        resolved: Resolved,
+        folder: RunFolder,
+        world: World,
+        *,
+        start_step: int,
+        figures: Mapping[str, str] | None = None,
+    ) -> None:
         self.resolved, self.world = resolved, world
         self.meter = Throughput(
             global_batch_size=config.global_batch_size, total_steps=resolved.total_steps, first_step=start_step
@@ -52,13 +62,14 @@ class Recorder:
         self._gradients, self._spikes = GradientRecorder(), SpikeDetector()
         self._collapse = CollapseDetector(dim=config.model.projection_dim)
         self._forgetting = ForgettingDetector()
-        self._dips = DipDetector()
-        self._knn_last: float | None = None
-        self._knn_best: float | None = None
+        self._labels = dict(figures or {})
+        self._dips = {name: DipDetector(label) for name, label in self._labels.items()}
+        self._last: dict[str, float] = {}
+        self._best: dict[str, float] = {}
         self._loader = self._loader_before = StageFigures()
         self._loader_was_slow = self._refused = False
         self._sinks: list[JsonlSink | TensorBoardSink] = []
-        self.console = Console(rank=world.rank)
+        self.console = Console(rank=world.rank, figures=self._labels)
         if world.rank == 0:
             self._sinks.append(JsonlSink(folder.metrics))
             try:
@@ -72,17 +83,16 @@ class Recorder:
             f"lr = {config.optim.lr:g} x {config.global_batch_size} / 256 = {resolved.peak_lr:g}",
         )
 
-    def known_knn(self, last: float | None, best: float | None) -> None:
-        """Show kNN accuracies from before a resume."""
-        self._knn_last, self._knn_best = last, best
-        if best is not None:
-            self._dips.observe(0, best)
+    def known(self, last: Mapping[str, float], best: Mapping[str, float]) -> None:
+        """Show accuracies from before a resume, the last and the best ones by metric name."""
+        self._last |= last
+        self._best |= best
+        for name, value in best.items():
+            self._dips[name].observe(0, value)
 
-    def gradients(self, step: int, objective: nn.Module) -> dict[str, Tensor]:
-        """Keep this step's gradient norms on the device, and give them; call it between backward and update."""
-        norms = gradient_norms(objective.named_parameters())
+    def gradients(self, step: int, norms: Mapping[str, Tensor]) -> None:
+        """Keep the gradient norms of a step (`gradient_norms`) on their device. No host sync."""
         self._gradients.record(step, norms)
-        return norms
 
     def rolled_back(self, step: int, to: int) -> None:
         """Write that the state is that of an earlier step again."""
@@ -99,7 +109,7 @@ class Recorder:
     def loader_verdict(self, figures: StageFigures) -> None:
         """Say once whether the loader was the bottleneck of all that has been trained."""
         if figures.steps:
-            self.event(figures.verdict())
+            self.event(figures.summary())
 
     def paused(self) -> AbstractContextManager[None]:
         """Time inside counts as neither training nor waiting."""
@@ -109,58 +119,53 @@ class Recorder:
         self,
         step: int,
         loss: Tensor,
-        q: Tensor,
-        keys: Tensor,
+        watch: Mapping[str, Tensor],
         *,
         lr: float,
-        ema_momentum: float,
-        accuracy: Tensor | None = None,
+        schedules: Mapping[str, float],
     ) -> float:
         """Write one line of metrics. The one place that waits for the device.
 
         Args:
             step: optimizer steps done.
             loss: this rank's loss, a scalar on the device; its mean over ranks is written.
-            q: [B, D] raw queries of this step.
-            keys: [B, D] raw keys of the same images' other view: the cosines say whether pairs, or all images, fall together.
+            watch: what the objective shows (`Output.watch`). Of "queries" and "keys" the cosines say whether pairs, or all
+                images, fall together; "accuracy" are shares of queries whose positive ranks first, and among the first five.
             lr: learning rate of this step.
-            ema_momentum: EMA momentum of this step.
-            accuracy: [2] shares of queries whose positive ranks first, and among the first five, of all keys.
+            schedules: the objective's own numbers of this step (`Objective.schedules`).
 
         Returns:
             The mean loss over ranks, the same number on all of them.
         """
-        parts = [torch.stack([loss.detach(), feature_std(q)]), pair_cosines(q, keys)]
-        if accuracy is not None:
-            parts.append(accuracy)
-        figures = torch.cat([part.double() for part in parts])
-        if self.world.world_size > 1:
-            dist.all_reduce(figures)
-            figures /= self.world.world_size
-        mean_loss, spread, positive, negative, *shares = figures.tolist()
+        shown = {"loss": loss.detach(), **_figures(watch)}
+        figures = mean(torch.stack([figure.double() for figure in shown.values()]))
+        values = dict(zip(shown, figures.tolist(), strict=True))
+        mean_loss = values.pop("loss")
         peaks = self._gradient_peaks()
-        for event in (self._collapse.observe(step, spread), self._forgetting.observe(step, positive, negative)):
-            if event:
-                self.event(f"warning: {event}")
+        events = []
+        if "feature_std" in values:
+            events.append(self._collapse.observe(step, values["feature_std"]))
+        if "cosine/positive" in values:
+            events.append(self._forgetting.observe(step, values["cosine/positive"], values["cosine/negative"]))
+        for event in filter(None, events):
+            self.event(f"warning: {event}")
         speed = self.meter.report()
         metrics = {
             "epoch": step / self.resolved.steps_per_epoch,
             "loss": mean_loss,
             "lr": lr,
-            "ema_momentum": ema_momentum,
+            **schedules,
             "images_per_s": speed.images_per_s,
             "wait_share": speed.wait_share,
-            "feature_std": spread,
-            "cosine/positive": positive,
-            "cosine/negative": negative,
-            **dict(zip(("contrast/top1", "contrast/top5"), shares, strict=False)),
+            **values,
             **{f"gradient_norm/{name}": value for name, value in peaks.items()},
             **self._loader_metrics(),
         }
         self._write(step, metrics)
         row: dict[str, float | None] = {"step": step, **metrics, "eta_s": speed.eta_s}
-        row["quarantined"] = self._loader.quarantined or None
-        self.console.log({**row, "knn": self._knn_last, "knn_best": self._knn_best})
+        row["quarantined"] = self._loader.left_out or None
+        best = {f"{name}_best": value for name, value in self._best.items()}
+        self.console.log({**row, **self._last, **best})
         return float(mean_loss)
 
     def _loader_metrics(self) -> dict[str, float]:
@@ -171,7 +176,7 @@ class Recorder:
         slow = recent.wait_share > SLOW_LOADER and self._loader_before.steps > 0
         if slow and not self._loader_was_slow:
             self._loader_was_slow = True
-            self.event(recent.verdict())
+            self.event(recent.summary())
         return recent.metrics()
 
     def _gradient_peaks(self) -> dict[str, float]:
@@ -186,15 +191,17 @@ class Recorder:
                 peaks[name] = math.nan if math.isnan(value + before) else max(value, before)
         return peaks
 
-    def knn(self, step: int, accuracy: float) -> None:
-        """Write one kNN accuracy."""
-        self._knn_last = accuracy
-        self._knn_best = accuracy if self._knn_best is None else max(self._knn_best, accuracy)
-        self._write(step, {"epoch": step / self.resolved.steps_per_epoch, "knn": accuracy})
-        self.event(f"step {step}: kNN {accuracy:.1%} (best {self._knn_best:.1%})")
-        dip = self._dips.observe(step, accuracy)
-        if dip:
-            self.event(f"warning: {dip}")
+    def measured(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write the figures of an evaluation, all of them named to the constructor."""
+        self._last |= figures
+        self._best |= {name: max(value, self._best.get(name, value)) for name, value in figures.items()}
+        self._write(step, {"epoch": step / self.resolved.steps_per_epoch, **figures})
+        shown = [f"{self._labels[name]} {value:.1%} (best {self._best[name]:.1%})" for name, value in figures.items()]
+        self.event(f"step {step}: {', '.join(shown)}")
+        for name, value in figures.items():
+            dip = self._dips[name].observe(step, value)
+            if dip:
+                self.event(f"warning: {dip}")
 
     def event(self, text: str) -> None:
         """Say something once."""
@@ -224,3 +231,17 @@ class Recorder:
         if refused and not self._refused:
             self.event(f"warning: metrics cannot be written and are lost until they can ({'; '.join(refused)})")
         self._refused = bool(refused)
+
+
+def _figures(watch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scalars on the device of what an objective shows, by the name of their metric."""
+    figures: dict[str, Tensor] = {}
+    if "queries" in watch:
+        queries = watch["queries"][0]
+        figures["feature_std"] = feature_std(queries)
+        if "keys" in watch:
+            figures["cosine/positive"], figures["cosine/negative"] = pair_cosines(queries, watch["keys"][-1]).unbind()
+    if "accuracy" in watch:
+        figures["contrast/top1"], figures["contrast/top5"] = watch["accuracy"].unbind()
+    others = {name: tensor for name, tensor in watch.items() if name not in ("queries", "keys", "accuracy")}
+    return figures | {name: tensor for name, tensor in others.items() if tensor.ndim == 0}

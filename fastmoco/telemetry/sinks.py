@@ -1,4 +1,4 @@
-"""Where metrics go: JSON lines always, TensorBoard when it is installed."""
+"""Sinks of metrics: JSON lines, and TensorBoard if it is installed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from pathlib import Path
 
 
 class JsonlSink:
-    """One JSON object a line: ``{"step": 20, "time": 1767225600.0, "loss": 3.41, ...}``.
+    """One JSON object per line: `{"step": 20, "time": 1767225600.0, "loss": 3.41, ...}`.
 
-    Every line reaches the file in one write, so a killed run loses at most the line it was writing, and several processes could
-    append. NaN and infinity, which JSON does not know, become null. A line may carry any subset of metrics; one step may
-    have several lines (loss at one moment, kNN at another).
+    Every line is written with one call, so a killed run loses at most the line that it was writing,
+    and several processes could append. NaN and infinity, which JSON does not have, become null. A
+    line contains any subset of metrics, and a step may have several lines, such as one for the loss
+    and one for kNN.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open ``path`` (mode 0600 if new) for appending. A torn last line of a killed run is ended, not continued."""
+        """Open `path` (mode 0600 if new) for appending. An incomplete last line of a killed run is
+        ended, not continued.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         size = os.fstat(self._descriptor).st_size
@@ -29,29 +32,29 @@ class JsonlSink:
         """Append the metrics of one step.
 
         Raises:
-            OSError: if the disk refuses.
+            OSError: if the file system fails.
         """
         row: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
         row |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = json.dumps(row, allow_nan=False) + "\n"
         data = memoryview((("\n" if self._torn else "") + line).encode())
-        self._torn = True  # until the whole line is out: a full disk may take a part of it
+        self._torn = True  # until the whole line is written: a full disk may accept a part of it
         while data:
             data = data[os.write(self._descriptor, data) :]
         self._torn = False
 
     def close(self) -> None:
-        """Close the file; more than once is fine."""
+        """Close the file; may be called more than once."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 class TensorBoardSink:
-    """The same metrics as TensorBoard scalars."""
+    """Metrics as TensorBoard scalars."""
 
     def __init__(self, folder: Path, *, first_step: int = 0) -> None:
-        """Open an event file in ``folder``; what earlier files hold from ``first_step`` on is hidden.
+        """Open an event file in `folder`; earlier values from `first_step` on are hidden.
 
         Raises:
             ImportError: if TensorBoard is not installed.
@@ -61,10 +64,10 @@ class TensorBoardSink:
         self._writer = SummaryWriter(log_dir=str(folder), purge_step=first_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add one scalar a metric."""
+        """Add one scalar for each metric."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush and close; more than once is fine."""
+        """Flush and close; may be called more than once."""
         self._writer.close()

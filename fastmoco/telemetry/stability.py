@@ -10,7 +10,6 @@ Nothing here decides anything: detectors return events with the numbers in them,
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -18,14 +17,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import normalize
 
-from fastmoco_kernels._multi_tensor import local, sums_over_shards
-
-_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
-_HEADS = re.compile(r"(?:^|\.)(?:head|projector|predictor)\.")
-_PATCHES = re.compile(r"(?:^|\.)patch_embed\.")
+from fastmoco_kernels.tensors import all_plain, local, sums_over_shards
 
 
 def feature_std(features_BD: Tensor) -> Tensor:
@@ -108,18 +102,22 @@ def chance_loss(*, temperature: float, keys: int) -> float:
     return 4 * temperature * math.log(keys)
 
 
-def gradient_norms(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """L2 norms of the gradients, by place in the network, accumulated in float32.
+def gradient_norms(
+    named_parameters: Iterable[tuple[str, Tensor]], places: Mapping[str, tuple[str, ...]]
+) -> dict[str, Tensor]:
+    """L2 norms of the gradients, by place in the network, in one pass over them, accumulated in float32 or wider.
 
     Args:
         named_parameters: of the objective, after backward. Parameters without a gradient (frozen, momentum side) are left
             out. Of sharded ones the whole norm counts: one small message a call, for which all ranks must call.
+        places: where each parameter counts, by its name (`Objective.places`); one without a place counts in the total alone.
 
     Returns:
-        Scalars float32 on the parameters' device, no host sync: ``total`` and, where such parameters have gradients,
-        ``patch_embed``, ``first_block``, ``last_block`` and ``heads`` (projector and predictor). ``first_block`` is the first
-        block of the ViT, the layer nearest to the input that is trained when the patch projection is frozen.
-        ``total`` alone is a poor alarm: early on the class token dominates it (it starts at 1e-6 and a LayerNorm divides
+        Scalars, at least float32, on the parameters' device, no host sync: each place that has a
+        gradient, in the order of the network (`patch_embed`, `first_block`, `last_block`, `heads`),
+        and `total`. `first_block` is the first block of the ViT, the layer nearest to the input that
+        is trained when the patch projection is frozen.
+        `total` alone is a poor alarm: early on the class token dominates it (it starts at 1e-6 and a LayerNorm divides
         by its deviation).
     """
     found = [(name, p.grad.detach()) for name, p in named_parameters if p.grad is not None]
@@ -127,29 +125,17 @@ def gradient_norms(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, 
         return {"total": torch.zeros(())}
     wide = torch.promote_types(found[0][1].dtype, torch.float32)
     grads = [grad for _, grad in found]
-    norms = torch.stack(torch._foreach_norm(local(grads), 2, wide)).float()
-    if any(isinstance(grad, DTensor) for grad in grads):
-        norms = sums_over_shards([norms.double().square()], grads)[0].sqrt().float()
-    blocks = {int(match[1]) for name, _ in found if (match := _BLOCK.search(name))}
+    norms = torch.stack(torch._foreach_norm(local(grads), 2, wide))
+    if not all_plain(grads):
+        norms = sums_over_shards([norms.double().square()], grads)[0].sqrt().to(wide)
     groups: dict[str, list[int]] = {}
     for index, (name, _) in enumerate(found):
-        if match := _BLOCK.search(name):
-            number = int(match[1])
-            if number == min(blocks):
-                groups.setdefault("first_block", []).append(index)
-            if number == max(blocks):
-                groups.setdefault("last_block", []).append(index)
-        elif _HEADS.search(name):
-            groups.setdefault("heads", []).append(index)
-        elif _PATCHES.search(name):
-            groups.setdefault("patch_embed", []).append(index)
-    order = ("patch_embed", "first_block", "last_block", "heads")
+        for place in places.get(name, ()):
+            groups.setdefault(place, []).append(index)
+    last = ("first_block", "last_block", "heads")
+    order = [place for place in groups if place not in last] + [place for place in last if place in groups]
     # Stacked views: indexing by a list would copy the list to the device, and wait for it.
-    result = {
-        group: torch.linalg.vector_norm(torch.stack([norms[i] for i in groups[group]]))
-        for group in order
-        if group in groups
-    }
+    result = {group: torch.linalg.vector_norm(torch.stack([norms[i] for i in groups[group]])) for group in order}
     return {**result, "total": torch.linalg.vector_norm(norms)}
 
 
@@ -281,11 +267,19 @@ class ForgettingDetector:
 
 
 class DipDetector:
-    """Event when kNN accuracy falls more than ``tolerance`` below its best: the paper's visible sign of instability."""
+    """Event when an accuracy falls more than `tolerance` below its best: the paper's visible sign of instability."""
 
-    def __init__(self, *, tolerance: float = 0.02) -> None:
-        """Remember the rule; the tolerance (a share) should exceed the noise of the held-out set, 2/sqrt(n) at worst."""
-        self._tolerance, self._best, self._inside = tolerance, -math.inf, False
+    def __init__(self, label: str, *, tolerance: float = 0.02) -> None:
+        """Remember the rule.
+
+        Args:
+            label: of the accuracy.
+            tolerance: a share, which should exceed the noise of the held-out set, 2/sqrt(n) at worst.
+        """
+        self._label = label
+        self._tolerance = tolerance
+        self._best = -math.inf
+        self._inside = False
 
     def observe(self, step: int, accuracy: float) -> str | None:
         """Take in one accuracy (a share); the event's text when a dip begins."""
@@ -293,4 +287,5 @@ class DipDetector:
         was_inside, self._inside = self._inside, accuracy < best - self._tolerance
         if not self._inside or was_inside:
             return None
-        return f"step {step}: kNN fell to {accuracy:.1%}, {100 * (best - accuracy):.1f} points below its best"
+        points = 100 * (best - accuracy)
+        return f"step {step}: {self._label} fell to {accuracy:.1%}, {points:.1f} points below its best"

@@ -1,5 +1,5 @@
 """Which rank holds up the others. Every step is as long on all ranks, because they wait for each other; so what is measured
-is the part of a step before the first exchange: the wait for data, and the trunks of both encoders up to the heads.
+is the part of a step before the first exchange: the wait for data, and the trunks up to the heads.
 
 Under FSDP the trunk itself exchanges weights, and a slow rank then shows on all of them: only its data stay telling.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,19 +25,19 @@ class Stragglers:
     """Call `begin` between a step's data and its forward, and `report` at log steps, on all ranks.
 
     Args:
-        objective: has two encoders with a ``head`` each; the first call of one ends the part of a step without exchanges.
+        objective: an `Objective`; the first call of one of its heads ends the part of a step without exchanges.
         world: this process among its peers; alone it measures nothing.
     """
 
-    def __init__(self, objective: nn.Module, world: World) -> None:
+    def __init__(self, objective: Any, world: World) -> None:
         self._world = world
         self._steps, self._waited, self._busy = 0, 0.0, 0.0
         self._begun: float | torch.cuda.Event | None = None
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._known: set[tuple[int, int]] = set()
         if world.world_size > 1:
-            for encoder in ("encoder", "momentum_encoder"):  # whichever head comes first
-                head = objective.get_submodule(f"{encoder}.head")
+            heads: list[nn.Module] = [head for parts in objective.parts().values() for head in parts.heads.values()]
+            for head in heads:  # the first one to be called counts
                 head.register_forward_pre_hook(lambda *_: self._reached_head())
 
     def begin(self, wait_seconds: float) -> None:

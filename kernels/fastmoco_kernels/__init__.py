@@ -1,4 +1,4 @@
-"""Fused ops for contrastive pre-training, usable alone: they need torch, and nothing of the trainer.
+"""Fused ops for contrastive pre-training. They need torch, but not the trainer.
 
 >>> from fastmoco_kernels import info_nce_loss, ema_update_, attention
 """
@@ -7,7 +7,6 @@ from fastmoco_kernels.adamw_ema.op import adamw_ema_step_
 from fastmoco_kernels.adamw_ema.optimizer import AdamWEMA
 from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
 from fastmoco_kernels.attention.op import attention
-from fastmoco_kernels.attention.packed import packed_attention
 from fastmoco_kernels.blur.op import gaussian_blur
 from fastmoco_kernels.cut_views.op import cut_views
 from fastmoco_kernels.ema.op import ema_update_
@@ -35,7 +34,6 @@ __all__ = [
     "gelu",
     "info_nce_loss",
     "lars_step_",
-    "packed_attention",
     "residual_norm",
     "split_qkv",
     "symmetric_info_nce_loss",

@@ -1,8 +1,8 @@
-"""The gradient of a linear layer's bias, taken over by the operation that reads the layer's output.
+"""The gradient of a linear layer's bias, computed by the operation that reads the layer's output.
 
-That gradient is the sum over rows of the gradient to the output. In torch it is a pass of its own over a tensor that a
-kernel has just written. ``F.linear(x, W, bias.detach())`` leaves it out, and the next operation, told of ``bias``, adds
-the rows up while it writes them.
+That gradient is the sum over rows of the gradient to the output. In torch it is a pass of its own
+over a tensor that a kernel has just written. `F.linear(x, W, bias.detach())` leaves it out, and the
+next operation is passed `bias` and sums the rows while it writes them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import triton_is_default
+from fastmoco_kernels.backends import triton_is_default
 
 
 class _PassBiasGradient(torch.autograd.Function):
@@ -32,7 +32,8 @@ class _PassBiasGradient(torch.autograd.Function):
 
 
 def pass_bias_gradient(x: Tensor, bias: Tensor | None) -> Tensor:
-    """``x``; on the way back ``bias`` is given the sum over rows of the gradient to x, as torch's linear layer sums it.
+    """`x`; in the backward `bias` gets the sum over rows of the gradient of x, as in torch's linear
+    layer.
 
     Args:
         x: [..., E], the linear layer's output, bias added.
@@ -45,7 +46,7 @@ def pass_bias_gradient(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def check_bias(op: str, name: str, x: Tensor, bias: Tensor | None) -> None:
-    """A bias must be one number for each column of ``x`` (``name`` in the error text).
+    """A bias must be one number for each column of `x` (`name` in the error text).
 
     Raises:
         ValueError: naming both sides.
@@ -54,18 +55,24 @@ def check_bias(op: str, name: str, x: Tensor, bias: Tensor | None) -> None:
         return
     if bias.shape != x.shape[-1:]:
         raise ValueError(
-            f"{op}: {name} is {tuple(x.shape)} but its bias is {tuple(bias.shape)}; it must be [{x.shape[-1]}]"
+            f"{op}: {name} is {tuple(x.shape)} but its bias is {tuple(bias.shape)}; "
+            f"it must be [{x.shape[-1]}]"
         )
     if bias.device != x.device:
-        raise ValueError(f"{op}: {name} is on {x.device} but its bias is on {bias.device}; they must agree")
+        raise ValueError(
+            f"{op}: {name} is on {x.device} but its bias is on {bias.device}; they must agree"
+        )
     if not bias.is_floating_point():
-        raise ValueError(f"{op}: {name} is {x.dtype} but its bias is {bias.dtype}; it must be floating point")
+        raise ValueError(
+            f"{op}: {name} is {x.dtype} but its bias is {bias.dtype}; it must be floating point"
+        )
 
 
 def kernels_are_default(device: torch.device) -> bool:
-    """`triton_is_default`, as a constant for a graph compiler: it cannot look into what decides where Triton runs."""
+    """`triton_is_default` as a constant for a graph compiler, which cannot trace that decision."""
     return triton_is_default(device)
 
 
-# What torch.compiler.assume_constant_result sets. Calling that would import the compiler along with the ops.
+# What torch.compiler.assume_constant_result sets. Calling that would import the compiler along with
+# the ops.
 kernels_are_default._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,9 +1,10 @@
-"""Whether tensors still are what they were when a plan for them was made, in a few dozen nanoseconds a tensor.
+"""Whether tensors are as they were when a plan was made, in a few dozen nanoseconds a tensor.
 
-A plan (which tensors share a launch, which take the plain path) depends on the type, dtype, device, shape and strides of
-every tensor, not on which objects they are. A caller may change any of these under the same Python object and at the same
-address: ``p.data = p.data.t()``, ``module.half()``, a block of memory that the allocator hands out again. So every call
-compares all of them. Addresses are not compared here: a tensor may move, and `PointerTable.refresh` follows it.
+A plan (which tensors share a launch, which take the plain path) depends on the type, dtype, device,
+shape and strides of every tensor, not on which objects they are. A caller may change any of these
+under the same Python object and at the same address: `p.data = p.data.t()`, `module.half()`, a
+block of memory that the allocator returns again. So every call compares all of them. Addresses are
+not compared here: a tensor may move, and `PointerTable.refresh` follows it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 _GUARDED = ((2, 11), (2, 14))
-"""Versions of torch whose `TensorGuards` has been tested here. It is not public; elsewhere the plain path is taken."""
+"""Versions of torch whose private `TensorGuards` is tested here; others take the plain path."""
 
 
 class Unchanged:
@@ -28,8 +29,10 @@ class Unchanged:
         >>> import torch
         >>> weight = torch.zeros(2, 2)
         >>> same = Unchanged([weight])
-        >>> same.holds([torch.ones(2, 2)]), same.holds([weight.t()]), same.holds([torch.zeros(2, 2).half()])
-        (True, False, False)
+        >>> same.holds([torch.ones(2, 2)]), same.holds([weight.t()])
+        (True, False)
+        >>> same.holds([torch.zeros(2, 2).half()])
+        False
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -37,16 +40,18 @@ class Unchanged:
         self._check = guards(tensors) if tensors and _has_guards() else plain(tensors)
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether there are as many tensors, each of its predecessor's type, dtype, device, shape and strides.
+        """Whether the tensors match one by one in type, dtype, device, shape and strides.
 
-        False as well where the compiled comparison cannot tell: another autocast or inference mode, another need of a
-        gradient. The caller then makes a new plan, which is always right.
+        Also False where the compiled comparison cannot decide: another autocast or inference mode,
+        another `requires_grad`. The caller then makes a new plan, which is always right.
         """
         return len(tensors) == self._count and self._check(*tensors)
 
 
 def plain(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """The comparison written out: the reference of the tests, and the path for versions of torch without the other."""
+    """The comparison in Python: the reference of the tests, and the path for other versions of
+    torch.
+    """
     known = _facts(tensors)
     return lambda *now: _facts(now) == known
 
@@ -57,7 +62,9 @@ def guards(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
     sizes: Any = [list(tensor.shape) for tensor in tensors]
     strides: Any = [list(tensor.stride()) for tensor in tensors]
-    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    check: Callable[..., bool] = TensorGuards(
+        *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
+    ).check
     return check
 
 

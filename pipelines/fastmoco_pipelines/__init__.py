@@ -1,8 +1,9 @@
-"""Shards of images -> two augmented views of every image, on the device.
+"""Shards of images -> augmented views of every image, on the device.
 
-Pack images into shards with ``pack_folder``, describe the views with ``ViewSpec`` and the batches with ``LoaderSpec``,
-and iterate over ``build_loader(spec)``. A name is imported when it is first used: describing views needs no torch,
-DALI is imported when a loader is built, webdataset when shards are packed.
+Pack images into shards with `pack_folder`, describe the views with `ViewSpec` and the batches with
+`LoaderSpec`, and iterate over `build_loader(spec)`. A name is imported when it is first used:
+describing views needs no torch, DALI is imported when a loader is built, webdataset when shards are
+packed.
 """
 
 from __future__ import annotations
@@ -11,25 +12,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastmoco_pipelines.batch import EvalBatch, TwoViewBatch
-    from fastmoco_pipelines.culprit import BadImageError
-    from fastmoco_pipelines.eval_loader import EvalLoader, build_eval_loader
-    from fastmoco_pipelines.index import ShardError
-    from fastmoco_pipelines.indexing import IndexReport, index_shards
-    from fastmoco_pipelines.levels import normalise
-    from fastmoco_pipelines.loader import Loader, build_loader
-    from fastmoco_pipelines.memory import LoaderBytes, loader_bytes
-    from fastmoco_pipelines.order import epoch_order, rank_slice, steps_per_epoch
-    from fastmoco_pipelines.pack import PackReport, pack_folder
-    from fastmoco_pipelines.samples import pack_digits
-    from fastmoco_pipelines.shards import ShardSet, expand_shards
-    from fastmoco_pipelines.spec import EvalSpec, LoaderSpec, ViewSpec, moco_v3_views
-    from fastmoco_pipelines.synthetic import SyntheticLoader
+    from fastmoco_pipelines.errors import BadImageError, ShardError
+    from fastmoco_pipelines.loading.batch import Batch, EvalBatch
+    from fastmoco_pipelines.loading.eval_loader import EvalLoader, build_eval_loader
+    from fastmoco_pipelines.loading.loader import Loader, build_loader
+    from fastmoco_pipelines.loading.memory import LoaderBytes, loader_bytes
+    from fastmoco_pipelines.loading.synthetic import SyntheticLoader
+    from fastmoco_pipelines.making.digits import pack_digits
+    from fastmoco_pipelines.making.indexing import IndexReport, index_shards
+    from fastmoco_pipelines.making.pack import PackReport, pack_folder
+    from fastmoco_pipelines.sampling.order import epoch_order, rank_slice, steps_per_epoch
+    from fastmoco_pipelines.sets.shard_set import ShardSet, expand_shards
+    from fastmoco_pipelines.spec import (
+        EvalLoaderSpec,
+        EvalSpec,
+        LoaderSpec,
+        ViewSpec,
+        moco_v3_views,
+    )
+    from fastmoco_pipelines.views.levels import normalise
 
 __all__ = [
     "BadImageError",
+    "Batch",
     "EvalBatch",
     "EvalLoader",
+    "EvalLoaderSpec",
     "EvalSpec",
     "IndexReport",
     "Loader",
@@ -39,7 +47,6 @@ __all__ = [
     "ShardError",
     "ShardSet",
     "SyntheticLoader",
-    "TwoViewBatch",
     "ViewSpec",
     "build_eval_loader",
     "build_loader",
@@ -55,28 +62,41 @@ __all__ = [
     "steps_per_epoch",
 ]
 
-_HOMES = {
-    "batch": ("EvalBatch", "TwoViewBatch"),
-    "culprit": ("BadImageError",),
-    "eval_loader": ("EvalLoader", "build_eval_loader"),
-    "index": ("ShardError",),
-    "indexing": ("IndexReport", "index_shards"),
-    "levels": ("normalise",),
-    "loader": ("Loader", "build_loader"),
-    "memory": ("LoaderBytes", "loader_bytes"),
-    "order": ("epoch_order", "rank_slice", "steps_per_epoch"),
-    "pack": ("PackReport", "pack_folder"),
-    "samples": ("pack_digits",),
-    "shards": ("ShardSet", "expand_shards"),
-    "spec": ("EvalSpec", "LoaderSpec", "ViewSpec", "moco_v3_views"),
-    "synthetic": ("SyntheticLoader",),
+_ROOMS = {
+    "BadImageError": "errors",
+    "Batch": "loading.batch",
+    "EvalBatch": "loading.batch",
+    "EvalLoader": "loading.eval_loader",
+    "EvalLoaderSpec": "spec",
+    "EvalSpec": "spec",
+    "IndexReport": "making.indexing",
+    "Loader": "loading.loader",
+    "LoaderBytes": "loading.memory",
+    "LoaderSpec": "spec",
+    "PackReport": "making.pack",
+    "ShardError": "errors",
+    "ShardSet": "sets.shard_set",
+    "SyntheticLoader": "loading.synthetic",
+    "ViewSpec": "spec",
+    "build_eval_loader": "loading.eval_loader",
+    "build_loader": "loading.loader",
+    "epoch_order": "sampling.order",
+    "expand_shards": "sets.shard_set",
+    "index_shards": "making.indexing",
+    "loader_bytes": "loading.memory",
+    "moco_v3_views": "spec",
+    "normalise": "views.levels",
+    "pack_digits": "making.digits",
+    "pack_folder": "making.pack",
+    "rank_slice": "sampling.order",
+    "steps_per_epoch": "sampling.order",
 }
+"""Public name -> the module that has it."""
 
 
 def __getattr__(name: str) -> object:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
+    if name in _ROOMS:
+        return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

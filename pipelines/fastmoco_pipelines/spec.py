@@ -1,25 +1,50 @@
-"""What a view is and what a loader delivers: inert, validated data. No torch, no DALI, nothing random.
+"""What a view is and what a loader delivers: inert, validated data. No torch, no DALI, nothing
+random.
 
-Equation and number source: Chen, Xie, He 2021 (MoCo v3), the asymmetric augmentation pair of BYOL. Strengths follow
-torchvision's conventions: a strength s means a factor drawn uniformly from [1 - s, 1 + s]; hue is a share of a full turn.
+Equation and number source: Chen, Xie, He 2021 (MoCo v3), the asymmetric augmentation pair of BYOL.
+Strengths follow torchvision's conventions: a strength s means a factor drawn uniformly from [1 - s,
+1 + s]; hue is a share of a full turn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from enum import Enum
+from itertools import pairwise
+from typing import Annotated, Literal
 
+Device = Literal["cpu", "gpu"]
+"""Where images are decoded and models are trained."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_VIEWS = 255
+"""Views of an image at most: a view's number is one byte of the Philox counter of its draws."""
 GPU_SUB_BATCH = 128
-"""Images of one run of DALI on a GPU: enough for all of its JPEG engines, little enough for the memory (memory.py)."""
+"""Images of one run of DALI on a GPU: enough for all of its JPEG engines, little enough for the
+memory (memory.py)."""
+
+
+class Resume(Enum):
+    """Whether a field of a run's config may differ when the run continues; a field without a mark
+    may not.
+
+    The mark is in the annotation: `threads: Annotated[int, Resume.FREE] = 0`. A mark on a group of
+        fields holds for all of them.
+    """
+
+    FREE = "free"
+    """It may: no batch and no step is computed from it, or the results agree to rounding."""
+    WITH_ALLOW = "with --allow"
+    """Where the user names it: it changes what is trained, but the state and the order of the
+    images stay usable."""
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:
     """Raise the one form of configuration error: which field, what it holds, what it must hold.
 
     Raises:
-        ValueError: if ``condition`` is false.
+        ValueError: if `condition` is false.
     """
     if not condition:
         raise ValueError(f"{name}={value!r}: {rule}")
@@ -27,20 +52,24 @@ def require(condition: bool, name: str, value: object, rule: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewSpec:
-    """How one augmented view is cut from one decoded image. Order of operations: crop and resize, brightness, contrast
-    about the image's grey mean, saturation, hue (these four in an order drawn for each image where ``color="exact"``),
-    greyscale, Gaussian blur, solarize, horizontal flip, normalise."""
+    """How one augmented view is cut from one decoded image. Order of operations: crop and resize,
+    brightness, contrast about the image's grey mean, saturation, hue (these four in an order drawn
+    for each image where `color="exact"`), greyscale, Gaussian blur, solarize, horizontal flip,
+    normalise."""
 
+    copies: int = 1
+    """Views of this kind that are cut from each image, each with its own draws; 0: none."""
     size: int = 224
     """Output height and width in pixels."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest share of the image's area that the crop window covers (moco-v3: 0.08 for ViT, 0.2 for ResNet)."""
+    """Smallest and largest share of the image's area that the crop window covers (moco-v3: 0.08 for
+    ViT, 0.2 for ResNet)."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width / height of the crop window, drawn uniformly in the logarithm."""
     flip_probability: float = 0.5
     """Probability of a horizontal flip."""
     jitter_probability: float = 0.8
-    """Probability that brightness, contrast, saturation and hue are changed at all."""
+    """Probability that brightness, contrast, saturation and hue are changed."""
     brightness: float = 0.4
     """Brightness strength."""
     contrast: float = 0.4
@@ -50,13 +79,14 @@ class ViewSpec:
     hue: float = 0.1
     """Hue strength, in turns: 0.1 shifts by up to 36 degrees either way; at most 0.5."""
     grayscale_probability: float = 0.2
-    """Probability that the view loses its colour."""
+    """Probability that the view becomes grayscale."""
     blur_probability: float = 1.0
     """Probability of a Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Smallest and largest standard deviation of the blur, in output pixels (made for 224: scale it with ``size``)."""
+    """Smallest and largest standard deviation of the blur, in output pixels (made for 224: scale it
+    with `size`)."""
     solarize_probability: float = 0.0
-    """Probability that pixels at or above ``solarize_threshold`` are inverted."""
+    """Probability that pixels at or above `solarize_threshold` are inverted."""
     solarize_threshold: int = 128
     """Level, 0 to 255, from which solarize inverts."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -64,14 +94,21 @@ class ViewSpec:
     std: tuple[float, float, float] = IMAGENET_STD
     """Per-channel standard deviation divided by."""
     color: Literal["dali", "exact"] = "dali"
-    """Who does the colours. ``exact``: torchvision's PIL transforms to the bit, in each image's own random order, by fused
-    kernels on GPUs and compiled C on CPUs, there with crop and resize. ``dali``: fixed order, hue approximated; docs/views.md
-    has the distances. The recipes take ``exact``; files that do not name it mean ``dali``."""
+    """Implementation of the color operations. `exact`: bit-identical to torchvision's PIL
+    transforms, in each image's own random order, by fused kernels on GPUs and compiled C on CPUs
+    (there with crop and resize). `dali`: fixed order, hue approximated; see docs/views.md for the
+    differences. The recipes use `exact`; files without this field mean `dali`."""
 
     def __post_init__(self) -> None:
+        require(self.copies >= 0, "copies", self.copies, "counts views; 0 leaves them out")
         require(self.size >= 1, "size", self.size, "a view is at least 1 pixel wide")
         low, high = self.crop_scale
-        require(0 < low <= high <= 1, "crop_scale", self.crop_scale, "needs 0 < smallest <= largest <= 1")
+        require(
+            0 < low <= high <= 1,
+            "crop_scale",
+            self.crop_scale,
+            "needs 0 < smallest <= largest <= 1",
+        )
         low, high = self.crop_ratio
         require(0 < low <= high, "crop_ratio", self.crop_ratio, "needs 0 < smallest <= largest")
         for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
@@ -82,127 +119,220 @@ class ViewSpec:
             require(0 <= value <= 1, name, value, "a strength lies in [0, 1]")
         require(0 <= self.hue <= 0.5, "hue", self.hue, "a hue strength lies in [0, 0.5] turns")
         low, high = self.blur_sigma
-        require(0 < low <= high, "blur_sigma", self.blur_sigma, "needs 0 < smallest <= largest, in pixels")
         require(
-            0 <= self.solarize_threshold <= 255, "solarize_threshold", self.solarize_threshold, "a level is 0 to 255"
+            0 < low <= high,
+            "blur_sigma",
+            self.blur_sigma,
+            "needs 0 < smallest <= largest, in pixels",
         )
-        require(all(s > 0 for s in self.std), "std", self.std, "every channel's deviation is positive")
+        require(
+            0 <= self.solarize_threshold <= 255,
+            "solarize_threshold",
+            self.solarize_threshold,
+            "a level is 0 to 255",
+        )
+        require(
+            all(s > 0 for s in self.std), "std", self.std, "every channel's deviation is positive"
+        )
         require(self.color in ("dali", "exact"), "color", self.color, 'is "dali" or "exact"')
 
 
 def moco_v3_views(
     size: int = 224, *, crop_min: float = 0.08, color: Literal["dali", "exact"] = "exact"
 ) -> tuple[ViewSpec, ViewSpec]:
-    """The asymmetric pair of MoCo v3: view 1 is always blurred, view 2 rarely blurred and sometimes solarized.
+    """The asymmetric pair of MoCo v3: view 1 is always blurred, view 2 rarely blurred and sometimes
+    solarized.
 
     Args:
         size: output height and width in pixels. The blur, defined at 224, is scaled with it.
         crop_min: smallest share of the image's area a crop covers.
-        color: who does the colours.
+        color: implementation of the color operations.
     """
     sigma = (0.1 * size / 224, 2.0 * size / 224)
-    first = ViewSpec(size=size, crop_scale=(crop_min, 1.0), blur_sigma=sigma, blur_probability=1.0, color=color)
+    first = ViewSpec(
+        size=size, crop_scale=(crop_min, 1.0), blur_sigma=sigma, blur_probability=1.0, color=color
+    )
     return first, replace(first, blur_probability=0.1, solarize_probability=0.2)
+
+
+def each_view(groups: Sequence[ViewSpec]) -> tuple[ViewSpec, ...]:
+    """The views of an image one by one, in the order of the groups: n copies become n views.
+
+    View i of the result has the number i + 1 in the draws. Applied again it changes nothing.
+    """
+    views: list[ViewSpec] = []
+    for group in groups:
+        views += [group if group.copies == 1 else replace(group, copies=1)] * group.copies
+    return tuple(views)
+
+
+def require_views(groups: Sequence[ViewSpec], name: str) -> None:
+    """Check that groups of views make a batch.
+
+    Raises:
+        ValueError: for no view or too many, or where views of one size are not neighbours.
+    """
+    copies = tuple(group.copies for group in groups)
+    rule = "copies of each group: there is no view, give one group a copy"
+    require(sum(copies) >= 1, name, copies, rule)
+    rule = f"copies of each group: at most {MOST_VIEWS} views in all, give fewer copies"
+    require(sum(copies) <= MOST_VIEWS, name, copies, rule)
+
+    sizes = tuple(group.size for group in groups if group.copies)
+    changes = sum(size != before for before, size in pairwise(sizes))
+    rule = (
+        "sizes of the groups: those of one size must be neighbours, change the order of the groups"
+    )
+    require(changes == len(set(sizes)) - 1, name, sizes, rule)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSpec:
-    """Where shards that lie on a server are kept on this machine; local shards need none."""
+    """Where shards of a server are kept on this machine; local shards need none."""
 
-    folder: str = ""
-    """Folder of the cache, for this user alone, shared by all processes of a machine; empty: fastmoco/shards in the user's
-    cache folder (XDG_CACHE_HOME or ~/.cache)."""
-    size_gb: float = 100
-    """Its size in 10^9 bytes at most; it also leaves a fifth of the free disk alone."""
+    cache_dir: Annotated[str, Resume.FREE] = ""
+    """Folder for copies of shards from a server, for this user alone, shared by all processes of a
+    machine; empty: fastmoco/shards in the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
+    cache_size_gb: Annotated[float, Resume.FREE] = 100
+    """Size of that folder in 10^9 bytes at most; a fifth of the free disk is left alone in any
+    case."""
 
     def __post_init__(self) -> None:
-        require(0 < self.size_gb < 1e9, "cache_size_gb", self.size_gb, "a size in GB is above 0")
+        size = self.cache_size_gb
+        require(0 < size < 1e9, "cache_size_gb", size, "a size in GB is above 0")
 
     @property
-    def size_bytes(self) -> int:
-        """Its size in bytes at most."""
-        return int(self.size_gb * 1e9)
+    def cache_bytes(self) -> int:
+        """Size of the folder in bytes at most."""
+        return int(self.cache_size_gb * 1e9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoaderSpec:
+class LoaderOptions(CacheSpec):
+    """How a training loader works: what its spec and the config of a run have in common."""
+
+    prefetch: Annotated[int, Resume.FREE] = 0
+    """Batches ahead of the trainer: on a CPU beside the one that is being made, on a GPU, where
+    memory is short, that one counts. 0: two on a CPU, one on a GPU."""
+    sub_batch: Annotated[int, Resume.FREE] = 0
+    """Images that DALI decodes and augments in one run, which bounds its buffers. 0: the whole
+    batch on a CPU, 128 on a GPU."""
+    shuffle_window: int | None = None
+    """Shards shuffled together; 0: all. None: all of a local set, of a remote one 64, or as many as
+    fit into half of the cache."""
+    max_bad_share: Annotated[float, Resume.FREE] = 0.001
+    """Share of the images that may prove bad before the run ends, or 10 images if that is more; 0:
+    none. Those in the list beside the shards (`fastmoco data check`) do not count."""
+    timeout_s: Annotated[float, Resume.FREE] = 600
+    """Seconds to wait for one batch before the run ends, e.g. where a disk of the network hangs."""
+
+    def __post_init__(self) -> None:
+        CacheSpec.__post_init__(self)
+        require(
+            self.prefetch >= 0,
+            "prefetch",
+            self.prefetch,
+            "counts batches; 0 leaves it to the device",
+        )
+        require(
+            self.sub_batch >= 0,
+            "sub_batch",
+            self.sub_batch,
+            "counts images; 0 leaves it to the device",
+        )
+        window = self.shuffle_window
+        require(
+            window is None or window >= 0,
+            "shuffle_window",
+            window,
+            "counts shards; 0 shuffles the whole set",
+        )
+        require(
+            0 <= self.max_bad_share <= 1,
+            "max_bad_share",
+            self.max_bad_share,
+            "a share lies in [0, 1]",
+        )
+        require(self.timeout_s > 0, "timeout_s", self.timeout_s, "needs a time above 0 seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderSpec(LoaderOptions):
     """What a training loader delivers: which shards, which views, how many at a time, and where."""
 
     shards: str
-    """Shard tars: a path, a glob (``train-*.tar``), a brace pattern (``train-{000000..000099}.tar``), or a folder; or the
-    same behind ``https://``, ``http://``, ``s3://`` or ``gs://``."""
-    view1: ViewSpec = field(default_factory=lambda: moco_v3_views()[0])
-    """The first view."""
-    view2: ViewSpec = field(default_factory=lambda: moco_v3_views()[1])
-    """The second view."""
+    """Shard tars: a path, a glob (`train-*.tar`), a brace pattern (`train-{000000..000099}.tar`),
+    or a folder; or a URL of these forms with `https://`, `http://`, `s3://` or `gs://`."""
+    views: tuple[ViewSpec, ...] = field(default_factory=moco_v3_views)
+    """Groups of views, each of `ViewSpec.copies` views. A batch holds the views of the first group,
+    then those of the second, and so on. Groups of one size are neighbours."""
     global_batch_size: int
     """Images of one step over all ranks; every rank gets an equal part."""
     seed: int = 0
     """Seed of the order and of every augmentation draw."""
-    device: Literal["cpu", "gpu"] = "cpu"
+    device: Device = "cpu"
     """Where DALI decodes and augments."""
     threads: int = 2
     """DALI worker threads of this process."""
     view_dtype: Literal["float32", "uint8"] = "float32"
-    """What views are made of: ``float32``, normalised; or ``uint8``, the levels 0 to 255 before that last step, a quarter of the
-    bytes. ``levels.normalise`` makes the first of the second, to the bit."""
-    prefetch: int = 0
-    """Batches ahead of the trainer. On a CPU finished ones, besides the one that is being made; on a GPU, where memory is
-    short, the one that is being made counts. 0: two on a CPU, one on a GPU."""
-    sub_batch: int = 0
-    """Images that DALI decodes and augments in one run, which bounds its buffers. 0: the whole batch on a CPU, 128 on a GPU."""
-    cache_dir: str = ""
-    """Folder for shards from a server; see CacheSpec."""
-    cache_size_gb: float = 100
-    """Size of that folder in 10^9 bytes at most."""
-    shuffle_window: int | None = None
-    """Shards shuffled together; 0: the whole set. None: the whole set where it is local, else 64 shards, or as many as fit
-    into half of the cache."""
-    max_bad_share: float = 0.001
-    """Share of the set's samples that a run may leave out before it ends, on top of those listed beside the shards; ten are
-    allowed in any case. 0: none."""
-    timeout_s: float = 600
-    """Seconds to wait for one batch before it is given up, e.g. where a disk of the network hangs."""
+    """What views are made of: `float32`, normalised; or `uint8`, the levels 0 to 255 before that
+    last step, a quarter of the bytes. `levels.normalise` makes the first of the second, to the
+    bit."""
 
     def __post_init__(self) -> None:
-        require(bool(self.shards.strip()), "shards", self.shards, "name the shard tars, e.g. data/train-*.tar")
-        require(self.global_batch_size >= 2, "global_batch_size", self.global_batch_size, "needs at least 2 images")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "needs a whole number from 0 to 2**63 - 1")
+        LoaderOptions.__post_init__(self)
+        require(
+            bool(self.shards.strip()),
+            "shards",
+            self.shards,
+            "name the shard tars, e.g. data/train-*.tar",
+        )
+        require_views(self.views, "views")
+        require(
+            self.global_batch_size >= 2,
+            "global_batch_size",
+            self.global_batch_size,
+            "needs at least 2 images",
+        )
+        require(
+            0 <= self.seed < 2**63, "seed", self.seed, "needs a whole number from 0 to 2**63 - 1"
+        )
         require(self.device in ("cpu", "gpu"), "device", self.device, 'is "cpu" or "gpu"')
         require(self.threads >= 1, "threads", self.threads, "needs at least one thread")
-        require(self.view_dtype in ("float32", "uint8"), "view_dtype", self.view_dtype, 'is "float32" or "uint8"')
-        require(self.prefetch >= 0, "prefetch", self.prefetch, "counts batches; 0 leaves it to the device")
-        require(self.sub_batch >= 0, "sub_batch", self.sub_batch, "counts images; 0 leaves it to the device")
-        window = self.shuffle_window
-        require(window is None or window >= 0, "shuffle_window", window, "counts shards; 0 shuffles the whole set")
-        require(0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "a share lies in [0, 1]")
-        require(self.timeout_s > 0, "timeout_s", self.timeout_s, "needs a time above 0 seconds")
-        _ = self.cache  # checks its numbers
+        require(
+            self.view_dtype in ("float32", "uint8"),
+            "view_dtype",
+            self.view_dtype,
+            'is "float32" or "uint8"',
+        )
 
     @property
-    def cache(self) -> CacheSpec:
-        """Where shards from a server are kept."""
-        return CacheSpec(folder=self.cache_dir, size_gb=self.cache_size_gb)
+    def each_view(self) -> tuple[ViewSpec, ...]:
+        """How each view of a batch is made, in the order of `Batch.views`."""
+        return each_view(self.views)
 
     @property
     def batches_ahead(self) -> int:
-        """``prefetch``, resolved."""
+        """`prefetch`, resolved."""
         return self.prefetch or (1 if self.device == "gpu" else 2)
 
     def images_per_run(self, local_batch_size: int) -> int:
-        """``sub_batch``, resolved: images of one run of DALI where this process has so many of each batch."""
+        """`sub_batch`, resolved: images of one run of DALI, given the images of each batch on this
+        process."""
         wanted = self.sub_batch or (GPU_SUB_BATCH if self.device == "gpu" else local_batch_size)
         return min(wanted, local_batch_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalSpec:
-    """How a held-out image is shown to the encoder: shorter side to ``resize``, centre crop of ``size``, normalise."""
+    """How a held-out image is shown to the encoder: shorter side to `resize`, centre crop of
+    `size`, normalise."""
 
     size: int = 224
     """Output height and width in pixels."""
     resize: int = 256
-    """Length of the shorter side before the crop, in pixels; equal to ``size`` for images that small already."""
+    """Length of the shorter side before the crop, in pixels; equal to `size` for images that small
+    already."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Per-channel mean subtracted after scaling to [0, 1]."""
     std: tuple[float, float, float] = IMAGENET_STD
@@ -210,5 +340,57 @@ class EvalSpec:
 
     def __post_init__(self) -> None:
         require(self.size >= 1, "size", self.size, "an image is at least 1 pixel wide")
-        require(self.resize >= self.size, "resize", self.resize, f"the shorter side cannot be below size={self.size}")
-        require(all(s > 0 for s in self.std), "std", self.std, "every channel's deviation is positive")
+        require(
+            self.resize >= self.size,
+            "resize",
+            self.resize,
+            f"the shorter side cannot be below size={self.size}",
+        )
+        require(
+            all(s > 0 for s in self.std), "std", self.std, "every channel's deviation is positive"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalLoaderSpec(CacheSpec):
+    """What an evaluation loader delivers: which shards, how they are shown, how many at a time, and
+    where."""
+
+    shards: str
+    """The shards, as for `LoaderSpec`."""
+    image: EvalSpec = field(default_factory=EvalSpec)
+    """How an image is shown."""
+    batch_size: int
+    """Images of a batch on each rank; the last one may be smaller."""
+    device: Device = "cpu"
+    """Where DALI works."""
+    threads: int = 2
+    """DALI worker threads of this process."""
+    limit: int | None = None
+    """Use only this many images, spread evenly over the set; None uses all."""
+    max_bad_share: float = 0.001
+    """Share of the set's images that may prove bad, or 10 images if that is more; 0: none."""
+
+    def __post_init__(self) -> None:
+        CacheSpec.__post_init__(self)
+        require(
+            bool(self.shards.strip()),
+            "shards",
+            self.shards,
+            "name the shard tars, e.g. data/test-*.tar",
+        )
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "needs at least 1 image")
+        require(self.device in ("cpu", "gpu"), "device", self.device, 'is "cpu" or "gpu"')
+        require(self.threads >= 1, "threads", self.threads, "needs at least one thread")
+        require(
+            self.limit is None or self.limit >= 1,
+            "limit",
+            self.limit,
+            "needs at least 1 image, or None for all",
+        )
+        require(
+            0 <= self.max_bad_share <= 1,
+            "max_bad_share",
+            self.max_bad_share,
+            "a share lies in [0, 1]",
+        )

@@ -57,14 +57,14 @@ def test_every_gate_has_tests_and_every_goal_a_row():
 
 def test_goals_follow_the_card():
     times = {"milliseconds": {"triton": 1.5}, "speedup": {"naive": {"median": 8.0}}}
-    on_h200, naive = goals.verdicts("loss 16384", times, "NVIDIA H200", CEILINGS)
+    on_h200, naive = goals.outcomes("loss 16384", times, "NVIDIA H200", CEILINGS)
     assert (on_h200.wanted, on_h200.met, naive.met) == (1.0, False, True)
-    elsewhere = goals.verdicts("loss 16384", times, "NVIDIA H100 80GB HBM3", CEILINGS)[0]
+    elsewhere = goals.outcomes("loss 16384", times, "NVIDIA H100 80GB HBM3", CEILINGS)[0]
     assert (elsewhere.wanted, elsewhere.met) == (2.0, True)  # half the rate of products, twice the time
-    step = goals.verdicts("ViT-S 4096", {"images_per_s": {"fastmoco": [3000.0, 2000.0, 2600.0]}}, "H100", CEILINGS)[0]
+    step = goals.outcomes("ViT-S 4096", {"images_per_s": {"fastmoco": [3000.0, 2000.0, 2600.0]}}, "H100", CEILINGS)[0]
     assert (step.wanted, step.measured) == (2500.0, 2600.0)
     assert "G7 met" in str(step)
-    unscaled, naive = goals.verdicts("loss 16384", times, "NVIDIA H100 80GB HBM3", {})
+    unscaled, naive = goals.outcomes("loss 16384", times, "NVIDIA H100 80GB HBM3", {})
     assert (unscaled.wanted, unscaled.met, naive.met) == (None, None, True)
     assert "G1 unscaled: milliseconds.triton 1.5" in str(unscaled)
 

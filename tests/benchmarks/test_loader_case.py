@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks.cases import loader
 from benchmarks.loading import Feed, Job, pillow_feed, random_draws
 from benchmarks.photos import cut_photos
-from fastmoco_pipelines.pack import pack_folder
+from fastmoco_pipelines.making.pack import pack_folder
 
 SMALL = {"size": 32, "batch": 4, "batches": 1, "rounds": 1, "workers": 1, "memory": 5, "device": "cpu"}
 

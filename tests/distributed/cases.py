@@ -1,4 +1,6 @@
-"""The main of every run_*.py here: one of several real processes, which runs named cases in one process group."""
+"""The main of every run_*.py here: one of several real processes, which runs
+named cases in one process group.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from fastmoco.distributed import World, start_world, stop_world
 
 
 def run_cases(cases: Mapping[str, Callable[[World], object]]) -> None:
-    """Run the cases named on the command line behind the output folder, or all; results go to OUT/rank<r>.pt."""
+    """Run the cases on the command line after the output folder, or all;
+    results go to OUT/rank<r>.pt.
+    """
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

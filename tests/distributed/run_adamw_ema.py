@@ -1,4 +1,6 @@
-"""What one of two real processes does with AdamWEMA under FSDP2. Started by test_adamw_ema_ranks.py, as run_ranks.py is."""
+"""One of two real processes: AdamWEMA under FSDP2. Started by
+test_adamw_ema_ranks.py, as run_ranks.py is.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,15 @@ MOMENTUM = 0.9
 
 
 class Model(nn.Module):
-    """Shards of unequal size: 5 rows over two ranks, one row (an empty shard on rank 1), a bias, a class token."""
+    """Shards of unequal size: 5 rows over two ranks, one row (an empty shard on
+    rank 1), a bias, a class token.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.class_token = nn.Parameter(torch.randn(1, 1, 6))
-        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 1, bias=False)
+        self.first = nn.Linear(6, 5)
+        self.second = nn.Linear(5, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 6] -> [B, 1]."""
@@ -57,11 +62,13 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def run_sharded(world: World, backend: str) -> dict[str, object]:
-    """Train under fully_shard with a sharded twin."""
-    model, twin = build(5), build(6)
+    """Train under fully_shard with a sharded momentum encoder."""
+    model = build(5)
+    momentum_model = build(6)
     fully_shard(model)
-    fully_shard(twin)
-    params, averages = dict(model.named_parameters()), dict(twin.named_parameters())
+    fully_shard(momentum_model)
+    params = dict(model.named_parameters())
+    averages = dict(momentum_model.named_parameters())
     optimizer = AdamWEMA(
         model.parameters(),
         **OPTIONS,
@@ -98,7 +105,7 @@ def run_torch_takes_over(world: World) -> dict[str, object]:
 
 
 def run_refusal(world: World) -> dict[str, object]:
-    """A gradient that lies otherwise than its parameter."""
+    """A gradient with another placement than its parameter."""
     model = build(5)
     fully_shard(model)
     weight = nn.Parameter(model.first.weight.detach())

@@ -1,7 +1,7 @@
-"""What one of several real processes does to checkpoints: every case in one process group, as in run_ranks.py.
+"""One of several real processes: checkpoints, every case in one process group, as in run_ranks.py.
 
-A model whose parts do not divide evenly, under FSDP2 or whole on every rank, is trained on the same rows everywhere, so
-that any number of ranks computes the same losses.
+A model whose parts do not divide evenly, under FSDP2 or whole on every rank, is trained on the same
+rows everywhere, so that any number of ranks computes the same losses.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastmoco import training_state
 from fastmoco.checkpoint import Saver, group_for_saving, load_latest, save_checkpoint, saver, store
 from fastmoco.distributed import World, start_world, stop_world
 from fastmoco.errors import RunError
+from fastmoco.training import state as training_state
 from tests.checkpoint_content import full_disk
 
 STEPS = 3
@@ -55,12 +55,12 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> l
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, put together of all ranks' parts."""
+    """Copies of the unsharded tensors."""
     return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in tensors.items()}
 
 
 def run_save(root: Path, *, sharded: bool) -> dict[str, object]:
-    """Train, save, note what was saved and what the next steps give."""
+    """Train, save, and return the saved state and the losses of the next steps."""
     model, optimizer = model_and_optimizer(0, sharded=sharded)
     train(model, optimizer, range(STEPS))
     torch.manual_seed(100 + (dist.get_rank() if dist.is_initialized() else 0))
@@ -92,7 +92,7 @@ def run_load(root: Path, *, sharded: bool) -> dict[str, object]:
 
 
 def message_of(action: Callable[[], object]) -> str:
-    """The text of the error that an action must end in."""
+    """The text of the error that an action must raise."""
     try:
         action()
     except RunError as error:
@@ -101,13 +101,15 @@ def message_of(action: Callable[[], object]) -> str:
 
 
 def left(root: Path) -> list[str]:
-    """What lies there once every rank is done."""
+    """The files after every rank has finished."""
     dist.barrier()
     return sorted(path.name for path in root.iterdir())
 
 
 def some(step: int) -> dict[str, Tensor]:
-    """Two large tensors, so that every rank has something to write, and one that only the last rank knows."""
+    """Two large tensors, so that every rank has something to write, and one
+    that only the last rank has.
+    """
     tensors = {name: torch.full((3000,), float(step)) for name in "ab"}
     if dist.get_rank() == dist.get_world_size() - 1:
         tensors["mine"] = torch.full((3000,), -float(step))
@@ -115,7 +117,7 @@ def some(step: int) -> dict[str, Tensor]:
 
 
 def run_full_disk_on_one(root: Path) -> dict[str, object]:
-    """The last rank's disk is full; then it is not."""
+    """The disk of the last rank is full, and then it is not."""
     group, last = group_for_saving(60), dist.get_rank() == dist.get_world_size() - 1
 
     def save(step: int) -> Path:
@@ -147,7 +149,9 @@ def run_refused_on_one(root: Path) -> dict[str, object]:
 
 
 def run_background(root: Path) -> dict[str, object]:
-    """Saved by a thread while the ranks talk to each other; afterwards it fails on one rank, and all of them hear."""
+    """A background save during communication between ranks; then one that fails
+    on one rank and is reported on all.
+    """
     subject, held = Saver(root, keep=1, group=group_for_saving(60)), threading.Event()
     inner = saver.save_checkpoint
 
@@ -191,7 +195,9 @@ def run_hung_rank(root: Path) -> dict[str, object]:
 
 
 def run_dead_rank(root: Path) -> dict[str, object]:
-    """The last rank ends before its write, while the folder of an earlier step lies there. Nobody follows this case."""
+    """The last rank ends before its write, with the folder of an earlier step
+    present. This case must be the last.
+    """
     group = group_for_saving(20)
     save_checkpoint(root, step=1, tensors=some(1), state={}, keep=1, group=group)
     if dist.get_rank() == dist.get_world_size() - 1:
@@ -225,7 +231,7 @@ def main() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
     out = Path(sys.argv[1])
     world: World = start_world("cpu", timeout_s=60)
-    if world.world_size == 1:  # FSDP2 wants a group, also of one
+    if world.world_size == 1:  # FSDP2 needs a group, even of one
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     results: dict[str, object] = {}
     for name in sys.argv[2:]:

@@ -1,6 +1,7 @@
-"""What one of several real processes does: a step in chunks, and its mutants, in one process group.
+"""One of several real processes: a step in chunks, and its mutants, in one process group.
 
-Started by test_chunked_ranks.py as ``python -m tests.distributed.run_chunked OUT``; results go to OUT/rank<r>.pt.
+Started by test_chunked_ranks.py as
+`python -m tests.distributed.run_chunked OUT`; results go to OUT/rank<r>.pt.
 """
 
 from __future__ import annotations
@@ -16,17 +17,23 @@ from fastmoco.config import BatchConfig, Config, DataConfig, ModelConfig, OptimC
 from fastmoco.distributed import World
 from fastmoco.distributed.gradient_average import GradientAverage
 from fastmoco.distributed.parallelize import parallelize
-from fastmoco.gradients import choose_plan
+from fastmoco.objectives.build import build_objective
 from fastmoco.objectives.chunked import ChunkedStep
+from fastmoco.planning.choose import choose_plan
 from fastmoco_pipelines.spec import ViewSpec
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import message_of, objective_and_views, part, record
 
 
 def run_step(
-    world: World, *, chunk: int = 2, kept: int = 0, dtype: torch.dtype = torch.float64, uneven: bool = False
+    world: World,
+    *,
+    chunk: int = 2,
+    kept: int = 0,
+    dtype: torch.dtype = torch.float64,
+    uneven: bool = False,
 ) -> dict[str, object]:
-    """One step in chunks on this rank's part, and how many collectives carried gradients."""
+    """One step in chunks on this rank's part, and the number of collectives with gradients."""
     objective, (view1, view2) = objective_and_views("patch", dtype)
     assert parallelize(objective, world, average_gradients=False) is objective
     step = ChunkedStep(objective, chunk=chunk + (world.rank if uneven else 0), kept=world.rank if uneven else kept)
@@ -50,7 +57,7 @@ def run_small_buckets(world: World) -> dict[str, object]:
 
 
 def run_unsynced(world: World) -> dict[str, object]:
-    """Mutant: gradients never cross ranks."""
+    """Mutant: gradients are not averaged."""
     with mock.patch.object(GradientAverage, "last", return_value=contextlib.nullcontext()):
         return run_step(world)
 
@@ -68,7 +75,7 @@ def run_wrong_offset(world: World) -> dict[str, object]:
 
 
 def run_averaged_per_chunk(world: World) -> dict[str, object]:
-    """Mutant: an average behind every backward, as a data-parallel wrapper takes it."""
+    """Mutant: an average after every backward, as in a data-parallel wrapper."""
     with mock.patch.object(GradientAverage, "local", GradientAverage.last):
         return {"message": _runtime_message(lambda: run_step(world))}
 
@@ -82,7 +89,9 @@ def _runtime_message(action: Callable[[], object]) -> str:
 
 
 def run_mixed_start(world: World) -> dict[str, object]:
-    """Mutant: the last rank starts from other weights; chunks go round the wrapper, but not round this check."""
+    """Mutant: the last rank starts from other weights; chunks bypass the
+    wrapper, but not this check.
+    """
     objective, _ = objective_and_views("patch", torch.float64)
     if world.rank == world.world_size - 1:
         with torch.no_grad():
@@ -91,7 +100,7 @@ def run_mixed_start(world: World) -> dict[str, object]:
 
 
 def run_plan(world: World) -> dict[str, object]:
-    """Ranks with different free memory take the plan of the poorest."""
+    """Ranks with different free memory use the plan of the smallest."""
     config = Config(
         global_batch_size=1024,
         model=ModelConfig(architecture="vit_nano", image_size=8, patch_size=2, hidden_dim=32, projection_dim=8),
@@ -99,10 +108,9 @@ def run_plan(world: World) -> dict[str, object]:
         optim=OptimConfig(warmup_epochs=0),
         batch=BatchConfig(chunk="auto"),
     )
-    from fastmoco import setup_run
 
-    objective = setup_run.build_objective(config, world.device)
-    with mock.patch("fastmoco.gradients.free_bytes", return_value=(40 - 8 * world.rank) * 10**6):
+    objective = build_objective(config, world.device)
+    with mock.patch("fastmoco.planning.choose.free_bytes", return_value=(40 - 8 * world.rank) * 10**6):
         return {"plan": choose_plan(config, objective, world, "fp32").to_json()}
 
 

@@ -1,4 +1,4 @@
-"""What one of several real processes does in float8: the trainings of run_sharded.py with converted encoders."""
+"""One of several real processes in float8: the runs of run_sharded.py with converted encoders."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ OPTIONS: dict[str, Case] = {
 def build_float8(stem: str, dtype: torch.dtype, seed: int) -> tuple[MoCoV3, list[tuple[Tensor, Tensor]]]:
     """The same objective and batches in every process, the first of two blocks in float8.
 
-    FSDP2 rounds parameters to bf16 on their way, and what follows may come to lie on the other side of float8's midpoints. Those
-    of the first step are numbers of bf16 already: then every strategy multiplies the same.
+    FSDP2 gathers parameters in bf16, after which they may round to other float8 numbers. The
+    parameters of the first step are bf16 numbers, so every strategy computes the same products.
     """
     objective, batches = build(stem, dtype, seed)
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""What one of two real processes does with LARS under FSDP2 and HSDP. Started by test_lars_ranks.py, as run_ranks.py is."""
+"""One of two real processes: LARS under FSDP2 and HSDP. Started by
+test_lars_ranks.py, as run_ranks.py is.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,15 @@ LR = 2.0
 
 
 class Model(nn.Module):
-    """Shards of unequal size: 5 rows over two ranks, one row (an empty shard on rank 1), a bias, a class token."""
+    """Shards of unequal size: 5 rows over two ranks, one row (an empty shard on
+    rank 1), a bias, a class token.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.class_token = nn.Parameter(torch.randn(1, 1, 6))
-        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 1, bias=False)
+        self.first = nn.Linear(6, 5)
+        self.second = nn.Linear(5, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 6] -> [B, 1]."""
@@ -49,7 +54,12 @@ def batch(step: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64).to(dtype)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, rows: slice, dtype: torch.dtype = torch.float64) -> None:
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rows: slice,
+    dtype: torch.dtype = torch.float64,
+) -> None:
     """A few steps on these rows of every batch."""
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -108,7 +118,9 @@ def run_hsdp_sharded(world: World) -> dict[str, object]:
 
 
 def run_mixed(world: World) -> dict[str, object]:
-    """A sharded and a plain parameter in one optimizer: the plain one's norms are whole already."""
+    """A sharded and a plain parameter in one optimizer; the norms of the plain
+    one need no reduction.
+    """
     model = build()
     fully_shard(model.first)
     optimizer = LARS(model.parameters(), lr=LR, weight_decay=0.05)
@@ -117,7 +129,9 @@ def run_mixed(world: World) -> dict[str, object]:
 
 
 def run_shard_ratios(world: World) -> dict[str, object]:
-    """Mutant: the op on local shards with no reduction, as an optimizer does that knows no DTensor."""
+    """Mutant: the op on local shards without reduction, as in an optimizer
+    without support for DTensor.
+    """
     model = build()
     fully_shard(model)
     params = list(model.parameters())
@@ -141,7 +155,7 @@ def message_of(action: Callable[[], object]) -> str:
 
 
 def run_refusals(world: World) -> dict[str, object]:
-    """A gradient that lies otherwise than its parameter; apex with shards."""
+    """A gradient with another placement than its parameter; apex with shards."""
     model = build()
     fully_shard(model)
     weight = model.first.weight

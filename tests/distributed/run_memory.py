@@ -1,4 +1,6 @@
-"""What one of several real processes takes for its shards and one step; started by test_memory_ranks.py."""
+"""Memory of one of several real processes for its shards and one step; started by
+test_memory_ranks.py.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from fastmoco import setup_run
 from fastmoco.config import BatchConfig, Config, ParallelConfig
 from fastmoco.distributed import World
-from fastmoco.gradients import Gradients
+from fastmoco.objectives.build import build_objective
 from fastmoco.recipes import quickstart_digits
+from fastmoco.training.forward_backward import Gradients
 from tests.distributed.cases import run_cases
 
 IMAGES = {"blocks": 32, "heads in bf16": 64, "chunks": 64}
@@ -55,7 +57,7 @@ def run_memory(world: World, name: str) -> dict[str, object]:
 
 
 def _spread(config: Config, world: World) -> Gradients:
-    return Gradients(config, setup_run.build_objective(config, world.device), world, config.precision)
+    return Gradients(config, build_objective(config, world.device), world, config.precision)
 
 
 def _step(gradients: Gradients, config: Config, images: int) -> None:

@@ -1,7 +1,8 @@
-"""What one of several real processes does: every case of tests/distributed in one process group.
+"""One of several real processes: every case of tests/distributed in one process group.
 
-Started by test_ranks.py as ``python -m tests.distributed.run_ranks OUT CASES`` under torchrun's environment variables.
-Results go to OUT/rank<r>.pt; what they must equal is computed by the test in one process.
+Started by test_ranks.py as `python -m tests.distributed.run_ranks OUT CASES` under torchrun's
+environment variables. Results go to OUT/rank<r>.pt; the test computes the expected values in one
+process.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fastmoco.distributed import BatchNorm, World, gather_keys, parallelize
 from fastmoco.errors import RunError
-from fastmoco.objectives import MoCoV3, MoCoV3Output
+from fastmoco.objectives import MoCoV3, Output
 from fastmoco.objectives.reference import plain_forward
 from fastmoco.optim import build_adamw
 from fastmoco_kernels import info_nce_loss
@@ -53,10 +54,17 @@ def part(tensor: Tensor, world: World) -> Tensor:
     return tensor.chunk(world.world_size)[world.rank]
 
 
-def record(module: nn.Module, output: MoCoV3Output) -> dict[str, object]:
+def rows_of(output: Output) -> tuple[Tensor, ...]:
+    """The loss, queries of both views, keys of both views, and what else there is."""
+    watch = dict(output.watch)
+    queries, keys = watch.pop("queries"), watch.pop("keys")
+    return (output.loss.detach(), *queries, *keys, *watch.values())
+
+
+def record(module: nn.Module, output: Output) -> dict[str, object]:
     """Loss, outputs, gradients and buffers after a backward pass."""
     return {
-        "output": tuple(t.detach() for t in output if t is not None),
+        "output": rows_of(output),
         "gradients": {n: p.grad for n, p in module.named_parameters() if p.grad is not None},
         "buffers": {n: b.clone() for n, b in module.named_buffers()},
     }
@@ -72,7 +80,7 @@ def run_objective(world: World, stem: str = "patch", dtype: torch.dtype = torch.
 
 
 def run_plain(world: World) -> dict[str, object]:
-    """The forward by the book under the same collectives; gradients stay this rank's own."""
+    """The reference forward with the same collectives; gradients stay local."""
     objective, (view1, view2) = objective_and_views("patch", torch.float64)
     output = plain_forward(objective, part(view1, world), part(view2, world))
     output.loss.backward()
@@ -92,7 +100,7 @@ def run_local_norms(world: World) -> dict[str, object]:
 
 
 def message_of(action: Callable[[], object]) -> str:
-    """The text of the error that an action must end in."""
+    """The text of the error that an action must raise."""
     try:
         action()
     except (ValueError, RunError) as error:
@@ -113,7 +121,7 @@ def run_foreign_norm(world: World) -> dict[str, object]:
 
 
 def run_uneven_keys(world: World) -> dict[str, object]:
-    """Mutant: the last rank brings one row less; afterwards equal parts must still work."""
+    """Mutant: the last rank has one row less; afterwards equal parts must still work."""
     rows = 4 - int(world.rank == world.world_size - 1)
     message = message_of(lambda: gather_keys(torch.ones(rows, 3)))
     mine = torch.full((2, 3), float(world.rank), requires_grad=True)
@@ -156,7 +164,10 @@ def run_golden_loss(world: World) -> dict[str, object]:
             )
             q1.requires_grad_()
             q2.requires_grad_()
-            where = {"temperature": float(data[f"mr{j}_tau"]), "positive_offset": world.rank * q1.shape[0]}
+            where = {
+                "temperature": float(data[f"mr{j}_tau"]),
+                "positive_offset": world.rank * q1.shape[0],
+            }
             loss = info_nce_loss(q1, gather_keys(k2), **where) + info_nce_loss(q2, gather_keys(k1), **where)  # type: ignore[arg-type]
             loss.backward()
             results[f"mr{j}"] = (loss.detach(), q1.grad, q2.grad)
@@ -169,7 +180,10 @@ def run_golden_steps(world: World) -> dict[str, object]:
         data = {key: archive[key] for key in archive.files}
     objective = build_golden(data)
     wrapped = parallelize(objective, world)
-    batch = part(torch.from_numpy(data["x1"]).double(), world), part(torch.from_numpy(data["x2"]).double(), world)
+    batch = (
+        part(torch.from_numpy(data["x1"]).double(), world),
+        part(torch.from_numpy(data["x2"]).double(), world),
+    )
     optimizer = build_adamw(objective.named_parameters(), lr=0.0, weight_decay=float(data["weight_decay"]))
     losses = [
         train_step(objective, optimizer, batch, lr=float(lr), ema_momentum=float(m), forward=wrapped)

@@ -1,6 +1,8 @@
-"""What one of two real processes does with a run that rolls back, and with one that never took the steps in question.
+"""One of two real processes: a run that rolls back, and one without the steps
+that were rolled back.
 
-Started by test_rollback_ranks.py as ``python -m tests.distributed.run_rollback OUT``; results go to OUT/rank<r>.pt.
+Started by test_rollback_ranks.py as
+`python -m tests.distributed.run_rollback OUT`; results go to OUT/rank<r>.pt.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from fastmoco import training_state
 from fastmoco.config import ParallelConfig
 from fastmoco.distributed import World
-from fastmoco.run_folder import RunFolder
-from fastmoco.trainer import Trainer
+from fastmoco.run.folder import RunFolder
+from fastmoco.training import state as training_state
+from fastmoco.training.trainer import Trainer
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import message_of
 from tests.distributed.run_sharded import whole
@@ -32,11 +34,16 @@ def build(strategy: str, out: Path, world: World) -> Trainer:
 def state_of(trainer: Trainer) -> dict[str, Any]:
     tensors = training_state.collect(trainer.objective, trainer.optimizer)
     sharded = sum(isinstance(tensor, DTensor) for tensor in tensors.values())
-    return {"state": whole({n: t for n, t in tensors.items() if "rng" not in n}), "sharded": sharded}
+    return {
+        "state": whole({n: t for n, t in tensors.items() if "rng" not in n}),
+        "sharded": sharded,
+    }
 
 
 def run(strategy: str, out: Path, world: World) -> dict[str, Any]:
-    """A whole run with a spike in the first rank's gradients; under DDP no other rank sees it, and its word holds."""
+    """A whole run with a spike in the first rank's gradients; under DDP no
+    other rank sees it, and all must follow.
+    """
     trainer = build(strategy, out / f"{strategy} run", world)
     if world.rank == 0:
         spike(trainer, SPIKE)
@@ -52,7 +59,7 @@ def run(strategy: str, out: Path, world: World) -> dict[str, Any]:
 
 
 def run_never(strategy: str, out: Path, world: World) -> dict[str, Any]:
-    """The same run as if the steps had never been."""
+    """The same run without the steps that were rolled back."""
     trainer = build(strategy, out / f"{strategy} never", world)
     try:
         skip(trainer, 25, LOGGED)
@@ -62,7 +69,9 @@ def run_never(strategy: str, out: Path, world: World) -> dict[str, Any]:
 
 
 def run_foreign(out: Path, world: World) -> dict[str, Any]:
-    """A folder whose config.json is gone: no rank continues from its checkpoints, and with trust every rank does."""
+    """A folder whose config.json is gone: no rank continues from its
+    checkpoints, and with trust every rank does.
+    """
     folder = out / "ddp run"
     if world.rank == 0:
         (folder / "config.json").unlink()
@@ -75,7 +84,7 @@ def run_foreign(out: Path, world: World) -> dict[str, Any]:
 
 
 def cases_in(out: Path) -> dict[str, Callable[[World], dict[str, Any]]]:
-    """Every case, in the order in which one needs the folders of another."""
+    """Every case, in the order of their dependencies."""
     cases: dict[str, Callable[[World], dict[str, Any]]] = {}
     for strategy in ("ddp", "fsdp"):
         cases[f"{strategy} run"] = lambda world, strategy=strategy: run(strategy, out, world)  # type: ignore[misc]

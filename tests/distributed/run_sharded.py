@@ -1,7 +1,7 @@
-"""What one of several real processes does with a whole training under DDP, FSDP2 and HSDP, and with mutants of it.
+"""One of several real processes: a training under DDP, FSDP2 and HSDP, and mutants of it.
 
-Started by test_sharded_ranks.py as ``python -m tests.distributed.run_sharded OUT CASES``; results go to OUT/rank<r>.pt. The
-test computes what they must equal by calling `run_steps` in one process.
+Started by test_sharded_ranks.py as `python -m tests.distributed.run_sharded OUT CASES`; results go
+to OUT/rank<r>.pt. The test computes the expected values with `run_steps` in one process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastmoco import training_state
 from fastmoco.distributed import World, parallelize
 from fastmoco.distributed.gradient_average import ShardedGradientAverage
 from fastmoco.distributed.replicas import require_equal_replicas
@@ -27,8 +26,9 @@ from fastmoco.models.compiled import compile_blocks
 from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.optim import build_adamw, build_adamw_ema, build_lars
+from fastmoco.optim.averaged import AveragedLARS, AveragedOptimizer, FusedAdamW, SweptAdamW
 from fastmoco.telemetry.stability import gradient_norms
-from fastmoco.update import update_weights
+from fastmoco.training import state as training_state
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import GLOBAL_BATCH, message_of, part
 from tests.golden_objective import random_views, rough_objective
@@ -40,7 +40,9 @@ Case = dict[str, Any]
 
 
 def build(stem: str, dtype: torch.dtype, seed: int = 30) -> tuple[MoCoV3, list[tuple[Tensor, Tensor]]]:
-    """The same objective and batches in every process; both encoders share their frozen stem, as in a run."""
+    """The same objective and batches in every process; both encoders share
+    their frozen stem, as in a run.
+    """
     torch.manual_seed(seed)
     objective = rough_objective(stem=stem)
     batches = [random_views(objective, GLOBAL_BATCH) for _ in range(STEPS)]
@@ -48,20 +50,17 @@ def build(stem: str, dtype: torch.dtype, seed: int = 30) -> tuple[MoCoV3, list[t
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the whole tensors, put together of all ranks' parts."""
+    """Copies of the unsharded tensors."""
     return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in tensors.items()}
 
 
-def build_optimizer(name: str, objective: MoCoV3) -> torch.optim.Optimizer:
-    named = list(objective.named_parameters())
+def build_optimizer(name: str, objective: MoCoV3) -> AveragedOptimizer:
+    named, averages = list(objective.named_parameters()), objective.averages()
     if name == "lars":
-        return build_lars(named, lr=0.5, weight_decay=0.01)
+        return AveragedLARS(build_lars(named, lr=0.5, weight_decay=0.01), averages)
     if name == "adamw":
-        return build_adamw(named, lr=1e-3, weight_decay=0.1)
-    averages: dict[Tensor, Tensor] = dict(
-        zip(objective.encoder.parameters(), objective.momentum_encoder.parameters(), strict=True)
-    )
-    return build_adamw_ema(named, averages, lr=1e-3, weight_decay=0.1)
+        return FusedAdamW(build_adamw(named, lr=1e-3, weight_decay=0.1), averages)
+    return SweptAdamW(build_adamw_ema(named, averages, lr=1e-3, weight_decay=0.1), averages)
 
 
 def run_steps(
@@ -79,7 +78,9 @@ def run_steps(
     fused: bool = False,
     seed: int = 30,
 ) -> Case:
-    """Three steps on this rank's part of each batch, an evaluation between the second and the third."""
+    """Three steps on this rank's part of each batch, an evaluation between the
+    second and the third.
+    """
     objective, batches = build(stem, dtype, seed)
     objective.encoder.recompute(recompute)  # type: ignore[arg-type]
     for module in objective.modules():
@@ -113,14 +114,16 @@ def run_steps(
             output.loss.backward()
         trained = {n: p for n, p in objective.named_parameters() if p.grad is not None}
         result["losses"].append(output.loss.detach())
-        result["keys"].append((output.k1, output.k2))
+        result["keys"].append(tuple(output.watch["keys"]))
         if step in GRADIENTS_OF:
             result["gradients"].append(whole({n: p.grad for n, p in trained.items() if p.grad is not None}))
-        result["norms"].append(gradient_norms(trained.items()))
-        result["shares"].append(objective.shares_patch_tokens())
-        update_weights(weights, objective, 0.9, found_inf=torch.zeros(()))
+        result["norms"].append(gradient_norms(trained.items(), objective.places()))
+        result["shares"].append(objective.momentum.shares_tokens())
+        weights.step(ema_momentum=0.9, skip=torch.zeros(()))
         if step == 1:
             result["features"] = evaluate(objective, mine[0], autocast)
+
+    # The state of the last step.
     tensors = training_state.collect(objective, weights)
     result["state"] = whole({n: t for n, t in tensors.items() if not n.startswith("rng")})
     result["sharded"] = {n for n, t in tensors.items() if isinstance(t, DTensor)}
@@ -134,7 +137,7 @@ def run_steps(
 
 
 def evaluate(objective: MoCoV3, images: Tensor, autocast: Callable[[], Any]) -> Tensor:
-    """The encoder's features as kNN takes them."""
+    """Features of the encoder as for kNN."""
     objective.encoder.eval()
     with torch.no_grad(), autocast():
         features: Tensor = objective.encoder(images)
@@ -143,7 +146,7 @@ def evaluate(objective: MoCoV3, images: Tensor, autocast: Callable[[], Any]) -> 
 
 
 def mutant(target: str, replacement: object) -> Callable[[World, str], Case]:
-    """The same training with one thing wrong; what it ends in, if it ends in an error."""
+    """The same training with one fault; returns its error, if any."""
 
     def run(world: World, strategy: str) -> Case:
         with mock.patch(target, replacement):
@@ -153,7 +156,9 @@ def mutant(target: str, replacement: object) -> Callable[[World, str], Case]:
 
 
 def run_mixed_start(world: World, strategy: str) -> Case:
-    """Mutant: the last rank starts from another seed; once with the comparison at the start, once without."""
+    """Mutant: the last rank starts from another seed; once with the comparison
+    at the start, once without.
+    """
     seed = 30 + int(world.rank == world.world_size - 1)
     message = message_of(lambda: run_steps(world, strategy, seed=seed))
     with mock.patch("fastmoco.distributed.parallelize.require_equal_start"):
@@ -161,7 +166,7 @@ def run_mixed_start(world: World, strategy: str) -> Case:
 
 
 def run_uneven(world: World, strategy: str) -> Case:
-    """Mutant: the last rank brings one image less."""
+    """Mutant: the last rank has one image less."""
     objective, batches = build("patch", torch.float64)
     forward = parallelize(objective, world, strategy=strategy, shard_size=2)  # type: ignore[arg-type]
     rows = 3 - int(world.rank == world.world_size - 1)
@@ -169,7 +174,7 @@ def run_uneven(world: World, strategy: str) -> Case:
 
 
 def run_default_roots(world: World, strategy: str) -> Case:
-    """Mutant: roots as torch makes them, which keep their weights whole until a backward."""
+    """Mutant: torch's default roots, which keep their weights unsharded until a backward."""
 
     def as_torch_does(module: Any, **options: Any) -> Any:
         return fully_shard(module, **options | {"reshard_after_forward": None})
@@ -182,7 +187,9 @@ def run_default_roots(world: World, strategy: str) -> Case:
 
 
 def run_flipped_bit(world: World, strategy: str) -> Case:
-    """One bit of the last rank flips: in a weight, a shard of one, a buffer, or a weight that stays whole."""
+    """One bit of the last rank flips: in a weight, a shard of one, a buffer, or
+    an unsharded weight.
+    """
     objective, _ = build("patch", torch.float64)
     parallelize(objective, world, strategy=strategy, shard_size=2)  # type: ignore[arg-type]
     named = objective.state_dict(keep_vars=True)
@@ -200,13 +207,15 @@ def run_flipped_bit(world: World, strategy: str) -> Case:
 
 
 def run_unsynced(world: World, strategy: str) -> Case:
-    """Mutant: the last chunk, too, leaves the trunk's gradients where they are."""
+    """Mutant: even the last chunk does not reduce the gradients of the trunk."""
     with mock.patch.object(ShardedGradientAverage, "last", ShardedGradientAverage.local):
         return run_steps(world, strategy, chunk=2)
 
 
 def run_compiled(world: World, strategy: str) -> Case:
-    """Blocks traced by torch.compile and run without its code generator, which takes minutes where cores are few."""
+    """Blocks traced by torch.compile and run without its code generator, which
+    takes minutes on few cores.
+    """
     traced = functools.partial(torch.compile, backend="aot_eager")
     with mock.patch("fastmoco.models.compiled.torch.compile", traced):
         return run_steps(world, strategy, dtype=torch.float32, compiled=True)
@@ -255,7 +264,7 @@ CASES: dict[int, dict[str, tuple[str, ...]]] = {
         "hsdp": ("fp64", "chunked fp64", "fp32", "bf16", "mixed start", "uneven", "flipped bit"),
     },
 }
-"""What runs where. DDP and its mutants have files of their own: run_ranks.py, run_chunked.py."""
+"""Cases by number of ranks. DDP and its mutants are in run_ranks.py and run_chunked.py."""
 
 
 def cases_of(world_size: int) -> dict[str, Callable[[World], Case]]:

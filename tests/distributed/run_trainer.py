@@ -1,6 +1,8 @@
-"""What one of two real processes does with whole runs: the trainer under DDP and FSDP2, and one continued as the other.
+"""One of two real processes: runs of the trainer under DDP and FSDP2, and one
+continued as the other.
 
-Started by test_trainer_ranks.py as ``python -m tests.distributed.run_trainer OUT``; results go to OUT/rank<r>.pt.
+Started by test_trainer_ranks.py as
+`python -m tests.distributed.run_trainer OUT`; results go to OUT/rank<r>.pt.
 """
 
 from __future__ import annotations
@@ -16,10 +18,18 @@ import torch
 import torch.distributed as dist
 
 from fastmoco.checkpoint import list_checkpoints
-from fastmoco.config import BatchConfig, CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig
+from fastmoco.config import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+)
 from fastmoco.distributed import World
-from fastmoco.run_folder import RunFolder
-from fastmoco.trainer import Trainer
+from fastmoco.run.folder import RunFolder
+from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines.spec import ViewSpec
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import message_of
@@ -49,11 +59,16 @@ def run(config: Config, out: Path, world: World, *, trust: bool = False) -> dict
     try:
         code = trainer.run()
         kinds = {type(tensor).__name__ for tensor in trainer.objective.predictor.parameters()}
-        optimizer = type(trainer.optimizer).__module__
+        optimizer = type(trainer.optimizer.inner).__module__
     finally:
         trainer.close()
     dist.barrier()
-    return {"code": code, "losses": RunFolder(out).read_metric("loss"), "kinds": kinds, "optimizer": optimizer}
+    return {
+        "code": code,
+        "losses": RunFolder(out).read_metric("loss"),
+        "kinds": kinds,
+        "optimizer": optimizer,
+    }
 
 
 def run_continued(config: Config, before: Path, out: Path, world: World) -> dict[str, Any]:
@@ -66,8 +81,8 @@ def run_continued(config: Config, before: Path, out: Path, world: World) -> dict
 
 
 def run_flipped_bit(out: Path, world: World) -> dict[str, Any]:
-    """A bit of the last rank flips behind the second step, too high a one for the next average to round it away; ranks are
-    compared before every third step."""
+    """A bit of the last rank flips after the second step, high enough to survive the rounding of
+    the next momentum update; ranks are compared before every third step."""
     trainer = Trainer.build(with_strategy("ddp", verify_replicas_every=3), out, world)
     try:
         for _ in range(2):
@@ -82,7 +97,7 @@ def run_flipped_bit(out: Path, world: World) -> dict[str, Any]:
 
 
 def cases_in(out: Path) -> dict[str, Callable[[World], dict[str, Any]]]:
-    """Every case, in the order in which one needs the folders of another."""
+    """Every case, in the order of their dependencies."""
     return {
         "ddp": lambda world: run(with_strategy("ddp"), out / "ddp", world),
         "fsdp": lambda world: run(with_strategy("fsdp"), out / "fsdp", world),

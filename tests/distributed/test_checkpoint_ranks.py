@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmoco import training_state
 from fastmoco.checkpoint import list_checkpoints, load_latest
+from fastmoco.training import state as training_state
 from tests.checkpoint_content import assert_same
 from tests.distributed.run_checkpoints import STEPS, model_and_optimizer, run_save, train
 from tests.distributed.test_ranks import Results, launch

@@ -66,5 +66,7 @@ def test_ratios_of_single_shards_are_another_training(ranks: Results) -> None:
 def test_what_cannot_be_right_is_refused(ranks: Results) -> None:
     for rank in ranks:
         said = rank["refusals"]
-        assert said["gradient"].startswith("LARS: a parameter of shape (5, 6) lies as (Shard(dim=0),), its gradient as")
+        assert said["gradient"].startswith(
+            "LARS: a parameter of shape (5, 6) has placements (Shard(dim=0),), its gradient"
+        )
         assert "its trust ratios would be those of single shards" in said["apex"]

@@ -7,8 +7,8 @@ from typing import cast
 
 import pytest
 
-from fastmoco.planner import chunked_bytes, sharded, state_bytes, whole_bytes
-from fastmoco.step_costs import measure_costs
+from fastmoco.planning.costs import measure_costs
+from fastmoco.planning.plan import chunked_bytes, sharded, state_bytes, whole_bytes
 from tests.distributed.run_memory import IMAGES, config_of
 from tests.distributed.test_ranks import launch
 

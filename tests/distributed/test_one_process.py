@@ -21,12 +21,12 @@ def test_wrong_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="device='tpu'"):
         start_world("tpu")  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match="this machine shows no CUDA device"):
-        start_world("cuda")
+    with pytest.raises(ValueError, match="this machine has no CUDA device"):
+        start_world("gpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "64")
-    with pytest.raises(ValueError, match=r"local_rank=64: this machine shows 2 CUDA devices"):
-        start_world("cuda")
+    with pytest.raises(ValueError, match=r"local_rank=64: this machine has 2 CUDA devices"):
+        start_world("gpu")
 
 
 def test_keys_and_objective_pass_through() -> None:

@@ -18,7 +18,7 @@ import torch
 
 from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.reference import plain_forward
-from tests.distributed.run_ranks import UNEVEN, norm_and_inputs, objective_and_views
+from tests.distributed.run_ranks import UNEVEN, norm_and_inputs, objective_and_views, rows_of
 from tests.golden_objective import our_name
 
 Golden = Callable[[str], dict[str, np.ndarray]]
@@ -72,7 +72,7 @@ def one_process(stem: str, dtype: torch.dtype) -> tuple[MoCoV3, tuple[torch.Tens
     objective, pair = objective_and_views(stem, dtype)
     output = objective(*pair)
     output.loss.backward()
-    return objective, tuple(t.detach() for t in output if t is not None)
+    return objective, rows_of(output)
 
 
 def distance(case: dict[str, object], objective: MoCoV3) -> float:
@@ -146,7 +146,7 @@ def test_unsynchronised_norm_is_refused(ranks: Results) -> None:
 def test_uneven_parts_are_refused_on_every_rank_and_even_ones_come_in_rank_order(ranks: Results) -> None:
     rows = [4] * (len(ranks) - 1) + [3]
     for rank in ranks:
-        assert rank["uneven keys"]["message"].startswith(f"keys per rank={rows}: every rank must bring the same number")
+        assert rank["uneven keys"]["message"].startswith(f"keys per rank={rows}: every rank must have the same number")
         gathered = rank["uneven keys"]["gathered"]
         assert gathered[:, 0].tolist() == [float(r) for r in range(len(ranks)) for _ in range(2)]
         assert not gathered.requires_grad

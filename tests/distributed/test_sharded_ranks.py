@@ -172,7 +172,7 @@ def test_roots_as_torch_makes_them_do_not_pass(ranks: Ranks, strategy: str, name
 def test_uneven_parts_end_in_a_named_error_on_every_rank(ranks: Ranks, strategy: str, name: str) -> None:
     rows = [3] * (len(ranks) - 1) + [2]
     for case in run_by(ranks, f"{strategy} {name}"):
-        assert case["message"].startswith(f"keys per rank={rows}: every rank must bring the same number of images")
+        assert case["message"].startswith(f"keys per rank={rows}: every rank must have the same number of images")
 
 
 @over("flipped bit")

@@ -12,7 +12,7 @@ from fastmoco.recipes import quickstart_digits
 
 @pytest.fixture(scope="session")
 def small_run(digits) -> Config:
-    """Five steps an epoch, every step logged, a checkpoint every third step."""
+    """Five steps per epoch, every step logged, a checkpoint every third step."""
     config = quickstart_digits()
     return replace(
         config,

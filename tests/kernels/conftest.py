@@ -1,4 +1,6 @@
-"""A fault of Triton's interpreter under a newer NumPy is a skip with its reason: the kernels that a GPU runs do not have it."""
+"""Skip tests that hit a fault of Triton's interpreter under newer NumPy, which
+kernels on a GPU do not have.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,13 @@ import pytest
 import torch
 
 FAULT = "only 0-dimensional arrays can be converted to Python scalars"
-"""What the interpreter of Triton 3.6 says to NumPy 2.4 and newer, which no longer makes a scalar of an array of one element."""
+"""The error of Triton 3.6's interpreter under NumPy 2.4 and newer, which
+refuses to convert arrays of one element."""
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Run the test; skip it where it met that fault, in the interpreter and with such a NumPy alone."""
+    """Run the test; skip it after that fault, in the interpreter and with such a NumPy only."""
     try:
         return (yield)
     except Exception as error:

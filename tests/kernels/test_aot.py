@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.aot.machine_code import AotCase, Compiled, _instructions, _matrix_loops
 from benchmarks.compiled import OPS
-from fastmoco_kernels._aot import AotCase, Compiled, _instructions, _matrix_loops
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTING = """

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from fastmoco_kernels import attention
-from fastmoco_kernels.attention import choice, external, packed
+from fastmoco_kernels.attention import choice, external
 from fastmoco_kernels.attention.choice import BACKENDS, choose_attention, require_fa4, require_xformers
-from fastmoco_kernels.attention.packed import packed_attention, packed_by_xformers
 from fastmoco_kernels.attention.reference import attention_explicit
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -134,34 +133,19 @@ def test_a_missing_xformers_is_named(monkeypatch):
 
 @pytest.fixture
 def xformers(monkeypatch):
-    """A double with the two names that are used; it keeps what it was handed, and computes it plainly."""
+    """A double with the name that is used; it keeps what it was handed, and computes it plainly."""
     calls: list[dict[str, object]] = []
 
-    class BlockDiagonalMask:
-        @classmethod
-        def from_seqlens(cls, lengths, *, device):
-            made = cls()
-            made.lengths, made.device = lengths, device
-            return made
+    def memory_efficient_attention(q, k, v):
+        calls.append({"shape": tuple(q.shape), "bases": [t.data_ptr() for t in (q, k, v)]})
+        return attention_explicit(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
-    def memory_efficient_attention(q, k, v, attn_bias=None):
-        calls.append({"shape": tuple(q.shape), "mask": attn_bias, "bases": [t.data_ptr() for t in (q, k, v)]})
-        lengths = attn_bias.lengths if attn_bias else [q.shape[1]]
-        parts = zip(*(t.split(lengths, dim=1) for t in (q, k, v)), strict=True)
-        return torch.cat([attention_explicit(*(t.transpose(1, 2) for t in p)).transpose(1, 2) for p in parts], dim=1)
-
-    ops, fmha = types.ModuleType("xformers.ops"), types.ModuleType("xformers.ops.fmha")
-    ops.memory_efficient_attention, fmha.BlockDiagonalMask = memory_efficient_attention, BlockDiagonalMask
-    for name, module in (
-        ("xformers", types.ModuleType("xformers")),
-        ("xformers.ops", ops),
-        ("xformers.ops.fmha", fmha),
-    ):
-        monkeypatch.setitem(sys.modules, name, module)
+    ops = types.ModuleType("xformers.ops")
+    ops.memory_efficient_attention = memory_efficient_attention
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.0.35+cu128")
-    packed._block_diagonal.cache_clear()
-    yield calls
-    packed._block_diagonal.cache_clear()
+    return calls
 
 
 def test_xformers_gets_rows_before_heads_without_copies(xformers):
@@ -170,56 +154,6 @@ def test_xformers_gets_rows_before_heads_without_copies(xformers):
     assert xformers[0]["shape"] == (2, 5, 4, 8)
     assert xformers[0]["bases"] == [t.data_ptr() for t in (q, k, v)]
     torch.testing.assert_close(found, attention_explicit(q, k, v))
-
-
-def test_xformers_gets_packed_sequences_under_one_mask(xformers):
-    q, k, v = torch.randn(3, 9, 2, 8).unbind()
-    found = packed_by_xformers(q, k, v, [2, 3, 4])
-    packed_by_xformers(q, k, v, (2, 3, 4))
-    assert xformers[0]["shape"] == (1, 9, 2, 8)
-    assert xformers[0]["mask"].lengths == [2, 3, 4]
-    assert xformers[0]["mask"].device == q.device
-    assert xformers[1]["mask"] is xformers[0]["mask"]  # made once for each tuple of lengths
-    torch.testing.assert_close(found, packed_attention(q, k, v, [2, 3, 4], backend="loop"))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_packed_rows_attend_to_their_own_sequence(dtype):
-    """Against one attention under a mask of blocks, in value and every gradient."""
-    lengths = [1, 4, 3]
-    owner = torch.tensor([0, 1, 1, 1, 1, 2, 2, 2])
-    inputs = [
-        t.to(dtype) for t in torch.randn(3, 8, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ]
-    ours, plain = ([t.clone().requires_grad_() for t in inputs] for _ in range(2))
-    found = packed_attention(*ours, lengths)
-    scores = torch.einsum("qad,kad->aqk", plain[0], plain[1]) / 2
-    weights = scores.masked_fill(owner[:, None] != owner[None, :], float("-inf")).softmax(-1)
-    expected = torch.einsum("aqk,kad->qad", weights, plain[2])
-    weight = torch.linspace(-1, 1, found.numel(), dtype=dtype).view(found.shape)
-    (found * weight).sum().backward()
-    (expected * weight).sum().backward()
-    tolerance = 1e-12 if dtype == torch.float64 else 3e-2
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=tolerance, atol=tolerance)
-
-
-def test_packed_errors_name_the_numbers():
-    q = torch.ones(7, 2, 8)
-    with pytest.raises(ValueError, match="lengths sum to 6, but q has 7 rows"):
-        packed_attention(q, q, q, [3, 3])
-    with pytest.raises(ValueError, match=r"lengths=\[7, 0\]"):
-        packed_attention(q, q, q, [7, 0])
-    with pytest.raises(ValueError, match=r"\(7, 2, 8\).*\(6, 2, 8\)"):
-        packed_attention(q, q[:6], q, [7])
-    with pytest.raises(ValueError, match="float64"):
-        packed_attention(q, q.double(), q, [7])
-    for backend in ("varlen", "xformers"):
-        with pytest.raises(ValueError, match=f"backend='{backend}' in torch.float32 on cpu.*backend='loop'"):
-            packed_attention(q, q, q, [7], backend=backend)
-    with pytest.raises(ValueError, match="backend='flash' is none of"):
-        packed_attention(q, q, q, [7], backend="flash")
 
 
 @pytest.mark.gpu
@@ -240,17 +174,3 @@ def test_every_backend_that_runs_on_this_gpu(backend, head_dim):
         results.append([out, *(leaf.grad for leaf in leaves)])
     for a, b in zip(*results, strict=True):
         assert (a.double() - b).norm() <= 2e-2 * b.norm()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["varlen", "xformers"])
-def test_packed_backends_on_this_gpu(backend):
-    q, k, v = torch.randn(3, 300, 4, 32, device="cuda").bfloat16().unbind()
-    if backend == "xformers":
-        try:
-            require_xformers()
-        except ValueError as error:
-            pytest.skip(str(error))
-    found = packed_attention(q, k, v, [197, 3, 100], backend=backend)
-    expected = packed_attention(q.double(), k.double(), v.double(), [197, 3, 100], backend="loop")
-    assert (found.double() - expected).norm() <= 1e-2 * expected.norm()

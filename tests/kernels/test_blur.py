@@ -101,7 +101,7 @@ def test_is_an_operator_of_torch(device) -> None:
     [
         (torch.zeros(1, 1, 2, 2), torch.ones(1), r"torch.float32 \(1, 1, 2, 2\); need uint8"),
         (torch.zeros(1, 2, 2, dtype=torch.uint8), torch.ones(1), r"\(1, 2, 2\); need uint8 \[B, C, H, W\]"),
-        (torch.zeros(1, 1, 0, 2, dtype=torch.uint8), torch.ones(1), "hold nothing"),
+        (torch.zeros(1, 1, 0, 2, dtype=torch.uint8), torch.ones(1), "are empty"),
         (torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.ones(3), r"2 images but sigmas of shape \(3,\)"),
         (torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([1.0, -1.0]), "sigma of image 1 is -1.0"),
         (torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.tensor([float("nan")]), "sigma of image 0 is nan"),

@@ -13,7 +13,7 @@ from PIL import Image
 from fastmoco_kernels import ViewColorParameters, cut_views
 from fastmoco_kernels.cut_views import native
 from fastmoco_kernels.cut_views.reference import resize_reference
-from fastmoco_pipelines import reference
+from fastmoco_pipelines.views import reference
 from tests.kernels.view_color_cases import LEVELS, by_pillow, drawn, pictures
 
 BACKENDS = ("native", "torch")
@@ -218,7 +218,7 @@ CROP = torch.tensor([[2, 3, 10, 12]], dtype=torch.int32)
         ({"crops": -CROP}, "(-2, -3, -10, -12)"),
         ({"crops": torch.tensor([[2**31 - 1, 0, 2**31 - 1, 1]], dtype=torch.int32)}, "does not hold it"),
         ({"parameters": ViewColorParameters.neutral(2)}, "brightness is (2,)"),
-        ({"size": 0}, "size=0 lies outside 1 to 32768"),
+        ({"size": 0}, "size=0 is outside 1 to 32768"),
         ({"solarize_threshold": 257}, "solarize_threshold=257"),
         ({"dtype": torch.float16}, "dtype=torch.float16 is neither torch.float32 nor torch.uint8"),
         ({"threads": 0}, "threads=0; needs at least one"),

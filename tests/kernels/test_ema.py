@@ -68,10 +68,10 @@ def test_nothing_to_do_is_fine():
     ("averages", "sources", "options", "text"),
     [
         ([torch.ones(2)], [], {}, "1 averages but 0 sources"),
-        ([torch.ones(2)], [torch.ones(3)], {}, r"average 0 is \(2,\) but its source is \(3,\)"),
+        ([torch.ones(2)], [torch.ones(3)], {}, r"sources\[0\] is \(3,\) but averages\[0\] is \(2,\)"),
         ([torch.ones(2)], [torch.ones(2)], {"momentum": 1.5}, "momentum=1.5"),
         ([torch.ones(2, dtype=torch.bfloat16)], [torch.ones(2)], {}, "bfloat16"),
-        ([torch.ones(2)], [torch.ones(2, device="meta")], {}, "on cpu but its source is on meta"),
+        ([torch.ones(2)], [torch.ones(2, device="meta")], {}, r"sources\[0\] is on meta but averages\[0\] is on cpu"),
         ([torch.ones(2)], [torch.ones(2)], {"backend": "apex"}, "backend='apex'"),
     ],
 )

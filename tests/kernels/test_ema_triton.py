@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastmoco_kernels import ema_update_
-from fastmoco_kernels._multi_tensor import CHUNK
 from fastmoco_kernels.ema.op import bytes_moved
+from fastmoco_kernels.tables import CHUNK
 from tests.kernels.touched_bytes import touched_bytes
 
+ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # one element; around a chunk; several chunks and a rest; no elements; no dimensions
 SHAPES = [(1,), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (3, CHUNK), (64, 65), (0, 5), ()]
@@ -150,8 +152,7 @@ LOADS = """
 import re, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastmoco_kernels.adamw_ema import launch as adamw_ema
-from fastmoco_kernels.ema import launch as ema
+from benchmarks.aot import adamw_ema, ema
 for case, arrays in ((ema.aot_cases()[0], 2), (adamw_ema.aot_cases()[0], 5)):
     names = list(case.signature)
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned}
@@ -167,7 +168,9 @@ for case, arrays in ((ema.aot_cases()[0], 2), (adamw_ema.aot_cases()[0], 5)):
 @pytest.mark.slow
 def test_full_chunks_are_read_128_bits_at_a_time():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", LOADS], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

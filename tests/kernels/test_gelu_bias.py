@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from fastmoco_kernels import _bias_gradient, gelu
-from fastmoco_kernels._column_sums import launch as sums
+from fastmoco_kernels.column_sums import launch as sums
 from fastmoco_kernels.gelu_bias import launch
 from fastmoco_kernels.gelu_bias.cost import eager_backward_bytes, gelu_backward_bytes, gelu_bytes
 from tests.kernels.touched_bytes import CountedKernel

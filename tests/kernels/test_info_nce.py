@@ -110,8 +110,8 @@ def test_zero_rows_stay_finite():
     [
         (torch.ones(2, 3), torch.ones(2, 4), {}, "D=3 but keys have D=4"),
         (torch.ones(2), torch.ones(2, 4), {}, r"must be \[B, D\]"),
-        (torch.ones(3, 4), torch.ones(2, 4), {}, r"positives 0\.\.2 lie outside the 2 keys"),
-        (torch.ones(2, 4), torch.ones(4, 4), {"positive_offset": 3}, r"positives 3\.\.4 lie outside the 4 keys"),
+        (torch.ones(3, 4), torch.ones(2, 4), {}, r"positives 0\.\.2 are outside the 2 keys"),
+        (torch.ones(2, 4), torch.ones(4, 4), {"positive_offset": 3}, r"positives 3\.\.4 are outside the 4 keys"),
         (torch.ones(2, 4), torch.ones(4, 4), {"positive_offset": -1}, "outside"),
         (torch.ones(2, 4), torch.ones(2, 4), {"temperature": 0.0}, "temperature=0.0"),
         (torch.ones(2, 4), torch.ones(2, 4), {"backend": "cuda"}, "backend='cuda'"),

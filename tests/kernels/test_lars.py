@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import CHUNK
 from fastmoco_kernels.lars.op import BACKENDS, lars_bytes, lars_step_
+from fastmoco_kernels.tables import CHUNK
 
 # a vector, a scalar, a matrix within one chunk, one over two chunks whose second is ragged, a convolution, an empty shard, a
 # class token of three dimensions, a vector longer than a chunk, a matrix of whole chunks, which takes the wide loads
@@ -206,17 +206,17 @@ ONE = torch.ones(2, 2)
 @pytest.mark.parametrize(
     ("params", "grads", "buffers", "options", "text"),
     [
-        ([ONE], [], [ONE], {}, "1 parameters but 0 gradients and 1 buffers"),
-        ([ONE], [torch.ones(3)], [ONE], {}, r"parameter 0 is \(2, 2\) but its gradient is \(3,\)"),
-        ([ONE], [ONE], [torch.ones(4)], {}, r"parameter 0 is \(2, 2\) but its buffer is \(4,\)"),
-        ([ONE.half()], [ONE], [ONE], {}, r"parameter 0 is torch.float16; small steps vanish below torch.float32"),
-        ([ONE], [ONE.long()], [ONE], {}, r"gradient 0 is torch.int64, its parameter torch.float32"),
-        ([ONE], [ONE], [ONE.double()], {}, "parameter 0 is torch.float32, its buffer torch.float64"),
-        ([ONE, ONE.double()], [ONE] * 2, [ONE, ONE.double()], {}, "parameter 1 is torch.float64.*parameter 0 torch.float32"),
-        ([ONE], [torch.ones(2, 2, device="meta")], [ONE], {}, "parameter 0 is on cpu, its gradient on meta"),
+        ([ONE], [], [ONE], {}, "1 params but 0 grads"),
+        ([ONE], [torch.ones(3)], [ONE], {}, r"grads\[0\] is \(3,\) but params\[0\] is \(2, 2\)"),
+        ([ONE], [ONE], [torch.ones(4)], {}, r"momentum_buffers\[0\] is \(4,\) but params\[0\] is \(2, 2\)"),
+        ([ONE.half()], [ONE], [ONE], {}, r"params\[0\] is torch.float16; small steps vanish in it"),
+        ([ONE], [ONE.long()], [ONE], {}, r"grads\[0\] is torch.int64; it must be floating point"),
+        ([ONE], [ONE], [ONE.double()], {}, r"params\[0\] is torch.float32, momentum_buffers\[0\] torch.float64"),
+        ([ONE, ONE.double()], [ONE] * 2, [ONE, ONE.double()], {}, r"params\[1\] is torch.float64.*params\[0\] torch.float32"),
+        ([ONE], [torch.ones(2, 2, device="meta")], [ONE], {}, r"grads\[0\] is on meta but params\[0\] is on cpu"),
         ([ONE], [ONE], [ONE], {"lr": -1.0}, r"lr=-1.0 is below 0"),
         ([ONE], [ONE], [ONE], {"lr": torch.ones(2)}, "lr has 2 elements; it needs 1"),
-        ([ONE], [ONE], [ONE], {"momentum": 1.0}, r"momentum=1.0 lies outside \[0, 1\)"),
+        ([ONE], [ONE], [ONE], {"momentum": 1.0}, r"momentum=1.0 is outside \[0, 1\)"),
         ([ONE], [ONE], [ONE], {"weight_decay": -0.1}, "weight_decay=-0.1"),
         ([ONE], [ONE], [ONE], {"trust_coefficient": 0.0}, "trust_coefficient=0.0"),
         ([ONE], [ONE], [ONE], {"found_inf": ONE}, "found_inf has 4 elements; it needs 1"),

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from fastmoco_kernels import _bias_gradient, attention, split_qkv
-from fastmoco_kernels._column_sums import launch as sums
+from fastmoco_kernels.column_sums import launch as sums
 from fastmoco_kernels.stacked_qkv import launch
 from fastmoco_kernels.stacked_qkv.cost import eager_backward_bytes, split_qkv_backward_bytes
 from tests.kernels.touched_bytes import CountedKernel

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmoco_kernels import _tuning
+from benchmarks.aot.info_nce import aot_cases
+from fastmoco_kernels import tuning
 from fastmoco_kernels.attention import launch as attention_launch
 from fastmoco_kernels.attention.op import attention
 from fastmoco_kernels.info_nce import cost, launch
 from fastmoco_kernels.info_nce.chunked import Request
-from fastmoco_kernels.info_nce.compiled import aot_cases
 from fastmoco_kernels.info_nce.op import info_nce_loss
 from fastmoco_kernels.info_nce.reference import positive_ranks_reference
 from fastmoco_kernels.info_nce.tiles import FAMILIES, Tile, candidates, family
@@ -153,9 +153,9 @@ def test_whatever_changes_the_work_is_in_the_key_of_the_loss(monkeypatch):
 
 def test_a_settled_choice_is_found_without_text_or_file(monkeypatch, tmp_path):
     device = torch.device("cuda", 0)
-    monkeypatch.setattr(_tuning, "_settled", {("op", (1, "bf16"), device): (2, 4)})
-    monkeypatch.setattr(_tuning, "_cache_file", lambda _: pytest.fail("looked for the file"))
-    monkeypatch.setattr(_tuning, "interpreting", lambda: False)
+    monkeypatch.setattr(tuning, "_settled", {("op", (1, "bf16"), device): (2, 4)})
+    monkeypatch.setattr(tuning, "_cache_file", lambda _: pytest.fail("looked for the file"))
+    monkeypatch.setattr(tuning, "interpreting", lambda: False)
     torch.use_deterministic_algorithms(False)
     tiles = [(1, 4), (2, 4)]
-    assert _tuning.tuned("op", (1, "bf16"), tiles, tiles[0], lambda tile: None, device) == (2, 4)
+    assert tuning.tuned("op", (1, "bf16"), tiles, tiles[0], lambda tile: None, device) == (2, 4)

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from fastmoco_kernels import _tuning
+from fastmoco_kernels import tuning
 
 TILES = [(64, 4), (128, 8)]
 CUDA = torch.device("cuda")
@@ -23,19 +23,19 @@ def on_a_gpu(monkeypatch, tmp_path):
         return candidates[1]
 
     path = tmp_path / "cache" / "gpu.json"
-    monkeypatch.setattr(_tuning, "_fastest", fastest)
-    monkeypatch.setattr(_tuning, "_cache_file", lambda device: path)
-    monkeypatch.setattr(_tuning, "_chosen", {})
-    monkeypatch.setattr(_tuning, "_read", set())
-    monkeypatch.setattr(_tuning, "_settled", {})
-    monkeypatch.setattr(_tuning, "interpreting", lambda: False)
+    monkeypatch.setattr(tuning, "_fastest", fastest)
+    monkeypatch.setattr(tuning, "_cache_file", lambda device: path)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_read", set())
+    monkeypatch.setattr(tuning, "_settled", {})
+    monkeypatch.setattr(tuning, "interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     torch.use_deterministic_algorithms(False)
     return path, measured
 
 
 def _tuned(shape=(4096, 256), device=CUDA):
-    return _tuning.tuned("main", shape, TILES, TILES[0], lambda tile: None, device)
+    return tuning.tuned("main", shape, TILES, TILES[0], lambda tile: None, device)
 
 
 def test_a_shape_is_measured_once_and_remembered_by_the_next_process(on_a_gpu, monkeypatch):
@@ -43,10 +43,10 @@ def test_a_shape_is_measured_once_and_remembered_by_the_next_process(on_a_gpu, m
     assert _tuned() == _tuned() == TILES[1]
     assert measured == ["main(4096, 256)"]
     assert json.loads(path.read_text()) == {"main(4096, 256)": [128, 8]}
-    assert _tuning.choices() == {"gpu": {"main(4096, 256)": [128, 8]}}
-    monkeypatch.setattr(_tuning, "_chosen", {})
-    monkeypatch.setattr(_tuning, "_read", set())
-    monkeypatch.setattr(_tuning, "_settled", {})
+    assert tuning.choices() == {"gpu": {"main(4096, 256)": [128, 8]}}
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_read", set())
+    monkeypatch.setattr(tuning, "_settled", {})
     assert _tuned() == TILES[1]
     assert len(measured) == 1
 

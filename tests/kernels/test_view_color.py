@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastmoco_kernels.view_color.op import IMAGENET_MEAN, IMAGENET_STD, level_factors, view_color
 from fastmoco_kernels.view_color.plan import ViewColorParameters
-from fastmoco_pipelines.reference import adjust_hue
+from fastmoco_pipelines.views.reference import adjust_hue
 from tests.kernels.view_color_cases import LEVELS, ORDERS, by_pillow, drawn, pictures
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "aug.npz")
@@ -143,7 +143,7 @@ def test_is_an_operator_of_torch() -> None:
     [
         ({"brightness": torch.ones(2)}, {}, r"brightness is \(2,\) but 3 images need \(3,\)"),
         ({"order": torch.zeros(3)}, {}, r"order is \(3,\) but 3 images need \(3, 4\)"),
-        ({"order": torch.tensor(ORDERS[:3]) % 2}, {}, r"order of image 0 is \[0, 1, 0, 1\]; no permutation"),
+        ({"order": torch.tensor(ORDERS[:3]) % 2}, {}, r"order of image 0 is \[0, 1, 0, 1\]; must be a permutation"),
         ({"contrast": torch.tensor([1.0, -0.1, 1.0])}, {}, "contrast of image 1 is -0.1"),
         ({"saturation": torch.tensor([1.0, 1.0, float("nan")])}, {}, "saturation of image 2 is nan"),
         ({"hue": torch.tensor([0.6, 0.0, 0.0])}, {}, "hue of image 0 is 0.6"),
@@ -167,7 +167,7 @@ def test_wrong_calls_are_refused(change, options, words) -> None:
     [
         (torch.zeros(1, 4, 4, 3), "torch.float32"),
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), r"\(1, 3, 4, 4\); need uint8 \[B, H, W, 3\]"),
-        (torch.zeros(1, 0, 4, 3, dtype=torch.uint8), "hold nothing"),
+        (torch.zeros(1, 0, 4, 3, dtype=torch.uint8), "are empty"),
         (torch.zeros(1, 1, 1, 3, dtype=torch.uint8).expand(1, 4096, 4096, 3), "of 4096 x 4096 pixels"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Images and parameters for the tests of view_color, and Pillow's answer to them."""
+"""Images and parameters for the tests of view_color, and Pillow's results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastmoco_kernels.view_color.plan import ViewColorParameters
-from fastmoco_pipelines import reference
+from fastmoco_pipelines.views import reference
 
 ORDERS = np.array(list(permutations(range(4))), dtype=np.uint8)
 LEVELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
@@ -17,7 +17,9 @@ LEVELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
 
 
 def pictures(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """[count, H, W, 3] uint8: noise of all colours, dark noise, and almost grey pixels, where a hue is least certain."""
+    """[count, H, W, 3] uint8: noise of all colors, dark noise, and almost grey
+    pixels, with the least certain hues.
+    """
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
     images[1::4] //= 5
@@ -62,7 +64,7 @@ def _one(levels: torch.Tensor, p: ViewColorParameters, i: int, threshold: int) -
             image = reference.adjust_contrast(image, float(p.contrast[i]))
         elif operation == 2:
             image = reference.adjust_saturation(image, float(p.saturation[i]))
-        elif p.hue[i] != 0:  # Pillow's way there and back is not free of loss
+        elif p.hue[i] != 0:  # Pillow's conversion to HSV and back is lossy
             image = reference.adjust_hue(image, float(p.hue[i]))
     image = reference.to_grayscale(image) if p.grayscale[i] else image
     image = reference.gaussian_blur(image, float(p.blur_sigma[i])) if p.blur_sigma[i] > 0 else image

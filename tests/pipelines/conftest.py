@@ -1,4 +1,4 @@
-"""Small sets of images and tars for the tests of the data half."""
+"""Small sets of images and tars for the tests of the pipelines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from tests.pipelines.http_fault_server import FaultServer
 
 @pytest.fixture(scope="session")
 def noise_image() -> Callable[..., bytes]:
-    """An encoded image of smooth noise: ``noise_image(i, height, width, format="JPEG", mode="RGB")``."""
+    """An encoded image of smooth noise:
+    `noise_image(i, height, width, format="JPEG", mode="RGB")`.
+    """
 
     def make(i: int, height: int = 24, width: int = 32, format: str = "JPEG", mode: str = "RGB") -> bytes:
         coarse = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -30,7 +32,9 @@ def noise_image() -> Callable[..., bytes]:
 
 @pytest.fixture(scope="session")
 def write_tar() -> Callable[..., Path]:
-    """Writes (name, bytes or tarfile.TarInfo fields) members: ``write_tar(path, [("a.jpg", data), ...])``."""
+    """Writes (name, bytes or tarfile.TarInfo fields) members:
+    `write_tar(path, [("a.jpg", data), ...])`.
+    """
 
     def write(path: Path, members: list[tuple[str, bytes | dict[str, object]]], **options: int) -> Path:
         with tarfile.open(path, "w", **options) as tar:  # type: ignore[call-overload]
@@ -65,8 +69,8 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory, noise_image: Callable
 
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
-    """``image_folder`` packed into three shards ``train-*.tar``. Copy it before you damage it."""
-    from fastmoco_pipelines.pack import pack_folder
+    """`image_folder` packed into three shards `train-*.tar`. Copy it before you damage it."""
+    from fastmoco_pipelines.making.pack import pack_folder
 
     out = tmp_path_factory.mktemp("packed")
     pack_folder(image_folder, out, shard_samples=16)
@@ -75,6 +79,6 @@ def packed(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path
 
 @pytest.fixture
 def server(packed: Path) -> Iterator[FaultServer]:
-    """The packed set behind a local server whose answers a test can spoil."""
+    """The packed set on a local server with faults that a test controls."""
     with FaultServer(packed) as server:
         yield server

@@ -9,20 +9,25 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastmoco_pipelines.draws import ViewDraws, draw_views
 from fastmoco_pipelines.spec import ViewSpec
+from fastmoco_pipelines.views.draws import ViewDraws, draw_views
 
 
 @functools.cache
 def photographs(count: int, kind: str = "JPEG") -> list[NDArray[np.uint8]]:
-    """Pieces of the two photographs that scikit-learn carries (CC-BY), 100 to 300 pixels a side, encoded."""
+    """Pieces of the two photographs of scikit-learn (CC-BY), 100 to 300
+    pixels per side, encoded.
+    """
     from sklearn.datasets import load_sample_images
 
     rng, pieces = np.random.default_rng(0), []
     for i in range(count):
         levels = load_sample_images().images[i % 2]
         height, width = rng.integers(100, 300, size=2)
-        top, left = rng.integers(0, levels.shape[0] - height), rng.integers(0, levels.shape[1] - width)
+        top, left = (
+            rng.integers(0, levels.shape[0] - height),
+            rng.integers(0, levels.shape[1] - width),
+        )
         out = io.BytesIO()
         Image.fromarray(levels[top : top + height, left : left + width]).save(out, kind)
         pieces.append(np.frombuffer(out.getvalue(), dtype=np.uint8))

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmoco_pipelines.index import index_path, tar_hash, write_json
-from fastmoco_pipelines.shards import ShardSet
+from fastmoco_pipelines.files import write_json
+from fastmoco_pipelines.formats.index import index_path, tar_hash
+from fastmoco_pipelines.sets.shard_set import ShardSet
 
 KINDS = ("changed", "garbage", "truncated", "empty")
 
@@ -24,10 +25,10 @@ def place_of(folder: Path, sample_id: int) -> tuple[Path, int, int, int]:
 
 
 def damage(folder: Path, sample_id: int, kind: str) -> str:
-    """Damage one image in place; returns how it is called.
+    """Damage one image in place; returns its name.
 
-    "changed": other bytes than the index says. "garbage", "truncated" (by its second half) and "empty" (zeros): the index
-    knows of it, as that of a set packed from damaged files by somebody else's tool does.
+    "changed": other bytes than in the index. "garbage", "truncated" (without its second half) and
+    "empty" (zeros) match the index, as if another tool had packed damaged files.
     """
     tar, row, offset, size = place_of(folder, sample_id)
     raw = bytearray(tar.read_bytes())
@@ -38,18 +39,18 @@ def damage(folder: Path, sample_id: int, kind: str) -> str:
         raw[offset : offset + size] = rng.bytes(size)
     elif kind == "truncated":
         raw[offset + size // 2 : offset + size] = bytes(size - size // 2)
-        if raw[offset : offset + 4] == b"RIFF":  # half a lossy WebP decodes without a word
+        if raw[offset : offset + 4] == b"RIFF":  # half of a lossy WebP decodes without an error
             raw[offset + 4 : offset + 8] = (size + 100).to_bytes(4, "little")
     elif kind == "empty":
         raw[offset : offset + size] = bytes(size)
     tar.write_bytes(raw)
     path = index_path(tar)
     content = json.loads(path.read_bytes())
-    content.pop("content_hash", None)  # as written by an earlier version
+    del content["content_hash"]
     content["tar_hash"] = tar_hash(tar)
     if kind != "changed":
         content["crc32"][row] = zlib.crc32(bytes(raw[offset : offset + size]))
-    write_json(path, content)
+    write_json(path, content, sealed=True)
     return f"{tar.name}: {content['key'][row]}.{content['extension'][row]}"
 
 

@@ -1,7 +1,8 @@
-"""A small HTTP server on this machine that serves a folder, with ranges and validators, and fails as it is told.
+"""A small HTTP server on this machine that serves a folder, with ranges and
+validators, and scripted faults.
 
     with FaultServer(folder) as server:
-        server.script["train-000001.tar"] = [status(503), drop(after=1000)]   # the first two requests; then it behaves
+        server.script["train-000001.tar"] = [status(503), drop(after=1000)]   # the first two requests only
         server.always["train-000002.tar"] = stall(after=10)                    # every request
 
 It listens on 127.0.0.1 alone. No answer takes longer than ANSWER_SECONDS, but those of `hold`, which take HOLD_SECONDS;
@@ -27,7 +28,7 @@ LIFE_SECONDS = 300.0
 
 
 class FaultServer(ThreadingHTTPServer):
-    """See the module. ``requests`` holds (name, Range, If-Range) of every request so far."""
+    """See the module. `requests` contains (name, Range, If-Range) of every request so far."""
 
     daemon_threads = True
 
@@ -44,7 +45,7 @@ class FaultServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where the folder is; without a slash at the end."""
+        """URL of the folder, without a slash at the end."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def count(self, name: str) -> int:
@@ -68,7 +69,7 @@ class FaultServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up is part of the tests."""
+        """Ignore clients that disconnect, which is part of the tests."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -147,7 +148,7 @@ def serve(handler: _Handler, data: bytes) -> None:
 
 
 def plain(*, tag: str | None = None, ranges: bool = True, other: Callable[[bytes], bytes] = bytes) -> Fault:
-    """A server that knows no ranges, or no ETags (``tag=""``), or has other bytes."""
+    """A server without ranges, or no ETags (`tag=""`), or has other bytes."""
 
     def fault(handler: _Handler, data: bytes) -> None:
         code, headers, body = answer(handler, other(data), tag, ranges=ranges)
@@ -184,7 +185,7 @@ def html(length: int | None = None) -> Fault:
 
 
 def drop(after: int, *, sized: bool = True, chunked: bool = False, tag: str | None = None) -> Fault:
-    """Hang up after some bytes of the answer, with or without having said how many there are."""
+    """Disconnect after some bytes of the answer, with or without a Content-Length."""
 
     def fault(handler: _Handler, data: bytes) -> None:
         code, headers, body = answer(handler, data, tag)
@@ -201,7 +202,7 @@ def drop(after: int, *, sized: bool = True, chunked: bool = False, tag: str | No
 
 
 def stall(after: int | None) -> Fault:
-    """Say nothing more after some bytes of the body; None: nothing at all."""
+    """Stop sending after some bytes of the body; None: send nothing at all."""
 
     def fault(handler: _Handler, data: bytes) -> None:
         if after is not None:
@@ -252,13 +253,15 @@ def drip(*, head: bool = False, pause: float = 0.03) -> Fault:
     return fault
 
 
-def wrong_range(shift: int = 512, *, said: bool = True) -> Fault:
-    """Bytes of another place: with the place they come from (``said``), or with the one that was asked for."""
+def wrong_range(shift: int = 512, *, honest: bool = True) -> Fault:
+    """Another range of bytes, labelled with its real range (`honest`), or
+    with the requested one.
+    """
 
     def fault(handler: _Handler, data: bytes) -> None:
         code, headers, body = answer(handler, data)
         start = len(data) - len(body)
-        if code == 206 and said:
+        if code == 206 and honest:
             headers["Content-Range"] = f"bytes {start - shift}-{len(data) - shift - 1}/{len(data)}"
         if code == 206:
             body = data[start - shift : len(data) - shift]

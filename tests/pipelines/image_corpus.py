@@ -1,4 +1,6 @@
-"""One small file for every format and every kind of damage that a folder of images may hold, with its verdict."""
+"""One small file for every format and every kind of damage in a folder of
+images, with the expected outcome.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +29,18 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def png(chunks: list[bytes]) -> bytes:
-    """A PNG of these chunks (kind and content), with right checksums."""
+    """A PNG of these chunks (kind and content), with correct checksums."""
     parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def ihdr(height: int, width: int, depth: int, colour: int, interlace: int = 0) -> bytes:
-    """A PNG's header chunk; colour 0 is grey, 2 RGB."""
-    return b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
+def ihdr(height: int, width: int, depth: int, color: int, interlace: int = 0) -> bytes:
+    """A PNG's header chunk; color 0 is grey, 2 RGB."""
+    return b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlace)
 
 
 def deep_png() -> bytes:
-    """16 bits a channel, RGB, which Pillow cannot write."""
+    """16 bits per channel, RGB, which Pillow cannot write."""
     levels = np.linspace(0, 65535, HEIGHT * WIDTH * 3).reshape(HEIGHT, WIDTH, 3).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in levels)
     return png([ihdr(HEIGHT, WIDTH, 16, 2), b"IDAT" + zlib.compress(rows), b"IEND"])
@@ -47,7 +49,15 @@ def deep_png() -> bytes:
 def interlaced_png() -> bytes:
     """Adam7, grey, which Pillow cannot write."""
     levels = np.asarray(picture("L"))
-    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    passes = [
+        (0, 0, 8, 8),
+        (0, 4, 8, 8),
+        (4, 0, 8, 4),
+        (0, 2, 4, 4),
+        (2, 0, 4, 2),
+        (0, 1, 2, 2),
+        (1, 0, 2, 1),
+    ]
     rows = b"".join(b"\0" + row.tobytes() for y, x, dy, dx in passes for row in levels[y::dy, x::dx])
     return png([ihdr(HEIGHT, WIDTH, 8, 0, 1), b"IDAT" + zlib.compress(rows), b"IEND"])
 
@@ -91,7 +101,7 @@ GOOD: dict[str, bytes] = {
     "grey.jpg": encode(picture("L"), "JPEG"),
     "cmyk.jpg": CMYK,
     "progressive.jpg": encode(picture(), "JPEG", progressive=True),
-    "full_colour.jpg": encode(picture(), "JPEG", subsampling=0),
+    "full_color.jpg": encode(picture(), "JPEG", subsampling=0),
     "restarts.jpg": encode(picture(), "JPEG", restart_marker_blocks=2),
     "comment.jpg": encode(picture(), "JPEG", comment=b"words " * 2000),
     "trailing.jpg": JPEG + NOISE,
@@ -135,7 +145,10 @@ BAD: dict[str, tuple[bytes, str]] = {
     "cut_half.jpg": (JPEG[: len(JPEG) // 2], "damaged image"),
     "no_end_mark.jpg": (JPEG[:-2], "damaged image"),
     "only_header.jpg": (JPEG[:SCAN], "damaged image"),
-    "twelve_bits.jpg": (JPEG.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"), "damaged image"),
+    "twelve_bits.jpg": (
+        JPEG.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"),
+        "damaged image",
+    ),
     "arithmetic.jpg": (JPEG.replace(b"\xff\xc0\x00\x11", b"\xff\xc9\x00\x11"), "damaged image"),
     "unmarked_cmyk.jpg": (CMYK[:2] + CMYK[18:], "damaged image"),
     "no_pixels.jpg": (resized_header(JPEG, 0, WIDTH), "damaged image"),
@@ -151,7 +164,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     ),
 }
 
-# Decoders, Pillow among them, deliver these with grey or nonsense in a part of the picture, and only warn.
+# Decoders, Pillow among them, decode these with grey or wrong pixels in a part
+# of the image, and only warn.
 GARBLED: dict[str, bytes] = {
     "taller_than_its_scan.jpg": resized_header(JPEG, 8 * HEIGHT, WIDTH),
     "hole_in_the_scan.jpg": JPEG[: SCAN + 300] + JPEG[-2:],

@@ -1,4 +1,4 @@
-"""A check's decoding processes without processes or decoder, for tests of what lies around them."""
+"""A decode pool without processes or decoder, for tests of the code around it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import os
 
 import numpy as np
 
-from fastmoco_pipelines.check_child import _examine
-from fastmoco_pipelines.check_pool import Verdict
-from fastmoco_pipelines.headers import image_size
+from fastmoco_pipelines.formats.headers import image_size
+from fastmoco_pipelines.inspecting.decode_child import _examine
+from fastmoco_pipelines.inspecting.decode_pool import Decoded
 
 
 class QuickPool:
-    """In the place of the decoding processes where no decoder is at stake: the bytes and their crc32, in this process."""
+    """Replaces the decoding processes in tests that need no decoder: checks
+    bytes and crc32 in this process.
+    """
 
     restarts = 0
 
@@ -26,18 +28,22 @@ class QuickPool:
         pass
 
     def run(self, items, advance):
-        verdicts = []
+        answers = []
         for item in items:
-            with open(os.devnull) as said:
-                answer = _examine(Blind(), said.fileno(), item.path, item.offset, item.size, item.crc32)
+            with open(os.devnull) as devnull:
+                answer = _examine(Blind(), devnull.fileno(), item.path, item.offset, item.size, item.crc32)
             shape = answer["shape"]
-            verdicts.append(
-                Verdict(
-                    answer["kind"], answer["reason"], answer["listed"], answer["crc32"], tuple(shape) if shape else None
+            answers.append(
+                Decoded(
+                    answer["kind"],
+                    answer["reason"],
+                    answer["listed"],
+                    answer["crc32"],
+                    tuple(shape) if shape else None,
                 )
             )
             advance(item)
-        return verdicts
+        return answers
 
 
 class Blind:

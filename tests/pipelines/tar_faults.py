@@ -1,4 +1,6 @@
-"""The tar faults of the test plan, each made from a good tar of 20 samples, and what is left of it."""
+"""The tar faults of the test plan, each made from a sound tar of 20 samples,
+and the expected outcome.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ COUNT = 20
 class TarFault:
     """Outcome for a tar that was indexed while it was whole, and for one that never had an index.
 
-    ``delivered`` counts the samples that stay good with the old index, ``fresh`` those found without one; ``kinds`` are
-    faults that the check must name, with and without an index.
+    `delivered` counts the samples that remain with the old index, `fresh` those found without one;
+    `kinds` are faults that the check must report, with and without an index.
     """
 
     make: Callable[[bytes], bytes]
@@ -60,7 +62,7 @@ def _overwrite(
 
 
 def _size_field(raw: bytes) -> bytes:
-    """A size of 8 GiB with a right checksum."""
+    """A size of 8 GiB with a correct checksum."""
     header, _, _ = member(raw, "010.jpg")
     block = bytearray(raw[header : header + 512])
     block[124:136] = b"\x80" + (8 << 30).to_bytes(11, "big")
@@ -99,6 +101,6 @@ DAMAGES = {
 
 
 def write_damaged(path: Path, raw: bytes) -> Path:
-    """Put damaged bytes in a tar's place."""
+    """Replace a tar by damaged bytes."""
     path.write_bytes(raw)
     return path

@@ -1,12 +1,44 @@
-"""The sweep as an op of torch.library."""
+"""Which backend a sweep runs on, and the sweep as an op of torch.library."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastmoco_kernels.adamw_ema.run import run_sweep
-from fastmoco_kernels.adamw_ema.sweep import Number, Scalars, Sweep
+from fastmoco_kernels.adamw_ema.reference import adamw_ema_foreach_, adamw_ema_reference_
+from fastmoco_kernels.adamw_ema.sweep import OP, Number, Scalars, Sweep
+from fastmoco_kernels.backends import choose_backend, require_triton, triton_is_default
+
+BACKENDS = ("triton", "foreach", "reference")
+
+
+def chosen_backend(requested: str, device: torch.device) -> str:
+    """The backend for parameters on a device.
+
+    Raises:
+        ValueError: for an unknown name, or triton where it cannot run.
+    """
+    default = "triton" if triton_is_default(device) else "foreach"
+    chosen = choose_backend(OP, requested, default, BACKENDS)
+    if chosen == "triton":
+        require_triton(OP, device)
+    return chosen
+
+
+def run_sweep(sweep: Sweep, scalars: Scalars, backend: str) -> None:
+    """One step by a named backend, its arguments checked."""
+    if backend == "reference":
+        adamw_ema_reference_(sweep, scalars)
+    elif backend == "foreach":
+        adamw_ema_foreach_(sweep, scalars)
+    else:
+        from fastmoco_kernels.adamw_ema.launch import plan_launches, sweep_triton_
+
+        launches, rest = plan_launches(sweep)
+        if rest:
+            adamw_ema_foreach_(sweep.pick(rest), scalars)
+        for launch in launches:
+            sweep_triton_(launch, launch.sweep.grads, scalars)
 
 
 @torch.library.custom_op(
@@ -28,8 +60,10 @@ def _adamw_ema_step(
     grad_scale: Tensor | None,
     backend: str,
 ) -> None:
-    """The registered form. Averages come without gaps: `rows` holds the place of each parameter's average or -1. `tensors`
-    stand in `numbers` at `slots`.
+    """The registered form.
+
+    Lists have no None: `averages` holds those that exist, `rows` the index of each parameter's
+    average or -1. `tensors` replace the entries `slots` of `numbers`.
     """
     values: list[Number] = list(numbers)
     for slot, tensor in zip(slots, tensors, strict=True):
@@ -51,7 +85,7 @@ def _(*arguments: object) -> None:
 
 
 def dispatch_sweep(sweep: Sweep, scalars: Scalars, backend: str) -> None:
-    """One step through the registered op: for torch.compile, fake tensors and whatever else watches torch calls."""
+    """One step through the registered op, for torch.compile, fake tensors and other modes."""
     averages = [tensor for tensor in sweep.averages if tensor is not None]
     places = iter(range(len(averages)))
     rows = [-1 if tensor is None else next(places) for tensor in sweep.averages]

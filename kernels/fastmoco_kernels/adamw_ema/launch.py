@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,14 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._multi_tensor import PointerTable, pointer_table, same_layout
-from fastmoco_kernels._runtime import device_guard
 from fastmoco_kernels.adamw_ema.sweep import Scalars, Sweep
-from fastmoco_kernels.adamw_ema.triton_kernels import adamw_ema_prepare_kernel, adamw_ema_sweep_kernel
+from fastmoco_kernels.adamw_ema.triton_kernels import (
+    adamw_ema_prepare_kernel,
+    adamw_ema_sweep_kernel,
+)
+from fastmoco_kernels.backends import device_guard
+from fastmoco_kernels.tables import PointerTable, pointer_table
+from fastmoco_kernels.tensors import same_layout
 
 CHUNK, NUM_WARPS = 1024, 4
-"""8 elements a thread and array: about 80 registers, so six programs share an SM with 20 KiB each on the way to it."""
+"""8 elements a thread and array: about 80 registers, so an SM runs six programs with 20 KiB in
+flight each.
+"""
 ROWS, ROW_WARPS = 128, 4
 
 GRADS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -27,9 +31,10 @@ _SHARED = 8
 
 @dataclass
 class Launch:
-    """Parameters that one launch takes: their numbers in the whole sweep, their tensors and the gradients' type.
+    """Parameters of one launch: their indexes in the whole sweep, tensors, and the gradients' type.
 
-    `table` and `visible` are made by the first run: where everything lies, and the tensors that autograd may have saved.
+    The first run makes `table`, the addresses, and `visible`, the tensors that autograd may have
+    saved.
     """
 
     rows: list[int]
@@ -43,8 +48,8 @@ def plan_launches(sweep: Sweep) -> tuple[list[Launch], list[int]]:
     """Sort parameters into launches, by the type of the gradient.
 
     Returns:
-        The launches, one in all but odd cases, and the parameters that the kernels do not take: state that is not
-        float32, or tensors of one parameter that do not pair up as flat memory.
+        The launches, one in all but odd cases, and the parameters that the kernels do not take:
+        state that is not float32, or tensors of one parameter whose memory layouts differ.
     """
     launches: dict[torch.dtype, list[int]] = {}
     rest = []
@@ -78,10 +83,14 @@ def sweep_triton_(launch: Launch, grads: Sequence[Tensor], scalars: Scalars) -> 
         columns[1] = grads
         if launch.table is None:
             launch.table = pointer_table("adamw_ema_step_", columns, [sweep.steps], chunk=CHUNK)
-            launch.visible = [tensor for tensor in (*sweep.params, *sweep.averages) if tensor is not None]
+            launch.visible = [
+                tensor for tensor in (*sweep.params, *sweep.averages) if tensor is not None
+            ]
         else:
             launch.table.refresh(columns, [sweep.steps])
         table = launch.table
+
+        # Scalars of the whole sweep, then two numbers a tensor; the first launch fills them.
         scratch = torch.empty(_SHARED + 2 * table.rows, dtype=torch.float32, device=table.device)
         per_row = scratch[_SHARED:]
         numbers, on_device = _numbers(scalars, scratch)
@@ -99,6 +108,8 @@ def sweep_triton_(launch: Launch, grads: Sequence[Tensor], scalars: Scalars) -> 
             ROWS=ROWS,
             num_warps=ROW_WARPS,
         )
+
+        # The sweep itself; with empty tensors alone there is nothing to launch.
         if table.chunks:
             adamw_ema_sweep_kernel[(table.chunks,)](
                 table.pointers,
@@ -112,13 +123,15 @@ def sweep_triton_(launch: Launch, grads: Sequence[Tensor], scalars: Scalars) -> 
                 CHUNK=table.chunk,
                 num_warps=NUM_WARPS,
             )
+
     torch.autograd.graph.increment_version(launch.visible)
 
 
 def _numbers(scalars: Scalars, unused: Tensor) -> tuple[list[float | Tensor], bool]:
-    """Arguments `lr` to `scalars_ptr` of the first kernel, and whether the numbers are read on the device.
+    """Arguments `lr` to `scalars_ptr` of the first kernel; whether they are read on the device.
 
-    With any tensor among them all six go there, each by a small copy or fill that a CUDA graph can record.
+    With any tensor among them all six go to the device, each by a small copy or fill that a CUDA
+    graph records.
     """
     given = scalars.numbers()
     if any(isinstance(x, Tensor) for x in given):
@@ -128,50 +141,3 @@ def _numbers(scalars: Scalars, unused: Tensor) -> tuple[list[float | Tensor], bo
         return [*([0.0] * len(given)), packed], True
     lr, weight_decay, beta1, beta2, eps, ema_momentum = (float(x) for x in given)
     return [lr, weight_decay, 1 - beta1, 1 - beta2, eps, 1 - ema_momentum, unused], False
-
-
-def aot_cases() -> list[AotCase]:
-    """Every configuration of both launches."""
-    table = {"pointers_ptr": "*i64", "sizes_ptr": "*i64", "chunk_rows_ptr": "*i32", "chunk_starts_ptr": "*i64"}
-    numbers = ("lr", "weight_decay", "one_minus_beta1", "one_minus_beta2", "eps", "one_minus_momentum")
-    flags = ("ON_DEVICE", "HAS_FOUND_INF", "HAS_GRAD_SCALE")
-    scratch = {"shared_ptr": "*fp32", "per_row_ptr": "*fp32", "rows": "i32"}
-    cases = [
-        AotCase(
-            name=f"adamw_ema.adamw_ema_sweep_kernel {grad} gradients",
-            kernel=adamw_ema_sweep_kernel,
-            signature={**table, **scratch, **dict.fromkeys(("GRAD", "CHUNK"), "constexpr")},
-            constexprs={"GRAD": grad, "CHUNK": CHUNK},
-            num_warps=NUM_WARPS,
-            num_stages=3,
-            default_on=(80, 90, 100),
-            aligned=(*table, "shared_ptr", "per_row_ptr"),
-        )
-        for grad in GRADS.values()
-    ]
-    for chosen in itertools.product((False, True), repeat=len(flags)):
-        pointers = {
-            "scalars_ptr": "*fp64" if chosen[0] else "*fp32",
-            "found_inf_ptr": "*fp32",
-            "grad_scale_ptr": "*fp32",
-        }
-        cases.append(
-            AotCase(
-                name="adamw_ema.adamw_ema_prepare_kernel "
-                + " ".join(f"{f}={int(c)}" for f, c in zip(flags, chosen, strict=True)),
-                kernel=adamw_ema_prepare_kernel,
-                signature={
-                    "pointers_ptr": "*i64",
-                    **scratch,
-                    **dict.fromkeys(numbers, "fp32"),
-                    **pointers,
-                    **dict.fromkeys((*flags, "ROWS"), "constexpr"),
-                },
-                constexprs={**dict(zip(flags, chosen, strict=True)), "ROWS": ROWS},
-                num_warps=ROW_WARPS,
-                num_stages=3,
-                default_on=(80, 90, 100),
-                aligned=("pointers_ptr", "shared_ptr", "per_row_ptr", *pointers),
-            )
-        )
-    return cases

@@ -1,13 +1,13 @@
 """AdamW and the momentum encoder's moving average in one sweep over memory.
 
-After a backward pass, two things read and write every parameter: AdamW (28 bytes: reads p, g, m, v; writes p, m, v) and
-the moving average (12: reads p and a; writes a). One sweep holds p in registers between them: 20 bytes read, 16 written,
-36 instead of 40, and two launches instead of hundreds.
+After a backward pass, two things read and write every parameter: AdamW (28 bytes: reads p, g, m, v;
+writes p, m, v) and the moving average (12: reads p and a; writes a). One sweep holds p in registers
+between them: 20 bytes read, 16 written, 36 instead of 40, and two launches instead of hundreds.
 
-The first launch is tiny. It looks at `found_inf`, counts each parameter's step on the device, and works out the bias
-corrections in float64; so the step can be captured in a CUDA graph and nothing is ever read back. The second walks a
-table of addresses (`_multi_tensor.py`). The moving average takes the *updated* parameter, in the lerp form of
-`ema_update_`: what equals its average stays equal.
+The first launch is tiny. It reads `found_inf`, counts each parameter's step on the device, and
+works out the bias corrections in float64; so the step can be captured in a CUDA graph and nothing
+is ever read back. The second walks a table of addresses (`tables.py`). The moving average takes
+the *updated* parameter, in the lerp form of `ema_update_`: what equals its average stays equal.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import local, traced
-from fastmoco_kernels.adamw_ema.checks import OP, check_scalars, check_sweep
-from fastmoco_kernels.adamw_ema.dispatch import dispatch_sweep
-from fastmoco_kernels.adamw_ema.run import chosen_backend, run_sweep
-from fastmoco_kernels.adamw_ema.sweep import Number, Scalars, Sweep
+from fastmoco_kernels.adamw_ema.dispatch import chosen_backend, dispatch_sweep, run_sweep
+from fastmoco_kernels.adamw_ema.sweep import OP, Number, Scalars, Sweep, check_scalars, check_sweep
+from fastmoco_kernels.tensors import local, traced
 
 
 @torch.no_grad()
@@ -42,7 +40,7 @@ def adamw_ema_step_(
     grad_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """One step of AdamW (Loshchilov and Hutter 2019, algorithm 2) and of the moving averages, in place.
+    """One step of AdamW (Loshchilov and Hutter 2019, algorithm 2) and of the averages, in place.
 
     ::
 
@@ -52,38 +50,46 @@ def adamw_ema_step_(
         a += (1 - ema_momentum) * (p - a)
 
     Args:
-        params: float32 or float64, any shape, one device; changed. DTensors stand for their local shards, in every list.
+        params: float32 or float64, any shape, one device; changed. Of a DTensor, in any list, the
+            local shard is used.
         grads: any floating-point dtype, of their parameters' shapes; read only.
         exp_avgs: m, float32 or float64; changed.
         exp_avg_sqs: v, float32 or float64; changed.
-        steps: t, one float32 element for each parameter, on its device, no two sharing memory; changed.
-        lr: learning rate, as all numbers here a Python number or a tensor of one element on the device, whose value is
-            neither read back nor checked. A CUDA graph keeps numbers and follows tensors.
+        steps: t, one float32 element for each parameter, on its device, no two sharing memory;
+            changed.
+        lr: learning rate, as all numbers here a Python number or a tensor of one element on the
+            device, whose value is neither read back nor checked. A CUDA graph keeps numbers and
+            follows tensors.
         betas: beta1 and beta2, in [0, 1).
         eps: 0 or more.
         weight_decay: decoupled, per unit of learning rate.
         averages: a, float32 or float64; None for a parameter without one (a predictor); changed.
-        ema_momentum: in [0, 1]; needed with ``averages``.
+        ema_momentum: in [0, 1]; needed with `averages`.
         found_inf: one element; not 0, or NaN: nothing changes, the steps neither.
-        grad_scale: one element; gradients are divided by it in passing and stay as they are.
-        backend: ``"auto"`` (triton on CUDA, foreach elsewhere), ``"triton"``, ``"foreach"`` or ``"reference"``.
+        grad_scale: one element; gradients are divided by it as they are read, and are not changed.
+        backend: `"auto"` (triton on CUDA, foreach elsewhere), `"triton"`, `"foreach"` or
+            `"reference"`.
 
     Raises:
         ValueError: for counts, shapes, devices, dtypes or numbers that do not fit, naming both.
 
-    Numerics: float32 parameters in float32, bias corrections in float64; equal to `torch.optim.AdamW` to a few units in
-        the last place; bitwise reproducible. Autocast changes nothing.
-    Memory and cost: `bytes_moved`, 36 a parameter with an average; `flops`; 8 bytes of scratch a tensor. Under triton,
-        parameters with gaps in memory, with strides unlike their gradient's, or in float64 take the foreach path. That
-        path and the reference read ``found_inf`` and tensor numbers on the host, which waits for the device.
-    Distributed: none; every shard is updated where it lies.
+    Numerics: float32 parameters in float32, bias corrections in float64; equal to
+        `torch.optim.AdamW` to a few units in the last place; bitwise reproducible. Autocast changes
+        nothing.
+    Memory and cost: `bytes_moved`, 36 a parameter with an average; `flops`; 8 bytes of scratch a
+        tensor. Under triton, parameters with gaps in memory, with strides unlike their gradient's,
+        or in float64 take the foreach path. That path and the reference read `found_inf` and tensor
+        numbers on the host, which waits for the device.
+    Distributed: none; every shard is updated on its rank.
 
     Example:
         >>> import torch
         >>> from fastmoco_kernels import adamw_ema_step_
-        >>> p, g, m, v, t, twin = (torch.full((1,), x) for x in (1.0, 1.0, 0.0, 0.0, 0.0, 1.0))
-        >>> adamw_ema_step_([p], [g], [m], [v], [t], lr=0.5, weight_decay=0.0, averages=[twin], ema_momentum=0.5)
-        >>> p, twin
+        >>> p, g, m, v, t, a = (torch.full((1,), x) for x in (1.0, 1.0, 0.0, 0.0, 0.0, 1.0))
+        >>> adamw_ema_step_(
+        ...     [p], [g], [m], [v], [t], lr=0.5, weight_decay=0.0, averages=[a], ema_momentum=0.5
+        ... )
+        >>> p, a
         (tensor([0.5000]), tensor([0.7500]))
     """
     if averages is not None and ema_momentum is None:
@@ -122,7 +128,7 @@ def _local_sweep(
     steps: Sequence[Tensor],
     averages: Sequence[Tensor | None] | None,
 ) -> Sweep:
-    """Local shards of everything, None in its place; a list of None where no averages were given."""
+    """Local shards of everything; a list of None where no averages were given."""
     given = [None] * len(params) if averages is None else averages
     return Sweep(
         params=local(params),

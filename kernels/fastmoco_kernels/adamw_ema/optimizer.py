@@ -1,25 +1,24 @@
-"""`adamw_ema_step_` as an optimizer that torch.optim.AdamW can take over from, and the other way round.
+"""`adamw_ema_step_` as an optimizer whose state is interchangeable with torch.optim.AdamW's.
 
-What a step does not need to do again is done once: shards are unwrapped, tensors checked, sorted into launches. A plan
-holds while the same parameters and state have the same types and layouts, gradients too; addresses may change from step
-to step.
+Shards are unwrapped, tensors checked and sorted into launches once, in a plan. A plan holds while
+the same parameters and state have the same types and layouts, gradients too; addresses may change
+from step to step.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from fastmoco_kernels._multi_tensor import local
-from fastmoco_kernels.adamw_ema.checks import check_scalars
+from fastmoco_kernels.adamw_ema.dispatch import chosen_backend
 from fastmoco_kernels.adamw_ema.plan import Plan
-from fastmoco_kernels.adamw_ema.run import chosen_backend
-from fastmoco_kernels.adamw_ema.sweep import Number, Scalars
+from fastmoco_kernels.adamw_ema.sweep import Number, Scalars, check_scalars
+from fastmoco_kernels.tensors import local
 
 _FIXED = {
     "amsgrad": False,
@@ -30,41 +29,46 @@ _FIXED = {
     "fused": True,
     "decoupled_weight_decay": True,
 }
-"""What torch.optim.AdamW must know of our state: its fused form keeps `step` on the parameter's device, as we do."""
+"""Options under which torch.optim.AdamW reads our state: like its fused form we keep `step` on the
+device.
+"""
 
 
 class AdamWEMA(Optimizer):
     """AdamW that moves the momentum encoder in the same sweep.
 
     Args:
-        params: as any torch optimizer takes them, with or without names and groups; float32 or float64; DTensors
-            (FSDP2) are updated shard by shard.
-        lr: learning rate of groups that bring none. Like the other numbers of a group it may be a tensor of one element
-            on the parameters' device, which a CUDA graph then follows.
-        betas: of groups that bring none, as the next two.
+        params: as any torch optimizer takes them, with or without names and groups; float32 or
+            float64; DTensors (FSDP2) are updated shard by shard.
+        lr: learning rate of groups without one. Like the other numbers of a group it may be a
+            tensor of one element on the parameters' device, which a CUDA graph then follows.
+        betas: of groups without them, as the next two.
         eps: added to the root of the squared gradient.
         weight_decay: decoupled, per unit of learning rate.
-        averages: moving average by parameter, float32 or float64, of its shape (and placement, for DTensors); a
-            parameter without one is updated alone. The caller owns and saves them.
+        averages: moving average by parameter, float32 or float64, of its shape (and placement, for
+            DTensors); a parameter without one is updated alone. The caller owns and saves them.
         backend: see `adamw_ema_step_`.
 
     Raises:
-        ValueError: for numbers out of range, unknown parameters in a mapping, or tensors that do not fit.
+        ValueError: for numbers out of range, unknown parameters in a mapping, or tensors that do
+            not fit.
 
-    State: ``step``, ``exp_avg``, ``exp_avg_sq`` by parameter, in the format of torch.optim.AdamW; its state loads here
-        and ours there. Averages are not part of it.
+    State: `step`, `exp_avg`, `exp_avg_sq` by parameter, in the format of torch.optim.AdamW; its
+        state loads here and ours there. Averages are not part of it.
 
     Example:
         >>> import torch
         >>> from fastmoco_kernels import AdamWEMA
-        >>> weight, twin = torch.nn.Parameter(torch.ones(2)), torch.ones(2)
-        >>> optimizer = AdamWEMA([weight], lr=0.5, weight_decay=0.0, averages={weight: twin})
+        >>> weight, average = torch.nn.Parameter(torch.ones(2)), torch.ones(2)
+        >>> optimizer = AdamWEMA([weight], lr=0.5, weight_decay=0.0, averages={weight: average})
         >>> weight.sum().backward(); optimizer.step(ema_momentum=0.5)
-        >>> weight.detach(), twin
+        >>> weight.detach(), average
         (tensor([0.5000, 0.5000]), tensor([0.7500, 0.7500]))
     """
 
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves grad_scale and found_inf on the optimizer
+    _step_supports_amp_scaling = (
+        True  # torch.amp.GradScaler then leaves grad_scale and found_inf on the optimizer
+    )
 
     def __init__(
         self,
@@ -80,7 +84,9 @@ class AdamWEMA(Optimizer):
         self.backend = backend
         self._plans: dict[int, Plan] = {}
         self._seen: tuple[list[Tensor], list[object]] = ([], [])
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **_FIXED})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **_FIXED}
+        )
         known = {id(p) for group in self.param_groups for p in group["params"]}
         self.averages = _known(averages, known, "averages")
 
@@ -97,63 +103,53 @@ class AdamWEMA(Optimizer):
         self._plans.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: what torch's optimizers keep, and what this one was given beside it."""
+        """For copies and pickles: the state of torch's optimizers, the backend and the averages."""
         return {**super().__getstate__(), "backend": self.backend, "averages": self.averages}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """After loading: options that only torch.optim.AdamW has are set back, step counters go to their device.
+        """After loading: reset options that only torch.optim.AdamW has, move step counters to their
+        device.
 
         Raises:
-            ValueError: for a state with options that this optimizer has not got.
+            ValueError: for a state with options that this optimizer does not have.
         """
         super().__setstate__(state)
-        self._plans, self._seen = {}, ([], [])
+        self._plans = {}
+        self._seen = ([], [])
         for group in self.param_groups:
             for name in ("amsgrad", "maximize"):
                 if group.get(name):
-                    raise ValueError(f"AdamWEMA: the state has {name}=True; here it is always False")
+                    raise ValueError(
+                        f"AdamWEMA: the state has {name}=True; here it is always False"
+                    )
             group.update(_FIXED)
             for param in group["params"]:
                 own = self.state.get(param)
                 if own:
-                    own["step"] = torch.as_tensor(own["step"], dtype=torch.float32, device=param.device)
-
-    @overload
-    def step(
-        self,
-        closure: None = None,
-        *,
-        ema_momentum: Number | None = None,
-        found_inf: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-    ) -> None: ...
-
-    @overload
-    def step(
-        self,
-        closure: Callable[[], float],
-        *,
-        ema_momentum: Number | None = None,
-        found_inf: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-    ) -> float: ...
+                    own["step"] = torch.as_tensor(
+                        own["step"], dtype=torch.float32, device=param.device
+                    )
 
     @torch.no_grad()
     def step(
         self,
-        closure: Callable[[], float] | None = None,
+        closure: Callable[[], Any] | None = None,
         *,
         ema_momentum: Number | None = None,
         found_inf: Tensor | None = None,
         grad_scale: Tensor | None = None,
-    ) -> float | None:
+    ) -> Any:
         """Update every parameter that has a gradient.
 
         Args:
-            closure: computes the loss again and returns it.
-            ema_momentum: share that the averages keep, in [0, 1]; None leaves averages alone.
+            closure: computes the loss again, with gradients, and returns it.
+            ema_momentum: share that the averages keep, in [0, 1]; None leaves the averages
+                unchanged.
             found_inf: one element on the device; not 0: nothing changes.
             grad_scale: one element on the device; gradients are divided by it.
+
+        Returns:
+            What `closure` returned, or None.
 
         Raises:
             ValueError: for tensors or numbers that do not fit together.
@@ -167,11 +163,16 @@ class AdamWEMA(Optimizer):
         if not self._state_is_seen():
             self._plans.clear()
         for index, group in enumerate(self.param_groups):
-            params, grads = group["params"], [grad for p in group["params"] if (grad := p.grad) is not None]
+            params, grads = (
+                group["params"],
+                [grad for p in group["params"] if (grad := p.grad) is not None],
+            )
             if len(grads) < len(params):
                 params = [p for p in params if p.grad is not None]
             if params:
-                scalars = _scalars(group, 1.0 if ema_momentum is None else ema_momentum, found_inf, grad_scale)
+                scalars = _scalars(
+                    group, 1.0 if ema_momentum is None else ema_momentum, found_inf, grad_scale
+                )
                 check_scalars(scalars, params[0].device)
                 self._step_group(index, params, grads, ema_momentum is not None, scalars)
         if not self._state_is_seen():
@@ -179,8 +180,9 @@ class AdamWEMA(Optimizer):
         return loss
 
     def _state_is_seen(self) -> bool:
-        """Whether every parameter has the dictionary of state that it had after the last step. Finding them again by
-        parameter would take ten times as long.
+        """Whether every parameter still has its state dictionary of the last step.
+
+        Looking them up by parameter would take ten times as long.
         """
         parameters, states = self._seen
         return (
@@ -190,7 +192,12 @@ class AdamWEMA(Optimizer):
         )
 
     def _step_group(
-        self, index: int, params: list[Tensor], grads: list[Tensor], averaged: bool, scalars: Scalars
+        self,
+        index: int,
+        params: list[Tensor],
+        grads: list[Tensor],
+        averaged: bool,
+        scalars: Scalars,
     ) -> None:
         """Run the group's plan; make a new one where it does not hold."""
         plan = self._plans.get(index)
@@ -198,9 +205,15 @@ class AdamWEMA(Optimizer):
         if plan is None or mine is None:
             for param in params:
                 if not self.state[param]:
-                    self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-                    self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-                    self.state[param]["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                    self.state[param]["step"] = torch.zeros(
+                        (), dtype=torch.float32, device=param.device
+                    )
+                    self.state[param]["exp_avg"] = torch.zeros_like(
+                        param, memory_format=torch.preserve_format
+                    )
+                    self.state[param]["exp_avg_sq"] = torch.zeros_like(
+                        param, memory_format=torch.preserve_format
+                    )
             states = [self.state[param] for param in params]
             backend = chosen_backend(self.backend, params[0].device)
             averages = self.averages if averaged else None
@@ -210,7 +223,10 @@ class AdamWEMA(Optimizer):
 
 
 def _scalars(
-    group: Mapping[str, Any], ema_momentum: Number, found_inf: Tensor | None = None, grad_scale: Tensor | None = None
+    group: Mapping[str, Any],
+    ema_momentum: Number,
+    found_inf: Tensor | None = None,
+    grad_scale: Tensor | None = None,
 ) -> Scalars:
     """The numbers of a group and of a step."""
     lr, weight_decay, eps = group["lr"], group["weight_decay"], group["eps"]
@@ -218,13 +234,19 @@ def _scalars(
     return Scalars(lr, weight_decay, beta1, beta2, eps, ema_momentum, found_inf, grad_scale)
 
 
-def _known(given: Mapping[Tensor, Tensor] | None, known: set[int], name: str) -> dict[Tensor, Tensor]:
-    """A copy of the mapping, all of whose keys are parameters and all of whose shapes are theirs."""
+def _known(
+    given: Mapping[Tensor, Tensor] | None, known: set[int], name: str
+) -> dict[Tensor, Tensor]:
+    """A checked copy of the mapping: keys are parameters, values have their shapes."""
     for i, (param, tensor) in enumerate((given or {}).items()):
         if id(param) not in known:
             raise ValueError(
-                f"AdamWEMA: key {i} of {name}, {tuple(param.shape)}, is none of the {len(known)} parameters"
+                f"AdamWEMA: key {i} of {name}, {tuple(param.shape)}, "
+                f"is none of the {len(known)} parameters"
             )
         if tensor.shape != param.shape:
-            raise ValueError(f"AdamWEMA: {name} has {tuple(tensor.shape)} for a parameter of {tuple(param.shape)}")
+            raise ValueError(
+                f"AdamWEMA: {name} has {tuple(tensor.shape)} for a parameter of "
+                f"{tuple(param.shape)}"
+            )
     return dict(given or {})

@@ -10,12 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import local
 from fastmoco_kernels._unchanged import Unchanged
-from fastmoco_kernels.adamw_ema.checks import check_sweep
+from fastmoco_kernels.adamw_ema.dispatch import run_sweep
 from fastmoco_kernels.adamw_ema.reference import adamw_ema_foreach_
-from fastmoco_kernels.adamw_ema.run import run_sweep
-from fastmoco_kernels.adamw_ema.sweep import Optional, Scalars, Sweep
+from fastmoco_kernels.adamw_ema.sweep import Optional, Scalars, Sweep, check_sweep
+from fastmoco_kernels.tensors import local
 
 _STATE = operator.itemgetter("step", "exp_avg", "exp_avg_sq")
 
@@ -26,7 +25,7 @@ class Plan:
     Args:
         params: parameters with a gradient, as the optimizer has them.
         states: their optimizer state.
-        averages: moving average by parameter, or None to leave averages alone.
+        averages: moving average by parameter, or None to leave the averages unchanged.
         backend: a named one.
 
     Raises:
@@ -40,8 +39,13 @@ class Plan:
         averages: Mapping[Tensor, Tensor] | None,
         backend: str,
     ) -> None:
-        self.backend, self.averaged = backend, averages is not None
-        self._params, self._own, self._states = list(params), list(states), _state_tensors(states)
+        self.backend = backend
+        self.averaged = averages is not None
+        self._params = list(params)
+        self._own = list(states)
+        self._states = _state_tensors(states)
+
+        # Shards in place of DTensors.
         for param in params:
             _same_placements(param, averages)
         self.sweep = Sweep(
@@ -53,29 +57,45 @@ class Plan:
             averages=_column(averages or {}, params),
         )
         check_sweep(self.sweep)
+
+        # What must not change for the plan to hold: shards, and every tensor but the gradients.
         used = averages or {}
         owners = [*params, *self._states, *(used[param] for param in params if param in used)]
-        self._shards = [(owner, owner._local_tensor) for owner in owners if hasattr(owner, "_local_tensor")]
+        self._shards = [
+            (owner, owner._local_tensor) for owner in owners if hasattr(owner, "_local_tensor")
+        ]
         columns = self.sweep.columns()
-        fixed = [tensor for column in (columns[0], *columns[2:], self.sweep.steps) for tensor in column]
+        fixed = [
+            tensor for column in (columns[0], *columns[2:], self.sweep.steps) for tensor in column
+        ]
         self._fixed = [tensor for tensor in fixed if tensor is not None]
         self._unchanged = Unchanged([*self._fixed, *self.sweep.grads])
+
         if backend == "triton":
             from fastmoco_kernels.adamw_ema.launch import plan_launches
 
             self._launches, self._rest = plan_launches(self.sweep)
             for launch in self._launches:
                 launch.sweep = replace(launch.sweep, grads=())
-        self.sweep = replace(self.sweep, grads=())  # the next step has others; these must not live on beside them
 
-    def matching_grads(self, params: Sequence[Tensor], grads: Sequence[Tensor], averaged: bool) -> list[Tensor] | None:
-        """The gradients of this step, shards unwrapped, or None if the plan was made for something else.
+        # The next step has other gradients; these must be freed.
+        self.sweep = replace(self.sweep, grads=())
 
-        Parameters and state must be the same objects, and every tensor of the type, layout and device of that time, also
-        where something changed it under the same object. Anything may lie elsewhere than last time. That the parameters
-        still have the same dictionaries of state is for the caller to see to.
+    def matching_grads(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], averaged: bool
+    ) -> list[Tensor] | None:
+        """The gradients of this step, shards unwrapped; None if the plan does not fit them.
+
+        Parameters and state must be the same objects, and every tensor of the type, layout and
+        device of that time, also where something changed it under the same object. Addresses may
+        differ from the last time. The caller checks that the parameters still have the same state
+        dictionaries.
         """
-        if averaged != self.averaged or len(params) != len(self._params) or not _same(params, self._params):
+        if (
+            averaged != self.averaged
+            or len(params) != len(self._params)
+            or not _same(params, self._params)
+        ):
             return None
         if not _same(_state_tensors(self._own), self._states) or any(
             owner._local_tensor is not shard for owner, shard in self._shards
@@ -97,7 +117,7 @@ class Plan:
         if self._rest:
             adamw_ema_foreach_(replace(self.sweep, grads=grads).pick(self._rest), scalars)
         for launch in self._launches:
-            # Rows ascend: as many as there are gradients are all of them.
+            # Rows ascend, so equal lengths mean all of them.
             own = grads if len(launch.rows) == len(grads) else [grads[row] for row in launch.rows]
             sweep_triton_(launch, own, scalars)
 
@@ -123,9 +143,11 @@ def _column(by_param: Mapping[Tensor, Tensor], params: Sequence[Tensor]) -> Opti
 
 
 def _same_placements(param: Tensor, averages: Mapping[Tensor, Tensor] | None) -> None:
-    """Shards pair up only if parameter, gradient and average are spread alike."""
+    """Shards pair up only if parameter, gradient and average have equal placements."""
     expected: Any = getattr(param, "placements", None)
     for name, tensor in (("gradient", param.grad), ("average", (averages or {}).get(param))):
         found: Any = expected if tensor is None else getattr(tensor, "placements", None)
         if found != expected:
-            raise ValueError(f"AdamWEMA: a parameter is placed as {expected} but its {name} as {found}")
+            raise ValueError(
+                f"AdamWEMA: a parameter is placed as {expected} but its {name} as {found}"
+            )

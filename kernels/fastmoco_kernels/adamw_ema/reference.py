@@ -1,4 +1,4 @@
-"""AdamW and the moving average in plain torch: tensor by tensor (the oracle), and with torch's fused op (the CPU path)."""
+"""AdamW and the moving average in plain torch: the reference, and torch's fused op for CPUs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import same_layout
 from fastmoco_kernels.adamw_ema.sweep import Scalars, Sweep
 from fastmoco_kernels.ema.reference import ema_update_foreach_
+from fastmoco_kernels.tensors import same_layout
 
 _FUSED_DEVICES = ("cpu", "cuda")
 
@@ -42,8 +42,8 @@ def adamw_ema_reference_(sweep: Sweep, scalars: Scalars) -> None:
 def adamw_ema_foreach_(sweep: Sweep, scalars: Scalars) -> None:
     """The same in two passes: torch's fused AdamW and its multi-tensor lerp.
 
-    Parameters that the fused op cannot take (gaps in memory, strides that differ from the moments', another device) go
-    through the plain path.
+    Parameters that the fused op cannot take (gaps in memory, strides that differ from the moments',
+    another device) go through the plain path.
     """
     host = scalars.on_host()
     if host is None:
@@ -65,12 +65,15 @@ def adamw_ema_foreach_(sweep: Sweep, scalars: Scalars) -> None:
 
 
 def _fused_adamw_(sweep: Sweep, host: Scalars) -> None:
-    """torch's fused op on parameters of one dtype, and what follows from the new parameters."""
+    """torch's fused op on parameters of one dtype, then their averages."""
     lr, weight_decay, beta1, beta2, eps, ema_momentum = (float(x) for x in host.numbers())
     torch._foreach_add_(list(sweep.steps), 1)
     torch._fused_adamw_(
         list(sweep.params),
-        [_unscaled(g.to(p.dtype), host.grad_scale) for p, g in zip(sweep.params, sweep.grads, strict=True)],
+        [
+            _unscaled(g.to(p.dtype), host.grad_scale)
+            for p, g in zip(sweep.params, sweep.grads, strict=True)
+        ],
         list(sweep.exp_avgs),
         list(sweep.exp_avg_sqs),
         [],

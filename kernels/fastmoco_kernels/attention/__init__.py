@@ -1,1 +1,1 @@
-"""Multi-head self-attention, and the choice of who computes it: see `op.py`."""
+"""Multi-head self-attention and the choice of its backend: see `op.py`."""

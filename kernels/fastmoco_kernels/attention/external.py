@@ -1,4 +1,4 @@
-"""Attention by other people's kernels: torch's own, one by one, flash-attention 4, and xformers."""
+"""Attention by other libraries: each of torch's kernels, flash-attention 4, and xformers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _KERNELS = {
 
 
 def attention_by_kernel(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One kernel of torch's scaled_dot_product_attention, or torch's error if it does not take the call.
+    """One kernel of torch's scaled_dot_product_attention; torch raises if it does not take the
+    call.
 
-    Flash-attention 4 takes the place of torch's flash kernel in the whole process from its first use on: that is how
-    torch's switch works, and ``"flash"`` and ``"sdpa"`` then run it too.
+    From its first use on, flash-attention 4 replaces torch's flash kernel in the whole process:
+    torch's switch is global, so `"flash"` and `"sdpa"` then run it too.
 
     Args:
-        name: ``"flash"``, ``"cudnn"``, ``"efficient"`` or ``"fa4"``.
+        name: `"flash"`, `"cudnn"`, `"efficient"` or `"fa4"`.
         q: [B, A, L, d] on CUDA.
         k: [B, A, M, d].
         v: [B, A, M, d].
@@ -41,8 +42,10 @@ def _activate_fa4() -> None:
 
 
 def attention_by_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """xformers' memory_efficient_attention, which wants its rows before its heads; views, no copies."""
+    """xformers' memory_efficient_attention, whose layout is rows before heads; views, no copies."""
     from xformers.ops import memory_efficient_attention
 
-    out: Tensor = memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    out: Tensor = memory_efficient_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    )
     return out.transpose(1, 2)

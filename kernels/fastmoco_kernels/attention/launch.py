@@ -1,40 +1,41 @@
-"""How the short-sequence kernels are launched: which tiles, how many warps, where the results lie.
+"""Launches of the short-sequence kernels: tiles, warps, layout of the results.
 
-Registers decide the defaults, chip by chip, because no default may spill under any supported Triton: the backward of head
-dimension 64 takes its keys 16 at a time (32 on Blackwell), that of 32 takes 32; a smaller last tile of queries fits on
-Hopper alone, and is a default for head dimension 32 only. float32 has no tiles: its products take their operands from
-registers, and one head's keys are far more than a thread has. `aot_cases` lists all that can be picked.
+Defaults are chosen per chip such that none spills registers under any supported Triton: the
+backward of head dimension 64 takes its keys 16 at a time (32 on Blackwell), that of 32 takes 32; a
+smaller last tile of queries fits on Hopper alone, and is a default for head dimension 32 only.
+float32 has no tiles: its products take their operands from registers, and one head's keys do not
+fit in a thread's. `benchmarks/aot` compiles all that can be picked.
 """
 
 from __future__ import annotations
 
 import math
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._runtime import device_guard
-from fastmoco_kernels._tuning import tuned
-from fastmoco_kernels.attention.choice import TRITON_DTYPES, TRITON_HEAD_DIMS, TRITON_LONGEST
-from fastmoco_kernels.attention.triton_kernels import short_attention_bwd_kernel, short_attention_fwd_kernel
+from fastmoco_kernels.attention.choice import TRITON_LONGEST
+from fastmoco_kernels.attention.triton_kernels import (
+    short_attention_bwd_kernel,
+    short_attention_fwd_kernel,
+)
+from fastmoco_kernels.backends import device_guard
+from fastmoco_kernels.tuning import tuned
 
 Rows = tuple[int, int, int]
 Tile = tuple[int, ...]
 VIT_ROWS = (128, 64, 16)
 """208 rows, for the 197 tokens of a picture of 224 in patches of 16."""
 KEY_ROWS: tuple[Rows, ...] = ((64, 0, 0), (128, 0, 0), (128, 64, 0), VIT_ROWS, (256, 0, 0))
-"""How the forward cuts its keys. Only the last tile of a cut may be partly empty: the forward masks no other."""
+"""How the forward splits its keys. Only the last tile may be partly empty: no other is masked."""
 QUERY_ROWS: tuple[Rows, ...] = ((16, 0, 0), (64, 0, 0), (128, 0, 0), VIT_ROWS, (256, 0, 0))
-"""How the backward cuts its queries; rows beyond them add 0, in any tile."""
+"""How the backward splits its queries; rows beyond them add 0, in any tile."""
 CHIPS = (80, 90, 100)
-_ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def row_tiles(rows: int, cuts: tuple[Rows, ...]) -> Rows:
-    """The cut that holds ``rows`` rows with the fewest to spare.
+    """The smallest split that holds `rows` rows.
 
     Raises:
         ValueError: for more rows than fit on chip.
@@ -42,11 +43,13 @@ def row_tiles(rows: int, cuts: tuple[Rows, ...]) -> Rows:
     for tiles in cuts:
         if sum(tiles) >= rows:
             return tiles
-    raise ValueError(f"attention: backend='triton' holds {TRITON_LONGEST} rows on chip; {rows} are too many")
+    raise ValueError(
+        f"attention: backend='triton' holds {TRITON_LONGEST} rows on chip; {rows} are too many"
+    )
 
 
 def forward_tiles(chip: int, head_dim: int, queries: int, keys: Rows) -> list[Tile]:
-    """(rows of queries at a time, rows of the last, warps, stages), the default first."""
+    """(rows of queries at a time, rows of the last tile, warps, stages), the default first."""
     if queries <= 16:
         return [(16, 0, 4, 1)]
     if keys != VIT_ROWS:
@@ -54,7 +57,8 @@ def forward_tiles(chip: int, head_dim: int, queries: int, keys: Rows) -> list[Ti
     plain: list[Tile] = [(64, 0, 4, 1), (128, 0, 8, 1)]
     if chip != 90 or not 0 < queries % 64 <= 16:
         return plain
-    # Triton 3.6 spills 132 bytes of head dimension 64 with the smaller last tile; measured, it may still be the faster.
+    # With the smaller last tile Triton 3.6 spills 132 bytes at head dimension 64; it may still
+    # measure faster.
     return [(64, 16, 4, 1), *plain] if head_dim == 32 else [*plain, (64, 16, 4, 1)]
 
 
@@ -70,18 +74,21 @@ def backward_tiles(chip: int, head_dim: int, queries: Rows) -> list[Tile]:
 
 
 def in_halves(chip: int, head_dim: int, queries: int) -> bool:
-    """Whether the backward takes its queries in two launches: 256 rows of 64 do not fit Ampere's registers."""
+    """Whether the backward splits its queries: 256 rows of 64 do not fit Ampere's registers."""
     return chip == 80 and head_dim == 64 and queries > sum(VIT_ROWS)
 
 
 def _chip(device: torch.device) -> int:
-    """The architecture whose defaults a device takes. Consumer Blackwell (12.x) multiplies matrices as Ampere does."""
+    """The architecture whose defaults a device takes.
+
+    Consumer Blackwell (12.x) has Ampere's MMA.
+    """
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
     return {9: 90, 10: 100, 11: 100}.get(major, 80)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Output [B, A, L, d], in memory as [B, L, A, d], and the base-2 logarithm of the softmax's denominator [B, A, L]."""
+    """Output [B, A, L, d], in memory [B, L, A, d]; log2 of the softmax's denominator [B, A, L]."""
     q, k, v = _readable(q), _readable(k), _readable(v)
     B, A, L, d = q.shape
     M = k.shape[2]
@@ -103,7 +110,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             L,
             M,
             d**-0.5 * math.log2(math.e),
-            **_forward_constants(d, keys, tile),
+            **forward_constants(d, keys, tile),
             num_warps=tile[2],
             num_stages=tile[3],
         )
@@ -114,7 +121,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2), lse
 
 
-def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to q [B, A, L, d], k and v [B, A, M, d], in memory as [B, rows, A, d].
 
     Where the queries go `in_halves`, the two parts of dk and dv are rounded before they are added.
@@ -122,14 +131,22 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
     if not in_halves(_chip(q.device), q.shape[3], q.shape[2]):
         return _backward(grad, q, k, v, out, lse)
     parts = [
-        _backward(grad[:, :, part], q[:, :, part], k, v, out[:, :, part], lse[:, :, part].contiguous())
+        _backward(
+            grad[:, :, part], q[:, :, part], k, v, out[:, :, part], lse[:, :, part].contiguous()
+        )
         for part in (slice(0, 128), slice(128, None))
     ]
     (dq1, dk1, dv1), (dq2, dk2, dv2) = parts
-    return torch.cat([dq1.transpose(1, 2), dq2.transpose(1, 2)], dim=1).transpose(1, 2), dk1 + dk2, dv1 + dv2
+    return (
+        torch.cat([dq1.transpose(1, 2), dq2.transpose(1, 2)], dim=1).transpose(1, 2),
+        dk1 + dk2,
+        dv1 + dv2,
+    )
 
 
-def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     grad, q, k, v, out = (_readable(t) for t in (grad, q, k, v, out))
     B, A, L, d = q.shape
     M = k.shape[2]
@@ -158,7 +175,7 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
             M,
             d**-0.5 * math.log2(math.e),
             d**-0.5,
-            **_backward_constants(d, queries, tile),
+            **backward_constants(d, queries, tile),
             num_warps=tile[1],
             num_stages=tile[2],
         )
@@ -170,77 +187,18 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
 
 
 def _readable(t: Tensor) -> Tensor:
-    """The kernels read rows of d neighbours at any distance that 32 bits can tell; other layouts are copied."""
+    """Contiguous rows of d at 32-bit offsets are read as they are; other layouts are copied."""
     return t if t.stride(3) == 1 and t.shape[2] * t.stride(2) < 2**31 else t.contiguous()
 
 
-def _forward_constants(head_dim: int, keys: Rows, tile: Tile) -> dict[str, Any]:
-    # "ieee" says how float32 is multiplied; 16-bit types have one way only.
+def forward_constants(head_dim: int, keys: Rows, tile: Tile) -> dict[str, Any]:
+    """The constexprs of the forward kernel."""
+    # "ieee" is for float32 products; it has no effect on 16-bit types.
     names = {"D": head_dim, "QUERIES": tile[0], "TAIL": tile[1], "PRECISION": "ieee"}
     return names | {f"KEYS_{i + 1}": rows for i, rows in enumerate(keys)}
 
 
-def _backward_constants(head_dim: int, queries: Rows, tile: Tile) -> dict[str, Any]:
+def backward_constants(head_dim: int, queries: Rows, tile: Tile) -> dict[str, Any]:
+    """The constexprs of the backward kernel."""
     names = {"D": head_dim, "KEYS": tile[0], "PRECISION": "ieee"}
     return names | {f"QUERIES_{i + 1}": rows for i, rows in enumerate(queries)}
-
-
-def aot_cases() -> list[AotCase]:
-    """Every configuration that `forward` and `backward` may pick, in the types that `choice.TRITON_DTYPES` lets in.
-
-    Tiles of 16 query rows are narrower than Hopper's and Blackwell's own matrix instructions: they run on the older
-    ones there, so nothing is asked of them.
-    """
-    cases = []
-    for dtype, head_dim in product((_ELEMENTS[dtype] for dtype in TRITON_DTYPES), TRITON_HEAD_DIMS):
-        for keys in KEY_ROWS:
-            # 1: the class token alone; 64 and 80: without and with a smaller last tile.
-            lists = [(chip, forward_tiles(chip, head_dim, queries, keys)) for chip in CHIPS for queries in (1, 64, 80)]
-            for tile in dict.fromkeys(tile for _, tiles in lists for tile in tiles):
-                what = f"keys {_sum(keys)} queries {tile[0]}{f'..{tile[1]}' if tile[1] else ''}"
-                constants = _forward_constants(head_dim, keys, tile)
-                cases.append(_case("fwd", what, dtype, constants, tile, lists, tile[0] > 16, keys == VIT_ROWS))
-        for rows in QUERY_ROWS:
-            chips = [chip for chip in CHIPS if not in_halves(chip, head_dim, sum(rows))]
-            lists = [(chip, backward_tiles(chip, head_dim, rows)) for chip in chips]
-            for tile in dict.fromkeys(tile for _, tiles in lists for tile in tiles):
-                what = f"queries {_sum(rows)} keys {tile[0]}"
-                constants = _backward_constants(head_dim, rows, tile)
-                cases.append(_case("bwd", what, dtype, constants, tile, lists, rows[0] > 16, rows == VIT_ROWS))
-    return cases
-
-
-def _sum(rows: Rows) -> str:
-    return "+".join(str(n) for n in rows if n)
-
-
-def _case(
-    way: str,
-    what: str,
-    dtype: str,
-    constants: dict[str, Any],
-    tile: Tile,
-    lists: list[tuple[int, list[Tile]]],
-    matrix: bool,
-    quick: bool,
-) -> AotCase:
-    """One configuration, on the chips in whose ``lists`` of tiles it stands; a default where it comes first."""
-    kernel = short_attention_fwd_kernel if way == "fwd" else short_attention_bwd_kernel
-    kinds = {"lse_ptr": "*fp32", "A": "i32", "L": "i32", "M": "i32", "scale": "fp32", "scale_log2": "fp32"}
-    signature = {}
-    for name in kernel.arg_names:
-        other = f"*{dtype}" if name.endswith("_ptr") else "i32" if name.startswith("stride") else "constexpr"
-        signature[name] = kinds.get(name, other)
-    return AotCase(
-        name=f"attention.{way} {dtype} d={constants['D']} {what} w{tile[-2]} s{tile[-1]}",
-        kernel=kernel,
-        signature=signature,
-        constexprs=constants,
-        num_warps=tile[-2],
-        num_stages=tile[-1],
-        targets=tuple(dict.fromkeys(chip for chip, tiles in lists if tile in tiles)),
-        default_on=tuple(dict.fromkeys(chip for chip, tiles in lists if tile == tiles[0])),
-        aligned=tuple(name for name in signature if name.endswith("_ptr") or name.startswith("stride")),
-        matrix=matrix,
-        quick=quick and dtype == "bf16",
-    )

@@ -1,8 +1,9 @@
-"""`fastmoco::short_attention`: the Triton kernels for short sequences as one operator of torch, with its gradient.
+"""`fastmoco::short_attention`: the Triton kernels as a differentiable operator of torch.
 
-The forward keeps its inputs, its output and a float32 a query; the weights are computed again on the way back. A graph
-compiler sees two nodes. The operator reads strided views as they are and leaves its output as [B, L, A, d] in memory, so
-that neither the packed projection before it nor the one behind it costs a copy.
+The forward keeps its inputs, its output and a float32 a query; the weights are recomputed in the
+backward. A graph compiler sees two nodes. The operator reads strided views as they are and leaves
+its output as [B, L, A, d] in memory, so that neither the packed projection before it nor the one
+after it costs a copy.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import require_triton
 from fastmoco_kernels.attention.choice import triton_fault
+from fastmoco_kernels.backends import require_triton
 
 
 @torch.library.custom_op("fastmoco::short_attention", mutates_args=())
@@ -48,7 +49,9 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_short_attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_by_rows(q), _empty_by_rows(k), _empty_by_rows(v)
 
 

@@ -1,13 +1,15 @@
-"""Attention over short sequences: one program owns one head of one image, and holds all of its keys on chip.
+"""Attention over short sequences: a program computes one head of one image, all keys on chip.
 
-All keys at once means an exact softmax in two phases (maximum, then sum): no running maximum, nothing rescaled. Rows are
-cut into up to three tiles of falling power-of-two size: 197 = 128 + 64 + 5 of 16, so that 208 are computed and not 256.
-Forward: the keys stay on chip, the queries pass in tiles. Backward: the queries stay, with the gradient to them, and the
-keys pass, so that the gradients to a tile of keys are complete after one turn. A program writes each of its results once
-and shares none with another program: no atomics, the same bits every time.
+With all keys at once the softmax is exact in two phases (maximum, then sum), without a running
+maximum or rescaling. Rows are split into up to three tiles of decreasing power-of-two size: 197 =
+128 + 64 + 5 of 16, so that 208 are computed and not 256. Forward: the keys stay on chip, the
+queries pass in tiles. Backward: the queries and their gradient stay, the keys pass, and the
+gradients of a tile of keys are complete after one iteration. Each program writes its own results
+once: no atomics, reproducible bit by bit.
 
-Legend: A heads, L queries, M keys, D head dimension. Scores are held times log2(e) / sqrt(D), because exp2 is what the
-hardware computes; ``lse`` is the logarithm to base 2 of the softmax's denominator.
+Legend: A heads, L queries, M keys, D head dimension. Scores are held times log2(e) / sqrt(D),
+because exp2 is what the hardware computes; `lse` is the logarithm to base 2 of the softmax's
+denominator.
 """
 
 import triton
@@ -16,7 +18,7 @@ import triton.language as tl
 
 @triton.jit
 def _load_rows(ptr, start, rows, stride, ROWS: tl.constexpr, D: tl.constexpr):
-    """[ROWS, D] from row ``start`` on; rows from ``rows`` on read as 0."""
+    """[ROWS, D] from row `start` on; rows from `rows` on read as 0."""
     row = start + tl.arange(0, ROWS)
     at = row[:, None] * stride + tl.arange(0, D)[None, :]
     return tl.load(ptr + at, mask=row[:, None] < rows, other=0.0)
@@ -24,7 +26,7 @@ def _load_rows(ptr, start, rows, stride, ROWS: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _store_rows(ptr, value, start, rows, stride, ROWS: tl.constexpr, D: tl.constexpr):
-    """[ROWS, D] to row ``start`` on; rows from ``rows`` on are left out."""
+    """[ROWS, D] to row `start` on; rows from `rows` on are left out."""
     row = start + tl.arange(0, ROWS)
     at = row[:, None] * stride + tl.arange(0, D)[None, :]
     tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=row[:, None] < rows)
@@ -126,6 +128,8 @@ def short_attention_fwd_kernel(
     v_ptr += b * stride_vb + a * stride_va
     out_ptr += (b * L * A + a) * D
     lse_ptr += head * L
+
+    # All keys and values, in up to three tiles.
     k1 = _load_rows(k_ptr, 0, M, stride_kl, KEYS_1, D)
     v1 = _load_rows(v_ptr, 0, M, stride_vl, KEYS_1, D)
     k2, v2, k3, v3 = k1, v1, k1, v1  # not read where there is no such tile
@@ -135,21 +139,80 @@ def short_attention_fwd_kernel(
     if KEYS_3 > 0:
         k3 = _load_rows(k_ptr, KEYS_1 + KEYS_2, M, stride_kl, KEYS_3, D)
         v3 = _load_rows(v_ptr, KEYS_1 + KEYS_2, M, stride_vl, KEYS_3, D)
+
+    # Queries in full tiles, then a smaller last one.
     full = L // QUERIES * QUERIES if TAIL > 0 else L
     for start in range(0, full, QUERIES):
-        _attend(q_ptr, out_ptr, lse_ptr, k1, v1, k2, v2, k3, v3, start, L, M, stride_ql, A * D, scale_log2,
-                D, KEYS_1, KEYS_2, KEYS_3, QUERIES, PRECISION)  # fmt: skip
+        _attend(
+            q_ptr,
+            out_ptr,
+            lse_ptr,
+            k1,
+            v1,
+            k2,
+            v2,
+            k3,
+            v3,
+            start,
+            L,
+            M,
+            stride_ql,
+            A * D,
+            scale_log2,
+            D,
+            KEYS_1,
+            KEYS_2,
+            KEYS_3,
+            QUERIES,
+            PRECISION,
+        )
     if TAIL > 0:
-        _attend(q_ptr, out_ptr, lse_ptr, k1, v1, k2, v2, k3, v3, full, L, M, stride_ql, A * D, scale_log2,
-                D, KEYS_1, KEYS_2, KEYS_3, TAIL, PRECISION)  # fmt: skip
+        _attend(
+            q_ptr,
+            out_ptr,
+            lse_ptr,
+            k1,
+            v1,
+            k2,
+            v2,
+            k3,
+            v3,
+            full,
+            L,
+            M,
+            stride_ql,
+            A * D,
+            scale_log2,
+            D,
+            KEYS_1,
+            KEYS_2,
+            KEYS_3,
+            TAIL,
+            PRECISION,
+        )
 
 
 @triton.jit
 def _backward_tile(
-    k, v, q, do, lse, delta, dq, dk, dv, start, M, scale_log2, KEYS: tl.constexpr, PRECISION: tl.constexpr
+    k,
+    v,
+    q,
+    do,
+    lse,
+    delta,
+    dq,
+    dk,
+    dv,
+    start,
+    M,
+    scale_log2,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """What one tile of queries and one of keys add to dq [QUERIES, D], dk and dv [KEYS, D]."""
-    p = tl.exp2(tl.fma(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale_log2, -lse[:, None]))
+    p = tl.exp2(
+        tl.fma(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale_log2, -lse[:, None])
+    )
     # A column beyond the keys scores 0, and exp2(-lse) may be infinite.
     p = tl.where((start + tl.arange(0, KEYS))[None, :] < M, p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -162,9 +225,19 @@ def _backward_tile(
 
 @triton.jit
 def _query_tile(
-    q_ptr, out_ptr, dout_ptr, lse_ptr, start, L, stride_ql, stride_ol, stride_gl, QUERIES: tl.constexpr, D: tl.constexpr
+    q_ptr,
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    start,
+    L,
+    stride_ql,
+    stride_ol,
+    stride_gl,
+    QUERIES: tl.constexpr,
+    D: tl.constexpr,
 ):
-    """What the backward needs of one tile of queries. Rows beyond the queries read as 0, and add 0 to every gradient."""
+    """Operands of one tile of queries; rows beyond the queries are 0 and add 0 to gradients."""
     row = start + tl.arange(0, QUERIES)
     q = _load_rows(q_ptr, start, L, stride_ql, QUERIES, D)
     do = _load_rows(dout_ptr, start, L, stride_gl, QUERIES, D)
@@ -212,7 +285,7 @@ def short_attention_bwd_kernel(
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq, dk and dv of one head of one image: all queries stay on chip, where dq gathers while the keys pass."""
+    """dq, dk and dv of one head of one image; queries and dq stay on chip while the keys pass."""
     head = tl.program_id(0).to(tl.int64)
     b, a = head // A, head % A
     q_ptr += b * stride_qb + a * stride_qa
@@ -224,22 +297,48 @@ def short_attention_bwd_kernel(
     dq_ptr += (b * L * A + a) * D
     dk_ptr += (b * M * A + a) * D
     dv_ptr += (b * M * A + a) * D
+
+    # All queries, in up to three tiles.
     q1, do1, lse1, delta1, dq1 = _query_tile(
         q_ptr, out_ptr, dout_ptr, lse_ptr, 0, L, stride_ql, stride_ol, stride_gl, QUERIES_1, D
     )
     if QUERIES_2 > 0:
         q2, do2, lse2, delta2, dq2 = _query_tile(
-            q_ptr, out_ptr, dout_ptr, lse_ptr, QUERIES_1, L, stride_ql, stride_ol, stride_gl, QUERIES_2, D
+            q_ptr,
+            out_ptr,
+            dout_ptr,
+            lse_ptr,
+            QUERIES_1,
+            L,
+            stride_ql,
+            stride_ol,
+            stride_gl,
+            QUERIES_2,
+            D,
         )
     if QUERIES_3 > 0:
         q3, do3, lse3, delta3, dq3 = _query_tile(
-            q_ptr, out_ptr, dout_ptr, lse_ptr, QUERIES_1 + QUERIES_2, L, stride_ql, stride_ol, stride_gl, QUERIES_3, D
+            q_ptr,
+            out_ptr,
+            dout_ptr,
+            lse_ptr,
+            QUERIES_1 + QUERIES_2,
+            L,
+            stride_ql,
+            stride_ol,
+            stride_gl,
+            QUERIES_3,
+            D,
         )
+
+    # After all tiles of queries, the gradients of a tile of keys are complete.
     for start in range(0, M, KEYS):
         k = _load_rows(k_ptr, start, M, stride_kl, KEYS, D)
         v = _load_rows(v_ptr, start, M, stride_vl, KEYS, D)
         dk, dv = tl.zeros([KEYS, D], tl.float32), tl.zeros([KEYS, D], tl.float32)
-        dq1, dk, dv = _backward_tile(k, v, q1, do1, lse1, delta1, dq1, dk, dv, start, M, scale_log2, KEYS, PRECISION)
+        dq1, dk, dv = _backward_tile(
+            k, v, q1, do1, lse1, delta1, dq1, dk, dv, start, M, scale_log2, KEYS, PRECISION
+        )
         if QUERIES_2 > 0:
             dq2, dk, dv = _backward_tile(
                 k, v, q2, do2, lse2, delta2, dq2, dk, dv, start, M, scale_log2, KEYS, PRECISION
@@ -250,6 +349,7 @@ def short_attention_bwd_kernel(
             )
         _store_rows(dk_ptr, dk * scale, start, M, A * D, KEYS, D)
         _store_rows(dv_ptr, dv, start, M, A * D, KEYS, D)
+
     _store_rows(dq_ptr, dq1 * scale, 0, L, A * D, QUERIES_1, D)
     if QUERIES_2 > 0:
         _store_rows(dq_ptr, dq2 * scale, QUERIES_1, L, A * D, QUERIES_2, D)

@@ -1,8 +1,8 @@
-"""From a standard deviation to the three extended boxes that stand for its Gaussian, in Pillow's fixed point.
+"""The three extended boxes that approximate a Gaussian, in Pillow's fixed point.
 
-Source: Gwosdek, Grewenig, Bruhn, Weickert 2011, "Theoretical foundations of Gaussian convolution by extended box
-filtering". A box of 2 r + 1 whole taps and two edge taps of a smaller weight has any variance; n of them in a row have
-n times that. Pillow takes n = 3 and weights in units of 2^-24.
+Source: Gwosdek, Grewenig, Bruhn, Weickert 2011, "Theoretical foundations of Gaussian convolution by
+extended box filtering". A box of 2 r + 1 whole taps and two edge taps of a smaller weight has any
+variance; n of them in a row have n times that. Pillow takes n = 3 and weights in units of 2^-24.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ def extended_boxes(sigmas: Tensor) -> Tensor:
         sigmas: [B] float32, standard deviations in pixels; 0 for none. Any device.
 
     Returns:
-        [B, 4] int32 on the same device: radius r (-1 where sigma is 0), weight of each of the 2 r + 1 whole taps, weight
-        of the two edge taps, and what is added before the shift by 24 bits. Exact: every rounding of Pillow's is made.
+        [B, 4] int32 on the same device: radius r (-1 where sigma is 0), weight of each of the 2 r +
+        1 whole taps, weight of the two edge taps, and what is added before the shift by 24 bits.
+        Exact: it rounds where Pillow rounds.
     """
     sigma = sigmas.to(torch.float32)
     # Divisors are tensors: on CUDA torch multiplies by a number's reciprocal, which rounds twice.
@@ -39,6 +40,11 @@ def extended_boxes(sigmas: Tensor) -> Tensor:
     radius = (whole_radius + share).to(torch.int32)
     whole = torch.full_like(width, 2.0**WEIGHT_BITS).div(width).to(torch.int32)
     edge = (2**WEIGHT_BITS - (2 * radius + 1) * whole) // 2
-    missing = 2**WEIGHT_BITS - (2 * radius + 1) * whole - 2 * edge  # 0 or 1: two equal edges share what is left
+    # 0 or 1: two equal edges share the rest.
+    missing = 2**WEIGHT_BITS - (2 * radius + 1) * whole - 2 * edge
     bias = 2 ** (WEIGHT_BITS - 1) - OFFSET * missing
-    return torch.stack([torch.where(sigma > 0, radius, -1), whole, edge, bias], dim=1).to(torch.int32).contiguous()
+    return (
+        torch.stack([torch.where(sigma > 0, radius, -1), whole, edge, bias], dim=1)
+        .to(torch.int32)
+        .contiguous()
+    )

@@ -6,8 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._runtime import device_guard
+from fastmoco_kernels.backends import device_guard
 from fastmoco_kernels.blur.boxes import PASSES
 from fastmoco_kernels.blur.triton_kernels import box_pass_kernel
 
@@ -22,7 +21,7 @@ def blur_triton(images: Tensor, boxes: Tensor) -> Tensor:
         boxes: [B, 4] int32 on the same device, from `extended_boxes`.
 
     Returns:
-        [B, C, H, W] uint8, a new tensor. One more of its size is needed meanwhile.
+        [B, C, H, W] uint8, a new tensor. One more of its size is allocated temporarily.
     """
     batch, channels, height, width = images.shape
     source, buffers = images, (torch.empty_like(images), torch.empty_like(images))
@@ -32,27 +31,15 @@ def blur_triton(images: Tensor, boxes: Tensor) -> Tensor:
             target = buffers[number % 2]
             along_width = number < PASSES
             box_pass_kernel[grid](
-                source, target, boxes, channels, height, width, ALONG_WIDTH=along_width, BLOCK=BLOCK, num_warps=WARPS
+                source,
+                target,
+                boxes,
+                channels,
+                height,
+                width,
+                ALONG_WIDTH=along_width,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
             )
             source = target
     return source
-
-
-def aot_cases() -> list[AotCase]:
-    """Both axes; there is one tile."""
-    pointers = {"source_ptr": "*u8", "target_ptr": "*u8", "boxes_ptr": "*i32"}
-    sizes = {"channels": "i32", "height": "i32", "width": "i32"}
-    constants = {"ALONG_WIDTH": "constexpr", "BLOCK": "constexpr"}
-    return [
-        AotCase(
-            name=f"gaussian_blur.box along_width={along_width}",
-            kernel=box_pass_kernel,
-            signature={**pointers, **sizes, **constants},
-            constexprs={"ALONG_WIDTH": along_width, "BLOCK": BLOCK},
-            num_warps=WARPS,
-            num_stages=3,
-            default_on=(80, 90, 100),
-            aligned=("source_ptr", "target_ptr", "boxes_ptr"),
-        )
-        for along_width in (True, False)
-    ]

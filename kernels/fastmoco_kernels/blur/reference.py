@@ -1,4 +1,4 @@
-"""The blur in plain torch: box by box, in integers. The oracle of the Triton path, and what runs on CPUs."""
+"""The blur in plain torch, box by box, in integers: the reference, and the path on CPUs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from torch import Tensor
 from fastmoco_kernels.blur.boxes import OFFSET, PASSES, WEIGHT_BITS
 
 _PIECE = 2**16
-"""Levels worked on at once: three int32 buffers of that many stay in a core's cache (a view of 224 pixels is one plane
-after the other, 1.5 times as fast as all three; small images go many at a time)."""
+"""Levels per piece: three int32 buffers of this size stay in a core's cache.
+
+So a view of 224 pixels is processed plane by plane, 1.5 times as fast as all three at once, and
+small images many at a time.
+"""
 
 
 def blur_reference(images: Tensor, boxes: Tensor) -> Tensor:
@@ -42,12 +45,16 @@ def blur_reference(images: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _blur(levels: Tensor, boxes: Tensor, radius: int) -> Tensor:
-    """[n, H, W] int32 levels, all with boxes of one radius, blurred; the argument is overwritten."""
+    """Blur [n, H, W] int32 levels, all with boxes of one radius; the argument is overwritten."""
     whole, edge, bias = boxes[:, 1:, None, None].unbind(1)
-    bits = torch.tensor(WEIGHT_BITS, dtype=torch.int32)  # a Python number would be converted at every use
+    # A tensor: a Python number would be converted at every use.
+    bits = torch.tensor(WEIGHT_BITS, dtype=torch.int32)
     shared = int(edge[0]) if len(levels) == 1 else None  # a number then, which saves a sweep a pass
+
     levels = levels.sub_(OFFSET)
     far = torch.empty_like(levels)
+
+    # Three boxes along the width, then three along the height.
     for dim in (2, 1):
         size, beyond = levels.shape[dim], radius + 1
         room = list(levels.shape)
@@ -57,9 +64,13 @@ def _blur(levels: Tensor, boxes: Tensor, radius: int) -> Tensor:
         middle = taps[beyond].copy_(levels)
         before, first = padded.narrow(dim, 0, beyond), middle.narrow(dim, 0, 1)
         after, last = padded.narrow(dim, beyond + size, beyond), middle.narrow(dim, size - 1, 1)
+
         for _ in range(PASSES):
-            before.copy_(first)  # beyond the border the last level goes on; it is the one of this pass
+            # Beyond the border this pass's last level is repeated.
+            before.copy_(first)
             after.copy_(last)
+
+            # The whole taps, each of equal weight.
             if radius == 0:
                 torch.mul(middle, whole, out=levels)
             else:
@@ -67,6 +78,8 @@ def _blur(levels: Tensor, boxes: Tensor, radius: int) -> Tensor:
                 for tap in set(range(2, 2 * radius + 2)) - {beyond}:
                     levels.add_(taps[tap])
                 levels.mul_(whole)
+
+            # The two edge taps.
             torch.add(taps[0], taps[-1], out=far)
             if shared is None:
                 levels.add_(far.mul_(edge))

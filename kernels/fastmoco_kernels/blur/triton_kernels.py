@@ -18,13 +18,17 @@ def box_pass_kernel(
     ALONG_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (B C, cdiv(P, BLOCK)). An image of radius -1 is copied. Levels are shifted by 128: so 2^24 of them fit int32."""
+    """Grid (B C, cdiv(P, BLOCK)). An image of radius -1 is copied.
+
+    Levels are shifted by 128, so that 2^24 times a level fits int32.
+    """
     plane = tl.program_id(0).to(tl.int64)
     box_ptr = boxes_ptr + plane // channels * 4
     radius = tl.load(box_ptr)
     whole = tl.load(box_ptr + 1)
     edge = tl.load(box_ptr + 2)
     bias = tl.load(box_ptr + 3)
+
     count = height * width
     p = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = p < count
@@ -43,6 +47,8 @@ def box_pass_kernel(
             line_ptr = source_ptr + (p - at * width)
             last = height - 1
             stride = width
+
+        # The whole taps, then the two edge taps; positions beyond the border are clamped.
         inner = tl.zeros([BLOCK], dtype=tl.int32)
         for tap in range(2 * radius + 1):
             to = tl.minimum(tl.maximum(at + (tap - radius), 0), last)

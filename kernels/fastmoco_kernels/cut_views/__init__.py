@@ -1,1 +1,1 @@
-"""Whole views on the CPU: crop, resize and colours in one call over a batch of decoded images, bit for bit as PIL."""
+"""Whole views on the CPU: crop, resize and colors of a batch, bit for bit as PIL."""

@@ -1,4 +1,4 @@
-"""The compiled path: finds the library that setup.py built, and hands it a batch."""
+"""The compiled path: find the library that setup.py built, and pass it a batch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,27 @@ from torch import Tensor
 from fastmoco_kernels.view_color.plan import Plan
 
 LIBRARY = "fastmoco_kernels.cut_views._native"
-"""Where setup.py puts it. There is no Python in it: one file serves every version."""
+"""Where setup.py puts it. It does not use the Python API: one file serves every version."""
 LEVELS = "fastmoco_cut_levels"
-"""The function that writes bytes; a library that was built before it was written lacks it."""
+"""The function that writes bytes; libraries built from older sources lack it."""
 
-_POINTERS = ("pixels", "strides", "crops", "steps", "factors", "hue_shift", "flags", "boxes", "scale", "shift", "out")
+_POINTERS = (
+    "pixels",
+    "strides",
+    "crops",
+    "steps",
+    "factors",
+    "hue_shift",
+    "flags",
+    "boxes",
+    "scale",
+    "shift",
+    "out",
+)
 
 
 class _Batch(ctypes.Structure):
-    """Field by field the `Batch` of native/cut.c."""
+    """The `Batch` of native/cut.c, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("images", "size", "threshold")),
@@ -56,7 +68,7 @@ def cut_views_native(
     threads: int,
     out: Tensor,
 ) -> None:
-    """Compute a batch into ``out``.
+    """Compute a batch into `out`.
 
     Args:
         images: B of [H, W, 3] uint8, the levels of a row side by side.
@@ -66,7 +78,8 @@ def cut_views_native(
         shift: [3] float32, what is added then.
         threshold: level from which solarize inverts.
         threads: that work on it, this one among them.
-        out: [B, 3, size, size] float32, contiguous; or uint8, for levels without factor and summand.
+        out: [B, 3, size, size] float32, contiguous; or uint8, for levels without factor and
+            summand.
 
     Raises:
         RuntimeError: if the library was built from an older source.
@@ -78,25 +91,38 @@ def cut_views_native(
     cut = getattr(library, name, None)
     if cut is None:
         raise RuntimeError(
-            f"cut_views: the compiled part has no {name}: it is older than its source. Install fastmoco again"
+            f"cut_views: the compiled part has no {name}: "
+            "it is older than its source. Install fastmoco again"
         )
     pixels = np.array([image.ctypes.data for image in images], dtype=np.uint64)
     strides = np.array([image.strides[0] for image in images], dtype=np.int64)
-    fields = [t.contiguous() for t in (crops, tables.steps, tables.factors, tables.shift, tables.flags, tables.boxes)]
+    fields = [
+        t.contiguous()
+        for t in (crops, tables.steps, tables.factors, tables.shift, tables.flags, tables.boxes)
+    ]
     pointers = [t.data_ptr() for t in (*fields, scale, shift, out)]
-    batch = _Batch(len(images), out.shape[-1], threshold, pixels.ctypes.data, strides.ctypes.data, *pointers, 0)
-    # The threads hold the batch, and with it all that they read: an interrupt may end this function before they end.
+    batch = _Batch(
+        len(images), out.shape[-1], threshold, pixels.ctypes.data, strides.ctypes.data, *pointers, 0
+    )
+    # The batch keeps alive everything that the threads read: an interrupt may end this function
+    # first.
     batch.memory = (images, pixels, strides, fields, scale, shift, out)
     results: list[int] = []
 
-    def work() -> None:  # ctypes gives the interpreter away meanwhile; the threads share out the images by `next`
+    def work() -> None:
+        # ctypes releases the GIL during the call; the threads take images by `next`.
         results.append(cut(ctypes.byref(batch)))
 
-    others = [threading.Thread(target=work, name="fastmoco-cut") for _ in range(min(threads, len(images)) - 1)]
+    others = [
+        threading.Thread(target=work, name="fastmoco-cut")
+        for _ in range(min(threads, len(images)) - 1)
+    ]
     for thread in others:
         thread.start()
     work()
     for thread in others:
         thread.join()
     if any(results):
-        raise MemoryError(f"cut_views: no memory to cut {len(images)} views of {out.shape[-1]} pixels")
+        raise MemoryError(
+            f"cut_views: no memory to cut {len(images)} views of {out.shape[-1]} pixels"
+        )

@@ -1,16 +1,18 @@
-"""Views of decoded images on the CPU: crop, antialiased resize, and everything that `view_color` does, in one call.
+"""Views of decoded images on the CPU: crop, antialiased resize, and `view_color`, in one call.
 
-Between decoding and training, an image loader on CPUs spends most of its time here. One C function takes a batch: each
-thread takes the next image, resizes its window into three planes of bytes, which stay in the core's cache, and works on
-them until the view is written. The loops are plain C that compilers turn into vector instructions, for several instruction
-sets, chosen when the library is loaded (`native/views.h`).
+One C function takes a batch: each thread takes the next image, resizes its window into three planes
+of bytes, which stay in the core's cache, and works on them until the view is written. The loops are
+plain C that compilers vectorize, for several instruction sets, one of which is chosen when the
+library is loaded (`native/views.h`).
 
-The resize is Pillow's: two passes over bytes with weights in units of 2^-22, first along the rows, then along the columns,
-rounded to a byte in between. Pillow up to version 12 does it in this order always, version 13 the other way round for windows
-much taller than wide, where its levels may differ by one. Behind the resize levels are Pillow's to the bit, and those of
-`view_color` on every backend.
+The resize is Pillow's: two passes over bytes with weights in units of 2^-22, first along the rows,
+then along the columns, rounded to a byte in between. Pillow up to version 12 always uses this
+order; version 13 reverses it for windows much taller than wide, where its levels may differ by one.
+After the resize, levels are equal to Pillow's to the bit, as those of `view_color` are on every
+backend.
 
-Without a C compiler at the time of installation there is no such library: plain torch then does the same, many times slower.
+Without a C compiler at installation there is no library; plain torch then computes the same, many
+times slower.
 """
 
 from __future__ import annotations
@@ -22,14 +24,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastmoco_kernels._runtime import choose_backend
+from fastmoco_kernels.backends import choose_backend
 from fastmoco_kernels.cut_views.native import cut_views_native, native_library
 from fastmoco_kernels.cut_views.reference import cut_views_reference
-from fastmoco_kernels.view_color.op import IMAGENET_MEAN, IMAGENET_STD, check_normalisation, check_ranges, level_factors
+from fastmoco_kernels.view_color.op import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    check_normalisation,
+    check_ranges,
+    level_factors,
+)
 from fastmoco_kernels.view_color.plan import ViewColorParameters, plan
 
 _LARGEST = 2**15
-"""Rows and columns of a view or an image, so that sums of weights and offsets within a view fit int32."""
+"""Most rows or columns, so that sums of weights and offsets within a view fit int32."""
 
 
 def cut_views(
@@ -45,33 +53,37 @@ def cut_views(
     threads: int = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """Cut a window from every image, scale it to ``size`` x ``size``, and colour it by its own parameters.
+    """Cut a window from every image, resize it to `size` x `size`, and jitter it by its parameters.
 
-    ``(level / 255 - mean) / std`` of the levels that torchvision's PIL transforms (resized crop, colour jitter, greyscale,
-    Gaussian blur, solarize, flip) give for the same draws: the augmentation of Chen, Xie, He 2021 (MoCo v3). With
-    ``dtype=torch.uint8`` those levels themselves.
+    `(level / 255 - mean) / std` of the levels that torchvision's PIL transforms (resized crop,
+    color jitter, grayscale, Gaussian blur, solarize, flip) give for the same draws: the
+    augmentation of Chen, Xie, He 2021 (MoCo v3). With `dtype=torch.uint8` those levels themselves.
 
     Args:
-        images: B decoded images, each [H, W, 3] uint8 RGB on the CPU, of any height, width and distance between rows.
-        crops: [B, 4] int32 on the CPU: top, left, height, width of the window in pixels of its image.
+        images: B decoded images, each [H, W, 3] uint8 RGB on the CPU, of any height, width and
+            distance between rows.
+        crops: [B, 4] int32 on the CPU: top, left, height, width of the window in pixels of its
+            image.
         parameters: a row for each image, on the CPU.
         size: height and width of a view in pixels, 1 to 32768.
         mean: of the three channels, subtracted after scaling to [0, 1].
         std: of the three channels, divided by; positive.
-        dtype: float32; or uint8: levels, not normalised, whatever ``mean`` and ``std`` are.
+        dtype: float32; or uint8: levels, not normalised, whatever `mean` and `std` are.
         solarize_threshold: level, 0 to 256, from which solarize inverts.
-        threads: that work on the batch, this one among them; the result does not depend on it.
-        backend: ``"auto"``, ``"native"`` (compiled C) or ``"torch"``.
+        threads: number of threads, including this one; the result does not depend on it.
+        backend: `"auto"`, `"native"` (compiled C) or `"torch"`.
 
     Returns:
-        [B, 3, size, size] of ``dtype``, contiguous. Not differentiable.
+        [B, 3, size, size] of `dtype`, contiguous. Not differentiable.
 
     Raises:
-        ValueError: for an image or crops of another type, shape or device, a window that leaves its image, parameters of
-            another length or out of range, another dtype, or a backend that cannot run here.
+        ValueError: for an image or crops of another type, shape or device, a window that leaves its
+            image, parameters of another length or out of range, another dtype, or a backend that
+            cannot run here.
         MemoryError: if a thread gets no memory to work in.
 
-    Numerics: levels are whole numbers, equal on every backend and machine; the last step is one product and one sum in float32.
+    Numerics: levels are whole numbers, equal on every backend and machine; the last step is one
+        product and one sum in float32.
     Memory and cost: the result, and about 3 (window height + 2 size) size bytes a thread.
     Distributed: none.
 
@@ -80,7 +92,8 @@ def cut_views(
         >>> from fastmoco_kernels import ViewColorParameters, cut_views
         >>> photo = torch.full((30, 40, 3), 51, dtype=torch.uint8)
         >>> crops = torch.tensor([[0, 10, 20, 25]], dtype=torch.int32)
-        >>> view = cut_views([photo], crops, ViewColorParameters.neutral(1), size=8, mean=(0, 0, 0), std=(1, 1, 1))
+        >>> neutral = ViewColorParameters.neutral(1)
+        >>> view = cut_views([photo], crops, neutral, size=8, mean=(0, 0, 0), std=(1, 1, 1))
         >>> view.shape, view[0, 0, 0, 0]
         (torch.Size([1, 3, 8, 8]), tensor(0.2000))
     """
@@ -94,25 +107,30 @@ def cut_views(
     chosen = choose_backend("cut_views", backend, default, ("native", "torch"))
     if chosen == "native" and native_library() is None:
         raise ValueError(
-            "cut_views: backend='native' but fastmoco was installed without its compiled part; install a C compiler "
+            "cut_views: backend='native' but fastmoco was installed without its compiled part; "
+            "install a C compiler "
             "and fastmoco again, or take backend='auto'"
         )
     scale, shift = (torch.tensor(x, dtype=torch.float32) for x in level_factors(mean, std))
     out = torch.empty(len(arrays), 3, size, size, dtype=dtype)
     if chosen == "native":
-        cut_views_native(arrays, crops, plan(parameters), scale, shift, solarize_threshold, threads, out)
+        cut_views_native(
+            arrays, crops, plan(parameters), scale, shift, solarize_threshold, threads, out
+        )
     else:
         cut_views_reference(arrays, crops, plan(parameters), scale, shift, solarize_threshold, out)
     return out
 
 
 def _array(image: Tensor | NDArray[np.uint8], row: int) -> NDArray[np.uint8]:
-    """The image without a copy where it can be; the levels of a row lie side by side."""
+    """The image, without a copy where each row is contiguous."""
     if isinstance(image, Tensor) and image.device.type != "cpu":
         raise ValueError(f"cut_views: image {row} is on {image.device}; views are cut on the CPU")
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise ValueError(f"cut_views: image {row} is {array.dtype} {array.shape}; need uint8 [H, W, 3]")
+        raise ValueError(
+            f"cut_views: image {row} is {array.dtype} {array.shape}; need uint8 [H, W, 3]"
+        )
     side_by_side = array.strides[1:] == (3, 1) and array.strides[0] > 0
     return array if side_by_side else np.ascontiguousarray(array)
 
@@ -128,23 +146,28 @@ def _check(
     count = len(images)
     if crops.shape != (count, 4) or crops.dtype != torch.int32 or crops.device.type != "cpu":
         raise ValueError(
-            f"cut_views: crops are {crops.dtype} {tuple(crops.shape)} on {crops.device} but {count} images need "
+            f"cut_views: crops are {crops.dtype} {tuple(crops.shape)} on {crops.device} but "
+            f"{count} images need "
             f"torch.int32 {(count, 4)} on the CPU"
         )
     for name, value in parameters._asdict().items():
         wanted = (count, 4) if name == "order" else (count,)
         if tuple(value.shape) != wanted or value.device.type != "cpu":
             raise ValueError(
-                f"cut_views: {name} is {tuple(value.shape)} on {value.device} but {count} images need {wanted} on the CPU"
+                f"cut_views: {name} is {tuple(value.shape)} on {value.device} but {count} images "
+                f"need {wanted} on the CPU"
             )
+
     if not 1 <= size <= _LARGEST:
-        raise ValueError(f"cut_views: size={size} lies outside 1 to {_LARGEST}")
+        raise ValueError(f"cut_views: size={size} is outside 1 to {_LARGEST}")
     if not 0 <= threshold <= 256:
-        raise ValueError(f"cut_views: solarize_threshold={threshold} lies outside 0 to 256")
+        raise ValueError(f"cut_views: solarize_threshold={threshold} is outside 0 to 256")
     if threads < 1:
         raise ValueError(f"cut_views: threads={threads}; needs at least one")
     if not count:
         return
+
+    # Every window must be inside its image.
     sizes = np.array([image.shape[:2] for image in images])
     windows = crops.numpy().astype(np.int64)
     bad = np.flatnonzero(
@@ -156,6 +179,8 @@ def _check(
     if len(bad):
         row = int(bad[0])
         raise ValueError(
-            f"cut_views: crop {row} is (top, left, height, width) = {tuple(windows[row].tolist())}; image {row} of "
-            f"{sizes[row, 0]} x {sizes[row, 1]} pixels does not hold it (windows have 1 to {_LARGEST} rows and columns)"
+            f"cut_views: crop {row} is (top, left, height, width) = "
+            f"{tuple(windows[row].tolist())}; image {row} of "
+            f"{sizes[row, 0]} x {sizes[row, 1]} pixels does not hold it (windows have 1 to "
+            f"{_LARGEST} rows and columns)"
         )

@@ -1,4 +1,4 @@
-"""The views in plain torch, image by image: the oracle of the compiled path, and what runs where there is none."""
+"""The views in plain torch, image by image: the reference, and the path without a library."""
 
 from __future__ import annotations
 
@@ -22,20 +22,23 @@ def cut_views_reference(
     threshold: int,
     out: Tensor,
 ) -> None:
-    """Compute a batch into ``out``, [B, 3, size, size] float32 or uint8; the arguments are those of `cut_views_native`."""
+    """Compute a batch into `out`, float32 or uint8; arguments as `cut_views_native`."""
     size = out.shape[-1]
     for row, (image, crop) in enumerate(zip(images, crops.tolist(), strict=True)):
         top, left, height, width = crop
         window = torch.from_numpy(image[top : top + height, left : left + width].copy())
         rows = slice(row, row + 1)
         resized = resize_reference(window, size)[None]
-        view_color_reference(resized, Plan(*(table[rows] for table in tables)), scale, shift, threshold, out[rows])
+        view_color_reference(
+            resized, Plan(*(table[rows] for table in tables)), scale, shift, threshold, out[rows]
+        )
 
 
 def resize_reference(window: Tensor, size: int) -> Tensor:
     """Bilinear with antialiasing, along the rows first: [H, W, 3] uint8 to [size, size, 3] uint8.
 
-    A level of a pass is ``(2^21 + sum of weight * level) >> 22`` with whole weights; in float64 all of it is exact.
+    A level of a pass is `(2^21 + sum of weight * level) >> 22` with whole weights; in float64 all
+    of it is exact.
     """
     height, width, _ = window.shape
     narrow = _whole(torch.einsum("xw,hwc->hxc", resize_weights(width, size), window.double()))
@@ -48,10 +51,11 @@ def _whole(sums: Tensor) -> Tensor:
 
 
 def resize_weights(length: int, size: int) -> Tensor:
-    """[size, length] float64, whole numbers: weight of each level of an axis in each level of the result, times 2^22.
+    """[size, length] float64: the weight of each level of an axis in each result, an integer /
+    2^22.
 
-    A triangle that reaches one pixel to each side, or ``length / size`` pixels where the axis shrinks; about its centre
-    ``(place + 0.5) length / size``, and with a sum of 1 before rounding.
+    A triangle that reaches one pixel to each side, or `length / size` pixels where the axis
+    shrinks; about its centre `(place + 0.5) length / size`, and with a sum of 1 before rounding.
     """
     scale = length / size
     reach = max(scale, 1.0)
@@ -61,6 +65,6 @@ def resize_weights(length: int, size: int) -> Tensor:
     end = (centre + reach + 0.5).trunc().clamp(max=float(length))
     weights = (1.0 - ((taps - centre + 0.5) * (1.0 / reach)).abs()).clamp(min=0.0)
     weights = torch.where((taps >= first) & (taps < end), weights, 0.0)
-    # One after the other, as Pillow adds them: the last bit decides where a rounded weight lies between two.
+    # Added one by one as in Pillow: the last bit decides the rounding of a weight near a tie.
     total = weights.cumsum(1)[:, -1:]
     return (0.5 + weights / total * 2.0**_WEIGHT_BITS).trunc()

@@ -8,19 +8,20 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._multi_tensor import CHUNK, PointerTable
-from fastmoco_kernels._runtime import device_guard
+from fastmoco_kernels.backends import device_guard
 from fastmoco_kernels.ema.triton_kernels import ema_kernel
+from fastmoco_kernels.tables import PointerTable
 
 NUM_WARPS = 4
-"""With CHUNK: 16 elements a thread, loaded by four 128-bit instructions an array before the first is used."""
+"""With CHUNK: 16 elements a thread, four 128-bit loads an array before the first is used."""
 
 ELEMENT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 """Triton's names of the element types that kernels over pointer tables read."""
 
 
-def launch_(table: PointerTable, averages: Sequence[Tensor], source: torch.dtype, momentum: float | Tensor) -> None:
+def launch_(
+    table: PointerTable, averages: Sequence[Tensor], source: torch.dtype, momentum: float | Tensor
+) -> None:
     """Update flat float32 averages from flat sources of one type, all on one device.
 
     Args:
@@ -45,31 +46,3 @@ def launch_(table: PointerTable, averages: Sequence[Tensor], source: torch.dtype
                 num_warps=NUM_WARPS,
             )
     torch.autograd.graph.increment_version(averages)
-
-
-def aot_cases() -> list[AotCase]:
-    """Every configuration of the launch: one for each source type, with the momentum as a number and on the device."""
-    return [
-        AotCase(
-            name=f"ema.ema_kernel {str(dtype).removeprefix('torch.')} sources, momentum {weight}",
-            kernel=ema_kernel,
-            signature={
-                "pointers_ptr": "*i64",
-                "sizes_ptr": "*i64",
-                "chunk_rows_ptr": "*i32",
-                "chunk_starts_ptr": "*i64",
-                "rows": "i32",
-                "weight": weight,
-                "ON_DEVICE": "constexpr",
-                "SOURCE": "constexpr",
-                "CHUNK": "constexpr",
-            },
-            constexprs={"ON_DEVICE": weight != "fp32", "SOURCE": element, "CHUNK": CHUNK},
-            num_warps=NUM_WARPS,
-            num_stages=3,
-            default_on=(80, 90, 100),
-            aligned=("pointers_ptr", "sizes_ptr", "chunk_rows_ptr", "chunk_starts_ptr"),
-        )
-        for dtype, element in ELEMENT.items()
-        for weight in ("fp32", "*fp32", "*fp64")
-    ]

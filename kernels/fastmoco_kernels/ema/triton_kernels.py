@@ -1,8 +1,8 @@
-"""The moving average of many tensors in one launch, over the table of `_multi_tensor.py`.
+"""The moving average of many tensors in one launch, over the table of `tables.py`.
 
-Legend: a program handles CHUNK elements of one tensor. AVERAGE and SOURCE are the element types. A chunk that is full and
-whose addresses allow it is read and written 128 bits at a time; the last chunk of a tensor, and tensors at odd
-addresses, element by element.
+Legend: a program handles CHUNK elements of one tensor. AVERAGE and SOURCE are the element types. A
+chunk that is full and whose addresses allow it is read and written 128 bits at a time; the last
+chunk of a tensor, and tensors at odd addresses, element by element.
 """
 
 import triton
@@ -11,9 +11,9 @@ import triton.language as tl
 
 @triton.jit
 def lerp(start, end, weight):
-    """``start + weight * (end - start)``; from 1/2 on the mirrored form, so that weight 1 gives ``end`` itself.
+    """`start + weight * (end - start)`; mirrored from 1/2 on, so that weight 1 gives `end` itself.
 
-    ``start`` comes back bit for bit where it equals ``end``, at any weight.
+    `start` comes back bit for bit where it equals `end`, at any weight.
     """
     difference = end - start
     near_start = tl.fma(difference, weight, start)
@@ -23,7 +23,7 @@ def lerp(start, end, weight):
 
 @triton.jit
 def lerp_chunk(average_ptr, source_ptr, offsets, mask, weight):
-    """Update the elements at ``offsets``; ``mask`` None stands for all of them."""
+    """Update the elements at `offsets`; `mask` None means all of them."""
     average = tl.load(average_ptr + offsets, mask=mask)
     source = tl.load(source_ptr + offsets, mask=mask).to(tl.float32)
     weights = tl.full(average.shape, 0.0, tl.float32) + weight
@@ -55,7 +55,8 @@ def ema_kernel(
         weight = (1.0 - tl.load(weight).to(tl.float64)).to(tl.float32)
     offsets = tl.arange(0, CHUNK)
     if (left >= CHUNK) & (((average_address | source_address) & 15) == 0):
-        # As many elements a load for both, whatever their type: otherwise one of them changes hands in shared memory.
+        # Equal numbers of elements a load for both types: otherwise a layout is converted in shared
+        # memory.
         source_ptr = tl.multiple_of(source_ptr, 4 * SOURCE.primitive_bitwidth // 8)
         lerp_chunk(tl.multiple_of(average_ptr, 16), source_ptr, offsets, None, weight)
     else:

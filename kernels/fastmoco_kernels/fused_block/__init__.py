@@ -1,1 +1,1 @@
-"""What a transformer block with a backward of its own needs besides products and attention, each in one pass over memory."""
+"""The memory-bound passes of a transformer block with its own backward, one kernel each."""

@@ -1,35 +1,23 @@
-"""How a fused block's backward passes are launched: `residual_norm`'s tiles for the norm, `gelu_bias`' for GELU."""
+"""Launches of a fused block's backward, with the tiles of `residual_norm` and `gelu_bias`."""
 
 from __future__ import annotations
-
-from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._column_sums.launch import add_partial_sums, column_sum_case, parts, row_programs
-from fastmoco_kernels._runtime import device_guard
-from fastmoco_kernels._tuning import tuned
+from fastmoco_kernels.backends import device_guard
+from fastmoco_kernels.column_sums.launch import add_partial_sums, parts
 from fastmoco_kernels.fused_block.triton_kernels import block_gelu_bwd_kernel, block_norm_bwd_kernel
 from fastmoco_kernels.gelu_bias.launch import WARPS as GELU_WARPS
 from fastmoco_kernels.gelu_bias.launch import columns as gelu_columns
+from fastmoco_kernels.gelu_bias.launch import programs_of as gelu_programs
 from fastmoco_kernels.gelu_bias.launch import tiles as gelu_tiles
 from fastmoco_kernels.residual_norm.launch import backward_tiles as norm_tiles
 from fastmoco_kernels.residual_norm.launch import columns as norm_columns
+from fastmoco_kernels.residual_norm.launch import programs_of as norm_programs
+from fastmoco_kernels.tuning import tuned
 
 Tile = tuple[int, ...]
-
-
-def norm_programs(rows: int, tile: Tile, device: torch.device) -> int:
-    """Programs that share the rows of a norm."""
-    return row_programs(rows, tile[0], 1, tile[2], device)
-
-
-def gelu_programs(rows: int, F: int, tile: Tile, device: torch.device) -> int:
-    """Programs that share the rows of GELU, for each block of columns."""
-    return row_programs(rows, tile[0], parts(F, gelu_columns(F)), tile[1], device)
 
 
 def norm_backward(
@@ -43,26 +31,34 @@ def norm_backward(
     rstd: Tensor,
     branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dbranch (empty unless ``branch_dtype``), y, and float32 sums over rows [3 or 2, E]: as the reference."""
+    """dx, dbranch (empty unless `branch_dtype`), y, float32 sums over rows [3 or 2, E]; see
+    reference.
+    """
     dy, x, weight, bias = dy.contiguous(), x.contiguous(), weight.contiguous(), bias.contiguous()
     dsum = None if dsum is None else dsum.contiguous()
     branch = None if branch is None else branch.contiguous()
     E = x.shape[-1]
     rows = x.numel() // E
+
     dx, y = torch.empty_like(x), torch.empty(x.shape, dtype=dy.dtype, device=x.device)
     shape = (0,) if branch_dtype is None else x.shape
     dbranch = torch.empty(shape, dtype=branch_dtype or x.dtype, device=x.device)
     sums = torch.empty(2 if branch is None else 3, E, dtype=torch.float32, device=x.device)
     if rows == 0:
         return dx, dbranch, y, sums.zero_()
-    flags = {"HAS_DSUM": dsum is not None, "HAS_BRANCH": branch is not None, "HAS_DBRANCH": branch_dtype is not None}
+    flags = {
+        "HAS_DSUM": dsum is not None,
+        "HAS_BRANCH": branch is not None,
+        "HAS_DBRANCH": branch_dtype is not None,
+    }
 
     def run(tile: Tile) -> None:
         programs = norm_programs(rows, tile, x.device)
         partial = torch.empty(programs, sums.numel(), dtype=torch.float32, device=x.device)
         block_norm_bwd_kernel[(programs,)](
             dy,
-            x if dsum is None else dsum,  # a stand-in where there is none: the kernel does not touch it
+            # Placeholders where a tensor is None: the kernel does not read them.
+            x if dsum is None else dsum,
             x,
             x if branch is None else branch,
             weight,
@@ -105,7 +101,16 @@ def gelu_backward(dg: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         programs = gelu_programs(rows, F, tile, h.device)
         partial = torch.empty(programs, F, dtype=torch.float32, device=h.device)
         block_gelu_bwd_kernel[(parts(F, gelu_columns(F)), programs)](
-            dg, h, g, dh, partial, rows, F=F, COLS=gelu_columns(F), ROWS=tile[0], num_warps=GELU_WARPS
+            dg,
+            h,
+            g,
+            dh,
+            partial,
+            rows,
+            F=F,
+            COLS=gelu_columns(F),
+            ROWS=tile[0],
+            num_warps=GELU_WARPS,
         )
         add_partial_sums(partial, total)
 
@@ -113,72 +118,3 @@ def gelu_backward(dg: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         key = (f"2**{rows.bit_length()} rows", F, str(h.dtype).removeprefix("torch."))
         run(tuned("fused_block.gelu_bwd", key, gelu_tiles(F), gelu_tiles(F)[0], run, h.device))
     return g, dh, total
-
-
-def aot_cases() -> list[AotCase]:
-    """Every tile at the widths of vision transformers and at odd ones, in the types of autocast; other types at 384 alone."""
-    cases: dict[str, AotCase] = {}
-    types = [(E, "bf16", "fp32") for E in (100, 192, 384, 768, 1024, 1280)]
-    types += [(384, "fp16", "fp32"), (384, "fp32", "fp32"), (384, "bf16", "bf16"), (4096, "bf16", "fp32")]
-    for E, half, weight in types:
-        # The second norm of a block, the first, and the first of the first block.
-        forms = ((True, True, True), (True, False, True), (True, False, False), (False, True, True))
-        default = norm_tiles(E)[0]
-        for tile, (dsum, branch, dbranch) in [*product([default], forms), *product(norm_tiles(E)[1:], forms[:1])]:
-            flags = {"HAS_DSUM": dsum, "HAS_BRANCH": branch, "HAS_DBRANCH": dbranch and half != "fp32"}
-            case = _norm_case(E, half, weight, tile, flags)
-            cases.setdefault(case.name, case)  # tiles that differ in programs alone are one configuration
-    for F, dtype in [*((4 * E, half) for E, half, weight in types if weight == "fp32" and E < 4096), (100, "bf16")]:
-        for tile in gelu_tiles(F):
-            case = _gelu_case(F, dtype, tile)
-            cases.setdefault(case.name, case)
-    for sums in (2 * 384, 3 * 384, 3 * 1280, 4 * 1280):
-        case = column_sum_case("fused_block", sums, "fp32")
-        cases.setdefault(case.name, case)
-    return list(cases.values())
-
-
-def _norm_case(E: int, half: str, weight: str, tile: Tile, flags: dict[str, bool]) -> AotCase:
-    kinds = dict.fromkeys(("x_ptr", "dx_ptr", "dsum_ptr", "mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32")
-    kinds |= dict.fromkeys(("dy_ptr", "y_ptr", "branch_ptr", "dbranch_ptr"), f"*{half}")
-    kinds |= {"weight_ptr": f"*{weight}", "bias_ptr": f"*{weight}", "rows": "i32"}
-    named = " ".join(name for name, there in flags.items() if there)
-    return _case(
-        f"fused_block.norm_bwd {half}/{weight} E={E} {named} rows {tile[0]} w{tile[1]}",
-        block_norm_bwd_kernel,
-        kinds,
-        {**flags, "E": E, "COLS": norm_columns(E), "ROWS": tile[0]},
-        warps=tile[1],
-        default=tile == norm_tiles(E)[0],
-        quick=(half, weight) == ("bf16", "fp32") and E in (384, 768),
-    )
-
-
-def _gelu_case(F: int, dtype: str, tile: Tile) -> AotCase:
-    kinds = dict.fromkeys(("dg_ptr", "h_ptr", "g_ptr", "dh_ptr"), f"*{dtype}") | {"partial_ptr": "*fp32", "rows": "i32"}
-    return _case(
-        f"fused_block.gelu_bwd {dtype} F={F} rows {tile[0]}",
-        block_gelu_bwd_kernel,
-        kinds,
-        {"F": F, "COLS": gelu_columns(F), "ROWS": tile[0]},
-        warps=GELU_WARPS,
-        default=tile == gelu_tiles(F)[0],
-        quick=dtype == "bf16" and F in (1536, 3072),
-    )
-
-
-def _case(
-    name: str, kernel: Any, kinds: dict[str, str], constants: dict[str, Any], *, warps: int, default: bool, quick: bool
-) -> AotCase:
-    names = kernel.arg_names
-    return AotCase(
-        name=name,
-        kernel=kernel,
-        signature={name: kinds.get(name, "constexpr") for name in names},
-        constexprs=constants,
-        num_warps=warps,
-        num_stages=3,
-        default_on=(80, 90, 100) if default else (),
-        aligned=tuple(name for name in names if name.endswith("_ptr")),
-        quick=quick,
-    )

@@ -1,17 +1,20 @@
-"""The passes over memory of a transformer block with a backward of its own: its norms, GELU, and the stack of q, k and v.
+"""The memory-bound passes of a transformer block with its own backward: norms, GELU, stack of q, k,
+v.
 
-Products and attention aside, a block's backward has three things to do with every number: make again what the forward did
-not keep (norms, GELU), take the gradient through it, and add up rows for biases and norm weights. A graph compiler does
-them in several passes. Here each tensor is read and written once:
+Apart from products and attention, a block's backward recomputes what the forward did not keep
+(norms, GELU), takes the gradient through it, and sums rows for biases and norm weights. A graph
+compiler does so in several passes. Here each tensor is read and written once:
 
-* `norm_backward`: reads dy, x, the branch, and the gradient to their sum; writes the gradient to the sum in both dtypes and the
-  normalised rows once more, which the product's weight gradient needs; adds up weight, bias and the branch's columns.
+* `norm_backward`: reads dy, x, the branch, and the gradient to their sum; writes the gradient to
+  the sum in both dtypes and the normalised rows once more, which the product's weight gradient
+  needs; adds up weight, bias and the branch's columns.
 * `gelu_backward`: reads dg and h, writes GELU of h once more and dh, adds up dh.
-* `stack_qkv`: reads dq, dk, dv wherever they lie, writes them stacked, adds them up.
+* `stack_qkv`: reads dq, dk, dv with any strides, writes them stacked, adds up their rows.
 
-`norm_forward` is `residual_norm` that hands out its statistics. None is differentiable: `fastmoco.models.fused_block` is their
-one caller. Each is an operator of torch on every device, so a counter of bytes sees one operation. ``triton`` says who
-computes: the kernels, or plain torch (`reference.py`).
+`norm_forward` is `residual_norm` that also returns its statistics. None is differentiable: their
+only caller is `fastmoco.models.fused_block`. Each is one operator of torch on every device, so a
+counter of bytes sees one operation. `triton` selects the kernels; else plain torch
+(`reference.py`).
 """
 
 from __future__ import annotations
@@ -19,25 +22,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import accumulation_dtype, require_triton, triton_is_default
+from fastmoco_kernels.backends import (
+    KERNEL_DTYPES,
+    accumulation_dtype,
+    require_triton,
+    triton_is_default,
+)
 from fastmoco_kernels.fused_block.reference import (
     gelu_backward_reference,
     norm_backward_reference,
     norm_forward_reference,
     stack_qkv_reference,
 )
+from fastmoco_kernels.residual_norm.op import WIDEST
 
-WIDEST = 4096
-"""Longest row that the kernels hold in registers."""
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _Two = tuple[Tensor, Tensor]
 _Three = tuple[Tensor, Tensor, Tensor]
 _Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def kernels_fit(x: Tensor) -> bool:
-    """Whether ``"auto"`` means the Triton kernels for a block whose stream is ``x``."""
-    return x.dtype in _TRITON_DTYPES and x.shape[-1] <= WIDEST and triton_is_default(x.device)
+    """Whether `"auto"` means the Triton kernels for a block whose stream is `x`."""
+    return x.dtype in KERNEL_DTYPES and x.shape[-1] <= WIDEST and triton_is_default(x.device)
 
 
 @torch.library.custom_op("fastmoco::block_norm", mutates_args=())
@@ -50,7 +56,9 @@ def norm_forward(
     out_dtype: torch.dtype,
     triton: bool,
 ) -> _Four:
-    """The sum (empty without a branch), its norm in ``out_dtype``, and mean and reciprocal deviation of every row."""
+    """The sum (empty without a branch), its norm in `out_dtype`, mean and 1 / deviation of each
+    row.
+    """
     if not triton:
         return norm_forward_reference(x, branch, weight, bias, eps, out_dtype)
     require_triton("fused_block", x.device)
@@ -69,7 +77,9 @@ def _(
     out_dtype: torch.dtype,
     triton: bool,
 ) -> _Four:
-    shape, dtype = ((0,), x.dtype) if branch is None else (x.shape, torch.promote_types(x.dtype, branch.dtype))
+    shape, dtype = (
+        ((0,), x.dtype) if branch is None else (x.shape, torch.promote_types(x.dtype, branch.dtype))
+    )
     rows, wide = x.numel() // x.shape[-1], accumulation_dtype(x)
     mean, rstd = (x.new_empty(rows, dtype=wide) for _ in range(2))
     return x.new_empty(shape, dtype=dtype), x.new_empty(x.shape, dtype=out_dtype), mean, rstd
@@ -88,7 +98,10 @@ def norm_backward(
     branch_dtype: torch.dtype | None,
     triton: bool,
 ) -> _Four:
-    """dx, dbranch (empty unless ``branch_dtype``), y, and sums over rows [3, E]: dweight, dbias, and with a branch dbranch's."""
+    """dx, dbranch (empty unless `branch_dtype`), y, and sums over rows [3 or 2, E].
+
+    The sums are dweight, dbias and, with a branch, that of dbranch.
+    """
     if not triton:
         return norm_backward_reference(dy, dsum, x, branch, weight, bias, mean, rstd, branch_dtype)
     require_triton("fused_block", x.device)
@@ -128,7 +141,11 @@ def gelu_backward(dg: Tensor, h: Tensor, triton: bool) -> _Three:
 
 @gelu_backward.register_fake
 def _(dg: Tensor, h: Tensor, triton: bool) -> _Three:
-    return h.new_empty(h.shape), h.new_empty(h.shape), h.new_empty(h.shape[-1], dtype=accumulation_dtype(h))
+    return (
+        h.new_empty(h.shape),
+        h.new_empty(h.shape),
+        h.new_empty(h.shape[-1], dtype=accumulation_dtype(h)),
+    )
 
 
 @torch.library.custom_op("fastmoco::block_stack_qkv", mutates_args=())

@@ -1,6 +1,7 @@
-"""The passes of a fused block in plain torch, one operation after the other: what the kernels are held against.
+"""The passes of a fused block in plain torch: the reference of the kernels.
 
-All arithmetic is float32 (float64 of float64), whatever is stored; sums over rows are those of what is stored.
+All arithmetic is float32 (float64 of float64), whatever is stored; sums over rows are those of what
+is stored.
 """
 
 from __future__ import annotations
@@ -9,13 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmoco_kernels._runtime import accumulation_dtype
+from fastmoco_kernels.backends import accumulation_dtype
 
 
 def norm_forward_reference(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum (empty without a branch), its layer norm in ``out_dtype``, mean and reciprocal deviation of every row.
+    """The sum (empty without a branch), its norm in `out_dtype`, mean and 1 / deviation of each
+    row.
 
     Args:
         x: [..., E].
@@ -27,8 +34,15 @@ def norm_forward_reference(
     """
     summed = x if branch is None else x + branch
     wide = accumulation_dtype(summed)
-    y, mean, rstd = torch.native_layer_norm(summed.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
-    return x.new_empty(0) if branch is None else summed, y.to(out_dtype), mean.flatten(), rstd.flatten()
+    y, mean, rstd = torch.native_layer_norm(
+        summed.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps
+    )
+    return (
+        x.new_empty(0) if branch is None else summed,
+        y.to(out_dtype),
+        mean.flatten(),
+        rstd.flatten(),
+    )
 
 
 def norm_backward_reference(
@@ -42,11 +56,13 @@ def norm_backward_reference(
     rstd: Tensor,
     branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dbranch (empty unless ``branch_dtype``), y once more, and sums over rows [3, E]: dweight, dbias, dbranch's.
+    """dx, dbranch (empty unless `branch_dtype`), y recomputed, and sums over rows [3 or 2, E].
 
-    The last is dx's where there is no dbranch, and is left out without a branch.
+    The sums are dweight, dbias and that of dbranch: of dx where there is no dbranch, absent without
+    a branch.
 
-    ``dx = dsum + rstd * (g - mean(g) - xhat * mean(g * xhat))``, ``g = weight * dy`` (Ba, Kiros, Hinton 2016, Eq. 4, derived).
+    `dx = dsum + rstd * (g - mean(g) - xhat * mean(g * xhat))`, `g = weight * dy` (Ba, Kiros, Hinton
+    2016, Eq. 4, derived).
 
     Args:
         dy: [..., E], gradient to the norm, in its dtype.
@@ -68,15 +84,19 @@ def norm_backward_reference(
     dx = (dx if dsum is None else dx + dsum).to(x.dtype)
     dbranch = x.new_empty(0) if branch_dtype is None else dx.to(branch_dtype, copy=True)
     y = (xhat * weight.to(wide) + bias.to(wide)).to(dy.dtype)
-    added = (dy.to(wide) * xhat, dy, *(() if branch is None else (dx if branch_dtype is None else dbranch,)))
+    added = (
+        dy.to(wide) * xhat,
+        dy,
+        *(() if branch is None else (dx if branch_dtype is None else dbranch,)),
+    )
     return dx, dbranch, y, torch.stack([t.reshape(-1, E).sum(0, dtype=wide) for t in added])
 
 
 def gelu_backward_reference(dg: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """GELU of h once more, the gradient to h, and the sum over rows of that.
+    """GELU of h recomputed, the gradient of h, and its sum over rows.
 
-    ``g = h * Phi(h)``, ``dh = dg * (Phi(h) + h * phi(h))`` with the normal distribution's Phi and phi (Hendrycks and
-    Gimpel 2016).
+    `g = h * Phi(h)`, `dh = dg * (Phi(h) + h * phi(h))` with the normal distribution's Phi and phi
+    (Hendrycks and Gimpel 2016).
 
     Args:
         dg: [..., F], gradient to GELU's output.
@@ -88,7 +108,9 @@ def gelu_backward_reference(dg: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def stack_qkv_reference(dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, L, 3 A d] of three [B, A, L, d], columns grouped by part, then by head; and the sum over rows of it."""
+    """Stack three [B, A, L, d] to [B, L, 3 A d], columns by part, then head; sum its rows."""
     B, A, L, d = dq.shape
-    stacked = torch.stack([part.transpose(1, 2) for part in (dq, dk, dv)], dim=2).reshape(B, L, 3 * A * d)
+    stacked = torch.stack([part.transpose(1, 2) for part in (dq, dk, dv)], dim=2).reshape(
+        B, L, 3 * A * d
+    )
     return stacked, stacked.sum((0, 1), dtype=accumulation_dtype(dq))

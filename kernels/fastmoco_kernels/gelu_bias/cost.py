@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def gelu_bytes(R: int, F: int, *, size: int = 2) -> int:
-    """Bytes that the forward reads and writes; ``size`` bytes an element."""
+    """Bytes that the forward reads and writes; `size` bytes an element."""
     return 2 * R * F * size
 
 

@@ -1,6 +1,7 @@
-"""How the gradient of GELU is launched: columns by block, and as many programs that share the rows as run at once.
+"""Launches of the gradient of GELU: blocks of columns, and programs that share the rows.
 
-A thread holds about 16 numbers of every tensor; 256 columns are one warp's 16-byte reads of 16-bit numbers.
+A thread holds about 16 numbers of every tensor; 256 columns are one warp's 16-byte reads of 16-bit
+numbers.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ import functools
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._column_sums.launch import add_partial_sums, column_sum_case, parts, row_programs
-from fastmoco_kernels._runtime import device_guard
-from fastmoco_kernels._tuning import tuned
+from fastmoco_kernels.backends import device_guard
+from fastmoco_kernels.column_sums.launch import (
+    Tile,
+    add_partial_sums,
+    parts,
+    row_programs,
+    shared_tiles,
+)
 from fastmoco_kernels.gelu_bias.triton_kernels import gelu_bwd_kernel
+from fastmoco_kernels.tuning import tuned
 
-Tile = tuple[int, ...]
 WARPS = 4
 
 
@@ -27,8 +32,8 @@ def columns(F: int) -> int:
 
 @functools.cache
 def tiles(F: int) -> list[Tile]:
-    """(rows at a time, programs a processor), the default first: 16 numbers a thread, then 8 and 32."""
-    return [(numbers * 32 * WARPS // columns(F), share) for numbers, share in ((16, 8), (8, 12), (32, 4), (16, 12))]
+    """(rows at a time, programs a processor), the default first."""
+    return shared_tiles(columns(F), WARPS)
 
 
 def programs_of(rows: int, F: int, tile: Tile, device: torch.device) -> int:
@@ -50,7 +55,11 @@ def backward(dy: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Ten
 
     def run(tile: Tile) -> None:
         programs = programs_of(rows, F, tile, h.device)
-        partial = dh if bias_dtype is None else torch.empty(programs, F, dtype=torch.float32, device=h.device)
+        partial = (
+            dh
+            if bias_dtype is None
+            else torch.empty(programs, F, dtype=torch.float32, device=h.device)
+        )
         gelu_bwd_kernel[(parts(F, columns(F)), programs)](
             dy, h, dh, partial, rows, **constants, ROWS=tile[0], num_warps=WARPS
         )
@@ -58,41 +67,11 @@ def backward(dy: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Ten
             add_partial_sums(partial, dbias)
 
     with device_guard(h):
-        key = (f"2**{rows.bit_length()} rows", F, str(h.dtype).removeprefix("torch."), "bias" if dbias.numel() else "")
+        key = (
+            f"2**{rows.bit_length()} rows",
+            F,
+            str(h.dtype).removeprefix("torch."),
+            "bias" if dbias.numel() else "",
+        )
         run(tuned("gelu_bias.bwd", key, tiles(F), tiles(F)[0], run, h.device))
     return dh, dbias
-
-
-_WIDTHS = (1536, 3072, 4096, 5120)
-_OTHERS = ((100, "bf16"), (768, "bf16"), (1536, "fp16"), (1536, "fp32"))
-
-
-def aot_cases() -> list[AotCase]:
-    """Every tile at the hidden widths of vision transformers in bf16; defaults in other types, at others, without a bias."""
-    cases: dict[str, AotCase] = {}
-    usual = [(F, "bf16", tile, True) for F in _WIDTHS for tile in tiles(F)]
-    others = [(F, dtype, tiles(F)[0], True) for F, dtype in _OTHERS] + [(1536, "bf16", tiles(1536)[0], False)]
-    for F, dtype, tile, bias in usual + others:
-        case = _case(F, dtype, tile, bias=bias)
-        cases.setdefault(case.name, case)  # tiles that differ in programs alone are one configuration
-    for F, kind in ((1536, "fp32"), (5120, "bf16")):
-        case = column_sum_case("gelu_bias", F, kind)
-        cases[case.name] = case
-    return list(cases.values())
-
-
-def _case(F: int, dtype: str, tile: Tile, *, bias: bool) -> AotCase:
-    pointers = {"dy_ptr": f"*{dtype}", "h_ptr": f"*{dtype}", "dh_ptr": f"*{dtype}"}
-    pointers["partial_ptr"] = "*fp32" if bias else f"*{dtype}"
-    constants = {"HAS_BIAS": bias, "F": F, "COLS": columns(F), "ROWS": tile[0]}
-    return AotCase(
-        name=f"gelu_bias.bwd {dtype} F={F}{' bias' if bias else ''} rows {tile[0]}",
-        kernel=gelu_bwd_kernel,
-        signature=pointers | {"rows": "i32"} | dict.fromkeys(constants, "constexpr"),
-        constexprs=constants,
-        num_warps=WARPS,
-        num_stages=3,
-        default_on=(80, 90, 100) if tile == tiles(F)[0] else (),
-        aligned=tuple(pointers),
-        quick=dtype == "bf16" and F in (1536, 3072),
-    )

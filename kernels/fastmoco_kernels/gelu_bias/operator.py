@@ -1,7 +1,7 @@
-"""`fastmoco::gelu_backward`: the kernel as an operator of torch, and the autograd node that calls it.
+"""`fastmoco::gelu_backward`: the kernel as an operator of torch, and its autograd node.
 
-The forward is torch's own GELU, one pass already, which a graph compiler may fuse or compute again as it likes. Kept for
-the backward: h.
+The forward is torch's GELU, already one pass, which a graph compiler may fuse or recompute. Kept
+for the backward: h.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import all_plain, traced
-from fastmoco_kernels._runtime import require_triton
+from fastmoco_kernels.backends import require_triton
+from fastmoco_kernels.tensors import all_plain, traced
 
 
 def _backward(dy: Tensor, h: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
         (h,) = ctx.saved_tensors
         bias_dtype = ctx.bias_dtype if ctx.needs_input_grad[1] else None
-        watched = traced() or not all_plain((*gradients, h))  # the way through the dispatcher costs the host more
+        watched = traced() or not all_plain((*gradients, h))  # the dispatcher costs the host more
         dh, dbias = (_gelu_backward if watched else _backward)(gradients[0], h, bias_dtype)
         return dh, None if bias_dtype is None else dbias
 

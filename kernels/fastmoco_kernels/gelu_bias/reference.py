@@ -1,4 +1,4 @@
-"""GELU in plain torch, and the bias's gradient as torch's linear layer sums it: what the kernel is held against."""
+"""GELU in plain torch, with the bias gradient as torch's linear layer sums it: the reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastmoco_kernels._bias_gradient import pass_bias_gradient
 
 
 def gelu_reference(h: Tensor, bias: Tensor | None) -> Tensor:
-    """``h * Phi(h)`` with the normal distribution's Phi (Hendrycks and Gimpel 2016), exact.
+    """`h * Phi(h)` with the normal distribution's Phi (Hendrycks and Gimpel 2016), exact.
 
     Args:
         h: [..., F].

@@ -1,9 +1,10 @@
-"""The gradient of GELU, element by element, and its sums over rows: a program takes COLS columns and goes through rows.
+"""The gradient of GELU and its sums over rows: a program takes COLS columns of many rows.
 
-What a program has summed stays in registers, one number for each element of its tile, and leaves them once. No atomics:
-a table of partial sums is added up by `_column_sums`.
+Sums stay in registers, one for each element of the tile, and are written once. No atomics:
+`column_sums` adds the table of partial sums.
 
-Legend: F width, COLS columns and ROWS rows at a time. All arithmetic is float32, whatever is stored.
+Legend: F width, COLS columns and ROWS rows at a time. All arithmetic is float32, whatever is
+stored.
 """
 
 import triton

@@ -1,8 +1,9 @@
-"""InfoNCE in one pass over the keys in plain torch: loss and gradient together, a tile of logits at a time.
+"""InfoNCE in one pass over the keys in plain torch, a tile of logits at a time.
 
-The positive stays out of the sums, so that ``loss = log1p(sum_negatives / e_positive)`` keeps its digits when the loss is
-small. Cosines lie in [-1, 1]: at temperatures where ``exp(1 / temperature)`` is far from the ends of float32 no maximum is
-subtracted; below, and where the temperature lies on a device, a running one is.
+The positive stays out of the sums, so that `loss = log1p(sum_negatives / e_positive)` keeps its
+digits when the loss is small. Cosines are in [-1, 1]: at temperatures where `exp(1 / temperature)`
+is far from float32's limits no maximum is subtracted; below, and where the temperature is a tensor,
+a running one is.
 
 Legend: B local queries, N keys, D projection dimension, R rows and C columns of one tile.
 """
@@ -16,24 +17,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import accumulation_dtype
+from fastmoco_kernels.backends import accumulation_dtype
 
 EPS = 1e-12
 SMALLEST_UNSHIFTED = 0.02
 """exp(1 / 0.02) = 5e21: its sum over 2^31 keys, and its inverse, are normal float32 numbers."""
 
 TILE_CPU, TILE = (8192, 1024), (4096, 4096)
-"""Rows and columns of a tile of logits, 32 and 64 MiB in float32. Tiles that fit a CPU's cache are as fast on a quiet machine
-and three times slower on a busy one: threads that wait for each other pay at the end of each operation."""
+"""Rows and columns of a tile of logits, 32 and 64 MiB in float32. Tiles that fit a CPU's cache are
+as fast on an idle machine and three times slower on a busy one, where threads wait for each other
+at the end of each operation.
+"""
 ONES = 16
-"""Columns behind the keys, the first of them 1: one product gives the sums of keys and of weights. One line of a cache."""
+"""Columns after the keys, the first of them 1: one product gives the sums of keys and of weights.
+
+One cache line.
+"""
 
 
 class OnePass(NamedTuple):
-    """What one pass leaves; what was not asked for has no elements. S directions of B queries against N keys."""
+    """Results of one pass over S directions of B queries and N keys; empty if not requested."""
 
     loss: Tensor
-    """Scalar: ``scale * mean`` summed over the directions."""
+    """Scalar: `scale * mean` summed over the directions."""
     dq: Tensor
     """[S, B, D] its gradient in the raw queries."""
     dkeys: Tensor
@@ -52,9 +58,9 @@ class Request:
         temperature: > 0, or a 0-dim tensor.
         scale: factor of the mean.
         positive_offset: row of the keys that is the positive of query 0.
-        gradient: whether ``dq`` and ``dtemperature`` are wanted.
-        key_gradient: whether ``dkeys`` is wanted.
-        accuracy: whether ``hits`` is wanted.
+        gradient: whether `dq` and `dtemperature` are wanted.
+        key_gradient: whether `dkeys` is wanted.
+        accuracy: whether `hits` is wanted.
         precision: operands of the tensor cores; "fp32" elsewhere.
     """
 
@@ -68,7 +74,7 @@ class Request:
 
 
 class _Rows(NamedTuple):
-    """What a block of rows leaves for the way back."""
+    """Results of a block of rows."""
 
     loss: Tensor
     lse: Tensor
@@ -78,44 +84,70 @@ class _Rows(NamedTuple):
     rank: Tensor | None
 
 
-def info_nce_chunked(queries: Sequence[Tensor], keys: Sequence[Tensor], request: Request) -> OnePass:
-    """Both loss and gradients of S directions, ``queries[s]`` against ``keys[s]``; every result in one pass of the keys.
+def info_nce_chunked(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], request: Request
+) -> OnePass:
+    """Loss and gradients of S directions, `queries[s]` against `keys[s]`, in one pass of the keys.
 
-    4 * B * N * D FLOPs a direction, as many again for ``dkeys``. Memory beyond the results: the unit rows, and one tile.
+    4 * B * N * D FLOPs a direction, as many again for `dkeys`. Memory beyond the results: the unit
+    rows, and one tile.
     """
     dtype, device = accumulation_dtype(queries[0]), queries[0].device
     B, D = queries[0].shape
     rows, columns = TILE_CPU if device.type == "cpu" else TILE
     tile = torch.empty(min(rows, B) * min(columns, keys[0].shape[0]), dtype=dtype, device=device)
     factor = request.scale / (B * request.temperature)
+
     losses, dtemperatures, ranks = [], [], []
-    dq_SBD = torch.empty((len(queries), B, D) if request.gradient else (0,), dtype=dtype, device=device)
+    dq_SBD = torch.empty(
+        (len(queries), B, D) if request.gradient else (0,), dtype=dtype, device=device
+    )
     dkeys = torch.empty(0, dtype=dtype, device=device)
     for s, (q, k) in enumerate(zip(queries, keys, strict=True)):
+        # Unit rows; the keys followed by a column of ones.
         u_BD, q_norm = _unit_rows(q, dtype)
         wide, key_norm = _unit_rows(k, dtype, more=ONES)
         wide[:, D] = 1
         v_ND = wide[:, :D]
+
+        # Blocks of queries against all keys.
         blocks = []
         for start in range(0, B, rows):
-            block = _rows(u_BD[start : start + rows], wide, request.positive_offset + start, request, tile, columns)
+            block = _rows(
+                u_BD[start : start + rows],
+                wide,
+                request.positive_offset + start,
+                request,
+                tile,
+                columns,
+            )
             blocks.append(block)
             if block.dq is not None:
                 inside = slice(start, start + rows)
-                dq_SBD[s, inside] = _through_norm(block.dq.mul_(factor), u_BD[inside], q_norm[inside])
+                dq_SBD[s, inside] = _through_norm(
+                    block.dq.mul_(factor), u_BD[inside], q_norm[inside]
+                )
+
         losses.append(torch.cat([block.loss for block in blocks]))
         dtemperatures += [block.dtemperature for block in blocks if block.dtemperature is not None]
         ranks += [block.rank for block in blocks if block.rank is not None]
+
+        # A second pass, for which every row's sum must be final.
         if request.key_gradient:
-            lse, share = (torch.cat([getattr(block, name) for block in blocks]) for name in ("lse", "share"))
+            lse, share = (
+                torch.cat([getattr(block, name) for block in blocks]) for name in ("lse", "share")
+            )
             dv_ND = _key_pass(u_BD, v_ND, lse, share, request, tile, (rows, columns)).mul_(factor)
             dkeys = _through_norm(dv_ND, v_ND, key_norm)
+
     nothing = torch.empty(0, dtype=dtype, device=device)
     return OnePass(
         loss=torch.cat(losses).sum() * (request.scale / B),
         dq=dq_SBD,
         dkeys=dkeys,
-        dtemperature=torch.cat(dtemperatures).sum() * (request.scale / B) if dtemperatures else nothing,
+        dtemperature=torch.cat(dtemperatures).sum() * (request.scale / B)
+        if dtemperatures
+        else nothing,
         hits=_hits(torch.cat(ranks), dtype) if ranks else nothing.clone(),
     )
 
@@ -125,7 +157,10 @@ def _hits(ranks: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _unit_rows(raw: Tensor, dtype: torch.dtype, more: int = 0) -> tuple[Tensor, Tensor]:
-    """Rows of length one with so many zeros behind, in memory of their own so that a stride changes no bit; their lengths."""
+    """Rows at unit length, padded with `more` zeros, and their lengths.
+
+    In new memory, so that strides of the input change no bit.
+    """
     raw = raw.detach().to(dtype).contiguous()
     norm = torch.linalg.vector_norm(raw, dim=1, keepdim=True)
     unit = raw.new_zeros(raw.shape[0], raw.shape[1] + more)
@@ -134,40 +169,48 @@ def _unit_rows(raw: Tensor, dtype: torch.dtype, more: int = 0) -> tuple[Tensor, 
 
 
 def _through_norm(gradient: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
-    """Gradient in the raw rows from the gradient in the unit rows. Rows shorter than EPS were divided by a constant."""
+    """Gradient of the raw rows from that of the unit rows; rows below EPS were divided by EPS."""
     along = (gradient * unit).sum(1, keepdim=True) * (norm >= EPS)
     return gradient.addcmul_(along, unit, value=-1).div_(norm.clamp_min(EPS))
 
 
-def _rows(u_RD: Tensor, wide: Tensor, first: int, request: Request, tile: Tensor, columns: int) -> _Rows:
-    """One block of queries against all keys; the positive of its row r is key ``first + r``.
+def _rows(
+    u_RD: Tensor, wide: Tensor, first: int, request: Request, tile: Tensor, columns: int
+) -> _Rows:
+    """One block of queries against all keys; the positive of its row r is key `first + r`.
 
-    ``wide`` [N, D + ONES] holds the keys and the column of ones.
+    `wide` [N, D + ONES] holds the keys and the column of ones.
     """
     (R, D), temperature = u_RD.shape, request.temperature
     bounded = not isinstance(temperature, Tensor) and temperature >= SMALLEST_UNSHIFTED
     v_ND, values = wide[:, :D], wide if request.gradient else wide[:, D:]
     positive_RD = v_ND[first : first + R]
+
+    # The positive's own logit, and the bar that a negative must reach to rank before it.
     own_R = (u_RD * positive_RD).sum(1) / temperature
     scaled_RD = u_RD / temperature
     rank_R = torch.zeros(R, dtype=torch.int64, device=u_RD.device) if request.accuracy else None
-    # As similar to 64 units in the last place: rows that are all alike must tie, whatever the order of a sum.
+    # Ties within 64 units in the last place: equal rows must tie in any order of summation.
     bar_R1 = (own_R - 64 * torch.finfo(own_R.dtype).eps / temperature)[:, None]
+
+    # Stream the keys, the positives left out.
     sums = u_RD.new_zeros(R, values.shape[1])
-    # The positive's logit is a reference that cannot overflow: every larger one replaces it.
+    # The positive's logit is the first maximum; every larger logit replaces it.
     reference_R = torch.zeros_like(own_R) if bounded else own_R.clone()
     for start in range(0, v_ND.shape[0], columns):
         inside = slice(start, start + columns)
         s_RC = _logits(scaled_RD, v_ND[inside], tile)
         _diagonal(s_RC, first - start).fill_(-torch.inf)
         if rank_R is not None:
-            rank_R += (~(s_RC < bar_R1)).sum(1)  # NaN ranks last; places of positives hold -inf
+            rank_R += (~(s_RC < bar_R1)).sum(1)  # NaN ranks last; positives are -inf
         if not bounded:
             higher_R = torch.maximum(reference_R, s_RC.amax(1))
             sums *= (reference_R - higher_R).exp_()[:, None]
             s_RC -= higher_R[:, None]
             reference_R = higher_R
         sums.addmm_(s_RC.exp_(), values[inside])
+
+    # Bring in the positive: loss and share of the negatives.
     negatives_R = sums[:, -ONES]
     odds_R = negatives_R.log() + reference_R - own_R  # log of all negatives over the positive
     loss_R = torch.logaddexp(odds_R, torch.zeros_like(odds_R))
@@ -182,21 +225,27 @@ def _rows(u_RD: Tensor, wide: Tensor, first: int, request: Request, tile: Tensor
 
 
 def _logits(scaled_RD: Tensor, v_CD: Tensor, tile: Tensor) -> Tensor:
-    """One tile of logits, in memory that every tile shares."""
+    """One tile of logits, in memory shared by all tiles."""
     R, C = scaled_RD.shape[0], v_CD.shape[0]
     return torch.mm(scaled_RD, v_CD.T, out=tile[: R * C].view(R, C))
 
 
 def _diagonal(tile_RC: Tensor, offset: int) -> Tensor:
-    """The places (r, offset + r) of a tile: its positives. Empty where none lies inside."""
+    """The elements (r, offset + r) of a tile, its positives; empty where there are none."""
     R, C = tile_RC.shape
     return tile_RC.diagonal(offset) if -R < offset < C else tile_RC.new_empty(0)
 
 
 def _key_pass(
-    u_BD: Tensor, v_ND: Tensor, lse_B: Tensor, share_B: Tensor, request: Request, tile: Tensor, sizes: tuple[int, int]
+    u_BD: Tensor,
+    v_ND: Tensor,
+    lse_B: Tensor,
+    share_B: Tensor,
+    request: Request,
+    tile: Tensor,
+    sizes: tuple[int, int],
 ) -> Tensor:
-    """[N, D] ``sum_i (p_ij - [j is the positive of i]) u_i``: the columns of the softmax need the rows' final sums."""
+    """[N, D] `sum_i (p_ij - [j is the positive of i]) u_i`, after the rows' sums are final."""
     (rows, columns), first = sizes, request.positive_offset
     dv_ND = torch.zeros_like(v_ND)
     for row in range(0, u_BD.shape[0], rows):

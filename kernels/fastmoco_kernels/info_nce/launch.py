@@ -1,7 +1,8 @@
 """Launches: scratch tensors, grids, the choice of a tile.
 
-Four launches whatever the number of directions: queries to unit length, keys to unit length, the pass, the epilogue; and
-one sum. Ranks add a small launch, gradients of the keys a pass and its epilogue.
+Four launches whatever the number of directions: queries to unit length, keys to unit length, the
+pass, the epilogue; and one sum. Ranks add a small launch, gradients of the keys a pass and its
+epilogue.
 
 Legend: B queries, N keys, D dimension (padded in scratch), S directions.
 """
@@ -14,18 +15,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import device_guard
-from fastmoco_kernels._tuning import tuned
+from fastmoco_kernels.backends import device_guard
 from fastmoco_kernels.info_nce import epilogue_kernels, triton_kernels
 from fastmoco_kernels.info_nce.chunked import EPS, OnePass, Request
-from fastmoco_kernels.info_nce.compiled import aot_cases
 from fastmoco_kernels.info_nce.cost import LOG2_E, exponent_ceiling, padded, padded_dim
 from fastmoco_kernels.info_nce.tiles import Tile, candidates, family, key_splits
+from fastmoco_kernels.tuning import tuned
 
-__all__ = ["aot_cases", "info_nce_triton"]
-SCRATCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+SCRATCH = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "fp32": torch.float32,
+}
 DOT = {"bf16": "tf32", "fp16": "tf32", "tf32": "tf32", "fp32": "ieee"}
-"""``input_precision`` of the products; it means nothing for two-byte operands."""
+"""`input_precision` of the products; without effect on two-byte operands."""
 
 
 class _Units(NamedTuple):
@@ -37,7 +41,7 @@ class _Units(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """What the streaming kernel leaves: by split, direction and row."""
+    """Results of the streaming kernel, by split, direction and row."""
 
     acc: Tensor
     total: Tensor
@@ -58,7 +62,7 @@ def info_nce_triton(
     Args:
         queries: S of [B, D], D <= 512, not float64.
         keys: S of [N, D].
-        request: with ``precision`` one of the four.
+        request: with `precision` one of the four.
         tile: instead of the measured one.
         splits: parts of the keys, instead of the computed number.
     """
@@ -71,8 +75,10 @@ def info_nce_triton(
         if request.key_gradient:
             back = _stream(k.unit, q.unit, B, -request.positive_offset, request, bias, tile, splits)
             dkeys = _finish_keys(q, k, back, share, request)
-    # A sum of one shape is added in one order.
-    loss, *others = rows[: 4 if request.accuracy else 2 if request.gradient else 1].sum((1, 2)).unbind()
+    # Sums of one shape have one order.
+    loss, *others = (
+        rows[: 4 if request.accuracy else 2 if request.gradient else 1].sum((1, 2)).unbind()
+    )
     nothing = rows.new_empty(0)
     return OnePass(
         loss=loss.clone(),  # no view: a caller may add to it in place
@@ -93,9 +99,20 @@ def _unit_rows(raw: Sequence[Tensor], precision: str) -> _Units:
     unit = torch.empty((len(raw), padded(rows), D), dtype=SCRATCH[precision], device=first.device)
     norm = torch.empty((len(raw), rows), dtype=torch.float32, device=first.device)
     triton_kernels.info_nce_unit_rows_kernel[(padded(rows) // block, len(raw))](
-        first, second, unit, norm, rows, padded(rows), dim, *first.stride(),
-        EPS=EPS, D=D, ROWS=block, TF32=precision == "tf32", num_warps=4,
-    )  # fmt: skip
+        first,
+        second,
+        unit,
+        norm,
+        rows,
+        padded(rows),
+        dim,
+        *first.stride(),
+        EPS=EPS,
+        D=D,
+        ROWS=block,
+        TF32=precision == "tf32",
+        num_warps=4,
+    )
     return _Units((first, second), unit, norm)
 
 
@@ -109,11 +126,13 @@ def _stream(
     tile: Tile | None,
     splits: int | None,
 ) -> _Pass:
-    """One pass of the rows of y past those of x, with the best tile; x stands in the place of what is not asked for."""
+    """Stream the rows of y past those of x, with the best tile; x replaces arguments not needed."""
     S, x_padded, D = x.shape
     kind, processors = _chip(x.device)
     gradient = request.gradient or bias is not None
     counting = request.accuracy and bias is None
+
+    # The positive's cosine, where ranks are counted.
     own = x
     if counting:
         own = torch.empty((S, x_padded), dtype=torch.float32, device=x.device)
@@ -124,9 +143,14 @@ def _stream(
 
     def run(tile: Tile) -> _Pass:
         tiles = _cdiv(y_rows, tile.block_y)
-        wanted = key_splits(x_padded, y_rows, S, tile, processors) if splits is None else min(splits, tiles)
+        wanted = (
+            key_splits(x_padded, y_rows, S, tile, processors)
+            if splits is None
+            else min(splits, tiles)
+        )
         per_split = _cdiv(tiles, wanted)
         parts = _cdiv(tiles, per_split)
+
         acc = total = count = x
         if gradient:
             acc = torch.empty((parts, S, x_padded, D), dtype=torch.float32, device=x.device)
@@ -135,12 +159,30 @@ def _stream(
         if counting:
             count = torch.empty((parts, S, x_padded), dtype=torch.int32, device=x.device)
         triton_kernels.info_nce_stream_kernel[(x_padded // tile.block_x, parts, S)](
-            x, y, acc, total, count, own, own if bias is None else bias, *_temperature(request, own),
-            x_padded, y_rows, y.shape[1], positive_shift, per_split,
-            D=D, BLOCK_X=tile.block_x, BLOCK_Y=tile.block_y,
-            GRADIENT=gradient, COUNT=counting, BIAS=bias is not None, **_constants(request),
-            PRECISION=DOT[request.precision], num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+            x,
+            y,
+            acc,
+            total,
+            count,
+            own,
+            own if bias is None else bias,
+            *_temperature(request, own),
+            x_padded,
+            y_rows,
+            y.shape[1],
+            positive_shift,
+            per_split,
+            D=D,
+            BLOCK_X=tile.block_x,
+            BLOCK_Y=tile.block_y,
+            GRADIENT=gradient,
+            COUNT=counting,
+            BIAS=bias is not None,
+            **_constants(request),
+            PRECISION=DOT[request.precision],
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
         return _Pass(acc, total, count, parts)
 
     if tile is None:
@@ -152,8 +194,10 @@ def _stream(
     return run(tile)
 
 
-def _finish(q: _Units, k: _Units, swept: _Pass, request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of results [4, S, B], the gradient [S, B, D], and what the second pass needs of every row."""
+def _finish(
+    q: _Units, k: _Units, swept: _Pass, request: Request
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Results [4, S, B], the gradient [S, B, D], and bias and share for the second pass."""
     S, B = q.norm.shape
     B_padded, N, dim = q.unit.shape[1], k.norm.shape[1], q.raw[0].shape[1]
     device, keys = q.norm.device, request.key_gradient
@@ -163,16 +207,41 @@ def _finish(q: _Units, k: _Units, swept: _Pass, request: Request) -> tuple[Tenso
     bias = share = rows
     if keys:
         bias, share = torch.empty((2, S, B_padded), dtype=torch.float32, device=device).unbind()
+
     block = _epilogue_rows(q.unit.shape[2])
     epilogue_kernels.info_nce_finish_kernel[(_cdiv(B_padded if keys else B, block), S)](
-        *q.raw, *k.raw, q.norm, k.norm,
-        swept.acc if request.gradient else swept.total, swept.total, swept.ranks if request.accuracy else swept.total,
-        *_temperature(request, swept.total)[:1], rows, dq, bias, share,
-        B, B_padded, N, dim, *q.raw[0].stride(), *k.raw[0].stride(), request.positive_offset, swept.splits,
-        _temperature(request, swept.total)[1], request.scale / B, _key_shift(request),
-        EPS=EPS, D=q.unit.shape[2], ROWS=block, GRADIENT=request.gradient, COUNT=request.accuracy, KEYS=keys,
-        **_constants(request), num_warps=4,
-    )  # fmt: skip
+        *q.raw,
+        *k.raw,
+        q.norm,
+        k.norm,
+        swept.acc if request.gradient else swept.total,
+        swept.total,
+        swept.ranks if request.accuracy else swept.total,
+        *_temperature(request, swept.total)[:1],
+        rows,
+        dq,
+        bias,
+        share,
+        B,
+        B_padded,
+        N,
+        dim,
+        *q.raw[0].stride(),
+        *k.raw[0].stride(),
+        request.positive_offset,
+        swept.splits,
+        _temperature(request, swept.total)[1],
+        request.scale / B,
+        _key_shift(request),
+        EPS=EPS,
+        D=q.unit.shape[2],
+        ROWS=block,
+        GRADIENT=request.gradient,
+        COUNT=request.accuracy,
+        KEYS=keys,
+        **_constants(request),
+        num_warps=4,
+    )
     return rows, dq, bias, share
 
 
@@ -181,18 +250,39 @@ def _finish_keys(q: _Units, k: _Units, back: _Pass, share: Tensor, request: Requ
     B, (N, dim), D = q.norm.shape[1], k.raw[0].shape, q.unit.shape[2]
     kept = torch.float32 if k.raw[0].dtype == torch.float16 else k.raw[0].dtype
     dk = torch.empty((N, dim), dtype=kept, device=k.norm.device)
+
     block, (pointer, scale_log2) = _epilogue_rows(D), _temperature(request, share)
     epilogue_kernels.info_nce_finish_keys_kernel[(_cdiv(N, block),)](
-        q.raw[0], k.raw[0], q.norm, k.norm, back.acc, share, pointer, dk,
-        B, N, k.unit.shape[1], dim, *q.raw[0].stride(), *k.raw[0].stride(), request.positive_offset, back.splits,
-        scale_log2, request.scale / B, 2.0 ** -_key_shift(request),
-        EPS=EPS, D=D, ROWS=block, ON_DEVICE=isinstance(request.temperature, Tensor), num_warps=4,
-    )  # fmt: skip
+        q.raw[0],
+        k.raw[0],
+        q.norm,
+        k.norm,
+        back.acc,
+        share,
+        pointer,
+        dk,
+        B,
+        N,
+        k.unit.shape[1],
+        dim,
+        *q.raw[0].stride(),
+        *k.raw[0].stride(),
+        request.positive_offset,
+        back.splits,
+        scale_log2,
+        request.scale / B,
+        2.0 ** -_key_shift(request),
+        EPS=EPS,
+        D=D,
+        ROWS=block,
+        ON_DEVICE=isinstance(request.temperature, Tensor),
+        num_warps=4,
+    )
     return dk
 
 
 def _cdiv(a: int, b: int) -> int:
-    """Triton's own costs some microseconds a call: it is made for kernels."""
+    """triton.cdiv takes the host some microseconds."""
     return -(-a // b)
 
 
@@ -201,7 +291,7 @@ def _epilogue_rows(D: int) -> int:
 
 
 def _temperature(request: Request, unused: Tensor) -> tuple[Tensor, float]:
-    """Pointer to the temperature (unused where it is a number), and log2(e) over it (unused where it is on the device)."""
+    """Pointer to the temperature, or `unused` for a number; and log2(e) over it, or 0."""
     if isinstance(request.temperature, Tensor):
         return request.temperature, 0.0
     return unused, LOG2_E / request.temperature
@@ -215,12 +305,15 @@ def _constants(request: Request) -> dict[str, Any]:
 
 
 def _key_shift(request: Request) -> float:
-    """In the second pass terms are shares of 1; fp16 holds small ones better multiplied by 2^15."""
+    """In the second pass terms are shares of 1; in fp16 small ones need a factor of 2^15."""
     return exponent_ceiling("fp16") if request.precision == "fp16" else 0.0
 
 
 def _chip(device: torch.device) -> tuple[int, int]:
-    """Row of the table of tiles, and the number of processors. The interpreter is one processor of the smallest kind."""
+    """Row of the table of tiles, and number of processors.
+
+    The interpreter is one small processor.
+    """
     if device.type != "cuda":
         return 0, 1
     chip = torch.cuda.get_device_properties(device)

@@ -1,22 +1,12 @@
-"""The InfoNCE loss of MoCo v3, SimCLR and CLIP, its gradient computed in the same pass over the keys.
+"""The InfoNCE loss of MoCo v3, SimCLR and CLIP, with its gradient from one pass over the keys.
 
-Every query row i has one positive among the keys, row ``positive_offset + i``; all other keys are its negatives. Where keys
-carry no gradient (MoCo v3: they come from the momentum encoder), the gradient with respect to a normalised query is
-``scale / (B temperature) * (sum_j p_ij k_j - k_positive)``: softmax attention with the values equal to the keys. So one pass
-that streams the keys yields loss and gradient, keeps nothing of size B x N, and leaves one multiplication for the way back:
-4 B N D FLOPs, where a forward and a backward that recompute the logits take 6.
+Every query i has one positive among the keys, row `positive_offset + i`; all other keys are its
+negatives. One pass that streams the keys gives loss and gradient and keeps nothing of size B x N.
+The derivation and the numerics are in kernels/README.md, "Design notes".
 
-* Cosines are bounded, so a constant takes the place of the running maximum of an online softmax, and parts of the keys
-  simply add: few rows against many keys are split over the whole GPU and added in a fixed order, bit by bit the same.
-* The positive stays out of the tensor-core sums, in float32: ``loss = log1p(negatives / e_positive)`` and
-  ``gradient ~ share_of_negatives * (mean_negative - k_positive)``. That keeps the digits once training has brought p_positive
-  near 1. With it bf16 beats the fp16 autocast formula at temperature 0.2, and tf32 does at 0.07, where bf16 does not
-  (``python -m benchmarks.accuracy``); hence the two defaults.
-* The gradient of a learnable temperature is one dot product of what is there anyway, ``sum_j p_ij s_ij = u_i . sum_j p_ij k_j``.
-  Gradients of the keys need every row's final sum, hence a second pass.
-
-What crosses ranks: nothing here. The caller gathers the keys in rank order and passes ``positive_offset = rank * B``.
-Paths: `triton_kernels.py` (GPUs), `chunked.py` (everything else), `reference.py` (the definition).
+Distributed: nothing here communicates. The caller gathers the keys in rank order and passes
+`positive_offset = rank * B`. Paths: `triton_kernels.py` (GPUs), `chunked.py` (all other devices),
+`reference.py` (the definition).
 """
 
 from __future__ import annotations
@@ -26,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import choose_backend, require_triton, triton_is_default
+from fastmoco_kernels.backends import choose_backend, require_triton, triton_is_default
 from fastmoco_kernels.info_nce.chunked import Request
 from fastmoco_kernels.info_nce.cost import MAX_DIM, PRECISIONS, smallest_temperature
 from fastmoco_kernels.info_nce.operator import one_pass
@@ -34,7 +24,7 @@ from fastmoco_kernels.info_nce.reference import info_nce_reference, positive_ran
 
 BACKENDS = ("triton", "chunked", "reference")
 TF32_BELOW = 0.07
-"""Largest temperature at which ``precision="auto"`` means tf32: see `info_nce_loss`."""
+"""Largest temperature at which `precision="auto"` means tf32: see `info_nce_loss`."""
 
 
 class InfoNCEResult(NamedTuple):
@@ -43,7 +33,9 @@ class InfoNCEResult(NamedTuple):
     loss: Tensor
     """Scalar, float32 (float64 for float64 input): the sum of both directions."""
     top1: Tensor | None
-    """Scalar: share of rows whose positive is more similar than every negative; both directions averaged."""
+    """Scalar: share of rows whose positive is more similar than every negative, over both
+    directions.
+    """
     top5: Tensor | None
     """Scalar: share of rows whose positive is among the five most similar keys."""
 
@@ -61,36 +53,44 @@ def info_nce_loss(
 ) -> Tensor:
     """The InfoNCE loss of raw queries against raw keys.
 
-    ``scale * mean_i(logsumexp_j(s_ij) - s_i,i+positive_offset)`` with ``s = u(q) u(keys)^T / temperature`` and
-    ``u(v) = v / max(||v||_2, 1e-12)`` by rows (Chen, Xie, He 2021, Eq. 1; moco-v3 scales it by 2 * temperature).
+    `scale * mean_i(logsumexp_j(s_ij) - s_i,i+positive_offset)` with
+    `s = u(q) u(keys)^T / temperature` and `u(v) = v / max(||v||_2, 1e-12)` by rows (Chen, Xie, He
+    2021, Eq. 1; moco-v3 scales it by 2 * temperature).
 
     Args:
         q: [B, D] floating point, any stride: predictor outputs, not normalised.
-        keys: [N, D] floating point on the same device, N >= B, any stride: projector outputs of all ranks, not normalised.
-        temperature: > 0; 0.2 for vision transformers, 1.0 for ResNet-50. A 0-dim tensor may require a gradient (CLIP); its
-            value is never read by the host, and must stay above `smallest_temperature`.
-        positive_offset: row of ``keys`` that is the positive of ``q[0]``; rank * B where ranks hold equal parts.
+        keys: [N, D] floating point on the same device, N >= B, any stride: projector outputs of all
+            ranks, not normalised.
+        temperature: > 0; 0.2 for vision transformers, 1.0 for ResNet-50. A 0-dim tensor may require
+            a gradient (CLIP); its value is never read by the host, and must stay above
+            `smallest_temperature`.
+        positive_offset: row of `keys` that is the positive of `q[0]`; rank * B where ranks hold
+            equal parts.
         scale: factor of the mean; None for 2 * temperature (MoCo v3), 1.0 for SimCLR and CLIP.
-        key_gradients: whether ``keys`` get their gradient; else they are constants.
-        precision: what the tensor cores multiply, on the Triton path: "bf16", "fp16", "tf32", "fp32" (exact, slow). "auto"
-            is bf16, and tf32 for a number <= 0.07 as temperature. It does not follow torch's global matmul precision. The
-            other paths compute in float32 (on CUDA as torch's own float32 matmul precision says); float64 stays float64.
-        backend: "auto", "triton" (CUDA), "chunked" (torch, any device) or "reference" ([B, N] logits). "auto" is triton on
-            CUDA devices of compute capability 8.0 and newer, for D <= 512, and chunked elsewhere.
+        key_gradients: whether `keys` get their gradient; else they are constants.
+        precision: what the tensor cores multiply, on the Triton path: "bf16", "fp16", "tf32",
+            "fp32" (exact, slow). "auto" is bf16, and tf32 for a number <= 0.07 as temperature. It
+            does not follow torch's global matmul precision. The other paths compute in float32 (on
+            CUDA with torch's own float32 matmul precision); float64 stays float64.
+        backend: "auto", "triton" (CUDA), "chunked" (torch, any device) or "reference" ([B, N]
+            logits). "auto" is triton on CUDA devices of compute capability 8.0 and newer, for D <=
+            512, and chunked elsewhere.
 
     Returns:
-        A scalar tensor, float32 (float64 for float64 input), differentiable once in ``q``, in ``keys`` with ``key_gradients``,
-        and in a temperature that is a tensor. Only the reference can be differentiated twice.
+        A scalar tensor, float32 (float64 for float64 input), differentiable once in `q`, in `keys`
+        with `key_gradients`, and in a temperature that is a tensor. Only the reference can be
+        differentiated twice.
 
     Raises:
-        ValueError: for shapes that do not fit, positives beyond the keys, mixed devices, a temperature <= 0, or one that is
-            too small for ``backend="triton"``.
+        ValueError: for shapes that do not fit, positives beyond the keys, mixed devices, a
+            temperature <= 0, or one that is too small for `backend="triton"`.
 
-    Numerics: sums and everything about the positive in float32, whatever autocast says. Gradients differ from float64 on
-        features as late in training by about 1e-3 in bf16 at temperature 0.2 and in tf32 at 0.07 (bf16 there: 7e-3), by 1e-6
-        in fp32. Reproducible bit by bit on
-        one device (and one choice of tile, which is kept on disk).
-    Memory and cost: `cost.flops` (4 B N D) and `cost.bytes_moved`; O((B + N) D) memory beyond the inputs.
+    Numerics: sums and everything about the positive in float32, whatever autocast says. On features
+        of late training gradients differ from float64 by about 1e-3 in bf16 at temperature 0.2 and
+        in tf32 at 0.07 (bf16 there: 7e-3), by 1e-6 in fp32. Reproducible bit by bit on one device
+        (and one choice of tile, which is kept on disk).
+    Memory and cost: `cost.flops` (4 B N D) and `cost.bytes_moved`; O((B + N) D) memory beyond the
+        inputs.
     Distributed: none.
 
     Example:
@@ -137,9 +137,10 @@ def symmetric_info_nce_loss(
     backend: str = "auto",
     accuracy: bool = False,
 ) -> InfoNCEResult:
-    """Both directions of MoCo v3's loss, ``info_nce_loss(q1, k2) + info_nce_loss(q2, k1)``, in one launch.
+    """Both directions of MoCo v3's loss in one launch.
 
-    Chen, Xie, He 2021, Algorithm 1: ``ctr(q1, k2) + ctr(q2, k1)``, each scaled by 2 * temperature.
+    `info_nce_loss(q1, k2) + info_nce_loss(q2, k1)`: Chen, Xie, He 2021, Algorithm 1,
+    `ctr(q1, k2) + ctr(q2, k1)`, each scaled by 2 * temperature.
 
     Args:
         q1: [B, D] raw queries of view 1.
@@ -150,10 +151,12 @@ def symmetric_info_nce_loss(
         positive_offset: as for `info_nce_loss`.
         precision: as for `info_nce_loss`.
         backend: as for `info_nce_loss`.
-        accuracy: whether to count how positives rank, in the same pass. A negative as similar as the positive ranks first.
+        accuracy: whether to count how positives rank, in the same pass. A negative as similar as
+            the positive ranks first.
 
     Returns:
-        The loss, differentiable once in ``q1``, ``q2`` and a temperature that is a tensor; top-1 and top-5 shares, or None.
+        The loss, differentiable once in `q1`, `q2` and a temperature that is a tensor; top-1 and
+        top-5 shares, or None.
 
     Raises:
         ValueError: as `info_nce_loss`, and where the two directions differ in shape or dtype.
@@ -193,17 +196,27 @@ def symmetric_info_nce_loss(
 
 
 def _symmetric_reference(
-    directions: tuple[tuple[Tensor, Tensor], ...], temperature: float | Tensor, offset: int, accuracy: bool
+    directions: tuple[tuple[Tensor, Tensor], ...],
+    temperature: float | Tensor,
+    offset: int,
+    accuracy: bool,
 ) -> InfoNCEResult:
-    one, two = (info_nce_reference(q, k, temperature=temperature, positive_offset=offset) for q, k in directions)
+    one, two = (
+        info_nce_reference(q, k, temperature=temperature, positive_offset=offset)
+        for q, k in directions
+    )
     if not accuracy:
         return InfoNCEResult(one + two, None, None)
-    ranks = torch.cat([positive_ranks_reference(q, k, positive_offset=offset) for q, k in directions])
+    ranks = torch.cat(
+        [positive_ranks_reference(q, k, positive_offset=offset) for q, k in directions]
+    )
     return InfoNCEResult(one + two, *((ranks < first).to(one.dtype).mean() for first in (1, 5)))
 
 
-def _backend(q: Tensor, temperature: float | Tensor, precision: str, backend: str, name: str) -> str:
-    """Where to compute; "auto" leaves to the chunks what the kernels cannot do, "triton" says what that is."""
+def _backend(
+    q: Tensor, temperature: float | Tensor, precision: str, backend: str, name: str
+) -> str:
+    """The backend; "auto" takes chunks for what the kernels cannot do, "triton" raises."""
     smallest = smallest_temperature(_precision(temperature, precision))
     limits = []
     if q.dtype == torch.float64:
@@ -211,13 +224,18 @@ def _backend(q: Tensor, temperature: float | Tensor, precision: str, backend: st
     if q.shape[1] > MAX_DIM:
         limits.append(f"D={q.shape[1]} above {MAX_DIM}")
     if not isinstance(temperature, Tensor) and temperature < smallest:
-        limits.append(f"temperature={temperature} below {smallest:.4g}, where exponentials leave float32's range")
+        limits.append(
+            f"temperature={temperature} below {smallest:.4g}, "
+            "where exponentials leave float32's range"
+        )
     default = "triton" if triton_is_default(q.device) and not limits else "chunked"
     chosen = choose_backend(name, backend, default, BACKENDS)
     if chosen == "triton":
         require_triton(name, q.device)
         if limits:
-            raise ValueError(f"{name}: backend='triton' cannot do {limits[0]}; backend='auto' can")
+            raise ValueError(
+                f"{name}: backend='triton' does not take {limits[0]}; use backend='auto'"
+            )
     return chosen
 
 
@@ -235,35 +253,53 @@ def _inner_scale(temperature: float | Tensor, scale: float | None) -> float:
 
 
 def _wants_gradient(*inputs: float | Tensor) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in inputs
+    )
 
 
 def _check(
-    q: Tensor, keys: Tensor, temperature: float | Tensor, positive_offset: int, precision: str, name: str
+    q: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    positive_offset: int,
+    precision: str,
+    name: str,
 ) -> None:
-    """Every way of calling the op wrongly, each with both numbers in its text."""
+    """Refuse wrong arguments; every message contains both values."""
     if q.dim() != 2 or keys.dim() != 2:
-        raise ValueError(f"{name}: q {tuple(q.shape)} and keys {tuple(keys.shape)} must be [B, D] and [N, D]")
+        raise ValueError(
+            f"{name}: q {tuple(q.shape)} and keys {tuple(keys.shape)} must be [B, D] and [N, D]"
+        )
     if q.shape[1] != keys.shape[1]:
         raise ValueError(f"{name}: q has D={q.shape[1]} but keys have D={keys.shape[1]}")
     if not (q.is_floating_point() and keys.is_floating_point()):
-        raise ValueError(f"{name}: q is {q.dtype} and keys are {keys.dtype}; both must be floating point")
+        raise ValueError(
+            f"{name}: q is {q.dtype} and keys are {keys.dtype}; both must be floating point"
+        )
     if q.device != keys.device:
         raise ValueError(f"{name}: q is on {q.device} but keys are on {keys.device}")
     if q.shape[0] < 1 or q.shape[1] < 1:
         raise ValueError(f"{name}: q {tuple(q.shape)} has no rows or no columns")
+
     if isinstance(temperature, Tensor):
-        if temperature.dim() != 0 or not temperature.is_floating_point() or temperature.device != q.device:
+        if (
+            temperature.dim() != 0
+            or not temperature.is_floating_point()
+            or temperature.device != q.device
+        ):
             raise ValueError(
-                f"{name}: temperature is {temperature.dtype} {tuple(temperature.shape)} on {temperature.device}; "
+                f"{name}: temperature is {temperature.dtype} {tuple(temperature.shape)} on "
+                f"{temperature.device}; "
                 f"it must be a floating-point scalar on {q.device}"
             )
     elif not temperature > 0:
         raise ValueError(f"{name}: temperature={temperature} must be positive")
+
     if positive_offset < 0 or positive_offset + q.shape[0] > keys.shape[0]:
         raise ValueError(
             f"{name}: positives {positive_offset}..{positive_offset + q.shape[0] - 1} "
-            f"lie outside the {keys.shape[0]} keys"
+            f"are outside the {keys.shape[0]} keys"
         )
     if precision not in ("auto", *PRECISIONS):
         raise ValueError(f"{name}: precision={precision!r} is none of {('auto', *PRECISIONS)}")

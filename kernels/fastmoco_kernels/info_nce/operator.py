@@ -1,28 +1,54 @@
 """`fastmoco::info_nce`: the one-pass loss as one operator of torch, with its gradient.
 
-The operator computes the gradient in its forward, where it is nearly free, and hands it out as further results; the way
-back multiplies by the incoming gradient. So nothing of size B x N is ever kept, and a graph compiler sees one node. Where
-nothing watches torch's calls, an autograd function calls the pass at once.
+The operator computes the gradient in its forward, where it is nearly free, and returns it as
+further results; the backward multiplies it by the incoming gradient. So nothing of size B x N is
+kept, and a graph compiler sees one node. Where nothing watches torch's calls, an autograd function
+calls the pass directly.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import all_plain, traced
-from fastmoco_kernels._runtime import accumulation_dtype
+from fastmoco_kernels.backends import accumulation_dtype
 from fastmoco_kernels.info_nce.chunked import OnePass, Request, info_nce_chunked
+from fastmoco_kernels.tensors import all_plain, traced
 
 _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+_SCHEMA = (
+    "(Tensor q, Tensor keys, Tensor? second_q, Tensor? second_keys, "
+    "Tensor? temperature, float fixed_temperature, float scale, int positive_offset, "
+    "bool gradient, bool key_gradient, bool accuracy, str precision, bool triton) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+class _Values(NamedTuple):
+    """The operator's arguments, in the order of its schema: a `Request` and its tensors, flat."""
+
+    q: Tensor
+    keys: Tensor
+    second_q: Tensor | None
+    second_keys: Tensor | None
+    temperature: Tensor | None
+    fixed_temperature: float
+    scale: float
+    positive_offset: int
+    gradient: bool
+    key_gradient: bool
+    accuracy: bool
+    precision: str
+    triton: bool
 
 
 def one_pass(
     queries: tuple[Tensor, ...], keys: tuple[Tensor, ...], request: Request, *, triton: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss, differentiable as the request says, and hits, of one direction or two.
+    """Loss, differentiable as requested, and hits, of one direction or two.
 
     Args:
         queries: one or two [B, D].
@@ -30,14 +56,18 @@ def one_pass(
         request: what is wanted.
         triton: the kernels; else chunks in torch.
     """
-    tensor = isinstance(request.temperature, Tensor)
-    arguments = (
+    temperature, fixed_temperature = (
+        (request.temperature, 0.0)
+        if isinstance(request.temperature, Tensor)
+        else (None, request.temperature)
+    )
+    values = _Values(
         queries[0],
         keys[0],
         queries[1] if len(queries) > 1 else None,
         keys[1] if len(keys) > 1 else None,
-        request.temperature if tensor else None,
-        0.0 if tensor else request.temperature,
+        temperature,
+        fixed_temperature,
         request.scale,
         request.positive_offset,
         request.gradient,
@@ -46,40 +76,32 @@ def one_pass(
         request.precision,
         triton,
     )
-    watched = traced() or torch._C._are_functorch_transforms_active() or not all_plain(queries + keys)
-    results: _Results = _info_nce(*arguments) if watched else _Eager.apply(*arguments)  # type: ignore[no-untyped-call]
+    watched = (
+        traced() or torch._C._are_functorch_transforms_active() or not all_plain(queries + keys)
+    )
+    run: Callable[..., _Results] = _info_nce if watched else _Eager.apply
+    results = run(*values)
     return results[0], results[4]
 
 
-def _compute(
-    q: Tensor,
-    keys: Tensor,
-    second_q: Tensor | None,
-    second_keys: Tensor | None,
-    temperature: Tensor | None,
-    fixed_temperature: float,
-    scale: float,
-    positive_offset: int,
-    gradient: bool,
-    key_gradient: bool,
-    accuracy: bool,
-    precision: str,
-    triton: bool,
-) -> _Results:
+def _compute(values: _Values) -> _Results:
     """The pass itself; its results may share memory."""
+    q, keys, temperature = values.q, values.keys, values.temperature
     request = Request(
-        temperature=fixed_temperature if temperature is None else temperature.detach().to(accumulation_dtype(q)),
-        scale=scale,
-        positive_offset=positive_offset,
-        gradient=gradient,
-        key_gradient=key_gradient,
-        accuracy=accuracy,
-        precision=precision,
+        temperature=values.fixed_temperature
+        if temperature is None
+        else temperature.detach().to(accumulation_dtype(q)),
+        scale=values.scale,
+        positive_offset=values.positive_offset,
+        gradient=values.gradient,
+        key_gradient=values.key_gradient,
+        accuracy=values.accuracy,
+        precision=values.precision,
     )
-    queries = (q,) if second_q is None else (q, second_q)
-    all_keys = (keys,) if second_keys is None else (keys, second_keys)
+    queries = (q,) if values.second_q is None else (q, values.second_q)
+    all_keys = (keys,) if values.second_keys is None else (keys, values.second_keys)
     with torch.autocast(q.device.type, enabled=False):
-        if triton:
+        if values.triton:
             from fastmoco_kernels.info_nce.launch import info_nce_triton
 
             found = info_nce_triton(queries, all_keys, request)
@@ -88,47 +110,13 @@ def _compute(
     return _as_results(found, q, keys, learnt=temperature is not None)
 
 
-@torch.library.custom_op(
-    "fastmoco::info_nce",
-    mutates_args=(),
-    schema=(
-        "(Tensor q, Tensor keys, Tensor? second_q, Tensor? second_keys, Tensor? temperature, float fixed_temperature, "
-        "float scale, int positive_offset, bool gradient, bool key_gradient, bool accuracy, str precision, bool triton) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-)
-def _info_nce(
-    q: Tensor,
-    keys: Tensor,
-    second_q: Tensor | None,
-    second_keys: Tensor | None,
-    temperature: Tensor | None,
-    fixed_temperature: float,
-    scale: float,
-    positive_offset: int,
-    gradient: bool,
-    key_gradient: bool,
-    accuracy: bool,
-    precision: str,
-    triton: bool,
-) -> _Results:
-    results = _compute(
-        q,
-        keys,
-        second_q,
-        second_keys,
-        temperature,
-        fixed_temperature,
-        scale,
-        positive_offset,
-        gradient,
-        key_gradient,
-        accuracy,
-        precision,
-        triton,
-    )
+@torch.library.custom_op("fastmoco::info_nce", mutates_args=(), schema=_SCHEMA)
+def _info_nce(*arguments: Any) -> _Results:
+    results = _compute(_Values(*arguments))
     # An operator's results share no memory; those of a few numbers may be parts of one tensor.
-    loss, dq, dkeys, dtemperature, hits = (part.clone() if part.numel() < 3 else part for part in results)
+    loss, dq, dkeys, dtemperature, hits = (
+        part.clone() if part.numel() < 3 else part for part in results
+    )
     return loss, dq, dkeys, dtemperature, hits
 
 
@@ -143,43 +131,37 @@ def _as_results(found: OnePass, q: Tensor, keys: Tensor, *, learnt: bool) -> _Re
 
 
 def _kept_dtype(tensor: Tensor) -> torch.dtype:
-    """fp16 would flush gradients that a loss scaler has not scaled yet."""
+    """float32 for fp16, which would flush gradients that a loss scaler has not scaled yet."""
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
 @_info_nce.register_fake
-def _(
-    q: Tensor,
-    keys: Tensor,
-    second_q: Tensor | None,
-    second_keys: Tensor | None,
-    temperature: Tensor | None,
-    fixed_temperature: float,
-    scale: float,
-    positive_offset: int,
-    gradient: bool,
-    key_gradient: bool,
-    accuracy: bool,
-    precision: str,
-    triton: bool,
-) -> _Results:
+def _(*arguments: Any) -> _Results:
+    values = _Values(*arguments)
+    q, keys = values.q, values.keys
     dtype = accumulation_dtype(q)
-    directions = 1 if second_q is None else 2
+    directions = 1 if values.second_q is None else 2
+    learnt = values.gradient and values.temperature is not None
     return (
         q.new_empty((), dtype=dtype),
-        q.new_empty((directions, *q.shape) if gradient else (0,), dtype=_kept_dtype(q)),
-        keys.new_empty(tuple(keys.shape) if key_gradient else (0,), dtype=_kept_dtype(keys)),
-        q.new_empty(() if gradient and temperature is not None else (0,), dtype=dtype),
-        q.new_empty((2,) if accuracy else (0,), dtype=dtype),
+        q.new_empty((directions, *q.shape) if values.gradient else (0,), dtype=_kept_dtype(q)),
+        keys.new_empty(tuple(keys.shape) if values.key_gradient else (0,), dtype=_kept_dtype(keys)),
+        q.new_empty(() if learnt else (0,), dtype=dtype),
+        q.new_empty((2,) if values.accuracy else (0,), dtype=dtype),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Results) -> None:
-    q, keys, temperature = inputs[0], inputs[1], inputs[4]
+    values = _Values(*inputs)
     _, dq, dkeys, dtemperature, hits = output
     ctx.mark_non_differentiable(dq, dkeys, dtemperature, hits)
     ctx.save_for_backward(dq, dkeys, dtemperature)
-    ctx.dtypes = q.dtype, keys.dtype, None if temperature is None else temperature.dtype
+    temperature = values.temperature
+    ctx.dtypes = (
+        values.q.dtype,
+        values.keys.dtype,
+        None if temperature is None else temperature.dtype,
+    )
 
 
 def _backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -189,7 +171,7 @@ def _backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
 
     def scaled(gradient: Tensor, dtype: torch.dtype) -> Tensor:
         result = (incoming * gradient).to(dtype)
-        if torch.is_grad_enabled():  # create_graph=True: what was computed in the forward has no graph of its own
+        if torch.is_grad_enabled():  # create_graph=True: what the forward computed has no graph
             return _once(result)
         return result
 
@@ -199,17 +181,19 @@ def _backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
         scaled(dkeys, key_dtype) if wanted[1] else None,
         (scaled(dq[1], q_dtype) if both is None else both[1]) if wanted[2] else None,
         None,
-        scaled(dtemperature, temperature_dtype) if temperature_dtype is not None and wanted[4] else None,
+        scaled(dtemperature, temperature_dtype)
+        if temperature_dtype is not None and wanted[4]
+        else None,
         *[None] * 8,
     )
 
 
 class _Eager(torch.autograd.Function):
-    """The operator without torch.library's dispatch, which takes longer on the host than all else together."""
+    """The operator without torch.library's dispatch, which takes most of the host's time."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        results = _compute(*inputs)
+        results = _compute(_Values(*inputs))
         _setup_context(ctx, inputs, results)
         return results
 
@@ -228,7 +212,8 @@ class _OnceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> Any:
         raise RuntimeError(
-            "info_nce_loss: the gradient was computed in the forward and cannot be differentiated again; "
+            "info_nce_loss: the gradient was computed in the forward and cannot be "
+            "differentiated again; "
             "backend='reference' can be differentiated any number of times"
         )
 

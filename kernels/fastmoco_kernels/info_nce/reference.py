@@ -1,4 +1,4 @@
-"""InfoNCE by the book: the oracle of the tests.
+"""InfoNCE from the definition: the reference of the tests.
 
 Legend: B local queries, N keys of all ranks, D projection dimension.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from fastmoco_kernels._runtime import accumulation_dtype
+from fastmoco_kernels.backends import accumulation_dtype
 
 
 def info_nce_reference(
@@ -21,10 +21,10 @@ def info_nce_reference(
     scale: float | None = None,
     key_gradients: bool = False,
 ) -> Tensor:
-    """``scale * mean_i(logsumexp_j(s_ij) - s_i,positive)``, ``s = u(q) u(keys)^T / temperature``.
+    """`scale * mean_i(logsumexp_j(s_ij) - s_i,positive)`, `s = u(q) u(keys)^T / temperature`.
 
-    Materialises the [B, N] logits. Differentiable, any number of times, in ``q_BD``, in a temperature that is a tensor, and
-    with ``key_gradients`` in ``keys_ND``.
+    Materialises the [B, N] logits. Differentiable, any number of times, in `q_BD`, in a temperature
+    that is a tensor, and with `key_gradients` in `keys_ND`.
     """
     with torch.autocast(q_BD.device.type, enabled=False):
         logits_BN = _cosines(q_BD, keys_ND if key_gradients else keys_ND.detach()) / temperature
@@ -33,9 +33,9 @@ def info_nce_reference(
 
 
 def positive_ranks_reference(q_BD: Tensor, keys_ND: Tensor, *, positive_offset: int) -> Tensor:
-    """[B] int64: how many negatives are as similar to each query as its positive is, or more; 0 means it ranks first.
+    """[B] int64: number of negatives at least as similar as the positive; 0 if it ranks first.
 
-    As similar: to 64 units in the last place. Rows that are all alike must tie, and sums of other orders differ.
+    Ties are within 64 units in the last place: equal rows must tie in any order of summation.
     """
     with torch.no_grad(), torch.autocast(q_BD.device.type, enabled=False):
         cosines_BN = _cosines(q_BD, keys_ND)
@@ -45,7 +45,10 @@ def positive_ranks_reference(q_BD: Tensor, keys_ND: Tensor, *, positive_offset: 
 
 def _cosines(q_BD: Tensor, keys_ND: Tensor) -> Tensor:
     dtype = accumulation_dtype(q_BD)
-    return normalize(q_BD.to(dtype), dim=1, eps=1e-12) @ normalize(keys_ND.to(dtype), dim=1, eps=1e-12).T
+    return (
+        normalize(q_BD.to(dtype), dim=1, eps=1e-12)
+        @ normalize(keys_ND.to(dtype), dim=1, eps=1e-12).T
+    )
 
 
 def _positives(q_BD: Tensor, positive_offset: int) -> Tensor:

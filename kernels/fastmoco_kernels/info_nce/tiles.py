@@ -1,8 +1,9 @@
-"""Which tiles the streaming kernel may run with, and which it does where nothing is measured.
+"""Tiles of the streaming kernel, and the defaults where nothing is measured.
 
-A tile is (rows that stay, rows that stream past, warps, stages of the pipeline). Every one is compiled ahead of time for
-sm_80, sm_90a and sm_100a (the small ones for sm_80), and the defaults spill no register there, under the oldest and the
-newest supported Triton, which allocate registers differently: ``python -m benchmarks.compiled --op info_nce``.
+A tile is (rows that stay, rows that stream past, warps, stages of the pipeline). Every one is
+compiled ahead of time for sm_80, sm_90a and sm_100a (the small ones for sm_80), and the defaults
+spill no register there, under the oldest and the newest supported Triton, which allocate registers
+differently: `python -m benchmarks.compiled --op info_nce`.
 
 Legend: D padded projection dimension.
 """
@@ -38,17 +39,18 @@ def candidates(capability: int, D: int, precision: str) -> tuple[Tile, ...]:
 
 
 def family(capability: tuple[int, int]) -> int:
-    """The entry of the table for a GPU: chips with 100 KiB of shared memory (8.6, 8.9, 12.x) take the small tiles."""
+    """The table's entry for a GPU. Chips with 100 KiB of shared memory take the small tiles."""
     if capability in ((8, 6), (8, 9)) or capability >= (12, 0):
         return 0
     return min(capability[0], 10) * 10
 
 
 def key_splits(rows: int, columns: int, directions: int, tile: Tile, processors: int) -> int:
-    """Into how many parts the streamed rows are cut: the fewest that leave less than a tenth of the GPU idle.
+    """Number of parts of the streamed rows: the fewest that leave less than a tenth of the GPU
+    idle.
 
-    A pure function of sizes and GPU, because the parts decide the order of a sum. Each part holds two tiles or more, and
-    there are at most 32: every part costs a write and a read of the sums.
+    A pure function of sizes and GPU, because the parts decide the order of a sum. Each part holds
+    two tiles or more, and there are at most 32: every part costs a write and a read of the sums.
     """
     blocks = directions * -(-padded(rows) // tile.block_x)
     tiles = -(-columns // tile.block_y)

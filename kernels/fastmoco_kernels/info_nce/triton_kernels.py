@@ -1,11 +1,12 @@
-"""The kernels of the pass: rows to unit length, and one pass over the keys. `epilogue_kernels.py` has what follows it.
+"""The kernels of the pass: rows to unit length, and one pass over the keys.
 
-Legend: x rows that stay on chip (queries; keys in the second pass), y rows that stream past (keys; queries in the second
-pass), D the padded dimension, S the direction (view 1 or view 2). Scratch tensors are padded with zero rows and columns to
-whole tiles, so nothing in the loop is masked but the positive and the end of the keys.
+Legend: x rows that stay on chip (queries; keys in the second pass), y rows that stream past (keys;
+queries in the second pass), D the padded dimension, S the direction (view 1 or view 2). Scratch
+tensors are padded with zero rows and columns to whole tiles, so nothing in the loop is masked but
+the positive and the end of the keys.
 
-A term of the sums is ``2^(s * scale_log2 - reference)``. The reference is a constant: cosines are bounded, so no running
-maximum is needed, and parts of the keys add.
+A term of the sums is `2^(s * scale_log2 - reference)`. The reference is a constant: cosines are
+bounded, so no running maximum is needed, and parts of the keys add.
 """
 
 import triton
@@ -16,14 +17,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def round_to_tf32(x):
-    """The nearest float32 with ten bits of mantissa: tensor cores cut the others off, which would bias every product."""
+    """The nearest float32 with a 10-bit mantissa; tensor cores truncate, which biases products."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def temperature_log2(temperature_ptr, scale_log2, CEILING: tl.constexpr, ON_DEVICE: tl.constexpr):
-    """``c = log2(e) / temperature`` and the constant reference ``max(c - CEILING, 0)``."""
+    """`c = log2(e) / temperature` and the constant reference `max(c - CEILING, 0)`."""
     if ON_DEVICE:
         scale_log2 = LOG2_E / tl.load(temperature_ptr).to(tl.float32)
     return scale_log2, tl.maximum(scale_log2 - CEILING, 0.0)
@@ -45,7 +46,7 @@ def info_nce_unit_rows_kernel(
     ROWS: tl.constexpr,
     TF32: tl.constexpr,
 ):
-    """Rows of length one in the type of the tensor cores, zero rows behind them, and the lengths before."""
+    """Rows at unit length in the operands' type, padded with zero rows, and their lengths."""
     direction = tl.program_id(1)
     raw_ptr = first_ptr
     if direction == 1:
@@ -53,7 +54,11 @@ def info_nce_unit_rows_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, D)
     inside = (row < rows)[:, None] & (column < dim)[None, :]
-    raw = tl.load(raw_ptr + row[:, None] * stride_row + column[None, :] * stride_column, mask=inside, other=0.0)
+    raw = tl.load(
+        raw_ptr + row[:, None] * stride_row + column[None, :] * stride_column,
+        mask=inside,
+        other=0.0,
+    )
     raw = raw.to(tl.float32)
     norm = tl.sqrt(tl.sum(raw * raw, 1))
     unit = raw / tl.maximum(norm, EPS)[:, None]
@@ -76,14 +81,18 @@ def info_nce_own_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Cosine of each x and its positive from the rounded rows, so that the ranks compare like with like."""
+    """Cosine of each x and its positive from the rounded rows, as the ranks compare it."""
     direction = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, D)
     positive = row + positive_shift
     x = tl.load(x_ptr + (direction * x_padded + row)[:, None] * D + column[None, :])
     inside = (positive < y_rows)[:, None] & (column < D)[None, :]
-    y = tl.load(y_ptr + (direction * y_padded + positive)[:, None] * D + column[None, :], mask=inside, other=0.0)
+    y = tl.load(
+        y_ptr + (direction * y_padded + positive)[:, None] * D + column[None, :],
+        mask=inside,
+        other=0.0,
+    )
     tl.store(own_ptr + direction * x_padded + row, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1))
 
 
@@ -94,7 +103,7 @@ def info_nce_stream_kernel(
     acc_ptr,  # [splits, S, x_padded, D] fp32: sum_j term_ij y_j without the positive
     sum_ptr,  # [splits, S, x_padded] fp32: sum_j term_ij without the positive
     count_ptr,  # [splits, S, x_padded] i32: negatives at least as similar as the positive
-    own_ptr,  # [S, x_padded] fp32: cosine of each x and its positive, as the tensor cores see them
+    own_ptr,  # [S, x_padded] fp32: cosine of each x and its positive, from rounded rows
     bias_ptr,  # [S, y_padded] fp32: minus the reference of each y, in the second pass
     temperature_ptr,
     scale_log2,
@@ -113,7 +122,10 @@ def info_nce_stream_kernel(
     CEILING: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One block of x against one part of the y: the sums, nothing else. The epilogue has a kernel of its own, or it spills."""
+    """Sums of one block of x over one part of the y.
+
+    The epilogue is a separate kernel, or it spills.
+    """
     split = tl.program_id(1)
     direction = tl.program_id(2).to(tl.int64)
     scale, reference = temperature_log2(temperature_ptr, scale_log2, CEILING, ON_DEVICE)
@@ -122,18 +134,20 @@ def info_nce_stream_kernel(
     column = tl.arange(0, D)
     x_ptr += direction * x_padded * D + tl.program_id(0).to(tl.int64) * BLOCK_X * D
     y_ptr += direction * y_padded * D
+
     x = tl.load(x_ptr + tl.arange(0, BLOCK_X)[:, None] * D + column[None, :])
     positive = row + positive_shift
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(y_rows, BLOCK_Y))
+
     total = tl.zeros([BLOCK_X], tl.float32)
     acc = tl.zeros([BLOCK_X, D], tl.float32)
     count = tl.zeros([BLOCK_X], tl.float32)
     if COUNT:
-        # 64 units in the last place lower: rows that are all alike must tie, whatever the order of a sum
+        # 64 units in the last place lower: equal rows must tie in any order of summation
         own = tl.load(own_ptr + direction * x_padded + row) - 7.6e-6
         own_term = tl.exp2(tl.maximum(own, -1.0) * scale - reference)
-    # one 64-bit base and 32-bit places in a tile: a tensor of pointers would take registers through the whole loop
+    # one 64-bit base and 32-bit offsets: a tensor of pointers would hold registers in the loop
     y_ptr += first.to(tl.int64) * BLOCK_Y * D
     y_place = offset[:, None] * D + column[None, :]
     for tile in range(first, last):
@@ -143,13 +157,20 @@ def info_nce_stream_kernel(
         bias = -reference
         if BIAS:
             bias = tl.load(bias_ptr + direction * y_padded + place)[None, :]
+
+        # Terms of all negatives; positives and padding are 0.
         term = tl.exp2(
-            tl.fma(similarity, tl.full(similarity.shape, scale, tl.float32), bias + tl.zeros_like(similarity))
+            tl.fma(
+                similarity,
+                tl.full(similarity.shape, scale, tl.float32),
+                bias + tl.zeros_like(similarity),
+            )
         )
         negative = place[None, :] != positive[:, None]
         if not BIAS:  # in the second pass the padding's reference is infinite
             negative = negative & (place < y_rows)[None, :]
         term = tl.where(negative, term, 0.0)
+
         if COUNT:  # terms rise with cosines, and those that are masked are 0
             count += tl.sum(tl.where(term >= own_term[:, None], 1.0, 0.0), 1)
         total += tl.sum(term, 1)
@@ -158,6 +179,7 @@ def info_nce_stream_kernel(
                 term = round_to_tf32(term)
             acc = tl.dot(term.to(y.dtype), y, acc, input_precision=PRECISION)
         y_ptr += BLOCK_Y * D
+
     out = (split * tl.num_programs(2) + direction) * x_padded + tl.program_id(0) * BLOCK_X
     local = tl.arange(0, BLOCK_X)
     if not BIAS:

@@ -1,6 +1,6 @@
 """LARS by torch's own multi-tensor functions: the path of every device without Triton.
 
-T tensors; ``squares_T2`` holds ``||p||^2`` and ``||g + weight_decay * p||^2`` of each in float64.
+T tensors; `squares_T2` holds `||p||^2` and `||g + weight_decay * p||^2` of each in float64.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 
-def squares_foreach(params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float) -> Tensor:
-    """``squares_T2``; zeros where nothing is scaled: tensors of at most one dimension, and empty shards."""
+def squares_foreach(
+    params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float
+) -> Tensor:
+    """`squares_T2`; 0 where nothing is scaled: tensors of one dimension or none, empty shards."""
     squares_T2 = torch.zeros(len(params), 2, dtype=torch.float64, device=params[0].device)
     scaled = [i for i, param in enumerate(params) if param.ndim > 1 and param.numel()]
     if scaled:
@@ -35,14 +37,19 @@ def update_foreach_(
     trust_coefficient: float,
     found_inf: Tensor | None,
 ) -> None:
-    """The update, given everybody's norms. Reads ``found_inf`` on the host, and ``lr`` where it is there already."""
+    """The update, given norms of whole tensors.
+
+    Reads `found_inf` on the host, and `lr` if it is there.
+    """
     if found_inf is not None and bool(found_inf != 0):
         return
     updates = _as_params(params, grads, range(len(params)))
     scaled = [i for i, param in enumerate(params) if param.ndim > 1]
     if scaled:
         ratios = trust_ratios(squares_T2, trust_coefficient)[scaled].unbind()
-        decayed = torch._foreach_add([updates[i] for i in scaled], [params[i] for i in scaled], alpha=weight_decay)
+        decayed = torch._foreach_add(
+            [updates[i] for i in scaled], [params[i] for i in scaled], alpha=weight_decay
+        )
         torch._foreach_mul_(decayed, ratios)
         for i, update in zip(scaled, decayed, strict=True):
             updates[i] = update
@@ -56,12 +63,14 @@ def update_foreach_(
 
 
 def trust_ratios(squares_T2: Tensor, trust_coefficient: float) -> Tensor:
-    """[T] float64: ``trust * ||p|| / ||g + weight_decay * p||``, and 1 where either norm is 0."""
+    """[T] float64: `trust * ||p|| / ||g + weight_decay * p||`, and 1 where either norm is 0."""
     param_T, update_T = squares_T2.sqrt().unbind(1)
     both = (param_T > 0) & (update_T > 0)
     return torch.where(both, trust_coefficient * param_T / update_T, torch.ones_like(param_T))
 
 
-def _as_params(params: Sequence[Tensor], grads: Sequence[Tensor], chosen: Sequence[int]) -> list[Tensor]:
+def _as_params(
+    params: Sequence[Tensor], grads: Sequence[Tensor], chosen: Sequence[int]
+) -> list[Tensor]:
     """The chosen gradients in their parameters' dtype."""
     return [grads[i].to(params[i].dtype) for i in chosen]

@@ -8,9 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import local, sums_over_shards
-from fastmoco_kernels.lars.checks import check_numbers, check_tensors
-from fastmoco_kernels.lars.op import BACKENDS, lars_squares, lars_update_, resolve_backend
+from fastmoco_kernels.lars.op import (
+    BACKENDS,
+    check_numbers,
+    check_tensors,
+    lars_squares,
+    lars_update_,
+    resolve_backend,
+)
+from fastmoco_kernels.tensors import local, sums_over_shards
 
 
 class _Part(NamedTuple):
@@ -27,26 +33,32 @@ class _Part(NamedTuple):
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You, Gitman, Ginsburg 2017), as MoCo v3 trains ResNets.
 
-    The equation, and the rule by number of dimensions, stand at `lars_step_`. Parameters without a gradient are left alone.
+    The equation and the rule by number of dimensions are documented at `lars_step_`. Parameters
+    without a gradient are left alone.
 
     Args:
-        params: parameters, named parameters or groups, of float32 or float64; plain tensors or DTensors. One trust ratio
-            belongs to each whole tensor, whatever its sharding.
-        lr: learning rate, a number or a 0-dimensional tensor; each group may have its own of all these.
+        params: parameters, named parameters or groups, of float32 or float64; plain tensors or
+            DTensors. One trust ratio belongs to each whole tensor, whatever its sharding.
+        lr: learning rate, a number or a 0-dimensional tensor; each group may have its own of all
+            these.
         momentum: of the buffer, in [0, 1).
         weight_decay: added to the gradient of tensors of two or more dimensions.
-        trust_coefficient: length of a step relative to the tensor's, before ``lr``.
-        backend: ``"auto"``, ``"triton"`` or ``"foreach"``.
+        trust_coefficient: length of a step relative to the tensor's, before `lr`.
+        backend: `"auto"`, `"triton"` or `"foreach"`.
 
     Raises:
-        ValueError: for numbers out of range, an unknown backend, and at a step for tensors that do not fit, as `lars_step_`.
+        ValueError: for numbers out of range, an unknown backend, and at a step for tensors that do
+            not fit, as `lars_step_`.
 
-    State: ``momentum_buffer`` of each parameter, as `torch.optim.SGD` calls it; a DTensor where the parameter is one.
-    Numerics: as `lars_step_`; shards give the whole tensor's step to rounding. Bitwise reproducible on one layout.
+    State: `momentum_buffer` of each parameter, as `torch.optim.SGD` calls it; a DTensor where the
+        parameter is one.
+    Numerics: as `lars_step_`; shards give the whole tensor's step to rounding. Bitwise reproducible
+        on one layout.
     Memory and cost: one buffer a parameter; 28 bytes moved a float32 parameter and step.
-    Distributed: one all-reduce of 16 bytes a tensor a step where parameters are sharded over one mesh dimension; one for
-        each (mesh, sharded dimensions) among them beyond that. Replicated dimensions (HSDP) take no part. All ranks must
-        step together, with gradients of the same parameters and the same ``found_inf``.
+    Distributed: one all-reduce of 16 bytes a tensor a step where parameters are sharded over one
+        mesh dimension; one for each (mesh, sharded dimensions) among them beyond that. Replicated
+        dimensions (HSDP) take no part. All ranks must step together, with gradients of the same
+        parameters and the same `found_inf`.
 
     Example:
         >>> import torch
@@ -79,18 +91,22 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, found_inf: Tensor | None = None) -> Any:
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, found_inf: Tensor | None = None
+    ) -> Any:
         """One step of every parameter that has a gradient.
 
         Args:
             closure: computes the loss again, with gradients, and returns it.
-            found_inf: one element; where it is not 0, parameters and buffers stay as they are, without asking the host.
+            found_inf: one element; where it is not 0, parameters and buffers stay as they are,
+                without asking the host.
 
         Returns:
-            What ``closure`` returned, or None.
+            What `closure` returned, or None.
 
         Raises:
-            ValueError: where a gradient and its parameter are sharded differently, or tensors do not fit.
+            ValueError: where a gradient and its parameter are sharded differently, or tensors do
+                not fit.
         """
         loss = None
         if closure is not None:
@@ -99,10 +115,16 @@ class LARS(torch.optim.Optimizer):
         parts = [part for group in self.param_groups for part in self._parts(group, found_inf)]
         if not parts:
             return loss
+
+        # Norms of whole tensors: local ones, added over the shards.
         squares = [
-            lars_squares(part.locals, part.grads, part.group["weight_decay"], backend=part.backend) for part in parts
+            lars_squares(part.locals, part.grads, part.group["weight_decay"], backend=part.backend)
+            for part in parts
         ]
-        whole = sums_over_shards(squares, [parameter for part in parts for parameter in part.parameters])
+        whole = sums_over_shards(
+            squares, [parameter for part in parts for parameter in part.parameters]
+        )
+
         for part, rows in zip(parts, whole, strict=True):
             lars_update_(
                 part.locals,
@@ -119,8 +141,11 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def _parts(self, group: dict[str, Any], found_inf: Tensor | None) -> list[_Part]:
-        """The group's parameters with gradients, by device and dtype; buffers are made where there are none yet."""
-        check_numbers(group["lr"], group["momentum"], group["weight_decay"], group["trust_coefficient"])
+        """The group's parameters with gradients, by device and dtype; missing buffers are made."""
+        check_numbers(
+            group["lr"], group["momentum"], group["weight_decay"], group["trust_coefficient"]
+        )
+
         alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for parameter in group["params"]:
             if parameter.grad is None:
@@ -130,21 +155,36 @@ class LARS(torch.optim.Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             alike.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+
         parts = []
         for parameters in alike.values():
             own = local([parameter.detach() for parameter in parameters])
-            grads = local([parameter.grad for parameter in parameters if parameter.grad is not None])
+            grads = local(
+                [parameter.grad for parameter in parameters if parameter.grad is not None]
+            )
             buffers = local([self.state[parameter]["momentum_buffer"] for parameter in parameters])
             check_tensors(own, grads, buffers, found_inf)
-            parts.append(_Part(group, parameters, own, grads, buffers, resolve_backend(self._backend, own, buffers)))
+            parts.append(
+                _Part(
+                    group,
+                    parameters,
+                    own,
+                    grads,
+                    buffers,
+                    resolve_backend(self._backend, own, buffers),
+                )
+            )
         return parts
 
 
 def _require_alike_sharding(parameter: Tensor) -> None:
-    """A gradient must lie on the ranks as its parameter does."""
+    """A gradient must be sharded as its parameter is."""
     mine, grads = _placements(parameter), _placements(parameter.grad)
     if mine != grads:
-        raise ValueError(f"LARS: a parameter of shape {tuple(parameter.shape)} lies as {mine}, its gradient as {grads}")
+        raise ValueError(
+            f"LARS: a parameter of shape {tuple(parameter.shape)} has placements {mine}, "
+            f"its gradient {grads}"
+        )
 
 
 def _placements(tensor: Tensor | None) -> tuple[Any, ...] | None:

@@ -17,7 +17,9 @@ def lars_step_reference_(
     weight_decay: float,
     trust_coefficient: float,
 ) -> None:
-    """You, Gitman, Ginsburg 2017 with the rate outside the buffer, in the tensors' own dtype, in place."""
+    """You, Gitman, Ginsburg 2017, the learning rate outside the buffer, in the tensors' dtype, in
+    place.
+    """
     for param, grad, buffer in zip(params, grads, momentum_buffers, strict=True):
         update = grad.to(param.dtype)
         if param.ndim > 1:

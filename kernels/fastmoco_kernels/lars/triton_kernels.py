@@ -1,8 +1,9 @@
-"""The three kernels of LARS; `launch.py` says who launches them, `_multi_tensor.py` what a row, a chunk and a column are.
+"""The three kernels of LARS. `tables.py` defines rows, chunks and columns.
 
-`lars_norms_kernel` and `lars_update_kernel` have one program a chunk, `lars_fold_kernel` one a tensor. WORD is the tensors'
-type, float32 or float64. Addresses come from a table, so the compiler knows nothing of their alignment: where all of a row's
-are multiples of 16 bytes and the chunk is full, a branch says so and loads are 128 bits wide; the rest goes by a mask.
+`lars_norms_kernel` and `lars_update_kernel` have one program a chunk, `lars_fold_kernel` one a
+tensor. WORD is the tensors' type, float32 or float64. Addresses come from a table, so the compiler
+does not know their alignment: where all of a row's are multiples of 16 bytes and the chunk is
+full, a branch tells the compiler, and loads are 128 bits wide; other chunks are masked.
 """
 
 import triton
@@ -11,18 +12,21 @@ import triton.language as tl
 
 @triton.jit
 def squares_of_chunk(p_ptr, g_ptr, offsets, mask, weight_decay, WORD: tl.constexpr):
-    """Sums of ``p^2`` and of ``(g + weight_decay * p)^2`` over a chunk; ``mask`` None stands for all of it."""
+    """Sums of `p^2` and `(g + weight_decay * p)^2` over a chunk; `mask` None means all of it."""
     if mask is None:
         p, g = tl.load(p_ptr + offsets), tl.load(g_ptr + offsets)
     else:
-        p, g = tl.load(p_ptr + offsets, mask=mask, other=0.0), tl.load(g_ptr + offsets, mask=mask, other=0.0)
+        p, g = (
+            tl.load(p_ptr + offsets, mask=mask, other=0.0),
+            tl.load(g_ptr + offsets, mask=mask, other=0.0),
+        )
     u = tl.fma(p, tl.full(p.shape, weight_decay, WORD), g)
     return tl.sum(p * p, axis=0), tl.sum(u * u, axis=0)
 
 
 @triton.jit
 def lars_norms_kernel(
-    pointers_ptr,  # [3, rows] int64: parameter, gradient, and the parameter again where it is scaled, else 0
+    pointers_ptr,  # [3, rows] int64: parameter, gradient, and the parameter if scaled, else 0
     sizes_ptr,  # [rows] int64
     chunk_rows_ptr,  # [chunks] int32
     chunk_starts_ptr,  # [chunks] int64
@@ -47,7 +51,9 @@ def lars_norms_kernel(
             p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
             p_sum, u_sum = squares_of_chunk(p_ptr, g_ptr, offsets, None, weight_decay, WORD)
         else:
-            p_sum, u_sum = squares_of_chunk(p_ptr, g_ptr, offsets, offsets < left, weight_decay, WORD)
+            p_sum, u_sum = squares_of_chunk(
+                p_ptr, g_ptr, offsets, offsets < left, weight_decay, WORD
+            )
         tl.store(partials_ptr + 2 * chunk, p_sum)
         tl.store(partials_ptr + 2 * chunk + 1, u_sum)
 
@@ -78,8 +84,10 @@ def lars_fold_kernel(
 
 
 @triton.jit
-def update_chunk(p_ptr, g_ptr, b_ptr, offsets, mask, decay, ratio, momentum, lr, WORD: tl.constexpr):
-    """Buffer and parameter at ``offsets``; ``mask`` None stands for all of them."""
+def update_chunk(
+    p_ptr, g_ptr, b_ptr, offsets, mask, decay, ratio, momentum, lr, WORD: tl.constexpr
+):
+    """Buffer and parameter at `offsets`; `mask` None means all of them."""
     p = tl.load(p_ptr + offsets, mask=mask)
     g = tl.load(g_ptr + offsets, mask=mask)
     b = tl.load(b_ptr + offsets, mask=mask)
@@ -92,13 +100,13 @@ def update_chunk(p_ptr, g_ptr, b_ptr, offsets, mask, decay, ratio, momentum, lr,
 
 @triton.jit
 def lars_update_kernel(
-    pointers_ptr,  # [4, rows] int64: parameter, gradient, buffer, and the parameter again where it is scaled, else 0
+    pointers_ptr,  # [4, rows] int64: parameter, gradient, buffer, the parameter if scaled, else 0
     sizes_ptr,  # [rows] int64
     chunk_rows_ptr,  # [chunks] int32
     chunk_starts_ptr,  # [chunks] int64
     squares_ptr,  # [rows, 2] float64
     found_inf_ptr,  # one element, or None
-    lr_ptr,  # one element that stands for lr, or None
+    lr_ptr,  # one element that replaces lr, or None
     rows,
     lr: tl.float64,
     momentum: tl.float64,
@@ -116,6 +124,8 @@ def lars_update_kernel(
         left = tl.where(tl.load(found_inf_ptr) != 0, 0, left)
     if lr_ptr is not None:
         lr = tl.load(lr_ptr).to(tl.float64)
+
+    # The trust ratio of the whole tensor.
     scaled = tl.load(pointers_ptr + 3 * rows + row) != 0
     p_square = tl.load(squares_ptr + 2 * row)
     u_square = tl.load(squares_ptr + 2 * row + 1)
@@ -123,6 +133,7 @@ def lars_update_kernel(
     ratio = trust_coefficient * tl.sqrt(p_square) / tl.sqrt(tl.where(both, u_square, 1.0))
     ratio = tl.where(both, ratio, 1.0)
     decay = tl.where(scaled, tl.full((), weight_decay, tl.float64), 0.0)
+
     p_address = tl.load(pointers_ptr + row)
     g_address = tl.load(pointers_ptr + rows + row)
     b_address = tl.load(pointers_ptr + 2 * rows + row)
@@ -131,7 +142,11 @@ def lars_update_kernel(
     b_ptr = b_address.to(tl.pointer_type(WORD)) + start
     offsets = tl.arange(0, CHUNK)
     if (left >= CHUNK) & (((p_address | g_address | b_address) & 15) == 0):
-        p_ptr, g_ptr, b_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16), tl.multiple_of(b_ptr, 16)
+        p_ptr, g_ptr, b_ptr = (
+            tl.multiple_of(p_ptr, 16),
+            tl.multiple_of(g_ptr, 16),
+            tl.multiple_of(b_ptr, 16),
+        )
         update_chunk(p_ptr, g_ptr, b_ptr, offsets, None, decay, ratio, momentum, lr, WORD)
     else:
         update_chunk(p_ptr, g_ptr, b_ptr, offsets, offsets < left, decay, ratio, momentum, lr, WORD)

@@ -1,1 +1,1 @@
-"""Residual add and layer norm in one pass, written in the dtype that the next product computes in."""
+"""Residual add and layer norm in one pass, written in the dtype of the next product."""

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 
 def residual_norm_bytes(
-    R: int, E: int, *, x: int = 4, branch: int = 2, out: int = 2, weight: int = 4, x_new: int | None = None
+    R: int,
+    E: int,
+    *,
+    x: int = 4,
+    branch: int = 2,
+    out: int = 2,
+    weight: int = 4,
+    x_new: int | None = None,
 ) -> int:
     """Bytes that the forward reads and writes.
 
@@ -17,7 +24,7 @@ def residual_norm_bytes(
         branch: of the branch; 0 where there is none, and then x_new is not written.
         out: of y.
         weight: of weight and bias.
-        x_new: of x_new; the wider of x and branch unless told otherwise.
+        x_new: of x_new; by default the wider of x and branch.
     """
     written = (max(x, branch) if x_new is None else x_new) if branch else 0
     return R * E * (x + branch + written + out) + 2 * E * weight + 8 * R
@@ -38,18 +45,19 @@ def residual_norm_backward_bytes(
 ) -> int:
     """Bytes that the backward reads and writes.
 
-    Reads dy, dx_new, x_new, the weight and two float32 a row; writes dx, dbranch, dweight and dbias. Partial sums are
-    written once and read once.
+    Reads dy, dx_new, x_new, the weight and two float32 a row; writes dx, dbranch, dweight and
+    dbias. Partial sums are written once and read once.
 
     Args:
         R: rows.
         E: width.
         x: bytes of one element of x and dx.
-        branch: of the branch; 0 where there is none. dbranch is dx itself where ``branch == x``: one type, one tensor.
+        branch: of the branch; 0 where there is none. dbranch is dx itself where `branch == x`: one
+            type, one tensor.
         out: of dy.
         weight: of weight and bias.
-        x_new: of x_new and dx_new; the wider of x and branch unless told otherwise.
-        dx_new: whether x_new was used beside its norm.
+        x_new: of x_new and dx_new; by default the wider of x and branch.
+        dx_new: whether x_new has another use than its norm.
         programs: that keep partial sums.
         branch_bias: bytes of one element of the branch's bias; 0 where there is none.
     """
@@ -60,9 +68,10 @@ def residual_norm_backward_bytes(
 
 
 def eager_bytes(R: int, E: int, *, backward: bool = False) -> int:
-    """What torch's own operations move for a float32 x and a 16-bit branch, in as many passes as it takes them.
+    """Bytes that torch's operations move for a float32 x and a 16-bit branch.
 
-    Forward: add (10 an element), layer norm (8), cast (6). Backward: cast of dy (6), layer norm (x, dy; dx: 12, and
-    8 more for weight and bias, which another kernel sums), sum with dx_new (12), cast of the branch's gradient (6).
+    Forward: add (10 an element), layer norm (8), cast (6). Backward: cast of dy (6), layer norm (x,
+    dy; dx: 12, and 8 more for weight and bias, which another kernel sums), sum with dx_new (12),
+    cast of the branch's gradient (6).
     """
     return R * E * (44 if backward else 24)

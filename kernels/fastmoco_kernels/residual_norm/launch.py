@@ -1,31 +1,29 @@
-"""How the residual layer norm is launched: rows at a time, warps, programs that share the backward.
+"""Launches of the residual layer norm: rows at a time, warps, programs that share the backward.
 
-Warps lie along a row, 128 columns each (up to eight), so that a sum over rows never leaves a thread; a thread holds
-about 16 numbers of every tensor. The backward starts as many programs as run at once and each goes through many rows:
-partial sums stay few. `aot_cases` compiles it at the widths of vision transformers and at odd ones.
+Warps are along a row, 128 columns each (up to eight), so that a sum over rows stays in a thread; a
+thread holds about 16 numbers of every tensor. The backward starts as many programs as run at once,
+each for many rows: partial sums stay few. `benchmarks/aot` compiles it at the widths of vision
+transformers and at odd ones.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._runtime import device_guard
-from fastmoco_kernels._tuning import tuned
+from fastmoco_kernels.backends import device_guard
+from fastmoco_kernels.column_sums.launch import parts, row_programs
 from fastmoco_kernels.residual_norm.triton_kernels import (
     residual_norm_bwd_kernel,
     residual_norm_fwd_kernel,
     residual_norm_sum_kernel,
 )
+from fastmoco_kernels.tuning import tuned
 
 Tile = tuple[int, ...]
 SUM_COLS, SUM_ROWS, SUM_WARPS = 32, 64, 4
-_WITHOUT_GPU = 3
-"""Programs of the backward for each that a processor would run: in the interpreter, where tests want more than one."""
 
 
 def columns(E: int) -> int:
@@ -35,7 +33,9 @@ def columns(E: int) -> int:
 
 @functools.cache
 def forward_tiles(E: int) -> list[Tile]:
-    """(rows at a time, warps), the default first: 16 numbers a thread, then 8, 32, and one warp a row."""
+    """(rows at a time, warps), the default first: 16 numbers a thread, then 8, 32, and one warp a
+    row.
+    """
     cols, warps = columns(E), _warps(E)
     tiles: list[Tile] = [(_rows(numbers, warps, cols), warps) for numbers in (16, 8, 32)]
     return list(dict.fromkeys([*tiles, (1, 1)] if cols <= 1024 else tiles))
@@ -43,11 +43,17 @@ def forward_tiles(E: int) -> list[Tile]:
 
 @functools.cache
 def backward_tiles(E: int) -> list[Tile]:
-    """(rows at a time, warps, programs a processor), the default first: 16 numbers a thread, then 8, or more programs."""
+    """(rows at a time, warps, programs a processor): 16 numbers a thread, 8, or more programs."""
     cols, warps = columns(E), _warps(E)
     sixteen, eight = (_rows(numbers, warps, cols) for numbers in (16, 8))
     return list(
-        dict.fromkeys([(sixteen, warps, 16 // warps), (eight, warps, 24 // warps), (sixteen, warps, 32 // warps)])
+        dict.fromkeys(
+            [
+                (sixteen, warps, 16 // warps),
+                (eight, warps, 24 // warps),
+                (sixteen, warps, 32 // warps),
+            ]
+        )
     )
 
 
@@ -56,26 +62,19 @@ def _warps(E: int) -> int:
 
 
 def _rows(numbers: int, warps: int, cols: int) -> int:
-    """Rows that make ``numbers`` a thread."""
+    """Rows that make `numbers` a thread."""
     return max(1, numbers * 32 * warps // cols)
 
 
-def _parts(whole: int, part: int) -> int:
-    """``part`` goes so often into ``whole``, rounded up."""
-    return -(-whole // part)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _WITHOUT_GPU
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def forward(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_new (empty without a branch), y, and of every row the mean and the reciprocal standard deviation."""
+    """x_new (empty without a branch), y, and of each row the mean and 1 / standard deviation."""
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     E = x.shape[-1]
     rows = x.numel() // E
@@ -83,14 +82,16 @@ def forward(
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     if branch is None:
         x_new = torch.empty(0, dtype=x.dtype, device=x.device)
-        read, written = x, x  # stand-ins: the kernel touches neither
+        read, written = x, x  # placeholders: the kernel does not touch them
     else:
-        x_new = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device)
+        x_new = torch.empty(
+            x.shape, dtype=torch.promote_types(x.dtype, branch.dtype), device=x.device
+        )
         read, written = branch.contiguous(), x_new
     constants = {"HAS_BRANCH": branch is not None, "E": E, "COLS": columns(E)}
 
     def run(tile: Tile) -> None:
-        residual_norm_fwd_kernel[(_parts(rows, tile[0]),)](
+        residual_norm_fwd_kernel[(parts(rows, tile[0]),)](
             x,
             read,
             weight,
@@ -109,7 +110,11 @@ def forward(
     if rows:
         with device_guard(x):
             tiles = forward_tiles(E)
-            run(tuned("residual_norm.fwd", _key(rows, E, x, branch, y), tiles, tiles[0], run, x.device))
+            run(
+                tuned(
+                    "residual_norm.fwd", _key(rows, E, x, branch, y), tiles, tiles[0], run, x.device
+                )
+            )
     return x_new, y, mean, rstd
 
 
@@ -124,18 +129,27 @@ def backward(
     branch_dtype: torch.dtype | None,
     branch_bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dbranch (empty unless ``branch_dtype``), dweight and dbias in the weight's dtype, dbranch_bias (or empty)."""
+    """dx, dbranch (empty unless `branch_dtype`), dweight, dbias, dbranch_bias (or empty)."""
     dy, x_new, weight = dy.contiguous(), x_new.contiguous(), weight.contiguous()
     dx_new = None if dx_new is None else dx_new.contiguous()
     E = x_new.shape[-1]
     rows = x_new.numel() // E
+
+    # Results; those not needed are empty.
     dx = torch.empty(x_new.shape, dtype=x_dtype, device=x_new.device)
     shape = (0,) if branch_dtype is None else x_new.shape
     dbranch = torch.empty(shape, dtype=branch_dtype or x_dtype, device=x_new.device)
-    dweight, dbias = (torch.zeros_like(weight) if rows == 0 else torch.empty_like(weight) for _ in range(2))
+    dweight, dbias = (
+        torch.zeros_like(weight) if rows == 0 else torch.empty_like(weight) for _ in range(2)
+    )
     sums = 2 if branch_bias_dtype is None else 3
     dbranch_bias = weight.new_zeros(0 if sums == 2 else E, dtype=branch_bias_dtype)
-    flags = {"HAS_DX_NEW": dx_new is not None, "HAS_DBRANCH": branch_dtype is not None, "HAS_BRANCH_BIAS": sums == 3}
+
+    flags = {
+        "HAS_DX_NEW": dx_new is not None,
+        "HAS_DBRANCH": branch_dtype is not None,
+        "HAS_BRANCH_BIAS": sums == 3,
+    }
 
     def run(tile: Tile) -> None:
         programs = programs_of(rows, tile, x_new.device)
@@ -157,7 +171,7 @@ def backward(
             ROWS=tile[0],
             num_warps=tile[1],
         )
-        residual_norm_sum_kernel[(_parts(E, SUM_COLS), sums)](
+        residual_norm_sum_kernel[(parts(E, SUM_COLS), sums)](
             partial,
             dweight,
             dbias,
@@ -178,8 +192,8 @@ def backward(
 
 
 def programs_of(rows: int, tile: Tile, device: torch.device) -> int:
-    """Programs of the backward: as many as the device runs at once, and none without rows."""
-    return min(_parts(rows, tile[0]), int(tile[2]) * _processors(device))
+    """Programs of the backward: as many as the device runs at once; none without rows."""
+    return row_programs(rows, tile[0], 1, tile[2], device)
 
 
 def _key(rows: int, E: int, x: Tensor, branch: Tensor | None, y: Tensor) -> tuple[int | str, ...]:
@@ -196,77 +210,3 @@ def _key(rows: int, E: int, x: Tensor, branch: Tensor | None, y: Tensor) -> tupl
 @functools.cache
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-_Types = tuple[str, str, str, str]
-_USUAL: _Types = ("fp32", "bf16", "bf16", "fp32")
-_OTHERS: tuple[_Types, ...] = (
-    ("fp32", "fp16", "fp16", "fp32"),
-    ("fp32", "bf16", "bf16", "bf16"),
-    ("fp32", "fp32", "fp32", "fp32"),
-    ("bf16", "bf16", "bf16", "bf16"),
-)
-_WIDTHS = (384, 768, 1024, 1280)
-_RARE_WIDTHS = (64, 100, 192, 4096)
-
-
-def aot_cases() -> list[AotCase]:
-    """Every tile at the widths of vision transformers in autocast's types, defaults at narrow, odd and the widest rows.
-
-    Types are those of x, branch, y and weight; other ones, and calls without a branch or without a gradient to x_new or to the
-    branch, are compiled at a width of 384.
-    """
-    cases = []
-
-    def add(way: str, E: int, types: _Types, tile: Tile, **flags: bool) -> None:
-        tiles = forward_tiles(E) if way == "fwd" else backward_tiles(E)
-        constants = flags | {"E": E, "COLS": columns(E), "ROWS": tile[0]}
-        cases.append(_case(way, types, constants, tile, tiles[0]))
-
-    usual = [(E, types, 1) for E, types in [(E, _USUAL) for E in _RARE_WIDTHS] + [(384, types) for types in _OTHERS]]
-    for E, types, tiles in [(E, _USUAL, None) for E in _WIDTHS] + usual:
-        for tile in forward_tiles(E)[:tiles]:
-            add("fwd", E, types, tile, HAS_BRANCH=True)
-        for tile in backward_tiles(E)[:tiles]:
-            for summed in (False, True):
-                add("bwd", E, types, tile, HAS_DX_NEW=True, HAS_DBRANCH=types[1] != types[0], HAS_BRANCH_BIAS=summed)
-    add("fwd", 384, _USUAL, forward_tiles(384)[0], HAS_BRANCH=False)
-    for new, branch in ((True, False), (False, True), (False, False)):
-        add("bwd", 384, _USUAL, backward_tiles(384)[0], HAS_DX_NEW=new, HAS_DBRANCH=branch, HAS_BRANCH_BIAS=False)
-    for types in (_USUAL, _OTHERS[1]):
-        tile = (SUM_ROWS, SUM_WARPS)
-        cases.append(_case("sum", types, {"E": 384, "COLS": SUM_COLS, "ROWS": SUM_ROWS}, tile, tile))
-    unique: dict[str, AotCase] = {}
-    for case in cases:  # tiles that differ in programs alone are one configuration, and the first may be the default
-        unique.setdefault(case.name, case)
-    return list(unique.values())
-
-
-def _case(way: str, types: _Types, constants: dict[str, Any], tile: Tile, default: Tile) -> AotCase:
-    """One configuration; types by the names of the arguments."""
-    kernels = {"fwd": residual_norm_fwd_kernel, "bwd": residual_norm_bwd_kernel, "sum": residual_norm_sum_kernel}
-    kernel = kernels[way]
-    x, branch, y, weight = types
-    stream = "fp32" if x == "fp32" or (branch == "fp32" and constants.get("HAS_BRANCH", True)) else x
-    kinds = {"x_ptr": x, "dx_ptr": x, "branch_ptr": branch, "dbranch_ptr": branch, "y_ptr": y, "dy_ptr": y}
-    kinds |= {"x_new_ptr": stream, "dx_new_ptr": stream, "mean_ptr": "fp32", "rstd_ptr": "fp32", "partial_ptr": "fp32"}
-    kinds |= dict.fromkeys(("weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr", "dbranch_bias_ptr"), weight)
-    scalars = {"rows": "i32", "programs": "i32", "eps": "fp32"}
-    signature = {
-        name: f"*{kinds[name]}" if name in kinds else scalars.get(name, "constexpr") for name in kernel.arg_names
-    }
-    flags = " ".join(
-        name for name in ("HAS_BRANCH", "HAS_DX_NEW", "HAS_DBRANCH", "HAS_BRANCH_BIAS") if constants.get(name)
-    )
-    shape = (f"rows {tile[0]}", f"w{tile[1]}")
-    return AotCase(
-        name=" ".join(filter(None, (f"residual_norm.{way}", "/".join(types), f"E={constants['E']}", flags, *shape))),
-        kernel=kernel,
-        signature=signature,
-        constexprs=constants,
-        num_warps=tile[1],
-        num_stages=3,
-        default_on=(80, 90, 100) if tile == default else (),
-        aligned=tuple(name for name in signature if name.endswith("_ptr")),
-        quick=types == _USUAL and constants["E"] in (384, 768),
-    )

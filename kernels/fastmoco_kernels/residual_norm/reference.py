@@ -1,4 +1,4 @@
-"""Residual add, layer norm and cast in plain torch, one after the other: what the kernels are held against."""
+"""Residual add, layer norm and cast in plain torch: the reference of the kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoco_kernels._bias_gradient import pass_bias_gradient
-from fastmoco_kernels._runtime import accumulation_dtype
+from fastmoco_kernels.backends import accumulation_dtype
 
 
 def residual_norm_reference(
@@ -19,11 +19,13 @@ def residual_norm_reference(
     out_dtype: torch.dtype,
     branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``x + branch`` and its layer norm (Ba, Kiros, Hinton 2016, Eq. 4), in float32 or wider, then ``.to(out_dtype)``.
+    """`x + branch` and its layer norm (Ba, Kiros, Hinton 2016, Eq. 4) in `out_dtype`.
+
+    The norm is computed in float32 or wider and rounded once.
 
     Args:
         x: [..., E].
-        branch: [..., E], or None: then the first result is ``x`` itself.
+        branch: [..., E], or None: then the first result is `x` itself.
         weight: [E], widened to the arithmetic type where it is narrower.
         bias: [E].
         eps: added to the variance.

@@ -1,11 +1,12 @@
-"""Residual add and layer norm: a program takes ROWS whole rows, which stay in registers between statistics and result.
+"""Residual add and layer norm: a program keeps ROWS whole rows in registers.
 
-A row is read once: mean first, then the mean square of what is left, both of numbers on chip. The backward needs two
-sums a row as well, and besides them the sums of two columns of numbers over all rows; a program keeps its share of those
-in registers while it goes through rows in a fixed order, and leaves it in a table that a small kernel adds up. No
-atomics: the same bits every time on one GPU and one tile.
+A row is read once: mean, then the mean square of the difference, from registers. The backward also
+needs two sums a row, and the sums over all rows for weight and bias; a program keeps its part of
+those in registers while it goes through rows in a fixed order, and writes it to a table that a
+small kernel adds. No atomics: reproducible bit by bit on one GPU and tile.
 
-Legend: E width, COLS the power of two that holds it, ROWS rows at a time. All arithmetic is float32, whatever is stored.
+Legend: E width, COLS the power of two that holds it, ROWS rows at a time. All arithmetic is
+float32, whatever is stored.
 """
 
 import triton
@@ -14,9 +15,9 @@ import triton.language as tl
 
 @triton.jit
 def _columns(COLS: tl.constexpr):
-    """0 .. COLS - 1, to be read four at a time whatever the type: then float32 and 16-bit tensors lie alike in registers.
+    """0 .. COLS - 1, four at a time for all types: one register layout for float32 and 16-bit.
 
-    Otherwise one of them changes hands in shared memory.
+    Otherwise one of them is converted through shared memory.
     """
     return tl.max_contiguous(tl.arange(0, COLS), 4)
 
@@ -71,7 +72,7 @@ def residual_norm_bwd_kernel(
     rstd_ptr,  # [rows] float32
     dx_ptr,  # [rows, E]
     dbranch_ptr,  # [rows, E]; not written without HAS_DBRANCH
-    partial_ptr,  # [2 or 3, programs, E] float32: each program's share of dweight, then of dbias, then of dbranch_bias
+    partial_ptr,  # [2 or 3, programs, E] float32: parts of dweight, dbias, dbranch_bias
     rows,
     HAS_DX_NEW: tl.constexpr,
     HAS_DBRANCH: tl.constexpr,
@@ -80,17 +81,22 @@ def residual_norm_bwd_kernel(
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """dx = dx_new + rstd * (g - mean(g) - xhat * mean(g * xhat)), g = weight * dy; dbranch the same in its own type."""
+    """dx = dx_new + rstd * (g - mean(g) - xhat * mean(g * xhat)), g = weight * dy.
+
+    dbranch is dx in its own type.
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
     row, col = tl.arange(0, ROWS), _columns(COLS)
     at = row[:, None] * E + col[None, :]
     weight = tl.load(weight_ptr + col, mask=col < E, other=0.0).to(tl.float32)
     dweight, dbias = tl.zeros([COLS], tl.float32), tl.zeros([COLS], tl.float32)
     dbranch_bias = tl.zeros([COLS], tl.float32)
+
     for first in range(program * ROWS, rows, programs * ROWS):
         start = tl.full((), first, tl.int64)
         there = start + row < rows
         inside = there[:, None] & (col < E)[None, :]
+
         dy = tl.load(dy_ptr + start * E + at, mask=inside, other=0.0).to(tl.float32)
         x_new = tl.load(x_new_ptr + start * E + at, mask=inside, other=0.0).to(tl.float32)
         if HAS_DX_NEW:
@@ -99,6 +105,7 @@ def residual_norm_bwd_kernel(
             dx = tl.zeros([ROWS, COLS], tl.float32)
         mean = tl.load(mean_ptr + start + row, mask=there, other=0.0)
         rstd = tl.load(rstd_ptr + start + row, mask=there, other=0.0)
+
         xhat = (x_new - mean[:, None]) * rstd[:, None]
         g = dy * weight[None, :]
         along_xhat = tl.sum(g * xhat, 1) / E  # beyond the width and the rows g is 0
@@ -107,6 +114,8 @@ def residual_norm_bwd_kernel(
         tl.store(dx_ptr + start * E + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if HAS_DBRANCH:
             tl.store(dbranch_ptr + start * E + at, dx.to(dbranch_ptr.dtype.element_ty), mask=inside)
+
+        # This program's part of the sums over rows.
         dweight += tl.sum(dy * xhat, 0)
         dbias += tl.sum(dy, 0)
         if HAS_BRANCH_BIAS:  # of what is stored; beyond the rows dx is 0
@@ -114,6 +123,7 @@ def residual_norm_bwd_kernel(
                 dbranch_bias += tl.sum(dx.to(dbranch_ptr.dtype.element_ty).to(tl.float32), 0)
             else:
                 dbranch_bias += tl.sum(dx.to(dx_ptr.dtype.element_ty).to(tl.float32), 0)
+
     tl.store(partial_ptr + program * E + col, dweight, mask=col < E)
     tl.store(partial_ptr + (programs + program) * E + col, dbias, mask=col < E)
     if HAS_BRANCH_BIAS:
@@ -139,7 +149,9 @@ def residual_norm_sum_kernel(
     total = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, programs, ROWS):
         inside = (start + row < programs)[:, None] & (col < E)[None, :]
-        total += tl.load(partial_ptr + (start + row)[:, None] * E + col[None, :], mask=inside, other=0.0)
+        total += tl.load(
+            partial_ptr + (start + row)[:, None] * E + col[None, :], mask=inside, other=0.0
+        )
     summed = tl.sum(total, 0)
     if which == 0:
         tl.store(dweight_ptr + col, summed.to(dweight_ptr.dtype.element_ty), mask=col < E)

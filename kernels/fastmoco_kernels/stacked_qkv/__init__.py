@@ -1,1 +1,1 @@
-"""q, k and v out of one stacked projection, and in the backward their gradients stacked and summed in one pass."""
+"""q, k, v of a stacked projection; the backward stacks and sums their gradients in one pass."""

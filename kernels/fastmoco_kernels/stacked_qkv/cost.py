@@ -1,10 +1,12 @@
-"""What stacking the gradients of q, k and v moves: B images of L tokens and width E, each tensor once."""
+"""Bytes that stacking the gradients of q, k, v moves: B images of L tokens and width E."""
 
 from __future__ import annotations
 
 
-def split_qkv_backward_bytes(B: int, L: int, E: int, *, size: int = 2, bias: int = 0, programs: int = 0) -> int:
-    """Bytes that the backward reads and writes: dq, dk, dv, the stack, and partial sums once each way.
+def split_qkv_backward_bytes(
+    B: int, L: int, E: int, *, size: int = 2, bias: int = 0, programs: int = 0
+) -> int:
+    """Bytes that the backward moves: dq, dk, dv, the stack, and partial sums once each way.
 
     Args:
         B: images.

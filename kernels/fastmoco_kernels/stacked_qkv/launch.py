@@ -1,7 +1,7 @@
-"""How the stack of gradients is launched: columns by block, none of which lies in two parts, and programs that share rows.
+"""Launches of the stack of gradients: blocks of columns of one part, programs that share rows.
 
-A thread holds about 16 numbers of its tile. The gradients' strides are read as they are: flash attention leaves
-[B, L, A, d] in memory, others [B, A, L, d].
+A thread holds about 16 numbers of its tile. The gradients' strides are read as they are: flash
+attention leaves [B, L, A, d] in memory, others [B, A, L, d].
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ import functools
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._column_sums.launch import add_partial_sums, column_sum_case, parts, row_programs
-from fastmoco_kernels._runtime import device_guard
-from fastmoco_kernels._tuning import tuned
+from fastmoco_kernels.backends import device_guard
+from fastmoco_kernels.column_sums.launch import (
+    Tile,
+    add_partial_sums,
+    parts,
+    row_programs,
+    shared_tiles,
+)
 from fastmoco_kernels.stacked_qkv.triton_kernels import split_qkv_bwd_kernel
+from fastmoco_kernels.tuning import tuned
 
-Tile = tuple[int, ...]
 WARPS = 4
 
 
 def columns(E: int) -> int:
-    """Columns of a block: the widest power of two up to 256 that divides E, or one that wastes little."""
+    """Columns of a block: the widest of 64, 128, 256 that divides E, else a power of two."""
     for cols in (256, 128, 64):
         if E % cols == 0:
             return cols
@@ -31,8 +35,8 @@ def columns(E: int) -> int:
 
 @functools.cache
 def tiles(E: int) -> list[Tile]:
-    """(rows at a time, programs a processor), the default first: 16 numbers a thread, then 8 and 32."""
-    return [(numbers * 32 * WARPS // columns(E), share) for numbers, share in ((16, 8), (8, 12), (32, 4), (16, 12))]
+    """(rows at a time, programs a processor), the default first."""
+    return shared_tiles(columns(E), WARPS)
 
 
 def programs_of(rows: int, E: int, tile: Tile, device: torch.device) -> int:
@@ -40,7 +44,9 @@ def programs_of(rows: int, E: int, tile: Tile, device: torch.device) -> int:
     return row_programs(rows, tile[0], 3 * parts(E, columns(E)), tile[1], device)
 
 
-def backward(dq: Tensor, dk: Tensor, dv: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+def backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     """dqkv [B, L, 3 E], and its sums over rows in the bias's dtype (empty without one)."""
     dq, dk, dv = (t if t.stride(3) == 1 else t.contiguous() for t in (dq, dk, dv))
     B, A, L, d = dq.shape
@@ -55,7 +61,11 @@ def backward(dq: Tensor, dk: Tensor, dv: Tensor, bias_dtype: torch.dtype | None)
 
     def run(tile: Tile) -> None:
         programs = programs_of(rows, E, tile, dq.device)
-        partial = dqkv if bias_dtype is None else torch.empty(programs, 3 * E, dtype=torch.float32, device=dq.device)
+        partial = (
+            dqkv
+            if bias_dtype is None
+            else torch.empty(programs, 3 * E, dtype=torch.float32, device=dq.device)
+        )
         grid = (3 * parts(E, columns(E)), programs)
         split_qkv_bwd_kernel[grid](
             dq, dk, dv, *strides, dqkv, partial, rows, L, **constants, ROWS=tile[0], num_warps=WARPS
@@ -64,44 +74,14 @@ def backward(dq: Tensor, dk: Tensor, dv: Tensor, bias_dtype: torch.dtype | None)
             add_partial_sums(partial, dbias)
 
     with device_guard(dq):
-        lies = "by token" if dq.stride(1) < dq.stride(2) else "by head"
-        key = (f"2**{rows.bit_length()} rows", E, d, str(dq.dtype).removeprefix("torch."), lies, str(bias_dtype))
+        order = "by token" if dq.stride(1) < dq.stride(2) else "by head"
+        key = (
+            f"2**{rows.bit_length()} rows",
+            E,
+            d,
+            str(dq.dtype).removeprefix("torch."),
+            order,
+            str(bias_dtype),
+        )
         run(tuned("stacked_qkv.bwd", key, tiles(E), tiles(E)[0], run, dq.device))
     return dqkv, dbias
-
-
-_SHAPES = ((384, 32), (384, 64), (768, 64), (1024, 64), (1280, 80))
-_OTHERS = ((96, 3, "bf16"), (192, 64, "bf16"), (384, 32, "fp16"), (384, 32, "fp32"))
-
-
-def aot_cases() -> list[AotCase]:
-    """Every tile at the widths of vision transformers in bf16; defaults in other types, at others, without a bias."""
-    cases: dict[str, AotCase] = {}
-    usual = [(E, d, "bf16", tile, True) for E, d in _SHAPES for tile in tiles(E)]
-    others = [(E, d, dtype, tiles(E)[0], True) for E, d, dtype in _OTHERS] + [(384, 32, "bf16", tiles(384)[0], False)]
-    for E, d, dtype, tile, bias in usual + others:
-        case = _case(E, d, dtype, tile, bias=bias)
-        cases.setdefault(case.name, case)  # tiles that differ in programs alone are one configuration
-    for E, kind in ((384, "fp32"), (1280, "bf16")):
-        case = column_sum_case("stacked_qkv", 3 * E, kind)
-        cases[case.name] = case
-    return list(cases.values())
-
-
-def _case(E: int, d: int, dtype: str, tile: Tile, *, bias: bool) -> AotCase:
-    constants = {"HAS_BIAS": bias, "E": E, "D": d, "COLS": columns(E), "ROWS": tile[0]}
-    kinds = dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr", "dqkv_ptr"), f"*{dtype}")
-    kinds |= {"partial_ptr": "*fp32" if bias else f"*{dtype}"} | dict.fromkeys(constants, "constexpr")
-    names = split_qkv_bwd_kernel.arg_names
-    strides = tuple(name for name in names if name.startswith("stride")) if d % 16 == 0 else ()
-    return AotCase(
-        name=f"stacked_qkv.bwd {dtype} E={E} d={d}{' bias' if bias else ''} rows {tile[0]}",
-        kernel=split_qkv_bwd_kernel,
-        signature={name: kinds.get(name, "i32") for name in names},
-        constexprs=constants,
-        num_warps=WARPS,
-        num_stages=3,
-        default_on=(80, 90, 100) if tile == tiles(E)[0] else (),
-        aligned=(*(name for name in names if name.endswith("_ptr")), *strides),
-        quick=dtype == "bf16" and E in (384, 768),
-    )

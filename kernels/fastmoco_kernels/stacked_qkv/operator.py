@@ -1,7 +1,7 @@
-"""`fastmoco::split_qkv_backward`: the kernel as an operator of torch, and the autograd node that calls it.
+"""`fastmoco::split_qkv_backward`: the kernel as an operator of torch, and its autograd node.
 
-The forward gives views, which an operator of torch may not: so the node is plain autograd, and only what is new on the
-way back is an operator. Nothing is kept.
+The forward returns views, which an operator of torch may not; so the node is plain autograd, and
+only the kernel of the backward is an operator. Nothing is kept.
 """
 
 from __future__ import annotations
@@ -11,21 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._multi_tensor import all_plain, traced
-from fastmoco_kernels._runtime import require_triton
+from fastmoco_kernels.backends import require_triton
 from fastmoco_kernels.stacked_qkv.reference import views_of
+from fastmoco_kernels.tensors import all_plain, traced
 
 _Three = tuple[Tensor, Tensor, Tensor]
 
 
-def _backward(dq: Tensor, dk: Tensor, dv: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+def _backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     require_triton("split_qkv", dq.device)
     from fastmoco_kernels.stacked_qkv.launch import backward
 
     return backward(dq, dk, dv, bias_dtype)
 
 
-_split_qkv_backward = torch.library.custom_op("fastmoco::split_qkv_backward", _backward, mutates_args=())
+_split_qkv_backward = torch.library.custom_op(
+    "fastmoco::split_qkv_backward", _backward, mutates_args=()
+)
 
 
 @_split_qkv_backward.register_fake
@@ -47,7 +51,7 @@ class _SplitQkv(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor | None]:
         dq, dk, dv = gradients
         bias_dtype = ctx.bias_dtype if ctx.needs_input_grad[2] else None
-        watched = traced() or not all_plain(gradients)  # the way through the dispatcher costs the host more
+        watched = traced() or not all_plain(gradients)  # the dispatcher costs the host more
         dqkv, dbias = (_split_qkv_backward if watched else _backward)(dq, dk, dv, bias_dtype)
         return dqkv, None, None if bias_dtype is None else dbias
 

@@ -1,4 +1,4 @@
-"""q, k, v as views, and the bias's gradient as torch's linear layer sums it: what the kernel is held against."""
+"""q, k, v as views, with the bias gradient as torch's linear layer sums it: the reference."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ _Three = tuple[Tensor, Tensor, Tensor]
 
 
 def views_of(qkv_BLF: Tensor, num_heads: int) -> _Three:
-    """q, k, v [B, A, L, d]: views of [B, L, 3 A d], whose columns are grouped q, k, v, then by head."""
+    """q, k, v [B, A, L, d]: views of [B, L, 3 A d], columns grouped q, k, v, then by head."""
     B, L, F3 = qkv_BLF.shape
-    q, k, v = (part.transpose(1, 2) for part in qkv_BLF.view(B, L, 3, num_heads, F3 // (3 * num_heads)).unbind(2))
+    q, k, v = (
+        part.transpose(1, 2)
+        for part in qkv_BLF.view(B, L, 3, num_heads, F3 // (3 * num_heads)).unbind(2)
+    )
     return q, k, v
 
 

@@ -1,7 +1,7 @@
-"""dq, dk and dv, wherever they lie, into one [B, L, 3 E], and the sums over rows of it.
+"""dq, dk and dv of any strides into one [B, L, 3 E], and its sums over rows.
 
-A program takes COLS columns of one of the three and goes through rows (image and token); what it has summed stays in
-registers and leaves them once. No atomics: a table of partial sums is added up by `_column_sums`.
+A program takes COLS columns of one of the three and goes through rows (image and token); its sums
+stay in registers and are written once. No atomics: `column_sums` adds the table of partial sums.
 
 Legend: L tokens, E width, D columns of a head, COLS columns and ROWS rows at a time.
 """
@@ -74,12 +74,58 @@ def split_qkv_bwd_kernel(
     blocks: tl.constexpr = (E + COLS - 1) // COLS
     which = tl.program_id(0) // blocks
     col = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
-    # Three times the same code, not one pointer chosen: of a chosen one the compiler does not know that it is aligned.
+    # The same code three times: of a pointer chosen by a condition the compiler does not know the
+    # alignment.
     if which == 0:
-        _stack(dq_ptr, stride_qb, stride_qa, stride_ql, dqkv_ptr, partial_ptr, rows, L, col, HAS_BIAS, E, D, COLS, ROWS)
+        _stack(
+            dq_ptr,
+            stride_qb,
+            stride_qa,
+            stride_ql,
+            dqkv_ptr,
+            partial_ptr,
+            rows,
+            L,
+            col,
+            HAS_BIAS,
+            E,
+            D,
+            COLS,
+            ROWS,
+        )
     elif which == 1:
         dqkv_ptr, partial_ptr = dqkv_ptr + E, partial_ptr + E
-        _stack(dk_ptr, stride_kb, stride_ka, stride_kl, dqkv_ptr, partial_ptr, rows, L, col, HAS_BIAS, E, D, COLS, ROWS)
+        _stack(
+            dk_ptr,
+            stride_kb,
+            stride_ka,
+            stride_kl,
+            dqkv_ptr,
+            partial_ptr,
+            rows,
+            L,
+            col,
+            HAS_BIAS,
+            E,
+            D,
+            COLS,
+            ROWS,
+        )
     else:
         dqkv_ptr, partial_ptr = dqkv_ptr + 2 * E, partial_ptr + 2 * E
-        _stack(dv_ptr, stride_vb, stride_va, stride_vl, dqkv_ptr, partial_ptr, rows, L, col, HAS_BIAS, E, D, COLS, ROWS)
+        _stack(
+            dv_ptr,
+            stride_vb,
+            stride_va,
+            stride_vl,
+            dqkv_ptr,
+            partial_ptr,
+            rows,
+            L,
+            col,
+            HAS_BIAS,
+            E,
+            D,
+            COLS,
+            ROWS,
+        )

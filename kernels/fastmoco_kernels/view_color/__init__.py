@@ -1,1 +1,1 @@
-"""The colour half of a view: jitter, greyscale, blur, solarize, normalise, cast and layout, bit for bit as PIL."""
+"""The colors of a view: jitter, grayscale, blur, solarize, normalise, cast; bit for bit as PIL."""

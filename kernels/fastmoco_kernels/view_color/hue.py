@@ -1,7 +1,8 @@
 """PIL's hue shift in plain torch: RGB to HSV of 8 bits each, the hue byte moved on, and back.
 
-Every value is a whole number below 2^24 and so exact in float32; every division is rounded to nearest. Comparisons give
-floats, not bools: on CPUs torch computes those, and what is selected with them, ten times as fast.
+Every value is a whole number below 2^24 and so exact in float32; every division is rounded to
+nearest. Comparisons return floats, not bools: on CPUs torch computes and selects with those ten
+times as fast.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ _SECTORS = 512
 def shift_hue_(levels: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of every pixel, in place.
 
-    HSV of a pixel, as PIL rounds it: V = max, S = floor(255 (max - min) / max), H = floor(42.5 N / (max - min)) with N
-    the numerator of its sector, but for `late_hues`. Back: a channel is ``V - round(V S w / 65025)``, with w from 0 to
-    255 the channel's distance, in the hue circle of 1530 units, from where it equals V.
+    HSV of a pixel, as PIL rounds it: V = max, S = floor(255 (max - min) / max), H = floor(42.5 N /
+    (max - min)) with N the numerator of its sector, but for `late_hues`. Back: a channel is
+    `V - round(V S w / 65025)`, with w from 0 to 255 the channel's distance, in the hue circle of
+    1530 units, from where it equals V.
 
     Args:
         levels: [3, n, P] float32, whole numbers from 0 to 255.
         shift: [n] int32, 0 to 255.
 
     Returns:
-        ``levels``.
+        `levels`.
     """
     r, g, b = levels.unbind(0)
     high = torch.maximum(torch.maximum(r, g), b)
@@ -41,14 +43,22 @@ def shift_hue_(levels: Tensor, shift: Tensor) -> Tensor:
     for channel, centre in enumerate((765.0, 510.0, 1020.0)):
         away = torch.sub(units, centre, out=levels[channel]).abs_()
         away = away.neg_().add_(510.0) if channel == 0 else away.sub_(255.0)
-        # The rounded quotient never lies on a tie: 2 V S w is even, 65025 is odd.
-        lost = away.clamp_(0.0, 255.0).mul_(amount).add_(32512.0).div_(_whole(65025.0, levels)).floor_()
+        # The rounded quotient is never a tie: 2 V S w is even, 65025 is odd.
+        lost = (
+            away.clamp_(0.0, 255.0)
+            .mul_(amount)
+            .add_(32512.0)
+            .div_(_whole(65025.0, levels))
+            .floor_()
+        )
         torch.sub(high, lost, out=lost)
     return levels
 
 
-def _hue_units(r: Tensor, g: Tensor, b: Tensor, high: Tensor, spread: Tensor, shift: Tensor) -> Tensor:
-    """[n, P] six times the shifted hue byte, 0 to 1530: the place on a circle of six sectors of 255 units."""
+def _hue_units(
+    r: Tensor, g: Tensor, b: Tensor, high: Tensor, spread: Tensor, shift: Tensor
+) -> Tensor:
+    """[n, P] six times the shifted hue byte: the position on a circle of 6 x 255 units."""
     is_red, is_green = torch.empty_like(r), torch.empty_like(r)
     torch.eq(r, high, out=is_red)
     torch.eq(g, high, out=is_green)
@@ -56,7 +66,7 @@ def _hue_units(r: Tensor, g: Tensor, b: Tensor, high: Tensor, spread: Tensor, sh
     numerator.addcmul_(is_green, torch.sub(b, r).add_(spread, alpha=2.0).sub_(numerator))
     numerator.addcmul_(is_red, torch.sub(g, b).sub_(numerator)).mul_(42.5)
     some = spread.clamp(min=1.0)
-    # A quarter lifts exact quotients off the whole number, and the others are 1/510 away at least.
+    # A quarter moves exact quotients off the whole number; others are at least 1/510 away.
     floor = torch.add(numerator, 0.25, out=is_red).div_(some).floor_()
     rest = numerator.addcmul_(floor, some, value=-1.0)
     exact = torch.eq(rest, 0.0, out=is_green)
@@ -76,5 +86,5 @@ def _hue_bytes() -> Tensor:
 
 
 def _whole(value: float, like: Tensor) -> Tensor | float:
-    """A divisor that is divided by: on CUDA torch multiplies by a number's reciprocal, which rounds twice."""
+    """A divisor as a tensor: on CUDA torch multiplies by a number's reciprocal and rounds twice."""
     return torch.tensor(value, device=like.device) if like.is_cuda else value

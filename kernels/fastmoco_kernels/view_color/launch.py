@@ -1,4 +1,4 @@
-"""The launches of one batch: grey sums, colour, the six boxes of the blur and a finish; each only where it is needed."""
+"""The launches of one batch: grey sums, colors, six blur boxes, a finish; each only if needed."""
 
 from __future__ import annotations
 
@@ -9,26 +9,33 @@ import torch
 import triton
 from torch import Tensor
 
-from fastmoco_kernels._aot import AotCase
-from fastmoco_kernels._runtime import device_guard
+from fastmoco_kernels.backends import device_guard
 from fastmoco_kernels.blur.launch import blur_triton
 from fastmoco_kernels.view_color.plan import Plan, late_hues
-from fastmoco_kernels.view_color.triton_kernels import finish_kernel, grey_sum_kernel, view_color_kernel
+from fastmoco_kernels.view_color.triton_kernels import (
+    finish_kernel,
+    grey_sum_kernel,
+    view_color_kernel,
+)
 
 BLOCK, WARPS, SUMS = 1024, 4, 64  # the result does not depend on them: every sum is one of integers
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
 
 
 class Normalisation(NamedTuple):
-    """``level * scale + shift`` of each channel, rounded to float32, and where solarize begins. Bytes know the last alone."""
+    """`level * scale + shift` of each channel, in float32, and the threshold of solarize.
+
+    Of bytes only the threshold is used.
+    """
 
     scale: tuple[float, float, float]
     shift: tuple[float, float, float]
     threshold: int
 
 
-def view_color_triton(images: Tensor, tables: Plan, normalisation: Normalisation, out: Tensor) -> None:
-    """Compute a batch into ``out``.
+def view_color_triton(
+    images: Tensor, tables: Plan, normalisation: Normalisation, out: Tensor
+) -> None:
+    """Compute a batch into `out`.
 
     Args:
         images: [B, H, W, 3] uint8, contiguous.
@@ -40,13 +47,15 @@ def view_color_triton(images: Tensor, tables: Plan, normalisation: Normalisation
     pixels, blocks = height * width, triton.cdiv(height * width, BLOCK)
     means, slots = _needs(tables)
     rows, factors, boxes, images_of = _on_device(tables, slots, images.device)
+
     late = _late_hues(images.device)
     sums = torch.empty(batch, blocks, dtype=torch.int32, device=images.device)
     planes = torch.empty(slots, 3, height, width, dtype=torch.uint8, device=images.device)
     strides = (out.stride(0), out.stride(1), out.stride(3))
     numbers = (*normalisation.scale, *normalisation.shift, normalisation.threshold)
-    # Fused multiply-adds would leave out a rounding that PIL makes.
+    # Fused multiply-adds would skip a rounding of PIL's.
     options = {"BLOCK": BLOCK, "num_warps": WARPS, "enable_fp_fusion": False}
+
     with device_guard(images):
         if means:
             grey_sum_kernel[(batch, blocks)](images, rows, factors, late, sums, pixels, **options)
@@ -68,18 +77,24 @@ def view_color_triton(images: Tensor, tables: Plan, normalisation: Normalisation
         )
         if slots:
             blurred = blur_triton(planes, boxes)
-            finish_kernel[(slots, blocks)](blurred, images_of, rows, out, *strides, pixels, *numbers, **options)
+            finish_kernel[(slots, blocks)](
+                blurred, images_of, rows, out, *strides, pixels, *numbers, **options
+            )
 
 
 def _needs(tables: Plan) -> tuple[bool, int]:
-    """Whether any grey mean is needed, and how many images are blurred; the most there can be where looking would wait."""
+    """Whether a grey mean is needed, and how many images are blurred; upper bounds for a GPU's
+    tables.
+    """
     if tables.steps.is_cuda:
         return True, len(tables.steps)
     return bool((tables.contrast_at < 4).any()), int((tables.boxes[:, 0] >= 0).sum())
 
 
-def _on_device(tables: Plan, slots: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows [B, 12], factors [B, 4], boxes [slots, 4] and images [slots], by one transfer where they lie on the CPU."""
+def _on_device(
+    tables: Plan, slots: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows [B, 12], factors [B, 4], boxes [slots, 4] and images [slots], by one transfer."""
     batch = len(tables.steps)
     blurred = tables.boxes[:, 0] >= 0
     if slots == batch:
@@ -90,12 +105,22 @@ def _on_device(tables: Plan, slots: int, device: torch.device) -> tuple[Tensor, 
         images_of = blurred.nonzero().view(-1).to(torch.int32)
         slot = torch.where(blurred, blurred.cumsum(0) - 1, -1).to(torch.int32)
         boxes = tables.boxes[blurred]
+
+    # One row of integers an image; all tables in one transfer.
     rest = torch.zeros(batch, 2, dtype=torch.int32, device=slot.device)
-    columns = [tables.steps, tables.contrast_at[:, None], tables.shift[:, None], tables.flags, slot[:, None], rest]
+    columns = [
+        tables.steps,
+        tables.contrast_at[:, None],
+        tables.shift[:, None],
+        tables.flags,
+        slot[:, None],
+        rest,
+    ]
     rows = torch.cat(columns, 1).to(torch.int32)
     parts = (rows, tables.factors.view(torch.int32), boxes, images_of)
     packed = torch.cat([part.reshape(-1) for part in parts]).to(device)
     on_device = torch.split(packed, [part.numel() for part in parts])
+
     return (
         on_device[0].view(rows.shape),
         on_device[1].view(torch.float32).view(batch, 4),
@@ -107,37 +132,3 @@ def _on_device(tables: Plan, slots: int, device: torch.device) -> tuple[Tensor, 
 @functools.cache
 def _late_hues(device: torch.device) -> Tensor:
     return torch.tensor(late_hues(), dtype=torch.uint8, device=device)
-
-
-def aot_cases() -> list[AotCase]:
-    """There is one tile; the result has four types."""
-    tables = {"rows_ptr": "*i32", "factors_ptr": "*fp32", "late_ptr": "*u8", "sums_ptr": "*i32"}
-    colours = [f"{what}_{channel}" for what in ("scale", "shift") for channel in "rgb"]
-    numbers = {**dict.fromkeys(colours, "fp32"), "threshold": "i32"}
-    strides = {"stride_ob": "i32", "stride_oc": "i32", "stride_op": "i32"}
-
-    def case(name: str, kernel: object, signature: dict[str, str], aligned: tuple[str, ...], **sums: int) -> AotCase:
-        constants = {"BLOCK": BLOCK, **sums}
-        return AotCase(
-            name=f"view_color.{name}",
-            kernel=kernel,
-            signature={**signature, **dict.fromkeys(constants, "constexpr")},
-            constexprs=constants,
-            num_warps=WARPS,
-            num_stages=3,
-            default_on=(80, 90, 100),
-            aligned=aligned,
-            quick=name.endswith(("sum", "u8")),
-            fp_fusion=False,
-        )
-
-    cases = [case("grey_sum", grey_sum_kernel, {"images_ptr": "*u8", **tables, "pixels": "i32"}, ("images_ptr",))]
-    for kind in _TYPES.values():
-        out = {"out_ptr": f"*{kind}", **strides}
-        main = {"images_ptr": "*u8", **tables, "planes_ptr": "*u8", **out}
-        main |= {"pixels": "i32", "width": "i32", "blocks": "i32", **numbers}
-        finish = {"planes_ptr": "*u8", "images_of_ptr": "*i32", "rows_ptr": "*i32", **out, "pixels": "i32", **numbers}
-        aligned = ("planes_ptr", "out_ptr")
-        cases.append(case(f"colour {kind}", view_color_kernel, main, ("images_ptr", *aligned), SUMS=SUMS))
-        cases.append(case(f"finish {kind}", finish_kernel, finish, aligned))
-    return cases

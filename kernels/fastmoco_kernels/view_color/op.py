@@ -1,24 +1,11 @@
-"""The colour half of a MoCo v3 view, from 8-bit pixels to the encoder's input, bit for bit as PIL and torchvision.
+"""The color augmentations of a MoCo v3 view, bit for bit as PIL and torchvision compute them.
 
-One function takes a batch of cropped images and per-image parameters and returns the normalised views: flip, brightness,
-contrast, saturation and hue in each image's own order, greyscale, Gaussian blur, solarize, normalise, cast, layout.
+One function takes a batch of cropped images with per-image parameters and returns the normalised
+views: flip, brightness, contrast, saturation and hue in each image's own order, grayscale, Gaussian
+blur, solarize, normalise, cast, layout. Two sweeps over the pixels, and a third after a blur; why
+it is exact, and how, is in kernels/README.md, "Design notes".
 
-Why exact. DALI has no HSV and a fixed order; its views end 3.4 levels of 255 from PIL's. PIL rounds to 8 bits after every
-operation, and so an approximation is either within rounding of it at every step or it is not the same augmentation.
-Following PIL's own arithmetic costs nothing here: the kernels wait for memory.
-
-How. Contrast turns about the image's grey mean *at its place in the order*, so an image needs a reduction first:
-
-1. ``grey_sum``: reads the pixels, applies the steps before contrast, adds the luma: one integer a block.
-2. ``view_color``: reads the pixels again, adds those sums, applies everything up to greyscale. An image without blur is
-   solarized, normalised and written; one that is blurred goes to planes of bytes.
-3. the six boxes of `gaussian_blur` and ``finish``, over blurred images alone.
-
-Recomputing the steps before contrast beats keeping them (3 bytes a pixel written and read). All sums are sums of
-integers, so nothing depends on tiles, threads or backends: the 8-bit stage is equal everywhere, to the bit. Hue is HSV in
-8 bits as in PIL, with the cases where PIL's float32 lands just below a whole hue (`plan.late_hues`) in a table of 256.
-
-On the CPU the same is done in plain torch, operation by operation in float32 (`reference.py`).
+On the CPU plain torch computes the same, operation by operation in float32 (`reference.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmoco_kernels._runtime import choose_backend, require_triton, triton_is_default
+from fastmoco_kernels.backends import choose_backend, require_triton, triton_is_default
 from fastmoco_kernels.blur.op import check_sigmas
 from fastmoco_kernels.view_color.plan import Plan, ViewColorParameters, plan
 from fastmoco_kernels.view_color.reference import view_color_reference
@@ -50,32 +37,37 @@ def view_color(
     channels_last: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Jitter, grey, blur, solarize and normalise every image by its own parameters.
+    """Jitter, grayscale, blur, solarize and normalise every image by its own parameters.
 
-    ``(level / 255 - mean) / std`` of the levels that torchvision's PIL transforms give for the same parameters: the
-    augmentation of Chen, Xie, He 2021 (MoCo v3). With ``dtype=torch.uint8`` those levels themselves.
+    `(level / 255 - mean) / std` of the levels that torchvision's PIL transforms give for the same
+    parameters: the augmentation of Chen, Xie, He 2021 (MoCo v3). With `dtype=torch.uint8` those
+    levels themselves.
 
     Args:
         images: [B, H, W, 3] uint8 RGB, any stride, CPU or CUDA, at most 2^21 pixels each.
-        parameters: a row for each image; on the CPU or on the images' device. On the CPU their range is checked.
+        parameters: a row for each image; on the CPU or on the images' device. On the CPU their
+            range is checked.
         mean: of the three channels, subtracted after scaling to [0, 1].
         std: of the three channels, divided by; positive.
-        dtype: float32, float16 or bfloat16; or uint8: levels, not normalised, whatever ``mean`` and ``std`` are.
+        dtype: float32, float16 or bfloat16; or uint8: levels, not normalised, whatever `mean` and
+            `std` are.
         solarize_threshold: level, 0 to 256, from which solarize inverts.
-        channels_last: lay the result out with the channels innermost.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        channels_last: whether the channels are innermost in memory.
+        backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
-        [B, 3, H, W] of ``dtype`` on the images' device, contiguous (or channels-last). Not differentiable.
+        [B, 3, H, W] of `dtype` on the images' device, contiguous (or channels-last). Not
+        differentiable.
 
     Raises:
-        ValueError: for images of another type or shape, parameters of another length, place or range, a std that is not
-            positive, another dtype, or a backend that cannot run here.
+        ValueError: for images of another type or shape, parameters of another length, place or
+            range, a std that is not positive, another dtype, or a backend that cannot run here.
 
-    Numerics: levels are whole numbers, equal to Pillow's to the bit on every backend; the last step is one product and one
-        sum in float32, rounded once more to ``dtype``. Deterministic. Autocast changes nothing.
-    Memory and cost: the result, and for blurred images 9 bytes a pixel meanwhile; `bytes_moved`. With parameters on a GPU
-        every launch is made whether a batch needs it or not.
+    Numerics: levels are whole numbers, equal to Pillow's to the bit on every backend; the last step
+        is one product and one sum in float32, rounded once more to `dtype`. Deterministic. Autocast
+        changes nothing.
+    Memory and cost: the result, and temporarily 9 bytes a pixel of blurred images; `bytes_moved`.
+        With parameters on a GPU every launch is made whether a batch needs it or not.
     Distributed: none.
 
     Example:
@@ -92,10 +84,18 @@ def view_color(
     if chosen == "triton":
         require_triton("view_color", images.device)
     scale, shift = level_factors(mean, std) if dtype.is_floating_point else ([1.0] * 3, [0.0] * 3)
-    # Outside a graph the operator is passed by: its first call would import torch's compiler, seconds before a first batch.
+    # Outside a graph the operator is bypassed: its first call imports torch's compiler, which takes
+    # seconds.
     traced = torch.compiler.is_compiling() or type(images) is not Tensor
     result: Tensor = (_view_color if traced else _compute)(
-        images, *parameters, scale, shift, solarize_threshold, dtype, channels_last, chosen == "triton"
+        images,
+        *parameters,
+        scale,
+        shift,
+        solarize_threshold,
+        dtype,
+        channels_last,
+        chosen == "triton",
     )
     return result
 
@@ -127,11 +127,17 @@ def _compute(
     if triton:
         from fastmoco_kernels.view_color.launch import Normalisation, view_color_triton
 
-        numbers = Normalisation((scale[0], scale[1], scale[2]), (shift[0], shift[1], shift[2]), threshold)
+        numbers = Normalisation(
+            (scale[0], scale[1], scale[2]), (shift[0], shift[1], shift[2]), threshold
+        )
         view_color_triton(images.contiguous(), tables, numbers, out)
     else:
-        factor, offset = (torch.tensor(x, dtype=torch.float32, device=images.device) for x in (scale, shift))
-        view_color_reference(images, Plan(*(table.cpu() for table in tables)), factor, offset, threshold, out)
+        factor, offset = (
+            torch.tensor(x, dtype=torch.float32, device=images.device) for x in (scale, shift)
+        )
+        view_color_reference(
+            images, Plan(*(table.cpu() for table in tables)), factor, offset, threshold, out
+        )
     return out
 
 
@@ -139,8 +145,10 @@ _view_color = torch.library.custom_op(
     "fastmoco::view_color",
     mutates_args=(),
     schema=(
-        "(Tensor images, Tensor brightness, Tensor contrast, Tensor saturation, Tensor hue, Tensor order, Tensor grayscale, "
-        "Tensor blur_sigma, Tensor solarize, Tensor flip, float[] scale, float[] shift, int threshold, ScalarType dtype, "
+        "(Tensor images, Tensor brightness, Tensor contrast, Tensor saturation, Tensor hue, "
+        "Tensor order, Tensor grayscale, "
+        "Tensor blur_sigma, Tensor solarize, Tensor flip, float[] scale, float[] shift, "
+        "int threshold, ScalarType dtype, "
         "bool channels_last, bool triton) -> Tensor"
     ),
 )(_compute)
@@ -156,7 +164,9 @@ def _(images: Tensor, *arguments: object) -> Tensor:
 def _empty(images: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     batch, height, width, _ = images.shape
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(batch, 3, height, width, dtype=dtype, device=images.device, memory_format=layout)
+    return torch.empty(
+        batch, 3, height, width, dtype=dtype, device=images.device, memory_format=layout
+    )
 
 
 def _check(
@@ -167,32 +177,43 @@ def _check(
     dtype: torch.dtype,
     threshold: int,
 ) -> None:
-    """Every way of calling the op wrongly that shapes and types tell, each with both numbers in its text."""
+    """Refuse wrong shapes and types; every message contains both values."""
     shape = tuple(images.shape)
     if images.dtype != torch.uint8 or len(shape) != 4 or shape[-1] != 3:
         raise ValueError(f"view_color: images are {images.dtype} {shape}; need uint8 [B, H, W, 3]")
     if images.numel() == 0:
-        raise ValueError(f"view_color: images {shape} hold nothing")
+        raise ValueError(f"view_color: images {shape} are empty")
     if shape[1] * shape[2] > _LARGEST:
-        raise ValueError(f"view_color: images of {shape[1]} x {shape[2]} pixels; an image has at most {_LARGEST}")
+        raise ValueError(
+            f"view_color: images of {shape[1]} x {shape[2]} pixels; an image has at most {_LARGEST}"
+        )
+
     for name, value in parameters._asdict().items():
         wanted = (shape[0], 4) if name == "order" else (shape[0],)
         if tuple(value.shape) != wanted:
-            raise ValueError(f"view_color: {name} is {tuple(value.shape)} but {shape[0]} images need {wanted}")
-        if value.device != parameters.brightness.device or value.device.type not in ("cpu", images.device.type):
             raise ValueError(
-                f"view_color: {name} is on {value.device}, brightness on {parameters.brightness.device} "
-                f"and the images on {images.device}; parameters are all on the CPU or all on the images' device"
+                f"view_color: {name} is {tuple(value.shape)} but {shape[0]} images need {wanted}"
             )
+        if value.device != parameters.brightness.device or value.device.type not in (
+            "cpu",
+            images.device.type,
+        ):
+            raise ValueError(
+                f"view_color: {name} is on {value.device}, "
+                f"brightness on {parameters.brightness.device} "
+                f"and the images on {images.device}; parameters are all on the CPU or all on the "
+                "images' device"
+            )
+
     check_normalisation("view_color", mean, std)
     if dtype not in TYPES:
         raise ValueError(f"view_color: dtype={dtype} is none of {TYPES}")
     if not 0 <= threshold <= 256:
-        raise ValueError(f"view_color: solarize_threshold={threshold} lies outside 0 to 256")
+        raise ValueError(f"view_color: solarize_threshold={threshold} is outside 0 to 256")
 
 
 def level_factors(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
-    """``(level / 255 - mean) / std`` as ``level * factor + summand``: the factors and the summands of the channels.
+    """Factors and summands such that `(level / 255 - mean) / std = level * factor + summand`.
 
     Both are rounded to float32, then the product is, then the sum.
     """
@@ -213,7 +234,7 @@ def check_normalisation(op: str, mean: Sequence[float], std: Sequence[float]) ->
 
 
 def check_ranges(op: str, parameters: ViewColorParameters) -> None:
-    """Refuse parameters that mean nothing; those on a GPU are not looked at, that would wait for it.
+    """Refuse invalid parameters; those on a GPU are not checked, because that would wait for it.
 
     Raises:
         ValueError: naming the op, the parameter and the first image that it is wrong for.
@@ -225,20 +246,34 @@ def check_ranges(op: str, parameters: ViewColorParameters) -> None:
         bad = (~(torch.isfinite(value) & (value >= 0))).nonzero()
         if len(bad):
             row = int(bad[0])
-            raise ValueError(f"{op}: {name} of image {row} is {float(value[row])}; must be finite and at least 0")
+            raise ValueError(
+                f"{op}: {name} of image {row} is {float(value[row])}; must be finite and at least 0"
+            )
     bad = (~(parameters.hue.abs() <= 0.5)).nonzero()
     if len(bad):
         row = int(bad[0])
-        raise ValueError(f"{op}: hue of image {row} is {float(parameters.hue[row])}; lies in -0.5 to 0.5 turns")
+        raise ValueError(
+            f"{op}: hue of image {row} is {float(parameters.hue[row])}; "
+            "must be in -0.5 to 0.5 turns"
+        )
     bad = (parameters.order.long().sort(1).values != torch.arange(4)).any(1).nonzero()
     if len(bad):
         row = int(bad[0])
-        raise ValueError(f"{op}: order of image {row} is {parameters.order[row].tolist()}; no permutation of 0 to 3")
+        raise ValueError(
+            f"{op}: order of image {row} is {parameters.order[row].tolist()}; "
+            "must be a permutation of 0 to 3"
+        )
     check_sigmas(op, parameters.blur_sigma)
 
 
 def bytes_moved(
-    images: int, height: int, width: int, *, dtype: torch.dtype, with_contrast: int = 0, blurred: int = 0
+    images: int,
+    height: int,
+    width: int,
+    *,
+    dtype: torch.dtype,
+    with_contrast: int = 0,
+    blurred: int = 0,
 ) -> int:
     """Bytes of pixels that the launches read and write (tables of 128 bytes an image left out).
 
@@ -247,8 +282,9 @@ def bytes_moved(
         height: of an image.
         width: of an image.
         dtype: of the result.
-        with_contrast: how many of them have a contrast factor other than 1: their pixels are read once more.
-        blurred: how many of them are blurred: 3 bytes a pixel written and read beside what the six boxes move.
+        with_contrast: number of images with a contrast factor other than 1, whose pixels are read
+            twice.
+        blurred: number of blurred images: 3 bytes a pixel written and read, besides the six boxes.
     """
     from fastmoco_kernels.blur.op import bytes_moved as blur_bytes
 

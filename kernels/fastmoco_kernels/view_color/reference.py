@@ -1,7 +1,7 @@
-"""A batch of views in plain torch, in PIL's arithmetic: the oracle of the Triton path, and what runs on CPUs.
+"""A batch of views in plain torch, in PIL's arithmetic: the reference, and the path on CPUs.
 
-Images go as planes of whole numbers in float32, a cache-sized piece at a time; operations that change nothing are left
-out. PIL rounds and clips to 8 bits after every operation, and so does this.
+Images are planes of whole numbers in float32, a cache-sized piece at a time; operations that change
+nothing are skipped. As in PIL, every operation rounds and clips to 8 bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _EXACT_SUM = 2**24 // 256
 def view_color_reference(
     images: Tensor, tables: Plan, scale: Tensor, shift: Tensor, threshold: int, out: Tensor
 ) -> None:
-    """Compute a batch into ``out``.
+    """Compute a batch into `out`.
 
     Args:
         images: [B, H, W, 3] uint8.
@@ -30,7 +30,8 @@ def view_color_reference(
         scale: [3] float32, factor of a level in the result.
         shift: [3] float32, what is added then.
         threshold: level from which solarize inverts.
-        out: [B, 3, H, W] of any floating-point type and strides; or uint8, for levels without factor and summand.
+        out: [B, 3, H, W] of any floating-point type and strides; or uint8, for levels without
+            factor and summand.
     """
     batch, height, width, _ = images.shape
     together = max(1, _PIECE // (height * width))
@@ -64,7 +65,7 @@ def _planes(pixels: Tensor, flipped: list[int]) -> Tensor:
 
 
 def _jitter_(levels: Tensor, piece: Plan) -> None:
-    """The steps of every image of [3, n, P]: at each place of the order, the images of one operation at once."""
+    """The steps of every image of [3, n, P]; at each position, images of one operation together."""
     count = levels.shape[1]
     factors, shift = piece.factors.to(levels.device), piece.shift.to(levels.device)
     for codes in piece.steps.t().tolist():
@@ -99,7 +100,8 @@ def _blur_(planes: Tensor, boxes: Tensor, chosen: list[int]) -> None:
         return
     index = None if len(chosen) == planes.shape[1] else torch.tensor(chosen, device=planes.device)
     some = planes if index is None else planes[:, index]
-    sharp = some.to(torch.int32).to(torch.uint8).transpose(0, 1)  # in one step torch converts four times as slowly
+    # By way of int32: in one step torch converts four times as slowly.
+    sharp = some.to(torch.int32).to(torch.uint8).transpose(0, 1)
     blurred = blur_reference(sharp, boxes[chosen]).transpose(0, 1)
     if index is None:
         planes.copy_(blurred)
@@ -108,13 +110,18 @@ def _blur_(planes: Tensor, boxes: Tensor, chosen: list[int]) -> None:
 
 
 def luma(levels: Tensor) -> Tensor:
-    """[n, ...] float32: PIL's mode L, ``(19595 R + 38470 G + 7471 B + 32768) >> 16``; every sum is exact."""
-    grey = levels[0].mul(19595 / 65536).add_(levels[1], alpha=38470 / 65536).add_(levels[2], alpha=7471 / 65536)
+    """[n, ...] float32: PIL's mode L, `(19595 R + 38470 G + 7471 B + 32768) >> 16`, exact."""
+    grey = (
+        levels[0]
+        .mul(19595 / 65536)
+        .add_(levels[1], alpha=38470 / 65536)
+        .add_(levels[2], alpha=7471 / 65536)
+    )
     return grey.add_(0.5).floor_()
 
 
 def _blend_(levels: Tensor, step: int, factor: Tensor) -> None:
-    """PIL's blend with black, with the grey mean of the image, or with the pixel's own grey; the fraction is cut off."""
+    """PIL's blend with black, the image's grey mean, or the pixel's grey, truncated."""
     if step == BRIGHTNESS:
         levels.mul_(factor)
     else:

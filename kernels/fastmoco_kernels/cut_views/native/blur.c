@@ -1,7 +1,8 @@
-/* Pillow's Gaussian blur: three extended boxes along the rows, then three along the columns, bytes in between.
+/* Pillow's Gaussian blur: three extended boxes along the rows, then three along the columns.
  *
- * Both go down the columns, where neighbours lie in the lanes of a vector; the planes are turned on their side for the
- * rows' part. A running sum down each column makes the cost independent of the radius.
+ * Levels are bytes in between. Both run down the columns, where neighbours are the lanes of a
+ * vector; the planes are transposed for the rows. A running sum down each column makes the cost
+ * independent of the radius.
  */
 #include "views.h"
 
@@ -9,7 +10,7 @@
 
 enum { WEIGHT_BITS = 24 };
 
-/* Bytes from row to row of a buffer whose rows have whole groups of lanes; what stands in the rest is never looked at. */
+/* Row stride in bytes of a buffer whose rows have whole groups of lanes; padding is not read. */
 static ptrdiff_t padded(int length)
 {
     return (length + LANES - 1) / LANES * LANES;
@@ -21,7 +22,7 @@ size_t blur_scratch(int height, int width)
     return 2 * (size_t)(upright > turned ? upright : turned);
 }
 
-/* One box down a group of columns; rows are stride bytes apart. Beyond the border the border's row goes on. */
+/* One box down a group of columns; rows are stride bytes apart. The border's row is repeated. */
 static inline __attribute__((always_inline)) void box_of_lanes(
     const uint8_t *restrict in, int height, ptrdiff_t stride, int radius, uint32_t whole, uint32_t edge, uint8_t *restrict out
 )

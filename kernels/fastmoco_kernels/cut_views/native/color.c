@@ -1,7 +1,7 @@
-/* The jitter, greyscale, solarize and the last step, each in one sweep over the planes. */
+/* The jitter, grayscale, solarize and the last step, each in one sweep over the planes. */
 #include "views.h"
 
-/* Pillow's blend: the fraction is cut off, and what lies outside the bytes is clipped. */
+/* Pillow's blend: the fraction is truncated, and levels outside 0 to 255 are clipped. */
 static inline __attribute__((always_inline)) uint8_t blended(uint8_t level, float anchor, float factor)
 {
     float moved = anchor + factor * ((float)level - anchor);
@@ -45,18 +45,19 @@ VECTORISED static void blend_with_grey(uint8_t *restrict r, uint8_t *restrict g,
     }
 }
 
-/* A channel from value, saturation and its distance on the circle of 1530 units: round(value * (1 - s * away / 255)). */
+/* A channel: round(value * (1 - s * away / 255)), away on a circle of 1530 units. */
 static inline __attribute__((always_inline)) uint8_t from_circle(int32_t value, float amount, int32_t away)
 {
     away = away < 0 ? 0 : away;
     away = away > 255 ? 255 : away;
-    /* The quotient never lies on a tie: its numerator is even, 65025 is odd. */
+    /* The quotient is never a tie: its numerator is even, 65025 is odd. */
     int32_t lost = (int32_t)((amount * (float)away + 32512.0f) / 65025.0f);
     return (uint8_t)(value - lost);
 }
 
-/* RGB to HSV in bytes, the hue byte moved on, and back. Forth it goes in Pillow's own float and double steps, because
- * where a quotient is a whole number their rounding decides; back in integers, which are exact below 2^24 in float. */
+/* RGB to HSV in bytes, the hue byte shifted, and back. To HSV in Pillow's own float and double
+ * steps, because their rounding decides where a quotient is a whole number; back in integers,
+ * which are exact below 2^24 in float. */
 VECTORISED static void shift_hue(uint8_t *restrict red, uint8_t *restrict green, uint8_t *restrict blue, ptrdiff_t count, int32_t shift)
 {
     for (ptrdiff_t i = 0; i < count; i++) {

@@ -1,10 +1,10 @@
-/* A batch of views: every thread that calls takes the next image that nobody has taken, until none is left. */
+/* A batch of views: every calling thread takes the next image, until none is left. */
 #include "views.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
 
-/* Field by field what `native.py` declares; the tables are those of `fastmoco_kernels.view_color.plan`. */
+/* As declared in `native.py`; the tables are those of `fastmoco_kernels.view_color.plan`. */
 typedef struct {
     int64_t images;
     int64_t size;
@@ -15,7 +15,7 @@ typedef struct {
     const int32_t *steps;         /* [B, 4] */
     const float *factors;         /* [B, 4] */
     const int32_t *hue_shift;     /* [B] */
-    const int32_t *flags;         /* [B, 3], greyscale, solarize, flip */
+    const int32_t *flags;         /* [B, 3], grayscale, solarize, flip */
     const int32_t *boxes;         /* [B, 4], radius (-1: no blur), whole, edge, unused */
     const float *scale, *shift;   /* [3] */
     void *out;                    /* [B, 3, size, size], float or uint8_t */
@@ -71,7 +71,7 @@ static int cut_rest(Batch *batch, int as_levels)
     return 0;
 }
 
-/* Cut what is left of the batch, to normalised floats or to bytes. They return 0, or -1 where memory is short. */
+/* Cut the rest of the batch, to normalised floats or to bytes. Return 0, or -1 without memory. */
 __attribute__((visibility("default"))) int fastmoco_cut_views(Batch *batch)
 {
     return cut_rest(batch, 0);

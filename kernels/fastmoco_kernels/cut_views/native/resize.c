@@ -1,4 +1,4 @@
-/* Pillow's resize: first along the rows, rounded to bytes, then along the columns; weights in units of 2^-22. */
+/* Pillow's resize: along the rows, rounded to bytes, then the columns; weights in 2^-22. */
 #include "views.h"
 
 #include <math.h>
@@ -6,7 +6,7 @@
 
 enum { WEIGHT_BITS = 22 };
 
-/* For each place of an axis of the result: where its taps begin, how many they are, and their weights. */
+/* For each position on an axis of the result: its first tap, their number and weights. */
 typedef struct {
     int32_t *first, *taps, *weights;
     int most; /* weights that each place has room for */
@@ -28,7 +28,7 @@ static size_t axis_bytes(int length, int size)
     return aligned(sizeof(int32_t) * size * (2 + (size_t)most_taps(length, size)));
 }
 
-/* A triangle as wide as two input pixels, or as two output pixels where the image shrinks; double, as in Pillow. */
+/* A triangle two input pixels wide, two output pixels if the image shrinks; double as in Pillow. */
 static Axis make_axis(int length, int size, uint8_t *memory)
 {
     Axis axis = {.first = (int32_t *)memory, .most = most_taps(length, size)};
@@ -56,7 +56,7 @@ static Axis make_axis(int length, int size, uint8_t *memory)
     return axis;
 }
 
-/* out[i] = sum of weights[t] * in[t * step + i], rounded to a byte; weights are not negative and their sum is 1. */
+/* out[i] = sum of weights[t] * in[t * step + i], rounded to a byte; weights >= 0, sum 1. */
 static inline __attribute__((always_inline)) void
 weighted_sum(const uint8_t *in, ptrdiff_t step, const int32_t *weights, int taps, int count, uint8_t *out)
 {
@@ -82,7 +82,7 @@ weighted_sum(const uint8_t *in, ptrdiff_t step, const int32_t *weights, int taps
     }
 }
 
-/* One strip of rows that lie side by side: strip[(x * 3 + c) * LANES + row] to out[(c * size + x) * LANES + row]. */
+/* One strip of rows: strip[(x * 3 + c) * LANES + row] to out[(c * size + x) * LANES + row]. */
 VECTORISED static void along_rows(const uint8_t *strip, Axis axis, int size, uint8_t *out)
 {
     for (int x = 0; x < size; x++) {

@@ -1,4 +1,4 @@
-/* Turning a plane of bytes on its side, sixteen by sixteen at a time. */
+/* Transpose a plane of bytes, sixteen by sixteen at a time. */
 #include "views.h"
 
 enum { BLOCK = 16 };

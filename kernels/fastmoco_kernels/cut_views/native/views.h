@@ -1,8 +1,8 @@
-/* One augmented view of one decoded image, in Pillow's arithmetic: what the files of this folder share.
+/* One augmented view of one decoded image, in Pillow's arithmetic: declarations of this folder.
  *
- * Between its resize and its last step a view is three planes of bytes, which fit a core's second cache. Every loop is
- * written so that the compiler turns it into vector instructions; none is written in them. Products and sums are rounded
- * one by one (-ffp-contract=off), as Pillow's are: the levels are equal to Pillow's on every machine.
+ * Between resize and last step a view is three planes of bytes, which fit a core's L2 cache. Loops
+ * are written for the compiler to vectorize, without intrinsics. Products and sums are rounded one
+ * by one (-ffp-contract=off), as in Pillow: levels are equal to Pillow's on every machine.
  */
 #ifndef FASTMOCO_VIEWS_H
 #define FASTMOCO_VIEWS_H
@@ -17,7 +17,7 @@
 #define VECTORISED
 #endif
 
-enum { LANES = 32 }; /* rows or columns that are worked on side by side */
+enum { LANES = 32 }; /* rows or columns in parallel */
 
 /* A view's three planes: plane c starts at levels + c * count. */
 typedef struct {
@@ -37,7 +37,7 @@ typedef struct {
 size_t resize_scratch(int window_height, int window_width, int size);
 size_t blur_scratch(int height, int width);
 
-/* Scale a window to the planes, bilinear with antialiasing (Pillow's Image.resize of the cropped image). */
+/* Resize a window to the planes, bilinear with antialiasing, as Pillow's Image.resize. */
 void resize_window(Window window, Planes planes, uint8_t *scratch);
 
 /* The jitter: codes 0 brightness, 1 contrast, 2 saturation, 3 hue, all else nothing. */
@@ -45,7 +45,7 @@ void jitter_step(Planes planes, int32_t code, const float *factors, int32_t hue_
 void to_grey(Planes planes);
 void solarize(Planes planes, int threshold);
 
-/* Three extended boxes along each axis: radius, weight of a whole tap, weight of the two edge taps. */
+/* Three extended boxes along each axis: radius, weight of whole taps, weight of edge taps. */
 void blur_planes(Planes planes, int radius, uint32_t whole, uint32_t edge, uint8_t *scratch);
 
 /* level * scale + shift, in float32, left and right swapped if asked for. */
@@ -54,7 +54,7 @@ void normalise(Planes planes, const float *scale, const float *shift, int flip, 
 /* The levels as they are, left and right swapped if asked for. */
 void copy_levels(Planes planes, int flip, uint8_t *out);
 
-/* [height, width] bytes to [width, height]; rows of the source are source_stride bytes apart, of the target target_stride. */
+/* [height, width] bytes to [width, height]; strides in bytes from row to row. */
 void transpose_bytes(
     const uint8_t *source, ptrdiff_t source_stride, int height, int width, uint8_t *target, ptrdiff_t target_stride
 );

@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation without a GPU: `machine_code.py`, and the configurations of each op."""

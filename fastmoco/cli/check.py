@@ -1,0 +1,174 @@
+"""`fastmoco data check` and `fastmoco data stats`: faults and statistics of shards."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from tyro.conf import Positional
+
+from fastmoco.cli.data import CACHE, progress_bar
+from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, one_line
+from fastmoco_pipelines.spec import CacheSpec
+
+if TYPE_CHECKING:
+    from fastmoco_pipelines.inspecting.report import CheckReport
+    from fastmoco_pipelines.inspecting.stats import ShardStats
+
+
+def check(
+    shards: Positional[str],
+    *,
+    json: Path | None = None,
+    quarantine: bool = True,
+    quarantine_out: Path | None = None,
+    workers: int | None = None,
+    show: int = 20,
+    seconds_per_image: float = 30.0,
+    cache: Annotated[CacheSpec, tyro.conf.arg(name="")] = CACHE,
+) -> int:
+    """Read and decode every image, report every fault, and list unusable images in quarantine.jsonl.
+
+    The list is written next to the tars; loaders skip the images in it. Tars and servers are never
+    changed. Exit code 0: no fault, 1: faults found, 2: refused.
+
+    Args:
+        shards: A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or gs://.
+        json: Write the whole report here as JSON.
+        quarantine: Write quarantine.jsonl.
+        quarantine_out: For shards on a server: folder for that list, named quarantine-PLACE.jsonl;
+            default the current folder.
+        workers: Decoding processes; default one per core.
+        show: Number of faults, and of notes, to print; the JSON report contains all.
+        seconds_per_image: Longest time for decoding one image.
+        cache: Where shards of a server are kept.
+    """
+    from fastmoco_pipelines.inspecting.check import check_shards
+    from fastmoco_pipelines.inspecting.decode_pool import ChildLimits
+
+    with one_line(EXIT_REFUSED, ValueError, OSError):
+        with progress_bar("checking", unit="bytes") as advance:
+            report = check_shards(
+                shards,
+                workers=workers,
+                quarantine=quarantine,
+                progress=advance,
+                limits=ChildLimits(seconds=seconds_per_image),
+                cache=cache,
+                remote_lists=quarantine_out,
+            )
+        if json is not None:
+            json.parent.mkdir(parents=True, exist_ok=True)
+            report.write(json)
+        _print_report(report, show)
+    return EXIT_FAILED if report.faults else EXIT_FINISHED
+
+
+def stats(
+    shards: Positional[str],
+    *,
+    out: Path | None = None,
+    cache: Annotated[CacheSpec, tyro.conf.arg(name="")] = CACHE,
+) -> int:
+    """Sizes, formats, classes, bytes and aspect ratios of a set, as a table and a picture.
+
+    Reads only the indexes.
+
+    Args:
+        shards: A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or gs://.
+        out: Draw a picture too, e.g. stats.png; needs matplotlib.
+        cache: Where shards of a server are kept.
+    """
+    from fastmoco_pipelines.inspecting.stats import draw_stats, measure_shards
+
+    with one_line(EXIT_REFUSED, ValueError, OSError):
+        measured = measure_shards(shards, cache=cache)
+        _print_stats(measured)
+        if out is not None:
+            print(f"wrote {draw_stats(measured, out)}")
+    return EXIT_FINISHED
+
+
+def _print_report(report: CheckReport, show: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(soft_wrap=True, highlight=False)
+    if report.faults:
+        by_kind = Table("faults", "kind")
+        for kind, count in report.counts().items():
+            by_kind.add_row(str(count), kind)
+        console.print(by_kind)
+    # Text, not markup: names from a tar may hold square brackets.
+    for fault in report.faults[:show]:
+        where = ": ".join(part for part in (fault.path or fault.shard, fault.member) if part)
+        console.print(Text(f"{where}: {fault.reason.removeprefix(fault.shard + ': ')} [{fault.outcome}]"))
+    if len(report.faults) > show:
+        console.print(f"... and {len(report.faults) - show} more (--show N prints more, --json FILE writes all)")
+    for note in report.notes[:show]:
+        console.print(Text(f"note: {note}"))
+    if len(report.notes) > show:
+        console.print(f"... and {len(report.notes) - show} more notes")
+    rate = report.total_bytes / 1e6 / max(report.seconds, 1e-9)
+    print(f"{report.shards} shards, {report.total_bytes / 1e6:.1f} MB in {report.seconds:.1f} s ({rate:.0f} MB/s)")
+    if report.restarts:
+        print(f"{report.restarts} decoding processes crashed and were replaced")
+    if report.refused_shards:
+        alone = report.refused_shards == report.unindexed
+        why = "they have no index yet" if alone else "tar or index is damaged or missing"
+        print(f"{report.refused_shards} shards that a loader refuses: {why}")
+    print(f"{report.promised} samples = {report.delivered} delivered + {report.quarantined} quarantined")
+    if report.left_out:
+        print(f"{report.left_out} further samples omitted: no index lists them")
+    for path in report.quarantine_files:
+        print(f"wrote {path}")
+    for path, url in zip(report.quarantine_files, report.uploads, strict=False):
+        print(f"copy {path} to {url}: loaders look there, and fastmoco never writes to a server")
+    print(f"{len(report.faults)} faults" if report.faults else _nothing_found(report))
+
+
+def _nothing_found(report: CheckReport) -> str:
+    """The last line of a report without faults; it is not "clean" if training
+    would refuse the set.
+    """
+    from fastmoco_pipelines.sets.patterns import is_remote
+
+    if not report.unindexed:
+        return "clean"
+    some = f"{report.unindexed} of {report.shards} shards " if report.unindexed < report.shards else ""
+    out = " --out FOLDER" if is_remote(report.pattern) else ""
+    command = f"fastmoco data index {shlex.quote(report.pattern)}{out}"
+    return f"no fault; {some}not indexed yet: run `{command}` before training"
+
+
+def _print_stats(stats: ShardStats) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastmoco_pipelines.text import escaped
+
+    console = Console(highlight=False)
+    skipped = f", {stats.skipped} members skipped" if stats.skipped else ""
+    print(f"{len(stats)} images in {stats.shards} shards, {stats.tar_bytes / 1e6:.1f} MB{skipped}")
+    rows = stats.quantiles()
+    table = Table("", *next(iter(rows.values())))
+    for name, values in rows.items():
+        table.add_row(name, *(f"{value:.4g}" if value < 1e4 else f"{value:.0f}" for value in values.values()))
+    console.print(table)
+    print("formats: " + ", ".join(f"{kind} {count}" for kind, count in stats.kinds.items()))
+    counts = stats.class_counts()
+    unlabelled = int((stats.labels < 0).sum())
+    if counts:
+        shown = [f"{escaped(name)} {count}" for name, count in counts]
+        few = ", ".join(shown if len(shown) <= 12 else [*shown[:6], "...", *shown[-5:]])
+        print(f"{len(counts)} classes: {few}" + (f"; {unlabelled} images without a label" if unlabelled else ""))
+    else:
+        print("no labels")
+    side = rows["width (pixels)"]["median"], rows["height (pixels)"]["median"]
+    if max(side) > 768:
+        print(
+            f"images of {side[0]:.0f}x{side[1]:.0f} pixels: `fastmoco data pack --max-side 512` makes decoding cheaper"
+        )

@@ -1,0 +1,325 @@
+"""`fastmoco plan`: memory and FLOPs of a recipe on given GPUs, and the largest batch of each
+setting, without a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from fastmoco.config import Config
+from fastmoco.config.model import Recompute
+from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line
+
+if TYPE_CHECKING:
+    from fastmoco.planning.costs import StepCosts
+    from fastmoco.planning.plan import StepPlan
+    from fastmoco_pipelines.loading.memory import LoaderBytes
+
+PLANNED_THREADS = 14
+"""Assumed threads of DALI per GPU, for the memory of its decoder."""
+UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    """Parameters, FLOPs, memory, micro-batches and largest batches of a recipe,
+    without a GPU and without data.
+    """
+
+    gpus: int = 1
+    """Training processes, one per GPU."""
+    memory: str = "80GiB"
+    """Memory of each GPU, e.g. 80GiB or 24GB."""
+    json: bool = False
+    """Print JSON instead of tables."""
+    config: Annotated[Config, tyro.conf.arg(name="")]
+
+
+def plan(options: PlanArguments) -> int:
+    """Print memory and FLOPs of a recipe; returns 0."""
+    with one_line(EXIT_REFUSED, ValueError):
+        found = describe(options.config, options.gpus, parse_bytes(options.memory))
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print_tables(found)
+    return EXIT_FINISHED
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as `80GiB`.
+
+    Raises:
+        ValueError: if the text is not a size.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2] not in UNITS or float(match[1]) <= 0:
+        raise ValueError(f"memory={text!r}: must be a number with one of {', '.join(filter(None, UNITS))}, e.g. 80GiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
+    """All figures of `fastmoco plan`, as JSON values.
+
+    Args:
+        config: the run.
+        gpus: processes, each with its own device.
+        memory: bytes of each device.
+
+    Raises:
+        ValueError: if the processes cannot divide the batch, or the config sets micro-batches and
+            the trunk couples samples.
+    """
+    import torch
+
+    from fastmoco.models.precision import choose_precision
+    from fastmoco.planning.plan import HEADROOM
+
+    if gpus < 1 or config.global_batch_size % gpus:
+        raise ValueError(f"gpus={gpus}: must divide global_batch_size={config.global_batch_size}")
+
+    # Every current GPU has bf16 products; for a CPU, ask this machine.
+    on_cpu = config.device == "cpu"
+    precision = (
+        choose_precision(config.precision, torch.device("cpu")) if on_cpu else config.precision.replace("auto", "bf16")
+    )
+    levels = config.data.view_dtype == "uint8" or (config.data.view_dtype == "auto" and not on_cpu)
+    automatic = config.model.compile == "auto" and not on_cpu and precision != "fp64"
+    compiled = (config.model.compile is True or automatic) and config.model.blocks != "fused"
+
+    # Costs, and the memory that is left for a step.
+    by_setting = _costs(config, precision, on_cpu=on_cpu, compiled=compiled, levels=levels)
+    plain = next(iter(by_setting["none"].values()))
+    shared = _shared_by(config, plain, gpus, memory)
+    loader = _loader(config, gpus, levels, on_cpu)
+    usable = (memory - loader.beside_batch_bytes) * HEADROOM
+
+    # One row for each setting and number of shards.
+    rows = [
+        _row(config, by_budget, setting, gpus, usable, shards)
+        for shards in sorted({1, shared, gpus})
+        for setting, by_budget in by_setting.items()
+    ]
+    asked = (config.model.checkpointing, shared)
+    return {
+        "recipe": config.recipe,
+        "gpus": gpus,
+        "memory_bytes": memory,
+        "usable_share": HEADROOM,
+        "precision": precision,
+        "global_batch_size": config.global_batch_size,
+        "local_batch_size": config.global_batch_size // gpus,
+        "parameters": plain.parameters,
+        "trainable_parameters": plain.trainable,
+        "flops_per_image": plain.step_flops,
+        "flops_per_step": plain.step_flops * config.global_batch_size,
+        "coupling_reason": plain.coupling_reason,
+        "compiled": compiled,
+        "views": "uint8" if levels else "float32",
+        "loader_bytes": asdict(loader) | {"beside_batch_bytes": loader.beside_batch_bytes},
+        "settings": rows,
+        "chosen": next(row for row in rows if (row["checkpointing"], row["state_over"]) == asked),
+    }
+
+
+def _costs(
+    config: Config, precision: str, *, on_cpu: bool, compiled: bool, levels: bool
+) -> dict[Recompute, dict[float, StepCosts]]:
+    """Costs of a step by recomputation setting and by activation budget of compiled blocks."""
+    from fastmoco.models.compiled import BUDGETS
+    from fastmoco.planning.costs import measure_costs
+
+    attention = "explicit" if on_cpu and precision == "bf16" else config.model.attention
+    settings: tuple[Recompute, ...] = ("none", "selective", "full")
+    if config.model.linears == "float8" or config.model.blocks == "fused":
+        settings = ("none", "full")  # both refuse "selective"
+    wanted = config.batch.activation_budget
+    budgets = (BUDGETS if wanted == "auto" else (float(wanted),)) if compiled else (1.0,)
+
+    def costs_of(setting: Recompute, budget: float) -> StepCosts:
+        how = {"attention": attention, "compiled": compiled, "levels": levels}
+        return measure_costs(config, precision, recompute=setting, budget=budget, **how)  # type: ignore[arg-type]
+
+    return {
+        setting: {budget: costs_of(setting, budget) for budget in (budgets if setting == "none" else (1.0,))}
+        for setting in settings
+    }
+
+
+def _loader(config: Config, gpus: int, levels: bool, on_cpu: bool) -> LoaderBytes:
+    """Memory of a loader that makes its views on the device of the model; with
+    synthetic images only the batch.
+    """
+    from dataclasses import replace
+
+    from fastmoco_pipelines.loading.memory import LoaderBytes, loader_bytes
+
+    shards = config.data.shards or "not read"
+    named = replace(config, data=replace(config.data, shards=shards))
+    spec = named.loader_spec(device="cpu" if on_cpu else "gpu", threads=config.data.threads or PLANNED_THREADS)
+    held = loader_bytes(replace(spec, view_dtype="uint8" if levels else "float32"), gpus)
+    if config.data.synthetic:
+        return LoaderBytes(batch_bytes=held.batch_bytes, ready_bytes=0, scratch_bytes=0)
+    return held
+
+
+def _shared_by(config: Config, costs: StepCosts, gpus: int, memory: int) -> int:
+    """Number of GPUs that share a copy of the state under `parallel.strategy`, on one machine
+    (`choose_strategy`).
+    """
+    from fastmoco.distributed.parallelize import STATE_SHARE
+    from fastmoco.planning.plan import state_bytes
+
+    if config.parallel.strategy == "auto":
+        state = state_bytes(costs, "adamw", _element(config)).total  # with two moments, as in `choose_strategy`
+        return gpus if config.device != "cpu" and state > STATE_SHARE * memory else 1
+    return {"ddp": 1, "fsdp": gpus, "hsdp": config.parallel.shard_size or gpus}[config.parallel.strategy]
+
+
+def _element(config: Config) -> int:
+    """Bytes per element of the state."""
+    return 8 if config.precision == "fp64" else 4
+
+
+def _row(
+    config: Config,
+    by_budget: dict[float, StepCosts],
+    setting: str,
+    gpus: int,
+    usable: float,
+    shards: int,
+) -> dict[str, Any]:
+    """One setting: the plan for the batch of the recipe, and the largest batches."""
+    from dataclasses import replace
+
+    from fastmoco.planning.plan import (
+        best_plan,
+        busy_chunk,
+        largest_batch,
+        parts_of,
+        plan_step,
+        sharded,
+        state_bytes,
+    )
+
+    element = _element(config)
+    costs = next(iter(by_budget.values()))
+    state = state_bytes(costs, config.optim.name, element, shards=shards)
+    by_budget = {share: sharded(costs, element) if shards > 1 else costs for share, costs in by_budget.items()}
+    budget = usable - state.total
+    tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
+    if costs.coupling_reason and isinstance(config.batch.chunk, int):
+        raise ValueError(
+            f"batch.chunk={config.batch.chunk}: this trunk needs the whole batch, because {costs.coupling_reason}"
+        )
+    images = config.global_batch_size // gpus
+
+    def planned(share: float, costs: StepCosts) -> StepPlan:
+        plan = plan_step(
+            costs,
+            images=images,
+            budget=budget,
+            tokens=tokens,
+            chunk=config.batch.chunk,
+            kept=config.batch.kept,
+            world_size=gpus,
+        )
+        return replace(plan, activation_budget=share)
+
+    chosen = best_plan(planned(share, costs) for share, costs in by_budget.items())
+    costs = by_budget[chosen.activation_budget]
+    chunk = chosen.chunk or busy_chunk(tokens)
+    in_chunks = 0 if costs.coupling_reason else gpus * largest_batch(costs, budget, chunk=chunk, world_size=gpus)
+    return {
+        "checkpointing": setting,
+        "state_over": shards,
+        "state_bytes": asdict(state) | {"total": state.total},
+        "activation_bytes_per_image": costs.graph.per_image,
+        "step_bytes": chosen.peak_bytes,
+        "parts_bytes": parts_of(costs, chosen, images, gpus),
+        "fits": chosen.fits,
+        "plan": chosen.to_json(),
+        "largest_batch_whole": gpus * largest_batch(costs, budget, world_size=gpus),
+        "largest_batch_in_chunks": in_chunks,
+    }
+
+
+def _print_tables(found: dict[str, Any]) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    gib = 2**30
+    print(
+        f"{found['recipe']}: batch {found['global_batch_size']} on {found['gpus']} x "
+        f"{found['memory_bytes'] / gib:.4g} GiB, "
+        f"{found['precision']}; {found['usable_share']:.0%} of the memory is used for the plan"
+    )
+    print(
+        f"{found['parameters'] / 1e6:.1f} M parameters, {found['trainable_parameters'] / 1e6:.1f} "
+        "M of them trainable; "
+        f"{_figure(found['flops_per_image'] / 1e9)} GFLOP per image, "
+        f"{_figure(found['flops_per_step'] / 1e12)} TFLOP per step"
+    )
+    if found["coupling_reason"]:
+        print(f"no chunks: {found['coupling_reason']}")
+    heading = (
+        "recompute",
+        "share",
+        "state",
+        "MB/img",
+        "batch in",
+        "kept",
+        "extra",
+        "peak",
+        "whole",
+        "chunks",
+    )
+
+    table = Table(*heading, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for row in found["settings"]:
+        plan, state = row["plan"], row["state_bytes"]["total"]
+        table.add_row(
+            row["checkpointing"],
+            f"{row['state_over']}",
+            f"{state / gib:.2f}",
+            f"{row['activation_bytes_per_image'] / 1e6:.1f}",
+            f"{plan['chunks']} x {plan['chunk']}" if plan["chunk"] else "one",
+            f"{plan['kept_images']}" if plan["chunk"] else "",
+            f"{plan['overhead']:+.1%}",
+            f"{(row['step_bytes'] + state) / gib:.1f}" + ("" if row["fits"] else " !"),
+            f"{row['largest_batch_whole']}",
+            f"{row['largest_batch_in_chunks']}" if row["largest_batch_in_chunks"] else "-",
+        )
+    console.print(table)
+
+    # The setting of the config, in parts.
+    chosen = found["chosen"]
+    parts = {"state": chosen["state_bytes"]["total"], **chosen["parts_bytes"]}
+    parts |= {"loader": found["loader_bytes"]["beside_batch_bytes"]}
+    print("as configured, GiB: " + ", ".join(f"{name} {size / gib:.2f}" for name, size in parts.items()))
+    blocks = (
+        f"compiled, {chosen['plan']['activation_budget']:g} of the activations kept"
+        if found["compiled"]
+        else "not compiled"
+    )
+    print(f"blocks {blocks}; views as {found['views']}")
+    print(
+        "share: GPUs that share one copy of parameters, gradients and optimizer. state, peak: GiB "
+        "per GPU (! does not fit),\n"
+        "including tensors that FSDP2 gathers temporarily.\n"
+        "MB/img: activations of an image. batch in: chunks x images. kept: images that keep their "
+        "activations.\n"
+        "extra: FLOPs computed twice. whole, chunks: the largest batch over all GPUs at once, and "
+        "in such chunks."
+    )
+
+
+def _figure(value: float) -> str:
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"

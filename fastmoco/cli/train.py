@@ -1,0 +1,98 @@
+"""`fastmoco train` and `fastmoco eval knn`; errors that a user can fix become one line each."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fastmoco.config import Config
+from fastmoco.distributed.mesh import start_world, stop_world
+from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, RunError, one_line, say
+from fastmoco.faults import restarts
+from fastmoco.faults.first_cause import first_cause
+from fastmoco.models.precision import choose_precision
+from fastmoco.run.curves import draw_curves
+from fastmoco.run.folder import RunFolder
+from fastmoco.training import setup
+from fastmoco.training.load_run import load_run
+from fastmoco.training.trainer import Trainer
+
+
+def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool = False) -> int:
+    """Train, or continue, the run in `out`.
+
+    Args:
+        config: of the run.
+        out: folder of the run.
+        allow: fields that may differ from those of the run in `out`.
+        trust: continue from a checkpoint in `out` even if another run wrote it.
+
+    Returns:
+        0 finished, 75 stopped by a signal after saving its state.
+
+    Raises:
+        SystemExit: with 2 if the run is refused before its first step, with 1 if it fails while
+            running, after a message on standard error.
+    """
+    os.umask(0o077)  # only the owner may read weights and metrics
+    with restarts.refusals_are_final(), one_line(EXIT_REFUSED, ValueError):
+        # Collectives wait longer than the loader, so that the rank whose data hangs fails first and
+        # reports the cause.
+        world = start_world(config.device, timeout_s=config.data.timeout_s + 120)
+        with first_cause(world):
+            trainer = Trainer.build(config, out, world, allow=allow, trust=trust)
+    try:
+        with one_line(EXIT_FAILED), first_cause(world):
+            code = trainer.run()
+    finally:
+        trainer.close()
+    if world.rank == 0 and code == EXIT_FINISHED:
+        _draw(trainer.folder, config.recipe, trainer.figures)
+    stop_world()
+    return code
+
+
+def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperature: float) -> int:
+    """Print the kNN accuracy of the newest checkpoint of a run as one JSON line; returns 0.
+
+    Raises:
+        SystemExit: with 2 if the run or the shards cannot be used, after a
+            message on standard error.
+    """
+    with one_line(EXIT_REFUSED, ValueError):
+        objective, saved, checkpoint = load_run(run)
+        knn = replace(
+            saved.knn,
+            train_shards=train_shards,
+            test_shards=test_shards,
+            k=k,
+            temperature=temperature,
+            max_train_images=0,
+            max_test_images=0,
+            every_epochs=max(saved.knn.every_epochs, 1.0),
+        )
+        config = replace(saved, knn=knn, device="auto")
+        world = start_world(config.device)
+        threads = setup.share_cores(config)
+        precision = choose_precision(config.precision, world.device)
+        monitor = setup.build_knn(config, world, threads=threads, precision=precision)
+        if monitor is None:
+            raise RunError("no shards to classify; give them with --test")
+        accuracy = monitor.evaluate(objective.to(world.device).encoder)["knn"]
+    stop_world()
+    if world.rank == 0:
+        print(json.dumps({"run": str(run), "step": checkpoint.step, "knn": round(accuracy, 6), "k": k}))
+    return EXIT_FINISHED
+
+
+def _draw(folder: RunFolder, title: str, figures: Mapping[str, str]) -> None:
+    """Draw the curves if matplotlib is installed; an error here does not fail a finished run."""
+    try:
+        draw_curves(folder.metrics, folder.curves, title, figures=figures)
+    except ImportError:
+        say(f"{folder.curves.name} not drawn; it needs pip install '.[logging]' in the source folder of fastmoco")
+    except (ValueError, OSError) as error:
+        say(f"{folder.curves.name} not drawn: {error}")

@@ -1,0 +1,29 @@
+"""What a run is: a tree of frozen dataclasses, checked where they are made. No torch, no DALI."""
+
+from __future__ import annotations
+
+from fastmoco.config.data import DataConfig, KnnConfig
+from fastmoco.config.faults import FaultConfig
+from fastmoco.config.model import AttentionBackend, ModelConfig
+from fastmoco.config.objective import MoCoV3Config, ObjectiveConfig
+from fastmoco.config.optim import OptimConfig
+from fastmoco.config.parallel import ParallelConfig
+from fastmoco.config.resolve import Resolved, resolve
+from fastmoco.config.run import BatchConfig, CheckpointConfig, Config
+
+__all__ = [
+    "AttentionBackend",
+    "BatchConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "FaultConfig",
+    "KnnConfig",
+    "MoCoV3Config",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "Resolved",
+    "resolve",
+]

@@ -1,0 +1,51 @@
+"""The numbers of an objective: a base, and MoCo v3, which a config has unless it says otherwise.
+
+A sibling's numbers are in `fastmoco/recipes/<kind>.py`, beside its recipes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from fastmoco_pipelines.spec import Resume, require
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveConfig:
+    """The numbers of some objective; a subclass names its `kind`, as JSON spells it."""
+
+    kind: ClassVar[str] = ""
+    kinds: ClassVar[dict[str, type[Any]]] = {}
+    """Every subclass that has been defined, by kind."""
+
+    def __init_subclass__(cls) -> None:
+        ObjectiveConfig.kinds[cls.kind] = cls
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoCoV3Config(ObjectiveConfig):
+    """The loss and the momentum encoder of MoCo v3."""
+
+    kind: ClassVar[str] = "moco_v3"
+
+    temperature: Annotated[float, Resume.WITH_ALLOW] = 0.2
+    """Softmax temperature of the InfoNCE loss: 0.2 for ViT, 1.0 for ResNet-50."""
+    ema_momentum: Annotated[float, Resume.WITH_ALLOW] = 0.99
+    """Momentum of the momentum encoder's average at step 0."""
+    ema_schedule: Annotated[Literal["cosine", "constant"], Resume.WITH_ALLOW] = "cosine"
+    """`cosine` lets the momentum rise to 1 over the run, as every official recipe does."""
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        require_ema(self.ema_momentum, self.ema_schedule)
+
+
+def require_ema(momentum: float, schedule: str) -> None:
+    """Refuse numbers of an average that make no sense.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    require(0 <= momentum <= 1, "ema_momentum", momentum, "must lie in [0, 1]")
+    require(schedule in ("cosine", "constant"), "ema_schedule", schedule, "must be cosine or constant")

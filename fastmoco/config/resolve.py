@@ -1,0 +1,48 @@
+"""What a config becomes on a given world and data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastmoco.config.run import Config
+from fastmoco_pipelines.spec import require
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """What a config becomes on a given world and data set."""
+
+    world_size: int
+    sample_count: int
+    steps_per_epoch: int
+    total_steps: int
+    local_batch_size: int
+    peak_lr: float
+
+
+def resolve(config: Config, *, world_size: int, sample_count: int) -> Resolved:
+    """Compute what depends on the world and the data set.
+
+    Args:
+        config: the run.
+        world_size: processes that train.
+        sample_count: images in the training set.
+
+    Raises:
+        ValueError: if ``world_size`` does not divide the global batch, or the set is smaller than one batch.
+    """
+    batch = config.global_batch_size
+    require(batch % world_size == 0, "global_batch_size", batch, f"must be a multiple of the {world_size} processes")
+    steps_per_epoch = sample_count // batch
+    require(
+        steps_per_epoch >= 1, "global_batch_size", batch, f"must be at most the {sample_count} images of data.shards"
+    )
+    total_steps = max(1, round(config.epochs * steps_per_epoch))
+    return Resolved(
+        world_size=world_size,
+        sample_count=sample_count,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        local_batch_size=batch // world_size,
+        peak_lr=config.peak_lr,
+    )

@@ -1,0 +1,136 @@
+"""A config as JSON, there and back, and what changed between two of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
+
+from fastmoco.config import Config, MoCoV3Config, ObjectiveConfig
+from fastmoco_pipelines.spec import Resume, require
+from fastmoco_pipelines.text import redact
+
+PATTERNS = (("data", "shards"), ("knn", "train_shards"), ("knn", "test_shards"))
+"""Fields that may hold URLs."""
+
+
+def marked(config: Config, mark: Resume) -> tuple[str, ...]:
+    """The dotted names of the fields of a config with a mark; of a group that has it, the group's name."""
+
+    def walk(prefix: str, group: Any) -> Iterator[str]:
+        for name, hint in get_type_hints(type(group), include_extras=True).items():
+            if get_origin(hint) is ClassVar:
+                continue
+            marks = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+            value = getattr(group, name)
+            if mark in marks:
+                yield f"{prefix}{name}"
+            elif dataclasses.is_dataclass(value):
+                yield from walk(f"{prefix}{name}.", value)
+
+    return tuple(walk("", config))
+
+
+def may_change(config: Config, name: str, mark: Resume) -> bool:
+    """Whether a field of a config, or the group that it is in, has a mark."""
+    return any(name == field or name.startswith(f"{field}.") for field in marked(config, mark))
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The config as nested JSON-able dictionaries; `from_json` reads it back.
+
+    An objective other than MoCo v3 writes its `kind` beside its numbers.
+
+    URLs lose user, password and query, which may hold keys: what is written down is read by others.
+    """
+    data = dataclasses.asdict(config)
+    for group, name in PATTERNS:
+        data[group][name] = redact(data[group][name])
+    if not isinstance(config.objective, MoCoV3Config):
+        data["objective"] = {"kind": config.objective.kind, **data["objective"]}
+    return data
+
+
+def from_json(data: dict[str, Any]) -> Config:
+    """Build a config from what `to_json` wrote.
+
+    Raises:
+        ValueError: for unknown fields, by name, or values that the config refuses.
+    """
+    if data.get("device") == "cuda":  # as configs before spelled it
+        data = data | {"device": "gpu"}
+    built: Config = _build(Config, data, "config")
+    return built
+
+
+def _build(cls: Any, data: dict[str, Any], path: str) -> Any:
+    """One dataclass from one dictionary; lists become the tuples they were."""
+    hints = get_type_hints(cls)
+    unknown = sorted(set(data) - set(hints))
+    require(not unknown, path, unknown, f"these fields do not exist; known are {', '.join(sorted(hints))}")
+    values = {}
+    for name, value in data.items():
+        hint = hints[name]
+        if hint is ObjectiveConfig:
+            value = dict(value)
+            hint = _objective(value.pop("kind", MoCoV3Config.kind))
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(hint, value, f"{path}.{name}")
+        else:
+            values[name] = _leaf(hint, value, f"{path}.{name}")
+    return cls(**values)
+
+
+def _objective(kind: Any) -> type[ObjectiveConfig]:
+    """The class of an objective's numbers, which is in a module of the recipes with the name of its kind.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    place = f"fastmoco.recipes.{kind}"
+    if kind not in ObjectiveConfig.kinds and isinstance(kind, str) and kind.isidentifier():
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(place)
+    known = {name: made for name, made in ObjectiveConfig.kinds.items() if name}
+    rule = f"this version has no such objective; it knows {', '.join(sorted(known))}"
+    require(kind in known, "config.objective.kind", kind, rule)
+    return known[kind]
+
+
+def _leaf(hint: Any, value: Any, path: str) -> Any:
+    """A field that is no dataclass; lists become the tuples they were, of dataclasses too."""
+    if get_origin(hint) is not tuple:
+        return value
+    inner = get_args(hint)[0]
+    if not dataclasses.is_dataclass(inner):
+        return tuple(value)
+    return tuple(_build(inner, item, f"{path}.{number}") for number, item in enumerate(value))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every leaf by its dotted name, as the command line spells it: ``{"optim.lr": 0.00015, ...}``."""
+
+    def walk(prefix: str, node: dict[Any, Any]) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for name, value in node.items():
+            dotted = f"{prefix}{name}"
+            if name == "more_views":  # groups by number, and how many there are
+                flat[dotted], value = len(value), dict(enumerate(value))
+            flat |= walk(f"{dotted}.", value) if isinstance(value, dict) else {dotted: value}
+        return flat
+
+    return walk("", to_json(config))
+
+
+def differences(saved: Config, wanted: Config) -> list[str]:
+    """Fields that change training and differ, each as ``name: saved -> wanted``; empty where a run may continue."""
+    old, new = flatten(saved), flatten(wanted)
+    if saved.objective.kind != wanted.objective.kind:
+        return [f"objective: {saved.objective.kind!r} -> {wanted.objective.kind!r}"]
+    return [
+        f"{name}: {old[name]!r} -> {new[name]!r}"
+        for name in old
+        if old[name] != new.get(name, old[name]) and not may_change(saved, name, Resume.FREE)
+    ]

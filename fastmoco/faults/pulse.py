@@ -1,0 +1,128 @@
+"""What the main thread is doing and since when, for the threads that judge whether it still does it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+
+from fastmoco.config.faults import FaultConfig
+
+
+class Section(StrEnum):
+    """What the main thread of a run is doing."""
+
+    BETWEEN_STEPS = "between steps"
+    DATA = "data"
+    """Waiting for a batch."""
+    STEP = "step"
+    MEASUREMENT = "measurement"
+    """An evaluation."""
+    SAVE = "save"
+    ROLLBACK = "rollback"
+
+
+class Pulse:
+    """Sections of a run as the main thread passes through them; read by the watchdog and by the deadline of a signal.
+
+    Ranks pass through the same sections in the same order, so that ``count`` tells who is behind.
+
+    Args:
+        rules: how long a step may take.
+    """
+
+    def __init__(self, rules: FaultConfig) -> None:
+        self._rules = rules
+        self._main = threading.get_ident()
+        self._last_step = self._last_data = 0.0
+        self._steps = 0
+        # Replaced as a whole, so that a reader never sees half of a change.
+        begun = time.monotonic()
+        self._now: tuple[int, Section, str, float, float] = (
+            0,
+            Section.BETWEEN_STEPS,
+            Section.BETWEEN_STEPS.value,
+            begun,
+            rules.first_step_timeout_s,
+        )
+
+    @property
+    def count(self) -> int:
+        """Sections begun so far."""
+        return self._now[0]
+
+    @property
+    def section(self) -> Section:
+        """The section that the main thread is in."""
+        return self._now[1]
+
+    @property
+    def doing(self) -> str:
+        """The section in a word for people: which measurement it is, for one."""
+        return self._now[2]
+
+    @property
+    def unstarted(self) -> bool:
+        """Whether no step was completed since this start: a process that ends now loses nothing."""
+        return self._steps == 0
+
+    def age(self) -> float:
+        """Seconds since the section began."""
+        return time.monotonic() - self._now[3]
+
+    def overdue(self) -> bool:
+        """Whether the section lasts longer than any should."""
+        *_, begun, patience_s = self._now
+        return time.monotonic() - begun > patience_s
+
+    def outlasts(self, seconds: float) -> str | None:
+        """What there is to say if the section goes on too long after a signal to stop.
+
+        A save, a rollback or a measurement may finish, but not a measurement before the first step: nothing hangs on it.
+
+        Args:
+            seconds: since the signal.
+        """
+        _, section, doing, begun, patience_s = self._now
+        finishes = section in (Section.SAVE, Section.ROLLBACK)
+        if not finishes and (section is not Section.MEASUREMENT or self.unstarted):
+            patience_s = max(self._rules.stop_within_s, 3 * (self._last_step + self._last_data))
+        if min(seconds, time.monotonic() - begun) <= patience_s:
+            return None
+        return f"{doing} did not end within {patience_s:.0f} s"
+
+    def enter(self, section: Section, patience_s: float, doing: str = "") -> None:
+        """Begin a section that should end within `patience_s`; `doing` names it more exactly."""
+        self._now = (self._now[0] + 1, section, doing or section.value, time.monotonic(), patience_s)
+
+    @contextmanager
+    def inside(self, section: Section, patience_s: float, doing: str = "") -> Iterator[None]:
+        """A section with an end; what follows is between steps."""
+        self.enter(section, patience_s, doing)
+        yield
+        if section is Section.DATA:
+            self._last_data = self.age()
+        self.enter(Section.BETWEEN_STEPS, self._rules.hang_timeout_s)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The section of one step without its wait for data; the first may take longer, a later one as long as its kind."""
+        rules = self._rules
+        longest = max(rules.hang_timeout_s, 5 * self._last_step)
+        self.enter(Section.STEP, longest if self._steps else max(longest, rules.first_step_timeout_s))
+        yield
+        self._last_step, self._steps = self.age(), self._steps + 1
+        self.enter(Section.BETWEEN_STEPS, longest)
+
+    def place(self) -> str:
+        """Where the main thread is: the innermost frames, newest last."""
+        frame = sys._current_frames().get(self._main)
+        places: list[str] = []
+        while frame is not None and len(places) < 4:
+            code = frame.f_code
+            places.append(f"{'/'.join(code.co_filename.split('/')[-2:])}:{frame.f_lineno} {code.co_name}")
+            frame = frame.f_back
+        return " > ".join(reversed(places))

@@ -1,0 +1,97 @@
+"""From a config to an objective: encoders and heads, initialised from the seed, in the form that
+the config asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
+import torch
+
+from fastmoco.config import Config, MoCoV3Config, ModelConfig, ObjectiveConfig
+from fastmoco.models import float8, float8_inference
+from fastmoco.models.blocks import Block
+from fastmoco.models.precision import choose_precision
+from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
+from fastmoco.objectives.byol import BYOL
+from fastmoco.objectives.interface import Objective
+from fastmoco.objectives.moco_v3 import MoCoV3
+from fastmoco.recipes.byol import BYOLConfig
+from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
+
+BuildEncoder: TypeAlias = Callable[[], VisionTransformer]
+OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objective]] = {
+    MoCoV3Config: MoCoV3.build,
+    BYOLConfig: BYOL.build,
+}
+"""Type of `Config.objective` -> what makes the objective of a config, from what makes an
+encoder."""
+
+
+def build_objective(config: Config, device: torch.device) -> Objective:
+    """The objective of a config, initialised from its seed: the same numbers on every rank and
+    device.
+
+    Raises:
+        ValueError: if the device does not multiply as the config says, or that would lose.
+    """
+    for name in ("linears", "momentum_linears"):
+        if getattr(config.model, name) == "float8":
+            float8.require_support(
+                device, choose_precision(config.precision, device), field=f"model.{name}"
+            )
+    torch.manual_seed(config.seed)
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    return build_model(config).to(device, dtype)
+
+
+def build_model(config: Config) -> Objective:
+    """The objective of a config as torch's current seed, device and dtype make it."""
+    model = config.model
+    build_encoder = partial(
+        ARCHITECTURES[model.architecture],
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        attention=model.attention,
+    )
+    objective = OBJECTIVES[type(config.objective)](config, build_encoder)
+    for network in objective.networks().values():
+        if isinstance(network, VisionTransformer):
+            _in_form(network, model)
+    return objective
+
+
+def _in_form(encoder: VisionTransformer, model: ModelConfig) -> None:
+    """Give an encoder the form that a config asks for: what it recomputes, fused blocks, products
+    in float8."""
+    trains = any(parameter.requires_grad for parameter in encoder.parameters())
+    if trains:
+        encoder.recompute(model.checkpointing)
+    for block in encoder.blocks:
+        assert isinstance(block, Block)
+        # Float8 layers of a momentum encoder are modules, which a fused block would bypass.
+        block.fused = model.blocks == "fused" and (trains or model.momentum_linears == "native")
+    if model.linears == "float8":
+        float8.require_gain(encoder)
+        float8.use_float8_(encoder)
+    if model.momentum_linears == "float8" and not trains:
+        float8_inference.require_gain(encoder)
+        float8_inference.use_float8_inference_(encoder)
+
+
+def attention_choice(
+    config: Config, encoder: VisionTransformer, precision: str, device: torch.device
+) -> AttentionChoice:
+    """Who computes attention in a run, and why.
+
+    Raises:
+        ValueError: if the config names a backend that does not run here: with what it lacks and the
+            cure.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
+    block = encoder.blocks[0]
+    assert isinstance(block, Block)
+    tokens = encoder.tokens
+    head_dim = encoder.embed_dim // block.attn.num_heads
+    return choose_attention(device, dtype, tokens, tokens, head_dim, backend=config.model.attention)

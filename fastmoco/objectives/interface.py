@@ -1,0 +1,296 @@
+"""What a trainer, a chunked step, a planner, telemetry and sharding know of an objective.
+
+An objective is an `nn.Module`. Whatever must be saved, averaged over ranks or undone is a parameter
+or a buffer of it. Its life in a step:
+
+    before_step(at)            what must be so before any forward (SwAV: prototypes of unit length)
+    features(inputs, at)       trunks, a chunk of images at a time where the coupling allows it
+    compare(features, at)      heads, gathers and loss, on the whole batch where they couple images
+    (backward)
+    after_backward(at)         gradients are complete and averaged over ranks (DINO: clip tensors)
+    (clipping, the optimizer, which also moves `averages()` by `ema_momentum(at)`)
+    after_step(skipped, at)    queues, centres, prototypes
+
+Nothing is counted inside an objective: every number that changes with time is a function of
+`Progress`. Whether batch norms see each view alone is a property of the call: heads take [V, B, E]
+for statistics per view, [V * B, E] for joint ones.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmoco.models.encoder import Coupling, Encoder, Parts
+from fastmoco_kernels import ema_update_
+
+__all__ = [
+    "START",
+    "Coupling",
+    "Encoder",
+    "Features",
+    "Inputs",
+    "Objective",
+    "Output",
+    "Parts",
+    "Progress",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run is. Schedules are pure functions of it."""
+
+    step: int = 0
+    """Optimizer steps done before this one."""
+    total_steps: int = 1
+    """Steps of the whole run."""
+    steps_per_epoch: int = 1
+    """Steps of one pass over the training set."""
+    epochs: float = 0.0
+    """Passes over the training set in the whole run; `total_steps` is this, rounded to a whole
+    step. 0: by `total_steps`."""
+
+    def __post_init__(self) -> None:
+        if not self.epochs:
+            object.__setattr__(self, "epochs", self.total_steps / self.steps_per_epoch)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training set done before this step."""
+        return self.step / self.steps_per_epoch
+
+
+START = Progress()
+"""Before the first step of a run of one: for a forward on its own."""
+
+
+class Inputs(NamedTuple):
+    """What the trunks read of some images. Dimension 0 of every tensor counts images."""
+
+    views: tuple[Tensor, ...]
+    """Each [b, 3, H, W]; views of one size are neighbours."""
+    masks: tuple[Tensor, ...] = ()
+    """For masked objectives: one [b, ...] for each view that has one."""
+
+
+class Features(NamedTuple):
+    """All that outlives a chunk of images. Dimension 0 of every tensor counts images."""
+
+    online: tuple[Tensor, ...]
+    """With gradient, e.g. class features [b, V, E] of V views, or tokens [b, L, E]."""
+    target: tuple[Tensor, ...] = ()
+    """Constants, e.g. the momentum encoder's features, or pixels."""
+
+
+class Output(NamedTuple):
+    """The result of a forward."""
+
+    loss: Tensor
+    """Scalar, at least float32: a mean over the local batch."""
+    watch: Mapping[str, Tensor] = {}
+    """What telemetry may look at, on the device and without gradient, by name. "queries" and "keys"
+    are [V, B, D], before they are normalised: row i of the first view's queries and of the last
+    view's keys are of one image. "accuracy" is [2]: shares of queries whose positive ranks first,
+    and among the first five. Anything else is a scalar, and is logged."""
+
+
+class Objective(nn.Module, ABC):
+    """What is learned: networks, which of them sees which view, and the loss.
+
+    A subclass defines `features`, `compare` and `reference`, and overrides those defaults that are
+    not its own.
+
+    Attributes:
+        encoder: the encoder that is evaluated and exported.
+        coupling: which part couples images.
+        coupling_reason: why the trunk does, as a clause; empty where it does not.
+        per_rank: names of buffers that differ between ranks on purpose (SwAV's queue). Others must
+            be equal on all ranks.
+    """
+
+    encoder: Any
+    coupling: Coupling
+    coupling_reason: str = ""
+    per_rank: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def features(self, inputs: Inputs, at: Progress, *, target: bool = True) -> Features:
+        """Trunks: which encoder sees which view, under which mask.
+
+        Reads nothing back from the device, draws no random numbers that a second call cannot draw
+        again, and writes no buffer where the trunk couples no images: a chunk may pass twice, and a
+        pass may be replayed. What it decides on the host must follow from `choices`.
+
+        Args:
+            inputs: of a batch, or of a chunk of it.
+            at: the step.
+            target: whether `Features.target` is wanted; the second pass of a chunk needs
+                `Features.online` alone.
+        """
+
+    @abstractmethod
+    def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
+        """Heads, gathers and loss.
+
+        Args:
+            features: of the whole local batch (`Coupling.HEADS`), or of a chunk of it
+                (`Coupling.NONE`).
+            at: the step.
+            accuracy: whether `Output.watch` gets figures that cost a pass of their own.
+        """
+
+    @abstractmethod
+    def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
+        """The same loss by plain operations, with nothing shared, saved or fused, for tests.
+
+        Like a forward, it moves the running averages of batch norms.
+        """
+
+    def forward(
+        self,
+        *views: Tensor,
+        masks: tuple[Tensor, ...] = (),
+        at: Progress = START,
+        accuracy: bool = False,
+    ) -> Output:
+        """One whole forward.
+
+        Where there are several processes, batch norms see all of them, and what is gathered comes
+        in the order of ranks: the mean of the ranks' losses is the loss of the global batch.
+
+        Args:
+            views: [B, 3, H, W] each, the same B on every rank; row i of all is of one image.
+            masks: of the views that have one.
+            at: the step.
+            accuracy: as for `compare`.
+
+        Returns:
+            The loss, differentiable in all trained parameters, and what telemetry looks at.
+        """
+        return self.compare(self.features(Inputs(views, masks), at), at, accuracy=accuracy)
+
+    def networks(self) -> Mapping[str, nn.Module]:
+        """Networks by attribute name ("encoder", "predictor"), each a tree of its own."""
+        return dict(self.named_children())
+
+    def parts(self) -> Mapping[str, Parts]:
+        """The parts of each network; one that does not know its own is a head."""
+        return {
+            name: network.parts() if hasattr(network, "parts") else Parts(heads={"": network})  # type: ignore[operator]
+            for name, network in self.networks().items()
+        }
+
+    def averages(self) -> Mapping[nn.Parameter, Tensor]:
+        """Parameter -> its exponential moving average, which the optimizer moves.
+
+        Frozen parameters are among them: foreign weights may differ there, and then they are
+        averaged too.
+        """
+        return {}
+
+    def ema_momentum(self, at: Progress) -> float | None:
+        """Momentum of the move that ends the step: m(t + 1) for MoCo v3, m(t) for BYOL and DINO.
+
+        None where there is no such move, as after the last step of MoCo v3.
+        """
+        return None
+
+    @torch.no_grad()
+    def update_momentum_encoder(self, ema_momentum: float | Tensor) -> None:
+        """Move every average: `average <- m * average + (1 - m) * parameter`.
+
+        For users without our optimizers, which do it in their sweep.
+        Frozen parameters that equal their average, as they do unless a checkpoint says otherwise,
+        stay untouched.
+
+        Args:
+            ema_momentum: m in [0, 1]; a tensor of one element is read on the device, as
+                `ema_update_` does.
+
+        Raises:
+            ValueError: if m is outside [0, 1].
+        """
+        pairs = [
+            (average, own)
+            for own, average in self.averages().items()
+            if own.requires_grad or not torch.equal(own, average)
+        ]
+        ema_update_([average for average, _ in pairs], [own for _, own in pairs], ema_momentum)
+
+    def schedules(self, at: Progress) -> Mapping[str, float]:
+        """Numbers of this step that a log shows, by name: "ema_momentum", "teacher_temperature"."""
+        return {}
+
+    def choices(self, at: Progress) -> Hashable:
+        """All that `features` decides on the host in this step. May wait for the device.
+
+        Asked before passes are captured or replayed as CUDA graphs: another answer captures again.
+        """
+        return None
+
+    def before_step(self, at: Progress) -> None:
+        """Called before the forward of a step, once."""
+
+    def after_backward(self, at: Progress) -> None:
+        """Called when gradients are complete and averaged, before they are judged and clipped."""
+
+    def after_step(self, skipped: Tensor | None, at: Progress) -> None:
+        """Write queues, centres and prototypes, or nothing where `skipped` is 1.
+
+        Args:
+            skipped: one float32 on the device, equal on all ranks; None: this step was not judged.
+            at: the step.
+        """
+
+    def frozen(self, at: Progress) -> frozenset[str]:
+        """Names of parameters without an update in this step (DINO's last layer)."""
+        return frozenset()
+
+    def trunks(self) -> dict[str, Parts]:
+        """The parts of the networks that have blocks and train, by name."""
+        networks = self.networks()
+        return {
+            name: parts
+            for name, parts in self.parts().items()
+            if len(parts.blocks) and any(p.requires_grad for p in networks[name].parameters())
+        }
+
+    def places(self) -> dict[str, tuple[str, ...]]:
+        """Where telemetry counts each trained parameter, by the parameter's name.
+
+        The stem has the name of its module ("patch_embed"); "first_block" is the trained block
+        nearest to the input, "last_block" the last one, "heads" is all that is a head. Other
+        parameters (class token, norms) have no place.
+        """
+        networks = self.networks()
+        blocks = [
+            block
+            for parts in self.trunks().values()
+            for block in parts.blocks
+            if any(p.requires_grad for p in block.parameters())
+        ]
+        found: dict[nn.Parameter, tuple[str, ...]] = {}
+
+        def add(module: nn.Module, place: str) -> None:
+            for parameter in module.parameters():
+                found[parameter] = (*found.get(parameter, ()), place)
+
+        for name, parts in self.parts().items():
+            if not any(p.requires_grad for p in networks[name].parameters()):
+                continue
+            for place, module in parts.stem.items():
+                add(module, place)
+            for module in parts.heads.values():
+                add(module, "heads")
+        if blocks:
+            add(blocks[0], "first_block")
+            add(blocks[-1], "last_block")
+        return {
+            name: found[p] for name, p in self.named_parameters() if p in found and p.requires_grad
+        }

@@ -1,0 +1,128 @@
+"""The momentum encoder that several objectives share: an exponential moving average of the
+encoder's weights.
+
+A part, not a base class: an objective makes one of its two encoders and asks it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmoco.models.encoder import Coupling, Encoder
+from fastmoco.objectives.interface import Features, Inputs
+
+
+class Momentum:
+    """An encoder and its momentum encoder.
+
+    Both run in training mode: the momentum encoder normalises by the statistics of its own batch
+    and keeps its own running averages; only parameters are averaged.
+
+    Args:
+        encoder: whose weights the other one copies.
+        momentum_encoder: of equal shapes; loses its gradient.
+    """
+
+    def __init__(self, encoder: Any, momentum_encoder: Any) -> None:
+        self.encoder = encoder
+        self.momentum_encoder = momentum_encoder
+        momentum_encoder.requires_grad_(False)
+        with torch.no_grad():
+            for average, own in zip(
+                momentum_encoder.parameters(), encoder.parameters(), strict=True
+            ):
+                average.copy_(own)
+        # A copy is equal: nothing is read back, which tensors without memory could not serve.
+        self._stems_equal = True
+        self._stems_compared = self._stems()
+
+    def averages(self) -> dict[nn.Parameter, Tensor]:
+        """Parameter -> its average, frozen ones included."""
+        return dict(zip(self.encoder.parameters(), self.momentum_encoder.parameters(), strict=True))
+
+    def shares_tokens(self) -> bool:
+        """Whether both encoders must give the same patch tokens: their stems are frozen and equal.
+
+        The comparison reads the device, so it runs only where one of the tensors has been replaced
+        or written since.
+        """
+        if _couples(self.encoder):
+            return False
+        own, average = self.encoder.stem_tensors(), self.momentum_encoder.stem_tensors()
+        if any(tensor.requires_grad for tensor in own):
+            return False
+        now = self._stems()
+        if now != self._stems_compared:
+            self._stems_equal = all(torch.equal(a, b) for a, b in zip(own, average, strict=True))
+            self._stems_compared = now
+        return self._stems_equal
+
+    def features(self, inputs: Inputs, *, target: bool = True) -> Features:
+        """Both views through both encoders: [b, 2, E] of the encoder, and of the momentum encoder
+        without gradient.
+
+        Both views pass a trunk as one batch where it couples no images. Patch tokens are computed
+        once for both encoders where they must be the same.
+
+        Args:
+            inputs: two views of one shape.
+            target: whether the momentum encoder's are wanted.
+
+        Raises:
+            ValueError: if the views differ in shape, or are not two.
+        """
+        view1, view2 = two_views(inputs)
+        online, tokens = _class_features(self.encoder, (view1, view2), None)
+        if not target:
+            return Features((online,))
+        with torch.no_grad():
+            shared = tokens if self.shares_tokens() else None
+            return Features(
+                (online,), (_class_features(self.momentum_encoder, (view1, view2), shared)[0],)
+            )
+
+    def _stems(self) -> tuple[tuple[int, int, int], ...]:
+        """Which memory the stems are in, and how often it has been written."""
+        if _couples(self.encoder):
+            return ()
+        tensors = self.encoder.stem_tensors() + self.momentum_encoder.stem_tensors()
+        return tuple((t.untyped_storage()._cdata, t.storage_offset(), t._version) for t in tensors)
+
+
+def two_views(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The views of an objective that compares two.
+
+    Raises:
+        ValueError: if there are not two, or they differ in shape.
+    """
+    if len(inputs.views) != 2:
+        raise ValueError(f"views: {len(inputs.views)} of them; this objective compares 2")
+    view1, view2 = inputs.views
+    if view1.shape != view2.shape:
+        raise ValueError(
+            f"view1 shape={tuple(view1.shape)}, view2 shape={tuple(view2.shape)}: must be equal"
+        )
+    return view1, view2
+
+
+def by_view(features: Tensor) -> Tensor:
+    """[B, V, E] -> [V, B, E], of which batch norms take the statistics of each view alone."""
+    return features.transpose(0, 1).contiguous()
+
+
+def _couples(encoder: Encoder) -> bool:
+    return encoder.coupling is Coupling.TRUNK
+
+
+def _class_features(
+    encoder: Encoder, views: tuple[Tensor, Tensor], tokens: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """[b, 2, E] features, and the [2b, L, E] patch tokens where the views went through together."""
+    if _couples(encoder):
+        return torch.stack([encoder(view) for view in views]).transpose(0, 1), None
+    if tokens is None:
+        tokens = encoder.patch_tokens(torch.cat(views))
+    return encoder.encode(tokens).view(2, views[0].shape[0], -1).transpose(0, 1), tokens

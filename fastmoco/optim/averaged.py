@@ -1,0 +1,127 @@
+"""Optimizers behind one signature: `step(ema_momentum=..., skip=...)` moves the weights and all their averages."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmoco_kernels import LARS, AdamWEMA, ema_update_
+from fastmoco_kernels.tensors import local
+
+Pair = tuple[Tensor, Tensor]
+"""An average and the weight that it follows."""
+
+
+class AveragedOptimizer(ABC):
+    """An optimizer of weights together with the exponential moving averages of them.
+
+    Averages of frozen parameters move too, but only where they differ from them, as after loading
+    foreign weights: an average that equals its frozen parameter is neither read nor written.
+
+    Args:
+        inner: over the trainable parameters, in torch's form; checkpoints hold its state.
+        averages: the average of each parameter that has one, frozen parameters included.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer, averages: Mapping[nn.Parameter, Tensor]) -> None:
+        self.inner = inner
+        pairs: list[Pair] = [(average, weight) for weight, average in averages.items()]
+        self._trainable = [pair for pair in pairs if pair[1].requires_grad]
+        self._frozen = [pair for pair in pairs if not pair[1].requires_grad]
+        self._compared: tuple[tuple[int, int], ...] = ()
+        self._differing: list[Pair] = []
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of the inner optimizer, whose numbers may be set before a step."""
+        return self.inner.param_groups
+
+    def step(self, *, ema_momentum: float | None = None, skip: Tensor | None = None) -> None:
+        """Update every weight that has a gradient, then move the averages towards the weights.
+
+        Args:
+            ema_momentum: share that an average keeps, in [0, 1]; None leaves averages alone.
+            skip: one float32 on the device, 0 or 1; where it is 1, weights, averages and the state of
+                the optimizer stay as they are, its step counters included.
+        """
+        self._update_weights(ema_momentum, skip)
+        if ema_momentum is not None:
+            self._move([*self._not_swept(), *self._differing_frozen()], ema_momentum, skip)
+
+    def move_averages(self, ema_momentum: float) -> None:
+        """Move the averages alone."""
+        self._move([*self._trainable, *self._differing_frozen()], ema_momentum, None)
+
+    @abstractmethod
+    def _update_weights(self, ema_momentum: float | None, skip: Tensor | None) -> None:
+        """The step of the inner optimizer."""
+
+    def _not_swept(self) -> list[Pair]:
+        """Pairs of trainable parameters that `_update_weights` leaves to `ema_update_`."""
+        return self._trainable
+
+    @torch.no_grad()
+    def _differing_frozen(self) -> list[Pair]:
+        """Pairs of frozen parameters that differ.
+
+        The comparison reads the device, so it runs only where a tensor was replaced or written since.
+        """
+        tensors = local([tensor for pair in self._frozen for tensor in pair])
+        now = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        if now != self._compared:
+            self._differing = [pair for pair in self._frozen if not torch.equal(*local(pair))]
+            self._compared = now
+        return self._differing
+
+    def _move(self, pairs: list[Pair], ema_momentum: float, skip: Tensor | None) -> None:
+        """One update of all averages, which a skipped step leaves where they are."""
+        if not pairs:
+            return
+        momentum: float | Tensor = ema_momentum
+        if skip is not None:
+            # Momentum 1 keeps an average. In float64, as the schedule is.
+            momentum = torch.full_like(skip, ema_momentum, dtype=torch.float64).masked_fill_(skip > 0, 1.0)
+        ema_update_([average for average, _ in pairs], [weight for _, weight in pairs], momentum)
+
+
+class SweptAdamW(AveragedOptimizer):
+    """`AdamWEMA`: weights and averages in one sweep over memory; the device decides on skipping."""
+
+    inner: AdamWEMA
+
+    def _update_weights(self, ema_momentum: float | None, skip: Tensor | None) -> None:
+        self.inner.step(ema_momentum=ema_momentum, found_inf=skip)
+
+    def _not_swept(self) -> list[Pair]:
+        return [(average, weight) for average, weight in self._trainable if weight.grad is None]
+
+
+class FusedAdamW(AveragedOptimizer):
+    """AdamW of torch in its fused form, where the device decides on skipping."""
+
+    inner: torch.optim.AdamW
+
+    def _update_weights(self, ema_momentum: float | None, skip: Tensor | None) -> None:
+        self.inner.found_inf = skip  # type: ignore[attr-defined]  # as torch.amp.GradScaler hands it over
+        self.inner.step()
+
+
+class AveragedLARS(AveragedOptimizer):
+    """`LARS`; the device decides on skipping."""
+
+    inner: LARS
+
+    def _update_weights(self, ema_momentum: float | None, skip: Tensor | None) -> None:
+        self.inner.step(found_inf=skip)
+
+
+class HostSkipped(AveragedOptimizer):
+    """Any other optimizer, among them those of apex: the host waits for the device to know whether to skip."""
+
+    def _update_weights(self, ema_momentum: float | None, skip: Tensor | None) -> None:
+        if skip is None or not bool(skip):
+            self.inner.step()

@@ -1,0 +1,1 @@
+"""How a training step fits into memory: its costs, the chunks, and what is free."""

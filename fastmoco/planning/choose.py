@@ -1,0 +1,91 @@
+"""The plan of a step for the memory that is free now."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fastmoco.config import Config
+from fastmoco.distributed.agree import least
+from fastmoco.distributed.mesh import World
+from fastmoco.distributed.parallelize import Strategy
+from fastmoco.models.compiled import BUDGETS
+from fastmoco.objectives.interface import Objective
+from fastmoco.planning.costs import StepCosts, measure_costs
+from fastmoco.planning.free_memory import free_bytes
+from fastmoco.planning.plan import HEADROOM, StepPlan, best_plan, busy_chunk, plan_step, sharded, state_bytes
+
+SURELY_SMALL = 0.25
+"""Share of the free memory below which an upper bound of a step is not worth counting exactly, which takes seconds."""
+
+
+def choose_plan(
+    config: Config,
+    objective: Objective,
+    world: World,
+    precision: str,
+    *,
+    attention: str = "sdpa",
+    strategy: Strategy = "ddp",
+    compiled: bool = False,
+    levels: bool = False,
+    reserved: float = 0.0,
+) -> StepPlan:
+    """The plan for the memory that is free now: on every rank for the rank that has least.
+
+    Now the objective is whole, and neither gradients nor the optimizer's state are there, also where a run continues: a
+    checkpoint is read after this. Arguments are those of `Gradients`; ``compiled`` says whether blocks are compiled, ``levels``
+    whether views come as uint8.
+    """
+    images = config.global_batch_size // world.world_size
+    batch, wanted = config.batch, config.batch.activation_budget
+    splits = compiled and config.model.checkpointing == "none"  # else checkpointing says what is kept
+    budgets = (BUDGETS if wanted == "auto" else (float(wanted),)) if splits else (1.0,)
+    at_once = StepPlan(chunk=0, kept=0, chunks=1, overhead=0.0, peak_bytes=0.0, reason="", activation_budget=budgets[0])
+    if batch.chunk == "none":
+        return replace(at_once, reason="asked for")
+    memory = least(free_bytes(world.device) - reserved, world.device) * HEADROOM
+    if batch.chunk == "auto" and _at_most(config, objective, images) < SURELY_SMALL * memory:
+        return replace(at_once, reason="small beside the free memory")
+
+    def plan_within(budget: float) -> StepPlan:
+        costs = measure_costs(config, precision, attention=attention, compiled=compiled, budget=budget, levels=levels)
+        taken, costs = _beside(config, costs, world, strategy, objective)
+        if batch.cuda_graphs:  # what a captured pass needs in passing is never given back
+            size = min(images, busy_chunk(objective.encoder.tokens))
+            taken += size * costs.view_bytes + max(costs.forward.at(size), costs.train.at(size))
+        plan = plan_step(
+            costs,
+            images=images,
+            budget=memory - taken,
+            tokens=objective.encoder.tokens,
+            chunk=batch.chunk,
+            kept=batch.kept,
+            world_size=world.world_size,
+        )
+        return replace(plan, activation_budget=budget)
+
+    return best_plan(map(plan_within, budgets))
+
+
+def _beside(
+    config: Config, costs: StepCosts, world: World, strategy: Strategy, objective: Objective
+) -> tuple[float, StepCosts]:
+    """Bytes that the state will take beyond the parameters that lie there now, and the costs of a step with such a state."""
+    element = next(objective.parameters()).element_size()
+    state = whole = state_bytes(costs, config.optim.name, element)
+    if strategy != "ddp" and world.world_size > 1:
+        shards = world.world_size if strategy == "fsdp" else config.parallel.shard_size or world.local_world_size
+        state, costs = state_bytes(costs, config.optim.name, element, shards=shards), sharded(costs, element)
+    taken = state.total - whole.parameters
+    if world.device.type == "cpu" and config.checkpoint.async_save:
+        taken += state.parameters + state.optimizer  # the copy that a save in the background writes lies here too
+    return taken, costs
+
+
+def _at_most(config: Config, objective: Objective, images: int) -> float:
+    """Upper bound of the bytes of a step, at least twice the true value: the trunk by `Encoder.most_numbers`, and 40 numbers
+    a view and hidden unit of the heads."""
+    element = next(objective.parameters()).element_size()
+    numbers = 2 * objective.encoder.most_numbers() + 2 * 40 * config.model.hidden_dim
+    state = 5 * sum(parameter.numel() for parameter in objective.parameters())
+    return float(element * (images * numbers + state))

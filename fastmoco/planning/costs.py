@@ -1,0 +1,328 @@
+"""What a training step costs in bytes and FLOPs, counted on tensors without memory: no GPU, no data, seconds.
+
+Nothing here is a formula of the model. The pieces of a step run on fake tensors, which have shapes and storages but no
+numbers, while a dispatch mode adds up the storages that are alive and torch's own counter the FLOPs. Two batch sizes
+give the bytes per image and the rest that does not grow with the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from fastmoco.config import Config
+from fastmoco.models.blocks import Attention, Recompute
+from fastmoco.models.compiled import traced_blocks
+from fastmoco.objectives.build import build_model
+from fastmoco.objectives.interface import Coupling, Features, Inputs, Objective, Progress
+from fastmoco.objectives.prepare import PrepareViews, view_preparation
+from fastmoco.planning.live_bytes import LiveBytes
+
+SIZES = (4096, 8192)
+"""Batches that are measured: so large that activations, not weights, decide where the peak lies."""
+DEPTHS = (3, 4)
+"""Numbers of blocks that are measured where there are more: the first, which has no branch yet, one or two more, and the last."""
+
+
+def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]
+
+
+def _attention_backward_flops(grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, q, k, v))  # type: ignore[no-untyped-call]
+
+
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+"""torch's attention on a CPU is the products of the one on a GPU, but its counter does not know it."""
+
+
+class Line(NamedTuple):
+    """Bytes of a batch of images: ``fixed + images * per_image``."""
+
+    per_image: float
+    fixed: float
+
+    def at(self, images: int) -> float:
+        """Bytes for so many images."""
+        return self.fixed + images * self.per_image
+
+
+class Units(NamedTuple):
+    """Parameters by FSDP2's units: a block, the largest, an encoder without head, both heads; ``frozen`` are in none.
+    ``bytes`` of a number that crosses ranks."""
+
+    block: int
+    largest: int
+    trunk: int
+    heads: int
+    frozen: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCosts:
+    """What one step costs. An image is all its views; bytes are of one process, FLOPs count a multiply-add as two."""
+
+    trainable: int
+    """Parameters that gradients and optimizer have an entry for."""
+    parameters: int
+    """All parameters, averages among them."""
+    coupling_reason: str
+    """Why the trunk cannot go in chunks; empty where it can."""
+    view_bytes: float
+    """All views of an image."""
+    feature_bytes: float
+    """What a chunk leaves for an image: the features of all encoders, copied once, and a gradient of the online ones."""
+    key_bytes: float
+    """Keys of one image of another rank."""
+    graph: Line
+    """Kept between forward and backward of the query trunk."""
+    train: Line
+    """Peak of a forward and backward of the query trunk, ``graph`` among it."""
+    forward: Line
+    """Peak of both trunks without gradient."""
+    heads: Line
+    """Peak of heads and loss, forward and backward."""
+    query_flops: float
+    """Query trunk, forward, an image; without the patch projection where both encoders share it."""
+    recompute_flops: float
+    """What activation checkpointing computes twice, an image."""
+    step_flops: float
+    """Everything once, an image."""
+    units: Units
+    lean: Line | None = None
+    """``graph`` of images whose fused blocks keep the residual stream alone; None where there is no such way."""
+    lean_train: Line | None = None
+    """``train`` of such."""
+    lean_flops: float = 0.0
+    """What such a way computes twice, an image."""
+    apart: bool = False
+    """Whether every kept chunk keeps ``graph``'s fixed part for itself: copies of weights, which compiled blocks make for each.
+    Autocast's are made once a step."""
+    piled_bytes: float = 0.0
+    """Gradients that a step in chunks holds whole until its end, beside the state."""
+    separate: bool = False
+    """Whether nothing couples images: heads and loss go in chunks too, and nothing is computed twice (`Coupling.NONE`)."""
+
+
+def measure_costs(
+    config: Config,
+    precision: str,
+    *,
+    attention: str = "sdpa",
+    recompute: Recompute | None = None,
+    compiled: bool = False,
+    budget: float = 1.0,
+    levels: bool = False,
+) -> StepCosts:
+    """Count what a step of a config costs.
+
+    Args:
+        config: model and heads are read.
+        precision: "bf16", "fp32" or "fp64".
+        attention: who computes attention; a kernel that is not torch's counts like ``sdpa``, which keeps as much.
+        recompute: instead of ``model.checkpointing``.
+        compiled: whether blocks go through torch.compile, which then chooses what they keep.
+        budget: of `compile_blocks`.
+        levels: whether views come as uint8, and a chunk at a time is normalised.
+    """
+    recompute = recompute or config.model.checkpointing
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    with FakeTensorMode(), _default_dtype(dtype):
+        objective = build_model(config)
+        own = list(objective.parameters())
+        for module in objective.modules():
+            if isinstance(module, Attention):
+                module.backend = attention if attention in ("explicit", "reference") else "sdpa"
+        views = (config.data.view1, config.data.view2)
+        sides = [view.size for view in views]
+        prepare = view_preparation(views, precision)
+        pieces = _Pieces(objective, sides, precision == "bf16", prepare, levels)
+        features = pieces.features(images=1)
+        flops = pieces.on_all_blocks("none", pieces.flops_of_an_image)
+        # Checkpointing inside of compiled blocks is the compiler's too, but it keeps what was asked for.
+        with traced_blocks(objective, budget=budget) if compiled and recompute == "none" else nullcontext():
+            sizes = pieces.on_all_blocks(recompute, pieces.bytes_of_an_image)
+            once = recompute == "none" and not compiled
+            again = flops if once else pieces.on_all_blocks(recompute, pieces.flops_of_an_image)
+        lean, twice = None, flops
+        if config.model.blocks == "fused" and recompute == "none":
+            lean = pieces.on_all_blocks("full", pieces.bytes_of_an_image)
+            twice = pieces.on_all_blocks("full", pieces.flops_of_an_image)
+    element = own[0].element_size()
+    return StepCosts(
+        trainable=sum(p.numel() for p in own if p.requires_grad),
+        parameters=sum(p.numel() for p in own),
+        coupling_reason=objective.coupling_reason,
+        separate=objective.coupling is Coupling.NONE,
+        view_bytes=sum(3 * side**2 for side in sides) * (1 if levels else element),
+        feature_bytes=sum(3 * rows.nbytes for rows in features.online)
+        + sum(2 * rows.nbytes for rows in features.target),
+        key_bytes=2 * 2 * config.model.projection_dim * element,
+        graph=Line(*sizes["graph"]),
+        train=Line(*sizes["train"]),
+        forward=Line(*sizes["forward"]),
+        heads=Line(*sizes["heads"]),
+        query_flops=flops["query"][0],
+        recompute_flops=again["train"][0] - flops["train"][0],
+        step_flops=flops["train"][0] + flops["forward"][0] - flops["query"][0] + flops["heads"][0],
+        units=_units(objective, 2 if precision == "bf16" else element),
+        apart=compiled and recompute == "none",
+        lean=Line(*lean["graph"]) if lean else None,
+        lean_train=Line(*lean["train"]) if lean else None,
+        lean_flops=twice["train"][0] - flops["train"][0],
+    )
+
+
+def _units(objective: Objective, size: int) -> Units:
+    networks = objective.networks()
+    trained = {name for name, network in networks.items() if any(p.requires_grad for p in network.parameters())}
+    blocks, heads = [0], [0]
+    trunk = frozen = 0
+    for name, parts in objective.parts().items():
+        inside = [sum(p.numel() for p in head.parameters()) for head in parts.heads.values()]
+        if name in trained:
+            blocks += [sum(p.numel() for p in block.parameters()) for block in parts.blocks]
+            heads += inside
+            trunk += sum(p.numel() for p in networks[name].parameters() if p.requires_grad) - sum(inside)
+
+    # What neither trains nor averages stays whole.
+    averages = {id(average) for own, average in objective.averages().items() if own.requires_grad}
+    frozen = sum(p.numel() for p in objective.parameters() if not p.requires_grad and id(p) not in averages)
+    return Units(
+        block=max(blocks),
+        largest=max(*blocks, *heads),
+        trunk=trunk,
+        heads=sum(heads),
+        frozen=frozen,
+        bytes=size,
+    )
+
+
+Figures = dict[str, tuple[float, ...]]
+
+
+class _Pieces:
+    """The pieces of a step, run on fake images under a counter."""
+
+    def __init__(self, objective: Objective, sides: list[int], half: bool, prepare: PrepareViews, levels: bool) -> None:
+        self.objective, self.sides, self.half = objective, sides, half
+        self.prepare = prepare
+        self.kind = torch.uint8 if levels else torch.get_default_dtype()
+        self.at = Progress()
+
+    def on_all_blocks(self, recompute: Recompute, measure: Callable[[], Figures]) -> Figures:
+        """What `measure` gives with all blocks. Those of a network are alike: two depths tell what one more costs."""
+        trunks: list[Any] = [parts.blocks for parts in self.objective.parts().values() if len(parts.blocks)]
+        for parts in self.objective.trunks().values():
+            for block in parts.blocks:
+                block.recompute = recompute  # type: ignore[assignment]
+        depths = {len(blocks) for blocks in trunks}
+        depth = max(depths, default=0)
+        if len(depths) != 1 or depth <= max(DEPTHS):
+            return measure()
+        whole = [list(blocks) for blocks in trunks]
+        measured = []
+        for few in DEPTHS:
+            for blocks, all_of_them in zip(trunks, whole, strict=True):
+                del blocks[:]
+                blocks.extend(all_of_them[:few])
+            measured.append(measure())
+        for blocks, all_of_them in zip(trunks, whole, strict=True):
+            blocks.extend(all_of_them[len(blocks) :])
+        steps = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+        less, more = measured
+        return {name: tuple(a + (b - a) * steps for a, b in zip(less[name], more[name], strict=True)) for name in less}
+
+    def bytes_of_an_image(self) -> Figures:
+        """Each piece's peak, and ``graph``: bytes an image, and those that do not grow with the batch."""
+        measured = []
+        for images in SIZES:
+            found: dict[str, float] = {}
+            for name, run in self._runs(images).items():
+                run(None)  # traces blocks that are to be traced
+                live = LiveBytes(self.objective.parameters())
+                with live:
+                    graph = run(live)
+                found[name] = live.peak
+                if graph:
+                    found["graph"] = graph
+            measured.append(found)
+        small, large = measured
+        slopes = {name: (large[name] - small[name]) / (SIZES[1] - SIZES[0]) for name in small}
+        return {name: (slope, max(0.0, small[name] - slope * SIZES[0])) for name, slope in slopes.items()}
+
+    def flops_of_an_image(self) -> Figures:
+        """FLOPs of each piece. A pass of its own: torch's counter keeps tensors alive."""
+        found: Figures = {}
+        for name, run in self._runs(SIZES[0]).items():
+            run(None)
+            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+                run(None)
+            found[name] = (counter.get_total_flops() / SIZES[0],)
+        return found
+
+    def _runs(self, images: int) -> dict[str, Callable[[LiveBytes | None], int]]:
+        """The pieces by name; ``train`` returns the bytes alive between its forward and its backward, the others 0."""
+        objective, at = self.objective, self.at
+        views = tuple(torch.empty(images, 3, side, side, dtype=self.kind) for side in self.sides)
+        online, target = self.features(images)
+        leaves = tuple(rows.requires_grad_() for rows in online)
+
+        def query(live: LiveBytes | None) -> int:
+            with torch.no_grad(), self._autocast():
+                objective.features(Inputs(self.prepare(views)), at, target=False)
+            return 0
+
+        def train(live: LiveBytes | None) -> int:
+            with self._autocast():
+                features = objective.features(Inputs(self.prepare(views)), at, target=False).online
+            graph = live.now if live else 0
+            torch.autograd.backward(features, [torch.empty_like(rows) for rows in features])
+            objective.zero_grad(set_to_none=True)
+            return graph
+
+        def forward(live: LiveBytes | None) -> int:
+            with torch.no_grad(), self._autocast():
+                objective.features(Inputs(self.prepare(views)), at)
+            return 0
+
+        def heads(live: LiveBytes | None) -> int:
+            with self._autocast():
+                loss = objective.compare(Features(leaves, target), at, accuracy=True).loss
+            loss.backward()  # type: ignore[no-untyped-call]
+            objective.zero_grad(set_to_none=True)
+            for rows in leaves:
+                rows.grad = None
+            return 0
+
+        return {"query": query, "train": train, "forward": forward, "heads": heads}
+
+    def features(self, images: int) -> Features:
+        """Features of some images as they come out of the trunks, without a graph."""
+        views = tuple(torch.empty(2, 3, side, side, dtype=self.kind) for side in self.sides)
+        with torch.no_grad(), self._autocast():
+            found = self.objective.features(Inputs(self.prepare(views)), self.at)
+        return Features(*(tuple(rows.new_empty(images, *rows.shape[1:]) for rows in side) for side in found))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

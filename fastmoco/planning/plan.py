@@ -1,0 +1,342 @@
+"""How a step fits: the chunk, the graphs that are kept, what it costs, and where each setting ends. Pure arithmetic.
+
+With G, T, F, H the measured bytes of `StepCosts` (graph, training, forward, heads), B images of this process, chunks of c images
+and the graphs of k images kept, a step needs beside the state
+
+    whole:    B (views + features) + max(G(B) + max(F(B), H(B)), T(B))
+    chunked:  B (views + features) + max(G(k) + F(c), G(k) + H(B), G(k) + T(c) - G(c), T(c))
+    separate: B views + c features + max(G(c) + max(F(c), H(c)), T(c)), where nothing couples images
+
+and a chunked step computes the forward of the other B - k images' queries once more. Where blocks can keep the residual stream
+alone (L, "lean"), the others may keep that instead, and compute less than a forward once more:
+
+    lean:     B (views + features) + G(k) + L(B-k) + max(F(c), H(B), T(c) - G(c), T_L(c) - L(c))
+
+Under FSDP2 a process holds beside its shards what is whole for a moment: the unit at work and its gradient or the sum of it
+over ranks, the next block, fetched in advance, and the sum of the last one's gradients; in chunks the trunk's gradients too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+from fastmoco.planning.costs import Line, StepCosts
+
+HEADROOM = 0.9
+"""Share of the free memory that a plan uses: allocators round up, libraries take workspaces."""
+BUSY_ROWS = 2**15
+"""Rows of tokens of a chunk that keep a large device busy."""
+PARTS = 4
+"""Parts of a chunk that may keep their graphs alone: a whole one takes gigabytes, which would lie idle. Each size of a chunk is
+compiled for itself."""
+OPTIMIZER_COPIES = {"adamw": 2, "lamb": 2, "lars": 1}
+"""Numbers that an optimizer keeps for each trainable parameter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateBytes:
+    """What stays between steps in one process."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    in_flight: float = 0.0
+    """What is whole for a moment where the rest is sharded."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.parameters + self.gradients + self.optimizer + self.in_flight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """How one process takes its part of a batch through the encoder."""
+
+    chunk: int
+    """Images that pass the trunk together; 0: all of them, without a second forward."""
+    kept: int
+    """Whole chunks whose graphs are kept."""
+    chunks: int
+    """Chunks of a step; 1 where all pass together."""
+    overhead: float
+    """FLOPs of all that is computed twice, by chunks and by checkpointing, over those of a step that computes nothing twice."""
+    peak_bytes: float
+    """What the step takes beside the state; 0 where it was not counted."""
+    reason: str
+    """Why, as a clause."""
+    kept_images: int = 0
+    """Images whose graphs are kept: those of the kept chunks, and of a part of a chunk more."""
+    lean: bool = False
+    """Whether the other images keep the residual stream of their blocks, instead of nothing."""
+    fits: bool = True
+    """Whether it stays within the memory it was made for."""
+    activation_budget: float = 1.0
+    """Of compiled blocks; see `fastmoco.models.compiled`."""
+
+    def __str__(self) -> str:
+        within = (
+            f", activations within {self.activation_budget:g} of the compiler's" if self.activation_budget < 1 else ""
+        )
+        if not self.chunk:
+            return f"whole batch at once{within} ({self.reason})"
+        others = ", the others the residual stream" if self.lean else ""
+        kept = f"{self.kept_images} images keep their graphs{others}, {self.overhead:+.1%} FLOPs"
+        return f"{self.chunks} chunks of {self.chunk} images, {kept}{within} ({self.reason})"
+
+    def to_json(self) -> dict[str, int | float | str]:
+        """As a dictionary."""
+        return asdict(self)
+
+
+def state_bytes(costs: StepCosts, optimizer: str, element: int, *, shards: int = 1) -> StateBytes:
+    """What parameters, gradients and optimizer take in one process.
+
+    Args:
+        costs: of the model.
+        optimizer: "adamw", "lamb" or "lars".
+        element: bytes of a number: 4, or 8 in fp64.
+        shards: processes that share one copy; 1: every process has its own.
+    """
+    units = costs.units
+    whole = units.frozen if shards > 1 else 0
+    wide = max(4, units.bytes)  # sums over ranks are float32 at least
+    in_flight = units.largest * (units.bytes + wide) + units.block * (units.bytes + wide)
+    return StateBytes(
+        parameters=((costs.parameters - whole) / shards + whole) * element,
+        gradients=costs.trainable * element / shards,
+        optimizer=costs.trainable * element * OPTIMIZER_COPIES[optimizer] / shards,
+        in_flight=in_flight if shards > 1 else 0.0,
+    )
+
+
+def sharded(costs: StepCosts, element: int) -> StepCosts:
+    """What a step costs where the state is sharded.
+
+    Weights come in the dtype in which they compute, and stay for a unit's turn: autocast copies none of them.
+
+    Args:
+        costs: of a step whose state is whole.
+        element: bytes of a number of the state.
+    """
+    units = costs.units
+    copies = units.bytes if units.bytes < element else 0
+
+    def without(line: Line, parameters: int) -> Line:
+        return Line(line.per_image, max(0.0, line.fixed - copies * parameters))
+
+    return replace(
+        costs,
+        graph=without(costs.graph, units.trunk),
+        train=without(costs.train, units.trunk),
+        forward=without(costs.forward, units.trunk),
+        heads=without(costs.heads, units.heads),
+        piled_bytes=float((units.trunk + (units.heads if costs.separate else 0)) * max(4, units.bytes)),
+    )
+
+
+def whole_bytes(costs: StepCosts, images: int, world_size: int = 1) -> float:
+    """Bytes of a step that takes all its images at once, beside the state."""
+    heads = _heads(costs, images, world_size)
+    return _resident(costs, images) + max(
+        costs.graph.at(images) + max(costs.forward.at(images), heads), costs.train.at(images)
+    )
+
+
+def chunked_bytes(costs: StepCosts, images: int, chunk: int, kept_images: int = 0, world_size: int = 1) -> float:
+    """Bytes of a step in chunks that keeps the graphs of a number of images, beside the state."""
+    chunk = min(chunk, images)
+    if costs.separate:  # a whole step for each chunk; only the views of the batch are there all the time
+        return costs.piled_bytes + (images - chunk) * costs.view_bytes + whole_bytes(costs, chunk, world_size)
+    graphs = _graphs(costs, kept_images, chunk)
+    backward = costs.train.at(chunk)
+    return (
+        costs.piled_bytes
+        + _resident(costs, images)
+        + max(
+            graphs + costs.forward.at(chunk),
+            graphs + _heads(costs, images, world_size),
+            graphs + backward - costs.graph.at(chunk),
+            backward,
+        )
+    )
+
+
+def lean_bytes(costs: StepCosts, images: int, chunk: int, kept_images: int = 0, world_size: int = 1) -> float:
+    """Bytes of a step in chunks whose other images keep the residual stream, beside the state; infinite where none can."""
+    if costs.lean is None or costs.lean_train is None:
+        return float("inf")
+    chunk, others = min(chunk, images), images - kept_images
+    graphs = _graphs(costs, kept_images, chunk) + (costs.lean.at(others) if others else 0.0)
+    passing = max(
+        costs.forward.at(chunk),
+        _heads(costs, images, world_size),
+        costs.train.at(chunk) - costs.graph.at(chunk),
+        costs.lean_train.at(chunk) - costs.lean.at(chunk),
+    )
+    return costs.piled_bytes + _resident(costs, images) + graphs + passing
+
+
+def parts_of(costs: StepCosts, plan: StepPlan, images: int, world_size: int = 1) -> dict[str, float]:
+    """Where the peak of a plan goes, in bytes: the batch's views, class features, kept graphs, and what is needed in passing."""
+    held = {"views": images * costs.view_bytes, "features": images * costs.feature_bytes}
+    kept = _graphs(costs, plan.kept_images, plan.chunk or images)
+    if plan.lean and costs.lean is not None:
+        kept += costs.lean.at(images - plan.kept_images)
+    peak = plan.peak_bytes or whole_bytes(costs, images, world_size)
+    return held | {"kept activations": kept, "in passing": max(0.0, peak - sum(held.values()) - kept)}
+
+
+def plan_step(
+    costs: StepCosts,
+    *,
+    images: int,
+    budget: float,
+    tokens: int,
+    chunk: Literal["auto", "none"] | int = "auto",
+    kept: Literal["auto"] | int = "auto",
+    world_size: int = 1,
+) -> StepPlan:
+    """Choose how a process takes its images.
+
+    Args:
+        costs: of the model and its checkpointing.
+        images: of this process.
+        budget: bytes for a step beside the state.
+        tokens: of a view.
+        chunk: as `BatchConfig.chunk`.
+        kept: as `BatchConfig.kept`.
+        world_size: processes whose keys this one compares with.
+    """
+    whole = whole_bytes(costs, images, world_size)
+    free = f"{_gib(budget)} free"
+    if chunk == "none" or (chunk == "auto" and (whole <= budget or costs.coupling_reason)) or chunk == images:
+        reason = "asked for" if chunk != "auto" else f"about {_gib(whole)} of {free}"
+        if chunk == "auto" and whole > budget:
+            reason += f", too much; chunks would help, but {costs.coupling_reason}"
+        again = costs.recompute_flops / costs.step_flops
+        at_once = StepPlan(chunk=0, kept=0, chunks=1, overhead=again, peak_bytes=whole, reason=reason)
+        return replace(at_once, kept_images=images, fits=whole <= budget)
+    size = min(images, _largest_that_fits(costs, images, budget, tokens, world_size) if chunk == "auto" else int(chunk))
+    plans = [_in_chunks(costs, images, budget, size, kept, world_size, lean=False, whole=whole)]
+    if costs.lean is not None and kept == "auto" and not costs.separate:
+        plans.append(_in_chunks(costs, images, budget, size, kept, world_size, lean=True, whole=whole))
+    return best_plan(plans)
+
+
+def _in_chunks(
+    costs: StepCosts,
+    images: int,
+    budget: float,
+    size: int,
+    kept: Literal["auto"] | int,
+    world_size: int,
+    *,
+    lean: bool,
+    whole: float,
+) -> StepPlan:
+    """The plan in chunks of a size that keeps as much as fits."""
+    needs, grain = lean_bytes if lean else chunked_bytes, max(1, size // PARTS)
+    if costs.separate:
+        kept_images = images  # every graph lives until its own backward, and none is made twice
+    elif kept == "auto":
+        parts = -(-images // grain)
+        while parts and needs(costs, images, size, min(images, parts * grain), world_size) > budget:
+            parts -= 1
+        kept_images = min(images, parts * grain)
+    else:
+        kept_images = min(images, int(kept) * size)
+    peak = needs(costs, images, size, kept_images, world_size)
+    short = "" if peak <= budget else ", which may not be enough"
+    twice = costs.lean_flops if lean else costs.query_flops
+    return StepPlan(
+        chunk=size,
+        kept=-(-kept_images // size) if kept_images == images else kept_images // size,
+        chunks=-(-kept_images // size) + -(-(images - kept_images) // size),
+        kept_images=kept_images,
+        lean=lean,
+        overhead=((1 - kept_images / images) * twice + costs.recompute_flops) / costs.step_flops,
+        peak_bytes=peak,
+        fits=peak <= budget,
+        reason=f"about {_gib(peak)} of {_gib(budget)} free{short}; all at once would take {_gib(whole)}",
+    )
+
+
+def best_plan(plans: Iterable[StepPlan]) -> StepPlan:
+    """Of plans for falling shares of activations, the first that fits and computes nothing twice, or else least.
+
+    Args:
+        plans: at least one, each for less kept than the one before; no more of them are made than needed.
+    """
+    seen: list[StepPlan] = []
+    for plan in plans:
+        seen.append(plan)
+        if plan.fits and plan.overhead == 0:
+            break
+    return min(seen, key=lambda plan: (not plan.fits, plan.overhead))  # of equal ones the first, which makes less again
+
+
+def largest_batch(costs: StepCosts, budget: float, *, chunk: int = 0, world_size: int = 1) -> int:
+    """Images of one process at which a setting stops fitting: that many fit, one more does not; 0 where none does.
+
+    Args:
+        costs: of the setting.
+        budget: bytes for a step beside the state.
+        chunk: 0: all images at once; else the images of a chunk, no graph kept.
+        world_size: processes, each with as many images.
+    """
+
+    def fits(images: int) -> bool:
+        if chunk:
+            return chunked_bytes(costs, images, chunk, 0, world_size) <= budget
+        return whole_bytes(costs, images, world_size) <= budget
+
+    if not fits(1):
+        return 0
+    low = 1
+    while fits(2 * low) and low < 2**40:
+        low *= 2
+    high = 2 * low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def busy_chunk(tokens: int) -> int:
+    """Images whose two views bring `BUSY_ROWS` rows of tokens, as a power of two."""
+    chunk = 1
+    while 2 * chunk * tokens < BUSY_ROWS:
+        chunk *= 2
+    return chunk
+
+
+def _largest_that_fits(costs: StepCosts, images: int, budget: float, tokens: int, world_size: int) -> int:
+    """Half as many images until a chunk fits. Powers of two: what is free differs from run to run, the chunk should not."""
+    chunk = busy_chunk(tokens)
+    while chunk > 1 and (chunk >= images or chunked_bytes(costs, images, chunk, 0, world_size) > budget):
+        chunk //= 2
+    return chunk
+
+
+def _graphs(costs: StepCosts, kept_images: int, chunk: int) -> float:
+    """What the graphs of some images keep, in chunks."""
+    if not kept_images:
+        return 0.0
+    again = -(-kept_images // chunk) - 1 if costs.apart else 0
+    return costs.graph.at(kept_images) + again * costs.graph.fixed
+
+
+def _resident(costs: StepCosts, images: int) -> float:
+    return images * (costs.view_bytes + costs.feature_bytes)
+
+
+def _heads(costs: StepCosts, images: int, world_size: int) -> float:
+    """Heads and loss, with the keys of the other ranks, once as they come and once normalised."""
+    return costs.heads.at(images) + 2 * (world_size - 1) * images * costs.key_bytes
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size < 10 * 2**30 else f"{size / 2**30:.0f} GiB"

@@ -1,0 +1,90 @@
+"""Recipes: functions that return a complete `Config`, named model_epochs_batch.
+
+The ImageNet recipes have the official numbers of MoCo v3 (temperature 0.2, base learning rate
+1.5e-4, weight decay 0.1, momentum 0.99 rising to 1, 40 epochs of warm-up, crops from 8 % of the
+area). The small ones train in minutes on a CPU.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import replace
+
+from fastmoco.config import Config
+from fastmoco.recipes.byol import byol_digits, byol_vit_s16_e300_b4096
+from fastmoco.recipes.moco_v3 import vit_b16_e300_b4096, vit_s16_e300_b1024, vit_s16_e300_b4096
+from fastmoco.recipes.small import (
+    quickstart_digits,
+    vit_nano7_e12_b256,
+    vit_nano8_e60_b256,
+)
+from fastmoco_pipelines.spec import ViewSpec
+
+__all__ = [
+    "RECIPES",
+    "get_recipe",
+    "quickstart_digits",
+    "vit_b16_e300_b4096",
+    "vit_nano7_e12_b256",
+    "vit_nano8_e60_b256",
+    "vit_s16_e300_b1024",
+    "vit_s16_e300_b4096",
+    "with_image_size",
+]
+
+RECIPES: dict[str, Callable[[], Config]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        vit_s16_e300_b4096,
+        vit_s16_e300_b1024,
+        vit_b16_e300_b4096,
+        vit_nano7_e12_b256,
+        vit_nano8_e60_b256,
+        quickstart_digits,
+        byol_vit_s16_e300_b4096,
+        byol_digits,
+    )
+}
+
+
+def with_image_size(config: Config, image_size: int, *, patch_size: int | None = None) -> Config:
+    """The same recipe at another image size: its views follow, and the blur, which is in pixels, scales along.
+
+    Small crops keep their share of the image size, to whole patches.
+
+    Raises:
+        ValueError: if `image_size` is not a multiple of the patch size.
+    """
+
+    patch = patch_size or config.model.patch_size
+
+    def resized(view: ViewSpec, size: int = image_size) -> ViewSpec:
+        low, high = (sigma * size / view.size for sigma in view.blur_sigma)
+        return replace(view, size=size, blur_sigma=(low, high))
+
+    def small(view: ViewSpec) -> ViewSpec:
+        patches = round(view.size * image_size / config.model.image_size / patch)
+        return resized(view, patch * max(1, patches))
+
+    model = replace(config.model, image_size=image_size, patch_size=patch)
+    data = replace(
+        config.data,
+        view1=resized(config.data.view1),
+        view2=resized(config.data.view2),
+        more_views=tuple(map(small, config.data.more_views)),
+    )
+    return replace(config, model=model, data=data)
+
+
+def get_recipe(name: str) -> Config:
+    """The config of a recipe.
+
+    Raises:
+        ValueError: if there is no recipe of that name; the message suggests similar names.
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    near = difflib.get_close_matches(name, RECIPES, n=2, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(RECIPES)}"
+    raise ValueError(f"recipe {name!r} does not exist; {hint} `fastmoco recipes` lists them")

@@ -1,0 +1,172 @@
+"""The folder of one run: its files, its lock, and the removal of outdated
+metrics after a resume.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from fastmoco.errors import RunError
+from fastmoco_pipelines.files import write_file
+
+
+class RunFolder:
+    """Paths of a run, and its lock.
+
+    Layout: `config.json` (the config, its resolved values, the run's id), `metrics.jsonl` (one line
+    for each logged step), `checkpoints/`, `quarantine.jsonl` (bad images found), `curves.png`,
+    `lock`, `starts.json` (starts without progress), and after a run `DONE` or `PREEMPTED`, because
+    launchers hide exit codes. The folder has mode 0700.
+
+    Args:
+        path: the folder; `acquire` creates it if absent.
+
+    Attributes:
+        checkpoints: folder of the checkpoints.
+        metrics: JSON lines, one for each logged step.
+        quarantine: list of the bad images that the run has found; every rank appends to it.
+        curves: picture of the loss and the accuracy.
+        starts: the number of starts without progress.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.quarantine = path / "quarantine.jsonl"
+        self.curves = path / "curves.png"
+        self.starts = path / "starts.json"
+        self._config = path / "config.json"
+        self._lock: IO[str] | None = None
+
+    def write_starts(self, data: dict[str, Any]) -> None:
+        """Write the number of starts without progress."""
+        _replace(self.starts, json.dumps(data) + "\n")
+
+    def mark(self, name: Literal["DONE", "PREEMPTED"] | None, text: str = "") -> None:
+        """Record by the name of a file how the run ended; None: it has not. One
+        mark replaces the other.
+
+        Does nothing in a process that does not hold the lock.
+        """
+        if self._lock is None:
+            return
+        for other in ("DONE", "PREEMPTED"):
+            if other != name:
+                (self.path / other).unlink(missing_ok=True)
+        if name is not None:
+            # The run ended as requested, so repeated preemption before the next
+            # step does not count as a failure.
+            self.starts.unlink(missing_ok=True)
+            _replace(self.path / name, text + "\n")
+
+    def take_leftovers(self) -> list[str]:
+        """Remove incomplete files of a killed run, which no reader opens, and return their names.
+
+        Does nothing in a process that does not hold the lock.
+        """
+        if self._lock is None:
+            return []
+        found = sorted(self.path.glob("*.tmp"))
+        for path in found:
+            path.unlink()
+        return [path.name for path in found]
+
+    def acquire(self) -> None:
+        """Lock the folder for this process until `release` or the end of the
+        process, however it ends.
+
+        Raises:
+            RunError: if the folder cannot be written, or another process trains into it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            self._lock = os.fdopen(descriptor, "a+")  # held open until the run ends
+        except OSError as error:
+            raise RunError(f"cannot write to {self.path}: {error.strerror}; choose another --out") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "unknown"
+            self._lock.close()
+            self._lock = None
+            raise RunError(f"{self.path} is in use by process {owner}; wait for it or choose another --out") from error
+        try:
+            self._lock.truncate(0)
+            self._lock.write(str(os.getpid()))
+            self._lock.flush()
+            self._require_writable()
+        except OSError as error:
+            self.release()
+            name = error.filename or self.path
+            raise RunError(f"cannot write to {name}: {error.strerror}; fix it or choose another --out") from error
+
+    def _require_writable(self) -> None:
+        """Detect an error now that would otherwise end the run at its first line of metrics.
+
+        Raises:
+            OSError: with the name of the file.
+        """
+        for path in (self.metrics, self._config, self.starts):
+            if path.exists():
+                with path.open("ab"):
+                    pass
+
+    def release(self) -> None:
+        """Unlock the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def read_config(self) -> dict[str, Any]:
+        """The content of `config.json`; empty if the file is missing or not a JSON object."""
+        try:
+            found = json.loads(self._config.read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def write_config(self, data: dict[str, Any]) -> None:
+        """Write `config.json`."""
+        _replace(self._config, json.dumps(data, indent=2) + "\n")
+
+    def trim_metrics(self, step: int) -> int:
+        """Remove metrics after `step`, which the resumed run will write again,
+        and incomplete lines.
+
+        Returns:
+            The number of lines removed.
+        """
+        if not self.metrics.exists():
+            return 0
+        lines = self.metrics.read_text().splitlines()
+        kept = [line for line in lines if _step_of(line) <= step]
+        if len(kept) < len(lines):
+            _replace(self.metrics, "".join(f"{line}\n" for line in kept))
+        return len(lines) - len(kept)
+
+    def read_metric(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) for every line of `metrics.jsonl` with the metric."""
+        if not self.metrics.exists():
+            return []
+        rows = [json.loads(line) for line in self.metrics.read_text().splitlines() if _step_of(line) < float("inf")]
+        return [(int(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinite for an invalid line."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replace a file atomically and flush it, because a run without its id owns no checkpoint."""
+    write_file(path, text.encode(), mode=0o600, durable=True)

@@ -1,0 +1,1 @@
+"""The training step and what happens between steps: data, update, evaluation, saving, resume."""

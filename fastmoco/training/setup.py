@@ -1,0 +1,186 @@
+"""From a config to live objects: the choices that depend on this machine, each made in one place."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import fastmoco
+from fastmoco.config import Config, Resolved
+from fastmoco.distributed.mesh import World
+from fastmoco.evaluation.interface import Monitor
+from fastmoco.evaluation.monitor import KnnMonitor
+from fastmoco.optim.averaged import AveragedOptimizer
+from fastmoco.optim.build import name_of
+from fastmoco_kernels.attention.choice import AttentionChoice
+from fastmoco_pipelines import Loader, LoaderSpec, SyntheticLoader, build_loader
+from fastmoco_pipelines.loading.memory import loader_bytes
+from fastmoco_pipelines.spec import Device
+from fastmoco_pipelines.views.runtime import dali_version
+
+
+def share_cores(config: Config) -> int:
+    """Set torch's CPU threads for this process; several processes on one machine share its cores.
+
+    Returns:
+        The number of threads.
+    """
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // local_processes)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def data_device(config: Config, world: World) -> Device:
+    """Where DALI works: beside the model unless the config says otherwise."""
+    if config.data.device == "auto":
+        return "gpu" if world.device.type == "cuda" else "cpu"
+    return config.data.device
+
+
+def loader_spec(config: Config, world: World, *, threads: int) -> LoaderSpec:
+    """What the training loader of a config delivers here: beside a GPU, levels, which the step normalises by chunks.
+
+    Raises:
+        ValueError: if ``data.shards`` is not given, and the images are not synthetic.
+    """
+    device = "cpu" if config.data.synthetic else data_device(config, world)
+    spec = config.loader_spec(device=device, threads=config.data.threads or threads)
+    wanted = config.data.view_dtype
+    if wanted == "auto":
+        wanted = "uint8" if world.device.type == "cuda" else "float32"
+    return replace(spec, view_dtype=wanted)
+
+
+def reserved_bytes(world: World, loader: Loader | SyntheticLoader) -> float:
+    """Bytes of the model's device that a plan of the step must leave to the loader, beside the batch that is in use.
+
+    The batch of a synthetic loader, which a plan counts, lies there already: less than nothing.
+    """
+    held = loader_bytes(loader.spec, world.world_size)
+    if isinstance(loader, SyntheticLoader):
+        return -float(held.batch_bytes)
+    on_gpu = world.device.type == "cuda"
+    return float(held.beside_batch_bytes) if on_gpu == (loader.spec.device == "gpu") else 0.0
+
+
+def build_train_loader(
+    config: Config,
+    world: World,
+    *,
+    threads: int,
+    start_step: int = 0,
+    shuffle_window: int | None = None,
+    quarantine_list: Path | None = None,
+) -> Loader | SyntheticLoader:
+    """The loader of a config, about to deliver the batch of ``start_step``.
+
+    Args:
+        config: the run.
+        world: this process among those that train.
+        threads: of DALI, where the config does not say.
+        start_step: step of the first batch.
+        shuffle_window: what the run began with, for a config that leaves it open.
+        quarantine_list: the run's list of bad images.
+
+    Raises:
+        ValueError: if ``data.shards`` is not given.
+    """
+    if config.data.synthetic:
+        spec = loader_spec(config, world, threads=1)
+        return SyntheticLoader(
+            spec, rank=world.rank, world_size=world.world_size, device=world.device, start_step=start_step
+        )
+    spec = loader_spec(config, world, threads=threads)
+    device = spec.device
+    if spec.shuffle_window is None:
+        spec = replace(spec, shuffle_window=shuffle_window)
+    device_id = world.device.index if device == "gpu" else None
+    return build_loader(
+        spec,
+        rank=world.rank,
+        world_size=world.world_size,
+        device_id=device_id,
+        start_step=start_step,
+        quarantine_list=quarantine_list,
+        pin_memory=world.device.type == "cuda",
+        begin=False,
+    )
+
+
+def build_monitors(
+    config: Config, world: World, *, threads: int, precision: str, quarantine_list: Path | None = None
+) -> list[Monitor]:
+    """The evaluations that a config asks for while it trains.
+
+    Args:
+        config: the run.
+        world: this process among those that train.
+        threads: of DALI, where the config does not say.
+        precision: of the encoder: "bf16", "fp32" or "fp64".
+        quarantine_list: the run's list of bad images.
+    """
+    knn = build_knn(config, world, threads=threads, precision=precision, quarantine_list=quarantine_list)
+    return [knn] if knn is not None else []
+
+
+def build_knn(
+    config: Config, world: World, *, threads: int, precision: str, quarantine_list: Path | None = None
+) -> KnnMonitor | None:
+    """The kNN monitor; None without held-out shards or without an interval."""
+    if not config.knn.test_shards or config.knn.every_epochs == 0:
+        return None
+    return KnnMonitor(
+        config,
+        world,
+        threads=config.data.threads or threads,
+        device=data_device(config, world),
+        precision=precision,
+        quarantine_list=quarantine_list,
+    )
+
+
+def describe(
+    resolved: Resolved,
+    world: World,
+    precision: str,
+    attention: AttentionChoice,
+    plan: Mapping[str, Any],
+    optimizer: AveragedOptimizer,
+) -> dict[str, Any]:
+    """What a config came to on this machine, for ``config.json`` and checkpoints."""
+    return {
+        **asdict(resolved),
+        "precision": precision,
+        "attention": asdict(attention),
+        "chunk": plan["chunk"],
+        "plan": dict(plan),
+        "optimizer": name_of(optimizer),
+        "device": world.device.type,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions that a run's numbers depend on."""
+    found = {
+        "fastmoco": fastmoco.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": str(numpy.__version__),
+    }
+    if (dali := dali_version()) is not None:
+        found["dali"] = dali
+    if "torchao" in sys.modules:  # there only where a model multiplies with it
+        found["torchao"] = importlib.metadata.version("torchao")
+    return found

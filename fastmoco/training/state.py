@@ -1,0 +1,137 @@
+"""Everything a run is, as named tensors and JSON; and a run made from them again.
+
+Tensors: ``model.*`` (parameters and buffers of the objective), ``optimizer.*`` by parameter name, ``rng.*``.
+The data need nothing but the step. Tensors may be sharded over the ranks: each then reads and holds its own part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fastmoco.checkpoint import Checkpoint, CheckpointError, flatten_optimizer, restore_optimizer
+from fastmoco.distributed.mesh import group_rank
+from fastmoco.errors import RunError
+from fastmoco.optim.averaged import AveragedOptimizer
+from fastmoco_kernels.tensors import local
+
+
+def collect(objective: nn.Module, optimizer: AveragedOptimizer) -> dict[str, Tensor]:
+    """Every tensor of the run's state, by name; none is copied but the states of the random numbers, which each rank has."""
+    tensors = _model_tensors(objective, group_rank())
+    tensors |= flatten_optimizer(optimizer.inner, objective.named_parameters())
+    tensors[_of_rank("rng.cpu", group_rank())] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors[_of_rank("rng.cuda", group_rank())] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def restore(
+    objective: nn.Module, optimizer: AveragedOptimizer, checkpoint: Checkpoint, next_ema_momentum: float | None = None
+) -> None:
+    """Put a collected state back, in place: objective and optimizer may be sharded, over other ranks than when it was saved.
+
+    A rank beyond those that saved takes the random numbers of the first. Averages are made ready for the next step, at the end
+    of which they move. They are saved so, but after a run's last step, and by runs from when a step began with it.
+
+    Args:
+        objective: of the run.
+        optimizer: over the objective's trainable parameters.
+        checkpoint: whose state to take.
+        next_ema_momentum: momentum of the move that ends the checkpoint's last step; None if there is none.
+
+    Raises:
+        CheckpointError: if a tensor is missing, left over or of another shape.
+    """
+    restore_model(objective, checkpoint)
+    parameters = dict(objective.named_parameters())
+    moments = {
+        name: _blank_like(name, entry, parameters)
+        for name, entry in checkpoint.entries.items()
+        if name.startswith("optimizer.")
+    }
+    rng = {}
+    for kind in ("rng.cpu", "rng.cuda"):
+        own = _of_rank(kind, group_rank())
+        name = own if own in checkpoint.entries else kind
+        if name in checkpoint.entries:
+            rng[name] = torch.empty_like(checkpoint.entries[name], device="cpu")
+    checkpoint.read_into(moments | rng)
+    restore_optimizer(optimizer.inner, objective.named_parameters(), moments)
+    for name, state in rng.items():
+        if name.startswith("rng.cpu"):
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(state)
+    if next_ema_momentum is not None and not checkpoint.state.get("twin_advanced", False):
+        optimizer.move_averages(next_ema_momentum)
+
+
+def restore_model(objective: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put the objective's networks back, in place; they may be sharded.
+
+    A rank beyond those that saved takes the first one's part of what each rank has for itself.
+
+    Raises:
+        CheckpointError: if a tensor is missing, left over or of another shape.
+    """
+    own, first = (_model_tensors(objective, rank) for rank in (group_rank(), 0))
+    targets = {
+        name if name in checkpoint.entries else shared: tensor
+        for (name, tensor), shared in zip(own.items(), first, strict=True)
+    }
+    of_others = tuple(f"model.{name}.rank" for name in _per_rank(objective))
+    known = targets.keys() | first.keys()
+    beyond = [
+        name
+        for name in checkpoint.entries
+        if name.startswith("model.") and name not in known and not (of_others and name.startswith(of_others))
+    ]
+    if beyond:
+        raise CheckpointError(
+            f"{checkpoint.path} holds {beyond[:5]}, which the model lacks; was it changed since the save?"
+        )
+    checkpoint.read_into(targets)
+
+
+def _blank_like(name: str, entry: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Where an entry of the optimizer's state is to be read: sharded like its parameter, if it has its shape."""
+    parameter = parameters.get(name.removeprefix("optimizer.").rpartition(".")[0])
+    if parameter is None or parameter.shape != entry.shape:
+        return torch.empty_like(entry, device="cpu")
+    return torch.empty_like(parameter.detach(), dtype=entry.dtype)
+
+
+def _model_tensors(objective: nn.Module, rank: int) -> dict[str, Tensor]:
+    """Parameters and buffers under the names that a rank saves them by."""
+    own = _per_rank(objective)
+    return {
+        _of_rank(f"model.{name}", rank) if name in own else f"model.{name}": tensor
+        for name, tensor in objective.state_dict().items()
+    }
+
+
+def _per_rank(objective: nn.Module) -> frozenset[str]:
+    """Buffers that differ between ranks on purpose (`Objective.per_rank`)."""
+    return getattr(objective, "per_rank", frozenset())
+
+
+def _of_rank(kind: str, rank: int) -> str:
+    return kind if rank == 0 else f"{kind}.rank{rank}"
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to save a state that no run could go on from; the checkpoints before it stay.
+
+    Raises:
+        RunError: naming the first tensor with NaN or infinity.
+    """
+    for name, tensor in tensors.items():
+        (own,) = local([tensor])
+        if own.is_floating_point() and not bool(torch.isfinite(own).all()):
+            raise RunError(
+                f"{name} is not finite: this state is not saved, and the checkpoints before it are kept. "
+                "Continue from them with a lower --optim.lr or a longer --optim.warmup-epochs in a new --out"
+            )

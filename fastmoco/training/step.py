@@ -1,0 +1,117 @@
+"""One optimizer step, from a batch to moved weights, in the order in which it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmoco.config import Config, Resolved
+from fastmoco.objectives.interface import Objective, Output, Progress
+from fastmoco.optim.averaged import AveragedOptimizer
+from fastmoco.optim.schedule import learning_rate
+from fastmoco.telemetry.stability import gradient_norms
+from fastmoco.training.step_guard import StepGuard
+from fastmoco_kernels.tensors import local
+from fastmoco_pipelines import Batch
+
+
+class StepResult(NamedTuple):
+    """What a step leaves to look at; all tensors are on the device."""
+
+    output: Output
+    """Of the forward on this rank."""
+    norms: Mapping[str, Tensor]
+    """Gradient norms by place in the network, and their "total", before clipping."""
+    at: Progress
+    """The step."""
+    lr: float
+    """Its learning rate."""
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss of this rank."""
+        return self.output.loss
+
+
+class TrainStep:
+    """Call it with a batch and the progress of the run. Nothing in it waits for the device.
+
+    Args:
+        config: of the run.
+        resolved: what it became.
+        objective: sharded already where it will be.
+        forward_backward: a batch's output, with its gradients in `grad` of every trainable parameter.
+        optimizer: of the objective's parameters and their averages.
+        guard: decides which steps are skipped.
+
+    Attributes:
+        forward_backward: as given.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        resolved: Resolved,
+        *,
+        objective: Objective,
+        forward_backward: Callable[..., Output],
+        optimizer: AveragedOptimizer,
+        guard: StepGuard,
+    ) -> None:
+        self.forward_backward = forward_backward
+        self._config, self._resolved = config, resolved
+        self._objective, self._optimizer, self._guard = objective, optimizer, guard
+        self._trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        self._device = next(iter(self._trainable.values())).device
+        self._places = objective.places()
+
+    def learning_rate(self, at: Progress) -> float:
+        """The learning rate of a step, a pure function of its progress."""
+        return learning_rate(
+            at.step,
+            peak=self._resolved.peak_lr,
+            epochs=at.epochs,
+            warmup_epochs=self._config.optim.warmup_epochs,
+            steps_per_epoch=at.steps_per_epoch,
+        )
+
+    def __call__(self, batch: Batch, at: Progress, *, accuracy: bool = False) -> StepResult:
+        """One optimizer step.
+
+        Args:
+            batch: this rank's part of the global batch.
+            at: the step.
+            accuracy: whether the output gets figures that cost a pass of their own.
+        """
+        lr = self.learning_rate(at)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        views = [view.to(self._device, non_blocking=True) for view in batch.views]
+        self._objective.zero_grad(set_to_none=True)
+
+        # The forward writes buffers, which the guard restores if the step turns out bad.
+        self._guard.begin()
+        output = self.forward_backward(*views, at=at, accuracy=accuracy)
+        for name in self._objective.frozen(at):
+            self._trainable[name].grad = None
+
+        # One pass over the gradients; the guard, clipping, telemetry and rollback all read its norms.
+        norms = gradient_norms(self._trainable.items(), self._places)
+        skip = self._guard.judge(output.loss, norms["total"])
+        self._clip(norms["total"])
+
+        # Weights and averages move, unless the step is skipped; then queues and centres.
+        self._optimizer.step(ema_momentum=self._objective.ema_momentum(at), skip=skip)
+        self._objective.after_step(skip, at)
+        return StepResult(output, norms, at, lr)
+
+    @torch.no_grad()
+    def _clip(self, total: Tensor) -> None:
+        """Shorten the gradients, as one vector, to `optim.clip_norm`; 0: never."""
+        clip_norm = self._config.optim.clip_norm
+        if clip_norm > 0:
+            gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
+            torch._foreach_mul_(local(gradients), (clip_norm / total).clamp(max=1.0))

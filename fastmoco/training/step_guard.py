@@ -1,0 +1,91 @@
+"""A step whose loss or gradients are not finite leaves no trace, and is decided on without waiting for the device.
+
+One NaN pixel makes the statistics of batch norms NaN for all images, in the forward. A model whose optimizer
+merely skips such a step trains on, looks healthy, and gives NaN in eval mode from then on. So buffers are copied
+at the start of a step and restored by a select on the device, and the optimizer gets a flag on the device
+(`optim/averaged.py`). The flag is the worst of all ranks. A forward draws no random numbers, so there are none to
+restore.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastmoco.distributed.agree import largest
+from fastmoco.distributed.mesh import World
+from fastmoco.errors import RunError
+
+
+class StepGuard:
+    """Call `begin` before a forward, `judge` after its backward, and `report` when waiting for the device is no loss.
+
+    Args:
+        objective: whose buffers a forward writes.
+        world: this process among its peers.
+        patience: consecutive bad steps that end the run.
+
+    Attributes:
+        skipped: steps skipped, as far as `report` has looked.
+    """
+
+    def __init__(self, objective: nn.Module, world: World, *, patience: int) -> None:
+        self._patience = patience
+        self._buffers = list(objective.buffers())
+        self._before = [buffer.clone() for buffer in self._buffers]
+        self.skipped = 0
+        # In all, in a row up to now, the longest row since the last report.
+        self._counts = torch.zeros(3, dtype=torch.int64, device=world.device)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Remember what a forward writes."""
+        if self._buffers:
+            torch._foreach_copy_(self._before, self._buffers)
+
+    @torch.no_grad()
+    def judge(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
+        """Decide whether a step is skipped, and restore the buffers that its forward has written if so.
+
+        Args:
+            loss: of this rank, a scalar.
+            gradient_norm: of all gradients as one vector, averaged over ranks.
+
+        Returns:
+            One float32 on the device, the same on all ranks: 1 for a step to skip, else 0. No host sync.
+        """
+        bad = ~(torch.isfinite(loss.detach()) & torch.isfinite(gradient_norm))
+        found = largest(bad.to(torch.float32))
+        bad = found > 0
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(torch.where(bad, before, buffer))
+        number = bad.to(torch.int64)
+        row = (self._counts[1] + number) * number
+        self._counts = torch.stack([self._counts[0] + number, row, torch.maximum(self._counts[2], row)])
+        return found
+
+    def forget(self) -> None:
+        """Begin a new row of bad steps: those up to now have never been (`rollback.py`). No host sync."""
+        self._counts[1:].zero_()
+
+    def report(self, step: int) -> list[str]:
+        """What there is to say since the last call; one host sync.
+
+        Args:
+            step: steps done.
+
+        Raises:
+            RunError: if too many steps in a row were skipped.
+        """
+        total, _, longest = self._counts.tolist()
+        new, self.skipped = total - self.skipped, total
+        self._counts[2] = self._counts[1]
+        if longest >= self._patience:
+            raise RunError(
+                f"{longest} steps in a row up to step {step} gave a loss or gradients that are not finite, and "
+                f"faults.max_skipped_steps={self._patience}; none of them changed the model. "
+                "Lower --optim.lr, lengthen --optim.warmup-epochs or set --optim.clip-norm, in a new --out"
+            )
+        if not new:
+            return []
+        return [f"warning: {new} steps up to step {step} skipped, loss or gradients not finite ({total} so far)"]

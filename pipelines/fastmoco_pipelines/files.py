@@ -1,0 +1,153 @@
+"""Files written whole or not at all, their hashes, and locks that are released when their owner
+dies.
+
+flock belongs to the open file, not to the process: two descriptors opened apart exclude each other
+    even in one thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def try_lock(descriptor: int, how: int) -> bool:
+    """Whether the lock (fcntl.LOCK_SH or LOCK_EX) was free and is held now.
+
+    Raises:
+        OSError: where the file system knows no locks.
+    """
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EINTR):
+            return False
+        raise
+    return True
+
+
+def lock_path(path: str) -> int | None:
+    """A descriptor that holds a file's exclusive lock; None while another descriptor holds any
+    lock, or without such a file."""
+    try:
+        # NFS gives an exclusive lock only to descriptors that may write
+        descriptor = os.open(path, os.O_RDWR | OPEN_FLAGS)
+    except OSError:
+        return None
+    mine = False
+    try:
+        mine = try_lock(descriptor, fcntl.LOCK_EX)
+    finally:
+        if not mine:
+            os.close(descriptor)
+    return descriptor if mine else None
+
+
+def is_free(path: str) -> bool:
+    """Whether a file's lock is free at this moment."""
+    descriptor = lock_path(path)
+    if descriptor is not None:
+        os.close(descriptor)
+    return descriptor is not None
+
+
+def is_named(descriptor: int, path: str) -> bool:
+    """Whether a descriptor is still the file of this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def remove(path: str) -> None:
+    """Remove a file, if that is possible."""
+    try:
+        os.unlink(path)
+    except OSError:
+        return
+
+
+def remove_if_free(path: str) -> None:
+    """Remove a file unless its lock is held."""
+    descriptor = lock_path(path)
+    if descriptor is not None:
+        remove(path)
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A new name beside `path`, which takes the place of `path` when the block ends.
+
+    A reader of `path` sees the old file or the new one, never half of it. On an error the new file
+    is removed.
+    """
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield fresh
+        os.replace(fresh, path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def write_file(path: Path, content: bytes, *, mode: int = 0o666, durable: bool = False) -> Path:
+    """Write a file whole or not at all; returns `path`.
+
+    Args:
+        path: a file of this name is replaced.
+        content: all of it.
+        mode: permissions of the file, less the umask.
+        durable: push the bytes through to the disk before the file gets its name.
+
+    Raises:
+        OSError: if it cannot be written; an older file stays as it was.
+    """
+    with whole_file(path) as fresh:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS
+        with open(os.open(fresh, flags, mode), "wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+    return path
+
+
+SEAL = b',"content_hash":"'
+"""What is before the hash at the end of a sealed JSON file."""
+
+
+def sealed_json(content: dict[str, Any]) -> bytes:
+    """JSON with a last field, `content_hash`: SHA-256 (hex) of the text as it would be without
+    it."""
+    text = json.dumps(content, separators=(",", ":")).encode("ascii")
+    return text[:-1] + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"}'
+
+
+def is_sealed(text: bytes) -> bool:
+    """Whether the hash at the end of a JSON text is there and right."""
+    head, _, end = text.rpartition(SEAL)
+    return end == hashlib.sha256(head + b"}").hexdigest().encode() + b'"}'
+
+
+def write_json(path: Path, content: dict[str, Any], *, sealed: bool = False) -> Path:
+    """Write a JSON file whole or not at all, as `sealed_json` if asked; returns `path`."""
+    plain = json.dumps(content, separators=(",", ":")).encode("ascii")
+    return write_file(path, sealed_json(content) if sealed else plain)
+
+
+def hash_file(source: Path | int) -> str:
+    """SHA-256 (hex) of a whole file: of a path, or of an open descriptor, which stays open."""
+    with open(source, "rb", closefd=not isinstance(source, int)) as file:
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,238 @@
+"""The list of samples that are not delivered (`quarantine.jsonl`): which, why and since when. The
+tars stay as they are.
+
+`fastmoco data check` writes one beside the tars, and loaders honour it when they open the set; a
+run keeps its own discoveries in its run folder. One JSON object a line:
+
+{"shard": "train-000000.tar", "key": "000000012", "extension": "jpg", "offset": 512, "size": 9001, "crc32": 1, "reason":
+"...", "when": "2026-11-22T01:55:00Z"}
+
+A line is about bytes, not names: it applies only if shard, offset, size and crc32 are those of the
+    index. After a tar was fixed or packed again its old lines are stale: they match nothing, and
+    are counted when the set is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastmoco_pipelines.files import write_file
+from fastmoco_pipelines.text import escaped
+
+NAME = "quarantine.jsonl"
+MAX_REASON = 500
+"""Longest reason that is kept, in characters."""
+_MAX_LINE = 1 << 16
+_NUMBERS = ("offset", "size", "crc32")
+_TEXTS = ("shard", "key", "extension", "reason", "when")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuarantineEntry:
+    """One sample that is not delivered.
+
+    Attributes:
+        shard: file name of the tar, without its folder; `key` and `extension` name the member.
+        offset: of the image's first byte in the tar; `size` in bytes; `crc32` by the index.
+        reason: why, in words; control characters are escaped.
+        when: moment of the discovery, UTC, ISO 8601.
+    """
+
+    shard: str
+    key: str
+    extension: str
+    offset: int
+    size: int
+    crc32: int
+    reason: str
+    when: str
+
+    @property
+    def identity(self) -> tuple[str, int, int, int]:
+        """What an index must agree with."""
+        return self.shard, self.offset, self.size, self.crc32
+
+
+class Quarantine:
+    """Samples that are not delivered, each once.
+
+    Attributes:
+        broken: lines of the file that could not be understood and were left out.
+    """
+
+    def __init__(self, entries: Iterable[QuarantineEntry] = (), *, broken: int = 0) -> None:
+        self.broken = broken
+        self._entries: dict[tuple[str, int, int, int], QuarantineEntry] = {}
+        for entry in entries:
+            self._entries.setdefault(entry.identity, entry)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The list in a file; empty where there is none. A line cut by a crash is counted in
+        `broken`."""
+        try:
+            with open(path, "rb") as file:
+                return cls.load(file)
+        except FileNotFoundError:
+            return cls()
+
+    @classmethod
+    def load(cls, file: BinaryIO) -> Self:
+        """The list in an open file."""
+        entries, broken = [], 0
+        while line := file.readline(_MAX_LINE):
+            entry = _parse(line)
+            if entry is not None:
+                entries.append(entry)
+            elif line.strip():
+                broken += 1
+        return cls(entries, broken=broken)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[QuarantineEntry]:
+        return iter(self._entries.values())
+
+    def add(
+        self,
+        *,
+        shard: str,
+        key: str,
+        extension: str,
+        offset: int,
+        size: int,
+        crc32: int,
+        reason: str,
+        when: str = "",
+    ) -> QuarantineEntry | None:
+        """Note one sample; `when` is now unless given.
+
+        Returns:
+            The new entry, or None if this sample is listed already.
+        """
+        entry = QuarantineEntry(
+            shard=shard,
+            key=key,
+            extension=extension,
+            offset=int(offset),
+            size=int(size),
+            crc32=int(crc32),
+            reason=escaped(reason)[:MAX_REASON],
+            when=when or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
+        if entry.identity in self._entries:
+            return None
+        self._entries[entry.identity] = entry
+        return entry
+
+    def update(self, other: Iterable[QuarantineEntry]) -> None:
+        """Take over the entries of another list; of a sample that both hold, the first entry
+        stays."""
+        for entry in other:
+            self._entries.setdefault(entry.identity, entry)
+
+    def applies(self, shard: str, offset: int, size: int, crc32: int) -> str | None:
+        """The reason why this sample is not delivered, or None."""
+        entry = self._entries.get((shard, int(offset), int(size), int(crc32)))
+        return None if entry is None else entry.reason
+
+    def rows(
+        self, shard: str, offset: ArrayLike, size: ArrayLike, crc32: ArrayLike
+    ) -> dict[int, str]:
+        """Which rows of a shard's index are not delivered, and why.
+
+        Args:
+            shard: file name of the tar.
+            offset, size, crc32: columns of its index, [n] each.
+
+        Returns:
+            {row: reason}. Entries of this shard beyond these are stale.
+        """
+        wanted = {entry.identity[1:]: entry.reason for entry in self if entry.shard == shard}
+        if not wanted:
+            return {}
+        offsets, sizes, checksums = np.asarray(offset), np.asarray(size), np.asarray(crc32)
+        candidates = np.flatnonzero(np.isin(offsets, [place[0] for place in wanted])).tolist()
+        places = (
+            (row, (int(offsets[row]), int(sizes[row]), int(checksums[row]))) for row in candidates
+        )
+        return {row: wanted[place] for row, place in places if place in wanted}
+
+    def write(self, path: Path) -> Path:
+        """Write the whole list in place of an older file: a reader sees the old one or the new one,
+        never half of it."""
+        return write_file(path, b"".join(map(_line, self)))
+
+
+def append_entry(path: Path, entry: QuarantineEntry) -> None:
+    """Add one line to a file, created if needed. Many processes may do so at once: every line is
+    one write.
+
+    Raises:
+        OSError: if the line cannot be written in full.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        end = os.fstat(descriptor).st_size
+        # A writer was killed in the middle of a line.
+        torn = end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"
+        line = b"\n" * torn + _line(entry)
+        if os.write(descriptor, line) != len(line):
+            raise OSError(
+                f"{path}: no room for the line about {entry.shard}: {entry.key}.{entry.extension}"
+            )
+    finally:
+        os.close(descriptor)
+
+
+def read_list(path: Path) -> tuple[Quarantine, str | None]:
+    """The list in a file, and what is wrong with it, if anything, in a sentence."""
+    try:
+        read = Quarantine.read(path)
+    except OSError as error:
+        return (
+            Quarantine(),
+            f"{path}: cannot be read ({error.strerror}); bad images will be found again",
+        )
+    broken = (
+        f"{path}: {read.broken} lines are no entries of a list and were passed over"
+        if read.broken
+        else None
+    )
+    return read, broken
+
+
+def quarantine_path(folder: Path) -> Path:
+    """Path of the list of a folder of shards, or of a run."""
+    return folder / NAME
+
+
+def _line(entry: QuarantineEntry) -> bytes:
+    return json.dumps(asdict(entry)).encode("ascii") + b"\n"
+
+
+def _parse(line: bytes) -> QuarantineEntry | None:
+    try:
+        content: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict):
+        return None
+    numbers: dict[str, Any] = {name: content.get(name) for name in _NUMBERS}
+    texts: dict[str, Any] = {name: content.get(name) for name in _TEXTS}
+    if not all(type(value) is int and 0 <= value < 2**63 for value in numbers.values()):
+        return None
+    if not all(isinstance(value, str) for value in texts.values()):
+        return None
+    fields = {name: escaped(text) for name, text in texts.items()} | numbers
+    return QuarantineEntry(**fields)

@@ -1,0 +1,1 @@
+"""Which samples of a set are bad, and which ones take their places."""

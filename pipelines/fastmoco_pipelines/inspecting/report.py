@@ -1,0 +1,130 @@
+"""What `fastmoco data check` found: faults by file, member and reason, and the account of every
+sample."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastmoco_pipelines.files import write_json
+from fastmoco_pipelines.text import escaped
+
+FORMAT = "fastmoco-check"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One thing that is wrong.
+
+    Attributes:
+        shard: file name of the tar.
+        member: name inside it, escaped; empty where the fault is the tar's or its index's.
+        kind: in two or three words, for counting: "damaged image", "stale index", "unsafe name",
+            ...
+        reason: in a sentence.
+        offset: of the member's first byte in the tar, or None.
+        outcome: "quarantined" (an index lists it, loaders pass it over), "left out" (no index lists
+            it), "lost" (promised and gone), "noted" (no sample suffers), or "allowed for by its
+            index" (made with `salvage`, it knows of this damage).
+        path: of the tar, or its URL without secrets, where another tar has the same file name; else
+            empty.
+    """
+
+    shard: str
+    member: str
+    kind: str
+    reason: str
+    offset: int | None = None
+    outcome: str = "noted"
+    path: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class CheckReport:
+    """The outcome of a check. `promised == delivered + quarantined` holds always.
+
+    Attributes:
+        pattern: what was checked; `shards`: how many tars; `total_bytes`: their size.
+        promised: samples that index or manifest promise; for a tar without either, those that an
+            index would list.
+        delivered: those that a loader can deliver, once its indexes are in order.
+        quarantined: those that it cannot, the lost ones among them.
+        left_out: further members that would be samples but that no index lists, for the reason
+            given.
+        refused_shards: tars that loaders refuse as they are, because index or tar is damaged.
+        unindexed: tars without an index, which count as refused too; no fault.
+        restarts: decoding processes that ended at work.
+        faults: in the order of the shards.
+        notes: for people; no faults.
+        quarantine_files: lists that were written; `uploads`: the URL where each belongs, for shards
+            of a server.
+        seconds: the check took.
+    """
+
+    pattern: str
+    shards: int = 0
+    total_bytes: int = 0
+    promised: int = 0
+    delivered: int = 0
+    quarantined: int = 0
+    left_out: int = 0
+    refused_shards: int = 0
+    unindexed: int = 0
+    restarts: int = 0
+    faults: list[Fault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    quarantine_files: list[Path] = field(default_factory=list)
+    uploads: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong, and nothing left to do before training."""
+        return not self.faults and not self.unindexed
+
+    def counts(self) -> dict[str, int]:
+        """Faults by kind, most frequent first."""
+        return dict(Counter(fault.kind for fault in self.faults).most_common())
+
+    def add(
+        self,
+        shard: str,
+        member: str,
+        kind: str,
+        reason: str,
+        *,
+        offset: int | None = None,
+        outcome: str = "noted",
+        path: str = "",
+    ) -> None:
+        """Note a fault; nothing from a tar gets through unescaped."""
+        self.faults.append(
+            Fault(
+                shard=escaped(shard),
+                member=escaped(member),
+                kind=kind,
+                reason=escaped(reason),
+                offset=offset,
+                outcome=outcome,
+                path=escaped(path),
+            )
+        )
+
+    def write(self, path: Path) -> Path:
+        """Write the report as JSON: the fields of this class, the faults as objects, and
+        `counts`."""
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "clean": self.clean,
+            "counts": self.counts(),
+        }
+        return write_json(
+            path,
+            content
+            | asdict(self)
+            | {"quarantine_files": [str(file) for file in self.quarantine_files]},
+        )

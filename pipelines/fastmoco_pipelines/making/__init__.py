@@ -1,0 +1,1 @@
+"""Writes shards and indexes. Only the command line imports it."""

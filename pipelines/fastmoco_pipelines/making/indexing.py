@@ -1,0 +1,324 @@
+"""`index_shards`: indexes for tars that were not packed by fastmoco, with labels numbered over the
+whole set."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from fastmoco_pipelines.errors import LabelError, ShardError
+from fastmoco_pipelines.files import hash_file
+from fastmoco_pipelines.formats.index import (
+    ShardIndex,
+    fits_tar,
+    index_path,
+    lost_entry,
+    read_any_index,
+    scan_tar,
+    write_index,
+)
+from fastmoco_pipelines.formats.labels import (
+    LabelRule,
+    NumberedLabels,
+    RawLabel,
+    Source,
+    number_labels,
+)
+from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
+from fastmoco_pipelines.formats.manifest import read_sets, write_sets
+from fastmoco_pipelines.sets.patterns import is_remote
+from fastmoco_pipelines.sets.whole_tars import LocalTars, RemoteTars, whole_names
+from fastmoco_pipelines.spec import CacheSpec
+from fastmoco_pipelines.stores.retries import Limits
+from fastmoco_pipelines.text import escaped, redact
+
+_ORIGIN = "indexed"  # marks the sets of a manifest that were written here
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostStretch:
+    """A part of a damaged tar in which no member could be found.
+
+    Attributes:
+        shard: file name of the tar; `member`: that the damage cut off, escaped, where its name is
+            known.
+        offset, size: in bytes; a size of 0: the file ends here, and what was to follow is gone.
+        reason: what is wrong there.
+    """
+
+    shard: str
+    member: str
+    offset: int
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexReport:
+    """What `index_shards` found.
+
+    Attributes:
+        shards, samples: how many were indexed.
+        skipped: (tar, member, reason) of what was left out; like all tars here by file name, or by
+            path where names repeat.
+        labels: where the labels come from: "cls", "json", "txt" or None.
+        classes: class names by label; empty where the labels are numbers or there are none.
+        labelled: samples that have a label.
+        note: for people; as a rule empty.
+        lost: what could not be salvaged of damaged tars, in file order.
+        gone: (tar, samples) that an older index or the manifest promised of damaged tars and that
+            are not found any more.
+        uploads: URLs of the places to which the indexes belong, by the folder where they were
+            written; of local shards none.
+    """
+
+    shards: int
+    samples: int
+    skipped: tuple[tuple[str, str, str], ...]
+    labels: Source | None = None
+    classes: tuple[str, ...] = ()
+    labelled: int = 0
+    note: str = ""
+    lost: tuple[LostStretch, ...] = ()
+    gone: tuple[tuple[str, int], ...] = ()
+    uploads: dict[Path, str] = field(default_factory=dict)
+
+
+def index_shards(
+    pattern: str,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    rule: LabelRule | None = None,
+    salvage: bool = False,
+    out: Path | None = None,
+    cache: CacheSpec | None = None,
+    transfers: Limits | None = None,
+) -> IndexReport:
+    """Write the index of every shard; for tars that were not made by `fastmoco data pack`.
+
+    Class names are sorted, numbered and kept in `manifest.json`; numbers are taken as they are.
+
+    Args:
+        pattern: as for `ShardSet.open`.
+        progress: called with (shards done, shards in all).
+        rule: where labels come from.
+        salvage: index what is left of damaged tars, and report what is lost.
+        out: folder for the indexes and the manifest of shards of a server; needed for these, and
+            for these alone.
+        cache: where copies of them are kept; None: the default folder and size.
+        transfers: times and tries of each transfer.
+
+    Raises:
+        ShardError: naming a tar that is damaged, holds no image or has labels that cannot be read,
+            after all others have been indexed; or for class names that do not fit those of the
+            folder's other sets; or, before anything is written, if `rule` names a source and no
+            image of the set has a label there.
+        ValueError: if the pattern names no shard, or `out` does not fit it.
+    """
+    if not is_remote(pattern):
+        if out is not None:
+            raise ValueError(
+                f"out={str(out)!r}: is for shards of a server; the index of a local tar is beside it"
+            )
+        return _index(LocalTars(pattern), progress, rule or LabelRule(), salvage)
+    if out is None:
+        raise ValueError(
+            f"shards={redact(pattern)!r}: nothing is written to a server: give a folder for the indexes (--out FOLDER), and "
+            "copy what is in it beside the shards afterwards"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    with closing(
+        RemoteTars(pattern, out, cache or CacheSpec(), transfers or Limits(), indexes=False)
+    ) as tars:
+        report = _index(tars, progress, rule or LabelRule(), salvage)
+        return replace(report, uploads={folder: redact(url) for folder, url in tars.urls.items()})
+
+
+def _index(
+    tars: LocalTars | RemoteTars,
+    progress: Callable[[int, int], None] | None,
+    rule: LabelRule,
+    salvage: bool,
+) -> IndexReport:
+    found: dict[Path, list[dict[Source, RawLabel]]] = {}
+    hashes: dict[Path, str] = {}
+    samples, skipped, failures = 0, [], []
+    lost: list[LostStretch] = []
+    gone: list[tuple[str, int]] = []
+    names = whole_names(tars)
+    # Not written unless the source that was asked for contains a label.
+    held: dict[Path, ShardIndex] = {}
+    labelled = rule.source in ("auto", "none")
+    for number, path in enumerate(tars.paths):
+        name = names.get(path, path.name)
+        with tars.at_hand(number):
+            try:
+                index, raw, damages = scan_tar(path, rule, salvage=salvage)
+                missing = _gone(path, index) if damages else 0
+            except ShardError as error:
+                failures.append(ShardError(str(error).replace(path.name, name, 1)))
+                continue
+            if isinstance(tars, RemoteTars):  # it is gone when the manifest is written
+                hashes[path] = hash_file(path)
+        found[path], held[path] = raw, index
+        if labelled := labelled or any(raw):
+            for ready in list(held):  # right already where labels are numbers
+                _label(ready, held.pop(ready), number_labels([found[ready]], rule).labels[0])
+        samples += len(index)
+        losses = {lost_entry(damage) for damage in damages}
+        skipped += [(name, *entry) for entry in index.skipped if entry not in losses]
+        lost += [
+            LostStretch(
+                shard=name,
+                member=escaped(damage.member),
+                offset=damage.position or 0,
+                size=damage.lost,
+                reason=escaped(damage.reason),
+            )
+            for damage in damages
+        ]
+        gone += [(name, missing)] if missing else []
+        if progress is not None:
+            progress(number + 1, len(tars.paths))
+    if held:  # To continue would drop the labels of an earlier index.
+        raise ShardError(rule.nothing_found(samples))
+    numbered = _number(found, rule)
+    for (path, raw), labels in zip(found.items(), numbered.labels, strict=True):
+        if labels != number_labels([raw], rule).labels[0]:
+            _label(path, read_any_index(path), labels)
+    _write_manifests(list(found), numbered, dict(zip(tars.paths, tars.sizes, strict=True)), hashes)
+    if failures:
+        more = (
+            f" And {len(failures) - 1} more of the {len(tars.paths)} tars failed."
+            if len(failures) > 1
+            else ""
+        )
+        raise ShardError(f"{failures[0]}{more}") from failures[0]
+    return IndexReport(
+        shards=len(tars.paths),
+        samples=samples,
+        skipped=tuple(skipped),
+        labels=numbered.source,
+        classes=numbered.classes,
+        labelled=sum(label >= 0 for labels in numbered.labels for label in labels),
+        note=numbered.note,
+        lost=tuple(lost),
+        gone=tuple(gone),
+    )
+
+
+def _gone(path: Path, index: ShardIndex) -> int:
+    """Samples of a damaged tar that an older index or the manifest knows, and the new index does
+    not.
+
+    Raises:
+        ShardError: if the older index was made for these very bytes, while they were whole: it is
+            the better one.
+    """
+    listed = (shard for entry in read_sets(path.parent).values() for shard in entry["shards"])
+    counts = [shard.get("samples") for shard in listed if shard["name"] == path.name]
+    promised = max((count - len(index) for count in counts if isinstance(count, int)), default=0)
+    try:
+        old = read_any_index(path)
+    except ShardError:
+        return max(0, promised)
+    if old.tar != path.name:
+        return max(0, promised)
+    missing = len(_rows(old) - _rows(index))
+    if missing and fits_tar(old, path):
+        raise ShardError(
+            f"{path.name}: its index knows {missing} samples more than can be found now: keep it, and let `fastmoco data "
+            f"check` find which of them are damaged. To salvage all the same, delete {index_path(path).name} first."
+        )
+    return max(promised, missing)
+
+
+def _rows(index: ShardIndex) -> set[tuple[int, int, int]]:
+    return set(zip(*(index.columns[name] for name in ("offset", "size", "crc32")), strict=True))
+
+
+def _label(path: Path, index: ShardIndex, labels: list[int]) -> None:
+    index.columns["label"] = labels
+    write_index(path, index)
+
+
+def _number(found: dict[Path, list[dict[Source, RawLabel]]], rule: LabelRule) -> NumberedLabels:
+    """Labels over all tars, by the numbering that other sets of the same folders have."""
+    names = {path.name for path in found}
+    known: tuple[str, ...] = ()
+    for folder in sorted({path.parent for path in found}):
+        for entry in read_sets(folder).values():
+            if entry["classes"] and not names & {shard["name"] for shard in entry["shards"]}:
+                known = tuple(entry["classes"])
+    try:
+        return number_labels(list(found.values()), rule, known)
+    except LabelError as error:
+        raise ShardError(str(error)) from error
+
+
+def _write_manifests(
+    paths: Sequence[Path], numbered: NumberedLabels, sizes: dict[Path, int], hashes: dict[Path, str]
+) -> None:
+    """Class names, and the counts of sets that were indexed with class names before."""
+    labels = dict(zip(paths, numbered.labels, strict=True))
+    for folder, group in groupby(sorted(paths), key=lambda path: path.parent):
+        tars = list(group)
+        names = {path.name for path in tars}
+        sets = read_sets(folder)
+        old = {
+            name
+            for name, entry in sets.items()
+            if _is_from_here(entry) and names & {shard["name"] for shard in entry["shards"]}
+        }
+        if not numbered.classes and not old:
+            continue
+        if not sets and (folder / MANIFEST).exists():
+            raise ShardError(
+                f"{folder / MANIFEST}: was written by another program, and the class names need this place: move it "
+                "away, or index with --labels none."
+            )
+        for name in old:
+            del sets[name]
+        if numbered.classes:
+            name = re.sub(r"[-_.]?\d+$", "", tars[0].stem) or "shards"
+            if name in sets:
+                raise ShardError(
+                    f"{folder / MANIFEST}: has another set {name!r}: index its shards together with these."
+                )
+            sets[name] = _entry(tars, [labels[path] for path in tars], numbered, sizes, hashes)
+        write_sets(folder, sets)
+
+
+def _is_from_here(entry: dict[str, Any]) -> bool:
+    options = entry.get("options")
+    return isinstance(options, dict) and options.get(_ORIGIN) is True
+
+
+def _entry(
+    tars: Sequence[Path],
+    labels: Sequence[list[int]],
+    numbered: NumberedLabels,
+    sizes: dict[Path, int],
+    hashes: dict[Path, str],
+) -> dict[str, Any]:
+    counts = Counter(label for tar in labels for label in tar)
+    shards = []
+    for path, of_tar in zip(tars, labels, strict=True):
+        sha256 = hashes.get(path) or hash_file(path)
+        shards.append(
+            {"name": path.name, "samples": len(of_tar), "bytes": sizes[path], "sha256": sha256}
+        )
+    return {
+        "samples": sum(map(len, labels)),
+        "classes": list(numbered.classes),
+        "class_counts": [counts[label] for label in range(len(numbered.classes))],
+        "shards": shards,
+        "skipped": [],
+        "options": {_ORIGIN: True, "labels": numbered.source},
+    }

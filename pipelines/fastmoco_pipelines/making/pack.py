@@ -1,0 +1,292 @@
+"""A folder of images -> shuffled WebDataset shards with an index beside each, and a manifest.
+
+Files keep their bytes unless `max_side` demands smaller ones. Every image is decoded once here, so
+that what cannot be decoded is reported now and not in the middle of a training run. The same
+folder, seed and options give the same bytes, tar for tar.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fastmoco_pipelines.errors import ImageRefusedError
+from fastmoco_pipelines.files import hash_file
+from fastmoco_pipelines.formats.images import MAX_BYTES, check_decodes, image_kind, shrink
+from fastmoco_pipelines.formats.index import ShardIndex, build_index, index_path, write_index
+from fastmoco_pipelines.formats.manifest import read_sets, write_sets
+from fastmoco_pipelines.making.sources import Source, find_sources
+from fastmoco_pipelines.sampling.order import epoch_order
+from fastmoco_pipelines.spec import require
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackReport:
+    """What `pack_folder` wrote.
+
+    Attributes:
+        pattern: the glob that names the new shards.
+        samples: images packed; `classes`: their class names by label (empty: no labels).
+        shards: the tars; `total_bytes`: their size.
+        skipped: (path below the source folder, reason) of every file that was not packed.
+    """
+
+    pattern: str
+    samples: int
+    classes: tuple[str, ...]
+    shards: tuple[Path, ...]
+    total_bytes: int
+    skipped: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    max_side: int | None
+    quality: int
+    shard_size_mb: int
+    shard_samples: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        require(
+            self.max_side is None or self.max_side >= 1,
+            "max_side",
+            self.max_side,
+            "needs at least 1 pixel",
+        )
+        require(1 <= self.quality <= 100, "quality", self.quality, "lies in [1, 100]")
+        require(self.shard_size_mb >= 1, "shard_size_mb", self.shard_size_mb, "needs at least 1")
+        require(self.shard_samples >= 1, "shard_samples", self.shard_samples, "needs at least 1")
+
+
+def pack_folder(
+    src: Path,
+    out: Path,
+    *,
+    prefix: str = "train",
+    max_side: int | None = None,
+    quality: int = 92,
+    shard_size_mb: int = 256,
+    shard_samples: int = 10_000,
+    seed: int = 0,
+    follow_links: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> PackReport:
+    """Pack the images of `src` into `out/PREFIX-000000.tar` and so on, with indexes and
+    `out/manifest.json`.
+
+    Args:
+        src: class folders (each folder directly below is a class, searched to any depth), or a flat
+            folder (labels -1).
+        out: created if needed. It may contain sets of other prefixes; they share the numbering of
+            classes.
+        prefix: name of the set: letters, digits and underscores.
+        max_side: pixels. An image whose longer side (height or width) exceeds it is shrunk to that
+            length and written again in its own format: a panorama of 2048 x 512 becomes 512 x 128.
+            None keeps every byte.
+        quality: of JPEG and WebP written again, 1 to 100.
+        shard_size_mb: a new shard begins after this many million bytes of images, or
+            `shard_samples` images.
+        seed: of the shuffle.
+        follow_links: also read symbolic links; else they are skipped and counted.
+        overwrite: replace a set of the same prefix; else it is refused.
+        progress: called with (images done, images in all).
+
+    Raises:
+        ValueError: for options out of range, a `src` without images, or classes that `out` does not
+            know.
+        FileExistsError: if `out` holds that prefix already.
+    """
+    good_prefix = re.fullmatch(r"[A-Za-z0-9_]+", prefix) is not None
+    require(good_prefix, "prefix", prefix, "letters, digits and underscores only")
+    options = _Options(max_side, quality, shard_size_mb, shard_samples, seed)
+    sets = read_sets(out)
+    old = _tars_of(out, prefix)
+    if old and not overwrite:
+        raise FileExistsError(
+            f"{out} already holds {len(old)} shard(s) {prefix}-*.tar: pack into another folder, give another prefix, "
+            "or ask to overwrite them (--overwrite)"
+        )
+    sources, classes, skipped = find_sources(Path(src), follow_links=follow_links)
+    known = [
+        tuple(entry["classes"])
+        for name, entry in sets.items()
+        if name != prefix and entry["classes"]
+    ]
+    sources, classes = _renumber(sources, classes, known[0] if known else classes, out)
+    others = len(skipped)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".packing-{prefix}-", dir=out) as folder:
+        order = epoch_order(seed, 0, len(sources))
+        samples = _prepare_all([sources[i] for i in order], options, skipped, progress)
+        tars = _write_tars(Path(folder), prefix, samples, options)
+        if not tars:
+            raise ValueError(
+                f"src={str(src)!r}: none of its {len(sources)} images can be used: {_first(skipped[others:])}"
+            )
+        entries, indexes = _index_all(tars)
+        _replace(old, tars, out)
+    skipped.sort()
+    labels = Counter(label for index in indexes for label in index.columns["label"])
+    sets[prefix] = {
+        "samples": sum(len(index) for index in indexes),
+        "classes": list(classes),
+        "class_counts": [labels[label] for label in range(len(classes))],
+        "shards": entries,
+        "skipped": skipped,
+        "options": asdict(options),
+    }
+    write_sets(out, sets)
+    return PackReport(
+        pattern=str(out / f"{prefix}-*.tar"),
+        samples=sets[prefix]["samples"],
+        classes=classes,
+        shards=tuple(out / path.name for path in tars),
+        total_bytes=sum(entry["bytes"] for entry in entries),
+        skipped=tuple(skipped),
+    )
+
+
+def _replace(old: Sequence[Path], new: Sequence[Path], out: Path) -> None:
+    """Move finished shards to their place; those of an older set of the same prefix go just
+    before."""
+    for path in old:
+        path.unlink()
+        index_path(path).unlink(missing_ok=True)
+    for path in new:
+        os.replace(index_path(path), index_path(out / path.name))
+        os.replace(path, out / path.name)
+
+
+def _tars_of(out: Path, prefix: str) -> list[Path]:
+    name = re.compile(rf"{prefix}-\d{{6,}}\.tar")
+    return sorted(path for path in out.glob(f"{prefix}-*.tar") if name.fullmatch(path.name))
+
+
+def _renumber(
+    sources: list[Source], classes: tuple[str, ...], known: tuple[str, ...], out: Path
+) -> tuple[list[Source], tuple[str, ...]]:
+    """Labels by the numbering that the other sets of `out` have: a test set that lacks a class must
+    not shift them."""
+    unknown = sorted(set(classes) - set(known))
+    if unknown:
+        raise ValueError(
+            f"classes={unknown!r}: not among the {len(known)} classes of the sets in {out}: pack into another folder"
+        )
+    label = {i: known.index(name) for i, name in enumerate(classes)} | {-1: -1}
+    return [
+        Source(source.path, source.name, label[source.label]) for source in sources
+    ], known if classes else ()
+
+
+def _prepare(source: Source, options: _Options) -> tuple[str, bytes] | str:
+    """(kind, bytes) of an image that can be decoded, or the reason why it is skipped."""
+    try:
+        with open(source.path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)  # one more than check_decodes lets pass
+        check_decodes(data)
+        if options.max_side is not None:
+            data = shrink(data, max_side=options.max_side, quality=options.quality)
+    except ImageRefusedError as refused:
+        return str(refused)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    kind = image_kind(data)
+    assert kind is not None
+    return kind, data
+
+
+def _prepare_all(
+    sources: Sequence[Source],
+    options: _Options,
+    skipped: list[tuple[str, str]],
+    progress: Progress | None,
+) -> Iterator[tuple[str, bytes, int]]:
+    """(kind, bytes, label) in order; decoded on all cores, a few images ahead."""
+    workers = min(16, os.cpu_count() or 1)
+    waiting: deque[tuple[Source, Future[tuple[str, bytes] | str]]] = deque()
+    left = iter(sources)
+    with ThreadPoolExecutor(workers) as pool:
+        for done in range(len(sources)):
+            while len(waiting) < 4 * workers and (source := next(left, None)) is not None:
+                waiting.append((source, pool.submit(_prepare, source, options)))
+            source, future = waiting.popleft()
+            prepared = future.result()
+            if isinstance(prepared, str):
+                skipped.append((source.name, prepared))
+            else:
+                yield (*prepared, source.label)
+            if progress is not None:
+                progress(done + 1, len(sources))
+
+
+def _write_tars(
+    folder: Path, prefix: str, samples: Iterator[tuple[str, bytes, int]], options: _Options
+) -> list[Path]:
+    """webdataset's ShardWriter, on files that are opened here: its own opener may run commands from
+    the environment."""
+    import webdataset
+
+    first = next(samples, None)
+    if first is None:
+        return []
+    tars: list[Path] = []
+    with ExitStack() as files:
+
+        def open_shard(number: str) -> BinaryIO:
+            tars.append(folder / f"{prefix}-{number}.tar")
+            return files.enter_context(open(tars[-1], "xb"))
+
+        with webdataset.ShardWriter(
+            "%06d",
+            maxcount=options.shard_samples,
+            maxsize=options.shard_size_mb * 1_000_000,
+            verbose=0,
+            opener=open_shard,
+            post=lambda _: files.close(),
+            encoder=False,
+            mtime=0,  # the same images give the same bytes
+        ) as writer:
+            for number, (kind, data, label) in enumerate(_chain(first, samples)):
+                sample: dict[str, Any] = {"__key__": f"{number:09d}", kind: data}
+                writer.write(sample | ({"cls": str(label).encode()} if label >= 0 else {}))
+    return tars
+
+
+def _chain(
+    first: tuple[str, bytes, int], rest: Iterator[tuple[str, bytes, int]]
+) -> Iterator[tuple[str, bytes, int]]:
+    yield first
+    yield from rest
+
+
+def _index_all(tars: Sequence[Path]) -> tuple[list[dict[str, Any]], list[ShardIndex]]:
+    """Read every tar back, write its index, and describe it for the manifest."""
+    entries, indexes = [], []
+    for tar in tars:
+        index = build_index(tar)
+        write_index(tar, index)
+        entry = {
+            "name": tar.name,
+            "samples": len(index),
+            "bytes": index.tar_bytes,
+            "sha256": hash_file(tar),
+        }
+        entries.append(entry)
+        indexes.append(index)
+    return entries, indexes
+
+
+def _first(skipped: list[tuple[str, str]]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])

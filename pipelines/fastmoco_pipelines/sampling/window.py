@@ -1,0 +1,114 @@
+"""Shards in an order of their own, and a true shuffle within a window of them: an order that a
+small cache can follow.
+
+An epoch visits the shards in a shuffled order, cut into windows of (nearly) equal numbers of
+shards; inside a window all samples of its shards are shuffled together. One window over all shards
+is the shuffle of the whole set, word for word. Everything is a pure function of (seed, epoch, shard
+boundaries, window), the same on every rank and after a restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+SHARD_TAG = 0x7368617264  # "shard": second word of the Philox key for the order of the shards
+DEFAULT_WINDOW = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardWindows:
+    """How a set is cut into shards, and how many of these are shuffled together.
+
+    Compared and hashed by identity, so that an order can be kept for each object without looking at
+    its numbers.
+    """
+
+    first: NDArray[np.int64]
+    """[shards + 1]: shard s holds the samples first[s] to first[s + 1] - 1."""
+    window: int
+    """Shards shuffled together at most; 0: all of them."""
+
+    @property
+    def digest(self) -> str:
+        """What the order depends on beside seed and content: SHA-256 (hex) of window and
+        boundaries; empty: whole set."""
+        if self.count == 1:
+            return ""
+        return hashlib.sha256(
+            np.array([self.window, *self.first], dtype="<i8").tobytes()
+        ).hexdigest()
+
+    @property
+    def shards(self) -> int:
+        """Shards of the set."""
+        return len(self.first) - 1
+
+    @property
+    def count(self) -> int:
+        """Windows of an epoch: as few as `window` allows, so that none is much smaller than the
+        others."""
+        return -(-self.shards // self.window) if 0 < self.window < self.shards else 1
+
+    def shard_order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """[shards] int64: the shards in the order in which an epoch visits them."""
+        words = shuffle_words(seed, SHARD_TAG, epoch, self.shards)
+        return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+
+    def windows_of_epoch(self, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+        """The shards of each window of an epoch, in the order of their visit."""
+        order = self.shard_order(seed, epoch)
+        cuts = [i * self.shards // self.count for i in range(self.count + 1)]
+        return [order[low:high] for low, high in pairwise(cuts)]
+
+    def window_of_samples(self, seed: int, epoch: int) -> NDArray[np.int32]:
+        """[samples] int32: in which window of an epoch each sample comes."""
+        window_of_shard = np.empty(self.shards, dtype=np.int32)
+        for number, shards in enumerate(self.windows_of_epoch(seed, epoch)):
+            window_of_shard[shards] = number
+        return np.repeat(window_of_shard, np.diff(self.first))
+
+    def bounds(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """[count + 1] int64: window w holds the positions bounds[w] to bounds[w + 1] - 1 of an
+        epoch's order."""
+        sizes = np.diff(self.first)
+        samples = [int(sizes[shards].sum()) for shards in self.windows_of_epoch(seed, epoch)]
+        return np.concatenate([[0], np.cumsum(samples)]).astype(np.int64)
+
+    def ahead(
+        self, seed: int, epoch: int, window: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The shards of a window of an epoch, and those of the window after it, which may begin the
+        next epoch."""
+        windows = self.windows_of_epoch(seed, epoch)
+        after = (
+            windows[window + 1]
+            if window + 1 < len(windows)
+            else self.windows_of_epoch(seed, epoch + 1)[0]
+        )
+        return windows[window], after
+
+
+def default_window(shard_bytes: int, cache_bytes: int) -> int:
+    """The window of a remote set where none is asked for: half of the cache, the other half is for
+    the next window.
+
+    A function of the set and the configuration alone, not of this machine's disk: all ranks must
+    agree.
+
+    Args:
+        shard_bytes: size of the largest shard.
+        cache_bytes: size of the shard cache by configuration.
+    """
+    return max(1, min(DEFAULT_WINDOW, cache_bytes // 2 // max(1, shard_bytes)))
+
+
+def shuffle_words(seed: int, tag: int, epoch: int, count: int) -> NDArray[np.uint64]:
+    """[count] raw 64-bit words of Philox 4x64-10: the same under every version of numpy."""
+    key = np.array([seed, tag], dtype=np.uint64)
+    counter = np.array([0, 0, epoch, 0], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)

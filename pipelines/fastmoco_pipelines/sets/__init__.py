@@ -1,0 +1,1 @@
+"""From a pattern to samples under one number, and to their checked bytes."""

@@ -1,0 +1,114 @@
+"""The bytes of local shards by (shard, offset, size).
+
+One thread at a time may use such an object: ShardSet sees to that, and checks the bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, read_list
+
+MAX_OPEN_FILES = 128  # a process may hold 1024 by default, and several sets are open at once
+# seconds before a local file is tried again: file systems on a network have hiccups
+_PAUSES = (0.05, 0.45)
+
+Place = tuple[int, int, int]
+"""Shard, offset and size in bytes."""
+ReadFault = ShardError | OSError
+"""Why one sample could not be read: a value beside the bytes of the others."""
+
+
+class LocalFiles:
+    """Local shards, read in place."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = tuple(paths)
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._folders = sorted({path.parent for path in paths})
+        # Shard and offset of the current read, for the report of a read that hangs.
+        self.reading = (0, 0)
+
+    def read(self, places: Sequence[Place]) -> list[bytes | ReadFault]:
+        """The bytes at some places, fewer where a file ends earlier; an error where they cannot be
+        read, which names the file and comes after three tries.
+        """
+        found: list[bytes | ReadFault] = []
+        for place in places:
+            try:
+                found.append(self._read(*place))
+            except (ShardError, OSError) as error:
+                found.append(error)
+        return found
+
+    def will_need(self, places: Sequence[Place]) -> None:
+        """Ask the operating system to fetch these places from the disk in the background."""
+        for shard, offset, size in places:
+            os.posix_fadvise(self._descriptor(shard), offset, size, os.POSIX_FADV_WILLNEED)
+
+    def renew(self, shard: int) -> None:
+        """Throw away a damaged copy; here there is none."""
+
+    def quarantine(self) -> tuple[Quarantine, list[str]]:
+        """The lists beside the shards, as one, and what is wrong with them, in sentences."""
+        lists = [read_list(folder / NAME) for folder in self._folders]
+        return Quarantine(entry for entries, _ in lists for entry in entries), [
+            text for _, text in lists if text
+        ]
+
+    def close(self) -> None:
+        """Close the files; a later `read` opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        self.reading = (shard, offset)
+        for pause in (*_PAUSES, None):
+            descriptor = self._descriptor(shard)
+            try:
+                return read_at(descriptor, size, offset)
+            except OSError as error:
+                os.close(self._open.pop(shard))  # a stale handle stays stale
+                if pause is None:
+                    name = self._paths[shard].name
+                    raise ShardError(
+                        f"{name}: cannot be read at byte {offset} ({error.strerror})."
+                    ) from error
+                time.sleep(pause)
+        raise AssertionError
+
+    def _descriptor(self, shard: int) -> int:
+        """An open descriptor of a shard; the one unused for longest is closed when there are too
+        many."""
+        descriptor = self._open.get(shard)
+        if descriptor is not None:
+            self._open.move_to_end(shard)
+            return descriptor
+        while len(self._open) >= MAX_OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        for pause in (*_PAUSES, None):
+            try:
+                self._open[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+                break
+            except OSError as error:
+                if pause is None:
+                    name = self._paths[shard].name
+                    raise ShardError(
+                        f"{name}: cannot be opened any more ({error.strerror})."
+                    ) from error
+                time.sleep(pause)
+        return self._open[shard]
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """Bytes of a file, fewer only where it ends: file systems on a network may hand out less than
+    was asked for."""
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+        data += more
+    return data

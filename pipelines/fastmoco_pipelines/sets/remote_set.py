@@ -1,0 +1,232 @@
+"""From a pattern of URLs to shards that can be read: their names, their indexes, and their entries
+in the manifest."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import io
+import re
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from fastmoco_pipelines.errors import AbsentError, AccessError, ShardError
+from fastmoco_pipelines.formats.index import CURE, SUFFIX, ShardIndex, parse_index
+from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
+from fastmoco_pipelines.formats.manifest import FolderOfShards, check_folders, parse_sets
+from fastmoco_pipelines.formats.quarantine import NAME as QUARANTINE
+from fastmoco_pipelines.formats.quarantine import Quarantine
+from fastmoco_pipelines.sets.patterns import expand_braces
+from fastmoco_pipelines.stores.cache import ShardCache
+from fastmoco_pipelines.stores.retries import Limits
+from fastmoco_pipelines.stores.table import store_of
+from fastmoco_pipelines.stores.transfer import RemoteShard, fetch_document
+from fastmoco_pipelines.text import redact, shard_name
+
+THREADS = 16
+# Of a quarantine list: about 200,000 lines; a set with more should be packed again.
+MAX_LIST_BYTES = 64 << 20
+_SHA256 = re.compile("[0-9a-f]{64}")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteSet:
+    """Shards on servers, sorted by URL, their folders, their indexes, and the names of their
+    classes."""
+
+    folders: tuple[str, ...]
+    shards: tuple[RemoteShard, ...]
+    indexes: tuple[ShardIndex, ...]
+    classes: tuple[str, ...]
+
+
+def open_remote(pattern: str, cache: ShardCache | None, limits: Limits) -> RemoteSet:
+    """Find the shards that a pattern names, and fetch their indexes.
+
+    Args:
+        pattern: one or more URLs in braces; a folder whose manifest lists them
+            (`https://host/folder/`); or a name with `*`, which the folder's manifest (http) or the
+            store (s3, gs) resolves.
+        cache: where indexes are kept.
+        limits: times and tries of each transfer.
+
+    Raises:
+        ValueError: if the pattern names no shard.
+        RemoteError: naming the URL that cannot be read, and the cause.
+        ShardError: if an index or a manifest is broken.
+    """
+    reader = SmallFiles(cache, limits)
+    urls = find_urls(pattern, reader)
+    with ThreadPoolExecutor(min(THREADS, len(urls)), thread_name_prefix="fastmoco-index") as pool:
+        indexes = list(pool.map(reader.index, urls))
+    checksums: dict[str, str | None] = {}
+    folders = []
+    for folder, group in groupby(
+        zip(urls, indexes, strict=True), key=lambda pair: beside(pair[0], "")
+    ):
+        sets, checked, members = reader.sets(folder), reader.checksums(folder), list(group)
+        samples = {shard_name(url): len(index) for url, index in members}
+        # A pattern that spells the URLs out may leave some out; those of a whole folder are from
+        # this manifest.
+        folders.append(
+            FolderOfShards(
+                where=redact(folder), sets=sets, samples=samples, present=lambda name: True
+            )
+        )
+        checksums |= {url: checked.get(shard_name(url)) for url, _ in members}
+    pairs = zip(urls, indexes, strict=True)
+    shards = tuple(RemoteShard.from_index(url, index, checksums[url]) for url, index in pairs)
+    return RemoteSet(
+        tuple(sorted({beside(url, "") for url in urls})),
+        shards,
+        tuple(indexes),
+        check_folders(folders),
+    )
+
+
+def find_urls(pattern: str, reader: SmallFiles) -> list[str]:
+    """The URLs of the shards that a pattern names, sorted.
+
+    Raises:
+        ValueError, RemoteError, ShardError: as for `open_remote`.
+    """
+    names = expand_braces(pattern, pattern)
+    if any("@" in urlsplit(name).netloc for name in names if not store_of(name).user_in_url):
+        raise ValueError(
+            f"shards={redact(pattern)!r}: credentials of a store belong in the environment, not in a URL"
+        )
+    return sorted({url for name in names for url in _expand(pattern, name, reader)})
+
+
+def fetch_lists(folders: Iterable[str], limits: Limits) -> tuple[Quarantine, list[str]]:
+    """The quarantine lists of folders on servers, as one, and what is wrong with them, in
+    sentences.
+
+    They are fetched whole each time: an old copy would decide which samples are delivered. A folder
+        without a list has none. A server that fails is an error all the same, unlike a local
+    disk: some ranks of a run might know the list and others not, and they would deliver different
+    samples.
+
+    Raises:
+        RemoteError: naming the URL that cannot be read, or holds more than a list may, and the
+            cause.
+    """
+    found, problems = Quarantine(), []
+    for folder in folders:
+        url = beside(folder, QUARANTINE)
+        try:
+            _, content = fetch_document(url, limits, threading.Event(), most=MAX_LIST_BYTES)
+        except AccessError as error:
+            problems.append(
+                f"{error}; treated as absent, because stores answer so for files that do not exist"
+            )
+            continue
+        except AbsentError:
+            continue
+        read = Quarantine.load(io.BytesIO(content))
+        found.update(read)
+        if read.broken:
+            problems.append(
+                f"{redact(url)}: {read.broken} lines are no entries of a list and were passed over"
+            )
+    return found, problems
+
+
+class SmallFiles:
+    """Small files of servers: each is requested once, and kept while the server reports that it is
+    unchanged."""
+
+    def __init__(self, cache: ShardCache | None, limits: Limits) -> None:
+        self._cache, self.limits = cache, limits
+        self._sets: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def index(self, tar: str) -> ShardIndex:
+        """The index beside a tar."""
+        url = beside(tar, shard_name(tar) + SUFFIX)
+        try:
+            return self._parsed(url, lambda text: parse_index(redact(url), text))
+        except AbsentError as error:
+            raise ShardError(
+                f"{error}; every shard on a server needs its index beside it: {CURE}, and copy the index files there too"
+            ) from None
+
+    def sets(self, folder: str) -> dict[str, dict[str, Any]]:
+        """The sets of a folder's manifest; empty where it has none that can be read."""
+        if folder not in self._sets:
+            url = beside(folder, MANIFEST)
+            try:
+                self._sets[folder] = self._parsed(url, lambda text: parse_sets(redact(url), text))
+            except AbsentError:
+                self._sets[folder] = {}
+        return self._sets[folder]
+
+    def checksums(self, folder: str) -> dict[str, str]:
+        """SHA-256 (hex) by file name, of the shards of a folder for which its manifest contains
+        one."""
+        listed = (shard for entry in self.sets(folder).values() for shard in entry["shards"])
+        given = {shard["name"]: shard.get("sha256") for shard in listed}
+        return {
+            name: text
+            for name, text in given.items()
+            if isinstance(text, str) and _SHA256.fullmatch(text)
+        }
+
+    def _parsed(self, url: str, parse: Callable[[bytes], T]) -> T:
+        key = hashlib.sha256(url.encode()).hexdigest()
+        known = self._cache.read_document(key) if self._cache is not None else ("", b"")
+        fetched = fetch_document(url, self.limits, threading.Event(), known)
+        parsed = parse(fetched[1])
+        # Only a document that could be parsed is kept.
+        if self._cache is not None and fetched[0] and fetched != known:
+            self._cache.write_document(key, *fetched)
+        return parsed
+
+
+def _expand(pattern: str, url: str, reader: SmallFiles) -> list[str]:
+    """The shards that one URL without braces names."""
+    shown, path = redact(pattern), urlsplit(url).path
+    name = path.rpartition("/")[2]
+    if name and not glob.has_magic(path):
+        return [url]
+    store = store_of(url)
+    if glob.has_magic(path.rpartition("/")[0]) and not store.lists:
+        scheme = urlsplit(url).scheme
+        raise ValueError(
+            f"shards={shown!r}: over {scheme} only a file's name may hold * or [...], not a folder's"
+        )
+    sets = {} if store.lists and name else reader.sets(beside(url, ""))
+    if len(sets) > 1 and not name:
+        choice = " or ".join(f"{redact(url)}{name}-*.tar" for name in sorted(sets))
+        raise ValueError(f"shards={shown!r}: the folder holds several sets: name one, {choice}")
+    listed = [shard["name"] for entry in sets.values() for shard in entry["shards"]]
+    if store.lists and not listed:
+        objects = store.find(url if name else f"{url}*.tar", reader.limits)
+        found = [item for item in objects if item.endswith(".tar")]
+    elif not listed:
+        raise ValueError(
+            f"shards={shown!r}: there is no {MANIFEST} that lists the shards: copy it there, or spell them out, e.g. "
+            "train-{000000..000127}.tar"
+        )
+    else:
+        safe = (
+            item for item in listed if "/" not in item and fnmatch.fnmatchcase(item, name or "*")
+        )
+        found = [beside(url, item) for item in safe]
+    if not found:
+        raise ValueError(f"shards={shown!r}: no shard there has such a name")
+    return found
+
+
+def beside(url: str, name: str) -> str:
+    """The URL of another file in a URL's folder; the query, which may hold keys to the whole
+    folder, stays."""
+    parts = urlsplit(url)
+    name = quote(name) if store_of(url).quotes_names else name
+    return urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{name}"))

@@ -1,0 +1,300 @@
+"""The shards of a remote set, brought into the cache before they are needed, by a few threads in
+the background.
+
+The threads reference only the state, not the set: an unreferenced set is collected, and they end.
+    They are daemons; a transfer that they leave unfinished is continued by the next process.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastmoco_pipelines.errors import NoRoomError, RemoteError, StoppedError
+from fastmoco_pipelines.sampling.window import ShardWindows
+from fastmoco_pipelines.stores.cache import ShardCache
+from fastmoco_pipelines.stores.retries import Limits
+from fastmoco_pipelines.stores.transfer import RemoteShard, download, read_range
+
+THREADS = 4
+_IDLE_SECONDS = 2.0
+_POLL_SECONDS = 0.05
+_NO_ROOM_SECONDS = 1.0
+_FAILED_SECONDS = 30.0
+_READERS = 8  # requests at once where nothing can be kept
+
+
+@dataclass(frozen=True, slots=True)
+class _Followed:
+    """The window that was followed last."""
+
+    windows: ShardWindows
+    seed: int
+    epoch: int
+    low: int
+    high: int
+    now: set[int]
+    wanted: list[int]
+
+    def covers(self, windows: ShardWindows, seed: int, epoch: int, position: int) -> bool:
+        same = (self.windows, self.seed, self.epoch) == (windows, seed, epoch)
+        return same and self.low <= position < self.high
+
+
+class ShardFetcher:
+    """Fetches the shards of a set from their server. One thread at a time may use it; any thread
+    may call `cancel`.
+
+    Args:
+        shards: all of the set.
+        cache: where they are kept; None reads every sample from the server.
+        limits: times and tries of a transfer.
+    """
+
+    def __init__(
+        self, shards: Sequence[RemoteShard], cache: ShardCache | None, limits: Limits
+    ) -> None:
+        self._state = _State(shards, cache, limits)
+        self._followed: _Followed | None = None
+
+    def want(self, numbers: Sequence[int]) -> None:
+        """Fetch these shards next, in this order, instead of those wanted before."""
+        if self._state.cache is not None:
+            self._state.want(numbers)
+
+    def follow(self, windows: ShardWindows, *, seed: int, epoch: int, position: int) -> set[int]:
+        """Fetch the shards of the window around a position, then those of the next.
+
+        Returns:
+            The shards of the window.
+        """
+        if self._followed is None or not self._followed.covers(windows, seed, epoch, position):
+            bounds = windows.bounds(seed, epoch)
+            window = int(np.searchsorted(bounds, position, side="right")) - 1
+            now, after = (shards.tolist() for shards in windows.ahead(seed, epoch, window))
+            low, high = bounds[window : window + 2].tolist()
+            self._followed = _Followed(
+                windows, seed, epoch, low, high, set(now), list(dict.fromkeys([*now, *after]))
+            )
+        self.want(self._followed.wanted)
+        return self._followed.now
+
+    def open(self, number: int, *, warn: bool = True) -> int | None:
+        """A descriptor of a whole, checked copy of a shard, which stays until the descriptor is
+        closed.
+
+        Args:
+            number: of the shard.
+            warn: warn once if it cannot be kept.
+
+        Returns:
+            None where it cannot be kept on this machine: use `read`.
+
+        Raises:
+            RemoteError: naming the URL and the cause; also if another process fetches it
+                indefinitely.
+        """
+        return self._state.open(number, warn)
+
+    def read(self, number: int, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """(offset, size) ranges of a shard straight from the server; not checked.
+
+        Raises:
+            RemoteError: naming the URL and the cause.
+        """
+        state = self._state
+        with ThreadPoolExecutor(
+            min(_READERS, len(ranges)), thread_name_prefix="fastmoco-range"
+        ) as pool:
+            shard = state.shards[number]
+            return list(
+                pool.map(
+                    lambda part: read_range(shard, part[0], part[1], state.limits, state.stop),
+                    ranges,
+                )
+            )
+
+    def discard(self, number: int) -> None:
+        """Discard the copy of a shard that has proved to be damaged."""
+        if self._state.cache is not None:
+            self._state.cache.discard(self._state.shards[number].key)
+
+    def cancel(self) -> None:
+        """End every wait and transfer of this object with StoppedError, until `close`."""
+        self._state.stop.set()
+
+    def close(self) -> None:
+        """End the threads; using the object again starts new ones."""
+        self.cancel()
+        self._state = _State(self._state.shards, self._state.cache, self._state.limits)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_state"):
+            self._state.stop.set()
+
+
+class _State:
+    """What the threads share."""
+
+    def __init__(
+        self, shards: Sequence[RemoteShard], cache: ShardCache | None, limits: Limits
+    ) -> None:
+        self.shards, self.cache, self.limits = shards, cache, limits
+        self.stop = threading.Event()
+        self._change = threading.Condition()
+        self._wanted: list[int] = []
+        self._busy: set[int] = set()
+        self._failures: dict[int, BaseException] = {}
+        self._not_before: dict[int, float] = {}
+        self._threads = 0
+        self._urgent = False
+        self._warned = False
+
+    def want(self, numbers: Sequence[int]) -> None:
+        with self._change:
+            self._wanted = list(numbers)
+            missing = len(self._missing())
+            self._change.notify_all()
+            for _ in range(min(THREADS, missing) - self._threads):
+                self._threads += 1
+                threading.Thread(
+                    target=_work, args=(self,), name="fastmoco-fetch", daemon=True
+                ).start()
+
+    def open(self, number: int, warn: bool) -> int | None:
+        if self.cache is None:
+            return None
+        shard, waited = self.shards[number], False
+        until = time.monotonic() + 2 * self.limits.deadline_seconds + shard.size / 1e6
+        while True:
+            descriptor = self.cache.lookup(shard.key, shard.size)
+            if descriptor is not None:
+                return descriptor
+            if self.stop.is_set():
+                raise StoppedError(f"{shard.name}: not read, the loader was closed")
+            with self._change:
+                failure = self._failures.pop(number, None)
+                if waited and failure is not None:  # all its tries have just been made
+                    raise failure
+                waited = number in self._busy
+                if waited:
+                    self._change.wait(_POLL_SECONDS)
+                else:
+                    self._busy.add(number)
+            if waited:
+                continue
+            try:
+                here = self._bring(number, keep=())
+            except NoRoomError as error:
+                if self._others_end(number, until):
+                    continue
+                if warn:
+                    self._warn(error)
+                return None
+            finally:
+                self._release(number, None)
+            if not here:
+                if time.monotonic() > until:
+                    raise RemoteError(
+                        f"{shard.name}: another process has been fetching it for too long: end that one"
+                    )
+                self.stop.wait(_POLL_SECONDS)
+
+    def _others_end(self, number: int, until: float) -> bool:
+        """Wait for what is being fetched ahead, and takes up the room; False if nothing is."""
+        with self._change:
+            if not self._busy - {number}:
+                return False
+            self._urgent = True  # nothing more is fetched ahead meanwhile
+            try:
+                while self._busy - {number} and not self.stop.is_set() and time.monotonic() < until:
+                    self._change.wait(_POLL_SECONDS)
+            finally:
+                self._urgent = False
+            return time.monotonic() < until
+
+    def take(self) -> int | None:
+        """The next shard to fetch ahead; None when there has been none for a while."""
+        idle_since = time.monotonic()
+        with self._change:
+            while not self.stop.is_set():
+                now = time.monotonic()
+                missing = self._missing() if not self._urgent else []
+                number = next((n for n in missing if self._not_before.get(n, 0.0) <= now), None)
+                if number is not None:
+                    self._busy.add(number)
+                    return number
+                if now - idle_since > _IDLE_SECONDS:
+                    break
+                self._change.wait(4 * _POLL_SECONDS)
+            self._threads -= 1
+            return None
+
+    def fetch_ahead(self, number: int) -> None:
+        """Fetch a shard ahead of its use; an error is raised when it is used."""
+        pause, failure = 0.0, None
+        try:
+            keep = {self.shards[n].key for n in self._wanted}
+            pause = 0.0 if self._bring(number, keep) else 4 * _POLL_SECONDS
+        except NoRoomError:
+            pause = _NO_ROOM_SECONDS
+        except BaseException as error:
+            pause, failure = _FAILED_SECONDS, error
+        self._release(number, failure, pause)
+
+    def _bring(self, number: int, keep: Sequence[str] | set[str]) -> bool:
+        """Fetch a shard; False if another thread or process does."""
+        assert self.cache is not None
+        shard = self.shards[number]
+        part = self.cache.claim(shard.key, shard.size, keep)
+        if part is None:
+            return False
+        try:
+            download(shard, part, self.limits, self.stop)
+            self.cache.finish(shard.key, part)
+        except OSError as error:  # the disk is full in spite of all
+            self.cache.abandon(part)
+            raise NoRoomError(f"{self.cache.folder}: {error.strerror}") from error
+        except RemoteError:
+            if os.fstat(part.descriptor).st_size == 0:
+                self.cache.abandon(part)
+            raise
+        finally:
+            part.close()
+        return True
+
+    def _missing(self) -> list[int]:
+        assert self.cache is not None
+        wanted = (number for number in self._wanted if number not in self._busy)
+        return [number for number in wanted if not self.cache.holds(self.shards[number].key)]
+
+    def _release(self, number: int, failure: BaseException | None, pause: float = 0.0) -> None:
+        with self._change:
+            self._busy.discard(number)
+            self._not_before[number] = time.monotonic() + pause
+            if failure is not None:
+                self._failures[number] = failure
+            self._change.notify_all()
+
+    def _warn(self, error: NoRoomError) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{error}. Images are read from the server one by one, which is slow: give the shard cache more room "
+                "(--data.cache-size-gb, --data.cache-dir) or shuffle fewer shards together (--data.shuffle-window)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _work(state: _State) -> None:
+    """A fetching thread: until there is nothing to do."""
+    while (number := state.take()) is not None:
+        state.fetch_ahead(number)

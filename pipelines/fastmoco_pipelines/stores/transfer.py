@@ -1,0 +1,280 @@
+"""Files from a server, whole and checked: retries with growing pauses, taken up again where a
+connection broke off.
+
+Nothing is believed because a connection ended well: the size comes from the index, the bytes are
+checked by the manifest's SHA-256, or else by every sample's crc32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+import zlib
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmoco_pipelines.errors import PassingError, RemoteError, StoppedError, WrongContentError
+from fastmoco_pipelines.files import hash_file
+from fastmoco_pipelines.formats.index import ShardIndex, hash_ends
+from fastmoco_pipelines.stores.retries import Limits, retried
+from fastmoco_pipelines.stores.store import Body, Request
+from fastmoco_pipelines.stores.table import open_url
+from fastmoco_pipelines.text import redact, shard_name
+
+MAX_DOCUMENT_BYTES = 1 << 30  # an index holds about 80 bytes a sample
+
+
+class PartFile(Protocol):
+    """A partly written file, which may outlive the process that writes it."""
+
+    descriptor: int
+
+    def resume_point(self) -> tuple[int, str]:
+        """Bytes received, and the validator of their file; (0, "") where there is nothing to
+        continue."""
+
+    def restart(self, validator: str) -> None:
+        """Discard the bytes received, and start again with a file of this validator."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RemoteShard:
+    """A tar on a server, and what its copies are checked against."""
+
+    url: str
+    size: int
+    """Its bytes, by the index."""
+    tar_hash: str
+    """Of its ends, by the index; empty where there is none: then nothing but the size is known."""
+    sha256: str | None
+    """By the manifest; None where there is none."""
+    rows: NDArray[np.int64]
+    """[samples, 3]: offset, size in bytes and crc32 of each sample, by the index."""
+    key: str
+    """Name of its copy in a cache: a hash of its URL (without user, password and query, which
+    change while the file does not) and its content. Shards of one file name in two folders, or two
+    states of a shard, have different keys."""
+
+    @classmethod
+    def from_index(cls, url: str, index: ShardIndex, sha256: str | None) -> Self:
+        """The shard that an index was made for; the index itself, which is large, is not kept."""
+        rows = np.array(
+            [index.columns[name] for name in ("offset", "size", "crc32")], dtype=np.int64
+        ).T.copy()
+        identity = hashlib.sha256(
+            repr((redact(url), index.tar_bytes, index.tar_hash, sha256)).encode()
+        )
+        identity.update(rows.astype("<i8").tobytes())
+        return cls(
+            url=url,
+            size=index.tar_bytes,
+            tar_hash=index.tar_hash,
+            sha256=sha256,
+            rows=rows,
+            key=identity.hexdigest(),
+        )
+
+    @property
+    def name(self) -> str:
+        """Its file name."""
+        return shard_name(self.url)
+
+
+def fetch_document(
+    url: str,
+    limits: Limits,
+    stop: threading.Event,
+    known: tuple[str, bytes] = ("", b""),
+    most: int = MAX_DOCUMENT_BYTES,
+) -> tuple[str, bytes]:
+    """A small file, whole.
+
+    Args:
+        url: of the file.
+        limits: times and tries.
+        stop: set when the result is no longer needed. known: validator and content of an earlier
+            copy, which is used again if the file is unchanged.
+        most: bytes that it may have.
+
+    Returns:
+        (validator, content).
+
+    Raises:
+        AbsentError, RemoteError: naming the URL and the cause.
+    """
+    deadline = time.monotonic() + limits.deadline_seconds
+
+    def attempt() -> tuple[str, bytes]:
+        with open_url(Request(url=url, known=known[0], limits=limits, deadline=deadline)) as body:
+            if body.unchanged:
+                return known
+            pieces, length = [], 0
+            for chunk in body.chunks:
+                _require_going_on(url, stop, deadline)
+                pieces.append(chunk)
+                length += len(chunk)
+                if length > most:
+                    raise RemoteError(
+                        f"{redact(url)}: is larger than {most} bytes, which no such file is"
+                    )
+            if body.total is not None and length != body.total:
+                raise PassingError(f"{redact(url)}: ended after {length} of {body.total} bytes")
+            return body.validator, b"".join(pieces)
+
+    return retried(url, limits, deadline, stop, attempt)
+
+
+def read_range(
+    shard: RemoteShard, offset: int, size: int, limits: Limits, stop: threading.Event
+) -> bytes:
+    """Some bytes of a shard, without a copy of the rest. Whether they are the right ones is the
+    caller's to check.
+
+    Raises:
+        RemoteError: naming the URL and the cause.
+    """
+    deadline = time.monotonic() + limits.deadline_seconds
+
+    def attempt() -> bytes:
+        request = Request(
+            url=shard.url, start=offset, stop=offset + size, limits=limits, deadline=deadline
+        )
+        with open_url(request) as body:
+            if body.start != offset:
+                raise RemoteError(
+                    f"{redact(shard.url)}: its server ignores Range requests, and the shard cache cannot be used: "
+                    "make room for the cache, or give --data.cache-dir a folder that can be written"
+                )
+            data = b""
+            for chunk in body.chunks:
+                _require_going_on(shard.url, stop, deadline)
+                data += chunk
+                if len(data) >= size:
+                    break
+            if len(data) < size:
+                raise PassingError(f"{redact(shard.url)}: ended after {len(data)} of {size} bytes")
+            return data[:size]
+
+    return retried(shard.url, limits, deadline, stop, attempt)
+
+
+def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading.Event) -> None:
+    """Fill `part` with a shard; when this returns, its bytes are checked.
+
+    If its size and ends are right and two downloads bring the very same wrong bytes in between,
+    then these are the file that the server has. It is taken as it is: every sample is checked again
+    when it is read, so only the damaged ones are lost.
+
+    Raises:
+        RemoteError: naming the URL and the cause. What has come stays in `part`, to go on with.
+        OSError: if it cannot be written.
+    """
+    deadline = time.monotonic() + limits.deadline_seconds + shard.size / 1e6
+    where = redact(shard.url)
+    brought: set[str] = set()
+
+    def attempt() -> None:
+        start, validator = part.resume_point()
+        if start < shard.size:
+            request = Request(
+                url=shard.url, start=start, validator=validator, limits=limits, deadline=deadline
+            )
+            try:
+                with open_url(request) as body:
+                    _take(shard, part, body, start, stop, deadline)
+            except WrongContentError:
+                part.restart("")
+                raise
+        problem = verify(shard, part.descriptor)
+        if problem:
+            if _frame_problem(shard, part.descriptor) is None:
+                content = hash_file(part.descriptor)
+                if content in brought:
+                    return
+                brought.add(content)
+            part.restart("")
+            raise WrongContentError(
+                f"{where}: {problem}; copy it to the server again, with its index and manifest"
+            )
+
+    def arrived() -> int:
+        return os.fstat(part.descriptor).st_size
+
+    retried(shard.url, limits, deadline, stop, attempt, arrived)
+
+
+def verify(shard: RemoteShard, descriptor: int) -> str | None:
+    """What is wrong with a copy of a shard; None if it is right."""
+    if problem := _frame_problem(shard, descriptor):
+        return problem
+    if shard.sha256 is not None:
+        return (
+            None
+            if hash_file(descriptor) == shard.sha256
+            else "its SHA-256 is not the one of the manifest"
+        )
+    for offset, length, crc32 in shard.rows.tolist():
+        if zlib.crc32(os.pread(descriptor, length, offset)) != crc32:
+            return f"its {length} bytes from {offset} on differ from the index (crc32)"
+    return None
+
+
+def _frame_problem(shard: RemoteShard, descriptor: int) -> str | None:
+    """What is wrong with the size or the ends of a copy: then it is another file, and not this one
+    with some damage."""
+    size = os.fstat(descriptor).st_size
+    if size != shard.size:
+        return f"has {size} bytes, its index says {shard.size}"
+    with open(descriptor, "rb", closefd=False) as file:
+        good = not shard.tar_hash or hash_ends(file) == shard.tar_hash
+        return None if good else "its content is not what its index was made for"
+
+
+def _take(
+    shard: RemoteShard,
+    part: PartFile,
+    body: Body,
+    start: int,
+    stop: threading.Event,
+    deadline: float,
+) -> None:
+    """Write one answer into the part."""
+    where = redact(shard.url)
+    if body.total is not None and body.total != shard.size:
+        page = ": a web page instead of a tar" if "html" in body.kind else ""
+        raise WrongContentError(
+            f"{where}: has {body.total} bytes ({body.kind}{page}), its index says {shard.size}: "
+            "copy the shard to the server again, with its index"
+        )
+    if start == 0 or body.start != start:
+        part.restart(body.validator)
+    length = body.start
+    for chunk in body.chunks:
+        _require_going_on(shard.url, stop, deadline)
+        length += len(chunk)
+        if length > shard.size:
+            raise WrongContentError(
+                f"{where}: has more than the {shard.size} bytes of its index ({body.kind})"
+            )
+        _write(part.descriptor, chunk, length - len(chunk))
+    if length < shard.size:
+        raise PassingError(f"{where}: ended after {length} of {shard.size} bytes")
+
+
+def _write(descriptor: int, chunk: bytes, position: int) -> None:
+    left = memoryview(chunk)
+    while left:
+        written = os.pwrite(descriptor, left, position)
+        left, position = left[written:], position + written
+
+
+def _require_going_on(url: str, stop: threading.Event, deadline: float) -> None:
+    if stop.is_set():
+        raise StoppedError(f"{redact(url)}: not read to its end, the loader was closed")
+    if time.monotonic() > deadline:
+        raise PassingError(f"{redact(url)}: not complete in time")

@@ -1,0 +1,46 @@
+"""Text as it may be shown: URLs without their secrets, names that cannot steer a terminal."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote, urlsplit
+
+from fastmoco_pipelines.schemes import SCHEME, STORES
+
+AUTHORITY = re.compile(r"[\w.{},-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
+"""Host and port of a URL, or of a pattern of URLs."""
+
+
+def redact(url: str) -> str:
+    """A URL, or a pattern of URLs, as it may be shown: without user, password, query and
+    fragment."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        match = SCHEME.match(url)  # a slip such as https:/user:password@host
+        return f"{match.group(0)}..." if match and match.group(1).lower() in STORES else url
+    rest = re.split(r"[?#]", rest, maxsplit=1)[0]
+    rest = re.sub(r"://[^/@]*@", "://", rest)  # of the second URL in braces around two
+    authority, slash, path = rest.partition("/")
+    authority = authority.rpartition("@")[2]
+    next_url = re.search(r",([^,:]+):$", authority)
+    alone = authority[: next_url.start()] if next_url and next_url[1] in STORES else authority
+    if authority and AUTHORITY.fullmatch(alone) is None:
+        authority = "..."  # not a host: it may be part of a password
+    return ascii(f"{scheme}://{authority}{slash}{path}")[1:-1]
+
+
+def shard_name(url: str) -> str:
+    """File name of a shard's URL, without its folder."""
+    return unquote(urlsplit(url).path.rpartition("/")[2])
+
+
+def escaped(text: str, *, keep: str = "") -> str:
+    """Text made fit for a terminal or a log: nothing in it can move the cursor.
+
+    Args:
+        text: from a tar, a decoder, a file's name.
+        keep: characters that stay although they are not printable, e.g. a newline.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)

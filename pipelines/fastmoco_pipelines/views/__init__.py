@@ -1,0 +1,1 @@
+"""Bytes and draws to tensors: the only room that imports DALI."""

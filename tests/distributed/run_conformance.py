@@ -1,0 +1,87 @@
+"""What one of two real processes does with each objective of the table: three steps under DDP,
+FSDP2, and in chunks.
+
+Started by test_conformance_ranks.py as `python -m tests.distributed.run_conformance OUT`; the test
+computes what they must equal by calling `run_steps` in one process.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fastmoco.config import BatchConfig, Config, ObjectiveConfig, OptimConfig, ParallelConfig
+from fastmoco.distributed import World
+from fastmoco.objectives.build import OBJECTIVES
+from fastmoco.optim.build import build_optimizer
+from fastmoco.training import state as training_state
+from fastmoco.training.forward_backward import Gradients
+from tests.distributed.cases import run_cases
+from tests.distributed.run_ranks import part
+from tests.distributed.run_trainer import CONFIG
+from tests.fastmoco.objectives.test_conformance import config_of, rough, views_of
+
+IMAGES, STEPS = 12, 3
+WAYS: dict[str, dict[str, Any]] = {
+    "ddp": {"strategy": "ddp"},
+    "fsdp": {"strategy": "fsdp"},
+    "ddp chunked": {"strategy": "ddp", "chunk": 2},
+    "fsdp chunked": {"strategy": "fsdp", "chunk": 2},
+}
+
+
+def config_for(kind: type[ObjectiveConfig], strategy: str = "ddp", chunk: int = 0) -> Config:
+    """LARS, which does not enlarge the rounding of gradients that are zero in truth."""
+    return replace(
+        config_of(kind, CONFIG),
+        global_batch_size=IMAGES,
+        batch=BatchConfig(chunk=chunk or "none", kept=1 if chunk else "auto"),
+        parallel=ParallelConfig(strategy=strategy),  # type: ignore[arg-type]
+        optim=OptimConfig(name="lars", lr=0.5, weight_decay=0.01, warmup_epochs=0),
+    )
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the whole tensors, put together of all ranks' parts."""
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in tensors.items()}
+
+
+def run_steps(world: World, kind: type[ObjectiveConfig], **how: Any) -> dict[str, Any]:
+    """Losses, gradients of the first step and the state after three, on this rank's part of each
+    batch."""
+    config = config_for(kind, **how)
+    objective = rough(config)
+    gradients = Gradients(config, objective, world, "fp64")
+    optimizer = build_optimizer(config, objective.named_parameters(), objective.averages())
+    optimizer.param_groups[0]["lr"] = 0.5
+    found: dict[str, Any] = {"losses": []}
+    for step in range(STEPS):
+        views = [part(view, world) for view in views_of(config, IMAGES)]
+        objective.zero_grad(set_to_none=True)
+        output = gradients(*views)
+        found["losses"].append(output.loss.detach())
+        if step == 0:
+            named = objective.named_parameters()
+            found["gradients"] = whole({n: p.grad for n, p in named if p.grad is not None})
+        optimizer.step(ema_momentum=0.9, skip=torch.zeros(()))
+    tensors = training_state.collect(objective, optimizer)
+    found["state"] = whole({n: t for n, t in tensors.items() if not n.startswith("rng")})
+    found["sharded"] = any(isinstance(t, DTensor) for t in tensors.values())
+    return found
+
+
+CASES: dict[str, Callable[[World], dict[str, Any]]] = {
+    f"{kind.kind} {way}": functools.partial(run_steps, kind=kind, **how)
+    for kind in OBJECTIVES
+    for way, how in WAYS.items()
+}
+
+
+if __name__ == "__main__":
+    run_cases(CASES)

@@ -1,0 +1,178 @@
+"""`fastmoco data check`, `data stats` and `data index`: what they print, write and return."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastmoco_pipelines.formats.index import index_path, read_index
+from tests.command_line import main
+
+
+def image(i: int, size: tuple[int, int] = (48, 40)) -> bytes:
+    coarse = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(coarse).resize(size).save(out, "JPEG")
+    return out.getvalue()
+
+
+def put(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Six labelled images, class names in .txt."""
+    texts = [b"cat", b"[red]owl"]
+    pairs = [((f"{i}.jpg", image(i)), (f"{i}.txt", texts[i % 2])) for i in range(6)]
+    return put(tmp_path / "set-00.tar", [member for pair in pairs for member in pair])
+
+
+def test_index_check_and_stats_of_a_foreign_set(shards, capsys):
+    assert main(["data", "check", str(shards), "--workers", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "6 samples = 6 delivered + 0 quarantined" in text
+    assert "note: set-00.tar: has no index beside it" in text
+    assert "1 shards that a loader refuses: they have no index yet" in text
+    last = text.splitlines()[-1]
+    assert last == f"no fault; not indexed yet: run `fastmoco data index {shards}` before training"
+    assert main(["data", "index", str(shards)]) == 0
+    text = capsys.readouterr().out
+    assert "6 images in 1 shards indexed, 0 members skipped" in text
+    assert "labels of 6 from .txt, 2 class names" in text
+    assert main(["data", "check", str(shards), "--workers", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "clean"
+    assert main(["data", "stats", str(shards)]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "6 images in 1 shards",
+        "width (pixels)",
+        "bits per pixel",
+        "formats: JPEG 6",
+        "2 classes: [red]owl 3, cat 3",
+    ):
+        assert words in text
+
+
+def test_faults_are_printed_escaped_and_written(shards, tmp_path, capsys):
+    with tarfile.open(shards, "a") as tar:
+        for name, data in (("x\x1b]0;evil\x07.jpg", image(1)), ("[bold]y.jpg", b"<html>"), ("z.jpg", image(9)[:-200])):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    report = tmp_path / "reports" / "report.json"
+    assert main(["data", "check", str(shards), "--json", str(report), "--workers", "1"]) == 1
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert "set-00.tar: [bold]y.jpg: its content is no JPEG, PNG or WebP [left out]" in text
+    assert "7 samples = 6 delivered + 1 quarantined" in text
+    assert "2 further samples omitted" in text
+    content = json.loads(report.read_text())
+    assert content["counts"] == {"no image": 1, "damaged image": 1, "unsafe name": 1}
+    assert (tmp_path / "quarantine.jsonl").exists()
+    assert main(["data", "check", str(shards), "--show", "1", "--workers", "1", "--no-quarantine"]) == 1
+    assert "... and 2 more (--show N prints more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["check", "stats", "index"])
+def test_a_pattern_without_files_is_refused_in_one_line(verb, tmp_path, capsys):
+    assert main(["data", verb, str(tmp_path / "none-*.tar")]) == 2
+    error = capsys.readouterr().err
+    assert "none-" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_label_field_chooses_json(shards, capsys):
+    assert main(["data", "index", str(shards), "--labels", "txt", "--label-field", "x"]) == 2
+    assert "label_field='x'" in capsys.readouterr().err
+    assert main(["data", "index", str(shards), "--label-field", "x"]) == 2
+    assert "none of the 6 images has a .json beside it with the field 'x'" in capsys.readouterr().err
+    assert not index_path(shards).exists()
+
+
+def test_a_source_that_tells_no_label_leaves_the_earlier_index_alone(shards, capsys):
+    assert main(["data", "index", str(shards)]) == 0
+    before = {path.name: path.read_bytes() for path in shards.parent.iterdir()}
+    assert main(["data", "index", str(shards), "--labels", "cls"]) == 2
+    error = capsys.readouterr().err
+    assert "labels='cls': none of the 6 images has a .cls beside it" in error
+    assert "--labels none" in error
+    assert {path.name: path.read_bytes() for path in shards.parent.iterdir()} == before
+    # One tar without labels among others that have them is none of this.
+    put(shards.with_name("set-.tar"), [("a.jpg", image(30))])
+    assert main(["data", "index", str(shards.parent), "--labels", "txt"]) == 0
+    assert "labels of 6 from .txt" in capsys.readouterr().out
+    assert read_index(shards.with_name("set-.tar")).columns["label"] == [-1]
+
+
+def test_an_unindexed_tar_among_others_is_told_and_notes_are_cut_by_show(shards, capsys):
+    assert main(["data", "index", str(shards)]) == 0
+    for number in (1, 2):
+        put(shards.with_name(f"set-0{number}.tar"), [("a.jpg", image(30 + number))])
+    capsys.readouterr()
+    report = shards.with_name("report.json")
+    options = ["--show", "1", "--workers", "1", "--json", str(report)]
+    assert main(["data", "check", f"{shards.parent}/*.tar", *options]) == 0
+    text = capsys.readouterr().out
+    assert text.count("note: ") == 1
+    assert "... and 1 more notes" in text
+    words = (
+        f"no fault; 2 of 3 shards not indexed yet: run `fastmoco data index '{shards.parent}/*.tar'` before training"
+    )
+    assert text.splitlines()[-1] == words
+    content = json.loads(report.read_text())
+    assert (content["clean"], content["unindexed"], content["refused_shards"]) == (False, 2, 2)
+
+
+def test_tars_of_one_name_are_told_apart(tmp_path, capsys):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        put(tmp_path / folder / "x.tar", [("1.jpg", image(1)), ("2.jpg", b"<html>")])
+    put(tmp_path / "b" / "y.tar", [("1.jpg", b"<html>"), ("2.jpg", image(2))])
+    pattern, report = f"{tmp_path}/*/*.tar", tmp_path / "report.json"
+    assert main(["data", "check", pattern, "--workers", "1", "--json", str(report)]) == 1
+    text = capsys.readouterr().out
+    for words in (f"{tmp_path}/b/x.tar: 2.jpg: its", "\ny.tar: 1.jpg: its", f"note: {tmp_path}/a/x.tar: has no index"):
+        assert words in text
+    faults = json.loads(report.read_text())["faults"]
+    expected = [("x.tar", f"{tmp_path}/a/x.tar"), ("x.tar", f"{tmp_path}/b/x.tar"), ("y.tar", "")]
+    assert [(fault["shard"], fault["path"]) for fault in faults] == expected
+    (tmp_path / "b" / "x.tar").write_bytes(b"x" * 2000)
+    assert main(["data", "index", pattern]) == 2
+    assert f"{tmp_path}/b/x.tar: " in capsys.readouterr().err
+    assert main(["data", "stats", pattern]) == 2
+    assert f"{tmp_path}/b/x.tar: has no index" in capsys.readouterr().err
+
+
+def test_skipped_members_beyond_the_first_twenty_are_counted(shards, capsys):
+    put(shards, [("a.jpg", image(1)), *((f"{i:02d}.gif", b"GIF89a") for i in range(23))])
+    assert main(["data", "index", str(shards)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("\nskipped ") == 20
+    assert "... and 3 more skipped members, listed in the indexes" in text
+
+
+def test_stats_draw_a_picture(shards, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["data", "index", str(shards)]) == 0
+    assert main(["data", "stats", str(shards), "--out", str(tmp_path / "stats.png")]) == 0
+    assert (tmp_path / "stats.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_help_names_the_verbs(capsys):
+    assert main(["data"]) == 0
+    text = capsys.readouterr().out
+    assert "fastmoco data check" in text
+    assert "fastmoco data stats" in text

@@ -1,0 +1,99 @@
+"""`fastmoco plan`: tables for people, JSON for programs, one line for mistakes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("tyro", reason="tyro is not installed")
+
+from fastmoco.cli.main import main
+from fastmoco.cli.plan import parse_bytes
+
+SMALL = ["--model.hidden-dim", "32", "--model.projection-dim", "8", "--model.compile", "False"]
+
+
+def test_json_names_everything_and_holds_together(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--gpus", "2", "--memory", "40MiB", "--json", "--data.synthetic", *SMALL]
+    assert main(["plan", "quickstart_digits", *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["gpus"], found["memory_bytes"], found["local_batch_size"]) == (2, 40 * 2**20, 128)
+    assert found["flops_per_step"] == found["flops_per_image"] * 256
+    settings = [(row["checkpointing"], row["state_over"]) for row in found["settings"]]
+    assert settings == [(how, shards) for shards in (1, 2) for how in ("none", "selective", "full")]
+    by_setting = dict(zip(settings, found["settings"], strict=True))
+    whole_state, shards = (by_setting["none", share]["state_bytes"] for share in (1, 2))
+    assert whole_state["optimizer"] == 2 * shards["optimizer"]
+    assert whole_state["in_flight"] == 0 < shards["in_flight"]
+    assert whole_state["total"] / 2 + shards["in_flight"] < shards["total"] < whole_state["total"]
+    for row in found["settings"]:
+        whole, in_chunks = row["largest_batch_whole"], row["largest_batch_in_chunks"]
+        # chunks of shards hold the trunk's gradients whole, which so small a memory feels
+        assert in_chunks >= (whole if row["state_over"] == 1 else 0.9 * whole) > 0
+        assert row["fits"]
+    whole = [by_setting[how, 1]["largest_batch_whole"] for how in ("none", "selective", "full")]
+    assert whole == sorted(whole)
+    assert found["chosen"] == by_setting["none", 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "shared_by"),
+    [
+        (["ddp"], 1),
+        (["fsdp"], 4),
+        (["hsdp", "--parallel.shard-size", "2"], 2),
+        (["auto"], 1),
+        (["auto", "--memory", "1MiB"], 4),
+        (["auto", "--memory", "1MiB", "--device", "cpu"], 1),
+    ],
+)
+def test_what_is_chosen_is_shared_as_the_run_would_share_it(
+    capsys: pytest.CaptureFixture[str], words: list[str], shared_by: int
+) -> None:
+    assert main(["plan", "quickstart_digits", "--gpus", "4", "--json", *SMALL, "--parallel.strategy", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["chosen"]["state_over"] == shared_by
+    assert {row["state_over"] for row in found["settings"]} == {1, shared_by, 4}
+
+
+def test_a_gpu_compiles_takes_levels_and_leaves_the_loader_its_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "quickstart_digits", "--memory", "2GB", "--json", *SMALL[:4], "--batch.chunk", "64"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["compiled"] is True
+    assert found["views"] == "uint8"
+    chosen, loader = found["chosen"], found["loader_bytes"]
+    assert chosen["parts_bytes"]["views"] == loader["batch_bytes"] == 256 * 2 * 3 * 8 * 8
+    assert sum(chosen["parts_bytes"].values()) == pytest.approx(chosen["step_bytes"])
+    assert chosen["fits"]
+    left = (2e9 - loader["beside_batch_bytes"]) * found["usable_share"] - chosen["state_bytes"]["total"]
+    assert f"of {left / 2**30:.2f} GiB free" in chosen["plan"]["reason"]
+
+
+def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["plan", "quickstart_digits", "--memory", "24GB", *SMALL, "--batch.chunk", "64", "--batch.kept", "1"]) == 0
+    )
+    shown = capsys.readouterr().out
+    assert "quickstart_digits: batch 256 on 1 x 22.35 GiB, bf16" in shown
+    for word in ("selective", "full", "4 x 64", "parameters", "GFLOP per image"):
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--memory", "lots"], "memory='lots': must be a number with one of MB, GB, MiB, GiB"),
+        (["--gpus", "3"], "gpus=3: must divide global_batch_size=256"),
+    ],
+)
+def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], words: list[str], text: str) -> None:
+    assert main(["plan", "quickstart_digits", *words]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_units() -> None:
+    assert [parse_bytes(text) for text in ("80GiB", "24 GB", "1.5MiB", "7")] == [80 * 2**30, 24 * 10**9, 3 * 2**19, 7]
+    with pytest.raises(ValueError, match="memory='0GiB'"):
+        parse_bytes("0GiB")

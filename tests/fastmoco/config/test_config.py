@@ -1,0 +1,204 @@
+"""Configs refuse what cannot be, travel through JSON unchanged, and say what differs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import pytest
+
+from fastmoco.config import (
+    CheckpointConfig,
+    Config,
+    KnnConfig,
+    MoCoV3Config,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    resolve,
+)
+from fastmoco.config.parallel import ParallelConfig
+from fastmoco.config.serial import differences, flatten, from_json, marked, may_change, to_json
+from fastmoco.recipes import RECIPES, get_recipe, with_image_size
+from fastmoco_pipelines.spec import LoaderOptions, Resume
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_travel_through_json(name):
+    config = get_recipe(name)
+    assert config.recipe == name
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_the_official_numbers():
+    config = get_recipe("vit_b16_e300_b4096")
+    assert (config.model.architecture, config.epochs, config.global_batch_size) == ("vit_base", 300, 4096)
+    assert config.peak_lr == pytest.approx(2.4e-3)
+    assert (config.optim.weight_decay, config.optim.warmup_epochs, config.objective.temperature) == (0.1, 40, 0.2)
+    assert (config.objective.ema_momentum, config.objective.ema_schedule) == (0.99, "cosine")
+    view1, view2 = config.data.view1, config.data.view2
+    assert (view1.blur_probability, view2.blur_probability) == (1.0, 0.1)
+    assert (view1.solarize_probability, view2.solarize_probability) == (0.0, 0.2)
+    assert view1.crop_scale == (0.08, 1.0)
+    assert config.eval_spec().resize == 256
+
+
+def test_a_wrong_recipe_name_gets_the_nearest():
+    with pytest.raises(ValueError, match="did you mean vit_s16_e300_b1024"):
+        get_recipe("vit_s16_e300_b1023")
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: ModelConfig(image_size=100), r"image_size=100: must be a multiple of patch_size=16"),
+        (lambda: ModelConfig(architecture="vit_giant"), "architecture='vit_giant'"),
+        (lambda: MoCoV3Config(temperature=0), "temperature=0: must be positive"),
+        (lambda: MoCoV3Config(ema_momentum=1.1), "ema_momentum=1.1"),
+        (lambda: OptimConfig(lr=-1), "lr=-1"),
+        (lambda: OptimConfig(betas=(0.9, 1.0)), "betas"),
+        (lambda: KnnConfig(k=0), "k=0"),
+        (lambda: CheckpointConfig(keep=0), "keep=0"),
+        (lambda: Config(epochs=0), "epochs=0"),
+        (lambda: Config(epochs=10), r"optim.warmup_epochs=40: must be at most epochs=10"),
+        (lambda: Config(global_batch_size=1), "global_batch_size=1"),
+        (lambda: Config(model=ModelConfig(image_size=32)), r"data.view1.size=224: must be model.image_size=32"),
+    ],
+)
+def test_errors_name_field_value_and_rule(build, text):
+    with pytest.raises(ValueError, match=text):
+        build()
+
+
+def test_resolve_counts_whole_batches():
+    config = replace(get_recipe("vit_s16_e300_b1024"), epochs=90)
+    resolved = resolve(config, world_size=8, sample_count=1_281_167)
+    assert (resolved.steps_per_epoch, resolved.total_steps, resolved.local_batch_size) == (1251, 112_590, 128)
+    assert resolved.peak_lr == pytest.approx(6e-4)
+
+
+def test_resolve_refuses_worlds_and_sets_that_do_not_fit():
+    config = get_recipe("vit_s16_e300_b1024")
+    with pytest.raises(ValueError, match="global_batch_size=1024: must be a multiple of the 3 processes"):
+        resolve(config, world_size=3, sample_count=5000)
+    with pytest.raises(ValueError, match="at most the 1000 images"):
+        resolve(config, world_size=1, sample_count=1000)
+
+
+def test_differences_name_what_changes_training_and_nothing_else():
+    config = get_recipe("quickstart_digits")
+    assert differences(config, config) == []
+    free = replace(
+        config, threads=7, log_every_steps=1, knn=KnnConfig(k=5), data=replace(config.data, shards="elsewhere")
+    )
+    assert differences(config, free) == []
+    other = replace(config, seed=1, optim=replace(config.optim, lr=1.0))
+    assert differences(config, other) == ["seed: 0 -> 1", "optim.lr: 0.0015 -> 1.0"]
+
+
+def test_unknown_fields_are_refused_by_name():
+    data = to_json(Config())
+    data["optim"]["learning_rate"] = 1.0
+    with pytest.raises(ValueError, match=r"config.optim=\['learning_rate'\]"):
+        from_json(data)
+
+
+def test_another_objective_writes_its_kind_and_an_unknown_one_is_refused():
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class OtherConfig(ObjectiveConfig):
+        kind: ClassVar[str] = "other_in_this_test"
+        strength: float = 1.0
+
+    assert "kind" not in to_json(Config())["objective"]
+    config = replace(Config(), objective=OtherConfig(strength=2.0))
+    data = json.loads(json.dumps(to_json(config)))
+    assert data["objective"] == {"kind": "other_in_this_test", "strength": 2.0}
+    assert from_json(data) == config
+    assert flatten(config)["objective.strength"] == 2.0
+    assert differences(Config(), config) == ["objective: 'moco_v3' -> 'other_in_this_test'"]
+    data["objective"]["kind"] = "nothing_of_that_name"
+    with pytest.raises(ValueError, match=r"config.objective.kind='nothing_of_that_name': .*it knows .*moco_v3"):
+        from_json(data)
+
+
+def test_flatten_spells_names_as_the_command_line_does():
+    flat = flatten(Config())
+    assert flat["data.view2.solarize_probability"] == 0.2
+    assert all(not isinstance(value, dict) for value in flat.values())
+
+
+def test_another_image_size_carries_views_and_blur_along():
+    config = with_image_size(get_recipe("vit_s16_e300_b1024"), 112)
+    assert config.data.view1.size == config.data.view2.size == config.model.image_size == 112
+    assert config.data.view1.blur_sigma == pytest.approx((0.05, 1.0))
+
+
+def test_a_config_from_before_a_field_was_there_still_loads():
+    old = to_json(Config())
+    del old["parallel"], old["model"]["compile"]
+    assert from_json(old) == Config()
+    sharded = replace(Config(), parallel=ParallelConfig(strategy="hsdp", shard_size=4))
+    assert from_json(json.loads(json.dumps(to_json(sharded)))) == sharded
+    assert differences(Config(), sharded) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"strategy": "zero"}, "strategy='zero': must be one of"),
+        ({"strategy": "hsdp", "shard_size": 1}, "shard_size=1: must be 0 or at least 2"),
+        ({"strategy": "fsdp", "shard_size": 2}, "shard_size=2: is for strategy hsdp, not fsdp"),
+        ({"verify_replicas_every": -1}, "verify_replicas_every=-1: must not be negative"),
+    ],
+)
+def test_parallel_settings_that_make_no_sense_are_refused(fields, text):
+    with pytest.raises(ValueError, match=text):
+        ParallelConfig(**fields)
+
+
+FREE = """recipe threads log_every_steps batch.* parallel.* model.checkpointing model.compile model.blocks
+optim.fused_backend data.shards data.threads data.view_dtype data.prefetch data.sub_batch data.cache_dir
+data.cache_size_gb data.max_bad_share data.timeout_s knn.* checkpoint.* faults.*"""
+WITH_ALLOW = """epochs model.linears model.momentum_linears objective.temperature objective.ema_momentum
+objective.ema_schedule optim.lr optim.weight_decay optim.betas optim.eps optim.sgd_momentum optim.trust_coefficient
+optim.warmup_epochs optim.clip_norm data.view1.* data.view2.*"""
+
+
+@pytest.mark.parametrize(("mark", "expected"), [(Resume.FREE, FREE), (Resume.WITH_ALLOW, WITH_ALLOW)])
+def test_each_field_says_whether_it_may_change_when_a_run_continues(mark, expected):
+    """A field without a mark is not in either list, and a change of it refuses the run."""
+    leaves = flatten(Config())
+    patterns = expected.split()
+    assert {name for name in leaves if may_change(Config(), name, mark)} == {
+        name for name in leaves if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+    assert sorted(marked(Config(), mark)) == sorted(pattern.removesuffix(".*") for pattern in patterns)
+
+
+def test_the_numbers_of_every_objective_bear_marks_of_their_own():
+    config = get_recipe("byol_digits")
+    ours = [name for name in marked(config, Resume.WITH_ALLOW) if name.startswith("objective.")]
+    assert ours == ["objective.ema_momentum", "objective.ema_schedule"]
+
+
+def test_a_mark_does_not_cover_fields_whose_names_begin_alike():
+    assert may_change(Config(), "data.view1.size", Resume.WITH_ALLOW)
+    assert not may_change(Config(), "data.view10.size", Resume.WITH_ALLOW)
+    assert not may_change(Config(), "data.shards_of_another", Resume.FREE)
+
+
+def test_a_config_with_an_earlier_spelling_of_the_device_loads():
+    saved = to_json(Config()) | {"device": "cuda"}
+    assert from_json(saved) == replace(Config(), device="gpu")
+
+
+def test_the_loader_gets_every_option_that_the_config_has():
+    """One dataclass has these fields, so none can be forgotten between the two."""
+    changed = {"prefetch": 3, "sub_batch": 5, "cache_dir": "/c", "cache_size_gb": 7, "shuffle_window": 2}
+    changed |= {"max_bad_share": 0.5, "timeout_s": 9}
+    assert changed.keys() == {option.name for option in fields(LoaderOptions)}
+    config = replace(Config(), data=replace(Config().data, shards="x.tar", **changed))
+    spec = config.loader_spec(device="cpu", threads=1)
+    assert {name: getattr(spec, name) for name in changed} == changed

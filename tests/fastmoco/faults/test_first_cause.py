@@ -1,0 +1,142 @@
+"""Two real processes of which one fails: both end within seconds, and whatever is read first names the cause."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastmoco.config.serial import to_json
+from fastmoco_pipelines.sampling.order import epoch_order
+from tests.pipelines.damage import damage
+
+pytestmark = pytest.mark.faults
+
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable)
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from fastmoco.config.serial import from_json
+from fastmoco.cli import train as train_command
+{before}
+sys.exit(train_command.train(from_json(json.loads(sys.argv[1])), Path(sys.argv[2])))
+"""
+
+
+def run(config, out: Path, before: str = "") -> tuple[int, str]:
+    """Exit code and all that was printed. Without a first cause peers wait for 10 minutes."""
+    command = [sys.executable, *LAUNCHER, "-c", PROGRAM.format(before=before), json.dumps(to_json(config)), str(out)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False
+    )
+    return done.returncode, done.stdout
+
+
+def errors(text: str) -> list[str]:
+    """The lines about what went wrong, in their order."""
+    return [line for line in text.splitlines() if line.startswith("fastmoco: ")]
+
+
+@pytest.fixture
+def digits_copy(small_run, digits, tmp_path):
+    import shutil
+
+    source = Path(digits[0]).parent
+    folder = Path(shutil.copytree(source, tmp_path / "digits"))
+    shards = str(folder / Path(digits[0]).name)
+    return replace(small_run, data=replace(small_run.data, shards=shards, max_bad_share=0.0)), folder
+
+
+@pytest.mark.slow
+def test_one_ranks_bad_data_ends_both(digits_copy, tmp_path):
+    config, folder = digits_copy
+    batch = config.global_batch_size
+    victim = int(epoch_order(config.seed, 0, 1437)[2 * batch - 1])  # the last of step 1: rank 1's
+    train = tmp_path / "train"
+    train.mkdir()
+    for path in folder.glob("train-*"):
+        path.rename(train / path.name)
+    config = replace(config, data=replace(config.data, shards=str(train)))
+    name = damage(train, victim, "changed")
+    code, text = run(config, tmp_path / "run")
+    assert code != 0
+    lines = errors(text)
+    assert any(name in line and "0 are allowed" in line for line in lines), text
+    # Rank 1 meets it and writes it into the run's list; rank 0 may read it there and be the first to stop.
+    told = re.compile(r"fastmoco: ended by the failure of rank [01]: ")
+    assert any(told.match(line) and name in line for line in lines), text
+    assert text.index(name) < text.index("Traceback"), text  # the launcher's own, when all is over
+    assert name in text[text.index("ChildFailedError") :], text  # the launcher's own report quotes it too
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_rank_that_hangs_in_a_read_ends_both(digits_copy, tmp_path):
+    config, _ = digits_copy
+    config = replace(config, data=replace(config.data, timeout_s=6.0))
+    before = """
+import os, time
+from fastmoco_pipelines.loading import loader
+from fastmoco_pipelines.sets import local_files
+loader._REPORT_SECONDS = 2.0
+read, reads = local_files.LocalFiles.read, []
+def hang(self, places):
+    reads.append(1)
+    if os.environ["RANK"] == "1" and len(reads) > 3:
+        self.reading = places[0][:2]
+        time.sleep(1000)
+    return read(self, places)
+local_files.LocalFiles.read = hang
+"""
+    code, text = run(config, tmp_path / "run", before)
+    assert code != 0
+    assert "fastmoco: rank 1: waiting for the data of step" in text, text
+    lines = errors(text)
+    assert any("ended by the failure of rank 1: no data for step" in line for line in lines), text
+    assert any("reading the shards for step" in line and "train-" in line for line in lines), text
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_rank_that_is_refused_before_the_first_step_ends_both(digits_copy, tmp_path):
+    config, _ = digits_copy
+    before = """
+import os
+from fastmoco.training import setup
+build = setup.build_train_loader
+def refuse(*args, **more):
+    if os.environ["RANK"] == "1":
+        raise ValueError("this rank has no data")
+    return build(*args, **more)
+setup.build_train_loader = refuse
+"""
+    code, text = run(config, tmp_path / "run", before)
+    assert code != 0
+    assert "fastmoco: this rank has no data" in text, text
+    assert "Connection" not in text  # rank 0 says the same, if the launcher has not ended it before it could
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_rank_that_hears_nothing_is_ended_by_its_watcher(digits_copy, tmp_path):
+    """As on a GPU whose exchange waits for the lost peer: here it sleeps instead."""
+    config, _ = digits_copy
+    before = """
+import os, time
+from fastmoco.faults import first_cause
+from fastmoco.training import trainer
+first_cause.GRACE_SECONDS = 1.0
+def step(self, *args, **more):
+    if os.environ["RANK"] == "1":
+        raise MemoryError("no room")
+    time.sleep(1000)
+trainer.Trainer.step = step
+"""
+    code, text = run(config, tmp_path / "run", before)
+    assert code != 0
+    assert "fastmoco: ended by the failure of rank 1: MemoryError: no room" in text, text

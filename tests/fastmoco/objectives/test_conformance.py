@@ -1,0 +1,310 @@
+"""What every objective must do, whatever it learns: each entry of `OBJECTIVES` passes all of this.
+
+A new objective is tested without a line here. What needs several processes is in
+tests/distributed/test_conformance_ranks.py. The checks are functions of a config, for an objective
+that is in no table.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import re
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastmoco.config import Config, ObjectiveConfig
+from fastmoco.distributed.mesh import World
+from fastmoco.objectives.build import OBJECTIVES, build_objective
+from fastmoco.objectives.chunk_graphs import ChunkGraphs
+from fastmoco.objectives.chunked import ChunkedStep
+from fastmoco.objectives.interface import Coupling, Inputs, Objective, Output, Progress
+from fastmoco.objectives.reference import plain_forward
+from fastmoco.planning.costs import StepCosts, measure_costs
+from fastmoco.planning.plan import chunked_bytes, whole_bytes
+from fastmoco.recipes import quickstart_digits
+from fastmoco.training import state as training_state
+from fastmoco.training.trainer import Trainer
+from tests.checkpoint_content import assert_same
+from tests.distributed.run_trainer import CONFIG
+from tests.fastmoco.planning.test_costs import real_peak
+from tests.fastmoco.training import test_rollback as rollback
+from tests.fastmoco.training.test_step_guard import steps
+from tests.fault_runs import assert_same_end, start
+from tests.spikes import LOGGED, ROLLING, SPIKE, skip
+
+KINDS = [pytest.param(kind, id=kind.kind) for kind in OBJECTIVES]
+every_objective = pytest.mark.parametrize("kind", KINDS)
+AT = Progress(3, 12, 4)
+IMAGES = 13
+
+ENCODER = [
+    "blocks.*.attn.proj.bias",
+    "blocks.*.attn.proj.weight",
+    "blocks.*.attn.qkv.bias",
+    "blocks.*.attn.qkv.weight",
+    "blocks.*.mlp.fc1.bias",
+    "blocks.*.mlp.fc1.weight",
+    "blocks.*.mlp.fc2.bias",
+    "blocks.*.mlp.fc2.weight",
+    "blocks.*.norm1.bias",
+    "blocks.*.norm1.weight",
+    "blocks.*.norm2.bias",
+    "blocks.*.norm2.weight",
+    "cls_token",
+    "norm.bias",
+    "norm.weight",
+    "patch_embed.proj.bias",
+    "patch_embed.proj.weight",
+    "pos_embed",
+]
+PROJECTOR = ["head.0.weight", "head.1.bias", "head.1.weight", "head.3.weight", "head.4.bias", "head.4.weight"]
+PROJECTOR += ["head.6.weight"]
+PREDICTOR = ["0.weight", "1.bias", "1.weight", "3.weight"]
+NAMES: dict[str, dict[str, list[str]]] = {
+    kind: {
+        "encoder": ENCODER + PROJECTOR,
+        "momentum_encoder": ENCODER + PROJECTOR,
+        "predictor": PREDICTOR,
+    }
+    for kind in ("moco_v3", "byol")
+}
+"""Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load
+for good."""
+
+
+def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
+    """A small run of an objective with the numbers that it has by default."""
+    return replace(base, objective=kind())
+
+
+def rough(config: Config) -> Objective:
+    """The objective of a config in float64, with averages apart from their weights and all buffers
+    off their start."""
+    objective = build_objective(replace(config, precision="fp64"), torch.device("cpu"))
+    noise = torch.Generator().manual_seed(5)
+    frozen_averages = {id(average) for own, average in objective.averages().items() if not own.requires_grad}
+    averages = {id(average) for average in objective.averages().values()} - frozen_averages
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            if parameter.requires_grad or id(parameter) in averages:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
+        for buffer in objective.buffers():
+            if buffer.is_floating_point():
+                buffer.add_(torch.rand(buffer.shape, generator=noise, dtype=torch.float64))
+    return objective
+
+
+def views_of(config: Config, images: int = IMAGES) -> tuple[Tensor, ...]:
+    noise = torch.Generator().manual_seed(6)
+    sides = (config.data.view1.size, config.data.view2.size)
+    return tuple(torch.randn(images, 3, side, side, generator=noise, dtype=torch.float64) for side in sides)
+
+
+def gap(ours: Tensor, other: Tensor) -> float:
+    """Largest difference, relative to the largest number where that exceeds 1."""
+    ours, other = ours.detach(), other.detach()
+    return float((ours - other).abs().max() / max(1.0, float(other.abs().max())))
+
+
+def require_equal(ours: tuple[Objective, Output], other: tuple[Objective, Output], tolerance: float) -> None:
+    """Loss, what telemetry sees, every gradient and every buffer."""
+    assert gap(ours[1].loss, other[1].loss) <= tolerance
+    assert ours[1].watch.keys() == other[1].watch.keys()
+    for name, rows in ours[1].watch.items():
+        if rows.shape == other[1].watch[name].shape:
+            assert gap(rows, other[1].watch[name]) <= tolerance, name
+            assert not rows.requires_grad, name
+    for (name, mine), theirs in zip(ours[0].named_parameters(), other[0].parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None), name
+        if mine.grad is not None and theirs.grad is not None:
+            assert gap(mine.grad, theirs.grad) <= tolerance, name
+    for (name, mine), theirs in zip(ours[0].named_buffers(), other[0].buffers(), strict=True):
+        assert gap(mine.double(), theirs.double()) <= tolerance, name
+
+
+def check_reference(config: Config) -> None:
+    fast, views = rough(config), views_of(config)
+    plain = copy.deepcopy(fast)
+    outputs = fast(*views, at=AT, accuracy=True), plain_forward(plain, *views, at=AT, accuracy=True)
+    for output in outputs:
+        output.loss.backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in fast.parameters())
+    require_equal((fast, outputs[0]), (plain, outputs[1]), 1e-12)
+
+
+def check_chunks(config: Config) -> None:
+    objective, views = rough(config), views_of(config)
+    whole = copy.deepcopy(objective)
+    output = whole(*views, at=AT, accuracy=True)
+    output.loss.backward()
+    if objective.coupling is Coupling.TRUNK:
+        with pytest.raises(ValueError, match=re.escape(objective.coupling_reason)):
+            ChunkedStep(objective, chunk=4)
+        return
+    for how in ({"chunk": 4}, {"chunk": 5, "kept": 1}, {"chunk": 99}):
+        ours = copy.deepcopy(objective)
+        require_equal((ours, ChunkedStep(ours, **how)(*views, at=AT, accuracy=True)), (whole, output), 1e-12)
+    if objective.coupling is Coupling.HEADS:
+        replayed, plain = copy.deepcopy(objective), copy.deepcopy(objective)
+        graphs = ChunkGraphs(replayed, 4, capture=False)
+        ours_output = ChunkedStep(replayed, chunk=4, graphs=graphs)(*views, at=AT)
+        require_equal((replayed, ours_output), (plain, ChunkedStep(plain, chunk=4)(*views, at=AT)), 0.0)
+
+
+def check_features(config: Config) -> None:
+    """The second pass of a chunk gives the online features of the first, writes nothing, and rows
+    are images."""
+    objective, views = rough(config), views_of(config)
+    before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
+    objective.choices(AT)
+    with torch.no_grad():
+        first = objective.features(Inputs(views), AT)
+        second = objective.features(Inputs(views), AT, target=False)
+    assert second.target == ()
+    assert all(torch.equal(a, b) for a, b in zip(first.online, second.online, strict=True))
+    assert {len(rows) for rows in (*first.online, *first.target)} == {IMAGES}
+    if objective.coupling is not Coupling.TRUNK:
+        assert all(torch.equal(tensor, before[name]) for name, tensor in objective.state_dict().items())
+
+
+def check_names(config: Config, known: dict[str, list[str]] | None) -> None:
+    objective = rough(config)
+    networks, averages = objective.networks(), objective.averages()
+    names = {
+        n: {re.sub(r"\bblocks\.\d+\.", "blocks.*.", p) for p, _ in net.named_parameters()}
+        for n, net in networks.items()
+    }
+    if known is not None:
+        assert names == {network: set(parameters) for network, parameters in known.items()}
+    # All that trains has a gradient and a place of its own in the state; an average has the shape
+    # of its weight.
+    assert all(own.shape == average.shape and not average.requires_grad for own, average in averages.items())
+    places = objective.places()
+    assert set(places) <= {name for name, p in objective.named_parameters() if p.requires_grad}
+    assert {place for found in places.values() for place in found} >= {"first_block", "last_block"}
+    assert objective.frozen(AT) <= {name for name, _ in objective.named_parameters()}
+    assert objective.per_rank <= {name for name, _ in objective.named_buffers()}
+    assert objective.encoder is not None
+
+
+def check_skip(config: Config, out: Path) -> None:
+    """Two poisoned steps of six leave the bits of a run that never took them."""
+    fed, losses = steps(config, out / "fed", bad={2, 3}, fed=True)
+    never, expected = steps(config, out / "never", bad={2, 3}, fed=False)
+    assert losses == expected
+    assert all(map(math.isfinite, losses))
+    assert_same(fed, never)
+
+
+def check_rollback(config: Config, out: Path) -> None:
+    """A spike's steps are taken back."""
+    never = Trainer.build(config, out / "never", World())
+    try:
+        skip(never, 25, LOGGED)
+        expected = {n: t.clone() for n, t in training_state.collect(never.objective, never.optimizer).items()}
+    finally:
+        never.close()
+    assert rollback.run(config, out / "run", SPIKE) == 0
+    tensors, state = rollback.ending(out / "run")
+    assert state["rollback"]["last"] == [LOGGED, 24]
+    assert_same(tensors, expected)
+
+
+def run_whole(config: Config, out: Path) -> None:
+    trainer = Trainer.build(config, out, World())
+    try:
+        assert trainer.run() == 0
+    finally:
+        trainer.close()
+
+
+def check_resume(config: Config, out: Path) -> None:
+    """Killed with -9 and started again, a run ends in the bits of one that was never stopped."""
+    run_whole(config, out / "whole")
+    killed = start(config, out / "killed", ranks=0, before=SLOW)
+    try:
+        killed.wait_for_step(4)
+        killed.signal(0, signal.SIGKILL)
+        assert killed.end() == -signal.SIGKILL
+    finally:
+        killed.close()
+    run_whole(config, out / "killed")
+    assert_same_end(out / "killed", out / "whole")
+
+
+SLOW = """
+import time
+plain = trainer.Trainer.step
+def step(self, *arguments, **options):
+    time.sleep(0.2 * (self.step_count >= 4))
+    return plain(self, *arguments, **options)
+trainer.Trainer.step = step
+"""
+"""Steps that leave time to be killed in."""
+
+
+@functools.cache
+def costs_of(config: Config) -> StepCosts:
+    return measure_costs(config, "fp32")
+
+
+def check_peak(config: Config, images: int, chunk: int) -> None:
+    costs = costs_of(config)
+    planned = chunked_bytes(costs, images, chunk, 0) if chunk else whole_bytes(costs, images)
+    assert real_peak(config, images, chunk, 0) == pytest.approx(planned, rel=0.15)
+
+
+def wide(kind: type[ObjectiveConfig]) -> Config:
+    """Activations of a quarter of a gigabyte at 256 images."""
+    base = config_of(kind, quickstart_digits())
+    model: dict[str, Any] = {"architecture": "vit_micro", "hidden_dim": 128, "projection_dim": 32}
+    return replace(base, precision="fp32", model=replace(base.model, **model))
+
+
+@every_objective
+def test_fast_is_the_reference(kind: type[ObjectiveConfig]) -> None:
+    check_reference(config_of(kind))
+
+
+@every_objective
+def test_chunks_are_the_whole(kind: type[ObjectiveConfig]) -> None:
+    check_chunks(config_of(kind))
+
+
+@every_objective
+def test_a_second_pass_repeats_the_first(kind: type[ObjectiveConfig]) -> None:
+    check_features(config_of(kind))
+
+
+@every_objective
+def test_names_in_checkpoints_are_stable(kind: type[ObjectiveConfig]) -> None:
+    check_names(config_of(kind), NAMES.get(kind.kind))
+
+
+@every_objective
+def test_a_skipped_step_leaves_no_trace(kind: type[ObjectiveConfig], tmp_path: Path) -> None:
+    check_skip(config_of(kind), tmp_path)
+
+
+@every_objective
+def test_a_rollback_takes_steps_back(kind: type[ObjectiveConfig], tmp_path: Path) -> None:
+    check_rollback(config_of(kind, ROLLING), tmp_path)
+
+
+@every_objective
+def test_a_killed_run_continues_to_the_same_bits(kind: type[ObjectiveConfig], tmp_path: Path) -> None:
+    check_resume(config_of(kind), tmp_path)
+
+
+@every_objective
+@pytest.mark.parametrize(("images", "chunk"), [(256, 0), (512, 128)])
+def test_the_planned_peak_is_the_measured_one(kind: type[ObjectiveConfig], images: int, chunk: int) -> None:
+    check_peak(wide(kind), images, chunk)

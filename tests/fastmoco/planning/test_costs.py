@@ -1,0 +1,141 @@
+"""What is counted on fake tensors is what real ones take, and the FLOPs are those of the book."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmoco.config import Config, ModelConfig
+from fastmoco.planning.costs import measure_costs
+from fastmoco.planning.plan import chunked_bytes, whole_bytes
+from fastmoco.recipes import get_recipe, quickstart_digits
+
+ROOT = Path(__file__).parents[3]
+REAL_STEP = """
+import json, sys, torch
+from pathlib import Path
+from dataclasses import replace
+from fastmoco.config.serial import from_json
+from fastmoco.objectives.build import build_objective
+from fastmoco.objectives.chunked import ChunkedStep
+config, images, chunk, kept = json.loads(sys.argv[1])
+config = from_json(config)
+objective = build_objective(config, torch.device("cpu"))
+side = config.model.image_size
+def step(images, chunk, kept):
+    view1, view2 = torch.randn(2, images, 3, side, side).unbind()
+    if chunk:
+        ChunkedStep(objective, chunk=chunk, kept=kept)(view1, view2)
+    else:
+        objective(view1, view2).loss.backward()
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+step(4, 2 * bool(chunk), 0)  # loads libraries and makes the gradients, which are state
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS:")
+step(images, chunk, kept)
+print(status("VmHWM:") - before)
+"""
+
+
+def _config() -> Config:
+    """Activations of a quarter of a gigabyte at 256 images."""
+    recipe = quickstart_digits()
+    return replace(
+        recipe,
+        precision="fp32",
+        model=replace(recipe.model, architecture="vit_micro", hidden_dim=128, projection_dim=32),
+    )
+
+
+def real_peak(config: Config, images: int, chunk: int, kept: int) -> int:
+    """The growth of the resident set in one real step, in a process of its own."""
+    from fastmoco.config.serial import to_json
+
+    habits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", REAL_STEP, json.dumps([to_json(config), images, chunk, kept])]
+    done = subprocess.run(words, env=os.environ | habits, cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+# whole; whole with less kept; chunks without graphs, and with some
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recompute", "images", "chunk", "kept"),
+    [
+        ("none", 256, 0, 0),
+        ("selective", 384, 0, 0),
+        ("full", 512, 0, 0),
+        ("none", 512, 128, 0),
+        ("none", 512, 64, 4),
+    ],
+)
+def test_the_peak_of_a_real_step_is_the_planned_one(recompute: str, images: int, chunk: int, kept: int) -> None:
+    config = _config()
+    config = replace(config, model=replace(config.model, checkpointing=recompute))
+    costs = measure_costs(config, "fp32")
+    planned = chunked_bytes(costs, images, chunk, kept * chunk) if chunk else whole_bytes(costs, images)
+    real = real_peak(config, images, chunk, kept)
+    assert real == pytest.approx(planned, rel=0.15)
+
+
+def test_flops_and_parameters_are_those_of_the_book() -> None:
+    config = get_recipe("vit_s16_e300_b4096")
+    costs = measure_costs(config, "bf16")
+    E, L, blocks, hidden = 384, 197, 12, 4096
+    block = 2 * L * 12 * E * E + 4 * L * L * E
+    class_row = 2 * (4 * L * E * 12 + 2 * E * E + 2 * E * E + 8 * E * E)
+    patches = 2 * (L - 1) * E * 3 * 16 * 16
+    assert costs.query_flops / 2 == pytest.approx((blocks - 1) * block + class_row + patches, rel=0.02)
+    heads = 2 * (E * hidden + hidden * hidden + 2 * hidden * 256 + hidden * 256)
+    forward = costs.query_flops - 2 * patches
+    # query forward and backward, key forward, heads of both (the loss is 0.1 %)
+    assert costs.step_flops == pytest.approx(4 * forward + 2 * patches + 2 * (3 + 1) * heads, rel=0.03)
+    assert costs.parameters == pytest.approx(43.2e6 + 41.1e6, rel=0.005)
+    assert costs.coupling_reason == ""
+
+
+def test_checkpointing_trades_bytes_for_flops_and_selective_costs_next_to_none() -> None:
+    none, selective, full = (measure_costs(_config(), "bf16", recompute=how) for how in ("none", "selective", "full"))
+    assert none.recompute_flops == 0
+    assert 0 < selective.recompute_flops < 0.02 * none.step_flops  # the class row alone, of one block in four
+    assert 0.5 * none.query_flops < full.recompute_flops < none.query_flops
+    assert selective.graph.per_image < 0.75 * none.graph.per_image
+    assert full.graph.per_image < 0.3 * none.graph.per_image
+    assert none.query_flops == selective.query_flops == full.query_flops
+
+
+def test_two_depths_tell_what_all_blocks_cost() -> None:
+    config = _config()
+    config = replace(config, model=replace(config.model, architecture="vit_tiny"))  # twelve blocks
+    by_two = measure_costs(config, "fp32")
+    from fastmoco.planning import costs as step_costs
+
+    before = step_costs.DEPTHS
+    step_costs.DEPTHS = (11, 12)
+    try:
+        directly = measure_costs(config, "fp32")
+    finally:
+        step_costs.DEPTHS = before
+    for name in ("graph", "train", "forward", "heads"):
+        assert getattr(by_two, name).per_image == pytest.approx(getattr(directly, name).per_image, rel=1e-6), name
+    assert by_two.step_flops == pytest.approx(directly.step_flops, rel=1e-9)
+
+
+def test_measuring_touches_neither_random_numbers_nor_the_default_dtype() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    config = replace(_config(), model=ModelConfig(architecture="vit_nano", image_size=8, patch_size=2, hidden_dim=32))
+    costs = measure_costs(config, "fp64")
+    assert torch.equal(torch.rand(2), expected)
+    assert torch.get_default_dtype() == torch.float32
+    assert costs.view_bytes == 2 * 3 * 64 * 8

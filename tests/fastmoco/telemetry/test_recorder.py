@@ -1,0 +1,135 @@
+"""What a run tells: means over the interval, peaks of the gradients, events of the detectors."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+
+import pytest
+import torch
+from torch import nn
+
+from fastmoco.config import resolve
+from fastmoco.distributed.mesh import World
+from fastmoco.recipes import get_recipe
+from fastmoco.run.folder import RunFolder
+from fastmoco.telemetry.recorder import Recorder
+from fastmoco.telemetry.stability import ForgettingDetector, gradient_norms
+
+
+def _recorder(folder):
+    config = get_recipe("quickstart_digits")
+    resolved = resolve(config, world_size=1, sample_count=1437)
+    return Recorder(config, resolved, RunFolder(folder), World(), start_step=0, figures={"knn": "kNN"})
+
+
+def _rows(recorder, tmp_path):
+    recorder.close()
+    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+MOMENTUM = {"ema_momentum": 0.9}
+
+
+def seen(rows: torch.Tensor, **others: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What an objective shows whose queries and keys are equal."""
+    return {"queries": rows[None], "keys": rows[None], **others}
+
+
+def _norms(module: nn.Module, size: float) -> dict[str, torch.Tensor]:
+    """Gradient norms of a module whose gradients all have one size."""
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, size)
+    return gradient_norms(module.named_parameters(), {})
+
+
+def test_a_spike_between_two_log_lines_shows_in_the_curve(tmp_path):
+    recorder = _recorder(tmp_path)
+    model = nn.Linear(4, 1, bias=False)
+    for step, size in enumerate((1.0, 50.0, 2.0), start=1):
+        recorder.gradients(step, _norms(model, size))
+        recorder.stepped(0.0)
+    q = torch.randn(8, 64)
+    recorder.log(3, torch.tensor(2.5), seen(q, accuracy=torch.tensor([0.25, 0.5])), lr=0.1, schedules=MOMENTUM)
+    row = _rows(recorder, tmp_path)[0]
+    assert (row["contrast/top1"], row["contrast/top5"]) == (0.25, 0.5)
+    assert row["gradient_norm/total"] == pytest.approx(100.0)
+    assert (row["loss"], row["lr"], row["ema_momentum"]) == (2.5, 0.1, 0.9)
+    assert row["cosine/positive"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("order", [(1.0, math.nan, 2.0), (math.nan, 1.0, 2.0), (1.0, 2.0, math.nan)])
+def test_a_gradient_that_is_not_finite_is_never_hidden(tmp_path, capsys, order):
+    recorder = _recorder(tmp_path)
+    for step, size in enumerate(order, start=1):
+        recorder.gradients(step, _norms(nn.Linear(4, 1), size))
+        recorder.stepped(0.0)
+    q = torch.randn(8, 64)
+    recorder.log(3, torch.tensor(2.5), seen(q), lr=0.1, schedules=MOMENTUM)
+    assert _rows(recorder, tmp_path)[0]["gradient_norm/total"] is None
+    assert "gradient of total is nan" in capsys.readouterr().out
+
+
+def test_a_constant_encoder_raises_the_alarm_within_ten_steps(tmp_path, capsys):
+    recorder = _recorder(tmp_path)
+    healthy, constant = torch.randn(8, 64), torch.ones(8, 64)
+    for step in range(1, 11):
+        q = healthy if step < 3 else constant
+        recorder.gradients(step, _norms(nn.Linear(4, 1), 1.0))
+        recorder.stepped(0.0)
+        recorder.log(step, torch.tensor(1.0), seen(q), lr=0.1, schedules=MOMENTUM)
+    text = capsys.readouterr().out
+    assert "collapsing" in text
+    assert "the encoder has collapsed" in text
+
+
+def test_forgetting_is_noticed_once_and_only_after_learning():
+    detector = ForgettingDetector()
+    assert [detector.observe(step, 0.001, 0.0) for step in range(10)] == [None] * 10
+    assert detector.observe(10, 0.5, 0.0) is None
+    events = [detector.observe(step, 0.3, 0.3) for step in range(11, 20)]
+    assert [event is not None for event in events] == [False, False, True] + [False] * 6
+
+
+def test_knn_dips_are_said(tmp_path, capsys):
+    recorder = _recorder(tmp_path)
+    for step, accuracy in ((0, 0.5), (10, 0.8), (20, 0.7)):
+        recorder.measured(step, {"knn": accuracy})
+    text = capsys.readouterr().out
+    assert "kNN fell to 70.0%" in text
+    assert "kNN 80.0% (best 80.0%)" in text
+    assert "kNN 70.0% (best 80.0%)" in text
+    assert [row["knn"] for row in _rows(recorder, tmp_path)] == [0.5, 0.8, 0.7]
+
+
+@pytest.mark.faults
+def test_a_full_disk_costs_lines_of_metrics_and_not_the_run(tmp_path, capsys, monkeypatch):
+    """T10, of the metrics: said once, and written again as soon as there is room."""
+
+    def missing(*args, **more):  # TensorBoard writes in a thread of its own, which a full disk ends
+        raise ImportError
+
+    monkeypatch.setattr("fastmoco.telemetry.recorder.TensorBoardSink", missing)
+    recorder = _recorder(tmp_path)
+    q = torch.randn(8, 64)
+
+    def log(step):
+        recorder.stepped(0.0)
+        recorder.log(step, torch.tensor(2.5), seen(q), lr=0.1, schedules=MOMENTUM)
+
+    log(1)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
+    try:
+        log(2)
+        log(3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    log(4)
+    assert capsys.readouterr().out.count("metrics cannot be written and are lost until they can") == 1
+    recorder.close()
+    steps = [step for step, _ in RunFolder(tmp_path).read_metric("loss")]
+    assert (steps[0], steps[-1]) == (1, 4)
+    assert 2 not in steps

@@ -1,0 +1,292 @@
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from fastmoco.objectives.interface import Objective, Parts
+from fastmoco.telemetry.stability import (
+    CollapseDetector,
+    DipDetector,
+    GradientRecorder,
+    SpikeDetector,
+    chance_loss,
+    effective_rank,
+    feature_std,
+    gradient_norms,
+    pair_cosines,
+)
+
+BLOCKS = 3
+
+
+class Trunk(nn.Module):
+    def parts(self) -> Parts:
+        return Parts(stem={"patch_embed": self.patch_embed}, blocks=self.blocks, heads={"head": self.head})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = nn.Linear(12, 16)
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(BLOCKS))
+        self.head = nn.Sequential(nn.Linear(16, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16))
+
+
+class Toy(Objective):
+    """The names and the loss of the real objective, small enough for hundreds of steps a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Trunk()
+        self.predictor = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16))
+        self.momentum_encoder = nn.Linear(12, 16).requires_grad_(False)
+
+    def features(self, inputs: Any, at: Any, *, target: bool = True) -> Any:
+        raise NotImplementedError
+
+    compare = reference = features
+
+    def project(self, view: Tensor) -> Tensor:
+        x = self.encoder.patch_embed(view)
+        for block in self.encoder.blocks:
+            x = x + torch.tanh(block(x))
+        projected: Tensor = self.encoder.head(x)
+        return projected
+
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
+        p1, p2 = self.project(view1), self.project(view2)
+        q = normalize(self.predictor(p1), dim=1)
+        logits = q @ normalize(p2.detach(), dim=1).T / 0.2
+        return 0.4 * cross_entropy(logits, torch.arange(len(q))), p1
+
+
+def run_toy(steps: int, *, disturb_at: int = -1, factor: float = 1.0) -> tuple[list[dict[str, float]], list[float]]:
+    """Gradient norms and feature deviation of every step of a healthy run; at one step the patch gradient is scaled."""
+    torch.manual_seed(0)
+    model, recorder, stds = Toy(), GradientRecorder(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(steps):
+        base = torch.randn(64, 12)
+        loss, features = model(base + 0.3 * torch.randn(64, 12), base + 0.3 * torch.randn(64, 12))
+        optimizer.zero_grad()
+        loss.backward()
+        if step == disturb_at:
+            for parameter in (*model.encoder.patch_embed.parameters(), *model.encoder.blocks[0].parameters()):
+                assert parameter.grad is not None
+                parameter.grad *= factor
+        recorder.record(step, gradient_norms(model.named_parameters(), model.places()))
+        stds.append(feature_std(features).item())
+        optimizer.step()
+    return [norms for _, norms in recorder.flush()], stds
+
+
+@pytest.mark.parametrize("dim", [32, 256])
+def test_feature_std_of_even_and_of_collapsed_features(dim: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    even = torch.randn(4096, dim, generator=rng) * torch.rand(4096, 1, generator=rng)
+    assert feature_std(even).item() == pytest.approx(dim**-0.5, rel=0.02)
+    assert feature_std(even.bfloat16()).item() == pytest.approx(dim**-0.5, rel=0.02)
+    point = torch.randn(1, dim, generator=rng)
+    assert feature_std(point * torch.rand(512, 1, generator=rng)).item() < 1e-6
+    assert feature_std(torch.zeros(8, dim)).item() == 0.0
+    half = torch.cat([point.expand(512, dim), even[:512]])
+    assert 0.3 < feature_std(half).item() * dim**0.5 < 0.9
+
+
+def test_feature_std_is_the_formula_written_out() -> None:
+    x = torch.tensor([[3.0, 4.0], [0.0, 2.0], [-1.0, 0.0]], requires_grad=True)
+    rows = [(0.6, 0.8), (0.0, 1.0), (-1.0, 0.0)]
+    expected = 0.0
+    for axis in range(2):
+        column = [row[axis] for row in rows]
+        mean = sum(column) / 3
+        expected += math.sqrt(sum((value - mean) ** 2 for value in column) / 3) / 2
+    result = feature_std(x)
+    assert result.item() == pytest.approx(expected)
+    assert not result.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4,), (2, 3, 4)])
+def test_feature_std_names_a_wrong_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"needs \[B, D\]"):
+        feature_std(torch.ones(shape))
+
+
+@pytest.mark.parametrize("used", [1, 4, 32])
+def test_effective_rank_counts_the_directions_in_use(used: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    features = torch.randn(4096, used, generator=rng) @ torch.linalg.qr(torch.randn(32, 32, generator=rng))[0][:used]
+    assert effective_rank(features).item() == pytest.approx(used, rel=0.05, abs=0.05)
+    assert effective_rank(torch.ones(8, 4)).item() == pytest.approx(1.0)
+
+
+def test_pair_cosines_are_the_mean_over_the_matrix() -> None:
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(9, 5, generator=rng) + 0.5
+    keys = q + torch.randn(9, 5, generator=rng)
+    matrix = normalize(q, dim=1) @ normalize(keys, dim=1).T
+    others = matrix[~torch.eye(9, dtype=torch.bool)]
+    torch.testing.assert_close(pair_cosines(q, keys), torch.stack([matrix.diagonal().mean(), others.mean()]))
+    with pytest.raises(ValueError, match="twice"):
+        pair_cosines(q, keys[:8])
+
+
+def test_batch_norm_hides_a_collapsed_encoder_from_the_deviation_but_not_from_the_cosines() -> None:
+    torch.manual_seed(0)
+    images, point = torch.randn(512, 64), torch.randn(1, 64)
+    norm = nn.BatchNorm1d(64, affine=False)
+
+    def head(encoded: Tensor) -> Tensor:
+        result: Tensor = norm(encoded)
+        return result
+
+    def views(signal: float) -> tuple[Tensor, Tensor]:
+        return tuple(head(point + signal * images + 0.05 * torch.randn(512, 64)) for _ in range(2))  # type: ignore[return-value]
+
+    healthy, collapsed = views(1.0), views(0.0)
+    assert feature_std(collapsed[0]).item() == pytest.approx(64**-0.5, rel=0.02)
+    positive, others = pair_cosines(*healthy).tolist()
+    assert positive > 0.95
+    assert abs(others) < 0.02
+    positive, others = pair_cosines(*collapsed).tolist()
+    assert abs(positive - others) < 0.05
+
+
+def test_chance_loss_is_what_a_constant_encoder_gets() -> None:
+    assert chance_loss(temperature=0.2, keys=4096) == pytest.approx(6.654, abs=1e-3)
+    q = normalize(torch.ones(8, 4), dim=1)
+    one = 2 * 0.2 * cross_entropy(q @ q.T / 0.2, torch.arange(8))
+    assert 2 * one.item() == pytest.approx(chance_loss(temperature=0.2, keys=8), rel=1e-6)
+
+
+def test_gradient_norms_against_the_formula() -> None:
+    torch.manual_seed(0)
+    model = Toy()
+    loss, _ = model(torch.randn(8, 12), torch.randn(8, 12))
+    loss.backward()
+
+    def norm(*starts: str) -> float:
+        grads = [p.grad for name, p in model.named_parameters() if name.startswith(starts) and p.grad is not None]
+        return math.sqrt(sum(grad.double().square().sum().item() for grad in grads))
+
+    expected = {
+        "patch_embed": norm("encoder.patch_embed."),
+        "first_block": norm("encoder.blocks.0."),
+        "last_block": norm(f"encoder.blocks.{BLOCKS - 1}."),
+        "heads": norm("encoder.head.", "predictor."),
+        "total": norm(""),
+    }
+    actual = {name: value.item() for name, value in gradient_norms(model.named_parameters(), model.places()).items()}
+    assert actual == pytest.approx(expected, rel=1e-5)
+    assert min(actual.values()) > 0
+
+
+def test_gradient_norms_of_frozen_patches_of_bf16_and_of_nothing() -> None:
+    model = Toy()
+    model.encoder.patch_embed.requires_grad_(False)
+    assert gradient_norms(model.named_parameters(), model.places())["total"].item() == 0.0
+    loss, _ = model(torch.randn(8, 12), torch.randn(8, 12))
+    loss.backward()
+    assert "patch_embed" not in gradient_norms(model.named_parameters(), model.places())
+    weight = nn.Parameter(torch.zeros(300, 300, dtype=torch.bfloat16))
+    weight.grad = torch.full_like(weight, 0.01)
+    norms = gradient_norms([("only", weight)], {"only": ("first_block", "last_block")})
+    assert norms["total"].dtype == torch.float32
+    assert norms["total"].item() == pytest.approx(300 * float(torch.tensor(0.01).bfloat16()), rel=1e-4)
+    assert norms["first_block"].item() == norms["last_block"].item() == norms["total"].item()
+
+
+def test_places_are_those_of_the_blocks_that_train() -> None:
+    model = Toy()
+    model.encoder.patch_embed.requires_grad_(False)
+    model.encoder.blocks[0].requires_grad_(False)
+    places = model.places()
+    assert places["encoder.blocks.1.weight"] == ("first_block",)
+    assert places[f"encoder.blocks.{BLOCKS - 1}.weight"] == ("last_block",)
+    assert places["predictor.0.weight"] == places["encoder.head.0.weight"] == ("heads",)
+    assert set(places.values()) == {("first_block",), ("last_block",), ("heads",)}
+    assert not [name for name in places if "momentum" in name]
+
+
+def test_recorder_returns_every_step_once() -> None:
+    recorder = GradientRecorder()
+    assert recorder.flush() == []
+    recorder.record(7, {"a": torch.tensor(1.0), "total": torch.tensor(2.0)})
+    recorder.record(8, {"total": torch.tensor(3.0)})
+    assert recorder.flush() == [(7, {"a": 1.0, "total": 2.0}), (8, {"total": 3.0})]
+    assert recorder.flush() == []
+
+
+@pytest.mark.faults
+def test_a_disturbed_first_layer_raises_the_event_within_the_step() -> None:
+    rows, _ = run_toy(60, disturb_at=50, factor=100.0)
+    detector = SpikeDetector()
+    events = [spike for step, norms in enumerate(rows) for spike in detector.observe(step, norms)]
+    assert {spike.name for spike in events} == {"patch_embed", "first_block", "total"}
+    assert {spike.step for spike in events} == {50}
+    assert "step 50: gradient spike in patch_embed" in str(events[0])
+
+
+def test_a_healthy_run_of_500_steps_raises_nothing() -> None:
+    rows, stds = run_toy(500)
+    detector, collapse = SpikeDetector(), CollapseDetector(dim=16)
+    assert [spike for step, norms in enumerate(rows) for spike in detector.observe(step, norms)] == []
+    assert [event for step, std in enumerate(stds) if (event := collapse.observe(step, std))] == []
+
+
+def test_noise_and_slow_drift_are_no_spikes_and_one_spike_does_not_hide_the_next() -> None:
+    rng, detector = random.Random(0), SpikeDetector()
+    events = []
+    for step in range(3000):
+        value = math.exp(rng.gauss(0, 0.3)) * (1 + step / 300)
+        if step in (2000, 2003):
+            value *= 20
+        events += [spike.step for spike in detector.observe(step, {"total": value})]
+    assert events == [2000, 2003]
+
+
+def test_a_lasting_new_level_stops_alarming() -> None:
+    detector = SpikeDetector(window=20, warmup=5)
+    events = [s.step for step in range(100) for s in detector.observe(step, {"x": 1.0 if step < 50 else 10.0})]
+    assert events == list(range(50, 60))
+
+
+def test_warmup_is_silent_but_not_finite_never_is() -> None:
+    detector = SpikeDetector(warmup=20)
+    assert detector.observe(0, {"x": 1.0}) == []
+    assert detector.observe(1, {"x": 1e9}) == []
+    (nan,) = detector.observe(2, {"x": math.nan})
+    (inf,) = detector.observe(3, {"x": math.inf})
+    assert str(nan) == "step 2: gradient of x is nan"
+    assert str(inf) == "step 3: gradient of x is inf"
+
+
+@pytest.mark.parametrize(
+    ("rule", "match"), [({"factor": 1.0}, "factor=1.0"), ({"warmup": 0}, "warmup=0"), ({"window": 5}, "warmup=20")]
+)
+def test_impossible_rules_are_named(rule: dict[str, float], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        SpikeDetector(**rule)  # type: ignore[arg-type]
+
+
+def test_collapse_alarms_once_after_patience_and_again_after_recovery() -> None:
+    torch.manual_seed(0)
+    point = torch.randn(1, 64)
+    detector = CollapseDetector(dim=64)
+    values = [feature_std(torch.randn(128, 64)).item()] * 3
+    values += [feature_std(point + 1e-4 * torch.randn(128, 64)).item()] * 5
+    values += [0.1] + [float("nan")] * 4
+    events = [(step, event) for step, std in enumerate(values) if (event := detector.observe(step, std))]
+    assert [step for step, _ in events] == [5, 11]
+    assert "step 5: features are collapsing" in events[0][1]
+    assert "0.12" in events[0][1]
+
+
+def test_a_dip_of_knn_is_told_once() -> None:
+    detector = DipDetector("kNN", tolerance=0.02)
+    curve = [0.50, 0.70, 0.69, 0.685, 0.61, 0.60, 0.69, 0.72, 0.69]
+    events = [(i, event) for i, accuracy in enumerate(curve) if (event := detector.observe(i, accuracy))]
+    assert [i for i, _ in events] == [4, 8]
+    assert events[0][1] == "step 4: kNN fell to 61.0%, 9.0 points below its best"

@@ -1,0 +1,198 @@
+"""Shards that nobody packed with fastmoco: keys of several parts, every image extension, labels from texts or none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.formats.index import read_index
+from fastmoco_pipelines.formats.labels import LabelRule
+from fastmoco_pipelines.formats.manifest import read_sets
+from fastmoco_pipelines.formats.members import group_members, split_name
+from fastmoco_pipelines.formats.tar import TarMember
+from fastmoco_pipelines.making.indexing import index_shards
+from fastmoco_pipelines.sets.shard_set import ShardSet
+
+
+def labelled(write_tar, path, image, texts: list[bytes | None], extension: str):
+    """A tar whose i-th image has this text beside it."""
+    members = []
+    for i, text in enumerate(texts):
+        members.append((f"{i:03d}.jpg", image(i)))
+        if text is not None:
+            members.append((f"{i:03d}.{extension}", text))
+    return write_tar(path, members)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "extension"),
+    [
+        ("000123.rgb.jpg", "000123", "rgb.jpg"),
+        ("a/b/000123.jpg", "a/b/000123", "jpg"),
+        ("a.b/c.d/000123.seg.PNG", "a.b/c.d/000123", "seg.PNG"),
+        ("./x.jpg", "./x", "jpg"),
+        ("plain", "plain", ""),
+    ],
+)
+def test_the_key_ends_at_the_first_dot_of_the_file_name(name, key, extension):
+    assert split_name(name) == (key, extension)
+
+
+def test_keys_agree_with_webdataset():
+    from webdataset.tariterators import base_plus_ext
+
+    for name in ("000123.rgb.jpg", "a/b/000123.jpg", "a.b/c/1.x.y.webp", "./x.jpg"):
+        assert split_name(name) == base_plus_ext(name)
+
+
+def members(*names: str) -> list[TarMember]:
+    return [TarMember(name, "", 1024 * i, 10) for i, name in enumerate(names)]
+
+
+def test_a_plain_extension_is_the_image_of_several():
+    content = group_members(members("1.depth.png", "1.jpg", "1.json", "2.rgb.webp", "2.thumb.webp"))
+    assert [(s.key, s.extension) for s in content.samples if not s.kind] == [("1", "jpg"), ("2", "rgb.webp")]
+    assert [name for name, _ in content.others] == ["1.depth.png", "2.thumb.webp"]
+
+
+def test_every_extension_in_any_case(tmp_path, write_tar, noise_image):
+    kinds = {"a.jpg": "JPEG", "b.JPEG": "JPEG", "c.Png": "PNG", "d.webp": "WEBP", "e.cam0.JPG": "JPEG", "f.png": "JPEG"}
+    images = [(name, noise_image(i, format=kind)) for i, (name, kind) in enumerate(kinds.items())]
+    path = write_tar(tmp_path / "x.tar", images)
+    report = index_shards(str(path))
+    assert (report.samples, report.labels) == (6, None)
+    index = read_index(path)
+    assert [index.member(i) for i in range(6)] == list(kinds)
+    assert ShardSet.open(str(path)).labels.tolist() == [-1] * 6
+
+
+@pytest.mark.parametrize(
+    ("extension", "texts", "labels"),
+    [
+        ("cls", [b"3", b" 0\n", None], [3, 0, -1]),
+        ("json", [b'{"label": 5, "w": 1}', b'{"label": 0}', b'{"w": 2}'], [5, 0, -1]),
+        ("txt", [b"7", b"12\n", None], [7, 12, -1]),
+        ("txt", [b"a photo of a cat", b"dogs\nand more", b"another caption"], [-1, -1, -1]),
+        # short and of one line, but hardly any comes twice
+        ("txt", [b"a cat", b"two dogs", b"an owl"], [-1, -1, -1]),
+    ],
+)
+def test_numbers_are_found_by_themselves(tmp_path, write_tar, noise_image, extension, texts, labels):
+    path = labelled(write_tar, tmp_path / "x.tar", noise_image, texts, extension)
+    report = index_shards(str(path))
+    assert ShardSet.open(str(path)).labels.tolist() == labels
+    assert report.labels == (extension if max(labels) >= 0 else None)
+    assert report.skipped == ()
+    assert ("captions" in report.note) == (max(labels) < 0)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_class_names_are_numbered_over_all_shards(tmp_path, write_tar, noise_image):
+    """Sorted, whatever shard they are in; the manifest keeps them and the loader reads them there."""
+    for number, names in enumerate((["owl", "cat", "owl"], ["dog", "cat", "dog"])):
+        labelled(write_tar, tmp_path / f"set-{number:04d}.tar", noise_image, [n.encode() for n in names], "txt")
+    report = index_shards(str(tmp_path))
+    assert (report.labels, report.classes, report.labelled) == ("txt", ("cat", "dog", "owl"), 6)
+    shards = ShardSet.open(str(tmp_path))
+    assert shards.classes == ("cat", "dog", "owl")
+    assert shards.labels.tolist() == [2, 0, 2, 1, 0, 1]
+    entry = read_sets(tmp_path)["set"]
+    assert (entry["samples"], entry["class_counts"]) == (6, [2, 2, 2])
+    assert [shard["samples"] for shard in entry["shards"]] == [3, 3]
+    assert index_shards(str(tmp_path)) == report  # again: the same
+    # Another rule: the names go, and with them the set.
+    index_shards(str(tmp_path), rule=LabelRule(source="none"))
+    assert ShardSet.open(str(tmp_path)).labels.tolist() == [-1] * 6
+    assert "set" not in read_sets(tmp_path)
+
+
+def test_a_second_set_keeps_the_numbers_of_the_first(tmp_path, write_tar, noise_image):
+    labelled(write_tar, tmp_path / "train-00.tar", noise_image, [b"cat", b"dog", b"owl"] * 2, "txt")
+    index_shards(f"{tmp_path}/train-*.tar")
+    labelled(write_tar, tmp_path / "test-00.tar", noise_image, [b"owl", b"dog", b"owl", b"dog"], "txt")
+    index_shards(f"{tmp_path}/test-*.tar")
+    assert ShardSet.open(f"{tmp_path}/test-00.tar").labels.tolist() == [2, 1, 2, 1]
+    labelled(write_tar, tmp_path / "more-00.tar", noise_image, [b"emu"] * 4, "txt")
+    with pytest.raises(ShardError, match=r"classes=\['emu'\]: not among the 3 classes"):
+        index_shards(f"{tmp_path}/more-*.tar")
+
+
+def test_a_named_field_holds_numbers_or_names(tmp_path, write_tar, noise_image):
+    texts = [
+        json.dumps({"label": 9, "species": name, "id": i}).encode() for i, name in enumerate(("bee", "ant", "bee"))
+    ]
+    path = labelled(write_tar, tmp_path / "x.tar", noise_image, texts, "json")
+    assert index_shards(str(path), rule=LabelRule(source="json", field="species")).classes == ("ant", "bee")
+    assert ShardSet.open(str(path)).labels.tolist() == [1, 0, 1]
+    index_shards(str(path), rule=LabelRule(source="json", field="id"))
+    assert ShardSet.open(str(path)).labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("source", "extension", "text"),
+    [
+        ("json", "json", b'{"label": 1.5}'),
+        ("json", "json", b'{"label": true}'),
+        ("json", "json", b'{"label": -7}'),
+        ("json", "json", b'{"label": 99999999999}'),
+        ("json", "json", b"[1]"),
+        ("json", "json", b"{broken"),
+        ("json", "json", b"[" * 100_000),
+        ("json", "json", b'{"label": "a\\u001b[2Jb"}'),
+        ("txt", "txt", b"two\nlines"),
+        ("txt", "txt", b"x" * 500),
+        ("cls", "cls", b"cat"),
+    ],
+)
+def test_a_text_that_is_no_label_is_named_where_it_was_asked_for(
+    tmp_path, write_tar, noise_image, source, extension, text
+):
+    path = labelled(write_tar, tmp_path / "x.tar", noise_image, [text], extension)
+    with pytest.raises(ShardError, match=rf"x\.tar: 000\.{extension}: ") as raised:
+        index_shards(str(path), rule=LabelRule(source=source))
+    assert str(raised.value).isprintable()
+    index_shards(str(path), rule=LabelRule(source="none"))
+
+
+def test_a_foreign_manifest_is_not_overwritten(tmp_path, write_tar, noise_image):
+    labelled(write_tar, tmp_path / "x.tar", noise_image, [b"cat"] * 4, "txt")
+    (tmp_path / "manifest.json").write_text('{"made by": "somebody else"}')
+    with pytest.raises(ShardError, match="another program"):
+        index_shards(str(tmp_path / "x.tar"))
+    assert "somebody else" in (tmp_path / "manifest.json").read_text()
+
+
+def test_shards_of_webdatasets_own_writer(tmp_path, noise_image):
+    import webdataset
+
+    with webdataset.ShardWriter(str(tmp_path / "wds-%04d.tar"), maxcount=4, verbose=0) as writer:
+        for i in range(6):
+            meta = {"label": i % 3, "caption": "a photo"}
+            writer.write({"__key__": f"part/{i:05d}", "jpg": noise_image(i), "json": meta, "txt": "a photo"})
+    report = index_shards(str(tmp_path))
+    assert (report.shards, report.samples, report.labels) == (2, 6, "json")
+    shards = ShardSet.open(str(tmp_path))
+    assert shards.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert shards.keys[0] == "part/00000"
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="needs tar(1)")
+@pytest.mark.parametrize("layout", ["gnu", "posix", "ustar", "v7"])
+def test_tars_of_the_command_line(tmp_path, noise_image, layout):
+    long = "n" * (60 if layout == "v7" else 90)
+    for i in range(4):
+        (tmp_path / "src" / long).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / long / f"{i}.jpg").write_bytes(noise_image(i))
+        (tmp_path / "src" / long / f"{i}.cls").write_bytes(b"%d" % i)
+    tar = tmp_path / "x.tar"
+    subprocess.run(
+        ["tar", f"--format={layout}", "--sort=name", "-C", str(tmp_path / "src"), "-cf", str(tar), "."], check=True
+    )
+    assert index_shards(str(tar)).samples == 4
+    shards = ShardSet.open(str(tar))
+    assert shards.labels.tolist() == [0, 1, 2, 3]
+    assert shards.keys[3] == f"./{long}/3"

@@ -1,0 +1,117 @@
+"""The quarantine list: applies to bytes, not to names; survives crashes in mid-write and many writers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastmoco_pipelines.formats.quarantine import Quarantine, append_entry, quarantine_path
+from fastmoco_pipelines.text import escaped
+
+
+def entry(i: int, **changes: object) -> dict[str, object]:
+    fields = {"shard": "a.tar", "key": f"{i:03d}", "extension": "jpg", "offset": 512 * i, "size": 100 + i, "crc32": 7}
+    return {**fields, "reason": "truncated", **changes}
+
+
+def test_a_line_applies_only_to_the_very_bytes(tmp_path):
+    quarantine = Quarantine()
+    quarantine.add(**entry(3))
+    again = Quarantine.read(quarantine.write(quarantine_path(tmp_path)))
+    assert len(again) == 1
+    assert again.applies("a.tar", 1536, 103, 7) == "truncated"
+    for other in (("b.tar", 1536, 103, 7), ("a.tar", 0, 103, 7), ("a.tar", 1536, 104, 7), ("a.tar", 1536, 103, 8)):
+        assert again.applies(*other) is None
+
+
+def test_rows_of_an_index_are_found_at_once():
+    quarantine = Quarantine()
+    for i in (1, 4, 9):
+        quarantine.add(**entry(i))
+    quarantine.add(**entry(2, shard="b.tar"))
+    quarantine.add(**entry(5, size=1))  # stale: the index has another size
+    offsets, sizes = [512 * i for i in range(8)], [100 + i for i in range(8)]
+    assert quarantine.rows("a.tar", offsets, sizes, [7] * 8) == {1: "truncated", 4: "truncated"}
+    assert quarantine.rows("c.tar", offsets, sizes, [7] * 8) == {}
+
+
+def test_a_sample_is_listed_once_and_the_first_reason_stays(tmp_path):
+    quarantine = Quarantine()
+    assert quarantine.add(**entry(0)) is not None
+    assert quarantine.add(**entry(0, reason="another")) is None
+    other = Quarantine()
+    other.add(**entry(0, reason="another"))
+    other.add(**entry(1))
+    quarantine.update(other)
+    assert [e.reason for e in quarantine] == ["truncated", "truncated"]
+
+
+def test_a_missing_file_is_an_empty_list(tmp_path):
+    assert len(Quarantine.read(tmp_path / "none.jsonl")) == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"shard": "a.tar", "key": "00',
+        b"\xff\xfe",
+        b"[]",
+        b"[" * 60000,
+        json.dumps(entry(0) | {"offset": -1, "when": ""}).encode(),
+        json.dumps(entry(0) | {"size": True, "when": ""}).encode(),
+        json.dumps(entry(0) | {"crc32": 2**70, "when": ""}).encode(),
+        json.dumps(entry(0) | {"reason": None, "when": ""}).encode(),
+    ],
+    ids=["torn", "no text", "a list", "deep", "negative", "truth value", "huge", "no reason"],
+)
+def test_broken_lines_are_counted_and_the_rest_is_read(tmp_path, line):
+    path = quarantine_path(tmp_path)
+    good = Quarantine()
+    good.add(**entry(1))
+    good.write(path)
+    path.write_bytes(line + b"\n" + path.read_bytes())
+    read = Quarantine.read(path)
+    assert (len(read), read.broken) == (1, 1)
+
+
+def test_a_line_torn_by_a_crash_does_not_swallow_the_next(tmp_path):
+    path = quarantine_path(tmp_path)
+    path.write_bytes(b'{"shard": "a.tar", "ke')
+    append_entry(path, Quarantine().add(**entry(1)))
+    read = Quarantine.read(path)
+    assert (len(read), read.broken) == (1, 1)
+
+
+def test_many_writers_lose_no_line(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from fastmoco_pipelines.formats.quarantine import *\n"
+        "for i in range(200):\n"
+        "    append_entry(Path(sys.argv[1]), Quarantine().add(shard=sys.argv[2], key=str(i), extension='jpg',"
+        " offset=i, size=1, crc32=1, reason='r' * 300))"
+    )
+    path = quarantine_path(tmp_path)
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), f"{w}.tar"]) for w in range(4)]
+    assert [writer.wait(60) for writer in writers] == [0] * 4
+    read = Quarantine.read(path)
+    assert (len(read), read.broken) == (800, 0)
+
+
+def test_the_list_is_replaced_in_one_go(tmp_path):
+    path = quarantine_path(tmp_path)
+    Quarantine().write(path)
+    assert path.read_bytes() == b""
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_terminal_escapes_never_come_out_again(tmp_path):
+    quarantine = Quarantine()
+    quarantine.add(**entry(0, key="\x1b[2Jx", reason="\x1b]0;evil\x07\n"))
+    (read,) = Quarantine.read(quarantine.write(quarantine_path(tmp_path)))
+    assert read.key.isprintable()
+    assert read.reason == r"\x1b]0;evil\x07\n"
+    assert escaped("plain äß 图") == "plain äß 图"
+    assert escaped("\u202egpj\udcff") == r"\u202egpj\udcff"

@@ -1,0 +1,165 @@
+"""A batch in parts: what DALI holds is bounded, and neither bits nor errors nor the healing know of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("nvidia.dali")
+
+from fastmoco_pipelines import Batch, LoaderSpec, build_loader, moco_v3_views
+from fastmoco_pipelines.sampling.order import epoch_order
+from fastmoco_pipelines.spec import GPU_SUB_BATCH
+from fastmoco_pipelines.views.dali import DecodeError, ViewPipeline
+from fastmoco_pipelines.views.engine import Engine
+from fastmoco_pipelines.views.graph import GPU_DECODER
+from tests.pipelines.dali_cases import draw, photographs
+from tests.pipelines.damage import damaged_copy
+
+COUNT = 11
+PAIR = moco_v3_views(24)[0], moco_v3_views(24, color="dali")[1]  # one view by either hand
+
+
+def pipeline(sub_batch: int | None, **options) -> ViewPipeline:
+    return ViewPipeline(PAIR, batch_size=COUNT, sub_batch=sub_batch, threads=1, **options)
+
+
+@pytest.fixture(scope="module")
+def encoded() -> list[np.ndarray]:
+    return photographs(COUNT)
+
+
+@pytest.fixture(scope="module")
+def draws(encoded):
+    return draw(PAIR[0], encoded), draw(PAIR[1], encoded, view=2)
+
+
+# Of 11 images: single ones; a ragged last part; a last part of one; all at once; more than there are.
+@pytest.mark.parametrize("sub_batch", [1, 4, 5, 11, 40])
+@pytest.mark.parametrize("view_dtype", ["float32", "uint8"])
+def test_parts_change_no_bit(sub_batch: int, view_dtype, encoded, draws) -> None:
+    whole = pipeline(None, view_dtype=view_dtype).run(encoded, draws)
+    parts = pipeline(sub_batch, view_dtype=view_dtype)
+    for _ in range(2):
+        for made, wanted in zip(parts.run(encoded, draws), whole, strict=True):
+            assert made.is_contiguous()
+            assert made.dtype == wanted.dtype
+            assert torch.equal(made, wanted)
+    some = parts.run(encoded[:3], [each.rows(slice(3)) for each in draws])  # a smaller batch than before
+    assert all(torch.equal(made, wanted[:3]) for made, wanted in zip(some, whole, strict=True))
+
+
+def test_dali_never_sees_more_than_a_part(encoded, draws, monkeypatch) -> None:
+    seen = []
+    outputs = Engine._outputs
+
+    def watched(self, some, *arguments):
+        seen.append(len(some))
+        return outputs(self, some, *arguments)
+
+    monkeypatch.setattr(Engine, "_outputs", watched)
+    made = pipeline(4)
+    made.run(encoded, draws)
+    assert seen == [4, 4, 3]
+    assert made._engine._options["batch_size"] == 4
+
+
+def test_memory_is_asked_for_once_and_after_the_first_run(encoded, draws, monkeypatch) -> None:
+    happened = []
+    outputs = Engine._outputs
+    monkeypatch.setattr(Engine, "_outputs", lambda *arguments: happened.append("run") or outputs(*arguments))
+    pipeline(4).run(encoded, draws, before_output=lambda: happened.append("asked"))
+    assert happened == ["run", "asked", "run", "run"]
+
+
+def test_a_bad_image_of_a_later_part_has_its_row_of_the_batch(encoded, draws) -> None:
+    made = pipeline(4)
+    before = made.run(encoded, draws)
+    text = np.frombuffer(b"<html>", dtype=np.uint8)
+    spoilt = [*encoded[:5], text, *encoded[6:10], text]
+    with pytest.raises(DecodeError, match=r"2 of 11 images cannot be decoded; image 5: neither JPEG") as caught:
+        made.run(spoilt, draws)
+    assert [row for row, _ in caught.value.faults] == [5, 10]
+    half = encoded[6][: len(encoded[6]) // 2]  # its header is whole: DALI has to notice
+    with pytest.raises(DecodeError, match=r"the views of a batch of 11 \(images 4 to 7\)") as caught:
+        made.run([*encoded[:6], half, *encoded[7:]], draws)
+    assert caught.value.faults == ()
+    assert all(torch.equal(a, b) for a, b in zip(made.run(encoded, draws), before, strict=True))
+
+
+def spec_of(folder: Path, **changes) -> LoaderSpec:
+    view1, view2 = moco_v3_views(16)
+    options = {"views": (view1, view2), "global_batch_size": 12, "seed": 7, "threads": 1}
+    return LoaderSpec(shards=str(folder), **options | changes)
+
+
+def take(spec: LoaderSpec) -> list[Batch]:
+    with build_loader(spec) as loader:
+        return [loader.next() for _ in range(3)]
+
+
+def test_a_healed_batch_is_the_same(packed, tmp_path) -> None:
+    """One image of the second part that the structure gives away, one that only DALI finds, and one in the last part."""
+    first = epoch_order(7, 0, 45)
+    kinds = {int(first[6]): "garbage", int(first[7]): "truncated", int(first[11]): "truncated"}
+    folder = damaged_copy(packed, tmp_path / "set", kinds)
+    wanted = take(spec_of(folder))
+    for got, want in zip(take(spec_of(folder, sub_batch=5)), wanted, strict=True):
+        assert np.array_equal(got.sample_ids, want.sample_ids)
+        assert not set(kinds) & set(got.sample_ids.tolist())
+        assert torch.equal(got.views[0], want.views[0])
+        assert torch.equal(got.views[1], want.views[1])
+
+
+def test_the_size_of_a_part_follows_the_device() -> None:
+    spec = LoaderSpec(shards="x", global_batch_size=4096)
+    on_gpu = LoaderSpec(shards="x", global_batch_size=4096, device="gpu")
+    assert (spec.images_per_run(1000), on_gpu.images_per_run(1000), on_gpu.images_per_run(9)) == (
+        1000,
+        GPU_SUB_BATCH,
+        9,
+    )
+    assert LoaderSpec(shards="x", global_batch_size=4096, sub_batch=7).images_per_run(1000) == 7
+    for field in ("sub_batch", "prefetch"):
+        with pytest.raises(ValueError, match=f"{field}=-1"):
+            LoaderSpec(shards="x", global_batch_size=2, **{field: -1})
+    with pytest.raises(ValueError, match="sub_batch=0: needs at least one image"):
+        pipeline(0)
+
+
+@pytest.mark.parametrize("view_dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("color", ["exact", "dali"])
+def test_the_graph_for_gpus_is_defined(color: str, view_dtype) -> None:
+    """As far as a machine without a GPU tells: every operator takes its options, and the views come out on the GPU."""
+    from nvidia.dali import pipeline_def
+
+    pair = moco_v3_views(24, color=color)
+    made = ViewPipeline(pair, batch_size=8, sub_batch=4, device="gpu", device_id=0, view_dtype=view_dtype)
+    graph = pipeline_def(made._engine._graph, **made._engine._options)()
+    assert [output.device for output in graph._graph_out] == ["gpu", "gpu"]
+
+
+def test_the_decoder_on_gpus_refuses_other_options(monkeypatch) -> None:
+    """What the test above would miss if defining a graph looked at nothing."""
+    from nvidia.dali import pipeline_def
+
+    made = ViewPipeline(PAIR, batch_size=8, device="gpu", device_id=0)
+    for option, value, words in (("hw_decoder_load", "much", "to float: 'much'"), ("hw_load", 1.0, "KeyError")):
+        with monkeypatch.context() as patched:
+            patched.setitem(GPU_DECODER, option, value)
+            with pytest.raises(Exception, match=words):
+                pipeline_def(made._engine._graph, **made._engine._options)()
+
+
+@pytest.mark.gpu
+def test_parts_change_no_bit_on_a_gpu(encoded, draws) -> None:
+    options = {"device": "gpu", "device_id": 0}
+    whole = pipeline(None, **options).run(encoded, draws)
+    parts = pipeline(4, **options)
+    for _ in range(3):
+        for made, wanted in zip(parts.run(encoded, draws), whole, strict=True):
+            assert made.is_cuda
+            assert torch.equal(made, wanted)
