@@ -142,6 +142,8 @@ def index(
         named = f", {len(report.classes)} class names" if report.classes else ""
         found = f"labels of {report.labelled} from .{report.labels}{named}" if report.labels else "no labels"
         print(found + (f" ({report.note})" if report.note else ""))
+
+        # What is missing.
         for tar, member, reason in report.skipped[:20]:
             print(f"skipped {tar}: {member}: {reason}")
         if len(report.skipped) > 20:

@@ -1,7 +1,7 @@
-"""Decisions that all ranks must make alike. Without a process group each function returns what it was given.
+"""Decisions that all ranks must make alike.
 
-All ranks must call the same function at the same point of a run. Functions of numbers wait for the device;
-those of tensors do not.
+All ranks must call the same function at the same point of a run. Functions of numbers wait for the
+device, those of tensors do not. Without a process group each function returns what it was given.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ def any_rank(flag: bool, device: torch.device) -> bool:
         flag: of this rank.
         device: where the process group communicates.
     """
-    return flag if group_size() == 1 else bool(largest(torch.tensor(float(flag), device=device)).item())
+    if group_size() == 1:
+        return flag
+    return bool(largest(torch.tensor(float(flag), device=device)).item())
 
 
 def least(number: float, device: torch.device) -> float:
@@ -42,14 +44,14 @@ def of_first_rank(number: int, device: torch.device) -> int:
 
 
 def largest(numbers: Tensor) -> Tensor:
-    """Elementwise largest over ranks, on the device; `numbers` itself is overwritten. No host sync."""
+    """Elementwise largest over ranks, on the device; `numbers` is overwritten. No host sync."""
     if group_size() > 1:
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
     return numbers
 
 
 def mean(numbers: Tensor) -> Tensor:
-    """Elementwise mean over ranks, on the device; `numbers` itself is overwritten. No host sync."""
+    """Elementwise mean over ranks, on the device; `numbers` is overwritten. No host sync."""
     if group_size() > 1:
         dist.all_reduce(numbers)
         numbers /= group_size()

@@ -15,8 +15,13 @@ StoreTimeoutError: type[RuntimeError] = dist.DistStoreError
 
 
 def connect(world: World, timeout_s: float = 30.0) -> Any:
-    """A connection of its own to the store of the ranks: that of the process group may be busy in another thread."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))  # type: ignore[attr-defined]
+    """A new connection to the store of the ranks.
+
+    That of the process group may be busy in another thread.
+    """
+    host = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=timeout_s)
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
     # A launcher that restarts the ranks keeps its store.
     return dist.PrefixStore(f"fastmoco/{world.attempt}", store)  # type: ignore[attr-defined]

@@ -14,9 +14,10 @@ from fastmoco.distributed.mesh import World
 
 
 class Monitor(ABC):
-    """An evaluation of the encoder while it trains. A subclass names its figures and defines `evaluate`.
+    """An evaluation of the encoder while it trains.
 
-    A measurement is put off while this monitor has had more than its share of the time of the run.
+    A subclass names its figures and defines `evaluate`. A measurement is put off while the monitor
+    has had more than its share of the time of the run.
 
     Args:
         world: this process among its peers; all of them measure together.
@@ -51,14 +52,15 @@ class Monitor(ABC):
         """Measure now; every rank gets the same figures.
 
         Args:
-            encoder: maps [B, 3, H, W] to [B, E]. Its weights, buffers and modes are afterwards what they were.
+            encoder: maps [B, 3, H, W] to [B, E]. Its weights, buffers and modes must be the same
+                afterwards.
 
         Returns:
             The value of each of `figures`.
         """
 
     def is_due(self, epoch: float) -> bool:
-        """Whether the epochs between two measurements have passed and the time budget allows another one.
+        """Whether the epochs between two measurements have passed and the time budget allows one.
 
         All ranks must ask at the same step: the clock of rank 0 decides for all.
         """
@@ -77,7 +79,8 @@ class Monitor(ABC):
         began = time.monotonic()
         self.last = dict(self.evaluate(encoder))
         self.last_epoch = epoch
-        self.best |= {name: max(value, self.best.get(name, value)) for name, value in self.last.items()}
+        for name, value in self.last.items():
+            self.best[name] = max(value, self.best.get(name, value))
         self._spent += time.monotonic() - began
         return self.last
 

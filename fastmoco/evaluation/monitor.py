@@ -25,7 +25,8 @@ class KnnMonitor(Monitor):
 
     Args:
         config: of the run; `config.knn` names shards, neighbours and budget.
-        world: this process among its peers; every rank embeds its part of the images, and all get the same answer.
+        world: this process among its peers; each embeds its part of the images, and all get the
+            same figure.
         threads: DALI threads of this process.
         device: where DALI decodes.
         precision: of the encoder: "bf16" (autocast), "fp32" or "fp64".

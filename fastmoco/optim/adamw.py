@@ -65,7 +65,8 @@ def build_adamw_ema(
 
     Args:
         named_parameters: as ``module.named_parameters()`` gives them.
-        averages: the twin of each parameter that has one; those of frozen parameters are passed over.
+        averages: the average of each parameter that has one; those of frozen parameters are
+            passed over.
         lr: learning rate until the trainer sets the schedule's.
         weight_decay: decoupled decay per unit of learning rate.
         betas: averaging of gradient and squared gradient.

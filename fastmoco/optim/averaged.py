@@ -1,4 +1,4 @@
-"""Optimizers behind one signature: `step(ema_momentum=..., skip=...)` moves the weights and all their averages."""
+"""Optimizers behind one signature: `step(ema_momentum, skip)` moves weights and all their averages."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class AveragedOptimizer(ABC):
 
         Args:
             ema_momentum: share that an average keeps, in [0, 1]; None leaves averages alone.
-            skip: one float32 on the device, 0 or 1; where it is 1, weights, averages and the state of
-                the optimizer stay as they are, its step counters included.
+            skip: one float32 on the device, 0 or 1; where it is 1, weights, averages and the state
+                of the optimizer stay as they are, its step counters included.
         """
         self._update_weights(ema_momentum, skip)
         if ema_momentum is not None:
@@ -68,7 +68,7 @@ class AveragedOptimizer(ABC):
     def _differing_frozen(self) -> list[Pair]:
         """Pairs of frozen parameters that differ.
 
-        The comparison reads the device, so it runs only where a tensor was replaced or written since.
+        The comparison reads the device. It runs only after a tensor was replaced or written.
         """
         tensors = local([tensor for pair in self._frozen for tensor in pair])
         now = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
@@ -84,7 +84,8 @@ class AveragedOptimizer(ABC):
         momentum: float | Tensor = ema_momentum
         if skip is not None:
             # Momentum 1 keeps an average. In float64, as the schedule is.
-            momentum = torch.full_like(skip, ema_momentum, dtype=torch.float64).masked_fill_(skip > 0, 1.0)
+            given = torch.full_like(skip, ema_momentum, dtype=torch.float64)
+            momentum = given.masked_fill_(skip > 0, 1.0)
         ema_update_([average for average, _ in pairs], [weight for _, weight in pairs], momentum)
 
 
@@ -106,7 +107,8 @@ class FusedAdamW(AveragedOptimizer):
     inner: torch.optim.AdamW
 
     def _update_weights(self, ema_momentum: float | None, skip: Tensor | None) -> None:
-        self.inner.found_inf = skip  # type: ignore[attr-defined]  # as torch.amp.GradScaler hands it over
+        # As torch.amp.GradScaler hands it over.
+        self.inner.found_inf = skip  # type: ignore[attr-defined]
         self.inner.step()
 
 
@@ -120,7 +122,7 @@ class AveragedLARS(AveragedOptimizer):
 
 
 class HostSkipped(AveragedOptimizer):
-    """Any other optimizer, among them those of apex: the host waits for the device to know whether to skip."""
+    """Any other optimizer, such as those of apex: the host waits for the device before it skips."""
 
     def _update_weights(self, ema_momentum: float | None, skip: Tensor | None) -> None:
         if skip is None or not bool(skip):

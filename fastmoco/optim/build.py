@@ -19,9 +19,11 @@ from fastmoco_kernels.backends import triton_is_default
 def choose_optimizer_backend(
     config: Config, device: torch.device, *, sharded: bool = False
 ) -> Literal["torch", "fastmoco", "apex"]:
-    """What ``optim.fused_backend`` means on a device: ``auto`` takes the sweep where it is one kernel, torch's elsewhere.
+    """What `optim.fused_backend` means on a device.
 
-    On shards too: torch's plans every call anew for them, which takes the host longer than the step takes a GPU.
+    `auto` takes the sweep where it is one kernel, and the optimizer of torch elsewhere. It takes the
+    sweep on shards too: there torch plans every call again, which takes the host longer than the
+    step takes a GPU.
     """
     optim = config.optim
     if optim.fused_backend != "auto":
@@ -32,7 +34,9 @@ def choose_optimizer_backend(
 def build_optimizer(
     config: Config, named_parameters: Iterable[tuple[str, nn.Parameter]], averages: Mapping[nn.Parameter, Tensor]
 ) -> AveragedOptimizer:
-    """The optimizer of all trainable parameters and of their averages; the trainer sets the learning rate of every step.
+    """The optimizer of all trainable parameters and of all averages.
+
+    The trainer sets the learning rate of every step.
 
     Args:
         config: the run; `config.optim` names the optimizer and its numbers.

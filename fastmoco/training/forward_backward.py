@@ -156,13 +156,6 @@ class Gradients:
             layer.refresh_()
         output = self._forward_backward(Inputs(views, masks), at, accuracy)
         self._objective.after_backward(at)
-
-        # Without a gradient an optimizer passes a parameter over: neither decay nor momentum
-        # touches it.
-        frozen = self._objective.frozen(at)
-        for name, parameter in self._objective.named_parameters() if frozen else ():
-            if name in frozen:
-                parameter.grad = None
         return output
 
     def _forward_backward(self, inputs: Inputs, at: Progress, accuracy: bool) -> Output:

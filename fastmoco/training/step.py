@@ -43,7 +43,8 @@ class TrainStep:
         config: of the run.
         resolved: what it became.
         objective: sharded already where it will be.
-        forward_backward: a batch's output, with its gradients in `grad` of every trainable parameter.
+        forward_backward: gives the output of a batch, and its gradients in `grad` of every
+            trainable parameter.
         optimizer: of the objective's parameters and their averages.
         guard: decides which steps are skipped.
 
@@ -95,10 +96,12 @@ class TrainStep:
         # The forward writes buffers, which the guard restores if the step turns out bad.
         self._guard.begin()
         output = self.forward_backward(*views, at=at, accuracy=accuracy)
+
+        # Without a gradient an optimizer passes a parameter over: no decay, no momentum.
         for name in self._objective.frozen(at):
             self._trainable[name].grad = None
 
-        # One pass over the gradients; the guard, clipping, telemetry and rollback all read its norms.
+        # One pass over the gradients: guard, clipping, telemetry and rollback read its norms.
         norms = gradient_norms(self._trainable.items(), self._places)
         skip = self._guard.judge(output.loss, norms["total"])
         self._clip(norms["total"])

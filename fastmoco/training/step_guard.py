@@ -1,10 +1,10 @@
-"""A step whose loss or gradients are not finite leaves no trace, and is decided on without waiting for the device.
+"""A step whose loss or gradients are not finite leaves no trace. The host does not wait to decide it.
 
-One NaN pixel makes the statistics of batch norms NaN for all images, in the forward. A model whose optimizer
-merely skips such a step trains on, looks healthy, and gives NaN in eval mode from then on. So buffers are copied
-at the start of a step and restored by a select on the device, and the optimizer gets a flag on the device
-(`optim/averaged.py`). The flag is the worst of all ranks. A forward draws no random numbers, so there are none to
-restore.
+One NaN pixel makes the statistics of batch norms NaN for all images, in the forward. A model whose
+optimizer merely skips such a step trains on, looks healthy, and gives NaN in eval mode from then on.
+So buffers are copied at the start of a step and restored by a select on the device, and the optimizer
+gets a flag on the device (`optim/averaged.py`). The flag is the worst of all ranks. A forward draws
+no random numbers, so there are none to restore.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastmoco.errors import RunError
 
 
 class StepGuard:
-    """Call `begin` before a forward, `judge` after its backward, and `report` when waiting for the device is no loss.
+    """Call `begin` before a forward, `judge` after its backward, and `report` at log steps.
 
     Args:
         objective: whose buffers a forward writes.
@@ -45,14 +45,15 @@ class StepGuard:
 
     @torch.no_grad()
     def judge(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
-        """Decide whether a step is skipped, and restore the buffers that its forward has written if so.
+        """Decide whether a step is skipped; if so, restore the buffers that its forward has written.
 
         Args:
             loss: of this rank, a scalar.
             gradient_norm: of all gradients as one vector, averaged over ranks.
 
         Returns:
-            One float32 on the device, the same on all ranks: 1 for a step to skip, else 0. No host sync.
+            One float32 on the device, the same on all ranks: 1 for a step to skip, else 0. No host
+            sync.
         """
         bad = ~(torch.isfinite(loss.detach()) & torch.isfinite(gradient_norm))
         found = largest(bad.to(torch.float32))
@@ -65,7 +66,7 @@ class StepGuard:
         return found
 
     def forget(self) -> None:
-        """Begin a new row of bad steps: those up to now have never been (`rollback.py`). No host sync."""
+        """Count consecutive bad steps from 0: those so far were rolled back (`rollback.py`). No host sync."""
         self._counts[1:].zero_()
 
     def report(self, step: int) -> list[str]:

@@ -1,7 +1,7 @@
-"""The loop: one step, and what happens between steps. Everything that has a home of its own is called from here.
+"""The loop: one step, and what happens between steps. Each part is in a module of its own.
 
-The order of a step follows Chen, Xie, He 2021 (Algorithm 1). The average is taken at the end of the step before, which
-equals taking it between the two forwards, bit for bit: see `MoCoV3.ema_momentum`.
+The order of a step follows Chen, Xie, He 2021 (Algorithm 1). The average is taken at the end of the
+step before. That equals taking it between the two forwards, bit for bit (`MoCoV3.ema_momentum`).
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from fastmoco_pipelines import Batch, Loader, ShardError, SyntheticLoader
 
 
 class Trainer:
-    """A run of MoCo v3 on one process of a world. Made by `build`, driven by `run`, ended by `close`.
+    """A run on one process of a world. Made by `build`, driven by `run`, ended by `close`.
 
     Attributes:
         step_count: optimizer steps done.
         resolved: what the config became on this world and data set.
-        objective: encoder, twin and predictor.
+        objective: what is trained.
     """
 
     def __init__(

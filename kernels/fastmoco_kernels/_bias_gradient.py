@@ -32,8 +32,7 @@ class _PassBiasGradient(torch.autograd.Function):
 
 
 def pass_bias_gradient(x: Tensor, bias: Tensor | None) -> Tensor:
-    """`x`; in the backward `bias` gets the sum over rows of the gradient of x, as in torch's linear
-    layer.
+    """`x`; in the backward `bias` gets the sum over rows of the gradient of x, as in nn.Linear.
 
     Args:
         x: [..., E], the linear layer's output, bias added.

@@ -49,9 +49,7 @@ class Unchanged:
 
 
 def plain(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """The comparison in Python: the reference of the tests, and the path for other versions of
-    torch.
-    """
+    """The comparison in Python: the reference of the tests, and the path of other versions."""
     known = _facts(tensors)
     return lambda *now: _facts(now) == known
 

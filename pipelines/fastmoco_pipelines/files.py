@@ -2,7 +2,7 @@
 dies.
 
 flock belongs to the open file, not to the process: two descriptors opened apart exclude each other
-    even in one thread.
+even in one thread.
 """
 
 from __future__ import annotations

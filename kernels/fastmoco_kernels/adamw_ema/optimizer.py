@@ -107,8 +107,7 @@ class AdamWEMA(Optimizer):
         return {**super().__getstate__(), "backend": self.backend, "averages": self.averages}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """After loading: reset options that only torch.optim.AdamW has, move step counters to their
-        device.
+        """After loading: reset options that only torch.optim.AdamW has and move step counters.
 
         Raises:
             ValueError: for a state with options that this optimizer does not have.

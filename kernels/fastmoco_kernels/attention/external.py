@@ -16,8 +16,7 @@ _KERNELS = {
 
 
 def attention_by_kernel(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One kernel of torch's scaled_dot_product_attention; torch raises if it does not take the
-    call.
+    """One kernel of torch's scaled_dot_product_attention; torch raises if it refuses the call.
 
     From its first use on, flash-attention 4 replaces torch's flash kernel in the whole process:
     torch's switch is global, so `"flash"` and `"sdpa"` then run it too.

@@ -117,7 +117,9 @@ def check_sigmas(op: str, sigmas: Tensor) -> None:
 
 
 def bytes_moved(images: int, height: int, width: int, *, channels: int = 3) -> int:
-    """Bytes that the six passes move: each reads every level once, neighbours from the cache, and
-    writes it once.
+    """Bytes that the six passes move.
+
+    Each reads every level once, neighbours from the cache, and writes it once.
+
     """
     return 2 * PASSES * 2 * images * channels * height * width

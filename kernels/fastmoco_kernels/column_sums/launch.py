@@ -50,7 +50,5 @@ def shared_tiles(columns: int, warps: int) -> list[Tile]:
 def row_programs(
     rows: int, rows_at_a_time: int, blocks: int, per_processor: int, device: torch.device
 ) -> int:
-    """Programs that share the rows: as many as run at once, divided among `blocks` blocks of
-    columns.
-    """
+    """Programs that share the rows: as many as run at once, divided among `blocks` blocks."""
     return min(parts(rows, rows_at_a_time), max(1, per_processor * processors(device) // blocks))

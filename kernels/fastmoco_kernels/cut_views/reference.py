@@ -51,8 +51,7 @@ def _whole(sums: Tensor) -> Tensor:
 
 
 def resize_weights(length: int, size: int) -> Tensor:
-    """[size, length] float64: the weight of each level of an axis in each result, an integer /
-    2^22.
+    """[size, length] float64: weights of an axis's levels in each result, times 2^22; integers.
 
     A triangle that reaches one pixel to each side, or `length / size` pixels where the axis
     shrinks; about its centre `(place + 0.5) length / size`, and with a sum of 1 before rounding.

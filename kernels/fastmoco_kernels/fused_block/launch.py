@@ -31,9 +31,7 @@ def norm_backward(
     rstd: Tensor,
     branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dbranch (empty unless `branch_dtype`), y, float32 sums over rows [3 or 2, E]; see
-    reference.
-    """
+    """dx, dbranch (empty unless `branch_dtype`), y, float32 sums over rows [3 or 2, E]."""
     dy, x, weight, bias = dy.contiguous(), x.contiguous(), weight.contiguous(), bias.contiguous()
     dsum = None if dsum is None else dsum.contiguous()
     branch = None if branch is None else branch.contiguous()

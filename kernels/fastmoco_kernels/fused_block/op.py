@@ -1,5 +1,4 @@
-"""The memory-bound passes of a transformer block with its own backward: norms, GELU, stack of q, k,
-v.
+"""The memory-bound passes of a transformer block with its own backward: norms, GELU, q/k/v stack.
 
 Apart from products and attention, a block's backward recomputes what the forward did not keep
 (norms, GELU), takes the gradient through it, and sums rows for biases and norm weights. A graph
@@ -56,9 +55,7 @@ def norm_forward(
     out_dtype: torch.dtype,
     triton: bool,
 ) -> _Four:
-    """The sum (empty without a branch), its norm in `out_dtype`, mean and 1 / deviation of each
-    row.
-    """
+    """The sum (empty without a branch), its norm in `out_dtype`, and mean and rstd of each row."""
     if not triton:
         return norm_forward_reference(x, branch, weight, bias, eps, out_dtype)
     require_triton("fused_block", x.device)

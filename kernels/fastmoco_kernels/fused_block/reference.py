@@ -21,8 +21,7 @@ def norm_forward_reference(
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum (empty without a branch), its norm in `out_dtype`, mean and 1 / deviation of each
-    row.
+    """The sum (empty without a branch), its norm in `out_dtype`, and mean and rstd of each row.
 
     Args:
         x: [..., E].

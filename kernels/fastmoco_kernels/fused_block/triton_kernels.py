@@ -43,8 +43,10 @@ def block_norm_bwd_kernel(
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """dx = dsum + rstd * (g - mean(g) - xhat * mean(g * xhat)), g = weight * dy; y = xhat * weight
-    + bias.
+    """dx = dsum + rstd * (g - mean(g) - xhat * mean(g * xhat)), g = weight * dy.
+
+    y = xhat * weight + bias
+
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     # Four columns at a time for all types, so that float32 and 16-bit tensors have one register

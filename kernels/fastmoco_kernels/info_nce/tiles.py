@@ -46,8 +46,7 @@ def family(capability: tuple[int, int]) -> int:
 
 
 def key_splits(rows: int, columns: int, directions: int, tile: Tile, processors: int) -> int:
-    """Number of parts of the streamed rows: the fewest that leave less than a tenth of the GPU
-    idle.
+    """Parts of the streamed rows: the fewest that leave less than a tenth of the GPU idle.
 
     A pure function of sizes and GPU, because the parts decide the order of a sum. Each part holds
     two tiles or more, and there are at most 32: every part costs a write and a read of the sums.

@@ -17,9 +17,7 @@ def lars_step_reference_(
     weight_decay: float,
     trust_coefficient: float,
 ) -> None:
-    """You, Gitman, Ginsburg 2017, the learning rate outside the buffer, in the tensors' dtype, in
-    place.
-    """
+    """You, Gitman, Ginsburg 2017, in place, in the tensors' dtype; the rate outside the buffer."""
     for param, grad, buffer in zip(params, grads, momentum_buffers, strict=True):
         update = grad.to(param.dtype)
         if param.ndim > 1:

@@ -33,9 +33,7 @@ def columns(E: int) -> int:
 
 @functools.cache
 def forward_tiles(E: int) -> list[Tile]:
-    """(rows at a time, warps), the default first: 16 numbers a thread, then 8, 32, and one warp a
-    row.
-    """
+    """(rows at a time, warps): 16 numbers a thread, the default, then 8, 32, and one warp a row."""
     cols, warps = columns(E), _warps(E)
     tiles: list[Tile] = [(_rows(numbers, warps, cols), warps) for numbers in (16, 8, 32)]
     return list(dict.fromkeys([*tiles, (1, 1)] if cols <= 1024 else tiles))
@@ -43,7 +41,7 @@ def forward_tiles(E: int) -> list[Tile]:
 
 @functools.cache
 def backward_tiles(E: int) -> list[Tile]:
-    """(rows at a time, warps, programs a processor): 16 numbers a thread, 8, or more programs."""
+    """(rows at a time, warps, programs a processor): 16 numbers a thread, 8, more programs."""
     cols, warps = columns(E), _warps(E)
     sixteen, eight = (_rows(numbers, warps, cols) for numbers in (16, 8))
     return list(

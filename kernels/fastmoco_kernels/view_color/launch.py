@@ -83,9 +83,7 @@ def view_color_triton(
 
 
 def _needs(tables: Plan) -> tuple[bool, int]:
-    """Whether a grey mean is needed, and how many images are blurred; upper bounds for a GPU's
-    tables.
-    """
+    """Whether a grey mean is needed, and how many images are blurred; on a GPU upper bounds."""
     if tables.steps.is_cuda:
         return True, len(tables.steps)
     return bool((tables.contrast_at < 4).any()), int((tables.boxes[:, 0] >= 0).sum())

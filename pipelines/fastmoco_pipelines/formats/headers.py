@@ -1,5 +1,4 @@
-"""A look at an image file's structure before DALI sees it: microseconds that keep the process
-alive.
+"""A check of an image file's structure before DALI gets it, which takes microseconds.
 
 DALI 2.4 raises a clean error when pixels cannot be decoded, but a file whose *structure* its parser
 refuses (a text file, an empty one, a PNG cut short) ends the whole process with a segmentation
@@ -69,7 +68,8 @@ def _png_size(data: bytes) -> tuple[int, int]:
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     position = 2
     size: tuple[int, int] | None = None
-    inks, marked = False, False
+    inks = False
+    marked = False
     while True:
         if data[position] != 0xFF:
             raise StructureError("JPEG with a damaged header")
@@ -99,7 +99,8 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
                 )
             if size is not None:
                 raise StructureError("JPEG with two frame headers")
-            size, inks = (height, width), channels == 4
+            size = (height, width)
+            inks = channels == 4
         elif marker in _JPEG_OTHER_FRAMES:
             raise StructureError("JPEG of an uncommon kind (lossless or arithmetic coding)")
         if marker < 0xC0 or length < 2:

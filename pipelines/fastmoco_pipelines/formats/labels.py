@@ -57,9 +57,9 @@ class LabelRule:
             else f"a .{self.source} beside it"
         )
         return (
-            f"labels={self.source!r}: none of the {images} images has {what} with a label, "
-            "and no index was written: "
-            "--labels auto looks at .cls, .json and .txt, --labels none indexes without labels"
+            f"labels={self.source!r}: none of the {images} images has {what} with a label, and no "
+            "index was written: --labels auto looks at .cls, .json and .txt, --labels none "
+            "indexes without labels"
         )
 
 
@@ -87,7 +87,8 @@ def read_labels(descriptor: int, sample: TarSample, rule: LabelRule) -> dict[Sou
             label = _words(text.decode("utf-8", "replace"))
             if label == _CAPTION and rule.source == "txt":
                 raise LabelError(
-                    f"{member.name}: a label is a number or a class name of one line of at most {MAX_NAME} characters"
+                    f"{member.name}: a label is a number or a class name of one line of at most "
+                    f"{MAX_NAME} characters"
                 )
         if label is not None:
             found[source] = label
@@ -102,7 +103,7 @@ class NumberedLabels:
         source: where they come from, or None.
         labels: one list a tar, one label a sample, -1 = none.
         classes: class names by label; empty where the labels are numbers.
-        note: for people, where texts were passed over; else empty.
+        note: for people, if texts were skipped; else empty.
     """
 
     source: Source | None
@@ -131,11 +132,16 @@ def number_labels(
             if rule.source == candidate or candidate != "txt" or not _captions(values):
                 source = candidate
             else:
-                note = "the .txt members look like captions, not labels: no labels (--labels txt takes them as names)"
+                note = (
+                    "the .txt members look like captions, not labels: no labels (--labels txt "
+                    "takes them as names)"
+                )
     if source is None:
         return NumberedLabels(
             source=None, labels=[[-1] * len(tar) for tar in found], classes=(), note=note
         )
+
+    # Numbers are taken as they are.
     raw = [[sample.get(source) for sample in tar] for tar in found]
     given = {value for tar in raw for value in tar if value is not None}
     if all(isinstance(value, int) for value in given):
@@ -145,11 +151,14 @@ def number_labels(
             classes=(),
             note=note,
         )
+
+    # Class names are numbered in sorted order, or as other sets number them.
     names = {str(value) for value in given}
     if known and not names <= set(known):
         raise LabelError(
-            f"classes={sorted(names - set(known))[:3]!r}: not among the {len(known)} classes that other shards of this "
-            "folder have: keep sets with different classes in different folders"
+            f"classes={sorted(names - set(known))[:3]!r}: not among the {len(known)} classes that "
+            "other shards of this folder have: keep sets with different classes in different "
+            "folders"
         )
     classes = known or tuple(sorted(names))
     numbers = {name: i for i, name in enumerate(classes)}
@@ -161,13 +170,14 @@ def _number(member: TarMember, text: bytes) -> int:
     digits = text.strip()
     if not digits.isdigit() or len(digits) > 9:
         raise LabelError(
-            f"{member.name}: a label is a whole number from 0 as text, not {digits[: _MAX_TEXT['cls']]!r}"
+            f"{member.name}: a label is a whole number from 0 as text, not "
+            f"{digits[: _MAX_TEXT['cls']]!r}"
         )
     return int(digits)
 
 
 def _field(member: TarMember, text: bytes, rule: LabelRule) -> RawLabel:
-    """The label in a JSON object. What is not asked for by name may be anything."""
+    """The label in a JSON object. A source that was not given by name may hold anything."""
     try:
         content = json.loads(text) if len(text) <= _MAX_TEXT["json"] else None
     except (ValueError, RecursionError):
@@ -179,7 +189,8 @@ def _field(member: TarMember, text: bytes, rule: LabelRule) -> RawLabel:
         return words
     if rule.source == "json" and not (isinstance(content, dict) and value is None):
         raise LabelError(
-            f"{member.name}: field {rule.field!r} should hold a whole number from 0 or a class name, not {value!a:.60}"
+            f"{member.name}: field {rule.field!r} should hold a whole number from 0 or a class "
+            f"name, not {value!a:.60}"
         )
     return None
 

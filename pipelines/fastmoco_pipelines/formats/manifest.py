@@ -49,7 +49,7 @@ def parse_sets(where: str, text: bytes) -> dict[str, dict[str, Any]]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"{where}: is no valid JSON ({error}): pack the images again.") from error
+        raise ShardError(f"{where}: is not valid JSON ({error}): pack the images again.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return {}
     if content.get("version") != VERSION:
@@ -93,30 +93,34 @@ def check_folders(folders: Iterable[FolderOfShards]) -> tuple[str, ...]:
             for shard, count in listed.items():
                 if shard not in folder.samples and not folder.present(shard):
                     raise ShardError(
-                        f"{shard}: is listed in {NAME} but missing in {folder.where}: copy it there too, or spell out "
-                        f"the shards to use, e.g. {name}-{{000000..000003}}.tar."
+                        f"{shard}: is listed in {NAME} but missing in {folder.where}: copy it "
+                        "there too, or spell out the shards to use, e.g. "
+                        f"{name}-{{000000..000003}}.tar."
                     )
                 if shard in folder.samples and folder.samples[shard] != count:
                     raise ShardError(
-                        f"{shard}: {folder.samples[shard]} samples, but {count} in {NAME}: pack it again."
+                        f"{shard}: {folder.samples[shard]} samples, but {count} in {NAME}: pack it "
+                        "again."
                     )
             if classes and tuple(entry["classes"]) != classes:
                 raise ShardError(
-                    f"{folder.where}/{NAME}: set {name!r} numbers its classes differently: use one at a time."
+                    f"{folder.where}/{NAME}: set {name!r} numbers its classes differently: use one "
+                    "at a time."
                 )
             classes = tuple(entry["classes"])
     return classes
 
 
 def write_sets(folder: Path, sets: dict[str, dict[str, Any]]) -> Path:
-    """Write the manifest of a folder, replacing an older one in one go."""
+    """Write the manifest of a folder, whole or not at all."""
     return write_json(folder / NAME, {"format": FORMAT, "version": VERSION, "sets": sets})
 
 
 def _is_set(entry: Any) -> bool:
     if not isinstance(entry, dict):
         return False
-    classes, shards = entry.get("classes"), entry.get("shards")
+    classes = entry.get("classes")
+    shards = entry.get("shards")
     return (
         isinstance(classes, list)
         and all(isinstance(name, str) for name in classes)

@@ -37,7 +37,7 @@ SECOND_IMAGE = "a second image of the same key"
 
 @dataclass(slots=True)
 class TarSample:
-    """One key, or one image that has to do without.
+    """One key, or one image that cannot be filed under a key.
 
     Attributes:
         image: the member to decode; None where the key has none.
@@ -63,7 +63,7 @@ class TarContent:
 
     Attributes:
         samples: in file order of their images; those that cannot be used follow at the end.
-        others: (member, reason) of what is of no use to any sample.
+        others: (member, reason) of what no sample uses.
         scattered: keys whose members are not adjacent. Harmless here; readers that stream lose such
             samples.
     """
@@ -100,14 +100,18 @@ def group_members(members: Iterable[TarMember]) -> TarContent:
         group = groups.setdefault(key, TarSample(key, member=member.name))
         last = key
         _file(group, member, extension, unusable, content)
+
+    # Keys without an image.
     for group in groups.values():
         if group.image is None:
-            group.kind, group.fault = group.kind or "missing image", group.fault or _BARE
+            group.kind = group.kind or "missing image"
+            group.fault = group.fault or _BARE
             texts = [member.name for member in group.texts.values()]
             content.others += [
                 (name, "a label without an image" if name.endswith("cls") else _BARE)
                 for name in texts
             ]
+
     content.scattered = list(scattered)
     content.samples = [group for group in groups.values() if not group.kind]
     content.samples.sort(key=lambda group: group.image.offset if group.image else 0)
@@ -115,7 +119,7 @@ def group_members(members: Iterable[TarMember]) -> TarContent:
     return content
 
 
-_BARE = "there is no image beside it"
+_BARE = "no image is beside it"
 
 
 def _name_fault(member: TarMember, key: str) -> tuple[str, str]:
@@ -156,7 +160,7 @@ def _file(
     unusable: list[TarSample],
     content: TarContent,
 ) -> None:
-    """Put one member to its key."""
+    """Add one member to its key."""
     kind = _type(extension)
     if kind in TEXTS:
         if group.texts.setdefault(kind, member) is not member:
@@ -164,21 +168,24 @@ def _file(
         return
     if kind not in EXTENSIONS:
         if kind in FOREIGN_EXTENSIONS and group.image is None:
-            group.kind, group.fault = (
-                "unsupported format",
-                f"{kind} is not read, only JPEG, PNG and WebP",
-            )
-            group.member, group.extension = member.name, extension
+            group.kind = "unsupported format"
+            group.fault = f"{kind} is not read, only JPEG, PNG and WebP"
+            group.member = member.name
+            group.extension = extension
         content.others.append((member.name, "no image by its name"))
         return
     if group.image is None:
-        group.image, group.extension, group.member = member, extension, member.name
+        group.image = member
+        group.extension = extension
+        group.member = member.name
         group.kind = group.fault = ""
         return
     # of a.depth.png and a.jpg the plain name is the image
     if "." in group.extension and "." not in extension:
         content.others.append((group.image.name, SECOND_IMAGE))
-        group.image, group.extension, group.member = member, extension, member.name
+        group.image = member
+        group.extension = extension
+        group.member = member.name
         return
     content.others.append((member.name, SECOND_IMAGE))
     if extension.lower() == group.extension.lower():

@@ -1,15 +1,15 @@
 """The list of samples that are not delivered (`quarantine.jsonl`): which, why and since when. The
 tars stay as they are.
 
-`fastmoco data check` writes one beside the tars, and loaders honour it when they open the set; a
-run keeps its own discoveries in its run folder. One JSON object a line:
+`fastmoco data check` writes one beside the tars, and loaders read it when they open the set; a run
+keeps a list of its own in its run folder. One JSON object a line:
 
-{"shard": "train-000000.tar", "key": "000000012", "extension": "jpg", "offset": 512, "size": 9001, "crc32": 1, "reason":
-"...", "when": "2026-11-22T01:55:00Z"}
+{"shard": "train-000000.tar", "key": "000000012", "extension": "jpg", "offset": 512, "size": 9001,
+"crc32": 1, "reason": "...", "when": "2026-11-22T01:55:00Z"}
 
 A line is about bytes, not names: it applies only if shard, offset, size and crc32 are those of the
-    index. After a tar was fixed or packed again its old lines are stale: they match nothing, and
-    are counted when the set is opened.
+index. After a tar was fixed or packed again its old lines are stale: they match nothing, and
+are counted when the set is opened.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class Quarantine:
     @classmethod
     def load(cls, file: BinaryIO) -> Self:
         """The list in an open file."""
-        entries, broken = [], 0
+        entries = []
+        broken = 0
         while line := file.readline(_MAX_LINE):
             entry = _parse(line)
             if entry is not None:
@@ -161,7 +162,9 @@ class Quarantine:
         wanted = {entry.identity[1:]: entry.reason for entry in self if entry.shard == shard}
         if not wanted:
             return {}
-        offsets, sizes, checksums = np.asarray(offset), np.asarray(size), np.asarray(crc32)
+        offsets = np.asarray(offset)
+        sizes = np.asarray(size)
+        checksums = np.asarray(crc32)
         candidates = np.flatnonzero(np.isin(offsets, [place[0] for place in wanted])).tolist()
         places = (
             (row, (int(offsets[row]), int(sizes[row]), int(checksums[row]))) for row in candidates
@@ -205,7 +208,7 @@ def read_list(path: Path) -> tuple[Quarantine, str | None]:
             f"{path}: cannot be read ({error.strerror}); bad images will be found again",
         )
     broken = (
-        f"{path}: {read.broken} lines are no entries of a list and were passed over"
+        f"{path}: {read.broken} lines are not entries of a list and were skipped"
         if read.broken
         else None
     )

@@ -87,7 +87,8 @@ def walk_damaged(path: Path) -> tuple[list[TarMember], list[TarError]]:
 
 def _walk(path: Path, file: BinaryIO, position: int) -> Iterator[TarMember]:
     total = os.fstat(file.fileno()).st_size
-    name, size = None, None
+    name = None
+    size = None
     while True:
         file.seek(position)
         header = file.read(BLOCK)
@@ -156,8 +157,8 @@ def _member(
 
 def _damaged(path: Path, position: int, what: str, member: str = "") -> TarError:
     return TarError(
-        f"{path.name}: byte {position}: {what}. The tar is cut off or damaged: copy it again from its source, "
-        "or pack the images again.",
+        f"{path.name}: byte {position}: {what}. The tar is cut off or damaged: copy it again from "
+        "its source, or pack the images again.",
         position=position,
         member=member,
         reason=what,
@@ -169,7 +170,8 @@ def _check_header_is_there(path: Path, position: int, header: bytes, total: int)
         header.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
     ):
         raise TarError(
-            f"{path.name}: is compressed; images are read by offset: unpack it to a plain .tar first."
+            f"{path.name}: is compressed; images are read by offset: unpack it to a plain .tar "
+            "first."
         )
     if len(header) < BLOCK:
         raise _damaged(
@@ -235,7 +237,8 @@ def _pax(path: Path, position: int, payload: bytes) -> dict[bytes, bytes]:
         key, equals, value = rest[len(digits) + 1 : length].partition(b"=")
         if length > len(rest) or not equals or not value.endswith(b"\n"):
             raise _damaged(path, position, "a broken extended header")
-        records[key], rest = value[:-1], rest[length:]
+        records[key] = value[:-1]
+        rest = rest[length:]
     return records
 
 

@@ -1,7 +1,7 @@
 """The bad samples of a set: where they are known from, how many are allowed, and what is reported.
 
 This is only a memory: a bad sample that is not in it is found as soon as it is read, and the
-    delivered batches are the same either way. It has three sources:
+delivered batches are the same either way. It has three sources:
 
 * the list beside the shards (`fastmoco data check` writes it): the user knows of these, so they do
   not count against `max_bad_share`;
@@ -136,7 +136,8 @@ class BadSamples:
                     self._note(i, f"{UNREADABLE}{reason}", where)
                 if lost:  # the next image of the same shard has nothing to add
                     self._news.append(
-                        f"left out {where}, {len(lost)} images: {reason} ({len(self._found)} so far)"
+                        f"left out {where}, {len(lost)} images: {reason} ({len(self._found)} so "
+                        "far)"
                     )
         self.require_few()
 
@@ -156,10 +157,11 @@ class BadSamples:
         counts = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(_SHOWN))
         more = f"; and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
         raise TooManyBadSamplesError(
-            f"{len(self._found)} of {len(self._shards)} images cannot be used, {self.allowed} are allowed "
-            f"(data.max_bad_share, {ALWAYS_ALLOWED} at least unless it is 0): {counts}. {'; '.join(shown[:_SHOWN])}{more}. "
-            "Run `fastmoco data check` on the shards: it names every fault and lists them beside the shards, and the same "
-            "command then continues without them; or raise --data.max-bad-share."
+            f"{len(self._found)} of {len(self._shards)} images cannot be used, {self.allowed} are "
+            f"allowed (data.max_bad_share, {ALWAYS_ALLOWED} at least unless it is 0): {counts}. "
+            f"{'; '.join(shown[:_SHOWN])}{more}. Run `fastmoco data check` on the shards: it names "
+            "every fault and lists them beside the shards, and the same command then continues "
+            "without them; or raise --data.max-bad-share."
         )
 
     def read_run_list(self) -> None:
@@ -191,7 +193,8 @@ class BadSamples:
         """What has happened since the last call, for the console; a few lines, however many
         samples."""
         with self._lock:
-            news, self._news = self._news, []
+            news = self._news
+            self._news = []
             return news
 
     def _note(self, sample_id: int, reason: str, where: str) -> None:

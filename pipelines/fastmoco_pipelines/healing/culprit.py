@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import BadImageError, DecodeError, ImageRefusedError
-from fastmoco_pipelines.formats.images import check_decodes, structure_fault
+from fastmoco_pipelines.formats.images import check_decodes
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import Device, EvalSpec
 from fastmoco_pipelines.views.runtime import cause_of
@@ -32,13 +32,14 @@ class Suspects:
 
     def __init__(self, *, device: Device, device_id: int | None, threads: int) -> None:
         self._device = device
-        self._device_id, self._threads = device_id, threads
+        self._device_id = device_id
+        self._threads = threads
 
     def find(self, error: DecodeError, encoded: list[NDArray[np.uint8]]) -> dict[int, str]:
         """The rows of images that fail alone, and why; empty where all decode alone.
 
         If the batch was refused for images of broken structure, only those are returned: no other
-            was tried.
+        was tried.
 
         Args:
             error: how the batch failed.
@@ -48,16 +49,14 @@ class Suspects:
             DecodeError: `error` itself where none decodes though Pillow reads them all: the decoder
                 is at fault.
         """
-        bad = {
-            row: f"it cannot be decoded ({fault})"
-            for row, data in enumerate(encoded)
-            if (fault := _fault(data))
-        }
-        if bad:
-            return bad
+        if error.faults:  # the engine has looked at the structure of all
+            return {row: f"it cannot be decoded ({fault})" for row, fault in error.faults}
+
+        bad: dict[int, str] = {}
         rows = list(range(len(encoded)))
         # Pipelines of their own: the one that failed is void.
-        together, alone = self._pipeline(_GROUP), self._pipeline(1)
+        together = self._pipeline(_GROUP)
+        alone = self._pipeline(1)
         blameless = 0
         for start in range(0, len(rows), _GROUP):
             group = rows[start : start + _GROUP]
@@ -108,8 +107,9 @@ def raise_bad_image(
     row = min(bad)
     others = f" (and {len(bad) - 1} more images of this batch)" if len(bad) > 1 else ""
     raise BadImageError(
-        f"{shards.describe(int(sample_ids[row]))}: {bad[row]}{others}. `fastmoco data check` lists such images, and "
-        "training leaves them out; or remove it in the source folder and pack that again."
+        f"{shards.describe(int(sample_ids[row]))}: {bad[row]}{others}. `fastmoco data check` lists "
+        "such images, and training leaves them out; or remove it in the source folder and pack "
+        "that again."
     ) from error
 
 
@@ -120,10 +120,6 @@ def _refused(pipeline: EvalPipeline, encoded: list[NDArray[np.uint8]]) -> Decode
     except DecodeError as failure:
         return failure
     return None
-
-
-def _fault(data: NDArray[np.uint8]) -> str | None:
-    return structure_fault(data.tobytes())
 
 
 def _pillow_reason(data: NDArray[np.uint8]) -> str | None:

@@ -151,8 +151,8 @@ class Healer:
         while self.bad.contains(places.ids[row : row + 1])[0]:
             if places.attempts[row] >= MAX_ATTEMPTS:
                 raise ShardError(
-                    f"step {places.step}: of {MAX_ATTEMPTS} images drawn to stand in for a bad one, none is good: run "
-                    "`fastmoco data check` on the shards"
+                    f"step {places.step}: of {MAX_ATTEMPTS} images drawn to stand in for a bad "
+                    "one, none is good: run `fastmoco data check` on the shards"
                 )
             plan.advance(places, row)
 
@@ -176,8 +176,8 @@ class Healer:
 class Trial:
     """The decoding of one batch, again and again until no bad image is in it.
 
-    A batch whose images all decode alone is tried once more by a new graph, as something may just
-    have been scarce.
+    A batch whose images all decode alone is tried once more by a new graph, because memory may have
+    been short at that moment.
     """
 
     def __init__(self, healer: Healer) -> None:
@@ -225,5 +225,6 @@ def _raise_if_general(fault: ReadFault) -> None:
     cause = fault if isinstance(fault, OSError) else fault.__cause__
     if isinstance(cause, OSError) and cause.errno in _OWN_TROUBLE:
         raise ShardError(
-            f"{fault}: this process may not open another file or take more memory: ulimit -n, ulimit -v"
+            f"{fault}: this process may not open another file or take more memory: ulimit -n, "
+            "ulimit -v"
         ) from fault

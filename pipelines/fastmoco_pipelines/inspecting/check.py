@@ -72,7 +72,8 @@ def check_shards(
         if not is_remote(pattern):
             if remote_lists is not None:
                 raise ValueError(
-                    f"{str(remote_lists)!r}: is for shards of a server; a local list is beside its tars"
+                    f"{str(remote_lists)!r}: is for shards of a server; a local list is beside its "
+                    "tars"
                 )
             local = LocalTars(pattern)
             report = CheckReport(pattern=pattern)
@@ -92,12 +93,8 @@ def check_shards(
             stack.enter_context(closing(tars))
             report = CheckReport(pattern=redact(pattern))
             theirs = {}
-            for (
-                folder,
-                place,
-            ) in (
-                tars.urls.items()
-            ):  # Fetched first, so that a failure comes now and not after hours.
+            # Fetched first, so that a failure comes now and not after hours.
+            for folder, place in tars.urls.items():
                 theirs[folder], problems = fetch_lists([place], transfers or Limits())
                 report.notes += problems
             found = _check(tars, report, workers, limits, progress)
@@ -118,7 +115,8 @@ def _check(
 ) -> dict[Path, Quarantine]:
     """Check all tars; returns the entries for the list of each folder."""
     paths = tars.paths
-    report.shards, report.total_bytes = len(paths), sum(tars.sizes)
+    report.shards = len(paths)
+    report.total_bytes = sum(tars.sizes)
     promises = {
         path: count
         for folder in {path.parent for path in paths}
@@ -140,7 +138,8 @@ def _check(
     _missing_shards(tars, promises, report)
     if report.promised != report.delivered + report.quarantined:
         raise AssertionError(
-            f"the account does not add up: {report.promised=} {report.delivered=} {report.quarantined=}"
+            f"the account does not add up: {report.promised=} {report.delivered=} "
+            f"{report.quarantined=}"
         )
     return found
 
@@ -149,7 +148,9 @@ class _Meter:
     """Progress in bytes of the whole set, from any thread."""
 
     def __init__(self, progress: Progress | None, before: int, total: int) -> None:
-        self._progress, self._done, self._total = progress, before, total
+        self._progress = progress
+        self._done = before
+        self._total = total
         self._lock = threading.Lock()
 
     def add(self, item: Item) -> None:
@@ -191,7 +192,10 @@ def _missing_shards(
                     report.promised += count
                     report.quarantined += count
                     report.refused_shards += 1
-                    reason = f"{MANIFEST} lists it for set {name!r}, with {count} samples: copy it here too"
+                    reason = (
+                        f"{MANIFEST} lists it for set {name!r}, with {count} samples: copy it here "
+                        "too"
+                    )
                     place = tars.where(path) if len(folders) > 1 else ""
                     report.add(path.name, "", "missing shard", reason, outcome="lost", path=place)
 

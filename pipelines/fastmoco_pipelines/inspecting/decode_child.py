@@ -1,5 +1,12 @@
-"""The child process of `fastmoco data check`: decodes images one by one and reports the outcome of each. Damaged bytes may crash a decoder, corrupt its heap, or make it take gigabytes. Here that ends a disposable process with limits of the operating system; each answer is written before the next image is read. The protocol is JSON lines: first `{"memory_bytes": ..., "cpu_seconds": ...}` in, `{"ready": true}` out; then lists of
-[path, offset, size, crc32 or null] in, and one object for each of them out.
+"""The child process of `fastmoco data check`: decodes images one by one.
+
+Damaged bytes may crash a decoder, corrupt its heap, or make it take gigabytes. Here that ends a
+disposable process with limits of the operating system; each answer is written before the next
+image is read.
+
+The protocol is JSON lines: first `{"memory_bytes": ..., "cpu_seconds": ...}` in,
+`{"ready": true}` out; then lists of [path, offset, size, crc32 or null] in, and one object for
+each of them out.
 
 Started as `python -P -m fastmoco_pipelines.inspecting.decode_child`.
 """
@@ -116,7 +123,10 @@ def _examine(
             "reason": f"it cannot be decoded ({_words(said, error)})",
         }
     if shape != (header.height, header.width):
-        what = f"it decodes to {shape[1]}x{shape[0]} pixels, its header declares {header.width}x{header.height}"
+        what = (
+            f"it decodes to {shape[1]}x{shape[0]} pixels, its header declares "
+            f"{header.width}x{header.height}"
+        )
         return answer | {"kind": "damaged image", "reason": what}
     if complaint := _GARBLED.search(_printed(said)):
         return answer | {

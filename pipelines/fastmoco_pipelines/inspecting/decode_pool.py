@@ -76,7 +76,7 @@ class DecodePool:
     Args:
         workers: children at a time.
         limits: for each image.
-        module: what a child runs; it speaks the protocol of `decode_child`.
+        module: what a child runs; it has the protocol of `decode_child`.
     """
 
     def __init__(
@@ -264,7 +264,8 @@ class _Child:
 
     def _receive(self, seconds: float) -> dict[str, Any]:
         assert self._process.stdout is not None
-        descriptor, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
+        descriptor = self._process.stdout.fileno()
+        deadline = time.monotonic() + seconds
         while b"\n" not in self._rest:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([descriptor], [], [], left)[0]:

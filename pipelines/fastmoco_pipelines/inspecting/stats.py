@@ -106,10 +106,12 @@ def measure_shards(
     """
     if is_remote(pattern):
         remote = open_remote(pattern, open_cache(cache or CacheSpec()), transfers or Limits())
-        indexes, classes = list(remote.indexes), remote.classes
+        indexes = list(remote.indexes)
+        classes = remote.classes
     else:
         tars = LocalTars(pattern)
-        names, classes = whole_names(tars), _classes(tars.paths)
+        names = whole_names(tars)
+        classes = _classes(tars.paths)
         indexes = [_index(path, names.get(path, path.name)) for path in tars.paths]
 
     def column(name: str) -> NDArray[np.int64]:

@@ -104,11 +104,14 @@ class TarCheck:
                 named = str(error).replace(self.path.name, self.place or self.path.name, 1)
                 self.report.notes.append(f"{named} Until then only this check can read it.")
             return
+
         self.fits = fits_tar(index, self.path)
         if self.fits:
             self.index = index
             return
         self.refused = True
+
+        # A stale index: of an earlier state if it lists half of the images at their places.
         places = set(zip(index.columns["offset"], index.columns["size"], index.keys, strict=True))
         tried = [
             (s.image.offset, s.image.size, s.key)
@@ -116,12 +119,18 @@ class TarCheck:
             if s.image is not None and not s.kind
         ]
         known = sum(place in places for place in tried)
-        # Nothing to compare with: the name decides.
+        # Without images there is nothing to compare: the name decides.
         if index.tar == self.path.name and 2 * known >= len(tried):
             self.index = index
-            what = "was made for an earlier state of this tar; it still lists the samples that are lost"
+            what = (
+                "was made for an earlier state of this tar; it still lists the samples that are "
+                "lost"
+            )
         else:
-            what = f"was made for another tar ({index.tar}) or a state that this one has nothing to do with; it is ignored"
+            what = (
+                f"was made for another tar ({index.tar}) or a state that this one has nothing to "
+                "do with; it is ignored"
+            )
         self._fault(
             "",
             "stale index",
@@ -155,20 +164,26 @@ class TarCheck:
         return candidates
 
     def _judge(self, candidate: _Candidate, decoded: Decoded) -> None:
-        kind, reason = decoded.kind, decoded.reason
+        kind = decoded.kind
+        reason = decoded.reason
         if candidate.row is not None and self.index is not None and not kind:
             size = (
                 self.index.columns["height"][candidate.row],
                 self.index.columns["width"][candidate.row],
             )
             if decoded.shape != size:
-                kind, reason = (
-                    "wrong index",
-                    f"its header declares another size than the index, {size[1]}x{size[0]} pixels",
+                kind = "wrong index"
+                reason = (
+                    f"its header declares another size than the index, {size[1]}x{size[0]} pixels"
                 )
         if candidate.row is None and self.fits and not kind:
             kind = "not indexed"
-            reason = "is a good image that the index does not list: run `fastmoco data index` on the shards"
+            reason = (
+                "is a good image that the index does not list: run `fastmoco data index` on the "
+                "shards"
+            )
+
+        # The account: an image counts if an index lists it, or would list it.
         counted = candidate.row is not None or (not self.fits and decoded.listed)
         self.promised += counted
         self.delivered += counted and not kind
@@ -177,6 +192,7 @@ class TarCheck:
         if not kind:
             return
         item = candidate.item
+
         outcome = "quarantined" if counted else "left out"
         self._fault(f"{candidate.key}.{candidate.extension}", kind, reason, item.offset, outcome)
         crc32 = item.crc32 if item.crc32 is not None else decoded.crc32

@@ -159,7 +159,8 @@ class EvalLoader:
     def _load(self, ids: NDArray[np.int64]) -> EvalBatch | None:
         """The good ones of some images; None where there is none."""
 
-        found, trial = self._healer.read(ids), Trial(self._healer)
+        found = self._healer.read(ids)
+        trial = Trial(self._healer)
         while True:
             rows = [row for row, data in enumerate(found) if data is not None]
             encoded = [data for data in found if data is not None]

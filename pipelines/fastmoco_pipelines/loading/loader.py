@@ -58,7 +58,7 @@ def build_loader(
         rank: this process, 0 to world_size - 1.
         world_size: processes that share each global batch equally.
         device_id: index of this process's GPU; needed for, and only for, `spec.device="gpu"`.
-        start_step: the step of the first batch: 0, or where a resumed run goes on.
+        start_step: the step of the first batch: 0, or that of a resumed run.
         quarantine_list: the run's own list of bad samples, read and added to; all ranks may share
             it. None: none is kept.
         pin_memory: whether batches made on the CPU are in pinned memory, which a GPU copies from
@@ -145,9 +145,11 @@ class Loader(BatchStream):
             start_step=start_step,
             windows=source.plan.windows,
         )
-        self._clock, self._bad = source.clock, source.healer.bad
+        self._clock = source.clock
+        self._bad = source.healer.bad
         self._failure: BaseException | None = None
-        self._shards, self._places = source.shards, source.places
+        self._shards = source.shards
+        self._places = source.places
         self._results: Results = queue.Queue(maxsize=source.spec.batches_ahead)
         stop = source.stop
         # The threads do not reference this object, so that an unreferenced loader is collected and
@@ -191,7 +193,11 @@ class Loader(BatchStream):
         if not self._stop.alive:
             raise RuntimeError("the loader is closed")
         self.begin()
-        start, queued, tell_at = time.perf_counter(), self._results.qsize(), _REPORT_SECONDS
+
+        # Wait for the batch, and report a long wait.
+        start = time.perf_counter()
+        queued = self._results.qsize()
+        tell_at = _REPORT_SECONDS
         while True:
             if not self._stop.alive:
                 raise RuntimeError("the loader is closed")
@@ -207,6 +213,7 @@ class Loader(BatchStream):
                 if waited >= min(tell_at, self.spec.timeout_s):
                     tell_at *= 2
                     self._tell_of_waiting(waited)
+
         self.wait_seconds = time.perf_counter() - start
         self._clock.waited(self.wait_seconds, queued)
         for text in self._bad.news():
@@ -226,9 +233,9 @@ class Loader(BatchStream):
             self.report(f"waiting for the data of step {self._step} for {waited:.0f} s: {doing}")
             return
         self._failure = LoaderTimeoutError(
-            f"no data for step {self._step} within {waited:.0f} s: {doing}. "
-            "Check the disk or the server; the same command resumes from the last checkpoint. "
-            "If storage is only slow, raise --data.timeout-s."
+            f"no data for step {self._step} within {waited:.0f} s: {doing}. Check the disk or the "
+            "server; the same command resumes from the last checkpoint. If storage is only slow, "
+            "raise --data.timeout-s."
         )
         raise self._failure
 
@@ -243,7 +250,7 @@ class Loader(BatchStream):
         return self._results.full() and not self._clock.busy
 
     def close(self) -> None:
-        """Stop the threads and close the files. Batches already handed out stay valid.
+        """Stop the threads and close the files. Batches that were delivered stay valid.
 
         A thread that hangs in a read is left running with its files: it is a daemon.
         """

@@ -25,9 +25,9 @@ class LoaderBytes:
 
     Attributes:
         batch_bytes: all views of one local batch; one such batch is in use by the trainer.
-        ready_bytes: the batches ahead of it, ready or in the making.
-        scratch_bytes: what is needed meanwhile to make one: DALI's buffers for one run, and the
-            colors'.
+        ready_bytes: the batches ahead of it, ready or being made.
+        scratch_bytes: memory to make one of them: DALI's buffers for one run, and those of the
+            color kernels.
     """
 
     batch_bytes: int
@@ -56,7 +56,8 @@ def loader_bytes(spec: LoaderSpec, world_size: int = 1) -> LoaderBytes:
     Raises:
         ValueError: for a batch that the ranks cannot share equally.
     """
-    size, views = spec.global_batch_size, spec.each_view
+    size = spec.global_batch_size
+    views = spec.each_view
     require(world_size >= 1, "world_size", world_size, "needs at least one rank")
     require(
         size % world_size == 0, "global_batch_size", size, f"must be a multiple of {world_size=}"

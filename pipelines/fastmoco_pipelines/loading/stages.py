@@ -106,7 +106,10 @@ class StageFigures:
             return waits
         slowest = max(own, key=lambda name: own[name])
         share = own[slowest] / total
-        return f"{waits}: {STAGES[slowest]} is its slowest stage, {share:.0%} of its work; to speed it up: {_ADVICE[slowest]}"
+        return (
+            f"{waits}: {STAGES[slowest]} is its slowest stage, {share:.0%} of its work; to speed "
+            f"it up: {_ADVICE[slowest]}"
+        )
 
 
 class StageClock:
@@ -116,7 +119,10 @@ class StageClock:
     def __init__(self, prefetch: int) -> None:
         self._start = time.perf_counter()
         self._seconds: dict[str, float] = dict.fromkeys((READ, DRAW, DECODE), 0.0)
-        self._steps, self._waited, self._queued, self._prefetch = 0, 0.0, 0, prefetch
+        self._steps = 0
+        self._waited = 0.0
+        self._queued = 0
+        self._prefetch = prefetch
         self._doing: dict[str, tuple[str, int, float]] = {}
 
     @contextmanager
@@ -151,7 +157,8 @@ class StageClock:
     def doing(self, reading: str) -> str:
         """What the threads do now, and since when, for people. `reading`: what is read now or was
         read last."""
-        now, parts = time.perf_counter(), []
+        now = time.perf_counter()
+        parts = []
         for name, step, since in list(self._doing.values()):
             where = f" ({reading})" if name in (READ, HEAL) else ""
             parts.append(f"{STAGES[name]} for step {step}{where} since {now - since:.0f} s")

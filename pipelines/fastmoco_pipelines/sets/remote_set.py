@@ -71,7 +71,9 @@ def open_remote(pattern: str, cache: ShardCache | None, limits: Limits) -> Remot
     for folder, group in groupby(
         zip(urls, indexes, strict=True), key=lambda pair: beside(pair[0], "")
     ):
-        sets, checked, members = reader.sets(folder), reader.checksums(folder), list(group)
+        sets = reader.sets(folder)
+        checked = reader.checksums(folder)
+        members = list(group)
         samples = {shard_name(url): len(index) for url, index in members}
         # A pattern that spells the URLs out may leave some out; those of a whole folder are from
         # this manifest.
@@ -100,7 +102,8 @@ def find_urls(pattern: str, reader: SmallFiles) -> list[str]:
     names = expand_braces(pattern, pattern)
     if any("@" in urlsplit(name).netloc for name in names if not store_of(name).user_in_url):
         raise ValueError(
-            f"shards={redact(pattern)!r}: credentials of a store belong in the environment, not in a URL"
+            f"shards={redact(pattern)!r}: credentials of a store belong in the environment, not in "
+            "a URL"
         )
     return sorted({url for name in names for url in _expand(pattern, name, reader)})
 
@@ -110,7 +113,7 @@ def fetch_lists(folders: Iterable[str], limits: Limits) -> tuple[Quarantine, lis
     sentences.
 
     They are fetched whole each time: an old copy would decide which samples are delivered. A folder
-        without a list has none. A server that fails is an error all the same, unlike a local
+    without a list has none. A server that fails is an error all the same, unlike a local
     disk: some ranks of a run might know the list and others not, and they would deliver different
     samples.
 
@@ -118,7 +121,8 @@ def fetch_lists(folders: Iterable[str], limits: Limits) -> tuple[Quarantine, lis
         RemoteError: naming the URL that cannot be read, or holds more than a list may, and the
             cause.
     """
-    found, problems = Quarantine(), []
+    found = Quarantine()
+    problems = []
     for folder in folders:
         url = beside(folder, QUARANTINE)
         try:
@@ -134,7 +138,7 @@ def fetch_lists(folders: Iterable[str], limits: Limits) -> tuple[Quarantine, lis
         found.update(read)
         if read.broken:
             problems.append(
-                f"{redact(url)}: {read.broken} lines are no entries of a list and were passed over"
+                f"{redact(url)}: {read.broken} lines are not entries of a list and were skipped"
             )
     return found, problems
 
@@ -144,7 +148,8 @@ class SmallFiles:
     unchanged."""
 
     def __init__(self, cache: ShardCache | None, limits: Limits) -> None:
-        self._cache, self.limits = cache, limits
+        self._cache = cache
+        self.limits = limits
         self._sets: dict[str, dict[str, dict[str, Any]]] = {}
 
     def index(self, tar: str) -> ShardIndex:
@@ -154,7 +159,8 @@ class SmallFiles:
             return self._parsed(url, lambda text: parse_index(redact(url), text))
         except AbsentError as error:
             raise ShardError(
-                f"{error}; every shard on a server needs its index beside it: {CURE}, and copy the index files there too"
+                f"{error}; every shard on a server needs its index beside it: {CURE}, and copy the "
+                "index files there too"
             ) from None
 
     def sets(self, folder: str) -> dict[str, dict[str, Any]]:
@@ -191,7 +197,8 @@ class SmallFiles:
 
 def _expand(pattern: str, url: str, reader: SmallFiles) -> list[str]:
     """The shards that one URL without braces names."""
-    shown, path = redact(pattern), urlsplit(url).path
+    shown = redact(pattern)
+    path = urlsplit(url).path
     name = path.rpartition("/")[2]
     if name and not glob.has_magic(path):
         return [url]
@@ -199,8 +206,11 @@ def _expand(pattern: str, url: str, reader: SmallFiles) -> list[str]:
     if glob.has_magic(path.rpartition("/")[0]) and not store.lists:
         scheme = urlsplit(url).scheme
         raise ValueError(
-            f"shards={shown!r}: over {scheme} only a file's name may hold * or [...], not a folder's"
+            f"shards={shown!r}: over {scheme} only a file's name may hold * or [...], not a "
+            "folder's"
         )
+
+    # The names come from the manifest of the folder, or from a store that lists.
     sets = {} if store.lists and name else reader.sets(beside(url, ""))
     if len(sets) > 1 and not name:
         choice = " or ".join(f"{redact(url)}{name}-*.tar" for name in sorted(sets))
@@ -211,14 +221,15 @@ def _expand(pattern: str, url: str, reader: SmallFiles) -> list[str]:
         found = [item for item in objects if item.endswith(".tar")]
     elif not listed:
         raise ValueError(
-            f"shards={shown!r}: there is no {MANIFEST} that lists the shards: copy it there, or spell them out, e.g. "
-            "train-{000000..000127}.tar"
+            f"shards={shown!r}: there is no {MANIFEST} that lists the shards: copy it there, or "
+            "spell them out, e.g. train-{000000..000127}.tar"
         )
     else:
         safe = (
             item for item in listed if "/" not in item and fnmatch.fnmatchcase(item, name or "*")
         )
         found = [beside(url, item) for item in safe]
+
     if not found:
         raise ValueError(f"shards={shown!r}: no shard there has such a name")
     return found

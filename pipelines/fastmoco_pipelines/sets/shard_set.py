@@ -70,6 +70,8 @@ class ShardSet:
         self._extensions = [
             [sys.intern(extension) for extension in index.extensions] for index in indexes
         ]
+
+        # The columns of all indexes, one below the other.
         counts = [len(index) for index in indexes]
         self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
@@ -80,7 +82,10 @@ class ShardSet:
         self.sizes: NDArray[np.int32] = np.stack(
             [column["height"], column["width"]], axis=1
         ).astype(np.int32)
-        self._offset, self._size, self._crc32 = column["offset"], column["size"], column["crc32"]
+        self._offset = column["offset"]
+        self._size = column["size"]
+        self._crc32 = column["crc32"]
+
         _check_budget(self)
         identity = np.stack(
             [column[name] for name in ("crc32", "size", "label", "height", "width")]
@@ -111,7 +116,8 @@ class ShardSet:
             from fastmoco_pipelines.sets.remote_set import fetch_lists, open_remote
             from fastmoco_pipelines.stores.fetcher import ShardFetcher
 
-            kept, limits = open_cache(cache or CacheSpec()), limits or Limits()
+            kept = open_cache(cache or CacheSpec())
+            limits = limits or Limits()
             remote = open_remote(pattern, kept, limits)
             names = [shard.name for shard in remote.shards]
             lists = partial(fetch_lists, remote.folders, limits)
@@ -181,10 +187,8 @@ class ShardSet:
         found: dict[int, str] = {}
         for shard in {entry.shard for entry in quarantine} & self.names:
             for number in (i for i, name in enumerate(self._names) if name == shard):
-                first, part = (
-                    int(self._first[number]),
-                    np.s_[self._first[number] : self._first[number + 1]],
-                )
+                first = int(self._first[number])
+                part = np.s_[self._first[number] : self._first[number + 1]]
                 rows = quarantine.rows(
                     shard, self._offset[part], self._size[part], self._crc32[part]
                 )
@@ -283,7 +287,10 @@ class ShardSet:
         return np.frombuffer(data, dtype=np.uint8)
 
     def _problem(self, sample_id: int, data: bytes) -> str | None:
-        """What is wrong with the bytes of a sample."""
+        """What is wrong with the bytes of a sample: they must be those that were indexed.
+
+        A broken structure is not refused here: the engine does that, for all bytes that DALI gets.
+        """
         if zlib.crc32(data) != self._crc32[sample_id]:
             whole = len(data) == self._size[sample_id]
             what = "its bytes differ from the index (crc32)" if whole else "the tar ends inside it"
@@ -291,9 +298,13 @@ class ShardSet:
                 f"{what}. Copy the tar again from its source; if it was changed on purpose, {CURE}."
             )
         declared = _declared_size(data)
-        (height, width), indexed = declared or (0, 0), tuple(self.sizes[sample_id].tolist())
+        (height, width) = declared or (0, 0)
+        indexed = tuple(self.sizes[sample_id].tolist())
         if declared is not None and declared != indexed:
-            return f"its header declares {width}x{height} pixels, the index {indexed[1]}x{indexed[0]}: {CURE}."
+            return (
+                f"its header declares {width}x{height} pixels, the index "
+                f"{indexed[1]}x{indexed[0]}: {CURE}."
+            )
         return None
 
     def cancel(self) -> None:
@@ -344,8 +355,8 @@ def _check_budget(shards: ShardSet) -> None:
     if bad.any():
         first = int(bad.argmax())
         raise ShardError(
-            f"{shards.describe(first)}: {width[first]}x{height[first]} pixels in {shards._size[first]} bytes are "
-            f"outside what is decoded: {CURE}."
+            f"{shards.describe(first)}: {width[first]}x{height[first]} pixels in "
+            f"{shards._size[first]} bytes are outside what is decoded: {CURE}."
         )
 
 

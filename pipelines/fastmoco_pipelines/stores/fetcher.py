@@ -2,7 +2,7 @@
 the background.
 
 The threads reference only the state, not the set: an unreferenced set is collected, and they end.
-    They are daemons; a transfer that they leave unfinished is continued by the next process.
+They are daemons; a transfer that they leave unfinished is continued by the next process.
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ class _State:
     def __init__(
         self, shards: Sequence[RemoteShard], cache: ShardCache | None, limits: Limits
     ) -> None:
-        self.shards, self.cache, self.limits = shards, cache, limits
+        self.shards = shards
+        self.cache = cache
+        self.limits = limits
         self.stop = threading.Event()
         self._change = threading.Condition()
         self._wanted: list[int] = []
@@ -171,7 +173,8 @@ class _State:
     def open(self, number: int, warn: bool) -> int | None:
         if self.cache is None:
             return None
-        shard, waited = self.shards[number], False
+        shard = self.shards[number]
+        waited = False
         until = time.monotonic() + 2 * self.limits.deadline_seconds + shard.size / 1e6
         while True:
             descriptor = self.cache.lookup(shard.key, shard.size)
@@ -179,6 +182,8 @@ class _State:
                 return descriptor
             if self.stop.is_set():
                 raise StoppedError(f"{shard.name}: not read, the loader was closed")
+
+            # Another thread of this process may be fetching it.
             with self._change:
                 failure = self._failures.pop(number, None)
                 if waited and failure is not None:  # all its tries have just been made
@@ -190,6 +195,7 @@ class _State:
                     self._busy.add(number)
             if waited:
                 continue
+
             try:
                 here = self._bring(number, keep=())
             except NoRoomError as error:
@@ -200,19 +206,23 @@ class _State:
                 return None
             finally:
                 self._release(number, None)
+
+            # Another process fetches it.
             if not here:
                 if time.monotonic() > until:
                     raise RemoteError(
-                        f"{shard.name}: another process has been fetching it for too long: end that one"
+                        f"{shard.name}: another process has been fetching it for too long: end "
+                        "that one"
                     )
                 self.stop.wait(_POLL_SECONDS)
 
     def _others_end(self, number: int, until: float) -> bool:
-        """Wait for what is being fetched ahead, and takes up the room; False if nothing is."""
+        """Wait for the shards that are being fetched ahead, and take the room; False if there are
+        none."""
         with self._change:
             if not self._busy - {number}:
                 return False
-            self._urgent = True  # nothing more is fetched ahead meanwhile
+            self._urgent = True  # no further shard is fetched ahead until then
             try:
                 while self._busy - {number} and not self.stop.is_set() and time.monotonic() < until:
                     self._change.wait(_POLL_SECONDS)
@@ -239,14 +249,16 @@ class _State:
 
     def fetch_ahead(self, number: int) -> None:
         """Fetch a shard ahead of its use; an error is raised when it is used."""
-        pause, failure = 0.0, None
+        pause = 0.0
+        failure = None
         try:
             keep = {self.shards[n].key for n in self._wanted}
             pause = 0.0 if self._bring(number, keep) else 4 * _POLL_SECONDS
         except NoRoomError:
             pause = _NO_ROOM_SECONDS
         except BaseException as error:
-            pause, failure = _FAILED_SECONDS, error
+            pause = _FAILED_SECONDS
+            failure = error
         self._release(number, failure, pause)
 
     def _bring(self, number: int, keep: Sequence[str] | set[str]) -> bool:
@@ -287,8 +299,9 @@ class _State:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{error}. Images are read from the server one by one, which is slow: give the shard cache more room "
-                "(--data.cache-size-gb, --data.cache-dir) or shuffle fewer shards together (--data.shuffle-window)",
+                f"{error}. Images are read from the server one by one, which is slow: give the "
+                "shard cache more room (--data.cache-size-gb, --data.cache-dir) or shuffle fewer "
+                "shards together (--data.shuffle-window)",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -1,5 +1,4 @@
-"""One request to an HTTP server, bounded in every direction: time, speed, redirects, and what may
-answer.
+"""One request to an HTTP server, with bounds on time, speed, redirects and answers.
 
 Errors name the URL without user, password and query.
 """
@@ -46,7 +45,9 @@ class HttpStore(Store):
     @contextmanager
     def open(self, request: Request) -> Iterator[Body]:
         """See `Store.open`."""
-        start, stop, validator = request.start, request.stop, request.validator
+        start = request.start
+        stop = request.stop
+        validator = request.validator
         known = request.known if request.known.startswith('"') else ""  # a date is no ETag
 
         headers = {"Accept-Encoding": "identity", "User-Agent": "fastmoco"}
@@ -73,7 +74,8 @@ class HttpStore(Store):
                 raise RemoteError(
                     f"{where}: the server compresses it on the way: have it serve the file as it is"
                 )
-            begins, total = 0, response.length
+            begins = 0
+            total = response.length
             if response.status == 206:
                 total = _total_of_range(where, response, start, asked="Range" in headers)
                 if validator and answered and answered != validator:
@@ -81,7 +83,7 @@ class HttpStore(Store):
                 begins = start
             elif response.status != 200:
                 raise RemoteError(
-                    f"{where}: HTTP {response.status} is no answer to a request for a file"
+                    f"{where}: HTTP {response.status} is not an answer to a request for a file"
                 )
             yield Body(
                 start=begins,
@@ -121,7 +123,8 @@ def _chunks(
     deadline: float,
 ) -> Iterator[bytes]:
     """The pieces of a body, as they come."""
-    since, received = time.monotonic(), 0
+    since = time.monotonic()
+    received = 0
     with _naming(where), _cut_off_after(sock, deadline - since):
         while chunk := response.read1(CHUNK_BYTES):
             yield chunk
@@ -130,7 +133,8 @@ def _chunks(
             if elapsed >= limits.speed_seconds:
                 if received < limits.min_bytes_per_s * elapsed:
                     raise PassingError(f"{where}: only {received / elapsed:.0f} bytes/s arrive")
-                since, received = since + elapsed, 0
+                since = since + elapsed
+                received = 0
 
 
 @contextmanager
@@ -138,13 +142,15 @@ def _answer(
     url: str, headers: Mapping[str, str], limits: Limits, deadline: float
 ) -> Iterator[tuple[http.client.HTTPResponse, socket.socket]]:
     """The head of the answer to a GET, after following redirects that may be followed."""
-    first, origin, public = url, urlsplit(url), False
+    first = url
+    origin = urlsplit(url)
+    public = False
     for _ in range(MAX_REDIRECTS + 1):
         where = redact(first)
         connection, target, own_headers = _connection(url, limits.connect_seconds)
         response = None
         try:
-            # The sender is shown no password of another host.
+            # A host gets only its own credentials.
             sent = {**headers, **(own_headers if urlsplit(url).netloc == origin.netloc else {})}
             seconds = min(limits.respond_seconds, deadline - time.monotonic())
             with _naming(where):
@@ -152,10 +158,11 @@ def _answer(
                 peer = _peer_is_public(connection)
                 if public and not peer:
                     raise RemoteError(
-                        f"{where}: redirects from a public to a private address ({redact(url)}): refused"
+                        f"{where}: redirects from a public to a private address ({redact(url)}): "
+                        "refused"
                     )
                 public = public or peer
-                sock = connection.sock  # the connection forgets it where the answer is its last
+                sock = connection.sock  # the connection drops it after its last answer
                 sock.settimeout(limits.read_seconds)
                 with _cut_off_after(sock, seconds):
                     connection.request("GET", target, headers=sent)
@@ -178,9 +185,10 @@ def _connection(url: str, seconds: float) -> tuple[http.client.HTTPConnection, s
     headers to send."""
     parts = urlsplit(url)
     try:
-        host, port = parts.hostname or "", parts.port
+        host = parts.hostname or ""
+        port = parts.port
     except ValueError as error:
-        raise RemoteError(f"{redact(url)}: is no usable URL ({error})") from None
+        raise RemoteError(f"{redact(url)}: is not a usable URL ({error})") from None
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     headers = {}
     if parts.username is not None:
@@ -220,9 +228,11 @@ def _redirected(where: str, url: str, location: str) -> str:
         target = urljoin(url, location)
         scheme, before = urlsplit(target).scheme.lower(), urlsplit(url).scheme.lower()
     except ValueError:  # its text quotes the address, and with it a token perhaps
-        raise RemoteError(f"{where}: redirects to what is no usable URL: refused") from None
+        raise RemoteError(f"{where}: redirects to what is not a usable URL: refused") from None
     if scheme not in ("http", "https") or not location:
-        raise RemoteError(f"{where}: redirects to {scheme!a}, which is no http address: refused")
+        raise RemoteError(
+            f"{where}: redirects to {scheme!a}, which is not an http address: refused"
+        )
     if (before, scheme) == ("https", "http"):
         raise RemoteError(
             f"{where}: redirects from https to http: refused; use the URL that it leads to"
@@ -234,7 +244,7 @@ def _refuse_errors(where: str, response: http.client.HTTPResponse) -> None:
     """Raise what an error status means."""
     status = response.status
     if status in (404, 410):
-        raise AbsentError(f"{where}: is not there (HTTP {status}): check the name")
+        raise AbsentError(f"{where}: does not exist (HTTP {status}): check the name")
     if status in (401, 403):
         raise AccessError(f"{where}: access is refused (HTTP {status}): {_CREDENTIALS}")
     if status == 416:
@@ -294,4 +304,4 @@ def _naming(where: str) -> Iterator[None]:
         ) from None
     except (http.client.HTTPException, ValueError) as error:
         # Their texts may quote the request, and with it a token.
-        raise PassingError(f"{where}: the connection broke off ({type(error).__name__})") from None
+        raise PassingError(f"{where}: the connection was lost ({type(error).__name__})") from None

@@ -1,8 +1,8 @@
 """s3:// and gs:// through fsspec, block by block, with the same bounds and the same answers as
 HTTP.
 
-fsspec and its file systems are imported when the first such URL is met. Credentials are theirs to
-find, in the environment or the user's files; a URL holds none.
+fsspec and its file systems are imported when the first such URL is met. They take credentials from
+the environment or the user's files; a URL holds none.
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ class ObjectStore(Store):
     @contextmanager
     def open(self, request: Request) -> Iterator[Body]:
         """See `Store.open`. The deadline is kept by the caller, between two chunks."""
-        url, start, stop = request.url, request.start, request.stop
+        url = request.url
+        start = request.start
+        stop = request.stop
         files = file_system(url.partition("://")[0])
-        where, seconds = redact(url), request.limits.respond_seconds
+        where = redact(url)
+        seconds = request.limits.respond_seconds
         info = bounded(where, seconds, lambda: files.info(_path(url)))
         total = info.get("size")
         if info.get("type") == "directory" or not isinstance(total, int):
-            raise AbsentError(f"{where}: is no object of the store: check the name")
+            raise AbsentError(f"{where}: is not an object of the store: check the name")
         now = next(
             (
                 str(info[name])
@@ -91,7 +94,8 @@ def file_system(scheme: str) -> Any:
         importlib.import_module(package)
     except ImportError as error:
         raise RemoteError(
-            f"{scheme}://: needs the package {package} ({error}): pip install '.[{scheme}]' in fastmoco's source folder"
+            f"{scheme}://: needs the package {package} ({error}): pip install '.[{scheme}]' in "
+            "fastmoco's source folder"
         ) from None
     return fsspec.filesystem(scheme, use_listings_cache=False)
 
@@ -117,7 +121,7 @@ def bounded(where: str, seconds: float, call: Callable[[], T]) -> T:
     except queue.Empty:
         raise PassingError(f"{where}: no answer in {seconds:g} s") from None
     if isinstance(error, FileNotFoundError):
-        raise AbsentError(f"{where}: is not there: check the name") from None
+        raise AbsentError(f"{where}: does not exist: check the name") from None
     if isinstance(error, PermissionError):
         raise AccessError(
             f"{where}: access is refused: check the credentials in the environment"

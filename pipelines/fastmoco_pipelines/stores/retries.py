@@ -33,7 +33,7 @@ class Limits:
     speed_seconds: float = 30
     """Over which the speed is judged."""
     min_bytes_per_s: float = 16_384
-    """A body slower than this is cut off and taken up again."""
+    """A body slower than this is cut off and continued by another request."""
     deadline_seconds: float = 600
     """For one file with all its retries, and 1 s more for each 10^6 bytes of it."""
     attempts: int = 8
@@ -70,7 +70,11 @@ def retried(
         RemoteError: the attempt's own, or its last PassingError with what was tried.
         StoppedError: if `stop` was set in a pause.
     """
-    began, failures, wrong, tries, most = time.monotonic(), 0, 0, 0, arrived()
+    began = time.monotonic()
+    failures = 0
+    wrong = 0
+    tries = 0
+    most = arrived()
     while True:
         tries += 1
         try:

@@ -26,7 +26,7 @@ is."""
 
 def operations(spec: ViewSpec) -> frozenset[str]:
     """DALI's operations that can touch an image under this spec; the others are left out of the
-    graph. With exact color everything after the resize is done elsewhere (:mod:`.exact_color`)."""
+    graph. With exact color everything after the resize is done elsewhere (`exact_color.py`)."""
     if spec.color == "exact":
         return frozenset()
     jitter = spec.jitter_probability > 0
@@ -85,7 +85,8 @@ def color_matrices(draws: ViewDraws) -> NDArray[np.float32]:
     shift: equal to it at every third of a turn, where both exchange the channels. DALI's own `hsv`
     and `color_twist` rotate in YIQ instead, which keeps the luma and misses HSV by twice as much.
     """
-    identity, luma = np.eye(3), np.tile(_LUMA, (3, 1))
+    identity = np.eye(3)
+    luma = np.tile(_LUMA, (3, 1))
     saturation = draws.saturation.astype(np.float64)[:, None, None]
     angle = 2 * np.pi * draws.hue.astype(np.float64)[:, None, None]
     cosine, sine = np.cos(angle), np.sin(angle)

@@ -39,7 +39,7 @@ class ViewDraws:
         hue: [B] float32 shift in turns, 0 where untouched.
         jitter_order: [B, 4] uint8, a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue:
             followed where `color="exact"`; with `color="dali"` the four come in the fixed order of
-            :class:`ViewSpec`.
+            `ViewSpec`.
         grayscale: [B] bool.
         blur_sigma: [B] float32 standard deviation in output pixels, 0 for no blur.
         solarize: [B] bool.
@@ -144,10 +144,12 @@ def _draw_crops(
         heights, widths, good = _crop_size(tries[:, 0], tries[:, 1], sizes[lost], spec)
         first = good.argmax(axis=0)
         column = np.arange(len(lost))
-        crop_height[lost], crop_width[lost] = heights[first, column], widths[first, column]
+        crop_height[lost] = heights[first, column]
+        crop_width[lost] = widths[first, column]
         hopeless = lost[~good[first, column]]
     crop = np.empty((len(sizes), 4), dtype=np.int32)
-    crop[:, 2], crop[:, 3] = crop_height, crop_width
+    crop[:, 2] = crop_height
+    crop[:, 3] = crop_width
     for axis in range(2):
         room = np.maximum(sizes[:, axis] - crop[:, 2 + axis] + 1, 0).astype(np.uint64)
         crop[:, axis] = (bits[2 + axis] * room) >> np.uint64(32)  # uniform on 0 .. room - 1
@@ -214,7 +216,9 @@ def draw_views(
             int(sizes.min()),
             "an image is at least 1 pixel high and wide",
         )
-    ids, sizes64 = sample_ids.astype(np.uint64), sizes.astype(np.int64)
+
+    ids = sample_ids.astype(np.uint64)
+    sizes64 = sizes.astype(np.int64)
     streams = np.full(count, view, dtype=np.uint64)
     if places is not None:
         require(

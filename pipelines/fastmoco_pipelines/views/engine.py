@@ -110,6 +110,8 @@ class Engine:
             count,
             f"holds 1 to {self._batch_size} images",
         )
+
+        # The one place that guarantees the structure of what DALI gets, from shards or elsewhere.
         faults = tuple(
             (row, fault)
             for row, image in enumerate(encoded)
@@ -137,8 +139,8 @@ class Engine:
         if self._on_gpu:
             for tensor in whole:
                 # This memory belongs to the side stream: when the trainer drops it, it may be given
-                # out again only after the kernels that the default stream holds by then. Who reads
-                # it on a third stream has to record that too.
+                # out again only after the kernels that the default stream holds by then. A reader
+                # on a third stream must record that too.
                 tensor.record_stream(torch.cuda.default_stream(tensor.device))
         return whole
 
@@ -173,7 +175,7 @@ class Engine:
         kernels may still read it.
 
         On a GPU a stream of its own, complete at the end: on the trainer's they would wait for all
-            that is queued there.
+        that is queued there.
         """
         if not self._on_gpu:
             yield
@@ -189,7 +191,7 @@ class Engine:
 
 def _gathered(whole: list[Tensor], parts: list[Tensor], rows: slice, count: int) -> list[Tensor]:
     """The batch with some rows more; made when the first part's shapes are known. A part that is
-    all of it is it."""
+    the whole batch is returned as it is."""
     if rows.stop - rows.start == count:
         return parts
     whole = whole or [part.new_empty(count, *part.shape[1:]) for part in parts]

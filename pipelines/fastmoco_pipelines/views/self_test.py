@@ -42,7 +42,8 @@ _KINDS: tuple[tuple[str, dict[str, object]], ...] = (
 def sample_jpegs() -> list[NDArray[np.uint8]]:
     """Eight small JPEGs, each [bytes] uint8, smooth as photographs are: grey and color, four
     samplings, baseline and progressive, odd sizes."""
-    rng, files = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    files = []
     for number, (mode, options) in enumerate(_KINDS):
         coarse = Image.fromarray(rng.integers(70, 186, (7, 9, 3), dtype=np.uint8))
         image = coarse.resize(
@@ -90,8 +91,9 @@ def require_working_decoder(
         last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
         said = f"died of signal {-done.returncode}" if done.returncode < 0 else f"failed: {last}"
     raise DecoderBrokenError(
-        f"DALI cannot decode ordinary JPEGs on this machine's {device}: a test of eight {said}. Reinstall the DALI that fits the "
-        "driver (extra '.[dali-cu13]' or '.[dali-cu12]'), or decode on the CPU: --data.device cpu"
+        f"DALI cannot decode ordinary JPEGs on this machine's {device}: a test of eight {said}. "
+        "Reinstall the DALI that fits the driver (extra '.[dali-cu13]' or '.[dali-cu12]'), or "
+        "decode on the CPU: --data.device cpu"
     )
 
 
@@ -118,7 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         apart = float((np.abs(view - truth) * 255 * np.array(_SPEC.std)[:, None, None]).mean())
         if not apart <= LIMIT_LEVELS:
             raise SystemExit(
-                f"JPEG {number} of {len(files)} {_KINDS[number]} is {apart:.1f} levels from Pillow's"
+                f"JPEG {number} of {len(files)} {_KINDS[number]} is {apart:.1f} levels from "
+                "Pillow's"
             )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.cli.main import main
-from fastmoco.config.serial import from_json, to_json
+from fastmoco.config.serial import from_json, may_change, to_json
 from fastmoco.distributed import BatchNorm, World, parallelize
 from fastmoco.models import VisionTransformer
 from fastmoco.models.encoder import Coupling, Parts
@@ -30,6 +30,7 @@ from fastmoco.optim import build_adamw, build_lars, learning_rate
 from fastmoco.optim.averaged import AveragedLARS, AveragedOptimizer, FusedAdamW
 from fastmoco.recipes.byol import BYOLConfig, byol_digits, byol_vit_s16_e300_b4096
 from fastmoco.training.load_run import load_run
+from fastmoco_pipelines.spec import Resume
 from tests.distributed.cases import run_cases
 from tests.distributed.test_ranks import launch
 
@@ -256,6 +257,8 @@ def test_recipes_carry_the_numbers_and_travel_through_json() -> None:
     bare = build_objective(replace(byol_digits(), objective=BYOLConfig(last_norm=False)), torch.device("cpu"))
     assert isinstance(bare, BYOL)
     assert [type(head[-1]) for head in (bare.encoder.head, bare.predictor)] == [nn.Linear, nn.Linear]
+    allowed = [may_change(config, f"objective.{name}", Resume.WITH_ALLOW) for name in ("ema_momentum", "last_norm")]
+    assert allowed == [True, False]
     with pytest.raises(ValueError, match=r"ema_momentum=1.5"):
         BYOLConfig(ema_momentum=1.5)
 

@@ -15,11 +15,13 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from fastmoco.checkpoint import load_latest
 from fastmoco.config import Config, ObjectiveConfig
 from fastmoco.distributed.mesh import World
 from fastmoco.objectives.build import OBJECTIVES, build_objective
@@ -153,6 +155,13 @@ def check_chunks(config: Config) -> None:
         ours = copy.deepcopy(objective)
         require_equal((ours, ChunkedStep(ours, **how)(*views, at=AT, accuracy=True)), (whole, output), 1e-12)
     if objective.coupling is Coupling.HEADS:
+        # The second pass of a chunk computes no constants again.
+        counted = copy.deepcopy(objective)
+        with mock.patch.object(counted, "features", wraps=counted.features) as features:
+            ChunkedStep(counted, chunk=5)(*views, at=AT)
+        wanted = [call.kwargs.get("target", True) for call in features.call_args_list]
+        assert wanted == [True] * 3 + [False] * 3
+
         replayed, plain = copy.deepcopy(objective), copy.deepcopy(objective)
         graphs = ChunkGraphs(replayed, 4, capture=False)
         ours_output = ChunkedStep(replayed, chunk=4, graphs=graphs)(*views, at=AT)
@@ -238,6 +247,12 @@ def check_resume(config: Config, out: Path) -> None:
         killed.close()
     run_whole(config, out / "killed")
     assert_same_end(out / "killed", out / "whole")
+
+    # The end of a run says whether its averages have moved after the last step.
+    end = load_latest(out / "whole" / "checkpoints")
+    assert end is not None
+    last = Progress(end.step - 1, end.step, 10**6, config.epochs)
+    assert end.state["twin_advanced"] == (rough(config).ema_momentum(last) is not None)
 
 
 SLOW = """

@@ -130,12 +130,12 @@ def test_it_trains_saves_and_resumes_through_the_trainer(tmp_path: Path) -> None
     trainer = Trainer.build(config_of(), tmp_path / "run", World())
     try:
         start = {n: p.detach().clone() for n, p in trainer.objective.named_parameters()}
-        trainer._one_step(trainer.recorder)
+        trainer.step(trainer.loader.next())
         after = dict(trainer.objective.named_parameters())
         assert torch.equal(after["decoder.weight"], start["decoder.weight"])  # frozen in the first step
         assert not torch.equal(after["decoder.bias"], start["decoder.bias"])
         for _ in range(2):
-            trainer._one_step(trainer.recorder)
+            trainer.step(trainer.loader.next())
         assert not torch.equal(after["decoder.weight"], start["decoder.weight"])
         trainer._save(force=True)
     finally:
