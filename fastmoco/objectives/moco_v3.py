@@ -54,6 +54,7 @@ class MoCoV3(Objective):
 
     encoder: VisionTransformer
     momentum_encoder: VisionTransformer
+    view_count = 2
 
     def __init__(
         self,

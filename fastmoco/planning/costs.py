@@ -23,6 +23,7 @@ from fastmoco.objectives.build import build_model
 from fastmoco.objectives.interface import Coupling, Features, Inputs, Objective, Progress
 from fastmoco.objectives.prepare import PrepareViews, view_preparation
 from fastmoco.planning.live_bytes import LiveBytes
+from fastmoco_pipelines.spec import each_view
 
 SIZES = (4096, 8192)
 """Batches that are measured: so large that activations, not weights, decide where the peak lies."""
@@ -143,7 +144,7 @@ def measure_costs(
         for module in objective.modules():
             if isinstance(module, Attention):
                 module.backend = attention if attention in ("explicit", "reference") else "sdpa"
-        views = (config.data.view1, config.data.view2)
+        views = each_view(config.data.views)
         sides = [view.size for view in views]
         prepare = view_preparation(views, precision)
         pieces = _Pieces(objective, sides, precision == "bf16", prepare, levels)
