@@ -26,7 +26,7 @@ from fastmoco.planning.live_bytes import LiveBytes
 from fastmoco_pipelines.spec import each_view
 
 SIZES = (4096, 8192)
-"""Batches that are measured: so large that activations, not weights, decide where the peak lies."""
+"""Batches that are measured: so large that activations, not weights, decide where the peak is."""
 DEPTHS = (3, 4)
 """Numbers of blocks that are measured where there are more: the first, which has no branch yet, one or two more, and the last."""
 
@@ -53,7 +53,7 @@ class Line(NamedTuple):
     fixed: float
 
     def at(self, images: int) -> float:
-        """Bytes for so many images."""
+        """Bytes for a number of images."""
         return self.fixed + images * self.per_image
 
 
