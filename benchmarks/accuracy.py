@@ -50,10 +50,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dim", type=int, default=256)
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    how = "measured on the GPU" if device.type == "cuda" else "emulated on the CPU by rounding operands"
-    print(f"Relative error of dL/dq against float64, N = M = {arguments.rows}, D = {arguments.dim}; {how}.\n")
+    how = (
+        "measured on the GPU"
+        if device.type == "cuda"
+        else "emulated on the CPU by rounding operands"
+    )
+    print(
+        f"Relative error of dL/dq against float64, N = M = {arguments.rows}, D = {arguments.dim}; "
+        f"{how}.\n"
+    )
     columns = ("autocast", *PRECISIONS)
-    print("| data, temperature | " + " | ".join(f"{c} gradient" for c in columns) + " | autocast loss | bf16 loss |")
+    print(
+        "| data, temperature | "
+        + " | ".join(f"{c} gradient" for c in columns)
+        + " | autocast loss | bf16 loss |"
+    )
     print("|---|" + "---|" * (len(columns) + 2))
     beaten = []
     for data, (cosine, decay) in SETS.items():
@@ -62,14 +73,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = errors(q, keys, temperature)
             gradients = " | ".join(f"{found[c][1]:.1e}" for c in columns)
             print(
-                f"| {data} {temperature} | {gradients} | {found['autocast'][0]:.1e} | {found['bf16'][0]:.1e} |",
+                f"| {data} {temperature} | {gradients} | {found['autocast'][0]:.1e} | "
+                f"{found['bf16'][0]:.1e} |",
                 flush=True,
             )
             if data in GATED and not found[DEFAULT[temperature]][1] < found["autocast"][1]:
-                beaten.append(f"{data} {temperature}: {DEFAULT[temperature]} is not below the autocast formula")
+                beaten.append(
+                    f"{data} {temperature}: {DEFAULT[temperature]} is not below the autocast "
+                    "formula"
+                )
     print(
         "\n"
-        + ("\n".join(beaten) or f"The default ({DEFAULT}) is below the autocast formula on every trained-like set.")
+        + (
+            "\n".join(beaten)
+            or f"The default ({DEFAULT}) is below the autocast formula on every trained-like set."
+        )
     )
     return 1 if beaten else 0
 
@@ -89,7 +107,10 @@ def pairs(
     generator = torch.Generator().manual_seed(seed)
     spectrum = (torch.arange(dim, dtype=torch.float64) + 1) ** (-decay / 2)
     unit, other = (
-        normalize(torch.randn(rows, dim, generator=generator, dtype=torch.float64) * spectrum, dim=1) for _ in range(2)
+        normalize(
+            torch.randn(rows, dim, generator=generator, dtype=torch.float64) * spectrum, dim=1
+        )
+        for _ in range(2)
     )
     keys = positive_cosine * unit + math.sqrt(1 - positive_cosine**2) * other
     lengths = torch.rand(2, rows, 1, generator=generator, dtype=torch.float64) + 0.5
@@ -104,7 +125,9 @@ def errors(q: Tensor, keys: Tensor, temperature: float) -> dict[str, tuple[float
     )
     if q.is_cuda:
         # with a loss scale, as in practice: without one fp16 flushes the gradient of the logits
-        scaled, gradient = gradient_of(lambda x: autocast_loss(x, keys, temperature) * LOSS_SCALE, q)
+        scaled, gradient = gradient_of(
+            lambda x: autocast_loss(x, keys, temperature) * LOSS_SCALE, q
+        )
         found = {"autocast": (scaled / LOSS_SCALE, gradient / LOSS_SCALE)}
         for precision in PRECISIONS:
             loss = partial(info_nce_loss, keys=keys, temperature=temperature, precision=precision)
@@ -153,7 +176,9 @@ def emulated_autocast(q: Tensor, keys: Tensor, temperature: float) -> tuple[Tens
     return loss, (du - (du * u).sum(1, keepdim=True) * u) / norm
 
 
-def emulated_kernel(q: Tensor, keys: Tensor, temperature: float, precision: str) -> tuple[Tensor, Tensor]:
+def emulated_kernel(
+    q: Tensor, keys: Tensor, temperature: float, precision: str
+) -> tuple[Tensor, Tensor]:
     """The computation of `triton_kernels.py`: rounded operands, float32 sums,
     the positive in float32.
     """

@@ -57,15 +57,25 @@ bytes by configuration and target."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print, gate; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__)
-    parser.add_argument("--op", choices=OPS, action="append", help="this op only; may be given again")
+    parser.add_argument(
+        "--op", choices=OPS, action="append", help="this op only; may be given again"
+    )
     parser.add_argument("--quick", action="store_true", help="only what is a default on sm_90a")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers at a time")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers at a time"
+    )
     parser.add_argument("--out", type=Path, help="write the table to this file")
-    parser.add_argument("--rows", type=Path, help="write this run's figures to this file, for --beside")
-    parser.add_argument("--beside", type=Path, help="figures of a run under another Triton, shown on the page")
+    parser.add_argument(
+        "--rows", type=Path, help="write this run's figures to this file, for --beside"
+    )
+    parser.add_argument(
+        "--beside", type=Path, help="figures of a run under another Triton, shown on the page"
+    )
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        raise SystemExit("benchmarks.compiled: TRITON_INTERPRET=1 replaces kernels by Python; unset it")
+        raise SystemExit(
+            "benchmarks.compiled: TRITON_INTERPRET=1 replaces kernels by Python; unset it"
+        )
 
     # Compile in parallel.
     ops = arguments.op or OPS
@@ -84,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = table(rows)
     print(text)
     faults = [
-        f"{name} on {ARCHITECTURES[capability]}: {fault}" for name, capability, _, found in rows for fault in found
+        f"{name} on {ARCHITECTURES[capability]}: {fault}"
+        for name, capability, _, found in rows
+        for fault in found
     ]
     print("\n".join(faults), file=sys.stderr)
     print(f"{len(rows)} compiled in {time.monotonic() - began:.0f} s, {len(faults)} gates broken")
@@ -92,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.rows:
         arguments.rows.write_text(json.dumps(run))
     if arguments.out:
-        runs = [run] if arguments.beside is None else [run, json.loads(arguments.beside.read_text())]
+        runs = (
+            [run] if arguments.beside is None else [run, json.loads(arguments.beside.read_text())]
+        )
         arguments.out.write_text(_page(rows, runs))
     return 1 if faults else 0
 
@@ -102,7 +116,9 @@ def _run(rows: Sequence[Row]) -> Run:
     import triton
 
     figures = {
-        f"{name} on {ARCHITECTURES[capability]}": None if cost is None else [cost.registers, cost.spill_bytes]
+        f"{name} on {ARCHITECTURES[capability]}": None
+        if cost is None
+        else [cost.registers, cost.spill_bytes]
         for name, capability, cost, _ in rows
     }
     return {
@@ -117,7 +133,10 @@ def _cases(op: str) -> list[AotCase]:
     cases: list[AotCase] = importlib.import_module(f"benchmarks.aot.{op}").aot_cases()
     names = [case.name for case in cases]
     if len(set(names)) < len(names):
-        raise ValueError(f"{op}: aot_cases() gives a name twice: {sorted({n for n in names if names.count(n) > 1})}")
+        raise ValueError(
+            f"{op}: aot_cases() gives a name twice: "
+            f"{sorted({n for n in names if names.count(n) > 1})}"
+        )
     return cases
 
 
@@ -172,7 +191,9 @@ def _page(rows: Sequence[Row], runs: Sequence[Run]) -> str:
     """The committed page: the table of this run with the figures of other runs."""
     limits = ", ".join(f"{ARCHITECTURES[c]} {limit:,} B" for c, limit in SHARED_LIMITS.items())
     counts = "; ".join(
-        f"Triton {run['triton']}: {len(run['figures'])} configurations, {run['broken']} gates broken" for run in runs
+        f"Triton {run['triton']}: {len(run['figures'])} configurations, {run['broken']} gates "
+        "broken"
+        for run in runs
     )
     return (
         "# Compiled kernels\n\n"

@@ -42,7 +42,9 @@ class Contender:
     skipped: str = ""
 
 
-def contest(contenders: Sequence[Contender], *, subject: str, device: torch.device, rounds: int) -> dict[str, Any]:
+def contest(
+    contenders: Sequence[Contender], *, subject: str, device: torch.device, rounds: int
+) -> dict[str, Any]:
     """Check, time and compare.
 
     Args:
@@ -76,7 +78,9 @@ def contest(contenders: Sequence[Contender], *, subject: str, device: torch.devi
         if (found := _attempt(contender.name, subject, contender.errors, result)) is None:
             continue
         errors = dict(found)
-        result["errors"][contender.name] = {name: float(f"{value:.3g}") for name, value in errors.items()}
+        result["errors"][contender.name] = {
+            name: float(f"{value:.3g}") for name, value in errors.items()
+        }
         beyond = [
             f"{name} {errors[name]:.3g} > {limit:.3g}"
             for name, limit in contender.limits.items()
@@ -91,7 +95,9 @@ def contest(contenders: Sequence[Contender], *, subject: str, device: torch.devi
 
     # Measure the peak of one warm call.
     for contender in tuple(running):
-        peak = _attempt(contender.name, subject, partial(_warm_peak, contender.call, device), result)
+        peak = _attempt(
+            contender.name, subject, partial(_warm_peak, contender.call, device), result
+        )
         if peak is None:
             running.remove(contender)
         else:
@@ -101,7 +107,9 @@ def contest(contenders: Sequence[Contender], *, subject: str, device: torch.devi
     timed = {contender.name: _timer(contender.call, device) for contender in running}
     figures = interleave(timed, rounds=rounds)
     if device.type == "cuda":
-        result["milliseconds"] = {name: round(statistics.median(values) * 1e3, 4) for name, values in figures.items()}
+        result["milliseconds"] = {
+            name: round(statistics.median(values) * 1e3, 4) for name, values in figures.items()
+        }
         walls = {contender.name: wall_and_host(contender.call, device) for contender in running}
         result["wall_ms"] = {name: round(wall * 1e3, 4) for name, (wall, _) in walls.items()}
         result["host_ms"] = {name: round(host * 1e3, 4) for name, (_, host) in walls.items()}
@@ -153,7 +161,9 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         call()
     now = peak = 0
     for event in profile.profiler.kineto_results.events():
@@ -163,7 +173,9 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def seconds_by_events(call: Callable[[], object], device: torch.device, *, queued: float = 2e-3) -> float:
+def seconds_by_events(
+    call: Callable[[], object], device: torch.device, *, queued: float = 2e-3
+) -> float:
     """Seconds of one call's kernels on a GPU, after a cleared L2 cache; on a CPU by the clock.
 
     The GPU sleeps first, so that all launches of the call are queued when it wakes, and events
@@ -189,7 +201,9 @@ def seconds_by_events(call: Callable[[], object], device: torch.device, *, queue
     return float(start.elapsed_time(end)) / 1e3
 
 
-def wall_and_host(call: Callable[[], object], device: torch.device, *, calls: int = 5) -> tuple[float, float]:
+def wall_and_host(
+    call: Callable[[], object], device: torch.device, *, calls: int = 5
+) -> tuple[float, float]:
     """Seconds until the results of a call are complete, and until the host
     continues; medians over calls.
     """

@@ -52,7 +52,9 @@ def images_per_cpu_second(feed: Feed, images: int, batches: int) -> Callable[[],
     return measure
 
 
-def images_per_second(feed: Feed, images: int, batches: int, device: torch.device) -> Callable[[], float]:
+def images_per_second(
+    feed: Feed, images: int, batches: int, device: torch.device
+) -> Callable[[], float]:
     """By wall-clock time, after the prefetched batches are used up."""
 
     def measure() -> float:

@@ -123,4 +123,6 @@ def _view(encoded: Any, spec: ViewSpec, job: Job) -> Any:
             view = view ^ ((view >= threshold) * types.Constant(255, dtype=types.UINT8))
     mean, std = [255 * m for m in spec.mean], [255 * s for s in spec.std]
     mirror = fn.random.coin_flip(probability=spec.flip_probability)
-    return fn.crop_mirror_normalize(view, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std, mirror=mirror)
+    return fn.crop_mirror_normalize(
+        view, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std, mirror=mirror
+    )

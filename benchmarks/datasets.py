@@ -1,7 +1,9 @@
 """Real images for benchmarks and regression runs, made from packages that need no registration.
 
-    python -m benchmarks.datasets fashion SRC OUT    idx files of Fashion-MNIST -> OUT/{train,test}/CLASS/*.png
-    python -m benchmarks.datasets patches SRC OUT    a folder of photographs -> OUT/{train,test}/PHOTO/*.png, 32-pixel patches
+    python -m benchmarks.datasets fashion SRC OUT    # idx files of Fashion-MNIST
+    python -m benchmarks.datasets patches SRC OUT    # 32-pixel patches of a folder of photographs
+
+Images are written to OUT/{train,test}/CLASS/*.png.
 
 Debian's packages dataset-fashion-mnist and plasma-workspace-wallpapers contain such files. The
 class of a patch is its photograph: training patches come from the left 60 % of it, held-out ones
@@ -85,7 +87,9 @@ def patches(src: Path, out: Path, *, seed: int = 0) -> int:
                     int(rng.integers(left, right - side + 1)),
                     int(rng.integers(0, photo.height - side + 1)),
                 )
-                patch = photo.resize((PATCH, PATCH), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side))
+                patch = photo.resize(
+                    (PATCH, PATCH), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side)
+                )
                 patch.save(folder / f"{i:03d}.png")
                 written += 1
     return written
@@ -98,7 +102,9 @@ def _idx(path: Path, *, header: int) -> NDArray[np.uint8]:
 
 def main() -> None:
     """Make one of the two sets."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("which", choices=("fashion", "patches"))
     parser.add_argument("src", type=Path)
     parser.add_argument("out", type=Path)

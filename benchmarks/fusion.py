@@ -126,7 +126,9 @@ class FusedGraph:
     def bytes_of(self, kernel: Kernel) -> float:
         """Buffers that a kernel reads from others and writes for others."""
         made = set(kernel.made)
-        read = sum(min(size, _bytes(buffer)) for buffer, size in kernel.reads.items() if buffer not in made)
+        read = sum(
+            min(size, _bytes(buffer)) for buffer, size in kernel.reads.items() if buffer not in made
+        )
         others = {buffer for other in self.kernels if other is not kernel for buffer in other.reads}
         return read + sum(_bytes(node) for node in made if node in others or node in self._returned)
 
@@ -168,9 +170,13 @@ class FusedGraph:
             return Kernel(kind, source.numel(), [node], reads, {result.numel()})
         if _is_pointwise(node):
             return Kernel("fused pointwise", _value(node).numel(), [node], reads)
-        args, kwargs = tree_map_only(Node, lambda arg: arg.meta.get("val"), (node.args, node.kwargs))
+        args, kwargs = tree_map_only(
+            Node, lambda arg: arg.meta.get("val"), (node.args, node.kwargs)
+        )
         flops = flops_of(node.target, args, kwargs, node.meta.get("val"))
-        return Kernel(kind_of(node.target, flops) if flops else EXTERNAL, 0, [node], reads, flops=flops)
+        return Kernel(
+            kind_of(node.target, flops) if flops else EXTERNAL, 0, [node], reads, flops=flops
+        )
 
     def _fuse(self) -> None:
         changed = True
@@ -190,11 +196,26 @@ class FusedGraph:
             return False
         feeds = any(node in second.reads for node in first.made)
         if COLUMNS in (first.kind, second.kind):
-            both = first.kind == second.kind and first.size == second.size and first.rests == second.rests
-            after = feeds and first.kind == COLUMNS and second.size in first.rests and second.kind != ROWS
-            alike = (both and not feeds and not first.reads.keys().isdisjoint(second.reads)) or after
+            both = (
+                first.kind == second.kind
+                and first.size == second.size
+                and first.rests == second.rests
+            )
+            after = (
+                feeds
+                and first.kind == COLUMNS
+                and second.size in first.rests
+                and second.kind != ROWS
+            )
+            alike = (
+                both and not feeds and not first.reads.keys().isdisjoint(second.reads)
+            ) or after
         else:
-            alike = first.size == second.size or second.size in first.rests or first.size in second.rests
+            alike = (
+                first.size == second.size
+                or second.size in first.rests
+                or first.size in second.rests
+            )
             alike = alike and (feeds or not first.reads.keys().isdisjoint(second.reads))
         return alike and not self._between(first, second)
 
@@ -205,7 +226,11 @@ class FusedGraph:
         def reaches(source: Kernel, goal: Kernel) -> bool:
             """Whether `goal` depends on `source` by way of another kernel."""
             seen: set[int] = set()
-            waiting = [maker for read in goal.reads if (maker := makers.get(read)) not in (None, source, goal)]
+            waiting = [
+                maker
+                for read in goal.reads
+                if (maker := makers.get(read)) not in (None, source, goal)
+            ]
             while waiting:
                 kernel = waiting.pop()
                 if kernel is None or id(kernel) in seen:
@@ -231,7 +256,11 @@ class FusedGraph:
 
 def _name(node: Node) -> str:
     target = node.target
-    return str(target._overloadpacket.__name__) if isinstance(target, torch._ops.OpOverload) else str(target)
+    return (
+        str(target._overloadpacket.__name__)
+        if isinstance(target, torch._ops.OpOverload)
+        else str(target)
+    )
 
 
 def _is_view(node: Node) -> bool:
@@ -243,9 +272,17 @@ def _is_view(node: Node) -> bool:
 
 
 def _is_pointwise(node: Node) -> bool:
-    if node.op != "call_function" or _is_view(node) or not isinstance(node.target, torch._ops.OpOverload):
+    if (
+        node.op != "call_function"
+        or _is_view(node)
+        or not isinstance(node.target, torch._ops.OpOverload)
+    ):
         return False
-    return torch.Tag.pointwise in node.target.tags or _name(node) in POINTWISE or _name(node) in POINTWISE_TOO
+    return (
+        torch.Tag.pointwise in node.target.tags
+        or _name(node) in POINTWISE
+        or _name(node) in POINTWISE_TOO
+    )
 
 
 def _reduction(node: Node) -> str:
@@ -256,7 +293,9 @@ def _reduction(node: Node) -> str:
     dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if dims is None or value is None:
         return COLUMNS
-    reduced = {dim % value.ndim for dim in ([dims] if isinstance(dims, int) else dims)} or set(range(value.ndim))
+    reduced = {dim % value.ndim for dim in ([dims] if isinstance(dims, int) else dims)} or set(
+        range(value.ndim)
+    )
     return ROWS if reduced == set(range(value.ndim - len(reduced), value.ndim)) else COLUMNS
 
 
@@ -282,4 +321,6 @@ def _value(node: Node) -> Any:
 
 def _bytes(node: Node) -> float:
     value = node.meta.get("val")
-    return math.fsum(tensor_bytes(tensor) for tensor in tensors(value)) if value is not None else 0.0
+    return (
+        math.fsum(tensor_bytes(tensor) for tensor in tensors(value)) if value is not None else 0.0
+    )

@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=3600.0, help="stop after so long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--keep", type=Path, help="write the inputs that break a rule into this folder")
+    parser.add_argument(
+        "--keep", type=Path, help="write the inputs that break a rule into this folder"
+    )
     options = parser.parse_args(argv)
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # the children import this package
@@ -87,11 +89,16 @@ def report(counts: dict[str, Counter[tuple[str, str]]], *, restarts: int, second
             kinds[kind] += count
         for kind, count in kinds.most_common():
             print(f"  {count:8d}  {kind}")
-            details = Counter({reason: n for (k, reason), n in of_target.items() if k == kind and reason})
+            details = Counter(
+                {reason: n for (k, reason), n in of_target.items() if k == kind and reason}
+            )
             for reason, n in details.most_common(5 if kind.startswith(VIOLATIONS) else 3):
                 print(f"            {n:8d}  {reason}")
             violations += count if kind.startswith(VIOLATIONS) else 0
-    print(f"{total} inputs in {seconds:.0f} s, {restarts} processes ended at work, {violations} violations")
+    print(
+        f"{total} inputs in {seconds:.0f} s, {restarts} processes ended at work, {violations} "
+        "violations"
+    )
     return 1 if violations else 0
 
 
@@ -115,7 +122,12 @@ def write_seeds(folder: Path) -> dict[str, list[bytes]]:
         deep = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
         (deep if mode == "I;16" else picture.convert(mode)).save(out, kind, **options)
         images.append(out.getvalue())
-    tars = [_tar(images[:3], layout, long) for layout in (0, 1, 2) for long in (False, True) if layout or not long]
+    tars = [
+        _tar(images[:3], layout, long)
+        for layout in (0, 1, 2)
+        for long in (False, True)
+        if layout or not long
+    ]
     indexes = []
     for i, tar in enumerate(tars):
         path = folder / f"index-{i}"
@@ -150,7 +162,9 @@ def mutated(rng: np.random.Generator, seeds: dict[str, list[bytes]]) -> tuple[st
     target = str(rng.choice(list(TARGETS), p=list(TARGETS.values())))
     number = int(rng.integers(len(seeds[target])))
     data = bytearray(seeds[target][number])
-    if target == "index" and rng.random() < 0.5:  # without the hash of its content, as earlier versions wrote it
+    if (
+        target == "index" and rng.random() < 0.5
+    ):  # without the hash of its content, as earlier versions wrote it
         data = data[: data.rindex(b',"content_hash"')] + b"}"
     for _ in range(int(rng.integers(1, 5))):
         _mutate(rng, data, target)
@@ -168,7 +182,9 @@ def _mutate(rng: np.random.Generator, data: bytearray, target: str) -> None:
     near = rng.random() < 0.5
     at = int(rng.integers(min(len(data), 700) if near and target != "tar" else len(data)))
     if near and target == "tar":  # a field of a header: name, size, checksum, type
-        blocks = [i for i in range(0, len(data) - 511, 512) if data[i + 257 : i + 262] == b"ustar"] or [0]
+        blocks = [
+            i for i in range(0, len(data) - 511, 512) if data[i + 257 : i + 262] == b"ustar"
+        ] or [0]
         at = min(
             int(rng.choice(blocks)) + int(rng.choice([0, 3, 124, 130, 148, 156, 257, 345])),
             len(data) - 1,

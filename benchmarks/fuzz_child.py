@@ -100,7 +100,9 @@ class _Images:
         try:
             wanted, levels = pillow_pixels(data)
         except Exception as error:  # hostile bytes may raise anything
-            return "accepted, Pillow refuses, caught by crc32", _pith(f"{type(error).__name__}: {error}")
+            return "accepted, Pillow refuses, caught by crc32", _pith(
+                f"{type(error).__name__}: {error}"
+            )
         if wanted.shape != pixels.shape:
             return "VIOLATION: another size than Pillow's", f"{pixels.shape} {wanted.shape}"
         far = np.abs(pixels - wanted).max()
@@ -116,7 +118,9 @@ def pillow_pixels(data: bytes) -> tuple[NDArray[np.float64], float]:
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float64) / 257
         return np.repeat(grey[..., None], 3, axis=2), ALIKE_LEVELS
-    return np.asarray(image.convert("RGB")).astype(np.float64), CMYK_LEVELS if image.mode == "CMYK" else ALIKE_LEVELS
+    return np.asarray(image.convert("RGB")).astype(
+        np.float64
+    ), CMYK_LEVELS if image.mode == "CMYK" else ALIKE_LEVELS
 
 
 def warm_up() -> None:
@@ -172,7 +176,9 @@ def judge_tar(path: Path, data: bytes, seed: Path) -> Outcome:
         )
     if len(places) > len(theirs):  # at a damaged field that no reader needs: an owner, a date
         return "accepted, the standard library loses members", ""
-    if ours != theirs:  # a forged checksum over a damaged prefix, which GNU's own headers do not have
+    if (
+        ours != theirs
+    ):  # a forged checksum over a damaged prefix, which GNU's own headers do not have
         return "accepted, the standard library reads another name", ""
     return "accepted, the members of the standard library", ""
 
@@ -194,18 +200,27 @@ def judge_index(path: Path, data: bytes, seed: Path) -> Outcome:
         return "refused by name", _pith(str(error))
     offsets = truth.columns["offset"]
     for i, image in enumerate(encoded):
-        row = offsets.index(index.columns["offset"][i]) if index.columns["offset"][i] in offsets else -1
+        row = (
+            offsets.index(index.columns["offset"][i])
+            if index.columns["offset"][i] in offsets
+            else -1
+        )
         wanted = raw[offsets[row] : offsets[row] + truth.columns["size"][row]]
         if row < 0 or image.tobytes() != wanted:
             return "VIOLATION: a wrong sample", index.member(i)
-        if index.columns["label"][i] != truth.columns["label"][row] or index.keys[i] != truth.keys[row]:
+        if (
+            index.columns["label"][i] != truth.columns["label"][row]
+            or index.keys[i] != truth.keys[row]
+        ):
             sealed = b'"content_hash"' in data
             return (
-                "VIOLATION: a wrong label" if sealed else "accepted, another label or key in an index without hash",
+                "VIOLATION: a wrong label"
+                if sealed
+                else "accepted, another label or key in an index without hash",
                 "",
             )
     if len(encoded) != len(truth):
-        return "VIOLATION: samples lost without a word", str(len(encoded))
+        return "VIOLATION: samples lost without an error", str(len(encoded))
     return "accepted, nothing that matters is changed", ""
 
 

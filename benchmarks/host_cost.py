@@ -68,8 +68,12 @@ def cases() -> dict[str, Case]:
     from fastmoco_kernels.info_nce import epilogue_kernels, triton_kernels
     from fastmoco_kernels.lars import launch as lars_launch
 
-    stub_kernels(adamw_launch, attention_launch, ema_launch, epilogue_kernels, triton_kernels, lars_launch)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # the default tile: nothing is timed here
+    stub_kernels(
+        adamw_launch, attention_launch, ema_launch, epilogue_kernels, triton_kernels, lars_launch
+    )
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # the default tile: nothing is timed here
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
@@ -114,7 +118,9 @@ def _with_gradients(device: Any, moved: bool) -> tuple[list[Any], Callable[[int]
     gradients = [_tensors(device) for _ in range(2)]
 
     def turn(number: int) -> None:
-        for parameter, gradient in zip(parameters, gradients[number % 2 if moved else 0], strict=True):
+        for parameter, gradient in zip(
+            parameters, gradients[number % 2 if moved else 0], strict=True
+        ):
             parameter.grad = gradient
 
     return parameters, turn
@@ -165,9 +171,14 @@ def _attention(device: Any) -> Case:
 
     from fastmoco_kernels import attention
 
-    inputs = [torch.zeros(1, 2, 16, 32, device=device, dtype=torch.float16, requires_grad=True) for _ in range(3)]
+    inputs = [
+        torch.zeros(1, 2, 16, 32, device=device, dtype=torch.float16, requires_grad=True)
+        for _ in range(3)
+    ]
     gradient = torch.zeros(1, 2, 16, 32, device=device, dtype=torch.float16)
-    return _nothing, lambda: torch.autograd.grad(attention(*inputs, backend="triton"), inputs, gradient)
+    return _nothing, lambda: torch.autograd.grad(
+        attention(*inputs, backend="triton"), inputs, gradient
+    )
 
 
 def measure(calls: int, *, warm_up: int = 20) -> dict[str, float]:
@@ -183,7 +194,9 @@ def measure(calls: int, *, warm_up: int = 20) -> dict[str, float]:
                 before(number)
                 began = time.process_time_ns()
                 call()
-                if number >= warm_up and number % TURN > 1:  # the first two calls of a turn have cold caches
+                if (
+                    number >= warm_up and number % TURN > 1
+                ):  # the first two calls of a turn have cold caches
                     times[name].append((time.process_time_ns() - began) / 1000)
     return {name: statistics.median(found) for name, found in times.items()}
 
@@ -193,9 +206,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     medians of their medians.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host_cost", description=__doc__)
-    parser.add_argument("--against", type=Path, help="folder of another checkout, measured beside this one")
+    parser.add_argument(
+        "--against", type=Path, help="folder of another checkout, measured beside this one"
+    )
     parser.add_argument("--calls", type=int, default=300, help="calls of each case in one process")
-    parser.add_argument("--processes", type=int, default=5, help="processes of each checkout, taking turns")
+    parser.add_argument(
+        "--processes", type=int, default=5, help="processes of each checkout, taking turns"
+    )
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.measure:
@@ -219,7 +236,9 @@ def _in_a_process(checkout: Path, calls: int) -> dict[str, float]:
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"  # lets the CPU take backend="triton"; no kernel runs
     command = [sys.executable, "-m", "benchmarks.host_cost", "--measure", "--calls", str(calls)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{checkout}: {done.stderr.strip()[-2000:]}")
     figures: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -74,7 +74,9 @@ def survey(package: str, folder: Path) -> House:
             circles.append((*path[path.index(room) :], room))
             return 0
         if room not in floors:
-            floors[room] = 1 + max((floor(there, (*path, room)) for there in below[room]), default=0)
+            floors[room] = 1 + max(
+                (floor(there, (*path, room)) for there in below[room]), default=0
+            )
         return floors[room]
 
     for room in sorted(rooms):
@@ -102,7 +104,11 @@ def _room(name: str) -> str:
 def _imports(tree: ast.AST, package: str, modules: dict[str, Path]) -> Iterator[str]:
     """The modules of a package that some code imports, anywhere in the file."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.split(".")[0] == package
+        ):
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 yield full if full in modules else node.module
@@ -118,7 +124,8 @@ def _print(package: str, folder: Path, *, arrows: bool) -> None:
         f"{len(house.circles)} circles; {lines:,} lines, {wide:.1%} over {WIDE} characters"
     )
     for floor in range(house.height, 0, -1):
-        print(f"  {floor}  {'  '.join(sorted(room for room, its in house.floors.items() if its == floor))}")
+        rooms = sorted(room for room, its in house.floors.items() if its == floor)
+        print(f"  {floor}  {'  '.join(rooms)}")
     for circle in house.circles:
         print(f"  circle: {' -> '.join(circle)}")
     if arrows:

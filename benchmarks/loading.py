@@ -91,9 +91,13 @@ class Job:
 
     def ids(self, step: int) -> NDArray[np.int64]:
         """The samples that fastmoco's loader delivers in a step; the other feeds use the same."""
-        return Plan(seed=0, windows=self.set.windows(0), global_batch_size=self.batch).places(step).ids
+        return (
+            Plan(seed=0, windows=self.set.windows(0), global_batch_size=self.batch).places(step).ids
+        )
 
-    def draws(self, ids: NDArray[np.int64], number: int, color: Color = "exact", epoch: int = 0) -> ViewDraws:
+    def draws(
+        self, ids: NDArray[np.int64], number: int, color: Color = "exact", epoch: int = 0
+    ) -> ViewDraws:
         """The draws of fastmoco's loader for view 1 or 2 of these samples."""
         spec, sizes = self.views(color)[number - 1], self.set.sizes[ids]
         return draw_views(spec, seed=0, epoch=epoch, sample_ids=ids, sizes=sizes, view=number)
@@ -145,7 +149,9 @@ def pillow_feed(job: Job) -> Feed:
         draws = job.draws(ids, 1), job.draws(ids, 2)
         images = [pillow_decode(data) for data in encoded]
         view1, view2 = (
-            torch.stack([pillow_view(image, spec, drawn, i) for i, image in enumerate(images)]).to(job.device)
+            torch.stack([pillow_view(image, spec, drawn, i) for i, image in enumerate(images)]).to(
+                job.device
+            )
             for spec, drawn in zip(pair, draws, strict=True)
         )
         return view1, view2
@@ -210,18 +216,28 @@ def augment_feed(job: Job) -> Feed:
     ids, encoded = next(job.batches())
     images = [pillow_decode(data) for data in encoded]
     decoded = [np.asarray(image) for image in images]
-    pair = [(spec, job.draws(ids, number)) for number, spec in enumerate(job.views("exact"), start=1)]
+    pair = [
+        (spec, job.draws(ids, number)) for number, spec in enumerate(job.views("exact"), start=1)
+    ]
     resized = []
     if job.device.type == "cuda":
         cut = [
-            [crop_and_resize(image, tuple(draws.crop[i]), job.size) for i, image in enumerate(images)]
+            [
+                crop_and_resize(image, tuple(draws.crop[i]), job.size)
+                for i, image in enumerate(images)
+            ]
             for _, draws in pair
         ]
-        resized = [torch.from_numpy(np.stack([np.asarray(image) for image in some])).to(job.device) for some in cut]
+        resized = [
+            torch.from_numpy(np.stack([np.asarray(image) for image in some])).to(job.device)
+            for some in cut
+        ]
 
     def following() -> Views:
         if resized:
-            view1, view2 = (exact_color(some, *how) for some, how in zip(resized, pair, strict=True))
+            view1, view2 = (
+                exact_color(some, *how) for some, how in zip(resized, pair, strict=True)
+            )
         else:
             view1, view2 = (exact_views(decoded, spec, draws, job.threads) for spec, draws in pair)
         return view1, view2
@@ -260,8 +276,12 @@ def pillow_view(image: Image.Image, spec: ViewSpec, draws: ViewDraws, i: int) ->
         view = solarize(view, spec.solarize_threshold)
     if draws.flip[i]:
         view = flip_horizontally(view)
-    levels = torch.from_numpy(np.array(view)).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
-    return levels.sub_(torch.tensor(spec.mean).view(3, 1, 1)).div_(torch.tensor(spec.std).view(3, 1, 1))
+    levels = (
+        torch.from_numpy(np.array(view)).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
+    )
+    return levels.sub_(torch.tensor(spec.mean).view(3, 1, 1)).div_(
+        torch.tensor(spec.std).view(3, 1, 1)
+    )
 
 
 def _adjust_hue(image: Image.Image, turns: float) -> Image.Image:
@@ -278,7 +298,9 @@ def random_draws(spec: ViewSpec, image: Image.Image) -> ViewDraws:
     jitter = chance() < spec.jitter_probability
 
     def factor(strength: float, middle: float = 1) -> NDArray[np.float32]:
-        return np.array([between(middle - strength, middle + strength) if jitter else middle], np.float32)
+        return np.array(
+            [between(middle - strength, middle + strength) if jitter else middle], np.float32
+        )
 
     blurred = chance() < spec.blur_probability
     return ViewDraws(

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 
-def interleave(measures: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, list[float]]:
+def interleave(
+    measures: Mapping[str, Callable[[], float]], *, rounds: int
+) -> dict[str, list[float]]:
     """Take each measurement once per round, in turn, so that other load on the
     machine affects all of them equally.
 
@@ -87,7 +89,9 @@ def _version(distribution: str) -> str:
 def _cpu_model() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+            names = [
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            ]
     except OSError:
         names = []
     return names[0] if names else platform.machine()
@@ -96,6 +100,8 @@ def _cpu_model() -> str:
 def _output(command: list[str]) -> str:
     """Output of a program; "" if it is missing, fails or hangs."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -1,7 +1,9 @@
 """Photographs of about 500 x 375 pixels, as in data sets from the web, packed in three sizes for
 the loader benchmark.
 
-    python -m benchmarks.photos SRC OUT    the JPEG photographs below SRC -> OUT/{original,max256,max512}/train-*.tar
+    python -m benchmarks.photos SRC OUT
+
+packs the JPEG photographs below SRC into OUT/{original,max256,max512}/train-*.tar.
 
 Debian's package plasma-workspace-wallpapers contains such files (dpkg-deb -x); nothing is
 downloaded here. Windows of several widths are cut from every distinct photograph and scaled to 500
@@ -37,7 +39,9 @@ DISTINCT = 256
 """Windows per sample photograph; a larger set repeats them."""
 
 
-def cut_photos(src: Path, out: Path, *, cuts: int = CUTS, flat_bytes: int = FLAT_BYTES, seed: int = 0) -> int:
+def cut_photos(
+    src: Path, out: Path, *, cuts: int = CUTS, flat_bytes: int = FLAT_BYTES, seed: int = 0
+) -> int:
     """Cut windows from every distinct JPEG photograph below `src` into `out`;
     returns the number of images.
 
@@ -60,12 +64,15 @@ def cut_photos(src: Path, out: Path, *, cuts: int = CUTS, flat_bytes: int = FLAT
         folder = out / f"photo{number:03d}"
         folder.mkdir(parents=True, exist_ok=True)
         windows = (cut_window(photo, rng) for _ in range(TRIES * cuts))
-        for i, data in enumerate(islice((data for data in windows if len(data) >= flat_bytes), cuts)):
+        for i, data in enumerate(
+            islice((data for data in windows if len(data) >= flat_bytes), cuts)
+        ):
             (folder / f"{i:03d}.jpg").write_bytes(data)
             written += 1
     if not written:
         raise ValueError(
-            f"src={str(src)!r}: holds no JPEG photograph of {MIN_SIDE} pixels a side or more that is not flat"
+            f"src={str(src)!r}: holds no JPEG photograph of {MIN_SIDE} pixels a side or more that "
+            "is not flat"
         )
     return written
 
@@ -87,15 +94,21 @@ def cut_window(photo: Image.Image, rng: np.random.Generator) -> bytes:
 
 def main() -> None:
     """Cut and pack."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("src", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--cuts", type=int, default=CUTS, help="windows of each photograph (default: %(default)s)")
+    parser.add_argument(
+        "--cuts", type=int, default=CUTS, help="windows of each photograph (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cut_photos(arguments.src, Path(folder), cuts=arguments.cuts)
         for name, max_side in PACKED.items():
-            report = pack_folder(Path(folder), arguments.out / name, max_side=max_side, shard_samples=200)
+            report = pack_folder(
+                Path(folder), arguments.out / name, max_side=max_side, shard_samples=200
+            )
             mean = report.total_bytes / report.samples / 1e3
             print(f"{report.samples} images of {mean:.0f} kB on average: {report.pattern}")
 
@@ -107,7 +120,9 @@ def sample_shards(folder: Path, batch: int) -> str:
     rng, src = np.random.default_rng(0), folder / "images"
     src.mkdir()
     for number, photo in enumerate(_photographs(rng)):
-        windows = [cut_window(Image.fromarray(photo), rng) for _ in range(min(DISTINCT, max(24, batch)))]
+        windows = [
+            cut_window(Image.fromarray(photo), rng) for _ in range(min(DISTINCT, max(24, batch)))
+        ]
         for i in range(max(24, batch)):
             (src / f"{number}-{i:05d}.jpg").write_bytes(windows[i % len(windows)])
     return pack_folder(src, folder / "shards").pattern
@@ -119,7 +134,10 @@ def _photographs(rng: np.random.Generator) -> list[NDArray[np.uint8]]:
 
         return list(load_sample_images().images)
     coarse = rng.integers(0, 256, (2, 60, 90, 3), dtype=np.uint8)
-    return [np.asarray(Image.fromarray(noise).resize((640, 427), Image.Resampling.BICUBIC)) for noise in coarse]
+    return [
+        np.asarray(Image.fromarray(noise).resize((640, 427), Image.Resampling.BICUBIC))
+        for noise in coarse
+    ]
 
 
 if __name__ == "__main__":

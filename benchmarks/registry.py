@@ -99,6 +99,8 @@ def parse_options(given: Sequence[str], defaults: dict[str, Any]) -> dict[str, A
     for word in given:
         name, equals, value = word.partition("=")
         if not equals or name not in defaults:
-            raise SystemExit(f"benchmarks: {word!r} is not one of {', '.join(f'{key}=...' for key in defaults)}")
+            raise SystemExit(
+                f"benchmarks: {word!r} is not one of {', '.join(f'{key}=...' for key in defaults)}"
+            )
         options[name] = type(defaults[name])(value)
     return options

@@ -78,7 +78,9 @@ def plan_for(config: Config, card: Card, *, compiled: bool, levels: bool = True)
     # A background save copies to memory of the host, not of the card.
     config = replace(config, checkpoint=replace(config.checkpoint, async_save=False))
     shards = replace(config.data, shards=config.data.shards or "not read")
-    spec = replace(replace(config, data=shards).loader_spec(device="gpu", threads=14), view_dtype="uint8")
+    spec = replace(
+        replace(config, data=shards).loader_spec(device="gpu", threads=14), view_dtype="uint8"
+    )
     reserved = loader_bytes(spec).beside_batch_bytes
     with mock.patch.object(choose, "free_bytes", return_value=free):
         return choose.choose_plan(
@@ -109,10 +111,14 @@ def report(
     tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
     images = config.global_batch_size
     count = functools.cache(
-        lambda chunk, budget: count_step(config, chunk=chunk, compiled=compiled, budget=budget, views=views)
+        lambda chunk, budget: count_step(
+            config, chunk=chunk, compiled=compiled, budget=budget, views=views
+        )
     )
     remade = replace(config, model=replace(config.model, checkpointing="full"))
-    lean = functools.cache(lambda chunk: count_step(remade, chunk=chunk, compiled=False, views=views))
+    lean = functools.cache(
+        lambda chunk: count_step(remade, chunk=chunk, compiled=False, views=views)
+    )
 
     counted = count(chunk or busy_chunk(tokens), 1.0 if budget is None else budget)
     whole = counted.step(images / counted.chunk, images / counted.chunk)
@@ -131,9 +137,13 @@ def report(
         cards[name] = {
             "nothing_recomputed": round(images / card.seconds_of(whole)),
             "planned": round(images / card.seconds_of(planned)),
-            "plan": f"chunks of {size}, {keeps} of {images} images kept{', the rest lean' * plan.lean}, budget {within:g}",
+            "plan": (
+                f"chunks of {size}, {keeps} of {images} images kept"
+                f"{', the rest lean' * plan.lean}, budget {within:g}"
+            ),
             "ms_a_chunk": {
-                part: round(1e3 * card.seconds_of(getattr(counted, part)), 2) for part in ("query", "keys", "backward")
+                part: round(1e3 * card.seconds_of(getattr(counted, part)), 2)
+                for part in ("query", "keys", "backward")
             },
         }
     return {
@@ -142,16 +152,21 @@ def report(
         "compiled": compiled,
         "chunk": counted.chunk,
         "operations_a_chunk": sum(
-            part.total.operations for part in (counted.first, counted.query, counted.keys, counted.backward)
+            part.total.operations
+            for part in (counted.first, counted.query, counted.keys, counted.backward)
         ),
         "step": {
             kind: {
                 "operations": cost.operations,
                 "gb": round(cost.bytes / 1e9, 1),
                 "tflop": round(cost.flops / 1e12, 2),
-                "ms": {name: round(1e3 * card.seconds(kind, cost), 1) for name, card in CARDS.items()},
+                "ms": {
+                    name: round(1e3 * card.seconds(kind, cost), 1) for name, card in CARDS.items()
+                },
             }
-            for kind, cost in sorted(whole.by_kind.items(), key=lambda item: -CARDS["H200"].seconds(*item))
+            for kind, cost in sorted(
+                whole.by_kind.items(), key=lambda item: -CARDS["H200"].seconds(*item)
+            )
         },
         "cards": cards,
     }
@@ -159,10 +174,16 @@ def report(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; returns 0."""
-    parser = argparse.ArgumentParser(prog="benchmarks.roofline", description=__doc__.splitlines()[0])
-    parser.add_argument("--recipes", default="vit_s16_e300_b4096,vit_b16_e300_b4096", help="comma between them")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.roofline", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--recipes", default="vit_s16_e300_b4096,vit_b16_e300_b4096", help="comma between them"
+    )
     parser.add_argument("--mode", choices=("both", "eager", "compiled"), default="both")
-    parser.add_argument("--chunk", type=int, default=0, help="images of a chunk; 0: as the planner would")
+    parser.add_argument(
+        "--chunk", type=int, default=0, help="images of a chunk; 0: as the planner would"
+    )
     parser.add_argument(
         "--kept",
         type=int,
@@ -193,7 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = replace(config, model=replace(config.model, checkpointing=given.checkpointing))
         config = replace(
             config,
-            model=replace(config.model, blocks=given.blocks, momentum_linears=given.momentum_linears),
+            model=replace(
+                config.model, blocks=given.blocks, momentum_linears=given.momentum_linears
+            ),
         )
         modes = (
             (False,)
@@ -209,13 +232,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 budget=given.memory_budget,
                 views=getattr(torch, given.views),
             )
-            print(json.dumps({"recipe": recipe, **found}) if given.json else table(found), flush=True)
+            print(
+                json.dumps({"recipe": recipe, **found}) if given.json else table(found), flush=True
+            )
     return 0
 
 
 def table(found: dict[str, Any]) -> str:
     """A report as text."""
-    kind = "fused blocks" if found["blocks"] == "fused" else "compiled" if found["compiled"] else "eager"
+    kind = (
+        "fused blocks"
+        if found["blocks"] == "fused"
+        else "compiled"
+        if found["compiled"]
+        else "eager"
+    )
     lines = [
         f"{found['model']}, {kind}, chunks of {found['chunk']}: "
         f"{found['operations_a_chunk']} operations a chunk with its second forward"
@@ -227,10 +258,15 @@ def table(found: dict[str, Any]) -> str:
             f"{card['planned']} as planned "
             f"({card['plan']}); ms a chunk: {parts}"
         )
-    lines.append(f"  a step, nothing recomputed   {'operations':>10} {'GB':>8} {'TFLOP':>8}   ms: {' '.join(CARDS)}")
+    lines.append(
+        f"  a step, nothing recomputed   {'operations':>10} {'GB':>8} {'TFLOP':>8}   ms: "
+        f"{' '.join(CARDS)}"
+    )
     for kind, cost in found["step"].items():
         times = " ".join(f"{ms:7.1f}" for ms in cost["ms"].values())
-        lines.append(f"  {kind:28} {cost['operations']:10} {cost['gb']:8.1f} {cost['tflop']:8.2f}   {times}")
+        lines.append(
+            f"  {kind:28} {cost['operations']:10} {cost['gb']:8.1f} {cost['tflop']:8.2f}   {times}"
+        )
     return "\n".join(lines)
 
 

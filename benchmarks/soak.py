@@ -41,12 +41,16 @@ _COUNTS = ("steps", "differing", "replaced", "quarantined", "restarts")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the soak, or one of its ranks; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.soak", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--bad-share", type=float, default=0.01)
-    parser.add_argument("--drop-every", type=int, default=5, help="one answer in this many is cut off; 0: none")
+    parser.add_argument(
+        "--drop-every", type=int, default=5, help="one answer in this many is cut off; 0: none"
+    )
     parser.add_argument("--batch", type=int, default=32, help="global batch size")
     parser.add_argument("--size", type=int, default=64, help="side of a view in pixels")
     parser.add_argument("--rank", type=json.loads, default=None, help=argparse.SUPPRESS)
@@ -75,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = _run_ranks(common)
         _print_counts(results)
         print(
-            f"{size / 1e6:.1f} MB in shards, {len(bad)} bad images, {server.drops} of {server.answers} answers cut off"
+            f"{size / 1e6:.1f} MB in shards, {len(bad)} bad images, {server.drops} of "
+            f"{server.answers} answers cut off"
         )
 
     # Judge the results.
@@ -99,7 +104,9 @@ def _run_ranks(common: dict[str, Any]) -> list[dict[str, Any]]:
         lines = out.strip().splitlines()
         failed: dict[str, Any] = dict.fromkeys(_COUNTS, 0) | {"memory": []}
         text = f"rank {rank} ended with code {process.returncode}"
-        results.append(json.loads(lines[-1]) if process.returncode == 0 and lines else failed | {"error": text})
+        results.append(
+            json.loads(lines[-1]) if process.returncode == 0 and lines else failed | {"error": text}
+        )
     return results
 
 
@@ -150,7 +157,9 @@ def _keep_pace(job: dict[str, Any], step: int, until: float) -> None:
     (folder / f"rank{job['rank']}").write_text(str(step))
     for rank in range(job["world_size"]):
         other = folder / f"rank{rank}"
-        while time.monotonic() < until and not (other.exists() and int(other.read_text() or 0) >= step):
+        while time.monotonic() < until and not (
+            other.exists() and int(other.read_text() or 0) >= step
+        ):
             time.sleep(0.02)
 
 
@@ -180,7 +189,8 @@ def _build(job: dict[str, Any], shards: str, step: int, keeps_list: int | None) 
 
 def _print_counts(results: list[dict[str, Any]]) -> None:
     _print_rows(
-        [("rank", *_COUNTS)] + [(str(i), *(str(result[n]) for n in _COUNTS)) for i, result in enumerate(results)]
+        [("rank", *_COUNTS)]
+        + [(str(i), *(str(result[n]) for n in _COUNTS)) for i, result in enumerate(results)]
     )
     for rank, result in enumerate(results):
         print(f"rank {rank}: {result['error'] or result.get('summary', '')}")
@@ -207,7 +217,10 @@ def _print_memory(results: list[dict[str, Any]], seconds: float) -> bool:
         bad = not found or not all(rise.flat for rise in found)
         reason = "not judged, it failed" if result["error"] else "not judged, the run was too short"
         word = ("NOT FLAT" if bad else "flat") if judged else reason
-        outcomes.append(f"rank {rank}: {word}; over the second half: {', '.join(map(str, found)) or 'too few samples'}")
+        outcomes.append(
+            f"rank {rank}: {word}; over the second half: "
+            f"{', '.join(map(str, found)) or 'too few samples'}"
+        )
         flat &= not (judged and bad)
     _print_rows(rows)
     print("\n".join(outcomes))

@@ -37,7 +37,9 @@ def make_set(folder: Path, images: int) -> tuple[Path, str, int]:
         coarse = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
         width, height = rng.integers(100, 300, 2).tolist()
         out = io.BytesIO()
-        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(
+            out, "JPEG", quality=90
+        )
         (source / f"{i:06d}.jpg").write_bytes(out.getvalue())
     pack_folder(source, folder / "shards", shard_samples=max(1, images // _SHARDS))
     shutil.rmtree(source)
@@ -55,7 +57,11 @@ def damaged_set(clean: Path, to: Path, share: float) -> list[int]:
     shutil.copytree(clean, to)
     (to / "manifest.json").unlink()  # its checksums would refuse whole shards
     with ShardSet.open(str(to)) as shards:
-        bad = np.random.default_rng(1).choice(len(shards), int(share * len(shards)), replace=False).tolist()
+        bad = (
+            np.random.default_rng(1)
+            .choice(len(shards), int(share * len(shards)), replace=False)
+            .tolist()
+        )
         places = [(shards.entry(i), i - shards.shard_of(i)[1].start) for i in bad]
     for number, (entry, row) in enumerate(places):
         _damage(

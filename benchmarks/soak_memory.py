@@ -68,10 +68,16 @@ class Rise:
 def sample_memory(seconds: float) -> MemorySample:
     """Resources of this process now, `seconds` after the start of the run."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    status = {words[0]: int(words[1]) for words in lines if words[0] in ("RssAnon:", "RssFile:", "Threads:")}
+    status = {
+        words[0]: int(words[1])
+        for words in lines
+        if words[0] in ("RssAnon:", "RssFile:", "Threads:")
+    }
     files = len(os.listdir("/proc/self/fd")) - 1  # without the descriptor of listdir
     anon, file = status["RssAnon:"] / 1024, status["RssFile:"] / 1024
-    return MemorySample(round(seconds, 2), round(anon, 1), round(file, 1), files, status["Threads:"])
+    return MemorySample(
+        round(seconds, 2), round(anon, 1), round(file, 1), files, status["Threads:"]
+    )
 
 
 class MemoryLog:
@@ -95,7 +101,11 @@ class MemoryLog:
 
 def at_marks(samples: Sequence[MemorySample], duration: float) -> list[MemorySample]:
     """The sample nearest to each of `MARKS`; empty without samples."""
-    return [min(samples, key=lambda sample: abs(sample.seconds - mark * duration)) for mark in MARKS if samples]
+    return [
+        min(samples, key=lambda sample: abs(sample.seconds - mark * duration))
+        for mark in MARKS
+        if samples
+    ]
 
 
 def rises(samples: Sequence[MemorySample], duration: float) -> list[Rise]:

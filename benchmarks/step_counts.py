@@ -95,7 +95,9 @@ class CountingBackend:
         """Replaces `torch.compile`."""
         kept = {name: options[name] for name in ("dynamic", "fullgraph") if name in options}
         given = options.get("backend", "inductor")
-        compiled = _compile(function, backend=self._backend if given == "inductor" else given, **kept)
+        compiled = _compile(
+            function, backend=self._backend if given == "inductor" else given, **kept
+        )
 
         def call(*arguments: Any, **named: Any) -> Any:
             if self.counter is None:
@@ -143,14 +145,18 @@ def count_step(
     torch._dynamo.reset()
     blocks, found = CountingBackend(), {}
     # Fused blocks and the norm of the last block, whose class row is not fused, as on a GPU.
-    kernels = mock.patch.object(residual_norm, "triton_is_default", return_value=config.model.blocks == "fused")
+    kernels = mock.patch.object(
+        residual_norm, "triton_is_default", return_value=config.model.blocks == "fused"
+    )
     fused = config.model.blocks == "fused"
     bf16 = config.precision in ("auto", "bf16")
     # With fused blocks a run compiles the rest: conversion of uint8 views, and
     # a momentum encoder in float8.
     graphs = compiled or (fused and views == torch.uint8)
     with blocks.instead() if graphs else nullcontext(), kernels, FakeTensorMode():
-        prepare = view_preparation(each_view(config.data.views), "bf16" if bf16 else "fp32", compiled=graphs)
+        prepare = view_preparation(
+            each_view(config.data.views), "bf16" if bf16 else "fp32", compiled=graphs
+        )
         objective = build_model(config)
         for module in objective.modules():
             if isinstance(module, Attention):
@@ -166,9 +172,14 @@ def count_step(
             # is measured, like the last.
             calls = blocks.calls
             blocks.calls = 0
-            found = _count_pieces(config, objective, chunk, views, prepare, None if rehearsal else blocks)
+            found = _count_pieces(
+                config, objective, chunk, views, prepare, None if rehearsal else blocks
+            )
         if graphs and (blocks.calls != calls or not calls):
-            raise RuntimeError(f"{blocks.calls} compiled graphs ran where {calls} had been compiled: counted nothing")
+            raise RuntimeError(
+                f"{blocks.calls} compiled graphs ran where {calls} had been compiled: counted "
+                "nothing"
+            )
     heads = found["heads"]
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     averaged = sum(p.numel() for p in objective.averages() if p.requires_grad)
@@ -199,9 +210,14 @@ def _count_pieces(
             blocks.counter = None
         found[name] = counter.counts
 
-    autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=config.precision in ("auto", "bf16"))
+    autocast = partial(
+        torch.autocast, "cpu", dtype=torch.bfloat16, enabled=config.precision in ("auto", "bf16")
+    )
     side, batch = config.model.image_size, config.global_batch_size
-    at, of_chunk = Progress(), tuple(torch.empty(chunk, 3, side, side, dtype=views) for _ in range(2))
+    at, of_chunk = (
+        Progress(),
+        tuple(torch.empty(chunk, 3, side, side, dtype=views) for _ in range(2)),
+    )
 
     def prepared() -> Inputs:
         return Inputs(prepare(of_chunk))
@@ -217,7 +233,9 @@ def _count_pieces(
     with counted("backward"):
         torch.autograd.backward(online, gradient)
     objective.zero_grad(set_to_none=True)
-    whole = Features(*(tuple(rows.new_empty(batch, *rows.shape[1:]) for rows in part) for part in features))
+    whole = Features(
+        *(tuple(rows.new_empty(batch, *rows.shape[1:]) for rows in part) for part in features)
+    )
     for rows in whole.online:
         rows.requires_grad_()
     with counted("heads"):

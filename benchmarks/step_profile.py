@@ -42,6 +42,7 @@ def profiled(step: Callable[[], object], device: torch.device) -> dict[str, Any]
         "launches": sum(count for _, count, _ in rows),
         "busy_ms": round(busy, 2),
         "largest_kernels": [
-            f"{ms:.2f} ms {ms / max(busy, 1e-9):.1%} x{count} {name[:80]}" for ms, count, name in rows[:LARGEST]
+            f"{ms:.2f} ms {ms / max(busy, 1e-9):.1%} x{count} {name[:80]}"
+            for ms, count, name in rows[:LARGEST]
         ],
     }

@@ -55,7 +55,10 @@ def device_of(options: dict[str, Any]) -> torch.device:
 def config_of(options: dict[str, Any]) -> Config:
     """The config of the options: a recipe on synthetic images without logging and evaluation."""
     device = device_of(options)
-    config = get_recipe(options["recipe"] or ("vit_s16_e300_b4096" if device.type == "cuda" else "quickstart_digits"))
+    config = get_recipe(
+        options["recipe"]
+        or ("vit_s16_e300_b4096" if device.type == "cuda" else "quickstart_digits")
+    )
     chunk = options["chunk"]
     model = replace(
         config.model,
@@ -90,7 +93,9 @@ class Side:
         result: fields of the result besides the times.
     """
 
-    def __init__(self, step: Callable[[], object], images: int, device: torch.device, result: dict[str, Any]) -> None:
+    def __init__(
+        self, step: Callable[[], object], images: int, device: torch.device, result: dict[str, Any]
+    ) -> None:
         self._step = step
         self.images = images
         self._device = device
@@ -157,7 +162,9 @@ def open_side(name: str, options: dict[str, Any]) -> Iterator[Side]:
     if name == "compiled":
         images = min(images, COMPILED_IMAGES)
     generator = torch.Generator(device).manual_seed(0)
-    views = [torch.randn(images, 3, side, side, device=device, generator=generator) for _ in range(2)]
+    views = [
+        torch.randn(images, 3, side, side, device=device, generator=generator) for _ in range(2)
+    ]
     images = _largest_that_fits(plain, *views)
     some = [view[:images].clone() for view in views]
     del views
@@ -187,7 +194,9 @@ class PlainStep:
         self._half = device.type == "cuda"
         self._device = device
         self._momentum = self.objective.schedules(START)["ema_momentum"]
-        trained = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
+        trained = [
+            parameter for parameter in self.objective.parameters() if parameter.requires_grad
+        ]
         self._optimizer = torch.optim.AdamW(
             trained, lr=1e-6, betas=config.optim.betas, weight_decay=config.optim.weight_decay
         )
@@ -221,7 +230,9 @@ def check(trainer: Trainer, view1: Tensor, view2: Tensor) -> dict[str, Any]:
     objective = trainer.objective
     views = [as_float(trainer, view) for view in (view1, view2)]
     model = trainer.config.model
-    written_out = replace(model, attention="explicit", linears="native", momentum_linears="native", blocks="modules")
+    written_out = replace(
+        model, attention="explicit", linears="native", momentum_linears="native", blocks="modules"
+    )
     exact = build_model(replace(trainer.config, model=written_out)).to(view1.device).double()
     exact.load_state_dict(objective.state_dict(), strict=model.linears == "native")
     with torch.compiler.set_stance("force_eager"):
@@ -240,9 +251,13 @@ def check(trainer: Trainer, view1: Tensor, view2: Tensor) -> dict[str, Any]:
         torch.cuda.empty_cache()
     names = ("loss", "gradients")
     return {
-        "errors": {name: relative_error(mine, exact) for name, mine, exact in zip(names, ours, truth, strict=True)},
+        "errors": {
+            name: relative_error(mine, exact)
+            for name, mine, exact in zip(names, ours, truth, strict=True)
+        },
         "plain_errors": {
-            name: relative_error(mine, exact) for name, mine, exact in zip(names, plain, truth, strict=True)
+            name: relative_error(mine, exact)
+            for name, mine, exact in zip(names, plain, truth, strict=True)
         },
     }
 
@@ -254,7 +269,9 @@ def as_float(trainer: Trainer, view: Tensor) -> Tensor:
     return trainer.gradients.prepare((view, view))[0].float()
 
 
-def _loss_and_gradients(objective: Any, forward: Callable[..., Any], views: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _loss_and_gradients(
+    objective: Any, forward: Callable[..., Any], views: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     output = forward(objective, *views)
     output.loss.backward()
     grads = [p.grad.flatten() for p in objective.parameters() if p.grad is not None]
@@ -312,7 +329,9 @@ def measure_apart(name: str, options: dict[str, Any]) -> dict[str, Any]:
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None and process.stderr is not None  # noqa: PT018
-        (reader := threading.Thread(target=_pass_on, args=(process.stderr, words), daemon=True)).start()
+        (
+            reader := threading.Thread(target=_pass_on, args=(process.stderr, words), daemon=True)
+        ).start()
         lines = [line for line in process.stdout if line.startswith("{")]
         reader.join(timeout=10)
     if process.returncode != 0 or not lines:

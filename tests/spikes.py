@@ -30,7 +30,7 @@ ROLLING = replace(
 
 
 def spike(trainer: Trainer, *numbers: int, factor: float = 1e4) -> Trainer:
-    """Make the gradients of the steps of these numbers (the first is 1) so many times as long, on this rank's part of them."""
+    """Multiply the gradients of the given steps (the first is 1) by a factor, on this rank's part."""
     plain = trainer.train_step.forward_backward
 
     def forward_backward(*views: Any, at: Progress, **options: Any) -> Output:

@@ -41,18 +41,30 @@ def aot_cases() -> list[AotCase]:
     for dtype, head_dim in product((_ELEMENTS[dtype] for dtype in TRITON_DTYPES), TRITON_HEAD_DIMS):
         for keys in KEY_ROWS:
             # 1: the class token alone; 64 and 80: without and with a smaller last tile.
-            lists = [(chip, forward_tiles(chip, head_dim, queries, keys)) for chip in CHIPS for queries in (1, 64, 80)]
+            lists = [
+                (chip, forward_tiles(chip, head_dim, queries, keys))
+                for chip in CHIPS
+                for queries in (1, 64, 80)
+            ]
             for tile in dict.fromkeys(tile for _, tiles in lists for tile in tiles):
                 what = f"keys {_sum(keys)} queries {tile[0]}{f'..{tile[1]}' if tile[1] else ''}"
                 constants = forward_constants(head_dim, keys, tile)
-                cases.append(_case("fwd", what, dtype, constants, tile, lists, tile[0] > 16, keys == VIT_ROWS))
+                cases.append(
+                    _case(
+                        "fwd", what, dtype, constants, tile, lists, tile[0] > 16, keys == VIT_ROWS
+                    )
+                )
         for rows in QUERY_ROWS:
             chips = [chip for chip in CHIPS if not in_halves(chip, head_dim, sum(rows))]
             lists = [(chip, backward_tiles(chip, head_dim, rows)) for chip in chips]
             for tile in dict.fromkeys(tile for _, tiles in lists for tile in tiles):
                 what = f"queries {_sum(rows)} keys {tile[0]}"
                 constants = backward_constants(head_dim, rows, tile)
-                cases.append(_case("bwd", what, dtype, constants, tile, lists, rows[0] > 16, rows == VIT_ROWS))
+                cases.append(
+                    _case(
+                        "bwd", what, dtype, constants, tile, lists, rows[0] > 16, rows == VIT_ROWS
+                    )
+                )
     return cases
 
 
@@ -70,7 +82,9 @@ def _case(
     matrix: bool,
     quick: bool,
 ) -> AotCase:
-    """One configuration, on the chips whose `lists` contain its tile; a default where it is first."""
+    """One configuration, on the chips whose `lists` contain its tile; a
+    default where it is first.
+    """
     kernel = short_attention_fwd_kernel if way == "fwd" else short_attention_bwd_kernel
     kinds = {
         "lse_ptr": "*fp32",
@@ -82,7 +96,13 @@ def _case(
     }
     signature = {}
     for name in kernel.arg_names:
-        other = f"*{dtype}" if name.endswith("_ptr") else "i32" if name.startswith("stride") else "constexpr"
+        other = (
+            f"*{dtype}"
+            if name.endswith("_ptr")
+            else "i32"
+            if name.startswith("stride")
+            else "constexpr"
+        )
         signature[name] = kinds.get(name, other)
     return AotCase(
         name=f"attention.{way} {dtype} d={constants['D']} {what} w{tile[-2]} s{tile[-1]}",
@@ -93,7 +113,9 @@ def _case(
         num_stages=tile[-1],
         targets=tuple(dict.fromkeys(chip for chip, tiles in lists if tile in tiles)),
         default_on=tuple(dict.fromkeys(chip for chip, tiles in lists if tile == tiles[0])),
-        aligned=tuple(name for name in signature if name.endswith("_ptr") or name.startswith("stride")),
+        aligned=tuple(
+            name for name in signature if name.endswith("_ptr") or name.startswith("stride")
+        ),
         matrix=matrix,
         quick=quick and dtype == "bf16",
     )

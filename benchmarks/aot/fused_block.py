@@ -42,7 +42,9 @@ def aot_cases() -> list[AotCase]:
                 "HAS_DBRANCH": dbranch and half != "fp32",
             }
             case = _norm_case(E, half, weight, tile, flags)
-            cases.setdefault(case.name, case)  # tiles that differ in programs alone are one configuration
+            cases.setdefault(
+                case.name, case
+            )  # tiles that differ in programs alone are one configuration
     for F, dtype in [
         *((4 * E, half) for E, half, weight in types if weight == "fp32" and E < 4096),
         (100, "bf16"),
@@ -57,7 +59,9 @@ def aot_cases() -> list[AotCase]:
 
 
 def _norm_case(E: int, half: str, weight: str, tile: Tile, flags: dict[str, bool]) -> AotCase:
-    kinds = dict.fromkeys(("x_ptr", "dx_ptr", "dsum_ptr", "mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32")
+    kinds = dict.fromkeys(
+        ("x_ptr", "dx_ptr", "dsum_ptr", "mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32"
+    )
     kinds |= dict.fromkeys(("dy_ptr", "y_ptr", "branch_ptr", "dbranch_ptr"), f"*{half}")
     kinds |= {"weight_ptr": f"*{weight}", "bias_ptr": f"*{weight}", "rows": "i32"}
     named = " ".join(name for name, there in flags.items() if there)

@@ -18,10 +18,14 @@ def aot_cases() -> list[AotCase]:
     """
     cases: dict[str, AotCase] = {}
     usual = [(F, "bf16", tile, True) for F in _WIDTHS for tile in tiles(F)]
-    others = [(F, dtype, tiles(F)[0], True) for F, dtype in _OTHERS] + [(1536, "bf16", tiles(1536)[0], False)]
+    others = [(F, dtype, tiles(F)[0], True) for F, dtype in _OTHERS] + [
+        (1536, "bf16", tiles(1536)[0], False)
+    ]
     for F, dtype, tile, bias in usual + others:
         case = _case(F, dtype, tile, bias=bias)
-        cases.setdefault(case.name, case)  # tiles that differ in programs alone are one configuration
+        cases.setdefault(
+            case.name, case
+        )  # tiles that differ in programs alone are one configuration
     for F, kind in ((1536, "fp32"), (5120, "bf16")):
         case = column_sum_case("gelu_bias", F, kind)
         cases[case.name] = case

@@ -36,7 +36,9 @@ def aot_cases() -> list[AotCase]:
         for D in _WIDTHS if precision != "fp16" else (256,):
             for tile, (targets, default_on) in _tiles(D, precision).items():
                 modes = _modes(precision, D) if default_on else ["gradient"]
-                cases += [_stream_case(D, precision, tile, mode, targets, default_on) for mode in modes]
+                cases += [
+                    _stream_case(D, precision, tile, mode, targets, default_on) for mode in modes
+                ]
     return cases + [_epilogue_case(D, kernel) for D in (256, 512) for kernel in _EPILOGUES]
 
 
@@ -60,7 +62,10 @@ def _tiles(D: int, precision: str) -> dict[Tile, tuple[tuple[int, ...], tuple[in
             targets.add(family or 80)
             if place == 0:
                 defaults.add(family or 80)
-    return {tile: (tuple(sorted(targets)), tuple(sorted(defaults))) for tile, (targets, defaults) in found.items()}
+    return {
+        tile: (tuple(sorted(targets)), tuple(sorted(defaults)))
+        for tile, (targets, defaults) in found.items()
+    }
 
 
 def _stream_case(
@@ -82,13 +87,18 @@ def _stream_case(
         "PRECISION": "ieee" if precision == "fp32" else "tf32",
     }
     pointers = {
-        "x_ptr": element, "y_ptr": element, "acc_ptr": "*fp32", "sum_ptr": "*fp32", "count_ptr": "*i32",
-        "own_ptr": "*fp32", "bias_ptr": "*fp32", "temperature_ptr": "*fp32",
+        "x_ptr": element, "y_ptr": element, "acc_ptr": "*fp32", "sum_ptr": "*fp32",
+        "count_ptr": "*i32", "own_ptr": "*fp32", "bias_ptr": "*fp32", "temperature_ptr": "*fp32",
     }  # fmt: skip
-    integers = dict.fromkeys(("x_padded", "y_rows", "y_padded", "positive_shift", "tiles_per_split"), "i32")
+    integers = dict.fromkeys(
+        ("x_padded", "y_rows", "y_padded", "positive_shift", "tiles_per_split"), "i32"
+    )
     half = precision in ("bf16", "fp16")
     return AotCase(
-        name=f"info_nce.stream {mode} {precision} D{D} {tile.block_x}x{tile.block_y} w{tile.warps} s{tile.stages}",
+        name=(
+            f"info_nce.stream {mode} {precision} D{D} "
+            f"{tile.block_x}x{tile.block_y} w{tile.warps} s{tile.stages}"
+        ),
         kernel=triton_kernels.info_nce_stream_kernel,
         signature={
             **pointers,
@@ -138,7 +148,9 @@ def _epilogue_case(D: int, kernel: str) -> AotCase:
     if kernel == "unit_rows":
         kinds |= {"unit_ptr": "*fp32"}
     signature = {
-        name: "constexpr" if name in flags else kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        name: "constexpr"
+        if name in flags
+        else kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")
         for name in function.arg_names
     }
     return AotCase(

@@ -18,7 +18,9 @@ from fastmoco_kernels.tables import CHUNK
 
 def aot_cases() -> list[AotCase]:
     """Every configuration of the three kernels."""
-    return [case for word in ("fp32", "fp64") for case in (*_norm_cases(word), *_update_cases(word))]
+    return [
+        case for word in ("fp32", "fp64") for case in (*_norm_cases(word), *_update_cases(word))
+    ]
 
 
 _TABLE = {
@@ -30,7 +32,9 @@ _TABLE = {
 _CONSTANTS = {"WORD": "constexpr", "CHUNK": "constexpr"}
 
 
-def _case(name: str, kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], num_warps: int) -> AotCase:
+def _case(
+    name: str, kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], num_warps: int
+) -> AotCase:
     """There is one configuration of each kernel, so each is the default everywhere."""
     return AotCase(
         name=name,
@@ -80,8 +84,12 @@ def _update_cases(word: str) -> list[AotCase]:
     }
     cases = []
     for given in ((), ("found_inf_ptr",), ("lr_ptr",), ("found_inf_ptr", "lr_ptr")):
-        optional = {name: "*fp32" if name in given else "constexpr" for name in ("found_inf_ptr", "lr_ptr")}
-        absent: dict[str, Any] = {name: None for name, kind in optional.items() if kind == "constexpr"}
+        optional = {
+            name: "*fp32" if name in given else "constexpr" for name in ("found_inf_ptr", "lr_ptr")
+        }
+        absent: dict[str, Any] = {
+            name: None for name, kind in optional.items() if kind == "constexpr"
+        }
         signature = {
             **_TABLE,
             "squares_ptr": "*fp64",
@@ -91,5 +99,7 @@ def _update_cases(word: str) -> list[AotCase]:
             **_CONSTANTS,
         }
         name = " ".join([f"lars.update {word}", *(name.removesuffix("_ptr") for name in given)])
-        cases.append(_case(name, lars_update_kernel, signature, _constexprs(word) | absent, NUM_WARPS))
+        cases.append(
+            _case(name, lars_update_kernel, signature, _constexprs(word) | absent, NUM_WARPS)
+        )
     return cases

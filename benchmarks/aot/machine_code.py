@@ -84,7 +84,10 @@ class Compiled:
         if capability in case.default_on and self.spill_bytes:
             found.append(f"{self.spill_bytes} bytes of spills in a default configuration")
         if self.shared_bytes > SHARED_LIMITS[capability]:
-            found.append(f"{self.shared_bytes} bytes of shared memory; the chip has {SHARED_LIMITS[capability]}")
+            found.append(
+                f"{self.shared_bytes} bytes of shared memory; the chip has "
+                f"{SHARED_LIMITS[capability]}"
+            )
         if case.matrix and not self.opcodes[MATRIX_OPCODES[capability]]:
             found.append(f"no {MATRIX_OPCODES[capability]}")
         found += [
@@ -159,7 +162,9 @@ def _assemble(ptx: str, architecture: str) -> tuple[int, int, str]:
     registers = re.search(r"Used (\d+) registers", done.stderr)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
     if registers is None:
-        raise RuntimeError(f"{architecture}: the assembler names no registers: {done.stderr.strip()[-500:]}")
+        raise RuntimeError(
+            f"{architecture}: the assembler names no registers: {done.stderr.strip()[-500:]}"
+        )
     return int(registers[1]), sum(map(int, spills)), listing
 
 
@@ -192,8 +197,12 @@ def _matrix_loops(instructions: list[tuple[int, str, str]]) -> Counter[str]:
     innermost = [
         (start, end)
         for start, end in spans
-        if not any(start <= low and high <= end and (start, end) != (low, high) for low, high in spans)
+        if not any(
+            start <= low and high <= end and (start, end) != (low, high) for low, high in spans
+        )
     ]
     return Counter(
-        opcode for address, opcode, _ in instructions if any(start <= address <= end for start, end in innermost)
+        opcode
+        for address, opcode, _ in instructions
+        if any(start <= address <= end for start, end in innermost)
     )

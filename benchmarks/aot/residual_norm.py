@@ -46,7 +46,10 @@ def aot_cases() -> list[AotCase]:
         constants = flags | {"E": E, "COLS": columns(E), "ROWS": tile[0]}
         cases.append(_case(way, types, constants, tile, tiles[0]))
 
-    usual = [(E, types, 1) for E, types in [(E, _USUAL) for E in _RARE_WIDTHS] + [(384, types) for types in _OTHERS]]
+    usual = [
+        (E, types, 1)
+        for E, types in [(E, _USUAL) for E in _RARE_WIDTHS] + [(384, types) for types in _OTHERS]
+    ]
     for E, types, tiles in [(E, _USUAL, None) for E in _WIDTHS] + usual:
         for tile in forward_tiles(E)[:tiles]:
             add("fwd", E, types, tile, HAS_BRANCH=True)
@@ -74,9 +77,12 @@ def aot_cases() -> list[AotCase]:
         )
     for types in (_USUAL, _OTHERS[1]):
         tile = (SUM_ROWS, SUM_WARPS)
-        cases.append(_case("sum", types, {"E": 384, "COLS": SUM_COLS, "ROWS": SUM_ROWS}, tile, tile))
+        cases.append(
+            _case("sum", types, {"E": 384, "COLS": SUM_COLS, "ROWS": SUM_ROWS}, tile, tile)
+        )
     unique: dict[str, AotCase] = {}
-    for case in cases:  # tiles that differ in programs alone are one configuration, and the first may be the default
+    # tiles that differ in programs alone are one configuration, and the first may be the default
+    for case in cases:
         unique.setdefault(case.name, case)
     return list(unique.values())
 
@@ -90,7 +96,9 @@ def _case(way: str, types: _Types, constants: dict[str, Any], tile: Tile, defaul
     }
     kernel = kernels[way]
     x, branch, y, weight = types
-    stream = "fp32" if x == "fp32" or (branch == "fp32" and constants.get("HAS_BRANCH", True)) else x
+    stream = (
+        "fp32" if x == "fp32" or (branch == "fp32" and constants.get("HAS_BRANCH", True)) else x
+    )
     kinds = {
         "x_ptr": x,
         "dx_ptr": x,
@@ -106,13 +114,18 @@ def _case(way: str, types: _Types, constants: dict[str, Any], tile: Tile, defaul
         "rstd_ptr": "fp32",
         "partial_ptr": "fp32",
     }
-    kinds |= dict.fromkeys(("weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr", "dbranch_bias_ptr"), weight)
+    kinds |= dict.fromkeys(
+        ("weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr", "dbranch_bias_ptr"), weight
+    )
     scalars = {"rows": "i32", "programs": "i32", "eps": "fp32"}
     signature = {
-        name: f"*{kinds[name]}" if name in kinds else scalars.get(name, "constexpr") for name in kernel.arg_names
+        name: f"*{kinds[name]}" if name in kinds else scalars.get(name, "constexpr")
+        for name in kernel.arg_names
     }
     flags = " ".join(
-        name for name in ("HAS_BRANCH", "HAS_DX_NEW", "HAS_DBRANCH", "HAS_BRANCH_BIAS") if constants.get(name)
+        name
+        for name in ("HAS_BRANCH", "HAS_DX_NEW", "HAS_DBRANCH", "HAS_BRANCH_BIAS")
+        if constants.get(name)
     )
     shape = (f"rows {tile[0]}", f"w{tile[1]}")
     return AotCase(

@@ -18,10 +18,14 @@ def aot_cases() -> list[AotCase]:
     """
     cases: dict[str, AotCase] = {}
     usual = [(E, d, "bf16", tile, True) for E, d in _SHAPES for tile in tiles(E)]
-    others = [(E, d, dtype, tiles(E)[0], True) for E, d, dtype in _OTHERS] + [(384, 32, "bf16", tiles(384)[0], False)]
+    others = [(E, d, dtype, tiles(E)[0], True) for E, d, dtype in _OTHERS] + [
+        (384, 32, "bf16", tiles(384)[0], False)
+    ]
     for E, d, dtype, tile, bias in usual + others:
         case = _case(E, d, dtype, tile, bias=bias)
-        cases.setdefault(case.name, case)  # tiles that differ in programs alone are one configuration
+        cases.setdefault(
+            case.name, case
+        )  # tiles that differ in programs alone are one configuration
     for E, kind in ((384, "fp32"), (1280, "bf16")):
         case = column_sum_case("stacked_qkv", 3 * E, kind)
         cases[case.name] = case
@@ -31,7 +35,9 @@ def aot_cases() -> list[AotCase]:
 def _case(E: int, d: int, dtype: str, tile: Tile, *, bias: bool) -> AotCase:
     constants = {"HAS_BIAS": bias, "E": E, "D": d, "COLS": columns(E), "ROWS": tile[0]}
     kinds = dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr", "dqkv_ptr"), f"*{dtype}")
-    kinds |= {"partial_ptr": "*fp32" if bias else f"*{dtype}"} | dict.fromkeys(constants, "constexpr")
+    kinds |= {"partial_ptr": "*fp32" if bias else f"*{dtype}"} | dict.fromkeys(
+        constants, "constexpr"
+    )
     names = split_qkv_bwd_kernel.arg_names
     strides = tuple(name for name in names if name.startswith("stride")) if d % 16 == 0 else ()
     return AotCase(

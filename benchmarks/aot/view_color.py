@@ -22,7 +22,9 @@ def aot_cases() -> list[AotCase]:
     numbers = {**dict.fromkeys(colors, "fp32"), "threshold": "i32"}
     strides = {"stride_ob": "i32", "stride_oc": "i32", "stride_op": "i32"}
 
-    def case(name: str, kernel: object, signature: dict[str, str], aligned: tuple[str, ...], **sums: int) -> AotCase:
+    def case(
+        name: str, kernel: object, signature: dict[str, str], aligned: tuple[str, ...], **sums: int
+    ) -> AotCase:
         constants = {"BLOCK": BLOCK, **sums}
         return AotCase(
             name=f"view_color.{name}",
@@ -58,6 +60,8 @@ def aot_cases() -> list[AotCase]:
             **numbers,
         }
         aligned = ("planes_ptr", "out_ptr")
-        cases.append(case(f"colour {kind}", view_color_kernel, main, ("images_ptr", *aligned), SUMS=SUMS))
+        cases.append(
+            case(f"colour {kind}", view_color_kernel, main, ("images_ptr", *aligned), SUMS=SUMS)
+        )
         cases.append(case(f"finish {kind}", finish_kernel, finish, aligned))
     return cases

@@ -66,13 +66,17 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     if options["dtype"] not in _DTYPES:
         raise ValueError(f"dtype={options['dtype']!r} is none of {', '.join(_DTYPES)}")
     dtype, d = _DTYPES[options["dtype"]], int(options["d"])
-    B, A, L, M = (int(options[n]) or size for n, size in zip("BALM", _SHAPES[device.type], strict=True))
+    B, A, L, M = (
+        int(options[n]) or size for n, size in zip("BALM", _SHAPES[device.type], strict=True)
+    )
     chosen = choose_attention(device, dtype, L, M, d)
     subject = options["subject"]
     if subject == "auto":
         subject = "triton" if device.type == "cuda" else chosen.backend
     q, k, v, grad = _inputs((B, A, L, M, d), dtype, device, options["seed"])
-    contenders = _contenders((q, k, v, grad), fa4=bool(options["fa4"]), compiled=bool(options["compile"]))
+    contenders = _contenders(
+        (q, k, v, grad), fa4=bool(options["fa4"]), compiled=bool(options["compile"])
+    )
     if subject not in {contender.name for contender in contenders}:
         raise ValueError(f"subject={subject!r} is none of {', '.join(c.name for c in contenders)}")
     result = contest(contenders, subject=subject, device=device, rounds=options["rounds"])
@@ -107,14 +111,22 @@ def _inputs(
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
 
 
-def _contenders(inputs: tuple[Tensor, Tensor, Tensor, Tensor], *, fa4: bool, compiled: bool) -> list[Contender]:
+def _contenders(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor], *, fa4: bool, compiled: bool
+) -> list[Contender]:
     q, k, _, _ = inputs
     few = tuple(t.detach()[:_CHECKED_IMAGES] for t in inputs)
-    truth = _results(lambda a, b, c: attention(a, b, c, backend="reference"), tuple(t.double() for t in few))
+    truth = _results(
+        lambda a, b, c: attention(a, b, c, backend="reference"), tuple(t.double() for t in few)
+    )
     found = []
     for name in (*_NAMES, "explicit_compiled"):
         backend = name.removesuffix("_compiled")
-        reason = "fa4=1 gives flash-attention 4 torch's place for flash" if fa4 and name in ("sdpa", "flash") else ""
+        reason = (
+            "fa4=1 gives flash-attention 4 torch's place for flash"
+            if fa4 and name in ("sdpa", "flash")
+            else ""
+        )
         reason = reason or ("asked for by fa4=1 alone" if name == "fa4" and not fa4 else "")
         try:
             choose_attention(q.device, q.dtype, q.shape[2], k.shape[2], q.shape[3], backend=backend)
@@ -125,24 +137,36 @@ def _contenders(inputs: tuple[Tensor, Tensor, Tensor, Tensor], *, fa4: bool, com
         if name == "explicit_compiled":
             no_compiler = q.device.type == "cpu" and shutil.which("g++") is None
             reason = "compile=0" if not compiled else "no C++ compiler" if no_compiler else ""
-        found.append(Contender(name=name, skipped=reason) if reason else _contender(name, inputs, few, truth))
+        found.append(
+            Contender(name=name, skipped=reason) if reason else _contender(name, inputs, few, truth)
+        )
     return found
 
 
-def _contender(name: str, inputs: tuple[Tensor, ...], few: tuple[Tensor, ...], truth: dict[str, Tensor]) -> Contender:
+def _contender(
+    name: str, inputs: tuple[Tensor, ...], few: tuple[Tensor, ...], truth: dict[str, Tensor]
+) -> Contender:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, backend=name.removesuffix("_compiled"))
 
-    used: Attend = torch.compile(attend, fullgraph=True, dynamic=False) if name.endswith("_compiled") else attend
+    used: Attend = (
+        torch.compile(attend, fullgraph=True, dynamic=False)
+        if name.endswith("_compiled")
+        else attend
+    )
     *qkv, grad = inputs
 
     def call() -> object:
         return torch.autograd.grad(used(*qkv), qkv, grad)
 
     def errors() -> dict[str, float]:
-        return {what: relative_error(value, truth[what]) for what, value in _results(used, few).items()}
+        return {
+            what: relative_error(value, truth[what]) for what, value in _results(used, few).items()
+        }
 
-    return Contender(name=name, call=call, errors=errors, limits=dict.fromkeys(truth, _LIMITS[inputs[0].dtype]))
+    return Contender(
+        name=name, call=call, errors=errors, limits=dict.fromkeys(truth, _LIMITS[inputs[0].dtype])
+    )
 
 
 def _results(attend: Attend, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:

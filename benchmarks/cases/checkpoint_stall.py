@@ -55,11 +55,16 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         `share_of_a_run`, the blocked time of a save over the default interval between two.
     """
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options["folder"] or None)))
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(dir=options["folder"] or None))
+        )
         trainer = _trainer(options, folder)
         stack.callback(trainer.close)
         batch = trainer.loader.next()
-        savers = {name: Saver(folder / name, keep=1, check=training_state.require_finite) for name in ("sync", "async")}
+        savers = {
+            name: Saver(folder / name, keep=1, check=training_state.require_finite)
+            for name in ("sync", "async")
+        }
         blocked: dict[str, list[float]] = {name: [] for name in savers}
         number = iter(range(10**9))
 
@@ -90,17 +95,26 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         megabytes = sum(tensor.nbytes for tensor in trainer._state()[0].values()) / 1e6
     step = statistics.median(figures["none"]) / options["steps"]
     added = {
-        name: [(with_save - none) / step for with_save, none in zip(figures[name], figures["none"], strict=True)]
+        name: [
+            (with_save - none) / step
+            for with_save, none in zip(figures[name], figures["none"], strict=True)
+        ]
         for name in savers
     }
     interval = get_recipe(options["recipe"]).checkpoint.every_minutes * 60
     return {
         "state_mb": round(megabytes, 1),
         "step_s": round(step, 3),
-        "blocked": {name: _spread([value / step for value in values]) for name, values in blocked.items()},
+        "blocked": {
+            name: _spread([value / step for value in values]) for name, values in blocked.items()
+        },
         "added": {name: _spread(values) for name, values in added.items()},
-        "async_over_sync": round(statistics.median(blocked["async"]) / statistics.median(blocked["sync"]), 3),
-        "share_of_a_run": {name: float(f"{statistics.median(v) / interval:.3g}") for name, v in blocked.items()},
+        "async_over_sync": round(
+            statistics.median(blocked["async"]) / statistics.median(blocked["sync"]), 3
+        ),
+        "share_of_a_run": {
+            name: float(f"{statistics.median(v) / interval:.3g}") for name, v in blocked.items()
+        },
     }
 
 
@@ -113,7 +127,9 @@ def _trainer(options: Mapping[str, Any], folder: Path) -> Trainer:
         device=options["device"],
         global_batch_size=options["batch"],
         log_every_steps=10**6,
-        model=replace(config.model, architecture=options["architecture"], hidden_dim=options["hidden_dim"]),
+        model=replace(
+            config.model, architecture=options["architecture"], hidden_dim=options["hidden_dim"]
+        ),
         knn=KnnConfig(every_epochs=0),
         data=replace(config.data, shards=pack_digits(folder / "data")[0], synthetic=True),
     )

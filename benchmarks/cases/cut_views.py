@@ -41,7 +41,10 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(options["threads"])
     try:
         pair = moco_v3_views(options["size"])
-        return {f"view{number}": _contest(view, number, options) for number, view in enumerate(pair, start=1)}
+        return {
+            f"view{number}": _contest(view, number, options)
+            for number, view in enumerate(pair, start=1)
+        }
     finally:
         torch.set_num_threads(before)
 
@@ -49,17 +52,24 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 def _contest(view: ViewSpec, number: int, options: dict[str, Any]) -> dict[str, Any]:
     count, extent = options["images"], (options["height"], options["width"])
     coarse = np.random.default_rng(0).integers(0, 256, (count, 24, 24, 3), dtype=np.uint8)
-    images = [np.asarray(Image.fromarray(c).resize(extent[::-1], Image.Resampling.BICUBIC)) for c in coarse]
+    images = [
+        np.asarray(Image.fromarray(c).resize(extent[::-1], Image.Resampling.BICUBIC))
+        for c in coarse
+    ]
     sizes = np.tile(np.array([extent], dtype=np.int32), (count, 1))
     draws = draw_views(view, seed=0, epoch=0, sample_ids=np.arange(count), sizes=sizes, view=number)
     parameters, crops = color_parameters(draws), torch.from_numpy(draws.crop)
 
     def by_pillow() -> Tensor:
-        return torch.from_numpy(np.stack([reference_view(image, view, draws, i) for i, image in enumerate(images)]))
+        return torch.from_numpy(
+            np.stack([reference_view(image, view, draws, i) for i, image in enumerate(images)])
+        )
 
     def by(backend: str) -> Callable[[], Tensor]:
         size, threads = options["size"], options["threads"]
-        return lambda: cut_views(images, crops, parameters, size=size, threads=threads, backend=backend)
+        return lambda: cut_views(
+            images, crops, parameters, size=size, threads=threads, backend=backend
+        )
 
     truth = by_pillow()
 
@@ -68,7 +78,9 @@ def _contest(view: ViewSpec, number: int, options: dict[str, Any]) -> dict[str, 
             apart = (call() - truth).abs() * 255 * torch.tensor(view.std)[:, None, None]
             return {"levels": float(apart.mean())}
 
-        return Contender(name=name, call=call, skipped=skipped, errors=errors, limits={"levels": 1e-4})
+        return Contender(
+            name=name, call=call, skipped=skipped, errors=errors, limits={"levels": 1e-4}
+        )
 
     contenders = [
         contender(
@@ -79,4 +91,6 @@ def _contest(view: ViewSpec, number: int, options: dict[str, Any]) -> dict[str, 
         contender("pillow, image by image", by_pillow),
         contender("torch", by("torch")),
     ]
-    return contest(contenders, subject="native", device=torch.device("cpu"), rounds=options["rounds"])
+    return contest(
+        contenders, subject="native", device=torch.device("cpu"), rounds=options["rounds"]
+    )

@@ -35,7 +35,10 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     shapes = vit_shapes(*sizes(options, device))
     momentum = options["momentum"]
     averages, sources = random_tensors(shapes, 1, device), random_tensors(shapes, 2, device)
-    truth = [momentum * a.double() + (1 - momentum) * s.double() for a, s in zip(averages, sources, strict=True)]
+    truth = [
+        momentum * a.double() + (1 - momentum) * s.double()
+        for a, s in zip(averages, sources, strict=True)
+    ]
 
     def ours(own: Sequence[Tensor]) -> None:
         ema_update_(own, sources, momentum)
@@ -87,7 +90,9 @@ def _contender(
 
 def chosen_device(name: str) -> torch.device:
     """The device that an option names; `auto` is CUDA if there is a device."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    return torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    )
 
 
 def sizes(options: Mapping[str, Any], device: torch.device) -> tuple[int, int, int]:
@@ -123,7 +128,9 @@ def vit_shapes(width: int, depth: int, hidden: int) -> list[tuple[int, ...]]:
     return [(1, 1, width), *(block * depth), (width,), (width,), *head]
 
 
-def random_tensors(shapes: Sequence[tuple[int, ...]], seed: int, device: torch.device) -> list[Tensor]:
+def random_tensors(
+    shapes: Sequence[tuple[int, ...]], seed: int, device: torch.device
+) -> list[Tensor]:
     """Standard normal float32 tensors."""
     generator = torch.Generator(device).manual_seed(seed)
     return [torch.randn(shape, generator=generator, device=device) for shape in shapes]

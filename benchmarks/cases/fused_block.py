@@ -59,7 +59,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     block = block.to(device)
     # Rounded, so that float64 has the same inputs.
     tensors = [torch.randn(shape).to(device, torch.bfloat16) for _ in range(4)]
-    found = contest(_contenders(block, tensors, options), subject=NAME, device=device, rounds=options["rounds"])
+    found = contest(
+        _contenders(block, tensors, options), subject=NAME, device=device, rounds=options["rounds"]
+    )
     return found | dict(zip(("images", "tokens", "E"), shape, strict=True))
 
 
@@ -81,13 +83,17 @@ def _contenders(block: Block, tensors: list[Tensor], options: dict[str, Any]) ->
 
 
 def _copy(block: Block, *, fused: bool) -> Block:
-    copied = Block(block.norm1.weight.shape[0], block.attn.num_heads, block.mlp.fc1.weight.shape[0], "sdpa")
+    copied = Block(
+        block.norm1.weight.shape[0], block.attn.num_heads, block.mlp.fc1.weight.shape[0], "sdpa"
+    )
     copied.load_state_dict(block.state_dict())
     copied.fused = fused
     return copied.to(block.norm1.weight.device)
 
 
-def _contender(name: str, block: Block, call: Call, tensors: list[Tensor], truth: dict[str, Tensor]) -> Contender:
+def _contender(
+    name: str, block: Block, call: Call, tensors: list[Tensor], truth: dict[str, Tensor]
+) -> Contender:
     def errors() -> dict[str, float]:
         found = _results(block, call, tensors, autocast=True)
         return {what: relative_error(value, truth[what]) for what, value in found.items()}
@@ -100,7 +106,9 @@ def _contender(name: str, block: Block, call: Call, tensors: list[Tensor], truth
     )
 
 
-def _gradients(block: Block, call: Call, tensors: list[Tensor], *, autocast: bool) -> tuple[list[Tensor], list[Tensor]]:
+def _gradients(
+    block: Block, call: Call, tensors: list[Tensor], *, autocast: bool
+) -> tuple[list[Tensor], list[Tensor]]:
     """Results and all gradients."""
     x, branch, dx, dbranch = tensors
     wide = block.norm1.weight.dtype
@@ -111,7 +119,9 @@ def _gradients(block: Block, call: Call, tensors: list[Tensor], *, autocast: boo
     return results, list(torch.autograd.grad(results, [*inputs, *block.parameters()], outer))
 
 
-def _results(block: Block, call: Call, tensors: list[Tensor], *, autocast: bool) -> dict[str, Tensor]:
+def _results(
+    block: Block, call: Call, tensors: list[Tensor], *, autocast: bool
+) -> dict[str, Tensor]:
     results, gradients = _gradients(block, call, tensors, autocast=autocast)
     weights = torch.cat([gradient.flatten().double() for gradient in gradients[2:]])
     values = (*results, *gradients[:2], weights)

@@ -54,7 +54,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         kernels, and the size of q.
     """
     name = options["device"]
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    )
     B, D, temperature = options["rows"], options["dim"], options["temperature"]
     N = options["keys"] or B
     if N < B:
@@ -79,7 +81,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     }
     result["flops"] = work["flops"]
     result["bytes"] = {"q": inputs[0][0].nbytes, "one_pass": work["bytes"]}
-    return result | {"work": {"flops": work["flops"], "ms": result.get("milliseconds", {}).get(subject)}}
+    return result | {
+        "work": {"flops": work["flops"], "ms": result.get("milliseconds", {}).get(subject)}
+    }
 
 
 Inputs = list[tuple[Tensor, Tensor]]
@@ -101,10 +105,15 @@ def _contenders(inputs: Inputs, temperature: float, *, compiled: bool) -> list[C
             # Rows are independent: compare the first rows of the whole call,
             # whose loss is a mean over all of them.
             loss, found = gradients(inputs)
-            parts = [relative_error(dq[: len(first)], first) for dq, (_, first) in zip(found, whole, strict=True)]
+            parts = [
+                relative_error(dq[: len(first)], first)
+                for dq, (_, first) in zip(found, whole, strict=True)
+            ]
             return {"loss": relative_error(loss, torch.as_tensor(exact)), "gradient": max(parts)}
 
-        return Contender(name=name, call=lambda: gradients(inputs), errors=errors, limits=limits, skipped=skipped)
+        return Contender(
+            name=name, call=lambda: gradients(inputs), errors=errors, limits=limits, skipped=skipped
+        )
 
     def of(loss: Callable[..., Tensor], scale: float = 1.0) -> Gradients:
         """The loss of each direction, one after the other. fp16 needs a scale,
@@ -116,7 +125,9 @@ def _contenders(inputs: Inputs, temperature: float, *, compiled: bool) -> list[C
             value = sum(loss(q, keys) * scale for q, (_, keys) in zip(leaves, pairs, strict=True))
             assert isinstance(value, Tensor)
             found = torch.autograd.grad(value, leaves)
-            return value.detach() / scale, [dq / scale for dq in found] if scale != 1 else list(found)
+            return value.detach() / scale, [dq / scale for dq in found] if scale != 1 else list(
+                found
+            )
 
         return call
 
@@ -126,7 +137,9 @@ def _contenders(inputs: Inputs, temperature: float, *, compiled: bool) -> list[C
 
         def call(pairs: Inputs) -> tuple[Tensor, list[Tensor]]:
             (q1, k2), (q2, k1) = ((q.detach().requires_grad_(), keys) for q, keys in pairs)
-            loss = symmetric_info_nce_loss(q1, k2, q2, k1, temperature=temperature, backend=backend).loss
+            loss = symmetric_info_nce_loss(
+                q1, k2, q2, k1, temperature=temperature, backend=backend
+            ).loss
             return loss.detach(), list(torch.autograd.grad(loss, (q1, q2)))
 
         return call
@@ -136,7 +149,9 @@ def _contenders(inputs: Inputs, temperature: float, *, compiled: bool) -> list[C
         return torch.stack([loss for loss, _ in found]).sum(), [dq for _, dq in found]
 
     no_compiler = not cuda and shutil.which("g++") is None
-    reason = "compile=0" if not compiled else "torch.compile needs a C++ compiler" if no_compiler else ""
+    reason = (
+        "compile=0" if not compiled else "torch.compile needs a C++ compiler" if no_compiler else ""
+    )
     scale = LOSS_SCALE if cuda else 1.0
     return [
         one("naive", of(naive, scale)),
@@ -153,7 +168,9 @@ def _truth(q: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]
     first = None
     for start in range(0, len(q), CHECKED_ROWS):
         block = q[start : start + CHECKED_ROWS].double()
-        exact = partial(info_nce_reference, keys_ND=exact_keys, temperature=temperature, positive_offset=start)
+        exact = partial(
+            info_nce_reference, keys_ND=exact_keys, temperature=temperature, positive_offset=start
+        )
         loss, dq = gradient_of(exact, block)
         total += loss * (len(block) / len(q))
         first = dq * (len(block) / len(q)) if first is None else first
@@ -177,9 +194,9 @@ def sdpa_loss_and_gradient(q: Tensor, keys: Tensor, temperature: float) -> tuple
     u, v = q / norm, normalize(keys, dim=1)
     if q.is_cuda:
         rows, columns = u.bfloat16()[None, None], v.bfloat16()[None, None]
-        mean, lse = torch.ops.aten._scaled_dot_product_flash_attention(rows, columns, columns, scale=1 / temperature)[
-            :2
-        ]
+        mean, lse = torch.ops.aten._scaled_dot_product_flash_attention(
+            rows, columns, columns, scale=1 / temperature
+        )[:2]
     else:
         rows, columns = u[None, None], v[None, None]
         mean, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

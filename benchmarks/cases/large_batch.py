@@ -61,13 +61,16 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     sides = {
         "whole": _side(options, 1, "none"),
         "chunks": _side(options, 1, options["chunk"]),
-        f"chunks, {options['processes']} processes": _side(options, options["processes"], options["chunk"]),
+        f"chunks, {options['processes']} processes": _side(
+            options, options["processes"], options["chunk"]
+        ),
     }
     losses, peak = sides["whole"]["losses"], sides["whole"]["peak_bytes"]
     return {
         "sides": sides,
         "largest_loss_difference": {
-            name: max(abs(a - b) for a, b in zip(side["losses"], losses, strict=True)) for name, side in sides.items()
+            name: max(abs(a - b) for a, b in zip(side["losses"], losses, strict=True))
+            for name, side in sides.items()
         },
         "peak_share": {name: round(side["peak_bytes"] / peak, 4) for name, side in sides.items()},
     }
@@ -96,7 +99,9 @@ def _side(options: dict[str, Any], processes: int, chunk: int | str) -> dict[str
         json.dumps(options | {"chunk": chunk}),
     ]
     ranks = [
-        subprocess.Popen(command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE)
+        subprocess.Popen(
+            command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE
+        )
         for r in range(processes)
     ]
     try:
@@ -105,7 +110,9 @@ def _side(options: dict[str, Any], processes: int, chunk: int | str) -> dict[str
         for rank in ranks:
             rank.kill()
     if any(rank.returncode for rank in ranks):
-        raise ValueError(f"a process of the side chunk={chunk} ended with {[rank.returncode for rank in ranks]}")
+        raise ValueError(
+            f"a process of the side chunk={chunk} ended with {[rank.returncode for rank in ranks]}"
+        )
     found = [json.loads(text.splitlines()[-1]) for text in printed]
     return {**found[0], "peak_bytes": max(rank["peak_bytes"] for rank in found)}
 
@@ -125,13 +132,17 @@ def _config(options: dict[str, Any]) -> Config:
         batch=BatchConfig(chunk=chunk, kept=0) if chunk != "none" else BatchConfig(chunk="none"),
         model=replace(recipe.model, hidden_dim=64, projection_dim=32),
         objective=MoCoV3Config(temperature=0.2),
-        optim=OptimConfig(lr=options["lr"], eps=options["eps"], warmup_epochs=options["warmup_epochs"]),
+        optim=OptimConfig(
+            lr=options["lr"], eps=options["eps"], warmup_epochs=options["warmup_epochs"]
+        ),
         data=replace(recipe.data, synthetic=True),
         knn=KnnConfig(every_epochs=0),
     )
 
 
-def _global_batch(step: int, images: int, side: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _global_batch(
+    step: int, images: int, side: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Two views of the given number of images, the same in every process."""
     draws = torch.Generator().manual_seed(step)
     pattern = torch.randn(images, 3, side, side, generator=draws)
@@ -154,7 +165,9 @@ def _child(options: dict[str, Any]) -> None:
             before = _reset_peak()
             began = time.perf_counter()
             for step in range(options["steps"]):
-                views = _global_batch(step, config.global_batch_size, config.model.image_size, dtype)
+                views = _global_batch(
+                    step, config.global_batch_size, config.model.image_size, dtype
+                )
                 local_views = tuple(view[mine].clone() for view in views)
                 del views
                 batch = Batch(views=local_views, sample_ids=torch.arange(local).numpy(), step=step)
@@ -174,7 +187,9 @@ def _load_kernels(trainer: Trainer, dtype: torch.dtype) -> None:
     """Take a small step with a copy, so that libraries loaded at first use do
     not count as memory of the batch.
     """
-    encoder = copy.deepcopy(trainer.objective.encoder)  # without heads, which would wait for the other ranks
+    encoder = copy.deepcopy(
+        trainer.objective.encoder
+    )  # without heads, which would wait for the other ranks
     encoder(_global_batch(0, 8, trainer.config.model.image_size, dtype)[0]).sum().backward()
 
 

@@ -138,7 +138,9 @@ def _feeds(job: Job, options: dict[str, Any], skipped: dict[str, str]) -> list[F
     return [make() for name, make in makers.items() if name.startswith(wanted)]
 
 
-def _run(job: Job, options: dict[str, Any], more_threads: Sequence[int], stack: ExitStack) -> dict[str, Any]:
+def _run(
+    job: Job, options: dict[str, Any], more_threads: Sequence[int], stack: ExitStack
+) -> dict[str, Any]:
     def added(feed: Feed) -> Feed:
         stack.callback(feed.close)
         return feed
@@ -168,11 +170,16 @@ def _run(job: Job, options: dict[str, Any], more_threads: Sequence[int], stack: 
     for side in ("packed256", "packed512"):
         if options[side]:
             colors: tuple[Color, Color] = ("exact", "dali")
-            feeds += [added(fastmoco_feed(replace(job, shards=options[side]), c, f"{side} {c}")) for c in colors]
+            feeds += [
+                added(fastmoco_feed(replace(job, shards=options[side]), c, f"{side} {c}"))
+                for c in colors
+            ]
             packed += [f"{side} {color}" for color in colors]
     for feed in feeds:
         feed.next()  # all thread pools have read their number by now
-    scaled = [added(fastmoco_feed(replace(job, threads=n), "exact", f"{n} threads")) for n in more_threads]
+    scaled = [
+        added(fastmoco_feed(replace(job, threads=n), "exact", f"{n} threads")) for n in more_threads
+    ]
     for feed in scaled:
         feed.next()
     torch.set_num_threads(job.threads)
@@ -188,17 +195,27 @@ def _run(job: Job, options: dict[str, Any], more_threads: Sequence[int], stack: 
         measure()
     figures = interleave(measures, rounds=rounds)
 
-    result["images_per_cpu_s"] = {name: [round(x, 1) for x in values] for name, values in figures.items()}
-    result["median"] = {name: round(statistics.median(values), 1) for name, values in figures.items()}
-    result["speedup"] = {name: _ratio(figures, SUBJECT, name) for name in compared if name != SUBJECT}
+    result["images_per_cpu_s"] = {
+        name: [round(x, 1) for x in values] for name, values in figures.items()
+    }
+    result["median"] = {
+        name: round(statistics.median(values), 1) for name, values in figures.items()
+    }
+    result["speedup"] = {
+        name: _ratio(figures, SUBJECT, name) for name in compared if name != SUBJECT
+    }
     result["speedup_dali"] = {
         name: _ratio(figures, DALI, name) for name in compared if DALI in compared and name != DALI
     }
-    result["packed"] = {name: _ratio(figures, name, f"fastmoco {name.split()[1]}") for name in packed}
+    result["packed"] = {
+        name: _ratio(figures, name, f"fastmoco {name.split()[1]}") for name in packed
+    }
     if not options["feeds"]:
         result["profile"] = _profile(figures)
     result["stages"] = {
-        feed.name: (feed.loader.figures() - earlier[feed.name]).metrics() for feed in subjects if feed.loader
+        feed.name: (feed.loader.figures() - earlier[feed.name]).metrics()
+        for feed in subjects
+        if feed.loader
     }
 
     # Images per second by wall-clock time: of every feed on a GPU, of the scaling line elsewhere.
@@ -207,11 +224,17 @@ def _run(job: Job, options: dict[str, Any], more_threads: Sequence[int], stack: 
         clocked = {}
     clocked |= {feed.name: feed for feed in feeds if scaled and feed.name == SUBJECT}
     clocked |= {feed.name: feed for feed in scaled}
-    by_clock = {name: images_per_second(feed, images, batches, job.device) for name, feed in clocked.items()}
+    by_clock = {
+        name: images_per_second(feed, images, batches, job.device) for name, feed in clocked.items()
+    }
     seconds = interleave(by_clock, rounds=rounds)
-    result["images_per_s"] = {name: [round(x, 1) for x in values] for name, values in seconds.items()}
+    result["images_per_s"] = {
+        name: [round(x, 1) for x in values] for name, values in seconds.items()
+    }
     if job.device.type == "cuda":  # per image, for the table of benchmarks.gpu
-        result["milliseconds"] = {name: round(1e3 / statistics.median(x), 4) for name, x in seconds.items()}
+        result["milliseconds"] = {
+            name: round(1e3 / statistics.median(x), 4) for name, x in seconds.items()
+        }
     result["scaling"] = {
         feed.name: {
             "images_per_s": _ratio(seconds, feed.name, SUBJECT),
@@ -236,7 +259,9 @@ def check(feeds: Sequence[Feed], job: Job) -> tuple[dict[str, dict[str, float]],
             continue
         fault = next((found for view in views if (found := _implausible(view, job))), "")
         figures = (
-            {"mean": float(torch.stack(views).mean()), "std": float(torch.stack(views).std())} if not fault else {}
+            {"mean": float(torch.stack(views).mean()), "std": float(torch.stack(views).std())}
+            if not fault
+            else {}
         )
         limit = LIMITS[job.device.type].get(feed.name)
         if not fault and limit is not None:
@@ -252,8 +277,15 @@ def check(feeds: Sequence[Feed], job: Job) -> tuple[dict[str, dict[str, float]],
 def _implausible(view: torch.Tensor, job: Job) -> str:
     """The fault of one view of a batch, or ""."""
     expected = (job.batch, 3, job.size, job.size)
-    if tuple(view.shape) != expected or view.dtype != torch.float32 or view.device.type != job.device.type:
-        return f"{view.dtype} {tuple(view.shape)} on {view.device.type}, not float32 {expected} on {job.device.type}"
+    if (
+        tuple(view.shape) != expected
+        or view.dtype != torch.float32
+        or view.device.type != job.device.type
+    ):
+        return (
+            f"{view.dtype} {tuple(view.shape)} on {view.device.type}, "
+            f"not float32 {expected} on {job.device.type}"
+        )
     if not torch.isfinite(view).all():
         return "values that are not finite"
     mean, std, least = float(view.mean()), float(view.std()), float(view.flatten(1).std(1).max())
@@ -274,13 +306,19 @@ def _levels(views: Sequence[torch.Tensor], job: Job) -> float:
     for number, (view, spec) in enumerate(zip(views, job.views("exact"), strict=True), start=1):
         draws = job.draws(ids, number)
         truth = np.stack([reference_view(image, spec, draws, i) for i, image in enumerate(images)])
-        apart = np.abs(view[: len(ids)].cpu().numpy() - truth) * 255 * np.array(spec.std)[:, None, None]
+        apart = (
+            np.abs(view[: len(ids)].cpu().numpy() - truth) * 255 * np.array(spec.std)[:, None, None]
+        )
         distances.append(float(apart.mean()))
     return max(distances)
 
 
-def _ratio(figures: Mapping[str, list[float]], numerator: str, denominator: str) -> dict[str, float]:
-    return {name: round(x, 3) for name, x in ratios(figures[numerator], figures[denominator]).items()}
+def _ratio(
+    figures: Mapping[str, list[float]], numerator: str, denominator: str
+) -> dict[str, float]:
+    return {
+        name: round(x, 3) for name, x in ratios(figures[numerator], figures[denominator]).items()
+    }
 
 
 def _profile(figures: Mapping[str, list[float]]) -> dict[str, float]:
@@ -307,7 +345,9 @@ def memory(job: Job, steps: int) -> dict[str, Any]:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             resident.append(round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1))
         # From the driver, because DALI does not allocate through torch.
-        device = {"device_mb": round((free - torch.cuda.mem_get_info()[0]) / 1e6, 1)} if on_gpu else {}
+        device = (
+            {"device_mb": round((free - torch.cuda.mem_get_info()[0]) / 1e6, 1)} if on_gpu else {}
+        )
     finally:
         feed.close()
     return {

@@ -59,13 +59,17 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     dtype, E = _DTYPES[options["dtype"]], int(options["E"])
     rows = int(options["rows"]) or _ROWS[device.type]
     inputs = _inputs(rows, E, dtype, device, options["seed"])
-    found = contest(_contenders(inputs, options), subject=NAME, device=device, rounds=options["rounds"])
+    found = contest(
+        _contenders(inputs, options), subject=NAME, device=device, rounds=options["rounds"]
+    )
     size = dtype.itemsize
     forward = cost.residual_norm_bytes(rows, E, branch=size, out=size)
     backward = cost.residual_norm_backward_bytes(rows, E, branch=size, out=size)
     result = found | {"rows": rows, "E": E, "bytes": {"forward": forward, "backward": backward}}
     if size == 2:
-        result["bytes"] |= {f"eager_{way}": cost.eager_bytes(rows, E, backward=way == "backward") for way in _WAYS}
+        result["bytes"] |= {
+            f"eager_{way}": cost.eager_bytes(rows, E, backward=way == "backward") for way in _WAYS
+        }
     if NAME in found.get("milliseconds", {}):
         result["gb_per_s"] = round((forward + backward) / found["milliseconds"][NAME] / 1e6, 1)
     return result
@@ -78,14 +82,18 @@ def _inputs(rows: int, E: int, dtype: torch.dtype, device: torch.device, seed: i
     """x, branch, weight, bias, and the gradients of x_new and y."""
     generator = torch.Generator(device).manual_seed(seed)
     shapes = ((rows, E), (rows, E), (E,), (E,), (rows, E), (rows, E))
-    x, branch, weight, bias, dx_new, dy = (torch.randn(shape, device=device, generator=generator) for shape in shapes)
+    x, branch, weight, bias, dx_new, dy = (
+        torch.randn(shape, device=device, generator=generator) for shape in shapes
+    )
     return [x, branch.to(dtype), weight, bias, dx_new, dy.to(dtype)]
 
 
 def _contenders(inputs: list[Tensor], options: dict[str, Any]) -> list[Contender]:
     truth = _results(_operations(torch.float64), [t.double() for t in inputs])
     plain = _operations(inputs[1].dtype)
-    no_compiler = "no C++ compiler" if inputs[0].device.type == "cpu" and shutil.which("g++") is None else ""
+    no_compiler = (
+        "no C++ compiler" if inputs[0].device.type == "cpu" and shutil.which("g++") is None else ""
+    )
     reason = "left out by compile=0" if not options["compile"] else no_compiler
     compiled: Norm = plain if reason else torch.compile(plain, fullgraph=True, dynamic=False)
 
@@ -95,7 +103,9 @@ def _contenders(inputs: list[Tensor], options: dict[str, Any]) -> list[Contender
     return [
         _contender(NAME, ours, inputs, truth),
         _contender("eager", plain, inputs, truth),
-        Contender(name="compiled", skipped=reason) if reason else _contender("compiled", compiled, inputs, truth),
+        Contender(name="compiled", skipped=reason)
+        if reason
+        else _contender("compiled", compiled, inputs, truth),
     ]
 
 
@@ -116,9 +126,14 @@ def _contender(name: str, norm: Norm, inputs: list[Tensor], truth: dict[str, Ten
         return torch.autograd.grad(norm(*leaves), leaves, inputs[4:])
 
     def errors() -> dict[str, float]:
-        return {what: relative_error(value, truth[what]) for what, value in _results(norm, inputs).items()}
+        return {
+            what: relative_error(value, truth[what])
+            for what, value in _results(norm, inputs).items()
+        }
 
-    return Contender(name=name, call=call, errors=errors, limits=dict.fromkeys(truth, _LIMITS[inputs[1].dtype]))
+    return Contender(
+        name=name, call=call, errors=errors, limits=dict.fromkeys(truth, _LIMITS[inputs[1].dtype])
+    )
 
 
 def _results(norm: Norm, inputs: list[Tensor]) -> dict[str, Tensor]:
@@ -126,4 +141,8 @@ def _results(norm: Norm, inputs: list[Tensor]) -> dict[str, Tensor]:
     leaves = [t.detach().requires_grad_() for t in inputs[:4]]
     results = norm(*leaves)
     gradients = torch.autograd.grad(results, leaves, inputs[4:])
-    return dict(zip(("x_new", "y", "dx", "dbranch", "dweight", "dbias"), (*results, *gradients), strict=True))
+    return dict(
+        zip(
+            ("x_new", "y", "dx", "dbranch", "dweight", "dbias"), (*results, *gradients), strict=True
+        )
+    )

@@ -98,13 +98,18 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         flops = measure_costs(config, choose_precision(config.precision, device)).step_flops
         medians = {name: statistics.median(values) for name, values in rates.items()}
         result["milliseconds"] = {name: round(1e3 / value, 4) for name, value in medians.items()}
-        result["mfu"] = {name: round(value * flops / (options["tflops"] * 1e12), 4) for name, value in medians.items()}
+        result["mfu"] = {
+            name: round(value * flops / (options["tflops"] * 1e12), 4)
+            for name, value in medians.items()
+        }
         result["peak_bytes"] = {name: side["peak_bytes"] for name, side in found.items()}
         result["work"] = {"flops": flops, "ms": next(iter(result["milliseconds"].values()))}
     return result
 
 
-def _apart(sides: list[str], options: dict[str, Any], failed: dict[str, str]) -> dict[str, dict[str, Any]]:
+def _apart(
+    sides: list[str], options: dict[str, Any], failed: dict[str, str]
+) -> dict[str, dict[str, Any]]:
     """Each side in its own process; a failed one does not affect the others."""
     found = {}
     for name in sides:
@@ -126,7 +131,9 @@ def _in_turns(sides: list[str], options: dict[str, Any]) -> dict[str, dict[str, 
         steps = options["steps"]
         measures = {name: partial(side.images_per_s, steps) for name, side in open_sides.items()}
         rates = interleave(measures, rounds=options["rounds"])
-        return {name: side.result | {"images_per_s": rates[name]} for name, side in open_sides.items()}
+        return {
+            name: side.result | {"images_per_s": rates[name]} for name, side in open_sides.items()
+        }
 
 
 def _beyond(result: dict[str, Any]) -> str:

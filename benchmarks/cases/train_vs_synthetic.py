@@ -62,7 +62,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _images_per_s(trainer: Trainer, config: Config, steps: int, warm_steps: int) -> Callable[[], float]:
+def _images_per_s(
+    trainer: Trainer, config: Config, steps: int, warm_steps: int
+) -> Callable[[], float]:
     """One segment of a trainer."""
 
     def measure() -> float:

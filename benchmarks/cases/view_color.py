@@ -79,7 +79,12 @@ def _has_dali() -> bool:
 def _pictures(count: int, size: int) -> NDArray[np.uint8]:
     """[count, size, size, 3]: smooth noise, with similar neighbours as in photographs."""
     coarse = np.random.default_rng(0).integers(0, 256, (count, 24, 24, 3), dtype=np.uint8)
-    return np.stack([np.asarray(Image.fromarray(c).resize((size, size), Image.Resampling.BICUBIC)) for c in coarse])
+    return np.stack(
+        [
+            np.asarray(Image.fromarray(c).resize((size, size), Image.Resampling.BICUBIC))
+            for c in coarse
+        ]
+    )
 
 
 def _whole(view: ViewSpec, color: Literal["dali", "exact"]) -> ViewSpec:
@@ -89,7 +94,9 @@ def _whole(view: ViewSpec, color: Literal["dali", "exact"]) -> ViewSpec:
 
 def _draws(view: ViewSpec, images: NDArray[np.uint8], number: int) -> ViewDraws:
     sizes = np.full((len(images), 2), view.size, dtype=np.int32)
-    return draw_views(view, seed=0, epoch=0, sample_ids=np.arange(len(images)), sizes=sizes, view=number)
+    return draw_views(
+        view, seed=0, epoch=0, sample_ids=np.arange(len(images)), sizes=sizes, view=number
+    )
 
 
 def _distance(made: Tensor, truth: NDArray[np.float32], view: ViewSpec) -> float:
@@ -117,7 +124,9 @@ def _colour_contest(
         def errors() -> dict[str, float]:
             return {"levels": _distance(call(), truth, spec)}
 
-        return Contender(name=name, call=call, skipped=skipped, errors=errors, limits={"levels": 0.5})
+        return Contender(
+            name=name, call=call, skipped=skipped, errors=errors, limits={"levels": 0.5}
+        )
 
     contenders = [
         contender("pillow, image by image", lambda: torch.from_numpy(by_pillow()).to(device)),
@@ -143,7 +152,10 @@ def _pipeline_contest(
     for color in ("exact", "dali"):
         view1, view2 = _whole(pair[0], color), _whole(pair[1], color)
         draws = _draws(view1, images, 1), _draws(view2, images, 2)
-        truth = [reference_view(image, _whole(view1, "exact"), draws[0], i) for i, image in enumerate(decoded)]
+        truth = [
+            reference_view(image, _whole(view1, "exact"), draws[0], i)
+            for i, image in enumerate(decoded)
+        ]
         on_gpu = device.type == "cuda"
         pipeline = ViewPipeline(
             (view1, view2),
@@ -153,7 +165,9 @@ def _pipeline_contest(
             device_id=0 if on_gpu else None,
         )
 
-        def call(pipeline: ViewPipeline = pipeline, draws: tuple[ViewDraws, ViewDraws] = draws) -> Tensor:
+        def call(
+            pipeline: ViewPipeline = pipeline, draws: tuple[ViewDraws, ViewDraws] = draws
+        ) -> Tensor:
             return pipeline.run(encoded, draws)[0]
 
         def errors(

@@ -20,11 +20,19 @@ def main() -> int:
     """Read the variables and run; returns the exit code."""
     given = os.environ
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--stages", default=given.get("STAGES", ""), help="names, or a and b; comma between them")
-    parser.add_argument("--only", default=given.get("ONLY", ""), help="an op, or part of a row's name")
-    parser.add_argument("--budget", type=float, default=float(given.get("BUDGET") or 0), help="seconds")
+    parser.add_argument(
+        "--stages", default=given.get("STAGES", ""), help="names, or a and b; comma between them"
+    )
+    parser.add_argument(
+        "--only", default=given.get("ONLY", ""), help="an op, or part of a row's name"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=float(given.get("BUDGET") or 0), help="seconds"
+    )
     parser.add_argument("--out", type=Path, default=Path(given.get("OUT") or "gpu-results"))
-    parser.add_argument("--dry-run", action="store_true", default=given.get("DRY", "") not in ("", "0"))
+    parser.add_argument(
+        "--dry-run", action="store_true", default=given.get("DRY", "") not in ("", "0")
+    )
     arguments = parser.parse_args()
     try:
         stages = chosen(arguments.stages)

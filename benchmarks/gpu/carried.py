@@ -25,7 +25,9 @@ def unpack(source: Path) -> tuple[Path | None, list[str]]:
     files = sorted([*source.glob("*.whl"), *source.glob("*.tar.xz")])
     if not files:
         return None, []
-    key = hashlib.sha256("".join(f"{file.name} {file.stat().st_size}" for file in files).encode()).hexdigest()[:12]
+    key = hashlib.sha256(
+        "".join(f"{file.name} {file.stat().st_size}" for file in files).encode()
+    ).hexdigest()[:12]
     site = Path(tempfile.gettempdir()) / f"fastmoco-carried-{key}"
     if not (site / DONE).exists():
         site.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,9 @@ LIMIT_MIB = 60
 def main(arguments: Sequence[str] | None = None) -> int:
     """Download; returns 1 if a download failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("wheels", nargs="*", default=WHEELS, help="requirements, instead of the usual ones")
+    parser.add_argument(
+        "wheels", nargs="*", default=WHEELS, help="requirements, instead of the usual ones"
+    )
     parser.add_argument("--python", default="3.12")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / ".gpu")
     given = parser.parse_args(arguments)
@@ -43,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = sum(file.stat().st_size for file in files) / 2**20
     for file in files:
         print(f"{file.stat().st_size / 2**20:6.2f} MiB  {file.name}")
-    print(f"{size:6.2f} MiB in {given.out}" + (f", more than {LIMIT_MIB}" if size > LIMIT_MIB else ""))
+    print(
+        f"{size:6.2f} MiB in {given.out}" + (f", more than {LIMIT_MIB}" if size > LIMIT_MIB else "")
+    )
     if failed:
         print(f"could not be had: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))

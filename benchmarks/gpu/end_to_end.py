@@ -53,7 +53,9 @@ def _run(folder: Path, dry: bool) -> int:
 
     batch, warm, steps = (8, 1, 3) if dry else (512, 10, 60)
     side = 40 if dry else 400
-    train = pack_folder(_pictures(folder / "train", 2 * batch, side, 0), folder / "train-shards").pattern
+    train = pack_folder(
+        _pictures(folder / "train", 2 * batch, side, 0), folder / "train-shards"
+    ).pattern
     test = pack_folder(_pictures(folder / "test", batch, side, 1), folder / "test-shards").pattern
 
     base: Config = vit_nano8_e60_b256() if dry else vit_s16_e300_b1024()
@@ -75,14 +77,18 @@ def _run(folder: Path, dry: bool) -> int:
     try:
         trainer.run(max_steps=warm)
         began = time.monotonic()
-        trainer.run(max_steps=steps - warm)  # the last step is logged, which waits for the device, and evaluated
+        trainer.run(
+            max_steps=steps - warm
+        )  # the last step is logged, which waits for the device, and evaluated
         seconds = time.monotonic() - began
     finally:
         trainer.close()
 
     # Judge the accuracy, and report.
     accuracy = RunFolder(out).read_metric("knn")[-1][1]
-    fault = "" if dry or accuracy >= LEARNT else f"kNN accuracy {accuracy:.2f}, no better than chance"
+    fault = (
+        "" if dry or accuracy >= LEARNT else f"kNN accuracy {accuracy:.2f}, no better than chance"
+    )
     rate = round((steps - warm) * batch / seconds, 1)
     emit(
         NAME,

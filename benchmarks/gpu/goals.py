@@ -77,14 +77,22 @@ class Outcome:
         """Whether it is reached; None if unknown."""
         if self.wanted is None:
             return None
-        return self.measured >= self.wanted if self.goal.at_least is not None else self.measured <= self.wanted
+        return (
+            self.measured >= self.wanted
+            if self.goal.at_least is not None
+            else self.measured <= self.wanted
+        )
 
     def __str__(self) -> str:
         if self.wanted is None:
-            return f"{self.goal.name} unscaled: {self.goal.figure} {self.measured:.4g}, no ceilings of this card"
+            return (
+                f"{self.goal.name} unscaled: {self.goal.figure} {self.measured:.4g}, "
+                "no ceilings of this card"
+            )
         sign = ">=" if self.goal.at_least is not None else "<="
         word = "met" if self.met else "MISSED"
-        return f"{self.goal.name} {word}: {self.goal.figure} {self.measured:.4g} {sign} {self.wanted:.4g}"
+        measured = f"{self.measured:.4g} {sign} {self.wanted:.4g}"
+        return f"{self.goal.name} {word}: {self.goal.figure} {measured}"
 
 
 def slower(card: str, ceilings: Mapping[str, float], compute: float) -> float | None:
@@ -100,11 +108,15 @@ def slower(card: str, ceilings: Mapping[str, float], compute: float) -> float | 
         return 1.0
     if any(not ceilings.get(name) for name in SET_FOR):
         return None
-    products, copies = (SET_FOR[name] / ceilings[name] for name in ("matmul_tflops", "copy_gb_per_s"))
+    products, copies = (
+        SET_FOR[name] / ceilings[name] for name in ("matmul_tflops", "copy_gb_per_s")
+    )
     return compute * products + (1 - compute) * copies
 
 
-def outcomes(row: str, result: Mapping[str, Any], card: str, ceilings: Mapping[str, float]) -> list[Outcome]:
+def outcomes(
+    row: str, result: Mapping[str, Any], card: str, ceilings: Mapping[str, float]
+) -> list[Outcome]:
     """The goals of a row with measured figures."""
     found = []
     for goal in GOALS:
@@ -114,7 +126,11 @@ def outcomes(row: str, result: Mapping[str, Any], card: str, ceilings: Mapping[s
         factor = 1.0 if goal.compute is None else slower(card, ceilings, goal.compute)
         wanted = None
         if factor is not None:
-            wanted = goal.at_least / factor if goal.at_least is not None else (goal.at_most or 0.0) * factor
+            wanted = (
+                goal.at_least / factor
+                if goal.at_least is not None
+                else (goal.at_most or 0.0) * factor
+            )
         found.append(Outcome(goal=goal, wanted=wanted, measured=measured))
     return found
 

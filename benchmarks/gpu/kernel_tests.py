@@ -38,7 +38,9 @@ def main() -> int:
     parser.add_argument("--only", default="")
     parser.add_argument("--limit", type=float, default=120)
     arguments = parser.parse_args()
-    files = {op: test_files(patterns) for op, patterns in TESTS_OF.items() if checked(arguments.only, op)}
+    files = {
+        op: test_files(patterns) for op, patterns in TESTS_OF.items() if checked(arguments.only, op)
+    }
     if arguments.dry_run:
         files = {op: list(QUICK_TEST) for op in list(files)[:1]}
     files = dict(sorted(files.items(), key=lambda item: item[0] not in LONGEST))
@@ -48,7 +50,9 @@ def main() -> int:
     ends = time.monotonic() + arguments.limit
     workers = min(WORKERS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(workers) as pool:
-        running = {op: [pool.submit(run_file, file, ends) for file in paths] for op, paths in files.items()}
+        running = {
+            op: [pool.submit(run_file, file, ends) for file in paths] for op, paths in files.items()
+        }
         codes = []
         for op, results in running.items():
             done = [result.result() for result in results]
@@ -58,7 +62,9 @@ def main() -> int:
 
 def test_files(patterns: tuple[str, ...]) -> list[str]:
     """The existing files of some patterns."""
-    return sorted({str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)})
+    return sorted(
+        {str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)}
+    )
 
 
 def run_file(file: str, ends: float) -> tuple[int, str]:
@@ -111,7 +117,11 @@ def _text(printed: str | bytes | None) -> str:
 
 
 def _report(op: str, results: dict[str, tuple[int, str]]) -> int:
-    failed = {file: text for file, (code, text) in results.items() if code not in (0, NOTHING_COLLECTED, OUT_OF_TIME)}
+    failed = {
+        file: text
+        for file, (code, text) in results.items()
+        if code not in (0, NOTHING_COLLECTED, OUT_OF_TIME)
+    }
     late = [file for file, (code, _) in results.items() if code == OUT_OF_TIME]
     shown = {Path(file).name: text for file, (_, text) in results.items()}
     if not results:

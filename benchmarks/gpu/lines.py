@@ -86,7 +86,9 @@ def _read(stdout: IO[str], log: IO[str], take: Callable[[dict[str, Any]], None])
             continue
         try:
             take(line)
-        except Exception:  # keep reading: later lines are needed, and a full pipe would block the process
+        except (
+            Exception
+        ):  # keep reading: later lines are needed, and a full pipe would block the process
             log.write(f"{text}{traceback.format_exc()}")
 
 

@@ -90,7 +90,9 @@ def status_of(result: dict[str, object]) -> tuple[str, str]:
         failed = part.get("failed")
         subject = part.get("subject")
         if isinstance(failed, dict):
-            faults += [f"{who}: {why}" for who, why in failed.items() if subject is None or who == subject]
+            faults += [
+                f"{who}: {why}" for who, why in failed.items() if subject is None or who == subject
+            ]
     return (FAILED, "; ".join(faults)[:400]) if faults else (OK, "")
 
 

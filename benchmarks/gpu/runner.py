@@ -34,7 +34,10 @@ def _commit() -> str:
         return commit
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+        return (
+            subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+            or "unknown"
+        )
     except OSError:
         return "unknown"
 
@@ -67,7 +70,9 @@ class Run:
         paths = [ROOT, ROOT / "kernels", ROOT / "pipelines", *([site] if site else [])]
         self._environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([*map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONPATH": os.pathsep.join(
+                [*map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
             "PYTHONUNBUFFERED": "1",
         }
         if carried:
@@ -77,14 +82,22 @@ class Run:
         """Run stages in their order; returns 0, 1 if something failed, 3 if the
         time ran out and nothing failed.
         """
-        if not self.dry and subprocess.run([sys.executable, "-c", CARD_CHECK], check=False).returncode != 0:
+        if (
+            not self.dry
+            and subprocess.run([sys.executable, "-c", CARD_CHECK], check=False).returncode != 0
+        ):
             print(
-                "benchmarks.gpu: there is no CUDA device here; --dry-run goes through everything without",
+                "benchmarks.gpu: there is no CUDA device here; --dry-run goes through everything "
+                "without",
                 file=sys.stderr,
             )
             return 1
         # Every figure needs the card and its ceilings.
-        first = [s for s, key in ((ENVIRONMENT, "machine"), (CEILINGS, "ceilings")) if not self._kept[key]]
+        first = [
+            s
+            for s, key in ((ENVIRONMENT, "machine"), (CEILINGS, "ceilings"))
+            if not self._kept[key]
+        ]
         stages = [*(stage for stage in first if stage not in stages), *stages]
         done: list[tuple[str, str, float]] = []
         for stage in stages:
@@ -93,7 +106,9 @@ class Run:
             began = time.monotonic()
             outcome = self._stage(stage)
             done.append((stage.name, outcome, time.monotonic() - began))
-            self._say(f"-- {stage.name}: {outcome} after {done[-1][2]:.0f} s, {self._left():.0f} s left")
+            self._say(
+                f"-- {stage.name}: {outcome} after {done[-1][2]:.0f} s, {self._left():.0f} s left"
+            )
         card = self._kept["machine"].get("gpu", "")
         self._say("\n".join(summary(self.lines, done, self._kept["ceilings"], card)))
         outcomes = {outcome for _, outcome, _ in done}
@@ -154,9 +169,13 @@ class Run:
             before = {line.get("row") for line in self.lines if line.get("stage") == stage.name}
             words = [stage.name, "--rows", ",".join(map(str, waiting))]
             left = ends - time.monotonic()
-            code, bad = self._process(stage, words, left) if left > LEAST_SECONDS else (OUT_OF_TIME, False)
+            code, bad = (
+                self._process(stage, words, left) if left > LEAST_SECONDS else (OUT_OF_TIME, False)
+            )
             failed = failed or bad
-            seen = {line.get("row") for line in self.lines if line.get("stage") == stage.name} - before
+            seen = {
+                line.get("row") for line in self.lines if line.get("stage") == stage.name
+            } - before
             waiting = [number for number in waiting if number not in seen]
             if code == OUT_OF_TIME:
                 for number in waiting:
@@ -200,7 +219,9 @@ class Run:
         if line["name"] == "environment":
             self._kept["machine"] = line["machine"]
         elif line["name"] == "ceilings":
-            self._kept["ceilings"] = {key: value for key, value in line.items() if key not in ("name", "status")}
+            self._kept["ceilings"] = {
+                key: value for key, value in line.items() if key not in ("name", "status")
+            }
         elif line.get("gate"):
             self._kept["gates"][line["op"]] = line["gate"]
         if isinstance(line.get("result"), dict):
@@ -214,7 +235,9 @@ class Run:
         with open(self.out / "gpu.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         self._kept_file.write_text(json.dumps(self._kept))
-        self._say("\n".join(shown(line, self._kept["ceilings"], self._kept["machine"].get("gpu", ""))))
+        self._say(
+            "\n".join(shown(line, self._kept["ceilings"], self._kept["machine"].get("gpu", "")))
+        )
 
     def _log(self, stage: Stage) -> Path:
         return self.out / f"{stage.name}.log"

@@ -59,7 +59,11 @@ def run_check(name: str, op: str, check: Check, place: Place) -> bool:
         traceback.print_exc()
         emit(name, FAILED, op=op, reason=f"{type(error).__name__}: {str(error)[:300]}")
         return False
-    beyond = [f"{what} {error:.3g} > {limit:.3g}" for what, (error, limit) in errors.items() if not error <= limit]
+    beyond = [
+        f"{what} {error:.3g} > {limit:.3g}"
+        for what, (error, limit) in errors.items()
+        if not error <= limit
+    ]
     emit(
         name,
         FAILED if beyond else OK,

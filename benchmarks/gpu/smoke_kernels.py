@@ -45,7 +45,9 @@ def _loss_inputs(place: Place) -> tuple[Tensor, Tensor, str]:
 def _info_nce(place: Place) -> Errors:
     q, k, precision = _loss_inputs(place)
 
-    def gradient(rows: Tensor, keys: Tensor, backend: str, precision: str = "auto") -> tuple[Tensor, Tensor]:
+    def gradient(
+        rows: Tensor, keys: Tensor, backend: str, precision: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
         leaf = rows.detach().requires_grad_()
         loss = info_nce_loss(leaf, keys, temperature=0.2, backend=backend, precision=precision)
         return loss, torch.autograd.grad(loss, leaf)[0]
@@ -61,7 +63,9 @@ def _symmetric(place: Place) -> Errors:
     p = q.flip(0).contiguous()
 
     def both(a: Tensor, b: Tensor, keys: Tensor, backend: str, precision: str = "auto") -> Tensor:
-        found = symmetric_info_nce_loss(a, keys, b, keys, temperature=0.2, backend=backend, precision=precision)
+        found = symmetric_info_nce_loss(
+            a, keys, b, keys, temperature=0.2, backend=backend, precision=precision
+        )
         return found.loss
 
     loss = both(q, p, k, "triton", precision)
@@ -90,14 +94,20 @@ def _attention(backend: str, head_dim: int, tokens: int = 197) -> Check:
         # its error plus some units.
         return {
             name: (relative_error(mine, exact), 2 * relative_error(other, exact) + 4 * place.unit)
-            for name, mine, other, exact in zip(("out", "dq", "dk", "dv"), ours, plain, truth, strict=True)
+            for name, mine, other, exact in zip(
+                ("out", "dq", "dk", "dv"), ours, plain, truth, strict=True
+            )
         }
 
     return check
 
 
 def _tensors(place: Place, seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    shapes = [(1,), (33, 7), (257,), (2, 1025)] if place.dry else [(1,), (1537,), (384, 1536), (65, 1025), (4096, 257)]
+    shapes = (
+        [(1,), (33, 7), (257,), (2, 1025)]
+        if place.dry
+        else [(1,), (1537,), (384, 1536), (65, 1025), (4096, 257)]
+    )
     return [place.random(*shape, seed=seed + i, dtype=dtype) for i, shape in enumerate(shapes)]
 
 
@@ -110,7 +120,9 @@ def _ema(place: Place) -> Errors:
 
 def _adamw(place: Place) -> Errors:
     def step(backend: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        params, grads, averages = ([t.to(dtype) for t in _tensors(place, seed)] for seed in (1, 50, 100))
+        params, grads, averages = (
+            [t.to(dtype) for t in _tensors(place, seed)] for seed in (1, 50, 100)
+        )
         first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
         steps = [torch.zeros((), device=place.device) for _ in params]
         adamw_ema_step_(
@@ -211,7 +223,9 @@ def _fused_block(place: Place) -> Errors:
     weight, bias = (place.random(width, seed=i, dtype=torch.float32) for i in (6, 7))
     parts = [place.random(2, 3, rows, 16, seed=i) for i in (8, 9, 10)]
 
-    def results(cast: Callable[[Tensor], Tensor], narrow: torch.dtype, triton: bool) -> list[Tensor]:
+    def results(
+        cast: Callable[[Tensor], Tensor], narrow: torch.dtype, triton: bool
+    ) -> list[Tensor]:
         stream, side, w, b = (cast(t) for t in (x, branch, weight, bias))
         total, y, mean, rstd = norm_forward(stream, side, w, b, 1e-6, narrow, triton)
         back = norm_backward(cast(dy), cast(dsum), stream, side, w, b, mean, rstd, narrow, triton)
@@ -242,15 +256,22 @@ def _fused_block(place: Place) -> Errors:
     )
 
 
-def _against(place: Place, names: tuple[str, ...], ours: list[Tensor], truth: list[Tensor]) -> Errors:
+def _against(
+    place: Place, names: tuple[str, ...], ours: list[Tensor], truth: list[Tensor]
+) -> Errors:
     limit = 2 * place.unit + 1e-5
-    return {name: (relative_error(mine, exact), limit) for name, mine, exact in zip(names, ours, truth, strict=True)}
+    return {
+        name: (relative_error(mine, exact), limit)
+        for name, mine, exact in zip(names, ours, truth, strict=True)
+    }
 
 
 def _pictures(place: Place) -> tuple[Tensor, ViewColorParameters]:
     count, side = (2, 9) if place.dry else (48, 60)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, side, side - 2, 3), generator=generator, dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (count, side, side - 2, 3), generator=generator, dtype=torch.uint8
+    )
     neutral = ViewColorParameters.neutral(count)
     numbers = torch.rand(count, generator=generator)
     changed = neutral._replace(
@@ -259,7 +280,9 @@ def _pictures(place: Place) -> tuple[Tensor, ViewColorParameters]:
         saturation=0.5 + numbers,
         hue=numbers - 0.5,
     )
-    return images, changed._replace(blur_sigma=2 * numbers, solarize=numbers > 0.7, grayscale=numbers < 0.2)
+    return images, changed._replace(
+        blur_sigma=2 * numbers, solarize=numbers > 0.7, grayscale=numbers < 0.2
+    )
 
 
 def _view_color(place: Place) -> Errors:
@@ -290,7 +313,10 @@ def _cut_views(place: Place) -> Errors:
     count, height, width = images.shape[:3]
     crops = torch.tensor([[1, 2, height - 3, width - 2]] * count, dtype=torch.int32)
     arrays = [image.numpy() for image in images]
-    native, plain = (cut_views(arrays, crops, parameters, size=16, backend=backend) for backend in ("native", "torch"))
+    native, plain = (
+        cut_views(arrays, crops, parameters, size=16, backend=backend)
+        for backend in ("native", "torch")
+    )
     return {"values that differ": (float((native != plain).sum()), 0.0)}
 
 

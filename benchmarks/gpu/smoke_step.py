@@ -25,7 +25,9 @@ from fastmoco.training.trainer import Trainer
 Errors = dict[str, tuple[float, float]]
 
 
-def _config(place: Place, chunk: Literal["none"] | int, precision: Literal["fp32", "bf16"] = "fp32") -> Config:
+def _config(
+    place: Place, chunk: Literal["none"] | int, precision: Literal["fp32", "bf16"] = "fp32"
+) -> Config:
     config = quickstart_digits()
     return replace(
         config,
@@ -99,13 +101,17 @@ def _chunks_equal_the_whole(place: Place) -> Errors:
 
 
 def _steps_do_not_wait(place: Place) -> Errors:
-    with _trainer(_config(place, 4 if place.dry else 16, "fp32" if place.dry else "bf16")) as trainer:
+    with _trainer(
+        _config(place, 4 if place.dry else 16, "fp32" if place.dry else "bf16")
+    ) as trainer:
         for _ in range(3):  # the first is logged; then allocators and tables of pointers are stable
             trainer.step(trainer.loader.next())
         batches = [trainer.loader.next() for _ in range(3)]
         with _no_waiting(place):
             losses = [trainer.step(batch).loss for batch in batches]
-    return {"losses that are not finite": (float(sum(not torch.isfinite(loss) for loss in losses)), 0.0)}
+    return {
+        "losses that are not finite": (float(sum(not torch.isfinite(loss) for loss in losses)), 0.0)
+    }
 
 
 def _a_bad_step_leaves_no_trace(place: Place) -> Errors:

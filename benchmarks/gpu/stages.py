@@ -282,7 +282,9 @@ LOADER = Stage(
         ),
     ),
 )
-KNN = Stage(name="knn", run="b", limit=120, module="benchmarks.gpu.end_to_end", ops=("loader", "step"))
+KNN = Stage(
+    name="knn", run="b", limit=120, module="benchmarks.gpu.end_to_end", ops=("loader", "step")
+)
 PEERS = Stage(
     name="peers",
     run="b",
@@ -317,7 +319,8 @@ def chosen(names: str) -> list[Stage]:
     for name in asked:
         if name not in known:
             raise ValueError(
-                f"STAGES={names!r}: {name!r} is none of {', '.join(['a', 'b', *(s.name for s in STAGES)])}"
+                f"STAGES={names!r}: {name!r} is none of "
+                f"{', '.join(['a', 'b', *(s.name for s in STAGES)])}"
             )
     return [stage for stage in STAGES if stage.name in asked or stage.run in asked]
 

@@ -21,7 +21,10 @@ def shown(line: Mapping[str, Any], ceilings: Mapping[str, float], card: str) -> 
     head = f"{name}: {status}{seconds}" + (f": {line['reason']}" if line.get("reason") else "")
     text = [head, *_body(line)]
     if share := line.get("share"):
-        text.append("share of this card's ceilings: " + ", ".join(f"{key} {value:.0%}" for key, value in share.items()))
+        text.append(
+            "share of this card's ceilings: "
+            + ", ".join(f"{key} {value:.0%}" for key, value in share.items())
+        )
     if isinstance(line.get("result"), Mapping) and not line.get("dry"):  # dry runs have no goals
         result = {**line["result"], "share": line.get("share", {})}
         text += [str(outcome) for outcome in goals.outcomes(name, result, card, ceilings)]
@@ -69,15 +72,28 @@ def _contest(part: Mapping[str, Any]) -> list[str]:
     text = []
     for key, label in (("milliseconds", "GPU ms"), ("wall_ms", "wall ms"), ("host_ms", "host ms")):
         if times := part.get(key):
-            text.append(f"{label}: " + "  ".join(f"{who} {value:.3f}" for who, value in times.items()))
+            text.append(
+                f"{label}: " + "  ".join(f"{who} {value:.3f}" for who, value in times.items())
+            )
     if rates := part.get("images_per_s"):
-        text.append("images/s: " + "  ".join(f"{who} {goals.figure(rates, who):.1f}" for who in rates))
+        text.append(
+            "images/s: " + "  ".join(f"{who} {goals.figure(rates, who):.1f}" for who in rates)
+        )
     if memory := part.get("peak_bytes"):
-        text.append("peak GB: " + "  ".join(f"{who} {value / 1e9:.2f}" for who, value in memory.items()))
-    text += [f"{key}: {part[key]}" for key in ("plan", "launches", "compile_s", "step_ms") if part.get(key)]
+        text.append(
+            "peak GB: " + "  ".join(f"{who} {value / 1e9:.2f}" for who, value in memory.items())
+        )
+    text += [
+        f"{key}: {part[key]}"
+        for key in ("plan", "launches", "compile_s", "step_ms")
+        if part.get(key)
+    ]
     text += [f"    {kernel}" for kernel in part.get("largest_kernels", [])]
     if ratios := part.get("speedup"):
-        text.append("speed-up over: " + "  ".join(f"{who} {value['median']:.2f}x" for who, value in ratios.items()))
+        text.append(
+            "speed-up over: "
+            + "  ".join(f"{who} {value['median']:.2f}x" for who, value in ratios.items())
+        )
     for key in ("failed", "skipped"):
         text += [f"{key} {who}: {why}" for who, why in (part.get(key) or {}).items()]
     return text
@@ -104,10 +120,15 @@ def summary(
     ]
     for status in (FAILED, MARKED, SKIPPED):
         these = [line for line in lines if line["status"] == status]
-        text += [f"{status}: {line['name']}: {line.get('reason', '')}"[:WIDTH] for line in these[:12]]
+        text += [
+            f"{status}: {line['name']}: {line.get('reason', '')}"[:WIDTH] for line in these[:12]
+        ]
         text += [f"... and {len(these) - 12} more {status}"] if len(these) > 12 else []
     if ceilings:
-        text.append("ceilings: " + ", ".join(f"{name} {value}" for name, value in ceilings.items() if name != "shapes"))
+        text.append(
+            "ceilings: "
+            + ", ".join(f"{name} {value}" for name, value in ceilings.items() if name != "shapes")
+        )
     body: list[str] = []
     for line in lines:
         if isinstance(line.get("result"), Mapping):
@@ -121,7 +142,9 @@ def summary(
 def _short(line: Mapping[str, Any], ceilings: Mapping[str, float], card: str) -> list[str]:
     """A figure in two or three lines: times, speed-ups, goals."""
     rows = [row.strip() for row in shown(line, ceilings, card)]
-    kept = [row for row in rows[1:] if row.startswith(("GPU ms", "images/s", "speed-up", "share", "G"))]
+    kept = [
+        row for row in rows[1:] if row.startswith(("GPU ms", "images/s", "speed-up", "share", "G"))
+    ]
     return [
         f"{line['name']} [{line['status']}] " + (kept[0] if kept else ""),
         *(f"    {row}" for row in kept[1:]),

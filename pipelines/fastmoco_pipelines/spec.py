@@ -275,9 +275,8 @@ class LoaderSpec(LoaderOptions):
     threads: int = 2
     """DALI worker threads of this process."""
     view_dtype: Literal["float32", "uint8"] = "float32"
-    """What views are made of: `float32`, normalised; or `uint8`, the levels 0 to 255 before that
-    last step, a quarter of the bytes. `levels.normalise` makes the first of the second, to the
-    bit."""
+    """Type of the views: `float32`, normalised; or `uint8`, the levels 0 to 255 before that last
+    step, a quarter of the bytes. `levels.normalise` makes the first of the second, to the bit."""
 
     def __post_init__(self) -> None:
         LoaderOptions.__post_init__(self)

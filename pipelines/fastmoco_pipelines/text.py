@@ -5,7 +5,18 @@ from __future__ import annotations
 import re
 from urllib.parse import unquote, urlsplit
 
-from fastmoco_pipelines.schemes import SCHEME, STORES
+STORES: dict[str, object] = {
+    "http": "fastmoco_pipelines.stores.http",
+    "https": "fastmoco_pipelines.stores.http",
+    "s3": "fastmoco_pipelines.stores.object_store",
+    "gs": "fastmoco_pipelines.stores.object_store",
+}
+"""The schemes of URLs that are read: scheme, in lower case -> a `stores.store.Store`, or the name of
+the module whose `STORE` is one, imported with the first URL (`stores.table`). The table is here,
+because messages must hide the secrets of every scheme, also where no store is ever used."""
+
+SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
+"""The scheme at the beginning of a URL, two letters at least: `C:` is a drive."""
 
 AUTHORITY = re.compile(r"[\w.{},-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
 """Host and port of a URL, or of a pattern of URLs."""

@@ -1,5 +1,4 @@
-"""A look at an image file's structure before DALI sees it: microseconds that keep the process
-alive.
+"""A check of an image file's structure before DALI gets it, which takes microseconds.
 
 DALI 2.4 raises a clean error when pixels cannot be decoded, but a file whose *structure* its parser
 refuses (a text file, an empty one, a PNG cut short) ends the whole process with a segmentation

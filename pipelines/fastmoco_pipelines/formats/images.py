@@ -27,7 +27,7 @@ MAX_SIDE = 16384
 MAX_PIXELS = 50_000_000
 """Largest height * width."""
 MAX_PIXELS_PER_BYTE = 2000
-"""Above this an image is emptier than any photograph and is taken for a bomb."""
+"""Above this an image is emptier than any photograph and is treated as a bomb."""
 
 _FOREIGN = (
     (b"GIF8", "GIF"),
@@ -134,8 +134,8 @@ def read_header(data: bytes) -> ImageHeader:
         raise ImageRefusedError(what if data else "it is empty")
     if len(data) > MAX_BYTES:
         raise ImageRefusedError(f"{len(data)} bytes are above the limit of {MAX_BYTES}")
-    # Before Pillow sees it, so that a bomb costs nothing; and what Pillow reads, DALI need not:
-    # e.g. arithmetic coding.
+    # Checked before Pillow opens it, so that a bomb costs nothing. Pillow also reads files that
+    # DALI does not, e.g. of arithmetic coding.
     problem = _png_size_problem(data) or structure_fault(data)
     if problem is not None:
         raise ImageRefusedError(problem)
@@ -155,7 +155,7 @@ def check_decodes(data: bytes) -> None:
     or with a wrong CRC.
 
     Raises:
-        ImageRefusedError: if a decoder would give up (truncated data, broken chunks).
+        ImageRefusedError: if a decoder would fail (truncated data, broken chunks).
     """
     kind = read_header(data).kind
     if kind == "png":
@@ -191,7 +191,7 @@ def shrink(data: bytes, *, max_side: int, quality: int) -> bytes:
 
 
 def _png_size_problem(data: bytes) -> str | None:
-    """A bomb is called one even where its structure is broken too."""
+    """The limits by the header alone: a bomb is reported as one even if its structure is broken."""
     if image_kind(data) != "png" or data[12:16] != b"IHDR" or len(data) < 24:
         return None
     width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))

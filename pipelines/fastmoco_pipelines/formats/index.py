@@ -109,6 +109,7 @@ def scan_tar(
     except TarError as error:
         hint = "" if error.position is None else f" {SALVAGE}"
         raise ShardError(f"{error}{hint}") from error
+
     if damages and damages[0].position is None:
         raise ShardError(str(damages[0]))
     index = ShardIndex(
@@ -120,6 +121,8 @@ def scan_tar(
         columns={name: [] for name in COLUMNS},
         skipped=[*content.others, *(lost_entry(damage) for damage in damages)],
     )
+
+    # Every image that could be used by its name: its header, its labels, its checksum.
     found: list[dict[Source, RawLabel]] = []
     with open(tar, "rb") as file:
         for sample in content.samples:
@@ -143,6 +146,7 @@ def scan_tar(
             index.extensions.append(sample.extension)
             for name, value in zip(COLUMNS, row, strict=True):
                 index.columns[name].append(value)
+
     if not index.keys:
         reasons = (
             "; ".join(f"{member}: {reason}" for member, reason in index.skipped[:3])
@@ -159,7 +163,7 @@ def lost_entry(damage: TarError) -> tuple[str, str]:
 
 
 def write_index(tar: Path, index: ShardIndex) -> Path:
-    """Write the index beside its tar, replacing an older one in one go."""
+    """Write the index beside its tar, whole or not at all."""
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -195,7 +199,7 @@ def fits_tar(index: ShardIndex, tar: Path) -> bool:
 
 
 def read_any_index(tar: Path) -> ShardIndex:
-    """The index beside a tar, be it stale or another tar's.
+    """The index beside a tar, even if it is stale or another tar's.
 
     Raises:
         ShardError: if it is missing or broken.
@@ -217,7 +221,7 @@ def parse_index(name: str, text: bytes) -> ShardIndex:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"{name}: is no valid JSON ({error}): {CURE}.") from error
+        raise ShardError(f"{name}: is not valid JSON ({error}): {CURE}.") from error
     index = _checked_index(name, content)
     if "content_hash" not in content:
         raise ShardError(
@@ -252,7 +256,9 @@ def _checked_index(name: str, content: Any) -> ShardIndex:
         if not good:
             raise ShardError(f"{name}: {what}: {CURE}.")
 
-    check(isinstance(content, dict) and content.get("format") == FORMAT, "is no index of fastmoco")
+    check(
+        isinstance(content, dict) and content.get("format") == FORMAT, "is not an index of fastmoco"
+    )
     check(
         content.get("version") == VERSION,
         f"has version {content.get('version')!r}, this fastmoco reads {VERSION}",

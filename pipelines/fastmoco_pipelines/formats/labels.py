@@ -57,9 +57,9 @@ class LabelRule:
             else f"a .{self.source} beside it"
         )
         return (
-            f"labels={self.source!r}: none of the {images} images has {what} with a label, "
-            "and no index was written: "
-            "--labels auto looks at .cls, .json and .txt, --labels none indexes without labels"
+            f"labels={self.source!r}: none of the {images} images has {what} with a label, and no "
+            "index was written: --labels auto looks at .cls, .json and .txt, --labels none "
+            "indexes without labels"
         )
 
 
@@ -103,7 +103,7 @@ class NumberedLabels:
         source: where they come from, or None.
         labels: one list a tar, one label a sample, -1 = none.
         classes: class names by label; empty where the labels are numbers.
-        note: for people, where texts were passed over; else empty.
+        note: for people, if texts were skipped; else empty.
     """
 
     source: Source | None
@@ -140,6 +140,8 @@ def number_labels(
         return NumberedLabels(
             source=None, labels=[[-1] * len(tar) for tar in found], classes=(), note=note
         )
+
+    # Numbers are taken as they are.
     raw = [[sample.get(source) for sample in tar] for tar in found]
     given = {value for tar in raw for value in tar if value is not None}
     if all(isinstance(value, int) for value in given):
@@ -149,12 +151,14 @@ def number_labels(
             classes=(),
             note=note,
         )
+
+    # Class names are numbered in sorted order, or as other sets number them.
     names = {str(value) for value in given}
     if known and not names <= set(known):
         raise LabelError(
             f"classes={sorted(names - set(known))[:3]!r}: not among the {len(known)} classes that "
-            "other shards of this "
-            "folder have: keep sets with different classes in different folders"
+            "other shards of this folder have: keep sets with different classes in different "
+            "folders"
         )
     classes = known or tuple(sorted(names))
     numbers = {name: i for i, name in enumerate(classes)}
@@ -173,7 +177,7 @@ def _number(member: TarMember, text: bytes) -> int:
 
 
 def _field(member: TarMember, text: bytes, rule: LabelRule) -> RawLabel:
-    """The label in a JSON object. What is not asked for by name may be anything."""
+    """The label in a JSON object. A source that was not given by name may hold anything."""
     try:
         content = json.loads(text) if len(text) <= _MAX_TEXT["json"] else None
     except (ValueError, RecursionError):

@@ -49,7 +49,7 @@ def parse_sets(where: str, text: bytes) -> dict[str, dict[str, Any]]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"{where}: is no valid JSON ({error}): pack the images again.") from error
+        raise ShardError(f"{where}: is not valid JSON ({error}): pack the images again.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return {}
     if content.get("version") != VERSION:
@@ -94,8 +94,8 @@ def check_folders(folders: Iterable[FolderOfShards]) -> tuple[str, ...]:
                 if shard not in folder.samples and not folder.present(shard):
                     raise ShardError(
                         f"{shard}: is listed in {NAME} but missing in {folder.where}: copy it "
-                        "there too, or spell out "
-                        f"the shards to use, e.g. {name}-{{000000..000003}}.tar."
+                        "there too, or spell out the shards to use, e.g. "
+                        f"{name}-{{000000..000003}}.tar."
                     )
                 if shard in folder.samples and folder.samples[shard] != count:
                     raise ShardError(
@@ -112,7 +112,7 @@ def check_folders(folders: Iterable[FolderOfShards]) -> tuple[str, ...]:
 
 
 def write_sets(folder: Path, sets: dict[str, dict[str, Any]]) -> Path:
-    """Write the manifest of a folder, replacing an older one in one go."""
+    """Write the manifest of a folder, whole or not at all."""
     return write_json(folder / NAME, {"format": FORMAT, "version": VERSION, "sets": sets})
 
 

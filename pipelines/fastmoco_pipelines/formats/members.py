@@ -37,7 +37,7 @@ SECOND_IMAGE = "a second image of the same key"
 
 @dataclass(slots=True)
 class TarSample:
-    """One key, or one image that has to do without.
+    """One key, or one image that cannot be filed under a key.
 
     Attributes:
         image: the member to decode; None where the key has none.
@@ -63,7 +63,7 @@ class TarContent:
 
     Attributes:
         samples: in file order of their images; those that cannot be used follow at the end.
-        others: (member, reason) of what is of no use to any sample.
+        others: (member, reason) of what no sample uses.
         scattered: keys whose members are not adjacent. Harmless here; readers that stream lose such
             samples.
     """
@@ -100,6 +100,8 @@ def group_members(members: Iterable[TarMember]) -> TarContent:
         group = groups.setdefault(key, TarSample(key, member=member.name))
         last = key
         _file(group, member, extension, unusable, content)
+
+    # Keys without an image.
     for group in groups.values():
         if group.image is None:
             group.kind = group.kind or "missing image"
@@ -109,6 +111,7 @@ def group_members(members: Iterable[TarMember]) -> TarContent:
                 (name, "a label without an image" if name.endswith("cls") else _BARE)
                 for name in texts
             ]
+
     content.scattered = list(scattered)
     content.samples = [group for group in groups.values() if not group.kind]
     content.samples.sort(key=lambda group: group.image.offset if group.image else 0)
@@ -157,7 +160,7 @@ def _file(
     unusable: list[TarSample],
     content: TarContent,
 ) -> None:
-    """Put one member to its key."""
+    """Add one member to its key."""
     kind = _type(extension)
     if kind in TEXTS:
         if group.texts.setdefault(kind, member) is not member:

@@ -1,8 +1,8 @@
 """The list of samples that are not delivered (`quarantine.jsonl`): which, why and since when. The
 tars stay as they are.
 
-`fastmoco data check` writes one beside the tars, and loaders honour it when they open the set; a
-run keeps its own discoveries in its run folder. One JSON object a line:
+`fastmoco data check` writes one beside the tars, and loaders read it when they open the set; a run
+keeps a list of its own in its run folder. One JSON object a line:
 
 {"shard": "train-000000.tar", "key": "000000012", "extension": "jpg", "offset": 512, "size": 9001,
 "crc32": 1, "reason": "...", "when": "2026-11-22T01:55:00Z"}
@@ -208,7 +208,7 @@ def read_list(path: Path) -> tuple[Quarantine, str | None]:
             f"{path}: cannot be read ({error.strerror}); bad images will be found again",
         )
     broken = (
-        f"{path}: {read.broken} lines are no entries of a list and were passed over"
+        f"{path}: {read.broken} lines are not entries of a list and were skipped"
         if read.broken
         else None
     )

@@ -158,8 +158,7 @@ def _member(
 def _damaged(path: Path, position: int, what: str, member: str = "") -> TarError:
     return TarError(
         f"{path.name}: byte {position}: {what}. The tar is cut off or damaged: copy it again from "
-        "its source, "
-        "or pack the images again.",
+        "its source, or pack the images again.",
         position=position,
         member=member,
         reason=what,

@@ -158,12 +158,10 @@ class BadSamples:
         more = f"; and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
         raise TooManyBadSamplesError(
             f"{len(self._found)} of {len(self._shards)} images cannot be used, {self.allowed} are "
-            "allowed "
-            f"(data.max_bad_share, {ALWAYS_ALLOWED} at least unless it is 0): {counts}. "
-            f"{'; '.join(shown[:_SHOWN])}{more}. "
-            "Run `fastmoco data check` on the shards: it names every fault and lists them beside "
-            "the shards, and the same "
-            "command then continues without them; or raise --data.max-bad-share."
+            f"allowed (data.max_bad_share, {ALWAYS_ALLOWED} at least unless it is 0): {counts}. "
+            f"{'; '.join(shown[:_SHOWN])}{more}. Run `fastmoco data check` on the shards: it names "
+            "every fault and lists them beside the shards, and the same command then continues "
+            "without them; or raise --data.max-bad-share."
         )
 
     def read_run_list(self) -> None:

@@ -108,8 +108,8 @@ def raise_bad_image(
     others = f" (and {len(bad) - 1} more images of this batch)" if len(bad) > 1 else ""
     raise BadImageError(
         f"{shards.describe(int(sample_ids[row]))}: {bad[row]}{others}. `fastmoco data check` lists "
-        "such images, and "
-        "training leaves them out; or remove it in the source folder and pack that again."
+        "such images, and training leaves them out; or remove it in the source folder and pack "
+        "that again."
     ) from error
 
 

@@ -152,8 +152,7 @@ class Healer:
             if places.attempts[row] >= MAX_ATTEMPTS:
                 raise ShardError(
                     f"step {places.step}: of {MAX_ATTEMPTS} images drawn to stand in for a bad "
-                    "one, none is good: run "
-                    "`fastmoco data check` on the shards"
+                    "one, none is good: run `fastmoco data check` on the shards"
                 )
             plan.advance(places, row)
 
@@ -177,8 +176,8 @@ class Healer:
 class Trial:
     """The decoding of one batch, again and again until no bad image is in it.
 
-    A batch whose images all decode alone is tried once more by a new graph, as something may just
-    have been scarce.
+    A batch whose images all decode alone is tried once more by a new graph, because memory may have
+    been short at that moment.
     """
 
     def __init__(self, healer: Healer) -> None:

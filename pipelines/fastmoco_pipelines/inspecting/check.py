@@ -93,12 +93,8 @@ def check_shards(
             stack.enter_context(closing(tars))
             report = CheckReport(pattern=redact(pattern))
             theirs = {}
-            for (
-                folder,
-                place,
-            ) in (
-                tars.urls.items()
-            ):  # Fetched first, so that a failure comes now and not after hours.
+            # Fetched first, so that a failure comes now and not after hours.
+            for folder, place in tars.urls.items():
                 theirs[folder], problems = fetch_lists([place], transfers or Limits())
                 report.notes += problems
             found = _check(tars, report, workers, limits, progress)

@@ -76,7 +76,7 @@ class DecodePool:
     Args:
         workers: children at a time.
         limits: for each image.
-        module: what a child runs; it speaks the protocol of `decode_child`.
+        module: what a child runs; it has the protocol of `decode_child`.
     """
 
     def __init__(

@@ -100,7 +100,7 @@ class CheckReport:
         outcome: str = "noted",
         path: str = "",
     ) -> None:
-        """Note a fault; nothing from a tar gets through unescaped."""
+        """Note a fault; all text from a tar is escaped."""
         self.faults.append(
             Fault(
                 shard=escaped(shard),

@@ -104,11 +104,14 @@ class TarCheck:
                 named = str(error).replace(self.path.name, self.place or self.path.name, 1)
                 self.report.notes.append(f"{named} Until then only this check can read it.")
             return
+
         self.fits = fits_tar(index, self.path)
         if self.fits:
             self.index = index
             return
         self.refused = True
+
+        # A stale index: of an earlier state if it lists half of the images at their places.
         places = set(zip(index.columns["offset"], index.columns["size"], index.keys, strict=True))
         tried = [
             (s.image.offset, s.image.size, s.key)
@@ -116,7 +119,7 @@ class TarCheck:
             if s.image is not None and not s.kind
         ]
         known = sum(place in places for place in tried)
-        # Nothing to compare with: the name decides.
+        # Without images there is nothing to compare: the name decides.
         if index.tar == self.path.name and 2 * known >= len(tried):
             self.index = index
             what = (
@@ -179,6 +182,8 @@ class TarCheck:
                 "is a good image that the index does not list: run `fastmoco data index` on the "
                 "shards"
             )
+
+        # The account: an image counts if an index lists it, or would list it.
         counted = candidate.row is not None or (not self.fits and decoded.listed)
         self.promised += counted
         self.delivered += counted and not kind
@@ -187,6 +192,7 @@ class TarCheck:
         if not kind:
             return
         item = candidate.item
+
         outcome = "quarantined" if counted else "left out"
         self._fault(f"{candidate.key}.{candidate.extension}", kind, reason, item.offset, outcome)
         crc32 = item.crc32 if item.crc32 is not None else decoded.crc32

@@ -1,11 +1,9 @@
-"""glibc's heaps, shared by all threads of a process: kept apart, each hoards what its busiest
-moment took.
-
-malloc gives a thread that finds no free heap ("arena") one of its own, up to eight for each core,
-and none of them is given back. DALI starts about 25 threads for each pipeline, hence after each
-image that it refuses; a remote set's transfers are threads that come and go too. Each time others
-land on other arenas, and RSS climbs towards the number of arenas times the largest of their needs,
-while the memory in use stays what it was. docs/data.md has the figures, and what else malloc keeps.
+"""A few of glibc's heaps ("arenas") for all threads of a process, so that its memory stays flat.
+malloc gives a thread that finds no free arena one of its own, up to eight for each core, and each
+keeps the memory of its peak. DALI starts about 25 threads for each pipeline, and a new pipeline
+after each image that it refuses; transfers of a remote set are short-lived threads too. Over time
+threads use all arenas, and RSS grows towards their number times the largest peak, while the memory
+in use stays the same. docs/data.md has the figures, and what else malloc keeps.
 """
 
 from __future__ import annotations

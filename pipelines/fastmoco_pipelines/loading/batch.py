@@ -101,7 +101,7 @@ class BatchStream(ABC):
         self.spec = spec
         self._step = start_step
 
-    def begin(self) -> None:  # noqa: B027  # nothing to do is a way of doing it
+    def begin(self) -> None:  # noqa: B027  # optional
         """Start to make batches ahead of `next`, where a stream does."""
 
     @abstractmethod
@@ -110,15 +110,15 @@ class BatchStream(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what the stream holds. Batches already handed out stay valid."""
+        """Release what the stream holds. Batches that were delivered stay valid."""
 
     def figures(self) -> StageFigures:
         """Where the time has gone since the beginning; empty for a stream that costs nothing."""
         return StageFigures()
 
     def state_dict(self) -> dict[str, Any]:
-        """All there is to know to go on: `step` of the next batch, and what a resumed run must
-        agree on; JSON-able."""
+        """What a resumed run needs: `step` of the next batch, and what it must agree on;
+        JSON-able."""
         order = (
             {"shuffle_window": self.shuffle_window, "order_digest": self.order_digest}
             if self.order_digest

@@ -58,7 +58,7 @@ def build_loader(
         rank: this process, 0 to world_size - 1.
         world_size: processes that share each global batch equally.
         device_id: index of this process's GPU; needed for, and only for, `spec.device="gpu"`.
-        start_step: the step of the first batch: 0, or where a resumed run goes on.
+        start_step: the step of the first batch: 0, or that of a resumed run.
         quarantine_list: the run's own list of bad samples, read and added to; all ranks may share
             it. None: none is kept.
         pin_memory: whether batches made on the CPU are in pinned memory, which a GPU copies from
@@ -193,6 +193,8 @@ class Loader(BatchStream):
         if not self._stop.alive:
             raise RuntimeError("the loader is closed")
         self.begin()
+
+        # Wait for the batch, and report a long wait.
         start = time.perf_counter()
         queued = self._results.qsize()
         tell_at = _REPORT_SECONDS
@@ -211,6 +213,7 @@ class Loader(BatchStream):
                 if waited >= min(tell_at, self.spec.timeout_s):
                     tell_at *= 2
                     self._tell_of_waiting(waited)
+
         self.wait_seconds = time.perf_counter() - start
         self._clock.waited(self.wait_seconds, queued)
         for text in self._bad.news():
@@ -230,9 +233,9 @@ class Loader(BatchStream):
             self.report(f"waiting for the data of step {self._step} for {waited:.0f} s: {doing}")
             return
         self._failure = LoaderTimeoutError(
-            f"no data for step {self._step} within {waited:.0f} s: {doing}. "
-            "Check the disk or the server; the same command resumes from the last checkpoint. "
-            "If storage is only slow, raise --data.timeout-s."
+            f"no data for step {self._step} within {waited:.0f} s: {doing}. Check the disk or the "
+            "server; the same command resumes from the last checkpoint. If storage is only slow, "
+            "raise --data.timeout-s."
         )
         raise self._failure
 
@@ -247,7 +250,7 @@ class Loader(BatchStream):
         return self._results.full() and not self._clock.busy
 
     def close(self) -> None:
-        """Stop the threads and close the files. Batches already handed out stay valid.
+        """Stop the threads and close the files. Batches that were delivered stay valid.
 
         A thread that hangs in a read is left running with its files: it is a daemon.
         """

@@ -25,9 +25,9 @@ class LoaderBytes:
 
     Attributes:
         batch_bytes: all views of one local batch; one such batch is in use by the trainer.
-        ready_bytes: the batches ahead of it, ready or in the making.
-        scratch_bytes: what is needed meanwhile to make one: DALI's buffers for one run, and the
-            colors'.
+        ready_bytes: the batches ahead of it, ready or being made.
+        scratch_bytes: memory to make one of them: DALI's buffers for one run, and those of the
+            color kernels.
     """
 
     batch_bytes: int

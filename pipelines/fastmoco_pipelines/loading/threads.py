@@ -30,8 +30,8 @@ Item = TypeVar("Item")
 
 
 class BatchPlaces:
-    """Room for the batches ahead of the trainer where memory is short, as on a GPU: the batch in
-    the making counts.
+    """Room for the batches ahead of the trainer where memory is short, as on a GPU: the batch that
+    is being made counts.
 
     A batch takes a place before it is made, and the trainer gives it back when it takes the batch.
     The trainer's work on the batch before may not have ended by then. `wait` waits for it before

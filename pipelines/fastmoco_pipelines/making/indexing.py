@@ -131,8 +131,7 @@ def index_shards(
     if out is None:
         raise ValueError(
             f"shards={redact(pattern)!r}: nothing is written to a server: give a folder for the "
-            "indexes (--out FOLDER), and "
-            "copy what is in it beside the shards afterwards"
+            "indexes (--out FOLDER), and copy what is in it beside the shards afterwards"
         )
     out.mkdir(parents=True, exist_ok=True)
     with closing(
@@ -155,10 +154,13 @@ def _index(
     failures = []
     lost: list[LostStretch] = []
     gone: list[tuple[str, int]] = []
+
     names = whole_names(tars)
     # Not written unless the source that was asked for contains a label.
     held: dict[Path, ShardIndex] = {}
     labelled = rule.source in ("auto", "none")
+
+    # Every tar is read once; its index is written as soon as labels need no other tar.
     for number, path in enumerate(tars.paths):
         name = names.get(path, path.name)
         with tars.at_hand(number):
@@ -173,7 +175,7 @@ def _index(
         found[path] = raw
         held[path] = index
         if labelled := labelled or any(raw):
-            for ready in list(held):  # right already where labels are numbers
+            for ready in list(held):  # final already if the labels are numbers
                 _label(ready, held.pop(ready), number_labels([found[ready]], rule).labels[0])
         samples += len(index)
         losses = {lost_entry(damage) for damage in damages}
@@ -191,13 +193,18 @@ def _index(
         gone += [(name, missing)] if missing else []
         if progress is not None:
             progress(number + 1, len(tars.paths))
+
     if held:  # To continue would drop the labels of an earlier index.
         raise ShardError(rule.nothing_found(samples))
+
+    # Class names are numbered over the whole set: some indexes change.
     numbered = _number(found, rule)
     for (path, raw), labels in zip(found.items(), numbered.labels, strict=True):
         if labels != number_labels([raw], rule).labels[0]:
             _label(path, read_any_index(path), labels)
     _write_manifests(list(found), numbered, dict(zip(tars.paths, tars.sizes, strict=True)), hashes)
+
+    # A damaged tar is reported after the others have been indexed.
     if failures:
         more = (
             f" And {len(failures) - 1} more of the {len(tars.paths)} tars failed."
@@ -239,9 +246,8 @@ def _gone(path: Path, index: ShardIndex) -> int:
     if missing and fits_tar(old, path):
         raise ShardError(
             f"{path.name}: its index knows {missing} samples more than can be found now: keep it, "
-            "and let `fastmoco data "
-            "check` find which of them are damaged. To salvage all the same, delete "
-            f"{index_path(path).name} first."
+            "and let `fastmoco data check` find which of them are damaged. To salvage all the "
+            f"same, delete {index_path(path).name} first."
         )
     return max(promised, missing)
 
@@ -288,8 +294,7 @@ def _write_manifests(
         if not sets and (folder / MANIFEST).exists():
             raise ShardError(
                 f"{folder / MANIFEST}: was written by another program, and the class names need "
-                "this place: move it "
-                "away, or index with --labels none."
+                "this place: move it away, or index with --labels none."
             )
         for name in old:
             del sets[name]

@@ -111,14 +111,17 @@ def pack_folder(
     good_prefix = re.fullmatch(r"[A-Za-z0-9_]+", prefix) is not None
     require(good_prefix, "prefix", prefix, "letters, digits and underscores only")
     options = _Options(max_side, quality, shard_size_mb, shard_samples, seed)
+
+    # What `out` contains already.
     sets = read_sets(out)
     old = _tars_of(out, prefix)
     if old and not overwrite:
         raise FileExistsError(
             f"{out} already holds {len(old)} shard(s) {prefix}-*.tar: pack into another folder, "
-            "give another prefix, "
-            "or ask to overwrite them (--overwrite)"
+            "give another prefix, or ask to overwrite them (--overwrite)"
         )
+
+    # The images, with labels by the numbering of the other sets.
     sources, classes, skipped = find_sources(Path(src), follow_links=follow_links)
     known = [
         tuple(entry["classes"])
@@ -126,6 +129,8 @@ def pack_folder(
         if name != prefix and entry["classes"]
     ]
     sources, classes = _renumber(sources, classes, known[0] if known else classes, out)
+
+    # The new shards are made in a hidden folder and moved when all are finished.
     others = len(skipped)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".packing-{prefix}-", dir=out) as folder:
@@ -139,6 +144,8 @@ def pack_folder(
             )
         entries, indexes = _index_all(tars)
         _replace(old, tars, out)
+
+    # The manifest.
     skipped.sort()
     labels = Counter(label for index in indexes for label in index.columns["label"])
     sets[prefix] = {

@@ -52,8 +52,7 @@ def find_sources(
     if flat and classes:
         raise ValueError(
             f"src={str(src)!r}: holds {len(flat)} images of its own beside folders with images "
-            f"({classes[0]!r}, ...): "
-            "move them into class folders, or all into one flat folder"
+            f"({classes[0]!r}, ...): move them into class folders, or all into one flat folder"
         )
     label = {name: i for i, name in enumerate(classes)}
     return (

@@ -109,8 +109,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """One rank's places in one step, and who has them now; `ids` and `attempts` change as places
-    are refilled.
+    """One rank's places in one step, and their samples; `ids` and `attempts` change as places are
+    refilled.
 
     Attributes:
         step: from 0; epoch: from 0.

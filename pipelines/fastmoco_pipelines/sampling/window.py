@@ -3,7 +3,7 @@ small cache can follow.
 
 An epoch visits the shards in a shuffled order, cut into windows of (nearly) equal numbers of
 shards; inside a window all samples of its shards are shuffled together. One window over all shards
-is the shuffle of the whole set, word for word. Everything is a pure function of (seed, epoch, shard
+is the shuffle of the whole set, bit for bit. Everything is a pure function of (seed, epoch, shard
 boundaries, window), the same on every rank and after a restart.
 """
 
@@ -94,8 +94,8 @@ class ShardWindows:
 
 
 def default_window(shard_bytes: int, cache_bytes: int) -> int:
-    """The window of a remote set where none is asked for: half of the cache, the other half is for
-    the next window.
+    """The default window of a remote set: half of the cache, as the other half is for the next
+    window.
 
     A function of the set and the configuration alone, not of this machine's disk: all ranks must
     agree.

@@ -1,7 +1,7 @@
 """The bytes of remote shards by (shard, offset, size), from copies in the shard cache.
 
-One thread at a time may use such an object, but for `cancel`: ShardSet sees to that, and checks the
-bytes.
+One thread at a time may use such an object, except for `cancel`: ShardSet ensures that, and checks
+the bytes.
 """
 
 from __future__ import annotations
@@ -145,8 +145,7 @@ def open_cache(spec: CacheSpec) -> ShardCache | None:
     except OSError as error:
         warnings.warn(
             f"the shard cache cannot be used ({error}): images are read from the server one by "
-            "one, which is slow: give "
-            "--data.cache-dir a folder that can be written",
+            "one, which is slow: give --data.cache-dir a folder that can be written",
             RuntimeWarning,
             stacklevel=3,
         )

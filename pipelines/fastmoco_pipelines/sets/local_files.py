@@ -1,6 +1,6 @@
 """The bytes of local shards by (shard, offset, size).
 
-One thread at a time may use such an object: ShardSet sees to that, and checks the bytes.
+One thread at a time may use such an object: ShardSet ensures that, and checks the bytes.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class LocalFiles:
 
 
 def read_at(descriptor: int, size: int, offset: int) -> bytes:
-    """Bytes of a file, fewer only where it ends: file systems on a network may hand out less than
-    was asked for."""
+    """Bytes of a file, fewer only where it ends: file systems on a network may return less than was
+    requested."""
     data = os.pread(descriptor, size, offset)
     while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
         data += more

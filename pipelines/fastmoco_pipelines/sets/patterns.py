@@ -1,7 +1,7 @@
 """Shard patterns: which local files, or which URLs, a pattern names. Nothing here ever starts a
 process.
 
-The schemes are an allow-list: local paths, `file:`, and those of `schemes.py`. A URL is only ever
+The schemes are an allow-list: local paths, `file:`, and those of `text.STORES`. A URL is only ever
 shown without user, password and query: these may hold tokens.
 """
 
@@ -16,8 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from fastmoco_pipelines.formats.manifest import read_sets
-from fastmoco_pipelines.schemes import SCHEME, STORES
-from fastmoco_pipelines.text import AUTHORITY, redact
+from fastmoco_pipelines.text import AUTHORITY, SCHEME, STORES, redact
 
 MAX_SHARDS = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -37,9 +36,8 @@ def expand_shards(pattern: str) -> list[Path]:
     """
     if is_remote(pattern):
         raise ValueError(
-            f"shards={redact(pattern)!r}: this needs local files, work on a server's is not "
-            "supported yet: run it where "
-            "the shards are stored, and copy what it writes to the server too"
+            f"shards={redact(pattern)!r}: this needs local files: run it where the shards are "
+            "stored, and copy what it writes to the server too"
         )
     plain = without_scheme(pattern)
     if os.path.isdir(plain):
@@ -71,7 +69,7 @@ def is_remote(pattern: str) -> bool:
         kinds = {is_remote(name) for name in expand_braces(pattern, pattern)}
         if len(kinds) > 1:
             raise ValueError(
-                f"shards={redact(pattern)!r}: names local files and URLs: copy them to one side"
+                f"shards={redact(pattern)!r}: names both local files and URLs: copy all to one side"
             )
         return True in kinds
     match = SCHEME.match(pattern)
@@ -86,16 +84,17 @@ def is_remote(pattern: str) -> bool:
         *others, last = (f"{known}://" for known in STORES)
         raise ValueError(
             f"shards={scheme + ':...'!r}: reading over {scheme} is not supported yet: give a path, "
-            "file:, "
-            f"{', '.join(others)} or {last}, or copy or mount the shards"
+            f"file:, {', '.join(others)} or {last}, or copy or mount the shards"
         )
+
+    # A URL must be complete: a typo must not become the name of a local file.
     authority = re.split(r"[/?#]", pattern[match.end() :].removeprefix("//"), maxsplit=1)[
         0
     ].rpartition("@")[2]
     whole = pattern[match.end() :].startswith("//") and AUTHORITY.fullmatch(authority) is not None
     if not whole or not pattern.isascii() or not pattern.isprintable() or " " in pattern:
         raise ValueError(
-            f"shards={redact(pattern)!r}: is no whole URL, such as https://host/folder/train-000000.tar"
+            f"shards={redact(pattern)!r}: is not a complete URL, such as https://host/folder/train-000000.tar"
         )
     return True
 
@@ -142,8 +141,8 @@ def _expanded(pattern: str, text: str) -> Iterator[str]:
             and int(high) - int(low) < MAX_SHARDS
         ):
             raise ValueError(
-                f"shards={redact(pattern)!r}: {match.group(0)} is no rising range of numbers like "
-                f"{{000..127}}"
+                f"shards={redact(pattern)!r}: {match.group(0)} is not a rising range of numbers "
+                "like {000..127}"
             )
         width = max(len(low), len(high)) if low.startswith("0") or high.startswith("0") else 0
         parts: Iterable[str] = (f"{number:0{width}d}" for number in range(int(low), int(high) + 1))

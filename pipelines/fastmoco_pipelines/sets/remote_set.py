@@ -138,7 +138,7 @@ def fetch_lists(folders: Iterable[str], limits: Limits) -> tuple[Quarantine, lis
         found.update(read)
         if read.broken:
             problems.append(
-                f"{redact(url)}: {read.broken} lines are no entries of a list and were passed over"
+                f"{redact(url)}: {read.broken} lines are not entries of a list and were skipped"
             )
     return found, problems
 
@@ -209,6 +209,8 @@ def _expand(pattern: str, url: str, reader: SmallFiles) -> list[str]:
             f"shards={shown!r}: over {scheme} only a file's name may hold * or [...], not a "
             "folder's"
         )
+
+    # The names come from the manifest of the folder, or from a store that lists.
     sets = {} if store.lists and name else reader.sets(beside(url, ""))
     if len(sets) > 1 and not name:
         choice = " or ".join(f"{redact(url)}{name}-*.tar" for name in sorted(sets))
@@ -220,14 +222,14 @@ def _expand(pattern: str, url: str, reader: SmallFiles) -> list[str]:
     elif not listed:
         raise ValueError(
             f"shards={shown!r}: there is no {MANIFEST} that lists the shards: copy it there, or "
-            "spell them out, e.g. "
-            "train-{000000..000127}.tar"
+            "spell them out, e.g. train-{000000..000127}.tar"
         )
     else:
         safe = (
             item for item in listed if "/" not in item and fnmatch.fnmatchcase(item, name or "*")
         )
         found = [beside(url, item) for item in safe]
+
     if not found:
         raise ValueError(f"shards={shown!r}: no shard there has such a name")
     return found

@@ -70,6 +70,8 @@ class ShardSet:
         self._extensions = [
             [sys.intern(extension) for extension in index.extensions] for index in indexes
         ]
+
+        # The columns of all indexes, one below the other.
         counts = [len(index) for index in indexes]
         self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
@@ -83,6 +85,7 @@ class ShardSet:
         self._offset = column["offset"]
         self._size = column["size"]
         self._crc32 = column["crc32"]
+
         _check_budget(self)
         identity = np.stack(
             [column[name] for name in ("crc32", "size", "label", "height", "width")]
@@ -353,8 +356,7 @@ def _check_budget(shards: ShardSet) -> None:
         first = int(bad.argmax())
         raise ShardError(
             f"{shards.describe(first)}: {width[first]}x{height[first]} pixels in "
-            f"{shards._size[first]} bytes are "
-            f"outside what is decoded: {CURE}."
+            f"{shards._size[first]} bytes are outside what is decoded: {CURE}."
         )
 
 

@@ -2,7 +2,7 @@
 them whole. Local tars are read in place. Those of a server come through the shard cache: each
 appears for its time under its own name in a folder of this machine, as a link to a copy that the
 cache keeps as long as it is open, beside its index and the folder's manifest. So one code checks
-both. The next tar is fetched meanwhile. Nothing is ever written to a server.
+both. The next tar is fetched at the same time. Nothing is ever written to a server.
 """
 
 from __future__ import annotations
@@ -121,6 +121,8 @@ class RemoteTars:
         self._limits = limits
         self._indexes = indexes
         self._files = SmallFiles(self._cache, limits)
+
+        # Ask for the head of every tar: does it exist, and how large is it?
         urls = find_urls(pattern, self._files)
         with ThreadPoolExecutor(
             min(THREADS, len(urls)), thread_name_prefix="fastmoco-head"
@@ -130,10 +132,14 @@ class RemoteTars:
             url: head for url, head in zip(urls, answers, strict=True) if isinstance(head, _Head)
         }
         self._urls = list(self._heads)
+
+        # Absent tars are an error if they are spelled out; else the check reports them.
         self.explicit = "{" in pattern or urls == [pattern]
         for absent in answers:
             if isinstance(absent, AbsentError) and (self.explicit or not self._urls):
                 raise absent
+
+        # A folder of this machine for each place, with its manifest.
         places = sorted({beside(url, "") for url in self._urls})
         folders = {
             place: work if len(places) == 1 else work / str(number)
@@ -149,6 +155,8 @@ class RemoteTars:
             sets = self._files.sets(place)
             if sets and not (folder / MANIFEST).exists():
                 write_sets(folder, sets)
+
+        # The next tar is fetched by one thread.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fastmoco-ahead")
         self._ahead: dict[int, Future[_Copy]] = {}
         self._fetcher: ShardFetcher | None = None
@@ -167,10 +175,8 @@ class RemoteTars:
         if copy.descriptor is None:
             raise RemoteError(
                 f"{redact(self._urls[number])}: its {self.sizes[number]} bytes do not fit into the "
-                "shard cache "
-                f"({self._cache.folder}, {self._cache.limit} bytes): give it more room "
-                "(--cache-size-gb) or another disk "
-                "(--cache-dir)"
+                f"shard cache ({self._cache.folder}, {self._cache.limit} bytes): give it more room "
+                "(--cache-size-gb) or another disk (--cache-dir)"
             )
         try:
             if path.is_symlink():  # of a process that was killed
@@ -298,5 +304,5 @@ def _safe_name(url: str) -> str:
     """A shard's file name, which a server must not be able to make a path of."""
     name = shard_name(url)
     if name in ("", ".", "..") or "/" in name or not name.isprintable():
-        raise ValueError(f"shards={redact(url)!r}: {name!a} is no file name of a shard")
+        raise ValueError(f"shards={redact(url)!r}: {name!a} is not a file name of a shard")
     return name

@@ -1,6 +1,6 @@
 """URL to bytes: the only room with sockets.
 
-A store is one file, with a class of `Store`, and one row of `fastmoco_pipelines.schemes`. From
+A store is one file, with a class of `Store`, and one row of `fastmoco_pipelines.text.STORES`. From
 outside this package `register(scheme, store)` adds the row:
 
     from fastmoco_pipelines.stores import Store, register

@@ -2,7 +2,7 @@
 
     KEY.tar         a whole, checked shard; a reader holds a shared lock, so that it is not evicted
     KEY.SIZE.part   a shard in transfer; its process holds the lock, released if that process dies
-    KEY.from        the validator of the .part, by which a broken download is taken up again
+    KEY.from        the validator of the .part, by which an interrupted download is continued
     KEY.doc         a small file (an index) with its validator and its own SHA-256
     lock            held for the moment in which room is made
 
@@ -78,7 +78,8 @@ class Part:
     def restart(self, validator: str) -> None:
         """Discard the bytes received, and start again with a file of this validator."""
         os.ftruncate(self.descriptor, 0)
-        # before the first byte is written: a note never speaks of another file's bytes
+        # Before the first byte is written, so that a note never belongs to the bytes of another
+        # file.
         remove(self._notes)
         if validator:
             with open(
@@ -123,8 +124,7 @@ class ShardCache:
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
             raise ValueError(
                 f"cache_dir={str(folder)!r}: must be a folder of your own that only you can write "
-                "to, and no link: "
-                f"chmod 700 it, or choose another"
+                "to, and no link: chmod 700 it, or choose another"
             )
         cache = cls(folder, spec.cache_bytes)
         entries = cache._entries()
@@ -138,8 +138,8 @@ class ShardCache:
         return cache
 
     def lookup(self, key: str, size: int) -> int | None:
-        """A descriptor of a whole shard, which holds it in the cache until it is closed; None if it
-        is not there."""
+        """A descriptor of a whole shard, which holds it in the cache until it is closed; None if
+        there is none."""
         try:
             descriptor = os.open(self.folder / f"{key}.tar", os.O_RDONLY | OPEN_FLAGS)
         except OSError as error:
@@ -226,7 +226,7 @@ class ShardCache:
         remove(str(self.folder / f"{key}.tar"))
 
     def read_document(self, key: str) -> tuple[str, bytes]:
-        """(validator, content) of a small file; ("", b"") if it is not there."""
+        """(validator, content) of a small file; ("", b"") if there is none."""
         try:
             with open(os.open(self.folder / f"{key}.doc", os.O_RDONLY | OPEN_FLAGS), "rb") as file:
                 validator, digest, content = file.read().split(b"\n", 2)

@@ -182,6 +182,8 @@ class _State:
                 return descriptor
             if self.stop.is_set():
                 raise StoppedError(f"{shard.name}: not read, the loader was closed")
+
+            # Another thread of this process may be fetching it.
             with self._change:
                 failure = self._failures.pop(number, None)
                 if waited and failure is not None:  # all its tries have just been made
@@ -193,6 +195,7 @@ class _State:
                     self._busy.add(number)
             if waited:
                 continue
+
             try:
                 here = self._bring(number, keep=())
             except NoRoomError as error:
@@ -203,6 +206,8 @@ class _State:
                 return None
             finally:
                 self._release(number, None)
+
+            # Another process fetches it.
             if not here:
                 if time.monotonic() > until:
                     raise RemoteError(
@@ -212,11 +217,12 @@ class _State:
                 self.stop.wait(_POLL_SECONDS)
 
     def _others_end(self, number: int, until: float) -> bool:
-        """Wait for what is being fetched ahead, and takes up the room; False if nothing is."""
+        """Wait for the shards that are being fetched ahead, and take the room; False if there are
+        none."""
         with self._change:
             if not self._busy - {number}:
                 return False
-            self._urgent = True  # nothing more is fetched ahead meanwhile
+            self._urgent = True  # no further shard is fetched ahead until then
             try:
                 while self._busy - {number} and not self.stop.is_set() and time.monotonic() < until:
                     self._change.wait(_POLL_SECONDS)
@@ -294,9 +300,8 @@ class _State:
             self._warned = True
             warnings.warn(
                 f"{error}. Images are read from the server one by one, which is slow: give the "
-                "shard cache more room "
-                "(--data.cache-size-gb, --data.cache-dir) or shuffle fewer shards together "
-                "(--data.shuffle-window)",
+                "shard cache more room (--data.cache-size-gb, --data.cache-dir) or shuffle fewer "
+                "shards together (--data.shuffle-window)",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -1,5 +1,4 @@
-"""One request to an HTTP server, bounded in every direction: time, speed, redirects, and what may
-answer.
+"""One request to an HTTP server, with bounds on time, speed, redirects and answers.
 
 Errors name the URL without user, password and query.
 """
@@ -84,7 +83,7 @@ class HttpStore(Store):
                 begins = start
             elif response.status != 200:
                 raise RemoteError(
-                    f"{where}: HTTP {response.status} is no answer to a request for a file"
+                    f"{where}: HTTP {response.status} is not an answer to a request for a file"
                 )
             yield Body(
                 start=begins,
@@ -151,7 +150,7 @@ def _answer(
         connection, target, own_headers = _connection(url, limits.connect_seconds)
         response = None
         try:
-            # The sender is shown no password of another host.
+            # A host gets only its own credentials.
             sent = {**headers, **(own_headers if urlsplit(url).netloc == origin.netloc else {})}
             seconds = min(limits.respond_seconds, deadline - time.monotonic())
             with _naming(where):
@@ -163,7 +162,7 @@ def _answer(
                         "refused"
                     )
                 public = public or peer
-                sock = connection.sock  # the connection forgets it where the answer is its last
+                sock = connection.sock  # the connection drops it after its last answer
                 sock.settimeout(limits.read_seconds)
                 with _cut_off_after(sock, seconds):
                     connection.request("GET", target, headers=sent)
@@ -189,7 +188,7 @@ def _connection(url: str, seconds: float) -> tuple[http.client.HTTPConnection, s
         host = parts.hostname or ""
         port = parts.port
     except ValueError as error:
-        raise RemoteError(f"{redact(url)}: is no usable URL ({error})") from None
+        raise RemoteError(f"{redact(url)}: is not a usable URL ({error})") from None
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     headers = {}
     if parts.username is not None:
@@ -229,9 +228,11 @@ def _redirected(where: str, url: str, location: str) -> str:
         target = urljoin(url, location)
         scheme, before = urlsplit(target).scheme.lower(), urlsplit(url).scheme.lower()
     except ValueError:  # its text quotes the address, and with it a token perhaps
-        raise RemoteError(f"{where}: redirects to what is no usable URL: refused") from None
+        raise RemoteError(f"{where}: redirects to what is not a usable URL: refused") from None
     if scheme not in ("http", "https") or not location:
-        raise RemoteError(f"{where}: redirects to {scheme!a}, which is no http address: refused")
+        raise RemoteError(
+            f"{where}: redirects to {scheme!a}, which is not an http address: refused"
+        )
     if (before, scheme) == ("https", "http"):
         raise RemoteError(
             f"{where}: redirects from https to http: refused; use the URL that it leads to"
@@ -243,7 +244,7 @@ def _refuse_errors(where: str, response: http.client.HTTPResponse) -> None:
     """Raise what an error status means."""
     status = response.status
     if status in (404, 410):
-        raise AbsentError(f"{where}: is not there (HTTP {status}): check the name")
+        raise AbsentError(f"{where}: does not exist (HTTP {status}): check the name")
     if status in (401, 403):
         raise AccessError(f"{where}: access is refused (HTTP {status}): {_CREDENTIALS}")
     if status == 416:
@@ -303,4 +304,4 @@ def _naming(where: str) -> Iterator[None]:
         ) from None
     except (http.client.HTTPException, ValueError) as error:
         # Their texts may quote the request, and with it a token.
-        raise PassingError(f"{where}: the connection broke off ({type(error).__name__})") from None
+        raise PassingError(f"{where}: the connection was lost ({type(error).__name__})") from None

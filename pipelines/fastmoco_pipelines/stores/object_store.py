@@ -1,8 +1,8 @@
 """s3:// and gs:// through fsspec, block by block, with the same bounds and the same answers as
 HTTP.
 
-fsspec and its file systems are imported when the first such URL is met. Credentials are theirs to
-find, in the environment or the user's files; a URL holds none.
+fsspec and its file systems are imported when the first such URL is met. They take credentials from
+the environment or the user's files; a URL holds none.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ObjectStore(Store):
         info = bounded(where, seconds, lambda: files.info(_path(url)))
         total = info.get("size")
         if info.get("type") == "directory" or not isinstance(total, int):
-            raise AbsentError(f"{where}: is no object of the store: check the name")
+            raise AbsentError(f"{where}: is not an object of the store: check the name")
         now = next(
             (
                 str(info[name])
@@ -121,7 +121,7 @@ def bounded(where: str, seconds: float, call: Callable[[], T]) -> T:
     except queue.Empty:
         raise PassingError(f"{where}: no answer in {seconds:g} s") from None
     if isinstance(error, FileNotFoundError):
-        raise AbsentError(f"{where}: is not there: check the name") from None
+        raise AbsentError(f"{where}: does not exist: check the name") from None
     if isinstance(error, PermissionError):
         raise AccessError(
             f"{where}: access is refused: check the credentials in the environment"

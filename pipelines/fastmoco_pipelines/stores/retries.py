@@ -33,7 +33,7 @@ class Limits:
     speed_seconds: float = 30
     """Over which the speed is judged."""
     min_bytes_per_s: float = 16_384
-    """A body slower than this is cut off and taken up again."""
+    """A body slower than this is cut off and continued by another request."""
     deadline_seconds: float = 600
     """For one file with all its retries, and 1 s more for each 10^6 bytes of it."""
     attempts: int = 8

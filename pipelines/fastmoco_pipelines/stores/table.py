@@ -7,16 +7,16 @@ from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import cast
 
-from fastmoco_pipelines import schemes
+from fastmoco_pipelines import text
 from fastmoco_pipelines.stores.store import Body, Request, Store
 
 
 def store_of(url: str) -> Store:
     """The store of a URL whose scheme is one of the table."""
     scheme = url.partition(":")[0].lower()
-    found = schemes.STORES[scheme]
+    found = text.STORES[scheme]
     if isinstance(found, str):
-        found = schemes.STORES[scheme] = import_module(found).STORE
+        found = text.STORES[scheme] = import_module(found).STORE
     return cast(Store, found)
 
 
@@ -41,6 +41,6 @@ def register(scheme: str, store: Store) -> None:
             f"scheme={scheme!r}: cannot name a store: it needs two letters or more, not file or "
             "pipe"
         )
-    if scheme in schemes.STORES:
+    if scheme in text.STORES:
         raise ValueError(f"scheme={scheme!r}: has a store already")
-    schemes.STORES[scheme] = store
+    text.STORES[scheme] = store

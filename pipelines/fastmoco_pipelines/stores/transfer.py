@@ -1,7 +1,5 @@
-"""Files from a server, whole and checked: retries with growing pauses, taken up again where a
-connection broke off.
-
-Nothing is believed because a connection ended well: the size comes from the index, the bytes are
+"""Files from a server, whole and checked: retries with growing pauses, continued where a connection
+was lost. The end of a connection proves nothing: the size comes from the index, the bytes are
 checked by the manifest's SHA-256, or else by every sample's crc32.
 """
 
@@ -133,8 +131,7 @@ def fetch_document(
 def read_range(
     shard: RemoteShard, offset: int, size: int, limits: Limits, stop: threading.Event
 ) -> bytes:
-    """Some bytes of a shard, without a copy of the rest. Whether they are the right ones is the
-    caller's to check.
+    """Some bytes of a shard, without a copy of the rest. The caller must check them.
 
     Raises:
         RemoteError: naming the URL and the cause.
@@ -149,8 +146,8 @@ def read_range(
             if body.start != offset:
                 raise RemoteError(
                     f"{redact(shard.url)}: its server ignores Range requests, and the shard cache "
-                    "cannot be used: "
-                    "make room for the cache, or give --data.cache-dir a folder that can be written"
+                    "cannot be used: make room for the cache, or give --data.cache-dir a folder "
+                    "that can be written"
                 )
             data = b""
             for chunk in body.chunks:
@@ -173,7 +170,8 @@ def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading
     when it is read, so only the damaged ones are lost.
 
     Raises:
-        RemoteError: naming the URL and the cause. What has come stays in `part`, to go on with.
+        RemoteError: naming the URL and the cause. The bytes received stay in `part`, to be
+            continued.
         OSError: if it cannot be written.
     """
     deadline = time.monotonic() + limits.deadline_seconds + shard.size / 1e6

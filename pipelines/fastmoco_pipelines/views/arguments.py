@@ -26,7 +26,7 @@ is."""
 
 def operations(spec: ViewSpec) -> frozenset[str]:
     """DALI's operations that can touch an image under this spec; the others are left out of the
-    graph. With exact color everything after the resize is done elsewhere (:mod:`.exact_color`)."""
+    graph. With exact color everything after the resize is done elsewhere (`exact_color.py`)."""
     if spec.color == "exact":
         return frozenset()
     jitter = spec.jitter_probability > 0

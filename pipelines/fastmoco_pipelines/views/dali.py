@@ -2,14 +2,14 @@
 one graph.
 
 DALI draws nothing here. Crop windows, flips, strengths and sigmas arrive per sample
-(:mod:`.draws`), so a batch is a function of its bytes and its draws, and the state of the data is
-the step number. What differs from the PIL semantics of :mod:`.reference`, and by how much, is
+(`draws.py`), so a batch is a function of its bytes and its draws, and the state of the data is
+the step number. What differs from the PIL semantics of `reference.py`, and by how much, is
 written down in docs/views.md and held by tests.
 
 Color stays uint8 between operations, because PIL rounds and clips there. An operation that a
-:class:`ViewSpec` never applies is not in the graph; one that touches only a share of the images
+`ViewSpec` never applies is not in the graph; one that touches only a share of the images
 (blur, solarize) runs on that share alone. A view with `color="exact"` leaves the graph as bytes, on
-a GPU after its resize and on the CPU after decoding, and :mod:`.exact_color` does the rest.
+a GPU after its resize and on the CPU after decoding, and `exact_color.py` does the rest.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class ViewPipeline:
         if self._decoded and native_library() is None:
             warnings.warn(
                 "fastmoco was installed without a C compiler: views are cut by plain torch, ten "
-                "times as slowly. Install one and "
-                "fastmoco again, or take --data.view1.color dali --data.view2.color dali",
+                "times as slowly. Install one and fastmoco again, or take --data.view1.color dali "
+                "--data.view2.color dali",
                 RuntimeWarning,
                 stacklevel=2,
             )

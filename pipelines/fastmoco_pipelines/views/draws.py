@@ -39,7 +39,7 @@ class ViewDraws:
         hue: [B] float32 shift in turns, 0 where untouched.
         jitter_order: [B, 4] uint8, a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue:
             followed where `color="exact"`; with `color="dali"` the four come in the fixed order of
-            :class:`ViewSpec`.
+            `ViewSpec`.
         grayscale: [B] bool.
         blur_sigma: [B] float32 standard deviation in output pixels, 0 for no blur.
         solarize: [B] bool.
@@ -216,6 +216,7 @@ def draw_views(
             int(sizes.min()),
             "an image is at least 1 pixel high and wide",
         )
+
     ids = sample_ids.astype(np.uint64)
     sizes64 = sizes.astype(np.int64)
     streams = np.full(count, view, dtype=np.uint64)

@@ -139,8 +139,8 @@ class Engine:
         if self._on_gpu:
             for tensor in whole:
                 # This memory belongs to the side stream: when the trainer drops it, it may be given
-                # out again only after the kernels that the default stream holds by then. Who reads
-                # it on a third stream has to record that too.
+                # out again only after the kernels that the default stream holds by then. A reader
+                # on a third stream must record that too.
                 tensor.record_stream(torch.cuda.default_stream(tensor.device))
         return whole
 
@@ -191,7 +191,7 @@ class Engine:
 
 def _gathered(whole: list[Tensor], parts: list[Tensor], rows: slice, count: int) -> list[Tensor]:
     """The batch with some rows more; made when the first part's shapes are known. A part that is
-    all of it is it."""
+    the whole batch is returned as it is."""
     if rows.stop - rows.start == count:
         return parts
     whole = whole or [part.new_empty(count, *part.shape[1:]) for part in parts]

@@ -1,5 +1,5 @@
 """The pieces of DALI's graph: decode, cut, color, normalise. What is drawn arrives as inputs, by
-name (:mod:`.arguments`)."""
+name (`arguments.py`)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def levels(images: Any, **more: Any) -> Any:
 def cut_view(
     images: Any, spec: ViewSpec, device: Device, prefix: str, *, as_levels: bool = False
 ) -> Any:
-    """One view of the decoded images, operations in the order of :class:`ViewSpec`; with exact
+    """One view of the decoded images, operations in the order of `ViewSpec`; with exact
     color only resized.
 
     `as_levels` leaves out the normalisation.

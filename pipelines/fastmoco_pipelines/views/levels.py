@@ -50,7 +50,7 @@ def normalise(view: Tensor, spec: ViewSpec, *, dtype: torch.dtype = torch.float3
 def normalise_by(
     view: Tensor, first: Tensor, second: Tensor, *, multiply_first: bool, dtype: torch.dtype
 ) -> Tensor:
-    """The arithmetic of `normalise` alone, for who passes it through torch.compile.
+    """The arithmetic of `normalise` alone, for callers that compile it.
 
     Args:
         view: [B, 3, H, W] uint8.

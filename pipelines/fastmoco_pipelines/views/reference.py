@@ -83,7 +83,7 @@ def reference_image(
     image: Image.Image | NDArray[np.uint8], spec: ViewSpec, draws: ViewDraws, i: int
 ) -> Image.Image:
     """Row `i`'s view before normalisation, as an RGB image; the operations in the order of
-    :class:`ViewSpec`, the four of the jitter in the row's own where `spec.color` is "exact"."""
+    `ViewSpec`, the four of the jitter in the row's own where `spec.color` is "exact"."""
     source = image if isinstance(image, Image.Image) else Image.fromarray(image)
     top, left, height, width = (int(value) for value in draws.crop[i])
     view = crop_and_resize(source.convert("RGB"), (top, left, height, width), spec.size)

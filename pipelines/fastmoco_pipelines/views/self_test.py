@@ -92,8 +92,8 @@ def require_working_decoder(
         said = f"died of signal {-done.returncode}" if done.returncode < 0 else f"failed: {last}"
     raise DecoderBrokenError(
         f"DALI cannot decode ordinary JPEGs on this machine's {device}: a test of eight {said}. "
-        "Reinstall the DALI that fits the "
-        "driver (extra '.[dali-cu13]' or '.[dali-cu12]'), or decode on the CPU: --data.device cpu"
+        "Reinstall the DALI that fits the driver (extra '.[dali-cu13]' or '.[dali-cu12]'), or "
+        "decode on the CPU: --data.device cpu"
     )
 
 

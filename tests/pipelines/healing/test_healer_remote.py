@@ -65,7 +65,9 @@ def test_a_shard_that_the_server_has_lost_is_named(server, tmp_path):
     with build_loader(spec_of(url, **options(tmp_path))) as loader, pytest.raises(TooManyBadSamplesError) as raised:
         list(loader)
     assert "16 of 45 images cannot be used, 10 are allowed" in str(raised.value)
-    assert f"train-000001.tar: all of it (unreadable: {server.url}/train-000001.tar: is not there" in str(raised.value)
+    assert f"train-000001.tar: all of it (unreadable: {server.url}/train-000001.tar: does not exist" in str(
+        raised.value
+    )
 
 
 def test_a_cache_whose_disk_gives_up_costs_no_sample(packed, server, tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ def test_lines_about_other_tars_stay_and_the_default_name_tells_the_place(
             ("train-000001.tar", True),
         ]
         assert report.notes == [
-            f"{server.url}/set/quarantine.jsonl: 1 lines are no entries of a list and were passed over"
+            f"{server.url}/set/quarantine.jsonl: 1 lines are not entries of a list and were skipped"
         ]
         path.unlink()
         assert not check_shards(f"{server.url}/set/", quarantine=False, **options).clean
@@ -182,7 +182,7 @@ def test_vanished_shards_are_lost_samples_or_refused_where_they_were_spelled_out
     report = check_shards(f"{server.url}/", **options)
     assert (report.promised, report.delivered, report.quarantined) == (45, 32, 13)
     assert report.counts() == {"missing shard": 1}
-    with pytest.raises(RemoteError, match=r"train-000002\.tar: is not there"):
+    with pytest.raises(RemoteError, match=r"train-000002\.tar: does not exist"):
         check_shards(f"{server.url}/train-{{000000..000002}}.tar", **options)
     assert check_shards(f"{server.url}/train-00000{{0,1}}.tar", **options).clean
     server.always["train-000001.tar"] = status(500)
@@ -242,7 +242,7 @@ def test_a_server_cannot_choose_where_files_appear(packed, tmp_path, options, qu
         (folder / "a\nb.tar").write_bytes(b"")
         shutil.copy(folder / "train-000000.tar", folder / "sub")
         for pattern in ("sub%2Ftrain-000000.tar", "a%0ab.tar"):
-            with pytest.raises(ValueError, match="is no file name of a shard"):
+            with pytest.raises(ValueError, match="is not a file name of a shard"):
                 check_shards(f"{server.url}/{pattern}", **options)
         check_shards(f"{server.url}/", **options)
     assert not list(tmp_path.rglob("evil*"))
@@ -280,5 +280,5 @@ def test_a_store_is_checked_too(packed, tmp_path, options, quick, monkeypatch):
     assert report.delivered == 44
     assert len(index) == 13
     assert check_shards("gs://checked/set/empty.tar", **options).counts() == {"damaged tar": 1}
-    with pytest.raises(ShardError, match=r"none\.tar\.index\.json: is not there"):
+    with pytest.raises(ShardError, match=r"none\.tar\.index\.json: does not exist"):
         measure_shards("gs://checked/set/none.tar", cache=options["cache"], transfers=QUICK)

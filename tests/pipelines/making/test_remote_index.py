@@ -69,7 +69,7 @@ def test_nothing_is_written_to_a_server_and_the_cure_is_told(foreign, tmp_path, 
     with FaultServer(foreign) as server:
         with pytest.raises(ValueError, match=r"nothing is written to a server: give a folder .*--out FOLDER"):
             index_shards(f"{server.url}/set-00.tar", **options)
-        with pytest.raises(RemoteError, match=r"none\.tar: is not there"):
+        with pytest.raises(RemoteError, match=r"none\.tar: does not exist"):
             index_shards(f"{server.url}/none.tar", out=tmp_path / "out", **options)
         with pytest.raises(ValueError, match=r"no manifest\.json that lists the shards"):
             index_shards(f"{server.url}/", out=tmp_path / "out", **options)

@@ -90,13 +90,13 @@ def test_lines_that_match_nothing_and_lines_that_are_none_are_counted(folder, sp
         bad, news, count = known(f"{server.url}/", spec)
         local, local_news, local_count = known(str(folder), spec)
         assert (bad, count) == (local, local_count) == ([1, 40], 1)
-        assert news[0] == f"{server.url}/{NAME}: 3 lines are no entries of a list and were passed over"
+        assert news[0] == f"{server.url}/{NAME}: 3 lines are not entries of a list and were skipped"
         assert news[1:] == local_news[1:]
         assert "1 of its lines match no sample any more" in news[1]
         server.always[NAME] = html()
         bad, news, count = known(f"{server.url}/", spec)
         assert (bad, count) == ([], 0)
-        assert "1 lines are no entries" in news[0]
+        assert "1 lines are not entries" in news[0]
 
 
 def test_a_list_that_cannot_be_had_is_an_error_and_never_passed_over(folder, spec, monkeypatch):
@@ -107,7 +107,7 @@ def test_a_list_that_cannot_be_had_is_an_error_and_never_passed_over(folder, spe
         server.always[NAME] = status(500)
         with pytest.raises(RemoteError, match=rf"{server.url}/{NAME}: HTTP 500; given up after \d tries"):
             known(f"{server.url}/", spec)
-        server.always[NAME] = status(403)  # so a store answers for what is not there
+        server.always[NAME] = status(403)  # so a store answers for files that do not exist
         bad, news, _ = known(f"{server.url}/", spec)
         assert bad == []
         assert "access is refused (HTTP 403)" in news[0]
@@ -117,7 +117,7 @@ def test_a_list_that_cannot_be_had_is_an_error_and_never_passed_over(folder, spe
         with pytest.raises(RemoteError, match=rf"{NAME}: is larger than 100 bytes"):
             known(f"{server.url}/", spec)
         server.always[NAME] = plain(other=lambda data: data[:90])
-        assert "1 lines are no entries" in known(f"{server.url}/", spec)[1][0]
+        assert "1 lines are not entries" in known(f"{server.url}/", spec)[1][0]
 
 
 def test_shards_of_several_places_have_a_list_each(folder, packed, tmp_path, spec):

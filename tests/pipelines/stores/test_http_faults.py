@@ -106,12 +106,12 @@ def test_faults_that_pass_cost_nothing(fault, server, expected, tmp_path):
 
 
 FATAL = {
-    "404": (status(404), r"is not there \(HTTP 404\)", 1),
+    "404": (status(404), r"does not exist \(HTTP 404\)", 1),
     "403": (status(403), r"access is refused \(HTTP 403\).*signature", 1),
     "400": (status(400), r"HTTP 400", 1),
     "500 for ever": (status(500), r"HTTP 500; given up after 4 tries", 4),
     "stalled for ever": (stall(2000), r"(no answer in time|not complete in time|ended after).*; given up after", 60),
-    "no answer for ever": (stall(None), r"no answer in time|broke off", 8),
+    "no answer for ever": (stall(None), r"no answer in time|was lost", 8),
     "dripping for ever": (drip(), r"(bytes/s arrive|not complete in time|ended after).*; given up after", 60),
     "short body": (plain(other=lambda data: data[:6000]), r"has 6000 bytes .*its index says \d+", 3),
     "short body, no length": (
@@ -183,8 +183,8 @@ def test_a_host_that_does_not_answer_is_told_once_and_at_once(tmp_path, caplog):
     ("fault", "words"),
     [
         (status(404), r"HTTP 404.*every shard on a server needs its index beside it: run `fastmoco data index`"),
-        (html(100), r"is no valid JSON"),
-        (plain(other=lambda data: data[:-20]), r"is no valid JSON"),
+        (html(100), r"is not valid JSON"),
+        (plain(other=lambda data: data[:-20]), r"is not valid JSON"),
         (drop(100), r"ended after 100 of \d+ bytes; given up"),
         (status(500), r"HTTP 500; given up after 4 tries"),
     ],

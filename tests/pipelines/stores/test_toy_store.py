@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from fastmoco_pipelines import schemes
+from fastmoco_pipelines import text
 from fastmoco_pipelines.errors import AbsentError, PassingError, RemoteError
 from fastmoco_pipelines.loading.loader import build_loader
 from fastmoco_pipelines.sets.patterns import is_remote
@@ -40,7 +40,7 @@ class ToyStore(Store):
         self.asked.append(request)
         name = request.url.partition("://")[2].partition("?")[0]
         if name not in self.files:
-            raise AbsentError(f"{redact(request.url)}: is not there")
+            raise AbsentError(f"{redact(request.url)}: does not exist")
         if name.endswith(".tar") and self.failures:
             self.failures -= 1
             raise PassingError(f"{redact(request.url)}: the toy is out of order")
@@ -61,7 +61,7 @@ def store(packed):
     store = ToyStore({f"set/{path.name}": path.read_bytes() for path in packed.iterdir()})
     register("toy", store)
     yield store
-    del schemes.STORES["toy"]
+    del text.STORES["toy"]
 
 
 @pytest.fixture
