@@ -11,8 +11,8 @@ STORES: dict[str, object] = {
     "s3": "fastmoco_pipelines.stores.object_store",
     "gs": "fastmoco_pipelines.stores.object_store",
 }
-"""The schemes of URLs that are read: scheme, in lower case -> a `stores.store.Store`, or the name of
-the module whose `STORE` is one, imported with the first URL (`stores.table`). The table is here,
+"""The schemes of URLs that are read: scheme, in lower case -> a `stores.store.Store`, or the name
+of the module whose `STORE` is one, imported with the first URL (`stores.table`). The table is here,
 because messages must hide the secrets of every scheme, also where no store is ever used."""
 
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")

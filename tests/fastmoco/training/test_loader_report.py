@@ -47,8 +47,8 @@ def test_a_run_over_bad_images_goes_on_and_says_so(bad_digits, tmp_path, capfd):
 
 
 def test_the_column_is_shown_only_where_something_is_left_out():
-    assert "quarantined" not in plain_line({"step": 1, "quarantined": None}, 10)
-    assert plain_line({"step": 1, "quarantined": 3}, 10) == "step 1/10 left out 3"
+    assert "left out" not in plain_line({"step": 1, "quarantined": None}, 10, {})
+    assert plain_line({"step": 1, "quarantined": 3}, 10, {}) == "step 1/10 left out 3"
 
 
 def test_a_slow_loader_is_put_into_words_once(small_run, tmp_path, capsys):

@@ -59,10 +59,10 @@ def test_patterns_name_files(folder, pattern, names):
         ("nothing-*.tar", "no file has such a name"),
         ("train-000007.tar", "there is no file"),
         ("train-{000000..000002}.tar", "there is no file .*train-000002.tar"),
-        ("train-{5..1}.tar", "no rising range"),
-        ("train-{a..c}.tar", "no rising range"),
-        ("train-{0..99999999999}.tar", "no rising range"),
-        ("train-{0..²}.tar", "no rising range"),
+        ("train-{5..1}.tar", "not a rising range"),
+        ("train-{a..c}.tar", "not a rising range"),
+        ("train-{0..99999999999}.tar", "not a rising range"),
+        ("train-{0..²}.tar", "not a rising range"),
     ],
 )
 def test_patterns_without_files_are_named(folder, pattern, words):
@@ -87,7 +87,8 @@ def test_a_pattern_of_too_many_names_is_refused_before_they_are_all_made(monkeyp
 
 @pytest.mark.parametrize("scheme", ["http", "https", "s3", "gs", "ftp", "HTTP", "unknown+x"])
 def test_other_schemes_are_refused_without_printing_secrets(scheme):
-    with pytest.raises(ValueError, match="not supported yet") as raised:
+    words = "not supported yet" if scheme in ("ftp", "unknown+x") else "this needs local files"
+    with pytest.raises(ValueError, match=words) as raised:
         expand_shards(f"{scheme}://user:secret@host/train-000000.tar?token=secret")
     assert "secret" not in str(raised.value)
 

@@ -63,7 +63,7 @@ def test_a_remote_set_is_the_local_one(pattern, server, packed, spec):
         ("http://host:port/x.tar", "not a complete URL"),
         ("http://ho st/x.tar", "not a complete URL"),
         ("http://host/x\r\nHost: other/x.tar", "not a complete URL"),
-        ("http://host/{5..1}.tar", "no rising range"),
+        ("http://host/{5..1}.tar", "not a rising range"),
         ("http://host/*/x.tar", "only a file's name"),
         ("ftp://host/x.tar", "not supported yet: give a path"),
         ("pipe:curl http://host/x.tar", "never starts a command"),
