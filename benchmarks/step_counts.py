@@ -32,6 +32,7 @@ from fastmoco.objectives.prepare import PrepareViews, view_preparation
 from fastmoco_kernels.adamw_ema.op import bytes_moved as sweep_bytes
 from fastmoco_kernels.info_nce import cost as loss_cost
 from fastmoco_kernels.residual_norm import op as residual_norm
+from fastmoco_pipelines.spec import each_view
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +155,7 @@ def count_step(
     graphs = compiled or (fused and views == torch.uint8)
     with blocks.instead() if graphs else nullcontext(), kernels, FakeTensorMode():
         prepare = view_preparation(
-            (config.data.view1, config.data.view2), "bf16" if bf16 else "fp32", compiled=graphs
+            each_view(config.data.views), "bf16" if bf16 else "fp32", compiled=graphs
         )
         objective = build_model(config)
         for module in objective.modules():

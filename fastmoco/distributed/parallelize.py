@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from fastmoco.distributed.agree import any_rank
 from fastmoco.distributed.mesh import World
 from fastmoco.distributed.sharding import shard_
 
@@ -82,9 +83,7 @@ def choose_strategy(strategy: Literal["auto", "ddp", "fsdp", "hsdp"], objective:
     parameters = list(objective.parameters())
     state = sum(p.nbytes * (4 if p.requires_grad else 1) for p in parameters)
     total = torch.cuda.get_device_properties(world.device).total_memory
-    large = torch.tensor(int(state > STATE_SHARE * total), device=world.device)
-    dist.all_reduce(large, op=dist.ReduceOp.MAX)
-    return "fsdp" if large.item() else "ddp"
+    return "fsdp" if any_rank(state > STATE_SHARE * total, world.device) else "ddp"
 
 
 def parallelize(

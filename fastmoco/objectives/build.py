@@ -19,6 +19,7 @@ from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.moco_v3 import MoCoV3
 from fastmoco.recipes.byol import BYOLConfig
 from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
+from fastmoco_pipelines.spec import each_view
 
 BuildEncoder: TypeAlias = Callable[[], VisionTransformer]
 OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objective]] = {
@@ -47,7 +48,11 @@ def build_objective(config: Config, device: torch.device) -> Objective:
 
 
 def build_model(config: Config) -> Objective:
-    """The objective of a config as torch's current seed, device and dtype make it."""
+    """The objective of a config as torch's current seed, device and dtype make it.
+
+    Raises:
+        ValueError: if it takes another number of views than the config makes.
+    """
     model = config.model
     build_encoder = partial(
         ARCHITECTURES[model.architecture],
@@ -56,6 +61,12 @@ def build_model(config: Config) -> Objective:
         attention=model.attention,
     )
     objective = OBJECTIVES[type(config.objective)](config, build_encoder)
+    views = len(each_view(config.data.views))
+    if objective.view_count not in (None, views):
+        raise ValueError(
+            f"data: {views} views of an image, and {config.objective.kind} takes "
+            f"{objective.view_count}; change data.more_views, or the copies of a view"
+        )
     for network in objective.networks().values():
         if isinstance(network, VisionTransformer):
             _in_form(network, model)

@@ -45,6 +45,8 @@ class BYOL(Objective):
         predictor: online side only.
     """
 
+    view_count = 2
+
     def __init__(
         self,
         build_encoder: Callable[[], Any],

@@ -11,13 +11,13 @@ Both run as plain code over the same tensors where nothing is captured. That cod
 `ChunkedStep` without graphs, bit for bit, and it is what is captured.
 
 What must hold, and what holds it. Weights keep their addresses: optimizers, restore and rollback
-write in place, and `begin` captures anew where one has moved. Gradients are added in place, so
-`begin` puts tensors of its own into `grad` and zeroes them there, whoever has set them to None
-since. No pass waits for the device: what `Objective.choices` decides is asked before, and another
-answer captures again. No random numbers: a replay could not draw those of the first pass again.
-Autograd's nodes for parameters remember a stream, so nothing may hold a graph of the trunk while
-capturing: `begin` is the first act of a step. Other threads go on meanwhile (data, checkpoints), so
-capturing watches its own alone.
+write in place, and `begin` captures again where one has moved. Gradients are added in place, so
+`begin` puts tensors of its own into `grad` and zeroes them there, whatever has set them to
+None since. No pass waits for the device: what `Objective.choices` decides is asked before, and
+another answer captures again. No random numbers: a replay could not draw those of the first pass
+again. Autograd's nodes for parameters remember a stream, so nothing may hold a graph of the trunk
+while capturing: `begin` is the first act of a step. Other threads go on meanwhile (data,
+checkpoints), so capturing watches its own alone.
 
 Chunks whose graphs are kept stay as they are: each would need a pool of its own for what it keeps.
 So do chunks of another size.
@@ -101,7 +101,7 @@ class ChunkGraphs:
     Call `begin` first in a step; then `features` and `backward` for every chunk that `fits`.
 
     Args:
-        objective: its trunk couples no samples and recomputes nothing; in this process whole.
+        objective: its trunk couples no images and recomputes nothing; in this process whole.
         chunk: images of a chunk.
         autocast: makes the contexts of the forwards. They are entered inside a capture, so each
             replay casts its weights.
@@ -186,7 +186,7 @@ class ChunkGraphs:
         self._backward()
 
     def close(self) -> None:
-        """Give back graphs, pool and buffers; the next `begin` makes them anew. The gradients in
+        """Give back graphs, pool and buffers; the next `begin` makes them again. The gradients in
         `grad` stay."""
         self._key = ()
         for name in ("_features", "_backward", "_inputs", "_gradient"):

@@ -57,20 +57,20 @@ class ChunkedStep:
     its weights do, and they may not.
 
     Args:
-        objective: its trunk couples no samples; not wrapped for data-parallel training.
+        objective: its trunk couples no images; not wrapped for data-parallel training.
         chunk: images (two views each) that pass the trunk together; the last chunk of a batch may
             be smaller.
         kept: chunks whose graphs are kept; more than there are means all.
-        kept_images: instead of `kept`, the first so many images of a batch, which need not be
-            whole chunks: where memory holds the graphs of two chunks and a half, the half is kept
-            too. They go in chunks of their own, `chunk` images each and the last of what is left,
-            and the others after them likewise. Borders of chunks move with it, and so does rounding
-            in the sums over images; of a multiple of `chunk` it is `kept`, bit for bit. Shapes
-            of chunks become at most three, each compiled once where blocks are compiled.
+        kept_images: instead of `kept`, the first images of a batch, this number of them, which need
+            not be whole chunks: where memory holds the graphs of two chunks and a half, the half is
+            kept too. They go in chunks of their own, `chunk` images each and the last of what is
+            left, and the others after them likewise. Borders of chunks move with it, and so does
+            rounding in the sums over images; of a multiple of `chunk` it is `kept`, bit for bit.
+            Shapes of chunks become at most three, each compiled once where blocks are compiled.
         autocast: makes the contexts of the forwards. There is none around the step: autocast
             remembers its casts of weights until the outermost context ends, and one made without
             gradient would serve the pass with gradient, silently.
-        average: when gradients cross ranks; default once, behind the last chunk.
+        average: when gradients cross ranks; default once, after the last chunk.
         prepare: makes what the encoder reads of a chunk's two views, each time that they pass the
             trunk: the batch itself may then be held in fewer bytes.
         lean: whether images that keep no graph keep the residual stream of their fused blocks:
@@ -79,7 +79,7 @@ class ChunkedStep:
             from Python.
 
     Raises:
-        ValueError: if the trunk couples samples, or for a number that makes no sense.
+        ValueError: if the trunk couples images, or for a number that makes no sense.
     """
 
     def __init__(
@@ -312,7 +312,7 @@ def _random_state(device: torch.device) -> RandomState:
 
 @contextmanager
 def _replay(state: RandomState, device: torch.device) -> Iterator[None]:
-    """Draw the numbers that followed a state once more, then go on as if nobody had."""
+    """Draw the numbers that followed a state once more, then go on as before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.set_rng_state(state[0])
         if state[1] is not None:

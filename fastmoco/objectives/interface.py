@@ -108,6 +108,7 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         encoder: the encoder that is evaluated and exported.
+        view_count: views that it takes; None: any number.
         coupling: which part couples images.
         coupling_reason: why the trunk does, as a clause; empty where it does not.
         per_rank: names of buffers that differ between ranks on purpose (SwAV's queue). Others must
@@ -115,6 +116,7 @@ class Objective(nn.Module, ABC):
     """
 
     encoder: Any
+    view_count: int | None = None
     coupling: Coupling
     coupling_reason: str = ""
     per_rank: frozenset[str] = frozenset()

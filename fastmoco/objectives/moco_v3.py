@@ -32,7 +32,7 @@ class MoCoV3(Objective):
     parameter. A trainer takes it at the end of the step before (`ema_momentum`).
 
     Fast path, equal to `reference` under a test: both views pass a trunk as one batch where the
-    trunk couples no samples, heads see both views at once but keep their batch statistics apart,
+    trunk couples no images, heads see both views at once but keep their batch statistics apart,
     and patch tokens are computed once for both encoders while their stems are frozen and equal.
 
     Args:
@@ -54,6 +54,7 @@ class MoCoV3(Objective):
 
     encoder: VisionTransformer
     momentum_encoder: VisionTransformer
+    view_count = 2
 
     def __init__(
         self,

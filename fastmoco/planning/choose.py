@@ -13,6 +13,7 @@ from fastmoco.objectives.interface import Objective
 from fastmoco.planning.costs import StepCosts, measure_costs
 from fastmoco.planning.free_memory import free_bytes
 from fastmoco.planning.plan import HEADROOM, StepPlan, best_plan, busy_chunk, plan_step, sharded, state_bytes
+from fastmoco_pipelines.spec import each_view
 
 SURELY_SMALL = 0.25
 """Share of the free memory below which an upper bound of a step is not worth counting exactly, which takes seconds."""
@@ -86,6 +87,7 @@ def _at_most(config: Config, objective: Objective, images: int) -> float:
     """Upper bound of the bytes of a step, at least twice the true value: the trunk by `Encoder.most_numbers`, and 40 numbers
     a view and hidden unit of the heads."""
     element = next(objective.parameters()).element_size()
-    numbers = 2 * objective.encoder.most_numbers() + 2 * 40 * config.model.hidden_dim
+    views = len(each_view(config.data.views))
+    numbers = views * (objective.encoder.most_numbers() + 40 * config.model.hidden_dim)
     state = 5 * sum(parameter.numel() for parameter in objective.parameters())
     return float(element * (images * numbers + state))

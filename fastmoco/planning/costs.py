@@ -23,9 +23,10 @@ from fastmoco.objectives.build import build_model
 from fastmoco.objectives.interface import Coupling, Features, Inputs, Objective, Progress
 from fastmoco.objectives.prepare import PrepareViews, view_preparation
 from fastmoco.planning.live_bytes import LiveBytes
+from fastmoco_pipelines.spec import each_view
 
 SIZES = (4096, 8192)
-"""Batches that are measured: so large that activations, not weights, decide where the peak lies."""
+"""Batches that are measured: so large that activations, not weights, decide where the peak is."""
 DEPTHS = (3, 4)
 """Numbers of blocks that are measured where there are more: the first, which has no branch yet, one or two more, and the last."""
 
@@ -52,7 +53,7 @@ class Line(NamedTuple):
     fixed: float
 
     def at(self, images: int) -> float:
-        """Bytes for so many images."""
+        """Bytes for a number of images."""
         return self.fixed + images * self.per_image
 
 
@@ -143,7 +144,7 @@ def measure_costs(
         for module in objective.modules():
             if isinstance(module, Attention):
                 module.backend = attention if attention in ("explicit", "reference") else "sdpa"
-        views = (config.data.view1, config.data.view2)
+        views = each_view(config.data.views)
         sides = [view.size for view in views]
         prepare = view_preparation(views, precision)
         pieces = _Pieces(objective, sides, precision == "bf16", prepare, levels)

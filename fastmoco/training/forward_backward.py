@@ -22,6 +22,7 @@ from fastmoco.objectives.chunked import ChunkedStep, require_separable
 from fastmoco.objectives.interface import START, Inputs, Objective, Output, Progress
 from fastmoco.objectives.prepare import view_preparation
 from fastmoco.planning.choose import choose_plan
+from fastmoco_pipelines.spec import each_view
 
 
 class Gradients:
@@ -91,8 +92,7 @@ class Gradients:
             levels=levels,
             reserved=reserved,
         )
-        data = config.data
-        prepare = view_preparation((data.view1, data.view2), precision, compiled=possible.compiled)
+        prepare = view_preparation(each_view(config.data.views), precision, compiled=possible.compiled)
         self.prepare = prepare
         if self.compile.compiled:
             compile_blocks(objective, budget=self.plan.activation_budget)

@@ -39,7 +39,7 @@ def over(*chosen: str) -> pytest.MarkDecorator:
         for name in names
         if name in chosen
     ]
-    assert rows
+    assert {row.values[2] for row in rows} == set(chosen)  # a name that is gone would pass unseen
     return pytest.mark.parametrize(("ranks", "strategy", "name"), rows, indirect=["ranks"])
 
 

@@ -23,7 +23,7 @@ from typing import Self
 from urllib.parse import unquote, urlsplit
 
 ANSWER_SECONDS = 15.0
-HOLD_SECONDS = 120.0
+HOLD_SECONDS = 60.0
 LIFE_SECONDS = 300.0
 
 

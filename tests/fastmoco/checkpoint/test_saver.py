@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,33 @@ def test_the_clock_and_the_steps_decide_and_a_forced_save_is_on_the_disk(
     assert loaded_step(tmp_path / "checkpoints") == subject.last_committed() == 11
     after(11, force=True)
     assert at == [3, 5, 10, 11]
+
+
+def noted(name: str, save: Callable[..., None], how: list[str], **more: object) -> None:
+    how.append(name)
+    save(**more)
+
+
+def state_of(step: int) -> tuple[dict[str, Tensor], dict[str, object]]:
+    return finite(step), {}
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_the_config_decides_how_many_are_kept_and_where_they_are_written(
+    small_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_background: bool
+) -> None:
+    rules = replace(small_run.checkpoint, every_steps=1, keep=3, async_save=in_background)
+    subject, how = saving(replace(small_run, checkpoint=rules), tmp_path), list[str]()
+    for name in ("save", "save_in_background"):
+        plain = getattr(subject._saver, name)
+        monkeypatch.setattr(subject._saver, name, partial(noted, name, plain, how))
+    for step in range(1, 7):
+        subject.after_step(step, partial(state_of, step), pytest.fail, force=step == 6)
+        subject._saver.settle()
+    usual = "save_in_background" if in_background else "save"
+    assert how == [usual] * 5 + ["save"]  # a forced one is on the disk when it returns
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000004", "step_00000005", "step_00000006"]
 
 
 def test_no_place_to_save_is_refused_before_the_first_step(small_run: Config, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ class Encoder(nn.Module):
         self.modes: list[bool] = []
 
     def forward(self, images: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()  # no graph is built, which would hold every layer's memory
         self.modes.append(self.training)
         features: Tensor = self.trunk(images)
         return features
@@ -45,6 +46,7 @@ def test_features_and_labels_in_order_as_eval_mode_gives_them() -> None:
     images = torch.cat([batch.images for batch in batches(5, 5, 2)])
     with torch.no_grad():
         torch.testing.assert_close(features, encoder.eval()(images))
+    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("as_method", [False, True])

@@ -14,6 +14,7 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -24,6 +25,8 @@ from PIL import Image
 
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
+from fastmoco.evaluation import interface
+from fastmoco.evaluation import monitor as knn_monitor
 from fastmoco.evaluation.interface import Monitor, saved_states
 from fastmoco.evaluation.monitor import KnnMonitor
 from fastmoco.models import VisionTransformer
@@ -34,7 +37,9 @@ from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
 from fastmoco.training.load_run import load_run
 from fastmoco.training.trainer import Trainer
+from fastmoco_pipelines import ShardError
 from tests.command_line import main
+from tests.pipelines.damage import damaged_copy
 
 MEAN, STD = (0.6, 0.3, 0.5), (0.1, 0.6, 0.3)
 """A normalisation that no default has."""
@@ -79,6 +84,25 @@ def test_due_by_epochs_and_within_its_share_of_the_time(config):
     assert monitor.is_due(1.0)
     monitor._spent = 50.0
     assert not monitor.is_due(1.0)
+
+
+def test_the_best_is_kept_and_the_time_of_a_measurement_counts(config, monkeypatch):
+    monitor, accuracies = _monitor(config), iter([0.5, 0.75, 0.625])
+    monkeypatch.setattr(KnnMonitor, "_embed", lambda *_: (torch.ones(8, 2), torch.arange(8)))
+    monkeypatch.setattr(knn_monitor, "knn_accuracy", lambda *_, **__: next(accuracies))
+    for epoch, best in ((1, 0.5), (2, 0.75), (3, 0.75)):
+        monitor.measure(torch.nn.Identity(), epoch)
+        assert monitor.best == {"knn": best}
+    assert monitor.last == {"knn": 0.625}
+
+    # Nearly all of this run was one measurement of 90 s: the next waits until that is a tenth of it.
+    clock = iter([1000.0, 1000.0, 1090.0, 1100.0, 2000.0])
+    monkeypatch.setattr(interface, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(knn_monitor, "knn_accuracy", lambda *_, **__: 0.5)
+    monitor = _monitor(config)
+    monitor.measure(torch.nn.Identity(), 1.0)
+    assert not monitor.is_due(2.0)
+    assert monitor.is_due(2.0)
 
 
 def test_its_state_continues(config):
@@ -203,17 +227,17 @@ def _conv_encoder() -> VisionTransformer:
     return encoder
 
 
-def _conv_config(config: Config, patterns: tuple[str, str], **knn: float) -> Config:
+def _conv_config(config: Config, patterns: tuple[str, str], **knn: float | str) -> Config:
     """A float64 run on images of 32 x 32 pixels, normalised as no default says, with both limits."""
     pair = config.data.view1, config.data.view2
     views = [replace(view, size=32, mean=MEAN, std=STD) for view in pair]
-    limits = {"max_train_images": 120, "max_test_images": 80}
+    limits = {"max_train_images": 120, "max_test_images": 80} | knn
     return replace(
         config,
         precision="fp64",
         model=replace(config.model, image_size=32),
         data=replace(config.data, shards=patterns[0], view1=views[0], view2=views[1]),
-        knn=replace(config.knn, every_epochs=1, test_shards=patterns[1], **limits, **knn),
+        knn=replace(config.knn, every_epochs=1, test_shards=patterns[1], **limits),
     )
 
 
@@ -255,6 +279,35 @@ def test_a_measurement_writes_no_batch_norm_buffer(small_run, patterns):
     assert any("running" in name for name in before)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert [part.training for part in encoder.modules()] == modes
+
+
+def test_other_shards_may_vote(small_run, patterns):
+    config = _conv_config(small_run, patterns, train_shards=patterns[1], k=1)
+    others = replace(config, knn=replace(config.knn, max_train_images=0))
+    assert _monitor(others).measure(_conv_encoder(), 1.0) == {"knn": 1.0}  # each image finds itself
+
+
+def test_bad_images_are_told_listed_and_counted(small_run, patterns, tmp_path):
+    """The monitor's sets obey the run's rules for bad images."""
+    folder = damaged_copy(Path(patterns[1]).parent, tmp_path / "bad", {3: "garbage", 40: "empty"})
+    config = _conv_config(small_run, (patterns[0], str(folder)), max_test_images=0)
+    told, quarantined = [], tmp_path / "quarantine.jsonl"
+    monitor = KnnMonitor(config, World(), threads=1, device="cpu", precision="fp64", quarantine_list=quarantined)
+    monitor.report = told.append
+
+    # The vote of the others, as if the two had never been there.
+    encoder = _conv_encoder()
+    good = [image for i, image in enumerate(_read(patterns[1])) if i not in (3, 40)]
+    sets = _features(encoder, _read(patterns[0], limit=120)), _features(encoder, good)
+    numbers = {"k": config.knn.k, "temperature": config.knn.temperature}
+    expected = _vote(*sets, **numbers)
+    assert monitor.measure(encoder, 1.0)["knn"] == pytest.approx(expected, abs=1e-12)
+    assert len(told) == 2
+    assert len(quarantined.read_text().splitlines()) == 2
+
+    strict = replace(config, data=replace(config.data, max_bad_share=0.0))
+    with pytest.raises(ShardError, match="0 are allowed"):
+        _monitor(strict).measure(encoder, 1.0)
 
 
 def _train(config: Config, out: Path) -> None:

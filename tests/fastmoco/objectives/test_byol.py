@@ -230,7 +230,7 @@ def test_three_steps_match_golden(data: dict[str, np.ndarray], prefix: str) -> N
 
 
 def test_a_late_or_an_early_average_is_far_from_golden(data: dict[str, np.ndarray]) -> None:
-    """The trace tells the order of optimizer and average, and the index of the momentum."""
+    """The trace shows the order of optimizer and average, and the index of the momentum."""
     moved = data | {"tr/m": np.roll(data["tr/m"], 1)}
     _, found = run(moved, "tr/", World())
     assert error(torch.stack(found["losses"]), data["tr/loss"]) > 1e-5

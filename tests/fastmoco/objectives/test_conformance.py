@@ -34,6 +34,7 @@ from fastmoco.planning.plan import chunked_bytes, whole_bytes
 from fastmoco.recipes import quickstart_digits
 from fastmoco.training import state as training_state
 from fastmoco.training.trainer import Trainer
+from fastmoco_pipelines.spec import each_view
 from tests.checkpoint_content import assert_same
 from tests.distributed.run_trainer import CONFIG
 from tests.fastmoco.planning.test_costs import real_peak
@@ -106,7 +107,7 @@ def rough(config: Config) -> Objective:
 
 def views_of(config: Config, images: int = IMAGES) -> tuple[Tensor, ...]:
     noise = torch.Generator().manual_seed(6)
-    sides = (config.data.view1.size, config.data.view2.size)
+    sides = [view.size for view in each_view(config.data.views)]
     return tuple(torch.randn(images, 3, side, side, generator=noise, dtype=torch.float64) for side in sides)
 
 

@@ -32,6 +32,7 @@ from fastmoco.run.folder import RunFolder
 from fastmoco.training import state as training_state
 from fastmoco.training.load_run import load_run
 from fastmoco.training.trainer import Trainer
+from fastmoco_pipelines.spec import each_view
 from tests.distributed.run_trainer import CONFIG
 from tests.fastmoco.objectives import test_conformance as conformance
 
@@ -47,24 +48,24 @@ class ToyConfig(ObjectiveConfig):
 
 
 class Toy(Objective):
-    """Mean colors of both views from the class feature of the first, less a moving centre."""
+    """Mean colors of all views from the class feature of the first, less a moving centre."""
 
     coupling = Coupling.NONE
     per_rank = frozenset({"seen"})
     centre: Tensor
     seen: Tensor
 
-    def __init__(self, encoder: Any, rate: float) -> None:
+    def __init__(self, encoder: Any, colors: int, rate: float) -> None:
         super().__init__()
-        self.encoder, self.decoder, self.rate = encoder, nn.Linear(encoder.embed_dim, 6), rate
-        self.register_buffer("centre", torch.zeros(6))
+        self.encoder, self.decoder, self.rate = encoder, nn.Linear(encoder.embed_dim, colors), rate
+        self.register_buffer("centre", torch.zeros(colors))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-        self._mean = torch.zeros(6)
+        self._mean = torch.zeros(colors)
 
     @classmethod
     def build(cls, config: Config, build_encoder: Callable[[], Any]) -> Toy:
         assert isinstance(config.objective, ToyConfig)
-        return cls(build_encoder(), config.objective.rate)
+        return cls(build_encoder(), 3 * len(each_view(config.data.views)), config.objective.rate)
 
     def before_step(self, at: Progress) -> None:
         CALLS.append("before_step")
@@ -156,6 +157,18 @@ def test_it_passes_the_suite_of_every_objective(tmp_path: Path) -> None:
     conformance.check_features(config)
     conformance.check_names(config, {"encoder": conformance.ENCODER, "decoder": ["weight", "bias"]})
     conformance.check_skip(config, tmp_path)
+
+
+def test_it_takes_a_third_view_where_moco_v3_refuses_it(tmp_path: Path) -> None:
+    data = replace(CONFIG.data, more_views=(CONFIG.data.view2,))
+    with pytest.raises(ValueError, match=r"data: 3 views of an image, and moco_v3 takes 2; change data.more_views"):
+        build.build_objective(replace(CONFIG, data=data), torch.device("cpu"))
+    trainer = Trainer.build(config_of(data=data), tmp_path, World())
+    try:
+        assert trainer.objective.decoder.out_features == 9
+        assert trainer.step(trainer.loader.next()).loss.isfinite()
+    finally:
+        trainer.close()
 
 
 def test_in_chunks_no_image_is_computed_twice_and_a_plan_says_so(tmp_path: Path) -> None:

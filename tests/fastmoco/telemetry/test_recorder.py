@@ -96,7 +96,10 @@ def test_knn_dips_are_said(tmp_path, capsys):
     recorder = _recorder(tmp_path)
     for step, accuracy in ((0, 0.5), (10, 0.8), (20, 0.7)):
         recorder.measured(step, {"knn": accuracy})
-    assert "kNN fell to 70.0%" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "kNN fell to 70.0%" in text
+    assert "kNN 80.0% (best 80.0%)" in text
+    assert "kNN 70.0% (best 80.0%)" in text
     assert [row["knn"] for row in _rows(recorder, tmp_path)] == [0.5, 0.8, 0.7]
 
 

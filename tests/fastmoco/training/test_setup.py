@@ -10,6 +10,7 @@ import torch
 from fastmoco.distributed.mesh import World
 from fastmoco.models.precision import choose_precision
 from fastmoco.objectives.build import build_objective
+from fastmoco.optim.build import build_optimizer
 from fastmoco.recipes import get_recipe
 from fastmoco.training import setup
 from fastmoco_pipelines import SyntheticLoader
@@ -38,6 +39,55 @@ def test_the_seed_decides_every_weight():
     other = build_objective(replace(config, seed=1), CPU).state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_every_number_of_the_config_reaches_the_objective():
+    recipe = get_recipe("quickstart_digits")
+    model = replace(recipe.model, projection_dim=24, hidden_dim=40, image_size=16, patch_size=4)
+    views = [replace(view, size=16) for view in (recipe.data.view1, recipe.data.view2)]
+    config = replace(
+        recipe,
+        precision="fp64",
+        model=model,
+        data=replace(recipe.data, view1=views[0], view2=views[1]),
+        objective=replace(recipe.objective, temperature=0.37),
+    )
+    objective = build_objective(config, CPU)
+    assert objective.temperature == 0.37
+    assert objective.encoder.image_size == 16
+    assert objective.encoder.patch_size == 4
+    assert objective.encoder.head[0].weight.shape == (40, objective.encoder.embed_dim)
+    assert objective.predictor[-1].num_features == 24
+
+    # The temperature is that of the loss, not of the record alone.
+    view = torch.rand(2, 6, 3, 16, 16, dtype=torch.float64)
+    output = objective(*view)
+    (q1, q2), (k1, k2) = output.watch["queries"], output.watch["keys"]
+    expected = 0.0
+    for q, k in ((q1, k2), (q2, k1)):
+        logits = torch.nn.functional.normalize(q) @ torch.nn.functional.normalize(k).T / 0.37
+        expected += 2 * 0.37 * torch.nn.functional.cross_entropy(logits, torch.arange(6)).item()
+    assert output.loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def _optimizer(config, objective):
+    return build_optimizer(config, objective.named_parameters(), objective.averages())
+
+
+@pytest.mark.parametrize("backend", ["torch", "fastmoco"])
+def test_every_number_of_the_config_reaches_the_optimizer(backend):
+    recipe = get_recipe("quickstart_digits")
+    numbers = {"betas": (0.8, 0.95), "eps": 1e-5, "weight_decay": 0.33}
+    config = replace(recipe, optim=replace(recipe.optim, fused_backend=backend, **numbers))
+    objective = build_objective(config, CPU)
+    (group,) = _optimizer(config, objective).param_groups
+    assert {name: group[name] for name in numbers} == numbers
+
+    numbers = {"sgd_momentum": 0.7, "trust_coefficient": 0.02, "weight_decay": 0.33}
+    lars = replace(config.optim, name="lars", fused_backend="auto", **numbers)
+    (group,) = _optimizer(replace(config, optim=lars), objective).param_groups
+    found = group["momentum"], group["trust_coefficient"], group["weight_decay"]
+    assert found == (0.7, 0.02, 0.33)
 
 
 def test_processes_share_the_cores(monkeypatch):

@@ -1,7 +1,10 @@
-"""A step in its order: what is read once, what is frozen for a time, and what is told to the objective."""
+"""A step in its order: what is read once, what is frozen for a time, what is told to the objective,
+and which rates it has.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastmoco.config import Config
 from fastmoco.objectives.interface import Progress
 from tests.step_runs import images_of, running, short_run
 
@@ -71,3 +75,31 @@ def test_a_parameter_that_is_frozen_for_a_step_stays_and_moves_in_the_next(
         assert not torch.equal(parameters["encoder.head.3.weight"], start["encoder.head.3.weight"])
         trainer.step(images_of(config, 1, "cpu"))
         assert not torch.equal(parameters[name], start[name])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_rates_follow_every_number_of_the_config(small_run: Config, tmp_path: Path, schedule: Any) -> None:
+    """Against the definitions, with no number at its default."""
+    config = replace(
+        small_run,
+        epochs=7,
+        global_batch_size=128,
+        optim=replace(small_run.optim, lr=0.03, warmup_epochs=2),
+        objective=replace(small_run.objective, ema_momentum=0.9, ema_schedule=schedule),
+    )
+    with running(config, tmp_path, "cpu") as trainer:
+        per_epoch, total = trainer.resolved.steps_per_epoch, trainer.resolved.total_steps
+        assert (per_epoch, total) == (11, 77)
+        for step in range(total):
+            epoch, at = step / 11, trainer.progress(step)
+            rise, fall = epoch / 2, 0.5 * (1 + math.cos(math.pi * (epoch - 2) / 5))
+            lr = 0.03 * 128 / 256 * (rise if epoch < 2 else fall)
+            assert trainer.train_step.learning_rate(at) == pytest.approx(lr, rel=1e-12)
+
+            # The average that made a step's keys moved at the end of the step before.
+            momentum = 1 - 0.5 * (1 + math.cos(math.pi * epoch / 7)) * 0.1
+            expected = pytest.approx(momentum if schedule == "cosine" else 0.9, rel=1e-12)
+            assert trainer.objective.schedules(at)["ema_momentum"] == expected
+            if step:
+                assert trainer.objective.ema_momentum(trainer.progress(step - 1)) == expected
+        assert trainer.objective.ema_momentum(trainer.progress(total - 1)) is None

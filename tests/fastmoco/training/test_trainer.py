@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from fastmoco.objectives.reference import plain_forward
 from fastmoco.optim.build import build_optimizer
 from fastmoco.recipes import quickstart_digits
 from fastmoco.run.folder import RunFolder
+from fastmoco.telemetry.metrics import Throughput
 from fastmoco.training import resume
 from fastmoco.training.trainer import Trainer
 
@@ -146,6 +148,38 @@ def test_a_finished_run_has_nothing_left_to_do(small_run, whole):
     assert (whole / "metrics.jsonl").read_text() == before
 
 
+def test_random_numbers_go_on_where_the_run_was_saved(small_run, tmp_path):
+    trainer = Trainer.build(small_run, tmp_path, WORLD)
+    try:
+        trainer.step(trainer.loader.next())
+        torch.rand(7)  # as a model with dropout draws
+        trainer._save(force=True)
+        saved = torch.get_rng_state()
+    finally:
+        trainer.close()
+    torch.manual_seed(123)
+    Trainer.build(small_run, tmp_path, WORLD).close()
+    assert torch.equal(torch.get_rng_state(), saved)
+
+
+def test_a_continued_run_knows_its_accuracies(small_run, digits, tmp_path):
+    knn = replace(small_run.knn, every_epochs=1, test_shards=digits[1])
+    config = replace(small_run, knn=knn)
+    state = {"last_epoch": 0.2, "last": {"knn": 0.5}, "best": {"knn": 0.75}}
+    trainer = Trainer.build(config, tmp_path, WORLD)
+    try:
+        trainer.step(trainer.loader.next())
+        (monitor,) = trainer.monitors
+        monitor.load_state_dict(state)
+        trainer._save(force=True)
+    finally:
+        trainer.close()
+    again = Trainer.build(config, tmp_path, WORLD)
+    again.close()
+    assert again.step_count == 1
+    assert [monitor.state_dict() for monitor in again.monitors] == [state]
+
+
 def test_another_config_is_refused_by_its_fields(small_run, whole):
     changed = replace(small_run, seed=1, optim=replace(small_run.optim, lr=1.0))
     with pytest.raises(RunError, match=r"seed: 0 -> 1; optim.lr: 0.0015 -> 1.0"):
@@ -190,6 +224,72 @@ def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(small_run
             torch.testing.assert_close(value, twin.momentum_encoder.state_dict()[name], rtol=0, atol=1e-12)
     finally:
         trainer.close()
+
+
+def test_a_line_of_metrics_has_the_figures_of_its_step(small_run, tmp_path):
+    """Rates by the schedule's definition; loss and cosines from the step's own output."""
+    config = replace(small_run, precision="fp64", log_every_steps=2)
+    trainer, results = Trainer.build(config, tmp_path, WORLD), []
+    plain_step = trainer.step
+    trainer.step = lambda *args, **more: results.append(plain_step(*args, **more)) or results[-1]
+    try:
+        assert trainer.run() == 0
+    finally:
+        trainer.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 4, 6, 8, 10, 12, 14, 15]
+    assert len(results) == 15
+    warmup, peak = config.optim.warmup_epochs, config.peak_lr
+    for row in rows:
+        result, epoch = results[row["step"] - 1], (row["step"] - 1) / 5  # five steps an epoch, of three
+        shape = 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (3 - warmup)))
+        assert row["lr"] == pytest.approx(peak * (epoch / warmup if epoch < warmup else shape))
+        momentum = 1 - 0.5 * (1 + math.cos(math.pi * epoch / 3)) * (1 - config.objective.ema_momentum)
+        assert row["ema_momentum"] == pytest.approx(momentum)
+        assert row["epoch"] == pytest.approx(row["step"] / 5)
+        assert row["loss"] == pytest.approx(result.loss.item(), rel=1e-9)
+
+        # Positives are the other view's keys of the same image; the accuracy counts among all keys.
+        watch = result.output.watch
+        q1, q2, k1, k2 = (rows / rows.norm(dim=1, keepdim=True) for rows in (*watch["queries"], *watch["keys"]))
+        cosines = q1 @ k2.T
+        count = len(cosines)
+        others = (cosines.sum() - cosines.trace()).item() / (count * (count - 1))
+        assert row["cosine/positive"] == pytest.approx(cosines.trace().item() / count, abs=1e-6)
+        assert row["cosine/negative"] == pytest.approx(others, abs=1e-6)
+        spread = q1.std(dim=0, unbiased=False).mean().item()
+        assert row["feature_std"] == pytest.approx(spread, abs=1e-6)
+        both = torch.stack([cosines, q2 @ k1.T])
+        ranks = (both > both.diagonal(dim1=1, dim2=2)[..., None]).sum(2).double()
+        for name, first in (("contrast/top1", 1), ("contrast/top5", 5)):
+            share = (ranks < first).double().mean().item()
+            assert row[name] == pytest.approx(share, abs=1.5 / (2 * count))
+    assert 0 < warmup < 3
+    assert rows[-1]["contrast/top1"] < rows[-1]["contrast/top5"]
+
+
+def test_evaluations_and_saves_are_no_part_of_the_speed(small_run, digits, tmp_path, monkeypatch):
+    """By a clock of the test's own: a step takes 2 s, a measurement 1000 s, a save 500 s."""
+    knn = replace(small_run.knn, every_epochs=1, test_shards=digits[1], max_share=1.0)
+    trainer, now = Trainer.build(replace(small_run, knn=knn), tmp_path, WORLD), [0.0]
+    (monitor,) = trainer.monitors
+    recorder, plain_step, plain_state = trainer.recorder, trainer.step, trainer._state
+    recorder.meter = Throughput(global_batch_size=256, total_steps=15, clock=lambda: now[0])
+
+    def pass_time(seconds, result):
+        now[0] += seconds
+        return result
+
+    monkeypatch.setattr(trainer, "step", lambda *args, **more: pass_time(2, plain_step(*args, **more)))
+    monkeypatch.setattr(trainer, "_state", lambda: pass_time(500, plain_state()))
+    monkeypatch.setattr(monitor, "measure", lambda *_: pass_time(1000, {"knn": 0.5}))
+    monkeypatch.setattr(monitor, "is_due", lambda _: True)
+    try:
+        assert trainer.run() == 0
+    finally:
+        trainer.close()
+    assert now[0] >= 15 * 2 + 5 * 500 + 4 * 1000
+    assert RunFolder(tmp_path).read_metric("images_per_s") == [(step, 128.0) for step in range(1, 16)]
 
 
 def test_knn_rises_while_training(small_run, digits, tmp_path):

@@ -77,6 +77,8 @@ def test_every_extension_in_any_case(tmp_path, write_tar, noise_image):
         ("json", [b'{"label": 5, "w": 1}', b'{"label": 0}', b'{"w": 2}'], [5, 0, -1]),
         ("txt", [b"7", b"12\n", None], [7, 12, -1]),
         ("txt", [b"a photo of a cat", b"dogs\nand more", b"another caption"], [-1, -1, -1]),
+        # short and of one line, but hardly any comes twice
+        ("txt", [b"a cat", b"two dogs", b"an owl"], [-1, -1, -1]),
     ],
 )
 def test_numbers_are_found_by_themselves(tmp_path, write_tar, noise_image, extension, texts, labels):

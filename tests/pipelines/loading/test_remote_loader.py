@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from fastmoco_pipelines.loading.loader import build_loader
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec, EvalLoaderSpec, EvalSpec, LoaderSpec, moco_v3_views
 from fastmoco_pipelines.stores.retries import Limits
-from tests.pipelines.http_fault_server import drop, hold, stall, status
+from tests.pipelines.http_fault_server import HOLD_SECONDS, drop, hold, stall, status
 from tests.pipelines.loading.test_loader import wait_until
 from tests.pipelines.stores.test_http_faults import QUICK, require_no_threads
 
@@ -74,7 +76,7 @@ def test_evaluation_reads_a_remote_set(server, packed, spec):
             assert np.array_equal(ours.labels, theirs.labels)
 
 
-PATIENT = Limits(min_bytes_per_s=0, deadline_seconds=600)
+PATIENT = Limits(min_bytes_per_s=0, deadline_seconds=90)
 """Limits that end no transfer before a server that holds its answer back does."""
 STUBBORN = Limits(read_seconds=1, attempts=1000, max_delay_seconds=1, deadline_seconds=600)
 """Limits under which a silent server is asked again for ten minutes."""
@@ -90,8 +92,17 @@ def test_leaving_an_evaluation_does_not_wait_for_a_server(server, packed, spec, 
         iteration = iter(loader)
         next(iteration)
         wait_until(lambda: server.held)
-        with pytest.raises(KeyboardInterrupt):
-            iteration.throw(KeyboardInterrupt())
+        left = []
+
+        def leave() -> None:
+            with pytest.raises(KeyboardInterrupt):
+                iteration.throw(KeyboardInterrupt())
+            left.append(True)
+
+        thread = threading.Thread(target=leave, daemon=True)
+        thread.start()
+        thread.join(HOLD_SECONDS)  # a guard: it ends with the next byte
+        assert left == [True]
         assert server.given_up == []
         del server.always["train-000001.tar"]
         assert sum(len(batch.labels) for batch in loader) == 45
