@@ -1,1 +1,2 @@
-"""What a run says about itself: speed (`metrics`), health (`stability`), where it is written (`sinks`, `console`)."""
+"""Telemetry of a run: speed (`metrics`, `stragglers`), health (`stability`), output (`sinks`,
+`console`)."""
