@@ -1,5 +1,4 @@
-"""Config of the data: where the images are stored, how they become views, and the kNN
-evaluation."""
+"""Config of the images: where they are stored, how they become views, and kNN on them."""
 
 from __future__ import annotations
 
@@ -27,13 +26,11 @@ class DataConfig(LoaderOptions):
     view1: Annotated[ViewSpec, Resume.WITH_ALLOW] = field(
         default_factory=lambda: moco_v3_views()[0]
     )
-    """Augmentation of the first view; `copies` above 1 makes several views with the same
-    settings."""
+    """Augmentation of the first view; `copies` above 1 makes several such views."""
     view2: Annotated[ViewSpec, Resume.WITH_ALLOW] = field(
         default_factory=lambda: moco_v3_views()[1]
     )
-    """Augmentation of the second view, which must have the size of the first; `copies` 0 omits
-    it."""
+    """Augmentation of the second view, of the same size as the first; `copies` 0 omits it."""
     more_views: Annotated[tuple[ViewSpec, ...], Resume.WITH_ALLOW] = ()
     """Further groups of views after these two, e.g. the small crops of multi-crop."""
     device: Literal["auto"] | Device = "auto"
@@ -45,8 +42,7 @@ class DataConfig(LoaderOptions):
     which take a quarter of the memory and from which the step computes the same numbers. `auto`:
     `uint8` if the model is on a GPU."""
     synthetic: bool = False
-    """Train on one constant random batch instead of images, to measure the upper bound of
-    throughput."""
+    """Train on one constant random batch instead of images, to find the highest throughput."""
 
     def __post_init__(self) -> None:
         LoaderOptions.__post_init__(self)
@@ -94,8 +90,7 @@ class KnnConfig:
     max_test_images: int = 10_000
     """Largest number of images to classify during training; 0: all."""
     max_share: float = 0.1
-    """Time budget: a measurement is postponed while kNN has taken more than this share of the
-    run."""
+    """A measurement is postponed while kNN has taken more than this share of the run's time."""
 
     def __post_init__(self) -> None:
         require(self.every_epochs >= 0, "every_epochs", self.every_epochs, "must not be negative")

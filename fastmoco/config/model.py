@@ -62,8 +62,8 @@ class ModelConfig:
     """Attention backend. `auto` chooses by device and precision and logs why; a named backend is
     used, or the run is refused."""
     checkpointing: Annotated[Recompute, Resume.FREE] = "none"
-    """Activations that the backward recomputes: `selective`: layer norms and GELU; `full`: whole
-    blocks. The gradients are the same."""
+    """What the backward recomputes instead of keeping its activations: layer norms and GELU
+    (`selective`) or whole blocks (`full`). The gradients are the same."""
     linears: Annotated[Linears, Resume.WITH_ALLOW] = "native"
     """Products of the blocks' linear layers: `native` in the precision of the run; `float8` by
     torchao, for vit_large and wider, on CUDA with capability 8.9 or later, with bf16 and compiled

@@ -34,8 +34,7 @@ class MoCoV3Config(ObjectiveConfig):
     ema_momentum: Annotated[float, Resume.WITH_ALLOW] = 0.99
     """Momentum of the momentum encoder at step 0."""
     ema_schedule: Annotated[Literal["cosine", "constant"], Resume.WITH_ALLOW] = "cosine"
-    """`cosine` raises the momentum to 1 over the run, as in every official recipe; `constant` keeps
-    it."""
+    """`cosine` raises the momentum to 1 over the run, as every official recipe does."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "must be positive")

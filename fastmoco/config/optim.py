@@ -12,14 +12,12 @@ FUSED_BACKENDS = {
     "lars": ("auto", "fastmoco"),
     "lamb": ("apex",),
 }
-"""Implementations of each optimizer. `auto` never selects LAMB's: apex is imported only if it is
-named."""
+"""Implementations of each optimizer. LAMB has no `auto`: apex is imported only if it is named."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
-    """The optimizer of all trainable parameters, in one group; docs/optimizers.md explains which to
-    choose."""
+    """The optimizer of all trainable parameters, in one group; docs/optimizers.md compares them."""
 
     name: Literal["adamw", "lars", "lamb"] = "adamw"
     """`adamw` for ViT: its decay also applies to biases and norms, as in the official runs. `lars`

@@ -23,8 +23,7 @@ class ParallelConfig:
     shard_size: int = 0
     """Processes that share one copy with `hsdp`; 0: those of one machine."""
     verify_replicas_every: int = 100
-    """Steps between two bitwise comparisons of the state that the processes have in common; 0:
-    never."""
+    """Steps between two bitwise comparisons of the state that all processes share; 0: never."""
 
     def __post_init__(self) -> None:
         require(
@@ -33,7 +32,8 @@ class ParallelConfig:
             self.strategy,
             f"must be one of {get_args(Strategy)}",
         )
-        size, rule = self.shard_size, "must be 0 or at least 2"
+        size = self.shard_size
+        rule = "must be 0 or at least 2"
         require(size == 0 or size >= 2, "shard_size", size, rule)
         given_for = self.strategy == "hsdp" or size == 0
         require(given_for, "shard_size", size, f"is for strategy hsdp, not {self.strategy}")

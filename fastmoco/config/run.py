@@ -59,8 +59,8 @@ class CheckpointConfig:
     """When the full state is saved, and how many checkpoints are kept."""
 
     every_minutes: float = 10
-    """Minutes between two checkpoints. One is also saved after the last step and on SIGTERM or
-    SIGINT."""
+    """Minutes between two checkpoints. One is also saved after the last step and on a signal to
+    stop."""
     every_steps: int = 0
     """Steps between two checkpoints; 0: by time only."""
     keep: int = 2
@@ -133,7 +133,8 @@ class Config:
         )
 
         # Rules across groups.
-        warmup, epochs = self.optim.warmup_epochs, self.epochs
+        warmup = self.optim.warmup_epochs
+        epochs = self.epochs
         require(warmup <= epochs, "optim.warmup_epochs", warmup, f"must be at most epochs={epochs}")
         size = self.model.image_size
         require(

@@ -17,8 +17,7 @@ PATTERNS = (("data", "shards"), ("knn", "train_shards"), ("knn", "test_shards"))
 
 
 def marked(config: Config, mark: Resume) -> tuple[str, ...]:
-    """Dotted names of the fields of a config that have a mark; for a marked group, the group's
-    name."""
+    """Dotted names of the fields of a config with a mark; for a marked group, its name."""
 
     def walk(prefix: str, group: Any) -> Iterator[str]:
         for name, hint in get_type_hints(type(group), include_extras=True).items():
@@ -107,8 +106,7 @@ def _objective(kind: Any) -> type[ObjectiveConfig]:
 
 
 def _leaf(hint: Any, value: Any, path: str) -> Any:
-    """The value of a field that is not a dataclass; lists become tuples again, also of
-    dataclasses."""
+    """A field that is not a dataclass; lists become tuples again, also of dataclasses."""
     if get_origin(hint) is not tuple:
         return value
     inner = get_args(hint)[0]
@@ -118,8 +116,7 @@ def _leaf(hint: Any, value: Any, path: str) -> Any:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Every leaf by its dotted name, as on the command line: `{"optim.lr": 0.00015,
-    ...}`."""
+    """Every leaf by its dotted name, as on the command line: `{"optim.lr": 0.1, ...}`."""
 
     def walk(prefix: str, node: dict[Any, Any]) -> dict[str, Any]:
         flat: dict[str, Any] = {}
@@ -134,8 +131,8 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def differences(saved: Config, wanted: Config) -> list[str]:
-    """Fields that affect training and differ, each as `name: saved -> wanted`; empty if the run may
-    continue."""
+    """Fields that differ and affect training, as `name: saved -> wanted`; empty if there are
+    none."""
     old, new = flatten(saved), flatten(wanted)
     if saved.objective.kind != wanted.objective.kind:
         return [f"objective: {saved.objective.kind!r} -> {wanted.objective.kind!r}"]

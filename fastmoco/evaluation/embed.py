@@ -51,7 +51,8 @@ def raw_pixels(loader: Iterable[EvalBatch]) -> tuple[Tensor, Tensor]:
 def _collect(
     encode: Callable[[Tensor], Tensor], loader: Iterable[EvalBatch]
 ) -> tuple[Tensor, Tensor]:
-    features, labels = [], []
+    features = []
+    labels = []
     for batch in loader:
         rows = encode(batch.images)
         if rows.ndim != 2 or len(rows) != len(batch.images):

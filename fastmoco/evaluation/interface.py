@@ -95,8 +95,7 @@ class Monitor(ABC):
         self.best = self._by_name(state.get("best"))
 
     def _by_name(self, saved: Mapping[str, float] | float | None) -> dict[str, float]:
-        """The figures of a state; states without names are from when kNN was the only
-        evaluation."""
+        """The figures of a state; one without a name is from when only kNN was measured."""
         if saved is None:
             return {}
         return dict(saved) if isinstance(saved, Mapping) else {self.name: float(saved)}

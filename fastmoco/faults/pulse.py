@@ -68,8 +68,7 @@ class Pulse:
 
     @property
     def unstarted(self) -> bool:
-        """Whether no step has been completed since this start; a process that ends now loses
-        nothing."""
+        """Whether no step is done since this start; a process that ends now loses nothing."""
         return self._steps == 0
 
     def age(self) -> float:
@@ -121,7 +120,8 @@ class Pulse:
     def step(self) -> Iterator[None]:
         """The section of one step without its wait for data.
 
-        The first step has a longer limit; the limit of later ones grows with the last step."""
+        The first step has a longer limit; the limit of later ones grows with the last step.
+        """
         rules = self._rules
         longest = max(rules.hang_timeout_s, 5 * self._last_step)
         self.enter(

@@ -34,8 +34,7 @@ from fastmoco.faults.pulse import Pulse
 from fastmoco.run.folder import RunFolder
 
 PATIENCE_SECONDS = 2.0
-"""A signal repeated within this time is the same request: schedulers and launchers often both send
-one."""
+"""A signal repeated within this time is the same request: schedulers and launchers both send it."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """SLURM sends the third some time before the end of a job (`--signal=USR1@120`)."""
 _POLL_SECONDS = 0.25
@@ -113,8 +112,7 @@ class StopSignal:
             os.kill(os.getpid(), number)
 
     def _listen(self) -> None:
-        """Read the signals on a thread; end the process if the main thread does not react in
-        time."""
+        """Read the signals; end the process if the main thread does not react in time."""
         first: tuple[int, float] | None = None
         second_at: float | None = None
         while not self._over.is_set():
@@ -162,8 +160,7 @@ class StopSignal:
         return self._pulse is not None and self._pulse.unstarted
 
     def _nothing_lost(self) -> bool:
-        """Whether all ranks were asked to stop, and this one before its first step was done. Does
-        not wait."""
+        """Whether all ranks were asked to stop and this one has not completed a step."""
         return self._unstarted() and self._all_asked.is_set()
 
     def _mark(self) -> None:
@@ -171,8 +168,7 @@ class StopSignal:
             self._folder.mark("PREEMPTED")
 
     def _give_up(self, why: str, code: int) -> NoReturn:
-        """End the process at once, also if its main thread is inside a library, where no exception
-        reaches it."""
+        """End the process at once, even if its main thread is blocked inside a library."""
         try:
             if self._nothing_lost():
                 self._mark()
@@ -194,5 +190,6 @@ class StopSignal:
     def agreed(self, device: torch.device) -> bool:
         """Whether any rank was asked to stop; all ranks get the same answer.
 
-        One small all-reduce if there are several processes."""
+        One small all-reduce if there are several processes.
+        """
         return any_rank(self.received is not None, device)

@@ -127,8 +127,7 @@ class Watchdog:
         )
 
     def _where(self) -> str:
-        """Positions of the main threads of all ranks that have made as much progress as this
-        one."""
+        """Positions of the main threads of all ranks with the progress of this one."""
         alike = {
             rank: heartbeat
             for rank, heartbeat in self._heartbeats().items()
@@ -141,8 +140,7 @@ class Watchdog:
         return "; ".join(places)
 
     def _end(self, rank: int, why: str, heartbeat: str) -> None:
-        """Report which rank hangs, and kill it if it is a process of this machine without
-        heartbeats."""
+        """Report which rank hangs; kill it if it is on this machine and has no heartbeat."""
         text = f"rank {rank} hangs: {why}"
         first = report(self._store, text)
         say(f"ended by the failure of {first}")
@@ -160,8 +158,7 @@ def _this_process() -> dict[str, Any] | None:
 
 
 def _process(pid: int) -> dict[str, Any] | None:
-    """What identifies a process of this machine, also from a later one with the same number; None
-    if it has ended."""
+    """What identifies a process of this machine, since numbers are reused; None if it has ended."""
     try:
         started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

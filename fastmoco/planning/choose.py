@@ -24,8 +24,8 @@ from fastmoco.planning.plan import (
 from fastmoco_pipelines.spec import each_view
 
 SURELY_SMALL = 0.25
-"""If an upper bound of the step is below this share of the free memory, its bytes are not counted,
-which takes seconds."""
+"""The bytes of a step are not counted, which takes seconds, if an upper bound of them is below this
+share of the free memory."""
 
 
 def choose_plan(
@@ -50,7 +50,7 @@ def choose_plan(
     batch = config.batch
     wanted = batch.activation_budget
 
-    # With checkpointing, that decides what is kept.
+    # With checkpointing, the checkpointing decides what is kept.
     splits = compiled and config.model.checkpointing == "none"
     budgets = (BUDGETS if wanted == "auto" else (float(wanted),)) if splits else (1.0,)
     at_once = StepPlan(
@@ -105,10 +105,8 @@ def _beside(
             if strategy == "fsdp"
             else config.parallel.shard_size or world.local_world_size
         )
-        state, costs = (
-            state_bytes(costs, config.optim.name, element, shards=shards),
-            sharded(costs, element),
-        )
+        state = state_bytes(costs, config.optim.name, element, shards=shards)
+        costs = sharded(costs, element)
 
     # A background save holds its copy in the same memory on a CPU.
     taken = state.total - whole.parameters
@@ -121,7 +119,8 @@ def _at_most(config: Config, objective: Objective, images: int) -> float:
     """Upper bound of the bytes of a step, at least twice the true value.
 
     The elements of the trunk by `Encoder.most_numbers`, and 40 per view and hidden unit of the
-    heads."""
+    heads.
+    """
     element = next(objective.parameters()).element_size()
     views = len(each_view(config.data.views))
     numbers = views * (objective.encoder.most_numbers() + 40 * config.model.hidden_dim)

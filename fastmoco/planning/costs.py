@@ -64,7 +64,8 @@ class Line(NamedTuple):
 class Units(NamedTuple):
     """Parameters of FSDP2's units: a block, the largest unit, an encoder without head, both heads.
 
-    `frozen` parameters are in no unit. `bytes`: per element that is exchanged between ranks."""
+    `frozen` parameters are in no unit. `bytes`: per element that is exchanged between ranks.
+    """
 
     block: int
     largest: int
@@ -78,7 +79,8 @@ class Units(NamedTuple):
 class StepCosts:
     """The costs of one step.
 
-    An image means all its views. Bytes are per process; FLOPs count a multiply-add as two."""
+    An image means all its views. Bytes are per process; FLOPs count a multiply-add as two.
+    """
 
     trainable: int
     """Parameters with gradients and optimizer state."""
@@ -102,8 +104,7 @@ class StepCosts:
     heads: Line
     """Peak of heads and loss, forward and backward."""
     query_flops: float
-    """Forward of the query trunk, per image; without the patch projection if both encoders share
-    it."""
+    """Forward of the query trunk, per image; without the patch projection if it is shared."""
     recompute_flops: float
     """What activation checkpointing computes twice, per image."""
     step_flops: float
@@ -211,16 +212,16 @@ def _units(objective: Objective, size: int) -> Units:
         for name, network in networks.items()
         if any(p.requires_grad for p in network.parameters())
     }
-    blocks, heads = [0], [0]
+    blocks = [0]
+    heads = [0]
     trunk = frozen = 0
     for name, parts in objective.parts().items():
         inside = [sum(p.numel() for p in head.parameters()) for head in parts.heads.values()]
         if name in trained:
             blocks += [sum(p.numel() for p in block.parameters()) for block in parts.blocks]
             heads += inside
-            trunk += sum(p.numel() for p in networks[name].parameters() if p.requires_grad) - sum(
-                inside
-            )
+            own = sum(p.numel() for p in networks[name].parameters() if p.requires_grad)
+            trunk += own - sum(inside)
 
     # Parameters that are neither trained nor averages are not sharded.
     averages = {id(average) for own, average in objective.averages().items() if own.requires_grad}
@@ -262,7 +263,8 @@ class _Pieces:
         """The result of `measure` with all blocks.
 
         The blocks of a network are alike, so the difference of two depths is the cost of more
-        blocks."""
+        blocks.
+        """
         trunks: list[Any] = [
             parts.blocks for parts in self.objective.parts().values() if len(parts.blocks)
         ]
@@ -296,8 +298,7 @@ class _Pieces:
         }
 
     def bytes_of_an_image(self) -> Figures:
-        """Peak of each part, and `graph`: bytes per image, and bytes that do not grow with the
-        batch."""
+        """Peak of each part, and `graph`: bytes per image, and bytes that are independent of it."""
         measured = []
         for images in SIZES:
             found: dict[str, float] = {}
@@ -328,9 +329,12 @@ class _Pieces:
         return found
 
     def _runs(self, images: int) -> dict[str, Callable[[LiveBytes | None], int]]:
-        """The parts by name; `train` returns the live bytes between its forward and its backward,
-        the others 0."""
-        objective, at = self.objective, self.at
+        """The parts by name.
+
+        `train` returns the live bytes between its forward and its backward, the others return 0.
+        """
+        objective = self.objective
+        at = self.at
         views = tuple(torch.empty(images, 3, side, side, dtype=self.kind) for side in self.sides)
         online, target = self.features(images)
         leaves = tuple(rows.requires_grad_() for rows in online)

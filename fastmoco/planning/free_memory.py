@@ -53,7 +53,8 @@ def _installed() -> int:
 def _group_leaves(membership: Path, cgroups: Path) -> list[int]:
     """What remains in each limited control group of this process and in the groups above them.
 
-    Reads versions 1 and 2 of control groups."""
+    Reads versions 1 and 2 of control groups.
+    """
     if not membership.exists():
         return []
     left: list[int] = []
@@ -78,8 +79,7 @@ def _group_leaves(membership: Path, cgroups: Path) -> list[int]:
 
 
 def _leaves(folder: Path, limit: str, used: str, cache: str) -> int | None:
-    """Limit minus use, without cached files, which the kernel frees first; None if no limit can be
-    read."""
+    """Limit minus use, without cached files, which the kernel frees first; None without a limit."""
     try:
         allowed = (folder / limit).read_text().strip()
         taken = int((folder / used).read_text())

@@ -13,11 +13,10 @@ from torch.utils._pytree import tree_map_only
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums the live storages: those made by operations under this mode, until their last tensor is
-    freed.
+    """Sums the live storages: made by operations under this mode, and not yet freed.
 
     Args:
-        state: tensors whose storages are not counted, also not in views of them.
+        state: tensors whose storages are not counted.
 
     Attributes:
         now: live bytes.

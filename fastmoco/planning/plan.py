@@ -184,7 +184,8 @@ def lean_bytes(
 ) -> float:
     """Bytes of a step in chunks whose other images keep the residual stream, besides the state.
 
-    Infinite if blocks cannot keep only the residual stream."""
+    Infinite if blocks cannot keep only the residual stream.
+    """
     if costs.lean is None or costs.lean_train is None:
         return float("inf")
     chunk, others = min(chunk, images), images - kept_images
@@ -280,9 +281,8 @@ def _in_chunks(
     needs = lean_bytes if lean else chunked_bytes
     grain = max(1, size // PARTS)
     if costs.separate:
-        kept_images = (
-            images  # each graph is kept until its own backward, and none is computed twice
-        )
+        # Each graph is kept until its own backward, and none is computed twice.
+        kept_images = images
     elif kept == "auto":
         parts = -(-images // grain)
         while parts and needs(costs, images, size, min(images, parts * grain), world_size) > budget:
@@ -309,8 +309,7 @@ def _in_chunks(
 
 
 def best_plan(plans: Iterable[StepPlan]) -> StepPlan:
-    """The first of some plans that fits and computes nothing twice, else the one that computes
-    least.
+    """The first plan that fits and computes nothing twice, else the one that computes least.
 
     Args:
         plans: at least one; each keeps less than the one before. Taken one by one, as far as
@@ -367,7 +366,8 @@ def _largest_that_fits(
 ) -> int:
     """Halve the chunk until it fits.
 
-    Powers of two, because the free memory differs between runs and the chunk should not."""
+    Powers of two, because the free memory differs between runs and the chunk should not.
+    """
     chunk = busy_chunk(tokens)
     while chunk > 1 and (
         chunk >= images or chunked_bytes(costs, images, chunk, 0, world_size) > budget

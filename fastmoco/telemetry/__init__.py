@@ -1,2 +1,1 @@
-"""Telemetry of a run: speed (`metrics`, `stragglers`), health (`stability`), output (`sinks`,
-`console`)."""
+"""Telemetry of a run: its speed, its health, slow ranks, and the output of all figures."""

@@ -227,9 +227,8 @@ class Console:
         live = self._live
         self._live = None
         if live is not None:
-            with contextlib.suppress(
-                Exception
-            ):  # the terminal may be gone; see the module's docstring
+            # The terminal may be gone; see the module's docstring.
+            with contextlib.suppress(Exception):
                 live.stop()
 
     def _line(self, text: str | Callable[[], str]) -> None:

@@ -1,5 +1,4 @@
-"""The records of a run: measures speed, watches for instability, and passes metrics to sinks and
-console."""
+"""The records of a run: speed, signs of instability, and metrics for sinks and console."""
 
 from __future__ import annotations
 
@@ -123,9 +122,9 @@ class Recorder:
         self.meter.step(wait_seconds)
 
     def loader(self, figures: StageFigures) -> None:
-        """Take the loader's figures so far; the next `log` writes the change since the last
-        call."""
-        self._loader_before, self._loader = self._loader, figures
+        """Take the loader's figures so far; `log` writes the change between two calls."""
+        self._loader_before = self._loader
+        self._loader = figures
 
     def loader_summary(self, figures: StageFigures) -> None:
         """Log whether the loader was the bottleneck of the training; call it at the end."""
@@ -198,8 +197,7 @@ class Recorder:
         return float(mean_loss)
 
     def _loader_metrics(self) -> dict[str, float]:
-        """The loader's figures since the last log step; logs a summary the first time that it is
-        slow."""
+        """The loader's figures since the last log step; logs a summary when it is first slow."""
         recent = self._loader - self._loader_before
         if not recent.steps:
             return {}
@@ -254,9 +252,8 @@ class Recorder:
         """Close console and files; may be called more than once."""
         self.console.close()
         for sink in self._sinks:
-            with contextlib.suppress(
-                OSError
-            ):  # TensorBoard flushes what a full disk has refused before
+            # TensorBoard flushes what a full disk has refused before.
+            with contextlib.suppress(OSError):
                 sink.close()
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:

@@ -44,8 +44,9 @@ def feature_std(features_BD: Tensor) -> Tensor:
 
 
 def effective_rank(features_BD: Tensor) -> Tensor:
-    """Effective number of directions of the L2-normalised, centred rows: exp of the entropy of
-    their variance spectrum.
+    """Effective number of directions of the L2-normalised, centred rows.
+
+    It is exp of the entropy of their variance spectrum.
 
     Between 1 (all on a line: dimensional collapse) and min(B - 1, D). Source: Roy and Vetterli
     2007.
@@ -266,8 +267,7 @@ class CollapseDetector:
         self._low = 0
 
     def observe(self, step: int, std: float) -> str | None:
-        """Take one value; return the text of the event when the patience ends, once until
-        recovery."""
+        """Take one value; return the event's text when the patience ends, once until recovery."""
         low = not std >= self._floor * self._healthy  # NaN counts as low
         self._low = self._low + 1 if low else 0
         if self._low != self._patience:
@@ -285,8 +285,10 @@ class ForgettingDetector:
     """
 
     def __init__(self, *, learned: float = 0.1, lost: float = 0.02, patience: int = 3) -> None:
-        """Set the rule: once the gap has exceeded `learned`, an event after `patience` consecutive
-        values below `lost`."""
+        """Set the rule: an event after `patience` consecutive gaps below `lost`.
+
+        It applies once the gap has exceeded `learned`.
+        """
         self._learned = learned
         self._lost = lost
         self._patience = patience
@@ -294,8 +296,7 @@ class ForgettingDetector:
         self._low = 0
 
     def observe(self, step: int, positive: float, other: float) -> str | None:
-        """Take both mean cosines; return the text of the event when the patience ends, once until
-        recovery."""
+        """Take both mean cosines; return the event's text as the other detectors do."""
         gap = positive - other
         self._armed = self._armed or gap > self._learned
         # NaN counts as low.

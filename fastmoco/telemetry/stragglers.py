@@ -58,8 +58,7 @@ class Stragglers:
         self._begun = self._mark()
 
     def report(self, step: int) -> list[str]:
-        """The ranks that were slow since the last call and not before it; one collective, one host
-        sync."""
+        """The ranks that have become slow since the last call; one collective, one host sync."""
         if self._world.world_size == 1 or not self._steps:
             return []
 
