@@ -175,7 +175,7 @@ if "RANK" in os.environ:
     from fastmoco.faults import stop_signal
     from fastmoco.training import trainer
     if os.environ["RANK"] == "0":
-        stop_signal._LOOK_SECONDS = 0.7  # so its peer, which leaves no mark, is the first to give up
+        stop_signal._POLL_SECONDS = 0.7  # so its peer, which leaves no mark, is the first to give up
     def step(*args, **more):
         print("the first step", flush=True)
         time.sleep(1000)

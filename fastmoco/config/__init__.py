@@ -1,4 +1,7 @@
-"""What a run is: a tree of frozen dataclasses, checked where they are made. No torch, no DALI."""
+"""The config of a run: a tree of frozen dataclasses that check their values when constructed.
+
+Imports neither torch nor DALI.
+"""
 
 from __future__ import annotations
 

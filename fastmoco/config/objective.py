@@ -1,6 +1,6 @@
-"""The numbers of an objective: a base, and MoCo v3, which a config has unless it says otherwise.
+"""Configs of objectives: the base class, and MoCo v3, which is the default.
 
-A sibling's numbers are in `fastmoco/recipes/<kind>.py`, beside its recipes.
+The config of any other objective is in `fastmoco/recipes/<kind>.py`, beside its recipes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fastmoco_pipelines.spec import Resume, require
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveConfig:
-    """The numbers of some objective; a subclass names its `kind`, as JSON spells it."""
+    """Base class of the configs of objectives; a subclass sets its `kind`, as JSON spells it."""
 
     kind: ClassVar[str] = ""
     kinds: ClassVar[dict[str, type[Any]]] = {}
@@ -32,9 +32,9 @@ class MoCoV3Config(ObjectiveConfig):
     temperature: Annotated[float, Resume.WITH_ALLOW] = 0.2
     """Softmax temperature of the InfoNCE loss: 0.2 for ViT, 1.0 for ResNet-50."""
     ema_momentum: Annotated[float, Resume.WITH_ALLOW] = 0.99
-    """Momentum of the momentum encoder's average at step 0."""
+    """Momentum of the momentum encoder at step 0."""
     ema_schedule: Annotated[Literal["cosine", "constant"], Resume.WITH_ALLOW] = "cosine"
-    """`cosine` lets the momentum rise to 1 over the run, as every official recipe does."""
+    """`cosine` raises the momentum to 1 over the run, as every official recipe does."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "must be positive")
@@ -42,10 +42,12 @@ class MoCoV3Config(ObjectiveConfig):
 
 
 def require_ema(momentum: float, schedule: str) -> None:
-    """Refuse numbers of an average that make no sense.
+    """Refuse invalid settings of a momentum encoder.
 
     Raises:
         ValueError: naming the field.
     """
-    require(0 <= momentum <= 1, "ema_momentum", momentum, "must lie in [0, 1]")
-    require(schedule in ("cosine", "constant"), "ema_schedule", schedule, "must be cosine or constant")
+    require(0 <= momentum <= 1, "ema_momentum", momentum, "must be in [0, 1]")
+    require(
+        schedule in ("cosine", "constant"), "ema_schedule", schedule, "must be cosine or constant"
+    )

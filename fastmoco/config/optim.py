@@ -1,4 +1,4 @@
-"""The optimizer."""
+"""Config of the optimizer."""
 
 from __future__ import annotations
 
@@ -7,24 +7,30 @@ from typing import Annotated, Literal
 
 from fastmoco_pipelines.spec import Resume, require
 
-FUSED_BACKENDS = {"adamw": ("auto", "torch", "fastmoco", "apex"), "lars": ("auto", "fastmoco"), "lamb": ("apex",)}
-"""Who offers each optimizer. LAMB never comes by ``auto``: apex is imported only where it is named."""
+FUSED_BACKENDS = {
+    "adamw": ("auto", "torch", "fastmoco", "apex"),
+    "lars": ("auto", "fastmoco"),
+    "lamb": ("apex",),
+}
+"""Implementations of each optimizer. LAMB has no `auto`: apex is imported only if it is named."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
-    """The optimizer of all trainable parameters, in one group; docs/optimizers.md says when to take which."""
+    """The optimizer of all trainable parameters, in one group; docs/optimizers.md compares them."""
 
     name: Literal["adamw", "lars", "lamb"] = "adamw"
-    """``adamw`` for ViT: its decay also hits biases and norms, as in the official runs. ``lars`` for ResNet and very large
-    batches. ``lamb`` needs NVIDIA apex."""
+    """`adamw` for ViT: its decay also applies to biases and norms, as in the official runs. `lars`
+    for ResNet and very large batches. `lamb` needs NVIDIA apex."""
     fused_backend: Annotated[Literal["auto", "torch", "fastmoco", "apex"], Resume.FREE] = "auto"
-    """Whose code takes the step: ``torch``; ``fastmoco``, for AdamW one sweep with the twin's average; ``apex``, NVIDIA's, if
-    installed. ``auto``: ``fastmoco`` for LARS and on CUDA with Triton, else ``torch``. All agree to rounding."""
+    """Implementation of the optimizer: `torch`; `fastmoco`, which for AdamW updates weights and
+    momentum encoder in one sweep; `apex` by NVIDIA, if installed. `auto`: `fastmoco` for LARS and
+    on CUDA with Triton, else `torch`. All agree up to rounding."""
     lr: Annotated[float, Resume.WITH_ALLOW] = 1.5e-4
-    """Base learning rate for 256 images; the peak is ``lr * global_batch_size / 256``."""
+    """Base learning rate for 256 images; the peak is `lr * global_batch_size / 256`."""
     weight_decay: Annotated[float, Resume.WITH_ALLOW] = 0.1
-    """Decoupled weight decay of AdamW and LAMB; LARS adds it to the gradient, of tensors of two or more dimensions."""
+    """Decoupled weight decay of AdamW and LAMB. LARS adds it to the gradient, only for tensors of
+    two or more dimensions."""
     betas: Annotated[tuple[float, float], Resume.WITH_ALLOW] = (0.9, 0.999)
     """Averaging coefficients of AdamW and LAMB."""
     eps: Annotated[float, Resume.WITH_ALLOW] = 1e-8
@@ -32,22 +38,30 @@ class OptimConfig:
     sgd_momentum: Annotated[float, Resume.WITH_ALLOW] = 0.9
     """Momentum of LARS's buffer."""
     trust_coefficient: Annotated[float, Resume.WITH_ALLOW] = 0.001
-    """Length of a LARS step relative to the weights', before the learning rate."""
+    """Norm of a LARS step relative to the norm of the weights, before the learning rate."""
     warmup_epochs: Annotated[float, Resume.WITH_ALLOW] = 40
     """Epochs over which the learning rate rises linearly from 0 to its peak."""
     clip_norm: Annotated[float, Resume.WITH_ALLOW] = 0.0
-    """Gradients longer than this, as one vector, are shortened to it; 0: never, as in the paper."""
+    """Largest norm of all gradients as one vector; larger ones are scaled down to it. 0: no
+    clipping, as in the paper."""
 
     def __post_init__(self) -> None:
         backends = FUSED_BACKENDS.get(self.name, ())
         require(bool(backends), "name", self.name, f"must be one of {tuple(FUSED_BACKENDS)}")
-        rule = f"{self.name} is there as {backends}"
+        rule = f"{self.name} is available as {backends}"
         require(self.fused_backend in backends, "fused_backend", self.fused_backend, rule)
-        require(0 <= self.sgd_momentum < 1, "sgd_momentum", self.sgd_momentum, "must lie in [0, 1)")
-        require(self.trust_coefficient > 0, "trust_coefficient", self.trust_coefficient, "must be positive")
+        require(0 <= self.sgd_momentum < 1, "sgd_momentum", self.sgd_momentum, "must be in [0, 1)")
+        require(
+            self.trust_coefficient > 0,
+            "trust_coefficient",
+            self.trust_coefficient,
+            "must be positive",
+        )
         require(self.lr >= 0, "lr", self.lr, "must not be negative")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
-        require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must lie in [0, 1)")
+        require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must be in [0, 1)")
         require(self.eps > 0, "eps", self.eps, "must be positive")
-        require(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "must not be negative")
+        require(
+            self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "must not be negative"
+        )
         require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "must not be negative")

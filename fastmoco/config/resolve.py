@@ -1,4 +1,4 @@
-"""What a config becomes on a given world and data set."""
+"""The numbers of a run that depend on its world size and data set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastmoco_pipelines.spec import require
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """What a config becomes on a given world and data set."""
+    """The numbers of a run that depend on its world size and data set."""
 
     world_size: int
     sample_count: int
@@ -21,21 +21,30 @@ class Resolved:
 
 
 def resolve(config: Config, *, world_size: int, sample_count: int) -> Resolved:
-    """Compute what depends on the world and the data set.
+    """Compute the numbers that depend on the world size and the data set.
 
     Args:
-        config: the run.
+        config: of the run.
         world_size: processes that train.
         sample_count: images in the training set.
 
     Raises:
-        ValueError: if ``world_size`` does not divide the global batch, or the set is smaller than one batch.
+        ValueError: if `world_size` does not divide the global batch, or the set is smaller than
+            one batch.
     """
     batch = config.global_batch_size
-    require(batch % world_size == 0, "global_batch_size", batch, f"must be a multiple of the {world_size} processes")
+    require(
+        batch % world_size == 0,
+        "global_batch_size",
+        batch,
+        f"must be a multiple of the {world_size} processes",
+    )
     steps_per_epoch = sample_count // batch
     require(
-        steps_per_epoch >= 1, "global_batch_size", batch, f"must be at most the {sample_count} images of data.shards"
+        steps_per_epoch >= 1,
+        "global_batch_size",
+        batch,
+        f"must be at most the {sample_count} images of data.shards",
     )
     total_steps = max(1, round(config.epochs * steps_per_epoch))
     return Resolved(

@@ -1,7 +1,8 @@
-"""What a run is: a tree of frozen dataclasses, checked where it is written down. No torch, no DALI.
+"""The config of a run: a tree of frozen dataclasses that check their values when constructed.
 
-Batch sizes are global unless the name says local. `resolve` computes once what depends on the world and the data set and
-returns a new object; both are written as JSON beside every checkpoint (`serial.py`).
+Imports neither torch nor DALI. Batch sizes are global unless the name contains `local`. `resolve`
+computes the numbers that depend on the world size and the data set once, and returns them as a new
+object. Both are written as JSON beside every checkpoint (`serial.py`).
 """
 
 from __future__ import annotations
@@ -20,18 +21,23 @@ from fastmoco_pipelines.spec import Device, EvalSpec, LoaderOptions, LoaderSpec,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchConfig:
-    """How a process takes its part of a batch through the encoder: at once or in chunks, with equal gradients."""
+    """How a process passes its part of a batch through the encoder: at once or in chunks
+    (micro-batches), with equal gradients."""
 
     chunk: Literal["auto", "none"] | int = "auto"
-    """Images that pass the encoder together. ``none``: all; ``auto``: all where they fit into the memory that is free."""
+    """Images per pass through the encoder. `none`: all; `auto`: all if they fit into the free
+    memory, else a chunk that fits."""
     kept: Literal["auto"] | int = "auto"
-    """Chunks that keep their activations and save the second forward; ``auto``: as many as fit, parts of chunks among them."""
+    """Chunks that keep their activations and need no second forward; `auto`: as many as fit,
+    including parts of chunks."""
     activation_budget: Literal["auto"] | float = "auto"
-    """Share of its activations that a compiled block keeps for its backward: 1 all that products read, 0.9 what element-wise
-    operations do not make again, less also drops products. ``auto``: the first of 1 and 0.9 that computes least twice."""
+    """Share of its activations that a compiled block keeps for its backward. 1: all inputs of
+    products; 0.9: those that elementwise operations cannot recompute; below that, products are
+    recomputed too. `auto`: 1 or 0.9, whichever fits with less recomputation."""
     cuda_graphs: bool = False
-    """Replay the trunk's kernels for chunks that keep nothing, instead of launching them from Python. CUDA, one process or ddp,
-    without ``model.checkpointing``. The same gradients, more memory."""
+    """For chunks that keep nothing, replay the trunk's kernels instead of launching them from
+    Python. Needs CUDA, one process or ddp, and no `model.checkpointing`. The gradients are the
+    same; it takes more memory."""
 
     def __post_init__(self) -> None:
         budget = self.activation_budget
@@ -40,27 +46,34 @@ class BatchConfig:
         for name, words, least in (("chunk", ("auto", "none"), 1), ("kept", ("auto",), 0)):
             value = getattr(self, name)
             fits = value >= least if type(value) is int else value in words
-            require(fits, name, value, f"must be {' or '.join(words)}, or a whole number from {least} on")
+            require(
+                fits,
+                name,
+                value,
+                f"must be {' or '.join(words)}, or an integer of at least {least}",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
-    """When the whole state is written, and how much of it is kept."""
+    """When the full state is saved, and how many checkpoints are kept."""
 
     every_minutes: float = 10
-    """Minutes between two checkpoints; one is also written after the last step and on SIGTERM or SIGINT."""
+    """Minutes between two checkpoints. One is also saved after the last step and on a signal to
+    stop."""
     every_steps: int = 0
-    """Steps between two checkpoints; 0: by the clock alone."""
+    """Steps between two checkpoints; 0: by time only."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     async_save: bool = True
-    """Copy the state to the host's memory and write the copy while training goes on: a run then waits for the copy alone,
-    and the host holds the state once more. The last save of a run, and the one on a signal, are always waited for."""
+    """Copy the state to host memory and write the copy during training. The run then waits only for
+    the copy, and the host holds the state a second time. The run always waits for its last save and
+    for a save on a signal."""
 
     def __post_init__(self) -> None:
         require(self.every_minutes > 0, "every_minutes", self.every_minutes, "must be positive")
         require(self.every_steps >= 0, "every_steps", self.every_steps, "must not be negative")
-        require(self.keep >= 1, "keep", self.keep, "keeps at least one")
+        require(self.keep >= 1, "keep", self.keep, "must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,20 +81,21 @@ class Config:
     """One run of pre-training."""
 
     recipe: Annotated[str, Resume.FREE] = "custom"
-    """Name of the recipe this started from."""
+    """Name of the recipe that this config started from."""
     epochs: Annotated[float, Resume.WITH_ALLOW] = 300
-    """Passes over the training images; the schedules run over exactly this long."""
+    """Passes over the training images; the schedules span exactly this length."""
     global_batch_size: int = 4096
-    """Images of one optimizer step, over all ranks."""
+    """Images per optimizer step, over all ranks."""
     seed: int = 0
-    """Seed of initialisation, order and augmentation."""
+    """Seed of the initialisation, the order of the images and the augmentation."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    """bf16: autocast over float32 weights; fp32: no autocast; fp64: everything, slow, to compare runs without rounding noise.
-    ``auto``: bf16 where the device multiplies it natively, else fp32."""
+    """bf16: autocast with float32 weights; fp32: no autocast; fp64: everything in float64, slow, to
+    compare runs without rounding noise. `auto`: bf16 if the device multiplies it natively, else
+    fp32."""
     device: Literal["auto"] | Device = "auto"
-    """`auto` takes a GPU where there is one."""
+    """`auto` uses a GPU if there is one."""
     threads: Annotated[int, Resume.FREE] = 0
-    """CPU threads of torch in each process; 0 shares the machine's cores among its processes."""
+    """CPU threads of torch per process; 0 divides the machine's cores among its processes."""
     log_every_steps: Annotated[int, Resume.FREE] = 10
     """Steps between two lines of metrics; only these steps wait for the device."""
     batch: Annotated[BatchConfig, Resume.FREE] = field(default_factory=BatchConfig)
@@ -96,18 +110,38 @@ class Config:
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, "epochs", self.epochs, "must be positive")
-        require(self.global_batch_size >= 2, "global_batch_size", self.global_batch_size, "needs at least 2 images")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "needs a whole number from 0 to 2**63 - 1")
+        require(
+            self.global_batch_size >= 2,
+            "global_batch_size",
+            self.global_batch_size,
+            "must be at least 2",
+        )
+        require(0 <= self.seed < 2**63, "seed", self.seed, "must be an integer from 0 to 2**63 - 1")
         precisions = ("auto", "bf16", "fp32", "fp64")
-        require(self.precision in precisions, "precision", self.precision, f"must be one of {precisions}")
-        require(self.device in ("auto", "cpu", "gpu"), "device", self.device, "must be auto, cpu or gpu")
+        require(
+            self.precision in precisions,
+            "precision",
+            self.precision,
+            f"must be one of {precisions}",
+        )
+        require(
+            self.device in ("auto", "cpu", "gpu"), "device", self.device, "must be auto, cpu or gpu"
+        )
         require(self.threads >= 0, "threads", self.threads, "must not be negative")
-        require(self.log_every_steps >= 1, "log_every_steps", self.log_every_steps, "must be at least 1")
-        warmup, epochs = self.optim.warmup_epochs, self.epochs
+        require(
+            self.log_every_steps >= 1, "log_every_steps", self.log_every_steps, "must be at least 1"
+        )
+
+        # Rules across groups.
+        warmup = self.optim.warmup_epochs
+        epochs = self.epochs
         require(warmup <= epochs, "optim.warmup_epochs", warmup, f"must be at most epochs={epochs}")
         size = self.model.image_size
         require(
-            self.data.view1.size == size, "data.view1.size", self.data.view1.size, f"must be model.image_size={size}"
+            self.data.view1.size == size,
+            "data.view1.size",
+            self.data.view1.size,
+            f"must be model.image_size={size}",
         )
         patch = self.model.patch_size
         rule = f"must be a multiple of model.patch_size={patch}, at most model.image_size={size}"
@@ -115,25 +149,35 @@ class Config:
             fits = view.size <= size and view.size % patch == 0
             require(fits, f"data.more_views.{number}.size", view.size, rule)
         every = self.checkpoint.every_steps
-        rule = "must be set for faults.rollback_spike: a run goes back only to what was saved by steps"
+        rule = (
+            "must be set for faults.rollback_spike: "
+            "a rollback uses only checkpoints that were saved by steps"
+        )
         require(self.faults.rollback_spike == 0 or every > 0, "checkpoint.every_steps", every, rule)
         small = self.knn.resize == 0 or self.knn.resize >= size
-        require(small, "knn.resize", self.knn.resize, f"must be 0 or at least model.image_size={size}")
+        require(
+            small, "knn.resize", self.knn.resize, f"must be 0 or at least model.image_size={size}"
+        )
 
     @property
     def peak_lr(self) -> float:
-        """Learning rate after the warm-up: ``optim.lr * global_batch_size / 256``."""
+        """Learning rate after the warm-up: `optim.lr * global_batch_size / 256`."""
         return self.optim.lr * self.global_batch_size / 256
 
     def loader_spec(self, *, device: Device, threads: int) -> LoaderSpec:
-        """What the training loader delivers.
+        """The spec of the training loader.
 
         Raises:
-            ValueError: if ``data.shards`` is not given, and the images are not synthetic.
+            ValueError: if `data.shards` is empty and the images are not synthetic.
         """
         data = self.data
         named = bool(data.shards) or data.synthetic
-        require(named, "data.shards", data.shards, "must name the shards, e.g. --data.shards 'data/train-*.tar'")
+        require(
+            named,
+            "data.shards",
+            data.shards,
+            "must name the shards, e.g. --data.shards 'data/train-*.tar'",
+        )
         return LoaderSpec(
             shards=data.shards or "synthetic",
             views=data.views,
@@ -145,7 +189,9 @@ class Config:
         )
 
     def eval_spec(self) -> EvalSpec:
-        """How an image is shown to the encoder in evaluation."""
+        """How evaluation resizes, crops and normalises an image."""
         size = self.model.image_size
         resize = self.knn.resize or (round(size * 256 / 224) if size > 64 else size)
-        return EvalSpec(size=size, resize=resize, mean=self.data.view1.mean, std=self.data.view1.std)
+        return EvalSpec(
+            size=size, resize=resize, mean=self.data.view1.mean, std=self.data.view1.std
+        )

@@ -1,4 +1,4 @@
-"""A config as JSON, there and back, and what changed between two of them."""
+"""Write a config as JSON, read it back, and compare two configs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastmoco_pipelines.spec import Resume, require
 from fastmoco_pipelines.text import redact
 
 PATTERNS = (("data", "shards"), ("knn", "train_shards"), ("knn", "test_shards"))
-"""Fields that may hold URLs."""
+"""Fields that may contain URLs."""
 
 
 def marked(config: Config, mark: Resume) -> tuple[str, ...]:
-    """The dotted names of the fields of a config with a mark; of a group that has it, the group's name."""
+    """Dotted names of the fields of a config with a mark; for a marked group, its name."""
 
     def walk(prefix: str, group: Any) -> Iterator[str]:
         for name, hint in get_type_hints(type(group), include_extras=True).items():
@@ -34,16 +34,17 @@ def marked(config: Config, mark: Resume) -> tuple[str, ...]:
 
 
 def may_change(config: Config, name: str, mark: Resume) -> bool:
-    """Whether a field of a config, or the group that it is in, has a mark."""
+    """Whether a field of a config, or a group that contains it, has a mark."""
     return any(name == field or name.startswith(f"{field}.") for field in marked(config, mark))
 
 
 def to_json(config: Config) -> dict[str, Any]:
-    """The config as nested JSON-able dictionaries; `from_json` reads it back.
+    """The config as nested dictionaries for JSON; `from_json` reads it back.
 
-    An objective other than MoCo v3 writes its `kind` beside its numbers.
+    An objective other than MoCo v3 also writes its `kind`.
 
-    URLs lose user, password and query, which may hold keys: what is written down is read by others.
+    URLs are written without user, password and query, which may contain keys, because others can
+    read the file.
     """
     data = dataclasses.asdict(config)
     for group, name in PATTERNS:
@@ -54,22 +55,27 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def from_json(data: dict[str, Any]) -> Config:
-    """Build a config from what `to_json` wrote.
+    """Build a config from the output of `to_json`.
 
     Raises:
-        ValueError: for unknown fields, by name, or values that the config refuses.
+        ValueError: for unknown fields, by name, or invalid values.
     """
-    if data.get("device") == "cuda":  # as configs before spelled it
+    if data.get("device") == "cuda":  # the spelling of earlier configs
         data = data | {"device": "gpu"}
     built: Config = _build(Config, data, "config")
     return built
 
 
 def _build(cls: Any, data: dict[str, Any], path: str) -> Any:
-    """One dataclass from one dictionary; lists become the tuples they were."""
+    """Build one dataclass from one dictionary; lists become tuples again."""
     hints = get_type_hints(cls)
     unknown = sorted(set(data) - set(hints))
-    require(not unknown, path, unknown, f"these fields do not exist; known are {', '.join(sorted(hints))}")
+    require(
+        not unknown,
+        path,
+        unknown,
+        f"unknown fields; known are {', '.join(sorted(hints))}",
+    )
     values = {}
     for name, value in data.items():
         hint = hints[name]
@@ -84,23 +90,23 @@ def _build(cls: Any, data: dict[str, Any], path: str) -> Any:
 
 
 def _objective(kind: Any) -> type[ObjectiveConfig]:
-    """The class of an objective's numbers, which is in a module of the recipes with the name of its kind.
+    """The config class of an objective, from the recipes module named after its kind.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such class.
     """
     place = f"fastmoco.recipes.{kind}"
     if kind not in ObjectiveConfig.kinds and isinstance(kind, str) and kind.isidentifier():
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(place)
     known = {name: made for name, made in ObjectiveConfig.kinds.items() if name}
-    rule = f"this version has no such objective; it knows {', '.join(sorted(known))}"
+    rule = f"unknown objective; known are {', '.join(sorted(known))}"
     require(kind in known, "config.objective.kind", kind, rule)
     return known[kind]
 
 
 def _leaf(hint: Any, value: Any, path: str) -> Any:
-    """A field that is no dataclass; lists become the tuples they were, of dataclasses too."""
+    """A field that is not a dataclass; lists become tuples again, also of dataclasses."""
     if get_origin(hint) is not tuple:
         return value
     inner = get_args(hint)[0]
@@ -110,13 +116,13 @@ def _leaf(hint: Any, value: Any, path: str) -> Any:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Every leaf by its dotted name, as the command line spells it: ``{"optim.lr": 0.00015, ...}``."""
+    """Every leaf by its dotted name, as on the command line: `{"optim.lr": 0.1, ...}`."""
 
     def walk(prefix: str, node: dict[Any, Any]) -> dict[str, Any]:
         flat: dict[str, Any] = {}
         for name, value in node.items():
             dotted = f"{prefix}{name}"
-            if name == "more_views":  # groups by number, and how many there are
+            if name == "more_views":  # numbered groups, and their count
                 flat[dotted], value = len(value), dict(enumerate(value))
             flat |= walk(f"{dotted}.", value) if isinstance(value, dict) else {dotted: value}
         return flat
@@ -125,7 +131,8 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def differences(saved: Config, wanted: Config) -> list[str]:
-    """Fields that change training and differ, each as ``name: saved -> wanted``; empty where a run may continue."""
+    """Fields that differ and affect training, as `name: saved -> wanted`; empty if there are
+    none."""
     old, new = flatten(saved), flatten(wanted)
     if saved.objective.kind != wanted.objective.kind:
         return [f"objective: {saved.objective.kind!r} -> {wanted.objective.kind!r}"]

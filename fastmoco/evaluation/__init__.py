@@ -1,1 +1,1 @@
-"""What the features are worth: `embed` turns images into features, `knn` scores them."""
+"""Evaluation of features: `embed` computes them, `knn` scores them, monitors do both in a run."""

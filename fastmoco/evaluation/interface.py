@@ -1,4 +1,4 @@
-"""What a trainer knows of an evaluation: when it is due, and its figures by name."""
+"""The interface of an evaluation: when it is due, and its figures by name."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastmoco.distributed.mesh import World
 
 
 class Monitor(ABC):
-    """An evaluation of the encoder while it trains.
+    """An evaluation of the encoder during training.
 
-    A subclass names its figures and defines `evaluate`. A measurement is put off while the monitor
-    has had more than its share of the time of the run.
+    A subclass names its figures and defines `evaluate`. A measurement is postponed while the
+    monitor has taken more than its share of the time of the run.
 
     Args:
         world: this process among its peers; all of them measure together.
@@ -25,12 +25,12 @@ class Monitor(ABC):
         max_share: of the time of the run, in (0, 1].
 
     Attributes:
-        name: of the monitor, under which a checkpoint holds its state.
-        figures: its accuracies, shares in [0, 1]: metric name -> label for people.
-        report: takes a line for the user, if given.
-        last: figures of the last measurement; empty before it.
+        name: of the monitor; a checkpoint stores its state under this name.
+        figures: its accuracies, shares in [0, 1]: metric name -> label for users.
+        report: called with lines for the user, if set.
+        last: figures of the last measurement; empty before the first.
         best: the largest value of each figure so far.
-        last_epoch: when it was, 0 before it.
+        last_epoch: epoch of the last measurement; 0 before the first.
     """
 
     name: ClassVar[str]
@@ -62,7 +62,7 @@ class Monitor(ABC):
     def is_due(self, epoch: float) -> bool:
         """Whether the epochs between two measurements have passed and the time budget allows one.
 
-        All ranks must ask at the same step: the clock of rank 0 decides for all.
+        All ranks must call this at the same step; the clock of rank 0 decides for all.
         """
         if epoch - self.last_epoch < self._every_epochs - 1e-9:
             return False
@@ -70,7 +70,7 @@ class Monitor(ABC):
         return bool(of_first_rank(share <= self._max_share, self.world.device))
 
     def measure(self, encoder: nn.Module, epoch: float) -> Mapping[str, float]:
-        """Evaluate, and take the figures into `last` and `best`.
+        """Evaluate, and store the figures in `last` and `best`.
 
         Args:
             encoder: as for `evaluate`.
@@ -85,17 +85,17 @@ class Monitor(ABC):
         return self.last
 
     def state_dict(self) -> dict[str, Any]:
-        """What continues with the run."""
+        """The state that a checkpoint stores."""
         return {"last_epoch": self.last_epoch, "last": dict(self.last), "best": dict(self.best)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved state; an empty one leaves the fresh state."""
+        """Load a saved state; an empty one gives the initial state."""
         self.last_epoch = float(state.get("last_epoch", 0.0))
         self.last = self._by_name(state.get("last"))
         self.best = self._by_name(state.get("best"))
 
     def _by_name(self, saved: Mapping[str, float] | float | None) -> dict[str, float]:
-        """Figures of a state; a number without a name is from when kNN was the only evaluation."""
+        """The figures of a state; one without a name is from when only kNN was measured."""
         if saved is None:
             return {}
         return dict(saved) if isinstance(saved, Mapping) else {self.name: float(saved)}

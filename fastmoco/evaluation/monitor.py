@@ -1,4 +1,4 @@
-"""kNN accuracy of the encoder while it trains."""
+"""kNN accuracy of the encoder during training."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from fastmoco_pipelines.spec import CacheSpec, Device, EvalLoaderSpec
 
 
 class KnnMonitor(Monitor):
-    """Accuracy of a vote of the nearest neighbours, `knn`.
+    """The kNN accuracy of the encoder; the figure is named `knn`.
 
     Args:
         config: of the run; `config.knn` names shards, neighbours and budget.
-        world: this process among its peers; each embeds its part of the images, and all get the
-            same figure.
+        world: this process among its peers; each rank embeds its part of the images, and all get
+            the same figure.
         threads: DALI threads of this process.
         device: where DALI decodes.
         precision: of the encoder: "bf16" (autocast), "fp32" or "fp64".
-        quarantine_list: list of bad images that the run has found.
+        quarantine_list: list of the bad images that the run has found.
 
     Raises:
         ValueError: if a set has no labels, or the two sets have different classes.
@@ -50,7 +50,9 @@ class KnnMonitor(Monitor):
         precision: str,
         quarantine_list: Path | None = None,
     ) -> None:
-        super().__init__(world, every_epochs=config.knn.every_epochs, max_share=config.knn.max_share)
+        super().__init__(
+            world, every_epochs=config.knn.every_epochs, max_share=config.knn.max_share
+        )
         self.config = config
         self.threads = threads
         self.device = device
@@ -60,7 +62,7 @@ class KnnMonitor(Monitor):
         _require_comparable(self.bank_shards, config.knn.test_shards, config.data)
 
     def evaluate(self, encoder: nn.Module) -> Mapping[str, float]:
-        """Share of held-out images that the encoder's class-token features classify right."""
+        """Share of held-out images that kNN on the class-token features classifies correctly."""
         knn = self.config.knn
         with eval_mode(encoder):
             bank, bank_labels = self._embed(encoder, self.bank_shards, knn.max_train_images)
@@ -69,7 +71,7 @@ class KnnMonitor(Monitor):
         return {"knn": knn_accuracy(*sets, k=knn.k, temperature=knn.temperature)}
 
     def _embed(self, encoder: nn.Module, shards: str, limit: int) -> tuple[Tensor, Tensor]:
-        """Features and labels of a set, in its own order, on all ranks: each embeds a part."""
+        """Features and labels of a set, in its order, on all ranks; each rank embeds a part."""
         data = self.config.data
         spec = EvalLoaderSpec(
             shards=shards,
@@ -94,8 +96,12 @@ class KnnMonitor(Monitor):
         with loader:
 
             def encode(images: Tensor) -> Tensor:
-                images = images.to(self.world.device, torch.float64 if self.precision == "fp64" else torch.float32)
-                with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+                images = images.to(
+                    self.world.device, torch.float64 if self.precision == "fp64" else torch.float32
+                )
+                with torch.autocast(
+                    self.world.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
+                ):
                     features: Tensor = encoder(images)
                 return features
 
@@ -104,17 +110,19 @@ class KnnMonitor(Monitor):
 
 
 def _require_comparable(bank: str, queries: str, cache: CacheSpec) -> None:
-    """Refuse sets that cannot vote on each other, before the first step rather than after hours."""
+    """Refuse sets with different classes before the first step, instead of hours later."""
     classes = []
     for pattern in (bank, queries):
         with closing(ShardSet.open(pattern, cache=cache)) as shards:
             if (shards.labels < 0).any():
                 raise ValueError(
-                    f"{pattern!r} has images without a label, kNN needs them: pack it from one folder per class"
+                    f"{pattern!r} has images without a label, which kNN needs: "
+                    f"pack it from one folder per class"
                 )
             classes.append(shards.classes)
-    if all(classes) and classes[0] != classes[1]:  # tars from elsewhere have numbers without names
+    if all(classes) and classes[0] != classes[1]:  # tars of other tools have no names
         raise ValueError(
-            f"{queries!r} has {len(classes[1])} classes that are not the {len(classes[0])} classes of {bank!r}; "
-            "pack both from folders with the same class names"
+            f"{queries!r} has {len(classes[1])} classes that are not the "
+            f"{len(classes[0])} classes of {bank!r}; pack both "
+            f"from folders with the same class names"
         )

@@ -1,1 +1,4 @@
-"""Processes that fail, hang or are told to stop. Nothing here knows a number of the training."""
+"""Handling of processes that fail, hang or are asked to stop.
+
+Nothing here reads a loss, a gradient or a weight.
+"""

@@ -1,8 +1,9 @@
-"""When one rank fails, all end soon, and every one of them says why the first one did.
+"""When one rank fails, end all ranks soon, and let each report the reason of the first failure.
 
-The first rank that fails leaves its reason in the store through which the ranks have met. The others then break off in the
-middle of an exchange, with an error that only says that a peer is gone: they show the reason instead. A thread of each
-rank looks at the store too: an exchange on a GPU may wait for a lost peer much longer than anybody wants to.
+The first rank that fails writes its reason to the store through which the ranks have met. The other
+ranks then fail inside a collective, with an error that only reports a lost peer, and show the
+reason from the store instead. A thread of each rank also polls the store, because a collective on a
+GPU may wait for a lost peer for a very long time.
 """
 
 from __future__ import annotations
@@ -21,39 +22,44 @@ from fastmoco.errors import EXIT_FAILED, RunError, say
 from fastmoco_pipelines import ShardError
 
 _KEY = "first-cause"
-_LOOK_SECONDS = 0.5
-_TELL_SECONDS = 3.0
-"""How long a rank whose peer is gone waits for that peer's reason: one that was killed leaves none."""
+_POLL_SECONDS = 0.5
+_REASON_SECONDS = 3.0
+"""How long a rank that lost a peer waits for the peer's reason; a killed peer writes none."""
 GRACE_SECONDS = 10.0
-"""After a peer has failed, a rank that is still in the middle of something is ended."""
+"""Time after the failure of a peer at which a rank that is still running is ended."""
 _LONGEST = 4000
 
 
 class PeerError(RunError):
-    """Another rank failed first; the text quotes it."""
+    """Another rank failed first; the message quotes its reason."""
 
 
 @contextmanager
 def first_cause(world: World) -> Iterator[None]:
-    """Within it, an error of any rank ends all ranks, with that error's text.
+    """A context in which an error of any rank ends all ranks, with the text of the first error.
 
     Args:
-        world: this process among its peers; alone it needs none of this.
+        world: this process among its peers; a single process is not watched.
 
     Raises:
-        PeerError: in the place of a later error, quoting the peer that failed first.
+        PeerError: instead of a later error; quotes the rank that failed first.
     """
     if world.world_size == 1:
         yield
         return
-    store, over = connect(world), threading.Event()
-    watcher = threading.Thread(target=_watch, args=(connect(world), over), name="fastmoco-peers", daemon=True)
+
+    store = connect(world)
+    over = threading.Event()
+    watcher = threading.Thread(
+        target=_watch, args=(connect(world), over), name="fastmoco-peers", daemon=True
+    )
     watcher.start()
     try:
         yield
     except Exception as error:
+        # A lost peer is a consequence: its reason is the first cause.
         echo = lost_a_peer(error)
-        first = _reported(store, _TELL_SECONDS if echo else 0.0)
+        first = _reported(store, _REASON_SECONDS if echo else 0.0)
         if first is None:
             mine = f"rank {world.rank}: {_words(error)}"[:_LONGEST]
             first = report(store, mine)
@@ -65,27 +71,34 @@ def first_cause(world: World) -> Iterator[None]:
 
 
 def _words(error: Exception) -> str:
-    """The text alone where it was written for people."""
-    return str(error) if isinstance(error, (RunError, ShardError, ValueError)) else f"{type(error).__name__}: {error}"
+    """The message of an error, with its type unless the message was written for users."""
+    return (
+        str(error)
+        if isinstance(error, (RunError, ShardError, ValueError))
+        else f"{type(error).__name__}: {error}"
+    )
 
 
 def report(store: Any, text: str) -> str:
-    """Leave a reason unless there is one; returns the one that is there then."""
+    """Write a reason to the store unless it contains one; return the one that it contains then."""
     try:
         first = store.compare_set(_KEY, "", text)
-    except (RuntimeError, ValueError):  # the store went down with the rank that held it
+    except (RuntimeError, ValueError):  # the store ended with the rank that hosted it
         return text
     first = first.decode() if isinstance(first, bytes) else str(first)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path and first == text:  # torchrun's closing report quotes it
-        content = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+    if path and first == text:  # torchrun's final report quotes it
+        content = {
+            "message": text,
+            "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))},
+        }
         with open(path, "w") as file:
             json.dump({"message": content}, file)
     return first
 
 
 def _reported(store: Any, wait_seconds: float) -> str | None:
-    """The reason that the first rank left, if there is one within a time."""
+    """The reason of the rank that failed first, or None if there is none within the time."""
     until = time.monotonic() + wait_seconds
     while True:
         try:
@@ -99,9 +112,9 @@ def _reported(store: Any, wait_seconds: float) -> str | None:
 
 
 def _watch(store: Any, over: threading.Event) -> None:
-    """End this process some time after a peer has failed, unless it ends by itself."""
-    while not over.wait(_LOOK_SECONDS):
+    """End this process some time after a peer has failed, unless it ends on its own."""
+    while not over.wait(_POLL_SECONDS):
         first = _reported(store, 0.0)
         if first is not None and not over.wait(GRACE_SECONDS):
             say(f"ended by the failure of {first}")
-            os._exit(EXIT_FAILED)  # the main thread waits in a library, where no exception reaches it
+            os._exit(EXIT_FAILED)  # an exception cannot interrupt the main thread inside a library

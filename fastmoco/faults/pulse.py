@@ -1,4 +1,4 @@
-"""What the main thread is doing and since when, for the threads that judge whether it still does it."""
+"""What the main thread is doing and since when, for the threads that check its progress."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ class Section(StrEnum):
 
 
 class Pulse:
-    """Sections of a run as the main thread passes through them; read by the watchdog and by the deadline of a signal.
+    """The section of a run that the main thread is in; read by the watchdog and by the deadline
+    after a signal.
 
-    Ranks pass through the same sections in the same order, so that ``count`` tells who is behind.
+    All ranks pass through the same sections in the same order, so the rank with the lowest `count`
+    is the slowest.
 
     Args:
         rules: how long a step may take.
@@ -39,7 +41,7 @@ class Pulse:
         self._main = threading.get_ident()
         self._last_step = self._last_data = 0.0
         self._steps = 0
-        # Replaced as a whole, so that a reader never sees half of a change.
+        # One tuple, replaced in one assignment: another thread never reads a partial update.
         begun = time.monotonic()
         self._now: tuple[int, Section, str, float, float] = (
             0,
@@ -61,12 +63,12 @@ class Pulse:
 
     @property
     def doing(self) -> str:
-        """The section in a word for people: which measurement it is, for one."""
+        """The name of the section for messages, e.g. which measurement it is."""
         return self._now[2]
 
     @property
     def unstarted(self) -> bool:
-        """Whether no step was completed since this start: a process that ends now loses nothing."""
+        """Whether no step is done since this start; a process that ends now loses nothing."""
         return self._steps == 0
 
     def age(self) -> float:
@@ -74,17 +76,18 @@ class Pulse:
         return time.monotonic() - self._now[3]
 
     def overdue(self) -> bool:
-        """Whether the section lasts longer than any should."""
+        """Whether the section has exceeded its time limit."""
         *_, begun, patience_s = self._now
         return time.monotonic() - begun > patience_s
 
     def outlasts(self, seconds: float) -> str | None:
-        """What there is to say if the section goes on too long after a signal to stop.
+        """The message if the section lasts too long after a signal to stop, else None.
 
-        A save, a rollback or a measurement may finish, but not a measurement before the first step: nothing hangs on it.
+        A save, a rollback or a measurement may finish. A measurement before the first step may not,
+        because nothing depends on it.
 
         Args:
-            seconds: since the signal.
+            seconds: time since the signal.
         """
         _, section, doing, begun, patience_s = self._now
         finishes = section in (Section.SAVE, Section.ROLLBACK)
@@ -95,12 +98,18 @@ class Pulse:
         return f"{doing} did not end within {patience_s:.0f} s"
 
     def enter(self, section: Section, patience_s: float, doing: str = "") -> None:
-        """Begin a section that should end within `patience_s`; `doing` names it more exactly."""
-        self._now = (self._now[0] + 1, section, doing or section.value, time.monotonic(), patience_s)
+        """Begin a section with a time limit of `patience_s`; `doing` is a more exact name."""
+        self._now = (
+            self._now[0] + 1,
+            section,
+            doing or section.value,
+            time.monotonic(),
+            patience_s,
+        )
 
     @contextmanager
     def inside(self, section: Section, patience_s: float, doing: str = "") -> Iterator[None]:
-        """A section with an end; what follows is between steps."""
+        """A section that ends with the context; the next section is between steps."""
         self.enter(section, patience_s, doing)
         yield
         if section is Section.DATA:
@@ -109,20 +118,28 @@ class Pulse:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """The section of one step without its wait for data; the first may take longer, a later one as long as its kind."""
+        """The section of one step without its wait for data.
+
+        The first step has a longer limit; the limit of later ones grows with the last step.
+        """
         rules = self._rules
         longest = max(rules.hang_timeout_s, 5 * self._last_step)
-        self.enter(Section.STEP, longest if self._steps else max(longest, rules.first_step_timeout_s))
+        self.enter(
+            Section.STEP, longest if self._steps else max(longest, rules.first_step_timeout_s)
+        )
         yield
-        self._last_step, self._steps = self.age(), self._steps + 1
+        self._last_step = self.age()
+        self._steps += 1
         self.enter(Section.BETWEEN_STEPS, longest)
 
     def place(self) -> str:
-        """Where the main thread is: the innermost frames, newest last."""
+        """Position of the main thread: its innermost frames, newest last."""
         frame = sys._current_frames().get(self._main)
         places: list[str] = []
         while frame is not None and len(places) < 4:
             code = frame.f_code
-            places.append(f"{'/'.join(code.co_filename.split('/')[-2:])}:{frame.f_lineno} {code.co_name}")
+            places.append(
+                f"{'/'.join(code.co_filename.split('/')[-2:])}:{frame.f_lineno} {code.co_name}"
+            )
             frame = frame.f_back
         return " > ".join(reversed(places))

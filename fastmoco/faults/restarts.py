@@ -1,4 +1,5 @@
-"""A run that its launcher starts again and again without getting on is stopped, and one that was refused not started again."""
+"""Stop restart storms: refuse a start after three starts without a new checkpoint, and ask torchrun
+not to retry a refused run."""
 
 from __future__ import annotations
 
@@ -15,47 +16,56 @@ from fastmoco.faults.first_cause import PeerError
 from fastmoco.run.folder import RunFolder
 
 MOST_STARTS = 3
-"""Starts from one and the same step, by the same launch, that are tried."""
+"""Largest number of starts from the same step by the same launch."""
 
 
 def require_progress(folder: RunFolder, step: int) -> None:
-    """Count this start in the run's folder, and refuse it if three before it came to no new checkpoint.
+    """Count this start in the run's folder; refuse it if three before it reached no new checkpoint.
 
-    A start by hand is always tried: only a launcher's restarts (torchrun's ``--max-restarts``, SLURM's requeue) are counted.
-    Call it on one rank, which holds the folder's lock.
+    A manual start is always tried: only restarts by a launcher (torchrun's `--max-restarts`,
+    SLURM's requeue) are counted. Call it on one rank, the one that holds the folder's lock.
 
     Args:
         folder: of the run.
-        step: of the checkpoint that this start would go on from.
+        step: of the checkpoint from which this start would continue.
 
     Raises:
-        RunError: if the launcher has tried often enough; within `refusals_are_final` torchrun then ends too.
+        RunError: if the launcher has used up its starts; inside `refusals_are_final` torchrun then
+            ends too.
     """
     launch = _launch()
     before = _read(folder.starts)
-    again = launch is not None and (before.get("launch") == launch or _is_restart()) and before.get("step") == step
+    again = (
+        launch is not None
+        and (before.get("launch") == launch or _is_restart())
+        and before.get("step") == step
+    )
     starts = int(before.get("starts", 0)) + 1 if again else 1
     folder.write_starts({"launch": launch, "step": step, "starts": starts})
     if starts <= MOST_STARTS:
         return
     raise RunError(
-        f"{MOST_STARTS} starts from step {step} came to no new checkpoint, so this one is not tried: the first error in the "
-        f"log names the cause. The same command by hand tries again; --checkpoint.every-minutes saves more often"
+        f"{MOST_STARTS} starts from step {step} reached no new checkpoint, so this start is "
+        f"refused: the first error in the log names the cause. Run the same command by hand to "
+        f"try again; a lower --checkpoint.every-minutes saves more often"
     )
 
 
 def _launch() -> str | None:
-    """What the starts by one launcher have in common; None for a start by hand."""
+    """An id that all starts by one launcher share; None for a manual start."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return run if run != "none" else ("a launcher" if _is_restart() else None)
 
 
 def _is_restart() -> bool:
-    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(
+        int(os.environ.get(name) or 0) > 0
+        for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The last count; one that a kill has cut off counts as none."""
+    """The last count; a file cut off by a kill counts as none."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -65,28 +75,33 @@ def _read(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def refusals_are_final() -> Iterator[None]:
-    """Within it, a refusal of this rank's own ends torchrun too. A peer that failed may do better at the next start.
+    """A context in which a refusal by this rank also ends torchrun.
+
+    A failure of a peer does not end torchrun, because the next start may succeed.
 
     Raises:
-        SystemExit: the one that came.
+        SystemExit: as raised inside.
     """
     try:
         yield
     except SystemExit as refusal:
         if refusal.code == EXIT_REFUSED and not isinstance(refusal.__cause__, PeerError):
-            # Behind the refusal's own line: torchrun's answer is to kill this process.
+            # After the refusal has been printed, because torchrun then kills this process.
             _end_launcher()
         raise
 
 
 def _end_launcher() -> None:
-    """Ask torchrun to end: by itself it would go through all its restarts, each refused like this one.
+    """Ask torchrun to end; otherwise it would use all its restarts, each refused like this one.
 
-    Not behind its last one: it ends then by itself, with a report that quotes the cause. Once a start: a second signal would
-    break torchrun off while it waits for its workers. The first rank to come leaves a file beside those that torchrun gives its
-    workers to report errors in.
+    After its last restart torchrun is not asked: it then ends on its own, with a report that quotes
+    the cause. It is asked only once per start, because a second signal would interrupt it while it
+    waits for its workers: the first rank that gets here creates a file beside the error files that
+    torchrun gives its workers.
     """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) >= int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) >= int(
+        os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)
+    ):
         return
     parent = os.getppid()
     try:
@@ -102,5 +117,5 @@ def _end_launcher() -> None:
                 (Path(report).parent.parent / ASKED_TO_END).touch(exist_ok=False)
             except OSError:
                 return
-        say("refused, and would be refused again: torchrun is asked to end")
+        say("refused, and a restart would be refused too: asking torchrun to end")
         os.kill(parent, signal.SIGTERM)

@@ -1,8 +1,10 @@
-"""Names a rank that no longer moves, and ends it: a stopped process answers nobody, and its peers wait for it in a library.
+"""Report a rank that makes no progress, and end it: a stopped process does not answer, and its
+peers wait for it inside a library.
 
-Each rank has a thread that leaves a sign of life in the ranks' store, and looks for the sign of the next rank. A rank without
-signs is stopped or lost. A rank whose thread lives and whose main thread does not get on names itself, if nobody is further
-behind: whoever waits for a slower peer is ahead of it. Clocks of different machines are never compared.
+Each rank has a thread that writes a heartbeat to the ranks' store and reads the heartbeat of the
+next rank. A rank without heartbeats is stopped or lost. A rank whose thread runs but whose main
+thread makes no progress reports itself, unless another rank has made less progress, because a rank
+that waits for a slower peer is ahead of it. Clocks of different machines are never compared.
 """
 
 from __future__ import annotations
@@ -25,16 +27,20 @@ from fastmoco.faults.pulse import Pulse
 
 
 class Watchdog:
-    """A context in which a rank that hangs is named within the timeout, killed if it is on this machine, and the run ended.
+    """A context in which a rank that hangs is reported within the timeout.
+
+    It is killed if it is on this machine, and the run ends.
 
     Args:
-        world: this process among its peers; alone it is not watched.
-        pulse: what this process's main thread does.
-        rules: how long is too long.
+        world: this process among its peers; a single process is not watched.
+        pulse: what the main thread of this process is doing.
+        rules: the timeouts.
     """
 
     def __init__(self, world: World, pulse: Pulse, rules: FaultConfig) -> None:
-        self._world, self._pulse, self._timeout = world, pulse, rules.hang_timeout_s
+        self._world = world
+        self._pulse = pulse
+        self._timeout = rules.hang_timeout_s
         self._interval = min(1.0, self._timeout / 8)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="fastmoco-watchdog", daemon=True)
@@ -51,71 +57,100 @@ class Watchdog:
             self._thread.join(5 * self._interval)
 
     def _watch(self) -> None:
-        beats, rank = 0, self._world.rank
+        beats = 0
+        rank = self._world.rank
         neighbour = (rank + 1) % self._world.world_size
-        seen, seen_at, begun = "", time.monotonic(), False
+        seen = ""
+        seen_at = time.monotonic()
+        begun = False
         try:
             while not self._over.wait(self._interval):
                 beats += 1
-                self._store.set(f"beat/{rank}", json.dumps(self._sign(beats)))
-                # `check` of a store that has stopped waits for ever; `get` does not, but it waits for a first sign.
+                self._store.set(f"beat/{rank}", json.dumps(self._heartbeat(beats)))
+
+                # The heartbeat of the next rank. On a store that has stopped, `check` waits
+                # indefinitely; `get` has a timeout, but would wait for the first heartbeat.
                 begun = begun or self._store.check([f"beat/{neighbour}"])
-                sign = self._store.get(f"beat/{neighbour}").decode() if begun else ""
-                if sign != seen:
-                    seen, seen_at = sign, time.monotonic()
-                elif _has_left(sign):
+                heartbeat = self._store.get(f"beat/{neighbour}").decode() if begun else ""
+                if heartbeat != seen:
+                    seen = heartbeat
+                    seen_at = time.monotonic()
+                elif _has_left(heartbeat):
                     seen_at = time.monotonic()
                 elif time.monotonic() - seen_at > self._timeout:
-                    self._end(neighbour, f"no sign of life for {self._timeout:.0f} s", sign)
+                    self._end(neighbour, f"no heartbeat for {self._timeout:.0f} s", heartbeat)
                     return
-                # Twice: it may have got on while the others were asked.
-                if self._pulse.overdue() and self._is_behind() and self._pulse.overdue():
-                    self._end(rank, f"{self._pulse.doing} has taken {self._pulse.age():.0f} s; {self._where()}", "")
+
+                # This rank itself; asked twice, because it may have progressed meanwhile.
+                if self._pulse.overdue() and self._is_slowest() and self._pulse.overdue():
+                    self._end(
+                        rank,
+                        f"{self._pulse.doing} has taken {self._pulse.age():.0f} s; {self._where()}",
+                        "",
+                    )
                     return
             self._store.set(f"beat/{rank}", json.dumps({"left": True}))
         except StoreTimeoutError:
-            say(f"rank {rank}: the store of the ranks has not answered for {self._timeout:.0f} s: its holder hangs")
-            os._exit(EXIT_FAILED)  # the main thread waits in a library, where no exception reaches it
+            say(
+                f"rank {rank}: the store of the ranks has not answered for {self._timeout:.0f} s: "
+                f"the process that hosts it hangs"
+            )
+            os._exit(EXIT_FAILED)  # an exception cannot interrupt the main thread inside a library
         except RuntimeError:
-            return  # the store went down with the process that held it, which the main thread will notice
+            # The store ended with the process that hosted it, which the main thread will notice.
+            return
 
-    def _sign(self, beats: int) -> dict[str, Any]:
+    def _heartbeat(self, beats: int) -> dict[str, Any]:
         pulse = self._pulse
-        sign: dict[str, Any] = {
+        heartbeat: dict[str, Any] = {
             "beat": beats,
             "count": pulse.count,
             "section": pulse.doing,
             "process": _this_process(),
         }
-        return sign | ({"place": pulse.place()} if pulse.overdue() else {})
+        return heartbeat | ({"place": pulse.place()} if pulse.overdue() else {})
 
-    def _signs(self) -> dict[int, dict[str, Any]]:
-        """The newest sign of every rank that has left one."""
+    def _heartbeats(self) -> dict[int, dict[str, Any]]:
+        """The newest heartbeat of every rank that has written one."""
         keys = {rank: f"beat/{rank}" for rank in range(self._world.world_size)}
-        return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._store.check([key])}
+        return {
+            rank: json.loads(self._store.get(key))
+            for rank, key in keys.items()
+            if self._store.check([key])
+        }
 
-    def _is_behind(self) -> bool:
-        """Whether no rank has done less than this one."""
-        return all(sign.get("count", self._pulse.count) >= self._pulse.count for sign in self._signs().values())
+    def _is_slowest(self) -> bool:
+        """Whether no rank has made less progress than this one."""
+        return all(
+            heartbeat.get("count", self._pulse.count) >= self._pulse.count
+            for heartbeat in self._heartbeats().values()
+        )
 
     def _where(self) -> str:
-        """Where the main threads are of all that are as far as this one."""
-        alike = {rank: sign for rank, sign in self._signs().items() if sign.get("count") == self._pulse.count}
-        places = [f"rank {rank} is at {sign.get('place') or sign.get('section')}" for rank, sign in alike.items()]
+        """Positions of the main threads of all ranks with the progress of this one."""
+        alike = {
+            rank: heartbeat
+            for rank, heartbeat in self._heartbeats().items()
+            if heartbeat.get("count") == self._pulse.count
+        }
+        places = [
+            f"rank {rank} is at {heartbeat.get('place') or heartbeat.get('section')}"
+            for rank, heartbeat in alike.items()
+        ]
         return "; ".join(places)
 
-    def _end(self, rank: int, why: str, sign: str) -> None:
-        """Say which rank hangs, and kill it if it is a process of this machine that stays mute."""
+    def _end(self, rank: int, why: str, heartbeat: str) -> None:
+        """Report which rank hangs; kill it if it is on this machine and has no heartbeat."""
         text = f"rank {rank} hangs: {why}"
         first = report(self._store, text)
         say(f"ended by the failure of {first}")
-        process = json.loads(sign).get("process") if sign else None
+        process = json.loads(heartbeat).get("process") if heartbeat else None
         if first == text and process and process == _process(process["pid"]):
             os.kill(process["pid"], signal.SIGKILL)
 
 
-def _has_left(sign: str) -> bool:
-    return bool(sign) and "left" in json.loads(sign)
+def _has_left(heartbeat: str) -> bool:
+    return bool(heartbeat) and "left" in json.loads(heartbeat)
 
 
 def _this_process() -> dict[str, Any] | None:
@@ -123,7 +158,7 @@ def _this_process() -> dict[str, Any] | None:
 
 
 def _process(pid: int) -> dict[str, Any] | None:
-    """What tells a process of this machine from any other, a later one with its number included; None where it is gone."""
+    """What identifies a process of this machine, since numbers are reused; None if it has ended."""
     try:
         started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

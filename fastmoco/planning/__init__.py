@@ -1,1 +1,1 @@
-"""How a training step fits into memory: its costs, the chunks, and what is free."""
+"""Plan how a training step fits into memory: its costs, its chunks, and the free memory."""

@@ -1,4 +1,4 @@
-"""The plan of a step for the memory that is free now."""
+"""Choose the plan of a step for the memory that is free now."""
 
 from __future__ import annotations
 
@@ -12,11 +12,20 @@ from fastmoco.models.compiled import BUDGETS
 from fastmoco.objectives.interface import Objective
 from fastmoco.planning.costs import StepCosts, measure_costs
 from fastmoco.planning.free_memory import free_bytes
-from fastmoco.planning.plan import HEADROOM, StepPlan, best_plan, busy_chunk, plan_step, sharded, state_bytes
+from fastmoco.planning.plan import (
+    HEADROOM,
+    StepPlan,
+    best_plan,
+    busy_chunk,
+    plan_step,
+    sharded,
+    state_bytes,
+)
 from fastmoco_pipelines.spec import each_view
 
 SURELY_SMALL = 0.25
-"""Share of the free memory below which an upper bound of a step is not worth counting exactly, which takes seconds."""
+"""The bytes of a step are not counted, which takes seconds, if an upper bound of them is below this
+share of the free memory."""
 
 
 def choose_plan(
@@ -31,27 +40,42 @@ def choose_plan(
     levels: bool = False,
     reserved: float = 0.0,
 ) -> StepPlan:
-    """The plan for the memory that is free now: on every rank for the rank that has least.
+    """The plan for the memory that is free now, on every rank for the rank with the least.
 
-    Now the objective is whole, and neither gradients nor the optimizer's state are there, also where a run continues: a
-    checkpoint is read after this. Arguments are those of `Gradients`; ``compiled`` says whether blocks are compiled, ``levels``
-    whether views come as uint8.
+    Call it after the objective is built and before gradients and optimizer state exist. A run that
+    continues reads its checkpoint later. The arguments are those of `Gradients`; `compiled`:
+    whether blocks are compiled; `levels`: whether views come as uint8.
     """
     images = config.global_batch_size // world.world_size
-    batch, wanted = config.batch, config.batch.activation_budget
-    splits = compiled and config.model.checkpointing == "none"  # else checkpointing says what is kept
+    batch = config.batch
+    wanted = batch.activation_budget
+
+    # With checkpointing, the checkpointing decides what is kept.
+    splits = compiled and config.model.checkpointing == "none"
     budgets = (BUDGETS if wanted == "auto" else (float(wanted),)) if splits else (1.0,)
-    at_once = StepPlan(chunk=0, kept=0, chunks=1, overhead=0.0, peak_bytes=0.0, reason="", activation_budget=budgets[0])
+    at_once = StepPlan(
+        chunk=0,
+        kept=0,
+        chunks=1,
+        overhead=0.0,
+        peak_bytes=0.0,
+        reason="",
+        activation_budget=budgets[0],
+    )
     if batch.chunk == "none":
-        return replace(at_once, reason="asked for")
+        return replace(at_once, reason="requested")
+
+    # Most steps are small: an upper bound is enough for them.
     memory = least(free_bytes(world.device) - reserved, world.device) * HEADROOM
     if batch.chunk == "auto" and _at_most(config, objective, images) < SURELY_SMALL * memory:
-        return replace(at_once, reason="small beside the free memory")
+        return replace(at_once, reason="small compared with the free memory")
 
     def plan_within(budget: float) -> StepPlan:
-        costs = measure_costs(config, precision, attention=attention, compiled=compiled, budget=budget, levels=levels)
+        costs = measure_costs(
+            config, precision, attention=attention, compiled=compiled, budget=budget, levels=levels
+        )
         taken, costs = _beside(config, costs, world, strategy, objective)
-        if batch.cuda_graphs:  # what a captured pass needs in passing is never given back
+        if batch.cuda_graphs:  # a captured pass never frees its temporary memory
             size = min(images, busy_chunk(objective.encoder.tokens))
             taken += size * costs.view_bytes + max(costs.forward.at(size), costs.train.at(size))
         plan = plan_step(
@@ -71,21 +95,32 @@ def choose_plan(
 def _beside(
     config: Config, costs: StepCosts, world: World, strategy: Strategy, objective: Objective
 ) -> tuple[float, StepCosts]:
-    """Bytes that the state will take beyond the parameters that lie there now, and the costs of a step with such a state."""
+    """Bytes that the state will take besides the parameters, which exist already, and the costs of
+    a step with that state."""
     element = next(objective.parameters()).element_size()
     state = whole = state_bytes(costs, config.optim.name, element)
     if strategy != "ddp" and world.world_size > 1:
-        shards = world.world_size if strategy == "fsdp" else config.parallel.shard_size or world.local_world_size
-        state, costs = state_bytes(costs, config.optim.name, element, shards=shards), sharded(costs, element)
+        shards = (
+            world.world_size
+            if strategy == "fsdp"
+            else config.parallel.shard_size or world.local_world_size
+        )
+        state = state_bytes(costs, config.optim.name, element, shards=shards)
+        costs = sharded(costs, element)
+
+    # A background save holds its copy in the same memory on a CPU.
     taken = state.total - whole.parameters
     if world.device.type == "cpu" and config.checkpoint.async_save:
-        taken += state.parameters + state.optimizer  # the copy that a save in the background writes lies here too
+        taken += state.parameters + state.optimizer
     return taken, costs
 
 
 def _at_most(config: Config, objective: Objective, images: int) -> float:
-    """Upper bound of the bytes of a step, at least twice the true value: the trunk by `Encoder.most_numbers`, and 40 numbers
-    a view and hidden unit of the heads."""
+    """Upper bound of the bytes of a step, at least twice the true value.
+
+    The elements of the trunk by `Encoder.most_numbers`, and 40 per view and hidden unit of the
+    heads.
+    """
     element = next(objective.parameters()).element_size()
     views = len(each_view(config.data.views))
     numbers = views * (objective.encoder.most_numbers() + 40 * config.model.hidden_dim)

@@ -1,8 +1,9 @@
-"""What a training step costs in bytes and FLOPs, counted on tensors without memory: no GPU, no data, seconds.
+"""Count the bytes and FLOPs of a training step on tensors without memory: without GPU or data, in
+seconds.
 
-Nothing here is a formula of the model. The pieces of a step run on fake tensors, which have shapes and storages but no
-numbers, while a dispatch mode adds up the storages that are alive and torch's own counter the FLOPs. Two batch sizes
-give the bytes per image and the rest that does not grow with the batch.
+Nothing here is a formula of the model. The parts of a step run on fake tensors, which have shapes
+and storages but no values. A dispatch mode adds up the live storages, and torch's own counter the
+FLOPs. Two batch sizes separate the bytes per image from those that do not grow with the batch.
 """
 
 from __future__ import annotations
@@ -26,16 +27,19 @@ from fastmoco.planning.live_bytes import LiveBytes
 from fastmoco_pipelines.spec import each_view
 
 SIZES = (4096, 8192)
-"""Batches that are measured: so large that activations, not weights, decide where the peak is."""
+"""Batch sizes that are measured, large enough that activations, not weights, determine the peak."""
 DEPTHS = (3, 4)
-"""Numbers of blocks that are measured where there are more: the first, which has no branch yet, one or two more, and the last."""
+"""Numbers of blocks that are measured if there are more: the first, which has no branch yet, one or
+two more, and the last."""
 
 
 def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]
 
 
-def _attention_backward_flops(grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+def _attention_backward_flops(
+    grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any
+) -> int:
     return int(sdpa_backward_flop_count(grad, q, k, v))  # type: ignore[no-untyped-call]
 
 
@@ -43,11 +47,11 @@ CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
-"""torch's attention on a CPU is the products of the one on a GPU, but its counter does not know it."""
+"""torch's attention on a CPU has the products of the one on a GPU, but torch's counter lacks it."""
 
 
 class Line(NamedTuple):
-    """Bytes of a batch of images: ``fixed + images * per_image``."""
+    """Bytes of a batch of images: `fixed + images * per_image`."""
 
     per_image: float
     fixed: float
@@ -58,8 +62,10 @@ class Line(NamedTuple):
 
 
 class Units(NamedTuple):
-    """Parameters by FSDP2's units: a block, the largest, an encoder without head, both heads; ``frozen`` are in none.
-    ``bytes`` of a number that crosses ranks."""
+    """Parameters of FSDP2's units: a block, the largest unit, an encoder without head, both heads.
+
+    `frozen` parameters are in no unit. `bytes`: per element that is exchanged between ranks.
+    """
 
     block: int
     largest: int
@@ -71,48 +77,53 @@ class Units(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCosts:
-    """What one step costs. An image is all its views; bytes are of one process, FLOPs count a multiply-add as two."""
+    """The costs of one step.
+
+    An image means all its views. Bytes are per process; FLOPs count a multiply-add as two.
+    """
 
     trainable: int
-    """Parameters that gradients and optimizer have an entry for."""
+    """Parameters with gradients and optimizer state."""
     parameters: int
-    """All parameters, averages among them."""
+    """All parameters, including averages."""
     coupling_reason: str
-    """Why the trunk cannot go in chunks; empty where it can."""
+    """Why the trunk cannot run in chunks; empty if it can."""
     view_bytes: float
     """All views of an image."""
     feature_bytes: float
-    """What a chunk leaves for an image: the features of all encoders, copied once, and a gradient of the online ones."""
+    """What a chunk keeps per image: the features of all encoders, copied once, and a gradient of
+    the online ones."""
     key_bytes: float
     """Keys of one image of another rank."""
     graph: Line
     """Kept between forward and backward of the query trunk."""
     train: Line
-    """Peak of a forward and backward of the query trunk, ``graph`` among it."""
+    """Peak of a forward and backward of the query trunk, including `graph`."""
     forward: Line
     """Peak of both trunks without gradient."""
     heads: Line
     """Peak of heads and loss, forward and backward."""
     query_flops: float
-    """Query trunk, forward, an image; without the patch projection where both encoders share it."""
+    """Forward of the query trunk, per image; without the patch projection if it is shared."""
     recompute_flops: float
-    """What activation checkpointing computes twice, an image."""
+    """What activation checkpointing computes twice, per image."""
     step_flops: float
-    """Everything once, an image."""
+    """The whole step with everything computed once, per image."""
     units: Units
     lean: Line | None = None
-    """``graph`` of images whose fused blocks keep the residual stream alone; None where there is no such way."""
+    """`graph` of images whose fused blocks keep only the residual stream; None if blocks cannot."""
     lean_train: Line | None = None
-    """``train`` of such."""
+    """`train` of such images."""
     lean_flops: float = 0.0
-    """What such a way computes twice, an image."""
+    """What is computed twice for such images, per image."""
     apart: bool = False
-    """Whether every kept chunk keeps ``graph``'s fixed part for itself: copies of weights, which compiled blocks make for each.
-    Autocast's are made once a step."""
+    """Whether every kept chunk has its own fixed part of `graph`: compiled blocks copy the weights
+    for each chunk, autocast copies them once per step."""
     piled_bytes: float = 0.0
-    """Gradients that a step in chunks holds whole until its end, beside the state."""
+    """Gradients that a step in chunks holds unsharded until its end, besides the state."""
     separate: bool = False
-    """Whether nothing couples images: heads and loss go in chunks too, and nothing is computed twice (`Coupling.NONE`)."""
+    """Whether nothing couples images: heads and loss run in chunks too, and nothing is computed
+    twice (`Coupling.NONE`)."""
 
 
 def measure_costs(
@@ -128,13 +139,14 @@ def measure_costs(
     """Count what a step of a config costs.
 
     Args:
-        config: model and heads are read.
+        config: its model, heads and views are used.
         precision: "bf16", "fp32" or "fp64".
-        attention: who computes attention; a kernel that is not torch's counts like ``sdpa``, which keeps as much.
-        recompute: instead of ``model.checkpointing``.
+        attention: the attention backend; a kernel other than torch's counts like `sdpa`, which
+            keeps the same.
+        recompute: used instead of `model.checkpointing`.
         compiled: whether blocks go through torch.compile, which then chooses what they keep.
-        budget: of `compile_blocks`.
-        levels: whether views come as uint8, and a chunk at a time is normalised.
+        budget: see `compile_blocks`.
+        levels: whether views come as uint8 and are normalised one chunk at a time.
     """
     recompute = recompute or config.model.checkpointing
     dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -150,15 +162,24 @@ def measure_costs(
         pieces = _Pieces(objective, sides, precision == "bf16", prepare, levels)
         features = pieces.features(images=1)
         flops = pieces.on_all_blocks("none", pieces.flops_of_an_image)
-        # Checkpointing inside of compiled blocks is the compiler's too, but it keeps what was asked for.
-        with traced_blocks(objective, budget=budget) if compiled and recompute == "none" else nullcontext():
+        # The compiler also does the checkpointing inside compiled blocks, but keeps what was
+        # requested.
+        with (
+            traced_blocks(objective, budget=budget)
+            if compiled and recompute == "none"
+            else nullcontext()
+        ):
             sizes = pieces.on_all_blocks(recompute, pieces.bytes_of_an_image)
             once = recompute == "none" and not compiled
             again = flops if once else pieces.on_all_blocks(recompute, pieces.flops_of_an_image)
-        lean, twice = None, flops
+
+        # Images whose fused blocks keep only the residual stream.
+        lean = None
+        twice = flops
         if config.model.blocks == "fused" and recompute == "none":
             lean = pieces.on_all_blocks("full", pieces.bytes_of_an_image)
             twice = pieces.on_all_blocks("full", pieces.flops_of_an_image)
+
     element = own[0].element_size()
     return StepCosts(
         trainable=sum(p.numel() for p in own if p.requires_grad),
@@ -186,19 +207,27 @@ def measure_costs(
 
 def _units(objective: Objective, size: int) -> Units:
     networks = objective.networks()
-    trained = {name for name, network in networks.items() if any(p.requires_grad for p in network.parameters())}
-    blocks, heads = [0], [0]
+    trained = {
+        name
+        for name, network in networks.items()
+        if any(p.requires_grad for p in network.parameters())
+    }
+    blocks = [0]
+    heads = [0]
     trunk = frozen = 0
     for name, parts in objective.parts().items():
         inside = [sum(p.numel() for p in head.parameters()) for head in parts.heads.values()]
         if name in trained:
             blocks += [sum(p.numel() for p in block.parameters()) for block in parts.blocks]
             heads += inside
-            trunk += sum(p.numel() for p in networks[name].parameters() if p.requires_grad) - sum(inside)
+            own = sum(p.numel() for p in networks[name].parameters() if p.requires_grad)
+            trunk += own - sum(inside)
 
-    # What neither trains nor averages stays whole.
+    # Parameters that are neither trained nor averages are not sharded.
     averages = {id(average) for own, average in objective.averages().items() if own.requires_grad}
-    frozen = sum(p.numel() for p in objective.parameters() if not p.requires_grad and id(p) not in averages)
+    frozen = sum(
+        p.numel() for p in objective.parameters() if not p.requires_grad and id(p) not in averages
+    )
     return Units(
         block=max(blocks),
         largest=max(*blocks, *heads),
@@ -213,24 +242,43 @@ Figures = dict[str, tuple[float, ...]]
 
 
 class _Pieces:
-    """The pieces of a step, run on fake images under a counter."""
+    """The parts of a step, run on fake images under a counter."""
 
-    def __init__(self, objective: Objective, sides: list[int], half: bool, prepare: PrepareViews, levels: bool) -> None:
-        self.objective, self.sides, self.half = objective, sides, half
+    def __init__(
+        self,
+        objective: Objective,
+        sides: list[int],
+        bf16: bool,
+        prepare: PrepareViews,
+        levels: bool,
+    ) -> None:
+        self.objective = objective
+        self.sides = sides
+        self.bf16 = bf16
         self.prepare = prepare
         self.kind = torch.uint8 if levels else torch.get_default_dtype()
         self.at = Progress()
 
     def on_all_blocks(self, recompute: Recompute, measure: Callable[[], Figures]) -> Figures:
-        """What `measure` gives with all blocks. Those of a network are alike: two depths tell what one more costs."""
-        trunks: list[Any] = [parts.blocks for parts in self.objective.parts().values() if len(parts.blocks)]
+        """The result of `measure` with all blocks.
+
+        The blocks of a network are alike, so the difference of two depths is the cost of more
+        blocks.
+        """
+        trunks: list[Any] = [
+            parts.blocks for parts in self.objective.parts().values() if len(parts.blocks)
+        ]
         for parts in self.objective.trunks().values():
             for block in parts.blocks:
                 block.recompute = recompute  # type: ignore[assignment]
+
+        # Networks of different or small depths are measured as they are.
         depths = {len(blocks) for blocks in trunks}
         depth = max(depths, default=0)
         if len(depths) != 1 or depth <= max(DEPTHS):
             return measure()
+
+        # Others are cut to each depth and restored.
         whole = [list(blocks) for blocks in trunks]
         measured = []
         for few in DEPTHS:
@@ -240,17 +288,22 @@ class _Pieces:
             measured.append(measure())
         for blocks, all_of_them in zip(trunks, whole, strict=True):
             blocks.extend(all_of_them[len(blocks) :])
+
+        # The line through both depths, at all blocks.
         steps = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
         less, more = measured
-        return {name: tuple(a + (b - a) * steps for a, b in zip(less[name], more[name], strict=True)) for name in less}
+        return {
+            name: tuple(a + (b - a) * steps for a, b in zip(less[name], more[name], strict=True))
+            for name in less
+        }
 
     def bytes_of_an_image(self) -> Figures:
-        """Each piece's peak, and ``graph``: bytes an image, and those that do not grow with the batch."""
+        """Peak of each part, and `graph`: bytes per image, and bytes that are independent of it."""
         measured = []
         for images in SIZES:
             found: dict[str, float] = {}
             for name, run in self._runs(images).items():
-                run(None)  # traces blocks that are to be traced
+                run(None)  # traces the blocks that have to be traced
                 live = LiveBytes(self.objective.parameters())
                 with live:
                     graph = run(live)
@@ -260,10 +313,13 @@ class _Pieces:
             measured.append(found)
         small, large = measured
         slopes = {name: (large[name] - small[name]) / (SIZES[1] - SIZES[0]) for name in small}
-        return {name: (slope, max(0.0, small[name] - slope * SIZES[0])) for name, slope in slopes.items()}
+        return {
+            name: (slope, max(0.0, small[name] - slope * SIZES[0]))
+            for name, slope in slopes.items()
+        }
 
     def flops_of_an_image(self) -> Figures:
-        """FLOPs of each piece. A pass of its own: torch's counter keeps tensors alive."""
+        """FLOPs of each part, in a separate pass, because torch's counter keeps tensors alive."""
         found: Figures = {}
         for name, run in self._runs(SIZES[0]).items():
             run(None)
@@ -273,8 +329,12 @@ class _Pieces:
         return found
 
     def _runs(self, images: int) -> dict[str, Callable[[LiveBytes | None], int]]:
-        """The pieces by name; ``train`` returns the bytes alive between its forward and its backward, the others 0."""
-        objective, at = self.objective, self.at
+        """The parts by name.
+
+        `train` returns the live bytes between its forward and its backward, the others return 0.
+        """
+        objective = self.objective
+        at = self.at
         views = tuple(torch.empty(images, 3, side, side, dtype=self.kind) for side in self.sides)
         online, target = self.features(images)
         leaves = tuple(rows.requires_grad_() for rows in online)
@@ -309,14 +369,16 @@ class _Pieces:
         return {"query": query, "train": train, "forward": forward, "heads": heads}
 
     def features(self, images: int) -> Features:
-        """Features of some images as they come out of the trunks, without a graph."""
+        """Features of some images as the trunks return them, without a graph."""
         views = tuple(torch.empty(2, 3, side, side, dtype=self.kind) for side in self.sides)
         with torch.no_grad(), self._autocast():
             found = self.objective.features(Inputs(self.prepare(views)), self.at)
-        return Features(*(tuple(rows.new_empty(images, *rows.shape[1:]) for rows in side) for side in found))
+        return Features(
+            *(tuple(rows.new_empty(images, *rows.shape[1:]) for rows in side) for side in found)
+        )
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half)
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16)
 
 
 @contextmanager

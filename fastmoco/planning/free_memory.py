@@ -1,4 +1,4 @@
-"""How much memory this process may still take, of the device or of the machine."""
+"""How much memory this process can still allocate, on the device or in the machine."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from pathlib import Path
 import torch
 
 
-def free_bytes(device: torch.device, *, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+def free_bytes(
+    device: torch.device, *, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
+) -> int:
     """Bytes that a process can still allocate on a device.
 
-    CUDA: what the driver has, and what torch's allocator holds without using it. CPU: what the kernel calls available, or what
-    the control group leaves where that is less, shared among the processes of this machine. A system without ``/proc`` says only
-    how much there is: half of that.
+    On CUDA: what the driver reports as free, and what torch's allocator holds without using it. On
+    a CPU: what the kernel reports as available, or what the control group leaves if that is less,
+    divided among the processes of this machine. On a system without `/proc`: 50 % of the installed
+    memory.
 
     Args:
         device: CPU or CUDA.
-        proc: where the kernel shows its figures; another folder in tests.
+        proc: the kernel's `/proc`; another folder in tests.
         cgroups: where control groups are mounted.
 
     Raises:
-        ValueError: on a CPU whose system says nothing of its memory, with the cure.
+        ValueError: on a CPU whose system does not report its memory; the message contains the cure.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -42,12 +45,16 @@ def _installed() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError) as error:
         raise ValueError(
-            "this system does not say how much memory it has: set --batch.chunk to a number of images, or to none"
+            "this system does not report its memory: "
+            "set --batch.chunk to a number of images, or to none"
         ) from error
 
 
 def _group_leaves(membership: Path, cgroups: Path) -> list[int]:
-    """What each limited group that this process is in, and each above it, leaves; version 1 and 2 of control groups."""
+    """What remains in each limited control group of this process and in the groups above them.
+
+    Reads versions 1 and 2 of control groups.
+    """
     if not membership.exists():
         return []
     left: list[int] = []
@@ -56,11 +63,15 @@ def _group_leaves(membership: Path, cgroups: Path) -> list[int]:
         if number == "0":
             root, names = cgroups, ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            root, names = cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            root, names = (
+                cgroups / "memory",
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            )
         else:
             continue
         folder = root / path.strip("/")
-        # Inside a container the path may be the host's, while the mount shows the container's own group as its root.
+        # Inside a container the path may be the host's, while the root of the mount is the
+        # container's own group.
         for group in (folder, *folder.parents):
             leaves = _leaves(group, *names) if group == root or root in group.parents else None
             left += [] if leaves is None else [leaves]
@@ -68,10 +79,11 @@ def _group_leaves(membership: Path, cgroups: Path) -> list[int]:
 
 
 def _leaves(folder: Path, limit: str, used: str, cache: str) -> int | None:
-    """Limit less use, not counting files in memory that the kernel gives up first; None where no limit can be read."""
+    """Limit minus use, without cached files, which the kernel frees first; None without a limit."""
     try:
-        allowed, taken = (folder / limit).read_text().strip(), int((folder / used).read_text())
+        allowed = (folder / limit).read_text().strip()
+        taken = int((folder / used).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except OSError:  # no such file, or none that this process may read
+    except OSError:  # no such file, or not readable by this process
         return None
     return None if allowed == "max" else max(0, int(allowed) - taken + int(stat.get(cache, 0)))

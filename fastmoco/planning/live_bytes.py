@@ -1,4 +1,5 @@
-"""Bytes that operations take, counted as they run: on fake tensors, which have storages without memory, or on real ones."""
+"""Count the bytes of live tensors while operations run: on fake tensors, which have storages
+without memory, or on real ones."""
 
 from __future__ import annotations
 
@@ -12,20 +13,22 @@ from torch.utils._pytree import tree_map_only
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums the storages that exist: those that operations made while it was on, until their last tensor is gone.
+    """Sums the live storages: made by operations under this mode, and not yet freed.
 
     Args:
-        state: tensors whose storages are not counted, nor views of them.
+        state: tensors whose storages are not counted.
 
     Attributes:
-        now: bytes alive.
-        peak: the largest ``now`` so far.
+        now: live bytes.
+        peak: the largest `now` so far.
     """
 
     def __init__(self, state: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in state)
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(
+            tensor.untyped_storage() for tensor in state
+        )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))

@@ -1,19 +1,22 @@
-"""How a step fits: the chunk, the graphs that are kept, what it costs, and where each setting ends. Pure arithmetic.
+"""How a step fits into memory: the chunk, the kept graphs, the costs, and the limit of each
+setting. Pure arithmetic.
 
-With G, T, F, H the measured bytes of `StepCosts` (graph, training, forward, heads), B images of this process, chunks of c images
-and the graphs of k images kept, a step needs beside the state
+G, T, F, H are the measured bytes of `StepCosts` (graph, training, forward, heads). With B images in
+this process, chunks of c images, and kept graphs of k images, a step needs, besides the state:
 
     whole:    B (views + features) + max(G(B) + max(F(B), H(B)), T(B))
     chunked:  B (views + features) + max(G(k) + F(c), G(k) + H(B), G(k) + T(c) - G(c), T(c))
-    separate: B views + c features + max(G(c) + max(F(c), H(c)), T(c)), where nothing couples images
+    separate: B views + c features + max(G(c) + max(F(c), H(c)), T(c)), if nothing couples images
 
-and a chunked step computes the forward of the other B - k images' queries once more. Where blocks can keep the residual stream
-alone (L, "lean"), the others may keep that instead, and compute less than a forward once more:
+A chunked step computes the query forward of the other B - k images twice. If blocks can keep only
+the residual stream (L, "lean"), the other images may keep that instead, and compute less than a
+forward twice:
 
     lean:     B (views + features) + G(k) + L(B-k) + max(F(c), H(B), T(c) - G(c), T_L(c) - L(c))
 
-Under FSDP2 a process holds beside its shards what is whole for a moment: the unit at work and its gradient or the sum of it
-over ranks, the next block, fetched in advance, and the sum of the last one's gradients; in chunks the trunk's gradients too.
+Under FSDP2 a process also holds tensors that are temporarily unsharded: the current unit and its
+gradient or the gradient's sum over ranks, the prefetched next block, and the sum of the previous
+block's gradients; with chunks also the gradients of the trunk.
 """
 
 from __future__ import annotations
@@ -25,60 +28,63 @@ from typing import Literal
 from fastmoco.planning.costs import Line, StepCosts
 
 HEADROOM = 0.9
-"""Share of the free memory that a plan uses: allocators round up, libraries take workspaces."""
+"""Share of the free memory that a plan uses; allocators round up, and libraries need workspaces."""
 BUSY_ROWS = 2**15
-"""Rows of tokens of a chunk that keep a large device busy."""
+"""Number of token rows in a chunk that keeps a large device busy."""
 PARTS = 4
-"""Parts of a chunk that may keep their graphs alone: a whole one takes gigabytes, which would lie idle. Each size of a chunk is
-compiled for itself."""
+"""Parts of a chunk whose graphs can be kept separately: the graph of a whole chunk takes gigabytes,
+which would otherwise be unused. Each size of a chunk is compiled separately."""
 OPTIMIZER_COPIES = {"adamw": 2, "lamb": 2, "lars": 1}
-"""Numbers that an optimizer keeps for each trainable parameter."""
+"""Elements that an optimizer keeps per trainable parameter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateBytes:
-    """What stays between steps in one process."""
+    """The bytes that one process holds between steps."""
 
     parameters: float
     gradients: float
     optimizer: float
     in_flight: float = 0.0
-    """What is whole for a moment where the rest is sharded."""
+    """Tensors that are temporarily whole if the rest is sharded."""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         return self.parameters + self.gradients + self.optimizer + self.in_flight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """How one process takes its part of a batch through the encoder."""
+    """How one process passes its part of a batch through the encoder."""
 
     chunk: int
-    """Images that pass the trunk together; 0: all of them, without a second forward."""
+    """Images per pass through the trunk; 0: all of them, without a second forward."""
     kept: int
     """Whole chunks whose graphs are kept."""
     chunks: int
-    """Chunks of a step; 1 where all pass together."""
+    """Chunks per step; 1 if all images pass together."""
     overhead: float
-    """FLOPs of all that is computed twice, by chunks and by checkpointing, over those of a step that computes nothing twice."""
+    """FLOPs of everything that chunks and checkpointing compute twice, relative to a step that
+    computes nothing twice."""
     peak_bytes: float
-    """What the step takes beside the state; 0 where it was not counted."""
+    """Bytes of the step besides the state; 0 if they were not counted."""
     reason: str
-    """Why, as a clause."""
+    """The reason, as a clause."""
     kept_images: int = 0
-    """Images whose graphs are kept: those of the kept chunks, and of a part of a chunk more."""
+    """Images whose graphs are kept: those of the kept chunks, and of one more part of a chunk."""
     lean: bool = False
-    """Whether the other images keep the residual stream of their blocks, instead of nothing."""
+    """Whether the other images keep the residual stream of their blocks instead of nothing."""
     fits: bool = True
-    """Whether it stays within the memory it was made for."""
+    """Whether the step fits into the memory that the plan was made for."""
     activation_budget: float = 1.0
     """Of compiled blocks; see `fastmoco.models.compiled`."""
 
     def __str__(self) -> str:
         within = (
-            f", activations within {self.activation_budget:g} of the compiler's" if self.activation_budget < 1 else ""
+            f", activations within {self.activation_budget:g} of the compiler's"
+            if self.activation_budget < 1
+            else ""
         )
         if not self.chunk:
             return f"whole batch at once{within} ({self.reason})"
@@ -92,17 +98,17 @@ class StepPlan:
 
 
 def state_bytes(costs: StepCosts, optimizer: str, element: int, *, shards: int = 1) -> StateBytes:
-    """What parameters, gradients and optimizer take in one process.
+    """The bytes of parameters, gradients and optimizer state in one process.
 
     Args:
         costs: of the model.
         optimizer: "adamw", "lamb" or "lars".
-        element: bytes of a number: 4, or 8 in fp64.
+        element: bytes per element: 4, or 8 in fp64.
         shards: processes that share one copy; 1: every process has its own.
     """
     units = costs.units
     whole = units.frozen if shards > 1 else 0
-    wide = max(4, units.bytes)  # sums over ranks are float32 at least
+    wide = max(4, units.bytes)  # sums over ranks are at least float32
     in_flight = units.largest * (units.bytes + wide) + units.block * (units.bytes + wide)
     return StateBytes(
         parameters=((costs.parameters - whole) / shards + whole) * element,
@@ -113,13 +119,14 @@ def state_bytes(costs: StepCosts, optimizer: str, element: int, *, shards: int =
 
 
 def sharded(costs: StepCosts, element: int) -> StepCosts:
-    """What a step costs where the state is sharded.
+    """The costs of a step with sharded state.
 
-    Weights come in the dtype in which they compute, and stay for a unit's turn: autocast copies none of them.
+    Weights are gathered in their compute dtype and kept while their unit runs, so autocast makes no
+    copies.
 
     Args:
-        costs: of a step whose state is whole.
-        element: bytes of a number of the state.
+        costs: of a step with unsharded state.
+        element: bytes per element of the state.
     """
     units = costs.units
     copies = units.bytes if units.bytes < element else 0
@@ -133,23 +140,31 @@ def sharded(costs: StepCosts, element: int) -> StepCosts:
         train=without(costs.train, units.trunk),
         forward=without(costs.forward, units.trunk),
         heads=without(costs.heads, units.heads),
-        piled_bytes=float((units.trunk + (units.heads if costs.separate else 0)) * max(4, units.bytes)),
+        piled_bytes=float(
+            (units.trunk + (units.heads if costs.separate else 0)) * max(4, units.bytes)
+        ),
     )
 
 
 def whole_bytes(costs: StepCosts, images: int, world_size: int = 1) -> float:
-    """Bytes of a step that takes all its images at once, beside the state."""
+    """Bytes of a step that takes all its images at once, besides the state."""
     heads = _heads(costs, images, world_size)
     return _resident(costs, images) + max(
         costs.graph.at(images) + max(costs.forward.at(images), heads), costs.train.at(images)
     )
 
 
-def chunked_bytes(costs: StepCosts, images: int, chunk: int, kept_images: int = 0, world_size: int = 1) -> float:
-    """Bytes of a step in chunks that keeps the graphs of a number of images, beside the state."""
+def chunked_bytes(
+    costs: StepCosts, images: int, chunk: int, kept_images: int = 0, world_size: int = 1
+) -> float:
+    """Bytes of a step in chunks that keeps the graphs of some images, besides the state."""
     chunk = min(chunk, images)
-    if costs.separate:  # a whole step for each chunk; only the views of the batch are there all the time
-        return costs.piled_bytes + (images - chunk) * costs.view_bytes + whole_bytes(costs, chunk, world_size)
+    if costs.separate:  # each chunk is a whole step; only the views of the batch stay
+        return (
+            costs.piled_bytes
+            + (images - chunk) * costs.view_bytes
+            + whole_bytes(costs, chunk, world_size)
+        )
     graphs = _graphs(costs, kept_images, chunk)
     backward = costs.train.at(chunk)
     return (
@@ -164,8 +179,13 @@ def chunked_bytes(costs: StepCosts, images: int, chunk: int, kept_images: int = 
     )
 
 
-def lean_bytes(costs: StepCosts, images: int, chunk: int, kept_images: int = 0, world_size: int = 1) -> float:
-    """Bytes of a step in chunks whose other images keep the residual stream, beside the state; infinite where none can."""
+def lean_bytes(
+    costs: StepCosts, images: int, chunk: int, kept_images: int = 0, world_size: int = 1
+) -> float:
+    """Bytes of a step in chunks whose other images keep the residual stream, besides the state.
+
+    Infinite if blocks cannot keep only the residual stream.
+    """
     if costs.lean is None or costs.lean_train is None:
         return float("inf")
     chunk, others = min(chunk, images), images - kept_images
@@ -179,14 +199,19 @@ def lean_bytes(costs: StepCosts, images: int, chunk: int, kept_images: int = 0, 
     return costs.piled_bytes + _resident(costs, images) + graphs + passing
 
 
-def parts_of(costs: StepCosts, plan: StepPlan, images: int, world_size: int = 1) -> dict[str, float]:
-    """Where the peak of a plan goes, in bytes: the batch's views, class features, kept graphs, and what is needed in passing."""
+def parts_of(
+    costs: StepCosts, plan: StepPlan, images: int, world_size: int = 1
+) -> dict[str, float]:
+    """Parts of the peak of a plan, in bytes: views, features, kept graphs, and temporary memory."""
     held = {"views": images * costs.view_bytes, "features": images * costs.feature_bytes}
     kept = _graphs(costs, plan.kept_images, plan.chunk or images)
     if plan.lean and costs.lean is not None:
         kept += costs.lean.at(images - plan.kept_images)
     peak = plan.peak_bytes or whole_bytes(costs, images, world_size)
-    return held | {"kept activations": kept, "in passing": max(0.0, peak - sum(held.values()) - kept)}
+    return held | {
+        "kept activations": kept,
+        "temporary": max(0.0, peak - sum(held.values()) - kept),
+    }
 
 
 def plan_step(
@@ -199,30 +224,45 @@ def plan_step(
     kept: Literal["auto"] | int = "auto",
     world_size: int = 1,
 ) -> StepPlan:
-    """Choose how a process takes its images.
+    """Choose how a process passes its images through the encoder.
 
     Args:
         costs: of the model and its checkpointing.
         images: of this process.
-        budget: bytes for a step beside the state.
+        budget: bytes for a step, besides the state.
         tokens: of a view.
         chunk: as `BatchConfig.chunk`.
         kept: as `BatchConfig.kept`.
-        world_size: processes whose keys this one compares with.
+        world_size: processes whose keys are compared.
     """
     whole = whole_bytes(costs, images, world_size)
     free = f"{_gib(budget)} free"
-    if chunk == "none" or (chunk == "auto" and (whole <= budget or costs.coupling_reason)) or chunk == images:
-        reason = "asked for" if chunk != "auto" else f"about {_gib(whole)} of {free}"
+    if (
+        chunk == "none"
+        or (chunk == "auto" and (whole <= budget or costs.coupling_reason))
+        or chunk == images
+    ):
+        reason = "requested" if chunk != "auto" else f"about {_gib(whole)} of {free}"
         if chunk == "auto" and whole > budget:
             reason += f", too much; chunks would help, but {costs.coupling_reason}"
         again = costs.recompute_flops / costs.step_flops
-        at_once = StepPlan(chunk=0, kept=0, chunks=1, overhead=again, peak_bytes=whole, reason=reason)
+        at_once = StepPlan(
+            chunk=0, kept=0, chunks=1, overhead=again, peak_bytes=whole, reason=reason
+        )
         return replace(at_once, kept_images=images, fits=whole <= budget)
-    size = min(images, _largest_that_fits(costs, images, budget, tokens, world_size) if chunk == "auto" else int(chunk))
+
+    # In chunks: the other images keep nothing, or the residual stream.
+    size = min(
+        images,
+        _largest_that_fits(costs, images, budget, tokens, world_size)
+        if chunk == "auto"
+        else int(chunk),
+    )
     plans = [_in_chunks(costs, images, budget, size, kept, world_size, lean=False, whole=whole)]
     if costs.lean is not None and kept == "auto" and not costs.separate:
-        plans.append(_in_chunks(costs, images, budget, size, kept, world_size, lean=True, whole=whole))
+        plans.append(
+            _in_chunks(costs, images, budget, size, kept, world_size, lean=True, whole=whole)
+        )
     return best_plan(plans)
 
 
@@ -237,10 +277,12 @@ def _in_chunks(
     lean: bool,
     whole: float,
 ) -> StepPlan:
-    """The plan in chunks of a size that keeps as much as fits."""
-    needs, grain = lean_bytes if lean else chunked_bytes, max(1, size // PARTS)
+    """The plan with chunks of a given size that keeps as much as fits."""
+    needs = lean_bytes if lean else chunked_bytes
+    grain = max(1, size // PARTS)
     if costs.separate:
-        kept_images = images  # every graph lives until its own backward, and none is made twice
+        # Each graph is kept until its own backward, and none is computed twice.
+        kept_images = images
     elif kept == "auto":
         parts = -(-images // grain)
         while parts and needs(costs, images, size, min(images, parts * grain), world_size) > budget:
@@ -248,6 +290,7 @@ def _in_chunks(
         kept_images = min(images, parts * grain)
     else:
         kept_images = min(images, int(kept) * size)
+
     peak = needs(costs, images, size, kept_images, world_size)
     short = "" if peak <= budget else ", which may not be enough"
     twice = costs.lean_flops if lean else costs.query_flops
@@ -260,32 +303,35 @@ def _in_chunks(
         overhead=((1 - kept_images / images) * twice + costs.recompute_flops) / costs.step_flops,
         peak_bytes=peak,
         fits=peak <= budget,
-        reason=f"about {_gib(peak)} of {_gib(budget)} free{short}; all at once would take {_gib(whole)}",
+        reason=f"about {_gib(peak)} of {_gib(budget)} free{short}; "
+        f"all at once would take {_gib(whole)}",
     )
 
 
 def best_plan(plans: Iterable[StepPlan]) -> StepPlan:
-    """Of plans for falling shares of activations, the first that fits and computes nothing twice, or else least.
+    """The first plan that fits and computes nothing twice, else the one that computes least.
 
     Args:
-        plans: at least one, each for less kept than the one before; no more of them are made than needed.
+        plans: at least one; each keeps less than the one before. Taken one by one, as far as
+            needed.
     """
     seen: list[StepPlan] = []
     for plan in plans:
         seen.append(plan)
         if plan.fits and plan.overhead == 0:
             break
-    return min(seen, key=lambda plan: (not plan.fits, plan.overhead))  # of equal ones the first, which makes less again
+    # Of equal plans the first, whose blocks recompute least.
+    return min(seen, key=lambda plan: (not plan.fits, plan.overhead))
 
 
 def largest_batch(costs: StepCosts, budget: float, *, chunk: int = 0, world_size: int = 1) -> int:
-    """Images of one process at which a setting stops fitting: that many fit, one more does not; 0 where none does.
+    """Largest number of images per process with which a setting fits; 0 if it never fits.
 
     Args:
         costs: of the setting.
-        budget: bytes for a step beside the state.
-        chunk: 0: all images at once; else the images of a chunk, no graph kept.
-        world_size: processes, each with as many images.
+        budget: bytes for a step, besides the state.
+        chunk: 0: all images at once; else images per chunk, with no graph kept.
+        world_size: processes, each with that number of images.
     """
 
     def fits(images: int) -> bool:
@@ -295,6 +341,8 @@ def largest_batch(costs: StepCosts, budget: float, *, chunk: int = 0, world_size
 
     if not fits(1):
         return 0
+
+    # Double until the setting no longer fits, then bisect.
     low = 1
     while fits(2 * low) and low < 2**40:
         low *= 2
@@ -306,23 +354,30 @@ def largest_batch(costs: StepCosts, budget: float, *, chunk: int = 0, world_size
 
 
 def busy_chunk(tokens: int) -> int:
-    """Images whose two views bring `BUSY_ROWS` rows of tokens, as a power of two."""
+    """Images whose two views have `BUSY_ROWS` token rows, as a power of two."""
     chunk = 1
     while 2 * chunk * tokens < BUSY_ROWS:
         chunk *= 2
     return chunk
 
 
-def _largest_that_fits(costs: StepCosts, images: int, budget: float, tokens: int, world_size: int) -> int:
-    """Half as many images until a chunk fits. Powers of two: what is free differs from run to run, the chunk should not."""
+def _largest_that_fits(
+    costs: StepCosts, images: int, budget: float, tokens: int, world_size: int
+) -> int:
+    """Halve the chunk until it fits.
+
+    Powers of two, because the free memory differs between runs and the chunk should not.
+    """
     chunk = busy_chunk(tokens)
-    while chunk > 1 and (chunk >= images or chunked_bytes(costs, images, chunk, 0, world_size) > budget):
+    while chunk > 1 and (
+        chunk >= images or chunked_bytes(costs, images, chunk, 0, world_size) > budget
+    ):
         chunk //= 2
     return chunk
 
 
 def _graphs(costs: StepCosts, kept_images: int, chunk: int) -> float:
-    """What the graphs of some images keep, in chunks."""
+    """The bytes that the graphs of some images keep, in chunks."""
     if not kept_images:
         return 0.0
     again = -(-kept_images // chunk) - 1 if costs.apart else 0
@@ -334,7 +389,7 @@ def _resident(costs: StepCosts, images: int) -> float:
 
 
 def _heads(costs: StepCosts, images: int, world_size: int) -> float:
-    """Heads and loss, with the keys of the other ranks, once as they come and once normalised."""
+    """Heads and loss, with the keys of the other ranks: once as received, once normalised."""
     return costs.heads.at(images) + 2 * (world_size - 1) * images * costs.key_bytes
 
 

@@ -1,1 +1,1 @@
-"""What a run says about itself: speed (`metrics`), health (`stability`), where it is written (`sinks`, `console`)."""
+"""Telemetry of a run: its speed, its health, slow ranks, and the output of all figures."""

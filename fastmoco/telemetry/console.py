@@ -33,7 +33,9 @@ def _clock(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
-    return f"{days}d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
+    return (
+        f"{days}d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
+    )
 
 
 Column = tuple[str, str, str, Callable[[float], str]]
@@ -65,8 +67,8 @@ def _shown(row: Mapping[str, Any], key: str, form: Callable[[float], str]) -> st
 
 
 def plain_line(row: Mapping[str, Any], total_steps: int, figures: Mapping[str, str]) -> str:
-    """One log line:
-    `step 120/2000 epoch 3.2 loss 3.412 lr 1.5e-04 m 0.9931 img/s 1842 wait 2.1% eta 0:01:12 knn 93.1%`.
+    """One log line, e.g.
+    `step 120/2000 epoch 3.2 loss 3.412 lr 1.5e-04 m 0.9931 img/s 1842 eta 0:01:12`.
 
     Args:
         row: `step` and any of epoch, loss, lr, ema_momentum, images_per_s, wait_share (share),
@@ -122,8 +124,8 @@ class Console:
         self._events: deque[str] = deque(maxlen=EVENTS_SHOWN)
 
     def start(self, total_steps: int, header: str) -> None:
-        """Begin a run of `total_steps` optimizer steps; `header` names the model and the data in a few
-        lines.
+        """Begin a run of `total_steps` optimizer steps; `header` names the model and the data in a
+        few lines.
         """
         self._total = total_steps
         self._header = escaped(header, keep="\n")
@@ -206,7 +208,9 @@ class Console:
         progress = Table.grid(padding=(0, 2), expand=True)
         progress.add_column(no_wrap=True)
         progress.add_column(ratio=1)
-        progress.add_row(f"step {step}/{self._total}", ProgressBar(total=max(self._total, 1), completed=step))
+        progress.add_row(
+            f"step {step}/{self._total}", ProgressBar(total=max(self._total, 1), completed=step)
+        )
         parts: list[Any] = [Text(self._header), progress, grid]
         parts += [Text(event, style="yellow") for event in self._events]
         return Panel(Group(*parts), title="fastmoco", title_align="left")
@@ -223,7 +227,8 @@ class Console:
         live = self._live
         self._live = None
         if live is not None:
-            with contextlib.suppress(Exception):  # the terminal may be gone; see the module's docstring
+            # The terminal may be gone; see the module's docstring.
+            with contextlib.suppress(Exception):
                 live.stop()
 
     def _line(self, text: str | Callable[[], str]) -> None:

@@ -20,8 +20,7 @@ class Speed(NamedTuple):
     """Figures of one log interval."""
 
     images_per_s: float
-    """Images (not views) of the global batch per second of training, without
-    evaluation and saving."""
+    """Images, not views, per second of training, without evaluation and saving."""
     wait_share: float
     """Share of that time that the host waited for the loader, 0 to 1."""
     eta_s: float

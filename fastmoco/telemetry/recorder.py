@@ -1,4 +1,4 @@
-"""What a run tells: one place that meters, watches for instability, and hands figures to sinks and console."""
+"""The records of a run: speed, signs of instability, and metrics for sinks and console."""
 
 from __future__ import annotations
 
@@ -30,17 +30,19 @@ from fastmoco.telemetry.stability import (
 from fastmoco_pipelines.loading.stages import StageFigures
 
 SLOW_LOADER = 0.2
-"""Share of an interval that the trainer may wait for data before the recorder says so."""
+"""Share of an interval spent waiting for data above which the recorder logs an event."""
 
 
 class Recorder:
-    """The records of one run on one rank; only rank 0 writes. Call `stepped` after every step, `log` at log steps.
+    """The records of one run on one rank; only rank 0 writes.
+
+    Call `stepped` after every step and `log` at log steps.
 
     Args:
-        config: the run's config.
-        resolved: what it became.
-        folder: where ``metrics.jsonl`` lies, and TensorBoard's files where it is installed.
-        world: this process's place.
+        config: of the run.
+        resolved: its resolved numbers.
+        folder: of the run; gets `metrics.jsonl`, and TensorBoard's files if it is installed.
+        world: this process among its peers.
         start_step: steps done before this process began.
         figures: metric name -> label of the accuracies that `measured` will get.
     """
@@ -55,36 +57,53 @@ class Recorder:
         start_step: int,
         figures: Mapping[str, str] | None = None,
     ) -> None:
-        self.resolved, self.world = resolved, world
+        self.resolved = resolved
+        self.world = world
         self.meter = Throughput(
-            global_batch_size=config.global_batch_size, total_steps=resolved.total_steps, first_step=start_step
+            global_batch_size=config.global_batch_size,
+            total_steps=resolved.total_steps,
+            first_step=start_step,
         )
-        self._gradients, self._spikes = GradientRecorder(), SpikeDetector()
+        self._gradients = GradientRecorder()
+
+        # Detectors of instability.
+        self._spikes = SpikeDetector()
         self._collapse = CollapseDetector(dim=config.model.projection_dim)
         self._forgetting = ForgettingDetector()
+
+        # Accuracies by metric name.
         self._labels = dict(figures or {})
         self._dips = {name: DipDetector(label) for name, label in self._labels.items()}
         self._last: dict[str, float] = {}
         self._best: dict[str, float] = {}
+
         self._loader = self._loader_before = StageFigures()
-        self._loader_was_slow = self._refused = False
+        self._loader_was_slow = False
+
+        # Outputs.
         self._sinks: list[JsonlSink | TensorBoardSink] = []
+        self._refused = False
         self.console = Console(rank=world.rank, figures=self._labels)
         if world.rank == 0:
             self._sinks.append(JsonlSink(folder.metrics))
             try:
-                self._sinks.append(TensorBoardSink(folder.path / "tensorboard", first_step=start_step + 1))
+                self._sinks.append(
+                    TensorBoardSink(folder.path / "tensorboard", first_step=start_step + 1)
+                )
             except ImportError:
-                self.console.event("TensorBoard is not installed: metrics go to metrics.jsonl alone")
+                self.console.event(
+                    "TensorBoard is not installed: metrics are written to metrics.jsonl only"
+                )
         self.console.start(
             resolved.total_steps,
-            f"{config.recipe}  {resolved.sample_count} images, {resolved.steps_per_epoch} steps an epoch, "
+            f"{config.recipe}  {resolved.sample_count} images, "
+            f"{resolved.steps_per_epoch} steps per epoch, "
             f"batch {config.global_batch_size} on {world.world_size} x {world.device.type}, "
             f"lr = {config.optim.lr:g} x {config.global_batch_size} / 256 = {resolved.peak_lr:g}",
         )
 
     def known(self, last: Mapping[str, float], best: Mapping[str, float]) -> None:
-        """Show accuracies from before a resume, the last and the best ones by metric name."""
+        """Show accuracies from before a resume: the last and the best by metric name."""
         self._last |= last
         self._best |= best
         for name, value in best.items():
@@ -95,7 +114,7 @@ class Recorder:
         self._gradients.record(step, norms)
 
     def rolled_back(self, step: int, to: int) -> None:
-        """Write that the state is that of an earlier step again."""
+        """Record that the state is that of an earlier step again."""
         self._write(step, {"epoch": step / self.resolved.steps_per_epoch, "rolled_back_to": to})
 
     def stepped(self, wait_seconds: float) -> None:
@@ -103,16 +122,17 @@ class Recorder:
         self.meter.step(wait_seconds)
 
     def loader(self, figures: StageFigures) -> None:
-        """Take the loader's figures up to now; the next `log` writes what it did since the last one."""
-        self._loader_before, self._loader = self._loader, figures
+        """Take the loader's figures so far; `log` writes the change between two calls."""
+        self._loader_before = self._loader
+        self._loader = figures
 
-    def loader_verdict(self, figures: StageFigures) -> None:
-        """Say once whether the loader was the bottleneck of all that has been trained."""
+    def loader_summary(self, figures: StageFigures) -> None:
+        """Log whether the loader was the bottleneck of the training; call it at the end."""
         if figures.steps:
             self.event(figures.summary())
 
     def paused(self) -> AbstractContextManager[None]:
-        """Time inside counts as neither training nor waiting."""
+        """A context whose time counts neither as training nor as waiting."""
         return self.meter.paused()
 
     def log(
@@ -124,31 +144,39 @@ class Recorder:
         lr: float,
         schedules: Mapping[str, float],
     ) -> float:
-        """Write one line of metrics. The one place that waits for the device.
+        """Write one line of metrics. Only this call waits for the device.
 
         Args:
             step: optimizer steps done.
             loss: this rank's loss, a scalar on the device; its mean over ranks is written.
-            watch: what the objective shows (`Output.watch`). Of "queries" and "keys" the cosines say whether pairs, or all
-                images, fall together; "accuracy" are shares of queries whose positive ranks first, and among the first five.
+            watch: what the objective reports (`Output.watch`). The cosines of "queries" and "keys"
+                show whether pairs, or all images, have equal features; "accuracy" contains the
+                shares of queries whose positive ranks first, and among the first five.
             lr: learning rate of this step.
             schedules: the objective's own numbers of this step (`Objective.schedules`).
 
         Returns:
-            The mean loss over ranks, the same number on all of them.
+            The mean loss over ranks, equal on all of them.
         """
+        # All scalars in one tensor: one exchange, and one wait for the device.
         shown = {"loss": loss.detach(), **_figures(watch)}
         figures = mean(torch.stack([figure.double() for figure in shown.values()]))
         values = dict(zip(shown, figures.tolist(), strict=True))
         mean_loss = values.pop("loss")
+
+        # Events of the detectors.
         peaks = self._gradient_peaks()
         events = []
         if "feature_std" in values:
             events.append(self._collapse.observe(step, values["feature_std"]))
         if "cosine/positive" in values:
-            events.append(self._forgetting.observe(step, values["cosine/positive"], values["cosine/negative"]))
+            events.append(
+                self._forgetting.observe(step, values["cosine/positive"], values["cosine/negative"])
+            )
         for event in filter(None, events):
             self.event(f"warning: {event}")
+
+        # The line, for the sinks and for the console.
         speed = self.meter.report()
         metrics = {
             "epoch": step / self.resolved.steps_per_epoch,
@@ -169,7 +197,7 @@ class Recorder:
         return float(mean_loss)
 
     def _loader_metrics(self) -> dict[str, float]:
-        """The loader's figures since the last log step; the first time that they are bad they are put into words."""
+        """The loader's figures since the last log step; logs a summary when it is first slow."""
         recent = self._loader - self._loader_before
         if not recent.steps:
             return {}
@@ -180,7 +208,8 @@ class Recorder:
         return recent.metrics()
 
     def _gradient_peaks(self) -> dict[str, float]:
-        """The largest norm of each place since the last log step: a spike between two lines must show in the curve."""
+        """The largest norm of each place since the last log step, so that the curve shows a spike
+        between two lines."""
         peaks: dict[str, float] = {}
         for step, norms in self._gradients.flush():
             for spike in self._spikes.observe(step, norms):
@@ -192,11 +221,16 @@ class Recorder:
         return peaks
 
     def measured(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write the figures of an evaluation, all of them named to the constructor."""
+        """Write the figures of an evaluation; the constructor got the names of all of them."""
         self._last |= figures
-        self._best |= {name: max(value, self._best.get(name, value)) for name, value in figures.items()}
+        self._best |= {
+            name: max(value, self._best.get(name, value)) for name, value in figures.items()
+        }
         self._write(step, {"epoch": step / self.resolved.steps_per_epoch, **figures})
-        shown = [f"{self._labels[name]} {value:.1%} (best {self._best[name]:.1%})" for name, value in figures.items()]
+        shown = [
+            f"{self._labels[name]} {value:.1%} (best {self._best[name]:.1%})"
+            for name, value in figures.items()
+        ]
         self.event(f"step {step}: {', '.join(shown)}")
         for name, value in figures.items():
             dip = self._dips[name].observe(step, value)
@@ -204,21 +238,22 @@ class Recorder:
                 self.event(f"warning: {dip}")
 
     def event(self, text: str) -> None:
-        """Say something once."""
+        """Log an event."""
         self.console.event(text)
 
     def event_of_any_rank(self, text: str) -> None:
-        """Say something that only this rank may know."""
+        """Log an event that only this rank may know."""
         if self.world.rank == 0:
             self.event(text)
         else:
             say(f"rank {self.world.rank}: {text}")
 
     def close(self) -> None:
-        """Close console and files; more than once is fine."""
+        """Close console and files; may be called more than once."""
         self.console.close()
         for sink in self._sinks:
-            with contextlib.suppress(OSError):  # TensorBoard flushes what a full disk has refused before
+            # TensorBoard flushes what a full disk has refused before.
+            with contextlib.suppress(OSError):
                 sink.close()
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
@@ -226,22 +261,30 @@ class Recorder:
         for sink in self._sinks:
             try:
                 sink.write(step, metrics)
-            except OSError as error:  # metrics are no reason to end a run
+            except OSError as error:  # lost metrics do not end a run
                 refused.append(f"{type(sink).__name__}: {error.strerror or error}")
         if refused and not self._refused:
-            self.event(f"warning: metrics cannot be written and are lost until they can ({'; '.join(refused)})")
+            self.event(
+                f"warning: metrics cannot be written and are lost meanwhile ({'; '.join(refused)})"
+            )
         self._refused = bool(refused)
 
 
 def _figures(watch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scalars on the device of what an objective shows, by the name of their metric."""
+    """Scalars on the device from what an objective reports, by metric name."""
     figures: dict[str, Tensor] = {}
     if "queries" in watch:
         queries = watch["queries"][0]
         figures["feature_std"] = feature_std(queries)
         if "keys" in watch:
-            figures["cosine/positive"], figures["cosine/negative"] = pair_cosines(queries, watch["keys"][-1]).unbind()
+            figures["cosine/positive"], figures["cosine/negative"] = pair_cosines(
+                queries, watch["keys"][-1]
+            ).unbind()
     if "accuracy" in watch:
         figures["contrast/top1"], figures["contrast/top5"] = watch["accuracy"].unbind()
-    others = {name: tensor for name, tensor in watch.items() if name not in ("queries", "keys", "accuracy")}
+    others = {
+        name: tensor
+        for name, tensor in watch.items()
+        if name not in ("queries", "keys", "accuracy")
+    }
     return figures | {name: tensor for name, tensor in others.items() if tensor.ndim == 0}

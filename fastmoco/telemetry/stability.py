@@ -1,10 +1,11 @@
-"""Is the run healthy? Signals that move before the accuracy does.
+"""Health of a run: signals that change before the accuracy does.
 
-Chen, Xie, He 2021 found that ViTs under contrastive training are unstable in a way that hides: no NaN, no divergence, a loss
-that looks fine, and one to three points of accuracy lost. What shows it is the gradient, which jumps in the *first* layer some
-steps before it jumps in the last, and dips in the kNN curve. docs/stability.md says how to read each signal.
+Chen, Xie, He 2021 found that contrastive training of ViTs has a hidden instability: no NaN, no
+divergence, a normal loss, but one to three points less accuracy. It is visible in the gradient,
+which jumps in the *first* layer some steps before it jumps in the last, and as dips of the kNN
+curve. docs/stability.md explains how to read each signal.
 
-Nothing here decides anything: detectors return events with the numbers in them, the caller prints them.
+Detectors only return events, with the numbers in them; the caller prints them.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from fastmoco_kernels.tensors import all_plain, local, sums_over_shards
 def feature_std(features_BD: Tensor) -> Tensor:
     """Standard deviation over the batch of the L2-normalised rows, averaged over the dimensions.
 
-    Directions spread evenly over the sphere give 1/sqrt(D) (0.0625 at D = 256), the largest value there is; one direction
-    for every image (collapse) gives 0. Source: the collapse measure of Chen and He 2021 (SimSiam), section 4.1.
+    Directions spread evenly over the sphere give the maximum, 1/sqrt(D) (0.0625 at D = 256); one
+    direction for every image (collapse) gives 0. Source: the collapse measure of Chen and He 2021
+    (SimSiam), section 4.1.
 
     Args:
         features_BD: [B, D] outputs of a head or encoder, any floating dtype, any device, B >= 2.
@@ -42,15 +44,19 @@ def feature_std(features_BD: Tensor) -> Tensor:
 
 
 def effective_rank(features_BD: Tensor) -> Tensor:
-    """How many directions the L2-normalised, centred rows really use: exp of the entropy of their variance spectrum.
+    """Effective number of directions of the L2-normalised, centred rows.
 
-    Between 1 (all on a line: dimensional collapse) and min(B - 1, D). Source: Roy and Vetterli 2007.
+    It is exp of the entropy of their variance spectrum.
+
+    Between 1 (all on a line: dimensional collapse) and min(B - 1, D). Source: Roy and Vetterli
+    2007.
 
     Args:
         features_BD: [B, D] outputs of a head or encoder, any floating dtype, any device, B >= 2.
 
     Returns:
-        Scalar float32 on the same device, without gradient. Waits for the device (an eigenvalue problem of side D).
+        Scalar float32 on the same device, without gradient. Waits for the device (an eigenvalue
+        problem of size D).
 
     Raises:
         ValueError: if the shape is not [B >= 2, D].
@@ -64,24 +70,30 @@ def effective_rank(features_BD: Tensor) -> Tensor:
 
 
 def pair_cosines(q_BD: Tensor, keys_BD: Tensor) -> Tensor:
-    """Mean cosine similarity of the positive pairs and of all the others: how well an image is told from the rest.
+    """Mean cosine similarity of the positive pairs and of all other pairs.
 
-    A BatchNorm at the end of a head rescales even a collapsed encoder to a healthy `feature_std`; then the two figures
-    here are equal and the loss stands at `chance_loss`.
+    The difference shows how well an image is distinguished from the others. A BatchNorm at the end
+    of a head rescales even a collapsed encoder to a healthy `feature_std`; then the two figures
+    here are equal and the loss is `chance_loss`.
 
     Args:
         q_BD: [B, D] raw queries of one view, B >= 2.
         keys_BD: [B, D] raw keys of the other view, row i of the same image.
 
     Returns:
-        [2] float32 on the same device, (positives, others), without gradient; no host sync, 4 * B * D FLOPs.
+        [2] float32 on the same device, (positives, others), without gradient; no host sync, 4 * B *
+        D FLOPs.
 
     Raises:
         ValueError: if the shapes are not the same [B >= 2, D].
     """
     if q_BD.shape != keys_BD.shape:
-        raise ValueError(f"q of shape {tuple(q_BD.shape)}, keys of shape {tuple(keys_BD.shape)}: needs [B, D] twice")
-    q, keys = _unit_rows(q_BD), _unit_rows(keys_BD)
+        raise ValueError(
+            f"q of shape {tuple(q_BD.shape)}, keys of shape {tuple(keys_BD.shape)}: "
+            f"needs [B, D] twice"
+        )
+    q = _unit_rows(q_BD)
+    keys = _unit_rows(keys_BD)
     same, count = (q * keys).sum(), len(q)
     every = q.sum(dim=0) @ keys.sum(dim=0)
     return torch.stack([same / count, (every - same) / (count * (count - 1))])
@@ -96,8 +108,9 @@ def _unit_rows(features_BD: Tensor) -> Tensor:
 def chance_loss(*, temperature: float, keys: int) -> float:
     """The loss of an encoder that maps every image to one point: 4 * temperature * ln(keys).
 
-    Both directions of InfoNCE scaled by 2 * temperature, with all ``keys`` logits equal: 6.654 for temperature 0.2 and 4096
-    keys. A loss that stays there has learnt nothing or collapsed.
+    Both directions of InfoNCE scaled by 2 * temperature, with all `keys` logits equal: 6.654 for
+    temperature 0.2 and 4096 keys. If the loss stays there, the encoder has learned nothing or has
+    collapsed.
     """
     return 4 * temperature * math.log(keys)
 
@@ -105,44 +118,57 @@ def chance_loss(*, temperature: float, keys: int) -> float:
 def gradient_norms(
     named_parameters: Iterable[tuple[str, Tensor]], places: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Tensor]:
-    """L2 norms of the gradients, by place in the network, in one pass over them, accumulated in float32 or wider.
+    """L2 norms of the gradients, by place in the network, in one pass over them, accumulated in
+    float32 or wider.
 
     Args:
-        named_parameters: of the objective, after backward. Parameters without a gradient (frozen, momentum side) are left
-            out. Of sharded ones the whole norm counts: one small message a call, for which all ranks must call.
-        places: where each parameter counts, by its name (`Objective.places`); one without a place counts in the total alone.
+        named_parameters: of the objective, after backward. Parameters without a gradient (frozen,
+            momentum side) are omitted. For sharded ones the norm of the whole tensor counts; this
+            takes one small collective per call, so all ranks must call.
+        places: parameter name -> places in which it counts (`Objective.places`); a parameter
+            without a place counts only in the total.
 
     Returns:
         Scalars, at least float32, on the parameters' device, no host sync: each place that has a
         gradient, in the order of the network (`patch_embed`, `first_block`, `last_block`, `heads`),
-        and `total`. `first_block` is the first block of the ViT, the layer nearest to the input that
-        is trained when the patch projection is frozen.
-        `total` alone is a poor alarm: early on the class token dominates it (it starts at 1e-6 and a LayerNorm divides
-        by its deviation).
+        and `total`. `first_block` is the first block of the ViT, the layer nearest to the input
+        that is trained when the patch projection is frozen. `total` alone is a poor signal: early
+        in a run the class token dominates it (it starts at 1e-6, and a LayerNorm divides by its
+        deviation).
     """
     found = [(name, p.grad.detach()) for name, p in named_parameters if p.grad is not None]
     if not found:
         return {"total": torch.zeros(())}
+
+    # All norms in one call; shards are summed over ranks.
     wide = torch.promote_types(found[0][1].dtype, torch.float32)
     grads = [grad for _, grad in found]
     norms = torch.stack(torch._foreach_norm(local(grads), 2, wide))
     if not all_plain(grads):
         norms = sums_over_shards([norms.double().square()], grads)[0].sqrt().to(wide)
+
+    # By place, in the order of the network.
     groups: dict[str, list[int]] = {}
     for index, (name, _) in enumerate(found):
         for place in places.get(name, ()):
             groups.setdefault(place, []).append(index)
     last = ("first_block", "last_block", "heads")
-    order = [place for place in groups if place not in last] + [place for place in last if place in groups]
-    # Stacked views: indexing by a list would copy the list to the device, and wait for it.
-    result = {group: torch.linalg.vector_norm(torch.stack([norms[i] for i in groups[group]])) for group in order}
+    order = [place for place in groups if place not in last] + [
+        place for place in last if place in groups
+    ]
+
+    # Stacked views: indexing by a list would copy the list to the device and wait for it.
+    result = {
+        group: torch.linalg.vector_norm(torch.stack([norms[i] for i in groups[group]]))
+        for group in order
+    }
     return {**result, "total": torch.linalg.vector_norm(norms)}
 
 
 class GradientRecorder:
-    """Gradient norms of *every* step at the price of one host sync a log interval.
+    """Gradient norms of *every* step, with one host sync per log interval.
 
-    Spikes last one or a few steps; a norm looked at only at log steps misses most of them.
+    Spikes last one or a few steps; norms of log steps alone would miss most of them.
     """
 
     def __init__(self) -> None:
@@ -157,19 +183,21 @@ class GradientRecorder:
         self._values.append(torch.stack(list(norms.values())))
 
     def flush(self) -> list[tuple[int, dict[str, float]]]:
-        """The recorded steps as floats, oldest first, and forget them. One host sync."""
+        """Return the recorded steps as floats, oldest first, and clear them. One host sync."""
         values = torch.cat(self._values).tolist() if self._values else []
         rows: list[tuple[int, dict[str, float]]] = []
         for step, names in zip(self._steps, self._names, strict=True):
             rows.append((step, dict(zip(names, values, strict=False))))
             values = values[len(names) :]
-        self._steps, self._names, self._values = [], [], []
+        self._steps = []
+        self._names = []
+        self._values = []
         return rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spike:
-    """One value that jumped out of its history."""
+    """One value far above its history, or a non-finite one."""
 
     step: int
     name: str
@@ -180,23 +208,27 @@ class Spike:
         if not math.isfinite(self.value):
             return f"step {self.step}: gradient of {self.name} is {self.value}"
         ratio = self.value / self.median if self.median else math.inf
-        return f"step {self.step}: gradient spike in {self.name}, {self.value:.3g} is {ratio:.0f} x its median"
+        return (
+            f"step {self.step}: gradient spike in {self.name}, "
+            f"{self.value:.3g} is {ratio:.0f} x its median"
+        )
 
 
 class SpikeDetector:
-    """Event when a gradient norm exceeds ``factor`` times its running median, or is not finite.
+    """Event when a gradient norm exceeds `factor` times its running median, or is not finite.
 
-    The median over the last ``window`` steps follows a slow drift, and a spike in it does not move it. Finite spikes do join the
-    history, so that a lasting new level stops alarming after half a window.
+    The median over the last `window` steps follows a slow drift, and a spike in it does not move
+    it. Finite spikes are added to the history, so that a lasting new level causes no more events
+    after 50 % of a window.
     """
 
     def __init__(self, *, factor: float = 5.0, window: int = 100, warmup: int = 20) -> None:
-        """Remember the rule.
+        """Set the rule.
 
         Args:
-            factor: how many times the median is a spike, > 1.
+            factor: multiple of the median above which a value is a spike, > 1.
             window: steps of history.
-            warmup: steps of history before the first alarm of a finite value; at most ``window``.
+            warmup: steps of history before the first event of a finite value; at most `window`.
 
         Raises:
             ValueError: if a number is out of its range.
@@ -205,11 +237,13 @@ class SpikeDetector:
             raise ValueError(f"factor={factor}: a spike is more than 1 x the median")
         if not 1 <= warmup <= window:
             raise ValueError(f"warmup={warmup}: needs 1 <= warmup <= window={window}")
-        self._factor, self._window, self._warmup = factor, window, warmup
+        self._factor = factor
+        self._window = window
+        self._warmup = warmup
         self._history: dict[str, deque[float]] = {}
 
     def observe(self, step: int, norms: Mapping[str, float]) -> list[Spike]:
-        """Take in one step's norms (each name has a history of its own); return what jumped."""
+        """Take the norms of one step and return the spikes. Each name has its own history."""
         spikes = []
         for name, value in norms.items():
             history = self._history.setdefault(name, deque(maxlen=self._window))
@@ -226,55 +260,65 @@ class CollapseDetector:
     """Event when `feature_std` stays below a share of its healthy value 1/sqrt(D)."""
 
     def __init__(self, *, dim: int, floor: float = 0.1, patience: int = 3) -> None:
-        """Remember the rule: alarm after ``patience`` observations in a row below ``floor / sqrt(dim)``."""
-        self._healthy, self._floor, self._patience = dim**-0.5, floor, patience
+        """Set the rule: an event after `patience` consecutive values below `floor / sqrt(dim)`."""
+        self._healthy = dim**-0.5
+        self._floor = floor
+        self._patience = patience
         self._low = 0
 
     def observe(self, step: int, std: float) -> str | None:
-        """Take in one value; the event's text at the moment the patience ends, once until it has recovered."""
+        """Take one value; return the event's text when the patience ends, once until recovery."""
         low = not std >= self._floor * self._healthy  # NaN counts as low
         self._low = self._low + 1 if low else 0
         if self._low != self._patience:
             return None
         return (
             f"step {step}: features are collapsing, their deviation over the batch is {std:.2g} "
-            f"where evenly spread ones have {self._healthy:.2g}"
+            f"and would be {self._healthy:.2g} if they were evenly spread"
         )
 
 
 class ForgettingDetector:
-    """Event when an encoder that told images apart no longer does: collapse in front of the heads.
+    """Event when an encoder no longer distinguishes images after it did: collapse before the heads.
 
     Watches the gap of `pair_cosines`, which no BatchNorm can restore.
     """
 
     def __init__(self, *, learned: float = 0.1, lost: float = 0.02, patience: int = 3) -> None:
-        """Remember the rule: armed once the gap exceeds ``learned``; alarm after ``patience`` values below ``lost``."""
-        self._learned, self._lost, self._patience = learned, lost, patience
-        self._armed, self._low = False, 0
+        """Set the rule: an event after `patience` consecutive gaps below `lost`.
+
+        It applies once the gap has exceeded `learned`.
+        """
+        self._learned = learned
+        self._lost = lost
+        self._patience = patience
+        self._armed = False
+        self._low = 0
 
     def observe(self, step: int, positive: float, other: float) -> str | None:
-        """Take in both mean cosines; the event's text at the moment the patience ends, once until it has recovered."""
+        """Take both mean cosines; return the event's text as the other detectors do."""
         gap = positive - other
         self._armed = self._armed or gap > self._learned
-        self._low = self._low + 1 if self._armed and not gap >= self._lost else 0  # NaN counts as low
+        # NaN counts as low.
+        self._low = self._low + 1 if self._armed and not gap >= self._lost else 0
         if self._low != self._patience:
             return None
         return (
-            f"step {step}: the encoder has collapsed, the two views of an image are no more alike than two images "
-            f"(cosines {positive:.3f} and {other:.3f})"
+            f"step {step}: the encoder has collapsed, the two views of an image are no more alike "
+            f"than two images (cosines {positive:.3f} and {other:.3f})"
         )
 
 
 class DipDetector:
-    """Event when an accuracy falls more than `tolerance` below its best: the paper's visible sign of instability."""
+    """Event when an accuracy falls more than `tolerance` below its best: the visible sign of
+    instability in the paper."""
 
     def __init__(self, label: str, *, tolerance: float = 0.02) -> None:
-        """Remember the rule.
+        """Set the rule.
 
         Args:
             label: of the accuracy.
-            tolerance: a share, which should exceed the noise of the held-out set, 2/sqrt(n) at worst.
+            tolerance: a share; should exceed the noise of the held-out set, at most 2/sqrt(n).
         """
         self._label = label
         self._tolerance = tolerance
@@ -282,10 +326,14 @@ class DipDetector:
         self._inside = False
 
     def observe(self, step: int, accuracy: float) -> str | None:
-        """Take in one accuracy (a share); the event's text when a dip begins."""
-        best, self._best = self._best, max(self._best, accuracy)
-        was_inside, self._inside = self._inside, accuracy < best - self._tolerance
+        """Take one accuracy (a share); return the text of the event when a dip begins."""
+        best = self._best
+        was_inside = self._inside
+        self._best = max(best, accuracy)
+        self._inside = accuracy < best - self._tolerance
         if not self._inside or was_inside:
             return None
         points = 100 * (best - accuracy)
-        return f"step {step}: {self._label} fell to {accuracy:.1%}, {points:.1f} points below its best"
+        return (
+            f"step {step}: {self._label} fell to {accuracy:.1%}, {points:.1f} points below its best"
+        )

@@ -1,7 +1,11 @@
-"""Which rank holds up the others. Every step is as long on all ranks, because they wait for each other; so what is measured
-is the part of a step before the first exchange: the wait for data, and the trunks up to the heads.
+"""Find the rank that slows down the others.
 
-Under FSDP the trunk itself exchanges weights, and a slow rank then shows on all of them: only its data stay telling.
+A step takes the same time on all ranks, because they wait for each other. Therefore only the part
+of a step before the first collective is measured: the wait for data, and the trunks up to the
+heads.
+
+Under FSDP the trunks gather weights, so a rank with a slow trunk slows all of them, and only the
+wait for data identifies a slow rank.
 """
 
 from __future__ import annotations
@@ -17,62 +21,78 @@ from fastmoco.distributed.gather import gather_rows
 from fastmoco.distributed.mesh import World
 
 SECTIONS = ("waiting for data", "in the encoders")
-FACTOR, LEAST_SECONDS = 1.5, 0.02
-"""A rank is reported when a section takes it this many times the median of its peers, and this much longer a step."""
+FACTOR = 1.5
+LEAST_SECONDS = 0.02
+"""A rank is reported if a section takes more than `FACTOR` times the median of its peers plus
+`LEAST_SECONDS` per step."""
 
 
 class Stragglers:
     """Call `begin` between a step's data and its forward, and `report` at log steps, on all ranks.
 
     Args:
-        objective: an `Objective`; the first call of one of its heads ends the part of a step without exchanges.
-        world: this process among its peers; alone it measures nothing.
+        objective: an `Objective`; the first call of one of its heads ends the part of a step
+            without collectives.
+        world: this process among its peers; with a single process nothing is measured.
     """
 
     def __init__(self, objective: Any, world: World) -> None:
         self._world = world
-        self._steps, self._waited, self._busy = 0, 0.0, 0.0
+        self._steps = 0
+        self._waited = 0.0
+        self._busy = 0.0
         self._begun: float | torch.cuda.Event | None = None
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._known: set[tuple[int, int]] = set()
         if world.world_size > 1:
-            heads: list[nn.Module] = [head for parts in objective.parts().values() for head in parts.heads.values()]
-            for head in heads:  # the first one to be called counts
+            heads: list[nn.Module] = [
+                head for parts in objective.parts().values() for head in parts.heads.values()
+            ]
+            for head in heads:  # the first call counts
                 head.register_forward_pre_hook(lambda *_: self._reached_head())
 
     def begin(self, wait_seconds: float) -> None:
-        """Count a step, and the seconds that it waited for its data."""
+        """Count a step, and the seconds for which it waited for data."""
         self._steps += 1
         self._waited += wait_seconds
         self._begun = self._mark()
 
     def report(self, step: int) -> list[str]:
-        """The ranks that were slow since the last call and were not before; one exchange, one host sync."""
+        """The ranks that have become slow since the last call; one collective, one host sync."""
         if self._world.world_size == 1 or not self._steps:
             return []
+
+        # Seconds per step of every rank.
         for start, end in self._spans:
             end.synchronize()
             self._busy += start.elapsed_time(end) / 1000
         mine = torch.tensor([[self._waited, self._busy]], dtype=torch.float64) / self._steps
         rows = gather_rows(mine, self._world.device).tolist()
-        self._steps, self._waited, self._busy, self._spans = 0, 0.0, 0.0, []
-        slow = {
-            (rank, part): (row[part], usual)
-            for rank, row in enumerate(rows)
-            for part in range(len(SECTIONS))
-            if (usual := statistics.median(other[part] for peer, other in enumerate(rows) if peer != rank)) * FACTOR
-            + LEAST_SECONDS
-            < row[part]
-        }
-        fresh, self._known = slow.keys() - self._known, set(slow)
+        self._steps = 0
+        self._waited = 0.0
+        self._busy = 0.0
+        self._spans = []
+
+        # Compare each with the median of its peers, and report what is new.
+        slow: dict[tuple[int, int], tuple[float, float]] = {}
+        for rank, row in enumerate(rows):
+            for part in range(len(SECTIONS)):
+                others = [other[part] for peer, other in enumerate(rows) if peer != rank]
+                usual = statistics.median(others)
+                if usual * FACTOR + LEAST_SECONDS < row[part]:
+                    slow[rank, part] = (row[part], usual)
+
+        fresh = slow.keys() - self._known
+        self._known = set(slow)
         return [
-            f"warning: step {step}: rank {rank} is slow, {slow[rank, part][0]:.3f} s a step {SECTIONS[part]} where its "
-            f"peers take {slow[rank, part][1]:.3f} s"
+            f"warning: step {step}: rank {rank} is slow, {slow[rank, part][0]:.3f} s per step "
+            f"{SECTIONS[part]}, its peers take {slow[rank, part][1]:.3f} s"
             for rank, part in sorted(fresh)
         ]
 
     def _reached_head(self) -> None:
-        begun, self._begun = self._begun, None
+        begun = self._begun
+        self._begun = None
         if isinstance(begun, float):
             self._busy += time.monotonic() - begun
         elif begun is not None:

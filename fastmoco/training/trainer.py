@@ -259,7 +259,7 @@ class Trainer:
                     self._save(force=self.step_count == last)
             if max_steps is None:  # while signals are still heard: what is saved to the end was not stopped
                 self.folder.mark("DONE")
-                recorder.loader_verdict(self.loader.figures())
+                recorder.loader_summary(self.loader.figures())
                 recorder.event(f"finished after {last} steps; the model is in {self.folder.checkpoints}")
         return EXIT_FINISHED
 

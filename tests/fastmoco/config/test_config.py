@@ -119,7 +119,7 @@ def test_another_objective_writes_its_kind_and_an_unknown_one_is_refused():
     assert flatten(config)["objective.strength"] == 2.0
     assert differences(Config(), config) == ["objective: 'moco_v3' -> 'other_in_this_test'"]
     data["objective"]["kind"] = "nothing_of_that_name"
-    with pytest.raises(ValueError, match=r"config.objective.kind='nothing_of_that_name': .*it knows .*moco_v3"):
+    with pytest.raises(ValueError, match=r"config.objective.kind='nothing_of_that_name': .*known are .*moco_v3"):
         from_json(data)
 
 

@@ -79,7 +79,7 @@ def test_an_image_size_carries_small_crops_along_to_whole_patches():
     ("build", "text"),
     [
         (lambda: DataConfig(view1=ViewSpec(copies=0)), r"view1.copies=0: .*set view2.copies to 0"),
-        (lambda: DataConfig(view2=ViewSpec(size=96)), r"view2.size=96: both views must have one size"),
+        (lambda: DataConfig(view2=ViewSpec(size=96)), r"view2.size=96: both views must have the same size"),
         (
             lambda: multi_crop(CROPS, ViewSpec()),
             r"view1, view2 and more_views=\(224, 224, 96, 224\): .*neighbours, change the order",
@@ -99,7 +99,7 @@ def test_an_image_size_carries_small_crops_along_to_whole_patches():
         ),
         (
             lambda: from_json({"data": {"more_views": [{"colour_of": 3}]}}),
-            r"config.data.more_views.0=\['colour_of'\]: these fields do not exist",
+            r"config.data.more_views.0=\['colour_of'\]: unknown fields",
         ),
     ],
 )

@@ -96,7 +96,7 @@ def test_a_stopped_rank_is_named_killed_and_restarted(run: Start, config: Config
     one = run(config, restarts=1, before=SLOW)
     one.wait_for_step(4)
     one.signal(1, signal.SIGSTOP)
-    one.wait_for_text("rank 1 hangs: no sign of life for 6 s")
+    one.wait_for_text("rank 1 hangs: no heartbeat for 6 s")
     assert one.end() == 0, one.text()
     assert_same_end(one.out, whole)
 
@@ -194,7 +194,7 @@ trainer.Trainer.step = die
     one = run(config, ranks=1, restarts=6, before=before)
     assert one.end() != 0
     assert one.text().count("<tried>") == 3, one.text()
-    assert "3 starts from step 0 came to no new checkpoint" in one.text()
+    assert "3 starts from step 0 reached no new checkpoint" in one.text()
 
 
 def test_a_rank_that_dies_in_every_first_step_is_no_request_to_stop(run: Start, config: Config) -> None:
@@ -213,7 +213,7 @@ trainer.Trainer.step = die
     assert one.end() != 0
     assert not (one.out / "PREEMPTED").exists()
     assert one.text().count("<tried>") == 6, one.text()
-    assert "3 starts from step 0 came to no new checkpoint" in one.text()
+    assert "3 starts from step 0 reached no new checkpoint" in one.text()
 
 
 def test_a_set_smaller_than_a_batch_is_refused_by_every_rank(run: Start, config: Config) -> None:

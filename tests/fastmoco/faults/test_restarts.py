@@ -26,7 +26,7 @@ def test_a_launcher_gets_three_starts_from_one_step(tmp_path: Path, monkeypatch:
     folder = RunFolder(tmp_path)
     for _ in range(3):
         require_progress(folder, 0)
-    with pytest.raises(RunError, match="3 starts from step 0 came to no new checkpoint"):
+    with pytest.raises(RunError, match="3 starts from step 0 reached no new checkpoint"):
         require_progress(folder, 0)
     require_progress(folder, 6)  # a checkpoint begins the count anew
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "b")
@@ -45,7 +45,7 @@ def test_a_restart_is_known_by_its_count_where_the_launch_has_no_name(
         monkeypatch.setenv(name, str(count))
         require_progress(folder, 3)
     monkeypatch.setenv(name, "3")
-    with pytest.raises(RunError, match="by hand tries again"):
+    with pytest.raises(RunError, match="by hand to try again"):
         require_progress(folder, 3)
 
 

@@ -53,7 +53,7 @@ def test_a_mute_neighbour_is_named_and_its_process_killed(store: dist.Store) -> 
         peer.send_signal(signal.SIGSTOP)
         sign_of_peer(store, 7, process=watchdog._process(peer.pid))
         with Watchdog(RANK_0, Pulse(FaultConfig()), RULES):
-            assert wait_for_verdict(store, 10) == "rank 1 hangs: no sign of life for 1 s"
+            assert wait_for_verdict(store, 10) == "rank 1 hangs: no heartbeat for 1 s"
             assert peer.wait(timeout=60) == -signal.SIGKILL
     finally:
         peer.kill()

@@ -205,9 +205,9 @@ def test_weights_that_its_kernels_cannot_read_are_refused(place: Callable[..., N
 
 
 def test_the_config_names_what_does_not_exist() -> None:
-    with pytest.raises(ValueError, match=r"fused_backend='auto': lamb is there as \('apex',\)"):
+    with pytest.raises(ValueError, match=r"fused_backend='auto': lamb is available as \('apex',\)"):
         OptimConfig(name="lamb")
-    with pytest.raises(ValueError, match=r"fused_backend='apex': lars is there as \('auto', 'fastmoco'\)"):
+    with pytest.raises(ValueError, match=r"fused_backend='apex': lars is available as \('auto', 'fastmoco'\)"):
         OptimConfig(name="lars", fused_backend="apex")
 
 

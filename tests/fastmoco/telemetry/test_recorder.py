@@ -128,7 +128,7 @@ def test_a_full_disk_costs_lines_of_metrics_and_not_the_run(tmp_path, capsys, mo
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     log(4)
-    assert capsys.readouterr().out.count("metrics cannot be written and are lost until they can") == 1
+    assert capsys.readouterr().out.count("metrics cannot be written and are lost meanwhile") == 1
     recorder.close()
     steps = [step for step, _ in RunFolder(tmp_path).read_metric("loss")]
     assert (steps[0], steps[-1]) == (1, 4)

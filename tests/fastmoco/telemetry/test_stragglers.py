@@ -52,8 +52,8 @@ def test_the_slow_rank_is_named_once_with_its_section(monkeypatch: pytest.Monkey
     lines = watch.report(2)
     assert len(lines) == 2
     assert lines[0].startswith("warning: step 2: rank 0 is slow, 0.1")
-    assert "in the encoders where its peers take 0.010 s" in lines[0]
-    assert "rank 2 is slow, 0.300 s a step waiting for data" in lines[1]
+    assert "in the encoders, its peers take 0.010 s" in lines[0]
+    assert "rank 2 is slow, 0.300 s per step waiting for data" in lines[1]
     watch.begin(0.01)
     objective(0.1)
     assert watch.report(3) == []

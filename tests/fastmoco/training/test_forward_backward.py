@@ -42,7 +42,7 @@ def _plan(config: Config, free: float) -> tuple[int, int, str]:
 def test_auto_takes_the_whole_batch_where_it_fits_and_chunks_where_not() -> None:
     config = _config()
     with mock.patch("fastmoco.planning.choose.measure_costs") as counting:
-        assert _plan(config, 1e10) == (0, 0, "small beside the free memory")
+        assert _plan(config, 1e10) == (0, 0, "small compared with the free memory")
         assert not counting.called  # the bound is enough
     chunk, _, reason = _plan(config, 150e6)
     assert chunk == 0
@@ -101,7 +101,7 @@ def test_where_a_run_continues_memory_is_looked_at_before_the_optimizer_is_there
 
 
 def test_none_and_numbers_are_taken_as_given() -> None:
-    assert _plan(_config(chunk="none"), 1e6) == (0, 0, "asked for")
+    assert _plan(_config(chunk="none"), 1e6) == (0, 0, "requested")
     assert _plan(_config(chunk=48, kept=2), 1e10)[:2] == (48, 2)
     assert _plan(_config(chunk=48), 1e10)[:2] == (48, 6)
 
