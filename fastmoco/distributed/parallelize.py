@@ -92,7 +92,7 @@ def parallelize(
     *,
     strategy: Strategy = "ddp",
     shard_size: int = 0,
-    half: bool = False,
+    bf16: bool = False,
     average_gradients: bool = True,
 ) -> nn.Module:
     """Wrap an objective for data-parallel training; call the result instead of the objective.
@@ -107,7 +107,7 @@ def parallelize(
         world: this process's place.
         strategy: how; nothing to choose for one process.
         shard_size: processes that hold one copy under ``hsdp``; 0: those of this machine.
-        half: whether the forward runs under bf16 autocast: shards are then put together in bf16.
+        bf16: whether the forward runs under bf16 autocast: shards are then put together in bf16.
         average_gradients: False leaves that to the caller, as a step of several backward passes does (`gradient_average.py`).
 
     Returns:
@@ -122,7 +122,7 @@ def parallelize(
     require_equal_start(objective, world)
     if strategy != "ddp":
         shard_(
-            objective, world, copies_of=(shard_size or world.local_world_size) if strategy == "hsdp" else 0, half=half
+            objective, world, copies_of=(shard_size or world.local_world_size) if strategy == "hsdp" else 0, bf16=bf16
         )
         return objective
     if not average_gradients:

@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from fastmoco.distributed.mesh import World
 
 
-def shard_(objective: Any, world: World, *, copies_of: int = 0, half: bool = False) -> None:
+def shard_(objective: Any, world: World, *, copies_of: int = 0, bf16: bool = False) -> None:
     """Shard the networks of an objective over all ranks, in place; parameters become DTensors under
     their old names.
 
@@ -41,7 +41,7 @@ def shard_(objective: Any, world: World, *, copies_of: int = 0, half: bool = Fal
         objective: an `Objective`, initialised, equal on all ranks.
         world: this process's place, not alone.
         copies_of: processes that hold one copy (HSDP); 0: all hold one.
-        half: whether the forward runs under bf16 autocast. Weights then cross ranks in bf16, as
+        bf16: whether the forward runs under bf16 autocast. Weights then cross ranks in bf16, as
             autocast would round them; shards, reductions of gradients, and averages stay float32,
             and batch norms compute in it.
 
@@ -51,8 +51,8 @@ def shard_(objective: Any, world: World, *, copies_of: int = 0, half: bool = Fal
     mesh = _mesh(world, copies_of)
     # Inputs are left to autocast, so that the stream between blocks is as wide as under DDP.
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if half else None,
-        reduce_dtype=torch.float32 if half else None,
+        param_dtype=torch.bfloat16 if bf16 else None,
+        reduce_dtype=torch.float32 if bf16 else None,
         cast_forward_inputs=False,
     )
     averages = {id(average) for own, average in objective.averages().items() if own.requires_grad}

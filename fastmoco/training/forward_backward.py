@@ -25,7 +25,7 @@ from fastmoco.planning.choose import choose_plan
 from fastmoco_pipelines.spec import each_view
 
 
-class Gradients:
+class ForwardBackward:
     """Call it with a batch: loss out, gradients of the global batch in every trainable parameter's
     ``grad``.
 
@@ -62,9 +62,9 @@ class Gradients:
         self._objective, self._world = objective, world
         # From the first call on: it sees what a restore left.
         self._verify_every, self._calls = config.parallel.verify_replicas_every, 0
-        half = precision == "bf16"
+        bf16 = precision == "bf16"
         self._autocast: Callable[[], AbstractContextManager[Any]] = partial(
-            torch.autocast, world.device.type, dtype=torch.bfloat16, enabled=half
+            torch.autocast, world.device.type, dtype=torch.bfloat16, enabled=bf16
         )
         if isinstance(config.batch.chunk, int):
             require_separable(objective, config.batch.chunk)
@@ -109,7 +109,7 @@ class Gradients:
             world,
             strategy=strategy,
             shard_size=config.parallel.shard_size,
-            half=half,
+            bf16=bf16,
             average_gradients=self.plan.chunk == 0,
         )
         if config.batch.cuda_graphs:

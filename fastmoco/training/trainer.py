@@ -33,7 +33,7 @@ from fastmoco.telemetry.recorder import Recorder
 from fastmoco.telemetry.stragglers import Stragglers
 from fastmoco.training import resume, setup
 from fastmoco.training import state as training_state
-from fastmoco.training.forward_backward import Gradients
+from fastmoco.training.forward_backward import ForwardBackward
 from fastmoco.training.rollback import Rollback
 from fastmoco.training.saving import DEADLINE_S, Saving
 from fastmoco.training.step import StepResult, TrainStep
@@ -74,7 +74,7 @@ class Trainer:
         # The objective and its gradients, before optimizer and restore: parameters may get sharded.
         self.objective = build_objective(config, world.device)
         self.attention = attention_choice(config, self.objective.encoder, self.precision, world.device)
-        self.gradients = Gradients(
+        self.forward_backward = ForwardBackward(
             config,
             self.objective,
             world,
@@ -105,7 +105,7 @@ class Trainer:
             config,
             self.resolved,
             objective=self.objective,
-            forward_backward=self.gradients,
+            forward_backward=self.forward_backward,
             optimizer=self.optimizer,
             guard=self.guard,
         )
@@ -188,10 +188,14 @@ class Trainer:
             figures=self.figures,
         )
         recorder.event(f"attention: {self.attention}")
-        plan, strategy, blocks = self.gradients.plan, self.gradients.strategy, self.gradients.compile
+        plan, strategy, blocks = (
+            self.forward_backward.plan,
+            self.forward_backward.strategy,
+            self.forward_backward.compile,
+        )
         recorder.event(f"batch: {plan}; parallel: {strategy}; blocks: {blocks}")
         if self.config.batch.cuda_graphs:
-            recorder.event(f"CUDA graphs replay {self.gradients.replays}")
+            recorder.event(f"CUDA graphs replay {self.forward_backward.replays}")
         self.loader.report = recorder.event_of_any_rank
         for monitor in self.monitors:
             monitor.report = recorder.event
@@ -205,7 +209,12 @@ class Trainer:
     def _describe(self) -> dict[str, Any]:
         """What was resolved, for ``config.json`` and checkpoints."""
         return setup.describe(
-            self.resolved, self.world, self.precision, self.attention, self.gradients.plan.to_json(), self.optimizer
+            self.resolved,
+            self.world,
+            self.precision,
+            self.attention,
+            self.forward_backward.plan.to_json(),
+            self.optimizer,
         )
 
     def progress(self, step: int) -> Progress:
