@@ -150,7 +150,7 @@ def open_side(name: str, options: dict[str, Any]) -> Iterator[Side]:
                 batch = trainer.loader.next()
                 checked = min(options["checked"], config.global_batch_size)
                 result = {
-                    "plan": str(trainer.gradients.plan),
+                    "plan": str(trainer.forward_backward.plan),
                     **check(trainer, *(view[:checked] for view in batch.views)),
                 }
                 yield Side(lambda: trainer.step(batch), config.global_batch_size, device, result)
@@ -266,7 +266,7 @@ def as_float(trainer: Trainer, view: Tensor) -> Tensor:
     """A view in the objective's dtype, from either dtype of the loader."""
     if view.is_floating_point():
         return view.float()
-    return trainer.gradients.prepare((view, view))[0].float()
+    return trainer.forward_backward.prepare((view, view))[0].float()
 
 
 def _loss_and_gradients(

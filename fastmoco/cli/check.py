@@ -29,13 +29,15 @@ def check(
     seconds_per_image: float = 30.0,
     cache: Annotated[CacheSpec, tyro.conf.arg(name="")] = CACHE,
 ) -> int:
-    """Read and decode every image, report every fault, and list unusable images in quarantine.jsonl.
+    """Read and decode every image, report every fault, and list unusable images in
+    quarantine.jsonl.
 
     The list is written next to the tars; loaders skip the images in it. Tars and servers are never
     changed. Exit code 0: no fault, 1: faults found, 2: refused.
 
     Args:
-        shards: A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or gs://.
+        shards: A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or
+            gs://.
         json: Write the whole report here as JSON.
         quarantine: Write quarantine.jsonl.
         quarantine_out: For shards on a server: folder for that list, named quarantine-PLACE.jsonl;
@@ -77,7 +79,8 @@ def stats(
     Reads only the indexes.
 
     Args:
-        shards: A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or gs://.
+        shards: A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or
+            gs://.
         out: Draw a picture too, e.g. stats.png; needs matplotlib.
         cache: Where shards of a server are kept.
     """
@@ -105,22 +108,33 @@ def _print_report(report: CheckReport, show: int) -> None:
     # Text, not markup: names from a tar may hold square brackets.
     for fault in report.faults[:show]:
         where = ": ".join(part for part in (fault.path or fault.shard, fault.member) if part)
-        console.print(Text(f"{where}: {fault.reason.removeprefix(fault.shard + ': ')} [{fault.outcome}]"))
+        console.print(
+            Text(f"{where}: {fault.reason.removeprefix(fault.shard + ': ')} [{fault.outcome}]")
+        )
     if len(report.faults) > show:
-        console.print(f"... and {len(report.faults) - show} more (--show N prints more, --json FILE writes all)")
+        console.print(
+            f"... and {len(report.faults) - show} more "
+            "(--show N prints more, --json FILE writes all)"
+        )
     for note in report.notes[:show]:
         console.print(Text(f"note: {note}"))
     if len(report.notes) > show:
         console.print(f"... and {len(report.notes) - show} more notes")
     rate = report.total_bytes / 1e6 / max(report.seconds, 1e-9)
-    print(f"{report.shards} shards, {report.total_bytes / 1e6:.1f} MB in {report.seconds:.1f} s ({rate:.0f} MB/s)")
+    print(
+        f"{report.shards} shards, {report.total_bytes / 1e6:.1f} MB "
+        f"in {report.seconds:.1f} s ({rate:.0f} MB/s)"
+    )
     if report.restarts:
         print(f"{report.restarts} decoding processes crashed and were replaced")
     if report.refused_shards:
         alone = report.refused_shards == report.unindexed
         why = "they have no index yet" if alone else "tar or index is damaged or missing"
         print(f"{report.refused_shards} shards that a loader refuses: {why}")
-    print(f"{report.promised} samples = {report.delivered} delivered + {report.quarantined} quarantined")
+    print(
+        f"{report.promised} samples = {report.delivered} delivered "
+        f"+ {report.quarantined} quarantined"
+    )
     if report.left_out:
         print(f"{report.left_out} further samples omitted: no index lists them")
     for path in report.quarantine_files:
@@ -138,7 +152,9 @@ def _nothing_found(report: CheckReport) -> str:
 
     if not report.unindexed:
         return "clean"
-    some = f"{report.unindexed} of {report.shards} shards " if report.unindexed < report.shards else ""
+    some = (
+        f"{report.unindexed} of {report.shards} shards " if report.unindexed < report.shards else ""
+    )
     out = " --out FOLDER" if is_remote(report.pattern) else ""
     command = f"fastmoco data index {shlex.quote(report.pattern)}{out}"
     return f"no fault; {some}not indexed yet: run `{command}` before training"
@@ -156,7 +172,9 @@ def _print_stats(stats: ShardStats) -> None:
     rows = stats.quantiles()
     table = Table("", *next(iter(rows.values())))
     for name, values in rows.items():
-        table.add_row(name, *(f"{value:.4g}" if value < 1e4 else f"{value:.0f}" for value in values.values()))
+        table.add_row(
+            name, *(f"{value:.4g}" if value < 1e4 else f"{value:.0f}" for value in values.values())
+        )
     console.print(table)
     print("formats: " + ", ".join(f"{kind} {count}" for kind, count in stats.kinds.items()))
     counts = stats.class_counts()
@@ -164,11 +182,15 @@ def _print_stats(stats: ShardStats) -> None:
     if counts:
         shown = [f"{escaped(name)} {count}" for name, count in counts]
         few = ", ".join(shown if len(shown) <= 12 else [*shown[:6], "...", *shown[-5:]])
-        print(f"{len(counts)} classes: {few}" + (f"; {unlabelled} images without a label" if unlabelled else ""))
+        print(
+            f"{len(counts)} classes: {few}"
+            + (f"; {unlabelled} images without a label" if unlabelled else "")
+        )
     else:
         print("no labels")
     side = rows["width (pixels)"]["median"], rows["height (pixels)"]["median"]
     if max(side) > 768:
         print(
-            f"images of {side[0]:.0f}x{side[1]:.0f} pixels: `fastmoco data pack --max-side 512` makes decoding cheaper"
+            f"images of {side[0]:.0f}x{side[1]:.0f} pixels: "
+            "`fastmoco data pack --max-side 512` makes decoding cheaper"
         )

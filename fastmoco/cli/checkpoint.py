@@ -49,7 +49,10 @@ def list_all(path: Positional[Path]) -> int:
     print(f"{'step':>10} {'MB':>10} {'saved at':<20} {'ranks':>5}  status")
     for one in found:
         ranks = str(one.world_size or "?")
-        print(f"{one.step:>10} {one.size / 1e6:>10.3f} {one.saved_at or '?':<20} {ranks:>5}  {one.fault or 'sound'}")
+        print(
+            f"{one.step:>10} {one.size / 1e6:>10.3f} {one.saved_at or '?':<20} {ranks:>5}  "
+            f"{one.fault or 'sound'}"
+        )
     return EXIT_FINISHED
 
 

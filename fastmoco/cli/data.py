@@ -60,8 +60,8 @@ def pack(
         src: Folder of class folders, whose names become the labels, or of images without labels.
         out: Folder for the shards.
         prefix: Shards are named PREFIX-000000.tar and so on.
-        max_side: Shrink images whose longer side exceeds this many pixels. Decoding takes most of the time of
-            loading; 512 is a good value for photographs and views of 224 pixels.
+        max_side: Shrink images whose longer side exceeds this many pixels. Decoding takes most of
+            the time of loading; 512 is a good value for photographs and views of 224 pixels.
         quality: JPEG quality of images that are shrunk.
         shard_size: Largest size of a shard, in MB.
         seed: Seed of the shuffle.
@@ -107,13 +107,13 @@ def index(
 ) -> int:
     """Write the index next to existing shards of any origin.
 
-    Their members are KEY.jpg, .jpeg, .png or .webp and KEY.cls, .json or .txt. Class names are numbered in sorted order
-    over all given shards and stored in manifest.json.
+    Their members are KEY.jpg, .jpeg, .png or .webp and KEY.cls, .json or .txt. Class names are
+    numbered in sorted order over all given shards and stored in manifest.json.
 
     Args:
         shards: A path, glob, brace pattern or folder; or URLs, with --out.
-        labels: Members that contain the labels, numbers or class names; auto: the first of cls, json and txt that the
-            set has.
+        labels: Members that contain the labels, numbers or class names; auto: the first of cls,
+            json and txt that the set has.
         label_field: Field of the .json that contains the label (default: label); selects json.
         salvage: Index the readable samples of damaged tars, and list every lost range of bytes.
         out: For shards on a server: folder for the indexes, which you then copy next to the shards.
@@ -124,7 +124,9 @@ def index(
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
         if label_field is not None and labels not in ("auto", "json"):
-            raise ValueError(f"labels={labels!r}: label_field={label_field!r} is a field of .json members")
+            raise ValueError(
+                f"labels={labels!r}: label_field={label_field!r} is a field of .json members"
+            )
         source = labels if label_field is None else "json"
         with progress_bar("indexing") as advance:
             rule = LabelRule(source=source, field=label_field or "label")
@@ -138,9 +140,16 @@ def index(
             )
 
         # Summary.
-        print(f"{report.samples} images in {report.shards} shards indexed, {len(report.skipped)} members skipped")
+        print(
+            f"{report.samples} images in {report.shards} shards indexed, "
+            f"{len(report.skipped)} members skipped"
+        )
         named = f", {len(report.classes)} class names" if report.classes else ""
-        found = f"labels of {report.labelled} from .{report.labels}{named}" if report.labels else "no labels"
+        found = (
+            f"labels of {report.labelled} from .{report.labels}{named}"
+            if report.labels
+            else "no labels"
+        )
         print(found + (f" ({report.note})" if report.note else ""))
 
         # What is missing.
@@ -150,11 +159,17 @@ def index(
             print(f"... and {len(report.skipped) - 20} more skipped members, listed in the indexes")
         for part in report.lost:
             cut = f", in {part.member}" if part.member else ""
-            print(f"lost {part.shard}: {part.size} bytes from byte {part.offset} on{cut}: {part.reason}")
+            print(
+                f"lost {part.shard}: {part.size} bytes from byte {part.offset} on{cut}: "
+                f"{part.reason}"
+            )
         if report.lost:
             print("the indexes record the lost bytes, and training skips them")
         for tar, count in report.gone:
-            print(f"lost {tar}: {count} samples of an older index or the manifest are not found any more")
+            print(
+                f"lost {tar}: {count} samples of an older index or the manifest "
+                "are not found any more"
+            )
         for folder, url in report.uploads.items():
             print(f"copy the files in {folder} to {url}")
     return 0
@@ -189,7 +204,8 @@ def views(args: list[str]) -> int:
 
 
 def sample(name: Positional[Literal["digits"]], out: Positional[Path], *, seed: int = 0) -> int:
-    """Write a small real data set that a library contains: the 8x8 handwritten digits of scikit-learn.
+    """Write a small real data set that a library contains: the 8x8 handwritten digits of
+    scikit-learn.
 
     Args:
         name: Name of the set.

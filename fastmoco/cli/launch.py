@@ -77,10 +77,16 @@ def launch(processes: int, args: Sequence[str], out: Path) -> int:
     _forget(out)
     # torchrun would set one thread too, but with a warning. Workers divide the
     # cores by `--threads` in any case.
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS)}
+    environment = (
+        {"OMP_NUM_THREADS": "1"}
+        | os.environ
+        | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS)}
+    )
     with tempfile.TemporaryDirectory(prefix="fastmoco_") as logs:
         # In its own session, so that Ctrl-C reaches it once, through this process.
-        agent = subprocess.Popen(launch_command(processes, args, logs), env=environment, start_new_session=True)
+        agent = subprocess.Popen(
+            launch_command(processes, args, logs), env=environment, start_new_session=True
+        )
         _wait(agent)
         refused = any(
             Path(logs).glob(f"*/attempt_0/{ASKED_TO_END}")
@@ -91,7 +97,8 @@ def launch(processes: int, args: Sequence[str], out: Path) -> int:
     if (out / "PREEMPTED").exists():
         say("stopped by a signal; the same command continues")
         return EXIT_STOPPED
-    say(f"{'refused' if refused else 'failed'}: see the first line above that begins with 'fastmoco:'")
+    outcome = "refused" if refused else "failed"
+    say(f"{outcome}: see the first line above that begins with 'fastmoco:'")
     return EXIT_REFUSED if refused else EXIT_FAILED
 
 

@@ -112,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             except KeyboardInterrupt:  # before the first step or outside training: nothing to save
                 say("interrupted")
                 return 130
-            except SystemExit as stop:  # from the parser and `one_line`; return the code to the caller
+            except SystemExit as stop:
+                # From the parser and `one_line`; return the code to the caller.
                 return stop.code if isinstance(stop.code, int) else EXIT_REFUSED
     group = [name for name in verbs if name.split()[0] == args[0]]
     if group and (len(args) == 1 or args[1] in ("-h", "--help")):
@@ -144,7 +145,10 @@ def _parsed(name: str, function: Callable[..., int]) -> Callable[[list[str]], in
 
 def _usage(verbs: dict[str, Callable[[list[str]], int]]) -> str:
     """One line for each command."""
-    lines = [f"  fastmoco {name:<14} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in verbs.items()]
+    lines = [
+        f"  fastmoco {name:<14} {(verb.__doc__ or '').splitlines()[0]}"
+        for name, verb in verbs.items()
+    ]
     return "\n".join(
         [
             "fastmoco: MoCo v3 pre-training",
@@ -159,14 +163,22 @@ def _usage(verbs: dict[str, Callable[[list[str]], int]]) -> str:
 def _parse_config(kind: type[P], verb: str, args: list[str]) -> P | None:
     """A recipe and its overrides; None if no recipe is named."""
     if not args or args[0].startswith("-"):
-        print(f"usage: fastmoco {verb} RECIPE [options]; `fastmoco {verb} RECIPE --help` lists them\nrecipes:")
+        print(
+            f"usage: fastmoco {verb} RECIPE [options]; "
+            f"`fastmoco {verb} RECIPE --help` lists them\nrecipes:"
+        )
         _recipes([])
         return None
-    with one_line(EXIT_REFUSED, ValueError):  # also from rules between two fields, which tyro passes on
+    # Errors also come from rules between two fields, which tyro passes on.
+    with one_line(EXIT_REFUSED, ValueError):
         config = _follow_image_size(get_recipe(args[0]), args[1:])
         missing: Any = tyro.MISSING
-        fields: dict[str, Any] = {"config": config} | ({"out": missing} if kind is TrainArguments else {})
-        return tyro.cli(kind, prog=f"fastmoco {verb} {args[0]}", args=args[1:], default=kind(**fields))
+        fields: dict[str, Any] = {"config": config} | (
+            {"out": missing} if kind is TrainArguments else {}
+        )
+        return tyro.cli(
+            kind, prog=f"fastmoco {verb} {args[0]}", args=args[1:], default=kind(**fields)
+        )
 
 
 def _follow_image_size(config: Config, args: list[str]) -> Config:
@@ -232,11 +244,15 @@ def _train(args: list[str]) -> int:
 
 def _without_gpus(args: list[str]) -> list[str]:
     """The arguments of one of several processes."""
-    kept = [word for i, word in enumerate(args) if word != "--gpus" and args[max(i - 1, 0)] != "--gpus"]
+    kept = [
+        word for i, word in enumerate(args) if word != "--gpus" and args[max(i - 1, 0)] != "--gpus"
+    ]
     return [word for word in kept if not word.startswith("--gpus=")]
 
 
-def _eval_knn(run: Positional[Path], *, train: str, test: str, k: int = 20, temperature: float = 0.07) -> int:
+def _eval_knn(
+    run: Positional[Path], *, train: str, test: str, k: int = 20, temperature: float = 0.07
+) -> int:
     """kNN accuracy of a run's encoder (k = 20, temperature 0.07, cosine) on labelled shards.
 
     Args:
@@ -252,7 +268,8 @@ def _eval_knn(run: Positional[Path], *, train: str, test: str, k: int = 20, temp
 
 
 def _quickstart(out: Path = Path("quickstart")) -> int:
-    """Pack handwritten digits, train a tiny ViT on them for a few minutes, and report its kNN accuracy.
+    """Pack handwritten digits, train a tiny ViT on them for a few minutes, and report its kNN
+    accuracy.
 
     Args:
         out: Folder for shards, run and pictures.

@@ -59,7 +59,10 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2] not in UNITS or float(match[1]) <= 0:
-        raise ValueError(f"memory={text!r}: must be a number with one of {', '.join(filter(None, UNITS))}, e.g. 80GiB")
+        raise ValueError(
+            f"memory={text!r}: must be a number with one of {', '.join(filter(None, UNITS))}, "
+            "e.g. 80GiB"
+        )
     return int(float(match[1]) * UNITS[match[2]])
 
 
@@ -86,7 +89,9 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
     # Every current GPU has bf16 products; for a CPU, ask this machine.
     on_cpu = config.device == "cpu"
     precision = (
-        choose_precision(config.precision, torch.device("cpu")) if on_cpu else config.precision.replace("auto", "bf16")
+        choose_precision(config.precision, torch.device("cpu"))
+        if on_cpu
+        else config.precision.replace("auto", "bf16")
     )
     levels = config.data.view_dtype == "uint8" or (config.data.view_dtype == "auto" and not on_cpu)
     automatic = config.model.compile == "auto" and not on_cpu and precision != "fp64"
@@ -146,7 +151,10 @@ def _costs(
         return measure_costs(config, precision, recompute=setting, budget=budget, **how)  # type: ignore[arg-type]
 
     return {
-        setting: {budget: costs_of(setting, budget) for budget in (budgets if setting == "none" else (1.0,))}
+        setting: {
+            budget: costs_of(setting, budget)
+            for budget in (budgets if setting == "none" else (1.0,))
+        }
         for setting in settings
     }
 
@@ -161,7 +169,9 @@ def _loader(config: Config, gpus: int, levels: bool, on_cpu: bool) -> LoaderByte
 
     shards = config.data.shards or "not read"
     named = replace(config, data=replace(config.data, shards=shards))
-    spec = named.loader_spec(device="cpu" if on_cpu else "gpu", threads=config.data.threads or PLANNED_THREADS)
+    spec = named.loader_spec(
+        device="cpu" if on_cpu else "gpu", threads=config.data.threads or PLANNED_THREADS
+    )
     held = loader_bytes(replace(spec, view_dtype="uint8" if levels else "float32"), gpus)
     if config.data.synthetic:
         return LoaderBytes(batch_bytes=held.batch_bytes, ready_bytes=0, scratch_bytes=0)
@@ -176,9 +186,12 @@ def _shared_by(config: Config, costs: StepCosts, gpus: int, memory: int) -> int:
     from fastmoco.planning.plan import state_bytes
 
     if config.parallel.strategy == "auto":
-        state = state_bytes(costs, "adamw", _element(config)).total  # with two moments, as in `choose_strategy`
+        # With two moments, as in `choose_strategy`.
+        state = state_bytes(costs, "adamw", _element(config)).total
         return gpus if config.device != "cpu" and state > STATE_SHARE * memory else 1
-    return {"ddp": 1, "fsdp": gpus, "hsdp": config.parallel.shard_size or gpus}[config.parallel.strategy]
+    return {"ddp": 1, "fsdp": gpus, "hsdp": config.parallel.shard_size or gpus}[
+        config.parallel.strategy
+    ]
 
 
 def _element(config: Config) -> int:
@@ -210,12 +223,16 @@ def _row(
     element = _element(config)
     costs = next(iter(by_budget.values()))
     state = state_bytes(costs, config.optim.name, element, shards=shards)
-    by_budget = {share: sharded(costs, element) if shards > 1 else costs for share, costs in by_budget.items()}
+    by_budget = {
+        share: sharded(costs, element) if shards > 1 else costs
+        for share, costs in by_budget.items()
+    }
     budget = usable - state.total
     tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
     if costs.coupling_reason and isinstance(config.batch.chunk, int):
         raise ValueError(
-            f"batch.chunk={config.batch.chunk}: this trunk needs the whole batch, because {costs.coupling_reason}"
+            f"batch.chunk={config.batch.chunk}: this trunk needs the whole batch, "
+            f"because {costs.coupling_reason}"
         )
     images = config.global_batch_size // gpus
 
@@ -234,7 +251,11 @@ def _row(
     chosen = best_plan(planned(share, costs) for share, costs in by_budget.items())
     costs = by_budget[chosen.activation_budget]
     chunk = chosen.chunk or busy_chunk(tokens)
-    in_chunks = 0 if costs.coupling_reason else gpus * largest_batch(costs, budget, chunk=chunk, world_size=gpus)
+    in_chunks = (
+        0
+        if costs.coupling_reason
+        else gpus * largest_batch(costs, budget, chunk=chunk, world_size=gpus)
+    )
     return {
         "checkpointing": setting,
         "state_over": shards,
@@ -303,7 +324,10 @@ def _print_tables(found: dict[str, Any]) -> None:
     chosen = found["chosen"]
     parts = {"state": chosen["state_bytes"]["total"], **chosen["parts_bytes"]}
     parts |= {"loader": found["loader_bytes"]["beside_batch_bytes"]}
-    print("as configured, GiB: " + ", ".join(f"{name} {size / gib:.2f}" for name, size in parts.items()))
+    print(
+        "as configured, GiB: "
+        + ", ".join(f"{name} {size / gib:.2f}" for name, size in parts.items())
+    )
     blocks = (
         f"compiled, {chosen['plan']['activation_budget']:g} of the activations kept"
         if found["compiled"]

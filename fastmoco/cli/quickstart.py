@@ -48,7 +48,10 @@ def quickstart(out: Path) -> int:
     print(f"1/3  packed 1,797 handwritten digits (8x8 pixels) into {data}")
     views = save_view_grid(train_shards, config.data.views, out / "views.png", rows=6, seed=0)
     print(f"2/3  drew pairs of augmented views: {views}")
-    print(f"3/3  training {config.recipe}: {config.epochs:g} epochs of {config.global_batch_size} images per step\n")
+    print(
+        f"3/3  training {config.recipe}: {config.epochs:g} epochs "
+        f"of {config.global_batch_size} images per step\n"
+    )
     code = train(config, out / "run")
     if code == 0:
         _summary(
@@ -70,8 +73,9 @@ def _summary(config: Config, out: Path, when: str) -> None:
 kNN accuracy on 360 held-out digits (k = 20, no label was used in training)
   random encoder   {before:7.1%}
   after training   {after:7.1%}     {when}
-  raw pixels       {pixels:7.1%}     Pixels of these centred 8x8 digits almost suffice to classify them.
-                               The quickstart shows that training works, not that it beats pixels here.
+  raw pixels       {pixels:7.1%}     Pixels of these centred 8x8 digits almost suffice to classify
+                               them. The quickstart shows that training works, not that it beats
+                               pixels here.
 
 pictures  {out / "views.png"}, {out / "run" / "curves.png"}
 next      {program} data pack YOUR_IMAGES data --max-side 512
@@ -92,7 +96,9 @@ def _raw_pixel_accuracy(config: Config) -> float:
 
     def read(shards: str) -> tuple[torch.Tensor, torch.Tensor]:
         threads = setup.share_cores(config)
-        spec = EvalLoaderSpec(shards=shards, image=config.eval_spec(), batch_size=256, threads=threads)
+        spec = EvalLoaderSpec(
+            shards=shards, image=config.eval_spec(), batch_size=256, threads=threads
+        )
         with build_eval_loader(spec) as loader:
             return raw_pixels(loader)
 

@@ -84,7 +84,11 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
         accuracy = monitor.evaluate(objective.to(world.device).encoder)["knn"]
     stop_world()
     if world.rank == 0:
-        print(json.dumps({"run": str(run), "step": checkpoint.step, "knn": round(accuracy, 6), "k": k}))
+        print(
+            json.dumps(
+                {"run": str(run), "step": checkpoint.step, "knn": round(accuracy, 6), "k": k}
+            )
+        )
     return EXIT_FINISHED
 
 
@@ -93,6 +97,9 @@ def _draw(folder: RunFolder, title: str, figures: Mapping[str, str]) -> None:
     try:
         draw_curves(folder.metrics, folder.curves, title, figures=figures)
     except ImportError:
-        say(f"{folder.curves.name} not drawn; it needs pip install '.[logging]' in the source folder of fastmoco")
+        say(
+            f"{folder.curves.name} not drawn; "
+            "it needs pip install '.[logging]' in the source folder of fastmoco"
+        )
     except (ValueError, OSError) as error:
         say(f"{folder.curves.name} not drawn: {error}")

@@ -1,6 +1,5 @@
-"""Several processes that train one model: ranks, gathered keys, shared batch
-statistics, averaged gradients.
-"""
+"""Training one model on several processes: ranks, gathered keys, synchronised batch statistics,
+averaged gradients."""
 
 from fastmoco.distributed.gather import gather_keys, gather_rows
 from fastmoco.distributed.mesh import World, group_rank, group_size, start_world, stop_world

@@ -1,7 +1,7 @@
-"""Decisions that all ranks must make alike.
+"""Decisions that must be the same on all ranks.
 
 All ranks must call the same function at the same point of a run. Functions of numbers wait for the
-device, those of tensors do not. Without a process group each function returns what it was given.
+device, functions of tensors do not. Without a process group each function returns its argument.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def least(number: float, device: torch.device) -> float:
 
 
 def of_first_rank(number: int, device: torch.device) -> int:
-    """The number of rank 0: what its clock or its files decide."""
+    """The number of rank 0, for decisions by its clock or its files."""
     if group_size() == 1:
         return number
-    told = torch.tensor(number, dtype=torch.int64, device=device)
-    dist.broadcast(told, src=0)
-    return int(told)
+    shared = torch.tensor(number, dtype=torch.int64, device=device)
+    dist.broadcast(shared, src=0)
+    return int(shared)
 
 
 def largest(numbers: Tensor) -> Tensor:

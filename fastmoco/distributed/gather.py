@@ -11,16 +11,16 @@ from torch import Tensor
 
 from fastmoco.distributed.mesh import group_size
 
-# torch renamed it in 2.13 and warns of the old name in every process.
+# torch renamed this function in 2.13, and every process warns of the old name.
 all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""Gather equal parts of all ranks into one tensor, in rank order."""
+"""Gather tensors of the same shape from all ranks into one tensor, in rank order."""
 
 
 def gather_keys(keys: Tensor) -> Tensor:
-    """Concatenate every rank's keys by rank; row `rank * B + i` is row i of that rank.
+    """Concatenate the keys of all ranks; row `rank * B + i` is row i of that rank.
 
-    Keys come from the momentum encoder and have no gradient, so neither has the result (Chen, Xie,
-    He 2021). The positives of this rank's queries are the rows `rank * B + i`.
+    Keys come from the momentum encoder and have no gradient, nor does the result (Chen, Xie, He
+    2021). The positives of this rank's queries are the rows `rank * B + i`.
 
     Args:
         keys: [B, D], any dtype; B and D must be equal on all ranks.
@@ -29,16 +29,17 @@ def gather_keys(keys: Tensor) -> Tensor:
         [N, D] with N = B * world size; with one process `keys` itself, detached.
 
     Raises:
-        ValueError: on the CPU, if B differs between ranks, where gloo would silently return rows of
-            zeros. On CUDA the check would wait for the device in every step; the loader gives equal
-            parts by construction.
+        ValueError: if B differs between ranks, on the CPU only. There gloo would return rows of
+            zeros without an error. On CUDA the check would wait for the device in every step; the
+            loader gives equal parts by construction.
     """
     return start_gathering(keys)()
 
 
 def start_gathering(keys: Tensor) -> Callable[[], Tensor]:
-    """Start `gather_keys`; the returned function waits for the result. Work in
-    between overlaps with communication.
+    """Start `gather_keys`, and return a function that waits for the result.
+
+    Work in between overlaps with communication.
     """
     keys = keys.detach()
     world_size = group_size()
@@ -47,7 +48,9 @@ def start_gathering(keys: Tensor) -> Callable[[], Tensor]:
     if keys.device.type == "cpu":
         rows = _counts(keys)
         if set(rows) != {keys.shape[0]}:
-            raise ValueError(f"keys per rank={rows}: every rank must have the same number of images in a step")
+            raise ValueError(
+                f"keys per rank={rows}: every rank must have the same number of images in a step"
+            )
     gathered = keys.new_empty((world_size * keys.shape[0], *keys.shape[1:]))
     work = all_gather_single(gathered, keys.contiguous(), async_op=True)
 
@@ -59,8 +62,7 @@ def start_gathering(keys: Tensor) -> Callable[[], Tensor]:
 
 
 def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
-    """Concatenate tensors whose first dimension may differ between ranks, in
-    rank order, on every rank.
+    """Concatenate tensors of different lengths from all ranks, in rank order, on every rank.
 
     Args:
         rows: [n, ...] on the CPU; all but n must be equal on all ranks.

@@ -1,8 +1,7 @@
-"""Accumulate gradients in one process over several backward passes, and average
-them over ranks once.
+"""Accumulate gradients locally over several backward passes, and average them over ranks once.
 
-`DistributedDataParallel` averages in every backward, which would cost a step in micro-batches one
-all-reduce of the whole model for each of them.
+`DistributedDataParallel` averages in every backward. A step in micro-batches would then all-reduce
+the whole model once for each of them.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from fastmoco.distributed.mesh import group_size
 from fastmoco.distributed.sharding import is_sharded, trunk_units
 
 BUCKET_BYTES = 32 * 2**20
-"""Bytes of gradients in one message: large enough for the network, small
-compared with the model."""
+"""Bytes of gradients in one message: large enough for the network, small compared with the
+model."""
 
 
 class GradientAverage:
@@ -32,8 +31,8 @@ class GradientAverage:
     is the mean of the sums of all ranks, with the same bits on all of them.
 
     Args:
-        module: with the same trainable parameters in the same order on every
-            rank; each must get a gradient.
+        module: with the same trainable parameters in the same order on every rank; each must get a
+            gradient.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -41,7 +40,7 @@ class GradientAverage:
 
     @contextmanager
     def local(self) -> Iterator[None]:
-        """A backward pass whose gradients stay in this process for now."""
+        """A backward pass whose gradients are accumulated in this process only."""
         yield
 
     @contextmanager
@@ -60,7 +59,10 @@ class GradientAverage:
     def _gradients(self) -> Iterator[Tensor]:
         for name, parameter in self._named:
             if parameter.grad is None:
-                raise RuntimeError(f"{name} has no gradient: every trainable parameter must take part in every step")
+                raise RuntimeError(
+                    f"{name} has no gradient: "
+                    "every trainable parameter must take part in every step"
+                )
             yield parameter.grad
 
 
@@ -72,23 +74,34 @@ class ShardedGradientAverage:
     reduced in it.
 
     Args:
-        objective: an `Objective` after `parallelize`. All ranks must use the same chunks, because
-            FSDP2 gathers weights in each of them.
+        objective: an `Objective` after `parallelize`. All ranks must use the same micro-batches,
+            because FSDP2 gathers weights in each of them.
     """
 
     def __init__(self, objective: Any) -> None:
         networks: dict[str, Any] = dict(objective.networks())
-        if objective.coupling == "none":  # heads, too, see a backward for each chunk
-            self._roots = [net for net in networks.values() if any(p.requires_grad for p in net.parameters())]
-            self._units = [part for root in self._roots for part in root.modules() if isinstance(part, FSDPModule)]
+        if objective.coupling == "none":  # heads have a backward per micro-batch, too
+            self._roots = [
+                net for net in networks.values() if any(p.requires_grad for p in net.parameters())
+            ]
+            self._units = [
+                part
+                for root in self._roots
+                for part in root.modules()
+                if isinstance(part, FSDPModule)
+            ]
         else:
             trunks = objective.trunks()
             self._roots = [networks[name] for name in trunks]
-            self._units = [unit for name, parts in trunks.items() for unit in trunk_units(networks[name], parts)]
+            self._units = [
+                unit
+                for name, parts in trunks.items()
+                for unit in trunk_units(networks[name], parts)
+            ]
 
     @contextmanager
     def local(self) -> Iterator[None]:
-        """A backward pass after which the gradients of the trunk stay in this process."""
+        """A backward pass whose trunk gradients are accumulated in this process only."""
         self._set(last=False)
         yield
 
@@ -107,12 +120,15 @@ class ShardedGradientAverage:
 
 def gradient_average(objective: Any) -> GradientAverage | ShardedGradientAverage:
     """The gradient average for an objective, sharded or not."""
-    return ShardedGradientAverage(objective) if is_sharded(objective) else GradientAverage(objective)
+    return (
+        ShardedGradientAverage(objective) if is_sharded(objective) else GradientAverage(objective)
+    )
 
 
 def _buckets(gradients: Iterator[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive gradients of one dtype, up to `BUCKET_BYTES` together; a
-    larger tensor has its own bucket.
+    """Consecutive gradients of one dtype, up to `BUCKET_BYTES` together.
+
+    A larger tensor has its own bucket.
     """
     bucket: list[Tensor] = []
     size = 0
@@ -131,4 +147,6 @@ def _average_(bucket: list[Tensor]) -> None:
     flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).div_(group_size())
     dist.all_reduce(flat)
     means = flat.split([gradient.numel() for gradient in bucket])  # type: ignore[no-untyped-call]
-    torch._foreach_copy_(bucket, [mean.view_as(gradient) for mean, gradient in zip(means, bucket, strict=True)])
+    torch._foreach_copy_(
+        bucket, [mean.view_as(gradient) for mean, gradient in zip(means, bucket, strict=True)]
+    )

@@ -43,12 +43,15 @@ def _device_of(device: Literal["auto", "cpu", "gpu"], local_rank: int) -> torch.
         raise ValueError('device="gpu": this machine has no CUDA device; use "cpu" or "auto"')
     if local_rank >= count:
         raise ValueError(
-            f"local_rank={local_rank}: this machine has {count} CUDA devices; start one process per device"
+            f"local_rank={local_rank}: this machine has {count} CUDA devices; "
+            "start one process per device"
         )
     return torch.device("cuda", local_rank)
 
 
-def start_world(device: Literal["auto", "cpu", "gpu"] = "auto", *, timeout_s: float = 600.0) -> World:
+def start_world(
+    device: Literal["auto", "cpu", "gpu"] = "auto", *, timeout_s: float = 600.0
+) -> World:
     """Read torchrun's environment and, if there is more than one process, join the process group.
 
     A run without torchrun has one process and no process group. Several processes communicate with
@@ -65,14 +68,16 @@ def start_world(device: Literal["auto", "cpu", "gpu"] = "auto", *, timeout_s: fl
         ValueError: if `device` is unknown, or if there are fewer CUDA devices than local processes.
     """
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    rank, world_size, local_rank, local_world_size = (int(os.environ.get(name, n)) for name, n in defaults.items())
+    rank, world_size, local_rank, local_world_size = (
+        int(os.environ.get(name, n)) for name, n in defaults.items()
+    )
     place = _device_of(device, local_rank)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     attempt = ""
     if world_size > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)
-        # The same as init_process_group does, but its store is needed before.
+        # The same as in init_process_group, but its store is needed first.
         meeting: Any = dist.rendezvous("env://", rank, world_size, timeout=timeout)  # type: ignore[attr-defined]
         store, _, _ = next(meeting)
         attempt = agree_on_attempt(store, rank, world_size, timeout_s=timeout_s)
@@ -123,30 +128,35 @@ def agree_on_attempt(store: Any, rank: int, world_size: int, *, timeout_s: float
                 missing.discard(peer)
             elif store.check([f"fastmoco/hello/{peer}"]):
                 hello = store.get(f"fastmoco/hello/{peer}").decode()
-                if hello not in answered:  # from this start, or from a dead rank, whose answer no process reads
+                # From a rank of this start, or from a dead one, whose answer no process reads.
+                if hello not in answered:
                     store.set(f"fastmoco/welcome/{peer}/{hello}", mine)
                     answered.add(hello)
         if missing and time.monotonic() > until:
-            raise RuntimeError(f"ranks {sorted(missing)} of {world_size} did not start within {timeout_s:.0f} s")
+            raise RuntimeError(
+                f"ranks {sorted(missing)} of {world_size} did not start within {timeout_s:.0f} s"
+            )
         time.sleep(0.01)
     return mine
 
 
 def stop_world() -> None:
-    """Leave the process group, if there is one, after a barrier, because a
-    slower rank may still need its peers.
+    """Leave the process group, if there is one.
+
+    A barrier comes first, because a slower rank may still need the others.
     """
     if dist.is_initialized():
-        with contextlib.suppress(RuntimeError):  # the death of a peer after its work is no failure of this process
+        # A rank that dies after its work is not a failure of this process.
+        with contextlib.suppress(RuntimeError):
             dist.barrier()
         dist.destroy_process_group()
 
 
 def lost_a_peer(error: BaseException) -> bool:
-    """Whether an error only reports a broken collective: a plain RuntimeError
-    of gloo, a DistError of NCCL.
-    """
-    return dist.is_initialized() and (type(error) is RuntimeError or isinstance(error, dist.DistError))
+    """Whether an error only reports a broken collective (gloo: RuntimeError, NCCL: DistError)."""
+    return dist.is_initialized() and (
+        type(error) is RuntimeError or isinstance(error, dist.DistError)
+    )
 
 
 def group_size() -> int:

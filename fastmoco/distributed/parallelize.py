@@ -1,9 +1,12 @@
-"""Make an objective train over all ranks: the one place where wrappers are put on, and in which order.
+"""Wrap an objective for training on all ranks. No other module applies DDP or FSDP2.
 
-activation checkpointing (inside the blocks, chosen when the model is built)
--> torch.compile of each block (`models/compiled.py`, called before this)
--> equal start and synchronised norms are checked
--> DistributedDataParallel, or FSDP2 (`sharding.py`), after which parameters are DTensors: the optimizer comes later
+The order is:
+
+1. activation checkpointing, inside the blocks, when the model is built;
+2. torch.compile of each block (`models/compiled.py`), before `parallelize`;
+3. checks that all ranks start equal and that norms are synchronised;
+4. DistributedDataParallel, or FSDP2 (`sharding.py`), which turns parameters into DTensors;
+5. the optimizer, after `parallelize`.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from fastmoco.distributed.sharding import shard_
 
 Strategy = Literal["ddp", "fsdp", "hsdp"]
 STATE_SHARE = 0.25
-"""Of a GPU's memory: a larger state is sharded, so that activations keep most of the rest."""
+"""Share of a GPU's memory above which `auto` shards the state, to leave memory for activations."""
 
 
 def _digest(module: nn.Module) -> torch.Tensor:
@@ -39,7 +42,8 @@ def _digest(module: nn.Module) -> torch.Tensor:
 def require_equal_start(module: nn.Module, world: World) -> None:
     """Compare the module's parameters and buffers over all ranks.
 
-    Nothing later would notice a difference: the ranks would train one mixture of several initialisations.
+    No later check would notice a difference: the ranks would train a mixture of several
+    initialisations.
 
     Raises:
         ValueError: on every rank, naming the ranks that differ from rank 0.
@@ -57,7 +61,7 @@ def require_equal_start(module: nn.Module, world: World) -> None:
 
 
 def require_synchronised_norms(module: nn.Module) -> None:
-    """Refuse torch's batch norms, whose statistics would stay local.
+    """Refuse torch's batch norms, because their statistics would be local.
 
     Raises:
         ValueError: naming the first such module.
@@ -70,11 +74,13 @@ def require_synchronised_norms(module: nn.Module) -> None:
             )
 
 
-def choose_strategy(strategy: Literal["auto", "ddp", "fsdp", "hsdp"], objective: nn.Module, world: World) -> Strategy:
-    """What ``parallel.strategy`` means for a model on a device, the same on every rank.
+def choose_strategy(
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"], objective: nn.Module, world: World
+) -> Strategy:
+    """Resolve `parallel.strategy` for a model on a device, the same on every rank.
 
-    ``auto`` shards where weights, gradients and two moments exceed `STATE_SHARE` of the smallest GPU's memory. On a CPU
-    processes share one memory, and it never does.
+    `auto` shards if weights, gradients and two moments exceed `STATE_SHARE` of the memory of the
+    smallest GPU. It never shards on a CPU, whose processes share one memory.
     """
     if strategy != "auto":
         return strategy
@@ -92,29 +98,32 @@ def parallelize(
     *,
     strategy: Strategy = "ddp",
     shard_size: int = 0,
-    half: bool = False,
+    bf16: bool = False,
     average_gradients: bool = True,
 ) -> nn.Module:
     """Wrap an objective for data-parallel training; call the result instead of the objective.
 
-    The order stands at the top of this file. Buffers are never broadcast: synchronised statistics make them equal by
-    themselves. Gradients are averaged over ranks, so losses that are means over the local batch give the gradient of the
-    mean over the global batch.
+    The module docstring describes the order. Buffers are never broadcast, because synchronised
+    statistics keep them equal. Gradients are averaged over ranks, so losses that are means over the
+    local batch give the gradient of the mean over the global batch.
 
     Args:
-        objective: on `world.device`, initialised, all its trainable parameters used in every forward. Under `fsdp` and
-            `hsdp` an `Objective`: it is changed in place, so build the optimizer after this call.
-        world: this process's place.
-        strategy: how; nothing to choose for one process.
-        shard_size: processes that hold one copy under ``hsdp``; 0: those of this machine.
-        half: whether the forward runs under bf16 autocast: shards are then put together in bf16.
-        average_gradients: False leaves that to the caller, as a step of several backward passes does (`gradient_average.py`).
+        objective: on `world.device`, initialised, all its trainable parameters used in every
+            forward. For `fsdp` and `hsdp` it must be an `Objective`; it is changed in place, so the
+            optimizer is built after this call.
+        world: this process's rank and device.
+        strategy: has no effect with one process.
+        shard_size: processes that hold one copy under `hsdp`; 0: those of this machine.
+        bf16: whether the forward runs under bf16 autocast; shards are then gathered in bf16.
+        average_gradients: False if the caller averages, as for a step with several backward passes
+            (`gradient_average.py`).
 
     Returns:
-        The wrapper under ``ddp``, which holds ``objective`` as ``module``; else ``objective`` itself.
+        The wrapper for `ddp`, whose `module` is `objective`; otherwise `objective` itself.
 
     Raises:
-        ValueError: if ranks start from different numbers, a batch norm is not synchronised, or ``shard_size`` does not fit.
+        ValueError: if parameters or buffers differ between ranks, a batch norm is not synchronised,
+            or `shard_size` does not divide the number of processes.
     """
     if world.world_size == 1:
         return objective
@@ -122,13 +131,16 @@ def parallelize(
     require_equal_start(objective, world)
     if strategy != "ddp":
         shard_(
-            objective, world, copies_of=(shard_size or world.local_world_size) if strategy == "hsdp" else 0, half=half
+            objective,
+            world,
+            copies_of=(shard_size or world.local_world_size) if strategy == "hsdp" else 0,
+            bf16=bf16,
         )
         return objective
     if not average_gradients:
         return objective
     with warnings.catch_warnings():
-        # torch 2.13 renames broadcast_buffers and warns; older ones know the old name only.
+        # torch 2.13 renames broadcast_buffers and warns; older versions have only the old name.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return DistributedDataParallel(
             objective,

@@ -1,4 +1,4 @@
-"""Compare the state that ranks have in common, bit by bit, to detect faults of memory and devices.
+"""Compare the state that ranks share, bit by bit, to detect faults of memory and devices.
 
 A rank whose weights differ in one bit would continue without an error and contribute wrong
 gradients to every step. The comparison reads each tensor once on its device and sends 8 bytes per
@@ -19,8 +19,9 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bit_sums(tensors: list[Tensor]) -> Tensor:
-    """The sum of the elements of each tensor as integers, modulo 2**64, which
-    any single flipped bit changes.
+    """The sum of the elements of each tensor as integers, modulo 2**64.
+
+    Any single flipped bit changes the sum.
 
     Args:
         tensors: on one device; for a DTensor, this rank's shard.
@@ -47,13 +48,17 @@ def require_equal_replicas(objective: nn.Module, world: World) -> None:
         world: ranks; all of them must call this function.
 
     Raises:
-        RunError: on every rank, naming the first tensor that differs and the
-            ranks that differ from the majority.
+        RunError: on every rank, naming the first tensor that differs and the ranks that differ from
+            the majority.
     """
     if world.world_size == 1:
         return
     own: frozenset[str] = getattr(objective, "per_rank", frozenset())
-    named = {name: tensor for name, tensor in objective.state_dict(keep_vars=True).items() if name not in own}
+    named = {
+        name: tensor
+        for name, tensor in objective.state_dict(keep_vars=True).items()
+        if name not in own
+    }
     names = list(named)
     tensors = list(named.values())
     mine = bit_sums(tensors).to(world.device)
@@ -67,10 +72,8 @@ def require_equal_replicas(objective: nn.Module, world: World) -> None:
                 where = f"on ranks={odd} from the others" if odd != peers else f"among ranks={odd}"
                 raise RunError(
                     f"{name} differs {where}: a bit flipped in memory, or an operation there gives "
-                    "other results. "
-                    "Remove that machine, and continue from a checkpoint that is older than the "
-                    "last comparison "
-                    "(parallel.verify_replicas_every)"
+                    "other results. Remove that machine, and continue from a checkpoint that is "
+                    "older than the last comparison (parallel.verify_replicas_every)"
                 )
 
 

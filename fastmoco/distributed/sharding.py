@@ -1,23 +1,21 @@
-"""FSDP2 on the networks of an objective: what is a unit, what stays whole, and three traps that
-torch leaves open.
+"""Shard the networks of an objective with FSDP2.
 
-A unit is put together while it computes and given back afterwards: each block, each head, and what
-remains of a network.
+The units are each block, each head, and the rest of each network. FSDP2 gathers the weights of a
+unit while it computes and frees them afterwards. Three of its defaults are wrong for a momentum
+encoder:
 
-* Networks (encoder, momentum encoder, predictor) are roots of their own, each with its own streams
-  and its own record of
-  forwards. In one tree the backward of the encoder would fetch units of the momentum encoder in
-  advance (torch goes backwards through the record of forwards), nothing would wait for them, and
-  the next step would compute with old weights.
-* Roots give their weights back too. By default torch keeps them whole until a backward, and a
-  momentum encoder has none: its
-  average would be written to a copy that is thrown away.
-* FSDP2 records each forward for its backward. A network without one has its records cleared;
-  otherwise they would accumulate.
+* Each network (encoder, momentum encoder, predictor) is a root of its own, with its own streams and
+  its own record of forwards. FSDP2 prefetches by walking back through this record. In one tree the
+  backward of the encoder would prefetch units of the momentum encoder, nothing would wait for them,
+  and the next step would compute with old weights.
+* Roots, too, are resharded after the forward. By default FSDP2 keeps them gathered until the
+  backward, and a momentum encoder has none: its update would be written to a temporary copy.
+* FSDP2 records each forward for its backward. The momentum encoder has none, so its records are
+  cleared; otherwise they would accumulate.
 
-Parameters that neither train nor average (positions, the patch projection) stay whole on every
-rank: two encoders may share the tokens they make, outside of any unit. They are small, and equal by
-`require_equal_start`.
+Parameters that do not train and are not averages of trained ones (positions, the patch projection)
+are not sharded, because two encoders may share the tokens computed from them, outside of any unit.
+They are small, and `require_equal_start` has checked that they are equal.
 """
 
 from __future__ import annotations
@@ -28,43 +26,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from fastmoco.distributed.mesh import World
 
 
-def shard_(objective: Any, world: World, *, copies_of: int = 0, half: bool = False) -> None:
-    """Shard the networks of an objective over all ranks, in place; parameters become DTensors under
-    their old names.
+def shard_(objective: Any, world: World, *, copies_of: int = 0, bf16: bool = False) -> None:
+    """Shard the networks of an objective over all ranks, in place.
+
+    Parameters become DTensors under the same names.
 
     Args:
         objective: an `Objective`, initialised, equal on all ranks.
-        world: this process's place, not alone.
-        copies_of: processes that hold one copy (HSDP); 0: all hold one.
-        half: whether the forward runs under bf16 autocast. Weights then cross ranks in bf16, as
-            autocast would round them; shards, reductions of gradients, and averages stay float32,
-            and batch norms compute in it.
+        world: this process's rank and device; there are several processes.
+        copies_of: processes that share one copy (HSDP); 0: all of them.
+        bf16: whether the forward runs under bf16 autocast. Weights are then gathered in bf16, as
+            autocast would round them. Shards, reductions of gradients, averages and batch norms
+            remain float32.
 
     Raises:
-        ValueError: if ``copies_of`` does not make several groups of several processes.
+        ValueError: if `copies_of` does not give several groups of several processes.
     """
     mesh = _mesh(world, copies_of)
-    # Inputs are left to autocast, so that the stream between blocks is as wide as under DDP.
+    # Autocast casts the inputs, so the stream between blocks has the same dtype as under DDP.
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if half else None,
-        reduce_dtype=torch.float32 if half else None,
+        param_dtype=torch.bfloat16 if bf16 else None,
+        reduce_dtype=torch.float32 if bf16 else None,
         cast_forward_inputs=False,
     )
     averages = {id(average) for own, average in objective.averages().items() if own.requires_grad}
 
     def unit(module: nn.Module, whole: set[nn.Parameter] | None = None) -> None:
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=whole)
+        fully_shard(
+            module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=whole
+        )
 
     for name, parts in objective.parts().items():
         network = objective.networks()[name]
         whole = {p for p in network.parameters() if not p.requires_grad and id(p) not in averages}
 
-        # From the inside out: blocks, stem and heads first, then what remains.
+        # Inner modules first: blocks, stem and heads, then the rest of the network.
         for block in parts.blocks:
             unit(block)
         for module in parts.stem.values():
@@ -75,46 +81,53 @@ def shard_(objective: Any, world: World, *, copies_of: int = 0, half: bool = Fal
                 unit(module)
         unit(network, whole)
 
-        # A trunk may be called piece by piece, not through forward.
+        # Units are gathered also when methods other than forward are called; then prefetching.
         for path, methods in parts.methods.items():
             for method in methods:
                 register_fsdp_forward_method(network.get_submodule(path), method)
-        for before, after in zip([network, *parts.blocks[:-1]], parts.blocks, strict=bool(len(parts.blocks))):
+        for before, after in zip(
+            [network, *parts.blocks[:-1]], parts.blocks, strict=bool(len(parts.blocks))
+        ):
             before.set_modules_to_forward_prefetch([after])
         if not any(p.requires_grad for p in network.parameters()) and parts.methods.get(""):
             _forget_forwards(network, parts.methods[""][0])
 
 
 def is_sharded(objective: nn.Module) -> bool:
-    """Whether some of its modules are units of FSDP2."""
+    """Whether any module of the objective is a unit of FSDP2."""
     return any(isinstance(part, FSDPModule) for part in objective.modules())
 
 
 def trunk_units(network: nn.Module, parts: Any) -> list[FSDPModule]:
-    """Units of a network that see images, a chunk at a time; none where it is not sharded.
+    """The FSDP2 units of a network's trunk, which computes on micro-batches.
 
     Args:
         network: of an objective.
-        parts: its parts.
+        parts: its `Parts`.
     """
     heads = {part for head in parts.heads.values() for part in head.modules()}
-    return [part for part in network.modules() if isinstance(part, FSDPModule) and part not in heads]
+    return [
+        part for part in network.modules() if isinstance(part, FSDPModule) and part not in heads
+    ]
 
 
 def _mesh(world: World, copies_of: int) -> DeviceMesh:
-    size, kind = world.world_size, world.device.type
+    size = world.world_size
+    kind = world.device.type
     if not copies_of:
         return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
     if size % copies_of or not 1 < copies_of < size:
         raise ValueError(
-            f"parallel.shard_size={copies_of}: hsdp needs several groups of at least 2 among the {size} processes; "
-            "give a number that divides them, or take parallel.strategy fsdp"
+            f"parallel.shard_size={copies_of}: hsdp needs several groups of at least 2 among the "
+            f"{size} processes; use a number that divides {size}, or parallel.strategy fsdp"
         )
-    return init_device_mesh(kind, (size // copies_of, copies_of), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(
+        kind, (size // copies_of, copies_of), mesh_dim_names=("replicate", "shard")
+    )
 
 
 def _forget_forwards(network: nn.Module, method: str) -> None:
-    """Make a method of a network clear what FSDP2 notes for a backward that never comes."""
+    """Make a method of a network clear the records that FSDP2 keeps for a backward."""
     call: Callable[[Tensor], Tensor] = getattr(network, method)
     states = [part._get_fsdp_state() for part in network.modules() if isinstance(part, FSDPModule)]
 

@@ -1,9 +1,9 @@
 """Batch normalisation over the batches of all ranks, on CPU and CUDA.
 
-torch's `SyncBatchNorm` refuses to train on CPU tensors, so it could not be tested without GPUs, and
-local statistics change the loss by 0.1 and more without an error. Here one process uses torch's
+torch's `SyncBatchNorm` does not train on CPU tensors, so it could not be tested without GPUs. Local
+statistics would change the loss by 0.1 and more without an error. Here one process uses torch's
 batch norm. Several processes exchange mean, centred squares and count of their parts in one message
-per layer, for both views of a head at once, and combine them as in Chan, Golub, LeVeque 1983,
+per layer, for all views of a head together. They combine them as in Chan, Golub, LeVeque 1983,
 without cancellation and with the same bits on all ranks.
 """
 
@@ -21,9 +21,7 @@ from fastmoco.distributed.mesh import group_size
 
 
 def _layout(x: Tensor) -> tuple[list[int], list[int]]:
-    """The dimensions that a statistic covers, and the shape in which a vector
-    of channels broadcasts to `x`.
-    """
+    """The dimensions that a statistic covers, and the shape to broadcast channels to `x`."""
     channel = 2 if x.ndim == 3 else 1
     dims = [d for d in range(x.ndim) if d != channel and not (x.ndim == 3 and d == 0)]
     return dims, [-1 if d == channel else 1 for d in range(x.ndim)]
@@ -78,7 +76,9 @@ class _NormaliseOverRanks(torch.autograd.Function):
         return y.to(x.dtype), mean, var, count
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, mean, inverse_std, weight, count = ctx.saved_tensors
         dims, per_channel = _layout(x)
         dy = grads[0].to(mean.dtype)
@@ -116,7 +116,9 @@ class BatchNorm(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, num_features: int, *, eps: float = 1e-5, averaging: float = 0.1, affine: bool = True) -> None:
+    def __init__(
+        self, num_features: int, *, eps: float = 1e-5, averaging: float = 0.1, affine: bool = True
+    ) -> None:
         super().__init__()
         self.num_features = num_features
         self.eps = eps
@@ -137,7 +139,9 @@ class BatchNorm(nn.Module):
         """
         C = self.num_features
         if not 2 <= x.ndim <= 4 or x.shape[2 if x.ndim == 3 else 1] != C:
-            raise ValueError(f"input shape={tuple(x.shape)}: needs [B, {C}], [V, B, {C}] or [B, {C}, H, W]")
+            raise ValueError(
+                f"input shape={tuple(x.shape)}: needs [B, {C}], [V, B, {C}] or [B, {C}, H, W]"
+            )
         if self.training:
             self.num_batches_tracked.add_(len(x) if x.ndim == 3 else 1)
             if group_size() > 1:
@@ -163,7 +167,9 @@ class BatchNorm(nn.Module):
 
     def _normalise_over_ranks(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, self.running_mean.dtype)
-        outputs: tuple[Tensor, ...] = _NormaliseOverRanks.apply(x, self.weight, self.bias, self.eps, dtype)  # type: ignore[no-untyped-call]
+        outputs: tuple[Tensor, ...] = _NormaliseOverRanks.apply(
+            x, self.weight, self.bias, self.eps, dtype
+        )  # type: ignore[no-untyped-call]
         y, means, variances, count = outputs
         with torch.no_grad():
             for mean, var in zip(means, variances * (count / (count - 1)), strict=True):
@@ -173,4 +179,5 @@ class BatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Arguments for `print(module)`."""
-        return f"{self.num_features}, eps={self.eps}, averaging={self.averaging}, affine={self.weight is not None}"
+        affine = self.weight is not None
+        return f"{self.num_features}, eps={self.eps}, averaging={self.averaging}, affine={affine}"

@@ -98,7 +98,9 @@ class Attention(nn.Module):
         qkv = qkv_BLF.view(B, L, 3, self.num_heads, F3 // (3 * self.num_heads))
         # Views of one buffer, so that their gradients are stacked without another copy.
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        out: Tensor = self.proj(attention(q, k, v, backend=self.backend).transpose(1, 2).reshape(B, L, F3 // 3))
+        out: Tensor = self.proj(
+            attention(q, k, v, backend=self.backend).transpose(1, 2).reshape(B, L, F3 // 3)
+        )
         return out
 
     def class_row(self, x_BLE: Tensor) -> Tensor:
@@ -120,7 +122,9 @@ class Attention(nn.Module):
 
         # Values: one weighted mean of the tokens for each head, then the value projection.
         means_ABE = torch.bmm(weights_BAL, x_BLE).transpose(0, 1)
-        values_BE = torch.bmm(means_ABE, W_v.view(A, d, E).transpose(1, 2)).transpose(0, 1).reshape(B, E)
+        values_BE = (
+            torch.bmm(means_ABE, W_v.view(A, d, E).transpose(1, 2)).transpose(0, 1).reshape(B, E)
+        )
         out: Tensor = self.proj(values_BE + b_v)
         return out
 
@@ -154,7 +158,9 @@ class Block(nn.Module):
             recomputing none and full.
     """
 
-    def __init__(self, width: int, num_heads: int, mlp_hidden: int, attention_backend: str = "auto") -> None:
+    def __init__(
+        self, width: int, num_heads: int, mlp_hidden: int, attention_backend: str = "auto"
+    ) -> None:
         super().__init__()
         self.recompute: Recompute = "none"
         self.hands_on_parts = True
@@ -164,7 +170,9 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, mlp_hidden)
 
-    def forward(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x_BLE: Tensor, branch_BLE: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Stream and branch, [B, L, E] each, to stream and branch."""
         if self.fused:
             return self._fused(x_BLE, branch_BLE)
@@ -174,7 +182,9 @@ class Block(nn.Module):
         x_BLE = sum_of(x_BLE, branch_BLE)
         if self.recompute == "full":
             return _checkpointed(lambda x: sum_of(*self._whole(x)), x_BLE), None
-        x_BLE = x_BLE + self.attn.attend(_checkpointed(lambda x: self.attn.qkv(self.norm1.add(x)[1]), x_BLE))
+        x_BLE = x_BLE + self.attn.attend(
+            _checkpointed(lambda x: self.attn.qkv(self.norm1.add(x)[1]), x_BLE)
+        )
         hidden = _checkpointed(lambda x: self.mlp.fc1(self.norm2.add(x)[1]), x_BLE)
         return x_BLE + _checkpointed(self.mlp.contract, hidden), None
 
@@ -186,7 +196,9 @@ class Block(nn.Module):
             return self._class_row(x_BLE, branch_BLE)
         return _checkpointed(self._class_row, sum_of(x_BLE, branch_BLE))
 
-    def _whole(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def _whole(
+        self, x_BLE: Tensor, branch_BLE: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         x_BLE, normed = self.norm1.add(x_BLE, branch_BLE)
         x_BLE, normed = self.norm2.add(x_BLE, self.attn(normed))
         branch_BLE = self.mlp(normed)

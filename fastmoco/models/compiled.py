@@ -43,7 +43,9 @@ class CompileChoice(NamedTuple):
         return f"{'compiled' if self.compiled else 'not compiled'} ({self.reason})"
 
 
-def choose_compile(wanted: Literal["auto"] | bool, device: torch.device, precision: str) -> CompileChoice:
+def choose_compile(
+    wanted: Literal["auto"] | bool, device: torch.device, precision: str
+) -> CompileChoice:
     """Resolve `model.compile` for a device: `auto` compiles where torch generates Triton kernels.
 
     Args:
@@ -92,7 +94,9 @@ def _blocks(objective: nn.Module) -> list[nn.Module]:
     return [block for blocks in lists if isinstance(blocks, nn.ModuleList) for block in blocks]
 
 
-def _in_training(block: nn.Module, compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+def _in_training(
+    block: nn.Module, compiled: Callable[..., Any], plain: Callable[..., Any]
+) -> Callable[..., Any]:
     def forward(*stream: Tensor | None) -> Any:
         return (compiled if block.training else plain)(*stream)
 
@@ -129,7 +133,11 @@ def traced_blocks(objective: nn.Module, *, budget: float = 1.0) -> Iterator[None
         budget: as for `compile_blocks`.
     """
     graphs: dict[Any, Callable[..., Any]] = {}
-    blocks = [block for block in _blocks(objective) if isinstance(block, Block) and block.recompute == "none"]
+    blocks = [
+        block
+        for block in _blocks(objective)
+        if isinstance(block, Block) and block.recompute == "none"
+    ]
     try:
         for block in blocks:
             block.hands_on_parts = False
@@ -143,7 +151,9 @@ def traced_blocks(objective: nn.Module, *, budget: float = 1.0) -> Iterator[None
                 del block.__dict__[name]
 
 
-def _traced(block: Block, name: str, budget: float, graphs: dict[Any, Callable[..., Any]]) -> Callable[..., Any]:
+def _traced(
+    block: Block, name: str, budget: float, graphs: dict[Any, Callable[..., Any]]
+) -> Callable[..., Any]:
     """A method of a block through graphs shared by all blocks, one for each kind of call."""
     import torch._functorch.config as functorch
     from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
@@ -163,7 +173,9 @@ def _traced(block: Block, name: str, budget: float, graphs: dict[Any, Callable[.
         return make_boxed_func(graph.forward)
 
     def whole(weights: dict[str, Tensor], *stream: Tensor) -> Any:
-        return functional_call(_Method(block, plain), {f"block.{key}": value for key, value in weights.items()}, stream)
+        return functional_call(
+            _Method(block, plain), {f"block.{key}": value for key, value in weights.items()}, stream
+        )
 
     def forward(*stream: Tensor | None) -> Any:
         if not torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""What an objective, a planner, sharding and telemetry know of an encoder."""
+"""The interface of encoders for objectives, planner, sharding and telemetry."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ from torch import Tensor, nn
 
 
 class Coupling(StrEnum):
-    """Which part of a model makes the result of one image depend on the other images of a batch."""
+    """The part of a model in which the result of an image depends on the rest of the batch."""
 
     NONE = "none"
-    """None: every image has a loss of its own, and losses of chunks add up (MAE, DINO)."""
+    """None: every image has its own loss, and losses of micro-batches add up (MAE, DINO)."""
     HEADS = "heads"
-    """Heads and loss: the trunk goes in chunks, heads and loss see the whole batch (MoCo v3)."""
+    """Heads and loss: they need the whole batch, the trunk runs on micro-batches (MoCo v3)."""
     TRUNK = "trunk"
-    """The trunk itself, by batch norms in it: the whole batch goes at once (ResNet, conv stem)."""
+    """The trunk, by its batch norms: it needs the whole batch at once (ResNet, conv stem)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """The modules of a network by role, for sharding, compilers, costs and telemetry."""
+    """The modules of a network by role, for sharding, compilation, costs and telemetry."""
 
     stem: Mapping[str, nn.Module] = field(default_factory=dict)
-    """From pixels to tokens, by name in the network: "patch_embed"."""
+    """Modules that turn pixels into tokens, by name in the network: "patch_embed"."""
     blocks: nn.ModuleList = field(default_factory=nn.ModuleList)
-    """Blocks of the trunk, first to last, equal in kind: the network's own list, which a
-    measurement may shorten for a time."""
+    """Blocks of the trunk, first to last, all of one kind. This is the network's own list, which
+    measurements shorten temporarily."""
     heads: Mapping[str, nn.Module] = field(default_factory=dict)
     """Projector, predictor, decoder, by name in the network; "" is the network itself."""
     methods: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Methods other than `forward` through which a module is called, by the module's name in the
-    network; "" is the network. The first of the network's own is the one that takes tokens through
-    all blocks."""
+    network; "" is the network itself. The first of its methods runs all blocks."""
 
 
 class Encoder(Protocol):
@@ -44,21 +43,23 @@ class Encoder(Protocol):
     embed_dim: int
     """Width of the feature."""
     tokens: int
-    """Tokens of one view in a block, the class token among them."""
+    """Tokens of one view in a block, including the class token."""
     coupling: Coupling
     """`TRUNK` or `NONE`."""
     coupling_reason: str
-    """Why, as a clause, for the text of a refusal; empty for `NONE`."""
+    """The reason, as a clause for error messages; empty for `NONE`."""
     head: nn.Module
-    """Where an objective attaches its projector; the encoder does not apply it."""
+    """The projector, attached by an objective; the encoder does not apply it."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] images -> [B, E] features, without the head."""
         ...
 
     def stem_tensors(self) -> list[Tensor]:
-        """All that turns pixels into tokens: two encoders whose stems are frozen and equal may
-        share their tokens."""
+        """All tensors that turn pixels into tokens.
+
+        Two encoders whose stems are frozen and equal can share the tokens.
+        """
         ...
 
     def patch_tokens(self, images: Tensor) -> Tensor:
@@ -70,17 +71,17 @@ class Encoder(Protocol):
         ...
 
     def encode_plain(self, patch_tokens: Tensor) -> Tensor:
-        """The same without any saving: the reference."""
+        """The reference of `encode`, without optimizations."""
         ...
 
     def recompute(self, what: Literal["none", "selective", "full"]) -> None:
-        """Choose what the backward computes again instead of keeping it."""
+        """Choose the activations that the backward recomputes."""
         ...
 
     def parts(self) -> Parts:
-        """Its modules by role."""
+        """The modules by role."""
         ...
 
     def most_numbers(self) -> int:
-        """An upper bound of the numbers that training keeps of one view: at least twice them."""
+        """Upper bound on the elements kept per view in training, at least twice the true value."""
         ...

@@ -40,7 +40,8 @@ def candidates(encoder: VisionTransformer) -> dict[str, nn.Linear]:
         f"blocks.{i}.{name}": module
         for i, block in enumerate(encoder.blocks[:-1])
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and module.in_features % ALIGNMENT == module.out_features % ALIGNMENT == 0
+        if isinstance(module, nn.Linear)
+        and module.in_features % ALIGNMENT == module.out_features % ALIGNMENT == 0
     }
 
 
@@ -69,11 +70,9 @@ def require_gain(encoder: VisionTransformer) -> None:
     if found < BALANCE:
         raise ValueError(
             f"model.linears='float8': the products of this encoder, {encoder.embed_dim} channels "
-            f"wide, do {found:.0f} FLOP per "
-            f"byte, casts included; below {BALANCE:.0f} an H200 waits for memory and float8 is "
-            "slower. Both are counted "
-            "from shapes, not measured. Use model.linears native, or an encoder of at least the "
-            "size of vit_large"
+            f"wide, do {found:.0f} FLOP per byte, casts included; below {BALANCE:.0f} an H200 "
+            "waits for memory and float8 is slower. Both are counted from shapes, not measured. "
+            "Use model.linears native, or an encoder of at least the size of vit_large"
         )
 
 
@@ -90,20 +89,21 @@ def require_support(device: torch.device, precision: str, *, field: str = "model
     """
     if device.type != "cuda":
         raise ValueError(
-            f"{field}='float8': device {device.type!r} has no fast float8 products, only CUDA has; use {field} native"
+            f"{field}='float8': device {device.type!r} has no fast float8 products, only CUDA has; "
+            f"use {field} native"
         )
     found = torch.cuda.get_device_capability(device)
     if found < CAPABILITY:
         raise ValueError(
             f"{field}='float8': {torch.cuda.get_device_name(device)} has CUDA capability "
-            f"{found[0]}.{found[1]}, and "
-            f"float8 products need {CAPABILITY[0]}.{CAPABILITY[1]}; use {field} native"
+            f"{found[0]}.{found[1]}, and float8 products need {CAPABILITY[0]}.{CAPABILITY[1]}; "
+            f"use {field} native"
         )
     if precision != "bf16":
         raise ValueError(
             f"{field}='float8': requires precision bf16, got {precision}: float8 products are less "
-            "precise than bf16, "
-            f"which an {precision} run has ruled out; use --precision bf16, or {field} native"
+            f"precise than bf16, which an {precision} run has ruled out; "
+            f"use --precision bf16, or {field} native"
         )
 
 
@@ -136,7 +136,9 @@ def _as_autocast_has_it(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tenso
     plans and tests run on a CPU.
     """
     kind = inputs[0].device.type
-    return (inputs[0].to(torch.get_autocast_dtype(kind)),) if torch.is_autocast_enabled(kind) else None
+    return (
+        (inputs[0].to(torch.get_autocast_dtype(kind)),) if torch.is_autocast_enabled(kind) else None
+    )
 
 
 @cache
@@ -149,7 +151,8 @@ def _torchao() -> tuple[Callable[..., Any], Any]:
         if (error.name or "").partition(".")[0] != "torchao":
             raise
         raise ModuleNotFoundError(
-            "model.linears='float8' needs torchao: pip install '.[float8]' in fastmoco's source folder",
+            "model.linears='float8' needs torchao: "
+            "pip install '.[float8]' in fastmoco's source folder",
             name="torchao",
         ) from error
     return convert_to_float8_training, Float8LinearConfig.from_recipe_name("rowwise")

@@ -61,7 +61,12 @@ def quantise_rows(matrix: Tensor) -> Rows:
     """
     wide = matrix.float()
     largest = wide.abs().amax(dim=1, keepdim=True)
-    inverse = (LARGEST / largest.clamp(min=TINY)).view(torch.int32).bitwise_and(EXPONENT).view(torch.float32)
+    inverse = (
+        (LARGEST / largest.clamp(min=TINY))
+        .view(torch.int32)
+        .bitwise_and(EXPONENT)
+        .view(torch.float32)
+    )
     return Rows((wide * inverse).to(FLOAT8).contiguous(), inverse.reciprocal())
 
 
@@ -114,7 +119,9 @@ class Float8Linear(nn.Linear):
         if not torch.compiler.is_compiling() and self._seen != self._state():
             self.refresh_()
         if self.rounded is None:
-            raise RuntimeError("float8 layer before its first refresh_(): it has no rounded weights")
+            raise RuntimeError(
+                "float8 layer before its first refresh_(): it has no rounded weights"
+            )
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         rows = quantise_rows(x.reshape(-1, self.in_features))
@@ -214,10 +221,9 @@ def require_gain(encoder: VisionTransformer) -> None:
     if found <= 1:
         raise ValueError(
             f"model.momentum_linears='float8': with {encoder.embed_dim} channels products and "
-            "casts of the forward run at "
-            f"{found:.2f} of the speed of bf16 on an H200, counted from shapes, not measured. Use "
-            "model.momentum_linears "
-            "native, or an encoder of at least the size of vit_small"
+            f"casts of the forward run at {found:.2f} of the speed of bf16 on an H200, counted "
+            "from shapes, not measured. Use model.momentum_linears native, or an encoder of at "
+            "least the size of vit_small"
         )
 
 
@@ -230,7 +236,6 @@ def require_whole(sharded: bool) -> None:
     if sharded:
         raise ValueError(
             "model.momentum_linears='float8': rounds whole weights once per step, but with "
-            "parallel.strategy fsdp or hsdp "
-            "a process has only parts of them; use parallel.strategy ddp, or "
-            "model.momentum_linears native"
+            "parallel.strategy fsdp or hsdp a process has only parts of them; "
+            "use parallel.strategy ddp, or model.momentum_linears native"
         )

@@ -65,7 +65,9 @@ class Form(NamedTuple):
     """Whether the backward recomputes products and attention instead of keeping their results."""
 
 
-def fused_block(x_BLE: Tensor, branch_BLE: Tensor | None, weights: Weights, form: Form) -> tuple[Tensor, Tensor]:
+def fused_block(
+    x_BLE: Tensor, branch_BLE: Tensor | None, weights: Weights, form: Form
+) -> tuple[Tensor, Tensor]:
     """Stream and branch, [B, L, E] each, to stream and branch: the values of `Block` with the
     backward of this module.
 
@@ -82,14 +84,18 @@ def fused_block(x_BLE: Tensor, branch_BLE: Tensor | None, weights: Weights, form
         ValueError: if the branch has a wider dtype than the stream.
     """
     if branch_BLE is not None and torch.promote_types(x_BLE.dtype, branch_BLE.dtype) != x_BLE.dtype:
-        raise ValueError(f"fused block: the branch is {branch_BLE.dtype}, wider than the stream, {x_BLE.dtype}")
+        raise ValueError(
+            f"fused block: the branch is {branch_BLE.dtype}, wider than the stream, {x_BLE.dtype}"
+        )
     dtype = x_BLE.dtype
     kind = x_BLE.device.type
     if dtype != torch.float64 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):
         if torch.is_grad_enabled():
-            found: tuple[Tensor, Tensor] = _FusedBlock.apply(form, dtype, x_BLE, branch_BLE, *weights)  # type: ignore[no-untyped-call]
+            found: tuple[Tensor, Tensor] = _FusedBlock.apply(
+                form, dtype, x_BLE, branch_BLE, *weights
+            )  # type: ignore[no-untyped-call]
             return found
         return _forward(form, dtype, x_BLE, branch_BLE, weights).out
 
@@ -120,13 +126,17 @@ def _forward(
     """Compute the block; `keep`: keep the graph of attention."""
     triton = kernels_fit(x)
     w = weights
-    stream, y1, mean1, rstd1 = norm_forward(x, branch, w.norm1, w.norm1_bias, form.eps[0], dtype, triton)
+    stream, y1, mean1, rstd1 = norm_forward(
+        x, branch, w.norm1, w.norm1_bias, form.eps[0], dtype, triton
+    )
     stream = x if branch is None else stream
     q, k, v = _heads(F.linear(y1, w.qkv.to(dtype), w.qkv_bias.to(dtype)), form.num_heads)
     del y1
     (q, k, v), attended = _attend((q, k, v), form, keep=keep)
     a = F.linear(_tokens(attended.detach()), w.proj.to(dtype), w.proj_bias.to(dtype))
-    x2, y2, mean2, rstd2 = norm_forward(stream, a, w.norm2, w.norm2_bias, form.eps[1], dtype, triton)
+    x2, y2, mean2, rstd2 = norm_forward(
+        stream, a, w.norm2, w.norm2_bias, form.eps[1], dtype, triton
+    )
     hidden = F.linear(y2, w.fc1.to(dtype), w.fc1_bias.to(dtype))
     del y2
     m = F.linear(F.gelu(hidden), w.fc2.to(dtype), w.fc2_bias.to(dtype))
@@ -150,7 +160,9 @@ class _FusedBlock(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         made = _forward(form, dtype, x, branch, Weights(*weights), keep=not form.remakes)
         stream = x if made.stream is None else made.stream
-        ctx.save_for_backward(stream, *made.statistics, made.branch, None if form.remakes else made.hidden, *weights)
+        ctx.save_for_backward(
+            stream, *made.statistics, made.branch, None if form.remakes else made.hidden, *weights
+        )
         ctx.attention = None if form.remakes else (made.qkv, made.attended)
         ctx.form = form
         ctx.used = False
@@ -162,7 +174,9 @@ class _FusedBlock(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         stream, mean1, rstd1, mean2, rstd2, a, hidden, *parameters = ctx.saved_tensors
         if ctx.used:
-            raise RuntimeError("a fused block supports one backward pass; use model.blocks modules for several")
+            raise RuntimeError(
+                "a fused block supports one backward pass; use model.blocks modules for several"
+            )
         kept = ctx.attention
         ctx.attention = None
         ctx.used = True
@@ -260,7 +274,9 @@ def _remade(
     """Recompute q, k, v, attention with its graph, and the hidden layer."""
     triton = kernels_fit(stream)
     y = norm_forward(stream, None, w.norm1, w.norm1_bias, form.eps[0], dtype, triton)[1]
-    kept = _attend(_heads(F.linear(y, w.qkv.to(dtype), w.qkv_bias.to(dtype)), form.num_heads), form, keep=True)
+    kept = _attend(
+        _heads(F.linear(y, w.qkv.to(dtype), w.qkv_bias.to(dtype)), form.num_heads), form, keep=True
+    )
     y = norm_forward(stream, a, w.norm2, w.norm2_bias, form.eps[1], dtype, triton)[1]
     return kept, F.linear(y, w.fc1.to(dtype), w.fc1_bias.to(dtype))
 
@@ -268,7 +284,10 @@ def _remade(
 def _heads(qkv_BLF: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views q, k, v [B, A, L, d] of stacked projections [B, L, 3 E]."""
     B, L, F3 = qkv_BLF.shape
-    q, k, v = (part.transpose(1, 2) for part in qkv_BLF.view(B, L, 3, num_heads, F3 // (3 * num_heads)).unbind(2))
+    q, k, v = (
+        part.transpose(1, 2)
+        for part in qkv_BLF.view(B, L, 3, num_heads, F3 // (3 * num_heads)).unbind(2)
+    )
     return q, k, v
 
 

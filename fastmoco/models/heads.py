@@ -1,5 +1,4 @@
-"""Projectors and predictors: linear layers with batch norms between them, in the forms of several
-methods."""
+"""Projectors and predictors of several methods: linear layers with batch norms between them."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ from fastmoco.distributed.sync_batch_norm import BatchNorm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadForm:
-    """What a head is made of: (linear, norm, ReLU) * (layers - 1), linear, and a last norm without
-    affine or none."""
+    """The layers of a head: (linear, norm, ReLU) * (layers - 1), linear, optionally a last norm
+    without affine."""
 
     layers: int
     """Linear layers."""
@@ -27,27 +26,27 @@ class HeadForm:
 
 
 FORMS = {
-    # Chen, Xie, He 2021: ViT; without the last norm BYOL on a ViT, as SDSSL (Jang et al. 2023) has
-    # its baseline.
+    # Chen, Xie, He 2021, for ViT. The BYOL baseline on ViT of SDSSL (Jang et al. 2023) has the same
+    # without the last norm.
     "moco_v3_projector": HeadForm(layers=3),
     "moco_v3_predictor": HeadForm(layers=2),
-    # Grill et al. 2020: projector and predictor alike.
+    # Grill et al. 2020, both for projector and predictor.
     "byol": HeadForm(layers=2, bias=True, last_norm=False),
 }
 """Forms by name."""
 
 
 def build_head(in_dim: int, hidden_dim: int, out_dim: int, form: HeadForm) -> nn.Sequential:
-    """A head of some form.
+    """Build a head.
 
-    Its norms see the batch of one view, over all ranks, where it gets one view or several stacked;
-    of a flat batch of several views they take joint statistics.
+    Its norms compute statistics per view, over all ranks, for inputs [B, in_dim] of one view and
+    [V, B, in_dim] of V views. If several views are in one flat batch, statistics are joint.
 
     Args:
         in_dim: width of the input.
         hidden_dim: width between the layers.
         out_dim: width of the output.
-        form: what it is made of.
+        form: its layers.
 
     Returns:
         A module [B, in_dim] -> [B, out_dim], or [V, B, in_dim] -> [V, B, out_dim] for V views;
@@ -56,14 +55,21 @@ def build_head(in_dim: int, hidden_dim: int, out_dim: int, form: HeadForm) -> nn
     Raises:
         ValueError: if a number is below 1.
     """
-    numbers = {"in_dim": in_dim, "hidden_dim": hidden_dim, "out_dim": out_dim, "layers": form.layers}
+    numbers = {
+        "in_dim": in_dim,
+        "hidden_dim": hidden_dim,
+        "out_dim": out_dim,
+        "layers": form.layers,
+    }
     for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"{name}={value}: a head needs at least 1")
     widths = [in_dim] + [hidden_dim] * (form.layers - 1)
     modules: list[nn.Module] = []
     for before, after in pairwise(widths):
-        modules.extend([nn.Linear(before, after, bias=form.bias), BatchNorm(after), nn.ReLU(inplace=True)])
+        modules.extend(
+            [nn.Linear(before, after, bias=form.bias), BatchNorm(after), nn.ReLU(inplace=True)]
+        )
     modules.append(nn.Linear(widths[-1], out_dim, bias=form.last_bias))
     if form.last_norm:
         modules.append(BatchNorm(out_dim, affine=False))
@@ -71,12 +77,10 @@ def build_head(in_dim: int, hidden_dim: int, out_dim: int, form: HeadForm) -> nn
 
 
 def projector(in_dim: int, hidden_dim: int, out_dim: int, layers: int = 3) -> nn.Sequential:
-    """The head of both encoders of MoCo v3, as `build_head` makes it; 3 layers for vision
-    transformers."""
+    """Build the projector of MoCo v3, for both encoders; 3 layers for vision transformers."""
     return build_head(in_dim, hidden_dim, out_dim, HeadForm(layers=layers))
 
 
 def predictor(in_dim: int, hidden_dim: int, out_dim: int, layers: int = 2) -> nn.Sequential:
-    """The head of MoCo v3's query side alone, after the projector: built as `projector` is, with 2
-    layers."""
+    """Build the predictor of MoCo v3, which only the query side has, after its projector."""
     return build_head(in_dim, hidden_dim, out_dim, HeadForm(layers=layers))

@@ -17,10 +17,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastmoco.models.blocks import CONV_STEM_STRIDE, Block, ConvStem, LayerNorm, PatchStem, Recompute, sum_of
+from fastmoco.models.blocks import (
+    CONV_STEM_STRIDE,
+    Block,
+    ConvStem,
+    LayerNorm,
+    PatchStem,
+    Recompute,
+    sum_of,
+)
 from fastmoco.models.encoder import Coupling, Parts
 
-STEM_COUPLES = "its convolutional stem has batch norms, whose statistics are those of the whole batch"
+STEM_COUPLES = (
+    "its convolutional stem has batch norms, whose statistics are those of the whole batch"
+)
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
@@ -71,10 +81,11 @@ class VisionTransformer(nn.Module):
         attention: backend of `fastmoco_kernels.attention`; the last block does not use it.
 
     Attributes:
-        tokens: tokens of a view in a block, the class token among them.
-        coupling: `Coupling.TRUNK` where an image's tokens depend on the other images of the batch (batch norm in the conv
-            stem): then two views may not share a batch. Else `Coupling.NONE`.
-        coupling_reason: why, as a clause; empty for `Coupling.NONE`.
+        tokens: tokens of a view in a block, including the class token.
+        coupling: `Coupling.TRUNK` if the tokens of an image depend on the other images of the batch
+            (batch norm in the conv stem); then two views may not share a batch. Otherwise
+            `Coupling.NONE`.
+        coupling_reason: the reason, as a clause; empty for `Coupling.NONE`.
 
     Raises:
         ValueError: naming the field, its value and the rule.
@@ -104,9 +115,12 @@ class VisionTransformer(nn.Module):
         positions = sincos_positions(image_size // patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=1e-6))
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
-        self.patch_embed: nn.Module = ConvStem(embed_dim) if stem == "conv" else PatchStem(patch_size, embed_dim)
+        self.patch_embed: nn.Module = (
+            ConvStem(embed_dim) if stem == "conv" else PatchStem(patch_size, embed_dim)
+        )
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, round(mlp_ratio * embed_dim), attention) for _ in range(depth)
+            Block(embed_dim, num_heads, round(mlp_ratio * embed_dim), attention)
+            for _ in range(depth)
         )
         self.norm = LayerNorm(embed_dim, eps=1e-6)
         self.head: nn.Module = nn.Identity()
@@ -130,7 +144,9 @@ class VisionTransformer(nn.Module):
         """
         if images.ndim != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
             side = self.image_size
-            raise ValueError(f"images shape={tuple(images.shape)}: this encoder takes [B, 3, {side}, {side}]")
+            raise ValueError(
+                f"images shape={tuple(images.shape)}: this encoder takes [B, 3, {side}, {side}]"
+            )
         patches: Tensor = self.patch_embed(images)
         return patches.flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
 
@@ -162,11 +178,11 @@ class VisionTransformer(nn.Module):
         return self.encode(self.patch_tokens(images))
 
     def stem_tensors(self) -> list[Tensor]:
-        """All that turns pixels into patch tokens."""
+        """All tensors that turn pixels into patch tokens."""
         return [self.pos_embed, *self.patch_embed.parameters()]
 
     def parts(self) -> Parts:
-        """Modules by role; the trunk is called piece by piece, not through `forward`."""
+        """Modules by role. Objectives call `encode` and `class_row`, not `forward`."""
         return Parts(
             stem={"patch_embed": self.patch_embed},
             blocks=self.blocks,
@@ -175,10 +191,10 @@ class VisionTransformer(nn.Module):
         )
 
     def most_numbers(self) -> int:
-        """An upper bound of the numbers that training keeps of one view.
+        """Upper bound on the elements that training keeps per view, about twice the true value.
 
-        It takes 40 for each channel of a token and block, where about half are kept. Attention that is written out keeps a few
-        more for each pair of tokens and head.
+        It counts 40 elements per token, channel and block, and 8 per pair of tokens and head, which
+        explicit attention keeps.
         """
         first = self.blocks[0]
         assert isinstance(first, Block)
@@ -190,11 +206,17 @@ class VisionTransformer(nn.Module):
         return torch.cat([class_token, patch_tokens], dim=1)
 
 
-def _check_sizes(image_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, stem: str) -> None:
+def _check_sizes(
+    image_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, stem: str
+) -> None:
     if stem not in ("patch", "conv"):
         raise ValueError(f'stem={stem!r}: is "patch" or "conv"')
     if patch_size < 1 or (stem == "conv" and patch_size != CONV_STEM_STRIDE):
-        rule = "the conv stem shrinks images by 16" if stem == "conv" else "a patch is at least 1 pixel wide"
+        rule = (
+            "the conv stem shrinks images by 16"
+            if stem == "conv"
+            else "a patch is at least 1 pixel wide"
+        )
         raise ValueError(f"patch_size={patch_size}: {rule}")
     if image_size < patch_size or image_size % patch_size:
         raise ValueError(f"image_size={image_size}: must be a multiple of patch_size={patch_size}")
@@ -202,7 +224,9 @@ def _check_sizes(image_size: int, patch_size: int, embed_dim: int, depth: int, n
         raise ValueError(f"embed_dim={embed_dim}: must be a multiple of num_heads={num_heads}")
     if embed_dim % (8 if stem == "conv" else 4):
         rule = (
-            "the conv stem starts with an eighth of the width" if stem == "conv" else "positions take four equal parts"
+            "must be a multiple of 8, because the conv stem starts with an eighth of it"
+            if stem == "conv"
+            else "must be a multiple of 4, because positions have four equal parts"
         )
         raise ValueError(f"embed_dim={embed_dim}: {rule}")
     if depth < 1:
@@ -218,8 +242,8 @@ class ViTArchitecture:
         depth: number of blocks.
         heads: attention heads A.
         stem: "patch" or "conv", see `VisionTransformer`.
-        image_size: pixels per side that an encoder is built for unless the call says otherwise.
-        patch_size: likewise.
+        image_size: default pixels per side of an image.
+        patch_size: default pixels per side of a patch.
     """
 
     width: int
@@ -264,5 +288,7 @@ vit_huge = ViTArchitecture(1280, 32, 16, patch_size=14)
 vit_conv_small = ViTArchitecture(384, 11, 12, stem="conv")
 vit_conv_base = ViTArchitecture(768, 11, 12, stem="conv")
 
-ARCHITECTURES = {name: value for name, value in globals().items() if isinstance(value, ViTArchitecture)}
+ARCHITECTURES = {
+    name: value for name, value in globals().items() if isinstance(value, ViTArchitecture)
+}
 """Architectures by name."""

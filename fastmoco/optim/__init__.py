@@ -5,4 +5,11 @@ from fastmoco.optim.apex import build_apex
 from fastmoco.optim.lars import build_lars
 from fastmoco.optim.schedule import ema_momentum, learning_rate
 
-__all__ = ["build_adamw", "build_adamw_ema", "build_apex", "build_lars", "ema_momentum", "learning_rate"]
+__all__ = [
+    "build_adamw",
+    "build_adamw_ema",
+    "build_apex",
+    "build_lars",
+    "ema_momentum",
+    "learning_rate",
+]

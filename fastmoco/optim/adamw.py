@@ -1,4 +1,4 @@
-"""AdamW as MoCo v3 uses it: one group, every trainable tensor decayed."""
+"""AdamW as MoCo v3 uses it: one group, weight decay on every trainable tensor."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from fastmoco_kernels.adamw_ema.optimizer import AdamWEMA
 _FUSED_DEVICES = ("cpu", "cuda")
 
 
-def trainable_parameters(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
-    """The parameters an optimizer holds: frozen ones stay out.
+def trainable_parameters(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that an optimizer updates, without frozen ones.
 
     Raises:
         ValueError: if nothing is trainable.
     """
-    trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    trainable = [
+        (name, parameter) for name, parameter in named_parameters if parameter.requires_grad
+    ]
     if not trainable:
         raise ValueError("named_parameters=[]: an optimizer needs at least one trainable parameter")
     return trainable
@@ -34,22 +38,24 @@ def build_adamw(
 ) -> torch.optim.AdamW:
     """Build torch's AdamW over all trainable parameters in one group.
 
-    Decoupled weight decay also reaches biases, norms and the class token, as in the recipe of Chen, Xie, He 2021.
-    torch's fused kernel is used where every parameter's device has one.
+    Weight decay also applies to biases, norms and the class token, as in the recipe of Chen, Xie,
+    He 2021. torch's fused kernel is used if the device of every parameter has one.
 
     Args:
-        named_parameters: as ``module.named_parameters()`` gives them; the group remembers the names.
-        lr: learning rate until the trainer sets the schedule's.
+        named_parameters: as from `module.named_parameters()`; the group stores the names.
+        lr: initial learning rate; the trainer sets it in every step.
         weight_decay: decoupled decay per unit of learning rate.
-        betas: averaging of gradient and squared gradient.
-        eps: added to the root of the squared gradient.
+        betas: decay rates of the averages of gradient and squared gradient.
+        eps: added to the root of the averaged squared gradient.
 
     Raises:
         ValueError: if nothing is trainable.
     """
     trainable = trainable_parameters(named_parameters)
     fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for _, p in trainable)
-    return torch.optim.AdamW(trainable, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+    return torch.optim.AdamW(
+        trainable, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
+    )
 
 
 def build_adamw_ema(
@@ -61,20 +67,23 @@ def build_adamw_ema(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> AdamWEMA:
-    """The same AdamW in one sweep with the moving averages of its parameters; other arguments as `build_adamw`.
+    """AdamW and the moving averages of its parameters in one pass over memory; other arguments as
+    `build_adamw`.
 
     Args:
-        named_parameters: as ``module.named_parameters()`` gives them.
+        named_parameters: as from `module.named_parameters()`.
         averages: the average of each parameter that has one; those of frozen parameters are
-            passed over.
-        lr: learning rate until the trainer sets the schedule's.
+            ignored.
+        lr: initial learning rate; the trainer sets it in every step.
         weight_decay: decoupled decay per unit of learning rate.
-        betas: averaging of gradient and squared gradient.
-        eps: added to the root of the squared gradient.
+        betas: decay rates of the averages of gradient and squared gradient.
+        eps: added to the root of the averaged squared gradient.
 
     Raises:
         ValueError: if nothing is trainable.
     """
     trainable = trainable_parameters(named_parameters)
     held: dict[Tensor, Tensor] = {p: averages[p] for _, p in trainable if p in averages}
-    return AdamWEMA(trainable, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, averages=held)
+    return AdamWEMA(
+        trainable, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, averages=held
+    )

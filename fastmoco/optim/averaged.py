@@ -1,4 +1,4 @@
-"""Optimizers behind one signature: `step(ema_momentum, skip)` moves weights and all their averages."""
+"""Optimizers with one signature: `step(ema_momentum, skip)` updates weights and averages."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from fastmoco_kernels import LARS, AdamWEMA, ema_update_
 from fastmoco_kernels.tensors import local
 
 Pair = tuple[Tensor, Tensor]
-"""An average and the weight that it follows."""
+"""An average and its weight."""
 
 
 class AveragedOptimizer(ABC):
-    """An optimizer of weights together with the exponential moving averages of them.
+    """An optimizer of weights and of their exponential moving averages.
 
-    Averages of frozen parameters move too, but only where they differ from them, as after loading
-    foreign weights: an average that equals its frozen parameter is neither read nor written.
+    The average of a frozen parameter is updated only if it differs from the parameter, as after
+    loading other weights. If they are equal it is neither read nor written.
 
     Args:
-        inner: over the trainable parameters, in torch's form; checkpoints hold its state.
+        inner: a torch optimizer over the trainable parameters; checkpoints contain its state.
         averages: the average of each parameter that has one, frozen parameters included.
     """
 
-    def __init__(self, inner: torch.optim.Optimizer, averages: Mapping[nn.Parameter, Tensor]) -> None:
+    def __init__(
+        self, inner: torch.optim.Optimizer, averages: Mapping[nn.Parameter, Tensor]
+    ) -> None:
         self.inner = inner
         pairs: list[Pair] = [(average, weight) for weight, average in averages.items()]
         self._trainable = [pair for pair in pairs if pair[1].requires_grad]
@@ -37,38 +39,38 @@ class AveragedOptimizer(ABC):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of the inner optimizer, whose numbers may be set before a step."""
+        """The groups of the inner optimizer; their values may be set before a step."""
         return self.inner.param_groups
 
     def step(self, *, ema_momentum: float | None = None, skip: Tensor | None = None) -> None:
-        """Update every weight that has a gradient, then move the averages towards the weights.
+        """Update every weight that has a gradient, then the averages.
 
         Args:
-            ema_momentum: share that an average keeps, in [0, 1]; None leaves averages alone.
-            skip: one float32 on the device, 0 or 1; where it is 1, weights, averages and the state
-                of the optimizer stay as they are, its step counters included.
+            ema_momentum: weight of the old average, in [0, 1]; None does not update averages.
+            skip: one float32 on the device, 0 or 1; if it is 1, weights, averages and the state of
+                the optimizer do not change, including its step counters.
         """
         self._update_weights(ema_momentum, skip)
         if ema_momentum is not None:
             self._move([*self._not_swept(), *self._differing_frozen()], ema_momentum, skip)
 
     def move_averages(self, ema_momentum: float) -> None:
-        """Move the averages alone."""
+        """Update only the averages."""
         self._move([*self._trainable, *self._differing_frozen()], ema_momentum, None)
 
     @abstractmethod
     def _update_weights(self, ema_momentum: float | None, skip: Tensor | None) -> None:
-        """The step of the inner optimizer."""
+        """Run the step of the inner optimizer."""
 
     def _not_swept(self) -> list[Pair]:
-        """Pairs of trainable parameters that `_update_weights` leaves to `ema_update_`."""
+        """Trainable pairs whose average `_update_weights` does not update."""
         return self._trainable
 
     @torch.no_grad()
     def _differing_frozen(self) -> list[Pair]:
-        """Pairs of frozen parameters that differ.
+        """Frozen pairs whose two tensors differ.
 
-        The comparison reads the device. It runs only after a tensor was replaced or written.
+        The comparison waits for the device. It runs only after a tensor was replaced or written.
         """
         tensors = local([tensor for pair in self._frozen for tensor in pair])
         now = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
@@ -78,19 +80,19 @@ class AveragedOptimizer(ABC):
         return self._differing
 
     def _move(self, pairs: list[Pair], ema_momentum: float, skip: Tensor | None) -> None:
-        """One update of all averages, which a skipped step leaves where they are."""
+        """Update averages; a skipped step does not change them."""
         if not pairs:
             return
         momentum: float | Tensor = ema_momentum
         if skip is not None:
-            # Momentum 1 keeps an average. In float64, as the schedule is.
+            # With momentum 1 an average does not change. float64, as the schedule.
             given = torch.full_like(skip, ema_momentum, dtype=torch.float64)
             momentum = given.masked_fill_(skip > 0, 1.0)
         ema_update_([average for average, _ in pairs], [weight for _, weight in pairs], momentum)
 
 
 class SweptAdamW(AveragedOptimizer):
-    """`AdamWEMA`: weights and averages in one sweep over memory; the device decides on skipping."""
+    """`AdamWEMA`: weights and averages in one pass over memory; steps are skipped on the device."""
 
     inner: AdamWEMA
 
@@ -102,18 +104,18 @@ class SweptAdamW(AveragedOptimizer):
 
 
 class FusedAdamW(AveragedOptimizer):
-    """AdamW of torch in its fused form, where the device decides on skipping."""
+    """torch's fused AdamW; steps are skipped on the device."""
 
     inner: torch.optim.AdamW
 
     def _update_weights(self, ema_momentum: float | None, skip: Tensor | None) -> None:
-        # As torch.amp.GradScaler hands it over.
+        # torch.amp.GradScaler passes the flag in the same way.
         self.inner.found_inf = skip  # type: ignore[attr-defined]
         self.inner.step()
 
 
 class AveragedLARS(AveragedOptimizer):
-    """`LARS`; the device decides on skipping."""
+    """`LARS`; steps are skipped on the device."""
 
     inner: LARS
 
@@ -122,7 +124,7 @@ class AveragedLARS(AveragedOptimizer):
 
 
 class HostSkipped(AveragedOptimizer):
-    """Any other optimizer, such as those of apex: the host waits for the device before it skips."""
+    """Any other optimizer, such as those of apex. The host reads the flag from the device."""
 
     def _update_weights(self, ema_momentum: float | None, skip: Tensor | None) -> None:
         if skip is None or not bool(skip):

@@ -1,4 +1,4 @@
-"""From a config to an optimizer: who offers it, and on which device."""
+"""Build the optimizer of a config, and choose the library that provides it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from fastmoco.config import Config
 from fastmoco.optim.adamw import build_adamw, build_adamw_ema
 from fastmoco.optim.apex import build_apex
-from fastmoco.optim.averaged import AveragedLARS, AveragedOptimizer, FusedAdamW, HostSkipped, SweptAdamW
+from fastmoco.optim.averaged import (
+    AveragedLARS,
+    AveragedOptimizer,
+    FusedAdamW,
+    HostSkipped,
+    SweptAdamW,
+)
 from fastmoco.optim.lars import build_lars
 from fastmoco_kernels.backends import triton_is_default
 
@@ -19,11 +25,11 @@ from fastmoco_kernels.backends import triton_is_default
 def choose_optimizer_backend(
     config: Config, device: torch.device, *, sharded: bool = False
 ) -> Literal["torch", "fastmoco", "apex"]:
-    """What `optim.fused_backend` means on a device.
+    """Resolve `optim.fused_backend` for a device.
 
-    `auto` takes the sweep where it is one kernel, and the optimizer of torch elsewhere. It takes the
-    sweep on shards too: there torch plans every call again, which takes the host longer than the
-    step takes a GPU.
+    `auto` selects fastmoco's AdamW if it runs as one kernel, and torch's otherwise. It also selects
+    fastmoco's for shards, because there torch plans every call again, and the host needs longer for
+    that than a GPU for the update.
     """
     optim = config.optim
     if optim.fused_backend != "auto":
@@ -32,40 +38,54 @@ def choose_optimizer_backend(
 
 
 def build_optimizer(
-    config: Config, named_parameters: Iterable[tuple[str, nn.Parameter]], averages: Mapping[nn.Parameter, Tensor]
+    config: Config,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    averages: Mapping[nn.Parameter, Tensor],
 ) -> AveragedOptimizer:
-    """The optimizer of all trainable parameters and of all averages.
+    """Build the optimizer of all trainable parameters and of all averages.
 
-    The trainer sets the learning rate of every step.
+    The learning rate is 0 until the trainer sets that of a step.
 
     Args:
-        config: the run; `config.optim` names the optimizer and its numbers.
-        named_parameters: of the whole objective, sharded already where it will be.
+        config: of the run; `config.optim` selects the optimizer and its parameters.
+        named_parameters: of the whole objective, after sharding.
         averages: the exponential moving average of each parameter that has one.
 
     Raises:
-        ValueError: if apex is asked for and cannot serve.
+        ValueError: if apex is selected and cannot be used.
     """
     optim = config.optim
     named = list(named_parameters)
-    lr, decay = 0.0, optim.weight_decay
+    lr = 0.0
+    decay = optim.weight_decay
     if optim.name == "lars":
-        momentum, trust = optim.sgd_momentum, optim.trust_coefficient
-        lars = build_lars(named, lr=lr, weight_decay=decay, sgd_momentum=momentum, trust_coefficient=trust)
+        lars = build_lars(
+            named,
+            lr=lr,
+            weight_decay=decay,
+            sgd_momentum=optim.sgd_momentum,
+            trust_coefficient=optim.trust_coefficient,
+        )
         return AveragedLARS(lars, averages)
+
+    # AdamW or LAMB: from apex, from fastmoco, or from torch.
     sharded = any(hasattr(parameter, "placements") for _, parameter in named)
     backend = choose_optimizer_backend(config, named[0][1].device, sharded=sharded)
     if backend == "apex":
-        apex = build_apex(optim.name, named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
+        apex = build_apex(
+            optim.name, named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps
+        )
         return HostSkipped(apex, averages)
     if backend == "fastmoco":
-        swept = build_adamw_ema(named, averages, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
+        swept = build_adamw_ema(
+            named, averages, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps
+        )
         return SweptAdamW(swept, averages)
     adamw = build_adamw(named, lr=lr, weight_decay=decay, betas=optim.betas, eps=optim.eps)
     return (FusedAdamW if adamw.defaults["fused"] else HostSkipped)(adamw, averages)
 
 
 def name_of(optimizer: AveragedOptimizer) -> str:
-    """Whose optimizer it is: `torch AdamW`, `fastmoco_kernels LARS`."""
+    """Library and class of an optimizer: `torch AdamW`, `fastmoco_kernels LARS`."""
     kind = type(optimizer.inner)
     return f"{kind.__module__.partition('.')[0]} {kind.__name__}"

@@ -1,4 +1,4 @@
-"""LARS as MoCo v3 trains ResNets: one group; the rule by number of dimensions spares biases and norms."""
+"""LARS as MoCo v3 uses it for ResNets: one group, no decay or trust ratio for biases and norms."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def build_lars(
     """LARS over all trainable parameters in one group.
 
     Args:
-        named_parameters: as ``module.named_parameters()`` gives them; the group remembers the names.
-        lr: learning rate until the trainer sets the schedule's.
+        named_parameters: as from `module.named_parameters()`; the group stores the names.
+        lr: initial learning rate; the trainer sets it in every step.
         weight_decay: added to the gradient of tensors of two or more dimensions.
-        sgd_momentum: of the buffer that the scaled gradients run through.
-        trust_coefficient: length of a step relative to the tensor's, before the learning rate.
+        sgd_momentum: of the buffer that accumulates the scaled gradients.
+        trust_coefficient: norm of a step relative to that of the tensor, before the learning rate.
 
     Raises:
         ValueError: if nothing is trainable.

@@ -1,4 +1,4 @@
-"""Learning rate and EMA momentum as pure functions of the step: nothing to save, nothing to restore."""
+"""Learning rate and EMA momentum as pure functions of the step, so no state has to be saved."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from typing import Literal
 
 
 def _epoch(step: int, epochs: float, steps_per_epoch: int) -> float:
-    """The fractional epoch of a step, held at the end of the run."""
+    """The fractional epoch of a step, at most the number of epochs."""
     if step < 0:
         raise ValueError(f"step={step}: steps count from 0")
     if steps_per_epoch < 1:
-        raise ValueError(f"steps_per_epoch={steps_per_epoch}: an epoch has at least 1 step")
+        raise ValueError(f"steps_per_epoch={steps_per_epoch}: must be at least 1")
     if epochs <= 0:
-        raise ValueError(f"epochs={epochs}: a run lasts longer than 0 epochs")
+        raise ValueError(f"epochs={epochs}: must be above 0")
     return min(step / steps_per_epoch, epochs)
 
 
-def learning_rate(step: int, *, peak: float, epochs: float, warmup_epochs: float, steps_per_epoch: int) -> float:
-    """Linear warm-up from 0, then half a cosine to 0.
+def learning_rate(
+    step: int, *, peak: float, epochs: float, warmup_epochs: float, steps_per_epoch: int
+) -> float:
+    """Linear warm-up from 0, then cosine decay to 0 (Chen, Xie, He 2021, training recipe).
 
-    With e = step / steps_per_epoch: ``peak * e / warmup`` for e < warmup, else
-    ``peak * 0.5 * (1 + cos(pi * (e - warmup) / (epochs - warmup)))`` (Chen, Xie, He 2021, training recipe).
+    With e = step / steps_per_epoch the rate is `peak * e / warmup` during warm-up, and after it
+    `peak * 0.5 * (1 + cos(pi * (e - warmup) / (epochs - warmup)))`.
 
     Args:
-        step: optimizer step from 0; the first step of a warmed-up run has rate exactly 0.
-        peak: the highest rate, i.e. base rate * global batch / 256.
+        step: optimizer step from 0; with a warm-up, step 0 has a rate of exactly 0.
+        peak: the highest rate: base rate * global batch / 256.
         epochs: length of the run, in epochs.
         warmup_epochs: length of the warm-up, in epochs.
         steps_per_epoch: optimizer steps of one epoch.
@@ -35,12 +37,16 @@ def learning_rate(step: int, *, peak: float, epochs: float, warmup_epochs: float
     """
     epoch = _epoch(step, epochs, steps_per_epoch)
     if not 0 <= warmup_epochs <= epochs:
-        raise ValueError(f"warmup_epochs={warmup_epochs}: needs 0 <= warmup_epochs <= epochs={epochs}")
+        raise ValueError(
+            f"warmup_epochs={warmup_epochs}: needs 0 <= warmup_epochs <= epochs={epochs}"
+        )
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
     if warmup_epochs == epochs:
         return peak
-    return peak * 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+    return (
+        peak * 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+    )
 
 
 def ema_momentum(
@@ -51,23 +57,24 @@ def ema_momentum(
     steps_per_epoch: int,
     schedule: Literal["cosine", "constant"] = "cosine",
 ) -> float:
-    """Share of itself that the momentum encoder keeps at a step; it has no warm-up.
+    """Weight of the momentum encoder's own parameters in its update; there is no warm-up.
 
-    Cosine: ``1 - 0.5 * (1 + cos(pi * e / epochs)) * (1 - start)`` with e = step / steps_per_epoch (Chen, Xie, He 2021).
+    Cosine: `1 - 0.5 * (1 + cos(pi * e / epochs)) * (1 - start)` with e = step / steps_per_epoch
+    (Chen, Xie, He 2021).
 
     Args:
         step: optimizer step from 0.
         start: momentum at step 0, in [0, 1].
         epochs: length of the run, in epochs.
         steps_per_epoch: optimizer steps of one epoch.
-        schedule: "cosine" rises to 1 at the end, "constant" stays at ``start``.
+        schedule: "cosine" rises to 1 at the end, "constant" stays at `start`.
 
     Raises:
         ValueError: if a number is out of range, or the schedule is unknown.
     """
     epoch = _epoch(step, epochs, steps_per_epoch)
     if not 0 <= start <= 1:
-        raise ValueError(f"start={start}: an EMA momentum lies in [0, 1]")
+        raise ValueError(f"start={start}: an EMA momentum is in [0, 1]")
     if schedule == "constant":
         return start
     if schedule != "cosine":

@@ -1,1 +1,1 @@
-"""The training step and what happens between steps: data, update, evaluation, saving, resume."""
+"""The training step, and the work between steps: evaluation, saving, rollback and resume."""

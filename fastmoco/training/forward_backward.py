@@ -1,5 +1,7 @@
-"""One forward and backward of a run: the batch whole or in chunks, on one process or many. The
-gradients are the same."""
+"""Forward and backward of a step: the whole batch or micro-batches, on one process or several.
+
+The gradients are the same in all cases.
+"""
 
 from __future__ import annotations
 
@@ -25,27 +27,29 @@ from fastmoco.planning.choose import choose_plan
 from fastmoco_pipelines.spec import each_view
 
 
-class Gradients:
-    """Call it with a batch: loss out, gradients of the global batch in every trainable parameter's
-    ``grad``.
+class ForwardBackward:
+    """Runs forward and backward of a batch and returns the output of the forward.
+
+    Afterwards `grad` of every trainable parameter holds the gradient of the global batch. The
+    constructor may shard the objective in place, so the optimizer is built after it.
 
     Attributes:
-        strategy: how the model is spread over processes, in words. Making this object may shard the
-            objective, in place: build the optimizer afterwards.
-        plan: how the batch is taken, and why.
-        compile: whether blocks are compiled, and why.
-        prepare: makes what the encoder reads of the views as the loader delivers them.
-        replays: what CUDA graphs replay, in words.
+        strategy: how the model is distributed over processes: "ddp", "fsdp", "hsdp" or "one
+            process".
+        plan: size and handling of the micro-batches, with the reason.
+        compile: whether blocks are compiled, with the reason.
+        prepare: converts views from the loader to the input of the encoder.
+        replays: a description of what CUDA graphs replay.
 
     Args:
         config: of the run.
-        objective: whole, initialised, on the device of ``world``.
-        world: this process among its peers.
+        objective: not sharded yet, initialised, on the device of `world`.
+        world: this process's rank and device.
         precision: "bf16", "fp32" or "fp64".
-        attention: who computes attention.
-        levels: whether views come as uint8.
-        reserved: bytes of the device's memory that others will take, the loader among them, less
-            those that it holds already.
+        attention: the attention backend.
+        levels: whether views arrive as uint8.
+        reserved: bytes of device memory that others will allocate, such as the loader, minus the
+            bytes that they hold already.
     """
 
     def __init__(
@@ -59,28 +63,29 @@ class Gradients:
         levels: bool = False,
         reserved: float = 0.0,
     ) -> None:
-        self._objective, self._world = objective, world
-        # From the first call on: it sees what a restore left.
-        self._verify_every, self._calls = config.parallel.verify_replicas_every, 0
-        half = precision == "bf16"
+        self._objective = objective
+        self._world = world
+        self._verify_every = config.parallel.verify_replicas_every
+        # Counts from 0, so that the first call compares the state that a restore has loaded.
+        self._calls = 0
+        bf16 = precision == "bf16"
         self._autocast: Callable[[], AbstractContextManager[Any]] = partial(
-            torch.autocast, world.device.type, dtype=torch.bfloat16, enabled=half
+            torch.autocast, world.device.type, dtype=torch.bfloat16, enabled=bf16
         )
+
+        # The strategy comes before the plan, which counts sharded state.
         if isinstance(config.batch.chunk, int):
             require_separable(objective, config.batch.chunk)
         strategy = choose_strategy(config.parallel.strategy, objective, world)
         self._float8 = float8_layers(objective)
         require_whole(bool(self._float8) and strategy != "ddp" and world.world_size > 1)
         self.strategy: str = strategy if world.world_size > 1 else "one process"
+
+        # `possible` is the choice for blocks made of modules; fused blocks are not compiled.
         possible = choose_compile(config.model.compile, world.device, precision)
-        fused = config.model.blocks == "fused"
-        if self._float8 and world.device.type == "cuda" and not possible.compiled:
-            raise ValueError(
-                f"model.momentum_linears='float8': needs compiled blocks, and they are {possible}: uncompiled, casts move "
-                "several times the bytes of the products; take model.momentum_linears native"
-            )
-        also = ", the momentum encoder's in float8 are compiled" if self._float8 else ""
-        self.compile = CompileChoice(False, f"fused blocks bring their own kernels{also}") if fused else possible
+        self.compile = _choose_for_blocks(possible, config, world.device, bool(self._float8))
+
+        # The plan measures the objective before it is compiled and wrapped.
         self.plan = choose_plan(
             config,
             objective,
@@ -92,60 +97,78 @@ class Gradients:
             levels=levels,
             reserved=reserved,
         )
-        prepare = view_preparation(each_view(config.data.views), precision, compiled=possible.compiled)
-        self.prepare = prepare
+        self.prepare = view_preparation(
+            each_view(config.data.views), precision, compiled=possible.compiled
+        )
+
+        # Compile the blocks; of fused ones only those with float8, to fuse the casts to float8.
         if self.compile.compiled:
             compile_blocks(objective, budget=self.plan.activation_budget)
-        elif fused and self._float8 and possible.compiled:
+        elif config.model.blocks == "fused" and self._float8 and possible.compiled:
             for network in objective.networks().values():
                 if float8_layers(network):
-                    compile_blocks(network)  # whose casts to float8 are then part of other kernels
-        self._chunked: ChunkedStep | None = None
-        images = config.global_batch_size // world.world_size
-        self.replays = "nothing: no chunk is without its own" if config.batch.cuda_graphs else "nothing"
-        # Chunks go round the wrapper, whose hooks would average after each of them.
+                    compile_blocks(network)
+
+        # Micro-batches bypass the DDP wrapper, whose hooks would average after each of them.
         self._forward = parallelize(
             objective,
             world,
             strategy=strategy,
             shard_size=config.parallel.shard_size,
-            half=half,
+            bf16=bf16,
             average_gradients=self.plan.chunk == 0,
         )
         if config.batch.cuda_graphs:
             require_capturable(objective)
-        if self.plan.chunk:
-            graphs = None
-            if config.batch.cuda_graphs:
-                graphs = ChunkGraphs(objective, self.plan.chunk, self._autocast, prepare=prepare)
-            replayed = graphs is not None and not self.plan.lean and self.plan.kept_images < images
-            self.replays = "chunks without a graph" if replayed else self.replays
-            self._chunked = ChunkedStep(
-                objective,
-                chunk=self.plan.chunk,
-                kept_images=self.plan.kept_images,
-                lean=self.plan.lean,
-                autocast=self._autocast,
-                prepare=prepare,
-                graphs=graphs,
+        self.replays = self._replays(config)
+        self._chunked = self._chunked_step(config) if self.plan.chunk else None
+
+    def _replays(self, config: Config) -> str:
+        """What CUDA graphs replay, for the log."""
+        if not config.batch.cuda_graphs:
+            return "nothing"
+        images = config.global_batch_size // self._world.world_size
+        if self.plan.chunk and not self.plan.lean and self.plan.kept_images < images:
+            return "the micro-batches whose autograd graph is not kept"
+        return "nothing, because every micro-batch keeps its autograd graph"
+
+    def _chunked_step(self, config: Config) -> ChunkedStep:
+        """The step in micro-batches, as planned."""
+        graphs = None
+        if config.batch.cuda_graphs:
+            graphs = ChunkGraphs(
+                self._objective, self.plan.chunk, self._autocast, prepare=self.prepare
             )
+        return ChunkedStep(
+            self._objective,
+            chunk=self.plan.chunk,
+            kept_images=self.plan.kept_images,
+            lean=self.plan.lean,
+            autocast=self._autocast,
+            prepare=self.prepare,
+            graphs=graphs,
+        )
 
     def __call__(
-        self, *views: Tensor, masks: tuple[Tensor, ...] = (), at: Progress = START, accuracy: bool = False
+        self,
+        *views: Tensor,
+        masks: tuple[Tensor, ...] = (),
+        at: Progress = START,
+        accuracy: bool = False,
     ) -> Output:
-        """Add this batch's gradients to `grad`, averaged over ranks.
+        """Add this batch's gradients, averaged over ranks, to `grad` of every trainable parameter.
 
         Args:
-            views: [B, 3, H, W] each, this rank's, as the loader delivers them.
-            masks: of the views that have one.
+            views: [B, 3, H, W] each, of this rank, as the loader delivers them.
+            masks: one for each view that has one.
             at: the step.
             accuracy: as for `Objective.compare`.
 
         Returns:
-            This rank's loss and what telemetry looks at; the graph is used up.
+            The output of this rank's forward. Its graph is freed.
 
         Raises:
-            RunError: if ranks no longer hold the same state; looked at every
+            RunError: if the replicas of the state differ between ranks; compared once every
                 `ParallelConfig.verify_replicas_every` calls.
         """
         if self._verify_every and self._calls % self._verify_every == 0:
@@ -163,6 +186,34 @@ class Gradients:
         if self._chunked is not None:
             return self._chunked(*views, masks=masks, at=at, accuracy=accuracy)
         with self._autocast():
-            output: Output = self._forward(*self.prepare(views), masks=masks, at=at, accuracy=accuracy)
+            output: Output = self._forward(
+                *self.prepare(views), masks=masks, at=at, accuracy=accuracy
+            )
         output.loss.backward()  # type: ignore[no-untyped-call]
         return output
+
+
+def _choose_for_blocks(
+    possible: CompileChoice, config: Config, device: torch.device, float8: bool
+) -> CompileChoice:
+    """Whether blocks of this config are compiled.
+
+    Args:
+        possible: the choice for blocks made of modules.
+        config: of the run.
+        device: of the model.
+        float8: whether the momentum encoder has float8 layers.
+
+    Raises:
+        ValueError: if float8 layers would run uncompiled on CUDA.
+    """
+    if float8 and device.type == "cuda" and not possible.compiled:
+        raise ValueError(
+            f"model.momentum_linears='float8': needs compiled blocks, and they are {possible}: "
+            "uncompiled, casts move several times the bytes of the products; "
+            "use model.momentum_linears native"
+        )
+    if config.model.blocks != "fused":
+        return possible
+    also = ", the momentum encoder's in float8 are compiled" if float8 else ""
+    return CompileChoice(False, f"fused blocks have their own kernels{also}")

@@ -1,4 +1,4 @@
-"""From the folder of a run to its model."""
+"""Load the model of a run from its folder."""
 
 from __future__ import annotations
 
@@ -17,28 +17,32 @@ from fastmoco.run.folder import RunFolder
 from fastmoco.training import state as training_state
 
 
-def load_run(run: Path | str, device: torch.device | str = "cpu") -> tuple[Objective, Config, Checkpoint]:
-    """The model of a run's newest checkpoint.
+def load_run(
+    run: Path | str, device: torch.device | str = "cpu"
+) -> tuple[Objective, Config, Checkpoint]:
+    """Load the model of a run's newest checkpoint.
 
-    ``objective.encoder`` is the trained encoder: in eval mode it maps [B, 3, H, W] images, normalised as ``config.data.view1``
-    says, to [B, E] class-token features; its ``head`` (the projector) is not part of that.
+    `objective.encoder` is the trained encoder. In eval mode it maps [B, 3, H, W] images, normalised
+    by mean and standard deviation of `config.data.view1`, to [B, E] class-token features. It does
+    not apply its `head`, the projector.
 
     Args:
         run: the folder given to `fastmoco train --out`.
-        device: where the model goes.
+        device: of the model.
 
     Returns:
-        The objective with its weights, the run's config, and the checkpoint they came from.
+        The objective with the trained weights, the config of the run, and the checkpoint.
 
     Raises:
         RunError: if the folder holds no checkpoint.
-        CheckpointError: if it holds checkpoints and none verifies.
+        CheckpointError: if it holds checkpoints but none verifies.
     """
     checkpoint = load_latest(RunFolder(Path(run)).checkpoints)
     if checkpoint is None:
         raise no_checkpoint(run)
     config = from_json(checkpoint.state["config"])
-    # What a run trained with may not run on this device: all backends of attention agree to rounding, and float8 is one.
+    # This device may lack the backends that the run trained with. All attention backends agree to
+    # rounding, and native products are more precise than those in float8.
     native = replace(config.model, attention="auto", linears="native", momentum_linears="native")
     anywhere = replace(config, model=native)
     objective = build_objective(anywhere, torch.device(device))

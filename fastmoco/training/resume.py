@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint here, and what a user should know if it does."""
+"""Check whether a run may continue from a checkpoint, and report what changed since the save."""
 
 from __future__ import annotations
 
@@ -18,30 +18,38 @@ from fastmoco.run.identity import RunIdentity
 from fastmoco_pipelines.spec import Resume
 
 MACHINE_FIELDS = ("world_size", "device", "threads", "optimizer", "chunk", "versions")
-"""What a checkpoint says of the machine that wrote it; a change is reported when a run continues."""
+"""Fields of `resolved` that describe the machine. A run that continues reports their changes."""
 
 
 def machine_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> list[str]:
-    """What differs between the machine that wrote a checkpoint and this one, each as ``name before -> now``."""
+    """Differences between the machine that wrote a checkpoint and this one, each as `name before ->
+    now`."""
     before = checkpoint.state["resolved"]
     known = [name for name in MACHINE_FIELDS if name in before]
     return [f"{name} {before[name]} -> {now[name]}" for name in known if before[name] != now[name]]
 
 
 def announce(
-    checkpoint: Checkpoint, identity: RunIdentity, now: Mapping[str, Any], report: Callable[[str], None]
+    checkpoint: Checkpoint,
+    identity: RunIdentity,
+    now: Mapping[str, Any],
+    report: Callable[[str], None],
 ) -> None:
-    """Say what a user should know of the checkpoint that a run continues from.
+    """Report the checkpoint that a run continues from, and the changes that affect its numbers.
 
     Args:
-        checkpoint: where the run stands.
+        checkpoint: the one that the run continues from.
         identity: of the run.
-        now: what the run came to here, for `machine_changes`.
-        report: takes a line.
+        now: the resolved values on this machine, for `machine_changes`.
+        report: called with each log line.
     """
     for path, reason in checkpoint.skipped:
         report(f"passed over {path.name}: {reason}")
-    whose = "" if checkpoint.run_id == identity.run_id else f", written by run {checkpoint.run_id or 'without an id'}"
+    whose = (
+        ""
+        if checkpoint.run_id == identity.run_id
+        else f", written by run {checkpoint.run_id or 'without an id'}"
+    )
     report(f"continuing from {checkpoint.path.name}{whose}")
     changed = machine_changes(checkpoint, now)
     if changed:
@@ -49,21 +57,23 @@ def announce(
 
 
 def require_run(checkpoint: Checkpoint | None) -> None:
-    """Refuse a checkpoint that holds tensors and no run."""
+    """Refuse a checkpoint that was saved outside a run and so lacks config and data state."""
     if checkpoint is not None and not {"config", "resolved", "data"} <= checkpoint.state.keys():
         raise RunError(
-            f"{checkpoint.path}: no run wrote this checkpoint, so none can be continued from it; move it away"
+            f"{checkpoint.path}: no run wrote this checkpoint, so no run can continue from it; "
+            "move it away"
         )
 
 
 def require_same_step(checkpoint: Checkpoint | None, world: World) -> None:
-    """Refuse ranks that would continue from different steps, as on machines that do not share ``out``."""
+    """Refuse to start if ranks would continue from different steps, for example because their
+    machines do not share `out`."""
     step = checkpoint.step if checkpoint is not None else 0
     steps = gather_rows(torch.tensor([step]), world.device).tolist()
     if len(set(steps)) > 1:
         raise RunError(
-            f"the ranks would continue from different steps, {steps}: every rank must see the same --out; "
-            "put it on a file system that all machines share"
+            f"the ranks would continue from different steps, {steps}: "
+            "every rank must see the same --out; put it on a file system that all machines share"
         )
 
 
@@ -75,55 +85,74 @@ def require_same_run(
     folder: RunFolder,
     allow: Sequence[str] = (),
 ) -> None:
-    """Refuse to continue a run under another config, in another precision or on other images.
+    """Refuse to continue a run with another config, in another precision or on other images.
 
-    Each field of the config says whether it is free to change, or may where the user names it (`Resume`).
+    Each field of the config declares whether it may change always, only with `--allow`, or never
+    (`Resume`).
 
     Args:
-        checkpoint: where the run stands.
-        config: what is wanted now.
-        precision: what the config's comes to on this machine.
+        checkpoint: the one that the run continues from.
+        config: the config given now.
+        precision: its precision, resolved on this machine.
         digest: of the images.
         folder: of the run.
-        allow: fields that may differ, e.g. ``optim.lr``.
+        allow: fields that may differ, e.g. `optim.lr`.
 
     Raises:
-        RunError: with every difference, and what can be done about it.
+        RunError: listing every difference, with the cure.
     """
     named = [name.replace("-", "_") for name in allow]
     fixed = [name for name in named if not may_change(config, name, Resume.WITH_ALLOW)]
     if fixed:
         those = ", ".join(marked(config, Resume.WITH_ALLOW))
-        raise RunError(f"--allow {' '.join(fixed)}: cannot change within a run; those that can: {those}")
+        raise RunError(
+            f"--allow {' '.join(fixed)}: cannot change within a run; fields that can: {those}"
+        )
     every = differences(from_json(checkpoint.state["config"]), config)
     changed = [line for line in every if line.partition(":")[0] not in named]
     before = checkpoint.state["resolved"]["precision"]
     if before != precision:
-        changed.append(f"precision on this machine: {before!r} -> {precision!r} (give --precision {before})")
+        changed.append(
+            f"precision on this machine: {before!r} -> {precision!r} (give --precision {before})"
+        )
     if changed:
-        could = [name for line in changed if may_change(config, name := line.partition(":")[0], Resume.WITH_ALLOW)]
-        hint = f", give --allow {' '.join(could)} if you mean it" if len(could) == len(changed) else ""
+        could = [
+            name
+            for line in changed
+            if may_change(config, name := line.partition(":")[0], Resume.WITH_ALLOW)
+        ]
+        hint = (
+            f", give --allow {' '.join(could)} if you mean it" if len(could) == len(changed) else ""
+        )
         raise RunError(
-            f"{folder.path} holds a run of another config; changed: {'; '.join(changed)}. "
-            f"Repeat the original command to continue it{hint}, or choose another --out for a new run"
+            f"{folder.path} holds a run with another config; changed: {'; '.join(changed)}. "
+            f"Repeat the original command to continue it{hint}, "
+            "or choose another --out for a new run"
         )
     if checkpoint.state["data"]["digest"] != digest:
         raise RunError(
-            f"{folder.path} was trained on other images than data.shards holds now; "
+            f"{folder.path} was trained on other images than those now in data.shards; "
             "point --data.shards at the original set, or choose another --out for a new run"
         )
 
 
 def shuffle_window(checkpoint: Checkpoint | None) -> int | None:
-    """The number of shards that a run has shuffled together so far (0: the whole set); None for a new run."""
-    return int(checkpoint.state["data"].get("shuffle_window", 0)) if checkpoint is not None else None
+    """Number of shards that a run shuffles together (0: the whole set); None for a new run."""
+    return (
+        int(checkpoint.state["data"].get("shuffle_window", 0)) if checkpoint is not None else None
+    )
 
 
 def require_same_order(checkpoint: Checkpoint, order_digest: str) -> None:
-    """Refuse to go on in another order of the images: cut into other shards, they are shuffled together otherwise."""
+    """Refuse to continue if the order of the images would change.
+
+    The same images in other shards, or in windows of another size, are shuffled in another order.
+    """
     if checkpoint.state["data"].get("order_digest", "") != order_digest:
         raise RunError(
-            f"the run has shuffled the images within windows of {shuffle_window(checkpoint)} shards (0: the whole set), and "
-            "data.shards now holds the same images in other shards, or data.shuffle_window is another: point "
-            "--data.shards at the original shards, and leave --data.shuffle-window as it was"
+            "this run would continue with another order of the images, because data.shards holds "
+            "the same images in other shards, or data.shuffle_window has changed: "
+            f"it has shuffled {shuffle_window(checkpoint)} shards together (0: the whole set). "
+            "Point --data.shards at the original shards, and give the original "
+            "--data.shuffle-window"
         )

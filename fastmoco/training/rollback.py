@@ -1,15 +1,18 @@
-"""After a gradient spike: back to the last checkpoint, as if the steps since then had never been. Only the data move on.
+"""Roll back to the last checkpoint after a gradient spike, and continue with the next data.
 
-Chowdhery et al. 2022 (PaLM, section 5.1) restarted from before a spike of the loss and left out the batches around it; the
-spikes did not come back, so it takes both a batch and a state to make one. Here weights, twin, buffers and the optimizer's
-state become those of the checkpoint of step c, while the count of steps, and with it schedule and order of the data, stays
-at s: what is left is a run whose steps c to s were all skipped, as `step_guard.py` skips one. The twin is part of the state and
-not averaged again: at c it was made ready for the next step, which is now that of s.
+Chowdhery et al. 2022 (PaLM, section 5.1) restarted from before a spike of the loss and left out the
+batches around it. The spikes did not come back, so a spike needs both a batch and a state. Here
+weights, momentum encoder, buffers and the state of the optimizer become those of the checkpoint of
+step c. The step count stays at s, and with it the schedule and the order of the data. The result is
+that of a run that skipped all steps from c to s, as `step_guard.py` skips one. The momentum encoder
+is part of the state and is not averaged again: at c it was made ready for the next step, which is
+now that of s.
 
-What is decided depends on steps alone, so that a run that was killed and continued decides alike. Norms are kept for every
-step and judged at log steps and before every save by steps (``checkpoint.every_steps``); a run only goes back to what was
-saved by steps, which therefore lies before any spike that was not known. A save at another step, by the clock or on a signal,
-holds the norms that are still to be judged, and is never gone back to.
+Decisions depend on steps alone, so that a run that was killed and continued makes the same ones.
+Norms are kept for every step. They are judged at log steps, and before every save at a multiple of
+`checkpoint.every_steps`. Only these saves are rolled back to, so none of them contains a spike that
+was not judged yet. A save at another step, by the clock or on a signal, contains the norms that are
+still to be judged, and is never rolled back to.
 """
 
 from __future__ import annotations
@@ -37,83 +40,116 @@ Row: TypeAlias = tuple[int, dict[str, float]]
 
 
 class Rollback:
-    """Call `record` at every step and `after_step` behind it, on all ranks; `state_dict` belongs into every checkpoint.
+    """Detects gradient spikes and restores an earlier checkpoint.
+
+    All ranks call `record` and then `after_step` at every step. Every checkpoint contains
+    `state_dict`.
 
     Args:
-        config: the run's config; ``faults.rollback_spike`` of 0 makes all calls do nothing.
-        world: this process among its peers.
-        saving: of the run, whose checkpoints it goes back to.
-        take: makes the state of a checkpoint the run's, whose count of steps stays.
-        state: what `state_dict` gave, of the checkpoint that the run continues from; empty for a new run.
+        config: the run's config; if `faults.rollback_spike` is 0, all calls do nothing.
+        world: this process's rank and device.
+        saving: of the run; finds and loads the checkpoint to restore.
+        take: restores the state of a checkpoint, except for the step count of the run.
+        state: the result of `state_dict` in the checkpoint that the run continues from; empty for a
+            new run.
     """
 
     def __init__(
-        self, config: Config, world: World, saving: Saving, take: Callable[[Checkpoint], None], state: Mapping[str, Any]
+        self,
+        config: Config,
+        world: World,
+        saving: Saving,
+        take: Callable[[Checkpoint], None],
+        state: Mapping[str, Any],
     ) -> None:
-        self._saving, self._take = saving, take
-        self._world, self._factor, self._most = world, config.faults.rollback_spike, config.faults.max_rollbacks
+        self._saving = saving
+        self._take = take
+        self._world = world
+        self._factor = config.faults.rollback_spike
+        self._most = config.faults.max_rollbacks
         self._every = config.checkpoint.every_steps
+
+        # Norms on the device, norms not judged yet, and the history of the median.
         self._on_device = GradientRecorder()
         self._pending: list[Row] = [_row(*row) for row in state.get("pending", [])]
         self._restart_median(state)
-        # All rollbacks; those without a quiet stretch between them; the last one's step and the step it went back to.
-        self._total, self._row = state.get("total", 0), state.get("row", 0)
+
+        # Number of all rollbacks, and of the latest ones without a quiet stretch between them.
+        self._total = state.get("total", 0)
+        self._row = state.get("row", 0)
+        # The step of the last rollback, and the step whose state it restored.
         self._last: tuple[int, int] | None = tuple(state["last"]) if state.get("last") else None
 
     def record(self, step: int, norms: Mapping[str, Tensor]) -> None:
-        """Keep one step's gradient norms (`gradient_norms`) on their device. No host sync."""
+        """Keep the gradient norms of one step (`gradient_norms`) on their device. No host sync."""
         if self._factor:
             self._on_device.record(step, norms)
 
     def after_step(self, step: int, recorder: Recorder, *, logged: bool) -> bool:
-        """Judge the steps since the last call that did, and go back if one of them was a spike.
+        """Judge the steps that were not judged yet, and roll back if one of them was a spike.
+
+        Only log steps and multiples of `checkpoint.every_steps` judge, with one host sync.
 
         Args:
             step: steps done.
-            recorder: told of it.
-            logged: whether this is a log step; only these and steps by which is saved judge, with one host sync.
+            recorder: gets the event.
+            logged: whether this is a log step.
 
         Returns:
-            Whether it went back.
+            Whether it rolled back.
 
         Raises:
             RunError: after too many rollbacks without a quiet stretch.
-            CheckpointError: if the checkpoints to go back to do not verify.
+            CheckpointError: if there are checkpoints to restore but none verifies.
         """
         if not self._factor or not (logged or step % self._every == 0):
             return False
         spike = self._judge()
         if not spike:
             return False
+
+        # A spike within `checkpoint.every_steps` of the last rollback counts as consecutive.
         spiked = f"step {spike}: a gradient norm above {self._factor:g} times its running median"
         quiet = self._last is None or spike - self._last[0] > self._every
         row = 1 if quiet else self._row + 1
         if row > self._most:
-            # Whatever continues from inside the spike comes to know of it, and ends here again.
+            # A run that continues from a checkpoint after the spike would judge it and end again.
             inside = self._saving.last_committed() >= spike
+            moved = f"Move the checkpoints from step {spike} on away; the others"
             raise RunError(
-                f"{spiked}, and {row - 1} rollbacks in a row did not help (faults.max_rollbacks={self._most}). "
-                + (f"Move the checkpoints from step {spike} on away; the others" if inside else "The checkpoints")
-                + " are from before the spike. Lower --optim.lr (with --allow optim.lr) or set "
-                "--optim.clip-norm (with --allow optim.clip_norm), or go on without --faults.rollback-spike"
+                f"{spiked}, and {row - 1} rollbacks in a row did not help "
+                f"(faults.max_rollbacks={self._most}). "
+                f"{moved if inside else 'The checkpoints'} are from before the spike. "
+                "Lower --optim.lr (with --allow optim.lr), set --optim.clip-norm "
+                "(with --allow optim.clip_norm), or continue without --faults.rollback-spike"
             )
+
+        # The state of the checkpoint becomes the run's.
         checkpoint = self._saving.go_back(step, self._take, recorder.paused)
         if checkpoint is None:
-            recorder.event(f"warning: {spiked}; no checkpoint by steps to go back to yet, the run goes on")
+            recorder.event(
+                f"warning: {spiked}; there is no checkpoint by steps to roll back to yet, "
+                "the run continues"
+            )
             return False
         for path, reason in checkpoint.skipped:
             recorder.event(f"passed over {path.name}: {reason}")
+
+        # The history of the median is that of the checkpoint; the counts are this run's.
         self._restart_median(checkpoint.state.get("rollback", {}))
-        self._total, self._row, self._last = self._total + 1, row, (step, checkpoint.step)
+        self._total += 1
+        self._row = row
+        self._last = (step, checkpoint.step)
         recorder.rolled_back(step, checkpoint.step)
         recorder.event(
-            f"warning: {spiked}; weights, twin, buffers and optimizer are those of step {checkpoint.step} again, as if steps "
-            f"{checkpoint.step + 1} to {step} had never been (rollback {row} in a row, {self._total} in all)"
+            f"warning: {spiked}; weights, momentum encoder, buffers and optimizer are those of "
+            f"step {checkpoint.step} again, as if steps {checkpoint.step + 1} to {step} had been "
+            f"skipped (rollback {row} in a row, {self._total} in all)"
         )
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold: the history of the median, norms not judged yet, and what was rolled back."""
+        """The state for a checkpoint: history of the median, norms not judged yet, rollbacks."""
         if not self._factor:
             return {}
         self._fetch()
@@ -126,13 +162,13 @@ class Rollback:
         }
 
     def _restart_median(self, state: Mapping[str, Any]) -> None:
-        """Begin with the history that a checkpoint holds."""
+        """Replace the history of the median by that of a checkpoint."""
         self._detector = SpikeDetector(factor=self._factor or math.inf, window=WINDOW)
         self._history: deque[Row] = deque(maxlen=WINDOW)
         self._observe(_row(*row) for row in state.get("history", []))
 
     def _observe(self, rows: Iterable[Row]) -> int:
-        """Take steps into the history; the first that was a spike, or 0."""
+        """Add steps to the history. Returns the first that was a spike, or 0."""
         spikes = []
         for step, norms in rows:
             spikes += [spike.step for spike in self._detector.observe(step, norms)]
@@ -140,13 +176,16 @@ class Rollback:
         return spikes[0] if spikes else 0
 
     def _fetch(self) -> None:
-        """Read what lies on the device. A step whose gradients were not finite was skipped, and was no spike."""
+        """Read the norms from the device.
+
+        Steps with non-finite gradients are left out: the step guard has skipped them.
+        """
         for step, norms in self._on_device.flush():
             if all(math.isfinite(value) for value in norms.values()):
                 self._pending.append((step, norms))
 
     def _judge(self) -> int:
-        """The first spike among the steps not judged yet, or 0; the first rank's word holds for all."""
+        """The first spike among the steps that were not judged yet, or 0. Rank 0 decides."""
         self._fetch()
         spike = self._observe(self._pending)
         self._pending = []

@@ -1,4 +1,4 @@
-"""When the state of a run is saved, agreed between its ranks, and what happens if a save in the background fails."""
+"""Decide when a run is saved, the same on all ranks, and repeat failed background saves."""
 
 from __future__ import annotations
 
@@ -28,24 +28,31 @@ from fastmoco.run.identity import RunIdentity
 from fastmoco.training import state as training_state
 
 DEADLINE_S = 600.0
-"""Seconds that ranks wait for each other in one phase of a save; then it has failed on all of them."""
+"""Seconds that ranks wait for each other in one phase of a save. After that it has failed on all
+of them."""
 
-NOTHING, BEHIND, NOW = range(3)
+NOTHING, BACKGROUND, FOREGROUND = range(3)
 
 
 class Saving:
-    """Decides after every step whether to save, and how. All ranks make the same calls and come to the same decision.
+    """Decides after every step whether and how to save.
+
+    All ranks make the same calls and get the same decision.
 
     Args:
         config: the run's config.
-        world: this process's place.
-        folder: where the checkpoints go.
-        step: steps done: saved already, or nothing yet.
-        identity: of the run; a checkpoint that it does not admit is not gone back to.
-        pulse: told while the main thread is in a save, which neither a signal's deadline nor the watchdog cuts off.
+        world: this process's rank and device.
+        folder: of the run, for the checkpoints.
+        step: steps done; their state is already saved, or it is the initial state.
+        pulse: records while the main thread is in a save, which neither the deadline after a signal
+            nor the watchdog may interrupt.
+        identity: of the run; `go_back` uses only checkpoints that it admits.
+
+    Attributes:
+        leftovers: folders of saves that an earlier process did not finish.
 
     Raises:
-        CheckpointError: on every rank, if one of them cannot write there.
+        CheckpointError: on every rank, if one of them cannot write to the folder.
     """
 
     def __init__(
@@ -58,7 +65,14 @@ class Saving:
         pulse: Pulse,
         identity: RunIdentity | None = None,
     ) -> None:
-        self._rules, self._world, self._log_every = config.checkpoint, world, config.log_every_steps
+        self._rules = config.checkpoint
+        self._world = world
+        self._log_every = config.log_every_steps
+        self._pulse = pulse
+        self._identity = identity
+        self._root = folder.checkpoints
+
+        # Every rank can write there, before the first step.
         self._group = group_for_saving(DEADLINE_S) if world.world_size > 1 else None
         self.leftovers = unfinished_saves(folder.checkpoints)
         on_every_rank(lambda: require_writable(folder.checkpoints, world.rank), self._group)
@@ -69,9 +83,12 @@ class Saving:
             group=self._group,
             check=training_state.require_finite,
         )
-        self._root, self._identity = folder.checkpoints, identity
-        self._begun_step, self._begun_at, self._committed = step, time.monotonic(), step
-        self._failed, self._pulse = False, pulse
+
+        # Step and time of the last save that was started, and whether it failed.
+        self._begun_step = step
+        self._begun_at = time.monotonic()
+        self._failed = False
+        self._committed = step
 
     def after_step(
         self,
@@ -82,14 +99,14 @@ class Saving:
         force: bool,
         paused: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Save if it is time, if the last save in the background failed, or if it is forced.
+        """Save if a save is due, if the last background save failed, or if it is forced.
 
         Args:
             step: optimizer steps done.
-            collect: gives tensors and JSON state; called only if there is something to save.
-            report: takes a line for the user.
-            force: save now, unless this very step is saved, and return when it is committed.
-            paused: entered while the run stands still for a save.
+            collect: returns tensors and JSON state; called only for a save.
+            report: called with each log line.
+            force: save now unless this step is saved already, and return when it is committed.
+            paused: entered while training waits for the save.
 
         Raises:
             RunError: if the state is not finite.
@@ -97,14 +114,18 @@ class Saving:
         """
         if force:
             with paused(), self._pulse.inside(Section.SAVE, 6 * DEADLINE_S):
-                self._hear(self._saver.wait(), report)
+                self._note(self._saver.wait(), report)
         else:
-            self._hear(self._saver.poll(), report)
+            self._note(self._saver.poll(), report)
+
+        # All ranks save, or none does.
         order = self._agree(step, force)
         if order == NOTHING:
             return
-        save = self._saver.save_in_background if order == BEHIND else self._saver.save
-        self._begun_step, self._begun_at, self._failed = step, time.monotonic(), False
+        save = self._saver.save_in_background if order == BACKGROUND else self._saver.save
+        self._begun_step = step
+        self._begun_at = time.monotonic()
+        self._failed = False
         with paused(), self._pulse.inside(Section.SAVE, 6 * DEADLINE_S):
             tensors, state = collect()
             save(step=step, tensors=tensors, state=state)
@@ -115,21 +136,23 @@ class Saving:
         take: Callable[[Checkpoint], None],
         paused: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Checkpoint | None:
-        """Take the state of the newest checkpoint at a multiple of ``checkpoint.every_steps``, after the save in flight.
+        """Restore the newest checkpoint at a multiple of `checkpoint.every_steps`.
 
-        One with norms that were not judged when it was saved is left out: under another ``checkpoint.every_steps`` a save by
-        the clock or on a signal may stand at such a step.
+        Waits for the save in flight first. A checkpoint with norms that were not judged yet is left
+        out. It comes from a save by the clock or on a signal, at a step that became a multiple when
+        `checkpoint.every_steps` changed.
 
         Args:
-            before: only checkpoints of earlier steps count.
-            take: puts the state in its place.
-            paused: entered while the run stands still.
+            before: only checkpoints of earlier steps are considered.
+            take: restores the state of a checkpoint.
+            paused: entered while training waits.
 
         Returns:
-            The checkpoint, the same on all ranks, each of which has verified it; None if there is none.
+            The checkpoint, the same on all ranks and verified on each; None if there is none.
 
         Raises:
-            CheckpointError: on every rank, if there are some and none verifies, or the ranks see different ones.
+            CheckpointError: on every rank, if there are checkpoints but none verifies, or if the
+                ranks find different ones.
         """
         with paused(), self._pulse.inside(Section.ROLLBACK, 6 * DEADLINE_S):
             checkpoint = self._newest_by_steps(before)
@@ -139,11 +162,14 @@ class Saving:
 
     def _newest_by_steps(self, before: int) -> Checkpoint | None:
         self._saver.settle()
-        every, found = self._rules.every_steps, []
+        every = self._rules.every_steps
+        found: list[Checkpoint | None] = []
         admit = self._identity.admit if self._identity is not None else lambda path, run_id: None
 
         def newest_below(end: int) -> Checkpoint | None:
-            return load_latest(self._root, among=lambda step: step < end and step % every == 0, admit=admit)
+            return load_latest(
+                self._root, among=lambda step: step < end and step % every == 0, admit=admit
+            )
 
         def find() -> int:
             newest = newest_below(before)
@@ -154,38 +180,50 @@ class Saving:
 
         steps = on_every_rank(find, self._group)
         if len(set(steps)) > 1:
-            raise CheckpointError(f"{self._root}: the ranks would go back to different steps, {steps}: is it shared?")
+            raise CheckpointError(
+                f"{self._root}: the ranks would roll back to different steps, {steps}; "
+                "put --out on a file system that all machines share"
+            )
         return found[0]
 
     def last_committed(self) -> int:
-        """Step of the newest checkpoint that is on the disk, after the save in flight, if any."""
+        """Step of the newest committed checkpoint; waits for the save in flight, if any."""
         self._saver.settle()
         return self._saver.saved_step if self._saver.saved_step is not None else self._committed
 
     def close(self, report: Callable[[str], None]) -> None:
-        """Wait for the save in flight, and say if it failed. It is one only if the run ends by an error of its own."""
+        """Wait for the save in flight, and report if it failed.
+
+        There is one only if the run ends with an error: the last save of a run is awaited.
+        """
         error = self._saver.wait(DEADLINE_S)
         if error is not None:
             report(f"the save in the background failed: {error}")
 
-    def _hear(self, error: BaseException | None, report: Callable[[str], None]) -> None:
+    def _note(self, error: BaseException | None, report: Callable[[str], None]) -> None:
         if error is not None:
             self._failed = True
             report(f"the save in the background failed and is repeated in the foreground: {error}")
 
     def _agree(self, step: int, force: bool) -> int:
-        """What the first rank decides, by its clock and its own background save.
+        """The decision of rank 0, by its clock and its own background save.
 
-        Ranks that only the clock could part meet at log steps: asking at every step would hold up CUDA's queue.
+        On CUDA, ranks agree only at log steps, at forced saves and at multiples of
+        `checkpoint.every_steps`, because agreeing waits for the device.
         """
         rules = self._rules
         by_steps = rules.every_steps > 0 and step % rules.every_steps == 0
+
+        # Without an agreement nothing is saved, which every rank knows from the step alone.
         meet = force or by_steps or self._world.device.type == "cpu" or step % self._log_every == 0
         if self._world.world_size > 1 and not meet:
             return NOTHING
+
+        # What this rank would do; only the decision of rank 0 counts.
         by_clock = time.monotonic() - self._begun_at >= rules.every_minutes * 60
         order = NOTHING
         if self._failed or ((force or by_steps or by_clock) and self._begun_step != step):
-            order = NOW if force or self._failed or not rules.async_save else BEHIND
-        # Not through the group of the saves: their thread may be using it.
+            order = FOREGROUND if force or self._failed or not rules.async_save else BACKGROUND
+
+        # Not through the group of the saves, which their thread may be using.
         return of_first_rank(order, self._world.device)

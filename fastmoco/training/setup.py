@@ -1,4 +1,4 @@
-"""From a config to live objects: the choices that depend on this machine, each made in one place."""
+"""Build loaders and monitors from a config: each choice that depends on this machine, once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fastmoco_pipelines.views.runtime import dali_version
 
 
 def share_cores(config: Config) -> int:
-    """Set torch's CPU threads for this process; several processes on one machine share its cores.
+    """Set the number of torch's CPU threads; the processes on one machine share its cores.
 
     Returns:
         The number of threads.
@@ -41,17 +41,19 @@ def share_cores(config: Config) -> int:
 
 
 def data_device(config: Config, world: World) -> Device:
-    """Where DALI works: beside the model unless the config says otherwise."""
+    """Device of DALI: by default that of the model."""
     if config.data.device == "auto":
         return "gpu" if world.device.type == "cuda" else "cpu"
     return config.data.device
 
 
 def loader_spec(config: Config, world: World, *, threads: int) -> LoaderSpec:
-    """What the training loader of a config delivers here: beside a GPU, levels, which the step normalises by chunks.
+    """The spec of the training loader on this machine.
+
+    If the model is on a GPU, views are uint8 by default, and the step normalises each micro-batch.
 
     Raises:
-        ValueError: if ``data.shards`` is not given, and the images are not synthetic.
+        ValueError: if `data.shards` is missing and the images are not synthetic.
     """
     device = "cpu" if config.data.synthetic else data_device(config, world)
     spec = config.loader_spec(device=device, threads=config.data.threads or threads)
@@ -62,9 +64,10 @@ def loader_spec(config: Config, world: World, *, threads: int) -> LoaderSpec:
 
 
 def reserved_bytes(world: World, loader: Loader | SyntheticLoader) -> float:
-    """Bytes of the model's device that a plan of the step must leave to the loader, beside the batch that is in use.
+    """Bytes of the model's device that a plan must leave free for the loader.
 
-    The batch of a synthetic loader, which a plan counts, lies there already: less than nothing.
+    The batch in use is not included, because the plan counts it. The batch of a synthetic loader is
+    allocated already, so its size is subtracted: the result is negative.
     """
     held = loader_bytes(loader.spec, world.world_size)
     if isinstance(loader, SyntheticLoader):
@@ -82,23 +85,27 @@ def build_train_loader(
     shuffle_window: int | None = None,
     quarantine_list: Path | None = None,
 ) -> Loader | SyntheticLoader:
-    """The loader of a config, about to deliver the batch of ``start_step``.
+    """Build the training loader of a config. Its first batch is that of `start_step`.
 
     Args:
-        config: the run.
-        world: this process among those that train.
-        threads: of DALI, where the config does not say.
+        config: of the run.
+        world: this process's rank and device.
+        threads: of DALI, unless the config sets them.
         start_step: step of the first batch.
-        shuffle_window: what the run began with, for a config that leaves it open.
+        shuffle_window: the window that the run started with, used unless the config sets one.
         quarantine_list: the run's list of bad images.
 
     Raises:
-        ValueError: if ``data.shards`` is not given.
+        ValueError: if `data.shards` is missing.
     """
     if config.data.synthetic:
         spec = loader_spec(config, world, threads=1)
         return SyntheticLoader(
-            spec, rank=world.rank, world_size=world.world_size, device=world.device, start_step=start_step
+            spec,
+            rank=world.rank,
+            world_size=world.world_size,
+            device=world.device,
+            start_step=start_step,
         )
     spec = loader_spec(config, world, threads=threads)
     device = spec.device
@@ -118,25 +125,37 @@ def build_train_loader(
 
 
 def build_monitors(
-    config: Config, world: World, *, threads: int, precision: str, quarantine_list: Path | None = None
+    config: Config,
+    world: World,
+    *,
+    threads: int,
+    precision: str,
+    quarantine_list: Path | None = None,
 ) -> list[Monitor]:
-    """The evaluations that a config asks for while it trains.
+    """Build the evaluations that a config has during training.
 
     Args:
-        config: the run.
-        world: this process among those that train.
-        threads: of DALI, where the config does not say.
+        config: of the run.
+        world: this process's rank and device.
+        threads: of DALI, unless the config sets them.
         precision: of the encoder: "bf16", "fp32" or "fp64".
         quarantine_list: the run's list of bad images.
     """
-    knn = build_knn(config, world, threads=threads, precision=precision, quarantine_list=quarantine_list)
+    knn = build_knn(
+        config, world, threads=threads, precision=precision, quarantine_list=quarantine_list
+    )
     return [knn] if knn is not None else []
 
 
 def build_knn(
-    config: Config, world: World, *, threads: int, precision: str, quarantine_list: Path | None = None
+    config: Config,
+    world: World,
+    *,
+    threads: int,
+    precision: str,
+    quarantine_list: Path | None = None,
 ) -> KnnMonitor | None:
-    """The kNN monitor; None without held-out shards or without an interval."""
+    """Build the kNN monitor; None without held-out shards or without an interval."""
     if not config.knn.test_shards or config.knn.every_epochs == 0:
         return None
     return KnnMonitor(
@@ -157,7 +176,7 @@ def describe(
     plan: Mapping[str, Any],
     optimizer: AveragedOptimizer,
 ) -> dict[str, Any]:
-    """What a config came to on this machine, for ``config.json`` and checkpoints."""
+    """The values that a config resolved to on this machine, for `config.json` and checkpoints."""
     return {
         **asdict(resolved),
         "precision": precision,
@@ -172,7 +191,7 @@ def describe(
 
 
 def versions() -> dict[str, str]:
-    """Versions that a run's numbers depend on."""
+    """Versions of the libraries that affect the numbers of a run."""
     found = {
         "fastmoco": fastmoco.__version__,
         "python": platform.python_version(),
@@ -181,6 +200,6 @@ def versions() -> dict[str, str]:
     }
     if (dali := dali_version()) is not None:
         found["dali"] = dali
-    if "torchao" in sys.modules:  # there only where a model multiplies with it
+    if "torchao" in sys.modules:  # imported only if a model uses it
         found["torchao"] = importlib.metadata.version("torchao")
     return found

@@ -1,7 +1,8 @@
-"""Everything a run is, as named tensors and JSON; and a run made from them again.
+"""Collect the state of a run as named tensors, and restore it.
 
-Tensors: ``model.*`` (parameters and buffers of the objective), ``optimizer.*`` by parameter name, ``rng.*``.
-The data need nothing but the step. Tensors may be sharded over the ranks: each then reads and holds its own part.
+Names: `model.*` (parameters and buffers of the objective), `optimizer.*` by parameter name, and
+`rng.*` for random number generators. The data need only the step. Tensors may be sharded over
+ranks, and each rank then reads and stores its own part.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from fastmoco_kernels.tensors import local
 
 
 def collect(objective: nn.Module, optimizer: AveragedOptimizer) -> dict[str, Tensor]:
-    """Every tensor of the run's state, by name; none is copied but the states of the random numbers, which each rank has."""
+    """Every tensor of the run's state by name.
+
+    Only the states of random number generators are copies. Each rank has its own.
+    """
     tensors = _model_tensors(objective, group_rank())
     tensors |= flatten_optimizer(optimizer.inner, objective.named_parameters())
     tensors[_of_rank("rng.cpu", group_rank())] = torch.get_rng_state()
@@ -29,23 +33,31 @@ def collect(objective: nn.Module, optimizer: AveragedOptimizer) -> dict[str, Ten
 
 
 def restore(
-    objective: nn.Module, optimizer: AveragedOptimizer, checkpoint: Checkpoint, next_ema_momentum: float | None = None
+    objective: nn.Module,
+    optimizer: AveragedOptimizer,
+    checkpoint: Checkpoint,
+    next_ema_momentum: float | None = None,
 ) -> None:
-    """Put a collected state back, in place: objective and optimizer may be sharded, over other ranks than when it was saved.
+    """Restore a saved state in place; ranks and sharding may differ from those at the save.
 
-    A rank beyond those that saved takes the random numbers of the first. Averages are made ready for the next step, at the end
-    of which they move. They are saved so, but after a run's last step, and by runs from when a step began with it.
+    Ranks that did not exist at the save take the random numbers of rank 0. The momentum update ends
+    a step, so saved averages are usually those that the next step needs. Two kinds of checkpoints
+    are exceptions, and their averages are updated here: those of the last step of a run, and those
+    of runs whose steps began with the update.
 
     Args:
         objective: of the run.
         optimizer: over the objective's trainable parameters.
-        checkpoint: whose state to take.
-        next_ema_momentum: momentum of the move that ends the checkpoint's last step; None if there is none.
+        checkpoint: the state to restore.
+        next_ema_momentum: momentum of the update that ends the checkpoint's last step; None without
+            one.
 
     Raises:
-        CheckpointError: if a tensor is missing, left over or of another shape.
+        CheckpointError: if a tensor is missing, unknown or has another shape.
     """
     restore_model(objective, checkpoint)
+
+    # State of the optimizer and of the random number generators, in one reading.
     parameters = dict(objective.named_parameters())
     moments = {
         name: _blank_like(name, entry, parameters)
@@ -59,45 +71,57 @@ def restore(
         if name in checkpoint.entries:
             rng[name] = torch.empty_like(checkpoint.entries[name], device="cpu")
     checkpoint.read_into(moments | rng)
+
+    # Put them in place.
     restore_optimizer(optimizer.inner, objective.named_parameters(), moments)
     for name, state in rng.items():
         if name.startswith("rng.cpu"):
             torch.set_rng_state(state)
         elif torch.cuda.is_available():
             torch.cuda.set_rng_state(state)
+
     if next_ema_momentum is not None and not checkpoint.state.get("twin_advanced", False):
         optimizer.move_averages(next_ema_momentum)
 
 
 def restore_model(objective: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put the objective's networks back, in place; they may be sharded.
+    """Restore the objective's networks in place; they may be sharded.
 
-    A rank beyond those that saved takes the first one's part of what each rank has for itself.
+    For buffers that differ between ranks, a rank that did not exist at the save takes those of rank
+    0.
 
     Raises:
-        CheckpointError: if a tensor is missing, left over or of another shape.
+        CheckpointError: if a tensor is missing, unknown or has another shape.
     """
     own, first = (_model_tensors(objective, rank) for rank in (group_rank(), 0))
     targets = {
         name if name in checkpoint.entries else shared: tensor
         for (name, tensor), shared in zip(own.items(), first, strict=True)
     }
+
+    # Refuse tensors that the model lacks, except for the per-rank buffers of other ranks.
     of_others = tuple(f"model.{name}.rank" for name in _per_rank(objective))
     known = targets.keys() | first.keys()
     beyond = [
         name
         for name in checkpoint.entries
-        if name.startswith("model.") and name not in known and not (of_others and name.startswith(of_others))
+        if name.startswith("model.")
+        and name not in known
+        and not (of_others and name.startswith(of_others))
     ]
     if beyond:
         raise CheckpointError(
-            f"{checkpoint.path} holds {beyond[:5]}, which the model lacks; was it changed since the save?"
+            f"{checkpoint.path} contains {beyond[:5]}, which the model lacks; "
+            "was the model changed since the save?"
         )
     checkpoint.read_into(targets)
 
 
 def _blank_like(name: str, entry: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-    """Where an entry of the optimizer's state is to be read: sharded like its parameter, if it has its shape."""
+    """An empty tensor for an entry of the optimizer's state.
+
+    It is sharded like the parameter if it has the parameter's shape.
+    """
     parameter = parameters.get(name.removeprefix("optimizer.").rpartition(".")[0])
     if parameter is None or parameter.shape != entry.shape:
         return torch.empty_like(entry, device="cpu")
@@ -105,7 +129,7 @@ def _blank_like(name: str, entry: Tensor, parameters: Mapping[str, Tensor]) -> T
 
 
 def _model_tensors(objective: nn.Module, rank: int) -> dict[str, Tensor]:
-    """Parameters and buffers under the names that a rank saves them by."""
+    """Parameters and buffers by the names under which a rank saves them."""
     own = _per_rank(objective)
     return {
         _of_rank(f"model.{name}", rank) if name in own else f"model.{name}": tensor
@@ -123,7 +147,7 @@ def _of_rank(kind: str, rank: int) -> str:
 
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse to save a state that no run could go on from; the checkpoints before it stay.
+    """Refuse to save a state from which no run could continue. Earlier checkpoints are kept.
 
     Raises:
         RunError: naming the first tensor with NaN or infinity.
@@ -132,6 +156,7 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
         (own,) = local([tensor])
         if own.is_floating_point() and not bool(torch.isfinite(own).all()):
             raise RunError(
-                f"{name} is not finite: this state is not saved, and the checkpoints before it are kept. "
-                "Continue from them with a lower --optim.lr or a longer --optim.warmup-epochs in a new --out"
+                f"{name} is not finite: this state is not saved, and earlier checkpoints are kept. "
+                "Continue from them in a new --out, with a lower --optim.lr or a longer "
+                "--optim.warmup-epochs"
             )

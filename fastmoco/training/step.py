@@ -1,4 +1,4 @@
-"""One optimizer step, from a batch to moved weights, in the order in which it happens."""
+"""One optimizer step: forward, backward, clipping and update, in order."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fastmoco_pipelines import Batch
 
 
 class StepResult(NamedTuple):
-    """What a step leaves to look at; all tensors are on the device."""
+    """The results of a step. All tensors are on the device."""
 
     output: Output
-    """Of the forward on this rank."""
+    """The output of this rank's forward."""
     norms: Mapping[str, Tensor]
     """Gradient norms by place in the network, and their "total", before clipping."""
     at: Progress
@@ -37,13 +37,13 @@ class StepResult(NamedTuple):
 
 
 class TrainStep:
-    """Call it with a batch and the progress of the run. Nothing in it waits for the device.
+    """Runs one optimizer step without waiting for the device.
 
     Args:
         config: of the run.
-        resolved: what it became.
-        objective: sharded already where it will be.
-        forward_backward: gives the output of a batch, and its gradients in `grad` of every
+        resolved: values derived from the config.
+        objective: what is trained, after sharding.
+        forward_backward: returns the output of a batch, and adds the gradients to `grad` of every
             trainable parameter.
         optimizer: of the objective's parameters and their averages.
         guard: decides which steps are skipped.
@@ -63,8 +63,11 @@ class TrainStep:
         guard: StepGuard,
     ) -> None:
         self.forward_backward = forward_backward
-        self._config, self._resolved = config, resolved
-        self._objective, self._optimizer, self._guard = objective, optimizer, guard
+        self._config = config
+        self._resolved = resolved
+        self._objective = objective
+        self._optimizer = optimizer
+        self._guard = guard
         self._trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self._device = next(iter(self._trainable.values())).device
         self._places = objective.places()
@@ -85,7 +88,7 @@ class TrainStep:
         Args:
             batch: this rank's part of the global batch.
             at: the step.
-            accuracy: whether the output gets figures that cost a pass of their own.
+            accuracy: as for `Objective.compare`.
         """
         lr = self.learning_rate(at)
         for group in self._optimizer.param_groups:
@@ -93,27 +96,27 @@ class TrainStep:
         views = [view.to(self._device, non_blocking=True) for view in batch.views]
         self._objective.zero_grad(set_to_none=True)
 
-        # The forward writes buffers, which the guard restores if the step turns out bad.
+        # The forward writes buffers. The guard copies them, and restores them after a bad step.
         self._guard.begin()
         output = self.forward_backward(*views, at=at, accuracy=accuracy)
 
-        # Without a gradient an optimizer passes a parameter over: no decay, no momentum.
+        # An optimizer leaves parameters without a gradient as they are: no decay, no momentum.
         for name in self._objective.frozen(at):
             self._trainable[name].grad = None
 
-        # One pass over the gradients: guard, clipping, telemetry and rollback read its norms.
+        # One pass computes the norms of gradients for guard, clipping, telemetry and rollback.
         norms = gradient_norms(self._trainable.items(), self._places)
         skip = self._guard.judge(output.loss, norms["total"])
         self._clip(norms["total"])
 
-        # Weights and averages move, unless the step is skipped; then queues and centres.
+        # Update weights and averages, then queues and centres. A skipped step changes none of them.
         self._optimizer.step(ema_momentum=self._objective.ema_momentum(at), skip=skip)
         self._objective.after_step(skip, at)
         return StepResult(output, norms, at, lr)
 
     @torch.no_grad()
     def _clip(self, total: Tensor) -> None:
-        """Shorten the gradients, as one vector, to `optim.clip_norm`; 0: never."""
+        """Clip the norm of all gradients together to `optim.clip_norm`; 0: no clipping."""
         clip_norm = self._config.optim.clip_norm
         if clip_norm > 0:
             gradients = [p.grad for p in self._trainable.values() if p.grad is not None]

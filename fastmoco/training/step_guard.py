@@ -1,10 +1,10 @@
-"""A step whose loss or gradients are not finite leaves no trace. The host does not wait to decide it.
+"""Skip steps whose loss or gradients are not finite, without a host sync.
 
-One NaN pixel makes the statistics of batch norms NaN for all images, in the forward. A model whose
-optimizer merely skips such a step trains on, looks healthy, and gives NaN in eval mode from then on.
-So buffers are copied at the start of a step and restored by a select on the device, and the optimizer
-gets a flag on the device (`optim/averaged.py`). The flag is the worst of all ranks. A forward draws
-no random numbers, so there are none to restore.
+One NaN pixel makes the statistics of batch norms NaN for all images, in the forward. If the
+optimizer alone skipped such a step, training would continue and look healthy, but the model would
+return NaN in eval mode. Therefore the buffers are copied at the start of a step and restored by a
+select on the device, and the optimizer gets a flag on the device (`optim/averaged.py`). All ranks
+use the maximum of their flags. A forward draws no random numbers, so there are none to restore.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from fastmoco.errors import RunError
 
 
 class StepGuard:
-    """Call `begin` before a forward, `judge` after its backward, and `report` at log steps.
+    """Skips bad steps. Call `begin` before a forward, `judge` after its backward, and `report` at
+    log steps.
 
     Args:
-        objective: whose buffers a forward writes.
-        world: this process among its peers.
+        objective: its buffers are restored after a bad step.
+        world: this process's rank and device.
         patience: consecutive bad steps that end the run.
 
     Attributes:
-        skipped: steps skipped, as far as `report` has looked.
+        skipped: steps skipped until the last `report`.
     """
 
     def __init__(self, objective: nn.Module, world: World, *, patience: int) -> None:
@@ -34,22 +35,23 @@ class StepGuard:
         self._buffers = list(objective.buffers())
         self._before = [buffer.clone() for buffer in self._buffers]
         self.skipped = 0
-        # In all, in a row up to now, the longest row since the last report.
+        # Bad steps: all, the current number in a row, the most in a row since the last report.
         self._counts = torch.zeros(3, dtype=torch.int64, device=world.device)
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Remember what a forward writes."""
+        """Copy the buffers that a forward writes."""
         if self._buffers:
             torch._foreach_copy_(self._before, self._buffers)
 
     @torch.no_grad()
     def judge(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
-        """Decide whether a step is skipped; if so, restore the buffers that its forward has written.
+        """Decide whether a step is skipped; if so, restore the buffers that its forward has
+        written.
 
         Args:
             loss: of this rank, a scalar.
-            gradient_norm: of all gradients as one vector, averaged over ranks.
+            gradient_norm: of all gradients together, after averaging over ranks.
 
         Returns:
             One float32 on the device, the same on all ranks: 1 for a step to skip, else 0. No host
@@ -58,35 +60,44 @@ class StepGuard:
         bad = ~(torch.isfinite(loss.detach()) & torch.isfinite(gradient_norm))
         found = largest(bad.to(torch.float32))
         bad = found > 0
+
+        # Restore the buffers, and count.
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(torch.where(bad, before, buffer))
         number = bad.to(torch.int64)
         row = (self._counts[1] + number) * number
-        self._counts = torch.stack([self._counts[0] + number, row, torch.maximum(self._counts[2], row)])
+        self._counts = torch.stack(
+            [self._counts[0] + number, row, torch.maximum(self._counts[2], row)]
+        )
         return found
 
     def forget(self) -> None:
-        """Count consecutive bad steps from 0: those so far were rolled back (`rollback.py`). No host sync."""
+        """Reset the count of consecutive bad steps after a rollback. No host sync."""
         self._counts[1:].zero_()
 
     def report(self, step: int) -> list[str]:
-        """What there is to say since the last call; one host sync.
+        """Log lines on the steps skipped since the last call; one host sync.
 
         Args:
             step: steps done.
 
         Raises:
-            RunError: if too many steps in a row were skipped.
+            RunError: if too many consecutive steps were skipped.
         """
         total, _, longest = self._counts.tolist()
-        new, self.skipped = total - self.skipped, total
+        new = total - self.skipped
+        self.skipped = total
         self._counts[2] = self._counts[1]
         if longest >= self._patience:
             raise RunError(
-                f"{longest} steps in a row up to step {step} gave a loss or gradients that are not finite, and "
-                f"faults.max_skipped_steps={self._patience}; none of them changed the model. "
-                "Lower --optim.lr, lengthen --optim.warmup-epochs or set --optim.clip-norm, in a new --out"
+                f"{longest} steps in a row up to step {step} had a non-finite loss or gradients "
+                f"(faults.max_skipped_steps={self._patience}); none of them changed the model. "
+                "Lower --optim.lr, lengthen --optim.warmup-epochs or set --optim.clip-norm, "
+                "in a new --out"
             )
         if not new:
             return []
-        return [f"warning: {new} steps up to step {step} skipped, loss or gradients not finite ({total} so far)"]
+        return [
+            f"warning: {new} steps up to step {step} skipped, "
+            f"loss or gradients not finite ({total} so far)"
+        ]

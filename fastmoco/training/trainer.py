@@ -1,7 +1,8 @@
-"""The loop: one step, and what happens between steps. Each part is in a module of its own.
+"""The training loop: one optimizer step, and the work between steps.
 
-The order of a step follows Chen, Xie, He 2021 (Algorithm 1). The average is taken at the end of the
-step before. That equals taking it between the two forwards, bit for bit (`MoCoV3.ema_momentum`).
+Each part is implemented in its own module and called from here. The order of a step follows Chen,
+Xie, He 2021 (Algorithm 1), except that the momentum update is moved to the end of the step before.
+The result is bit-identical (`MoCoV3.ema_momentum`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fastmoco.telemetry.recorder import Recorder
 from fastmoco.telemetry.stragglers import Stragglers
 from fastmoco.training import resume, setup
 from fastmoco.training import state as training_state
-from fastmoco.training.forward_backward import Gradients
+from fastmoco.training.forward_backward import ForwardBackward
 from fastmoco.training.rollback import Rollback
 from fastmoco.training.saving import DEADLINE_S, Saving
 from fastmoco.training.step import StepResult, TrainStep
@@ -42,12 +43,13 @@ from fastmoco_pipelines import Batch, Loader, ShardError, SyntheticLoader
 
 
 class Trainer:
-    """A run on one process of a world. Made by `build`, driven by `run`, ended by `close`.
+    """A training run on one rank. Use `build`, then `run`, then `close`.
 
     Attributes:
         step_count: optimizer steps done.
-        resolved: what the config became on this world and data set.
-        objective: what is trained.
+        resolved: values derived from config, world size and data set.
+        objective: the model and its loss.
+        forward_backward: runs forward and backward of a batch.
     """
 
     def __init__(
@@ -69,12 +71,16 @@ class Trainer:
         self.monitors = monitors
         self.precision = precision
         self.identity = identity if checkpoint is None else identity.taking_over(checkpoint.run_id)
-        self.resolved = resolve(config, world_size=world.world_size, sample_count=loader.sample_count)
+        self.resolved = resolve(
+            config, world_size=world.world_size, sample_count=loader.sample_count
+        )
 
-        # The objective and its gradients, before optimizer and restore: parameters may get sharded.
+        # Model, forward and backward. This may shard parameters, so optimizer and restore follow.
         self.objective = build_objective(config, world.device)
-        self.attention = attention_choice(config, self.objective.encoder, self.precision, world.device)
-        self.gradients = Gradients(
+        self.attention = attention_choice(
+            config, self.objective.encoder, self.precision, world.device
+        )
+        self.forward_backward = ForwardBackward(
             config,
             self.objective,
             world,
@@ -83,9 +89,11 @@ class Trainer:
             levels=loader.spec.view_dtype == "uint8",
             reserved=setup.reserved_bytes(world, loader),
         )
-        self.optimizer = build_optimizer(config, self.objective.named_parameters(), self.objective.averages())
+        self.optimizer = build_optimizer(
+            config, self.objective.named_parameters(), self.objective.averages()
+        )
 
-        # The state of the checkpoint, if there is one.
+        # Restore the state of the checkpoint, if there is one.
         self.step_count = 0
         if checkpoint is not None:
             self._take_state(checkpoint)
@@ -94,18 +102,22 @@ class Trainer:
             for monitor in monitors:
                 monitor.load_state_dict(states.get(monitor.name, {}))
 
-        # What goes on around the steps.
+        # Faults: signals, hangs, slow ranks, checkpoints, spikes and bad steps.
         self.pulse = Pulse(config.faults)
         self.stragglers = Stragglers(self.objective, world)
-        self.saving = Saving(config, world, folder, step=self.step_count, pulse=self.pulse, identity=self.identity)
+        self.saving = Saving(
+            config, world, folder, step=self.step_count, pulse=self.pulse, identity=self.identity
+        )
         rolled = checkpoint.state.get("rollback", {}) if checkpoint is not None else {}
         self.rollback = Rollback(config, world, self.saving, self._take_state, rolled)
         self.guard = StepGuard(self.objective, world, patience=config.faults.max_skipped_steps)
+
+        # The step, and the records of the run.
         self.train_step = TrainStep(
             config,
             self.resolved,
             objective=self.objective,
-            forward_backward=self.gradients,
+            forward_backward=self.forward_backward,
             optimizer=self.optimizer,
             guard=self.guard,
         )
@@ -113,17 +125,28 @@ class Trainer:
 
     @classmethod
     def build(
-        cls, config: Config, out: Path, world: World, *, allow: Sequence[str] = (), trust: bool = False
+        cls,
+        config: Config,
+        out: Path,
+        world: World,
+        *,
+        allow: Sequence[str] = (),
+        trust: bool = False,
     ) -> Trainer:
-        """Everything a run needs, continued from the newest checkpoint in ``out`` if there is one.
+        """Build a run; it continues from the newest checkpoint in `out` if there is one.
 
-        ``allow`` names fields that may differ from the run's in ``out`` (`resume.require_same_run`); ``trust`` takes
-        over a checkpoint of another run (`run/identity.py`).
+        Args:
+            config: of the run.
+            out: folder of the run.
+            world: this process's rank and device.
+            allow: config fields that may differ from the run in `out` (`resume.require_same_run`).
+            trust: continue from a checkpoint of another run (`run/identity.py`).
 
         Raises:
             ValueError: if config, world and data do not fit together.
-            RunError: if ``out`` is in use, or holds a run of another config or data set, or the checkpoint of another run.
-            CheckpointError: if ``out`` holds checkpoints and none verifies.
+            RunError: if `out` is in use, or contains a run with another config or data set, or a
+                checkpoint of another run.
+            CheckpointError: if `out` contains checkpoints but none verifies.
         """
         threads = setup.share_cores(config)
         folder = RunFolder(out)
@@ -131,12 +154,16 @@ class Trainer:
             undo.callback(folder.release)
             if world.rank == 0:
                 folder.acquire()
+
+            # Find the checkpoint, and check that every rank sees the same.
             who = identify(folder, world, trust_all=trust)
             checkpoint = load_latest(folder.checkpoints, admit=who.admit)
             if world.rank == 0:
                 restarts.require_progress(folder, checkpoint.step if checkpoint is not None else 0)
             resume.require_run(checkpoint)
             resume.require_same_step(checkpoint, world)
+
+            # Build the data, and check that the checkpoint belongs to it.
             loader = setup.build_train_loader(
                 config,
                 world,
@@ -150,8 +177,14 @@ class Trainer:
             if checkpoint is not None:
                 resume.require_same_run(checkpoint, config, precision, loader.digest, folder, allow)
                 resume.require_same_order(checkpoint, loader.order_digest)
+
+            # Build everything else.
             monitors = setup.build_monitors(
-                config, world, threads=threads, precision=precision, quarantine_list=folder.quarantine
+                config,
+                world,
+                threads=threads,
+                precision=precision,
+                quarantine_list=folder.quarantine,
             )
             trainer = cls(
                 config=config,
@@ -163,20 +196,26 @@ class Trainer:
                 identity=who,
                 precision=precision,
             )
-            loader.begin()  # not before the step is planned: what batches take would be missing from the free memory
+            # After the step is planned, because batches would take the memory that it measures.
+            loader.begin()
             undo.pop_all()
         return trainer
 
     @property
     def figures(self) -> dict[str, str]:
-        """Metric name -> label of all accuracies that are measured while training."""
+        """Label by metric name, for all accuracies measured during training."""
         return {name: label for monitor in self.monitors for name, label in monitor.figures.items()}
 
     def _open_records(self, checkpoint: Checkpoint | None) -> Recorder:
-        """Open the records at the step of the checkpoint, and report what a user should know of it."""
-        saved = {"config": to_json(self.config), "resolved": self._describe(), **self.identity.to_json()}
+        """Open the records at the step of the checkpoint, and log how the run was set up."""
+        saved = {
+            "config": to_json(self.config),
+            "resolved": self._describe(),
+            **self.identity.to_json(),
+        }
+
+        # Remove metrics after the checkpoint; without one, all metrics, including those of step 0.
         if self.world.rank == 0:
-            # Without a checkpoint nothing of what a killed run wrote still holds, its step 0 included.
             self.folder.trim_metrics(self.step_count if checkpoint is not None else -1)
             self.folder.write_config(saved)
         recorder = Recorder(
@@ -187,39 +226,58 @@ class Trainer:
             start_step=self.step_count,
             figures=self.figures,
         )
+
+        # Log the choices.
         recorder.event(f"attention: {self.attention}")
-        plan, strategy, blocks = self.gradients.plan, self.gradients.strategy, self.gradients.compile
-        recorder.event(f"batch: {plan}; parallel: {strategy}; blocks: {blocks}")
+        chosen = self.forward_backward
+        recorder.event(
+            f"batch: {chosen.plan}; parallel: {chosen.strategy}; blocks: {chosen.compile}"
+        )
         if self.config.batch.cuda_graphs:
-            recorder.event(f"CUDA graphs replay {self.gradients.replays}")
+            recorder.event(f"CUDA graphs replay {chosen.replays}")
+
+        # Loader and monitors log through the recorder from here on.
         self.loader.report = recorder.event_of_any_rank
         for monitor in self.monitors:
             monitor.report = recorder.event
             recorder.known(monitor.last, monitor.best)
-        for name in [*self.folder.take_leftovers(), *(folder.name for folder in self.saving.leftovers)]:
-            recorder.event(f"ignored {name}, which a killed run left behind")
+
+        # Report what a killed run has left, and where this one continues.
+        unfinished = [folder.name for folder in self.saving.leftovers]
+        for name in [*self.folder.take_leftovers(), *unfinished]:
+            recorder.event(f"ignored {name}, left by a killed run")
         if checkpoint is not None:
             resume.announce(checkpoint, self.identity, saved["resolved"], recorder.event)
         return recorder
 
     def _describe(self) -> dict[str, Any]:
-        """What was resolved, for ``config.json`` and checkpoints."""
+        """The resolved values, for `config.json` and checkpoints."""
         return setup.describe(
-            self.resolved, self.world, self.precision, self.attention, self.gradients.plan.to_json(), self.optimizer
+            self.resolved,
+            self.world,
+            self.precision,
+            self.attention,
+            self.forward_backward.plan.to_json(),
+            self.optimizer,
         )
 
     def progress(self, step: int) -> Progress:
-        """Where the run is after a number of steps."""
+        """The progress of the run after a number of steps."""
         resolved = self.resolved
         return Progress(step, resolved.total_steps, resolved.steps_per_epoch, self.config.epochs)
 
     def _last_move(self, steps: int) -> float | None:
-        """Momentum of the move of averages that ended the last of some steps; None without one."""
+        """EMA momentum of the update that ended step number `steps`; None without an update."""
         return self.objective.ema_momentum(self.progress(steps - 1)) if steps else None
 
     def _take_state(self, checkpoint: Checkpoint) -> None:
-        """Make weights, twin, buffers and the optimizer's state those of a checkpoint; the step count stays."""
-        training_state.restore(self.objective, self.optimizer, checkpoint, self._last_move(checkpoint.step))
+        """Restore weights, momentum encoder, buffers and the optimizer's state of a checkpoint.
+
+        The step count does not change.
+        """
+        training_state.restore(
+            self.objective, self.optimizer, checkpoint, self._last_move(checkpoint.step)
+        )
 
     def step(self, batch: Batch) -> StepResult:
         """One optimizer step on this rank's part of the global batch (`TrainStep`)."""
@@ -232,17 +290,22 @@ class Trainer:
         """Train until the last step or a signal; save and return the exit code.
 
         Args:
-            max_steps: stop after this many steps of this call, saving nothing: for measurements.
+            max_steps: stop after this number of steps without saving, for measurements.
 
         Returns:
-            `EXIT_FINISHED`, or `EXIT_STOPPED` after a signal to stop, with the state saved.
+            `EXIT_FINISHED`, or `EXIT_STOPPED` after a signal to stop, when the state is saved.
         """
-        recorder, total = self.recorder, self.resolved.total_steps
+        recorder = self.recorder
+        total = self.resolved.total_steps
         last = total if max_steps is None else min(total, self.step_count + max_steps)
         if max_steps is None and self.step_count >= last:
             self.folder.mark("DONE")
-            recorder.event(f"this run is finished already; its {last} steps are in {self.folder.checkpoints}")
+            recorder.event(
+                f"this run is finished already; its {last} steps are in {self.folder.checkpoints}"
+            )
             return EXIT_FINISHED
+
+        # Train until the last step or a signal.
         stop = StopSignal(self.pulse, self.folder, self.world)
         with stop, Watchdog(self.world, self.pulse, self.config.faults):
             self.folder.mark(None)
@@ -251,25 +314,34 @@ class Trainer:
                 if self._asked_to_stop(stop):
                     self._save(force=True)
                     self.folder.mark("PREEMPTED")
-                    recorder.event(f"{stop.received or 'a peer was asked to stop'}: saved step {self.step_count}")
+                    cause = stop.received or "another rank was asked to stop"
+                    recorder.event(f"{cause}: saved step {self.step_count}")
                     return EXIT_STOPPED
                 self._one_step()
                 self._measure(force=self.step_count == total)
                 if max_steps is None:
                     self._save(force=self.step_count == last)
-            if max_steps is None:  # while signals are still heard: what is saved to the end was not stopped
+
+            # Before the signal handler is removed: a run with all steps saved is marked as done.
+            if max_steps is None:
                 self.folder.mark("DONE")
                 recorder.loader_summary(self.loader.figures())
-                recorder.event(f"finished after {last} steps; the model is in {self.folder.checkpoints}")
+                recorder.event(
+                    f"finished after {last} steps; the model is in {self.folder.checkpoints}"
+                )
         return EXIT_FINISHED
 
     def _asked_to_stop(self, stop: StopSignal) -> bool:
-        """Whether to stop here. Several CUDA processes agree at log steps only, because asking waits for the device."""
+        """Whether to stop now.
+
+        Several CUDA processes agree at log steps only, because agreeing waits for the device.
+        """
         free = self.world.world_size == 1 or self.world.device.type == "cpu"
-        return (free or self.step_count % self.config.log_every_steps == 0) and stop.agreed(self.world.device)
+        may_ask = free or self.step_count % self.config.log_every_steps == 0
+        return may_ask and stop.agreed(self.world.device)
 
     def _one_step(self) -> None:
-        """Fetch, step, record. Only logged steps read numbers back from the device."""
+        """Fetch a batch, train on it, record. Only logged steps read numbers from the device."""
         try:
             with self.pulse.inside(Section.DATA, self.config.data.timeout_s + 60):
                 batch = self.loader.next()
@@ -277,11 +349,13 @@ class Trainer:
             if self.world.world_size == 1:
                 self._save(force=True)
             raise
+
+        # Measured from here on, to compare the ranks.
         self.stragglers.begin(self.loader.wait_seconds)
         with self.pulse.step():
             result = self.step(batch)
 
-        # Norms stay on the device until a log step.
+        # Record. Norms stay on the device until a log step.
         number = self.step_count
         self.recorder.gradients(number, result.norms)
         self.rollback.record(number, result.norms)
@@ -289,9 +363,11 @@ class Trainer:
         if self._logs(number):
             self.recorder.loader(self.loader.figures())
             schedules = self.objective.schedules(result.at)
-            self.recorder.log(number, result.loss, result.output.watch, lr=result.lr, schedules=schedules)
+            self.recorder.log(
+                number, result.loss, result.output.watch, lr=result.lr, schedules=schedules
+            )
 
-        # Before the guard may end the run: a spike can be what made the steps after it bad.
+        # Roll back before the guard may end the run: a spike can cause the bad steps after it.
         if self.rollback.after_step(number, self.recorder, logged=self._logs(number)):
             self.guard.forget()
         if self._logs(number):
@@ -299,26 +375,34 @@ class Trainer:
                 self.recorder.event(event)
 
     def _logs(self, step: int) -> bool:
-        """Whether a step is logged: every so many, the first and the last."""
+        """Whether a step is logged: multiples of `log_every_steps`, the first and the last step."""
         return step % self.config.log_every_steps == 0 or step in (1, self.resolved.total_steps)
 
     def _measure(self, *, force: bool) -> None:
-        """The evaluations that are due and within their time budget; all of them if forced."""
+        """Run the evaluations that are due and within their time budget; all of them if forced."""
         epoch = self.progress(self.step_count).epoch
         for monitor in self.monitors:
             if force or (self._logs(self.step_count) and monitor.is_due(epoch)):
                 doing = ", ".join(monitor.figures.values())
-                with self.recorder.paused(), self.pulse.inside(Section.MEASUREMENT, 6 * DEADLINE_S, doing):
+                with (
+                    self.recorder.paused(),
+                    self.pulse.inside(Section.MEASUREMENT, 6 * DEADLINE_S, doing),
+                ):
                     figures = monitor.measure(self.objective.encoder, epoch)
                 self.recorder.measured(self.step_count, figures)
 
     def _save(self, *, force: bool) -> None:
-        """Write a checkpoint if one is due; a forced one is on the disk, of all ranks, when this returns."""
-        report, paused = self.recorder.event, self.recorder.paused
-        self.saving.after_step(self.step_count, self._state, report, force=force, paused=paused)
+        """Write a checkpoint if one is due. If forced, it is committed on return."""
+        self.saving.after_step(
+            self.step_count,
+            self._state,
+            self.recorder.event,
+            force=force,
+            paused=self.recorder.paused,
+        )
 
     def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        """All that a checkpoint holds: tensors, and what is none."""
+        """The content of a checkpoint: tensors, and JSON values."""
         return training_state.collect(self.objective, self.optimizer), {
             "config": to_json(self.config),
             "resolved": self._describe(),
@@ -330,7 +414,7 @@ class Trainer:
         }
 
     def close(self) -> None:
-        """Stop the loader, close the records, give the folder back. Safe to call twice."""
+        """Stop the loader, close the records, release the folder. Safe to call twice."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.folder.release)
             stack.callback(self.recorder.close)

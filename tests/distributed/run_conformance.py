@@ -21,7 +21,7 @@ from fastmoco.distributed import World
 from fastmoco.objectives.build import OBJECTIVES
 from fastmoco.optim.build import build_optimizer
 from fastmoco.training import state as training_state
-from fastmoco.training.forward_backward import Gradients
+from fastmoco.training.forward_backward import ForwardBackward
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import part
 from tests.distributed.run_trainer import CONFIG
@@ -57,14 +57,14 @@ def run_steps(world: World, kind: type[ObjectiveConfig], **how: Any) -> dict[str
     batch."""
     config = config_for(kind, **how)
     objective = rough(config)
-    gradients = Gradients(config, objective, world, "fp64")
+    forward_backward = ForwardBackward(config, objective, world, "fp64")
     optimizer = build_optimizer(config, objective.named_parameters(), objective.averages())
     optimizer.param_groups[0]["lr"] = 0.5
     found: dict[str, Any] = {"losses": []}
     for step in range(STEPS):
         views = [part(view, world) for view in views_of(config, IMAGES)]
         objective.zero_grad(set_to_none=True)
-        output = gradients(*views)
+        output = forward_backward(*views)
         found["losses"].append(output.loss.detach())
         if step == 0:
             named = objective.named_parameters()

@@ -43,7 +43,7 @@ def build_float8(stem: str, dtype: torch.dtype, seed: int) -> tuple[MoCoV3, list
 def run_case(world: World, name: str) -> Case:
     """Three steps in bf16 and float8."""
     with mock.patch.object(run_sharded, "build", build_float8):
-        return run_sharded.run_steps(world, name.split()[0], dtype=torch.float32, half=True, **OPTIONS[name])
+        return run_sharded.run_steps(world, name.split()[0], dtype=torch.float32, bf16=True, **OPTIONS[name])
 
 
 CASES: dict[str, Callable[[World], Case]] = {name: functools.partial(run_case, name=name) for name in OPTIONS}

@@ -15,7 +15,7 @@ from fastmoco.config import BatchConfig, Config, ParallelConfig
 from fastmoco.distributed import World
 from fastmoco.objectives.build import build_objective
 from fastmoco.recipes import quickstart_digits
-from fastmoco.training.forward_backward import Gradients
+from fastmoco.training.forward_backward import ForwardBackward
 from tests.distributed.cases import run_cases
 
 IMAGES = {"blocks": 32, "heads in bf16": 64, "chunks": 64}
@@ -49,20 +49,20 @@ def run_memory(world: World, name: str) -> dict[str, object]:
     _step(_spread(small, world), small, 4)  # loads libraries
     gc.collect()
     before = _status("VmRSS:")
-    gradients = _spread(config, world)
+    forward_backward = _spread(config, world)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
-    _step(gradients, config, IMAGES[name])
+    _step(forward_backward, config, IMAGES[name])
     return {"peak": _status("VmHWM:") - before}
 
 
-def _spread(config: Config, world: World) -> Gradients:
-    return Gradients(config, build_objective(config, world.device), world, config.precision)
+def _spread(config: Config, world: World) -> ForwardBackward:
+    return ForwardBackward(config, build_objective(config, world.device), world, config.precision)
 
 
-def _step(gradients: Gradients, config: Config, images: int) -> None:
+def _step(forward_backward: ForwardBackward, config: Config, images: int) -> None:
     side = config.model.image_size
-    gradients(*torch.randn(2, images, 3, side, side).unbind())
+    forward_backward(*torch.randn(2, images, 3, side, side).unbind())
 
 
 def _status(name: str) -> int:

@@ -72,7 +72,7 @@ def run_steps(
     chunk: int = 0,
     kept: int = 0,
     optimizer: str = "lars",
-    half: bool = False,
+    bf16: bool = False,
     recompute: str = "none",
     compiled: bool = False,
     fused: bool = False,
@@ -93,12 +93,12 @@ def run_steps(
         world,
         strategy=strategy,  # type: ignore[arg-type]
         shard_size=2,
-        half=half,
+        bf16=bf16,
         average_gradients=chunk == 0,
     )
 
     def autocast() -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=half)
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
 
     chunked = ChunkedStep(objective, chunk=chunk, kept=kept, autocast=autocast) if chunk else None
     weights = build_optimizer(optimizer, objective)
@@ -241,9 +241,9 @@ OPTIONS: dict[str, Case] = {
     "fused fp64": {"fused": True, "chunk": 2, "kept": 1},
     "adamw fp64": {"optimizer": "adamw"},
     "sweep fp64": {"optimizer": "sweep"},
-    "bf16": {"dtype": torch.float32, "half": True},
-    "bf16 chunked": {"dtype": torch.float32, "half": True, "chunk": 2, "kept": 1},
-    "bf16 fused": {"dtype": torch.float32, "half": True, "chunk": 2, "kept": 1, "fused": True},
+    "bf16": {"dtype": torch.float32, "bf16": True},
+    "bf16 chunked": {"dtype": torch.float32, "bf16": True, "chunk": 2, "kept": 1},
+    "bf16 fused": {"dtype": torch.float32, "bf16": True, "chunk": 2, "kept": 1, "fused": True},
 }
 MUTANTS: dict[str, Callable[[World, str], Case]] = {
     "wrong offset": mutant("fastmoco.objectives.moco_v3.group_rank", lambda: 0),

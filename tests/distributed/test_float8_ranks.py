@@ -22,7 +22,7 @@ def test_ranks_take_the_step_of_one_process(tmp_path: Path) -> None:
     """Scales are of a token's own row, so ranks agree to what bf16 leaves of their weights' gradients."""
     found = launch(2, tmp_path, module="tests.distributed.run_float8")
     one = run_case(World(), "ddp")
-    native = distances([one], run_steps(World(), dtype=torch.float32, half=True), 1)
+    native = distances([one], run_steps(World(), dtype=torch.float32, bf16=True), 1)
     assert min(native["loss"], native["gradients"]) > 1e-2  # it was float8
     for name in CASES:
         cases: list[Case] = [rank[name] for rank in found]  # type: ignore[misc]

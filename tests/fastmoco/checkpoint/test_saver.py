@@ -258,7 +258,7 @@ def test_leftovers_of_a_killed_run_are_listed_and_harm_nothing(small_run: Config
     trainer = Trainer.build(small_run, tmp_path, WORLD)
     trainer._save(force=True)  # step 0 is nothing to save
     trainer.close()
-    assert f"ignored {half.name}, which a killed run left behind" in " ".join(capsys.readouterr().out.split())
+    assert f"ignored {half.name}, left by a killed run" in " ".join(capsys.readouterr().out.split())
     assert half.is_dir()
 
 

@@ -28,7 +28,7 @@ from fastmoco.models.float8_inference import (
 from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.recipes import quickstart_digits
-from fastmoco.training.forward_backward import Gradients
+from fastmoco.training.forward_backward import ForwardBackward
 from tests.golden_objective import features_of
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -178,8 +178,8 @@ def test_a_step_sees_weights_that_were_written_past_torchs_count(monkeypatch: py
     """As a kernel writes that is handed addresses."""
     _, ours, views = objectives()
     config = replace(quickstart_digits(), global_batch_size=BATCH)
-    step = Gradients(config, ours, World(), "bf16")
-    step(*views)
+    forward_backward = ForwardBackward(config, ours, World(), "bf16")
+    forward_backward(*views)
     for layer in float8_layers(ours):
         layer.weight.data.mul_(1.5)
     fresh = copy.deepcopy(ours)
@@ -187,11 +187,13 @@ def test_a_step_sees_weights_that_were_written_past_torchs_count(monkeypatch: py
         layer.rounded, layer._seen = None, None
     with autocast():
         expected = fresh(*views).watch["keys"][0]
-    assert torch.equal(step(*views).watch["keys"][0], expected)
+    assert torch.equal(forward_backward(*views).watch["keys"][0], expected)
     for layer in float8_layers(ours):
         layer.weight.data.mul_(1.5)
     monkeypatch.setattr(Float8Linear, "refresh_", lambda self: None)
-    assert torch.equal(step(*views).watch["keys"][0], expected)  # without the step's refresh they would pass unseen
+    assert torch.equal(
+        forward_backward(*views).watch["keys"][0], expected
+    )  # without the step's refresh they would pass unseen
 
 
 # How near, and chunks

@@ -21,7 +21,7 @@ from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.planning.costs import measure_costs
 from fastmoco.planning.live_bytes import LiveBytes
 from fastmoco.recipes import quickstart_digits
-from fastmoco.training.forward_backward import Gradients
+from fastmoco.training.forward_backward import ForwardBackward
 
 B, L, E, A = 3, 17, 48, 4
 CPU = torch.device("cpu")
@@ -244,8 +244,8 @@ def test_the_planner_counts_the_fused_block() -> None:
 def test_fused_blocks_are_not_compiled() -> None:
     config = _small(blocks="fused")
     objective = build_objective(config, CPU)
-    gradients = Gradients(config, objective, World(), "fp64")
-    assert not gradients.compile.compiled
+    forward_backward = ForwardBackward(config, objective, World(), "fp64")
+    assert not forward_backward.compile.compiled
 
 
 @pytest.mark.parametrize(

@@ -185,9 +185,12 @@ def test_frozen_by_default() -> None:
     [
         ({"image_size": 30}, "image_size=30: must be a multiple of patch_size=8"),
         ({"num_heads": 5}, "embed_dim=32: must be a multiple of num_heads=5"),
-        ({"embed_dim": 6, "num_heads": 2}, "embed_dim=6: positions take four equal parts"),
+        ({"embed_dim": 6, "num_heads": 2}, "embed_dim=6: must be a multiple of 4, because positions"),
         ({"stem": "conv"}, "patch_size=8: the conv stem shrinks images by 16"),
-        ({"stem": "conv", "patch_size": 16, "embed_dim": 36, "num_heads": 2}, "embed_dim=36: the conv stem"),
+        (
+            {"stem": "conv", "patch_size": 16, "embed_dim": 36, "num_heads": 2},
+            "embed_dim=36: must be a multiple of 8, because the conv stem",
+        ),
         ({"stem": "swin"}, "stem='swin'"),
         ({"depth": 0}, "depth=0: needs at least 1 block"),
         ({"patch_size": 0}, "patch_size=0"),

@@ -179,7 +179,7 @@ def test_a_missing_apex_is_said_with_the_cure(monkeypatch: pytest.MonkeyPatch) -
     assert len(lines) == 3
     assert "is not installed" in lines[0]
     assert "github.com/NVIDIA/apex" in lines[1]
-    assert "fused-backend at auto" in lines[2]
+    assert "fused-backend auto" in lines[2]
 
 
 def test_the_package_indexs_apex_is_known_without_running_it(place: Callable[..., None]) -> None:

@@ -25,7 +25,7 @@ from fastmoco.models.float8_inference import (
 from fastmoco.objectives.build import build_objective
 from fastmoco.planning.costs import measure_costs
 from fastmoco.recipes import quickstart_digits
-from fastmoco.training.forward_backward import Gradients
+from fastmoco.training.forward_backward import ForwardBackward
 from fastmoco.training.load_run import load_run
 from fastmoco.training.trainer import Trainer
 from tests.fastmoco.models.test_float8_momentum import LAYERS, encoder, needs_scaled_mm, objectives
@@ -130,5 +130,5 @@ def test_devices_without_float8_and_shards_are_refused(monkeypatch: pytest.Monke
         build_objective(config, torch.device("cpu"))
     _, ours, _ = objectives()
     with pytest.raises(ValueError, match=r"momentum_linears='float8': .* take parallel.strategy ddp"):
-        Gradients(config, ours, World(rank=0, world_size=2), "bf16")
+        ForwardBackward(config, ours, World(rank=0, world_size=2), "bf16")
     require_whole(False)

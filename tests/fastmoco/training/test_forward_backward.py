@@ -20,7 +20,7 @@ from fastmoco.planning.plan import plan_step as plan_step_itself
 from fastmoco.recipes import quickstart_digits, with_image_size
 from fastmoco.run.folder import RunFolder
 from fastmoco.training import state as training_state
-from fastmoco.training.forward_backward import Gradients
+from fastmoco.training.forward_backward import ForwardBackward
 from fastmoco.training.trainer import Trainer
 
 WORLD = World()
@@ -115,7 +115,7 @@ def test_a_conv_stem_is_refused_in_chunks_and_whole_under_auto() -> None:
     with pytest.raises(
         ValueError, match=r"batch.chunk=4: this trunk cannot go in chunks, because its convolutional stem"
     ):
-        Gradients(config, objective, WORLD, "fp32")
+        ForwardBackward(config, objective, WORLD, "fp32")
     config = replace(config, batch=BatchConfig())
     with mock.patch("fastmoco.planning.choose.free_bytes", return_value=10**6):
         plan = choose_plan(config, objective, WORLD, "fp32")

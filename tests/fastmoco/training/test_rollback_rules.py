@@ -99,7 +99,7 @@ def test_what_is_no_spike_and_what_cannot_be_rolled_back() -> None:
         assert Fake(ROLLING).steps(1, 40, spikes=(30,), value=value) == []
     early = Fake(replace(ROLLING, checkpoint=replace(ROLLING.checkpoint, every_steps=1000)))
     (said,) = early.steps(1, 40, spikes=(30,))
-    assert "no checkpoint by steps to go back to yet, the run goes on" in said
+    assert "no checkpoint by steps to roll back to yet, the run continues" in said
 
 
 def test_rules_that_cannot_be_kept_are_refused() -> None:
