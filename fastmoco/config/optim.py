@@ -13,7 +13,7 @@ FUSED_BACKENDS = {"adamw": ("auto", "torch", "fastmoco", "apex"), "lars": ("auto
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
-    """The optimizer of all trainable parameters, in one group; docs/optimizers.md says when to take which."""
+    """The optimizer of all trainable parameters; docs/optimizers.md says when to take which."""
 
     name: Literal["adamw", "lars", "lamb"] = "adamw"
     """``adamw`` for ViT: its decay also hits biases and norms, as in the official runs. ``lars`` for ResNet and very large

@@ -12,6 +12,7 @@ from fastmoco.config import Config
 from fastmoco.optim.adamw import build_adamw, build_adamw_ema
 from fastmoco.optim.apex import build_apex
 from fastmoco.optim.averaged import AveragedLARS, AveragedOptimizer, FusedAdamW, HostSkipped, SweptAdamW
+from fastmoco.optim.groups import GroupOf, split_groups, whole_group
 from fastmoco.optim.lars import build_lars
 from fastmoco_kernels.backends import triton_is_default
 
@@ -32,7 +33,10 @@ def choose_optimizer_backend(
 
 
 def build_optimizer(
-    config: Config, named_parameters: Iterable[tuple[str, nn.Parameter]], averages: Mapping[nn.Parameter, Tensor]
+    config: Config,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    averages: Mapping[nn.Parameter, Tensor],
+    group_of: GroupOf = whole_group,
 ) -> AveragedOptimizer:
     """The optimizer of all trainable parameters and of all averages.
 
@@ -42,12 +46,24 @@ def build_optimizer(
         config: the run; `config.optim` names the optimizer and its numbers.
         named_parameters: of the whole objective, sharded already where it will be.
         averages: the exponential moving average of each parameter that has one.
+        group_of: the group of each parameter; default: one group.
 
     Raises:
         ValueError: if apex is asked for and cannot serve.
     """
-    optim = config.optim
     named = list(named_parameters)
+    optimizer = _build_whole(config, named, averages)
+    split_groups(optimizer.inner, named, group_of)
+    return optimizer
+
+
+def _build_whole(
+    config: Config,
+    named: list[tuple[str, nn.Parameter]],
+    averages: Mapping[nn.Parameter, Tensor],
+) -> AveragedOptimizer:
+    """The optimizer with all parameters in one group."""
+    optim = config.optim
     lr, decay = 0.0, optim.weight_decay
     if optim.name == "lars":
         momentum, trust = optim.sgd_momentum, optim.trust_coefficient

@@ -83,7 +83,12 @@ class Trainer:
             levels=loader.spec.view_dtype == "uint8",
             reserved=setup.reserved_bytes(world, loader),
         )
-        self.optimizer = build_optimizer(config, self.objective.named_parameters(), self.objective.averages())
+        self.optimizer = build_optimizer(
+            config,
+            self.objective.named_parameters(),
+            self.objective.averages(),
+            self.objective.parameter_group,
+        )
 
         # The state of the checkpoint, if there is one.
         self.step_count = 0
