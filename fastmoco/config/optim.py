@@ -17,7 +17,7 @@ FUSED_BACKENDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
-    """The optimizer of all trainable parameters, in one group; docs/optimizers.md compares them."""
+    """The optimizer of all trainable parameters; docs/optimizers.md compares them."""
 
     name: Literal["adamw", "lars", "lamb"] = "adamw"
     """`adamw` for ViT: its decay also applies to biases and norms, as in the official runs. `lars`

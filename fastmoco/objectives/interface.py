@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.models.encoder import Coupling, Encoder, Parts
+from fastmoco.optim.groups import WHOLE, ParameterGroup
 from fastmoco_kernels import ema_update_
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Inputs",
     "Objective",
     "Output",
+    "ParameterGroup",
     "Parts",
     "Progress",
 ]
@@ -187,6 +189,18 @@ class Objective(nn.Module, ABC):
             name: network.parts() if hasattr(network, "parts") else Parts(heads={"": network})  # type: ignore[operator]
             for name, network in self.networks().items()
         }
+
+    def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
+        """The group of a trainable parameter, whose learning rate and weight decay may differ.
+
+        Asked once, when the optimizer is built; every rank must give the same answer.
+
+        Args:
+            name: of the parameter, as in `named_parameters()`.
+            parameter: itself, sharded already where it will be; `shape` and `ndim` are those of the
+                whole tensor.
+        """
+        return WHOLE
 
     def averages(self) -> Mapping[nn.Parameter, Tensor]:
         """Parameter -> its exponential moving average, which the optimizer moves.

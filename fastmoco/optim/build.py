@@ -18,6 +18,7 @@ from fastmoco.optim.averaged import (
     HostSkipped,
     SweptAdamW,
 )
+from fastmoco.optim.groups import GroupOf, split_groups, whole_group
 from fastmoco.optim.lars import build_lars
 from fastmoco_kernels.backends import triton_is_default
 
@@ -41,6 +42,7 @@ def build_optimizer(
     config: Config,
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     averages: Mapping[nn.Parameter, Tensor],
+    group_of: GroupOf = whole_group,
 ) -> AveragedOptimizer:
     """Build the optimizer of all trainable parameters and of all averages.
 
@@ -50,12 +52,24 @@ def build_optimizer(
         config: of the run; `config.optim` selects the optimizer and its parameters.
         named_parameters: of the whole objective, after sharding.
         averages: the exponential moving average of each parameter that has one.
+        group_of: the group of each parameter; default: one group.
 
     Raises:
         ValueError: if apex is selected and cannot be used.
     """
-    optim = config.optim
     named = list(named_parameters)
+    optimizer = _build_whole(config, named, averages)
+    split_groups(optimizer.inner, named, group_of)
+    return optimizer
+
+
+def _build_whole(
+    config: Config,
+    named: list[tuple[str, nn.Parameter]],
+    averages: Mapping[nn.Parameter, Tensor],
+) -> AveragedOptimizer:
+    """The optimizer with all parameters in one group."""
+    optim = config.optim
     lr = 0.0
     decay = optim.weight_decay
     if optim.name == "lars":

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmoco.config import Config, Resolved
 from fastmoco.objectives.interface import Objective, Output, Progress
 from fastmoco.optim.averaged import AveragedOptimizer
+from fastmoco.optim.groups import set_learning_rates
 from fastmoco.optim.schedule import learning_rate
 from fastmoco.telemetry.stability import gradient_norms
 from fastmoco.training.step_guard import StepGuard
@@ -28,7 +29,7 @@ class StepResult(NamedTuple):
     at: Progress
     """The step."""
     lr: float
-    """Its learning rate."""
+    """Its learning rate, as the schedule has it; groups of parameters may scale it."""
 
     @property
     def loss(self) -> Tensor:
@@ -91,8 +92,7 @@ class TrainStep:
             accuracy: as for `Objective.compare`.
         """
         lr = self.learning_rate(at)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rates(self._optimizer.param_groups, lr, peak=self._resolved.peak_lr)
         views = [view.to(self._device, non_blocking=True) for view in batch.views]
         self._objective.zero_grad(set_to_none=True)
 

@@ -90,7 +90,10 @@ class Trainer:
             reserved=setup.reserved_bytes(world, loader),
         )
         self.optimizer = build_optimizer(
-            config, self.objective.named_parameters(), self.objective.averages()
+            config,
+            self.objective.named_parameters(),
+            self.objective.averages(),
+            self.objective.parameter_group,
         )
 
         # Restore the state of the checkpoint, if there is one.

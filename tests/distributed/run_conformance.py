@@ -20,6 +20,7 @@ from fastmoco.config import BatchConfig, Config, ObjectiveConfig, OptimConfig, P
 from fastmoco.distributed import World
 from fastmoco.objectives.build import OBJECTIVES
 from fastmoco.optim.build import build_optimizer
+from fastmoco.optim.groups import set_learning_rates
 from fastmoco.training import state as training_state
 from fastmoco.training.forward_backward import ForwardBackward
 from tests.distributed.cases import run_cases
@@ -58,8 +59,13 @@ def run_steps(world: World, kind: type[ObjectiveConfig], **how: Any) -> dict[str
     config = config_for(kind, **how)
     objective = rough(config)
     forward_backward = ForwardBackward(config, objective, world, "fp64")
-    optimizer = build_optimizer(config, objective.named_parameters(), objective.averages())
-    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer = build_optimizer(
+        config,
+        objective.named_parameters(),
+        objective.averages(),
+        objective.parameter_group,
+    )
+    set_learning_rates(optimizer.param_groups, 0.5, peak=0.5)
     found: dict[str, Any] = {"losses": []}
     for step in range(STEPS):
         views = [part(view, world) for view in views_of(config, IMAGES)]

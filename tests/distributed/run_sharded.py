@@ -27,6 +27,7 @@ from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.optim import build_adamw, build_adamw_ema, build_lars
 from fastmoco.optim.averaged import AveragedLARS, AveragedOptimizer, FusedAdamW, SweptAdamW
+from fastmoco.optim.groups import ParameterGroup, set_learning_rates, split_groups
 from fastmoco.telemetry.stability import gradient_norms
 from fastmoco.training import state as training_state
 from tests.distributed.cases import run_cases
@@ -63,6 +64,20 @@ def build_optimizer(name: str, objective: MoCoV3) -> AveragedOptimizer:
     return SweptAdamW(build_adamw_ema(named, averages, lr=1e-3, weight_decay=0.1), averages)
 
 
+def split_predictor(optimizer: AveragedOptimizer, objective: MoCoV3) -> None:
+    """The predictor in a group of its own."""
+    own = ParameterGroup(lr_scale=0.5, constant_lr=True, weight_decay_scale=0.1)
+    (whole_group,) = optimizer.param_groups
+    lr = whole_group["lr"]
+    split_groups(
+        optimizer.inner,
+        objective.named_parameters(),
+        lambda name, parameter: own if name.startswith("predictor.") else ParameterGroup(),
+    )
+    set_learning_rates(optimizer.param_groups, lr, peak=3 * lr)
+    assert [group["lr"] for group in optimizer.param_groups] == [lr, 1.5 * lr]
+
+
 def run_steps(
     world: World,
     strategy: str = "ddp",
@@ -72,6 +87,7 @@ def run_steps(
     chunk: int = 0,
     kept: int = 0,
     optimizer: str = "lars",
+    groups: bool = False,
     bf16: bool = False,
     recompute: str = "none",
     compiled: bool = False,
@@ -102,6 +118,8 @@ def run_steps(
 
     chunked = ChunkedStep(objective, chunk=chunk, kept=kept, autocast=autocast) if chunk else None
     weights = build_optimizer(optimizer, objective)
+    if groups:
+        split_predictor(weights, objective)
     result: Case = {"losses": [], "gradients": [], "norms": [], "shares": [], "keys": []}
     for step, views in enumerate(batches):
         mine = [part(view, world) for view in views]
@@ -241,6 +259,8 @@ OPTIONS: dict[str, Case] = {
     "fused fp64": {"fused": True, "chunk": 2, "kept": 1},
     "adamw fp64": {"optimizer": "adamw"},
     "sweep fp64": {"optimizer": "sweep"},
+    "lars groups fp64": {"groups": True},
+    "sweep groups fp64": {"optimizer": "sweep", "groups": True},
     "bf16": {"dtype": torch.float32, "bf16": True},
     "bf16 chunked": {"dtype": torch.float32, "bf16": True, "chunk": 2, "kept": 1},
     "bf16 fused": {"dtype": torch.float32, "bf16": True, "chunk": 2, "kept": 1, "fused": True},

@@ -3,7 +3,7 @@
 It predicts the mean colors of an image from the encoder's class feature. Nothing couples its
 images, so losses of chunks add up. It has a part of each kind that a sibling may have: a buffer
 that moves after a step, another on each rank, a parameter that is frozen at first, an evaluated
-encoder, numbers that a log shows, and every hook.
+encoder, numbers that a log shows, a group of parameters with rates of its own, and every hook.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from fastmoco.config.serial import from_json, to_json
 from fastmoco.distributed.mesh import World
 from fastmoco.objectives import build
 from fastmoco.objectives.chunked import ChunkedStep
-from fastmoco.objectives.interface import Coupling, Features, Inputs, Objective, Output, Progress
+from fastmoco.objectives.interface import (
+    Coupling,
+    Features,
+    Inputs,
+    Objective,
+    Output,
+    ParameterGroup,
+    Progress,
+)
 from fastmoco.planning.costs import measure_costs
 from fastmoco.planning.plan import chunked_bytes, plan_step
 from fastmoco.run.folder import RunFolder
@@ -102,6 +110,11 @@ class Toy(Objective):
     def frozen(self, at: Progress) -> frozenset[str]:
         return frozenset({"decoder.weight"}) if at.step == 0 else frozenset()
 
+    def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
+        if name.startswith("decoder."):
+            return ParameterGroup(lr_scale=0.5, constant_lr=True, weight_decay_scale=0.0)
+        return ParameterGroup()
+
     def schedules(self, at: Progress) -> Mapping[str, float]:
         return {"rate": self.rate * (1 - at.step / at.total_steps)}
 
@@ -138,6 +151,12 @@ def test_it_trains_saves_and_resumes_through_the_trainer(tmp_path: Path) -> None
         for _ in range(2):
             trainer.step(trainer.loader.next())
         assert not torch.equal(after["decoder.weight"], start["decoder.weight"])
+        encoder, decoder = trainer.optimizer.param_groups
+        assert decoder["param_names"] == ["decoder.weight", "decoder.bias"]
+        scheduled, peak = trainer.train_step.learning_rate(trainer.progress(2)), trainer.resolved.peak_lr
+        assert 0 < scheduled < peak
+        assert (encoder["lr"], decoder["lr"]) == (scheduled, 0.5 * peak)
+        assert (encoder["weight_decay"], decoder["weight_decay"]) == (CONFIG.optim.weight_decay, 0.0)
         trainer._save(force=True)
     finally:
         trainer.close()

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from fastmoco.config import Config, OptimConfig
 from fastmoco.distributed.mesh import World
 from fastmoco.optim import apex as adapter
 from fastmoco.optim import build_adamw, build_apex
-from fastmoco.optim.build import name_of
+from fastmoco.optim.build import build_optimizer, name_of
+from fastmoco.optim.groups import ParameterGroup, set_learning_rates
+from fastmoco.recipes import quickstart_digits
 from fastmoco.run.folder import RunFolder
 from fastmoco.training.trainer import Trainer
 
@@ -130,6 +133,34 @@ def test_adamw_is_the_adamw_of_torch_and_its_state_travels_both_ways() -> None:
         restore_optimizer(optimizer, model.named_parameters(), tensors)
         _train(model, optimizer, range(3, 8))
         assert _distance(model, expected) <= 1e-6, (first, then)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("backend", ["apex", "torch"])
+def test_two_groups_are_those_of_torch_and_resume(backend: Literal["apex", "torch"]) -> None:
+    def build(model: nn.Module, backend: Literal["apex", "torch"]) -> torch.optim.Optimizer:
+        config = replace(quickstart_digits(), optim=OptimConfig(fused_backend=backend, weight_decay=0.1))
+        own = ParameterGroup(lr_scale=0.5, constant_lr=True, weight_decay_scale=0.0)
+        optimizer = build_optimizer(
+            config,
+            model.named_parameters(),
+            {},
+            lambda name, parameter: own if name.startswith("2.") else ParameterGroup(),
+        ).inner
+        set_learning_rates(optimizer.param_groups, 1e-2, peak=4e-2)
+        assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 2e-2]
+        return optimizer
+
+    expected = _model()
+    _train(expected, build(expected, "torch"), range(8))
+    model = _model()
+    optimizer = build(model, "apex")
+    _train(model, optimizer, range(3))
+    tensors = flatten_optimizer(optimizer, model.named_parameters())
+    optimizer = build(model, backend)
+    restore_optimizer(optimizer, model.named_parameters(), tensors)
+    _train(model, optimizer, range(3, 8))
+    assert _distance(model, expected) <= 1e-6
 
 
 @pytest.mark.usefixtures("double")
