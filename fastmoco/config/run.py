@@ -92,8 +92,8 @@ class Config:
     """bf16: autocast with float32 weights; fp32: no autocast; fp64: everything in float64, slow, to
     compare runs without rounding noise. `auto`: bf16 if the device multiplies it natively, else
     fp32."""
-    device: Literal["auto"] | Device = "auto"
-    """`auto` uses a GPU if there is one."""
+    device: Literal["auto", "cuda"] | Device = "auto"
+    """`auto` uses a GPU if there is one. `cuda`, as torch spells it, is stored as `gpu`."""
     threads: Annotated[int, Resume.FREE] = 0
     """CPU threads of torch per process; 0 divides the machine's cores among its processes."""
     log_every_steps: Annotated[int, Resume.FREE] = 10
@@ -124,6 +124,8 @@ class Config:
             self.precision,
             f"must be one of {precisions}",
         )
+        if self.device == "cuda":
+            object.__setattr__(self, "device", "gpu")
         require(
             self.device in ("auto", "cpu", "gpu"), "device", self.device, "must be auto, cpu or gpu"
         )

@@ -60,8 +60,6 @@ def from_json(data: dict[str, Any]) -> Config:
     Raises:
         ValueError: for unknown fields, by name, or invalid values.
     """
-    if data.get("device") == "cuda":  # the spelling of earlier configs
-        data = data | {"device": "gpu"}
     built: Config = _build(Config, data, "config")
     return built
 

@@ -33,8 +33,8 @@ class World:
     start under the same launcher."""
 
 
-def _device_of(device: Literal["auto", "cpu", "gpu"], local_rank: int) -> torch.device:
-    if device not in ("auto", "cpu", "gpu"):
+def _device_of(device: Literal["auto", "cpu", "gpu", "cuda"], local_rank: int) -> torch.device:
+    if device not in ("auto", "cpu", "gpu", "cuda"):
         raise ValueError(f'device={device!r}: is "auto", "cpu" or "gpu"')
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -50,7 +50,7 @@ def _device_of(device: Literal["auto", "cpu", "gpu"], local_rank: int) -> torch.
 
 
 def start_world(
-    device: Literal["auto", "cpu", "gpu"] = "auto", *, timeout_s: float = 600.0
+    device: Literal["auto", "cpu", "gpu", "cuda"] = "auto", *, timeout_s: float = 600.0
 ) -> World:
     """Read torchrun's environment and, if there is more than one process, join the process group.
 
@@ -58,7 +58,7 @@ def start_world(
     gloo on the CPU and with NCCL on CUDA; each CUDA process uses the device of its local rank.
 
     Args:
-        device: "auto" uses CUDA if there is a device.
+        device: "auto" uses CUDA if there is a device; "cuda" is "gpu".
         timeout_s: seconds until a collective that a peer never joins ends in an error.
 
     Returns:

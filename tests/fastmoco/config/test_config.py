@@ -190,9 +190,10 @@ def test_a_mark_does_not_cover_fields_whose_names_begin_alike():
     assert not may_change(Config(), "data.shards_of_another", Resume.FREE)
 
 
-def test_a_config_with_an_earlier_spelling_of_the_device_loads():
+def test_cuda_is_another_spelling_of_gpu():
     saved = to_json(Config()) | {"device": "cuda"}
-    assert from_json(saved) == replace(Config(), device="gpu")
+    assert from_json(saved) == Config(device="cuda") == replace(Config(), device="gpu")
+    assert to_json(from_json(saved))["device"] == "gpu"
 
 
 def test_the_loader_gets_every_option_that_the_config_has():
