@@ -58,8 +58,7 @@ def restore_optimizer(
             to the device of each parameter.
 
     Raises:
-        CheckpointError: naming parameters without state, state without a
-            parameter, or the two shapes that differ.
+        CheckpointError: naming state without a parameter, or the two shapes that differ.
     """
     saved: dict[str, dict[str, Tensor]] = {}
     for entry, tensor in tensors.items():
@@ -67,15 +66,14 @@ def restore_optimizer(
             name, _, key = entry.removeprefix("optimizer.").rpartition(".")
             saved.setdefault(name, {})[key] = tensor
 
-    # Every parameter of the optimizer needs a state, and every state a parameter.
+    # Every state needs a parameter. A parameter without a state has had no gradient yet: it was
+    # frozen up to the save.
     held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     named = {name: p for name, p in named_parameters if id(p) in held}
-    if saved.keys() != named.keys() and saved:
+    if unknown := saved.keys() - named.keys():
         raise CheckpointError(
-            "the optimizer state does not fit the model: without state "
-            f"{sorted(named.keys() - saved.keys())[:5]}, "
-            f"without parameter {sorted(saved.keys() - named.keys())[:5]}; was the model changed "
-            "since the save?"
+            f"the optimizer state does not fit the model: without parameter {sorted(unknown)[:5]}; "
+            "was the model changed since the save?"
         )
 
     # Copy to the devices on which the optimizer expects its state.

@@ -31,9 +31,15 @@ STATE_SHARE = 0.25
 
 
 def _digest(module: nn.Module) -> torch.Tensor:
-    """SHA-256 over names and bytes of all parameters and buffers, as [4] int64."""
+    """SHA-256 over names and bytes of all parameters and buffers, as [4] int64.
+
+    Buffers that differ between ranks on purpose (`Objective.per_rank`) are left out.
+    """
+    per_rank: frozenset[str] = getattr(module, "per_rank", frozenset())
     sha = hashlib.sha256()
     for name, tensor in module.state_dict().items():
+        if name in per_rank:
+            continue
         sha.update(name.encode())
         sha.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return torch.frombuffer(bytearray(sha.digest()), dtype=torch.int64)

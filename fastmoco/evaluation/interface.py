@@ -98,7 +98,9 @@ class Monitor(ABC):
         """The figures of a state; one without a name is from when only kNN was measured."""
         if saved is None:
             return {}
-        return dict(saved) if isinstance(saved, Mapping) else {self.name: float(saved)}
+        named = saved if isinstance(saved, Mapping) else {self.name: float(saved)}
+        # A figure that this monitor no longer has, e.g. after a change of its config, is dropped.
+        return {name: value for name, value in named.items() if name in self.figures}
 
 
 def saved_states(state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -67,16 +67,26 @@ def build_model(config: Config) -> Objective:
             f"data: {views} views of an image, and {config.objective.kind} takes "
             f"{objective.view_count}; change data.more_views, or the copies of a view"
         )
-    for network in objective.networks().values():
-        if isinstance(network, VisionTransformer):
-            _in_form(network, model)
+    encoders = [n for n in objective.networks().values() if isinstance(n, VisionTransformer)]
+    if model.momentum_linears == "float8" and all(_trains(encoder) for encoder in encoders):
+        raise ValueError(
+            f"model.momentum_linears='float8': {config.objective.kind} has no momentum encoder; "
+            "take model.momentum_linears native"
+        )
+    for encoder in encoders:
+        _in_form(encoder, model)
     return objective
+
+
+def _trains(encoder: VisionTransformer) -> bool:
+    """Whether an encoder gets gradients; a momentum encoder does not."""
+    return any(parameter.requires_grad for parameter in encoder.parameters())
 
 
 def _in_form(encoder: VisionTransformer, model: ModelConfig) -> None:
     """Give an encoder the form that a config asks for: what it recomputes, fused blocks, products
     in float8."""
-    trains = any(parameter.requires_grad for parameter in encoder.parameters())
+    trains = _trains(encoder)
     if trains:
         encoder.recompute(model.checkpointing)
     for block in encoder.blocks:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastmoco.models.encoder import Coupling, Encoder
 from fastmoco.objectives.interface import Features, Inputs
@@ -35,9 +36,8 @@ class Momentum:
                 momentum_encoder.parameters(), encoder.parameters(), strict=True
             ):
                 average.copy_(own)
-        # A copy is equal: nothing is read back, which tensors without memory could not serve.
         self._stems_equal = True
-        self._stems_compared = self._stems()
+        self._stems_compared: tuple[tuple[int, int, int], ...] | None = None
 
     def averages(self) -> dict[nn.Parameter, Tensor]:
         """Parameter -> its average, frozen ones included."""
@@ -56,7 +56,10 @@ class Momentum:
             return False
         now = self._stems()
         if now != self._stems_compared:
-            self._stems_equal = all(torch.equal(a, b) for a, b in zip(own, average, strict=True))
+            # Tensors without memory have nothing to read: there a copy counts as equal.
+            self._stems_equal = isinstance(own[0], FakeTensor) or all(
+                torch.equal(a, b) for a, b in zip(own, average, strict=True)
+            )
             self._stems_compared = now
         return self._stems_equal
 

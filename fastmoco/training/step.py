@@ -101,7 +101,7 @@ class TrainStep:
         output = self.forward_backward(*views, at=at, accuracy=accuracy)
 
         # An optimizer leaves parameters without a gradient as they are: no decay, no momentum.
-        for name in self._objective.frozen(at):
+        for name in self._objective.frozen(at) & self._trainable.keys():
             self._trainable[name].grad = None
 
         # One pass computes the norms of gradients for guard, clipping, telemetry and rollback.

@@ -75,8 +75,8 @@ def test_optimizer_state_that_does_not_fit_is_named() -> None:
     with pytest.raises(CheckpointError, match="has no name"):
         flatten_optimizer(optimizer, named[1:])
     missing = {k: v for k, v in flat.items() if not k.startswith("optimizer.2.bias")}
-    with pytest.raises(CheckpointError, match=r"without state \['2.bias'\]"):
-        restore_optimizer(optimizer, named, missing)
+    restore_optimizer(optimizer, named, missing)  # as of a parameter that was frozen up to the save
+    assert set(flatten_optimizer(optimizer, named)) == set(missing)
     with pytest.raises(CheckpointError, match=r"without parameter \['9.bias'\]"):
         restore_optimizer(optimizer, named, {**flat, "optimizer.9.bias.step": torch.ones(())})
     with pytest.raises(CheckpointError, match=r"0.weight.exp_avg has shape \(2, 2\), the parameter has \(8, 5\)"):

@@ -197,3 +197,10 @@ def test_wrong_arguments_are_named() -> None:
         objective.update_momentum_encoder(1.1)
     with pytest.raises(ValueError, match=r"temperature=0.0: must be positive"):
         MoCoV3(lambda: objective.encoder, temperature=0.0)
+
+
+def test_stems_that_differ_before_the_first_forward_are_not_shared():
+    """Writes through `.data` leave no version behind, so the first question compares."""
+    objective = rough_objective()
+    objective.momentum_encoder.patch_embed.proj.weight.data.mul_(2)
+    assert not objective.momentum.shares_tokens()
