@@ -20,13 +20,12 @@ from fastmoco_pipelines.errors import DecodeError, RemoteError, ShardError
 from fastmoco_pipelines.healing.bad_samples import UNREADABLE, BadSamples
 from fastmoco_pipelines.healing.culprit import Suspects
 from fastmoco_pipelines.sampling.stand_ins import Places, Plan
-from fastmoco_pipelines.sets.local_files import ReadFault
+from fastmoco_pipelines.sets.local_files import ReadFault, is_own_trouble
 from fastmoco_pipelines.sets.shard_set import ShardSet
 
 PATIENCE = (1.0, 3.0, 10.0)
 """Pauses in seconds before samples that cannot be read are tried again, on top of the tries that
 the files make."""
-_OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this machine, not of a shard
 # a damaged spot; the rest of the file may be fine
 _ONE_PLACE = (errno.EIO, errno.EILSEQ, errno.EUCLEAN, errno.EBADMSG)
 # Candidates of one place: enough for any share of bad samples that is worth training on.
@@ -92,11 +91,15 @@ class Healer:
         return found
 
     def _read_each(self, sample_ids: NDArray[np.int64]) -> list[Encoded | ReadFault]:
-        found = self._shards.read_each(sample_ids)
-        for data in found:
-            if not isinstance(data, np.ndarray):
-                _raise_if_general(data)
-        return found
+        try:
+            return self._shards.read_each(sample_ids)
+        except (ShardError, OSError) as error:
+            if not is_own_trouble(error):
+                raise
+            raise ShardError(
+                f"{error}: this process may not open another file or take more memory: ulimit -n, "
+                "ulimit -v"
+            ) from error
 
     def _may_pass(self, found: Sequence[Encoded | ReadFault]) -> list[int]:
         """The rows whose faults are not of the bytes, which are final."""
@@ -218,13 +221,3 @@ def _lost_by(fault: ReadFault) -> Lost:
     if isinstance(cause, OSError):
         return Lost.SAMPLE if cause.errno in _ONE_PLACE else Lost.SHARD
     return Lost.SHARD if isinstance(fault, RemoteError) else Lost.BYTES
-
-
-def _raise_if_general(fault: ReadFault) -> None:
-    """Raise what is no fault of a shard."""
-    cause = fault if isinstance(fault, OSError) else fault.__cause__
-    if isinstance(cause, OSError) and cause.errno in _OWN_TROUBLE:
-        raise ShardError(
-            f"{fault}: this process may not open another file or take more memory: ulimit -n, "
-            "ulimit -v"
-        ) from fault

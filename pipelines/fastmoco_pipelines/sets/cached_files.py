@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING
 from fastmoco_pipelines.errors import ShardError, StoppedError
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.sampling.window import ShardWindows
-from fastmoco_pipelines.sets.local_files import MAX_OPEN_FILES, Place, ReadFault, read_at
+from fastmoco_pipelines.sets.local_files import (
+    MAX_OPEN_FILES,
+    Place,
+    ReadFault,
+    is_own_trouble,
+    read_at,
+)
 from fastmoco_pipelines.spec import CacheSpec
 
 if TYPE_CHECKING:
@@ -68,6 +74,8 @@ class CachedFiles:
             except StoppedError:
                 raise
             except (ShardError, OSError) as error:
+                if is_own_trouble(error):
+                    raise
                 found |= dict.fromkeys(members, error)
         return [found[i] for i in range(len(places))]
 

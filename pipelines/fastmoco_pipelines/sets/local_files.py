@@ -5,6 +5,7 @@ One thread at a time may use such an object: ShardSet ensures that, and checks t
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import OrderedDict
@@ -17,11 +18,16 @@ from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, read_list
 MAX_OPEN_FILES = 128  # a process may hold 1024 by default, and several sets are open at once
 # seconds before a local file is tried again: file systems on a network have hiccups
 _PAUSES = (0.05, 0.45)
+_OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this machine, not of a shard
 
 Place = tuple[int, int, int]
 """Shard, offset and size in bytes."""
 ReadFault = ShardError | OSError
 """Why one sample could not be read: a value beside the bytes of the others."""
+
+
+class _NotOpenedError(ShardError):
+    """A shard cannot be opened: no place of it can be read."""
 
 
 class LocalFiles:
@@ -33,17 +39,37 @@ class LocalFiles:
         self._folders = sorted({path.parent for path in paths})
         # Shard and offset of the current read, for the report of a read that hangs.
         self.reading = (0, 0)
+        # Shards that have failed all tries: the next read tries them once, without pauses.
+        self._failing: set[int] = set()
 
     def read(self, places: Sequence[Place]) -> list[bytes | ReadFault]:
         """The bytes at some places, fewer where a file ends earlier; an error where they cannot be
         read, which names the file and comes after three tries.
+
+        Only the first place of a shard that fails is waited for, so that a lost shard costs half a
+        second, however many of its samples are asked for.
+
+        Raises:
+            ShardError: where this process may open no more files: then nothing can be read.
         """
         found: list[bytes | ReadFault] = []
+        failed: dict[int, ReadFault] = {}
         for place in places:
+            shard = place[0]
+            if isinstance(failed.get(shard), _NotOpenedError):
+                found.append(failed[shard])
+                continue
             try:
                 found.append(self._read(*place))
             except (ShardError, OSError) as error:
+                if is_own_trouble(error):
+                    raise
                 found.append(error)
+                failed[shard] = error
+                self._failing.add(shard)
+            else:
+                if shard not in failed:
+                    self._failing.discard(shard)
         return found
 
     def will_need(self, places: Sequence[Place]) -> None:
@@ -68,7 +94,7 @@ class LocalFiles:
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         self.reading = (shard, offset)
-        for pause in (*_PAUSES, None):
+        for pause in self._pauses(shard):
             descriptor = self._descriptor(shard)
             try:
                 return read_at(descriptor, size, offset)
@@ -82,6 +108,10 @@ class LocalFiles:
                 time.sleep(pause)
         raise AssertionError
 
+    def _pauses(self, shard: int) -> tuple[float | None, ...]:
+        """What follows each try that fails: a pause in seconds, or None for no more tries."""
+        return (None,) if shard in self._failing else (*_PAUSES, None)
+
     def _descriptor(self, shard: int) -> int:
         """An open descriptor of a shard; the one unused for longest is closed when there are too
         many."""
@@ -91,18 +121,25 @@ class LocalFiles:
             return descriptor
         while len(self._open) >= MAX_OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
-        for pause in (*_PAUSES, None):
+        for pause in self._pauses(shard):
             try:
                 self._open[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
                 break
             except OSError as error:
                 if pause is None:
                     name = self._paths[shard].name
-                    raise ShardError(
+                    raise _NotOpenedError(
                         f"{name}: cannot be opened any more ({error.strerror})."
                     ) from error
                 time.sleep(pause)
         return self._open[shard]
+
+
+def is_own_trouble(fault: ReadFault) -> bool:
+    """Whether a fault is of this machine (files or memory that a process may have), not of a
+    shard."""
+    cause = fault if isinstance(fault, OSError) else fault.__cause__
+    return isinstance(cause, OSError) and cause.errno in _OWN_TROUBLE
 
 
 def read_at(descriptor: int, size: int, offset: int) -> bytes:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -160,12 +162,35 @@ def test_too_many_open_files_are_no_fault_of_the_data(packed, monkeypatch):
     def refuse(*_: object) -> int:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
+    paused: list[float] = []
+    monkeypatch.setattr(local_files.time, "sleep", paused.append)
     with ShardSet.open(str(packed)) as shards:
         suspects = Suspects(device="cpu", device_id=None, threads=1)
         reader = healer.Healer(shards, BadSamples(shards, max_bad_share=0), suspects, threading.Event())
         monkeypatch.setattr(os, "open", refuse)
         with pytest.raises(ShardError, match="ulimit -n"):
-            reader.read(np.array([3]))
+            reader.read(np.arange(len(shards)))
+        assert paused == [0.01, 0.02]  # at the first sample: nothing else can be opened either
+
+
+def test_a_lost_shard_is_waited_for_once_however_many_samples_it_has(packed, monkeypatch, tmp_path):
+    """With the waits of a real run, which are counted instead of slept."""
+    monkeypatch.setattr(healer, "PATIENCE", (1.0, 3.0, 10.0))
+    monkeypatch.setattr(local_files, "_PAUSES", (0.05, 0.45))
+    folder = tmp_path / "copy"
+    shutil.copytree(packed, folder)
+    slept: list[float] = []
+    monkeypatch.setattr(local_files.time, "sleep", slept.append)
+    stop = mock.Mock(wait=lambda seconds: slept.append(seconds))
+    with ShardSet.open(str(folder)) as shards:
+        first = shards.shard_of(0)[0]
+        count = sum(shards.shard_of(i)[0] == first for i in range(len(shards)))
+        assert count > 5
+        (folder / first).unlink()
+        suspects = Suspects(device="cpu", device_id=None, threads=1)
+        found = healer.Healer(shards, BadSamples(shards, max_bad_share=1), suspects, stop).read(np.arange(len(shards)))
+    assert [data is None for data in found] == [i < count for i in range(len(found))]
+    assert sum(slept) == pytest.approx(14.5)
 
 
 def test_a_read_that_hangs_is_told_and_ends(packed, monkeypatch):
