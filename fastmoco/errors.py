@@ -65,7 +65,9 @@ def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
 
 def no_checkpoint(path: Path | str) -> RunError:
     """The error for a folder without checkpoints."""
-    return RunError(f"{path} contains no checkpoint; is it the folder given to fastmoco train --out?")
+    return RunError(
+        f"{path} contains no checkpoint; is it the folder given to fastmoco train --out?"
+    )
 
 
 def say(text: str) -> None:

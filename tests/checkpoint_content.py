@@ -29,7 +29,9 @@ def content(step: int) -> dict[str, Tensor]:
 
 
 def bits(tensor: Tensor) -> bytes:
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist()) if tensor.numel() else b""
+    return (
+        bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist()) if tensor.numel() else b""
+    )
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -42,7 +44,9 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def save(root: Path, step: int, keep: int = 3, group: dist.ProcessGroup | None = None) -> Path:
     state = {"step": step, "lr": 0.1}
-    return save_checkpoint(root, step=step, tensors=content(step), state=state, keep=keep, group=group)
+    return save_checkpoint(
+        root, step=step, tensors=content(step), state=state, keep=keep, group=group
+    )
 
 
 @contextmanager

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: Triton reads it where a kernel is defined
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before any kernel is imported: Triton reads it where a kernel is defined
+    )
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -68,7 +70,11 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     try:
         return (yield)
     except Exception as error:
-        if type(error).__name__ == "InterpreterError" and "only 0-dimensional arrays can be converted" in str(error):
+        if type(
+            error
+        ).__name__ == "InterpreterError" and "only 0-dimensional arrays can be converted" in str(
+            error
+        ):
             pytest.skip("this Triton's interpreter does not run under this NumPy")
         raise
 

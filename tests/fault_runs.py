@@ -36,8 +36,16 @@ def environment(**more: str) -> dict[str, str]:
     crashes torch 2.13's DDP).
     """
     paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "pipelines"))
-    base = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))}
-    return base | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "INFO"} | more
+    base = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "TORCHELASTIC_"))
+    }
+    return (
+        base
+        | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "INFO"}
+        | more
+    )
 
 
 @dataclass
@@ -62,7 +70,9 @@ class FaultRun:
 
     def wait_for_step(self, step: int) -> None:
         """Wait until a step is in the metrics."""
-        self.wait_for(lambda: any(at >= step for at, _ in RunFolder(self.out).read_metric("loss")), 120)
+        self.wait_for(
+            lambda: any(at >= step for at, _ in RunFolder(self.out).read_metric("loss")), 120
+        )
 
     def wait_for_text(self, text: str, seconds: float = 100) -> None:
         """Until something is said. No default patience of a run is as short as the guard."""
@@ -91,7 +101,9 @@ class FaultRun:
                 continue
 
 
-def start(config: Config, out: Path, *, before: str = "", ranks: int = 2, restarts: int = 0) -> FaultRun:
+def start(
+    config: Config, out: Path, *, before: str = "", ranks: int = 2, restarts: int = 0
+) -> FaultRun:
     """Start a run, under torchrun unless `ranks` is 0; `before` runs in every rank first."""
     program = ["-c", PROGRAM.format(before=before), json.dumps(to_json(config)), str(out)]
     torchrun = [
@@ -102,7 +114,11 @@ def start(config: Config, out: Path, *, before: str = "", ranks: int = 2, restar
         "127.0.0.1",
         "--nproc-per-node",
     ]
-    launcher = [*torchrun, str(ranks), "--max-restarts", str(restarts), "--no-python", sys.executable] if ranks else []
+    launcher = (
+        [*torchrun, str(ranks), "--max-restarts", str(restarts), "--no-python", sys.executable]
+        if ranks
+        else []
+    )
     return start_command([sys.executable, *launcher, *program], out)
 
 
@@ -110,7 +126,9 @@ def start_command(command: list[str], out: Path, **more: str) -> FaultRun:
     """Start any command that trains into `out`."""
     log = Path(f"{out}.log")
     with log.open("ab") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment(**more), cwd=ROOT)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment(**more), cwd=ROOT
+        )
     return FaultRun(process, out, log)
 
 

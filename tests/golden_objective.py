@@ -14,14 +14,20 @@ from fastmoco.objectives import MoCoV3
 
 def our_name(golden_name: str) -> str:
     """Golden files call the query side base_encoder."""
-    return golden_name.removeprefix("base_") if golden_name.startswith("base_encoder.") else golden_name
+    return (
+        golden_name.removeprefix("base_")
+        if golden_name.startswith("base_encoder.")
+        else golden_name
+    )
 
 
 def build_golden(data: dict[str, np.ndarray]) -> MoCoV3:
     """The float64 objective of step.npz or trace.npz; without a stored momentum
     encoder it is the encoder's copy.
     """
-    image_size, patch_size, embed_dim, depth, num_heads, hidden_dim, projection_dim = data["cfg"].tolist()
+    image_size, patch_size, embed_dim, depth, num_heads, hidden_dim, projection_dim = data[
+        "cfg"
+    ].tolist()
     build = partial(
         VisionTransformer,
         image_size=image_size,
@@ -33,7 +39,9 @@ def build_golden(data: dict[str, np.ndarray]) -> MoCoV3:
     objective = MoCoV3(
         build, projection_dim=projection_dim, hidden_dim=hidden_dim, temperature=float(data["T"])
     ).double()
-    weights = {our_name(k[5:]): torch.from_numpy(v) for k, v in data.items() if k.startswith("init/")}
+    weights = {
+        our_name(k[5:]): torch.from_numpy(v) for k, v in data.items() if k.startswith("init/")
+    }
     if not any(name.startswith("momentum_encoder.") for name in weights):
         weights |= {f"momentum_{n}": v for n, v in weights.items() if n.startswith("encoder.")}
     missing, unexpected = objective.load_state_dict(weights, strict=False)

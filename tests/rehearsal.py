@@ -106,7 +106,9 @@ def find_python(named: str) -> str:
     Raises:
         SystemExit: if there is none.
     """
-    found = [named] if os.sep in named else [str(Path(place) / named) for place in os.get_exec_path()]
+    found = (
+        [named] if os.sep in named else [str(Path(place) / named) for place in os.get_exec_path()]
+    )
     for shim in [Path(path) for path in found if Path(path).parent.name == "shims"]:
         found += map(str, sorted(shim.parent.parent.glob(f"versions/3.12*/bin/{named}")))
     ask = "import sys; sys.exit(sys.version_info[:2] != (3, 12))"
@@ -158,7 +160,10 @@ def path_without_git(folder: Path) -> str:
     for place in os.environ.get("PATH", os.defpath).split(os.pathsep):
         for command in Path(place).iterdir() if Path(place).is_dir() else ():
             # python3 of this PATH would be found before the machine's own.
-            if not re.match(r"git|python|pip", command.name) and not (folder / command.name).is_symlink():
+            if (
+                not re.match(r"git|python|pip", command.name)
+                and not (folder / command.name).is_symlink()
+            ):
                 (folder / command.name).symlink_to(command)
     return str(folder)
 
@@ -207,7 +212,9 @@ def perform(stage: Stage, repository: Path, environment: dict[str, str]) -> tupl
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Set up, run every stage, print their results; 0 if all succeeded."""
-    parser = argparse.ArgumentParser(description="rehearse on the CPU what a bare GPU machine will run")
+    parser = argparse.ArgumentParser(
+        description="rehearse on the CPU what a bare GPU machine will run"
+    )
     parser.add_argument("--python312", default="python3.12", help="makes the virtual environment")
     parser.add_argument(
         "--python",

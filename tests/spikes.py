@@ -30,7 +30,8 @@ ROLLING = replace(
 
 
 def spike(trainer: Trainer, *numbers: int, factor: float = 1e4) -> Trainer:
-    """Multiply the gradients of the given steps (the first is 1) by a factor, on this rank's part."""
+    """Multiply the gradients of the given steps (the first is 1) by a factor, on this rank's
+    part."""
     plain = trainer.train_step.forward_backward
 
     def forward_backward(*views: Any, at: Progress, **options: Any) -> Output:

@@ -96,7 +96,9 @@ def _move_apart(objective: MoCoV3) -> None:
     noise = torch.Generator().manual_seed(7)
 
     def add(parameter: Tensor, scale: float) -> None:
-        parameter.add_(scale * torch.randn(parameter.shape, generator=noise, dtype=torch.float64).to(parameter))
+        parameter.add_(
+            scale * torch.randn(parameter.shape, generator=noise, dtype=torch.float64).to(parameter)
+        )
 
     own = dict(objective.encoder.named_parameters())
     for name, average in objective.momentum_encoder.named_parameters():
@@ -130,7 +132,9 @@ def images_of(config: Config, step: int, device: str, *, rows: int = IMAGES) -> 
     noise = torch.Generator().manual_seed(100 + step)
     scene, *changes = torch.randn(3, rows, 3, 4, 4, generator=noise)
     size = config.model.image_size
-    views = [F.interpolate(scene + 0.5 * change, size=(size, size)).to(device) for change in changes]
+    views = [
+        F.interpolate(scene + 0.5 * change, size=(size, size)).to(device) for change in changes
+    ]
     ids = torch.arange(rows).numpy()
     return Batch(views=tuple(views), sample_ids=ids, step=step)
 
@@ -156,7 +160,10 @@ def _nearest_kink(exact: MoCoV3, batch: Batch) -> float:
     """The smallest absolute input of any ReLU."""
     nearest: list[float] = []
     units = [part for part in exact.modules() if isinstance(part, nn.ReLU)]
-    look = [unit.register_forward_pre_hook(lambda _, x: nearest.append(float(x[0].abs().min()))) for unit in units]
+    look = [
+        unit.register_forward_pre_hook(lambda _, x: nearest.append(float(x[0].abs().min())))
+        for unit in units
+    ]
     plain_forward(copy.deepcopy(exact), *(view.cpu().double() for view in batch.views))
     for handle in look:
         handle.remove()
@@ -172,8 +179,14 @@ def poisoned(batch: Batch) -> Batch:
 
 def gradients_of(objective: MoCoV3) -> dict[str, Tensor]:
     """Copies in float64 on the CPU for comparisons."""
-    named = ((name, parameter.grad) for name, parameter in objective.named_parameters() if parameter.requires_grad)
-    return {name: gradient.detach().cpu().double() for name, gradient in named if gradient is not None}
+    named = (
+        (name, parameter.grad)
+        for name, parameter in objective.named_parameters()
+        if parameter.requires_grad
+    )
+    return {
+        name: gradient.detach().cpu().double() for name, gradient in named if gradient is not None
+    }
 
 
 def plain_step(objective: MoCoV3, batch: Batch, precision: str) -> tuple[float, dict[str, Tensor]]:
@@ -194,7 +207,9 @@ def distance(ours: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     norm of the reference.
     """
     assert ours.keys() == other.keys()
-    pairs = [(ours[name].detach().cpu().double(), other[name].detach().cpu().double()) for name in ours]
+    pairs = [
+        (ours[name].detach().cpu().double(), other[name].detach().cpu().double()) for name in ours
+    ]
     apart = sum((a - b).square().sum() for a, b in pairs)
     whole = sum(b.square().sum() for _, b in pairs)
     return float(torch.as_tensor(apart / whole).sqrt())

@@ -1,4 +1,5 @@
-"""The launch scripts with real processes: preemption and the way back, SLURM by stand-ins, names that are no names."""
+"""The launch scripts with real processes: preemption and the way back, SLURM by stand-ins, names
+that are no names."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.faults
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 STUBS = {
-    # Starts the tasks, passes on what SLURM's --signal sends to them, and by --kill-on-bad-exit kills all behind the first.
+    # Starts the tasks, passes on what SLURM's --signal sends to them, and by --kill-on-bad-exit
+    # kills all behind the first.
     "srun": """#!{python}
 import os, signal, subprocess, sys, time
 command = sys.argv[1:]
@@ -60,7 +62,13 @@ def stubs(tmp_path: Path) -> Path:
 @pytest.fixture
 def words(digits: tuple[str, str], tmp_path: Path) -> list[str]:
     """Recipe, folder and overrides of a run of ten steps."""
-    small = ["--epochs=2", "--optim.warmup-epochs=1", "--knn.every-epochs=0", "--log-every-steps=1", "--threads=1"]
+    small = [
+        "--epochs=2",
+        "--optim.warmup-epochs=1",
+        "--knn.every-epochs=0",
+        "--log-every-steps=1",
+        "--threads=1",
+    ]
     return ["quickstart_digits", "--out", str(tmp_path / "run"), "--data.shards", digits[0], *small]
 
 
@@ -69,15 +77,20 @@ def start_script(name: str, words: list[str], out: Path, **more: str) -> FaultRu
     return start_command([str(ROOT / "launch" / name), *words], out, **more)
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not on the path; make check runs it")
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None, reason="shellcheck is not on the path; make check runs it"
+)
 def test_shellcheck_has_nothing_to_say() -> None:
-    done = subprocess.run(["shellcheck", "-x", *map(str, SCRIPTS)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["shellcheck", "-x", *map(str, SCRIPTS)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_every_setting_says_why(path: Path) -> None:
-    """A line that exports, or asks SLURM for a behaviour, has a comment above it or shares one with its neighbour."""
+    """A line that exports, or asks SLURM for a behaviour, has a comment above it or shares one with
+    its neighbour."""
     lines = path.read_text().splitlines()
     said = False
     for line in lines:
@@ -99,7 +112,13 @@ def test_the_workers_do_not_start_workers(given: list[str]) -> None:
     pytest.importorskip("tyro", reason="tyro is not installed")
     from fastmoco.cli.main import _without_gpus
 
-    assert _without_gpus(["r", "--out", "o", *given, "--seed", "8"]) == ["r", "--out", "o", "--seed", "8"]
+    assert _without_gpus(["r", "--out", "o", *given, "--seed", "8"]) == [
+        "r",
+        "--out",
+        "o",
+        "--seed",
+        "8",
+    ]
 
 
 def test_gpus_inside_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -108,8 +127,17 @@ def test_gpus_inside_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_
         launch(2, ["train"], tmp_path)
 
 
-def test_under_nohup_a_run_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    agent = ["sh", "-c", 'kill -HUP "$1"; sleep 0.3; touch "$2/DONE"', "sh", str(os.getpid()), str(tmp_path)]
+def test_under_nohup_a_run_outlives_its_terminal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    agent = [
+        "sh",
+        "-c",
+        'kill -HUP "$1"; sleep 0.3; touch "$2/DONE"',
+        "sh",
+        str(os.getpid()),
+        str(tmp_path),
+    ]
     monkeypatch.setattr("fastmoco.cli.launch.launch_command", lambda *_: agent)
     monkeypatch.delenv("RANK", raising=False)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -121,11 +149,24 @@ def test_under_nohup_a_run_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("host", ["a;touch x", "-oProxyCommand=x", "$(touch x)", ""])
 def test_a_host_name_that_is_none_is_refused(stubs: Path, tmp_path: Path, host: str) -> None:
-    more = {"STUB_HOST": host, "STUB_STATE": str(tmp_path / "state"), "PATH": f"{stubs}:{os.environ['PATH']}"}
-    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "FASTMOCO_LAUNCH": str(ROOT / "launch")}
+    more = {
+        "STUB_HOST": host,
+        "STUB_STATE": str(tmp_path / "state"),
+        "PATH": f"{stubs}:{os.environ['PATH']}",
+    }
+    slurm = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n",
+        "FASTMOCO_LAUNCH": str(ROOT / "launch"),
+    }
     command = [str(ROOT / "launch" / "slurm.sh"), "recipe", "--out", str(tmp_path / "run")]
     done = subprocess.run(
-        command, env=environment(**more, **slurm), cwd=tmp_path, capture_output=True, text=True, check=False
+        command,
+        env=environment(**more, **slurm),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode != 0
     assert not (tmp_path / "x").exists()
@@ -135,7 +176,9 @@ def test_a_host_name_that_is_none_is_refused(stubs: Path, tmp_path: Path, host: 
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_a_preempted_run_of_two_processes_saves_says_so_and_goes_on(words: list[str], tmp_path: Path) -> None:
+def test_a_preempted_run_of_two_processes_saves_says_so_and_goes_on(
+    words: list[str], tmp_path: Path
+) -> None:
     """T04, by launch/single_node.sh, `fastmoco train --gpus 2` and torchrun's agent."""
     out = tmp_path / "run"
     one = start_script("single_node.sh", words, out, GPUS="2")
@@ -192,8 +235,16 @@ def test_a_run_of_two_processes_that_is_preempted_in_its_first_step_may_go_on(
     """The first step compiles and fills caches: minutes, in which there is nothing to save yet."""
     state, out = tmp_path / "state", tmp_path / "run"
     (stubs / "sitecustomize.py").write_text(STUCK)
-    more = {"STUB_HOST": "127.0.0.1", "STUB_STATE": str(state), "PATH": f"{stubs}:{os.environ['PATH']}"}
-    more |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "n", "FASTMOCO_LAUNCH": str(ROOT / "launch")}
+    more = {
+        "STUB_HOST": "127.0.0.1",
+        "STUB_STATE": str(state),
+        "PATH": f"{stubs}:{os.environ['PATH']}",
+    }
+    more |= {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "n",
+        "FASTMOCO_LAUNCH": str(ROOT / "launch"),
+    }
     more |= {"GPUS": "2", "PYTHONPATH": f"{stubs}:{environment()['PYTHONPATH']}"}
     one = start_script(script, [*words, "--faults.stop-within-s", "3"], out, **more)
     try:
@@ -216,7 +267,9 @@ def test_a_run_of_two_processes_that_is_preempted_in_its_first_step_may_go_on(
 @pytest.mark.slow
 def test_a_refusal_is_not_tried_again(words: list[str], tmp_path: Path) -> None:
     """torchrun would try three times more by `--gpus`, and answers 1 to everything."""
-    one = start_script("single_node.sh", [*words, "--global-batch-size", "2048"], tmp_path / "run", GPUS="2")
+    one = start_script(
+        "single_node.sh", [*words, "--global-batch-size", "2048"], tmp_path / "run", GPUS="2"
+    )
     try:
         assert one.end() == 2, one.text()
         assert "is larger than the whole set of 1437 samples" in one.text()
@@ -230,8 +283,25 @@ def test_a_refusal_is_not_tried_again(words: list[str], tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_words_that_make_no_config_are_not_tried_again(words: list[str], tmp_path: Path) -> None:
     """By torchrun itself: with `--gpus` nothing is started for them."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--max-restarts", "3"]
-    command = [sys.executable, *torchrun, "-m", "fastmoco", "train", *words, "--model.image-size", "13"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+        "--max-restarts",
+        "3",
+    ]
+    command = [
+        sys.executable,
+        *torchrun,
+        "-m",
+        "fastmoco",
+        "train",
+        *words,
+        "--model.image-size",
+        "13",
+    ]
     one = start_command(command, tmp_path / "run")
     try:
         assert one.end() == 1, one.text()
@@ -255,8 +325,16 @@ def test_slurm_starts_the_ranks_requeues_a_preempted_run_and_not_a_finished_one(
     stubs: Path, words: list[str], tmp_path: Path
 ) -> None:
     out, state = tmp_path / "run", tmp_path / "state"
-    more = {"STUB_HOST": "127.0.0.1", "STUB_STATE": str(state), "PATH": f"{stubs}:{os.environ['PATH']}"}
-    more |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "n", "FASTMOCO_LAUNCH": str(ROOT / "launch")}
+    more = {
+        "STUB_HOST": "127.0.0.1",
+        "STUB_STATE": str(state),
+        "PATH": f"{stubs}:{os.environ['PATH']}",
+    }
+    more |= {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "n",
+        "FASTMOCO_LAUNCH": str(ROOT / "launch"),
+    }
     one = start_script("slurm.sh", words, out, **more)
     try:
         one.wait_for_step(2)

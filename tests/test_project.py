@@ -43,7 +43,9 @@ def test_every_public_name_is_documented(path):
     tree = ast.parse(path.read_text())
     kinds = (ast.FunctionDef, ast.ClassDef)
     bare = [
-        n.name for n in tree.body if isinstance(n, kinds) and not n.name.startswith("_") and not ast.get_docstring(n)
+        n.name
+        for n in tree.body
+        if isinstance(n, kinds) and not n.name.startswith("_") and not ast.get_docstring(n)
     ]
     assert ast.get_docstring(tree)
     assert not bare
@@ -87,10 +89,20 @@ FORBIDDEN = {
 
 @pytest.mark.parametrize("what", FORBIDDEN)
 def test_data_never_reaches(what):
-    contender = ROOT / "benchmarks"  # measures webdataset's reader beside ours, on shards that it packed itself
-    sources = [path for path in SOURCES if "webdataset" not in what or contender not in path.parents]
-    hits = [str(path.relative_to(ROOT)) for path in sources if re.search(FORBIDDEN[what], path.read_text())]
-    if what == "an unpickler":  # the restricted one, and the attacks on it: tests/fastmoco/checkpoint/test_metadata.py
+    contender = (
+        ROOT / "benchmarks"
+    )  # measures webdataset's reader beside ours, on shards that it packed itself
+    sources = [
+        path for path in SOURCES if "webdataset" not in what or contender not in path.parents
+    ]
+    hits = [
+        str(path.relative_to(ROOT))
+        for path in sources
+        if re.search(FORBIDDEN[what], path.read_text())
+    ]
+    if (
+        what == "an unpickler"
+    ):  # the restricted one, and the attacks on it: tests/fastmoco/checkpoint/test_metadata.py
         hits.remove("fastmoco/checkpoint/dcp_metadata.py")
     assert not hits, f"{what} in {hits}"
 
@@ -104,15 +116,23 @@ def test_configuration_imports_neither_torch_nor_dali():
 
 
 def test_every_package_below_the_roots_is_installed():
-    """`setup.py` finds packages by their `__init__.py`; one without would be missing from the wheel alone."""
+    """`setup.py` finds packages by their `__init__.py`; one without would be missing from the wheel
+    alone."""
     for package in PACKAGES:
         for folder in {path.parent for path in package.rglob("*.py")}:
-            assert (folder / "__init__.py").exists(), f"{folder.relative_to(ROOT)} has no __init__.py"
+            assert (folder / "__init__.py").exists(), (
+                f"{folder.relative_to(ROOT)} has no __init__.py"
+            )
 
 
 def test_no_decision_hangs_on_the_wall_clock():
-    """It jumps. Lines of metrics and torchrun's report are stamped with it, nothing is measured by it."""
-    sources = [path for path in SOURCES if ROOT / "fastmoco" in path.parents and "time.time()" in path.read_text()]
+    """It jumps. Lines of metrics and torchrun's report are stamped with it, nothing is measured by
+    it."""
+    sources = [
+        path
+        for path in SOURCES
+        if ROOT / "fastmoco" in path.parents and "time.time()" in path.read_text()
+    ]
     assert {str(path.relative_to(ROOT)) for path in sources} == {
         "fastmoco/faults/first_cause.py",
         "fastmoco/telemetry/sinks.py",
@@ -128,7 +148,8 @@ def _imported(path: Path) -> set[str]:
 
 
 def test_collectives_are_in_two_rooms_alone():
-    """import-linter sees torch as one package. What needs an answer of all ranks takes it from `distributed/agree.py`."""
+    """import-linter sees torch as one package. What needs an answer of all ranks takes it from
+    `distributed/agree.py`."""
     rooms = [ROOT / "fastmoco" / "distributed", ROOT / "fastmoco" / "checkpoint"]
     uses = {
         path
@@ -136,8 +157,12 @@ def test_collectives_are_in_two_rooms_alone():
         if any(n.startswith("torch.distributed") for n in _imported(path))
     }
     attributes = {
-        path for path in (ROOT / "fastmoco").rglob("*.py") if re.search(r"torch\.distributed\.\w+\(", path.read_text())
+        path
+        for path in (ROOT / "fastmoco").rglob("*.py")
+        if re.search(r"torch\.distributed\.\w+\(", path.read_text())
     }
     assert rooms[0] / "agree.py" in uses
-    outside = sorted(str(path.relative_to(ROOT)) for path in uses | attributes if path.parent not in rooms)
+    outside = sorted(
+        str(path.relative_to(ROOT)) for path in uses | attributes if path.parent not in rooms
+    )
     assert not outside, f"torch.distributed outside distributed/ and checkpoint/: {outside}"

@@ -48,7 +48,11 @@ class _RestrictedUnpickler(Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = _CLASSES.get((module, name))
-        if allowed is None and module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+        if (
+            allowed is None
+            and module == "torch"
+            and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
             allowed = getattr(torch, name)
         if allowed is None:
             raise UnpicklingError(f"it names {module}.{name}, which no checkpoint of tensors needs")
@@ -66,7 +70,9 @@ def read_metadata(path: Path, files: Mapping[str, Mapping[str, Any]]) -> Metadat
         ValueError: naming the content that a checkpoint of tensors does not have.
     """
     if path.stat().st_size > SIZE_LIMIT:
-        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, more than any checkpoint has")
+        raise ValueError(
+            f"{path.name} has {path.stat().st_size} bytes, more than any checkpoint has"
+        )
     try:
         with path.open("rb") as file:
             held = _RestrictedUnpickler(file).load()
@@ -100,24 +106,34 @@ def _require_tensors_alone(held: object, files: Mapping[str, Mapping[str, Any]])
         _require_inside(index, place, files)
 
 
-def _require_covered(name: str, entry: TensorStorageMetadata, stored: Mapping[MetadataIndex, object]) -> None:
+def _require_covered(
+    name: str, entry: TensorStorageMetadata, stored: Mapping[MetadataIndex, object]
+) -> None:
     """Require that the chunks are inside the tensor, have as many elements as
     it, and are all stored.
     """
     count = 0
     for chunk in entry.chunks:
         ranges = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
-        if not all(min(offset, size) >= 0 and offset + size <= whole for offset, size, whole in ranges):
+        if not all(
+            min(offset, size) >= 0 and offset + size <= whole for offset, size, whole in ranges
+        ):
             raise ValueError(f"entry {name!r} has a chunk outside its shape")
         piece = stored.get(MetadataIndex(name, chunk.offsets))
         if getattr(piece, "length", -1) < math.prod(chunk.sizes) * entry.properties.dtype.itemsize:
-            raise ValueError(f"entry {name!r} has a chunk that is not stored, or in fewer bytes than it has")
+            raise ValueError(
+                f"entry {name!r} has a chunk that is not stored, or in fewer bytes than it has"
+            )
         count += math.prod(chunk.sizes)
     if count != math.prod(entry.size):
-        raise ValueError(f"entry {name!r} has chunks of {count} elements for a shape of {math.prod(entry.size)}")
+        raise ValueError(
+            f"entry {name!r} has chunks of {count} elements for a shape of {math.prod(entry.size)}"
+        )
 
 
-def _require_inside(index: MetadataIndex, place: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
+def _require_inside(
+    index: MetadataIndex, place: Any, files: Mapping[str, Mapping[str, Any]]
+) -> None:
     """Require that a piece is inside a file that the marker lists, and is
     read as a plain tensor.
     """

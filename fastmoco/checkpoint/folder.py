@@ -55,7 +55,9 @@ def step_of(path: Path) -> int:
 
 def write_text(path: Path, text: str) -> None:
     """Write a new file (mode 0600) and flush it to the disk."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+    with os.fdopen(
+        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+    ) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -145,7 +147,12 @@ def read_marker(path: Path) -> dict[str, Any]:
     """
     match = _FOLDER.fullmatch(path.name)
     marker = path / MARKER
-    if match is None or marker.is_symlink() or not marker.is_file() or marker.stat().st_size > MARKER_LIMIT:
+    if (
+        match is None
+        or marker.is_symlink()
+        or not marker.is_file()
+        or marker.stat().st_size > MARKER_LIMIT
+    ):
         raise ValueError(f"it has no usable {MARKER} marker")
     raw = marker.read_bytes()
     damaged = ValueError(f"the {MARKER} marker is damaged")
@@ -191,7 +198,9 @@ def verify(path: Path) -> dict[str, Any]:
     promised = read_marker(path)
     changed = [name for name, file in promised["files"].items() if fingerprint(path / name) != file]
     if changed:
-        raise ValueError(f"{' and '.join(changed)} differs in size or SHA-256 from what {MARKER} lists")
+        raise ValueError(
+            f"{' and '.join(changed)} differs in size or SHA-256 from what {MARKER} lists"
+        )
     return promised
 
 
@@ -212,7 +221,9 @@ def make_way(final: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
         final.rename(final.with_name(f".replaced-{final.name}-{secrets.token_hex(4)}"))
         return True
     if existing["files"] != files:
-        raise FileExistsError("another valid checkpoint of this step exists and is never overwritten")
+        raise FileExistsError(
+            "another valid checkpoint of this step exists and is never overwritten"
+        )
     return False
 
 
@@ -249,7 +260,9 @@ def prune(root: Path, *, newest: Path, keep: int, keep_multiple: int = 0) -> Non
         if path in regular[-1:]:
             continue
         try:
-            (path / MARKER).unlink()  # first, so that a kill in between leaves a folder that is ignored
+            (
+                path / MARKER
+            ).unlink()  # first, so that a kill in between leaves a folder that is ignored
         except OSError:
             continue
         shutil.rmtree(path, ignore_errors=True)

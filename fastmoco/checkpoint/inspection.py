@@ -61,7 +61,9 @@ def inspect_checkpoints(path: Path) -> list[Inspection]:
     folders = list_checkpoints(path) + unfinished_saves(path)
     if not folders and path.name.startswith("step_") and path.is_dir():
         folders = [path]
-    return sorted((_inspect(folder) for folder in folders), key=lambda found: (found.step, found.path))
+    return sorted(
+        (_inspect(folder) for folder in folders), key=lambda found: (found.step, found.path)
+    )
 
 
 def _inspect(folder: Path) -> Inspection:
@@ -108,7 +110,9 @@ def consolidate(checkpoint: Checkpoint, out: Path, *, encoder_only: bool) -> int
             if name.startswith(ENCODER) and not name.startswith(f"{ENCODER}head.")
         }
     if not tensors:
-        raise CheckpointError(f"{checkpoint.path} has no tensors {ENCODER}*: it is no checkpoint of a run")
+        raise CheckpointError(
+            f"{checkpoint.path} has no tensors {ENCODER}*: it is no checkpoint of a run"
+        )
     if os.path.lexists(out):
         raise CheckpointError(f"{out} exists; choose another --out")
     try:
@@ -116,5 +120,7 @@ def consolidate(checkpoint: Checkpoint, out: Path, *, encoder_only: bool) -> int
             write_whole(fresh, tensors, {"format": "pt", "step": str(checkpoint.step)})
         flush(out.parent)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{out} was not written: {error}. Free space or choose another --out") from error
+        raise CheckpointError(
+            f"{out} was not written: {error}. Free space or choose another --out"
+        ) from error
     return len(tensors)

@@ -53,7 +53,9 @@ class Checkpoint:
         Raises:
             CheckpointError: if the files have changed since they were verified.
         """
-        whole = {name: torch.empty_like(entry, device="cpu") for name, entry in self.entries.items()}
+        whole = {
+            name: torch.empty_like(entry, device="cpu") for name, entry in self.entries.items()
+        }
         self.read_into(whole)
         return whole
 
@@ -71,7 +73,9 @@ class Checkpoint:
         """
         missing = [name for name in targets if name not in self.entries]
         if missing:
-            raise CheckpointError(f"{self.path} has no {missing[:5]}; was the model changed since the save?")
+            raise CheckpointError(
+                f"{self.path} has no {missing[:5]}; was the model changed since the save?"
+            )
         for name, target in targets.items():
             if target.shape != self.entries[name].shape:
                 raise CheckpointError(

@@ -35,11 +35,15 @@ def flatten_optimizer(
                 "pass the named_parameters() of the module it was built from"
             )
         state = dict(optimizer.state.get(parameter, {}))
-        if state and "step" in group:  # apex counts once per group; any other AdamW wants it per parameter
+        if (
+            state and "step" in group
+        ):  # apex counts once per group; any other AdamW wants it per parameter
             state.setdefault("step", torch.tensor(float(group["step"])))
         for key, value in state.items():
             if not isinstance(value, Tensor):
-                raise CheckpointError(f"optimizer state {key!r} of {name} is {type(value).__name__}, not a tensor")
+                raise CheckpointError(
+                    f"optimizer state {key!r} of {name} is {type(value).__name__}, not a tensor"
+                )
             flat[f"optimizer.{name}.{key}"] = value.detach()
     return flat
 

@@ -72,7 +72,9 @@ class Saver:
         self.settle()
         self._write(step, tensors, state)
 
-    def save_in_background(self, *, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, JSON]) -> None:
+    def save_in_background(
+        self, *, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, JSON]
+    ) -> None:
         """Copy the state and return; a thread writes the copy. `poll` and `wait`
         return the errors of the thread.
 
@@ -102,7 +104,9 @@ class Saver:
 
         # A daemon thread, so that the process can end while a peer hangs; a
         # folder without a marker is ignored.
-        self._thread = threading.Thread(target=write, name=f"checkpoint of step {step}", daemon=True)
+        self._thread = threading.Thread(
+            target=write, name=f"checkpoint of step {step}", daemon=True
+        )
         self._thread.start()
 
     def poll(self) -> BaseException | None:

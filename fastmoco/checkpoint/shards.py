@@ -41,7 +41,9 @@ class _Reader(FileSystemReader):
         return self._checked
 
 
-def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
+def write_shards(
+    folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None
+) -> None:
     """Write tensors into an existing empty folder and flush them to the disk.
     Call it on every rank of `group`.
 

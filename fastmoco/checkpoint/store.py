@@ -101,7 +101,9 @@ def save_checkpoint(
         files = {name: file for part in parts for name, file in sorted(part.items())}
         run_id = str(state.get("run_id", ""))
         saved_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        marker = marker_text(step, files, world_size=size_of(group), saved_at=saved_at, run_id=run_id)
+        marker = marker_text(
+            step, files, world_size=size_of(group), saved_at=saved_at, run_id=run_id
+        )
         drop = partial(prune, root, newest=final, keep=keep, keep_multiple=keep_multiple)
         on_first_rank(partial(_finish, writing, final, files, marker, drop), group)
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
@@ -129,7 +131,9 @@ def _begin(root: Path, final: Path, state: str) -> Path:
 
 def _require_seen(writing: Path) -> None:
     if not (writing / STATE).is_file():
-        raise CheckpointError(f"{writing} does not exist on this rank: every rank must see the same folder")
+        raise CheckpointError(
+            f"{writing} does not exist on this rank: every rank must see the same folder"
+        )
 
 
 def _fingerprints(writing: Path, rank: int, sharded: bool) -> dict[str, dict[str, Any]]:
@@ -166,7 +170,9 @@ def _reason(error: BaseException) -> str:
     first line for each rank.
     """
     if isinstance(error, CheckpointException):
-        return "; ".join(f"rank {rank}: {_first_line(cause)}" for rank, (cause, _) in error.failures.items())
+        return "; ".join(
+            f"rank {rank}: {_first_line(cause)}" for rank, (cause, _) in error.failures.items()
+        )
     return _first_line(error)
 
 
@@ -202,6 +208,10 @@ def _require_json(value: object, where: str) -> None:
         for index, item in enumerate(value):
             _require_json(item, f"{where}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise CheckpointError(f"{where} is {value}: JSON has finite numbers only; store None instead")
+        raise CheckpointError(
+            f"{where} is {value}: JSON has finite numbers only; store None instead"
+        )
     elif not (value is None or type(value) in (bool, int, float, str)):
-        raise CheckpointError(f"{where} is {type(value).__name__}: only JSON values can be saved with the tensors")
+        raise CheckpointError(
+            f"{where} is {type(value).__name__}: only JSON values can be saved with the tensors"
+        )

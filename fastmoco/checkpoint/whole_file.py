@@ -29,7 +29,9 @@ def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     for name, tensor in tensors.items():
         if name == "__metadata__":
-            raise CheckpointError("a tensor cannot be called '__metadata__': safetensors reserves that name")
+            raise CheckpointError(
+                "a tensor cannot be called '__metadata__': safetensors reserves that name"
+            )
         host = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
         if host.untyped_storage().data_ptr() in seen:
             host = host.clone()
@@ -38,7 +40,9 @@ def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ready
 
 
-def write_whole(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
+def write_whole(
+    path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None
+) -> None:
     """Write tensors to a new file (mode 0600) and flush it to the disk.
 
     Args:
@@ -57,7 +61,9 @@ def write_whole(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, s
         save_file(ready, path, metadata=dict(notes or {}) or None)
     except KeyError as error:  # from the table of dtypes in safetensors
         names = [name for name, tensor in ready.items() if str(tensor.dtype) == str(error.args[0])]
-        raise CheckpointError(f"tensors {names[:5]} are {error.args[0]}, which safetensors cannot store") from error
+        raise CheckpointError(
+            f"tensors {names[:5]} are {error.args[0]}, which safetensors cannot store"
+        ) from error
     path.chmod(0o600)
     flush(path)
 
@@ -85,6 +91,8 @@ def read_whole_into(path: Path, targets: Mapping[str, Tensor]) -> None:
                 # Every rank has read the same bytes, so each takes its own part
                 # and nothing is sent.
                 tensor = tensor.to(target.device)
-                part = distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
+                part = distribute_tensor(
+                    tensor, target.device_mesh, target.placements, src_data_rank=None
+                )
                 target, tensor = target.to_local(), part.to_local()
             target.copy_(tensor)

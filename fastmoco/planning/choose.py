@@ -43,7 +43,7 @@ def choose_plan(
     """The plan for the memory that is free now, on every rank for the rank with the least.
 
     Call it after the objective is built and before gradients and optimizer state exist. A run that
-    continues reads its checkpoint later. The arguments are those of `Gradients`; `compiled`:
+    continues reads its checkpoint later. The arguments are those of `ForwardBackward`; `compiled`:
     whether blocks are compiled; `levels`: whether views come as uint8.
     """
     images = config.global_batch_size // world.world_size

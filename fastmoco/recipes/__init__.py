@@ -49,7 +49,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
 
 
 def with_image_size(config: Config, image_size: int, *, patch_size: int | None = None) -> Config:
-    """The same recipe at another image size: its views follow, and the blur, which is in pixels, scales along.
+    """The same recipe at another image size: its views follow, and the blur, which is in pixels,
+    scales along.
 
     Small crops keep their share of the image size, to whole patches.
 

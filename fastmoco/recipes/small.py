@@ -20,7 +20,9 @@ def _small(recipe: str, model: ModelConfig, view: ViewSpec, *, epochs: float) ->
         global_batch_size=256,
         model=model,
         objective=MoCoV3Config(temperature=0.2),
-        optim=OptimConfig(lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98), warmup_epochs=min(1.0, epochs / 10)),
+        optim=OptimConfig(
+            lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98), warmup_epochs=min(1.0, epochs / 10)
+        ),
         data=DataConfig(view1=view, view2=view),
         knn=KnnConfig(every_epochs=max(1.0, epochs / 10), max_train_images=0, max_test_images=0),
     )
@@ -44,7 +46,9 @@ def _grey_view(size: int, *, flip: float) -> ViewSpec:
 
 def quickstart_digits() -> Config:
     """A tiny ViT on 8x8 handwritten digits: a few minutes on two cores, no download."""
-    model = ModelConfig(architecture="vit_nano", image_size=8, patch_size=2, projection_dim=64, hidden_dim=256)
+    model = ModelConfig(
+        architecture="vit_nano", image_size=8, patch_size=2, projection_dim=64, hidden_dim=256
+    )
     # Contrast jitter about the mean did not help here.
     view = replace(_grey_view(8, flip=0.0), contrast=0.0)
     config = _small("quickstart_digits", model, view, epochs=130)
@@ -54,7 +58,9 @@ def quickstart_digits() -> Config:
 
 def vit_nano7_e12_b256() -> Config:
     """ViT-nano/7 on 28-pixel grey images such as Fashion-MNIST: ten minutes on two cores."""
-    model = ModelConfig(architecture="vit_nano", image_size=28, patch_size=7, projection_dim=128, hidden_dim=512)
+    model = ModelConfig(
+        architecture="vit_nano", image_size=28, patch_size=7, projection_dim=128, hidden_dim=512
+    )
     config = _small("vit_nano7_e12_b256", model, _grey_view(28, flip=0.5), epochs=12)
     return replace(config, knn=replace(config.knn, every_epochs=3))
 
@@ -63,7 +69,9 @@ def vit_nano8_e60_b256() -> Config:
     """ViT-nano/8 on 32-pixel color images such as patches of photographs: ten
     minutes on two cores.
     """
-    model = ModelConfig(architecture="vit_nano", image_size=32, patch_size=8, projection_dim=128, hidden_dim=512)
+    model = ModelConfig(
+        architecture="vit_nano", image_size=32, patch_size=8, projection_dim=128, hidden_dim=512
+    )
     # Weaker than the jitter of MoCo v3: at 32 pixels color is much of the
     # difference between two photographs.
     view = ViewSpec(

@@ -45,8 +45,8 @@ def draw_curves(
     """Plot loss, accuracies and recorded gradient norms against the step.
 
     Args:
-        metrics_jsonl: file of a run. The metrics `loss`, those of `figures` and `gradient_norm/<part>`
-            are plotted; a panel without data is omitted.
+        metrics_jsonl: file of a run. The metrics `loss`, those of `figures` and
+            `gradient_norm/<part>` are plotted; a panel without data is omitted.
         out_png: picture to write; its folder is created.
         title: of the picture.
         figures: metric name -> label of accuracies (shares), e.g. `{"knn": "kNN"}`.
@@ -66,7 +66,14 @@ def draw_curves(
 
     rows = read_metrics(metrics_jsonl)
     panels: list[str] = [name for name in ("loss", *figures) if _series(rows, name)[0]]
-    norms = sorted({key for row in rows for key in row if key.startswith("gradient_norm/") and _series(rows, key)[0]})
+    norms = sorted(
+        {
+            key
+            for row in rows
+            for key in row
+            if key.startswith("gradient_norm/") and _series(rows, key)[0]
+        }
+    )
     if norms:
         panels.append("gradient norm")
     if not panels:
@@ -77,7 +84,9 @@ def draw_curves(
     figure = Figure(figsize=(8, 1 + 2.4 * len(panels)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    for axes, panel in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, strict=True):
+    for axes, panel in zip(
+        figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, strict=True
+    ):
         axes.set_ylabel(f"{figures[panel]} accuracy" if panel in figures else panel)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

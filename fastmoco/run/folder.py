@@ -85,10 +85,14 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(
+                self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
+            )
             self._lock = os.fdopen(descriptor, "a+")  # held open until the run ends
         except OSError as error:
-            raise RunError(f"cannot write to {self.path}: {error.strerror}; choose another --out") from error
+            raise RunError(
+                f"cannot write to {self.path}: {error.strerror}; choose another --out"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -96,7 +100,9 @@ class RunFolder:
             owner = self._lock.read().strip() or "unknown"
             self._lock.close()
             self._lock = None
-            raise RunError(f"{self.path} is in use by process {owner}; wait for it or choose another --out") from error
+            raise RunError(
+                f"{self.path} is in use by process {owner}; wait for it or choose another --out"
+            ) from error
         try:
             self._lock.truncate(0)
             self._lock.write(str(os.getpid()))
@@ -105,7 +111,9 @@ class RunFolder:
         except OSError as error:
             self.release()
             name = error.filename or self.path
-            raise RunError(f"cannot write to {name}: {error.strerror}; fix it or choose another --out") from error
+            raise RunError(
+                f"cannot write to {name}: {error.strerror}; fix it or choose another --out"
+            ) from error
 
     def _require_writable(self) -> None:
         """Detect an error now that would otherwise end the run at its first line of metrics.
@@ -155,7 +163,11 @@ class RunFolder:
         """(step, value) for every line of `metrics.jsonl` with the metric."""
         if not self.metrics.exists():
             return []
-        rows = [json.loads(line) for line in self.metrics.read_text().splitlines() if _step_of(line) < float("inf")]
+        rows = [
+            json.loads(line)
+            for line in self.metrics.read_text().splitlines()
+            if _step_of(line) < float("inf")
+        ]
         return [(int(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
 
 

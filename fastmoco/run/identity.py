@@ -71,7 +71,11 @@ class RunIdentity:
         """The identity after continuing from a checkpoint of that id, which is
         trusted from then on.
         """
-        return self if run_id in (self.run_id, *self.trusted) else replace(self, trusted=(*self.trusted, run_id))
+        return (
+            self
+            if run_id in (self.run_id, *self.trusted)
+            else replace(self, trusted=(*self.trusted, run_id))
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The entries of `config.json`."""
@@ -99,4 +103,6 @@ def identify(folder: RunFolder, world: World, *, trust_all: bool) -> RunIdentity
         trusted = []
     first = int(gather_rows(torch.tensor([int(known, 16)]), world.device)[0])
     others = tuple(str(other) for other in trusted) if isinstance(trusted, list) else ()
-    return RunIdentity(run_id=f"{first:0{2 * BYTES}x}", trusted=others, trust_all=trust_all, new=new)
+    return RunIdentity(
+        run_id=f"{first:0{2 * BYTES}x}", trusted=others, trust_all=trust_all, new=new
+    )

@@ -21,14 +21,19 @@ CPU = torch.device("cpu")
 
 def _sleeper(name: str, seconds: float, error: float = 0.0) -> Contender:
     return Contender(
-        name=name, call=lambda: time.sleep(seconds), errors=lambda: {"value": error}, limits={"value": 1e-3}
+        name=name,
+        call=lambda: time.sleep(seconds),
+        errors=lambda: {"value": error},
+        limits={"value": 1e-3},
     )
 
 
 def test_the_subject_is_compared_with_every_other_that_passed():
     slow, wrong = _sleeper("slow", 0.02), _sleeper("wrong", 0.0, error=1.0)
     absent = Contender(name="absent", skipped="needs a GPU")
-    result = contest([_sleeper("ours", 0.001), slow, wrong, absent], subject="ours", device=CPU, rounds=2)
+    result = contest(
+        [_sleeper("ours", 0.001), slow, wrong, absent], subject="ours", device=CPU, rounds=2
+    )
     assert set(result["speedup"]) == {"slow"}
     assert result["speedup"]["slow"]["median"] > 2
     assert result["failed"] == {"wrong": "value 1 > 0.001"}
@@ -38,7 +43,9 @@ def test_the_subject_is_compared_with_every_other_that_passed():
 
 @pytest.mark.parametrize("error", [1.0, float("nan"), float("inf")])
 def test_a_subject_that_fails_its_check_gets_no_speedup(error):
-    result = contest([_sleeper("ours", 0.0, error), _sleeper("slow", 0.0)], subject="ours", device=CPU, rounds=1)
+    result = contest(
+        [_sleeper("ours", 0.0, error), _sleeper("slow", 0.0)], subject="ours", device=CPU, rounds=1
+    )
     assert result["speedup"] == {}
     assert "ours" in result["failed"]
 
@@ -62,7 +69,12 @@ def test_one_that_has_no_memory_for_the_job_costs_only_itself():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     large = Contender(name="large", errors=lambda: {"value": 0.0}, limits={"value": 1.0}, call=call)
-    result = contest([_sleeper("ours", 0.001), large, _sleeper("slow", 0.002)], subject="ours", device=CPU, rounds=1)
+    result = contest(
+        [_sleeper("ours", 0.001), large, _sleeper("slow", 0.002)],
+        subject="ours",
+        device=CPU,
+        rounds=1,
+    )
     assert set(result["speedup"]) == {"slow"}
     assert "out of memory" in result["failed"]["large"]
     with pytest.raises(torch.OutOfMemoryError):

@@ -15,8 +15,12 @@ def test_idx_files_become_pngs_by_class(tmp_path):
     images = rng.integers(0, 256, (5, 28, 28), dtype=np.uint8)
     labels = np.array([0, 9, 3, 3, 1], dtype=np.uint8)
     for prefix in ("train", "t10k"):
-        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + images.tobytes()))
-        (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels.tobytes()))
+        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(
+            gzip.compress(bytes(16) + images.tobytes())
+        )
+        (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(
+            gzip.compress(bytes(8) + labels.tobytes())
+        )
     assert datasets.fashion(tmp_path, tmp_path / "out") == 10
     with Image.open(tmp_path / "out" / "train" / "boot" / "00001.png") as image:
         assert np.array_equal(np.asarray(image), images[1])
@@ -24,7 +28,8 @@ def test_idx_files_become_pngs_by_class(tmp_path):
 
 
 def test_patches_of_the_two_sides_share_no_pixel(tmp_path, monkeypatch):
-    """Left of 60 % is red, right of 65 % blue, between them green: a patch may hold its own colour only."""
+    """Left of 60 % is red, right of 65 % blue, between them green: a patch may hold its own colour
+    only."""
     monkeypatch.setattr(datasets, "TRAIN_PATCHES", 20)
     monkeypatch.setattr(datasets, "TEST_PATCHES", 10)
     photo = np.zeros((720, 1000, 3), np.uint8)

@@ -1,4 +1,5 @@
-"""The instrument for a GPU: its stages and goals as data, its lines and gates, and a dry run of every stage."""
+"""The instrument for a GPU: its stages and goals as data, its lines and gates, and a dry run of
+every stage."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def test_stages_are_chosen_by_name_or_run_and_keep_their_order():
         chosen("speed")
     left = {stage.name for stage in STAGES if within(stage, "info_nce")}
     assert left == {"env", "smoke", "ceilings", "tests", "loss"}
-    assert {stage.name for stage in STAGES if within(stage, "loss 16384")} == left  # tests and checks of a row's op
+    assert {
+        stage.name for stage in STAGES if within(stage, "loss 16384")
+    } == left  # tests and checks of a row's op
     assert [op for op in TESTS_OF if checked("loss 16384", op)] == ["info_nce"]
     names = [stage.name for stage in STAGES]
     assert max(names.index("fused"), names.index("color")) < names.index("vit_b")
@@ -60,8 +63,13 @@ def test_goals_follow_the_card():
     on_h200, naive = goals.outcomes("loss 16384", times, "NVIDIA H200", CEILINGS)
     assert (on_h200.wanted, on_h200.met, naive.met) == (1.0, False, True)
     elsewhere = goals.outcomes("loss 16384", times, "NVIDIA H100 80GB HBM3", CEILINGS)[0]
-    assert (elsewhere.wanted, elsewhere.met) == (2.0, True)  # half the rate of products, twice the time
-    step = goals.outcomes("ViT-S 4096", {"images_per_s": {"fastmoco": [3000.0, 2000.0, 2600.0]}}, "H100", CEILINGS)[0]
+    assert (elsewhere.wanted, elsewhere.met) == (
+        2.0,
+        True,
+    )  # half the rate of products, twice the time
+    step = goals.outcomes(
+        "ViT-S 4096", {"images_per_s": {"fastmoco": [3000.0, 2000.0, 2600.0]}}, "H100", CEILINGS
+    )[0]
     assert (step.wanted, step.measured) == (2500.0, 2600.0)
     assert "G7 met" in str(step)
     unscaled, naive = goals.outcomes("loss 16384", times, "NVIDIA H100 80GB HBM3", {})
@@ -70,15 +78,28 @@ def test_goals_follow_the_card():
 
 
 def test_shares_are_of_the_measured_ceilings():
-    assert goals.shares({"work": {"flops": 395e9, "bytes": 215e7, "ms": 2.0}}, CEILINGS) == {"matmul": 0.5, "copy": 0.5}
+    assert goals.shares({"work": {"flops": 395e9, "bytes": 215e7, "ms": 2.0}}, CEILINGS) == {
+        "matmul": 0.5,
+        "copy": 0.5,
+    }
     assert goals.shares({"work": {"flops": 1, "ms": None}}, CEILINGS) == {}
 
 
 def test_the_summary_is_short_and_begins_with_the_faults():
-    result = {"milliseconds": {"ours": 0.5}, "speedup": {"naive": {"median": 8.0}}, "failed": {"wrong": "gradient"}}
+    result = {
+        "milliseconds": {"ours": 0.5},
+        "speedup": {"naive": {"median": 8.0}},
+        "failed": {"wrong": "gradient"},
+    }
     line = {"name": "loss 16384", "status": "ok", "result": result, "share": {"matmul": 0.5}}
     text = "\n".join(shown(line, CEILINGS, "H100"))
-    for part in ("ours 0.500", "naive 8.00x", "failed wrong: gradient", "matmul 50%", "G1 met: speedup.naive.median"):
+    for part in (
+        "ours 0.500",
+        "naive 8.00x",
+        "failed wrong: gradient",
+        "matmul 50%",
+        "G1 met: speedup.naive.median",
+    ):
         assert part in text
     failed = {"name": "ema", "status": "failed", "reason": "too far"}
     found = summary([line] * 60 + [failed], [("loss", "ok", 3.0)], CEILINGS, "H100")
@@ -100,7 +121,10 @@ def test_the_c_part_is_built_with_the_flags_of_setup_py(tmp_path):
     said, failed = environment.build_native(environment.NATIVE, out=tmp_path / "native.so")
     assert (said.split()[0], failed) == ("built", False)
     assert ctypes.CDLL(str(tmp_path / "native.so")).fastmoco_cut_views
-    assert environment.build_native(environment.NATIVE, out=tmp_path / "native.so") == ("was there", False)
+    assert environment.build_native(environment.NATIVE, out=tmp_path / "native.so") == (
+        "was there",
+        False,
+    )
 
 
 def test_wheels_are_unpacked_and_a_broken_one_costs_only_itself(tmp_path, monkeypatch):
@@ -124,7 +148,9 @@ def test_a_process_is_read_while_it_works_and_ended_at_its_limit(tmp_path):
     code = 'import time; print(\'{"name": "a", "status": "ok"}\', flush=True); print(\'noise\', flush=True); time.sleep(60)'
     lines: list[dict] = []
     command = [sys.executable, "-c", code]
-    done = run_lines(command, limit=5, log=tmp_path / "log", environment={}, take=lines.append, cwd=tmp_path)
+    done = run_lines(
+        command, limit=5, log=tmp_path / "log", environment={}, take=lines.append, cwd=tmp_path
+    )
     assert (done, lines) == (124, [{"name": "a", "status": "ok"}])
     assert "noise" in (tmp_path / "log").read_text()
 
@@ -138,13 +164,17 @@ def test_a_line_that_cannot_be_kept_costs_only_itself(tmp_path):
             raise KeyError("status")
 
     command = [sys.executable, "-c", 'print(\'{"name": "a"}\\n{"name": "b"}\')']
-    assert run_lines(command, limit=60, log=tmp_path / "log", environment={}, take=take, cwd=tmp_path) == 0
+    assert (
+        run_lines(command, limit=60, log=tmp_path / "log", environment={}, take=take, cwd=tmp_path)
+        == 0
+    )
     assert [line["name"] for line in lines] == ["a", "b"]
     assert "KeyError: 'status'" in (tmp_path / "log").read_text()
 
 
 def _run_with(monkeypatch, tmp_path, code: int, *printed: dict) -> Run:
-    """A run whose processes print these lines and end with this code; the stages that it began are in ``began``."""
+    """A run whose processes print these lines and end with this code; the stages that it began are
+    in ``began``."""
     monkeypatch.setattr(runner, "_commit", lambda: "one")
     run = Run(out=tmp_path, budget=300, only="", dry=True)
     run.began = []
@@ -179,14 +209,19 @@ def test_a_stage_is_called_what_it_was(tmp_path, monkeypatch, code, line, outcom
 
 
 def test_what_later_stages_need_is_measured_first_and_kept_for_its_commit(tmp_path, monkeypatch):
-    facts = ({**GOOD, "name": "environment", "machine": {"gpu": "H100"}}, {**GOOD, "name": "ceilings", **CEILINGS})
+    facts = (
+        {**GOOD, "name": "environment", "machine": {"gpu": "H100"}},
+        {**GOOD, "name": "ceilings", **CEILINGS},
+    )
     run = _run_with(monkeypatch, tmp_path, 0, *facts, {**BAD, "op": "ema", "gate": "failed"})
     assert run.all([LOOK]) == 1
     assert run.began == ["benchmarks.gpu.environment", "benchmarks.gpu.ceilings", "look"]
     again = _run_with(monkeypatch, tmp_path, 0, GOOD)
     assert again.all([LOOK]) == 0
     assert again.began == ["look"]
-    assert again.all([_stage("good")]) == 1  # not timed, because the tests of its op failed: not a success
+    assert (
+        again.all([_stage("good")]) == 1
+    )  # not timed, because the tests of its op failed: not a success
     monkeypatch.setattr(runner, "_commit", lambda: "another")
     kept = Run(out=tmp_path, budget=300, only="", dry=True)._kept
     assert (kept["gates"], kept["machine"], kept["ceilings"]) == ({}, {}, CEILINGS)
@@ -194,7 +229,12 @@ def test_what_later_stages_need_is_measured_first_and_kept_for_its_commit(tmp_pa
 
 def _stage(*names: str) -> Stage:
     small = ("width=8", "depth=1", "hidden=8", "rounds=1")
-    options = {"good": small, "other": small, "bad": (*small, "momentum=7"), "dead": ("no_such_option=1",)}
+    options = {
+        "good": small,
+        "other": small,
+        "bad": (*small, "momentum=7"),
+        "dead": ("no_such_option=1",),
+    }
     return Stage(
         name="sweeps",
         run="b",
@@ -244,21 +284,31 @@ def test_a_kernel_test_that_fails_closes_its_own_gate_alone(tmp_path, monkeypatc
     bad.write_text("def test_it():\n    assert False\n")
     good.write_text("def test_it():\n    assert True\n")
     monkeypatch.setattr(kernel_tests, "ROOT", tmp_path)
-    monkeypatch.setattr(kernel_tests, "TESTS_OF", {"one": ("test_bad.py",), "two": ("test_good.py",)})
+    monkeypatch.setattr(
+        kernel_tests, "TESTS_OF", {"one": ("test_bad.py",), "two": ("test_good.py",)}
+    )
     monkeypatch.setattr(sys, "argv", ["kernel_tests", "--limit", "100"])
     assert kernel_tests.main() == 1
-    lines = [json.loads(text) for text in capsys.readouterr().out.splitlines() if text.startswith("{")]
+    lines = [
+        json.loads(text) for text in capsys.readouterr().out.splitlines() if text.startswith("{")
+    ]
     assert {line["op"]: line["gate"] for line in lines} == {"one": "failed", "two": "passed"}
 
 
 def test_a_gate_needs_a_test_that_ran(tmp_path, monkeypatch, capsys):
-    (tmp_path / "test_none.py").write_text("import pytest\n\n@pytest.mark.skip\ndef test_it():\n    pass\n")
+    (tmp_path / "test_none.py").write_text(
+        "import pytest\n\n@pytest.mark.skip\ndef test_it():\n    pass\n"
+    )
     monkeypatch.setattr(kernel_tests, "ROOT", tmp_path)
     monkeypatch.setattr(kernel_tests, "TESTS_OF", {"ema": ("test_none.py",)})
     for only, told in (("", ("tests of ema", "not run")), ("no such row", ("tests", None))):
         monkeypatch.setattr(sys, "argv", ["kernel_tests", "--limit", "100", "--only", only])
         assert kernel_tests.main() == 0
-        line = next(json.loads(text) for text in capsys.readouterr().out.splitlines() if text.startswith("{"))
+        line = next(
+            json.loads(text)
+            for text in capsys.readouterr().out.splitlines()
+            if text.startswith("{")
+        )
         assert (line["name"], line.get("gate"), line["status"]) == (*told, "skipped")
 
 
@@ -270,7 +320,9 @@ def test_a_failure_before_the_time_ran_out_is_one(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(kernel_tests, "ROOT", tmp_path)
     ends = time.monotonic() + 20
     with ThreadPoolExecutor(2) as pool:
-        bad, good = pool.map(lambda file: kernel_tests.run_file(file, ends), ("test_bad.py", "test_good.py"))
+        bad, good = pool.map(
+            lambda file: kernel_tests.run_file(file, ends), ("test_bad.py", "test_good.py")
+        )
     assert (bad[0], good) == (1, (124, "not done in time"))
     assert "test_bad.py::test_it FAILED" in bad[1]
     assert "test_good.py::test_it PASSED" in capsys.readouterr().err
@@ -286,7 +338,9 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_a_dry_run_goes_through_every_stage(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     lines = [json.loads(text) for text in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert {line["stage"] for line in lines} == {stage.name for stage in STAGES}

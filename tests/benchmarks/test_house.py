@@ -35,7 +35,12 @@ def test_imports_are_found_wherever_they_are_written(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     house = survey("own", tmp_path)
     assert house.floors == {"__init__": 4, "high": 3, "middle": 2, "low": 1}
-    assert set(house.arrows) == {("__init__", "high"), ("high", "low"), ("high", "middle"), ("middle", "low")}
+    assert set(house.arrows) == {
+        ("__init__", "high"),
+        ("high", "low"),
+        ("high", "middle"),
+        ("middle", "low"),
+    }
     assert house.circles == []
 
 

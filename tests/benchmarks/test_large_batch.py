@@ -9,7 +9,9 @@ from benchmarks.cases import large_batch
 
 @pytest.mark.slow
 def test_a_batch_of_256_whole_in_chunks_and_over_two_processes() -> None:
-    result = large_batch.run({**large_batch.DEFAULTS, "batch": 256, "chunk": 16, "steps": 2, "processes": 2})
+    result = large_batch.run(
+        {**large_batch.DEFAULTS, "batch": 256, "chunk": 16, "steps": 2, "processes": 2}
+    )
     assert [len(side["losses"]) for side in result["sides"].values()] == [2, 2, 2]
     assert max(result["largest_loss_difference"].values()) <= 1e-5
     shares = result["peak_share"]

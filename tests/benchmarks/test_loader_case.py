@@ -1,4 +1,5 @@
-"""The loader case: every feed delivers pictures, ours are Pillow's, and one that delivers nothing is not compared."""
+"""The loader case: every feed delivers pictures, ours are Pillow's, and one that delivers nothing
+is not compared."""
 
 from __future__ import annotations
 
@@ -16,7 +17,15 @@ from benchmarks.loading import Feed, Job, pillow_feed, random_draws
 from benchmarks.photos import cut_photos
 from fastmoco_pipelines.making.pack import pack_folder
 
-SMALL = {"size": 32, "batch": 4, "batches": 1, "rounds": 1, "workers": 1, "memory": 5, "device": "cpu"}
+SMALL = {
+    "size": 32,
+    "batch": 4,
+    "batches": 1,
+    "rounds": 1,
+    "workers": 1,
+    "memory": 5,
+    "device": "cpu",
+}
 
 
 def _photo(seed: int, width: int, height: int) -> Image.Image:
@@ -39,7 +48,9 @@ def job(shards) -> Job:
 
 
 def test_every_feed_is_checked_timed_and_compared(shards):
-    result = loader.run(loader.DEFAULTS | SMALL | {"shards": shards, "packed256": shards, "threads": "1,2"})
+    result = loader.run(
+        loader.DEFAULTS | SMALL | {"shards": shards, "packed256": shards, "threads": "1,2"}
+    )
     feeds = {"fastmoco exact", "fastmoco dali", "pillow", "dali stock", "webdataset"}
     assert result["failed"] == {}
     assert set(result["checked"]) == feeds

@@ -12,7 +12,9 @@ from benchmarks.gpu import end_to_end
 from benchmarks.gpu.rows import status_of
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no decoder"), ValueError("no size"), ImportError("no module")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no decoder"), ValueError("no size"), ImportError("no module")]
+)
 def test_colours_are_measured_whatever_dali_does(monkeypatch, error):
     def fails(*_):
         raise error
@@ -35,9 +37,13 @@ def test_without_webdataset_nothing_that_packs_shards_is_begun(monkeypatch, caps
     assert "needs webdataset, which is not here" in capsys.readouterr().out
 
 
-def test_errors_of_a_side_reach_the_log_and_its_last_words_the_reason(monkeypatch, tmp_path, capsys):
+def test_errors_of_a_side_reach_the_log_and_its_last_words_the_reason(
+    monkeypatch, tmp_path, capsys
+):
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho '{\"images_per_s\": [1.0]}'\necho out of memory >&2\nexit 3\n")
+    python.write_text(
+        "#!/bin/sh\necho '{\"images_per_s\": [1.0]}'\necho out of memory >&2\nexit 3\n"
+    )
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(RuntimeError, match="eager: exit 3: out of memory"):

@@ -37,7 +37,8 @@ def test_an_unknown_option_is_refused_by_name(word):
 def test_measurements_take_turns():
     order: list[str] = []
     figures = interleave(
-        {"a": lambda: float(order.append("a") or 1), "b": lambda: float(order.append("b") or 2)}, rounds=3
+        {"a": lambda: float(order.append("a") or 1), "b": lambda: float(order.append("b") or 2)},
+        rounds=3,
     )
     assert order == ["a", "b"] * 3
     assert figures == {"a": [1.0] * 3, "b": [2.0] * 3}
@@ -46,7 +47,11 @@ def test_measurements_take_turns():
 
 
 def test_ratios_are_of_neighbours():
-    assert ratios([1.0, 4.0, 3.0], [2.0, 2.0, 3.0]) == {"median": 1.0, "smallest": 0.5, "largest": 2.0}
+    assert ratios([1.0, 4.0, 3.0], [2.0, 2.0, 3.0]) == {
+        "median": 1.0,
+        "smallest": 0.5,
+        "largest": 2.0,
+    }
 
 
 @pytest.mark.slow
@@ -63,7 +68,20 @@ def test_a_case_runs_and_appends_its_line(tmp_path, digits, capfd):
 def test_views_are_compared_after_they_are_checked(tmp_path):
     out = tmp_path / "results.jsonl"
     assert (
-        main(["run", "cut_views", "images=3", "height=30", "width=40", "size=16", "rounds=1", "--out", str(out)]) == 0
+        main(
+            [
+                "run",
+                "cut_views",
+                "images=3",
+                "height=30",
+                "width=40",
+                "size=16",
+                "rounds=1",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
     )
     result = json.loads(out.read_text())["result"]
     assert set(result) == {"view1", "view2"}
@@ -72,7 +90,15 @@ def test_views_are_compared_after_they_are_checked(tmp_path):
         assert set(view["speedup"]) == {"pillow, image by image", "torch"}
 
 
-STEP = ["recipe=quickstart_digits", "batch=16", "steps=1", "rounds=1", "checked=8", "chunk=4", "compile=0"]
+STEP = [
+    "recipe=quickstart_digits",
+    "batch=16",
+    "steps=1",
+    "rounds=1",
+    "checked=8",
+    "chunk=4",
+    "compile=0",
+]
 
 
 @pytest.mark.slow
@@ -116,7 +142,15 @@ def test_a_side_that_fails_costs_only_itself(monkeypatch):
 
 
 def test_both_directions_of_the_loss_are_checked_and_compared():
-    options = {**info_nce.DEFAULTS, "rows": 40, "keys": 50, "dim": 16, "rounds": 1, "compile": 0, "device": "cpu"}
+    options = {
+        **info_nce.DEFAULTS,
+        "rows": 40,
+        "keys": 50,
+        "dim": 16,
+        "rounds": 1,
+        "compile": 0,
+        "device": "cpu",
+    }
     both = info_nce.run(options | {"directions": 2})
     assert both["failed"] == {}
     assert set(both["speedup"]) == {"naive", "sdpa_v_is_k"}
@@ -127,6 +161,8 @@ def test_both_directions_of_the_loss_are_checked_and_compared():
 
 def test_colours_are_measured_where_dali_is_absent(monkeypatch):
     monkeypatch.setattr(view_color, "_has_dali", lambda: False)
-    result = view_color.run({**view_color.DEFAULTS, "images": 2, "size": 16, "rounds": 1, "device": "cpu"})
+    result = view_color.run(
+        {**view_color.DEFAULTS, "images": 2, "size": 16, "rounds": 1, "device": "cpu"}
+    )
     assert result["view1"]["failed"] == {}
     assert result["pipeline"] == {"skipped": {"DALI": "absent"}}

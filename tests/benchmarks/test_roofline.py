@@ -1,4 +1,5 @@
-"""The roofline counts what a step does: equal to a count by hand, eager and fused, and images/s follow from it."""
+"""The roofline counts what a step does: equal to a count by hand, eager and fused, and images/s
+follow from it."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from benchmarks.op_counts import ATTENTION, PRODUCTS, Cost, Counts, OperationCou
 from benchmarks.step_counts import CountingBackend, count_step
 from fastmoco.recipes import get_recipe
 
-# vit_nano: E wide, A heads, two blocks of which the second computes the class token alone; R rows of tokens of both views.
+# vit_nano: E wide, A heads, two blocks of which the second computes the class token alone; R rows
+# of tokens of both views.
 E, HIDDEN, CHUNK, TOKENS, PATCH = 64, 256, 8, 17, 3 * 2 * 2
 R = 2 * CHUNK * TOKENS
 
@@ -41,7 +43,8 @@ def _block_products() -> int:
 
 
 def _class_row_products() -> int:
-    """Those of the second block: queries, asks, scores, means, values, projection and MLP of 2 CHUNK class tokens."""
+    """Those of the second block: queries, asks, scores, means, values, projection and MLP of 2
+    CHUNK class tokens."""
     images, heads = 2 * CHUNK, 4
     linear = 2 * images * E * (E + E + 2 * HIDDEN)
     asks = values = 2 * images * E * E
@@ -51,12 +54,15 @@ def _class_row_products() -> int:
 
 def test_an_eager_chunk_equals_a_count_by_hand(eager):
     patches = 2 * 2 * CHUNK * 16 * PATCH * E
-    assert eager.query.by_kind[PRODUCTS].flops == patches + _block_products() + _class_row_products()
+    assert (
+        eager.query.by_kind[PRODUCTS].flops == patches + _block_products() + _class_row_products()
+    )
     assert eager.keys.by_kind[PRODUCTS].flops == _block_products() + _class_row_products()
     # Two products where there was one, but none for the images, whose projection is frozen.
     assert eager.backward.by_kind[PRODUCTS].flops == 2 * (_block_products() + _class_row_products())
     assert eager.query.by_kind[ATTENTION].flops == 2 * 2 * (2 * CHUNK) * TOKENS**2 * E
-    # Layer norms read and write float32 rows, their weights and two statistics: three of all tokens, two of the class token.
+    # Layer norms read and write float32 rows, their weights and two statistics: three of all
+    # tokens, two of the class token.
     rows = 3 * R + 2 * 2 * CHUNK
     assert eager.query.by_kind["layer norm"] == Cost(5, rows * (2 * E + 2) * 4 + 5 * 2 * E * 4, 0)
     gelus = (R + 2 * CHUNK) * HIDDEN * 2 * 2
@@ -87,19 +93,35 @@ def test_a_step_adds_up_its_chunks(eager):
 
 
 def test_a_fused_block_equals_a_count_by_hand(config, eager):
-    """A norm with a branch moves 12 bytes a token and channel; the gradient of GELU moves 8 for each of its four tensors."""
-    fused = count_step(replace(config, model=replace(config.model, blocks="fused")), chunk=CHUNK, compiled=False)
+    """A norm with a branch moves 12 bytes a token and channel; the gradient of GELU moves 8 for
+    each of its four tensors."""
+    fused = count_step(
+        replace(config, model=replace(config.model, blocks="fused")), chunk=CHUNK, compiled=False
+    )
     for part in ("query", "keys", "backward"):
         for kind in (PRODUCTS, ATTENTION):
-            assert getattr(fused, part).by_kind[kind].flops == getattr(eager, part).by_kind[kind].flops
+            assert (
+                getattr(fused, part).by_kind[kind].flops == getattr(eager, part).by_kind[kind].flops
+            )
     images, weight = 2 * CHUNK, 4
     # The first block has no branch to add, and neither has the class row's second norm a wide one.
-    norms = R * E * (4 + 2) + R * E * (4 + 2 + 4 + 2) + R * E * (4 + 2 + 4 + 2) + images * E * (4 + 2 + 4 + 2)
+    norms = (
+        R * E * (4 + 2)
+        + R * E * (4 + 2 + 4 + 2)
+        + R * E * (4 + 2 + 4 + 2)
+        + images * E * (4 + 2 + 4 + 2)
+    )
     assert (
         fused.query.by_kind["layer norm"].bytes
-        == norms + 4 * 2 * E * weight + 8 * (3 * R + images) + images * E * 8 + 2 * E * weight + 8 * images
+        == norms
+        + 4 * 2 * E * weight
+        + 8 * (3 * R + images)
+        + images * E * 8
+        + 2 * E * weight
+        + 8 * images
     )
-    # The gradient to GELU's output and its input in; its output, the gradient and sums over rows out. The class row's is torch's.
+    # The gradient to GELU's output and its input in; its output, the gradient and sums over rows
+    # out. The class row's is torch's.
     assert fused.backward.by_kind["GELU"].bytes == (4 * R + 3 * images) * HIDDEN * 2 + HIDDEN * 4
 
 
@@ -131,13 +153,16 @@ def test_fused_kernels_equal_a_count_by_hand():
     # The norm reads x and two weights, writes its result and three statistics of each row.
     assert forward.by_kind["fused rows"] == Cost(1, 2 * tensor + 2 * row + 3 * 400, 0)
     assert forward.by_kind[PRODUCTS] == Cost(1, 2 * tensor + 32 * row + row, 2 * 100 * 32 * 32)
-    assert forward.by_kind["fused pointwise"] == Cost(1, 3 * tensor, 0)  # x and the product in, the sum out
+    assert forward.by_kind["fused pointwise"] == Cost(
+        1, 3 * tensor, 0
+    )  # x and the product in, the sum out
     assert counter.counts.by_kind[PRODUCTS].operations == 2
     # Bias, norm weight and norm bias.
     assert 2 <= counter.counts.by_kind["column sums"].operations <= 3
     # GELU's backward reads the gradient and the product, and writes one tensor.
     assert counter.counts.by_kind["fused pointwise"] == Cost(1, 3 * tensor, 0)
-    # The norm's reads the product's gradient, x and the outer gradient, and writes the gradient of x.
+    # The norm's reads the product's gradient, x and the outer gradient, and writes the gradient of
+    # x.
     assert counter.counts.by_kind["fused rows"] == Cost(1, 4 * tensor + row + 2 * 400, 0)
 
 

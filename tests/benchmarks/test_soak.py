@@ -10,7 +10,18 @@ import pytest
 
 @pytest.mark.slow
 def test_a_short_soak_differs_in_nothing():
-    options = ("--minutes", "0.25", "--images", "400", "--batch", "16", "--size", "16", "--bad-share", "0.03")
+    options = (
+        "--minutes",
+        "0.25",
+        "--images",
+        "400",
+        "--batch",
+        "16",
+        "--size",
+        "16",
+        "--bad-share",
+        "0.03",
+    )
     command = [sys.executable, "-m", "benchmarks.soak", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

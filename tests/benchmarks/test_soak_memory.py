@@ -32,7 +32,8 @@ def _noise(scale: float) -> np.ndarray:
 
 def test_ups_and_downs_and_a_warm_up_are_flat():
     warm_up = _run(
-        lambda x: 180 + 100 * (1 - np.exp(-12 * x)) + _noise(8), threads=lambda x: 30 - 24 * (x % 0.1 < 0.02)
+        lambda x: 180 + 100 * (1 - np.exp(-12 * x)) + _noise(8),
+        threads=lambda x: 30 - 24 * (x % 0.1 < 0.02),
     )
     assert _flat(warm_up) == {"RssAnon": True, "open files": True, "threads": True}
     assert all(_flat(_run(lambda x: 300 - 100 * x)).values())  # what falls
@@ -46,13 +47,17 @@ def test_a_steady_rise_is_not_flat_beyond_five_per_cent(mib, flat):
 
 def test_what_was_once_called_flat_is_not():
     """Figures of a real run: 395, 440 and 498 MiB RSS at 10, 50 and 100 %, 140 of them of files."""
-    assert not _flat(_run(lambda x: np.interp(x, [0.1, 0.5, 1], [255, 300, 358]) + _noise(8)))["RssAnon"]
+    assert not _flat(_run(lambda x: np.interp(x, [0.1, 0.5, 1], [255, 300, 358]) + _noise(8)))[
+        "RssAnon"
+    ]
 
 
 @pytest.mark.parametrize("name", ["files", "threads"])
 def test_one_left_behind_by_each_restart_is_seen(name):
     restarts = 30
-    leak = _run(lambda x: 0 * x + 250, **{name: lambda x: 14 + np.floor(restarts * x) + np.abs(_noise(2))})
+    leak = _run(
+        lambda x: 0 * x + 250, **{name: lambda x: 14 + np.floor(restarts * x) + np.abs(_noise(2))}
+    )
     assert _flat(leak)["open files" if name == "files" else "threads"] is False
     assert _flat(leak)["RssAnon"] is True
 
@@ -67,16 +72,23 @@ def test_file_pages_are_not_judged_and_few_samples_say_nothing():
 
 def test_the_marks_are_those_of_the_run():
     shown = at_marks(_run(lambda x: 100 * x), HOUR)
-    assert [sample.anon_mib for sample in shown] == pytest.approx([100 * mark for mark in MARKS], abs=0.5)
+    assert [sample.anon_mib for sample in shown] == pytest.approx(
+        [100 * mark for mark in MARKS], abs=0.5
+    )
 
 
 def test_a_sample_tells_heap_from_mapped_files(tmp_path):
     (tmp_path / "large").write_bytes(bytes(32 << 20))
     pattern = bytes([1]) * (16 << 20)
     before = sample_memory(0)
-    heap = mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # malloc might have had it already
+    heap = mmap.mmap(
+        -1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )  # malloc might have had it already
     heap[:] = pattern
-    with open(tmp_path / "large", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+    with (
+        open(tmp_path / "large", "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+    ):
         assert sum(mapped[:: mmap.PAGESIZE]) == 0  # touches every page
         stop = threading.Event()
         thread = threading.Thread(target=stop.wait)

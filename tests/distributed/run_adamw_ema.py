@@ -58,7 +58,10 @@ def train(model: nn.Module, rows: slice, update: Callable[[], object]) -> None:
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The whole tensors, gathered."""
-    return {name: t.full_tensor() if isinstance(t, DTensor) else t.detach() for name, t in tensors.items()}
+    return {
+        name: t.full_tensor() if isinstance(t, DTensor) else t.detach()
+        for name, t in tensors.items()
+    }
 
 
 def run_sharded(world: World, backend: str) -> dict[str, object]:

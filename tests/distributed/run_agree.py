@@ -1,4 +1,5 @@
-"""Run by test_agree_ranks.py on several ranks: every decision of `distributed/agree.py`, each rank with its own word."""
+"""Run by test_agree_ranks.py on several ranks: every decision of `distributed/agree.py`, each rank
+with its own word."""
 
 from __future__ import annotations
 

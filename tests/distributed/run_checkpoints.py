@@ -56,7 +56,10 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> l
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of the unsharded tensors."""
-    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in tensors.items()}
+    return {
+        n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+        for n, t in tensors.items()
+    }
 
 
 def run_save(root: Path, *, sharded: bool) -> dict[str, object]:
@@ -74,16 +77,25 @@ def run_save(root: Path, *, sharded: bool) -> dict[str, object]:
 def run_load(root: Path, *, sharded: bool) -> dict[str, object]:
     """Restore into another model, in place, and go on."""
     model, optimizer = model_and_optimizer(1, sharded=sharded)
-    before = [tensor.to_local().data_ptr() if sharded else tensor.data_ptr() for tensor in model.parameters()]
+    before = [
+        tensor.to_local().data_ptr() if sharded else tensor.data_ptr()
+        for tensor in model.parameters()
+    ]
     checkpoint = load_latest(root)
     assert checkpoint is not None
     training_state.restore(model, optimizer, checkpoint)
     drawn = torch.rand(1)
-    after = [tensor.to_local().data_ptr() if sharded else tensor.data_ptr() for tensor in model.parameters()]
-    moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
+    after = [
+        tensor.to_local().data_ptr() if sharded else tensor.data_ptr()
+        for tensor in model.parameters()
+    ]
+    moments = [
+        value for state in optimizer.state.values() for key, value in state.items() if key != "step"
+    ]
     return {
         "in place": before == after,
-        "moments are sharded": all(isinstance(value, DTensor) == sharded for value in moments) and bool(moments),
+        "moments are sharded": all(isinstance(value, DTensor) == sharded for value in moments)
+        and bool(moments),
         "drawn": drawn,
         "loaded": whole(training_state.collect(model, optimizer)),
         "after": train(model, optimizer, range(STEPS, 2 * STEPS)),
@@ -143,7 +155,9 @@ def run_refused_on_one(root: Path) -> dict[str, object]:
     sparse = some(1) | ({"mine": torch.eye(2).to_sparse()} if last else {})
     return {
         "poisoned": message_of(lambda: subject.save(step=1, tensors=poisoned, state={})),
-        "sparse": message_of(lambda: save_checkpoint(root, step=1, tensors=sparse, state={}, keep=1, group=group)),
+        "sparse": message_of(
+            lambda: save_checkpoint(root, step=1, tensors=sparse, state={}, keep=1, group=group)
+        ),
         "exists": root.exists() and any(root.iterdir()),
     }
 
@@ -190,7 +204,9 @@ def run_hung_rank(root: Path) -> dict[str, object]:
     save_checkpoint(root, step=1, tensors=some(1), state={}, keep=1, group=group)
     if dist.get_rank() == dist.get_world_size() - 1:
         time.sleep(4)
-    message = message_of(lambda: save_checkpoint(root, step=2, tensors=some(2), state={}, keep=1, group=group))
+    message = message_of(
+        lambda: save_checkpoint(root, step=2, tensors=some(2), state={}, keep=1, group=group)
+    )
     return {"message": message, "left": left(root)}
 
 
@@ -202,7 +218,9 @@ def run_dead_rank(root: Path) -> dict[str, object]:
     save_checkpoint(root, step=1, tensors=some(1), state={}, keep=1, group=group)
     if dist.get_rank() == dist.get_world_size() - 1:
         store.write_shards = lambda *arguments: os._exit(0)  # type: ignore[assignment]
-    message = message_of(lambda: save_checkpoint(root, step=2, tensors=some(2), state={}, keep=1, group=group))
+    message = message_of(
+        lambda: save_checkpoint(root, step=2, tensors=some(2), state={}, keep=1, group=group)
+    )
     return {"message": message, "left": sorted(p.name for p in root.iterdir())}
 
 

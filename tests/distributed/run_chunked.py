@@ -36,7 +36,9 @@ def run_step(
     """One step in chunks on this rank's part, and the number of collectives with gradients."""
     objective, (view1, view2) = objective_and_views("patch", dtype)
     assert parallelize(objective, world, average_gradients=False) is objective
-    step = ChunkedStep(objective, chunk=chunk + (world.rank if uneven else 0), kept=world.rank if uneven else kept)
+    step = ChunkedStep(
+        objective, chunk=chunk + (world.rank if uneven else 0), kept=world.rank if uneven else kept
+    )
     sizes: list[int] = []
     all_reduce = dist.all_reduce
 
@@ -103,14 +105,18 @@ def run_plan(world: World) -> dict[str, object]:
     """Ranks with different free memory use the plan of the smallest."""
     config = Config(
         global_batch_size=1024,
-        model=ModelConfig(architecture="vit_nano", image_size=8, patch_size=2, hidden_dim=32, projection_dim=8),
+        model=ModelConfig(
+            architecture="vit_nano", image_size=8, patch_size=2, hidden_dim=32, projection_dim=8
+        ),
         data=DataConfig(view1=ViewSpec(size=8), view2=ViewSpec(size=8)),
         optim=OptimConfig(warmup_epochs=0),
         batch=BatchConfig(chunk="auto"),
     )
 
     objective = build_objective(config, world.device)
-    with mock.patch("fastmoco.planning.choose.free_bytes", return_value=(40 - 8 * world.rank) * 10**6):
+    with mock.patch(
+        "fastmoco.planning.choose.free_bytes", return_value=(40 - 8 * world.rank) * 10**6
+    ):
         return {"plan": choose_plan(config, objective, world, "fp32").to_json()}
 
 

@@ -50,7 +50,10 @@ def config_for(kind: type[ObjectiveConfig], strategy: str = "ddp", chunk: int = 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of the whole tensors, put together of all ranks' parts."""
-    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in tensors.items()}
+    return {
+        n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+        for n, t in tensors.items()
+    }
 
 
 def run_steps(world: World, kind: type[ObjectiveConfig], **how: Any) -> dict[str, Any]:

@@ -25,7 +25,9 @@ OPTIONS: dict[str, Case] = {
 }
 
 
-def build_float8(stem: str, dtype: torch.dtype, seed: int) -> tuple[MoCoV3, list[tuple[Tensor, Tensor]]]:
+def build_float8(
+    stem: str, dtype: torch.dtype, seed: int
+) -> tuple[MoCoV3, list[tuple[Tensor, Tensor]]]:
     """The same objective and batches in every process, the first of two blocks in float8.
 
     FSDP2 gathers parameters in bf16, after which they may round to other float8 numbers. The
@@ -43,10 +45,14 @@ def build_float8(stem: str, dtype: torch.dtype, seed: int) -> tuple[MoCoV3, list
 def run_case(world: World, name: str) -> Case:
     """Three steps in bf16 and float8."""
     with mock.patch.object(run_sharded, "build", build_float8):
-        return run_sharded.run_steps(world, name.split()[0], dtype=torch.float32, bf16=True, **OPTIONS[name])
+        return run_sharded.run_steps(
+            world, name.split()[0], dtype=torch.float32, bf16=True, **OPTIONS[name]
+        )
 
 
-CASES: dict[str, Callable[[World], Case]] = {name: functools.partial(run_case, name=name) for name in OPTIONS}
+CASES: dict[str, Callable[[World], Case]] = {
+    name: functools.partial(run_case, name=name) for name in OPTIONS
+}
 
 if __name__ == "__main__":
     run_cases(CASES)

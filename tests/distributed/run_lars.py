@@ -51,7 +51,9 @@ def build(dtype: torch.dtype = torch.float64) -> Model:
 
 def batch(step: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """The global batch of a step."""
-    return torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64).to(dtype)
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64).to(
+        dtype
+    )
 
 
 def train(
@@ -100,7 +102,9 @@ def run_sharded(
     }
 
 
-def run_fsdp(world: World, dtype: torch.dtype = torch.float64, backend: str = "auto") -> dict[str, object]:
+def run_fsdp(
+    world: World, dtype: torch.dtype = torch.float64, backend: str = "auto"
+) -> dict[str, object]:
     """One dimension, sharded."""
     return run_sharded(world, init_device_mesh("cpu", (world.world_size,)), dtype, backend)
 
@@ -161,11 +165,17 @@ def run_refusals(world: World) -> dict[str, object]:
     weight = model.first.weight
     weight.grad = None
     lone = nn.Parameter(weight.detach())
-    lone.grad = distribute_tensor(torch.ones(5, 6, dtype=torch.float64), weight.device_mesh, [Replicate()])
+    lone.grad = distribute_tensor(
+        torch.ones(5, 6, dtype=torch.float64), weight.device_mesh, [Replicate()]
+    )
     named = list(model.named_parameters())
     return {
         "gradient": message_of(LARS([lone], lr=1.0).step),
-        "apex": message_of(lambda: build_apex("lamb", named, lr=0.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)),
+        "apex": message_of(
+            lambda: build_apex(
+                "lamb", named, lr=0.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8
+            )
+        ),
     }
 
 

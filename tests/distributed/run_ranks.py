@@ -70,10 +70,14 @@ def record(module: nn.Module, output: Output) -> dict[str, object]:
     }
 
 
-def run_objective(world: World, stem: str = "patch", dtype: torch.dtype = torch.float64) -> dict[str, object]:
+def run_objective(
+    world: World, stem: str = "patch", dtype: torch.dtype = torch.float64
+) -> dict[str, object]:
     """One forward and backward on this rank's part."""
     objective, (view1, view2) = objective_and_views(stem, dtype)
-    wrapped = parallelize(objective, world)  # kept until after backward: its hooks average the gradients
+    wrapped = parallelize(
+        objective, world
+    )  # kept until after backward: its hooks average the gradients
     output = wrapped(part(view1, world), part(view2, world))
     output.loss.backward()
     return record(objective, output)
@@ -160,7 +164,8 @@ def run_golden_loss(world: World) -> dict[str, object]:
             if data[f"mr{j}_loss"].shape[0] != world.world_size:
                 continue
             q1, q2, k1, k2 = (
-                torch.from_numpy(data[f"mr{j}_{n}"][world.rank]).double() for n in ("q1", "q2", "k1", "k2")
+                torch.from_numpy(data[f"mr{j}_{n}"][world.rank]).double()
+                for n in ("q1", "q2", "k1", "k2")
             )
             q1.requires_grad_()
             q2.requires_grad_()
@@ -168,7 +173,9 @@ def run_golden_loss(world: World) -> dict[str, object]:
                 "temperature": float(data[f"mr{j}_tau"]),
                 "positive_offset": world.rank * q1.shape[0],
             }
-            loss = info_nce_loss(q1, gather_keys(k2), **where) + info_nce_loss(q2, gather_keys(k1), **where)  # type: ignore[arg-type]
+            loss = info_nce_loss(q1, gather_keys(k2), **where) + info_nce_loss(
+                q2, gather_keys(k1), **where
+            )  # type: ignore[arg-type]
             loss.backward()
             results[f"mr{j}"] = (loss.detach(), q1.grad, q2.grad)
     return results
@@ -184,9 +191,13 @@ def run_golden_steps(world: World) -> dict[str, object]:
         part(torch.from_numpy(data["x1"]).double(), world),
         part(torch.from_numpy(data["x2"]).double(), world),
     )
-    optimizer = build_adamw(objective.named_parameters(), lr=0.0, weight_decay=float(data["weight_decay"]))
+    optimizer = build_adamw(
+        objective.named_parameters(), lr=0.0, weight_decay=float(data["weight_decay"])
+    )
     losses = [
-        train_step(objective, optimizer, batch, lr=float(lr), ema_momentum=float(m), forward=wrapped)
+        train_step(
+            objective, optimizer, batch, lr=float(lr), ema_momentum=float(m), forward=wrapped
+        )
         for lr, m in zip(data["lr"], data["m"], strict=True)
     ]
     return {"losses": torch.stack(losses), "state": objective.state_dict()}

@@ -88,7 +88,9 @@ def cases_in(out: Path) -> dict[str, Callable[[World], dict[str, Any]]]:
     cases: dict[str, Callable[[World], dict[str, Any]]] = {}
     for strategy in ("ddp", "fsdp"):
         cases[f"{strategy} run"] = lambda world, strategy=strategy: run(strategy, out, world)  # type: ignore[misc]
-        cases[f"{strategy} never"] = lambda world, strategy=strategy: run_never(strategy, out, world)  # type: ignore[misc]
+        cases[f"{strategy} never"] = lambda world, strategy=strategy: run_never(
+            strategy, out, world
+        )  # type: ignore[misc]
     return cases | {"foreign": lambda world: run_foreign(out, world)}
 
 

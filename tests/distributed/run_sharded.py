@@ -40,7 +40,9 @@ GRADIENTS_OF = (0, STEPS - 1)
 Case = dict[str, Any]
 
 
-def build(stem: str, dtype: torch.dtype, seed: int = 30) -> tuple[MoCoV3, list[tuple[Tensor, Tensor]]]:
+def build(
+    stem: str, dtype: torch.dtype, seed: int = 30
+) -> tuple[MoCoV3, list[tuple[Tensor, Tensor]]]:
     """The same objective and batches in every process; both encoders share
     their frozen stem, as in a run.
     """
@@ -52,7 +54,10 @@ def build(stem: str, dtype: torch.dtype, seed: int = 30) -> tuple[MoCoV3, list[t
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of the unsharded tensors."""
-    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in tensors.items()}
+    return {
+        n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+        for n, t in tensors.items()
+    }
 
 
 def build_optimizer(name: str, objective: MoCoV3) -> AveragedOptimizer:
@@ -134,7 +139,9 @@ def run_steps(
         result["losses"].append(output.loss.detach())
         result["keys"].append(tuple(output.watch["keys"]))
         if step in GRADIENTS_OF:
-            result["gradients"].append(whole({n: p.grad for n, p in trained.items() if p.grad is not None}))
+            result["gradients"].append(
+                whole({n: p.grad for n, p in trained.items() if p.grad is not None})
+            )
         result["norms"].append(gradient_norms(trained.items(), objective.places()))
         result["shares"].append(objective.momentum.shares_tokens())
         weights.step(ema_momentum=0.9, skip=torch.zeros(()))
@@ -292,7 +299,9 @@ def cases_of(world_size: int) -> dict[str, Callable[[World], Case]]:
     cases: dict[str, Callable[[World], Case]] = {"bad shard size": run_bad_shard_size}
     for strategy, names in CASES[world_size].items():
         for name in names:
-            run = MUTANTS[name] if name in MUTANTS else functools.partial(run_steps, **OPTIONS[name])
+            run = (
+                MUTANTS[name] if name in MUTANTS else functools.partial(run_steps, **OPTIONS[name])
+            )
             cases[f"{strategy} {name}"] = functools.partial(_with_strategy, run, strategy)
     return cases
 

@@ -41,7 +41,9 @@ CONFIG = Config(
     precision="fp64",
     threads=1,
     log_every_steps=1,
-    model=ModelConfig(architecture="vit_nano", image_size=8, patch_size=2, hidden_dim=32, projection_dim=8),
+    model=ModelConfig(
+        architecture="vit_nano", image_size=8, patch_size=2, hidden_dim=32, projection_dim=8
+    ),
     data=DataConfig(synthetic=True, view1=ViewSpec(size=8), view2=ViewSpec(size=8)),
     optim=OptimConfig(warmup_epochs=0, lr=1e-2),
     checkpoint=CheckpointConfig(every_steps=CUT, keep=9),
@@ -102,8 +104,12 @@ def cases_in(out: Path) -> dict[str, Callable[[World], dict[str, Any]]]:
         "ddp": lambda world: run(with_strategy("ddp"), out / "ddp", world),
         "fsdp": lambda world: run(with_strategy("fsdp"), out / "fsdp", world),
         "fsdp chunked": lambda world: run(with_strategy("fsdp", 2), out / "chunked", world),
-        "fsdp as ddp": lambda world: run_continued(with_strategy("ddp"), out / "fsdp", out / "as ddp", world),
-        "ddp as fsdp": lambda world: run_continued(with_strategy("fsdp", 2), out / "ddp", out / "as fsdp", world),
+        "fsdp as ddp": lambda world: run_continued(
+            with_strategy("ddp"), out / "fsdp", out / "as ddp", world
+        ),
+        "ddp as fsdp": lambda world: run_continued(
+            with_strategy("fsdp", 2), out / "ddp", out / "as fsdp", world
+        ),
         "flipped bit": lambda world: run_flipped_bit(out / "flipped", world),
     }
 

@@ -1,4 +1,5 @@
-"""AdamWEMA on the shards of two real processes against torch.optim.AdamW on the whole tensors of one."""
+"""AdamWEMA on the shards of two real processes against torch.optim.AdamW on the whole tensors of
+one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Checkpoints of real gloo processes: any number of ranks reads what any number wrote, and a fault on one is one on all."""
+"""Checkpoints of real gloo processes: any number of ranks reads what any number wrote, and a fault
+on one is one on all."""
 
 from __future__ import annotations
 
@@ -23,9 +24,12 @@ KINDS = ("sharded", "plain", "one file")
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
-    """The folder into which two ranks saved in both ways, and this process in one file; and what they noted."""
+    """The folder into which two ranks saved in both ways, and this process in one file; and what
+    they noted."""
     out = tmp_path_factory.mktemp("saved")
-    results = launch(2, out, "save sharded", "save plain", *FAULTS, module="tests.distributed.run_checkpoints")
+    results = launch(
+        2, out, "save sharded", "save plain", *FAULTS, module="tests.distributed.run_checkpoints"
+    )
     alone = run_save(out / "one file", sharded=False)
     return out, [*results, {"save one file": alone}]
 
@@ -42,7 +46,9 @@ def without_rng(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_process_without_a_group_loads_what_any_ranks_saved(saved: tuple[Path, Results], kind: str) -> None:
+def test_a_process_without_a_group_loads_what_any_ranks_saved(
+    saved: tuple[Path, Results], kind: str
+) -> None:
     out, results = saved
     case = expected(results, kind)
     assert not torch.distributed.is_initialized()
@@ -52,7 +58,9 @@ def test_a_process_without_a_group_loads_what_any_ranks_saved(saved: tuple[Path,
     model, optimizer = model_and_optimizer(1, sharded=False)
     training_state.restore(model, optimizer, checkpoint)
     assert_same(without_rng(training_state.collect(model, optimizer)), without_rng(case["saved"]))
-    assert train(model, optimizer, range(STEPS, 2 * STEPS)) == pytest.approx(case["after"], abs=1e-12)
+    assert train(model, optimizer, range(STEPS, 2 * STEPS)) == pytest.approx(
+        case["after"], abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,13 +81,17 @@ def test_any_number_of_ranks_loads_what_any_number_saved(
     ranks = launch(world_size, tmp_path, *names, module="tests.distributed.run_checkpoints")
     for number, rank in enumerate(ranks):
         for name in names:
-            case, truth = rank[name], expected(results, name.split()[1] if "one file" not in name else "one file")
+            case, truth = (
+                rank[name],
+                expected(results, name.split()[1] if "one file" not in name else "one file"),
+            )
             assert_same(without_rng(case["loaded"]), without_rng(truth["saved"]))
             assert case["after"] == pytest.approx(truth["after"], abs=1e-12), name
             assert case["in place"], name
             assert case["moments are sharded"], name
             assert case["skipped"] == ()
-            # its own random numbers; those of the first rank where the save knows nothing of this one
+            # its own random numbers; those of the first rank where the save knows nothing of this
+            # one
             torch.manual_seed(100 + number if number < 2 and "one file" not in name else 100)
             assert torch.equal(case["drawn"], torch.rand(1)), name
 
@@ -95,7 +107,9 @@ def test_every_rank_writes_its_part_and_the_files_are_private(saved: tuple[Path,
         assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_full_disk_on_one_rank_is_an_error_on_all_and_no_folder(saved: tuple[Path, Results]) -> None:
+def test_a_full_disk_on_one_rank_is_an_error_on_all_and_no_folder(
+    saved: tuple[Path, Results],
+) -> None:
     for rank in saved[1][:2]:
         case = rank["full disk on one"]
         assert "step 2 was not written: rank 1: " in case["message"]
@@ -112,7 +126,9 @@ def test_what_one_rank_must_not_save_no_rank_saves(saved: tuple[Path, Results]) 
         assert not case["exists"]
 
 
-def test_a_save_in_the_background_holds_the_values_of_the_call_while_ranks_train(saved: tuple[Path, Results]) -> None:
+def test_a_save_in_the_background_holds_the_values_of_the_call_while_ranks_train(
+    saved: tuple[Path, Results],
+) -> None:
     for rank in saved[1][:2]:
         case = rank["background"]
         first, second = case["errors"]
@@ -123,14 +139,18 @@ def test_a_save_in_the_background_holds_the_values_of_the_call_while_ranks_train
         assert_same(loaded, without_rng(case["saved"]))
 
 
-def test_a_rank_that_hangs_is_an_error_on_all_after_the_deadline(saved: tuple[Path, Results]) -> None:
+def test_a_rank_that_hangs_is_an_error_on_all_after_the_deadline(
+    saved: tuple[Path, Results],
+) -> None:
     for rank in saved[1][:2]:
         case = rank["hung rank"]
         assert "step 2 was not written: " in case["message"]
         assert case["left"] == ["step_00000001"]
 
 
-def test_a_rank_that_ends_before_its_write_leaves_the_checkpoint_before(saved: tuple[Path, Results]) -> None:
+def test_a_rank_that_ends_before_its_write_leaves_the_checkpoint_before(
+    saved: tuple[Path, Results],
+) -> None:
     out, results = saved
     case = results[0]["dead rank"]
     assert "step 2 was not written: " in case["message"]

@@ -1,4 +1,5 @@
-"""A step in chunks over 1, 2 and 4 real gloo processes against the whole batch in one: equal, and every mutant caught."""
+"""A step in chunks over 1, 2 and 4 real gloo processes against the whole batch in one: equal, and
+every mutant caught."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ EXACT = (
     "fp32 kept 1",
 )
 LEAST_GRADIENTS = 1000
-"""Numbers in a message that can only be gradients: statistics of two views of 40 channels are 160."""
+"""Numbers in a message that can only be gradients: statistics of two views of 40 channels are
+160."""
 
 
 @pytest.fixture(
@@ -31,7 +33,9 @@ LEAST_GRADIENTS = 1000
 )
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Results of all cases, once a world size."""
-    return launch(request.param, tmp_path_factory.mktemp("chunked"), module="tests.distributed.run_chunked")
+    return launch(
+        request.param, tmp_path_factory.mktemp("chunked"), module="tests.distributed.run_chunked"
+    )
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -53,7 +57,8 @@ def test_loss_gradients_buffers_and_keys_equal_one_process(ranks: Results, name:
 
 
 def test_gradients_cross_ranks_once(ranks: Results) -> None:
-    """What is summed over ranks beside the gradients is the statistics of the heads, as in a step on the whole batch."""
+    """What is summed over ranks beside the gradients is the statistics of the heads, as in a step
+    on the whole batch."""
     statistics = [size for size in ranks[0]["fp64 kept all"]["sizes"] if size < LEAST_GRADIENTS]
     for name in ("fp64", "fp64 kept all", "fp64 ragged"):
         sizes = ranks[0][name]["sizes"]
@@ -77,7 +82,9 @@ def test_an_average_behind_every_backward_would_miss_parameters(ranks: Results) 
 
 
 def test_rank_dependent_start_is_refused_on_every_rank(ranks: Results) -> None:
-    expected = "no error" if len(ranks) == 1 else f"ranks=[{len(ranks) - 1}]: parameters or buffers differ"
+    expected = (
+        "no error" if len(ranks) == 1 else f"ranks=[{len(ranks) - 1}]: parameters or buffers differ"
+    )
     for rank in ranks:
         assert expected in rank["mixed start"]["message"]
 

@@ -20,7 +20,12 @@ KINDS = [pytest.param(kind, id=kind.kind) for kind in OBJECTIVES]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Results of all cases on two ranks."""
-    return launch(2, tmp_path_factory.mktemp("conformance"), *CASES, module="tests.distributed.run_conformance")
+    return launch(
+        2,
+        tmp_path_factory.mktemp("conformance"),
+        *CASES,
+        module="tests.distributed.run_conformance",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +45,14 @@ def gap(ours: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("kind", "alone"), [(p.values[0], p.values[0]) for p in KINDS], ids=[p.id for p in KINDS], indirect=["alone"]
+    ("kind", "alone"),
+    [(p.values[0], p.values[0]) for p in KINDS],
+    ids=[p.id for p in KINDS],
+    indirect=["alone"],
 )
-def test_two_ranks_are_one(ranks: Results, alone: dict[str, Any], kind: type[ObjectiveConfig], way: str) -> None:
+def test_two_ranks_are_one(
+    ranks: Results, alone: dict[str, Any], kind: type[ObjectiveConfig], way: str
+) -> None:
     cases = [rank[f"{kind.kind} {way}"] for rank in ranks]
     for step in range(STEPS):
         mean = sum(case["losses"][step] for case in cases) / len(cases)

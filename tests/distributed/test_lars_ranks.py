@@ -32,7 +32,9 @@ def distance(case: dict[str, object], model: Model) -> float:
 @pytest.mark.parametrize("case", ["fsdp", "fsdp triton", "hsdp", "hsdp sharded", "mixed"])
 def test_shards_take_the_steps_of_whole_tensors(ranks: Results, case: str) -> None:
     model, buffers = one_process()
-    assert (build().first.weight - model.first.weight).abs().max() > 1e-3  # there was something to get right
+    assert (
+        build().first.weight - model.first.weight
+    ).abs().max() > 1e-3  # there was something to get right
     for rank in ranks:
         assert distance(rank[case], model) <= 1e-13
         for ours, buffer in zip(rank[case].get("buffers", buffers), buffers, strict=True):

@@ -6,14 +6,24 @@ import pytest
 import torch
 from torch import nn
 
-from fastmoco.distributed import BatchNorm, World, gather_keys, group_rank, group_size, parallelize, start_world
+from fastmoco.distributed import (
+    BatchNorm,
+    World,
+    gather_keys,
+    group_rank,
+    group_size,
+    parallelize,
+    start_world,
+)
 from fastmoco.distributed.replicas import bit_sums
 
 
 def test_a_run_without_torchrun_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert start_world("cpu") == World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    assert start_world("cpu") == World(
+        rank=0, world_size=1, local_rank=0, device=torch.device("cpu")
+    )
     assert (group_rank(), group_size()) == (0, 1)
 
 
@@ -37,8 +47,12 @@ def test_keys_and_objective_pass_through() -> None:
     assert parallelize(objective, World()) is objective
 
 
-@pytest.mark.parametrize(("shape", "affine"), [((6, 3), True), ((6, 3), False), ((4, 3, 2, 5), True)])
-def test_norm_equals_torch_in_names_values_gradients_and_buffers(shape: tuple[int, ...], affine: bool) -> None:
+@pytest.mark.parametrize(
+    ("shape", "affine"), [((6, 3), True), ((6, 3), False), ((4, 3, 2, 5), True)]
+)
+def test_norm_equals_torch_in_names_values_gradients_and_buffers(
+    shape: tuple[int, ...], affine: bool
+) -> None:
     torch.manual_seed(0)
     ours = BatchNorm(3, affine=affine).double()
     other = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(3, affine=affine).double()
@@ -71,7 +85,9 @@ def test_stacked_batches_are_normalised_apart(training: bool) -> None:
 def test_norm_keeps_bf16_out_of_its_statistics() -> None:
     torch.manual_seed(0)
     norm = BatchNorm(3)
-    x = (torch.randn(64, 3) * 0.1 + 50).bfloat16()  # in bf16 a sum of 64 of these would be off by a unit and more
+    x = (
+        torch.randn(64, 3) * 0.1 + 50
+    ).bfloat16()  # in bf16 a sum of 64 of these would be off by a unit and more
     y = norm(x)
     assert y.dtype == torch.bfloat16
     assert norm.running_mean.dtype == torch.float32
@@ -83,7 +99,9 @@ def test_norm_names_wrong_shapes() -> None:
         BatchNorm(3)(torch.zeros(4, 5))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool]
+)
 def test_every_flipped_bit_changes_the_sum(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     tensor = (torch.randn(5, 7) * 3).to(dtype)

@@ -27,12 +27,16 @@ ROOT = Path(__file__).parents[2]
 
 
 def launch(
-    world_size: int, out: Path, *cases: str, debug: str = "INFO", module: str = "tests.distributed.run_ranks"
+    world_size: int,
+    out: Path,
+    *cases: str,
+    debug: str = "INFO",
+    module: str = "tests.distributed.run_ranks",
 ) -> Results:
     """Run cases in that many processes and return what each left behind.
 
-    ``debug="DETAIL"`` lets torch compare every collective over the ranks, but torch 2.13 crashes in it as soon as
-    DistributedDataParallel is built: only for cases without that.
+    ``debug="DETAIL"`` lets torch compare every collective over the ranks, but torch 2.13 crashes in
+    it as soon as DistributedDataParallel is built: only for cases without that.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -47,7 +51,12 @@ def launch(
     }
     command = [sys.executable, "-m", module, str(out), *cases]
     ranks = [
-        subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stderr=subprocess.PIPE,
+        )
         for r in range(world_size)
     ]
     try:
@@ -55,12 +64,15 @@ def launch(
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(e[-3000:] for e in errors)
+    assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(
+        e[-3000:] for e in errors
+    )
     return [torch.load(out / f"rank{r}.pt", weights_only=False) for r in range(world_size)]
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(2, id="2 ranks"), pytest.param(4, id="4 ranks", marks=pytest.mark.slow)]
+    scope="module",
+    params=[pytest.param(2, id="2 ranks"), pytest.param(4, id="4 ranks", marks=pytest.mark.slow)],
 )
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Results of all cases, once a world size."""
@@ -76,7 +88,8 @@ def one_process(stem: str, dtype: torch.dtype) -> tuple[MoCoV3, tuple[torch.Tens
 
 
 def distance(case: dict[str, object], objective: MoCoV3) -> float:
-    """Largest difference of any gradient from one process's, over the largest gradient where that exceeds 1."""
+    """Largest difference of any gradient from one process's, over the largest gradient where that
+    exceeds 1."""
     gradients = case["gradients"]
     assert isinstance(gradients, dict)
     expected = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
@@ -91,7 +104,9 @@ def test_every_process_knows_its_place(ranks: Results) -> None:
 
 @pytest.mark.parametrize("stem", ["patch", "conv"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp64", 1e-12), ("fp32", 1e-5)])
-def test_loss_gradients_and_buffers_equal_one_process(ranks: Results, stem: str, dtype: str, tolerance: float) -> None:
+def test_loss_gradients_and_buffers_equal_one_process(
+    ranks: Results, stem: str, dtype: str, tolerance: float
+) -> None:
     objective, output = one_process(stem, torch.float64 if dtype == "fp64" else torch.float32)
     cases = [rank[f"{stem} {dtype}"] for rank in ranks]
     mean = sum(case["output"][0] for case in cases) / len(ranks)
@@ -128,25 +143,36 @@ def test_mutants_are_far_from_one_process(ranks: Results, mutant: str) -> None:
     assert distance(ranks[0][mutant], objective) > 1e-3
     if mutant == "local norms":
         first, last = ranks[0][mutant]["buffers"], ranks[-1][mutant]["buffers"]
-        assert (first["encoder.head.1.running_mean"] - last["encoder.head.1.running_mean"]).abs().max() > 1e-3
+        assert (
+            first["encoder.head.1.running_mean"] - last["encoder.head.1.running_mean"]
+        ).abs().max() > 1e-3
 
 
 @pytest.mark.faults
 def test_rank_dependent_start_is_refused_on_every_rank(ranks: Results) -> None:
     for rank in ranks:
-        assert f"ranks=[{len(ranks) - 1}]: parameters or buffers differ" in rank["rank-dependent start"]["message"]
+        assert (
+            f"ranks=[{len(ranks) - 1}]: parameters or buffers differ"
+            in rank["rank-dependent start"]["message"]
+        )
 
 
 def test_unsynchronised_norm_is_refused(ranks: Results) -> None:
     for rank in ranks:
-        assert rank["foreign norm"]["message"].startswith("1=BatchNorm1d: its statistics would cover one rank only")
+        assert rank["foreign norm"]["message"].startswith(
+            "1=BatchNorm1d: its statistics would cover one rank only"
+        )
 
 
 @pytest.mark.faults
-def test_uneven_parts_are_refused_on_every_rank_and_even_ones_come_in_rank_order(ranks: Results) -> None:
+def test_uneven_parts_are_refused_on_every_rank_and_even_ones_come_in_rank_order(
+    ranks: Results,
+) -> None:
     rows = [4] * (len(ranks) - 1) + [3]
     for rank in ranks:
-        assert rank["uneven keys"]["message"].startswith(f"keys per rank={rows}: every rank must have the same number")
+        assert rank["uneven keys"]["message"].startswith(
+            f"keys per rank={rows}: every rank must have the same number"
+        )
         gathered = rank["uneven keys"]["gathered"]
         assert gathered[:, 0].tolist() == [float(r) for r in range(len(ranks)) for _ in range(2)]
         assert not gathered.requires_grad
@@ -179,13 +205,17 @@ def test_norm_computes_bf16_inputs_in_float32(ranks: Results) -> None:
     y = norm(whole)
     outputs = [rank["norms"]["bf16"] for rank in ranks]
     assert {output[0].dtype for output in outputs} == {torch.bfloat16}
-    assert (torch.cat([output[0] for output in outputs]).float() - y).abs().max() <= 2**-8 * y.abs().max()
+    assert (
+        torch.cat([output[0] for output in outputs]).float() - y
+    ).abs().max() <= 2**-8 * y.abs().max()
     assert (outputs[0][1] - norm.running_mean).abs().max() <= 1e-5
 
 
 def check_golden_loss(ranks: Results, data: dict[str, np.ndarray]) -> None:
     """Loss and gradients of each rank against loss.npz, and the one-process identity."""
-    names = [f"mr{j}" for j in range(int(data["num_mr"])) if data[f"mr{j}_loss"].shape[0] == len(ranks)]
+    names = [
+        f"mr{j}" for j in range(int(data["num_mr"])) if data[f"mr{j}_loss"].shape[0] == len(ranks)
+    ]
     assert len(names) == 1
     name = names[0]
     for r, rank in enumerate(ranks):

@@ -29,7 +29,11 @@ def test_all_ranks_go_back_alike(ranks: list[dict[str, Any]], strategy: str) -> 
         assert case["back"] == [(LOGGED, 24)]
         assert (case["sharded"] > 0) == (strategy == "fsdp")
         assert case["state"].keys() == never["state"].keys()
-        assert [name for name in never["state"] if not torch.equal(case["state"][name], never["state"][name])] == []
+        assert [
+            name
+            for name in never["state"]
+            if not torch.equal(case["state"][name], never["state"][name])
+        ] == []
 
 
 def test_one_id_and_one_refusal(ranks: list[dict[str, Any]]) -> None:

@@ -1,4 +1,5 @@
-"""Whole trainings on 2 and 4 real gloo processes, under DDP, FSDP2 and HSDP, against one process; and every mutant of T33."""
+"""Whole trainings on 2 and 4 real gloo processes, under DDP, FSDP2 and HSDP, against one process;
+and every mutant of T33."""
 
 from __future__ import annotations
 
@@ -9,7 +10,15 @@ import pytest
 import torch
 
 from fastmoco.distributed import World
-from tests.distributed.run_sharded import CASES, GRADIENTS_OF, OPTIONS, STEPS, Case, cases_of, run_steps
+from tests.distributed.run_sharded import (
+    CASES,
+    GRADIENTS_OF,
+    OPTIONS,
+    STEPS,
+    Case,
+    cases_of,
+    run_steps,
+)
 from tests.distributed.test_ranks import launch
 
 pytestmark = pytest.mark.slow
@@ -21,7 +30,8 @@ MODULE, COMPILED = "tests.distributed.run_sharded", "fsdp compiled fp32"
 
 @pytest.fixture
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """Results of all cases. Kept here: pytest would start the processes anew for each test's own list of parameters."""
+    """Results of all cases. Kept here: pytest would start the processes anew for each test's own
+    list of parameters."""
     size = request.param
     if size not in results:
         out = tmp_path_factory.mktemp("sharded")
@@ -44,8 +54,13 @@ def over(*chosen: str) -> pytest.MarkDecorator:
 
 
 def reference(name: str) -> Case:
-    """The same training in this process: the whole batches, never in chunks, and blocks of modules."""
-    options = {key: value for key, value in OPTIONS[name].items() if key not in ("chunk", "kept", "recompute", "fused")}
+    """The same training in this process: the whole batches, never in chunks, and blocks of
+    modules."""
+    options = {
+        key: value
+        for key, value in OPTIONS[name].items()
+        if key not in ("chunk", "kept", "recompute", "fused")
+    }
     key = str(options)
     if key not in references:
         references[key] = run_steps(World(), **options)
@@ -56,16 +71,21 @@ def gap(ours: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """Largest difference, over the largest number where that exceeds 1."""
     assert ours.keys() == other.keys()
     largest = max(1.0, *(t.abs().max().item() for t in other.values()))
-    return max((ours[n].double() - t.double()).abs().max().item() for n, t in other.items()) / largest
+    return (
+        max((ours[n].double() - t.double()).abs().max().item() for n, t in other.items()) / largest
+    )
 
 
 def distances(cases: list[Case], one: Case, steps: int = STEPS) -> dict[str, float]:
-    """How far the first steps of a training over ranks are from those of one process; after all steps, the state as well."""
+    """How far the first steps of a training over ranks are from those of one process; after all
+    steps, the state as well."""
     found = {"loss": 0.0, "gradients": 0.0, "norms": 0.0}
     for step in range(steps):
         mean = sum(case["losses"][step] for case in cases) / len(cases)
         found["loss"] = max(found["loss"], abs(mean - one["losses"][step]).item())
-        found["norms"] = max(found["norms"], *(gap(case["norms"][step], one["norms"][step]) for case in cases))
+        found["norms"] = max(
+            found["norms"], *(gap(case["norms"][step], one["norms"][step]) for case in cases)
+        )
     for i, step in enumerate(GRADIENTS_OF):
         if step < steps:
             worst = max(gap(case["gradients"][i], one["gradients"][i]) for case in cases)
@@ -84,17 +104,23 @@ def run_by(ranks: Ranks, name: str) -> list[Case]:
 
 @over(*(name for name in OPTIONS if not name.startswith("bf16")))
 def test_three_steps_equal_one_process(ranks: Ranks, strategy: str, name: str) -> None:
-    """Losses, every gradient, their norms; encoder, twin, batch norms' buffers and the optimizer's state afterwards."""
+    """Losses, every gradient, their norms; encoder, twin, batch norms' buffers and the optimizer's
+    state afterwards."""
     cases = run_by(ranks, f"{strategy} {name}")
     first, all_steps = (distances(cases, reference(name), steps) for steps in (1, STEPS))
     if "fp32" in name:
         assert max(first.values()) <= 1e-5, first
-        assert max(all_steps.values()) <= 1e-4, all_steps  # each step multiplies the rounding of the one before
+        assert max(all_steps.values()) <= 1e-4, (
+            all_steps
+        )  # each step multiplies the rounding of the one before
         return
     assert max(first.pop("norms"), all_steps.pop("norms")) <= 1e-6  # kept in float32
     assert max(first.values()) <= 1e-12, first
-    # A gradient that is zero but for rounding still moves its weight: Adam divides it by its own size.
-    assert max(all_steps.values()) <= (1e-9 if name.startswith(("adamw", "sweep")) else 1e-12), all_steps
+    # A gradient that is zero but for rounding still moves its weight: Adam divides it by its own
+    # size.
+    assert max(all_steps.values()) <= (1e-9 if name.startswith(("adamw", "sweep")) else 1e-12), (
+        all_steps
+    )
 
 
 @over("fp64")
@@ -109,29 +135,39 @@ def test_what_is_sharded_and_what_is_common(ranks: Ranks, strategy: str, name: s
             continue
         models = {n for n in case["state"] if n.startswith("model.")}
         common = models - case["sharded"]
-        assert all("running_" in n or "num_batches" in n or "pos_embed" in n or "patch_embed" in n for n in common)
-        assert {"model.encoder.cls_token", "model.momentum_encoder.head.0.weight", "model.predictor.0.weight"} <= case[
-            "sharded"
-        ]
+        assert all(
+            "running_" in n or "num_batches" in n or "pos_embed" in n or "patch_embed" in n
+            for n in common
+        )
+        assert {
+            "model.encoder.cls_token",
+            "model.momentum_encoder.head.0.weight",
+            "model.predictor.0.weight",
+        } <= case["sharded"]
         assert "optimizer.predictor.0.weight.momentum_buffer" in case["sharded"]
 
 
 @over("conv fp64")
-def test_the_conv_stem_is_sharded_and_shares_no_tokens(ranks: Ranks, strategy: str, name: str) -> None:
+def test_the_conv_stem_is_sharded_and_shares_no_tokens(
+    ranks: Ranks, strategy: str, name: str
+) -> None:
     for case in run_by(ranks, f"{strategy} {name}"):
         assert "model.encoder.patch_embed.proj.0.weight" in case["sharded"]
         assert not any(case["shares"])
 
 
 @over("fp64", "chunked fp64")
-def test_a_twin_leaves_no_notes_for_a_backward_that_never_comes(ranks: Ranks, strategy: str, name: str) -> None:
+def test_a_twin_leaves_no_notes_for_a_backward_that_never_comes(
+    ranks: Ranks, strategy: str, name: str
+) -> None:
     for case in run_by(ranks, f"{strategy} {name}"):
         assert case["notes"] <= 1  # its head's
 
 
 @over("bf16", "bf16 chunked", "bf16 fused")
 def test_bf16_over_float32_shards(ranks: Ranks, strategy: str, name: str) -> None:
-    """Weights that cross ranks in bf16 give what autocast gives; master weights, twin and optimizer stay float32."""
+    """Weights that cross ranks in bf16 give what autocast gives; master weights, twin and optimizer
+    stay float32."""
     cases, exact = run_by(ranks, f"{strategy} {name}"), reference("fp32")
     usual = distances([reference("bf16")], exact, 1)
     assert usual["gradients"] > 1e-3  # it was bf16
@@ -150,11 +186,15 @@ def test_mutants_are_far_from_one_process(ranks: Ranks, strategy: str, name: str
     assert found["loss"] > 1e-4
     if name == "mixed start":
         for case in cases:
-            assert case["message"].startswith(f"ranks=[{len(ranks) - 1}]: parameters or buffers differ from rank 0's")
+            assert case["message"].startswith(
+                f"ranks=[{len(ranks) - 1}]: parameters or buffers differ from rank 0's"
+            )
 
 
 @over("unsynced trunk")
-def test_a_trunk_that_is_never_summed_gives_no_gradients(ranks: Ranks, strategy: str, name: str) -> None:
+def test_a_trunk_that_is_never_summed_gives_no_gradients(
+    ranks: Ranks, strategy: str, name: str
+) -> None:
     cases = run_by(ranks, f"{strategy} {name}")
     missing = [n for n in reference("fp64")["gradients"][0] if n not in cases[0]["gradients"][0]]
     assert any("blocks" in n for n in missing)
@@ -169,10 +209,14 @@ def test_roots_as_torch_makes_them_do_not_pass(ranks: Ranks, strategy: str, name
 
 @over("uneven")
 @pytest.mark.faults
-def test_uneven_parts_end_in_a_named_error_on_every_rank(ranks: Ranks, strategy: str, name: str) -> None:
+def test_uneven_parts_end_in_a_named_error_on_every_rank(
+    ranks: Ranks, strategy: str, name: str
+) -> None:
     rows = [3] * (len(ranks) - 1) + [2]
     for case in run_by(ranks, f"{strategy} {name}"):
-        assert case["message"].startswith(f"keys per rank={rows}: every rank must have the same number of images")
+        assert case["message"].startswith(
+            f"keys per rank={rows}: every rank must have the same number of images"
+        )
 
 
 @over("flipped bit")
@@ -195,7 +239,10 @@ def test_a_flipped_bit_is_found_and_its_rank_named(ranks: Ranks, strategy: str, 
 @pytest.mark.parametrize("ranks", [2], indirect=True, ids=["2 ranks"])
 def test_groups_that_do_not_fit_are_refused(ranks: Ranks) -> None:
     for case in run_by(ranks, "bad shard size"):
-        assert [m[:21] for m in case["messages"]] == ["parallel.shard_size=2", "parallel.shard_size=3"]
+        assert [m[:21] for m in case["messages"]] == [
+            "parallel.shard_size=2",
+            "parallel.shard_size=3",
+        ]
 
 
 @pytest.mark.slow

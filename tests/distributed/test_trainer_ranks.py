@@ -1,4 +1,5 @@
-"""The trainer on two real processes: strategies train alike, and one continues what the other began."""
+"""The trainer on two real processes: strategies train alike, and one continues what the other
+began."""
 
 from __future__ import annotations
 
@@ -32,8 +33,12 @@ def test_strategies_train_to_the_same_losses(ranks: list[dict[str, Any]]) -> Non
         assert max(abs(a[1] - b[1]) for a, b in zip(case["losses"], expected, strict=True)) <= 1e-9
 
 
-@pytest.mark.parametrize(("name", "kind"), [("fsdp as ddp", "Parameter"), ("ddp as fsdp", "DTensor")])
-def test_one_continues_what_the_other_began(ranks: list[dict[str, Any]], name: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fsdp as ddp", "Parameter"), ("ddp as fsdp", "DTensor")]
+)
+def test_one_continues_what_the_other_began(
+    ranks: list[dict[str, Any]], name: str, kind: str
+) -> None:
     case = ranks[0][name]
     assert case["code"] == 0
     assert case["kinds"] == {kind}
@@ -45,5 +50,7 @@ def test_one_continues_what_the_other_began(ranks: list[dict[str, Any]], name: s
 def test_a_flipped_bit_stops_the_run_on_every_rank(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         case = rank["flipped bit"]
-        assert case["message"].startswith("momentum_encoder.cls_token differs among ranks=[0, 1]: a bit flipped")
+        assert case["message"].startswith(
+            "momentum_encoder.cls_token differs among ranks=[0, 1]: a bit flipped"
+        )
         assert case["steps"] == 3

@@ -21,6 +21,12 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     try:
         return (yield)
     except Exception as error:
-        if FAULT not in str(error) or torch.cuda.is_available() or np.lib.NumpyVersion(np.__version__) < "2.4.0":
+        if (
+            FAULT not in str(error)
+            or torch.cuda.is_available()
+            or np.lib.NumpyVersion(np.__version__) < "2.4.0"
+        ):
             raise
-        pytest.skip(f"Triton's interpreter does not run under NumPy {np.__version__}; it needs a NumPy below 2.4")
+        pytest.skip(
+            f"Triton's interpreter does not run under NumPy {np.__version__}; it needs a NumPy below 2.4"
+        )

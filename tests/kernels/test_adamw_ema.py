@@ -29,9 +29,15 @@ class Tensors:
 
     params: list[torch.Tensor] = field(default_factory=lambda: _random(1))
     exp_avgs: list[torch.Tensor] = field(default_factory=lambda: [t * 0.1 for t in _random(2)])
-    exp_avg_sqs: list[torch.Tensor] = field(default_factory=lambda: [t.square() for t in _random(3)])
-    steps: list[torch.Tensor] = field(default_factory=lambda: [torch.full((), 6.0, device=DEVICE) for _ in SHAPES])
-    averages: list = field(default_factory=lambda: [None if i % 3 == 2 else t for i, t in enumerate(_random(4))])
+    exp_avg_sqs: list[torch.Tensor] = field(
+        default_factory=lambda: [t.square() for t in _random(3)]
+    )
+    steps: list[torch.Tensor] = field(
+        default_factory=lambda: [torch.full((), 6.0, device=DEVICE) for _ in SHAPES]
+    )
+    averages: list = field(
+        default_factory=lambda: [None if i % 3 == 2 else t for i, t in enumerate(_random(4))]
+    )
 
     def step(self, grads, **options):
         options = {"lr": 0.01, "weight_decay": 0.1, "ema_momentum": 0.9} | options
@@ -44,17 +50,31 @@ class Tensors:
         return [t for tensors in lists for t in tensors if t is not None]
 
 
-def _exact(tensors: Tensors, grads, *, lr=0.01, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8, momentum=0.9):
+def _exact(
+    tensors: Tensors,
+    grads,
+    *,
+    lr=0.01,
+    weight_decay=0.1,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    momentum=0.9,
+):
     """The equations in float64: new parameters, moments and averages."""
     results = []
     for i, grad in enumerate(grads):
-        p, m, v, g = (t.double() for t in (tensors.params[i], tensors.exp_avgs[i], tensors.exp_avg_sqs[i], grad))
+        p, m, v, g = (
+            t.double()
+            for t in (tensors.params[i], tensors.exp_avgs[i], tensors.exp_avg_sqs[i], grad)
+        )
         t = tensors.steps[i].item() + 1
         m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g
         p = p * (1 - lr * weight_decay)
         p = p - lr * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
         average = tensors.averages[i]
-        results.append((p, m, v, None if average is None else momentum * average.double() + (1 - momentum) * p))
+        results.append(
+            (p, m, v, None if average is None else momentum * average.double() + (1 - momentum) * p)
+        )
     return results
 
 
@@ -73,9 +93,12 @@ def test_matches_float64(backend, dtype):
             torch.testing.assert_close(ours.averages[i].double(), a, rtol=1e-6, atol=3e-7)
 
 
-# the first steps have the largest bias corrections; betas on both sides of the lerp's 1/2, and at its end
+# the first steps have the largest bias corrections; betas on both sides of the lerp's 1/2, and at
+# its end
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("betas", "eps"), [((0.9, 0.999), 1e-8), ((0.3, 0.95), 1e-3), ((0.0, 0.0), 1e-6)])
+@pytest.mark.parametrize(
+    ("betas", "eps"), [((0.9, 0.999), 1e-8), ((0.3, 0.95), 1e-3), ((0.0, 0.0), 1e-6)]
+)
 def test_follows_torch_from_the_first_step(backend, betas, eps):
     ours, theirs = Tensors(), Tensors()
     for tensor in [*ours.exp_avgs, *ours.exp_avg_sqs, *ours.steps]:
@@ -117,7 +140,12 @@ def test_numbers_may_lie_on_the_device(backend):
     def number(x):
         return torch.tensor([x], dtype=torch.float64, device=DEVICE)
 
-    numbers = {"lr": number(0.01), "weight_decay": number(0.1), "eps": number(1e-8), "ema_momentum": number(0.9)}
+    numbers = {
+        "lr": number(0.01),
+        "weight_decay": number(0.1),
+        "eps": number(1e-8),
+        "ema_momentum": number(0.9),
+    }
     one = Tensors().step(_random(7), betas=(number(0.9), 0.999), **numbers, backend=backend)
     two = Tensors().step(_random(7), backend=backend)
     for a, b in zip(one.all(), two.all(), strict=True):
@@ -186,7 +214,14 @@ def _packed(tensors: Tensors, backend: str):
     places = iter(range(len(averages)))
     rows = [-1 if t is None else next(places) for t in tensors.averages]
     numbers, lr = [0.0, 0.1, 0.9, 0.999, 1e-8, 0.9], torch.tensor([0.01], device=DEVICE)
-    lists = tensors.params, _random(7), tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps, averages
+    lists = (
+        tensors.params,
+        _random(7),
+        tensors.exp_avgs,
+        tensors.exp_avg_sqs,
+        tensors.steps,
+        averages,
+    )
     return (*lists, rows, numbers, [lr], [0], None, None, backend)
 
 
@@ -199,7 +234,9 @@ def test_compiles_as_a_whole_graph_and_autocast_changes_nothing():
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(tensors, grads, lr):
         lists = tensors.params, grads, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps
-        adamw_ema_step_(*lists, lr=lr, weight_decay=0.1, ema_momentum=0.9, averages=tensors.averages)
+        adamw_ema_step_(
+            *lists, lr=lr, weight_decay=0.1, ema_momentum=0.9, averages=tensors.averages
+        )
 
     one, two = Tensors(), Tensors()
     compiled(one, _random(7), torch.tensor(0.01, dtype=torch.float64, device=DEVICE))
@@ -209,7 +246,9 @@ def test_compiles_as_a_whole_graph_and_autocast_changes_nothing():
 
 
 def _call(**changes):
-    one = {n: [torch.ones(2)] for n in ("params", "grads", "exp_avgs", "exp_avg_sqs")} | {"steps": [torch.zeros(())]}
+    one = {n: [torch.ones(2)] for n in ("params", "grads", "exp_avgs", "exp_avg_sqs")} | {
+        "steps": [torch.zeros(())]
+    }
     adamw_ema_step_(**({"lr": 0.1} | one | changes))
 
 
@@ -221,7 +260,10 @@ def _call(**changes):
         ({"averages": [], "ema_momentum": 0.9}, "1 params but 0 averages"),
         ({"averages": [torch.ones(2)]}, "1 averages but ema_momentum=None"),
         ({"exp_avgs": [torch.ones(3)]}, r"exp_avgs\[0\] is \(3,\) but params\[0\] is \(2,\)"),
-        ({"grads": [torch.ones(2, device="meta")]}, r"grads\[0\] is on meta but params\[0\] is on cpu"),
+        (
+            {"grads": [torch.ones(2, device="meta")]},
+            r"grads\[0\] is on meta but params\[0\] is on cpu",
+        ),
         ({"grads": [torch.ones(2).long()]}, "int64"),
         ({"grads": [torch.ones(2).to_sparse()]}, "sparse"),
         ({"params": [torch.ones(2).bfloat16()]}, r"params\[0\] is torch.bfloat16"),

@@ -48,7 +48,11 @@ def test_state_moves_to_torch_and_back(backend, fused):
     of_own, of_torchs = copy.deepcopy(own.state_dict()), copy.deepcopy(torchs.state_dict())
     assert of_own["param_groups"][0].keys() == of_torchs["param_groups"][0].keys()
     assert of_own["param_groups"][0]["param_names"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
-    assert of_own["state"][0].keys() == of_torchs["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert (
+        of_own["state"][0].keys()
+        == of_torchs["state"][0].keys()
+        == {"step", "exp_avg", "exp_avg_sq"}
+    )
     own, torchs = (
         AdamWEMA(ours.named_parameters(), lr=9.0, backend=backend),
         torch.optim.AdamW(theirs.named_parameters()),
@@ -59,7 +63,11 @@ def test_state_moves_to_torch_and_back(backend, fused):
     _train(ours, own, 3, seed=1)
     _train(theirs, torchs, 3, seed=1)
     _close(ours, theirs)
-    assert own.state[ours[0].weight]["step"].item() == torchs.state[theirs[0].weight]["step"].item() == 6
+    assert (
+        own.state[ours[0].weight]["step"].item()
+        == torchs.state[theirs[0].weight]["step"].item()
+        == 6
+    )
 
 
 def test_a_state_with_amsgrad_is_refused():
@@ -97,10 +105,18 @@ def test_groups_have_their_own_numbers_and_parameters_without_gradient_wait(back
     def groups(model):
         return [
             {"params": [model[0].weight, model[2].weight], "lr": 0.02},
-            {"params": [model[0].bias, model[2].bias], "weight_decay": 0.0, "betas": (0.8, 0.95), "eps": 1e-4},
+            {
+                "params": [model[0].bias, model[2].bias],
+                "weight_decay": 0.0,
+                "betas": (0.8, 0.95),
+                "eps": 1e-4,
+            },
         ]
 
-    own, torchs = AdamWEMA(groups(ours), **OPTIONS, backend=backend), torch.optim.AdamW(groups(theirs), **OPTIONS)
+    own, torchs = (
+        AdamWEMA(groups(ours), **OPTIONS, backend=backend),
+        torch.optim.AdamW(groups(theirs), **OPTIONS),
+    )
     for model, optimizer in ((ours, own), (theirs, torchs)):
         _train(model, optimizer, 2)
         model[2].weight.requires_grad_(False)
@@ -210,7 +226,9 @@ def test_an_optimizer_can_be_copied():
     twin_model, twin = copy.deepcopy((model, own))
     _train(model, own, 2, seed=1)
     _train(twin_model, twin, 2, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin_model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), twin_model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -218,7 +236,10 @@ def test_an_optimizer_can_be_copied():
     [
         ({"lr": -1.0}, "lr=-1.0"),
         ({"betas": (1.0, 0.9)}, "beta1=1.0"),
-        ({"averages": {torch.ones(3): torch.ones(3)}}, r"key 0 of averages, \(3,\), is none of the 1 parameters"),
+        (
+            {"averages": {torch.ones(3): torch.ones(3)}},
+            r"key 0 of averages, \(3,\), is none of the 1 parameters",
+        ),
     ],
 )
 def test_errors_name_both_numbers(options, text):

@@ -1,4 +1,5 @@
-"""Compiling for absent GPUs: the reading of machine code on a made-up listing, and every op's defaults for real."""
+"""Compiling for absent GPUs: the reading of machine code on a made-up listing, and every op's
+defaults for real."""
 
 from __future__ import annotations
 
@@ -71,7 +72,11 @@ def test_only_the_innermost_loop_with_a_matrix_product_counts():
         (_case(), _compiled(shared_bytes=232_449), "232449 bytes of shared memory"),
         (_case(), _compiled(opcodes=Counter(HMMA=4)), "no HGMMA"),
         (_case(matrix=False), _compiled(opcodes=Counter()), None),
-        (_case(forbidden_in_loop=("FMUL",)), _compiled(loop_opcodes=Counter(FMUL=3)), "3 FMUL in the inner loop"),
+        (
+            _case(forbidden_in_loop=("FMUL",)),
+            _compiled(loop_opcodes=Counter(FMUL=3)),
+            "3 FMUL in the inner loop",
+        ),
     ],
 )
 def test_each_gate_names_what_breaks_it(case, compiled, fault):

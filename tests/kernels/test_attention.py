@@ -1,4 +1,5 @@
-"""The plain backends against float64, in value and in every gradient, and every wrong call by its numbers."""
+"""The plain backends against float64, in value and in every gradient, and every wrong call by its
+numbers."""
 
 from __future__ import annotations
 
@@ -18,18 +19,25 @@ def _qkv(shape: tuple[int, ...], queries: int, seed: int = 0) -> list[torch.Tens
     generator = torch.Generator().manual_seed(seed)
     batch, heads, keys, dim = shape
     rows = (queries, keys, keys)
-    return [torch.randn(batch, heads, n, dim, generator=generator, dtype=torch.float64) for n in rows]
+    return [
+        torch.randn(batch, heads, n, dim, generator=generator, dtype=torch.float64) for n in rows
+    ]
 
 
 def _loss_and_gradients(inputs: list[torch.Tensor], backend: str) -> list[torch.Tensor]:
     leaves = [t.clone().requires_grad_() for t in inputs]
     out = attention(*leaves, backend=backend)
-    (out.double() * torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)).sum().backward()
+    (
+        out.double() * torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+    ).sum().backward()
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
-# ViT-S at 224 (197 tokens, 12 heads of 32) cut to two heads; a tiny picture; the class token alone as query
-@pytest.mark.parametrize(("shape", "queries"), [((1, 2, 197, 32), 197), ((3, 4, 17, 16), 17), ((2, 3, 50, 64), 1)])
+# ViT-S at 224 (197 tokens, 12 heads of 32) cut to two heads; a tiny picture; the class token alone
+# as query
+@pytest.mark.parametrize(
+    ("shape", "queries"), [((1, 2, 197, 32), 197), ((3, 4, 17, 16), 17), ((2, 3, 50, 64), 1)]
+)
 @pytest.mark.parametrize("backend", ["sdpa", "explicit", "reference"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 6e-2)]
@@ -63,8 +71,12 @@ def test_the_reference_rounds_once():
     """In bf16 the explicit form rounds scores and weights; the reference only its result."""
     inputs = [t.bfloat16() for t in _qkv((1, 2, 64, 32), 64)]
     exact = attention_explicit(*(t.double() for t in inputs))
-    assert torch.equal(attention_reference(*inputs), attention_explicit(*(t.float() for t in inputs)).bfloat16())
-    errors = [(attention(*inputs, backend=b).double() - exact).norm() for b in ("reference", "explicit")]
+    assert torch.equal(
+        attention_reference(*inputs), attention_explicit(*(t.float() for t in inputs)).bfloat16()
+    )
+    errors = [
+        (attention(*inputs, backend=b).double() - exact).norm() for b in ("reference", "explicit")
+    ]
     assert errors[0] < errors[1]
 
 
@@ -103,7 +115,8 @@ def test_errors_name_the_shapes():
 
 
 def test_flops_are_those_that_torch_counts():
-    """The backward of the explicit form has four products; one that keeps no weights makes the scores again."""
+    """The backward of the explicit form has four products; one that keeps no weights makes the
+    scores again."""
     inputs = [t.requires_grad_() for t in _qkv((2, 3, 7, 8), 5)]
     sizes = (2, 3, 5, 7, 8)
     with FlopCounterMode(display=False) as forward:
@@ -120,5 +133,7 @@ def test_bytes_of_the_tensors_there_are():
     lse = torch.empty(2, 3, 5)
     forward = sum(t.nbytes for t in (q, k, v, q, lse))
     assert attention_bytes(2, 3, 5, 7, 8, 2) == forward
-    assert attention_bytes(2, 3, 5, 7, 8, 2, backward=True) == forward + sum(t.nbytes for t in (q, q, k, v))
+    assert attention_bytes(2, 3, 5, 7, 8, 2, backward=True) == forward + sum(
+        t.nbytes for t in (q, q, k, v)
+    )
     assert explicit_weights_bytes(2, 3, 5, 7, 2) == (q @ k.mT).nbytes

@@ -1,4 +1,5 @@
-"""Who computes attention: the choice, its reason, what refuses to run here and why, and what other libraries are handed."""
+"""Who computes attention: the choice, its reason, what refuses to run here and why, and what other
+libraries are handed."""
 
 from __future__ import annotations
 
@@ -12,7 +13,12 @@ import torch
 
 from fastmoco_kernels import attention
 from fastmoco_kernels.attention import choice, external
-from fastmoco_kernels.attention.choice import BACKENDS, choose_attention, require_fa4, require_xformers
+from fastmoco_kernels.attention.choice import (
+    BACKENDS,
+    choose_attention,
+    require_fa4,
+    require_xformers,
+)
 from fastmoco_kernels.attention.reference import attention_explicit
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -23,7 +29,13 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     [
         (CPU, torch.bfloat16, 32, "explicit", "bf16 on a CPU"),
         (CPU, torch.float32, 32, "sdpa", "float32 on cpu"),
-        (CUDA, torch.bfloat16, 32, "sdpa", "triton fits, but has not been measured on a GPU and is opt-in"),
+        (
+            CUDA,
+            torch.bfloat16,
+            32,
+            "sdpa",
+            "triton fits, but has not been measured on a GPU and is opt-in",
+        ),
         (CUDA, torch.float16, 80, "sdpa", "triton cannot: head dimension 80 is none of"),
         (CUDA, torch.float64, 32, "sdpa", "triton cannot: float64"),
     ],
@@ -36,7 +48,10 @@ def test_auto_says_why(device, dtype, head_dim, backend, reason):
 
 
 def test_a_name_is_taken_as_given():
-    assert choose_attention(CPU, torch.float32, 5, 5, 8, backend="explicit").reason == "asked for by name"
+    assert (
+        choose_attention(CPU, torch.float32, 5, 5, 8, backend="explicit").reason
+        == "asked for by name"
+    )
     with pytest.raises(ValueError, match="backend='flash9' is none of"):
         choose_attention(CPU, torch.float32, 5, 5, 8, backend="flash9")
 
@@ -50,7 +65,9 @@ def test_kernels_of_the_gpu_refuse_the_cpu(backend):
 
 @pytest.mark.parametrize("backend", ["flash", "cudnn", "fa4"])
 def test_kernels_of_16_bits_refuse_float32(backend):
-    with pytest.raises(ValueError, match=f"backend='{backend}' in float32; it takes float16, bfloat16"):
+    with pytest.raises(
+        ValueError, match=f"backend='{backend}' in float32; it takes float16, bfloat16"
+    ):
         choose_attention(CUDA, torch.float32, 197, 197, 64, backend=backend)
 
 
@@ -89,13 +106,19 @@ def test_flash_attention_4_says_what_is_missing(monkeypatch):
     with pytest.raises(ValueError, match="pip install flash-attn-4"):
         require_fa4((9, 0))
     monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl")
-    with pytest.raises(ValueError, match=r"torch \S+ has no torch.nn.attention.activate_flash_attention_impl"):
+    with pytest.raises(
+        ValueError, match=r"torch \S+ has no torch.nn.attention.activate_flash_attention_impl"
+    ):
         require_fa4((9, 0))
 
 
 def test_flash_attention_4_is_switched_on_once(monkeypatch):
     switched = []
-    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: switched[-1] if switched else None)
+    monkeypatch.setattr(
+        torch.nn.attention,
+        "current_flash_attention_impl",
+        lambda: switched[-1] if switched else None,
+    )
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", switched.append)
     external._activate_fa4()
     external._activate_fa4()
@@ -127,7 +150,9 @@ def test_a_missing_xformers_is_named(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(ValueError, match=r"xformers is not installed; pip install 'xformers>=0\.0\.34,<0\.0\.36'"):
+    with pytest.raises(
+        ValueError, match=r"xformers is not installed; pip install 'xformers>=0\.0\.34,<0\.0\.36'"
+    ):
         require_xformers()
 
 
@@ -161,7 +186,9 @@ def test_xformers_gets_rows_before_heads_without_copies(xformers):
 @pytest.mark.parametrize("head_dim", [32, 64])
 def test_every_backend_that_runs_on_this_gpu(backend, head_dim):
     generator = torch.Generator("cuda").manual_seed(0)
-    inputs = torch.randn(3, 2, 4, 197, head_dim, device="cuda", generator=generator).bfloat16().unbind()
+    inputs = (
+        torch.randn(3, 2, 4, 197, head_dim, device="cuda", generator=generator).bfloat16().unbind()
+    )
     try:
         choose_attention(inputs[0].device, torch.bfloat16, 197, 197, head_dim, backend=backend)
     except ValueError as error:

@@ -1,4 +1,5 @@
-"""The Triton kernels for short sequences: against float64 and torch's own attention, in value and every gradient."""
+"""The Triton kernels for short sequences: against float64 and torch's own attention, in value and
+every gradient."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from fastmoco_kernels.attention.choice import TRITON_DTYPES, triton_fault
 from fastmoco_kernels.attention.cost import attention_bytes
 
 WIDE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-"""Compiled kernels take 16 bits alone; the interpreter cannot hold bf16, and float32 shows its arithmetic best."""
+"""Compiled kernels take 16 bits alone; the interpreter cannot hold bf16, and float32 shows its
+arithmetic best."""
 
 
 @pytest.fixture
@@ -27,7 +29,10 @@ def _inputs(
     """q, k, v and the gradient that comes back, as values that ``dtype`` holds exactly."""
     generator = torch.Generator().manual_seed(1000 * L + M)
     rows = (L, M, M, L)
-    return [torch.randn(B, A, n, d, generator=generator, dtype=torch.float64).to(device, dtype) for n in rows]
+    return [
+        torch.randn(B, A, n, d, generator=generator, dtype=torch.float64).to(device, dtype)
+        for n in rows
+    ]
 
 
 def _all(inputs: list[Tensor], backend: str, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -39,17 +44,21 @@ def _all(inputs: list[Tensor], backend: str, dtype: torch.dtype | None = None) -
 
 
 def _assert_as_good_as_torch(inputs: list[Tensor]) -> None:
-    """Twice the error of torch's own attention in this dtype, or a few units in the last place where that has none."""
+    """Twice the error of torch's own attention in this dtype, or a few units in the last place
+    where that has none."""
     truth = _all(inputs, "reference", torch.float64)
     ours, torchs = _all(inputs, "triton"), _all(inputs, "sdpa")
-    for name, mine, other, exact in zip(("out", "dq", "dk", "dv"), ours, torchs, truth, strict=True):
+    for name, mine, other, exact in zip(
+        ("out", "dq", "dk", "dv"), ours, torchs, truth, strict=True
+    ):
         floor = 4 * torch.finfo(mine.dtype).eps * (exact.norm() + 0.1 * exact.numel() ** 0.5)
         error, allowed = (mine.double() - exact).norm(), 2 * (other.double() - exact).norm()
         assert error <= torch.maximum(allowed, floor), (name, float(error), float(allowed))
 
 
-# a class token; one tile exactly; a 28 pixel picture's 50; around 64; 145 of 192 pixels; 196 and 197 of 224; all that
-# fits; then the class token alone over 197, and unequal numbers that end in different tiles
+# a class token; one tile exactly; a 28 pixel picture's 50; around 64; 145 of 192 pixels; 196 and
+# 197 of 224; all that fits; then the class token alone over 197, and unequal numbers that end in
+# different tiles
 SIZES = [(n, n) for n in (1, 16, 50, 64, 65, 145, 196, 197, 256)]
 SIZES += [(1, 197), (16, 256), (197, 1), (65, 64), (50, 196)]
 
@@ -108,11 +117,14 @@ def _cuts(cuts: tuple[launch.Rows, ...]) -> list[int]:
 @pytest.mark.parametrize("d", [32, 64])
 @pytest.mark.parametrize("M", _cuts(launch.KEY_ROWS))
 def test_every_tile_of_the_forward(M, d, device, monkeypatch):
-    """Tests take defaults alone, so every tile that tuning may pick on any chip is run by name: against float64."""
+    """Tests take defaults alone, so every tile that tuning may pick on any chip is run by name:
+    against float64."""
     q, k, v, _ = _inputs(197 if M == 197 else 20, M, d, WIDE, device, A=1)
     exact = attention(*(t.double() for t in (q, k, v)), backend="reference")
     keys = launch.row_tiles(M, launch.KEY_ROWS)
-    tiles = {tile for chip in _chips(device) for tile in launch.forward_tiles(chip, d, q.shape[2], keys)}
+    tiles = {
+        tile for chip in _chips(device) for tile in launch.forward_tiles(chip, d, q.shape[2], keys)
+    }
     assert len(tiles) == (1 if M != 197 else len(_tiles_of_197(device)))
     for tile in sorted(tiles):
         monkeypatch.setattr(launch, "forward_tiles", lambda *_, tile=tile: [tile])
@@ -126,9 +138,13 @@ def test_every_tile_of_the_backward(L, d, device, monkeypatch):
     inputs = _inputs(L, 197 if L == 197 else 20, d, WIDE, device, A=1)
     exact = _all(inputs, "reference", torch.float64)
     rows = launch.row_tiles(L, launch.QUERY_ROWS)
-    for tile in sorted({tile for chip in _chips(device) for tile in launch.backward_tiles(chip, d, rows)}):
+    for tile in sorted(
+        {tile for chip in _chips(device) for tile in launch.backward_tiles(chip, d, rows)}
+    ):
         monkeypatch.setattr(launch, "backward_tiles", lambda *_, tile=tile: [tile])
-        for name, mine, true in zip(("out", "dq", "dk", "dv"), _all(inputs, "triton"), exact, strict=True):
+        for name, mine, true in zip(
+            ("out", "dq", "dk", "dv"), _all(inputs, "triton"), exact, strict=True
+        ):
             assert (mine.double() - true).norm() <= _tolerance(mine) * true.norm(), (name, tile)
 
 
@@ -143,7 +159,8 @@ def _tiles_of_197(device: torch.device) -> set[launch.Tile]:
 
 
 def _tolerance(found: Tensor) -> float:
-    """Relative to the whole tensor: bf16 rounds weights and results to 2^-9, float32 adds some hundred terms."""
+    """Relative to the whole tensor: bf16 rounds weights and results to 2^-9, float32 adds some
+    hundred terms."""
     return 1e-5 if found.dtype == torch.float32 else 1e-2
 
 
@@ -155,13 +172,17 @@ def test_float32_has_no_tiles_and_is_refused_on_cuda():
     cuda = torch.device("cuda")
     assert triton_fault(cuda, torch.bfloat16, 197, 197, 64) == ""
     assert "registers" in triton_fault(cuda, torch.float32, 197, 197, 64)
-    assert triton_fault(torch.device("cpu"), torch.float32, 197, 197, 64) == ""  # in the interpreter
+    assert (
+        triton_fault(torch.device("cpu"), torch.float32, 197, 197, 64) == ""
+    )  # in the interpreter
 
 
 @pytest.mark.gpu
 def test_float32_on_cuda_says_why_it_is_refused_compiled_callers_too(device):
     q = torch.ones(1, 2, 197, 64, device=device)
-    with pytest.raises(ValueError, match=r"backend='triton': float32 operands.*registers.*backend='auto'"):
+    with pytest.raises(
+        ValueError, match=r"backend='triton': float32 operands.*registers.*backend='auto'"
+    ):
         attention(q, q, q, backend="triton")
     with pytest.raises(ValueError, match="float32 operands"):
         torch.ops.fastmoco.short_attention(q, q, q)
@@ -171,7 +192,9 @@ def test_float32_on_cuda_says_why_it_is_refused_compiled_callers_too(device):
 def test_queries_in_halves_on_ampere(dtype, device, monkeypatch):
     monkeypatch.setattr(launch, "_chip", lambda _: 80)
     assert launch.in_halves(80, 64, 209)
-    assert not any(launch.in_halves(*other) for other in ((80, 64, 208), (80, 32, 256), (90, 64, 256)))
+    assert not any(
+        launch.in_halves(*other) for other in ((80, 64, 208), (80, 32, 256), (90, 64, 256))
+    )
     inputs = _inputs(210, 20, 64, dtype, device)
     _assert_as_good_as_torch(inputs)
     out, lse = torch.ops.fastmoco.short_attention(*inputs[:3])
@@ -185,20 +208,31 @@ def test_only_the_last_tile_of_keys_is_partly_empty():
         used = [n for n in launch.row_tiles(rows, launch.KEY_ROWS) if n]
         assert sum(used[:-1]) < rows <= sum(used), rows
         assert rows <= sum(launch.row_tiles(rows, launch.QUERY_ROWS))
-    assert sum(launch.row_tiles(197, launch.KEY_ROWS)) == sum(launch.row_tiles(197, launch.QUERY_ROWS)) == 208
+    assert (
+        sum(launch.row_tiles(197, launch.KEY_ROWS))
+        == sum(launch.row_tiles(197, launch.QUERY_ROWS))
+        == 208
+    )
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of those columns, before they are cut
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered in exp2"
+)  # of those columns, before they are cut
 def test_scores_far_from_zero(device):
-    """exp2(-lse) is infinite for a column of zeros here: columns beyond the keys must be cut, not multiplied by 0."""
+    """exp2(-lse) is infinite for a column of zeros here: columns beyond the keys must be cut, not
+    multiplied by 0."""
     q, k, v, grad = _inputs(5, 5, 32, WIDE, device)
     far = [30 + q, -30 + 0.01 * k, v, grad]
     large = [100 * q, 100 * k, v, grad]  # a softmax of zeros and ones
     rounding = 1e-4 if torch.float32 == WIDE else 3e-2
     for inputs in (far, large):
-        for found, exact in zip(_all(inputs, "triton"), _all(inputs, "reference", torch.float64), strict=True):
+        for found, exact in zip(
+            _all(inputs, "triton"), _all(inputs, "reference", torch.float64), strict=True
+        ):
             assert found.isfinite().all()
-            assert (found.double() - exact).norm() <= rounding * (exact.norm() + 30 * exact.numel() ** 0.5)
+            assert (found.double() - exact).norm() <= rounding * (
+                exact.norm() + 30 * exact.numel() ** 0.5
+            )
 
 
 def test_a_bad_value_stays_in_its_row_and_head(device):
@@ -216,7 +250,9 @@ def test_opcheck(device):
     strided = torch.randn(1, 5, 3, 2, 32, device=device, dtype=WIDE).permute(2, 0, 3, 1, 4).unbind()
     torch.library.opcheck(torch.ops.fastmoco.short_attention.default, strided)
     out, lse = torch.ops.fastmoco.short_attention(q, k, v)
-    torch.library.opcheck(torch.ops.fastmoco.short_attention_backward.default, (grad, q, k, v, out, lse))
+    torch.library.opcheck(
+        torch.ops.fastmoco.short_attention_backward.default, (grad, q, k, v, out, lse)
+    )
 
 
 def test_lse_is_the_logarithm_of_the_denominator(device):
@@ -230,7 +266,9 @@ def test_lse_is_the_logarithm_of_the_denominator(device):
 def test_compiles_without_a_break_forward_and_backward(device):
     inputs = _inputs(5, 7, 32, WIDE, device)
     eager = _all(inputs, "triton")
-    compiled = torch.compile(lambda q, k, v: attention(q, k, v, backend="triton"), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v: attention(q, k, v, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
     *leaves, grad = (t.clone().requires_grad_() for t in inputs)
     out = compiled(*leaves)
     out.backward(grad)

@@ -1,4 +1,5 @@
-"""The Gaussian blur equals Pillow's to the bit: any sigma, any shape, on every backend that runs here."""
+"""The Gaussian blur equals Pillow's to the bit: any sigma, any shape, on every backend that runs
+here."""
 
 from pathlib import Path
 
@@ -26,7 +27,9 @@ def by_pillow(images: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
     """[B, C, H, W], a plane at a time: Pillow blurs every channel alone."""
     planes = [
         [
-            np.asarray(Image.fromarray(plane.numpy()).filter(ImageFilter.GaussianBlur(float(sigma))))
+            np.asarray(
+                Image.fromarray(plane.numpy()).filter(ImageFilter.GaussianBlur(float(sigma)))
+            )
             for plane in image.contiguous()
         ]
         for image, sigma in zip(images, sigmas, strict=True)
@@ -34,10 +37,14 @@ def by_pillow(images: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.array(planes))
 
 
-# One pixel, lines shorter than a box, ragged sizes, and a plane beyond one piece; one channel, three and four.
-@pytest.mark.parametrize("shape", [(3, 1, 1), (3, 1, 7), (1, 2, 40), (3, 23, 31), (4, 64, 48), (1, 260, 270)])
+# One pixel, lines shorter than a box, ragged sizes, and a plane beyond one piece; one channel,
+# three and four.
+@pytest.mark.parametrize(
+    "shape", [(3, 1, 1), (3, 1, 7), (1, 2, 40), (3, 23, 31), (4, 64, 48), (1, 260, 270)]
+)
 def test_equals_pillow(shape, device) -> None:
-    # No blur, boxes of radius 0 (below 1.41), 1 (below 2.45: the end of MoCo v3's range), 2, and wide ones.
+    # No blur, boxes of radius 0 (below 1.41), 1 (below 2.45: the end of MoCo v3's range), 2, and
+    # wide ones.
     sigmas = torch.tensor([0.0, 0.1, 0.7, 1.4142, 1.4143, 2.0, 2.46, 5.0, 11.0])
     images = noise(len(sigmas), *shape)
     made = gaussian_blur(images.to(device), sigmas, backend="torch").cpu()
@@ -53,7 +60,8 @@ def test_equals_the_stored_blur(i: int) -> None:
 
 
 def test_is_near_a_true_gaussian() -> None:
-    """What the boxes stand for; Pillow's own distance is 0.6 levels in the mean at worst here, where the blur moves 10."""
+    """What the boxes stand for; Pillow's own distance is 0.6 levels in the mean at worst here,
+    where the blur moves 10."""
     coarse = Image.fromarray(noise(12, 12).numpy()).resize((96, 96), Image.Resampling.BICUBIC)
     image = torch.from_numpy(np.array(coarse))[None, None]
     for sigma in (0.5, 1.0, 2.0):
@@ -92,7 +100,9 @@ def test_the_argument_is_not_changed(backend, device) -> None:
 def test_is_an_operator_of_torch(device) -> None:
     images, sigmas = noise(2, 3, 6, 5).to(device), torch.tensor([1.0, 0.0])
     torch.library.opcheck(torch.ops.fastmoco.gaussian_blur.default, (images, sigmas, False))
-    compiled = torch.compile(lambda x, s: gaussian_blur(x, s) + 1, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda x, s: gaussian_blur(x, s) + 1, backend="aot_eager", fullgraph=True
+    )
     assert torch.equal(compiled(images, sigmas), gaussian_blur(images, sigmas) + 1)
 
 
@@ -100,11 +110,27 @@ def test_is_an_operator_of_torch(device) -> None:
     ("images", "sigmas", "words"),
     [
         (torch.zeros(1, 1, 2, 2), torch.ones(1), r"torch.float32 \(1, 1, 2, 2\); need uint8"),
-        (torch.zeros(1, 2, 2, dtype=torch.uint8), torch.ones(1), r"\(1, 2, 2\); need uint8 \[B, C, H, W\]"),
+        (
+            torch.zeros(1, 2, 2, dtype=torch.uint8),
+            torch.ones(1),
+            r"\(1, 2, 2\); need uint8 \[B, C, H, W\]",
+        ),
         (torch.zeros(1, 1, 0, 2, dtype=torch.uint8), torch.ones(1), "are empty"),
-        (torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.ones(3), r"2 images but sigmas of shape \(3,\)"),
-        (torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([1.0, -1.0]), "sigma of image 1 is -1.0"),
-        (torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.tensor([float("nan")]), "sigma of image 0 is nan"),
+        (
+            torch.zeros(2, 1, 2, 2, dtype=torch.uint8),
+            torch.ones(3),
+            r"2 images but sigmas of shape \(3,\)",
+        ),
+        (
+            torch.zeros(2, 1, 2, 2, dtype=torch.uint8),
+            torch.tensor([1.0, -1.0]),
+            "sigma of image 1 is -1.0",
+        ),
+        (
+            torch.zeros(1, 1, 2, 2, dtype=torch.uint8),
+            torch.tensor([float("nan")]),
+            "sigma of image 0 is nan",
+        ),
     ],
 )
 def test_wrong_calls_are_refused(images, sigmas, words) -> None:
@@ -127,5 +153,7 @@ def test_bytes_are_those_of_the_launches(monkeypatch) -> None:
             return launch_one
 
     monkeypatch.setattr(launch, "box_pass_kernel", Recorder())
-    launch.blur_triton(torch.zeros(4, 3, 10, 12, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.int32))
+    launch.blur_triton(
+        torch.zeros(4, 3, 10, 12, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.int32)
+    )
     assert moved == bytes_moved(4, 10, 12)

@@ -17,7 +17,18 @@ from fastmoco_pipelines.views import reference
 from tests.kernels.view_color_cases import LEVELS, by_pillow, drawn, pictures
 
 BACKENDS = ("native", "torch")
-SHAPES = [(375, 500), (500, 375), (30, 41), (1, 1), (224, 224), (640, 97), (97, 640), (33, 224), (480, 480), (7, 300)]
+SHAPES = [
+    (375, 500),
+    (500, 375),
+    (30, 41),
+    (1, 1),
+    (224, 224),
+    (640, 97),
+    (97, 640),
+    (33, 224),
+    (480, 480),
+    (7, 300),
+]
 
 
 def photos(seed: int = 0) -> list[np.ndarray]:
@@ -70,12 +81,15 @@ def test_a_whole_view_is_pillows_to_the_bit(backend: str, size: int) -> None:
     images = photos(1) * 5  # fifty rows: every order of the jitter, and twice
     parameters = drawn(len(images), seed=2)
     crops = windows(images, 3)
-    views = cut_views(images, crops, parameters, size=size, solarize_threshold=100, backend=backend, **LEVELS)
+    views = cut_views(
+        images, crops, parameters, size=size, solarize_threshold=100, backend=backend, **LEVELS
+    )
     assert torch.equal(views, by_pillow(resized(images, crops, size), parameters, threshold=100))
 
 
 def test_every_colour_survives_each_operation_as_in_pillow() -> None:
-    """All 2^24 colours once: where a hue lies on the border of two bytes, the last bit of a quotient decides."""
+    """All 2^24 colours once: where a hue lies on the border of two bytes, the last bit of a
+    quotient decides."""
     levels = np.arange(256, dtype=np.uint8)
     rows = np.stack(np.meshgrid(levels, levels, indexing="ij"), -1).reshape(256, 256, 2)
     for red in range(256):
@@ -102,7 +116,9 @@ def test_blur_of_any_radius(sigma: float) -> None:
 def test_normalised_values_are_equal_on_both_backends() -> None:
     images, parameters = photos(4), drawn(len(SHAPES), seed=5)
     crops = windows(images, 6)
-    first, second = (cut_views(images, crops, parameters, size=40, backend=backend) for backend in BACKENDS)
+    first, second = (
+        cut_views(images, crops, parameters, size=40, backend=backend) for backend in BACKENDS
+    )
     assert first.dtype == torch.float32
     assert torch.equal(first, second)
 
@@ -112,7 +128,9 @@ def test_normalised_values_are_equal_on_both_backends() -> None:
 def test_levels_are_pillows_to_the_bit(backend: str, size: int) -> None:
     images, parameters = photos(4) * 2, drawn(2 * len(SHAPES), seed=5)
     crops = windows(images, 6)
-    made = cut_views(images, crops, parameters, size=size, dtype=torch.uint8, threads=2, backend=backend)
+    made = cut_views(
+        images, crops, parameters, size=size, dtype=torch.uint8, threads=2, backend=backend
+    )
     assert made.dtype == torch.uint8
     assert torch.equal(made.float(), by_pillow(resized(images, crops, size), parameters))
 
@@ -131,7 +149,12 @@ def test_rows_of_any_distance_and_tensors_are_taken() -> None:
     wide[:, 5:-8] = image
     crop, neutral = windows([image], 1), ViewColorParameters.neutral(1)
     want = cut_views([image], crop, neutral, size=32)
-    for other in (wide[:, 5:-8], np.asfortranarray(image), torch.from_numpy(image), image[:, ::-1][:, ::-1]):
+    for other in (
+        wide[:, 5:-8],
+        np.asfortranarray(image),
+        torch.from_numpy(image),
+        image[:, ::-1][:, ::-1],
+    ):
         assert torch.equal(cut_views([other], crop, neutral, size=32), want)
 
 
@@ -178,7 +201,9 @@ def test_a_thread_without_memory_is_reported(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(native, "native_library", lambda: Short)
     image = photos()[0]
     with pytest.raises(MemoryError, match="no memory to cut 1 views of 9 pixels"):
-        cut_views([image], windows([image]), ViewColorParameters.neutral(1), size=9, backend="native")
+        cut_views(
+            [image], windows([image]), ViewColorParameters.neutral(1), size=9, backend="native"
+        )
 
 
 def test_a_library_older_than_its_source_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +241,10 @@ CROP = torch.tensor([[2, 3, 10, 12]], dtype=torch.int32)
         ),
         ({"crops": CROP * torch.tensor([1, 1, 0, 1], dtype=torch.int32)}, "(2, 3, 0, 12)"),
         ({"crops": -CROP}, "(-2, -3, -10, -12)"),
-        ({"crops": torch.tensor([[2**31 - 1, 0, 2**31 - 1, 1]], dtype=torch.int32)}, "does not hold it"),
+        (
+            {"crops": torch.tensor([[2**31 - 1, 0, 2**31 - 1, 1]], dtype=torch.int32)},
+            "does not hold it",
+        ),
         ({"parameters": ViewColorParameters.neutral(2)}, "brightness is (2,)"),
         ({"size": 0}, "size=0 is outside 1 to 32768"),
         ({"solarize_threshold": 257}, "solarize_threshold=257"),
@@ -232,9 +260,19 @@ CROP = torch.tensor([[2, 3, 10, 12]], dtype=torch.int32)
     ],
 )
 def test_wrong_calls_are_named(changes: dict[str, object], text: str) -> None:
-    arguments = {"images": [IMAGE], "crops": CROP, "parameters": ViewColorParameters.neutral(1), "size": 8} | changes
+    arguments = {
+        "images": [IMAGE],
+        "crops": CROP,
+        "parameters": ViewColorParameters.neutral(1),
+        "size": 8,
+    } | changes
     with pytest.raises(ValueError, match=re.escape(text)):
-        cut_views(arguments.pop("images"), arguments.pop("crops"), arguments.pop("parameters"), **arguments)
+        cut_views(
+            arguments.pop("images"),
+            arguments.pop("crops"),
+            arguments.pop("parameters"),
+            **arguments,
+        )
 
 
 def test_the_plain_resize_knows_both_directions() -> None:

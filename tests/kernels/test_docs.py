@@ -19,5 +19,9 @@ def test_each_example_runs(number):
 def test_every_exported_op_is_on_the_page():
     import fastmoco_kernels
 
-    missing = [name for name in fastmoco_kernels.__all__ if name not in PAGE.read_text() and name != "InfoNCEResult"]
+    missing = [
+        name
+        for name in fastmoco_kernels.__all__
+        if name not in PAGE.read_text() and name != "InfoNCEResult"
+    ]
     assert not missing

@@ -39,12 +39,15 @@ def test_frozen_tensors_never_drift():
 
 @pytest.mark.parametrize("momentum", [0.99, 0.9999])
 def test_two_thousand_steps_stay_within_1e5_of_float64(momentum):
-    """Drift as under AdamW at lr 1.5e-4: an average kept in bf16 is wrong by up to a half on this test."""
+    """Drift as under AdamW at lr 1.5e-4: an average kept in bf16 is wrong by up to a half on this
+    test."""
     generator = torch.Generator().manual_seed(4)
     weights = torch.randn(2000, generator=generator, dtype=torch.float64)
     exact, average = weights.clone(), [weights.float()]
     for _ in range(2000):
-        weights = weights + 1.5e-4 * torch.randn(2000, generator=generator, dtype=torch.float64).sign()
+        weights = (
+            weights + 1.5e-4 * torch.randn(2000, generator=generator, dtype=torch.float64).sign()
+        )
         exact = momentum * exact + (1 - momentum) * weights.float().double()
         ema_update_(average, [weights.float()], momentum)
     error = ((average[0].double() - exact).norm() / exact.norm()).item()
@@ -53,7 +56,9 @@ def test_two_thousand_steps_stay_within_1e5_of_float64(momentum):
 
 def test_bf16_sources_are_widened_and_no_graph_is_recorded():
     averages, sources = _tensors(5), [t.requires_grad_() for t in _tensors(6, torch.bfloat16)]
-    expected = [a.double() * 0.5 + s.detach().double() * 0.5 for a, s in zip(averages, sources, strict=True)]
+    expected = [
+        a.double() * 0.5 + s.detach().double() * 0.5 for a, s in zip(averages, sources, strict=True)
+    ]
     ema_update_(averages, sources, 0.5)
     for average, value in zip(averages, expected, strict=True):
         assert not average.requires_grad
@@ -68,10 +73,20 @@ def test_nothing_to_do_is_fine():
     ("averages", "sources", "options", "text"),
     [
         ([torch.ones(2)], [], {}, "1 averages but 0 sources"),
-        ([torch.ones(2)], [torch.ones(3)], {}, r"sources\[0\] is \(3,\) but averages\[0\] is \(2,\)"),
+        (
+            [torch.ones(2)],
+            [torch.ones(3)],
+            {},
+            r"sources\[0\] is \(3,\) but averages\[0\] is \(2,\)",
+        ),
         ([torch.ones(2)], [torch.ones(2)], {"momentum": 1.5}, "momentum=1.5"),
         ([torch.ones(2, dtype=torch.bfloat16)], [torch.ones(2)], {}, "bfloat16"),
-        ([torch.ones(2)], [torch.ones(2, device="meta")], {}, r"sources\[0\] is on meta but averages\[0\] is on cpu"),
+        (
+            [torch.ones(2)],
+            [torch.ones(2, device="meta")],
+            {},
+            r"sources\[0\] is on meta but averages\[0\] is on cpu",
+        ),
         ([torch.ones(2)], [torch.ones(2)], {"backend": "apex"}, "backend='apex'"),
     ],
 )

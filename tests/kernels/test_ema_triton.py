@@ -1,4 +1,5 @@
-"""The one-launch moving average against float64: ragged sizes, odd addresses, types, devices of the momentum."""
+"""The one-launch moving average against float64: ragged sizes, odd addresses, types, devices of the
+momentum."""
 
 from __future__ import annotations
 
@@ -36,7 +37,10 @@ def _odd(tensor: torch.Tensor, shift: int = 1) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_matches_float64(momentum, dtype):
     averages, sources = _tensors(1), _tensors(2, dtype)
-    expected = [momentum * a.double() + (1 - momentum) * s.double() for a, s in zip(averages, sources, strict=True)]
+    expected = [
+        momentum * a.double() + (1 - momentum) * s.double()
+        for a, s in zip(averages, sources, strict=True)
+    ]
     ema_update_(averages, sources, momentum, backend="triton")
     for average, value in zip(averages, expected, strict=True):
         torch.testing.assert_close(average.double(), value, rtol=2e-6, atol=2e-7)
@@ -69,7 +73,8 @@ def test_neighbours_in_memory_are_left_alone():
 
 
 def test_equal_tensors_never_drift_at_any_momentum():
-    """An update of equal tensors that changes nothing can be repeated for ever; test_ema.py repeats it."""
+    """An update of equal tensors that changes nothing can be repeated for ever; test_ema.py repeats
+    it."""
     start = [torch.randn(1000, generator=torch.Generator().manual_seed(3)).to(DEVICE)]
     averages = [t.clone() for t in start]
     for step in range(101):
@@ -94,9 +99,16 @@ def test_permuted_gappy_and_float64_tensors_are_right_too():
         torch.zeros(6, 8, device=DEVICE)[:, ::2],
         torch.zeros(5, dtype=torch.float64, device=DEVICE),
     ]
-    sources = [torch.randn_like(averages[0]), torch.randn_like(averages[0]), torch.randn(6, 4), torch.randn(5)]
+    sources = [
+        torch.randn_like(averages[0]),
+        torch.randn_like(averages[0]),
+        torch.randn(6, 4),
+        torch.randn(5),
+    ]
     sources = [s.to(DEVICE) for s in sources]
-    expected = [0.25 * a.double() + 0.75 * s.double() for a, s in zip(averages, sources, strict=True)]
+    expected = [
+        0.25 * a.double() + 0.75 * s.double() for a, s in zip(averages, sources, strict=True)
+    ]
     ema_update_(averages, sources, 0.25, backend="triton")
     for average, value in zip(averages, expected, strict=True):
         torch.testing.assert_close(average.double(), value, rtol=1e-6, atol=1e-6)
@@ -129,7 +141,9 @@ def test_the_byte_model_is_what_the_launch_touches(dtype):
 def test_opcheck(backend):
     tensor = None if backend == "triton" else torch.tensor(0.5, device=DEVICE)
     averages, sources = [t.detach() for t in _tensors(1)[:4]], _tensors(2)[:4]
-    torch.library.opcheck(torch.ops.fastmoco.ema_update_.default, (averages, sources, 0.5, tensor, backend))
+    torch.library.opcheck(
+        torch.ops.fastmoco.ema_update_.default, (averages, sources, 0.5, tensor, backend)
+    )
 
 
 def test_compiles_as_a_whole_graph_and_autocast_changes_nothing():
@@ -169,7 +183,12 @@ for case, arrays in ((ema.aot_cases()[0], 2), (adamw_ema.aot_cases()[0], 5)):
 def test_full_chunks_are_read_128_bits_at_a_time():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", LOADS], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", LOADS],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -1,4 +1,5 @@
-"""The passes of a fused block: kernels against float64 and the reference, bits, tiles, registration, bytes."""
+"""The passes of a fused block: kernels against float64 and the reference, bits, tiles,
+registration, bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +8,13 @@ import torch
 from torch import Tensor
 
 from fastmoco_kernels.fused_block import launch
-from fastmoco_kernels.fused_block.op import gelu_backward, kernels_fit, norm_backward, norm_forward, stack_qkv
+from fastmoco_kernels.fused_block.op import (
+    gelu_backward,
+    kernels_fit,
+    norm_backward,
+    norm_forward,
+    stack_qkv,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = 1e-6
@@ -20,7 +27,9 @@ def _draw(*shape: int, seed: int, dtype: torch.dtype = SINGLE) -> Tensor:
     return made.to(dtype).to(DEVICE)
 
 
-def _norm_inputs(rows: int, E: int, half: torch.dtype, *, branch: bool, dsum: bool) -> dict[str, Tensor | None]:
+def _norm_inputs(
+    rows: int, E: int, half: torch.dtype, *, branch: bool, dsum: bool
+) -> dict[str, Tensor | None]:
     """Of a stream that is neither centred nor of variance 1."""
     return {
         "dy": _draw(rows, E, seed=1, dtype=half),
@@ -32,7 +41,9 @@ def _norm_inputs(rows: int, E: int, half: torch.dtype, *, branch: bool, dsum: bo
     }
 
 
-def _norms(inputs: dict[str, Tensor | None], half: torch.dtype, narrow: torch.dtype | None, *, triton: bool):
+def _norms(
+    inputs: dict[str, Tensor | None], half: torch.dtype, narrow: torch.dtype | None, *, triton: bool
+):
     """Forward, and the backward from its statistics: sum, y, dx, dbranch, y again, sums."""
     summed, y, mean, rstd = norm_forward(
         inputs["x"], inputs["branch"], inputs["weight"], inputs["bias"], EPS, half, triton
@@ -45,34 +56,45 @@ def _double(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
 
 
 def _assert_as_good_as_torch(ours: list[Tensor], torchs: list[Tensor], truth: list[Tensor]) -> None:
-    """Twice the error of the reference in these dtypes, or four units in the last place where that has none."""
+    """Twice the error of the reference in these dtypes, or four units in the last place where that
+    has none."""
     for i, (mine, other, exact) in enumerate(zip(ours, torchs, truth, strict=True)):
         assert (mine.dtype, mine.shape) == (other.dtype, other.shape), i
         if mine.numel():
             floor = 4 * torch.finfo(mine.dtype).eps * float(exact.norm())
-            error, allowed = float((mine.double() - exact).norm()), 2 * float((other.double() - exact).norm())
+            error, allowed = (
+                float((mine.double() - exact).norm()),
+                2 * float((other.double() - exact).norm()),
+            )
             assert error <= max(allowed, floor), (i, error, allowed)
 
 
-# a row; fewer rows than a tile; more than all programs take at a time; then an odd width and those of ViT-S to ViT-H.
-# The second norm of a block, the first, the first of the first block; a stream that nobody else used.
+# a row; fewer rows than a tile; more than all programs take at a time; then an odd width and those
+# of ViT-S to ViT-H. The second norm of a block, the first, the first of the first block; a stream
+# that nobody else used.
 @pytest.mark.parametrize(("rows", "E"), [(1, 384), (3, 101), (63, 384), (40, 768), (9, 1280)])
 @pytest.mark.parametrize(
-    ("dsum", "branch", "narrow"), [(True, True, HALF), (True, False, HALF), (True, False, None), (False, True, HALF)]
+    ("dsum", "branch", "narrow"),
+    [(True, True, HALF), (True, False, HALF), (True, False, None), (False, True, HALF)],
 )
 def test_norms_are_as_good_as_torch(rows, E, dsum, branch, narrow):
     inputs = _norm_inputs(rows, E, HALF, branch=branch, dsum=dsum)
     ours, torchs = (_norms(inputs, HALF, narrow, triton=triton) for triton in (True, False))
-    truth = _norms(_double(inputs), torch.float64, None if narrow is None else torch.float64, triton=False)
+    truth = _norms(
+        _double(inputs), torch.float64, None if narrow is None else torch.float64, triton=False
+    )
     _assert_as_good_as_torch(ours, torchs, truth)
-    # Made again y is what the forward gave, up to a multiply-add that a compiler fuses in one kernel and not in the other.
+    # Made again y is what the forward gave, up to a multiply-add that a compiler fuses in one
+    # kernel and not in the other.
     torch.testing.assert_close(ours[1], ours[4], rtol=2e-3, atol=2e-3)
 
 
 def test_norms_in_float32_alone():
     inputs = _norm_inputs(30, 100, SINGLE, branch=True, dsum=True)
     ours, torchs = (_norms(inputs, SINGLE, None, triton=triton) for triton in (True, False))
-    _assert_as_good_as_torch(ours, torchs, _norms(_double(inputs), torch.float64, None, triton=False))
+    _assert_as_good_as_torch(
+        ours, torchs, _norms(_double(inputs), torch.float64, None, triton=False)
+    )
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])
@@ -97,7 +119,8 @@ def test_the_stack_is_that_of_torch(dtype, lies):
 def test_the_references_are_autograds():
     """In float64, to rounding."""
     inputs = {
-        name: t.requires_grad_() for name, t in _double(_norm_inputs(7, 12, SINGLE, branch=True, dsum=True)).items()
+        name: t.requires_grad_()
+        for name, t in _double(_norm_inputs(7, 12, SINGLE, branch=True, dsum=True)).items()
     }
     x, branch, weight, bias = (inputs[name] for name in ("x", "branch", "weight", "bias"))
     summed = x + branch
@@ -106,14 +129,18 @@ def test_the_references_are_autograds():
     detached = {name: t.detach() for name, t in inputs.items()}
     found = _norms(detached, torch.float64, None, triton=False)
     for mine, truth in zip(
-        (*found[:3], *found[5]), (summed, y, x.grad, weight.grad, bias.grad, branch.grad.sum(0)), strict=True
+        (*found[:3], *found[5]),
+        (summed, y, x.grad, weight.grad, bias.grad, branch.grad.sum(0)),
+        strict=True,
     ):
         torch.testing.assert_close(mine, truth.detach(), rtol=1e-12, atol=1e-12)
     h = _draw(5, 8, seed=1).double().requires_grad_()
     dg = _draw(5, 8, seed=2).double()
     g = torch.nn.functional.gelu(h)
     g.backward(dg)
-    for mine, truth in zip(gelu_backward(dg, h.detach(), False), (g, h.grad, h.grad.sum(0)), strict=True):
+    for mine, truth in zip(
+        gelu_backward(dg, h.detach(), False), (g, h.grad, h.grad.sum(0)), strict=True
+    ):
         torch.testing.assert_close(mine, truth.detach(), rtol=1e-12, atol=1e-12)
 
 
@@ -175,7 +202,9 @@ def test_bf16_on_cuda_at_the_size_of_a_chunk(E):
     bf16 = torch.bfloat16
     inputs = _norm_inputs(50432, E, bf16, branch=True, dsum=True)
     ours, torchs = (_norms(inputs, bf16, bf16, triton=triton) for triton in (True, False))
-    _assert_as_good_as_torch(ours, torchs, _norms(_double(inputs), torch.float64, torch.float64, triton=False))
+    _assert_as_good_as_torch(
+        ours, torchs, _norms(_double(inputs), torch.float64, torch.float64, triton=False)
+    )
     del inputs, ours, torchs
     dg, h = (_draw(25216, 4 * E, seed=seed, dtype=bf16) for seed in (1, 2))
     found = [list(gelu_backward(dg, h, triton)) for triton in (True, False)]

@@ -1,4 +1,5 @@
-"""GELU that takes over the bias's gradient: against float64, against torch's linear layer, and as torch sees it."""
+"""GELU that takes over the bias's gradient: against float64, against torch's linear layer, and as
+torch sees it."""
 
 from __future__ import annotations
 
@@ -22,10 +23,14 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF, SINGLE = torch.float16, torch.float32
 
 
-def _inputs(shape: tuple[int, ...], dtype: torch.dtype = SINGLE, bias: torch.dtype = SINGLE) -> list[Tensor]:
+def _inputs(
+    shape: tuple[int, ...], dtype: torch.dtype = SINGLE, bias: torch.dtype = SINGLE
+) -> list[Tensor]:
     """h, bias and the gradient to the result."""
     generator = torch.Generator().manual_seed(sum(shape))
-    h, b, dy = (torch.randn(s, generator=generator, dtype=torch.float64) for s in (shape, shape[-1:], shape))
+    h, b, dy = (
+        torch.randn(s, generator=generator, dtype=torch.float64) for s in (shape, shape[-1:], shape)
+    )
     return [(h * 2).to(DEVICE, dtype), b.to(DEVICE, bias), dy.to(DEVICE, dtype)]
 
 
@@ -39,26 +44,34 @@ def _all(inputs: list[Tensor], backend: str, *, with_bias: bool = True) -> list[
 
 
 def _assert_right(inputs: list[Tensor], *, with_bias: bool = True) -> None:
-    """Value and dh: twice torch's error, or four units of float32: a GPU is good to two. dbias: the sum of dh as rounded."""
+    """Value and dh: twice torch's error, or four units of float32: a GPU is good to two. dbias: the
+    sum of dh as rounded."""
     truth = _all([t.double() for t in inputs], "reference", with_bias=with_bias)
-    ours, torchs = (_all(inputs, backend, with_bias=with_bias) for backend in ("triton", "reference"))
+    ours, torchs = (
+        _all(inputs, backend, with_bias=with_bias) for backend in ("triton", "reference")
+    )
     for mine, other, exact in zip(ours[:2], torchs[:2], truth[:2], strict=True):
         assert (mine.dtype, mine.shape) == (other.dtype, other.shape)
         floor = 4 * torch.finfo(SINGLE).eps * exact.norm()
-        assert (mine.double() - exact).norm() <= torch.maximum(2 * (other.double() - exact).norm(), floor)
+        assert (mine.double() - exact).norm() <= torch.maximum(
+            2 * (other.double() - exact).norm(), floor
+        )
     if with_bias:
         assert ours[2].dtype == inputs[1].dtype
         rounded = ours[1].double().reshape(-1, inputs[1].numel())
-        # float32's rounding, as if each row's were added up in the worst way, then that of the bias's dtype
+        # float32's rounding, as if each row's were added up in the worst way, then that of the
+        # bias's dtype
         error = (ours[2].double() - rounded.sum(0)).abs()
         eps = torch.finfo(ours[2].dtype).eps if ours[2].dtype != SINGLE else 0
         assert (error <= 1e-6 * rounded.abs().sum(0) + eps * rounded.sum(0).abs() + 1e-30).all()
 
 
-# one row; fewer than a tile; so many that every program goes through several tiles (the narrow ones share 24 programs),
-# then widths: below a block of columns, odd, a block and a bit, ViT-Ti's and ViT-S's
+# one row; fewer than a tile; so many that every program goes through several tiles (the narrow ones
+# share 24 programs), then widths: below a block of columns, odd, a block and a bit, ViT-Ti's and
+# ViT-S's
 @pytest.mark.parametrize(
-    ("rows", "F"), [(1, 1), (1, 1536), (3, 7), (3, 768), (801, 33), (401, 100), (101, 257), (63, 1536)]
+    ("rows", "F"),
+    [(1, 1), (1, 1536), (3, 7), (3, 768), (801, 33), (401, 100), (101, 257), (63, 1536)],
 )
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -78,17 +91,22 @@ def test_far_out_the_gradient_is_0_or_that_of_the_identity():
 
 
 def _through_linear(own: bool, dtype: torch.dtype, autocast: torch.dtype | None) -> list[Tensor]:
-    """Every gradient of two layers with a GELU between them; ``own``: the bias's gradient comes from it."""
+    """Every gradient of two layers with a GELU between them; ``own``: the bias's gradient comes
+    from it."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((4, 7, 24), (96, 24), (96,), (24, 96))
-    x, W, bias, V = (torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes)
+    x, W, bias, V = (
+        torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes
+    )
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         h = F.linear(x, W, bias.detach() if own else bias)
         out = F.linear(gelu(h, bias, backend="reference") if own else F.gelu(h), V)
     return list(torch.autograd.grad(out.square().sum(), (x, W, bias, V)))
 
 
-@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float64, None), (SINGLE, None), (SINGLE, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float64, None), (SINGLE, None), (SINGLE, torch.bfloat16)]
+)
 def test_the_reference_has_the_bits_of_the_linear_layers_own_gradient(dtype, autocast):
     for mine, torchs in zip(
         _through_linear(True, dtype, autocast), _through_linear(False, dtype, autocast), strict=True
@@ -116,14 +134,21 @@ def test_the_same_bits_every_time():
 def test_strided_inputs_and_gradients():
     inputs = _inputs((9, 100))
     plain = _all(inputs, "triton")
-    turned = [t.mT.contiguous().mT if t.dim() == 2 else torch.stack([t, t], 1)[:, 0] for t in inputs]
+    turned = [
+        t.mT.contiguous().mT if t.dim() == 2 else torch.stack([t, t], 1)[:, 0] for t in inputs
+    ]
     assert not any(t.is_contiguous() for t in turned)
     found = _all(turned, "triton")
-    torch.testing.assert_close(found[0], plain[0])  # torch's own forward on a CPU: other instructions for other strides
+    torch.testing.assert_close(
+        found[0], plain[0]
+    )  # torch's own forward on a CPU: other instructions for other strides
     for a, b in zip(found[1:], plain[1:], strict=True):
         assert torch.equal(a, b)
     one = torch.ones((), device=DEVICE)
-    for a, b in zip(*(_all([*inputs[:2], g], "triton") for g in (one.expand(9, 100), one.repeat(9, 100))), strict=True):
+    for a, b in zip(
+        *(_all([*inputs[:2], g], "triton") for g in (one.expand(9, 100), one.repeat(9, 100))),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
@@ -177,7 +202,9 @@ def test_a_checkpoint_changes_no_bit(backend):
 def test_auto_takes_the_kernel_where_triton_runs_in_a_compiled_graph_too(monkeypatch):
     torch._dynamo.reset()  # a constant is not guarded: graphs of other tests would be taken
     # as what decides on CUDA: no graph compiler looks into it, so it must be a constant
-    monkeypatch.setattr(_bias_gradient, "triton_is_default", lambda device: Path(os.devnull).exists())
+    monkeypatch.setattr(
+        _bias_gradient, "triton_is_default", lambda device: Path(os.devnull).exists()
+    )
     taken = []
     real = launch.backward
     monkeypatch.setattr(launch, "backward", lambda *given: taken.append(given) or real(*given))
@@ -212,7 +239,9 @@ def _saved(h: Tensor, bias: Tensor) -> list[tuple[torch.dtype, tuple[int, ...], 
 def test_fake_tensors_keep_what_real_ones_keep_which_is_h():
     real = _saved(torch.zeros(6, 100, dtype=HALF, device=DEVICE), torch.zeros(100, device=DEVICE))
     with FakeTensorMode():
-        fake = _saved(torch.zeros(6, 100, dtype=HALF, device=DEVICE), torch.zeros(100, device=DEVICE))
+        fake = _saved(
+            torch.zeros(6, 100, dtype=HALF, device=DEVICE), torch.zeros(100, device=DEVICE)
+        )
     assert fake == real == [(HALF, (6, 100), 1200)]
 
 
@@ -247,13 +276,17 @@ def test_the_byte_model_counts_the_tensors_that_the_launches_touch(bias, monkeyp
     )
     R = 256 * 197
     assert gelu_bytes(R, width) == 4 * R * width
-    assert gelu_backward_bytes(R, width, bias=4, programs=176) == pytest.approx(6 * R * width, rel=5e-3)
+    assert gelu_backward_bytes(R, width, bias=4, programs=176) == pytest.approx(
+        6 * R * width, rel=5e-3
+    )
     assert eager_backward_bytes(R, width) == 8 * R * width
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bias", [SINGLE, torch.bfloat16])
-@pytest.mark.parametrize("deterministic", [True, False])  # the default tile, and the one that tuning picks
+@pytest.mark.parametrize(
+    "deterministic", [True, False]
+)  # the default tile, and the one that tuning picks
 def test_bf16_on_cuda_at_the_size_of_a_chunk(bias, deterministic):
     """256 images of 197 tokens."""
     torch.use_deterministic_algorithms(deterministic, warn_only=True)

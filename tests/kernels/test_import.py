@@ -18,5 +18,7 @@ print(" ".join(sorted(roots & {"triton", "nvidia", "xformers", "apex", "flash_at
 
 
 def test_importing_the_ops_loads_no_backend_and_no_trainer():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == ""

@@ -1,4 +1,5 @@
-"""The chunked path and the kernels (in the interpreter where there is no GPU) against the definition in float64."""
+"""The chunked path and the kernels (in the interpreter where there is no GPU) against the
+definition in float64."""
 
 from __future__ import annotations
 
@@ -13,9 +14,15 @@ from fastmoco_kernels.info_nce.reference import info_nce_reference, positive_ran
 from fastmoco_kernels.info_nce.tiles import FAMILIES, Tile, candidates, key_splits
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Relative errors. Operands are rounded to 2^-11 (tf32, fp16): at temperature 0.07 a cosine's error of 1e-4 is one of 1.5e-3
-# in its term, and a few terms make a row. float32: products of 256 terms, and exponents up to 30.
-TOLERANCE = {"fp32": (2e-6, 4e-6), "tf32": (1e-3, 2e-3), "fp16": (1e-3, 2e-3), "chunked": (2e-6, 4e-6)}
+# Relative errors. Operands are rounded to 2^-11 (tf32, fp16): at temperature 0.07 a cosine's error
+# of 1e-4 is one of 1.5e-3 in its term, and a few terms make a row. float32: products of 256 terms,
+# and exponents up to 30.
+TOLERANCE = {
+    "fp32": (2e-6, 4e-6),
+    "tf32": (1e-3, 2e-3),
+    "fp16": (1e-3, 2e-3),
+    "chunked": (2e-6, 4e-6),
+}
 
 
 def _data(rows: int, keys: int, dim: int, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +52,8 @@ def _kernels(queries, keys, request, **how) -> OnePass:
     return info_nce_triton(queries, keys, request, **how)
 
 
-# one row; a few; a prime below a tile; one beyond a tile: each against keys that fill no tile, D padded and not
+# one row; a few; a prime below a tile; one beyond a tile: each against keys that fill no tile, D
+# padded and not
 @pytest.mark.parametrize(
     ("rows", "keys", "dim", "offset", "temperature"),
     [
@@ -87,13 +95,23 @@ def test_golden_figures(golden, path):
     """Loss and gradient of moco-v3's formula in every case, both directions in one launch."""
     data = golden("loss")
     for i in range(int(data["num_cases"])):
-        q1, q2, k1, k2 = (torch.tensor(data[f"c{i}_{n}"]).to(DEVICE) for n in ("q1", "q2", "k1", "k2"))
+        q1, q2, k1, k2 = (
+            torch.tensor(data[f"c{i}_{n}"]).to(DEVICE) for n in ("q1", "q2", "k1", "k2")
+        )
         q1.requires_grad_(), q2.requires_grad_()
-        how = {"backend": "chunked"} if path == "chunked" else {"backend": "triton", "precision": path}
-        result = symmetric_info_nce_loss(q1, k2, q2, k1, temperature=float(data[f"c{i}_tau"]), **how)
+        how = (
+            {"backend": "chunked"}
+            if path == "chunked"
+            else {"backend": "triton", "precision": path}
+        )
+        result = symmetric_info_nce_loss(
+            q1, k2, q2, k1, temperature=float(data[f"c{i}_tau"]), **how
+        )
         result.loss.backward()
         loss_tolerance, tolerance = TOLERANCE[path]
-        assert abs(result.loss.item() - data[f"c{i}_loss"]) <= loss_tolerance * max(1.0, data[f"c{i}_loss"])
+        assert abs(result.loss.item() - data[f"c{i}_loss"]) <= loss_tolerance * max(
+            1.0, data[f"c{i}_loss"]
+        )
         for q, name in ((q1, "dq1"), (q2, "dq2")):
             expected = torch.tensor(data[f"c{i}_{name}"], dtype=torch.float64, device=DEVICE)
             assert _relative(q.grad, expected) <= max(tolerance, 1e-5), f"case {i} {name}"
@@ -121,7 +139,9 @@ def test_both_directions_with_a_learnable_temperature(path):
     truth = plain(*exact)
     truth.backward()
     how = {"positive_offset": 2, "backend": path, "precision": "fp32"}
-    (result, *none) = symmetric_info_nce_loss(found[0], k2.float(), found[1], k1.float(), temperature=found[2], **how)
+    (result, *none) = symmetric_info_nce_loss(
+        found[0], k2.float(), found[1], k1.float(), temperature=found[2], **how
+    )
     result.backward()
     assert none == [None, None]
     assert _relative(result.detach(), truth.detach()) <= TOLERANCE["fp32"][0]
@@ -130,7 +150,9 @@ def test_both_directions_with_a_learnable_temperature(path):
         assert _relative(mine.grad, theirs.grad) <= 2 * TOLERANCE["fp32"][1]
 
     # The same number, whether the temperature is a tensor or not.
-    numbers = symmetric_info_nce_loss(q1.float(), k2.float(), q2.float(), k1.float(), temperature=0.3, **how)
+    numbers = symmetric_info_nce_loss(
+        q1.float(), k2.float(), q2.float(), k1.float(), temperature=0.3, **how
+    )
     assert _relative(numbers.loss, truth.detach()) <= TOLERANCE["fp32"][0]
 
 
@@ -138,11 +160,17 @@ def test_both_directions_with_a_learnable_temperature(path):
 def test_ranks_are_counted_in_the_same_pass(path):
     q, k = (x.float() for x in _data(70, 90, 64, 13))
     k[13:83] += 0.3 * torch.randn(70, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    q2, k1 = q.flip(1).contiguous(), torch.randn(90, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    q2, k1 = (
+        q.flip(1).contiguous(),
+        torch.randn(90, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE),
+    )
     how = {"temperature": 0.2, "positive_offset": 13, "backend": path, "precision": "fp32"}
     result = symmetric_info_nce_loss(q, k, q2, k1, accuracy=True, **how)
     ranks = torch.cat(
-        [positive_ranks_reference(a.double(), b.double(), positive_offset=13) for a, b in ((q, k), (q2, k1))]
+        [
+            positive_ranks_reference(a.double(), b.double(), positive_offset=13)
+            for a, b in ((q, k), (q2, k1))
+        ]
     )
     assert result.top1.item() == pytest.approx((ranks < 1).double().mean().item(), abs=1e-6)
     assert result.top5.item() == pytest.approx((ranks < 5).double().mean().item(), abs=1e-6)
@@ -155,17 +183,30 @@ def test_ranks_are_counted_in_the_same_pass(path):
 @pytest.mark.parametrize("path", ["triton", "chunked"])
 def test_keys_as_similar_as_the_positive_count_against_it(path):
     """A collapsed encoder, whose rows are all alike, must not look perfect."""
-    rows = torch.randn(1, 256, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)).repeat(9, 1)
+    rows = torch.randn(
+        1, 256, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)
+    ).repeat(9, 1)
     result = symmetric_info_nce_loss(
         rows, rows, rows, rows, temperature=0.2, accuracy=True, backend=path, precision="fp32"
     )
     assert result.top1.item() == 0
-    assert result.loss.item() == pytest.approx(4 * 0.2 * torch.log(torch.tensor(9.0)).item(), rel=1e-5)
+    assert result.loss.item() == pytest.approx(
+        4 * 0.2 * torch.log(torch.tensor(9.0)).item(), rel=1e-5
+    )
 
 
 def _request(**changes) -> Request:
     return Request(
-        **({"temperature": 0.1, "scale": 0.2, "positive_offset": 3, "gradient": True, "precision": "fp32"} | changes)
+        **(
+            {
+                "temperature": 0.1,
+                "scale": 0.2,
+                "positive_offset": 3,
+                "gradient": True,
+                "precision": "fp32",
+            }
+            | changes
+        )
     )
 
 
@@ -183,7 +224,9 @@ def test_parts_of_the_keys_add_to_the_same_and_every_run_gives_the_same_bits():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("rows", "keys"), [(4096, 4096), (512, 4096), (1, 65536), (16384, 16384), (64, 64)])
+@pytest.mark.parametrize(
+    ("rows", "keys"), [(4096, 4096), (512, 4096), (1, 65536), (16384, 16384), (64, 64)]
+)
 def test_splits_cover_the_keys_and_fill_the_gpu(family, rows, keys):
     tile, processors = candidates(family, 256, "bf16")[0], 132
     parts = key_splits(rows, keys, 2, tile, processors)
@@ -225,25 +268,37 @@ def test_rows_of_no_length_are_divided_by_a_constant_as_in_the_definition(path):
     found = _everything(q, k, 0.2, 1, backend=path, precision="fp32")
     for value, expected in zip(found, truth, strict=True):
         for row, expected_row in zip(
-            value.reshape(len(value) if value.dim() else 1, -1), torch.atleast_2d(expected), strict=False
+            value.reshape(len(value) if value.dim() else 1, -1),
+            torch.atleast_2d(expected),
+            strict=False,
         ):
             assert _relative(row, expected_row) < 1e-4
 
 
 @pytest.mark.parametrize(
-    ("path", "temperature"), [("triton", 0.0134), ("triton", 0.02), ("chunked", 0.0134), ("chunked", 0.003)]
+    ("path", "temperature"),
+    [("triton", 0.0134), ("triton", 0.02), ("chunked", 0.0134), ("chunked", 0.003)],
 )
 def test_opposite_vectors_at_the_smallest_temperatures(path, temperature):
-    """Every negative at a cosine of -1, or the positive alone there: exponents as far apart as they come."""
+    """Every negative at a cosine of -1, or the positive alone there: exponents as far apart as they
+    come."""
     unit = normalize(torch.ones(1, 32, dtype=torch.float64), dim=1).to(DEVICE)
     apart = torch.cat([unit, -unit, -unit])
-    for q, k, offset in ((unit, apart, 0), (unit, apart, 1), (unit, -apart[:2], 0), (-unit, apart[:1].repeat(3, 1), 1)):
+    for q, k, offset in (
+        (unit, apart, 0),
+        (unit, apart, 1),
+        (unit, -apart[:2], 0),
+        (-unit, apart[:1].repeat(3, 1), 1),
+    ):
         q = q + 1e-3 * torch.arange(32, device=DEVICE)  # off the pole, where the gradient vanishes
         truth = _everything(q, k, temperature, offset, backend="reference")
-        found = _everything(q.float(), k.float(), temperature, offset, backend=path, precision="fp32")
+        found = _everything(
+            q.float(), k.float(), temperature, offset, backend=path, precision="fp32"
+        )
         for value, expected in zip(found[:2], truth[:2], strict=True):
             assert torch.isfinite(value).all()
-            # Where the true gradient is zero (e^-149, or all keys alike), float32 leaves a rounding of unit vectors.
+            # Where the true gradient is zero (e^-149, or all keys alike), float32 leaves a rounding
+            # of unit vectors.
             assert (value.double() - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-7
 
 
@@ -262,13 +317,17 @@ def test_nan_and_infinity_are_passed_on():
         q, k = (x.float() for x in _data(4, 5, 32, 0))
         q[1, 3] = bad
         for path in ("triton", "chunked", "reference"):
-            assert info_nce_loss(q, k, temperature=0.2, backend=path, precision="fp32").isnan(), path
+            assert info_nce_loss(q, k, temperature=0.2, backend=path, precision="fp32").isnan(), (
+                path
+            )
 
 
 def test_memory_of_the_chunked_path_grows_with_rows_times_dim():
     from benchmarks.contest import peak_bytes
 
     q, k = (x.float().cpu() for x in _data(8192, 8192, 32, 0))
-    peak = peak_bytes(lambda: info_nce_chunked((q,), (k,), _request(positive_offset=0)), torch.device("cpu"))
+    peak = peak_bytes(
+        lambda: info_nce_chunked((q,), (k,), _request(positive_offset=0)), torch.device("cpu")
+    )
     tile = TILE_CPU[0] * TILE_CPU[1] * 4
     assert peak <= 8 * q.nbytes + 1.1 * tile < 8192 * 8192 * 4 / 4

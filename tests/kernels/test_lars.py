@@ -9,9 +9,20 @@ from torch import Tensor
 from fastmoco_kernels.lars.op import BACKENDS, lars_bytes, lars_step_
 from fastmoco_kernels.tables import CHUNK
 
-# a vector, a scalar, a matrix within one chunk, one over two chunks whose second is ragged, a convolution, an empty shard, a
-# class token of three dimensions, a vector longer than a chunk, a matrix of whole chunks, which takes the wide loads
-SHAPES = ((7,), (), (3, 5), (2, CHUNK // 2 + 300), (4, 3, 3, 3), (0, 6), (1, 1, 12), (CHUNK + 5,), (2, CHUNK))
+# a vector, a scalar, a matrix within one chunk, one over two chunks whose second is ragged, a
+# convolution, an empty shard, a class token of three dimensions, a vector longer than a chunk, a
+# matrix of whole chunks, which takes the wide loads
+SHAPES = (
+    (7,),
+    (),
+    (3, 5),
+    (2, CHUNK // 2 + 300),
+    (4, 3, 3, 3),
+    (0, 6),
+    (1, 1, 12),
+    (CHUNK + 5,),
+    (2, CHUNK),
+)
 NUMBERS = {"momentum": 0.9, "weight_decay": 1e-2, "trust_coefficient": 1e-3}
 Lists = tuple[list[Tensor], list[list[Tensor]], list[Tensor]]
 
@@ -56,17 +67,23 @@ def test_golden_steps(golden, device, backend, dtype, tolerance):
         lars_step_(params, grads, buffers, lr=lr, backend=backend, **numbers)
         for name, param in zip(names, params, strict=True):
             expected = torch.from_numpy(data[f"{key}/{name}"][step]).double()
-            assert (param.cpu().double() - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1), name
+            assert (
+                param.cpu().double() - expected
+            ).abs().max() <= tolerance * expected.abs().max().clamp_min(1), name
     for name, buffer in zip(names, buffers, strict=True):
         expected = torch.from_numpy(data[f"buf_f64/{name}"])
-        assert (buffer.cpu().double() - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1), name
+        assert (
+            buffer.cpu().double() - expected
+        ).abs().max() <= tolerance * expected.abs().max().clamp_min(1), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
 def test_ragged_sizes_match_float64(device, backend, dtype, tolerance):
     truth = _train("reference", torch.device("cpu"), torch.float64)
-    for shape, value, expected in zip(SHAPES * 2, _train(backend, device, dtype), truth, strict=True):
+    for shape, value, expected in zip(
+        SHAPES * 2, _train(backend, device, dtype), truth, strict=True
+    ):
         assert value.shape == shape
         if value.numel():
             error = (value.cpu().double() - expected).norm() / expected.norm()
@@ -83,7 +100,9 @@ def test_the_same_inputs_give_the_same_bits(device, backend):
 def test_the_step_does_not_depend_on_the_scale_of_the_gradient(device, backend):
     """What the ratio is for; without it the second parameter would move a thousand times as far."""
     params = [torch.ones(8, 300, device=device) for _ in range(2)]
-    grads = [torch.randn(8, 300, generator=torch.Generator().manual_seed(1)).to(device) for _ in range(2)]
+    grads = [
+        torch.randn(8, 300, generator=torch.Generator().manual_seed(1)).to(device) for _ in range(2)
+    ]
     grads[1] = grads[0] * 1024
     lars_step_(params, grads, [torch.zeros_like(p) for p in params], lr=100.0, backend=backend)
     assert (params[0] - params[1]).abs().max() <= 1e-6
@@ -92,15 +111,22 @@ def test_the_step_does_not_depend_on_the_scale_of_the_gradient(device, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_of_every_kind(device, backend):
-    """channels_last as ResNets train, gradients laid out otherwise, a gradient that is a slice at an odd address."""
+    """channels_last as ResNets train, gradients laid out otherwise, a gradient that is a slice at
+    an odd address."""
     generator = torch.Generator().manual_seed(2)
     plain = [torch.randn(6, 4, 3, 3, generator=generator), torch.randn(40, 70, generator=generator)]
     grads = [torch.randn(p.shape, generator=generator) for p in plain]
-    strange = [plain[0].to(device).to(memory_format=torch.channels_last), plain[1].to(device).T.contiguous().T]
+    strange = [
+        plain[0].to(device).to(memory_format=torch.channels_last),
+        plain[1].to(device).T.contiguous().T,
+    ]
     room = torch.zeros(40 * 70 + 1, device=device)
     room[1:] = grads[1].reshape(-1)
     strange_grads = [grads[0].to(device), room[1:].view(40, 70)]
-    buffers, strange_buffers = [torch.zeros_like(p) for p in plain], [torch.zeros_like(p) for p in strange]
+    buffers, strange_buffers = (
+        [torch.zeros_like(p) for p in plain],
+        [torch.zeros_like(p) for p in strange],
+    )
     assert not strange[1].is_contiguous()
     for _ in range(2):
         lars_step_(plain, grads, buffers, lr=3.0, backend="reference", **NUMBERS)
@@ -112,9 +138,15 @@ def test_strides_of_every_kind(device, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_tensor_with_gaps_is_trained_by_foreach_and_refused_by_triton(device, backend):
     base = torch.ones(4, 6, device=device)
-    param, grad, buffer = base[:, ::2], torch.ones(4, 3, device=device), torch.zeros(4, 3, device=device)
+    param, grad, buffer = (
+        base[:, ::2],
+        torch.ones(4, 3, device=device),
+        torch.zeros(4, 3, device=device),
+    )
     if backend == "triton":
-        with pytest.raises(ValueError, match=r"parameter 0 has strides \(6, 2\), its buffer \(3, 1\)"):
+        with pytest.raises(
+            ValueError, match=r"parameter 0 has strides \(6, 2\), its buffer \(3, 1\)"
+        ):
             lars_step_([param], [grad], [buffer], lr=1.0, backend=backend)
     else:
         lars_step_([param], [grad], [buffer], lr=100.0, backend="auto")
@@ -131,7 +163,11 @@ def test_the_guard_keeps_everything_or_nothing(device, backend, bad):
     guard = torch.tensor([bad], device=device)
     lars_step_(params, steps[0], buffers, lr=1.0, found_inf=guard, backend=backend, **NUMBERS)
     same = [torch.equal(a, b) for a, b in zip(before, params + buffers, strict=True)]
-    assert all(same) if bad else not any(still for still, t in zip(same, before, strict=True) if t.numel())
+    assert (
+        all(same)
+        if bad
+        else not any(still for still, t in zip(same, before, strict=True) if t.numel())
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -140,7 +176,11 @@ def test_a_rate_in_a_tensor_is_the_same_rate(device, backend, dtype):
     numbers, tensors = _lists(device, torch.float32, 1), _lists(device, torch.float32, 1)
     lars_step_(numbers[0], numbers[1][0], numbers[2], lr=0.25, backend=backend)
     lars_step_(
-        tensors[0], tensors[1][0], tensors[2], lr=torch.tensor(0.25, dtype=dtype, device=device), backend=backend
+        tensors[0],
+        tensors[1][0],
+        tensors[2],
+        lr=torch.tensor(0.25, dtype=dtype, device=device),
+        backend=backend,
     )
     assert all(torch.equal(a, b) for a, b in zip(numbers[0], tensors[0], strict=True))
 
@@ -169,7 +209,14 @@ def test_squares_of_shards_are_handed_out_for_reduction(device):
     local = [part.clone() for part in parts]
     for row in rows:
         grad, buffer = grads[index][row : row + 1], torch.zeros_like(parts[row])
-        lars_step_([parts[row]], [grad], [buffer], lr=1.0, reduce_squares=lambda s: s.copy_(total), **NUMBERS)
+        lars_step_(
+            [parts[row]],
+            [grad],
+            [buffer],
+            lr=1.0,
+            reduce_squares=lambda s: s.copy_(total),
+            **NUMBERS,
+        )
         lars_step_([local[row]], [grad], [torch.zeros_like(buffer)], lr=1.0, **NUMBERS)
     lars_step_([whole[index]], [grads[index]], [torch.zeros_like(whole[index])], lr=1.0, **NUMBERS)
     assert (torch.cat(parts) - whole[index]).abs().max() <= 1e-15
@@ -177,7 +224,8 @@ def test_squares_of_shards_are_handed_out_for_reduction(device):
 
 
 def test_bytes_are_those_of_the_tensors_each_pass_touches(monkeypatch, device):
-    """Counted from what the two launches are given: each column read once, parameter and buffer written once."""
+    """Counted from what the two launches are given: each column read once, parameter and buffer
+    written once."""
     from fastmoco_kernels.lars import launch
 
     columns: dict[str, list[list[Tensor]]] = {}
@@ -192,7 +240,11 @@ def test_bytes_are_those_of_the_tensors_each_pass_touches(monkeypatch, device):
     params, (grads,), buffers = _lists(device, torch.float32, steps=1)
     lars_step_(params, grads, buffers, lr=1.0, backend="triton")
     read = sum(t.nbytes for lists in columns.values() for column in lists for t in column)
-    written = sum(t.nbytes for column in (columns["lars_update_"][0], columns["lars_update_"][2]) for t in column)
+    written = sum(
+        t.nbytes
+        for column in (columns["lars_update_"][0], columns["lars_update_"][2])
+        for t in column
+    )
     assert lars_bytes(params) == read + written
 
 

@@ -40,7 +40,10 @@ def test_it_follows_the_op_with_groups_of_their_own_and_skips_what_has_no_gradie
     named = dict(model.named_parameters())
     groups = [
         {"params": [p for n, p in named.items() if n.startswith("0")], "weight_decay": 0.1},
-        {"params": [p for n, p in named.items() if not n.startswith("0")] + [frozen], "momentum": 0.5},
+        {
+            "params": [p for n, p in named.items() if not n.startswith("0")] + [frozen],
+            "momentum": 0.5,
+        },
     ]
     optimizer = LARS(groups, lr=2.0, weight_decay=0.01)
     params = {n: p.detach().clone() for n, p in named.items()}
@@ -49,10 +52,15 @@ def test_it_follows_the_op_with_groups_of_their_own_and_skips_what_has_no_gradie
         _gradients(model, step)
         optimizer.step()
         for name, param in params.items():
-            own = {"weight_decay": 0.1} if name.startswith("0") else {"weight_decay": 0.01, "momentum": 0.5}
+            own = (
+                {"weight_decay": 0.1}
+                if name.startswith("0")
+                else {"weight_decay": 0.01, "momentum": 0.5}
+            )
             grad = named[name].grad
             lars_step_([param], [grad], [buffers[name]], lr=2.0, backend="reference", **own)
-            # The gradients come from the optimizer's model, whose parameters may differ in the last bit.
+            # The gradients come from the optimizer's model, whose parameters may differ in the last
+            # bit.
             assert (param - named[name]).abs().max() <= 1e-13, name
     assert bool((frozen == 1).all())
     assert frozen not in optimizer.state
@@ -82,7 +90,9 @@ def test_sgd_reads_its_buffers() -> None:
     lars = LARS(model.parameters(), lr=0.0)
     _train(model, lars, range(1))
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    sgd.load_state_dict({"state": lars.state_dict()["state"], "param_groups": sgd.state_dict()["param_groups"]})
+    sgd.load_state_dict(
+        {"state": lars.state_dict()["state"], "param_groups": sgd.state_dict()["param_groups"]}
+    )
     before = model[0].weight.detach().clone()
     buffer = lars.state[model[0].weight]["momentum_buffer"]
     expected = before - 0.1 * (0.9 * buffer + model[0].weight.grad)
@@ -107,7 +117,9 @@ def test_guard_and_closure(bad: float) -> None:
 
 
 def test_several_dtypes_in_one_group() -> None:
-    wide, narrow = (nn.Parameter(torch.ones(3, 4, dtype=dtype)) for dtype in (torch.float64, torch.float32))
+    wide, narrow = (
+        nn.Parameter(torch.ones(3, 4, dtype=dtype)) for dtype in (torch.float64, torch.float32)
+    )
     wide.grad, narrow.grad = torch.ones_like(wide), torch.ones_like(narrow)
     LARS([wide, narrow], lr=100.0).step()
     assert (wide - 0.9).abs().max() <= 1e-15
@@ -115,7 +127,8 @@ def test_several_dtypes_in_one_group() -> None:
 
 
 def test_it_learns() -> None:
-    """Gradients here are of the size 1e-2 of what SGD would need at such a rate; the ratio sets the length of a step."""
+    """Gradients here are of the size 1e-2 of what SGD would need at such a rate; the ratio sets the
+    length of a step."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(8, 32, bias=False), nn.Tanh(), nn.Linear(32, 1, bias=False))
     x = torch.randn(64, 8)
@@ -155,7 +168,10 @@ def test_a_wrong_number_in_a_group_is_named_at_the_step() -> None:
 
 def _op_arguments() -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    draw = [[torch.randn(shape, generator=generator).to(DEVICE) for shape in ((3, 4), (5,))] for _ in range(3)]
+    draw = [
+        [torch.randn(shape, generator=generator).to(DEVICE) for shape in ((3, 4), (5,))]
+        for _ in range(3)
+    ]
     return draw[0], draw[1], draw[2]
 
 
@@ -165,15 +181,25 @@ def test_opcheck(backend: str) -> None:
     torch.library.opcheck(torch.ops.fastmoco.lars_squares.default, (params, grads, 0.1, backend))
     squares = torch.ones(2, 2, dtype=torch.float64, device=DEVICE)
     found_inf = torch.zeros(1, device=DEVICE)
-    for lr, found in ((torch.tensor(0.1), None), (torch.tensor(0.1, dtype=torch.float64), found_inf)):
+    for lr, found in (
+        (torch.tensor(0.1), None),
+        (torch.tensor(0.1, dtype=torch.float64), found_inf),
+    ):
         arguments = (params, grads, buffers, squares, lr, 0.9, 0.1, 0.001, found, backend)
         torch.library.opcheck(torch.ops.fastmoco.lars_update_.default, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_without_a_graph_break(backend: str) -> None:
-    def step(params: list[torch.Tensor], grads: list[torch.Tensor], buffers: list[torch.Tensor], lr: torch.Tensor):
-        lars_step_(params, [g * 2 for g in grads], buffers, lr=lr, weight_decay=0.1, backend=backend)
+    def step(
+        params: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        buffers: list[torch.Tensor],
+        lr: torch.Tensor,
+    ):
+        lars_step_(
+            params, [g * 2 for g in grads], buffers, lr=lr, weight_decay=0.1, backend=backend
+        )
         return params[0].sum()
 
     eager, compiled = _op_arguments(), _op_arguments()

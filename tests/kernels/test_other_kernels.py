@@ -1,6 +1,8 @@
-"""Attention by other people's kernels against the reference in value and every gradient; what of xformers a CPU can tell.
+"""Attention by other people's kernels against the reference in value and every gradient; what of
+xformers a CPU can tell.
 
-On a GPU every backend that can be imported is run; the others are counted as skipped, with what they lack.
+On a GPU every backend that can be imported is run; the others are counted as skipped, with what
+they lack.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ OTHERS = ("sdpa", "flash", "cudnn", "efficient", "fa4", "xformers")
 
 @pytest.fixture
 def xformers():
-    """The real module; skipped with the reason where it is not installed, of another version, or does not import."""
+    """The real module; skipped with the reason where it is not installed, of another version, or
+    does not import."""
     try:
         require_xformers()
     except ValueError as error:
@@ -25,7 +28,8 @@ def xformers():
     pytest.importorskip("xformers.ops", exc_type=ImportError)
     import xformers.ops
 
-    # Its backward has no deterministic kernel and refuses to run where one is asked for, as conftest.py does.
+    # Its backward has no deterministic kernel and refuses to run where one is asked for, as
+    # conftest.py does.
     torch.use_deterministic_algorithms(False)
     return xformers.ops
 
@@ -48,8 +52,11 @@ def _check(found: list[Tensor], exact: list[Tensor]) -> None:
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("head_dim", [32, 64])
 @pytest.mark.parametrize("packed_projection", [False, True])
-def test_every_kernel_that_is_here_is_right_both_ways(backend, head_dim, packed_projection, request):
-    """Contiguous tensors, and views of one projection [B, L, 3, A, d] as a block of a vision transformer makes them."""
+def test_every_kernel_that_is_here_is_right_both_ways(
+    backend, head_dim, packed_projection, request
+):
+    """Contiguous tensors, and views of one projection [B, L, 3, A, d] as a block of a vision
+    transformer makes them."""
     if backend == "xformers":
         request.getfixturevalue("xformers")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -74,10 +81,13 @@ def test_every_kernel_that_is_here_is_right_both_ways(backend, head_dim, packed_
 
 
 def _arguments(head_dim: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What `attention_by_xformers` hands over, on the meta device: views of one packed projection."""
+    """What `attention_by_xformers` hands over, on the meta device: views of one packed
+    projection."""
     qkv = torch.empty(4, 197, 3, 6, head_dim, dtype=dtype, device="meta")
     heads_first = (t.transpose(1, 2) for t in qkv.unbind(2))
-    return dict(zip(("query", "key", "value"), (t.transpose(1, 2) for t in heads_first), strict=True))
+    return dict(
+        zip(("query", "key", "value"), (t.transpose(1, 2) for t in heads_first), strict=True)
+    )
 
 
 def _operators() -> list[object]:
@@ -87,15 +97,21 @@ def _operators() -> list[object]:
 
 
 def _objections(operator, inputs) -> list[str]:
-    """Why an operator does not take a call, apart from where this machine is: no CUDA, tensors on another device."""
+    """Why an operator does not take a call, apart from where this machine is: no CUDA, tensors on
+    another device."""
     elsewhere = ("device=", "requires device with capability", "CUDA", "cuda", "A100+ GPUs")
-    return [reason for reason in operator.not_supported_reasons(inputs) if not any(w in reason for w in elsewhere)]
+    return [
+        reason
+        for reason in operator.not_supported_reasons(inputs)
+        if not any(w in reason for w in elsewhere)
+    ]
 
 
 @pytest.mark.parametrize("head_dim", [32, 64])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_real_xformers_has_no_objection_to_our_arguments(xformers, head_dim, dtype):
-    """Its own checks of shapes, strides and types, forward and backward, for both kernels that it may take."""
+    """Its own checks of shapes, strides and types, forward and backward, for both kernels that it
+    may take."""
     from xformers.ops.fmha import Inputs
 
     tensors = _arguments(head_dim, dtype)
@@ -105,4 +121,6 @@ def test_the_real_xformers_has_no_objection_to_our_arguments(xformers, head_dim,
         assert operator.OPERATOR is not None, f"{operator.NAME} has no kernel here"
         assert _objections(operator, inputs) == [], operator.NAME
     wrong = Inputs(**{name: t[..., ::2] for name, t in tensors.items()})
-    assert all(_objections(operator, wrong) for operator in _operators()), "a stride of 2 must be objected to"
+    assert all(_objections(operator, wrong) for operator in _operators()), (
+        "a stride of 2 must be objected to"
+    )

@@ -1,4 +1,5 @@
-"""Residual add and layer norm in one pass: against float64 and torch's three operations, in value and every gradient."""
+"""Residual add and layer norm in one pass: against float64 and torch's three operations, in value
+and every gradient."""
 
 from __future__ import annotations
 
@@ -19,32 +20,64 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _inputs(shape: tuple[int, ...], device: torch.device, *, x=torch.float32, branch=torch.float16, weight=None):
-    """x, branch, weight, bias and the gradients to x_new and y, as values that the dtypes hold exactly."""
+def _inputs(
+    shape: tuple[int, ...],
+    device: torch.device,
+    *,
+    x=torch.float32,
+    branch=torch.float16,
+    weight=None,
+):
+    """x, branch, weight, bias and the gradients to x_new and y, as values that the dtypes hold
+    exactly."""
     generator = torch.Generator().manual_seed(sum(shape))
     E, weight = shape[-1], weight or torch.float32
-    shapes = ((shape, x), (shape, branch), ((E,), weight), ((E,), weight), (shape, x), (shape, branch))
-    made = [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s, dtype in shapes]
+    shapes = (
+        (shape, x),
+        (shape, branch),
+        ((E,), weight),
+        ((E,), weight),
+        (shape, x),
+        (shape, branch),
+    )
+    made = [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype)
+        for s, dtype in shapes
+    ]
     made[0] = made[0] * 3 + 2  # a stream is neither centred nor of variance 1
     return made
 
 
-def _all(inputs: list[Tensor], backend: str, out: torch.dtype, *, branch: bool = True) -> list[Tensor]:
+def _all(
+    inputs: list[Tensor], backend: str, out: torch.dtype, *, branch: bool = True
+) -> list[Tensor]:
     """x_new, y and the gradients; without a branch its gradient is left out."""
     x, b, weight, bias, dx_new, dy = inputs
     x, b, weight, bias = (t.detach().requires_grad_() for t in (x, b, weight, bias))
     x_new, y = residual_norm(x, b if branch else None, weight, bias, EPS, out, backend=backend)
     torch.autograd.backward([x_new, y], [dx_new.to(x_new.dtype), dy.to(y.dtype)])
-    return [x_new.detach(), y.detach(), x.grad, *([b.grad] if branch else []), weight.grad, bias.grad]
+    return [
+        x_new.detach(),
+        y.detach(),
+        x.grad,
+        *([b.grad] if branch else []),
+        weight.grad,
+        bias.grad,
+    ]
 
 
-def _assert_as_good_as_torch(inputs: list[Tensor], out: torch.dtype, *, branch: bool = True) -> None:
-    """Twice the error of torch's own operations in these dtypes, or four units in float32's last place where those have none.
+def _assert_as_good_as_torch(
+    inputs: list[Tensor], out: torch.dtype, *, branch: bool = True
+) -> None:
+    """Twice the error of torch's own operations in these dtypes, or four units in float32's last
+    place where those have none.
 
     A GPU's division and reciprocal root are good to two each.
     """
     truth = _all([t.double() for t in inputs], "reference", torch.float64, branch=branch)
-    ours, torchs = (_all(inputs, backend, out, branch=branch) for backend in ("triton", "reference"))
+    ours, torchs = (
+        _all(inputs, backend, out, branch=branch) for backend in ("triton", "reference")
+    )
     names = NAMES if branch else [name for name in NAMES if name != "dbranch"]
     for name, mine, other, exact in zip(names, ours, torchs, truth, strict=True):
         assert mine.dtype == other.dtype, name
@@ -54,8 +87,9 @@ def _assert_as_good_as_torch(inputs: list[Tensor], out: torch.dtype, *, branch: 
         assert error <= torch.maximum(allowed, floor), (name, float(error), float(allowed))
 
 
-# one row; fewer rows than a tile; more than all programs take at a time, so that each goes through several; then widths:
-# below a warp, odd, ViT-Ti to ViT-H, and one beyond which rows go one at a time
+# one row; fewer rows than a tile; more than all programs take at a time, so that each goes through
+# several; then widths: below a warp, odd, ViT-Ti to ViT-H, and one beyond which rows go one at a
+# time
 @pytest.mark.parametrize("rows", [1, 3, 63])
 @pytest.mark.parametrize("E", [1, 7, 64, 101, 192, 384, 768, 1280])
 def test_is_as_good_as_torch(rows, E, device):
@@ -70,8 +104,8 @@ def test_the_widest_rows(E, device):
 HALF, SINGLE = torch.float16, torch.float32
 
 
-# no autocast; a branch of float32 under autocast; shards of weights in 16 bits; a stream of 16 bits, whose sum with a branch
-# of 32 is wider than itself
+# no autocast; a branch of float32 under autocast; shards of weights in 16 bits; a stream of 16
+# bits, whose sum with a branch of 32 is wider than itself
 @pytest.mark.parametrize(
     ("x", "branch", "weight", "out"),
     [
@@ -91,7 +125,10 @@ def test_without_a_branch_it_is_the_plain_layer_norm_and_x_itself(E, device):
     inputs = _inputs((17, E), device)
     _assert_as_good_as_torch(inputs, torch.float16, branch=False)
     for backend in ("triton", "reference"):
-        assert residual_norm(inputs[0], None, inputs[2], inputs[3], EPS, backend=backend)[0] is inputs[0]
+        assert (
+            residual_norm(inputs[0], None, inputs[2], inputs[3], EPS, backend=backend)[0]
+            is inputs[0]
+        )
 
 
 @pytest.mark.parametrize("E", [100, 768])
@@ -117,18 +154,25 @@ def test_the_same_bits_every_time(device):
 
 
 def test_strided_inputs_and_gradients(device):
-    """The class token's rows of [B, L, E]; turned matrices; a gradient that is one number, expanded."""
+    """The class token's rows of [B, L, E]; turned matrices; a gradient that is one number,
+    expanded."""
     inputs = _inputs((9, 100), device)
     plain = _all(inputs, "triton", SINGLE)
     sparse = [torch.stack([t, t * 0 - 7], 1)[:, 0] if t.dim() == 2 else t for t in inputs]
-    turned = [t.mT.contiguous().mT if t.dim() == 2 else torch.stack([t, t], 1)[:, 0] for t in inputs]
+    turned = [
+        t.mT.contiguous().mT if t.dim() == 2 else torch.stack([t, t], 1)[:, 0] for t in inputs
+    ]
     assert not any(t.is_contiguous() for t in (sparse[0], *turned))
     for others in (sparse, turned):
         for a, b in zip(_all(others, "triton", SINGLE), plain, strict=True):
             assert torch.equal(a, b)
     one = torch.ones((), device=device)
-    expanded, written_out = ([*inputs[:4], g, g] for g in (one.expand(9, 100), torch.ones(9, 100, device=device)))
-    for a, b in zip(_all(expanded, "triton", SINGLE), _all(written_out, "triton", SINGLE), strict=True):
+    expanded, written_out = (
+        [*inputs[:4], g, g] for g in (one.expand(9, 100), torch.ones(9, 100, device=device))
+    )
+    for a, b in zip(
+        _all(expanded, "triton", SINGLE), _all(written_out, "triton", SINGLE), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -168,7 +212,8 @@ def test_y_is_the_norm_of_the_sum_as_it_is_stored(backend, device):
 
 
 def test_a_large_mean_costs_its_own_rounding_and_no_more(device):
-    """The variance is that of what is left of a row: a difference of two large sums would lose 0.01 here."""
+    """The variance is that of what is left of a row: a difference of two large sums would lose 0.01
+    here."""
     x, _, weight, bias, *_ = _inputs((5, 384), device)
     x += 1000
     exact = residual_norm(x.double(), None, weight.double(), bias.double(), EPS)[1]
@@ -191,7 +236,8 @@ def test_a_bad_value_stays_in_its_row(device):
 
 @pytest.mark.parametrize("out", [None, torch.bfloat16])
 def test_the_reference_has_the_bits_of_the_operations_that_it_replaces(out):
-    """A block on a CPU must not change by a bit when it takes this op: under autocast and without, bf16 branches too."""
+    """A block on a CPU must not change by a bit when it takes this op: under autocast and without,
+    bf16 branches too."""
     torch.manual_seed(0)
     x, branch = torch.randn(4, 7, 96), torch.randn(4, 7, 96, dtype=out or torch.float32)
     weight, bias, W = torch.randn(96), torch.randn(96), torch.randn(32, 96)

@@ -1,4 +1,5 @@
-"""The residual layer norm as torch sees it: registration, graphs, checkpoints, fake tensors, autocast, errors, cost."""
+"""The residual layer norm as torch sees it: registration, graphs, checkpoints, fake tensors,
+autocast, errors, cost."""
 
 from __future__ import annotations
 
@@ -13,7 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.cases import residual_norm as case
 from fastmoco_kernels import residual_norm
 from fastmoco_kernels.residual_norm import launch, op, operator
-from fastmoco_kernels.residual_norm.cost import eager_bytes, residual_norm_backward_bytes, residual_norm_bytes
+from fastmoco_kernels.residual_norm.cost import (
+    eager_bytes,
+    residual_norm_backward_bytes,
+    residual_norm_bytes,
+)
 from tests.kernels.touched_bytes import CountedKernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,7 +55,9 @@ def _gradients(function, tensors: list[Tensor], *rest) -> list[Tensor]:
 def test_opcheck(branch):
     x, b, weight, bias = _leaves(_inputs(5, 7, branch=branch or HALF))
     b = None if branch is None else b
-    torch.library.opcheck(torch.ops.fastmoco.residual_norm.default, (x, b, weight, bias, EPS, HALF, None))
+    torch.library.opcheck(
+        torch.ops.fastmoco.residual_norm.default, (x, b, weight, bias, EPS, HALF, None)
+    )
     with torch.no_grad():
         x_new, y, mean, rstd = torch.ops.fastmoco.residual_norm(x, b, weight, bias, EPS, HALF, None)
         x_new = x.detach() if b is None else x_new
@@ -64,7 +71,11 @@ def test_opcheck(branch):
 def test_compiles_to_one_graph_with_the_same_numbers(backend):
     tensors = _inputs(5, 7)
     compiled = torch.compile(_two_norms, fullgraph=True, backend="aot_eager")
-    for a, b in zip(_gradients(compiled, tensors, backend), _gradients(_two_norms, tensors, backend), strict=True):
+    for a, b in zip(
+        _gradients(compiled, tensors, backend),
+        _gradients(_two_norms, tensors, backend),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
@@ -72,7 +83,9 @@ def test_a_graph_compiler_is_left_the_plain_form_and_finds_no_break_in_the_choic
     """It fuses that by itself; and it cannot trace what decides where Triton runs."""
     asked = []
     monkeypatch.setattr(op, "triton_is_default", lambda device: asked.append(device) or True)
-    monkeypatch.setattr(op, "residual_norm_triton", lambda *_: pytest.fail("the kernels are in the graph"))
+    monkeypatch.setattr(
+        op, "residual_norm_triton", lambda *_: pytest.fail("the kernels are in the graph")
+    )
     x, b, weight, bias = _inputs(5, 7)
     compiled = torch.compile(residual_norm, fullgraph=True, backend="eager")
     y = compiled(x, b, weight, bias, EPS, HALF)[1]
@@ -86,7 +99,9 @@ def test_auto_takes_the_kernels_where_triton_runs_and_they_fit(monkeypatch):
     monkeypatch.setattr(op, "triton_is_default", lambda device: True)
     taken = []
     real = operator.residual_norm_triton
-    monkeypatch.setattr(op, "residual_norm_triton", lambda *given: taken.append(given) or real(*given))
+    monkeypatch.setattr(
+        op, "residual_norm_triton", lambda *given: taken.append(given) or real(*given)
+    )
     x, b, weight, bias = _inputs(5, 7)
     residual_norm(x, b, weight, bias, EPS)
     assert len(taken) == 1
@@ -102,11 +117,17 @@ def test_a_checkpoint_changes_no_bit(backend):
         return checkpoint(_two_norms, *arguments, use_reentrant=False)
 
     tensors = _inputs(5, 100)
-    for a, b in zip(_gradients(forgetful, tensors, backend), _gradients(_two_norms, tensors, backend), strict=True):
+    for a, b in zip(
+        _gradients(forgetful, tensors, backend),
+        _gradients(_two_norms, tensors, backend),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
-def _saved(tensors: list[Tensor], *, branch: bool) -> list[tuple[torch.dtype, tuple[int, ...], int]]:
+def _saved(
+    tensors: list[Tensor], *, branch: bool
+) -> list[tuple[torch.dtype, tuple[int, ...], int]]:
     """dtype, shape and storage of what is kept for the backward."""
     kept = []
     x, b, weight, bias = (t.requires_grad_() for t in tensors)
@@ -122,12 +143,21 @@ def _saved(tensors: list[Tensor], *, branch: bool) -> list[tuple[torch.dtype, tu
 
 @pytest.mark.parametrize("branch", [True, False])
 def test_fake_tensors_keep_what_real_ones_keep(branch):
-    """A planner counts the fake ones. Kept are the sum, the weight and two numbers a row; not y, not the branch."""
+    """A planner counts the fake ones. Kept are the sum, the weight and two numbers a row; not y,
+    not the branch."""
     real = _saved(_inputs(6, 100), branch=branch)
     with FakeTensorMode():
-        fake = _saved([torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in _inputs_of(6, 100)], branch=branch)
+        fake = _saved(
+            [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in _inputs_of(6, 100)],
+            branch=branch,
+        )
     assert fake == real
-    assert real == [(SINGLE, (6, 100), 2400), (SINGLE, (100,), 400), (SINGLE, (6,), 24), (SINGLE, (6,), 24)]
+    assert real == [
+        (SINGLE, (6, 100), 2400),
+        (SINGLE, (100,), 400),
+        (SINGLE, (6,), 24),
+        (SINGLE, (6,), 24),
+    ]
 
 
 def _inputs_of(rows: int, E: int) -> list[Tensor]:
@@ -142,7 +172,9 @@ def test_fake_results_lie_as_the_real_ones():
     given = (x.mT.contiguous().mT, b, weight, bias, EPS, HALF, None)
     real = torch.ops.fastmoco.residual_norm(*given)
     with FakeTensorMode() as mode:
-        fake = torch.ops.fastmoco.residual_norm(*(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in given))
+        fake = torch.ops.fastmoco.residual_norm(
+            *(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in given)
+        )
     for a, b in zip(fake, real, strict=True):
         assert (a.dtype, a.shape, a.stride(), a.device) == (b.dtype, b.shape, b.stride(), b.device)
 
@@ -173,7 +205,9 @@ def test_the_way_past_the_dispatcher_gives_what_the_operator_gives(branch, monke
 
     def run():
         x, b, weight, bias = leaves = _leaves(tensors)
-        x_new, y = residual_norm(x, None if branch is None else b, weight, bias, EPS, HALF, backend="triton")
+        x_new, y = residual_norm(
+            x, None if branch is None else b, weight, bias, EPS, HALF, backend="triton"
+        )
         (x_new.square().sum() + y.float().square().sum()).backward()
         return [x_new, y, *(t.grad for t in leaves)], type(y.grad_fn).__name__
 
@@ -194,7 +228,9 @@ def test_a_second_derivative_is_refused(watched, monkeypatch):
     x, b, weight, bias = _leaves(_inputs(5, 100))
     y = residual_norm(x, b, weight, bias, EPS, backend="triton")[1]
     (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula was registered"):
+    with pytest.raises(
+        RuntimeError, match=r"once_differentiable|no autograd formula was registered"
+    ):
         gradient.sum().backward()
 
 
@@ -232,14 +268,22 @@ def test_rows_that_do_not_fit_on_chip_are_refused_by_name():
         residual_norm(x, None, x[0], x[0], EPS, backend="triton")
 
 
-@pytest.mark.parametrize(("branch", "dx_new"), [(HALF, True), (SINGLE, True), (None, True), (HALF, False)])
+@pytest.mark.parametrize(
+    ("branch", "dx_new"), [(HALF, True), (SINGLE, True), (None, True), (HALF, False)]
+)
 def test_the_byte_model_counts_the_tensors_that_the_launches_touch(branch, dx_new, monkeypatch):
     touched: list[int] = []
-    for name in ("residual_norm_fwd_kernel", "residual_norm_bwd_kernel", "residual_norm_sum_kernel"):
+    for name in (
+        "residual_norm_fwd_kernel",
+        "residual_norm_bwd_kernel",
+        "residual_norm_sum_kernel",
+    ):
         monkeypatch.setattr(launch, name, CountedKernel(getattr(launch, name), touched))
     rows, E = 63, 384
     x, b, weight, bias = _leaves(_inputs(rows, E, branch=branch or HALF))
-    x_new, y = residual_norm(x, None if branch is None else b, weight, bias, EPS, HALF, backend="triton")
+    x_new, y = residual_norm(
+        x, None if branch is None else b, weight, bias, EPS, HALF, backend="triton"
+    )
     sizes = {"branch": 0 if branch is None else branch.itemsize}
     assert sum(touched) == residual_norm_bytes(rows, E, **sizes)
     touched.clear()
@@ -247,7 +291,9 @@ def test_the_byte_model_counts_the_tensors_that_the_launches_touch(branch, dx_ne
     (loss + x_new.sum() if dx_new and branch is not None else loss).backward()
     programs = launch.programs_of(rows, launch.backward_tiles(E)[0], DEVICE)
     used = dx_new and branch is not None
-    assert sum(touched) == residual_norm_backward_bytes(rows, E, **sizes, dx_new=used, programs=programs)
+    assert sum(touched) == residual_norm_backward_bytes(
+        rows, E, **sizes, dx_new=used, programs=programs
+    )
 
 
 def test_bytes_an_element_of_the_usual_types():

@@ -1,4 +1,5 @@
-"""q, k, v out of a stacked projection: views forward; stacked gradient and bias's gradient against torch's own."""
+"""q, k, v out of a stacked projection: views forward; stacked gradient and bias's gradient against
+torch's own."""
 
 from __future__ import annotations
 
@@ -22,10 +23,15 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF, SINGLE = torch.float16, torch.float32
 
 
-def _gradients_of_parts(B: int, L: int, A: int, d: int, dtype: torch.dtype, memory: str) -> list[Tensor]:
+def _gradients_of_parts(
+    B: int, L: int, A: int, d: int, dtype: torch.dtype, memory: str
+) -> list[Tensor]:
     """dq, dk, dv, [B, A, L, d] by shape, in memory as told."""
     generator = torch.Generator().manual_seed(B + L + A + d)
-    parts = [torch.randn(B, A, L, d, generator=generator, dtype=torch.float64).to(DEVICE, dtype) for _ in range(3)]
+    parts = [
+        torch.randn(B, A, L, d, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+        for _ in range(3)
+    ]
     if memory == "BLAd":  # as flash attention leaves them
         return [t.transpose(1, 2).contiguous().transpose(1, 2) for t in parts]
     if memory == "stacked":  # views of one tensor
@@ -42,7 +48,11 @@ def _all(parts: list[Tensor], backend: str, bias: torch.dtype | None) -> list[Te
     """dqkv and dbias."""
     B, A, L, d = parts[0].shape
     qkv = torch.zeros(B, L, 3 * A * d, dtype=parts[0].dtype, device=DEVICE, requires_grad=True)
-    parameter = None if bias is None else torch.zeros(3 * A * d, dtype=bias, device=DEVICE, requires_grad=True)
+    parameter = (
+        None
+        if bias is None
+        else torch.zeros(3 * A * d, dtype=bias, device=DEVICE, requires_grad=True)
+    )
     torch.autograd.backward(split_qkv(qkv, A, parameter, backend=backend), parts)
     return [qkv.grad, *([] if parameter is None else [parameter.grad])]
 
@@ -60,8 +70,8 @@ def _assert_right(parts: list[Tensor], bias: torch.dtype | None) -> None:
         assert (error <= 1e-6 * rows.abs().sum(0) + eps * rows.sum(0).abs() + 1e-30).all()
 
 
-# one row; one head of one column; odd everything; enough rows that programs go through several tiles; heads of ViT-S (MoCo
-# v3's and the usual ones), ViT-B and ViT-H
+# one row; one head of one column; odd everything; enough rows that programs go through several
+# tiles; heads of ViT-S (MoCo v3's and the usual ones), ViT-B and ViT-H
 @pytest.mark.parametrize(
     ("B", "L", "A", "d"),
     [
@@ -126,7 +136,8 @@ def test_blocks_of_columns_cover_the_width(E):
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_expanded_missing_and_no_gradients(backend):
-    """A sum's gradient is one number, expanded; a part may be used by nobody; a batch may be empty; a bias may want none."""
+    """A sum's gradient is one number, expanded; a part may be used by nobody; a batch may be empty;
+    a bias may want none."""
     qkv = torch.zeros(2, 3, 24, device=DEVICE, requires_grad=True)
     bias = torch.zeros(24, device=DEVICE, requires_grad=True)
     split_qkv(qkv, 2, bias, backend=backend)[1].sum().backward()
@@ -149,20 +160,26 @@ def _attend(x: Tensor, W: Tensor, bias: Tensor, backend: str, own: bool = True) 
     return attention(q, k, v, backend="sdpa").transpose(1, 2).float().square().sum()
 
 
-def _gradients(function, *rest, dtype: torch.dtype = SINGLE, device: torch.device = DEVICE) -> list[Tensor]:
+def _gradients(
+    function, *rest, dtype: torch.dtype = SINGLE, device: torch.device = DEVICE
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = ((3, 5, 16), (48, 16), (48,))
     leaves = [
-        torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_() for s in shapes
+        torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+        for s in shapes
     ]
     return list(torch.autograd.grad(function(*leaves, *rest), leaves))
 
 
-@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float64, None), (SINGLE, None), (SINGLE, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float64, None), (SINGLE, None), (SINGLE, torch.bfloat16)]
+)
 def test_the_reference_has_the_bits_of_the_linear_layers_own_gradient(dtype, autocast):
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         mine, torchs = (
-            _gradients(_attend, "reference", own, dtype=dtype, device=torch.device("cpu")) for own in (True, False)
+            _gradients(_attend, "reference", own, dtype=dtype, device=torch.device("cpu"))
+            for own in (True, False)
         )
     for a, b in zip(mine, torchs, strict=True):
         assert a.dtype == b.dtype
@@ -206,7 +223,9 @@ def test_a_checkpoint_changes_no_bit(backend):
 def test_auto_takes_the_kernel_where_triton_runs_in_a_compiled_graph_too(monkeypatch):
     torch._dynamo.reset()  # a constant is not guarded: graphs of other tests would be taken
     # as what decides on CUDA: no graph compiler looks into it, so it must be a constant
-    monkeypatch.setattr(_bias_gradient, "triton_is_default", lambda device: Path(os.devnull).exists())
+    monkeypatch.setattr(
+        _bias_gradient, "triton_is_default", lambda device: Path(os.devnull).exists()
+    )
     taken = []
     real = launch.backward
     monkeypatch.setattr(launch, "backward", lambda *given: taken.append(given) or real(*given))
@@ -233,7 +252,9 @@ def test_fake_tensors_keep_what_real_ones_keep_which_is_nothing():
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             qkv = torch.zeros(2, 3, 24, device=DEVICE, requires_grad=True)
-            parts = split_qkv(qkv, 2, torch.zeros(24, device=DEVICE, requires_grad=True), backend="triton")
+            parts = split_qkv(
+                qkv, 2, torch.zeros(24, device=DEVICE, requires_grad=True), backend="triton"
+            )
         assert kept == []
         assert all(t.untyped_storage().nbytes() == qkv.nbytes for t in parts)
         return [(*t.shape, *t.stride(), t.storage_offset()) for t in parts]
@@ -247,7 +268,10 @@ def test_fake_tensors_keep_what_real_ones_keep_which_is_nothing():
     ("given", "text"),
     [
         ((torch.zeros(2, 3, 24), 2, torch.zeros(8)), r"qkv is \(2, 3, 24\) but its bias is \(8,\)"),
-        ((torch.zeros(2, 3, 24), 2, torch.zeros(24, device="meta")), "qkv is on cpu but its bias is on meta"),
+        (
+            (torch.zeros(2, 3, 24), 2, torch.zeros(24, device="meta")),
+            "qkv is on cpu but its bias is on meta",
+        ),
         ((torch.zeros(2, 3, 24), 5), "24 columns and num_heads=5"),
         ((torch.zeros(2, 3, 24), 0), "24 columns and num_heads=0"),
         ((torch.zeros(3, 24), 2), r"torch.float32 \(3, 24\)"),
@@ -271,14 +295,18 @@ def test_the_byte_model_counts_the_tensors_that_the_launches_touch(bias, monkeyp
     size = 0 if bias is None else bias.itemsize
     assert sum(touched) == split_qkv_backward_bytes(3, 11, 384, bias=size, programs=programs)
     whole = 12 * 256 * 197 * 384
-    assert split_qkv_backward_bytes(256, 197, 384, bias=4, programs=118) == pytest.approx(whole, rel=5e-3)
+    assert split_qkv_backward_bytes(256, 197, 384, bias=4, programs=118) == pytest.approx(
+        whole, rel=5e-3
+    )
     assert eager_backward_bytes(256, 197, 384) == 1.5 * whole
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("A", "d"), [(12, 32), (6, 64), (12, 64), (16, 80)])
 @pytest.mark.parametrize("memory", ["BALd", "BLAd"])
-@pytest.mark.parametrize("deterministic", [True, False])  # the default tile, and the one that tuning picks
+@pytest.mark.parametrize(
+    "deterministic", [True, False]
+)  # the default tile, and the one that tuning picks
 def test_bf16_on_cuda_at_the_size_of_a_chunk(A, d, memory, deterministic):
     """256 images of 197 tokens."""
     torch.use_deterministic_algorithms(deterministic, warn_only=True)

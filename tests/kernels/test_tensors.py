@@ -29,7 +29,9 @@ def test_every_element_is_in_exactly_one_chunk(sizes):
         seen[row][start : start + 8] += 1
     assert all(bool((count == 1).all()) for count in seen)
     assert table.chunks == sum((size + 7) // 8 for size in sizes)
-    for row, (low, high) in enumerate(zip(table.first_chunks[:-1], table.first_chunks[1:], strict=True)):
+    for row, (low, high) in enumerate(
+        zip(table.first_chunks[:-1], table.first_chunks[1:], strict=True)
+    ):
         assert table.chunk_rows[low:high].tolist() == [row] * int(high - low)
     assert table.sizes.tolist() == list(sizes)
     assert table.pointers.tolist() == [[t.data_ptr() for t in column] for column in columns]
@@ -83,8 +85,14 @@ def test_none_is_address_zero_and_per_row_columns_have_their_own_sizes():
         ([[]], "column 0 has 0 tensors in 0 rows"),
         ([[None, torch.zeros(1)]], "column 0 has 1 tensors in 2 rows"),
         ([[torch.zeros(1)], []], "column 1 has 0 rows but column 0 has 1"),
-        ([[torch.zeros(2)], [torch.zeros(3)]], "row 0 has 3 elements in column 1 but 2 in column 0"),
-        ([[torch.zeros(2)], [torch.zeros(2, device="meta")]], "row 0 of column 1 is on meta, not cpu"),
+        (
+            [[torch.zeros(2)], [torch.zeros(3)]],
+            "row 0 has 3 elements in column 1 but 2 in column 0",
+        ),
+        (
+            [[torch.zeros(2)], [torch.zeros(2, device="meta")]],
+            "row 0 of column 1 is on meta, not cpu",
+        ),
     ],
 )
 def test_errors_name_both_numbers(columns, text):
@@ -101,7 +109,9 @@ def test_same_layout_takes_dense_tensors_that_pair_up_and_no_others():
     assert not same_layout(last, image)
     assert same_layout(torch.zeros(3, 4).t(), torch.zeros(3, 4).t())
     assert not same_layout(torch.zeros(3, 8)[:, :4], torch.zeros(3, 8)[:, :4])  # gaps
-    assert not same_layout(torch.zeros(1, 4).expand(3, 4), torch.zeros(1, 4).expand(3, 4))  # overlaps
+    assert not same_layout(
+        torch.zeros(1, 4).expand(3, 4), torch.zeros(1, 4).expand(3, 4)
+    )  # overlaps
     assert same_layout(torch.zeros(()), torch.zeros(()))
     assert same_layout(torch.zeros(9)[1:5], torch.zeros(4))
 
@@ -124,7 +134,9 @@ def test_a_captured_graph_keeps_its_addresses_when_tensors_move_later():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         ema_update_(averages, inside, 0.5)
-    ema_update_(averages, [torch.full_like(s, 9.0) for s in sources], 1.0)  # elsewhere, and changes nothing
+    ema_update_(
+        averages, [torch.full_like(s, 9.0) for s in sources], 1.0
+    )  # elsewhere, and changes nothing
     graph.replay()
     assert all(torch.equal(a, torch.full_like(a, 0.5)) for a in averages)
 

@@ -1,6 +1,8 @@
-"""Every tile that tuning may pick, by name: tests run deterministically, so that `tuned` itself takes defaults alone.
+"""Every tile that tuning may pick, by name: tests run deterministically, so that `tuned` itself
+takes defaults alone.
 
-Attention's tiles are run in `test_attention_short.py`. Ops over tables of addresses have one tile each.
+Attention's tiles are run in `test_attention_short.py`. Ops over tables of addresses have one tile
+each.
 """
 
 from __future__ import annotations
@@ -34,7 +36,12 @@ def _tiles(D: int, precision: str) -> list[Tile]:
 
 
 def _cases(precisions: tuple[str, ...]) -> list[tuple[str, int, Tile]]:
-    return [(precision, D, tile) for precision in precisions for D in (128, 256, 512) for tile in _tiles(D, precision)]
+    return [
+        (precision, D, tile)
+        for precision in precisions
+        for D in (128, 256, 512)
+        for tile in _tiles(D, precision)
+    ]
 
 
 def _data(rows: int, keys: int, dim: int, offset: int, precision: str) -> tuple[Tensor, Tensor]:
@@ -51,9 +58,17 @@ def _check_info_nce(rows: int, keys: int, precision: str, D: int, tile: Tile, li
     q, k = _data(rows, keys, D, 3, precision)
     exact = [x.double().requires_grad_() for x in (q, k, torch.tensor(0.2, device=DEVICE))]
     loss = info_nce_loss(
-        exact[0], exact[1], temperature=exact[2], scale=1.0, positive_offset=3, key_gradients=True, backend="reference"
+        exact[0],
+        exact[1],
+        temperature=exact[2],
+        scale=1.0,
+        positive_offset=3,
+        key_gradients=True,
+        backend="reference",
     )
-    truth = dict(zip(("dq", "dkeys", "dtemperature"), torch.autograd.grad(loss, exact), strict=True))
+    truth = dict(
+        zip(("dq", "dkeys", "dtemperature"), torch.autograd.grad(loss, exact), strict=True)
+    )
     ranks = positive_ranks_reference(q.double(), k.double(), positive_offset=3)
     request = Request(
         temperature=torch.tensor(0.2, device=DEVICE),
@@ -76,10 +91,13 @@ def _check_info_nce(rows: int, keys: int, precision: str, D: int, tile: Tile, li
 SIZES = sorted({(tile.block_x, tile.block_y) for _, _, tile in _cases(cost.PRECISIONS)})
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="in the interpreter; the next test runs them on a GPU")
+@pytest.mark.skipif(
+    DEVICE.type == "cuda", reason="in the interpreter; the next test runs them on a GPU"
+)
 @pytest.mark.parametrize(("block_x", "block_y"), SIZES)
 def test_every_tile_of_the_loss(block_x, block_y):
-    """Warps, stages and the width mean nothing to the interpreter: every size of a tile once. The keys fill no tile."""
+    """Warps, stages and the width mean nothing to the interpreter: every size of a tile once. The
+    keys fill no tile."""
     _check_info_nce(5, 150, "fp32", 64, Tile(block_x, block_y, 4, 1), TOLERANCE["fp32"])
 
 
@@ -96,16 +114,24 @@ def test_every_tile_of_the_loss_on_a_gpu(precision, D, tile):
 def test_every_tile_of_attention_at_the_shape_of_a_vit(head_dim, dtype, monkeypatch):
     """197 tokens; every tile against float64, in value and gradients, one way varied at a time."""
     generator = torch.Generator("cuda").manual_seed(0)
-    inputs = [torch.randn(8, 6, 197, head_dim, device="cuda", generator=generator).to(dtype) for _ in range(4)]
+    inputs = [
+        torch.randn(8, 6, 197, head_dim, device="cuda", generator=generator).to(dtype)
+        for _ in range(4)
+    ]
     exact = _both_ways([t.double() for t in inputs], "reference")
     chip = attention_launch._chip(torch.device("cuda"))
     rows = attention_launch.VIT_ROWS
     forward = attention_launch.forward_tiles(chip, head_dim, 197, rows)
     backward = attention_launch.backward_tiles(chip, head_dim, rows)
-    for one, other in [*((tile, backward[0]) for tile in forward), *((forward[0], tile) for tile in backward)]:
+    for one, other in [
+        *((tile, backward[0]) for tile in forward),
+        *((forward[0], tile) for tile in backward),
+    ]:
         monkeypatch.setattr(attention_launch, "forward_tiles", lambda *_, one=one: [one])
         monkeypatch.setattr(attention_launch, "backward_tiles", lambda *_, other=other: [other])
-        for name, mine, true in zip(("out", "dq", "dk", "dv"), _both_ways(inputs, "triton"), exact, strict=True):
+        for name, mine, true in zip(
+            ("out", "dq", "dk", "dv"), _both_ways(inputs, "triton"), exact, strict=True
+        ):
             assert (mine.double() - true).norm() <= 1e-2 * true.norm(), (name, one, other)
 
 
@@ -125,7 +151,8 @@ def test_every_candidate_is_compiled_ahead_of_time():
 
 
 def test_whatever_changes_the_work_is_in_the_key_of_the_loss(monkeypatch):
-    """Directions, rows, width, precision; loss alone, with gradients, with ranks; the second pass."""
+    """Directions, rows, width, precision; loss alone, with gradients, with ranks; the second
+    pass."""
     keys: list[tuple[object, ...]] = []
 
     def tuned(op, shape, tiles, default, run, device):
@@ -134,7 +161,13 @@ def test_whatever_changes_the_work_is_in_the_key_of_the_loss(monkeypatch):
 
     monkeypatch.setattr(launch, "tuned", tuned)
     q, k = _data(5, 9, 64, 3, "fp32")
-    usual = {"temperature": 0.2, "scale": 1.0, "positive_offset": 3, "gradient": True, "precision": "fp32"}
+    usual = {
+        "temperature": 0.2,
+        "scale": 1.0,
+        "positive_offset": 3,
+        "gradient": True,
+        "precision": "fp32",
+    }
     variants = [
         {},
         {"gradient": False},

@@ -1,4 +1,5 @@
-"""Tile choices: measured once, kept on disk, never measured where results must not depend on a clock."""
+"""Tile choices: measured once, kept on disk, never measured where results must not depend on a
+clock."""
 
 from __future__ import annotations
 
@@ -71,7 +72,9 @@ def test_a_remembered_tile_that_is_no_candidate_any_more_is_measured_again(on_a_
     assert len(measured) == 1
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"main(4096, 256)": "x"}', '{"main(4096, 256)": null}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '{"main(4096, 256)": "x"}', '{"main(4096, 256)": null}']
+)
 def test_a_broken_file_costs_a_measurement_and_no_more(on_a_gpu, text):
     path, measured = on_a_gpu
     path.parent.mkdir()

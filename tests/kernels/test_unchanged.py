@@ -1,4 +1,5 @@
-"""Plans outlive a call: whatever changes under a tensor, at its address or elsewhere, must be seen by the next call."""
+"""Plans outlive a call: whatever changes under a tensor, at its address or elsewhere, must be seen
+by the next call."""
 
 from __future__ import annotations
 
@@ -50,9 +51,19 @@ CHANGES = [_transposed, _halved, _other_type_at_the_same_address, _shorter, _nee
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_both_comparisons_see_every_change_and_no_move(comparison, change):
-    tensors = [_square(), nn.Parameter(_square()), torch.zeros(0, 3, device=DEVICE), torch.zeros((), device=DEVICE)]
+    tensors = [
+        _square(),
+        nn.Parameter(_square()),
+        torch.zeros(0, 3, device=DEVICE),
+        torch.zeros((), device=DEVICE),
+    ]
     holds = comparison(tensors)
-    moved = [tensors[0].clone(), nn.Parameter(tensors[1].clone()), tensors[2].clone(), tensors[3].clone()]
+    moved = [
+        tensors[0].clone(),
+        nn.Parameter(tensors[1].clone()),
+        tensors[2].clone(),
+        tensors[3].clone(),
+    ]
     assert holds(*tensors)
     assert holds(*moved)
     for which in (0, 1):
@@ -65,10 +76,17 @@ def test_both_comparisons_see_every_change_and_no_move(comparison, change):
 
 
 def test_a_torch_that_was_not_tested_takes_the_plain_comparison(monkeypatch):
-    for version, compiled in (("2.10.1", False), ("2.11.0+cu130", True), ("2.13.0", True), ("2.14.0a0", False)):
+    for version, compiled in (
+        ("2.10.1", False),
+        ("2.11.0+cu130", True),
+        ("2.13.0", True),
+        ("2.14.0a0", False),
+    ):
         monkeypatch.setattr(torch, "__version__", version)
         assert unchanged_module._has_guards() == compiled
-    monkeypatch.setattr(unchanged_module, "guards", lambda _: pytest.fail("not tested with this torch"))
+    monkeypatch.setattr(
+        unchanged_module, "guards", lambda _: pytest.fail("not tested with this torch")
+    )
     same = Unchanged([_square()])
     assert same.holds([_square()])
     assert not same.holds([])
@@ -98,7 +116,9 @@ EMA_CHANGES = {
     "source transposed": lambda a, s: _transposed(s),
     "average transposed": lambda a, s: _transposed(a),
     "source in another type": lambda a, s: _halved(s),
-    "source in another type at its address": lambda a, s: _other_type_at_the_same_address(s.fill_(0)),
+    "source in another type at its address": lambda a, s: _other_type_at_the_same_address(
+        s.fill_(0)
+    ),
     "both shorter": _both(_shorter),
     "source needs a gradient": lambda a, s: _needs_a_gradient(s),
     "source elsewhere": lambda a, s: setattr(s, "data", s.data + 1),
@@ -119,7 +139,8 @@ def test_an_average_follows_what_changes_under_its_tensors(name):
 
 
 def test_memory_that_was_freed_and_handed_out_again_is_another_tensor():
-    """The allocator gives the address of a dead tensor to the next: same address, other type and shape."""
+    """The allocator gives the address of a dead tensor to the next: same address, other type and
+    shape."""
     room = torch.zeros(64, device=DEVICE)
     for shape, dtype in (
         ((4, 4), torch.float32),
@@ -160,7 +181,8 @@ def test_a_plan_is_made_once_and_only_so_many_are_kept(monkeypatch):
 
 
 class Trained:
-    """A weight of 4 x 4 and a bias, their averages under one optimizer, and the same under torch's."""
+    """A weight of 4 x 4 and a bias, their averages under one optimizer, and the same under
+    torch's."""
 
     def __init__(self, backend: str) -> None:
         self.ours = [nn.Parameter(_square()), nn.Parameter(torch.ones(4, device=DEVICE))]
@@ -174,7 +196,9 @@ class Trained:
     def step(self, seed: int) -> None:
         """Gradients at new addresses, as after zero_grad(set_to_none=True)."""
         for mine, other in zip(self.ours, self.theirs, strict=True):
-            gradient = torch.randn(mine.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, mine.dtype)
+            gradient = torch.randn(mine.shape, generator=torch.Generator().manual_seed(seed)).to(
+                DEVICE, mine.dtype
+            )
             mine.grad, other.grad = gradient, gradient.clone()
         self.own.step(ema_momentum=0.5)
         self.torchs.step()
@@ -190,7 +214,9 @@ class Trained:
 def _replace_state(trained: Trained) -> None:
     """All of a parameter's state in another dictionary, the old one still alive."""
     weight = trained.ours[0]
-    trained.own.state[weight] = {name: value.clone() for name, value in trained.own.state[weight].items()}
+    trained.own.state[weight] = {
+        name: value.clone() for name, value in trained.own.state[weight].items()
+    }
 
 
 def _freeze_and_thaw(trained: Trained) -> None:
@@ -201,14 +227,18 @@ def _freeze_and_thaw(trained: Trained) -> None:
 
 ADAM_CHANGES = {
     "weight elsewhere": lambda t: setattr(t.ours[0], "data", t.ours[0].data.clone()),
-    "average elsewhere": lambda t: setattr(t.averages[t.ours[0]], "data", t.averages[t.ours[0]].data.clone()),
+    "average elsewhere": lambda t: setattr(
+        t.averages[t.ours[0]], "data", t.averages[t.ours[0]].data.clone()
+    ),
     "average transposed in memory": lambda t: setattr(
         t.averages[t.ours[0]], "data", t.averages[t.ours[0]].data.t().contiguous().t()
     ),
     "moment elsewhere": lambda t: setattr(
         t.own.state[t.ours[0]]["exp_avg"], "data", t.own.state[t.ours[0]]["exp_avg"].data.clone()
     ),
-    "moment another tensor": lambda t: t.own.state[t.ours[0]].update(exp_avg=t.own.state[t.ours[0]]["exp_avg"].clone()),
+    "moment another tensor": lambda t: t.own.state[t.ours[0]].update(
+        exp_avg=t.own.state[t.ours[0]]["exp_avg"].clone()
+    ),
     "state another dictionary": _replace_state,
     "frozen and thawed": _freeze_and_thaw,
 }
@@ -228,7 +258,9 @@ def test_an_optimizer_follows_what_changes_under_its_tensors(name, backend):
 
 def test_gradients_that_move_upload_one_column_and_those_that_stay_none(monkeypatch):
     uploads, upload = [], PointerTable._upload
-    monkeypatch.setattr(tables, "_tables", OrderedDict())  # earlier tests' memory may have been handed out again
+    monkeypatch.setattr(
+        tables, "_tables", OrderedDict()
+    )  # earlier tests' memory may have been handed out again
 
     def counted(self, addresses, first, end, capturing):
         uploads.append((first, end))
@@ -237,7 +269,9 @@ def test_gradients_that_move_upload_one_column_and_those_that_stay_none(monkeypa
     monkeypatch.setattr(PointerTable, "_upload", counted)
     plans = []
     plan = optimizer_module.Plan
-    monkeypatch.setattr(optimizer_module, "Plan", lambda *given: plans.append(given) or plan(*given))
+    monkeypatch.setattr(
+        optimizer_module, "Plan", lambda *given: plans.append(given) or plan(*given)
+    )
     trained = Trained("triton")
     kept = []
     for seed in range(4):
@@ -270,7 +304,9 @@ def test_a_plan_made_outside_is_right_inside_a_capture_and_after_it():
         torch.testing.assert_close(one, two, rtol=0, atol=0)
     captured = [p.grad for p in trained.ours]  # alive: the graph reads them
     for parameter, gradient in zip(trained.ours, captured, strict=True):
-        parameter.grad = gradient.clone()  # an eager step with gradients elsewhere leaves the graph's addresses alone
+        parameter.grad = (
+            gradient.clone()
+        )  # an eager step with gradients elsewhere leaves the graph's addresses alone
     trained.own.step(ema_momentum=0.5)
     eager.own.step(ema_momentum=0.5)
     graph.replay()

@@ -15,8 +15,11 @@ from tests.kernels.view_color_cases import LEVELS, ORDERS, by_pillow, drawn, pic
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "aug.npz")
 
 
-# 72 images see each order three times. One pixel; sizes at which images go together; a ragged one; alone.
-@pytest.mark.parametrize(("count", "height", "width"), [(72, 1, 1), (72, 8, 8), (72, 40, 37), (24, 90, 120)])
+# 72 images see each order three times. One pixel; sizes at which images go together; a ragged one;
+# alone.
+@pytest.mark.parametrize(
+    ("count", "height", "width"), [(72, 1, 1), (72, 8, 8), (72, 40, 37), (24, 90, 120)]
+)
 def test_equals_pillow_in_every_order(count, height, width) -> None:
     images, parameters = pictures(count, height, width), drawn(count)
     assert len({tuple(order) for order in parameters.order.tolist()}) == 24
@@ -27,9 +30,15 @@ def test_equals_pillow_in_every_order(count, height, width) -> None:
 
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 2), (1, 3)])
 def test_the_order_matters(first, second) -> None:
-    """What the test above would miss if both sides left the order out: two orders give two results."""
-    images, parameters = pictures(1, 16, 16), drawn(1, brightness=torch.tensor([1.5]), contrast=torch.tensor([0.5]))
-    parameters = parameters._replace(saturation=torch.tensor([1.8]), hue=torch.tensor([0.3]), order=torch.zeros(1, 4))
+    """What the test above would miss if both sides left the order out: two orders give two
+    results."""
+    images, parameters = (
+        pictures(1, 16, 16),
+        drawn(1, brightness=torch.tensor([1.5]), contrast=torch.tensor([0.5])),
+    )
+    parameters = parameters._replace(
+        saturation=torch.tensor([1.8]), hue=torch.tensor([0.3]), order=torch.zeros(1, 4)
+    )
     swapped = [i for i in range(4) if i not in (first, second)]
     one, other = (
         parameters._replace(order=torch.tensor([[*pair, *swapped]], dtype=torch.uint8))
@@ -45,7 +54,9 @@ def test_every_colour_turns_as_in_pillow() -> None:
         cube = np.stack(np.meshgrid(axis[start : start + 32], axis, axis, indexing="ij"), -1)
         parameters = ViewColorParameters.neutral(32)._replace(hue=torch.full((32,), 3 / 7))
         made = view_color(torch.from_numpy(cube), parameters, **LEVELS, dtype=torch.float16)
-        expected = np.asarray(adjust_hue(Image.fromarray(cube.reshape(8192, 256, 3)), float(np.float32(3 / 7))))
+        expected = np.asarray(
+            adjust_hue(Image.fromarray(cube.reshape(8192, 256, 3)), float(np.float32(3 / 7)))
+        )
         assert np.array_equal(made.permute(0, 2, 3, 1).numpy().reshape(8192, 256, 3), expected)
 
 
@@ -83,11 +94,15 @@ def test_normalises_as_stored_and_in_every_type() -> None:
 def test_levels_are_what_is_normalised(channels_last) -> None:
     """As bytes, whatever mean and std are, and Pillow's."""
     images, parameters = pictures(30, 13, 11), drawn(30)
-    made = view_color(images, parameters, dtype=torch.uint8, channels_last=channels_last, solarize_threshold=100)
+    made = view_color(
+        images, parameters, dtype=torch.uint8, channels_last=channels_last, solarize_threshold=100
+    )
     assert made.dtype == torch.uint8
     assert made.stride() == view_color(images, parameters, channels_last=channels_last).stride()
     assert torch.equal(made.float(), by_pillow(images, parameters, 100))
-    scale, shift = (torch.tensor(x)[:, None, None] for x in level_factors(IMAGENET_MEAN, IMAGENET_STD))
+    scale, shift = (
+        torch.tensor(x)[:, None, None] for x in level_factors(IMAGENET_MEAN, IMAGENET_STD)
+    )
     assert torch.equal(made * scale + shift, view_color(images, parameters, solarize_threshold=100))
 
 
@@ -119,7 +134,10 @@ def test_a_row_depends_on_its_own_image_and_parameters() -> None:
 
 
 def test_threshold_of_solarize() -> None:
-    images, parameters = pictures(4, 6, 6), ViewColorParameters.neutral(4)._replace(solarize=torch.ones(4) > 0)
+    images, parameters = (
+        pictures(4, 6, 6),
+        ViewColorParameters.neutral(4)._replace(solarize=torch.ones(4) > 0),
+    )
     for threshold in (0, 100, 256):
         made = view_color(images, parameters, **LEVELS, solarize_threshold=threshold)
         assert torch.equal(made, by_pillow(images, parameters, threshold))
@@ -131,7 +149,11 @@ def test_is_an_operator_of_torch() -> None:
         [1 / (255 * s) for s in IMAGENET_STD],
         [-m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)],
     )
-    for dtype, channels_last in ((torch.float32, False), (torch.bfloat16, True), (torch.uint8, False)):
+    for dtype, channels_last in (
+        (torch.float32, False),
+        (torch.bfloat16, True),
+        (torch.uint8, False),
+    ):
         arguments = (images, *parameters, scale, shift, 128, dtype, channels_last, False)
         torch.library.opcheck(torch.ops.fastmoco.view_color.default, arguments)
     compiled = torch.compile(lambda x, p: view_color(x, p) * 2, backend="aot_eager", fullgraph=True)
@@ -143,9 +165,17 @@ def test_is_an_operator_of_torch() -> None:
     [
         ({"brightness": torch.ones(2)}, {}, r"brightness is \(2,\) but 3 images need \(3,\)"),
         ({"order": torch.zeros(3)}, {}, r"order is \(3,\) but 3 images need \(3, 4\)"),
-        ({"order": torch.tensor(ORDERS[:3]) % 2}, {}, r"order of image 0 is \[0, 1, 0, 1\]; must be a permutation"),
+        (
+            {"order": torch.tensor(ORDERS[:3]) % 2},
+            {},
+            r"order of image 0 is \[0, 1, 0, 1\]; must be a permutation",
+        ),
         ({"contrast": torch.tensor([1.0, -0.1, 1.0])}, {}, "contrast of image 1 is -0.1"),
-        ({"saturation": torch.tensor([1.0, 1.0, float("nan")])}, {}, "saturation of image 2 is nan"),
+        (
+            {"saturation": torch.tensor([1.0, 1.0, float("nan")])},
+            {},
+            "saturation of image 2 is nan",
+        ),
         ({"hue": torch.tensor([0.6, 0.0, 0.0])}, {}, "hue of image 0 is 0.6"),
         ({"blur_sigma": torch.tensor([0.0, float("inf"), 0.0])}, {}, "sigma of image 1 is inf"),
         ({"flip": torch.zeros(3, dtype=torch.bool, device="meta")}, {}, "flip is on meta"),
@@ -168,7 +198,10 @@ def test_wrong_calls_are_refused(change, options, words) -> None:
         (torch.zeros(1, 4, 4, 3), "torch.float32"),
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), r"\(1, 3, 4, 4\); need uint8 \[B, H, W, 3\]"),
         (torch.zeros(1, 0, 4, 3, dtype=torch.uint8), "are empty"),
-        (torch.zeros(1, 1, 1, 3, dtype=torch.uint8).expand(1, 4096, 4096, 3), "of 4096 x 4096 pixels"),
+        (
+            torch.zeros(1, 1, 1, 3, dtype=torch.uint8).expand(1, 4096, 4096, 3),
+            "of 4096 x 4096 pixels",
+        ),
     ],
 )
 def test_wrong_images_are_refused(images, words) -> None:

@@ -27,8 +27,8 @@ def test_equals_pillow_in_every_order(device) -> None:
     assert torch.equal(made, by_pillow(images, parameters))
 
 
-# More pixels than a block; one pixel (Triton makes arguments of 1 constants); half precision; channels innermost; levels: with
-# some images blurred, and with none.
+# More pixels than a block; one pixel (Triton makes arguments of 1 constants); half precision;
+# channels innermost; levels: with some images blurred, and with none.
 @pytest.mark.parametrize(
     ("shape", "blurred", "options"),
     [
@@ -44,7 +44,10 @@ def test_equals_pillow_in_every_order(device) -> None:
 def test_equals_torch(shape, blurred, options, device) -> None:
     sigma = torch.zeros(3)
     sigma[blurred] = 1.7
-    images, parameters = pictures(3, *shape, seed=3), drawn(3, seed=5, blur_sigma=sigma, solarize=torch.ones(3) > 0)
+    images, parameters = (
+        pictures(3, *shape, seed=3),
+        drawn(3, seed=5, blur_sigma=sigma, solarize=torch.ones(3) > 0),
+    )
     made = view_color(images.to(device), parameters, backend="triton", **options)
     expected = view_color(images, parameters, backend="torch", **options)
     assert made.stride() == expected.stride()
@@ -53,9 +56,16 @@ def test_equals_torch(shape, blurred, options, device) -> None:
 
 def test_levels_are_pillows_to_the_bit(device) -> None:
     """Every level from 0 to 255."""
-    images = torch.arange(256, dtype=torch.uint8).repeat_interleave(3).view(1, 16, 16, 3).repeat(2, 1, 1, 1)
+    images = (
+        torch.arange(256, dtype=torch.uint8)
+        .repeat_interleave(3)
+        .view(1, 16, 16, 3)
+        .repeat(2, 1, 1, 1)
+    )
     images[1] = pictures(1, 16, 16)[0]
-    parameters = ViewColorParameters.neutral(2)._replace(blur_sigma=torch.tensor([0, 1.2]), flip=torch.ones(2) > 0)
+    parameters = ViewColorParameters.neutral(2)._replace(
+        blur_sigma=torch.tensor([0, 1.2]), flip=torch.ones(2) > 0
+    )
     made = view_color(images.to(device), parameters, dtype=torch.uint8, backend="triton").cpu()
     assert made.dtype == torch.uint8
     assert torch.equal(made.float(), by_pillow(images, parameters))
@@ -64,7 +74,8 @@ def test_levels_are_pillows_to_the_bit(device) -> None:
 
 @pytest.mark.gpu
 def test_parameters_on_the_device_and_bf16() -> None:
-    """Then the host looks at nothing: every launch is made, and images without a blur pass through the boxes unchanged."""
+    """Then the host looks at nothing: every launch is made, and images without a blur pass through
+    the boxes unchanged."""
     images, parameters = pictures(48, 60, 44), drawn(48)
     there, parameters_there = images.cuda(), on("cuda", parameters)
     for dtype in (torch.float32, torch.bfloat16, torch.uint8):
@@ -81,7 +92,8 @@ def test_parameters_on_the_device_and_bf16() -> None:
 
 @pytest.mark.gpu
 def test_torch_on_a_gpu_rounds_as_on_a_cpu() -> None:
-    """Where a quotient by a number would be a product with its reciprocal: boxes of device sigmas, grey means on a tie."""
+    """Where a quotient by a number would be a product with its reciprocal: boxes of device sigmas,
+    grey means on a tie."""
     sigmas = torch.linspace(0.1, 2.0, 10_001)
     assert torch.equal(extended_boxes(sigmas.cuda()).cpu(), extended_boxes(sigmas))
     for pixels in range(2, 800, 2):
@@ -101,24 +113,30 @@ def test_all_launches_give_what_the_needed_ones_give(device, monkeypatch) -> Non
 
 
 def test_bytes_are_those_of_the_launches(monkeypatch) -> None:
-    """Pixels that the launches are given: all of the images and of the result, planes for blurred images alone."""
+    """Pixels that the launches are given: all of the images and of the result, planes for blurred
+    images alone."""
     moved = 0
 
     class Recorder:
         def __init__(self, *pixel_tensors: tuple[int, float]) -> None:
-            self.pixel_tensors = pixel_tensors  # position of the argument, share of it that is touched
+            self.pixel_tensors = (
+                pixel_tensors  # position of the argument, share of it that is touched
+            )
 
         def __getitem__(self, grid):
             def launch_one(*arguments, **options) -> None:
                 nonlocal moved
-                moved += round(sum(arguments[at].nbytes * share for at, share in self.pixel_tensors))
+                moved += round(
+                    sum(arguments[at].nbytes * share for at, share in self.pixel_tensors)
+                )
 
             return launch_one
 
     images, sigma = pictures(6, 10, 12), torch.tensor([0, 1.0, 0, 2.0, 0, 0])
     contrast = torch.tensor([1.5, 1, 1, 0.5, 1, 1])
     parameters = ViewColorParameters.neutral(6)._replace(contrast=contrast, blur_sigma=sigma)
-    # Of the images only those with contrast are read for a mean; of the result either launch writes its own images.
+    # Of the images only those with contrast are read for a mean; of the result either launch writes
+    # its own images.
     monkeypatch.setattr(launch, "grey_sum_kernel", Recorder((0, 2 / 6)))
     monkeypatch.setattr(launch, "view_color_kernel", Recorder((0, 1), (5, 1), (6, 4 / 6)))
     monkeypatch.setattr(launch, "finish_kernel", Recorder((0, 1), (3, 2 / 6)))

@@ -1,4 +1,5 @@
-"""How many bytes a kernel really reads and writes, counted in Triton's interpreter; or how many its tensors hold."""
+"""How many bytes a kernel really reads and writes, counted in Triton's interpreter; or how many its
+tensors hold."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 @contextmanager
 def touched_bytes(chunk: int) -> Iterator[dict[str, int]]:
-    """Counts unmasked elements of all loads and stores of blocks of `chunk` elements; single numbers are left out."""
+    """Counts unmasked elements of all loads and stores of blocks of `chunk` elements; single
+    numbers are left out."""
     from triton.runtime.interpreter import interpreter_builder
 
     counts = {"read": 0, "written": 0}
@@ -19,7 +21,9 @@ def touched_bytes(chunk: int) -> Iterator[dict[str, int]]:
 
     def size(pointers, mask) -> int:
         whole = pointers.data.size == chunk
-        return int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8 if whole else 0
+        return (
+            int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8 if whole else 0
+        )
 
     def counted_load(self, pointers, mask, *rest):
         counts["read"] += size(pointers, mask)
@@ -44,7 +48,9 @@ class CountedKernel:
 
     def __getitem__(self, grid):
         def launched(*arguments, **options):
-            self.touched.append(sum({t.data_ptr(): t.nbytes for t in arguments if isinstance(t, Tensor)}.values()))
+            self.touched.append(
+                sum({t.data_ptr(): t.nbytes for t in arguments if isinstance(t, Tensor)}.values())
+            )
             return self.kernel[grid](*arguments, **options)
 
         return launched

@@ -23,7 +23,9 @@ def pictures(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
     images[1::4] //= 5
-    images[2::4] = images[2::4, ..., :1] // 2 + rng.integers(0, 40, images[2::4].shape, dtype=np.uint8)
+    images[2::4] = images[2::4, ..., :1] // 2 + rng.integers(
+        0, 40, images[2::4].shape, dtype=np.uint8
+    )
     return torch.from_numpy(images)
 
 
@@ -33,7 +35,9 @@ def drawn(count: int, seed: int = 0, **changes: object) -> ViewColorParameters:
     jitter = rng.random(count) < 0.8
 
     def uniform(low: float, high: float, where: np.ndarray, otherwise: float) -> torch.Tensor:
-        return torch.from_numpy(np.where(where, rng.uniform(low, high, count), otherwise).astype(np.float32))
+        return torch.from_numpy(
+            np.where(where, rng.uniform(low, high, count), otherwise).astype(np.float32)
+        )
 
     parameters = ViewColorParameters(
         brightness=uniform(0.3, 1.7, jitter, 1),
@@ -49,7 +53,9 @@ def drawn(count: int, seed: int = 0, **changes: object) -> ViewColorParameters:
     return parameters._replace(**changes)
 
 
-def by_pillow(images: torch.Tensor, parameters: ViewColorParameters, threshold: int = 128) -> torch.Tensor:
+def by_pillow(
+    images: torch.Tensor, parameters: ViewColorParameters, threshold: int = 128
+) -> torch.Tensor:
     """[B, 3, H, W] float32 levels."""
     done = [np.asarray(_one(image, parameters, i, threshold)) for i, image in enumerate(images)]
     return torch.from_numpy(np.stack(done)).permute(0, 3, 1, 2).float()

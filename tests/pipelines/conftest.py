@@ -20,9 +20,13 @@ def noise_image() -> Callable[..., bytes]:
     `noise_image(i, height, width, format="JPEG", mode="RGB")`.
     """
 
-    def make(i: int, height: int = 24, width: int = 32, format: str = "JPEG", mode: str = "RGB") -> bytes:
+    def make(
+        i: int, height: int = 24, width: int = 32, format: str = "JPEG", mode: str = "RGB"
+    ) -> bytes:
         coarse = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+        image = (
+            Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+        )
         out = io.BytesIO()
         image.save(out, format)
         return out.getvalue()
@@ -36,7 +40,9 @@ def write_tar() -> Callable[..., Path]:
     `write_tar(path, [("a.jpg", data), ...])`.
     """
 
-    def write(path: Path, members: list[tuple[str, bytes | dict[str, object]]], **options: int) -> Path:
+    def write(
+        path: Path, members: list[tuple[str, bytes | dict[str, object]]], **options: int
+    ) -> Path:
         with tarfile.open(path, "w", **options) as tar:  # type: ignore[call-overload]
             for name, content in members:
                 info = tarfile.TarInfo(name)
@@ -53,7 +59,9 @@ def write_tar() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def image_folder(tmp_path_factory: pytest.TempPathFactory, noise_image: Callable[..., bytes]) -> Path:
+def image_folder(
+    tmp_path_factory: pytest.TempPathFactory, noise_image: Callable[..., bytes]
+) -> Path:
     """45 images in three class folders, of several sizes and formats."""
     folder = tmp_path_factory.mktemp("images")
     for i in range(45):
@@ -62,7 +70,9 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory, noise_image: Callable
         path.parent.mkdir(exist_ok=True)
         format = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[kind]
         path.write_bytes(
-            noise_image(i, 20 + i % 7, 18 + i % 11, format, "L" if i % 5 == 0 and kind != "webp" else "RGB")
+            noise_image(
+                i, 20 + i % 7, 18 + i % 11, format, "L" if i % 5 == 0 and kind != "webp" else "RGB"
+            )
         )
     return folder
 

@@ -34,7 +34,13 @@ def photographs(count: int, kind: str = "JPEG") -> list[NDArray[np.uint8]]:
     return pieces
 
 
-def draw(spec: ViewSpec, encoded: list[NDArray[np.uint8]], *, view: int = 1, seed: int = 0) -> ViewDraws:
+def draw(
+    spec: ViewSpec, encoded: list[NDArray[np.uint8]], *, view: int = 1, seed: int = 0
+) -> ViewDraws:
     """The draws of the first epoch, image i being sample i."""
-    sizes = np.array([Image.open(io.BytesIO(image.tobytes())).size[::-1] for image in encoded], dtype=np.int32)
-    return draw_views(spec, seed=seed, epoch=0, sample_ids=np.arange(len(encoded)), sizes=sizes, view=view)
+    sizes = np.array(
+        [Image.open(io.BytesIO(image.tobytes())).size[::-1] for image in encoded], dtype=np.int32
+    )
+    return draw_views(
+        spec, seed=seed, epoch=0, sample_ids=np.arange(len(encoded)), sizes=sizes, view=view
+    )

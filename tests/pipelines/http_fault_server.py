@@ -5,8 +5,8 @@ validators, and scripted faults.
         server.script["train-000001.tar"] = [status(503), drop(after=1000)]   # the first two requests only
         server.always["train-000002.tar"] = stall(after=10)                    # every request
 
-It listens on 127.0.0.1 alone. No answer takes longer than ANSWER_SECONDS, but those of `hold`, which take HOLD_SECONDS;
-and it stops by itself after LIFE_SECONDS.
+It listens on 127.0.0.1 alone. No answer takes longer than ANSWER_SECONDS, but those of `hold`,
+which take HOLD_SECONDS; and it stops by itself after LIFE_SECONDS.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = unquote(urlsplit(self.path).path.lstrip("/"))
-        self.server.requests.append((name, self.headers.get("Range", ""), self.headers.get("If-Range", "")))
+        self.server.requests.append(
+            (name, self.headers.get("Range", ""), self.headers.get("If-Range", ""))
+        )
         self.close_connection = True
         path = self.server.folder / name
         if ".." in name or not path.is_file():
@@ -123,7 +125,9 @@ def etag(data: bytes) -> str:
     return f'"{hashlib.sha256(data).hexdigest()[:20]}"'
 
 
-def answer(handler: _Handler, data: bytes, tag: str | None = None, *, ranges: bool = True) -> tuple[int, dict, bytes]:
+def answer(
+    handler: _Handler, data: bytes, tag: str | None = None, *, ranges: bool = True
+) -> tuple[int, dict, bytes]:
     """Status, headers and body of the right answer."""
     tag = etag(data) if tag is None else tag
     headers: dict[str, object] = {"ETag": tag or None, "Content-Type": "application/x-tar"}
@@ -147,7 +151,9 @@ def serve(handler: _Handler, data: bytes) -> None:
     handler.push(body)
 
 
-def plain(*, tag: str | None = None, ranges: bool = True, other: Callable[[bytes], bytes] = bytes) -> Fault:
+def plain(
+    *, tag: str | None = None, ranges: bool = True, other: Callable[[bytes], bytes] = bytes
+) -> Fault:
     """A server without ranges, or no ETags (`tag=""`), or has other bytes."""
 
     def fault(handler: _Handler, data: bytes) -> None:
@@ -162,7 +168,9 @@ def status(code: int, **headers: object) -> Fault:
     """An error page."""
 
     def fault(handler: _Handler, data: bytes) -> None:
-        handler.head(code, {"Content-Length": 5, **{k.replace("_", "-"): v for k, v in headers.items()}})
+        handler.head(
+            code, {"Content-Length": 5, **{k.replace("_", "-"): v for k, v in headers.items()}}
+        )
         handler.push(b"sorry")
 
     return fault

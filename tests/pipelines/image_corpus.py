@@ -58,7 +58,9 @@ def interlaced_png() -> bytes:
         (0, 1, 2, 2),
         (1, 0, 2, 1),
     ]
-    rows = b"".join(b"\0" + row.tobytes() for y, x, dy, dx in passes for row in levels[y::dy, x::dx])
+    rows = b"".join(
+        b"\0" + row.tobytes() for y, x, dy, dx in passes for row in levels[y::dy, x::dx]
+    )
     return png([ihdr(HEIGHT, WIDTH, 8, 0, 1), b"IDAT" + zlib.compress(rows), b"IEND"])
 
 
@@ -174,7 +176,11 @@ GARBLED: dict[str, bytes] = {
 BOMBS: dict[str, bytes] = {
     "forged_30000.jpg": resized_header(JPEG, 30000, 30000)[:1403],
     "forged_65500.jpg": resized_header(JPEG, 65500, 65500),
-    "zeros_30000.png": png([ihdr(30000, 30000, 8, 2), b"IDAT" + zlib.compress(bytes(1 << 22)) * 600, b"IEND"]),
-    "header_2_31.png": png([ihdr(2**31 - 1, 2**31 - 1, 8, 2), b"IDAT" + zlib.compress(b""), b"IEND"]),
+    "zeros_30000.png": png(
+        [ihdr(30000, 30000, 8, 2), b"IDAT" + zlib.compress(bytes(1 << 22)) * 600, b"IEND"]
+    ),
+    "header_2_31.png": png(
+        [ihdr(2**31 - 1, 2**31 - 1, 8, 2), b"IDAT" + zlib.compress(b""), b"IEND"]
+    ),
     "forged_16000.webp": wide_webp(),
 }

@@ -31,7 +31,9 @@ class QuickPool:
         answers = []
         for item in items:
             with open(os.devnull) as devnull:
-                answer = _examine(Blind(), devnull.fileno(), item.path, item.offset, item.size, item.crc32)
+                answer = _examine(
+                    Blind(), devnull.fileno(), item.path, item.offset, item.size, item.crc32
+                )
             shape = answer["shape"]
             answers.append(
                 Decoded(

@@ -32,7 +32,11 @@ class TarFault:
 def good_members(image: Callable[..., bytes], start: int = 0) -> list[tuple[str, bytes]]:
     """20 samples of jpg and cls."""
     names = [(f"{i:03d}.jpg", f"{i:03d}.cls", i) for i in range(start, start + COUNT)]
-    return [pair for jpg, cls, i in names for pair in ((jpg, image(i, 40, 48)), (cls, str(i % 3).encode()))]
+    return [
+        pair
+        for jpg, cls, i in names
+        for pair in ((jpg, image(i, 40, 48)), (cls, str(i % 3).encode()))
+    ]
 
 
 def member(raw: bytes, name: str) -> tuple[int, int, int]:
@@ -79,10 +83,18 @@ EMPTY_TAR = bytes(10240)
 
 # Damage to a file that was whole when it was indexed. 20 samples are promised, always.
 DAMAGES = {
-    "cut inside a member": TarFault(_cut("010.jpg", "middle"), 10, 10, ("damaged tar", "stale index", "cut off")),
-    "cut at a member's edge": TarFault(_cut("010.jpg", "start"), 10, 10, ("damaged tar", "stale index", "cut off")),
-    "cut inside a header": TarFault(_cut("010.jpg", "header"), 10, 10, ("damaged tar", "stale index", "cut off")),
-    "cut between jpg and cls": TarFault(_cut("010.cls", "start"), 11, 11, ("damaged tar", "stale index", "cut off")),
+    "cut inside a member": TarFault(
+        _cut("010.jpg", "middle"), 10, 10, ("damaged tar", "stale index", "cut off")
+    ),
+    "cut at a member's edge": TarFault(
+        _cut("010.jpg", "start"), 10, 10, ("damaged tar", "stale index", "cut off")
+    ),
+    "cut inside a header": TarFault(
+        _cut("010.jpg", "header"), 10, 10, ("damaged tar", "stale index", "cut off")
+    ),
+    "cut between jpg and cls": TarFault(
+        _cut("010.cls", "start"), 11, 11, ("damaged tar", "stale index", "cut off")
+    ),
     "random bytes in a header": TarFault(_overwrite("010.jpg", _noise), 20, 19),
     "zeroed kilobyte in a header": TarFault(
         _overwrite("010.jpg", bytes, size=1024), 19, 19, ("damaged tar", "changed bytes")
@@ -90,13 +102,21 @@ DAMAGES = {
     "zeroed block in the data": TarFault(
         _overwrite("010.jpg", bytes, in_data=True), 19, 19, ("changed bytes",), ("no image",)
     ),
-    "size field of 8 GiB": TarFault(_size_field, 20, 19, ("damaged tar",), ("damaged tar", "cut off")),
+    "size field of 8 GiB": TarFault(
+        _size_field, 20, 19, ("damaged tar",), ("damaged tar", "cut off")
+    ),
     "zero bytes": TarFault(lambda raw: b"", 0, 0, ("damaged tar", "stale index", "cut off")),
-    "valid empty tar": TarFault(lambda raw: EMPTY_TAR, 0, 0, ("empty tar", "stale index"), ("empty tar",)),
-    "HTML": TarFault(lambda raw: b"<!doctype html><html>404</html>" * 40, 0, 0, ("damaged tar", "stale index")),
+    "valid empty tar": TarFault(
+        lambda raw: EMPTY_TAR, 0, 0, ("empty tar", "stale index"), ("empty tar",)
+    ),
+    "HTML": TarFault(
+        lambda raw: b"<!doctype html><html>404</html>" * 40, 0, 0, ("damaged tar", "stale index")
+    ),
     "random bytes": TarFault(lambda raw: _noise(9000), 0, 0, ("damaged tar", "stale index")),
     "gzip named .tar": TarFault(gzip.compress, 0, 0, ("damaged tar", "stale index")),
-    "truncated gzip": TarFault(lambda raw: gzip.compress(raw)[:3000], 0, 0, ("damaged tar", "stale index")),
+    "truncated gzip": TarFault(
+        lambda raw: gzip.compress(raw)[:3000], 0, 0, ("damaged tar", "stale index")
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""Files written whole or not at all, their hashes, and locks where a file system gives them only on conditions."""
+"""Files written whole or not at all, their hashes, and locks where a file system gives them only on
+conditions."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ def test_room_is_made_on_a_network_file_system(tmp_path, monkeypatch):
     flock, before = fcntl.flock, open_files()
 
     def of_nfs(descriptor: int, how: int) -> None:
-        if how & fcntl.LOCK_EX and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        if (
+            how & fcntl.LOCK_EX
+            and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        ):
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         flock(descriptor, how)
 
@@ -72,7 +76,9 @@ def test_a_file_is_replaced_in_one_go_or_stays_as_it_was(tmp_path, monkeypatch):
 
     seen = []
     plain = os.replace
-    monkeypatch.setattr(os, "replace", lambda old, new: (seen.append(path.read_bytes()), plain(old, new)))
+    monkeypatch.setattr(
+        os, "replace", lambda old, new: (seen.append(path.read_bytes()), plain(old, new))
+    )
     write_file(path, b"new")
     assert seen == [b"old"]
     assert path.read_bytes() == b"new"
@@ -80,10 +86,14 @@ def test_a_file_is_replaced_in_one_go_or_stays_as_it_was(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("durable", [True, False])
-def test_the_bytes_are_on_the_disk_before_a_durable_file_has_its_name(tmp_path, monkeypatch, durable):
+def test_the_bytes_are_on_the_disk_before_a_durable_file_has_its_name(
+    tmp_path, monkeypatch, durable
+):
     path, order = tmp_path / "file", []
     flush, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: (order.append(f"flush {os.fstat(file).st_size}"), flush(file)))
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (order.append(f"flush {os.fstat(file).st_size}"), flush(file))
+    )
     monkeypatch.setattr(os, "replace", lambda old, new: (order.append("name"), replace(old, new)))
     write_file(path, b"12345", durable=durable)
     assert order == (["flush 5", "name"] if durable else ["name"])

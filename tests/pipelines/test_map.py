@@ -15,9 +15,13 @@ ROOT = Path(fastmoco_pipelines.__file__).parent
 
 
 def test_readme_names_every_file_and_no_other():
-    named = re.findall(r"^\| `([\w/]+\.py)` \|", (ROOT.parent / "README.md").read_text(), flags=re.MULTILINE)
+    named = re.findall(
+        r"^\| `([\w/]+\.py)` \|", (ROOT.parent / "README.md").read_text(), flags=re.MULTILINE
+    )
     assert sorted(named) == sorted(
-        str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if path.name != "__init__.py" or path.parent == ROOT
+        str(path.relative_to(ROOT))
+        for path in ROOT.rglob("*.py")
+        if path.name != "__init__.py" or path.parent == ROOT
     )
 
 

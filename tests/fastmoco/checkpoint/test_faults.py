@@ -50,8 +50,12 @@ def test_two_hundred_flipped_bits_are_all_detected(tmp_path: Path, layout: Layou
     assert loaded_step(tmp_path) == 2
 
 
-@pytest.mark.parametrize("fault", ["missing", "truncated", "other step's", "longer", "symlink", "empty"])
-def test_a_damaged_file_falls_back_and_says_which(tmp_path: Path, layout: Layout, fault: str) -> None:
+@pytest.mark.parametrize(
+    "fault", ["missing", "truncated", "other step's", "longer", "symlink", "empty"]
+)
+def test_a_damaged_file_falls_back_and_says_which(
+    tmp_path: Path, layout: Layout, fault: str
+) -> None:
     files, group = layout
     older, newest = save(tmp_path, 1, group=group), save(tmp_path, 2, group=group)
     for file in [
@@ -88,15 +92,21 @@ def test_a_renamed_folder_is_not_another_step(tmp_path: Path) -> None:
         load_latest(tmp_path)
 
 
-def test_never_from_scratch_when_no_checkpoint_can_be_trusted(tmp_path: Path, layout: Layout) -> None:
+def test_never_from_scratch_when_no_checkpoint_can_be_trusted(
+    tmp_path: Path, layout: Layout
+) -> None:
     files, group = layout
     for step in (1, 2):
         flip_bit(save(tmp_path, step, group=group) / files[0], 900)
-    with pytest.raises(CheckpointError, match=r"(?s)2 checkpoint.*step_00000002.*step_00000001.*start from scratch"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)2 checkpoint.*step_00000002.*step_00000001.*start from scratch"
+    ):
         load_latest(tmp_path)
 
 
-def test_the_last_verified_checkpoint_survives_any_number_of_damaged_ones(tmp_path: Path, layout: Layout) -> None:
+def test_the_last_verified_checkpoint_survives_any_number_of_damaged_ones(
+    tmp_path: Path, layout: Layout
+) -> None:
     files, group = layout
     for step in (1, 2, 3):
         save(tmp_path, step, keep=3, group=group)
@@ -111,7 +121,9 @@ def test_the_last_verified_checkpoint_survives_any_number_of_damaged_ones(tmp_pa
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_checkpoint_of_an_unreleased_format_is_refused_by_name(tmp_path: Path, number: int) -> None:
+def test_a_checkpoint_of_an_unreleased_format_is_refused_by_name(
+    tmp_path: Path, number: int
+) -> None:
     marker = save(tmp_path, 1) / "COMMITTED"
     promised = json.loads(marker.read_text())
     old = {"format": f"fastmoco-checkpoint-{number}", "step": 1, "files": promised["files"]}
@@ -148,7 +160,11 @@ def test_hostile_pickles_are_never_opened(tmp_path: Path) -> None:
         (newest / file).write_bytes(payload)
         assert loaded_step(tmp_path / "c") == 1
     armed = False
-    assert {Path(path).name for path in opened} <= {"tensors.safetensors", "state.json", "COMMITTED"}
+    assert {Path(path).name for path in opened} <= {
+        "tensors.safetensors",
+        "state.json",
+        "COMMITTED",
+    }
     assert any(str(older) in path for path in opened)
     assert not exploded.exists()
     pickle.loads(payload)  # the bomb was live
@@ -160,7 +176,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_alone(tmp_path: Path, layout: La
     save(tmp_path, 1, group=group)
     with (
         full_disk(),
-        pytest.raises(CheckpointError, match=r"step 2 was not written.*Earlier checkpoints are untouched. Free space"),
+        pytest.raises(
+            CheckpointError,
+            match=r"step 2 was not written.*Earlier checkpoints are untouched. Free space",
+        ),
     ):
         save(tmp_path, 2, group=group)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
@@ -169,7 +188,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_alone(tmp_path: Path, layout: La
     assert loaded_step(tmp_path) == 2
 
 
-def test_a_folder_of_the_step_that_is_valid_is_never_mixed_with_another(tmp_path: Path, layout: Layout) -> None:
+def test_a_folder_of_the_step_that_is_valid_is_never_mixed_with_another(
+    tmp_path: Path, layout: Layout
+) -> None:
     files, group = layout
     path = save(tmp_path, 1, group=group)
     before = {name: (path / name).read_bytes() for name in files}

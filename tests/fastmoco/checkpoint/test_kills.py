@@ -1,4 +1,5 @@
-"""kill -9 at any moment of a save: every folder afterwards is complete and bit-exact, or ignored."""
+"""kill -9 at any moment of a save: every folder afterwards is complete and bit-exact, or
+ignored."""
 
 import itertools
 import os
@@ -12,7 +13,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from fastmoco.checkpoint import group_for_saving, list_checkpoints, load_checkpoint, load_latest, unfinished_saves
+from fastmoco.checkpoint import (
+    group_for_saving,
+    list_checkpoints,
+    load_checkpoint,
+    load_latest,
+    unfinished_saves,
+)
 from tests.checkpoint_content import assert_same, content, save
 
 pytestmark = pytest.mark.faults
@@ -23,7 +30,9 @@ def save_step_after_step(root: Path, first: int, store: Path | None, rank: int, 
     group = None
     if store is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2
+        )
         group = group_for_saving(10)
     for step in itertools.count(first):
         save(root, step, group=group)
@@ -33,7 +42,8 @@ def save_step_after_step(root: Path, first: int, store: Path | None, rank: int, 
 
 @contextmanager
 def children(root: Path, first: int, store: Path | None) -> Iterator[tuple[list[int], int]]:
-    """One process that saves alone, or two that save together; their ids and the pipe to which each save is reported."""
+    """One process that saves alone, or two that save together; their ids and the pipe to which each
+    save is reported."""
     reading, writing = os.pipe()
     pids = []
     for rank in range(1 if store is None else 2):
@@ -66,7 +76,8 @@ def wait_for(pid: int, seconds: float) -> int:
 
 
 def check_all(root: Path, last_done: int) -> int:
-    """Every committed folder is what was saved, and nothing that was reported as saved is gone; the newest step."""
+    """Every committed folder is what was saved, and nothing that was reported as saved is gone; the
+    newest step."""
     for path in list_checkpoints(root):
         loaded = load_checkpoint(path)
         assert_same(loaded.tensors, content(loaded.step))
@@ -79,7 +90,8 @@ def check_all(root: Path, last_done: int) -> int:
 
 
 def kill_again_and_again(root: Path, times: int, *, ranks: int, seed: int) -> int:
-    """The children share one folder, as a run that is restarted again and again does. Returns the saves interrupted."""
+    """The children share one folder, as a run that is restarted again and again does. Returns the
+    saves interrupted."""
     rng, first, interrupted = random.Random(seed), 1, 0
     for trial in range(times):
         store = root.parent / f"store{trial}" if ranks == 2 else None
@@ -101,14 +113,19 @@ def kill_again_and_again(root: Path, times: int, *, ranks: int, seed: int) -> in
 
 def test_ten_kills_of_a_process_that_saves_alone(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
-    assert kill_again_and_again(tmp_path / "c", 10, ranks=1, seed=1) > 0, "no kill hit a save: the test proves nothing"
+    assert kill_again_and_again(tmp_path / "c", 10, ranks=1, seed=1) > 0, (
+        "no kill hit a save: the test proves nothing"
+    )
 
 
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "times"), [(1, 20), (2, 30)])
-def test_fifty_kills_while_saving_never_leave_a_believable_half(tmp_path: Path, ranks: int, times: int) -> None:
-    """Of two ranks every third time only one is killed: the other must end by itself, with an error."""
+def test_fifty_kills_while_saving_never_leave_a_believable_half(
+    tmp_path: Path, ranks: int, times: int
+) -> None:
+    """Of two ranks every third time only one is killed: the other must end by itself, with an
+    error."""
     (tmp_path / "c").mkdir()
     interrupted = kill_again_and_again(tmp_path / "c", times, ranks=ranks, seed=ranks)
     assert interrupted > times // 10, "too few kills hit a save: the test proves little"

@@ -1,4 +1,5 @@
-"""`.metadata` is a pickle from the disk: whatever it says, nothing runs, and only tensors of this checkpoint come out."""
+"""`.metadata` is a pickle from the disk: whatever it says, nothing runs, and only tensors of this
+checkpoint come out."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+)
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from fastmoco.checkpoint import CheckpointError, load_checkpoint, load_latest
@@ -86,7 +92,17 @@ def hostile(marker: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["os", "a nested one", "eval", "getattr", "torch", "protocol 0", "by instance", "a dotted name"]
+    "kind",
+    [
+        "os",
+        "a nested one",
+        "eval",
+        "getattr",
+        "torch",
+        "protocol 0",
+        "by instance",
+        "a dotted name",
+    ],
 )
 def test_a_hostile_metadata_runs_nothing(folder: Path, tmp_path: Path, kind: str) -> None:
     exploded = tmp_path / "exploded"
@@ -114,7 +130,9 @@ def changed(**fields: Any) -> Callable[[Metadata], Metadata]:
 
 
 def with_entry(name: str, entry: Any) -> Callable[[Metadata], Metadata]:
-    return lambda m: dataclasses.replace(m, state_dict_metadata={**m.state_dict_metadata, name: entry})
+    return lambda m: dataclasses.replace(
+        m, state_dict_metadata={**m.state_dict_metadata, name: entry}
+    )
 
 
 def with_place(**fields: Any) -> Callable[[Metadata], Metadata]:
@@ -123,7 +141,8 @@ def with_place(**fields: Any) -> Callable[[Metadata], Metadata]:
     def change(metadata: Metadata) -> Metadata:
         index, place = next(iter(metadata.storage_data.items()))
         return dataclasses.replace(
-            metadata, storage_data={**metadata.storage_data, index: dataclasses.replace(place, **fields)}
+            metadata,
+            storage_data={**metadata.storage_data, index: dataclasses.replace(place, **fields)},
         )
 
     return change
@@ -135,7 +154,9 @@ def with_chunk(offsets: list[int], sizes: list[int]) -> Callable[[Metadata], Met
     def change(metadata: Metadata) -> Metadata:
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         entry = dataclasses.replace(metadata.state_dict_metadata["float32"], chunks=[chunk])
-        return dataclasses.replace(metadata, state_dict_metadata={**metadata.state_dict_metadata, "float32": entry})
+        return dataclasses.replace(
+            metadata, state_dict_metadata={**metadata.state_dict_metadata, "float32": entry}
+        )
 
     return change
 
@@ -145,7 +166,9 @@ def huge(metadata: Metadata) -> Metadata:
     size = torch.Size([2**30, 2**30])
     chunk = ChunkStorageMetadata(torch.Size([0, 0]), size)
     entry = dataclasses.replace(metadata.state_dict_metadata["float32"], size=size, chunks=[chunk])
-    return dataclasses.replace(metadata, state_dict_metadata={**metadata.state_dict_metadata, "float32": entry})
+    return dataclasses.replace(
+        metadata, state_dict_metadata={**metadata.state_dict_metadata, "float32": entry}
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,7 +190,10 @@ def huge(metadata: Metadata) -> Metadata:
         (changed(storage_data=None), "not written by fastmoco"),
         (changed(state_dict_metadata={}), "pieces that belong to no tensor"),
         (with_entry("w", 3), "'w' is a int, not a tensor"),
-        (with_entry("w", BytesStorageMetadata()), "BytesStorageMetadata, which no checkpoint of tensors needs"),
+        (
+            with_entry("w", BytesStorageMetadata()),
+            "BytesStorageMetadata, which no checkpoint of tensors needs",
+        ),
     ],
 )
 def test_metadata_that_says_something_else_than_tensors_is_refused(
@@ -181,7 +207,10 @@ def test_metadata_that_says_something_else_than_tensors_is_refused(
 
 def test_an_entry_that_is_no_tensor_is_never_unpickled(folder: Path, tmp_path: Path) -> None:
     """DCP writes such an entry itself, and its own loader runs it."""
-    dcp_save({"w": torch.ones(3), "extra": Calls(os.mkdir, str(tmp_path / "exploded"))}, checkpoint_id=tmp_path / "dcp")
+    dcp_save(
+        {"w": torch.ones(3), "extra": Calls(os.mkdir, str(tmp_path / "exploded"))},
+        checkpoint_id=tmp_path / "dcp",
+    )
     for name in (".metadata", "__0_0.distcp"):
         (folder / name).write_bytes((tmp_path / "dcp" / name).read_bytes())
     vouch(folder)
@@ -189,15 +218,20 @@ def test_an_entry_that_is_no_tensor_is_never_unpickled(folder: Path, tmp_path: P
     assert not (tmp_path / "exploded").exists()
 
 
-def test_a_hostile_shard_runs_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes of a tensor replaced by a pickle of the same length: torch's own restricted reader refuses it."""
+def test_a_hostile_shard_runs_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes of a tensor replaced by a pickle of the same length: torch's own restricted reader
+    refuses it."""
     shard = folder / "__0_0.distcp"
     buffer = io.BytesIO()
     torch.save(Calls(os.mkdir, str(tmp_path / "exploded")), buffer)
     data = shard.read_bytes()
     shard.write_bytes(buffer.getvalue() + data[len(buffer.getvalue()) :])
     vouch(folder)
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # would open torch.load where nothing else is said
+    monkeypatch.setenv(
+        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1"
+    )  # would open torch.load where nothing else is said
     loaded = load_checkpoint(folder)
     with pytest.raises(CheckpointError, match="cannot be read"):
         _ = loaded.tensors
@@ -211,7 +245,9 @@ def test_a_marker_that_names_files_elsewhere_is_refused(folder: Path) -> None:
     refused(folder, "marker is damaged")
 
 
-def test_the_same_state_gives_the_same_bytes(folder: Path, tmp_path: Path, group: dist.ProcessGroup) -> None:
+def test_the_same_state_gives_the_same_bytes(
+    folder: Path, tmp_path: Path, group: dist.ProcessGroup
+) -> None:
     other = save(tmp_path / "other", 2, group=group)
     for name in (".metadata", "__0_0.distcp", "state.json"):
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name

@@ -34,7 +34,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 def test_adamw_continues_bit_identically(tmp_path: Path, fused: bool, cut: int) -> None:
     def build() -> tuple[nn.Sequential, torch.optim.AdamW]:
         model = small_model()
-        return model, torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.98), fused=fused)
+        return model, torch.optim.AdamW(
+            model.parameters(), weight_decay=0.1, betas=(0.9, 0.98), fused=fused
+        )
 
     whole, optimizer = build()
     train(whole, optimizer, range(12))
@@ -48,7 +50,9 @@ def test_adamw_continues_bit_identically(tmp_path: Path, fused: bool, cut: int) 
     loaded = load_latest(tmp_path)
     assert loaded is not None
     after, optimizer = build()
-    after.load_state_dict({k.removeprefix("model."): v for k, v in loaded.tensors.items() if k.startswith("model.")})
+    after.load_state_dict(
+        {k.removeprefix("model."): v for k, v in loaded.tensors.items() if k.startswith("model.")}
+    )
     restore_optimizer(optimizer, after.named_parameters(), loaded.tensors)
     train(after, optimizer, range(cut, 12))
     assert_same(after.state_dict(), whole.state_dict())
@@ -79,8 +83,12 @@ def test_optimizer_state_that_does_not_fit_is_named() -> None:
     assert set(flatten_optimizer(optimizer, named)) == set(missing)
     with pytest.raises(CheckpointError, match=r"without parameter \['9.bias'\]"):
         restore_optimizer(optimizer, named, {**flat, "optimizer.9.bias.step": torch.ones(())})
-    with pytest.raises(CheckpointError, match=r"0.weight.exp_avg has shape \(2, 2\), the parameter has \(8, 5\)"):
-        restore_optimizer(optimizer, named, {**flat, "optimizer.0.weight.exp_avg": torch.ones(2, 2)})
+    with pytest.raises(
+        CheckpointError, match=r"0.weight.exp_avg has shape \(2, 2\), the parameter has \(8, 5\)"
+    ):
+        restore_optimizer(
+            optimizer, named, {**flat, "optimizer.0.weight.exp_avg": torch.ones(2, 2)}
+        )
 
 
 def test_restored_state_is_a_copy() -> None:

@@ -57,7 +57,9 @@ def test_loaded_tensors_own_their_memory(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     loaded = load_checkpoint(path)
     assert loaded.tensors is loaded.tensors
-    (path / "tensors.safetensors").write_bytes(b"\0" * (path / "tensors.safetensors").stat().st_size)
+    (path / "tensors.safetensors").write_bytes(
+        b"\0" * (path / "tensors.safetensors").stat().st_size
+    )
     loaded.tensors["scalar"] += 1
     assert_same({**loaded.tensors, "scalar": torch.tensor(1.0)}, content(1))
 
@@ -97,8 +99,14 @@ def test_a_valid_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     marker = (path / "COMMITTED").stat()
     assert save(tmp_path, 1) == path
-    again = (path / "COMMITTED").stat()  # which reading may have changed: the time of the last access
-    assert (again.st_ino, again.st_size, again.st_mtime_ns) == (marker.st_ino, marker.st_size, marker.st_mtime_ns)
+    again = (
+        path / "COMMITTED"
+    ).stat()  # which reading may have changed: the time of the last access
+    assert (again.st_ino, again.st_size, again.st_mtime_ns) == (
+        marker.st_ino,
+        marker.st_size,
+        marker.st_mtime_ns,
+    )
     with pytest.raises(CheckpointError, match="never overwritten"):
         save_checkpoint(tmp_path, step=1, tensors=content(2), state={}, keep=1)
     assert_same(load_checkpoint(path).tensors, content(1))
@@ -118,14 +126,19 @@ def test_leftovers_of_killed_saves_are_ignored_then_swept(tmp_path: Path) -> Non
 
 
 def test_what_cannot_be_stored_is_named(tmp_path: Path) -> None:
-    def refused(match: str, tensors: dict[str, Tensor] | None = None, state: dict[str, object] | None = None) -> None:
+    def refused(
+        match: str, tensors: dict[str, Tensor] | None = None, state: dict[str, object] | None = None
+    ) -> None:
         with pytest.raises(CheckpointError, match=match):
             save_checkpoint(tmp_path, step=1, tensors=tensors or {}, state=state or {}, keep=1)  # type: ignore[arg-type]
         assert list(tmp_path.iterdir()) == []
 
     refused("'a.b' is torch.sparse_coo", {"a.b": torch.eye(2).to_sparse()})
     refused("'a.b' is .* on meta", {"a.b": torch.empty(2, device="meta")})
-    refused(r"\['a.b'\] are torch.complex128", {"ok": torch.ones(1), "a.b": torch.zeros(2, dtype=torch.complex128)})
+    refused(
+        r"\['a.b'\] are torch.complex128",
+        {"ok": torch.ones(1), "a.b": torch.zeros(2, dtype=torch.complex128)},
+    )
     refused("__metadata__", {"__metadata__": torch.ones(1)})
     refused(r"state.best\[1\] is nan", state={"best": [1, float("nan")]})
     refused("state.rng is Tensor", state={"rng": torch.ones(1)})

@@ -1,4 +1,5 @@
-"""Saves in the background: the values of the call, one at a time, and no error that the training does not hear of."""
+"""Saves in the background: the values of the call, one at a time, and no error that the training
+does not hear of."""
 
 from __future__ import annotations
 
@@ -15,7 +16,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from fastmoco.checkpoint import CheckpointError, Saver, list_checkpoints, load_checkpoint, load_latest, saver
+from fastmoco.checkpoint import (
+    CheckpointError,
+    Saver,
+    list_checkpoints,
+    load_checkpoint,
+    load_latest,
+    saver,
+)
 from fastmoco.cli.train import train
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
@@ -24,7 +32,15 @@ from fastmoco.faults.pulse import Pulse
 from fastmoco.run.folder import RunFolder
 from fastmoco.training.saving import Saving
 from fastmoco.training.trainer import Trainer
-from tests.checkpoint_content import assert_same, content, flip_bit, full_disk, group_of_one, loaded_step, save
+from tests.checkpoint_content import (
+    assert_same,
+    content,
+    flip_bit,
+    full_disk,
+    group_of_one,
+    loaded_step,
+    save,
+)
 
 pytestmark = pytest.mark.faults
 
@@ -57,13 +73,17 @@ def spoil(tensors: Mapping[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["one file", "shards"])
-def test_the_values_of_the_call_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+def test_the_values_of_the_call_are_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
     gate, tensors = Gate(monkeypatch), content(1)
     tensors["view"] = torch.arange(24.0).reshape(4, 6).t()[1:]
     expected = {name: tensor.clone() for name, tensor in tensors.items()}
     if layout == "shards":
         with group_of_one() as group:
-            tensors["sharded"] = distribute_tensor(torch.randn(6, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
+            tensors["sharded"] = distribute_tensor(
+                torch.randn(6, 4), init_device_mesh("cpu", (1,)), [Shard(0)]
+            )
             expected["sharded"] = tensors["sharded"].full_tensor().clone()
             subject = Saver(tmp_path, keep=1, group=group)
             subject.save_in_background(step=1, tensors=tensors, state={})
@@ -96,7 +116,9 @@ def test_the_call_returns_while_the_disk_is_slow_and_the_next_one_waits(
     assert subject.saved_step == 4
     assert gate.most == 1
     assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["2", "3", "4"]
-    for path in list_checkpoints(tmp_path):  # the copy's memory is used again: no save may see the next one's values
+    for path in list_checkpoints(
+        tmp_path
+    ):  # the copy's memory is used again: no save may see the next one's values
         loaded = load_checkpoint(path)
         assert_same(loaded.tensors, content(loaded.step))
 
@@ -142,7 +164,9 @@ def test_a_slow_disk_outlives_the_deadline_of_a_signal(
 ) -> None:
     """The save on a signal takes a minute, behind one in the background that takes another."""
     rules = replace(small_run.faults, stop_within_s=0.01, hang_timeout_s=0.01)
-    config = replace(small_run, faults=rules, checkpoint=replace(small_run.checkpoint, every_steps=1))
+    config = replace(
+        small_run, faults=rules, checkpoint=replace(small_run.checkpoint, every_steps=1)
+    )
     gate, subject = Gate(monkeypatch), saving(config, tmp_path)
     subject.after_step(1, lambda: (finite(1), {}), pytest.fail, force=False)
     said: list[tuple[str, str | None, bool]] = []
@@ -157,14 +181,20 @@ def test_a_slow_disk_outlives_the_deadline_of_a_signal(
     assert subject._pulse.section == "between steps"
 
 
-def test_a_failed_background_save_is_repeated_in_the_foreground(small_run: Config, tmp_path: Path) -> None:
+def test_a_failed_background_save_is_repeated_in_the_foreground(
+    small_run: Config, tmp_path: Path
+) -> None:
     lines: list[str] = []
-    subject = saving(replace(small_run, checkpoint=replace(small_run.checkpoint, every_steps=3)), tmp_path)
+    subject = saving(
+        replace(small_run, checkpoint=replace(small_run.checkpoint, every_steps=3)), tmp_path
+    )
     with full_disk():
         subject.after_step(3, lambda: (finite(3), {}), lines.append, force=False)
         subject._saver.settle()
     assert lines == []
-    subject.after_step(4, lambda: (finite(4), {}), lines.append, force=False)  # not due: it is saved for the failure
+    subject.after_step(
+        4, lambda: (finite(4), {}), lines.append, force=False
+    )  # not due: it is saved for the failure
     assert "failed and is repeated in the foreground" in lines[0]
     assert "step 3 was not written" in lines[0]
     assert loaded_step(tmp_path / "checkpoints") == subject.last_committed() == 4
@@ -178,12 +208,16 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_last_checkpoint_untouched(
     small_run: Config, tmp_path: Path
 ) -> None:
     lines: list[str] = []
-    subject = saving(replace(small_run, checkpoint=replace(small_run.checkpoint, every_steps=1)), tmp_path)
+    subject = saving(
+        replace(small_run, checkpoint=replace(small_run.checkpoint, every_steps=1)), tmp_path
+    )
     subject.after_step(1, lambda: (finite(1), {}), lines.append, force=True)
     with full_disk():
         subject.after_step(2, lambda: (finite(2), {}), lines.append, force=False)
         subject._saver.settle()
-        with pytest.raises(CheckpointError, match=r"step 3 was not written.*Earlier checkpoints are untouched"):
+        with pytest.raises(
+            CheckpointError, match=r"step 3 was not written.*Earlier checkpoints are untouched"
+        ):
             subject.after_step(3, lambda: (finite(3), {}), lines.append, force=False)
     assert loaded_step(tmp_path / "checkpoints") == 1
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
@@ -195,12 +229,16 @@ def test_the_clock_and_the_steps_decide_and_a_forced_save_is_on_the_disk(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    rules = replace(small_run.checkpoint, every_steps=5, every_minutes=1, keep=9, async_save=in_background)
+    rules = replace(
+        small_run.checkpoint, every_steps=5, every_minutes=1, keep=9, async_save=in_background
+    )
     subject = saving(replace(small_run, checkpoint=rules), tmp_path)
     at: list[int] = []
 
     def after(step: int, *, force: bool = False) -> None:
-        subject.after_step(step, lambda: (at.append(step) or finite(step), {}), pytest.fail, force=force)  # type: ignore[func-returns-value]
+        subject.after_step(
+            step, lambda: (at.append(step) or finite(step), {}), pytest.fail, force=force
+        )  # type: ignore[func-returns-value]
 
     for step in range(1, 12):
         now[0] += 0 if step != 3 else 61
@@ -240,7 +278,9 @@ def test_the_config_decides_how_many_are_kept_and_where_they_are_written(
     assert names == ["step_00000004", "step_00000005", "step_00000006"]
 
 
-def test_no_place_to_save_is_refused_before_the_first_step(small_run: Config, tmp_path: Path) -> None:
+def test_no_place_to_save_is_refused_before_the_first_step(
+    small_run: Config, tmp_path: Path
+) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with pytest.raises(RunError, match=r"cannot write checkpoints to .*choose another --out"):
         Trainer.build(small_run, tmp_path, WORLD)
@@ -249,7 +289,9 @@ def test_no_place_to_save_is_refused_before_the_first_step(small_run: Config, tm
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_leftovers_of_a_killed_run_are_listed_and_harm_nothing(small_run: Config, tmp_path: Path, capsys) -> None:
+def test_leftovers_of_a_killed_run_are_listed_and_harm_nothing(
+    small_run: Config, tmp_path: Path, capsys
+) -> None:
     half = tmp_path / "checkpoints" / ".writing-step_00000007-0123abcd"
     half.mkdir(parents=True)
     (half / "state.json").write_text("{")
@@ -302,7 +344,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_never_begun_agai
 
 
 @pytest.mark.gpu
-def test_the_values_of_the_call_are_saved_from_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_values_of_the_call_are_saved_from_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate, subject = Gate(monkeypatch), Saver(tmp_path, keep=2)
     for step in (1, 2):  # the second copy goes into the memory of the first
         gate.open.clear()

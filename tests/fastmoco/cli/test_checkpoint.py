@@ -30,7 +30,9 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_verify_says_which_are_sound_by_its_exit_code(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_says_which_are_sound_by_its_exit_code(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     newest = run / "checkpoints" / "step_00000002"
     assert main(["checkpoint", "verify", str(run)]) == 0
     assert capsys.readouterr().out == "step_00000001: sound\nstep_00000002: sound\n"
@@ -47,14 +49,21 @@ def test_verify_says_which_are_sound_by_its_exit_code(run: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("verb", ["verify", "consolidate"])
-def test_a_folder_without_checkpoints_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+def test_a_folder_without_checkpoints_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
     more = ["--out", str(tmp_path / "out")] if verb == "consolidate" else []
     assert main(["checkpoint", verb, str(tmp_path), *more]) == 2
-    assert "contains no checkpoint; is it the folder given to fastmoco train --out?" in capsys.readouterr().err
+    assert (
+        "contains no checkpoint; is it the folder given to fastmoco train --out?"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
 
 
-def test_list_shows_step_size_time_ranks_and_verdict(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_shows_step_size_time_ranks_and_verdict(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flip_bit(run / "checkpoints" / "step_00000001" / "state.json", 9)
     assert main(["checkpoint", "list", str(run)]) == 0
     _, first, second, left = capsys.readouterr().out.splitlines()
@@ -69,7 +78,9 @@ def test_list_shows_step_size_time_ranks_and_verdict(run: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_consolidate_gives_one_file_from_either_layout(run: Path, tmp_path: Path, step: int) -> None:
+def test_consolidate_gives_one_file_from_either_layout(
+    run: Path, tmp_path: Path, step: int
+) -> None:
     out = tmp_path / "all.safetensors"
     folder = run / "checkpoints" / f"step_{step:08d}"
     assert main(["checkpoint", "consolidate", str(folder), "--out", str(out)]) == 0
@@ -101,16 +112,24 @@ def test_the_encoder_alone_loads_into_the_encoder_of_its_architecture(
     trainer._save(force=True)
     trainer.close()
     out = tmp_path / "encoder.safetensors"
-    assert main(["checkpoint", "consolidate", str(tmp_path / "run"), "--out", str(out), "--encoder"]) == 0
+    assert (
+        main(["checkpoint", "consolidate", str(tmp_path / "run"), "--out", str(out), "--encoder"])
+        == 0
+    )
     objective, _, _ = load_run(tmp_path / "run")
     tensors = load_file(out)
-    expected = {k: v for k, v in objective.encoder.state_dict().items() if not k.startswith("head.")}
+    expected = {
+        k: v for k, v in objective.encoder.state_dict().items() if not k.startswith("head.")
+    }
     assert_same(tensors, expected)
     assert tensors
 
 
 def test_the_encoder_of_something_else_is_a_clear_error(run: Path, tmp_path: Path, capsys) -> None:
-    assert main(["checkpoint", "consolidate", str(run), "--out", str(tmp_path / "out"), "--encoder"]) == 2
+    assert (
+        main(["checkpoint", "consolidate", str(run), "--out", str(tmp_path / "out"), "--encoder"])
+        == 2
+    )
     assert "it is no checkpoint of a run" in capsys.readouterr().err
 
 

@@ -67,7 +67,11 @@ def test_index_check_and_stats_of_a_foreign_set(shards, capsys):
 
 def test_faults_are_printed_escaped_and_written(shards, tmp_path, capsys):
     with tarfile.open(shards, "a") as tar:
-        for name, data in (("x\x1b]0;evil\x07.jpg", image(1)), ("[bold]y.jpg", b"<html>"), ("z.jpg", image(9)[:-200])):
+        for name, data in (
+            ("x\x1b]0;evil\x07.jpg", image(1)),
+            ("[bold]y.jpg", b"<html>"),
+            ("z.jpg", image(9)[:-200]),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -82,7 +86,10 @@ def test_faults_are_printed_escaped_and_written(shards, tmp_path, capsys):
     content = json.loads(report.read_text())
     assert content["counts"] == {"no image": 1, "damaged image": 1, "unsafe name": 1}
     assert (tmp_path / "quarantine.jsonl").exists()
-    assert main(["data", "check", str(shards), "--show", "1", "--workers", "1", "--no-quarantine"]) == 1
+    assert (
+        main(["data", "check", str(shards), "--show", "1", "--workers", "1", "--no-quarantine"])
+        == 1
+    )
     assert "... and 2 more (--show N prints more" in capsys.readouterr().out
 
 
@@ -98,7 +105,9 @@ def test_a_label_field_chooses_json(shards, capsys):
     assert main(["data", "index", str(shards), "--labels", "txt", "--label-field", "x"]) == 2
     assert "label_field='x'" in capsys.readouterr().err
     assert main(["data", "index", str(shards), "--label-field", "x"]) == 2
-    assert "none of the 6 images has a .json beside it with the field 'x'" in capsys.readouterr().err
+    assert (
+        "none of the 6 images has a .json beside it with the field 'x'" in capsys.readouterr().err
+    )
     assert not index_path(shards).exists()
 
 
@@ -128,9 +137,7 @@ def test_an_unindexed_tar_among_others_is_told_and_notes_are_cut_by_show(shards,
     text = capsys.readouterr().out
     assert text.count("note: ") == 1
     assert "... and 1 more notes" in text
-    words = (
-        f"no fault; 2 of 3 shards not indexed yet: run `fastmoco data index '{shards.parent}/*.tar'` before training"
-    )
+    words = f"no fault; 2 of 3 shards not indexed yet: run `fastmoco data index '{shards.parent}/*.tar'` before training"
     assert text.splitlines()[-1] == words
     content = json.loads(report.read_text())
     assert (content["clean"], content["unindexed"], content["refused_shards"]) == (False, 2, 2)
@@ -144,7 +151,11 @@ def test_tars_of_one_name_are_told_apart(tmp_path, capsys):
     pattern, report = f"{tmp_path}/*/*.tar", tmp_path / "report.json"
     assert main(["data", "check", pattern, "--workers", "1", "--json", str(report)]) == 1
     text = capsys.readouterr().out
-    for words in (f"{tmp_path}/b/x.tar: 2.jpg: its", "\ny.tar: 1.jpg: its", f"note: {tmp_path}/a/x.tar: has no index"):
+    for words in (
+        f"{tmp_path}/b/x.tar: 2.jpg: its",
+        "\ny.tar: 1.jpg: its",
+        f"note: {tmp_path}/a/x.tar: has no index",
+    ):
         assert words in text
     faults = json.loads(report.read_text())["faults"]
     expected = [("x.tar", f"{tmp_path}/a/x.tar"), ("x.tar", f"{tmp_path}/b/x.tar"), ("y.tar", "")]

@@ -1,4 +1,5 @@
-"""`fastmoco data index`, `check` and `stats` on URLs, and on what is left of damaged tars: text, files, exit codes."""
+"""`fastmoco data index`, `check` and `stats` on URLs, and on what is left of damaged tars: text,
+files, exit codes."""
 
 from __future__ import annotations
 
@@ -36,7 +37,10 @@ def test_index_check_and_stats_of_a_set_on_a_server(folder, tmp_path, capsys):
     with FaultServer(folder) as server:
         url = f"{server.url}/set-00.tar"
         assert main(["data", "index", url, *cache]) == 2
-        assert "nothing is written to a server: give a folder for the indexes (--out FOLDER)" in capsys.readouterr().err
+        assert (
+            "nothing is written to a server: give a folder for the indexes (--out FOLDER)"
+            in capsys.readouterr().err
+        )
         assert main(["data", "stats", url, *cache]) == 2
         assert "every shard on a server needs its index beside it" in capsys.readouterr().err
         assert main(["data", "index", url, "--out", str(out), *cache]) == 0
@@ -57,18 +61,31 @@ def test_index_check_and_stats_of_a_set_on_a_server(folder, tmp_path, capsys):
         (path,) = lists.iterdir()
         assert f"copy {path} to {server.url}/quarantine.jsonl: loaders look there" in text
         content = json.loads(report.read_text())
-        assert (content["counts"], content["uploads"]) == ({"changed bytes": 1}, [f"{server.url}/quarantine.jsonl"])
+        assert (content["counts"], content["uploads"]) == (
+            {"changed bytes": 1},
+            [f"{server.url}/quarantine.jsonl"],
+        )
         assert content["pattern"] == url
         assert main(["data", "stats", url, *cache]) == 0
         assert "2 classes: cat 3, owl 3" in capsys.readouterr().out
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "set-00.tar", "set-00.tar.index.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "manifest.json",
+        "set-00.tar",
+        "set-00.tar.index.json",
+    ]
 
 
 @pytest.mark.parametrize("verb", ["check", "stats", "index"])
 def test_a_missing_package_of_a_store_names_the_extra(verb, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     object_store.file_system.cache_clear()
-    arguments = ["data", verb, "s3://bucket/set-{00..01}.tar", "--cache-dir", str(tmp_path / "cache")]
+    arguments = [
+        "data",
+        verb,
+        "s3://bucket/set-{00..01}.tar",
+        "--cache-dir",
+        str(tmp_path / "cache"),
+    ]
     assert main([*arguments, *(["--out", str(tmp_path / "out")] if verb == "index" else [])]) == 2
     error = capsys.readouterr().err
     assert "needs the package s3fs" in error
@@ -91,7 +108,8 @@ def test_salvage_lists_what_is_lost(folder, capsys):
     text = capsys.readouterr().out
     assert "5 images in 1 shards indexed, 1 members skipped" in text
     assert (
-        f"lost set-00.tar: {following - header} bytes from byte {header} on: no valid member header (checksum)" in text
+        f"lost set-00.tar: {following - header} bytes from byte {header} on: no valid member header (checksum)"
+        in text
     )
     assert text.count("no valid member header") == 1
     assert "the indexes record the lost bytes" in text

@@ -1,4 +1,5 @@
-"""Switches of the environment that undo a safeguard; what is written down holds no secret; the lock names no impostor."""
+"""Switches of the environment that undo a safeguard; what is written down holds no secret; the lock
+names no impostor."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize("verb", [["train", "quickstart_digits"], ["checkpoint", "list", "."], ["recipes"]])
+@pytest.mark.parametrize(
+    "verb", [["train", "quickstart_digits"], ["checkpoint", "list", "."], ["recipes"]]
+)
 def test_the_switch_that_lets_torch_unpickle_is_refused(
     verb: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -30,14 +33,23 @@ def test_the_switch_that_lets_torch_unpickle_is_refused(
 
 
 def test_switches_of_other_readers_are_dropped_and_nothing_else() -> None:
-    environment = {"GOPEN_REWRITE": "a=pipe:b", "WDS_SECURE": "0", "WDS_X": "", "HOME": "/root", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "GOPEN_REWRITE": "a=pipe:b",
+        "WDS_SECURE": "0",
+        "WDS_X": "",
+        "HOME": "/root",
+        "OMP_NUM_THREADS": "1",
+    }
     clean_environment(environment)
     assert environment == {"HOME": "/root", "OMP_NUM_THREADS": "1"}
     clean_environment(environment | {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"})
 
 
 SECRET = "planted-token"
-URLS = [f"https://user:{SECRET}@host/a-{{0..3}}.tar", f"https://host/a.tar?X-Amz-Signature={SECRET}"]
+URLS = [
+    f"https://user:{SECRET}@host/a-{{0..3}}.tar",
+    f"https://host/a.tar?X-Amz-Signature={SECRET}",
+]
 
 
 @pytest.mark.parametrize("url", URLS)
@@ -63,12 +75,23 @@ def test_a_local_pattern_keeps_its_question_mark(small_run: Config) -> None:
     assert from_json(to_json(config)) == config
 
 
-IMPOSTORS = {"apex", "nvidia-dali", "moco", "moco-v3", "pytorch-triton", "torch-triton", "nvidia-apex", "dali"}
+IMPOSTORS = {
+    "apex",
+    "nvidia-dali",
+    "moco",
+    "moco-v3",
+    "pytorch-triton",
+    "torch-triton",
+    "nvidia-apex",
+    "dali",
+}
 """Names that an index gives to somebody else's project, or to a placeholder."""
 
 
 def test_no_package_is_asked_for_by_a_name_that_is_not_its_own() -> None:
-    words = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    words = [
+        line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()
+    ]
     words += re.findall(r'"([A-Za-z][\w.-]*)[<>=~!\[;]', (ROOT / "pyproject.toml").read_text())
     names = {re.split(r"[<>=~!\[; ]", word)[0].lower().replace("_", "-") for word in words if word}
     assert {"torch", "nvidia-dali-cuda130", "numpy"} <= names
@@ -78,6 +101,8 @@ def test_no_package_is_asked_for_by_a_name_that_is_not_its_own() -> None:
 def test_every_line_of_the_lock_is_one_exact_version() -> None:
     lines = [line.strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
     loose = [
-        line for line in lines if line and not line.startswith("#") and not re.fullmatch(r"[\w.-]+==[\w.+!-]+", line)
+        line
+        for line in lines
+        if line and not line.startswith("#") and not re.fullmatch(r"[\w.-]+==[\w.+!-]+", line)
     ]
     assert not loose

@@ -32,7 +32,8 @@ def test_help_names_every_verb(capsys):
 
 
 @pytest.mark.parametrize(
-    ("args", "hint"), [(["trian"], "train"), (["data", "pakc"], "data pack"), (["eval", "kn"], "eval knn")]
+    ("args", "hint"),
+    [(["trian"], "train"), (["data", "pakc"], "data pack"), (["eval", "kn"], "eval knn")],
 )
 def test_a_wrong_verb_gets_the_nearest(args, hint, capsys):
     assert main(args) == 2
@@ -46,7 +47,17 @@ def test_recipes_lists_them(capsys):
 
 def test_print_config_takes_overrides(capsys):
     assert (
-        main(["print-config", "vit_s16_e300_b1024", "--optim.lr", "3e-4", "--data.view2.blur-probability", "0.5"]) == 0
+        main(
+            [
+                "print-config",
+                "vit_s16_e300_b1024",
+                "--optim.lr",
+                "3e-4",
+                "--data.view2.blur-probability",
+                "0.5",
+            ]
+        )
+        == 0
     )
     config = json.loads(capsys.readouterr().out)
     assert config["optim"]["lr"] == 3e-4

@@ -51,14 +51,39 @@ def test_json_names_everything_and_holds_together(capsys: pytest.CaptureFixture[
 def test_what_is_chosen_is_shared_as_the_run_would_share_it(
     capsys: pytest.CaptureFixture[str], words: list[str], shared_by: int
 ) -> None:
-    assert main(["plan", "quickstart_digits", "--gpus", "4", "--json", *SMALL, "--parallel.strategy", *words]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "quickstart_digits",
+                "--gpus",
+                "4",
+                "--json",
+                *SMALL,
+                "--parallel.strategy",
+                *words,
+            ]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["chosen"]["state_over"] == shared_by
     assert {row["state_over"] for row in found["settings"]} == {1, shared_by, 4}
 
 
-def test_a_gpu_compiles_takes_levels_and_leaves_the_loader_its_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "quickstart_digits", "--memory", "2GB", "--json", *SMALL[:4], "--batch.chunk", "64"]
+def test_a_gpu_compiles_takes_levels_and_leaves_the_loader_its_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [
+        "plan",
+        "quickstart_digits",
+        "--memory",
+        "2GB",
+        "--json",
+        *SMALL[:4],
+        "--batch.chunk",
+        "64",
+    ]
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["compiled"] is True
@@ -67,13 +92,28 @@ def test_a_gpu_compiles_takes_levels_and_leaves_the_loader_its_memory(capsys: py
     assert chosen["parts_bytes"]["views"] == loader["batch_bytes"] == 256 * 2 * 3 * 8 * 8
     assert sum(chosen["parts_bytes"].values()) == pytest.approx(chosen["step_bytes"])
     assert chosen["fits"]
-    left = (2e9 - loader["beside_batch_bytes"]) * found["usable_share"] - chosen["state_bytes"]["total"]
+    left = (2e9 - loader["beside_batch_bytes"]) * found["usable_share"] - chosen["state_bytes"][
+        "total"
+    ]
     assert f"of {left / 2**30:.2f} GiB free" in chosen["plan"]["reason"]
 
 
 def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
-        main(["plan", "quickstart_digits", "--memory", "24GB", *SMALL, "--batch.chunk", "64", "--batch.kept", "1"]) == 0
+        main(
+            [
+                "plan",
+                "quickstart_digits",
+                "--memory",
+                "24GB",
+                *SMALL,
+                "--batch.chunk",
+                "64",
+                "--batch.kept",
+                "1",
+            ]
+        )
+        == 0
     )
     shown = capsys.readouterr().out
     assert "quickstart_digits: batch 256 on 1 x 22.35 GiB, bf16" in shown
@@ -88,12 +128,19 @@ def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus", "3"], "gpus=3: must divide global_batch_size=256"),
     ],
 )
-def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], words: list[str], text: str) -> None:
+def test_mistakes_are_named(
+    capsys: pytest.CaptureFixture[str], words: list[str], text: str
+) -> None:
     assert main(["plan", "quickstart_digits", *words]) == 2
     assert text in capsys.readouterr().err
 
 
 def test_units() -> None:
-    assert [parse_bytes(text) for text in ("80GiB", "24 GB", "1.5MiB", "7")] == [80 * 2**30, 24 * 10**9, 3 * 2**19, 7]
+    assert [parse_bytes(text) for text in ("80GiB", "24 GB", "1.5MiB", "7")] == [
+        80 * 2**30,
+        24 * 10**9,
+        3 * 2**19,
+        7,
+    ]
     with pytest.raises(ValueError, match="memory='0GiB'"):
         parse_bytes("0GiB")

@@ -1,4 +1,5 @@
-"""The quickstart on a shorter schedule: everything it promises to leave behind, and the same call again."""
+"""The quickstart on a shorter schedule: everything it promises to leave behind, and the same call
+again."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from fastmoco.run.folder import RunFolder
 
 @pytest.mark.slow
 def test_quickstart_leaves_pictures_and_an_honest_summary(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "quickstart_digits", lambda: replace(quickstart_digits(), epochs=6, threads=1))
+    monkeypatch.setattr(
+        module, "quickstart_digits", lambda: replace(quickstart_digits(), epochs=6, threads=1)
+    )
     out = tmp_path / "quickstart"
     assert module.quickstart(out) == 0
     text = capsys.readouterr().out

@@ -34,9 +34,17 @@ def test_recipes_travel_through_json(name):
 
 def test_the_official_numbers():
     config = get_recipe("vit_b16_e300_b4096")
-    assert (config.model.architecture, config.epochs, config.global_batch_size) == ("vit_base", 300, 4096)
+    assert (config.model.architecture, config.epochs, config.global_batch_size) == (
+        "vit_base",
+        300,
+        4096,
+    )
     assert config.peak_lr == pytest.approx(2.4e-3)
-    assert (config.optim.weight_decay, config.optim.warmup_epochs, config.objective.temperature) == (0.1, 40, 0.2)
+    assert (
+        config.optim.weight_decay,
+        config.optim.warmup_epochs,
+        config.objective.temperature,
+    ) == (0.1, 40, 0.2)
     assert (config.objective.ema_momentum, config.objective.ema_schedule) == (0.99, "cosine")
     view1, view2 = config.data.view1, config.data.view2
     assert (view1.blur_probability, view2.blur_probability) == (1.0, 0.1)
@@ -53,7 +61,10 @@ def test_a_wrong_recipe_name_gets_the_nearest():
 @pytest.mark.parametrize(
     ("build", "text"),
     [
-        (lambda: ModelConfig(image_size=100), r"image_size=100: must be a multiple of patch_size=16"),
+        (
+            lambda: ModelConfig(image_size=100),
+            r"image_size=100: must be a multiple of patch_size=16",
+        ),
         (lambda: ModelConfig(architecture="vit_giant"), "architecture='vit_giant'"),
         (lambda: MoCoV3Config(temperature=0), "temperature=0: must be positive"),
         (lambda: MoCoV3Config(ema_momentum=1.1), "ema_momentum=1.1"),
@@ -64,7 +75,10 @@ def test_a_wrong_recipe_name_gets_the_nearest():
         (lambda: Config(epochs=0), "epochs=0"),
         (lambda: Config(epochs=10), r"optim.warmup_epochs=40: must be at most epochs=10"),
         (lambda: Config(global_batch_size=1), "global_batch_size=1"),
-        (lambda: Config(model=ModelConfig(image_size=32)), r"data.view1.size=224: must be model.image_size=32"),
+        (
+            lambda: Config(model=ModelConfig(image_size=32)),
+            r"data.view1.size=224: must be model.image_size=32",
+        ),
     ],
 )
 def test_errors_name_field_value_and_rule(build, text):
@@ -75,13 +89,19 @@ def test_errors_name_field_value_and_rule(build, text):
 def test_resolve_counts_whole_batches():
     config = replace(get_recipe("vit_s16_e300_b1024"), epochs=90)
     resolved = resolve(config, world_size=8, sample_count=1_281_167)
-    assert (resolved.steps_per_epoch, resolved.total_steps, resolved.local_batch_size) == (1251, 112_590, 128)
+    assert (resolved.steps_per_epoch, resolved.total_steps, resolved.local_batch_size) == (
+        1251,
+        112_590,
+        128,
+    )
     assert resolved.peak_lr == pytest.approx(6e-4)
 
 
 def test_resolve_refuses_worlds_and_sets_that_do_not_fit():
     config = get_recipe("vit_s16_e300_b1024")
-    with pytest.raises(ValueError, match="global_batch_size=1024: must be a multiple of the 3 processes"):
+    with pytest.raises(
+        ValueError, match="global_batch_size=1024: must be a multiple of the 3 processes"
+    ):
         resolve(config, world_size=3, sample_count=5000)
     with pytest.raises(ValueError, match="at most the 1000 images"):
         resolve(config, world_size=1, sample_count=1000)
@@ -91,7 +111,11 @@ def test_differences_name_what_changes_training_and_nothing_else():
     config = get_recipe("quickstart_digits")
     assert differences(config, config) == []
     free = replace(
-        config, threads=7, log_every_steps=1, knn=KnnConfig(k=5), data=replace(config.data, shards="elsewhere")
+        config,
+        threads=7,
+        log_every_steps=1,
+        knn=KnnConfig(k=5),
+        data=replace(config.data, shards="elsewhere"),
     )
     assert differences(config, free) == []
     other = replace(config, seed=1, optim=replace(config.optim, lr=1.0))
@@ -119,7 +143,9 @@ def test_another_objective_writes_its_kind_and_an_unknown_one_is_refused():
     assert flatten(config)["objective.strength"] == 2.0
     assert differences(Config(), config) == ["objective: 'moco_v3' -> 'other_in_this_test'"]
     data["objective"]["kind"] = "nothing_of_that_name"
-    with pytest.raises(ValueError, match=r"config.objective.kind='nothing_of_that_name': .*known are .*moco_v3"):
+    with pytest.raises(
+        ValueError, match=r"config.objective.kind='nothing_of_that_name': .*known are .*moco_v3"
+    ):
         from_json(data)
 
 
@@ -166,7 +192,9 @@ objective.ema_schedule optim.lr optim.weight_decay optim.betas optim.eps optim.s
 optim.warmup_epochs optim.clip_norm data.view1.* data.view2.* data.more_views"""
 
 
-@pytest.mark.parametrize(("mark", "expected"), [(Resume.FREE, FREE), (Resume.WITH_ALLOW, WITH_ALLOW)])
+@pytest.mark.parametrize(
+    ("mark", "expected"), [(Resume.FREE, FREE), (Resume.WITH_ALLOW, WITH_ALLOW)]
+)
 def test_each_field_says_whether_it_may_change_when_a_run_continues(mark, expected):
     """A field without a mark is not in either list, and a change of it refuses the run."""
     leaves = flatten(Config())
@@ -198,7 +226,13 @@ def test_cuda_is_another_spelling_of_gpu():
 
 def test_the_loader_gets_every_option_that_the_config_has():
     """One dataclass has these fields, so none can be forgotten between the two."""
-    changed = {"prefetch": 3, "sub_batch": 5, "cache_dir": "/c", "cache_size_gb": 7, "shuffle_window": 2}
+    changed = {
+        "prefetch": 3,
+        "sub_batch": 5,
+        "cache_dir": "/c",
+        "cache_size_gb": 7,
+        "shuffle_window": 2,
+    }
     changed |= {"max_bad_share": 0.5, "timeout_s": 9}
     assert changed.keys() == {option.name for option in fields(LoaderOptions)}
     config = replace(Config(), data=replace(Config().data, shards="x.tar", **changed))

@@ -79,12 +79,18 @@ def test_an_image_size_carries_small_crops_along_to_whole_patches():
     ("build", "text"),
     [
         (lambda: DataConfig(view1=ViewSpec(copies=0)), r"view1.copies=0: .*set view2.copies to 0"),
-        (lambda: DataConfig(view2=ViewSpec(size=96)), r"view2.size=96: both views must have the same size"),
+        (
+            lambda: DataConfig(view2=ViewSpec(size=96)),
+            r"view2.size=96: both views must have the same size",
+        ),
         (
             lambda: multi_crop(CROPS, ViewSpec()),
             r"view1, view2 and more_views=\(224, 224, 96, 224\): .*neighbours, change the order",
         ),
-        (lambda: multi_crop(replace(CROPS, copies=300)), r"more_views=\(1, 1, 300\): .*at most 255"),
+        (
+            lambda: multi_crop(replace(CROPS, copies=300)),
+            r"more_views=\(1, 1, 300\): .*at most 255",
+        ),
         (
             lambda: multi_crop(replace(CROPS, size=90)),
             r"data.more_views.0.size=90: must be a multiple of model.patch_size=16",
@@ -108,7 +114,9 @@ def test_views_that_do_not_fit_are_refused_by_field_with_a_cure(build, text):
         build()
 
 
-def test_the_command_line_reaches_every_group_and_the_picture_shows_all_views(monkeypatch, tmp_path, capsys):
+def test_the_command_line_reaches_every_group_and_the_picture_shows_all_views(
+    monkeypatch, tmp_path, capsys
+):
     small = replace(CROPS, size=4, blur_sigma=(0.01, 0.04), copies=2)
     config = get_recipe("quickstart_digits")
     config = replace(config, data=replace(config.data, more_views=(small,)))
@@ -120,7 +128,11 @@ def test_the_command_line_reaches_every_group_and_the_picture_shows_all_views(mo
     for copies in (1, 3):
         out = tmp_path / f"{copies}.png"
         words = ["--rows", "2", "--no-parameters", "--more-views.0.copies", str(copies)]
-        assert main(["data", "views", shards, "--recipe", "multi_crop", "--out", str(out), *words]) == 0
+        assert (
+            main(["data", "views", shards, "--recipe", "multi_crop", "--out", str(out), *words])
+            == 0
+        )
         pictures[copies] = Image.open(out).size
-    # Two images a row with three views each, one image a row with five; cells of 96 pixels, 4 between them.
+    # Two images a row with three views each, one image a row with five; cells of 96 pixels, 4
+    # between them.
     assert pictures == {1: (2 * (4 * 100 + 8) - 4, 2 * 100 + 4), 3: (6 * 100 + 8 - 4, 2 * 100 + 4)}

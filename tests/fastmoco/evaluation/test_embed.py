@@ -21,11 +21,15 @@ def batches(*sizes: int, side: int = 4) -> Iterator[EvalBatch]:
 class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+        self.trunk = nn.Sequential(
+            nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)
+        )
         self.modes: list[bool] = []
 
     def forward(self, images: Tensor) -> Tensor:
-        assert not torch.is_grad_enabled()  # no graph is built, which would hold every layer's memory
+        assert (
+            not torch.is_grad_enabled()
+        )  # no graph is built, which would hold every layer's memory
         self.modes.append(self.training)
         features: Tensor = self.trunk(images)
         return features
@@ -56,7 +60,9 @@ def test_modes_and_buffers_come_back_as_they_were(as_method: bool) -> None:
     buffers = {name: value.clone() for name, value in encoder.state_dict().items()}
     embed(encoder.encode if as_method else encoder, batches(4, 3))
     assert encoder.modes == [False, False]
-    assert [part.training for part in (encoder, encoder.trunk, encoder.trunk[2], encoder.trunk[3])] == [
+    assert [
+        part.training for part in (encoder, encoder.trunk, encoder.trunk[2], encoder.trunk[3])
+    ] == [
         True,
         True,
         True,

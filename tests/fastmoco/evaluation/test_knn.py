@@ -9,7 +9,13 @@ from fastmoco.evaluation.knn import knn_accuracy
 
 
 def brute_force(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, k: int, temperature: float, center: bool
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    k: int,
+    temperature: float,
+    center: bool,
 ) -> float:
     """The definition, one query at a time in float64."""
     table, asked = bank.double().numpy(), queries.double().numpy()
@@ -18,7 +24,9 @@ def brute_force(
         table, asked = table - mean, asked - mean
     right = 0
     for row, wanted in zip(asked, query_labels.tolist(), strict=True):
-        similar = [float(row @ other) / (np.linalg.norm(row) * np.linalg.norm(other)) for other in table]
+        similar = [
+            float(row @ other) / (np.linalg.norm(row) * np.linalg.norm(other)) for other in table
+        ]
         nearest = sorted(range(len(similar)), key=lambda i: -similar[i])[:k]
         votes: dict[int, float] = {}
         for i in nearest:
@@ -28,14 +36,17 @@ def brute_force(
     return right / len(asked)
 
 
-def blobs(count: int, *, seed: int, noise: float = 2.5, classes: int = 5, dim: int = 16) -> tuple[Tensor, Tensor]:
+def blobs(
+    count: int, *, seed: int, noise: float = 2.5, classes: int = 5, dim: int = 16
+) -> tuple[Tensor, Tensor]:
     centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99)) + 0.7
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, classes, (count,), generator=rng)
     return centres[labels] + noise * torch.randn(count, dim, generator=rng), labels
 
 
-# one neighbour; the default; more than a chunk's worth of ties impossible; more neighbours than the bank has rows
+# one neighbour; the default; more than a chunk's worth of ties impossible; more neighbours than the
+# bank has rows
 @pytest.mark.parametrize("k", [1, 20, 57, 500])
 @pytest.mark.parametrize("temperature", [0.07, 1.0, 0.001])
 @pytest.mark.parametrize("center", [False, True])
@@ -84,12 +95,20 @@ def test_a_set_against_itself_with_one_neighbour_is_perfect_and_chance_is_chance
     assert knn_accuracy(features, labels, features, labels, k=1) == 1.0
     noise = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
     guesses = torch.arange(2000) % 4
-    assert knn_accuracy(noise[:1000], guesses[:1000], noise[1000:], guesses[1000:]) == pytest.approx(0.25, abs=0.05)
+    assert knn_accuracy(
+        noise[:1000], guesses[:1000], noise[1000:], guesses[1000:]
+    ) == pytest.approx(0.25, abs=0.05)
 
 
 def test_a_query_class_that_the_bank_lacks_is_wrong_not_an_error() -> None:
     assert (
-        knn_accuracy(torch.ones(3, 2), torch.zeros(3, dtype=torch.int64), torch.ones(2, 2), torch.tensor([0, 9])) == 0.5
+        knn_accuracy(
+            torch.ones(3, 2),
+            torch.zeros(3, dtype=torch.int64),
+            torch.ones(2, 2),
+            torch.tensor([0, 9]),
+        )
+        == 0.5
     )
 
 
@@ -110,6 +129,8 @@ ROWS = torch.ones(3, 2)
         ((ROWS, LABELS, ROWS, LABELS), {"temperature": 0.0}, "temperature=0.0"),
     ],
 )
-def test_what_does_not_fit_is_named(arguments: tuple[Tensor, ...], options: dict[str, float], match: str) -> None:
+def test_what_does_not_fit_is_named(
+    arguments: tuple[Tensor, ...], options: dict[str, float], match: str
+) -> None:
     with pytest.raises(ValueError, match=match):
         knn_accuracy(*arguments, **options)  # type: ignore[arg-type]

@@ -95,7 +95,8 @@ def test_the_best_is_kept_and_the_time_of_a_measurement_counts(config, monkeypat
         assert monitor.best == {"knn": best}
     assert monitor.last == {"knn": 0.625}
 
-    # Nearly all of this run was one measurement of 90 s: the next waits until that is a tenth of it.
+    # Nearly all of this run was one measurement of 90 s: the next waits until that is a tenth of
+    # it.
     clock = iter([1000.0, 1000.0, 1090.0, 1100.0, 2000.0])
     monkeypatch.setattr(interface, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(knn_monitor, "knn_accuracy", lambda *_, **__: 0.5)
@@ -216,7 +217,9 @@ def patterns(tmp_path_factory) -> tuple[str, str]:
 def _conv_encoder() -> VisionTransformer:
     """Small, in float64, with features well apart, and running averages unlike these images'."""
     torch.manual_seed(4)
-    encoder = VisionTransformer(image_size=32, patch_size=16, embed_dim=32, depth=2, num_heads=4, stem="conv").double()
+    encoder = VisionTransformer(
+        image_size=32, patch_size=16, embed_dim=32, depth=2, num_heads=4, stem="conv"
+    ).double()
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             if name != "pos_embed":
@@ -228,7 +231,8 @@ def _conv_encoder() -> VisionTransformer:
 
 
 def _conv_config(config: Config, patterns: tuple[str, str], **knn: float | str) -> Config:
-    """A float64 run on images of 32 x 32 pixels, normalised as no default says, with both limits."""
+    """A float64 run on images of 32 x 32 pixels, normalised as no default says, with both
+    limits."""
     pair = config.data.view1, config.data.view2
     views = [replace(view, size=32, mean=MEAN, std=STD) for view in pair]
     limits = {"max_train_images": 120, "max_test_images": 80} | knn
@@ -274,7 +278,10 @@ def test_the_figure_equals_an_independent_one(small_run, patterns, k, temperatur
 def test_a_measurement_writes_no_batch_norm_buffer(small_run, patterns):
     encoder = _conv_encoder()
     encoder.blocks[0].eval()  # a part that differs from the whole
-    modes, before = [part.training for part in encoder.modules()], copy.deepcopy(encoder.state_dict())
+    modes, before = (
+        [part.training for part in encoder.modules()],
+        copy.deepcopy(encoder.state_dict()),
+    )
     _monitor(_conv_config(small_run, patterns)).measure(encoder, 1.0)
     assert any("running" in name for name in before)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
@@ -292,7 +299,9 @@ def test_bad_images_are_told_listed_and_counted(small_run, patterns, tmp_path):
     folder = damaged_copy(Path(patterns[1]).parent, tmp_path / "bad", {3: "garbage", 40: "empty"})
     config = _conv_config(small_run, (patterns[0], str(folder)), max_test_images=0)
     told, quarantined = [], tmp_path / "quarantine.jsonl"
-    monitor = KnnMonitor(config, World(), threads=1, device="cpu", precision="fp64", quarantine_list=quarantined)
+    monitor = KnnMonitor(
+        config, World(), threads=1, device="cpu", precision="fp64", quarantine_list=quarantined
+    )
     monitor.report = told.append
 
     # The vote of the others, as if the two had never been there.
@@ -326,7 +335,9 @@ def _eval_knn(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, obje
     return line
 
 
-def test_eval_knn_and_the_metrics_of_the_run_equal_a_plain_evaluation(small_run, digits, tmp_path, capsys):
+def test_eval_knn_and_the_metrics_of_the_run_equal_a_plain_evaluation(
+    small_run, digits, tmp_path, capsys
+):
     limits = {"k": 5, "temperature": 0.3, "max_train_images": 400, "max_test_images": 200}
     knn = replace(small_run.knn, every_epochs=100, test_shards=digits[1], **limits)
     _train(replace(small_run, epochs=2, precision="fp32", knn=knn), tmp_path)
@@ -380,10 +391,14 @@ def test_eval_knn_of_a_run_that_measured_none(small_run, digits, tmp_path, capsy
 
 
 class Brightness(Monitor):
-    """A toy evaluation with two figures, which depend on the weights and on how often it was asked."""
+    """A toy evaluation with two figures, which depend on the weights and on how often it was
+    asked."""
 
     name = "brightness"
-    figures: ClassVar[Mapping[str, str]] = {"bright_top1": "bright top-1", "bright_top5": "bright top-5"}
+    figures: ClassVar[Mapping[str, str]] = {
+        "bright_top1": "bright top-1",
+        "bright_top5": "bright top-5",
+    }
 
     def __init__(self, asked: int) -> None:
         super().__init__(World(), every_epochs=0.2, max_share=1.0)
@@ -398,7 +413,11 @@ class Brightness(Monitor):
 def test_a_second_evaluation_is_one_class_in_the_list(small_run, tmp_path, capsys, monkeypatch):
     """In metrics, in the console, in the curves' names, in the checkpoint, and after a resume."""
     made: list[Brightness] = []
-    monkeypatch.setattr(setup, "build_monitors", lambda *_, **__: made.append(Brightness(10 * len(made))) or made[-1:])
+    monkeypatch.setattr(
+        setup,
+        "build_monitors",
+        lambda *_, **__: made.append(Brightness(10 * len(made))) or made[-1:],
+    )
     config = replace(small_run, epochs=0.6, optim=replace(small_run.optim, warmup_epochs=0))
     trainer = Trainer.build(config, tmp_path, World())
     try:
@@ -421,9 +440,13 @@ def test_a_second_evaluation_is_one_class_in_the_list(small_run, tmp_path, capsy
     text = capsys.readouterr().out
     line = next(line for line in text.splitlines() if line.startswith("step 3/3"))
     assert f"bright_top1 {last['bright_top1']:.1%} bright_top5 {last['bright_top5']:.1%}" in line
-    assert f"bright top-1 {made[1].last['bright_top1']:.1%} (best {best['bright_top1']:.1%})" in text
+    assert (
+        f"bright top-1 {made[1].last['bright_top1']:.1%} (best {best['bright_top1']:.1%})" in text
+    )
     assert "warning: step 3: bright top-1 fell to" in text
     saved = load_run(tmp_path)[2].state["monitors"]
     assert saved == {"brightness": made[1].state_dict()}
     pytest.importorskip("matplotlib")
-    assert draw_curves(tmp_path / "metrics.jsonl", tmp_path / "c.png", "toy", figures=Brightness.figures).exists()
+    assert draw_curves(
+        tmp_path / "metrics.jsonl", tmp_path / "c.png", "toy", figures=Brightness.figures
+    ).exists()

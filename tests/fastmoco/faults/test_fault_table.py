@@ -1,4 +1,5 @@
-"""Ranks that are killed, stopped, poisoned and slow: what the others do, what is said, and what the run ends in."""
+"""Ranks that are killed, stopped, poisoned and slow: what the others do, what is said, and what the
+run ends in."""
 
 from __future__ import annotations
 
@@ -35,8 +36,12 @@ def run(tmp_path: Path) -> Iterator[Start]:
 @pytest.fixture(scope="module")
 def config(small_run: Config) -> Config:
     """Ten steps on two ranks, a checkpoint every third."""
-    rules = replace(small_run.faults, hang_timeout_s=6.0, first_step_timeout_s=60.0, stop_within_s=4.0)
-    return replace(small_run, epochs=2, optim=replace(small_run.optim, warmup_epochs=1), faults=rules)
+    rules = replace(
+        small_run.faults, hang_timeout_s=6.0, first_step_timeout_s=60.0, stop_within_s=4.0
+    )
+    return replace(
+        small_run, epochs=2, optim=replace(small_run.optim, warmup_epochs=1), faults=rules
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +66,11 @@ trainer.Trainer.step = slower
 """
 
 
-def test_a_killed_rank_is_restarted_and_the_run_ends_in_the_same_bits(run: Start, config: Config, whole: Path) -> None:
-    """T01, and with it finding 5: new ranks meet through the store that holds the dead ones' addresses."""
+def test_a_killed_rank_is_restarted_and_the_run_ends_in_the_same_bits(
+    run: Start, config: Config, whole: Path
+) -> None:
+    """T01, and with it finding 5: new ranks meet through the store that holds the dead ones'
+    addresses."""
     one = run(config, restarts=1, before=SLOW)
     one.wait_for_step(4)
     first = one.pid(0)
@@ -91,8 +99,11 @@ def test_a_killed_rank_without_restarts_ends_the_run_and_the_same_command_goes_o
     assert_same_end(one.out, whole)
 
 
-def test_a_stopped_rank_is_named_killed_and_restarted(run: Start, config: Config, whole: Path) -> None:
-    """T03. Which of the two: the one whose store is the launcher's, and that no peer could end by a signal."""
+def test_a_stopped_rank_is_named_killed_and_restarted(
+    run: Start, config: Config, whole: Path
+) -> None:
+    """T03. Which of the two: the one whose store is the launcher's, and that no peer could end by a
+    signal."""
     one = run(config, restarts=1, before=SLOW)
     one.wait_for_step(4)
     one.signal(1, signal.SIGSTOP)
@@ -101,7 +112,9 @@ def test_a_stopped_rank_is_named_killed_and_restarted(run: Start, config: Config
     assert_same_end(one.out, whole)
 
 
-def test_a_rank_that_lives_and_does_not_get_on_is_named_with_its_place(run: Start, config: Config) -> None:
+def test_a_rank_that_lives_and_does_not_get_on_is_named_with_its_place(
+    run: Start, config: Config
+) -> None:
     """Both wait in the end; the one that is behind says so, not the one that waits for it."""
     before = """
 next_batch = None
@@ -180,7 +193,9 @@ trainer.Trainer.step = slow_head
     assert one.end() == 0, one.text()
     slow = [line for line in one.text().splitlines() if "is slow" in line]
     assert any("rank 1 is slow" in line and "in the encoders" in line for line in slow), one.text()
-    assert not any("rank 0 is slow" in line and "in the encoders" in line for line in slow), one.text()
+    assert not any("rank 0 is slow" in line and "in the encoders" in line for line in slow), (
+        one.text()
+    )
 
 
 def test_a_run_that_dies_at_every_start_is_given_up(run: Start, config: Config) -> None:
@@ -197,8 +212,11 @@ trainer.Trainer.step = die
     assert "3 starts from step 0 reached no new checkpoint" in one.text()
 
 
-def test_a_rank_that_dies_in_every_first_step_is_no_request_to_stop(run: Start, config: Config) -> None:
-    """T38: what is left of such a start hears torchrun's SIGTERM, as it would hear a person's, and has no step to lose."""
+def test_a_rank_that_dies_in_every_first_step_is_no_request_to_stop(
+    run: Start, config: Config
+) -> None:
+    """T38: what is left of such a start hears torchrun's SIGTERM, as it would hear a person's, and
+    has no step to lose."""
     before = """
 def die(self, *args, **more):
     import signal, time
@@ -217,14 +235,21 @@ trainer.Trainer.step = die
 
 
 def test_a_set_smaller_than_a_batch_is_refused_by_every_rank(run: Start, config: Config) -> None:
-    """T39. Fewer shards than ranks are no fault here: ranks share a shard (tests of two ranks train on a single one)."""
+    """T39. Fewer shards than ranks are no fault here: ranks share a shard (tests of two ranks train
+    on a single one)."""
     one = run(replace(config, global_batch_size=2048))
     assert one.end() != 0  # long before a first step may be said to hang
-    assert one.text().count("global_batch_size=2048: is larger than the whole set of 1437 samples; lower it") >= 1
+    assert (
+        one.text().count(
+            "global_batch_size=2048: is larger than the whole set of 1437 samples; lower it"
+        )
+        >= 1
+    )
 
 
 def test_a_crash_behind_the_last_step_is_no_failure(run: Start, config: Config) -> None:
-    """T07: the mark is there before anything goes down, and a restarted worker finds nothing left to do."""
+    """T07: the mark is there before anything goes down, and a restarted worker finds nothing left
+    to do."""
     before = "trainer.Trainer.close = lambda self: os.abort()"
     one = run(config, ranks=0, before=before)
     assert one.end() == -signal.SIGABRT

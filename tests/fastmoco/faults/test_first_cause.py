@@ -1,4 +1,5 @@
-"""Two real processes of which one fails: both end within seconds, and whatever is read first names the cause."""
+"""Two real processes of which one fails: both end within seconds, and whatever is read first names
+the cause."""
 
 from __future__ import annotations
 
@@ -17,7 +18,15 @@ from tests.pipelines.damage import damage
 
 pytestmark = pytest.mark.faults
 
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable)
+LAUNCHER = (
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "--no-python",
+    sys.executable,
+)
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -30,9 +39,21 @@ sys.exit(train_command.train(from_json(json.loads(sys.argv[1])), Path(sys.argv[2
 
 def run(config, out: Path, before: str = "") -> tuple[int, str]:
     """Exit code and all that was printed. Without a first cause peers wait for 10 minutes."""
-    command = [sys.executable, *LAUNCHER, "-c", PROGRAM.format(before=before), json.dumps(to_json(config)), str(out)]
+    command = [
+        sys.executable,
+        *LAUNCHER,
+        "-c",
+        PROGRAM.format(before=before),
+        json.dumps(to_json(config)),
+        str(out),
+    ]
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
     )
     return done.returncode, done.stdout
 
@@ -49,7 +70,9 @@ def digits_copy(small_run, digits, tmp_path):
     source = Path(digits[0]).parent
     folder = Path(shutil.copytree(source, tmp_path / "digits"))
     shards = str(folder / Path(digits[0]).name)
-    return replace(small_run, data=replace(small_run.data, shards=shards, max_bad_share=0.0)), folder
+    return replace(
+        small_run, data=replace(small_run.data, shards=shards, max_bad_share=0.0)
+    ), folder
 
 
 @pytest.mark.slow
@@ -67,11 +90,14 @@ def test_one_ranks_bad_data_ends_both(digits_copy, tmp_path):
     assert code != 0
     lines = errors(text)
     assert any(name in line and "0 are allowed" in line for line in lines), text
-    # Rank 1 meets it and writes it into the run's list; rank 0 may read it there and be the first to stop.
+    # Rank 1 meets it and writes it into the run's list; rank 0 may read it there and be the first
+    # to stop.
     told = re.compile(r"fastmoco: ended by the failure of rank [01]: ")
     assert any(told.match(line) and name in line for line in lines), text
     assert text.index(name) < text.index("Traceback"), text  # the launcher's own, when all is over
-    assert name in text[text.index("ChildFailedError") :], text  # the launcher's own report quotes it too
+    assert name in text[text.index("ChildFailedError") :], (
+        text
+    )  # the launcher's own report quotes it too
 
 
 @pytest.mark.long
@@ -118,7 +144,9 @@ setup.build_train_loader = refuse
     code, text = run(config, tmp_path / "run", before)
     assert code != 0
     assert "fastmoco: this rank has no data" in text, text
-    assert "Connection" not in text  # rank 0 says the same, if the launcher has not ended it before it could
+    assert (
+        "Connection" not in text
+    )  # rank 0 says the same, if the launcher has not ended it before it could
 
 
 @pytest.mark.long

@@ -21,7 +21,9 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def test_a_launcher_gets_three_starts_from_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_gets_three_starts_from_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
     folder = RunFolder(tmp_path)
     for _ in range(3):
@@ -56,7 +58,9 @@ def test_a_start_by_hand_is_always_tried(tmp_path: Path, monkeypatch: pytest.Mon
         require_progress(folder, 0)
 
 
-def test_a_count_cut_off_by_a_kill_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_count_cut_off_by_a_kill_counts_as_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
     folder = RunFolder(tmp_path)
     folder.starts.write_text('{"launch": "SLURM')

@@ -86,7 +86,8 @@ with StopSignal(pulse, folder), pulse.inside(Section.DATA, 600.0) if "data" in s
 
 
 def blocked(seconds: float, out: Path, *how: str) -> subprocess.Popen[str]:
-    """A process whose main thread comes to no handler: in its first step, its ``second``, or the wait for its first ``data``."""
+    """A process whose main thread comes to no handler: in its first step, its ``second``, or the
+    wait for its first ``data``."""
     command = [sys.executable, "-c", BLOCKED, str(seconds), str(out), *how]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -101,7 +102,9 @@ def test_a_blocked_process_ends_at_the_deadline_of_the_first_signal_or_at_once_a
     tmp_path: Path,
 ) -> None:
     """T05 and T06: the two wait beside each other."""
-    once, twice = (blocked(seconds, tmp_path / str(seconds), "holds", "second") for seconds in (3.0, 600.0))
+    once, twice = (
+        blocked(seconds, tmp_path / str(seconds), "holds", "second") for seconds in (3.0, 600.0)
+    )
     try:
         wait_until_blocked(once, twice)
         began = time.monotonic()
@@ -124,10 +127,15 @@ def test_a_blocked_process_ends_at_the_deadline_of_the_first_signal_or_at_once_a
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_before_the_first_step_is_done_a_signal_stops_a_run_that_has_nothing_to_save(tmp_path: Path) -> None:
+def test_before_the_first_step_is_done_a_signal_stops_a_run_that_has_nothing_to_save(
+    tmp_path: Path,
+) -> None:
     """Only the process that holds the folder leaves the mark; the others end as it does."""
     how = {"step": ["holds"], "data": ["holds", "data"], "peer": [], "twice": ["holds"]}
-    runs = {name: blocked(3.0 if name != "twice" else 600.0, tmp_path / name, *words) for name, words in how.items()}
+    runs = {
+        name: blocked(3.0 if name != "twice" else 600.0, tmp_path / name, *words)
+        for name, words in how.items()
+    }
     try:
         wait_until_blocked(*runs.values())
         for process in runs.values():
@@ -135,17 +143,28 @@ def test_before_the_first_step_is_done_a_signal_stops_a_run_that_has_nothing_to_
         for name in ("step", "data", "peer"):
             section = "data" if name == "data" else "step"
             text = runs[name].communicate(timeout=120)[1]
-            assert f"SIGUSR1: {section} did not end within 3 s; ended before its first step was done" in text
+            assert (
+                f"SIGUSR1: {section} did not end within 3 s; ended before its first step was done"
+                in text
+            )
         runs["twice"].send_signal(signal.SIGUSR1)
         runs["twice"].communicate(timeout=120)
-        assert {name: process.returncode for name, process in runs.items()} == dict.fromkeys(how, 75)
-        assert {path.parent.name for path in tmp_path.glob("*/PREEMPTED")} == {"step", "data", "twice"}
+        assert {name: process.returncode for name, process in runs.items()} == dict.fromkeys(
+            how, 75
+        )
+        assert {path.parent.name for path in tmp_path.glob("*/PREEMPTED")} == {
+            "step",
+            "data",
+            "twice",
+        }
     finally:
         for process in runs.values():
             process.kill()
 
 
-def test_a_measurement_before_the_first_step_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_before_the_first_step_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     pulse = Pulse(FaultConfig(stop_within_s=10))
@@ -158,7 +177,8 @@ def test_a_measurement_before_the_first_step_is_not_waited_for(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("signalled", "lost", "steps"), [(True, True, 0), (False, True, 0), (True, False, 0), (True, True, 1)]
+    ("signalled", "lost", "steps"),
+    [(True, True, 0), (False, True, 0), (True, False, 0), (True, True, 1)],
 )
 def test_a_peer_that_ends_first_before_the_first_step_is_no_failure(
     signalled: bool, lost: bool, steps: int, tmp_path: Path
@@ -188,7 +208,8 @@ def test_a_peer_that_ends_first_before_the_first_step_is_no_failure(
 def test_a_signal_that_a_dead_peer_never_heard_is_no_request(
     told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A launcher ends what is left of a start in which one has died, by the signal that it passes on when asked to stop."""
+    """A launcher ends what is left of a start in which one has died, by the signal that it passes
+    on when asked to stop."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
@@ -211,7 +232,8 @@ def test_a_signal_that_a_dead_peer_never_heard_is_no_request(
 def test_a_second_signal_before_the_first_step_is_done_is_the_same_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether the main thread comes to its handlers or not: test_before_the_first_step_is_done_... has the other way."""
+    """Whether the main thread comes to its handlers or not: test_before_the_first_step_is_done_...
+    has the other way."""
     folder, codes = RunFolder(tmp_path), []
     folder.acquire()
     monkeypatch.setattr(os, "_exit", codes.append)
@@ -236,10 +258,14 @@ def test_a_save_that_has_begun_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -
     assert pulse.outlasts(0.5) is None
     assert pulse.outlasts(20) == "between steps did not end within 1 s"
     with pulse.step():
-        assert pulse.outlasts(20) is None  # steps go on: a run on a GPU asks for signals at log steps only
+        assert (
+            pulse.outlasts(20) is None
+        )  # steps go on: a run on a GPU asks for signals at log steps only
 
 
-def test_a_run_that_waits_for_its_data_in_every_step_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_waits_for_its_data_in_every_step_is_no_hang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     pulse = Pulse(FaultConfig(stop_within_s=10))

@@ -1,4 +1,5 @@
-"""Who hangs is told from signs in a store; what two real ranks do about it is in test_fault_table.py."""
+"""Who hangs is told from signs in a store; what two real ranks do about it is in
+test_fault_table.py."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def wait_for_verdict(store: dist.Store, seconds: float) -> str | None:
 
 
 def sign_of_peer(store: dist.Store, beat: int, **more: object) -> None:
-    store.set("beat/1", json.dumps({"beat": beat, "count": 1, "section": "step", "process": None} | more))
+    store.set(
+        "beat/1", json.dumps({"beat": beat, "count": 1, "section": "step", "process": None} | more)
+    )
 
 
 def test_a_mute_neighbour_is_named_and_its_process_killed(store: dist.Store) -> None:
@@ -74,7 +77,8 @@ def test_a_later_process_of_the_same_number_is_left_alone(store: dist.Store) -> 
         peer.wait()
 
 
-# A peer that is further on waits for this rank; one that is behind is waited for; one that has left did its part.
+# A peer that is further on waits for this rank; one that is behind is waited for; one that has left
+# did its part.
 @pytest.mark.parametrize(("count", "named"), [(9, True), (0, False)], ids=["ahead", "behind"])
 def test_a_rank_that_does_not_get_on_names_itself_only_if_nobody_is_behind(
     store: dist.Store, count: int, named: bool

@@ -1,4 +1,5 @@
-"""The attention backend from the config to the blocks: it changes no number, is checked at the start, and is told."""
+"""The attention backend from the config to the blocks: it changes no number, is checked at the
+start, and is told."""
 
 from __future__ import annotations
 
@@ -49,14 +50,17 @@ def test_the_backend_reaches_every_block(name):
 def test_a_vit_trains_the_same_on_the_short_kernels(plain):
     """Two heads of 32, 17 tokens; the plain path runs the last block through them too.
 
-    Whole tensors against float64: the class token starts at 1e-6, so the norm behind it magnifies the rounding of single
-    elements a thousandfold on any backend.
+    Whole tensors against float64: the class token starts at 1e-6, so the norm behind it magnifies
+    the rounding of single elements a thousandfold on any backend.
     """
     truth = _loss_and_gradients("explicit", torch.float64, plain)
     assert len(truth) > 10
     for backend in ("explicit", "triton"):
         for name, found in _loss_and_gradients(backend, torch.float32, plain).items():
-            assert (found.double() - truth[name]).norm() <= 3e-6 * truth[name].norm(), (backend, name)
+            assert (found.double() - truth[name]).norm() <= 3e-6 * truth[name].norm(), (
+                backend,
+                name,
+            )
 
 
 def _loss_and_gradients(backend: str, dtype: torch.dtype, plain: bool) -> dict[str, torch.Tensor]:
@@ -70,14 +74,18 @@ def _loss_and_gradients(backend: str, dtype: torch.dtype, plain: bool) -> dict[s
     feature = (encoder.encode_plain if plain else encoder.encode)(encoder.patch_tokens(images))
     loss = feature.square().mean() + feature[0, 0]
     loss.backward()
-    return {"loss": loss.detach()} | {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach()} | {
+        n: p.grad for n, p in encoder.named_parameters() if p.grad is not None
+    }
 
 
 def _objective(config: Config):
     return build_objective(config, CPU)
 
 
-@pytest.mark.parametrize(("precision", "backend"), [("bf16", "explicit"), ("fp32", "sdpa"), ("fp64", "sdpa")])
+@pytest.mark.parametrize(
+    ("precision", "backend"), [("bf16", "explicit"), ("fp32", "sdpa"), ("fp64", "sdpa")]
+)
 def test_the_choice_follows_precision(precision, backend):
     config = get_recipe("quickstart_digits")
     assert attention_choice(config, _objective(config).encoder, precision, CPU).backend == backend
@@ -115,7 +123,13 @@ def test_a_run_of_another_machines_backend_loads_here(tmp_path: Path):
     tensors = training_state.collect(
         objective, build_optimizer(config, objective.named_parameters(), objective.averages())
     )
-    save_checkpoint(RunFolder(tmp_path).checkpoints, step=1, tensors=tensors, state={"config": to_json(run)}, keep=1)
+    save_checkpoint(
+        RunFolder(tmp_path).checkpoints,
+        step=1,
+        tensors=tensors,
+        state={"config": to_json(run)},
+        keep=1,
+    )
     loaded, found, _ = load_run(tmp_path)
     assert found.model.attention == "cudnn"
     size = config.model.image_size

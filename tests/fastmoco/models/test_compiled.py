@@ -1,4 +1,5 @@
-"""Compiled blocks: who compiles, static shapes that evaluation does not touch, and what is kept for the backward."""
+"""Compiled blocks: who compiles, static shapes that evaluation does not touch, and what is kept for
+the backward."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def fresh_graphs() -> Iterator[None]:
 
 def encoder(depth: int = 3) -> VisionTransformer:
     torch.manual_seed(0)
-    return VisionTransformer(image_size=32, patch_size=8, embed_dim=64, depth=depth, num_heads=4, attention="sdpa")
+    return VisionTransformer(
+        image_size=32, patch_size=8, embed_dim=64, depth=depth, num_heads=4, attention="sdpa"
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,12 @@ def encoder(depth: int = 3) -> VisionTransformer:
     ],
 )
 def test_auto_compiles_where_triton_writes_the_kernels(
-    monkeypatch: pytest.MonkeyPatch, wanted: Any, device: torch.device, precision: str, triton: bool, expected: bool
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: Any,
+    device: torch.device,
+    precision: str,
+    triton: bool,
+    expected: bool,
 ) -> None:
     monkeypatch.setattr(compiled, "triton_is_default", lambda _: triton)
     choice = choose_compile(wanted, device, precision)
@@ -59,7 +67,8 @@ def test_auto_compiles_where_triton_writes_the_kernels(
 
 
 class Graphs:
-    """A backend that writes down the sizes of the inputs of every graph, and computes uncompiled."""
+    """A backend that writes down the sizes of the inputs of every graph, and computes
+    uncompiled."""
 
     def __init__(self) -> None:
         self.sizes: list[list[Any]] = []
@@ -67,13 +76,17 @@ class Graphs:
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         nodes = graph.graph.find_nodes(op="placeholder")
         self.sizes.append(
-            [n.meta["example_value"].shape if isinstance(n.meta["example_value"], Tensor) else n for n in nodes]
+            [
+                n.meta["example_value"].shape if isinstance(n.meta["example_value"], Tensor) else n
+                for n in nodes
+            ]
         )
         return graph.forward
 
 
 def test_shapes_are_static_and_evaluation_compiles_nothing() -> None:
-    """A last batch of evaluation of another size, before the first step, made the graphs of training symbolic."""
+    """A last batch of evaluation of another size, before the first step, made the graphs of
+    training symbolic."""
     graphs = Graphs()
     objective = MoCoV3(encoder, projection_dim=16, hidden_dim=32)
     with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend=graphs)):
@@ -91,7 +104,9 @@ def test_shapes_are_static_and_evaluation_compiles_nothing() -> None:
     seen = len(graphs.sizes)
     # Blocks share graphs: one of a block and one of a class row, with gradient and without.
     assert seen == 4
-    assert all(isinstance(size, int) for shapes in graphs.sizes for shape in shapes for size in shape)
+    assert all(
+        isinstance(size, int) for shapes in graphs.sizes for shape in shapes for size in shape
+    )
     objective.eval()
     with torch.no_grad():
         objective.encoder(torch.randn(7, 3, 32, 32))
@@ -164,19 +179,26 @@ def test_a_budget_binds_the_graphs_of_these_blocks_alone() -> None:
 
 def kept_by_graph(output: Tensor, held: set[int]) -> int:
     """Bytes of the storages that one compiled graph keeps, without those of ``held``."""
-    saved = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in output.grad_fn.saved_tensors}
+    saved = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in output.grad_fn.saved_tensors
+    }
     return sum(size for pointer, size in saved.items() if pointer not in held)
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.9, 0.4])
 def test_what_is_counted_is_what_compiled_blocks_keep(budget: float) -> None:
-    """Counted without memory, against the tensors that torch.compile's own split keeps of a real call."""
+    """Counted without memory, against the tensors that torch.compile's own split keeps of a real
+    call."""
     images = 8
     block = encoder().blocks[0]
     block.hands_on_parts = False
     x = torch.randn(images, TOKENS, 64)
     split = torch.compile(block, backend="aot_eager_decomp_partition", dynamic=False)
-    with torch._functorch.config.patch(activation_memory_budget=budget), torch.autocast("cpu", dtype=torch.bfloat16):
+    with (
+        torch._functorch.config.patch(activation_memory_budget=budget),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
         out, _ = split(x.requires_grad_())
     held = {t.untyped_storage().data_ptr() for t in (*block.parameters(), x, out)}
     real = kept_by_graph(out, held)
@@ -194,7 +216,10 @@ def test_what_is_counted_is_what_compiled_blocks_keep(budget: float) -> None:
 
 def test_a_smaller_budget_keeps_less_and_first_what_costs_no_product() -> None:
     def kept(budget: float | None) -> int:
-        with FakeTensorMode(), nullcontext() if budget is None else traced_blocks(model := encoder(), budget=budget):
+        with (
+            FakeTensorMode(),
+            nullcontext() if budget is None else traced_blocks(model := encoder(), budget=budget),
+        ):
             model = encoder() if budget is None else model
             model.blocks[0].hands_on_parts = False
             fake = torch.empty(64, TOKENS, 64, requires_grad=True)

@@ -1,7 +1,8 @@
-"""Float8 linears: which layers, how near to bf16, what state and chunks see of it, and everything that is refused.
+"""Float8 linears: which layers, how near to bf16, what state and chunks see of it, and everything
+that is refused.
 
-The products run through torchao's own layer. ``emulate`` multiplies what was rounded to float8 in float32; without it a CPU
-takes the call a GPU would (`torch._scaled_mm`), slowly.
+The products run through torchao's own layer. ``emulate`` multiplies what was rounded to float8 in
+float32; without it a CPU takes the call a GPU would (`torch._scaled_mm`), slowly.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.optim.averaged import FusedAdamW
 from tests.golden_objective import features_of
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
+)
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 BATCH = 13
 
@@ -70,19 +73,24 @@ def gradients(module: nn.Module, *kinds: str) -> Tensor:
 def test_linears_of_all_blocks_but_the_last_are_converted_and_nothing_else() -> None:
     _, ours, _ = objectives(depth=3)
     sides = ("encoder", "momentum_encoder")
-    expected = {f"{side}.blocks.{i}.{layer}" for side in sides for i in range(2) for layer in LAYERS}
+    expected = {
+        f"{side}.blocks.{i}.{layer}" for side in sides for i in range(2) for layer in LAYERS
+    }
     found = {n for n, m in ours.named_modules() if type(m).__module__.startswith("torchao")}
     assert found == expected
 
 
 def test_layers_whose_sides_are_no_multiples_of_16_stay_as_they_are() -> None:
-    odd = VisionTransformer(image_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=4, mlp_ratio=1.25)
+    odd = VisionTransformer(
+        image_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=4, mlp_ratio=1.25
+    )
     assert set(candidates(odd)) == {"blocks.0.attn.qkv", "blocks.0.attn.proj"}  # the MLP is 40 wide
     assert candidates(encoder(width=40)) == {}
 
 
 def test_no_layer_is_passed_by() -> None:
-    """Every converted layer runs as often as it should: nothing reads its weight on a way around it."""
+    """Every converted layer runs as often as it should: nothing reads its weight on a way around
+    it."""
     _, ours, views = objectives(depth=3)
     calls: list[nn.Module] = []
     for _, module in ours.named_modules():
@@ -98,7 +106,8 @@ def test_no_layer_is_passed_by() -> None:
 
 
 def trunk_error(ours: VisionTransformer, native: VisionTransformer) -> tuple[float, float]:
-    """Relative distance of features, and of gradients of a fixed function of them, from float32's."""
+    """Relative distance of features, and of gradients of a fixed function of them, from
+    float32's."""
     torch.manual_seed(41)
     images, weights = torch.randn(BATCH, 3, 32, 32), torch.randn(BATCH, 64)
     truth = copy.deepcopy(native)
@@ -111,7 +120,8 @@ def trunk_error(ours: VisionTransformer, native: VisionTransformer) -> tuple[flo
 
 
 def test_features_and_gradients_are_within_the_rounding_of_float8() -> None:
-    """e4m3 rounds to 2^-4, bf16 to 2^-9. With one operand in e5m2 instead, 2^-3, gradients are 0.12 to 0.18 off."""
+    """e4m3 rounds to 2^-4, bf16 to 2^-9. With one operand in e5m2 instead, 2^-3, gradients are 0.12
+    to 0.18 off."""
     native, ours, _ = objectives()
     bf16 = trunk_error(copy.deepcopy(native.encoder), native.encoder)
     found = trunk_error(ours.encoder, native.encoder)
@@ -138,7 +148,9 @@ EXACT = ("norm1.weight", "norm2.weight", "norm2.bias", "cls_token")
 
 def in_chunks(objective: MoCoV3, views: tuple[Tensor, Tensor]) -> tuple[MoCoV3, Tensor]:
     objective = copy.deepcopy(objective)
-    return objective, ChunkedStep(objective, chunk=4, kept=1, autocast=autocast)(*views).loss.detach()
+    return objective, ChunkedStep(objective, chunk=4, kept=1, autocast=autocast)(
+        *views
+    ).loss.detach()
 
 
 def at_once(objective: MoCoV3, views: tuple[Tensor, Tensor]) -> tuple[MoCoV3, Tensor]:
@@ -150,7 +162,8 @@ def at_once(objective: MoCoV3, views: tuple[Tensor, Tensor]) -> tuple[MoCoV3, Te
 
 
 def chunk_gaps(native: MoCoV3, ours: MoCoV3, views: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """How far chunks are from the whole batch; of the weights' gradients, over what chunks do to bf16's."""
+    """How far chunks are from the whole batch; of the weights' gradients, over what chunks do to
+    bf16's."""
     (whole, loss), (parts, chunked_loss) = at_once(ours, views), in_chunks(ours, views)
     (usual, _), (usual_parts, _) = at_once(native, views), in_chunks(native, views)
     rounding = relative(gradients(usual_parts, *WEIGHTS), gradients(usual, *WEIGHTS))
@@ -162,7 +175,8 @@ def chunk_gaps(native: MoCoV3, ours: MoCoV3, views: tuple[Tensor, Tensor]) -> di
 
 
 def test_a_step_in_chunks_is_as_near_to_the_whole_as_in_bf16() -> None:
-    """The same loss to the bit; gradients of weights are rounded once a chunk, to bf16, as without float8."""
+    """The same loss to the bit; gradients of weights are rounded once a chunk, to bf16, as without
+    float8."""
     gaps = chunk_gaps(*objectives())
     assert gaps["loss"] == 0
     assert gaps["exact"] < 1e-6
@@ -171,11 +185,20 @@ def test_a_step_in_chunks_is_as_near_to_the_whole_as_in_bf16() -> None:
 
 @pytest.mark.parametrize(
     ("mutant", "broken"),
-    [({"round_scales_to_power_of_2": False}, {"weights": 10}), ("tensorwise", {"weights": 100, "loss": 1e-3})],
+    [
+        ({"round_scales_to_power_of_2": False}, {"weights": 10}),
+        ("tensorwise", {"weights": 100, "loss": 1e-3}),
+    ],
 )
-def test_other_ways_to_scale_make_chunks_another_step(mutant: Any, broken: dict[str, float]) -> None:
+def test_other_ways_to_scale_make_chunks_another_step(
+    mutant: Any, broken: dict[str, float]
+) -> None:
     convert, rowwise = float8._torchao()
-    other = type(rowwise).from_recipe_name(mutant) if isinstance(mutant, str) else replace(rowwise, **mutant)
+    other = (
+        type(rowwise).from_recipe_name(mutant)
+        if isinstance(mutant, str)
+        else replace(rowwise, **mutant)
+    )
     with mock.patch.object(float8, "_torchao", return_value=(convert, other)):
         gaps = chunk_gaps(*objectives())
     assert all(gaps[name] > least for name, least in broken.items()), gaps
@@ -190,7 +213,8 @@ def test_full_checkpointing_changes_no_bit() -> None:
 
 
 def test_compiled_blocks_compute_the_same() -> None:
-    """Traced as a run traces them; without the code generator, which takes minutes where cores are few."""
+    """Traced as a run traces them; without the code generator, which takes minutes where cores are
+    few."""
     _, ours, views = objectives(depth=2)
     eager, loss = at_once(ours, views)
     traced = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
@@ -205,7 +229,8 @@ def test_compiled_blocks_compute_the_same() -> None:
 
 
 def test_any_number_of_tokens_makes_products_that_a_gpu_takes() -> None:
-    """13 images of 17 tokens: the gradient of a weight sums over 221, which float8 hardware wants as a multiple of 16."""
+    """13 images of 17 tokens: the gradient of a weight sums over 221, which float8 hardware wants
+    as a multiple of 16."""
     torch.manual_seed(42)
     emulated, ours = encoder(depth=2), encoder(depth=2)
     ours.load_state_dict(emulated.state_dict())
@@ -235,7 +260,10 @@ def test_a_gpu_multiplies_what_is_emulated() -> None:
     ours.load_state_dict(emulated.state_dict())
     use_float8_(emulated, emulate=True)
     use_float8_(ours)
-    images, weights = torch.randn(BATCH, 3, 32, 32, device=device), torch.randn(BATCH, 64, device=device)
+    images, weights = (
+        torch.randn(BATCH, 3, 32, 32, device=device),
+        torch.randn(BATCH, 64, device=device),
+    )
     for module in (emulated, ours):
         with torch.autocast("cuda", torch.bfloat16):
             features = module(images)
@@ -261,7 +289,9 @@ def test_state_is_that_of_the_native_model() -> None:
 
 def test_the_twin_follows_by_ema() -> None:
     _, ours, views = objectives(depth=2)
-    optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in ours.parameters() if p.requires_grad], lr=1e-2, fused=True
+    )
     before = [p.detach().clone() for p in ours.momentum_encoder.parameters()]
     with autocast():
         keys = features_of(ours.momentum_encoder, views)
@@ -269,6 +299,12 @@ def test_the_twin_follows_by_ema() -> None:
     loss.backward()
     FusedAdamW(optimizer, ours.averages()).step(ema_momentum=0.5)
     pairs = zip(ours.momentum_encoder.parameters(), ours.encoder.parameters(), before, strict=True)
-    assert all(torch.allclose(twin, 0.5 * old + 0.5 * own, atol=1e-7) for twin, own, old in pairs if own.requires_grad)
+    assert all(
+        torch.allclose(twin, 0.5 * old + 0.5 * own, atol=1e-7)
+        for twin, own, old in pairs
+        if own.requires_grad
+    )
     with autocast():
-        assert relative(features_of(ours.momentum_encoder, views), keys) > 0.01  # its products read the new weights
+        assert (
+            relative(features_of(ours.momentum_encoder, views), keys) > 0.01
+        )  # its products read the new weights

@@ -1,7 +1,8 @@
-"""Float8 in the momentum encoder alone: the product against its reference, what goes stale, chunks, state, and refusals.
+"""Float8 in the momentum encoder alone: the product against its reference, what goes stale, chunks,
+state, and refusals.
 
-``emulate`` multiplies what was rounded to float8 in float32, on any device; without it a CPU takes the call a GPU would
-(`torch._scaled_mm`), where its torch has that for scales by row.
+``emulate`` multiplies what was rounded to float8 in float32, on any device; without it a CPU takes
+the call a GPU would (`torch._scaled_mm`), where its torch has that for scales by row.
 """
 
 from __future__ import annotations
@@ -39,13 +40,19 @@ autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
 def scaled_mm_runs_here() -> bool:
     """torch 2.11 multiplies with one scale a tensor on a CPU, later ones by row."""
     try:
-        multiply(quantise_rows(torch.ones(16, 16)), quantise_rows(torch.ones(16, 16)), torch.zeros(16).bfloat16())
+        multiply(
+            quantise_rows(torch.ones(16, 16)),
+            quantise_rows(torch.ones(16, 16)),
+            torch.zeros(16).bfloat16(),
+        )
     except (RuntimeError, NotImplementedError):
         return False
     return True
 
 
-needs_scaled_mm = pytest.mark.skipif(not scaled_mm_runs_here(), reason="this torch scales no rows on a CPU")
+needs_scaled_mm = pytest.mark.skipif(
+    not scaled_mm_runs_here(), reason="this torch scales no rows on a CPU"
+)
 
 
 def encoder(depth: int = 3) -> VisionTransformer:
@@ -53,7 +60,8 @@ def encoder(depth: int = 3) -> VisionTransformer:
 
 
 def objectives(depth: int = 3) -> tuple[MoCoV3, MoCoV3, tuple[Tensor, Tensor]]:
-    """An objective with its encoders apart, the same with a momentum encoder in float8, and two views."""
+    """An objective with its encoders apart, the same with a momentum encoder in float8, and two
+    views."""
     torch.manual_seed(50)
     native = MoCoV3(functools.partial(encoder, depth=depth), projection_dim=32, hidden_dim=64)
     with torch.no_grad():
@@ -89,12 +97,15 @@ def test_rows_are_rounded_to_float8_by_scales_that_round_nothing() -> None:
     assert torch.equal(scales, torch.exp2(scales.log2().round()))
     largest = values.float().abs().amax(dim=1)
     used = matrix.abs().amax(dim=1) > 0
-    assert ((largest > 208) & (largest <= 448))[used].all()  # an octave below 448, and what rounds down to it
+    assert ((largest > 208) & (largest <= 448))[
+        used
+    ].all()  # an octave below 448, and what rounds down to it
     off = (values.float() * scales - matrix).abs()
     assert (off <= matrix.abs() * 2**-4 + scales * 2**-10).all()
     assert torch.equal(quantise_rows(matrix[3:9]).values.float(), values[3:9].float())
     assert torch.equal(
-        quantise_rows(matrix.bfloat16()).values.float(), quantise_rows(matrix.bfloat16().float()).values.float()
+        quantise_rows(matrix.bfloat16()).values.float(),
+        quantise_rows(matrix.bfloat16().float()).values.float(),
     )
 
 
@@ -125,12 +136,15 @@ def test_on_a_gpu_it_is_too(rows: int) -> None:
         pytest.skip("no float8 products here")
     torch.manual_seed(53)
     for K, N in ((384, 1152), (384, 384), (1536, 384)):
-        x = torch.randn(rows, K, device="cuda") * torch.exp2(4 * torch.randn(rows, 1, device="cuda"))
+        x = torch.randn(rows, K, device="cuda") * torch.exp2(
+            4 * torch.randn(rows, 1, device="cuda")
+        )
         linear = nn.Linear(K, N, device="cuda")
         layer, reference = (Float8Linear(linear, emulate=emulate) for emulate in (False, True))
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             ours, other = layer(x).float(), reference(x).float()
-        # Both round to bf16, 2^-9; fast sums are cut to about 2^-14 once for every 32 of up to 1536 summands.
+        # Both round to bf16, 2^-9; fast sums are cut to about 2^-14 once for every 32 of up to 1536
+        # summands.
         assert ((ours - other).norm(dim=1) <= 2**-6 * other.norm(dim=1)).all()
         compiled = torch.compile(layer.forward, fullgraph=True, dynamic=False)
         layer.refresh_()
@@ -164,7 +178,9 @@ def test_the_average_is_taken_in_the_weights_and_seen_by_the_product() -> None:
     addresses = [t.data_ptr() for t in (*layer.rounded[0], layer.rounded[1])]
     for objective in (native, ours):
         objective.update_momentum_encoder(0.5)
-    assert all(torch.equal(a, b) for a, b in zip(native.parameters(), ours.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(native.parameters(), ours.parameters(), strict=True)
+    )
     fresh = copy.deepcopy(native)
     use_float8_inference_(fresh.momentum_encoder, emulate=True)
     with autocast(), torch.no_grad():
@@ -174,7 +190,9 @@ def test_the_average_is_taken_in_the_weights_and_seen_by_the_product() -> None:
     assert [t.data_ptr() for t in (*layer.rounded[0], layer.rounded[1])] == addresses
 
 
-def test_a_step_sees_weights_that_were_written_past_torchs_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_sees_weights_that_were_written_past_torchs_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As a kernel writes that is handed addresses."""
     _, ours, views = objectives()
     config = replace(quickstart_digits(), global_batch_size=BATCH)
@@ -200,11 +218,14 @@ def test_a_step_sees_weights_that_were_written_past_torchs_count(monkeypatch: py
 
 
 def test_keys_are_within_the_rounding_of_float8_and_gradients_follow() -> None:
-    """e4m3 rounds to 2^-4, bf16 to 2^-9. The query side is that of bf16, so only keys move its gradient."""
+    """e4m3 rounds to 2^-4, bf16 to 2^-9. The query side is that of bf16, so only keys move its
+    gradient."""
     native, ours, views = objectives()
     native_keys = features_of(native.momentum_encoder, views)
     with autocast(), torch.no_grad():
-        bf16, found = (relative(features_of(o.momentum_encoder, views), native_keys) for o in (native, ours))
+        bf16, found = (
+            relative(features_of(o.momentum_encoder, views), native_keys) for o in (native, ours)
+        )
         query = [features_of(o.encoder, views) for o in (native, ours)]
     assert torch.equal(*query)
     assert 5 * bf16 < found < 0.09
@@ -214,7 +235,9 @@ def test_keys_are_within_the_rounding_of_float8_and_gradients_follow() -> None:
             output = objective(*views)
         output.loss.backward()
         losses.append(output.loss.item())
-        gradients.append(torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
+        )
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert 0 < relative(gradients[1], gradients[0]) < 0.2
@@ -242,7 +265,9 @@ def test_all_blocks_share_one_graph_without_breaks(monkeypatch: pytest.MonkeyPat
         expected = features_of(ours.momentum_encoder, views)
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter, fullgraph=True))
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend=counter, fullgraph=True)
+    )
     compile_blocks(ours.momentum_encoder.blocks and nn.ModuleList([ours.momentum_encoder]))
     for _ in range(2):
         with autocast(), torch.no_grad():

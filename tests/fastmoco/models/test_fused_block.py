@@ -1,4 +1,5 @@
-"""The fused block is the block of modules: outputs, every gradient, chunks, what is kept, what is planned and counted."""
+"""The fused block is the block of modules: outputs, every gradient, chunks, what is kept, what is
+planned and counted."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ B, L, E, A = 3, 17, 48, 4
 CPU = torch.device("cpu")
 
 
-def _block(dtype: torch.dtype = torch.float32, *, width: int = E, heads: int = A, device: str = "cpu") -> Block:
+def _block(
+    dtype: torch.dtype = torch.float32, *, width: int = E, heads: int = A, device: str = "cpu"
+) -> Block:
     torch.manual_seed(0)
     block = Block(width, heads, 4 * width, "sdpa")
     for parameter in block.parameters():
@@ -52,7 +55,9 @@ def _run(
         stream, out = block(x, branch_in)
     assert out is not None
     chosen = {"both": (0, 1), "stream": (0,), "branch": (1,)}[used]
-    torch.autograd.backward([(stream, out)[i] for i in chosen], [given[i].to((stream, out)[i].dtype) for i in chosen])
+    torch.autograd.backward(
+        [(stream, out)[i] for i in chosen], [given[i].to((stream, out)[i].dtype) for i in chosen]
+    )
     found = {"stream": stream.detach(), "branch": out.detach(), "dx": x.grad}
     found |= {} if branch_in is None else {"dbranch": branch_in.grad}
     found |= {name: p.grad for name, p in block.named_parameters()}
@@ -69,23 +74,36 @@ def test_outputs_and_every_gradient_are_those_of_the_modules(
     dtype: torch.dtype, tolerance: float, branch: bool
 ) -> None:
     block = _block(dtype)
-    modules, fused = (_run(block, fused=fused, half=False, branch=branch) for fused in (False, True))
+    modules, fused = (
+        _run(block, fused=fused, half=False, branch=branch) for fused in (False, True)
+    )
     assert fused.keys() == modules.keys()
     for name, truth in modules.items():
         assert (fused[name].dtype, fused[name].shape) == (truth.dtype, truth.shape), name
         assert _distance(fused[name], truth) <= tolerance, name
 
 
-def _assert_as_good_as_modules(width: int, heads: int, rows: int, device: str, *, branch: bool) -> None:
+def _assert_as_good_as_modules(
+    width: int, heads: int, rows: int, device: str, *, branch: bool
+) -> None:
     """Under autocast: types of the modules, and their distance from float64 or less."""
     size = {"width": width, "heads": heads, "device": device}
     block = _block(**size)  # type: ignore[arg-type]
-    modules, fused = (_run(block, fused=fused, half=True, branch=branch, rows=rows) for fused in (False, True))
+    modules, fused = (
+        _run(block, fused=fused, half=True, branch=branch, rows=rows) for fused in (False, True)
+    )
     exact = _run(_block(torch.float64, **size), fused=False, half=False, branch=branch, rows=rows)  # type: ignore[arg-type]
     for name, truth in exact.items():
-        assert (fused[name].dtype, fused[name].shape) == (modules[name].dtype, modules[name].shape), name
+        assert (fused[name].dtype, fused[name].shape) == (
+            modules[name].dtype,
+            modules[name].shape,
+        ), name
         error, allowed = _distance(fused[name], truth), _distance(modules[name], truth)
-        assert error <= max(1.2 * allowed, torch.finfo(torch.bfloat16).eps / 2), (name, error, allowed)
+        assert error <= max(1.2 * allowed, torch.finfo(torch.bfloat16).eps / 2), (
+            name,
+            error,
+            allowed,
+        )
 
 
 @pytest.mark.parametrize("branch", [True, False])
@@ -109,14 +127,18 @@ def test_the_kernels_give_the_same_block(monkeypatch: pytest.MonkeyPatch, branch
 @pytest.mark.gpu
 @pytest.mark.parametrize("branch", [True, False])
 @pytest.mark.parametrize(("width", "heads"), [(384, 12), (768, 12)])
-def test_on_cuda_it_is_as_near_to_float64_as_the_modules_are(width: int, heads: int, branch: bool) -> None:
+def test_on_cuda_it_is_as_near_to_float64_as_the_modules_are(
+    width: int, heads: int, branch: bool
+) -> None:
     _assert_as_good_as_modules(width, heads, 197, "cuda", branch=branch)
 
 
 @pytest.mark.parametrize("used", ["stream", "branch"])
 def test_either_result_may_be_used_alone(used: str) -> None:
     block = _block(torch.float64)
-    modules, fused = (_run(block, fused=fused, half=False, branch=True, used=used) for fused in (False, True))
+    modules, fused = (
+        _run(block, fused=fused, half=False, branch=True, used=used) for fused in (False, True)
+    )
     for name, truth in modules.items():
         assert _distance(fused[name], truth) <= 1e-12, name
 
@@ -165,13 +187,18 @@ def test_a_branch_wider_than_the_stream_is_refused() -> None:
 
 
 def _kept(*, fused: bool, branch: bool, recompute: Recompute = "none") -> float:
-    """Numbers of 16 bits a token and channel that lie between forward and backward of one block, its results aside."""
+    """Numbers of 16 bits a token and channel that lie between forward and backward of one block,
+    its results aside."""
     rows, width = 8, 384
     with FakeTensorMode():
         block = Block(width, 12, 4 * width, "sdpa")
         block.fused, block.recompute = fused, recompute
         x = torch.empty(rows, 197, width, requires_grad=True)
-        added = torch.empty(rows, 197, width, dtype=torch.bfloat16, requires_grad=True) if branch else None
+        added = (
+            torch.empty(rows, 197, width, dtype=torch.bfloat16, requires_grad=True)
+            if branch
+            else None
+        )
         live = LiveBytes([*block.parameters(), x])
         with live, torch.autocast("cpu", torch.bfloat16):
             stream, out = block(x, added)
@@ -180,9 +207,12 @@ def _kept(*, fused: bool, branch: bool, recompute: Recompute = "none") -> float:
 
 @pytest.mark.parametrize("branch", [True, False])
 def test_eleven_numbers_a_token_and_channel_are_kept(branch: bool) -> None:
-    """The stream (2; the first block's is its input), q, k and v (3), attention (1), its projection (1), the hidden layer (4)."""
+    """The stream (2; the first block's is its input), q, k and v (3), attention (1), its projection
+    (1), the hidden layer (4)."""
     expected = 11 if branch else 9
-    assert expected <= _kept(fused=True, branch=branch) < expected + 0.1  # norms' and attention's statistics
+    assert (
+        expected <= _kept(fused=True, branch=branch) < expected + 0.1
+    )  # norms' and attention's statistics
     assert _kept(fused=False, branch=branch) > expected + 5
 
 
@@ -195,7 +225,9 @@ def test_three_where_the_rest_is_made_again(branch: bool) -> None:
 
 def _small(*, blocks: str):
     recipe = quickstart_digits()
-    model = replace(recipe.model, architecture="vit_micro", hidden_dim=64, projection_dim=16, attention="sdpa")
+    model = replace(
+        recipe.model, architecture="vit_micro", hidden_dim=64, projection_dim=16, attention="sdpa"
+    )
     return replace(recipe, precision="fp64", model=replace(model, blocks=blocks))
 
 
@@ -230,9 +262,12 @@ def test_a_step_whole_or_in_chunks_is_that_of_modules(chunk: int, lean: bool) ->
 
 
 def test_the_planner_counts_the_fused_block() -> None:
-    """The same products, none of them twice; of the one block beside the last, 9 numbers a token and channel instead of 16."""
+    """The same products, none of them twice; of the one block beside the last, 9 numbers a token
+    and channel instead of 16."""
     configs = (_small(blocks=blocks) for blocks in ("modules", "fused"))
-    nano = (replace(config, model=replace(config.model, architecture="vit_nano")) for config in configs)
+    nano = (
+        replace(config, model=replace(config.model, architecture="vit_nano")) for config in configs
+    )
     modules, fused = (measure_costs(config, "bf16") for config in nano)
     assert fused.step_flops == modules.step_flops
     assert fused.recompute_flops == 0

@@ -25,7 +25,12 @@ def test_projector_and_predictor_are_built_as_the_paper_says() -> None:
     ]
     names = [name for name, _ in head.named_parameters()]
     assert names == ["0.weight", "1.weight", "1.bias", "3.weight", "4.weight", "4.bias", "6.weight"]
-    assert [name for name, _ in predictor(4, 8, 4).named_parameters()] == ["0.weight", "1.weight", "1.bias", "3.weight"]
+    assert [name for name, _ in predictor(4, 8, 4).named_parameters()] == [
+        "0.weight",
+        "1.weight",
+        "1.bias",
+        "3.weight",
+    ]
     out = head(torch.randn(16, 6))
     assert out.shape == (16, 4)
     assert out.mean(0).abs().max() < 1e-5
@@ -35,9 +40,23 @@ def test_projector_and_predictor_are_built_as_the_paper_says() -> None:
 def test_forms_differ_in_biases_and_the_last_norm() -> None:
     byol = build_head(6, 8, 4, FORMS["byol"])
     assert [type(m) for m in byol] == [nn.Linear, BatchNorm, nn.ReLU, nn.Linear]
-    assert [name for name, _ in byol.named_parameters()] == ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight"]
+    assert [name for name, _ in byol.named_parameters()] == [
+        "0.weight",
+        "0.bias",
+        "1.weight",
+        "1.bias",
+        "3.weight",
+    ]
     bare = build_head(6, 8, 4, HeadForm(layers=3, last_norm=False, last_bias=True))
-    assert [type(m) for m in bare] == [nn.Linear, BatchNorm, nn.ReLU, nn.Linear, BatchNorm, nn.ReLU, nn.Linear]
+    assert [type(m) for m in bare] == [
+        nn.Linear,
+        BatchNorm,
+        nn.ReLU,
+        nn.Linear,
+        BatchNorm,
+        nn.ReLU,
+        nn.Linear,
+    ]
     assert (bare[0].bias, bare[6].bias is None) == (None, False)
 
 

@@ -1,4 +1,5 @@
-"""The encoders: golden features and gradients, initialisation, and the class-token path against the plain one."""
+"""The encoders: golden features and gradients, initialisation, and the class-token path against the
+plain one."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def build_golden(data: dict[str, np.ndarray], tag: str) -> VisionTransformer:
         stem="conv" if tag == "conv" else "patch",
     ).double()
     prefix = f"{tag}/sd/"
-    weights = {k.removeprefix(prefix): torch.from_numpy(v) for k, v in data.items() if k.startswith(prefix)}
+    weights = {
+        k.removeprefix(prefix): torch.from_numpy(v) for k, v in data.items() if k.startswith(prefix)
+    }
     missing, unexpected = encoder.load_state_dict(weights, strict=False)
     assert missing == ["pos_embed"]
     assert unexpected == []
@@ -52,7 +55,9 @@ def relative(ours: Tensor, golden: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("grid", "width"), [(14, 384), (7, 192)])
-def test_positions_match_golden_and_not_their_transpose(golden: Golden, grid: int, width: int) -> None:
+def test_positions_match_golden_and_not_their_transpose(
+    golden: Golden, grid: int, width: int
+) -> None:
     table = golden("posembed")[f"pos_{grid}x{grid}_{width}"]
     ours = sincos_positions(grid, width).numpy()
     assert np.abs(ours - table).max() <= 1e-7
@@ -117,19 +122,33 @@ def test_class_token_path_equals_plain_path_in_value_and_every_gradient(
     assert plain_gradients["blocks.0.attn.qkv.weight"].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("build", "name"), [(vit_small, "vit_small"), (vit_conv_small, "vit_conv_small")])
+@pytest.mark.parametrize(
+    ("build", "name"), [(vit_small, "vit_small"), (vit_conv_small, "vit_conv_small")]
+)
 def test_fresh_model_matches_golden_names_shapes_and_spread(
     golden: Golden, build: Callable[[], VisionTransformer], name: str
 ) -> None:
     torch.manual_seed(0)
-    data = {k.removeprefix(f"{name}/"): v for k, v in golden("init_stats").items() if k.startswith(f"{name}/")}
+    data = {
+        k.removeprefix(f"{name}/"): v
+        for k, v in golden("init_stats").items()
+        if k.startswith(f"{name}/")
+    }
     parameters = list(MoCoV3(build).named_parameters())
-    assert [f"base_{n}" if n.startswith("encoder.") else n for n, _ in parameters] == data["names"].tolist()
+    assert [f"base_{n}" if n.startswith("encoder.") else n for n, _ in parameters] == data[
+        "names"
+    ].tolist()
     assert ["x".join(map(str, p.shape)) for _, p in parameters] == data["shapes"].tolist()
     assert [p.requires_grad for _, p in parameters] == data["requires_grad"].tolist()
-    for (parameter_name, p), std, absmax in zip(parameters, data["std"], data["absmax"], strict=True):
-        if p.numel() >= 4096:  # a draw of n uniform numbers has a spread within 4 / sqrt(n) of its expectation
-            assert p.std().item() == pytest.approx(std, rel=4 / math.sqrt(p.numel())), parameter_name
+    for (parameter_name, p), std, absmax in zip(
+        parameters, data["std"], data["absmax"], strict=True
+    ):
+        if (
+            p.numel() >= 4096
+        ):  # a draw of n uniform numbers has a spread within 4 / sqrt(n) of its expectation
+            assert p.std().item() == pytest.approx(std, rel=4 / math.sqrt(p.numel())), (
+                parameter_name
+            )
             assert p.abs().max().item() == pytest.approx(absmax, rel=2e-2), parameter_name
         elif std == 0:
             assert p.abs().max().item() == absmax, parameter_name
@@ -138,10 +157,17 @@ def test_fresh_model_matches_golden_names_shapes_and_spread(
 
 
 @pytest.mark.parametrize("build", [vit_small, vit_conv_small])
-def test_uniform_draws_stay_within_their_analytic_bounds(build: Callable[[], VisionTransformer]) -> None:
+def test_uniform_draws_stay_within_their_analytic_bounds(
+    build: Callable[[], VisionTransformer],
+) -> None:
     encoder = build()
     E, hidden = 384, 4 * 384
-    bounds = {"qkv": 6 / (E + E), "proj": 6 / (E + E), "fc1": 6 / (E + hidden), "fc2": 6 / (E + hidden)}
+    bounds = {
+        "qkv": 6 / (E + E),
+        "proj": 6 / (E + E),
+        "fc1": 6 / (E + hidden),
+        "fc2": 6 / (E + hidden),
+    }
     for name, parameter in encoder.blocks.named_parameters():
         layer, kind = name.split(".")[-2:]
         if kind == "weight" and layer in bounds:
@@ -152,15 +178,20 @@ def test_uniform_draws_stay_within_their_analytic_bounds(build: Callable[[], Vis
         assert 0.99 * bound < encoder.patch_embed.proj.weight.abs().max().item() <= bound
 
 
-@pytest.mark.parametrize(("build", "count"), [(vit_small, 21_665_664), (vit_conv_small, 20_617_392)])
+@pytest.mark.parametrize(
+    ("build", "count"), [(vit_small, 21_665_664), (vit_conv_small, 20_617_392)]
+)
 def test_trunk_sizes(build: Callable[[], VisionTransformer], count: int) -> None:
     with torch.device("meta"):
         assert sum(p.numel() for p in build().parameters()) == count
 
 
-# 304 M and 632 M as usually given: with a classifier of 1000 classes; ViT-H has patches of 14 pixels there.
+# 304 M and 632 M as usually given: with a classifier of 1000 classes; ViT-H has patches of 14
+# pixels there.
 @pytest.mark.parametrize(("build", "count"), [(vit_large, 304_326_632), (vit_huge, 632_045_800)])
-def test_large_trunks_have_the_published_sizes(build: Callable[[], VisionTransformer], count: int) -> None:
+def test_large_trunks_have_the_published_sizes(
+    build: Callable[[], VisionTransformer], count: int
+) -> None:
     with torch.device("meta"):
         encoder = build()
     assert sum(p.numel() for p in encoder.parameters()) + 1000 * (encoder.embed_dim + 1) == count
@@ -185,7 +216,10 @@ def test_frozen_by_default() -> None:
     [
         ({"image_size": 30}, "image_size=30: must be a multiple of patch_size=8"),
         ({"num_heads": 5}, "embed_dim=32: must be a multiple of num_heads=5"),
-        ({"embed_dim": 6, "num_heads": 2}, "embed_dim=6: must be a multiple of 4, because positions"),
+        (
+            {"embed_dim": 6, "num_heads": 2},
+            "embed_dim=6: must be a multiple of 4, because positions",
+        ),
         ({"stem": "conv"}, "patch_size=8: the conv stem shrinks images by 16"),
         (
             {"stem": "conv", "patch_size": 16, "embed_dim": 36, "num_heads": 2},
@@ -197,13 +231,21 @@ def test_frozen_by_default() -> None:
     ],
 )
 def test_wrong_sizes_are_named(change: dict[str, object], message: str) -> None:
-    sizes: dict[str, object] = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    sizes: dict[str, object] = {
+        "image_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 1,
+        "num_heads": 2,
+    }
     with pytest.raises(ValueError, match=message):
         VisionTransformer(**(sizes | change))  # type: ignore[arg-type]
 
 
 def test_wrong_images_are_named() -> None:
-    with pytest.raises(ValueError, match=r"images shape=\(2, 3, 28, 28\): this encoder takes \[B, 3, 32, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"images shape=\(2, 3, 28, 28\): this encoder takes \[B, 3, 32, 32\]"
+    ):
         vit_micro()(torch.zeros(2, 3, 28, 28))
 
 

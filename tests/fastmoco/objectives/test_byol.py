@@ -80,7 +80,11 @@ def read() -> dict[str, np.ndarray]:
 def our_name(golden_name: str) -> str:
     """The file calls the momentum encoder twin, and a projector stands beside its trunk where ours
     is its head."""
-    side, rest = ("momentum_encoder.", golden_name[5:]) if golden_name.startswith("twin.") else ("", golden_name)
+    side, rest = (
+        ("momentum_encoder.", golden_name[5:])
+        if golden_name.startswith("twin.")
+        else ("", golden_name)
+    )
     if rest.startswith("projector."):
         return f"{side or 'encoder.'}head.{rest[10:]}"
     return side + (rest.removeprefix("encoder.") if side else rest)
@@ -90,8 +94,16 @@ def load(objective: BYOL, data: dict[str, np.ndarray], prefix: str) -> BYOL:
     """The objective in float64 with the golden start; a predictor of the momentum encoder has no
     place in it."""
     start = f"{prefix}init/"
-    weights = {our_name(k[len(start) :]): torch.from_numpy(v) for k, v in data.items() if k.startswith(start)}
-    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("momentum_encoder.predictor")}
+    weights = {
+        our_name(k[len(start) :]): torch.from_numpy(v)
+        for k, v in data.items()
+        if k.startswith(start)
+    }
+    weights = {
+        name: tensor
+        for name, tensor in weights.items()
+        if not name.startswith("momentum_encoder.predictor")
+    }
     missing, unexpected = objective.double().load_state_dict(weights, strict=False)
     assert unexpected == []
     buffers = ("running_mean", "running_var", "num_batches_tracked", "pos_embed")
@@ -120,7 +132,14 @@ def conv_case(data: dict[str, np.ndarray]) -> tuple[BYOL, AveragedOptimizer]:
 def vit_case(data: dict[str, np.ndarray]) -> tuple[BYOL, AveragedOptimizer]:
     """The objective and the optimizer of `vit/`."""
     _, size, patch, width, depth, heads, hidden, out = data["vit/cfg"].tolist()
-    build = partial(VisionTransformer, image_size=size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads)
+    build = partial(
+        VisionTransformer,
+        image_size=size,
+        patch_size=patch,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+    )
     objective = load(BYOL(build, projection_dim=out, hidden_dim=hidden), data, "vit/")
     assert np.array_equal(objective.encoder.pos_embed.numpy(), data["vit/pos"])
     adamw = build_adamw(objective.named_parameters(), lr=0.0, weight_decay=float(data["vit/wd"]))
@@ -143,7 +162,9 @@ def run(data: dict[str, np.ndarray], prefix: str, world: World) -> tuple[BYOL, d
         loss.backward()
         optimizer.param_groups[0]["lr"] = float(data[f"{prefix}lr"][step])
         named = dict(objective.named_parameters())
-        found["gradients"].append({n: p.grad.clone() for n, p in named.items() if p.grad is not None})
+        found["gradients"].append(
+            {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
+        )
         optimizer.step(ema_momentum=float(data[f"{prefix}m"][step]))
         found["losses"].append(loss.detach())
         found["states"].append({n: t.detach().clone() for n, t in objective.state_dict().items()})
@@ -153,7 +174,9 @@ def run(data: dict[str, np.ndarray], prefix: str, world: World) -> tuple[BYOL, d
 def error(ours: Tensor, expected: np.ndarray) -> float:
     """Largest difference, relative to the largest number; absolute where all are rounding noise."""
     largest = np.abs(expected).max()
-    return float(np.abs(ours.double().numpy() - expected).max() / (largest if largest > 1e-12 else 1.0))
+    return float(
+        np.abs(ours.double().numpy() - expected).max() / (largest if largest > 1e-12 else 1.0)
+    )
 
 
 def check_trace(found: dict[str, Any], data: dict[str, np.ndarray], prefix: str) -> None:
@@ -178,7 +201,9 @@ def check_trace(found: dict[str, Any], data: dict[str, np.ndarray], prefix: str)
 
 def test_loss_and_gradient_match_golden(data: dict[str, np.ndarray]) -> None:
     for i in range(int(data["num_cases"])):
-        p1, p2, z1, z2 = (torch.from_numpy(data[f"c{i}_{n}"]).double() for n in ("p1", "p2", "z1", "z2"))
+        p1, p2, z1, z2 = (
+            torch.from_numpy(data[f"c{i}_{n}"]).double() for n in ("p1", "p2", "z1", "z2")
+        )
         predictions = torch.stack([p1, p2]).requires_grad_()
         loss = regression_loss(predictions, torch.stack([z2, z1]))
         loss.backward()
@@ -214,10 +239,16 @@ def test_low_precision_is_widened() -> None:
 def test_schedules_match_golden(data: dict[str, np.ndarray]) -> None:
     for i in range(int(data["num_schedules"])):
         base, batch, warmup, total, start = data[f"s{i}_cfg"].tolist()
-        objective = BYOL(partial(ConvTrunk, 2, 2), projection_dim=2, hidden_dim=2, ema_momentum=start)
-        for step, lr, m in zip(data[f"s{i}_steps"].tolist(), data[f"s{i}_lr"], data[f"s{i}_m"], strict=True):
+        objective = BYOL(
+            partial(ConvTrunk, 2, 2), projection_dim=2, hidden_dim=2, ema_momentum=start
+        )
+        for step, lr, m in zip(
+            data[f"s{i}_steps"].tolist(), data[f"s{i}_lr"], data[f"s{i}_m"], strict=True
+        ):
             at = Progress(step, int(total))
-            ours = learning_rate(step, peak=base * batch / 256, epochs=total, warmup_epochs=warmup, steps_per_epoch=1)
+            ours = learning_rate(
+                step, peak=base * batch / 256, epochs=total, warmup_epochs=warmup, steps_per_epoch=1
+            )
             assert abs(ours - lr) <= 1e-6 * base * batch / 256
             assert abs(objective.ema_momentum(at) - m) <= 1e-6
             assert objective.schedules(at) == {"ema_momentum": objective.ema_momentum(at)}
@@ -236,17 +267,25 @@ def test_a_late_or_an_early_average_is_far_from_golden(data: dict[str, np.ndarra
     assert error(torch.stack(found["losses"]), data["tr/loss"]) > 1e-5
 
 
-def test_three_steps_on_two_ranks_are_those_of_one(data: dict[str, np.ndarray], tmp_path: Path) -> None:
+def test_three_steps_on_two_ranks_are_those_of_one(
+    data: dict[str, np.ndarray], tmp_path: Path
+) -> None:
     ranks = launch(2, tmp_path, module="tests.fastmoco.objectives.test_byol")
     for prefix in CASES:
         cases = [rank[prefix] for rank in ranks]
-        merged = cases[0] | {"losses": [sum(pair) / 2 for pair in zip(*(c["losses"] for c in cases), strict=True)]}
+        merged = cases[0] | {
+            "losses": [sum(pair) / 2 for pair in zip(*(c["losses"] for c in cases), strict=True)]
+        }
         check_trace(merged, data, prefix)
 
 
 def test_recipes_carry_the_numbers_and_travel_through_json() -> None:
     config = byol_vit_s16_e300_b4096()
-    assert (config.optim.lr, config.optim.weight_decay, config.optim.warmup_epochs) == (1e-4, 0.03, 40)
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.warmup_epochs) == (
+        1e-4,
+        0.03,
+        40,
+    )
     assert to_json(config)["objective"] == {
         "kind": "byol",
         "ema_momentum": 0.99,
@@ -254,10 +293,18 @@ def test_recipes_carry_the_numbers_and_travel_through_json() -> None:
         "last_norm": True,
     }
     assert from_json(to_json(config)) == config
-    bare = build_objective(replace(byol_digits(), objective=BYOLConfig(last_norm=False)), torch.device("cpu"))
+    bare = build_objective(
+        replace(byol_digits(), objective=BYOLConfig(last_norm=False)), torch.device("cpu")
+    )
     assert isinstance(bare, BYOL)
-    assert [type(head[-1]) for head in (bare.encoder.head, bare.predictor)] == [nn.Linear, nn.Linear]
-    allowed = [may_change(config, f"objective.{name}", Resume.WITH_ALLOW) for name in ("ema_momentum", "last_norm")]
+    assert [type(head[-1]) for head in (bare.encoder.head, bare.predictor)] == [
+        nn.Linear,
+        nn.Linear,
+    ]
+    allowed = [
+        may_change(config, f"objective.{name}", Resume.WITH_ALLOW)
+        for name in ("ema_momentum", "last_norm")
+    ]
     assert allowed == [True, False]
     with pytest.raises(ValueError, match=r"ema_momentum=1.5"):
         BYOLConfig(ema_momentum=1.5)
@@ -267,16 +314,41 @@ def test_the_command_line_trains_evaluates_and_narrows_to_the_numbers_of_byol(
     digits: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", "byol_digits", "--out", str(tmp_path / "run"), "--data.shards", digits[0]]
-    words += ["--objective.ema-momentum", "0.5", "--epochs", "2", "--threads", "1", "--knn.every-epochs", "0"]
+    words += [
+        "--objective.ema-momentum",
+        "0.5",
+        "--epochs",
+        "2",
+        "--threads",
+        "1",
+        "--knn.every-epochs",
+        "0",
+    ]
     assert main(words) == 0
     objective, config, _ = load_run(tmp_path / "run")
     assert isinstance(objective, BYOL)
     assert config.objective == BYOLConfig(ema_momentum=0.5)
     capsys.readouterr()
-    assert main(["eval", "knn", str(tmp_path / "run"), "--train", digits[0], "--test", digits[1]]) == 0
+    assert (
+        main(["eval", "knn", str(tmp_path / "run"), "--train", digits[0], "--test", digits[1]]) == 0
+    )
     assert 0 < json.loads(capsys.readouterr().out.splitlines()[-1])["knn"] <= 1
-    assert main(["train", "byol_digits", "--out", str(tmp_path / "no"), "--objective.temperature", "0.2"]) == 2
+    assert (
+        main(
+            [
+                "train",
+                "byol_digits",
+                "--out",
+                str(tmp_path / "no"),
+                "--objective.temperature",
+                "0.2",
+            ]
+        )
+        == 2
+    )
 
 
 if __name__ == "__main__":
-    run_cases({prefix: lambda world, prefix=prefix: run(read(), prefix, world)[1] for prefix in CASES})
+    run_cases(
+        {prefix: lambda world, prefix=prefix: run(read(), prefix, world)[1] for prefix in CASES}
+    )

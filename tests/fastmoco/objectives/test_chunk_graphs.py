@@ -1,7 +1,8 @@
-"""Passes over a chunk at fixed addresses: equal to those from Python bit for bit, and what a replay repeats is all there is.
+"""Passes over a chunk at fixed addresses: equal to those from Python bit for bit, and what a replay
+repeats is all there is.
 
-A CPU captures nothing. Here a pass runs as plain code over its static tensors, and as a `Tape`: the operations of one run, done
-again on the tensors of that run, which is what a CUDA graph does.
+A CPU captures nothing. Here a pass runs as plain code over its static tensors, and as a `Tape`: the
+operations of one run, done again on the tensors of that run, which is what a CUDA graph does.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Tape(Replayable):
         tape = self.calls
 
         class Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
                 made = func(*args, **(kwargs or {}))
                 tape.append((func, args, kwargs or {}, made))
                 return made
@@ -72,7 +75,8 @@ def taped_(graphs: ChunkGraphs, views: tuple[Tensor, Tensor]) -> ChunkGraphs:
 
 
 def train(step: ChunkedStep, batches: list[tuple[Tensor, Tensor]]) -> list[list[Tensor]]:
-    """Losses, keys, gradients and weights of some steps with weights that move, gradients set to None between them."""
+    """Losses, keys, gradients and weights of some steps with weights that move, gradients set to
+    None between them."""
     objective, history = step.objective, []
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
@@ -84,7 +88,12 @@ def train(step: ChunkedStep, batches: list[tuple[Tensor, Tensor]]) -> list[list[
         optimizer.step()
         objective.update_momentum_encoder(0.9)
         history.append(
-            [output.loss.detach(), *output.watch["keys"], *gradients, *(p.detach().clone() for p in trained)]
+            [
+                output.loss.detach(),
+                *output.watch["keys"],
+                *gradients,
+                *(p.detach().clone() for p in trained),
+            ]
         )
     return history
 
@@ -94,7 +103,8 @@ def equal(ours: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-# 13 images in chunks of 4: the last is smaller and runs from Python; kept chunks too, whole ones and a half.
+# 13 images in chunks of 4: the last is smaller and runs from Python; kept chunks too, whole ones
+# and a half.
 @pytest.mark.parametrize("how", [{}, {"kept": 1}, {"kept_images": 6}, {"kept": 9}])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("taped", [False, True])
@@ -103,12 +113,16 @@ def test_steps_over_static_tensors_are_those_from_python_to_the_bit(
 ) -> None:
     objective, batches = case()
     context = partial(autocast, enabled=half)
-    expected = train(ChunkedStep(copy.deepcopy(objective), chunk=4, autocast=context, **how), batches)
+    expected = train(
+        ChunkedStep(copy.deepcopy(objective), chunk=4, autocast=context, **how), batches
+    )
     graphs = ChunkGraphs(objective, 4, context, capture=False)
     if taped:
         taped_(graphs, batches[0])
     with mock.patch.object(graphs, "backward", wraps=graphs.backward) as replayed:
-        ours = train(ChunkedStep(objective, chunk=4, autocast=context, graphs=graphs, **how), batches)
+        ours = train(
+            ChunkedStep(objective, chunk=4, autocast=context, graphs=graphs, **how), batches
+        )
     assert equal(ours, expected)
     other = BATCH - 4 * how.get("kept", 0) - how.get("kept_images", 0)
     assert replayed.call_count == 3 * max(0, other // 4)
@@ -126,7 +140,8 @@ def test_where_the_encoders_share_no_tokens_too(options: dict[str, bool]) -> Non
 
 
 def test_a_replay_that_relies_on_new_gradients_would_be_seen() -> None:
-    """The tape is a judge: where autograd puts a new tensor into ``grad``, repeating its kernels changes nothing there."""
+    """The tape is a judge: where autograd puts a new tensor into ``grad``, repeating its kernels
+    changes nothing there."""
     objective, batches = case()
     graphs = ChunkGraphs(objective, 4, capture=False)
     graphs.begin(Inputs(batches[0]), Progress())
@@ -145,7 +160,11 @@ def test_gradients_stay_where_they_are_and_are_added_to_what_is_there() -> None:
     trained = [p for p in objective.parameters() if p.requires_grad]
     expected = expected[3 : 3 + len(trained)]
     step = ChunkedStep(objective, chunk=4, graphs=ChunkGraphs(objective, 4, capture=False))
-    mine = [p for n, p in objective.encoder.named_parameters() if p.requires_grad and not n.startswith("head.")]
+    mine = [
+        p
+        for n, p in objective.encoder.named_parameters()
+        if p.requires_grad and not n.startswith("head.")
+    ]
     # Somebody's own tensors in ``grad``, before the passes exist: they are kept.
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)
@@ -168,13 +187,17 @@ def test_gradients_stay_where_they_are_and_are_added_to_what_is_there() -> None:
 
 def test_a_step_that_was_not_finite_leaves_nothing_behind() -> None:
     objective, batches = case()
-    step = ChunkedStep(objective, chunk=4, graphs=taped_(ChunkGraphs(objective, 4, capture=False), batches[0]))
+    step = ChunkedStep(
+        objective, chunk=4, graphs=taped_(ChunkGraphs(objective, 4, capture=False), batches[0])
+    )
     expected = train(ChunkedStep(copy.deepcopy(objective), chunk=4), batches[:1])
     buffers = [buffer.clone() for buffer in objective.buffers()]
     bad = batches[1][0].clone()
     bad[2, 0, 0, 0] = torch.nan
     step(bad, batches[1][1])
-    assert any(p.grad is not None and p.grad.isnan().any() for p in objective.encoder.blocks.parameters())
+    assert any(
+        p.grad is not None and p.grad.isnan().any() for p in objective.encoder.blocks.parameters()
+    )
     for buffer, before in zip(objective.buffers(), buffers, strict=True):
         buffer.copy_(before)  # as the guard of a step puts them back
     assert equal(train(step, batches[:1]), expected)
@@ -192,7 +215,9 @@ def test_passes_are_made_once_and_anew_where_a_weight_has_moved() -> None:
         train(step, batches)
         assert built.call_count == 2
         with torch.no_grad():
-            objective.momentum_encoder.patch_embed.proj.weight.mul_(1.5)  # patch tokens are no longer shared
+            objective.momentum_encoder.patch_embed.proj.weight.mul_(
+                1.5
+            )  # patch tokens are no longer shared
         train(step, batches)
         assert built.call_count == 3
         graphs.close()
@@ -220,10 +245,14 @@ class _Noise(nn.Module):
 
 def test_what_no_graph_can_serve_is_refused() -> None:
     objective, batches = case()
-    with pytest.raises(ValueError, match=r"batch.cuda_graphs=True: device 'cpu' has no CUDA graphs"):
+    with pytest.raises(
+        ValueError, match=r"batch.cuda_graphs=True: device 'cpu' has no CUDA graphs"
+    ):
         ChunkGraphs(objective, 4)
     objective.encoder.recompute("selective")
-    with pytest.raises(ValueError, match=r"with model.checkpointing=selective .* take batch.cuda_graphs False"):
+    with pytest.raises(
+        ValueError, match=r"with model.checkpointing=selective .* take batch.cuda_graphs False"
+    ):
         ChunkGraphs(objective, 4, capture=False)
     objective.encoder.recompute("none")
     with (

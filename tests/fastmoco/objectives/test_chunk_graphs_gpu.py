@@ -1,4 +1,5 @@
-"""Captured and replayed passes on a GPU: the numbers of those from Python, no waiting, and all that happens around a step."""
+"""Captured and replayed passes on a GPU: the numbers of those from Python, no waiting, and all that
+happens around a step."""
 
 from __future__ import annotations
 
@@ -62,22 +63,33 @@ def train(step: ChunkedStep, batches: list[tuple[Tensor, Tensor]]) -> list[tuple
     return [(loss.item(), gradient) for loss, gradient in history]
 
 
-def compare(ours: list[tuple[float, Tensor]], other: list[tuple[float, Tensor]], tolerance: float) -> None:
+def compare(
+    ours: list[tuple[float, Tensor]], other: list[tuple[float, Tensor]], tolerance: float
+) -> None:
     for i, ((loss, gradient), (expected, wanted)) in enumerate(zip(ours, other, strict=True)):
         assert loss == pytest.approx(expected, rel=tolerance), f"loss of step {i}"
-        assert (gradient - wanted).norm() <= 20 * tolerance * wanted.norm(), f"gradients of step {i}"
+        assert (gradient - wanted).norm() <= 20 * tolerance * wanted.norm(), (
+            f"gradients of step {i}"
+        )
 
 
-# float32 differs by the order of sums in atomic additions, bf16 by its rounding of what that moved, at weights that drift apart.
+# float32 differs by the order of sums in atomic additions, bf16 by its rounding of what that moved,
+# at weights that drift apart.
 @pytest.mark.parametrize(("half", "tolerance"), [(False, 1e-4), (True, 2e-2)])
 @pytest.mark.parametrize("how", [{}, {"kept": 1}, {"kept_images": 6}])
-def test_replays_are_the_passes_from_python(half: bool, tolerance: float, how: dict[str, int]) -> None:
+def test_replays_are_the_passes_from_python(
+    half: bool, tolerance: float, how: dict[str, int]
+) -> None:
     objective, batches = case()
     autocast = partial(torch.autocast, "cuda", torch.bfloat16, enabled=half)
-    expected = train(ChunkedStep(copy.deepcopy(objective), chunk=CHUNK, autocast=autocast, **how), batches)
+    expected = train(
+        ChunkedStep(copy.deepcopy(objective), chunk=CHUNK, autocast=autocast, **how), batches
+    )
     graphs = ChunkGraphs(objective, CHUNK, autocast)
     compare(
-        train(ChunkedStep(objective, chunk=CHUNK, autocast=autocast, graphs=graphs, **how), batches),
+        train(
+            ChunkedStep(objective, chunk=CHUNK, autocast=autocast, graphs=graphs, **how), batches
+        ),
         expected,
         tolerance,
     )
@@ -172,10 +184,12 @@ def config(*, cuda_graphs: bool) -> Config:
 
 
 def test_trainers_in_one_process_skip_resume_and_go_on(tmp_path: Path) -> None:
-    """Two at once, one of them with graphs: a bad batch is skipped by both, and a restart goes on where it stood."""
+    """Two at once, one of them with graphs: a bad batch is skipped by both, and a restart goes on
+    where it stood."""
     world = World(device=torch.device("cuda", torch.cuda.current_device()))
     trainers = {
-        graphs: Trainer.build(config(cuda_graphs=graphs), tmp_path / str(graphs), world) for graphs in (False, True)
+        graphs: Trainer.build(config(cuda_graphs=graphs), tmp_path / str(graphs), world)
+        for graphs in (False, True)
     }
     again = None
     try:
@@ -195,13 +209,20 @@ def test_trainers_in_one_process_skip_resume_and_go_on(tmp_path: Path) -> None:
                 losses[graphs].append(output.loss.item())
         assert [loss == loss for loss in losses[True]] == [True, True, True, False, True]
         for i in (0, 1, 2, 4):
-            assert losses[True][i] == pytest.approx(losses[False][i], rel=1e-2)  # AdamW makes full steps of rounding
+            assert losses[True][i] == pytest.approx(
+                losses[False][i], rel=1e-2
+            )  # AdamW makes full steps of rounding
         trainers[True]._save(force=True)
-        weights = {name: tensor.clone() for name, tensor in trainers[True].objective.state_dict().items()}
+        weights = {
+            name: tensor.clone() for name, tensor in trainers[True].objective.state_dict().items()
+        }
         trainers[True].close()
         again = Trainer.build(config(cuda_graphs=True), tmp_path / "True", world)
         assert again.step_count == 5
-        assert all(torch.equal(weights[name], tensor) for name, tensor in again.objective.state_dict().items())
+        assert all(
+            torch.equal(weights[name], tensor)
+            for name, tensor in again.objective.state_dict().items()
+        )
         assert again.step(again.loader.next()).loss.isfinite()
     finally:
         for trainer in (*trainers.values(), *([again] if again is not None else [])):

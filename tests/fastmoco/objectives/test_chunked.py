@@ -1,4 +1,5 @@
-"""A step in chunks is the step on the whole batch: loss, every gradient, buffers and keys, whatever is kept."""
+"""A step in chunks is the step on the whole batch: loss, every gradient, buffers and keys, whatever
+is kept."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from tests.golden_objective import random_views, rough_objective
 BATCH = 13
 
 
-def case(dtype: torch.dtype = torch.float64, **options: object) -> tuple[MoCoV3, tuple[Tensor, Tensor]]:
+def case(
+    dtype: torch.dtype = torch.float64, **options: object
+) -> tuple[MoCoV3, tuple[Tensor, Tensor]]:
     torch.manual_seed(30)
     objective = rough_objective(depth=3, **options)  # type: ignore[arg-type]
     view1, view2 = random_views(objective, BATCH)
@@ -35,22 +38,34 @@ def whole(objective: MoCoV3, views: tuple[Tensor, Tensor]) -> tuple[MoCoV3, Outp
     return objective, output
 
 
-def chunked(objective: MoCoV3, views: tuple[Tensor, Tensor], chunk: int, kept: int) -> tuple[MoCoV3, Output]:
+def chunked(
+    objective: MoCoV3, views: tuple[Tensor, Tensor], chunk: int, kept: int
+) -> tuple[MoCoV3, Output]:
     objective = copy.deepcopy(objective)
     return objective, ChunkedStep(objective, chunk=chunk, kept=kept)(*views, accuracy=True)
 
 
 def largest_difference(ours: MoCoV3, other: MoCoV3) -> float:
     """Of any gradient; a missing one is as bad as can be."""
-    pairs = [(p.grad, q.grad) for p, q in zip(ours.parameters(), other.parameters(), strict=True) if p.requires_grad]
-    return max((a - b).abs().max().item() if a is not None and b is not None else torch.inf for a, b in pairs)
+    pairs = [
+        (p.grad, q.grad)
+        for p, q in zip(ours.parameters(), other.parameters(), strict=True)
+        if p.requires_grad
+    ]
+    return max(
+        (a - b).abs().max().item() if a is not None and b is not None else torch.inf
+        for a, b in pairs
+    )
 
 
-# 5 and 4: the last chunk is smaller, once by much; 13 and 99: one chunk. Kept: none, some, all, more than there are.
+# 5 and 4: the last chunk is smaller, once by much; 13 and 99: one chunk. Kept: none, some, all,
+# more than there are.
 @pytest.mark.parametrize("chunk", [1, 4, 5, 13, 99])
 @pytest.mark.parametrize("kept", [0, 1, 2, 99])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_a_step_in_chunks_is_the_step_on_the_whole(dtype: torch.dtype, tolerance: float, chunk: int, kept: int) -> None:
+def test_a_step_in_chunks_is_the_step_on_the_whole(
+    dtype: torch.dtype, tolerance: float, chunk: int, kept: int
+) -> None:
     objective, views = case(dtype)
     expected, output = whole(objective, views)
     ours, ours_output = chunked(objective, views, chunk, kept)
@@ -71,7 +86,8 @@ def test_how_many_graphs_are_kept_changes_no_bit() -> None:
         assert largest_difference(runs[0], other) == 0
 
 
-# Of 13 images in chunks of 4: none, less than a chunk, a chunk, a chunk and a half, all but one, all, more.
+# Of 13 images in chunks of 4: none, less than a chunk, a chunk, a chunk and a half, all but one,
+# all, more.
 @pytest.mark.parametrize("kept_images", [0, 3, 4, 6, 12, 13, 99])
 def test_images_kept_need_not_be_whole_chunks(kept_images: int) -> None:
     objective, views = case()
@@ -150,7 +166,9 @@ def test_bf16_is_as_near_to_the_truth_as_on_the_whole_batch() -> None:
 
     def error(ours: MoCoV3) -> float:
         pairs = [
-            (p.grad, q.grad) for p, q in zip(ours.parameters(), truth.parameters(), strict=True) if p.requires_grad
+            (p.grad, q.grad)
+            for p, q in zip(ours.parameters(), truth.parameters(), strict=True)
+            if p.requires_grad
         ]
         off = sum((a - b).square().sum().item() for a, b in pairs)
         return (off / sum(b.square().sum().item() for _, b in pairs)) ** 0.5
@@ -213,7 +231,8 @@ def test_a_trunk_that_couples_samples_is_refused_with_the_alternatives() -> None
     assert objective.coupling is Coupling.TRUNK
     assert "batch norm" in objective.coupling_reason
     with pytest.raises(
-        ValueError, match=r"batch.chunk=4: this trunk cannot go in chunks, because .*--model.checkpointing"
+        ValueError,
+        match=r"batch.chunk=4: this trunk cannot go in chunks, because .*--model.checkpointing",
     ):
         ChunkedStep(objective, chunk=4)
 

@@ -68,7 +68,14 @@ ENCODER = [
     "patch_embed.proj.weight",
     "pos_embed",
 ]
-PROJECTOR = ["head.0.weight", "head.1.bias", "head.1.weight", "head.3.weight", "head.4.bias", "head.4.weight"]
+PROJECTOR = [
+    "head.0.weight",
+    "head.1.bias",
+    "head.1.weight",
+    "head.3.weight",
+    "head.4.bias",
+    "head.4.weight",
+]
 PROJECTOR += ["head.6.weight"]
 PREDICTOR = ["0.weight", "1.bias", "1.weight", "3.weight"]
 NAMES: dict[str, dict[str, list[str]]] = {
@@ -93,12 +100,16 @@ def rough(config: Config) -> Objective:
     off their start."""
     objective = build_objective(replace(config, precision="fp64"), torch.device("cpu"))
     noise = torch.Generator().manual_seed(5)
-    frozen_averages = {id(average) for own, average in objective.averages().items() if not own.requires_grad}
+    frozen_averages = {
+        id(average) for own, average in objective.averages().items() if not own.requires_grad
+    }
     averages = {id(average) for average in objective.averages().values()} - frozen_averages
     with torch.no_grad():
         for parameter in objective.parameters():
             if parameter.requires_grad or id(parameter) in averages:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
+                parameter.add_(
+                    0.1 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64)
+                )
         for buffer in objective.buffers():
             if buffer.is_floating_point():
                 buffer.add_(torch.rand(buffer.shape, generator=noise, dtype=torch.float64))
@@ -108,7 +119,9 @@ def rough(config: Config) -> Objective:
 def views_of(config: Config, images: int = IMAGES) -> tuple[Tensor, ...]:
     noise = torch.Generator().manual_seed(6)
     sides = [view.size for view in each_view(config.data.views)]
-    return tuple(torch.randn(images, 3, side, side, generator=noise, dtype=torch.float64) for side in sides)
+    return tuple(
+        torch.randn(images, 3, side, side, generator=noise, dtype=torch.float64) for side in sides
+    )
 
 
 def gap(ours: Tensor, other: Tensor) -> float:
@@ -117,7 +130,9 @@ def gap(ours: Tensor, other: Tensor) -> float:
     return float((ours - other).abs().max() / max(1.0, float(other.abs().max())))
 
 
-def require_equal(ours: tuple[Objective, Output], other: tuple[Objective, Output], tolerance: float) -> None:
+def require_equal(
+    ours: tuple[Objective, Output], other: tuple[Objective, Output], tolerance: float
+) -> None:
     """Loss, what telemetry sees, every gradient and every buffer."""
     assert gap(ours[1].loss, other[1].loss) <= tolerance
     assert ours[1].watch.keys() == other[1].watch.keys()
@@ -154,7 +169,9 @@ def check_chunks(config: Config) -> None:
         return
     for how in ({"chunk": 4}, {"chunk": 5, "kept": 1}, {"chunk": 99}):
         ours = copy.deepcopy(objective)
-        require_equal((ours, ChunkedStep(ours, **how)(*views, at=AT, accuracy=True)), (whole, output), 1e-12)
+        require_equal(
+            (ours, ChunkedStep(ours, **how)(*views, at=AT, accuracy=True)), (whole, output), 1e-12
+        )
     if objective.coupling is Coupling.HEADS:
         # The second pass of a chunk computes no constants again.
         counted = copy.deepcopy(objective)
@@ -166,7 +183,9 @@ def check_chunks(config: Config) -> None:
         replayed, plain = copy.deepcopy(objective), copy.deepcopy(objective)
         graphs = ChunkGraphs(replayed, 4, capture=False)
         ours_output = ChunkedStep(replayed, chunk=4, graphs=graphs)(*views, at=AT)
-        require_equal((replayed, ours_output), (plain, ChunkedStep(plain, chunk=4)(*views, at=AT)), 0.0)
+        require_equal(
+            (replayed, ours_output), (plain, ChunkedStep(plain, chunk=4)(*views, at=AT)), 0.0
+        )
 
 
 def check_features(config: Config) -> None:
@@ -182,7 +201,9 @@ def check_features(config: Config) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.online, second.online, strict=True))
     assert {len(rows) for rows in (*first.online, *first.target)} == {IMAGES}
     if objective.coupling is not Coupling.TRUNK:
-        assert all(torch.equal(tensor, before[name]) for name, tensor in objective.state_dict().items())
+        assert all(
+            torch.equal(tensor, before[name]) for name, tensor in objective.state_dict().items()
+        )
 
 
 def check_names(config: Config, known: dict[str, list[str]] | None) -> None:
@@ -196,7 +217,10 @@ def check_names(config: Config, known: dict[str, list[str]] | None) -> None:
         assert names == {network: set(parameters) for network, parameters in known.items()}
     # All that trains has a gradient and a place of its own in the state; an average has the shape
     # of its weight.
-    assert all(own.shape == average.shape and not average.requires_grad for own, average in averages.items())
+    assert all(
+        own.shape == average.shape and not average.requires_grad
+        for own, average in averages.items()
+    )
     places = objective.places()
     assert set(places) <= {name for name, p in objective.named_parameters() if p.requires_grad}
     assert {place for found in places.values() for place in found} >= {"first_block", "last_block"}
@@ -219,7 +243,10 @@ def check_rollback(config: Config, out: Path) -> None:
     never = Trainer.build(config, out / "never", World())
     try:
         skip(never, 25, LOGGED)
-        expected = {n: t.clone() for n, t in training_state.collect(never.objective, never.optimizer).items()}
+        expected = {
+            n: t.clone()
+            for n, t in training_state.collect(never.objective, never.optimizer).items()
+        }
     finally:
         never.close()
     assert rollback.run(config, out / "run", SPIKE) == 0
@@ -316,11 +343,15 @@ def test_a_rollback_takes_steps_back(kind: type[ObjectiveConfig], tmp_path: Path
 
 
 @every_objective
-def test_a_killed_run_continues_to_the_same_bits(kind: type[ObjectiveConfig], tmp_path: Path) -> None:
+def test_a_killed_run_continues_to_the_same_bits(
+    kind: type[ObjectiveConfig], tmp_path: Path
+) -> None:
     check_resume(config_of(kind), tmp_path)
 
 
 @every_objective
 @pytest.mark.parametrize(("images", "chunk"), [(256, 0), (512, 128)])
-def test_the_planned_peak_is_the_measured_one(kind: type[ObjectiveConfig], images: int, chunk: int) -> None:
+def test_the_planned_peak_is_the_measured_one(
+    kind: type[ObjectiveConfig], images: int, chunk: int
+) -> None:
     check_peak(wide(kind), images, chunk)

@@ -23,9 +23,12 @@ Golden = Callable[[str], dict[str, np.ndarray]]
 
 
 @pytest.mark.parametrize(
-    ("stem", "freeze", "shared"), [("patch", True, True), ("patch", False, False), ("conv", True, False)]
+    ("stem", "freeze", "shared"),
+    [("patch", True, True), ("patch", False, False), ("conv", True, False)],
 )
-def test_fast_path_equals_the_book_in_value_every_gradient_and_buffer(stem: str, freeze: bool, shared: bool) -> None:
+def test_fast_path_equals_the_book_in_value_every_gradient_and_buffer(
+    stem: str, freeze: bool, shared: bool
+) -> None:
     torch.manual_seed(1)
     fast = rough_objective(stem=stem, freeze=freeze)
     plain = copy.deepcopy(fast)
@@ -54,7 +57,9 @@ def test_tokens_are_embedded_once_where_stems_agree_and_again_where_they_do_not(
     objective = rough_objective()
     calls: list[int] = []
     for encoder in (objective.encoder, objective.momentum_encoder):
-        encoder.patch_embed.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[0]))
+        encoder.patch_embed.register_forward_hook(
+            lambda module, args, output: calls.append(args[0].shape[0])
+        )
     pair = random_views(objective)
     objective(*pair)
     assert calls == [12]
@@ -63,7 +68,9 @@ def test_tokens_are_embedded_once_where_stems_agree_and_again_where_they_do_not(
     calls.clear()
     output = objective(*pair)
     assert calls == [12, 12]
-    assert (output.watch["keys"] - plain_forward(objective, *pair).watch["keys"]).abs().max() <= 1e-12
+    assert (
+        output.watch["keys"] - plain_forward(objective, *pair).watch["keys"]
+    ).abs().max() <= 1e-12
     objective.load_state_dict(
         {
             name.replace("encoder.", "momentum_encoder.", 1): p
@@ -87,7 +94,11 @@ def test_frozen_projection_and_positions_never_change_in_either_encoder() -> Non
     assert len(frozen) == 6
     optimizer = build_adamw(objective.named_parameters(), lr=1e-2, weight_decay=0.1)
     names = optimizer.param_groups[0]["param_names"]
-    assert not [name for name in names if "patch_embed" in name or "pos_embed" in name or "momentum_encoder" in name]
+    assert not [
+        name
+        for name in names
+        if "patch_embed" in name or "pos_embed" in name or "momentum_encoder" in name
+    ]
     before = {name: p.detach().clone() for name, p in objective.named_parameters()}
     for step in range(50):
         pair = tuple(view.float() for view in random_views(objective))
@@ -95,14 +106,19 @@ def test_frozen_projection_and_positions_never_change_in_either_encoder() -> Non
     after = dict(objective.named_parameters())
     for name, start in frozen.items():
         assert torch.equal(after[name], start), name
-    moved = [name for name in before if name not in frozen and not torch.equal(after[name], before[name])]
+    moved = [
+        name for name in before if name not in frozen and not torch.equal(after[name], before[name])
+    ]
     assert len(moved) == len(before) - len(frozen)
 
 
 def test_a_trainable_projection_is_averaged_too() -> None:
     torch.manual_seed(4)
     objective = rough_objective(freeze=False)
-    own, twin = objective.encoder.patch_embed.proj.weight, objective.momentum_encoder.patch_embed.proj.weight
+    own, twin = (
+        objective.encoder.patch_embed.proj.weight,
+        objective.momentum_encoder.patch_embed.proj.weight,
+    )
     with torch.no_grad():
         own.add_(1.0)
     expected = 0.75 * twin + 0.25 * own
@@ -153,9 +169,13 @@ def test_the_twin_keeps_the_statistics_of_its_own_activations() -> None:
 
 
 def test_twin_starts_equal_without_gradient_and_in_training_mode() -> None:
-    build = partial(VisionTransformer, image_size=8, patch_size=2, embed_dim=64, depth=2, num_heads=4)
+    build = partial(
+        VisionTransformer, image_size=8, patch_size=2, embed_dim=64, depth=2, num_heads=4
+    )
     objective = MoCoV3(build, projection_dim=32, hidden_dim=64)
-    for own, twin in zip(objective.encoder.parameters(), objective.momentum_encoder.parameters(), strict=True):
+    for own, twin in zip(
+        objective.encoder.parameters(), objective.momentum_encoder.parameters(), strict=True
+    ):
         assert torch.equal(own, twin)
         assert own.data_ptr() != twin.data_ptr()
         assert not twin.requires_grad
@@ -174,9 +194,10 @@ def test_bf16_autocast_trains_float32_parameters() -> None:
     expected = exact(*pair)
     expected.loss.backward()
     assert abs(output.loss.item() - expected.loss.item()) < 0.05
-    assert (normalize(output.watch["keys"][0].float(), dim=1) * normalize(expected.watch["keys"][0], dim=1)).sum(
-        1
-    ).min() > 0.99
+    assert (
+        normalize(output.watch["keys"][0].float(), dim=1)
+        * normalize(expected.watch["keys"][0], dim=1)
+    ).sum(1).min() > 0.99
     dot = norms = others = 0.0
     for ours, other in zip(objective.parameters(), exact.parameters(), strict=True):
         if ours.grad is not None and other.grad is not None:

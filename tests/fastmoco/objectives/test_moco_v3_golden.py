@@ -46,8 +46,8 @@ BOUNDS = {
     torch.float32: Bounds(5e-6, 3e-5, 4e-5, 2e-6, 1e-6, 3e-6, 1e-5, None),
 }
 NOISE = ("encoder.norm.bias", "attn.qkv.bias", "encoder.head.1.running_mean")
-"""Batch norm takes `norm.bias` out again, the softmax the biases of keys: AdamW makes steps of the rounding errors there.
-The first running mean of the projector sees the former."""
+"""Batch norm takes `norm.bias` out again, the softmax the biases of keys: AdamW makes steps of the
+rounding errors there. The first running mean of the projector sees the former."""
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
@@ -103,7 +103,9 @@ def error(ours: torch.Tensor, expected: np.ndarray) -> float:
     return float(difference / max(1.0, np.abs(expected).max()))
 
 
-def check_first_step(objective: nn.Module, output: Output, data: dict[str, np.ndarray], bounds: Bounds) -> None:
+def check_first_step(
+    objective: nn.Module, output: Output, data: dict[str, np.ndarray], bounds: Bounds
+) -> None:
     """Queries, keys, gradients, buffers and parameters after the first step."""
     found = (*output.watch["queries"], *output.watch["keys"])
     for name, rows in zip(("q1", "q2", "k1", "k2"), found, strict=True):
@@ -160,7 +162,8 @@ RESNET_BOUNDS = {
 
 @pytest.mark.parametrize("dtype", RESNET_BOUNDS)
 def test_three_steps_of_a_resnet_with_lars_match_golden(golden: Golden, dtype: torch.dtype) -> None:
-    """The loss, the average, batch norms and LARS in another wiring: no frozen part, temperature 1."""
+    """The loss, the average, batch norms and LARS in another wiring: no frozen part, temperature
+    1."""
     data, bounds = golden("step_resnet"), RESNET_BOUNDS[dtype]
     _, first, second, hidden_dim, projection_dim = data["cfg"].tolist()
     model = nn.ModuleDict(
@@ -175,12 +178,16 @@ def test_three_steps_of_a_resnet_with_lars_match_golden(golden: Golden, dtype: t
             ),
         }
     ).to(dtype)
-    model.load_state_dict({our_name(k[5:]): torch.from_numpy(v) for k, v in data.items() if k.startswith("init/")})
+    model.load_state_dict(
+        {our_name(k[5:]): torch.from_numpy(v) for k, v in data.items() if k.startswith("init/")}
+    )
     model["momentum_encoder"].requires_grad_(False)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainable = {our_name(n) for n in data["trainable"].tolist()}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
-    optimizer = build_lars(model.named_parameters(), lr=0.0, weight_decay=float(data["weight_decay"]))
+    optimizer = build_lars(
+        model.named_parameters(), lr=0.0, weight_decay=float(data["weight_decay"])
+    )
     views = [torch.from_numpy(data[name]).to(dtype) for name in ("x1", "x2")]
 
     for step in range(3):
@@ -208,10 +215,14 @@ def test_three_steps_of_a_resnet_with_lars_match_golden(golden: Golden, dtype: t
 def trace_pool(data: dict[str, np.ndarray]) -> np.ndarray:
     """The images of the golden run."""
     pool, side = int(data["pool"]), int(data["cfg"][0])
-    return np.random.Generator(np.random.Philox(key=[int(data["seed"]), 0])).standard_normal((pool, 3, side, side))
+    return np.random.Generator(np.random.Philox(key=[int(data["seed"]), 0])).standard_normal(
+        (pool, 3, side, side)
+    )
 
 
-def trace_views(data: dict[str, np.ndarray], pool: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+def trace_views(
+    data: dict[str, np.ndarray], pool: np.ndarray, step: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The pair of views of a step, as the golden run drew it."""
     draw = np.random.Generator(np.random.Philox(key=[int(data["seed"]), 1 + step]))
     chosen = pool[draw.permutation(len(pool))[: int(data["batch"])]]
@@ -224,7 +235,9 @@ def trace_views(data: dict[str, np.ndarray], pool: np.ndarray, step: int) -> tup
     ("dtype", "key", "tolerance"),
     [(torch.float64, "loss", 2e-14), (torch.float32, "loss_fp32", 1e-6)],
 )
-def test_200_steps_match_golden(golden: Golden, dtype: torch.dtype, key: str, tolerance: float) -> None:
+def test_200_steps_match_golden(
+    golden: Golden, dtype: torch.dtype, key: str, tolerance: float
+) -> None:
     data = golden("trace")
     pool = trace_pool(data)
     view1, view2 = trace_views(data, pool, 3)
@@ -232,11 +245,15 @@ def test_200_steps_match_golden(golden: Golden, dtype: torch.dtype, key: str, to
         data["view_check"].tolist()
     )
     objective = build_golden(data).to(dtype)
-    optimizer = build_adamw(objective.named_parameters(), lr=0.0, weight_decay=float(data["weight_decay"]))
+    optimizer = build_adamw(
+        objective.named_parameters(), lr=0.0, weight_decay=float(data["weight_decay"])
+    )
     epochs, per_epoch = int(data["epochs"]), int(data["iters_per_epoch"])
     peak, warmup = float(data["base_lr"]) * int(data["batch"]) / 256, int(data["warmup_epochs"])
     for step in range(200):
-        lr = learning_rate(step, peak=peak, epochs=epochs, warmup_epochs=warmup, steps_per_epoch=per_epoch)
+        lr = learning_rate(
+            step, peak=peak, epochs=epochs, warmup_epochs=warmup, steps_per_epoch=per_epoch
+        )
         m = ema_momentum(step, start=float(data["m0"]), epochs=epochs, steps_per_epoch=per_epoch)
         assert (lr, m) == pytest.approx((data["lr"][step], data["m"][step]), rel=1e-12)
         view1, view2 = (torch.from_numpy(view).to(dtype) for view in trace_views(data, pool, step))
@@ -246,9 +263,9 @@ def test_200_steps_match_golden(golden: Golden, dtype: torch.dtype, key: str, to
     if dtype == torch.float64:
         state = objective.state_dict()
         for name, squares in zip(data["final/names"], data["final/sqsum"], strict=True):
-            assert state[our_name(str(name))].square().sum().item() == pytest.approx(squares, rel=1e-10, abs=1e-10), (
-                name
-            )
+            assert state[our_name(str(name))].square().sum().item() == pytest.approx(
+                squares, rel=1e-10, abs=1e-10
+            ), name
 
 
 @pytest.mark.parametrize("mutant", ["average after the optimizer", "both views in one batch norm"])

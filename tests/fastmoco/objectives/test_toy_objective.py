@@ -82,7 +82,10 @@ class Toy(Objective):
 
     def features(self, inputs: Inputs, at: Progress, *, target: bool = True) -> Features:
         online = self.encoder(inputs.views[0])
-        return Features((online,), (torch.cat([view.mean((2, 3)) for view in inputs.views], dim=1),) if target else ())
+        return Features(
+            (online,),
+            (torch.cat([view.mean((2, 3)) for view in inputs.views], dim=1),) if target else (),
+        )
 
     def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
         CALLS.append("compare")
@@ -105,7 +108,11 @@ class Toy(Objective):
     def after_step(self, skipped: Tensor | None, at: Progress) -> None:
         CALLS.append("after_step")
         kept = torch.zeros(()) if skipped is None else skipped
-        self.centre.copy_(torch.where(kept > 0, self.centre, 0.9 * self.centre + 0.01 * self._mean.to(self.centre)))
+        self.centre.copy_(
+            torch.where(
+                kept > 0, self.centre, 0.9 * self.centre + 0.01 * self._mean.to(self.centre)
+            )
+        )
         self.seen.add_((kept == 0).to(torch.int64))
 
     def frozen(self, at: Progress) -> frozenset[str]:
@@ -147,17 +154,25 @@ def test_it_trains_saves_and_resumes_through_the_trainer(tmp_path: Path) -> None
         start = {n: p.detach().clone() for n, p in trainer.objective.named_parameters()}
         trainer.step(trainer.loader.next())
         after = dict(trainer.objective.named_parameters())
-        assert torch.equal(after["decoder.weight"], start["decoder.weight"])  # frozen in the first step
+        assert torch.equal(
+            after["decoder.weight"], start["decoder.weight"]
+        )  # frozen in the first step
         assert not torch.equal(after["decoder.bias"], start["decoder.bias"])
         for _ in range(2):
             trainer.step(trainer.loader.next())
         assert not torch.equal(after["decoder.weight"], start["decoder.weight"])
         encoder, decoder = trainer.optimizer.param_groups
         assert decoder["param_names"] == ["decoder.weight", "decoder.bias"]
-        scheduled, peak = trainer.train_step.learning_rate(trainer.progress(2)), trainer.resolved.peak_lr
+        scheduled, peak = (
+            trainer.train_step.learning_rate(trainer.progress(2)),
+            trainer.resolved.peak_lr,
+        )
         assert 0 < scheduled < peak
         assert (encoder["lr"], decoder["lr"]) == (scheduled, 0.5 * peak)
-        assert (encoder["weight_decay"], decoder["weight_decay"]) == (CONFIG.optim.weight_decay, 0.0)
+        assert (encoder["weight_decay"], decoder["weight_decay"]) == (
+            CONFIG.optim.weight_decay,
+            0.0,
+        )
         trainer._save(force=True)
     finally:
         trainer.close()
@@ -205,7 +220,9 @@ def test_it_passes_the_suite_of_every_objective(tmp_path: Path) -> None:
 
 def test_it_takes_a_third_view_where_moco_v3_refuses_it(tmp_path: Path) -> None:
     data = replace(CONFIG.data, more_views=(CONFIG.data.view2,))
-    with pytest.raises(ValueError, match=r"data: 3 views of an image, and moco_v3 takes 2; change data.more_views"):
+    with pytest.raises(
+        ValueError, match=r"data: 3 views of an image, and moco_v3 takes 2; change data.more_views"
+    ):
         build.build_objective(replace(CONFIG, data=data), torch.device("cpu"))
     trainer = Trainer.build(config_of(data=data), tmp_path, World())
     try:
@@ -250,8 +267,14 @@ def test_what_each_rank_has_for_itself_is_saved_by_rank(tmp_path: Path) -> None:
         saved = copy.deepcopy(training_state.collect(trainer.objective, trainer.optimizer))
         saved["model.seen.rank1"] = torch.tensor(9)
         checkpoint = mock.Mock(entries=saved, path=tmp_path)
-        for rank, expected in ((0, 7), (1, 9), (2, 7)):  # a rank beyond those that saved takes the first one's
-            checkpoint.read_into = lambda targets: [tensor.copy_(saved[name]) for name, tensor in targets.items()]
+        for rank, expected in (
+            (0, 7),
+            (1, 9),
+            (2, 7),
+        ):  # a rank beyond those that saved takes the first one's
+            checkpoint.read_into = lambda targets: [
+                tensor.copy_(saved[name]) for name, tensor in targets.items()
+            ]
             with mock.patch.object(training_state, "group_rank", return_value=rank):
                 training_state.restore_model(trainer.objective, checkpoint)
             assert int(trainer.objective.seen) == expected
@@ -263,7 +286,14 @@ def test_no_file_of_ours_knows_it_and_few_know_byol() -> None:
     """What adding an objective touches: its own two files, a form of heads if it has one, and two
     registrations."""
     package = Path(fastmoco.__file__).parent
-    texts = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py")}
+    texts = {
+        path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py")
+    }
     assert not [path for path, text in texts.items() if "class Toy" in text or "ToyConfig" in text]
     naming = {path for path, text in texts.items() if "BYOLConfig" in text or "import byol" in text}
-    assert naming == {"objectives/byol.py", "objectives/build.py", "recipes/byol.py", "recipes/__init__.py"}
+    assert naming == {
+        "objectives/byol.py",
+        "objectives/build.py",
+        "recipes/byol.py",
+        "recipes/__init__.py",
+    }

@@ -17,17 +17,26 @@ def model() -> nn.Module:
 
 
 def test_holds_every_trainable_parameter_once_in_one_decayed_group() -> None:
-    optimizer = build_adamw(model().named_parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-7)
+    optimizer = build_adamw(
+        model().named_parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-7
+    )
     (group,) = optimizer.param_groups
     assert group["param_names"] == ["0.bias", "1.weight", "1.bias", "2.weight", "2.bias"]
-    assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (1e-3, 0.1, (0.9, 0.95), 1e-7)
+    assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (
+        1e-3,
+        0.1,
+        (0.9, 0.95),
+        1e-7,
+    )
     assert group["fused"]
 
 
 def test_fused_kernel_equals_the_plain_one_in_float64() -> None:
     fused_model, plain_model = model(), model()
     fused = build_adamw(fused_model.named_parameters(), lr=0.0, weight_decay=0.1)
-    plain = torch.optim.AdamW(plain_model.parameters(), lr=0.0, weight_decay=0.1, foreach=False, fused=False)
+    plain = torch.optim.AdamW(
+        plain_model.parameters(), lr=0.0, weight_decay=0.1, foreach=False, fused=False
+    )
     for step in range(20):
         x = torch.randn(4, 7, dtype=torch.float64)
         for module, optimizer in ((fused_model, fused), (plain_model, plain)):

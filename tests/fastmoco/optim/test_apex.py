@@ -1,7 +1,8 @@
-"""The adapter to NVIDIA apex, which cannot be installed here: a test double stands in for the import, with torch's numbers.
+"""The adapter to NVIDIA apex, which cannot be installed here: a test double stands in for the
+import, with torch's numbers.
 
-What the double copies from apex: steps counted by group and only from the first on, `zero_grad()` without arguments, no named
-parameters, a global norm that LAMB clips to 1 unless told otherwise.
+What the double copies from apex: steps counted by group and only from the first on, `zero_grad()`
+without arguments, no named parameters, a global norm that LAMB clips to 1 unless told otherwise.
 """
 
 from __future__ import annotations
@@ -111,7 +112,9 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> 
 
 
 def _distance(one: nn.Module, two: nn.Module) -> float:
-    return max((a - b).abs().max().item() for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    return max(
+        (a - b).abs().max().item() for a, b in zip(one.parameters(), two.parameters(), strict=True)
+    )
 
 
 @pytest.mark.usefixtures("double")
@@ -139,7 +142,9 @@ def test_adamw_is_the_adamw_of_torch_and_its_state_travels_both_ways() -> None:
 @pytest.mark.parametrize("backend", ["apex", "torch"])
 def test_two_groups_are_those_of_torch_and_resume(backend: Literal["apex", "torch"]) -> None:
     def build(model: nn.Module, backend: Literal["apex", "torch"]) -> torch.optim.Optimizer:
-        config = replace(quickstart_digits(), optim=OptimConfig(fused_backend=backend, weight_decay=0.1))
+        config = replace(
+            quickstart_digits(), optim=OptimConfig(fused_backend=backend, weight_decay=0.1)
+        )
         own = ParameterGroup(lr_scale=0.5, constant_lr=True, weight_decay_scale=0.0)
         optimizer = build_optimizer(
             config,
@@ -170,16 +175,25 @@ def test_lamb_comes_without_apexs_clipping_and_holds_what_trains() -> None:
     (group,) = optimizer.param_groups
     assert type(optimizer).__module__ == "apex.optimizers"
     assert group["max_grad_norm"] == float("inf")
-    assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (1e-2, 0.1, (0.9, 0.98), 1e-8)
+    assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (
+        1e-2,
+        0.1,
+        (0.9, 0.98),
+        1e-8,
+    )
     assert len(group["params"]) == 5
     before = model[2].weight.detach().clone()
     _train(model, optimizer, range(1))
-    assert ((model[2].weight - before).norm() / before.norm()).item() == pytest.approx(1e-2, rel=1e-4)
+    assert ((model[2].weight - before).norm() / before.norm()).item() == pytest.approx(
+        1e-2, rel=1e-4
+    )
 
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
-def test_the_trainer_trains_and_continues_with_it_bit_for_bit(small_run: Config, tmp_path: Path, name: str) -> None:
+def test_the_trainer_trains_and_continues_with_it_bit_for_bit(
+    small_run: Config, tmp_path: Path, name: str
+) -> None:
     optim = replace(small_run.optim, name=name, fused_backend="apex", lr=1e-4)
     config = replace(small_run, epochs=1, global_batch_size=256, optim=optim)
     losses = []
@@ -187,7 +201,10 @@ def test_the_trainer_trains_and_continues_with_it_bit_for_bit(small_run: Config,
         for max_steps in pieces:
             trainer = Trainer.build(config, tmp_path / folder, World())
             try:
-                assert name_of(trainer.optimizer) == f"apex Fused{'Adam' if name == 'adamw' else 'LAMB'}"
+                assert (
+                    name_of(trainer.optimizer)
+                    == f"apex Fused{'Adam' if name == 'adamw' else 'LAMB'}"
+                )
                 trainer.run(max_steps)
                 trainer._save(force=True)
             finally:
@@ -205,7 +222,9 @@ def _refusal(**changes: object) -> list[str]:
 
 def test_a_missing_apex_is_said_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     real = adapter.importlib.util.find_spec
-    monkeypatch.setattr(adapter.importlib.util, "find_spec", lambda name: None if name == "apex" else real(name))
+    monkeypatch.setattr(
+        adapter.importlib.util, "find_spec", lambda name: None if name == "apex" else real(name)
+    )
     lines = _refusal()
     assert len(lines) == 3
     assert "is not installed" in lines[0]
@@ -229,16 +248,26 @@ def test_an_apex_without_kernels_is_said(place: Callable[..., None]) -> None:
 
 
 def test_weights_that_its_kernels_cannot_read_are_refused(place: Callable[..., None]) -> None:
-    place({"apex/__init__.py": "", "amp_C.py": "", "apex/optimizers.py": "raise SystemExit('not needed')"})
+    place(
+        {
+            "apex/__init__.py": "",
+            "amp_C.py": "",
+            "apex/optimizers.py": "raise SystemExit('not needed')",
+        }
+    )
     lines = _refusal()
     assert len(lines) == 3
-    assert "0.bias is torch.float32 on cpu; apex's kernels update float32 weights on cuda" in lines[0]
+    assert (
+        "0.bias is torch.float32 on cpu; apex's kernels update float32 weights on cuda" in lines[0]
+    )
 
 
 def test_the_config_names_what_does_not_exist() -> None:
     with pytest.raises(ValueError, match=r"fused_backend='auto': lamb is available as \('apex',\)"):
         OptimConfig(name="lamb")
-    with pytest.raises(ValueError, match=r"fused_backend='apex': lars is available as \('auto', 'fastmoco'\)"):
+    with pytest.raises(
+        ValueError, match=r"fused_backend='apex': lars is available as \('auto', 'fastmoco'\)"
+    ):
         OptimConfig(name="lars", fused_backend="apex")
 
 
@@ -255,5 +284,7 @@ def test_nobody_imports_it_unasked(tmp_path: Path) -> None:
         "objective = build_objective(config, torch.device('cpu'))\n"
         "build_optimizer(config, objective.named_parameters(), objective.averages())\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,5 @@
-"""One signature for every optimizer: weights and averages move together, and a skipped step is decided on by the device."""
+"""One signature for every optimizer: weights and averages move together, and a skipped step is
+decided on by the device."""
 
 from __future__ import annotations
 
@@ -13,23 +14,38 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from fastmoco.objectives.build import build_model
 from fastmoco.optim import averaged, build_adamw, build_adamw_ema, build_lars
-from fastmoco.optim.averaged import AveragedLARS, AveragedOptimizer, FusedAdamW, HostSkipped, SweptAdamW
+from fastmoco.optim.averaged import (
+    AveragedLARS,
+    AveragedOptimizer,
+    FusedAdamW,
+    HostSkipped,
+    SweptAdamW,
+)
 from fastmoco.optim.build import build_optimizer
 from fastmoco.recipes import quickstart_digits
 
 Build = Callable[[nn.Module, dict[nn.Parameter, Tensor]], AveragedOptimizer]
 
 BUILDS: dict[str, Build] = {
-    "torch": lambda m, a: FusedAdamW(build_adamw(m.named_parameters(), lr=0.1, weight_decay=0.1), a),
-    "sweep": lambda m, a: SweptAdamW(build_adamw_ema(m.named_parameters(), a, lr=0.1, weight_decay=0.1), a),
-    "lars": lambda m, a: AveragedLARS(build_lars(m.named_parameters(), lr=0.1, weight_decay=0.1), a),
-    "other": lambda m, a: HostSkipped(torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1), a),
+    "torch": lambda m, a: FusedAdamW(
+        build_adamw(m.named_parameters(), lr=0.1, weight_decay=0.1), a
+    ),
+    "sweep": lambda m, a: SweptAdamW(
+        build_adamw_ema(m.named_parameters(), a, lr=0.1, weight_decay=0.1), a
+    ),
+    "lars": lambda m, a: AveragedLARS(
+        build_lars(m.named_parameters(), lr=0.1, weight_decay=0.1), a
+    ),
+    "other": lambda m, a: HostSkipped(
+        torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1), a
+    ),
 }
 every_optimizer = pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 
 
 def model() -> tuple[nn.Sequential, dict[nn.Parameter, Tensor]]:
-    """Gradients on two layers but one bias; a frozen layer that its averages equal; averages of those three only."""
+    """Gradients on two layers but one bias; a frozen layer that its averages equal; averages of
+    those three only."""
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2), nn.Linear(2, 2))
     layers[1].requires_grad_(False)
@@ -44,7 +60,9 @@ def model() -> tuple[nn.Sequential, dict[nn.Parameter, Tensor]]:
 
 @every_optimizer
 @pytest.mark.parametrize("skip", [None, torch.zeros(())], ids=["unasked", "not skipped"])
-def test_averages_move_towards_the_weights_of_after_the_step(build: Build, skip: Tensor | None) -> None:
+def test_averages_move_towards_the_weights_of_after_the_step(
+    build: Build, skip: Tensor | None
+) -> None:
     layers, averages = model()
     before = {p: average.clone() for p, average in averages.items()}
     weights = {p: p.detach().clone() for p in layers.parameters()}
@@ -72,9 +90,14 @@ def test_a_skipped_step_changes_nothing(build: Build) -> None:
 
     def everything() -> list[Tensor]:
         state = [
-            tensor for entries in optimizer.inner.state.values() for tensor in entries.values() if tensor is not None
+            tensor
+            for entries in optimizer.inner.state.values()
+            for tensor in entries.values()
+            if tensor is not None
         ]
-        return [tensor.detach().clone() for tensor in (*layers.parameters(), *averages.values(), *state)]
+        return [
+            tensor.detach().clone() for tensor in (*layers.parameters(), *averages.values(), *state)
+        ]
 
     before = everything()
     optimizer.step(ema_momentum=0.5, skip=torch.ones(()))
@@ -82,8 +105,11 @@ def test_a_skipped_step_changes_nothing(build: Build) -> None:
 
 
 @every_optimizer
-def test_frozen_parameters_that_equal_their_averages_are_not_touched(build: Build, monkeypatch: Any) -> None:
-    """Their comparison reads the device: it runs again only after something has written one of them."""
+def test_frozen_parameters_that_equal_their_averages_are_not_touched(
+    build: Build, monkeypatch: Any
+) -> None:
+    """Their comparison reads the device: it runs again only after something has written one of
+    them."""
     layers, averages = model()
     optimizer = build(layers, averages)
     compared: list[Tensor] = []
@@ -112,7 +138,8 @@ def test_averages_can_move_alone(build: Build) -> None:
 
 @pytest.mark.parametrize("optim", [{"fused_backend": "torch"}, {"name": "lars"}])
 def test_the_host_does_not_wait_for_the_flag(optim: dict[str, str]) -> None:
-    """Fake tensors have no numbers: asking for one on the host fails. (Plans of the sweep bypass them: test_step_guard.py.)"""
+    """Fake tensors have no numbers: asking for one on the host fails. (Plans of the sweep bypass
+    them: test_step_guard.py.)"""
     config = replace(quickstart_digits(), precision="fp32")
     config = replace(config, optim=replace(config.optim, **optim))  # type: ignore[arg-type]
     with FakeTensorMode():

@@ -70,7 +70,9 @@ def run(layers: nn.Module, optimizer: AveragedOptimizer, steps: range) -> None:
         optimizer.step(ema_momentum=EMA, skip=torch.zeros(()))
 
 
-def adamw(p: Tensor, g: Tensor, own: dict[str, Any], optim: OptimConfig, lr: float, decay: float) -> None:
+def adamw(
+    p: Tensor, g: Tensor, own: dict[str, Any], optim: OptimConfig, lr: float, decay: float
+) -> None:
     (b1, b2), t = optim.betas, own.get("step", 0) + 1
     m = b1 * own.get("exp_avg", 0.0) + (1 - b1) * g
     v = b2 * own.get("exp_avg_sq", 0.0) + (1 - b2) * g * g
@@ -78,7 +80,9 @@ def adamw(p: Tensor, g: Tensor, own: dict[str, Any], optim: OptimConfig, lr: flo
     p.mul_(1 - lr * decay).sub_(lr * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + optim.eps))
 
 
-def lars(p: Tensor, g: Tensor, own: dict[str, Any], optim: OptimConfig, lr: float, decay: float) -> None:
+def lars(
+    p: Tensor, g: Tensor, own: dict[str, Any], optim: OptimConfig, lr: float, decay: float
+) -> None:
     if p.ndim > 1:
         g = g + decay * p
         g = optim.trust_coefficient * p.norm() / g.norm() * g
@@ -101,7 +105,9 @@ def plain_loop(optim: OptimConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]
                     (lars if optim.name == "lars" else adamw)(p, p.grad, own, optim, lr, decay)
                 if p in averages:
                     averages[p].mul_(EMA).add_((1 - EMA) * p)
-    return {n: p.detach() for n, p in named.items()}, {n: averages[p] for n, p in named.items() if p in averages}
+    return {n: p.detach() for n, p in named.items()}, {
+        n: averages[p] for n, p in named.items() if p in averages
+    }
 
 
 def assert_near(ours: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
@@ -137,7 +143,9 @@ def test_a_resumed_run_ends_in_the_same_bits(optim: OptimConfig) -> None:
 
     first = build(cut, stopped)
     run(cut, first, range(2))
-    saved = {n: t.clone() for n, t in flatten_optimizer(first.inner, cut.named_parameters()).items()}
+    saved = {
+        n: t.clone() for n, t in flatten_optimizer(first.inner, cut.named_parameters()).items()
+    }
     second = build(cut, stopped)
     restore_optimizer(second.inner, cut.named_parameters(), saved)
     run(cut, second, range(2, 3))
@@ -155,7 +163,9 @@ def test_a_resumed_run_ends_in_the_same_bits(optim: OptimConfig) -> None:
 @every_optimizer
 def test_a_skipped_step_leaves_both_groups(optim: OptimConfig) -> None:
     layers = model()
-    optimizer = build_optimizer(config_of(optim), layers.named_parameters(), averages_of(layers), group_of)
+    optimizer = build_optimizer(
+        config_of(optim), layers.named_parameters(), averages_of(layers), group_of
+    )
     run(layers, optimizer, range(2))
 
     def everything() -> dict[str, Tensor]:
@@ -174,7 +184,9 @@ def test_groups_are_in_the_order_of_their_first_parameters(optim: OptimConfig) -
     assert [group["param_names"] for group in optimizer.param_groups] == NAMES
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3 * 0.25]
     keys = {"lr", "weight_decay", "lr_scale", "constant_lr"}
-    first, second = ({k: v for k, v in group.items() if k not in keys} for group in optimizer.param_groups)
+    first, second = (
+        {k: v for k, v in group.items() if k not in keys} for group in optimizer.param_groups
+    )
     assert {**first, "params": 0, "param_names": 0} == {**second, "params": 0, "param_names": 0}
 
 
@@ -182,8 +194,14 @@ def test_groups_are_in_the_order_of_their_first_parameters(optim: OptimConfig) -
 def test_one_group_is_as_torch_makes_it(optim: OptimConfig) -> None:
     layers = model()
     (default,) = build_optimizer(config_of(optim), layers.named_parameters(), {}).param_groups
-    (asked,) = build_optimizer(config_of(optim), layers.named_parameters(), {}, whole_group).param_groups
-    assert default["param_names"] == asked["param_names"] == sorted(NAMES[0] + NAMES[1], key=lambda name: name[0])
+    (asked,) = build_optimizer(
+        config_of(optim), layers.named_parameters(), {}, whole_group
+    ).param_groups
+    assert (
+        default["param_names"]
+        == asked["param_names"]
+        == sorted(NAMES[0] + NAMES[1], key=lambda name: name[0])
+    )
     assert default.keys() == asked.keys()
     assert not {"lr_scale", "constant_lr"} & default.keys()
 

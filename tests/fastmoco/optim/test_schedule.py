@@ -17,8 +17,12 @@ def test_schedules_match_golden(golden: Golden, case: int) -> None:
     data = golden("schedule")
     base_lr, global_batch, epochs, warmup, steps_per_epoch, start = data[f"s{case}_cfg"].tolist()
     peak, per_epoch = base_lr * global_batch / 256, int(steps_per_epoch)
-    for step, lr, m in zip(data[f"s{case}_iters"], data[f"s{case}_lr"], data[f"s{case}_m"], strict=True):
-        ours = learning_rate(int(step), peak=peak, epochs=epochs, warmup_epochs=warmup, steps_per_epoch=per_epoch)
+    for step, lr, m in zip(
+        data[f"s{case}_iters"], data[f"s{case}_lr"], data[f"s{case}_m"], strict=True
+    ):
+        ours = learning_rate(
+            int(step), peak=peak, epochs=epochs, warmup_epochs=warmup, steps_per_epoch=per_epoch
+        )
         assert ours == pytest.approx(lr, rel=1e-12, abs=1e-15)
         ours = ema_momentum(int(step), start=start, epochs=epochs, steps_per_epoch=per_epoch)
         assert ours == pytest.approx(m, rel=1e-14)
@@ -49,7 +53,12 @@ def test_ends_of_a_run() -> None:
 )
 def test_wrong_numbers_are_named(change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        learning_rate(**({"step": 0, "peak": 1.0, "epochs": 10, "warmup_epochs": 1, "steps_per_epoch": 5} | change))
+        learning_rate(
+            **(
+                {"step": 0, "peak": 1.0, "epochs": 10, "warmup_epochs": 1, "steps_per_epoch": 5}
+                | change
+            )
+        )
 
 
 def test_wrong_ema_settings_are_named() -> None:

@@ -60,9 +60,15 @@ def real_peak(config: Config, images: int, chunk: int, kept: int) -> int:
     """The growth of the resident set in one real step, in a process of its own."""
     from fastmoco.config.serial import to_json
 
-    habits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    habits = {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+    }
     words = [sys.executable, "-c", REAL_STEP, json.dumps([to_json(config), images, chunk, kept])]
-    done = subprocess.run(words, env=os.environ | habits, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        words, env=os.environ | habits, cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return int(done.stdout)
 
 
@@ -78,11 +84,15 @@ def real_peak(config: Config, images: int, chunk: int, kept: int) -> int:
         ("none", 512, 64, 4),
     ],
 )
-def test_the_peak_of_a_real_step_is_the_planned_one(recompute: str, images: int, chunk: int, kept: int) -> None:
+def test_the_peak_of_a_real_step_is_the_planned_one(
+    recompute: str, images: int, chunk: int, kept: int
+) -> None:
     config = _config()
     config = replace(config, model=replace(config.model, checkpointing=recompute))
     costs = measure_costs(config, "fp32")
-    planned = chunked_bytes(costs, images, chunk, kept * chunk) if chunk else whole_bytes(costs, images)
+    planned = (
+        chunked_bytes(costs, images, chunk, kept * chunk) if chunk else whole_bytes(costs, images)
+    )
     real = real_peak(config, images, chunk, kept)
     assert real == pytest.approx(planned, rel=0.15)
 
@@ -94,19 +104,27 @@ def test_flops_and_parameters_are_those_of_the_book() -> None:
     block = 2 * L * 12 * E * E + 4 * L * L * E
     class_row = 2 * (4 * L * E * 12 + 2 * E * E + 2 * E * E + 8 * E * E)
     patches = 2 * (L - 1) * E * 3 * 16 * 16
-    assert costs.query_flops / 2 == pytest.approx((blocks - 1) * block + class_row + patches, rel=0.02)
+    assert costs.query_flops / 2 == pytest.approx(
+        (blocks - 1) * block + class_row + patches, rel=0.02
+    )
     heads = 2 * (E * hidden + hidden * hidden + 2 * hidden * 256 + hidden * 256)
     forward = costs.query_flops - 2 * patches
     # query forward and backward, key forward, heads of both (the loss is 0.1 %)
-    assert costs.step_flops == pytest.approx(4 * forward + 2 * patches + 2 * (3 + 1) * heads, rel=0.03)
+    assert costs.step_flops == pytest.approx(
+        4 * forward + 2 * patches + 2 * (3 + 1) * heads, rel=0.03
+    )
     assert costs.parameters == pytest.approx(43.2e6 + 41.1e6, rel=0.005)
     assert costs.coupling_reason == ""
 
 
 def test_checkpointing_trades_bytes_for_flops_and_selective_costs_next_to_none() -> None:
-    none, selective, full = (measure_costs(_config(), "bf16", recompute=how) for how in ("none", "selective", "full"))
+    none, selective, full = (
+        measure_costs(_config(), "bf16", recompute=how) for how in ("none", "selective", "full")
+    )
     assert none.recompute_flops == 0
-    assert 0 < selective.recompute_flops < 0.02 * none.step_flops  # the class row alone, of one block in four
+    assert (
+        0 < selective.recompute_flops < 0.02 * none.step_flops
+    )  # the class row alone, of one block in four
     assert 0.5 * none.query_flops < full.recompute_flops < none.query_flops
     assert selective.graph.per_image < 0.75 * none.graph.per_image
     assert full.graph.per_image < 0.3 * none.graph.per_image
@@ -126,7 +144,9 @@ def test_two_depths_tell_what_all_blocks_cost() -> None:
     finally:
         step_costs.DEPTHS = before
     for name in ("graph", "train", "forward", "heads"):
-        assert getattr(by_two, name).per_image == pytest.approx(getattr(directly, name).per_image, rel=1e-6), name
+        assert getattr(by_two, name).per_image == pytest.approx(
+            getattr(directly, name).per_image, rel=1e-6
+        ), name
     assert by_two.step_flops == pytest.approx(directly.step_flops, rel=1e-9)
 
 
@@ -134,7 +154,10 @@ def test_measuring_touches_neither_random_numbers_nor_the_default_dtype() -> Non
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    config = replace(_config(), model=ModelConfig(architecture="vit_nano", image_size=8, patch_size=2, hidden_dim=32))
+    config = replace(
+        _config(),
+        model=ModelConfig(architecture="vit_nano", image_size=8, patch_size=2, hidden_dim=32),
+    )
     costs = measure_costs(config, "fp64")
     assert torch.equal(torch.rand(2), expected)
     assert torch.get_default_dtype() == torch.float32

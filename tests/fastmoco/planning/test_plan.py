@@ -1,4 +1,5 @@
-"""Plans fit their budget, keep as much as fits, and say what they cost; memory that is free is found where the kernel says it."""
+"""Plans fit their budget, keep as much as fits, and say what they cost; memory that is free is
+found where the kernel says it."""
 
 from __future__ import annotations
 
@@ -72,7 +73,9 @@ LEAN = replace(COSTS, lean=Line(200, 20), lean_train=Line(400, 40), lean_flops=1
 @pytest.mark.parametrize("budget", [100e3, 250e3, 400e3, 900e3])
 def test_the_residual_stream_alone_is_kept_where_that_computes_less(budget: float) -> None:
     images = 1000
-    plan, without = (plan_step(costs, images=images, budget=budget, tokens=TOKENS) for costs in (LEAN, COSTS))
+    plan, without = (
+        plan_step(costs, images=images, budget=budget, tokens=TOKENS) for costs in (LEAN, COSTS)
+    )
     assert plan.fits
     assert plan.overhead <= without.overhead
     # 200 bytes an image are there or not; half of a second forward is less than all of it.
@@ -96,11 +99,15 @@ def test_a_chunk_and_kept_graphs_may_be_asked_for() -> None:
 def test_compiled_chunks_keep_copies_of_weights_each_for_itself() -> None:
     apart = replace(COSTS, apart=True)
     assert chunked_bytes(apart, 100, 8, 8) == chunked_bytes(COSTS, 100, 8, 8)
-    assert chunked_bytes(apart, 100, 8, 20) == chunked_bytes(COSTS, 100, 8, 20) + 2 * COSTS.graph.fixed
+    assert (
+        chunked_bytes(apart, 100, 8, 20) == chunked_bytes(COSTS, 100, 8, 20) + 2 * COSTS.graph.fixed
+    )
 
 
 def _plan(overhead: float, fits: bool = True) -> StepPlan:
-    return StepPlan(chunk=1, kept=0, chunks=1, overhead=overhead, peak_bytes=1.0, reason="", fits=fits)
+    return StepPlan(
+        chunk=1, kept=0, chunks=1, overhead=overhead, peak_bytes=1.0, reason="", fits=fits
+    )
 
 
 def test_of_plans_that_fit_the_one_that_computes_least_twice_is_taken() -> None:
@@ -117,7 +124,9 @@ def test_what_cannot_fit_is_said() -> None:
     plan = plan_step(COSTS, images=1000, budget=1000, tokens=TOKENS)
     assert plan.chunk == 1
     assert "may not be enough" in plan.reason
-    coupled = plan_step(replace(COSTS, coupling_reason="of batch norms"), images=1000, budget=1000, tokens=TOKENS)
+    coupled = plan_step(
+        replace(COSTS, coupling_reason="of batch norms"), images=1000, budget=1000, tokens=TOKENS
+    )
     assert coupled.chunk == 0
     assert "chunks would help, but of batch norms" in coupled.reason
 
@@ -142,13 +151,20 @@ def test_state_is_shared_over_shards() -> None:
     units = Units(block=10, largest=30, trunk=40, heads=50, frozen=20, bytes=2)
     shards = state_bytes(replace(COSTS, units=units), "adamw", 4, shards=8)
     assert (shards.parameters, shards.gradients, shards.optimizer) == ((160 / 8 + 20) * 4, 50, 100)
-    assert shards.in_flight == (10 + 30) * (2 + 4)  # a unit and its gradient, summed in float32; the next, the last
+    assert shards.in_flight == (10 + 30) * (
+        2 + 4
+    )  # a unit and its gradient, summed in float32; the next, the last
 
 
 def test_a_sharded_step_copies_no_weights_and_piles_gradients_up_in_chunks() -> None:
     units = Units(block=10, largest=30, trunk=20, heads=30, frozen=20, bytes=2)
     half = sharded(replace(COSTS, units=units), 4)
-    assert (half.graph.fixed, half.train.fixed, half.forward.fixed, half.heads.fixed) == (10, 20, 0, 10)
+    assert (half.graph.fixed, half.train.fixed, half.forward.fixed, half.heads.fixed) == (
+        10,
+        20,
+        0,
+        10,
+    )
     single = sharded(replace(COSTS, units=units._replace(bytes=4)), 4)
     assert single == replace(COSTS, units=units._replace(bytes=4), piled_bytes=80.0)
     assert chunked_bytes(single, 100, 8) == chunked_bytes(COSTS, 100, 8) + 80
@@ -161,9 +177,13 @@ def test_chunks_keep_a_device_busy() -> None:
     assert 2 * busy_chunk(17) * 17 >= 2**15
 
 
-def _machine(root: Path, available_kb: int, membership: str, files: dict[str, str]) -> dict[str, Path]:
+def _machine(
+    root: Path, available_kb: int, membership: str, files: dict[str, str]
+) -> dict[str, Path]:
     (root / "proc" / "self").mkdir(parents=True)
-    (root / "proc" / "meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable:   {available_kb} kB\nHugePages_Total: 0\n")
+    (root / "proc" / "meminfo").write_text(
+        f"MemTotal: 99 kB\nMemAvailable:   {available_kb} kB\nHugePages_Total: 0\n"
+    )
     (root / "proc" / "self" / "cgroup").write_text(membership)
     for name, text in files.items():
         path = root / "cgroup" / name
@@ -180,7 +200,8 @@ V2 = {"memory.max": "max", "memory.current": "5", "memory.stat": "inactive_file 
     [
         ("", {}, 1024_000),
         ("0::/\n", {}, 1024_000),
-        # its own group has no limit, the one above has, and part of what is used are files that may go
+        # its own group has no limit, the one above has, and part of what is used are files that may
+        # go
         (
             "0::/user/run\n",
             {f"user/run/{k}": v for k, v in V2.items()}
@@ -192,7 +213,11 @@ V2 = {"memory.max": "max", "memory.current": "5", "memory.stat": "inactive_file 
             5500,
         ),
         # the path is the host's, the mount shows the container's own group
-        ("0::/host/path\n", {"memory.max": "7000", "memory.current": "8000", "memory.stat": "inactive_file 0\n"}, 0),
+        (
+            "0::/host/path\n",
+            {"memory.max": "7000", "memory.current": "8000", "memory.stat": "inactive_file 0\n"},
+            0,
+        ),
         (
             "4:cpu,memory:/job\n0::/\n",
             {
@@ -205,7 +230,11 @@ V2 = {"memory.max": "max", "memory.current": "5", "memory.stat": "inactive_file 
     ],
 )
 def test_free_memory_is_the_least_of_machine_and_groups(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, membership: str, files: dict[str, str], expected: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    membership: str,
+    files: dict[str, str],
+    expected: int,
 ) -> None:
     where = _machine(tmp_path, 1000, membership, files)
     assert free_bytes(torch.device("cpu"), **where) == expected

@@ -42,7 +42,9 @@ def test_a_killed_owner_frees_the_folder(tmp_path):
         "import sys, time; from pathlib import Path; from fastmoco.run.folder import RunFolder;"
         "folder = RunFolder(Path(sys.argv[1])); folder.acquire(); print('held', flush=True); time.sleep(60)"
     )
-    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert owner.stdout is not None
     assert owner.stdout.readline() == "held\n"
     with pytest.raises(RunError, match=f"process {owner.pid}"):
@@ -72,7 +74,12 @@ def test_a_path_that_is_a_file_is_refused_with_the_cure(tmp_path):
 def test_metrics_after_the_step_and_torn_lines_are_dropped(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.trim_metrics(3) == 0
-    lines = ['{"step": 0, "knn": 0.5}', '{"step": 3, "loss": 1.5}', '{"step": 4, "loss": 2.5}', '{"step": 5, "lo']
+    lines = [
+        '{"step": 0, "knn": 0.5}',
+        '{"step": 3, "loss": 1.5}',
+        '{"step": 4, "loss": 2.5}',
+        '{"step": 5, "lo',
+    ]
     folder.metrics.write_text("\n".join(lines))
     assert folder.read_metric("loss") == [(3, 1.5), (4, 2.5)]
     assert folder.trim_metrics(3) == 2
@@ -106,7 +113,9 @@ def test_a_file_that_cannot_be_written_is_found_before_the_first_step(tmp_path):
     """T37; a folder in its place, because the tests may run as a user whom no mode keeps out."""
     (tmp_path / "metrics.jsonl").mkdir()
     folder = RunFolder(tmp_path)
-    with pytest.raises(RunError, match=r"cannot write to .*metrics.jsonl: Is a directory; fix it or choose another"):
+    with pytest.raises(
+        RunError, match=r"cannot write to .*metrics.jsonl: Is a directory; fix it or choose another"
+    ):
         folder.acquire()
     (tmp_path / "metrics.jsonl").rmdir()
     folder.acquire()  # the lock was given back

@@ -74,7 +74,10 @@ def test_plain_line_to_the_letter() -> None:
     ("row", "line"),
     [
         ({"step": 1}, "step 1/9"),
-        ({"step": 1, "loss": float("nan"), "eta_s": float("inf"), "knn": None}, "step 1/9 loss nan eta inf"),
+        (
+            {"step": 1, "loss": float("nan"), "eta_s": float("inf"), "knn": None},
+            "step 1/9 loss nan eta inf",
+        ),
         ({"step": 1, "eta_s": 3600 * 49 + 61, "other": 5}, "step 1/9 eta 2d 01:01:01"),
         ({"step": 1, "eta_s": 59.6, "loss": "odd"}, "step 1/9 loss odd eta 0:01:00"),
     ],
@@ -144,7 +147,9 @@ def test_the_table_shows_everything_and_keeps_the_best_knn() -> None:
     assert "! event 0" in visible(stream.getvalue())
 
 
-@pytest.mark.parametrize("error", [OSError(5, "gone"), BrokenPipeError(), ValueError("closed"), RuntimeError()])
+@pytest.mark.parametrize(
+    "error", [OSError(5, "gone"), BrokenPipeError(), ValueError("closed"), RuntimeError()]
+)
 @pytest.mark.parametrize("live", [None, True, False])
 def test_a_broken_terminal_is_survived(
     error: BaseException, live: bool | None, monkeypatch: pytest.MonkeyPatch
@@ -215,7 +220,9 @@ def test_on_a_real_terminal(term: str | None) -> None:
     if term is not None:
         environment["TERM"] = term
     master, slave = pty.openpty()
-    child = subprocess.Popen([sys.executable, "-c", CHILD], stdout=slave, stderr=subprocess.PIPE, env=environment)
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD], stdout=slave, stderr=subprocess.PIPE, env=environment
+    )
     os.close(slave)
     output = b""
     while select.select([master], [], [], 20)[0]:
@@ -239,7 +246,9 @@ def test_on_a_real_terminal(term: str | None) -> None:
 
 
 def test_a_closed_pipe_does_not_end_training() -> None:
-    code = CHILD.replace("for step", "sys.stdin.read()\nfor step").replace("sys.exit(7)", "import os; os._exit(7)")
+    code = CHILD.replace("for step", "sys.stdin.read()\nfor step").replace(
+        "sys.exit(7)", "import os; os._exit(7)"
+    )
     code = code.replace('print("printed by somebody else")', "")
     for live in ("Console()", "Console(live=True)"):
         child = subprocess.Popen(

@@ -21,7 +21,9 @@ from fastmoco.telemetry.stability import ForgettingDetector, gradient_norms
 def _recorder(folder):
     config = get_recipe("quickstart_digits")
     resolved = resolve(config, world_size=1, sample_count=1437)
-    return Recorder(config, resolved, RunFolder(folder), World(), start_step=0, figures={"knn": "kNN"})
+    return Recorder(
+        config, resolved, RunFolder(folder), World(), start_step=0, figures={"knn": "kNN"}
+    )
 
 
 def _rows(recorder, tmp_path):
@@ -51,7 +53,13 @@ def test_a_spike_between_two_log_lines_shows_in_the_curve(tmp_path):
         recorder.gradients(step, _norms(model, size))
         recorder.stepped(0.0)
     q = torch.randn(8, 64)
-    recorder.log(3, torch.tensor(2.5), seen(q, accuracy=torch.tensor([0.25, 0.5])), lr=0.1, schedules=MOMENTUM)
+    recorder.log(
+        3,
+        torch.tensor(2.5),
+        seen(q, accuracy=torch.tensor([0.25, 0.5])),
+        lr=0.1,
+        schedules=MOMENTUM,
+    )
     row = _rows(recorder, tmp_path)[0]
     assert (row["contrast/top1"], row["contrast/top5"]) == (0.25, 0.5)
     assert row["gradient_norm/total"] == pytest.approx(100.0)
@@ -59,7 +67,9 @@ def test_a_spike_between_two_log_lines_shows_in_the_curve(tmp_path):
     assert row["cosine/positive"] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("order", [(1.0, math.nan, 2.0), (math.nan, 1.0, 2.0), (1.0, 2.0, math.nan)])
+@pytest.mark.parametrize(
+    "order", [(1.0, math.nan, 2.0), (math.nan, 1.0, 2.0), (1.0, 2.0, math.nan)]
+)
 def test_a_gradient_that_is_not_finite_is_never_hidden(tmp_path, capsys, order):
     recorder = _recorder(tmp_path)
     for step, size in enumerate(order, start=1):

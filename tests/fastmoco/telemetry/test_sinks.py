@@ -87,7 +87,9 @@ def test_tensorboard_gets_the_same_scalars(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("knn")] == [(2, 0.5)]
 
 
-def test_without_tensorboard_it_is_an_import_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tensorboard_it_is_an_import_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)

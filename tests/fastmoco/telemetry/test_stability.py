@@ -25,13 +25,17 @@ BLOCKS = 3
 
 class Trunk(nn.Module):
     def parts(self) -> Parts:
-        return Parts(stem={"patch_embed": self.patch_embed}, blocks=self.blocks, heads={"head": self.head})
+        return Parts(
+            stem={"patch_embed": self.patch_embed}, blocks=self.blocks, heads={"head": self.head}
+        )
 
     def __init__(self) -> None:
         super().__init__()
         self.patch_embed = nn.Linear(12, 16)
         self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(BLOCKS))
-        self.head = nn.Sequential(nn.Linear(16, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16))
+        self.head = nn.Sequential(
+            nn.Linear(16, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16)
+        )
 
 
 class Toy(Objective):
@@ -40,7 +44,9 @@ class Toy(Objective):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = Trunk()
-        self.predictor = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16))
+        self.predictor = nn.Sequential(
+            nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16)
+        )
         self.momentum_encoder = nn.Linear(12, 16).requires_grad_(False)
 
     def features(self, inputs: Any, at: Any, *, target: bool = True) -> Any:
@@ -62,8 +68,11 @@ class Toy(Objective):
         return 0.4 * cross_entropy(logits, torch.arange(len(q))), p1
 
 
-def run_toy(steps: int, *, disturb_at: int = -1, factor: float = 1.0) -> tuple[list[dict[str, float]], list[float]]:
-    """Gradient norms and feature deviation of every step of a healthy run; at one step the patch gradient is scaled."""
+def run_toy(
+    steps: int, *, disturb_at: int = -1, factor: float = 1.0
+) -> tuple[list[dict[str, float]], list[float]]:
+    """Gradient norms and feature deviation of every step of a healthy run; at one step the patch
+    gradient is scaled."""
     torch.manual_seed(0)
     model, recorder, stds = Toy(), GradientRecorder(), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -73,7 +82,10 @@ def run_toy(steps: int, *, disturb_at: int = -1, factor: float = 1.0) -> tuple[l
         optimizer.zero_grad()
         loss.backward()
         if step == disturb_at:
-            for parameter in (*model.encoder.patch_embed.parameters(), *model.encoder.blocks[0].parameters()):
+            for parameter in (
+                *model.encoder.patch_embed.parameters(),
+                *model.encoder.blocks[0].parameters(),
+            ):
                 assert parameter.grad is not None
                 parameter.grad *= factor
         recorder.record(step, gradient_norms(model.named_parameters(), model.places()))
@@ -117,7 +129,10 @@ def test_feature_std_names_a_wrong_shape(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("used", [1, 4, 32])
 def test_effective_rank_counts_the_directions_in_use(used: int) -> None:
     rng = torch.Generator().manual_seed(0)
-    features = torch.randn(4096, used, generator=rng) @ torch.linalg.qr(torch.randn(32, 32, generator=rng))[0][:used]
+    features = (
+        torch.randn(4096, used, generator=rng)
+        @ torch.linalg.qr(torch.randn(32, 32, generator=rng))[0][:used]
+    )
     assert effective_rank(features).item() == pytest.approx(used, rel=0.05, abs=0.05)
     assert effective_rank(torch.ones(8, 4)).item() == pytest.approx(1.0)
 
@@ -128,7 +143,9 @@ def test_pair_cosines_are_the_mean_over_the_matrix() -> None:
     keys = q + torch.randn(9, 5, generator=rng)
     matrix = normalize(q, dim=1) @ normalize(keys, dim=1).T
     others = matrix[~torch.eye(9, dtype=torch.bool)]
-    torch.testing.assert_close(pair_cosines(q, keys), torch.stack([matrix.diagonal().mean(), others.mean()]))
+    torch.testing.assert_close(
+        pair_cosines(q, keys), torch.stack([matrix.diagonal().mean(), others.mean()])
+    )
     with pytest.raises(ValueError, match="twice"):
         pair_cosines(q, keys[:8])
 
@@ -168,7 +185,11 @@ def test_gradient_norms_against_the_formula() -> None:
     loss.backward()
 
     def norm(*starts: str) -> float:
-        grads = [p.grad for name, p in model.named_parameters() if name.startswith(starts) and p.grad is not None]
+        grads = [
+            p.grad
+            for name, p in model.named_parameters()
+            if name.startswith(starts) and p.grad is not None
+        ]
         return math.sqrt(sum(grad.double().square().sum().item() for grad in grads))
 
     expected = {
@@ -178,7 +199,10 @@ def test_gradient_norms_against_the_formula() -> None:
         "heads": norm("encoder.head.", "predictor."),
         "total": norm(""),
     }
-    actual = {name: value.item() for name, value in gradient_norms(model.named_parameters(), model.places()).items()}
+    actual = {
+        name: value.item()
+        for name, value in gradient_norms(model.named_parameters(), model.places()).items()
+    }
     assert actual == pytest.approx(expected, rel=1e-5)
     assert min(actual.values()) > 0
 
@@ -194,7 +218,9 @@ def test_gradient_norms_of_frozen_patches_of_bf16_and_of_nothing() -> None:
     weight.grad = torch.full_like(weight, 0.01)
     norms = gradient_norms([("only", weight)], {"only": ("first_block", "last_block")})
     assert norms["total"].dtype == torch.float32
-    assert norms["total"].item() == pytest.approx(300 * float(torch.tensor(0.01).bfloat16()), rel=1e-4)
+    assert norms["total"].item() == pytest.approx(
+        300 * float(torch.tensor(0.01).bfloat16()), rel=1e-4
+    )
     assert norms["first_block"].item() == norms["last_block"].item() == norms["total"].item()
 
 
@@ -232,7 +258,9 @@ def test_a_disturbed_first_layer_raises_the_event_within_the_step() -> None:
 def test_a_healthy_run_of_500_steps_raises_nothing() -> None:
     rows, stds = run_toy(500)
     detector, collapse = SpikeDetector(), CollapseDetector(dim=16)
-    assert [spike for step, norms in enumerate(rows) for spike in detector.observe(step, norms)] == []
+    assert [
+        spike for step, norms in enumerate(rows) for spike in detector.observe(step, norms)
+    ] == []
     assert [event for step, std in enumerate(stds) if (event := collapse.observe(step, std))] == []
 
 
@@ -249,7 +277,11 @@ def test_noise_and_slow_drift_are_no_spikes_and_one_spike_does_not_hide_the_next
 
 def test_a_lasting_new_level_stops_alarming() -> None:
     detector = SpikeDetector(window=20, warmup=5)
-    events = [s.step for step in range(100) for s in detector.observe(step, {"x": 1.0 if step < 50 else 10.0})]
+    events = [
+        s.step
+        for step in range(100)
+        for s in detector.observe(step, {"x": 1.0 if step < 50 else 10.0})
+    ]
     assert events == list(range(50, 60))
 
 
@@ -264,7 +296,8 @@ def test_warmup_is_silent_but_not_finite_never_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "match"), [({"factor": 1.0}, "factor=1.0"), ({"warmup": 0}, "warmup=0"), ({"window": 5}, "warmup=20")]
+    ("rule", "match"),
+    [({"factor": 1.0}, "factor=1.0"), ({"warmup": 0}, "warmup=0"), ({"window": 5}, "warmup=20")],
 )
 def test_impossible_rules_are_named(rule: dict[str, float], match: str) -> None:
     with pytest.raises(ValueError, match=match):
@@ -278,7 +311,9 @@ def test_collapse_alarms_once_after_patience_and_again_after_recovery() -> None:
     values = [feature_std(torch.randn(128, 64)).item()] * 3
     values += [feature_std(point + 1e-4 * torch.randn(128, 64)).item()] * 5
     values += [0.1] + [float("nan")] * 4
-    events = [(step, event) for step, std in enumerate(values) if (event := detector.observe(step, std))]
+    events = [
+        (step, event) for step, std in enumerate(values) if (event := detector.observe(step, std))
+    ]
     assert [step for step, _ in events] == [5, 11]
     assert "step 5: features are collapsing" in events[0][1]
     assert "0.12" in events[0][1]
@@ -287,6 +322,8 @@ def test_collapse_alarms_once_after_patience_and_again_after_recovery() -> None:
 def test_a_dip_of_knn_is_told_once() -> None:
     detector = DipDetector("kNN", tolerance=0.02)
     curve = [0.50, 0.70, 0.69, 0.685, 0.61, 0.60, 0.69, 0.72, 0.69]
-    events = [(i, event) for i, accuracy in enumerate(curve) if (event := detector.observe(i, accuracy))]
+    events = [
+        (i, event) for i, accuracy in enumerate(curve) if (event := detector.observe(i, accuracy))
+    ]
     assert [i for i, _ in events] == [4, 8]
     assert events[0][1] == "step 4: kNN fell to 61.0%, 9.0 points below its best"

@@ -38,7 +38,9 @@ class Objective(nn.Module):
 def others(monkeypatch: pytest.MonkeyPatch, rows: list[list[float]]) -> None:
     """Peers whose seconds are known."""
     monkeypatch.setattr(
-        stragglers, "gather_rows", lambda mine, device: torch.cat([mine, torch.tensor(rows, dtype=torch.float64)])
+        stragglers,
+        "gather_rows",
+        lambda mine, device: torch.cat([mine, torch.tensor(rows, dtype=torch.float64)]),
     )
 
 

@@ -1,4 +1,5 @@
-"""Runs with a momentum encoder in float8: what they save, what a plan counts, and everything that is refused."""
+"""Runs with a momentum encoder in float8: what they save, what a plan counts, and everything that
+is refused."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Config]:
     monkeypatch.setattr(float8_inference, "use_float8_inference_", use)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     recipe = quickstart_digits()
-    model = replace(recipe.model, momentum_linears="float8", compile=True, hidden_dim=32, projection_dim=16)
+    model = replace(
+        recipe.model, momentum_linears="float8", compile=True, hidden_dim=32, projection_dim=16
+    )
     config = replace(
         recipe,
         model=model,
@@ -54,7 +57,9 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Config]:
     return lambda: config
 
 
-def test_a_run_saves_what_a_native_model_reads(anywhere: Callable[[], Config], tmp_path: Path) -> None:
+def test_a_run_saves_what_a_native_model_reads(
+    anywhere: Callable[[], Config], tmp_path: Path
+) -> None:
     config = anywhere()
     trainer = Trainer.build(config, tmp_path / "run", World())
     try:
@@ -76,7 +81,9 @@ def test_a_run_saves_what_a_native_model_reads(anywhere: Callable[[], Config], t
 
 
 @needs_scaled_mm
-def test_the_planner_counts_the_float8_step(anywhere: Callable[[], Config], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_planner_counts_the_float8_step(
+    anywhere: Callable[[], Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(float8_inference, "use_float8_inference_", use_float8_inference_)
     config = anywhere()
     native = replace(config, model=replace(config.model, momentum_linears="native"))
@@ -98,7 +105,9 @@ def test_the_planner_counts_the_float8_step(anywhere: Callable[[], Config], monk
         ("vit_huge", 1.60, 2.07),
     ],
 )
-def test_encoders_that_lose_by_their_casts_are_refused(name: str, speed: float, fused: float) -> None:
+def test_encoders_that_lose_by_their_casts_are_refused(
+    name: str, speed: float, fused: float
+) -> None:
     with torch.device("meta"):
         module = ARCHITECTURES[name](image_size=224, patch_size=14 if name == "vit_huge" else 16)
     assert round(forward_speed(module), 2) == speed
@@ -106,7 +115,9 @@ def test_encoders_that_lose_by_their_casts_are_refused(name: str, speed: float, 
     if speed > 1:
         require_gain(module)
         return
-    with pytest.raises(ValueError, match=rf"192 channels .* at {speed:.2f} of the speed of bf16 .*, not measured"):
+    with pytest.raises(
+        ValueError, match=rf"192 channels .* at {speed:.2f} of the speed of bf16 .*, not measured"
+    ):
         require_gain(module)
     assert forward_speed(encoder(depth=1)) == 0  # no layer to take
 
@@ -124,11 +135,20 @@ def test_settings_that_lose_are_refused(options: dict[str, Any], text: str) -> N
 
 
 def test_devices_without_float8_and_shards_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(quickstart_digits(), device="cpu", precision="bf16", parallel=ParallelConfig(strategy="fsdp"))
+    config = replace(
+        quickstart_digits(),
+        device="cpu",
+        precision="bf16",
+        parallel=ParallelConfig(strategy="fsdp"),
+    )
     config = replace(config, model=replace(config.model, momentum_linears="float8", compile=True))
-    with pytest.raises(ValueError, match=r"momentum_linears='float8': device 'cpu' has no fast float8 products"):
+    with pytest.raises(
+        ValueError, match=r"momentum_linears='float8': device 'cpu' has no fast float8 products"
+    ):
         build_objective(config, torch.device("cpu"))
     _, ours, _ = objectives()
-    with pytest.raises(ValueError, match=r"momentum_linears='float8': .* take parallel.strategy ddp"):
+    with pytest.raises(
+        ValueError, match=r"momentum_linears='float8': .* take parallel.strategy ddp"
+    ):
         ForwardBackward(config, ours, World(rank=0, world_size=2), "bf16")
     require_whole(False)

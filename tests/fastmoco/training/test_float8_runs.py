@@ -1,4 +1,5 @@
-"""Float8 linears in a run: what it saves, what is planned, and every setting, device and encoder that is refused."""
+"""Float8 linears in a run: what it saves, what is planned, and every setting, device and encoder
+that is refused."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ from tests.command_line import main
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+needs_torchao = pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
+)
 
 
 @pytest.fixture
@@ -49,13 +52,22 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Config]:
     knn = replace(recipe.knn, every_epochs=0)
     optim = replace(recipe.optim, warmup_epochs=0)
     config = replace(
-        recipe, model=model, data=data, knn=knn, optim=optim, precision="bf16", global_batch_size=16, device="cpu"
+        recipe,
+        model=model,
+        data=data,
+        knn=knn,
+        optim=optim,
+        precision="bf16",
+        global_batch_size=16,
+        device="cpu",
     )
     return lambda: config
 
 
 @needs_torchao
-def test_a_run_saves_what_a_native_model_reads(anywhere: Callable[[], Config], tmp_path: Path) -> None:
+def test_a_run_saves_what_a_native_model_reads(
+    anywhere: Callable[[], Config], tmp_path: Path
+) -> None:
     config = anywhere()
     trainer = Trainer.build(config, tmp_path / "run", World())
     try:
@@ -75,7 +87,9 @@ def test_a_run_saves_what_a_native_model_reads(anywhere: Callable[[], Config], t
     ours = build_objective(config, CPU)
     latest = load_latest(RunFolder(tmp_path / "run").checkpoints)
     assert latest is not None
-    training_state.restore(ours, build_optimizer(config, ours.named_parameters(), ours.averages()), latest)
+    training_state.restore(
+        ours, build_optimizer(config, ours.named_parameters(), ours.averages()), latest
+    )
     assert all(torch.equal(weights[n], t) for n, t in ours.state_dict().items())
     native = replace(config, model=replace(config.model, linears="native"))
     assert differences(config, native) == ["model.linears: 'float8' -> 'native'"]
@@ -93,7 +107,8 @@ def test_the_planner_counts_the_float8_step(anywhere: Callable[[], Config]) -> N
     ours, usual = measure_costs(config, "bf16"), measure_costs(native, "bf16")
     assert (ours.step_flops, ours.parameters) == (usual.step_flops, usual.parameters)
     assert ours.graph.per_image == pytest.approx(usual.graph.per_image, rel=0.01)
-    # more by the casts of one layer at a time: a hidden row of 4 E numbers, twice in float32, and in float8
+    # more by the casts of one layer at a time: a hidden row of 4 E numbers, twice in float32, and
+    # in float8
     token = 2 * 17 * 64
     assert 0 < ours.train.per_image - usual.train.per_image <= 4 * (4 + 4 + 1) * token
     assert ours.graph.fixed <= usual.graph.fixed  # a view of a weight is no memory
@@ -115,14 +130,20 @@ SHAPES = ((1, 3), (1, 1), (1, 4), (4, 1))
 
 @pytest.mark.parametrize(
     ("name", "count", "pays"),
-    [("vit_small", 179, False), ("vit_base", 358, False), ("vit_large", 477, True), ("vit_huge", 597, True)],
+    [
+        ("vit_small", 179, False),
+        ("vit_base", 358, False),
+        ("vit_large", 477, True),
+        ("vit_huge", 597, True),
+    ],
 )
 def test_encoders_below_the_balance_are_refused(name: str, count: int, pays: bool) -> None:
     module = on_meta(name)
     E = module.embed_dim
     flop = moved = 0.0
     for K, N in ((k * E, n * E) for k, n in SHAPES):
-        # (numbers in, numbers out) a token of both forwards, the gradient of the inputs and that of the weights
+        # (numbers in, numbers out) a token of both forwards, the gradient of the inputs and that of
+        # the weights
         for read, written in ((K, N), (K, N), (N, K), (K + N, 0)):
             flop += 2 * K * N
             moved += (2 + 1 + 1) * read + 2 * written
@@ -131,16 +152,22 @@ def test_encoders_below_the_balance_are_refused(name: str, count: int, pays: boo
     if pays:
         require_gain(module)
         return
-    with pytest.raises(ValueError, match=rf"do {count} FLOP per byte.*below 367.*counted from shapes, not measured"):
+    with pytest.raises(
+        ValueError, match=rf"do {count} FLOP per byte.*below 367.*counted from shapes, not measured"
+    ):
         require_gain(module)
 
 
 def test_devices_and_precisions_without_float8_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"device 'cpu' has no fast float8 products.*use model\.linears native"):
+    with pytest.raises(
+        ValueError, match=r"device 'cpu' has no fast float8 products.*use model\.linears native"
+    ):
         require_support(CPU, "bf16")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    with pytest.raises(ValueError, match=r"NVIDIA A100 has CUDA capability 8\.0, and float8 products need 8\.9"):
+    with pytest.raises(
+        ValueError, match=r"NVIDIA A100 has CUDA capability 8\.0, and float8 products need 8\.9"
+    ):
         require_support(torch.device("cuda", 0), "bf16")
     for capability in ((8, 9), (9, 0), (10, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
@@ -237,5 +264,7 @@ def test_torchao_comes_only_where_it_is_asked_for_and_says_nothing() -> None:
         "assert 'torchao' not in sys.modules\n"
         "assert len(use_float8_(vit_nano())) == 4\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -60,7 +60,9 @@ def test_the_bound_of_a_small_step_is_one() -> None:
 
     config = _config()
     objective = build_objective(config, WORLD.device)
-    assert whole_bytes(measure_costs(config, "fp32", attention="explicit"), 256) < _at_most(config, objective, 256)
+    assert whole_bytes(measure_costs(config, "fp32", attention="explicit"), 256) < _at_most(
+        config, objective, 256
+    )
 
 
 def test_a_copy_for_saves_in_the_background_lies_in_the_same_memory_on_a_cpu() -> None:
@@ -75,10 +77,14 @@ def test_a_copy_for_saves_in_the_background_lies_in_the_same_memory_on_a_cpu() -
     trained = sum(p.nbytes for p in objective.parameters() if p.requires_grad)
     everything = sum(p.nbytes for p in objective.parameters())
     assert copies[False] - copies[True] == everything + 2 * trained
-    assert copies[False] == 100e6 * HEADROOM - 3 * trained  # gradient and moments; the weights are there already
+    assert (
+        copies[False] == 100e6 * HEADROOM - 3 * trained
+    )  # gradient and moments; the weights are there already
 
 
-def test_where_a_run_continues_memory_is_looked_at_before_the_optimizer_is_there(small_run, tmp_path) -> None:
+def test_where_a_run_continues_memory_is_looked_at_before_the_optimizer_is_there(
+    small_run, tmp_path
+) -> None:
     """Its state is subtracted from what is free then: it must not be missing there already."""
     first = Trainer.build(small_run, tmp_path, WORLD)
     try:
@@ -109,11 +115,14 @@ def test_none_and_numbers_are_taken_as_given() -> None:
 def test_a_conv_stem_is_refused_in_chunks_and_whole_under_auto() -> None:
     config = with_image_size(_config(chunk=4), 32, patch_size=16)
     config = replace(
-        config, global_batch_size=8, model=replace(config.model, architecture="vit_conv_small", patch_size=16)
+        config,
+        global_batch_size=8,
+        model=replace(config.model, architecture="vit_conv_small", patch_size=16),
     )
     objective = build_objective(config, WORLD.device)
     with pytest.raises(
-        ValueError, match=r"batch.chunk=4: this trunk cannot go in chunks, because its convolutional stem"
+        ValueError,
+        match=r"batch.chunk=4: this trunk cannot go in chunks, because its convolutional stem",
     ):
         ForwardBackward(config, objective, WORLD, "fp32")
     config = replace(config, batch=BatchConfig())
@@ -124,7 +133,8 @@ def test_a_conv_stem_is_refused_in_chunks_and_whole_under_auto() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("chunk", 0), ("chunk", "all"), ("chunk", True), ("kept", -1), ("kept", "none")]
+    ("field", "value"),
+    [("chunk", 0), ("chunk", "all"), ("chunk", True), ("kept", -1), ("kept", "none")],
 )
 def test_batch_fields_are_checked(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field}={value!r}"):
@@ -141,14 +151,23 @@ def test_a_config_from_before_loads_and_its_run_may_go_on_in_chunks() -> None:
     old = json.loads(json.dumps(to_json(config)))
     del old["batch"], old["model"]["checkpointing"]
     assert from_json(old) == config
-    now = replace(config, batch=BatchConfig(chunk=16), model=replace(config.model, checkpointing="full"))
+    now = replace(
+        config, batch=BatchConfig(chunk=16), model=replace(config.model, checkpointing="full")
+    )
     assert differences(from_json(old), now) == []
 
 
-def test_a_run_in_chunks_has_the_losses_of_the_whole_and_says_so(small_run, tmp_path, capsys) -> None:
-    config = replace(small_run, epochs=1.0, optim=replace(small_run.optim, warmup_epochs=0.5), precision="fp64")
+def test_a_run_in_chunks_has_the_losses_of_the_whole_and_says_so(
+    small_run, tmp_path, capsys
+) -> None:
+    config = replace(
+        small_run, epochs=1.0, optim=replace(small_run.optim, warmup_epochs=0.5), precision="fp64"
+    )
     losses = {}
-    for name, batch in (("whole", BatchConfig(chunk="none")), ("chunks", BatchConfig(chunk=48, kept=2))):
+    for name, batch in (
+        ("whole", BatchConfig(chunk="none")),
+        ("chunks", BatchConfig(chunk=48, kept=2)),
+    ):
         trainer = Trainer.build(replace(config, batch=batch), tmp_path / name, WORLD)
         try:
             assert trainer.run() == 0

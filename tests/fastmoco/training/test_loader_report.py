@@ -40,9 +40,13 @@ def test_a_run_over_bad_images_goes_on_and_says_so(bad_digits, tmp_path, capfd):
     assert said.count("! left out train-") == 2
     assert "left out 2 " in next(line for line in said.splitlines() if line.startswith("step 15/"))
     assert "! the trainer waits for the loader " in said
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert rows[-1]["loader/quarantined"] == 2
-    assert {"loader/read_ms", "loader/draw_ms", "loader/decode_ms", "loader/queue_depth"} <= rows[-1].keys()
+    assert {"loader/read_ms", "loader/draw_ms", "loader/decode_ms", "loader/queue_depth"} <= rows[
+        -1
+    ].keys()
     assert len(Quarantine.read(RunFolder(tmp_path / "run").quarantine)) == 2
 
 
@@ -55,12 +59,25 @@ def test_a_slow_loader_is_put_into_words_once(small_run, tmp_path, capsys):
     from fastmoco.config import resolve
 
     recorder = Recorder(
-        small_run, resolve(small_run, world_size=1, sample_count=1437), RunFolder(tmp_path), World(), start_step=0
+        small_run,
+        resolve(small_run, world_size=1, sample_count=1437),
+        RunFolder(tmp_path),
+        World(),
+        start_step=0,
     )
     q = torch.nn.functional.normalize(torch.randn(8, small_run.model.projection_dim), dim=1)
     watch = {"queries": q[None], "keys": q.roll(1, 0)[None]}
     for step in range(1, 6):
-        recorder.loader(StageFigures(steps=step, wall_s=step, wait_s=0.5 * step, stage_s={"read": 0.1, "decode": step}))
+        recorder.loader(
+            StageFigures(
+                steps=step, wall_s=step, wait_s=0.5 * step, stage_s={"read": 0.1, "decode": step}
+            )
+        )
         recorder.log(step, torch.tensor(1.0), watch, lr=0.1, schedules={"ema_momentum": 0.9})
     recorder.close()
-    assert capsys.readouterr().out.count("decoding (and augmenting, where DALI does) is its slowest stage") == 1
+    assert (
+        capsys.readouterr().out.count(
+            "decoding (and augmenting, where DALI does) is its slowest stage"
+        )
+        == 1
+    )

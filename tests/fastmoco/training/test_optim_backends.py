@@ -1,4 +1,5 @@
-"""The optimizer's backends in the trainer: one training whoever takes the step, through checkpoints in both directions."""
+"""The optimizer's backends in the trainer: one training whoever takes the step, through checkpoints
+in both directions."""
 
 from __future__ import annotations
 
@@ -65,11 +66,15 @@ def farthest(one: Losses, two: Losses) -> float:
 
 @pytest.fixture(scope="module")
 def folders(config: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By backend: a whole run in float64, and one that stopped at a checkpoint (copy it before going on)."""
+    """By backend: a whole run in float64, and one that stopped at a checkpoint (copy it before
+    going on)."""
     made = {}
     for backend in ("torch", "fastmoco"):
         changed = with_optim(config, fused_backend=backend)
-        made[backend], made[f"{backend} cut"] = tmp_path_factory.mktemp(backend), tmp_path_factory.mktemp("cut")
+        made[backend], made[f"{backend} cut"] = (
+            tmp_path_factory.mktemp(backend),
+            tmp_path_factory.mktemp("cut"),
+        )
         train(changed, made[backend])
         train(changed, made[f"{backend} cut"], CUT)
     return made
@@ -89,14 +94,19 @@ def test_the_sweep_trains_to_the_losses_of_torch(folders):
 
 
 def test_the_sweep_trains_to_the_losses_of_torch_in_float32(config, tmp_path):
-    """At a rate too small for AdamW to turn rounding noise into whole steps, as in test_trainer.py."""
+    """At a rate too small for AdamW to turn rounding noise into whole steps, as in
+    test_trainer.py."""
     config = replace(with_optim(config, lr=1e-6), precision="fp32")
     torchs = train(with_optim(config, fused_backend="torch"), tmp_path / "torch")
-    assert farthest(torchs, train(with_optim(config, fused_backend="fastmoco"), tmp_path / "ours")) <= 1e-5
+    assert (
+        farthest(torchs, train(with_optim(config, fused_backend="fastmoco"), tmp_path / "ours"))
+        <= 1e-5
+    )
 
 
 def test_the_average_at_the_end_of_a_step_is_the_one_before_the_next_bit_for_bit(config, tmp_path):
-    """Float32, the method's own order (average, forward, backward, optimizer) on the trainer's batches, all 22 steps."""
+    """Float32, the method's own order (average, forward, backward, optimizer) on the trainer's
+    batches, all 22 steps."""
     config = replace(config, precision="fp32")
     trainer = Trainer.build(config, tmp_path, World())
     try:
@@ -105,10 +115,16 @@ def test_the_average_at_the_end_of_a_step_is_the_one_before_the_next_bit_for_bit
         for step in range(STEPS):
             batch = trainer.loader.next()
             at = trainer.progress(step)
-            lr, momentum = trainer.train_step.learning_rate(at), trainer.objective.schedules(at)["ema_momentum"]
+            lr, momentum = (
+                trainer.train_step.learning_rate(at),
+                trainer.objective.schedules(at)["ema_momentum"],
+            )
             loss = train_step(book, optimizer.inner, batch.views, lr=lr, ema_momentum=momentum)
             assert torch.equal(trainer.step(batch).loss, loss), step
-        for name, tensor in trainer.objective.state_dict().items():  # the last step ends without a further average
+        for (
+            name,
+            tensor,
+        ) in trainer.objective.state_dict().items():  # the last step ends without a further average
             assert torch.equal(tensor, book.state_dict()[name]), name
     finally:
         trainer.close()
@@ -126,7 +142,9 @@ def test_it_continues_bit_for_bit_under_each_backend(config, tmp_path, backend):
 
 
 @pytest.mark.parametrize(("first", "then"), [("torch", "fastmoco"), ("fastmoco", "torch")])
-def test_it_continues_under_the_other_backend_and_says_so(config, folders, tmp_path, capsys, first, then):
+def test_it_continues_under_the_other_backend_and_says_so(
+    config, folders, tmp_path, capsys, first, then
+):
     shutil.copytree(folders[f"{first} cut"], tmp_path, dirs_exist_ok=True)
     continued = train(with_optim(config, fused_backend=then), tmp_path)
     assert farthest(losses(folders[first]), continued) <= 1e-10
@@ -136,7 +154,8 @@ def test_it_continues_under_the_other_backend_and_says_so(config, folders, tmp_p
 
 @pytest.fixture(scope="module")
 def old_folder(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as it was when a step began with the average: without the entry, the twin one average behind."""
+    """A checkpoint as it was when a step began with the average: without the entry, the twin one
+    average behind."""
     folder = tmp_path_factory.mktemp("old")
     update, save = AveragedOptimizer.step, saver.save_checkpoint
     calls: list[float | None] = []
@@ -157,7 +176,9 @@ def old_folder(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.parametrize("backend", ["torch", "fastmoco"])
-def test_a_checkpoint_from_when_a_step_began_with_the_average_continues(config, folders, old_folder, tmp_path, backend):
+def test_a_checkpoint_from_when_a_step_began_with_the_average_continues(
+    config, folders, old_folder, tmp_path, backend
+):
     shutil.copytree(old_folder, tmp_path, dirs_exist_ok=True)
     continued = train(with_optim(config, fused_backend=backend), tmp_path)
     assert farthest(losses(folders["torch"]), continued) <= (0 if backend == "torch" else 1e-10)
@@ -185,7 +206,8 @@ def test_lars_trains_the_quickstart_and_continues_bit_for_bit(config, tmp_path):
 
 
 def test_every_frozen_stem_that_differs_moves_under_each_backend(config):
-    """As after loading foreign weights: the sweep knows trainable parameters alone, the rest must not be forgotten."""
+    """As after loading foreign weights: the sweep knows trainable parameters alone, the rest must
+    not be forgotten."""
     twins = []
     for backend in ("torch", "fastmoco"):
         changed = with_optim(config, fused_backend=backend)
@@ -195,11 +217,15 @@ def test_every_frozen_stem_that_differs_moves_under_each_backend(config):
             for parameter in objective.momentum_encoder.parameters():
                 parameter.add_(1.0)
         size = objective.encoder.image_size
-        views = torch.randn(2, 4, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        views = torch.randn(
+            2, 4, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
         objective(*views).loss.backward()
         unused = objective.encoder.blocks[0].mlp.fc1.bias
         unused.grad = None
-        start = {name: p.detach().clone() for name, p in objective.momentum_encoder.named_parameters()}
+        start = {
+            name: p.detach().clone() for name, p in objective.momentum_encoder.named_parameters()
+        }
         optimizer.step(ema_momentum=0.5)
         moved = dict(objective.momentum_encoder.named_parameters())
         assert all(not torch.equal(start[name], moved[name]) for name in start)
@@ -218,16 +244,23 @@ def test_every_frozen_stem_that_differs_moves_under_each_backend(config):
 )
 def test_the_command_line_chooses(words, name, capsys, monkeypatch):
     built: list[Config] = []
-    monkeypatch.setattr("fastmoco.cli.train.train", lambda config, out, **options: built.append(config) or 0)
+    monkeypatch.setattr(
+        "fastmoco.cli.train.train", lambda config, out, **options: built.append(config) or 0
+    )
     assert main(["train", "quickstart_digits", "--out", "unused", *words]) == 0
     objective = build_objective(built[0], CPU)
-    assert name_of(build_optimizer(built[0], objective.named_parameters(), objective.averages())) == name
+    assert (
+        name_of(build_optimizer(built[0], objective.named_parameters(), objective.averages()))
+        == name
+    )
 
 
 def test_auto_takes_the_sweep_where_triton_runs(config, monkeypatch):
     assert choose_optimizer_backend(config, CPU) == "torch"
     asked: list[Callable[..., bool] | torch.device] = []
-    monkeypatch.setattr("fastmoco.optim.build.triton_is_default", lambda device: asked.append(device) or True)
+    monkeypatch.setattr(
+        "fastmoco.optim.build.triton_is_default", lambda device: asked.append(device) or True
+    )
     assert choose_optimizer_backend(config, torch.device("cuda")) == "fastmoco"
     assert asked == [torch.device("cuda")]
     assert choose_optimizer_backend(with_optim(config, fused_backend="torch"), CPU) == "torch"

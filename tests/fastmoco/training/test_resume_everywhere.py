@@ -1,4 +1,5 @@
-"""A run continues from every step bit for bit, on other numbers of ranks to rounding, and under no other config."""
+"""A run continues from every step bit for bit, on other numbers of ranks to rounding, and under no
+other config."""
 
 from __future__ import annotations
 
@@ -25,17 +26,29 @@ from tests.fastmoco.training.test_trainer import _losses, _start, _train, _wait_
 pytestmark = pytest.mark.faults
 
 WORLD = World()
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "{ranks}", "--no-python", sys.executable)
+TORCHRUN = (
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "{ranks}",
+    "--no-python",
+    sys.executable,
+)
 
 
 @pytest.mark.long
 @pytest.mark.slow
 def test_every_cut_of_twenty_steps_continues_bit_for_bit(small_run: Config, tmp_path: Path) -> None:
-    """A whole run saves after each of its steps, in the background; from each of these, one step must give the next."""
+    """A whole run saves after each of its steps, in the background; from each of these, one step
+    must give the next."""
     rules = replace(small_run.checkpoint, every_steps=1, keep=100, async_save=True)
     config = replace(small_run, epochs=4, checkpoint=rules)
     assert _train(config, tmp_path / "whole") == 0
-    saved = {load_checkpoint(path).step: path for path in list_checkpoints(tmp_path / "whole" / "checkpoints")}
+    saved = {
+        load_checkpoint(path).step: path
+        for path in list_checkpoints(tmp_path / "whole" / "checkpoints")
+    }
     assert list(saved) == list(range(1, 21))
     for cut in range(1, 20):
         out = tmp_path / f"cut{cut}"
@@ -48,7 +61,10 @@ def test_every_cut_of_twenty_steps_continues_bit_for_bit(small_run: Config, tmp_
             trainer._save(force=True)
         finally:
             trainer.close()
-        ours, truth = load_checkpoint(out / "checkpoints" / saved[cut + 1].name), load_checkpoint(saved[cut + 1])
+        ours, truth = (
+            load_checkpoint(out / "checkpoints" / saved[cut + 1].name),
+            load_checkpoint(saved[cut + 1]),
+        )
         assert_same(ours.tensors, truth.tensors)
         assert ours.state["data"] == truth.state["data"]
     assert _train(config, tmp_path / "whole") == 0  # the twentieth cut has nothing left to do
@@ -57,8 +73,9 @@ def test_every_cut_of_twenty_steps_continues_bit_for_bit(small_run: Config, tmp_
 @pytest.mark.long
 @pytest.mark.slow
 def test_two_ranks_are_continued_by_one_and_by_four(small_run: Config, tmp_path: Path) -> None:
-    """The learning rate is too small for AdamW to turn rounding into whole steps, as in test_trainer.py. In float64: float32
-    alone is off by up to 3e-6 on some CPUs, and bf16, which some multiply natively, by thousandths."""
+    """The learning rate is too small for AdamW to turn rounding into whole steps, as in
+    test_trainer.py. In float64: float32 alone is off by up to 3e-6 on some CPUs, and bf16, which
+    some multiply natively, by thousandths."""
     config = replace(small_run, precision="fp64", optim=replace(small_run.optim, lr=1e-6))
     assert _train(config, tmp_path / "whole") == 0
     two = tmp_path / "two"
@@ -109,7 +126,9 @@ def changed(group: str, **fields: object) -> Callable[[Config], Config]:
         ),
     ],
 )
-def test_what_a_step_computes_may_not_change(small_run: Config, change: Callable[[Config], Config], name: str) -> None:
+def test_what_a_step_computes_may_not_change(
+    small_run: Config, change: Callable[[Config], Config], name: str
+) -> None:
     (line,) = differences(small_run, change(small_run))
     assert line.startswith(f"{name}: ")
     assert " -> " in line
@@ -134,7 +153,9 @@ def test_everything_a_run_writes_is_its_owners_alone(small_run: Config, tmp_path
         assert train(replace(small_run, epochs=0.4, optim=optim), tmp_path / "run") == 0
     finally:
         os.umask(before)
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()} == {0o600}
+    assert {
+        path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()
+    } == {0o600}
     folders = [path for path in (tmp_path / "run").rglob("*") if path.is_dir()]
     assert {path.stat().st_mode & 0o777 for path in [tmp_path / "run", *folders]} == {0o700}
 

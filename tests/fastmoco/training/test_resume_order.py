@@ -1,4 +1,5 @@
-"""A run keeps the order it began with: the window of shards shuffled together is remembered, and other cuts are refused."""
+"""A run keeps the order it began with: the window of shards shuffled together is remembered, and
+other cuts are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +31,12 @@ def test_the_window_of_a_run_goes_on(tmp_path):
     begun = replace(config, data=replace(config.data, shuffle_window=1))
     assert resume.shuffle_window(None) is None
     assert resume.shuffle_window(checkpoint(step=3)) == 0  # of a run from before there were windows
-    for wanted, remembered, window in ((begun, None, 1), (config, 1, 1), (config, None, 0), (begun, 0, 1)):
+    for wanted, remembered, window in (
+        (begun, None, 1),
+        (config, 1, 1),
+        (config, None, 0),
+        (begun, 0, 1),
+    ):
         loader = setup.build_train_loader(wanted, World(), threads=1, shuffle_window=remembered)
         assert loader.shuffle_window == window
         assert loader.state_dict().get("shuffle_window", 0) == window
@@ -43,7 +49,11 @@ def test_the_window_of_a_run_goes_on(tmp_path):
 def test_another_cut_into_shards_is_refused():
     resume.require_same_order(checkpoint(step=3), "")
     resume.require_same_order(checkpoint(shuffle_window=4, order_digest="a"), "a")
-    for before, now in (({"shuffle_window": 4, "order_digest": "a"}, "b"), ({}, "b"), ({"order_digest": "a"}, "")):
+    for before, now in (
+        ({"shuffle_window": 4, "order_digest": "a"}, "b"),
+        ({}, "b"),
+        ({"order_digest": "a"}, ""),
+    ):
         with pytest.raises(RunError, match=r"windows of \d+ shards .*--data\.shuffle-window"):
             resume.require_same_order(checkpoint(**before), now)
 

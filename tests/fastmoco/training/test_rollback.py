@@ -1,4 +1,5 @@
-"""After a gradient spike a run has the bits of one that never took the steps since its checkpoint, killed in between or not."""
+"""After a gradient spike a run has the bits of one that never took the steps since its checkpoint,
+killed in between or not."""
 
 from __future__ import annotations
 
@@ -14,7 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastmoco.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, load_latest, save_checkpoint
+from fastmoco.checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    load_latest,
+    save_checkpoint,
+)
 from fastmoco.config import Config
 from fastmoco.config.faults import FaultConfig
 from fastmoco.distributed.mesh import World
@@ -41,9 +48,14 @@ def rolling() -> Config:
 
 
 def run(
-    config: Config, out: Path, *spikes: int, before: Callable[[Trainer, int], None] | None = None, **options: Any
+    config: Config,
+    out: Path,
+    *spikes: int,
+    before: Callable[[Trainer, int], None] | None = None,
+    **options: Any,
 ) -> int:
-    """Train with spikes; ``before`` is called with the number of each step that is about to begin."""
+    """Train with spikes; ``before`` is called with the number of each step that is about to
+    begin."""
     trainer = spike(Trainer.build(config, out, WORLD, **options), *spikes)
     plain = trainer.step
 
@@ -80,7 +92,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("optim", [OPTIMIZERS["sweep"], *map(long, list(OPTIMIZERS.values())[1:])], ids=OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optim", [OPTIMIZERS["sweep"], *map(long, list(OPTIMIZERS.values())[1:])], ids=OPTIMIZERS
+)
 def test_the_steps_since_the_checkpoint_have_never_been(
     rolling: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], optim: dict[str, Any]
 ) -> None:
@@ -88,7 +102,10 @@ def test_the_steps_since_the_checkpoint_have_never_been(
     never = Trainer.build(config, tmp_path / "never", WORLD)
     try:
         skip(never, 25, LOGGED)
-        expected = {n: t.clone() for n, t in training_state.collect(never.objective, never.optimizer).items()}
+        expected = {
+            n: t.clone()
+            for n, t in training_state.collect(never.objective, never.optimizer).items()
+        }
     finally:
         never.close()
     assert run(config, tmp_path / "run", SPIKE) == 0
@@ -100,15 +117,23 @@ def test_the_steps_since_the_checkpoint_have_never_been(
     assert RunFolder(tmp_path / "run").read_metric("rolled_back_to") == [(LOGGED, 24)]
     said = " ".join(capsys.readouterr().out.split())
     assert "step 26: a gradient norm above 10 times its running median" in said
-    assert "those of step 24 again, as if steps 25 to 27 had been skipped (rollback 1 in a row, 1 in all)" in said
+    assert (
+        "those of step 24 again, as if steps 25 to 27 had been skipped (rollback 1 in a row, 1 in all)"
+        in said
+    )
 
 
-def test_without_rollback_a_spike_leaves_its_trace(rolling: Config, whole: Path, tmp_path: Path) -> None:
-    """The negative control: what is rolled back would matter. And without a spike nothing is rolled back."""
+def test_without_rollback_a_spike_leaves_its_trace(
+    rolling: Config, whole: Path, tmp_path: Path
+) -> None:
+    """The negative control: what is rolled back would matter. And without a spike nothing is rolled
+    back."""
     assert run(replace(rolling, faults=FaultConfig()), tmp_path / "off", SPIKE) == 0
     tensors, state = ending(tmp_path / "off")
     assert state["rollback"] == {}
-    assert not torch.equal(tensors["model.predictor.0.weight"], ending(whole)[0]["model.predictor.0.weight"])
+    assert not torch.equal(
+        tensors["model.predictor.0.weight"], ending(whole)[0]["model.predictor.0.weight"]
+    )
     assert run(rolling, tmp_path / "calm") == 0
     assert ending(tmp_path / "calm")[1]["rollback"]["total"] == 0
 
@@ -117,9 +142,12 @@ class Killed(Exception):
     """The process is gone: nothing is saved."""
 
 
-# Before the spike; with the spike not seen yet; right behind the rollback; behind the save after it.
+# Before the spike; with the spike not seen yet; right behind the rollback; behind the save after
+# it.
 @pytest.mark.parametrize("at", [long(26), 27, 28, long(30)])
-def test_killed_and_continued_it_ends_in_the_same_bits(rolling: Config, whole: Path, tmp_path: Path, at: int) -> None:
+def test_killed_and_continued_it_ends_in_the_same_bits(
+    rolling: Config, whole: Path, tmp_path: Path, at: int
+) -> None:
     def kill(trainer: Trainer, number: int) -> None:
         if number == at:
             raise Killed
@@ -132,9 +160,12 @@ def test_killed_and_continued_it_ends_in_the_same_bits(rolling: Config, whole: P
     assert RunFolder(tmp_path).read_metric("loss") == RunFolder(whole).read_metric("loss")
 
 
-# A signal in step 25 saves before the spike; in 26 inside it, unseen; in 27 behind the rollback; in 28 by steps anyway.
+# A signal in step 25 saves before the spike; in 26 inside it, unseen; in 27 behind the rollback; in
+# 28 by steps anyway.
 @pytest.mark.parametrize("at", [long(25), 26, long(27), long(28)])
-def test_stopped_by_a_signal_it_ends_in_the_same_bits(rolling: Config, whole: Path, tmp_path: Path, at: int) -> None:
+def test_stopped_by_a_signal_it_ends_in_the_same_bits(
+    rolling: Config, whole: Path, tmp_path: Path, at: int
+) -> None:
     def stop(trainer: Trainer, number: int) -> None:
         if number == at:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -152,14 +183,17 @@ def test_stopped_by_a_signal_it_ends_in_the_same_bits(rolling: Config, whole: Pa
 def test_what_the_clock_saves_is_neither_gone_back_to_nor_in_the_way(
     rolling: Config, whole: Path, tmp_path: Path
 ) -> None:
-    """Every step is saved and two are kept: step 26 inside the spike, and step 24 besides, for the rollback."""
+    """Every step is saved and two are kept: step 26 inside the spike, and step 24 besides, for the
+    rollback."""
     rules = replace(rolling.checkpoint, every_minutes=1e-9, keep=1)
     folders: list[list[int]] = []
 
     def look(trainer: Trainer, number: int) -> None:
         if number == LOGGED:
             trainer.saving.last_committed()
-            folders.append([load_checkpoint(path).step for path in list_checkpoints(tmp_path / "checkpoints")])
+            folders.append(
+                [load_checkpoint(path).step for path in list_checkpoints(tmp_path / "checkpoints")]
+            )
 
     assert run(replace(rolling, checkpoint=rules), tmp_path, SPIKE, before=look) == 0
     assert folders == [[24, 26]]
@@ -179,11 +213,16 @@ def test_a_save_in_flight_is_waited_for_and_gone_back_to(
 
 
 @pytest.mark.parametrize("async_save", [True, long(False)])
-def test_a_spike_in_the_step_of_a_save_is_seen_before_it(rolling: Config, tmp_path: Path, async_save: bool) -> None:
+def test_a_spike_in_the_step_of_a_save_is_seen_before_it(
+    rolling: Config, tmp_path: Path, async_save: bool
+) -> None:
     """No step from 21 to 24 is logged; the save of step 24 already holds the state of step 20."""
     rules = replace(rolling.checkpoint, keep=9, async_save=async_save)
     assert run(replace(rolling, log_every_steps=100, checkpoint=rules), tmp_path, 24) == 0
-    saved = {load_checkpoint(path).step: load_checkpoint(path) for path in list_checkpoints(tmp_path / "checkpoints")}
+    saved = {
+        load_checkpoint(path).step: load_checkpoint(path)
+        for path in list_checkpoints(tmp_path / "checkpoints")
+    }
     assert_same(saved[24].tensors, saved[20].tensors)
     assert saved[24].state["rollback"]["last"] == [24, 20]
     assert saved[24].state["rollback"]["history"] == saved[20].state["rollback"]["history"]
@@ -192,7 +231,8 @@ def test_a_spike_in_the_step_of_a_save_is_seen_before_it(rolling: Config, tmp_pa
 def test_what_a_signal_saved_inside_a_spike_is_not_gone_back_to_under_another_rhythm(
     rolling: Config, tmp_path: Path
 ) -> None:
-    """Step 26, saved on a signal inside the spike, is a multiple of the next start's two steps; 24 is the one to go back to."""
+    """Step 26, saved on a signal inside the spike, is a multiple of the next start's two steps; 24
+    is the one to go back to."""
 
     def stop(trainer: Trainer, number: int) -> None:
         if number == SPIKE:
@@ -207,7 +247,8 @@ def test_what_a_signal_saved_inside_a_spike_is_not_gone_back_to_under_another_rh
 def test_given_up_with_a_checkpoint_inside_the_spike_it_says_which_to_move_away(
     rolling: Config, tmp_path: Path
 ) -> None:
-    """Every step is saved, so that a run continued from step 26 would end again, whatever its learning rate."""
+    """Every step is saved, so that a run continued from step 26 would end again, whatever its
+    learning rate."""
     rules = replace(rolling.checkpoint, every_minutes=1e-9)
     config = replace(rolling, checkpoint=rules, faults=replace(rolling.faults, max_rollbacks=0))
     with pytest.raises(RunError, match=f"Move the checkpoints from step {SPIKE} on away") as ended:
@@ -246,7 +287,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_none_at_all_ends_the_run(
     def spoil(*steps: int) -> Callable[[Trainer, int], None]:
         def before(trainer: Trainer, number: int) -> None:
             for step in steps if number == SPIKE else ():
-                flip_bit(tmp_path / str(len(steps)) / "checkpoints" / f"step_{step:08d}" / "tensors.safetensors", 9000)
+                flip_bit(
+                    tmp_path
+                    / str(len(steps))
+                    / "checkpoints"
+                    / f"step_{step:08d}"
+                    / "tensors.safetensors",
+                    9000,
+                )
 
         return before
 
@@ -270,7 +318,8 @@ trainer.Trainer.build = lambda *a, **k: spike(build(*a, **k), {SPIKE})
 def test_two_ranks_of_which_one_is_killed_behind_a_rollback_end_in_the_same_bits(
     rolling: Config, tmp_path: Path
 ) -> None:
-    """T27 with T01: rank 1 is killed in step 28, whose checkpoint is of step 24; torchrun starts both again."""
+    """T27 with T01: rank 1 is killed in step 28, whose checkpoint is of step 24; torchrun starts
+    both again."""
     kill = """
 import signal
 once = Path(f"{out}.killed")

@@ -51,7 +51,9 @@ class Fake:
     def paused(self) -> None:
         raise AssertionError
 
-    def steps(self, first: int, last: int, *, spikes: tuple[int, ...] = (), value: float = 100.0) -> list[str]:
+    def steps(
+        self, first: int, last: int, *, spikes: tuple[int, ...] = (), value: float = 100.0
+    ) -> list[str]:
         """Take steps, saving by steps; the events of them."""
         before = len(self.said)
         for step in range(first, last + 1):
@@ -87,7 +89,12 @@ def test_the_count_and_the_median_are_in_the_state() -> None:
     fake.steps(1, 28, spikes=(26,))
     again = Fake(config, fake.saved[28])
     assert again.rollback.state_dict() == fake.saved[28]
-    assert [row[0] for row in fake.saved[28]["history"][-4:]] == [22, 23, 24, 28]  # 25 to 27 have never been
+    assert [row[0] for row in fake.saved[28]["history"][-4:]] == [
+        22,
+        23,
+        24,
+        28,
+    ]  # 25 to 27 have never been
     with pytest.raises(RunError, match="1 rollbacks in a row"):
         again.steps(29, 30, spikes=(29,))
 
@@ -108,13 +115,17 @@ def test_rules_that_cannot_be_kept_are_refused() -> None:
             FaultConfig(rollback_spike=spike_factor)
     with pytest.raises(ValueError, match="max_rollbacks=-1"):
         FaultConfig(max_rollbacks=-1)
-    with pytest.raises(ValueError, match=r"checkpoint.every_steps=0: must be set for faults.rollback_spike"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint.every_steps=0: must be set for faults.rollback_spike"
+    ):
         replace(ROLLING, checkpoint=replace(ROLLING.checkpoint, every_steps=0))
 
 
 def test_the_newest_by_steps_is_kept_besides_the_newest(tmp_path: Path) -> None:
     for step in range(1, 12):
-        save_checkpoint(tmp_path, step=step, tensors=content(step), state={}, keep=2, keep_multiple=EVERY)
+        save_checkpoint(
+            tmp_path, step=step, tensors=content(step), state={}, keep=2, keep_multiple=EVERY
+        )
         kept = [load_checkpoint(path).step for path in list_checkpoints(tmp_path)]
         newest = list(range(max(1, step - 1), step + 1))
         regular = [step // EVERY * EVERY] if step >= EVERY else []

@@ -20,7 +20,11 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(
     ("capabilities", "chosen"),
-    [({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False, "bf16": False}, "fp32"), ({}, "fp32")],
+    [
+        ({"avx512_bf16": True}, "bf16"),
+        ({"avx512_bf16": False, "bf16": False}, "fp32"),
+        ({}, "fp32"),
+    ],
 )
 def test_auto_takes_bf16_where_the_cpu_multiplies_it(monkeypatch, capabilities, chosen):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)

@@ -29,7 +29,9 @@ def test_gradients_are_read_once_for_the_guard_clipping_telemetry_and_rollback(
     )
     passes = []
     norms = torch._foreach_norm
-    monkeypatch.setattr(torch, "_foreach_norm", lambda *args: passes.append(len(args[0])) or norms(*args))
+    monkeypatch.setattr(
+        torch, "_foreach_norm", lambda *args: passes.append(len(args[0])) or norms(*args)
+    )
     with running(config, tmp_path, "cpu") as trainer:
         trained = sum(p.requires_grad for p in trainer.objective.parameters())
         trainer.loader.next = lambda: images_of(config, 0, "cpu")  # type: ignore[method-assign]
@@ -54,7 +56,13 @@ def test_the_objective_hears_of_a_step_in_its_order_and_at_one_progress(
             monkeypatch.setattr(trainer.objective, name, hearing)
         trainer.step_count = 3
         trainer.step(images_of(config, 3, "cpu"))
-        assert [name for name, _ in heard] == ["before_step", "after_backward", "frozen", "ema_momentum", "after_step"]
+        assert [name for name, _ in heard] == [
+            "before_step",
+            "after_backward",
+            "frozen",
+            "ema_momentum",
+            "after_step",
+        ]
         assert {at for _, at in heard} == {trainer.progress(3)}
         assert len({id(at) for _, at in heard}) == 1
 
@@ -67,7 +75,9 @@ def test_a_parameter_that_is_frozen_for_a_step_stays_and_moves_in_the_next(
     config = replace(config, optim=replace(config.optim, fused_backend=backend))
     name = "encoder.head.0.weight"
     with running(config, tmp_path, "cpu") as trainer:
-        monkeypatch.setattr(trainer.objective, "frozen", lambda at: frozenset([name] if at.step == 0 else []))
+        monkeypatch.setattr(
+            trainer.objective, "frozen", lambda at: frozenset([name] if at.step == 0 else [])
+        )
         parameters = dict(trainer.objective.named_parameters())
         start = {name: p.detach().clone() for name, p in parameters.items()}
         trainer.step(images_of(config, 0, "cpu"))
@@ -78,7 +88,9 @@ def test_a_parameter_that_is_frozen_for_a_step_stays_and_moves_in_the_next(
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_rates_follow_every_number_of_the_config(small_run: Config, tmp_path: Path, schedule: Any) -> None:
+def test_rates_follow_every_number_of_the_config(
+    small_run: Config, tmp_path: Path, schedule: Any
+) -> None:
     """Against the definitions, with no number at its default."""
     config = replace(
         small_run,

@@ -1,4 +1,5 @@
-"""A step with a loss or gradient that is not finite leaves no bit behind, on one rank and on two; too many end the run."""
+"""A step with a loss or gradient that is not finite leaves no bit behind, on one rank and on two;
+too many end the run."""
 
 from __future__ import annotations
 
@@ -34,8 +35,11 @@ def poison(batch: Batch, value: float = math.nan) -> Batch:
     return replace(batch, views=(view1, *batch.views[1:]))
 
 
-def steps(config: Config, out: Path, *, bad: set[int], fed: bool) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """State and losses after 6 steps, of which the bad ones saw a NaN or, unless fed, never were."""
+def steps(
+    config: Config, out: Path, *, bad: set[int], fed: bool
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """State and losses after 6 steps, of which the bad ones saw a NaN or, unless fed, never
+    were."""
     trainer = Trainer.build(config, out, WORLD)
     losses = []
     try:
@@ -51,7 +55,9 @@ def steps(config: Config, out: Path, *, bad: set[int], fed: bool) -> tuple[dict[
             name: tensor.clone()
             for name, tensor in training_state.collect(trainer.objective, trainer.optimizer).items()
         }
-        assert all(torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point())
+        assert all(
+            torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point()
+        )
     finally:
         trainer.close()
     return state, losses
@@ -93,7 +99,9 @@ def test_a_bad_step_leaves_the_state_of_a_run_that_never_saw_it(
 
 
 @pytest.mark.parametrize("chunk", ["none", 16])
-def test_infinite_gradients_under_a_finite_loss_are_skipped_too(small_run: Config, tmp_path: Path, chunk: Any) -> None:
+def test_infinite_gradients_under_a_finite_loss_are_skipped_too(
+    small_run: Config, tmp_path: Path, chunk: Any
+) -> None:
     config = replace(small_run, batch=replace(small_run.batch, chunk=chunk))
     trainer = Trainer.build(config, tmp_path, WORLD)
     try:
@@ -118,7 +126,10 @@ def test_infinite_gradients_under_a_finite_loss_are_skipped_too(small_run: Confi
 
 
 def test_a_run_goes_on_after_bad_steps_and_ends_after_too_many(
-    small_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_run: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = replace(
         small_run,
@@ -132,7 +143,9 @@ def test_a_run_goes_on_after_bad_steps_and_ends_after_too_many(
         monkeypatch.setattr(trainer.loader, "next", lambda good=good, bad=bad: _maybe(good(), bad))
         try:
             if ends:
-                with pytest.raises(RunError, match=r"3 steps in a row up to step 7 .* Lower --optim.lr"):
+                with pytest.raises(
+                    RunError, match=r"3 steps in a row up to step 7 .* Lower --optim.lr"
+                ):
                     trainer.run()
             else:
                 assert trainer.run() == 0
@@ -146,7 +159,9 @@ def _maybe(batch: Batch, bad: set[int]) -> Batch:
     return poison(batch) if batch.step in bad else batch
 
 
-def test_gradients_are_clipped_to_the_norm_and_shorter_ones_left_alone(small_run: Config, tmp_path: Path) -> None:
+def test_gradients_are_clipped_to_the_norm_and_shorter_ones_left_alone(
+    small_run: Config, tmp_path: Path
+) -> None:
     norms = []
     for clip in (0.0, 1e-3, 1e3):
         config = replace(small_run, optim=replace(small_run.optim, clip_norm=clip))
@@ -159,7 +174,9 @@ def test_gradients_are_clipped_to_the_norm_and_shorter_ones_left_alone(small_run
             trainer.close()
     whole = norms[0][0]
     assert whole > 0.01
-    assert [before for before, _ in norms] == [whole] * 3  # what is recorded is the norm before clipping
+    assert [before for before, _ in norms] == [
+        whole
+    ] * 3  # what is recorded is the norm before clipping
     assert norms[0][1] == norms[2][1] == whole
     assert norms[1][1] == pytest.approx(1e-3, rel=1e-5)
 
@@ -179,7 +196,11 @@ def test_the_norm_of_shards_and_whole_tensors_is_that_of_all_of_them() -> None:
     with group_of_one():
         mesh = init_device_mesh("cpu", (1,))
         whole = [torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-        mixed = [distribute_tensor(whole[0], mesh, [Shard(0)]), whole[1], distribute_tensor(whole[2], mesh, [Shard(0)])]
+        mixed = [
+            distribute_tensor(whole[0], mesh, [Shard(0)]),
+            whole[1],
+            distribute_tensor(whole[2], mesh, [Shard(0)]),
+        ]
         expected = torch.cat([tensor.flatten() for tensor in whole]).norm()
         torch.testing.assert_close(_norm(mixed), expected)
         mixed[2].to_local()[0, 0] = math.nan
@@ -188,7 +209,8 @@ def test_the_norm_of_shards_and_whole_tensors_is_that_of_all_of_them() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_norm_is_that_which_torch_clips_by(dtype: torch.dtype) -> None:
-    """To the bit, so that clipping shortens as `torch.nn.utils.clip_grad_norm_` does; in the width of the gradients."""
+    """To the bit, so that clipping shortens as `torch.nn.utils.clip_grad_norm_` does; in the width
+    of the gradients."""
     noise = torch.Generator().manual_seed(0)
     gradients = [torch.randn(size, 7, generator=noise, dtype=dtype) for size in range(1, 80)]
     ours = _norm(gradients)
@@ -200,4 +222,6 @@ def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     parameters = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
-    return gradient_norms([(str(i), parameter) for i, parameter in enumerate(parameters)], {})["total"]
+    return gradient_norms([(str(i), parameter) for i, parameter in enumerate(parameters)], {})[
+        "total"
+    ]

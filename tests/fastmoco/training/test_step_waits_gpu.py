@@ -1,7 +1,8 @@
 """What a step must not do once it is warm: wait for the device, compile again, take more memory.
 
-The whole loop runs, `Trainer.run`; a step is watched from the fetch of its batch to the fetch of the next one. On a CPU the
-same loop runs with nothing to watch; compiled graphs are counted on both.
+The whole loop runs, `Trainer.run`; a step is watched from the fetch of its batch to the fetch of
+the next one. On a CPU the same loop runs with nothing to watch; compiled graphs are counted on
+both.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from tests.step_runs import images_of, running, short_run
 
 @pytest.fixture(autouse=True)
 def as_in_a_run(nan_poisoned_memory: None) -> Iterator[None]:
-    """Without deterministic algorithms, which choose other kernels and fill memory; and no graph from another test."""
+    """Without deterministic algorithms, which choose other kernels and fill memory; and no graph
+    from another test."""
     torch.use_deterministic_algorithms(False)
     torch.compiler.reset()
     yield
@@ -43,7 +45,8 @@ def at_each_fetch(trainer: Trainer, look: Callable[[int], None]) -> None:
     trainer.loader.next = next_batch  # type: ignore[method-assign]
 
 
-# Steps 5 to 10, none of which is logged. Both optimizers; whole and in chunks, the last one smaller; eager and compiled.
+# Steps 5 to 10, none of which is logged. Both optimizers; whole and in chunks, the last one
+# smaller; eager and compiled.
 @pytest.mark.parametrize(
     ("device", "chunk", "compiled", "backend"),
     [
@@ -81,7 +84,8 @@ def test_between_log_steps_the_loop_never_waits_for_the_device(
     assert watched == [4, 5, 6, 7, 8, 9]
 
 
-# Every second step is logged, which empties what the recorder keeps on the device between log steps.
+# Every second step is logged, which empties what the recorder keeps on the device between log
+# steps.
 @pytest.mark.parametrize(
     ("device", "chunk", "compiled"),
     [
@@ -91,7 +95,9 @@ def test_between_log_steps_the_loop_never_waits_for_the_device(
         pytest.param("cuda", 20, True, marks=pytest.mark.gpu),
     ],
 )
-def test_from_the_tenth_step_on_memory_stays_as_it_is(device: str, chunk: Any, compiled: bool, tmp_path: Path) -> None:
+def test_from_the_tenth_step_on_memory_stays_as_it_is(
+    device: str, chunk: Any, compiled: bool, tmp_path: Path
+) -> None:
     config = short_run(device, precision="bf16", chunk=chunk, kept=1, compile=compiled, steps=16)
     config = replace(config, log_every_steps=2)
     held: list[tuple[int, int]] = []
@@ -101,7 +107,10 @@ def test_from_the_tenth_step_on_memory_stays_as_it_is(device: str, chunk: Any, c
             # What was asked for: what was given depends on which free block was there.
             statistics = torch.cuda.memory_stats() if device == "cuda" else {}
             held.append(
-                (statistics.get("requested_bytes.all.current", 0), statistics.get("reserved_bytes.all.current", 0))
+                (
+                    statistics.get("requested_bytes.all.current", 0),
+                    statistics.get("reserved_bytes.all.current", 0),
+                )
             )
 
     with running(config, tmp_path, device) as trainer:
@@ -123,7 +132,9 @@ def symbolic_shapes(monkeypatch: pytest.MonkeyPatch, device: str) -> list[bool]:
 
     def note(graph: torch.fx.GraphModule, inputs: Any, *arguments: Any, **options: Any) -> Any:
         graphs.append(any(isinstance(value, torch.SymInt) for value in inputs))
-        return graph.forward if device == "cpu" else compile_fx(graph, inputs, *arguments, **options)
+        return (
+            graph.forward if device == "cpu" else compile_fx(graph, inputs, *arguments, **options)
+        )
 
     monkeypatch.setattr(module, "compile_fx", note)
     return graphs
@@ -135,7 +146,8 @@ def symbolic_shapes(monkeypatch: pytest.MonkeyPatch, device: str) -> list[bool]:
 def test_after_an_evaluation_and_two_steps_nothing_is_compiled_again(
     device: str, chunk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """kNN before the first step sees batches of two sizes; training graphs must not turn dynamic by it."""
+    """kNN before the first step sees batches of two sizes; training graphs must not turn dynamic by
+    it."""
     graphs = symbolic_shapes(monkeypatch, device)
     config = short_run(device, precision="bf16", chunk=chunk, kept=1, compile=True)
     with running(config, tmp_path, device) as trainer:
@@ -159,7 +171,9 @@ def measure(trainer: Trainer, device: str) -> None:
     def batches() -> Iterator[EvalBatch]:
         for rows in (16, 16, 7):
             images = images_of(trainer.config, 0, device, rows=rows).views[0]
-            yield EvalBatch(images=images, labels=np.zeros(rows, np.int64), sample_ids=np.arange(rows))
+            yield EvalBatch(
+                images=images, labels=np.zeros(rows, np.int64), sample_ids=np.arange(rows)
+            )
 
     def encode(images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device, dtype=torch.bfloat16):

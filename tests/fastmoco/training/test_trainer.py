@@ -1,4 +1,5 @@
-"""The run as a whole: it learns, it continues bit for bit, it refuses what is not the same run, it stops when asked."""
+"""The run as a whole: it learns, it continues bit for bit, it refuses what is not the same run, it
+stops when asked."""
 
 from __future__ import annotations
 
@@ -61,7 +62,9 @@ def _command(config: Config, out: Path) -> list[str]:
 def _start(config: Config, out: Path, *launcher: str) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, *_command(config, out)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
 
 
 def _wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
@@ -85,13 +88,21 @@ def test_a_run_logs_every_step_and_its_loss_falls(whole):
     assert [step for step, _ in losses] == list(range(1, 16))
     assert losses[-1][1] < losses[0][1] - 0.1
     row = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {"lr", "ema_momentum", "images_per_s", "wait_share", "feature_std", "gradient_norm/total"} <= set(row)
+    assert {
+        "lr",
+        "ema_momentum",
+        "images_per_s",
+        "wait_share",
+        "feature_std",
+        "gradient_norm/total",
+    } <= set(row)
     saved = json.loads((whole / "config.json").read_text())
     assert saved["resolved"]["total_steps"] == 15
     assert saved["resolved"]["versions"]["torch"] == torch.__version__
 
 
-# before the first checkpoint; right after one; late. Where exactly the kill falls is the machine's choice.
+# before the first checkpoint; right after one; late. Where exactly the kill falls is the machine's
+# choice.
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4, 11])
 def test_killed_at_any_step_it_continues_bit_for_bit(small_run, whole, tmp_path, step):
@@ -122,15 +133,28 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_75(small_run, whole, tmp
     assert _losses(tmp_path) == _losses(whole)
 
 
-# fp64 at the recipe's learning rate: a real difference would show, rounding cannot. fp32 at a learning rate too small for
-# AdamW to turn rounding noise into whole steps (its first updates have the size of lr however small the gradient).
+# fp64 at the recipe's learning rate: a real difference would show, rounding cannot. fp32 at a
+# learning rate too small for AdamW to turn rounding noise into whole steps (its first updates have
+# the size of lr however small the gradient).
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "lr", "tolerance"), [("fp64", 1.5e-3, 1e-8), ("fp32", 1e-6, 1e-5)])
-def test_two_processes_train_to_the_losses_of_one(small_run, digits, tmp_path, precision, lr, tolerance):
+@pytest.mark.parametrize(
+    ("precision", "lr", "tolerance"), [("fp64", 1.5e-3, 1e-8), ("fp32", 1e-6, 1e-5)]
+)
+def test_two_processes_train_to_the_losses_of_one(
+    small_run, digits, tmp_path, precision, lr, tolerance
+):
     knn = replace(small_run.knn, every_epochs=3, test_shards=digits[1], max_share=1.0)
     config = replace(small_run, precision=precision, knn=knn, optim=replace(small_run.optim, lr=lr))
     assert _train(config, tmp_path / "one") == 0
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable)
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--no-python",
+        sys.executable,
+    )
     process = _start(config, tmp_path / "two", *launcher)
     text, _ = process.communicate(timeout=240)
     assert process.returncode == 0, text
@@ -188,7 +212,9 @@ def test_another_config_is_refused_by_its_fields(small_run, whole):
 
 def test_other_images_are_refused(small_run, whole, digits):
     with pytest.raises(RunError, match="other images"):
-        Trainer.build(replace(small_run, data=replace(small_run.data, shards=digits[1])), whole, WORLD)
+        Trainer.build(
+            replace(small_run, data=replace(small_run.data, shards=digits[1])), whole, WORLD
+        )
 
 
 def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(small_run, tmp_path):
@@ -203,13 +229,18 @@ def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(small_run
         batch = replace(batch, views=tuple(view.double() for view in batch.views))
         for step in range(2):
             at = trainer.progress(step)
-            lr, momentum = trainer.train_step.learning_rate(at), trainer.objective.schedules(at)["ema_momentum"]
+            lr, momentum = (
+                trainer.train_step.learning_rate(at),
+                trainer.objective.schedules(at)["ema_momentum"],
+            )
             trainer.step_count = step
             output = trainer.step(batch)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with torch.no_grad():
-                pairs = zip(twin.momentum_encoder.parameters(), twin.encoder.parameters(), strict=True)
+                pairs = zip(
+                    twin.momentum_encoder.parameters(), twin.encoder.parameters(), strict=True
+                )
                 for average, source in pairs:
                     average.copy_(momentum * average + (1 - momentum) * source)
             plain = plain_forward(twin, *batch.views)
@@ -221,7 +252,9 @@ def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(small_run
         momentum = trainer.objective.schedules(trainer.progress(2))["ema_momentum"]
         twin.update_momentum_encoder(momentum)
         for name, value in objective.momentum_encoder.state_dict().items():
-            torch.testing.assert_close(value, twin.momentum_encoder.state_dict()[name], rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                value, twin.momentum_encoder.state_dict()[name], rtol=0, atol=1e-12
+            )
     finally:
         trainer.close()
 
@@ -241,17 +274,24 @@ def test_a_line_of_metrics_has_the_figures_of_its_step(small_run, tmp_path):
     assert len(results) == 15
     warmup, peak = config.optim.warmup_epochs, config.peak_lr
     for row in rows:
-        result, epoch = results[row["step"] - 1], (row["step"] - 1) / 5  # five steps an epoch, of three
+        result, epoch = (
+            results[row["step"] - 1],
+            (row["step"] - 1) / 5,
+        )  # five steps an epoch, of three
         shape = 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (3 - warmup)))
         assert row["lr"] == pytest.approx(peak * (epoch / warmup if epoch < warmup else shape))
-        momentum = 1 - 0.5 * (1 + math.cos(math.pi * epoch / 3)) * (1 - config.objective.ema_momentum)
+        momentum = 1 - 0.5 * (1 + math.cos(math.pi * epoch / 3)) * (
+            1 - config.objective.ema_momentum
+        )
         assert row["ema_momentum"] == pytest.approx(momentum)
         assert row["epoch"] == pytest.approx(row["step"] / 5)
         assert row["loss"] == pytest.approx(result.loss.item(), rel=1e-9)
 
         # Positives are the other view's keys of the same image; the accuracy counts among all keys.
         watch = result.output.watch
-        q1, q2, k1, k2 = (rows / rows.norm(dim=1, keepdim=True) for rows in (*watch["queries"], *watch["keys"]))
+        q1, q2, k1, k2 = (
+            rows / rows.norm(dim=1, keepdim=True) for rows in (*watch["queries"], *watch["keys"])
+        )
         cosines = q1 @ k2.T
         count = len(cosines)
         others = (cosines.sum() - cosines.trace()).item() / (count * (count - 1))
@@ -280,7 +320,9 @@ def test_evaluations_and_saves_are_no_part_of_the_speed(small_run, digits, tmp_p
         now[0] += seconds
         return result
 
-    monkeypatch.setattr(trainer, "step", lambda *args, **more: pass_time(2, plain_step(*args, **more)))
+    monkeypatch.setattr(
+        trainer, "step", lambda *args, **more: pass_time(2, plain_step(*args, **more))
+    )
     monkeypatch.setattr(trainer, "_state", lambda: pass_time(500, plain_state()))
     monkeypatch.setattr(monitor, "measure", lambda *_: pass_time(1000, {"knn": 0.5}))
     monkeypatch.setattr(monitor, "is_due", lambda _: True)
@@ -289,7 +331,9 @@ def test_evaluations_and_saves_are_no_part_of_the_speed(small_run, digits, tmp_p
     finally:
         trainer.close()
     assert now[0] >= 15 * 2 + 5 * 500 + 4 * 1000
-    assert RunFolder(tmp_path).read_metric("images_per_s") == [(step, 128.0) for step in range(1, 16)]
+    assert RunFolder(tmp_path).read_metric("images_per_s") == [
+        (step, 128.0) for step in range(1, 16)
+    ]
 
 
 def test_knn_rises_while_training(small_run, digits, tmp_path):
@@ -305,7 +349,10 @@ def test_another_precision_is_refused_even_if_auto_chose_it(small_run, whole, mo
     ran = choose_precision("auto", WORLD.device)
     other = "fp32" if ran == "bf16" else "bf16"
     monkeypatch.setattr("fastmoco.training.trainer.choose_precision", lambda *_: other)
-    with pytest.raises(RunError, match=rf"precision on this machine: '{ran}' -> '{other}' \(give --precision {ran}\)"):
+    with pytest.raises(
+        RunError,
+        match=rf"precision on this machine: '{ran}' -> '{other}' \(give --precision {ran}\)",
+    ):
         Trainer.build(small_run, whole, WORLD)
 
 
@@ -330,9 +377,12 @@ def test_a_state_that_is_not_finite_is_never_saved(small_run, tmp_path):
 
 @pytest.mark.faults
 def test_what_a_run_may_change_with_allow_and_what_it_may_not(small_run, whole, tmp_path):
-    """T29. The refusal prints what changed and names the way; a change of the state or of the order has none."""
+    """T29. The refusal prints what changed and names the way; a change of the state or of the order
+    has none."""
     faster = replace(small_run, optim=replace(small_run.optim, lr=1.0))
-    with pytest.raises(RunError, match=r"optim.lr: 0.0015 -> 1.0.* give --allow optim.lr if you mean it"):
+    with pytest.raises(
+        RunError, match=r"optim.lr: 0.0015 -> 1.0.* give --allow optim.lr if you mean it"
+    ):
         Trainer.build(faster, whole, WORLD)
     Trainer.build(faster, whole, WORLD, allow=["optim.lr"]).close()
     both = replace(faster, seed=1)
@@ -342,23 +392,34 @@ def test_what_a_run_may_change_with_allow_and_what_it_may_not(small_run, whole, 
         Trainer.build(both, whole, WORLD, allow=["optim.lr", "seed"])
     free = replace(small_run, log_every_steps=7, faults=replace(small_run.faults, hang_timeout_s=5))
     Trainer.build(free, whole, WORLD).close()
-    views = replace(small_run, data=replace(small_run.data, view1=replace(small_run.data.view1, flip_probability=0.25)))
+    views = replace(
+        small_run,
+        data=replace(small_run.data, view1=replace(small_run.data.view1, flip_probability=0.25)),
+    )
     Trainer.build(views, whole, WORLD, allow=["data.view1.flip-probability"]).close()
 
 
 def test_ranks_that_see_different_folders_are_refused(monkeypatch):
-    """As on two machines whose --out is a disk of their own: one finds step 6, the other nothing."""
+    """As on two machines whose --out is a disk of their own: one finds step 6, the other
+    nothing."""
     monkeypatch.setattr(resume, "gather_rows", lambda rows, device: torch.tensor([int(rows[0]), 6]))
-    with pytest.raises(RunError, match=r"different steps, \[0, 6\]: every rank must see the same --out"):
+    with pytest.raises(
+        RunError, match=r"different steps, \[0, 6\]: every rank must see the same --out"
+    ):
         resume.require_same_step(None, WORLD)
 
 
-def test_a_run_is_marked_as_finished_while_signals_are_still_heard(small_run, tmp_path, monkeypatch):
-    """One that comes as the handlers go would end the process the usual way, and leave a finished run without its mark."""
+def test_a_run_is_marked_as_finished_while_signals_are_still_heard(
+    small_run, tmp_path, monkeypatch
+):
+    """One that comes as the handlers go would end the process the usual way, and leave a finished
+    run without its mark."""
     done = tmp_path / "run" / "DONE"
     there = []
     restore = StopSignal._restore
-    monkeypatch.setattr(StopSignal, "_restore", lambda self: (there.append(done.exists()), restore(self)))
+    monkeypatch.setattr(
+        StopSignal, "_restore", lambda self: (there.append(done.exists()), restore(self))
+    )
     config = replace(small_run, epochs=1, optim=replace(small_run.optim, warmup_epochs=0))
     assert _train(config, done.parent) == 0
     assert there == [True]

@@ -1,4 +1,5 @@
-"""The structure check: passes what the packer writes, names what would end the process inside DALI."""
+"""The structure check: passes what the packer writes, names what would end the process inside
+DALI."""
 
 import io
 import struct
@@ -28,12 +29,17 @@ def empty_png(height: int, width: int) -> bytes:
     """A PNG of 57 bytes that declares a size and is well formed."""
     chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT", b"IEND"]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in chunks
     )
 
 
-FRAME = encode(PICTURE, "JPEG")[(START := encode(PICTURE, "JPEG").index(b"\xff\xc0\x00\x11")) : START + 19]
-TWO_FRAMES = encode(PICTURE, "JPEG").replace(FRAME, FRAME + FRAME.replace(b"\x00\x0c\x00\x10", b"\x75\x30\x75\x30"))
+FRAME = encode(PICTURE, "JPEG")[
+    (START := encode(PICTURE, "JPEG").index(b"\xff\xc0\x00\x11")) : START + 19
+]
+TWO_FRAMES = encode(PICTURE, "JPEG").replace(
+    FRAME, FRAME + FRAME.replace(b"\x00\x0c\x00\x10", b"\x75\x30\x75\x30")
+)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +61,9 @@ def test_ordinary_files_pass_and_tell_their_size(data: bytes) -> None:
     assert image_size(data) == (12, 16)
 
 
-@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"lossless": True, "exif": b"Exif\0\0II*\0" + bytes(8)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"lossless": True}, {"lossless": True, "exif": b"Exif\0\0II*\0" + bytes(8)}]
+)
 def test_sizes_of_webp_beyond_a_byte(options) -> None:
     assert image_size(encode(PICTURE.resize((1025, 300)), "WEBP", **options)) == (300, 1025)
 
@@ -63,7 +71,8 @@ def test_sizes_of_webp_beyond_a_byte(options) -> None:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_file_cut_in_its_structure_is_named(kind: str) -> None:
     data = encode(PICTURE, kind)
-    # Entropy-coded JPEG data has no structure: there only the header is looked at, the decoder reports the rest.
+    # Entropy-coded JPEG data has no structure: there only the header is looked at, the decoder
+    # reports the rest.
     end = data.index(b"\xff\xda") if kind == "JPEG" else len(data)
     for cut in range(end):
         assert fault(data[:cut]), cut
@@ -78,8 +87,16 @@ def test_a_file_cut_in_its_structure_is_named(kind: str) -> None:
         (encode(PICTURE, "GIF"), "neither JPEG nor PNG nor WebP"),
         (encode(PICTURE, "PNG")[:33] + encode(PICTURE, "PNG")[-12:], "without pixels"),
         (encode(PICTURE, "PNG").replace((16).to_bytes(4, "big"), bytes(4), 1), "0 x 12"),
-        (encode(PICTURE, "JPEG").replace(b"\xff\xc0\x00\x11\x08\x00\x0c", b"\xff\xc0\x00\x11\x08\x00\x00"), "16 x 0"),
-        (encode(PICTURE, "JPEG").replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"), "12 bits"),
+        (
+            encode(PICTURE, "JPEG").replace(
+                b"\xff\xc0\x00\x11\x08\x00\x0c", b"\xff\xc0\x00\x11\x08\x00\x00"
+            ),
+            "16 x 0",
+        ),
+        (
+            encode(PICTURE, "JPEG").replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"),
+            "12 bits",
+        ),
         (encode(PICTURE, "JPEG").replace(b"\xff\xc0\x00\x11", b"\xff\xc9\x00\x11"), "arithmetic"),
         (TWO_FRAMES, "two frame headers"),
         (empty_png(30_000, 30_000), "above the limit"),

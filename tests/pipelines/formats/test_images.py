@@ -12,12 +12,22 @@ import pytest
 from PIL import Image
 
 from fastmoco_pipelines.errors import ImageRefusedError
-from fastmoco_pipelines.formats.images import MAX_BYTES, check_decodes, image_kind, read_header, shrink, size_problem
+from fastmoco_pipelines.formats.images import (
+    MAX_BYTES,
+    check_decodes,
+    image_kind,
+    read_header,
+    shrink,
+    size_problem,
+)
 
 
 def png_header(height: int, width: int, body: int) -> bytes:
     """A PNG that declares a size and holds ``body`` zero bytes for its pixels."""
-    chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + bytes(body)]
+    chunks = [
+        b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),
+        b"IDAT" + bytes(body),
+    ]
     written = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(written)
 
@@ -90,12 +100,17 @@ def test_truncated_images_are_refused(noise_image, format):
 
 
 @pytest.mark.parametrize(
-    ("format", "mode"), [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "P"), ("PNG", "L"), ("WEBP", "RGB")]
+    ("format", "mode"),
+    [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "P"), ("PNG", "L"), ("WEBP", "RGB")],
 )
 def test_shrink_keeps_the_format_and_the_look(noise_image, format, mode):
     data = noise_image(3, 60, 120, format, mode)
     small = shrink(data, max_side=40, quality=95)
-    assert (read_header(small).kind, read_header(small).height, read_header(small).width) == (image_kind(data), 20, 40)
+    assert (read_header(small).kind, read_header(small).height, read_header(small).width) == (
+        image_kind(data),
+        20,
+        40,
+    )
     wanted = Image.open(io.BytesIO(data)).convert("RGB").resize((40, 20), Image.Resampling.LANCZOS)
     got = Image.open(io.BytesIO(small)).convert("RGB")
     assert np.abs(np.asarray(wanted, float) - np.asarray(got, float)).mean() < 6
@@ -116,7 +131,8 @@ def test_shrink_scales_sixteen_bits_instead_of_clipping():
 
 
 def test_verdicts_agree_with_dali(noise_image):
-    """What packing lets through must not stop the training, nor may it refuse what would have been fine."""
+    """What packing lets through must not stop the training, nor may it refuse what would have been
+    fine."""
     from fastmoco_pipelines.spec import EvalSpec
     from fastmoco_pipelines.views.dali import DecodeError, EvalPipeline
 

@@ -69,7 +69,8 @@ def test_everything_left_out_is_counted_with_its_reason(tmp_path, noise_image, w
         ],
     )
     index = build_index(path)
-    # The first dot ends the key: "good.v1.JPG" has extension "v1.JPG" and is no image; the PNG is good's image.
+    # The first dot ends the key: "good.v1.JPG" has extension "v1.JPG" and is no image; the PNG is
+    # good's image.
     assert [index.member(i) for i in range(len(index))] == ["folder/good.png", "nolabel.jpeg"]
     assert index.columns["label"] == [7, -1]
     reasons = dict(index.skipped)
@@ -87,17 +88,27 @@ def test_everything_left_out_is_counted_with_its_reason(tmp_path, noise_image, w
 
 
 def test_upper_case_and_split_samples_are_found(tmp_path, noise_image, write_tar):
-    members = [("a.JPG", noise_image(0)), ("b.jpg", noise_image(1)), ("a.cls", b"1"), ("b.cls", b"2")]
+    members = [
+        ("a.JPG", noise_image(0)),
+        ("b.jpg", noise_image(1)),
+        ("a.cls", b"1"),
+        ("b.cls", b"2"),
+    ]
     index = build_index(write_tar(tmp_path / "x.tar", members))
     assert [index.member(i) for i in range(2)] == ["a.JPG", "b.jpg"]
     assert index.columns["label"] == [1, 2]
 
 
 def test_a_second_image_of_a_key_is_counted(tmp_path, noise_image, write_tar):
-    path = write_tar(tmp_path / "x.tar", [("a.jpg", noise_image(0)), ("a.jpg", noise_image(1)), ("a.png", b"")])
+    path = write_tar(
+        tmp_path / "x.tar", [("a.jpg", noise_image(0)), ("a.jpg", noise_image(1)), ("a.png", b"")]
+    )
     index = build_index(path)
     assert len(index) == 1
-    assert index.skipped == [("a.jpg", "a second image of the same key"), ("a.png", "a second image of the same key")]
+    assert index.skipped == [
+        ("a.jpg", "a second image of the same key"),
+        ("a.png", "a second image of the same key"),
+    ]
 
 
 def test_pickles_in_a_shard_are_never_opened(tmp_path, noise_image, write_tar):
@@ -110,7 +121,9 @@ def test_pickles_in_a_shard_are_never_opened(tmp_path, noise_image, write_tar):
     payload = pickle.dumps(Hostile())
     kinds = ("pyd", "pickle", "pkl", "pth", "pyd.gz", "jpg", "cls")
     members = [(f"k{i}.{kind}", payload) for i, kind in enumerate(kinds)]
-    path = write_tar(tmp_path / "x.tar", [*members, ("good.jpg", noise_image(0)), ("good.pkl", payload)])
+    path = write_tar(
+        tmp_path / "x.tar", [*members, ("good.jpg", noise_image(0)), ("good.pkl", payload)]
+    )
     report = index_shards(str(path))
     with ShardSet.open(str(path)) as shards:
         shards.read([0])
@@ -178,9 +191,15 @@ def broken_indexes() -> dict[str, object]:
         "huge crc": lambda c: c | {"crc32": [2**32] * len(c["key"])},
         "keys are no text": lambda c: c | {"key": [1] * len(c["key"])},
         "keys with escapes": lambda c: c | {"key": ["\x1b[2J"] * len(c["key"])},
-        "no samples": lambda c: c | {k: [] for k in ("key", "extension", "offset", "size", "crc32", "label")},
+        "no samples": lambda c: (
+            c | {k: [] for k in ("key", "extension", "offset", "size", "crc32", "label")}
+        ),
         "empty": lambda c: (
-            c | {k: [] for k in ("key", "extension", "offset", "size", "crc32", "label", "height", "width")}
+            c
+            | {
+                k: []
+                for k in ("key", "extension", "offset", "size", "crc32", "label", "height", "width")
+            }
         ),
         "skipped broken": lambda c: c | {"skipped": [["a"]]},
     }

@@ -1,4 +1,5 @@
-"""Shards that nobody packed with fastmoco: keys of several parts, every image extension, labels from texts or none."""
+"""Shards that nobody packed with fastmoco: keys of several parts, every image extension, labels
+from texts or none."""
 
 from __future__ import annotations
 
@@ -55,12 +56,22 @@ def members(*names: str) -> list[TarMember]:
 
 def test_a_plain_extension_is_the_image_of_several():
     content = group_members(members("1.depth.png", "1.jpg", "1.json", "2.rgb.webp", "2.thumb.webp"))
-    assert [(s.key, s.extension) for s in content.samples if not s.kind] == [("1", "jpg"), ("2", "rgb.webp")]
+    assert [(s.key, s.extension) for s in content.samples if not s.kind] == [
+        ("1", "jpg"),
+        ("2", "rgb.webp"),
+    ]
     assert [name for name, _ in content.others] == ["1.depth.png", "2.thumb.webp"]
 
 
 def test_every_extension_in_any_case(tmp_path, write_tar, noise_image):
-    kinds = {"a.jpg": "JPEG", "b.JPEG": "JPEG", "c.Png": "PNG", "d.webp": "WEBP", "e.cam0.JPG": "JPEG", "f.png": "JPEG"}
+    kinds = {
+        "a.jpg": "JPEG",
+        "b.JPEG": "JPEG",
+        "c.Png": "PNG",
+        "d.webp": "WEBP",
+        "e.cam0.JPG": "JPEG",
+        "f.png": "JPEG",
+    }
     images = [(name, noise_image(i, format=kind)) for i, (name, kind) in enumerate(kinds.items())]
     path = write_tar(tmp_path / "x.tar", images)
     report = index_shards(str(path))
@@ -81,7 +92,9 @@ def test_every_extension_in_any_case(tmp_path, write_tar, noise_image):
         ("txt", [b"a cat", b"two dogs", b"an owl"], [-1, -1, -1]),
     ],
 )
-def test_numbers_are_found_by_themselves(tmp_path, write_tar, noise_image, extension, texts, labels):
+def test_numbers_are_found_by_themselves(
+    tmp_path, write_tar, noise_image, extension, texts, labels
+):
     path = labelled(write_tar, tmp_path / "x.tar", noise_image, texts, extension)
     report = index_shards(str(path))
     assert ShardSet.open(str(path)).labels.tolist() == labels
@@ -92,9 +105,16 @@ def test_numbers_are_found_by_themselves(tmp_path, write_tar, noise_image, exten
 
 
 def test_class_names_are_numbered_over_all_shards(tmp_path, write_tar, noise_image):
-    """Sorted, whatever shard they are in; the manifest keeps them and the loader reads them there."""
+    """Sorted, whatever shard they are in; the manifest keeps them and the loader reads them
+    there."""
     for number, names in enumerate((["owl", "cat", "owl"], ["dog", "cat", "dog"])):
-        labelled(write_tar, tmp_path / f"set-{number:04d}.tar", noise_image, [n.encode() for n in names], "txt")
+        labelled(
+            write_tar,
+            tmp_path / f"set-{number:04d}.tar",
+            noise_image,
+            [n.encode() for n in names],
+            "txt",
+        )
     report = index_shards(str(tmp_path))
     assert (report.labels, report.classes, report.labelled) == ("txt", ("cat", "dog", "owl"), 6)
     shards = ShardSet.open(str(tmp_path))
@@ -113,7 +133,9 @@ def test_class_names_are_numbered_over_all_shards(tmp_path, write_tar, noise_ima
 def test_a_second_set_keeps_the_numbers_of_the_first(tmp_path, write_tar, noise_image):
     labelled(write_tar, tmp_path / "train-00.tar", noise_image, [b"cat", b"dog", b"owl"] * 2, "txt")
     index_shards(f"{tmp_path}/train-*.tar")
-    labelled(write_tar, tmp_path / "test-00.tar", noise_image, [b"owl", b"dog", b"owl", b"dog"], "txt")
+    labelled(
+        write_tar, tmp_path / "test-00.tar", noise_image, [b"owl", b"dog", b"owl", b"dog"], "txt"
+    )
     index_shards(f"{tmp_path}/test-*.tar")
     assert ShardSet.open(f"{tmp_path}/test-00.tar").labels.tolist() == [2, 1, 2, 1]
     labelled(write_tar, tmp_path / "more-00.tar", noise_image, [b"emu"] * 4, "txt")
@@ -123,10 +145,14 @@ def test_a_second_set_keeps_the_numbers_of_the_first(tmp_path, write_tar, noise_
 
 def test_a_named_field_holds_numbers_or_names(tmp_path, write_tar, noise_image):
     texts = [
-        json.dumps({"label": 9, "species": name, "id": i}).encode() for i, name in enumerate(("bee", "ant", "bee"))
+        json.dumps({"label": 9, "species": name, "id": i}).encode()
+        for i, name in enumerate(("bee", "ant", "bee"))
     ]
     path = labelled(write_tar, tmp_path / "x.tar", noise_image, texts, "json")
-    assert index_shards(str(path), rule=LabelRule(source="json", field="species")).classes == ("ant", "bee")
+    assert index_shards(str(path), rule=LabelRule(source="json", field="species")).classes == (
+        "ant",
+        "bee",
+    )
     assert ShardSet.open(str(path)).labels.tolist() == [1, 0, 1]
     index_shards(str(path), rule=LabelRule(source="json", field="id"))
     assert ShardSet.open(str(path)).labels.tolist() == [0, 1, 2]
@@ -172,7 +198,9 @@ def test_shards_of_webdatasets_own_writer(tmp_path, noise_image):
     with webdataset.ShardWriter(str(tmp_path / "wds-%04d.tar"), maxcount=4, verbose=0) as writer:
         for i in range(6):
             meta = {"label": i % 3, "caption": "a photo"}
-            writer.write({"__key__": f"part/{i:05d}", "jpg": noise_image(i), "json": meta, "txt": "a photo"})
+            writer.write(
+                {"__key__": f"part/{i:05d}", "jpg": noise_image(i), "json": meta, "txt": "a photo"}
+            )
     report = index_shards(str(tmp_path))
     assert (report.shards, report.samples, report.labels) == (2, 6, "json")
     shards = ShardSet.open(str(tmp_path))
@@ -190,7 +218,17 @@ def test_tars_of_the_command_line(tmp_path, noise_image, layout):
         (tmp_path / "src" / long / f"{i}.cls").write_bytes(b"%d" % i)
     tar = tmp_path / "x.tar"
     subprocess.run(
-        ["tar", f"--format={layout}", "--sort=name", "-C", str(tmp_path / "src"), "-cf", str(tar), "."], check=True
+        [
+            "tar",
+            f"--format={layout}",
+            "--sort=name",
+            "-C",
+            str(tmp_path / "src"),
+            "-cf",
+            str(tar),
+            ".",
+        ],
+        check=True,
     )
     assert index_shards(str(tar)).samples == 4
     shards = ShardSet.open(str(tar))

@@ -1,4 +1,5 @@
-"""The quarantine list: applies to bytes, not to names; survives crashes in mid-write and many writers at once."""
+"""The quarantine list: applies to bytes, not to names; survives crashes in mid-write and many
+writers at once."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ from fastmoco_pipelines.text import escaped
 
 
 def entry(i: int, **changes: object) -> dict[str, object]:
-    fields = {"shard": "a.tar", "key": f"{i:03d}", "extension": "jpg", "offset": 512 * i, "size": 100 + i, "crc32": 7}
+    fields = {
+        "shard": "a.tar",
+        "key": f"{i:03d}",
+        "extension": "jpg",
+        "offset": 512 * i,
+        "size": 100 + i,
+        "crc32": 7,
+    }
     return {**fields, "reason": "truncated", **changes}
 
 
@@ -24,7 +32,12 @@ def test_a_line_applies_only_to_the_very_bytes(tmp_path):
     again = Quarantine.read(quarantine.write(quarantine_path(tmp_path)))
     assert len(again) == 1
     assert again.rows("a.tar", [1536], [103], [7]) == {0: "truncated"}
-    for other in (("b.tar", 1536, 103, 7), ("a.tar", 0, 103, 7), ("a.tar", 1536, 104, 7), ("a.tar", 1536, 103, 8)):
+    for other in (
+        ("b.tar", 1536, 103, 7),
+        ("a.tar", 0, 103, 7),
+        ("a.tar", 1536, 104, 7),
+        ("a.tar", 1536, 103, 8),
+    ):
         shard, *numbers = other
         assert again.rows(shard, *([number] for number in numbers)) == {}
 
@@ -95,7 +108,9 @@ def test_many_writers_lose_no_line(tmp_path):
         " offset=i, size=1, crc32=1, reason='r' * 300))"
     )
     path = quarantine_path(tmp_path)
-    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), f"{w}.tar"]) for w in range(4)]
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, str(path), f"{w}.tar"]) for w in range(4)
+    ]
     assert [writer.wait(60) for writer in writers] == [0] * 4
     read = Quarantine.read(path)
     assert (len(read), read.broken) == (800, 0)

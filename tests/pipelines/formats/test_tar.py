@@ -1,4 +1,5 @@
-"""The strict walk: agrees with the standard library on whole tars, and never stops early without an error."""
+"""The strict walk: agrees with the standard library on whole tars, and never stops early without an
+error."""
 
 from __future__ import annotations
 
@@ -26,8 +27,14 @@ def plain_files(path: Path) -> list[tuple[str, int, int]]:
 
 @pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_walk_agrees_with_the_standard_library(tmp_path, write_tar, layout):
-    long = [] if layout == tarfile.USTAR_FORMAT else [("d/" * 80 + "long.png", b"long"), ("ümlaut.png", b"x" * 512)]
-    path = write_tar(tmp_path / "a.tar", [*MEMBERS, ("p" * 90 + "/" + "n" * 90, b"prefix"), *long], format=layout)
+    long = (
+        []
+        if layout == tarfile.USTAR_FORMAT
+        else [("d/" * 80 + "long.png", b"long"), ("ümlaut.png", b"x" * 512)]
+    )
+    path = write_tar(
+        tmp_path / "a.tar", [*MEMBERS, ("p" * 90 + "/" + "n" * 90, b"prefix"), *long], format=layout
+    )
     assert plain_files(path) == by_standard_library(path)
 
 
@@ -42,9 +49,16 @@ def test_big_numbers_in_headers_are_read(tmp_path, write_tar):
 
 
 def test_links_and_devices_are_named_not_followed(tmp_path, write_tar):
-    special = {"hard": tarfile.LNKTYPE, "soft": tarfile.SYMTYPE, "null": tarfile.CHRTYPE, "fifo": tarfile.FIFOTYPE}
+    special = {
+        "hard": tarfile.LNKTYPE,
+        "soft": tarfile.SYMTYPE,
+        "null": tarfile.CHRTYPE,
+        "fifo": tarfile.FIFOTYPE,
+    }
     members = [(name, {"type": kind, "linkname": "/etc/passwd"}) for name, kind in special.items()]
-    path = write_tar(tmp_path / "a.tar", [*members, ("folder", {"type": tarfile.DIRTYPE}), *MEMBERS])
+    path = write_tar(
+        tmp_path / "a.tar", [*members, ("folder", {"type": tarfile.DIRTYPE}), *MEMBERS]
+    )
     kinds = {member.name.rstrip("/"): member.kind for member in walk_tar(path) if member.kind}
     assert kinds == {
         "hard": "a hard link",
@@ -69,7 +83,9 @@ def test_every_cut_is_an_error_or_harms_nobody(tmp_path, write_tar):
         except TarError as error:
             messages.append(str(error))
     assert all(message.startswith("cut.tar: ") for message in messages)
-    assert len(messages) > 2 * end // BLOCK  # every cut inside the members, on their edges among them
+    assert (
+        len(messages) > 2 * end // BLOCK
+    )  # every cut inside the members, on their edges among them
 
 
 def test_zeroed_blocks_never_lose_a_member_silently(tmp_path, write_tar):
@@ -83,7 +99,9 @@ def test_zeroed_blocks_never_lose_a_member_silently(tmp_path, write_tar):
             with pytest.raises(TarError, match="hole of zeros"):
                 plain_files(hole)
         else:
-            assert plain_files(hole) == expected  # a hole in an image's bytes is the checksum's business
+            assert (
+                plain_files(hole) == expected
+            )  # a hole in an image's bytes is the checksum's business
 
 
 def test_every_flipped_header_bit_is_noticed(tmp_path, write_tar):
@@ -121,7 +139,9 @@ def test_files_that_are_no_tar_are_refused(tmp_path, content, words):
 
 def test_random_damage_raises_nothing_but_its_own_error(tmp_path, write_tar):
     rng = np.random.default_rng(0)
-    whole = write_tar(tmp_path / "a.tar", [*MEMBERS, ("l/" * 99 + "x", b"1")], format=tarfile.PAX_FORMAT).read_bytes()
+    whole = write_tar(
+        tmp_path / "a.tar", [*MEMBERS, ("l/" * 99 + "x", b"1")], format=tarfile.PAX_FORMAT
+    ).read_bytes()
     bad = tmp_path / "bad.tar"
     for _ in range(300):
         raw = bytearray(whole)
@@ -136,7 +156,8 @@ def test_random_damage_raises_nothing_but_its_own_error(tmp_path, write_tar):
 
 
 @pytest.mark.parametrize(
-    "name", ["../../evil.jpg", "/abs/evil.jpg", "a/../b.jpg", "a\\b.jpg", "a\nb.jpg", "a\x1b[2J.jpg"]
+    "name",
+    ["../../evil.jpg", "/abs/evil.jpg", "a/../b.jpg", "a\\b.jpg", "a\nb.jpg", "a\x1b[2J.jpg"],
 )
 def test_unsafe_names_are_told(name):
     assert unsafe_name(name)

@@ -1,4 +1,5 @@
-"""Tars of 20 samples, damaged in every way of the test plan: each lost sample is counted, and the rest is delivered."""
+"""Tars of 20 samples, damaged in every way of the test plan: each lost sample is counted, and the
+rest is delivered."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def whole(tmp_path_factory, write_tar, noise_image):
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory, whole):
-    """(folder of damaged tars with the indexes of the whole ones, folder without indexes), {tar name: damage}."""
+    """(folder of damaged tars with the indexes of the whole ones, folder without indexes), {tar
+    name: damage}."""
     folders = tmp_path_factory.mktemp("indexed"), tmp_path_factory.mktemp("fresh")
     raw, index = whole.read_bytes(), json.loads(index_path(whole).read_text())
     del index["content_hash"]
@@ -79,7 +81,8 @@ def test_without_an_index_what_can_be_found_is_counted(damaged, reports):
 
 
 def test_the_quarantine_and_the_loaders_view_of_it_agree(damaged, reports):
-    """A tar whose size and ends are right is opened: quarantined samples fail to read, all others are delivered."""
+    """A tar whose size and ends are right is opened: quarantined samples fail to read, all others
+    are delivered."""
     (indexed, _), names = damaged
     quarantine = Quarantine.read(quarantine_path(indexed))
     assert len(quarantine) == reports[0].quarantined
@@ -108,8 +111,12 @@ def test_a_damaged_tar_gets_no_index_and_the_others_do(damaged, whole, tmp_path)
     with pytest.raises(ShardError, match=r"00\.tar: .*And 12 more of the 15 tars failed"):
         index_shards(str(tmp_path))
     indexed = sorted(path.name for path in tmp_path.glob("*.index.json"))
-    # A hole in an image's bytes leaves the tar whole: that image is no image any more and is left out.
-    assert indexed == [f"{list(DAMAGES).index('zeroed block in the data'):02d}.tar.index.json", "whole.tar.index.json"]
+    # A hole in an image's bytes leaves the tar whole: that image is no image any more and is left
+    # out.
+    assert indexed == [
+        f"{list(DAMAGES).index('zeroed block in the data'):02d}.tar.index.json",
+        "whole.tar.index.json",
+    ]
 
 
 def test_a_manifest_counts_what_nothing_else_tells(damaged, tmp_path):
@@ -125,7 +132,8 @@ def test_a_manifest_counts_what_nothing_else_tells(damaged, tmp_path):
 
 
 def test_samples_that_their_names_give_away(tmp_path, write_tar, noise_image):
-    """Duplicate keys, split groups, missing images, escapes from the archive, links and devices: all counted."""
+    """Duplicate keys, split groups, missing images, escapes from the archive, links and devices:
+    all counted."""
     image = noise_image(0)
     write_tar(
         tmp_path / "x.tar",
@@ -164,13 +172,17 @@ def test_samples_that_their_names_give_away(tmp_path, write_tar, noise_image):
     assert all(fault.member.isprintable() and fault.reason.isprintable() for fault in report.faults)
     assert "\\x1b" in next(fault.member for fault in report.faults if "esc" in fault.member)
     assert (tmp_path / "x.tar").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.tar"]  # nothing is unpacked, nothing else written
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "x.tar"
+    ]  # nothing is unpacked, nothing else written
 
 
 @pytest.mark.parametrize("layout", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_and_upper_case_are_fine(tmp_path, write_tar, noise_image, layout):
     long = "folder/" * 30
-    path = write_tar(tmp_path / "x.tar", [(f"{long}{i}.JPEG", noise_image(i)) for i in range(3)], format=layout)
+    path = write_tar(
+        tmp_path / "x.tar", [(f"{long}{i}.JPEG", noise_image(i)) for i in range(3)], format=layout
+    )
     assert index_shards(str(path)).samples == 3
     report = check_shards(str(path), workers=1)
     assert report.clean

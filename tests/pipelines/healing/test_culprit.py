@@ -1,4 +1,5 @@
-"""Who is blamed for a failed batch: the image that fails alone, and nobody where DALI itself is at fault."""
+"""Who is blamed for a failed batch: the image that fails alone, and nobody where DALI itself is at
+fault."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def blame(packed, damage: dict[int, bytes]) -> Exception:
             for i, data in zip(ids, shards.read(ids), strict=True)
         ]
         with pytest.raises(RuntimeError) as raised:
-            raise_bad_image(ERROR, shards=shards, sample_ids=ids, encoded=encoded, device="cpu", device_id=None)
+            raise_bad_image(
+                ERROR, shards=shards, sample_ids=ids, encoded=encoded, device="cpu", device_id=None
+            )
     return raised.value
 
 

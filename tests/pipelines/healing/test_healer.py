@@ -1,4 +1,5 @@
-"""A loader over bad samples: the batches of the clean set but for the places of the bad ones, whoever knows it when."""
+"""A loader over bad samples: the batches of the clean set but for the places of the bad ones,
+whoever knows it when."""
 
 from __future__ import annotations
 
@@ -23,16 +24,29 @@ from tests.pipelines.damage import damage, damaged_copy
 STEPS = 9  # 45 images, 12 a step: 3 steps an epoch, so that three epochs are seen
 # Of every kind, and two in one global batch: the first two of step 0.
 FIRST = epoch_order(7, 0, 45)
-BAD = {int(FIRST[0]): "garbage", int(FIRST[1]): "truncated", int(FIRST[20]): "changed", int(FIRST[40]): "empty"}
+BAD = {
+    int(FIRST[0]): "garbage",
+    int(FIRST[1]): "truncated",
+    int(FIRST[20]): "changed",
+    int(FIRST[40]): "empty",
+}
 VIEW1, VIEW2 = moco_v3_views(16)
 
 
 def spec_of(folder: Path | str, **changes) -> LoaderSpec:
-    options = {"shards": str(folder), "views": (VIEW1, VIEW2), "global_batch_size": 12, "seed": 7, "threads": 1}
+    options = {
+        "shards": str(folder),
+        "views": (VIEW1, VIEW2),
+        "global_batch_size": 12,
+        "seed": 7,
+        "threads": 1,
+    }
     return LoaderSpec(**options | changes)
 
 
-def take(folder: Path, steps: int = STEPS, *, changes: dict | None = None, **options) -> list[Batch]:
+def take(
+    folder: Path, steps: int = STEPS, *, changes: dict | None = None, **options
+) -> list[Batch]:
     with build_loader(spec_of(folder, **changes or {}), **options) as loader:
         return [loader.next() for _ in range(steps)]
 
@@ -74,11 +88,14 @@ def test_only_the_places_of_bad_samples_differ(packed, clean, healed):
                 assert stand_in not in BAD
                 assert stand_in not in wanted.sample_ids
                 assert_is_drawn_for_its_place(shards, got, row)
-    assert replaced == len([i for epoch in range(3) for i in epoch_order(7, epoch, 45)[:36] if int(i) in BAD])
+    assert replaced == len(
+        [i for epoch in range(3) for i in epoch_order(7, epoch, 45)[:36] if int(i) in BAD]
+    )
 
 
 def assert_is_drawn_for_its_place(shards: ShardSet, batch: Batch, row: int) -> None:
-    """The views of a stand-in are those of its number, the epoch and the place; not those of its own turn."""
+    """The views of a stand-in are those of its number, the epoch and the place; not those of its
+    own turn."""
     sample_id = batch.sample_ids[row : row + 1]
     position = batch.step % 3 * 12 + row
     pipeline = ViewPipeline((VIEW1, VIEW2), batch_size=1, threads=1)
@@ -156,12 +173,16 @@ def test_a_list_half_known_and_stale_lines(faulty, healed, tmp_path):
         for wanted in healed:
             assert_same(loader.next(), wanted)
     assert stale is not None
-    assert "1 of 45 images are left out: listed in quarantine.jsonl; 1 of its lines match no sample any more" in told
+    assert (
+        "1 of 45 images are left out: listed in quarantine.jsonl; 1 of its lines match no sample any more"
+        in told
+    )
     assert sum(text.startswith("left out ") for text in told) == len(BAD) - 1
 
 
 def test_a_wrong_line_in_a_list_costs_its_sample_alone(packed, clean, tmp_path):
-    """A list is believed: a good sample on it is left out like a bad one, and nothing else changes."""
+    """A list is believed: a good sample on it is left out like a bad one, and nothing else
+    changes."""
     folder = Path(shutil.copytree(packed, tmp_path / "set"))
     with ShardSet.open(str(folder)) as shards:
         entry = Quarantine().add(**shards.entry(int(FIRST[5])), reason="somebody's dislike")
@@ -177,7 +198,10 @@ def test_bad_candidates_are_passed_over(packed, tmp_path):
     bad = {int(i): "garbage" for i in rng.choice(45, 30, replace=False)}
     folder = damaged_copy(packed, tmp_path / "set", bad)
     whole = take(folder, 2, changes={"max_bad_share": 1.0})
-    halves = [take(folder, 2, changes={"max_bad_share": 1.0}, rank=rank, world_size=2) for rank in range(2)]
+    halves = [
+        take(folder, 2, changes={"max_bad_share": 1.0}, rank=rank, world_size=2)
+        for rank in range(2)
+    ]
     for step, batch in enumerate(whole):
         assert not set(batch.sample_ids.tolist()) & bad.keys()
         assert torch.equal(batch.views[0], torch.cat([half[step].views[0] for half in halves]))
@@ -185,7 +209,9 @@ def test_bad_candidates_are_passed_over(packed, tmp_path):
 
 def test_the_limit_names_counts_culprits_and_the_cure(packed, tmp_path):
     order = epoch_order(7, 0, 45)
-    bad = {int(i): ("garbage", "changed")[n % 2] for n, i in enumerate(order[12:23])}  # 11, 10 are allowed
+    bad = {
+        int(i): ("garbage", "changed")[n % 2] for n, i in enumerate(order[12:23])
+    }  # 11, 10 are allowed
     folder = damaged_copy(packed, tmp_path / "set", bad)
     name = damage(folder, int(order[23]), "empty")
     run_list = tmp_path / NAME
@@ -201,7 +227,8 @@ def test_the_limit_names_counts_culprits_and_the_cure(packed, tmp_path):
     assert "--data.max-bad-share" in words
     assert words.count(".tar: ") == 5
     assert "and 6 more" in words
-    # A restart says it at once; with more allowed it goes on; and a list beside the shards is the cure.
+    # A restart says it at once; with more allowed it goes on; and a list beside the shards is the
+    # cure.
     with pytest.raises(TooManyBadSamplesError, match="11 of 45"):
         build_loader(spec_of(folder), quarantine_list=run_list)
     wanted = take(folder, 3, changes={"max_bad_share": 0.5}, quarantine_list=run_list)
@@ -212,7 +239,9 @@ def test_the_limit_names_counts_culprits_and_the_cure(packed, tmp_path):
 
 
 def test_none_may_be_bad_where_the_share_is_zero(faulty):
-    with pytest.raises(TooManyBadSamplesError, match=r"[12] of 45 images cannot be used, 0 are allowed"):
+    with pytest.raises(
+        TooManyBadSamplesError, match=r"[12] of 45 images cannot be used, 0 are allowed"
+    ):
         take(faulty, 1, changes={"max_bad_share": 0.0})
 
 

@@ -47,7 +47,9 @@ print(before, mib())
 
 @pytest.mark.slow
 def test_a_burst_of_large_images_leaves_no_trace():
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=True
+    )
     before, after = map(int, done.stdout.split())
     # Eight images of 57 MiB decoded, and as much again for what is cut from them, went through.
     assert after - before < 120, f"{before} MiB -> {after} MiB"

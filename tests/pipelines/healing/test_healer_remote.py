@@ -1,4 +1,5 @@
-"""A loader that heals itself over shards of a server: damage there costs samples, and failures that stay are named."""
+"""A loader that heals itself over shards of a server: damage there costs samples, and failures that
+stay are named."""
 
 from __future__ import annotations
 
@@ -34,12 +35,15 @@ def options(tmp_path, **more) -> dict:
 
 @pytest.mark.parametrize("manifest", [True, False])
 def test_wrong_bytes_for_ever_cost_their_samples_alone(packed, server, tmp_path, manifest):
-    """With a manifest the whole tar's SHA-256 is wrong, without one a sample's crc32: either way one sample is."""
+    """With a manifest the whole tar's SHA-256 is wrong, without one a sample's crc32: either way
+    one sample is."""
     clean = take(packed, 3)
     victim = int(FIRST[14])
     tar, _, offset, size = place_of(packed, victim)
     middle = offset + size // 2
-    server.always[tar.name] = plain(other=lambda data: data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    server.always[tar.name] = plain(
+        other=lambda data: data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+    )
     if not manifest:
         server.always["manifest.json"] = status(404)
     url = f"{server.url}/train-{{000000..000002}}.tar"
@@ -62,11 +66,15 @@ def test_wrong_bytes_for_ever_cost_their_samples_alone(packed, server, tmp_path,
 def test_a_shard_that_the_server_has_lost_is_named(server, tmp_path):
     server.always["train-000001.tar"] = status(404)
     url = f"{server.url}/train-{{000000..000002}}.tar"
-    with build_loader(spec_of(url, **options(tmp_path))) as loader, pytest.raises(TooManyBadSamplesError) as raised:
+    with (
+        build_loader(spec_of(url, **options(tmp_path))) as loader,
+        pytest.raises(TooManyBadSamplesError) as raised,
+    ):
         list(loader)
     assert "16 of 45 images cannot be used, 10 are allowed" in str(raised.value)
-    assert f"train-000001.tar: all of it (unreadable: {server.url}/train-000001.tar: does not exist" in str(
-        raised.value
+    assert (
+        f"train-000001.tar: all of it (unreadable: {server.url}/train-000001.tar: does not exist"
+        in str(raised.value)
     )
 
 

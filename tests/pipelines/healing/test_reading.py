@@ -1,4 +1,5 @@
-"""Disks and shards that fail: what passes is not noticed, what stays is named, and nothing waits for ever."""
+"""Disks and shards that fail: what passes is not noticed, what stays is named, and nothing waits
+for ever."""
 
 from __future__ import annotations
 
@@ -55,7 +56,9 @@ class Disk:
         return self.pread(descriptor, size, offset)
 
 
-@pytest.mark.parametrize("times", [2, 4])  # within the tries of the files; beyond them, within those of the loader
+@pytest.mark.parametrize(
+    "times", [2, 4]
+)  # within the tries of the files; beyond them, within those of the loader
 def test_a_read_error_that_passes_is_not_noticed(packed, clean, monkeypatch, times):
     disk = Disk(place_of(packed, int(FIRST[14]))[2], errno.EIO, times)
     monkeypatch.setattr(os, "pread", disk)
@@ -109,22 +112,31 @@ def test_a_vanished_shard_ends_the_run_by_name(packed, tmp_path):
         with pytest.raises(TooManyBadSamplesError) as raised:
             list(source)  # it has no other end
     assert "16 of 45 images cannot be used, 10 are allowed" in str(raised.value)
-    assert "train-000001.tar: all of it (unreadable: train-000001.tar: cannot be opened any more" in str(raised.value)
+    assert (
+        "train-000001.tar: all of it (unreadable: train-000001.tar: cannot be opened any more"
+        in str(raised.value)
+    )
 
 
 def test_a_vanished_shard_that_is_bearable_is_left_out_as_a_whole(packed, tmp_path):
     folder = damaged_copy(packed, tmp_path / "set", {})
     run_list = tmp_path / NAME
-    with build_loader(spec_of(folder, prefetch=1, max_bad_share=0.5), quarantine_list=run_list) as source:
+    with build_loader(
+        spec_of(folder, prefetch=1, max_bad_share=0.5), quarantine_list=run_list
+    ) as source:
         source.next()
         source._shards.close()
         (folder / "train-000001.tar").rename(tmp_path / "gone")
         batches = [source.next() for _ in range(8)]
         assert source.figures().left_out == 16
-    assert all(not ((batch.sample_ids >= 16) & (batch.sample_ids < 32)).any() for batch in batches[4:])
+    assert all(
+        not ((batch.sample_ids >= 16) & (batch.sample_ids < 32)).any() for batch in batches[4:]
+    )
     assert len(Quarantine.read(run_list)) == 16
     (tmp_path / "gone").rename(folder / "train-000001.tar")
-    assert take(folder, 1, quarantine_list=run_list)[0].step == 0  # it is back: nothing is held against it
+    assert (
+        take(folder, 1, quarantine_list=run_list)[0].step == 0
+    )  # it is back: nothing is held against it
 
 
 def test_a_window_that_is_lost_as_a_whole_is_filled_from_the_others(packed, tmp_path):
@@ -140,12 +152,18 @@ def test_a_window_that_is_lost_as_a_whole_is_filled_from_the_others(packed, tmp_
         assert source.figures().left_out == 16
     assert len(told) == 1
     assert "train-000001.tar: all of it, 16 images: " in told[0]
-    assert all(not ((batch.sample_ids >= 16) & (batch.sample_ids < 32)).any() for batch in batches[3:])
+    assert all(
+        not ((batch.sample_ids >= 16) & (batch.sample_ids < 32)).any() for batch in batches[3:]
+    )
     (tmp_path / "gone").rename(folder / "train-000001.tar")
-    with ShardSet.open(str(folder)) as shards:  # the same stand-ins where all of it is known to be bad, on all ranks
+    with ShardSet.open(
+        str(folder)
+    ) as shards:  # the same stand-ins where all of it is known to be bad, on all ranks
         for sample_id in range(16, 32):
             append_entry(folder / NAME, Quarantine().add(**shards.entry(sample_id), reason="bad"))
-    parts = [take(folder, 3, changes=options, rank=rank, world_size=2, start_step=6) for rank in range(2)]
+    parts = [
+        take(folder, 3, changes=options, rank=rank, world_size=2, start_step=6) for rank in range(2)
+    ]
     for wanted, low, high in zip(batches[6:], *parts, strict=True):
         assert np.array_equal(np.concatenate([low.sample_ids, high.sample_ids]), wanted.sample_ids)
         assert torch.equal(torch.cat([low.views[0], high.views[0]]), wanted.views[0])
@@ -153,7 +171,9 @@ def test_a_window_that_is_lost_as_a_whole_is_filled_from_the_others(packed, tmp_
 
 def test_a_file_system_may_hand_out_less_than_was_asked_for(packed, clean, monkeypatch):
     pread = os.pread
-    monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: pread(descriptor, min(size, 100), offset))
+    monkeypatch.setattr(
+        os, "pread", lambda descriptor, size, offset: pread(descriptor, min(size, 100), offset)
+    )
     for got, wanted in zip(take(packed, 3), clean, strict=False):
         assert_same(got, wanted)
 
@@ -166,7 +186,9 @@ def test_too_many_open_files_are_no_fault_of_the_data(packed, monkeypatch):
     monkeypatch.setattr(local_files.time, "sleep", paused.append)
     with ShardSet.open(str(packed)) as shards:
         suspects = Suspects(device="cpu", device_id=None, threads=1)
-        reader = healer.Healer(shards, BadSamples(shards, max_bad_share=0), suspects, threading.Event())
+        reader = healer.Healer(
+            shards, BadSamples(shards, max_bad_share=0), suspects, threading.Event()
+        )
         monkeypatch.setattr(os, "open", refuse)
         with pytest.raises(ShardError, match="ulimit -n"):
             reader.read(np.arange(len(shards)))
@@ -188,7 +210,9 @@ def test_a_lost_shard_is_waited_for_once_however_many_samples_it_has(packed, mon
         assert count > 5
         (folder / first).unlink()
         suspects = Suspects(device="cpu", device_id=None, threads=1)
-        found = healer.Healer(shards, BadSamples(shards, max_bad_share=1), suspects, stop).read(np.arange(len(shards)))
+        found = healer.Healer(shards, BadSamples(shards, max_bad_share=1), suspects, stop).read(
+            np.arange(len(shards))
+        )
     assert [data is None for data in found] == [i < count for i in range(len(found))]
     assert sum(slept) == pytest.approx(14.5)
 
@@ -219,7 +243,9 @@ def test_a_read_that_hangs_is_told_and_ends(packed, monkeypatch):
     where = f"reading the shards for step 1 ({tar.name} at byte {offset})"
     assert where in str(raised.value)
     assert "--data.timeout-s" in str(raised.value)
-    assert any(text.startswith("waiting for the data of step 1 for") and where in text for text in told)
+    assert any(
+        text.startswith("waiting for the data of step 1 for") and where in text for text in told
+    )
     source.close()
     assert "fastmoco-read" in loader_threads()  # it hangs still: nobody has waited for its end
     released.set()

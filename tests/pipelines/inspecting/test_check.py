@@ -71,7 +71,10 @@ def test_verdicts_are_in_order_over_many_processes(pool):
 
 
 def test_a_child_that_cannot_start_is_an_error(monkeypatch, tmp_path):
-    with DecodePool(1, module="no_such_module") as pool, pytest.raises(RuntimeError, match="does not start"):
+    with (
+        DecodePool(1, module="no_such_module") as pool,
+        pytest.raises(RuntimeError, match="does not start"),
+    ):
         run(pool, [0])
 
 
@@ -91,7 +94,9 @@ def damaged(packed, tmp_path):
     folder = Path(shutil.copytree(packed, tmp_path / "set"))
     tar = folder / "train-000001.tar"
     index = read_index(tar)
-    row = next(i for i in range(len(index)) if 4096 < index.columns["offset"][i] < index.tar_bytes - 8192)
+    row = next(
+        i for i in range(len(index)) if 4096 < index.columns["offset"][i] < index.tar_bytes - 8192
+    )
     raw = bytearray(tar.read_bytes())
     raw[index.columns["offset"][row] + index.columns["size"][row] // 2] ^= 255
     tar.write_bytes(raw)
@@ -102,9 +107,16 @@ def test_a_clean_set_is_clean_and_leaves_no_file(packed, tmp_path):
     folder = Path(shutil.copytree(packed, tmp_path / "set"))
     before = sorted(os.listdir(folder))
     calls: list[tuple[int, int]] = []
-    report = check_shards(str(folder), workers=1, progress=lambda done, total: calls.append((done, total)))
+    report = check_shards(
+        str(folder), workers=1, progress=lambda done, total: calls.append((done, total))
+    )
     assert report.clean
-    assert (report.promised, report.delivered, report.quarantined, report.left_out) == (45, 45, 0, 0)
+    assert (report.promised, report.delivered, report.quarantined, report.left_out) == (
+        45,
+        45,
+        0,
+        0,
+    )
     assert sorted(os.listdir(folder)) == before
     assert calls == sorted(calls)
     assert calls[-1] == (report.total_bytes, report.total_bytes)
@@ -130,11 +142,24 @@ def test_the_quarantine_list_names_what_the_loader_must_pass_over(damaged):
 def test_lines_about_other_tars_stay_and_those_of_a_mended_one_go(damaged, packed):
     folder, _, _ = damaged
     other = Quarantine()
-    other.add(shard="val-000000.tar", key="1", extension="jpg", offset=0, size=1, crc32=1, reason="r")
-    other.add(shard="train-000001.tar", key="1", extension="jpg", offset=0, size=1, crc32=1, reason="stale")
+    other.add(
+        shard="val-000000.tar", key="1", extension="jpg", offset=0, size=1, crc32=1, reason="r"
+    )
+    other.add(
+        shard="train-000001.tar",
+        key="1",
+        extension="jpg",
+        offset=0,
+        size=1,
+        crc32=1,
+        reason="stale",
+    )
     other.write(quarantine_path(folder))
     check_shards(str(folder), workers=1)
-    assert [e.shard for e in Quarantine.read(quarantine_path(folder))] == ["val-000000.tar", "train-000001.tar"]
+    assert [e.shard for e in Quarantine.read(quarantine_path(folder))] == [
+        "val-000000.tar",
+        "train-000001.tar",
+    ]
     shutil.copy(packed / "train-000001.tar", folder)
     assert check_shards(f"{folder}/train-000001.tar", workers=1).clean
     assert [e.shard for e in Quarantine.read(quarantine_path(folder))] == ["val-000000.tar"]
@@ -151,7 +176,9 @@ def test_a_shard_that_the_manifest_lists_is_missed(packed, tmp_path):
     report = check_shards(str(folder), workers=1)
     assert (report.promised, report.delivered, report.quarantined) == (45, 32, 13)
     assert report.counts() == {"missing shard": 1}
-    assert check_shards(f"{folder}/train-00000{{0,1}}.tar", workers=1).clean  # spelled out: on purpose
+    assert check_shards(
+        f"{folder}/train-00000{{0,1}}.tar", workers=1
+    ).clean  # spelled out: on purpose
 
 
 def test_the_json_report_holds_everything(damaged, tmp_path):
@@ -181,10 +208,14 @@ def test_a_crash_of_the_real_decoder_is_quarantined(packed, tmp_path, monkeypatc
     crash = CHILD.replace("size == 1", f"offset == {index.columns['offset'][3]}").replace(
         '"crc32": 7', '"crc32": crc32'
     )
-    code = crash.replace("[1, 2]", "shapes[offset]").replace("asked = 0", f"asked = 0; shapes = {shapes(index)}")
+    code = crash.replace("[1, 2]", "shapes[offset]").replace(
+        "asked = 0", f"asked = 0; shapes = {shapes(index)}"
+    )
     (tmp_path / "odd_child.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.setattr(check_module, "DecodePool", lambda workers, limits: DecodePool(workers, limits, "odd_child"))
+    monkeypatch.setattr(
+        check_module, "DecodePool", lambda workers, limits: DecodePool(workers, limits, "odd_child")
+    )
     report = check_shards(f"{folder}/train-000000.tar", workers=1)
     assert report.counts() == {"crash": 1}
     assert report.restarts == 2

@@ -1,4 +1,5 @@
-"""The grid of views: right size, the originals untouched in it, and the views the loader would deliver."""
+"""The grid of views: right size, the originals untouched in it, and the views the loader would
+deliver."""
 
 import io
 
@@ -27,8 +28,14 @@ def test_denormalise_undoes_normalise() -> None:
 
 def test_grid_of_digits(tmp_path) -> None:
     train, _ = pack_digits(tmp_path / "digits")
-    # No operation but the crop, and a crop of everything: the views are the image, the third cell is the mirrored one.
-    still = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "jitter_probability": 0, "grayscale_probability": 0}
+    # No operation but the crop, and a crop of everything: the views are the image, the third cell
+    # is the mirrored one.
+    still = {
+        "crop_scale": (1.0, 1.0),
+        "crop_ratio": (1.0, 1.0),
+        "jitter_probability": 0,
+        "grayscale_probability": 0,
+    }
     view1 = ViewSpec(size=8, blur_probability=0, flip_probability=0, **still)
     view2 = ViewSpec(size=8, blur_probability=0, flip_probability=1, **still)
     out = save_view_grid(train, (view1, view2), tmp_path / "new" / "views.png", rows=3, seed=5)
@@ -41,14 +48,19 @@ def test_grid_of_digits(tmp_path) -> None:
         top, left = 4 + 100 * (index // 2), 4 + 308 * (index % 2)
         for column, shown in enumerate((digit, digit, digit[:, ::-1])):
             cell = grid[top : top + 96, left + 100 * column : left + 100 * column + 96]
-            assert np.array_equal(cell, shown.repeat(12, axis=0).repeat(12, axis=1)), (index, column)
+            assert np.array_equal(cell, shown.repeat(12, axis=0).repeat(12, axis=1)), (
+                index,
+                column,
+            )
 
 
 def test_grid_follows_the_seed(tmp_path) -> None:
     train, _ = pack_digits(tmp_path / "digits")
     view = ViewSpec(size=16, crop_scale=(0.5, 1.0))
     pictures = [
-        save_view_grid(train, (view, view), tmp_path / f"{name}.png", rows=1, seed=seed).read_bytes()
+        save_view_grid(
+            train, (view, view), tmp_path / f"{name}.png", rows=1, seed=seed
+        ).read_bytes()
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     ]
     assert pictures[0] == pictures[1] != pictures[2]
@@ -66,11 +78,22 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path, noise_image, write_t
 
 def test_a_grid_of_eight_views_shows_one_image_a_row_and_all_lines_of_its_draws(tmp_path) -> None:
     train, _ = pack_digits(tmp_path / "digits")
-    still = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "jitter_probability": 0, "grayscale_probability": 0}
+    still = {
+        "crop_scale": (1.0, 1.0),
+        "crop_ratio": (1.0, 1.0),
+        "jitter_probability": 0,
+        "grayscale_probability": 0,
+    }
     plain = ViewSpec(size=8, blur_probability=0, flip_probability=0, **still)
     views = (plain, ViewSpec(size=8, blur_probability=0, flip_probability=1, copies=7, **still))
     grids = [
-        np.asarray(Image.open(save_view_grid(train, views, tmp_path / "views.png", rows=2, seed=5, parameters=shown)))
+        np.asarray(
+            Image.open(
+                save_view_grid(
+                    train, views, tmp_path / "views.png", rows=2, seed=5, parameters=shown
+                )
+            )
+        )
         for shown in (False, True)
     ]
     assert grids[0].shape == (2 * 100 + 4, 9 * 100 + 4, 3)
@@ -84,7 +107,10 @@ def test_a_grid_of_eight_views_shows_one_image_a_row_and_all_lines_of_its_draws(
             top = 4 + row_height * row
             for column, shown in enumerate((digit, digit, *[digit[:, ::-1]] * 7)):
                 cell = grid[top : top + 96, 4 + 100 * column : 4 + 100 * column + 96]
-                assert np.array_equal(cell, shown.repeat(12, axis=0).repeat(12, axis=1)), (row, column)
+                assert np.array_equal(cell, shown.repeat(12, axis=0).repeat(12, axis=1)), (
+                    row,
+                    column,
+                )
     text = grids[1][:, 904:]
     for row in range(2):
         for line in range(8):

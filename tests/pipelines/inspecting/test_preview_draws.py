@@ -10,7 +10,12 @@ from fastmoco_pipelines.inspecting.preview import describe_draws, put_beside, sa
 from fastmoco_pipelines.spec import ViewSpec, moco_v3_views
 from fastmoco_pipelines.views.draws import draw_views
 
-STILL = {"jitter_probability": 0, "grayscale_probability": 0, "blur_probability": 0, "flip_probability": 0}
+STILL = {
+    "jitter_probability": 0,
+    "grayscale_probability": 0,
+    "blur_probability": 0,
+    "flip_probability": 0,
+}
 
 
 def described(spec: ViewSpec, count: int = 1) -> list[str]:
@@ -52,7 +57,11 @@ def test_lines_stand_beside_their_rows():
 def test_the_grid_itself_does_not_change(packed, tmp_path):
     plain, told = (
         np.asarray(
-            Image.open(save_view_grid(str(packed), moco_v3_views(32), tmp_path / f"{p}.png", rows=2, parameters=p))
+            Image.open(
+                save_view_grid(
+                    str(packed), moco_v3_views(32), tmp_path / f"{p}.png", rows=2, parameters=p
+                )
+            )
         )
         for p in (False, True)
     )

@@ -1,4 +1,5 @@
-"""`data check` and `data stats` over servers: what a local check of the same files says, and nothing written there."""
+"""`data check` and `data stats` over servers: what a local check of the same files says, and
+nothing written there."""
 
 from __future__ import annotations
 
@@ -60,8 +61,11 @@ def state(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("indexed", [True, False])
-def test_damaged_tars_get_the_report_of_a_local_check(indexed, tmp_path, write_tar, noise_image, options):
-    """By the decoding processes that are always used: they read the copies too. Fourteen tars, each damaged otherwise."""
+def test_damaged_tars_get_the_report_of_a_local_check(
+    indexed, tmp_path, write_tar, noise_image, options
+):
+    """By the decoding processes that are always used: they read the copies too. Fourteen tars, each
+    damaged otherwise."""
     whole = write_tar(tmp_path / "whole.tar", good_members(noise_image))
     write_index(whole, build_index(whole))
     folder = tmp_path / "set"
@@ -96,7 +100,9 @@ def test_list_uploaded_by_hand_is_what_loaders_honour(packed, tmp_path, options,
     before = state(folder)
     calls: list[tuple[int, int]] = []
     with FaultServer(folder) as server:
-        report = check_shards(f"{server.url}/", progress=lambda *call: calls.append(call), **options)
+        report = check_shards(
+            f"{server.url}/", progress=lambda *call: calls.append(call), **options
+        )
         assert alike(report) == alike(local)
         assert (report.promised, report.delivered, report.quarantined) == (45, 43, 2)
         assert report.uploads == [f"{server.url}/quarantine.jsonl"]
@@ -118,8 +124,18 @@ def test_lines_about_other_tars_stay_and_the_default_name_tells_the_place(
 ):
     folder = damaged_copy(packed, tmp_path / "set", {17: "changed"})
     theirs, ours = Quarantine(), Quarantine()
-    theirs.add(shard="val-000000.tar", key="1", extension="jpg", offset=0, size=1, crc32=1, reason="r")
-    theirs.add(shard="train-000001.tar", key="1", extension="jpg", offset=0, size=1, crc32=1, reason="mended")
+    theirs.add(
+        shard="val-000000.tar", key="1", extension="jpg", offset=0, size=1, crc32=1, reason="r"
+    )
+    theirs.add(
+        shard="train-000001.tar",
+        key="1",
+        extension="jpg",
+        offset=0,
+        size=1,
+        crc32=1,
+        reason="mended",
+    )
     theirs.write(quarantine_path(folder))
     with quarantine_path(folder).open("a") as file:
         file.write("garbage\n")
@@ -127,7 +143,15 @@ def test_lines_about_other_tars_stay_and_the_default_name_tells_the_place(
     monkeypatch.chdir(tmp_path / "here")
     with FaultServer(tmp_path) as server:
         path = Path(f"quarantine-127.0.0.1-{server.url.rpartition(':')[2]}-set.jsonl")
-        ours.add(shard="train-000002.tar", key="1", extension="jpg", offset=0, size=1, crc32=1, reason="another check")
+        ours.add(
+            shard="train-000002.tar",
+            key="1",
+            extension="jpg",
+            offset=0,
+            size=1,
+            crc32=1,
+            reason="another check",
+        )
         ours.write(path)
         del options["remote_lists"]
         report = check_shards(f"{server.url}/set/train-00000{{0,1}}.tar", **options)
@@ -145,10 +169,15 @@ def test_lines_about_other_tars_stay_and_the_default_name_tells_the_place(
         assert not list(Path().iterdir())
 
 
-def test_failing_connections_and_damaged_copies_are_no_faults_of_the_set(packed, server, options, quick):
+def test_failing_connections_and_damaged_copies_are_no_faults_of_the_set(
+    packed, server, options, quick
+):
     """What breaks on the way is fetched again; what broke in the cache too."""
     server.script["train-000000.tar"] = [status(503), drop(20), drop(9000)]
-    server.script["train-000001.tar"] = [plain(), plain(other=lambda data: data[:700] + bytes(300) + data[1000:])]
+    server.script["train-000001.tar"] = [
+        plain(),
+        plain(other=lambda data: data[:700] + bytes(300) + data[1000:]),
+    ]
     server.script["train-000002.tar.index.json"] = [stall(100)]
     assert check_shards(f"{server.url}/", **options).clean
     folder = Path(options["cache"].cache_dir)
@@ -161,23 +190,38 @@ def test_failing_connections_and_damaged_copies_are_no_faults_of_the_set(packed,
     assert check_shards(f"{server.url}/", **options).clean
     assert server.count("train-000000.tar") == fetched + 2  # its size, and the tar anew
     assert check_shards(f"{server.url}/", **options).clean
-    assert server.count("train-000000.tar") == fetched + 3  # its size alone: the same copies serve training and check
+    assert (
+        server.count("train-000000.tar") == fetched + 3
+    )  # its size alone: the same copies serve training and check
     assert {path.suffix for path in folder.iterdir()} <= {".tar", ".doc", ""}
 
 
 def test_the_cache_stays_within_its_size(packed, server, options, quick, monkeypatch):
     largest = max(path.stat().st_size for path in packed.glob("*.tar"))
-    options["cache"] = CacheSpec(cache_dir=options["cache"].cache_dir, cache_size_gb=1.2 * largest / 1e9)
+    options["cache"] = CacheSpec(
+        cache_dir=options["cache"].cache_dir, cache_size_gb=1.2 * largest / 1e9
+    )
     run = QuickPool.run
-    monkeypatch.setattr(QuickPool, "run", lambda *arguments: (time.sleep(0.3), run(*arguments))[1])  # fetched meanwhile
+    monkeypatch.setattr(
+        QuickPool, "run", lambda *arguments: (time.sleep(0.3), run(*arguments))[1]
+    )  # fetched meanwhile
     assert check_shards(f"{server.url}/", **options).clean  # one at a time
-    assert sum(path.stat().st_size for path in Path(options["cache"].cache_dir).glob("*.tar")) <= 1.2 * largest
-    options["cache"] = CacheSpec(cache_dir=options["cache"].cache_dir, cache_size_gb=0.5 * largest / 1e9)
-    with pytest.raises(RemoteError, match=r"train-00000\d\.tar: its \d+ bytes do not fit .*--cache-size-gb"):
+    assert (
+        sum(path.stat().st_size for path in Path(options["cache"].cache_dir).glob("*.tar"))
+        <= 1.2 * largest
+    )
+    options["cache"] = CacheSpec(
+        cache_dir=options["cache"].cache_dir, cache_size_gb=0.5 * largest / 1e9
+    )
+    with pytest.raises(
+        RemoteError, match=r"train-00000\d\.tar: its \d+ bytes do not fit .*--cache-size-gb"
+    ):
         check_shards(f"{server.url}/", **options)
 
 
-def test_vanished_shards_are_lost_samples_or_refused_where_they_were_spelled_out(packed, server, options, quick):
+def test_vanished_shards_are_lost_samples_or_refused_where_they_were_spelled_out(
+    packed, server, options, quick
+):
     server.always["train-000002.tar"] = status(404)
     report = check_shards(f"{server.url}/", **options)
     assert (report.promised, report.delivered, report.quarantined) == (45, 32, 13)
@@ -198,7 +242,9 @@ def test_several_places_with_the_same_names_are_checked_apart(packed, tmp_path, 
         pattern = f"{{{host},{other}}}/train-00000{{0..2}}.tar?token={SECRET}"
         report = check_shards(pattern, **options)
         assert (report.promised, report.delivered, report.quarantined) == (90, 87, 3)
-        assert sorted(report.uploads) == sorted(f"{server.url}/quarantine.jsonl" for server in (a, b))
+        assert sorted(report.uploads) == sorted(
+            f"{server.url}/quarantine.jsonl" for server in (a, b)
+        )
         text = json.dumps(asdict(report), default=str)
         assert SECRET not in text
         assert report.pattern.startswith("{http://127.0.0.1")
@@ -209,7 +255,9 @@ def test_several_places_with_the_same_names_are_checked_apart(packed, tmp_path, 
                 assert BadSamples(shards, max_bad_share=0).listed == count
 
 
-def test_indexes_that_do_not_fit_or_cannot_be_read_are_faults_as_they_are_locally(packed, tmp_path, options, quick):
+def test_indexes_that_do_not_fit_or_cannot_be_read_are_faults_as_they_are_locally(
+    packed, tmp_path, options, quick
+):
     folder = Path(shutil.copytree(packed, tmp_path / "set"))
     index_path(folder / "train-000000.tar").write_text("{")
     tar = folder / "train-000001.tar"
@@ -229,7 +277,9 @@ def test_tars_of_one_name_on_a_server_are_told_by_url(packed, tmp_path, options,
     with FaultServer(tmp_path / "sets") as server:
         url = server.url.replace("://", f"://user:{SECRET}@")
         report = check_shards(f"{url}/{{a,b}}/train-000001.tar?token={SECRET}", **options)
-        assert [fault.path for fault in report.faults] == [f"{server.url}/{place}/train-000001.tar" for place in "ab"]
+        assert [fault.path for fault in report.faults] == [
+            f"{server.url}/{place}/train-000001.tar" for place in "ab"
+        ]
 
 
 def test_a_server_cannot_choose_where_files_appear(packed, tmp_path, options, quick):

@@ -1,4 +1,5 @@
-"""What is left of damaged tars: indexed on demand alone, and every byte and sample that is gone is told."""
+"""What is left of damaged tars: indexed on demand alone, and every byte and sample that is gone is
+told."""
 
 from __future__ import annotations
 
@@ -16,7 +17,14 @@ from fastmoco_pipelines.sets.shard_set import ShardSet
 from tests.pipelines.tar_faults import COUNT, DAMAGES, good_members, member
 
 SOUND = ("zeroed block in the data",)  # the walk goes through, one image is none any more
-HOPELESS = ("zero bytes", "valid empty tar", "HTML", "random bytes", "gzip named .tar", "truncated gzip")
+HOPELESS = (
+    "zero bytes",
+    "valid empty tar",
+    "HTML",
+    "random bytes",
+    "gzip named .tar",
+    "truncated gzip",
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +35,14 @@ def whole(tmp_path_factory, write_tar, noise_image):
 
 
 def require_account(path: Path) -> None:
-    """Every byte is a member's, or lost, or of the zeros at the end. (No long names: no records before members.)"""
+    """Every byte is a member's, or lost, or of the zeros at the end. (No long names: no records
+    before members.)"""
     members, faults = walk_damaged(path)
     total = path.stat().st_size
-    spans = [(m.offset - BLOCK, m.offset + (0 if m.kind else -(-m.size // BLOCK) * BLOCK)) for m in members]
+    spans = [
+        (m.offset - BLOCK, m.offset + (0 if m.kind else -(-m.size // BLOCK) * BLOCK))
+        for m in members
+    ]
     spans += [(fault.position, fault.position + fault.lost) for fault in faults]
     position = 0
     for start, end in sorted(spans):
@@ -46,7 +58,9 @@ def test_what_is_found_and_what_is_lost_add_up(name, whole, tmp_path):
     if "gzip" not in name:
         require_account(path)
     if name in HOPELESS:
-        with pytest.raises(ShardError, match="compressed" if "gzip" in name else "holds no usable image"):
+        with pytest.raises(
+            ShardError, match="compressed" if "gzip" in name else "holds no usable image"
+        ):
             index_shards(str(path), salvage=True)
         assert not index_path(path).exists()
         return
@@ -59,10 +73,15 @@ def test_what_is_found_and_what_is_lost_add_up(name, whole, tmp_path):
     assert bool(report.lost) == (name not in SOUND)
     with ShardSet.open(str(path)) as shards, ShardSet.open(str(whole)) as good:
         places = [good.keys.index(key) for key in shards.keys]
-        for ours, theirs in zip(shards.read(np.arange(len(shards))), good.read(np.array(places)), strict=True):
+        for ours, theirs in zip(
+            shards.read(np.arange(len(shards))), good.read(np.array(places)), strict=True
+        ):
             assert np.array_equal(ours, theirs)
     # The index itself tells too, to whoever opens the set.
-    texts = [f"{part.size} bytes from byte {part.offset} on are lost: {part.reason}" for part in report.lost]
+    texts = [
+        f"{part.size} bytes from byte {part.offset} on are lost: {part.reason}"
+        for part in report.lost
+    ]
     assert [reason for _, reason in read_index(path).skipped if "are lost: " in reason] == texts
     again = index_shards(str(path), salvage=True)
     assert (again.samples, again.lost) == (report.samples, report.lost)
@@ -74,7 +93,12 @@ def test_places_sizes_and_reasons_are_exact(whole, tmp_path):
     following, _, _ = member(raw, "010.cls")
     path.write_bytes(DAMAGES["random bytes in a header"].make(raw))
     (part,) = index_shards(str(path), salvage=True).lost
-    assert (part.shard, part.offset, part.size, part.member) == ("x.tar", start, following - start, "")
+    assert (part.shard, part.offset, part.size, part.member) == (
+        "x.tar",
+        start,
+        following - start,
+        "",
+    )
     assert part.reason == "no valid member header (checksum)"
     path.write_bytes(DAMAGES["cut inside a member"].make(raw))
     (part,) = index_shards(str(path), salvage=True).lost
@@ -87,7 +111,9 @@ def test_places_sizes_and_reasons_are_exact(whole, tmp_path):
     assert data == start + BLOCK
 
 
-def test_an_older_index_or_a_manifest_tells_how_many_samples_are_gone(whole, tmp_path, write_tar, noise_image):
+def test_an_older_index_or_a_manifest_tells_how_many_samples_are_gone(
+    whole, tmp_path, write_tar, noise_image
+):
     path = tmp_path / "whole.tar"
     path.write_bytes(DAMAGES["cut inside a member"].make(whole.read_bytes()))
     index_path(path).write_bytes(index_path(whole).read_bytes())
@@ -120,7 +146,9 @@ def test_an_index_that_knows_more_is_not_thrown_away(whole, tmp_path):
     path.write_bytes(DAMAGES["random bytes in a header"].make(whole.read_bytes()))
     before = index_path(whole).read_bytes()
     index_path(path).write_bytes(before)
-    with pytest.raises(ShardError, match=r"its index knows 1 samples more .* delete whole\.tar\.index\.json first"):
+    with pytest.raises(
+        ShardError, match=r"its index knows 1 samples more .* delete whole\.tar\.index\.json first"
+    ):
         index_shards(str(path), salvage=True)
     assert index_path(path).read_bytes() == before
     with ShardSet.open(str(path)) as shards:
@@ -133,12 +161,18 @@ def test_one_bad_tar_among_good_ones(whole, tmp_path):
     bad = DAMAGES["zeroed kilobyte in a header"].make(whole.read_bytes())
     (tmp_path / "1.tar").write_bytes(bad)
     report = index_shards(str(tmp_path), salvage=True)
-    assert (report.shards, report.samples, {part.shard for part in report.lost}) == (3, 59, {"1.tar"})
+    assert (report.shards, report.samples, {part.shard for part in report.lost}) == (
+        3,
+        59,
+        {"1.tar"},
+    )
     assert (tmp_path / "1.tar").read_bytes() == bad
 
 
 def test_a_tar_of_damage_alone_is_not_searched_for_ever_and_is_told_whole(tmp_path, write_tar):
-    path = write_tar(tmp_path / "x.tar", [(f"{i:03d}.jpg", b"x") for i in range(MAX_FAULTS * 2 + 50)])
+    path = write_tar(
+        tmp_path / "x.tar", [(f"{i:03d}.jpg", b"x") for i in range(MAX_FAULTS * 2 + 50)]
+    )
     raw = bytearray(path.read_bytes())
     for at in range(2 * BLOCK, len(raw), 4 * BLOCK):  # every second header
         raw[at : at + BLOCK] = bytes([7]) * BLOCK
@@ -162,7 +196,9 @@ def test_random_damage_always_adds_up(whole, tmp_path):
             damaged[block : block + int(rng.choice([1, 100, BLOCK, 3000]))] = rng.bytes(
                 int(rng.choice([1, 100, BLOCK]))
             )
-        path.write_bytes(damaged[: int(rng.integers(1, len(damaged)))] if rng.random() < 0.3 else damaged)
+        path.write_bytes(
+            damaged[: int(rng.integers(1, len(damaged)))] if rng.random() < 0.3 else damaged
+        )
         require_account(path)
         faulty += bool(walk_damaged(path)[1])
     assert faulty > 100

@@ -1,4 +1,5 @@
-"""Figures of a set: those of its images, as Pillow sees them; and the picture, without a display."""
+"""Figures of a set: those of its images, as Pillow sees them; and the picture, without a
+display."""
 
 from __future__ import annotations
 
@@ -42,12 +43,16 @@ def test_a_set_without_an_index_says_how_to_get_one(tmp_path, write_tar, noise_i
 
 
 @pytest.mark.parametrize("many", [1, 5])
-def test_the_picture_is_drawn_without_a_display(packed, tmp_path, write_tar, noise_image, monkeypatch, many):
+def test_the_picture_is_drawn_without_a_display(
+    packed, tmp_path, write_tar, noise_image, monkeypatch, many
+):
     pytest.importorskip("matplotlib")
     monkeypatch.delenv("DISPLAY", raising=False)
     from fastmoco_pipelines.making.indexing import index_shards
 
-    path = write_tar(tmp_path / "x.tar", [(f"{i}.jpg", noise_image(0)) for i in range(many)])  # all of one size
+    path = write_tar(
+        tmp_path / "x.tar", [(f"{i}.jpg", noise_image(0)) for i in range(many)]
+    )  # all of one size
     index_shards(str(path))
     for pattern, name in ((str(packed), "a.png"), (str(path), "b.png")):
         picture = Image.open(draw_stats(measure_shards(pattern), tmp_path / "pictures" / name))

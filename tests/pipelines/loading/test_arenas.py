@@ -12,7 +12,9 @@ import pytest
 from fastmoco_pipelines import pack_digits
 from fastmoco_pipelines.loading.arenas import ARENAS, share_arenas
 
-pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="needs glibc's malloc")
+pytestmark = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_info"), reason="needs glibc's malloc"
+)
 
 COUNT = """
 import ctypes, sys
@@ -56,7 +58,11 @@ print(arenas())
 
 
 def _run(program: str, argument: str, **environment: str) -> list[str]:
-    ours = {name: value for name, value in os.environ.items() if name not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")}
+    ours = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
+    }
     command = [sys.executable, "-c", COUNT + program, argument]
     done = subprocess.run(
         command,
@@ -76,7 +82,9 @@ def test_threads_share_what_they_would_each_have():
     assert _run(THREADS, "shared") == ["True", str(ARENAS)]
 
 
-@pytest.mark.parametrize("setting", [{"MALLOC_ARENA_MAX": "6"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=6"}])
+@pytest.mark.parametrize(
+    "setting", [{"MALLOC_ARENA_MAX": "6"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=6"}]
+)
 def test_a_users_own_limit_stays(setting: dict[str, str]):
     assert _run(THREADS, "shared", **setting) == ["False", "6"]
 
@@ -120,6 +128,9 @@ print(before - resident())
 @pytest.mark.parametrize("given", [True, False])
 def test_what_dead_cycles_held_goes_back_to_the_system(given: bool) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", TRIMMED, "given" if given else "kept"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", TRIMMED, "given" if given else "kept"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert (int(done.stdout) > 50e6) is given

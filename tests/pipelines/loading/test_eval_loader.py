@@ -28,14 +28,20 @@ def build(shards, **options):
 def take(packed, **options):
     with build(packed, **options) as loader:
         batches = list(loader)
-    ids = np.concatenate([batch.sample_ids for batch in batches]) if batches else np.array([], np.int64)
+    ids = (
+        np.concatenate([batch.sample_ids for batch in batches])
+        if batches
+        else np.array([], np.int64)
+    )
     return ids, batches
 
 
 def test_every_image_comes_once_in_order(packed):
     ids, batches = take(packed)
     assert np.array_equal(ids, np.arange(45))
-    assert [tuple(batch.images.shape) for batch in batches] == [(16, 3, 16, 16)] * 2 + [(13, 3, 16, 16)]
+    assert [tuple(batch.images.shape) for batch in batches] == [(16, 3, 16, 16)] * 2 + [
+        (13, 3, 16, 16)
+    ]
     labels = np.concatenate([batch.labels for batch in batches])
     assert np.array_equal(labels, ShardSet.open(str(packed)).labels)
 
@@ -57,7 +63,9 @@ def test_ranks_share_the_set(packed, world_size):
     assert np.array_equal(np.concatenate([ids for ids, _ in parts]), np.arange(45))
     if world_size == 2:
         whole = torch.cat([batch.images for batch in take(packed)[1]])
-        assert torch.equal(torch.cat([batch.images for _, batches in parts for batch in batches]), whole)
+        assert torch.equal(
+            torch.cat([batch.images for _, batches in parts for batch in batches]), whole
+        )
 
 
 def test_limit_takes_images_from_everywhere(packed):
@@ -91,7 +99,9 @@ def test_bad_images_are_left_out_and_named(packed, tmp_path):
 
 def test_too_many_bad_images_end_it(packed, tmp_path):
     folder = damaged_copy(packed, tmp_path / "set", {3: "changed"})
-    with pytest.raises(TooManyBadSamplesError, match="1 of 45 images cannot be used, 0 are allowed"):
+    with pytest.raises(
+        TooManyBadSamplesError, match="1 of 45 images cannot be used, 0 are allowed"
+    ):
         take(folder, max_bad_share=0)
 
 

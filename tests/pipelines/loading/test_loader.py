@@ -1,4 +1,5 @@
-"""The training loader: the same batches whatever the start and the number of ranks, errors by name, clean ends."""
+"""The training loader: the same batches whatever the start and the number of ranks, errors by name,
+clean ends."""
 
 from __future__ import annotations
 
@@ -37,7 +38,13 @@ STEPS = 9  # 45 images, 12 a step: 3 steps an epoch, so that three epochs are se
 
 def spec_of(folder: Path | str, **changes) -> LoaderSpec:
     view1, view2 = moco_v3_views(16)
-    options = {"shards": str(folder), "views": (view1, view2), "global_batch_size": 12, "seed": 7, "threads": 1}
+    options = {
+        "shards": str(folder),
+        "views": (view1, view2),
+        "global_batch_size": 12,
+        "seed": 7,
+        "threads": 1,
+    }
     return LoaderSpec(**options | changes)
 
 
@@ -75,7 +82,9 @@ def test_batches_are_what_the_order_says(whole):
 def test_views_and_epochs_differ(whole):
     assert not torch.equal(whole[0].views[0], whole[0].views[1])
     # The same image in two epochs is cut differently.
-    sample = next(i for i in whole[0].sample_ids if any(i in batch.sample_ids for batch in whole[3:6]))
+    sample = next(
+        i for i in whole[0].sample_ids if any(i in batch.sample_ids for batch in whole[3:6])
+    )
     again = next(batch for batch in whole[3:6] if sample in batch.sample_ids)
     first = whole[0].views[0][list(whole[0].sample_ids).index(sample)]
     assert not torch.equal(first, again.views[0][list(again.sample_ids).index(sample)])
@@ -91,12 +100,15 @@ def test_equal_specs_still_get_draws_of_their_own(packed):
 
 
 def test_views_are_those_of_the_reference_by_seed_epoch_sample_and_number(packed, whole):
-    """PNG files, which all decoders read alike: their views by Pillow, from the draws of their own place."""
+    """PNG files, which all decoders read alike: their views by Pillow, from the draws of their own
+    place."""
     files = {}
     for path in sorted(packed.glob("*.tar")):
         with tarfile.open(path) as tar:
             images = [member for member in tar if not member.name.endswith(".cls")]
-            files |= {len(files) + i: (m.name, tar.extractfile(m).read()) for i, m in enumerate(images)}
+            files |= {
+                len(files) + i: (m.name, tar.extractfile(m).read()) for i, m in enumerate(images)
+            }
     specs, seen = moco_v3_views(16), 0
     for batch in whole:
         for row, sample in enumerate(batch.sample_ids.tolist()):
@@ -105,7 +117,10 @@ def test_views_are_those_of_the_reference_by_seed_epoch_sample_and_number(packed
                 continue
             image = Image.open(io.BytesIO(data)).convert("RGB")
             seen += 1
-            for number, spec, made in ((1, specs[0], batch.views[0]), (2, specs[1], batch.views[1])):
+            for number, spec, made in (
+                (1, specs[0], batch.views[0]),
+                (2, specs[1], batch.views[1]),
+            ):
                 draws = draw_views(
                     spec,
                     seed=7,
@@ -122,13 +137,18 @@ def test_views_are_those_of_the_reference_by_seed_epoch_sample_and_number(packed
 
 @pytest.mark.parametrize("start", range(STEPS))
 def test_a_restart_at_any_step_is_bit_identical(packed, whole, start):
-    for got, wanted in zip(take(spec_of(packed), STEPS - start, start_step=start), whole[start:], strict=True):
+    for got, wanted in zip(
+        take(spec_of(packed), STEPS - start, start_step=start), whole[start:], strict=True
+    ):
         assert_same(got, wanted)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_together_are_bit_identical_to_one(packed, whole, world_size):
-    ranks = [take(spec_of(packed), 4, rank=rank, world_size=world_size, start_step=1) for rank in range(world_size)]
+    ranks = [
+        take(spec_of(packed), 4, rank=rank, world_size=world_size, start_step=1)
+        for rank in range(world_size)
+    ]
     for i in range(4):
         parts = [batches[i] for batches in ranks]
         assert {len(part.sample_ids) for part in parts} == {12 // world_size}
@@ -208,7 +228,8 @@ def test_unexpected_errors_reach_the_trainer(packed, monkeypatch):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_close_ends_the_threads_whatever_they_do(packed, full):
-    """At once, and while a thread waits for room in a full queue: neither is left to its own end."""
+    """At once, and while a thread waits for room in a full queue: neither is left to its own
+    end."""
     loader = build_loader(spec_of(packed, prefetch=1))
     if full:
         wait_until(lambda: loader.resting)
@@ -242,7 +263,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("work", ["prepare", "render"])
 def test_a_loader_may_be_collected_in_its_own_threads(packed, monkeypatch, work):
-    """The garbage collector runs in any thread; there it must not wait for a thread that waits for this one."""
+    """The garbage collector runs in any thread; there it must not wait for a thread that waits for
+    this one."""
     from fastmoco_pipelines.loading import loader as module
 
     plain, holder, released, collected_in = getattr(module.Source, work), [], threading.Event(), []
@@ -260,7 +282,9 @@ def test_a_loader_may_be_collected_in_its_own_threads(packed, monkeypatch, work)
     results.get(timeout=GUARD_SECONDS)
     released.set()
     deadline = time.monotonic() + GUARD_SECONDS
-    while not collected_in and time.monotonic() < deadline:  # both threads go on, until the loader is gone
+    while (
+        not collected_in and time.monotonic() < deadline
+    ):  # both threads go on, until the loader is gone
         with contextlib.suppress(queue.Empty):
             results.get(timeout=0.1)
     assert collected_in[0].startswith("fastmoco")
@@ -284,7 +308,9 @@ kept = loader.build_loader(LoaderSpec(shards={str(packed)!r}, global_batch_size=
 kept.next()
 sys.exit(3)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False
+    )
     assert (done.returncode, done.stderr) == (3, "")
 
 
@@ -292,7 +318,10 @@ def test_a_thread_that_dies_is_noticed(packed, monkeypatch):
     from fastmoco_pipelines.loading import loader as module
 
     monkeypatch.setattr(module, "make_batches", lambda *_: None)
-    with build_loader(spec_of(packed)) as loader, pytest.raises(RuntimeError, match="ended before step 0"):
+    with (
+        build_loader(spec_of(packed)) as loader,
+        pytest.raises(RuntimeError, match="ended before step 0"),
+    ):
         loader.next()
 
 

@@ -24,7 +24,12 @@ from fastmoco_pipelines.views.graph import GPU_DECODER
 
 VIEW1, VIEW2 = moco_v3_views()
 LARGE = LoaderSpec(
-    shards="x", views=(VIEW1, VIEW2), global_batch_size=4096, device="gpu", threads=14, view_dtype="uint8"
+    shards="x",
+    views=(VIEW1, VIEW2),
+    global_batch_size=4096,
+    device="gpu",
+    threads=14,
+    view_dtype="uint8",
 )
 
 
@@ -49,7 +54,9 @@ def test_bytes_follow_the_spec() -> None:
     assert floats.batch_bytes == 4 * plain.batch_bytes
     assert loader_bytes(replace(LARGE, prefetch=3)).ready_bytes == 3 * plain.batch_bytes
     assert loader_bytes(LARGE, world_size=8).batch_bytes == plain.batch_bytes / 8
-    assert loader_bytes(LARGE, world_size=8).scratch_bytes == plain.scratch_bytes  # still 128 images a run
+    assert (
+        loader_bytes(LARGE, world_size=8).scratch_bytes == plain.scratch_bytes
+    )  # still 128 images a run
     assert loader_bytes(replace(LARGE, sub_batch=256)).scratch_bytes > 1.5 * plain.scratch_bytes
     # Every image of a run holds its decoded pixels, a window and a few views' worth of levels.
     assert plain.scratch_bytes > 128 * (600_000 + 2 * 324_000 + 6 * 3 * 224**2)
@@ -59,7 +66,9 @@ def test_bytes_follow_the_spec() -> None:
     on_cpu = loader_bytes(replace(LARGE, device="cpu"))
     assert on_cpu.ready_bytes == 3 * on_cpu.batch_bytes  # two finished, one in the making
     assert on_cpu.scratch_bytes > 4096 * 600_000
-    with pytest.raises(ValueError, match="global_batch_size=4096: must be a multiple of world_size=3"):
+    with pytest.raises(
+        ValueError, match="global_batch_size=4096: must be a multiple of world_size=3"
+    ):
         loader_bytes(LARGE, world_size=3)
     with pytest.raises(ValueError, match="world_size=0"):
         loader_bytes(LARGE, world_size=0)
@@ -101,7 +110,9 @@ class Census:
     # One in use beside those ahead; where the one in the making does not count, it comes on top.
     [(True, 1, 2), (True, 3, 4), (False, 1, 3), (None, 2, 4)],
 )
-def test_no_more_batches_live_than_the_arithmetic_says(packed, monkeypatch, count_making, prefetch, most) -> None:
+def test_no_more_batches_live_than_the_arithmetic_says(
+    packed, monkeypatch, count_making, prefetch, most
+) -> None:
     census = Census(monkeypatch)
     spec = spec_of(packed, prefetch=prefetch)
     with build_loader(spec, count_making=count_making) as loader:
@@ -139,7 +150,10 @@ def test_a_bounded_loader_ends_while_it_waits_for_a_place(packed) -> None:
     del forgotten
     gc.collect()
     deadline = time.monotonic() + 120
-    while any(thread.name.startswith("fastmoco") for thread in threading.enumerate()) and time.monotonic() < deadline:
+    while (
+        any(thread.name.startswith("fastmoco") for thread in threading.enumerate())
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     assert not any(thread.name.startswith("fastmoco") for thread in threading.enumerate())
 
@@ -158,7 +172,8 @@ def test_a_place_is_free_when_the_batch_before_has_been_used() -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_holds_one_batch_beside_the_one_in_use(packed) -> None:
-    """Though the work on a batch has not ended when the next one is taken: its memory is waited for, not replaced."""
+    """Though the work on a batch has not ended when the next one is taken: its memory is waited
+    for, not replaced."""
     view1, view2 = moco_v3_views(448)
     changes = {"views": (view1, view2), "view_dtype": "uint8", "global_batch_size": 40}
     spec = spec_of(packed, device="gpu", sub_batch=2, **changes)
@@ -170,7 +185,9 @@ def test_a_gpu_holds_one_batch_beside_the_one_in_use(packed) -> None:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
                 others = torch.cuda.memory_stats()["active_bytes.all.current"]
-                others -= 2 * held.batch_bytes  # the one in hand and, in the making or ready, the next one
+                others -= (
+                    2 * held.batch_bytes
+                )  # the one in hand and, in the making or ready, the next one
             batch = loader.next()
             assert batch.step == step
             torch.cuda._sleep(100_000_000)  # tens of milliseconds

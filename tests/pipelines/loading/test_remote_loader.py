@@ -1,4 +1,5 @@
-"""The loaders over shards on a server: the same batches as from the disk, whatever the server does."""
+"""The loaders over shards on a server: the same batches as from the disk, whatever the server
+does."""
 
 from __future__ import annotations
 
@@ -26,13 +27,22 @@ VIEW1, VIEW2 = moco_v3_views(16)
 
 
 def loader_spec(shards: object, spec: CacheSpec, **changes: object) -> LoaderSpec:
-    options = {"views": (VIEW1, VIEW2), "global_batch_size": 8, "seed": 3, "threads": 1, "shuffle_window": 1}
+    options = {
+        "views": (VIEW1, VIEW2),
+        "global_batch_size": 8,
+        "seed": 3,
+        "threads": 1,
+        "shuffle_window": 1,
+    }
     cache = {"cache_dir": spec.cache_dir, "cache_size_gb": spec.cache_size_gb}
     return LoaderSpec(shards=str(shards), **options | cache | changes)  # type: ignore[arg-type]
 
 
-def test_the_loader_delivers_the_same_batches_from_a_failing_server(server, packed, spec, monkeypatch):
-    """Connections that drop, a cache smaller than the set, two ranks: bit for bit the local batches, over two epochs."""
+def test_the_loader_delivers_the_same_batches_from_a_failing_server(
+    server, packed, spec, monkeypatch
+):
+    """Connections that drop, a cache smaller than the set, two ranks: bit for bit the local
+    batches, over two epochs."""
     monkeypatch.setattr("fastmoco_pipelines.sets.shard_set.Limits", lambda: QUICK)
     small = CacheSpec(cache_dir=spec.cache_dir, cache_size_gb=1e-4)
     for path in packed.glob("*.tar"):
@@ -47,17 +57,24 @@ def test_the_loader_delivers_the_same_batches_from_a_failing_server(server, pack
             assert loader.state_dict()["shuffle_window"] == 1
             assert (loader.digest, loader.order_digest) == (local.digest, local.order_digest)
     for batch, *halves in zip(expected, *parts, strict=True):
-        assert np.array_equal(batch.sample_ids, np.concatenate([half.sample_ids for half in halves]))
+        assert np.array_equal(
+            batch.sample_ids, np.concatenate([half.sample_ids for half in halves])
+        )
         for view, *parts_of_view in zip(batch.views, *(half.views for half in halves), strict=True):
             assert np.array_equal(view, np.concatenate(parts_of_view))
     require_no_threads()
 
 
 def test_windows_follow_the_kind_of_set(server, packed, spec):
-    with ShardSet.open(f"{server.url}/", cache=spec, limits=QUICK) as shards, ShardSet.open(str(packed)) as local:
+    with (
+        ShardSet.open(f"{server.url}/", cache=spec, limits=QUICK) as shards,
+        ShardSet.open(str(packed)) as local,
+    ):
         assert local.windows(None).window == 0
         assert local.windows(2).window == 2
-        assert shards.windows(None, spec).window == 0  # 64 shards and more are the whole of this set
+        assert (
+            shards.windows(None, spec).window == 0
+        )  # 64 shards and more are the whole of this set
         size = shards._largest
         assert shards.windows(None, CacheSpec(cache_size_gb=4 * size / 1e9)).window == 2
         assert shards.windows(0, CacheSpec(cache_size_gb=4 * size / 1e9)).window == 0
@@ -87,7 +104,9 @@ def test_leaving_an_evaluation_does_not_wait_for_a_server(server, packed, spec, 
     monkeypatch.setattr("fastmoco_pipelines.sets.shard_set.Limits", lambda: PATIENT)
     image = EvalSpec(size=16, resize=16)
     options = {"batch_size": 16, "threads": 1, "cache_dir": spec.cache_dir}
-    with build_eval_loader(EvalLoaderSpec(shards=f"{server.url}/", image=image, **options)) as loader:
+    with build_eval_loader(
+        EvalLoaderSpec(shards=f"{server.url}/", image=image, **options)
+    ) as loader:
         server.always["train-000001.tar"] = hold()
         iteration = iter(loader)
         next(iteration)
@@ -108,7 +127,9 @@ def test_leaving_an_evaluation_does_not_wait_for_a_server(server, packed, spec, 
         assert sum(len(batch.labels) for batch in loader) == 45
 
 
-@pytest.mark.parametrize(("fault", "limits"), [(hold(), PATIENT), (stall(0), STUBBORN)], ids=["slow", "silent"])
+@pytest.mark.parametrize(
+    ("fault", "limits"), [(hold(), PATIENT), (stall(0), STUBBORN)], ids=["slow", "silent"]
+)
 def test_closing_does_not_wait_for_a_server(server, spec, monkeypatch, fault, limits):
     monkeypatch.setattr("fastmoco_pipelines.sets.shard_set.Limits", lambda: limits)
     for name in ("train-000000.tar", "train-000001.tar", "train-000002.tar"):

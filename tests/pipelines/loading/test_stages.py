@@ -8,7 +8,15 @@ import pytest
 
 from fastmoco_pipelines.loading import loader as module
 from fastmoco_pipelines.loading.loader import build_loader
-from fastmoco_pipelines.loading.stages import AUGMENT, DECODE, DRAW, HEAL, READ, StageClock, StageFigures
+from fastmoco_pipelines.loading.stages import (
+    AUGMENT,
+    DECODE,
+    DRAW,
+    HEAL,
+    READ,
+    StageClock,
+    StageFigures,
+)
 from fastmoco_pipelines.loading.synthetic import SyntheticLoader
 from tests.pipelines.damage import damaged_copy
 from tests.pipelines.healing.test_healer import FIRST, spec_of
@@ -31,7 +39,10 @@ def test_a_loader_that_nobody_waits_for_is_not_the_bottleneck():
             {"read": 3.0, "draw": 0.1, "decode": 7.0},
             "decoding (and augmenting, where DALI does) is its slowest stage, 69% of its work",
         ),
-        ({"read": 8.0, "draw": 0.1, "decode": 2.0}, "reading the shards is its slowest stage, 79% of its work"),
+        (
+            {"read": 8.0, "draw": 0.1, "decode": 2.0},
+            "reading the shards is its slowest stage, 79% of its work",
+        ),
         (
             {"read": 3.0, "draw": 0.1, "decode": 1.0, "augment": 6.0},
             "cutting the views and changing their colors is its slowest stage",
@@ -47,9 +58,16 @@ def test_the_slowest_stage_is_named_with_its_cure(stages, words):
 
 
 def test_the_difference_of_two_moments_is_what_lies_between():
-    early = StageFigures(steps=4, wall_s=4.0, wait_s=1.0, stage_s={"read": 1.0}, queued=4, prefetch=2, left_out=1)
+    early = StageFigures(
+        steps=4, wall_s=4.0, wait_s=1.0, stage_s={"read": 1.0}, queued=4, prefetch=2, left_out=1
+    )
     recent = figures(3.0, read=2.5, heal=0.6) - early
-    assert (recent.steps, recent.wall_s, recent.wait_s, recent.wait_share) == (6, 6.0, 2.0, pytest.approx(1 / 3))
+    assert (recent.steps, recent.wall_s, recent.wait_s, recent.wait_share) == (
+        6,
+        6.0,
+        2.0,
+        pytest.approx(1 / 3),
+    )
     assert recent.queue_depth == pytest.approx(11 / 6)
     metrics = recent.metrics()
     assert metrics["loader/read_ms"] == pytest.approx(250)

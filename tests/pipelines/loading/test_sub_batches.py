@@ -1,4 +1,5 @@
-"""A batch in parts: what DALI holds is bounded, and neither bits nor errors nor the healing know of it."""
+"""A batch in parts: what DALI holds is bounded, and neither bits nor errors nor the healing know of
+it."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def draws(encoded):
     return draw(PAIR[0], encoded), draw(PAIR[1], encoded, view=2)
 
 
-# Of 11 images: single ones; a ragged last part; a last part of one; all at once; more than there are.
+# Of 11 images: single ones; a ragged last part; a last part of one; all at once; more than there
+# are.
 @pytest.mark.parametrize("sub_batch", [1, 4, 5, 11, 40])
 @pytest.mark.parametrize("view_dtype", ["float32", "uint8"])
 def test_parts_change_no_bit(sub_batch: int, view_dtype, encoded, draws) -> None:
@@ -48,7 +50,9 @@ def test_parts_change_no_bit(sub_batch: int, view_dtype, encoded, draws) -> None
             assert made.is_contiguous()
             assert made.dtype == wanted.dtype
             assert torch.equal(made, wanted)
-    some = parts.run(encoded[:3], [each.rows(slice(3)) for each in draws])  # a smaller batch than before
+    some = parts.run(
+        encoded[:3], [each.rows(slice(3)) for each in draws]
+    )  # a smaller batch than before
     assert all(torch.equal(made, wanted[:3]) for made, wanted in zip(some, whole, strict=True))
 
 
@@ -70,7 +74,9 @@ def test_dali_never_sees_more_than_a_part(encoded, draws, monkeypatch) -> None:
 def test_memory_is_asked_for_once_and_after_the_first_run(encoded, draws, monkeypatch) -> None:
     happened = []
     outputs = Engine._outputs
-    monkeypatch.setattr(Engine, "_outputs", lambda *arguments: happened.append("run") or outputs(*arguments))
+    monkeypatch.setattr(
+        Engine, "_outputs", lambda *arguments: happened.append("run") or outputs(*arguments)
+    )
     pipeline(4).run(encoded, draws, before_output=lambda: happened.append("asked"))
     assert happened == ["run", "asked", "run", "run"]
 
@@ -80,11 +86,15 @@ def test_a_bad_image_of_a_later_part_has_its_row_of_the_batch(encoded, draws) ->
     before = made.run(encoded, draws)
     text = np.frombuffer(b"<html>", dtype=np.uint8)
     spoilt = [*encoded[:5], text, *encoded[6:10], text]
-    with pytest.raises(DecodeError, match=r"2 of 11 images cannot be decoded; image 5: neither JPEG") as caught:
+    with pytest.raises(
+        DecodeError, match=r"2 of 11 images cannot be decoded; image 5: neither JPEG"
+    ) as caught:
         made.run(spoilt, draws)
     assert [row for row, _ in caught.value.faults] == [5, 10]
     half = encoded[6][: len(encoded[6]) // 2]  # its header is whole: DALI has to notice
-    with pytest.raises(DecodeError, match=r"the views of a batch of 11 \(images 4 to 7\)") as caught:
+    with pytest.raises(
+        DecodeError, match=r"the views of a batch of 11 \(images 4 to 7\)"
+    ) as caught:
         made.run([*encoded[:6], half, *encoded[7:]], draws)
     assert caught.value.faults == ()
     assert all(torch.equal(a, b) for a, b in zip(made.run(encoded, draws), before, strict=True))
@@ -102,7 +112,8 @@ def take(spec: LoaderSpec) -> list[Batch]:
 
 
 def test_a_healed_batch_is_the_same(packed, tmp_path) -> None:
-    """One image of the second part that the structure gives away, one that only DALI finds, and one in the last part."""
+    """One image of the second part that the structure gives away, one that only DALI finds, and one
+    in the last part."""
     first = epoch_order(7, 0, 45)
     kinds = {int(first[6]): "garbage", int(first[7]): "truncated", int(first[11]): "truncated"}
     folder = damaged_copy(packed, tmp_path / "set", kinds)
@@ -133,11 +144,14 @@ def test_the_size_of_a_part_follows_the_device() -> None:
 @pytest.mark.parametrize("view_dtype", ["float32", "uint8"])
 @pytest.mark.parametrize("color", ["exact", "dali"])
 def test_the_graph_for_gpus_is_defined(color: str, view_dtype) -> None:
-    """As far as a machine without a GPU tells: every operator takes its options, and the views come out on the GPU."""
+    """As far as a machine without a GPU tells: every operator takes its options, and the views come
+    out on the GPU."""
     from nvidia.dali import pipeline_def
 
     pair = moco_v3_views(24, color=color)
-    made = ViewPipeline(pair, batch_size=8, sub_batch=4, device="gpu", device_id=0, view_dtype=view_dtype)
+    made = ViewPipeline(
+        pair, batch_size=8, sub_batch=4, device="gpu", device_id=0, view_dtype=view_dtype
+    )
     graph = pipeline_def(made._engine._graph, **made._engine._options)()
     assert [output.device for output in graph._graph_out] == ["gpu", "gpu"]
 
@@ -147,7 +161,10 @@ def test_the_decoder_on_gpus_refuses_other_options(monkeypatch) -> None:
     from nvidia.dali import pipeline_def
 
     made = ViewPipeline(PAIR, batch_size=8, device="gpu", device_id=0)
-    for option, value, words in (("hw_decoder_load", "much", "to float: 'much'"), ("hw_load", 1.0, "KeyError")):
+    for option, value, words in (
+        ("hw_decoder_load", "much", "to float: 'much'"),
+        ("hw_load", 1.0, "KeyError"),
+    ):
         with monkeypatch.context() as patched:
             patched.setitem(GPU_DECODER, option, value)
             with pytest.raises(Exception, match=words):

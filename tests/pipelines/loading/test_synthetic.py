@@ -31,9 +31,21 @@ def test_it_stands_in_for_the_real_loader():
     public = [name for name, _ in inspect.getmembers(Loader, callable) if not name.startswith("_")]
     assert public == ["begin", "close", "figures", "next", "state_dict"]
     loader = SyntheticLoader(SPEC, sample_count=100)
-    for name in [*public, "steps_per_epoch", "local_batch_size", "sample_count", "digest", "wait_seconds"]:
+    for name in [
+        *public,
+        "steps_per_epoch",
+        "local_batch_size",
+        "sample_count",
+        "digest",
+        "wait_seconds",
+    ]:
         assert hasattr(loader, name)
-    assert loader.state_dict() == {"step": 0, "digest": "synthetic", "seed": 3, "global_batch_size": 12}
+    assert loader.state_dict() == {
+        "step": 0,
+        "digest": "synthetic",
+        "seed": 3,
+        "global_batch_size": 12,
+    }
 
 
 def test_it_refuses_what_the_real_loader_refuses():

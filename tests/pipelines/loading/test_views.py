@@ -1,4 +1,5 @@
-"""Batches of any number of views: groups, copies and sizes, and that no view depends on the others."""
+"""Batches of any number of views: groups, copies and sizes, and that no view depends on the
+others."""
 
 from __future__ import annotations
 
@@ -32,7 +33,13 @@ BAD = {int(FIRST[0]): "garbage", int(FIRST[1]): "truncated", int(FIRST[20]): "ch
 
 
 def spec_of(folder: Path, **changes) -> LoaderSpec:
-    options = {"shards": str(folder), "views": GROUPS, "global_batch_size": 12, "seed": 7, "threads": 1}
+    options = {
+        "shards": str(folder),
+        "views": GROUPS,
+        "global_batch_size": 12,
+        "seed": 7,
+        "threads": 1,
+    }
     return LoaderSpec(**options | changes)
 
 
@@ -55,14 +62,17 @@ def whole(packed) -> list[Batch]:
 
 def test_views_come_in_the_order_of_their_groups_and_all_differ(whole) -> None:
     for batch in whole:
-        assert [tuple(view.shape) for view in batch.views] == [(12, 3, size, size) for size in SIZES]
+        assert [tuple(view.shape) for view in batch.views] == [
+            (12, 3, size, size) for size in SIZES
+        ]
         assert all(view.dtype == torch.float32 for view in batch.views)
         for one, other in itertools.combinations(batch.views, 2):
             assert one.shape != other.shape or not any(map(torch.equal, one, other))
 
 
 def test_a_view_does_not_depend_on_the_others_of_its_batch(packed, whole) -> None:
-    """The pair alone is the pair among five; a group of one copy less leaves the first copy as it was."""
+    """The pair alone is the pair among five; a group of one copy less leaves the first copy as it
+    was."""
     for got, wanted in zip(take(spec_of(packed, views=PAIR)), whole, strict=True):
         assert_same(got, replace(wanted, views=wanted.views[:2]))
     single = spec_of(packed, views=(*PAIR, replace(SMALL, copies=1)))
@@ -73,7 +83,9 @@ def test_a_view_does_not_depend_on_the_others_of_its_batch(packed, whole) -> Non
 def test_copies_are_groups_of_one(packed, whole) -> None:
     """Two copies are the views of two groups, by number and to the bit."""
     one = replace(SMALL, copies=1)
-    for got, wanted in zip(take(spec_of(packed, views=(*PAIR, one, one, BY_DALI))), whole, strict=True):
+    for got, wanted in zip(
+        take(spec_of(packed, views=(*PAIR, one, one, BY_DALI))), whole, strict=True
+    ):
         assert_same(got, wanted)
 
 
@@ -83,19 +95,25 @@ def test_a_group_without_copies_is_left_out(packed, whole) -> None:
     for got, wanted in zip(take(spec), whole, strict=True):
         assert_same(got, replace(wanted, views=wanted.views[:1]))
     empty = replace(SMALL, size=24, copies=0)
-    for got, wanted in zip(take(spec_of(packed, views=(PAIR[0], empty, *GROUPS[1:]))), whole, strict=True):
+    for got, wanted in zip(
+        take(spec_of(packed, views=(PAIR[0], empty, *GROUPS[1:]))), whole, strict=True
+    ):
         assert_same(got, wanted)
 
 
 @pytest.mark.parametrize("start", range(1, STEPS))
 def test_a_restart_at_any_step_is_bit_identical(packed, whole, start) -> None:
-    for got, wanted in zip(take(spec_of(packed), STEPS - start, start_step=start), whole[start:], strict=True):
+    for got, wanted in zip(
+        take(spec_of(packed), STEPS - start, start_step=start), whole[start:], strict=True
+    ):
         assert_same(got, wanted)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_together_are_bit_identical_to_one(packed, whole, world_size) -> None:
-    ranks = [take(spec_of(packed), 2, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [
+        take(spec_of(packed), 2, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
     for parts, wanted in zip(zip(*ranks, strict=True), whole, strict=False):
         views = tuple(map(torch.cat, zip(*(part.views for part in parts), strict=True)))
         ids = np.concatenate([part.sample_ids for part in parts])
@@ -130,7 +148,11 @@ def test_a_bad_image_is_replaced_in_all_views(packed, whole, tmp_path) -> None:
             same = (view == other).flatten(1).all(1).numpy()
             assert np.array_equal(same, ~bad), number
             replaced[number] += int(bad.sum())
-    expected = sum(int(i) in BAD for epoch, steps in ((0, 3), (1, 1)) for i in epoch_order(7, epoch, 45)[: 12 * steps])
+    expected = sum(
+        int(i) in BAD
+        for epoch, steps in ((0, 3), (1, 1))
+        for i in epoch_order(7, epoch, 45)[: 12 * steps]
+    )
     assert expected >= 3
     assert replaced == dict.fromkeys(range(1, 6), expected)
 
@@ -138,7 +160,9 @@ def test_a_bad_image_is_replaced_in_all_views(packed, whole, tmp_path) -> None:
 def test_the_synthetic_loader_has_the_same_views(packed, whole) -> None:
     with SyntheticLoader(spec_of(packed), world_size=2) as loader:
         batch = loader.next()
-    assert [tuple(view.shape[1:]) for view in batch.views] == [tuple(view.shape[1:]) for view in whole[0].views]
+    assert [tuple(view.shape[1:]) for view in batch.views] == [
+        tuple(view.shape[1:]) for view in whole[0].views
+    ]
     assert {len(view) for view in batch.views} == {6}
     assert not torch.equal(batch.views[2], batch.views[3])
 
@@ -160,8 +184,14 @@ def test_the_memory_of_a_loader_counts_every_view(packed, whole) -> None:
     [
         ((), r"views=\(\): copies of each group: there is no view, give one group a copy"),
         ((replace(SMALL, copies=0),), r"views=\(0,\): copies of each group: there is no view"),
-        ((replace(SMALL, copies=256),), r"views=\(256,\): copies of each group: at most 255 views in all"),
-        ((PAIR[0], SMALL, PAIR[1]), r"views=\(16, 8, 16\): sizes of the groups: those of one size must be neighbours"),
+        (
+            (replace(SMALL, copies=256),),
+            r"views=\(256,\): copies of each group: at most 255 views in all",
+        ),
+        (
+            (PAIR[0], SMALL, PAIR[1]),
+            r"views=\(16, 8, 16\): sizes of the groups: those of one size must be neighbours",
+        ),
     ],
 )
 def test_groups_that_make_no_batch_are_refused(views, message) -> None:
@@ -181,7 +211,8 @@ def test_single_views_stay_as_they_are() -> None:
 
 
 def test_twenty_pairs_of_the_digits_keep_their_bits(tmp_path, monkeypatch) -> None:
-    """Draws, levels and samples, by digests taken when a batch held two views and no other number."""
+    """Draws, levels and samples, by digests taken when a batch held two views and no other
+    number."""
     pytest.importorskip("sklearn")
     from fastmoco_pipelines.making.digits import pack_digits
 
@@ -194,7 +225,9 @@ def test_twenty_pairs_of_the_digits_keep_their_bits(tmp_path, monkeypatch) -> No
 
     monkeypatch.setattr(Source, "render", keep)
     draws, levels, ids = (hashlib.sha256() for _ in range(3))
-    spec = LoaderSpec(shards=train, views=PAIR, global_batch_size=48, seed=11, threads=1, view_dtype="uint8")
+    spec = LoaderSpec(
+        shards=train, views=PAIR, global_batch_size=48, seed=11, threads=1, view_dtype="uint8"
+    )
     for batch in take(spec, 20):
         for drawn in rendered[batch.step].draws:
             for field in fields(drawn):

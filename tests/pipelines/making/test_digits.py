@@ -25,9 +25,16 @@ def digits(tmp_path_factory):
 
 def pixels_and_labels(pattern: str) -> Counter[tuple[bytes, int]]:
     with ShardSet.open(pattern) as shards:
-        images = [Image.open(io.BytesIO(data.tobytes())) for data in shards.read(np.arange(len(shards)))]
-        assert {(image.format, image.mode, image.size) for image in images} == {("PNG", "L", (8, 8))}
-        return Counter((image.tobytes(), label) for image, label in zip(images, shards.labels.tolist(), strict=True))
+        images = [
+            Image.open(io.BytesIO(data.tobytes())) for data in shards.read(np.arange(len(shards)))
+        ]
+        assert {(image.format, image.mode, image.size) for image in images} == {
+            ("PNG", "L", (8, 8))
+        }
+        return Counter(
+            (image.tobytes(), label)
+            for image, label in zip(images, shards.labels.tolist(), strict=True)
+        )
 
 
 def test_digits_are_scikit_learns_and_split_once(digits):
@@ -37,7 +44,9 @@ def test_digits_are_scikit_learns_and_split_once(digits):
     source = load_digits()
     levels = np.rint(source.images * 255 / 16).astype(np.uint8)
     assert levels.max() == 255
-    whole = Counter((image.tobytes(), int(label)) for image, label in zip(levels, source.target, strict=True))
+    whole = Counter(
+        (image.tobytes(), int(label)) for image, label in zip(levels, source.target, strict=True)
+    )
     parts = pixels_and_labels(train), pixels_and_labels(test)
     assert (parts[0].total(), parts[1].total()) == (1437, 360)
     assert parts[0] + parts[1] == whole

@@ -19,7 +19,11 @@ from fastmoco_pipelines.sets.shard_set import ShardSet
 
 def content_of(pattern: str) -> list[tuple[int, bytes]]:
     with ShardSet.open(pattern) as shards:
-        return list(zip(shards.labels.tolist(), map(bytes, shards.read(np.arange(len(shards)))), strict=True))
+        return list(
+            zip(
+                shards.labels.tolist(), map(bytes, shards.read(np.arange(len(shards)))), strict=True
+            )
+        )
 
 
 def test_every_image_arrives_unchanged_under_its_class(image_folder, packed):
@@ -35,12 +39,22 @@ def test_every_image_arrives_unchanged_under_its_class(image_folder, packed):
 
 def test_manifest_tells_what_was_packed(packed):
     entry = json.loads((packed / "manifest.json").read_text())["sets"]["train"]
-    assert (entry["samples"], entry["classes"], entry["class_counts"]) == (45, ["cat", "dog", "owl"], [15, 15, 15])
+    assert (entry["samples"], entry["classes"], entry["class_counts"]) == (
+        45,
+        ["cat", "dog", "owl"],
+        [15, 15, 15],
+    )
     assert [shard["samples"] for shard in entry["shards"]] == [16, 16, 13]
     for shard in entry["shards"]:
         raw = (packed / shard["name"]).read_bytes()
         assert (len(raw), hashlib.sha256(raw).hexdigest()) == (shard["bytes"], shard["sha256"])
-    assert entry["options"] == {"max_side": None, "quality": 92, "shard_size_mb": 256, "shard_samples": 16, "seed": 0}
+    assert entry["options"] == {
+        "max_side": None,
+        "quality": 92,
+        "shard_size_mb": 256,
+        "shard_samples": 16,
+        "seed": 0,
+    }
 
 
 def test_the_plain_webdataset_reader_sees_the_same(packed):
@@ -48,7 +62,10 @@ def test_the_plain_webdataset_reader_sees_the_same(packed):
 
     paths = [str(path) for path in sorted(packed.glob("*.tar"))]
     samples = list(webdataset.WebDataset(paths, shardshuffle=False))
-    images = [(int(s["cls"]), next(s[kind] for kind in ("jpg", "png", "webp") if kind in s)) for s in samples]
+    images = [
+        (int(s["cls"]), next(s[kind] for kind in ("jpg", "png", "webp") if kind in s))
+        for s in samples
+    ]
     assert images == content_of(str(packed))
     assert [s["__key__"] for s in samples] == ShardSet.open(str(packed)).keys
 
@@ -64,13 +81,22 @@ def test_the_same_input_gives_the_same_bytes(image_folder, packed, tmp_path):
 
 def test_report_and_progress(image_folder, tmp_path):
     calls: list[tuple[int, int]] = []
-    report = pack_folder(image_folder, tmp_path, prefix="val", progress=lambda done, total: calls.append((done, total)))
+    report = pack_folder(
+        image_folder,
+        tmp_path,
+        prefix="val",
+        progress=lambda done, total: calls.append((done, total)),
+    )
     assert calls == [(i + 1, 45) for i in range(45)]
     assert report.pattern == f"{tmp_path}/val-*.tar"
     assert (report.samples, report.classes, report.skipped) == (45, ("cat", "dog", "owl"), ())
     assert [path.name for path in report.shards] == ["val-000000.tar"]
     assert report.total_bytes == report.shards[0].stat().st_size
-    assert sorted(os.listdir(tmp_path)) == ["manifest.json", "val-000000.tar", "val-000000.tar.index.json"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "manifest.json",
+        "val-000000.tar",
+        "val-000000.tar.index.json",
+    ]
 
 
 def test_a_flat_folder_has_no_labels(noise_image, tmp_path):
@@ -101,7 +127,9 @@ def test_what_is_no_image_is_listed_with_its_reason(noise_image, tmp_path):
         "a/empty.webp": b"",
         "a/arithmetic.jpg": good.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc9\x00\x11\x08"),
     }
-    Image.open(io.BytesIO(files["a/arithmetic.jpg"])).load()  # Pillow would let it pass; DALI cannot decode it
+    Image.open(
+        io.BytesIO(files["a/arithmetic.jpg"])
+    ).load()  # Pillow would let it pass; DALI cannot decode it
     for name, content in files.items():
         (src / name).write_bytes(content)
     (src / "a" / "link.jpg").symlink_to(src / "a" / "good.jpg")
@@ -128,7 +156,9 @@ def test_what_is_no_image_is_listed_with_its_reason(noise_image, tmp_path):
     with ShardSet.open(report.pattern) as shards:
         extensions = sorted(shards.describe(i).rpartition(".")[2] for i in range(3))
     assert extensions == ["jpg", "png", "png"]
-    stored = json.loads((tmp_path / "out" / "manifest.json").read_text())["sets"]["train"]["skipped"]
+    stored = json.loads((tmp_path / "out" / "manifest.json").read_text())["sets"]["train"][
+        "skipped"
+    ]
     assert [tuple(pair) for pair in stored] == list(report.skipped)
 
 
@@ -164,9 +194,9 @@ def test_max_side_bounds_the_longer_side(noise_image, tmp_path):
 def test_shards_are_split_by_size(noise_image, tmp_path):
     (tmp_path / "src").mkdir()
     for i in range(4):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (400, 600, 3), dtype=np.uint8)).save(
-            tmp_path / "src" / f"{i}.png"
-        )
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 256, (400, 600, 3), dtype=np.uint8)
+        ).save(tmp_path / "src" / f"{i}.png")
     report = pack_folder(tmp_path / "src", tmp_path / "out", shard_size_mb=1)
     assert [len(ShardSet.open(str(path))) for path in report.shards] == [2, 2]
 
@@ -177,15 +207,25 @@ def test_a_set_is_not_overwritten_unless_told(image_folder, packed, tmp_path):
         pack_folder(image_folder, out)
     assert content_of(str(out)) == content_of(str(packed))
     report = pack_folder(image_folder, out, overwrite=True, seed=4)
-    assert sorted(os.listdir(out)) == ["manifest.json", "train-000000.tar", "train-000000.tar.index.json"]
-    assert ShardSet.open(str(out)).digest == ShardSet.open(report.pattern).digest != ShardSet.open(str(packed)).digest
+    assert sorted(os.listdir(out)) == [
+        "manifest.json",
+        "train-000000.tar",
+        "train-000000.tar.index.json",
+    ]
+    assert (
+        ShardSet.open(str(out)).digest
+        == ShardSet.open(report.pattern).digest
+        != ShardSet.open(str(packed)).digest
+    )
 
 
 def test_sets_of_a_folder_share_their_class_numbers(noise_image, packed, tmp_path):
     out = Path(shutil.copytree(packed, tmp_path / "out"))
     (tmp_path / "src" / "owl").mkdir(parents=True)
     (tmp_path / "src" / "owl" / "0.jpg").write_bytes(noise_image(0))
-    report = pack_folder(tmp_path / "src", out, prefix="test")  # lacks cats and dogs, and owls still are 2
+    report = pack_folder(
+        tmp_path / "src", out, prefix="test"
+    )  # lacks cats and dogs, and owls still are 2
     assert report.classes == ("cat", "dog", "owl")
     assert [label for label, _ in content_of(report.pattern)] == [2]
     (tmp_path / "src" / "yak").mkdir()
@@ -232,10 +272,14 @@ def test_folders_that_cannot_be_packed_are_named(noise_image, tmp_path):
         pack_folder(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "src" / "a").mkdir(parents=True)
     (tmp_path / "src" / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"holds no \.jpg, \.jpeg, \.png, \.webp \(1 other files\)"):
+    with pytest.raises(
+        ValueError, match=r"holds no \.jpg, \.jpeg, \.png, \.webp \(1 other files\)"
+    ):
         pack_folder(tmp_path / "src", tmp_path / "out")
     (tmp_path / "src" / "a" / "bad.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"none of its 1 images can be used: a/bad\.jpg: its content"):
+    with pytest.raises(
+        ValueError, match=r"none of its 1 images can be used: a/bad\.jpg: its content"
+    ):
         pack_folder(tmp_path / "src", tmp_path / "out")
     (tmp_path / "src" / "top.jpg").write_bytes(noise_image(0))
     with pytest.raises(ValueError, match="1 images of its own beside folders"):

@@ -1,4 +1,5 @@
-"""`data index` over tars of a server: the files that a local run writes, in a folder of this machine."""
+"""`data index` over tars of a server: the files that a local run writes, in a folder of this
+machine."""
 
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ def foreign(tmp_path, write_tar, noise_image):
     for number in range(3):
         members = good_members(noise_image, 20 * number)
         named = [
-            (name.replace(".cls", ".txt"), [b"cat", b"dog", b"owl"][int(data)] if name.endswith("cls") else data)
+            (
+                name.replace(".cls", ".txt"),
+                [b"cat", b"dog", b"owl"][int(data)] if name.endswith("cls") else data,
+            )
             for name, data in members
         ]
         write_tar(folder / f"set-{number:02d}.tar", named)
@@ -36,7 +40,10 @@ def foreign(tmp_path, write_tar, noise_image):
 
 @pytest.fixture
 def options(tmp_path):
-    return {"cache": CacheSpec(cache_dir=str(tmp_path / "cache"), cache_size_gb=0.01), "transfers": QUICK}
+    return {
+        "cache": CacheSpec(cache_dir=str(tmp_path / "cache"), cache_size_gb=0.01),
+        "transfers": QUICK,
+    }
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -53,8 +60,14 @@ def test_indexes_and_class_names_are_those_of_a_local_run(foreign, tmp_path, opt
         report = index_shards(f"{server.url}/set-{{00..02}}.tar", out=out, **options)
         assert content(out) == content(local)
         assert len(content(out)) == 4
-        assert sorted(path.name for path in out.iterdir()) == sorted(content(out))  # no tar, no link is left
-        assert (report.samples, report.classes, report.uploads) == (60, expected.classes, {out: f"{server.url}/"})
+        assert sorted(path.name for path in out.iterdir()) == sorted(
+            content(out)
+        )  # no tar, no link is left
+        assert (report.samples, report.classes, report.uploads) == (
+            60,
+            expected.classes,
+            {out: f"{server.url}/"},
+        )
         assert sorted(path.name for path in foreign.iterdir()) == before
         assert not list(
             Path(options["cache"].cache_dir).glob("*.tar")
@@ -67,7 +80,9 @@ def test_indexes_and_class_names_are_those_of_a_local_run(foreign, tmp_path, opt
 
 def test_nothing_is_written_to_a_server_and_the_cure_is_told(foreign, tmp_path, options):
     with FaultServer(foreign) as server:
-        with pytest.raises(ValueError, match=r"nothing is written to a server: give a folder .*--out FOLDER"):
+        with pytest.raises(
+            ValueError, match=r"nothing is written to a server: give a folder .*--out FOLDER"
+        ):
             index_shards(f"{server.url}/set-00.tar", **options)
         with pytest.raises(RemoteError, match=r"none\.tar: does not exist"):
             index_shards(f"{server.url}/none.tar", out=tmp_path / "out", **options)
@@ -77,7 +92,9 @@ def test_nothing_is_written_to_a_server_and_the_cure_is_told(foreign, tmp_path, 
         index_shards(str(foreign), out=tmp_path / "out")
 
 
-def test_classes_of_other_sets_of_the_place_keep_their_numbers(foreign, tmp_path, write_tar, noise_image, options):
+def test_classes_of_other_sets_of_the_place_keep_their_numbers(
+    foreign, tmp_path, write_tar, noise_image, options
+):
     labels = [(f"{i}.txt", b"owl" if i % 2 else b"dog") for i in range(4)]
     write_tar(foreign / "val-00.tar", [*((f"{i}.jpg", noise_image(i)) for i in range(4)), *labels])
     index_shards(f"{foreign}/set-*.tar")
@@ -86,7 +103,9 @@ def test_classes_of_other_sets_of_the_place_keep_their_numbers(foreign, tmp_path
         report = index_shards(f"{server.url}/val-{{00..00}}.tar", out=out, **options)
     assert report.classes == ("cat", "dog", "owl")
     index_shards(f"{foreign}/val-00.tar")
-    assert content(out) == {name: data for name, data in content(foreign).items() if not name.startswith("set-")}
+    assert content(out) == {
+        name: data for name, data in content(foreign).items() if not name.startswith("set-")
+    }
 
 
 def test_a_damaged_tar_of_a_server_can_be_salvaged(foreign, tmp_path, options):
@@ -99,7 +118,11 @@ def test_a_damaged_tar_of_a_server_can_be_salvaged(foreign, tmp_path, options):
         with pytest.raises(ShardError, match=r"set-00\.tar: byte \d+: .*--salvage"):
             index_shards(pattern, out=tmp_path / "out", **options)
         report = index_shards(pattern, out=tmp_path / "out", salvage=True, **options)
-    assert (report.samples, report.lost, report.gone) == (expected.samples, expected.lost, expected.gone)
+    assert (report.samples, report.lost, report.gone) == (
+        expected.samples,
+        expected.lost,
+        expected.gone,
+    )
     assert content(tmp_path / "out") == content(local)
 
 
@@ -115,7 +138,11 @@ def test_several_places_and_stores(foreign, tmp_path, options, monkeypatch):
     assert report.samples == 60
     assert report.uploads == {out / "0": "s3://foreign/one/", out / "1": "s3://foreign/two/"}
     assert sorted(content(out / "0")) == ["manifest.json", "set-00.tar.index.json"]
-    assert sorted(content(out / "1")) == ["manifest.json", "set-01.tar.index.json", "set-02.tar.index.json"]
+    assert sorted(content(out / "1")) == [
+        "manifest.json",
+        "set-01.tar.index.json",
+        "set-02.tar.index.json",
+    ]
 
 
 def test_links_of_a_killed_run_do_not_stand_in_the_way(foreign, tmp_path, options):

@@ -5,13 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastmoco_pipelines.sampling.order import epoch_order, local_batch_size, rank_slice, steps_per_epoch
+from fastmoco_pipelines.sampling.order import (
+    epoch_order,
+    local_batch_size,
+    rank_slice,
+    steps_per_epoch,
+)
 
 PINNED = [3, 4, 9, 2, 1, 5, 0, 6, 8, 7]
 
 
 def test_order_is_pinned():
-    """Raw Philox words and a stable sort: these numbers must be the same on every machine and version of numpy."""
+    """Raw Philox words and a stable sort: these numbers must be the same on every machine and
+    version of numpy."""
     assert epoch_order(0, 0, 10).tolist() == PINNED
     words = np.random.Philox(key=[0, 0x6F72646572], counter=[0, 0, 0, 0]).random_raw(10)
     assert sorted(range(10), key=lambda i: int(words[i])) == PINNED
@@ -28,7 +34,8 @@ def test_order_is_a_permutation_of_its_own(count):
 
 
 def test_shuffle_reaches_everywhere():
-    """A perfect shuffle moves a sample by a third of the set on average; a buffer's shuffle by far less."""
+    """A perfect shuffle moves a sample by a third of the set on average; a buffer's shuffle by far
+    less."""
     count = 20_000
     moved = np.abs(epoch_order(3, 5, count) - np.arange(count)).mean()
     assert abs(moved / count - 1 / 3) < 0.01
@@ -42,7 +49,10 @@ def test_ranks_share_each_global_batch(world_size):
     options = {"seed": 5, "count": 103, "global_batch_size": 24}
     for step in range(10):
         whole = rank_slice(step, rank=0, world_size=1, **options)
-        parts = [rank_slice(step, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+        parts = [
+            rank_slice(step, rank=rank, world_size=world_size, **options)
+            for rank in range(world_size)
+        ]
         assert {epoch for epoch, _ in parts} == {whole[0]}
         assert {len(ids) for _, ids in parts} == {24 // world_size}
         assert np.array_equal(np.concatenate([ids for _, ids in parts]), whole[1])
@@ -53,7 +63,9 @@ def test_an_epoch_shows_every_sample_once_but_the_ragged_rest():
     assert steps == 4
     for epoch in range(3):
         seen = [
-            rank_slice(epoch * steps + i, seed=1, count=103, global_batch_size=24, rank=0, world_size=1)
+            rank_slice(
+                epoch * steps + i, seed=1, count=103, global_batch_size=24, rank=0, world_size=1
+            )
             for i in range(4)
         ]
         assert {e for e, _ in seen} == {epoch}
@@ -74,7 +86,14 @@ def test_an_epoch_shows_every_sample_once_but_the_ragged_rest():
     ],
 )
 def test_impossible_slices_are_refused(change, words):
-    options = {"step": 0, "seed": 0, "count": 100, "global_batch_size": 24, "rank": 0, "world_size": 2} | change
+    options = {
+        "step": 0,
+        "seed": 0,
+        "count": 100,
+        "global_batch_size": 24,
+        "rank": 0,
+        "world_size": 2,
+    } | change
     with pytest.raises(ValueError, match=words):
         rank_slice(options.pop("step"), **options)
 

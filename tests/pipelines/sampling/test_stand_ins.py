@@ -1,4 +1,5 @@
-"""Who stands in for a bad sample: a function of the place alone, at hand, and never from the same batch."""
+"""Who stands in for a bad sample: a function of the place alone, at hand, and never from the same
+batch."""
 
 from __future__ import annotations
 
@@ -14,9 +15,13 @@ from fastmoco_pipelines.spec import ViewSpec
 from fastmoco_pipelines.views.draws import draw_views
 
 
-def plan_of(shards: int = 1, samples: int = 100, *, window: int = 0, batch: int = 12, **options) -> Plan:
+def plan_of(
+    shards: int = 1, samples: int = 100, *, window: int = 0, batch: int = 12, **options
+) -> Plan:
     first = np.arange(shards + 1, dtype=np.int64) * (samples // shards)
-    return Plan(seed=5, windows=ShardWindows(first=first, window=window), global_batch_size=batch, **options)
+    return Plan(
+        seed=5, windows=ShardWindows(first=first, window=window), global_batch_size=batch, **options
+    )
 
 
 def candidates(plan: Plan, step: int, row: int, count: int) -> list[int]:
@@ -30,19 +35,29 @@ def test_it_is_numpys_philox_over_the_order_without_the_batch():
     order = epoch_order(5, 1, 100)
     for attempt in (1, 2, 7):
         counter = np.array([attempt, 15, 1, 0], dtype=np.uint64)
-        word = int(np.random.Philox(counter=counter, key=np.array([5, REFILL_TAG], dtype=np.uint64)).random_raw())
+        word = int(
+            np.random.Philox(
+                counter=counter, key=np.array([5, REFILL_TAG], dtype=np.uint64)
+            ).random_raw()
+        )
         drawn = word % 88
         assert plan.candidate(places, 15, attempt) == order[drawn if drawn < 12 else drawn + 12]
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    step=st.integers(0, 60), row=st.integers(0, 11), window=st.integers(0, 5), batch=st.sampled_from([12, 24, 36, 100])
+    step=st.integers(0, 60),
+    row=st.integers(0, 11),
+    window=st.integers(0, 5),
+    batch=st.sampled_from([12, 24, 36, 100]),
 )
 def test_candidates_come_from_the_window_and_not_from_the_batch(step, row, window, batch):
     plan = plan_of(5, 100, window=window, batch=batch)
     places = plan.places(step)
-    order, bounds = epoch_order(5, places.epoch, 100, plan.windows), plan.windows.bounds(5, places.epoch)
+    order, bounds = (
+        epoch_order(5, places.epoch, 100, plan.windows),
+        plan.windows.bounds(5, places.epoch),
+    )
     number = int(np.searchsorted(bounds, places.first + row, side="right")) - 1
     inside = set(order[bounds[number] : bounds[number + 1]].tolist())
     others = inside - set(order[places.batch_start : places.batch_start + batch].tolist())
@@ -55,7 +70,10 @@ def test_candidates_come_from_the_window_and_not_from_the_batch(step, row, windo
 def test_a_window_without_any_good_sample_is_left_at_last():
     plan = plan_of(5, 100, window=1)
     places = plan.places(3)
-    order, bounds = epoch_order(5, places.epoch, 100, plan.windows), plan.windows.bounds(5, places.epoch)
+    order, bounds = (
+        epoch_order(5, places.epoch, 100, plan.windows),
+        plan.windows.bounds(5, places.epoch),
+    )
     number = int(np.searchsorted(bounds, places.first, side="right")) - 1
     window = set(order[bounds[number] : bounds[number + 1]].tolist())
     found = candidates(plan, 3, 0, WINDOW_ATTEMPTS + 200)
@@ -78,7 +96,9 @@ def test_the_number_of_ranks_does_not_matter(world_size):
 
 def test_candidates_are_spread_evenly():
     plan = plan_of(samples=40, batch=10)
-    counts = np.bincount([i for step in range(40) for row in range(10) for i in candidates(plan, step, row, 10)])
+    counts = np.bincount(
+        [i for step in range(40) for row in range(10) for i in candidates(plan, step, row, 10)]
+    )
     assert counts.sum() == 4000
     assert counts.min() > 60  # 100 expected
     assert counts.max() < 140
@@ -98,8 +118,12 @@ def test_draws_without_a_place_are_the_usual_ones():
     plain = draw_views(ViewSpec(), seed=1, epoch=2, sample_ids=ids, sizes=sizes, view=1)
     placed = np.zeros(50, dtype=np.int64)
     placed[7] = 3
-    other = draw_views(ViewSpec(), seed=1, epoch=2, sample_ids=ids, sizes=sizes, view=1, places=placed)
+    other = draw_views(
+        ViewSpec(), seed=1, epoch=2, sample_ids=ids, sizes=sizes, view=1, places=placed
+    )
     differs = (plain.crop != other.crop).any(axis=1)
     assert np.flatnonzero(differs).tolist() == [7]
     with pytest.raises(ValueError, match="places="):
-        draw_views(ViewSpec(), seed=1, epoch=2, sample_ids=ids, sizes=sizes, view=1, places=placed[:3])
+        draw_views(
+            ViewSpec(), seed=1, epoch=2, sample_ids=ids, sizes=sizes, view=1, places=placed[:3]
+        )

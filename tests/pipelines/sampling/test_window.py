@@ -1,4 +1,5 @@
-"""The order within windows of shards: pure, complete, the same for every number of ranks, and a true shuffle inside."""
+"""The order within windows of shards: pure, complete, the same for every number of ranks, and a
+true shuffle inside."""
 
 from __future__ import annotations
 
@@ -14,19 +15,34 @@ SIZES = [7, 1, 12, 30, 5, 5, 9, 40, 3, 11, 2, 8]
 
 
 def windows_of(sizes: list[int], window: int) -> ShardWindows:
-    return ShardWindows(first=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), window=window)
+    return ShardWindows(
+        first=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), window=window
+    )
 
 
 @pytest.mark.parametrize("window", [0, len(SIZES), len(SIZES) + 5])
 def test_one_window_is_the_shuffle_of_the_whole_set(window):
     count = sum(SIZES)
     for epoch in range(3):
-        assert np.array_equal(epoch_order(5, epoch, count, windows_of(SIZES, window)), epoch_order(5, epoch, count))
+        assert np.array_equal(
+            epoch_order(5, epoch, count, windows_of(SIZES, window)), epoch_order(5, epoch, count)
+        )
     assert windows_of(SIZES, window).digest == ""
 
 
 def test_order_is_pinned():
-    assert epoch_order(0, 0, 10, windows_of([3, 3, 2, 2], 2)).tolist() == [9, 6, 8, 7, 3, 4, 2, 1, 5, 0]
+    assert epoch_order(0, 0, 10, windows_of([3, 3, 2, 2], 2)).tolist() == [
+        9,
+        6,
+        8,
+        7,
+        3,
+        4,
+        2,
+        1,
+        5,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 5, 11])
@@ -41,7 +57,10 @@ def test_every_sample_comes_once_in_the_window_of_its_shard(window):
         assert np.array_equal(np.sort(order), np.arange(count))
         bounds, parts = windows.bounds(3, epoch), windows.windows_of_epoch(3, epoch)
         assert sorted(np.concatenate(parts).tolist()) == list(range(len(SIZES)))
-        assert {len(part) for part in parts} <= {len(SIZES) // len(parts), len(SIZES) // len(parts) + 1}
+        assert {len(part) for part in parts} <= {
+            len(SIZES) // len(parts),
+            len(SIZES) // len(parts) + 1,
+        }
         assert max(len(part) for part in parts) <= window
         for low, high, part in zip(bounds[:-1], bounds[1:], parts, strict=True):
             assert set(shard_of[order[low:high]]) == set(part.tolist())
@@ -62,11 +81,16 @@ def test_the_order_of_shards_is_a_permutation_by_seed_and_epoch_alone():
             orders[seed, epoch] = tuple(order.tolist())
     assert len(set(orders.values())) == len(orders)
 
-    # Over epochs each shard comes first about as often, and no two epochs put the same shards together.
+    # Over epochs each shard comes first about as often, and no two epochs put the same shards
+    # together.
     windows = windows_of(SIZES, 3)
-    first = np.bincount([windows.shard_order(1, epoch)[0] for epoch in range(1200)], minlength=count)
+    first = np.bincount(
+        [windows.shard_order(1, epoch)[0] for epoch in range(1200)], minlength=count
+    )
     assert first.min() > 60  # 100 expected, with a deviation of 9.6
-    together = {tuple(sorted(windows.windows_of_epoch(3, epoch)[0].tolist())) for epoch in range(20)}
+    together = {
+        tuple(sorted(windows.windows_of_epoch(3, epoch)[0].tolist())) for epoch in range(20)
+    }
     assert len(together) > 10
 
 
@@ -82,18 +106,29 @@ def test_the_order_of_shards_is_pinned():
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_ranks_share_each_global_batch(world_size):
-    options = {"seed": 5, "count": sum(SIZES), "global_batch_size": 16, "windows": windows_of(SIZES, 3)}
+    options = {
+        "seed": 5,
+        "count": sum(SIZES),
+        "global_batch_size": 16,
+        "windows": windows_of(SIZES, 3),
+    }
     steps = steps_per_epoch(sum(SIZES), 16)
     for step in range(2 * steps):
         epoch, whole = rank_slice(step, rank=0, world_size=1, **options)
-        parts = [rank_slice(step, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+        parts = [
+            rank_slice(step, rank=rank, world_size=world_size, **options)
+            for rank in range(world_size)
+        ]
         assert np.array_equal(np.concatenate([ids for _, ids in parts]), whole)
-        order = epoch_order(5, epoch, sum(SIZES), windows_of(SIZES, 3))  # built anew, as after a restart
+        order = epoch_order(
+            5, epoch, sum(SIZES), windows_of(SIZES, 3)
+        )  # built anew, as after a restart
         assert np.array_equal(whole, order[step % steps * 16 :][:16])
 
 
 def test_inside_a_window_the_shuffle_is_a_true_one():
-    """Mean displacement a third of the window, and no trace of the shards: neighbours are of one shard as often as chance."""
+    """Mean displacement a third of the window, and no trace of the shards: neighbours are of one
+    shard as often as chance."""
     sizes = [1000] * 32
     windows = windows_of(sizes, 8)
     order = epoch_order(1, 0, 32_000, windows)
@@ -111,7 +146,10 @@ def test_shards_ahead_go_on_into_the_next_epoch():
     first, second, third = windows.windows_of_epoch(9, 4)
     assert [part.tolist() for part in windows.ahead(9, 4, 0)] == [first.tolist(), second.tolist()]
     now, after = windows.ahead(9, 4, 2)
-    assert (now.tolist(), after.tolist()) == (third.tolist(), windows.windows_of_epoch(9, 5)[0].tolist())
+    assert (now.tolist(), after.tolist()) == (
+        third.tolist(),
+        windows.windows_of_epoch(9, 5)[0].tolist(),
+    )
 
 
 def test_the_default_window_is_half_of_the_cache():
@@ -121,7 +159,11 @@ def test_the_default_window_is_half_of_the_cache():
 
 
 def test_the_digest_tells_windows_and_boundaries_apart():
-    digests = [windows_of(SIZES, 3).digest, windows_of(SIZES, 4).digest, windows_of(SIZES[::-1], 3).digest]
+    digests = [
+        windows_of(SIZES, 3).digest,
+        windows_of(SIZES, 4).digest,
+        windows_of(SIZES[::-1], 3).digest,
+    ]
     assert len(set(digests)) == 3
     assert windows_of(SIZES, 3).digest == digests[0]
 

@@ -1,4 +1,5 @@
-"""Indexes that are missing, stale, garbage, hostile or another tar's: named, and never the way to a wrong sample."""
+"""Indexes that are missing, stale, garbage, hostile or another tar's: named, and never the way to a
+wrong sample."""
 
 from __future__ import annotations
 
@@ -42,14 +43,20 @@ FAULTS = {
     "cut": lambda own, other: json.dumps(own).encode()[:200],
     "of another tar": lambda own, other: sealed_json(unsealed(other)),
     "huge offset": lambda own, other: sealed_json(edited(unsealed(own), "offset", 2, 2**62)),
-    "offset beyond its end": lambda own, other: sealed_json(edited(unsealed(own), "offset", 2, own["tar_bytes"] - 10)),
+    "offset beyond its end": lambda own, other: sealed_json(
+        edited(unsealed(own), "offset", 2, own["tar_bytes"] - 10)
+    ),
     "negative size": lambda own, other: sealed_json(edited(unsealed(own), "size", 1, -5)),
-    "size beyond its end": lambda own, other: sealed_json(edited(unsealed(own), "size", 5, 60 << 20)),
+    "size beyond its end": lambda own, other: sealed_json(
+        edited(unsealed(own), "size", 5, 60 << 20)
+    ),
     "too few rows": lambda own, other: sealed_json(unsealed(own) | {"key": own["key"][:-1]}),
     "too many rows": lambda own, other: sealed_json(unsealed(own) | {"crc32": own["crc32"] * 2}),
     "a label changed by hand": lambda own, other: json.dumps(edited(own, "label", 0, 3)).encode(),
     "without a hash": lambda own, other: json.dumps(unsealed(own)).encode(),
-    "a flipped bit": lambda own, other: json.dumps(own, separators=(",", ":")).encode().replace(b"48", b"58", 1),
+    "a flipped bit": lambda own, other: (
+        json.dumps(own, separators=(",", ":")).encode().replace(b"48", b"58", 1)
+    ),
 }
 # Faults of one row, which only its bytes give away: name of the reading that must not happen.
 ROWS = {
@@ -109,7 +116,8 @@ def test_the_check_reads_on_without_a_faulty_index(faulty):
 
 
 def test_rows_that_lie_cost_themselves_alone(pair, tmp_path):
-    """An index with the right hash of its tar and a wrong row: that sample is quarantined, five are delivered."""
+    """An index with the right hash of its tar and a wrong row: that sample is quarantined, five are
+    delivered."""
     own = json.loads(index_path(pair / "a.tar").read_text())
     for name, lie in ROWS.items():
         with_index(pair, tmp_path / f"{name}.tar", sealed_json(lie(own)))
@@ -128,4 +136,7 @@ def test_an_index_of_an_earlier_state_tells_what_is_gone(pair, tmp_path):
     tar.write_bytes(raw[: read_index(tar).columns["offset"][4] - 512])
     report = check_shards(str(tar), workers=1)
     assert (report.promised, report.delivered, report.quarantined) == (COUNT, 4, 2)
-    assert [fault.member for fault in report.faults if fault.kind == "cut off"] == ["4.jpg", "5.jpg"]
+    assert [fault.member for fault in report.faults if fault.kind == "cut off"] == [
+        "4.jpg",
+        "5.jpg",
+    ]

@@ -1,4 +1,5 @@
-"""The list beside shards on a server: honoured as a local one is, asked for anew by every run, and bounded."""
+"""The list beside shards on a server: honoured as a local one is, asked for anew by every run, and
+bounded."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def folder(packed, tmp_path):
 
 
 def write_list(folder: Path, *sample_ids: int) -> Path:
-    """A list of some samples of a set; the reason is made up, for the bytes are good: only the list can tell."""
+    """A list of some samples of a set; the reason is made up, for the bytes are good: only the list
+    can tell."""
     entries = Quarantine()
     with ShardSet.open(str(folder)) as shards:
         for sample_id in sample_ids:
@@ -59,7 +61,9 @@ def test_a_run_over_http_delivers_what_a_local_one_does(folder, tmp_path, monkey
     expected = take(folder, 3)
     assert int(first[3]) not in np.concatenate([batch.sample_ids for batch in expected])
     with FaultServer(folder) as server:
-        got = take(f"{server.url}/", 3, changes={"cache_dir": str(tmp_path / "cache"), "shuffle_window": 0})
+        got = take(
+            f"{server.url}/", 3, changes={"cache_dir": str(tmp_path / "cache"), "shuffle_window": 0}
+        )
     for one, other in zip(got, expected, strict=True):
         assert_same(one, other)
 
@@ -73,7 +77,9 @@ def test_every_run_asks_anew(folder, spec):
                 quarantine_path(folder).unlink(missing_ok=True)
             bad, news, stale = known(f"{server.url}/", spec)
             assert (bad, stale) == (wanted, 0)
-            assert news == ([f"{len(wanted)} of 45 images are left out: listed in {NAME}"] if wanted else [])
+            assert news == (
+                [f"{len(wanted)} of 45 images are left out: listed in {NAME}"] if wanted else []
+            )
         assert server.count(NAME) == 5
         # An answer "still the same" cannot be asked for: no copy is kept.
         texts = [path.read_bytes() for path in Path(spec.cache_dir).glob("*.doc")]
@@ -105,7 +111,9 @@ def test_a_list_that_cannot_be_had_is_an_error_and_never_passed_over(folder, spe
         server.script[NAME] = [status(503), status(503)]
         assert known(f"{server.url}/", spec)[0] == [1]
         server.always[NAME] = status(500)
-        with pytest.raises(RemoteError, match=rf"{server.url}/{NAME}: HTTP 500; given up after \d tries"):
+        with pytest.raises(
+            RemoteError, match=rf"{server.url}/{NAME}: HTTP 500; given up after \d tries"
+        ):
             known(f"{server.url}/", spec)
         server.always[NAME] = status(403)  # so a store answers for files that do not exist
         bad, news, _ = known(f"{server.url}/", spec)
@@ -153,7 +161,10 @@ def test_a_store_has_lists_too(folder, spec, monkeypatch):
 
 def test_what_a_run_finds_is_told_apart_from_what_the_list_says(folder, tmp_path, spec):
     write_list(folder, 2)
-    with FaultServer(folder) as server, ShardSet.open(f"{server.url}/", cache=spec, limits=QUICK) as shards:
+    with (
+        FaultServer(folder) as server,
+        ShardSet.open(f"{server.url}/", cache=spec, limits=QUICK) as shards,
+    ):
         bad = BadSamples(shards, max_bad_share=0.5, run_list=tmp_path / "run.jsonl")
         bad.add(5, "found now")
         again = BadSamples(shards, max_bad_share=0.5, run_list=tmp_path / "run.jsonl")

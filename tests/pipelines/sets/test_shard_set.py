@@ -30,7 +30,13 @@ def unsealed(path: Path) -> dict:
 
 @pytest.fixture
 def folder(tmp_path):
-    for name in ("train-000000.tar", "train-000001.tar", "train-000010.tar", "test-000000.tar", "notes.txt"):
+    for name in (
+        "train-000000.tar",
+        "train-000001.tar",
+        "train-000010.tar",
+        "test-000000.tar",
+        "notes.txt",
+    ):
         (tmp_path / name).touch()
     return tmp_path
 
@@ -42,7 +48,10 @@ def folder(tmp_path):
         ("train-*.tar", ["train-000000.tar", "train-000001.tar", "train-000010.tar"]),
         ("train-{000000..000001}.tar", ["train-000000.tar", "train-000001.tar"]),
         ("{train,test}-000000.tar", ["test-000000.tar", "train-000000.tar"]),
-        ("{train-00000{0..1},test-*}.tar", ["test-000000.tar", "train-000000.tar", "train-000001.tar"]),
+        (
+            "{train-00000{0..1},test-*}.tar",
+            ["test-000000.tar", "train-000000.tar", "train-000001.tar"],
+        ),
         ("{train,train}-000000.tar", ["train-000000.tar"]),
         ("", ["test-000000.tar", "train-000000.tar", "train-000001.tar", "train-000010.tar"]),
     ],
@@ -115,7 +124,9 @@ def test_a_folder_of_several_sets_needs_a_choice(packed, image_folder, tmp_path)
 
     both = shutil.copytree(packed, tmp_path / "set")
     pack_folder(image_folder, both, prefix="test")
-    with pytest.raises(ValueError, match=r"several sets: name one, .*test-\*\.tar or .*train-\*\.tar"):
+    with pytest.raises(
+        ValueError, match=r"several sets: name one, .*test-\*\.tar or .*train-\*\.tar"
+    ):
         expand_shards(str(both))
 
 
@@ -123,10 +134,16 @@ def test_reads_what_lies_in_the_tars(packed):
     expected = []
     for path in sorted(packed.glob("*.tar")):
         with tarfile.open(path) as tar:
-            expected += [(m.name, tar.extractfile(m).read()) for m in tar if not m.name.endswith(".cls")]
+            expected += [
+                (m.name, tar.extractfile(m).read()) for m in tar if not m.name.endswith(".cls")
+            ]
     with ShardSet.open(str(packed)) as shards:
         assert len(shards) == len(shards.labels) == len(shards.sizes) == 45
-        assert (shards.labels.dtype, shards.sizes.dtype, shards.sizes.shape) == (np.int64, np.int32, (45, 2))
+        assert (shards.labels.dtype, shards.sizes.dtype, shards.sizes.shape) == (
+            np.int64,
+            np.int32,
+            (45, 2),
+        )
         assert shards.classes == ("cat", "dog", "owl")
         assert shards.keys == [f"{i:09d}" for i in range(45)]
         ids = np.random.default_rng(0).permutation(45)
@@ -154,13 +171,17 @@ def test_open_files_are_bounded(packed, monkeypatch):
 
     def open_tars() -> int:
         links = [os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
-        return sum(os.path.lexists(link) and os.readlink(link).startswith(str(packed)) for link in links)
+        return sum(
+            os.path.lexists(link) and os.readlink(link).startswith(str(packed)) for link in links
+        )
 
     shards = ShardSet.open(str(packed))
     once = [data.tobytes() for data in shards.read(np.arange(45))]
     assert open_tars() == 2
     back_and_forth = np.arange(45).reshape(3, 15).T.ravel()
-    assert [data.tobytes() for data in shards.read(back_and_forth)] == [once[i] for i in back_and_forth]
+    assert [data.tobytes() for data in shards.read(back_and_forth)] == [
+        once[i] for i in back_and_forth
+    ]
     assert open_tars() == 2
     shards.close()
     assert open_tars() == 0
@@ -170,7 +191,8 @@ def test_open_files_are_bounded(packed, monkeypatch):
 
 
 def test_one_thread_reads_ahead_while_another_reads_stand_ins(packed, monkeypatch):
-    """Each closes the file that was not used for longest: a read must not meet a closed or a foreign descriptor."""
+    """Each closes the file that was not used for longest: a read must not meet a closed or a
+    foreign descriptor."""
     monkeypatch.setattr(local_files, "MAX_OPEN_FILES", 1)
     shards, errors, over = ShardSet.open(str(packed)), [], threading.Event()
     once = [data.tobytes() for data in shards.read(np.arange(45))]
@@ -198,21 +220,29 @@ def test_one_thread_reads_ahead_while_another_reads_stand_ins(packed, monkeypatc
 
 def test_changed_bytes_are_named(packed, tmp_path):
     folder = Path(shutil.copytree(packed, tmp_path / "set"))
-    # In the middle, where the hash of the ends does not look; damage after opening, which no opening can see.
+    # In the middle, where the hash of the ends does not look; damage after opening, which no
+    # opening can see.
     shards = ShardSet.open(str(folder))
     offset, tar = int(shards._offset[20]), folder / "train-000001.tar"
     raw = bytearray(tar.read_bytes())
     raw[offset + 9] ^= 4
     tar.write_bytes(raw)
     shards.read(np.array([19, 21]))
-    with pytest.raises(ShardError, match=r"train-000001\.tar: 000000020\.\w+: its bytes differ .*fastmoco data index"):
+    with pytest.raises(
+        ShardError,
+        match=r"train-000001\.tar: 000000020\.\w+: its bytes differ .*fastmoco data index",
+    ):
         shards.read(np.array([19, 20, 21]))
     os.truncate(tar, offset + 5)
-    with pytest.raises(ShardError, match=r"train-000001\.tar: 000000020\.\w+: the tar ends inside it"):
+    with pytest.raises(
+        ShardError, match=r"train-000001\.tar: 000000020\.\w+: the tar ends inside it"
+    ):
         shards.read(np.array([20]))
     shards.close()
     tar.unlink()
-    with pytest.raises(ShardError, match=r"train-000001\.tar: cannot be opened any more \(No such file"):
+    with pytest.raises(
+        ShardError, match=r"train-000001\.tar: cannot be opened any more \(No such file"
+    ):
         shards.read(np.array([20]))
 
 
@@ -220,7 +250,9 @@ def test_a_lost_shard_of_a_packed_set_is_noticed(packed, tmp_path):
     folder = Path(shutil.copytree(packed, tmp_path / "set"))
     (folder / "train-000001.tar").unlink()
     for pattern in (folder, folder / "train-*.tar"):
-        with pytest.raises(ShardError, match=r"train-000001\.tar: is listed in manifest\.json but missing"):
+        with pytest.raises(
+            ShardError, match=r"train-000001\.tar: is listed in manifest\.json but missing"
+        ):
             ShardSet.open(str(pattern))
     assert len(ShardSet.open(f"{folder}/train-{{000000,000002}}.tar")) == 16 + 13
 
@@ -236,7 +268,9 @@ def test_an_index_that_lost_samples_contradicts_the_manifest(packed, tmp_path):
     content = unsealed(path)
     columns = ("key", "extension", "offset", "size", "crc32", "label", "height", "width")
     path.write_bytes(sealed_json(content | {name: content[name][:-1] for name in columns}))
-    with pytest.raises(ShardError, match=r"train-000000\.tar: 15 samples, but 16 in manifest\.json"):
+    with pytest.raises(
+        ShardError, match=r"train-000000\.tar: 15 samples, but 16 in manifest\.json"
+    ):
         ShardSet.open(str(folder))
 
 
@@ -264,9 +298,12 @@ def test_an_index_with_a_bomb_is_refused(packed, tmp_path):
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 def test_a_header_that_contradicts_the_index_is_refused(format, tmp_path, noise_image, write_tar):
-    """Limits and crop windows rest on the index: its sizes may not be smaller than what the decoder will meet."""
+    """Limits and crop windows rest on the index: its sizes may not be smaller than what the decoder
+    will meet."""
     images = [(f"{i}.{format.lower()}", noise_image(i, 40, 56, format)) for i in range(3)]
-    path = write_tar(tmp_path / "x.tar", [(name.replace("jpeg", "jpg"), data) for name, data in images])
+    path = write_tar(
+        tmp_path / "x.tar", [(name.replace("jpeg", "jpg"), data) for name, data in images]
+    )
     index_shards(str(path))
     with ShardSet.open(str(path)) as shards:
         assert len(shards.read(np.arange(3))) == 3
@@ -276,13 +313,16 @@ def test_a_header_that_contradicts_the_index_is_refused(format, tmp_path, noise_
     with ShardSet.open(str(path)) as shards:
         assert len(shards.read(np.array([0, 2]))) == 2
         with pytest.raises(
-            ShardError, match=r"x\.tar: 1\.\w+: its header declares 56x40 pixels, the index 9x8: run `fastmo"
+            ShardError,
+            match=r"x\.tar: 1\.\w+: its header declares 56x40 pixels, the index 9x8: run `fastmo",
         ):
             shards.read(np.arange(3))
 
 
 def test_shards_from_elsewhere_need_no_manifest(tmp_path, noise_image, write_tar):
-    path = write_tar(tmp_path / "x.tar", [("a.jpg", noise_image(0)), ("a.cls", b"4"), ("b.txt", b"")])
+    path = write_tar(
+        tmp_path / "x.tar", [("a.jpg", noise_image(0)), ("a.cls", b"4"), ("b.txt", b"")]
+    )
     with pytest.raises(ShardError, match="fastmoco data index"):
         ShardSet.open(str(path))
     index_shards(str(path))

@@ -1,4 +1,5 @@
-"""The shard cache: bounded, shared, never trusting what it has not checked; and what happens where it cannot be used."""
+"""The shard cache: bounded, shared, never trusting what it has not checked; and what happens where
+it cannot be used."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def put(cache: ShardCache, key: str, size: int, keep: tuple[str, ...] = ()) -> N
 
 def open_set(server: FaultServer, folder: Path, *, size_gb: float = 1) -> ShardSet:
     return ShardSet.open(
-        f"{server.url}/{PATTERN}", cache=CacheSpec(cache_dir=str(folder), cache_size_gb=size_gb), limits=QUICK
+        f"{server.url}/{PATTERN}",
+        cache=CacheSpec(cache_dir=str(folder), cache_size_gb=size_gb),
+        limits=QUICK,
     )
 
 
@@ -133,7 +136,9 @@ def test_links_inside_are_not_followed(server, expected, tmp_path):
         path.unlink()
         path.symlink_to(secret)
         for name in (f"{size}.part", "from"):
-            path.with_suffix(f".{name}").unlink(missing_ok=True)  # of a transfer that closing cut short
+            path.with_suffix(f".{name}").unlink(
+                missing_ok=True
+            )  # of a transfer that closing cut short
             path.with_suffix(f".{name}").symlink_to(secret)
     with warnings.catch_warnings(), open_set(server, folder) as shards:
         warnings.simplefilter("error")  # they are no reason to do without the cache
@@ -149,7 +154,9 @@ def test_parts_of_killed_runs_are_checked_and_old_ones_removed(server, expected,
     tars = sorted(folder.glob("*.tar"))
     tag = '"x"'
     for path, content in zip(
-        tars, (b"\0" * 4000, tars[1].read_bytes()[:4000], bytes(tars[2].stat().st_size)), strict=True
+        tars,
+        (b"\0" * 4000, tars[1].read_bytes()[:4000], bytes(tars[2].stat().st_size)),
+        strict=True,
     ):
         size = path.stat().st_size
         path.unlink()
@@ -182,7 +189,10 @@ def test_shards_of_one_name_do_not_mix(packed, image_folder, tmp_path):
         shutil.rmtree(root / "one")  # a new state under the old name
         pack_folder(image_folder, root / "one", shard_samples=16, seed=2)
         url = f"{server.url}/one/{PATTERN}"
-        with ShardSet.open(url, cache=spec, limits=QUICK) as shards, ShardSet.open(str(root / "one")) as local:
+        with (
+            ShardSet.open(url, cache=spec, limits=QUICK) as shards,
+            ShardSet.open(str(root / "one")) as local,
+        ):
             assert read_all(shards) == read_all(local)
         assert sum(name.endswith(".tar") for name, _, _ in server.requests[before:]) == 3
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 9
@@ -190,8 +200,12 @@ def test_shards_of_one_name_do_not_mix(packed, image_folder, tmp_path):
 
 def test_damaged_and_vanished_copies_are_fetched_again(server, expected, tmp_path):
     folder = tmp_path / "cache"
-    patient = Limits(first_delay_seconds=0.01)  # a try that a loaded machine makes too late would count as a request
-    shards = ShardSet.open(f"{server.url}/{PATTERN}", cache=CacheSpec(cache_dir=str(folder)), limits=patient)
+    patient = Limits(
+        first_delay_seconds=0.01
+    )  # a try that a loaded machine makes too late would count as a request
+    shards = ShardSet.open(
+        f"{server.url}/{PATTERN}", cache=CacheSpec(cache_dir=str(folder)), limits=patient
+    )
     assert read_all(shards) == expected
     for path in folder.glob("*.tar"):
         raw = bytearray(path.read_bytes())
@@ -218,7 +232,9 @@ def test_without_a_cache_samples_are_read_one_by_one(server, expected, tmp_path)
         shards = open_set(server, tmp_path / "file" / "cache")
     with shards:
         assert read_all(shards) == expected
-    assert {request[1][:6] for request in server.requests if request[0].endswith(".tar")} == {"bytes="}
+    assert {request[1][:6] for request in server.requests if request[0].endswith(".tar")} == {
+        "bytes="
+    }
     server.always["train-000001.tar"] = plain(ranges=False)
     with pytest.warns(RuntimeWarning):
         shards = open_set(server, tmp_path / "file" / "cache")
@@ -227,7 +243,9 @@ def test_without_a_cache_samples_are_read_one_by_one(server, expected, tmp_path)
         read_all(shards)
 
 
-@pytest.mark.parametrize("what", ["no room on the disk", "write fails", "folder is read-only", "shard larger than it"])
+@pytest.mark.parametrize(
+    "what", ["no room on the disk", "write fails", "folder is read-only", "shard larger than it"]
+)
 def test_a_full_cache_costs_time_alone(what, server, expected, tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     shards = open_set(server, folder, size_gb=1e-6 if what == "shard larger than it" else 1)
@@ -257,7 +275,9 @@ def test_a_cache_smaller_than_the_set_keeps_its_limit(server, expected, tmp_path
     largest = max(path.stat().st_size for path in packed.glob("*.tar"))
     indexes = sum(path.stat().st_size + 100 for path in packed.glob("*.json"))
     shards = open_set(server, tmp_path / "cache", size_gb=(2 * largest + indexes) / 1e9)
-    cache = ShardCache.open(CacheSpec(cache_dir=str(tmp_path / "cache"), cache_size_gb=(2 * largest + indexes) / 1e9))
+    cache = ShardCache.open(
+        CacheSpec(cache_dir=str(tmp_path / "cache"), cache_size_gb=(2 * largest + indexes) / 1e9)
+    )
     most, stop = [0], threading.Event()
 
     def watch() -> None:
@@ -270,7 +290,9 @@ def test_a_cache_smaller_than_the_set_keeps_its_limit(server, expected, tmp_path
         with shards:
             for _ in range(3):
                 for ids in np.array_split(np.arange(45), 9):
-                    assert [data.tobytes() for data in shards.read(ids)] == [expected[i] for i in ids]
+                    assert [data.tobytes() for data in shards.read(ids)] == [
+                        expected[i] for i in ids
+                    ]
     finally:
         stop.set()
         watcher.join()

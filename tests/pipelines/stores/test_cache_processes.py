@@ -1,4 +1,5 @@
-"""Several processes share one cache that is smaller than the set; one is killed on its way; the others lose nothing."""
+"""Several processes share one cache that is smaller than the set; one is killed on its way; the
+others lose nothing."""
 
 from __future__ import annotations
 
@@ -50,14 +51,20 @@ def many(tmp_path_factory, noise_image):
     (root / "src").mkdir()
     for i in range(96):
         noise = np.random.default_rng(i).integers(0, 256, 12_000, dtype=np.uint8).tobytes()
-        (root / "src" / f"{i:03d}.jpg").write_bytes(noise_image(i) + noise)  # what stands behind a JPEG is ignored
+        (root / "src" / f"{i:03d}.jpg").write_bytes(
+            noise_image(i) + noise
+        )  # what stands behind a JPEG is ignored
     pack_folder(root / "src", root / "set", shard_samples=12)
     return root / "set"
 
 
-def start(server: FaultServer, cache: Path, size_gb: float, rank: int, steps: int) -> subprocess.Popen[str]:
+def start(
+    server: FaultServer, cache: Path, size_gb: float, rank: int, steps: int
+) -> subprocess.Popen[str]:
     words = [f"{server.url}/", str(cache), str(size_gb), str(rank), str(steps)]
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", READER, *words], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", READER, *words], stdout=subprocess.PIPE, text=True
+    )
 
 
 def digest_of(folder: Path, rank: int, steps: int) -> str:
@@ -96,7 +103,9 @@ def test_a_killed_process_costs_the_others_nothing(many, tmp_path):
         outputs = [process.communicate(timeout=120)[0] for process in processes]
         assert killed
         assert [process.returncode for process in processes] == [0, 0, -signal.SIGKILL]
-        assert [json.loads(output) for output in outputs[:2]] == [digest_of(many, rank, steps) for rank in range(2)]
+        assert [json.loads(output) for output in outputs[:2]] == [
+            digest_of(many, rank, steps) for rank in range(2)
+        ]
         assert largest < most <= size_gb * 1e9
         # Whoever comes next goes on with what the dead one left.
         last = start(server, folder, size_gb, 2, steps)

@@ -1,4 +1,5 @@
-"""Shards on a server: which URLs a pattern names, what is asked for, what is never shown, and the loader over all of it."""
+"""Shards on a server: which URLs a pattern names, what is asked for, what is never shown, and the
+loader over all of it."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def require_equal(shards: ShardSet, local: ShardSet) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["", "train-{000000..000002}.tar", "train-*.tar", "*", "{train-000000,train-00000[12]}.tar"]
+    "pattern",
+    ["", "train-{000000..000002}.tar", "train-*.tar", "*", "{train-000000,train-00000[12]}.tar"],
 )
 def test_a_remote_set_is_the_local_one(pattern, server, packed, spec):
     with (
@@ -85,15 +87,21 @@ def test_folders_without_a_choice_are_refused(server, packed, image_folder, tmp_
     pack_folder(image_folder, both, prefix="test")
     with FaultServer(both) as two:
         with pytest.raises(
-            ValueError, match=r"several sets: name one, http://.*/test-\*\.tar or http://.*/train-\*\.tar"
+            ValueError,
+            match=r"several sets: name one, http://.*/test-\*\.tar or http://.*/train-\*\.tar",
         ):
             ShardSet.open(f"{two.url}/", cache=spec, limits=QUICK)
         assert len(ShardSet.open(f"{two.url}/test-*.tar", cache=spec, limits=QUICK)) == 45
     server.always["manifest.json"] = status(404)
     with pytest.raises(ValueError, match=r"no manifest\.json that lists the shards"):
         ShardSet.open(f"{server.url}/", cache=spec, limits=QUICK)
-    with ShardSet.open(f"{server.url}/train-{{000000..000002}}.tar", cache=spec, limits=QUICK) as shards:
-        assert (shards.classes, len(shards.read(np.arange(45)))) == ((), 45)  # checked by crc32 alone
+    with ShardSet.open(
+        f"{server.url}/train-{{000000..000002}}.tar", cache=spec, limits=QUICK
+    ) as shards:
+        assert (shards.classes, len(shards.read(np.arange(45)))) == (
+            (),
+            45,
+        )  # checked by crc32 alone
 
 
 def test_an_index_is_fetched_once_and_then_asked_about(server, packed, spec):
@@ -102,8 +110,13 @@ def test_an_index_is_fetched_once_and_then_asked_about(server, packed, spec):
     assert len(list(Path(spec.cache_dir).glob("*.doc"))) == 4
     for path in Path(spec.cache_dir).glob("*.doc"):
         raw = path.read_bytes()
-        path.write_bytes(raw[:-9] + b"X" + raw[-8:])  # the server goes on to say that it is the same
-    with ShardSet.open(f"{server.url}/", cache=spec, limits=QUICK) as shards, ShardSet.open(str(packed)) as local:
+        path.write_bytes(
+            raw[:-9] + b"X" + raw[-8:]
+        )  # the server goes on to say that it is the same
+    with (
+        ShardSet.open(f"{server.url}/", cache=spec, limits=QUICK) as shards,
+        ShardSet.open(str(packed)) as local,
+    ):
         require_equal(shards, local)
 
 
@@ -127,7 +140,10 @@ def test_secrets_are_sent_and_never_shown(server, tmp_path, spec, caplog, capfd,
     ):
         server.always["train-000001.tar"] = server.always["train-000001.tar.index.json"] = fault
         fresh = CacheSpec(cache_dir=f"{spec.cache_dir}{len(said)}")
-        with pytest.raises(RuntimeError) as raised, ShardSet.open(pattern, cache=fresh, limits=QUICK) as shards:
+        with (
+            pytest.raises(RuntimeError) as raised,
+            ShardSet.open(pattern, cache=fresh, limits=QUICK) as shards,
+        ):
             shards.read(np.arange(45))
         error: BaseException | None = raised.value
         while error is not None:
@@ -162,7 +178,10 @@ def test_urls_are_shown_without_their_secrets():
     assert redact("http://host/a@b.tar") == "http://host/a@b.tar"
     assert redact("/data/a?b#c.tar") == "/data/a?b#c.tar"
     assert redact("{http://u:p@h/a,http://v:q@i/b}.tar") == "{http://h/a,http://i/b}.tar"
-    assert redact("{http://u:p@h:1,https://v:q@i:2,http://w:r@j}/b.tar?x") == "{http://h:1,https://i:2,http://j}/b.tar"
+    assert (
+        redact("{http://u:p@h:1,https://v:q@i:2,http://w:r@j}/b.tar?x")
+        == "{http://h:1,https://i:2,http://j}/b.tar"
+    )
     assert redact("http://[::1]:80/x\x1b[2J") == r"http://[::1]:80/x\x1b[2J"
 
 
@@ -183,7 +202,9 @@ def test_urls_are_shown_without_their_secrets():
 def test_heads_of_a_hostile_answer_are_named(fault, words, server):
     server.always["train-000000.tar"] = fault
     deadline = time.monotonic() + 5
-    request = Request(url=f"{server.url}/train-000000.tar", start=5, limits=QUICK, deadline=deadline)
+    request = Request(
+        url=f"{server.url}/train-000000.tar", start=5, limits=QUICK, deadline=deadline
+    )
     with pytest.raises(RemoteError, match=words) as raised:  # noqa: SIM117
         with remote.STORE.open(request):
             raise AssertionError
@@ -203,7 +224,9 @@ def test_user_and_password_go_to_their_host_alone(server, packed, monkeypatch, s
         ),
     )
     with FaultServer(packed) as other:
-        server.always["train-000000.tar.index.json"] = redirect(f"{other.url}/train-000000.tar.index.json")
+        server.always["train-000000.tar.index.json"] = redirect(
+            f"{other.url}/train-000000.tar.index.json"
+        )
         url = server.url.replace("://", "://user:pass@")
         ShardSet.open(f"{url}/train-000000.tar", cache=spec, limits=QUICK).close()
         host, elsewhere = server.url.partition("://")[2], other.url.partition("://")[2]
@@ -232,7 +255,10 @@ def test_redirects_inside_http_are_followed(server, packed, spec):
     with FaultServer(packed) as front:
         for path in packed.iterdir():
             front.always[path.name] = redirect(f"{server.url}/{path.name}")
-        with ShardSet.open(f"{front.url}/", cache=spec, limits=QUICK) as shards, ShardSet.open(str(packed)) as local:
+        with (
+            ShardSet.open(f"{front.url}/", cache=spec, limits=QUICK) as shards,
+            ShardSet.open(str(packed)) as local,
+        ):
             require_equal(shards, local)
 
 
@@ -243,7 +269,8 @@ def test_stores_name_the_package_they_need(scheme, package, spec, monkeypatch):
     assert is_remote(f"{scheme}://bucket/x.tar")
     for name in ("train-{000000..000002}.tar", "train-*.tar", ""):
         with pytest.raises(
-            RemoteError, match=rf"{scheme}://: needs the package {package} .*: pip install '\.\[{scheme}\]' in"
+            RemoteError,
+            match=rf"{scheme}://: needs the package {package} .*: pip install '\.\[{scheme}\]' in",
         ):
             ShardSet.open(f"{scheme}://bucket/{name}", cache=spec, limits=QUICK)
 
@@ -252,11 +279,15 @@ def test_the_extras_that_are_named_bring_these_packages():
     extras = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    assert [name.partition(">=")[0] for scheme in ("s3", "gs") for name in extras[scheme]] == ["s3fs", "gcsfs"]
+    assert [name.partition(">=")[0] for scheme in ("s3", "gs") for name in extras[scheme]] == [
+        "s3fs",
+        "gcsfs",
+    ]
 
 
 def test_a_store_serves_as_http_does(packed, spec, monkeypatch):
-    """fsspec's file system in memory in a store's place; s3fs and gcsfs answer through the same four methods."""
+    """fsspec's file system in memory in a store's place; s3fs and gcsfs answer through the same
+    four methods."""
     memory = fsspec.filesystem("memory")
     for path in packed.iterdir():
         memory.pipe_file(f"/bucket/set/{path.name}", path.read_bytes())
@@ -278,7 +309,9 @@ def test_a_store_serves_as_http_does(packed, spec, monkeypatch):
         shutil.rmtree(spec.cache_dir)
         with ShardSet.open("gs://bucket/set/train-*.tar", cache=spec, limits=QUICK) as shards:
             require_equal(shards, local)
-        with pytest.raises(ShardError, match=r"s3://bucket/set/none-000000\.tar\.index\.json: does not exist"):
+        with pytest.raises(
+            ShardError, match=r"s3://bucket/set/none-000000\.tar\.index\.json: does not exist"
+        ):
             ShardSet.open("s3://bucket/set/none-000000.tar", cache=spec, limits=QUICK)
     monkeypatch.setattr(memory, "info", lambda path: time.sleep(5))
     with pytest.raises(RemoteError, match=r"s3://.*no answer in 0\.6 s; given up"):

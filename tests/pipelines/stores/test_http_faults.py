@@ -1,4 +1,5 @@
-"""Every way in which a server can fail: the same samples as without the fault, or an error that names URL and cause, in time."""
+"""Every way in which a server can fail: the same samples as without the fault, or an error that
+names URL and cause, in time."""
 
 from __future__ import annotations
 
@@ -53,13 +54,17 @@ def read_all(server: FaultServer, cache: Path) -> list[bytes]:
     pattern = f"{server.url}/train-{{000000..000002}}.tar"
     with ShardSet.open(pattern, cache=CacheSpec(cache_dir=str(cache)), limits=QUICK) as shards:
         order = np.random.default_rng(0).permutation(len(shards))
-        found = dict(zip(order.tolist(), (data.tobytes() for data in shards.read(order)), strict=True))
+        found = dict(
+            zip(order.tolist(), (data.tobytes() for data in shards.read(order)), strict=True)
+        )
     return [found[i] for i in range(len(found))]
 
 
 def require_no_threads() -> None:
     until = time.monotonic() + 60
-    while left := [thread.name for thread in threading.enumerate() if thread.name.startswith("fastmoco-")]:
+    while left := [
+        thread.name for thread in threading.enumerate() if thread.name.startswith("fastmoco-")
+    ]:
         assert time.monotonic() < until, left
         time.sleep(0.02)
 
@@ -84,7 +89,10 @@ HEALED = {
     "resumed at the wrong place, said": [drop(5000), wrong_range()],
     "resumed at the wrong place, unsaid": [drop(5000), wrong_range(honest=False)],
     "changed between, told": [drop(5000, tag='"old"'), serve],
-    "changed between, untold": [drop(5000, tag='"old"'), lambda handler, data: ignore_if_range(handler, data)],
+    "changed between, untold": [
+        drop(5000, tag='"old"'),
+        lambda handler, data: ignore_if_range(handler, data),
+    ],
     "no validator": [drop(5000, tag=""), plain(tag="")],
     "range refused": [drop(5000), status(416)],
 }
@@ -110,16 +118,32 @@ FATAL = {
     "403": (status(403), r"access is refused \(HTTP 403\).*signature", 1),
     "400": (status(400), r"HTTP 400", 1),
     "500 for ever": (status(500), r"HTTP 500; given up after 4 tries", 4),
-    "stalled for ever": (stall(2000), r"(no answer in time|not complete in time|ended after).*; given up after", 60),
+    "stalled for ever": (
+        stall(2000),
+        r"(no answer in time|not complete in time|ended after).*; given up after",
+        60,
+    ),
     "no answer for ever": (stall(None), r"no answer in time|was lost", 8),
-    "dripping for ever": (drip(), r"(bytes/s arrive|not complete in time|ended after).*; given up after", 60),
-    "short body": (plain(other=lambda data: data[:6000]), r"has 6000 bytes .*its index says \d+", 3),
+    "dripping for ever": (
+        drip(),
+        r"(bytes/s arrive|not complete in time|ended after).*; given up after",
+        60,
+    ),
+    "short body": (
+        plain(other=lambda data: data[:6000]),
+        r"has 6000 bytes .*its index says \d+",
+        3,
+    ),
     "short body, no length": (
         lambda handler, data: drop(6000, sized=False)(handler, data[:6000]),
         r"is shorter than its index says",
         6,
     ),
-    "long body": (plain(other=lambda data: data + b"x" * 512), r"has \d+ bytes .*its index says", 3),
+    "long body": (
+        plain(other=lambda data: data + b"x" * 512),
+        r"has \d+ bytes .*its index says",
+        3,
+    ),
     "a page for ever": (html(100), r"has 100 bytes \(text/html: a web page instead of a tar\)", 3),
     "a page as long as the tar": (html(None), r"not what its index was made for", 3),
     "redirect to a file": (redirect("file:///etc/passwd"), r"redirects to 'file'.*refused", 1),
@@ -137,7 +161,9 @@ def test_faults_that_stay_are_named_in_time(fault, server, tmp_path):
         read_all(server, tmp_path / "cache")
     assert f"{server.url}/{BAD}: " in str(raised.value)
     assert time.monotonic() - began < 90
-    assert 1 <= server.count(BAD) <= 2 * most + 6  # the thread that fetched ahead may have had its tries too
+    assert (
+        1 <= server.count(BAD) <= 2 * most + 6
+    )  # the thread that fetched ahead may have had its tries too
     require_no_threads()
     assert not list((tmp_path / "cache").glob("*.tar")) or all(
         path.stat().st_size != 0 for path in (tmp_path / "cache").glob("*.tar")
@@ -155,7 +181,8 @@ def test_a_server_that_is_not_there_is_named(tmp_path):
     with FaultServer(tmp_path) as server:
         url = f"{server.url}/train-000000.tar"
     with pytest.raises(
-        RemoteError, match=r"http://127\.0\.0\.1:\d+/train-000000\.tar\.index\.json: the connection failed"
+        RemoteError,
+        match=r"http://127\.0\.0\.1:\d+/train-000000\.tar\.index\.json: the connection failed",
     ):
         ShardSet.open(url, cache=CacheSpec(cache_dir=str(tmp_path / "cache")), limits=QUICK)
 
@@ -168,7 +195,9 @@ def test_a_host_that_does_not_answer_is_told_once_and_at_once(tmp_path, caplog):
     for _ in range(2):
         with pytest.raises(RemoteError, match="given up after 4 tries"):
             ShardSet.open(
-                f"{url}/train-00000{{0,1}}.tar", cache=CacheSpec(cache_dir=str(tmp_path / "cache")), limits=slow
+                f"{url}/train-00000{{0,1}}.tar",
+                cache=CacheSpec(cache_dir=str(tmp_path / "cache")),
+                limits=slow,
             )
         ended.append(time.time())
     (record,) = caplog.records
@@ -182,7 +211,10 @@ def test_a_host_that_does_not_answer_is_told_once_and_at_once(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (status(404), r"HTTP 404.*every shard on a server needs its index beside it: run `fastmoco data index`"),
+        (
+            status(404),
+            r"HTTP 404.*every shard on a server needs its index beside it: run `fastmoco data index`",
+        ),
         (html(100), r"is not valid JSON"),
         (plain(other=lambda data: data[:-20]), r"is not valid JSON"),
         (drop(100), r"ended after 100 of \d+ bytes; given up"),

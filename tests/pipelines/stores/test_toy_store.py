@@ -1,4 +1,5 @@
-"""A new store is one class and one row: this file holds the whole of one, which serves files from a dictionary."""
+"""A new store is one class and one row: this file holds the whole of one, which serves files from a
+dictionary."""
 
 from __future__ import annotations
 
@@ -48,7 +49,14 @@ class ToyStore(Store):
         validator = hashlib.sha256(data).hexdigest()
         same = request.known == validator
         chunks = iter(()) if same else iter([data[request.start : request.stop]])
-        yield Body(start=request.start, total=len(data), validator=validator, kind="toy", chunks=chunks, unchanged=same)
+        yield Body(
+            start=request.start,
+            total=len(data),
+            validator=validator,
+            kind="toy",
+            chunks=chunks,
+            unchanged=same,
+        )
 
     def find(self, url: str, limits) -> list[str]:
         del limits
@@ -69,9 +77,14 @@ def cache(tmp_path):
     return CacheSpec(cache_dir=str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("pattern", ["toy://set/", "toy://set/train-*.tar", "toy://set/train-{000000..000002}.tar"])
+@pytest.mark.parametrize(
+    "pattern", ["toy://set/", "toy://set/train-*.tar", "toy://set/train-{000000..000002}.tar"]
+)
 def test_the_patterns_of_a_registered_scheme_are_read(pattern, store, cache, packed):
-    with ShardSet.open(pattern, cache=cache, limits=QUICK) as shards, ShardSet.open(str(packed)) as local:
+    with (
+        ShardSet.open(pattern, cache=cache, limits=QUICK) as shards,
+        ShardSet.open(str(packed)) as local,
+    ):
         require_equal(shards, local)
     tars = [request for request in store.asked if request.url.endswith(".tar")]
     assert len(tars) == 3 + 1, "each tar once, and one more try where the first one failed"
@@ -97,10 +110,16 @@ def test_a_loader_delivers_from_it_what_it_delivers_from_local_files(store, cach
         )
         with build_loader(spec) as loader:
             return [
-                array for _ in range(2) for batch in [loader.next()] for array in (batch.sample_ids, batch.views[0])
+                array
+                for _ in range(2)
+                for batch in [loader.next()]
+                for array in (batch.sample_ids, batch.views[0])
             ]
 
-    assert all(np.array_equal(a, b) for a, b in zip(batches("toy://set/"), batches(str(packed)), strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(batches("toy://set/"), batches(str(packed)), strict=True)
+    )
 
 
 def test_the_secrets_of_its_urls_are_hidden(store, cache):
@@ -117,12 +136,16 @@ def test_the_secrets_of_its_urls_are_hidden(store, cache):
 
 def test_without_its_row_a_scheme_is_refused(store):
     assert is_remote("toy://set/train-000000.tar")
-    with pytest.raises(ValueError, match=r"reading over toys is not supported yet: .* gs:// or toy://, or copy"):
+    with pytest.raises(
+        ValueError, match=r"reading over toys is not supported yet: .* gs:// or toy://, or copy"
+    ):
         is_remote("toys://set/train-000000.tar")
     assert redact("toys:u:p") == "toys:u:p"
 
 
-@pytest.mark.parametrize(("scheme", "words"), [("toy", "has a store already"), ("c", "two letters"), ("file", "file")])
+@pytest.mark.parametrize(
+    ("scheme", "words"), [("toy", "has a store already"), ("c", "two letters"), ("file", "file")]
+)
 def test_a_row_is_added_once_and_named_well(scheme, words, store):
     with pytest.raises(ValueError, match=words):
         register(scheme, store)

@@ -24,7 +24,14 @@ NOTHING = {
     "blur_probability": 0,
     "solarize_probability": 0,
 }
-JITTER = {**NOTHING, "jitter_probability": 1, "brightness": 0, "contrast": 0, "saturation": 0, "hue": 0}
+JITTER = {
+    **NOTHING,
+    "jitter_probability": 1,
+    "brightness": 0,
+    "contrast": 0,
+    "saturation": 0,
+    "hue": 0,
+}
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> np.ndarray:
@@ -47,7 +54,10 @@ def photographs() -> list[Image.Image]:
     for i in range(COUNT):
         levels = load_sample_images().images[i % 2]
         height, width = rng.integers(200, 400, size=2)
-        top, left = rng.integers(0, levels.shape[0] - height), rng.integers(0, levels.shape[1] - width)
+        top, left = (
+            rng.integers(0, levels.shape[0] - height),
+            rng.integers(0, levels.shape[1] - width),
+        )
         pieces.append(Image.fromarray(levels[top : top + height, left : left + width]))
     return pieces
 
@@ -59,20 +69,27 @@ def encoded(photographs: list[Image.Image]) -> list[np.ndarray]:
 
 def draw(spec: ViewSpec, encoded: list[np.ndarray], *, view: int = 1, seed: int = 0) -> ViewDraws:
     sizes = np.array([decode(image).size[::-1] for image in encoded], dtype=np.int32)
-    return draw_views(spec, seed=seed, epoch=0, sample_ids=np.arange(len(encoded)), sizes=sizes, view=view)
+    return draw_views(
+        spec, seed=seed, epoch=0, sample_ids=np.arange(len(encoded)), sizes=sizes, view=view
+    )
 
 
 def part(draws: ViewDraws, index) -> ViewDraws:
-    return ViewDraws(**{field.name: getattr(draws, field.name)[index] for field in dataclasses.fields(draws)})
+    return ViewDraws(
+        **{field.name: getattr(draws, field.name)[index] for field in dataclasses.fields(draws)}
+    )
 
 
 def level_errors(made: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """[B] mean absolute difference of each image, in levels of 0 to 255."""
-    return (np.abs(made - expected) * 255 * np.array(IMAGENET_STD)[:, None, None]).mean(axis=(1, 2, 3))
+    return (np.abs(made - expected) * 255 * np.array(IMAGENET_STD)[:, None, None]).mean(
+        axis=(1, 2, 3)
+    )
 
 
-# name: (fields, largest mean level error, largest error of one image). The bounds are about one and a half times what
-# was measured; docs/views.md says where the errors come from. Hue has a test of its own.
+# name: (fields, largest mean level error, largest error of one image). The bounds are about one and
+# a half times what was measured; docs/views.md says where the errors come from. Hue has a test of
+# its own.
 OPERATIONS = {
     "crop and resize": (NOTHING, 0.22, 0.3),
     "flip": (NOTHING | {"flip_probability": 0.5}, 0.22, 0.3),
@@ -92,14 +109,22 @@ def test_operation_equals_pil(name: str, photographs, encoded) -> None:
     fields, mean_bound, image_bound = OPERATIONS[name]
     spec = ViewSpec(**{"size": SIZE, "blur_sigma": (0.1, 2.0), **fields})
     draws = draw(spec, encoded)
-    made = ViewPipeline((spec, spec), batch_size=COUNT, threads=1).run(encoded, (draws, draws))[0].numpy()
+    made = (
+        ViewPipeline((spec, spec), batch_size=COUNT, threads=1)
+        .run(encoded, (draws, draws))[0]
+        .numpy()
+    )
     decoded = [decode(image) for image in encoded]
     expected = np.stack([reference_view(image, spec, draws, i) for i, image in enumerate(decoded)])
     untouched = ViewSpec(size=SIZE, **NOTHING)
     plain_draws = dataclasses.replace(draw(untouched, encoded), crop=draws.crop)
-    plain = np.stack([reference_view(image, untouched, plain_draws, i) for i, image in enumerate(decoded)])
+    plain = np.stack(
+        [reference_view(image, untouched, plain_draws, i) for i, image in enumerate(decoded)]
+    )
     errors, moved = level_errors(made, expected), level_errors(expected, plain)
-    print(f"\n{name}: mean {errors.mean():.3f}, worst image {errors.max():.3f}, itself moves {moved.mean():.2f}")
+    print(
+        f"\n{name}: mean {errors.mean():.3f}, worst image {errors.max():.3f}, itself moves {moved.mean():.2f}"
+    )
     assert errors.mean() < mean_bound
     assert errors.max() < image_bound
     if fields is not NOTHING:
@@ -107,21 +132,32 @@ def test_operation_equals_pil(name: str, photographs, encoded) -> None:
 
 
 def test_hue_is_the_nearest_rotation(encoded) -> None:
-    """HSV's hue shift is no matrix. The rotation about grey misses it by less than it moves, and by less than YIQ's."""
+    """HSV's hue shift is no matrix. The rotation about grey misses it by less than it moves, and by
+    less than YIQ's."""
     from nvidia.dali import Pipeline, fn, types
 
     spec = ViewSpec(**{"size": SIZE, **JITTER, "hue": 0.1})
     draws = draw(spec, encoded)
-    made = ViewPipeline((spec, spec), batch_size=COUNT, threads=1).run(encoded, (draws, draws))[0].numpy()
+    made = (
+        ViewPipeline((spec, spec), batch_size=COUNT, threads=1)
+        .run(encoded, (draws, draws))[0]
+        .numpy()
+    )
     decoded = [decode(image) for image in encoded]
     expected = np.stack([reference_view(image, spec, draws, i) for i, image in enumerate(decoded)])
     still = ViewSpec(size=SIZE, **NOTHING)
-    plain = ViewPipeline((still, still), batch_size=COUNT, threads=1).run(encoded, (draws, draws))[0].numpy()
+    plain = (
+        ViewPipeline((still, still), batch_size=COUNT, threads=1)
+        .run(encoded, (draws, draws))[0]
+        .numpy()
+    )
 
     pipeline = Pipeline(batch_size=COUNT, num_threads=1, device_id=None, prefetch_queue_depth=1)
     with pipeline:
         levels = fn.external_source(name="levels", ndim=3, dtype=types.UINT8, layout="HWC")
-        pipeline.set_outputs(fn.hsv(levels, hue=fn.external_source(name="hue", ndim=0, dtype=types.FLOAT)))
+        pipeline.set_outputs(
+            fn.hsv(levels, hue=fn.external_source(name="hue", ndim=0, dtype=types.FLOAT))
+        )
     std, mean = np.array(spec.std)[:, None, None], np.array(spec.mean)[:, None, None]
     levels = np.rint((plain * std + mean) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
     pipeline.feed_input("levels", np.ascontiguousarray(levels))
@@ -130,7 +166,9 @@ def test_hue_is_the_nearest_rotation(encoded) -> None:
     in_yiq = (turned / 255 - mean) / std
 
     error, moved, yiq_error = (level_errors(a, expected).mean() for a in (made, plain, in_yiq))
-    print(f"\nhue: mean {error:.2f}, itself moves {moved:.2f}, DALI's hsv would miss by {yiq_error:.2f}")
+    print(
+        f"\nhue: mean {error:.2f}, itself moves {moved:.2f}, DALI's hsv would miss by {yiq_error:.2f}"
+    )
     assert error < 0.9 * moved
     assert error < 0.7 * yiq_error
 
@@ -155,7 +193,9 @@ def test_moco_pair_of_a_batch(photographs, encoded) -> None:
     ):
         assert made.shape == (COUNT, 3, SIZE, SIZE)
         assert str(made.dtype) == "torch.float32"
-        expected = np.stack([reference_view(decode(image), spec, draws, i) for i, image in enumerate(encoded)])
+        expected = np.stack(
+            [reference_view(decode(image), spec, draws, i) for i, image in enumerate(encoded)]
+        )
         errors = level_errors(made.numpy(), expected)
         print(f"\nwhole view: mean {errors.mean():.2f}, worst image {errors.max():.2f}")
         assert errors.mean() < 6
@@ -164,13 +204,20 @@ def test_moco_pair_of_a_batch(photographs, encoded) -> None:
 
 
 def test_tiny_grey_images_crop_exactly() -> None:
-    """8 x 8 greys: a window's border must not see what lies beyond it; three equal channels come out."""
+    """8 x 8 greys: a window's border must not see what lies beyond it; three equal channels come
+    out."""
     rng = np.random.default_rng(0)
-    encoded = [encode(Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8))) for _ in range(64)]
+    encoded = [
+        encode(Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8))) for _ in range(64)
+    ]
     spec = ViewSpec(size=16, crop_scale=(0.3, 1.0), **NOTHING)
     draws = draw(spec, encoded)
-    made = ViewPipeline((spec, spec), batch_size=64, threads=1).run(encoded, (draws, draws))[0].numpy()
-    expected = np.stack([reference_view(decode(image), spec, draws, i) for i, image in enumerate(encoded)])
+    made = (
+        ViewPipeline((spec, spec), batch_size=64, threads=1).run(encoded, (draws, draws))[0].numpy()
+    )
+    expected = np.stack(
+        [reference_view(decode(image), spec, draws, i) for i, image in enumerate(encoded)]
+    )
     assert level_errors(made, expected).max() < 0.5
     levels = made * np.array(spec.std)[:, None, None] + np.array(spec.mean)[:, None, None]
     assert np.ptp(levels, axis=1).max() < 1e-5
@@ -205,7 +252,9 @@ def test_later_runs_leave_earlier_outputs_alone(encoded) -> None:
     pipeline = ViewPipeline((view1, view2), batch_size=COUNT, threads=2)
     kept = []
     for seed in range(8):
-        outputs = pipeline.run(encoded, (draw(view1, encoded, seed=seed), draw(view2, encoded, view=2, seed=seed)))
+        outputs = pipeline.run(
+            encoded, (draw(view1, encoded, seed=seed), draw(view2, encoded, view=2, seed=seed))
+        )
         kept.append([(output, output.clone()) for output in outputs])
     del pipeline
     flat = [pair for pairs in kept for pair in pairs]
@@ -240,10 +289,13 @@ def formats(photograph: Image.Image) -> dict[str, np.ndarray]:
 
 
 def test_every_format_decodes_as_pil_does(photographs) -> None:
-    """To three channels, alpha dropped, EXIF rotation not applied (a rotated image would be 40 wide here, not 48)."""
+    """To three channels, alpha dropped, EXIF rotation not applied (a rotated image would be 40 wide
+    here, not 48)."""
     spec = EvalSpec(size=40, resize=40, mean=(0, 0, 0), std=(1, 1, 1))
     files = formats(photographs[0])
-    made = EvalPipeline(spec, batch_size=len(files), threads=1).run(list(files.values())).numpy() * 255
+    made = (
+        EvalPipeline(spec, batch_size=len(files), threads=1).run(list(files.values())).numpy() * 255
+    )
     for levels, (name, data) in zip(made, files.items(), strict=True):
         image = decode(data)
         if image.mode == "I;16":
@@ -258,7 +310,9 @@ def test_a_refused_image_is_named_and_the_pipeline_goes_on(encoded) -> None:
     pipeline = ViewPipeline((spec, spec), batch_size=4, threads=1)
     before = pipeline.run(encoded[:4], (draws, draws))[0]
     text = np.frombuffer(b"<html>", dtype=np.uint8)
-    with pytest.raises(DecodeError, match=r"2 of 4 images .* image 1: neither JPEG nor PNG") as caught:
+    with pytest.raises(
+        DecodeError, match=r"2 of 4 images .* image 1: neither JPEG nor PNG"
+    ) as caught:
         pipeline.run([encoded[0], text, encoded[2], text[:0]], (draws, draws))
     assert [row for row, _ in caught.value.faults] == [1, 3]
     half = encoded[3][: len(encoded[3]) // 2]  # its header is whole: the decoder has to notice
@@ -286,7 +340,9 @@ def test_gpu_views_equal_cpu_views(encoded) -> None:
     view1, view2 = moco_v3_views(SIZE, color="dali")
     draws = draw(view1, encoded), draw(view2, encoded, view=2)
     by_cpu = ViewPipeline((view1, view2), batch_size=COUNT, device="cpu").run(encoded, draws)
-    by_gpu = ViewPipeline((view1, view2), batch_size=COUNT, device="gpu", device_id=0).run(encoded, draws)
+    by_gpu = ViewPipeline((view1, view2), batch_size=COUNT, device="gpu", device_id=0).run(
+        encoded, draws
+    )
     for on_cpu, on_gpu in zip(by_cpu, by_gpu, strict=True):
         assert on_gpu.is_cuda
         errors = level_errors(on_gpu.cpu().numpy(), on_cpu.numpy())

@@ -1,4 +1,5 @@
-"""The plain view of the evaluation: DALI against PIL, whatever the image's shape; bombs; the GPU's stream."""
+"""The plain view of the evaluation: DALI against PIL, whatever the image's shape; bombs; the GPU's
+stream."""
 
 import io
 import resource
@@ -34,7 +35,9 @@ def level_error(made: np.ndarray, expected: np.ndarray) -> float:
     return float((np.abs(made - expected) * 255 * np.array(IMAGENET_STD)[:, None, None]).mean())
 
 
-@pytest.mark.parametrize(("width", "height"), [(640, 427), (333, 500), (301, 200), (97, 97), (2000, 30), (31, 900)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(640, 427), (333, 500), (301, 200), (97, 97), (2000, 30), (31, 900)]
+)
 def test_eval_view_equals_pil(width: int, height: int, photograph) -> None:
     spec = EvalSpec(size=64, resize=73)
     image = photograph.resize((width, height))
@@ -43,14 +46,17 @@ def test_eval_view_equals_pil(width: int, height: int, photograph) -> None:
 
 
 def test_a_line_of_pixels_is_not_blown_up(photograph) -> None:
-    """16384 x 1 pixels resized to a height of 256 would be 3 GiB; only the central square is made."""
+    """16384 x 1 pixels resized to a height of 256 would be 3 GiB; only the central square is
+    made."""
     line = np.random.default_rng(0).integers(0, 256, (1, 16384, 3), dtype=np.uint8)
     pipeline = EvalPipeline(EvalSpec(), batch_size=1, threads=1)
     pipeline.run([encode(photograph)])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for turned in (line, line.transpose(1, 0, 2)):
         made = pipeline.run([encode(Image.fromarray(turned))]).numpy()
-        middle = turned[8142:8242] if turned.shape[1] == 1 else turned[:, 8142:8242]  # about the same centre
+        middle = (
+            turned[8142:8242] if turned.shape[1] == 1 else turned[:, 8142:8242]
+        )  # about the same centre
         assert level_error(made[0], reference_eval(middle, EvalSpec())) < 0.3
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10  # KiB
 

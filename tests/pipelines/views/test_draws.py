@@ -1,4 +1,5 @@
-"""The draws against a plain scalar version on numpy's own generator, their independence, and their distributions."""
+"""The draws against a plain scalar version on numpy's own generator, their independence, and their
+distributions."""
 
 import dataclasses
 import math
@@ -20,7 +21,13 @@ PINNED = {
 
 
 def draw(
-    spec: ViewSpec = VIEW, *, count: int = 200, seed: int = 7, epoch: int = 3, view: int = 1, **other
+    spec: ViewSpec = VIEW,
+    *,
+    count: int = 200,
+    seed: int = 7,
+    epoch: int = 3,
+    view: int = 1,
+    **other,
 ) -> ViewDraws:
     ids = other.get("ids", np.arange(count))
     sizes = other.get("sizes", np.tile(np.array([[375, 500]], dtype=np.int32), (len(ids), 1)))
@@ -35,15 +42,28 @@ def equal(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def plain_draw(spec: ViewSpec, *, seed: int, epoch: int, sample: int, view: int, height: int, width: int) -> dict:
-    """One sample by the book: numpy's Philox object, one number after the other, torchvision's loop for the crop."""
+def plain_draw(
+    spec: ViewSpec, *, seed: int, epoch: int, sample: int, view: int, height: int, width: int
+) -> dict:
+    """One sample by the book: numpy's Philox object, one number after the other, torchvision's loop
+    for the crop."""
     key = np.array([seed, 0x76696577], dtype=np.uint64)
-    words = np.random.Philox(key=key, counter=np.array([0, sample, epoch, view], dtype=np.uint64)).random_raw(20)
-    halves = [int(half) for word in words for half in (word & np.uint64(0xFFFFFFFF), word >> np.uint64(32))]
+    words = np.random.Philox(
+        key=key, counter=np.array([0, sample, epoch, view], dtype=np.uint64)
+    ).random_raw(20)
+    halves = [
+        int(half)
+        for word in words
+        for half in (word & np.uint64(0xFFFFFFFF), word >> np.uint64(32))
+    ]
     unit = [half / 2**32 for half in halves]
     tries = [(unit[0], unit[1])] + [(unit[16 + 2 * k], unit[17 + 2 * k]) for k in range(9)]
     for area_draw, ratio_draw in tries:
-        area = height * width * (spec.crop_scale[0] + (spec.crop_scale[1] - spec.crop_scale[0]) * area_draw)
+        area = (
+            height
+            * width
+            * (spec.crop_scale[0] + (spec.crop_scale[1] - spec.crop_scale[0]) * area_draw)
+        )
         low, high = (math.log(limit) for limit in spec.crop_ratio)
         ratio = math.exp(low + (high - low) * ratio_draw)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -59,7 +79,9 @@ def plain_draw(spec: ViewSpec, *, seed: int, epoch: int, sample: int, view: int,
         top, left = (height - h) // 2, (width - w) // 2
     jitter = unit[4] < spec.jitter_probability
     strengths = (spec.brightness, spec.contrast, spec.saturation)
-    factors = [1 - s + 2 * s * u if jitter else 1 for s, u in zip(strengths, unit[5:8], strict=True)]
+    factors = [
+        1 - s + 2 * s * u if jitter else 1 for s, u in zip(strengths, unit[5:8], strict=True)
+    ]
     sigma = spec.blur_sigma[0] + (spec.blur_sigma[1] - spec.blur_sigma[0]) * unit[11]
     return {
         "crop": (top, left, h, w),
@@ -87,18 +109,36 @@ def test_philox_equals_numpy() -> None:
 
 
 def test_draws_equal_the_plain_version() -> None:
-    # Photographs, slivers (every try fails, both fallbacks), and images of a few pixels (many tries fail).
-    shapes = [(375, 500), (500, 333), (8, 8), (28, 28), (1, 1), (3, 200), (200, 3), (20, 500), (64, 40)]
+    # Photographs, slivers (every try fails, both fallbacks), and images of a few pixels (many tries
+    # fail).
+    shapes = [
+        (375, 500),
+        (500, 333),
+        (8, 8),
+        (28, 28),
+        (1, 1),
+        (3, 200),
+        (200, 3),
+        (20, 500),
+        (64, 40),
+    ]
     ids = np.arange(360) * 1_000_003
     sizes = np.array([shapes[i % len(shapes)] for i in range(len(ids))], dtype=np.int32)
     for view in (1, 2):
         draws = draw(ids=ids, sizes=sizes, view=view, seed=2**63 - 1)
         for i, sample in enumerate(ids.tolist()):
             height, width = (int(n) for n in sizes[i])
-            plain = plain_draw(VIEW, seed=2**63 - 1, epoch=3, sample=sample, view=view, height=height, width=width)
+            plain = plain_draw(
+                VIEW, seed=2**63 - 1, epoch=3, sample=sample, view=view, height=height, width=width
+            )
             for name, value in plain.items():
                 drawn = getattr(draws, name)[i]
-                assert np.array_equal(drawn, np.asarray(value, dtype=drawn.dtype)), (name, i, drawn, value)
+                assert np.array_equal(drawn, np.asarray(value, dtype=drawn.dtype)), (
+                    name,
+                    i,
+                    drawn,
+                    value,
+                )
 
 
 def test_stream_is_pinned() -> None:
@@ -120,17 +160,25 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
     assert equal(rows(whole, slice(17, 18)), rows(alone, slice(None)))
 
 
-@pytest.mark.parametrize("change", [{"seed": 8}, {"epoch": 4}, {"view": 2}, {"ids": np.arange(200) + 200}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 8}, {"epoch": 4}, {"view": 2}, {"ids": np.arange(200) + 200}]
+)
 def test_every_coordinate_changes_the_draws(change: dict) -> None:
     one, other = draw(), draw(**change)
     assert np.mean(np.all(one.crop == other.crop, axis=1)) < 0.02
-    assert np.mean(one.blur_sigma[one.blur_sigma > 0] == other.blur_sigma[one.blur_sigma > 0]) < 0.02
+    assert (
+        np.mean(one.blur_sigma[one.blur_sigma > 0] == other.blur_sigma[one.blur_sigma > 0]) < 0.02
+    )
     assert 0.3 < np.mean(one.flip == other.flip) < 0.7
 
 
 def test_one_probability_does_not_move_the_other_draws() -> None:
     one = draw()
-    other = draw(dataclasses.replace(VIEW, blur_probability=0.9, grayscale_probability=0.0, flip_probability=1.0))
+    other = draw(
+        dataclasses.replace(
+            VIEW, blur_probability=0.9, grayscale_probability=0.0, flip_probability=1.0
+        )
+    )
     for name in ("crop", "brightness", "contrast", "saturation", "hue", "jitter_order", "solarize"):
         assert np.array_equal(getattr(one, name), getattr(other, name)), name
     was_blurred = one.blur_sigma > 0
@@ -162,7 +210,9 @@ def test_distributions() -> None:
     for values, low, high in ranges:
         assert low <= values.min() < low + 0.01 * (high - low)
         assert high - 0.01 * (high - low) < values.max() <= high + 1e-6
-        assert abs(values.mean() - (low + high) / 2) < 5 * (high - low) / math.sqrt(12 * len(values))
+        assert abs(values.mean() - (low + high) / 2) < 5 * (high - low) / math.sqrt(
+            12 * len(values)
+        )
     assert not draws.hue[~jittered].any()
     _, counts = np.unique(draws.jitter_order, axis=0, return_counts=True)
     assert len(counts) == 24
@@ -174,8 +224,14 @@ def test_distributions() -> None:
 
 def test_a_crop_lies_inside_its_image() -> None:
     rng = np.random.default_rng(0)
-    sizes = np.concatenate([rng.integers(1, 12, (2000, 2)), rng.integers(1, 3000, (2000, 2))]).astype(np.int32)
-    for scale, ratio in (((0.08, 1.0), (3 / 4, 4 / 3)), ((1.0, 1.0), (1.0, 1.0)), ((0.001, 0.01), (0.1, 10.0))):
+    sizes = np.concatenate(
+        [rng.integers(1, 12, (2000, 2)), rng.integers(1, 3000, (2000, 2))]
+    ).astype(np.int32)
+    for scale, ratio in (
+        ((0.08, 1.0), (3 / 4, 4 / 3)),
+        ((1.0, 1.0), (1.0, 1.0)),
+        ((0.001, 0.01), (0.1, 10.0)),
+    ):
         spec = ViewSpec(crop_scale=scale, crop_ratio=ratio)
         crop = draw(spec, ids=np.arange(4000), sizes=sizes).crop
         assert (crop[:, :2] >= 0).all()

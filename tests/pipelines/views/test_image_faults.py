@@ -1,4 +1,5 @@
-"""Every format and every damage: the same verdict from the check, from the loader's own engine, and again on a rerun."""
+"""Every format and every damage: the same verdict from the check, from the loader's own engine, and
+again on a rerun."""
 
 from __future__ import annotations
 
@@ -17,7 +18,17 @@ from fastmoco_pipelines.inspecting.check import check_shards
 from fastmoco_pipelines.inspecting.decode_child import Decoder
 from fastmoco_pipelines.inspecting.decode_pool import DecodePool, Item
 from fastmoco_pipelines.sets.shard_set import ShardSet
-from tests.pipelines.image_corpus import BAD, BOMBS, GARBLED, GOOD, HEIGHT, JPEG, SCAN, WIDTH, flipped
+from tests.pipelines.image_corpus import (
+    BAD,
+    BOMBS,
+    GARBLED,
+    GOOD,
+    HEIGHT,
+    JPEG,
+    SCAN,
+    WIDTH,
+    flipped,
+)
 
 EXPECTED = (
     dict.fromkeys(GOOD, "")
@@ -57,7 +68,9 @@ def test_every_file_gets_its_verdict_again_and_again(reports):
         assert report.promised == report.delivered + report.quarantined
         assert report.promised + report.left_out == len(CONTENT)
         assert report.restarts == 0
-    assert [(f.member, f.kind) for f in reports[0].faults] == [(f.member, f.kind) for f in reports[1].faults]
+    assert [(f.member, f.kind) for f in reports[0].faults] == [
+        (f.member, f.kind) for f in reports[1].faults
+    ]
 
 
 def test_what_the_header_lets_through_is_quarantined(reports, corpus):
@@ -78,25 +91,31 @@ def test_what_the_header_lets_through_is_quarantined(reports, corpus):
 
 
 def test_the_loaders_engine_says_the_same(reports):
-    """The bytes of each file through the pipeline that training and evaluation decode with, one at a time."""
+    """The bytes of each file through the pipeline that training and evaluation decode with, one at
+    a time."""
     from fastmoco_pipelines.spec import EvalSpec
     from fastmoco_pipelines.views.dali import DecodeError, EvalPipeline
 
     pipeline = EvalPipeline(EvalSpec(size=8, resize=8), batch_size=1, threads=1)
     for name, data in CONTENT.items():
-        if name == "animated.webp":  # left out when it is indexed, because its frames differ in size
+        if (
+            name == "animated.webp"
+        ):  # left out when it is indexed, because its frames differ in size
             continue
         try:
             pipeline.run([np.frombuffer(data, np.uint8)])
         except DecodeError:
             assert EXPECTED[name], name
         else:
-            assert EXPECTED[name] in ("", "garbled image"), name  # of these the check alone hears the warning
+            assert EXPECTED[name] in ("", "garbled image"), (
+                name
+            )  # of these the check alone hears the warning
 
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_are_refused_from_their_header(name):
-    """Nothing is decoded, nothing large is allocated: the work does not grow with the size that is declared."""
+    """Nothing is decoded, nothing large is allocated: the work does not grow with the size that is
+    declared."""
     data = BOMBS[name]
     assert structure_fault(data)
     tracemalloc.start()
@@ -116,8 +135,8 @@ def reference(data: bytes) -> np.ndarray:
     return np.asarray(image.convert("RGB")).astype(np.float64)
 
 
-# CMYK has no one conversion to RGB; everything else is the same library or lossless. The 16-bit RGB image is compared
-# with Pillow, which keeps the upper byte.
+# CMYK has no one conversion to RGB; everything else is the same library or lossless. The 16-bit RGB
+# image is compared with Pillow, which keeps the upper byte.
 TOLERANCE = {"cmyk.jpg": 3.0, "grey_16.png": 1.0, "rgb_16.png": 1.0}
 
 
@@ -134,7 +153,8 @@ def test_an_exif_rotation_is_not_applied():
 
 
 def test_a_flipped_bit_that_decodes_is_caught_by_its_checksum(tmp_path, write_tar):
-    """A JPEG's scan has no checksum of its own: decoders deliver garbage without a word, crc32 does not."""
+    """A JPEG's scan has no checksum of its own: decoders deliver garbage without a word, crc32 does
+    not."""
     bad = flipped(JPEG, SCAN + 400)
     path = write_tar(tmp_path / "x.tar", [("a.jpg", JPEG), ("b.jpg", JPEG)])
     write_index(path, build_index(path))

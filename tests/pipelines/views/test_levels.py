@@ -1,4 +1,5 @@
-"""Views as uint8 levels: normalised later they are the float32 views to the bit, from pipeline, loader and kernel."""
+"""Views as uint8 levels: normalised later they are the float32 views to the bit, from pipeline,
+loader and kernel."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def loader_spec(folder: Path, pair: tuple[ViewSpec, ViewSpec], **changes) -> Loa
     return LoaderSpec(shards=str(folder), **options | changes)
 
 
-def take(spec: LoaderSpec, steps: int = 4) -> list[Batch]:  # 45 images, three steps an epoch: two epochs are seen
+def take(
+    spec: LoaderSpec, steps: int = 4
+) -> list[Batch]:  # 45 images, three steps an epoch: two epochs are seen
     with build_loader(spec) as loader:
         return [loader.next() for _ in range(steps)]
 
@@ -45,11 +48,16 @@ def test_levels_normalised_are_the_float32_views(packed, name: str, numbers) -> 
         assert np.array_equal(got.sample_ids, want.sample_ids)
         assert got.step == want.step
         assert (got.normalised, want.normalised) == (False, True)
-        for levels, view, spec in ((got.views[0], want.views[0], pair[0]), (got.views[1], want.views[1], pair[1])):
+        for levels, view, spec in (
+            (got.views[0], want.views[0], pair[0]),
+            (got.views[1], want.views[1], pair[1]),
+        ):
             assert levels.dtype == torch.uint8
             assert levels.is_contiguous()
             assert torch.equal(normalise(levels, spec), view)
-            assert torch.equal(normalise(levels, spec, dtype=torch.bfloat16), view.to(torch.bfloat16))
+            assert torch.equal(
+                normalise(levels, spec, dtype=torch.bfloat16), view.to(torch.bfloat16)
+            )
 
 
 def test_every_level_of_every_channel() -> None:
@@ -63,14 +71,20 @@ def test_every_level_of_every_channel() -> None:
             if color == "exact":
                 expected = level * np.float32(1 / (255 * std)) + np.float32(-mean / std)
             else:
-                expected = (level - np.float32(255 * mean)) * (np.float32(1) / np.float32(255 * std))
+                expected = (level - np.float32(255 * mean)) * (
+                    np.float32(1) / np.float32(255 * std)
+                )
             assert np.array_equal(made[channel], expected)
-            np.testing.assert_allclose(made[channel], (np.arange(256) / 255 - mean) / std, atol=2e-6)
+            np.testing.assert_allclose(
+                made[channel], (np.arange(256) / 255 - mean) / std, atol=2e-6
+            )
 
 
 def test_layout_and_default_type_change_nothing() -> None:
     spec = ViewSpec(color="exact")
-    levels = torch.randint(256, (5, 3, 6, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    levels = torch.randint(
+        256, (5, 3, 6, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     wanted = normalise(levels, spec)
     last = normalise(levels.to(memory_format=torch.channels_last), spec)
     assert last.is_contiguous(memory_format=torch.channels_last)
@@ -91,10 +105,14 @@ def test_nothing_of_a_traced_graph_stays() -> None:
 
     spec = ViewSpec(color="exact", mean=(0.11, 0.22, 0.33))
     with FakeTensorMode() as mode:
-        assert normalise(mode.from_tensor(torch.zeros(2, 3, 4, 4, dtype=torch.uint8)), spec).shape == (2, 3, 4, 4)
+        assert normalise(
+            mode.from_tensor(torch.zeros(2, 3, 4, 4, dtype=torch.uint8)), spec
+        ).shape == (2, 3, 4, 4)
     levels = torch.full((2, 3, 4, 4), 9, dtype=torch.uint8)
     eager = normalise(levels, spec)
-    compiled = torch.compile(lambda view: normalise(view, spec), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda view: normalise(view, spec), backend="aot_eager", fullgraph=True
+    )
     assert torch.equal(compiled(levels), eager)
 
 
@@ -112,9 +130,12 @@ def test_what_is_no_view_of_levels_is_refused(view, text: str) -> None:
 
 
 def test_the_gpu_path_of_exact_colors_gives_the_same_levels() -> None:
-    """On a GPU DALI resizes and ``exact_color`` does the rest; its arithmetic is the same on a CPU."""
+    """On a GPU DALI resizes and ``exact_color`` does the rest; its arithmetic is the same on a
+    CPU."""
     spec = moco_v3_views(24)[1]
-    resized = torch.randint(256, (6, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    resized = torch.randint(
+        256, (6, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     draws = draw(spec, photographs(6))
     levels = exact_color(resized, spec, draws, dtype=torch.uint8)
     assert torch.equal(normalise(levels, spec), exact_color(resized, spec, draws))

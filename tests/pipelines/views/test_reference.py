@@ -1,4 +1,5 @@
-"""The PIL reference against stored arrays: blur and solarize of the original loader, the rest of torchvision's backend."""
+"""The PIL reference against stored arrays: blur and solarize of the original loader, the rest of
+torchvision's backend."""
 
 from pathlib import Path
 
@@ -52,7 +53,11 @@ def test_normalise_is_the_stored_one() -> None:
 
 def test_a_view_is_its_operations_in_order() -> None:
     spec = ViewSpec(
-        size=20, jitter_probability=1, grayscale_probability=0.5, solarize_probability=0.5, blur_sigma=(1, 2)
+        size=20,
+        jitter_probability=1,
+        grayscale_probability=0.5,
+        solarize_probability=0.5,
+        blur_sigma=(1, 2),
     )
     sizes = np.array([[36, 40]] * 32, dtype=np.int32)
     draws = draw_views(spec, seed=0, epoch=0, sample_ids=np.arange(32), sizes=sizes, view=1)
@@ -61,7 +66,9 @@ def test_a_view_is_its_operations_in_order() -> None:
     for i in range(32):
         top, left, height, width = draws.crop[i].tolist()
         box = (left, top, left + width, top + height)
-        view = IMAGE.crop(box).resize((20, height), Image.Resampling.BILINEAR)  # rows first, whatever the version
+        view = IMAGE.crop(box).resize(
+            (20, height), Image.Resampling.BILINEAR
+        )  # rows first, whatever the version
         view = view.resize((20, 20), Image.Resampling.BILINEAR)
         view = reference.adjust_brightness(view, float(draws.brightness[i]))
         view = reference.adjust_contrast(view, float(draws.contrast[i]))
@@ -78,6 +85,8 @@ def test_a_view_is_its_operations_in_order() -> None:
 
 
 def test_eval_view_is_the_central_part() -> None:
-    spec = EvalSpec(size=30, resize=36, mean=(0, 0, 0), std=(1, 1, 1))  # the shorter side is 36 already: no resize
+    spec = EvalSpec(
+        size=30, resize=36, mean=(0, 0, 0), std=(1, 1, 1)
+    )  # the shorter side is 36 already: no resize
     made = reference.reference_eval(IMAGE, spec)
     np.testing.assert_allclose(made * 255, GOLDEN["img"][3:33, 5:35].transpose(2, 0, 1), atol=1e-3)

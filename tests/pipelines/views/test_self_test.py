@@ -1,4 +1,5 @@
-"""The decoder's test before training: passes here, and a decoder that crashes, hangs or errs is told from one that works."""
+"""The decoder's test before training: passes here, and a decoder that crashes, hangs or errs is
+told from one that works."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ def test_a_decoder_that_fails_is_named_with_the_cure(code: str, words: str) -> N
 
 def test_a_decoder_that_hangs_is_left() -> None:
     with pytest.raises(DecoderBrokenError, match="did not end within 1 s"):
-        require_working_decoder("gpu", 0, command=child("import time; time.sleep(60)"), deadline_s=1)
+        require_working_decoder(
+            "gpu", 0, command=child("import time; time.sleep(60)"), deadline_s=1
+        )
 
 
 def test_wrong_pixels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
