@@ -40,6 +40,13 @@ def redact(url: str) -> str:
     return ascii(f"{scheme}://{authority}{slash}{path}")[1:-1]
 
 
+def first_sentence(doc: str | None) -> str:
+    """The first sentence of a docstring on one line, for lists and help texts; "" for none."""
+    paragraph = " ".join((doc or "").strip().partition("\n\n")[0].split())
+    sentence, stop, _ = f"{paragraph} ".partition(". ")
+    return f"{sentence}." if stop else paragraph
+
+
 def shard_name(url: str) -> str:
     """File name of a shard's URL, without its folder."""
     return unquote(urlsplit(url).path.rpartition("/")[2])
