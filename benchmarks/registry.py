@@ -27,6 +27,7 @@ from benchmarks.cases import (
     view_color,
 )
 from benchmarks.measure import machine
+from fastmoco_pipelines.text import first_sentence
 
 CASES = {
     case.NAME: case
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.verb == "list":
         for name, case in CASES.items():
-            print(f"{name}: {(case.__doc__ or '').splitlines()[0]}")
+            print(f"{name}: {first_sentence(case.__doc__)}")
             print("   ", " ".join(f"{key}={value}" for key, value in case.DEFAULTS.items()))
         return 0
     case = CASES[arguments.case]

@@ -34,6 +34,7 @@ from fastmoco.planning import choose
 from fastmoco.planning.plan import StepPlan, busy_chunk
 from fastmoco.recipes import get_recipe
 from fastmoco_pipelines.loading.memory import loader_bytes
+from fastmoco_pipelines.text import first_sentence
 
 ATTENTION_SHARE = 0.35
 """Rate of attention relative to products, for heads of 32 and 64 channels and 197 tokens."""
@@ -175,7 +176,7 @@ def report(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; returns 0."""
     parser = argparse.ArgumentParser(
-        prog="benchmarks.roofline", description=__doc__.splitlines()[0]
+        prog="benchmarks.roofline", description=first_sentence(__doc__)
     )
     parser.add_argument(
         "--recipes", default="vit_s16_e300_b4096,vit_b16_e300_b4096", help="comma between them"

@@ -32,6 +32,7 @@ from benchmarks.soak_data import DroppingServer, damaged_set, make_set
 from benchmarks.soak_memory import MARKS, MemoryLog, MemorySample, at_marks, rises
 from fastmoco_pipelines import LoaderSpec, build_loader, moco_v3_views
 from fastmoco_pipelines.loading.loader import Loader
+from fastmoco_pipelines.text import first_sentence
 
 _RESTART_STEPS = 150
 _PACE_STEPS = 5
@@ -42,7 +43,7 @@ _COUNTS = ("steps", "differing", "replaced", "quarantined", "restarts")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the soak, or one of its ranks; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.soak", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.soak", description=first_sentence(__doc__)
     )
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--processes", type=int, default=2)

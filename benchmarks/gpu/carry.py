@@ -28,7 +28,7 @@ LIMIT_MIB = 60
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Download; returns 1 if a download failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "wheels", nargs="*", default=WHEELS, help="requirements, instead of the usual ones"
     )

@@ -24,6 +24,7 @@ from fastmoco.config import Config
 from fastmoco.config.serial import to_json
 from fastmoco.errors import EXIT_REFUSED, one_line, say
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
+from fastmoco_pipelines.text import first_sentence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +147,7 @@ def _parsed(name: str, function: Callable[..., int]) -> Callable[[list[str]], in
 def _usage(verbs: dict[str, Callable[[list[str]], int]]) -> str:
     """One line for each command."""
     lines = [
-        f"  fastmoco {name:<14} {(verb.__doc__ or '').splitlines()[0]}"
-        for name, verb in verbs.items()
+        f"  fastmoco {name:<14} {first_sentence(verb.__doc__)}" for name, verb in verbs.items()
     ]
     return "\n".join(
         [
@@ -198,7 +198,7 @@ def _recipes(args: list[str]) -> int:
     """List the recipes."""
     del args
     for name, recipe in RECIPES.items():
-        print(f"  {name:<22} {(recipe.__doc__ or '').splitlines()[0]}")
+        print(f"  {name:<22} {first_sentence(recipe.__doc__)}")
     return 0
 
 

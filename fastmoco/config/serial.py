@@ -93,13 +93,13 @@ def _objective(kind: Any) -> type[ObjectiveConfig]:
     Raises:
         ValueError: if there is no such class.
     """
-    place = f"fastmoco.recipes.{kind}"
-    if kind not in ObjectiveConfig.kinds and isinstance(kind, str) and kind.isidentifier():
+    named = isinstance(kind, str)  # a config may hold anything, also what cannot be looked up
+    if named and kind not in ObjectiveConfig.kinds and kind.isidentifier():
         with contextlib.suppress(ModuleNotFoundError):
-            importlib.import_module(place)
+            importlib.import_module(f"fastmoco.recipes.{kind}")
     known = {name: made for name, made in ObjectiveConfig.kinds.items() if name}
     rule = f"unknown objective; known are {', '.join(sorted(known))}"
-    require(kind in known, "config.objective.kind", kind, rule)
+    require(named and kind in known, "config.objective.kind", kind, rule)
     return known[kind]
 
 

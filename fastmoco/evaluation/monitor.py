@@ -18,6 +18,7 @@ from fastmoco.evaluation.interface import Monitor
 from fastmoco.evaluation.knn import knn_accuracy
 from fastmoco_pipelines import ShardSet, build_eval_loader
 from fastmoco_pipelines.spec import CacheSpec, Device, EvalLoaderSpec
+from fastmoco_pipelines.text import redact
 
 
 class KnnMonitor(Monitor):
@@ -116,13 +117,13 @@ def _require_comparable(bank: str, queries: str, cache: CacheSpec) -> None:
         with closing(ShardSet.open(pattern, cache=cache)) as shards:
             if (shards.labels < 0).any():
                 raise ValueError(
-                    f"{pattern!r} has images without a label, which kNN needs: "
+                    f"{redact(pattern)!r} has images without a label, which kNN needs: "
                     f"pack it from one folder per class"
                 )
             classes.append(shards.classes)
     if all(classes) and classes[0] != classes[1]:  # tars of other tools have no names
         raise ValueError(
-            f"{queries!r} has {len(classes[1])} classes that are not the "
-            f"{len(classes[0])} classes of {bank!r}; pack both "
+            f"{redact(queries)!r} has {len(classes[1])} classes that are not the "
+            f"{len(classes[0])} classes of {redact(bank)!r}; pack both "
             f"from folders with the same class names"
         )

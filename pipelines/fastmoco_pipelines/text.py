@@ -21,14 +21,23 @@ SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 AUTHORITY = re.compile(r"[\w.{},-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
 """Host and port of a URL, or of a pattern of URLs."""
 
+_EACH_URL = re.compile(r"([^,{/]*)://(.*?)(?=,[^,{/:]*://|$)", re.DOTALL)
+"""Scheme and rest of every URL in a pattern, which may be braces around several."""
+
 
 def redact(url: str) -> str:
     """A URL, or a pattern of URLs, as it may be shown: without user, password, query and
-    fragment."""
+    fragment.
+
+    Of a URL without a host before its first slash, but with an "@" after it, only the scheme is
+    shown: all before the "@" may be a password.
+    """
     scheme, separator, rest = url.partition("://")
     if not separator:
         match = SCHEME.match(url)  # a slip such as https:/user:password@host
         return f"{match.group(0)}..." if match and match.group(1).lower() in STORES else url
+    if any(_hides_a_password(*found) for found in _EACH_URL.findall(url)):
+        return ascii(f"{scheme}://...")[1:-1]
     rest = re.split(r"[?#]", rest, maxsplit=1)[0]
     rest = re.sub(r"://[^/@]*@", "://", rest)  # of the second URL in braces around two
     authority, slash, path = rest.partition("/")
@@ -38,6 +47,21 @@ def redact(url: str) -> str:
     if authority and AUTHORITY.fullmatch(alone) is None:
         authority = "..."  # not a host: it may be part of a password
     return ascii(f"{scheme}://{authority}{slash}{path}")[1:-1]
+
+
+def _hides_a_password(scheme: str, rest: str) -> bool:
+    """Whether a URL has an "@" in its path, query or fragment, and no host before them."""
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    host = authority.rpartition("@")[2].rstrip("}")  # of braces around hosts
+    local = scheme.lower() == "file" and not authority
+    return "@" in rest[len(authority) :] and not local and AUTHORITY.fullmatch(host) is None
+
+
+def first_sentence(doc: str | None) -> str:
+    """The first sentence of a docstring on one line, for lists and help texts; "" for none."""
+    paragraph = " ".join((doc or "").strip().partition("\n\n")[0].split())
+    sentence, stop, _ = f"{paragraph} ".partition(". ")
+    return f"{sentence}." if stop else paragraph
 
 
 def shard_name(url: str) -> str:

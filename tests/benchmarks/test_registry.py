@@ -6,10 +6,13 @@ import json
 
 import pytest
 
+from benchmarks import roofline, soak
 from benchmarks.cases import info_nce, train_step, view_color
+from benchmarks.gpu import carry
 from benchmarks.measure import interleave, ratios
 from benchmarks.registry import CASES, main, parse_options
 from fastmoco.objectives import MoCoV3
+from fastmoco_pipelines.text import first_sentence
 
 
 def test_list_names_every_case_and_its_options(capsys):
@@ -18,6 +21,19 @@ def test_list_names_every_case_and_its_options(capsys):
     for name, case in CASES.items():
         assert name in text
         assert all(f"{option}=" in text for option in case.DEFAULTS)
+    cases = [line for line in text.splitlines() if not line.startswith(" ")]
+    assert len(cases) == len(CASES)
+    assert not [line for line in cases if not line.endswith(".")]
+
+
+@pytest.mark.parametrize("program", [soak, roofline, carry])
+def test_help_describes_the_program_in_a_whole_sentence(program, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        program.main(["--help"])
+    described = " ".join(capsys.readouterr().out.split())
+    assert first_sentence(program.__doc__).endswith(".")
+    assert first_sentence(program.__doc__) in described
 
 
 def test_options_take_the_type_of_their_default():

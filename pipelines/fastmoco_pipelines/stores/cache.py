@@ -4,6 +4,7 @@
     KEY.SIZE.part   a shard in transfer; its process holds the lock, released if that process dies
     KEY.from        the validator of the .part, by which an interrupted download is continued
     KEY.doc         a small file (an index) with its validator and its own SHA-256
+    .KEY.doc.*.tmp  a small file that is being written
     lock            held for the moment in which room is made
 
 KEY is a hash of the URL and the content of a shard. Final names are only given by renaming, so a
@@ -40,6 +41,7 @@ from fastmoco_pipelines.files import (
 from fastmoco_pipelines.spec import CacheSpec
 
 _NAME = re.compile(r"([0-9a-f]{64})\.(?:(tar)|(\d{1,15})\.(part)|(from)|(doc))")
+_UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.doc\.[0-9a-f]{8}\.tmp")
 _ABANDONED_SECONDS = 24 * 3600.0
 _LOCK_SECONDS = 30.0
 _SPARE_BYTES = 64 << 20  # left free on the disk
@@ -135,6 +137,7 @@ class ShardCache:
             old = entry.kind == "part" and time.time() - entry.used > _ABANDONED_SECONDS
             if old or (entry.kind == "from" and entry.key not in parts):
                 remove_if_free(entry.path)
+        cache._remove_unfinished()
         return cache
 
     def lookup(self, key: str, size: int) -> int | None:
@@ -266,6 +269,16 @@ class ShardCache:
                 _Entry(path=item.path, key=match[1], kind=kind, size=size, used=info.st_mtime)
             )
         return entries
+
+    def _remove_unfinished(self) -> None:
+        """Remove small files whose process was killed while it wrote them, long ago."""
+        for item in os.scandir(self.folder):
+            if _UNFINISHED.fullmatch(item.name) is None:
+                continue
+            with suppress(FileNotFoundError):  # renamed or removed at this moment
+                written = item.stat(follow_symlinks=False).st_mtime
+                if time.time() - written > _ABANDONED_SECONDS:
+                    remove(item.path)
 
     def _make_room(self, key: str, size: int, *, have: int, keep: set[str]) -> None:
         """Evict the least recently used shards until `size` more bytes fit; none if that does not

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from fastmoco_pipelines.stores.retries import Limits
+from fastmoco_pipelines.text import redact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,4 +85,4 @@ class Store(ABC):
         Raises:
             RemoteError: if the store cannot be asked.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not list {url}, of {limits}")
+        raise NotImplementedError(f"{type(self).__name__} does not list {redact(url)}, of {limits}")

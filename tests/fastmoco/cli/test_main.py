@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fastmoco.config.serial import from_json
-from fastmoco.recipes import get_recipe
+from fastmoco.recipes import RECIPES, get_recipe
 from tests.command_line import main
 
 
@@ -31,6 +31,13 @@ def test_help_names_every_verb(capsys):
     assert "data pack" in capsys.readouterr().out
 
 
+def test_the_help_describes_each_verb_in_whole_sentences(capsys):
+    assert main(["--help"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  fastmoco ")]
+    assert len(lines) == 15
+    assert not [line for line in lines if not line.endswith(".")]
+
+
 @pytest.mark.parametrize(
     ("args", "hint"),
     [(["trian"], "train"), (["data", "pakc"], "data pack"), (["eval", "kn"], "eval knn")],
@@ -42,7 +49,12 @@ def test_a_wrong_verb_gets_the_nearest(args, hint, capsys):
 
 def test_recipes_lists_them(capsys):
     assert main(["recipes"]) == 0
-    assert "vit_b16_e300_b4096" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "vit_b16_e300_b4096" in listed
+    assert len(listed.splitlines()) == len(RECIPES)
+    assert not [line for line in listed.splitlines() if not line.endswith(".")]
+    assert main(["train"]) == 2
+    assert capsys.readouterr().out.endswith(listed)
 
 
 def test_print_config_takes_overrides(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar
@@ -146,6 +147,14 @@ def test_another_objective_writes_its_kind_and_an_unknown_one_is_refused():
     with pytest.raises(
         ValueError, match=r"config.objective.kind='nothing_of_that_name': .*known are .*moco_v3"
     ):
+        from_json(data)
+
+
+@pytest.mark.parametrize("kind", [["x"], {"x": 1}, 3, None])
+def test_a_kind_of_objective_that_is_no_name_is_refused_by_field(kind):
+    data = to_json(Config())
+    data["objective"] = {"kind": kind, **data["objective"]}
+    with pytest.raises(ValueError, match=rf"config\.objective\.kind={re.escape(repr(kind))}: .*known are .*moco_v3"):
         from_json(data)
 
 

@@ -38,6 +38,7 @@ from fastmoco.training import setup
 from fastmoco.training.load_run import load_run
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import ShardError
+from fastmoco_pipelines.text import redact
 from tests.command_line import main
 from tests.pipelines.damage import damaged_copy
 
@@ -139,6 +140,20 @@ def test_sets_that_cannot_vote_on_each_other_are_refused_at_once(config, tmp_pat
     others = pack_folder(tmp_path / "classes", tmp_path / "b").pattern
     with pytest.raises(ValueError, match="2 classes that are not the 10 classes"):
         _monitor(replace(config, knn=replace(config.knn, test_shards=others)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"), [(-1, "https://h/b.tar' has images without"), (0, "https://h/t.tar' has 1 classes")]
+)
+def test_sets_are_refused_without_the_secrets_of_their_urls(labels, words, monkeypatch):
+    def opened(pattern, *, cache):
+        del cache
+        return SimpleNamespace(labels=np.array([labels]), classes=(redact(pattern),), close=lambda: None)
+
+    monkeypatch.setattr(knn_monitor.ShardSet, "open", opened)
+    with pytest.raises(ValueError, match=words) as raised:
+        knn_monitor._require_comparable("https://u:SECRET@h/b.tar", "https://u:SECRET@h/t.tar?SECRET", Config().data)
+    assert "SECRET" not in str(raised.value)
 
 
 def _read(pattern: str, limit: int = 0) -> LabelledImages:

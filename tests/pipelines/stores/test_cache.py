@@ -172,6 +172,20 @@ def test_parts_of_killed_runs_are_checked_and_old_ones_removed(server, expected,
     assert not [path for path in folder.iterdir() if path.suffix in (".part", ".from")]
 
 
+def test_small_files_of_killed_writers_are_removed_once_they_are_old(tmp_path):
+    spec = CacheSpec(cache_dir=str(tmp_path / "cache"), cache_size_gb=1)
+    folder = ShardCache.open(spec).folder
+    old, fresh, other = (
+        folder / name for name in (f".{A}.doc.0123abcd.tmp", f".{A}.doc.4567cdef.tmp", ".notes.doc.0123abcd.tmp")
+    )
+    for path in (old, fresh, other):
+        path.write_bytes(b"x")
+    for path in (old, other):
+        os.utime(path, (time.time() - 100_000,) * 2)
+    ShardCache.open(spec)
+    assert sorted(folder.iterdir()) == sorted([fresh, other])
+
+
 def test_shards_of_one_name_do_not_mix(packed, image_folder, tmp_path):
     """Fault T24: another cache took the second shard for the first."""
     root = tmp_path / "root"

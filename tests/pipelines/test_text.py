@@ -1,0 +1,53 @@
+"""Texts as they are shown: sentences of docstrings, URLs without their passwords."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastmoco_pipelines.text import first_sentence, redact
+
+
+@pytest.mark.parametrize(
+    ("doc", "sentence"),
+    [
+        ("One line.", "One line."),
+        ("One sentence over\n    two lines. Another.\n\n    More.\n    ", "One sentence over two lines."),
+        ("76.7 % with 1.5e-4 in\nmain.py. More", "76.7 % with 1.5e-4 in main.py."),
+        ("\n    Below the quotes.\n    ", "Below the quotes."),
+        ("No full stop\n\nA paragraph.", "No full stop"),
+        ("", ""),
+        (None, ""),
+    ],
+)
+def test_the_first_sentence_of_a_docstring(doc, sentence):
+    assert first_sentence(doc) == sentence
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://u:pa/SECRET@h/x", "https://..."),
+        ("https:///u:SECRET@h", "https://..."),
+        ("https://u:pa/SEC?RET@h/x", "https://..."),
+        ("https://u:pa#SEC/RET@h/x", "https://..."),
+        ("{https://v:q@h/a,https://u:pa/SECRET@i/b}", "{https://..."),
+        ("{https://h,https://u:pa/SECRET@i}/b", "{https://..."),
+    ],
+)
+def test_a_password_with_a_slash_or_without_a_host_is_hidden(url, shown):
+    assert redact(url) == shown
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://host:8443/a@b.tar",
+        "https://{a,b}.host/a@{1..3}.tar",
+        "{http://h:1,https://i:2}/a@b.tar",
+        "http://[::1]:80/a@b.tar",
+        "file:///data/a@b.tar",
+        "/data/a@b.tar",
+    ],
+)
+def test_an_at_sign_in_the_name_of_a_file_is_shown(url):
+    assert redact(url) == url
