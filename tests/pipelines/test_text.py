@@ -11,7 +11,10 @@ from fastmoco_pipelines.text import first_sentence, redact
     ("doc", "sentence"),
     [
         ("One line.", "One line."),
-        ("One sentence over\n    two lines. Another.\n\n    More.\n    ", "One sentence over two lines."),
+        (
+            "One sentence over\n    two lines. Another.\n\n    More.\n    ",
+            "One sentence over two lines.",
+        ),
         ("76.7 % with 1.5e-4 in\nmain.py. More", "76.7 % with 1.5e-4 in main.py."),
         ("\n    Below the quotes.\n    ", "Below the quotes."),
         ("No full stop\n\nA paragraph.", "No full stop"),

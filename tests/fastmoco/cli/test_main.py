@@ -33,7 +33,9 @@ def test_help_names_every_verb(capsys):
 
 def test_the_help_describes_each_verb_in_whole_sentences(capsys):
     assert main(["--help"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  fastmoco ")]
+    lines = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("  fastmoco ")
+    ]
     assert len(lines) == 15
     assert not [line for line in lines if not line.endswith(".")]
 

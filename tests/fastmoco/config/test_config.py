@@ -154,7 +154,9 @@ def test_another_objective_writes_its_kind_and_an_unknown_one_is_refused():
 def test_a_kind_of_objective_that_is_no_name_is_refused_by_field(kind):
     data = to_json(Config())
     data["objective"] = {"kind": kind, **data["objective"]}
-    with pytest.raises(ValueError, match=rf"config\.objective\.kind={re.escape(repr(kind))}: .*known are .*moco_v3"):
+    with pytest.raises(
+        ValueError, match=rf"config\.objective\.kind={re.escape(repr(kind))}: .*known are .*moco_v3"
+    ):
         from_json(data)
 
 

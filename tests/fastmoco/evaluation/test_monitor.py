@@ -143,16 +143,21 @@ def test_sets_that_cannot_vote_on_each_other_are_refused_at_once(config, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("labels", "words"), [(-1, "https://h/b.tar' has images without"), (0, "https://h/t.tar' has 1 classes")]
+    ("labels", "words"),
+    [(-1, "https://h/b.tar' has images without"), (0, "https://h/t.tar' has 1 classes")],
 )
 def test_sets_are_refused_without_the_secrets_of_their_urls(labels, words, monkeypatch):
     def opened(pattern, *, cache):
         del cache
-        return SimpleNamespace(labels=np.array([labels]), classes=(redact(pattern),), close=lambda: None)
+        return SimpleNamespace(
+            labels=np.array([labels]), classes=(redact(pattern),), close=lambda: None
+        )
 
     monkeypatch.setattr(knn_monitor.ShardSet, "open", opened)
     with pytest.raises(ValueError, match=words) as raised:
-        knn_monitor._require_comparable("https://u:SECRET@h/b.tar", "https://u:SECRET@h/t.tar?SECRET", Config().data)
+        knn_monitor._require_comparable(
+            "https://u:SECRET@h/b.tar", "https://u:SECRET@h/t.tar?SECRET", Config().data
+        )
     assert "SECRET" not in str(raised.value)
 
 

@@ -176,7 +176,8 @@ def test_small_files_of_killed_writers_are_removed_once_they_are_old(tmp_path):
     spec = CacheSpec(cache_dir=str(tmp_path / "cache"), cache_size_gb=1)
     folder = ShardCache.open(spec).folder
     old, fresh, other = (
-        folder / name for name in (f".{A}.doc.0123abcd.tmp", f".{A}.doc.4567cdef.tmp", ".notes.doc.0123abcd.tmp")
+        folder / name
+        for name in (f".{A}.doc.0123abcd.tmp", f".{A}.doc.4567cdef.tmp", ".notes.doc.0123abcd.tmp")
     )
     for path in (old, fresh, other):
         path.write_bytes(b"x")

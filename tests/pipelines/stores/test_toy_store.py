@@ -130,7 +130,9 @@ def test_the_secrets_of_its_urls_are_hidden(store, cache):
     with pytest.raises(RemoteError, match=r"toy://set/absent\.tar\.index\.json") as absent:
         SmallFiles(None, QUICK)._parsed(f"toy://set/absent.tar.index.json?token={SECRET}", bytes)
     assert SECRET not in str(absent.value)
-    with pytest.raises(NotImplementedError, match=r"ToyStore does not list toy://set/\*\.tar") as unlisted:
+    with pytest.raises(
+        NotImplementedError, match=r"ToyStore does not list toy://set/\*\.tar"
+    ) as unlisted:
         Store.find(store, f"toy://user:{SECRET}@set/*.tar?{SECRET}", QUICK)
     assert SECRET not in str(unlisted.value)
     braces = f"{{toy://u:{SECRET}@h:1,http://v:{SECRET}@i:2}}/b.tar?{SECRET}"
