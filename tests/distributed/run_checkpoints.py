@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from fastmoco.checkpoint import Saver, group_for_saving, load_latest, save_checkpoint, saver, store
 from fastmoco.distributed import World, start_world, stop_world
 from fastmoco.errors import RunError
+from fastmoco.optim.averaged import AveragedOptimizer, HostSkipped
 from fastmoco.training import state as training_state
 from tests.checkpoint_content import full_disk
 
@@ -30,7 +31,7 @@ STEPS = 3
 """Taken before the save; as many again after it."""
 
 
-def model_and_optimizer(seed: int, *, sharded: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+def model_and_optimizer(seed: int, *, sharded: bool) -> tuple[nn.Module, AveragedOptimizer]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 3)).double()
     model.register_buffer("count", torch.tensor(seed))
@@ -39,17 +40,17 @@ def model_and_optimizer(seed: int, *, sharded: bool) -> tuple[nn.Module, torch.o
             if list(part.parameters()):
                 fully_shard(part)
         fully_shard(model)
-    return model, torch.optim.AdamW(model.parameters(), lr=0.05)
+    return model, HostSkipped(torch.optim.AdamW(model.parameters(), lr=0.05), {})
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+def train(model: nn.Module, optimizer: AveragedOptimizer, steps: range) -> list[float]:
     losses = []
     for step in steps:
         rows = torch.randn(8, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
         loss = model(rows).square().mean()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
-        optimizer.step()
+        optimizer.inner.step()
         losses.append(loss.item())
     return losses
 
@@ -90,7 +91,10 @@ def run_load(root: Path, *, sharded: bool) -> dict[str, object]:
         for tensor in model.parameters()
     ]
     moments = [
-        value for state in optimizer.state.values() for key, value in state.items() if key != "step"
+        value
+        for state in optimizer.inner.state.values()
+        for key, value in state.items()
+        if key != "step"
     ]
     return {
         "in place": before == after,

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from fastmoco import recipes
-from fastmoco.cli.main import main
 from fastmoco.config import Config, DataConfig, ModelConfig
 from fastmoco.config.serial import differences, flatten, from_json, may_change, to_json
 from fastmoco.recipes import get_recipe, with_image_size
 from fastmoco_pipelines.making.digits import pack_digits
 from fastmoco_pipelines.spec import Resume, ViewSpec, each_view, moco_v3_views
+from tests.command_line import main
 
 CROPS = ViewSpec(size=96, crop_scale=(0.05, 0.4), copies=6, blur_sigma=(0.1, 1.0), color="exact")
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastmoco.cli.main import main
 from fastmoco.config.serial import from_json, may_change, to_json
 from fastmoco.distributed import BatchNorm, World, parallelize
 from fastmoco.models import VisionTransformer
@@ -31,6 +30,7 @@ from fastmoco.optim.averaged import AveragedLARS, AveragedOptimizer, FusedAdamW
 from fastmoco.recipes.byol import BYOLConfig, byol_digits, byol_vit_s16_e300_b4096
 from fastmoco.training.load_run import load_run
 from fastmoco_pipelines.spec import Resume
+from tests.command_line import main
 from tests.distributed.cases import run_cases
 from tests.distributed.test_ranks import launch
 

@@ -125,8 +125,11 @@ def test_encoders_that_lose_by_their_casts_are_refused(
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"compile": False}, "compile=False: momentum_linears=float8 needs --model.compile"),
-        ({"compile": True, "linears": "float8"}, "linears=float8 covers the momentum encoder too"),
+        ({"compile": False}, "compile=False: momentum_linears=float8 requires --model.compile"),
+        (
+            {"compile": True, "linears": "float8"},
+            "linears=float8 already covers the momentum encoder",
+        ),
     ],
 )
 def test_settings_that_lose_are_refused(options: dict[str, Any], text: str) -> None:
@@ -148,7 +151,7 @@ def test_devices_without_float8_and_shards_are_refused(monkeypatch: pytest.Monke
         build_objective(config, torch.device("cpu"))
     _, ours, _ = objectives()
     with pytest.raises(
-        ValueError, match=r"momentum_linears='float8': .* take parallel.strategy ddp"
+        ValueError, match=r"momentum_linears='float8': .* use parallel.strategy ddp"
     ):
         ForwardBackward(config, ours, World(rank=0, world_size=2), "bf16")
     require_whole(False)

@@ -182,9 +182,9 @@ def test_devices_and_precisions_without_float8_are_refused(monkeypatch: pytest.M
     [
         (
             {"checkpointing": "selective", "compile": True},
-            "checkpointing='selective': with linears=float8 would compute",
+            "checkpointing='selective': with linears=float8 would recompute",
         ),
-        ({"compile": False}, "compile=False: linears=float8 needs --model.compile"),
+        ({"compile": False}, "compile=False: linears=float8 requires --model.compile"),
     ],
 )
 def test_settings_that_lose_are_refused(options: dict[str, Any], text: str) -> None:

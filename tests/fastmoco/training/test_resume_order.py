@@ -54,7 +54,10 @@ def test_another_cut_into_shards_is_refused():
         ({}, "b"),
         ({"order_digest": "a"}, ""),
     ):
-        with pytest.raises(RunError, match=r"windows of \d+ shards .*--data\.shuffle-window"):
+        with pytest.raises(
+            RunError,
+            match=r"another order of the images.* shards together .*--data\.shuffle-window",
+        ):
             resume.require_same_order(checkpoint(**before), now)
 
 
