@@ -273,7 +273,7 @@ def test_a_refusal_is_not_tried_again(words: list[str], tmp_path: Path) -> None:
     try:
         assert one.end() == 2, one.text()
         assert "is larger than the whole set of 1437 samples" in one.text()
-        assert one.text().count("torchrun is asked to end") == 1
+        assert one.text().count("asking torchrun to end") == 1
         assert "attempts left" not in one.text()
     finally:
         one.close()
