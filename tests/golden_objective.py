@@ -65,14 +65,21 @@ def rough_objective(*, stem: str = "patch", freeze: bool = True, depth: int = 2)
         freeze_patch_embed=freeze,
     )
     objective = MoCoV3(build, projection_dim=12, hidden_dim=40).double()
+    move_apart_(objective, 0.1)
     with torch.no_grad():
-        for name, parameter in objective.named_parameters():
-            if "pos_embed" not in name and (parameter.requires_grad or "patch_embed" not in name):
-                parameter.add_(torch.randn_like(parameter) * 0.1)
         for name, buffer in objective.named_buffers():
             if "running" in name:
                 buffer.add_(torch.rand_like(buffer))
     return objective
+
+
+def move_apart_(objective: MoCoV3, scale: float) -> None:
+    """Add normal noise to all parameters of both encoders and the predictor, but for frozen stems,
+    which stay equal."""
+    with torch.no_grad():
+        for name, parameter in objective.named_parameters():
+            if "pos_embed" not in name and (parameter.requires_grad or "patch_embed" not in name):
+                parameter.add_(torch.randn_like(parameter) * scale)
 
 
 def random_views(objective: MoCoV3, batch: int = 6) -> tuple[Tensor, Tensor]:

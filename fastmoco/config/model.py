@@ -100,11 +100,6 @@ class ModelConfig:
         if self.momentum_linears == "float8":
             rule = "requires linears=native: linears=float8 already covers the momentum encoder"
             require(self.linears == "native", "momentum_linears", self.momentum_linears, rule)
-            rule = (
-                "momentum_linears=float8 requires --model.compile auto or True: without it, "
-                "casts move several times the bytes of products"
-            )
-            require(self.compile is not False, "compile", self.compile, rule)
         if self.linears == "float8":
             # Autograd sees torchao's layer as one operation and cannot recompute a part of it.
             rule = (
@@ -112,11 +107,13 @@ class ModelConfig:
                 "use full or none"
             )
             require(self.checkpointing != "selective", "checkpointing", self.checkpointing, rule)
+        for name in ("linears", "momentum_linears"):
             rule = (
-                "linears=float8 requires --model.compile auto or True: without it, "
+                f"{name}=float8 requires --model.compile auto or True: without it, "
                 "casts move several times the bytes of products"
             )
-            require(self.compile is not False, "compile", self.compile, rule)
+            runs = getattr(self, name) != "float8" or self.compile is not False
+            require(runs, "compile", self.compile, rule)
         if self.blocks == "fused":
             # The fused block is one operation to autograd and to the compiler.
             rule = (

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.config import Config
-from fastmoco.models.encoder import Coupling
 from fastmoco.models.heads import FORMS, HeadForm, build_head
 from fastmoco.objectives.interface import Features, Inputs, Objective, Output, Progress
-from fastmoco.objectives.momentum import Momentum, by_view, two_views
-from fastmoco.optim.schedule import ema_momentum as momentum_at
+from fastmoco.objectives.momentum import Momentum, by_view, plain_projection, two_views
 from fastmoco.recipes.byol import BYOLConfig
 
 FLOOR = 1e-12
@@ -59,14 +57,14 @@ class BYOL(Objective):
         ema_schedule: Literal["cosine", "constant"] = "cosine",
     ) -> None:
         super().__init__()
-        self.ema_start, self.ema_schedule = ema_momentum, ema_schedule
         self.encoder, self.momentum_encoder = build_encoder(), build_encoder()
         for encoder in (self.encoder, self.momentum_encoder):
             encoder.head = build_head(encoder.embed_dim, hidden_dim, projection_dim, projector)
         self.predictor = build_head(projection_dim, hidden_dim, projection_dim, predictor)
-        self.momentum = Momentum(self.encoder, self.momentum_encoder)
-        couples = self.encoder.coupling is Coupling.TRUNK
-        self.coupling = Coupling.TRUNK if couples else Coupling.HEADS
+        self.momentum = Momentum(
+            self.encoder, self.momentum_encoder, start=ema_momentum, schedule=ema_schedule
+        )
+        self.coupling = self.momentum.coupling
         self.coupling_reason = self.encoder.coupling_reason
 
     @classmethod
@@ -105,13 +103,9 @@ class BYOL(Objective):
         """The same with nothing shared: each encoder sees each view alone, and the loss is 2 - 2
         cos of both directions."""
         views = two_views(inputs)
-        predictions = [
-            self.predictor(self.encoder.head(_plain(self.encoder, view))) for view in views
-        ]
+        predictions = [self.predictor(plain_projection(self.encoder, view)) for view in views]
         with torch.no_grad():
-            targets = [
-                self.momentum_encoder.head(_plain(self.momentum_encoder, view)) for view in views
-            ]
+            targets = [plain_projection(self.momentum_encoder, view) for view in views]
         directions = zip(predictions, reversed(targets), strict=True)
         loss = torch.stack(
             [(2 - 2 * torch.cosine_similarity(p, z, dim=1)).mean() for p, z in directions]
@@ -127,13 +121,7 @@ class BYOL(Objective):
 
     def ema_momentum(self, at: Progress) -> float:
         """That of the step which ends, m(t): after the last step, too."""
-        return momentum_at(
-            at.step,
-            start=self.ema_start,
-            epochs=at.epochs,
-            steps_per_epoch=at.steps_per_epoch,
-            schedule=self.ema_schedule,
-        )
+        return self.momentum.value(at.step, at)
 
     def schedules(self, at: Progress) -> Mapping[str, float]:
         """The momentum of the move that ends this step."""
@@ -167,9 +155,3 @@ def regression_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 def _directions(rows: Tensor) -> Tensor:
     """Rows over their lengths; the floor is on the square."""
     return rows * rows.square().sum(dim=-1, keepdim=True).clamp(min=FLOOR).rsqrt()
-
-
-def _plain(encoder: Any, view: Tensor) -> Tensor:
-    """[B, E] of one view, every block on every token."""
-    features: Tensor = encoder.encode_plain(encoder.patch_tokens(view))
-    return features

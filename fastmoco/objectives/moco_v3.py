@@ -13,12 +13,10 @@ from torch.nn.functional import cross_entropy, normalize
 from fastmoco.config import Config, MoCoV3Config
 from fastmoco.distributed.gather import gather_keys, start_gathering
 from fastmoco.distributed.mesh import group_rank
-from fastmoco.models.encoder import Coupling, Encoder
 from fastmoco.models.heads import predictor, projector
 from fastmoco.models.vit import VisionTransformer
 from fastmoco.objectives.interface import Features, Inputs, Objective, Output, Progress
-from fastmoco.objectives.momentum import Momentum, by_view, two_views
-from fastmoco.optim.schedule import ema_momentum as momentum_at
+from fastmoco.objectives.momentum import Momentum, by_view, plain_projection, two_views
 from fastmoco_kernels.info_nce.op import symmetric_info_nce_loss
 
 
@@ -70,14 +68,14 @@ class MoCoV3(Objective):
         if not temperature > 0:
             raise ValueError(f"temperature={temperature}: must be positive")
         self.temperature = temperature
-        self.ema_start, self.ema_schedule = ema_momentum, ema_schedule
         self.encoder, self.momentum_encoder = build_encoder(), build_encoder()
         for encoder in (self.encoder, self.momentum_encoder):
             encoder.head = projector(encoder.embed_dim, hidden_dim, projection_dim)
         self.predictor = predictor(projection_dim, hidden_dim, projection_dim)
-        self.momentum = Momentum(self.encoder, self.momentum_encoder)
-        couples = self.encoder.coupling is Coupling.TRUNK
-        self.coupling = Coupling.TRUNK if couples else Coupling.HEADS
+        self.momentum = Momentum(
+            self.encoder, self.momentum_encoder, start=ema_momentum, schedule=ema_schedule
+        )
+        self.coupling = self.momentum.coupling
         self.coupling_reason = self.encoder.coupling_reason
 
     @classmethod
@@ -141,10 +139,6 @@ class MoCoV3(Objective):
         over both directions.
         """
 
-        def encode(encoder: Encoder, view: Tensor) -> Tensor:
-            projected: Tensor = encoder.head(encoder.encode_plain(encoder.patch_tokens(view)))
-            return projected
-
         def loss(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
             logits = normalize(q, dim=1) @ gather_keys(normalize(k, dim=1)).T / self.temperature
             positives = group_rank() * q.shape[0] + torch.arange(q.shape[0], device=q.device)
@@ -155,9 +149,9 @@ class MoCoV3(Objective):
             return 2 * self.temperature * cross_entropy(logits, positives), shares
 
         views = two_views(inputs)
-        q1, q2 = (self.predictor(encode(self.encoder, view)) for view in views)
+        q1, q2 = (self.predictor(plain_projection(self.encoder, view)) for view in views)
         with torch.no_grad():
-            k1, k2 = (encode(self.momentum_encoder, view) for view in views)
+            k1, k2 = (plain_projection(self.momentum_encoder, view) for view in views)
         (loss1, shares1), (loss2, shares2) = loss(q1, k2), loss(q2, k1)
         watch = {"queries": torch.stack([q1, q2]).detach(), "keys": torch.stack([k1, k2])}
         if accuracy:
@@ -172,21 +166,12 @@ class MoCoV3(Objective):
         """That of the next step, m(t + 1): the paper averages before a step's forward. None at the
         end of the last step."""
         following = at.step + 1
-        return self._momentum_at(following, at) if following < at.total_steps else None
+        return self.momentum.value(following, at) if following < at.total_steps else None
 
     def schedules(self, at: Progress) -> Mapping[str, float]:
         """The momentum that made this step's keys."""
-        return {"ema_momentum": self._momentum_at(at.step, at)}
+        return {"ema_momentum": self.momentum.value(at.step, at)}
 
     def choices(self, at: Progress) -> Hashable:
         """Whether both encoders share patch tokens."""
         return self.momentum.shares_tokens()
-
-    def _momentum_at(self, step: int, at: Progress) -> float:
-        return momentum_at(
-            step,
-            start=self.ema_start,
-            epochs=at.epochs,
-            steps_per_epoch=at.steps_per_epoch,
-            schedule=self.ema_schedule,
-        )

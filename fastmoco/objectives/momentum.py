@@ -6,14 +6,15 @@ A part, not a base class: an objective makes one of its two encoders and asks it
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastmoco.models.encoder import Coupling, Encoder
-from fastmoco.objectives.interface import Features, Inputs
+from fastmoco.objectives.interface import Features, Inputs, Progress
+from fastmoco.optim.schedule import ema_momentum
 
 
 class Momentum:
@@ -25,11 +26,26 @@ class Momentum:
     Args:
         encoder: whose weights the other one copies.
         momentum_encoder: of equal shapes; loses its gradient.
+        start: momentum of the average at step 0.
+        schedule: "cosine" rises to 1 at the end of the run, "constant" stays.
+
+    Attributes:
+        coupling: of an objective whose heads couple images: that of the trunk, if it does too.
     """
 
-    def __init__(self, encoder: Any, momentum_encoder: Any) -> None:
+    def __init__(
+        self,
+        encoder: Any,
+        momentum_encoder: Any,
+        *,
+        start: float,
+        schedule: Literal["cosine", "constant"],
+    ) -> None:
         self.encoder = encoder
         self.momentum_encoder = momentum_encoder
+        self.coupling = Coupling.TRUNK if _couples(encoder) else Coupling.HEADS
+        self._start = start
+        self._schedule = schedule
         momentum_encoder.requires_grad_(False)
         with torch.no_grad():
             for average, own in zip(
@@ -42,6 +58,16 @@ class Momentum:
     def averages(self) -> dict[nn.Parameter, Tensor]:
         """Parameter -> its average, frozen ones included."""
         return dict(zip(self.encoder.parameters(), self.momentum_encoder.parameters(), strict=True))
+
+    def value(self, step: int, at: Progress) -> float:
+        """The momentum of the average at a step of the run of `at`, m(step)."""
+        return ema_momentum(
+            step,
+            start=self._start,
+            epochs=at.epochs,
+            steps_per_epoch=at.steps_per_epoch,
+            schedule=self._schedule,
+        )
 
     def shares_tokens(self) -> bool:
         """Whether both encoders must give the same patch tokens: their stems are frozen and equal.
@@ -114,6 +140,12 @@ def two_views(inputs: Inputs) -> tuple[Tensor, Tensor]:
 def by_view(features: Tensor) -> Tensor:
     """[B, V, E] -> [V, B, E], of which batch norms take the statistics of each view alone."""
     return features.transpose(0, 1).contiguous()
+
+
+def plain_projection(encoder: Any, view: Tensor) -> Tensor:
+    """The projection of one view alone, by plain operations with nothing fused: for references."""
+    projected: Tensor = encoder.head(encoder.encode_plain(encoder.patch_tokens(view)))
+    return projected
 
 
 def _couples(encoder: Encoder) -> bool:

@@ -12,6 +12,23 @@ from PIL import Image
 from fastmoco_pipelines.spec import ViewSpec
 from fastmoco_pipelines.views.draws import ViewDraws, draw_views
 
+NOTHING = {
+    "flip_probability": 0,
+    "jitter_probability": 0,
+    "grayscale_probability": 0,
+    "blur_probability": 0,
+    "solarize_probability": 0,
+}
+JITTER = {
+    **NOTHING,
+    "jitter_probability": 1,
+    "brightness": 0,
+    "contrast": 0,
+    "saturation": 0,
+    "hue": 0,
+}
+"""Options of a `ViewSpec` that change nothing but crop and size; `JITTER` jitters, by nothing yet."""
+
 
 @functools.cache
 def photographs(count: int, kind: str = "JPEG") -> list[NDArray[np.uint8]]:

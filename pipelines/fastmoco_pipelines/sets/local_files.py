@@ -9,8 +9,9 @@ import errno
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, read_list
@@ -20,6 +21,7 @@ MAX_OPEN_FILES = 128  # a process may hold 1024 by default, and several sets are
 _PAUSES = (0.05, 0.45)
 _OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this machine, not of a shard
 
+T = TypeVar("T")
 Place = tuple[int, int, int]
 """Shard, offset and size in bytes."""
 ReadFault = ShardError | OSError
@@ -94,23 +96,16 @@ class LocalFiles:
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         self.reading = (shard, offset)
-        for pause in self._pauses(shard):
+
+        def read() -> bytes:
             descriptor = self._descriptor(shard)
             try:
                 return read_at(descriptor, size, offset)
-            except OSError as error:
+            except OSError:
                 os.close(self._open.pop(shard))  # a stale handle stays stale
-                if pause is None:
-                    name = self._paths[shard].name
-                    raise ShardError(
-                        f"{name}: cannot be read at byte {offset} ({error.strerror})."
-                    ) from error
-                time.sleep(pause)
-        raise AssertionError
+                raise
 
-    def _pauses(self, shard: int) -> tuple[float | None, ...]:
-        """What follows each try that fails: a pause in seconds, or None for no more tries."""
-        return (None,) if shard in self._failing else (*_PAUSES, None)
+        return self._tried(shard, read, ShardError, f"cannot be read at byte {offset}")
 
     def _descriptor(self, shard: int) -> int:
         """An open descriptor of a shard; the one unused for longest is closed when there are too
@@ -121,18 +116,28 @@ class LocalFiles:
             return descriptor
         while len(self._open) >= MAX_OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
-        for pause in self._pauses(shard):
+        self._open[shard] = self._tried(
+            shard,
+            lambda: os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC),
+            _NotOpenedError,
+            "cannot be opened any more",
+        )
+        return self._open[shard]
+
+    def _tried(
+        self, shard: int, attempt: Callable[[], T], error_type: type[ShardError], problem: str
+    ) -> T:
+        """The result of the first attempt that succeeds: of three with pauses, or of the only one
+        for a shard that failed before."""
+        for pause in (None,) if shard in self._failing else (*_PAUSES, None):
             try:
-                self._open[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-                break
+                return attempt()
             except OSError as error:
                 if pause is None:
                     name = self._paths[shard].name
-                    raise _NotOpenedError(
-                        f"{name}: cannot be opened any more ({error.strerror})."
-                    ) from error
+                    raise error_type(f"{name}: {problem} ({error.strerror}).") from error
                 time.sleep(pause)
-        return self._open[shard]
+        raise AssertionError
 
 
 def is_own_trouble(fault: ReadFault) -> bool:

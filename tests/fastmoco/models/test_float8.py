@@ -25,7 +25,7 @@ from fastmoco.models.float8 import candidates, use_float8_
 from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.optim.averaged import FusedAdamW
-from tests.golden_objective import features_of
+from tests.golden_objective import features_of, move_apart_
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
@@ -46,10 +46,7 @@ def objectives(depth: int = 4) -> tuple[MoCoV3, MoCoV3, tuple[Tensor, Tensor]]:
     """An objective with its encoders apart, the same in float8, and two views."""
     torch.manual_seed(40)
     native = MoCoV3(functools.partial(encoder, depth=depth), projection_dim=32, hidden_dim=64)
-    with torch.no_grad():
-        for name, parameter in native.named_parameters():
-            if parameter.requires_grad or ("pos_embed" not in name and "patch_embed" not in name):
-                parameter.add_(torch.randn_like(parameter) * 0.02)
+    move_apart_(native, 0.02)
     ours = copy.deepcopy(native)
     for part in (ours.encoder, ours.momentum_encoder):
         use_float8_(part, emulate=True)

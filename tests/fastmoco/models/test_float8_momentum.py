@@ -30,7 +30,7 @@ from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.recipes import quickstart_digits
 from fastmoco.training.forward_backward import ForwardBackward
-from tests.golden_objective import features_of
+from tests.golden_objective import features_of, move_apart_
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 BATCH = 13
@@ -64,10 +64,7 @@ def objectives(depth: int = 3) -> tuple[MoCoV3, MoCoV3, tuple[Tensor, Tensor]]:
     views."""
     torch.manual_seed(50)
     native = MoCoV3(functools.partial(encoder, depth=depth), projection_dim=32, hidden_dim=64)
-    with torch.no_grad():
-        for name, parameter in native.named_parameters():
-            if parameter.requires_grad or ("pos_embed" not in name and "patch_embed" not in name):
-                parameter.add_(torch.randn_like(parameter) * 0.02)
+    move_apart_(native, 0.02)
     ours = copy.deepcopy(native)
     use_float8_inference_(ours.momentum_encoder, emulate=True)
     view1, view2 = torch.randn(2, BATCH, 3, 32, 32).unbind()

@@ -15,23 +15,9 @@ from fastmoco_pipelines.views.arguments import color_matrices, operations
 from fastmoco_pipelines.views.dali import DecodeError, EvalPipeline, ViewPipeline
 from fastmoco_pipelines.views.draws import ViewDraws, draw_views
 from fastmoco_pipelines.views.reference import adjust_hue, reference_eval, reference_view
+from tests.pipelines.dali_cases import JITTER, NOTHING
 
 COUNT, SIZE = 24, 112
-NOTHING = {
-    "flip_probability": 0,
-    "jitter_probability": 0,
-    "grayscale_probability": 0,
-    "blur_probability": 0,
-    "solarize_probability": 0,
-}
-JITTER = {
-    **NOTHING,
-    "jitter_probability": 1,
-    "brightness": 0,
-    "contrast": 0,
-    "saturation": 0,
-    "hue": 0,
-}
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> np.ndarray:

@@ -22,34 +22,20 @@ from fastmoco_pipelines.views.arguments import named_inputs, operations
 from fastmoco_pipelines.views.dali import ViewPipeline
 from fastmoco_pipelines.views.draws import ViewDraws, draw_views
 from fastmoco_pipelines.views.reference import reference_view
+from tests.pipelines.dali_cases import JITTER, NOTHING
 
 COUNT, SIZE = 24, 112
-STILL = {
-    "flip_probability": 0,
-    "jitter_probability": 0,
-    "grayscale_probability": 0,
-    "blur_probability": 0,
-    "solarize_probability": 0,
-}
-JITTER = {
-    **STILL,
-    "jitter_probability": 1,
-    "brightness": 0,
-    "contrast": 0,
-    "saturation": 0,
-    "hue": 0,
-}
 OPERATIONS = {
-    "flip": STILL | {"flip_probability": 0.5},
+    "flip": NOTHING | {"flip_probability": 0.5},
     "brightness": JITTER | {"brightness": 0.4},
     "contrast": JITTER | {"contrast": 0.4},
     "saturation": JITTER | {"saturation": 0.2},
     "hue": JITTER | {"hue": 0.1},
     "the four in their own order": JITTER
     | {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1},
-    "greyscale": STILL | {"grayscale_probability": 0.5},
-    "blur": STILL | {"blur_probability": 1.0},
-    "solarize": STILL | {"solarize_probability": 0.5},
+    "greyscale": NOTHING | {"grayscale_probability": 0.5},
+    "blur": NOTHING | {"blur_probability": 1.0},
+    "solarize": NOTHING | {"solarize_probability": 0.5},
     "all of view 1": {},
     "all of view 2": {"blur_probability": 0.1, "solarize_probability": 0.2},
 }
