@@ -197,8 +197,9 @@ def _follow_image_size(config: Config, args: list[str]) -> Config:
 def _recipes(args: list[str]) -> int:
     """List the recipes."""
     del args
+    width = max(map(len, RECIPES))
     for name, recipe in RECIPES.items():
-        print(f"  {name:<22} {first_sentence(recipe.__doc__)}")
+        print(f"  {name:<{width}} {first_sentence(recipe.__doc__)}")
     return 0
 
 
