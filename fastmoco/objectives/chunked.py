@@ -211,13 +211,11 @@ class ChunkedStep:
         split = [_gradient(leaf).split(sizes) for leaf in leaves]  # type: ignore[no-untyped-call]
         gradients = list(zip(*split, strict=True))
         for i, (chunk, gradient, state) in enumerate(zip(chunks, gradients, states, strict=True)):
-            again = (
-                graphs[i]
-                if i < kept
-                else self._again(chunk, at, state)
-                if state is not None
-                else None
-            )
+            again: tuple[Tensor, ...] | None = None  # of a chunk that graphs replay
+            if i < kept:
+                again = graphs[i]
+            elif state is not None:
+                again = self._again(chunk, at, state)
             with self.average.last() if i == len(chunks) - 1 else self.average.local():
                 if again is not None:
                     torch.autograd.backward(again, gradient)

@@ -12,6 +12,7 @@ import numpy as np
 
 from fastmoco_pipelines.files import write_json
 from fastmoco_pipelines.formats.index import index_path, tar_hash
+from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.sets.shard_set import ShardSet
 
 KINDS = ("changed", "garbage", "truncated", "empty")
@@ -60,3 +61,19 @@ def damaged_copy(packed: Path, to: Path, bad: Mapping[int, str]) -> Path:
     for sample_id, kind in bad.items():
         damage(folder, sample_id, kind)
     return folder
+
+
+def listed(**reasons: str) -> Quarantine:
+    """A list with the first sample of some shards, by the name of the shard without its ending."""
+    quarantine = Quarantine()
+    for shard, reason in reasons.items():
+        quarantine.add(
+            shard=f"{shard.replace('_', '-')}.tar",
+            key="1",
+            extension="jpg",
+            offset=0,
+            size=1,
+            crc32=1,
+            reason=reason,
+        )
+    return quarantine

@@ -15,6 +15,7 @@ from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
 from fastmoco_pipelines.inspecting import check as check_module
 from fastmoco_pipelines.inspecting.check import check_shards
 from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, Decoded, DecodePool, Item
+from tests.pipelines.damage import listed
 
 # A child that does what an item's size asks for. It speaks the protocol of the real one.
 CHILD = """
@@ -141,19 +142,7 @@ def test_the_quarantine_list_names_what_the_loader_must_pass_over(damaged):
 
 def test_lines_about_other_tars_stay_and_those_of_a_mended_one_go(damaged, packed):
     folder, _, _ = damaged
-    other = Quarantine()
-    other.add(
-        shard="val-000000.tar", key="1", extension="jpg", offset=0, size=1, crc32=1, reason="r"
-    )
-    other.add(
-        shard="train-000001.tar",
-        key="1",
-        extension="jpg",
-        offset=0,
-        size=1,
-        crc32=1,
-        reason="stale",
-    )
+    other = listed(val_000000="r", train_000001="stale")
     other.write(quarantine_path(folder))
     check_shards(str(folder), workers=1)
     assert [e.shard for e in Quarantine.read(quarantine_path(folder))] == [

@@ -24,7 +24,7 @@ from fastmoco_pipelines.inspecting.stats import measure_shards
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores import object_store
-from tests.pipelines.damage import damaged_copy
+from tests.pipelines.damage import damaged_copy, listed
 from tests.pipelines.http_fault_server import FaultServer, drop, plain, stall, status
 from tests.pipelines.quick_pool import QuickPool
 from tests.pipelines.stores.test_http_faults import QUICK
@@ -123,19 +123,7 @@ def test_lines_about_other_tars_stay_and_the_default_name_tells_the_place(
     packed, tmp_path, options, quick, monkeypatch
 ):
     folder = damaged_copy(packed, tmp_path / "set", {17: "changed"})
-    theirs, ours = Quarantine(), Quarantine()
-    theirs.add(
-        shard="val-000000.tar", key="1", extension="jpg", offset=0, size=1, crc32=1, reason="r"
-    )
-    theirs.add(
-        shard="train-000001.tar",
-        key="1",
-        extension="jpg",
-        offset=0,
-        size=1,
-        crc32=1,
-        reason="mended",
-    )
+    theirs = listed(val_000000="r", train_000001="mended")
     theirs.write(quarantine_path(folder))
     with quarantine_path(folder).open("a") as file:
         file.write("garbage\n")
@@ -143,15 +131,7 @@ def test_lines_about_other_tars_stay_and_the_default_name_tells_the_place(
     monkeypatch.chdir(tmp_path / "here")
     with FaultServer(tmp_path) as server:
         path = Path(f"quarantine-127.0.0.1-{server.url.rpartition(':')[2]}-set.jsonl")
-        ours.add(
-            shard="train-000002.tar",
-            key="1",
-            extension="jpg",
-            offset=0,
-            size=1,
-            crc32=1,
-            reason="another check",
-        )
+        ours = listed(train_000002="another check")
         ours.write(path)
         del options["remote_lists"]
         report = check_shards(f"{server.url}/set/train-00000{{0,1}}.tar", **options)
