@@ -11,6 +11,7 @@ the index detects it, and such inputs are counted separately. Exit code 1 on a v
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import os
 import sys
@@ -20,13 +21,17 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from fastmoco_pipelines.formats.index import build_index, index_path, write_index
+from fastmoco_pipelines.files import sealed_json
+from fastmoco_pipelines.formats.index import build_index
+from fastmoco_pipelines.formats.index_file import to_bytes
+from fastmoco_pipelines.formats.index_json import json_content
 from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, DecodePool, Item
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,11 +135,10 @@ def write_seeds(folder: Path) -> dict[str, list[bytes]]:
     ]
     indexes = []
     for i, tar in enumerate(tars):
-        path = folder / f"index-{i}"
-        path.write_bytes(tar)
-        index_path(path).write_bytes(write_index(path, build_index(path)).read_bytes())
-        content = index_path(path).read_bytes().replace(f'"index-{i}"'.encode(), b'"x.tar"')
-        indexes.append(content)
+        for path in (folder / f"index-{2 * i}", folder / f"index-{2 * i + 1}"):
+            path.write_bytes(tar)
+        index = replace(build_index(path), tar="x.tar")
+        indexes += [to_bytes(index), sealed_json(json_content(index))]
     seeds = {"image": images, "tar": tars, "index": indexes}
     for target in ("image", "tar"):
         for i, data in enumerate(seeds[target]):
@@ -162,9 +166,8 @@ def mutated(rng: np.random.Generator, seeds: dict[str, list[bytes]]) -> tuple[st
     target = str(rng.choice(list(TARGETS), p=list(TARGETS.values())))
     number = int(rng.integers(len(seeds[target])))
     data = bytearray(seeds[target][number])
-    if (
-        target == "index" and rng.random() < 0.5
-    ):  # without the hash of its content, as earlier versions wrote it
+    # The JSON form without the hash of its content, as the first versions wrote it.
+    if target == "index" and number % 2 and rng.random() < 0.5:
         data = data[: data.rindex(b',"content_hash"')] + b"}"
     for _ in range(int(rng.integers(1, 5))):
         _mutate(rng, data, target)
@@ -172,7 +175,15 @@ def mutated(rng: np.random.Generator, seeds: dict[str, list[bytes]]) -> tuple[st
         _mend_png(data)
     if target == "tar" and rng.random() < 0.7:
         _mend_tar(data)
+    if target == "index" and number % 2 == 0 and rng.random() < 0.5:
+        _mend_index(data)
     return target, number, bytes(data)
+
+
+def _mend_index(data: bytearray) -> None:
+    """The hash of the header made right, so that what is in it is looked at."""
+    size = int.from_bytes(data[12:16], "little")
+    data[16:48] = hashlib.sha256(data[48 : 48 + size]).digest()
 
 
 def _mutate(rng: np.random.Generator, data: bytearray, target: str) -> None:

@@ -25,7 +25,13 @@ from PIL import Image
 
 from fastmoco_pipelines.errors import ImageRefusedError, ShardError, TarError
 from fastmoco_pipelines.formats.images import read_header
-from fastmoco_pipelines.formats.index import build_index, index_path, read_index, write_index
+from fastmoco_pipelines.formats.index import (
+    build_index,
+    index_path,
+    json_path,
+    read_index,
+    write_index,
+)
 from fastmoco_pipelines.formats.tar import walk_damaged, walk_tar
 from fastmoco_pipelines.inspecting.decode_child import Decoder, limit_memory, limit_time
 from fastmoco_pipelines.sets.shard_set import ShardSet
@@ -189,9 +195,11 @@ def judge_index(path: Path, data: bytes, seed: Path) -> Outcome:
     """
     raw = seed.read_bytes()
     path.write_bytes(raw)
-    index_path(path).unlink(missing_ok=True)
+    forms = (index_path(path), json_path(path))
+    for form in forms:
+        form.unlink(missing_ok=True)
     truth = build_index(path)
-    index_path(path).write_bytes(data)
+    forms[data.lstrip()[:1] == b"{"].write_bytes(data)
     try:
         index = read_index(path)
         with ShardSet.open(str(path)) as shards:
@@ -212,7 +220,7 @@ def judge_index(path: Path, data: bytes, seed: Path) -> Outcome:
             index.columns["label"][i] != truth.columns["label"][row]
             or index.keys[i] != truth.keys[row]
         ):
-            sealed = b'"content_hash"' in data
+            sealed = b'"content_hash"' in data or not data.lstrip().startswith(b"{")
             return (
                 "VIOLATION: a wrong label"
                 if sealed

@@ -99,7 +99,7 @@ class Job:
         self, ids: NDArray[np.int64], number: int, color: Color = "exact", epoch: int = 0
     ) -> ViewDraws:
         """The draws of fastmoco's loader for view 1 or 2 of these samples."""
-        spec, sizes = self.views(color)[number - 1], self.set.sizes[ids]
+        spec, sizes = self.views(color)[number - 1], self.set.sizes_of(ids)
         return draw_views(spec, seed=0, epoch=epoch, sample_ids=ids, sizes=sizes, view=number)
 
     def batches(self) -> Iterator[tuple[NDArray[np.int64], list[NDArray[np.uint8]]]]:

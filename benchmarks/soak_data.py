@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 import random
 import re
 import shutil
 import threading
 import zlib
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Self
@@ -17,8 +17,7 @@ import numpy as np
 from PIL import Image
 
 from fastmoco_pipelines import ShardSet, pack_folder
-from fastmoco_pipelines.files import write_json
-from fastmoco_pipelines.formats.index import index_path, tar_hash
+from fastmoco_pipelines.formats.index import read_any_index, tar_hash, write_index
 
 _SHARDS = 20
 _KINDS = ("changed", "garbage", "truncated", "zeros")
@@ -85,13 +84,10 @@ def _damage(tar: Path, row: int, offset: int, size: int, kind: str) -> None:
     at = offset + (size // 2 if kind in ("changed", "truncated") else 0)
     data[at : at + len(new)] = new
     tar.write_bytes(data)
-    path = index_path(tar)
-    content = json.loads(path.read_bytes())
-    del content["content_hash"]
-    content["tar_hash"] = tar_hash(tar)
+    index = replace(read_any_index(tar), tar_hash=tar_hash(tar))
     if kind != "changed":
-        content["crc32"][row] = zlib.crc32(bytes(data[offset : offset + size]))
-    write_json(path, content, sealed=True)
+        index.columns["crc32"][row] = zlib.crc32(bytes(data[offset : offset + size]))
+    write_index(tar, index)
 
 
 class DroppingServer(ThreadingHTTPServer):

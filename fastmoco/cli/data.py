@@ -102,6 +102,7 @@ def index(
     labels: Literal["auto", "cls", "json", "txt", "none"] = "auto",
     label_field: str | None = None,
     salvage: bool = False,
+    json: bool = False,
     out: Path | None = None,
     cache: Annotated[CacheSpec, tyro.conf.arg(name="")] = CACHE,
 ) -> int:
@@ -116,6 +117,7 @@ def index(
             json and txt that the set has.
         label_field: Field of the .json that contains the label (default: label); selects json.
         salvage: Index the readable samples of damaged tars, and list every lost range of bytes.
+        json: Also write every index as JSON (x.tar.index.json), for other programs.
         out: For shards on a server: folder for the indexes, which you then copy next to the shards.
         cache: Where shards of a server are kept.
     """
@@ -135,6 +137,7 @@ def index(
                 progress=advance,
                 rule=rule,
                 salvage=salvage,
+                json=json,
                 out=out,
                 cache=cache,
             )

@@ -37,7 +37,7 @@ def quickstart(out: Path) -> int:
     fresh = not RunFolder(out / "run").metrics.exists()
     data = out / "data"
     train_shards, test_shards = str(data / "train-*.tar"), str(data / "test-*.tar")
-    if not all(list(data.glob(f"{name}-*.tar.index.json")) for name in ("train", "test")):
+    if not all(list(data.glob(f"{name}-*.tar.index*")) for name in ("train", "test")):
         train_shards, test_shards = pack_digits(data, seed=0, overwrite=True)
     config = quickstart_digits()
     config = replace(

@@ -115,7 +115,7 @@ def _require_comparable(bank: str, queries: str, cache: CacheSpec) -> None:
     classes = []
     for pattern in (bank, queries):
         with closing(ShardSet.open(pattern, cache=cache)) as shards:
-            if (shards.labels < 0).any():
+            if shards.unlabelled:
                 raise ValueError(
                     f"{redact(pattern)!r} has images without a label, which kNN needs: "
                     f"pack it from one folder per class"

@@ -81,7 +81,7 @@ def require_same_run(
     checkpoint: Checkpoint,
     config: Config,
     precision: str,
-    digest: str,
+    same_images: bool,
     folder: RunFolder,
     allow: Sequence[str] = (),
 ) -> None:
@@ -94,7 +94,7 @@ def require_same_run(
         checkpoint: the one that the run continues from.
         config: the config given now.
         precision: its precision, resolved on this machine.
-        digest: of the images.
+        same_images: whether `data.shards` holds the images of the checkpoint.
         folder: of the run.
         allow: fields that may differ, e.g. `optim.lr`.
 
@@ -129,10 +129,10 @@ def require_same_run(
             f"Repeat the original command to continue it{hint}, "
             "or choose another --out for a new run"
         )
-    if checkpoint.state["data"]["digest"] != digest:
+    if not same_images:
         raise RunError(
-            f"{folder.path} was trained on other images than those now in data.shards; "
-            "point --data.shards at the original set, or choose another --out for a new run"
+            f"{folder.path} was trained on other images than those now in data.shards, or on the "
+            "same ones in other shards; point --data.shards at the original set, or choose another --out for a new run"
         )
 
 

@@ -178,7 +178,8 @@ class Trainer:
             undo.callback(loader.close)
             precision = choose_precision(config.precision, world.device)
             if checkpoint is not None:
-                resume.require_same_run(checkpoint, config, precision, loader.digest, folder, allow)
+                same = loader.has_digest(checkpoint.state["data"]["digest"])
+                resume.require_same_run(checkpoint, config, precision, same, folder, allow)
                 resume.require_same_order(checkpoint, loader.order_digest)
 
             # Build everything else.

@@ -7,16 +7,27 @@ even in one thread.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import secrets
+import stat
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_mmap = _LIBC.mmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_munmap = _LIBC.munmap
+_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -51,6 +62,44 @@ def lock_path(path: str) -> int | None:
         if not mine:
             os.close(descriptor)
     return descriptor if mine else None
+
+
+def map_file(descriptor: int) -> memoryview:
+    """All of an open file, memory-mapped for reading; the descriptor may be closed afterwards.
+
+    `mmap.mmap` keeps a descriptor for every mapping, of which a process has about a thousand. The
+    file must be replaced as a whole, as `write_file` does, and not be cut while it is mapped.
+
+    Raises:
+        OSError: if it cannot be mapped; also if it is empty.
+    """
+    size = os.fstat(descriptor).st_size
+    address = _mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    if address == ctypes.c_void_p(-1).value:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    content = (ctypes.c_char * size).from_address(address)
+    weakref.finalize(content, _munmap, address, size).atexit = False
+    return memoryview(content).cast("B").toreadonly()
+
+
+def user_cache() -> Path:
+    """fastmoco's part of the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoco"
+
+
+def own_folder(folder: Path) -> bool:
+    """Whether a folder, which is made if absent, is this user's alone to write to, and no link.
+
+    Raises:
+        OSError: if it can be neither found nor made.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not os.path.lexists(folder):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    info = os.lstat(folder)
+    mine = info.st_uid == os.geteuid() and not info.st_mode & 0o022
+    return stat.S_ISDIR(info.st_mode) and mine
 
 
 def is_free(path: str) -> bool:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from fastmoco_pipelines.files import write_json
-from fastmoco_pipelines.formats.index import index_path, tar_hash
+from fastmoco_pipelines.formats.index import read_any_index, tar_hash, write_index
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.sets.shard_set import ShardSet
 
@@ -45,14 +44,11 @@ def damage(folder: Path, sample_id: int, kind: str) -> str:
     elif kind == "empty":
         raw[offset : offset + size] = bytes(size)
     tar.write_bytes(raw)
-    path = index_path(tar)
-    content = json.loads(path.read_bytes())
-    del content["content_hash"]
-    content["tar_hash"] = tar_hash(tar)
+    index = replace(read_any_index(tar), tar_hash=tar_hash(tar))
     if kind != "changed":
-        content["crc32"][row] = zlib.crc32(bytes(raw[offset : offset + size]))
-    write_json(path, content, sealed=True)
-    return f"{tar.name}: {content['key'][row]}.{content['extension'][row]}"
+        index.columns["crc32"][row] = zlib.crc32(bytes(raw[offset : offset + size]))
+    write_index(tar, index)
+    return f"{tar.name}: {index.member(row)}"
 
 
 def damaged_copy(packed: Path, to: Path, bad: Mapping[int, str]) -> Path:

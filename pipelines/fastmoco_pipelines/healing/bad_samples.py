@@ -67,14 +67,14 @@ class BadSamples:
         self._run_list = run_list
         self._run_list_size = 0
         self._lock = threading.RLock()
-        self._bad = np.zeros(len(shards), dtype=np.bool_)
+        self._bad: set[int] = set()
         self._found: dict[tuple[str, int, int, int], tuple[str, str]] = {}
         self._news: list[str] = []
         self.allowed = max(ALWAYS_ALLOWED, int(max_bad_share * len(shards))) if max_bad_share else 0
         beside, problems = shards.quarantine()
         self._news += problems
         listed = shards.listed(beside)
-        self._bad[list(listed)] = True
+        self._bad.update(listed)
         self.listed = len(listed)
         names = shards.names
         ours = sum(entry.shard in names for entry in beside)  # a folder may hold several sets
@@ -100,7 +100,9 @@ class BadSamples:
 
     def contains(self, sample_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of some samples are known to be bad."""
-        return self._bad[sample_ids]
+        if not self._bad:
+            return np.zeros(len(sample_ids), dtype=np.bool_)
+        return np.array([i in self._bad for i in sample_ids.tolist()], dtype=np.bool_)
 
     def add(self, sample_id: int, reason: str) -> None:
         """Leave a sample out from now on, and note why.
@@ -109,7 +111,7 @@ class BadSamples:
             TooManyBadSamplesError: if this is one too many.
         """
         with self._lock:
-            if not self._bad[sample_id]:
+            if sample_id not in self._bad:
                 where = self._shards.describe(sample_id)
                 self._note(sample_id, reason, where)
                 count = len(self._found)
@@ -126,7 +128,7 @@ class BadSamples:
         """
         with self._lock:
             name, samples = self._shards.shard_of(sample_id)
-            lost, where = [i for i in samples if not self._bad[i]], f"{name}: all of it"
+            lost, where = [i for i in samples if i not in self._bad], f"{name}: all of it"
             if len(self._found) + len(lost) > self.allowed:
                 self._found |= {
                     _identity(self._shards, i): (where, f"{UNREADABLE}{reason}") for i in lost
@@ -182,8 +184,8 @@ class BadSamples:
                 entry for entry in noted if not entry.reason.startswith(UNREADABLE)
             )
             for sample_id, reason in self._shards.listed(lasting).items():
-                if not self._bad[sample_id]:
-                    self._bad[sample_id] = True
+                if sample_id not in self._bad:
+                    self._bad.add(sample_id)
                     self._found[_identity(self._shards, sample_id)] = (
                         self._shards.describe(sample_id),
                         reason,
@@ -198,7 +200,7 @@ class BadSamples:
             return news
 
     def _note(self, sample_id: int, reason: str, where: str) -> None:
-        self._bad[sample_id] = True
+        self._bad.add(sample_id)
         entry = Quarantine().add(**self._shards.entry(sample_id), reason=reason)  # type: ignore[arg-type]
         assert entry is not None
         self._found[entry.identity] = (where, entry.reason)

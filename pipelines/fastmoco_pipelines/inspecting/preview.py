@@ -77,7 +77,7 @@ def save_view_grid(
         require(len(shard_set) > 0, "shards", shards, "holds no image")
         sample_ids = epoch_order(seed, epoch, len(shard_set))[: rows * images_a_row]
         encoded = shard_set.read(sample_ids)
-        sizes = shard_set.sizes[sample_ids]
+        sizes = shard_set.sizes_of(sample_ids)
     finally:
         shard_set.close()
     draws = draw_batch(views, seed=seed, epoch=epoch, sample_ids=sample_ids, sizes=sizes)

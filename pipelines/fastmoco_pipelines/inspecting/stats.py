@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.formats.index import ShardIndex, read_index
+from fastmoco_pipelines.formats.index import read_index
+from fastmoco_pipelines.formats.index_file import ShardIndex
 from fastmoco_pipelines.formats.manifest import read_sets
 from fastmoco_pipelines.sets.cached_files import open_cache
 from fastmoco_pipelines.sets.patterns import is_remote
@@ -106,7 +107,7 @@ def measure_shards(
     """
     if is_remote(pattern):
         remote = open_remote(pattern, open_cache(cache or CacheSpec()), transfers or Limits())
-        indexes = list(remote.indexes)
+        indexes = [remote.load(shard).whole() for shard in range(len(remote.remotes))]
         classes = remote.classes
     else:
         tars = LocalTars(pattern)

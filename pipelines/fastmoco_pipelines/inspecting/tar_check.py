@@ -10,12 +10,13 @@ from pathlib import Path
 from fastmoco_pipelines.errors import ShardError, TarError
 from fastmoco_pipelines.formats.images import EXTENSIONS
 from fastmoco_pipelines.formats.index import (
-    ShardIndex,
     fits_tar,
     index_path,
+    json_path,
     lost_entry,
     read_any_index,
 )
+from fastmoco_pipelines.formats.index_file import ShardIndex
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.members import TarContent, group_members, split_name
 from fastmoco_pipelines.formats.quarantine import Quarantine
@@ -97,7 +98,7 @@ class TarCheck:
             index = read_any_index(self.path)
         except ShardError as error:
             self.refused = True
-            if index_path(self.path).exists():
+            if index_path(self.path).exists() or json_path(self.path).exists():
                 self._fault("", "broken index", str(error))
             else:
                 self.report.unindexed += 1

@@ -112,6 +112,10 @@ class BatchStream(ABC):
     def close(self) -> None:
         """Release what the stream holds. Batches that were delivered stay valid."""
 
+    def has_digest(self, saved: str) -> bool:
+        """Whether a digest that a run has saved is the one of this set."""
+        return saved == self.digest
+
     def figures(self) -> StageFigures:
         """Where the time has gone since the beginning; empty for a stream that costs nothing."""
         return StageFigures()

@@ -172,4 +172,4 @@ class EvalLoader:
             except DecodeError as error:
                 found = trial.blame(error, ids, encoded)
             else:
-                return EvalBatch(images=images, labels=self._shards.labels[ids], sample_ids=ids)
+                return EvalBatch(images=images, labels=self._shards.labels_of(ids), sample_ids=ids)

@@ -239,6 +239,11 @@ class Loader(BatchStream):
         )
         raise self._failure
 
+    def has_digest(self, saved: str) -> bool:
+        """Whether a digest that a run has saved is the one of this set; in version 1, too, which
+        reads all records."""
+        return saved == self.digest or saved == self._shards.digest_1
+
     def figures(self) -> StageFigures:
         """Where the time has gone since the loader was built, and how many samples are left out."""
         self._bad.read_run_list()

@@ -120,7 +120,7 @@ class Source:
             seed=self.spec.seed,
             epoch=places.epoch,
             sample_ids=places.ids,
-            sizes=self.shards.sizes[places.ids],
+            sizes=self.shards.sizes_of(places.ids),
             places=places.streams,
         )
         return Prepared(places, encoded, draws)

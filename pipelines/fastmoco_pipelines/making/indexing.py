@@ -15,14 +15,15 @@ from typing import Any
 from fastmoco_pipelines.errors import LabelError, ShardError
 from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.formats.index import (
-    ShardIndex,
     fits_tar,
     index_path,
     lost_entry,
     read_any_index,
     scan_tar,
     write_index,
+    write_json_index,
 )
+from fastmoco_pipelines.formats.index_file import ShardIndex
 from fastmoco_pipelines.formats.labels import (
     LabelRule,
     NumberedLabels,
@@ -99,6 +100,7 @@ def index_shards(
     out: Path | None = None,
     cache: CacheSpec | None = None,
     transfers: Limits | None = None,
+    json: bool = False,
 ) -> IndexReport:
     """Write the index of every shard; for tars that were not made by `fastmoco data pack`.
 
@@ -113,6 +115,7 @@ def index_shards(
             for these alone.
         cache: where copies of them are kept; None: the default folder and size.
         transfers: times and tries of each transfer.
+        json: also write every index in its JSON form, for other programs.
 
     Raises:
         ShardError: naming a tar that is damaged, holds no image or has labels that cannot be read,
@@ -127,7 +130,7 @@ def index_shards(
                 f"out={str(out)!r}: is for shards of a server; the index of a local tar is beside "
                 "it"
             )
-        return _index(LocalTars(pattern), progress, rule or LabelRule(), salvage)
+        return _index(LocalTars(pattern), progress, rule or LabelRule(), salvage, json)
     if out is None:
         raise ValueError(
             f"shards={redact(pattern)!r}: nothing is written to a server: give a folder for the "
@@ -137,7 +140,7 @@ def index_shards(
     with closing(
         RemoteTars(pattern, out, cache or CacheSpec(), transfers or Limits(), indexes=False)
     ) as tars:
-        report = _index(tars, progress, rule or LabelRule(), salvage)
+        report = _index(tars, progress, rule or LabelRule(), salvage, json)
         return replace(report, uploads={folder: redact(url) for folder, url in tars.urls.items()})
 
 
@@ -146,6 +149,7 @@ def _index(
     progress: Callable[[int, int], None] | None,
     rule: LabelRule,
     salvage: bool,
+    json: bool,
 ) -> IndexReport:
     found: dict[Path, list[dict[Source, RawLabel]]] = {}
     hashes: dict[Path, str] = {}
@@ -202,6 +206,9 @@ def _index(
     for (path, raw), labels in zip(found.items(), numbered.labels, strict=True):
         if labels != number_labels([raw], rule).labels[0]:
             _label(path, read_any_index(path), labels)
+    if json:
+        for path in found:
+            write_json_index(path, read_any_index(path))
     _write_manifests(list(found), numbered, dict(zip(tars.paths, tars.sizes, strict=True)), hashes)
 
     # A damaged tar is reported after the others have been indexed.

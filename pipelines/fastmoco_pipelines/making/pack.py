@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 from fastmoco_pipelines.errors import ImageRefusedError
 from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.formats.images import MAX_BYTES, check_decodes, image_kind, shrink
-from fastmoco_pipelines.formats.index import ShardIndex, build_index, index_path, write_index
+from fastmoco_pipelines.formats.index import build_index, index_path, json_path, write_index
+from fastmoco_pipelines.formats.index_file import ShardIndex
 from fastmoco_pipelines.formats.manifest import read_sets, write_sets
 from fastmoco_pipelines.making.sources import Source, find_sources
 from fastmoco_pipelines.sampling.order import epoch_order
@@ -173,6 +174,7 @@ def _replace(old: Sequence[Path], new: Sequence[Path], out: Path) -> None:
     for path in old:
         path.unlink()
         index_path(path).unlink(missing_ok=True)
+        json_path(path).unlink(missing_ok=True)
     for path in new:
         os.replace(index_path(path), index_path(out / path.name))
         os.replace(path, out / path.name)

@@ -35,10 +35,10 @@ class _NotOpenedError(ShardError):
 class LocalFiles:
     """Local shards, read in place."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[str]) -> None:
         self._paths = tuple(paths)
         self._open: OrderedDict[int, int] = OrderedDict()
-        self._folders = sorted({path.parent for path in paths})
+        self._folders = sorted(map(Path, {os.path.dirname(path) for path in paths}))
         # Shard and offset of the current read, for the report of a read that hangs.
         self.reading = (0, 0)
         # Shards that have failed all tries: the next read tries them once, without pauses.
@@ -134,7 +134,7 @@ class LocalFiles:
                 return attempt()
             except OSError as error:
                 if pause is None:
-                    name = self._paths[shard].name
+                    name = os.path.basename(self._paths[shard])
                     raise error_type(f"{name}: {problem} ({error.strerror}).") from error
                 time.sleep(pause)
         raise AssertionError

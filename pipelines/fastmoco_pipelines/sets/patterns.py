@@ -7,10 +7,12 @@ shown without user, password and query: these may hold tokens.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -23,7 +25,12 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 def expand_shards(pattern: str) -> list[Path]:
-    """The local shard tars that a pattern names, sorted.
+    """The local shard tars that a pattern names, sorted; see `local_names`."""
+    return [Path(name) for name in local_names(pattern)]
+
+
+def local_names(pattern: str) -> list[str]:
+    """The local shard tars that a pattern names, sorted by folder and name.
 
     Args:
         pattern: a tar, a folder of tars, a glob (`train-*.tar`), a brace pattern
@@ -47,7 +54,7 @@ def expand_shards(pattern: str) -> list[Path]:
         if os.path.isfile(name):
             paths.add(name)
         elif glob.has_magic(name):
-            paths.update(path for path in glob.glob(name) if os.path.isfile(path))
+            paths.update(_matches(name))
         else:
             raise ValueError(f"shards={redact(pattern)!r}: there is no file {redact(name)}")
     if not paths:
@@ -55,7 +62,7 @@ def expand_shards(pattern: str) -> list[Path]:
             f"shards={redact(pattern)!r}: no file has such a name (folder searched: "
             f"{redact(str(Path(plain).parent))})"
         )
-    return sorted(Path(path) for path in paths)
+    return _sorted(paths)
 
 
 def is_remote(pattern: str) -> bool:
@@ -152,12 +159,36 @@ def _expanded(pattern: str, text: str) -> Iterator[str]:
         yield from _expanded(pattern, text[: match.start()] + part + text[match.end() :])
 
 
-def _tars_of_folder(pattern: str, folder: Path) -> list[Path]:
+def _tars_of_folder(pattern: str, folder: Path) -> list[str]:
     sets = read_sets(folder)
     if len(sets) > 1:
         names = " or ".join(f"{folder}/{name}-*.tar" for name in sorted(sets))
         raise ValueError(f"shards={pattern!r}: the folder holds several sets: name one, {names}")
-    paths = sorted(path for path in folder.glob("*.tar") if path.is_file())
-    if not paths:
+    found = list(_files(str(folder), "*.tar"))
+    if not found:
         raise ValueError(f"shards={pattern!r}: the folder holds no .tar")
-    return paths
+    return _sorted(found)
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """The files that a glob names."""
+    folder, name = os.path.split(pattern)
+    folders = glob.glob(folder) if glob.has_magic(folder) else [folder]
+    return (path for found in folders for path in _files(found, name))
+
+
+def _files(folder: str, pattern: str) -> Iterator[str]:
+    """The files of a folder whose names fit a pattern; as `glob`, but a directory entry says that
+    it is a file, so that a hundred thousand need no further look."""
+    hidden = pattern.startswith(".")
+    with suppress(OSError), os.scandir(folder or ".") as items:
+        for item in items:
+            fits = fnmatch.fnmatchcase(item.name, pattern)
+            if fits and (hidden or not item.name.startswith(".")) and item.is_file():
+                yield os.path.join(folder, item.name)
+
+
+def _sorted(names: Iterable[str]) -> list[str]:
+    found = list(names)
+    several = len({os.path.dirname(name) for name in found}) > 1
+    return sorted(found, key=(lambda name: Path(name).parts) if several else None)

@@ -11,18 +11,25 @@ import re
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastmoco_pipelines.errors import AbsentError, AccessError, ShardError
-from fastmoco_pipelines.formats.index import CURE, SUFFIX, ShardIndex, parse_index
+from fastmoco_pipelines.formats.index import open_index
+from fastmoco_pipelines.formats.index_file import CURE, SUFFIX, IndexFile, IndexHeader
+from fastmoco_pipelines.formats.index_json import JSON_SUFFIX
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import FolderOfShards, check_folders, parse_sets
 from fastmoco_pipelines.formats.quarantine import NAME as QUARANTINE
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.sets.patterns import expand_braces
+from fastmoco_pipelines.sets.records import SHARD, shard_row
 from fastmoco_pipelines.stores.cache import ShardCache
 from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.stores.table import store_of
@@ -42,9 +49,12 @@ class RemoteSet:
     classes."""
 
     folders: tuple[str, ...]
-    shards: tuple[RemoteShard, ...]
-    indexes: tuple[ShardIndex, ...]
+    remotes: tuple[RemoteShard, ...]
+    shards: NDArray[Any]
+    """[shards] `SHARD`; see `records.Indexes`."""
     classes: tuple[str, ...]
+    load: Callable[[int], IndexFile]
+    """The whole index of a shard."""
 
 
 def open_remote(pattern: str, cache: ShardCache | None, limits: Limits) -> RemoteSet:
@@ -65,16 +75,16 @@ def open_remote(pattern: str, cache: ShardCache | None, limits: Limits) -> Remot
     reader = SmallFiles(cache, limits)
     urls = find_urls(pattern, reader)
     with ThreadPoolExecutor(min(THREADS, len(urls)), thread_name_prefix="fastmoco-index") as pool:
-        indexes = list(pool.map(reader.index, urls))
+        headers = list(pool.map(reader.index_header, urls))
     checksums: dict[str, str | None] = {}
     folders = []
     for folder, group in groupby(
-        zip(urls, indexes, strict=True), key=lambda pair: beside(pair[0], "")
+        zip(urls, headers, strict=True), key=lambda pair: beside(pair[0], "")
     ):
         sets = reader.sets(folder)
         checked = reader.checksums(folder)
         members = list(group)
-        samples = {shard_name(url): len(index) for url, index in members}
+        samples = {shard_name(url): header.samples for url, header in members}
         # A pattern that spells the URLs out may leave some out; those of a whole folder are from
         # this manifest.
         folders.append(
@@ -83,13 +93,31 @@ def open_remote(pattern: str, cache: ShardCache | None, limits: Limits) -> Remot
             )
         )
         checksums |= {url: checked.get(shard_name(url)) for url, _ in members}
-    pairs = zip(urls, indexes, strict=True)
-    shards = tuple(RemoteShard.from_index(url, index, checksums[url]) for url, index in pairs)
+    remotes = [
+        RemoteShard.from_header(
+            url,
+            header,
+            checksums[url],
+            lambda url=url: reader.index(url).rows(),  # type: ignore[misc]
+        )
+        for url, header in zip(urls, headers, strict=True)
+    ]
+    shards = np.array([shard_row(header) for header in headers], dtype=SHARD)
+
+    def load(shard: int) -> IndexFile:
+        file = reader.index(urls[shard])
+        if file.header.seal != shards[shard]["seal"].tobytes():
+            raise ShardError(
+                f"{file.name}: was replaced while the set was open: start the command again."
+            )
+        return file
+
     return RemoteSet(
-        tuple(sorted({beside(url, "") for url in urls})),
-        shards,
-        tuple(indexes),
-        check_folders(folders),
+        folders=tuple(sorted({beside(url, "") for url in urls})),
+        remotes=tuple(remotes),
+        shards=shards,
+        classes=check_folders(folders),
+        load=load,
     )
 
 
@@ -151,17 +179,56 @@ class SmallFiles:
         self._cache = cache
         self.limits = limits
         self._sets: dict[str, dict[str, dict[str, Any]]] = {}
+        # Where there is no cache to keep them.
+        self._indexes: dict[str, IndexFile] = {}
 
-    def index(self, tar: str) -> ShardIndex:
-        """The index beside a tar."""
-        url = beside(tar, shard_name(tar) + SUFFIX)
-        try:
-            return self._parsed(url, lambda text: parse_index(redact(url), text))
-        except AbsentError as error:
-            raise ShardError(
-                f"{error}; every shard on a server needs its index beside it: {CURE}, and copy the "
-                "index files there too"
-            ) from None
+    def index_header(self, tar: str) -> IndexHeader:
+        """The header of the index beside a tar, which is fetched, or found to be unchanged."""
+        return self._fetch_index(tar).header
+
+    def index(self, tar: str) -> IndexFile:
+        """The index beside a tar as it was fetched last; from the server where it was not kept."""
+        held = self._indexes.get(tar)
+        if held is not None:
+            return held
+        if self._cache is not None:
+            for suffix in (SUFFIX, JSON_SUFFIX):
+                url = beside(tar, shard_name(tar) + suffix)
+                content = self._cache.map_document(_key(url))
+                if content is not None:
+                    with suppress(ShardError):  # the disk of the cache fails
+                        return IndexFile(redact(url), content)
+        return self._fetch_index(tar)
+
+    def _fetch_index(self, tar: str) -> IndexFile:
+        """The index beside a tar from the server; its JSON form is converted."""
+        absent = None
+        for suffix in (SUFFIX, JSON_SUFFIX):
+            url = beside(tar, shard_name(tar) + suffix)
+            try:
+                file = self._kept_index(url)
+            except AbsentError as error:
+                absent = absent or error
+            else:
+                if self._cache is None:
+                    self._indexes[tar] = file
+                return file
+        raise ShardError(
+            f"{absent}; every shard on a server needs its index beside it: {CURE}, and copy the "
+            "index files there too"
+        ) from None
+
+    def _kept_index(self, url: str) -> IndexFile:
+        known = self._known(url)
+        validator, content = fetch_document(url, self.limits, threading.Event(), known)
+        file = open_index(redact(url), content)
+        if (validator, file.data) == known:
+            return file
+        # Kept in the binary form, and only after it is found to be whole.
+        file.check()
+        if self._cache is not None and validator:
+            self._cache.write_document(_key(url), validator, bytes(file.data))
+        return file
 
     def sets(self, folder: str) -> dict[str, dict[str, Any]]:
         """The sets of a folder's manifest; empty where it has none that can be read."""
@@ -185,14 +252,22 @@ class SmallFiles:
         }
 
     def _parsed(self, url: str, parse: Callable[[bytes], T]) -> T:
-        key = hashlib.sha256(url.encode()).hexdigest()
-        known = self._cache.read_document(key) if self._cache is not None else ("", b"")
+        known = self._known(url)
         fetched = fetch_document(url, self.limits, threading.Event(), known)
         parsed = parse(fetched[1])
         # Only a document that could be parsed is kept.
         if self._cache is not None and fetched[0] and fetched != known:
-            self._cache.write_document(key, *fetched)
+            self._cache.write_document(_key(url), *fetched)
         return parsed
+
+    def _known(self, url: str) -> tuple[str, bytes]:
+        """Validator and content of an earlier copy."""
+        return self._cache.read_document(_key(url)) if self._cache is not None else ("", b"")
+
+
+def _key(url: str) -> str:
+    """Name of a small file in the cache."""
+    return hashlib.sha256(url.encode()).hexdigest()
 
 
 def _expand(pattern: str, url: str, reader: SmallFiles) -> list[str]:

@@ -7,29 +7,28 @@ tar or unpickles anything.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-import sys
 import threading
 import zlib
-from collections.abc import Iterable, Sequence
-from functools import partial
-from itertools import groupby
-from pathlib import Path
-from typing import Self
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import ShardError, StructureError
 from fastmoco_pipelines.formats.headers import image_size
-from fastmoco_pipelines.formats.images import MAX_PIXELS, MAX_PIXELS_PER_BYTE, MAX_SIDE
-from fastmoco_pipelines.formats.index import CURE, ShardIndex, read_index
-from fastmoco_pipelines.formats.manifest import FolderOfShards, check_folders, read_sets
+from fastmoco_pipelines.formats.index_file import CURE, RECORD
+from fastmoco_pipelines.formats.members import split_name
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.sampling.window import ShardWindows, default_window
 from fastmoco_pipelines.sets.cached_files import CachedFiles, open_cache
 from fastmoco_pipelines.sets.local_files import LocalFiles, Place, ReadFault
-from fastmoco_pipelines.sets.patterns import expand_shards, is_remote, without_scheme
+from fastmoco_pipelines.sets.local_set import open_local
+from fastmoco_pipelines.sets.patterns import expand_shards, is_remote
+from fastmoco_pipelines.sets.records import CHECKED_AT_OPENING, Indexes, Records
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.retries import Limits
 
@@ -40,14 +39,17 @@ class ShardSet:
     """All samples of some shards under one running number, the sample id: shard by shard, in file
     order.
 
+    Opening reads the headers of the indexes. The index of a shard is loaded when one of its samples
+    is asked for: what the whole set is asked for (`labels`, `sizes`, `keys`) costs time and memory
+    for every sample.
+
     Attributes:
-        labels: [n] int64, -1 = none.
-        sizes: [n, 2] int32: height, width in pixels by the image's header, before any EXIF
-            rotation.
         classes: class names by label; empty where no manifest contains them.
-        digest: SHA-256 (hex) over every sample's checksum, size and label in order: the identity of
-            the data, wherever the files are stored.
+        digest: SHA-256 (hex) over the number of samples of every shard and over every sample's
+            checksum, size and label in order: the identity of the data, wherever the files are
+            stored.
         skipped: members of the tars that are no usable image, counted when they were indexed.
+        unlabelled: samples without a label.
 
     Any thread may use it: one reads ahead while another reads the stand-ins of bad samples.
     """
@@ -55,44 +57,24 @@ class ShardSet:
     def __init__(
         self,
         names: Sequence[str],
-        indexes: Sequence[ShardIndex],
+        indexes: Indexes,
         classes: tuple[str, ...],
         files: LocalFiles | CachedFiles,
     ) -> None:
+        shards = indexes.shards
         self.classes = classes
-        self.skipped = sum(len(index.skipped) for index in indexes)
+        self.skipped = int(shards["skipped"].sum(dtype=np.int64))
+        self.unlabelled = int(shards["unlabelled"].sum(dtype=np.int64))
         self._names = tuple(names)
         self._files = files
         # The files close the least recently used descriptor.
         self._lock = threading.RLock()
-        self._largest = max(index.tar_bytes for index in indexes)
-        self._keys = [index.keys for index in indexes]
-        self._extensions = [
-            [sys.intern(extension) for extension in index.extensions] for index in indexes
-        ]
-
-        # The columns of all indexes, one below the other.
-        counts = [len(index) for index in indexes]
-        self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        column = {
-            name: np.concatenate([_column(i, name) for i in indexes]) for name in indexes[0].columns
-        }
-        self.labels: NDArray[np.int64] = column["label"]
-        self.sizes: NDArray[np.int32] = np.stack(
-            [column["height"], column["width"]], axis=1
-        ).astype(np.int32)
-        self._offset = column["offset"]
-        self._size = column["size"]
-        self._crc32 = column["crc32"]
-
-        _check_budget(self)
-        identity = np.stack(
-            [column[name] for name in ("crc32", "size", "label", "height", "width")]
-        )
-        self.digest: str = hashlib.sha256(
-            b"fastmoco-set-1" + identity.astype("<i8").tobytes()
-        ).hexdigest()
+        self._largest = int(shards["tar_bytes"].max())
+        self._records = Records(indexes)
+        self._first = self._records.first
+        identity = np.empty(len(shards), dtype=[("samples", "<u4"), ("content", "V32")])
+        identity["samples"], identity["content"] = shards["samples"], shards["content"]
+        self.digest: str = hashlib.sha256(b"fastmoco-set-2" + identity.tobytes()).hexdigest()
 
     @classmethod
     def open(
@@ -119,15 +101,18 @@ class ShardSet:
             kept = open_cache(cache or CacheSpec())
             limits = limits or Limits()
             remote = open_remote(pattern, kept, limits)
-            names = [shard.name for shard in remote.shards]
+            names = [shard.name for shard in remote.remotes]
             lists = partial(fetch_lists, remote.folders, limits)
-            files = CachedFiles(ShardFetcher(remote.shards, kept, limits), len(names), lists)
-            return cls(names, remote.indexes, remote.classes, files)
-        paths = expand_shards(pattern)
-        indexes = [read_index(path) for path in paths]
-        explicit = os.path.isfile(without_scheme(pattern)) or "{" in pattern
-        classes = check_folders(_local_folders(paths, indexes, explicit=explicit))
-        return cls([path.name for path in paths], indexes, classes, LocalFiles(paths))
+            files = CachedFiles(ShardFetcher(remote.remotes, kept, limits), len(names), lists)
+            return cls(names, remote, remote.classes, files)
+        local = open_local(pattern)
+        for note in local.notes:
+            logging.getLogger(__name__).warning(note)
+        names = [os.path.basename(path) for path in local.paths]
+        opened = cls(names, local, local.classes, LocalFiles(local.paths))
+        if len(opened) * RECORD.itemsize <= CHECKED_AT_OPENING:
+            opened._records.check()
+        return opened
 
     def windows(self, shuffle_window: int | None, cache: CacheSpec | None = None) -> ShardWindows:
         """Which shards are shuffled together; the same on every machine.
@@ -148,28 +133,58 @@ class ShardSet:
     def __len__(self) -> int:
         return int(self._first[-1])
 
+    @cached_property
+    def digest_1(self) -> str:
+        """The digest of version 1, which does not depend on how the samples are cut into shards:
+        what runs of earlier versions have saved. It reads all records."""
+        wanted = ("crc32", "size", "label", "height", "width")
+        columns = [
+            np.concatenate([records[name].astype("<i8") for records in self._records.all()])
+            for name in wanted
+        ]
+        return hashlib.sha256(b"fastmoco-set-1" + np.stack(columns).tobytes()).hexdigest()
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """[n] int64: the label of every sample, -1 = none."""
+        parts = [records["label"] for records in self._records.all()]
+        return np.concatenate(parts).astype(np.int64)
+
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        """[n, 2] int32: height and width of every sample; see `sizes_of`."""
+        return np.concatenate([_sizes(records) for records in self._records.all()])
+
     @property
     def keys(self) -> list[str]:
         """The webdataset key of every sample."""
-        return [key for keys in self._keys for key in keys]
+        files = (self._records.file(shard) for shard in range(len(self._names)))
+        return [split_name(member)[0] for file in files for member in file.members()]
+
+    def labels_of(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[B] int64: the labels of some samples, -1 = none."""
+        return self._records.of(sample_ids)["label"].astype(np.int64)
+
+    def sizes_of(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int32]:
+        """[B, 2] int32: height, width of some samples in pixels by the image's header, before any
+        EXIF rotation."""
+        return _sizes(self._records.of(sample_ids))
 
     def describe(self, sample_id: int) -> str:
         """Tar and member of a sample, for people: `train-000001.tar: 000123.jpg`."""
-        shard = int(self._shard[sample_id])
-        i = sample_id - int(self._first[shard])
-        return f"{self._names[shard]}: {self._keys[shard][i]}.{self._extensions[shard][i]}"
+        shard = self._shard_of(sample_id)
+        return f"{self._names[shard]}: {self._member(sample_id)}"
 
     def entry(self, sample_id: int) -> dict[str, str | int]:
         """The fields of a sample in a quarantine list: shard, key, extension, offset, size,
         crc32."""
-        shard = int(self._shard[sample_id])
-        i = sample_id - int(self._first[shard])
-        columns = {"offset": self._offset, "size": self._size, "crc32": self._crc32}
+        key, extension = split_name(self._member(sample_id))
+        record = self._records.of(np.array([sample_id]))[0]
         return {
-            "shard": self._names[shard],
-            "key": self._keys[shard][i],
-            "extension": self._extensions[shard][i],
-            **{name: int(column[sample_id]) for name, column in columns.items()},
+            "shard": self._names[self._shard_of(sample_id)],
+            "key": key,
+            "extension": extension,
+            **{name: int(record[name]) for name in ("offset", "size", "crc32")},
         }
 
     @property
@@ -179,19 +194,20 @@ class ShardSet:
 
     def shard_of(self, sample_id: int) -> tuple[str, range]:
         """The name of a sample's shard, and all samples in it."""
-        shard = int(self._shard[sample_id])
+        shard = self._shard_of(sample_id)
         return self._names[shard], range(int(self._first[shard]), int(self._first[shard + 1]))
 
     def listed(self, quarantine: Quarantine) -> dict[int, str]:
         """The samples that are in a list, and their reasons."""
+        named = {entry.shard for entry in quarantine}
         found: dict[int, str] = {}
-        for shard in {entry.shard for entry in quarantine} & self.names:
-            for number in (i for i, name in enumerate(self._names) if name == shard):
-                first = int(self._first[number])
-                part = np.s_[self._first[number] : self._first[number + 1]]
+        for number, name in enumerate(self._names if named else ()):
+            if name in named:
+                records = self._records.of_shard(number)
                 rows = quarantine.rows(
-                    shard, self._offset[part], self._size[part], self._crc32[part]
+                    name, *(records[column] for column in ("offset", "size", "crc32"))
                 )
+                first = int(self._first[number])
                 found |= {first + row: reason for row, reason in rows.items()}
         return found
 
@@ -214,7 +230,7 @@ class ShardSet:
         """Ask the operating system to fetch these samples' bytes from the disk in the
         background."""
         with self._lock:
-            self._files.will_need(self._places(sample_ids))
+            self._files.will_need(self._places(sample_ids, self._records.of(sample_ids)))
 
     def follow(self, windows: ShardWindows, *, seed: int, epoch: int, position: int) -> None:
         """Fetch the shards around a position (in samples) of an epoch's order, then those after
@@ -262,50 +278,33 @@ class ShardSet:
 
         Raises:
             StoppedError: after `cancel`.
+            ShardError: if the index of a shard is broken: then the set must be indexed again.
         """
         sample_ids = np.asarray(sample_ids, dtype=np.int64)
-        places = self._places(sample_ids)
+        records = self._records.of(sample_ids)
+        places = self._places(sample_ids, records)
         found = []
         with self._lock:
-            for sample_id, place, data in zip(
-                sample_ids.tolist(), places, self._files.read(places), strict=True
+            for sample_id, record, place, data in zip(
+                sample_ids.tolist(), records, places, self._files.read(places), strict=True
             ):
-                checked = self._checked(sample_id, data)
+                checked = self._checked(sample_id, record, data)
                 if isinstance(data, bytes) and not isinstance(checked, np.ndarray):
                     self._files.renew(place[0])
-                    checked = self._checked(sample_id, self._files.read([place])[0])
+                    checked = self._checked(sample_id, record, self._files.read([place])[0])
                 found.append(checked)
         return found
 
-    def _checked(self, sample_id: int, data: bytes | ReadFault) -> NDArray[np.uint8] | ReadFault:
+    def _checked(
+        self, sample_id: int, record: Any, data: bytes | ReadFault
+    ) -> NDArray[np.uint8] | ReadFault:
         """The bytes of a sample as an array, or what is wrong with them."""
         if not isinstance(data, bytes):
             return data
-        problem = self._problem(sample_id, data)
+        problem = _problem(record, data)
         if problem is not None:
             return ShardError(f"{self.describe(sample_id)}: {problem}")
         return np.frombuffer(data, dtype=np.uint8)
-
-    def _problem(self, sample_id: int, data: bytes) -> str | None:
-        """What is wrong with the bytes of a sample: they must be those that were indexed.
-
-        A broken structure is not refused here: the engine does that, for all bytes that DALI gets.
-        """
-        if zlib.crc32(data) != self._crc32[sample_id]:
-            whole = len(data) == self._size[sample_id]
-            what = "its bytes differ from the index (crc32)" if whole else "the tar ends inside it"
-            return (
-                f"{what}. Copy the tar again from its source; if it was changed on purpose, {CURE}."
-            )
-        declared = _declared_size(data)
-        (height, width) = declared or (0, 0)
-        indexed = tuple(self.sizes[sample_id].tolist())
-        if declared is not None and declared != indexed:
-            return (
-                f"its header declares {width}x{height} pixels, the index "
-                f"{indexed[1]}x{indexed[0]}: {CURE}."
-            )
-        return None
 
     def cancel(self) -> None:
         """End a wait for a server in any thread: `read` raises there. Then `close`."""
@@ -327,13 +326,40 @@ class ShardSet:
         if hasattr(self, "_files"):
             self.close()
 
-    def _places(self, sample_ids: NDArray[np.int64]) -> list[Place]:
-        columns = (self._shard[sample_ids], self._offset[sample_ids], self._size[sample_ids])
+    def _places(self, sample_ids: NDArray[np.int64], records: NDArray[Any]) -> list[Place]:
+        columns = (self._records.shard_of(sample_ids), records["offset"], records["size"])
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
+    def _shard_of(self, sample_id: int) -> int:
+        return int(np.searchsorted(self._first, sample_id, side="right")) - 1
 
-def _column(index: ShardIndex, name: str) -> NDArray[np.int64]:
-    return np.array(index.columns[name], dtype=np.int64)
+    def _member(self, sample_id: int) -> str:
+        shard = self._shard_of(sample_id)
+        return self._records.file(shard).member(int(sample_id) - int(self._first[shard]))
+
+
+def _problem(record: Any, data: bytes) -> str | None:
+    """What is wrong with the bytes of a sample: they must be those that were indexed.
+
+    A broken structure is not refused here: the engine does that, for all bytes that DALI gets.
+    """
+    if zlib.crc32(data) != record["crc32"]:
+        whole = len(data) == record["size"]
+        what = "its bytes differ from the index (crc32)" if whole else "the tar ends inside it"
+        return f"{what}. Copy the tar again from its source; if it was changed on purpose, {CURE}."
+    declared = _declared_size(data)
+    height, width = declared or (0, 0)
+    indexed = (int(record["height"]), int(record["width"]))
+    if declared is not None and declared != indexed:
+        return (
+            f"its header declares {width}x{height} pixels, the index "
+            f"{indexed[1]}x{indexed[0]}: {CURE}."
+        )
+    return None
+
+
+def _sizes(records: NDArray[Any]) -> NDArray[np.int32]:
+    return np.stack([records["height"], records["width"]], axis=1).astype(np.int32)
 
 
 def _declared_size(data: bytes) -> tuple[int, int] | None:
@@ -343,33 +369,3 @@ def _declared_size(data: bytes) -> tuple[int, int] | None:
         return image_size(data)
     except StructureError:
         return None
-
-
-def _check_budget(shards: ShardSet) -> None:
-    """The limits of images.py, which building an index enforces; an index made elsewhere must keep
-    them too."""
-    height, width = shards.sizes.astype(np.int64).T
-    pixels = height * width
-    bad = (pixels < 1) | (pixels > MAX_PIXELS) | (np.maximum(height, width) > MAX_SIDE)
-    bad |= pixels > MAX_PIXELS_PER_BYTE * shards._size
-    if bad.any():
-        first = int(bad.argmax())
-        raise ShardError(
-            f"{shards.describe(first)}: {width[first]}x{height[first]} pixels in "
-            f"{shards._size[first]} bytes are outside what is decoded: {CURE}."
-        )
-
-
-def _local_folders(
-    paths: Sequence[Path], indexes: Sequence[ShardIndex], *, explicit: bool
-) -> Iterable[FolderOfShards]:
-    """The shards by folder. A pattern that spells names out may leave some of the manifest's
-    out."""
-    for folder, group in groupby(zip(paths, indexes, strict=True), key=lambda pair: pair[0].parent):
-        samples = {path.name: len(index) for path, index in group}
-        yield FolderOfShards(
-            where=str(folder),
-            sets=read_sets(folder),
-            samples=samples,
-            present=lambda name, folder=folder: explicit or (folder / name).exists(),  # type: ignore[misc]
-        )

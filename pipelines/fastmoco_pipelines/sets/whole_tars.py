@@ -18,8 +18,6 @@ from pathlib import Path
 from threading import Event
 from time import monotonic
 
-import numpy as np
-
 from fastmoco_pipelines.errors import (
     AbsentError,
     RemoteError,
@@ -27,7 +25,7 @@ from fastmoco_pipelines.errors import (
     StoppedError,
     WrongContentError,
 )
-from fastmoco_pipelines.formats.index import index_path, parse_index
+from fastmoco_pipelines.formats.index import index_path, json_path, open_index
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import write_sets
 from fastmoco_pipelines.sets.patterns import expand_shards, without_scheme
@@ -231,8 +229,9 @@ class RemoteTars:
         text = self._index(url) if self._indexes else None
         # The check reports a broken index, and a tar that does not fit it.
         with suppress(ShardError):
-            if text is not None and (index := parse_index("", text)).tar_bytes == head.size:
-                shard = RemoteShard.from_index(url, index, sha256)
+            if text is not None and (index := open_index("", text)).header.tar_bytes == head.size:
+                index.records  # noqa: B018  # a broken index proves nothing
+                shard = RemoteShard.from_header(url, index.header, sha256, index.rows)
                 sha256 = None
                 return _Copy(self._bring(shard), text)
         identity = repr((redact(url), head.size, head.validator, sha256, "as it is"))
@@ -241,7 +240,7 @@ class RemoteTars:
             size=head.size,
             tar_hash="",
             sha256=sha256,
-            rows=np.zeros((0, 3), dtype=np.int64),
+            rows=lambda: (),
             key=hashlib.sha256(identity.encode()).hexdigest(),
         )
         return _Copy(self._bring(shard), text, shard.key)
@@ -262,10 +261,10 @@ class RemoteTars:
 
     def _index(self, url: str) -> bytes | None:
         """The file beside a tar under its index's name; None if there is none."""
-        with suppress(AbsentError):
-            return fetch_document(
-                beside(url, index_path(Path(shard_name(url))).name), self._limits, Event()
-            )[1]
+        tar = Path(shard_name(url))
+        for path in (index_path(tar), json_path(tar)):
+            with suppress(AbsentError):
+                return fetch_document(beside(url, path.name), self._limits, Event())[1]
         return None
 
     def _head(self, url: str) -> _Head | AbsentError:

@@ -33,9 +33,12 @@ from fastmoco_pipelines.files import (
     is_free,
     is_named,
     lock_path,
+    map_file,
+    own_folder,
     remove,
     remove_if_free,
     try_lock,
+    user_cache,
     write_file,
 )
 from fastmoco_pipelines.spec import CacheSpec
@@ -43,6 +46,7 @@ from fastmoco_pipelines.spec import CacheSpec
 _NAME = re.compile(r"([0-9a-f]{64})\.(?:(tar)|(\d{1,15})\.(part)|(from)|(doc))")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.doc\.[0-9a-f]{8}\.tmp")
 _ABANDONED_SECONDS = 24 * 3600.0
+_DOCUMENT_HEAD = 4096  # validator and hash of a small file are shorter
 _LOCK_SECONDS = 30.0
 _SPARE_BYTES = 64 << 20  # left free on the disk
 
@@ -115,15 +119,8 @@ class ShardCache:
             ValueError: if the folder is a link, another user's, or open to others.
             OSError: if it can be neither found nor made.
         """
-        default = (
-            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoco" / "shards"
-        )
-        folder = Path(spec.cache_dir).expanduser() if spec.cache_dir else default
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if not os.path.lexists(folder):
-            folder.mkdir(mode=0o700, exist_ok=True)
-        info = os.lstat(folder)
-        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
+        folder = Path(spec.cache_dir).expanduser() if spec.cache_dir else user_cache() / "shards"
+        if not own_folder(folder):
             raise ValueError(
                 f"cache_dir={str(folder)!r}: must be a folder of your own that only you can write "
                 "to, and no link: chmod 700 it, or choose another"
@@ -238,6 +235,21 @@ class ShardCache:
         # A damaged copy would be used indefinitely: the server reports that the file is unchanged.
         whole = hashlib.sha256(content).hexdigest().encode() == digest
         return (validator.decode("latin-1"), content) if whole else ("", b"")
+
+    def map_document(self, key: str) -> memoryview | None:
+        """The content of a small file, memory-mapped and not checked; None if there is none."""
+        try:
+            descriptor = os.open(self.folder / f"{key}.doc", os.O_RDONLY | OPEN_FLAGS)
+        except OSError:
+            return None
+        try:
+            content = map_file(descriptor)
+        except OSError:
+            return None
+        finally:
+            os.close(descriptor)
+        head = bytes(content[:_DOCUMENT_HEAD])
+        return content[head.find(b"\n", head.find(b"\n") + 1) + 1 :]
 
     def write_document(self, key: str, validator: str, content: bytes) -> None:
         """Keep a small file, if there is room."""

@@ -10,15 +10,14 @@ import os
 import threading
 import time
 import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fastmoco_pipelines.errors import PassingError, RemoteError, StoppedError, WrongContentError
 from fastmoco_pipelines.files import hash_file
-from fastmoco_pipelines.formats.index import ShardIndex, hash_ends
+from fastmoco_pipelines.formats.index import hash_ends
+from fastmoco_pipelines.formats.index_file import IndexHeader
 from fastmoco_pipelines.stores.retries import Limits, retried
 from fastmoco_pipelines.stores.store import Body, Request
 from fastmoco_pipelines.stores.table import open_url
@@ -51,30 +50,31 @@ class RemoteShard:
     """Of its ends, by the index; empty where there is none: then nothing but the size is known."""
     sha256: str | None
     """By the manifest; None where there is none."""
-    rows: NDArray[np.int64]
-    """[samples, 3]: offset, size in bytes and crc32 of each sample, by the index."""
+    rows: Callable[[], Iterable[tuple[int, int, int]]]
+    """Returns offset, size in bytes and crc32 of each sample, by the index."""
     key: str
     """Name of its copy in a cache: a hash of its URL (without user, password and query, which
     change while the file does not) and its content. Shards of one file name in two folders, or two
     states of a shard, have different keys."""
 
     @classmethod
-    def from_index(cls, url: str, index: ShardIndex, sha256: str | None) -> Self:
-        """The shard that an index was made for; the index itself, which is large, is not kept."""
-        rows = np.array(
-            [index.columns[name] for name in ("offset", "size", "crc32")], dtype=np.int64
-        ).T.copy()
-        identity = hashlib.sha256(
-            repr((redact(url), index.tar_bytes, index.tar_hash, sha256)).encode()
-        )
-        identity.update(rows.astype("<i8").tobytes())
+    def from_header(
+        cls,
+        url: str,
+        header: IndexHeader,
+        sha256: str | None,
+        rows: Callable[[], Iterable[tuple[int, int, int]]],
+    ) -> Self:
+        """The shard that an index was made for."""
+        records = header.sections["records"].sha256
+        identity = repr((redact(url), header.tar_bytes, header.tar_hash, sha256, records))
         return cls(
             url=url,
-            size=index.tar_bytes,
-            tar_hash=index.tar_hash,
+            size=header.tar_bytes,
+            tar_hash=header.tar_hash,
             sha256=sha256,
             rows=rows,
-            key=identity.hexdigest(),
+            key=hashlib.sha256(identity.encode()).hexdigest(),
         )
 
     @property
@@ -218,7 +218,7 @@ def verify(shard: RemoteShard, descriptor: int) -> str | None:
             if hash_file(descriptor) == shard.sha256
             else "its SHA-256 is not the one of the manifest"
         )
-    for offset, length, crc32 in shard.rows.tolist():
+    for offset, length, crc32 in shard.rows():
         if zlib.crc32(os.pread(descriptor, length, offset)) != crc32:
             return f"its {length} bytes from {offset} on differ from the index (crc32)"
     return None
@@ -230,9 +230,8 @@ def _frame_problem(shard: RemoteShard, descriptor: int) -> str | None:
     size = os.fstat(descriptor).st_size
     if size != shard.size:
         return f"has {size} bytes, its index says {shard.size}"
-    with open(descriptor, "rb", closefd=False) as file:
-        good = not shard.tar_hash or hash_ends(file) == shard.tar_hash
-        return None if good else "its content is not what its index was made for"
+    good = not shard.tar_hash or hash_ends(descriptor) == shard.tar_hash
+    return None if good else "its content is not what its index was made for"
 
 
 def _take(

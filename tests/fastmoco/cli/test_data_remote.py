@@ -11,6 +11,7 @@ import tarfile
 
 import pytest
 
+from fastmoco_pipelines.formats.index import read_any_index
 from fastmoco_pipelines.stores import object_store
 from tests.command_line import main
 from tests.fastmoco.cli.test_data_check import image
@@ -51,7 +52,7 @@ def test_index_check_and_stats_of_a_set_on_a_server(folder, tmp_path, capsys):
             shutil.copy(path, folder)
         tar = folder / "set-00.tar"
         raw = bytearray(tar.read_bytes())
-        at = json.loads((out / "set-00.tar.index.json").read_text())["offset"][4]
+        at = read_any_index(out / "set-00.tar").columns["offset"][4]
         raw[at + 600 : at + 700] = bytes(100)
         tar.write_bytes(raw)
         options = ["--quarantine-out", str(lists), "--json", str(report), "--workers", "1"]
@@ -71,7 +72,7 @@ def test_index_check_and_stats_of_a_set_on_a_server(folder, tmp_path, capsys):
     assert sorted(path.name for path in folder.iterdir()) == [
         "manifest.json",
         "set-00.tar",
-        "set-00.tar.index.json",
+        "set-00.tar.index",
     ]
 
 

@@ -14,9 +14,16 @@ import pytest
 from PIL import Image
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.formats.index import build_index, index_path, read_index, write_index
+from fastmoco_pipelines.formats.index import (
+    build_index,
+    index_path,
+    json_path,
+    read_index,
+    write_index,
+)
 from fastmoco_pipelines.making.indexing import index_shards
 from fastmoco_pipelines.sets.shard_set import ShardSet
+from tests.pipelines.index_forms import json_of, put_json
 
 
 def copy_set(packed: Path, to: Path) -> Path:
@@ -208,25 +215,25 @@ def broken_indexes() -> dict[str, object]:
 @pytest.mark.parametrize("edit", broken_indexes())
 def test_broken_indexes_are_refused(packed, tmp_path, edit):
     tar = next(copy_set(packed, tmp_path / "set").glob("*.tar"))
-    content = json.loads(index_path(tar).read_text())
-    index_path(tar).write_text(json.dumps(broken_indexes()[edit](content)))
-    with pytest.raises(ShardError, match=rf"{index_path(tar).name}: .*fastmoco data index"):
+    content = json_of(tar) | {"content_hash": "0" * 64}
+    put_json(tar, json.dumps(broken_indexes()[edit](content)).encode())
+    with pytest.raises(ShardError, match=rf"{json_path(tar).name}: .*fastmoco data index"):
         read_index(tar)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
 def test_garbage_is_refused(packed, tmp_path, content):
     tar = next(copy_set(packed, tmp_path / "set").glob("*.tar"))
-    index_path(tar).write_bytes(content)
-    with pytest.raises(ShardError, match="not valid JSON"):
+    put_json(tar, content)
+    with pytest.raises(ShardError, match=r"not valid JSON|not an index of fastmoco"):
         read_index(tar)
 
 
 def test_index_shards_reports_progress_and_repeats_pack(packed, tmp_path):
     folder = copy_set(packed, tmp_path / "set")
-    before = {path.name: path.read_bytes() for path in folder.glob("*.index.json")}
+    before = {path.name: path.read_bytes() for path in folder.glob("*.index")}
     calls: list[tuple[int, int]] = []
     report = index_shards(str(folder), progress=lambda done, total: calls.append((done, total)))
     assert calls == [(1, 3), (2, 3), (3, 3)]
     assert (report.shards, report.samples, report.skipped) == (3, 45, ())
-    assert before == {path.name: path.read_bytes() for path in folder.glob("*.index.json")}
+    assert before == {path.name: path.read_bytes() for path in folder.glob("*.index")}

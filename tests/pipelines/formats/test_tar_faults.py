@@ -3,20 +3,19 @@ rest is delivered."""
 
 from __future__ import annotations
 
-import json
 import tarfile
 
 import numpy as np
 import pytest
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.files import sealed_json
-from fastmoco_pipelines.formats.index import build_index, index_path, write_index
+from fastmoco_pipelines.formats.index import build_index, write_index
 from fastmoco_pipelines.formats.manifest import write_sets
 from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
 from fastmoco_pipelines.inspecting.check import check_shards
 from fastmoco_pipelines.making.indexing import index_shards
 from fastmoco_pipelines.sets.shard_set import ShardSet
+from tests.pipelines.index_forms import json_of, put_json
 from tests.pipelines.tar_faults import COUNT, DAMAGES, good_members
 
 
@@ -32,13 +31,12 @@ def damaged(tmp_path_factory, whole):
     """(folder of damaged tars with the indexes of the whole ones, folder without indexes), {tar
     name: damage}."""
     folders = tmp_path_factory.mktemp("indexed"), tmp_path_factory.mktemp("fresh")
-    raw, index = whole.read_bytes(), json.loads(index_path(whole).read_text())
-    del index["content_hash"]
+    raw, index = whole.read_bytes(), json_of(whole)
     names = {f"{i:02d}.tar": name for i, name in enumerate(DAMAGES)}
     for tar, name in names.items():
         for folder in folders:
             (folder / tar).write_bytes(DAMAGES[name].make(raw))
-        index_path(folders[0] / tar).write_bytes(sealed_json(index | {"tar": tar}))
+        put_json(folders[0] / tar, index | {"tar": tar})
     return folders, names
 
 
@@ -92,7 +90,7 @@ def test_the_quarantine_and_the_loaders_view_of_it_agree(damaged, reports):
                 ShardSet.open(str(indexed / tar))
             continue
         shards = ShardSet.open(str(indexed / tar))
-        index = json.loads(index_path(indexed / tar).read_text())
+        index = json_of(indexed / tar)
         bad = quarantine.rows(tar, index["offset"], index["size"], index["crc32"])
         for i in range(len(shards)):
             if i in bad:
@@ -110,12 +108,12 @@ def test_a_damaged_tar_gets_no_index_and_the_others_do(damaged, whole, tmp_path)
     (tmp_path / "whole.tar").write_bytes(whole.read_bytes())
     with pytest.raises(ShardError, match=r"00\.tar: .*And 12 more of the 15 tars failed"):
         index_shards(str(tmp_path))
-    indexed = sorted(path.name for path in tmp_path.glob("*.index.json"))
+    indexed = sorted(path.name for path in tmp_path.glob("*.index"))
     # A hole in an image's bytes leaves the tar whole: that image is no image any more and is left
     # out.
     assert indexed == [
-        f"{list(DAMAGES).index('zeroed block in the data'):02d}.tar.index.json",
-        "whole.tar.index.json",
+        f"{list(DAMAGES).index('zeroed block in the data'):02d}.tar.index",
+        "whole.tar.index",
     ]
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from fastmoco_pipelines.errors import RemoteError, ShardError
-from fastmoco_pipelines.files import sealed_json
 from fastmoco_pipelines.formats.index import build_index, index_path, read_index, write_index
 from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
 from fastmoco_pipelines.healing.bad_samples import BadSamples
@@ -26,6 +25,7 @@ from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores import object_store
 from tests.pipelines.damage import damaged_copy, listed
 from tests.pipelines.http_fault_server import FaultServer, drop, plain, stall, status
+from tests.pipelines.index_forms import json_of, put_json
 from tests.pipelines.quick_pool import QuickPool
 from tests.pipelines.stores.test_http_faults import QUICK
 from tests.pipelines.tar_faults import DAMAGES, good_members
@@ -70,13 +70,12 @@ def test_damaged_tars_get_the_report_of_a_local_check(
     write_index(whole, build_index(whole))
     folder = tmp_path / "set"
     folder.mkdir()
-    content = json.loads(index_path(whole).read_text())
-    del content["content_hash"]
+    content = json_of(whole)
     for number, fault in enumerate(DAMAGES.values()):
         tar = folder / f"{number:02d}.tar"
         tar.write_bytes(fault.make(whole.read_bytes()))
         if indexed:
-            index_path(tar).write_bytes(sealed_json(content | {"tar": tar.name}))
+            put_json(tar, content | {"tar": tar.name})
     local = check_shards(str(folder), workers=1)
     quarantine = quarantine_path(folder)
     expected = [entry.identity for entry in Quarantine.read(quarantine)]
@@ -158,7 +157,7 @@ def test_failing_connections_and_damaged_copies_are_no_faults_of_the_set(
         plain(),
         plain(other=lambda data: data[:700] + bytes(300) + data[1000:]),
     ]
-    server.script["train-000002.tar.index.json"] = [stall(100)]
+    server.script["train-000002.tar.index"] = [stall(100)]
     assert check_shards(f"{server.url}/", **options).clean
     folder = Path(options["cache"].cache_dir)
     for path in folder.glob("*.tar"):
@@ -310,5 +309,5 @@ def test_a_store_is_checked_too(packed, tmp_path, options, quick, monkeypatch):
     assert report.delivered == 44
     assert len(index) == 13
     assert check_shards("gs://checked/set/empty.tar", **options).counts() == {"damaged tar": 1}
-    with pytest.raises(ShardError, match=r"none\.tar\.index\.json: does not exist"):
+    with pytest.raises(ShardError, match=r"none\.tar\.index: does not exist"):
         measure_shards("gs://checked/set/none.tar", cache=options["cache"], transfers=QUICK)

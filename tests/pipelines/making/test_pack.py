@@ -95,7 +95,7 @@ def test_report_and_progress(image_folder, tmp_path):
     assert sorted(os.listdir(tmp_path)) == [
         "manifest.json",
         "val-000000.tar",
-        "val-000000.tar.index.json",
+        "val-000000.tar.index",
     ]
 
 
@@ -210,7 +210,7 @@ def test_a_set_is_not_overwritten_unless_told(image_folder, packed, tmp_path):
     assert sorted(os.listdir(out)) == [
         "manifest.json",
         "train-000000.tar",
-        "train-000000.tar.index.json",
+        "train-000000.tar.index",
     ]
     assert (
         ShardSet.open(str(out)).digest

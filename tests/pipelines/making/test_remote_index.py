@@ -47,7 +47,11 @@ def options(tmp_path):
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".json"}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.suffix in (".json", ".index")
+    }
 
 
 def test_indexes_and_class_names_are_those_of_a_local_run(foreign, tmp_path, options):
@@ -137,11 +141,11 @@ def test_several_places_and_stores(foreign, tmp_path, options, monkeypatch):
     report = index_shards("s3://foreign/{one,two}/*.tar", out=out, **options)
     assert report.samples == 60
     assert report.uploads == {out / "0": "s3://foreign/one/", out / "1": "s3://foreign/two/"}
-    assert sorted(content(out / "0")) == ["manifest.json", "set-00.tar.index.json"]
+    assert sorted(content(out / "0")) == ["manifest.json", "set-00.tar.index"]
     assert sorted(content(out / "1")) == [
         "manifest.json",
-        "set-01.tar.index.json",
-        "set-02.tar.index.json",
+        "set-01.tar.index",
+        "set-02.tar.index",
     ]
 
 

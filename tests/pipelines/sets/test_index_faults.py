@@ -10,9 +10,10 @@ import pytest
 
 from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.files import sealed_json
-from fastmoco_pipelines.formats.index import build_index, index_path, read_index, write_index
+from fastmoco_pipelines.formats.index import build_index, read_index, write_index
 from fastmoco_pipelines.inspecting.check import check_shards
 from fastmoco_pipelines.sets.shard_set import ShardSet
+from tests.pipelines.index_forms import json_of, put_json
 
 COUNT = 6
 
@@ -72,7 +73,7 @@ def with_index(pair, tar, content: bytes | None):
     """A copy of the first tar beside this index."""
     shutil.copy(pair / "a.tar", tar)
     if content is not None:
-        index_path(tar).write_bytes(content)
+        put_json(tar, content)
     return tar
 
 
@@ -84,7 +85,7 @@ def faults_of(report, tar: str) -> set[str]:
 def faulty(pair, tmp_path_factory):
     """(folder with one tar for each faulty index, report of its check)."""
     folder = tmp_path_factory.mktemp("faulty")
-    own, other = (json.loads(index_path(pair / tar).read_text()) for tar in ("a.tar", "b.tar"))
+    own, other = (json.loads(sealed_json(json_of(pair / tar))) for tar in ("a.tar", "b.tar"))
     for name, fault in FAULTS.items():
         with_index(pair, folder / f"{name}.tar", fault(own, other))
     return folder, check_shards(str(folder), workers=1)
@@ -118,7 +119,7 @@ def test_the_check_reads_on_without_a_faulty_index(faulty):
 def test_rows_that_lie_cost_themselves_alone(pair, tmp_path):
     """An index with the right hash of its tar and a wrong row: that sample is quarantined, five are
     delivered."""
-    own = json.loads(index_path(pair / "a.tar").read_text())
+    own = json_of(pair / "a.tar") | {"content_hash": ""}
     for name, lie in ROWS.items():
         with_index(pair, tmp_path / f"{name}.tar", sealed_json(lie(own)))
     report = check_shards(str(tmp_path), workers=1)
@@ -131,7 +132,7 @@ def test_rows_that_lie_cost_themselves_alone(pair, tmp_path):
 
 
 def test_an_index_of_an_earlier_state_tells_what_is_gone(pair, tmp_path):
-    tar = with_index(pair, tmp_path / "a.tar", index_path(pair / "a.tar").read_bytes())
+    tar = with_index(pair, tmp_path / "a.tar", sealed_json(json_of(pair / "a.tar")))
     raw = tar.read_bytes()
     tar.write_bytes(raw[: read_index(tar).columns["offset"][4] - 512])
     report = check_shards(str(tar), workers=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,18 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmoco_pipelines.files import sealed_json
-from fastmoco_pipelines.formats.index import index_path
 from fastmoco_pipelines.making.indexing import index_shards
 from fastmoco_pipelines.sets import local_files, patterns
-from fastmoco_pipelines.sets.shard_set import ShardError, ShardSet, expand_shards
-
-
-def unsealed(path: Path) -> dict:
-    """An index without the hash of its own content, to be edited and sealed again."""
-    content = json.loads(path.read_text())
-    del content["content_hash"]
-    return content
+from fastmoco_pipelines.sets.patterns import expand_shards
+from fastmoco_pipelines.sets.shard_set import ShardError, ShardSet
+from tests.pipelines.index_forms import json_of, put_json
 
 
 @pytest.fixture
@@ -223,7 +215,7 @@ def test_changed_bytes_are_named(packed, tmp_path):
     # In the middle, where the hash of the ends does not look; damage after opening, which no
     # opening can see.
     shards = ShardSet.open(str(folder))
-    offset, tar = int(shards._offset[20]), folder / "train-000001.tar"
+    offset, tar = shards.entry(20)["offset"], folder / "train-000001.tar"
     raw = bytearray(tar.read_bytes())
     raw[offset + 9] ^= 4
     tar.write_bytes(raw)
@@ -264,10 +256,10 @@ def test_a_subset_by_name_is_allowed(packed):
 
 def test_an_index_that_lost_samples_contradicts_the_manifest(packed, tmp_path):
     folder = Path(shutil.copytree(packed, tmp_path / "set"))
-    path = index_path(folder / "train-000000.tar")
-    content = unsealed(path)
+    path = folder / "train-000000.tar"
+    content = json_of(path)
     columns = ("key", "extension", "offset", "size", "crc32", "label", "height", "width")
-    path.write_bytes(sealed_json(content | {name: content[name][:-1] for name in columns}))
+    put_json(path, content | {name: content[name][:-1] for name in columns})
     with pytest.raises(
         ShardError, match=r"train-000000\.tar: 15 samples, but 16 in manifest\.json"
     ):
@@ -288,10 +280,10 @@ def test_sets_with_other_classes_do_not_mix(packed, noise_image, tmp_path):
 
 def test_an_index_with_a_bomb_is_refused(packed, tmp_path):
     folder = Path(shutil.copytree(packed, tmp_path / "set"))
-    path = index_path(folder / "train-000000.tar")
-    content = unsealed(path)
+    path = folder / "train-000000.tar"
+    content = json_of(path)
     content["height"][3] = content["width"][3] = 30_000
-    path.write_bytes(sealed_json(content))
+    put_json(path, content)
     with pytest.raises(ShardError, match=r"train-000000\.tar: 000000003\.\w+: 30000x30000 pixels"):
         ShardSet.open(str(folder))
 
@@ -307,9 +299,9 @@ def test_a_header_that_contradicts_the_index_is_refused(format, tmp_path, noise_
     index_shards(str(path))
     with ShardSet.open(str(path)) as shards:
         assert len(shards.read(np.arange(3))) == 3
-    content = unsealed(index_path(path))
+    content = json_of(path)
     content["height"][1], content["width"][1] = 8, 9
-    index_path(path).write_bytes(sealed_json(content))
+    put_json(path, content)
     with ShardSet.open(str(path)) as shards:
         assert len(shards.read(np.array([0, 2]))) == 2
         with pytest.raises(

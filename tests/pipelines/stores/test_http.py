@@ -138,7 +138,7 @@ def test_secrets_are_sent_and_never_shown(server, tmp_path, spec, caplog, capfd,
         redirect(f"?{SECRET}"),
         drop(9),
     ):
-        server.always["train-000001.tar"] = server.always["train-000001.tar.index.json"] = fault
+        server.always["train-000001.tar"] = server.always["train-000001.tar.index"] = fault
         fresh = CacheSpec(cache_dir=f"{spec.cache_dir}{len(said)}")
         with (
             pytest.raises(RuntimeError) as raised,
@@ -224,9 +224,7 @@ def test_user_and_password_go_to_their_host_alone(server, packed, monkeypatch, s
         ),
     )
     with FaultServer(packed) as other:
-        server.always["train-000000.tar.index.json"] = redirect(
-            f"{other.url}/train-000000.tar.index.json"
-        )
+        server.always["train-000000.tar.index"] = redirect(f"{other.url}/train-000000.tar.index")
         url = server.url.replace("://", "://user:pass@")
         ShardSet.open(f"{url}/train-000000.tar", cache=spec, limits=QUICK).close()
         host, elsewhere = server.url.partition("://")[2], other.url.partition("://")[2]
@@ -241,10 +239,10 @@ def test_a_public_server_cannot_send_us_to_a_private_one(server, monkeypatch, sp
     ] == [False] * 4 + [True, False]
     answers = iter([True, False])
     monkeypatch.setattr(remote, "_peer_is_public", lambda connection: next(answers))
-    server.always["train-000000.tar.index.json"] = redirect("/train-000001.tar.index.json")
+    server.always["train-000000.tar.index"] = redirect("/train-000001.tar.index")
     with pytest.raises(RemoteError, match=r"from a public to a private address .*: refused"):
         ShardSet.open(f"{server.url}/train-000000.tar", cache=spec, limits=QUICK)
-    assert server.count("train-000001.tar.index.json") == 0
+    assert server.count("train-000001.tar.index") == 0
 
 
 def fake_connection(address: str) -> types.SimpleNamespace:
@@ -310,7 +308,7 @@ def test_a_store_serves_as_http_does(packed, spec, monkeypatch):
         with ShardSet.open("gs://bucket/set/train-*.tar", cache=spec, limits=QUICK) as shards:
             require_equal(shards, local)
         with pytest.raises(
-            ShardError, match=r"s3://bucket/set/none-000000\.tar\.index\.json: does not exist"
+            ShardError, match=r"s3://bucket/set/none-000000\.tar\.index: does not exist"
         ):
             ShardSet.open("s3://bucket/set/none-000000.tar", cache=spec, limits=QUICK)
     monkeypatch.setattr(memory, "info", lambda path: time.sleep(5))

@@ -182,7 +182,7 @@ def test_a_server_that_is_not_there_is_named(tmp_path):
         url = f"{server.url}/train-000000.tar"
     with pytest.raises(
         RemoteError,
-        match=r"http://127\.0\.0\.1:\d+/train-000000\.tar\.index\.json: the connection failed",
+        match=r"http://127\.0\.0\.1:\d+/train-000000\.tar\.index: the connection failed",
     ):
         ShardSet.open(url, cache=CacheSpec(cache_dir=str(tmp_path / "cache")), limits=QUICK)
 
@@ -215,14 +215,14 @@ def test_a_host_that_does_not_answer_is_told_once_and_at_once(tmp_path, caplog):
             status(404),
             r"HTTP 404.*every shard on a server needs its index beside it: run `fastmoco data index`",
         ),
-        (html(100), r"is not valid JSON"),
-        (plain(other=lambda data: data[:-20]), r"is not valid JSON"),
+        (html(100), r"is not an index of fastmoco"),
+        (plain(other=lambda data: data[:-20]), r"has \d+ bytes instead of \d+"),
         (drop(100), r"ended after 100 of \d+ bytes; given up"),
         (status(500), r"HTTP 500; given up after 4 tries"),
     ],
 )
 def test_indexes_that_cannot_be_read_are_named(fault, words, server, tmp_path):
-    server.always[f"{BAD}.index.json"] = fault
+    server.always[f"{BAD}.index"] = fault
     with pytest.raises(RuntimeError, match=words) as raised:
         read_all(server, tmp_path / "cache")
-    assert f"{server.url}/{BAD}.index.json: " in str(raised.value)
+    assert f"{server.url}/{BAD}.index: " in str(raised.value)

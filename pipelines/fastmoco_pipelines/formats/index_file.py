@@ -1,0 +1,395 @@
+"""The index file beside each tar (`x.tar.index`): binary, memory-mapped, checked part by part.
+
+    0   8 bytes   magic
+    8   uint32    version
+    12  uint32    bytes of the header
+    16  32 bytes  SHA-256 of the header
+    48            header: JSON, ASCII; describes the tar and the sections
+    ...           sections, each at a multiple of 64 bytes, by their distance from the first:
+        records   24 bytes a sample: `RECORD`
+        members   names of the images: [n + 1] uint32 positions, then UTF-8
+        skipped   JSON: [[member, reason], ...]
+
+All numbers are little-endian. Opening reads the header alone, which fits into `HEAD_BYTES` and
+contains the SHA-256 of every section. A section is checked when it is first used, so that a set of
+any size is opened in the time of its headers, and names cost nothing until one is asked for. A
+reader ignores sections that it does not know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.formats.images import MAX_BYTES, MAX_PIXELS, MAX_PIXELS_PER_BYTE, MAX_SIDE
+from fastmoco_pipelines.formats.members import split_name
+from fastmoco_pipelines.text import escaped
+
+SUFFIX = ".index"
+MAGIC = b"\x89FMIDX\r\n"
+VERSION = 2
+"""Version 1 is the JSON form (index_json.py)."""
+HEAD_BYTES = 4096
+CURE = "run `fastmoco data index` on the shards"
+RECORD = np.dtype(
+    [
+        ("offset", "<i8"),
+        ("size", "<u4"),
+        ("crc32", "<u4"),
+        ("label", "<i4"),
+        ("height", "<u2"),
+        ("width", "<u2"),
+    ]
+)
+"""One sample: the position of its image in the tar (bytes), its size (bytes), its crc32, its label
+(-1: none), its height and width (pixels, before rotation)."""
+IDENTITY = ("crc32", "size", "label", "height", "width")
+"""Columns that identify the content of a shard, wherever its images lie in the tar."""
+
+COLUMNS = ("offset", "size", "crc32", "label", "height", "width")
+_PREFIX = struct.Struct("<8sII32s")
+_ALIGN = 64
+_Buffer = bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardIndex:
+    """The samples of one tar, column by column; entry i of each list is sample i, in file order.
+
+    Attributes:
+        tar: file name of the tar, without its folder.
+        tar_bytes: its size.
+        tar_hash: SHA-256 (hex) over its first and last 4 KiB.
+        keys: webdataset key of each sample; `extensions`: of its image, as in the tar.
+        columns: "offset", "size" (bytes), "crc32", "label" (-1 = none), "height", "width" (pixels,
+            before rotation).
+        skipped: (member, reason) of every member that is neither an image, nor a text beside one,
+            nor a folder.
+    """
+
+    tar: str
+    tar_bytes: int
+    tar_hash: str
+    keys: list[str]
+    extensions: list[str]
+    columns: dict[str, list[int]]
+    skipped: list[tuple[str, str]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def member(self, i: int) -> str:
+        """Name of sample i's image inside the tar."""
+        return f"{self.keys[i]}.{self.extensions[i]}"
+
+
+class Section(NamedTuple):
+    """Where a section is in its file, in bytes, and the SHA-256 (hex) of its content."""
+
+    start: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexHeader:
+    """What an index file says about its tar as a whole.
+
+    Attributes:
+        tar: file name of the tar, without its folder.
+        tar_bytes: its size.
+        tar_hash: SHA-256 (hex) over its first and last 4 KiB.
+        samples: images that can be used; `skipped`: members that cannot.
+        unlabelled: samples without a label.
+        content: SHA-256 (hex) over the columns `IDENTITY`: the identity of the samples.
+        sections: by name.
+        seal: SHA-256 of the header itself.
+    """
+
+    tar: str
+    tar_bytes: int
+    tar_hash: str
+    samples: int
+    skipped: int
+    unlabelled: int
+    content: str
+    sections: dict[str, Section]
+    seal: bytes
+
+
+def to_bytes(index: ShardIndex) -> bytes:
+    """The content of the file of an index."""
+    records = np.empty(len(index), dtype=RECORD)
+    for name in COLUMNS:
+        records[name] = index.columns[name]
+    names = [index.member(row).encode("utf-8", "surrogateescape") for row in range(len(index))]
+    ends = np.cumsum([0, *(len(name) for name in names)]).astype("<u4")
+    content = {
+        "records": records.tobytes(),
+        "members": ends.tobytes() + b"".join(names),
+        "skipped": json.dumps(index.skipped, separators=(",", ":")).encode("ascii"),
+    }
+
+    # The sections follow each other after the header.
+    sections = {}
+    start = 0
+    for name, data in content.items():
+        sections[name] = [start, len(data), hashlib.sha256(data).hexdigest()]
+        start += -(-len(data) // _ALIGN) * _ALIGN
+    header = json.dumps(
+        {
+            "tar": index.tar,
+            "tar_bytes": index.tar_bytes,
+            "tar_hash": index.tar_hash,
+            "samples": len(index),
+            "skipped": len(index.skipped),
+            "unlabelled": int((records["label"] < 0).sum()),
+            "content": content_hash(records),
+            "sections": sections,
+        },
+        separators=(",", ":"),
+    ).encode("ascii")
+    if _PREFIX.size + len(header) > HEAD_BYTES:
+        raise ShardError(f"{escaped(index.tar)}: the name of this tar is too long for an index.")
+    parts = [_PREFIX.pack(MAGIC, VERSION, len(header), hashlib.sha256(header).digest()), header]
+    for data in content.values():
+        parts += [bytes(-sum(map(len, parts)) % _ALIGN), data]
+    return b"".join(parts)
+
+
+def content_hash(records: NDArray[Any]) -> str:
+    """SHA-256 (hex) over the columns that identify the samples."""
+    packed = np.empty(len(records), dtype=[(name, RECORD[name]) for name in IDENTITY])
+    for name in IDENTITY:
+        packed[name] = records[name]
+    return hashlib.sha256(packed.tobytes()).hexdigest()
+
+
+def parse_header(name: str, head: bytes, file_bytes: int | None) -> IndexHeader:
+    """The header of an index file.
+
+    Args:
+        name: what errors call the file.
+        head: its first `HEAD_BYTES` bytes; fewer only where the file is smaller.
+        file_bytes: its size; None where that is not known yet.
+
+    Raises:
+        ShardError: if it is no index, of another version, damaged, or cut off.
+    """
+    if len(head) < _PREFIX.size or not head.startswith(MAGIC):
+        raise ShardError(f"{name}: is not an index of fastmoco: {CURE}.")
+    _, version, size, seal = _PREFIX.unpack_from(head)
+    if version != VERSION:
+        raise ShardError(
+            f"{name}: has version {version}, this fastmoco reads {VERSION} and the JSON form: "
+            f"{CURE}."
+        )
+    text = head[_PREFIX.size : _PREFIX.size + size]
+    if size > HEAD_BYTES or hashlib.sha256(text).digest() != seal:
+        raise ShardError(f"{name}: was changed or damaged after it was written (header): {CURE}.")
+    first = -(-(_PREFIX.size + size) // _ALIGN) * _ALIGN
+    try:
+        content = json.loads(text)
+        sections = content["sections"]
+        content["sections"] = {
+            key: Section(first + start, length, sha256)
+            for key, (start, length, sha256) in sections.items()
+        }
+        header = IndexHeader(**content, seal=seal)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ShardError(f"{name}: its header is broken ({error}): {CURE}.") from error
+    problem = _header_problem(header, first)
+    if problem is not None:
+        raise ShardError(f"{name}: {problem}: {CURE}.")
+    end = max(section.start + section.size for section in header.sections.values())
+    if file_bytes is not None and file_bytes != end:
+        raise ShardError(f"{name}: has {file_bytes} bytes instead of {end}: {CURE}.")
+    return header
+
+
+def _header_problem(header: IndexHeader, first: int) -> str | None:
+    """What is wrong with a header whose hash is right; sections begin at byte `first` or later."""
+    counts = (header.tar_bytes, header.samples, header.skipped, header.unlabelled)
+    if not all(type(count) is int and count >= 0 for count in counts):
+        return "its header is broken"
+    if not all(type(text) is str for text in (header.tar, header.tar_hash, header.content)):
+        return "its header is broken"
+    if len(header.content) != 64 or header.unlabelled > header.samples:
+        return "its header is broken"
+    if header.samples == 0:
+        return "lists no sample"
+    if not header.sections.keys() >= {"records", "members", "skipped"}:
+        return "lacks a section"
+    for section in header.sections.values():
+        if not (type(section.start) is type(section.size) is int and type(section.sha256) is str):
+            return "its header is broken"
+        if section.start < first or section.start % _ALIGN or section.size < 0:
+            return "its header is broken"
+    if header.sections["records"].size != header.samples * RECORD.itemsize:
+        return "its records are missing or short"
+    if header.sections["members"].size < (header.samples + 1) * 4:
+        return "its names are missing or short"
+    return None
+
+
+class IndexFile:
+    """The content of one index file; every section is checked at its first use, once.
+
+    Args:
+        name: what errors call the file.
+        data: the whole file, as bytes or a view of a memory-mapped file.
+
+    Attributes:
+        header: of the file.
+    """
+
+    def __init__(self, name: str, data: _Buffer) -> None:
+        self.name = name
+        self.header = parse_header(name, bytes(data[:HEAD_BYTES]), len(data))
+        self.data = data
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self.data)
+
+    @cached_property
+    def records(self) -> NDArray[Any]:
+        """[n] `RECORD`, read-only; a view of the file.
+
+        Raises:
+            ShardError: if the section is damaged, or a record is outside of what may be read: a
+                garbled index must never lead to a read at a wrong place.
+        """
+        section = self._section("records")
+        records = np.frombuffer(
+            self.data, dtype=RECORD, count=self.header.samples, offset=section.start
+        )
+        self._check(records)
+        return records
+
+    def check(self) -> Self:
+        """Check all sections now.
+
+        Raises:
+            ShardError: if one of them is broken.
+        """
+        self.records  # noqa: B018
+        self.members()
+        self.skipped()
+        return self
+
+    def rows(self) -> list[tuple[int, int, int]]:
+        """Offset, size in bytes and crc32 of each image."""
+        columns = (self.records[name].tolist() for name in ("offset", "size", "crc32"))
+        return list(zip(*columns, strict=True))
+
+    def unchecked_records(self) -> NDArray[Any]:
+        """`records` of a file whose section was checked before."""
+        section = self.header.sections["records"]
+        return np.frombuffer(
+            self.data, dtype=RECORD, count=self.header.samples, offset=section.start
+        )
+
+    def member(self, row: int) -> str:
+        """Name of an image inside the tar."""
+        ends, start = self._names
+        low, high = int(ends[row]), int(ends[row + 1])
+        return bytes(self.data[start + low : start + high]).decode("utf-8", "surrogateescape")
+
+    def members(self) -> list[str]:
+        """The names of all images, in file order."""
+        ends, start = self._names
+        blob = bytes(self.data[start : start + int(ends[-1])])
+        places = ends.tolist()
+        names = [
+            blob[low:high].decode("utf-8", "surrogateescape") for low, high in pairwise(places)
+        ]
+        if not all(name.isprintable() for name in names):
+            raise ShardError(f"{self.name}: its names are broken: {CURE}.")
+        return names
+
+    def skipped(self) -> list[tuple[str, str]]:
+        """(member, reason) of what is no sample."""
+        section = self._section("skipped")
+        try:
+            found = json.loads(bytes(self.data[section.start : section.start + section.size]))
+            return [(str(member), str(reason)) for member, reason in found]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ShardError(f"{self.name}: is broken ({error}): {CURE}.") from error
+
+    def whole(self) -> ShardIndex:
+        """All of it, as lists.
+
+        Raises:
+            ShardError: if a part of it is broken.
+        """
+        header = self.header
+        names = [split_name(member) for member in self.members()]
+        return ShardIndex(
+            tar=header.tar,
+            tar_bytes=header.tar_bytes,
+            tar_hash=header.tar_hash,
+            keys=[key for key, _ in names],
+            extensions=[extension for _, extension in names],
+            columns={name: self.records[name].tolist() for name in COLUMNS},
+            skipped=self.skipped(),
+        )
+
+    @cached_property
+    def _names(self) -> tuple[NDArray[Any], int]:
+        """The ends of all names, and where the first one starts in the file."""
+        section = self._section("members")
+        count = self.header.samples + 1
+        ends = np.frombuffer(self.data, dtype="<u4", count=count, offset=section.start)
+        length = section.size - 4 * count
+        if ends[0] != 0 or ends[-1] != length or (ends[1:] < ends[:-1]).any():
+            raise ShardError(f"{self.name}: its names are broken: {CURE}.")
+        return ends, section.start + 4 * count
+
+    def _section(self, name: str) -> Section:
+        """Where a section is, after its hash is checked."""
+        section = self.header.sections[name]
+        part = memoryview(self.data)[section.start : section.start + section.size]
+        whole = hashlib.sha256(part).hexdigest() == section.sha256
+        if not whole:
+            raise ShardError(
+                f"{self.name}: was changed or damaged after it was written ({name}): {CURE}."
+            )
+        return section
+
+    def _check(self, records: NDArray[Any]) -> None:
+        """Ranges, the account of the header, and the limits on decoding that building an index
+        enforces: an index made elsewhere must keep them too."""
+        header = self.header
+        size = records["size"].astype(np.int64)
+        if int(records["offset"].min()) < 0 or int(size.max()) > MAX_BYTES:
+            raise ShardError(f"{self.name}: its column 'offset' or 'size' is broken: {CURE}.")
+        # both are below 2**63, and a size is small
+        if (records["offset"] > header.tar_bytes - size).any():
+            raise ShardError(f"{self.name}: lists a sample after the end of its tar: {CURE}.")
+        if int(records["label"].min()) < -1:
+            raise ShardError(f"{self.name}: its column 'label' is broken: {CURE}.")
+        if int((records["label"] < 0).sum()) != header.unlabelled:
+            raise ShardError(f"{self.name}: its header does not fit its records: {CURE}.")
+
+        height, width = (records[name].astype(np.int64) for name in ("height", "width"))
+        pixels = height * width
+        bad = (pixels < 1) | (pixels > MAX_PIXELS) | (np.maximum(height, width) > MAX_SIDE)
+        bad |= pixels > MAX_PIXELS_PER_BYTE * size
+        if bad.any():
+            first = int(bad.argmax())
+            raise ShardError(
+                f"{escaped(header.tar)}: {escaped(self.member(first))}: "
+                f"{width[first]}x{height[first]} pixels in {size[first]} bytes are outside what "
+                f"is decoded: {CURE}."
+            )

@@ -1,0 +1,155 @@
+"""One set opened once a host: the headers of a set with many shards, kept for the other processes
+of this machine and for the next start.
+
+The copy is in the user's cache folder. Its name is a hash of the path, size, inode and times of
+every tar, index and manifest, so a set that has changed in any way is read again. Without a folder
+that can be used, every process reads the headers itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmoco_pipelines.files import (
+    OPEN_FLAGS,
+    own_folder,
+    remove,
+    try_lock,
+    user_cache,
+    write_file,
+)
+from fastmoco_pipelines.sets.records import SHARD
+
+FEWEST_SHARDS = 1024
+"""Sets with fewer are opened in less time than this would save."""
+_KEPT = 8  # sets
+_WAIT_SECONDS = 120.0
+_POLL_SECONDS = 0.05
+
+
+class OpenedSet(NamedTuple):
+    """What opening a set finds out."""
+
+    shards: NDArray[Any]
+    """[shards] `SHARD`."""
+    classes: tuple[str, ...]
+
+
+def once_a_host(
+    files: Sequence[str], manifests: Sequence[str], options: str, read: Callable[[], OpenedSet]
+) -> OpenedSet:
+    """What `read` returns, or what it has returned for the very same files on this machine.
+
+    Args:
+        files: tars and indexes that `read` looks at.
+        manifests: further files, which may be absent.
+        options: anything else that the result depends on.
+        read: opens the set.
+    """
+    if len(files) < 2 * FEWEST_SHARDS:
+        return read()
+    folder = user_cache() / "sets"
+    key = _identity(files, manifests, options)
+    try:
+        usable = key is not None and own_folder(folder)
+    except OSError:
+        usable = False
+    if not usable:
+        return read()
+
+    # One process reads; the others wait for it.
+    path = folder / f"{key}.set"
+    known = _load(path)
+    if known is not None:
+        return known
+    lock = _wait_for_lock(folder / "lock")
+    try:
+        known = _load(path)
+        if known is not None:
+            return known
+        found = read()
+        # a file that has changed meanwhile, or was converted, has another identity
+        if _identity(files, manifests, options) == key:
+            _store(path, found)
+        return found
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _identity(files: Sequence[str], manifests: Sequence[str], options: str) -> str | None:
+    """A hash of the state of all files; None if a tar or an index is absent."""
+    where = f"fastmoco-set {SHARD.descr} {options} {os.getcwd()}"
+    digest = hashlib.sha256(where.encode("utf-8", "surrogateescape"))
+    try:
+        for name in files:
+            digest.update(_state(name))
+    except OSError:
+        return None
+    for name in manifests:
+        with suppress(FileNotFoundError):
+            digest.update(_state(name))
+    return digest.hexdigest()
+
+
+def _state(name: str) -> bytes:
+    info = os.stat(name)
+    state = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+    return f"{name}\0{state}\n".encode("utf-8", "surrogateescape")
+
+
+def _wait_for_lock(path: Path) -> int | None:
+    """A descriptor that holds the lock; None where that is not possible in time."""
+    until = time.monotonic() + _WAIT_SECONDS
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o600)
+    except OSError:
+        return None
+    try:
+        while not try_lock(descriptor, fcntl.LOCK_EX):
+            if time.monotonic() > until:
+                raise OSError("another process holds it for too long")
+            time.sleep(_POLL_SECONDS)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _load(path: Path) -> OpenedSet | None:
+    """A kept set; None if there is none, or a damaged one."""
+    try:
+        with open(os.open(path, os.O_RDONLY | OPEN_FLAGS), "rb") as file:
+            if os.fstat(file.fileno()).st_uid != os.geteuid():
+                return None
+            digest, _, content = file.read().partition(b"\n")
+    except OSError:
+        return None
+    if hashlib.sha256(content).hexdigest().encode() != digest:
+        return None
+    with suppress(OSError):
+        os.utime(path)  # the sets that were not used for longest are removed first
+    classes, _, rows = content.partition(b"\n")
+    return OpenedSet(np.frombuffer(rows, dtype=SHARD), tuple(json.loads(classes)))
+
+
+def _store(path: Path, found: OpenedSet) -> None:
+    """Keep a set, and remove the oldest ones. Without room, none is kept."""
+    content = json.dumps(found.classes).encode("ascii") + b"\n" + found.shards.tobytes()
+    digest = hashlib.sha256(content).hexdigest().encode()
+    with suppress(OSError):
+        write_file(path, digest + b"\n" + content, mode=0o600)
+        kept = sorted(path.parent.glob("*.set"), key=lambda one: -one.stat().st_mtime_ns)
+        for old in kept[_KEPT:]:
+            remove(str(old))

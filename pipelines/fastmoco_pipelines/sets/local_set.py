@@ -1,0 +1,216 @@
+"""From a pattern of local files to shards that can be read: their names, the headers of their
+indexes, and their entries in the manifests."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.files import map_file, write_file
+from fastmoco_pipelines.formats.index import hash_ends, json_path, missing, open_index, stale
+from fastmoco_pipelines.formats.index_file import (
+    HEAD_BYTES,
+    SUFFIX,
+    IndexFile,
+    parse_header,
+)
+from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
+from fastmoco_pipelines.formats.manifest import FolderOfShards, check_folders, read_sets
+from fastmoco_pipelines.sets.host_table import OpenedSet, once_a_host
+from fastmoco_pipelines.sets.patterns import local_names, without_scheme
+from fastmoco_pipelines.sets.records import SHARD, shard_row
+
+THREADS = 16
+_CHUNK = 128  # shards for one task of a thread: a task costs more than the header of a shard
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalSet:
+    """Local shards, sorted by name, and their indexes; see `records.Indexes`."""
+
+    paths: list[str]
+    shards: NDArray[Any]
+    classes: tuple[str, ...]
+    notes: list[str]
+    """What a user should know, in sentences."""
+    converted: dict[int, bytes] = field(default_factory=dict)
+    """Indexes in the JSON form that could not be written in the binary one, converted."""
+
+    def load(self, shard: int) -> IndexFile:
+        """The whole index of a shard, memory-mapped."""
+        tar = self.paths[shard]
+        name = os.path.basename(tar) + SUFFIX
+        data = self.converted.get(shard)
+        file = IndexFile(name, _mapped(tar) if data is None else data)
+        if file.header.seal != self.shards[shard]["seal"].tobytes():
+            raise ShardError(
+                f"{file.name}: was replaced while the set was open: start the command again."
+            )
+        return file
+
+
+def open_local(pattern: str) -> LocalSet:
+    """Find the shards that a pattern names, and read the headers of their indexes.
+
+    Every header is compared with its tar, by size and by the hash of its ends. An index in the JSON
+    form is converted once, beside its tar.
+
+    Raises:
+        ValueError: if the pattern names no shard.
+        ShardError: if an index is missing, broken or stale, or a shard of a packed set is missing.
+    """
+    paths = local_names(pattern)
+    explicit = os.path.isfile(without_scheme(pattern)) or "{" in pattern
+    folders = sorted({os.path.dirname(path) for path in paths})
+    notes: list[str] = []
+    converted: dict[int, bytes] = {}
+
+    def read() -> OpenedSet:
+        rows = in_threads(_read_header, paths)
+        shards = np.array([row for row, _ in rows], dtype=SHARD)
+        converted.update({i: data for i, (_, data) in enumerate(rows) if data})
+        written = sum(data == b"" for _, data in rows)
+        notes.extend(_notes_on_converted(written, len(converted), folders))
+        classes = check_folders(_folders(paths, shards["samples"].tolist(), explicit=explicit))
+        return OpenedSet(shards, classes)
+
+    seen = [*paths, *(path + SUFFIX for path in paths)]
+    manifests = [os.path.join(folder, MANIFEST) for folder in folders]
+    opened = once_a_host(seen, manifests, str(explicit), read)
+    return LocalSet(
+        paths=paths,
+        shards=opened.shards,
+        classes=opened.classes,
+        notes=notes,
+        converted=converted,
+    )
+
+
+def in_threads(function: Callable[[str], T], items: Sequence[str]) -> list[T]:
+    """The results of a function that reads files, for many of them, in order.
+
+    Threads are used only where the first files had to be waited for, as on a network: in memory
+    they would only wait for each other.
+
+    Raises:
+        Exception: the error of the first item, in order, for which the function fails.
+    """
+    waits = _waits()
+    first = [function(item) for item in items[:_CHUNK]]
+    rest = items[_CHUNK:]
+    if _waits() - waits < len(first):
+        return [*first, *(function(item) for item in rest)]
+    chunks = [rest[start : start + _CHUNK] for start in range(0, len(rest), _CHUNK)]
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="fastmoco-index") as pool:
+        done = pool.map(lambda chunk: [function(item) for item in chunk], chunks)
+        return [*first, *(result for results in done for result in results)]
+
+
+def _waits() -> int:
+    """How often this thread has waited, for a disk or a server."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+
+def _read_header(tar: str) -> tuple[Any, bytes | None]:
+    """The row of a shard, compared with its tar; and what was converted: the bytes of an index that
+    could not be written, b"" for one that was, None for none."""
+    converted = None
+    try:
+        descriptor = os.open(tar + SUFFIX, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        converted = _from_json(Path(tar))
+        header = converted.header
+    else:
+        try:
+            head = os.pread(descriptor, HEAD_BYTES, 0)
+            size = os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+        header = parse_header(os.path.basename(tar) + SUFFIX, head, size)
+
+    # Is it the index of this very tar?
+    descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fits = os.fstat(descriptor).st_size == header.tar_bytes
+        fits = fits and hash_ends(descriptor) == header.tar_hash
+    finally:
+        os.close(descriptor)
+    if not fits:
+        raise ShardError(stale(Path(tar), "" if converted is None else converted.name))
+
+    # Only then is a converted one written.
+    if converted is None:
+        return shard_row(header), None
+    try:
+        write_file(Path(tar + SUFFIX), bytes(converted.data))
+    except OSError:
+        return shard_row(header), bytes(converted.data)
+    return shard_row(header), b""
+
+
+def _from_json(tar: Path) -> IndexFile:
+    """The index of a tar from its JSON form."""
+    try:
+        text = json_path(tar).read_bytes()
+    except FileNotFoundError:
+        raise ShardError(missing(tar)) from None
+    return open_index(json_path(tar).name, text)
+
+
+def _notes_on_converted(written: int, held: int, folders: Sequence[str]) -> list[str]:
+    notes = []
+    if written:
+        notes.append(
+            f"{written} indexes in the JSON form were converted to the binary form, once, beside "
+            f"the tars in {', '.join(folders[:3])}"
+        )
+    if held:
+        notes.append(
+            f"{held} indexes in the JSON form are converted at every start, because the folder "
+            f"cannot be written ({', '.join(folders[:3])}): run `fastmoco data index` where it can"
+        )
+    return notes
+
+
+def _folders(
+    paths: Sequence[str], samples: Sequence[int], *, explicit: bool
+) -> Iterable[FolderOfShards]:
+    """The shards by folder. A pattern that spells names out may leave some of the manifest's
+    out."""
+    pairs = zip(paths, samples, strict=True)
+    for name, group in groupby(pairs, key=lambda pair: os.path.dirname(pair[0])):
+        folder = Path(name)
+        yield FolderOfShards(
+            where=str(folder),
+            sets=read_sets(folder),
+            samples={os.path.basename(path): count for path, count in group},
+            present=lambda name, folder=folder: explicit or (folder / name).exists(),  # type: ignore[misc]
+        )
+
+
+def _mapped(tar: str) -> memoryview:
+    """The index file of a tar, memory-mapped."""
+    path = tar + SUFFIX
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ShardError(
+            f"{os.path.basename(path)}: cannot be opened any more ({error.strerror})."
+        ) from error
+    try:
+        return map_file(descriptor)
+    except OSError as error:
+        raise ShardError(f"{os.path.basename(path)}: cannot be read ({error.strerror}).") from error
+    finally:
+        os.close(descriptor)

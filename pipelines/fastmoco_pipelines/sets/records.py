@@ -1,0 +1,147 @@
+"""The samples of a set by number: what the indexes say of them, loaded shard by shard."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmoco_pipelines.formats.index_file import RECORD, IndexFile, IndexHeader
+
+SHARD = np.dtype(
+    [
+        ("samples", "<u4"),
+        ("skipped", "<u4"),
+        ("unlabelled", "<u4"),
+        ("tar_bytes", "<i8"),
+        ("content", "V32"),
+        ("seal", "V32"),
+    ]
+)
+"""What is kept of the header of a shard's index; see `IndexHeader`."""
+CHECKED_AT_OPENING = 64 << 20
+"""Records of a set, in bytes, that are all checked when it is opened (2.8 million samples); those
+of a larger one are checked shard by shard, at the first use."""
+LOADED_BYTES = 256 << 20
+"""Size of the indexes that are loaded at the same time, at most; those of local shards are
+memory-mapped, and all processes of a machine share the pages."""
+
+
+def shard_row(header: IndexHeader) -> tuple[int, int, int, int, bytes, bytes]:
+    """The row of a header in an array of `SHARD`."""
+    return (
+        header.samples,
+        header.skipped,
+        header.unlabelled,
+        header.tar_bytes,
+        bytes.fromhex(header.content),
+        header.seal,
+    )
+
+
+class Indexes(Protocol):
+    """The indexes of the shards of a set."""
+
+    @property
+    def shards(self) -> NDArray[Any]:
+        """[shards] `SHARD`."""
+        ...
+
+    def load(self, shard: int) -> IndexFile:
+        """The whole index of a shard; its sections are not checked yet.
+
+        Raises:
+            ShardError: if it cannot be read, or is another one than when the set was opened.
+        """
+        ...
+
+
+class Records:
+    """The records of all samples of a set. Any thread may use it.
+
+    Attributes:
+        first: [shards + 1] int64: shard s holds the samples first[s] to first[s + 1] - 1.
+    """
+
+    def __init__(self, indexes: Indexes) -> None:
+        self.first = np.zeros(len(indexes.shards) + 1, dtype=np.int64)
+        np.cumsum(indexes.shards["samples"], out=self.first[1:])
+        self._indexes = indexes
+        self._lock = threading.RLock()
+        self._loaded: OrderedDict[int, IndexFile] = OrderedDict()
+        self._loaded_bytes = 0
+        # Each section of records is checked once, also if its index is loaded again later.
+        self._checked = np.zeros(len(indexes.shards), dtype=np.bool_)
+
+    def shard_of(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[B]: the shard of each sample."""
+        return np.searchsorted(self.first, sample_ids, side="right") - 1
+
+    def of(self, sample_ids: NDArray[np.int64]) -> NDArray[Any]:
+        """[B] `RECORD`: the record of each sample.
+
+        Args:
+            sample_ids: [B] int64, each in [0, number of samples).
+
+        Raises:
+            ShardError: naming the index that is broken.
+        """
+        sample_ids = np.asarray(sample_ids, dtype=np.int64)
+        shards = self.shard_of(sample_ids)
+        order = np.argsort(shards, kind="stable")
+        found = np.empty(len(sample_ids), dtype=RECORD)
+        numbers, starts = np.unique(shards[order], return_index=True)
+        for shard, rows in zip(numbers.tolist(), np.split(order, starts[1:]), strict=False):
+            found[rows] = self.of_shard(shard)[sample_ids[rows] - self.first[shard]]
+        return found
+
+    def of_shard(self, shard: int) -> NDArray[Any]:
+        """[samples] `RECORD`: the records of one shard, read-only.
+
+        Raises:
+            ShardError: if its index is broken.
+        """
+        with self._lock:
+            file = self.file(shard)
+            if self._checked[shard]:
+                return file.unchecked_records()
+            records = file.records
+            self._checked[shard] = True
+            return records
+
+    def check(self) -> None:
+        """Check the records of every shard now, and keep none loaded.
+
+        Raises:
+            ShardError: naming the first index that is broken.
+        """
+        for shard in np.flatnonzero(~self._checked).tolist():
+            self._indexes.load(shard).records  # noqa: B018
+            self._checked[shard] = True
+
+    def all(self) -> Iterator[NDArray[Any]]:
+        """The records of every shard, one after another."""
+        for shard in range(len(self._checked)):
+            yield self.of_shard(shard)
+
+    def file(self, shard: int) -> IndexFile:
+        """The index of a shard.
+
+        Raises:
+            ShardError: if it cannot be read.
+        """
+        with self._lock:
+            known = self._loaded.get(shard)
+            if known is not None:
+                self._loaded.move_to_end(shard)
+                return known
+            file = self._indexes.load(shard)
+            self._loaded[shard] = file
+            self._loaded_bytes += file.size
+            while self._loaded_bytes > LOADED_BYTES and len(self._loaded) > 1:
+                self._loaded_bytes -= self._loaded.popitem(last=False)[1].size
+            return file

@@ -1,0 +1,283 @@
+"""Opening local sets: headers alone, in memory that does not grow; the JSON form is converted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.formats.index import index_path, json_path, read_index, write_json_index
+from fastmoco_pipelines.sets import host_table, local_set, records, shard_set
+from fastmoco_pipelines.sets.shard_set import ShardSet
+
+
+@pytest.fixture
+def folder(packed, tmp_path):
+    return Path(shutil.copytree(packed, tmp_path / "set"))
+
+
+def only_json(folder: Path) -> None:
+    """Leave nothing but the JSON form of the indexes."""
+    for tar in folder.glob("*.tar"):
+        write_json_index(tar, read_index(tar))
+        index_path(tar).unlink()
+
+
+def test_the_json_form_is_converted_once_with_a_word(folder, packed, caplog):
+    only_json(folder)
+    with ShardSet.open(str(folder)) as shards, ShardSet.open(str(packed)) as expected:
+        assert shards.digest == expected.digest
+        assert shards.labels.tolist() == expected.labels.tolist()
+        assert [data.tobytes() for data in shards.read(np.arange(45))] == [
+            data.tobytes() for data in expected.read(np.arange(45))
+        ]
+    words = [record.message for record in caplog.records]
+    assert len(words) == 1
+    assert words[0].startswith("3 indexes in the JSON form were converted")
+    for tar in folder.glob("*.tar"):
+        assert index_path(tar).read_bytes() == index_path(packed / tar.name).read_bytes()
+        assert json_path(tar).exists()
+    caplog.clear()
+    ShardSet.open(str(folder)).close()
+    assert not caplog.records
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_read(folder, caplog):
+    only_json(folder)
+    folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    check_held(folder, caplog)
+
+
+def test_an_index_that_cannot_be_written_is_held(folder, caplog, monkeypatch):
+    only_json(folder)
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(local_set, "write_file", full)
+    check_held(folder, caplog)
+
+
+def check_held(folder, caplog):
+    with ShardSet.open(str(folder)) as shards:
+        assert len(shards.read(np.arange(45))) == 45
+        assert shards.keys == [f"{i:09d}" for i in range(45)]
+    assert not list(folder.glob("*.index"))
+    assert "are converted at every start" in caplog.text
+
+
+def test_a_stale_or_broken_json_form_is_refused(folder):
+    only_json(folder)
+    first, second, _ = sorted(folder.glob("*.tar"))
+    shutil.copy(json_path(second), json_path(first))
+    with pytest.raises(ShardError, match=r"train-000000\.tar.*another state"):
+        ShardSet.open(str(folder))
+    json_path(first).write_bytes(b'{"format": "x"}')
+    with pytest.raises(ShardError, match=r"train-000000\.tar\.index\.json: is not an index"):
+        ShardSet.open(str(folder))
+    assert not index_path(first).exists()
+
+
+def test_a_damaged_body_is_found_at_the_first_use_where_a_set_is_large(folder, monkeypatch):
+    path = index_path(folder / "train-000001.tar")
+    data = bytearray(path.read_bytes())
+    data[-400] ^= 1  # in the names or the records
+    data[700] ^= 1
+    path.write_bytes(data)
+    words = r"train-000001\.tar\.index: was changed or damaged .*fastmoco data index"
+    with pytest.raises(ShardError, match=words):
+        ShardSet.open(str(folder))
+    monkeypatch.setattr(shard_set, "CHECKED_AT_OPENING", 10)
+    with ShardSet.open(str(folder)) as shards:
+        assert len(shards.read(np.r_[0:16, 32:45])) == 29
+        for use in (shards.read, shards.labels_of, shards.sizes_of):
+            with pytest.raises(ShardError, match=words):
+                use(np.array([3, 20]))
+
+
+def test_an_index_that_is_replaced_meanwhile_is_noticed(folder, monkeypatch):
+    monkeypatch.setattr(shard_set, "CHECKED_AT_OPENING", 10)
+    shards = ShardSet.open(str(folder))
+    first, second, _ = sorted(folder.glob("*.tar"))
+    shutil.copy(index_path(second), index_path(first))
+    with pytest.raises(ShardError, match=r"train-000000\.tar\.index: was replaced while"):
+        shards.read(np.array([0]))
+    index_path(first).unlink()
+    with pytest.raises(ShardError, match=r"train-000000\.tar\.index: cannot be opened any more"):
+        shards.read(np.array([0]))
+
+
+def test_opening_a_large_set_loads_no_index_and_a_step_those_it_needs(folder, monkeypatch):
+    monkeypatch.setattr(shard_set, "CHECKED_AT_OPENING", 10)
+    loaded = []
+    real = local_set.LocalSet.load
+
+    def counted(self, shard):
+        loaded.append(shard)
+        return real(self, shard)
+
+    monkeypatch.setattr(local_set.LocalSet, "load", counted)
+    shards = ShardSet.open(str(folder))
+    assert (len(shards), shards.unlabelled, shards.skipped) == (45, 0, 0)
+    assert loaded == []
+    shards.read(np.array([40, 41]))
+    assert loaded == [2]
+
+
+def test_no_more_is_loaded_than_allowed(folder, monkeypatch):
+    monkeypatch.setattr(records, "LOADED_BYTES", 1)
+    shards = ShardSet.open(str(folder))
+    expected = [data.tobytes() for data in shards.read(np.arange(45))]
+    for _ in range(3):
+        ids = np.random.default_rng(0).permutation(45)
+        assert [data.tobytes() for data in shards.read(ids)] == [expected[i] for i in ids]
+        assert len(shards._records._loaded) == 1
+
+
+def test_loaded_indexes_take_no_descriptors(folder):
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = descriptors()
+    shards = ShardSet.open(str(folder))
+    assert len(shards.labels) == 45
+    assert len(shards._records._loaded) == 3
+    assert descriptors() == before
+
+
+def test_rows_agree_with_the_whole_columns(packed):
+    with ShardSet.open(str(packed)) as shards:
+        rng = np.random.default_rng(1)
+        for count in (0, 1, 7, 45, 200):
+            ids = rng.integers(0, 45, count)
+            assert shards.labels_of(ids).tolist() == shards.labels[ids].tolist()
+            assert shards.sizes_of(ids).tolist() == shards.sizes[ids].tolist()
+        assert shards.labels_of(ids).dtype == np.int64
+        assert shards.sizes_of(ids).dtype == np.int32
+
+
+def test_the_first_digest_is_still_known(packed):
+    """As runs of the first version have saved it: all columns one below the other, as int64."""
+    columns = {name: [] for name in ("crc32", "size", "label", "height", "width")}
+    for tar in sorted(packed.glob("*.tar")):
+        for name, values in read_index(tar).columns.items():
+            if name in columns:
+                columns[name] += values
+    stacked = np.array(list(columns.values()), dtype="<i8")
+    expected = hashlib.sha256(b"fastmoco-set-1" + stacked.tobytes()).hexdigest()
+    with ShardSet.open(str(packed)) as shards:
+        assert shards.digest_1 == expected != shards.digest
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    """Every set is kept for the host; counts how often headers are read."""
+    monkeypatch.setattr(host_table, "FEWEST_SHARDS", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    reads = []
+    real = local_set._read_header
+
+    def counted(tar):
+        reads.append(tar)
+        return real(tar)
+
+    monkeypatch.setattr(local_set, "_read_header", counted)
+    return reads
+
+
+def test_a_set_is_opened_once_a_host(folder, kept):
+    digests = []
+
+    def open_it():
+        with ShardSet.open(str(folder)) as shards:
+            digests.append((shards.digest, shards.classes, len(shards.read(np.arange(45)))))
+
+    threads = [threading.Thread(target=open_it) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(kept) == 3
+    assert len(digests) == 4
+    assert len(set(digests)) == 1
+    assert digests[0][1:] == (("cat", "dog", "owl"), 45)
+
+
+@pytest.mark.parametrize("what", ["tar", "index", "manifest", "new shard"])
+def test_a_set_that_has_changed_is_read_again(folder, kept, what):
+    with ShardSet.open(str(folder)) as shards:
+        before = shards.digest
+    tar = folder / "train-000001.tar"
+    if what == "tar":  # other content of the same size
+        raw = bytearray(tar.read_bytes())
+        raw[600] ^= 1
+        tar.write_bytes(raw)
+        with pytest.raises(ShardError, match="another state"):
+            ShardSet.open(str(folder))
+        return
+    if what == "index":
+        shutil.copy(index_path(tar), folder / "x")
+        os.replace(folder / "x", index_path(tar))
+    elif what == "manifest":
+        (folder / "manifest.json").write_text("{")
+        with pytest.raises(ShardError, match="not valid JSON"):
+            ShardSet.open(f"{folder}/train-*.tar")
+        return
+    else:
+        (folder / "manifest.json").unlink()
+        shutil.copy(tar, folder / "train-000003.tar")
+        shutil.copy(index_path(tar), index_path(folder / "train-000003.tar"))
+    with ShardSet.open(str(folder)) as shards:
+        assert (shards.digest == before) == (what == "index")
+    assert len(kept) == (6 if what == "index" else 7)
+
+
+def test_a_damaged_copy_and_a_folder_of_others_are_ignored(folder, kept, tmp_path):
+    ShardSet.open(str(folder)).close()
+    (copy,) = (tmp_path / "cache/fastmoco/sets").glob("*.set")
+    data = bytearray(copy.read_bytes())
+    data[-1] ^= 1
+    copy.write_bytes(data)
+    ShardSet.open(str(folder)).close()
+    assert len(kept) == 6
+    (tmp_path / "cache/fastmoco/sets").chmod(0o777)
+    ShardSet.open(str(folder)).close()
+    assert len(kept) == 9
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("no folder")
+    ShardSet.open(str(folder)).close()
+    assert len(kept) == 12
+
+
+def test_few_sets_are_kept(folder, kept, monkeypatch, tmp_path):
+    monkeypatch.setattr(host_table, "_KEPT", 2)
+    for number in range(4):
+        ShardSet.open(f"{folder}/train-00000{{0..{number % 3}}}.tar").close()
+        os.utime(folder / "train-000000.tar")
+    assert len(list((tmp_path / "cache/fastmoco/sets").glob("*.set"))) == 2
+
+
+def test_threads_and_one_thread_read_the_same(monkeypatch):
+    items = [str(i) for i in range(1000)]
+
+    def waits(item: str) -> str:
+        if item == "900":
+            raise ShardError("the first fault")
+        if item == "950":
+            raise ShardError("a later fault")
+        return item * 2
+
+    assert local_set.in_threads(waits, items[:900]) == [item * 2 for item in items[:900]]
+    for switches in (0, 10**6):
+        counts = iter([0, switches])
+        monkeypatch.setattr(local_set, "_waits", lambda counts=counts: next(counts))
+        with pytest.raises(ShardError, match="the first fault"):
+            local_set.in_threads(waits, items)
