@@ -64,6 +64,15 @@ def lock_path(path: str) -> int | None:
     return descriptor if mine else None
 
 
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """Bytes of a file, fewer only where it ends: file systems on a network may return less than was
+    requested."""
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
 def map_file(descriptor: int) -> memoryview:
     """All of an open file, memory-mapped for reading; the descriptor may be closed afterwards.
 

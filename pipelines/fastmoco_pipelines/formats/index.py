@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fastmoco_pipelines.errors import ImageRefusedError, LabelError, ShardError, TarError
-from fastmoco_pipelines.files import write_file, write_json
+from fastmoco_pipelines.files import read_at, write_file, write_json
 from fastmoco_pipelines.formats.images import MAX_BYTES, read_header
 from fastmoco_pipelines.formats.index_file import (
     COLUMNS,
@@ -225,5 +225,5 @@ def tar_hash(tar: Path) -> str:
 def hash_ends(descriptor: int) -> str:
     """`tar_hash` of a file that is open."""
     size = os.fstat(descriptor).st_size
-    head = os.pread(descriptor, 4096, 0)
-    return hashlib.sha256(head + os.pread(descriptor, 4096, max(0, size - 4096))).hexdigest()
+    head = read_at(descriptor, 4096, 0)
+    return hashlib.sha256(head + read_at(descriptor, 4096, max(0, size - 4096))).hexdigest()

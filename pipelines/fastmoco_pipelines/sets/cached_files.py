@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fastmoco_pipelines.errors import ShardError, StoppedError
+from fastmoco_pipelines.files import read_at
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.sampling.window import ShardWindows
 from fastmoco_pipelines.sets.local_files import (
@@ -21,7 +22,6 @@ from fastmoco_pipelines.sets.local_files import (
     Place,
     ReadFault,
     is_own_trouble,
-    read_at,
 )
 from fastmoco_pipelines.spec import CacheSpec
 

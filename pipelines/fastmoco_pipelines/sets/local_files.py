@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.files import read_at
 from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, read_list
 
 MAX_OPEN_FILES = 128  # a process may hold 1024 by default, and several sets are open at once
@@ -145,12 +146,3 @@ def is_own_trouble(fault: ReadFault) -> bool:
     shard."""
     cause = fault if isinstance(fault, OSError) else fault.__cause__
     return isinstance(cause, OSError) and cause.errno in _OWN_TROUBLE
-
-
-def read_at(descriptor: int, size: int, offset: int) -> bytes:
-    """Bytes of a file, fewer only where it ends: file systems on a network may return less than was
-    requested."""
-    data = os.pread(descriptor, size, offset)
-    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
-        data += more
-    return data

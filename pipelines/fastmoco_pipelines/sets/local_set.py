@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.files import map_file, write_file
+from fastmoco_pipelines.files import map_file, read_at, write_file
 from fastmoco_pipelines.formats.index import hash_ends, json_path, missing, open_index, stale
 from fastmoco_pipelines.formats.index_file import (
     HEAD_BYTES,
@@ -133,7 +133,7 @@ def _read_header(tar: str) -> tuple[Any, bytes | None]:
         header = converted.header
     else:
         try:
-            head = os.pread(descriptor, HEAD_BYTES, 0)
+            head = read_at(descriptor, HEAD_BYTES, 0)
             size = os.fstat(descriptor).st_size
         finally:
             os.close(descriptor)
