@@ -132,7 +132,7 @@ def thinned(series: Series, buckets: int = BUCKETS) -> Series:
 
     # In Python's numbers the product cannot overflow.
     begin, width = int(steps[0]), int(steps[-1]) - int(steps[0]) + 1
-    edges = [begin + width * part // buckets for part in range(buckets)]
+    edges = [begin - (-width * part // buckets) for part in range(buckets)]
     starts = np.unique(np.searchsorted(steps, edges))
     ends = np.append(starts[1:], len(steps))
 

@@ -126,17 +126,19 @@ def cut_back(path: Path, step: int) -> int:
 
 def _rewrite(path: Path, step: int) -> int:
     """`cut_back` for a file that is not in order: copy the kept lines, and replace the file."""
-    removed = 0
-    with path.open("rb") as old, whole_file(path) as fresh:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS
-        with open(os.open(fresh, flags, 0o600), "wb") as new:
-            for line in old:
-                if step_of(line) <= step:
-                    new.write(line.rstrip(b"\r\n") + b"\n")
-                else:
-                    removed += 1
-            new.flush()
-            os.fsync(new.fileno())
+    with path.open("rb") as old:
+        removed = sum(step_of(line) > step for line in old)
+        if not removed:
+            return 0
+        old.seek(0)
+        with whole_file(path) as fresh:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS
+            with open(os.open(fresh, flags, 0o600), "wb") as new:
+                for line in old:
+                    if step_of(line) <= step:
+                        new.write(line.rstrip(b"\r\n") + b"\n")
+                new.flush()
+                os.fsync(new.fileno())
     return removed
 
 
