@@ -145,6 +145,13 @@ class RunFolder:
         """Write `config.json`."""
         _replace(self._config, json.dumps(data, indent=2) + "\n")
 
+    def has_curves(self) -> bool:
+        """Whether there is a picture that is not older than the metrics."""
+        try:
+            return self.curves.stat().st_mtime_ns >= self.metrics.stat().st_mtime_ns
+        except FileNotFoundError:
+            return False
+
     def trim_metrics(self, step: int) -> int:
         """Remove metrics after `step`, which the resumed run will write again,
         and incomplete lines (`metrics_file.cut_back`).
