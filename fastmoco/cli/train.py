@@ -47,13 +47,14 @@ def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool =
         world = start_world(config.device, timeout_s=config.data.timeout_s + 120)
         with first_cause(world):
             start = find_start(out, world, trust=trust)
-            if close_if_finished(start, config, world, allow=allow):
-                return _finish(RunFolder(out), config, world, None)
+            finished = close_if_finished(start, config, world, allow=allow)
+            if not finished:
+                # Imported here: a finished run needs no trainer.
+                from fastmoco.training.trainer import Trainer
 
-            # Imported after that: a finished run needs no trainer.
-            from fastmoco.training.trainer import Trainer
-
-            trainer = Trainer.build(config, out, world, allow=allow, start=start)
+                trainer = Trainer.build(config, out, world, allow=allow, start=start)
+    if finished:
+        return _finish(start.folder, config, world, None)
     try:
         with one_line(EXIT_FAILED), first_cause(world):
             code = trainer.run()
