@@ -132,7 +132,7 @@ def build_monitors(
     precision: str,
     quarantine_list: Path | None = None,
 ) -> list[Monitor]:
-    """Build the evaluations that a config has during training.
+    """Build the evaluations that a config has during training; `figures` names their accuracies.
 
     Args:
         config: of the run.
