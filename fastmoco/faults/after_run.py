@@ -57,19 +57,23 @@ class AfterRun:
             failed: beginning of the message, e.g. `curves.png not drawn`.
             limit_s: time after which it is interrupted.
         """
+        # The outer block also catches a signal that arrives while an error is reported.
         try:
-            if self._asked is None:
-                self._attempting = True
-                if self._previous:
-                    signal.setitimer(signal.ITIMER_REAL, limit_s)
-                work()
-            self._attempting = False
+            try:
+                if self._asked is None:
+                    self._attempting = True
+                    if self._previous:
+                        signal.setitimer(signal.ITIMER_REAL, limit_s)
+                    work()
+            except Exception as error:
+                kind = (
+                    "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+                )
+                say(f"{failed}: {kind}{error}")
+            finally:
+                self._attempting = False
         except _Cut:
             pass
-        except Exception as error:
-            self._attempting = False
-            kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-            say(f"{failed}: {kind}{error}")
         finally:
             if self._previous:
                 signal.setitimer(signal.ITIMER_REAL, 0)

@@ -86,8 +86,8 @@ def close_if_finished(
         RunError: if the folder contains a run with another config.
     """
     try:
-        steps = _all_done(start, config, world, allow)
-        if any_rank(steps is None, world.device):
+        steps = _steps_if_done(start, config, world, allow)
+        if any_rank(steps == 0, world.device):
             return False
     except BaseException:
         start.folder.release()
@@ -108,7 +108,7 @@ def close_if_finished(
     for name in folder.take_leftovers():
         console.event(f"ignored {name}, left by a killed run")
     folder.mark("DONE")
-    console.event(finished_already(folder, steps or 0))
+    console.event(finished_already(folder, steps))
     console.close()
     folder.release()
     return True
@@ -119,11 +119,11 @@ def finished_already(folder: RunFolder, steps: int) -> str:
     return f"this run is finished already; its {steps} steps are in {folder.checkpoints}"
 
 
-def _all_done(start: Start, config: Config, world: World, allow: Sequence[str]) -> int | None:
-    """The steps of the run if its checkpoint has all of them."""
+def _steps_if_done(start: Start, config: Config, world: World, allow: Sequence[str]) -> int:
+    """The steps of the run if its checkpoint has all of them, else 0."""
     checkpoint = start.checkpoint
     if checkpoint is None:
-        return None
+        return 0
     precision = choose_precision(config.precision, world.device)
     resume.require_same_config(checkpoint, config, precision, start.folder, allow)
     try:
@@ -133,5 +133,5 @@ def _all_done(start: Start, config: Config, world: World, allow: Sequence[str]) 
             sample_count=checkpoint.state["resolved"]["sample_count"],
         ).total_steps
     except (ValueError, KeyError, TypeError):
-        return None  # refused later, with the set of now
-    return steps if checkpoint.step >= steps else None
+        return 0  # refused later, with the number of images there are now
+    return steps if checkpoint.step >= steps else 0
