@@ -132,7 +132,7 @@ def build_monitors(
     precision: str,
     quarantine_list: Path | None = None,
 ) -> list[Monitor]:
-    """Build the evaluations that a config has during training.
+    """Build the evaluations that a config has during training; `figures` names their accuracies.
 
     Args:
         config: of the run.
@@ -156,7 +156,7 @@ def build_knn(
     quarantine_list: Path | None = None,
 ) -> KnnMonitor | None:
     """Build the kNN monitor; None without held-out shards or without an interval."""
-    if not config.knn.test_shards or config.knn.every_epochs == 0:
+    if not _has_knn(config):
         return None
     return KnnMonitor(
         config,
@@ -166,6 +166,15 @@ def build_knn(
         precision=precision,
         quarantine_list=quarantine_list,
     )
+
+
+def figures(config: Config) -> dict[str, str]:
+    """Metric name -> label of the accuracies that `build_monitors` would measure."""
+    return dict(KnnMonitor.figures) if _has_knn(config) else {}
+
+
+def _has_knn(config: Config) -> bool:
+    return bool(config.knn.test_shards) and config.knn.every_epochs > 0
 
 
 def describe(

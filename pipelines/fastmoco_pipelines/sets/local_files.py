@@ -128,17 +128,34 @@ class LocalFiles:
     def _tried(
         self, shard: int, attempt: Callable[[], T], error_type: type[ShardError], problem: str
     ) -> T:
-        """The result of the first attempt that succeeds: of three with pauses, or of the only one
-        for a shard that failed before."""
-        for pause in (None,) if shard in self._failing else (*_PAUSES, None):
-            try:
-                return attempt()
-            except OSError as error:
-                if pause is None:
-                    name = os.path.basename(self._paths[shard])
-                    raise error_type(f"{name}: {problem} ({error.strerror}).") from error
-                time.sleep(pause)
-        raise AssertionError
+        """`tried`, once for a shard that failed before."""
+        name = os.path.basename(self._paths[shard])
+        return tried(attempt, f"{name}: {problem}", error_type, once=shard in self._failing)
+
+
+def tried(
+    attempt: Callable[[], T],
+    problem: str,
+    error_type: type[ShardError] = ShardError,
+    *,
+    once: bool = False,
+) -> T:
+    """The result of the first attempt that succeeds: of three with pauses, or of one.
+
+    Args:
+        attempt: raises OSError where it fails.
+        problem: names the file, and what cannot be done with it.
+        error_type: of the error after the last attempt.
+        once: make one attempt.
+    """
+    for pause in (None,) if once else (*_PAUSES, None):
+        try:
+            return attempt()
+        except OSError as error:
+            if pause is None:
+                raise error_type(f"{problem} ({error.strerror}).") from error
+            time.sleep(pause)
+    raise AssertionError
 
 
 def is_own_trouble(fault: ReadFault) -> bool:

@@ -27,6 +27,7 @@ from fastmoco_pipelines.formats.index_file import (
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import FolderOfShards, check_folders, read_sets
 from fastmoco_pipelines.sets.host_table import OpenedSet, once_a_host
+from fastmoco_pipelines.sets.local_files import tried
 from fastmoco_pipelines.sets.patterns import local_names, without_scheme
 from fastmoco_pipelines.sets.records import SHARD, shard_row
 
@@ -201,16 +202,12 @@ def _folders(
 
 def _mapped(tar: str) -> memoryview:
     """The index file of a tar, memory-mapped."""
-    path = tar + SUFFIX
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ShardError(
-            f"{os.path.basename(path)}: cannot be opened any more ({error.strerror})."
-        ) from error
-    try:
-        return map_file(descriptor)
-    except OSError as error:
-        raise ShardError(f"{os.path.basename(path)}: cannot be read ({error.strerror}).") from error
-    finally:
-        os.close(descriptor)
+
+    def attempt() -> memoryview:
+        descriptor = os.open(tar + SUFFIX, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return map_file(descriptor)
+        finally:
+            os.close(descriptor)
+
+    return tried(attempt, f"{os.path.basename(tar)}{SUFFIX}: cannot be opened any more")

@@ -24,8 +24,8 @@ SHARD = np.dtype(
 )
 """What is kept of the header of a shard's index; see `IndexHeader`."""
 CHECKED_AT_OPENING = 64 << 20
-"""Records of a set, in bytes, that are all checked when it is opened (2.8 million samples); those
-of a larger one are checked shard by shard, at the first use."""
+"""Records of a set, in bytes, that are all loaded and checked when it is opened (2.8 million
+samples); those of a larger one are, shard by shard, at the first use."""
 LOADED_BYTES = 256 << 20
 """Size of the indexes that are loaded at the same time, at most; those of local shards are
 memory-mapped, and all processes of a machine share the pages."""
@@ -114,14 +114,13 @@ class Records:
             return records
 
     def check(self) -> None:
-        """Check the records of every shard now, and keep none loaded.
+        """Load and check the records of every shard now.
 
         Raises:
             ShardError: naming the first index that is broken.
         """
-        for shard in np.flatnonzero(~self._checked).tolist():
-            self._indexes.load(shard).records  # noqa: B018
-            self._checked[shard] = True
+        for shard in range(len(self._checked)):
+            self.of_shard(shard)
 
     def all(self) -> Iterator[NDArray[Any]]:
         """The records of every shard, one after another."""

@@ -261,7 +261,7 @@ def test_closing_does_not_wait_for_a_hanging_read(packed, monkeypatch):
         released.wait(GUARD_SECONDS)
         return b""
 
-    monkeypatch.setattr(os, "pread", hang)
+    monkeypatch.setattr(local_files, "read_at", hang)
     source = build_loader(spec_of(packed))
     assert reading.wait(GUARD_SECONDS)
     source.close()
