@@ -16,7 +16,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco_pipelines.sampling.window import ShardWindows, shuffle_words
+from fastmoco_pipelines.sampling.philox import shuffle_words
+from fastmoco_pipelines.sampling.window import ShardWindows
 from fastmoco_pipelines.spec import require
 
 # "order": second word of the Philox key, so that no augmentation draw shares a stream with it

@@ -16,6 +16,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmoco_pipelines.sampling.philox import shuffle_words
+
 SHARD_TAG = 0x7368617264  # "shard": second word of the Philox key for the order of the shards
 DEFAULT_WINDOW = 64
 
@@ -105,10 +107,3 @@ def default_window(shard_bytes: int, cache_bytes: int) -> int:
         cache_bytes: size of the shard cache by configuration.
     """
     return max(1, min(DEFAULT_WINDOW, cache_bytes // 2 // max(1, shard_bytes)))
-
-
-def shuffle_words(seed: int, tag: int, epoch: int, count: int) -> NDArray[np.uint64]:
-    """[count] raw 64-bit words of Philox 4x64-10: the same under every version of numpy."""
-    key = np.array([seed, tag], dtype=np.uint64)
-    counter = np.array([0, 0, epoch, 0], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=counter).random_raw(count)
