@@ -11,17 +11,12 @@ ragged rest of an epoch is left out, on all ranks alike.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco_pipelines.sampling.philox import shuffle_words
+from fastmoco_pipelines.sampling.order_v1 import whole_order
 from fastmoco_pipelines.sampling.window import ShardWindows
 from fastmoco_pipelines.spec import require
-
-# "order": second word of the Philox key, so that no augmentation draw shares a stream with it
-ORDER_TAG = 0x6F72646572
 
 
 def epoch_order(
@@ -42,18 +37,14 @@ def epoch_order(
     require(0 <= seed < 2**63, "seed", seed, "needs a whole number from 0 to 2**63 - 1")
     require(epoch >= 0, "epoch", epoch, "epochs count from 0")
     require(count >= 0, "count", count, "a set has no fewer than 0 samples")
-    words = shuffle_words(seed, ORDER_TAG, epoch, count)
-    if windows is None or windows.count == 1:
-        return np.argsort(words, kind="stable").astype(np.int64, copy=False)
-    require(
-        int(windows.first[-1]) == count,
-        "count",
-        count,
-        f"the shards hold {windows.first[-1]} samples",
-    )
-    # The same words, sorted window by window: every sample keeps its rank among those of its
-    # window.
-    return np.lexsort((words, windows.window_of_samples(seed, epoch))).astype(np.int64, copy=False)
+    if windows is not None:
+        require(
+            int(windows.first[-1]) == count,
+            "count",
+            count,
+            f"the shards hold {windows.first[-1]} samples",
+        )
+    return whole_order(seed, epoch, count, windows)
 
 
 def steps_per_epoch(count: int, global_batch_size: int) -> int:
@@ -104,15 +95,4 @@ def rank_slice(
     )
     epoch, batch = divmod(step, steps)
     start = batch * global_batch_size + rank * local
-    return epoch, cached_order(seed, epoch, count, windows)[start : start + local]
-
-
-@lru_cache(maxsize=2)
-def cached_order(
-    seed: int, epoch: int, count: int, windows: ShardWindows | None
-) -> NDArray[np.int64]:
-    """`epoch_order`, read-only, computed once an epoch: sorting a million words takes longer than a
-    step."""
-    order = epoch_order(seed, epoch, count, windows)
-    order.flags.writeable = False
-    return order
+    return epoch, epoch_order(seed, epoch, count, windows)[start : start + local]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco_pipelines.sampling.order import cached_order, rank_slice, steps_per_epoch
+from fastmoco_pipelines.sampling.order import epoch_order, rank_slice, steps_per_epoch
 from fastmoco_pipelines.sampling.philox import philox_words
 from fastmoco_pipelines.sampling.window import ShardWindows
 
@@ -104,7 +104,7 @@ class Plan:
         drawn = low + word % (high - low - inside)
         if inside and drawn >= batch_low:
             drawn += inside
-        return int(cached_order(self.seed, places.epoch, self.count, self.windows)[drawn])
+        return int(epoch_order(self.seed, places.epoch, self.count, self.windows)[drawn])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

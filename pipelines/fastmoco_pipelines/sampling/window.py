@@ -67,13 +67,6 @@ class ShardWindows:
         cuts = [i * self.shards // self.count for i in range(self.count + 1)]
         return [order[low:high] for low, high in pairwise(cuts)]
 
-    def window_of_samples(self, seed: int, epoch: int) -> NDArray[np.int32]:
-        """[samples] int32: in which window of an epoch each sample comes."""
-        window_of_shard = np.empty(self.shards, dtype=np.int32)
-        for number, shards in enumerate(self.windows_of_epoch(seed, epoch)):
-            window_of_shard[shards] = number
-        return np.repeat(window_of_shard, np.diff(self.first))
-
     def bounds(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """[count + 1] int64: window w holds the positions bounds[w] to bounds[w + 1] - 1 of an
         epoch's order."""
