@@ -64,8 +64,9 @@ def philox_words(
     return words.reshape(4, *shape[1:])
 
 
-def shuffle_words(seed: int, tag: int, epoch: int, count: int) -> NDArray[np.uint64]:
-    """[count] raw 64-bit words of Philox 4x64-10: the same under every version of numpy."""
+def shuffle_words(seed: int, tag: int, epoch: int, count: int, part: int = 0) -> NDArray[np.uint64]:
+    """[count] raw 64-bit words of Philox 4x64-10 for a part of an epoch: the same under every
+    version of numpy."""
     key = np.array([seed, tag], dtype=np.uint64)
-    counter = np.array([0, 0, epoch, 0], dtype=np.uint64)
+    counter = np.array([0, part, epoch, 0], dtype=np.uint64)
     return np.random.Philox(key=key, counter=counter).random_raw(count)
