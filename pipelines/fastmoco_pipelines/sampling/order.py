@@ -117,7 +117,7 @@ def _require_order(
         version in ORDER_VERSIONS,
         "order_version",
         version,
-        f"this version of fastmoco knows the orders {known}; a later one may know it",
+        f"must be one of {known}; a later version of fastmoco may know it",
     )
 
 

@@ -38,7 +38,10 @@ MOST = 2**62
 """The largest count: products of a draw of 32 bits and a number of rows fit into 64."""
 _LEAST_PASSES = 12
 _DISTANCE_BITS = 48  # of pairs of values: 2**-48
-_MIX = np.uint64(0xD6E8FEB86659FD93)  # odd, with its bits spread (Rrmxmx, Pelle Evensen 2018)
+_FEW = 8  # positions for which the calls of numpy cost more
+_WORD = 2**64 - 1
+_MIX = 0xD6E8FEB86659FD93  # odd, with its bits spread (Rrmxmx, Pelle Evensen 2018)
+_MIX_WORD = np.uint64(_MIX)
 _SHIFT32 = np.uint64(32)
 
 
@@ -65,9 +68,29 @@ class KeyedPermutation:
         """Rows of the grid."""
         return -(-self.count >> self.column_bits)
 
+    def one(self, position: int) -> int:
+        """The value at one position: the reference, in Python's integers."""
+        bits, columns, rows = self.column_bits, 1 << self.column_bits, self.rows
+        passes = self.words.tolist()
+        while True:
+            row, column = position >> bits, position & (columns - 1)
+            for row_factor, row_offset, column_factor, column_offset in passes:
+                draw = row * row_factor + row_offset & _WORD
+                draw = (draw ^ draw >> 32) * _MIX & _WORD
+                column = (column + (draw >> 64 - bits)) & (columns - 1)
+                draw = column * column_factor + column_offset & _WORD
+                draw = (draw ^ draw >> 32) * _MIX & _WORD
+                row = (row + ((draw >> 32) * rows >> 32)) % rows
+            position = row << bits | column
+            if position < self.count:
+                return position
+
     def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The values at some positions, each in [0, count): an array of the same shape."""
         flat = positions.reshape(-1)
+        if len(flat) <= _FEW:
+            few = [self.one(position) for position in flat.tolist()]
+            return np.array(few, dtype=np.int64).reshape(positions.shape)
         values = np.empty(len(flat), dtype=np.int64)
         for start in range(0, len(flat), BLOCK):
             values[start : start + BLOCK] = self._block(flat[start : start + BLOCK])
@@ -125,7 +148,7 @@ def _mixed(
     np.multiply(numbers, factor, out=out)
     out += offset
     out ^= np.right_shift(out, _SHIFT32, out=spare)
-    out *= _MIX
+    out *= _MIX_WORD
 
 
 @lru_cache(maxsize=64)
