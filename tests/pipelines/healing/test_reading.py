@@ -227,8 +227,8 @@ def test_a_lost_shard_is_waited_for_once_however_many_samples_it_has(packed, mon
     assert sum(slept) == pytest.approx(14.5)
 
 
-def test_a_read_that_hangs_is_told_and_ends(packed, monkeypatch):
-    victim = int(FIRST[14])
+def test_a_read_that_hangs_is_told_and_ends(packed, place, monkeypatch):
+    victim = int(FIRST[place])
     tar, _, offset, _ = place_of(packed, victim)
     released, pread = threading.Event(), os.pread
 
