@@ -15,6 +15,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.identity import RunIdentity
+from fastmoco_pipelines.sampling.order import ORDER_VERSION, ORDER_VERSIONS
 from fastmoco_pipelines.spec import Resume
 
 MACHINE_FIELDS = ("world_size", "device", "threads", "optimizer", "chunk", "versions")
@@ -164,6 +165,27 @@ def shuffle_window(checkpoint: Checkpoint | None) -> int | None:
     return (
         int(checkpoint.state["data"].get("shuffle_window", 0)) if checkpoint is not None else None
     )
+
+
+def order_version(checkpoint: Checkpoint | None) -> int:
+    """Version of the order of the images: that of the run, and the newest for a new run.
+
+    Runs from before there were versions have version 1.
+
+    Raises:
+        RunError: for a version that this fastmoco does not know.
+    """
+    if checkpoint is None:
+        return ORDER_VERSION
+    version = checkpoint.state["data"].get("order_version", 1)
+    if version not in ORDER_VERSIONS:
+        raise RunError(
+            f"{checkpoint.path}: the run shuffles its images by version {version!r} of the order; "
+            f"this fastmoco knows {' and '.join(map(str, ORDER_VERSIONS))}, and another order would "
+            "show some images twice in an epoch and others never. Continue with the fastmoco that "
+            "wrote the checkpoint, or a later one, or choose another --out for a new run"
+        )
+    return int(version)
 
 
 def require_same_order(checkpoint: Checkpoint, order_digest: str) -> None:

@@ -24,6 +24,7 @@ from fastmoco.optim.build import name_of
 from fastmoco_kernels.attention.choice import AttentionChoice
 from fastmoco_pipelines import Loader, LoaderSpec, SyntheticLoader, build_loader
 from fastmoco_pipelines.loading.memory import loader_bytes
+from fastmoco_pipelines.sampling.order import ORDER_VERSION
 from fastmoco_pipelines.spec import Device
 from fastmoco_pipelines.views.runtime import dali_version
 
@@ -83,6 +84,7 @@ def build_train_loader(
     threads: int,
     start_step: int = 0,
     shuffle_window: int | None = None,
+    order_version: int = ORDER_VERSION,
     quarantine_list: Path | None = None,
 ) -> Loader | SyntheticLoader:
     """Build the training loader of a config. Its first batch is that of `start_step`.
@@ -93,6 +95,7 @@ def build_train_loader(
         threads: of DALI, unless the config sets them.
         start_step: step of the first batch.
         shuffle_window: the window that the run started with, used unless the config sets one.
+        order_version: of the order of the images that the run started with.
         quarantine_list: the run's list of bad images.
 
     Raises:
@@ -106,6 +109,7 @@ def build_train_loader(
             world_size=world.world_size,
             device=world.device,
             start_step=start_step,
+            order_version=order_version,
         )
     spec = loader_spec(config, world, threads=threads)
     device = spec.device
@@ -121,6 +125,7 @@ def build_train_loader(
         quarantine_list=quarantine_list,
         pin_memory=world.device.type == "cuda",
         begin=False,
+        order_version=order_version,
     )
 
 

@@ -167,6 +167,7 @@ class Trainer:
                 threads=threads,
                 start_step=checkpoint.step if checkpoint is not None else 0,
                 shuffle_window=resume.shuffle_window(checkpoint),
+                order_version=resume.order_version(checkpoint),
                 quarantine_list=folder.quarantine,
             )
             undo.callback(loader.close)

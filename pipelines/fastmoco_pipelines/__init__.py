@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from fastmoco_pipelines.making.digits import pack_digits
     from fastmoco_pipelines.making.indexing import IndexReport, index_shards
     from fastmoco_pipelines.making.pack import PackReport, pack_folder
-    from fastmoco_pipelines.sampling.order import epoch_order, rank_slice, steps_per_epoch
+    from fastmoco_pipelines.sampling.order import (
+        epoch_order,
+        rank_slice,
+        samples_at,
+        steps_per_epoch,
+    )
     from fastmoco_pipelines.sets.shard_set import ShardSet, expand_shards
     from fastmoco_pipelines.spec import (
         EvalLoaderSpec,
@@ -59,6 +64,7 @@ __all__ = [
     "pack_digits",
     "pack_folder",
     "rank_slice",
+    "samples_at",
     "steps_per_epoch",
 ]
 
@@ -89,6 +95,7 @@ _ROOMS = {
     "pack_digits": "making.digits",
     "pack_folder": "making.pack",
     "rank_slice": "sampling.order",
+    "samples_at": "sampling.order",
     "steps_per_epoch": "sampling.order",
 }
 """Public name -> the module that has it."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmoco_pipelines.errors import DecodeError
 from fastmoco_pipelines.healing.culprit import raise_bad_image
-from fastmoco_pipelines.sampling.order import epoch_order
+from fastmoco_pipelines.sampling.order import samples_at
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import Device, ViewSpec, each_view, require
 from fastmoco_pipelines.views.draws import ViewDraws, draw_batch
@@ -75,7 +75,8 @@ def save_view_grid(
     shard_set = ShardSet.open(shards)
     try:
         require(len(shard_set) > 0, "shards", shards, "holds no image")
-        sample_ids = epoch_order(seed, epoch, len(shard_set))[: rows * images_a_row]
+        first = np.arange(min(rows * images_a_row, len(shard_set)))
+        sample_ids = samples_at(first, seed=seed, epoch=epoch, count=len(shard_set))
         encoded = shard_set.read(sample_ids)
         sizes = shard_set.sizes_of(sample_ids)
     finally:

@@ -19,7 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmoco_pipelines.loading.stages import StageFigures
-from fastmoco_pipelines.sampling.order import local_batch_size, steps_per_epoch
+from fastmoco_pipelines.sampling.order import (
+    ORDER_VERSION,
+    local_batch_size,
+    steps_per_epoch,
+)
 from fastmoco_pipelines.sampling.window import ShardWindows
 from fastmoco_pipelines.spec import LoaderSpec
 
@@ -75,6 +79,7 @@ class BatchStream(ABC):
         shuffle_window: shards shuffled together; 0 = the whole set.
         order_digest: identity of how shards are shuffled together (`ShardWindows.digest`); empty
             for the whole set.
+        order_version: of the order of the samples (sampling/order.py), which a run keeps.
         wait_seconds: seconds that the last `next()` waited for its batch.
         report: called in the trainer's thread with what a user should know, a sentence at a time: a
             sample that is left out, a wait that is long. Logs a warning unless replaced.
@@ -89,6 +94,7 @@ class BatchStream(ABC):
         world_size: int = 1,
         start_step: int = 0,
         windows: ShardWindows | None = None,
+        order_version: int = ORDER_VERSION,
     ) -> None:
         self.steps_per_epoch = steps_per_epoch(sample_count, spec.global_batch_size)
         self.local_batch_size = local_batch_size(spec.global_batch_size, world_size)
@@ -96,6 +102,7 @@ class BatchStream(ABC):
         self.digest = digest
         self.shuffle_window = windows.window if windows is not None else 0
         self.order_digest = windows.digest if windows is not None else ""
+        self.order_version = order_version
         self.wait_seconds = 0.0
         self.report: Callable[[str], None] = logging.getLogger(__name__).warning
         self.spec = spec
@@ -133,6 +140,7 @@ class BatchStream(ABC):
             "digest": self.digest,
             "seed": self.spec.seed,
             "global_batch_size": self.spec.global_batch_size,
+            "order_version": self.order_version,
             **order,
         }
 

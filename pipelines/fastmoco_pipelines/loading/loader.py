@@ -25,7 +25,7 @@ from fastmoco_pipelines.loading.batch import Batch, BatchStream
 from fastmoco_pipelines.loading.source import Source
 from fastmoco_pipelines.loading.stages import StageClock, StageFigures
 from fastmoco_pipelines.loading.threads import POLL_SECONDS, BatchPlaces, make_batches, read_steps
-from fastmoco_pipelines.sampling.order import local_batch_size
+from fastmoco_pipelines.sampling.order import ORDER_VERSION, local_batch_size
 from fastmoco_pipelines.sampling.stand_ins import Plan
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import LoaderSpec, require
@@ -50,6 +50,7 @@ def build_loader(
     pin_memory: bool = False,
     count_making: bool | None = None,
     begin: bool = True,
+    order_version: int = ORDER_VERSION,
 ) -> Loader:
     """Open the shards, build the DALI graph and begin to produce batches.
 
@@ -67,10 +68,12 @@ def build_loader(
             None: on a GPU it is.
         begin: False waits for `Loader.begin`, or the first `next`, before any memory is taken for
             batches.
+        order_version: of the order of the samples; a resumed run gives the one it began with
+            (`BatchStream.state_dict`, version 1 where that holds none).
 
     Raises:
-        ValueError: for a batch that the ranks cannot share or that is larger than the set, or a
-            pattern without shards.
+        ValueError: for a batch that the ranks cannot share or that is larger than the set, a
+            pattern without shards, or an unknown version of the order.
         DecoderBrokenError: if DALI crashes, hangs or errs on this GPU.
         ShardError: if an index is missing, broken or stale, or more samples are bad than
             `spec.max_bad_share` allows.
@@ -98,6 +101,7 @@ def build_loader(
             global_batch_size=spec.global_batch_size,
             rank=rank,
             world_size=world_size,
+            order_version=order_version,
         )
         plan.places(start_step)  # refuses wrong numbers now
         bad = BadSamples(shards, max_bad_share=spec.max_bad_share, run_list=quarantine_list)
@@ -144,6 +148,7 @@ class Loader(BatchStream):
             world_size=source.plan.world_size,
             start_step=start_step,
             windows=source.plan.windows,
+            order_version=source.plan.order_version,
         )
         self._clock = source.clock
         self._bad = source.healer.bad

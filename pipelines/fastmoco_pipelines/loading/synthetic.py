@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from fastmoco_pipelines.loading.batch import Batch, BatchStream
-from fastmoco_pipelines.sampling.order import rank_slice
+from fastmoco_pipelines.sampling.order import ORDER_VERSION, rank_slice
 from fastmoco_pipelines.spec import LoaderSpec
 
 
@@ -21,9 +20,11 @@ class SyntheticLoader(BatchStream):
         device: device of the views.
         start_step: the step of the first batch.
         sample_count: images of the pretended set; ImageNet-1k's by default.
+        order_version: of the order of the samples, as for `build_loader`.
 
     Raises:
-        ValueError: for a batch that the ranks cannot share or that is larger than `sample_count`.
+        ValueError: for a batch that the ranks cannot share or that is larger than `sample_count`,
+            or an unknown version of the order.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class SyntheticLoader(BatchStream):
         device: torch.device | str = "cpu",
         start_step: int = 0,
         sample_count: int = 1_281_167,
+        order_version: int = ORDER_VERSION,
     ) -> None:
         super().__init__(
             spec,
@@ -42,6 +44,7 @@ class SyntheticLoader(BatchStream):
             digest="synthetic",
             world_size=world_size,
             start_step=start_step,
+            order_version=order_version,
         )
         # Also refuses what a real loader would refuse.
         self._sample_ids = rank_slice(
@@ -51,7 +54,8 @@ class SyntheticLoader(BatchStream):
             global_batch_size=spec.global_batch_size,
             rank=rank,
             world_size=world_size,
-        )[1].astype(np.int64)
+            version=order_version,
+        )[1].copy()
         noise = torch.Generator().manual_seed(spec.seed + rank)
         shapes = [(self.local_batch_size, 3, view.size, view.size) for view in spec.each_view]
         if spec.view_dtype == "uint8":

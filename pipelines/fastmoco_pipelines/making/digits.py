@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from fastmoco_pipelines.making.pack import Progress, pack_folder
-from fastmoco_pipelines.sampling.order import epoch_order
+from fastmoco_pipelines.sampling.order_v1 import shuffled
 
 
 def pack_digits(
@@ -37,8 +37,8 @@ def pack_digits(
 
     digits = load_digits()
     levels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    shuffled = epoch_order(seed, 0, len(levels))
-    by_class = shuffled[np.argsort(digits.target[shuffled], kind="stable")]
+    drawn = shuffled(seed, len(levels))
+    by_class = drawn[np.argsort(digits.target[drawn], kind="stable")]
     parts = {"train": np.delete(by_class, np.s_[::5]), "test": by_class[::5]}
     done = 0
     patterns = {}

@@ -25,7 +25,7 @@ from fastmoco_pipelines.formats.index import build_index, index_path, json_path,
 from fastmoco_pipelines.formats.index_file import ShardIndex
 from fastmoco_pipelines.formats.manifest import read_sets, write_sets
 from fastmoco_pipelines.making.sources import Source, find_sources
-from fastmoco_pipelines.sampling.order import epoch_order
+from fastmoco_pipelines.sampling.order_v1 import shuffled
 from fastmoco_pipelines.spec import require
 
 Progress = Callable[[int, int], None]
@@ -135,7 +135,7 @@ def pack_folder(
     others = len(skipped)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".packing-{prefix}-", dir=out) as folder:
-        order = epoch_order(seed, 0, len(sources))
+        order = shuffled(seed, len(sources))
         samples = _prepare_all([sources[i] for i in order], options, skipped, progress)
         tars = _write_tars(Path(folder), prefix, samples, options)
         if not tars:

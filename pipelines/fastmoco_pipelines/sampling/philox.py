@@ -62,3 +62,11 @@ def philox_words(
         odd = product_low[::-1].copy()
     words = np.stack([even[0], odd[0], even[1], odd[1]])
     return words.reshape(4, *shape[1:])
+
+
+def shuffle_words(seed: int, tag: int, epoch: int, count: int, part: int = 0) -> NDArray[np.uint64]:
+    """[count] raw 64-bit words of Philox 4x64-10 for a part of an epoch: the same under every
+    version of numpy."""
+    key = np.array([seed, tag], dtype=np.uint64)
+    counter = np.array([0, part, epoch, 0], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)

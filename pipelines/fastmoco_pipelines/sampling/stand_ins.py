@@ -20,7 +20,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco_pipelines.sampling.order import cached_order, rank_slice, steps_per_epoch
+from fastmoco_pipelines.sampling.order import (
+    ORDER_VERSION,
+    rank_slice,
+    samples_at,
+    steps_per_epoch,
+)
 from fastmoco_pipelines.sampling.philox import philox_words
 from fastmoco_pipelines.sampling.window import ShardWindows
 
@@ -40,6 +45,7 @@ class Plan:
         windows: the set's shards, and which are shuffled together.
         global_batch_size: images of a step over all ranks.
         rank: this process; world_size: processes that share each global batch.
+        order_version: of the run; see order.py.
     """
 
     seed: int
@@ -47,6 +53,7 @@ class Plan:
     global_batch_size: int
     rank: int = 0
     world_size: int = 1
+    order_version: int = ORDER_VERSION
 
     @property
     def count(self) -> int:
@@ -67,6 +74,7 @@ class Plan:
             rank=self.rank,
             world_size=self.world_size,
             windows=self.windows,
+            version=self.order_version,
         )
         start = step % steps_per_epoch(self.count, self.global_batch_size) * self.global_batch_size
         return Places(
@@ -104,7 +112,15 @@ class Plan:
         drawn = low + word % (high - low - inside)
         if inside and drawn >= batch_low:
             drawn += inside
-        return int(cached_order(self.seed, places.epoch, self.count, self.windows)[drawn])
+        sample = samples_at(
+            np.array([drawn], dtype=np.int64),
+            seed=self.seed,
+            epoch=places.epoch,
+            count=self.count,
+            windows=self.windows,
+            version=self.order_version,
+        )
+        return int(sample[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

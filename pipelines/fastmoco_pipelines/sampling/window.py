@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastmoco_pipelines.sampling.philox import shuffle_words
 
 SHARD_TAG = 0x7368617264  # "shard": second word of the Philox key for the order of the shards
 DEFAULT_WINDOW = 64
@@ -59,38 +62,76 @@ class ShardWindows:
         words = shuffle_words(seed, SHARD_TAG, epoch, self.shards)
         return np.argsort(words, kind="stable").astype(np.int64, copy=False)
 
+    def shards_of(self, seed: int, epoch: int, window: int) -> NDArray[np.int64]:
+        """The shards of one window of an epoch, in the order of their visit."""
+        visit = _visit_of(self, seed, epoch)
+        return visit.shards[visit.cuts[window] : visit.cuts[window + 1]]
+
     def windows_of_epoch(self, seed: int, epoch: int) -> list[NDArray[np.int64]]:
         """The shards of each window of an epoch, in the order of their visit."""
-        order = self.shard_order(seed, epoch)
-        cuts = [i * self.shards // self.count for i in range(self.count + 1)]
-        return [order[low:high] for low, high in pairwise(cuts)]
-
-    def window_of_samples(self, seed: int, epoch: int) -> NDArray[np.int32]:
-        """[samples] int32: in which window of an epoch each sample comes."""
-        window_of_shard = np.empty(self.shards, dtype=np.int32)
-        for number, shards in enumerate(self.windows_of_epoch(seed, epoch)):
-            window_of_shard[shards] = number
-        return np.repeat(window_of_shard, np.diff(self.first))
+        return [self.shards_of(seed, epoch, window) for window in range(self.count)]
 
     def bounds(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """[count + 1] int64: window w holds the positions bounds[w] to bounds[w + 1] - 1 of an
-        epoch's order."""
-        sizes = np.diff(self.first)
-        samples = [int(sizes[shards].sum()) for shards in self.windows_of_epoch(seed, epoch)]
-        return np.concatenate([[0], np.cumsum(samples)]).astype(np.int64)
+        """[count + 1] int64, read-only: window w holds the positions bounds[w] to bounds[w + 1] - 1
+        of an epoch's order."""
+        return _visit_of(self, seed, epoch).bounds
+
+    def samples(
+        self, seed: int, epoch: int, window: int, numbers: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """The samples that have some numbers within a window, which counts those of its shards in
+        the order of the set."""
+        if self.count == 1:
+            return numbers
+        first, ends = _numbers_of(self, seed, epoch, window)
+        shard = np.searchsorted(ends, numbers, side="right")
+        return numbers + first[shard]
 
     def ahead(
         self, seed: int, epoch: int, window: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The shards of a window of an epoch, and those of the window after it, which may begin the
         next epoch."""
-        windows = self.windows_of_epoch(seed, epoch)
         after = (
-            windows[window + 1]
-            if window + 1 < len(windows)
-            else self.windows_of_epoch(seed, epoch + 1)[0]
+            self.shards_of(seed, epoch, window + 1)
+            if window + 1 < self.count
+            else self.shards_of(seed, epoch + 1, 0)
         )
-        return windows[window], after
+        return self.shards_of(seed, epoch, window), after
+
+
+class _Visit(NamedTuple):
+    """How an epoch visits the shards: of 40,000 shards, kept because every step asks."""
+
+    shards: NDArray[np.int64]
+    """[shards]: in the order of their visit."""
+    cuts: NDArray[np.int64]
+    """[windows + 1]: window w visits shards[cuts[w]:cuts[w + 1]]."""
+    bounds: NDArray[np.int64]
+    """[windows + 1]: positions, see `ShardWindows.bounds`."""
+
+
+@lru_cache(maxsize=4)
+def _visit_of(windows: ShardWindows, seed: int, epoch: int) -> _Visit:
+    order = windows.shard_order(seed, epoch)
+    cuts = np.arange(windows.count + 1, dtype=np.int64) * windows.shards // windows.count
+    samples = np.concatenate([[0], np.cumsum(np.diff(windows.first)[order])])
+    visit = _Visit(order, cuts, samples.astype(np.int64, copy=False)[cuts])
+    for numbers in visit:
+        numbers.flags.writeable = False
+    return visit
+
+
+@lru_cache(maxsize=16)
+def _numbers_of(
+    windows: ShardWindows, seed: int, epoch: int, window: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each shard of a window, in the order of the set: what to add to a number within the
+    window to get a sample, and the number after its last."""
+    shards = np.sort(windows.shards_of(seed, epoch, window))
+    sizes = windows.first[shards + 1] - windows.first[shards]
+    ends = np.cumsum(sizes)
+    return windows.first[shards] - (ends - sizes), ends
 
 
 def default_window(shard_bytes: int, cache_bytes: int) -> int:
@@ -105,10 +146,3 @@ def default_window(shard_bytes: int, cache_bytes: int) -> int:
         cache_bytes: size of the shard cache by configuration.
     """
     return max(1, min(DEFAULT_WINDOW, cache_bytes // 2 // max(1, shard_bytes)))
-
-
-def shuffle_words(seed: int, tag: int, epoch: int, count: int) -> NDArray[np.uint64]:
-    """[count] raw 64-bit words of Philox 4x64-10: the same under every version of numpy."""
-    key = np.array([seed, tag], dtype=np.uint64)
-    counter = np.array([0, 0, epoch, 0], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=counter).random_raw(count)

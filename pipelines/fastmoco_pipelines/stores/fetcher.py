@@ -26,6 +26,7 @@ from fastmoco_pipelines.stores.transfer import RemoteShard, download, read_range
 THREADS = 4
 _IDLE_SECONDS = 2.0
 _POLL_SECONDS = 0.05
+_LOOK_SECONDS = 1.0  # between two looks at which shards of a window are missing
 _NO_ROOM_SECONDS = 1.0
 _FAILED_SECONDS = 30.0
 _READERS = 8  # requests at once where nothing can be kept
@@ -63,14 +64,19 @@ class ShardFetcher:
     ) -> None:
         self._state = _State(shards, cache, limits)
         self._followed: _Followed | None = None
+        self._look_at = 0.0
 
     def want(self, numbers: Sequence[int]) -> None:
         """Fetch these shards next, in this order, instead of those wanted before."""
+        self._look_at = 0.0
         if self._state.cache is not None:
             self._state.want(numbers)
 
     def follow(self, windows: ShardWindows, *, seed: int, epoch: int, position: int) -> set[int]:
         """Fetch the shards of the window around a position, then those of the next.
+
+        Every step asks. The cache is looked at, a file at a time, where a window begins, and then
+        once in `_LOOK_SECONDS`: another process may have evicted what was there.
 
         Returns:
             The shards of the window.
@@ -83,7 +89,10 @@ class ShardFetcher:
             self._followed = _Followed(
                 windows, seed, epoch, low, high, set(now), list(dict.fromkeys([*now, *after]))
             )
-        self.want(self._followed.wanted)
+            self._look_at = 0.0
+        if time.monotonic() >= self._look_at:
+            self.want(self._followed.wanted)
+            self._look_at = time.monotonic() + _LOOK_SECONDS
         return self._followed.now
 
     def open(self, number: int, *, warn: bool = True) -> int | None:
@@ -134,6 +143,7 @@ class ShardFetcher:
         """End the threads; using the object again starts new ones."""
         self.cancel()
         self._state = _State(self._state.shards, self._state.cache, self._state.limits)
+        self._look_at = 0.0
 
     def __del__(self) -> None:
         if hasattr(self, "_state"):

@@ -181,7 +181,13 @@ def test_state_is_the_step(packed):
         assert loader.digest == ShardSet.open(str(packed)).digest
         for step, batch in zip(range(5, 8), loader, strict=False):
             assert batch.step == step
-            state = {"step": step + 1, "digest": loader.digest, "seed": 7, "global_batch_size": 12}
+            state = {
+                "step": step + 1,
+                "digest": loader.digest,
+                "seed": 7,
+                "global_batch_size": 12,
+                "order_version": 2,
+            }
             assert json.loads(json.dumps(loader.state_dict())) == state
             if step == 7:
                 break

@@ -45,6 +45,7 @@ def test_it_stands_in_for_the_real_loader():
         "digest": "synthetic",
         "seed": 3,
         "global_batch_size": 12,
+        "order_version": 2,
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -9,18 +11,18 @@ from fastmoco_pipelines.sampling.order import (
     epoch_order,
     local_batch_size,
     rank_slice,
+    samples_at,
     steps_per_epoch,
 )
-
-PINNED = [3, 4, 9, 2, 1, 5, 0, 6, 8, 7]
+from fastmoco_pipelines.sampling.permutation import BLOCK, keyed_permutation
+from fastmoco_pipelines.sampling.window import ShardWindows
 
 
 def test_order_is_pinned():
-    """Raw Philox words and a stable sort: these numbers must be the same on every machine and
-    version of numpy."""
-    assert epoch_order(0, 0, 10).tolist() == PINNED
-    words = np.random.Philox(key=[0, 0x6F72646572], counter=[0, 0, 0, 0]).random_raw(10)
-    assert sorted(range(10), key=lambda i: int(words[i])) == PINNED
+    """These numbers must be the same on every machine and version of numpy."""
+    assert epoch_order(0, 0, 10).tolist() == [9, 2, 1, 4, 6, 5, 7, 8, 3, 0]
+    permutation = keyed_permutation(3, 5, 0, 1437)
+    assert np.array_equal(epoch_order(3, 5, 1437), permutation.at(np.arange(1437)))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 255, 10_000])
@@ -103,3 +105,52 @@ def test_slices_cannot_be_written_into_the_cached_order():
     with pytest.raises(ValueError, match="read-only"):
         ids[0] = 5
     assert local_batch_size(4096, 8) == 512
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_any_positions_are_those_of_the_whole_order(version):
+    first = np.array([0, 40, 41, 90, 160, 200])
+    for windows in (None, ShardWindows(first=first, window=0), ShardWindows(first=first, window=2)):
+        options = {"seed": 3, "epoch": 4, "count": 200, "windows": windows, "version": version}
+        order = epoch_order(3, 4, 200, windows, version)
+        positions = np.random.default_rng(0).integers(0, 200, (7, 11))
+        assert np.array_equal(samples_at(positions, **options), order[positions])
+        assert samples_at(np.empty((0, 3), dtype=np.int64), **options).shape == (0, 3)
+        for wrong in ([-1], [200], [5, 300]):
+            with pytest.raises(ValueError, match=r"positions=.*count=200"):
+                samples_at(np.array(wrong), **options)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64, 5000, 20_000])
+def test_batches_computed_together_are_the_same(batch):
+    """Small batches are computed some steps at a time, on each rank for itself."""
+    count = 40_000
+    steps = min(steps_per_epoch(count, batch), 2 * BLOCK // batch + 3)
+    order = epoch_order(2, 1, count)
+    begin = steps_per_epoch(count, batch)
+    for step in {0, 1, steps // 2, steps - 1, begin - 1}:
+        _, ids = rank_slice(
+            begin + step, seed=2, count=count, global_batch_size=batch, rank=0, world_size=1
+        )
+        assert np.array_equal(ids, order[step * batch :][:batch])
+
+
+def test_a_billion_images_cost_their_batch():
+    """Also at step 10**7, and for a position that stands in; peak memory in bytes."""
+    options = {"seed": 11, "count": 10**9, "global_batch_size": 4096, "world_size": 8}
+    tracemalloc.start()
+    found = [rank_slice(step, rank=rank, **options) for step in (0, 10**7) for rank in (0, 7)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [epoch for epoch, _ in found] == [0, 0, 40, 40]
+    assert peak < 2e6
+    start = 10**7 % (10**9 // 4096) * 4096 + 7 * 512
+    wanted = keyed_permutation(11, 40, 0, 10**9).at(np.arange(start, start + 512))
+    assert np.array_equal(found[3][1], wanted)
+
+
+def test_an_unknown_version_is_refused():
+    with pytest.raises(ValueError, match=r"order_version=3: must be one of 1, 2; a later version"):
+        epoch_order(0, 0, 10, version=3)
+    with pytest.raises(ValueError, match="order_version=0"):
+        rank_slice(0, seed=0, count=10, global_batch_size=5, rank=0, world_size=1, version=0)

@@ -3,6 +3,8 @@ batch."""
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,10 +31,13 @@ def candidates(plan: Plan, step: int, row: int, count: int) -> list[int]:
     return [plan.advance(places, row) for _ in range(count)]
 
 
-def test_it_is_numpys_philox_over_the_order_without_the_batch():
-    places = (plan := plan_of()).places(9)  # 8 steps an epoch: the second batch of epoch 1
+@pytest.mark.parametrize("version", [1, 2])
+def test_it_is_numpys_philox_over_the_order_without_the_batch(version):
+    plan = plan_of(order_version=version)
+    places = plan.places(9)  # 8 steps an epoch: the second batch of epoch 1
     assert (places.epoch, places.batch_start, places.first) == (1, 12, 12)
-    order = epoch_order(5, 1, 100)
+    order = epoch_order(5, 1, 100, version=version)
+    assert np.array_equal(places.ids, order[12:24])
     for attempt in (1, 2, 7):
         counter = np.array([attempt, 15, 1, 0], dtype=np.uint64)
         word = int(
@@ -102,6 +107,18 @@ def test_candidates_are_spread_evenly():
     assert counts.sum() == 4000
     assert counts.min() > 60  # 100 expected
     assert counts.max() < 140
+
+
+def test_a_stand_in_of_a_billion_images_costs_one_number():
+    plan = plan_of(40_000, 10**9, batch=4096)
+    places = plan.places(10**6)
+    tracemalloc.start()
+    found = [plan.advance(places, row) for row in range(20)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2e6
+    assert len(set(found)) == 20
+    assert 0 <= min(found) < max(found) < 10**9
 
 
 def test_a_place_tells_the_draws_who_stands_in():
