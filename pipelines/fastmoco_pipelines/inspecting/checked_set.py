@@ -30,7 +30,7 @@ from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.text import redact
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
+"""Called with (bytes done, bytes in all); for a sample with images."""
 
 
 class CheckedSet:
@@ -193,7 +193,7 @@ def open_checked(
 
 
 class Meter:
-    """Progress in bytes of the whole set, from any thread."""
+    """Progress in bytes of the whole set, or in images of a sample, from any thread."""
 
     def __init__(self, progress: Progress | None, before: int, total: int) -> None:
         self._progress = progress
@@ -206,8 +206,13 @@ class Meter:
         with self._lock:
             self.set(self._done + item.size)
 
+    def count(self, _: Item) -> None:
+        """An image is done, where images are counted and not bytes."""
+        with self._lock:
+            self.set(self._done + 1)
+
     def set(self, done: int) -> None:
-        """So many bytes of the set are done."""
+        """So many bytes of the set, or images, are done."""
         self._done = done
         if self._progress is not None:
             self._progress(min(done, self._total), self._total)

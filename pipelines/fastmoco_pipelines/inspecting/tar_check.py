@@ -26,12 +26,14 @@ from fastmoco_pipelines.inspecting.report import Fault, TarResult
 
 @dataclass(slots=True)
 class Candidate:
-    """An image to decode: `row` is its place in the index, None where none lists it."""
+    """An image to decode: `row` is its place in the index and `shape` (height, width) by it; None
+    where none lists it."""
 
     key: str
     extension: str
     item: Item
-    row: int | None
+    row: int | None = None
+    shape: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -80,10 +82,13 @@ class TarCheck:
     def candidate(self, row: int) -> Candidate:
         """The image at a place in the index, which must be there."""
         assert self.index is not None
-        columns = self.index.columns
-        offset, size, crc32 = (int(columns[name][row]) for name in ("offset", "size", "crc32"))
+        offset, size, crc32, height, width = (
+            int(self.index.columns[name][row])
+            for name in ("offset", "size", "crc32", "height", "width")
+        )
         item = Item(str(self.path), offset, size, crc32)
-        return Candidate(self.index.keys[row], self.index.extensions[row], item, row)
+        key, extension = self.index.keys[row], self.index.extensions[row]
+        return Candidate(key, extension, item, row, (height, width))
 
     def fault(
         self, member: str, kind: str, reason: str, offset: int | None = None, outcome: str = "noted"
@@ -157,9 +162,7 @@ class TarCheck:
             image = sample.image
             if image is not None and not sample.kind and image.offset not in known:
                 candidates.append(
-                    Candidate(
-                        sample.key, sample.extension, Item(path, image.offset, image.size), None
-                    )
+                    Candidate(sample.key, sample.extension, Item(path, image.offset, image.size))
                 )
         return candidates
 
@@ -167,16 +170,10 @@ class TarCheck:
         """Count an image, and note what is wrong with it."""
         kind = decoded.kind
         reason = decoded.reason
-        if candidate.row is not None and self.index is not None and not kind:
-            size = (
-                int(self.index.columns["height"][candidate.row]),
-                int(self.index.columns["width"][candidate.row]),
-            )
-            if decoded.shape != size:
-                kind = "wrong index"
-                reason = (
-                    f"its header declares another size than the index, {size[1]}x{size[0]} pixels"
-                )
+        if candidate.shape is not None and decoded.shape != candidate.shape and not kind:
+            height, width = candidate.shape
+            kind = "wrong index"
+            reason = f"its header declares another size than the index, {width}x{height} pixels"
         if candidate.row is None and self.fits and not kind:
             kind = "not indexed"
             reason = (
