@@ -89,14 +89,43 @@ def check(
                         shards, progress=advance, resume=resume, tell=say, **options
                     )
             except CheckInterruptedError as stop:
-                how = ": the same command with --continue goes on" if stop.recorded else ""
-                say(f"interrupted, {stop}{how}")
+                more = {
+                    "--json": json,
+                    "--quarantine-out": quarantine_out,
+                    "--workers": workers,
+                    "--show": show if show != 20 else None,
+                    "--seconds-per-image": seconds_per_image if seconds_per_image != 30 else None,
+                    "--cache-dir": cache.cache_dir or None,
+                    "--cache-size-gb": (
+                        cache.cache_size_gb if cache.cache_size_gb != CACHE.cache_size_gb else None
+                    ),
+                    "--no-quarantine": None if quarantine else "",
+                }
+                say(f"interrupted, {stop}" + (_how_to_go_on(shards, more) if stop.recorded else ""))
                 return EXIT_INTERRUPTED
         if json is not None:
             json.parent.mkdir(parents=True, exist_ok=True)
             report.write(json)
         _print_report(report, show)
     return EXIT_FAILED if report.faults else EXIT_FINISHED
+
+
+def _how_to_go_on(shards: str, options: dict[str, object]) -> str:
+    """The command that goes on with an interrupted check; not a URL's secrets, which would remain
+    on the screen.
+
+    Args:
+        shards: the pattern.
+        options: by flag; None: not given, "": a flag without a value.
+    """
+    from fastmoco_pipelines.text import redact
+
+    if redact(shards) != shards:
+        return ": the same command with --continue goes on"
+    words = ["fastmoco", "data", "check", shards]
+    for flag, value in options.items():
+        words += [] if value is None else [flag] if value == "" else [flag, str(value)]
+    return f"; to go on: {shlex.join([*words, '--continue'])}"
 
 
 def stats(
@@ -175,7 +204,8 @@ def _print_report(report: CheckReport, show: int) -> None:
         print(f"wrote {path}")
     for path, url in zip(report.quarantine_files, report.uploads, strict=False):
         print(f"copy {path} to {url}: loaders look there, and fastmoco never writes to a server")
-    print(f"{len(report.faults)} faults" if report.faults else _nothing_found(report))
+    where = " in the sample" if report.sample is not None else ""
+    print(f"{len(report.faults)} faults{where}" if report.faults else _nothing_found(report))
 
 
 def _print_sample(report: CheckReport) -> None:
