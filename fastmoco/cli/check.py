@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,7 +111,7 @@ def check(
     return EXIT_FAILED if report.faults else EXIT_FINISHED
 
 
-def _how_to_go_on(shards: str, options: dict[str, object]) -> str:
+def _how_to_go_on(shards: str, options: Mapping[str, object]) -> str:
     """The command that goes on with an interrupted check; not a URL's secrets, which would remain
     on the screen.
 

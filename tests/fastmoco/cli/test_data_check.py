@@ -173,6 +173,23 @@ def test_ctrl_c_gives_the_command_that_goes_on(shards, monkeypatch, capsys):
     assert capsys.readouterr().err == "fastmoco: interrupted, 0 of 1 tars are checked\n"
 
 
+def test_a_log_gets_a_line_a_minute_with_the_time_that_is_left(monkeypatch, capsys):
+    pytest.importorskip("tyro")
+    from fastmoco.cli import data
+
+    now = [100.0]
+    monkeypatch.setattr(data.time, "monotonic", lambda: now[0])
+    with data.progress_bar("checking", unit="bytes") as advance:
+        for seconds, done in ((0, 400), (30, 450), (60, 500), (61, 510), (130, 600), (200, 1000)):
+            now[0] = 100.0 + seconds
+            advance(done, 1000)
+    # The 400 at the start were done before: 100 in the first minute, 200 in 130 s.
+    assert capsys.readouterr().err.splitlines() == [
+        "fastmoco: checking: 50.0 % done, 0:05:00 left",
+        "fastmoco: checking: 60.0 % done, 0:04:20 left",
+    ]
+
+
 @pytest.mark.parametrize("verb", ["check", "stats", "index"])
 def test_a_pattern_without_files_is_refused_in_one_line(verb, tmp_path, capsys):
     assert main(["data", verb, str(tmp_path / "none-*.tar")]) == 2
