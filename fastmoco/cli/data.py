@@ -231,7 +231,6 @@ def progress_bar(what: str, unit: str = "") -> Iterator[Callable[[int, int], Non
     and the speed."""
     from rich.console import Console
     from rich.progress import (
-        BarColumn,
         DownloadColumn,
         Progress,
         TimeRemainingColumn,
@@ -244,7 +243,6 @@ def progress_bar(what: str, unit: str = "") -> Iterator[Callable[[int, int], Non
         return
     columns = (
         *Progress.get_default_columns()[:2],
-        BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
     )

@@ -134,6 +134,7 @@ def _check(
     report = checked.report
     found = {folder: Quarantine() for folder in checked.folders}
     taken = _take_over(checked, record, tell)
+    tars.skip(taken)
     with DecodePool(workers or os.cpu_count() or 1, limits) as pool:
         before = 0
         for number, size in enumerate(tars.sizes):

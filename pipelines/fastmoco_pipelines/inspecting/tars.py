@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +29,7 @@ from fastmoco_pipelines.formats.index import (
 )
 from fastmoco_pipelines.inspecting.decode_pool import Item
 from fastmoco_pipelines.sets.remote_set import THREADS
-from fastmoco_pipelines.sets.whole_tars import LocalTars, RemoteTars
+from fastmoco_pipelines.sets.whole_tars import LocalTars, RemoteTars, _Copy
 from fastmoco_pipelines.stores.retries import retried
 from fastmoco_pipelines.stores.store import Request
 from fastmoco_pipelines.stores.table import open_url
@@ -43,6 +43,9 @@ State = dict[str, Any]
 
 class LocalCheckTars(LocalTars):
     """Tars of this machine."""
+
+    def skip(self, numbers: Iterable[int]) -> None:
+        """These tars are not asked for: nothing to do."""
 
     def state(self, number: int) -> State | None:
         """The state of a tar now; None where it cannot be read."""
@@ -87,6 +90,16 @@ class LocalCheckTars(LocalTars):
 
 class RemoteCheckTars(RemoteTars):
     """Tars of servers."""
+
+    _skipped: frozenset[int] = frozenset()
+
+    def skip(self, numbers: Iterable[int]) -> None:
+        """These tars are not asked for: they are not fetched ahead either, where an open copy would
+        take the room of others."""
+        self._skipped = frozenset(numbers)
+
+    def _fetch(self, number: int) -> _Copy:
+        return _Copy(None, None) if number in self._skipped else super()._fetch(number)
 
     def state(self, number: int) -> State | None:
         """The state of a tar on the server; None where the server gives nothing that changes with

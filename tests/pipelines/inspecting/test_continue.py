@@ -368,10 +368,15 @@ def test_shards_of_a_server_that_are_done_are_not_fetched_again(bad_set, tmp_pat
         raw = bytearray(tar.read_bytes())
         raw[len(raw) // 2] ^= 1
         tar.write_bytes(raw)
-        server.always["train-000001.tar"] = plain(tag="")
         checked.take()
+        server.requests.clear()
+        interrupt(url, after=1, resume=True, **options)
+        assert checked.take() == ["train-000000.tar"]
+        ranges = [r for name, r, _ in server.requests if name == "train-000001.tar"]
+        assert ranges == ["bytes=0-0"]  # not fetched ahead of its turn either
+        server.always["train-000001.tar"] = plain(tag="")
         check_shards(url, workers=1, resume=True, **options)
-        assert checked.take() == [f"train-00000{i}.tar" for i in range(3)]
+        assert checked.take() == ["train-000001.tar", "train-000002.tar"]
 
 
 @pytest.mark.usefixtures("quick")
