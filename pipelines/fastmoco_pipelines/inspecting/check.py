@@ -159,15 +159,15 @@ def _check(
 def _check_tar(
     checked: CheckedSet, number: int, pool: DecodePool, meter: Meter, record: ProgressFile
 ) -> TarResult:
-    """Check one tar and record the result, unless the tar has changed meanwhile."""
+    """Check one tar and record the result."""
     tars = checked.tars
     path = tars.paths[number]
     with tars.at_hand(number):
+        # Before it is read: if it changes meanwhile, a later check finds another state.
         state = tars.state_at_hand(number)
         check = TarCheck(path, checked.promises.get(path), checked.places.get(path, ""))
         result = check.run(pool, meter.add)
-        unchanged = tars.state_at_hand(number) == state
-    if state is not None and unchanged and len(tars.paths) > 1:
+    if state is not None and len(tars.paths) > 1:
         record.add(checked.name(number), _state(checked, number, state), result)
     return result
 

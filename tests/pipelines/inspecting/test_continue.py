@@ -257,7 +257,7 @@ def test_the_same_shards_under_another_spelling_are_the_same_check(bad_set, chec
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_tar_that_changes_under_the_check_is_not_recorded(bad_set, checked):
+def test_a_tar_that_changes_under_the_check_is_checked_again(bad_set, checked):
     def touch(done: int, total: int) -> None:
         if done < total:
             os.utime(bad_set / "train-000000.tar")
