@@ -16,6 +16,8 @@ EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_STOPPED = 75
 """The run stopped on request and saved its state; the same command continues it (EX_TEMPFAIL)."""
+EXIT_INTERRUPTED = 130
+"""Ctrl-C, with nothing to save, or with all of it saved."""
 ASKED_TO_END = "asked-to-end"
 """File next to torchrun's reports of one start: a rank was refused and has
 asked torchrun to end."""

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from tyro.conf import Positional
 
 from fastmoco.cli.data import CACHE, progress_bar
-from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, one_line
+from fastmoco.errors import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_INTERRUPTED,
+    EXIT_REFUSED,
+    one_line,
+    say,
+)
 from fastmoco_pipelines.spec import CacheSpec
 
 if TYPE_CHECKING:
@@ -27,13 +35,16 @@ def check(
     workers: int | None = None,
     show: int = 20,
     seconds_per_image: float = 30.0,
+    sample: int | None = None,
+    seed: int = 0,
+    resume: Annotated[bool, tyro.conf.arg(name="continue")] = False,
     cache: Annotated[CacheSpec, tyro.conf.arg(name="")] = CACHE,
 ) -> int:
     """Read and decode every image, report every fault, and list unusable images in
     quarantine.jsonl.
 
     The list is written next to the tars; loaders skip the images in it. Tars and servers are never
-    changed. Exit code 0: no fault, 1: faults found, 2: refused.
+    changed. Exit code 0: no fault, 1: faults found, 2: refused, 130: interrupted.
 
     Args:
         shards: A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or
@@ -45,27 +56,77 @@ def check(
         workers: Decoding processes; default one per core.
         show: Number of faults, and of notes, to print; the JSON report contains all.
         seconds_per_image: Longest time for decoding one image.
+        sample: Check only so many images, drawn at random over the whole set, and report how many
+            of all may be bad.
+        seed: Of --sample: another seed draws other images.
+        resume: Go on with an interrupted check of the same shards and options: unchanged tars
+            that it finished are not checked again.
         cache: Where shards of a server are kept.
     """
-    from fastmoco_pipelines.inspecting.check import check_shards
+    from fastmoco_pipelines.inspecting.check import CheckInterruptedError, check_shards
     from fastmoco_pipelines.inspecting.decode_pool import ChildLimits
+    from fastmoco_pipelines.inspecting.sample_check import check_sample
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
-        with progress_bar("checking", unit="bytes") as advance:
-            report = check_shards(
-                shards,
-                workers=workers,
-                quarantine=quarantine,
-                progress=advance,
-                limits=ChildLimits(seconds=seconds_per_image),
-                cache=cache,
-                remote_lists=quarantine_out,
+        if sample is not None and resume:
+            raise ValueError(
+                f"sample={sample}: a sample is short and keeps no progress: give --sample or "
+                "--continue, not both"
             )
+        options: dict[str, Any] = {
+            "workers": workers,
+            "quarantine": quarantine,
+            "limits": ChildLimits(seconds=seconds_per_image),
+            "cache": cache,
+            "remote_lists": quarantine_out,
+        }
+        if sample is not None:
+            with progress_bar("checking") as advance:
+                report = check_sample(shards, sample, seed=seed, progress=advance, **options)
+        else:
+            try:
+                with progress_bar("checking", unit="bytes") as advance:
+                    report = check_shards(
+                        shards, progress=advance, resume=resume, tell=say, **options
+                    )
+            except CheckInterruptedError as stop:
+                more = {
+                    "--json": json,
+                    "--quarantine-out": quarantine_out,
+                    "--workers": workers,
+                    "--show": show if show != 20 else None,
+                    "--seconds-per-image": seconds_per_image if seconds_per_image != 30 else None,
+                    "--cache-dir": cache.cache_dir or None,
+                    "--cache-size-gb": (
+                        cache.cache_size_gb if cache.cache_size_gb != CACHE.cache_size_gb else None
+                    ),
+                    "--no-quarantine": None if quarantine else "",
+                }
+                say(f"interrupted, {stop}" + (_how_to_go_on(shards, more) if stop.recorded else ""))
+                return EXIT_INTERRUPTED
         if json is not None:
             json.parent.mkdir(parents=True, exist_ok=True)
             report.write(json)
         _print_report(report, show)
     return EXIT_FAILED if report.faults else EXIT_FINISHED
+
+
+def _how_to_go_on(shards: str, options: Mapping[str, object]) -> str:
+    """The command that goes on with an interrupted check; not a URL's secrets, which would remain
+    on the screen.
+
+    Args:
+        shards: the pattern.
+        options: by flag; None: not given, "": a flag without a value.
+    """
+    from fastmoco_pipelines.text import redact
+
+    if redact(shards) != shards:
+        return ": the same command with --continue goes on"
+    words = ["fastmoco", "data", "check", shards]
+    for flag, value in options.items():
+        words += [] if value is None else [flag] if value == "" else [flag, str(value)]
+    return f"; to go on: {shlex.join([*words, '--continue'])}"
 
 
 def stats(
@@ -125,14 +186,17 @@ def _print_report(report: CheckReport, show: int) -> None:
         f"{report.shards} shards, {report.total_bytes / 1e6:.1f} MB "
         f"in {report.seconds:.1f} s ({rate:.0f} MB/s)"
     )
+    if report.sample is not None:
+        _print_sample(report)
     if report.restarts:
         print(f"{report.restarts} decoding processes crashed and were replaced")
     if report.refused_shards:
         alone = report.refused_shards == report.unindexed
         why = "they have no index yet" if alone else "tar or index is damaged or missing"
         print(f"{report.refused_shards} shards that a loader refuses: {why}")
+    drawn = " drawn" if report.sample is not None else ""
     print(
-        f"{report.promised} samples = {report.delivered} delivered "
+        f"{report.promised}{drawn} samples = {report.delivered} delivered "
         f"+ {report.quarantined} quarantined"
     )
     if report.left_out:
@@ -141,7 +205,31 @@ def _print_report(report: CheckReport, show: int) -> None:
         print(f"wrote {path}")
     for path, url in zip(report.quarantine_files, report.uploads, strict=False):
         print(f"copy {path} to {url}: loaders look there, and fastmoco never writes to a server")
-    print(f"{len(report.faults)} faults" if report.faults else _nothing_found(report))
+    where = " in the sample" if report.sample is not None else ""
+    print(f"{len(report.faults)} faults{where}" if report.faults else _nothing_found(report))
+
+
+def _print_sample(report: CheckReport) -> None:
+    """What was drawn, and what it means for the rest."""
+    assert report.sample is not None
+    assert report.bad is not None
+    assert report.bad_share_bound is not None
+    print(
+        f"a sample: {report.sample} of {report.population} indexed images were checked, from "
+        f"{report.sampled_shards} of {report.shards} shards (seed {report.seed}); {report.bad} are "
+        "bad"
+    )
+    if report.sample == report.population:
+        print(
+            "the sample is every image that an index lists; members that no index lists were not "
+            "searched for"
+        )
+        return
+    rule = f" (rule of three: 3 / {report.sample})" if not report.bad else ""
+    print(
+        f"with 95 % confidence at most {100 * report.bad_share_bound:.3g} % of all indexed images "
+        f"are bad{rule}"
+    )
 
 
 def _nothing_found(report: CheckReport) -> str:
@@ -150,6 +238,8 @@ def _nothing_found(report: CheckReport) -> str:
     """
     from fastmoco_pipelines.sets.patterns import is_remote
 
+    if report.sample is not None:
+        return "no fault in the sample"
     if not report.unindexed:
         return "clean"
     some = (

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
 
-from fastmoco.errors import EXIT_REFUSED, one_line
+from fastmoco.errors import EXIT_REFUSED, one_line, say
 from fastmoco_pipelines.spec import CacheSpec, ViewSpec, moco_v3_views
 
 CACHE = CacheSpec()
 """The default cache of shards from a server."""
+PROGRESS_SECONDS = 60.0
+"""Between two lines about progress in a log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,10 +230,10 @@ def sample(name: Positional[Literal["digits"]], out: Positional[Path], *, seed: 
 
 @contextmanager
 def progress_bar(what: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, on terminals only. `unit="bytes"` shows amounts in bytes and the speed."""
+    """A progress bar on a terminal, a line a minute elsewhere. `unit="bytes"` shows amounts in bytes
+    and the speed."""
     from rich.console import Console
     from rich.progress import (
-        BarColumn,
         DownloadColumn,
         Progress,
         TimeRemainingColumn,
@@ -237,13 +241,39 @@ def progress_bar(what: str, unit: str = "") -> Iterator[Callable[[int, int], Non
     )
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield ProgressLines(what)
+        return
     columns = (
         *Progress.get_default_columns()[:2],
-        BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
     )
     shown = (*columns, TimeRemainingColumn()) if unit == "bytes" else Progress.get_default_columns()
-    with Progress(*shown, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*shown, console=console) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class ProgressLines:
+    """Progress for a log: every minute how much is done, and the time that is left at the speed so
+    far. Called with (done, total), by one thread at a time."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._began: tuple[float, int] | None = None
+        self._next = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Print a line if it is time for one."""
+        now = time.monotonic()
+        if self._began is None:  # what came before, an earlier check did
+            self._began = (now, done)
+            self._next = now + PROGRESS_SECONDS
+        if now < self._next or done >= total:
+            return
+        self._next = now + PROGRESS_SECONDS
+        start, before = self._began
+        seconds = (now - start) * (total - done) / max(1, done - before)
+        left = timedelta(seconds=round(seconds)) if done > before else "unknown time"
+        say(f"{self._what}: {100 * done / total:.1f} % done, {left} left")

@@ -22,7 +22,7 @@ from fastmoco.cli.environment import clean_environment
 from fastmoco.cli.plan import PlanArguments
 from fastmoco.config import Config
 from fastmoco.config.serial import to_json
-from fastmoco.errors import EXIT_REFUSED, one_line, say
+from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, one_line, say
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
 from fastmoco_pipelines.text import first_sentence
 
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return verb(args[words:])
             except KeyboardInterrupt:  # before the first step or outside training: nothing to save
                 say("interrupted")
-                return 130
+                return EXIT_INTERRUPTED
             except SystemExit as stop:
                 # From the parser and `one_line`; return the code to the caller.
                 return stop.code if isinstance(stop.code, int) else EXIT_REFUSED

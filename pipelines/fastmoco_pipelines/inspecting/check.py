@@ -5,33 +5,37 @@ Each tar is walked strictly, compared with its index and the manifest, and every
 decoded, by the decoder that training uses, in a disposable process. What is found depends only on
 the bytes. No tar is ever changed. Those of a server are checked in copies, and the list is written
 to this machine: the user copies it there.
+
+The result of each tar is recorded as soon as it is there (progress_file.py). What is found depends
+only on the bytes, so that a check which goes on later ends with the same report.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
-from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
-from fastmoco_pipelines.formats.manifest import read_sets
-from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, quarantine_path
-from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, DecodePool, Item
-from fastmoco_pipelines.inspecting.report import CheckReport
+from fastmoco_pipelines.formats.quarantine import Quarantine
+from fastmoco_pipelines.inspecting.checked_set import CheckedSet, Meter, Progress, open_checked
+from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, DecodePool
+from fastmoco_pipelines.inspecting.progress_file import ProgressFile, Tell, places_for, versions
+from fastmoco_pipelines.inspecting.report import CheckReport, TarResult
 from fastmoco_pipelines.inspecting.tar_check import TarCheck
-from fastmoco_pipelines.sets.patterns import is_remote
-from fastmoco_pipelines.sets.remote_set import fetch_lists
-from fastmoco_pipelines.sets.whole_tars import LocalTars, RemoteTars, whole_names
+from fastmoco_pipelines.sets.remote_set import THREADS
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.retries import Limits
-from fastmoco_pipelines.text import redact
 
-Progress = Callable[[int, int], None]
+
+class CheckInterruptedError(KeyboardInterrupt):
+    """Ctrl-C during a check. `recorded` of `total` tars are done and need not be checked again."""
+
+    def __init__(self, recorded: int, total: int) -> None:
+        super().__init__(f"{recorded} of {total} tars are checked")
+        self.recorded = recorded
+        self.total = total
 
 
 def check_shards(
@@ -44,6 +48,8 @@ def check_shards(
     cache: CacheSpec | None = None,
     remote_lists: Path | None = None,
     transfers: Limits | None = None,
+    resume: bool = False,
+    tell: Tell = lambda text: None,
 ) -> CheckReport:
     """Check the shards that `pattern` names.
 
@@ -60,82 +66,88 @@ def check_shards(
             same already; lines about tars that are not checked, of that list and of an older file,
             stay.
         transfers: times and tries of each transfer.
+        resume: take over what an interrupted check of the same shards, with the same limits and
+            versions, has found in tars that are unchanged since. The report is the same as that of
+            a check from the beginning, but for its times.
+        tell: receives sentences for the user about an interrupted check.
 
     Raises:
+        CheckInterruptedError: instead of KeyboardInterrupt.
         ValueError: if the pattern names no shard, or is a local one and `remote_lists` is given.
         ShardError: if a manifest is broken; RemoteError, which is one, if a server fails or a shard
             does not fit into the cache.
         ModuleNotFoundError: if DALI is not installed.
     """
     start = time.perf_counter()
-    with ExitStack() as stack:
-        if not is_remote(pattern):
-            if remote_lists is not None:
-                raise ValueError(
-                    f"{str(remote_lists)!r}: is for shards of a server; a local list is beside its "
-                    "tars"
+    with open_checked(
+        pattern, cache=cache, remote_lists=remote_lists, transfers=transfers
+    ) as checked:
+        report = checked.report
+        report.total_bytes = sum(checked.tars.sizes)
+        record = _progress_file(checked, limits or ChildLimits(), quarantine, resume, tell)
+        try:
+            found = _check(checked, workers, limits, progress, record, tell)
+            if quarantine:
+                whole = {(path.parent, path.name) for path in checked.tars.paths}
+                checked.write_lists(found, lambda folder, entry: (folder, entry.shard) in whole)
+        except KeyboardInterrupt as stop:
+            raise CheckInterruptedError(record.recorded, report.shards) from stop
+        except BaseException:
+            if record.recorded:
+                tell(
+                    f"{record.recorded} of {report.shards} tars are checked: --continue goes on "
+                    "with the others"
                 )
-            local = LocalTars(pattern)
-            report = CheckReport(pattern=pattern)
-            found = _check(local, report, workers, limits, progress)
-            for folder, entries in found.items() if quarantine else ():
-                _write_quarantine(
-                    folder,
-                    entries,
-                    {path.name for path in local.paths if path.parent == folder},
-                    report,
-                )
+            raise
         else:
-            work = Path(stack.enter_context(TemporaryDirectory(prefix="fastmoco-check-")))
-            tars = RemoteTars(
-                pattern, work, cache or CacheSpec(), transfers or Limits(), indexes=True
-            )
-            stack.enter_context(closing(tars))
-            report = CheckReport(pattern=redact(pattern))
-            theirs = {}
-            # Fetched first, so that a failure comes now and not after hours.
-            for folder, place in tars.urls.items():
-                theirs[folder], problems = fetch_lists([place], transfers or Limits())
-                report.notes += problems
-            found = _check(tars, report, workers, limits, progress)
-            for folder, entries in found.items() if quarantine else ():
-                checked = {path.name for path in tars.paths if path.parent == folder}
-                out = remote_lists or Path()
-                _write_remote_list(tars.urls[folder], out, entries, checked, theirs[folder], report)
+            record.finish()
+        finally:
+            record.close()
     report.seconds = time.perf_counter() - start
     return report
 
 
+def _progress_file(
+    checked: CheckedSet, limits: ChildLimits, quarantine: bool, resume: bool, tell: Tell
+) -> ProgressFile:
+    terms: dict[str, Any] = {
+        "shards": checked.identity,
+        "seconds_per_image": limits.seconds,
+        "memory_bytes": limits.memory_bytes,
+        **versions(),
+    }
+    folder, place = checked.list_place()
+    places = places_for(folder, f"check-progress{place}.jsonl", checked.identity, beside=quarantine)
+    return ProgressFile(places, terms, resume=resume, tell=tell)
+
+
 def _check(
-    tars: LocalTars | RemoteTars,
-    report: CheckReport,
+    checked: CheckedSet,
     workers: int | None,
     limits: ChildLimits | None,
     progress: Progress | None,
+    record: ProgressFile,
+    tell: Tell,
 ) -> dict[Path, Quarantine]:
     """Check all tars; returns the entries for the list of each folder."""
-    paths = tars.paths
-    report.shards = len(paths)
-    report.total_bytes = sum(tars.sizes)
-    promises = {
-        path: count
-        for folder in {path.parent for path in paths}
-        for path, count in _promises(folder).items()
-    }
-    places = whole_names(tars)
-    found = {folder: Quarantine() for folder in sorted({path.parent for path in paths})}
+    tars = checked.tars
+    report = checked.report
+    found = {folder: Quarantine() for folder in checked.folders}
+    taken = _take_over(checked, record, tell)
+    tars.skip(taken)
     with DecodePool(workers or os.cpu_count() or 1, limits) as pool:
         before = 0
         for number, size in enumerate(tars.sizes):
-            meter = _Meter(progress, before, report.total_bytes)
-            with tars.at_hand(number) as path:
-                TarCheck(
-                    path, promises.get(path), report, found[path.parent], places.get(path, "")
-                ).run(pool, meter.add)
+            result = taken.get(number)
+            if result is None:
+                meter = Meter(progress, before, report.total_bytes)
+                result = _check_tar(checked, number, pool, meter, record)
+                meter.set(before + size)
+            report.take(result)
+            found[tars.paths[number].parent].update(result.entries)
             before += size
-            meter.set(before)
-        report.restarts = pool.restarts
-    _missing_shards(tars, promises, report)
+        Meter(progress, before, report.total_bytes).set(before)
+    checked.find_missing(count_samples=True)
     if report.promised != report.delivered + report.quarantined:
         raise AssertionError(
             f"the account does not add up: {report.promised=} {report.delivered=} "
@@ -144,96 +156,48 @@ def _check(
     return found
 
 
-class _Meter:
-    """Progress in bytes of the whole set, from any thread."""
-
-    def __init__(self, progress: Progress | None, before: int, total: int) -> None:
-        self._progress = progress
-        self._done = before
-        self._total = total
-        self._lock = threading.Lock()
-
-    def add(self, item: Item) -> None:
-        with self._lock:
-            self.set(self._done + item.size)
-
-    def set(self, done: int) -> None:
-        self._done = done
-        if self._progress is not None:
-            self._progress(min(done, self._total), self._total)
+def _check_tar(
+    checked: CheckedSet, number: int, pool: DecodePool, meter: Meter, record: ProgressFile
+) -> TarResult:
+    """Check one tar and record the result."""
+    tars = checked.tars
+    path = tars.paths[number]
+    with tars.at_hand(number):
+        # Before it is read: if it changes meanwhile, a later check finds another state.
+        state = tars.state_at_hand(number)
+        check = TarCheck(path, checked.promises.get(path), checked.places.get(path, ""))
+        result = check.run(pool, meter.add)
+    if state is not None and len(tars.paths) > 1:
+        record.add(checked.name(number), _state(checked, number, state), result)
+    return result
 
 
-def _promises(folder: Path) -> dict[Path, int]:
-    """Samples of each tar by the folder's manifest."""
-    shards = [shard for entry in read_sets(folder).values() for shard in entry["shards"]]
-    return {
-        folder / shard["name"]: shard["samples"]
-        for shard in shards
-        if isinstance(shard.get("samples"), int) and Path(shard["name"]).name == shard["name"]
+def _take_over(checked: CheckedSet, record: ProgressFile, tell: Tell) -> dict[int, TarResult]:
+    """The results, by number, of the tars that are in the state in which they were checked."""
+    known = {
+        number: record.known[name]
+        for number in range(len(checked.tars.paths))
+        if (name := checked.name(number)) in record.known
     }
+    if not known:
+        return {}
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="fastmoco-state") as pool:
+        states = dict(zip(known, pool.map(checked.tars.state, known), strict=True))
+    taken = {
+        number: known[number].result
+        for number, state in states.items()
+        if state is not None and _state(checked, number, state) == known[number].state
+    }
+    changed = len(known) - len(taken)
+    again = f"; {changed} have changed since and are checked again" if changed else ""
+    tell(f"{len(taken)} of {len(checked.tars.paths)} tars are checked already{again}")
+    return taken
 
 
-def _missing_shards(
-    tars: LocalTars | RemoteTars, promises: dict[Path, int], report: CheckReport
-) -> None:
-    """Tars of a checked set that are gone, unless the pattern spells out which to use."""
-    if tars.explicit:
-        return
-    present = set(tars.paths)
-    folders = sorted({path.parent for path in tars.paths})
-    for folder in folders:
-        for name, entry in read_sets(folder).items():
-            listed = [folder / shard["name"] for shard in entry["shards"]]
-            if not present.intersection(listed):
-                continue
-            for path in listed:
-                if path not in present and not tars.exists(path):
-                    count = promises.get(path, 0)
-                    report.promised += count
-                    report.quarantined += count
-                    report.refused_shards += 1
-                    reason = (
-                        f"{MANIFEST} lists it for set {name!r}, with {count} samples: copy it here "
-                        "too"
-                    )
-                    place = tars.where(path) if len(folders) > 1 else ""
-                    report.add(path.name, "", "missing shard", reason, outcome="lost", path=place)
-
-
-def _write_quarantine(
-    folder: Path, found: Quarantine, checked: set[str], report: CheckReport
-) -> None:
-    path = quarantine_path(folder)
-    entries = _merged(Quarantine.read(path), found, checked)
-    if len(entries) or path.exists():
-        report.quarantine_files.append(entries.write(path))
-
-
-def _write_remote_list(
-    place: str,
-    out: Path,
-    found: Quarantine,
-    checked: set[str],
-    theirs: Quarantine,
-    report: CheckReport,
-) -> None:
-    """The list of one place on a server; not under the name that loaders look for, as other shards
-    may be in `out`."""
-    named = re.sub(r"[^A-Za-z0-9._]+", "-", redact(place).partition("://")[2]).strip("-")
-    path = out / f"quarantine-{named[:200]}.jsonl"
-    known = Quarantine(theirs)
-    known.update(Quarantine.read(path))
-    entries = _merged(known, found, checked)
-    if {entry.identity for entry in entries} != {entry.identity for entry in theirs}:
-        out.mkdir(parents=True, exist_ok=True)
-        report.quarantine_files.append(entries.write(path))
-        report.uploads.append(f"{redact(place)}{NAME}")
-
-
-def _merged(old: Quarantine, found: Quarantine, checked: set[str]) -> Quarantine:
-    """A list after a check: the entries of tars that were not checked stay, and known samples keep
-    their date."""
-    when = {entry.identity: entry for entry in old}
-    entries = Quarantine(entry for entry in old if entry.shard not in checked)
-    entries.update(when.get(entry.identity, entry) for entry in found)
-    return entries
+def _state(checked: CheckedSet, number: int, state: dict[str, Any]) -> dict[str, Any]:
+    """All that the result of a tar depends on, beside the terms of the check."""
+    path = checked.tars.paths[number]
+    return state | {
+        "promise": checked.promises.get(path),
+        "place": checked.places.get(path, ""),
+    }

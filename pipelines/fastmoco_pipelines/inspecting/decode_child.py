@@ -56,6 +56,9 @@ class Decoder:
                 "num_threads": 1,
                 "device_id": None,
                 "prefetch_queue_depth": 1,
+                # In this thread: handing each image on to others costs more than it gains here.
+                "exec_async": False,
+                "exec_pipelined": False,
             }
             self._pipeline = build_pipeline(lambda: decode("cpu"), **options)
         pipeline, self._pipeline = self._pipeline, None  # void after an error

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fastmoco_pipelines.files import write_json
+from fastmoco_pipelines.formats.quarantine import QuarantineEntry
 from fastmoco_pipelines.text import escaped
 
 FORMAT = "fastmoco-check"
@@ -41,10 +42,68 @@ class Fault:
     outcome: str = "noted"
     path: str = ""
 
+    @classmethod
+    def of(
+        cls,
+        shard: str,
+        member: str,
+        kind: str,
+        reason: str,
+        *,
+        offset: int | None = None,
+        outcome: str = "noted",
+        path: str = "",
+    ) -> Self:
+        """A fault whose text, which may be from a tar, is escaped."""
+        return cls(
+            shard=escaped(shard),
+            member=escaped(member),
+            kind=kind,
+            reason=escaped(reason),
+            offset=offset,
+            outcome=outcome,
+            path=escaped(path),
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class TarResult:
+    """What the check of one tar adds to the report and to the list beside it; the attributes are
+    those of `CheckReport`.
+
+    Attributes:
+        refused: loaders refuse the tar as it is; `unindexed`: it has no index.
+        restarts: decoding processes that ended at work on it.
+        entries: of the quarantine list.
+    """
+
+    promised: int = 0
+    delivered: int = 0
+    quarantined: int = 0
+    left_out: int = 0
+    refused: bool = False
+    unindexed: bool = False
+    restarts: int = 0
+    faults: list[Fault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    entries: list[QuarantineEntry] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """The result that `asdict` made these objects of.
+
+        Raises:
+            TypeError, KeyError: if they are not those of a result.
+        """
+        faults = [Fault(**fault) for fault in content["faults"]]
+        entries = [QuarantineEntry(**entry) for entry in content["entries"]]
+        return cls(**(content | {"faults": faults, "entries": entries}))
+
 
 @dataclass(slots=True, kw_only=True)
 class CheckReport:
-    """The outcome of a check. `promised == delivered + quarantined` holds always.
+    """The outcome of a check. `promised == delivered + quarantined` holds always; after the check
+    of a sample these three, and `left_out`, count what was drawn.
 
     Attributes:
         pattern: what was checked; `shards`: how many tars; `total_bytes`: their size.
@@ -62,6 +121,13 @@ class CheckReport:
         quarantine_files: lists that were written; `uploads`: the URL where each belongs, for shards
             of a server.
         seconds: the check took.
+        sample: images that were drawn and checked; None where everything was. The next five fields
+            describe a sample, and are None without one.
+        population: images that it was drawn from: those that a fitting index lists.
+        sampled_shards: tars with a drawn image.
+        seed: of the draw.
+        bad: drawn images that are bad.
+        bad_share_bound: with 95 % confidence, at most this share of `population` is bad.
     """
 
     pattern: str
@@ -79,47 +145,42 @@ class CheckReport:
     quarantine_files: list[Path] = field(default_factory=list)
     uploads: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    sample: int | None = None
+    population: int | None = None
+    sampled_shards: int | None = None
+    seed: int | None = None
+    bad: int | None = None
+    bad_share_bound: float | None = None
 
     @property
     def clean(self) -> bool:
-        """Whether nothing is wrong, and nothing left to do before training."""
-        return not self.faults and not self.unindexed
+        """Whether everything was checked, nothing is wrong, and nothing left to do before
+        training."""
+        return not self.faults and not self.unindexed and self.sample is None
 
     def counts(self) -> dict[str, int]:
         """Faults by kind, most frequent first."""
         return dict(Counter(fault.kind for fault in self.faults).most_common())
 
-    def add(
-        self,
-        shard: str,
-        member: str,
-        kind: str,
-        reason: str,
-        *,
-        offset: int | None = None,
-        outcome: str = "noted",
-        path: str = "",
-    ) -> None:
-        """Note a fault; all text from a tar is escaped."""
-        self.faults.append(
-            Fault(
-                shard=escaped(shard),
-                member=escaped(member),
-                kind=kind,
-                reason=escaped(reason),
-                offset=offset,
-                outcome=outcome,
-                path=escaped(path),
-            )
-        )
+    def take(self, result: TarResult) -> None:
+        """Add what was found in one tar."""
+        self.promised += result.promised
+        self.delivered += result.delivered
+        self.quarantined += result.quarantined
+        self.left_out += result.left_out
+        self.refused_shards += result.refused
+        self.unindexed += result.unindexed
+        self.restarts += result.restarts
+        self.faults += result.faults
+        self.notes += result.notes
 
     def write(self, path: Path) -> Path:
-        """Write the report as JSON: the fields of this class, the faults as objects, and
-        `counts`."""
+        """Write the report as JSON: the fields of this class, the faults as objects, and `counts`.
+        `clean` is null after a sample without faults: the rest may have some."""
         content: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
-            "clean": self.clean,
+            "clean": None if self.sample is not None and not self.faults else self.clean,
             "counts": self.counts(),
         }
         return write_json(

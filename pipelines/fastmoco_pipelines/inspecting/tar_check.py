@@ -22,45 +22,45 @@ from fastmoco_pipelines.formats.members import TarContent, group_members, split_
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.formats.tar import walk_damaged
 from fastmoco_pipelines.inspecting.decode_pool import Decoded, DecodePool, Item
-from fastmoco_pipelines.inspecting.report import CheckReport
+from fastmoco_pipelines.inspecting.report import Fault, TarResult
 
 
 @dataclass(slots=True)
-class _Candidate:
-    """An image to decode: `row` is its place in the index, None where none lists it."""
+class Candidate:
+    """An image to decode: `row` is its place in the index and `shape` (height, width) by it; None
+    where none lists it."""
 
     key: str
     extension: str
     item: Item
-    row: int | None
+    row: int | None = None
+    shape: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
 class TarCheck:
-    """The check of one tar, which adds to a report and a list.
+    """The check of one tar.
 
     Attributes:
         path: of the tar.
         promise: samples that the manifest promises, or None.
-        report, quarantine: what is added to.
         place: full name of the tar, if another one has the same file name; else empty.
+        index: the index that lists its images, if there is one; `fits`: it is of this state of the
+            tar.
+        result: what was found; `quarantine`: its entries, each once.
     """
 
     path: Path
-    promise: int | None
-    report: CheckReport
-    quarantine: Quarantine
+    promise: int | None = None
     place: str = ""
     index: ShardIndex | None = None
     fits: bool = False
-    promised: int = 0
-    delivered: int = 0
-    quarantined: int = 0
-    left_out: int = 0
-    refused: bool = field(default=False)
+    result: TarResult = field(default_factory=TarResult)
+    quarantine: Quarantine = field(default_factory=Quarantine)
 
-    def run(self, pool: DecodePool, advance: Callable[[Item], None]) -> None:
-        """Check it; `advance` is called, in any thread, as each image is done."""
+    def run(self, pool: DecodePool, advance: Callable[[Item], None]) -> TarResult:
+        """Check all of it; `advance` is called, in any thread, as each image is done."""
+        restarts = pool.restarts
         members, damages = walk_damaged(self.path)
         content = group_members(members)
         self._look_at_index(content)
@@ -68,27 +68,43 @@ class TarCheck:
         results = pool.run([candidate.item for candidate in candidates], advance)
         listed = {candidate.item.offset for candidate in candidates}
         for candidate, decoded in zip(candidates, results, strict=True):
-            self._judge(candidate, decoded)
+            self.judge(candidate, decoded)
         self._look_at_names(
             content, listed, {split_name(damage.member)[0] for damage in damages if damage.member}
         )
         self._look_at_damages(damages)
         if not (content.samples or damages):
-            self._fault("", "empty tar", "it holds no sample")
-            self.refused = True
+            self.fault("", "empty tar", "it holds no sample")
+            self.result.refused = True
         self._keep_promise()
-        report = self.report
-        report.promised += self.promised
-        report.delivered += self.delivered
-        report.quarantined += self.quarantined
-        report.left_out += self.left_out
-        report.refused_shards += self.refused
+        self.result.restarts = pool.restarts - restarts
+        return self.result
 
-    def _fault(
+    def candidate(self, row: int) -> Candidate:
+        """The image at a place in the index, which must be there."""
+        assert self.index is not None
+        offset, size, crc32, height, width = (
+            int(self.index.columns[name][row])
+            for name in ("offset", "size", "crc32", "height", "width")
+        )
+        item = Item(str(self.path), offset, size, crc32)
+        key, extension = self.index.keys[row], self.index.extensions[row]
+        return Candidate(key, extension, item, row, (height, width))
+
+    def fault(
         self, member: str, kind: str, reason: str, offset: int | None = None, outcome: str = "noted"
     ) -> None:
-        self.report.add(
-            self.path.name, member, kind, reason, offset=offset, outcome=outcome, path=self.place
+        """Note a fault of the tar or of a member."""
+        self.result.faults.append(
+            Fault.of(
+                self.path.name,
+                member,
+                kind,
+                reason,
+                offset=offset,
+                outcome=outcome,
+                path=self.place,
+            )
         )
 
     def _look_at_index(self, content: TarContent) -> None:
@@ -97,20 +113,26 @@ class TarCheck:
         try:
             index = read_any_index(self.path)
         except ShardError as error:
+<<<<<<< HEAD
             self.refused = True
             if index_path(self.path).exists() or json_path(self.path).exists():
                 self._fault("", "broken index", str(error))
+=======
+            self.result.refused = True
+            if index_path(self.path).exists():
+                self.fault("", "broken index", str(error))
+>>>>>>> check
             else:
-                self.report.unindexed += 1
+                self.result.unindexed = True
                 named = str(error).replace(self.path.name, self.place or self.path.name, 1)
-                self.report.notes.append(f"{named} Until then only this check can read it.")
+                self.result.notes.append(f"{named} Until then only this check can read it.")
             return
 
         self.fits = fits_tar(index, self.path)
         if self.fits:
             self.index = index
             return
-        self.refused = True
+        self.result.refused = True
 
         # A stale index: of an earlier state if it lists half of the images at their places.
         places = set(zip(index.columns["offset"], index.columns["size"], index.keys, strict=True))
@@ -132,51 +154,33 @@ class TarCheck:
                 f"was made for another tar ({index.tar}) or a state that this one has nothing to "
                 "do with; it is ignored"
             )
-        self._fault(
+        self.fault(
             "",
             "stale index",
             f"{index_path(self.path).name} {what}: run `fastmoco data index` on the shards",
         )
 
-    def _candidates(self, content: TarContent) -> list[_Candidate]:
+    def _candidates(self, content: TarContent) -> list[Candidate]:
         path = str(self.path)
-        candidates = []
-        if self.index is not None:
-            columns = self.index.columns
-            places = zip(
-                self.index.keys,
-                self.index.extensions,
-                columns["offset"],
-                columns["size"],
-                strict=True,
-            )
-            for row, (key, extension, offset, size) in enumerate(places):
-                item = Item(path, offset, size, columns["crc32"][row])
-                candidates.append(_Candidate(key, extension, item, row))
+        rows = range(len(self.index)) if self.index is not None else ()
+        candidates = [self.candidate(row) for row in rows]
         known = {candidate.item.offset for candidate in candidates}
         for sample in content.samples:
             image = sample.image
             if image is not None and not sample.kind and image.offset not in known:
                 candidates.append(
-                    _Candidate(
-                        sample.key, sample.extension, Item(path, image.offset, image.size), None
-                    )
+                    Candidate(sample.key, sample.extension, Item(path, image.offset, image.size))
                 )
         return candidates
 
-    def _judge(self, candidate: _Candidate, decoded: Decoded) -> None:
+    def judge(self, candidate: Candidate, decoded: Decoded) -> None:
+        """Count an image, and note what is wrong with it."""
         kind = decoded.kind
         reason = decoded.reason
-        if candidate.row is not None and self.index is not None and not kind:
-            size = (
-                self.index.columns["height"][candidate.row],
-                self.index.columns["width"][candidate.row],
-            )
-            if decoded.shape != size:
-                kind = "wrong index"
-                reason = (
-                    f"its header declares another size than the index, {size[1]}x{size[0]} pixels"
-                )
+        if candidate.shape is not None and decoded.shape != candidate.shape and not kind:
+            height, width = candidate.shape
+            kind = "wrong index"
+            reason = f"its header declares another size than the index, {width}x{height} pixels"
         if candidate.row is None and self.fits and not kind:
             kind = "not indexed"
             reason = (
@@ -186,19 +190,19 @@ class TarCheck:
 
         # The account: an image counts if an index lists it, or would list it.
         counted = candidate.row is not None or (not self.fits and decoded.listed)
-        self.promised += counted
-        self.delivered += counted and not kind
-        self.quarantined += counted and bool(kind)
-        self.left_out += not counted
+        self.result.promised += counted
+        self.result.delivered += counted and not kind
+        self.result.quarantined += counted and bool(kind)
+        self.result.left_out += not counted
         if not kind:
             return
         item = candidate.item
 
         outcome = "quarantined" if counted else "left out"
-        self._fault(f"{candidate.key}.{candidate.extension}", kind, reason, item.offset, outcome)
+        self.fault(f"{candidate.key}.{candidate.extension}", kind, reason, item.offset, outcome)
         crc32 = item.crc32 if item.crc32 is not None else decoded.crc32
         if counted and crc32 is not None:
-            self.quarantine.add(
+            entry = self.quarantine.add(
                 shard=self.path.name,
                 key=candidate.key,
                 extension=candidate.extension,
@@ -207,6 +211,8 @@ class TarCheck:
                 crc32=crc32,
                 reason=reason,
             )
+            if entry is not None:
+                self.result.entries.append(entry)
 
     def _look_at_names(self, content: TarContent, listed: set[int], cut: set[str]) -> None:
         """Samples that cannot be used by their names; not those that the index lists or a damage
@@ -216,10 +222,10 @@ class TarCheck:
             counted = sample.key in known if sample.image is None else sample.image.offset in listed
             if sample.kind and not counted:
                 offset = None if sample.image is None else sample.image.offset
-                self.left_out += 1
-                self._fault(sample.member, sample.kind, sample.fault, offset, "left out")
+                self.result.left_out += 1
+                self.fault(sample.member, sample.kind, sample.fault, offset, "left out")
         for key in content.scattered:
-            self._fault(
+            self.fault(
                 key,
                 "scattered sample",
                 "its members are not adjacent: readers that stream lose it",
@@ -229,26 +235,33 @@ class TarCheck:
         allowed = self.index.skipped if self.index is not None and self.fits else []
         for damage in damages:
             outcome = "allowed for by its index" if lost_entry(damage) in allowed else "noted"
-            self._fault("", "damaged tar", str(damage), damage.position, outcome)
+            self.fault("", "damaged tar", str(damage), damage.position, outcome)
             extension = split_name(damage.member)[1].rpartition(".")[2].lower()
             if self.index is None and extension in EXTENSIONS:
-                self.left_out += 1
-                self._fault(
+                self.result.left_out += 1
+                self.fault(
                     damage.member, "cut off", "the tar ends inside it", damage.position, "left out"
                 )
 
     def _keep_promise(self) -> None:
         """What the manifest promises and nothing else accounts for is lost."""
-        if self.promise is None or self.promise == self.promised:
-            return
-        lost = self.promise - self.promised
-        self._fault(
+        result = self.result
+        lost = self.compare_promise(result.promised)
+        if lost > 0:
+            result.promised += lost
+            result.quarantined += lost
+            result.left_out = max(0, result.left_out - lost)
+
+    def compare_promise(self, known: int) -> int:
+        """Note a fault where the manifest promises more or fewer samples than are known; returns
+        how many more."""
+        if self.promise is None or self.promise == known:
+            return 0
+        lost = self.promise - known
+        self.fault(
             "",
             "lost samples" if lost > 0 else "wrong manifest",
-            f"{MANIFEST} promises {self.promise} samples, {self.promised} are known",
+            f"{MANIFEST} promises {self.promise} samples, {known} are known",
             outcome="lost" if lost > 0 else "noted",
         )
-        if lost > 0:
-            self.promised += lost
-            self.quarantined += lost
-            self.left_out = max(0, self.left_out - lost)
+        return lost

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import tarfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from fastmoco_pipelines.formats.index import index_path, read_index
+from fastmoco_pipelines.inspecting.tar_check import TarCheck
 from tests.command_line import main
 
 
@@ -91,6 +93,101 @@ def test_faults_are_printed_escaped_and_written(shards, tmp_path, capsys):
         == 1
     )
     assert "... and 2 more (--show N prints more" in capsys.readouterr().out
+
+
+def test_a_sample_is_called_one(shards, tmp_path, capsys):
+    check = ["data", "check", str(shards), "--workers", "1"]
+    assert main([*check, "--sample", "3"]) == 2
+    assert "no tar has an index that fits it" in capsys.readouterr().err
+    assert main(["data", "index", str(shards)]) == 0
+    capsys.readouterr()
+    report = tmp_path / "report.json"
+    assert main([*check, "--sample", "3", "--seed", "5", "--json", str(report)]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "a sample: 3 of 6 indexed images were checked, from 1 of 1 shards (seed 5); 0 are bad"
+        in text
+    )
+    assert "at most 63.2 % of all indexed images are bad (rule of three: 3 / 3)" in text
+    assert "3 drawn samples = 3 delivered + 0 quarantined" in text
+    assert text.splitlines()[-1] == "no fault in the sample"
+    assert json.loads(report.read_text())["sample"] == 3
+    assert main([*check, "--sample", "7"]) == 0
+    text = capsys.readouterr().out
+    assert "a sample: 6 of 6 indexed images" in text
+    assert "every image that an index lists" in text
+    assert "confidence" not in text
+    raw = bytearray(shards.read_bytes())
+    raw[read_index(shards).columns["offset"][2] + 400] ^= 1
+    shards.write_bytes(raw)
+    assert main(["data", "index", str(shards)]) == 0
+    raw[read_index(shards).columns["offset"][2] + 400] ^= 1
+    shards.write_bytes(raw)  # not at its ends, so that the index still is of this tar
+    capsys.readouterr()
+    assert main([*check, "--sample", "6"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "1 faults in the sample"
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--sample", "3", "--continue"], "give --sample or --continue, not both"),
+        (["--sample", "0"], "sample=0: must be at least 1"),
+        (["--sample", "3", "--seed", "-1"], "seed=-1: must be from 0"),
+    ],
+)
+def test_samples_that_make_no_sense_are_refused(shards, words, error, capsys):
+    assert main(["data", "index", str(shards)]) == 0
+    capsys.readouterr()
+    assert main(["data", "check", str(shards), "--workers", "1", *words]) == 2
+    assert error in capsys.readouterr().err
+
+
+def test_ctrl_c_gives_the_command_that_goes_on(shards, monkeypatch, capsys):
+    put(shards.with_name("set-01.tar"), [("a.jpg", image(31))])
+    run = TarCheck.run
+
+    def broken(check, pool, advance):
+        if check.path.name == "set-01.tar":
+            raise KeyboardInterrupt
+        return run(check, pool, advance)
+
+    monkeypatch.setattr(TarCheck, "run", broken)
+    pattern = f"{shards.parent}/set-*.tar"
+    check = ["data", "check", pattern, "--workers", "1", "--seconds-per-image", "20.0"]
+    assert main(check) == 130
+    command = f"fastmoco data check '{pattern}' --workers 1 --seconds-per-image 20.0 --continue"
+    error = capsys.readouterr().err
+    assert error == f"fastmoco: interrupted, 1 of 2 tars are checked; to go on: {command}\n"
+    monkeypatch.undo()
+    assert main(shlex.split(command)[1:]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "fastmoco: 1 of 2 tars are checked already\n"
+    assert "7 samples = 7 delivered + 0 quarantined" in captured.out
+    monkeypatch.setattr(TarCheck, "run", broken)
+    (shards.parent / "b").mkdir()
+    assert (
+        main(["data", "check", str(put(shards.parent / "b" / "set-01.tar", [])), "--workers", "1"])
+        == 130
+    )
+    assert capsys.readouterr().err == "fastmoco: interrupted, 0 of 1 tars are checked\n"
+
+
+def test_a_log_gets_a_line_a_minute_with_the_time_that_is_left(monkeypatch, capsys):
+    pytest.importorskip("tyro")
+    from fastmoco.cli import data
+
+    now = [100.0]
+    monkeypatch.setattr(data.time, "monotonic", lambda: now[0])
+    with data.progress_bar("checking", unit="bytes") as advance:
+        for seconds, done in ((0, 400), (30, 450), (60, 500), (61, 510), (130, 600), (200, 1000)):
+            now[0] = 100.0 + seconds
+            advance(done, 1000)
+    # The 400 at the start were done before: 100 in the first minute, 200 in 130 s.
+    assert capsys.readouterr().err.splitlines() == [
+        "fastmoco: checking: 50.0 % done, 0:05:00 left",
+        "fastmoco: checking: 60.0 % done, 0:04:20 left",
+    ]
 
 
 @pytest.mark.parametrize("verb", ["check", "stats", "index"])
