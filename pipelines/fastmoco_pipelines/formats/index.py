@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from contextlib import suppress
 from pathlib import Path
 
 from fastmoco_pipelines.errors import ImageRefusedError, LabelError, ShardError, TarError
@@ -48,6 +47,12 @@ def index_path(tar: Path) -> Path:
 def json_path(tar: Path) -> Path:
     """Path of the JSON form of a tar's index."""
     return tar.with_name(tar.name + JSON_SUFFIX)
+
+
+def index_file(tar: Path) -> Path | None:
+    """The file that is read as the index of a tar: the binary form, else the JSON form, else
+    None."""
+    return next((path for path in (index_path(tar), json_path(tar)) if path.exists()), None)
 
 
 def write_json_index(tar: Path, index: ShardIndex) -> Path:
@@ -177,10 +182,10 @@ def read_any_index(tar: Path) -> ShardIndex:
     Raises:
         ShardError: if it is missing or broken.
     """
-    for path in (index_path(tar), json_path(tar)):
-        with suppress(FileNotFoundError):
-            return parse_index(path.name, path.read_bytes())
-    raise ShardError(missing(tar))
+    path = index_file(tar)
+    if path is None:
+        raise ShardError(missing(tar))
+    return parse_index(path.name, path.read_bytes())
 
 
 def missing(tar: Path) -> str:

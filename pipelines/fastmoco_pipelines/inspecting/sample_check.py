@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import RemoteError, ShardError
-from fastmoco_pipelines.formats.index import CURE, index_path
+from fastmoco_pipelines.formats.index import index_path
+from fastmoco_pipelines.formats.index_file import CURE
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.inspecting.checked_set import CheckedSet, Meter, Progress, open_checked
 from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, DecodePool

@@ -11,8 +11,8 @@ from fastmoco_pipelines.errors import ShardError, TarError
 from fastmoco_pipelines.formats.images import EXTENSIONS
 from fastmoco_pipelines.formats.index import (
     fits_tar,
+    index_file,
     index_path,
-    json_path,
     lost_entry,
     read_any_index,
 )
@@ -113,15 +113,9 @@ class TarCheck:
         try:
             index = read_any_index(self.path)
         except ShardError as error:
-<<<<<<< HEAD
-            self.refused = True
-            if index_path(self.path).exists() or json_path(self.path).exists():
-                self._fault("", "broken index", str(error))
-=======
             self.result.refused = True
-            if index_path(self.path).exists():
+            if index_file(self.path) is not None:
                 self.fault("", "broken index", str(error))
->>>>>>> check
             else:
                 self.result.unindexed = True
                 named = str(error).replace(self.path.name, self.place or self.path.name, 1)

@@ -18,15 +18,16 @@ from threading import Event
 from time import monotonic
 from typing import Any
 
-from fastmoco_pipelines.errors import AbsentError, PassingError, RemoteError, ShardError
+from fastmoco_pipelines.errors import PassingError, RemoteError, ShardError
 from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.formats.index import (
-    ShardIndex,
     fits_tar,
+    index_file,
     index_path,
     read_any_index,
     tar_hash,
 )
+from fastmoco_pipelines.formats.index_file import ShardIndex
 from fastmoco_pipelines.inspecting.decode_pool import Item
 from fastmoco_pipelines.sets.remote_set import THREADS
 from fastmoco_pipelines.sets.whole_tars import LocalTars, RemoteTars, _Copy
@@ -56,7 +57,7 @@ class LocalCheckTars(LocalTars):
                 "bytes": info.st_size,
                 "mtime_ns": info.st_mtime_ns,
                 "ends": tar_hash(path),
-                "index": _content_hash(index_path(path)),
+                "index": _content_hash(index_file(path)),
             }
         return None
 
@@ -74,7 +75,7 @@ class LocalCheckTars(LocalTars):
         try:
             return read_any_index(path)
         except ShardError:
-            if index_path(path).exists():
+            if index_file(path) is not None:
                 raise
             return None
 
@@ -124,12 +125,8 @@ class RemoteCheckTars(RemoteTars):
         Raises:
             ShardError: if it is broken; RemoteError, which is one, if the server fails.
         """
-        try:
-            return self._files.index(self._urls[number])
-        except ShardError as error:
-            if isinstance(error.__context__, AbsentError):
-                return None
-            raise
+        found = self._files.find_index(self._urls[number])
+        return None if found is None else found.whole()
 
     def fits(self, number: int, index: ShardIndex) -> bool:
         """Whether an index was made for this state of a tar, by size and hash."""
@@ -195,9 +192,6 @@ class RemoteCheckTars(RemoteTars):
         return retried(url, self._limits, deadline, Event(), attempt)
 
 
-def _content_hash(path: Path) -> str | None:
+def _content_hash(path: Path | None) -> str | None:
     """SHA-256 (hex) of a file; None where there is none."""
-    try:
-        return hash_file(path)
-    except FileNotFoundError:
-        return None
+    return None if path is None else hash_file(path)

@@ -183,8 +183,18 @@ class SmallFiles:
         self._indexes: dict[str, IndexFile] = {}
 
     def index_header(self, tar: str) -> IndexHeader:
-        """The header of the index beside a tar, which is fetched, or found to be unchanged."""
-        return self._fetch_index(tar).header
+        """The header of the index beside a tar, which is fetched, or found to be unchanged.
+
+        Raises:
+            ShardError: if there is none, or a broken one.
+        """
+        try:
+            return self._fetch_index(tar).header
+        except AbsentError as error:
+            raise ShardError(
+                f"{error}; every shard on a server needs its index beside it: {CURE}, and copy "
+                "the index files there too"
+            ) from None
 
     def index(self, tar: str) -> IndexFile:
         """The index beside a tar as it was fetched last; from the server where it was not kept."""
@@ -200,23 +210,29 @@ class SmallFiles:
                         return IndexFile(redact(url), content)
         return self._fetch_index(tar)
 
+    def find_index(self, tar: str) -> IndexFile | None:
+        """The index beside a tar, from the server, in either form; None if there is none."""
+        try:
+            return self._fetch_index(tar)
+        except AbsentError:
+            return None
+
     def _fetch_index(self, tar: str) -> IndexFile:
-        """The index beside a tar from the server; its JSON form is converted."""
-        absent = None
-        for suffix in (SUFFIX, JSON_SUFFIX):
-            url = beside(tar, shard_name(tar) + suffix)
+        """The index beside a tar, from the server; its JSON form is converted.
+
+        Raises:
+            AbsentError: naming the binary form, if there is neither.
+        """
+        try:
+            file = self._kept_index(beside(tar, shard_name(tar) + SUFFIX))
+        except AbsentError as absent:
             try:
-                file = self._kept_index(url)
-            except AbsentError as error:
-                absent = absent or error
-            else:
-                if self._cache is None:
-                    self._indexes[tar] = file
-                return file
-        raise ShardError(
-            f"{absent}; every shard on a server needs its index beside it: {CURE}, and copy the "
-            "index files there too"
-        ) from None
+                file = self._kept_index(beside(tar, shard_name(tar) + JSON_SUFFIX))
+            except AbsentError:
+                raise absent from None
+        if self._cache is None:
+            self._indexes[tar] = file
+        return file
 
     def _kept_index(self, url: str) -> IndexFile:
         known = self._known(url)
