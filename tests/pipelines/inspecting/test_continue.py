@@ -157,11 +157,11 @@ def test_what_has_changed_meanwhile_is_checked_again(change, bad_set, packed, ch
     tar = bad_set / "train-000001.tar"
     if change == "tar":
         shutil.copy(packed / tar.name, tar)
-        shutil.copy(packed / f"{tar.name}.index.json", bad_set)
+        shutil.copy(packed / f"{tar.name}.index", bad_set)
     elif change == "touched tar":
         os.utime(tar, ns=(1, 1))
     elif change == "index":
-        shutil.copy(packed / f"{tar.name}.index.json", bad_set)
+        shutil.copy(packed / f"{tar.name}.index", bad_set)
     else:
         manifest = json.loads((bad_set / "manifest.json").read_text())
         manifest["sets"]["train"]["shards"][1]["samples"] += 1
