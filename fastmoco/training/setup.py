@@ -21,6 +21,7 @@ from fastmoco.evaluation.interface import Monitor
 from fastmoco.evaluation.monitor import KnnMonitor
 from fastmoco.optim.averaged import AveragedOptimizer
 from fastmoco.optim.build import name_of
+from fastmoco.planning.free_memory import free_bytes
 from fastmoco_kernels.attention.choice import AttentionChoice
 from fastmoco_pipelines import Loader, LoaderSpec, SyntheticLoader, build_loader
 from fastmoco_pipelines.loading.memory import loader_bytes
@@ -131,6 +132,7 @@ def build_monitors(
     threads: int,
     precision: str,
     quarantine_list: Path | None = None,
+    scratch: Path | None = None,
 ) -> list[Monitor]:
     """Build the evaluations that a config has during training.
 
@@ -140,9 +142,15 @@ def build_monitors(
         threads: of DALI, unless the config sets them.
         precision: of the encoder: "bf16", "fp32" or "fp64".
         quarantine_list: the run's list of bad images.
+        scratch: folder for temporary files; None: that of `TMPDIR`.
     """
     knn = build_knn(
-        config, world, threads=threads, precision=precision, quarantine_list=quarantine_list
+        config,
+        world,
+        threads=threads,
+        precision=precision,
+        quarantine_list=quarantine_list,
+        scratch=scratch,
     )
     return [knn] if knn is not None else []
 
@@ -154,8 +162,13 @@ def build_knn(
     threads: int,
     precision: str,
     quarantine_list: Path | None = None,
+    scratch: Path | None = None,
 ) -> KnnMonitor | None:
-    """Build the kNN monitor; None without held-out shards or without an interval."""
+    """Build the kNN monitor; None without held-out shards or without an interval.
+
+    Features of a set that would take more than half of the memory that is free when it is measured,
+    divided among the processes of this machine, are in a temporary file in `scratch`.
+    """
     if not config.knn.test_shards or config.knn.every_epochs == 0:
         return None
     return KnnMonitor(
@@ -165,7 +178,17 @@ def build_knn(
         device=data_device(config, world),
         precision=precision,
         quarantine_list=quarantine_list,
+        memory_bytes=_half_of_free_memory,
+        scratch=scratch,
     )
+
+
+def _half_of_free_memory() -> int | None:
+    """Of this machine, for this process; None if the system does not report it."""
+    try:
+        return free_bytes(torch.device("cpu")) // 2
+    except ValueError:
+        return None
 
 
 def describe(
