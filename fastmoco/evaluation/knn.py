@@ -22,6 +22,9 @@ from fastmoco.evaluation.embed import LabelledRows
 from fastmoco.evaluation.nearest import LIMIT_BYTES, Nearest
 from fastmoco.evaluation.rows import MemoryRows, Rows
 
+_SURVEY_BYTES = 16 * 2**20
+"""Rows that are checked at a time."""
+
 
 def knn_accuracy(
     bank: Tensor,
@@ -239,7 +242,7 @@ class _Search:
     def _survey(self, name: str, part: LabelledRows) -> _Facts:
         """Look at every row and label of this rank, and exchange what was found."""
         rows, labels = part.rows, part.labels
-        finite = all(bool(block.isfinite().all()) for block in _blocks(rows))
+        finite = all(bool(block.isfinite().all()) for block in self._blocks(rows))
         mine = [
             len(rows),
             len(labels) if labels.ndim == 1 else -1,
@@ -255,10 +258,17 @@ class _Search:
             name, counts, labelled, widths, sum(missing), sum(infinite), bool(sum(doubles))
         )
 
+    def _blocks(self, rows: Rows) -> Iterator[Tensor]:
+        """All rows, some megabytes at a time."""
+        row_bytes = 8 * max(1, rows.width)  # as float64
+        step = max(1, min(self._limit_bytes, _SURVEY_BYTES) // row_bytes)
+        for start in range(0, len(rows), step):
+            yield rows.block(start, min(start + step, len(rows)))
+
     def _bank_mean(self) -> Tensor:
         """The mean [D] of the bank of all ranks, summed in float64."""
         total = torch.zeros(self._width, dtype=torch.float64)
-        for block in _blocks(self._bank.rows):
+        for block in self._blocks(self._bank.rows):
             total += block.sum(0, dtype=torch.float64).cpu()
         total = total.to(self._device)
         if self._ranks > 1:
@@ -339,13 +349,6 @@ def _winners(similar: Tensor, label: Tensor, temperature: float, limit_bytes: in
         classes = torch.zeros_like(ordered).scatter_(1, number, ordered)
         winners[part] = classes.gather(1, votes.argmax(1, keepdim=True))[:, 0]
     return winners
-
-
-def _blocks(rows: Rows) -> Iterator[Tensor]:
-    """All rows, a few megabytes at a time."""
-    step = max(1, 2**24 // max(1, rows.width * rows.dtype.itemsize))
-    for start in range(0, len(rows), step):
-        yield rows.block(start, min(start + step, len(rows)))
 
 
 def _require_tables(

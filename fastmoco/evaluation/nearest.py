@@ -92,7 +92,7 @@ class Nearest:
         """Merge the similarities [q, g, group] of a block into the neighbours [q, k], in place."""
         largest = similar.amax(2)
         groups = largest.shape[1]
-        narrow = min(self._candidates, 16 * self.k * len(best))
+        narrow = min(self._candidates, max(16 * self.k, 4 * _GROUP) * len(best))
         pending = [(0, groups)]
         while pending:
             left, right = pending.pop()
