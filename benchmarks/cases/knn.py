@@ -52,7 +52,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         options: `queries`, `bank`, `dim` and `classes` of the sets; `k` neighbours; `ranks` of the
-            larger side; `rounds`; `checked`, queries that are compared with the plain formula;
+            larger side; `rounds`; `checked`, queries that are compared with the plain formula, which
+            takes twice the memory of the bank (0: none);
             `file=1`: the bank is in a temporary file in `folder` (empty: the temporary folder).
 
     Returns:
@@ -65,7 +66,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         ValueError: if the accuracy or the neighbours differ from the plain formula.
     """
     sides = (1, options["ranks"])
-    checked = _check(options, sides)
+    checked = _check(options, sides) if options["checked"] else {}
 
     # The sides take turns.
     found: dict[int, list[dict[str, Any]]] = {side: [] for side in sides}

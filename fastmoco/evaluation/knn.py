@@ -22,7 +22,7 @@ from fastmoco.evaluation.embed import LabelledRows
 from fastmoco.evaluation.nearest import LIMIT_BYTES, Nearest
 from fastmoco.evaluation.rows import MemoryRows, Rows
 
-_SURVEY_BYTES = 16 * 2**20
+_SURVEY_BYTES = 4 * 2**20
 """Rows that are checked at a time."""
 
 
@@ -235,9 +235,10 @@ class _Search:
         for number in range(rounds):
             ends = [(count * number // rounds, count * (number + 1) // rounds) for count in counts]
             rows = slice(*ends[self._rank])
-            table = self._gather_queries(rows, [stop - start for start, stop in ends])
-            nearest = self._nearest(table)
-            yield rows, *self._merge(nearest, [stop - start for start, stop in ends])
+            sizes = [stop - start for start, stop in ends]
+            # The queries are released before the neighbours are exchanged.
+            similar, index = self._search_part(self._gather_queries(rows, sizes))
+            yield rows, *self._merge(similar, index, sizes)
 
     def _survey(self, name: str, part: LabelledRows) -> _Facts:
         """Look at every row and label of this rank, and exchange what was found."""
@@ -294,8 +295,9 @@ class _Search:
             fill_parts_(table, counts)
         return table
 
-    def _nearest(self, queries: Tensor) -> Nearest:
-        """The neighbours of some queries in this rank's part of the bank."""
+    def _search_part(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Similarities and indices of the neighbours of some queries in this rank's part of the
+        bank."""
         nearest = Nearest(queries, self._k, limit_bytes=self._limit_bytes)
         rows = self._bank.rows
         table = queries.new_empty(min(nearest.block_rows, len(rows)), self._width)
@@ -303,12 +305,13 @@ class _Search:
             stop = min(start + nearest.block_rows, len(rows))
             block = self._prepare_(table[: stop - start], rows.block(start, stop))
             nearest.offer(block, start)
-        return nearest
+        return nearest.similar, nearest.index
 
-    def _merge(self, nearest: Nearest, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def _merge(
+        self, similar: Tensor, index: Tensor, counts: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """For this rank's queries: similarities, indices and labels of the neighbours among the
         bank rows of all ranks."""
-        similar, index = nearest.similar, nearest.index
         if len(self._bank.labels):
             labels = self._bank.labels.to(self._device)
             label = labels[index.clamp(max=len(labels) - 1)]

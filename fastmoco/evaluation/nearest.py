@@ -81,11 +81,8 @@ class Nearest:
         """[q, g, group] similarities; the last group is filled up with -inf."""
         rows = -(-len(block) // self._group) * self._group
         product = self._product[: len(queries) * rows].view(len(queries), rows)
-        if rows == len(block):
-            torch.mm(queries, block.T, out=product)
-        else:
-            product[:, : len(block)] = queries @ block.T
-            product[:, len(block) :] = -torch.inf
+        torch.mm(queries, block.T, out=product[:, : len(block)])
+        product[:, len(block) :] = -torch.inf
         return product.view(len(queries), -1, self._group)
 
     def _take(self, similar: Tensor, best: Tensor, index: Tensor, first: int) -> None:
