@@ -20,6 +20,8 @@ def decisions(world: World) -> dict[str, object]:
         "first of a bool": agree.of_first_rank(rank == 0, device),
         "largest": agree.largest(numbers.clone()).tolist(),
         "mean": agree.mean(numbers.double()).tolist(),
+        "failure": agree.first_failure("ä" * rank, device),
+        "no failure": agree.first_failure("", device),
     }
 
 

@@ -22,6 +22,8 @@ def test_three_ranks_decide_alike_by_the_word_that_counts(tmp_path: Path) -> Non
         "first of a bool": True,
         "largest": [2.0, 0.0],
         "mean": [1.0, -1.0],
+        "failure": (1, "ä"),
+        "no failure": None,
     }
     for rank in launch(3, tmp_path, module="tests.distributed.run_agree"):
         assert rank["decisions"] == expected
@@ -36,7 +38,10 @@ def test_a_process_alone_decides_for_itself() -> None:
         "first of a bool": True,
         "largest": [0.0, 0.0],
         "mean": [0.0, 0.0],
+        "failure": None,
+        "no failure": None,
     }
+    assert agree.first_failure("broken", World().device) == (0, "broken")
     numbers = torch.ones(2)
     assert agree.mean(numbers) is numbers
     assert agree.largest(numbers) is numbers
