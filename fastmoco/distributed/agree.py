@@ -50,6 +50,13 @@ def largest(numbers: Tensor) -> Tensor:
     return numbers
 
 
+def total(numbers: Tensor) -> Tensor:
+    """Elementwise sum over ranks, on the device; `numbers` is overwritten. No host sync."""
+    if group_size() > 1:
+        dist.all_reduce(numbers)
+    return numbers
+
+
 def mean(numbers: Tensor) -> Tensor:
     """Elementwise mean over ranks, on the device; `numbers` is overwritten. No host sync."""
     if group_size() > 1:

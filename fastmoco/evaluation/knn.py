@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from fastmoco.distributed import agree
 from fastmoco.distributed.gather import exchange_rows, fill_parts_, gather_numbers
 from fastmoco.distributed.mesh import group_rank, group_size
 from fastmoco.evaluation.embed import LabelledRows
@@ -223,7 +223,7 @@ class _Search:
             wanted = self._queries.labels[rows].to(self._device)
             right += (_winners(similar, label, temperature, self._limit_bytes) == wanted).sum()
         if self._ranks > 1:
-            dist.all_reduce(right)
+            agree.total(right)
         return right.item() / self._facts[1].rows
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -273,7 +273,7 @@ class _Search:
             total += block.sum(0, dtype=torch.float64).cpu()
         total = total.to(self._device)
         if self._ranks > 1:
-            dist.all_reduce(total)
+            agree.total(total)
         return (total / self._facts[0].rows).to(self._dtype)
 
     def _prepare_(self, table: Tensor, rows: Tensor) -> Tensor:
