@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+<<<<<<< HEAD
 from collections.abc import Sequence
+=======
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+>>>>>>> knn
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,7 +125,8 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
         monitor = setup.build_knn(config, world, threads=threads, precision=precision)
         if monitor is None:
             raise RunError("no shards to classify; give them with --test")
-        accuracy = monitor.evaluate(objective.to(world.device).encoder)["knn"]
+        with closing(monitor):
+            accuracy = monitor.evaluate(objective.to(world.device).encoder)["knn"]
     stop_world()
     if world.rank == 0:
         print(

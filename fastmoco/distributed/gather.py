@@ -1,15 +1,15 @@
-"""Keys of all ranks, in rank order."""
+"""Exchange of rows among ranks: keys and features of all ranks, in rank order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastmoco.distributed.mesh import group_size
+from fastmoco.distributed.mesh import group_rank, group_size
 
 # torch renamed this function in 2.13, and every process warns of the old name.
 all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -80,6 +80,53 @@ def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
     gathered = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(gathered, padded)
     return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]).cpu()
+
+
+def gather_numbers(numbers: Tensor) -> Tensor:
+    """The numbers [c] of every rank, [ranks, c], on every rank; they must be on the device on which
+    the process group communicates.
+    """
+    if group_size() == 1:
+        return numbers[None]
+    gathered = [torch.empty_like(numbers) for _ in range(group_size())]
+    dist.all_gather(gathered, numbers)
+    return torch.stack(gathered)
+
+
+def fill_parts_(whole: Tensor, counts: Sequence[int]) -> None:
+    """Fill in, in place, the parts of the other ranks of a tensor in which every rank has written
+    its own part. Takes no further memory, unlike `gather_rows`.
+
+    Args:
+        whole: [sum of counts, ...], contiguous, equal in shape on all ranks, on the device on which
+            the process group communicates. Parts are in rank order.
+        counts: rows of each rank, equal on all ranks.
+    """
+    if group_size() == 1:
+        return
+    for rank, part in enumerate(torch.split(whole, list(counts))):
+        if len(part):
+            dist.broadcast(part, src=rank)
+
+
+def exchange_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """Give each rank what all ranks have computed for it.
+
+    Args:
+        rows: [sum of counts, ...], contiguous, on the device on which the process group
+            communicates; the first `counts[0]` rows are for rank 0, and so on.
+        counts: rows for each rank, equal on all ranks.
+
+    Returns:
+        [ranks, counts[rank], ...]: the rows for this rank from each rank, in rank order.
+    """
+    if group_size() == 1:
+        return rows[None]
+    ranks, mine = group_size(), counts[group_rank()]
+    received = rows.new_empty((ranks, mine, *rows.shape[1:]))
+    flat = received.view(ranks * mine, *rows.shape[1:])
+    dist.all_to_all_single(flat, rows, [mine] * ranks, list(counts))
+    return received
 
 
 def _counts(rows: Tensor) -> list[int]:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fastmoco.evaluation.rows import MemoryRows, Rows, new_rows
+from fastmoco_pipelines import EvalLoader
 from fastmoco_pipelines.loading.batch import EvalBatch
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRows:
+    """Features of images, and their labels [n] int64."""
+
+    rows: Rows
+    labels: Tensor
 
 
 def embed(encode: Callable[[Tensor], Tensor], loader: Iterable[EvalBatch]) -> tuple[Tensor, Tensor]:
@@ -48,25 +60,78 @@ def raw_pixels(loader: Iterable[EvalBatch]) -> tuple[Tensor, Tensor]:
     return _collect(lambda images: images.flatten(1), loader)
 
 
+def embed_part(
+    encode: Callable[[Tensor], Tensor],
+    loader: EvalLoader,
+    *,
+    memory_bytes: int | None = None,
+    folder: Path | None = None,
+) -> LabelledRows:
+    """Features of this rank's part of a set, in memory or in a temporary file.
+
+    Args:
+        encode: as of `embed`, but its module must be in eval mode already.
+        loader: of a rank, whose part may be empty.
+        memory_bytes: largest size of the features in memory; None: any.
+        folder: of the file; None: that of `TMPDIR`.
+
+    Returns:
+        Features [n, E] float32 and labels. E is 0 if the part is empty. Close the rows.
+
+    Raises:
+        ValueError: if `encode` does not return one row per image.
+        RunError: if the disk has no room.
+    """
+    with torch.no_grad():
+        return _fill(encode, loader, loader.part, memory_bytes=memory_bytes, folder=folder)
+
+
 def _collect(
     encode: Callable[[Tensor], Tensor], loader: Iterable[EvalBatch]
 ) -> tuple[Tensor, Tensor]:
-    features = []
-    labels = []
-    for batch in loader:
-        rows = encode(batch.images)
-        if rows.ndim != 2 or len(rows) != len(batch.images):
-            raise ValueError(
-                f"encode returned {tuple(rows.shape)} for {len(batch.images)} images: "
-                f"needs one row per image"
-            )
-        # Copied even if the images already are float32 on the CPU: raw pixels would otherwise keep
-        # the memory of every batch.
-        features.append(rows.detach().to("cpu", torch.float32, copy=True))
-        labels.append(torch.from_numpy(batch.labels).to(torch.int64))
-    if not features:
+    found = _fill(encode, loader, loader.part if isinstance(loader, EvalLoader) else 0)
+    if not len(found.rows):
         raise ValueError("the loader yields no images; is the set empty?")
-    return torch.cat(features), torch.cat(labels)
+    assert isinstance(found.rows, MemoryRows)
+    return found.rows.tensor, found.labels
+
+
+def _fill(
+    encode: Callable[[Tensor], Tensor],
+    loader: Iterable[EvalBatch],
+    capacity: int,
+    *,
+    memory_bytes: int | None = None,
+    folder: Path | None = None,
+) -> LabelledRows:
+    """Write the features of every batch into one table, whose width the first batch gives."""
+    table: Rows | None = None
+    labels = []
+    try:
+        for batch in loader:
+            rows = encode(batch.images)
+            if rows.ndim != 2 or len(rows) != len(batch.images):
+                raise ValueError(
+                    f"encode returned {tuple(rows.shape)} for {len(batch.images)} images: "
+                    f"needs one row per image"
+                )
+            if table is None:
+                table = new_rows(
+                    rows.shape[1],
+                    torch.float32,
+                    capacity=max(capacity, len(rows)),
+                    memory_bytes=memory_bytes,
+                    folder=folder,
+                )
+            table.append(rows.detach())
+            labels.append(torch.from_numpy(batch.labels).to(torch.int64))
+    except BaseException:
+        if table is not None:
+            table.close()
+        raise
+    if table is None:
+        return LabelledRows(MemoryRows(torch.empty(0, 0)), torch.empty(0, dtype=torch.int64))
+    return LabelledRows(table, torch.cat(labels))
 
 
 @contextmanager

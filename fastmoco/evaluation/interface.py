@@ -59,6 +59,9 @@ class Monitor(ABC):
             The value of each of `figures`.
         """
 
+    def close(self) -> None:  # noqa: B027 - most monitors hold nothing
+        """Release what the monitor holds, e.g. open sets. Safe to call twice."""
+
     def is_due(self, epoch: float) -> bool:
         """Whether the epochs between two measurements have passed and the time budget allows one.
 

@@ -1,10 +1,29 @@
-"""Weighted k-nearest-neighbour accuracy: scores frozen features without training."""
+"""Weighted k-nearest-neighbour accuracy: scores frozen features without training.
+
+Several ranks share the search by the bank. Each keeps its own part of the bank and finds the k
+nearest rows of it for the queries of all ranks; a rank then merges what all ranks have found for
+its own queries and counts their votes. To share the queries instead would take the same time, but
+the whole bank on every rank. Shapes: n bank rows, m queries, D features, R ranks.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+
+from fastmoco.distributed import agree
+from fastmoco.distributed.gather import exchange_rows, fill_parts_, gather_numbers
+from fastmoco.distributed.mesh import group_rank, group_size
+from fastmoco.evaluation.embed import LabelledRows
+from fastmoco.evaluation.nearest import LIMIT_BYTES, Nearest
+from fastmoco.evaluation.rows import MemoryRows, Rows
+
+_SURVEY_BYTES = 4 * 2**20
+"""Rows that are checked at a time."""
 
 
 def knn_accuracy(
@@ -16,13 +35,14 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
     center: bool = False,
-    chunk: int = 1024,
+    limit_bytes: int = LIMIT_BYTES,
 ) -> float:
     """Share of queries that their k most similar bank rows classify correctly.
 
     A neighbour with cosine similarity s votes with weight exp(s / temperature). The class with the
-    largest sum wins; on a tie, the smaller label. Source: Wu et al. 2018 (instance discrimination),
-    section 3.4, as DINO uses it.
+    largest sum wins; on a tie, the smaller label. Among equally similar rows, those of the smallest
+    index are neighbours. Source: Wu et al. 2018 (instance discrimination), section 3.4, as DINO
+    uses it.
 
     Args:
         bank: [n, D] features of labelled images, any floating dtype, any device.
@@ -34,7 +54,7 @@ def knn_accuracy(
         center: subtract the bank's mean from both sets first. Helps features with a large common
             part, such as those of an untrained network or raw pixels. Report with which setting a
             figure was measured.
-        chunk: queries that are compared at a time.
+        limit_bytes: largest temporary tensor.
 
     Returns:
         Accuracy in [0, 1].
@@ -42,63 +62,306 @@ def knn_accuracy(
     Raises:
         ValueError: if shapes do not fit, labels are missing, or a number is out of range.
 
-    Numerics: float32 throughout (float64 stays float64); exact search.
-    Memory and cost: chunk * n similarities at a time, 2 * m * n * D FLOPs.
-    Distributed: none; gather the features first.
+    Numerics: float32 throughout (float64 stays float64; the mean is summed in float64); exact
+        search. The last bit of a similarity may depend on the shapes of the products, and so the
+        order of neighbours that differ by no more.
+    Memory and cost: the queries in this dtype or `limit_bytes`, whichever is less, and temporary
+        tensors of at most `limit_bytes`; the bank is not copied. 2 * m * n * D FLOPs.
+    Distributed: none; `shared_knn_accuracy` shares the work among ranks.
     """
-    _check(bank, bank_labels, queries, query_labels, k=k, temperature=temperature)
-    dtype = torch.float64 if bank.dtype == torch.float64 else torch.float32
-    bank_nD = bank.detach().to(dtype)
-    queries_mD = queries.detach().to(bank.device, dtype)
-    if center:
-        mean_D = bank_nD.mean(dim=0)
-        bank_nD, queries_mD = bank_nD - mean_D, queries_mD - mean_D
-    bank_Dn = normalize(bank_nD, dim=1).T.contiguous()
-    queries_mD = normalize(queries_mD, dim=1)
-    labels = bank_labels.to(bank.device)
-    wanted = query_labels.to(bank.device)
-    classes = int(labels.max()) + 1
-    k = min(k, len(labels))
-
-    # A chunk of queries at a time, so that the similarities fit into memory.
-    right = torch.zeros((), dtype=torch.int64, device=bank.device)
-    for start in range(0, len(queries_mD), chunk):
-        similar, index = (queries_mD[start : start + chunk] @ bank_Dn).topk(k, dim=1)
-        # Relative to the nearest neighbour, so that exp never overflows; the common factor changes
-        # no winner.
-        weights = ((similar - similar[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(similar), classes, dtype=dtype, device=bank.device)
-        votes.scatter_add_(1, labels[index], weights)
-        right += (votes.argmax(dim=1) == wanted[start : start + chunk]).sum()
-    return right.item() / len(queries_mD)
+    _require_tables(bank, bank_labels, queries, query_labels)
+    sets = (
+        LabelledRows(MemoryRows(bank.detach()), bank_labels),
+        LabelledRows(MemoryRows(queries.detach()), query_labels),
+    )
+    search = _Search(*sets, k=k, center=center, device=bank.device, limit_bytes=limit_bytes)
+    return search.accuracy(temperature)
 
 
-def _check(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
+def shared_knn_accuracy(
+    bank: LabelledRows,
+    queries: LabelledRows,
     *,
+    device: torch.device,
+    k: int = 20,
+    temperature: float = 0.07,
+    center: bool = False,
+    limit_bytes: int = LIMIT_BYTES,
+) -> float:
+    """`knn_accuracy` of sets whose parts are on the ranks of the process group.
+
+    Args:
+        bank: this rank's part of the bank; may be empty. Parts are in rank order.
+        queries: this rank's part of the queries; may be empty.
+        device: of this rank, on which it computes and the process group communicates. The rows may
+            be elsewhere: blocks of them are moved.
+        k: as for `knn_accuracy`; and so are the others.
+
+    Returns:
+        The accuracy over all queries, the same on all ranks.
+
+    Raises:
+        ValueError: the same on all ranks, as of `knn_accuracy`.
+
+    Numerics: as of `knn_accuracy`; the number of ranks changes shapes of products.
+    Memory and cost: the queries of all ranks or `limit_bytes`, whichever is less, and temporary
+        tensors of at most `limit_bytes`; 2 * m * n * D / R FLOPs.
+    Distributed: collective. One all_gather of a few numbers; for each part of the queries that fits
+        into `limit_bytes`, broadcasts of m * D values and all_to_all of m * k neighbours; one
+        all_reduce of counts.
+    """
+    search = _Search(
+        bank, queries, k=k, center=center, device=device, limit_bytes=limit_bytes, shared=True
+    )
+    return search.accuracy(temperature)
+
+
+def shared_neighbours(
+    bank: LabelledRows,
+    queries: LabelledRows,
+    *,
+    device: torch.device,
     k: int,
-    temperature: float,
+    center: bool = False,
+    limit_bytes: int = LIMIT_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """The neighbours of this rank's queries among the bank rows of all ranks.
+
+    Args:
+        bank: as for `shared_knn_accuracy`; and so are the others.
+
+    Returns:
+        Cosine similarities [m, k], falling, and indices [m, k] int64 into the bank of all ranks;
+        with min(k, n) columns.
+    """
+    search = _Search(
+        bank, queries, k=k, center=center, device=device, limit_bytes=limit_bytes, shared=True
+    )
+    found = [(similar.cpu(), index.cpu()) for _, similar, index, _ in search]
+    similar, index = zip(*found, strict=True)
+    return torch.cat(similar), torch.cat(index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What is known of a set before the search; the same on all ranks."""
+
+    name: str
+    counts: list[int]
+    labels: list[int]
+    widths: list[int]
+    missing: int
+    infinite: int
+    doubles: bool
+
+    @property
+    def rows(self) -> int:
+        return sum(self.counts)
+
+    def check(self) -> None:
+        """Refuse a set that cannot vote or be classified."""
+        if not self.rows:
+            raise ValueError(f"{self.name}: has no rows")
+        for rows, labels in zip(self.counts, self.labels, strict=True):
+            if rows != labels:
+                raise ValueError(f"{self.name}: {rows} rows with labels of shape ({labels},)")
+        if self.missing:
+            raise ValueError(
+                f"{self.name}: {self.missing} of {self.rows} rows have no label; "
+                f"kNN needs a labelled set"
+            )
+        if self.infinite:
+            raise ValueError(f"{self.name}: features are not finite; the encoder has diverged")
+
+
+class _Search:
+    """The neighbours of this rank's queries, in rounds whose queries fit into memory.
+
+    Iterating gives (rows, similar [q, k], index [q, k], label [q, k]) of each round, for a slice of
+    this rank's queries; every rank has the same number of rounds.
+    """
+
+    def __init__(
+        self,
+        bank: LabelledRows,
+        queries: LabelledRows,
+        *,
+        k: int,
+        center: bool,
+        device: torch.device,
+        limit_bytes: int,
+        shared: bool = False,
+    ) -> None:
+        if k < 1:
+            raise ValueError(f"k={k}: must be at least 1")
+        self._ranks = group_size() if shared else 1
+        self._rank = group_rank() if shared else 0
+        self._bank = bank
+        self._queries = queries
+        self._device = device
+        self._limit_bytes = limit_bytes
+
+        # All ranks learn the facts of all parts first, so that all refuse or none does.
+        self._facts = self._survey("bank", bank), self._survey("queries", queries)
+        widths = {width for facts in self._facts for width in facts.widths if width}
+        if len(widths) > 1:
+            shapes = [(facts.rows, max(facts.widths)) for facts in self._facts]
+            raise ValueError(f"bank {shapes[0]}, queries {shapes[1]}: needs [n, D] and [m, D]")
+        for facts in self._facts:
+            facts.check()
+        self._width = max(widths, default=0)
+        self._k = min(k, self._facts[0].rows)
+        self._dtype = torch.float64 if self._facts[0].doubles else torch.float32
+        self._mean = self._bank_mean() if center else None
+
+    def accuracy(self, temperature: float) -> float:
+        """Share of the queries that the votes of their neighbours classify correctly."""
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature}: must be positive")
+        right = torch.zeros((), dtype=torch.int64, device=self._device)
+        for rows, similar, _, label in self:
+            wanted = self._queries.labels[rows].to(self._device)
+            right += (_winners(similar, label, temperature, self._limit_bytes) == wanted).sum()
+        if self._ranks > 1:
+            agree.total(right)
+        return right.item() / self._facts[1].rows
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        counts = self._facts[1].counts
+        size = self._dtype.itemsize
+        # The table of queries, and that of their neighbours before and after the exchange.
+        row_bytes = max(size * self._width, 2 * self._k * (size + 16), 1)
+        rounds = -(-sum(counts) // max(1, self._limit_bytes // row_bytes))
+        for number in range(rounds):
+            ends = [(count * number // rounds, count * (number + 1) // rounds) for count in counts]
+            rows = slice(*ends[self._rank])
+            sizes = [stop - start for start, stop in ends]
+            # The queries are released before the neighbours are exchanged.
+            similar, index = self._search_part(self._gather_queries(rows, sizes))
+            yield rows, *self._merge(similar, index, sizes)
+
+    def _survey(self, name: str, part: LabelledRows) -> _Facts:
+        """Look at every row and label of this rank, and exchange what was found."""
+        rows, labels = part.rows, part.labels
+        finite = all(bool(block.isfinite().all()) for block in self._blocks(rows))
+        mine = [
+            len(rows),
+            len(labels) if labels.ndim == 1 else -1,
+            rows.width if len(rows) else 0,
+            int((labels < 0).sum()),
+            int(not finite),
+            int(rows.dtype == torch.float64 and len(rows) > 0),
+        ]
+        numbers = torch.tensor(mine, dtype=torch.int64, device=self._device)
+        table = gather_numbers(numbers) if self._ranks > 1 else numbers[None]
+        counts, labelled, widths, missing, infinite, doubles = table.T.tolist()
+        return _Facts(
+            name, counts, labelled, widths, sum(missing), sum(infinite), bool(sum(doubles))
+        )
+
+    def _blocks(self, rows: Rows) -> Iterator[Tensor]:
+        """All rows, some megabytes at a time."""
+        row_bytes = 8 * max(1, rows.width)  # as float64
+        step = max(1, min(self._limit_bytes, _SURVEY_BYTES) // row_bytes)
+        for start in range(0, len(rows), step):
+            yield rows.block(start, min(start + step, len(rows)))
+
+    def _bank_mean(self) -> Tensor:
+        """The mean [D] of the bank of all ranks, summed in float64."""
+        total = torch.zeros(self._width, dtype=torch.float64)
+        for block in self._blocks(self._bank.rows):
+            total += block.sum(0, dtype=torch.float64).cpu()
+        total = total.to(self._device)
+        if self._ranks > 1:
+            agree.total(total)
+        return (total / self._facts[0].rows).to(self._dtype)
+
+    def _prepare_(self, table: Tensor, rows: Tensor) -> Tensor:
+        """Write rows into a table of this dtype and device, centred and of unit length."""
+        table.copy_(rows)
+        if self._mean is not None:
+            table -= self._mean
+        # As torch.nn.functional.normalize, in place.
+        table /= torch.linalg.vector_norm(table, dim=1, keepdim=True).clamp_min(1e-12)
+        return table
+
+    def _gather_queries(self, rows: slice, counts: Sequence[int]) -> Tensor:
+        """Unit queries of one round, of all ranks, in rank order."""
+        table = torch.empty(sum(counts), self._width, dtype=self._dtype, device=self._device)
+        if counts[self._rank]:
+            mine = torch.split(table, list(counts))[self._rank]
+            self._prepare_(mine, self._queries.rows.block(rows.start, rows.stop))
+        if self._ranks > 1:
+            fill_parts_(table, counts)
+        return table
+
+    def _search_part(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Similarities and indices of the neighbours of some queries in this rank's part of the
+        bank."""
+        nearest = Nearest(queries, self._k, limit_bytes=self._limit_bytes)
+        rows = self._bank.rows
+        table = queries.new_empty(min(nearest.block_rows, len(rows)), self._width)
+        for start in range(0, len(rows), nearest.block_rows):
+            stop = min(start + nearest.block_rows, len(rows))
+            block = self._prepare_(table[: stop - start], rows.block(start, stop))
+            nearest.offer(block, start)
+        return nearest.similar, nearest.index
+
+    def _merge(
+        self, similar: Tensor, index: Tensor, counts: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """For this rank's queries: similarities, indices and labels of the neighbours among the
+        bank rows of all ranks."""
+        if len(self._bank.labels):
+            labels = self._bank.labels.to(self._device)
+            label = labels[index.clamp(max=len(labels) - 1)]
+        else:
+            label = torch.zeros_like(index)
+        if self._ranks == 1:
+            return similar, index, label
+        first = list(accumulate(self._facts[0].counts, initial=0))[self._rank]
+        index[index != Nearest.MISSING] += first
+
+        # In rank order, so that a stable sort puts the smaller index first among equals.
+        similar, index, label = (
+            exchange_rows(found, counts).transpose(0, 1).flatten(1)
+            for found in (similar, index, label)
+        )
+        order = similar.sort(dim=1, descending=True, stable=True).indices[:, : self._k]
+        return similar.gather(1, order), index.gather(1, order), label.gather(1, order)
+
+
+def _winners(similar: Tensor, label: Tensor, temperature: float, limit_bytes: int) -> Tensor:
+    """[m] labels with the largest sum of weights among the neighbours [m, k] of each query."""
+    # Relative to the nearest neighbour, so that exp never overflows; the common factor changes no
+    # winner.
+    winners = torch.empty(len(label), dtype=torch.int64, device=label.device)
+    step = max(1, limit_bytes // (64 * label.shape[1]))
+    for start in range(0, len(label), step):
+        part = slice(start, start + step)
+        weights = ((similar[part] - similar[part, :1]) / temperature).exp()
+
+        # The classes of each query's neighbours, numbered by rising label: at most k of them.
+        ordered, order = label[part].sort(dim=1, stable=True)
+        number = torch.zeros_like(ordered)
+        number[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).cumsum(1)
+        slot = torch.empty_like(number).scatter_(1, order, number)
+
+        # Weights are added in the order of the neighbours.
+        votes = torch.zeros_like(weights).scatter_add_(1, slot, weights)
+        classes = torch.zeros_like(ordered).scatter_(1, number, ordered)
+        winners[part] = classes.gather(1, votes.argmax(1, keepdim=True))[:, 0]
+    return winners
+
+
+def _require_tables(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor
 ) -> None:
+    """Refuse tensors of other shapes than [n, D], [n], [m, D] and [m]."""
     if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
         raise ValueError(
             f"bank {tuple(bank.shape)}, queries {tuple(queries.shape)}: needs [n, D] and [m, D]"
         )
     for name, rows, labels in (("bank", bank, bank_labels), ("queries", queries, query_labels)):
-        if not len(rows):
-            raise ValueError(f"{name}: has no rows")
-        if labels.shape != rows.shape[:1]:
+        if len(rows) and labels.shape != rows.shape[:1]:
             raise ValueError(f"{name}: {len(rows)} rows with labels of shape {tuple(labels.shape)}")
-        if int(labels.min()) < 0:
-            raise ValueError(
-                f"{name}: {int((labels < 0).sum())} of {len(rows)} rows have no label; "
-                f"kNN needs a labelled set"
-            )
-        if not bool(rows.isfinite().all()):
-            raise ValueError(f"{name}: features are not finite; the encoder has diverged")
-    if k < 1:
-        raise ValueError(f"k={k}: must be at least 1")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be positive")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.config import Config
-from fastmoco.distributed.gather import gather_rows
+from fastmoco.distributed.agree import first_failure
 from fastmoco.distributed.mesh import World
-from fastmoco.evaluation.embed import embed, eval_mode
+from fastmoco.distributed.sharding import is_sharded
+from fastmoco.errors import RunError
+from fastmoco.evaluation.embed import LabelledRows, embed_part, eval_mode
 from fastmoco.evaluation.interface import Monitor
-from fastmoco.evaluation.knn import knn_accuracy
+from fastmoco.evaluation.knn import shared_knn_accuracy
 from fastmoco_pipelines import ShardSet, build_eval_loader
 from fastmoco_pipelines.spec import CacheSpec, Device, EvalLoaderSpec
 from fastmoco_pipelines.text import redact
@@ -26,12 +29,17 @@ class KnnMonitor(Monitor):
 
     Args:
         config: of the run; `config.knn` names shards, neighbours and budget.
-        world: this process among its peers; each rank embeds its part of the images, and all get
-            the same figure.
+        world: this process among its peers; each rank embeds its part of the images, keeps its part
+            of the bank, and all get the same figure.
         threads: DALI threads of this process.
         device: where DALI decodes.
         precision: of the encoder: "bf16" (autocast), "fp32" or "fp64".
         quarantine_list: list of the bad images that the run has found.
+        memory_bytes: gives the largest size of a set's features in the memory of this process, when
+            it is measured; larger ones are in a temporary file. None: all in memory.
+        scratch: folder of that file; None: that of `TMPDIR`.
+
+    The sets are opened once; between measurements their files are closed.
 
     Raises:
         ValueError: if a set has no labels, or the two sets have different classes.
@@ -50,6 +58,8 @@ class KnnMonitor(Monitor):
         device: Device,
         precision: str,
         quarantine_list: Path | None = None,
+        memory_bytes: Callable[[], int | None] | None = None,
+        scratch: Path | None = None,
     ) -> None:
         super().__init__(
             world, every_epochs=config.knn.every_epochs, max_share=config.knn.max_share
@@ -59,23 +69,39 @@ class KnnMonitor(Monitor):
         self.device = device
         self.precision = precision
         self.quarantine_list = quarantine_list
-        self.bank_shards = config.knn.train_shards or config.data.shards
-        _require_comparable(self.bank_shards, config.knn.test_shards, config.data)
+        self.memory_bytes = memory_bytes
+        self.scratch = scratch
+        bank = config.knn.train_shards or config.data.shards
+        self._bank, self._queries = _open_comparable(bank, config.knn.test_shards, config.data)
 
     def evaluate(self, encoder: nn.Module) -> Mapping[str, float]:
         """Share of held-out images that kNN on the class-token features classifies correctly."""
         knn = self.config.knn
-        with eval_mode(encoder):
-            bank, bank_labels = self._embed(encoder, self.bank_shards, knn.max_train_images)
-            queries, labels = self._embed(encoder, knn.test_shards, knn.max_test_images)
-        sets = (rows.to(self.world.device) for rows in (bank, bank_labels, queries, labels))
-        return {"knn": knn_accuracy(*sets, k=knn.k, temperature=knn.temperature)}
+        with ExitStack() as stack:
+            stack.enter_context(eval_mode(encoder))
+            parts = []
+            with self._failing_together(encoder):
+                for opened, limit in (
+                    (self._bank, knn.max_train_images),
+                    (self._queries, knn.max_test_images),
+                ):
+                    parts.append(self._embed(encoder, opened, limit))
+                    stack.callback(parts[-1].rows.close)
+            accuracy = shared_knn_accuracy(
+                *parts, device=self.world.device, k=knn.k, temperature=knn.temperature
+            )
+        return {"knn": accuracy}
 
-    def _embed(self, encoder: nn.Module, shards: str, limit: int) -> tuple[Tensor, Tensor]:
-        """Features and labels of a set, in its order, on all ranks; each rank embeds a part."""
+    def close(self) -> None:
+        """Close the files of both sets."""
+        self._bank.shards.close()
+        self._queries.shards.close()
+
+    def _embed(self, encoder: nn.Module, opened: _OpenSet, limit: int) -> LabelledRows:
+        """Features and labels of this rank's part of a set, in its order."""
         data = self.config.data
         spec = EvalLoaderSpec(
-            shards=shards,
+            shards=opened.pattern,
             image=self.config.eval_spec(),
             batch_size=256,
             device=self.device,
@@ -91,6 +117,7 @@ class KnnMonitor(Monitor):
             world_size=self.world.world_size,
             device_id=self.world.device.index if self.device == "gpu" else None,
             quarantine_list=self.quarantine_list,
+            shards=opened.shards,
         )
         if self.report is not None:
             loader.report = self.report
@@ -106,24 +133,71 @@ class KnnMonitor(Monitor):
                     features: Tensor = encoder(images)
                 return features
 
-            features, labels = embed(encode, loader)
-            return gather_rows(features, self.world.device), gather_rows(labels, self.world.device)
+            limit_bytes = self.memory_bytes() if self.memory_bytes is not None else None
+            return embed_part(encode, loader, memory_bytes=limit_bytes, folder=self.scratch)
+
+    @contextmanager
+    def _failing_together(self, encoder: nn.Module) -> Iterator[None]:
+        """A context in which an error of one rank becomes an error of all, which would otherwise
+        wait in the search for the rank that has failed.
+
+        Raises:
+            RunError: on the other ranks; contains the words of the first rank that has failed.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            # The other ranks may be inside a collective of the encoder, which this would answer.
+            if is_sharded(encoder):
+                raise
+            failure = error
+        words = "" if failure is None else str(failure) or type(failure).__name__
+        first = first_failure(words, self.world.device)
+        if failure is not None:
+            raise failure
+        if first is not None:
+            rank, words = first
+            raise RunError(f"rank {rank} could not compute features for kNN: {words}")
 
 
+<<<<<<< HEAD
 def _require_comparable(bank: str, queries: str, cache: CacheSpec) -> None:
     """Refuse sets with different classes before the first step, instead of hours later."""
     classes = []
     for pattern in (bank, queries):
         with closing(ShardSet.open(pattern, cache=cache)) as shards:
             if shards.unlabelled:
+=======
+@dataclass(frozen=True, slots=True)
+class _OpenSet:
+    """A set that stays open from one measurement to the next."""
+
+    pattern: str
+    shards: ShardSet
+
+
+def _open_comparable(bank: str, queries: str, cache: CacheSpec) -> tuple[_OpenSet, _OpenSet]:
+    """Open both sets; refuse sets with different classes before the first step, instead of hours
+    later."""
+    opened: list[_OpenSet] = []
+    with ExitStack() as undo:
+        for pattern in (bank, queries):
+            shards = ShardSet.open(pattern, cache=cache)
+            undo.callback(shards.close)
+            if (shards.labels < 0).any():
+>>>>>>> knn
                 raise ValueError(
                     f"{redact(pattern)!r} has images without a label, which kNN needs: "
                     f"pack it from one folder per class"
                 )
-            classes.append(shards.classes)
-    if all(classes) and classes[0] != classes[1]:  # tars of other tools have no names
-        raise ValueError(
-            f"{redact(queries)!r} has {len(classes[1])} classes that are not the "
-            f"{len(classes[0])} classes of {redact(bank)!r}; pack both "
-            f"from folders with the same class names"
-        )
+            opened.append(_OpenSet(pattern, shards))
+        classes = [each.shards.classes for each in opened]
+        if all(classes) and classes[0] != classes[1]:  # tars of other tools have no names
+            raise ValueError(
+                f"{redact(queries)!r} has {len(classes[1])} classes that are not the "
+                f"{len(classes[0])} classes of {redact(bank)!r}; pack both "
+                f"from folders with the same class names"
+            )
+        undo.pop_all()
+    return opened[0], opened[1]

@@ -21,6 +21,7 @@ from fastmoco.evaluation.interface import Monitor
 from fastmoco.evaluation.monitor import KnnMonitor
 from fastmoco.optim.averaged import AveragedOptimizer
 from fastmoco.optim.build import name_of
+from fastmoco.planning.free_memory import free_bytes
 from fastmoco_kernels.attention.choice import AttentionChoice
 from fastmoco_pipelines import Loader, LoaderSpec, SyntheticLoader, build_loader
 from fastmoco_pipelines.loading.memory import loader_bytes
@@ -136,6 +137,7 @@ def build_monitors(
     threads: int,
     precision: str,
     quarantine_list: Path | None = None,
+    scratch: Path | None = None,
 ) -> list[Monitor]:
     """Build the evaluations that a config has during training; `figures` names their accuracies.
 
@@ -145,9 +147,15 @@ def build_monitors(
         threads: of DALI, unless the config sets them.
         precision: of the encoder: "bf16", "fp32" or "fp64".
         quarantine_list: the run's list of bad images.
+        scratch: folder for temporary files; None: that of `TMPDIR`.
     """
     knn = build_knn(
-        config, world, threads=threads, precision=precision, quarantine_list=quarantine_list
+        config,
+        world,
+        threads=threads,
+        precision=precision,
+        quarantine_list=quarantine_list,
+        scratch=scratch,
     )
     return [knn] if knn is not None else []
 
@@ -159,9 +167,19 @@ def build_knn(
     threads: int,
     precision: str,
     quarantine_list: Path | None = None,
+    scratch: Path | None = None,
 ) -> KnnMonitor | None:
+<<<<<<< HEAD
     """Build the kNN monitor; None without held-out shards or without an interval."""
     if not _has_knn(config):
+=======
+    """Build the kNN monitor; None without held-out shards or without an interval.
+
+    Features of a set that would take more than half of the memory that is free when it is measured,
+    divided among the processes of this machine, are in a temporary file in `scratch`.
+    """
+    if not config.knn.test_shards or config.knn.every_epochs == 0:
+>>>>>>> knn
         return None
     return KnnMonitor(
         config,
@@ -170,9 +188,12 @@ def build_knn(
         device=data_device(config, world),
         precision=precision,
         quarantine_list=quarantine_list,
+        memory_bytes=_half_of_free_memory,
+        scratch=scratch,
     )
 
 
+<<<<<<< HEAD
 def figures(config: Config) -> dict[str, str]:
     """Metric name -> label of the accuracies that `build_monitors` would measure."""
     return dict(KnnMonitor.figures) if _has_knn(config) else {}
@@ -180,6 +201,14 @@ def figures(config: Config) -> dict[str, str]:
 
 def _has_knn(config: Config) -> bool:
     return bool(config.knn.test_shards) and config.knn.every_epochs > 0
+=======
+def _half_of_free_memory() -> int | None:
+    """Of this machine, for this process; None if the system does not report it."""
+    try:
+        return free_bytes(torch.device("cpu")) // 2
+    except ValueError:
+        return None
+>>>>>>> knn
 
 
 def describe(

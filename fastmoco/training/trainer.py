@@ -184,7 +184,10 @@ class Trainer:
                 threads=threads,
                 precision=precision,
                 quarantine_list=folder.quarantine,
+                scratch=folder.path,
             )
+            for monitor in monitors:
+                undo.callback(monitor.close)
             trainer = cls(
                 config=config,
                 world=world,
@@ -416,4 +419,6 @@ class Trainer:
             stack.callback(self.folder.release)
             stack.callback(self.recorder.close)
             stack.callback(self.loader.close)
+            for monitor in self.monitors:
+                stack.callback(monitor.close)
             stack.callback(self.saving.close, self.recorder.event)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks import roofline, soak
-from benchmarks.cases import info_nce, train_step, view_color
+from benchmarks.cases import info_nce, knn, train_step, view_color
 from benchmarks.gpu import carry
 from benchmarks.measure import interleave, ratios
 from benchmarks.registry import CASES, main, parse_options
@@ -182,3 +182,20 @@ def test_colours_are_measured_where_dali_is_absent(monkeypatch):
     )
     assert result["view1"]["failed"] == {}
     assert result["pipeline"] == {"skipped": {"DALI": "absent"}}
+
+
+@pytest.mark.slow
+def test_knn_of_one_and_two_processes_is_checked_and_measured():
+    options = {**knn.DEFAULTS, "queries": 90, "bank": 3000, "dim": 32, "rounds": 1, "file": 1}
+    result = knn.run(options)
+    assert result["checked"]["1"] == result["checked"]["2"]
+    assert result["checked"]["1"]["equal_neighbours"] > 0.99
+    assert result["ranks"]["1"]["accuracy"] == result["ranks"]["2"]["accuracy"]
+    assert len(result["ranks"]["2"]["peak_mb"]) == 2
+
+
+def test_a_knn_search_that_differs_from_the_plain_formula_is_not_measured(monkeypatch):
+    rows = [[0] * 20] * 64
+    monkeypatch.setattr(knn, "_launch", lambda *_: [{"index": rows, "accuracy": 0.5}])
+    with pytest.raises(ValueError, match="1 ranks differ from the plain formula"):
+        knn.run({**knn.DEFAULTS, "bank": 3000, "dim": 32})

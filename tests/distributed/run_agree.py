@@ -19,7 +19,10 @@ def decisions(world: World) -> dict[str, object]:
         "first": agree.of_first_rank(10 + rank, device),
         "first of a bool": agree.of_first_rank(rank == 0, device),
         "largest": agree.largest(numbers.clone()).tolist(),
+        "total": agree.total(numbers.clone()).tolist(),
         "mean": agree.mean(numbers.double()).tolist(),
+        "failure": agree.first_failure("ä" * rank, device),
+        "no failure": agree.first_failure("", device),
     }
 
 

@@ -34,6 +34,7 @@ def build_eval_loader(
     world_size: int = 1,
     device_id: int | None = None,
     quarantine_list: Path | None = None,
+    shards: ShardSet | None = None,
 ) -> EvalLoader:
     """Open the shards and build the DALI graph of resize, center crop and normalise.
 
@@ -43,6 +44,8 @@ def build_eval_loader(
         world_size: processes that share the set: contiguous parts, equal to within one image.
         device_id: index of this process's GPU; needed for, and only for, `spec.device="gpu"`.
         quarantine_list: a run's list of bad samples, read and added to; None: none is kept.
+        shards: the set of `spec.shards`, already open, for several loaders in turn; the loader
+            closes its files, not the set. None: the loader opens it.
 
     Raises:
         ValueError: for numbers out of range or a pattern without shards.
@@ -59,7 +62,8 @@ def build_eval_loader(
         device_id,
         f"does not fit {spec.device=}",
     )
-    shards = ShardSet.open(spec.shards, cache=spec)
+    if shards is None:
+        shards = ShardSet.open(spec.shards, cache=spec)
     bad = BadSamples(shards, max_bad_share=spec.max_bad_share, run_list=quarantine_list)
     suspects = Suspects(device=spec.device, device_id=device_id, threads=spec.threads)
     healer = Healer(shards, bad, suspects, threading.Event())
@@ -139,6 +143,11 @@ class EvalLoader:
             self._shards.close()
             raise
         ahead.shutdown()
+
+    @property
+    def part(self) -> int:
+        """Images of this rank, bad ones too."""
+        return len(self._sample_ids)
 
     @property
     def left_out(self) -> int:

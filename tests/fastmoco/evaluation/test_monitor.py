@@ -27,8 +27,10 @@ from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
 from fastmoco.evaluation import interface
 from fastmoco.evaluation import monitor as knn_monitor
+from fastmoco.evaluation.embed import LabelledRows
 from fastmoco.evaluation.interface import Monitor, saved_states
 from fastmoco.evaluation.monitor import KnnMonitor
+from fastmoco.evaluation.rows import MemoryRows
 from fastmoco.models import VisionTransformer
 from fastmoco.models.precision import choose_precision
 from fastmoco.objectives.build import build_objective
@@ -89,8 +91,9 @@ def test_due_by_epochs_and_within_its_share_of_the_time(config):
 
 def test_the_best_is_kept_and_the_time_of_a_measurement_counts(config, monkeypatch):
     monitor, accuracies = _monitor(config), iter([0.5, 0.75, 0.625])
-    monkeypatch.setattr(KnnMonitor, "_embed", lambda *_: (torch.ones(8, 2), torch.arange(8)))
-    monkeypatch.setattr(knn_monitor, "knn_accuracy", lambda *_, **__: next(accuracies))
+    part = LabelledRows(MemoryRows(torch.ones(8, 2)), torch.arange(8))
+    monkeypatch.setattr(KnnMonitor, "_embed", lambda *_: part)
+    monkeypatch.setattr(knn_monitor, "shared_knn_accuracy", lambda *_, **__: next(accuracies))
     for epoch, best in ((1, 0.5), (2, 0.75), (3, 0.75)):
         monitor.measure(torch.nn.Identity(), epoch)
         assert monitor.best == {"knn": best}
@@ -100,7 +103,7 @@ def test_the_best_is_kept_and_the_time_of_a_measurement_counts(config, monkeypat
     # it.
     clock = iter([1000.0, 1000.0, 1090.0, 1100.0, 2000.0])
     monkeypatch.setattr(interface, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr(knn_monitor, "knn_accuracy", lambda *_, **__: 0.5)
+    monkeypatch.setattr(knn_monitor, "shared_knn_accuracy", lambda *_, **__: 0.5)
     monitor = _monitor(config)
     monitor.measure(torch.nn.Identity(), 1.0)
     assert not monitor.is_due(2.0)
@@ -155,7 +158,7 @@ def test_sets_are_refused_without_the_secrets_of_their_urls(labels, words, monke
 
     monkeypatch.setattr(knn_monitor.ShardSet, "open", opened)
     with pytest.raises(ValueError, match=words) as raised:
-        knn_monitor._require_comparable(
+        knn_monitor._open_comparable(
             "https://u:SECRET@h/b.tar", "https://u:SECRET@h/t.tar?SECRET", Config().data
         )
     assert "SECRET" not in str(raised.value)

@@ -55,6 +55,20 @@ def test_it_can_be_iterated_again_and_left_early(packed):
         assert len(first) == 3
 
 
+def test_a_set_that_is_open_serves_several_loaders(packed, monkeypatch):
+    """Its files are closed with each loader and opened again by the next."""
+    spec = EvalLoaderSpec(shards=str(packed), batch_size=16, threads=1, image=SPEC)
+    with ShardSet.open(str(packed)) as shards:
+        monkeypatch.setattr(ShardSet, "open", None)
+        for rank, part in ((0, 22), (1, 23)):
+            with build_eval_loader(spec, rank=rank, world_size=2, shards=shards) as loader:
+                assert loader.part == part
+                assert len(loader) == 45
+                ids = np.concatenate([batch.sample_ids for batch in loader])
+            assert np.array_equal(ids, np.arange(22) if rank == 0 else np.arange(22, 45))
+            assert not shards._files._open
+
+
 @pytest.mark.parametrize("world_size", [2, 4, 50])
 def test_ranks_share_the_set(packed, world_size):
     parts = [take(packed, rank=rank, world_size=world_size) for rank in range(world_size)]

@@ -1,0 +1,103 @@
+"""kNN over parts of a bank on one to four real processes: the neighbours and the accuracy of the
+plain formula."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from fastmoco.evaluation.reference import plain_knn_accuracy, plain_neighbours
+from tests.distributed.run_knn import SETS
+from tests.distributed.test_ranks import launch
+
+EXACT = [name for name, sets in SETS.items() if sets.bank.dtype != torch.float64]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(1, id="1 rank"),
+        pytest.param(2, id="2 ranks"),
+        pytest.param(3, id="3 ranks", marks=pytest.mark.slow),
+        pytest.param(4, id="4 ranks", marks=pytest.mark.slow),
+    ],
+)
+def ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """Results of all searches, once a world size."""
+    out = tmp_path_factory.mktemp("knn")
+    return launch(
+        request.param, out, *SETS, "refused", module="tests.distributed.run_knn", debug="DETAIL"
+    )
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_neighbours_and_accuracy_are_those_of_the_plain_formula(
+    ranks: list[dict[str, Any]], name: str
+) -> None:
+    sets = SETS[name]
+    similar, index = plain_neighbours(sets.bank, sets.queries, k=sets.k, center=sets.center)
+    found = {key: torch.cat([rank[name][key] for rank in ranks]) for key in ("similar", "index")}
+    assert torch.equal(found["index"], index)
+    tolerance = 0.0 if name in EXACT else 1e-14
+    assert (found["similar"] - similar).abs().max() <= tolerance
+
+    tables = sets.bank, sets.bank_labels, sets.queries, sets.query_labels
+    accuracy = plain_knn_accuracy(*tables, k=sets.k, center=sets.center)
+    assert [rank[name]["accuracy"] for rank in ranks] == [accuracy] * len(ranks)
+
+
+def test_these_sets_can_tell_mistakes_apart() -> None:
+    """The tied sets have ties at the border of the k nearest, and centring changes an answer."""
+    for name in ("ties", "rows repeated on all ranks"):
+        sets = SETS[name]
+        similar, _ = plain_neighbours(sets.bank, sets.queries, k=sets.k + 1)
+        assert (similar[:, -1] == similar[:, -2]).any()
+    plain, centred = SETS["ragged"], SETS["centred"]
+    found = [
+        plain_neighbours(sets.bank, sets.queries, k=20, center=sets.center)[1]
+        for sets in (plain, centred)
+    ]
+    assert not torch.equal(*found)
+
+
+def test_all_ranks_refuse_in_the_same_words(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["refused"] == ranks[0]["refused"]
+    words = cast("dict[str, str]", ranks[0]["refused"])
+    assert words["bank not finite"] == ("bank: features are not finite; the encoder has diverged")
+    assert words["queries not finite"].startswith("queries: features are not finite")
+    assert words["no label"] == "bank: 4 of 211 rows have no label; kNN needs a labelled set"
+    assert " rows with labels of shape (" in words["labels cut off"]
+    assert "needs [n, D] and [m, D]" in words["widths"]
+    assert words["no bank"] == "bank: has no rows"
+    assert words["no queries"] == "queries: has no rows"
+
+
+@pytest.mark.slow
+def test_the_monitor_gives_one_figure_on_any_number_of_ranks(tmp_path: Path) -> None:
+    """In memory and in files, with each set opened once; and one rank's failure ends all."""
+    pytest.importorskip("webdataset", reason="webdataset is not installed")
+    from fastmoco_pipelines import pack_digits
+
+    figures = set()
+    for count in (1, 3):
+        out = tmp_path / str(count)
+        pack_digits(out, seed=0)
+        found = launch(count, out, "monitor", "monitor failing", module="tests.distributed.run_knn")
+        for rank, results in enumerate(found):
+            monitor = cast("dict[str, Any]", results["monitor"])
+            figures |= set(monitor["figures"])
+            assert monitor["opened"] == 2
+            words = "train-000000.tar: the tar ends inside it."
+            assert results["monitor failing"] == (
+                f"ShardError: {words}"
+                if rank == count - 1
+                else f"RunError: rank {count - 1} could not compute features for kNN: {words}"
+            )
+    assert len(figures) == 1
+    assert 0.2 < figures.pop() < 1.0
