@@ -18,6 +18,7 @@ import tyro
 from tyro.conf import Positional
 
 from fastmoco.cli import plan as cli_plan
+from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.environment import clean_environment
 from fastmoco.cli.plan import PlanArguments
 from fastmoco.config import Config
@@ -238,7 +239,8 @@ def _train(args: list[str]) -> int:
 
         with one_line(EXIT_REFUSED, ValueError, OSError):
             return launch(parsed.gpus, ["train", *_without_gpus(args)], parsed.out)
-    from fastmoco.cli.train import train
+    with collection_paused():
+        from fastmoco.cli.train import train
 
     return train(parsed.config, parsed.out, allow=parsed.allow, trust=parsed.trust)
 
@@ -263,7 +265,8 @@ def _eval_knn(
         k: Number of neighbours.
         temperature: The weight of a neighbour is exp(cosine / temperature).
     """
-    from fastmoco.cli.train import eval_knn
+    with collection_paused():
+        from fastmoco.cli.train import eval_knn
 
     return eval_knn(run, train, test, k=k, temperature=temperature)
 
@@ -275,7 +278,8 @@ def _quickstart(out: Path = Path("quickstart")) -> int:
     Args:
         out: Folder for shards, run and pictures.
     """
-    from fastmoco.cli.quickstart import quickstart
+    with collection_paused():
+        from fastmoco.cli.quickstart import quickstart
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
         return quickstart(out)

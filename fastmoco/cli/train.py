@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fastmoco.cli.collection import collection_paused
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import start_world, stop_world
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, RunError, one_line, say
@@ -42,7 +43,7 @@ def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool =
         # Collectives wait longer than the loader, so that the rank whose data hangs fails first and
         # reports the cause.
         world = start_world(config.device, timeout_s=config.data.timeout_s + 120)
-        with first_cause(world):
+        with first_cause(world), collection_paused():
             trainer = Trainer.build(config, out, world, allow=allow, trust=trust)
     try:
         with one_line(EXIT_FAILED), first_cause(world):
