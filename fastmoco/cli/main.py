@@ -69,9 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal after saving its state, 130 interrupted with nothing to save.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    # Before torch loads OpenMP. Its threads spin while they wait, and if other threads, such as the
-    # loader's, need the cores, long spinning makes a small model several times slower.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         clean_environment(os.environ)
     except ValueError as error:
