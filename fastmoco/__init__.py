@@ -5,4 +5,6 @@ The command line is `fastmoco`. Import classes from their modules, such as `fast
 the map of the package.
 """
 
+import fastmoco_pipelines  # noqa: F401 (before torch: it sets how long OpenMP's threads spin)
+
 __version__ = "0.1.0"

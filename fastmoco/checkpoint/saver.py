@@ -5,16 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from fastmoco.checkpoint.ranks import on_every_rank
 from fastmoco.checkpoint.store import JSON, save_checkpoint
 from fastmoco.errors import RunError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.staging import DefaultStager
 
 _STAGES_ONCE = torch.__version__ < "2.13"
 """Before 2.13 torch's stager closes itself after its first copy, so each save
@@ -82,6 +84,9 @@ class Saver:
         """
         self.settle()
         if self._stager is None or _STAGES_ONCE:
+            # Imported by the first save, not at the start of a run: it takes long.
+            from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
             on_cuda = any(tensor.is_cuda for tensor in tensors.values())
             self._stager = DefaultStager(
                 StagingOptions(

@@ -13,12 +13,9 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
-from fastmoco.checkpoint.errors import CheckpointError
+from fastmoco.checkpoint.errors import CheckpointError, storage_errors
 from fastmoco.checkpoint.folder import (
     METADATA,
     STATE,
@@ -33,8 +30,8 @@ from fastmoco.checkpoint.folder import (
     write_text,
 )
 from fastmoco.checkpoint.ranks import on_every_rank, on_first_rank, rank_in, size_of
-from fastmoco.checkpoint.shards import write_shards
 from fastmoco.checkpoint.whole_file import write_whole
+from fastmoco_kernels.tensors import is_dtensor
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
@@ -88,12 +85,14 @@ def save_checkpoint(
     if keep < 1:
         raise ValueError(f"keep={keep}: needs at least 1 checkpoint to keep")
     final = root / f"step_{step:08d}"
-    sharded = group is not None or any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    sharded = group is not None or any(map(is_dtensor, tensors.values()))
     try:
         texts = on_every_rank(partial(_require_storable, tensors, state), group)
         writing = on_first_rank(partial(_begin, root, final, texts[0]), group)
         on_every_rank(partial(_require_seen, writing), group)
         if sharded:
+            from fastmoco.checkpoint.shards import write_shards
+
             write_shards(writing, tensors, group)
         else:
             write_whole(writing / TENSORS, tensors)
@@ -106,7 +105,7 @@ def save_checkpoint(
         )
         drop = partial(prune, root, newest=final, keep=keep, keep_multiple=keep_multiple)
         on_first_rank(partial(_finish, writing, final, files, marker, drop), group)
-    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
+    except storage_errors() as error:
         if isinstance(error, CheckpointError) and group is None:
             raise
         raise CheckpointError(
@@ -169,9 +168,10 @@ def _reason(error: BaseException) -> str:
     """One line. DCP's errors contain the tracebacks of all ranks; of these the
     first line for each rank.
     """
-    if isinstance(error, CheckpointException):
+    failures: Mapping[int, tuple[BaseException, object]] = getattr(error, "failures", {})
+    if failures:
         return "; ".join(
-            f"rank {rank}: {_first_line(cause)}" for rank, (cause, _) in error.failures.items()
+            f"rank {rank}: {_first_line(cause)}" for rank, (cause, _) in failures.items()
         )
     return _first_line(error)
 

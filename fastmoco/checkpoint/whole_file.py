@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastmoco.checkpoint.errors import CheckpointError
 from fastmoco.checkpoint.folder import flush
+from fastmoco_kernels.tensors import is_dtensor
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -87,7 +87,9 @@ def read_whole_into(path: Path, targets: Mapping[str, Tensor]) -> None:
     with safe_open(path, framework="pt", device="cpu") as file:
         for name, target in targets.items():
             tensor = file.get_tensor(name)
-            if isinstance(target, DTensor):
+            if is_dtensor(target):
+                from torch.distributed.tensor import distribute_tensor
+
                 # Every rank has read the same bytes, so each takes its own part
                 # and nothing is sent.
                 tensor = tensor.to(target.device)

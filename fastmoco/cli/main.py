@@ -18,6 +18,7 @@ import tyro
 from tyro.conf import Positional
 
 from fastmoco.cli import plan as cli_plan
+from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.environment import clean_environment
 from fastmoco.cli.plan import PlanArguments
 from fastmoco.config import Config
@@ -68,9 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal after saving its state, 130 interrupted with nothing to save.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    # Before torch loads OpenMP. Its threads spin while they wait, and if other threads, such as the
-    # loader's, need the cores, long spinning makes a small model several times slower.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         clean_environment(os.environ)
     except ValueError as error:
@@ -238,7 +236,8 @@ def _train(args: list[str]) -> int:
 
         with one_line(EXIT_REFUSED, ValueError, OSError):
             return launch(parsed.gpus, ["train", *_without_gpus(args)], parsed.out)
-    from fastmoco.cli.train import train
+    with collection_paused():
+        from fastmoco.cli.train import train
 
     return train(parsed.config, parsed.out, allow=parsed.allow, trust=parsed.trust)
 
@@ -263,7 +262,8 @@ def _eval_knn(
         k: Number of neighbours.
         temperature: The weight of a neighbour is exp(cosine / temperature).
     """
-    from fastmoco.cli.train import eval_knn
+    with collection_paused():
+        from fastmoco.cli.train import eval_knn
 
     return eval_knn(run, train, test, k=k, temperature=temperature)
 
@@ -275,7 +275,8 @@ def _quickstart(out: Path = Path("quickstart")) -> int:
     Args:
         out: Folder for shards, run and pictures.
     """
-    from fastmoco.cli.quickstart import quickstart
+    with collection_paused():
+        from fastmoco.cli.quickstart import quickstart
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
         return quickstart(out)

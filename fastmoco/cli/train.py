@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastmoco.cli.collection import collection_paused
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World, start_world, stop_world
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, RunError, one_line, say
@@ -50,6 +51,7 @@ def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool =
         # Collectives wait longer than the loader, so that the rank whose data hangs fails first and
         # reports the cause.
         world = start_world(config.device, timeout_s=config.data.timeout_s + 120)
+<<<<<<< HEAD
         with first_cause(world):
             start = find_start(out, world, trust=trust)
             finished = close_if_finished(start, config, world, allow=allow)
@@ -60,6 +62,10 @@ def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool =
                 trainer = Trainer.build(config, out, world, allow=allow, start=start)
     if finished:
         return _finish(start.folder, config, world, None)
+=======
+        with first_cause(world), collection_paused():
+            trainer = Trainer.build(config, out, world, allow=allow, trust=trust)
+>>>>>>> startup
     try:
         with one_line(EXIT_FAILED), first_cause(world):
             code = trainer.run()

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from fastmoco.distributed.mesh import group_size
-from fastmoco.distributed.sharding import is_sharded, trunk_units
+from fastmoco.distributed.sharding import is_sharded, trunk_units, units_of
 
 BUCKET_BYTES = 32 * 2**20
 """Bytes of gradients in one message: large enough for the network, small compared with the
@@ -84,12 +83,7 @@ class ShardedGradientAverage:
             self._roots = [
                 net for net in networks.values() if any(p.requires_grad for p in net.parameters())
             ]
-            self._units = [
-                part
-                for root in self._roots
-                for part in root.modules()
-                if isinstance(part, FSDPModule)
-            ]
+            self._units = [unit for root in self._roots for unit in units_of(root)]
         else:
             trunks = objective.trunks()
             self._roots = [networks[name] for name in trunks]

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fastmoco.distributed.gather import all_gather_single
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
+from fastmoco_kernels.tensors import is_dtensor, local
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -29,12 +29,12 @@ def bit_sums(tensors: list[Tensor]) -> Tensor:
     Returns:
         [number of tensors] int64 on that device; no host sync.
     """
-    sums = []
-    for tensor in tensors:
-        own = tensor.detach()
-        own = own.to_local() if isinstance(own, DTensor) else own
-        sums.append(own.reshape(-1).view(_INTEGERS[own.element_size()]).sum(dtype=torch.int64))
-    return torch.stack(sums)
+    return torch.stack(
+        [
+            own.reshape(-1).view(_INTEGERS[own.element_size()]).sum(dtype=torch.int64)
+            for own in local([tensor.detach() for tensor in tensors])
+        ]
+    )
 
 
 def require_equal_replicas(objective: nn.Module, world: World) -> None:
@@ -79,7 +79,7 @@ def require_equal_replicas(objective: nn.Module, world: World) -> None:
 
 def _holders(tensor: Tensor, world_size: int) -> list[list[int]]:
     """Groups of ranks that hold the same elements of a tensor."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return [list(range(world_size))]
     mesh = tensor.device_mesh.mesh
     copied = [dim for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]

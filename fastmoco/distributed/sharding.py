@@ -16,24 +16,25 @@ encoder:
 Parameters that do not train and are not averages of trained ones (positions, the patch projection)
 are not sharded, because two encoders may share the tokens computed from them, outside of any unit.
 They are small, and `require_equal_start` has checked that they are equal.
+
+FSDP2 is imported by `shard_`. Its import takes half as long as that of torch, and most runs do not
+need it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 
 from fastmoco.distributed.mesh import World
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
 
 
 def shard_(objective: Any, world: World, *, copies_of: int = 0, bf16: bool = False) -> None:
@@ -52,6 +53,12 @@ def shard_(objective: Any, world: World, *, copies_of: int = 0, bf16: bool = Fal
     Raises:
         ValueError: if `copies_of` does not give several groups of several processes.
     """
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
     mesh = _mesh(world, copies_of)
     # Autocast casts the inputs, so the stream between blocks has the same dtype as under DDP.
     policy = MixedPrecisionPolicy(
@@ -95,7 +102,18 @@ def shard_(objective: Any, world: World, *, copies_of: int = 0, bf16: bool = Fal
 
 def is_sharded(objective: nn.Module) -> bool:
     """Whether any module of the objective is a unit of FSDP2."""
-    return any(isinstance(part, FSDPModule) for part in objective.modules())
+    return bool(units_of(objective))
+
+
+def units_of(module: nn.Module) -> list[FSDPModule]:
+    """The FSDP2 units among the modules of a module, itself included.
+
+    There are none before FSDP2 is imported, and this function does not import it.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return []
+    return [part for part in module.modules() if isinstance(part, fsdp.FSDPModule)]
 
 
 def trunk_units(network: nn.Module, parts: Any) -> list[FSDPModule]:
@@ -106,12 +124,12 @@ def trunk_units(network: nn.Module, parts: Any) -> list[FSDPModule]:
         parts: its `Parts`.
     """
     heads = {part for head in parts.heads.values() for part in head.modules()}
-    return [
-        part for part in network.modules() if isinstance(part, FSDPModule) and part not in heads
-    ]
+    return [unit for unit in units_of(network) if unit not in heads]
 
 
 def _mesh(world: World, copies_of: int) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
     size = world.world_size
     kind = world.device.type
     if not copies_of:
@@ -129,7 +147,7 @@ def _mesh(world: World, copies_of: int) -> DeviceMesh:
 def _forget_forwards(network: nn.Module, method: str) -> None:
     """Make a method of a network clear the records that FSDP2 keeps for a backward."""
     call: Callable[[Tensor], Tensor] = getattr(network, method)
-    states = [part._get_fsdp_state() for part in network.modules() if isinstance(part, FSDPModule)]
+    states = [unit._get_fsdp_state() for unit in units_of(network)]
 
     def forgetful(tokens: Tensor) -> Tensor:
         out = call(tokens)

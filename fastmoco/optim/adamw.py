@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmoco_kernels.adamw_ema.optimizer import AdamWEMA
+from fastmoco_kernels.eager_optimizer import EagerOptimizer, without_decorators
 
 _FUSED_DEVICES = ("cpu", "cuda")
+
+
+class AdamW(EagerOptimizer, torch.optim.AdamW):
+    """torch's AdamW, bit for bit, without the import of torch._dynamo."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """As torch.optim.AdamW."""
+        # torch's decorator sets `no_grad` too. Its graph breaks are for compiled steps.
+        return without_decorators(torch.optim.AdamW.step)(self, closure)
 
 
 def trainable_parameters(
@@ -35,7 +47,7 @@ def build_adamw(
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-) -> torch.optim.AdamW:
+) -> AdamW:
     """Build torch's AdamW over all trainable parameters in one group.
 
     Weight decay also applies to biases, norms and the class token, as in the recipe of Chen, Xie,
@@ -53,9 +65,7 @@ def build_adamw(
     """
     trainable = trainable_parameters(named_parameters)
     fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for _, p in trainable)
-    return torch.optim.AdamW(
-        trainable, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
-    )
+    return AdamW(trainable, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
 
 def build_adamw_ema(

@@ -101,5 +101,6 @@ def _build_whole(
 
 def name_of(optimizer: AveragedOptimizer) -> str:
     """Library and class of an optimizer: `torch AdamW`, `fastmoco_kernels LARS`."""
-    kind = type(optimizer.inner)
+    inner = optimizer.inner
+    kind = torch.optim.AdamW if isinstance(inner, torch.optim.AdamW) else type(inner)
     return f"{kind.__module__.partition('.')[0]} {kind.__name__}"

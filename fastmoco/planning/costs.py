@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastmoco.config import Config
 from fastmoco.models.blocks import Attention, Recompute
@@ -34,12 +33,16 @@ two more, and the last."""
 
 
 def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    from torch.utils.flop_counter import sdpa_flop_count
+
     return int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward_flops(
     grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any
 ) -> int:
+    from torch.utils.flop_counter import sdpa_backward_flop_count
+
     return int(sdpa_backward_flop_count(grad, q, k, v))  # type: ignore[no-untyped-call]
 
 
@@ -320,6 +323,9 @@ class _Pieces:
 
     def flops_of_an_image(self) -> Figures:
         """FLOPs of each part, in a separate pass, because torch's counter keeps tensors alive."""
+        # Imported here because it imports Triton, which runs that count nothing do not need.
+        from torch.utils.flop_counter import FlopCounterMode
+
         found: Figures = {}
         for name, run in self._runs(SIZES[0]).items():
             run(None)

@@ -5,9 +5,14 @@ optimizer alone skipped such a step, training would continue and look healthy, b
 return NaN in eval mode. Therefore the buffers are copied at the start of a step and restored by a
 select on the device, and the optimizer gets a flag on the device (`optim/averaged.py`). All ranks
 use the maximum of their flags. A forward draws no random numbers, so there are none to restore.
+
+A model has tens of small buffers. Those of one type are copied and selected as one flat tensor:
+four operators per type and step, not two per buffer.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +20,51 @@ from torch import Tensor, nn
 from fastmoco.distributed.agree import largest
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
+from fastmoco_kernels.tensors import local
+
+
+class BufferCopy:
+    """A copy of tensors of one type and device, to restore them under a flag on the device.
+
+    Args:
+        buffers: of any shapes; DTensors are copied shard by shard.
+    """
+
+    def __init__(self, buffers: Sequence[Tensor]) -> None:
+        self._buffers = local(buffers)
+        self._before = torch.cat([buffer.detach().reshape(-1) for buffer in self._buffers])
+        self._now = self._before.clone()
+
+        # The same two in the shapes of the buffers. Views made once: they cost the host more than
+        # the operators.
+        self._pieces_before = self._pieces(self._before)
+        self._pieces_now = self._pieces(self._now)
+
+    def take(self) -> None:
+        """Copy the tensors."""
+        torch._foreach_copy_(self._pieces_before, self._buffers)
+
+    def restore(self, flag: Tensor) -> None:
+        """Set the tensors back to the copy if a flag is true, without a host sync.
+
+        It selects, because no arithmetic would remove a NaN.
+        """
+        torch._foreach_copy_(self._pieces_now, self._buffers)
+        torch.where(flag, self._before, self._now, out=self._now)
+        torch._foreach_copy_(self._buffers, self._pieces_now)
+
+    def _pieces(self, flat: Tensor) -> list[Tensor]:
+        """Views of a flat tensor in the shapes of the tensors."""
+        parts = flat.split([buffer.numel() for buffer in self._buffers])  # type: ignore[no-untyped-call]
+        return [part.view(buffer.shape) for part, buffer in zip(parts, self._buffers, strict=True)]
+
+
+def copies_of(buffers: Iterable[Tensor]) -> list[BufferCopy]:
+    """One copy for each type and device among tensors."""
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for buffer in buffers:
+        alike.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+    return [BufferCopy(group) for group in alike.values()]
 
 
 class StepGuard:
@@ -32,8 +82,7 @@ class StepGuard:
 
     def __init__(self, objective: nn.Module, world: World, *, patience: int) -> None:
         self._patience = patience
-        self._buffers = list(objective.buffers())
-        self._before = [buffer.clone() for buffer in self._buffers]
+        self._copies = copies_of(objective.buffers())
         self.skipped = 0
         # Bad steps: all, the current number in a row, the most in a row since the last report.
         self._counts = torch.zeros(3, dtype=torch.int64, device=world.device)
@@ -41,8 +90,8 @@ class StepGuard:
     @torch.no_grad()
     def begin(self) -> None:
         """Copy the buffers that a forward writes."""
-        if self._buffers:
-            torch._foreach_copy_(self._before, self._buffers)
+        for copy in self._copies:
+            copy.take()
 
     @torch.no_grad()
     def judge(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
@@ -62,8 +111,8 @@ class StepGuard:
         bad = found > 0
 
         # Restore the buffers, and count.
-        for buffer, before in zip(self._buffers, self._before, strict=True):
-            buffer.copy_(torch.where(bad, before, buffer))
+        for copy in self._copies:
+            copy.restore(bad)
         number = bad.to(torch.int64)
         row = (self._counts[1] + number) * number
         self._counts = torch.stack(

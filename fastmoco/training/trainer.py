@@ -89,6 +89,9 @@ class Trainer:
             levels=loader.spec.view_dtype == "uint8",
             reserved=setup.reserved_bytes(world, loader),
         )
+        # Here the step is planned; earlier, batches would take the memory that the plan measures.
+        # What follows takes seconds for a large model, in which the loader imports DALI and fills.
+        loader.begin()
         self.optimizer = build_optimizer(
             config,
             self.objective.named_parameters(),
@@ -198,8 +201,6 @@ class Trainer:
                 identity=who,
                 precision=precision,
             )
-            # After the step is planned, because batches would take the memory that it measures.
-            loader.begin()
             undo.pop_all()
         return trainer
 

@@ -3,6 +3,7 @@
 >>> from fastmoco_kernels import info_nce_loss, ema_update_, attention
 """
 
+import fastmoco_kernels._openmp  # noqa: F401 (before torch)
 from fastmoco_kernels.adamw_ema.op import adamw_ema_step_
 from fastmoco_kernels.adamw_ema.optimizer import AdamWEMA
 from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Column = Sequence[Tensor | None]
 
@@ -26,6 +30,16 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 def all_plain(tensors: Iterable[Tensor]) -> bool:
     """Whether there are only tensors and parameters, and no DTensor or other subclass."""
     return _PLAIN.issuperset(map(type, tensors))
+
+
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
+    """Whether an object is a DTensor.
+
+    It does not import DTensors, which takes half as long as the import of torch: before their
+    module is imported there are none.
+    """
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(tensor, kind)
 
 
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:

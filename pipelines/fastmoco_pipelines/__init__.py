@@ -11,6 +11,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from fastmoco_pipelines.openmp import limit_spinning
+
+limit_spinning()
+
 if TYPE_CHECKING:
     from fastmoco_pipelines.errors import BadImageError, ShardError
     from fastmoco_pipelines.loading.batch import Batch, EvalBatch

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastmoco.checkpoint import Saver, group_for_saving, load_latest, save_checkpoint, saver, store
+from fastmoco.checkpoint import Saver, group_for_saving, load_latest, save_checkpoint, saver, shards
 from fastmoco.distributed import World, start_world, stop_world
 from fastmoco.errors import RunError
 from fastmoco.optim.averaged import AveragedOptimizer, HostSkipped
@@ -221,7 +221,7 @@ def run_dead_rank(root: Path) -> dict[str, object]:
     group = group_for_saving(20)
     save_checkpoint(root, step=1, tensors=some(1), state={}, keep=1, group=group)
     if dist.get_rank() == dist.get_world_size() - 1:
-        store.write_shards = lambda *arguments: os._exit(0)  # type: ignore[assignment]
+        shards.write_shards = lambda *arguments: os._exit(0)  # type: ignore[assignment]
     message = message_of(
         lambda: save_checkpoint(root, step=2, tensors=some(2), state={}, keep=1, group=group)
     )

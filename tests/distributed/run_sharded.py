@@ -204,7 +204,7 @@ def run_default_roots(world: World, strategy: str) -> Case:
     def as_torch_does(module: Any, **options: Any) -> Any:
         return fully_shard(module, **options | {"reshard_after_forward": None})
 
-    with mock.patch("fastmoco.distributed.sharding.fully_shard", as_torch_does):
+    with mock.patch("torch.distributed.fsdp.fully_shard", as_torch_does):
         try:
             return run_steps(world, strategy)
         except (ValueError, RuntimeError, AttributeError, KeyError) as error:

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from fastmoco_kernels.adamw_ema.dispatch import chosen_backend
 from fastmoco_kernels.adamw_ema.plan import Plan
 from fastmoco_kernels.adamw_ema.sweep import Number, Scalars, check_scalars
+from fastmoco_kernels.eager_optimizer import EagerOptimizer
 from fastmoco_kernels.tensors import local
 
 _FIXED = {
@@ -34,7 +35,7 @@ device.
 """
 
 
-class AdamWEMA(Optimizer):
+class AdamWEMA(EagerOptimizer):
     """AdamW that moves the momentum encoder in the same sweep.
 
     Args:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastmoco_kernels.eager_optimizer import EagerOptimizer
 from fastmoco_kernels.lars.op import (
     BACKENDS,
     check_numbers,
@@ -30,7 +31,7 @@ class _Part(NamedTuple):
     backend: str
 
 
-class LARS(torch.optim.Optimizer):
+class LARS(EagerOptimizer):
     """Layer-wise adaptive rate scaling (You, Gitman, Ginsburg 2017), as MoCo v3 trains ResNets.
 
     The equation and the rule by number of dimensions are documented at `lars_step_`. Parameters

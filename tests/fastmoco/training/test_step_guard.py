@@ -13,11 +13,13 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from benchmarks.op_counts import OperationCounter
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
 from fastmoco.telemetry.stability import gradient_norms
 from fastmoco.training import state as training_state
+from fastmoco.training.step_guard import copies_of
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import Batch
 from tests.checkpoint_content import group_of_one
@@ -225,3 +227,46 @@ def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     return gradient_norms([(str(i), parameter) for i, parameter in enumerate(parameters)], {})[
         "total"
     ]
+
+
+@pytest.mark.parametrize("bad", [True, False])
+def test_buffers_of_every_type_and_layout_are_restored_to_the_bit_or_left_alone(bad: bool) -> None:
+    def buffers(values: list[float]) -> list[torch.Tensor]:
+        rows = torch.tensor(values).reshape(2, 4)
+        return [
+            rows.clone(),
+            rows.t().clone().t(),  # not contiguous
+            rows[0, 0].clone(),
+            rows.to(torch.float64),
+            rows.nan_to_num(0.0, 7.0, -7.0).to(torch.int64),
+            rows > 0,
+            torch.empty(0),
+        ]
+
+    before = [1.5, -0.0, math.inf, 4.0, math.nan, -6.0, 7.25, 0.0]
+    after = [math.nan, 0.0, -math.inf, 5.0, 1.0, math.nan, -8.0, -0.0]
+    held = buffers(before)
+    copies = copies_of(held)
+    assert len(copies) == 4  # one for each type
+    for copy in copies:
+        copy.take()
+    for buffer, value in zip(held, buffers(after), strict=True):
+        buffer.copy_(value)
+    for copy in copies:
+        copy.restore(torch.tensor(bad))
+    for buffer, expected in zip(held, buffers(before if bad else after), strict=True):
+        assert buffer.numpy().tobytes() == expected.numpy().tobytes()
+        assert buffer.stride() == expected.stride()
+
+
+def test_the_number_of_operators_does_not_grow_with_the_number_of_buffers() -> None:
+    def operators(buffers: list[torch.Tensor]) -> int:
+        copies = copies_of(buffers)
+        with OperationCounter() as counter:
+            for copy in copies:
+                copy.take()
+                copy.restore(torch.tensor(True))
+        return counter.counts.total.operations
+
+    few = [torch.ones(3), torch.ones(2, 2)]
+    assert operators(few) == operators(few * 20)
