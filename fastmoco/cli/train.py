@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-<<<<<<< HEAD
 from collections.abc import Sequence
-=======
-from collections.abc import Mapping, Sequence
 from contextlib import closing
->>>>>>> knn
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,8 +47,7 @@ def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool =
         # Collectives wait longer than the loader, so that the rank whose data hangs fails first and
         # reports the cause.
         world = start_world(config.device, timeout_s=config.data.timeout_s + 120)
-<<<<<<< HEAD
-        with first_cause(world):
+        with first_cause(world), collection_paused():
             start = find_start(out, world, trust=trust)
             finished = close_if_finished(start, config, world, allow=allow)
             if not finished:
@@ -62,10 +57,6 @@ def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool =
                 trainer = Trainer.build(config, out, world, allow=allow, start=start)
     if finished:
         return _finish(start.folder, config, world, None)
-=======
-        with first_cause(world), collection_paused():
-            trainer = Trainer.build(config, out, world, allow=allow, trust=trust)
->>>>>>> startup
     try:
         with one_line(EXIT_FAILED), first_cause(world):
             code = trainer.run()

@@ -161,14 +161,6 @@ class KnnMonitor(Monitor):
             raise RunError(f"rank {rank} could not compute features for kNN: {words}")
 
 
-<<<<<<< HEAD
-def _require_comparable(bank: str, queries: str, cache: CacheSpec) -> None:
-    """Refuse sets with different classes before the first step, instead of hours later."""
-    classes = []
-    for pattern in (bank, queries):
-        with closing(ShardSet.open(pattern, cache=cache)) as shards:
-            if shards.unlabelled:
-=======
 @dataclass(frozen=True, slots=True)
 class _OpenSet:
     """A set that stays open from one measurement to the next."""
@@ -185,8 +177,7 @@ def _open_comparable(bank: str, queries: str, cache: CacheSpec) -> tuple[_OpenSe
         for pattern in (bank, queries):
             shards = ShardSet.open(pattern, cache=cache)
             undo.callback(shards.close)
-            if (shards.labels < 0).any():
->>>>>>> knn
+            if shards.unlabelled:
                 raise ValueError(
                     f"{redact(pattern)!r} has images without a label, which kNN needs: "
                     f"pack it from one folder per class"

@@ -169,17 +169,12 @@ def build_knn(
     quarantine_list: Path | None = None,
     scratch: Path | None = None,
 ) -> KnnMonitor | None:
-<<<<<<< HEAD
-    """Build the kNN monitor; None without held-out shards or without an interval."""
-    if not _has_knn(config):
-=======
     """Build the kNN monitor; None without held-out shards or without an interval.
 
     Features of a set that would take more than half of the memory that is free when it is measured,
     divided among the processes of this machine, are in a temporary file in `scratch`.
     """
-    if not config.knn.test_shards or config.knn.every_epochs == 0:
->>>>>>> knn
+    if not _has_knn(config):
         return None
     return KnnMonitor(
         config,
@@ -193,7 +188,6 @@ def build_knn(
     )
 
 
-<<<<<<< HEAD
 def figures(config: Config) -> dict[str, str]:
     """Metric name -> label of the accuracies that `build_monitors` would measure."""
     return dict(KnnMonitor.figures) if _has_knn(config) else {}
@@ -201,14 +195,14 @@ def figures(config: Config) -> dict[str, str]:
 
 def _has_knn(config: Config) -> bool:
     return bool(config.knn.test_shards) and config.knn.every_epochs > 0
-=======
+
+
 def _half_of_free_memory() -> int | None:
     """Of this machine, for this process; None if the system does not report it."""
     try:
         return free_bytes(torch.device("cpu")) // 2
     except ValueError:
         return None
->>>>>>> knn
 
 
 def describe(
