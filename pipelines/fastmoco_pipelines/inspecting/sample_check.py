@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from fastmoco_pipelines.errors import RemoteError, ShardError
 from fastmoco_pipelines.formats.index import index_path
 from fastmoco_pipelines.formats.index_file import CURE
+from fastmoco_pipelines.formats.members import split_name
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.inspecting.checked_set import CheckedSet, Meter, Progress, open_checked
-from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, DecodePool
+from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, DecodePool, Item
 from fastmoco_pipelines.inspecting.draw import draw_sample, share_bound
 from fastmoco_pipelines.inspecting.report import CheckReport
 from fastmoco_pipelines.inspecting.tar_check import Candidate, TarCheck
@@ -120,6 +121,8 @@ def _survey(checked: CheckedSet) -> tuple[list[TarCheck], NDArray[np.int64]]:
 
         try:
             index = checked.tars.index(number)
+            if index is not None:
+                index.records  # noqa: B018  # broken records, too, are a fault
         except RemoteError:
             raise
         except ShardError as error:
@@ -130,15 +133,15 @@ def _survey(checked: CheckedSet) -> tuple[list[TarCheck], NDArray[np.int64]]:
                 "not indexed",
                 f"has no index beside it, so none of its images could be drawn: {CURE}",
             )
-        if not checked.tars.fits(number, index):
+        if not checked.tars.fits(number, index.header):
             return refuse(
                 "stale index",
                 f"{index_path(path).name} was made for another state of this tar (size or ends "
                 "differ), so none of its images could be drawn: check all of it, without --sample",
             )
         check.fits = True
-        check.compare_promise(len(index))
-        return check, len(index)
+        check.compare_promise(index.header.samples)
+        return check, index.header.samples
 
     with ThreadPoolExecutor(THREADS, thread_name_prefix="fastmoco-survey") as pool:
         looks = list(pool.map(look, range(len(checked.tars.paths))))
@@ -204,9 +207,13 @@ def _candidates(
 ) -> list[Candidate]:
     """The images of some rows of an index, which is read again: all of them may be too large for
     the memory."""
-    check.index = checked.tars.index(number)
-    if check.index is None or max(rows) >= len(check.index):
+    index = checked.tars.index(number)
+    if index is None or max(rows) >= index.header.samples:
         raise ShardError(f"{check.path.name}: its index has changed during the check: start again")
-    images = [check.candidate(row) for row in rows]
-    check.index = None
+    images = []
+    for row in rows:
+        key, extension = split_name(index.member(row))
+        offset, size, crc32, _, height, width = index.records[row].tolist()
+        item = Item(str(check.path), offset, size, crc32)
+        images.append(Candidate(key, extension, item, row, (height, width)))
     return images

@@ -18,16 +18,16 @@ from threading import Event
 from time import monotonic
 from typing import Any
 
-from fastmoco_pipelines.errors import PassingError, RemoteError, ShardError
+from fastmoco_pipelines.errors import PassingError, RemoteError
 from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.formats.index import (
     fits_tar,
     index_file,
     index_path,
-    read_any_index,
+    open_index,
     tar_hash,
 )
-from fastmoco_pipelines.formats.index_file import ShardIndex
+from fastmoco_pipelines.formats.index_file import IndexFile, IndexHeader
 from fastmoco_pipelines.inspecting.decode_pool import Item
 from fastmoco_pipelines.sets.remote_set import THREADS
 from fastmoco_pipelines.sets.whole_tars import LocalTars, RemoteTars, _Copy
@@ -65,21 +65,16 @@ class LocalCheckTars(LocalTars):
         """The same, while `at_hand` holds the tar."""
         return self.state(number)
 
-    def index(self, number: int) -> ShardIndex | None:
+    def index(self, number: int) -> IndexFile | None:
         """The index of a tar, fitting or not; None where there is none.
 
         Raises:
             ShardError: if it is broken.
         """
-        path = self.paths[number]
-        try:
-            return read_any_index(path)
-        except ShardError:
-            if index_file(path) is not None:
-                raise
-            return None
+        path = index_file(self.paths[number])
+        return None if path is None else open_index(path.name, path.read_bytes())
 
-    def fits(self, number: int, index: ShardIndex) -> bool:
+    def fits(self, number: int, index: IndexHeader) -> bool:
         """Whether an index was made for this state of a tar, by size and hash."""
         return fits_tar(index, self.paths[number])
 
@@ -119,16 +114,15 @@ class RemoteCheckTars(RemoteTars):
         digest = None if index is None else hashlib.sha256(index).hexdigest()
         return {"bytes": head.size, "validator": head.validator, "index": digest}
 
-    def index(self, number: int) -> ShardIndex | None:
+    def index(self, number: int) -> IndexFile | None:
         """The index of a tar, fitting or not; None where there is none.
 
         Raises:
             ShardError: if it is broken; RemoteError, which is one, if the server fails.
         """
-        found = self._files.find_index(self._urls[number])
-        return None if found is None else found.whole()
+        return self._files.find_index(self._urls[number])
 
-    def fits(self, number: int, index: ShardIndex) -> bool:
+    def fits(self, number: int, index: IndexHeader) -> bool:
         """Whether an index was made for this state of a tar, by size and hash."""
         size = self.sizes[number]
         if index.tar_bytes != size:
