@@ -51,9 +51,10 @@ as_rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_N
 
 # --kill-on-bad-exit: when one rank fails the others are killed, instead of waiting for it until the
 # time is up. --cpu-bind=cores: a task's threads stay on its own cores, close to its GPU if SLURM
-# knows the topology of the machine.
+# knows the topology of the machine. --wait=0: after the last step rank 0 still draws the curves, and
+# some clusters end a job soon after its first task has ended.
 code=0
-srun --kill-on-bad-exit=1 --cpu-bind=cores bash -c "$as_rank" rank "$PYTHON" -m fastmoco train "$@" || code=$?
+srun --kill-on-bad-exit=1 --wait=0 --cpu-bind=cores bash -c "$as_rank" rank "$PYTHON" -m fastmoco train "$@" || code=$?
 
 if [[ -e $OUT/DONE ]]; then
     exit 0  # errors after the end of the run do not matter

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastmoco.config import Config
-from fastmoco.distributed.mesh import start_world, stop_world
+from fastmoco.distributed.mesh import World, start_world, stop_world
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, RunError, one_line, say
 from fastmoco.faults import restarts
+from fastmoco.faults.after_run import AfterRun
 from fastmoco.faults.first_cause import first_cause
 from fastmoco.models.precision import choose_precision
 from fastmoco.run.curves import draw_curves
 from fastmoco.run.folder import RunFolder
-from fastmoco.training import setup
-from fastmoco.training.load_run import load_run
-from fastmoco.training.trainer import Trainer
+from fastmoco.training.start import close_if_finished, find_start
+
+if TYPE_CHECKING:
+    from fastmoco.training.trainer import Trainer
 
 
 def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool = False) -> int:
@@ -44,16 +47,49 @@ def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool =
         # reports the cause.
         world = start_world(config.device, timeout_s=config.data.timeout_s + 120)
         with first_cause(world):
-            trainer = Trainer.build(config, out, world, allow=allow, trust=trust)
+            start = find_start(out, world, trust=trust)
+            finished = close_if_finished(start, config, world, allow=allow)
+            if not finished:
+                # Imported here: a finished run needs no trainer.
+                from fastmoco.training.trainer import Trainer
+
+                trainer = Trainer.build(config, out, world, allow=allow, start=start)
+    if finished:
+        return _finish(start.folder, config, world, None)
     try:
         with one_line(EXIT_FAILED), first_cause(world):
             code = trainer.run()
-    finally:
+    except BaseException:
         trainer.close()
-    if world.rank == 0 and code == EXIT_FINISHED:
-        _draw(trainer.folder, config.recipe, trainer.figures)
+        raise
+    if code == EXIT_FINISHED:
+        return _finish(trainer.folder, config, world, trainer)
+    trainer.close()
     stop_world()
     return code
+
+
+def _finish(folder: RunFolder, config: Config, world: World, trainer: Trainer | None) -> int:
+    """Close a run that has all its steps, and draw its curves unless there is a picture of them.
+
+    The process group ends first, so other ranks do not wait for rank 0 to draw.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        world: this process's rank and device.
+        trainer: of the run; None if it was finished by an earlier start.
+
+    Returns:
+        0, whatever happens while it draws.
+    """
+    with AfterRun() as after:
+        if trainer is not None:
+            trainer.close()
+        stop_world()
+        if world.rank == 0 and (trainer is not None or not folder.has_curves()):
+            after.attempt(lambda: _draw(folder, config), f"{folder.curves.name} not drawn")
+    return EXIT_FINISHED
 
 
 def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperature: float) -> int:
@@ -63,6 +99,9 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
         SystemExit: with 2 if the run or the shards cannot be used, after a
             message on standard error.
     """
+    from fastmoco.training import setup
+    from fastmoco.training.load_run import load_run
+
     with one_line(EXIT_REFUSED, ValueError):
         objective, saved, checkpoint = load_run(run)
         knn = replace(
@@ -94,14 +133,14 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
     return EXIT_FINISHED
 
 
-def _draw(folder: RunFolder, title: str, figures: Mapping[str, str]) -> None:
-    """Draw the curves if matplotlib is installed; an error here does not fail a finished run."""
+def _draw(folder: RunFolder, config: Config) -> None:
+    """Draw the curves if matplotlib is installed."""
+    from fastmoco.training import setup
+
     try:
-        draw_curves(folder.metrics, folder.curves, title, figures=figures)
+        draw_curves(folder.metrics, folder.curves, config.recipe, figures=setup.figures(config))
     except ImportError:
         say(
             f"{folder.curves.name} not drawn; "
             "it needs pip install '.[logging]' in the source folder of fastmoco"
         )
-    except (ValueError, OSError) as error:
-        say(f"{folder.curves.name} not drawn: {error}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from fastmoco.errors import RunError
+from fastmoco.run.metrics_file import cut_back, read_values
 from fastmoco_pipelines.files import write_file
 
 
@@ -144,39 +145,25 @@ class RunFolder:
         """Write `config.json`."""
         _replace(self._config, json.dumps(data, indent=2) + "\n")
 
+    def has_curves(self) -> bool:
+        """Whether there is a picture that is not older than the metrics."""
+        try:
+            return self.curves.stat().st_mtime_ns >= self.metrics.stat().st_mtime_ns
+        except FileNotFoundError:
+            return False
+
     def trim_metrics(self, step: int) -> int:
         """Remove metrics after `step`, which the resumed run will write again,
-        and incomplete lines.
+        and incomplete lines (`metrics_file.cut_back`).
 
         Returns:
             The number of lines removed.
         """
-        if not self.metrics.exists():
-            return 0
-        lines = self.metrics.read_text().splitlines()
-        kept = [line for line in lines if _step_of(line) <= step]
-        if len(kept) < len(lines):
-            _replace(self.metrics, "".join(f"{line}\n" for line in kept))
-        return len(lines) - len(kept)
+        return cut_back(self.metrics, step) if self.metrics.exists() else 0
 
     def read_metric(self, name: str) -> list[tuple[int, float]]:
         """(step, value) for every line of `metrics.jsonl` with the metric."""
-        if not self.metrics.exists():
-            return []
-        rows = [
-            json.loads(line)
-            for line in self.metrics.read_text().splitlines()
-            if _step_of(line) < float("inf")
-        ]
-        return [(int(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics; infinite for an invalid line."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return list(read_values(self.metrics, name)) if self.metrics.exists() else []
 
 
 def _replace(path: Path, text: str) -> None:

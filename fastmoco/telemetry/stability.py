@@ -184,11 +184,12 @@ class GradientRecorder:
 
     def flush(self) -> list[tuple[int, dict[str, float]]]:
         """Return the recorded steps as floats, oldest first, and clear them. One host sync."""
-        values = torch.cat(self._values).tolist() if self._values else []
-        rows: list[tuple[int, dict[str, float]]] = []
-        for step, names in zip(self._steps, self._names, strict=True):
-            rows.append((step, dict(zip(names, values, strict=False))))
-            values = values[len(names) :]
+        # Each step takes its values off the front: `zip` ends with its names, which come first.
+        values = iter(torch.cat(self._values).tolist() if self._values else [])
+        rows = [
+            (step, dict(zip(names, values, strict=False)))
+            for step, names in zip(self._steps, self._names, strict=True)
+        ]
         self._steps = []
         self._names = []
         self._values = []

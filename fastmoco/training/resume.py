@@ -87,6 +87,34 @@ def require_same_run(
 ) -> None:
     """Refuse to continue a run with another config, in another precision or on other images.
 
+    Args:
+        checkpoint: the one that the run continues from.
+        config: the config given now.
+        precision: its precision, resolved on this machine.
+        digest: of the images.
+        folder: of the run.
+        allow: fields that may differ, e.g. `optim.lr`.
+
+    Raises:
+        RunError: listing every difference, with the cure.
+    """
+    require_same_config(checkpoint, config, precision, folder, allow)
+    if checkpoint.state["data"]["digest"] != digest:
+        raise RunError(
+            f"{folder.path} was trained on other images than those now in data.shards; "
+            "point --data.shards at the original set, or choose another --out for a new run"
+        )
+
+
+def require_same_config(
+    checkpoint: Checkpoint,
+    config: Config,
+    precision: str,
+    folder: RunFolder,
+    allow: Sequence[str] = (),
+) -> None:
+    """Refuse to continue a run with another config or in another precision.
+
     Each field of the config declares whether it may change always, only with `--allow`, or never
     (`Resume`).
 
@@ -94,7 +122,6 @@ def require_same_run(
         checkpoint: the one that the run continues from.
         config: the config given now.
         precision: its precision, resolved on this machine.
-        digest: of the images.
         folder: of the run.
         allow: fields that may differ, e.g. `optim.lr`.
 
@@ -128,11 +155,6 @@ def require_same_run(
             f"{folder.path} holds a run with another config; changed: {'; '.join(changed)}. "
             f"Repeat the original command to continue it{hint}, "
             "or choose another --out for a new run"
-        )
-    if checkpoint.state["data"]["digest"] != digest:
-        raise RunError(
-            f"{folder.path} was trained on other images than those now in data.shards; "
-            "point --data.shards at the original set, or choose another --out for a new run"
         )
 
 

@@ -134,7 +134,7 @@ def build_monitors(
     quarantine_list: Path | None = None,
     scratch: Path | None = None,
 ) -> list[Monitor]:
-    """Build the evaluations that a config has during training.
+    """Build the evaluations that a config has during training; `figures` names their accuracies.
 
     Args:
         config: of the run.
@@ -169,7 +169,7 @@ def build_knn(
     Features of a set that would take more than half of the memory that is free when it is measured,
     divided among the processes of this machine, are in a temporary file in `scratch`.
     """
-    if not config.knn.test_shards or config.knn.every_epochs == 0:
+    if not _has_knn(config):
         return None
     return KnnMonitor(
         config,
@@ -189,6 +189,15 @@ def _half_of_free_memory() -> int | None:
         return free_bytes(torch.device("cpu")) // 2
     except ValueError:
         return None
+
+
+def figures(config: Config) -> dict[str, str]:
+    """Metric name -> label of the accuracies that `build_monitors` would measure."""
+    return dict(KnnMonitor.figures) if _has_knn(config) else {}
+
+
+def _has_knn(config: Config) -> bool:
+    return bool(config.knn.test_shards) and config.knn.every_epochs > 0
 
 
 def describe(

@@ -14,13 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmoco.checkpoint import Checkpoint, load_latest
+from fastmoco.checkpoint import Checkpoint
 from fastmoco.config import Config, resolve
 from fastmoco.config.serial import to_json
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import EXIT_FINISHED, EXIT_STOPPED
 from fastmoco.evaluation.interface import Monitor, saved_states
-from fastmoco.faults import restarts
 from fastmoco.faults.pulse import Pulse, Section
 from fastmoco.faults.stop_signal import StopSignal
 from fastmoco.faults.watchdog import Watchdog
@@ -29,7 +28,7 @@ from fastmoco.objectives.build import attention_choice, build_objective
 from fastmoco.objectives.interface import Progress
 from fastmoco.optim.build import build_optimizer
 from fastmoco.run.folder import RunFolder
-from fastmoco.run.identity import RunIdentity, identify
+from fastmoco.run.identity import RunIdentity
 from fastmoco.telemetry.recorder import Recorder
 from fastmoco.telemetry.stragglers import Stragglers
 from fastmoco.training import resume, setup
@@ -37,6 +36,7 @@ from fastmoco.training import state as training_state
 from fastmoco.training.forward_backward import ForwardBackward
 from fastmoco.training.rollback import Rollback
 from fastmoco.training.saving import DEADLINE_S, Saving
+from fastmoco.training.start import Start, find_start, finished_already
 from fastmoco.training.step import StepResult, TrainStep
 from fastmoco.training.step_guard import StepGuard
 from fastmoco_pipelines import Batch, Loader, ShardError, SyntheticLoader
@@ -135,6 +135,7 @@ class Trainer:
         *,
         allow: Sequence[str] = (),
         trust: bool = False,
+        start: Start | None = None,
     ) -> Trainer:
         """Build a run; it continues from the newest checkpoint in `out` if there is one.
 
@@ -144,6 +145,7 @@ class Trainer:
             world: this process's rank and device.
             allow: config fields that may differ from the run in `out` (`resume.require_same_run`).
             trust: continue from a checkpoint of another run (`run/identity.py`).
+            start: of this run, if the caller has found it already; `trust` is then not used.
 
         Raises:
             ValueError: if config, world and data do not fit together.
@@ -152,19 +154,11 @@ class Trainer:
             CheckpointError: if `out` contains checkpoints but none verifies.
         """
         threads = setup.share_cores(config)
-        folder = RunFolder(out)
         with contextlib.ExitStack() as undo:
+            # The folder is locked, and every rank sees the same checkpoint.
+            start = start or find_start(out, world, trust=trust)
+            folder, who, checkpoint = start.folder, start.identity, start.checkpoint
             undo.callback(folder.release)
-            if world.rank == 0:
-                folder.acquire()
-
-            # Find the checkpoint, and check that every rank sees the same.
-            who = identify(folder, world, trust_all=trust)
-            checkpoint = load_latest(folder.checkpoints, admit=who.admit)
-            if world.rank == 0:
-                restarts.require_progress(folder, checkpoint.step if checkpoint is not None else 0)
-            resume.require_run(checkpoint)
-            resume.require_same_step(checkpoint, world)
 
             # Build the data, and check that the checkpoint belongs to it.
             loader = setup.build_train_loader(
@@ -306,9 +300,7 @@ class Trainer:
         last = total if max_steps is None else min(total, self.step_count + max_steps)
         if max_steps is None and self.step_count >= last:
             self.folder.mark("DONE")
-            recorder.event(
-                f"this run is finished already; its {last} steps are in {self.folder.checkpoints}"
-            )
+            recorder.event(finished_already(self.folder, last))
             return EXIT_FINISHED
 
         # Train until the last step or a signal.

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco.run.curves import BLUE, ORANGE, draw_curves, read_metrics
+from fastmoco.run.curves import BLUE, ORANGE, draw_curves, thinned
+from fastmoco.run.metrics_file import Series, read_series
 
 KNN = {"knn": "kNN"}
 
@@ -33,7 +34,7 @@ def coloured(path: Path, colour: str) -> int:
     return int((np.abs(pixels - wanted).max(axis=2) < 12).sum())
 
 
-def test_rows_are_merged_by_step_the_last_line_wins_and_torn_lines_are_left_out(
+def test_lines_are_merged_by_step_the_last_line_wins_and_torn_lines_are_left_out(
     tmp_path: Path,
 ) -> None:
     path = write(
@@ -47,11 +48,66 @@ def test_rows_are_merged_by_step_the_last_line_wins_and_torn_lines_are_left_out(
     )
     with path.open("a") as file:
         file.write('{"step": 20, "lo\n[1]\n{"loss": 1}\n{"step": 5, "loss": 2.5}\n{"step": 30')
-    assert read_metrics(path) == [
-        {"step": 0, "loss": 3.0},
-        {"step": 5, "loss": 2.5},
-        {"step": 10, "loss": 2.0, "knn": 0.5},
-    ]
+    found = read_series(path, lambda name: name in ("loss", "knn"))
+    assert found["loss"].steps.tolist() == [0, 5, 10]
+    assert found["loss"].values.tolist() == [3.0, 2.5, 2.0]
+    assert found["knn"].steps.tolist() == [10]
+
+
+def test_a_long_series_keeps_its_envelope_and_every_spike() -> None:
+    """By the data, whatever the picture's size: 10^5 noisy steps and two spikes of one step."""
+    draw = np.random.default_rng(0)
+    steps = np.cumsum(draw.integers(1, 20, 100_000))
+    values = draw.normal(size=len(steps))
+    values[[4321, 77_777]] = 1e3, -1e3
+    thin = thinned(Series(steps, values), buckets=500)
+    assert 1000 < len(thin.steps) <= 2000
+    assert np.all(np.diff(thin.steps) > 0)
+    assert {(steps[0], values[0]), (steps[-1], values[-1])} <= set(zip(*thin, strict=True))
+    assert {(steps[4321], 1e3), (steps[77_777], -1e3)} <= set(zip(*thin, strict=True))
+    assert set(zip(*thin, strict=True)) <= set(zip(steps, values, strict=True))
+
+    # First, last, least and largest value of every part.
+    width = steps[-1] - steps[0] + 1
+    part, thin_part = ((x - steps[0]) * 500 // width for x in (steps, thin.steps))
+    for number in range(500):
+        ours, all_values = thin.values[thin_part == number], values[part == number]
+        assert ours[0] == all_values[0]
+        assert ours[-1] == all_values[-1]
+        assert ours.min() == all_values.min()
+        assert ours.max() == all_values.max()
+
+
+def test_a_short_series_is_drawn_as_it_is() -> None:
+    series = Series(np.arange(8000), np.arange(8000.0))
+    assert thinned(series) is series
+    assert len(thinned(Series(np.arange(80_000), np.arange(80_000.0))).steps) == 4000
+
+
+def test_steps_far_apart_and_parts_without_steps_are_fine() -> None:
+    steps = np.array([0, 1, 2, 3, 2**62, 2**62 + 1])
+    thin = thinned(Series(steps, np.array([5.0, 9, 1, 6, 2, 2])), buckets=1)
+    assert thin.steps.tolist() == [0, 1, 2, 2**62 + 1]
+    thin = thinned(Series(np.arange(9) ** 9, np.arange(9.0)), buckets=2)
+    assert thin.steps.tolist() == [0, 7**9, 8**9]
+
+
+def test_a_picture_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    def half(self: Figure, path: Path, **more: Any) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    path = write(tmp_path / "m", RUN)
+    before = draw_curves(path, tmp_path / "c.png", "t", figures=KNN).read_bytes()
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(KeyboardInterrupt):
+        draw_curves(path, tmp_path / "c.png", "t", figures=KNN)
+    assert (tmp_path / "c.png").read_bytes() == before
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["c.png", "m"]
 
 
 def test_curves_are_drawn(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.growth_inputs import write_metrics
 from fastmoco.checkpoint import load_latest
 from fastmoco.config import Config
 from fastmoco.config.serial import flatten
@@ -96,6 +97,8 @@ def test_a_run_logs_every_step_and_its_loss_falls(whole):
         "feature_std",
         "gradient_norm/total",
     } <= set(row)
+    synthetic = json.loads(write_metrics(whole.parent / "synthetic", 2).read_text().splitlines()[1])
+    assert set(synthetic) - set(row) <= {"gradient_norm/patch_embed"}
     saved = json.loads((whole / "config.json").read_text())
     assert saved["resolved"]["total_steps"] == 15
     assert saved["resolved"]["versions"]["torch"] == torch.__version__
