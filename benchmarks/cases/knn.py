@@ -44,7 +44,7 @@ DEFAULTS = {
 TIMEOUT_S = 3600
 _BLOCK = 4096
 _PLAIN_QUERIES = 32
-_NOISE = 2.5
+_NOISE = 4.0
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
