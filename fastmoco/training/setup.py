@@ -188,17 +188,6 @@ def build_knn(
     )
 
 
-<<<<<<< HEAD
-=======
-def _half_of_free_memory() -> int | None:
-    """Of this machine, for this process; None if the system does not report it."""
-    try:
-        return free_bytes(torch.device("cpu")) // 2
-    except ValueError:
-        return None
-
-
->>>>>>> knn
 def figures(config: Config) -> dict[str, str]:
     """Metric name -> label of the accuracies that `build_monitors` would measure."""
     return dict(KnnMonitor.figures) if _has_knn(config) else {}
@@ -206,7 +195,6 @@ def figures(config: Config) -> dict[str, str]:
 
 def _has_knn(config: Config) -> bool:
     return bool(config.knn.test_shards) and config.knn.every_epochs > 0
-<<<<<<< HEAD
 
 
 def _half_of_free_memory() -> int | None:
@@ -215,8 +203,6 @@ def _half_of_free_memory() -> int | None:
         return free_bytes(torch.device("cpu")) // 2
     except ValueError:
         return None
-=======
->>>>>>> knn
 
 
 def describe(
