@@ -103,6 +103,13 @@ def bad_samples(given: dict[str, Any]) -> Callable[[], Any]:
     return lambda: BadSamples(shards, max_bad_share=0.01)
 
 
+def sample(given: dict[str, Any]) -> Callable[[], Any]:
+    """Check 100 images of a set, one by one in a process; those of a set of holes are all bad."""
+    from fastmoco_pipelines.inspecting.sample_check import check_sample
+
+    return lambda: check_sample(given["pattern"], 100, workers=1, quarantine=False)
+
+
 FIGURES: dict[str, Callable[[dict[str, Any]], Callable[[], Any]]] = {
     "open": open_set,
     "first batch": first_batch,
@@ -111,6 +118,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Callable[[], Any]]] = {
     "trim": trim,
     "knn": knn,
     "bad samples": bad_samples,
+    "sample": sample,
 }
 
 

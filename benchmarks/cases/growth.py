@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.growth_inputs import make_set, write_metrics
+from benchmarks.startup import startup_cpu_s
 
 NAME = "growth"
 DEFAULTS = {
@@ -32,6 +33,8 @@ DEFAULTS = {
 }
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = ROOT / "benchmarks" / "growth_child.py"
+NEW = ("sample",)
+"""Figures of operations that earlier trees do not have."""
 LIMIT = 1.1
 """Exponent of the CPU time above which a cost grows faster than its input."""
 
@@ -48,14 +51,17 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         A row for each figure and tree: cost by size (`cpu_s`, `wall_s`, `mb` resident after it,
-        `peak_mb` above the start) and the exponents between the two largest sizes. Then `failed`:
-        figures of this tree whose exponent is above 1.1.
+        `peak_mb` above the start) and the exponents between the two largest sizes. Then `ranks`, the
+        largest set opened by several processes; `start`, processor seconds of commands by tree;
+        `failed`, figures of this tree whose exponent is above 1.1.
     """
     with _folder(options["folder"]) as folder:
         rows = list(_rows(options, folder))
+        started = startup_cpu_s(options["rounds"], checkouts=tuple(_trees(options).values()))
         opened = _open_on_ranks(options, folder)
     failed = [row["figure"] for row in rows if row["tree"] == "this" and row["exponent"] > LIMIT]
-    return {"rows": rows, "ranks": opened, "failed": failed}
+    start = {name: started[tree] for name, tree in _trees(options).items()}
+    return {"rows": rows, "ranks": opened, "start": start, "failed": failed}
 
 
 def figures(options: dict[str, Any], folder: Path) -> dict[str, list[tuple[int, dict[str, Any]]]]:
@@ -66,6 +72,7 @@ def figures(options: dict[str, Any], folder: Path) -> dict[str, list[tuple[int, 
     return {
         "open": [(n, {"pattern": pattern}) for n, pattern in sets],
         "bad samples": [(n, {"pattern": pattern}) for n, pattern in sets],
+        "sample": [(n, {"pattern": pattern}) for n, pattern in sets],
         "first batch": [(n, {"samples": n, "step": 0, "seed": 0}) for n in (*sizes, 10**9)],
         "step 10^7": [(n, {"samples": n, "step": 10**7, "seed": 0}) for n in (*sizes, 10**9)],
         "100 steps": [(n, {"samples": n, "batch": 64, "seed": 0}) for n in (*sizes, 10**9)],
@@ -99,20 +106,21 @@ def measure(figure: str, given: dict[str, Any], tree: Path = ROOT) -> dict[str, 
 
 
 def _rows(options: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
-    trees = {"this": ROOT}
-    if options["before"]:
-        trees["before"] = Path(options["before"]).resolve()
+    trees = _trees(options)
     for figure, cases in figures(options, folder).items():
         found: dict[str, dict[int, list[dict[str, float]]]] = {tree: {} for tree in trees}
         for _ in range(options["rounds"]):
             for size, given in cases:
                 for tree, path in trees.items():
-                    if tree == "before" and size > options["largest_before"]:
+                    large = size > options["largest_before"]
+                    if tree == "before" and (large or figure in NEW):
                         continue
                     if tree == "before" and "pattern" in given:
                         given = {"pattern": _set(folder, size, options, "json")}
                     found[tree].setdefault(size, []).append(measure(figure, given, path))
         for tree, by_size in found.items():
+            if not by_size:
+                continue
             costs = {size: _median(each) for size, each in by_size.items()}
             yield {
                 "figure": figure,
@@ -120,6 +128,11 @@ def _rows(options: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
                 "costs": {str(size): cost for size, cost in costs.items()},
                 "exponent": round(exponent({n: cost["cpu_s"] for n, cost in costs.items()}), 2),
             }
+
+
+def _trees(options: dict[str, Any]) -> dict[str, Path]:
+    before = {"before": Path(options["before"]).resolve()} if options["before"] else {}
+    return {"this": ROOT, **before}
 
 
 def _median(found: list[dict[str, float]]) -> dict[str, float]:

@@ -27,7 +27,7 @@ def cases(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "figure", ["open", "bad samples", "first batch", "100 steps", "curves", "trim", "knn"]
+    "figure", ["open", "bad samples", "first batch", "100 steps", "curves", "trim", "knn", "sample"]
 )
 def test_no_cost_grows_faster_than_its_input(cases, figure):
     exponents: list[float] = []
