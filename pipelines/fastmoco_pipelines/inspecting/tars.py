@@ -30,7 +30,7 @@ from fastmoco_pipelines.formats.index import (
 from fastmoco_pipelines.formats.index_file import IndexFile, IndexHeader
 from fastmoco_pipelines.inspecting.decode_pool import Item
 from fastmoco_pipelines.sets.remote_set import THREADS
-from fastmoco_pipelines.sets.whole_tars import LocalTars, RemoteTars, _Copy
+from fastmoco_pipelines.sets.whole_tars import LocalTars, RemoteTars, Copy
 from fastmoco_pipelines.stores.retries import retried
 from fastmoco_pipelines.stores.store import Request
 from fastmoco_pipelines.stores.table import open_url
@@ -94,8 +94,8 @@ class RemoteCheckTars(RemoteTars):
         take the room of others."""
         self._skipped = frozenset(numbers)
 
-    def _fetch(self, number: int) -> _Copy:
-        return _Copy(None, None) if number in self._skipped else super()._fetch(number)
+    def _fetch(self, number: int) -> Copy:
+        return Copy(None, None) if number in self._skipped else super()._fetch(number)
 
     def state(self, number: int) -> State | None:
         """The state of a tar on the server; None where the server gives nothing that changes with

@@ -80,7 +80,7 @@ class _Head:
 
 
 @dataclass(frozen=True, slots=True)
-class _Copy:
+class Copy:
     """A tar in the cache; `descriptor` is None where there is no room for it while another one is
     open."""
 
@@ -156,7 +156,7 @@ class RemoteTars:
 
         # The next tar is fetched by one thread.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fastmoco-ahead")
-        self._ahead: dict[int, Future[_Copy]] = {}
+        self._ahead: dict[int, Future[Copy]] = {}
         self._fetcher: ShardFetcher | None = None
         self._closed = False
 
@@ -215,14 +215,14 @@ class RemoteTars:
                 os.close(copy.descriptor)
         self._ahead.clear()
 
-    def _copy(self, number: int) -> _Copy:
+    def _copy(self, number: int) -> Copy:
         """A copy, fetched ahead or now; once more if there was no room beside the tar before it."""
         future = self._ahead.pop(number, None)
         if future is not None and (copy := future.result()).descriptor is not None:
             return copy
         return self._pool.submit(self._fetch, number).result()
 
-    def _fetch(self, number: int) -> _Copy:
+    def _fetch(self, number: int) -> Copy:
         url = self._urls[number]
         head = self._heads[url]
         sha256 = self._files.checksums(beside(url, "")).get(shard_name(url))
@@ -233,7 +233,7 @@ class RemoteTars:
                 index.records  # noqa: B018  # a broken index proves nothing
                 shard = RemoteShard.from_header(url, index.header, sha256, index.rows)
                 sha256 = None
-                return _Copy(self._bring(shard), text)
+                return Copy(self._bring(shard), text)
         identity = repr((redact(url), head.size, head.validator, sha256, "as it is"))
         shard = RemoteShard(
             url=url,
@@ -243,7 +243,7 @@ class RemoteTars:
             rows=lambda: (),
             key=hashlib.sha256(identity.encode()).hexdigest(),
         )
-        return _Copy(self._bring(shard), text, shard.key)
+        return Copy(self._bring(shard), text, shard.key)
 
     def _bring(self, shard: RemoteShard) -> int | None:
         """A descriptor of a copy; one that was in the cache before is checked first: disks
