@@ -30,7 +30,7 @@ from fastmoco_pipelines.formats.index import (
 from fastmoco_pipelines.formats.index_file import IndexFile, IndexHeader
 from fastmoco_pipelines.inspecting.decode_pool import Item
 from fastmoco_pipelines.sets.remote_set import THREADS
-from fastmoco_pipelines.sets.whole_tars import LocalTars, RemoteTars, Copy
+from fastmoco_pipelines.sets.whole_tars import Copy, LocalTars, RemoteTars
 from fastmoco_pipelines.stores.retries import retried
 from fastmoco_pipelines.stores.store import Request
 from fastmoco_pipelines.stores.table import open_url
