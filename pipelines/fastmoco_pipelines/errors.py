@@ -9,6 +9,11 @@ class ShardError(RuntimeError):
     wrong and the cure."""
 
 
+class LostIndexError(ShardError):
+    """The index of a shard of an open set cannot be read any more, or is broken: none of the
+    shard's samples can be read."""
+
+
 class RemoteError(ShardError):
     """Something on a server that cannot be read: names the URL, without its secrets, the cause and
     the cure."""

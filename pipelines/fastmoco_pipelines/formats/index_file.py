@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,6 +59,7 @@ IDENTITY = ("crc32", "size", "label", "height", "width")
 COLUMNS = ("offset", "size", "crc32", "label", "height", "width")
 _PREFIX = struct.Struct("<8sII32s")
 _ALIGN = 64
+_SHA256 = re.compile("[0-9a-f]{64}")
 _Buffer = bytes | memoryview
 
 
@@ -218,12 +220,15 @@ def parse_header(name: str, head: bytes, file_bytes: int | None) -> IndexHeader:
 
 def _header_problem(header: IndexHeader, first: int) -> str | None:
     """What is wrong with a header whose hash is right; sections begin at byte `first` or later."""
-    counts = (header.tar_bytes, header.samples, header.skipped, header.unlabelled)
-    if not all(type(count) is int and count >= 0 for count in counts):
+    counts = (header.samples, header.skipped, header.unlabelled)
+    if not all(type(count) is int and 0 <= count < 2**32 for count in counts):
         return "its header is broken"
-    if not all(type(text) is str for text in (header.tar, header.tar_hash, header.content)):
+    if type(header.tar_bytes) is not int or not 0 <= header.tar_bytes < 2**63:
         return "its header is broken"
-    if len(header.content) != 64 or header.unlabelled > header.samples:
+    hashes = (header.tar_hash, header.content)
+    if type(header.tar) is not str or header.unlabelled > header.samples:
+        return "its header is broken"
+    if not all(type(text) is str and _SHA256.fullmatch(text) for text in hashes):
         return "its header is broken"
     if header.samples == 0:
         return "lists no sample"
@@ -247,15 +252,17 @@ class IndexFile:
     Args:
         name: what errors call the file.
         data: the whole file, as bytes or a view of a memory-mapped file.
+        state: changes when the file does; None: not known.
 
     Attributes:
         header: of the file.
     """
 
-    def __init__(self, name: str, data: _Buffer) -> None:
+    def __init__(self, name: str, data: _Buffer, state: tuple[int, ...] | None = None) -> None:
         self.name = name
         self.header = parse_header(name, bytes(data[:HEAD_BYTES]), len(data))
         self.data = data
+        self.state = state
 
     @property
     def size(self) -> int:
@@ -278,14 +285,12 @@ class IndexFile:
         return records
 
     def check(self) -> Self:
-        """Check all sections now.
+        """Check the records and the hashes of all sections now.
 
         Raises:
             ShardError: if one of them is broken.
         """
-        self.records  # noqa: B018
-        self.members()
-        self.skipped()
+        _ = self.records, self._names, self._section("skipped")
         return self
 
     def rows(self) -> list[tuple[int, int, int]]:
@@ -304,7 +309,10 @@ class IndexFile:
         """Name of an image inside the tar."""
         ends, start = self._names
         low, high = int(ends[row]), int(ends[row + 1])
-        return bytes(self.data[start + low : start + high]).decode("utf-8", "surrogateescape")
+        name = bytes(self.data[start + low : start + high]).decode("utf-8", "surrogateescape")
+        if not name.isprintable():
+            raise ShardError(f"{self.name}: its names are broken: {CURE}.")
+        return name
 
     def members(self) -> list[str]:
         """The names of all images, in file order."""
@@ -379,7 +387,8 @@ class IndexFile:
             raise ShardError(f"{self.name}: lists a sample after the end of its tar: {CURE}.")
         if int(records["label"].min()) < -1:
             raise ShardError(f"{self.name}: its column 'label' is broken: {CURE}.")
-        if int((records["label"] < 0).sum()) != header.unlabelled:
+        unlabelled = int((records["label"] < 0).sum())
+        if unlabelled != header.unlabelled or content_hash(records) != header.content:
             raise ShardError(f"{self.name}: its header does not fit its records: {CURE}.")
 
         height, width = (records[name].astype(np.int64) for name in ("height", "width"))
@@ -389,7 +398,7 @@ class IndexFile:
         if bad.any():
             first = int(bad.argmax())
             raise ShardError(
-                f"{escaped(header.tar)}: {escaped(self.member(first))}: "
+                f"{escaped(header.tar)}: {self.member(first)}: "
                 f"{width[first]}x{height[first]} pixels in {size[first]} bytes are outside what "
                 f"is decoded: {CURE}."
             )

@@ -19,13 +19,15 @@ import os
 import re
 import threading
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco_pipelines.errors import TooManyBadSamplesError
+from fastmoco_pipelines.errors import LostIndexError, TooManyBadSamplesError
 from fastmoco_pipelines.formats.quarantine import (
+    MAX_REASON,
     NAME,
     Quarantine,
     QuarantineEntry,
@@ -68,7 +70,8 @@ class BadSamples:
         self._run_list_size = 0
         self._lock = threading.RLock()
         self._bad: set[int] = set()
-        self._found: dict[tuple[str, int, int, int], tuple[str, str]] = {}
+        # Where a sample is, and why it is bad.
+        self._found: dict[int, tuple[str, str]] = {}
         self._news: list[str] = []
         self.allowed = max(ALWAYS_ALLOWED, int(max_bad_share * len(shards))) if max_bad_share else 0
         beside, problems = shards.quarantine()
@@ -130,9 +133,7 @@ class BadSamples:
             name, samples = self._shards.shard_of(sample_id)
             lost, where = [i for i in samples if i not in self._bad], f"{name}: all of it"
             if len(self._found) + len(lost) > self.allowed:
-                self._found |= {
-                    _identity(self._shards, i): (where, f"{UNREADABLE}{reason}") for i in lost
-                }
+                self._found |= dict.fromkeys(lost, (where, f"{UNREADABLE}{reason}"))
             else:
                 for i in lost:
                     self._note(i, f"{UNREADABLE}{reason}", where)
@@ -183,13 +184,14 @@ class BadSamples:
             lasting = Quarantine(
                 entry for entry in noted if not entry.reason.startswith(UNREADABLE)
             )
-            for sample_id, reason in self._shards.listed(lasting).items():
+            try:
+                listed = self._shards.listed(lasting)
+            except LostIndexError:  # its samples are left out when they are read
+                return
+            for sample_id, reason in listed.items():
                 if sample_id not in self._bad:
                     self._bad.add(sample_id)
-                    self._found[_identity(self._shards, sample_id)] = (
-                        self._shards.describe(sample_id),
-                        reason,
-                    )
+                    self._found[sample_id] = (self._shards.describe(sample_id), reason)
 
     def news(self) -> list[str]:
         """What has happened since the last call, for the console; a few lines, however many
@@ -201,10 +203,11 @@ class BadSamples:
 
     def _note(self, sample_id: int, reason: str, where: str) -> None:
         self._bad.add(sample_id)
-        entry = Quarantine().add(**self._shards.entry(sample_id), reason=reason)  # type: ignore[arg-type]
-        assert entry is not None
-        self._found[entry.identity] = (where, entry.reason)
-        self._write(entry)
+        self._found[sample_id] = (where, escaped(reason)[:MAX_REASON])
+        with suppress(LostIndexError):  # an entry says where the sample is, by the index
+            entry = Quarantine().add(**self._shards.entry(sample_id), reason=reason)  # type: ignore[arg-type]
+            assert entry is not None
+            self._write(entry)
 
     def _write(self, entry: QuarantineEntry) -> None:
         if self._run_list is None:

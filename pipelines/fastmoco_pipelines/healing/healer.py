@@ -16,7 +16,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco_pipelines.errors import DecodeError, RemoteError, ShardError
+from fastmoco_pipelines.errors import DecodeError, LostIndexError, RemoteError, ShardError
 from fastmoco_pipelines.healing.bad_samples import UNREADABLE, BadSamples
 from fastmoco_pipelines.healing.culprit import Suspects
 from fastmoco_pipelines.sampling.stand_ins import Places, Plan
@@ -217,7 +217,9 @@ class Lost(Enum):
 
 
 def _lost_by(fault: ReadFault) -> Lost:
+    if isinstance(fault, RemoteError | LostIndexError):
+        return Lost.SHARD
     cause = fault if isinstance(fault, OSError) else fault.__cause__
     if isinstance(cause, OSError):
         return Lost.SAMPLE if cause.errno in _ONE_PLACE else Lost.SHARD
-    return Lost.SHARD if isinstance(fault, RemoteError) else Lost.BYTES
+    return Lost.BYTES

@@ -11,6 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from threading import Event
 from typing import TYPE_CHECKING
 
 from fastmoco_pipelines.errors import ShardError, StoppedError
@@ -40,8 +41,13 @@ class CachedFiles:
     """
 
     def __init__(
-        self, fetcher: ShardFetcher, count: int, lists: Callable[[], tuple[Quarantine, list[str]]]
+        self,
+        fetcher: ShardFetcher,
+        count: int,
+        lists: Callable[[], tuple[Quarantine, list[str]]],
+        stop: Event,
     ) -> None:
+        self._stop = stop  # of transfers of indexes
         self._fetcher = fetcher
         self._count = count
         self.quarantine = lists
@@ -103,6 +109,7 @@ class CachedFiles:
 
     def cancel(self) -> None:
         """End a wait for a server in any thread: `read` raises there."""
+        self._stop.set()
         self._fetcher.cancel()
 
     def close(self) -> None:
@@ -111,6 +118,7 @@ class CachedFiles:
             os.close(self._open.popitem()[1])
         self._planned = None
         self._fetcher.close()
+        self._stop.clear()
 
     def _read_ranges(self, shard: int, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         descriptor = self._descriptor(shard)

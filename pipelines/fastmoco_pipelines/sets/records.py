@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmoco_pipelines.errors import LostIndexError, ShardError, StoppedError
 from fastmoco_pipelines.formats.index_file import RECORD, IndexFile, IndexHeader
 
 SHARD = np.dtype(
@@ -26,9 +27,11 @@ SHARD = np.dtype(
 CHECKED_AT_OPENING = 64 << 20
 """Records of a set, in bytes, that are all loaded and checked when it is opened (2.8 million
 samples); those of a larger one are, shard by shard, at the first use."""
-LOADED_BYTES = 256 << 20
-"""Size of the indexes that are loaded at the same time, at most; those of local shards are
-memory-mapped, and all processes of a machine share the pages."""
+LOADED_BYTES = 512 << 20
+"""Size of the indexes that are loaded at the same time, at most; they are memory-mapped, and all
+processes of a machine share the pages."""
+LOADED_FILES = 4096
+"""Their number: a process may have 65,530 mappings, and each takes some kB of its own memory."""
 
 
 def shard_row(header: IndexHeader) -> tuple[int, int, int, int, bytes, bytes]:
@@ -74,73 +77,100 @@ class Records:
         self._lock = threading.RLock()
         self._loaded: OrderedDict[int, IndexFile] = OrderedDict()
         self._loaded_bytes = 0
-        # Each section of records is checked once, also if its index is loaded again later.
-        self._checked = np.zeros(len(indexes.shards), dtype=np.bool_)
+        # The state of each index whose records were checked: loaded again, it is not checked again.
+        self._checked: dict[int, tuple[int, ...] | None] = {}
 
     def shard_of(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """[B]: the shard of each sample."""
         return np.searchsorted(self.first, sample_ids, side="right") - 1
 
-    def of(self, sample_ids: NDArray[np.int64]) -> NDArray[Any]:
+    def of(
+        self, sample_ids: NDArray[np.int64], lost: dict[int, LostIndexError] | None = None
+    ) -> NDArray[Any]:
         """[B] `RECORD`: the record of each sample.
 
         Args:
             sample_ids: [B] int64, each in [0, number of samples).
+            lost: gets the error of each shard whose index is lost or broken; the records of its
+                samples are 0. None: the first such error is raised.
 
         Raises:
-            ShardError: naming the index that is broken.
+            LostIndexError: naming the index.
+            StoppedError: after a server's set was cancelled.
         """
         sample_ids = np.asarray(sample_ids, dtype=np.int64)
         shards = self.shard_of(sample_ids)
         order = np.argsort(shards, kind="stable")
-        found = np.empty(len(sample_ids), dtype=RECORD)
+        found = np.zeros(len(sample_ids), dtype=RECORD)
         numbers, starts = np.unique(shards[order], return_index=True)
         for shard, rows in zip(numbers.tolist(), np.split(order, starts[1:]), strict=False):
-            found[rows] = self.of_shard(shard)[sample_ids[rows] - self.first[shard]]
+            try:
+                found[rows] = self.of_shard(shard)[sample_ids[rows] - self.first[shard]]
+            except LostIndexError as error:
+                if lost is None:
+                    raise
+                lost[shard] = error
         return found
 
     def of_shard(self, shard: int) -> NDArray[Any]:
         """[samples] `RECORD`: the records of one shard, read-only.
 
         Raises:
-            ShardError: if its index is broken.
+            LostIndexError: if its index cannot be read or is broken.
         """
         with self._lock:
             file = self.file(shard)
-            if self._checked[shard]:
+            if file.state is not None and self._checked.get(shard) == file.state:
                 return file.unchecked_records()
-            records = file.records
-            self._checked[shard] = True
+            try:
+                records = file.records
+            except ShardError as error:
+                self._forget(shard)
+                raise LostIndexError(str(error)) from error.__cause__ or error
+            self._checked[shard] = file.state
             return records
 
     def check(self) -> None:
-        """Load and check the records of every shard now.
+        """Load and check every index now, names too; the newest ones stay loaded.
 
         Raises:
             ShardError: naming the first index that is broken.
         """
-        for shard in range(len(self._checked)):
+        for shard in range(len(self.first) - 1):
             self.of_shard(shard)
+            self.file(shard).check()
 
     def all(self) -> Iterator[NDArray[Any]]:
         """The records of every shard, one after another."""
-        for shard in range(len(self._checked)):
+        for shard in range(len(self.first) - 1):
             yield self.of_shard(shard)
 
     def file(self, shard: int) -> IndexFile:
         """The index of a shard.
 
         Raises:
-            ShardError: if it cannot be read.
+            LostIndexError: if it cannot be read.
         """
         with self._lock:
             known = self._loaded.get(shard)
             if known is not None:
                 self._loaded.move_to_end(shard)
                 return known
-            file = self._indexes.load(shard)
+            try:
+                file = self._indexes.load(shard)
+            except StoppedError:
+                raise
+            except ShardError as error:
+                raise LostIndexError(str(error)) from error.__cause__ or error
             self._loaded[shard] = file
             self._loaded_bytes += file.size
-            while self._loaded_bytes > LOADED_BYTES and len(self._loaded) > 1:
-                self._loaded_bytes -= self._loaded.popitem(last=False)[1].size
+            while len(self._loaded) > 1 and self._too_much():
+                self._forget(next(iter(self._loaded)))
             return file
+
+    def _too_much(self) -> bool:
+        return self._loaded_bytes > LOADED_BYTES or len(self._loaded) > LOADED_FILES
+
+    def _forget(self, shard: int) -> None:
+        file = self._loaded.pop(shard, None)
+        self._loaded_bytes -= 0 if file is None else file.size

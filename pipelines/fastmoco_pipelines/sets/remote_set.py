@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -55,6 +56,8 @@ class RemoteSet:
     classes: tuple[str, ...]
     load: Callable[[int], IndexFile]
     """The whole index of a shard."""
+    stop: threading.Event
+    """Ends a transfer of an index."""
 
 
 def open_remote(pattern: str, cache: ShardCache | None, limits: Limits) -> RemoteSet:
@@ -93,24 +96,15 @@ def open_remote(pattern: str, cache: ShardCache | None, limits: Limits) -> Remot
             )
         )
         checksums |= {url: checked.get(shard_name(url)) for url, _ in members}
-    remotes = [
-        RemoteShard.from_header(
-            url,
-            header,
-            checksums[url],
-            lambda url=url: reader.index(url).rows(),  # type: ignore[misc]
-        )
-        for url, header in zip(urls, headers, strict=True)
-    ]
     shards = np.array([shard_row(header) for header in headers], dtype=SHARD)
 
     def load(shard: int) -> IndexFile:
-        file = reader.index(urls[shard])
-        if file.header.seal != shards[shard]["seal"].tobytes():
-            raise ShardError(
-                f"{file.name}: was replaced while the set was open: start the command again."
-            )
-        return file
+        return reader.index(urls[shard], shards[shard]["seal"].tobytes())
+
+    remotes = []
+    for number, (url, header) in enumerate(zip(urls, headers, strict=True)):
+        rows = partial(_rows_of, load, number)
+        remotes.append(RemoteShard.from_header(url, header, checksums[url], rows))
 
     return RemoteSet(
         folders=tuple(sorted({beside(url, "") for url in urls})),
@@ -118,7 +112,12 @@ def open_remote(pattern: str, cache: ShardCache | None, limits: Limits) -> Remot
         shards=shards,
         classes=check_folders(folders),
         load=load,
+        stop=reader.stop,
     )
+
+
+def _rows_of(load: Callable[[int], IndexFile], shard: int) -> list[tuple[int, int, int]]:
+    return load(shard).rows()
 
 
 def find_urls(pattern: str, reader: SmallFiles) -> list[str]:
@@ -179,8 +178,11 @@ class SmallFiles:
         self._cache = cache
         self.limits = limits
         self._sets: dict[str, dict[str, dict[str, Any]]] = {}
-        # Where there is no cache to keep them.
+        self._read_from: dict[str, str] = {}
+        # Where they cannot be kept in the cache.
         self._indexes: dict[str, IndexFile] = {}
+        # Ends a transfer of an index; `close` of the set's files clears it.
+        self.stop = threading.Event()
 
     def index_header(self, tar: str) -> IndexHeader:
         """The header of the index beside a tar, which is fetched, or found to be unchanged.
@@ -196,19 +198,33 @@ class SmallFiles:
                 "the index files there too"
             ) from None
 
-    def index(self, tar: str) -> IndexFile:
-        """The index beside a tar as it was fetched last; from the server where it was not kept."""
+    def index(self, tar: str, seal: bytes) -> IndexFile:
+        """The index of a tar that was opened before, as it was then.
+
+        Args:
+            tar: URL of the tar.
+            seal: of its header.
+
+        Raises:
+            ShardError: if the server has another one now.
+        """
         held = self._indexes.get(tar)
         if held is not None:
             return held
-        if self._cache is not None:
-            for suffix in (SUFFIX, JSON_SUFFIX):
-                url = beside(tar, shard_name(tar) + suffix)
-                content = self._cache.map_document(_key(url))
-                if content is not None:
-                    with suppress(ShardError):  # the disk of the cache fails
-                        return IndexFile(redact(url), content)
-        return self._fetch_index(tar)
+        url = self._read_from.get(tar)
+        content = self._cache.map_document(_key(url)) if self._cache is not None and url else None
+        if url is not None and content is not None:
+            # Unless the disk of the cache fails, or another process has fetched another one.
+            with suppress(ShardError):
+                file = IndexFile(redact(url), content).check()
+                if file.header.seal == seal:
+                    return file
+        file = self._fetch_index(tar)
+        if file.header.seal != seal:
+            raise ShardError(
+                f"{file.name}: was replaced while the set was open: start the command again."
+            )
+        return file
 
     def find_index(self, tar: str) -> IndexFile | None:
         """The index beside a tar, from the server, in either form; None if there is none."""
@@ -224,26 +240,26 @@ class SmallFiles:
             AbsentError: naming the binary form, if there is neither.
         """
         try:
-            file = self._kept_index(beside(tar, shard_name(tar) + SUFFIX))
+            return self._kept_index(tar, beside(tar, shard_name(tar) + SUFFIX))
         except AbsentError as absent:
             try:
-                file = self._kept_index(beside(tar, shard_name(tar) + JSON_SUFFIX))
+                return self._kept_index(tar, beside(tar, shard_name(tar) + JSON_SUFFIX))
             except AbsentError:
                 raise absent from None
-        if self._cache is None:
-            self._indexes[tar] = file
-        return file
 
-    def _kept_index(self, url: str) -> IndexFile:
+    def _kept_index(self, tar: str, url: str) -> IndexFile:
         known = self._known(url)
-        validator, content = fetch_document(url, self.limits, threading.Event(), known)
+        validator, content = fetch_document(url, self.limits, self.stop, known)
         file = open_index(redact(url), content)
+        self._read_from[tar] = url
         if (validator, file.data) == known:
             return file
         # Kept in the binary form, and only after it is found to be whole.
         file.check()
         if self._cache is not None and validator:
             self._cache.write_document(_key(url), validator, bytes(file.data))
+        else:
+            self._indexes[tar] = file
         return file
 
     def sets(self, folder: str) -> dict[str, dict[str, Any]]:

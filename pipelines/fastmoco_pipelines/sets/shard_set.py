@@ -18,14 +18,14 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco_pipelines.errors import ShardError, StructureError
+from fastmoco_pipelines.errors import LostIndexError, ShardError, StructureError
 from fastmoco_pipelines.formats.headers import image_size
 from fastmoco_pipelines.formats.index_file import CURE, RECORD
 from fastmoco_pipelines.formats.members import split_name
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.sampling.window import ShardWindows, default_window
 from fastmoco_pipelines.sets.cached_files import CachedFiles, open_cache
-from fastmoco_pipelines.sets.local_files import LocalFiles, Place, ReadFault
+from fastmoco_pipelines.sets.local_files import LocalFiles, Place, ReadFault, is_own_trouble
 from fastmoco_pipelines.sets.local_set import open_local
 from fastmoco_pipelines.sets.patterns import expand_shards, is_remote
 from fastmoco_pipelines.sets.records import CHECKED_AT_OPENING, Indexes, Records
@@ -103,7 +103,9 @@ class ShardSet:
             remote = open_remote(pattern, kept, limits)
             names = [shard.name for shard in remote.remotes]
             lists = partial(fetch_lists, remote.folders, limits)
-            files = CachedFiles(ShardFetcher(remote.remotes, kept, limits), len(names), lists)
+            files = CachedFiles(
+                ShardFetcher(remote.remotes, kept, limits), len(names), lists, remote.stop
+            )
             return cls(names, remote, remote.classes, files)
         local = open_local(pattern)
         for note in local.notes:
@@ -171,9 +173,14 @@ class ShardSet:
         return _sizes(self._records.of(sample_ids))
 
     def describe(self, sample_id: int) -> str:
-        """Tar and member of a sample, for people: `train-000001.tar: 000123.jpg`."""
+        """Tar and member of a sample, for people: `train-000001.tar: 000123.jpg`; its row in the
+        index where that is lost."""
         shard = self._shard_of(sample_id)
-        return f"{self._names[shard]}: {self._member(sample_id)}"
+        try:
+            member = self._member(sample_id)
+        except ShardError:
+            member = f"image {sample_id - int(self._first[shard])}"
+        return f"{self._names[shard]}: {member}"
 
     def entry(self, sample_id: int) -> dict[str, str | int]:
         """The fields of a sample in a quarantine list: shard, key, extension, offset, size,
@@ -273,26 +280,31 @@ class ShardSet:
 
         Returns:
             For each sample an array [size] uint8, read-only, or an error that names tar and member:
-            it cannot be read, it is cut off, it differs from what was indexed, or its header
-            declares another size.
+            it cannot be read, it is cut off, it differs from what was indexed, its header
+            declares another size, or the index of its shard is lost.
 
         Raises:
             StoppedError: after `cancel`.
-            ShardError: if the index of a shard is broken: then the set must be indexed again.
+            ShardError: where this process may open no more files: then nothing can be read.
         """
         sample_ids = np.asarray(sample_ids, dtype=np.int64)
-        records = self._records.of(sample_ids)
+        lost: dict[int, LostIndexError] = {}
+        records = self._records.of(sample_ids, lost)
+        own = next((error for error in lost.values() if is_own_trouble(error)), None)
+        if own is not None:
+            raise own
         places = self._places(sample_ids, records)
-        found = []
+        found: list[NDArray[np.uint8] | ReadFault] = [lost.get(shard) for shard, _, _ in places]  # type: ignore[misc]
+        rows = [row for row, place in enumerate(places) if place[0] not in lost]
         with self._lock:
-            for sample_id, record, place, data in zip(
-                sample_ids.tolist(), records, places, self._files.read(places), strict=True
-            ):
+            read = self._files.read([places[row] for row in rows])
+            for row, data in zip(rows, read, strict=True):
+                sample_id, record, place = int(sample_ids[row]), records[row], places[row]
                 checked = self._checked(sample_id, record, data)
                 if isinstance(data, bytes) and not isinstance(checked, np.ndarray):
                     self._files.renew(place[0])
                     checked = self._checked(sample_id, record, self._files.read([place])[0])
-                found.append(checked)
+                found[row] = checked
         return found
 
     def _checked(

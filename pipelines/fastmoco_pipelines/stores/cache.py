@@ -303,9 +303,10 @@ class ShardCache:
         over = max(over, size - have - max(0, usage.free - _SPARE_BYTES))
         if over <= 0:
             return
-        # Left-over parts first: they may never be continued.
+        # Left-over parts first: they may never be continued. Small files last.
         known = (entry for entry in entries if entry.key not in keep and entry.kind != "from")
-        candidates = sorted(known, key=lambda entry: (entry.kind != "part", entry.used))
+        last = {"part": 0, "tar": 1, "doc": 2}  # an index is small, and needed as long as its set
+        candidates = sorted(known, key=lambda entry: (last[entry.kind], entry.used))
         chosen: list[tuple[_Entry, int]] = []
         try:
             for entry in candidates:

@@ -27,6 +27,7 @@ from fastmoco_pipelines.formats.index_file import (
     MAGIC,
     RECORD,
     IndexFile,
+    content_hash,
     parse_header,
     to_bytes,
 )
@@ -61,6 +62,7 @@ def edited_record(data: bytes, row: int, **values: int) -> bytes:
 
     def edit(header):
         header["sections"]["records"][2] = hashlib.sha256(new).hexdigest()
+        header["content"] = content_hash(records)
 
     end = section.start + section.size
     return resealed(data[: section.start] + new + data[end:], edit)
@@ -172,6 +174,10 @@ def test_a_flipped_bit_is_found_when_its_section_is_used(index, part):
         (lambda data: resealed(data, lambda h: h.update(samples=99)), "records are missing"),
         (lambda data: resealed(data, lambda h: h.update(unlabelled=99)), "header is broken"),
         (lambda data: resealed(data, lambda h: h.update(content="zz")), "header is broken"),
+        (lambda data: resealed(data, lambda h: h.update(content="z" * 64)), "header is broken"),
+        (lambda data: resealed(data, lambda h: h.update(tar_hash=" " * 64)), "header is broken"),
+        (lambda data: resealed(data, lambda h: h.update(skipped=2**40)), "header is broken"),
+        (lambda data: resealed(data, lambda h: h.update(tar_bytes=2**70)), "header is broken"),
         (lambda data: resealed(data, lambda h: h["sections"].pop("members")), "lacks a section"),
         (lambda data: resealed(data, lambda h: h.update(sections=[])), "broken|lacks"),
         (
@@ -205,6 +211,20 @@ def test_records_out_of_range_are_refused(index, values, words):
     file = IndexFile("x.index", edited_record(to_bytes(index), 3, **values))
     with pytest.raises(ShardError, match=rf"{words}.*{WORDS}"):
         file.records  # noqa: B018
+
+
+def test_an_identity_that_is_not_that_of_the_records_is_refused(index):
+    data = resealed(to_bytes(index), lambda header: header.update(content="0" * 64))
+    with pytest.raises(ShardError, match="header does not fit"):
+        IndexFile("x.index", data).check()
+
+
+def test_names_that_steer_a_terminal_are_refused(index):
+    data = to_bytes(replace(index, keys=["\x1b[2Jx", *index.keys[1:]]))
+    file = IndexFile("x.index", data)
+    for use in (lambda: file.member(0), file.members):
+        with pytest.raises(ShardError, match=r"x\.index: its names are broken"):
+            use()
 
 
 def test_names_out_of_place_are_refused(index):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -12,9 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.errors import LostIndexError, ShardError
 from fastmoco_pipelines.formats.index import index_path, json_path, read_index, write_json_index
-from fastmoco_pipelines.sets import host_table, local_set, records, shard_set
+from fastmoco_pipelines.formats.index_file import IndexFile
+from fastmoco_pipelines.healing import healer
+from fastmoco_pipelines.healing.bad_samples import BadSamples
+from fastmoco_pipelines.healing.culprit import Suspects
+from fastmoco_pipelines.sets import host_table, local_files, local_set, records, shard_set
 from fastmoco_pipelines.sets.shard_set import ShardSet
 
 
@@ -98,6 +103,8 @@ def test_a_damaged_body_is_found_at_the_first_use_where_a_set_is_large(folder, m
     monkeypatch.setattr(shard_set, "CHECKED_AT_OPENING", 10)
     with ShardSet.open(str(folder)) as shards:
         assert len(shards.read(np.r_[0:16, 32:45])) == 29
+        found = shards.read_each(np.array([3, 20, 4, 31]))
+        assert [isinstance(data, LostIndexError) for data in found] == [False, True, False, True]
         for use in (shards.read, shards.labels_of, shards.sizes_of):
             with pytest.raises(ShardError, match=words):
                 use(np.array([3, 20]))
@@ -113,6 +120,57 @@ def test_an_index_that_is_replaced_meanwhile_is_noticed(folder, monkeypatch):
     index_path(first).unlink()
     with pytest.raises(ShardError, match=r"train-000000\.tar\.index: cannot be opened any more"):
         shards.read(np.array([0]))
+
+
+def test_many_small_indexes_are_not_all_mapped(folder, monkeypatch):
+    monkeypatch.setattr(records, "LOADED_FILES", 2)
+    with ShardSet.open(str(folder)) as shards:
+        assert len(shards.labels) == 45
+        assert len(shards._records._loaded) == 2
+
+
+def test_a_damaged_name_is_refused_at_opening_and_described_by_its_row_later(folder, monkeypatch):
+    path = index_path(folder / "train-000001.tar")
+    data = bytearray(path.read_bytes())
+    section = IndexFile("x", bytes(data)).header.sections["members"]
+    data[section.start + section.size - 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ShardError, match=r"train-000001\.tar\.index: was changed .*\(members\)"):
+        ShardSet.open(str(folder))
+    monkeypatch.setattr(shard_set, "CHECKED_AT_OPENING", 10)
+    with ShardSet.open(str(folder)) as shards:
+        assert len(shards.read(np.arange(45))) == 45
+        assert shards.describe(18) == "train-000001.tar: image 2"
+
+
+def test_a_shard_that_vanishes_with_its_index_costs_its_samples(folder, monkeypatch):
+    monkeypatch.setattr(shard_set, "CHECKED_AT_OPENING", 10)
+    monkeypatch.setattr(healer, "PATIENCE", (0.01,))
+    monkeypatch.setattr(local_files, "_PAUSES", (0.01,))
+    with ShardSet.open(str(folder)) as shards:
+        for path in folder.glob("train-000001.tar*"):
+            path.unlink()
+        suspects = Suspects(device="cpu", device_id=None, threads=1)
+        bad = BadSamples(shards, max_bad_share=0.5, run_list=folder / "run.jsonl")
+        found = healer.Healer(shards, bad, suspects, threading.Event()).read(np.arange(45))
+        assert [data is None for data in found] == [16 <= i < 32 for i in range(45)]
+        assert (len(bad), bad.found) == (16, 16)
+        assert bad.contains(np.array([15, 16, 31, 32])).tolist() == [False, True, True, False]
+        (text,) = bad.news()
+        assert text.startswith("left out train-000001.tar: all of it, 16 images: train-000001.tar.")
+
+
+def test_no_room_for_descriptors_is_no_fault_of_a_shard(folder, monkeypatch):
+    monkeypatch.setattr(shard_set, "CHECKED_AT_OPENING", 10)
+    monkeypatch.setattr(local_files, "_PAUSES", ())
+    with ShardSet.open(str(folder)) as shards:
+
+        def refuse(*_: object) -> int:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        monkeypatch.setattr(os, "open", refuse)
+        with pytest.raises(ShardError, match="Too many open files"):
+            shards.read_each(np.arange(45))
 
 
 def test_opening_a_large_set_loads_no_index_and_a_step_those_it_needs(folder, monkeypatch):
