@@ -67,8 +67,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         tree; `failed`, figures of this tree whose exponent is above their limit.
     """
     with _folder(options["folder"]) as folder:
-        rows = list(_rows(options, folder))
+        # First what the other checkout may be unable to do: the rows can take an hour.
         started = startup_cpu_s(options["rounds"], checkouts=tuple(_trees(options).values()))
+        rows = list(_rows(options, folder))
         opened = _open_on_ranks(options, folder)
     failed = [
         row["figure"]
