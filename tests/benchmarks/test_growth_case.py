@@ -90,6 +90,19 @@ def test_the_order_of_a_billion_images_takes_no_memory(cases):
     assert figures["peak_mb"] < 10
 
 
+def test_an_order_that_takes_memory_for_a_billion_images_is_an_error():
+    """It would otherwise end other processes of the machine first."""
+    code = "import benchmarks.growth_child as child; child._limit_memory(); bytearray(4 * 10**9)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=growth.environment(growth.ROOT),
+    )
+    assert done.stderr.splitlines()[-1] == "MemoryError"
+
+
 def test_opening_takes_memory_for_shards_not_for_samples(cases):
     small, large = (growth.measure("open", given)["peak_mb"] for _, given in cases["open"])
     assert large - small < 8  # 320 shards, 160,000 records of 24 bytes
