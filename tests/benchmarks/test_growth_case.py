@@ -213,6 +213,24 @@ def test_a_folder_keeps_the_inputs_for_the_next_call(tmp_path):
     assert state() == made
 
 
+@pytest.mark.parametrize("form", ["binary", "json"])
+def test_a_set_whose_making_was_ended_is_completed(tmp_path, form):
+    def content(name):
+        folder = tmp_path / name
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    ended = tmp_path / "ended"
+    for folder in (ended, tmp_path / "whole"):
+        make_set(folder, 7, per_shard=2, form=form)
+    (ended / "whole").unlink()
+    for lost in (*ended.glob("train-000001.tar*"), *ended.glob("train-000003.tar.index*")):
+        lost.unlink()
+    kept = (ended / "train-000000.tar").stat().st_mtime_ns
+    make_set(ended, 7, per_shard=2, form=form)
+    assert content("ended") == content("whole")
+    assert (ended / "train-000000.tar").stat().st_mtime_ns == kept
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A small run, without the seconds of the commands."""
