@@ -6,6 +6,7 @@ can be compared: `python growth_child.py FIGURE JSON`, with the tree in PYTHONPA
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+MOST_BYTES = 2 * 10**9
+"""Memory that an order may take: more is an error, not the end of the machine."""
 
 
 def resident_mb(kind: str = "VmRSS") -> float:
@@ -32,11 +36,12 @@ def first_batch(given: dict[str, Any]) -> Callable[[], Any]:
     """The samples of the first step of an epoch, or of a later step, with nothing cached."""
     from fastmoco_pipelines import rank_slice
 
+    _limit_memory()
     return lambda: rank_slice(
         given["step"],
         seed=given["seed"],
         count=given["samples"],
-        global_batch_size=4096,
+        global_batch_size=min(4096, given["samples"]),
         rank=0,
         world_size=1,
     )
@@ -45,6 +50,8 @@ def first_batch(given: dict[str, Any]) -> Callable[[], Any]:
 def many_batches(given: dict[str, Any]) -> Callable[[], Any]:
     """The samples of 100 steps in a row."""
     from fastmoco_pipelines import rank_slice
+
+    _limit_memory()
 
     def steps() -> None:
         for step in range(100):
@@ -108,6 +115,10 @@ def sample(given: dict[str, Any]) -> Callable[[], Any]:
     from fastmoco_pipelines.inspecting.sample_check import check_sample
 
     return lambda: check_sample(given["pattern"], 100, workers=1, quarantine=False)
+
+
+def _limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
 
 
 FIGURES: dict[str, Callable[[dict[str, Any]], Callable[[], Any]]] = {

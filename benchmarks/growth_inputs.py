@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmoco_pipelines.files import write_json
+from fastmoco_pipelines.files import write_file, write_json
 from fastmoco_pipelines.formats.index import index_path, json_path
 from fastmoco_pipelines.formats.index_file import ShardIndex, to_bytes
 from fastmoco_pipelines.formats.index_json import json_content
@@ -82,7 +82,7 @@ def make_set(folder: Path, samples: int, *, per_shard: int = 2500, form: str = "
     """Indexes of a set, beside tars that are holes of the right size and take no room.
 
     Args:
-        folder: for the set; a set of the same arguments that is there already is used again.
+        folder: for the set; what is there already, of the same arguments, is used again.
         samples: of the set.
         per_shard: samples of each shard; 2,500 photographs of 110 kB are a shard of 275 MB.
         form: of the indexes, "binary" or "json".
@@ -103,8 +103,6 @@ def make_set(folder: Path, samples: int, *, per_shard: int = 2500, form: str = "
         offset = np.cumsum([512, *(size[:-1] + 2048)])
         tar = folder / f"train-{number:06d}.tar"
         tar_bytes = int(offset[-1] + size[-1]) + 8192
-        with open(tar, "wb") as file:
-            file.truncate(tar_bytes)
         columns = {
             "offset": offset,
             "size": size,
@@ -113,6 +111,14 @@ def make_set(folder: Path, samples: int, *, per_shard: int = 2500, form: str = "
             "height": rng.integers(300, 500, count),
             "width": rng.integers(300, 500, count),
         }
+
+        # An index is written last and whole, so this shard is complete. Its numbers were drawn, as
+        # those of the next shard follow them.
+        path = json_path(tar) if form == "json" else index_path(tar)
+        if path.exists():
+            continue
+        with open(tar, "wb") as file:
+            file.truncate(tar_bytes)
         index = ShardIndex(
             tar=tar.name,
             tar_bytes=tar_bytes,
@@ -123,8 +129,8 @@ def make_set(folder: Path, samples: int, *, per_shard: int = 2500, form: str = "
             skipped=[],
         )
         if form == "json":
-            write_json(json_path(tar), json_content(index), sealed=True)
+            write_json(path, json_content(index), sealed=True)
         else:
-            index_path(tar).write_bytes(to_bytes(index))
+            write_file(path, to_bytes(index))
     whole.touch()
     return pattern

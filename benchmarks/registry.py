@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     runner.add_argument("case", choices=sorted(CASES))
     runner.add_argument("options", nargs="*", metavar="name=value", help="see `list`")
     runner.add_argument("--out", type=Path, help="append the result to this file of JSON lines")
+    runner.add_argument(
+        "--table", action="store_true", help="print a table, not a line of JSON (growth)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.verb == "list":
         for name, case in CASES.items():
@@ -69,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("   ", " ".join(f"{key}={value}" for key, value in case.DEFAULTS.items()))
         return 0
     case = CASES[arguments.case]
+    if arguments.table and not hasattr(case, "table"):
+        parser.error(f"{arguments.case} has no table: omit --table")
     options = parse_options(arguments.options, case.DEFAULTS)
     described = machine()  # before the case, so that an error here loses no result
     result = {
@@ -79,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     line = json.dumps(result)
-    print(line)
+    print(case.table(result["result"]) if arguments.table else line)
     if arguments.out:
         with open(arguments.out, "a") as file:
             file.write(line + "\n")

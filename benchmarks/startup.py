@@ -105,6 +105,28 @@ def environment(checkout: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
 
 
+def digits(folder: Path, checkout: Path) -> str:
+    """Shards of small images with the indexes of a checkout, whose format others may not read.
+
+    Raises:
+        RuntimeError: if the checkout cannot make them, with its last output.
+    """
+    code = (
+        "import sys; from pathlib import Path; from fastmoco_pipelines import pack_digits; "
+        "print(pack_digits(Path(sys.argv[1]), seed=0)[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(folder)],
+        env=environment(checkout),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{checkout}: {done.stderr.strip()[-2000:]}")
+    return done.stdout.splitlines()[-1]
+
+
 def startup_cpu_s(
     rounds: int = 5, *, checkouts: Sequence[Path] = (ROOT,)
 ) -> dict[Path, dict[str, float]]:
@@ -114,15 +136,17 @@ def startup_cpu_s(
         rounds: measurements of each; one more comes first and is not used.
         checkouts: folders of the repository.
     """
-    from fastmoco_pipelines import pack_digits
-
     with tempfile.TemporaryDirectory(prefix="fastmoco_startup_") as name:
         folder = Path(name)
-        shards, _ = pack_digits(folder / "data", seed=0)
+        shards = {
+            checkout: digits(folder / f"data{number}", checkout)
+            for number, checkout in enumerate(checkouts)
+        }
         number = iter(range(10**6))
 
         def train(checkout: Path) -> float:
-            return first_step(shards, folder / f"run{next(number)}", checkout=checkout).cpu_s
+            out = folder / f"run{next(number)}"
+            return first_step(shards[checkout], out, checkout=checkout).cpu_s
 
         found: dict[Path, dict[str, float]] = {checkout: {} for checkout in checkouts}
         cases = {"train, to the end of step 1": train} | {
