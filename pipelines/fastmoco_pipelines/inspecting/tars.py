@@ -22,6 +22,7 @@ from fastmoco_pipelines.errors import PassingError, RemoteError
 from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.formats.index import (
     fits_tar,
+    index_bytes,
     index_file,
     index_path,
     open_index,
@@ -56,6 +57,9 @@ class LocalCheckTars(LocalTars):
             return {
                 "bytes": info.st_size,
                 "mtime_ns": info.st_mtime_ns,
+                # `rsync -a` replaces a tar by one of the same size and time
+                "inode": info.st_ino,
+                "ctime_ns": info.st_ctime_ns,
                 "ends": tar_hash(path),
                 "index": _content_hash(index_file(path)),
             }
@@ -72,7 +76,7 @@ class LocalCheckTars(LocalTars):
             ShardError: if it is broken.
         """
         path = index_file(self.paths[number])
-        return None if path is None else open_index(path.name, path.read_bytes())
+        return None if path is None else open_index(path.name, index_bytes(path))
 
     def fits(self, number: int, index: IndexHeader) -> bool:
         """Whether an index was made for this state of a tar, by size and hash."""
