@@ -93,8 +93,31 @@ def map_file(descriptor: int) -> memoryview:
 
 
 def user_cache() -> Path:
-    """fastmoco's part of the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoco"
+    """fastmoco's part of the user's cache folder (XDG_CACHE_HOME or ~/.cache).
+
+    Raises:
+        OSError: if the user has no home folder, as a user of a container without an entry.
+    """
+    return _user_folder("XDG_CACHE_HOME", ".cache")
+
+
+def user_state() -> Path:
+    """fastmoco's part of the user's state folder (XDG_STATE_HOME or ~/.local/state).
+
+    Raises:
+        OSError: as for `user_cache`.
+    """
+    return _user_folder("XDG_STATE_HOME", ".local/state")
+
+
+def _user_folder(variable: str, default: str) -> Path:
+    given = os.environ.get(variable)
+    try:
+        return (Path(given) if given else Path.home() / default) / "fastmoco"
+    except RuntimeError as error:
+        raise OSError(
+            errno.ENOENT, f"this user has no home folder: set HOME or {variable}"
+        ) from error
 
 
 def own_folder(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastmoco_pipelines import files
 from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.formats.index import (
     index_path,
@@ -364,6 +365,71 @@ def test_a_damaged_copy_and_a_folder_of_others_are_ignored(folder, kept, tmp_pat
     (tmp_path / "cache").write_text("no folder")
     ShardSet.open(str(folder)).close()
     assert len(kept) == 12
+
+
+def test_without_home_or_working_folder_every_process_reads(folder, kept, monkeypatch, tmp_path):
+    """As for a user id of a container that has no entry, and in a folder that was deleted."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    with monkeypatch.context() as patch:
+        patch.delenv("XDG_CACHE_HOME")
+        patch.setattr(Path, "home", no_home)
+        assert len(ShardSet.open(str(folder))) == 45
+        with pytest.raises(OSError, match="no home folder: set HOME or XDG_CACHE_HOME"):
+            files.user_cache()
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert len(ShardSet.open(str(folder))) == 45
+    monkeypatch.chdir(tmp_path)
+    assert len(kept) == 6
+
+
+def test_another_set_or_host_waits_for_none(folder, kept, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    really = local_set._read_header
+
+    def slow(tar):
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            assert go_on.wait(30)
+        return really(tar)
+
+    def sleep(seconds):
+        raise AssertionError("waits for the lock")
+
+    monkeypatch.setattr(local_set, "_read_header", slow)
+    first = threading.Thread(target=lambda: ShardSet.open(str(folder)).close())
+    first.start()
+    assert begun.wait(30)
+    monkeypatch.setattr(host_table.time, "sleep", sleep)
+    try:
+        ShardSet.open(f"{folder}/train-00000{{0..1}}.tar").close()
+        with pytest.raises(AssertionError, match="waits for the lock"):
+            ShardSet.open(str(folder))
+        monkeypatch.setattr(host_table.platform, "node", lambda: "another")
+        ShardSet.open(str(folder)).close()
+    finally:
+        go_on.set()
+        first.join()
+    assert len(kept) == 2 + 3 + 3
+
+
+def test_sets_of_other_hosts_stay_for_a_month(folder, kept, monkeypatch, tmp_path):
+    monkeypatch.setattr(host_table, "_KEPT", 1)
+    for node in "abc":
+        monkeypatch.setattr(host_table.platform, "node", lambda node=node: node)
+        ShardSet.open(str(folder)).close()
+    left = sorted((tmp_path / "cache/fastmoco/sets").iterdir())
+    assert [path.suffix for path in left] == [".set"] * 3
+    os.utime(left[0], (1, 1))
+    monkeypatch.setattr(host_table.platform, "node", lambda: "d")
+    ShardSet.open(str(folder)).close()
+    assert len(list((tmp_path / "cache/fastmoco/sets").iterdir())) == 3
+    assert not left[0].exists()
 
 
 def test_few_sets_are_kept(folder, kept, monkeypatch, tmp_path):
