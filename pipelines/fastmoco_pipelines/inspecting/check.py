@@ -117,7 +117,7 @@ def _progress_file(
         **versions(),
     }
     folder, place = checked.list_place()
-    places = places_for(folder, f"check-progress{place}.jsonl", checked.identity, beside=quarantine)
+    places = places_for(folder, place, checked.identity, beside=quarantine)
     return ProgressFile(places, terms, resume=resume, tell=tell)
 
 
