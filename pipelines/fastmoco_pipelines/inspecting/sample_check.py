@@ -135,7 +135,7 @@ def _survey(checked: CheckedSet) -> tuple[list[TarCheck], NDArray[np.int64]]:
         if not checked.tars.fits(number, index.header):
             return refuse(
                 "stale index",
-                f"{index.name} was made for another state of this tar (size or ends "
+                f"{os.path.basename(index.name)} was made for another state of this tar (size or ends "
                 "differ), so none of its images could be drawn: check all of it, without --sample",
             )
         check.fits = True

@@ -24,7 +24,6 @@ from fastmoco_pipelines.formats.index import (
     fits_tar,
     index_bytes,
     index_file,
-    index_path,
     open_index,
     tar_hash,
 )
@@ -104,12 +103,12 @@ class RemoteCheckTars(RemoteTars):
     def state(self, number: int) -> State | None:
         """The state of a tar on the server; None where the server gives nothing that changes with
         it."""
-        return self._state(number, self._index(self._urls[number]))
+        return self._state(number, self._index(self._urls[number])[1])
 
     def state_at_hand(self, number: int) -> State | None:
         """The same, of the tar and the index that `at_hand` holds."""
-        path = index_path(self.paths[number])
-        return self._state(number, path.read_bytes() if path.exists() else None)
+        path = index_file(self.paths[number])
+        return self._state(number, None if path is None else path.read_bytes())
 
     def _state(self, number: int, index: bytes | None) -> State | None:
         head = self._heads[self._urls[number]]
