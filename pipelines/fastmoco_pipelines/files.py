@@ -93,8 +93,31 @@ def map_file(descriptor: int) -> memoryview:
 
 
 def user_cache() -> Path:
-    """fastmoco's part of the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoco"
+    """fastmoco's part of the user's cache folder (XDG_CACHE_HOME or ~/.cache).
+
+    Raises:
+        OSError: if the user has no home folder, as a user of a container without an entry.
+    """
+    return _user_folder("XDG_CACHE_HOME", ".cache")
+
+
+def user_state() -> Path:
+    """fastmoco's part of the user's state folder (XDG_STATE_HOME or ~/.local/state).
+
+    Raises:
+        OSError: as for `user_cache`.
+    """
+    return _user_folder("XDG_STATE_HOME", ".local/state")
+
+
+def _user_folder(variable: str, default: str) -> Path:
+    given = os.environ.get(variable)
+    try:
+        return (Path(given) if given else Path.home() / default) / "fastmoco"
+    except RuntimeError as error:
+        raise OSError(
+            errno.ENOENT, f"this user has no home folder: set HOME or {variable}"
+        ) from error
 
 
 def own_folder(folder: Path) -> bool:
@@ -150,7 +173,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     A reader of `path` sees the old file or the new one, never half of it. On an error the new file
     is removed.
     """
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    fresh = _beside(path)
     try:
         yield fresh
         os.replace(fresh, path)
@@ -172,13 +195,69 @@ def write_file(path: Path, content: bytes, *, mode: int = 0o666, durable: bool =
         OSError: if it cannot be written; an older file stays as it was.
     """
     with whole_file(path) as fresh:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS
-        with open(os.open(fresh, flags, mode), "wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+        _write(fresh, content, mode, durable)
     return path
+
+
+def write_new_file(path: Path, content: bytes, *, replaces: os.stat_result | None = None) -> bool:
+    """Write a file whole, unless there is one of this name already; whether it was written.
+
+    Args:
+        path: a file of this name stays as it is.
+        content: all of it.
+        replaces: the state of a file of this name: if it is still in that state, it is replaced.
+
+    Raises:
+        OSError: if it cannot be written, or the file system has no hard links.
+    """
+    fresh = _beside(path)
+    try:
+        _write(fresh, content)
+        if replaces is not None:
+            _remove_only(path, replaces)
+        os.link(fresh, path)
+    except FileExistsError:
+        return False
+    finally:
+        remove(str(fresh))
+    return True
+
+
+def _write(fresh: Path, content: bytes, mode: int = 0o666, durable: bool = False) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS
+    with open(os.open(fresh, flags, mode), "wb") as file:
+        file.write(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _remove_only(path: Path, state: os.stat_result) -> None:
+    """Remove a file in this state, and no other one that has taken its name meanwhile."""
+    aside = _beside(path)
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return
+    if not _is_unchanged(os.lstat(aside), state):
+        try:
+            os.link(aside, path)
+        except FileExistsError:  # a still newer one
+            pass
+        except OSError:  # a file system without links
+            os.rename(aside, path)
+    remove(str(aside))
+
+
+def _is_unchanged(now: os.stat_result, before: os.stat_result) -> bool:
+    """Whether a file is the same one, whatever its name."""
+    times = now.st_mtime_ns == before.st_mtime_ns and now.st_size == before.st_size
+    return times and os.path.samestat(now, before)
+
+
+def _beside(path: Path) -> Path:
+    """A new name in the folder of a file, for a moment."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 SEAL = b',"content_hash":"'

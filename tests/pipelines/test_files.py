@@ -11,7 +11,14 @@ import stat
 
 import pytest
 
-from fastmoco_pipelines.files import hash_file, is_free, lock_path, whole_file, write_file
+from fastmoco_pipelines.files import (
+    hash_file,
+    is_free,
+    lock_path,
+    whole_file,
+    write_file,
+    write_new_file,
+)
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.cache import ShardCache
 from tests.pipelines.stores.test_cache import A, B, C, put
@@ -107,3 +114,23 @@ def test_a_whole_file_is_hashed_wherever_its_descriptor_stands(tmp_path):
         file.seek(1000)
         assert hash_file(path) == hash_file(file.fileno()) == expected
         os.fstat(file.fileno())  # still open
+
+
+def test_a_new_file_replaces_nothing_but_the_state_it_is_to_replace(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    assert write_new_file(path, b"first")
+    assert not write_new_file(path, b"second")
+    state = path.stat()
+    assert write_new_file(path, b"third", replaces=state)
+    assert not write_new_file(path, b"fourth", replaces=state)
+    assert path.read_bytes() == b"third"
+
+    # A file system without links.
+    def refuse(*names):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(PermissionError):
+        write_new_file(path, b"fifth", replaces=state)
+    assert path.read_bytes() == b"third"
+    assert os.listdir(tmp_path) == ["x"]

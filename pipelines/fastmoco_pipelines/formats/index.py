@@ -8,6 +8,7 @@ are made, edited and compared.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import zlib
@@ -50,9 +51,39 @@ def json_path(tar: Path) -> Path:
 
 
 def index_file(tar: Path) -> Path | None:
-    """The file that is read as the index of a tar: the binary form, else the JSON form, else
-    None."""
-    return next((path for path in (index_path(tar), json_path(tar)) if path.exists()), None)
+    """The file that is read as the index of a tar: the binary form, else the JSON form, else None.
+
+    An earlier version of fastmoco writes the JSON form beside a binary one, which is then stale: so
+    the JSON form is read where it alone fits the tar.
+    """
+    binary, text = (path if path.exists() else None for path in (index_path(tar), json_path(tar)))
+    if binary is None or text is None:
+        return binary or text
+    return text if _fits(binary, tar) is False and _fits(text, tar) else binary
+
+
+def _fits(path: Path, tar: Path) -> bool | None:
+    """Whether an index fits its tar; None if one of them cannot be read."""
+    try:
+        return fits_tar(open_index(path.name, path.read_bytes()).header, tar)
+    except (ShardError, OSError):
+        return None
+
+
+def index_bytes(path: Path) -> bytes:
+    """The content of the file of an index.
+
+    Raises:
+        ShardError: if it cannot be read.
+        OSError: if that is this process's own trouble: too many open files, too little memory.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
+        how = "move this folder away, and " if path.is_dir() else ""
+        raise ShardError(f"{path.name}: cannot be read ({error.strerror}): {how}{CURE}.") from error
 
 
 def write_json_index(tar: Path, index: ShardIndex) -> Path:
@@ -157,17 +188,18 @@ def read_index(tar: Path) -> ShardIndex:
     """
     index = read_any_index(tar)
     if not fits_tar(index, tar):
-        raise ShardError(stale(tar))
+        raise ShardError(stale(tar, index_name(tar)))
     return index
 
 
-def stale(tar: Path, name: str = "") -> str:
-    """What is wrong with the index of another state of a tar; `name` is that of another file than
-    its usual one."""
-    return (
-        f"{name or index_path(tar).name}: was made for another state of {tar.name} (size or content "
-        f"differ): {CURE}."
-    )
+def index_name(tar: Path) -> str:
+    """Name of the file that is read as the index of a tar."""
+    return (index_file(tar) or index_path(tar)).name
+
+
+def stale(tar: Path, name: str) -> str:
+    """What is wrong with the index of another state of a tar; `name`: of the index's file."""
+    return f"{name}: was made for another state of {tar.name} (size or content differ): {CURE}."
 
 
 def fits_tar(index: ShardIndex | IndexHeader, tar: Path) -> bool:
@@ -185,7 +217,7 @@ def read_any_index(tar: Path) -> ShardIndex:
     path = index_file(tar)
     if path is None:
         raise ShardError(missing(tar))
-    return parse_index(path.name, path.read_bytes())
+    return parse_index(path.name, index_bytes(path))
 
 
 def missing(tar: Path) -> str:

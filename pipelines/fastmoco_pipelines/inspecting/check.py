@@ -6,8 +6,8 @@ decoded, by the decoder that training uses, in a disposable process. What is fou
 the bytes. No tar is ever changed. Those of a server are checked in copies, and the list is written
 to this machine: the user copies it there.
 
-The result of each tar is recorded as soon as it is there (progress_file.py). What is found depends
-only on the bytes, so that a check which goes on later ends with the same report.
+The result of each tar is recorded as soon as it is there (progress_file.py), so that a check which
+goes on later ends with the same report.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _progress_file(
         **versions(),
     }
     folder, place = checked.list_place()
-    places = places_for(folder, f"check-progress{place}.jsonl", checked.identity, beside=quarantine)
+    places = places_for(folder, place, checked.identity, beside=quarantine)
     return ProgressFile(places, terms, resume=resume, tell=tell)
 
 

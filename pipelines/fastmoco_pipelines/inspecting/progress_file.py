@@ -5,8 +5,9 @@ must be the same for results to be worth anything. Each further line is the resu
 the state of the tar and its index, and is pushed through to the disk before the next tar is begun.
 A process that is killed leaves at most a torn last line, which is skipped.
 
-The file is removed when the check ends. It is not a shard (`*.tar`) and not a list
-(`quarantine*.jsonl`): nothing else reads it.
+The file is named by the shards, so that checks of other shards of the same folder have files of their
+own. It is locked from the time it is read, and removed when the check ends. It is not a shard
+(`*.tar`) and not a list (`quarantine*.jsonl`): nothing else reads it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,21 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fastmoco_pipelines.files import is_named, is_sealed, remove_if_free, sealed_json, try_lock
+from fastmoco_pipelines.files import (
+    OPEN_FLAGS,
+    is_named,
+    is_sealed,
+    remove,
+    sealed_json,
+    try_lock,
+    user_state,
+)
 from fastmoco_pipelines.inspecting.report import TarResult
 
 FORMAT = "fastmoco-check-progress"
@@ -38,6 +48,15 @@ class Known:
 
     state: dict[str, Any]
     result: TarResult
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """Terms and results of a file, and its sound lines, which end before a torn one."""
+
+    terms: dict[str, Any]
+    known: dict[str, Known]
+    sound: bytes
 
 
 class ProgressFile:
@@ -61,10 +80,10 @@ class ProgressFile:
         self._places = places
         self._terms = terms
         self._tell = tell
-        self._descriptor: int | None = None
+        self._descriptor: int | None = None  # holds the lock
+        self._begun = False
         self._failed = False
-        self._old: Path | None = None
-        self._length = 0  # bytes of the older file that are sound, if it is taken over
+        self._sound = b""  # lines of an older file that are taken over
         self.path: Path | None = None
         self.known: dict[str, Known] = {}
         self.recorded = 0
@@ -72,20 +91,16 @@ class ProgressFile:
 
     def add(self, tar: str, state: dict[str, Any], result: TarResult) -> None:
         """Record the result of a tar, whole and on the disk, or not at all."""
-        if self._failed or (self._descriptor is None and not self._begin()):
+        if self._failed or not (self._begun or self._begin()):
             return
         line = {"tar": tar, "state": state, "result": asdict(result)}
-        self.recorded += self._append(line)
+        self.recorded += self._write(_line(line))
 
     def finish(self) -> None:
         """Remove the file: the check has ended."""
-        if self._descriptor is not None:
-            assert self.path is not None
-            if is_named(self._descriptor, str(self.path)):
-                self.path.unlink(missing_ok=True)
-            self.close()
-        if self._old is not None and self._old != self.path:
-            remove_if_free(str(self._old))
+        if self._descriptor is not None and is_named(self._descriptor, str(self.path)):
+            remove(str(self.path))
+        self.close()
 
     def close(self) -> None:
         """Leave the file for a later check."""
@@ -94,67 +109,90 @@ class ProgressFile:
             self._descriptor = None
 
     def _look_for_older(self, resume: bool) -> None:
+        """Read an older file, and hold its lock from now on."""
         for path in self._places:
+            descriptor = _open(path, os.O_RDWR)
+            if descriptor is not None and not _lock(descriptor):
+                os.close(descriptor)
+                self._give_up(f"another check of these shards is running and uses {path}")
+                return
             content = _read(path)
             if content is None:
+                if descriptor is not None:
+                    os.close(descriptor)
                 continue
-            terms, known, length = content
-            differences = _differences(terms, self._terms)
-            if resume and not differences:
-                self._old, self.known, self._length = path, known, length
-                self.recorded = len(known)
-                return
-            if resume:
-                self._tell(
-                    f"the unfinished check in {path} is not taken over: {differences}; every tar "
-                    "is checked"
-                )
-                return
-            if differences:
-                self._tell(
-                    f"an unfinished check of other shards or with other options exists ({path}): "
-                    f"{differences}; it is replaced"
-                )
-                return
-            self._old = path
-            self._tell(
-                f"an unfinished check of these shards exists, with {len(known)} tars done "
-                f"({path}): --continue takes it over; this check begins again and replaces it"
-            )
+            self._descriptor = descriptor
+            self.path = path
+            self._judge(content, path, resume)
             return
         if resume:
-            self._tell("there is no unfinished check of these shards: every tar is checked")
+            others = self._of_other_shards()
+            self._tell(
+                f"there is no unfinished check of these shards: every tar is checked{others}"
+            )
+
+    def _judge(self, content: _Content, path: Path, resume: bool) -> None:
+        differences = _differences(content.terms, self._terms)
+        if resume and not differences:
+            self.known = content.known
+            self._sound = content.sound
+            self.recorded = len(self.known)
+        elif resume:
+            self._tell(
+                f"the unfinished check in {path} is not taken over: {differences}; every tar is "
+                "checked"
+            )
+        elif differences:
+            self._tell(
+                f"an unfinished check with other options exists ({path}): {differences}; it is "
+                "replaced"
+            )
+        else:
+            self._tell(
+                f"an unfinished check of these shards exists, with {len(content.known)} tars done "
+                f"({path}): --continue takes it over; this check begins again and replaces it"
+            )
+
+    def _of_other_shards(self) -> str:
+        """Which unfinished checks are in the same folder, in words: the pattern may be another
+        spelling of theirs."""
+        folder = self._places[0].parent
+        found = sorted(folder.glob("check-progress*.jsonl")) if folder.is_dir() else []
+        contents = [(path, _read(path)) for path in found]
+        named = [f"{c.terms.get('shards')} ({path})" for path, c in contents if c is not None]
+        return f"; those of other shards are left alone: {', '.join(named[:3])}" if named else ""
 
     def _begin(self) -> bool:
-        """Open the file; False if there is no place for one."""
-        taken = self._old if self._length else None
-        for path in [taken] if taken is not None else self._places:
-            try:
+        """Open the file, or the older one, and write its beginning; False if there is no place."""
+        self._begun = True
+        head = self._sound or _line({"format": FORMAT, "version": VERSION, "terms": self._terms})
+        if self._descriptor is not None and is_named(self._descriptor, str(self.path)):
+            # without its torn last line
+            os.ftruncate(self._descriptor, len(self._sound))
+            return bool(self._sound) or self._write(head)
+        self.close()
+        for path in self._places:
+            with suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-                descriptor = os.open(path, flags, 0o644)
-            except OSError:
+            descriptor = _open(path, os.O_RDWR | os.O_CREAT)
+            if descriptor is None:
                 continue
-            self.path = path
-            if not _lock(descriptor):
+            if not _lock(descriptor) or _read(path) is not None:
                 os.close(descriptor)
-                self._give_up(f"another check of this folder is running and uses {path}")
+                self._give_up(f"another check of these shards was begun meanwhile and uses {path}")
                 return False
+            self.path = path
             self._descriptor = descriptor
-            # Without its torn last line; from the beginning if it was removed in the meantime.
-            goes_on = taken is not None and os.fstat(descriptor).st_size >= self._length
-            os.ftruncate(descriptor, self._length if goes_on else 0)
-            head = {"format": FORMAT, "version": VERSION, "terms": self._terms}
-            return goes_on or self._append(head)
+            os.ftruncate(descriptor, 0)
+            return self._write(head)
         self._give_up("no place can be written: " + ", ".join(str(path) for path in self._places))
         return False
 
-    def _append(self, content: dict[str, Any]) -> bool:
-        """One write, so that a reader sees the whole line or a torn last one."""
+    def _write(self, lines: bytes) -> bool:
+        """One write, so that a reader sees whole lines or a torn last one."""
         assert self._descriptor is not None
-        line = sealed_json(content) + b"\n"
         try:
-            if os.write(self._descriptor, line) == len(line):
+            if os.write(self._descriptor, lines) == len(lines):
                 os.fsync(self._descriptor)
                 return True
             problem = "the disk is full"
@@ -168,20 +206,23 @@ class ProgressFile:
         self._tell(f"the progress of this check is not recorded any more ({why})")
 
 
-def places_for(folder: Path, name: str, identity: str, *, beside: bool) -> list[Path]:
+def places_for(folder: Path, place: str, identity: str, *, beside: bool) -> list[Path]:
     """Where the progress file of a check may be: in the folder of its list, unless nothing may be
     written there, or in the user's state folder (XDG_STATE_HOME or ~/.local/state).
 
     Args:
         folder: of the list.
-        name: of the file there.
-        identity: of the shards, e.g. their folder: names the file in the state folder.
+        place: part of the file's name there.
+        identity: of the shards, e.g. their folder: names the file in both.
         beside: whether the list is written at all.
     """
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    fallback = state / "fastmoco" / f"check-progress-{digest}.jsonl"
-    return [folder / name, fallback] if beside else [fallback, folder / name]
+    near = folder / f"check-progress{place}-{digest}.jsonl"
+    try:
+        fallback = user_state() / f"check-progress-{digest}.jsonl"
+    except OSError:  # without a home folder
+        return [near]
+    return [near, fallback] if beside else [fallback, near]
 
 
 def versions() -> dict[str, str]:
@@ -198,11 +239,23 @@ def _version(distribution: str) -> str:
         return ""
 
 
+def _open(path: Path, how: int) -> int | None:
+    """A descriptor of a file; None where that is not possible."""
+    try:
+        return os.open(path, how | os.O_APPEND | OPEN_FLAGS, 0o644)
+    except OSError:
+        return None
+
+
 def _lock(descriptor: int) -> bool:
     try:
         return try_lock(descriptor, fcntl.LOCK_EX)
     except OSError:  # a file system without locks
         return True
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    return sealed_json(content) + b"\n"
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -214,9 +267,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Known], int] | None:
-    """Terms and results in a file, and the length of its sound lines; None where there is no such
-    file, or not of this version."""
+def _read(path: Path) -> _Content | None:
+    """What a file contains; None where there is no such file, or not of this version."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -236,7 +288,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Known], int] | None:
         except (TypeError, KeyError):
             break
         length += len(line) + 1
-    return parsed["terms"], known, length
+    return _Content(parsed["terms"], known, content[:length])
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

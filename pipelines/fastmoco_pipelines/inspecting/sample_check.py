@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import RemoteError, ShardError
-from fastmoco_pipelines.formats.index import index_path
 from fastmoco_pipelines.formats.index_file import CURE
 from fastmoco_pipelines.formats.members import split_name
 from fastmoco_pipelines.formats.quarantine import Quarantine
@@ -136,7 +135,7 @@ def _survey(checked: CheckedSet) -> tuple[list[TarCheck], NDArray[np.int64]]:
         if not checked.tars.fits(number, index.header):
             return refuse(
                 "stale index",
-                f"{index_path(path).name} was made for another state of this tar (size or ends "
+                f"{os.path.basename(index.name)} was made for another state of this tar (size or ends "
                 "differ), so none of its images could be drawn: check all of it, without --sample",
             )
         check.fits = True

@@ -12,7 +12,7 @@ from fastmoco_pipelines.formats.images import EXTENSIONS
 from fastmoco_pipelines.formats.index import (
     fits_tar,
     index_file,
-    index_path,
+    index_name,
     lost_entry,
     read_any_index,
 )
@@ -151,7 +151,7 @@ class TarCheck:
         self.fault(
             "",
             "stale index",
-            f"{index_path(self.path).name} {what}: run `fastmoco data index` on the shards",
+            f"{index_name(self.path)} {what}: run `fastmoco data index` on the shards",
         )
 
     def _candidates(self, content: TarContent) -> list[Candidate]:

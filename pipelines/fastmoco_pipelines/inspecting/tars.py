@@ -22,8 +22,8 @@ from fastmoco_pipelines.errors import PassingError, RemoteError
 from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.formats.index import (
     fits_tar,
+    index_bytes,
     index_file,
-    index_path,
     open_index,
     tar_hash,
 )
@@ -56,6 +56,9 @@ class LocalCheckTars(LocalTars):
             return {
                 "bytes": info.st_size,
                 "mtime_ns": info.st_mtime_ns,
+                # `rsync -a` replaces a tar by one of the same size and time
+                "inode": info.st_ino,
+                "ctime_ns": info.st_ctime_ns,
                 "ends": tar_hash(path),
                 "index": _content_hash(index_file(path)),
             }
@@ -72,7 +75,7 @@ class LocalCheckTars(LocalTars):
             ShardError: if it is broken.
         """
         path = index_file(self.paths[number])
-        return None if path is None else open_index(path.name, path.read_bytes())
+        return None if path is None else open_index(path.name, index_bytes(path))
 
     def fits(self, number: int, index: IndexHeader) -> bool:
         """Whether an index was made for this state of a tar, by size and hash."""
@@ -100,12 +103,12 @@ class RemoteCheckTars(RemoteTars):
     def state(self, number: int) -> State | None:
         """The state of a tar on the server; None where the server gives nothing that changes with
         it."""
-        return self._state(number, self._index(self._urls[number]))
+        return self._state(number, self._index(self._urls[number])[1])
 
     def state_at_hand(self, number: int) -> State | None:
         """The same, of the tar and the index that `at_hand` holds."""
-        path = index_path(self.paths[number])
-        return self._state(number, path.read_bytes() if path.exists() else None)
+        path = index_file(self.paths[number])
+        return self._state(number, None if path is None else path.read_bytes())
 
     def _state(self, number: int, index: bytes | None) -> State | None:
         head = self._heads[self._urls[number]]

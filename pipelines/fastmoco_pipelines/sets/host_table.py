@@ -1,9 +1,9 @@
 """One set opened once a host: the headers of a set with many shards, kept for the other processes
 of this machine and for the next start.
 
-The copy is in the user's cache folder. Its name is a hash of the path, size, inode and times of
-every tar, index and manifest, so a set that has changed in any way is read again. Without a folder
-that can be used, every process reads the headers itself.
+The copy is in the user's cache folder. Its name is a hash of the host, and one of the path, size,
+inode and times of every tar, index and manifest, so a set that has changed in any way is read again.
+Without a folder that can be used, every process reads the headers itself.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from fastmoco_pipelines.files import (
     OPEN_FLAGS,
+    is_named,
     own_folder,
     remove,
     try_lock,
@@ -33,7 +35,8 @@ from fastmoco_pipelines.sets.records import SHARD
 
 FEWEST_SHARDS = 1024
 """Sets with fewer are opened in less time than this would save."""
-_KEPT = 8  # sets
+_KEPT = 8  # sets of one host
+_KEPT_SECONDS = 30 * 86400.0  # without use, also of other hosts
 _WAIT_SECONDS = 120.0
 _POLL_SECONDS = 0.05
 
@@ -59,9 +62,9 @@ def once_a_host(
     """
     if len(files) < 2 * FEWEST_SHARDS:
         return read()
-    folder = user_cache() / "sets"
     key = _identity(files, manifests, options)
     try:
+        folder = user_cache() / "sets"
         usable = key is not None and own_folder(folder)
     except OSError:
         usable = False
@@ -69,11 +72,12 @@ def once_a_host(
         return read()
 
     # One process reads; the others wait for it.
-    path = folder / f"{key}.set"
+    path = folder / f"{_host()}-{key}.set"
     known = _load(path)
     if known is not None:
         return known
-    lock = _wait_for_lock(folder / "lock")
+    lock_name = path.with_suffix(".lock")
+    lock = _wait_for_lock(lock_name)
     try:
         known = _load(path)
         if known is not None:
@@ -85,14 +89,20 @@ def once_a_host(
         return found
     finally:
         if lock is not None:
+            remove(str(lock_name))
             os.close(lock)
 
 
+def _host() -> str:
+    """The name of this machine as part of the name of a file: homes are shared."""
+    return hashlib.sha256(platform.node().encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
 def _identity(files: Sequence[str], manifests: Sequence[str], options: str) -> str | None:
-    """A hash of the state of all files; None if a tar or an index is absent."""
-    where = f"fastmoco-set {SHARD.descr} {options} {os.getcwd()}"
-    digest = hashlib.sha256(where.encode("utf-8", "surrogateescape"))
+    """A hash of the state of all files; None if a tar, an index or the working folder is absent."""
     try:
+        where = f"fastmoco-set {SHARD.descr} {options} {os.getcwd()}"
+        digest = hashlib.sha256(where.encode("utf-8", "surrogateescape"))
         for name in files:
             digest.update(_state(name))
     except OSError:
@@ -110,21 +120,27 @@ def _state(name: str) -> bytes:
 
 
 def _wait_for_lock(path: Path) -> int | None:
-    """A descriptor that holds the lock; None where that is not possible in time."""
+    """A descriptor that holds the lock of a set, whose file its holder removes at the end; None
+    where that is not possible in time."""
     until = time.monotonic() + _WAIT_SECONDS
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o600)
-    except OSError:
-        return None
-    try:
-        while not try_lock(descriptor, fcntl.LOCK_EX):
-            if time.monotonic() > until:
-                raise OSError("another process holds it for too long")
-            time.sleep(_POLL_SECONDS)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o600)
+        except OSError:
+            return None
+        mine = False
+        try:
+            mine = try_lock(descriptor, fcntl.LOCK_EX) and is_named(descriptor, str(path))
+            if mine:
+                return descriptor
+        except OSError:
+            return None
+        finally:
+            if not mine:
+                os.close(descriptor)
+        if time.monotonic() > until:
+            return None
+        time.sleep(_POLL_SECONDS)
 
 
 def _load(path: Path) -> OpenedSet | None:
@@ -145,11 +161,15 @@ def _load(path: Path) -> OpenedSet | None:
 
 
 def _store(path: Path, found: OpenedSet) -> None:
-    """Keep a set, and remove the oldest ones. Without room, none is kept."""
+    """Keep a set, and remove the oldest ones of this host, and what was not used for long. Without
+    room, none is kept."""
     content = json.dumps(found.classes).encode("ascii") + b"\n" + found.shards.tobytes()
     digest = hashlib.sha256(content).hexdigest().encode()
     with suppress(OSError):
         write_file(path, digest + b"\n" + content, mode=0o600)
-        kept = sorted(path.parent.glob("*.set"), key=lambda one: -one.stat().st_mtime_ns)
-        for old in kept[_KEPT:]:
+        used = {one: one.stat().st_mtime for one in path.parent.iterdir()}
+        mine = [one for one in used if one.match(f"{_host()}-*.set")]
+        surplus = sorted(mine, key=lambda one: -used[one])[_KEPT:]
+        unused = [one for one in used if used[one] < time.time() - _KEPT_SECONDS]
+        for old in {*surplus, *unused}:
             remove(str(old))

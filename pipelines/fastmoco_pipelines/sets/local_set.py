@@ -16,22 +16,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.files import map_file, read_at, write_file
+from fastmoco_pipelines.files import map_file, read_at, write_new_file
 from fastmoco_pipelines.formats.index import hash_ends, json_path, missing, open_index, stale
 from fastmoco_pipelines.formats.index_file import (
+    CURE,
     HEAD_BYTES,
     SUFFIX,
     IndexFile,
+    IndexHeader,
     parse_header,
 )
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import FolderOfShards, check_folders, read_sets
 from fastmoco_pipelines.sets.host_table import OpenedSet, once_a_host
-from fastmoco_pipelines.sets.local_files import tried
+from fastmoco_pipelines.sets.local_files import is_own_trouble, tried
 from fastmoco_pipelines.sets.patterns import local_names, without_scheme
 from fastmoco_pipelines.sets.records import SHARD, shard_row
 
 THREADS = 16
+_TRIES = 3  # of an index that another process writes meanwhile
+_CURE_INDEX = f"If its tar can be read, {CURE}."
+_CURE_TAR = "Copy the tar again from its source, or leave it out."
+_CURE_FOLDER = f"Move this folder away; where it has the name of an index, {CURE}."
 _CHUNK = 128  # shards for one task of a thread: a task costs more than the header of a shard
 T = TypeVar("T")
 
@@ -126,47 +132,99 @@ def _waits() -> int:
 def _read_header(tar: str) -> tuple[Any, bytes | None]:
     """The row of a shard, compared with its tar; and what was converted: the bytes of an index that
     could not be written, b"" for one that was, None for none."""
-    converted = None
-    try:
-        descriptor = os.open(tar + SUFFIX, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        converted = _from_json(Path(tar))
+    path = Path(tar + SUFFIX)
+    for _ in range(_TRIES):
+        found = _binary_header(path)
+        identity = _read(tar, _identity_of_tar, _CURE_TAR)
+        if identity is None:
+            raise ShardError(f"{os.path.basename(tar)}: is gone. {_CURE_TAR}")
+        if found is not None and (found[0].tar_bytes, found[0].tar_hash) == identity:
+            return shard_row(found[0]), None
+
+        # An earlier version of fastmoco writes the JSON form beside a binary one, which is then
+        # stale.
+        converted = _from_json(Path(tar), broken=found is None)
+        if converted is None:
+            if found is None and path.exists():
+                continue  # `data index` has written it meanwhile
+            raise ShardError(missing(Path(tar)) if found is None else stale(Path(tar), path.name))
         header = converted.header
-    else:
+        if (header.tar_bytes, header.tar_hash) != identity:
+            raise ShardError(stale(Path(tar), converted.name if found is None else path.name))
+
+        # A newer index is never replaced: it may have labels that the JSON form has not.
+        data = bytes(converted.data)
         try:
-            head = read_at(descriptor, HEAD_BYTES, 0)
-            size = os.fstat(descriptor).st_size
+            if write_new_file(path, data, replaces=None if found is None else found[1]):
+                return shard_row(header), b""
+        except OSError:
+            return shard_row(header), data
+    raise ShardError(
+        f"{path.name}: cannot be opened, or changes all the time: {CURE}, and start this command "
+        "when that has ended."
+    )
+
+
+def _binary_header(path: Path) -> tuple[IndexHeader, os.stat_result] | None:
+    """The header of an index and the state of its file; None without one."""
+
+    def read(descriptor: int) -> tuple[IndexHeader, os.stat_result]:
+        head = read_at(descriptor, HEAD_BYTES, 0)
+        info = os.fstat(descriptor)
+        return parse_header(path.name, head, info.st_size), info
+
+    return _read(str(path), read, _CURE_INDEX)
+
+
+def _identity_of_tar(descriptor: int) -> tuple[int, str]:
+    """Size and hash by which an index knows its tar."""
+    return os.fstat(descriptor).st_size, hash_ends(descriptor)
+
+
+def _from_json(tar: Path, *, broken: bool) -> IndexFile | None:
+    """The index of a tar from its JSON form; None without one.
+
+    Args:
+        tar: the tar.
+        broken: whether a broken one is an error, and not as good as none.
+    """
+    path = json_path(tar)
+    try:
+        text = _read(str(path), lambda file: read_at(file, os.fstat(file).st_size, 0), _CURE_INDEX)
+        return None if text is None else open_index(path.name, text)
+    except ShardError:
+        if broken:
+            raise
+        return None
+
+
+def _read(path: str, use: Callable[[int], T], cure: str) -> T | None:
+    """What a function finds in an open file, tried again where the file system fails; None without
+    a file.
+
+    Raises:
+        ShardError: if it cannot be read, with the cure.
+    """
+
+    def attempt() -> T | None:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            return use(descriptor)
         finally:
             os.close(descriptor)
-        header = parse_header(os.path.basename(tar) + SUFFIX, head, size)
 
-    # Is it the index of this very tar?
-    descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fits = os.fstat(descriptor).st_size == header.tar_bytes
-        fits = fits and hash_ends(descriptor) == header.tar_hash
-    finally:
-        os.close(descriptor)
-    if not fits:
-        raise ShardError(stale(Path(tar), "" if converted is None else converted.name))
-
-    # Only then is a converted one written.
-    if converted is None:
-        return shard_row(header), None
-    try:
-        write_file(Path(tar + SUFFIX), bytes(converted.data))
-    except OSError:
-        return shard_row(header), bytes(converted.data)
-    return shard_row(header), b""
-
-
-def _from_json(tar: Path) -> IndexFile:
-    """The index of a tar from its JSON form."""
-    try:
-        text = json_path(tar).read_bytes()
-    except FileNotFoundError:
-        raise ShardError(missing(tar)) from None
-    return open_index(json_path(tar).name, text)
+        return tried(attempt, f"{os.path.basename(path)}: cannot be read")
+    except ShardError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        if is_own_trouble(cause):
+            raise cause from None
+        raise ShardError(f"{error} {_CURE_FOLDER if os.path.isdir(path) else cure}") from cause
 
 
 def _notes_on_converted(written: int, held: int, folders: Sequence[str]) -> list[str]:
@@ -178,8 +236,8 @@ def _notes_on_converted(written: int, held: int, folders: Sequence[str]) -> list
         )
     if held:
         notes.append(
-            f"{held} indexes in the JSON form are converted at every start, because the folder "
-            f"cannot be written ({', '.join(folders[:3])}): run `fastmoco data index` where it can"
+            f"{held} indexes in the JSON form are converted at every start, because they cannot "
+            f"be written beside the tars ({', '.join(folders[:3])}): run `fastmoco data index` where it can"
         )
     return notes
 

@@ -25,7 +25,9 @@ from fastmoco_pipelines.errors import (
     StoppedError,
     WrongContentError,
 )
-from fastmoco_pipelines.formats.index import index_path, json_path, open_index
+from fastmoco_pipelines.formats.index import open_index
+from fastmoco_pipelines.formats.index_file import SUFFIX
+from fastmoco_pipelines.formats.index_json import JSON_SUFFIX
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import write_sets
 from fastmoco_pipelines.sets.patterns import expand_shards, without_scheme
@@ -88,6 +90,8 @@ class Copy:
     index: bytes | None
     unproven: str | None = None
     """Key of a copy of which only the size is checked: it does not stay in the cache."""
+    index_suffix: str = ""
+    """What the name of the index adds to that of the tar, by its form."""
 
 
 class RemoteTars:
@@ -182,7 +186,7 @@ class RemoteTars:
             # It stays even if its name in the cache is removed.
             path.symlink_to(f"/proc/{os.getpid()}/fd/{copy.descriptor}")
             if copy.index is not None:
-                index_path(path).write_bytes(copy.index)
+                path.with_name(path.name + copy.index_suffix).write_bytes(copy.index)
             if number + 1 < len(self.paths):
                 self._ahead[number + 1] = self._pool.submit(self._fetch, number + 1)
             yield path
@@ -191,7 +195,7 @@ class RemoteTars:
             if path.is_symlink():
                 path.unlink()
             if copy.index is not None:
-                index_path(path).unlink(missing_ok=True)
+                path.with_name(path.name + copy.index_suffix).unlink(missing_ok=True)
             if copy.unproven is not None:
                 self._cache.discard(copy.unproven)
 
@@ -226,14 +230,14 @@ class RemoteTars:
         url = self._urls[number]
         head = self._heads[url]
         sha256 = self._files.checksums(beside(url, "")).get(shard_name(url))
-        text = self._index(url) if self._indexes else None
+        suffix, text = self._index(url) if self._indexes else ("", None)
         # The check reports a broken index, and a tar that does not fit it.
         with suppress(ShardError):
             if text is not None and (index := open_index("", text)).header.tar_bytes == head.size:
                 index.records  # noqa: B018  # a broken index proves nothing
                 shard = RemoteShard.from_header(url, index.header, sha256, index.rows)
                 sha256 = None
-                return Copy(self._bring(shard), text)
+                return Copy(self._bring(shard), text, index_suffix=suffix)
         identity = repr((redact(url), head.size, head.validator, sha256, "as it is"))
         shard = RemoteShard(
             url=url,
@@ -243,7 +247,7 @@ class RemoteTars:
             rows=lambda: (),
             key=hashlib.sha256(identity.encode()).hexdigest(),
         )
-        return Copy(self._bring(shard), text, shard.key)
+        return Copy(self._bring(shard), text, shard.key, suffix)
 
     def _bring(self, shard: RemoteShard) -> int | None:
         """A descriptor of a copy; one that was in the cache before is checked first: disks
@@ -259,13 +263,14 @@ class RemoteTars:
             descriptor = self._fetcher.open(0, warn=False)
         return descriptor
 
-    def _index(self, url: str) -> bytes | None:
-        """The file beside a tar under its index's name; None if there is none."""
-        tar = Path(shard_name(url))
-        for path in (index_path(tar), json_path(tar)):
+    def _index(self, url: str) -> tuple[str, bytes | None]:
+        """What the name of the index beside a tar adds to its name, and the content; None if there
+        is none."""
+        for suffix in (SUFFIX, JSON_SUFFIX):
+            place = beside(url, shard_name(url) + suffix)
             with suppress(AbsentError):
-                return fetch_document(beside(url, path.name), self._limits, Event())[1]
-        return None
+                return suffix, fetch_document(place, self._limits, Event())[1]
+        return "", None
 
     def _head(self, url: str) -> _Head | AbsentError:
         """What the server reports of a tar."""

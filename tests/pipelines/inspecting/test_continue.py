@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -28,7 +29,6 @@ from tests.pipelines.quick_pool import QuickPool
 from tests.pipelines.stores.test_http_faults import QUICK
 
 BAD = {3: "changed", 17: "garbage", 20: "empty", 40: "truncated"}
-PROGRESS = "check-progress.jsonl"
 # Checks a set until the second tar is begun, and then waits to be killed.
 UNTIL_SECOND_TAR = """
 import sys, time
@@ -103,9 +103,15 @@ def content(report) -> dict:
     }
 
 
+def progress(folder: Path, pattern: str = "") -> Path:
+    """The progress file of a folder, or of another pattern of it."""
+    digest = hashlib.sha256((pattern or str(folder)).encode()).hexdigest()[:16]
+    return folder / f"check-progress-{digest}.jsonl"
+
+
 def recorded(folder: Path) -> int:
     """Tars in the progress file of a folder, below the terms."""
-    path = folder / PROGRESS
+    path = progress(folder)
     return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
 
 
@@ -136,7 +142,7 @@ def test_killed_in_the_middle_it_ends_with_the_report_of_an_unbroken_check(bad_s
     assert content(report) == content(whole)
     assert report.counts() == whole.counts()
     assert entries(quarantine_path(bad_set)) == expected
-    assert not (bad_set / PROGRESS).exists()
+    assert not (progress(bad_set)).exists()
 
 
 @pytest.mark.usefixtures("quick")
@@ -150,7 +156,7 @@ def test_ctrl_c_counts_the_tars_that_are_done(bad_set):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("change", ["tar", "touched tar", "index", "manifest"])
+@pytest.mark.parametrize("change", ["tar", "touched tar", "replaced tar", "index", "manifest"])
 def test_what_has_changed_meanwhile_is_checked_again(change, bad_set, packed, checked):
     interrupt(str(bad_set), after=2)
     assert checked.take() == ["train-000000.tar", "train-000001.tar"]
@@ -160,6 +166,13 @@ def test_what_has_changed_meanwhile_is_checked_again(change, bad_set, packed, ch
         shutil.copy(packed / f"{tar.name}.index", bad_set)
     elif change == "touched tar":
         os.utime(tar, ns=(1, 1))
+    elif change == "replaced tar":  # as by `rsync -a`: of the same size, time, ends and index
+        info = tar.stat()
+        raw = bytearray(tar.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        (bad_set / "x").write_bytes(raw)
+        os.utime(bad_set / "x", ns=(info.st_atime_ns, info.st_mtime_ns))
+        os.replace(bad_set / "x", tar)
     elif change == "index":
         shutil.copy(packed / f"{tar.name}.index", bad_set)
     else:
@@ -181,7 +194,7 @@ def test_a_torn_or_changed_last_line_is_checked_again(bad_set, checked):
         lambda text: text.replace(b'"quarantined":2', b'"quarantined":0'),
     ):
         interrupt(str(bad_set), after=2)
-        path = bad_set / PROGRESS
+        path = progress(bad_set)
         *lines, last = path.read_bytes().splitlines(keepends=True)
         assert len(lines) == 2
         path.write_bytes(b"".join(lines) + damage(last))
@@ -199,11 +212,10 @@ def is_whole(line: bytes) -> bool:
 
 
 @pytest.mark.usefixtures("quick")
-def test_other_options_versions_and_patterns_are_not_taken_over(bad_set, checked, monkeypatch):
+def test_other_options_and_versions_are_not_taken_over(bad_set, checked, monkeypatch):
     pattern = str(bad_set)
     for words, again in (
         ("seconds_per_image was 30.0 and is 9.0", {"limits": ChildLimits(seconds=9.0)}),
-        ("shards was .* and is .*tar'", {"pattern": f"{pattern}/train-*.tar"}),
         ("fastmoco was .* and is '9.9'", {"version": "9.9"}),
     ):
         interrupt(pattern)
@@ -213,12 +225,92 @@ def test_other_options_versions_and_patterns_are_not_taken_over(bad_set, checked
             if "version" in again:
                 patch.setattr(check_module, "versions", lambda: {"fastmoco": "9.9"})
             options = {"limits": again.get("limits"), "resume": True, "tell": said.append}
-            check_shards(again.get("pattern", pattern), workers=1, **options)
+            check_shards(pattern, workers=1, **options)
         assert len(checked.take()) == 3
         (text,) = said
-        assert text.startswith(f"the unfinished check in {bad_set / PROGRESS} is not taken over: ")
+        assert text.startswith(f"the unfinished check in {progress(bad_set)} is not taken over: ")
         assert re.search(words, text), text
-        assert not (bad_set / PROGRESS).exists()
+        assert not (progress(bad_set)).exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_check_of_other_shards_leaves_the_record_of_a_folder_alone(bad_set, checked):
+    interrupt(str(bad_set), after=2)
+    checked.take()
+    record = progress(bad_set).read_bytes()
+    some = f"{bad_set}/train-00000[12].tar"
+    for resume in (False, True):
+        said: list[str] = []
+        check_shards(some, workers=1, resume=resume, tell=said.append)
+        assert progress(bad_set).read_bytes() == record
+        assert not progress(bad_set, some).exists()
+        assert [f"{bad_set} ({progress(bad_set)})" in text for text in said] == [True] * resume
+    checked.take()
+    check_shards(str(bad_set), workers=1, resume=True)
+    assert checked.take() == ["train-000002.tar"]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_record_is_locked_from_the_time_it_is_read(bad_set, resume, checked):
+    """Otherwise two checks could take over, and then write, the same file."""
+    interrupt(str(bad_set), after=1)
+    said: list[str] = []
+    started: list[bool] = []
+
+    def another(done: int, total: int) -> None:
+        if not started:  # before the first tar is done
+            started.append(True)
+            interrupt(str(bad_set), after=2, resume=True, tell=said.append)
+
+    interrupt(str(bad_set), after=1, resume=resume, progress=another)
+    assert ["another check of these shards is running" in text for text in said] == [True]
+    assert recorded(bad_set) == 1 + resume
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_record_that_was_begun_meanwhile_is_left_alone(bad_set):
+    said: list[str] = []
+    started: list[bool] = []
+
+    def another(done: int, total: int) -> None:
+        if not started:
+            started.append(True)
+            interrupt(str(bad_set), after=2)
+
+    check_shards(str(bad_set), workers=1, progress=another, tell=said.append)
+    assert "another check of these shards was begun meanwhile" in said[-1]
+    assert recorded(bad_set) == 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_record_that_was_deleted_meanwhile_is_written_again(bad_set, checked):
+    interrupt(str(bad_set), after=1)
+    started: list[bool] = []
+
+    def delete(done: int, total: int) -> None:
+        if not started:
+            started.append(True)
+            progress(bad_set).unlink()
+
+    interrupt(str(bad_set), after=1, resume=True, progress=delete)
+    assert recorded(bad_set) == 2
+    checked.take()
+    check_shards(str(bad_set), workers=1, resume=True)
+    assert checked.take() == ["train-000002.tar"]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("quarantine", [True, False])
+def test_a_user_without_a_home_folder_can_check(bad_set, monkeypatch, quarantine):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    interrupt(str(bad_set), after=2, quarantine=quarantine)
+    assert recorded(bad_set) == 2
+    assert check_shards(str(bad_set), workers=1, quarantine=quarantine).quarantined == len(BAD)
 
 
 @pytest.mark.usefixtures("quick")
@@ -231,7 +323,7 @@ def test_without_continue_an_unfinished_check_is_named_and_replaced(bad_set, che
     (text,) = said
     assert "an unfinished check of these shards exists, with 2 tars done" in text
     assert "--continue takes it over" in text
-    assert not (bad_set / PROGRESS).exists()
+    assert not (progress(bad_set)).exists()
     said.clear()
     check_shards(str(bad_set), workers=1, resume=True, tell=said.append)
     assert said == ["there is no unfinished check of these shards: every tar is checked"]
@@ -276,7 +368,7 @@ def test_progress_goes_to_the_state_folder_where_the_set_is_read_only(
     really = os.open
 
     def refuse(path, *arguments, **options):
-        if str(path) == str(bad_set / PROGRESS):
+        if str(path) == str(progress(bad_set)):
             raise PermissionError(13, "Permission denied")
         return really(path, *arguments, **options)
 
@@ -287,7 +379,7 @@ def test_progress_goes_to_the_state_folder_where_the_set_is_read_only(
     check_shards(str(bad_set), workers=1, resume=True)
     assert checked.take() == ["train-000002.tar"]
     assert not path.exists()
-    assert PROGRESS not in os.listdir(bad_set)
+    assert progress(bad_set).name not in os.listdir(bad_set)
 
 
 @pytest.mark.usefixtures("quick")
@@ -308,15 +400,15 @@ def test_two_checks_of_one_folder_do_not_mix_their_progress(bad_set):
 
     def check_inside(done: int, total: int) -> None:
         if done > total // 2 and not records:
-            records.append((bad_set / PROGRESS).read_bytes())
+            records.append((progress(bad_set)).read_bytes())
             inner.append(check_shards(str(bad_set), workers=1, tell=said.append))
-            records.append((bad_set / PROGRESS).read_bytes())
+            records.append((progress(bad_set)).read_bytes())
 
     report = check_shards(str(bad_set), workers=1, progress=check_inside)
-    assert "another check of this folder is running" in said[-1]
+    assert "another check of these shards is running" in said[-1]
     assert content(inner[0]) == content(report)
     assert records[0] == records[1]
-    assert not (bad_set / PROGRESS).exists()
+    assert not (progress(bad_set)).exists()
 
 
 @pytest.mark.usefixtures("quick")
@@ -331,7 +423,7 @@ def test_a_full_disk_ends_the_record_and_not_the_check(bad_set, monkeypatch):
     (text,) = said
     assert "not recorded any more" in text
     assert "the disk is full" in text
-    assert not (bad_set / PROGRESS).exists()
+    assert not (progress(bad_set)).exists()
 
 
 @pytest.mark.usefixtures("quick")

@@ -10,8 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from fastmoco_pipelines.errors import RemoteError
-from fastmoco_pipelines.formats.index import build_index, index_path, write_index
+from fastmoco_pipelines.errors import RemoteError, ShardError
+from fastmoco_pipelines.formats.index import (
+    build_index,
+    index_path,
+    read_index,
+    write_index,
+    write_json_index,
+)
 from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
 from fastmoco_pipelines.inspecting import check as check_module
 from fastmoco_pipelines.inspecting import sample_check as sample_module
@@ -116,6 +122,49 @@ def test_lines_about_images_that_were_not_drawn_stay(bad_set):
     assert all(entry in after for entry in known)  # with their dates, drawn or not
     (new,) = [entry for entry in after if entry not in [*known]]
     assert (new.shard, new.offset) == ("train-000000.tar", unknown)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_folder_in_the_place_of_an_index_is_one_tars_fault(packed, tmp_path):
+    folder = Path(shutil.copytree(packed, tmp_path / "set"))
+    path = index_path(folder / "train-000001.tar")
+    path.unlink()
+    path.mkdir()
+    for report in (
+        check_sample(str(folder), 100, workers=1),
+        check_shards(str(folder), workers=1),
+    ):
+        (fault,) = [fault for fault in report.faults if fault.kind == "broken index"]
+        assert fault.shard == "train-000001.tar"
+        assert f"{path.name}: cannot be read (Is a directory): move this folder" in fault.reason
+    assert check_sample(str(folder), 100, workers=1).sample == 29
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_form_of_an_index_that_is_read_is_named(packed, tmp_path):
+    folder = Path(shutil.copytree(packed, tmp_path / "set"))
+    tar, other = folder / "train-000001.tar", folder / "train-000002.tar"
+    text = write_json_index(tar, read_index(tar))
+
+    # A stale JSON form alone.
+    index_path(tar).unlink()
+    good = text.read_bytes()
+    text.write_bytes(write_json_index(other, read_index(other)).read_bytes())
+    for report in (
+        check_sample(str(folder), 100, workers=1),
+        check_shards(str(folder), workers=1),
+    ):
+        (fault,) = [fault for fault in report.faults if fault.kind == "stale index"]
+        assert fault.reason.startswith("train-000001.tar.index.json was made for another")
+    with pytest.raises(ShardError, match=r"^train-000001\.tar\.index\.json: was made for"):
+        read_index(tar)
+
+    # A stale binary one beside a JSON form that fits.
+    text.write_bytes(good)
+    shutil.copy(index_path(other), index_path(tar))
+    assert read_index(tar).tar == tar.name
+    assert check_sample(str(folder), 100, workers=1).sample == 45
+    assert check_shards(str(folder), workers=1).faults == []
 
 
 def seed_that_draws(images: set[int], count: int) -> int:

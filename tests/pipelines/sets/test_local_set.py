@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import stat
 import threading
@@ -13,8 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastmoco_pipelines import files
 from fastmoco_pipelines.errors import LostIndexError, ShardError
-from fastmoco_pipelines.formats.index import index_path, json_path, read_index, write_json_index
+from fastmoco_pipelines.formats.index import (
+    index_path,
+    json_path,
+    read_index,
+    write_index,
+    write_json_index,
+)
 from fastmoco_pipelines.formats.index_file import IndexFile
 from fastmoco_pipelines.healing import healer
 from fastmoco_pipelines.healing.bad_samples import BadSamples
@@ -64,10 +72,10 @@ def test_a_folder_that_cannot_be_written_is_read(folder, caplog):
 def test_an_index_that_cannot_be_written_is_held(folder, caplog, monkeypatch):
     only_json(folder)
 
-    def full(path, content):
+    def full(path, content, *, replaces=None):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(local_set, "write_file", full)
+    monkeypatch.setattr(local_set, "write_new_file", full)
     check_held(folder, caplog)
 
 
@@ -89,6 +97,107 @@ def test_a_stale_or_broken_json_form_is_refused(folder):
     with pytest.raises(ShardError, match=r"train-000000\.tar\.index\.json: is not an index"):
         ShardSet.open(str(folder))
     assert not index_path(first).exists()
+
+
+def test_labels_that_are_written_while_the_json_form_is_read_stay(folder, monkeypatch):
+    only_json(folder)
+    tar = folder / "train-000001.tar"
+    really = local_set.open_index
+
+    def meanwhile(name, data):
+        if name == json_path(tar).name and not index_path(tar).exists():
+            index = read_index(tar)
+            index.columns["label"] = [7] * len(index)
+            write_index(tar, index)
+        return really(name, data)
+
+    monkeypatch.setattr(local_set, "open_index", meanwhile)
+    with ShardSet.open(str(folder)) as shards:
+        assert set(shards.labels_of(np.arange(16, 32)).tolist()) == {7}
+    assert set(read_index(tar).columns["label"]) == {7}
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_an_index_that_appears_before_its_json_form_is_looked_for_is_read(folder, monkeypatch):
+    tar = folder / "train-000001.tar"
+    data = index_path(tar).read_bytes()
+    index_path(tar).unlink()
+    monkeypatch.setattr(
+        local_set,
+        "json_path",
+        lambda path: index_path(tar).write_bytes(data) and json_path(path),
+    )
+    assert len(ShardSet.open(str(folder))) == 45
+
+
+@pytest.mark.parametrize("races", [False, True])
+def test_a_json_form_that_fits_replaces_a_stale_binary_index(folder, races, monkeypatch):
+    """As an earlier version of fastmoco leaves both after it has indexed a new tar."""
+    tar, other = folder / "train-000001.tar", folder / "train-000002.tar"
+    write_json_index(tar, read_index(tar))
+    fresh = index_path(tar).read_bytes()
+    shutil.copy(index_path(other), index_path(tar))
+    assert read_index(tar).tar == tar.name
+    really = local_set.write_new_file
+
+    def write(path, content, **options):
+        if races:  # a newer index with other labels takes its place before the stale one is removed
+            index = read_index(tar)
+            index.columns["label"] = [7] * len(index)
+            write_index(tar, index)
+        return really(path, content, **options)
+
+    monkeypatch.setattr(local_set, "write_new_file", write)
+    with ShardSet.open(str(folder)) as shards:
+        labels = set(shards.labels_of(np.arange(16, 32)).tolist())
+    assert (labels == {7}) == races
+    assert (index_path(tar).read_bytes() == fresh) != races
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_a_stale_binary_index_beside_a_stale_or_broken_json_form_is_refused(folder):
+    tar, other = folder / "train-000001.tar", folder / "train-000002.tar"
+    shutil.copy(index_path(other), index_path(tar))
+    for text in (b"{", write_json_index(other, read_index(other)).read_bytes()):
+        json_path(tar).write_bytes(text)
+        with pytest.raises(ShardError, match=r"train-000001\.tar\.index: was made for another"):
+            ShardSet.open(str(folder))
+
+
+@pytest.mark.parametrize("suffix", [".index", ".index.json"])
+def test_a_folder_in_the_place_of_an_index_is_named(folder, suffix):
+    tar = folder / "train-000001.tar"
+    index_path(tar).unlink()
+    tar.with_name(tar.name + suffix).mkdir()
+    words = rf"train-000001\.tar{suffix}: cannot be read \(Is a directory\).*fastmoco data index"
+    with pytest.raises(ShardError, match=words):
+        ShardSet.open(str(folder))
+    with pytest.raises(ShardError, match=words.replace(".*", ".*ove this folder away.*")):
+        read_index(tar)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("name", ["train-000001.tar", "train-000001.tar.index"])
+def test_what_cannot_be_read_is_tried_again_and_named(folder, number, name, monkeypatch):
+    really = os.open
+    failures = [2]
+
+    def fail(path, *arguments, **options):
+        if os.path.basename(path) == name and failures[0]:
+            failures[0] -= 1
+            raise OSError(number, os.strerror(number), path)
+        return really(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", fail)
+    assert len(ShardSet.open(str(folder))) == 45  # the third attempt
+    failures[0] = 3
+    if number == errno.EMFILE:
+        with pytest.raises(OSError, match="Too many open files"):
+            ShardSet.open(str(folder))
+        return
+    cure = "fastmoco data index" if name.endswith("index") else "Copy the tar again"
+    with pytest.raises(ShardError, match=rf"^{re.escape(name)}: cannot be read .*{cure}"):
+        ShardSet.open(str(folder))
 
 
 def test_a_damaged_body_is_found_at_the_first_use_where_a_set_is_large(folder, monkeypatch):
@@ -315,6 +424,71 @@ def test_a_damaged_copy_and_a_folder_of_others_are_ignored(folder, kept, tmp_pat
     assert len(kept) == 12
 
 
+def test_without_home_or_working_folder_every_process_reads(folder, kept, monkeypatch, tmp_path):
+    """As for a user id of a container that has no entry, and in a folder that was deleted."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    with monkeypatch.context() as patch:
+        patch.delenv("XDG_CACHE_HOME")
+        patch.setattr(Path, "home", no_home)
+        assert len(ShardSet.open(str(folder))) == 45
+        with pytest.raises(OSError, match="no home folder: set HOME or XDG_CACHE_HOME"):
+            files.user_cache()
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert len(ShardSet.open(str(folder))) == 45
+    monkeypatch.chdir(tmp_path)
+    assert len(kept) == 6
+
+
+def test_another_set_or_host_waits_for_none(folder, kept, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    really = local_set._read_header
+
+    def slow(tar):
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            assert go_on.wait(30)
+        return really(tar)
+
+    def sleep(seconds):
+        raise AssertionError("waits for the lock")
+
+    monkeypatch.setattr(local_set, "_read_header", slow)
+    first = threading.Thread(target=lambda: ShardSet.open(str(folder)).close())
+    first.start()
+    assert begun.wait(30)
+    monkeypatch.setattr(host_table.time, "sleep", sleep)
+    try:
+        ShardSet.open(f"{folder}/train-00000{{0..1}}.tar").close()
+        with pytest.raises(AssertionError, match="waits for the lock"):
+            ShardSet.open(str(folder))
+        monkeypatch.setattr(host_table.platform, "node", lambda: "another")
+        ShardSet.open(str(folder)).close()
+    finally:
+        go_on.set()
+        first.join()
+    assert len(kept) == 2 + 3 + 3
+
+
+def test_sets_of_other_hosts_stay_for_a_month(folder, kept, monkeypatch, tmp_path):
+    monkeypatch.setattr(host_table, "_KEPT", 1)
+    for node in "abc":
+        monkeypatch.setattr(host_table.platform, "node", lambda node=node: node)
+        ShardSet.open(str(folder)).close()
+    left = sorted((tmp_path / "cache/fastmoco/sets").iterdir())
+    assert [path.suffix for path in left] == [".set"] * 3
+    os.utime(left[0], (1, 1))
+    monkeypatch.setattr(host_table.platform, "node", lambda: "d")
+    ShardSet.open(str(folder)).close()
+    assert len(list((tmp_path / "cache/fastmoco/sets").iterdir())) == 3
+    assert not left[0].exists()
+
+
 def test_few_sets_are_kept(folder, kept, monkeypatch, tmp_path):
     monkeypatch.setattr(host_table, "_KEPT", 2)
     for number in range(4):
@@ -325,17 +499,21 @@ def test_few_sets_are_kept(folder, kept, monkeypatch, tmp_path):
 
 def test_threads_and_one_thread_read_the_same(monkeypatch):
     items = [str(i) for i in range(1000)]
+    threads: set[str] = set()
 
     def waits(item: str) -> str:
+        threads.add(threading.current_thread().name)
         if item == "900":
             raise ShardError("the first fault")
         if item == "950":
             raise ShardError("a later fault")
         return item * 2
 
-    assert local_set.in_threads(waits, items[:900]) == [item * 2 for item in items[:900]]
     for switches in (0, 10**6):
-        counts = iter([0, switches])
+        threads.clear()
+        counts = iter([0, switches] * 2)
         monkeypatch.setattr(local_set, "_waits", lambda counts=counts: next(counts))
+        assert local_set.in_threads(waits, items[:900]) == [item * 2 for item in items[:900]]
+        assert any("fastmoco-index" in name for name in threads) == bool(switches)
         with pytest.raises(ShardError, match="the first fault"):
             local_set.in_threads(waits, items)
