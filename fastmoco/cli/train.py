@@ -117,13 +117,14 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
         )
         config = replace(saved, knn=knn, device="auto")
         world = start_world(config.device)
-        threads = setup.share_cores(config)
-        precision = choose_precision(config.precision, world.device)
-        monitor = setup.build_knn(config, world, threads=threads, precision=precision)
-        if monitor is None:
-            raise RunError("no shards to classify; give them with --test")
-        with closing(monitor):
-            accuracy = monitor.evaluate(objective.to(world.device).encoder)["knn"]
+        with first_cause(world):
+            threads = setup.share_cores(config)
+            precision = choose_precision(config.precision, world.device)
+            monitor = setup.build_knn(config, world, threads=threads, precision=precision)
+            if monitor is None:
+                raise RunError("no shards to classify; give them with --test")
+            with closing(monitor):
+                accuracy = monitor.evaluate(objective.to(world.device).encoder)["knn"]
     stop_world()
     if world.rank == 0:
         print(
