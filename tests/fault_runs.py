@@ -27,7 +27,8 @@ from fastmoco.config.serial import from_json
 out, rank = Path(sys.argv[2]), int(os.environ.get("RANK", "0"))
 Path(f"{{out}}.rank{{rank}}").write_text(str(os.getpid()))
 {before}
-sys.exit(train_command.train(from_json(json.loads(sys.argv[1])), out))
+config = from_json(json.loads(sys.argv[1]))
+sys.exit(train_command.train(config, out, process_ends=True))
 """
 
 

@@ -239,7 +239,9 @@ def _train(args: list[str]) -> int:
     with collection_paused():
         from fastmoco.cli.train import train
 
-    return train(parsed.config, parsed.out, allow=parsed.allow, trust=parsed.trust)
+    return train(
+        parsed.config, parsed.out, allow=parsed.allow, trust=parsed.trust, process_ends=True
+    )
 
 
 def _without_gpus(args: list[str]) -> list[str]:

@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from fastmoco.training.trainer import Trainer
 
 
-def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool = False) -> int:
+def train(
+    config: Config,
+    out: Path,
+    *,
+    allow: Sequence[str] = (),
+    trust: bool = False,
+    process_ends: bool = False,
+) -> int:
     """Train, or continue, the run in `out`.
 
     Args:
@@ -34,6 +41,8 @@ def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool =
         out: folder of the run.
         allow: fields that may differ from those of the run in `out`.
         trust: continue from a checkpoint in `out` even if another run wrote it.
+        process_ends: whether the process ends after it; after the last step of the run, signals
+            then stay ignored (`AfterRun`).
 
     Returns:
         0 finished, 75 stopped by a signal after saving its state.
@@ -56,21 +65,27 @@ def train(config: Config, out: Path, *, allow: Sequence[str] = (), trust: bool =
 
                 trainer = Trainer.build(config, out, world, allow=allow, start=start)
     if finished:
-        return _finish(start.folder, config, world, None)
+        return _finish(start.folder, config, world, None, process_ends)
     try:
         with one_line(EXIT_FAILED), first_cause(world):
-            code = trainer.run()
+            code = trainer.run(process_ends=process_ends)
     except BaseException:
         trainer.close()
         raise
     if code == EXIT_FINISHED:
-        return _finish(trainer.folder, config, world, trainer)
+        return _finish(trainer.folder, config, world, trainer, process_ends)
     trainer.close()
     stop_world()
     return code
 
 
-def _finish(folder: RunFolder, config: Config, world: World, trainer: Trainer | None) -> int:
+def _finish(
+    folder: RunFolder,
+    config: Config,
+    world: World,
+    trainer: Trainer | None,
+    process_ends: bool,
+) -> int:
     """Close a run that has all its steps, and draw its curves unless there is a picture of them.
 
     The process group ends first, so other ranks do not wait for rank 0 to draw.
@@ -80,16 +95,21 @@ def _finish(folder: RunFolder, config: Config, world: World, trainer: Trainer | 
         config: of the run.
         world: this process's rank and device.
         trainer: of the run; None if it was finished by an earlier start.
+        process_ends: as of `AfterRun`.
 
     Returns:
         0, whatever happens while it draws.
     """
-    with AfterRun() as after:
+    with AfterRun(process_ends=process_ends) as after:
         if trainer is not None:
             trainer.close()
         stop_world()
-        if world.rank == 0 and (trainer is not None or not folder.has_curves()):
-            after.attempt(lambda: _draw(folder, config), f"{folder.curves.name} not drawn")
+        if world.rank == 0:
+            known = trainer is None
+            after.attempt(
+                lambda: _draw(folder, config, unless_drawn=known),
+                f"{folder.curves.name} not drawn",
+            )
     return EXIT_FINISHED
 
 
@@ -117,13 +137,14 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
         )
         config = replace(saved, knn=knn, device="auto")
         world = start_world(config.device)
-        threads = setup.share_cores(config)
-        precision = choose_precision(config.precision, world.device)
-        monitor = setup.build_knn(config, world, threads=threads, precision=precision)
-        if monitor is None:
-            raise RunError("no shards to classify; give them with --test")
-        with closing(monitor):
-            accuracy = monitor.evaluate(objective.to(world.device).encoder)["knn"]
+        with first_cause(world):
+            threads = setup.share_cores(config)
+            precision = choose_precision(config.precision, world.device)
+            monitor = setup.build_knn(config, world, threads=threads, precision=precision)
+            if monitor is None:
+                raise RunError("no shards to classify; give them with --test")
+            with closing(monitor):
+                accuracy = monitor.evaluate(objective.to(world.device).encoder)["knn"]
     stop_world()
     if world.rank == 0:
         print(
@@ -134,14 +155,24 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
     return EXIT_FINISHED
 
 
-def _draw(folder: RunFolder, config: Config) -> None:
-    """Draw the curves if matplotlib is installed."""
-    from fastmoco.training import setup
+def _draw(folder: RunFolder, config: Config, *, unless_drawn: bool) -> None:
+    """Draw the curves if matplotlib is installed; `unless_drawn`: and there is no picture of them.
 
+    The folder is locked again meanwhile: another start would remove the incomplete file.
+    """
+    if unless_drawn and folder.has_curves():
+        return
+    from fastmoco.training import setup  # only now: a picture that is there needs no trainer
+
+    folder.acquire()
     try:
         draw_curves(folder.metrics, folder.curves, config.recipe, figures=setup.figures(config))
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
         say(
             f"{folder.curves.name} not drawn; "
             "it needs pip install '.[logging]' in the source folder of fastmoco"
         )
+    finally:
+        folder.release()

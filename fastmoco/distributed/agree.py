@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastmoco.distributed.mesh import group_rank, group_size
+from fastmoco.distributed.mesh import group_size
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
@@ -63,26 +63,3 @@ def mean(numbers: Tensor) -> Tensor:
         dist.all_reduce(numbers)
         numbers /= group_size()
     return numbers
-
-
-def first_failure(words: str, device: torch.device) -> tuple[int, str] | None:
-    """The first rank that has failed, and its words; None if no rank has.
-
-    Args:
-        words: why this rank has failed; empty if it has not.
-        device: where the process group communicates.
-    """
-    if group_size() == 1:
-        return (0, words) if words else None
-    text = words.encode()
-    mine = torch.tensor([len(text)], dtype=torch.int64, device=device)
-    lengths = [torch.empty_like(mine) for _ in range(group_size())]
-    dist.all_gather(lengths, mine)
-    for rank, length in enumerate(map(int, lengths)):
-        if length:
-            shared = torch.zeros(length, dtype=torch.uint8, device=device)
-            if rank == group_rank():
-                shared.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-            dist.broadcast(shared, src=rank)
-            return rank, bytes(shared.tolist()).decode()
-    return None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,10 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.config import Config
-from fastmoco.distributed.agree import first_failure
 from fastmoco.distributed.mesh import World
-from fastmoco.distributed.sharding import is_sharded
-from fastmoco.errors import RunError
 from fastmoco.evaluation.embed import LabelledRows, embed_part, eval_mode
 from fastmoco.evaluation.interface import Monitor
 from fastmoco.evaluation.knn import shared_knn_accuracy
@@ -80,13 +77,14 @@ class KnnMonitor(Monitor):
         with ExitStack() as stack:
             stack.enter_context(eval_mode(encoder))
             parts = []
-            with self._failing_together(encoder):
-                for opened, limit in (
-                    (self._bank, knn.max_train_images),
-                    (self._queries, knn.max_test_images),
-                ):
-                    parts.append(self._embed(encoder, opened, limit))
-                    stack.callback(parts[-1].rows.close)
+            # An error of one rank is raised at once: the others may embed for much longer than a
+            # collective waits.
+            for opened, limit in (
+                (self._bank, knn.max_train_images),
+                (self._queries, knn.max_test_images),
+            ):
+                parts.append(self._embed(encoder, opened, limit))
+                stack.callback(parts[-1].rows.close)
             accuracy = shared_knn_accuracy(
                 *parts, device=self.world.device, k=knn.k, temperature=knn.temperature
             )
@@ -135,30 +133,6 @@ class KnnMonitor(Monitor):
 
             limit_bytes = self.memory_bytes() if self.memory_bytes is not None else None
             return embed_part(encode, loader, memory_bytes=limit_bytes, folder=self.scratch)
-
-    @contextmanager
-    def _failing_together(self, encoder: nn.Module) -> Iterator[None]:
-        """A context in which an error of one rank becomes an error of all, which would otherwise
-        wait in the search for the rank that has failed.
-
-        Raises:
-            RunError: on the other ranks; contains the words of the first rank that has failed.
-        """
-        failure: Exception | None = None
-        try:
-            yield
-        except Exception as error:
-            # The other ranks may be inside a collective of the encoder, which this would answer.
-            if is_sharded(encoder):
-                raise
-            failure = error
-        words = "" if failure is None else str(failure) or type(failure).__name__
-        first = first_failure(words, self.world.device)
-        if failure is not None:
-            raise failure
-        if first is not None:
-            rank, words = first
-            raise RunError(f"rank {rank} could not compute features for kNN: {words}")
 
 
 @dataclass(frozen=True, slots=True)

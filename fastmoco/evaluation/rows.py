@@ -96,13 +96,22 @@ class FileRows(Rows):
         width: D.
         dtype: float32 or float64.
         folder: of the file; None: that of `TMPDIR`.
+
+    Raises:
+        RunError: if the folder takes no file.
     """
 
     def __init__(self, width: int, dtype: torch.dtype, folder: Path | None) -> None:
         self.width = width
         self.dtype = dtype
         self._folder = folder if folder is not None else Path(tempfile.gettempdir())
-        self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - `close` closes it
+        try:
+            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - `close` closes it
+        except OSError as error:
+            raise RunError(
+                f"{self._folder}: no temporary file for the features of kNN ({error.strerror}); "
+                f"create it, or set TMPDIR to a folder that can be written"
+            ) from error
         self._count = 0
         self._read = torch.empty(0, width, dtype=dtype)
 

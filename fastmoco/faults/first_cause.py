@@ -61,7 +61,7 @@ def first_cause(world: World) -> Iterator[None]:
         echo = lost_a_peer(error)
         first = _reported(store, _REASON_SECONDS if echo else 0.0)
         if first is None:
-            mine = f"rank {world.rank}: {_words(error)}"[:_LONGEST]
+            mine = _storable(f"rank {world.rank}: {_words(error)}")
             first = report(store, mine)
             if first == mine:
                 raise
@@ -77,6 +77,11 @@ def _words(error: Exception) -> str:
         if isinstance(error, (RunError, ShardError, ValueError))
         else f"{type(error).__name__}: {error}"
     )
+
+
+def _storable(text: str) -> str:
+    """Not too long, with names of files that are not UTF-8 escaped: the store takes UTF-8 only."""
+    return text.encode("utf-8", "backslashreplace").decode()[:_LONGEST]
 
 
 def report(store: Any, text: str) -> str:

@@ -101,6 +101,11 @@ class StopSignal:
             say(f"{self.received}: a peer has ended; {_NOTHING_LOST}")
             raise SystemExit(EXIT_STOPPED) from error
 
+    def finish(self) -> None:
+        """The run is done: ignore the signals from now on, also after this context."""
+        self._previous = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+        self._over.set()
+
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.received is None:
             self._received_at = time.monotonic()

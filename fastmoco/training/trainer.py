@@ -289,11 +289,12 @@ class Trainer:
         self.step_count += 1
         return result
 
-    def run(self, max_steps: int | None = None) -> int:
+    def run(self, max_steps: int | None = None, *, process_ends: bool = False) -> int:
         """Train until the last step or a signal; save and return the exit code.
 
         Args:
             max_steps: stop after this number of steps without saving, for measurements.
+            process_ends: leave the signals ignored once the run is marked as done.
 
         Returns:
             `EXIT_FINISHED`, or `EXIT_STOPPED` after a signal to stop, when the state is saved.
@@ -326,6 +327,8 @@ class Trainer:
             # Before the signal handler is removed: a run with all steps saved is marked as done.
             if max_steps is None:
                 self.folder.mark("DONE")
+                if process_ends:
+                    stop.finish()
                 recorder.loader_summary(self.loader.figures())
                 recorder.event(
                     f"finished after {last} steps; the model is in {self.folder.checkpoints}"

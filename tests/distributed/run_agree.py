@@ -21,8 +21,6 @@ def decisions(world: World) -> dict[str, object]:
         "largest": agree.largest(numbers.clone()).tolist(),
         "total": agree.total(numbers.clone()).tolist(),
         "mean": agree.mean(numbers.double()).tolist(),
-        "failure": agree.first_failure("ä" * rank, device),
-        "no failure": agree.first_failure("", device),
     }
 
 

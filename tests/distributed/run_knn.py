@@ -22,7 +22,6 @@ from fastmoco.evaluation.monitor import KnnMonitor
 from fastmoco.evaluation.rows import FileRows, MemoryRows, Rows
 from fastmoco.objectives.build import build_objective
 from fastmoco.recipes import quickstart_digits
-from fastmoco_pipelines import ShardError
 from tests.distributed.cases import run_cases
 
 
@@ -196,34 +195,10 @@ def run_monitor(world: World) -> dict[str, object]:
     return {"figures": figures, "opened": len(opened)}
 
 
-def run_monitor_failing(world: World) -> str:
-    """The last rank cannot read its images; what every rank says."""
-    config = digits_config(Path(sys.argv[1]))
-    monitor = KnnMonitor(config, world, threads=1, device="cpu", precision="fp64")
-
-    def broken(*_: object, **__: object) -> object:
-        raise ShardError("train-000000.tar: the tar ends inside it.")
-
-    encoder = build_objective(config, world.device).encoder
-    with mock.patch.object(
-        knn_monitor,
-        "embed_part",
-        broken if world.rank == world.world_size - 1 else knn_monitor.embed_part,
-    ):
-        try:
-            monitor.evaluate(encoder)
-        except RuntimeError as error:
-            return f"{type(error).__name__}: {error}"
-        finally:
-            monitor.close()
-    return ""
-
-
 CASES = {
     **{name: functools.partial(run_search, name=name) for name in SETS},
     "refused": run_refused,
     "monitor": run_monitor,
-    "monitor failing": run_monitor_failing,
 }
 
 if __name__ == "__main__":

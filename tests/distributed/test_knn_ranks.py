@@ -80,7 +80,7 @@ def test_all_ranks_refuse_in_the_same_words(ranks: list[dict[str, Any]]) -> None
 
 @pytest.mark.slow
 def test_the_monitor_gives_one_figure_on_any_number_of_ranks(tmp_path: Path) -> None:
-    """In memory and in files, with each set opened once; and one rank's failure ends all."""
+    """In memory and in files, with each set opened once."""
     pytest.importorskip("webdataset", reason="webdataset is not installed")
     from fastmoco_pipelines import pack_digits
 
@@ -88,16 +88,10 @@ def test_the_monitor_gives_one_figure_on_any_number_of_ranks(tmp_path: Path) -> 
     for count in (1, 3):
         out = tmp_path / str(count)
         pack_digits(out, seed=0)
-        found = launch(count, out, "monitor", "monitor failing", module="tests.distributed.run_knn")
-        for rank, results in enumerate(found):
+        found = launch(count, out, "monitor", module="tests.distributed.run_knn")
+        for results in found:
             monitor = cast("dict[str, Any]", results["monitor"])
             figures |= set(monitor["figures"])
             assert monitor["opened"] == 2
-            words = "train-000000.tar: the tar ends inside it."
-            assert results["monitor failing"] == (
-                f"ShardError: {words}"
-                if rank == count - 1
-                else f"RunError: rank {count - 1} could not compute features for kNN: {words}"
-            )
     assert len(figures) == 1
     assert 0.2 < figures.pop() < 1.0

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,7 +192,7 @@ def test_a_signal_while_it_draws_ends_a_finished_run_with_0(
     try:
         one.wait_for_text("drawing")
         one.process.send_signal(number)
-        assert one.end(20) == 0, one.text()
+        assert one.end(60) == 0, one.text()
         assert f"curves.png not drawn: {number.name}; the run is finished" in one.text()
         assert not list(copy.glob("*curves*"))
         assert (copy / "DONE").exists()
@@ -204,7 +205,7 @@ import os, time
 from datetime import timedelta
 import torch.distributed as dist
 from fastmoco.cli import train as train_command
-LIMIT, DRAWING = 6, 12
+LIMIT, DRAWING = 20, 30
 
 # A collective that takes longer than its limit ends the process, as with NCCL.
 wait_for_all = dist.barrier
@@ -264,5 +265,102 @@ def test_two_ranks_agree_that_a_run_is_finished(config: Config, copy: Path) -> N
         assert one.end() == 0, one.text()
         assert len(re.findall("finished already", one.text())) == 1
         assert "batch 256 on 2 x cpu" not in one.text()
+    finally:
+        one.close()
+
+
+def test_the_folder_is_locked_while_it_draws(
+    config: Config, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another start would take the incomplete picture for a leftover."""
+
+    def second_start(*_: object, **__: object) -> None:
+        with pytest.raises(RunError, match="is in use by process"):
+            RunFolder(copy).acquire()
+        drawn.append(1)
+
+    drawn: list[int] = []
+    (copy / "curves.png").unlink()
+    monkeypatch.setattr(train_command, "draw_curves", second_start)
+    assert train(config, copy) == 0
+    assert drawn
+    RunFolder(copy).acquire()
+
+
+@pytest.mark.parametrize("name", ["matplotlib.figure", "fastmoco.moved"])
+def test_only_a_missing_matplotlib_is_named_with_its_cure(
+    config: Config,
+    copy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    (copy / "curves.png").unlink()
+    monkeypatch.setattr(train_command, "draw_curves", fail)
+    assert train(config, copy) == 0
+    text = capsys.readouterr().err
+    assert ("pip install" in text) == name.startswith("matplotlib")
+    assert (name in text) != name.startswith("matplotlib")
+
+
+def test_an_unreadable_picture_does_not_fail_a_finished_run(
+    config: Config, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = copy / "curves.png"
+    picture.unlink()
+    picture.symlink_to(picture)
+    assert train(config, copy) == 0
+    assert "curves.png not drawn: " in capsys.readouterr().err
+
+
+ENDING = """
+import atexit, time
+def wait():
+    print("ending", flush=True)
+    {wait}
+atexit.register(wait)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_while_a_finished_process_ends_leaves_its_exit_code(
+    config: Config, copy: Path
+) -> None:
+    one = start(config, copy, before=ENDING.format(wait="time.sleep(3)"), ranks=0)
+    try:
+        one.wait_for_text("ending")
+        one.process.send_signal(signal.SIGTERM)
+        assert one.end(60) == 0, one.text()
+    finally:
+        one.close()
+
+
+HANGING_CLOSE = """
+import threading
+from fastmoco.training import trainer
+def close(self):
+    print("closing", flush=True)
+    threading.Event().wait()
+trainer.Trainer.close = close
+"""
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_finished_run_that_hangs_with_0(
+    config: Config, tmp_path: Path
+) -> None:
+    one = start(config, tmp_path / "run", before=HANGING_CLOSE, ranks=0)
+    try:
+        one.wait_for_text("closing")
+        one.process.send_signal(signal.SIGTERM)
+        time.sleep(2.5)
+        assert one.process.poll() is None
+        one.process.send_signal(signal.SIGTERM)
+        assert one.end(60) == 0, one.text()
+        assert "a second signal: ended at once; the run is finished" in one.text()
+        assert (one.out / "DONE").exists()
     finally:
         one.close()

@@ -84,3 +84,8 @@ def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="ends after 100 of 460 bytes"):
         rows.block(0, 23)
     rows.close()
+
+
+def test_an_absent_folder_is_named_with_the_cure(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"absent: .*No such file.*or set TMPDIR"):
+        FileRows(5, torch.float32, tmp_path / "absent")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import threading
@@ -11,6 +12,7 @@ from typing import NoReturn
 
 import pytest
 
+from fastmoco.faults import after_run
 from fastmoco.faults.after_run import AfterRun
 from fastmoco.faults.stop_signal import SIGNALS
 
@@ -112,3 +114,58 @@ def test_another_thread_may_use_it(capsys: pytest.CaptureFixture[str]) -> None:
     thread.start()
     thread.join()
     assert capsys.readouterr().err == "fastmoco: not drawn: no data\n"
+
+
+def test_a_report_that_cannot_be_written_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            tried.append(text)
+            raise OSError(28, "No space left on device")
+
+    tried: list[str] = []
+    monkeypatch.setattr("sys.stderr", Full())
+    with AfterRun() as after:
+        after.attempt(fails_with(ValueError("no data")), "not drawn")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        after.attempt(lambda: None, "not drawn")
+    assert len(tried) == 2
+
+
+@pytest.mark.parametrize("by_signal", [True, False])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interruption_that_a_finalizer_swallows_is_repeated(
+    by_signal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(after_run, "REPEAT_SECONDS", 0.2)
+    ended = []
+
+    class Slow:
+        def __del__(self) -> None:
+            if by_signal:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+    def work() -> None:
+        Slow()
+        time.sleep(20)
+        ended.append(1)
+
+    with AfterRun() as after:
+        after.attempt(work, "not drawn", limit_s=30 if by_signal else 0.05)
+    assert not ended
+    why = "SIGTERM; the run is finished" if by_signal else "not done after 0 s"
+    assert f"fastmoco: not drawn: {why}\n" in capsys.readouterr().err
+
+
+def test_work_that_returns_all_the_same_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        except BaseException:
+            return
+
+    with AfterRun() as after:
+        after.attempt(work, "not drawn")
+    assert capsys.readouterr().err == ""

@@ -11,8 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from fastmoco.cli.train import train
 from fastmoco.config.serial import to_json
+from fastmoco.distributed.mesh import World
+from fastmoco.errors import RunError
+from fastmoco.faults import first_cause
 from fastmoco_pipelines.sampling.order import epoch_order
 from tests.pipelines.damage import damage
 
@@ -168,3 +173,60 @@ trainer.Trainer.step = step
     code, text = run(config, tmp_path / "run", before)
     assert code != 0
     assert "fastmoco: ended by the failure of rank 1: MemoryError: no room" in text, text
+
+
+FAILING_KNN = """
+import functools, os, time
+from fastmoco.evaluation import monitor
+from fastmoco_pipelines import ShardError
+joined = train_command.start_world
+train_command.start_world = lambda device, **_: joined(device, timeout_s=20)
+embed_part = monitor.embed_part
+def broken(*args, **more):
+    if os.environ["RANK"] == "1":
+        raise ShardError("train-000000.tar: the tar ends inside it")
+    {rank_0}
+    return embed_part(*args, **more)
+monitor.embed_part = broken
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_embed_ends_one_that_embeds_longer_than_a_collective_waits(
+    digits_copy, digits, tmp_path
+):
+    config, _ = digits_copy
+    config = replace(config, knn=replace(config.knn, every_epochs=1, test_shards=digits[1]))
+    code, text = run(config, tmp_path / "run", FAILING_KNN.format(rank_0="time.sleep(60)"))
+    assert code != 0
+    cause = "rank 1: train-000000.tar: the tar ends inside it"
+    assert any(f"ended by the failure of {cause}" in line for line in errors(text)), text
+    assert "Timed out" not in text
+
+
+@pytest.mark.slow
+def test_the_launchers_report_quotes_the_cause_of_a_failed_eval_knn(digits_copy, digits, tmp_path):
+    config, _ = digits_copy
+    config = replace(config, epochs=1, optim=replace(config.optim, warmup_epochs=0))
+    assert train(config, tmp_path / "run") == 0
+    before = FAILING_KNN.format(rank_0="pass") + (
+        f"out, sets = Path(sys.argv[2]), {digits!r}\n"
+        "sys.exit(train_command.eval_knn(out, *sets, k=5, temperature=0.07))"
+    )
+    code, text = run(config, tmp_path / "run", before)
+    assert code != 0
+    assert "rank 1: train-000000.tar: the tar ends inside it" in text[text.index("Failures:") :], (
+        text
+    )
+
+
+def test_the_name_of_a_file_that_is_not_utf8_reaches_the_others(monkeypatch):
+    """The store refuses it as it is; a rank that raised there would leave the others waiting."""
+    store = dist.HashStore()
+    monkeypatch.setattr(first_cause, "connect", lambda _: store)
+    with (
+        pytest.raises(RunError, match="ends inside it"),
+        first_cause.first_cause(World(rank=1, world_size=2)),
+    ):
+        raise RunError("bad-\udcff.tar: ends inside it")
+    assert store.get("first-cause") == rb"rank 1: bad-\udcff.tar: ends inside it"

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from fastmoco.config.faults import FaultConfig
 from fastmoco.distributed.mesh import World
+from fastmoco.faults import stop_signal
 from fastmoco.faults.pulse import Pulse, Section
 from fastmoco.faults.stop_signal import PATIENCE_SECONDS, SIGNALS, StopSignal
 from fastmoco.run.folder import RunFolder
@@ -278,3 +279,20 @@ def test_a_run_that_waits_for_its_data_in_every_step_is_no_hang(
         assert pulse.outlasts(40) is None
         now[0] += 10
         assert pulse.outlasts(50) == "data did not end within 48 s"
+
+
+def test_after_the_last_step_signals_stay_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop_signal, "PATIENCE_SECONDS", -1.0)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            stop.finish()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        assert {signal.getsignal(number) for number in before} == {signal.SIG_IGN}
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
