@@ -87,9 +87,10 @@ def map_file(descriptor: int) -> memoryview:
     if address == ctypes.c_void_p(-1).value:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-    content = (ctypes.c_char * size).from_address(address)
+    # Whole pages, as the kernel maps them: ctypes keeps a type for every length.
+    content = (ctypes.c_char * (-(-size // mmap.PAGESIZE) * mmap.PAGESIZE)).from_address(address)
     weakref.finalize(content, _munmap, address, size).atexit = False
-    return memoryview(content).cast("B").toreadonly()
+    return memoryview(content).cast("B").toreadonly()[:size]
 
 
 def user_cache() -> Path:

@@ -59,7 +59,7 @@ class LocalSet:
         tar = self.paths[shard]
         name = os.path.basename(tar) + SUFFIX
         data = self.converted.get(shard)
-        file = IndexFile(name, _mapped(tar) if data is None else data)
+        file = IndexFile(name, *_mapped(tar)) if data is None else IndexFile(name, data)
         if file.header.seal != self.shards[shard]["seal"].tobytes():
             raise ShardError(
                 f"{file.name}: was replaced while the set was open: start the command again."
@@ -258,13 +258,15 @@ def _folders(
         )
 
 
-def _mapped(tar: str) -> memoryview:
-    """The index file of a tar, memory-mapped."""
+def _mapped(tar: str) -> tuple[memoryview, tuple[int, ...]]:
+    """The index file of a tar, memory-mapped, and its state, which changes with it."""
 
-    def attempt() -> memoryview:
+    def attempt() -> tuple[memoryview, tuple[int, ...]]:
         descriptor = os.open(tar + SUFFIX, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return map_file(descriptor)
+            info = os.fstat(descriptor)
+            state = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+            return map_file(descriptor), state
         finally:
             os.close(descriptor)
 

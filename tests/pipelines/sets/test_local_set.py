@@ -309,6 +309,22 @@ def test_no_more_is_loaded_than_allowed(folder, monkeypatch):
         assert len(shards._records._loaded) == 1
 
 
+def test_an_index_that_is_loaded_again_is_checked_again_if_it_has_changed(folder, monkeypatch):
+    monkeypatch.setattr(records, "LOADED_FILES", 1)
+    shards = ShardSet.open(str(folder))
+    expected = shards.labels.tolist()
+    path = index_path(folder / "train-000000.tar")
+    data = bytearray(path.read_bytes())
+    data[IndexFile("x", bytes(data)).header.sections["records"].start + 16] ^= 1  # of a label
+    shards.labels_of(np.array([40]))  # the first one is not loaded any more
+    files.write_file(path, bytes(data))
+    with pytest.raises(LostIndexError, match=r"changed or damaged .*\(records\)"):
+        shards.labels_of(np.array([0]))
+    data[IndexFile("x", bytes(data)).header.sections["records"].start + 16] ^= 1
+    files.write_file(path, bytes(data))
+    assert shards.labels.tolist() == expected
+
+
 def test_loaded_indexes_take_no_descriptors(folder):
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))
