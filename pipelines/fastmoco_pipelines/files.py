@@ -22,10 +22,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _mmap = _LIBC.mmap
 _mmap.restype = ctypes.c_void_p
 _mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_madvise = _LIBC.madvise
+_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MADV_DONTNEED = 4
 _munmap = _LIBC.munmap
 _munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
@@ -91,6 +96,13 @@ def map_file(descriptor: int) -> memoryview:
     content = (ctypes.c_char * (-(-size // mmap.PAGESIZE) * mmap.PAGESIZE)).from_address(address)
     weakref.finalize(content, _munmap, address, size).atexit = False
     return memoryview(content).cast("B").toreadonly()[:size]
+
+
+def drop_pages(content: memoryview) -> None:
+    """Take the pages of a mapped file out of this process's memory; a later use brings them back
+    from the system's cache."""
+    address = np.frombuffer(content, dtype=np.uint8).ctypes.data
+    _madvise(address, len(content), _MADV_DONTNEED)
 
 
 def user_cache() -> Path:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import LostIndexError, ShardError, StoppedError
+from fastmoco_pipelines.files import drop_pages
 from fastmoco_pipelines.formats.index_file import RECORD, IndexFile, IndexHeader
 
 SHARD = np.dtype(
@@ -131,14 +132,17 @@ class Records:
             return records
 
     def check(self) -> None:
-        """Load and check every index now, names too; the newest ones stay loaded.
+        """Load and check every index now, names too. The newest ones stay mapped, so a shard that
+        vanishes later leaves its index; their pages are given back.
 
         Raises:
             ShardError: naming the first index that is broken.
         """
         for shard in range(len(self.first) - 1):
             self.of_shard(shard)
-            self.file(shard).check()
+            file = self.file(shard).check()
+            if isinstance(file.data, memoryview):
+                drop_pages(file.data)
 
     def all(self) -> Iterator[NDArray[Any]]:
         """The records of every shard, one after another."""

@@ -153,7 +153,7 @@ def test_sets_are_refused_without_the_secrets_of_their_urls(labels, words, monke
     def opened(pattern, *, cache):
         del cache
         return SimpleNamespace(
-            labels=np.array([labels]), classes=(redact(pattern),), close=lambda: None
+            unlabelled=int(labels < 0), classes=(redact(pattern),), close=lambda: None
         )
 
     monkeypatch.setattr(knn_monitor.ShardSet, "open", opened)

@@ -29,7 +29,7 @@ def test_batches_are_constant_and_counted():
 
 def test_it_stands_in_for_the_real_loader():
     public = [name for name, _ in inspect.getmembers(Loader, callable) if not name.startswith("_")]
-    assert public == ["begin", "close", "figures", "next", "state_dict"]
+    assert public == ["begin", "close", "figures", "has_digest", "next", "state_dict"]
     loader = SyntheticLoader(SPEC, sample_count=100)
     for name in [
         *public,
