@@ -284,3 +284,9 @@ def test_help_names_the_verbs(capsys):
     text = capsys.readouterr().out
     assert "fastmoco data check" in text
     assert "fastmoco data stats" in text
+
+
+def test_the_index_is_written_as_json_too(shards, capsys):
+    assert main(["data", "index", str(shards), "--json"]) == 0
+    assert "images in 1 shards indexed" in capsys.readouterr().out
+    assert json.loads(shards.with_name(f"{shards.name}.index.json").read_text())["version"] == 1

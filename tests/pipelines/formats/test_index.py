@@ -237,3 +237,16 @@ def test_index_shards_reports_progress_and_repeats_pack(packed, tmp_path):
     assert calls == [(1, 3), (2, 3), (3, 3)]
     assert (report.shards, report.samples, report.skipped) == (3, 45, ())
     assert before == {path.name: path.read_bytes() for path in folder.glob("*.index")}
+
+
+def test_the_json_form_is_written_for_other_programs(packed, tmp_path):
+    folder = copy_set(packed, tmp_path / "set")
+    assert index_shards(str(folder), json=True).samples == 45
+    for tar in sorted(folder.glob("*.tar")):
+        content = json.loads(json_path(tar).read_text())
+        index = read_index(tar)
+        assert (content["format"], content["version"]) == ("fastmoco-index", 1)
+        assert content["key"] == index.keys
+        assert {name: content[name] for name in index.columns} == index.columns
+    index_shards(str(folder))  # the next index would make it stale
+    assert not list(folder.glob("*.index.json"))
