@@ -30,7 +30,8 @@ def main() -> int:
 
     run = Trainer.run
 
-    def first_step(trainer: Trainer) -> int:
+    def first_step(trainer: Trainer, **options: Any) -> int:
+        del options  # how a whole run ends
         run(trainer, max_steps=1)
         used = os.times()
         report = {"cpu_s": used.user + used.system, "modules": sorted(sys.modules)}

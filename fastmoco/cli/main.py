@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: arguments without the name of the program; default those of the process.
+        argv: arguments without the name of the program; default those of the process, which then
+            ends with the command.
 
     Returns:
         The exit code: 0 finished, 1 failed while running, 2 refused before running, 75 stopped by a
@@ -79,7 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastmoco.cli import data as cli_data
 
     verbs: dict[str, Callable[[list[str]], int]] = {
-        "train": _train,
+        # A caller that gives the arguments is a program of its own, which goes on afterwards.
+        "train": functools.update_wrapper(
+            functools.partial(_train, process_ends=argv is None), _train
+        ),
         "recipes": _recipes,
         "print-config": _print_config,
         "plan": _plan,
@@ -218,7 +222,7 @@ def _plan(args: list[str]) -> int:
     return cli_plan.plan(parsed)
 
 
-def _train(args: list[str]) -> int:
+def _train(args: list[str], *, process_ends: bool = False) -> int:
     """Pre-train from a recipe; the same command again continues."""
     try:
         parsed = _parse_config(TrainArguments, "train", args)
@@ -240,7 +244,11 @@ def _train(args: list[str]) -> int:
         from fastmoco.cli.train import train
 
     return train(
-        parsed.config, parsed.out, allow=parsed.allow, trust=parsed.trust, process_ends=True
+        parsed.config,
+        parsed.out,
+        allow=parsed.allow,
+        trust=parsed.trust,
+        process_ends=process_ends,
     )
 
 
