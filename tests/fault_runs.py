@@ -25,7 +25,9 @@ from fastmoco.cli import train as train_command
 from fastmoco.training import trainer
 from fastmoco.config.serial import from_json
 out, rank = Path(sys.argv[2]), int(os.environ.get("RANK", "0"))
-Path(f"{{out}}.rank{{rank}}").write_text(str(os.getpid()))
+fresh = Path(f"{{out}}.new-rank{{rank}}")
+fresh.write_text(str(os.getpid()))
+fresh.replace(f"{{out}}.rank{{rank}}")  # a reader never sees an empty file
 {before}
 config = from_json(json.loads(sys.argv[1]))
 sys.exit(train_command.train(config, out, process_ends=True))
