@@ -105,6 +105,11 @@ def drop_pages(content: memoryview) -> None:
     _madvise(address, len(content), _MADV_DONTNEED)
 
 
+def file_state(info: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is written or replaced: device, inode, size and times."""
+    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+
 def user_cache() -> Path:
     """fastmoco's part of the user's cache folder (XDG_CACHE_HOME or ~/.cache).
 

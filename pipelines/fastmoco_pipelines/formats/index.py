@@ -37,6 +37,8 @@ from fastmoco_pipelines.formats.labels import (
 from fastmoco_pipelines.formats.members import group_members
 from fastmoco_pipelines.formats.tar import walk_damaged, walk_tar
 
+END_BYTES = 4096
+"""At each end of a tar: what `tar_hash` is a hash of."""
 SALVAGE = "Or index what is left of it: `fastmoco data index --salvage`."
 
 
@@ -217,7 +219,7 @@ def read_any_index(tar: Path) -> ShardIndex:
     path = index_file(tar)
     if path is None:
         raise ShardError(missing(tar))
-    return parse_index(path.name, index_bytes(path))
+    return open_index(path.name, index_bytes(path)).whole()
 
 
 def missing(tar: Path) -> str:
@@ -225,21 +227,12 @@ def missing(tar: Path) -> str:
     return f"{tar.name}: has no index beside it ({index_path(tar).name}): {CURE}."
 
 
-def parse_index(name: str, data: bytes) -> ShardIndex:
-    """An index from the content of its file, in either form.
+def open_index(name: str, data: bytes) -> IndexFile:
+    """An index file from its content; the JSON form is converted.
 
     Args:
         name: what errors call the file.
-        data: its content.
-
-    Raises:
-        ShardError: if it is broken.
-    """
-    return open_index(name, data).whole()
-
-
-def open_index(name: str, data: bytes) -> IndexFile:
-    """An index file from its content; the JSON form is converted.
+        data: its content, in either form.
 
     Raises:
         ShardError: if its header is broken, or anything in the JSON form.
@@ -262,5 +255,6 @@ def tar_hash(tar: Path) -> str:
 def hash_ends(descriptor: int) -> str:
     """`tar_hash` of a file that is open."""
     size = os.fstat(descriptor).st_size
-    head = read_at(descriptor, 4096, 0)
-    return hashlib.sha256(head + read_at(descriptor, 4096, max(0, size - 4096))).hexdigest()
+    head = read_at(descriptor, END_BYTES, 0)
+    tail = read_at(descriptor, END_BYTES, max(0, size - END_BYTES))
+    return hashlib.sha256(head + tail).hexdigest()

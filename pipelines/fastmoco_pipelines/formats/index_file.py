@@ -277,10 +277,8 @@ class IndexFile:
             ShardError: if the section is damaged, or a record is outside of what may be read: a
                 garbled index must never lead to a read at a wrong place.
         """
-        section = self._section("records")
-        records = np.frombuffer(
-            self.data, dtype=RECORD, count=self.header.samples, offset=section.start
-        )
+        self._section("records")
+        records = self.unchecked_records()
         self._check(records)
         return records
 

@@ -15,12 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
-from time import monotonic
 from typing import Any
 
-from fastmoco_pipelines.errors import PassingError, RemoteError
 from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.formats.index import (
+    END_BYTES,
     fits_tar,
     index_bytes,
     index_file,
@@ -31,13 +30,11 @@ from fastmoco_pipelines.formats.index_file import IndexFile, IndexHeader
 from fastmoco_pipelines.inspecting.decode_pool import Item
 from fastmoco_pipelines.sets.remote_set import THREADS
 from fastmoco_pipelines.sets.whole_tars import Copy, LocalTars, RemoteTars
-from fastmoco_pipelines.stores.retries import retried
-from fastmoco_pipelines.stores.store import Request
-from fastmoco_pipelines.stores.table import open_url
-from fastmoco_pipelines.text import redact
+from fastmoco_pipelines.stores.transfer import read_range
 
-_END_BYTES = 4096  # at each end, as `tar_hash` takes them
-
+_NO_RANGES = (
+    "so that a sample would cost as much as everything: check the whole set, without --sample"
+)
 State = dict[str, Any]
 """What identifies the content of a tar and of its index, as JSON; another state: check again."""
 
@@ -130,8 +127,8 @@ class RemoteCheckTars(RemoteTars):
         size = self.sizes[number]
         if index.tar_bytes != size:
             return False
-        first = self._read(number, 0, min(size, _END_BYTES))
-        start = max(0, size - _END_BYTES)
+        first = self._read(number, 0, min(size, END_BYTES))
+        start = max(0, size - END_BYTES)
         last = self._read(number, start, size - start)
         return hashlib.sha256(first + last).hexdigest() == index.tar_hash
 
@@ -164,29 +161,10 @@ class RemoteCheckTars(RemoteTars):
 
     def _read(self, number: int, start: int, size: int) -> bytes:
         """Some bytes of a tar, straight from the server."""
-        url = self._urls[number]
         if not size:
             return b""
-        deadline = monotonic() + self._limits.deadline_seconds
-
-        def attempt() -> bytes:
-            request = Request(
-                url=url, start=start, stop=start + size, limits=self._limits, deadline=deadline
-            )
-            with open_url(request) as body:
-                if body.start != start:
-                    raise RemoteError(
-                        f"{redact(url)}: its server ignores Range requests, so that a sample would "
-                        "cost as much as everything: check the whole set, without --sample"
-                    )
-                data = b""
-                for chunk in body.chunks:
-                    data += chunk
-                    if len(data) >= size:
-                        return data[:size]
-            raise PassingError(f"{redact(url)}: ended after {len(data)} of {size} bytes")
-
-        return retried(url, self._limits, deadline, Event(), attempt)
+        url = self._urls[number]
+        return read_range(url, start, size, self._limits, Event(), cure=_NO_RANGES)
 
 
 def _content_hash(path: Path | None) -> str | None:

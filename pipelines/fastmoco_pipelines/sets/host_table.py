@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from fastmoco_pipelines.files import (
     OPEN_FLAGS,
+    file_state,
     is_named,
     own_folder,
     remove,
@@ -114,9 +115,7 @@ def _identity(files: Sequence[str], manifests: Sequence[str], options: str) -> s
 
 
 def _state(name: str) -> bytes:
-    info = os.stat(name)
-    state = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-    return f"{name}\0{state}\n".encode("utf-8", "surrogateescape")
+    return f"{name}\0{file_state(os.stat(name))}\n".encode("utf-8", "surrogateescape")
 
 
 def _wait_for_lock(path: Path) -> int | None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.files import map_file, read_at, write_new_file
+from fastmoco_pipelines.files import file_state, map_file, read_at, write_new_file
 from fastmoco_pipelines.formats.index import hash_ends, json_path, missing, open_index, stale
 from fastmoco_pipelines.formats.index_file import (
     CURE,
@@ -264,9 +264,7 @@ def _mapped(tar: str) -> tuple[memoryview, tuple[int, ...]]:
     def attempt() -> tuple[memoryview, tuple[int, ...]]:
         descriptor = os.open(tar + SUFFIX, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            info = os.fstat(descriptor)
-            state = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-            return map_file(descriptor), state
+            return map_file(descriptor), file_state(os.fstat(descriptor))
         finally:
             os.close(descriptor)
 

@@ -29,6 +29,10 @@ _POLL_SECONDS = 0.05
 _LOOK_SECONDS = 1.0  # between two looks at which shards of a window are missing
 _NO_ROOM_SECONDS = 1.0
 _FAILED_SECONDS = 30.0
+_NO_RANGES = (
+    "and the shard cache cannot be used: make room for the cache, or give --data.cache-dir a folder "
+    "that can be written"
+)
 _READERS = 8  # requests at once where nothing can be kept
 
 
@@ -125,7 +129,9 @@ class ShardFetcher:
             shard = state.shards[number]
             return list(
                 pool.map(
-                    lambda part: read_range(shard, part[0], part[1], state.limits, state.stop),
+                    lambda part: read_range(
+                        shard.url, part[0], part[1], state.limits, state.stop, cure=_NO_RANGES
+                    ),
                     ranges,
                 )
             )

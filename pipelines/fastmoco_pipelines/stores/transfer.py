@@ -129,9 +129,16 @@ def fetch_document(
 
 
 def read_range(
-    shard: RemoteShard, offset: int, size: int, limits: Limits, stop: threading.Event
+    url: str, offset: int, size: int, limits: Limits, stop: threading.Event, *, cure: str
 ) -> bytes:
-    """Some bytes of a shard, without a copy of the rest. The caller must check them.
+    """Some bytes of a file, at least one, without a copy of the rest. The caller must check them.
+
+    Args:
+        url: of the file.
+        offset, size: in bytes.
+        limits: times and tries.
+        stop: set when the result is no longer needed.
+        cure: what to do about a server that ignores Range requests.
 
     Raises:
         RemoteError: naming the URL and the cause.
@@ -140,26 +147,22 @@ def read_range(
 
     def attempt() -> bytes:
         request = Request(
-            url=shard.url, start=offset, stop=offset + size, limits=limits, deadline=deadline
+            url=url, start=offset, stop=offset + size, limits=limits, deadline=deadline
         )
         with open_url(request) as body:
             if body.start != offset:
-                raise RemoteError(
-                    f"{redact(shard.url)}: its server ignores Range requests, and the shard cache "
-                    "cannot be used: make room for the cache, or give --data.cache-dir a folder "
-                    "that can be written"
-                )
+                raise RemoteError(f"{redact(url)}: its server ignores Range requests, {cure}")
             data = b""
             for chunk in body.chunks:
-                _require_going_on(shard.url, stop, deadline)
+                _require_going_on(url, stop, deadline)
                 data += chunk
                 if len(data) >= size:
                     break
             if len(data) < size:
-                raise PassingError(f"{redact(shard.url)}: ended after {len(data)} of {size} bytes")
+                raise PassingError(f"{redact(url)}: ended after {len(data)} of {size} bytes")
             return data[:size]
 
-    return retried(shard.url, limits, deadline, stop, attempt)
+    return retried(url, limits, deadline, stop, attempt)
 
 
 def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading.Event) -> None:
