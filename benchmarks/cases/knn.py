@@ -8,10 +8,7 @@ before anything is timed. At the size of ImageNet: `queries=50000 bank=1280000 r
 from __future__ import annotations
 
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.measure import interleave, ratios
+from benchmarks.ranks import TIMEOUT_S, run_ranks, status_bytes
 from fastmoco.distributed.mesh import World, start_world, stop_world
 from fastmoco.evaluation.embed import LabelledRows
 from fastmoco.evaluation.knn import shared_knn_accuracy, shared_neighbours
@@ -42,7 +40,6 @@ DEFAULTS = {
     "file": 0,
     "folder": "",
 }
-TIMEOUT_S = 3600
 _BLOCK = 4096
 _PLAIN_QUERIES = 32
 _NOISE = 4.0
@@ -74,7 +71,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
     def side_seconds(side: int) -> Callable[[], float]:
         def seconds() -> float:
-            ranks = _launch(options | {"checked": 0}, side)
+            ranks = run_ranks("benchmarks.cases.knn", options | {"checked": 0}, side)
             found[side].append(
                 {
                     "seconds": max(rank["seconds"] for rank in ranks),
@@ -132,7 +129,7 @@ def _check(options: dict[str, Any], sides: tuple[int, ...]) -> dict[str, Any]:
     del bank
     found: dict[str, Any] = {"queries": count, "plain": round(accuracy, 6)}
     for side in sides:
-        ranks = _launch(asked, side)
+        ranks = run_ranks("benchmarks.cases.knn", asked, side)
         index = torch.tensor([row for rank in ranks for row in rank["index"]])
         equal = float((index == torch.cat(plain)).double().mean())
         found[str(side)] = {"accuracy": ranks[0]["accuracy"], "equal_neighbours": round(equal, 6)}
@@ -165,36 +162,6 @@ def _rows(
     return table, labels
 
 
-def _launch(options: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
-    """Run that many processes and return what each has printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "benchmarks.cases.knn", json.dumps(options)]
-    processes = [
-        subprocess.Popen(
-            command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE
-        )
-        for r in range(ranks)
-    ]
-    try:
-        printed = [process.communicate(timeout=TIMEOUT_S)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.returncode for process in processes]
-    if any(codes):
-        raise ValueError(f"a process of {ranks} ended with {codes}")
-    return [json.loads(text.splitlines()[-1]) for text in printed]
-
-
 def _child(options: dict[str, Any]) -> None:
     """Search as one rank, and print its figures as one JSON line."""
     torch.set_num_threads(1)
@@ -213,7 +180,7 @@ def _child(options: dict[str, Any]) -> None:
     found["accuracy"] = shared_knn_accuracy(bank, queries, **here)
     found["seconds"] = round(time.perf_counter() - began, 3)
     found["cpu_seconds"] = round(time.process_time() - cpu, 3)
-    found["peak_mb"] = round(_peak_bytes() / 1e6, 1)
+    found["peak_mb"] = round(status_bytes("VmHWM") / 1e6, 1)
     stop_world()
     print(json.dumps(found))
 
@@ -230,12 +197,6 @@ def _part(options: dict[str, Any], name: str, world: World) -> LabelledRows:
         rows = MemoryRows(torch.empty(stop - start, options["dim"]), 0)
     _, labels = _rows(options, name, start, stop, rows)
     return LabelledRows(rows, labels)
-
-
-def _peak_bytes() -> int:
-    """Largest resident set of this process so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 if __name__ == "__main__":

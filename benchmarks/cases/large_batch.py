@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.ranks import run_ranks, status_bytes
 from fastmoco.config import BatchConfig, Config, KnnConfig, MoCoV3Config, OptimConfig
 from fastmoco.distributed.mesh import start_world, stop_world
 from fastmoco.recipes import quickstart_digits
@@ -42,7 +40,6 @@ DEFAULTS = {
     "epochs": 300.0,
     "warmup_epochs": 40.0,
 }
-TIMEOUT_S = 3600
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
@@ -77,43 +74,16 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _side(options: dict[str, Any], processes: int, chunk: int | str) -> dict[str, Any]:
-    """Start the processes of one side and collect their results."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
+    """Run the processes of one side and collect their results."""
+    found = run_ranks(
+        "benchmarks.cases.large_batch",
+        options | {"chunk": chunk},
+        processes,
         # Return freed memory to the system at once, so that the peak does not
         # depend on the allocator.
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.cases.large_batch",
-        json.dumps(options | {"chunk": chunk}),
-    ]
-    ranks = [
-        subprocess.Popen(
-            command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE
-        )
-        for r in range(processes)
-    ]
-    try:
-        printed = [rank.communicate(timeout=TIMEOUT_S)[0].decode() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    if any(rank.returncode for rank in ranks):
-        raise ValueError(
-            f"a process of the side chunk={chunk} ended with {[rank.returncode for rank in ranks]}"
-        )
-    found = [json.loads(text.splitlines()[-1]) for text in printed]
+        MALLOC_MMAP_THRESHOLD_="65536",
+        MALLOC_TRIM_THRESHOLD_="65536",
+    )
     return {**found[0], "peak_bytes": max(rank["peak_bytes"] for rank in found)}
 
 
@@ -176,7 +146,7 @@ def _child(options: dict[str, Any]) -> None:
                     dist.all_reduce(loss)
                 losses.append(loss.item() / world.world_size)
             seconds = (time.perf_counter() - began) / options["steps"]
-            peak = _status("VmHWM") - before
+            peak = status_bytes("VmHWM") - before
         finally:
             trainer.close()
     stop_world()
@@ -196,13 +166,7 @@ def _load_kernels(trainer: Trainer, dtype: torch.dtype) -> None:
 def _reset_peak() -> int:
     """Reset the peak; returns the resident bytes."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(name: str) -> int:
-    """One figure of the kernel for this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    return status_bytes("VmRSS")
 
 
 if __name__ == "__main__":
