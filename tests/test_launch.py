@@ -110,7 +110,7 @@ def test_the_command_of_the_agent_is_a_list_on_the_loopback_interface() -> None:
 @pytest.mark.parametrize("given", [["--gpus", "8"], ["--gpus=8"]])
 def test_the_workers_do_not_start_workers(given: list[str]) -> None:
     pytest.importorskip("tyro", reason="tyro is not installed")
-    from fastmoco.cli.main import _without_gpus
+    from fastmoco.cli.recipe_commands import _without_gpus
 
     assert _without_gpus(["r", "--out", "o", *given, "--seed", "8"]) == [
         "r",

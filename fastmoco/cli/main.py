@@ -6,56 +6,17 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
 import tyro
-from tyro.conf import Positional
 
-from fastmoco.cli import plan as cli_plan
-from fastmoco.cli.collection import collection_paused
+from fastmoco.cli import delayed, recipe_commands
 from fastmoco.cli.environment import clean_environment
-from fastmoco.cli.plan import PlanArguments
-from fastmoco.config import Config
-from fastmoco.config.serial import to_json
 from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, one_line, say
-from fastmoco.recipes import RECIPES, get_recipe, with_image_size
 from fastmoco_pipelines.text import first_sentence
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainArguments:
-    """Pre-train an encoder. The same command again continues the run; SIGTERM
-    and Ctrl-C save and exit with code 75.
-    """
-
-    out: Path
-    """Folder of the run: checkpoints, metrics.jsonl, config.json, curves.png."""
-    gpus: int = 0
-    """Processes to start on this machine, one per GPU; 0: train in this
-    process, also under torchrun or srun."""
-    allow: tuple[str, ...] = ()
-    """Fields that may differ from those of the run in --out, e.g. optim.lr; the
-    error of a refused run lists them."""
-    trust: bool = False
-    """Continue from the newest checkpoint in --out even if another run wrote
-    it. Its SHA-256 is still checked."""
-    config: Annotated[Config, tyro.conf.arg(name="")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConfigArguments:
-    """Print the config of a recipe with these overrides as JSON."""
-
-    config: Annotated[Config, tyro.conf.arg(name="")]
-
-
-P = TypeVar("P", TrainArguments, ConfigArguments, PlanArguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,11 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         # A caller that gives the arguments is a program of its own, which goes on afterwards.
         "train": functools.update_wrapper(
-            functools.partial(_train, process_ends=argv is None), _train
+            functools.partial(recipe_commands.train, process_ends=argv is None),
+            recipe_commands.train,
         ),
-        "recipes": _recipes,
-        "print-config": _print_config,
-        "plan": _plan,
+        "recipes": recipe_commands.recipes,
+        "print-config": recipe_commands.print_config,
+        "plan": recipe_commands.plan,
         "data pack": _parsed("data pack", cli_data.pack),
         "data index": _parsed("data index", cli_data.index),
         "data check": _parsed("data check", cli_check.check),
@@ -96,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "checkpoint verify": _parsed("checkpoint verify", cli_checkpoint.verify),
         "checkpoint list": _parsed("checkpoint list", cli_checkpoint.list_all),
         "checkpoint consolidate": _parsed("checkpoint consolidate", cli_checkpoint.consolidate),
-        "eval knn": _parsed("eval knn", _eval_knn),
-        "quickstart": _parsed("quickstart", _quickstart),
+        "eval knn": _parsed("eval knn", delayed.eval_knn),
+        "quickstart": _parsed("quickstart", delayed.quickstart),
     }
     if not args or args[0] in ("-h", "--help"):
         print(_usage(verbs))
@@ -160,133 +122,3 @@ def _usage(verbs: dict[str, Callable[[list[str]], int]]) -> str:
             "fastmoco COMMAND --help lists its options.",
         ]
     )
-
-
-def _parse_config(kind: type[P], verb: str, args: list[str]) -> P | None:
-    """A recipe and its overrides; None if no recipe is named."""
-    if not args or args[0].startswith("-"):
-        print(
-            f"usage: fastmoco {verb} RECIPE [options]; "
-            f"`fastmoco {verb} RECIPE --help` lists them\nrecipes:"
-        )
-        _recipes([])
-        return None
-    # Errors also come from rules between two fields, which tyro passes on.
-    with one_line(EXIT_REFUSED, ValueError):
-        config = _follow_image_size(get_recipe(args[0]), args[1:])
-        missing: Any = tyro.MISSING
-        fields: dict[str, Any] = {"config": config} | (
-            {"out": missing} if kind is TrainArguments else {}
-        )
-        return tyro.cli(
-            kind, prog=f"fastmoco {verb} {args[0]}", args=args[1:], default=kind(**fields)
-        )
-
-
-def _follow_image_size(config: Config, args: list[str]) -> Config:
-    """Apply `--model.image-size` to the views too, unless their sizes are given."""
-    given = {}
-    for name, value in zip(args, [*args[1:], ""], strict=False):
-        key, _, inline = name.replace("_", "-").partition("=")
-        given[key] = inline or value
-    size = given.get("--model.image-size")
-    patch = given.get("--model.patch-size", str(config.model.patch_size))
-    if size is None or not (size.isdigit() and patch.isdigit()):
-        return config
-    return with_image_size(config, int(size), patch_size=int(patch))
-
-
-def _recipes(args: list[str]) -> int:
-    """List the recipes."""
-    del args
-    width = max(map(len, RECIPES))
-    for name, recipe in RECIPES.items():
-        print(f"  {name:<{width}} {first_sentence(recipe.__doc__)}")
-    return 0
-
-
-def _print_config(args: list[str]) -> int:
-    """Print the config of a recipe with overrides, as JSON."""
-    parsed = _parse_config(ConfigArguments, "print-config", args)
-    if parsed is None:
-        return EXIT_REFUSED
-    print(json.dumps(to_json(parsed.config), indent=2))
-    return 0
-
-
-def _plan(args: list[str]) -> int:
-    """Memory, FLOPs, micro-batches and largest batches of a recipe on given GPUs."""
-    parsed = _parse_config(PlanArguments, "plan", args)
-    if parsed is None:
-        return EXIT_REFUSED
-    return cli_plan.plan(parsed)
-
-
-def _train(args: list[str], *, process_ends: bool = False) -> int:
-    """Pre-train from a recipe; the same command again continues."""
-    try:
-        parsed = _parse_config(TrainArguments, "train", args)
-    except SystemExit:
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            raise
-        from fastmoco.faults.restarts import refusals_are_final
-
-        with refusals_are_final():  # otherwise torchrun would start the same command again
-            raise
-    if parsed is None:
-        return EXIT_REFUSED
-    if parsed.gpus:
-        from fastmoco.cli.launch import launch
-
-        with one_line(EXIT_REFUSED, ValueError, OSError):
-            return launch(parsed.gpus, ["train", *_without_gpus(args)], parsed.out)
-    with collection_paused():
-        from fastmoco.cli.train import train
-
-    return train(
-        parsed.config,
-        parsed.out,
-        allow=parsed.allow,
-        trust=parsed.trust,
-        process_ends=process_ends,
-    )
-
-
-def _without_gpus(args: list[str]) -> list[str]:
-    """The arguments of one of several processes."""
-    kept = [
-        word for i, word in enumerate(args) if word != "--gpus" and args[max(i - 1, 0)] != "--gpus"
-    ]
-    return [word for word in kept if not word.startswith("--gpus=")]
-
-
-def _eval_knn(
-    run: Positional[Path], *, train: str, test: str, k: int = 20, temperature: float = 0.07
-) -> int:
-    """kNN accuracy of a run's encoder (k = 20, temperature 0.07, cosine) on labelled shards.
-
-    Args:
-        run: Folder of the run, as given to `fastmoco train --out`.
-        train: Labelled shards for the neighbours.
-        test: Labelled shards to classify.
-        k: Number of neighbours.
-        temperature: The weight of a neighbour is exp(cosine / temperature).
-    """
-    with collection_paused():
-        from fastmoco.cli.train import eval_knn
-
-    return eval_knn(run, train, test, k=k, temperature=temperature)
-
-
-def _quickstart(out: Path = Path("quickstart")) -> int:
-    """Pack handwritten digits, train a tiny ViT on them for a few minutes, and report its kNN
-    accuracy.
-
-    Args:
-        out: Folder for shards, run and pictures.
-    """
-    with collection_paused():
-        from fastmoco.cli.quickstart import quickstart
-
-    with one_line(EXIT_REFUSED, ValueError, OSError):
-        return quickstart(out)

@@ -135,7 +135,7 @@ def test_pack_of_a_missing_folder_is_refused_in_one_line(tmp_path, capsys):
 
 def test_an_interrupt_outside_training_is_one_line(monkeypatch, capsys):
     pytest.importorskip("tyro", reason="tyro is not installed")
-    from fastmoco.cli import main as cli
+    from fastmoco.cli import recipe_commands as cli
 
     def interrupted(_name):
         raise KeyboardInterrupt
