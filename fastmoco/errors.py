@@ -5,10 +5,12 @@ other errors show their traceback.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
+from fastmoco_pipelines.spec import FieldError
 from fastmoco_pipelines.text import escaped
 
 EXIT_FINISHED = 0
@@ -30,6 +32,10 @@ EXTRAS = {
     "torchao": "float8",
 }
 """The extra of the distribution that installs a module."""
+
+
+WORDING: ContextVar[Callable[[FieldError], str]] = ContextVar("WORDING", default=str)
+"""How the error of a field is shown: on the command line, by its option (`cli.mistakes`)."""
 
 
 class RunError(RuntimeError):
@@ -61,7 +67,7 @@ def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
         say(f"this needs {error.name}: pip install '.[{extra}]' in fastmoco's source folder{also}")
         raise SystemExit(EXIT_REFUSED) from error
     except known as error:
-        say(str(error))
+        say(WORDING.get()(error) if isinstance(error, FieldError) else str(error))
         raise SystemExit(code) from error
 
 

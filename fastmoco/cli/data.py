@@ -13,6 +13,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
+from fastmoco.cli.mistakes import Wording, parse, worded
+from fastmoco.cli.options import describe
+from fastmoco.cli.pages import HELP, of_config, show
 from fastmoco.errors import EXIT_REFUSED, one_line, say
 from fastmoco_pipelines.spec import CacheSpec, ViewSpec, moco_v3_views
 
@@ -187,17 +190,23 @@ def views(args: list[str]) -> int:
     from fastmoco.recipes import get_recipe
     from fastmoco_pipelines.inspecting.preview import save_view_grid
 
-    with one_line(EXIT_REFUSED, ValueError, OSError):
-        view1, view2 = moco_v3_views()
-        more: tuple[ViewSpec, ...] = ()
-        words = [part for word in args for part in word.split("=", 1)]
-        if "--recipe" in words[:-1]:
+    view1, view2 = moco_v3_views()
+    more: tuple[ViewSpec, ...] = ()
+    words = [part for word in args for part in word.split("=", 1)]
+    if "--recipe" in words[:-1]:
+        with one_line(EXIT_REFUSED, ValueError):
             data = get_recipe(words[words.index("--recipe") + 1]).data
-            view1, view2, *rest = data.views
-            more = tuple(rest)
-        missing: Any = tyro.MISSING
-        default = ViewsArguments(shards=missing, view1=view1, view2=view2, more_views=more)
-        options = tyro.cli(ViewsArguments, prog="fastmoco data views", args=args, default=default)
+        view1, view2, *rest = data.views
+        more = tuple(rest)
+    missing: Any = tyro.MISSING
+    default = ViewsArguments(shards=missing, view1=view1, view2=view2, more_views=more)
+    if set(args) & set(HELP):
+        whole = "--help-all" in args
+        show(of_config("data views", describe(ViewsArguments, default), whole=whole))
+        return 0
+    options = parse(ViewsArguments, "data views", args, default=default)
+    wording = Wording(describe(ViewsArguments, default), args)
+    with worded(wording), one_line(EXIT_REFUSED, ValueError, OSError):
         path = save_view_grid(
             options.shards,
             (options.view1, options.view2, *options.more_views),

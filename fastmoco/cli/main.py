@@ -1,22 +1,19 @@
-"""The command line: arguments to a function call. Slow imports are delayed
+"""The command line: find the command, run it, and return its exit code. Slow imports are delayed
 until they are needed.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import tyro
-
-from fastmoco.cli import delayed, recipe_commands
+from fastmoco.cli.commands import COMMANDS, Command, group_of
 from fastmoco.cli.environment import clean_environment
-from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, one_line, say
-from fastmoco_pipelines.text import first_sentence
+from fastmoco.cli.pages import HELP, of_function, overview, show
+from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,89 +33,83 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         say(str(error))
         return EXIT_REFUSED
-    from fastmoco.cli import check as cli_check
-    from fastmoco.cli import checkpoint as cli_checkpoint
-    from fastmoco.cli import data as cli_data
 
-    verbs: dict[str, Callable[[list[str]], int]] = {
-        # A caller that gives the arguments is a program of its own, which goes on afterwards.
-        "train": functools.update_wrapper(
-            functools.partial(recipe_commands.train, process_ends=argv is None),
-            recipe_commands.train,
-        ),
-        "recipes": recipe_commands.recipes,
-        "print-config": recipe_commands.print_config,
-        "plan": recipe_commands.plan,
-        "data pack": _parsed("data pack", cli_data.pack),
-        "data index": _parsed("data index", cli_data.index),
-        "data check": _parsed("data check", cli_check.check),
-        "data stats": _parsed("data stats", cli_check.stats),
-        "data views": cli_data.views,
-        "data sample": _parsed("data sample", cli_data.sample),
-        "checkpoint verify": _parsed("checkpoint verify", cli_checkpoint.verify),
-        "checkpoint list": _parsed("checkpoint list", cli_checkpoint.list_all),
-        "checkpoint consolidate": _parsed("checkpoint consolidate", cli_checkpoint.consolidate),
-        "eval knn": _parsed("eval knn", delayed.eval_knn),
-        "quickstart": _parsed("quickstart", delayed.quickstart),
-    }
-    if not args or args[0] in ("-h", "--help"):
-        print(_usage(verbs))
+    # Help and version.
+    if args and args[0] == "help":
+        args = [*args[1:], "--help"]
+    if not args or args[0] in HELP:
+        show(overview())
         return 0
-    if args[0] == "--version":
+    if args[0] in ("--version", "-V", "version"):
         import fastmoco
 
         print(fastmoco.__version__)
         return 0
+
+    # A command.
     for words in (2, 1):
-        verb = verbs.get(" ".join(args[:words]))
-        if verb is not None:
+        command = COMMANDS.get(" ".join(args[:words]))
+        if command is not None:
             try:
-                return verb(args[words:])
+                return _run(command, args[words:], process_ends=argv is None)
             except KeyboardInterrupt:  # before the first step or outside training: nothing to save
                 say("interrupted")
                 return EXIT_INTERRUPTED
             except SystemExit as stop:
                 # From the parser and `one_line`; return the code to the caller.
                 return stop.code if isinstance(stop.code, int) else EXIT_REFUSED
-    group = [name for name in verbs if name.split()[0] == args[0]]
-    if group and (len(args) == 1 or args[1] in ("-h", "--help")):
-        print(_usage({name: verbs[name] for name in group}))
+
+    # A group of commands.
+    if group_of(args[0]) and (len(args) == 1 or args[1] in HELP):
+        show(overview(args[0]))
         return 0
-    # An unknown command: suggest similar ones.
-    wanted = " ".join(args[: 2 if group else 1])
-    near = difflib.get_close_matches(wanted, verbs, n=2, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else "see fastmoco --help"
-    say(f"unknown command {wanted!r}; {hint}")
+    say(_unknown(args))
     return EXIT_REFUSED
 
 
-def _parsed(name: str, function: Callable[..., int]) -> Callable[[list[str]], int]:
-    """A verb whose arguments are those of a function, read from its signature and its docstring."""
+def _run(command: Command, args: list[str], *, process_ends: bool) -> int:
+    """Run one command with the words after its name.
+
+    Args:
+        command: of the table.
+        args: the words.
+        process_ends: whether the process ends with the command; a caller that gives the arguments
+            is a program of its own, which goes on afterwards.
+    """
+    if command.reads_words:
+        ends = {"process_ends": process_ends} if command.name == "train" else {}
+        return command.call(args, **ends)
+
+    from fastmoco.cli.mistakes import Wording, parse, worded
+    from fastmoco.cli.options import describe
+
+    function = command.call
+    if set(args) & set(HELP):
+        show(of_function(command.name, describe(function)))
+        return 0
 
     @functools.wraps(function)
     def bound(*values: Any, **named: Any) -> Callable[[], int]:
         return functools.partial(function, *values, **named)
 
-    def verb(args: list[str]) -> int:
-        with one_line(EXIT_REFUSED, ValueError):  # of rules that a group of arguments checks itself
-            call = tyro.cli(bound, prog=f"fastmoco {name}", args=args)
+    call = parse(bound, command.name, args)
+    with worded(lambda error: Wording(describe(function), args)(error)):
         return call()
 
-    verb.__doc__ = function.__doc__
-    return verb
 
+def _unknown(args: list[str]) -> str:
+    """What to say about a command that does not exist."""
+    from fastmoco.cli.suggest import near_commands, one_of
+    from fastmoco.recipes import RECIPES, near_recipes
 
-def _usage(verbs: dict[str, Callable[[list[str]], int]]) -> str:
-    """One line for each command."""
-    lines = [
-        f"  fastmoco {name:<14} {first_sentence(verb.__doc__)}" for name, verb in verbs.items()
-    ]
-    return "\n".join(
-        [
-            "fastmoco: MoCo v3 pre-training",
-            "",
-            *lines,
-            "",
-            "fastmoco COMMAND --help lists its options.",
-        ]
-    )
+    if args[0].startswith("-"):
+        return f"{args[0]}: options come after the command, fastmoco COMMAND [options]"
+    if args[0] in RECIPES:
+        return f"unknown command {args[0]!r}; did you mean train {args[0]}?"
+    wanted = " ".join(args[: 2 if group_of(args[0]) else 1])
+    near = near_commands(args, COMMANDS)
+    if not near and (recipes := near_recipes(args[0])):
+        near = [f"train {recipe}" for recipe in recipes]
+    lists = f"fastmoco {args[0]} --help" if group_of(args[0]) else "fastmoco --help"
+    hint = f"did you mean {one_of(near)}?" if near else f"{lists} lists all"
+    return f"unknown command {wanted!r}; {hint}"

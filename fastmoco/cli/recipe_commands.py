@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -12,11 +14,15 @@ import tyro
 
 from fastmoco.cli import plan as cli_plan
 from fastmoco.cli.collection import collection_paused
+from fastmoco.cli.mistakes import Wording, parse, sort_words, worded
+from fastmoco.cli.options import describe
+from fastmoco.cli.pages import HELP, no_recipe, of_config, show
 from fastmoco.cli.plan import PlanArguments
 from fastmoco.config import Config
 from fastmoco.config.serial import to_json
-from fastmoco.errors import EXIT_REFUSED, one_line
+from fastmoco.errors import EXIT_REFUSED, one_line, say
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
+from fastmoco_pipelines.spec import FieldError
 from fastmoco_pipelines.text import first_sentence
 
 
@@ -49,26 +55,101 @@ class ConfigArguments:
 
 P = TypeVar("P", TrainArguments, ConfigArguments, PlanArguments)
 
+FOLLOWS = {
+    f"data.{view}.{name}": "model.image_size"
+    for view in ("view1", "view2", "more_views.0", "more_views.1", "more_views.2")
+    for name in ("size", "blur_sigma")
+}
+"""Options that `--model.image-size` changes."""
+REQUIRED: dict[type, tuple[str, ...]] = {TrainArguments: ("data.shards",)}
+"""Options of a config that a command needs although they have a default."""
+
 
 def parse_config(kind: type[P], verb: str, args: list[str]) -> P | None:
-    """A recipe and its overrides; None if no recipe is named."""
-    if not args or args[0].startswith("-"):
+    """A recipe and its overrides; None if no recipe is named.
+
+    Raises:
+        SystemExit: with 0 after a help page, with 2 for a mistake.
+    """
+    recipe, rest = _split(kind, args)
+    if set(args) & set(HELP):
+        whole = "--help-all" in args
+        if recipe is None and not whole:
+            show(_without_recipe(kind, verb))
+        else:
+            show(_page(kind, verb, recipe, whole=whole))
+        raise SystemExit(0)
+    if recipe is None and not args:
         print(
-            f"usage: fastmoco {verb} RECIPE [options]; "
-            f"`fastmoco {verb} RECIPE --help` lists them\nrecipes:"
+            f"usage: fastmoco {verb} RECIPE [options]; `fastmoco {verb} --help` describes both\n"
+            "recipes:"
         )
         recipes([])
         return None
-    # Errors also come from rules between two fields, which tyro passes on.
+    if recipe is None:
+        say(
+            f"name a recipe: fastmoco {verb} RECIPE {shlex.join(args)}; `fastmoco recipes` lists them"
+        )
+        return None
     with one_line(EXIT_REFUSED, ValueError):
-        config = _follow_image_size(get_recipe(args[0]), args[1:])
-        missing: Any = tyro.MISSING
-        fields: dict[str, Any] = {"config": config} | (
-            {"out": missing} if kind is TrainArguments else {}
-        )
-        return tyro.cli(
-            kind, prog=f"fastmoco {verb} {args[0]}", args=args[1:], default=kind(**fields)
-        )
+        base = get_recipe(recipe)
+    with worded(wording(kind, base, rest)), one_line(EXIT_REFUSED, ValueError):
+        config = _follow_image_size(base, rest)
+    return parse(kind, f"{verb} {recipe}", rest, default=_defaults(kind, config), follows=FOLLOWS)
+
+
+def wording(kind: type[P], config: Config, args: list[str]) -> Callable[[FieldError], str]:
+    """How errors of fields are shown for these words."""
+    return lambda error: Wording(describe(kind, _defaults(kind, config)), args, FOLLOWS)(error)
+
+
+def _defaults(kind: type[P], config: Config) -> P:
+    """The defaults of a command with a recipe."""
+    missing: Any = tyro.MISSING
+    fields: dict[str, Any] = {"config": config}
+    return kind(**fields | ({"out": missing} if kind is TrainArguments else {}))
+
+
+def _split(kind: type[P], args: list[str]) -> tuple[str | None, list[str]]:
+    """The recipe, which may also come after options, and the other words."""
+    if args and not args[0].startswith("-"):
+        return args[0], args[1:]
+    words: list[str] = [word for word in args if word not in HELP]
+    place: int | None = sort_words(words, describe(kind, _defaults(kind, Config()))).first_place
+    if place is None:  # perhaps after an option that does not exist
+        place = next((i for i, word in enumerate(words) if word in RECIPES), None)
+    if place is None:
+        return None, words
+    recipe = words.pop(place)
+    return recipe, words
+
+
+def _page(kind: type[P], verb: str, recipe: str | None, *, whole: bool) -> str:
+    """The help of a command with a recipe."""
+    about = ""
+    config = Config()
+    if recipe is not None:
+        with one_line(EXIT_REFUSED, ValueError):
+            config = get_recipe(recipe)
+        about = f"{recipe}: {first_sentence(RECIPES[recipe].__doc__)}"
+    return of_config(
+        f"{verb} {recipe or 'RECIPE'}",
+        describe(kind, _defaults(kind, config)),
+        about=about,
+        also_required=REQUIRED.get(kind, ()),
+        whole=whole,
+    )
+
+
+def _without_recipe(kind: type[P], verb: str) -> str:
+    """The help of a command before a recipe is chosen."""
+    described = describe(kind, _defaults(kind, Config()))
+    return no_recipe(
+        verb,
+        described,
+        {name: first_sentence(recipe.__doc__) for name, recipe in RECIPES.items()},
+        also_required=REQUIRED.get(kind, ()),
+    )
 
 
 def _follow_image_size(config: Config, args: list[str]) -> Config:
@@ -107,7 +188,8 @@ def plan(args: list[str]) -> int:
     parsed = parse_config(PlanArguments, "plan", args)
     if parsed is None:
         return EXIT_REFUSED
-    return cli_plan.plan(parsed)
+    with worded(wording(PlanArguments, parsed.config, args)):
+        return cli_plan.plan(parsed)
 
 
 def train(args: list[str], *, process_ends: bool = False) -> int:
@@ -123,21 +205,22 @@ def train(args: list[str], *, process_ends: bool = False) -> int:
             raise
     if parsed is None:
         return EXIT_REFUSED
-    if parsed.gpus:
-        from fastmoco.cli.launch import launch
+    with worded(wording(TrainArguments, parsed.config, args)):
+        if parsed.gpus:
+            from fastmoco.cli.launch import launch
 
-        with one_line(EXIT_REFUSED, ValueError, OSError):
-            return launch(parsed.gpus, ["train", *_without_gpus(args)], parsed.out)
-    with collection_paused():
-        from fastmoco.cli.train import train
+            with one_line(EXIT_REFUSED, ValueError, OSError):
+                return launch(parsed.gpus, ["train", *_without_gpus(args)], parsed.out)
+        with collection_paused():
+            from fastmoco.cli.train import train
 
-    return train(
-        parsed.config,
-        parsed.out,
-        allow=parsed.allow,
-        trust=parsed.trust,
-        process_ends=process_ends,
-    )
+        return train(
+            parsed.config,
+            parsed.out,
+            allow=parsed.allow,
+            trust=parsed.trust,
+            process_ends=process_ends,
+        )
 
 
 def _without_gpus(args: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ area). The small ones train in minutes on a CPU.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from fastmoco.recipes.small import (
     vit_nano7_e12_b256,
     vit_nano8_e60_b256,
 )
-from fastmoco_pipelines.spec import ViewSpec
+from fastmoco_pipelines.spec import ViewSpec, under
 
 __all__ = [
     "RECIPES",
@@ -68,7 +69,8 @@ def with_image_size(config: Config, image_size: int, *, patch_size: int | None =
         patches = round(view.size * image_size / config.model.image_size / patch)
         return resized(view, patch * max(1, patches))
 
-    model = replace(config.model, image_size=image_size, patch_size=patch)
+    with under("model"):
+        model = replace(config.model, image_size=image_size, patch_size=patch)
     data = replace(
         config.data,
         view1=resized(config.data.view1),
@@ -86,6 +88,31 @@ def get_recipe(name: str) -> Config:
     """
     if name in RECIPES:
         return RECIPES[name]()
-    near = difflib.get_close_matches(name, RECIPES, n=2, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(RECIPES)}"
+    near = near_recipes(name)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(RECIPES)};"
     raise ValueError(f"recipe {name!r} does not exist; {hint} `fastmoco recipes` lists them")
+
+
+def near_recipes(name: str, *, most: int = 2) -> list[str]:
+    """Recipes that a name may mean, the likeliest first: `ViT-S/16`, `moco_v3_vit_s`."""
+
+    def letters(text: str) -> str:
+        found = re.sub(r"[^a-z0-9]", "", text.lower())
+        found = re.sub("^(mocov3|moco)|(mocov3|moco|pretrain|imagenet)$", "", found)
+        for word, short in SIZES.items():
+            found = found.replace(f"vit{word}", f"vit{short}")
+        return found
+
+    wanted = letters(name)
+    known = {recipe: letters(recipe) for recipe in RECIPES}
+    found = [recipe for recipe, text in known.items() if wanted and text.startswith(wanted)]
+    found += [recipe for recipe, text in known.items() if len(wanted) > 2 and wanted in text]
+    if not found:
+        found = difflib.get_close_matches(name.lower(), RECIPES, n=most, cutoff=0.5)
+        texts = difflib.get_close_matches(wanted, known.values(), n=most, cutoff=0.5)
+        found += [recipe for recipe, text in known.items() if text in texts]
+    return list(dict.fromkeys(found))[:most]
+
+
+SIZES = {"small": "s", "base": "b", "large": "l", "huge": "h"}
+"""Sizes of ViT as other programs name them."""

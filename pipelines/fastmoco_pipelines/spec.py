@@ -8,7 +8,8 @@ Strengths follow torchvision's conventions: a strength s means a factor drawn un
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import pairwise
@@ -40,14 +41,48 @@ class Resume(Enum):
     images stay usable."""
 
 
+class FieldError(ValueError):
+    """A field has a value that it must not have.
+
+    The text names the field by its path in the tree of configs as far as it is known where the rule
+    was checked; `under` adds the first part where the tree is built.
+    """
+
+    def __init__(self, name: str, value: object, rule: str) -> None:
+        super().__init__(f"{name}={value!r}: {rule}")
+        self.name = name
+        self.value = value
+        self.rule = rule
+
+    def __reduce__(self) -> tuple[type[FieldError], tuple[str, object, str]]:
+        return type(self), (self.name, self.value, self.rule)
+
+    def under(self, path: str) -> FieldError:
+        """The same error of a field below `path`."""
+        return FieldError(f"{path}.{self.name}" if path else self.name, self.value, self.rule)
+
+
+@contextmanager
+def under(path: str) -> Iterator[None]:
+    """Fields that are refused inside are named below `path`.
+
+    Raises:
+        FieldError: with the whole path.
+    """
+    try:
+        yield
+    except FieldError as error:
+        raise error.under(path) from error.__cause__
+
+
 def require(condition: bool, name: str, value: object, rule: str) -> None:
     """Raise the one form of configuration error: which field, what it holds, what it must hold.
 
     Raises:
-        ValueError: if `condition` is false.
+        FieldError: if `condition` is false.
     """
     if not condition:
-        raise ValueError(f"{name}={value!r}: {rule}")
+        raise FieldError(name, value, rule)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,8 +60,8 @@ def _hides_a_password(scheme: str, rest: str) -> bool:
 def first_sentence(doc: str | None) -> str:
     """The first sentence of a docstring on one line, for lists and help texts; "" for none."""
     paragraph = " ".join((doc or "").strip().partition("\n\n")[0].split())
-    sentence, stop, _ = f"{paragraph} ".partition(". ")
-    return f"{sentence}." if stop else paragraph
+    stop = re.search(r"(?<!\be\.g)(?<!\bi\.e)\.(?= |$)", paragraph)
+    return paragraph[: stop.end()] if stop else paragraph
 
 
 def shard_name(url: str) -> str:

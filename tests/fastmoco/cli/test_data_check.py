@@ -279,13 +279,6 @@ def test_stats_draw_a_picture(shards, tmp_path, capsys):
     assert (tmp_path / "stats.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_help_names_the_verbs(capsys):
-    assert main(["data"]) == 0
-    text = capsys.readouterr().out
-    assert "fastmoco data check" in text
-    assert "fastmoco data stats" in text
-
-
 def test_the_index_is_written_as_json_too(shards, capsys):
     assert main(["data", "index", str(shards), "--json"]) == 0
     assert "images in 1 shards indexed" in capsys.readouterr().out

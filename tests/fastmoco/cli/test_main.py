@@ -11,38 +11,19 @@ from fastmoco.recipes import RECIPES, get_recipe
 from tests.command_line import main
 
 
-def test_help_names_every_verb(capsys):
-    assert main(["--help"]) == 0
-    text = capsys.readouterr().out
-    for verb in (
-        "train",
-        "recipes",
-        "print-config",
-        "data pack",
-        "data check",
-        "data stats",
-        "data views",
-        "data sample",
-        "eval knn",
-        "quickstart",
-    ):
-        assert f"fastmoco {verb}" in text
-    assert main(["data"]) == 0
-    assert "data pack" in capsys.readouterr().out
-
-
-def test_the_help_describes_each_verb_in_whole_sentences(capsys):
-    assert main(["--help"]) == 0
-    lines = [
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("  fastmoco ")
-    ]
-    assert len(lines) == 15
-    assert not [line for line in lines if not line.endswith(".")]
-
-
 @pytest.mark.parametrize(
     ("args", "hint"),
-    [(["trian"], "train"), (["data", "pakc"], "data pack"), (["eval", "kn"], "eval knn")],
+    [
+        (["trian"], "train?"),
+        (["data", "pakc"], "data pack"),
+        (["eval", "kn"], "eval knn"),
+        (["pretrain"], "train?"),
+        (["pack"], "data pack?"),
+        (["data-stats", "x"], "data stats?"),
+        (["export"], "checkpoint consolidate?"),
+        (["help", "chckpoint"], "checkpoint"),
+        (["vit_s16_e300_b1024"], "train vit_s16_e300_b1024?"),
+    ],
 )
 def test_a_wrong_verb_gets_the_nearest(args, hint, capsys):
     assert main(args) == 2
@@ -95,10 +76,16 @@ def test_an_image_size_carries_the_views_along(capsys):
     [
         (["--optim.lrr", "1"], "--optim.lr"),
         (["--optim.lr", "-1"], "must not be negative"),
-        (["--model.image-size", "100"], "must be a multiple of patch_size=16"),
+        (
+            ["--model.image-size", "100"],
+            "--model.image-size 100: must be a multiple of --model.patch-size 16",
+        ),
         (["--objective.temperature", "warm"], "temperature"),
-        (["--epochs", "10"], "optim.warmup_epochs=40: must be at most epochs=10"),
-        (["--global-batch-size", "1"], "global_batch_size=1"),
+        (
+            ["--epochs", "10"],
+            "--optim.warmup-epochs 40 (of the recipe): must be at most --epochs 10",
+        ),
+        (["--global-batch-size", "1"], "--global-batch-size 1: "),
     ],
 )
 def test_wrong_overrides_are_refused_by_name(args, text, capsys):
@@ -111,9 +98,40 @@ def test_wrong_overrides_are_refused_by_name(args, text, capsys):
     assert text in captured.err + captured.out
 
 
-def test_a_wrong_recipe_gets_the_nearest(capsys):
-    assert main(["train", "vit_s16_e300_b409", "--out", "x"]) == 2
-    assert "did you mean vit_s16_e300_b4096" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        ("vit_s16_e300_b409", "vit_s16_e300_b4096"),
+        ("vit_s", "vit_s16_e300_b4096"),
+        ("ViT-S/16", "vit_s16_e300_b4096"),
+        ("vit_base_16", "vit_b16_e300_b4096"),
+        ("moco_v3_vit_s", "vit_s16_e300_b4096"),
+        ("digits", "quickstart_digits"),
+        ("byol", "byol_vit_s16_e300_b4096"),
+    ],
+)
+def test_a_wrong_recipe_gets_the_nearest(word, near, capsys):
+    assert main(["train", word, "--out", "x"]) == 2
+    assert f"did you mean {near}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [["--epochs", "3"], ["--epochs=3"], ["--optim.betas", "0", "0"]]
+)
+def test_options_may_come_before_the_recipe(options, capsys):
+    assert main(["print-config", *options, "quickstart_digits", "--seed", "4"]) == 0
+    before = capsys.readouterr().out
+    assert main(["print-config", "quickstart_digits", *options, "--seed", "4"]) == 0
+    assert capsys.readouterr().out == before
+
+
+def test_options_without_a_recipe_are_refused_in_one_line(capsys):
+    assert main(["train", "--epochs", "3"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        "fastmoco: name a recipe: fastmoco train RECIPE --epochs 3; `fastmoco recipes` lists them\n"
+    )
 
 
 def test_train_without_shards_says_how_to_name_them(tmp_path, capsys):
@@ -147,4 +165,4 @@ def test_an_interrupt_outside_training_is_one_line(monkeypatch, capsys):
 
 def test_a_number_out_of_range_is_refused_in_one_line(tmp_path, capsys):
     assert main(["data", "stats", str(tmp_path), "--cache-size-gb", "-1"]) == 2
-    assert capsys.readouterr().err == "fastmoco: cache_size_gb=-1.0: a size in GB is above 0\n"
+    assert capsys.readouterr().err == "fastmoco: --cache-size-gb -1: a size in GB is above 0\n"
