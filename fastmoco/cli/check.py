@@ -169,6 +169,7 @@ def _print_report(report: CheckReport, show: int) -> None:
     # Text, not markup: names from a tar may hold square brackets.
     for fault in report.faults[:show]:
         where = ": ".join(part for part in (fault.path or fault.shard, fault.member) if part)
+        where += f" ({fault.file})" if fault.file else ""
         console.print(
             Text(f"{where}: {fault.reason.removeprefix(fault.shard + ': ')} [{fault.outcome}]")
         )

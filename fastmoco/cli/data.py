@@ -38,8 +38,8 @@ class ViewsArguments:
     seed: int = 0
     """Seed of the choice of images and of the draws."""
     parameters: bool = True
-    """Print the drawn parameters next to each row: crop, jitter and its order,
-    grayscale, blur, solarize, flip."""
+    """Print the files and the drawn parameters next to each row: crop, jitter
+    and its order, grayscale, blur, solarize, flip."""
     recipe: str | None = None
     """Show this recipe's views instead of MoCo v3's pair at 224 pixels."""
     view1: ViewSpec
@@ -214,6 +214,7 @@ def views(args: list[str]) -> int:
             rows=options.rows,
             seed=options.seed,
             parameters=options.parameters,
+            tell=print,
         )
         print(f"wrote {path}")
     return 0

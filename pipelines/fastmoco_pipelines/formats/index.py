@@ -12,6 +12,7 @@ import errno
 import hashlib
 import os
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 from fastmoco_pipelines.errors import ImageRefusedError, LabelError, ShardError, TarError
@@ -34,7 +35,8 @@ from fastmoco_pipelines.formats.labels import (
     number_labels,
     read_labels,
 )
-from fastmoco_pipelines.formats.members import group_members
+from fastmoco_pipelines.formats.members import TarContent, group_members
+from fastmoco_pipelines.formats.paths import DAMAGED, MAX_LIST_BYTES, parse_list
 from fastmoco_pipelines.formats.tar import walk_damaged, walk_tar
 
 END_BYTES = 4096
@@ -166,7 +168,22 @@ def scan_tar(
             or "it has no members"
         )
         raise ShardError(f"{tar.name}: holds no usable image ({reasons}). Leave this tar out.")
+    paths = read_paths(tar, content)
+    if paths is not None:
+        rows = range(len(index))
+        index = replace(index, paths=[paths.get(index.keys[i], index.member(i)) for i in rows])
+    elif content.paths is not None:
+        index.skipped.append((content.paths.name, DAMAGED))
     return index, found, damages
+
+
+def read_paths(tar: Path, content: TarContent) -> dict[str, str] | None:
+    """Paths of the original files by key, from the list in a tar; None without a sound one."""
+    member = content.paths
+    if member is None or member.size > MAX_LIST_BYTES:
+        return None
+    with open(tar, "rb") as file:
+        return parse_list(os.pread(file.fileno(), member.size, member.offset))
 
 
 def lost_entry(damage: TarError) -> tuple[str, str]:

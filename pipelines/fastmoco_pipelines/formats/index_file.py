@@ -9,11 +9,15 @@
         records   24 bytes a sample: `RECORD`
         members   names of the images: [n + 1] uint32 positions, then UTF-8
         skipped   JSON: [[member, reason], ...]
+        paths     may be absent: the original file of each image, its path below the folder that
+                  was packed: [n + 1] uint32 positions, then the bytes of the file system, any but
+                  zeros; as text UTF-8 with surrogateescape (paths.py)
 
 All numbers are little-endian. Opening reads the header alone, which fits into `HEAD_BYTES` and
 contains the SHA-256 of every section. A section is checked when it is first used, so that a set of
 any size is opened in the time of its headers, and names cost nothing until one is asked for. A
-reader ignores sections that it does not know.
+reader ignores sections that it does not know. Where paths are absent, names in the tar take their
+place.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import hashlib
 import json
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -33,6 +38,7 @@ from numpy.typing import NDArray
 from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.formats.images import MAX_BYTES, MAX_PIXELS, MAX_PIXELS_PER_BYTE, MAX_SIDE
 from fastmoco_pipelines.formats.members import split_name
+from fastmoco_pipelines.formats.paths import path_bytes, path_text
 from fastmoco_pipelines.text import escaped
 
 SUFFIX = ".index"
@@ -61,6 +67,8 @@ _PREFIX = struct.Struct("<8sII32s")
 _ALIGN = 64
 _SHA256 = re.compile("[0-9a-f]{64}")
 _Buffer = bytes | memoryview
+_Table = tuple[NDArray[Any], int]
+"""The ends of all names, and where the first one starts in the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +84,7 @@ class ShardIndex:
             before rotation).
         skipped: (member, reason) of every member that is neither an image, nor a text beside one,
             nor a folder.
+        paths: of the original files, as text (paths.py); None: names in the tar take their place.
     """
 
     tar: str
@@ -85,6 +94,7 @@ class ShardIndex:
     extensions: list[str]
     columns: dict[str, list[int]]
     skipped: list[tuple[str, str]]
+    paths: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -92,6 +102,10 @@ class ShardIndex:
     def member(self, i: int) -> str:
         """Name of sample i's image inside the tar."""
         return f"{self.keys[i]}.{self.extensions[i]}"
+
+    def path(self, i: int) -> str:
+        """Path of sample i's original file, or the name of its image inside the tar."""
+        return self.member(i) if self.paths is None else self.paths[i]
 
 
 class Section(NamedTuple):
@@ -133,13 +147,13 @@ def to_bytes(index: ShardIndex) -> bytes:
     records = np.empty(len(index), dtype=RECORD)
     for name in COLUMNS:
         records[name] = index.columns[name]
-    names = [index.member(row).encode("utf-8", "surrogateescape") for row in range(len(index))]
-    ends = np.cumsum([0, *(len(name) for name in names)]).astype("<u4")
     content = {
         "records": records.tobytes(),
-        "members": ends.tobytes() + b"".join(names),
+        "members": _to_table([index.member(row) for row in range(len(index))]),
         "skipped": json.dumps(index.skipped, separators=(",", ":")).encode("ascii"),
     }
+    if index.paths is not None:
+        content["paths"] = _to_table(index.paths)
 
     # The sections follow each other after the header.
     sections = {}
@@ -166,6 +180,13 @@ def to_bytes(index: ShardIndex) -> bytes:
     for data in content.values():
         parts += [bytes(-sum(map(len, parts)) % _ALIGN), data]
     return b"".join(parts)
+
+
+def _to_table(names: list[str]) -> bytes:
+    """A table of names: their positions, then their bytes."""
+    data = [path_bytes(name) for name in names]
+    ends = np.cumsum([0, *map(len, data)]).astype("<u4")
+    return ends.tobytes() + b"".join(data)
 
 
 def content_hash(records: NDArray[Any]) -> str:
@@ -266,8 +287,9 @@ class IndexFile:
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
-        return len(self.data)
+        """Bytes of the file that a run reads: without the paths, which are for people."""
+        paths = self.header.sections.get("paths")
+        return len(self.data) - (0 if paths is None else paths.size)
 
     @cached_property
     def records(self) -> NDArray[Any]:
@@ -282,13 +304,16 @@ class IndexFile:
         self._check(records)
         return records
 
-    def check(self) -> Self:
-        """Check the records and the hashes of all sections now.
+    def check(self, *, paths: bool = False) -> Self:
+        """Check the records and the hashes of the sections now; of `paths`, which no run needs, only
+        if asked.
 
         Raises:
             ShardError: if one of them is broken.
         """
         _ = self.records, self._names, self._section("skipped")
+        if paths:
+            _ = self._paths
         return self
 
     def rows(self) -> list[tuple[int, int, int]]:
@@ -305,21 +330,29 @@ class IndexFile:
 
     def member(self, row: int) -> str:
         """Name of an image inside the tar."""
-        ends, start = self._names
-        low, high = int(ends[row]), int(ends[row + 1])
-        name = bytes(self.data[start + low : start + high]).decode("utf-8", "surrogateescape")
+        name = self._entry(self._names, row)
         if not name.isprintable():
             raise ShardError(f"{self.name}: its names are broken: {CURE}.")
         return name
 
+    def path(self, row: int) -> str:
+        """Path of an image's original file; its name inside the tar where the index has none.
+
+        Raises:
+            ShardError: if the section is damaged.
+        """
+        return self.paths([row])[0]
+
+    def paths(self, rows: Iterable[int] | None = None) -> list[str]:
+        """`path` of some images, or of all in file order."""
+        table = self._paths
+        if table is None:
+            return self.members() if rows is None else [self.member(row) for row in rows]
+        return self._all(table) if rows is None else [self._entry(table, row) for row in rows]
+
     def members(self) -> list[str]:
         """The names of all images, in file order."""
-        ends, start = self._names
-        blob = bytes(self.data[start : start + int(ends[-1])])
-        places = ends.tolist()
-        names = [
-            blob[low:high].decode("utf-8", "surrogateescape") for low, high in pairwise(places)
-        ]
+        names = self._all(self._names)
         if not all(name.isprintable() for name in names):
             raise ShardError(f"{self.name}: its names are broken: {CURE}.")
         return names
@@ -349,16 +382,35 @@ class IndexFile:
             extensions=[extension for _, extension in names],
             columns={name: self.records[name].tolist() for name in COLUMNS},
             skipped=self.skipped(),
+            paths=None if self._paths is None else self.paths(),
         )
 
     @cached_property
-    def _names(self) -> tuple[NDArray[Any], int]:
-        """The ends of all names, and where the first one starts in the file."""
-        section = self._section("members")
+    def _names(self) -> _Table:
+        return self._table("members")
+
+    @cached_property
+    def _paths(self) -> _Table | None:
+        return self._table("paths") if "paths" in self.header.sections else None
+
+    def _entry(self, table: _Table, row: int) -> str:
+        """One entry of a table."""
+        ends, start = table
+        return path_text(bytes(self.data[start + int(ends[row]) : start + int(ends[row + 1])]))
+
+    def _all(self, table: _Table) -> list[str]:
+        """All entries of a table."""
+        ends, start = table
+        blob = bytes(self.data[start : start + int(ends[-1])])
+        return [path_text(blob[low:high]) for low, high in pairwise(ends.tolist())]
+
+    def _table(self, name: str) -> _Table:
+        """A table of names, after its hash is checked."""
+        section = self._section(name)
         count = self.header.samples + 1
         ends = np.frombuffer(self.data, dtype="<u4", count=count, offset=section.start)
         length = section.size - 4 * count
-        if ends[0] != 0 or ends[-1] != length or (ends[1:] < ends[:-1]).any():
+        if length < 0 or ends[0] != 0 or ends[-1] != length or (ends[1:] < ends[:-1]).any():
             raise ShardError(f"{self.name}: its names are broken: {CURE}.")
         return ends, section.start + 4 * count
 

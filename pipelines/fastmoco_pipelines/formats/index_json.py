@@ -3,11 +3,16 @@ is written for other programs.
 
 {"format": "fastmoco-index", "version": 1, "tar": "x.tar", "tar_bytes": ..., "tar_hash": "...",
  "key": [...], "extension": [...], "offset": [...], "size": [...], "crc32": [...], "label": [...],
- "height": [...], "width": [...], "skipped": [[member, reason], ...], "content_hash": "..."}
+ "height": [...], "width": [...], "skipped": [[member, reason], ...], "path": [...],
+ "content_hash": "..."}
+
+`path` is absent where the index has none: the path of each original file below the folder that was
+packed. One that is not UTF-8, which JSON cannot contain, is an object, {"bytes": BASE64}.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any
 
@@ -16,6 +21,7 @@ from fastmoco_pipelines.files import is_sealed
 from fastmoco_pipelines.formats.images import MAX_BYTES
 from fastmoco_pipelines.formats.index_file import COLUMNS, CURE, ShardIndex
 from fastmoco_pipelines.formats.members import split_name
+from fastmoco_pipelines.formats.paths import path_bytes, path_text
 
 FORMAT = "fastmoco-index"
 VERSION = 1
@@ -42,7 +48,32 @@ def json_content(index: ShardIndex) -> dict[str, Any]:
         "extension": index.extensions,
         **index.columns,
         "skipped": index.skipped,
+        **({} if index.paths is None else {"path": [*map(path_to_json, index.paths)]}),
     }
+
+
+def path_to_json(path: str) -> str | dict[str, str]:
+    """A path as a value of JSON, for any program: text, or its bytes where they are not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return {"bytes": base64.b64encode(path_bytes(path)).decode("ascii")}
+    return path
+
+
+def path_from_json(value: Any) -> str:
+    """The path of a value that `path_to_json` made.
+
+    Raises:
+        ValueError: if it is no such value.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes")
+        if isinstance(value, str):
+            return path_text(base64.b64decode(value, validate=True))
+    if not isinstance(value, str):
+        raise ValueError("neither a text nor bytes")
+    return value
 
 
 def parse_json(name: str, text: bytes) -> ShardIndex:
@@ -120,6 +151,10 @@ def _checked(name: str, content: Any) -> ShardIndex:
         isinstance(skipped, list) and all(isinstance(s, list) and len(s) == 2 for s in skipped),
         "is broken",
     )
+    paths = None
+    if "path" in content:
+        paths = _checked_paths(content["path"], len(keys))
+        check(paths is not None, "its column 'path' is broken")
     return ShardIndex(
         tar=str(content.get("tar")),
         tar_bytes=content["tar_bytes"],
@@ -128,4 +163,18 @@ def _checked(name: str, content: Any) -> ShardIndex:
         extensions=extensions,
         columns=columns,
         skipped=[(str(member), str(reason)) for member, reason in skipped],
+        paths=paths,
     )
+
+
+def _checked_paths(values: Any, count: int) -> list[str] | None:
+    """The column `path`; None if it is broken."""
+    if not isinstance(values, list) or len(values) != count:
+        return None
+    try:
+        paths = [path_from_json(value) for value in values]
+        for path in paths:  # a lone surrogate that stands for no byte
+            path_bytes(path)
+    except ValueError:
+        return None
+    return paths

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fastmoco_pipelines.formats.images import EXTENSIONS
+from fastmoco_pipelines.formats.paths import MEMBER as PATHS_MEMBER
 from fastmoco_pipelines.formats.tar import TarMember, unsafe_name
 
 TEXTS = ("cls", "json", "txt")
@@ -66,11 +67,13 @@ class TarContent:
         others: (member, reason) of what no sample uses.
         scattered: keys whose members are not adjacent. Harmless here; readers that stream lose such
             samples.
+        paths: the list of original files (paths.py), where the tar has one.
     """
 
     samples: list[TarSample]
     others: list[tuple[str, str]]
     scattered: list[str]
+    paths: TarMember | None = None
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -89,6 +92,9 @@ def group_members(members: Iterable[TarMember]) -> TarContent:
     scattered: dict[str, None] = {}
     for member in members:
         if member.kind == "a folder":
+            continue
+        if member.name == PATHS_MEMBER and not member.kind and content.paths is None:
+            content.paths = member
             continue
         key, extension = split_name(member.name)
         kind, fault = _name_fault(member, key)

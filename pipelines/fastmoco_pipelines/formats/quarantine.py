@@ -5,7 +5,9 @@ tars stay as they are.
 keeps a list of its own in its run folder. One JSON object a line:
 
 {"shard": "train-000000.tar", "key": "000000012", "extension": "jpg", "offset": 512, "size": 9001,
-"crc32": 1, "reason": "...", "when": "2026-11-22T01:55:00Z"}
+"crc32": 1, "reason": "...", "when": "2026-11-22T01:55:00Z", "file": "cat/IMG_1.jpg"}
+
+`file` is absent where the original file is not known.
 
 A line is about bytes, not names: it applies only if shard, offset, size and crc32 are those of the
 index. After a tar was fixed or packed again its old lines are stale: they match nothing, and
@@ -45,6 +47,7 @@ class QuarantineEntry:
         offset: of the image's first byte in the tar; `size` in bytes; `crc32` by the index.
         reason: why, in words; control characters are escaped.
         when: moment of the discovery, UTC, ISO 8601.
+        file: path of the original file below the folder that was packed, escaped; empty: not known.
     """
 
     shard: str
@@ -55,6 +58,7 @@ class QuarantineEntry:
     crc32: int
     reason: str
     when: str
+    file: str = ""
 
     @property
     def identity(self) -> tuple[str, int, int, int]:
@@ -115,6 +119,7 @@ class Quarantine:
         crc32: int,
         reason: str,
         when: str = "",
+        file: str = "",
     ) -> QuarantineEntry | None:
         """Note one sample; `when` is now unless given.
 
@@ -130,6 +135,7 @@ class Quarantine:
             crc32=int(crc32),
             reason=escaped(reason)[:MAX_REASON],
             when=when or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            file=escaped(file),
         )
         if entry.identity in self._entries:
             return None
@@ -216,7 +222,10 @@ def quarantine_path(folder: Path) -> Path:
 
 
 def _line(entry: QuarantineEntry) -> bytes:
-    return json.dumps(asdict(entry)).encode("ascii") + b"\n"
+    content = asdict(entry)
+    if not entry.file:
+        del content["file"]
+    return json.dumps(content).encode("ascii") + b"\n"
 
 
 def _parse(line: bytes) -> QuarantineEntry | None:
@@ -232,5 +241,6 @@ def _parse(line: bytes) -> QuarantineEntry | None:
         return None
     if not all(isinstance(value, str) for value in texts.values()):
         return None
+    texts["file"] = content.get("file") if isinstance(content.get("file"), str) else ""
     fields = {name: escaped(text) for name, text in texts.items()} | numbers
     return QuarantineEntry(**fields)

@@ -4,7 +4,7 @@ training."""
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from fastmoco_pipelines.healing.culprit import raise_bad_image
 from fastmoco_pipelines.sampling.order import samples_at
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import Device, ViewSpec, each_view, require
+from fastmoco_pipelines.text import escaped
 from fastmoco_pipelines.views.draws import ViewDraws, draw_batch
 
 _CELL = 96  # pixels; smaller views are enlarged to about this, larger ones shown as they are
@@ -39,6 +40,7 @@ def save_view_grid(
     device: Device = "cpu",
     device_id: int | None = None,
     parameters: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Draw a grid of original | view 1 | view 2 | ... and save it as a PNG.
 
@@ -57,7 +59,8 @@ def save_view_grid(
         threads: DALI worker threads.
         device: where to make the views.
         device_id: ordinal of the GPU.
-        parameters: write beside each row what was drawn for its views.
+        parameters: write beside each row its files, and what was drawn for its views.
+        tell: called with a line for each image: its row, its place in the row, and its file.
 
     Returns:
         `out_png` as a path.
@@ -79,6 +82,7 @@ def save_view_grid(
         sample_ids = samples_at(first, seed=seed, epoch=epoch, count=len(shard_set))
         encoded = shard_set.read(sample_ids)
         sizes = shard_set.sizes_of(sample_ids)
+        names = [escaped(path) for path in shard_set.paths_of(sample_ids)]
     finally:
         shard_set.close()
     draws = draw_batch(views, seed=seed, epoch=epoch, sample_ids=sample_ids, sizes=sizes)
@@ -109,12 +113,15 @@ def save_view_grid(
     out = Path(out_png)
     out.parent.mkdir(parents=True, exist_ok=True)
     side = max(_CELL, *(view.size for view in each))
-    texts = _texts(draws, sizes, images_a_row) if parameters else []
+    texts = _texts(draws, sizes, names, images_a_row) if parameters else []
     row_height = max([side + _GAP, *(len(lines) * _LINE + 2 * _MARGIN for lines in texts)])
     picture = _grid(cells, images_a_row, side, row_height)
     if parameters:
         picture = put_beside(picture, texts, row_height)
     picture.save(out, "PNG")
+    for number, name in enumerate(names):
+        row, place = divmod(number, images_a_row)
+        tell(f"row {row + 1}, image {place + 1}: {name}")
     return out
 
 
@@ -191,16 +198,27 @@ def describe_draws(draws: ViewDraws, i: int, size: Sequence[int]) -> str:
 
 
 def _texts(
-    draws: Sequence[ViewDraws], sizes: NDArray[np.int32], images_a_row: int
+    draws: Sequence[ViewDraws],
+    sizes: NDArray[np.int32],
+    names: Sequence[str],
+    images_a_row: int,
 ) -> list[list[str]]:
-    """Of each row of the grid, a line for each view of its images."""
-    lines = [
-        f"{i % images_a_row + 1} view {number}: {describe_draws(some, i, sizes[i])}"
-        for i in range(len(sizes))
-        for number, some in enumerate(draws, start=1)
-    ]
-    lines_a_row = images_a_row * len(draws)
+    """Of each row of the grid, for each of its images a line for its file and for each view."""
+    lines = []
+    for i, name in enumerate(names):
+        which = i % images_a_row + 1
+        lines.append(f"{which} {shortened(name)}")
+        lines += [
+            f"{which} view {number}: {describe_draws(some, i, sizes[i])}"
+            for number, some in enumerate(draws, start=1)
+        ]
+    lines_a_row = images_a_row * (1 + len(draws))
     return [lines[at : at + lines_a_row] for at in range(0, len(lines), lines_a_row)]
+
+
+def shortened(name: str, length: int = 60) -> str:
+    """The end of a long name, for a picture."""
+    return name if len(name) <= length else f"...{name[3 - length :]}"
 
 
 def put_beside(

@@ -32,6 +32,8 @@ class Fault:
             index" (made with `salvage`, it knows of this damage).
         path: of the tar, or its URL without secrets, where another tar has the same file name; else
             empty.
+        file: path of the member's original file below the folder that was packed, escaped; empty
+            where it is not known.
     """
 
     shard: str
@@ -41,6 +43,7 @@ class Fault:
     offset: int | None = None
     outcome: str = "noted"
     path: str = ""
+    file: str = ""
 
     @classmethod
     def of(
@@ -53,6 +56,7 @@ class Fault:
         offset: int | None = None,
         outcome: str = "noted",
         path: str = "",
+        file: str = "",
     ) -> Self:
         """A fault whose text, which may be from a tar, is escaped."""
         return cls(
@@ -63,6 +67,7 @@ class Fault:
             offset=offset,
             outcome=outcome,
             path=escaped(path),
+            file=escaped(file),
         )
 
 

@@ -214,5 +214,7 @@ def _candidates(
         key, extension = split_name(index.member(row))
         offset, size, crc32, _, height, width = index.records[row].tolist()
         item = Item(str(check.path), offset, size, crc32)
-        images.append(Candidate(key, extension, item, row, (height, width)))
+        path = index.path(row)
+        file = "" if path == index.member(row) else path
+        images.append(Candidate(key, extension, item, row, (height, width), file))
     return images

@@ -15,6 +15,7 @@ from fastmoco_pipelines.formats.index import (
     index_name,
     lost_entry,
     read_any_index,
+    read_paths,
 )
 from fastmoco_pipelines.formats.index_file import ShardIndex
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
@@ -28,13 +29,14 @@ from fastmoco_pipelines.inspecting.report import Fault, TarResult
 @dataclass(slots=True)
 class Candidate:
     """An image to decode: `row` is its place in the index and `shape` (height, width) by it; None
-    where none lists it."""
+    where none lists it. `file` is the path of the original file, empty where it is not known."""
 
     key: str
     extension: str
     item: Item
     row: int | None = None
     shape: tuple[int, int] | None = None
+    file: str = ""
 
 
 @dataclass(slots=True)
@@ -89,10 +91,17 @@ class TarCheck:
         )
         item = Item(str(self.path), offset, size, crc32)
         key, extension = self.index.keys[row], self.index.extensions[row]
-        return Candidate(key, extension, item, row, (height, width))
+        file = "" if self.index.paths is None else self.index.paths[row]
+        return Candidate(key, extension, item, row, (height, width), file)
 
     def fault(
-        self, member: str, kind: str, reason: str, offset: int | None = None, outcome: str = "noted"
+        self,
+        member: str,
+        kind: str,
+        reason: str,
+        offset: int | None = None,
+        outcome: str = "noted",
+        file: str = "",
     ) -> None:
         """Note a fault of the tar or of a member."""
         self.result.faults.append(
@@ -104,6 +113,7 @@ class TarCheck:
                 offset=offset,
                 outcome=outcome,
                 path=self.place,
+                file=file,
             )
         )
 
@@ -159,12 +169,22 @@ class TarCheck:
         rows = range(len(self.index)) if self.index is not None else ()
         candidates = [self.candidate(row) for row in rows]
         known = {candidate.item.offset for candidate in candidates}
-        for sample in content.samples:
-            image = sample.image
-            if image is not None and not sample.kind and image.offset not in known:
-                candidates.append(
-                    Candidate(sample.key, sample.extension, Item(path, image.offset, image.size))
-                )
+        others = [
+            (sample, sample.image)
+            for sample in content.samples
+            if sample.image is not None and not sample.kind and sample.image.offset not in known
+        ]
+        # Of what no index lists, the tar itself may know the original files.
+        files = (read_paths(self.path, content) if others else None) or {}
+        candidates += [
+            Candidate(
+                sample.key,
+                sample.extension,
+                Item(path, image.offset, image.size),
+                file=files.get(sample.key, ""),
+            )
+            for sample, image in others
+        ]
         return candidates
 
     def judge(self, candidate: Candidate, decoded: Decoded) -> None:
@@ -193,7 +213,8 @@ class TarCheck:
         item = candidate.item
 
         outcome = "quarantined" if counted else "left out"
-        self.fault(f"{candidate.key}.{candidate.extension}", kind, reason, item.offset, outcome)
+        member = f"{candidate.key}.{candidate.extension}"
+        self.fault(member, kind, reason, item.offset, outcome, candidate.file)
         crc32 = item.crc32 if item.crc32 is not None else decoded.crc32
         if counted and crc32 is not None:
             entry = self.quarantine.add(
@@ -204,6 +225,7 @@ class TarCheck:
                 size=item.size,
                 crc32=crc32,
                 reason=reason,
+                file=candidate.file,
             )
             if entry is not None:
                 self.result.entries.append(entry)

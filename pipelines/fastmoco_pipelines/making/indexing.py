@@ -170,6 +170,7 @@ def _index(
         with tars.at_hand(number):
             try:
                 index, raw, damages = scan_tar(path, rule, salvage=salvage)
+                index = _with_older_paths(path, index)
                 missing = _gone(path, index) if damages else 0
             except ShardError as error:
                 failures.append(ShardError(str(error).replace(path.name, name, 1)))
@@ -259,8 +260,31 @@ def _gone(path: Path, index: ShardIndex) -> int:
     return max(promised, missing)
 
 
+def _with_older_paths(path: Path, index: ShardIndex) -> ShardIndex:
+    """The index with the paths that an older one beside the tar has for the same images, where the
+    tar itself has no list of them any more: of a salvaged tar the end may be lost."""
+    if index.paths is not None:
+        return index
+    try:
+        old = read_any_index(path)
+    except ShardError:
+        return index
+    if old.paths is None:
+        return index
+    known = dict(zip(_places(old), old.paths, strict=True))
+    if not known.keys() & set(_places(index)):
+        return index
+    paths = [known.get(place, index.member(row)) for row, place in enumerate(_places(index))]
+    return replace(index, paths=paths)
+
+
 def _rows(index: ShardIndex) -> set[tuple[int, int, int]]:
-    return set(zip(*(index.columns[name] for name in ("offset", "size", "crc32")), strict=True))
+    return set(_places(index))
+
+
+def _places(index: ShardIndex) -> list[tuple[int, int, int]]:
+    columns = (index.columns[name] for name in ("offset", "size", "crc32"))
+    return list(zip(*columns, strict=True))
 
 
 def _label(path: Path, index: ShardIndex, labels: list[int]) -> None:

@@ -7,8 +7,10 @@ folder, seed and options give the same bytes, tar for tar.
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import tarfile
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +26,15 @@ from fastmoco_pipelines.formats.images import MAX_BYTES, check_decodes, image_ki
 from fastmoco_pipelines.formats.index import build_index, index_path, json_path, write_index
 from fastmoco_pipelines.formats.index_file import ShardIndex
 from fastmoco_pipelines.formats.manifest import read_sets, write_sets
+from fastmoco_pipelines.formats.paths import MEMBER as PATHS_MEMBER
+from fastmoco_pipelines.formats.paths import to_list, to_path
 from fastmoco_pipelines.making.sources import Source, find_sources
 from fastmoco_pipelines.sampling.order_v1 import shuffled
 from fastmoco_pipelines.spec import require
 
 Progress = Callable[[int, int], None]
+Prepared = tuple[str, bytes, int, str]
+"""An image to pack: its kind, bytes, label, and path below the packed folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,8 +230,8 @@ def _prepare_all(
     options: _Options,
     skipped: list[tuple[str, str]],
     progress: Progress | None,
-) -> Iterator[tuple[str, bytes, int]]:
-    """(kind, bytes, label) in order; decoded on all cores, a few images ahead."""
+) -> Iterator[Prepared]:
+    """The images in order; decoded on all cores, a few images ahead."""
     workers = min(16, os.cpu_count() or 1)
     waiting: deque[tuple[Source, Future[tuple[str, bytes] | str]]] = deque()
     left = iter(sources)
@@ -238,29 +244,42 @@ def _prepare_all(
             if isinstance(prepared, str):
                 skipped.append((source.name, prepared))
             else:
-                yield (*prepared, source.label)
+                yield (*prepared, source.label, to_path(source.name))
             if progress is not None:
                 progress(done + 1, len(sources))
 
 
 def _write_tars(
-    folder: Path, prefix: str, samples: Iterator[tuple[str, bytes, int]], options: _Options
+    folder: Path, prefix: str, samples: Iterator[Prepared], options: _Options
 ) -> list[Path]:
     """webdataset's ShardWriter, on files that are opened here: its own opener may run commands from
-    the environment."""
+    the environment. The last member of each tar is the list of the original files, which does not
+    count towards the size of a shard: the images of each are those of a tar without the list."""
     import webdataset
 
     first = next(samples, None)
     if first is None:
         return []
     tars: list[Path] = []
+    listed: list[tuple[str, str]] = []
+
+    class Writer(webdataset.ShardWriter):  # type: ignore[misc]
+        def finish(self) -> None:
+            if self.tarstream is not None:
+                data = to_list(listed)
+                listed.clear()
+                info = tarfile.TarInfo(PATHS_MEMBER)
+                info.size, info.mode = len(data), 0o444
+                self.tarstream.tarstream.addfile(info, io.BytesIO(data))
+            super().finish()
+
     with ExitStack() as files:
 
         def open_shard(number: str) -> BinaryIO:
             tars.append(folder / f"{prefix}-{number}.tar")
             return files.enter_context(open(tars[-1], "xb"))
 
-        with webdataset.ShardWriter(
+        with Writer(
             "%06d",
             maxcount=options.shard_samples,
             maxsize=options.shard_size_mb * 1_000_000,
@@ -270,15 +289,15 @@ def _write_tars(
             encoder=False,
             mtime=0,  # the same images give the same bytes
         ) as writer:
-            for number, (kind, data, label) in enumerate(_chain(first, samples)):
-                sample: dict[str, Any] = {"__key__": f"{number:09d}", kind: data}
+            for number, (kind, data, label, path) in enumerate(_chain(first, samples)):
+                key = f"{number:09d}"
+                sample: dict[str, Any] = {"__key__": key, kind: data}
                 writer.write(sample | ({"cls": str(label).encode()} if label >= 0 else {}))
+                listed.append((key, path))  # after `write`, which may begin the next shard
     return tars
 
 
-def _chain(
-    first: tuple[str, bytes, int], rest: Iterator[tuple[str, bytes, int]]
-) -> Iterator[tuple[str, bytes, int]]:
+def _chain(first: Prepared, rest: Iterator[Prepared]) -> Iterator[Prepared]:
     yield first
     yield from rest
 

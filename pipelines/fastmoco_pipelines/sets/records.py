@@ -100,11 +100,8 @@ class Records:
             StoppedError: after a server's set was cancelled.
         """
         sample_ids = np.asarray(sample_ids, dtype=np.int64)
-        shards = self.shard_of(sample_ids)
-        order = np.argsort(shards, kind="stable")
         found = np.zeros(len(sample_ids), dtype=RECORD)
-        numbers, starts = np.unique(shards[order], return_index=True)
-        for shard, rows in zip(numbers.tolist(), np.split(order, starts[1:]), strict=False):
+        for shard, rows in self._by_shard(sample_ids):
             try:
                 found[rows] = self.of_shard(shard)[sample_ids[rows] - self.first[shard]]
             except LostIndexError as error:
@@ -130,6 +127,26 @@ class Records:
                 raise LostIndexError(str(error)) from error.__cause__ or error
             self._checked[shard] = file.state
             return records
+
+    def paths_of(self, sample_ids: NDArray[np.int64]) -> list[str]:
+        """The path of each sample's original file, or its name in the tar.
+
+        Raises:
+            ShardError: if an index is lost, or its paths are damaged.
+        """
+        found = [""] * len(sample_ids)
+        for shard, places in self._by_shard(sample_ids):
+            rows = (sample_ids[places] - self.first[shard]).tolist()
+            for place, path in zip(places.tolist(), self.file(shard).paths(rows), strict=True):
+                found[place] = path
+        return found
+
+    def _by_shard(self, sample_ids: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Each shard with some of the samples, and the places of these among `sample_ids`."""
+        shards = self.shard_of(sample_ids)
+        order = np.argsort(shards, kind="stable")
+        numbers, starts = np.unique(shards[order], return_index=True)
+        yield from zip(numbers.tolist(), np.split(order, starts[1:]), strict=False)
 
     def check(self) -> None:
         """Load and check every index now, names too. The newest ones stay mapped, so a shard that

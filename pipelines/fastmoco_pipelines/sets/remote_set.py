@@ -255,7 +255,7 @@ class SmallFiles:
         if (validator, file.data) == known:
             return file
         # Kept in the binary form, and only after it is found to be whole.
-        file.check()
+        file.check(paths=True)
         if self._cache is not None and validator:
             self._cache.write_document(_key(url), validator, bytes(file.data))
         else:

@@ -31,6 +31,7 @@ from fastmoco_pipelines.sets.patterns import expand_shards, is_remote
 from fastmoco_pipelines.sets.records import CHECKED_AT_OPENING, Indexes, Records
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.retries import Limits
+from fastmoco_pipelines.text import escaped
 
 __all__ = ["ShardError", "ShardSet", "expand_shards"]
 
@@ -172,19 +173,48 @@ class ShardSet:
         EXIF rotation."""
         return _sizes(self._records.of(sample_ids))
 
+    def path_of(self, sample_id: int) -> str:
+        """The path of a sample's original file; see `paths_of`."""
+        return self.paths_of(np.array([sample_id]))[0]
+
+    def paths_of(self, sample_ids: NDArray[np.int64]) -> list[str]:
+        """The path of each sample's original file, below the folder that was packed, or its name in
+        the tar where the index has no paths, as for tars of other programs.
+
+        Paths are text as `formats/paths.py` describes it; show them through `text.escaped`. Only
+        the parts of the indexes that are asked for are read.
+
+        Args:
+            sample_ids: [B] int64, each in [0, len(self)).
+
+        Raises:
+            ShardError: if an index is lost, or its paths are damaged.
+        """
+        return self._records.paths_of(np.asarray(sample_ids, dtype=np.int64))
+
     def describe(self, sample_id: int) -> str:
-        """Tar and member of a sample, for people: `train-000001.tar: 000123.jpg`; its row in the
-        index where that is lost."""
+        """Tar, member and original file of a sample, for people: `train-000001.tar: 000123.jpg
+        (cat/IMG_1.jpg)`; its row in the index where that is lost."""
         shard = self._shard_of(sample_id)
         try:
             member = self._member(sample_id)
         except ShardError:
-            member = f"image {sample_id - int(self._first[shard])}"
-        return f"{self._names[shard]}: {member}"
+            return f"{self._names[shard]}: image {sample_id - int(self._first[shard])}"
+        original = self.original_of(sample_id)
+        return f"{self._names[shard]}: {member}" + (f" ({original})" if original else "")
+
+    def original_of(self, sample_id: int) -> str:
+        """The path of a sample's original file, escaped; empty where it is not known, or is the
+        name in the tar."""
+        try:
+            path = self.path_of(sample_id)
+            return "" if path == self._member(sample_id) else escaped(path)
+        except ShardError:
+            return ""
 
     def entry(self, sample_id: int) -> dict[str, str | int]:
-        """The fields of a sample in a quarantine list: shard, key, extension, offset, size,
-        crc32."""
+        """The fields of a sample in a quarantine list: shard, key, extension, offset, size, crc32,
+        file."""
         key, extension = split_name(self._member(sample_id))
         record = self._records.of(np.array([sample_id]))[0]
         return {
@@ -192,6 +222,7 @@ class ShardSet:
             "key": key,
             "extension": extension,
             **{name: int(record[name]) for name in ("offset", "size", "crc32")},
+            "file": self.original_of(sample_id),
         }
 
     @property

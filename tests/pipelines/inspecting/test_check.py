@@ -177,7 +177,8 @@ def test_the_json_report_holds_everything(damaged, tmp_path):
     assert content["counts"] == {"changed bytes": 1}
     assert content["promised"] == content["delivered"] + content["quarantined"] == 45
     (fault,) = content["faults"]
-    assert set(fault) == {"shard", "member", "kind", "reason", "offset", "outcome", "path"}
+    assert set(fault) == {"shard", "member", "kind", "reason", "offset", "outcome", "path", "file"}
+    assert fault["file"].startswith(("cat/", "dog/", "owl/"))
 
 
 def test_a_broken_manifest_and_a_missing_decoder_are_errors(packed, tmp_path, monkeypatch):

@@ -86,21 +86,31 @@ def test_a_grid_of_eight_views_shows_one_image_a_row_and_all_lines_of_its_draws(
     }
     plain = ViewSpec(size=8, blur_probability=0, flip_probability=0, **still)
     views = (plain, ViewSpec(size=8, blur_probability=0, flip_probability=1, copies=7, **still))
+    told: list[str] = []
     grids = [
         np.asarray(
             Image.open(
                 save_view_grid(
-                    train, views, tmp_path / "views.png", rows=2, seed=5, parameters=shown
+                    train,
+                    views,
+                    tmp_path / "views.png",
+                    rows=2,
+                    seed=5,
+                    parameters=shown,
+                    tell=told.append,
                 )
             )
         )
         for shown in (False, True)
     ]
     assert grids[0].shape == (2 * 100 + 4, 9 * 100 + 4, 3)
-    height = 8 * 13 + 12  # eight lines of text are higher than a cell
+    height = 9 * 13 + 12  # nine lines of text are higher than a cell
     assert grids[1].shape[0] == 2 * height + 4
     with ShardSet.open(train) as shards:
-        encoded = shards.read(epoch_order(5, 0, len(shards))[:2])
+        first = epoch_order(5, 0, len(shards))[:2]
+        encoded = shards.read(first)
+        names = [f"row {row}, image 1: {shards.path_of(i)}" for row, i in enumerate(first, start=1)]
+    assert told == 2 * names
     for grid, row_height in zip(grids, (100, height), strict=True):
         for row, data in enumerate(encoded):
             digit = np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))

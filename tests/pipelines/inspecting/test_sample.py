@@ -55,7 +55,8 @@ def remote(tmp_path):
 def names_of(folder: Path, sample_ids) -> set[tuple[str, str]]:
     """Tar and member of some samples."""
     with ShardSet.open(str(folder)) as shards:
-        return {tuple(shards.describe(int(i)).split(": ")) for i in sample_ids}
+        entries = [shards.entry(int(i)) for i in sample_ids]
+    return {(one["shard"], f"{one['key']}.{one['extension']}") for one in entries}
 
 
 def alike(report) -> dict:

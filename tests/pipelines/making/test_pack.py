@@ -154,7 +154,7 @@ def test_what_is_no_image_is_listed_with_its_reason(noise_image, tmp_path):
         "a/pipe.jpg": "no plain file",
     }
     with ShardSet.open(report.pattern) as shards:
-        extensions = sorted(shards.describe(i).rpartition(".")[2] for i in range(3))
+        extensions = sorted(shards.entry(i)["extension"] for i in range(3))
     assert extensions == ["jpg", "png", "png"]
     stored = json.loads((tmp_path / "out" / "manifest.json").read_text())["sets"]["train"][
         "skipped"

@@ -127,7 +127,9 @@ def test_reads_what_lies_in_the_tars(packed):
     for path in sorted(packed.glob("*.tar")):
         with tarfile.open(path) as tar:
             expected += [
-                (m.name, tar.extractfile(m).read()) for m in tar if not m.name.endswith(".cls")
+                (m.name, tar.extractfile(m).read())
+                for m in tar
+                if not m.name.endswith((".cls", "__"))
             ]
     with ShardSet.open(str(packed)) as shards:
         assert len(shards) == len(shards.labels) == len(shards.sizes) == 45
@@ -144,7 +146,8 @@ def test_reads_what_lies_in_the_tars(packed):
             name, content = expected[sample_id]
             assert data.dtype == np.uint8
             assert data.tobytes() == content
-            assert shards.describe(sample_id) == f"train-0000{sample_id // 16:02d}.tar: {name}"
+            where = f"train-0000{sample_id // 16:02d}.tar: {name}"
+            assert shards.describe(sample_id) == f"{where} ({shards.path_of(sample_id)})"
 
 
 def test_digest_is_the_identity_of_the_content(packed, image_folder, tmp_path):
@@ -222,12 +225,12 @@ def test_changed_bytes_are_named(packed, tmp_path):
     shards.read(np.array([19, 21]))
     with pytest.raises(
         ShardError,
-        match=r"train-000001\.tar: 000000020\.\w+: its bytes differ .*fastmoco data index",
+        match=r"train-000001\.tar: 000000020\.\w+ \(.*\): its bytes differ .*fastmoco data index",
     ):
         shards.read(np.array([19, 20, 21]))
     os.truncate(tar, offset + 5)
     with pytest.raises(
-        ShardError, match=r"train-000001\.tar: 000000020\.\w+: the tar ends inside it"
+        ShardError, match=r"train-000001\.tar: 000000020\.\w+ \(.*\): the tar ends inside it"
     ):
         shards.read(np.array([20]))
     shards.close()
@@ -258,7 +261,7 @@ def test_an_index_that_lost_samples_contradicts_the_manifest(packed, tmp_path):
     folder = Path(shutil.copytree(packed, tmp_path / "set"))
     path = folder / "train-000000.tar"
     content = json_of(path)
-    columns = ("key", "extension", "offset", "size", "crc32", "label", "height", "width")
+    columns = ("key", "extension", "offset", "size", "crc32", "label", "height", "width", "path")
     put_json(path, content | {name: content[name][:-1] for name in columns})
     with pytest.raises(
         ShardError, match=r"train-000000\.tar: 15 samples, but 16 in manifest\.json"

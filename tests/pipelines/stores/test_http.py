@@ -40,6 +40,7 @@ def require_equal(shards: ShardSet, local: ShardSet) -> None:
     ids = np.arange(len(local))
     assert (shards.digest, shards.classes, shards.keys) == (local.digest, local.classes, local.keys)
     assert [shards.describe(i) for i in ids] == [local.describe(i) for i in ids]
+    assert shards.paths_of(ids) == local.paths_of(ids)
     assert all(np.array_equal(a, b) for a, b in zip(shards.read(ids), local.read(ids), strict=True))
 
 
