@@ -4,6 +4,8 @@ other errors show their traceback.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,14 @@ ASKED_TO_END = "asked-to-end"
 """File next to torchrun's reports of one start: a rank was refused and has
 asked torchrun to end."""
 
+LAUNCHER = "FASTMOCO_LAUNCHER"
+"""Variable that `fastmoco train --gpus N` sets for its workers: its folder for reports. Lines that
+would only repeat another rank's line go to a file there (`say_again`)."""
+BEGUN = "begun"
+"""File there: a worker has begun to train."""
+ECHOES = "ranks.log"
+"""File there with these lines."""
+
 EXTRAS = {
     "nvidia": "dali-cu13",
     "webdataset": "data",
@@ -34,6 +44,9 @@ EXTRAS = {
 
 class RunError(RuntimeError):
     """A run cannot start or continue; the message names the reason and the cure."""
+
+    repeats = False
+    """Whether another rank prints the reason too."""
 
 
 @contextmanager
@@ -61,7 +74,10 @@ def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
         say(f"this needs {error.name}: pip install '.[{extra}]' in fastmoco's source folder{also}")
         raise SystemExit(EXIT_REFUSED) from error
     except known as error:
-        say(str(error))
+        if getattr(error, "repeats", False):
+            say_again(str(error))
+        else:
+            say(str(error))
         raise SystemExit(code) from error
 
 
@@ -75,5 +91,33 @@ def no_checkpoint(path: Path | str) -> RunError:
 def say(text: str) -> None:
     """Print one line on standard error, with control characters escaped,
     because it may quote names of files.
+
+    Standard error may be a closed terminal or a file on a full disk: nothing is raised then.
     """
-    print("fastmoco: " + escaped(text, keep="\n"), file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):
+        print("fastmoco: " + escaped(text, keep="\n"), file=sys.stderr, flush=True)
+
+
+def say_again(text: str) -> None:
+    """Print a line that repeats another rank's; with `--gpus N` it goes to a file instead."""
+    folder = os.environ.get(LAUNCHER)
+    if not folder:
+        say(text)
+        return
+    with contextlib.suppress(OSError), open(Path(folder) / ECHOES, "a") as file:
+        file.write(f"rank {os.environ.get('RANK', '?')}: {escaped(text)}\n")
+
+
+def close_output() -> None:
+    """Write what standard output and error still hold, before the end of the process.
+
+    Python would exit with code 120 if it fails then, for example because the terminal is closed.
+    """
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            with contextlib.suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)

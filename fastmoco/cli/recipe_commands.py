@@ -15,7 +15,9 @@ from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.plan import PlanArguments
 from fastmoco.config import Config
 from fastmoco.config.serial import to_json
-from fastmoco.errors import EXIT_REFUSED, one_line
+from fastmoco.errors import BEGUN, EXIT_REFUSED, LAUNCHER, close_output, one_line
+from fastmoco.faults.parent import follow_parent
+from fastmoco.faults.start_up import StartUp
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
 from fastmoco_pipelines.text import first_sentence
 
@@ -29,8 +31,8 @@ class TrainArguments:
     out: Path
     """Folder of the run: checkpoints, metrics.jsonl, config.json, curves.png."""
     gpus: int = 0
-    """Processes to start on this machine, one per GPU; 0: train in this
-    process, also under torchrun or srun."""
+    """Processes to start on this machine, one per GPU, or on its CPU; 0: train in this process,
+    also as one of several under torchrun, srun or launch/slurm.sh."""
     allow: tuple[str, ...] = ()
     """Fields that may differ from those of the run in --out, e.g. optim.lr; the
     error of a refused run lists them."""
@@ -112,10 +114,13 @@ def plan(args: list[str]) -> int:
 
 def train(args: list[str], *, process_ends: bool = False) -> int:
     """Pre-train from a recipe; the same command again continues."""
+    follow = "TORCHELASTIC_RUN_ID" in os.environ
+    if follow:  # a launcher that is killed cannot end its workers
+        follow_parent()
     try:
         parsed = parse_config(TrainArguments, "train", args)
     except SystemExit:
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if not follow:
             raise
         from fastmoco.faults.restarts import refusals_are_final
 
@@ -127,17 +132,28 @@ def train(args: list[str], *, process_ends: bool = False) -> int:
         from fastmoco.cli.launch import launch
 
         with one_line(EXIT_REFUSED, ValueError, OSError):
-            return launch(parsed.gpus, ["train", *_without_gpus(args)], parsed.out)
-    with collection_paused():
-        from fastmoco.cli.train import train
+            words = ["train", *_without_gpus(args)]
+            return launch(parsed.gpus, words, parsed.out, device=parsed.config.device)
+    with StartUp(parsed.out) as start_up:
+        with collection_paused():
+            from fastmoco.cli.train import train
 
-    return train(
-        parsed.config,
-        parsed.out,
-        allow=parsed.allow,
-        trust=parsed.trust,
-        process_ends=process_ends,
-    )
+        def begun() -> None:
+            start_up.end()
+            if reports := os.environ.get(LAUNCHER):
+                (Path(reports) / BEGUN).touch()
+
+        code = train(
+            parsed.config,
+            parsed.out,
+            allow=parsed.allow,
+            trust=parsed.trust,
+            process_ends=process_ends,
+            begun=begun,
+        )
+    if process_ends:
+        close_output()
+    return code
 
 
 def _without_gpus(args: list[str]) -> list[str]:
