@@ -28,7 +28,7 @@ LAUNCHER = "FASTMOCO_LAUNCHER"
 """Variable that `fastmoco train --gpus N` sets for its workers: its folder for reports. Lines that
 would only repeat another rank's line go to a file there (`say_again`)."""
 BEGUN = "begun"
-"""File there: a worker has begun to train."""
+"""File there: a worker has done its first step."""
 ECHOES = "ranks.log"
 """File there with these lines."""
 
@@ -106,6 +106,13 @@ def say_again(text: str) -> None:
         return
     with contextlib.suppress(OSError), open(Path(folder) / ECHOES, "a") as file:
         file.write(f"rank {os.environ.get('RANK', '?')}: {escaped(text)}\n")
+
+
+def tell_launcher(name: str) -> None:
+    """Leave an empty file in the folder for reports of `fastmoco train --gpus N`, if it is there."""
+    if folder := os.environ.get(LAUNCHER):
+        with contextlib.suppress(OSError):
+            (Path(folder) / name).touch()
 
 
 def close_output() -> None:

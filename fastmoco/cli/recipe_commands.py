@@ -15,7 +15,7 @@ from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.plan import PlanArguments
 from fastmoco.config import Config
 from fastmoco.config.serial import to_json
-from fastmoco.errors import BEGUN, EXIT_REFUSED, LAUNCHER, close_output, one_line
+from fastmoco.errors import EXIT_REFUSED, close_output, one_line
 from fastmoco.faults.parent import follow_parent
 from fastmoco.faults.start_up import StartUp
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
@@ -114,13 +114,20 @@ def plan(args: list[str]) -> int:
 
 def train(args: list[str], *, process_ends: bool = False) -> int:
     """Pre-train from a recipe; the same command again continues."""
-    follow = "TORCHELASTIC_RUN_ID" in os.environ
-    if follow:  # a launcher that is killed cannot end its workers
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher that is killed cannot end its workers
         follow_parent()
+    with StartUp() as start_up:
+        code = _train(args, start_up, process_ends=process_ends)
+    if process_ends:
+        close_output()
+    return code
+
+
+def _train(args: list[str], start_up: StartUp, *, process_ends: bool) -> int:
     try:
         parsed = parse_config(TrainArguments, "train", args)
     except SystemExit:
-        if not follow:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
             raise
         from fastmoco.faults.restarts import refusals_are_final
 
@@ -131,29 +138,22 @@ def train(args: list[str], *, process_ends: bool = False) -> int:
     if parsed.gpus:
         from fastmoco.cli.launch import launch
 
+        start_up.end()
         with one_line(EXIT_REFUSED, ValueError, OSError):
             words = ["train", *_without_gpus(args)]
             return launch(parsed.gpus, words, parsed.out, device=parsed.config.device)
-    with StartUp(parsed.out) as start_up:
-        with collection_paused():
-            from fastmoco.cli.train import train
+    start_up.opens(parsed.out)
+    with collection_paused():
+        from fastmoco.cli.train import train
 
-        def begun() -> None:
-            start_up.end()
-            if reports := os.environ.get(LAUNCHER):
-                (Path(reports) / BEGUN).touch()
-
-        code = train(
-            parsed.config,
-            parsed.out,
-            allow=parsed.allow,
-            trust=parsed.trust,
-            process_ends=process_ends,
-            begun=begun,
-        )
-    if process_ends:
-        close_output()
-    return code
+    return train(
+        parsed.config,
+        parsed.out,
+        allow=parsed.allow,
+        trust=parsed.trust,
+        process_ends=process_ends,
+        begun=start_up.end,
+    )
 
 
 def _without_gpus(args: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 
 from fastmoco.config.faults import FaultConfig
+from fastmoco.errors import BEGUN, tell_launcher
 
 
 class Section(StrEnum):
@@ -134,6 +135,8 @@ class Pulse:
         )
         yield
         self._last_step = self.age()
+        if not self._steps:
+            tell_launcher(BEGUN)
         self._steps += 1
         self.enter(Section.BETWEEN_STEPS, longest)
 

@@ -38,13 +38,11 @@ class StartUp:
     A start that is refused or interrupted leaves no folder that it has made itself. After another
     signal the folder stays, with the mark `PREEMPTED`: schedulers read it.
 
-    Args:
-        out: folder of the run.
     """
 
-    def __init__(self, out: Path) -> None:
-        self._out = out
-        self._made = _missing(out)
+    def __init__(self) -> None:
+        self._out: Path | None = None
+        self._made: list[Path] = []
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
         self._asked: signal.Signals | None = None
         self._over = threading.Event()
@@ -61,6 +59,11 @@ class StartUp:
         self._thread = threading.Thread(target=self._listen, name="fastmoco-start", daemon=True)
         self._thread.start()
         return self
+
+    def opens(self, out: Path) -> None:
+        """The folder of the run is known, and may be made from now on."""
+        self._out = out
+        self._made = _missing(out)
 
     def end(self) -> None:
         """The start is over: restore the previous handlers. May be called more than once."""
@@ -120,19 +123,19 @@ class StartUp:
             return EXIT_INTERRUPTED
         # SIGTERM may come from a launcher after the failure of another rank.
         alone = os.environ.get("WORLD_SIZE", "1") == "1"
-        if self._held_lock() and (alone or self._asked is not signal.SIGTERM):
+        if self._out and self._held_lock() and (alone or self._asked is not signal.SIGTERM):
             mark_stopped(self._out)
         return EXIT_STOPPED
 
     def _held_lock(self) -> bool:
         try:
-            return (self._out / "lock").read_text() == str(os.getpid())
+            return self._out is not None and (self._out / "lock").read_text() == str(os.getpid())
         except OSError:
             return False
 
     def _leave_nothing(self) -> None:
         """Remove the folder if this start has made it and nothing else is in it."""
-        if not self._made or not self._held_lock():
+        if self._out is None or not self._made or not self._held_lock():
             return
         with contextlib.suppress(OSError):
             found = sorted(path.name for path in self._out.iterdir())

@@ -216,7 +216,7 @@ class StopSignal:
                 why = f"{why}; {_NOTHING_LOST}"
                 code = code if code == EXIT_INTERRUPTED else EXIT_STOPPED
                 # With `--gpus N` one line is enough.
-                repeats = self._world.rank > 0 and LAUNCHER in os.environ
+                repeats = LAUNCHER in os.environ and (self._world.rank > 0 or is_orphan())
                 (say_again if repeats else say)(why)
             else:
                 say(f"{why}; ended without saving")
