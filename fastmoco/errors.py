@@ -4,6 +4,8 @@ other errors show their traceback.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +26,14 @@ ASKED_TO_END = "asked-to-end"
 """File next to torchrun's reports of one start: a rank was refused and has
 asked torchrun to end."""
 
+LAUNCHER = "FASTMOCO_LAUNCHER"
+"""Variable that `fastmoco train --gpus N` sets for its workers: its folder for reports. Lines that
+would only repeat another rank's line go to a file there (`say_again`)."""
+BEGUN = "begun"
+"""File there: a worker has done its first step."""
+ECHOES = "ranks.log"
+"""File there with these lines."""
+
 EXTRAS = {
     "nvidia": "dali-cu13",
     "webdataset": "data",
@@ -40,6 +50,9 @@ WORDING: ContextVar[Callable[[FieldError], str]] = ContextVar("WORDING", default
 
 class RunError(RuntimeError):
     """A run cannot start or continue; the message names the reason and the cure."""
+
+    repeats = False
+    """Whether another rank prints the reason too."""
 
 
 @contextmanager
@@ -67,7 +80,11 @@ def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
         say(f"this needs {error.name}: pip install '.[{extra}]' in fastmoco's source folder{also}")
         raise SystemExit(EXIT_REFUSED) from error
     except known as error:
-        say(WORDING.get()(error) if isinstance(error, FieldError) else str(error))
+        words = WORDING.get()(error) if isinstance(error, FieldError) else str(error)
+        if getattr(error, "repeats", False):
+            say_again(words)
+        else:
+            say(words)
         raise SystemExit(code) from error
 
 
@@ -81,5 +98,40 @@ def no_checkpoint(path: Path | str) -> RunError:
 def say(text: str) -> None:
     """Print one line on standard error, with control characters escaped,
     because it may quote names of files.
+
+    Standard error may be a closed terminal or a file on a full disk: nothing is raised then.
     """
-    print("fastmoco: " + escaped(text, keep="\n"), file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):
+        print("fastmoco: " + escaped(text, keep="\n"), file=sys.stderr, flush=True)
+
+
+def say_again(text: str) -> None:
+    """Print a line that repeats another rank's; with `--gpus N` it goes to a file instead."""
+    folder = os.environ.get(LAUNCHER)
+    if not folder:
+        say(text)
+        return
+    with contextlib.suppress(OSError), open(Path(folder) / ECHOES, "a") as file:
+        file.write(f"rank {os.environ.get('RANK', '?')}: {escaped(text)}\n")
+
+
+def tell_launcher(name: str) -> None:
+    """Leave an empty file in the folder for reports of `fastmoco train --gpus N`, if it is there."""
+    if folder := os.environ.get(LAUNCHER):
+        with contextlib.suppress(OSError):
+            (Path(folder) / name).touch()
+
+
+def close_output() -> None:
+    """Write what standard output and error still hold, before the end of the process.
+
+    Python would exit with code 120 if it fails then, for example because the terminal is closed.
+    """
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            with contextlib.suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)

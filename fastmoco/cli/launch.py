@@ -1,52 +1,66 @@
-"""`fastmoco train --gpus N`: start torchrun with N copies of the same command.
+"""`fastmoco train --gpus N`: start torchrun's agent with N copies of the same command.
 
 torchrun hides the exit codes of its workers: it returns 1 both after a crash and after a run that
 saved its state and exited with 75. The exit code of this command is therefore derived from the
 files that the run has written.
+
+Nothing that it starts outlives this process, however it ends: agent and workers follow their
+parents (`faults/parent.py`), and workers whose agent was killed become children of this process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from fastmoco.cli.agent import LOG, death
 from fastmoco.errors import (
     ASKED_TO_END,
+    BEGUN,
+    ECHOES,
     EXIT_FAILED,
     EXIT_FINISHED,
+    EXIT_INTERRUPTED,
     EXIT_REFUSED,
     EXIT_STOPPED,
+    LAUNCHER,
     RunError,
     say,
 )
+from fastmoco.faults.parent import PARENT, adopt_orphans, children
+from fastmoco.faults.signals import INTERRUPT_PATIENCE_SECONDS, PATIENCE_SECONDS, to_handle
+from fastmoco.faults.start_up import ended_early, mark_stopped
+from fastmoco.launched import describe_launcher
 
 MAX_RESTARTS = 3
 SAVE_SECONDS = 600
 """Time of workers between a signal and SIGKILL. torchrun's default of 30 s is too short for a large
 checkpoint; torch 2.11 has no setting for it."""
+_POLL_SECONDS = 0.1
 
 
-def launch_command(processes: int, args: Sequence[str], logs: str) -> list[str]:
+def launch_command(
+    processes: int, args: Sequence[str], logs: str, device: str = "auto"
+) -> list[str]:
     """The argument list that starts `fastmoco` with `args` in several processes of this machine.
 
     The store and all connections use the loopback interface. Output of workers is not redirected to
-    `logs`, which only contains the files in which they report errors.
+    `logs`, which only contains the log of torchrun and the files in which workers report errors.
     """
-    agent = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
+    agent = [sys.executable, "-m", "fastmoco.cli.agent", logs, str(processes), device]
+    counts = [
         "--standalone",
         "--local-addr",
         "127.0.0.1",
-    ]
-    counts = [
         "--nproc-per-node",
         str(processes),
         "--max-restarts",
@@ -57,73 +71,190 @@ def launch_command(processes: int, args: Sequence[str], logs: str) -> list[str]:
     return [*agent, *counts, "-m", "fastmoco", *args]
 
 
-def launch(processes: int, args: Sequence[str], out: Path) -> int:
+def launch(processes: int, args: Sequence[str], out: Path, *, device: str = "auto") -> int:
     """Run `fastmoco` with `args` in several processes, pass signals on, and wait for their end.
 
     Args:
         processes: one per GPU; on a machine without GPUs they share its cores.
         args: of the command, starting with its name.
         out: folder of the run.
+        device: of the config.
 
     Returns:
-        0 finished, 75 stopped by a signal after saving its state, 2 refused
-        before its first step, 1 otherwise.
+        0 finished, 75 stopped by a signal after saving its state or before its first step, 2
+        refused before its first step, 130 after a second Ctrl-C or one before the first step, 1
+        otherwise.
 
     Raises:
-        RunError: in a process that a launcher has started.
+        RunError: in one of several processes that a launcher has started, or for a negative number.
     """
-    if "RANK" in os.environ:
-        raise RunError("--gpus starts the processes itself; omit it under torchrun or srun")
+    if processes < 0:
+        raise RunError(f"--gpus {processes}: is a number of processes, from 1 on")
+    if launcher := describe_launcher(os.environ):
+        raise RunError(
+            f"--gpus starts the processes itself, but {launcher}; omit it under torchrun or srun, "
+            "or unset the variables if a platform has left them"
+        )
+    if (_nodes := os.environ.get("SLURM_JOB_NUM_NODES", "1")) not in ("1", ""):
+        say(f"--gpus uses this machine only; the job has {_nodes} nodes (see launch/slurm.sh)")
     _forget(out)
+    with tempfile.TemporaryDirectory(prefix="fastmoco_") as logs:
+        group = _Group(launch_command(processes, args, logs, device), _environment(logs))
+        group.wait()
+        return _outcome(group, Path(logs), out)
+
+
+def _environment(logs: str) -> dict[str, str]:
+    """The variables of the agent, without those that an outer launcher has left."""
+    left = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept: Mapping[str, str] = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in left and not name.startswith("PET_")  # defaults of torchrun's options
+    }
+    own = {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS),
+        LAUNCHER: logs,
+        PARENT: str(os.getpid()),
+    }
     # torchrun would set one thread too, but with a warning. Workers divide the
     # cores by `--threads` in any case.
-    environment = (
-        {"OMP_NUM_THREADS": "1"}
-        | os.environ
-        | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS)}
-    )
-    with tempfile.TemporaryDirectory(prefix="fastmoco_") as logs:
-        # In its own session, so that Ctrl-C reaches it once, through this process.
-        agent = subprocess.Popen(
-            launch_command(processes, args, logs), env=environment, start_new_session=True
-        )
-        _wait(agent)
-        refused = any(
-            Path(logs).glob(f"*/attempt_0/{ASKED_TO_END}")
-        )  # a refusal of a later start means too many restarts
+    return {"OMP_NUM_THREADS": "1", **kept, **own}
+
+
+def _outcome(group: _Group, logs: Path, out: Path) -> int:
+    """The exit code, after at most one line: workers have printed what they know."""
     if (out / "DONE").exists():
         return EXIT_FINISHED
-    # torchrun always prints a traceback, so the last line summarizes the result.
+    asked = group.asked
+    if group.cut_short is not None:
+        say(f"a second signal after {signal.Signals(asked or 0).name}: ended at once")
+        return EXIT_INTERRUPTED if group.cut_short == signal.SIGINT else 128 + (asked or 0)
+
+    # Stopped: rank 0 has reported which step is saved.
     if (out / "PREEMPTED").exists():
-        say("stopped by a signal; the same command continues")
+        if asked is None and group.code < 0:
+            say(f"the agent of the workers {death(group.code)}; the same command continues")
         return EXIT_STOPPED
-    outcome = "refused" if refused else "failed"
-    say(f"{outcome}: see the first line above that begins with 'fastmoco:'")
-    return EXIT_REFUSED if refused else EXIT_FAILED
+    begun = (logs / BEGUN).exists()
+    if asked is not None and not begun:
+        say(ended_early(signal.Signals(asked)))
+        if asked == signal.SIGINT:
+            return EXIT_INTERRUPTED
+        mark_stopped(out)
+        return EXIT_STOPPED
+
+    # Refused: the reason is printed. A refusal of a later start means too many restarts.
+    refused = any(logs.glob(f"*/attempt_0/{ASKED_TO_END}"))
+    if refused or group.code == EXIT_REFUSED:
+        return EXIT_REFUSED
+    say(_failed(group, logs, out))
+    return EXIT_FAILED
 
 
-def _wait(agent: subprocess.Popen[bytes]) -> None:
-    """Wait for the end of the agent and forward signals to it."""
-
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        agent.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-
-    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-    if (
-        signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-    ):  # ignored under nohup, where the run outlives its terminal
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, pass_on) for number in numbers}
+def _failed(group: _Group, logs: Path, out: Path) -> str:
+    """The last line of a run that failed; keeps what torchrun has reported."""
+    text = "failed: see the first line above that begins with 'fastmoco:'"
+    if group.asked is not None:
+        text = f"{signal.Signals(group.asked).name}: ended without saving; see above"
+    elif group.code < 0:
+        text = f"failed: the agent of the workers {death(group.code)}"
+    report = ""
+    for name in (LOG, ECHOES):
+        with contextlib.suppress(OSError):
+            report += (logs / name).read_text(errors="replace")
     try:
-        agent.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        descriptor = os.open(out / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(report)
+    except OSError:
+        # No folder, or a full disk: nothing is kept back.
+        with contextlib.suppress(OSError):
+            sys.stderr.write(report)
+        return text
+    return f"{text}; torchrun's report is in {out / LOG}"
+
+
+class _Group:
+    """The agent and its workers.
+
+    Attributes:
+        asked: the first signal that this process was asked to stop by; None without one.
+        cut_short: a later second signal, after which all were killed; None without one.
+        code: exit code of the agent.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._command = command
+        self._environment = environment
+        self._asked_at = 0.0
+        self.asked: int | None = None
+        self.cut_short: int | None = None
+        self.code = 0
+
+    def wait(self) -> None:
+        """Start the agent, and wait until it and all its workers have ended."""
+        handles = threading.current_thread() is threading.main_thread()
+        numbers = to_handle() if handles else ()
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        others = set(children())
+        adopt_orphans(True)
+        try:
+            # In its own session, so that Ctrl-C reaches it once, through this process.
+            self._agent = subprocess.Popen(
+                self._command, env=self._environment, start_new_session=True
+            )
+            if self.asked is not None:  # before there was an agent
+                self._pass_on(self.asked)
+            self._wait_for_agent()
+            self._wait_for_orphans(others)
+        finally:
+            adopt_orphans(False)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.asked is None:
+            self.asked = number
+            self._asked_at = now
+            self._pass_on(number)
+            return
+        # A second signal would interrupt the agent while it waits for its workers.
+        by_hand = number == signal.SIGINT
+        if now - self._asked_at > (INTERRUPT_PATIENCE_SECONDS if by_hand else PATIENCE_SECONDS):
+            self.cut_short = number
+
+    def _pass_on(self, number: int) -> None:
+        known = (signal.SIGINT, signal.SIGHUP)  # of torchrun, which passes them on as they are
+        if agent := getattr(self, "_agent", None):
+            agent.send_signal(number if number in known else signal.SIGTERM)
+
+    def _wait_for_agent(self) -> None:
+        while True:
+            try:
+                self.code = self._agent.wait(_POLL_SECONDS)
+                return
+            except subprocess.TimeoutExpired:
+                if self.cut_short is not None:
+                    self._agent.kill()  # its workers become children of this process
+
+    def _wait_for_orphans(self, others: set[int]) -> None:
+        """Wait for workers whose agent was killed; they save and end by themselves."""
+        until = time.monotonic() + SAVE_SECONDS
+        while left := set(children()) - others:
+            for pid in left:
+                if self.cut_short is not None or time.monotonic() > until:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+            time.sleep(_POLL_SECONDS)
 
 
 def _forget(out: Path) -> None:
     """Remove the marks of an earlier start, because the workers of this one may
     end before they do it.
     """
-    for name in ("DONE", "PREEMPTED"):
+    for name in ("DONE", "PREEMPTED", LOG):
         (out / name).unlink(missing_ok=True)

@@ -20,7 +20,9 @@ from fastmoco.cli.pages import HELP, no_recipe, of_config, show
 from fastmoco.cli.plan import PlanArguments
 from fastmoco.config import Config
 from fastmoco.config.serial import to_json
-from fastmoco.errors import EXIT_REFUSED, one_line, say
+from fastmoco.errors import EXIT_REFUSED, close_output, one_line, say
+from fastmoco.faults.parent import follow_parent
+from fastmoco.faults.start_up import StartUp
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
 from fastmoco_pipelines.spec import FieldError
 from fastmoco_pipelines.text import first_sentence
@@ -35,8 +37,8 @@ class TrainArguments:
     out: Path
     """Folder of the run: checkpoints, metrics.jsonl, config.json, curves.png."""
     gpus: int = 0
-    """Processes to start on this machine, one per GPU; 0: train in this
-    process, also under torchrun or srun."""
+    """Processes to start on this machine, one per GPU, or on its CPU; 0: train in this process,
+    also as one of several under torchrun, srun or launch/slurm.sh."""
     allow: tuple[str, ...] = ()
     """Fields that may differ from those of the run in --out, e.g. optim.lr; the
     error of a refused run lists them."""
@@ -194,6 +196,16 @@ def plan(args: list[str]) -> int:
 
 def train(args: list[str], *, process_ends: bool = False) -> int:
     """Pre-train from a recipe; the same command again continues."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher that is killed cannot end its workers
+        follow_parent()
+    with StartUp() as start_up:
+        code = _train(args, start_up, process_ends=process_ends)
+    if process_ends:
+        close_output()
+    return code
+
+
+def _train(args: list[str], start_up: StartUp, *, process_ends: bool) -> int:
     try:
         parsed = parse_config(TrainArguments, "train", args)
     except SystemExit:
@@ -209,8 +221,11 @@ def train(args: list[str], *, process_ends: bool = False) -> int:
         if parsed.gpus:
             from fastmoco.cli.launch import launch
 
+            start_up.end()
             with one_line(EXIT_REFUSED, ValueError, OSError):
-                return launch(parsed.gpus, ["train", *_without_gpus(args)], parsed.out)
+                words = ["train", *_without_gpus(args)]
+                return launch(parsed.gpus, words, parsed.out, device=parsed.config.device)
+        start_up.opens(parsed.out)
         with collection_paused():
             from fastmoco.cli.train import train
 
@@ -220,6 +235,7 @@ def train(args: list[str], *, process_ends: bool = False) -> int:
             allow=parsed.allow,
             trust=parsed.trust,
             process_ends=process_ends,
+            begun=start_up.end,
         )
 
 

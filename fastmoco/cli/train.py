@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,9 @@ from fastmoco.training.start import close_if_finished, find_start
 if TYPE_CHECKING:
     from fastmoco.training.trainer import Trainer
 
+CLOSE_SECONDS = 60.0
+"""Time that a run which was asked to stop has to close its files after its last save."""
+
 
 def train(
     config: Config,
@@ -33,6 +37,7 @@ def train(
     allow: Sequence[str] = (),
     trust: bool = False,
     process_ends: bool = False,
+    begun: Callable[[], None] = lambda: None,
 ) -> int:
     """Train, or continue, the run in `out`.
 
@@ -43,6 +48,7 @@ def train(
         trust: continue from a checkpoint in `out` even if another run wrote it.
         process_ends: whether the process ends after it; after the last step of the run, signals
             then stay ignored (`AfterRun`).
+        begun: called when the start is over, before the first step.
 
     Returns:
         0 finished, 75 stopped by a signal after saving its state.
@@ -64,6 +70,7 @@ def train(
                 from fastmoco.training.trainer import Trainer
 
                 trainer = Trainer.build(config, out, world, allow=allow, start=start)
+    begun()
     if finished:
         return _finish(start.folder, config, world, None, process_ends)
     try:
@@ -74,6 +81,11 @@ def train(
         raise
     if code == EXIT_FINISHED:
         return _finish(trainer.folder, config, world, trainer, process_ends)
+    if process_ends:
+        # All is saved. Signals are ignored, so a library that hangs must not hold the process.
+        late = threading.Timer(CLOSE_SECONDS, os._exit, [code])
+        late.daemon = True
+        late.start()
     trainer.close()
     stop_world()
     return code

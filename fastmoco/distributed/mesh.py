@@ -13,6 +13,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from fastmoco.errors import RunError
+from fastmoco.launched import Launched, read_launcher
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
@@ -40,10 +43,18 @@ def _device_of(device: Literal["auto", "cpu", "gpu", "cuda"], local_rank: int) -
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 0:
-        raise ValueError('device="gpu": this machine has no CUDA device; use "cpu" or "auto"')
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = f" that CUDA_VISIBLE_DEVICES={hidden!r} shows" if hidden is not None else ""
+        raise ValueError(f'device="gpu": this machine has no CUDA device{why}; use "cpu" or "auto"')
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if count == 1 and visible and "TORCHELASTIC_RUN_ID" not in os.environ:
+        # Each process sees only its own device, as under `srun --gpus-per-task=1`. NCCL refuses two
+        # processes on one device.
+        return torch.device("cuda", 0)
     if local_rank >= count:
+        limit = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
         raise ValueError(
-            f"local_rank={local_rank}: this machine has {count} CUDA devices; "
+            f"local_rank={local_rank}: this machine has {count} CUDA devices{limit}; "
             "start one process per device"
         )
     return torch.device("cuda", local_rank)
@@ -52,9 +63,9 @@ def _device_of(device: Literal["auto", "cpu", "gpu", "cuda"], local_rank: int) -
 def start_world(
     device: Literal["auto", "cpu", "gpu", "cuda"] = "auto", *, timeout_s: float = 600.0
 ) -> World:
-    """Read torchrun's environment and, if there is more than one process, join the process group.
+    """Read the launcher's variables and, if there is more than one process, join the process group.
 
-    A run without torchrun has one process and no process group. Several processes communicate with
+    A run without a launcher has one process and no process group. Several processes communicate with
     gloo on the CPU and with NCCL on CUDA; each CUDA process uses the device of its local rank.
 
     Args:
@@ -65,12 +76,14 @@ def start_world(
         Ranks and device of this process. No other code reads the environment.
 
     Raises:
-        ValueError: if `device` is unknown, or if there are fewer CUDA devices than local processes.
+        ValueError: if `device` is unknown, if there are fewer CUDA devices than local processes, or
+            if the launcher's variables do not fit together.
+        RunError: on rank 0 if the port of the store is in use.
     """
-    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    rank, world_size, local_rank, local_world_size = (
-        int(os.environ.get(name, n)) for name, n in defaults.items()
-    )
+    launched = read_launcher(os.environ)
+    os.environ.update(launched.variables())
+    rank, world_size = launched.rank, launched.world_size
+    local_rank, local_world_size = launched.local_rank, launched.local_world_size
     place = _device_of(device, local_rank)
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -79,7 +92,10 @@ def start_world(
         timeout = timedelta(seconds=timeout_s)
         # The same as in init_process_group, but its store is needed first.
         meeting: Any = dist.rendezvous("env://", rank, world_size, timeout=timeout)  # type: ignore[attr-defined]
-        store, _, _ = next(meeting)
+        try:
+            store, _, _ = next(meeting)
+        except dist.DistNetworkError as error:
+            raise RunError(_no_store(launched, error)) from error
         attempt = agree_on_attempt(store, rank, world_size, timeout_s=timeout_s)
         dist.init_process_group(
             "nccl" if place.type == "cuda" else "gloo",
@@ -96,6 +112,21 @@ def start_world(
         local_world_size=local_world_size,
         device=place,
         attempt=attempt,
+    )
+
+
+def _no_store(launched: Launched, error: Exception) -> str:
+    """The message if the ranks cannot meet."""
+    place = f"{launched.address}:{launched.port}"
+    first = str(error).partition("\n")[0]
+    if launched.rank == 0 and "in use" in str(error).lower():
+        return (
+            f"port {launched.port} of this machine is in use: set MASTER_PORT to a free one, "
+            "the same for all ranks"
+        )
+    return (
+        f"rank {launched.rank} cannot reach the store of the ranks at {place} (MASTER_ADDR and "
+        f"MASTER_PORT): {first}"
     )
 
 

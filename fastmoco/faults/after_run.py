@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from fastmoco.errors import EXIT_FINISHED, say
-from fastmoco.faults.stop_signal import PATIENCE_SECONDS, SIGNALS
+from fastmoco.faults.signals import PATIENCE_SECONDS, SIGNALS, to_handle
 
 LIMIT_SECONDS = 240.0
 """Time after the last step in which attempts may be made. The agents of torchrun wait 300 s at the
@@ -57,7 +57,7 @@ class AfterRun:
     def __enter__(self) -> AfterRun:
         if threading.current_thread() is not threading.main_thread():
             return self
-        for number in (*SIGNALS, signal.SIGALRM):
+        for number in (*to_handle(), signal.SIGALRM):
             self._previous[number] = signal.signal(number, self._on_signal)
         if self._process_ends:
             self._receiver, self._sender = socket.socketpair()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typing import Any
 
 from fastmoco.distributed.mesh import World, lost_a_peer
 from fastmoco.distributed.store import connect
-from fastmoco.errors import EXIT_FAILED, RunError, say
+from fastmoco.errors import EXIT_FAILED, RunError, say_again
 from fastmoco_pipelines import ShardError
 
 _KEY = "first-cause"
@@ -28,10 +29,17 @@ _REASON_SECONDS = 3.0
 GRACE_SECONDS = 10.0
 """Time after the failure of a peer at which a rank that is still running is ended."""
 _LONGEST = 4000
+_CONNECTION = re.compile(
+    r"connection (closed|reset|refused|was closed)|broken pipe|remote process|unhandled system error",
+    re.IGNORECASE,
+)
+"""Words of gloo and NCCL for a peer that has ended."""
 
 
 class PeerError(RunError):
-    """Another rank failed first; the message quotes its reason."""
+    """Another rank failed first; the message quotes its reason, which that rank prints too."""
+
+    repeats = True
 
 
 @contextmanager
@@ -64,6 +72,9 @@ def first_cause(world: World) -> Iterator[None]:
             mine = _storable(f"rank {world.rank}: {_words(error)}")
             first = report(store, mine)
             if first == mine:
+                if echo and _CONNECTION.search(str(error)):
+                    # Not a fault of this rank: a traceback would only lead to the collective.
+                    raise RunError(f"rank {world.rank} has lost a peer: {_words(error)}") from error
                 raise
         raise PeerError(f"ended by the failure of {first}") from (None if echo else error)
     finally:
@@ -121,5 +132,5 @@ def _watch(store: Any, over: threading.Event) -> None:
     while not over.wait(_POLL_SECONDS):
         first = _reported(store, 0.0)
         if first is not None and not over.wait(GRACE_SECONDS):
-            say(f"ended by the failure of {first}")
+            say_again(f"ended by the failure of {first}")
             os._exit(EXIT_FAILED)  # an exception cannot interrupt the main thread inside a library

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 
 from fastmoco.config.faults import FaultConfig
+from fastmoco.errors import BEGUN, tell_launcher
 
 
 class Section(StrEnum):
@@ -80,7 +81,7 @@ class Pulse:
         *_, begun, patience_s = self._now
         return time.monotonic() - begun > patience_s
 
-    def outlasts(self, seconds: float) -> str | None:
+    def outlasts(self, seconds: float, limit_s: float | None = None) -> str | None:
         """The message if the section lasts too long after a signal to stop, else None.
 
         A save, a rollback or a measurement may finish. A measurement before the first step may not,
@@ -88,12 +89,17 @@ class Pulse:
 
         Args:
             seconds: time since the signal.
+            limit_s: a shorter limit for everything but a save and a rollback.
         """
         _, section, doing, begun, patience_s = self._now
         finishes = section in (Section.SAVE, Section.ROLLBACK)
         if not finishes and (section is not Section.MEASUREMENT or self.unstarted):
             patience_s = max(self._rules.stop_within_s, 3 * (self._last_step + self._last_data))
-        if min(seconds, time.monotonic() - begun) <= patience_s:
+        age = min(seconds, time.monotonic() - begun)
+        if limit_s is not None and not finishes and limit_s < patience_s:
+            age = seconds  # steps that go on do not count: a run may ask for signals at some only
+            patience_s = limit_s
+        if age <= patience_s:
             return None
         return f"{doing} did not end within {patience_s:.0f} s"
 
@@ -129,6 +135,8 @@ class Pulse:
         )
         yield
         self._last_step = self.age()
+        if not self._steps:
+            tell_launcher(BEGUN)
         self._steps += 1
         self.enter(Section.BETWEEN_STEPS, longest)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastmoco.errors import ASKED_TO_END, EXIT_REFUSED, RunError, say
+from fastmoco.errors import ASKED_TO_END, EXIT_REFUSED, LAUNCHER, RunError, say
 from fastmoco.faults.first_cause import PeerError
 from fastmoco.run.folder import RunFolder
 
@@ -109,7 +109,8 @@ def _end_launcher() -> None:
     except OSError:
         return
     if "TORCHELASTIC_RUN_ID" in os.environ and any(
-        b"torchrun" in word or b"distributed.run" in word for word in command
+        b"torchrun" in word or b"distributed.run" in word or b"cli.agent" in word
+        for word in command
     ):
         report = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if report:
@@ -117,5 +118,6 @@ def _end_launcher() -> None:
                 (Path(report).parent.parent / ASKED_TO_END).touch(exist_ok=False)
             except OSError:
                 return
-        say("refused, and a restart would be refused too: asking torchrun to end")
+        if LAUNCHER not in os.environ:
+            say("refused, and a restart would be refused too: asking torchrun to end")
         os.kill(parent, signal.SIGTERM)

@@ -1,5 +1,6 @@
-"""SIGTERM, SIGINT and SIGUSR1 request a stop at the end of the step; a later second signal stops at
-once.
+"""A signal requests a stop at the end of the step; a later second signal stops at once.
+
+Which signals: `signals.py`. The end of the launcher counts as one (`parent.py`).
 
 Python runs signal handlers on the main thread between bytecodes. A main thread blocked in a
 collective whose peer has died never gets there, so with a handler alone only SIGKILL could end the
@@ -29,14 +30,20 @@ import torch
 from fastmoco.distributed.agree import any_rank
 from fastmoco.distributed.mesh import World, lost_a_peer
 from fastmoco.distributed.store import connect
-from fastmoco.errors import EXIT_FAILED, EXIT_STOPPED, say
-from fastmoco.faults.pulse import Pulse
+from fastmoco.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, LAUNCHER, say, say_again
+from fastmoco.faults.parent import ORPHAN_SECONDS, is_orphan
+from fastmoco.faults.pulse import Pulse, Section
+from fastmoco.faults.signals import (
+    INTERRUPT_PATIENCE_SECONDS,
+    PATIENCE_SECONDS,
+    SIGNALS,
+    to_handle,
+)
 from fastmoco.run.folder import RunFolder
 
-PATIENCE_SECONDS = 2.0
-"""A signal repeated within this time is the same request: schedulers and launchers both send it."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""SLURM sends the third some time before the end of a job (`--signal=USR1@120`)."""
+SILENT_SECONDS = 3.0
+"""A step that ends within this time after a signal needs no line that says what it waits for; nor
+does a save within three times this time. The first step of a start may take minutes and does."""
 _POLL_SECONDS = 0.25
 _NOTHING_LOST = "ended before its first step was done: nothing is lost"
 
@@ -73,7 +80,7 @@ class StopSignal:
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         self._receiver.settimeout(_POLL_SECONDS)
-        for number in SIGNALS:
+        for number in to_handle():
             self._previous[number] = signal.signal(number, self._on_signal)
         self._wakeup_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="fastmoco-signals", daemon=True)
@@ -98,33 +105,39 @@ class StopSignal:
         if stopped:
             # The peer received the same signal and reached its deadline first: not a failure.
             self._mark()
-            say(f"{self.received}: a peer has ended; {_NOTHING_LOST}")
+            say_again(f"{self.received}: a peer has ended; {_NOTHING_LOST}")
             raise SystemExit(EXIT_STOPPED) from error
 
     def finish(self) -> None:
-        """The run is done: ignore the signals from now on, also after this context."""
-        self._previous = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+        """All is saved: ignore the signals from now on, also after this context."""
+        self._previous = dict.fromkeys(self._previous, signal.SIG_IGN)
         self._over.set()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.received is None:
             self._received_at = time.monotonic()
             self.received = signal.Signals(number).name
-        elif time.monotonic() - self._received_at > PATIENCE_SECONDS:
+        elif time.monotonic() - self._received_at > _patience(number):
             if self._nothing_lost():
-                self._give_up(f"a second signal after {self.received}: ended at once", EXIT_STOPPED)
+                code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED
+                self._give_up(f"a second signal after {self.received}: ended at once", code)
             self._restore()
             os.kill(os.getpid(), number)
 
     def _listen(self) -> None:
         """Read the signals; end the process if the main thread does not react in time."""
         first: tuple[int, float] | None = None
-        second_at: float | None = None
+        second: tuple[int, float] | None = None
+        announced = False
         while not self._over.is_set():
             try:
                 received = [number for number in self._receiver.recv(64) if number in SIGNALS]
             except TimeoutError:
                 received = []
+            orphan = is_orphan()
+            if orphan and first is None and not received:  # a system that sends no signal then
+                self.received = "the launcher has ended"
+                received = [int(signal.SIGTERM)]
 
             # The first signal starts the deadline; only a later one counts as the second.
             now = time.monotonic()
@@ -136,18 +149,41 @@ class StopSignal:
                     threading.Thread(
                         target=self._notify_peers, name="fastmoco-asked", daemon=True
                     ).start()
-                elif now - first[1] > PATIENCE_SECONDS and second_at is None:
-                    second_at = now
+                elif now - first[1] > _patience(number) and second is None:
+                    second = (number, now)
             if first is None:
                 continue
 
+            # A line for a person who waits, unless the step ends soon.
+            saves = self._pulse is not None and self._pulse.section is Section.SAVE
+            silent = (3 if saves else 1) * SILENT_SECONDS
+            if not announced and (self._unstarted() or now - first[1] > silent):
+                announced = True
+                self._announce(first[0])
+
             # The main thread has time to react itself before this thread ends the process.
             name = signal.Signals(first[0]).name
-            if second_at is not None and now - second_at > 2 * _POLL_SECONDS:
-                self._give_up(f"a second signal after {name}: ended at once", 128 + first[0])
-            late = self._pulse.outlasts(now - first[1]) if self._pulse is not None else None
+            if second is not None and now - second[1] > 2 * _POLL_SECONDS:
+                code = EXIT_INTERRUPTED if second[0] == signal.SIGINT else 128 + first[0]
+                self._give_up(f"a second signal after {name}: ended at once", code)
+            if self._pulse is None:
+                continue
+            limit = ORPHAN_SECONDS if orphan else None
+            late = self._pulse.outlasts(now - first[1], limit)
             if late is not None:
                 self._give_up(f"{name}: {late}", EXIT_FAILED)
+
+    def _announce(self, number: int) -> None:
+        """Say what a process that was asked to stop waits for."""
+        if self._world.rank > 0 or self._pulse is None:
+            return
+        what = "save" if self._pulse.section is Section.SAVE else "step"
+        if self._pulse.section is Section.MEASUREMENT and not self._unstarted():
+            what = f"measurement ({self._pulse.doing})"
+        text = f"{signal.Signals(number).name}: stopping after this {what}"
+        if number == signal.SIGINT:
+            text += "; Ctrl-C again ends at once"
+        say(text)
 
     def _notify_peers(self) -> None:
         """Record that this rank was asked to stop, and wait for the records of all other ranks."""
@@ -177,10 +213,13 @@ class StopSignal:
         try:
             if self._nothing_lost():
                 self._mark()
-                why, code = f"{why}; {_NOTHING_LOST}", EXIT_STOPPED
+                why = f"{why}; {_NOTHING_LOST}"
+                code = code if code == EXIT_INTERRUPTED else EXIT_STOPPED
+                # With `--gpus N` one line is enough.
+                repeats = LAUNCHER in os.environ and (self._world.rank > 0 or is_orphan())
+                (say_again if repeats else say)(why)
             else:
-                why += "; ended without saving"
-            say(why)
+                say(f"{why}; ended without saving")
             if code == EXIT_STOPPED and self._world.rank > 0:
                 # srun kills all ranks after the first that exits like this: give rank 0 time to
                 # mark the folder.
@@ -198,3 +237,11 @@ class StopSignal:
         One small all-reduce if there are several processes.
         """
         return any_rank(self.received is not None, device)
+
+
+def _patience(number: int) -> float:
+    """Seconds within which the same signal is the same request."""
+    by_hand = number == signal.SIGINT and not any(
+        name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")
+    )
+    return min(PATIENCE_SECONDS, INTERRUPT_PATIENCE_SECONDS) if by_hand else PATIENCE_SECONDS

@@ -294,7 +294,7 @@ class Trainer:
 
         Args:
             max_steps: stop after this number of steps without saving, for measurements.
-            process_ends: leave the signals ignored once the run is marked as done.
+            process_ends: leave the signals ignored once the run is marked as done or stopped.
 
         Returns:
             `EXIT_FINISHED`, or `EXIT_STOPPED` after a signal to stop, when the state is saved.
@@ -316,6 +316,8 @@ class Trainer:
                 if self._asked_to_stop(stop):
                     self._save(force=True)
                     self.folder.mark("PREEMPTED")
+                    if process_ends:
+                        stop.finish()
                     cause = stop.received or "another rank was asked to stop"
                     recorder.event(f"{cause}: saved step {self.step_count}")
                     return EXIT_STOPPED

@@ -1,0 +1,156 @@
+"""torchrun's agent for `fastmoco train --gpus N`, in a process of its own.
+
+It is torch.distributed.run with three differences: it ends with the launcher that started it, it
+writes its log and tracebacks to a file instead of the terminal, and it checks the number of GPUs
+first, which needs torch. The output of workers is not redirected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastmoco.cli.collection import collection_paused
+from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, RunError, say
+from fastmoco.faults.parent import PARENT, children, follow_parent, is_orphan
+
+LOG = "torchrun.log"
+"""Name of the file with torchrun's log, in the folder for reports."""
+_POLL_SECONDS = 0.5
+
+
+def main(args: Sequence[str]) -> int:
+    """Run torchrun's agent.
+
+    Args:
+        args: folder for reports, number of processes, device of the config, then the arguments of
+            torchrun.
+
+    Returns:
+        0 if all workers returned 0, 2 if there are fewer GPUs than processes, else 1.
+    """
+    reports, processes, device, *words = args
+    terminal = sys.stderr
+    follow_parent()
+    os.environ[PARENT] = str(os.getpid())
+    threading.Thread(target=_wake_workers, name="fastmoco-launcher", daemon=True).start()
+    with (Path(reports) / LOG).open("w", buffering=1) as log:
+        # Before torch is imported: its loggers keep the stream of that moment.
+        sys.stderr = log
+        logging.basicConfig(stream=log, level=logging.WARNING)
+        try:
+            with collection_paused():
+                import torch
+                from torch.distributed import run as torchrun
+            start = describe_start(int(processes), device, torch.cuda.device_count())
+            if start:
+                _say(start, terminal)
+            logging.getLogger().addHandler(_Deaths(terminal))
+            start_workers: Any = torchrun.run
+            parse: Any = torchrun.parse_args
+            start_workers(parse(words))
+        except RunError as refused:
+            _say(str(refused), terminal)
+            return EXIT_REFUSED
+        except BaseException:  # a signal, too, is an exception of torchrun
+            traceback.print_exc(file=log)
+            return EXIT_FAILED
+    return EXIT_FINISHED
+
+
+def describe_start(processes: int, device: str, gpus: int) -> str:
+    """What is started if it is not one process for each of several GPUs; else empty.
+
+    Args:
+        processes: to start.
+        device: of the config.
+        gpus: that this process sees.
+
+    Raises:
+        RunError: if there are GPUs, but fewer than processes.
+    """
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    limit = f" (CUDA_VISIBLE_DEVICES={shown!r})" if shown is not None else ""
+    plural = "process" if processes == 1 else "processes"
+    if device == "cpu":
+        return f"--gpus {processes}: {processes} {plural} on the CPU with gloo (--device cpu)"
+    if gpus == 0:
+        if device == "auto":
+            return (
+                f"--gpus {processes}: this machine shows no GPU{limit}; "
+                f"{processes} {plural} on the CPU with gloo"
+            )
+        raise RunError(f"--gpus {processes}: this machine shows no GPU{limit}")
+    if processes > gpus:
+        count = f"{gpus} GPU" if gpus == 1 else f"{gpus} GPUs"
+        raise RunError(
+            f"--gpus {processes}: this machine shows {count}{limit}; "
+            f"use --gpus {gpus}, or --device cpu"
+        )
+    return ""
+
+
+class _Deaths(logging.Handler):
+    """Prints one line for a worker that a signal has ended, because it cannot say so itself."""
+
+    def __init__(self, terminal: Any) -> None:
+        super().__init__(logging.ERROR)
+        self._terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = re.search(r"failed \(exitcode: (-\d+)\) local_rank: (\d+)", record.getMessage())
+        if found:
+            _say(f"rank {found[2]} {death(int(found[1]))}", self._terminal)
+
+
+def death(code: int) -> str:
+    """How a process ended, by its exit code.
+
+    Args:
+        code: negative after a signal.
+    """
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    causes = {
+        "SIGKILL": "by a person or a scheduler, or by the kernel because memory ran out (dmesg)",
+        "SIGBUS": "often because /dev/shm or another mapped file had no space left",
+        "SIGSEGV": "by a fault of a library",
+        "SIGABRT": "by a library that gave up",
+    }
+    cause = f", {causes[name]}" if name in causes else ""
+    return f"was ended by {name}{cause}"
+
+
+def _wake_workers() -> None:
+    """Let stopped workers continue after the launcher has ended, so that its SIGTERM reaches them."""
+    while not is_orphan():
+        time.sleep(_POLL_SECONDS)
+    for pid in children():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def _say(text: str, terminal: Any) -> None:
+    log, sys.stderr = sys.stderr, terminal
+    try:
+        say(text)
+    finally:
+        sys.stderr = log
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
