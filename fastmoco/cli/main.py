@@ -21,6 +21,7 @@ from fastmoco.cli import plan as cli_plan
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.environment import clean_environment
 from fastmoco.cli.plan import PlanArguments
+from fastmoco.cli.words import prepare_streams, prepare_words
 from fastmoco.config import Config
 from fastmoco.config.serial import to_json
 from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, one_line, say
@@ -71,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
+        prepare_streams()
         clean_environment(os.environ)
+        args = prepare_words(args)
     except ValueError as error:
         say(str(error))
         return EXIT_REFUSED

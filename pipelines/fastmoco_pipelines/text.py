@@ -86,6 +86,12 @@ def shard_name(url: str) -> str:
     return unquote(urlsplit(url).path.rpartition("/")[2])
 
 
+def escaped_lines(text: str) -> str:
+    """A message of several lines, made fit as by `escaped`: a line break stays where two spaces
+    follow, so that no name in it can begin a line of its own."""
+    return "\n  ".join(escaped(line) for line in text.split("\n  "))
+
+
 def escaped(text: str, *, keep: str = "") -> str:
     """Text made fit for a terminal or a log: nothing in it can move the cursor.
 

@@ -123,7 +123,9 @@ def _short(folder: str, tars: list[str]) -> list[str]:
 
 def _common(first: str, last: str) -> str:
     """What two names, and all that are sorted between them, begin with."""
-    same = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), None)
+    same = next(
+        (i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), None
+    )
     return first[:same] if same is not None else min(first, last, key=len)
 
 

@@ -10,25 +10,29 @@ from __future__ import annotations
 import glob
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.files import at_home
+from fastmoco_pipelines.formats.manifest import MOVING, read_moving
 from fastmoco_pipelines.sets.folder_sets import files_of, folders_of, pattern_of, sets_of_folder
 from fastmoco_pipelines.text import AUTHORITY, SCHEME, STORES, escaped, redact, variable_hint
 
 MAX_SHARDS = 1_000_000
+_MOVE_SECONDS = 3.0
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
-def expand_shards(pattern: str, *, several: bool = False) -> list[Path]:
+def expand_shards(pattern: str, *, several: bool = False, moving: bool = False) -> list[Path]:
     """The local shard tars that a pattern names, sorted; see `local_names`."""
-    return [Path(name) for name in local_names(pattern, several=several)]
+    return [Path(name) for name in local_names(pattern, several=several, moving=moving)]
 
 
-def local_names(pattern: str, *, several: bool = False) -> list[str]:
+def local_names(pattern: str, *, several: bool = False, moving: bool = False) -> list[str]:
     """The local shard tars that a pattern names, sorted by folder and name.
 
     Args:
@@ -37,8 +41,10 @@ def local_names(pattern: str, *, several: bool = False) -> list[str]:
             the path that exist are taken as they are: a folder may be named `My set [v1]`. `~` is
             the home folder, unless something of this name exists.
         several: whether a folder may hold several sets.
+        moving: whether some of the files may just be moved to their place.
 
     Raises:
+        ShardError: if a set of theirs is being moved to its place, or was when that was killed.
         ValueError: naming the pattern, if it names no file, one of the files it spells out is
             missing, the folder holds several sets, or its scheme is not supported; also for a URL,
             which is no local file.
@@ -49,6 +55,15 @@ def local_names(pattern: str, *, several: bool = False) -> list[str]:
             "stored, and copy what it writes to the server too"
         )
     plain = without_scheme(pattern)
+    if not moving:
+        _wait_for_moves(_split_known("", f"{plain}/")[0])
+    names = _all_names(pattern, plain, several)
+    if not moving:
+        _refuse_moving(names)
+    return names
+
+
+def _all_names(pattern: str, plain: str, several: bool) -> list[str]:
     if os.path.isdir(plain):
         return _tars_of_folder(pattern, plain, several)
     if os.path.isfile(plain):
@@ -61,6 +76,36 @@ def local_names(pattern: str, *, several: bool = False) -> list[str]:
             f"{_shown(str(Path(plain).parent))}){variable_hint(plain)}"
         )
     return _sorted(names)
+
+
+def _wait_for_moves(folder: str) -> None:
+    """Wait for a process that moves shards into a folder, which takes moments."""
+    deadline = time.monotonic() + _MOVE_SECONDS
+    while os.path.exists(os.path.join(folder, MOVING)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _refuse_moving(names: Iterable[str]) -> None:
+    """Refuse shards of a set of which only a part is in its place.
+
+    Raises:
+        ShardError: with the cure.
+    """
+    folders: dict[str, set[str]] = {}
+    for name in names:
+        folder, tar = os.path.split(name)
+        folders.setdefault(folder, set()).add(tar)
+    for folder, tars in folders.items():
+        moving = read_moving(Path(folder))
+        if moving is not None and tars & {
+            *moving["old"],
+            *(shard["name"] for shard in moving["entry"]["shards"]),
+        }:
+            raise ShardError(
+                f"{folder or '.'}: the shards of set {moving['set']!r} are being moved to their "
+                "place, or were when that was killed: run the same `fastmoco data pack` again, "
+                "which finishes it."
+            )
 
 
 def spells_out(pattern: str) -> bool:
