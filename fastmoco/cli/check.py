@@ -247,8 +247,8 @@ def _print_sample(report: CheckReport) -> None:
     assert report.bad_share_bound is not None
     print(
         f"a sample: {report.sample} of {counted(report.population or 0, 'indexed image')} were "
-        f"checked, from {report.sampled_shards} of {counted(report.shards, 'shard')} (seed {report.seed}); {report.bad} are "
-        "bad"
+        f"checked, from {report.sampled_shards} of {counted(report.shards, 'shard')} "
+        f"(seed {report.seed}); {report.bad} are bad"
     )
     if report.sample == report.population:
         print(

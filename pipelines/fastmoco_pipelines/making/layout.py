@@ -120,11 +120,15 @@ def _cures(layout: Layout) -> Iterator[str]:
         yield "broken links: get the files that they point to"
     if tars := layout.endings["tar"]:
         pattern = shlex.quote(f"{layout.src}/*.tar")
-        yield f"unpack the {counted(tars, 'tar')}, or index as it is: fastmoco data index {pattern}"
+        what = (
+            "the tar, or index it as it is" if tars == 1 else "the tars, or index them as they are"
+        )
+        yield f"unpack {what}: fastmoco data index {pattern}"
     if archives := sum(layout.endings[kind] for kind in _ARCHIVES):
-        yield f"unpack the {counted(archives, 'archive')} first"
-    if any(layout.endings[kind] for kind in _OTHER_IMAGES):
-        yield "convert them to JPEG or PNG first"
+        yield "unpack the archive first" if archives == 1 else "unpack the archives first"
+    other = [f".{kind}" for kind in _OTHER_IMAGES if layout.endings[kind]]
+    if other:
+        yield f"convert {', '.join(other)} to JPEG or PNG first"
     if any(layout.endings[kind] for kind in _OTHER_SETS):
         yield "write the images out as files, or as tars for fastmoco data index"
 
@@ -184,8 +188,9 @@ def _wrapper_notes(layout: Layout) -> Iterator[str]:
         if len(deeper) > len(layout.tops):
             yield (
                 f"the classes are the {counted(len(layout.tops), 'folder')} {_named(layout.tops)}; "
-                f"the images are in {counted(len(deeper), 'folder')} below them ({_named(deeper)}). "
-                "If those are the classes, move them directly into one folder and pack that"
+                f"the images are in {counted(len(deeper), 'folder')} below them "
+                f"({_named(deeper)}). If those are the classes, move them directly into one "
+                "folder and pack that"
             )
 
 

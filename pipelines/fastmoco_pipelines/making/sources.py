@@ -87,7 +87,7 @@ def find_sources(src: Path, *, follow_links: bool) -> Sources:
 
     # A class is a folder directly below; two Unicode forms of one name are one class.
     flat = [name for name in names if "/" not in name]
-    classes = tuple(sorted({one_form(name.split("/", 1)[0]) for name in names if "/" in name}))
+    classes = tuple(sorted({_class_of(name) for name in names if "/" in name}))
     if flat and classes:
         raise ValueError(
             f"src={str(src)!r}: holds {counted(len(flat), 'image')} of its own ({flat[0]!r}, ...) "
@@ -95,10 +95,16 @@ def find_sources(src: Path, *, follow_links: bool) -> Sources:
             "all into one flat folder"
         )
     label = {name: i for i, name in enumerate(classes)}
-    images = [
-        Source(src / name, name, label.get(one_form(name.split("/", 1)[0]), -1)) for name in names
-    ]
+    images = [Source(src / name, name, label.get(_class_of(name), -1)) for name in names]
     return Sources(images, classes, skipped, describe_layout(layout))
+
+
+def _class_of(name: str) -> str:
+    """The class of an image: its first folder, in one Unicode form, whatever the locale."""
+    folder = name.partition("/")[0]
+    if folder.isascii():
+        return folder
+    return one_form(os.fsencode(folder).decode("utf-8", "surrogateescape"))
 
 
 def _require_folder(src: Path) -> None:
