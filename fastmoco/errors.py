@@ -5,6 +5,7 @@ other errors show their traceback.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from fastmoco_pipelines.spec import FieldError
-from fastmoco_pipelines.text import escaped
+from fastmoco_pipelines.text import escaped, escaped_lines, variable_hint
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
@@ -46,6 +47,21 @@ EXTRAS = {
 
 WORDING: ContextVar[Callable[[FieldError], str]] = ContextVar("WORDING", default=str)
 """How the error of a field is shown: on the command line, by its option (`cli.mistakes`)."""
+
+_CURES = {
+    errno.EACCES: "check its permissions, or choose another place",
+    errno.EPERM: "check its permissions, or choose another place",
+    errno.EROFS: "choose a folder that can be written",
+    errno.ENOSPC: "free some space, or choose a folder on another disk",
+    errno.EDQUOT: "free some space, or choose a folder on another disk",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of this path is a file where a folder is needed",
+    errno.EEXIST: "there is a file of this name: choose another name",
+    errno.EISDIR: "give a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its symbolic links form a circle",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+}
 
 
 class RunError(RuntimeError):
@@ -80,12 +96,23 @@ def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
         say(f"this needs {error.name}: pip install '.[{extra}]' in fastmoco's source folder{also}")
         raise SystemExit(EXIT_REFUSED) from error
     except known as error:
-        words = WORDING.get()(error) if isinstance(error, FieldError) else str(error)
+        words = WORDING.get()(error) if isinstance(error, FieldError) else describe(error)
         if getattr(error, "repeats", False):
             say_again(words)
         else:
             say(words)
         raise SystemExit(code) from error
+
+
+def describe(error: Exception) -> str:
+    """An error as text: of the operating system's errors the file, what is wrong, and the cure."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
+    cure = _CURES.get(error.errno or 0, "")
+    hint = "".join({variable_hint(name) for name in names})
+    where = " -> ".join(escaped(name) for name in names)
+    return (f"{where}: " if where else "") + error.strerror + (f"; {cure}" if cure else "") + hint
 
 
 def no_checkpoint(path: Path | str) -> RunError:
@@ -96,13 +123,18 @@ def no_checkpoint(path: Path | str) -> RunError:
 
 
 def say(text: str) -> None:
-    """Print one line on standard error, with control characters escaped,
-    because it may quote names of files.
+    """Print a message on standard error, with control characters escaped, because it may quote
+    names of files; its further lines begin with two spaces.
 
     Standard error may be a closed terminal or a file on a full disk: nothing is raised then.
     """
     with contextlib.suppress(OSError, ValueError):
-        print("fastmoco: " + escaped(text, keep="\n"), file=sys.stderr, flush=True)
+        print("fastmoco: " + escaped_lines(text), file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Print one line on standard output, with control characters escaped."""
+    print(escaped(text))
 
 
 def say_again(text: str) -> None:

@@ -140,7 +140,7 @@ def load_latest(
     reasons = "\n  ".join(reason for _, reason in skipped)
     raise CheckpointError(
         f"{root}: {len(skipped)} checkpoint(s) exist and none can be trusted:\n  {reasons}\n"
-        f"Put back an intact copy of one of these folders, or move {root} away to start from "
+        f"  Put back an intact copy of one of these folders, or move {root} away to start from "
         "scratch."
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +19,10 @@ from fastmoco.errors import (
     EXIT_REFUSED,
     one_line,
     say,
+    show,
 )
 from fastmoco_pipelines.spec import CacheSpec
+from fastmoco_pipelines.text import counted, escaped
 
 if TYPE_CHECKING:
     from fastmoco_pipelines.inspecting.report import CheckReport
@@ -33,7 +36,7 @@ def check(
     quarantine: bool = True,
     quarantine_out: Path | None = None,
     workers: int | None = None,
-    show: int = 20,
+    shown: Annotated[int, tyro.conf.arg(name="show")] = 20,
     seconds_per_image: float = 30.0,
     sample: int | None = None,
     seed: int = 0,
@@ -44,17 +47,19 @@ def check(
     quarantine.jsonl.
 
     The list is written next to the tars; loaders skip the images in it. Tars and servers are never
-    changed. Exit code 0: no fault, 1: faults found, 2: refused, 130: interrupted.
+    changed. The sets of a folder are checked one after the other. Exit code 0: no fault, 1: faults
+    found, 2: refused, 130: interrupted.
 
     Args:
         shards: A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or
             gs://.
-        json: Write the whole report here as JSON.
+        json: Write the whole report here as JSON; of each set of a folder in a file of its own,
+            with the set's name added.
         quarantine: Write quarantine.jsonl.
         quarantine_out: For shards on a server: folder for that list, named quarantine-PLACE.jsonl;
             default the current folder.
         workers: Decoding processes; default one per core.
-        show: Number of faults, and of notes, to print; the JSON report contains all.
+        shown: Number of faults, and of notes, to print; the JSON report contains all.
         seconds_per_image: Longest time for decoding one image.
         sample: Check only so many images, drawn at random over the whole set, and report how many
             of all may be bad.
@@ -66,7 +71,9 @@ def check(
     from fastmoco_pipelines.inspecting.check import CheckInterruptedError, check_shards
     from fastmoco_pipelines.inspecting.decode_pool import ChildLimits
     from fastmoco_pipelines.inspecting.sample_check import check_sample
+    from fastmoco_pipelines.sets.patterns import sets_of
 
+    code = EXIT_FINISHED
     with one_line(EXIT_REFUSED, ValueError, OSError):
         if sample is not None and resume:
             raise ValueError(
@@ -80,35 +87,53 @@ def check(
             "cache": cache,
             "remote_lists": quarantine_out,
         }
-        if sample is not None:
-            with progress_bar("checking") as advance:
-                report = check_sample(shards, sample, seed=seed, progress=advance, **options)
-        else:
-            try:
-                with progress_bar("checking", unit="bytes") as advance:
-                    report = check_shards(
-                        shards, progress=advance, resume=resume, tell=say, **options
-                    )
-            except CheckInterruptedError as stop:
-                more = {
-                    "--json": json,
-                    "--quarantine-out": quarantine_out,
-                    "--workers": workers,
-                    "--show": show if show != 20 else None,
-                    "--seconds-per-image": seconds_per_image if seconds_per_image != 30 else None,
-                    "--cache-dir": cache.cache_dir or None,
-                    "--cache-size-gb": (
-                        cache.cache_size_gb if cache.cache_size_gb != CACHE.cache_size_gb else None
-                    ),
-                    "--no-quarantine": None if quarantine else "",
-                }
-                say(f"interrupted, {stop}" + (_how_to_go_on(shards, more) if stop.recorded else ""))
-                return EXIT_INTERRUPTED
-        if json is not None:
-            json.parent.mkdir(parents=True, exist_ok=True)
-            report.write(json)
-        _print_report(report, show)
-    return EXIT_FAILED if report.faults else EXIT_FINISHED
+        sets = sets_of(shards)
+        for number, (name, pattern) in enumerate(sets):
+            if name:
+                show(f"set {name}: {pattern}")
+            if sample is not None:
+                with progress_bar("checking") as advance:
+                    report = check_sample(pattern, sample, seed=seed, progress=advance, **options)
+            else:
+                try:
+                    with progress_bar("checking", unit="bytes") as advance:
+                        report = check_shards(
+                            pattern, progress=advance, resume=resume, tell=say, **options
+                        )
+                except CheckInterruptedError as stop:
+                    more = {
+                        "--json": json,
+                        "--quarantine-out": quarantine_out,
+                        "--workers": workers,
+                        "--show": shown if shown != 20 else None,
+                        "--seconds-per-image": (
+                            seconds_per_image if seconds_per_image != 30 else None
+                        ),
+                        "--cache-dir": cache.cache_dir or None,
+                        "--cache-size-gb": (
+                            cache.cache_size_gb
+                            if cache.cache_size_gb != CACHE.cache_size_gb
+                            else None
+                        ),
+                        "--no-quarantine": None if quarantine else "",
+                    }
+                    how = _how_to_go_on(pattern, more) if stop.recorded else ""
+                    rest = ", ".join(name for name, _ in sets[number + 1 :])
+                    say(f"interrupted, {stop}{how}" + (f"; not checked: {rest}" if rest else ""))
+                    return EXIT_INTERRUPTED
+            if json is not None:
+                json.parent.mkdir(parents=True, exist_ok=True)
+                report.write(_of_set(json, name))
+            _print_report(report, shown)
+            if report.faults:
+                code = EXIT_FAILED
+    return code
+
+
+def _of_set(path: Path, name: str) -> Path:
+    """A file for one set of several: its name is added."""
+    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+    return path.with_name(f"{path.stem}-{safe}{path.suffix}") if name else path
 
 
 def _how_to_go_on(shards: str, options: Mapping[str, object]) -> str:
@@ -137,25 +162,30 @@ def stats(
 ) -> int:
     """Sizes, formats, classes, bytes and aspect ratios of a set, as a table and a picture.
 
-    Reads only the indexes.
+    Reads only the indexes. The sets of a folder come one after the other.
 
     Args:
         shards: A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or
             gs://.
-        out: Draw a picture too, e.g. stats.png; needs matplotlib.
+        out: Draw a picture too, e.g. stats.png; of each set of a folder in a file of its own. Needs
+            matplotlib.
         cache: Where shards of a server are kept.
     """
     from fastmoco_pipelines.inspecting.stats import draw_stats, measure_shards
+    from fastmoco_pipelines.sets.patterns import sets_of
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
-        measured = measure_shards(shards, cache=cache)
-        _print_stats(measured)
-        if out is not None:
-            print(f"wrote {draw_stats(measured, out)}")
+        for name, pattern in sets_of(shards):
+            if name:
+                show(f"set {name}: {pattern}")
+            measured = measure_shards(pattern, cache=cache)
+            _print_stats(measured)
+            if out is not None:
+                show(f"wrote {draw_stats(measured, _of_set(out, name))}")
     return EXIT_FINISHED
 
 
-def _print_report(report: CheckReport, show: int) -> None:
+def _print_report(report: CheckReport, shown: int) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -167,47 +197,48 @@ def _print_report(report: CheckReport, show: int) -> None:
             by_kind.add_row(str(count), kind)
         console.print(by_kind)
     # Text, not markup: names from a tar may hold square brackets.
-    for fault in report.faults[:show]:
+    for fault in report.faults[:shown]:
         where = ": ".join(part for part in (fault.path or fault.shard, fault.member) if part)
         where += f" ({fault.file})" if fault.file else ""
         console.print(
             Text(f"{where}: {fault.reason.removeprefix(fault.shard + ': ')} [{fault.outcome}]")
         )
-    if len(report.faults) > show:
+    if len(report.faults) > shown:
         console.print(
-            f"... and {len(report.faults) - show} more "
+            f"... and {len(report.faults) - shown} more "
             "(--show N prints more, --json FILE writes all)"
         )
-    for note in report.notes[:show]:
-        console.print(Text(f"note: {note}"))
-    if len(report.notes) > show:
-        console.print(f"... and {len(report.notes) - show} more notes")
+    for note in report.notes[:shown]:
+        console.print(Text(escaped(f"note: {note}")))
+    if len(report.notes) > shown:
+        console.print(f"... and {counted(len(report.notes) - shown, 'more note')}")
     rate = report.total_bytes / 1e6 / max(report.seconds, 1e-9)
     print(
-        f"{report.shards} shards, {report.total_bytes / 1e6:.1f} MB "
+        f"{counted(report.shards, 'shard')}, {report.total_bytes / 1e6:.1f} MB "
         f"in {report.seconds:.1f} s ({rate:.0f} MB/s)"
     )
     if report.sample is not None:
         _print_sample(report)
     if report.restarts:
-        print(f"{report.restarts} decoding processes crashed and were replaced")
+        ended = counted(report.restarts, "decoding process")
+        print(f"{ended} crashed and {'was' if report.restarts == 1 else 'were'} replaced")
     if report.refused_shards:
         alone = report.refused_shards == report.unindexed
-        why = "they have no index yet" if alone else "tar or index is damaged or missing"
-        print(f"{report.refused_shards} shards that a loader refuses: {why}")
+        why = "no index yet" if alone else "tar or index is damaged or missing"
+        print(f"{counted(report.refused_shards, 'shard')} that a loader refuses: {why}")
     drawn = " drawn" if report.sample is not None else ""
-    print(
-        f"{report.promised}{drawn} samples = {report.delivered} delivered "
-        f"+ {report.quarantined} quarantined"
-    )
+    promised = counted(report.promised, "sample").replace(" ", f"{drawn} ")
+    print(f"{promised} = {report.delivered} delivered + {report.quarantined} quarantined")
     if report.left_out:
-        print(f"{report.left_out} further samples omitted: no index lists them")
+        what = counted(report.left_out, "further sample")
+        print(f"{what} omitted: no index lists {'it' if report.left_out == 1 else 'them'}")
     for path in report.quarantine_files:
-        print(f"wrote {path}")
+        show(f"wrote {path}")
     for path, url in zip(report.quarantine_files, report.uploads, strict=False):
-        print(f"copy {path} to {url}: loaders look there, and fastmoco never writes to a server")
+        show(f"copy {path} to {url}: loaders look there, and fastmoco never writes to a server")
     where = " in the sample" if report.sample is not None else ""
-    print(f"{len(report.faults)} faults{where}" if report.faults else _nothing_found(report))
+    found = f"{counted(len(report.faults), 'fault')}{where}"
+    show(found if report.faults else _nothing_found(report))
 
 
 def _print_sample(report: CheckReport) -> None:
@@ -216,9 +247,9 @@ def _print_sample(report: CheckReport) -> None:
     assert report.bad is not None
     assert report.bad_share_bound is not None
     print(
-        f"a sample: {report.sample} of {report.population} indexed images were checked, from "
-        f"{report.sampled_shards} of {report.shards} shards (seed {report.seed}); {report.bad} are "
-        "bad"
+        f"a sample: {report.sample} of {counted(report.population or 0, 'indexed image')} were "
+        f"checked, from {report.sampled_shards} of {counted(report.shards, 'shard')} "
+        f"(seed {report.seed}); {report.bad} are bad"
     )
     if report.sample == report.population:
         print(
@@ -244,7 +275,9 @@ def _nothing_found(report: CheckReport) -> str:
     if not report.unindexed:
         return "clean"
     some = (
-        f"{report.unindexed} of {report.shards} shards " if report.unindexed < report.shards else ""
+        f"{report.unindexed} of {counted(report.shards, 'shard')} "
+        if report.unindexed < report.shards
+        else ""
     )
     out = " --out FOLDER" if is_remote(report.pattern) else ""
     command = f"fastmoco data index {shlex.quote(report.pattern)}{out}"
@@ -255,11 +288,12 @@ def _print_stats(stats: ShardStats) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastmoco_pipelines.text import escaped
-
     console = Console(highlight=False)
-    skipped = f", {stats.skipped} members skipped" if stats.skipped else ""
-    print(f"{len(stats)} images in {stats.shards} shards, {stats.tar_bytes / 1e6:.1f} MB{skipped}")
+    skipped = f", {counted(stats.skipped, 'member')} skipped" if stats.skipped else ""
+    print(
+        f"{counted(len(stats), 'image')} in {counted(stats.shards, 'shard')}, "
+        f"{stats.tar_bytes / 1e6:.1f} MB{skipped}"
+    )
     rows = stats.quantiles()
     table = Table("", *next(iter(rows.values())))
     for name, values in rows.items():
@@ -274,8 +308,8 @@ def _print_stats(stats: ShardStats) -> None:
         shown = [f"{escaped(name)} {count}" for name, count in counts]
         few = ", ".join(shown if len(shown) <= 12 else [*shown[:6], "...", *shown[-5:]])
         print(
-            f"{len(counts)} classes: {few}"
-            + (f"; {unlabelled} images without a label" if unlabelled else "")
+            f"{counted(len(counts), 'class')}: {few}"
+            + (f"; {counted(unlabelled, 'image')} without a label" if unlabelled else "")
         )
     else:
         print("no labels")

@@ -15,9 +15,11 @@ from tyro.conf import Positional
 
 from fastmoco.cli.mistakes import Wording, parse, worded
 from fastmoco.cli.options import describe
-from fastmoco.cli.pages import HELP, of_config, show
-from fastmoco.errors import EXIT_REFUSED, one_line, say
+from fastmoco.cli.pages import HELP, of_config
+from fastmoco.cli.pages import show as show_page
+from fastmoco.errors import EXIT_REFUSED, one_line, say, show
 from fastmoco_pipelines.spec import CacheSpec, ViewSpec, moco_v3_views
+from fastmoco_pipelines.text import counted
 
 CACHE = CacheSpec()
 """The default cache of shards from a server."""
@@ -59,6 +61,7 @@ def pack(
     quality: int = 92,
     shard_size: int = 256,
     seed: int = 0,
+    follow_links: bool = False,
     overwrite: bool = False,
 ) -> int:
     """Pack a folder of images into shuffled WebDataset shards, each with an index, and a manifest.
@@ -72,6 +75,8 @@ def pack(
         quality: JPEG quality of images that are shrunk.
         shard_size: Largest size of a shard, in MB.
         seed: Seed of the shuffle.
+        follow_links: Read the files and folders that symbolic links point to; otherwise links are
+            left out and counted.
         overwrite: Replace shards of the same prefix.
     """
     from fastmoco_pipelines import pack_folder
@@ -86,20 +91,23 @@ def pack(
                 quality=quality,
                 shard_size_mb=shard_size,
                 seed=seed,
+                follow_links=follow_links,
                 overwrite=overwrite,
                 progress=advance,
+                tell=say,
             )
         for name, reason in report.skipped[:20]:
-            print(f"skipped {name}: {reason}")
+            show(f"skipped {name}: {reason}")
         if len(report.skipped) > 20:
-            print(f"... and {len(report.skipped) - 20} more skipped files")
-        classes = f"{len(report.classes)} classes" if report.classes else "no labels"
+            print(f"... and {counted(len(report.skipped) - 20, 'more skipped file')}")
+        classes = counted(len(report.classes), "class") if report.classes else "no labels"
         size = report.total_bytes / 1e6
         print(
-            f"{report.samples} images, {classes}, {len(report.shards)} shards, {size:.1f} MB, "
+            f"{counted(report.samples, 'image')}, {classes}, "
+            f"{counted(len(report.shards), 'shard')}, {size:.1f} MB, "
             f"{len(report.skipped)} skipped"
         )
-        print(f"shards: {report.pattern}")
+        show(f"shards: {report.pattern}")
     return 0
 
 
@@ -147,14 +155,15 @@ def index(
                 json=json,
                 out=out,
                 cache=cache,
+                tell=say,
             )
 
         # Summary.
         print(
-            f"{report.samples} images in {report.shards} shards indexed, "
-            f"{len(report.skipped)} members skipped"
+            f"{counted(report.samples, 'image')} in {counted(report.shards, 'shard')} indexed, "
+            f"{counted(len(report.skipped), 'member')} skipped"
         )
-        named = f", {len(report.classes)} class names" if report.classes else ""
+        named = f", {counted(len(report.classes), 'class name')}" if report.classes else ""
         found = (
             f"labels of {report.labelled} from .{report.labels}{named}"
             if report.labels
@@ -164,24 +173,25 @@ def index(
 
         # What is missing.
         for tar, member, reason in report.skipped[:20]:
-            print(f"skipped {tar}: {member}: {reason}")
+            show(f"skipped {tar}: {member}: {reason}")
         if len(report.skipped) > 20:
-            print(f"... and {len(report.skipped) - 20} more skipped members, listed in the indexes")
+            more = counted(len(report.skipped) - 20, "more skipped member")
+            print(f"... and {more}, listed in the indexes")
         for part in report.lost:
             cut = f", in {part.member}" if part.member else ""
-            print(
-                f"lost {part.shard}: {part.size} bytes from byte {part.offset} on{cut}: "
+            show(
+                f"lost {part.shard}: {counted(part.size, 'byte')} from byte {part.offset} on{cut}: "
                 f"{part.reason}"
             )
         if report.lost:
             print("the indexes record the lost bytes, and training skips them")
         for tar, count in report.gone:
-            print(
-                f"lost {tar}: {count} samples of an older index or the manifest "
-                "are not found any more"
+            show(
+                f"lost {tar}: {counted(count, 'sample')} of an older index or the manifest "
+                f"{'is' if count == 1 else 'are'} not found any more"
             )
         for folder, url in report.uploads.items():
-            print(f"copy the files in {folder} to {url}")
+            show(f"copy the files in {folder} to {url}")
     return 0
 
 
@@ -202,7 +212,7 @@ def views(args: list[str]) -> int:
     default = ViewsArguments(shards=missing, view1=view1, view2=view2, more_views=more)
     if set(args) & set(HELP):
         whole = "--help-all" in args
-        show(of_config("data views", describe(ViewsArguments, default), whole=whole))
+        show_page(of_config("data views", describe(ViewsArguments, default), whole=whole))
         return 0
     options = parse(ViewsArguments, "data views", args, default=default)
     wording = Wording(describe(ViewsArguments, default), args)
@@ -216,7 +226,7 @@ def views(args: list[str]) -> int:
             parameters=options.parameters,
             tell=print,
         )
-        print(f"wrote {path}")
+        show(f"wrote {path}")
     return 0
 
 
@@ -234,7 +244,8 @@ def sample(name: Positional[Literal["digits"]], out: Positional[Path], *, seed: 
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
         train, test = pack_digits(out, seed=seed)
-        print(f"train: {train}\ntest:  {test}")
+        show(f"train: {train}")
+        show(f"test:  {test}")
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from fastmoco.cli.commands import COMMANDS, Command, group_of
 from fastmoco.cli.environment import clean_environment
 from fastmoco.cli.pages import HELP, of_function, overview, show
+from fastmoco.cli.words import prepare_streams, prepare_words
 from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, say
 
 
@@ -29,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
+        prepare_streams()
         clean_environment(os.environ)
+        args = prepare_words(args)
     except ValueError as error:
         say(str(error))
         return EXIT_REFUSED

@@ -39,7 +39,8 @@ class KnnMonitor(Monitor):
     The sets are opened once; between measurements their files are closed.
 
     Raises:
-        ValueError: if a set has no labels, or the two sets have different classes.
+        ValueError: if a set has no labels, the two sets have different classes, or class names
+            are known for one of them alone.
         ShardError: if an index is missing, broken or stale.
     """
 
@@ -158,11 +159,20 @@ def _open_comparable(bank: str, queries: str, cache: CacheSpec) -> tuple[_OpenSe
                 )
             opened.append(_OpenSet(pattern, shards))
         classes = [each.shards.classes for each in opened]
-        if all(classes) and classes[0] != classes[1]:  # tars of other tools have no names
+        if all(classes) and classes[0] != classes[1]:
             raise ValueError(
                 f"{redact(queries)!r} has {len(classes[1])} classes that are not the "
                 f"{len(classes[0])} classes of {redact(bank)!r}; pack both "
                 f"from folders with the same class names"
+            )
+        # Without names on one side, a number may mean another class there.
+        if any(classes) and not all(classes):
+            unnamed, named = (bank, queries) if classes[1] else (queries, bank)
+            raise ValueError(
+                f"{redact(unnamed)!r} has numbers as labels, without the names of their classes, "
+                f"and {redact(named)!r} has names, so that one number may mean two classes: copy "
+                f"the manifest.json of {redact(unnamed)!r} beside its shards, or pack or index "
+                "both alike"
             )
         undo.pop_all()
     return opened[0], opened[1]

@@ -24,7 +24,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fastmoco_pipelines.text import escaped
+from fastmoco_pipelines.text import escaped, escaped_lines
 
 EVENTS_SHOWN = 6
 
@@ -153,7 +153,7 @@ class Console:
 
     def event(self, text: str) -> None:
         """Show an event, such as a gradient spike, a checkpoint passed over, or a signal."""
-        text = "! " + escaped(text, keep="\n")
+        text = "! " + escaped_lines(text)
         pushed_out = self._events[0] if len(self._events) == EVENTS_SHOWN else None
         self._events.append(text)
         if self._live is not None:

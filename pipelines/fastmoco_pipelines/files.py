@@ -138,6 +138,25 @@ def _user_folder(variable: str, default: str) -> Path:
         ) from error
 
 
+def at_home(path: str) -> str:
+    """A path with `~` or `~user` at its beginning replaced, as a shell does outside quotes; as it is
+    if it exists, or its folder does.
+
+    Raises:
+        ValueError: if there is no such user, or the user has no home folder.
+    """
+    if not path.startswith("~") or os.path.lexists(path) or os.path.isdir(os.path.dirname(path)):
+        return path
+    found = os.path.expanduser(path)
+    if found == path:
+        user = path.partition("/")[0]
+        raise ValueError(
+            f"{path!r}: {user!r} is the home folder of no user of this machine: write the whole "
+            f"path, or ./{path} for a name that begins with ~"
+        )
+    return found
+
+
 def own_folder(folder: Path) -> bool:
     """Whether a folder, which is made if absent, is this user's alone to write to, and no link.
 

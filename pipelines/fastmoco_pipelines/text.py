@@ -21,6 +21,8 @@ SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 AUTHORITY = re.compile(r"[\w.{},-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
 """Host and port of a URL, or of a pattern of URLs."""
 
+_VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
+
 _EACH_URL = re.compile(r"([^,{/]*)://(.*?)(?=,[^,{/:]*://|$)", re.DOTALL)
 """Scheme and rest of every URL in a pattern, which may be braces around several."""
 
@@ -64,9 +66,30 @@ def first_sentence(doc: str | None) -> str:
     return paragraph[: stop.end()] if stop else paragraph
 
 
+def variable_hint(path: str) -> str:
+    """What to do about an environment variable in a path that the shell has not replaced; "" where
+    there is none."""
+    named = next((part for part in path.split("/") if _VARIABLE.match(part)), None)
+    if named is None:
+        return ""
+    return f": a shell does not replace {escaped(named)} in single quotes, but in double quotes"
+
+
+def counted(count: int, what: str) -> str:
+    """A number with its noun: `1 shard`, `2 shards`, `2 classes`."""
+    plural = what + ("es" if what.endswith("s") else "s")
+    return f"{count} {what if count == 1 else plural}"
+
+
 def shard_name(url: str) -> str:
     """File name of a shard's URL, without its folder."""
     return unquote(urlsplit(url).path.rpartition("/")[2])
+
+
+def escaped_lines(text: str) -> str:
+    """A message of several lines, made fit as by `escaped`: a line break stays where two spaces
+    follow, so that no name in it can begin a line of its own."""
+    return "\n  ".join(escaped(line) for line in text.split("\n  "))
 
 
 def escaped(text: str, *, keep: str = "") -> str:

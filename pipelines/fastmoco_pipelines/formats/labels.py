@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastmoco_pipelines.errors import LabelError
+from fastmoco_pipelines.formats.manifest import one_form
 from fastmoco_pipelines.formats.members import TarSample
 from fastmoco_pipelines.formats.tar import TarMember
 
@@ -196,7 +197,7 @@ def _field(member: TarMember, text: bytes, rule: LabelRule) -> RawLabel:
 
 
 def _words(text: str) -> RawLabel:
-    words = text.strip()
+    words = one_form(text.strip())
     if re.fullmatch(r"[0-9]{1,9}", words):
         return int(words)
     if not words:

@@ -10,6 +10,7 @@ share their classes.
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from fastmoco_pipelines.files import write_json
 FORMAT = "fastmoco-manifest"
 VERSION = 1
 NAME = "manifest.json"
+MOVING = ".fastmoco-moving.json"
+"""In a folder of shards: what a process is just moving there; see `making.one_writer`."""
+_CURE = "move it away, and pack the images or index the tars again"
 
 
 def read_sets(folder: Path) -> dict[str, dict[str, Any]]:
@@ -36,6 +40,37 @@ def read_sets(folder: Path) -> dict[str, dict[str, Any]]:
     return parse_sets(str(folder / NAME), text)
 
 
+def own_sets(folder: Path) -> dict[str, dict[str, Any]]:
+    """The sets of a folder's manifest, which may be written again.
+
+    Raises:
+        ShardError: as of `read_sets`; or if the file is another program's.
+    """
+    sets = read_sets(folder)
+    if not sets and (folder / NAME).exists():
+        content = json.loads((folder / NAME).read_bytes())
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ShardError(
+                f"{folder / NAME}: was written by another program, and the names of classes and "
+                "shards need this place: move it away, or choose another folder."
+            )
+    return sets
+
+
+def read_moving(folder: Path) -> dict[str, Any] | None:
+    """What a process is moving into a folder of shards, or was when it was killed; None for
+    nothing: `{"set": name, "entry": of the manifest, "folder": where from, "old": shard names}`."""
+    try:
+        content = json.loads((folder / MOVING).read_bytes())
+        entry = content["entry"]
+        names = [content["set"], content["folder"], *content["old"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    names += [shard["name"] for shard in entry["shards"]] if _is_set(entry) else [None]
+    good = all(isinstance(name, str) and Path(name).name == name for name in names)
+    return content if good else None
+
+
 def parse_sets(where: str, text: bytes) -> dict[str, dict[str, Any]]:
     """The sets of a manifest by name; empty for a manifest.json of another program.
 
@@ -49,17 +84,31 @@ def parse_sets(where: str, text: bytes) -> dict[str, dict[str, Any]]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"{where}: is not valid JSON ({error}): pack the images again.") from error
+        raise ShardError(
+            f"{where}: is not valid JSON ({error}): copy it again from where it was written; else "
+            f"{_CURE}."
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return {}
     if content.get("version") != VERSION:
         raise ShardError(
-            f"{where}: has version {content.get('version')!r}, this fastmoco reads {VERSION}."
+            f"{where}: has version {content.get('version')!r}, this fastmoco reads {VERSION}: "
+            f"update fastmoco; else {_CURE}."
         )
     sets = content.get("sets")
     if not isinstance(sets, dict) or not all(_is_set(entry) for entry in sets.values()):
-        raise ShardError(f"{where}: is broken: pack the images again.")
+        raise ShardError(f"{where}: is broken: {_CURE}.")
+    for entry in sets.values():
+        names = [one_form(name) for name in entry["classes"]]
+        if len(set(names)) == len(names):
+            entry["classes"] = names
     return sets
+
+
+def one_form(name: str) -> str:
+    """A class name in the Unicode form NFC: file systems and archives differ in the forms in which
+    they keep one name."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

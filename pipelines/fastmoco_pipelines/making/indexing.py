@@ -3,10 +3,9 @@ whole set."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -32,8 +31,10 @@ from fastmoco_pipelines.formats.labels import (
     number_labels,
 )
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
-from fastmoco_pipelines.formats.manifest import read_sets, write_sets
-from fastmoco_pipelines.sets.patterns import is_remote
+from fastmoco_pipelines.formats.manifest import own_sets, read_sets, write_sets
+from fastmoco_pipelines.making.one_writer import one_writer
+from fastmoco_pipelines.sets.folder_sets import is_part, set_name
+from fastmoco_pipelines.sets.patterns import expand_shards, is_remote
 from fastmoco_pipelines.sets.whole_tars import LocalTars, RemoteTars, whole_names
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.retries import Limits
@@ -101,6 +102,7 @@ def index_shards(
     cache: CacheSpec | None = None,
     transfers: Limits | None = None,
     json: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> IndexReport:
     """Write the index of every shard; for tars that were not made by `fastmoco data pack`.
 
@@ -116,6 +118,10 @@ def index_shards(
         cache: where copies of them are kept; None: the default folder and size.
         transfers: times and tries of each transfer.
         json: also write every index in its JSON form, for other programs.
+        tell: gets sentences about waiting for another process, and about what a killed one left.
+
+    The sets of a folder are indexed together, so that they number their classes alike. One process
+    at a time writes into a folder.
 
     Raises:
         ShardError: naming a tar that is damaged, holds no image or has labels that cannot be read,
@@ -130,18 +136,31 @@ def index_shards(
                 f"out={str(out)!r}: is for shards of a server; the index of a local tar is beside "
                 "it"
             )
-        return _index(LocalTars(pattern), progress, rule or LabelRule(), salvage, json)
+        with ExitStack() as alone:
+            # The tars may be others once the folders are this process's alone.
+            for folder in sorted({path.parent for path in _expanded(pattern)}):
+                alone.enter_context(one_writer(folder, f"data index {pattern}", tell))
+            tars = LocalTars(pattern, several=True)
+            return _index(tars, progress, rule or LabelRule(), salvage, json)
     if out is None:
         raise ValueError(
             f"shards={redact(pattern)!r}: nothing is written to a server: give a folder for the "
             "indexes (--out FOLDER), and copy what is in it beside the shards afterwards"
         )
     out.mkdir(parents=True, exist_ok=True)
-    with closing(
-        RemoteTars(pattern, out, cache or CacheSpec(), transfers or Limits(), indexes=False)
-    ) as tars:
-        report = _index(tars, progress, rule or LabelRule(), salvage, json)
-        return replace(report, uploads={folder: redact(url) for folder, url in tars.urls.items()})
+    task = f"data index {redact(pattern)}"
+    with (
+        one_writer(out, task, tell),
+        closing(
+            RemoteTars(pattern, out, cache or CacheSpec(), transfers or Limits(), indexes=False)
+        ) as remote,
+    ):
+        report = _index(remote, progress, rule or LabelRule(), salvage, json)
+        return replace(report, uploads={folder: redact(url) for folder, url in remote.urls.items()})
+
+
+def _expanded(pattern: str) -> list[Path]:
+    return expand_shards(pattern, several=True, moving=True)
 
 
 def _index(
@@ -314,7 +333,7 @@ def _write_manifests(
     for folder, group in groupby(sorted(paths), key=lambda path: path.parent):
         tars = list(group)
         names = {path.name for path in tars}
-        sets = read_sets(folder)
+        sets = own_sets(folder) if numbered.classes else read_sets(folder)
         old = {
             name
             for name, entry in sets.items()
@@ -322,22 +341,26 @@ def _write_manifests(
         }
         if not numbered.classes and not old:
             continue
-        if not sets and (folder / MANIFEST).exists():
-            raise ShardError(
-                f"{folder / MANIFEST}: was written by another program, and the class names need "
-                "this place: move it away, or index with --labels none."
-            )
         for name in old:
             del sets[name]
-        if numbered.classes:
-            name = re.sub(r"[-_.]?\d+$", "", tars[0].stem) or "shards"
+        for name, part in _parts(tars).items() if numbered.classes else ():
             if name in sets:
                 raise ShardError(
                     f"{folder / MANIFEST}: has another set {name!r}: index its shards together "
                     "with these."
                 )
-            sets[name] = _entry(tars, [labels[path] for path in tars], numbered, sizes, hashes)
+            sets[name] = _entry(part, [labels[path] for path in part], numbered, sizes, hashes)
         write_sets(folder, sets)
+
+
+def _parts(tars: Sequence[Path]) -> dict[str, list[Path]]:
+    """The tars of a folder by set: those named like parts, such as train and test, apart."""
+    first = set_name(tars[0].name) or "shards"
+    parts: dict[str, list[Path]] = {}
+    for path in tars:
+        name = set_name(path.name)
+        parts.setdefault(name if is_part(name) else first, []).append(path)
+    return parts
 
 
 def _is_from_here(entry: dict[str, Any]) -> bool:

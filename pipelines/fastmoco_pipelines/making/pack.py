@@ -10,27 +10,29 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import tarfile
-import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastmoco_pipelines.errors import ImageRefusedError
 from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.formats.images import MAX_BYTES, check_decodes, image_kind, shrink
-from fastmoco_pipelines.formats.index import build_index, index_path, json_path, write_index
+from fastmoco_pipelines.formats.index import build_index, write_index
 from fastmoco_pipelines.formats.index_file import ShardIndex
-from fastmoco_pipelines.formats.manifest import read_sets, write_sets
+from fastmoco_pipelines.formats.manifest import one_form, own_sets, read_moving
 from fastmoco_pipelines.formats.paths import MEMBER as PATHS_MEMBER
 from fastmoco_pipelines.formats.paths import to_list, to_path
-from fastmoco_pipelines.making.sources import Source, find_sources
+from fastmoco_pipelines.making.one_writer import hidden_folder, move_in, one_writer
+from fastmoco_pipelines.making.sources import Source, Sources, find_sources
 from fastmoco_pipelines.sampling.order_v1 import shuffled
 from fastmoco_pipelines.spec import require
+from fastmoco_pipelines.text import counted
 
 Progress = Callable[[int, int], None]
 Prepared = tuple[str, bytes, int, str]
@@ -46,6 +48,7 @@ class PackReport:
         samples: images packed; `classes`: their class names by label (empty: no labels).
         shards: the tars; `total_bytes`: their size.
         skipped: (path below the source folder, reason) of every file that was not packed.
+        notes: what is unusual about the source folder, in sentences.
     """
 
     pattern: str
@@ -54,6 +57,7 @@ class PackReport:
     shards: tuple[Path, ...]
     total_bytes: int
     skipped: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,7 @@ def pack_folder(
     follow_links: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> PackReport:
     """Pack the images of `src` into `out/PREFIX-000000.tar` and so on, with indexes and
     `out/manifest.json`.
@@ -109,53 +114,80 @@ def pack_folder(
         follow_links: also read symbolic links; else they are skipped and counted.
         overwrite: replace a set of the same prefix; else it is refused.
         progress: called with (images done, images in all).
+        tell: gets sentences: what is unusual about `src`, before it is packed; whom it waits for;
+            what a killed process has left in `out`.
+
+    One process at a time writes into a folder (`making.one_writer`).
 
     Raises:
-        ValueError: for options out of range, a `src` without images, or classes that `out` does not
-            know.
+        ValueError: for options out of range, a `src` without images, classes that `out` does not
+            know, or while another process packs the same set into `out`.
         FileExistsError: if `out` holds that prefix already.
     """
     good_prefix = re.fullmatch(r"[A-Za-z0-9_]+", prefix) is not None
     require(good_prefix, "prefix", prefix, "letters, digits and underscores only")
     options = _Options(max_side, quality, shard_size_mb, shard_samples, seed)
+    tell = tell or (lambda text: None)
 
-    # What `out` contains already.
-    sets = read_sets(out)
-    old = _tars_of(out, prefix)
-    if old and not overwrite:
-        raise FileExistsError(
-            f"{out} already holds {len(old)} shard(s) {prefix}-*.tar: pack into another folder, "
-            "give another prefix, or ask to overwrite them (--overwrite)"
-        )
+    # What is refused before anything is made.
+    _require_place(out)
+    own_sets(out)
+    if read_moving(out) is None:
+        _refuse_old(out, prefix, overwrite)
+    found = find_sources(Path(src), follow_links=follow_links)
+    for note in found.notes:
+        tell(f"note: {note}")
 
-    # The images, with labels by the numbering of the other sets.
-    sources, classes, skipped = find_sources(Path(src), follow_links=follow_links)
+    # From here on no other process writes into the folder.
+    out.mkdir(parents=True, exist_ok=True)
+    with one_writer(out, f"data pack --prefix {prefix}", tell) as finished:
+        job = {"src": os.path.abspath(src), "options": asdict(options), "links": follow_links}
+        if prefix in finished and finished[prefix].get("job") == job and not overwrite:
+            return _report(out, prefix, own_sets(out)[prefix], tuple(found.notes))
+        _refuse_old(out, prefix, overwrite)
+        entry = _pack(found, out, prefix, options, job, progress)
+    return _report(out, prefix, entry, tuple(found.notes))
+
+
+def _pack(
+    found: Sources,
+    out: Path,
+    prefix: str,
+    options: _Options,
+    job: dict[str, Any],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Make the shards and put them in their place; returns the set's entry of the manifest."""
+    # Labels by the numbering of the other sets.
     known = [
         tuple(entry["classes"])
-        for name, entry in sets.items()
+        for name, entry in own_sets(out).items()
         if name != prefix and entry["classes"]
     ]
-    sources, classes = _renumber(sources, classes, known[0] if known else classes, out)
+    sources, classes = _renumber(found, known[0] if known else found.classes, out)
+    skipped = list(found.skipped)
+    others = len(skipped)
 
     # The new shards are made in a hidden folder and moved when all are finished.
-    others = len(skipped)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".packing-{prefix}-", dir=out) as folder:
-        order = shuffled(seed, len(sources))
+    made = hidden_folder(out, prefix)
+    try:
+        order = shuffled(options.seed, len(sources))
         samples = _prepare_all([sources[i] for i in order], options, skipped, progress)
-        tars = _write_tars(Path(folder), prefix, samples, options)
+        tars = _write_tars(made, prefix, samples, options)
         if not tars:
             raise ValueError(
-                f"src={str(src)!r}: none of its {len(sources)} images can be used: "
+                f"src={job['src']!r}: none of its {counted(len(sources), 'image')} can be used: "
                 f"{_first(skipped[others:])}"
             )
         entries, indexes = _index_all(tars)
-        _replace(old, tars, out)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
 
-    # The manifest.
+    # The set, in its place and in the manifest.
     skipped.sort()
     labels = Counter(label for index in indexes for label in index.columns["label"])
-    sets[prefix] = {
+    entry = {
         "samples": sum(len(index) for index in indexes),
         "classes": list(classes),
         "class_counts": [labels[label] for label in range(len(classes))],
@@ -163,27 +195,40 @@ def pack_folder(
         "skipped": skipped,
         "options": asdict(options),
     }
-    write_sets(out, sets)
+    move_in(out, made, prefix, entry, _tars_of(out, prefix), job=job)
+    return entry
+
+
+def _report(out: Path, prefix: str, entry: dict[str, Any], notes: tuple[str, ...]) -> PackReport:
     return PackReport(
         pattern=str(out / f"{prefix}-*.tar"),
-        samples=sets[prefix]["samples"],
-        classes=classes,
-        shards=tuple(out / path.name for path in tars),
-        total_bytes=sum(entry["bytes"] for entry in entries),
-        skipped=tuple(skipped),
+        samples=entry["samples"],
+        classes=tuple(entry["classes"]),
+        shards=tuple(out / shard["name"] for shard in entry["shards"]),
+        total_bytes=sum(shard["bytes"] for shard in entry["shards"]),
+        skipped=tuple((name, reason) for name, reason in entry["skipped"]),
+        notes=notes,
     )
 
 
-def _replace(old: Sequence[Path], new: Sequence[Path], out: Path) -> None:
-    """Move finished shards to their place; those of an older set of the same prefix go just
-    before."""
-    for path in old:
-        path.unlink()
-        index_path(path).unlink(missing_ok=True)
-        json_path(path).unlink(missing_ok=True)
-    for path in new:
-        os.replace(index_path(path), index_path(out / path.name))
-        os.replace(path, out / path.name)
+def _require_place(out: Path) -> None:
+    """Refuse a place that can hold no folder."""
+    if os.path.lexists(out) and not out.is_dir():
+        raise ValueError(f"out={str(out)!r}: is a file: give a folder for the shards")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(out)) and not out.parent.exists():
+        raise ValueError(
+            f"out={str(out)!r}: is a URL: give a folder of this machine, and copy what is in it to "
+            "the server afterwards"
+        )
+
+
+def _refuse_old(out: Path, prefix: str, overwrite: bool) -> None:
+    old = _tars_of(out, prefix)
+    if old and not overwrite:
+        raise FileExistsError(
+            f"{out} already holds {len(old)} shard(s) {prefix}-*.tar: pack into another folder, "
+            "give another prefix, or ask to overwrite them (--overwrite)"
+        )
 
 
 def _tars_of(out: Path, prefix: str) -> list[Path]:
@@ -192,20 +237,30 @@ def _tars_of(out: Path, prefix: str) -> list[Path]:
 
 
 def _renumber(
-    sources: list[Source], classes: tuple[str, ...], known: tuple[str, ...], out: Path
+    found: Sources, known: tuple[str, ...], out: Path
 ) -> tuple[list[Source], tuple[str, ...]]:
     """Labels by the numbering that the other sets of `out` have: a test set that lacks a class must
     not shift them."""
-    unknown = sorted(set(classes) - set(known))
+    numbers = {one_form(name): i for i, name in enumerate(known)}
+    unknown = sorted(set(found.classes) - set(numbers))
     if unknown:
         raise ValueError(
-            f"classes={unknown!r}: not among the {len(known)} classes of the sets in {out}: pack "
-            "into another folder"
+            f"classes={unknown!r}: not among the {len(known)} classes of the sets in {out}"
+            f"{_similar(unknown, known)}: pack into another folder, or pack the set with all "
+            "classes first"
         )
-    label = {i: known.index(name) for i, name in enumerate(classes)} | {-1: -1}
-    return [
-        Source(source.path, source.name, label[source.label]) for source in sources
-    ], known if classes else ()
+    label = {i: numbers[name] for i, name in enumerate(found.classes)} | {-1: -1}
+    images = [replace(source, label=label[source.label]) for source in found.images]
+    return images, known if found.classes else ()
+
+
+def _similar(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """Names that differ in case or spaces alone."""
+    forms = {" ".join(name.casefold().split()): name for name in known}
+    for name in unknown:
+        if (other := forms.get(" ".join(name.casefold().split()))) is not None:
+            return f" ({name!r} and {other!r} differ in case or spaces)"
+    return ""
 
 
 def _prepare(source: Source, options: _Options) -> tuple[str, bytes] | str:

@@ -8,6 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmoco_pipelines.formats.images import EXTENSIONS
+from fastmoco_pipelines.formats.manifest import one_form
+from fastmoco_pipelines.making.layout import (
+    BROKEN_LINK,
+    CIRCLE,
+    HIDDEN,
+    LINK,
+    LITTER,
+    NO_FILE,
+    OTHER_NAME,
+    Layout,
+    describe_layout,
+    nothing_found,
+)
+from fastmoco_pipelines.text import counted
+
+_LITTER = {
+    "@eaDir",
+    "__MACOSX",
+    "#recycle",
+    "@Recycle",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+    "__pycache__",
+}
+"""Folders that systems make beside photographs: thumbnails, deleted files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,72 +46,128 @@ class Source:
     label: int
 
 
-def find_sources(
-    src: Path, *, follow_links: bool
-) -> tuple[list[Source], tuple[str, ...], list[tuple[str, str]]]:
-    """The image files below `src`, sorted by name.
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The images of a folder.
 
-    Returns:
-        (sources, classes, skipped): class names by label, empty for a flat folder; skipped holds
-        (name, reason).
+    Attributes:
+        images: sorted by name.
+        classes: their class names by label, in NFC; empty for a flat folder.
+        skipped: (name, reason) of all other files.
+        notes: what is unusual about the folder, in sentences.
+    """
+
+    images: list[Source]
+    classes: tuple[str, ...]
+    skipped: list[tuple[str, str]]
+    notes: list[str]
+
+
+def find_sources(src: Path, *, follow_links: bool) -> Sources:
+    """The image files below a folder.
 
     Raises:
         ValueError: if `src` is no folder, holds no image, or holds images both beside and inside
             class folders.
+        OSError: if a folder in it cannot be read.
     """
-    if not src.is_dir():
-        raise ValueError(f"src={str(src)!r}: there is no such folder")
+    _require_folder(src)
     skipped: list[tuple[str, str]] = []
     names = []
-    for name, reason in _walk(src, "", follow_links):
+    folders: list[str] = []
+    for name, reason in _walk(src, follow_links, folders):
         if reason is None:
             names.append(name)
         else:
             skipped.append((name, reason))
-    names.sort()
-    flat = [name for name in names if "/" not in name]
-    classes = tuple(sorted({name.split("/", 1)[0] for name in names if "/" in name}))
+    names.sort(key=lambda name: (one_form(name), name))
+    layout = Layout(src, tuple(names), tuple(sorted(folders)), tuple(skipped))
     if not names:
-        raise ValueError(
-            f"src={str(src)!r}: holds no .{', .'.join(EXTENSIONS)} ({len(skipped)} other files)"
-        )
+        raise ValueError(nothing_found(layout))
+
+    # A class is a folder directly below; two Unicode forms of one name are one class.
+    flat = [name for name in names if "/" not in name]
+    classes = tuple(sorted({_class_of(name) for name in names if "/" in name}))
     if flat and classes:
         raise ValueError(
-            f"src={str(src)!r}: holds {len(flat)} images of its own beside folders with images "
-            f"({classes[0]!r}, ...): move them into class folders, or all into one flat folder"
+            f"src={str(src)!r}: holds {counted(len(flat), 'image')} of its own ({flat[0]!r}, ...) "
+            f"beside folders with images ({classes[0]!r}, ...): move them into class folders, or "
+            "all into one flat folder"
         )
     label = {name: i for i, name in enumerate(classes)}
-    return (
-        [Source(src / name, name, label.get(name.split("/", 1)[0], -1)) for name in names],
-        classes,
-        skipped,
-    )
+    images = [Source(src / name, name, label.get(_class_of(name), -1)) for name in names]
+    return Sources(images, classes, skipped, describe_layout(layout))
 
 
-def _walk(folder: Path, below: str, follow_links: bool) -> Iterator[tuple[str, str | None]]:
-    """(name, reason to skip it or None) of every file; links are followed at most once into the
-    same folder."""
-    seen: set[str] = set()
-    stack = [(folder, below)]
+def _class_of(name: str) -> str:
+    """The class of an image: its first folder, in one Unicode form, whatever the locale."""
+    folder = name.partition("/")[0]
+    if folder.isascii():
+        return folder
+    return one_form(os.fsencode(folder).decode("utf-8", "surrogateescape"))
+
+
+def _require_folder(src: Path) -> None:
+    if src.is_dir():
+        return
+    if not os.path.lexists(src):
+        hint = ": a URL; give a folder of this machine" if ":/" in str(src) else ""
+        raise ValueError(f"src={str(src)!r}: there is no such folder{hint}")
+    if src.is_symlink() and not src.exists():
+        raise ValueError(f"src={str(src)!r}: is a link to {os.readlink(src)!r}, which is not there")
+    cure = "give the folder of the images"
+    if src.suffix.lower() == ".tar":
+        cure = "unpack it, or index it as it is: fastmoco data index"
+    elif src.suffix.lower() in (".zip", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"):
+        cure = "unpack it first"
+    raise ValueError(f"src={str(src)!r}: is a file, not a folder: {cure}")
+
+
+def _walk(src: Path, follow_links: bool, folders: list[str]) -> Iterator[tuple[str, str | None]]:
+    """(name, reason to skip it or None) of every file; `folders` gets the folders that are read.
+
+    A link is not followed into a folder that it is in.
+    """
+    stack: list[tuple[str, str, frozenset[str]]] = [(str(src), "", frozenset())]
     while stack:
-        here, prefix = stack.pop()
-        real = os.path.realpath(here)
-        if real in seen:  # a link back to a folder above
-            yield prefix.rstrip("/"), "a link to a folder that is read already"
-            continue
-        seen.add(real)
+        here, prefix, above = stack.pop()
+        if follow_links:
+            real = os.path.realpath(here)
+            if real in above:
+                yield prefix.rstrip("/"), CIRCLE
+                continue
+            above = above | {real}
+        if prefix:
+            folders.append(prefix[:-1])
         with os.scandir(here) as entries:
             for entry in entries:
                 name = prefix + entry.name
                 if entry.is_symlink() and not follow_links:
-                    yield name, "a symbolic link"
+                    yield name, LINK
                 elif entry.name.startswith("."):
-                    yield name, "hidden"
-                elif entry.is_dir():
-                    stack.append((Path(entry.path), name + "/"))
-                elif not entry.is_file():
-                    yield name, "a broken link" if entry.is_symlink() else "no plain file"
+                    yield name, HIDDEN
+                elif _is_folder(entry):
+                    if entry.name in _LITTER:
+                        yield name, LITTER
+                    else:
+                        stack.append((entry.path, name + "/", above))
+                elif not _is_plain(entry):
+                    yield name, BROKEN_LINK if entry.is_symlink() else NO_FILE
                 elif entry.name.rpartition(".")[2].lower() not in EXTENSIONS:
-                    yield name, "no image by its name"
+                    yield name, OTHER_NAME
                 else:
                     yield name, None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle
+        return False
+
+
+def _is_plain(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False

@@ -30,7 +30,7 @@ from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import FolderOfShards, check_folders, read_sets
 from fastmoco_pipelines.sets.host_table import OpenedSet, once_a_host
 from fastmoco_pipelines.sets.local_files import is_own_trouble, tried
-from fastmoco_pipelines.sets.patterns import local_names, without_scheme
+from fastmoco_pipelines.sets.patterns import local_names, spells_out
 from fastmoco_pipelines.sets.records import SHARD, shard_row
 
 THREADS = 16
@@ -78,7 +78,7 @@ def open_local(pattern: str) -> LocalSet:
         ShardError: if an index is missing, broken or stale, or a shard of a packed set is missing.
     """
     paths = local_names(pattern)
-    explicit = os.path.isfile(without_scheme(pattern)) or "{" in pattern
+    explicit = spells_out(pattern)
     folders = sorted({os.path.dirname(path) for path in paths})
     notes: list[str] = []
     converted: dict[int, bytes] = {}

@@ -7,36 +7,44 @@ shown without user, password and query: these may hold tokens.
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from fastmoco_pipelines.formats.manifest import read_sets
-from fastmoco_pipelines.text import AUTHORITY, SCHEME, STORES, redact
+from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.files import at_home
+from fastmoco_pipelines.formats.manifest import MOVING, read_moving
+from fastmoco_pipelines.sets.folder_sets import files_of, folders_of, pattern_of, sets_of_folder
+from fastmoco_pipelines.text import AUTHORITY, SCHEME, STORES, escaped, redact, variable_hint
 
 MAX_SHARDS = 1_000_000
+_MOVE_SECONDS = 3.0
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
-def expand_shards(pattern: str) -> list[Path]:
+def expand_shards(pattern: str, *, several: bool = False, moving: bool = False) -> list[Path]:
     """The local shard tars that a pattern names, sorted; see `local_names`."""
-    return [Path(name) for name in local_names(pattern)]
+    return [Path(name) for name in local_names(pattern, several=several, moving=moving)]
 
 
-def local_names(pattern: str) -> list[str]:
+def local_names(pattern: str, *, several: bool = False, moving: bool = False) -> list[str]:
     """The local shard tars that a pattern names, sorted by folder and name.
 
     Args:
         pattern: a tar, a folder of tars, a glob (`train-*.tar`), a brace pattern
-            (`train-{000000..000099}.tar` or `{a,b}.tar`), or one of these after `file:`.
+            (`train-{000000..000099}.tar` or `{a,b}.tar`), or one of these after `file:`. Parts of
+            the path that exist are taken as they are: a folder may be named `My set [v1]`. `~` is
+            the home folder, unless something of this name exists.
+        several: whether a folder may hold several sets.
+        moving: whether some of the files may just be moved to their place.
 
     Raises:
+        ShardError: if a set of theirs is being moved to its place, or was when that was killed.
         ValueError: naming the pattern, if it names no file, one of the files it spells out is
             missing, the folder holds several sets, or its scheme is not supported; also for a URL,
             which is no local file.
@@ -47,22 +55,73 @@ def local_names(pattern: str) -> list[str]:
             "stored, and copy what it writes to the server too"
         )
     plain = without_scheme(pattern)
+    if not moving:
+        _wait_for_moves(_split_known("", f"{plain}/")[0])
+    names = _all_names(pattern, plain, several)
+    if not moving:
+        _refuse_moving(names)
+    return names
+
+
+def _all_names(pattern: str, plain: str, several: bool) -> list[str]:
     if os.path.isdir(plain):
-        return _tars_of_folder(pattern, Path(plain))
-    paths: set[str] = set()
-    for name in [plain] if os.path.exists(plain) else expand_braces(pattern, plain):
-        if os.path.isfile(name):
-            paths.add(name)
-        elif glob.has_magic(name):
-            paths.update(_matches(name))
-        else:
-            raise ValueError(f"shards={redact(pattern)!r}: there is no file {redact(name)}")
-    if not paths:
+        return _tars_of_folder(pattern, plain, several)
+    if os.path.isfile(plain):
+        return [plain]
+    _refuse_too_many(pattern, _expanded(pattern, _split_known("", plain)[1]))
+    names = set(_walked(pattern, "", plain, exact=True))
+    if not names:
         raise ValueError(
             f"shards={redact(pattern)!r}: no file has such a name (folder searched: "
-            f"{redact(str(Path(plain).parent))})"
+            f"{_shown(str(Path(plain).parent))}){variable_hint(plain)}"
         )
-    return _sorted(paths)
+    return _sorted(names)
+
+
+def _wait_for_moves(folder: str) -> None:
+    """Wait for a process that moves shards into a folder, which takes moments."""
+    deadline = time.monotonic() + _MOVE_SECONDS
+    while os.path.exists(os.path.join(folder, MOVING)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _refuse_moving(names: Iterable[str]) -> None:
+    """Refuse shards of a set of which only a part is in its place.
+
+    Raises:
+        ShardError: with the cure.
+    """
+    folders: dict[str, set[str]] = {}
+    for name in names:
+        folder, tar = os.path.split(name)
+        folders.setdefault(folder, set()).add(tar)
+    for folder, tars in folders.items():
+        moving = read_moving(Path(folder))
+        if moving is not None and tars & {
+            *moving["old"],
+            *(shard["name"] for shard in moving["entry"]["shards"]),
+        }:
+            raise ShardError(
+                f"{folder or '.'}: the shards of set {moving['set']!r} are being moved to their "
+                "place, or were when that was killed: run the same `fastmoco data pack` again, "
+                "which finishes it."
+            )
+
+
+def spells_out(pattern: str) -> bool:
+    """Whether a local pattern gives each name: other shards beside them are left out on purpose."""
+    plain = without_scheme(pattern)
+    return os.path.isfile(plain) or "{" in _split_known("", plain)[1]
+
+
+def sets_of(pattern: str) -> list[tuple[str, str]]:
+    """Name and pattern of each set of a folder that holds several; for all other patterns one set
+    without a name."""
+    if not is_remote(pattern) and os.path.isdir(folder := without_scheme(pattern)):
+        groups = sets_of_folder(folder)
+        if len(groups) > 1:
+            return [(name, pattern_of(paths)) for name, paths in groups.items()]
+    return [("", pattern)]
 
 
 def is_remote(pattern: str) -> bool:
@@ -80,7 +139,7 @@ def is_remote(pattern: str) -> bool:
             )
         return True in kinds
     match = SCHEME.match(pattern)
-    if match is None or os.path.exists(pattern):
+    if match is None or os.path.exists(pattern) or _is_in_a_folder(pattern, match.end()):
         return False
     scheme = match.group(1).lower()
     if scheme == "file":
@@ -107,10 +166,14 @@ def is_remote(pattern: str) -> bool:
 
 
 def without_scheme(pattern: str) -> str:
-    """The local path of a pattern: the part after `file:`, or the pattern itself."""
+    """The local path of a pattern: the part after `file:`, or the pattern itself; `~` replaced.
+
+    Raises:
+        ValueError: for a URL of another machine, or the home of a user who does not exist.
+    """
     match = SCHEME.match(pattern)
     if match is None or os.path.exists(pattern) or match.group(1).lower() != "file":
-        return pattern
+        return at_home(pattern)
     url = urlsplit(pattern.replace("?", "%3F").replace("#", "%23"))
     if url.netloc in ("", "localhost"):
         return unquote(url.path)
@@ -126,10 +189,13 @@ def expand_braces(pattern: str, text: str) -> list[str]:
     Raises:
         ValueError: naming `pattern`, for a range that does not rise or more than a million names.
     """
-    names = list(islice(_expanded(pattern, text), MAX_SHARDS + 1))
-    if len(names) > MAX_SHARDS:
+    _refuse_too_many(pattern, _expanded(pattern, text))
+    return list(_expanded(pattern, text))
+
+
+def _refuse_too_many(pattern: str, names: Iterator[str]) -> None:
+    if sum(1 for _ in islice(names, MAX_SHARDS + 1)) > MAX_SHARDS:
         raise ValueError(f"shards={redact(pattern)!r}: names more than {MAX_SHARDS} shards")
-    return names
 
 
 def _expanded(pattern: str, text: str) -> Iterator[str]:
@@ -138,6 +204,12 @@ def _expanded(pattern: str, text: str) -> Iterator[str]:
     if match is None:
         yield text
         return
+    for name in _alternatives(pattern, text, match):
+        yield from _expanded(pattern, name)
+
+
+def _alternatives(pattern: str, text: str, match: re.Match[str]) -> Iterator[str]:
+    """The text with each of the parts that one pair of braces stands for."""
     low, dots, high = match.group(1).partition("..")
     if dots:
         if not (
@@ -155,37 +227,73 @@ def _expanded(pattern: str, text: str) -> Iterator[str]:
         parts: Iterable[str] = (f"{number:0{width}d}" for number in range(int(low), int(high) + 1))
     else:
         parts = match.group(1).split(",")
-    for part in parts:
-        yield from _expanded(pattern, text[: match.start()] + part + text[match.end() :])
+    return (text[: match.start()] + part + text[match.end() :] for part in parts)
 
 
-def _tars_of_folder(pattern: str, folder: Path) -> list[str]:
-    sets = read_sets(folder)
-    if len(sets) > 1:
-        names = " or ".join(f"{folder}/{name}-*.tar" for name in sorted(sets))
+def _tars_of_folder(pattern: str, folder: str, several: bool) -> list[str]:
+    groups = sets_of_folder(folder)
+    if len(groups) > 1 and not several:
+        names = " or ".join(_shown(pattern_of(paths)) for paths in groups.values())
         raise ValueError(f"shards={pattern!r}: the folder holds several sets: name one, {names}")
-    found = list(_files(str(folder), "*.tar"))
-    if not found:
+    if not groups:
         raise ValueError(f"shards={pattern!r}: the folder holds no .tar")
-    return _sorted(found)
+    return _sorted(path for paths in groups.values() for path in paths)
 
 
-def _matches(pattern: str) -> Iterator[str]:
-    """The files that a glob names."""
-    folder, name = os.path.split(pattern)
-    folders = glob.glob(folder) if glob.has_magic(folder) else [folder]
-    return (path for found in folders for path in _files(found, name))
+def _walked(pattern: str, folder: str, rest: str, *, exact: bool) -> Iterator[str]:
+    """The files that a pattern names below a folder, part by part: what exists is taken as it is,
+    then braces are expanded, then a glob is matched.
+
+    Args:
+        pattern: for messages.
+        folder: exists; its name ends with a slash, or is empty.
+        rest: of the pattern.
+        exact: whether a file that does not exist is an error; not below the folders of a glob.
+    """
+    if not folder:
+        rest = at_home(rest)  # after braces, as in a shell
+    known, rest = _split_known(folder, rest)
+    folder += known
+    part, slash, below = rest.partition("/")
+    braces = _BRACES.search(rest)
+    if not slash and os.path.isfile(folder + rest):
+        yield folder + rest
+    elif braces is not None and braces.start() < len(part):
+        for text in _alternatives(pattern, rest, braces):
+            yield from _walked(pattern, folder, text, exact=exact)
+    elif glob.has_magic(part) and slash:
+        for found in folders_of(folder, part):
+            yield from _walked(pattern, f"{found}/", below.lstrip("/"), exact=False)
+    elif glob.has_magic(part):
+        yield from files_of(folder, part)
+    elif exact:
+        name = folder + rest
+        if os.path.isdir(name):
+            raise ValueError(
+                f"shards={redact(pattern)!r}: {_shown(name)} is a folder, and a pattern names "
+                "tars: give the folder alone, or *.tar below it"
+            )
+        raise ValueError(
+            f"shards={redact(pattern)!r}: there is no file {_shown(name)}{variable_hint(name)}"
+        )
 
 
-def _files(folder: str, pattern: str) -> Iterator[str]:
-    """The files of a folder whose names fit a pattern; as `glob`, but a directory entry says that
-    it is a file, so that a hundred thousand need no further look."""
-    hidden = pattern.startswith(".")
-    with suppress(OSError), os.scandir(folder or ".") as items:
-        for item in items:
-            fits = fnmatch.fnmatchcase(item.name, pattern)
-            if fits and (hidden or not item.name.startswith(".")) and item.is_file():
-                yield os.path.join(folder, item.name)
+def _split_known(folder: str, text: str) -> tuple[str, str]:
+    """The folders at the beginning of a path that exist, and the rest of it."""
+    end = 0
+    while (slash := text.find("/", end)) >= 0 and os.path.isdir(folder + text[: slash + 1]):
+        end = slash + 1
+    return text[:end], text[end:]
+
+
+def _is_in_a_folder(pattern: str, end: int) -> bool:
+    """Whether what looks like a scheme, up to `end`, begins the name of an existing folder: `a:b`."""
+    first, slash, _ = pattern.partition("/")
+    return bool(slash) and not pattern[end:].startswith("/") and os.path.isdir(first)
+
+
+def _shown(name: str) -> str:
+    return escaped(redact(name))
 
 
 def _sorted(names: Iterable[str]) -> list[str]:

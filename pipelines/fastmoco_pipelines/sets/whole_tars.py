@@ -30,7 +30,7 @@ from fastmoco_pipelines.formats.index_file import SUFFIX
 from fastmoco_pipelines.formats.index_json import JSON_SUFFIX
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import write_sets
-from fastmoco_pipelines.sets.patterns import expand_shards, without_scheme
+from fastmoco_pipelines.sets.patterns import expand_shards, spells_out
 from fastmoco_pipelines.sets.remote_set import THREADS, SmallFiles, beside, find_urls
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.cache import ShardCache
@@ -45,15 +45,18 @@ from fastmoco_pipelines.text import redact, shard_name
 class LocalTars:
     """Tars of this machine.
 
+    Args:
+        pattern: as for `local_names`; and so is `several`.
+
     Attributes:
         paths: of the tars, sorted; `sizes`: in bytes.
         explicit: the pattern spells the names out: other tars beside them are left out on purpose.
     """
 
-    def __init__(self, pattern: str) -> None:
-        self.paths = expand_shards(pattern)
+    def __init__(self, pattern: str, *, several: bool = False) -> None:
+        self.paths = expand_shards(pattern, several=several)
         self.sizes = [os.path.getsize(path) for path in self.paths]
-        self.explicit = "{" in pattern or os.path.isfile(without_scheme(pattern))
+        self.explicit = spells_out(pattern)
 
     @contextmanager
     def at_hand(self, number: int) -> Iterator[Path]:

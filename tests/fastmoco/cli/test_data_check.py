@@ -46,19 +46,19 @@ def test_index_check_and_stats_of_a_foreign_set(shards, capsys):
     text = capsys.readouterr().out
     assert "6 samples = 6 delivered + 0 quarantined" in text
     assert "note: set-00.tar: has no index beside it" in text
-    assert "1 shards that a loader refuses: they have no index yet" in text
+    assert "1 shard that a loader refuses: no index yet" in text
     last = text.splitlines()[-1]
     assert last == f"no fault; not indexed yet: run `fastmoco data index {shards}` before training"
     assert main(["data", "index", str(shards)]) == 0
     text = capsys.readouterr().out
-    assert "6 images in 1 shards indexed, 0 members skipped" in text
+    assert "6 images in 1 shard indexed, 0 members skipped" in text
     assert "labels of 6 from .txt, 2 class names" in text
     assert main(["data", "check", str(shards), "--workers", "1"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "clean"
     assert main(["data", "stats", str(shards)]) == 0
     text = capsys.readouterr().out
     for words in (
-        "6 images in 1 shards",
+        "6 images in 1 shard",
         "width (pixels)",
         "bits per pixel",
         "formats: JPEG 6",
@@ -105,7 +105,7 @@ def test_a_sample_is_called_one(shards, tmp_path, capsys):
     assert main([*check, "--sample", "3", "--seed", "5", "--json", str(report)]) == 0
     text = capsys.readouterr().out
     assert (
-        "a sample: 3 of 6 indexed images were checked, from 1 of 1 shards (seed 5); 0 are bad"
+        "a sample: 3 of 6 indexed images were checked, from 1 of 1 shard (seed 5); 0 are bad"
         in text
     )
     assert "at most 63.2 % of all indexed images are bad (rule of three: 3 / 3)" in text
@@ -125,7 +125,7 @@ def test_a_sample_is_called_one(shards, tmp_path, capsys):
     shards.write_bytes(raw)  # not at its ends, so that the index still is of this tar
     capsys.readouterr()
     assert main([*check, "--sample", "6"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "1 faults in the sample"
+    assert capsys.readouterr().out.splitlines()[-1] == "1 fault in the sample"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_an_unindexed_tar_among_others_is_told_and_notes_are_cut_by_show(shards,
     assert main(["data", "check", f"{shards.parent}/*.tar", *options]) == 0
     text = capsys.readouterr().out
     assert text.count("note: ") == 1
-    assert "... and 1 more notes" in text
+    assert "... and 1 more note" in text
     words = f"no fault; 2 of 3 shards not indexed yet: run `fastmoco data index '{shards.parent}/*.tar'` before training"
     assert text.splitlines()[-1] == words
     content = json.loads(report.read_text())
@@ -281,5 +281,5 @@ def test_stats_draw_a_picture(shards, tmp_path, capsys):
 
 def test_the_index_is_written_as_json_too(shards, capsys):
     assert main(["data", "index", str(shards), "--json"]) == 0
-    assert "images in 1 shards indexed" in capsys.readouterr().out
+    assert "images in 1 shard indexed" in capsys.readouterr().out
     assert json.loads(shards.with_name(f"{shards.name}.index.json").read_text())["version"] == 1

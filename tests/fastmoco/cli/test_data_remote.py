@@ -46,7 +46,7 @@ def test_index_check_and_stats_of_a_set_on_a_server(folder, tmp_path, capsys):
         assert "every shard on a server needs its index beside it" in capsys.readouterr().err
         assert main(["data", "index", url, "--out", str(out), *cache]) == 0
         text = capsys.readouterr().out
-        assert "6 images in 1 shards indexed" in text
+        assert "6 images in 1 shard indexed" in text
         assert f"copy the files in {out} to {server.url}/" in text
         for path in out.iterdir():
             shutil.copy(path, folder)
@@ -107,7 +107,7 @@ def test_salvage_lists_what_is_lost(folder, capsys):
     assert "`fastmoco data index --salvage`" in error
     assert main(["data", "index", str(tar), "--salvage"]) == 0
     text = capsys.readouterr().out
-    assert "5 images in 1 shards indexed, 1 members skipped" in text
+    assert "5 images in 1 shard indexed, 1 member skipped" in text
     assert (
         f"lost set-00.tar: {following - header} bytes from byte {header} on: no valid member header (checksum)"
         in text

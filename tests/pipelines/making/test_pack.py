@@ -273,14 +273,14 @@ def test_folders_that_cannot_be_packed_are_named(noise_image, tmp_path):
     (tmp_path / "src" / "a").mkdir(parents=True)
     (tmp_path / "src" / "notes.txt").touch()
     with pytest.raises(
-        ValueError, match=r"holds no \.jpg, \.jpeg, \.png, \.webp \(1 other files\)"
+        ValueError, match=r"holds no \.jpg, \.jpeg, \.png, \.webp \(1 other file: 1 \.txt\)"
     ):
         pack_folder(tmp_path / "src", tmp_path / "out")
     (tmp_path / "src" / "a" / "bad.jpg").write_bytes(b"no image")
     with pytest.raises(
-        ValueError, match=r"none of its 1 images can be used: a/bad\.jpg: its content"
+        ValueError, match=r"none of its 1 image can be used: a/bad\.jpg: its content"
     ):
         pack_folder(tmp_path / "src", tmp_path / "out")
     (tmp_path / "src" / "top.jpg").write_bytes(noise_image(0))
-    with pytest.raises(ValueError, match="1 images of its own beside folders"):
+    with pytest.raises(ValueError, match=r"1 image of its own \(.* beside folders"):
         pack_folder(tmp_path / "src", tmp_path / "out")

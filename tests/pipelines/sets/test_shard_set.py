@@ -45,7 +45,7 @@ def folder(tmp_path):
             ["test-000000.tar", "train-000000.tar", "train-000001.tar"],
         ),
         ("{train,train}-000000.tar", ["train-000000.tar"]),
-        ("", ["test-000000.tar", "train-000000.tar", "train-000001.tar", "train-000010.tar"]),
+        ("*.tar", ["test-000000.tar", "train-000000.tar", "train-000001.tar", "train-000010.tar"]),
     ],
 )
 def test_patterns_name_files(folder, pattern, names):
