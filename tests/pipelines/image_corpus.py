@@ -162,7 +162,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "cut.webp": (WEBP[:-20], "damaged image"),
     "animated.webp": (
         encode(picture(), "WEBP", save_all=True, append_images=[picture().rotate(90)]),
-        "damaged image",
+        "animation",
     ),
 }
 

@@ -3,7 +3,9 @@ never by name alone.
 
 The limits keep decompression bombs away from the decoders: a file of 1,403 bytes can declare 30000
 x 30000 pixels and cost half a minute and 5 GB. They are checked on the header, before any pixel is
-decoded.
+decoded. Images above them, up to Pillow's own limit, can still be shrunk.
+
+Every decoder gets `plain_image`: what is no pixel neither makes it refuse an image nor print.
 """
 
 from __future__ import annotations
@@ -13,21 +15,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from fastmoco_pipelines.errors import ImageRefusedError, StructureError
-from fastmoco_pipelines.formats.headers import image_size
+from fastmoco_pipelines.formats.headers import pixel_fault, plain_image, structure
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""File name extensions of images, in lower case."""
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jpe", "jfif", "mpo", "jps")
+"""File name extensions of images, in lower case; the last two are of JPEGs with a second picture,
+which is not used."""
 MAX_BYTES = 64 << 20
-"""Largest compressed image."""
+"""Largest compressed image in a shard."""
 MAX_SIDE = 16384
-"""Largest height or width in pixels."""
+"""Largest height or width in pixels in a shard."""
 MAX_PIXELS = 50_000_000
-"""Largest height * width."""
+"""Largest height * width in a shard."""
 MAX_PIXELS_PER_BYTE = 2000
-"""Above this an image is emptier than any photograph and is treated as a bomb."""
+"""Above this an image is emptier than any photograph, and from `BOMB_PIXELS` on it is treated as a
+bomb."""
+BOMB_PIXELS = 1 << 24
+"""Smaller images cost little, however few bytes they have."""
+MAX_SOURCE_BYTES = 1 << 30
+"""Largest file that is shrunk."""
+MAX_SOURCE_PIXELS = 178_956_970
+"""Largest height * width that is shrunk: where Pillow sees a bomb."""
+_SHRINKS = "`fastmoco data pack --max-side` writes it smaller"
 
 _FOREIGN = (
     (b"GIF8", "GIF"),
@@ -44,6 +58,13 @@ _FOREIGN = (
 )
 _BOXES = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
 _FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+# Opened by these and not by `Image.open`, which has limits of its own, prints warnings, and takes a
+# JPEG with a second picture for another format.
+_READERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
+    "jpg": JpegImageFile,
+    "png": PngImageFile,
+    "webp": WebPImageFile,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,104 +105,120 @@ def refusal_kind(data: bytes) -> str:
     if _png_size_problem(data):
         return "too large or a bomb"
     try:
-        height, width = image_size(data)
+        found = structure(data)
     except StructureError:
         return "damaged image"
-    return (
-        "too large or a bomb"
-        if size_problem(height=height, width=width, size=len(data))
-        else "damaged image"
-    )
+    if size_problem(height=found.height, width=found.width, size=len(data)):
+        return "too large or a bomb"
+    return "animation" if found.animated else "damaged image"
 
 
-def size_problem(*, height: int, width: int, size: int) -> str | None:
-    """Why an image of `height` x `width` pixels in `size` bytes is refused, or None."""
+def bytes_problem(size: int, *, shrunk: bool = False) -> str | None:
+    """Why a file of `size` bytes is refused, or None; `shrunk`: it is to be written smaller."""
+    limit = MAX_SOURCE_BYTES if shrunk else MAX_BYTES
+    if size <= limit:
+        return None
+    cure = "" if shrunk or size > MAX_SOURCE_BYTES else f": {_SHRINKS}"
+    return f"{size} bytes are above the limit of {limit}{cure}"
+
+
+def size_problem(*, height: int, width: int, size: int, shrunk: bool = False) -> str | None:
+    """Why an image of `height` x `width` pixels in `size` bytes is refused, or None; `shrunk`: it
+    is to be written smaller."""
+    pixels = height * width
     if height < 1 or width < 1:
         return f"it declares {width}x{height} pixels"
-    if size > MAX_BYTES:
-        return f"{size} bytes are above the limit of {MAX_BYTES}"
-    if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
+    if problem := bytes_problem(size, shrunk=shrunk):
+        return problem
+    if pixels > MAX_SOURCE_PIXELS:
+        return f"{width}x{height} pixels are above the limit of {MAX_SOURCE_PIXELS} in all"
+    if is_bomb(pixels, size):
+        return (
+            f"{width}x{height} pixels in {size} bytes: a decompression bomb (above "
+            f"{MAX_PIXELS_PER_BYTE} pixels a byte)"
+        )
+    if not shrunk and (max(height, width) > MAX_SIDE or pixels > MAX_PIXELS):
         return (
             f"{width}x{height} pixels are above the limit of {MAX_SIDE} a side and {MAX_PIXELS} in "
-            "all"
+            f"all: {_SHRINKS}"
         )
-    if height * width > MAX_PIXELS_PER_BYTE * size:
-        return f"{width}x{height} pixels in {size} bytes: a decompression bomb"
     return None
+
+
+def is_bomb(pixels: int, size: int) -> bool:
+    """Whether `pixels` in `size` bytes are too many for any photograph."""
+    return pixels > BOMB_PIXELS and pixels > MAX_PIXELS_PER_BYTE * size
 
 
 def structure_fault(data: bytes) -> str | None:
     """Why a file must not go to a decoder, or None: its structure is broken, or its header goes
     beyond the limits."""
     try:
-        height, width = image_size(data)
+        decodable(data)
     except StructureError as fault:
         return str(fault)
-    return size_problem(height=height, width=width, size=len(data))
+    return None
 
 
-def read_header(data: bytes) -> ImageHeader:
+def decodable(data: bytes) -> bytes:
+    """What a decoder gets for a file: its first picture, without what is no pixel.
+
+    Raises:
+        StructureError: if the file must not go to a decoder: its structure is broken, or its header
+            goes beyond the limits.
+    """
+    found = structure(data)
+    if problem := size_problem(height=found.height, width=found.width, size=len(data)):
+        raise StructureError(problem)
+    return plain_image(data, found)
+
+
+def read_header(data: bytes, *, shrunk: bool = False) -> ImageHeader:
     """Kind and size of an encoded image, without decoding it.
+
+    Args:
+        data: the file.
+        shrunk: the image is to be written smaller, so that higher limits apply.
 
     Raises:
         ImageRefusedError: for other formats, unreadable headers, animations and images beyond the
             limits.
     """
-    kind = image_kind(data)
-    if kind is None:
-        other = foreign_kind(data)
-        what = "its content is no JPEG, PNG or WebP" + (f" but {other}" if other else "")
-        raise ImageRefusedError(what if data else "it is empty")
-    if len(data) > MAX_BYTES:
-        raise ImageRefusedError(f"{len(data)} bytes are above the limit of {MAX_BYTES}")
-    # Checked before Pillow opens it, so that a bomb costs nothing. Pillow also reads files that
-    # DALI does not, e.g. of arithmetic coding.
-    problem = _png_size_problem(data) or structure_fault(data)
-    if problem is not None:
-        raise ImageRefusedError(problem)
-    image = _open(data, kind)
-    height, width = image_size(data)
-    if (image.height, image.width) != (height, width):
-        raise ImageRefusedError(
-            f"its header declares {width}x{height} pixels and {image.width}x{image.height} as well"
-        )
-    if getattr(image, "is_animated", False):
-        raise ImageRefusedError("it is an animation")
-    return ImageHeader(kind, height, width)
+    return _opened(data, shrunk)[0]
 
 
 def check_decodes(data: bytes) -> None:
     """Decode every pixel once, as strictly as DALI does: Pillow alone passes a PNG without its end
-    or with a wrong CRC.
+    or with a wrong checksum.
 
     Raises:
         ImageRefusedError: if a decoder would fail (truncated data, broken chunks).
     """
-    kind = read_header(data).kind
-    if kind == "png":
-        _call(_open(data, kind).verify)
-    _call(_open(data, kind).load)
+    _, image = _opened(data, shrunk=False)
+    _decode(data, image)
 
 
 def shrink(data: bytes, *, max_side: int, quality: int) -> bytes:
-    """The image with its longer side at most `max_side` pixels, in its own format; the very bytes
-    if it already is.
+    """The image with its longer side at most `max_side` pixels, in its own format, without
+    metadata; the very bytes if it already is, unless they are too many for a shard.
 
     Args:
-        data: an encoded JPEG, PNG or WebP.
+        data: an encoded JPEG, PNG or WebP, of at most `MAX_SOURCE_PIXELS`.
         max_side: largest length of the longer side, height or width, in pixels.
         quality: of a JPEG or WebP that is written again, 1 to 100. PNG stays lossless.
 
     Raises:
         ImageRefusedError: if the image cannot be decoded.
     """
-    header = read_header(data)
-    scale = max_side / max(header.height, header.width)
-    if scale >= 1:
+    header, image = _opened(data, shrunk=True)
+    scale = min(1.0, max_side / max(header.height, header.width))
+    if scale == 1 and bytes_problem(len(data)) is None:
         return data
-    image = _open(data, header.kind)
-    _call(image.load)
     size = (max(1, round(header.width * scale)), max(1, round(header.height * scale)))
+    if size_problem(height=header.height, width=header.width, size=len(data)) is not None:
+        # A JPEG is decoded at an eighth to a half of its size: a fraction of the memory.
+        image.draft(None, (2 * size[0], 2 * size[1]))
+    _decode(data, image)
     resized = _plain_mode(image).resize(size, Image.Resampling.LANCZOS)
     out = io.BytesIO()
     resized.save(
@@ -190,12 +227,59 @@ def shrink(data: bytes, *, max_side: int, quality: int) -> bytes:
     return out.getvalue()
 
 
-def _png_size_problem(data: bytes) -> str | None:
+def _opened(data: bytes, shrunk: bool) -> tuple[ImageHeader, Image.Image]:
+    """Header and Pillow's image, of which no pixel is decoded yet."""
+    kind = image_kind(data)
+    if kind is None:
+        other = foreign_kind(data)
+        what = "its content is no JPEG, PNG or WebP"
+        cure = f" but {other}: convert it to JPEG or PNG" if other else ""
+        raise ImageRefusedError(what + cure if data else "it is empty")
+    # Checked before Pillow opens it, so that a bomb costs nothing. Pillow also reads files that
+    # DALI does not, e.g. of arithmetic coding.
+    problem = bytes_problem(len(data), shrunk=shrunk) or _png_size_problem(data, shrunk)
+    if problem is not None:
+        raise ImageRefusedError(problem)
+    try:
+        found = structure(data)
+    except StructureError as fault:
+        raise ImageRefusedError(str(fault)) from None
+    height, width = found.height, found.width
+    problem = size_problem(height=height, width=width, size=len(data), shrunk=shrunk)
+    if problem is not None:
+        raise ImageRefusedError(problem)
+    if found.animated:
+        raise ImageRefusedError("it is an animation: save the frames that you want as images")
+
+    # Hostile bytes make a decoder raise nearly anything; whatever it is, the image is not used.
+    try:
+        image = _READERS[kind](io.BytesIO(plain_image(data, found)))
+    except Exception as error:
+        raise ImageRefusedError(
+            f"its header cannot be read ({type(error).__name__}: {error})"
+        ) from error
+    if (image.height, image.width) != (height, width):
+        raise ImageRefusedError(
+            f"its header declares {width}x{height} pixels and {image.width}x{image.height} as well"
+        )
+    return ImageHeader(kind, height, width), image
+
+
+def _decode(data: bytes, image: Image.Image) -> None:
+    """Decode every pixel of an opened image."""
+    if fault := pixel_fault(data):
+        raise ImageRefusedError(fault)
+    _call(image.load)
+
+
+def _png_size_problem(data: bytes, shrunk: bool = False) -> str | None:
     """The limits by the header alone: a bomb is reported as one even if its structure is broken."""
     if image_kind(data) != "png" or data[12:16] != b"IHDR" or len(data) < 24:
         return None
     width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
-    return size_problem(height=height, width=width, size=len(data)) if width and height else None
+    if not (width and height):
+        return None
+    return size_problem(height=height, width=width, size=len(data), shrunk=shrunk)
 
 
 def _plain_mode(image: Image.Image) -> Image.Image:
@@ -205,18 +289,6 @@ def _plain_mode(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
-
-
-def _open(data: bytes, kind: str) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data), formats=(_FORMATS[kind],))
-    except UnidentifiedImageError as error:  # its text names a Python object, which helps no user
-        raise ImageRefusedError(f"its header is no valid {_FORMATS[kind]}") from error
-    # Hostile bytes make a decoder raise nearly anything; whatever it is, the image is not used.
-    except Exception as error:
-        raise ImageRefusedError(
-            f"its header cannot be read ({type(error).__name__}: {error})"
-        ) from error
 
 
 def _call(decode: Callable[[], object]) -> None:

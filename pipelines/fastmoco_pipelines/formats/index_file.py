@@ -36,7 +36,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.formats.images import MAX_BYTES, MAX_PIXELS, MAX_PIXELS_PER_BYTE, MAX_SIDE
+from fastmoco_pipelines.formats.images import (
+    BOMB_PIXELS,
+    MAX_BYTES,
+    MAX_PIXELS,
+    MAX_PIXELS_PER_BYTE,
+    MAX_SIDE,
+)
 from fastmoco_pipelines.formats.members import split_name
 from fastmoco_pipelines.formats.paths import path_bytes, path_text
 from fastmoco_pipelines.text import escaped
@@ -444,7 +450,7 @@ class IndexFile:
         height, width = (records[name].astype(np.int64) for name in ("height", "width"))
         pixels = height * width
         bad = (pixels < 1) | (pixels > MAX_PIXELS) | (np.maximum(height, width) > MAX_SIDE)
-        bad |= pixels > MAX_PIXELS_PER_BYTE * size
+        bad |= (pixels > BOMB_PIXELS) & (pixels > MAX_PIXELS_PER_BYTE * size)
         if bad.any():
             first = int(bad.argmax())
             raise ShardError(

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import ImageRefusedError
-from fastmoco_pipelines.formats.images import MAX_BYTES, read_header, refusal_kind
+from fastmoco_pipelines.formats.images import MAX_BYTES, decodable, read_header, refusal_kind
 from fastmoco_pipelines.views.graph import decode
 from fastmoco_pipelines.views.runtime import build_pipeline, cause_of
 
@@ -48,8 +48,10 @@ class Decoder:
         """The decoded image, [height, width, 3] uint8; valid until the next call.
 
         Raises:
+            StructureError: if the file must not go to DALI.
             RuntimeError: DALI's, of several types, if it gives up.
         """
+        plain = decodable(data)
         if self._pipeline is None:
             options = {
                 "batch_size": 1,
@@ -62,7 +64,7 @@ class Decoder:
             }
             self._pipeline = build_pipeline(lambda: decode("cpu"), **options)
         pipeline, self._pipeline = self._pipeline, None  # void after an error
-        pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8)])
+        pipeline.feed_input("encoded", [np.frombuffer(plain, np.uint8)])
         (images,) = pipeline.run()
         self._pipeline = pipeline
         pixels: NDArray[np.uint8] = images.at(0)

@@ -12,17 +12,24 @@ import os
 import re
 import shutil
 import tarfile
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastmoco_pipelines.errors import ImageRefusedError
 from fastmoco_pipelines.files import hash_file
-from fastmoco_pipelines.formats.images import MAX_BYTES, check_decodes, image_kind, shrink
+from fastmoco_pipelines.formats.images import (
+    bytes_problem,
+    check_decodes,
+    image_kind,
+    shrink,
+    structure_fault,
+)
 from fastmoco_pipelines.formats.index import build_index, write_index
 from fastmoco_pipelines.formats.index_file import ShardIndex
 from fastmoco_pipelines.formats.manifest import one_form, own_sets, read_moving
@@ -37,6 +44,8 @@ from fastmoco_pipelines.text import counted
 Progress = Callable[[int, int], None]
 Prepared = tuple[str, bytes, int, str]
 """An image to pack: its kind, bytes, label, and path below the packed folder."""
+# An image above the limits of shards takes up to a gigabyte while it is shrunk: one at a time.
+_LARGE = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,10 +276,14 @@ def _prepare(source: Source, options: _Options) -> tuple[str, bytes] | str:
     """(kind, bytes) of an image that can be decoded, or the reason why it is skipped."""
     try:
         with open(source.path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)  # one more than check_decodes lets pass
-        check_decodes(data)
+            size = os.fstat(file.fileno()).st_size
+            if problem := bytes_problem(size, shrunk=options.max_side is not None):
+                return problem
+            data = file.read()
         if options.max_side is not None:
-            data = shrink(data, max_side=options.max_side, quality=options.quality)
+            with _LARGE if structure_fault(data) else nullcontext():
+                data = shrink(data, max_side=options.max_side, quality=options.quality)
+        check_decodes(data)
     except ImageRefusedError as refused:
         return str(refused)
     except OSError as error:

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastmoco_pipelines.errors import DecodeError
-from fastmoco_pipelines.formats.images import structure_fault
+from fastmoco_pipelines.errors import DecodeError, StructureError
+from fastmoco_pipelines.formats.images import decodable
 from fastmoco_pipelines.spec import Device, require
 from fastmoco_pipelines.views.runtime import build_pipeline
 
@@ -111,22 +111,26 @@ class Engine:
             f"holds 1 to {self._batch_size} images",
         )
 
-        # The one place that guarantees the structure of what DALI gets, from shards or elsewhere.
-        faults = tuple(
-            (row, fault)
-            for row, image in enumerate(encoded)
-            if (fault := structure_fault(image.tobytes()))
-        )
+        # The one place that guarantees the structure of what DALI gets, from shards or elsewhere:
+        # images alone, without the metadata over which it stumbles or prints.
+        faults: list[tuple[int, str]] = []
+        plain = []
+        for row, image in enumerate(encoded):
+            try:
+                plain.append(np.frombuffer(decodable(image.tobytes()), np.uint8))
+            except StructureError as error:
+                faults.append((row, str(error)))
         if faults:
             row, fault = faults[0]
             raise DecodeError(
-                f"{len(faults)} of {count} images cannot be decoded; image {row}: {fault}", faults
+                f"{len(faults)} of {count} images cannot be decoded; image {row}: {fault}",
+                tuple(faults),
             )
         whole: list[Tensor] = []
         self.finish_seconds = 0.0
         for first in range(0, count, self._sub_batch):
             rows = slice(first, min(first + self._sub_batch, count))
-            outputs = self._outputs(encoded[rows], inputs(rows), rows, count)
+            outputs = self._outputs(plain[rows], inputs(rows), rows, count)
             start = time.perf_counter()
             try:
                 if before_output is not None and not first:

@@ -12,14 +12,18 @@ import pytest
 from PIL import Image
 
 from fastmoco_pipelines.errors import ImageRefusedError
+from fastmoco_pipelines.formats import images
 from fastmoco_pipelines.formats.images import (
     MAX_BYTES,
+    MAX_SOURCE_BYTES,
+    bytes_problem,
     check_decodes,
     image_kind,
     read_header,
     shrink,
     size_problem,
 )
+from tests.pipelines.image_corpus import encode, picture
 
 
 def png_header(height: int, width: int, body: int) -> bytes:
@@ -72,8 +76,9 @@ def test_bad_headers_are_refused_at_once(data, words):
 def test_limits_hold_at_their_edges():
     assert size_problem(height=1, width=1, size=1) is None
     assert size_problem(height=0, width=5, size=100)
-    assert size_problem(height=100, width=100, size=5) is None
-    assert size_problem(height=100, width=100, size=4)
+    assert size_problem(height=4096, width=4096, size=1) is None  # of one color: it costs little
+    assert size_problem(height=4096, width=4100, size=8397) is None
+    assert "bomb" in str(size_problem(height=4096, width=4100, size=8396))
     assert size_problem(height=10, width=10, size=MAX_BYTES + 1)
 
 
@@ -121,6 +126,51 @@ def test_shrink_returns_small_images_untouched(noise_image):
     assert shrink(data, max_side=32, quality=1) is data
 
 
+@pytest.mark.parametrize(
+    ("format", "mode"),
+    [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("MPO", "RGB"), ("PNG", "P")]
+    + [("PNG", "RGBA"), ("WEBP", "RGB")],
+)
+def test_images_above_the_limits_of_shards_can_be_shrunk(monkeypatch, format, mode):
+    """Here of more than 20,000 pixels or 100,000 bytes."""
+    monkeypatch.setattr(images, "MAX_PIXELS", 20_000)
+    data = encode(picture(mode, 200, 300), format)
+    with pytest.raises(
+        ImageRefusedError, match=r"300x200 .*`fastmoco data pack --max-side` writes"
+    ):
+        check_decodes(data)
+    small = shrink(data, max_side=60, quality=95)
+    check_decodes(small)
+    with Image.open(io.BytesIO(small)) as got:
+        assert got.size == (60, 40)
+        wanted = picture(mode, 200, 300).convert("RGB").resize(got.size, Image.Resampling.LANCZOS)
+        assert np.abs(np.asarray(wanted, float) - np.asarray(got.convert("RGB"), float)).mean() < 6
+
+    # A file of too many bytes for a shard is written again even if its sides are short.
+    monkeypatch.setattr(images, "MAX_PIXELS", 10**6)
+    monkeypatch.setattr(images, "MAX_BYTES", 100_000)
+    padded = data + bytes(100_000 - len(data) + 1)
+    with pytest.raises(ImageRefusedError, match=r"100001 bytes .*--max-side` writes"):
+        check_decodes(padded)
+    again = shrink(padded, max_side=300, quality=95)
+    check_decodes(again)
+    assert (read_header(again).height, read_header(again).width) == (200, 300)
+
+
+def test_what_is_too_large_to_be_shrunk_names_no_cure():
+    for shrunk in (False, True):
+        problem = str(size_problem(height=13_400, width=13_400, size=10**7, shrunk=shrunk))
+        assert problem.endswith("13400x13400 pixels are above the limit of 178956970 in all")
+        assert str(bytes_problem(MAX_SOURCE_BYTES + 1, shrunk=shrunk)).partition(":")[1:] == (
+            "",
+            "",
+        )
+        bomb = str(size_problem(height=5000, width=5000, size=100, shrunk=shrunk))
+        assert "bomb" in bomb
+        assert "--max-side" not in bomb
+    assert size_problem(height=13_000, width=13_000, size=10**7, shrunk=True) is None
+
+
 def test_shrink_scales_sixteen_bits_instead_of_clipping():
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     out = io.BytesIO()
@@ -146,8 +196,8 @@ def test_verdicts_agree_with_dali(noise_image):
         "cut": [jpeg[:-20], png[:-20], webp[:-20]],
         "wrong checksum": [png[:-13] + bytes([png[-13] ^ 1]) + png[-12:], bytes(flipped)],
     }
-    for name, images in cases.items():
-        for data in images:
+    for name, files in cases.items():
+        for data in files:
             pipeline = EvalPipeline(EvalSpec(size=8, resize=8), batch_size=1, threads=1)
             good = name in ("whole", "trailing bytes")
             if good:

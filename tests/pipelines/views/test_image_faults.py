@@ -17,7 +17,10 @@ from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
 from fastmoco_pipelines.inspecting.check import check_shards
 from fastmoco_pipelines.inspecting.decode_child import Decoder
 from fastmoco_pipelines.inspecting.decode_pool import DecodePool, Item
+from fastmoco_pipelines.making.pack import pack_folder
 from fastmoco_pipelines.sets.shard_set import ShardSet
+from fastmoco_pipelines.spec import EvalSpec
+from fastmoco_pipelines.views.dali import EvalPipeline
 from tests.pipelines.image_corpus import (
     BAD,
     BOMBS,
@@ -29,6 +32,7 @@ from tests.pipelines.image_corpus import (
     WIDTH,
     flipped,
 )
+from tests.pipelines.odd_images import REFUSED, SAME_AS
 
 EXPECTED = (
     dict.fromkeys(GOOD, "")
@@ -181,3 +185,30 @@ def test_a_decoder_out_of_memory_costs_one_sample(tmp_path):
     assert first.kind in ("damaged image", "crash")
     assert first.reason
     assert second.kind == ""
+
+
+def test_what_is_packed_decodes_in_training_to_the_pixels_of_the_plain_file(tmp_path, capfd):
+    """Through the real commands: packed, found clean by the check, decoded by the loader's engine,
+    and nothing that a library prints about metadata reaches the console."""
+    (tmp_path / "src").mkdir()
+    for name, (data, _) in (SAME_AS | REFUSED).items():
+        (tmp_path / "src" / name).write_bytes(data)
+    report = pack_folder(tmp_path / "src", tmp_path / "out")
+    assert {name for name, _ in report.skipped} == set(REFUSED)
+    assert report.samples == len(SAME_AS)
+    assert check_shards(report.pattern, workers=1, quarantine=False).clean
+
+    # One bilinear view of each, to the bit that of the file without odd surroundings.
+    spec = EvalSpec(size=32, resize=40)
+    engine = EvalPipeline(spec, batch_size=len(SAME_AS), threads=1)
+    decoder = Decoder()
+    with ShardSet.open(report.pattern) as shards:
+        encoded = shards.read(np.arange(len(shards)))
+        bases = dict(SAME_AS.values())
+        views = engine.run(encoded)
+        plain = engine.run([np.frombuffer(bases[bytes(data)], np.uint8) for data in encoded])
+        assert (views == plain).all()
+        for data in encoded:
+            base = decoder.decode(bases[bytes(data)]).copy()
+            assert np.array_equal(decoder.decode(bytes(data)), base)
+    assert capfd.readouterr() == ("", "")
