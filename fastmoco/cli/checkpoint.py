@@ -56,26 +56,22 @@ def list_all(path: Positional[Path]) -> int:
     return EXIT_FINISHED
 
 
-def consolidate(path: Positional[Path], *, out: Path, encoder: bool = False) -> int:
+def consolidate(
+    path: Positional[Path], *, out: Path, encoder: bool = False, best: bool = False
+) -> int:
     """Write the tensors of a checkpoint, saved on any number of ranks, into one safetensors file.
 
     Args:
         path: Folder of a run, for its newest sound checkpoint, or of one checkpoint.
         out: The file to write; it must not exist.
         encoder: Write only the trained encoder without its projector; default the full state.
+        best: The checkpoint with the highest kNN accuracy, in place of the newest.
     """
     from fastmoco.checkpoint import consolidate as write
-    from fastmoco.checkpoint import load_checkpoint, load_latest
+    from fastmoco.checkpoint import find_checkpoint
 
     with one_line(EXIT_REFUSED, OSError):
-        if path.name.startswith("step_"):
-            checkpoint = load_checkpoint(path)
-        else:
-            inner = path / "checkpoints"
-            newest = load_latest(inner if inner.is_dir() else path)
-            if newest is None:
-                raise no_checkpoint(path)
-            checkpoint = newest
+        checkpoint = find_checkpoint(path, best=best)
         for skipped, reason in checkpoint.skipped:
             print(f"passed over {skipped.name}: {reason}")
         count = write(checkpoint, out, encoder_only=encoder)

@@ -113,8 +113,24 @@ def _finish(
     return EXIT_FINISHED
 
 
-def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperature: float) -> int:
-    """Print the kNN accuracy of the newest checkpoint of a run as one JSON line; returns 0.
+def eval_knn(
+    run: Path,
+    train_shards: str,
+    test_shards: str,
+    *,
+    k: int,
+    temperature: float,
+    best: bool = False,
+) -> int:
+    """Print the kNN accuracy of a checkpoint as one JSON line; returns 0.
+
+    Args:
+        run: folder of a run, for its newest checkpoint, or of one checkpoint.
+        train_shards: labelled shards for the neighbours.
+        test_shards: labelled shards to classify.
+        k: neighbours that vote.
+        temperature: of their votes.
+        best: the checkpoint of the run with the highest accuracy, in place of the newest.
 
     Raises:
         SystemExit: with 2 if the run or the shards cannot be used, after a
@@ -124,7 +140,9 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
     from fastmoco.training.load_run import load_run
 
     with one_line(EXIT_REFUSED, ValueError):
-        objective, saved, checkpoint = load_run(run)
+        objective, saved, checkpoint = load_run(run, best=best)
+        for path, reason in checkpoint.skipped:
+            say(f"passed over {path.name}: {reason}")
         knn = replace(
             saved.knn,
             train_shards=train_shards,
