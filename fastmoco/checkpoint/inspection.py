@@ -5,6 +5,7 @@ one file for other tools.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +87,13 @@ def _inspect(folder: Path) -> Inspection:
     )
 
 
-def consolidate(checkpoint: Checkpoint, out: Path, *, encoder_only: bool) -> int:
+def consolidate(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    encoder_only: bool,
+    header: Mapping[str, str] | None = None,
+) -> int:
     """Write the tensors of a checkpoint, saved on any number of ranks, into one safetensors file.
 
     Args:
@@ -95,6 +102,7 @@ def consolidate(checkpoint: Checkpoint, out: Path, *, encoder_only: bool) -> int
         encoder_only: only the trained encoder, under its own names (`blocks.0.norm1.weight`),
             without the projector, which has no use after pre-training. Otherwise every tensor,
             including optimizer and momentum encoder.
+        header: written into the file beside `format` and `step`.
 
     Returns:
         The number of tensors written.
@@ -117,7 +125,8 @@ def consolidate(checkpoint: Checkpoint, out: Path, *, encoder_only: bool) -> int
         raise CheckpointError(f"{out} exists; choose another --out")
     try:
         with whole_file(out) as fresh:
-            write_whole(fresh, tensors, {"format": "pt", "step": str(checkpoint.step)})
+            notes = {"format": "pt", "step": str(checkpoint.step), **(header or {})}
+            write_whole(fresh, tensors, notes)
         flush(out.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

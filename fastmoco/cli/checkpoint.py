@@ -74,6 +74,11 @@ def consolidate(
         checkpoint = find_checkpoint(path, best=best)
         for skipped, reason in checkpoint.skipped:
             print(f"passed over {skipped.name}: {reason}")
-        count = write(checkpoint, out, encoder_only=encoder)
+        header = {}
+        if encoder:
+            from fastmoco.models.encoder_file import encoder_header
+
+            header = encoder_header(checkpoint)
+        count = write(checkpoint, out, encoder_only=encoder, header=header)
     print(f"wrote {count} tensors of step {checkpoint.step} to {out}")
     return EXIT_FINISHED
