@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from fastmoco.checkpoint.choose import Score, score_in
 from fastmoco.checkpoint.errors import CheckpointError
 from fastmoco.checkpoint.folder import (
     MARKER,
@@ -39,6 +40,7 @@ class Inspection:
         committed: whether it has a marker; a folder without one was left by a killed save, and
             every reader ignores it.
         fault: "" if it can be trusted, else the reason why not.
+        score: the accuracy measured at its step; None without one, or with a fault.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Inspection:
     world_size: int
     committed: bool
     fault: str
+    score: Score | None = None
 
 
 def inspect_checkpoints(path: Path) -> list[Inspection]:
@@ -70,9 +73,10 @@ def inspect_checkpoints(path: Path) -> list[Inspection]:
 def _inspect(folder: Path) -> Inspection:
     marker: dict[str, object] = {}
     fault = ""
+    score = None
     try:
         marker = read_marker(folder)
-        load_checkpoint(folder)
+        score = score_in(load_checkpoint(folder).state)
     except (ValueError, OSError, CheckpointError) as error:
         fault = str(error)
     digits = folder.name.partition("step_")[2].partition("-")[0]
@@ -84,6 +88,7 @@ def _inspect(folder: Path) -> Inspection:
         world_size=int(str(marker.get("world_size", 0))),
         committed=(folder / MARKER).is_file(),
         fault=fault,
+        score=score,
     )
 
 

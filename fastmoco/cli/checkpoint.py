@@ -33,7 +33,7 @@ def verify(path: Positional[Path]) -> int:
 
 
 def list_all(path: Positional[Path]) -> int:
-    """Step, size, time, ranks and status of every checkpoint.
+    """Step, size, time, ranks, kNN accuracy and status of every checkpoint.
 
     Also of unfinished saves. Reads every byte.
 
@@ -46,12 +46,18 @@ def list_all(path: Positional[Path]) -> int:
         found = inspect_checkpoints(path)
         if not found:
             raise no_checkpoint(path)
-    print(f"{'step':>10} {'MB':>10} {'saved at':<20} {'ranks':>5}  status")
+    # `--best` takes the highest accuracy, of equal ones that of the earliest step.
+    scored = [one for one in found if one.score is not None]
+    best = max(scored, key=lambda one: one.score.value if one.score else 0.0, default=None)
+    label = best.score.label if best is not None and best.score is not None else "kNN"
+    print(f"{'step':>10} {'MB':>10} {'saved at':<20} {'ranks':>5} {label:>7}  status")
     for one in found:
         ranks = str(one.world_size or "?")
+        value = f"{one.score.value:.1%}" if one.score is not None else "-"
+        status = one.fault or ("sound, best" if one is best else "sound")
         print(
-            f"{one.step:>10} {one.size / 1e6:>10.3f} {one.saved_at or '?':<20} {ranks:>5}  "
-            f"{one.fault or 'sound'}"
+            f"{one.step:>10} {one.size / 1e6:>10.3f} {one.saved_at or '?':<20} {ranks:>5} "
+            f"{value:>7}  {status}"
         )
     return EXIT_FINISHED
 

@@ -8,13 +8,16 @@ The result is bit-identical (`MoCoV3.ema_momentum`).
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fastmoco.checkpoint import Checkpoint
+from fastmoco.checkpoint import Checkpoint, Score
+from fastmoco.checkpoint.choose import KEY as SCORE
+from fastmoco.checkpoint.folder import step_of
 from fastmoco.config import Config, resolve
 from fastmoco.config.serial import to_json
 from fastmoco.distributed.mesh import World
@@ -98,6 +101,9 @@ class Trainer:
             self.objective.averages(),
             self.objective.parameter_group,
         )
+
+        # The step of the last measurement by which checkpoints are ranked, and its figure.
+        self._scored: tuple[int, Score] | None = None
 
         # Restore the state of the checkpoint, if there is one.
         self.step_count = 0
@@ -330,10 +336,18 @@ class Trainer:
                 if process_ends:
                     stop.finish()
                 recorder.loader_summary(self.loader.figures())
-                recorder.event(
-                    f"finished after {last} steps; the model is in {self.folder.checkpoints}"
-                )
+                recorder.event(self._summary(last))
         return EXIT_FINISHED
+
+    def _summary(self, steps: int) -> str:
+        """The last line of a finished run: where the model is, and the best one."""
+        text = f"finished after {steps} steps; the model is in {self.folder.checkpoints}"
+        best = self.saving.best()
+        if best is None:
+            return text
+        path, score = best
+        newest = "the last one" if step_of(path) == steps else f"{path.name} there (--best)"
+        return f"{text}; best {score}: {newest}"
 
     def _asked_to_stop(self, stop: StopSignal) -> bool:
         """Whether to stop now.
@@ -394,6 +408,21 @@ class Trainer:
                 ):
                     figures = monitor.measure(self.objective.encoder, epoch)
                 self.recorder.measured(self.step_count, figures)
+                self._scored = self._scored_by(monitor, figures) or self._scored
+
+    def _scored_by(
+        self, monitor: Monitor, figures: Mapping[str, float]
+    ) -> tuple[int, Score] | None:
+        """This step and its accuracy, by which checkpoints are ranked: the first of all figures."""
+        name = next(iter(self.figures))
+        if not math.isfinite(figures.get(name, math.nan)):
+            return None
+        return self.step_count, Score(name, monitor.figures[name], figures[name])
+
+    def _score(self) -> Score | None:
+        """The accuracy if it was measured at this step."""
+        step, score = self._scored or (-1, None)
+        return score if step == self.step_count else None
 
     def _save(self, *, force: bool) -> None:
         """Write a checkpoint if one is due. If forced, it is committed on return."""
@@ -402,11 +431,13 @@ class Trainer:
             self._state,
             self.recorder.event,
             force=force,
+            score=self._score(),
             paused=self.recorder.paused,
         )
 
     def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """The content of a checkpoint: tensors, and JSON values."""
+        score = self._score()
         return training_state.collect(self.objective, self.optimizer), {
             "config": to_json(self.config),
             "resolved": self._describe(),
@@ -414,6 +445,7 @@ class Trainer:
             "monitors": {monitor.name: monitor.state_dict() for monitor in self.monitors},
             "rollback": self.rollback.state_dict(),
             "run_id": self.identity.run_id,
+            **({SCORE: score.to_json()} if score is not None else {}),
             "twin_advanced": not self.step_count or self._last_move(self.step_count) is not None,
         }
 
