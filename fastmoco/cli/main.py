@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_REFUSED
     from fastmoco.cli import check as cli_check
     from fastmoco.cli import checkpoint as cli_checkpoint
+    from fastmoco.cli import curves as cli_curves
     from fastmoco.cli import data as cli_data
 
     verbs: dict[str, Callable[[list[str]], int]] = {
@@ -96,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "checkpoint verify": _parsed("checkpoint verify", cli_checkpoint.verify),
         "checkpoint list": _parsed("checkpoint list", cli_checkpoint.list_all),
         "checkpoint consolidate": _parsed("checkpoint consolidate", cli_checkpoint.consolidate),
+        "curves": _parsed("curves", cli_curves.curves),
         "eval knn": _parsed("eval knn", _eval_knn),
         "quickstart": _parsed("quickstart", _quickstart),
     }

@@ -18,12 +18,15 @@ from fastmoco.faults import restarts
 from fastmoco.faults.after_run import AfterRun
 from fastmoco.faults.first_cause import first_cause
 from fastmoco.models.precision import choose_precision
-from fastmoco.run.curves import draw_curves
+from fastmoco.run.curves import Panels, draw_curves
 from fastmoco.run.folder import RunFolder
 from fastmoco.training.start import close_if_finished, find_start
 
 if TYPE_CHECKING:
     from fastmoco.training.trainer import Trainer
+
+PICTURE_SECONDS = 10.0
+"""Time that the picture of an interrupted run may take after the run has closed everything else."""
 
 
 def train(
@@ -74,7 +77,7 @@ def train(
         raise
     if code == EXIT_FINISHED:
         return _finish(trainer.folder, config, world, trainer, process_ends)
-    trainer.close()
+    trainer.close(picture_s=PICTURE_SECONDS)
     stop_world()
     return code
 
@@ -180,11 +183,10 @@ def _draw(folder: RunFolder, config: Config, *, unless_drawn: bool) -> None:
     """
     if unless_drawn and folder.has_curves():
         return
-    from fastmoco.training import setup  # only now: a picture that is there needs no trainer
-
     folder.acquire()
     try:
-        draw_curves(folder.metrics, folder.curves, config.recipe, figures=setup.figures(config))
+        panels = Panels.of(folder.read_config())
+        draw_curves(folder.metrics, folder.curves, config.recipe, panels)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise

@@ -30,6 +30,8 @@ from fastmoco.models.precision import choose_precision
 from fastmoco.objectives.build import attention_choice, build_objective
 from fastmoco.objectives.interface import Progress
 from fastmoco.optim.build import build_optimizer
+from fastmoco.run.curves import Panels
+from fastmoco.run.drawing import CurveDrawer
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.identity import RunIdentity
 from fastmoco.telemetry.recorder import Recorder
@@ -134,6 +136,7 @@ class Trainer:
             guard=self.guard,
         )
         self.recorder = self._open_records(checkpoint)
+        self.drawer = CurveDrawer(folder, active=world.rank == 0)
 
     @classmethod
     def build(
@@ -220,6 +223,7 @@ class Trainer:
         saved = {
             "config": to_json(self.config),
             "resolved": self._describe(),
+            "curves": Panels(figures=self.figures).to_json(),
             **self.identity.to_json(),
         }
 
@@ -320,6 +324,7 @@ class Trainer:
             self._measure(force=self.step_count == 0)
             while self.step_count < last:
                 if self._asked_to_stop(stop):
+                    self.drawer.start()  # draws while the state is saved
                     self._save(force=True)
                     self.folder.mark("PREEMPTED")
                     cause = stop.received or "another rank was asked to stop"
@@ -391,6 +396,7 @@ class Trainer:
         if self._logs(number):
             for event in (*self.stragglers.report(number), *self.guard.report(number)):
                 self.recorder.event(event)
+            self.drawer.poll()
 
     def _logs(self, step: int) -> bool:
         """Whether a step is logged: multiples of `log_every_steps`, the first and the last step."""
@@ -449,10 +455,15 @@ class Trainer:
             "twin_advanced": not self.step_count or self._last_move(self.step_count) is not None,
         }
 
-    def close(self) -> None:
-        """Stop the loader, close the records, release the folder. Safe to call twice."""
+    def close(self, *, picture_s: float = 0.0) -> None:
+        """Stop the loader, close the records, release the folder. Safe to call twice.
+
+        Args:
+            picture_s: time for a picture that is being drawn, before it is given up.
+        """
         with contextlib.ExitStack() as stack:
             stack.callback(self.folder.release)
+            stack.callback(self.drawer.close, picture_s)
             stack.callback(self.recorder.close)
             stack.callback(self.loader.close)
             for monitor in self.monitors:

@@ -34,7 +34,7 @@ from fastmoco.evaluation.rows import MemoryRows
 from fastmoco.models import VisionTransformer
 from fastmoco.models.precision import choose_precision
 from fastmoco.objectives.build import build_objective
-from fastmoco.run.curves import draw_curves
+from fastmoco.run.curves import Panels, draw_curves
 from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
 from fastmoco.training.load_run import load_run
@@ -471,5 +471,5 @@ def test_a_second_evaluation_is_one_class_in_the_list(small_run, tmp_path, capsy
     assert saved == {"brightness": made[1].state_dict()}
     pytest.importorskip("matplotlib")
     assert draw_curves(
-        tmp_path / "metrics.jsonl", tmp_path / "c.png", "toy", figures=Brightness.figures
+        tmp_path / "metrics.jsonl", tmp_path / "c.png", "toy", Panels(figures=Brightness.figures)
     ).exists()
