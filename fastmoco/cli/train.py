@@ -164,15 +164,18 @@ def eval_knn(
             monitor = setup.build_knn(config, world, threads=threads, precision=precision)
             if monitor is None:
                 raise RunError("no shards to classify; give them with --test")
+            if world.rank == 0:
+                for note in monitor.notes:
+                    say(f"warning: {note}")
+            accuracy = None  # where every encoder gets the same
             with closing(monitor):
-                accuracy = monitor.evaluate(objective.to(world.device).encoder)["knn"]
+                if not monitor.idle:
+                    encoder = objective.to(world.device).encoder
+                    accuracy = round(monitor.evaluate(encoder)["knn"], 6)
     stop_world()
     if world.rank == 0:
-        print(
-            json.dumps(
-                {"run": str(run), "step": checkpoint.step, "knn": round(accuracy, 6), "k": k}
-            )
-        )
+        found = {"run": str(run), "step": checkpoint.step, "knn": accuracy, "k": k}
+        print(json.dumps({**found, "chance": round(monitor.chance.get("knn", 0.0), 6)}))
     return EXIT_FINISHED
 
 

@@ -220,10 +220,16 @@ class Trainer:
 
     def _open_records(self, checkpoint: Checkpoint | None) -> Recorder:
         """Open the records at the step of the checkpoint, and log how the run was set up."""
+        # Numbers to compare with: what knowing nothing gives.
+        uninformed = self.objective.uninformed_loss(self.config.global_batch_size)
+        chance = {k: v for monitor in self.monitors for k, v in monitor.chance.items()}
+        lines = {name: {"chance": value} for name, value in chance.items()}
+        if uninformed is not None:
+            lines["loss"] = {"knows nothing": uninformed}
         saved = {
             "config": to_json(self.config),
             "resolved": self._describe(),
-            "curves": Panels(figures=self.figures).to_json(),
+            "curves": Panels(figures=self.figures, lines=lines).to_json(),
             **self.identity.to_json(),
         }
 
@@ -238,6 +244,8 @@ class Trainer:
             self.world,
             start_step=self.step_count,
             figures=self.figures,
+            chance=chance,
+            uninformed_loss=uninformed,
         )
 
         # Log the choices.
@@ -250,10 +258,12 @@ class Trainer:
             recorder.event(f"CUDA graphs replay {chosen.replays}")
 
         # Loader and monitors log through the recorder from here on.
-        self.loader.report = recorder.event_of_any_rank
+        self.loader.report = lambda text: recorder.event_of_any_rank(f"warning: {text}")
         for monitor in self.monitors:
             monitor.report = recorder.event
-            recorder.known(monitor.last, monitor.best)
+            recorder.known(monitor.last, monitor.best, monitor.best_step)
+            for note in monitor.notes:
+                recorder.event(f"warning: {note}")
 
         # Report what a killed run has left, and where this one continues.
         unfinished = [folder.name for folder in self.saving.leftovers]
@@ -412,7 +422,7 @@ class Trainer:
                     self.recorder.paused(),
                     self.pulse.inside(Section.MEASUREMENT, 6 * DEADLINE_S, doing),
                 ):
-                    figures = monitor.measure(self.objective.encoder, epoch)
+                    figures = monitor.measure(self.objective.encoder, epoch, self.step_count)
                 self.recorder.measured(self.step_count, figures)
                 self._scored = self._scored_by(monitor, figures) or self._scored
 
