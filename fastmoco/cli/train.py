@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastmoco.checkpoint import list_checkpoints
+from fastmoco.checkpoint.choose import by_score
 from fastmoco.cli.collection import collection_paused
+from fastmoco.cli.next_steps import after_finish, after_stop
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World, start_world, stop_world
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, RunError, one_line, say
@@ -25,6 +29,7 @@ from fastmoco.training.start import close_if_finished, find_start
 if TYPE_CHECKING:
     from fastmoco.training.trainer import Trainer
 
+SAME_COMMAND = "to continue: the same command again"
 PICTURE_SECONDS = 10.0
 """Time that the picture of an interrupted run may take after the run has closed everything else."""
 
@@ -36,6 +41,7 @@ def train(
     allow: Sequence[str] = (),
     trust: bool = False,
     process_ends: bool = False,
+    hints: bool = True,
 ) -> int:
     """Train, or continue, the run in `out`.
 
@@ -46,6 +52,7 @@ def train(
         trust: continue from a checkpoint in `out` even if another run wrote it.
         process_ends: whether the process ends after it; after the last step of the run, signals
             then stay ignored (`AfterRun`).
+        hints: print the next commands after the last step.
 
     Returns:
         0 finished, 75 stopped by a signal after saving its state.
@@ -68,7 +75,7 @@ def train(
 
                 trainer = Trainer.build(config, out, world, allow=allow, start=start)
     if finished:
-        return _finish(start.folder, config, world, None, process_ends)
+        return _finish(start.folder, config, world, None, process_ends, hints)
     try:
         with one_line(EXIT_FAILED), first_cause(world):
             code = trainer.run(process_ends=process_ends)
@@ -76,8 +83,11 @@ def train(
         trainer.close()
         raise
     if code == EXIT_FINISHED:
-        return _finish(trainer.folder, config, world, trainer, process_ends)
+        return _finish(trainer.folder, config, world, trainer, process_ends, hints)
     trainer.close(picture_s=PICTURE_SECONDS)
+    if world.rank == 0:
+        own = process_ends and "TORCHELASTIC_RUN_ID" not in os.environ
+        print(f"to continue: {after_stop(sys.argv[1:])}" if own else SAME_COMMAND, flush=True)
     stop_world()
     return code
 
@@ -88,6 +98,7 @@ def _finish(
     world: World,
     trainer: Trainer | None,
     process_ends: bool,
+    hints: bool,
 ) -> int:
     """Close a run that has all its steps, and draw its curves unless there is a picture of them.
 
@@ -99,6 +110,7 @@ def _finish(
         world: this process's rank and device.
         trainer: of the run; None if it was finished by an earlier start.
         process_ends: as of `AfterRun`.
+        hints: print the next commands.
 
     Returns:
         0, whatever happens while it draws.
@@ -113,6 +125,8 @@ def _finish(
                 lambda: _draw(folder, config, unless_drawn=known),
                 f"{folder.curves.name} not drawn",
             )
+            if hints:
+                after.attempt(lambda: _print_next(folder, config), "next commands not printed")
     return EXIT_FINISHED
 
 
@@ -177,6 +191,16 @@ def eval_knn(
         found = {"run": str(run), "step": checkpoint.step, "knn": accuracy, "k": k}
         print(json.dumps({**found, "chance": round(monitor.chance.get("knn", 0.0), 6)}))
     return EXIT_FINISHED
+
+
+def _print_next(folder: RunFolder, config: Config) -> None:
+    """Print what can be done with a finished run."""
+    paths = list_checkpoints(folder.checkpoints)
+    best = by_score(paths)[:1]
+    lines = after_finish(folder.path, config, best=bool(best) and best != paths[-1:])
+    print(
+        "\n".join(f"{'next' if not number else '':<6}{line}" for number, line in enumerate(lines))
+    )
 
 
 def _draw(folder: RunFolder, config: Config, *, unless_drawn: bool) -> None:

@@ -472,7 +472,8 @@ def test_a_second_evaluation_is_one_class_in_the_list(small_run, tmp_path, capsy
     line = next(line for line in text.splitlines() if line.startswith("step 3/3"))
     assert f"bright_top1 {last['bright_top1']:.1%} bright_top5 {last['bright_top5']:.1%}" in line
     assert (
-        f"bright top-1 {made[1].last['bright_top1']:.1%} (best {best['bright_top1']:.1%} at step 0)" in text
+        f"bright top-1 {made[1].last['bright_top1']:.1%} (best {best['bright_top1']:.1%} at step 0)"
+        in text
     )
     assert "warning: step 3: bright top-1 fell to" in text
     saved = load_run(tmp_path)[2].state["monitors"]
