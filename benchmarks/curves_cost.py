@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.growth_inputs import write_metrics
-from fastmoco.run.curves import draw_curves
+from fastmoco.run.curves import Panels, draw_curves
 from fastmoco.run.folder import RunFolder
 
-_FIGURES = {"knn": "kNN"}
+_PANELS = Panels(figures={"knn": "kNN"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +65,10 @@ def exponent(costs: Sequence[CurvesCost]) -> float:
 def _here(lines: int, folder: Path) -> CurvesCost:
     run = RunFolder(folder)
     write_metrics(folder / "warm.jsonl", 10)
-    draw_curves(folder / "warm.jsonl", run.curves, "warm", figures=_FIGURES)
+    draw_curves(folder / "warm.jsonl", run.curves, "warm", _PANELS)
 
     begun = time.process_time()
-    draw_curves(run.metrics, run.curves, "curves", figures=_FIGURES)
+    draw_curves(run.metrics, run.curves, "curves", _PANELS)
     drawn = time.process_time()
     run.trim_metrics((lines - 100) * 10)
     cut = time.process_time()

@@ -72,10 +72,12 @@ def curves(given: dict[str, Any]) -> Callable[[], Any]:
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
 
-    from fastmoco.run.curves import draw_curves
+    from fastmoco.run.curves import Panels, draw_curves
 
     out = Path(given["metrics"]).with_suffix(".png")
-    return lambda: draw_curves(Path(given["metrics"]), out, "growth", figures={"knn": "kNN"})
+    return lambda: draw_curves(
+        Path(given["metrics"]), out, "growth", Panels(figures={"knn": "kNN"})
+    )
 
 
 def trim(given: dict[str, Any]) -> Callable[[], Any]:

@@ -10,6 +10,7 @@ Each save makes a new folder::
 README.md beside this file describes the order of writes and what a load refuses.
 """
 
+from fastmoco.checkpoint.choose import Score, find_checkpoint, load_best, score_in
 from fastmoco.checkpoint.errors import CheckpointError
 from fastmoco.checkpoint.folder import list_checkpoints, require_writable, unfinished_saves
 from fastmoco.checkpoint.inspection import Inspection, consolidate, inspect_checkpoints
@@ -25,16 +26,20 @@ __all__ = [
     "CheckpointError",
     "Inspection",
     "Saver",
+    "Score",
     "consolidate",
+    "find_checkpoint",
     "flatten_optimizer",
     "group_for_saving",
     "inspect_checkpoints",
     "list_checkpoints",
+    "load_best",
     "load_checkpoint",
     "load_latest",
     "on_every_rank",
     "require_writable",
     "restore_optimizer",
     "save_checkpoint",
+    "score_in",
     "unfinished_saves",
 ]

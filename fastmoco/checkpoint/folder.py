@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -245,19 +245,30 @@ def sweep(root: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def prune(root: Path, *, newest: Path, keep: int, keep_multiple: int = 0) -> None:
+def prune(
+    root: Path,
+    *,
+    newest: Path,
+    keep: int,
+    keep_multiple: int = 0,
+    ranked: Callable[[Sequence[Path]], Sequence[Path]] = lambda paths: (),
+) -> None:
     """Remove all but the last `keep` checkpoints up to `newest`, whose content
     the caller has just hashed.
 
     Folders of later steps stay: a run saves at an earlier step only if they did not verify, and
     then they are evidence. The newest folder whose step is a multiple of `keep_multiple` stays as
-    well, if that is not 0.
+    well, if that is not 0, and so does the first of those that `ranked` returns.
     """
     committed = list_checkpoints(root)
     committed = committed[: committed.index(newest) + 1]
+    old = committed[: max(0, len(committed) - keep)]
+    if not old:
+        return
     regular = [path for path in committed if keep_multiple and step_of(path) % keep_multiple == 0]
-    for path in committed[: max(0, len(committed) - keep)]:
-        if path in regular[-1:]:
+    kept = [*regular[-1:], *ranked(committed)[:1]]
+    for path in old:
+        if path in kept:
             continue
         try:
             (

@@ -5,11 +5,13 @@ one file for other tools.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from fastmoco.checkpoint.choose import Score, score_in
 from fastmoco.checkpoint.errors import CheckpointError
 from fastmoco.checkpoint.folder import (
     MARKER,
@@ -38,6 +40,7 @@ class Inspection:
         committed: whether it has a marker; a folder without one was left by a killed save, and
             every reader ignores it.
         fault: "" if it can be trusted, else the reason why not.
+        score: the accuracy measured at its step; None without one, or with a fault.
     """
 
     path: Path
@@ -47,6 +50,7 @@ class Inspection:
     world_size: int
     committed: bool
     fault: str
+    score: Score | None = None
 
 
 def inspect_checkpoints(path: Path) -> list[Inspection]:
@@ -69,9 +73,10 @@ def inspect_checkpoints(path: Path) -> list[Inspection]:
 def _inspect(folder: Path) -> Inspection:
     marker: dict[str, object] = {}
     fault = ""
+    score = None
     try:
         marker = read_marker(folder)
-        load_checkpoint(folder)
+        score = score_in(load_checkpoint(folder).state)
     except (ValueError, OSError, CheckpointError) as error:
         fault = str(error)
     digits = folder.name.partition("step_")[2].partition("-")[0]
@@ -83,10 +88,17 @@ def _inspect(folder: Path) -> Inspection:
         world_size=int(str(marker.get("world_size", 0))),
         committed=(folder / MARKER).is_file(),
         fault=fault,
+        score=score,
     )
 
 
-def consolidate(checkpoint: Checkpoint, out: Path, *, encoder_only: bool) -> int:
+def consolidate(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    encoder_only: bool,
+    header: Mapping[str, str] | None = None,
+) -> int:
     """Write the tensors of a checkpoint, saved on any number of ranks, into one safetensors file.
 
     Args:
@@ -95,6 +107,7 @@ def consolidate(checkpoint: Checkpoint, out: Path, *, encoder_only: bool) -> int
         encoder_only: only the trained encoder, under its own names (`blocks.0.norm1.weight`),
             without the projector, which has no use after pre-training. Otherwise every tensor,
             including optimizer and momentum encoder.
+        header: written into the file beside `format` and `step`.
 
     Returns:
         The number of tensors written.
@@ -117,7 +130,8 @@ def consolidate(checkpoint: Checkpoint, out: Path, *, encoder_only: bool) -> int
         raise CheckpointError(f"{out} exists; choose another --out")
     try:
         with whole_file(out) as fresh:
-            write_whole(fresh, tensors, {"format": "pt", "step": str(checkpoint.step)})
+            notes = {"format": "pt", "step": str(checkpoint.step), **(header or {})}
+            write_whole(fresh, tensors, notes)
         flush(out.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

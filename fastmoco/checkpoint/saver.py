@@ -36,6 +36,7 @@ class Saver:
         root: folder of the run's checkpoints.
         keep: see `save_checkpoint`.
         keep_multiple: see `save_checkpoint`.
+        keep_best: see `save_checkpoint`.
         group: see `save_checkpoint`; for saves only, so that they can run during training.
         check: called with this rank's tensors before they are written; raises a
             RunError to refuse them.
@@ -50,6 +51,7 @@ class Saver:
         *,
         keep: int,
         keep_multiple: int = 0,
+        keep_best: bool = False,
         group: dist.ProcessGroup | None = None,
         check: Check = lambda tensors: None,
     ) -> None:
@@ -57,6 +59,7 @@ class Saver:
         self._root = root
         self._keep = keep
         self._keep_multiple = keep_multiple
+        self._keep_best = keep_best
         self._group = group
         self._check = check
         self._thread: threading.Thread | None = None
@@ -146,6 +149,7 @@ class Saver:
             state=state,
             keep=self._keep,
             keep_multiple=self._keep_multiple,
+            keep_best=self._keep_best,
             group=self._group,
         )
         self.saved_step = step

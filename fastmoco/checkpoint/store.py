@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastmoco.checkpoint.choose import by_score
 from fastmoco.checkpoint.errors import CheckpointError, storage_errors
 from fastmoco.checkpoint.folder import (
     METADATA,
@@ -44,6 +45,7 @@ def save_checkpoint(
     state: Mapping[str, JSON],
     keep: int,
     keep_multiple: int = 0,
+    keep_best: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write one checkpoint, which is complete or does not exist, then remove
@@ -67,6 +69,7 @@ def save_checkpoint(
             never removed.
         keep_multiple: the newest checkpoint at a multiple of this many steps is
             kept as well; 0: none.
+        keep_best: the checkpoint with the highest score (`choose.Score`) is kept as well.
         group: ranks that save together, see `group_for_saving`; its timeout is
             the longest wait for a rank.
 
@@ -103,7 +106,14 @@ def save_checkpoint(
         marker = marker_text(
             step, files, world_size=size_of(group), saved_at=saved_at, run_id=run_id
         )
-        drop = partial(prune, root, newest=final, keep=keep, keep_multiple=keep_multiple)
+        drop = partial(
+            prune,
+            root,
+            newest=final,
+            keep=keep,
+            keep_multiple=keep_multiple,
+            ranked=by_score if keep_best else lambda paths: (),
+        )
         on_first_rank(partial(_finish, writing, final, files, marker, drop), group)
     except storage_errors() as error:
         if isinstance(error, CheckpointError) and group is None:

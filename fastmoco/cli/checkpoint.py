@@ -33,7 +33,7 @@ def verify(path: Positional[Path]) -> int:
 
 
 def list_all(path: Positional[Path]) -> int:
-    """Step, size, time, ranks and status of every checkpoint.
+    """Step, size, time, ranks, kNN accuracy and status of every checkpoint.
 
     Also of unfinished saves. Reads every byte.
 
@@ -46,38 +46,45 @@ def list_all(path: Positional[Path]) -> int:
         found = inspect_checkpoints(path)
         if not found:
             raise no_checkpoint(path)
-    print(f"{'step':>10} {'MB':>10} {'saved at':<20} {'ranks':>5}  status")
+    # `--best` takes the highest accuracy, of equal ones that of the earliest step.
+    scored = [one for one in found if one.score is not None]
+    best = max(scored, key=lambda one: one.score.value if one.score else 0.0, default=None)
+    label = best.score.label if best is not None and best.score is not None else "kNN"
+    print(f"{'step':>10} {'MB':>10} {'saved at':<20} {'ranks':>5} {label:>7}  status")
     for one in found:
         ranks = str(one.world_size or "?")
+        value = f"{one.score.value:.1%}" if one.score is not None else "-"
+        status = one.fault or ("sound, best" if one is best else "sound")
         print(
-            f"{one.step:>10} {one.size / 1e6:>10.3f} {one.saved_at or '?':<20} {ranks:>5}  "
-            f"{one.fault or 'sound'}"
+            f"{one.step:>10} {one.size / 1e6:>10.3f} {one.saved_at or '?':<20} {ranks:>5} "
+            f"{value:>7}  {status}"
         )
     return EXIT_FINISHED
 
 
-def consolidate(path: Positional[Path], *, out: Path, encoder: bool = False) -> int:
+def consolidate(
+    path: Positional[Path], *, out: Path, encoder: bool = False, best: bool = False
+) -> int:
     """Write the tensors of a checkpoint, saved on any number of ranks, into one safetensors file.
 
     Args:
         path: Folder of a run, for its newest sound checkpoint, or of one checkpoint.
         out: The file to write; it must not exist.
         encoder: Write only the trained encoder without its projector; default the full state.
+        best: The checkpoint with the highest kNN accuracy, in place of the newest.
     """
     from fastmoco.checkpoint import consolidate as write
-    from fastmoco.checkpoint import load_checkpoint, load_latest
+    from fastmoco.checkpoint import find_checkpoint
 
     with one_line(EXIT_REFUSED, OSError):
-        if path.name.startswith("step_"):
-            checkpoint = load_checkpoint(path)
-        else:
-            inner = path / "checkpoints"
-            newest = load_latest(inner if inner.is_dir() else path)
-            if newest is None:
-                raise no_checkpoint(path)
-            checkpoint = newest
+        checkpoint = find_checkpoint(path, best=best)
         for skipped, reason in checkpoint.skipped:
             print(f"passed over {skipped.name}: {reason}")
-        count = write(checkpoint, out, encoder_only=encoder)
+        header = {}
+        if encoder:
+            from fastmoco.models.encoder_file import encoder_header
+
+            header = encoder_header(checkpoint)
+        count = write(checkpoint, out, encoder_only=encoder, header=header)
     print(f"wrote {count} tensors of step {checkpoint.step} to {out}")
     return EXIT_FINISHED

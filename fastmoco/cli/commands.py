@@ -56,7 +56,10 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("checkpoint verify", "checkpoint:verify", "Read and verify every byte."),
         Command("checkpoint consolidate", "checkpoint:consolidate", "Write one safetensors file."),
     ),
-    "Evaluate": (Command("eval knn", "delayed:eval_knn", "kNN accuracy of a run's encoder."),),
+    "Evaluate": (
+        Command("eval knn", "delayed:eval_knn", "kNN accuracy of a run's encoder."),
+        Command("curves", "curves:curves", "Draw loss, kNN and gradient norms of a run."),
+    ),
 }
 """Every command, by the heading of the overview."""
 

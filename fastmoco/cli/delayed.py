@@ -11,21 +11,28 @@ from fastmoco.errors import EXIT_REFUSED, one_line
 
 
 def eval_knn(
-    run: Positional[Path], *, train: str, test: str, k: int = 20, temperature: float = 0.07
+    run: Positional[Path],
+    *,
+    train: str,
+    test: str,
+    k: int = 20,
+    temperature: float = 0.07,
+    best: bool = False,
 ) -> int:
     """kNN accuracy of a run's encoder (k = 20, temperature 0.07, cosine) on labelled shards.
 
     Args:
-        run: Folder of the run, as given to `fastmoco train --out`.
+        run: Folder of the run, as given to `fastmoco train --out`, or of one checkpoint.
         train: Labelled shards for the neighbours.
         test: Labelled shards to classify.
         k: Number of neighbours.
         temperature: The weight of a neighbour is exp(cosine / temperature).
+        best: The checkpoint with the highest kNN accuracy, in place of the newest.
     """
     with collection_paused():
         from fastmoco.cli.train import eval_knn as measure
 
-    return measure(run, train, test, k=k, temperature=temperature)
+    return measure(run, train, test, k=k, temperature=temperature, best=best)
 
 
 def quickstart(out: Path = Path("quickstart")) -> int:

@@ -4,15 +4,13 @@ contains, and draw pictures.
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from fastmoco.cli.next_steps import program
 from fastmoco.cli.train import train
 from fastmoco.config import Config
 from fastmoco.evaluation.embed import raw_pixels
@@ -52,7 +50,7 @@ def quickstart(out: Path) -> int:
         f"3/3  training {config.recipe}: {config.epochs:g} epochs "
         f"of {config.global_batch_size} images per step\n"
     )
-    code = train(config, out / "run")
+    code = train(config, out / "run", hints=False)
     if code == 0:
         _summary(
             config,
@@ -67,7 +65,7 @@ def _summary(config: Config, out: Path, when: str) -> None:
     history = RunFolder(out / "run").read_metric("knn")
     before, after = history[0][1], history[-1][1]
     pixels = _raw_pixel_accuracy(config)
-    program = _program()
+    command = program()
     recipe = "vit_s16_e300_b1024" if torch.cuda.is_available() else "vit_nano8_e60_b256"
     print(f"""
 kNN accuracy on 360 held-out digits (k = 20, no label was used in training)
@@ -78,17 +76,10 @@ kNN accuracy on 360 held-out digits (k = 20, no label was used in training)
                                pixels here.
 
 pictures  {out / "views.png"}, {out / "run" / "curves.png"}
-next      {program} data pack YOUR_IMAGES data --max-side 512
-          {program} train {recipe} --data.shards 'data/train-*.tar' --out runs/first
+next      {command} checkpoint consolidate {out / "run"} --encoder --out {out / "encoder.safetensors"}
+          {command} data pack YOUR_IMAGES data --max-side 512
+          {command} train {recipe} --data.shards 'data/train-*.tar' --out runs/first
 """)
-
-
-def _program() -> str:
-    """The command of this installation: its name if the shell finds it, otherwise its path."""
-    if shutil.which("fastmoco"):
-        return "fastmoco"
-    script = Path(sys.executable).parent / "fastmoco"
-    return os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)
 
 
 def _raw_pixel_accuracy(config: Config) -> float:

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastmoco.checkpoint import list_checkpoints
+from fastmoco.checkpoint.choose import by_score
 from fastmoco.cli.collection import collection_paused
+from fastmoco.cli.next_steps import after_finish, after_stop
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World, start_world, stop_world
-from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, RunError, one_line, say
+from fastmoco.errors import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_REFUSED,
+    LAUNCHER,
+    RunError,
+    one_line,
+    say,
+)
 from fastmoco.faults import restarts
 from fastmoco.faults.after_run import AfterRun
 from fastmoco.faults.first_cause import first_cause
 from fastmoco.models.precision import choose_precision
-from fastmoco.run.curves import draw_curves
+from fastmoco.run.curves import Panels, draw_curves
 from fastmoco.run.folder import RunFolder
 from fastmoco.training.start import close_if_finished, find_start
 
@@ -28,6 +40,9 @@ if TYPE_CHECKING:
 
 CLOSE_SECONDS = 60.0
 """Time that a run which was asked to stop has to close its files after its last save."""
+SAME_COMMAND = "to continue: the same command again"
+PICTURE_SECONDS = 10.0
+"""Time that the picture of an interrupted run may take after the run has closed everything else."""
 
 
 def train(
@@ -38,6 +53,7 @@ def train(
     trust: bool = False,
     process_ends: bool = False,
     begun: Callable[[], None] = lambda: None,
+    hints: bool = True,
 ) -> int:
     """Train, or continue, the run in `out`.
 
@@ -49,6 +65,7 @@ def train(
         process_ends: whether the process ends after it; after the last step of the run, signals
             then stay ignored (`AfterRun`).
         begun: called when the start is over, before the first step.
+        hints: print the next commands after the last step.
 
     Returns:
         0 finished, 75 stopped by a signal after saving its state.
@@ -72,7 +89,7 @@ def train(
                 trainer = Trainer.build(config, out, world, allow=allow, start=start)
     begun()
     if finished:
-        return _finish(start.folder, config, world, None, process_ends)
+        return _finish(start.folder, config, world, None, process_ends, hints)
     try:
         with one_line(EXIT_FAILED), first_cause(world):
             code = trainer.run(process_ends=process_ends)
@@ -80,13 +97,17 @@ def train(
         trainer.close()
         raise
     if code == EXIT_FINISHED:
-        return _finish(trainer.folder, config, world, trainer, process_ends)
+        return _finish(trainer.folder, config, world, trainer, process_ends, hints)
     if process_ends:
         # All is saved. Signals are ignored, so a library that hangs must not hold the process.
         late = threading.Timer(CLOSE_SECONDS, os._exit, [code])
         late.daemon = True
         late.start()
-    trainer.close()
+    trainer.close(picture_s=PICTURE_SECONDS)
+    if world.rank == 0 and LAUNCHER not in os.environ:
+        own = process_ends and "TORCHELASTIC_RUN_ID" not in os.environ
+        with suppress(OSError):  # of a closed terminal
+            print(f"to continue: {after_stop(sys.argv[1:])}" if own else SAME_COMMAND, flush=True)
     stop_world()
     return code
 
@@ -97,6 +118,7 @@ def _finish(
     world: World,
     trainer: Trainer | None,
     process_ends: bool,
+    hints: bool,
 ) -> int:
     """Close a run that has all its steps, and draw its curves unless there is a picture of them.
 
@@ -108,6 +130,7 @@ def _finish(
         world: this process's rank and device.
         trainer: of the run; None if it was finished by an earlier start.
         process_ends: as of `AfterRun`.
+        hints: print the next commands.
 
     Returns:
         0, whatever happens while it draws.
@@ -122,11 +145,29 @@ def _finish(
                 lambda: _draw(folder, config, unless_drawn=known),
                 f"{folder.curves.name} not drawn",
             )
+            if hints:
+                after.attempt(lambda: _print_next(folder, config), "next commands not printed")
     return EXIT_FINISHED
 
 
-def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperature: float) -> int:
-    """Print the kNN accuracy of the newest checkpoint of a run as one JSON line; returns 0.
+def eval_knn(
+    run: Path,
+    train_shards: str,
+    test_shards: str,
+    *,
+    k: int,
+    temperature: float,
+    best: bool = False,
+) -> int:
+    """Print the kNN accuracy of a checkpoint as one JSON line; returns 0.
+
+    Args:
+        run: folder of a run, for its newest checkpoint, or of one checkpoint.
+        train_shards: labelled shards for the neighbours.
+        test_shards: labelled shards to classify.
+        k: neighbours that vote.
+        temperature: of their votes.
+        best: the checkpoint of the run with the highest accuracy, in place of the newest.
 
     Raises:
         SystemExit: with 2 if the run or the shards cannot be used, after a
@@ -136,7 +177,9 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
     from fastmoco.training.load_run import load_run
 
     with one_line(EXIT_REFUSED, ValueError):
-        objective, saved, checkpoint = load_run(run)
+        objective, saved, checkpoint = load_run(run, best=best)
+        for path, reason in checkpoint.skipped:
+            say(f"passed over {path.name}: {reason}")
         knn = replace(
             saved.knn,
             train_shards=train_shards,
@@ -155,16 +198,29 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
             monitor = setup.build_knn(config, world, threads=threads, precision=precision)
             if monitor is None:
                 raise RunError("no shards to classify; give them with --test")
+            if world.rank == 0:
+                for note in monitor.notes:
+                    say(f"warning: {note}")
+            accuracy = None  # where every encoder gets the same
             with closing(monitor):
-                accuracy = monitor.evaluate(objective.to(world.device).encoder)["knn"]
+                if not monitor.idle:
+                    encoder = objective.to(world.device).encoder
+                    accuracy = round(monitor.evaluate(encoder)["knn"], 6)
     stop_world()
     if world.rank == 0:
-        print(
-            json.dumps(
-                {"run": str(run), "step": checkpoint.step, "knn": round(accuracy, 6), "k": k}
-            )
-        )
+        found = {"run": str(run), "step": checkpoint.step, "knn": accuracy, "k": k}
+        print(json.dumps({**found, "chance": round(monitor.chance.get("knn", 0.0), 6)}))
     return EXIT_FINISHED
+
+
+def _print_next(folder: RunFolder, config: Config) -> None:
+    """Print what can be done with a finished run."""
+    paths = list_checkpoints(folder.checkpoints)
+    best = by_score(paths)[:1]
+    lines = after_finish(folder.path, config, best=bool(best) and best != paths[-1:])
+    print(
+        "\n".join(f"{'next' if not number else '':<6}{line}" for number, line in enumerate(lines))
+    )
 
 
 def _draw(folder: RunFolder, config: Config, *, unless_drawn: bool) -> None:
@@ -174,11 +230,10 @@ def _draw(folder: RunFolder, config: Config, *, unless_drawn: bool) -> None:
     """
     if unless_drawn and folder.has_curves():
         return
-    from fastmoco.training import setup  # only now: a picture that is there needs no trainer
-
     folder.acquire()
     try:
-        draw_curves(folder.metrics, folder.curves, config.recipe, figures=setup.figures(config))
+        panels = Panels.of(folder.read_config())
+        draw_curves(folder.metrics, folder.curves, config.recipe, panels)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise

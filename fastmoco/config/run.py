@@ -65,6 +65,9 @@ class CheckpointConfig:
     """Steps between two checkpoints; 0: by time only."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
+    keep_best: bool = True
+    """Save when kNN is measured and higher than in every saved checkpoint, and keep this checkpoint
+    beside the newest ones. Without `knn.test_shards` it has no effect."""
     async_save: bool = True
     """Copy the state to host memory and write the copy during training. The run then waits only for
     the copy, and the host holds the state a second time. The run always waits for its last save and

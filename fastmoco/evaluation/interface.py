@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -11,6 +12,10 @@ from torch import nn
 
 from fastmoco.distributed.agree import of_first_rank
 from fastmoco.distributed.mesh import World
+
+
+class Unmeasurable(ValueError):
+    """A figure has no value: there are no images, or features are not finite."""
 
 
 class Monitor(ABC):
@@ -30,7 +35,11 @@ class Monitor(ABC):
         report: called with lines for the user, if set.
         last: figures of the last measurement; empty before the first.
         best: the largest value of each figure so far.
+        best_step: the step at which each of them was measured.
         last_epoch: epoch of the last measurement; 0 before the first.
+        idle: set where a measurement could say nothing; then none is made.
+        notes: what a reader of the figures must know, in sentences.
+        chance: the value of each figure that knowing nothing gives, where that is known.
     """
 
     name: ClassVar[str]
@@ -41,10 +50,15 @@ class Monitor(ABC):
         self.report: Callable[[str], None] | None = None
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
+        self.best_step: dict[str, int] = {}
+        self.idle = False
+        self.notes: tuple[str, ...] = ()
+        self.chance: Mapping[str, float] = {}
         self.last_epoch = 0.0
         self._every_epochs = every_epochs
         self._max_share = max_share
         self._spent = 0.0
+        self._postponed = False
         self._started = time.monotonic()
 
     @abstractmethod
@@ -57,6 +71,9 @@ class Monitor(ABC):
 
         Returns:
             The value of each of `figures`.
+
+        Raises:
+            Unmeasurable: on all ranks, if these features or images have no figure.
         """
 
     def close(self) -> None:  # noqa: B027 - most monitors hold nothing
@@ -67,35 +84,71 @@ class Monitor(ABC):
 
         All ranks must call this at the same step; the clock of rank 0 decides for all.
         """
-        if epoch - self.last_epoch < self._every_epochs - 1e-9:
+        if self.idle or epoch - self.last_epoch < self._every_epochs - 1e-9:
             return False
         share = self._spent / max(time.monotonic() - self._started, 1e-9)
-        return bool(of_first_rank(share <= self._max_share, self.world.device))
+        now = bool(of_first_rank(share <= self._max_share, self.world.device))
+        if not now and not self._postponed:
+            self._postponed = True
+            self._report(
+                f"{', '.join(self.figures.values())} is measured less often than every "
+                f"{self._every_epochs:g} epochs: it may take {self._max_share:.0%} of the time "
+                f"({self.name}.max_share) and has taken {share:.0%}; the end of the run is measured"
+            )
+        return now
 
-    def measure(self, encoder: nn.Module, epoch: float) -> Mapping[str, float]:
+    def measure(self, encoder: nn.Module, epoch: float, step: int = 0) -> Mapping[str, float]:
         """Evaluate, and store the figures in `last` and `best`.
 
         Args:
             encoder: as for `evaluate`.
             epoch: epochs trained so far, fractional.
+            step: optimizer steps done.
+
+        Returns:
+            The value of each of `figures`, NaN where it has none; empty if idle.
         """
+        if self.idle:
+            return {}
         began = time.monotonic()
-        self.last = dict(self.evaluate(encoder))
+        try:
+            found = dict(self.evaluate(encoder))
+        except Unmeasurable as error:
+            self._report(
+                f"warning: {', '.join(self.figures.values())} has no value at step {step}: {error}"
+            )
+            found = dict.fromkeys(self.figures, math.nan)
+
+        # Only numbers are remembered: a checkpoint stores them, and NaN is above nothing.
         self.last_epoch = epoch
+        self.last = {name: value for name, value in found.items() if math.isfinite(value)}
         for name, value in self.last.items():
-            self.best[name] = max(value, self.best.get(name, value))
+            if name not in self.best or value > self.best[name]:
+                self.best[name] = value
+                self.best_step[name] = step
         self._spent += time.monotonic() - began
-        return self.last
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """The state that a checkpoint stores."""
-        return {"last_epoch": self.last_epoch, "last": dict(self.last), "best": dict(self.best)}
+        return {
+            "last_epoch": self.last_epoch,
+            "last": dict(self.last),
+            "best": dict(self.best),
+            "best_step": dict(self.best_step),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a saved state; an empty one gives the initial state."""
         self.last_epoch = float(state.get("last_epoch", 0.0))
         self.last = self._by_name(state.get("last"))
         self.best = self._by_name(state.get("best"))
+        steps = state.get("best_step", {})
+        self.best_step = {name: int(steps[name]) for name in self.best if name in steps}
+
+    def _report(self, text: str) -> None:
+        if self.report is not None:
+            self.report(text)
 
     def _by_name(self, saved: Mapping[str, float] | float | None) -> dict[str, float]:
         """The figures of a state; one without a name is from when only kNN was measured."""

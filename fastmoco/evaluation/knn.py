@@ -19,6 +19,7 @@ from fastmoco.distributed import agree
 from fastmoco.distributed.gather import exchange_rows, fill_parts_, gather_numbers
 from fastmoco.distributed.mesh import group_rank, group_size
 from fastmoco.evaluation.embed import LabelledRows
+from fastmoco.evaluation.interface import Unmeasurable
 from fastmoco.evaluation.nearest import LIMIT_BYTES, Nearest
 from fastmoco.evaluation.rows import MemoryRows, Rows
 
@@ -161,7 +162,7 @@ class _Facts:
     def check(self) -> None:
         """Refuse a set that cannot vote or be classified."""
         if not self.rows:
-            raise ValueError(f"{self.name}: has no rows")
+            raise Unmeasurable(f"{self.name}: has no rows")
         for rows, labels in zip(self.counts, self.labels, strict=True):
             if rows != labels:
                 raise ValueError(f"{self.name}: {rows} rows with labels of shape ({labels},)")
@@ -171,7 +172,7 @@ class _Facts:
                 f"kNN needs a labelled set"
             )
         if self.infinite:
-            raise ValueError(f"{self.name}: features are not finite; the encoder has diverged")
+            raise Unmeasurable(f"{self.name}: features are not finite; the encoder has diverged")
 
 
 class _Search:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastmoco.config import Config
@@ -16,6 +18,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.evaluation.embed import LabelledRows, embed_part, eval_mode
 from fastmoco.evaluation.interface import Monitor
 from fastmoco.evaluation.knn import shared_knn_accuracy
+from fastmoco.evaluation.meaning import meaning
 from fastmoco_pipelines import ShardSet, build_eval_loader
 from fastmoco_pipelines.spec import CacheSpec, Device, EvalLoaderSpec
 from fastmoco_pipelines.text import redact
@@ -71,6 +74,7 @@ class KnnMonitor(Monitor):
         self.scratch = scratch
         bank = config.knn.train_shards or config.data.shards
         self._bank, self._queries = _open_comparable(bank, config.knn.test_shards, config.data)
+        self._judge()
 
     def evaluate(self, encoder: nn.Module) -> Mapping[str, float]:
         """Share of held-out images that kNN on the class-token features classifies correctly."""
@@ -90,6 +94,31 @@ class KnnMonitor(Monitor):
                 *parts, device=self.world.device, k=knn.k, temperature=knn.temperature
             )
         return {"knn": accuracy}
+
+    def _judge(self) -> None:
+        """What an accuracy between these sets can mean, by labels and checksums in the indexes."""
+        knn = self.config.knn
+        bank, queries = (
+            evenly(len(opened.shards), limit)
+            for opened, limit in (
+                (self._bank, knn.max_train_images),
+                (self._queries, knn.max_test_images),
+            )
+        )
+        if not len(bank) or not len(queries):
+            return
+        found = meaning(
+            self._bank.shards.labels_of(bank),
+            self._queries.shards.labels_of(queries),
+            k=knn.k,
+            shared=_shared(
+                self._bank.shards.checksums_of(bank), self._queries.shards.checksums_of(queries)
+            ),
+            classes=tuple(self._queries.shards.classes),
+        )
+        self.idle = found.says_nothing
+        self.notes = tuple(f"kNN: {note}" for note in found.notes)
+        self.chance = {"knn": found.chance}
 
     def close(self) -> None:
         """Close the files of both sets."""
@@ -119,7 +148,7 @@ class KnnMonitor(Monitor):
             shards=opened.shards,
         )
         if self.report is not None:
-            loader.report = self.report
+            loader.report = lambda text: self._report(f"warning: {text}")
         with loader:
 
             def encode(images: Tensor) -> Tensor:
@@ -142,6 +171,18 @@ class _OpenSet:
 
     pattern: str
     shards: ShardSet
+
+
+def evenly(length: int, limit: int) -> NDArray[np.int64]:
+    """The samples of a set that an evaluation uses: all, or `limit` spread over it."""
+    count = min(limit, length) if limit else length
+    return np.arange(count, dtype=np.int64) * length // max(count, 1)
+
+
+def _shared(bank: NDArray[np.int64], queries: NDArray[np.int64]) -> int:
+    """Queries whose checksum and size occur in the bank."""
+    keys = [table[:, 0] * 2**31 + table[:, 1] % 2**31 for table in (bank, queries)]
+    return int(np.isin(keys[1], keys[0]).sum())
 
 
 def _open_comparable(bank: str, queries: str, cache: CacheSpec) -> tuple[_OpenSet, _OpenSet]:

@@ -127,6 +127,11 @@ class BYOL(Objective):
         """The momentum of the move that ends this step."""
         return {"ema_momentum": self.ema_momentum(at)}
 
+    def uninformed_loss(self, batch: int) -> float:
+        """That of predictions at right angles to their targets: 2 in each direction. 0 is no
+        success either: then all images may have one feature (`feature_std`)."""
+        return 4.0
+
     def choices(self, at: Progress) -> Hashable:
         """Whether both encoders share patch tokens."""
         return self.momentum.shares_tokens()

@@ -243,6 +243,16 @@ class Objective(nn.Module, ABC):
         """Numbers of this step that a log shows, by name: "ema_momentum", "teacher_temperature"."""
         return {}
 
+    def uninformed_loss(self, batch: int) -> float | None:
+        """The loss of an encoder that knows nothing of an image; None if there is no such value.
+
+        A run whose loss stays there learns nothing.
+
+        Args:
+            batch: images of a step, over all ranks.
+        """
+        return None
+
     def choices(self, at: Progress) -> Hashable:
         """All that `features` decides on the host in this step. May wait for the device.
 

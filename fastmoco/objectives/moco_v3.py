@@ -3,6 +3,7 @@ average moves."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from typing import Literal
 
@@ -171,6 +172,10 @@ class MoCoV3(Objective):
     def schedules(self, at: Progress) -> Mapping[str, float]:
         """The momentum that made this step's keys."""
         return {"ema_momentum": self.momentum.value(at.step, at)}
+
+    def uninformed_loss(self, batch: int) -> float:
+        """That of equal logits: `2 * temperature * ln(batch)` in each direction."""
+        return 4 * self.temperature * math.log(batch)
 
     def choices(self, at: Progress) -> Hashable:
         """Whether both encoders share patch tokens."""

@@ -48,6 +48,13 @@ def read_series(path: Path, wanted: Callable[[str], bool]) -> dict[str, Series]:
         path: JSON lines with a `step` each.
         wanted: selects metrics by name; must not depend on the call.
     """
+    return read_curves(path, wanted)[0]
+
+
+def read_curves(
+    path: Path, wanted: Callable[[str], bool]
+) -> tuple[dict[str, Series], dict[str, NDArray[np.int64]]]:
+    """The metrics of `read_series`, and the steps at which a metric was not finite, by name."""
 
     # Most lines have the same keys, so the choice is made once for each set of keys.
     @functools.lru_cache(maxsize=1024)
@@ -72,8 +79,16 @@ def read_series(path: Path, wanted: Callable[[str], bool]) -> dict[str, Series]:
                 steps.append(step)
                 values.append(value if type(value) is float else _number(value))
 
-    series = {name: _in_order(*lists) for name, lists in found.items()}
-    return {name: one for name, one in series.items() if len(one.steps)}
+    series: dict[str, Series] = {}
+    lost: dict[str, NDArray[np.int64]] = {}
+    for name, lists in found.items():
+        steps_of, values_of = _in_order(*lists)
+        finite = np.isfinite(values_of)
+        if finite.any():
+            series[name] = Series(steps_of[finite], values_of[finite])
+        if not finite.all():
+            lost[name] = steps_of[~finite]
+    return series, lost
 
 
 def read_values(path: Path, name: str) -> Iterator[tuple[int, float]]:
@@ -187,13 +202,14 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _in_order(steps: array[int], values: array[float]) -> Series:
-    """Sort by step, keep the last value of each step, and drop values that are not finite."""
+def _in_order(
+    steps: array[int], values: array[float]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Sort by step, and keep the last value of each step."""
     at, found = np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64)
     if np.any(at[1:] <= at[:-1]):
         order = np.argsort(at, kind="stable")
         at, found = at[order], found[order]
         last = np.append(at[1:] != at[:-1], True)
         at, found = at[last], found[last]
-    finite = np.isfinite(found)
-    return Series(at[finite], found[finite])
+    return at, found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ from rich.text import Text
 from fastmoco_pipelines.text import escaped, escaped_lines
 
 EVENTS_SHOWN = 6
+WARNING, MARK = "warning: ", "! "
+"""How the text of a warning begins, and how it is marked."""
 
 
 def _clock(seconds: float) -> str:
@@ -82,6 +85,17 @@ def plain_line(row: Mapping[str, Any], total_steps: int, figures: Mapping[str, s
         if text is not None:
             parts.append(f"{label} {text}")
     return " ".join(parts)
+
+
+def _event(text: str) -> Text:
+    """A line of the live table; only warnings have a color."""
+    return Text(text, style="yellow" if text.startswith(MARK) else "")
+
+
+def _colors(stream: TextIO) -> bool:
+    """Whether plain lines may have a color: on a terminal, unless NO_COLOR is set."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") in ("dumb", None)
+    return not plain and stream.isatty()
 
 
 class _Terminal(RichConsole):
@@ -152,14 +166,18 @@ class Console:
             self._line(lambda: plain_line(row, self._total, self._figures))
 
     def event(self, text: str) -> None:
-        """Show an event, such as a gradient spike, a checkpoint passed over, or a signal."""
-        text = "! " + escaped_lines(text)
+        """Show an event, such as a measurement, a signal, or a gradient spike.
+
+        Args:
+            text: one that begins with `warning: ` is marked by `! `, and yellow on a terminal.
+        """
+        text = (MARK if text.startswith(WARNING) else "") + escaped_lines(text)
         pushed_out = self._events[0] if len(self._events) == EVENTS_SHOWN else None
         self._events.append(text)
         if self._live is not None:
             self._guarded(lambda: self._draw(pushed_out))
         if self._live is None:
-            self._line(text)
+            self._line(text, color=text.startswith(MARK))
 
     def close(self) -> None:
         """Leave the last state on the screen and release the terminal. May be
@@ -191,7 +209,7 @@ class Console:
     def _draw(self, pushed_out: str | None = None) -> None:
         assert self._live is not None
         if pushed_out is not None:
-            self._live.console.print(Text(pushed_out, style="yellow"))
+            self._live.console.print(_event(pushed_out))
         self._live.update(self._table(), refresh=True)
 
     def _table(self) -> Panel:
@@ -209,10 +227,17 @@ class Console:
         progress.add_column(no_wrap=True)
         progress.add_column(ratio=1)
         progress.add_row(
-            f"step {step}/{self._total}", ProgressBar(total=max(self._total, 1), completed=step)
+            f"step {step}/{self._total}",
+            ProgressBar(
+                total=max(self._total, 1),
+                completed=step,
+                style="dim",
+                complete_style="bold",
+                finished_style="bold",
+            ),
         )
         parts: list[Any] = [Text(self._header), progress, grid]
-        parts += [Text(event, style="yellow") for event in self._events]
+        parts += [_event(event) for event in self._events]
         return Panel(Group(*parts), title="fastmoco", title_align="left")
 
     def _guarded(self, draw: Callable[[], None]) -> None:
@@ -231,14 +256,17 @@ class Console:
             with contextlib.suppress(Exception):
                 live.stop()
 
-    def _line(self, text: str | Callable[[], str]) -> None:
+    def _line(self, text: str | Callable[[], str], *, color: bool = False) -> None:
         """Write one plain line and flush it; after an error write nothing any more."""
         if self._silent:
             return
         try:
             line = text if isinstance(text, str) else text()
             encoding = getattr(self._stream, "encoding", None) or "utf-8"
-            self._stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
+            line = line.encode(encoding, "replace").decode(encoding)
+            if color and _colors(self._stream):
+                line = f"\x1b[33m{line}\x1b[0m"
+            self._stream.write(line + "\n")
             self._stream.flush()
         except Exception:  # any failure to write; see the module's docstring
             self._silent = True

@@ -24,11 +24,14 @@ from fastmoco.telemetry.stability import (
     ForgettingDetector,
     GradientRecorder,
     SpikeDetector,
+    UninformedDetector,
     feature_std,
     pair_cosines,
 )
 from fastmoco_pipelines.loading.stages import StageFigures
 
+WARM_STEPS = 100
+"""Steps after which a loss is judged, also without a warm-up, and half of a shorter run."""
 SLOW_LOADER = 0.2
 """Share of an interval spent waiting for data above which the recorder logs an event."""
 
@@ -45,6 +48,8 @@ class Recorder:
         world: this process among its peers.
         start_step: steps done before this process began.
         figures: metric name -> label of the accuracies that `measured` will get.
+        chance: the accuracies that knowing nothing gives, where they are known.
+        uninformed_loss: the loss of knowing nothing (`Objective.uninformed_loss`).
     """
 
     def __init__(
@@ -56,6 +61,8 @@ class Recorder:
         *,
         start_step: int,
         figures: Mapping[str, str] | None = None,
+        chance: Mapping[str, float] | None = None,
+        uninformed_loss: float | None = None,
     ) -> None:
         self.resolved = resolved
         self.world = world
@@ -70,12 +77,18 @@ class Recorder:
         self._spikes = SpikeDetector()
         self._collapse = CollapseDetector(dim=config.model.projection_dim)
         self._forgetting = ForgettingDetector()
+        warmup = round(config.optim.warmup_epochs * resolved.steps_per_epoch)
+        self._uninformed = UninformedDetector(
+            uninformed_loss, after=max(warmup, min(WARM_STEPS, resolved.total_steps // 2))
+        )
 
         # Accuracies by metric name.
         self._labels = dict(figures or {})
         self._dips = {name: DipDetector(label) for name, label in self._labels.items()}
         self._last: dict[str, float] = {}
         self._best: dict[str, float] = {}
+        self._best_step: dict[str, int] = {}
+        self._chance = dict(chance or {})
 
         self._loader = self._loader_before = StageFigures()
         self._loader_was_slow = False
@@ -102,10 +115,21 @@ class Recorder:
             f"lr = {config.optim.lr:g} x {config.global_batch_size} / 256 = {resolved.peak_lr:g}",
         )
 
-    def known(self, last: Mapping[str, float], best: Mapping[str, float]) -> None:
+        known = [f"loss {uninformed_loss:.3f}"] if uninformed_loss is not None else []
+        known += [f"{self._labels[name]} {value:.1%}" for name, value in self._chance.items()]
+        if known:
+            self.event(f"an encoder that knows nothing has {' and '.join(known)}")
+
+    def known(
+        self,
+        last: Mapping[str, float],
+        best: Mapping[str, float],
+        best_step: Mapping[str, int] | None = None,
+    ) -> None:
         """Show accuracies from before a resume: the last and the best by metric name."""
         self._last |= last
         self._best |= best
+        self._best_step |= best_step or {}
         for name, value in best.items():
             self._dips[name].observe(0, value)
 
@@ -173,6 +197,7 @@ class Recorder:
             events.append(
                 self._forgetting.observe(step, values["cosine/positive"], values["cosine/negative"])
             )
+        events.append(self._uninformed.observe(step, mean_loss))
         for event in filter(None, events):
             self.event(f"warning: {event}")
 
@@ -204,7 +229,7 @@ class Recorder:
         slow = recent.wait_share > SLOW_LOADER and self._loader_before.steps > 0
         if slow and not self._loader_was_slow:
             self._loader_was_slow = True
-            self.event(recent.summary())
+            self.event(f"warning: {recent.summary()}")
         return recent.metrics()
 
     def _gradient_peaks(self) -> dict[str, float]:
@@ -222,23 +247,34 @@ class Recorder:
 
     def measured(self, step: int, figures: Mapping[str, float]) -> None:
         """Write the figures of an evaluation; the constructor got the names of all of them."""
-        self._last |= figures
-        self._best |= {
-            name: max(value, self._best.get(name, value)) for name, value in figures.items()
-        }
         self._write(step, {"epoch": step / self.resolved.steps_per_epoch, **figures})
-        shown = [
-            f"{self._labels[name]} {value:.1%} (best {self._best[name]:.1%})"
-            for name, value in figures.items()
-        ]
+        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        if not finite:
+            return
+        self._last |= finite
+        for name, value in finite.items():
+            if name not in self._best or value > self._best[name]:
+                self._best[name], self._best_step[name] = value, step
+        shown = [self._accuracy(name, value, step) for name, value in finite.items()]
         self.event(f"step {step}: {', '.join(shown)}")
-        for name, value in figures.items():
+        for name, value in finite.items():
             dip = self._dips[name].observe(step, value)
             if dip:
                 self.event(f"warning: {dip}")
 
+    def _accuracy(self, name: str, value: float, step: int) -> str:
+        """An accuracy, the best one so far, and what knowing nothing gives."""
+        at = self._best_step.get(name)
+        if at == step:
+            beside = ["best so far"]
+        else:
+            beside = [f"best {self._best[name]:.1%}" + (f" at step {at}" if at is not None else "")]
+        if name in self._chance:
+            beside.append(f"chance {self._chance[name]:.1%}")
+        return f"{self._labels[name]} {value:.1%} ({', '.join(beside)})"
+
     def event(self, text: str) -> None:
-        """Log an event."""
+        """Log an event; a text that begins with `warning: ` is shown as one."""
         self.console.event(text)
 
     def event_of_any_rank(self, text: str) -> None:

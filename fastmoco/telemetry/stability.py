@@ -310,6 +310,45 @@ class ForgettingDetector:
         )
 
 
+class UninformedDetector:
+    """Event when the loss has not left that of knowing nothing at the end of the warm-up."""
+
+    def __init__(
+        self, value: float | None, *, after: int, margin: float = 0.02, patience: int = 3
+    ) -> None:
+        """Set the rule.
+
+        Args:
+            value: `Objective.uninformed_loss`; None: no events.
+            after: first step that is judged; earlier ones only tell whether the loss has left.
+            margin: share of the value by which a loss has left it.
+            patience: logged steps from `after` on that must all be at the value.
+        """
+        self._value = value
+        self._after = after
+        self._margin = margin
+        self._patience = patience
+
+    def observe(self, step: int, loss: float) -> str | None:
+        """Take one loss; return the text of the event, once."""
+        if self._value is None:
+            return None
+        if loss < (1 - self._margin) * self._value:
+            self._value = None
+            return None
+        if step < self._after or not math.isfinite(loss):
+            return None
+        self._patience -= 1
+        if self._patience > 0:
+            return None
+        value, self._value = self._value, None
+        return (
+            f"step {step}: after the warm-up the loss is {loss:.3f}, still that of an encoder that "
+            f"knows nothing ({value:.3f}). Look at the views (fastmoco data views), and change "
+            "--optim.lr"
+        )
+
+
 class DipDetector:
     """Event when an accuracy falls more than `tolerance` below its best: the visible sign of
     instability in the paper."""

@@ -7,39 +7,40 @@ from pathlib import Path
 
 import torch
 
-from fastmoco.checkpoint import Checkpoint, load_latest
+from fastmoco.checkpoint import Checkpoint, CheckpointError, find_checkpoint
 from fastmoco.config import Config
 from fastmoco.config.serial import from_json
-from fastmoco.errors import no_checkpoint
 from fastmoco.objectives.build import build_objective
 from fastmoco.objectives.interface import Objective
-from fastmoco.run.folder import RunFolder
 from fastmoco.training import state as training_state
 
 
 def load_run(
-    run: Path | str, device: torch.device | str = "cpu"
+    run: Path | str, device: torch.device | str = "cpu", *, best: bool = False
 ) -> tuple[Objective, Config, Checkpoint]:
-    """Load the model of a run's newest checkpoint.
+    """Load the model of a checkpoint: the newest of a run, its best, or any.
 
     `objective.encoder` is the trained encoder. In eval mode it maps [B, 3, H, W] images, normalised
     by mean and standard deviation of `config.data.view1`, to [B, E] class-token features. It does
     not apply its `head`, the projector.
 
     Args:
-        run: the folder given to `fastmoco train --out`.
+        run: the folder given to `fastmoco train --out`, or one checkpoint in it
+            (`runs/first/checkpoints/step_00000400`).
         device: of the model.
+        best: the checkpoint with the highest kNN accuracy, in place of the newest.
 
     Returns:
         The objective with the trained weights, the config of the run, and the checkpoint.
 
     Raises:
         RunError: if the folder holds no checkpoint.
-        CheckpointError: if it holds checkpoints but none verifies.
+        CheckpointError: if it holds checkpoints but none verifies, or none has an accuracy and
+            `best` is set.
     """
-    checkpoint = load_latest(RunFolder(Path(run)).checkpoints)
-    if checkpoint is None:
-        raise no_checkpoint(run)
+    checkpoint = find_checkpoint(run, best=best)
+    if "config" not in checkpoint.state:
+        raise CheckpointError(f"{checkpoint.path} has no config: it is no checkpoint of a run")
     config = from_json(checkpoint.state["config"])
     # This device may lack the backends that the run trained with. All attention backends agree to
     # rounding, and native products are more precise than those in float8.

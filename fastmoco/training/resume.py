@@ -45,7 +45,7 @@ def announce(
         report: called with each log line.
     """
     for path, reason in checkpoint.skipped:
-        report(f"passed over {path.name}: {reason}")
+        report(f"warning: passed over {path.name}: {reason}")
     whose = (
         ""
         if checkpoint.run_id == identity.run_id

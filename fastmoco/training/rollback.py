@@ -133,7 +133,7 @@ class Rollback:
             )
             return False
         for path, reason in checkpoint.skipped:
-            recorder.event(f"passed over {path.name}: {reason}")
+            recorder.event(f"warning: passed over {path.name}: {reason}")
 
         # The history of the median is that of the checkpoint; the counts are this run's.
         self._restart_median(checkpoint.state.get("rollback", {}))

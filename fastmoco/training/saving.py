@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,12 +15,15 @@ from fastmoco.checkpoint import (
     Checkpoint,
     CheckpointError,
     Saver,
+    Score,
     group_for_saving,
+    list_checkpoints,
     load_latest,
     on_every_rank,
     require_writable,
     unfinished_saves,
 )
+from fastmoco.checkpoint.choose import by_score, score_of
 from fastmoco.config import Config
 from fastmoco.distributed.agree import of_first_rank
 from fastmoco.distributed.mesh import World
@@ -79,10 +84,14 @@ class Saving:
         self._saver = Saver(
             folder.checkpoints,
             keep=config.checkpoint.keep,
+            keep_best=config.checkpoint.keep_best,
             keep_multiple=config.checkpoint.every_steps if config.faults.rollback_spike else 0,
             group=self._group,
             check=training_state.require_finite,
         )
+
+        # The highest accuracy of a checkpoint; only rank 0 decides by it.
+        self._best = self._best_value() if world.rank == 0 else -math.inf
 
         # Step and time of the last save that was started, and whether it failed.
         self._begun_step = step
@@ -97,6 +106,7 @@ class Saving:
         report: Callable[[str], None],
         *,
         force: bool,
+        score: Score | None = None,
         paused: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Save if a save is due, if the last background save failed, or if it is forced.
@@ -106,6 +116,8 @@ class Saving:
             collect: returns tensors and JSON state; called only for a save.
             report: called with each log line.
             force: save now unless this step is saved already, and return when it is committed.
+            score: the accuracy if it was measured at this step, the same on all ranks. The step is
+                saved if it is higher than that of every checkpoint (`checkpoint.keep_best`).
             paused: entered while training waits for the save.
 
         Raises:
@@ -119,13 +131,15 @@ class Saving:
             self._note(self._saver.poll(), report)
 
         # All ranks save, or none does.
-        order = self._agree(step, force)
+        order = self._agree(step, force, score)
         if order == NOTHING:
             return
         save = self._saver.save_in_background if order == BACKGROUND else self._saver.save
         self._begun_step = step
         self._begun_at = time.monotonic()
         self._failed = False
+        if score is not None:
+            self._best = max(self._best, score.value)
         with paused(), self._pulse.inside(Section.SAVE, 6 * DEADLINE_S):
             tensors, state = collect()
             save(step=step, tensors=tensors, state=state)
@@ -191,6 +205,18 @@ class Saving:
         self._saver.settle()
         return self._saver.saved_step if self._saver.saved_step is not None else self._committed
 
+    def best(self) -> tuple[Path, Score] | None:
+        """The checkpoint with the highest accuracy, by what is on the disk now."""
+        for path in by_score(list_checkpoints(self._root)):
+            score = score_of(path)
+            if score is not None:
+                return path, score
+        return None
+
+    def _best_value(self) -> float:
+        found = self.best()
+        return found[1].value if found is not None else -math.inf
+
     def close(self, report: Callable[[str], None]) -> None:
         """Wait for the save in flight, and report if it failed.
 
@@ -198,31 +224,39 @@ class Saving:
         """
         error = self._saver.wait(DEADLINE_S)
         if error is not None:
-            report(f"the save in the background failed: {error}")
+            report(f"warning: the save in the background failed: {error}")
 
     def _note(self, error: BaseException | None, report: Callable[[str], None]) -> None:
         if error is not None:
             self._failed = True
-            report(f"the save in the background failed and is repeated in the foreground: {error}")
+            self._best = self._best_value()
+            report(
+                f"warning: the save in the background failed and is repeated in the foreground: {error}"
+            )
 
-    def _agree(self, step: int, force: bool) -> int:
-        """The decision of rank 0, by its clock and its own background save.
+    def _agree(self, step: int, force: bool, score: Score | None) -> int:
+        """The decision of rank 0, by its clock, its own background save and the scores on the disk.
 
-        On CUDA, ranks agree only at log steps, at forced saves and at multiples of
-        `checkpoint.every_steps`, because agreeing waits for the device.
+        On CUDA, ranks agree only at log steps, at forced saves, after a measurement and at
+        multiples of `checkpoint.every_steps`, because agreeing waits for the device.
         """
         rules = self._rules
         by_steps = rules.every_steps > 0 and step % rules.every_steps == 0
 
         # Without an agreement nothing is saved, which every rank knows from the step alone.
-        meet = force or by_steps or self._world.device.type == "cpu" or step % self._log_every == 0
+        measured = score is not None
+        often = self._world.device.type == "cpu" or step % self._log_every == 0
+        meet = force or by_steps or measured or often
         if self._world.world_size > 1 and not meet:
             return NOTHING
 
         # What this rank would do; only the decision of rank 0 counts.
         by_clock = time.monotonic() - self._begun_at >= rules.every_minutes * 60
+        by_best = rules.keep_best and score is not None and score.value > self._best
         order = NOTHING
-        if self._failed or ((force or by_steps or by_clock) and self._begun_step != step):
+        if self._failed or (
+            (force or by_steps or by_clock or by_best) and self._begun_step != step
+        ):
             order = FOREGROUND if force or self._failed or not rules.async_save else BACKGROUND
 
         # Not through the group of the saves, which their thread may be using.

@@ -104,7 +104,7 @@ def close_if_finished(
     # Report as a run does that has begun.
     console = Console(rank=world.rank)
     for path, reason in checkpoint.skipped:
-        console.event(f"passed over {path.name}: {reason}")
+        console.event(f"warning: passed over {path.name}: {reason}")
     for name in folder.take_leftovers():
         console.event(f"ignored {name}, left by a killed run")
     folder.mark("DONE")

@@ -8,13 +8,16 @@ The result is bit-identical (`MoCoV3.ema_momentum`).
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fastmoco.checkpoint import Checkpoint
+from fastmoco.checkpoint import Checkpoint, Score
+from fastmoco.checkpoint.choose import KEY as SCORE
+from fastmoco.checkpoint.folder import step_of
 from fastmoco.config import Config, resolve
 from fastmoco.config.serial import to_json
 from fastmoco.distributed.mesh import World
@@ -27,6 +30,8 @@ from fastmoco.models.precision import choose_precision
 from fastmoco.objectives.build import attention_choice, build_objective
 from fastmoco.objectives.interface import Progress
 from fastmoco.optim.build import build_optimizer
+from fastmoco.run.curves import Panels
+from fastmoco.run.drawing import CurveDrawer
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.identity import RunIdentity
 from fastmoco.telemetry.recorder import Recorder
@@ -99,6 +104,9 @@ class Trainer:
             self.objective.parameter_group,
         )
 
+        # The step of the last measurement by which checkpoints are ranked, and its figure.
+        self._scored: tuple[int, Score] | None = None
+
         # Restore the state of the checkpoint, if there is one.
         self.step_count = 0
         if checkpoint is not None:
@@ -128,6 +136,7 @@ class Trainer:
             guard=self.guard,
         )
         self.recorder = self._open_records(checkpoint)
+        self.drawer = CurveDrawer(folder, active=world.rank == 0)
 
     @classmethod
     def build(
@@ -211,9 +220,16 @@ class Trainer:
 
     def _open_records(self, checkpoint: Checkpoint | None) -> Recorder:
         """Open the records at the step of the checkpoint, and log how the run was set up."""
+        # Numbers to compare with: what knowing nothing gives.
+        uninformed = self.objective.uninformed_loss(self.config.global_batch_size)
+        chance = {k: v for monitor in self.monitors for k, v in monitor.chance.items()}
+        lines = {name: {"chance": value} for name, value in chance.items()}
+        if uninformed is not None:
+            lines["loss"] = {"knows nothing": uninformed}
         saved = {
             "config": to_json(self.config),
             "resolved": self._describe(),
+            "curves": Panels(figures=self.figures, lines=lines).to_json(),
             **self.identity.to_json(),
         }
 
@@ -228,6 +244,8 @@ class Trainer:
             self.world,
             start_step=self.step_count,
             figures=self.figures,
+            chance=chance,
+            uninformed_loss=uninformed,
         )
 
         # Log the choices.
@@ -240,10 +258,12 @@ class Trainer:
             recorder.event(f"CUDA graphs replay {chosen.replays}")
 
         # Loader and monitors log through the recorder from here on.
-        self.loader.report = recorder.event_of_any_rank
+        self.loader.report = lambda text: recorder.event_of_any_rank(f"warning: {text}")
         for monitor in self.monitors:
             monitor.report = recorder.event
-            recorder.known(monitor.last, monitor.best)
+            recorder.known(monitor.last, monitor.best, monitor.best_step)
+            for note in monitor.notes:
+                recorder.event(f"warning: {note}")
 
         # Report what a killed run has left, and where this one continues.
         unfinished = [folder.name for folder in self.saving.leftovers]
@@ -314,6 +334,7 @@ class Trainer:
             self._measure(force=self.step_count == 0)
             while self.step_count < last:
                 if self._asked_to_stop(stop):
+                    self.drawer.start()  # draws while the state is saved
                     self._save(force=True)
                     self.folder.mark("PREEMPTED")
                     if process_ends:
@@ -332,10 +353,18 @@ class Trainer:
                 if process_ends:
                     stop.finish()
                 recorder.loader_summary(self.loader.figures())
-                recorder.event(
-                    f"finished after {last} steps; the model is in {self.folder.checkpoints}"
-                )
+                recorder.event(self._summary(last))
         return EXIT_FINISHED
+
+    def _summary(self, steps: int) -> str:
+        """The last line of a finished run: where the model is, and the best one."""
+        text = f"finished after {steps} steps; the model is in {self.folder.checkpoints}"
+        best = self.saving.best()
+        if best is None:
+            return text
+        path, score = best
+        newest = "the last one" if step_of(path) == steps else f"{path.name} there (--best)"
+        return f"{text}; best {score}: {newest}"
 
     def _asked_to_stop(self, stop: StopSignal) -> bool:
         """Whether to stop now.
@@ -379,6 +408,7 @@ class Trainer:
         if self._logs(number):
             for event in (*self.stragglers.report(number), *self.guard.report(number)):
                 self.recorder.event(event)
+            self.drawer.poll()
 
     def _logs(self, step: int) -> bool:
         """Whether a step is logged: multiples of `log_every_steps`, the first and the last step."""
@@ -394,8 +424,23 @@ class Trainer:
                     self.recorder.paused(),
                     self.pulse.inside(Section.MEASUREMENT, 6 * DEADLINE_S, doing),
                 ):
-                    figures = monitor.measure(self.objective.encoder, epoch)
+                    figures = monitor.measure(self.objective.encoder, epoch, self.step_count)
                 self.recorder.measured(self.step_count, figures)
+                self._scored = self._scored_by(monitor, figures) or self._scored
+
+    def _scored_by(
+        self, monitor: Monitor, figures: Mapping[str, float]
+    ) -> tuple[int, Score] | None:
+        """This step and its accuracy, by which checkpoints are ranked: the first of all figures."""
+        name = next(iter(self.figures))
+        if not math.isfinite(figures.get(name, math.nan)):
+            return None
+        return self.step_count, Score(name, monitor.figures[name], figures[name])
+
+    def _score(self) -> Score | None:
+        """The accuracy if it was measured at this step."""
+        step, score = self._scored or (-1, None)
+        return score if step == self.step_count else None
 
     def _save(self, *, force: bool) -> None:
         """Write a checkpoint if one is due. If forced, it is committed on return."""
@@ -404,11 +449,13 @@ class Trainer:
             self._state,
             self.recorder.event,
             force=force,
+            score=self._score(),
             paused=self.recorder.paused,
         )
 
     def _state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """The content of a checkpoint: tensors, and JSON values."""
+        score = self._score()
         return training_state.collect(self.objective, self.optimizer), {
             "config": to_json(self.config),
             "resolved": self._describe(),
@@ -416,13 +463,19 @@ class Trainer:
             "monitors": {monitor.name: monitor.state_dict() for monitor in self.monitors},
             "rollback": self.rollback.state_dict(),
             "run_id": self.identity.run_id,
+            **({SCORE: score.to_json()} if score is not None else {}),
             "twin_advanced": not self.step_count or self._last_move(self.step_count) is not None,
         }
 
-    def close(self) -> None:
-        """Stop the loader, close the records, release the folder. Safe to call twice."""
+    def close(self, *, picture_s: float = 0.0) -> None:
+        """Stop the loader, close the records, release the folder. Safe to call twice.
+
+        Args:
+            picture_s: time for a picture that is being drawn, before it is given up.
+        """
         with contextlib.ExitStack() as stack:
             stack.callback(self.folder.release)
+            stack.callback(self.drawer.close, picture_s)
             stack.callback(self.recorder.close)
             stack.callback(self.loader.close)
             for monitor in self.monitors:

@@ -168,6 +168,11 @@ class ShardSet:
         """[B] int64: the labels of some samples, -1 = none."""
         return self._records.of(sample_ids)["label"].astype(np.int64)
 
+    def checksums_of(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[B, 2] int64: CRC-32 and number of bytes of some samples, as they are stored."""
+        records = self._records.of(sample_ids)
+        return np.stack([records["crc32"], records["size"]], axis=1).astype(np.int64)
+
     def sizes_of(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int32]:
         """[B, 2] int32: height, width of some samples in pixels by the image's header, before any
         EXIF rotation."""

@@ -69,8 +69,8 @@ def test_list_shows_step_size_time_ranks_and_verdict(
     _, first, second, left = capsys.readouterr().out.splitlines()
     assert first.split()[0] == "1"
     assert "state.json differs" in first
-    step, size, saved_at, ranks, verdict = second.split()
-    assert (step, ranks, verdict) == ("2", "1", "sound")
+    step, size, saved_at, ranks, knn, verdict = second.split()
+    assert (step, ranks, knn, verdict) == ("2", "1", "-", "sound")
     assert float(size) > 0
     assert saved_at.endswith("Z")
     assert left.split()[0] == "3"

@@ -73,7 +73,7 @@ def test_a_finished_run_starts_nothing(config: Config, copy: Path) -> None:
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said, loaded = done.stdout.splitlines()
-    assert said == f"! this run is finished already; its 5 steps are in {copy / 'checkpoints'}"
+    assert said == f"this run is finished already; its 5 steps are in {copy / 'checkpoints'}"
     assert json.loads(loaded) == [
         "fastmoco.training",
         "fastmoco.training.resume",

@@ -34,7 +34,7 @@ from fastmoco.evaluation.rows import MemoryRows
 from fastmoco.models import VisionTransformer
 from fastmoco.models.precision import choose_precision
 from fastmoco.objectives.build import build_objective
-from fastmoco.run.curves import draw_curves
+from fastmoco.run.curves import Panels, draw_curves
 from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
 from fastmoco.training.load_run import load_run
@@ -389,7 +389,14 @@ def test_eval_knn_and_the_metrics_of_the_run_equal_a_plain_evaluation(
         (300, 0.01, ["--k", "300", "--temperature", "0.01"]),
     ):
         line = _eval_knn(capsys, str(tmp_path), "--train", digits[0], "--test", digits[1], *words)
-        assert line == {"run": str(tmp_path), "step": 10, "knn": line["knn"], "k": k}
+        chance = round(np.bincount(queries[1]).max() / 360, 6)
+        assert line == {
+            "run": str(tmp_path),
+            "step": 10,
+            "knn": line["knn"],
+            "k": k,
+            "chance": chance,
+        }
         expected = _vote(bank, queries, k=k, temperature=temperature)
         assert line["knn"] == pytest.approx(expected, abs=1.5 / 360)
 
@@ -410,6 +417,7 @@ def test_eval_knn_of_a_run_that_measured_none(small_run, digits, tmp_path, capsy
     optim = replace(small_run.optim, warmup_epochs=0)
     _train(replace(small_run, epochs=0.2, optim=optim), tmp_path)
     line = _eval_knn(capsys, str(tmp_path), "--train", digits[1], "--test", digits[1], "--k", "1")
+    assert 0.1 <= line.pop("chance") < 0.13
     assert line == {"run": str(tmp_path), "step": 1, "knn": 1.0, "k": 1}
 
 
@@ -450,7 +458,7 @@ def test_a_second_evaluation_is_one_class_in_the_list(small_run, tmp_path, capsy
         trainer.close()
     assert made[0].asked == 3  # before the first step, and after each of two
     text = capsys.readouterr().out
-    assert "! step 0: bright top-1 " in text
+    assert "\nstep 0: bright top-1 " in text
     assert f"step 2/3 epoch 0.4 loss {RunFolder(tmp_path).read_metric('loss')[-1][1]:.3f}" in text
     last, best = made[0].last, made[0].best
     assert best["bright_top1"] > last["bright_top1"]
@@ -464,12 +472,13 @@ def test_a_second_evaluation_is_one_class_in_the_list(small_run, tmp_path, capsy
     line = next(line for line in text.splitlines() if line.startswith("step 3/3"))
     assert f"bright_top1 {last['bright_top1']:.1%} bright_top5 {last['bright_top5']:.1%}" in line
     assert (
-        f"bright top-1 {made[1].last['bright_top1']:.1%} (best {best['bright_top1']:.1%})" in text
+        f"bright top-1 {made[1].last['bright_top1']:.1%} (best {best['bright_top1']:.1%} at step 0)"
+        in text
     )
     assert "warning: step 3: bright top-1 fell to" in text
     saved = load_run(tmp_path)[2].state["monitors"]
     assert saved == {"brightness": made[1].state_dict()}
     pytest.importorskip("matplotlib")
     assert draw_curves(
-        tmp_path / "metrics.jsonl", tmp_path / "c.png", "toy", figures=Brightness.figures
+        tmp_path / "metrics.jsonl", tmp_path / "c.png", "toy", Panels(figures=Brightness.figures)
     ).exists()

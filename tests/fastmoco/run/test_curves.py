@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco.run.curves import BLUE, ORANGE, draw_curves, thinned
+from fastmoco.run.curves import BLUE, RED, Panels, draw_curves, thinned
 from fastmoco.run.metrics_file import Series, read_series
 
-KNN = {"knn": "kNN"}
+KNN = Panels(figures={"knn": "kNN"})
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -102,10 +103,10 @@ def test_a_picture_is_written_whole_or_not_at_all(
         raise KeyboardInterrupt
 
     path = write(tmp_path / "m", RUN)
-    before = draw_curves(path, tmp_path / "c.png", "t", figures=KNN).read_bytes()
+    before = draw_curves(path, tmp_path / "c.png", "t", KNN).read_bytes()
     monkeypatch.setattr(Figure, "savefig", half)
     with pytest.raises(KeyboardInterrupt):
-        draw_curves(path, tmp_path / "c.png", "t", figures=KNN)
+        draw_curves(path, tmp_path / "c.png", "t", KNN)
     assert (tmp_path / "c.png").read_bytes() == before
     assert sorted(found.name for found in tmp_path.iterdir()) == ["c.png", "m"]
 
@@ -115,12 +116,11 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
         write(tmp_path / "m", RUN),
         tmp_path / "new" / "c.png",
         "digits",
-        figures=KNN,
-        baselines={"knn": {"raw pixels": 0.98}},
+        replace(KNN, lines={"knn": {"raw pixels": 0.98}}),
     )
     assert out == tmp_path / "new" / "c.png"
     assert coloured(out, BLUE) > 200
-    assert coloured(out, ORANGE) > 200
+    assert coloured(out, RED) > 200
 
 
 def test_only_what_was_recorded_is_drawn(tmp_path: Path) -> None:
@@ -129,20 +129,18 @@ def test_only_what_was_recorded_is_drawn(tmp_path: Path) -> None:
         (["loss"], ["loss", "knn"], ["loss", "knn", "gradient_norm/total"])
     ):
         rows = [{k: v for k, v in row.items() if k == "step" or k in keys} for row in RUN]
-        out = draw_curves(
-            write(tmp_path / "m", rows), tmp_path / f"{number}.png", "title", figures=KNN
-        )
+        out = draw_curves(write(tmp_path / "m", rows), tmp_path / f"{number}.png", "title", KNN)
         heights.append(Image.open(out).height)
-        assert (coloured(out, ORANGE) > 200) == ("knn" in keys)
+        assert (coloured(out, RED) > 200) == ("knn" in keys)
     assert heights == sorted(set(heights))
 
 
 def test_baselines_change_the_picture(tmp_path: Path) -> None:
     path = write(tmp_path / "m", RUN)
-    without = draw_curves(path, tmp_path / "a.png", "t", figures=KNN).read_bytes()
+    without = draw_curves(path, tmp_path / "a.png", "t", KNN).read_bytes()
     assert (
         draw_curves(
-            path, tmp_path / "b.png", "t", figures=KNN, baselines={"knn": {"raw pixels": 0.7}}
+            path, tmp_path / "b.png", "t", replace(KNN, lines={"knn": {"raw pixels": 0.7}})
         ).read_bytes()
         != without
     )
@@ -153,20 +151,18 @@ def test_one_point_missing_values_and_not_finite_ones_are_fine(tmp_path: Path) -
     path = write(tmp_path / "m", rows)
     with path.open("a") as file:
         file.write('{"step": 2, "loss": NaN}\n')
-    assert draw_curves(path, tmp_path / "c.png", "$ odd_title", figures=KNN).exists()
+    assert draw_curves(path, tmp_path / "c.png", "$ odd_title", KNN).exists()
 
 
 def test_nothing_to_draw_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has the run logged a step"):
-        draw_curves(
-            write(tmp_path / "m", [{"step": 1, "lr": 0.1}]), tmp_path / "c.png", "t", figures=KNN
-        )
+        draw_curves(write(tmp_path / "m", [{"step": 1, "lr": 0.1}]), tmp_path / "c.png", "t", KNN)
 
 
 def test_no_global_state_of_matplotlib_is_touched(tmp_path: Path) -> None:
     pyplot = sys.modules.pop("matplotlib.pyplot", None)
     try:
-        draw_curves(write(tmp_path / "m", RUN), tmp_path / "c.png", "t", figures=KNN)
+        draw_curves(write(tmp_path / "m", RUN), tmp_path / "c.png", "t", KNN)
         assert "matplotlib.pyplot" not in sys.modules
     finally:
         if pyplot is not None:

@@ -61,7 +61,7 @@ def _standard_streams_stay_as_they_are() -> Iterator[None]:
 def use(console: Console) -> None:
     console.start(2000, "ViT-S/16 on digits")
     console.log(ROW)
-    console.event("step 121: gradient spike")
+    console.event("warning: step 121: gradient spike")
     console.close()
     console.close()
 
@@ -89,7 +89,7 @@ def test_plain_line_of_odd_rows(row: dict[str, Any], line: str) -> None:
 def test_elsewhere_than_on_a_terminal_it_is_lines() -> None:
     stream = io.StringIO()
     use(Console(figures=KNN, stream=stream))
-    assert stream.getvalue() == f"ViT-S/16 on digits\n{LINE}\n! step 121: gradient spike\n"
+    assert stream.getvalue() == f"ViT-S/16 on digits\n{LINE}\n! warning: step 121: gradient spike\n"
 
 
 def test_other_ranks_are_silent() -> None:
@@ -126,7 +126,7 @@ def test_the_table_shows_everything_and_keeps_the_best_knn() -> None:
     console.log({"step": 140, "knn": 0.92})
     console.log({"step": 160, "loss": 3.0})
     for number in range(EVENTS_SHOWN + 1):
-        console.event(f"event {number}")
+        console.event(f"warning: event {number}")
     console.close()
     last = visible(stream.getvalue()).rsplit("fastmoco", 1)[1]
     for expected in (
@@ -139,12 +139,12 @@ def test_the_table_shows_everything_and_keeps_the_best_knn() -> None:
         "2.1%",
         "0:01:12",
         "92.0%  (best 93.1%)",
-        "! event 1",
-        f"! event {EVENTS_SHOWN}",
+        "! warning: event 1",
+        f"! warning: event {EVENTS_SHOWN}",
     ):
         assert expected in last, expected
-    assert "! event 0" not in last
-    assert "! event 0" in visible(stream.getvalue())
+    assert "! warning: event 0" not in last
+    assert "! warning: event 0" in visible(stream.getvalue())
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,50 @@ def test_an_encoding_that_lacks_a_character_is_survived(live: bool) -> None:
 def test_quoted_names_cannot_steer_the_terminal() -> None:
     stream = io.StringIO()
     Console(figures=KNN, stream=stream).event("bad member \x1b]0;owned\x07\r.jpg")
-    assert stream.getvalue() == "! bad member \\x1b]0;owned\\x07\\r.jpg\n"
+    assert stream.getvalue() == "bad member \\x1b]0;owned\\x07\\r.jpg\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "environment", "yellow"),
+    [
+        (Terminal(), {"TERM": "xterm"}, True),
+        (Terminal(), {"TERM": "xterm", "NO_COLOR": "1"}, False),
+        (Terminal(), {"TERM": "dumb"}, False),
+        (io.StringIO(), {"TERM": "xterm"}, False),
+    ],
+)
+@pytest.mark.parametrize("live", [False, True])
+def test_only_warnings_are_marked_and_colored_and_only_on_a_terminal(
+    stream: io.StringIO,
+    environment: dict[str, str],
+    yellow: bool,
+    live: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if live and environment["TERM"] == "dumb":
+        pytest.skip("a dumb terminal has no table")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    stream = type(stream)()
+    console = Console(figures=KNN, stream=stream, live=live)
+    console.start(10, "header")
+    console.log({"step": 10, "loss": 1.0})
+    console.event("step 10: kNN 50.0%")
+    before = stream.getvalue()
+    assert "! " not in before
+    assert not re.findall(r"\x1b\[(?:\d+;)*[349][0-8]", before), "a color without a warning"
+    console.event("warning: step 11: gradient spike")
+    console.close()
+    new = stream.getvalue()[len(before) :]
+    assert "! warning: step 11: gradient spike" in new
+    if not (live and stream.isatty() is False):
+        assert bool(re.search(r"\x1b\[33m", new)) == yellow
 
 
 @pytest.mark.parametrize("columns", ["1", "5", "20", "500"])

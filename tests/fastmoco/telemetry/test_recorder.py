@@ -108,8 +108,8 @@ def test_knn_dips_are_said(tmp_path, capsys):
         recorder.measured(step, {"knn": accuracy})
     text = capsys.readouterr().out
     assert "kNN fell to 70.0%" in text
-    assert "kNN 80.0% (best 80.0%)" in text
-    assert "kNN 70.0% (best 80.0%)" in text
+    assert "step 10: kNN 80.0% (best so far)" in text
+    assert "kNN 70.0% (best 80.0% at step 10)" in text
     assert [row["knn"] for row in _rows(recorder, tmp_path)] == [0.5, 0.8, 0.7]
 
 

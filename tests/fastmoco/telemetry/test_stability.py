@@ -13,6 +13,7 @@ from fastmoco.telemetry.stability import (
     DipDetector,
     GradientRecorder,
     SpikeDetector,
+    UninformedDetector,
     chance_loss,
     effective_rank,
     feature_std,
@@ -327,3 +328,23 @@ def test_a_dip_of_knn_is_told_once() -> None:
     ]
     assert [i for i, _ in events] == [4, 8]
     assert events[0][1] == "step 4: kNN fell to 61.0%, 9.0 points below its best"
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([4.5, 4.44, 4.43, 4.42, 4.43], [4]),
+        ([4.5, 4.44, 4.43, 4.42, 4.43, 4.43, 4.43], [4]),
+        ([4.5, 4.2, 4.44, 4.44, 4.44, 4.44], []),
+        ([4.5, 4.44, 4.0, 4.44, 4.44, 4.44], []),
+        ([math.nan] * 6, []),
+    ],
+)
+def test_a_loss_that_never_left_that_of_knowing_nothing_is_said_once(
+    losses: list[float], said: list[int]
+) -> None:
+    """Judged from step 2 on, three times in a row; the value is 4.436."""
+    detector = UninformedDetector(chance_loss(temperature=0.2, keys=256), after=2)
+    found = [step for step, loss in enumerate(losses) if detector.observe(step, loss)]
+    assert found == said
+    assert UninformedDetector(None, after=0).observe(5, 1.0) is None

@@ -37,9 +37,9 @@ def bad_digits(small_run, digits, tmp_path):
 def test_a_run_over_bad_images_goes_on_and_says_so(bad_digits, tmp_path, capfd):
     assert train(bad_digits, tmp_path / "run") == 0
     said = capfd.readouterr().out
-    assert said.count("! left out train-") == 2
+    assert said.count("! warning: left out train-") == 2
     assert "left out 2 " in next(line for line in said.splitlines() if line.startswith("step 15/"))
-    assert "! the trainer waits for the loader " in said
+    assert "the trainer waits for the loader " in said
     rows = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]

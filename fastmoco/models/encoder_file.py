@@ -1,0 +1,324 @@
+"""The file of an encoder that leaves a run: what its header says, and reading it back.
+
+Weights do not say everything. An encoder with 6 and one with 12 attention heads have tensors of
+the same names and shapes and different features, and nothing in them tells how pixels were scaled.
+The header of the safetensors file contains both (docs/encoder.md lists the keys).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+import fastmoco
+from fastmoco.checkpoint import Checkpoint, CheckpointError, score_in
+from fastmoco.checkpoint.folder import MARKER
+from fastmoco.config import Config
+from fastmoco.config.serial import from_json
+from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
+from fastmoco_pipelines.files import hash_file
+from fastmoco_pipelines.spec import EvalSpec
+
+CHANNELS = 3
+TIMM = {
+    ("vit_tiny", 16),
+    ("vit_small", 8),
+    ("vit_small", 16),
+    ("vit_small", 32),
+    ("vit_base", 8),
+    ("vit_base", 16),
+    ("vit_base", 32),
+    ("vit_large", 14),
+    ("vit_large", 16),
+    ("vit_large", 32),
+    ("vit_huge", 14),
+}
+"""Architectures and patch sizes that timm has under a name, for images of 224 pixels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderDescription:
+    """What the weights of an encoder do not say, and what they must fit.
+
+    Attributes:
+        architecture: a name of `fastmoco.models.ARCHITECTURES`.
+        width: channels E of a token.
+        depth: number of blocks.
+        heads: attention heads.
+        mlp_ratio: hidden width of an MLP over E.
+        stem: "patch" or "conv".
+        patch_size: pixels per side of a patch.
+        image: how an image is resized, cropped and normalised.
+        patch_embed_frozen: whether the patch projection has its random start values.
+    """
+
+    architecture: str
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    stem: str = "patch"
+    patch_size: int
+    image: EvalSpec
+    patch_embed_frozen: bool = True
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """That of the encoder of a run."""
+        size = ARCHITECTURES[config.model.architecture]
+        return cls(
+            architecture=config.model.architecture,
+            width=size.width,
+            depth=size.depth,
+            heads=size.heads,
+            stem=size.stem,
+            patch_size=config.model.patch_size,
+            image=config.eval_spec(),
+            patch_embed_frozen=size.stem == "patch",
+        )
+
+    def timm_name(self) -> str | None:
+        """The name of the model in timm, of the same width, depth and patches; None without one.
+
+        timm's ViT-S has 6 heads, so the number of heads must be given to it too.
+        """
+        known = (self.architecture, self.patch_size) in TIMM and self.image.size == 224
+        return f"{self.architecture}_patch{self.patch_size}_224" if known else None
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """Arguments of `timm.models.vision_transformer.VisionTransformer`."""
+        return {
+            "img_size": self.image.size,
+            "patch_size": self.patch_size,
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.heads,
+            "mlp_ratio": self.mlp_ratio,
+            "num_classes": 0,
+        }
+
+    def to_metadata(self) -> dict[str, str]:
+        """As the header of a file; values are strings."""
+        found = {
+            "architecture": self.architecture,
+            "width": str(self.width),
+            "depth": str(self.depth),
+            "heads": str(self.heads),
+            "mlp_ratio": str(self.mlp_ratio),
+            "stem": self.stem,
+            "patch_size": str(self.patch_size),
+            "image_size": str(self.image.size),
+            "channels": str(CHANNELS),
+            "resize": str(self.image.resize),
+            "mean": json.dumps(list(self.image.mean)),
+            "std": json.dumps(list(self.image.std)),
+            "pooling": "class_token",
+            "position_embedding": "sincos_2d_fixed_stored",
+            "patch_embed_frozen": json.dumps(self.patch_embed_frozen),
+        }
+        if self.stem == "patch":  # timm has no convolutional stem
+            name = self.timm_name()
+            found |= {"timm_model": name} if name is not None else {}
+            found["timm_arguments"] = json.dumps(self.timm_arguments())
+        return found
+
+    @classmethod
+    def from_metadata(cls, header: Mapping[str, str]) -> Self:
+        """Read a header, and check it against itself.
+
+        Raises:
+            ValueError: naming the key that is missing, or contradicts another one.
+        """
+        needed = ("architecture", "heads", "patch_size", "image_size", "mean", "std")
+        missing = [key for key in needed if key not in header]
+        if missing:
+            raise ValueError(f"its header has no {', '.join(missing)}")
+        architecture = header["architecture"]
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"its architecture={architecture!r} is unknown to this version")
+        size = ARCHITECTURES[architecture]
+        try:
+            image_size = int(header["image_size"])
+            found = cls(
+                architecture=architecture,
+                width=int(header.get("width", size.width)),
+                depth=int(header.get("depth", size.depth)),
+                heads=int(header["heads"]),
+                mlp_ratio=float(header.get("mlp_ratio", 4.0)),
+                stem=header.get("stem", size.stem),
+                patch_size=int(header["patch_size"]),
+                image=EvalSpec(
+                    size=image_size,
+                    resize=int(header.get("resize", image_size)),
+                    mean=_three(header["mean"]),
+                    std=_three(header["std"]),
+                ),
+                patch_embed_frozen=header.get("patch_embed_frozen", "true") == "true",
+            )
+            timm = json.loads(header.get("timm_arguments", "{}"))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"its header cannot be read ({error})") from error
+
+        # The same facts are in the header more than once; a changed one is noticed.
+        for name in ("width", "depth", "heads", "stem"):
+            value, known = getattr(found, name), getattr(size, name)
+            if value != known:
+                raise ValueError(f"its header has {name}={value}, but {architecture} has {known}")
+        for name, value in found.timm_arguments().items():
+            if timm.get(name, value) != value:
+                raise ValueError(
+                    f"its header contradicts itself: timm_arguments has {name}={timm[name]}, "
+                    f"other keys give {value}"
+                )
+        return found
+
+    def build(self) -> VisionTransformer:
+        """An encoder with random weights."""
+        return VisionTransformer(
+            image_size=self.image.size,
+            patch_size=self.patch_size,
+            embed_dim=self.width,
+            depth=self.depth,
+            num_heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            stem="conv" if self.stem == "conv" else "patch",
+            freeze_patch_embed=self.patch_embed_frozen,
+        )
+
+
+def encoder_header(checkpoint: Checkpoint) -> dict[str, str]:
+    """The header of the file of a checkpoint's encoder: its description, and where it comes from.
+
+    Returns:
+        Nothing for a checkpoint that no run has written.
+    """
+    state = checkpoint.state
+    if "config" not in state:
+        return {}
+    config = from_json(state["config"])
+    steps_per_epoch = state.get("resolved", {}).get("steps_per_epoch", 0)
+    header = {
+        **EncoderDescription.of(config).to_metadata(),
+        "method": config.objective.kind,
+        "recipe": config.recipe,
+        "epochs": f"{config.epochs:g}",
+        "run_id": checkpoint.run_id,
+        "checkpoint_sha256": hash_file(checkpoint.path / MARKER),
+        "fastmoco": fastmoco.__version__,
+    }
+    if steps_per_epoch:
+        header["epochs_done"] = f"{checkpoint.step / steps_per_epoch:.6g}"
+    score = score_in(state)
+    return header | ({score.name: f"{score.value:.6f}"} if score is not None else {})
+
+
+class LoadedEncoder(NamedTuple):
+    """An encoder from a file."""
+
+    encoder: VisionTransformer
+    """In eval mode; maps [B, 3, H, W] images to [B, E] class-token features."""
+    image: EvalSpec
+    """How its images are resized, cropped and normalised."""
+    header: dict[str, str]
+    """The header of the file: method, recipe, step, ... (docs/encoder.md)."""
+
+
+def load_encoder(
+    path: Path | str,
+    description: EncoderDescription | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> LoadedEncoder:
+    """Load the file of `fastmoco checkpoint consolidate --encoder`.
+
+    Args:
+        path: the safetensors file.
+        description: what the caller expects; needed for a file without a header of fastmoco, whose
+            number of heads cannot be known. If the file has one, both must agree.
+        device: of the encoder.
+
+    Returns:
+        The encoder, the transform of its images, and the header.
+
+    Raises:
+        CheckpointError: naming the file, if it cannot be read, if its header is missing or
+            contradicts itself, the description or the tensors.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = dict(file.metadata() or {})
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+
+    # The description by the header, by the caller, or by both.
+    if "architecture" in header:
+        try:
+            found = EncoderDescription.from_metadata(header)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: {error}. Export it again with `fastmoco checkpoint consolidate "
+                "RUN --encoder`"
+            ) from error
+        if description is not None:
+            _require_same(path, found, description)
+    elif description is None:
+        raise CheckpointError(
+            f"{path} has no metadata of fastmoco. 6 and 12 heads have weights of the same shapes, "
+            "so give load_encoder an EncoderDescription, or export the file again with "
+            "`fastmoco checkpoint consolidate RUN --encoder`"
+        )
+    else:
+        found = description
+
+    # The weights must be those of this encoder, no more and no fewer.
+    try:
+        encoder = found.build()
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    _require_shapes(path, encoder.state_dict(), tensors)
+    encoder.load_state_dict(tensors)
+    if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
+        encoder.double().load_state_dict(tensors)
+    return LoadedEncoder(encoder.to(device).eval(), found.image, header)
+
+
+def _require_same(path: Path | str, found: EncoderDescription, wanted: EncoderDescription) -> None:
+    """Refuse a header that differs from what the caller expects."""
+    ignored = {"patch_embed_frozen"}  # changes no feature
+    for field in fields(wanted):
+        has, needs = getattr(found, field.name), getattr(wanted, field.name)
+        if has != needs and field.name not in ignored:
+            raise CheckpointError(
+                f"{path}: its metadata has {field.name}={has}, the caller wants {needs}"
+            )
+
+
+def _require_shapes(
+    path: Path | str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]
+) -> None:
+    """Refuse tensors of other names or shapes than those of the encoder."""
+    wrong = sorted(wanted.keys() ^ found.keys())
+    if wrong:
+        raise CheckpointError(
+            f"{path}: {wrong[:5]} are only in the file or only in the encoder that its metadata "
+            "describes"
+        )
+    for name, tensor in wanted.items():
+        if tensor.shape != found[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(found[name].shape)}, and the encoder that its "
+                f"metadata describes {tuple(tensor.shape)}"
+            )
+
+
+def _three(text: str) -> tuple[float, float, float]:
+    red, green, blue = json.loads(text)
+    return float(red), float(green), float(blue)

@@ -1,0 +1,109 @@
+"""The file of an encoder: its header describes it completely, and a wrong header is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastmoco.checkpoint import CheckpointError
+from fastmoco.models.encoder_file import EncoderDescription, load_encoder
+from fastmoco.recipes import get_recipe
+
+SMALL = EncoderDescription.of(get_recipe("vit_nano8_e60_b256"))
+
+
+def write(path: Path, description: EncoderDescription = SMALL, **changes: str) -> Path:
+    """A file with random weights; `changes` replace entries of its header, "" removes one."""
+    torch.manual_seed(1)
+    encoder = description.build()
+    header = {"format": "pt", "step": "7", **description.to_metadata(), **changes}
+    save_file(
+        dict(encoder.state_dict()), path, metadata={k: v for k, v in header.items() if v != ""}
+    )
+    return path
+
+
+def test_the_header_alone_builds_the_encoder(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    expected = SMALL.build().eval()
+    loaded = load_encoder(write(tmp_path / "e.safetensors", method="byol"))
+    images = torch.randn(2, 3, SMALL.image.size, SMALL.image.size)
+    assert torch.equal(loaded.encoder(images), expected(images))
+    assert loaded.image == SMALL.image
+    assert loaded.header["method"] == "byol"
+    assert not loaded.encoder.training
+
+
+@pytest.mark.parametrize(
+    ("name", "timm"),
+    [
+        ("vit_s16_e300_b4096", "vit_small_patch16_224"),
+        ("vit_b16_e300_b4096", "vit_base_patch16_224"),
+    ],
+)
+def test_vits_of_the_paper_have_a_name_in_timm_and_its_own_heads(name: str, timm: str) -> None:
+    header = EncoderDescription.of(get_recipe(name)).to_metadata()
+    assert header["timm_model"] == timm
+    assert header["heads"] == "12"
+    assert json.loads(header["timm_arguments"])["num_heads"] == 12
+    assert EncoderDescription.from_metadata(header) == EncoderDescription.of(get_recipe(name))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"heads": "2"}, "heads=2, but vit_nano has 4"),
+        ({"heads": ""}, "its header has no heads"),
+        ({"heads": "many"}, "cannot be read"),
+        ({"mean": "[0.5]"}, "cannot be read"),
+        ({"architecture": "vit_giant"}, "unknown to this version"),
+        ({"patch_size": "4", "timm_arguments": ""}, "has shape"),
+        ({"patch_size": "4"}, "contradicts itself"),
+        ({"architecture": ""}, "6 and 12 heads have weights of the same shapes"),
+    ],
+)
+def test_a_header_that_cannot_be_right_is_refused(
+    tmp_path: Path, changes: dict[str, str], words: str
+) -> None:
+    path = write(tmp_path / "e.safetensors", **changes)
+    with pytest.raises(CheckpointError, match=words) as error:
+        load_encoder(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_description_replaces_a_header_and_must_agree_with_one(tmp_path: Path) -> None:
+    bare = tmp_path / "bare.safetensors"
+    save_file(dict(SMALL.build().state_dict()), bare)
+    assert load_encoder(bare, SMALL).image == SMALL.image
+    path = write(tmp_path / "e.safetensors")
+    load_encoder(path, SMALL)
+    with pytest.raises(CheckpointError, match="has heads=4, the caller wants 2"):
+        load_encoder(path, replace(SMALL, heads=2))
+    with pytest.raises(CheckpointError, match="only in the file or only in the encoder"):
+        load_encoder(bare, replace(SMALL, depth=3))
+    (tmp_path / "text").write_text("no safetensors")
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        load_encoder(tmp_path / "text")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs timm")
+@pytest.mark.parametrize("recipe", ["vit_nano8_e60_b256", "vit_s16_e300_b4096"])
+def test_timm_gives_the_same_features(tmp_path: Path, recipe: str) -> None:
+    from safetensors import safe_open
+    from timm.models.vision_transformer import VisionTransformer
+
+    description = EncoderDescription.of(get_recipe(recipe))
+    path = write(tmp_path / "e.safetensors", description)
+    with safe_open(path, "pt") as file:
+        theirs = VisionTransformer(**json.loads(file.metadata()["timm_arguments"])).eval()
+        theirs.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    images = torch.randn(2, 3, description.image.size, description.image.size)
+    with torch.no_grad():
+        ours = load_encoder(path).encoder(images)
+        torch.testing.assert_close(theirs(images), ours, rtol=1e-4, atol=1e-4)
