@@ -24,7 +24,6 @@ asked torchrun to end."""
 
 EXTRAS = {
     "nvidia": "dali-cu13",
-    "webdataset": "data",
     "sklearn": "data",
     "matplotlib": "logging",
     "torchao": "float8",

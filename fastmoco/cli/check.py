@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import Positional
 
-from fastmoco.cli.data import CACHE, progress_bar
+from fastmoco.cli.data import CACHE, progress_bar, tell_of_decoder
 from fastmoco.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -73,6 +73,7 @@ def check(
                 f"sample={sample}: a sample is short and keeps no progress: give --sample or "
                 "--continue, not both"
             )
+        tell_of_decoder()
         options: dict[str, Any] = {
             "workers": workers,
             "quarantine": quarantine,

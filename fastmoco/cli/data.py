@@ -198,6 +198,7 @@ def views(args: list[str]) -> int:
         missing: Any = tyro.MISSING
         default = ViewsArguments(shards=missing, view1=view1, view2=view2, more_views=more)
         options = tyro.cli(ViewsArguments, prog="fastmoco data views", args=args, default=default)
+        tell_of_decoder()
         path = save_view_grid(
             options.shards,
             (options.view1, options.view2, *options.more_views),
@@ -226,6 +227,14 @@ def sample(name: Positional[Literal["digits"]], out: Positional[Path], *, seed: 
         train, test = pack_digits(out, seed=seed)
         print(f"train: {train}\ntest:  {test}")
     return 0
+
+
+def tell_of_decoder() -> None:
+    """Say it if Pillow decodes, because DALI is not installed."""
+    from fastmoco_pipelines.views.runtime import WITHOUT_DALI, has_dali
+
+    if not has_dali():
+        say(WITHOUT_DALI)
 
 
 @contextmanager

@@ -139,6 +139,8 @@ def eval_knn(run: Path, train_shards: str, test_shards: str, *, k: int, temperat
         world = start_world(config.device)
         with first_cause(world):
             threads = setup.share_cores(config)
+            if world.rank == 0 and (note := setup.decoder_note(config)) is not None:
+                say(note)
             precision = choose_precision(config.precision, world.device)
             monitor = setup.build_knn(config, world, threads=threads, precision=precision)
             if monitor is None:
