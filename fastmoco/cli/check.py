@@ -11,6 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from fastmoco.cli.data import CACHE, progress_bar, tell_of_decoder
+from fastmoco.cli.images import set_of_folder
 from fastmoco.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -48,7 +49,7 @@ def check(
 
     Args:
         shards: A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or
-            gs://.
+            gs://; or a folder of images, which is packed in the user's cache first.
         json: Write the whole report here as JSON.
         quarantine: Write quarantine.jsonl.
         quarantine_out: For shards on a server: folder for that list, named quarantine-PLACE.jsonl;
@@ -68,6 +69,7 @@ def check(
     from fastmoco_pipelines.inspecting.sample_check import check_sample
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
+        shards = set_of_folder(shards)
         if sample is not None and resume:
             raise ValueError(
                 f"sample={sample}: a sample is short and keeps no progress: give --sample or "
@@ -142,14 +144,14 @@ def stats(
 
     Args:
         shards: A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or
-            gs://.
+            gs://; or a folder of images, which is packed in the user's cache first.
         out: Draw a picture too, e.g. stats.png; needs matplotlib.
         cache: Where shards of a server are kept.
     """
     from fastmoco_pipelines.inspecting.stats import draw_stats, measure_shards
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
-        measured = measure_shards(shards, cache=cache)
+        measured = measure_shards(set_of_folder(shards), cache=cache)
         _print_stats(measured)
         if out is not None:
             print(f"wrote {draw_stats(measured, out)}")

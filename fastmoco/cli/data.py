@@ -27,7 +27,8 @@ class ViewsArguments:
     """Draw a grid of images and their views, made by the pipeline that training uses."""
 
     shards: Positional[str]
-    """A path, glob, brace pattern or folder."""
+    """A path, glob, brace pattern or folder; or a folder of images, which is packed in the user's
+    cache first."""
     out: Path = Path("views.png")
     """The picture."""
     rows: int = 8
@@ -184,8 +185,10 @@ def index(
 
 def views(args: list[str]) -> int:
     """Draw pairs of augmented views, made by the real pipeline."""
+    from fastmoco.cli.images import set_of_folder
     from fastmoco.recipes import get_recipe
     from fastmoco_pipelines.inspecting.preview import save_view_grid
+    from fastmoco_pipelines.making.folder_cache import max_side_of
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
         view1, view2 = moco_v3_views()
@@ -199,9 +202,10 @@ def views(args: list[str]) -> int:
         default = ViewsArguments(shards=missing, view1=view1, view2=view2, more_views=more)
         options = tyro.cli(ViewsArguments, prog="fastmoco data views", args=args, default=default)
         tell_of_decoder()
+        drawn = (options.view1, options.view2, *options.more_views)
         path = save_view_grid(
-            options.shards,
-            (options.view1, options.view2, *options.more_views),
+            set_of_folder(options.shards, max_side=max_side_of(options.view1.size)),
+            drawn,
             options.out,
             rows=options.rows,
             seed=options.seed,

@@ -20,7 +20,7 @@ from fastmoco.faults.first_cause import first_cause
 from fastmoco.models.precision import choose_precision
 from fastmoco.run.curves import draw_curves
 from fastmoco.run.folder import RunFolder
-from fastmoco.training.start import close_if_finished, find_start
+from fastmoco.training.start import Start, close_if_finished, find_start
 
 if TYPE_CHECKING:
     from fastmoco.training.trainer import Trainer
@@ -56,14 +56,17 @@ def train(
         # Collectives wait longer than the loader, so that the rank whose data hangs fails first and
         # reports the cause.
         world = start_world(config.device, timeout_s=config.data.timeout_s + 120)
-        with first_cause(world), collection_paused():
-            start = find_start(out, world, trust=trust)
-            finished = close_if_finished(start, config, world, allow=allow)
+        with first_cause(world):
+            with collection_paused():
+                start = find_start(out, world, trust=trust)
+                finished = close_if_finished(start, config, world, allow=allow)
             if not finished:
-                # Imported here: a finished run needs no trainer.
-                from fastmoco.training.trainer import Trainer
+                config = _with_shards(config, out, world, start)
+                with collection_paused():
+                    # Imported here: a finished run needs no trainer.
+                    from fastmoco.training.trainer import Trainer
 
-                trainer = Trainer.build(config, out, world, allow=allow, start=start)
+                    trainer = Trainer.build(config, out, world, allow=allow, start=start)
     if finished:
         return _finish(start.folder, config, world, None, process_ends)
     try:
@@ -77,6 +80,20 @@ def train(
     trainer.close()
     stop_world()
     return code
+
+
+def _with_shards(config: Config, out: Path, world: World, start: Start) -> Config:
+    """The config with shards in place of folders of images, which are packed if need be."""
+    if not (config.data.images or config.knn.images):
+        return config
+    from fastmoco.cli.images import packed
+    from fastmoco.training.images import with_shards
+
+    try:
+        return with_shards(config, out, world, start, pack=packed, tell=say)
+    except BaseException:
+        start.folder.release()
+        raise
 
 
 def _finish(

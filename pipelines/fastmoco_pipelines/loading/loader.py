@@ -91,7 +91,7 @@ def build_loader(
     local = local_batch_size(spec.global_batch_size, world_size)
     share_arenas()  # before the first of many threads starts
     if spec.device == "gpu":
-        otherwise = "decode on the CPU, more slowly: --data.device cpu"
+        otherwise = "decode on the CPU: --data.device cpu"
         require_dali("data.device", spec.device, otherwise)
         self_test.require_working_decoder(spec.device, device_id)
     shards = ShardSet.open(spec.shards, cache=spec)

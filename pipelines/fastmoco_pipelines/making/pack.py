@@ -82,6 +82,8 @@ def pack_folder(
     seed: int = 0,
     follow_links: bool = False,
     overwrite: bool = False,
+    keep: Callable[[str], bool] | None = None,
+    classes: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> PackReport:
     """Pack the images of `src` into `out/PREFIX-000000.tar` and so on, with indexes and
@@ -102,6 +104,10 @@ def pack_folder(
         seed: of the shuffle.
         follow_links: also read symbolic links; else they are skipped and counted.
         overwrite: replace a set of the same prefix; else it is refused.
+        keep: which images are packed, by their paths below `src`; None: all. The classes are those
+            of all images.
+        classes: class names by label, with which the labels must agree; None: those of the other
+            sets in `out`, else the names in `src`.
         progress: called with (images done, images in all).
 
     Raises:
@@ -123,13 +129,16 @@ def pack_folder(
         )
 
     # The images, with labels by the numbering of the other sets.
-    sources, classes, skipped = find_sources(Path(src), follow_links=follow_links)
+    sources, found, skipped = find_sources(Path(src), follow_links=follow_links)
     known = [
         tuple(entry["classes"])
         for name, entry in sets.items()
         if name != prefix and entry["classes"]
     ]
-    sources, classes = _renumber(sources, classes, known[0] if known else classes, out)
+    if classes:
+        known.insert(0, tuple(classes))
+    sources, numbered = _renumber(sources, found, known[0] if known else found, out)
+    sources = [source for source in sources if keep is None or keep(source.name)]
 
     # The new shards are made in a hidden folder and moved when all are finished.
     others = len(skipped)
@@ -151,8 +160,8 @@ def pack_folder(
     labels = Counter(label for index in indexes for label in index.columns["label"])
     sets[prefix] = {
         "samples": sum(len(index) for index in indexes),
-        "classes": list(classes),
-        "class_counts": [labels[label] for label in range(len(classes))],
+        "classes": list(numbered),
+        "class_counts": [labels[label] for label in range(len(numbered))],
         "shards": entries,
         "skipped": skipped,
         "options": asdict(options),
@@ -161,7 +170,7 @@ def pack_folder(
     return PackReport(
         pattern=str(out / f"{prefix}-*.tar"),
         samples=sets[prefix]["samples"],
-        classes=classes,
+        classes=numbered,
         shards=tuple(out / path.name for path in tars),
         total_bytes=sum(entry["bytes"] for entry in entries),
         skipped=tuple(skipped),

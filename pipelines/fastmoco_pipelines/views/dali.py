@@ -192,7 +192,7 @@ class ViewPipeline:
 def _require_device(device: Device) -> None:
     """Refuse a GPU without DALI."""
     if device == "gpu":
-        require_dali("data.device", device, "decode on the CPU, more slowly: --data.device cpu")
+        require_dali("data.device", device, "decode on the CPU: --data.device cpu")
 
 
 def _prefix(number: int) -> str:

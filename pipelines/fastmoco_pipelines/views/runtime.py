@@ -20,10 +20,10 @@ CURE = (
     "drivers)"
 )
 WITHOUT_DALI = (
-    f"NVIDIA DALI is not installed, so Pillow decodes the images: the same views, more slowly; "
+    "NVIDIA DALI is not installed: Pillow decodes the images, to the same views; a GPU needs DALI: "
     f"{CURE}"
 )
-"""What a user of the CPU is told, once."""
+"""What a user of the CPU is told once. On few cores Pillow decodes as fast: both use libjpeg-turbo."""
 
 
 @functools.cache
