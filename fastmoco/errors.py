@@ -37,7 +37,6 @@ ECHOES = "ranks.log"
 
 EXTRAS = {
     "nvidia": "dali-cu13",
-    "webdataset": "data",
     "sklearn": "data",
     "matplotlib": "logging",
     "torchao": "float8",

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import Positional
 
-from fastmoco.cli.data import CACHE, progress_bar
+from fastmoco.cli.data import CACHE, progress_bar, tell_of_decoder
+from fastmoco.cli.images import set_of_folder
 from fastmoco.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -52,7 +53,7 @@ def check(
 
     Args:
         shards: A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or
-            gs://.
+            gs://; or a folder of images, which is packed in the user's cache first.
         json: Write the whole report here as JSON; of each set of a folder in a file of its own,
             with the set's name added.
         quarantine: Write quarantine.jsonl.
@@ -75,11 +76,13 @@ def check(
 
     code = EXIT_FINISHED
     with one_line(EXIT_REFUSED, ValueError, OSError):
+        shards = set_of_folder(shards)
         if sample is not None and resume:
             raise ValueError(
                 f"sample={sample}: a sample is short and keeps no progress: give --sample or "
                 "--continue, not both"
             )
+        tell_of_decoder()
         options: dict[str, Any] = {
             "workers": workers,
             "quarantine": quarantine,
@@ -166,7 +169,7 @@ def stats(
 
     Args:
         shards: A path, glob, brace pattern or folder, also a URL with https://, http://, s3:// or
-            gs://.
+            gs://; or a folder of images, which is packed in the user's cache first.
         out: Draw a picture too, e.g. stats.png; of each set of a folder in a file of its own. Needs
             matplotlib.
         cache: Where shards of a server are kept.
@@ -175,7 +178,7 @@ def stats(
     from fastmoco_pipelines.sets.patterns import sets_of
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
-        for name, pattern in sets_of(shards):
+        for name, pattern in sets_of(set_of_folder(shards)):
             if name:
                 show(f"set {name}: {pattern}")
             measured = measure_shards(pattern, cache=cache)

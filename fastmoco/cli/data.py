@@ -32,7 +32,8 @@ class ViewsArguments:
     """Draw a grid of images and their views, made by the pipeline that training uses."""
 
     shards: Positional[str]
-    """A path, glob, brace pattern or folder."""
+    """A path, glob, brace pattern or folder; or a folder of images, which is packed in the user's
+    cache first."""
     out: Path = Path("views.png")
     """The picture."""
     rows: int = 8
@@ -197,8 +198,10 @@ def index(
 
 def views(args: list[str]) -> int:
     """Draw pairs of augmented views, made by the real pipeline."""
+    from fastmoco.cli.images import set_of_folder
     from fastmoco.recipes import get_recipe
     from fastmoco_pipelines.inspecting.preview import save_view_grid
+    from fastmoco_pipelines.making.folder_cache import max_side_of
 
     view1, view2 = moco_v3_views()
     more: tuple[ViewSpec, ...] = ()
@@ -217,9 +220,11 @@ def views(args: list[str]) -> int:
     options = parse(ViewsArguments, "data views", args, default=default)
     wording = Wording(describe(ViewsArguments, default), args)
     with worded(wording), one_line(EXIT_REFUSED, ValueError, OSError):
+        tell_of_decoder()
+        drawn = (options.view1, options.view2, *options.more_views)
         path = save_view_grid(
-            options.shards,
-            (options.view1, options.view2, *options.more_views),
+            set_of_folder(options.shards, max_side=max_side_of(options.view1.size)),
+            drawn,
             options.out,
             rows=options.rows,
             seed=options.seed,
@@ -247,6 +252,14 @@ def sample(name: Positional[Literal["digits"]], out: Positional[Path], *, seed: 
         show(f"train: {train}")
         show(f"test:  {test}")
     return 0
+
+
+def tell_of_decoder() -> None:
+    """Say it if Pillow decodes, because DALI is not installed."""
+    from fastmoco_pipelines.views.runtime import WITHOUT_DALI, has_dali
+
+    if not has_dali():
+        say(WITHOUT_DALI)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from fastmoco.faults.first_cause import first_cause
 from fastmoco.models.precision import choose_precision
 from fastmoco.run.curves import Panels, draw_curves
 from fastmoco.run.folder import RunFolder
-from fastmoco.training.start import close_if_finished, find_start
+from fastmoco.training.start import Start, close_if_finished, find_start
 
 if TYPE_CHECKING:
     from fastmoco.training.trainer import Trainer
@@ -79,14 +79,17 @@ def train(
         # Collectives wait longer than the loader, so that the rank whose data hangs fails first and
         # reports the cause.
         world = start_world(config.device, timeout_s=config.data.timeout_s + 120)
-        with first_cause(world), collection_paused():
-            start = find_start(out, world, trust=trust)
-            finished = close_if_finished(start, config, world, allow=allow)
+        with first_cause(world):
+            with collection_paused():
+                start = find_start(out, world, trust=trust)
+                finished = close_if_finished(start, config, world, allow=allow)
             if not finished:
-                # Imported here: a finished run needs no trainer.
-                from fastmoco.training.trainer import Trainer
+                config = _with_shards(config, out, world, start)
+                with collection_paused():
+                    # Imported here: a finished run needs no trainer.
+                    from fastmoco.training.trainer import Trainer
 
-                trainer = Trainer.build(config, out, world, allow=allow, start=start)
+                    trainer = Trainer.build(config, out, world, allow=allow, start=start)
     begun()
     if finished:
         return _finish(start.folder, config, world, None, process_ends, hints)
@@ -110,6 +113,20 @@ def train(
             print(f"to continue: {after_stop(sys.argv[1:])}" if own else SAME_COMMAND, flush=True)
     stop_world()
     return code
+
+
+def _with_shards(config: Config, out: Path, world: World, start: Start) -> Config:
+    """The config with shards in place of folders of images, which are packed if need be."""
+    if not (config.data.images or config.knn.images):
+        return config
+    from fastmoco.cli.images import packed
+    from fastmoco.training.images import with_shards
+
+    try:
+        return with_shards(config, out, world, start, pack=packed, tell=say)
+    except BaseException:
+        start.folder.release()
+        raise
 
 
 def _finish(
@@ -194,6 +211,8 @@ def eval_knn(
         world = start_world(config.device)
         with first_cause(world):
             threads = setup.share_cores(config)
+            if world.rank == 0 and (note := setup.decoder_note(config)) is not None:
+                say(note)
             precision = choose_precision(config.precision, world.device)
             monitor = setup.build_knn(config, world, threads=threads, precision=precision)
             if monitor is None:

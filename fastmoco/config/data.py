@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -23,6 +24,12 @@ class DataConfig(LoaderOptions):
     shards: Annotated[str, Resume.FREE] = ""
     """Training shards of `fastmoco data pack`: a path, glob, brace pattern or folder, or a URL with
     https://, http://, s3:// or gs://."""
+    images: Annotated[str, Resume.FREE] = ""
+    """In place of `shards`: a folder of images, one folder per class or only images. It is packed
+    once, beside the run; a run that continues keeps the images it began with."""
+    max_side: Annotated[int, Resume.FREE] = 0
+    """Pixels to which the longer side of larger images is shrunk when `images` is packed; 0: 16/7
+    of the view size (512 for views of 224). Shards are not changed."""
     view1: Annotated[ViewSpec, Resume.WITH_ALLOW] = field(
         default_factory=lambda: moco_v3_views()[0]
     )
@@ -50,6 +57,9 @@ class DataConfig(LoaderOptions):
             self.device in ("auto", "cpu", "gpu"), "device", self.device, "must be auto, cpu or gpu"
         )
         require(self.threads >= 0, "threads", self.threads, "must not be negative")
+        require(self.max_side >= 0, "max_side", self.max_side, "must not be negative")
+        rule = f"cannot be given together with data.shards={self.shards!r}; give one of the two"
+        require(not (self.images and self.shards), "data.images", self.images, rule)
         types = ("auto", "float32", "uint8")
         require(self.view_dtype in types, "view_dtype", self.view_dtype, f"must be one of {types}")
 
@@ -75,6 +85,12 @@ class KnnConfig:
     """Labelled shards of the kNN bank; empty: the training shards."""
     test_shards: str = ""
     """Held-out labelled shards to classify; empty: no kNN during training."""
+    images: str = ""
+    """In place of `test_shards`: a folder of held-out images, one folder per class, whose names are
+    those of the training images. It is packed once, beside the run."""
+    holdout: str = ""
+    """In place of `test_shards`: share of each class of `data.images` that is held out, e.g. 10% or
+    0.1; drawn by the seed of the run."""
     every_epochs: float = 5
     """Epochs between two measurements. The encoder is also measured before the first and after the
     last step. 0: never."""
@@ -93,9 +109,26 @@ class KnnConfig:
     """A measurement is postponed while kNN has taken more than this share of the run's time."""
 
     def __post_init__(self) -> None:
+        names = ("test_shards", "images", "holdout")
+        given = {name: getattr(self, name) for name in names if getattr(self, name)}
+        for name in list(given)[1:]:
+            rule = f"cannot be given together with knn.{next(iter(given))}; give one of them"
+            require(False, f"knn.{name}", given[name], rule)
+        rule = "must be a share between 0 and 1, e.g. 10% or 0.1"
+        require(0 <= self.holdout_share < 1, "knn.holdout", self.holdout, rule)
         require(self.every_epochs >= 0, "every_epochs", self.every_epochs, "must not be negative")
         require(self.k >= 1, "k", self.k, "must be at least 1")
         require(self.temperature > 0, "temperature", self.temperature, "must be positive")
         for name in ("resize", "max_train_images", "max_test_images"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         require(0 < self.max_share <= 1, "max_share", self.max_share, "must be in (0, 1]")
+
+    @property
+    def holdout_share(self) -> float:
+        """`holdout` as a number; -1 if it is none."""
+        text = self.holdout.strip()
+        try:
+            share = float(text.removesuffix("%") or 0) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            return -1
+        return share if math.isfinite(share) else -1

@@ -153,6 +153,9 @@ class Config:
         for number, view in enumerate(self.data.more_views):
             fits = view.size <= size and view.size % patch == 0
             require(fits, f"data.more_views.{number}.size", view.size, rule)
+        rule = "needs data.images, a folder that can be split; shards are packed already"
+        splits = not self.knn.holdout_share or bool(self.data.images)
+        require(splits, "knn.holdout", self.knn.holdout, rule)
         every = self.checkpoint.every_steps
         rule = (
             "must be set for faults.rollback_spike: "
@@ -176,12 +179,15 @@ class Config:
             ValueError: if `data.shards` is empty and the images are not synthetic.
         """
         data = self.data
+        rule = "must be packed first, as fastmoco train does (fastmoco/cli/images.py)"
+        require(not data.images, "data.images", data.images, rule)
         named = bool(data.shards) or data.synthetic
         require(
             named,
             "data.shards",
             data.shards,
-            "must name the shards, e.g. --data.shards 'data/train-*.tar'",
+            "must name the shards, e.g. --data.shards 'data/train-*.tar'; or give a folder of "
+            "images: --data.images FOLDER",
         )
         return LoaderSpec(
             shards=data.shards or "synthetic",

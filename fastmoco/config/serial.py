@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from fastmoco.config import Config, MoCoV3Config, ObjectiveConfig
-from fastmoco_pipelines.spec import Resume, require
+from fastmoco_pipelines.spec import Resume, ViewSpec, require
 from fastmoco_pipelines.text import redact
 
 PATTERNS = (("data", "shards"), ("knn", "train_shards"), ("knn", "test_shards"))
@@ -74,7 +74,9 @@ def _build(cls: Any, data: dict[str, Any], path: str) -> Any:
         unknown,
         f"unknown fields; known are {', '.join(sorted(hints))}",
     )
-    values = {}
+    values: dict[str, Any] = {}
+    if cls is ViewSpec:
+        values["color"] = "dali"  # what a config meant that was stored before there was a choice
     for name, value in data.items():
         hint = hints[name]
         if hint is ObjectiveConfig:

@@ -27,7 +27,7 @@ from fastmoco_pipelines import Loader, LoaderSpec, SyntheticLoader, build_loader
 from fastmoco_pipelines.loading.memory import loader_bytes
 from fastmoco_pipelines.sampling.order import ORDER_VERSION
 from fastmoco_pipelines.spec import Device
-from fastmoco_pipelines.views.runtime import dali_version
+from fastmoco_pipelines.views.runtime import WITHOUT_DALI, dali_version, has_dali
 
 
 def share_cores(config: Config) -> int:
@@ -225,6 +225,11 @@ def describe(
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
+
+
+def decoder_note(config: Config) -> str | None:
+    """What to tell the user about the decoder: that Pillow decodes, where DALI is not installed."""
+    return None if config.data.synthetic or has_dali() else WITHOUT_DALI
 
 
 def versions() -> dict[str, str]:

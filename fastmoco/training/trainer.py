@@ -254,6 +254,8 @@ class Trainer:
         recorder.event(
             f"batch: {chosen.plan}; parallel: {chosen.strategy}; blocks: {chosen.compile}"
         )
+        if (note := setup.decoder_note(self.config)) is not None:
+            recorder.event(note)
         if self.config.batch.cuda_graphs:
             recorder.event(f"CUDA graphs replay {chosen.replays}")
 

@@ -2,8 +2,7 @@
 
 Pack images into shards with `pack_folder`, describe the views with `ViewSpec` and the batches with
 `LoaderSpec`, and iterate over `build_loader(spec)`. A name is imported when it is first used:
-describing views needs no torch, DALI is imported when a loader is built, webdataset when shards are
-packed.
+describing views needs no torch, DALI is imported when a loader begins, webdataset when shards are packed.
 """
 
 from __future__ import annotations

@@ -128,11 +128,11 @@ class ViewSpec:
     """Per-channel mean subtracted after scaling to [0, 1]."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Per-channel standard deviation divided by."""
-    color: Literal["dali", "exact"] = "dali"
+    color: Literal["dali", "exact"] = "exact"
     """Implementation of the color operations. `exact`: bit-identical to torchvision's PIL
     transforms, in each image's own random order, by fused kernels on GPUs and compiled C on CPUs
     (there with crop and resize). `dali`: fixed order, hue approximated; see docs/views.md for the
-    differences. The recipes use `exact`; files without this field mean `dali`."""
+    differences. Stored configs without this field mean `dali`."""
 
     def __post_init__(self) -> None:
         require(self.copies >= 0, "copies", self.copies, "counts views; 0 leaves them out")

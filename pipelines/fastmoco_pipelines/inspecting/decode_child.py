@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import ImageRefusedError
 from fastmoco_pipelines.formats.images import MAX_BYTES, decodable, read_header, refusal_kind
+from fastmoco_pipelines.views.decoding import decode_image
 from fastmoco_pipelines.views.graph import decode
-from fastmoco_pipelines.views.runtime import build_pipeline, cause_of
+from fastmoco_pipelines.views.runtime import build_pipeline, cause_of, has_dali
 
 _FILE_BYTES = 1 << 20  # what a decoder may write to standard error
 _NOISE = re.compile(r"\x1b\[[0-9;]*m|\[(?:ERROR|WARN|INFO)\]\s*|\[[a-z_]*decoder[a-z_]*\]\s*")
@@ -48,10 +49,12 @@ class Decoder:
         """The decoded image, [height, width, 3] uint8; valid until the next call.
 
         Raises:
-            StructureError: if the file must not go to DALI.
-            RuntimeError: DALI's, of several types, if it gives up.
+            StructureError: if the file must not go to a decoder.
+            RuntimeError: DALI's, of several types, if it gives up; without DALI, DecodeError.
         """
         plain = decodable(data)
+        if not has_dali():
+            return decode_image(plain)
         if self._pipeline is None:
             options = {
                 "batch_size": 1,

@@ -51,7 +51,6 @@ def build_eval_loader(
         ValueError: for numbers out of range or a pattern without shards.
         ShardError: if an index is missing, broken or stale, or more images are bad than allowed.
     """
-    # needs DALI, which programs that only read shards may lack
     from fastmoco_pipelines.views.dali import EvalPipeline
 
     require(world_size >= 1, "world_size", world_size, "needs at least one rank")

@@ -73,15 +73,14 @@ def build_loader(
 
     Raises:
         ValueError: for a batch that the ranks cannot share or that is larger than the set, a
-            pattern without shards, or an unknown version of the order.
+            pattern without shards, an unknown version of the order, or a GPU without DALI.
         DecoderBrokenError: if DALI crashes, hangs or errs on this GPU.
         ShardError: if an index is missing, broken or stale, or more samples are bad than
             `spec.max_bad_share` allows.
     """
     from fastmoco_pipelines.views import self_test
-
-    # needs DALI, which a program that only reads shards may lack
     from fastmoco_pipelines.views.dali import ViewPipeline
+    from fastmoco_pipelines.views.runtime import require_dali
 
     require(
         (device_id is not None) == (spec.device == "gpu"),
@@ -92,6 +91,8 @@ def build_loader(
     local = local_batch_size(spec.global_batch_size, world_size)
     share_arenas()  # before the first of many threads starts
     if spec.device == "gpu":
+        otherwise = "decode on the CPU: --data.device cpu"
+        require_dali("data.device", spec.device, otherwise)
         self_test.require_working_decoder(spec.device, device_id)
     shards = ShardSet.open(spec.shards, cache=spec)
     try:

@@ -101,6 +101,8 @@ def pack_folder(
     seed: int = 0,
     follow_links: bool = False,
     overwrite: bool = False,
+    keep: Callable[[str], bool] | None = None,
+    classes: Sequence[str] | None = None,
     progress: Progress | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> PackReport:
@@ -122,6 +124,10 @@ def pack_folder(
         seed: of the shuffle.
         follow_links: also read symbolic links; else they are skipped and counted.
         overwrite: replace a set of the same prefix; else it is refused.
+        keep: which images are packed, by their paths below `src`; None: all. The classes are those
+            of all images.
+        classes: class names by label, with which the labels must agree; None: those of the other
+            sets in `out`, else the names in `src`.
         progress: called with (images done, images in all).
         tell: gets sentences: what is unusual about `src`, before it is packed; whom it waits for;
             what a killed process has left in `out`.
@@ -151,10 +157,11 @@ def pack_folder(
     out.mkdir(parents=True, exist_ok=True)
     with one_writer(out, f"data pack --prefix {prefix}", tell) as finished:
         job = {"src": os.path.abspath(src), "options": asdict(options), "links": follow_links}
-        if prefix in finished and finished[prefix].get("job") == job and not overwrite:
+        same = prefix in finished and finished[prefix].get("job") == job
+        if same and not overwrite and keep is None and classes is None:
             return _report(out, prefix, own_sets(out)[prefix], tuple(found.notes))
         _refuse_old(out, prefix, overwrite)
-        entry = _pack(found, out, prefix, options, job, progress)
+        entry = _pack(found, out, prefix, options, job, progress, keep=keep, classes=classes)
     return _report(out, prefix, entry, tuple(found.notes))
 
 
@@ -165,6 +172,9 @@ def _pack(
     options: _Options,
     job: dict[str, Any],
     progress: Progress | None,
+    *,
+    keep: Callable[[str], bool] | None,
+    classes: Sequence[str] | None,
 ) -> dict[str, Any]:
     """Make the shards and put them in their place; returns the set's entry of the manifest."""
     # Labels by the numbering of the other sets.
@@ -173,7 +183,10 @@ def _pack(
         for name, entry in own_sets(out).items()
         if name != prefix and entry["classes"]
     ]
-    sources, classes = _renumber(found, known[0] if known else found.classes, out)
+    if classes:
+        known.insert(0, tuple(classes))
+    sources, numbered = _renumber(found, known[0] if known else found.classes, out)
+    sources = [source for source in sources if keep is None or keep(source.name)]
     skipped = list(found.skipped)
     others = len(skipped)
 
@@ -198,8 +211,8 @@ def _pack(
     labels = Counter(label for index in indexes for label in index.columns["label"])
     entry = {
         "samples": sum(len(index) for index in indexes),
-        "classes": list(classes),
-        "class_counts": [labels[label] for label in range(len(classes))],
+        "classes": list(numbered),
+        "class_counts": [labels[label] for label in range(len(numbered))],
         "shards": entries,
         "skipped": skipped,
         "options": asdict(options),

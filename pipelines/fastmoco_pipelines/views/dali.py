@@ -1,5 +1,5 @@
 """The engine: NVIDIA DALI decodes each image once and cuts its views, on the GPU or on the CPU, by
-one graph.
+one graph. On a CPU without DALI, Pillow decodes (`pillow.py`).
 
 DALI draws nothing here. Crop windows, flips, strengths and sigmas arrive per sample
 (`draws.py`), so a batch is a function of its bytes and its draws, and the state of the data is
@@ -34,6 +34,8 @@ from fastmoco_pipelines.views.exact_color import exact_color, exact_views
 from fastmoco_pipelines.views.graph import central_part, cut_view, decode
 from fastmoco_pipelines.views.graph import normalise as normalise_in_graph
 from fastmoco_pipelines.views.levels import normalise
+from fastmoco_pipelines.views.pillow import PillowEngine, central_parts
+from fastmoco_pipelines.views.runtime import has_dali, require_dali
 
 __all__ = ["DecodeError", "EvalPipeline", "ViewPipeline"]
 
@@ -52,8 +54,8 @@ class ViewPipeline:
         view_dtype: "float32", normalised, or "uint8": the levels, without the normalisation.
 
     Raises:
-        ValueError: if a size is out of its range, or there is no view.
-        ModuleNotFoundError: at the first run, if DALI is not installed.
+        ValueError: if a size is out of its range, there is no view, or the device or a view's color
+            needs DALI, which is not installed.
     """
 
     def __init__(
@@ -84,6 +86,17 @@ class ViewPipeline:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+        # Without DALI, on a CPU: Pillow decodes, and all views are cut here.
+        self._engine: Engine
+        _require_device(device)
+        if not has_dali():
+            for number, view in enumerate(self.views, start=1):
+                otherwise = f"cut the view from decoded images: --data.view{number}.color exact"
+                if not self._cut_here(view):
+                    require_dali(f"view{number}.color", view.color, otherwise)
+            self._engine = PillowEngine(batch_size=batch_size, sub_batch=sub_batch, threads=threads)
+            return
 
         def graph() -> Any:
             images = decode(device)
@@ -176,6 +189,12 @@ class ViewPipeline:
         return _owned(tensor) if tensor.dtype == self._dtype else normalise(tensor, view)
 
 
+def _require_device(device: Device) -> None:
+    """Refuse a GPU without DALI."""
+    if device == "gpu":
+        require_dali("data.device", device, "decode on the CPU: --data.device cpu")
+
+
 def _prefix(number: int) -> str:
     """Of the names of a view's inputs to DALI's graph."""
     return f"view{number}_"
@@ -198,6 +217,9 @@ class EvalPipeline:
         threads: DALI worker threads.
         device: where to decode and resize.
         device_id: ordinal of the GPU (0 if not given); ignored on the CPU.
+
+    Raises:
+        ValueError: for a GPU without DALI.
     """
 
     def __init__(
@@ -209,6 +231,15 @@ class EvalPipeline:
         device: Device = "cpu",
         device_id: int | None = None,
     ) -> None:
+        _require_device(device)
+        self._spec = spec
+        self._engine: Engine
+        self._by_dali = has_dali()
+        if not self._by_dali:
+            sub_batch = min(batch_size, 4 * threads)  # decoded images are large
+            self._engine = PillowEngine(batch_size=batch_size, sub_batch=sub_batch, threads=threads)
+            return
+
         def graph() -> Any:
             return normalise_in_graph(central_part(decode(device), spec), spec)
 
@@ -224,6 +255,10 @@ class EvalPipeline:
             DecodeError: if DALI cannot decode an image. The next run works again.
             ValueError: if the batch is empty or too large.
         """
-        return self._engine.run(
-            encoded, lambda _: {}, lambda outputs, _: [_owned(from_dlpack(outputs[0].as_tensor()))]
-        )[0]
+
+        def finish(outputs: Sequence[Any], _: slice) -> list[Tensor]:
+            if self._by_dali:
+                return [_owned(from_dlpack(outputs[0].as_tensor()))]
+            return [central_parts(outputs[0], self._spec)]
+
+        return self._engine.run(encoded, lambda _: {}, finish)[0]

@@ -1,23 +1,60 @@
-"""DALI as a library: imported, its version, a pipeline built, the cause in its errors. No torch."""
+"""DALI as a library: whether it is there, its version, a pipeline built, the cause in its errors. No
+torch."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from fastmoco_pipelines.spec import require
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
 
-def load_dali() -> None:
-    """Import DALI now. It registers its exit handler, which runs after those that are registered
-    later.
+CURE = (
+    "pip install '.[dali-cu13]' in fastmoco's source folder installs it (dali-cu12 for CUDA 12 "
+    "drivers)"
+)
+WITHOUT_DALI = (
+    "NVIDIA DALI is not installed: Pillow decodes the images, to the same views; a GPU needs DALI: "
+    f"{CURE}"
+)
+"""What a user of the CPU is told once. On few cores Pillow decodes as fast: both use libjpeg-turbo."""
+
+
+@functools.cache
+def has_dali() -> bool:
+    """Whether DALI is installed."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # there is no `nvidia` either
+        return False
+
+
+def require_dali(name: str, value: object, otherwise: str) -> None:
+    """Refuse a value that needs DALI where DALI is not installed.
+
+    Args:
+        name: the field.
+        value: what it holds.
+        otherwise: what to do without DALI.
 
     Raises:
-        ModuleNotFoundError: if it is not installed.
+        ValueError: naming both cures.
     """
-    import nvidia.dali  # noqa: F401
+    rule = f"needs NVIDIA DALI, which is not installed: {CURE}; or {otherwise}"
+    require(has_dali(), name, value, rule)
+
+
+def load_dali() -> None:
+    """Import DALI now, if it is installed. It registers its exit handler, which runs after those
+    that are registered later."""
+    if has_dali():
+        import nvidia.dali  # noqa: F401
 
 
 def dali_version() -> str | None:

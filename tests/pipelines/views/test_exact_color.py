@@ -219,7 +219,7 @@ def test_preview_shows_the_mode(packed, tmp_path) -> None:
 
 
 def test_spec_knows_two_modes() -> None:
-    assert ViewSpec().color == "dali"  # what a file meant that does not name it
+    assert ViewSpec().color == "exact"
     assert {view.color for view in moco_v3_views()} == {"exact"}
     with pytest.raises(ValueError, match=r"color='pil': is \"dali\" or \"exact\""):
         ViewSpec(color="pil")
