@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, no_checkpoint, one_line
+from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, no_checkpoint, one_line, show
 
 
 def verify(path: Positional[Path]) -> int:
@@ -28,7 +28,7 @@ def verify(path: Positional[Path]) -> int:
         if not found:
             raise no_checkpoint(path)
     for one in found:
-        print(f"{one.path.name}: {one.fault or 'sound'}")
+        show(f"{one.path.name}: {one.fault or 'sound'}")
     return EXIT_FAILED if any(one.fault for one in found) else EXIT_FINISHED
 
 
@@ -49,7 +49,7 @@ def list_all(path: Positional[Path]) -> int:
     print(f"{'step':>10} {'MB':>10} {'saved at':<20} {'ranks':>5}  status")
     for one in found:
         ranks = str(one.world_size or "?")
-        print(
+        show(
             f"{one.step:>10} {one.size / 1e6:>10.3f} {one.saved_at or '?':<20} {ranks:>5}  "
             f"{one.fault or 'sound'}"
         )
@@ -77,7 +77,7 @@ def consolidate(path: Positional[Path], *, out: Path, encoder: bool = False) -> 
                 raise no_checkpoint(path)
             checkpoint = newest
         for skipped, reason in checkpoint.skipped:
-            print(f"passed over {skipped.name}: {reason}")
+            show(f"passed over {skipped.name}: {reason}")
         count = write(checkpoint, out, encoder_only=encoder)
-    print(f"wrote {count} tensors of step {checkpoint.step} to {out}")
+    show(f"wrote {count} tensors of step {checkpoint.step} to {out}")
     return EXIT_FINISHED

@@ -15,6 +15,7 @@ import torch
 
 from fastmoco.cli.train import train
 from fastmoco.config import Config
+from fastmoco.errors import show
 from fastmoco.evaluation.embed import raw_pixels
 from fastmoco.evaluation.knn import knn_accuracy
 from fastmoco.recipes import quickstart_digits
@@ -22,6 +23,7 @@ from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
 from fastmoco_pipelines import EvalLoaderSpec, build_eval_loader, pack_digits
 from fastmoco_pipelines.inspecting.preview import save_view_grid
+from fastmoco_pipelines.text import escaped
 
 
 def quickstart(out: Path) -> int:
@@ -45,9 +47,9 @@ def quickstart(out: Path) -> int:
         data=replace(config.data, shards=train_shards),
         knn=replace(config.knn, test_shards=test_shards),
     )
-    print(f"1/3  packed 1,797 handwritten digits (8x8 pixels) into {data}")
+    show(f"1/3  packed 1,797 handwritten digits (8x8 pixels) into {data}")
     views = save_view_grid(train_shards, config.data.views, out / "views.png", rows=6, seed=0)
-    print(f"2/3  drew pairs of augmented views: {views}")
+    show(f"2/3  drew pairs of augmented views: {views}")
     print(
         f"3/3  training {config.recipe}: {config.epochs:g} epochs "
         f"of {config.global_batch_size} images per step\n"
@@ -77,7 +79,7 @@ kNN accuracy on 360 held-out digits (k = 20, no label was used in training)
                                them. The quickstart shows that training works, not that it beats
                                pixels here.
 
-pictures  {out / "views.png"}, {out / "run" / "curves.png"}
+pictures  {escaped(str(out / "views.png"))}, {escaped(str(out / "run" / "curves.png"))}
 next      {program} data pack YOUR_IMAGES data --max-side 512
           {program} train {recipe} --data.shards 'data/train-*.tar' --out runs/first
 """)
