@@ -16,6 +16,7 @@ from torch import Tensor
 from fastmoco.checkpoint.errors import CheckpointError
 from fastmoco.checkpoint.folder import flush
 from fastmoco_kernels.tensors import is_dtensor
+from fastmoco_pipelines.files import utf8_name
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,7 +71,7 @@ def write_whole(
 
 def whole_entries(path: Path) -> dict[str, Tensor]:
     """Shapes and dtypes by name, as tensors on the meta device; no data is read."""
-    with safe_open(path, framework="pt", device="cpu") as file:
+    with utf8_name(path) as name, safe_open(name, framework="pt", device="cpu") as file:
         pieces = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         return {
             name: torch.empty(
@@ -84,7 +85,7 @@ def whole_entries(path: Path) -> dict[str, Tensor]:
 
 def read_whole_into(path: Path, targets: Mapping[str, Tensor]) -> None:
     """Fill tensors in place; of a sharded tensor only this rank's part."""
-    with safe_open(path, framework="pt", device="cpu") as file:
+    with utf8_name(path) as name, safe_open(name, framework="pt", device="cpu") as file:
         for name, target in targets.items():
             tensor = file.get_tensor(name)
             if is_dtensor(target):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, no_checkpoint, one_line
+from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, no_checkpoint, one_line, show
 
 
 def verify(path: Positional[Path]) -> int:
@@ -28,7 +28,7 @@ def verify(path: Positional[Path]) -> int:
         if not found:
             raise no_checkpoint(path)
     for one in found:
-        print(f"{one.path.name}: {one.fault or 'sound'}")
+        show(f"{one.path.name}: {one.fault or 'sound'}")
     return EXIT_FAILED if any(one.fault for one in found) else EXIT_FINISHED
 
 
@@ -55,7 +55,7 @@ def list_all(path: Positional[Path]) -> int:
         ranks = str(one.world_size or "?")
         value = f"{one.score.value:.1%}" if one.score is not None else "-"
         status = one.fault or ("sound, best" if one is best else "sound")
-        print(
+        show(
             f"{one.step:>10} {one.size / 1e6:>10.3f} {one.saved_at or '?':<20} {ranks:>5} "
             f"{value:>7}  {status}"
         )
@@ -79,12 +79,12 @@ def consolidate(
     with one_line(EXIT_REFUSED, OSError):
         checkpoint = find_checkpoint(path, best=best)
         for skipped, reason in checkpoint.skipped:
-            print(f"passed over {skipped.name}: {reason}")
+            show(f"passed over {skipped.name}: {reason}")
         header = {}
         if encoder:
             from fastmoco.models.encoder_file import encoder_header
 
             header = encoder_header(checkpoint)
         count = write(checkpoint, out, encoder_only=encoder, header=header)
-    print(f"wrote {count} tensors of step {checkpoint.step} to {out}")
+    show(f"wrote {count} tensors of step {checkpoint.step} to {out}")
     return EXIT_FINISHED

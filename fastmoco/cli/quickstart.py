@@ -7,12 +7,14 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 
 from fastmoco.cli.next_steps import program
 from fastmoco.cli.train import train
 from fastmoco.config import Config
+from fastmoco.errors import show
 from fastmoco.evaluation.embed import raw_pixels
 from fastmoco.evaluation.knn import knn_accuracy
 from fastmoco.recipes import quickstart_digits
@@ -20,6 +22,7 @@ from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
 from fastmoco_pipelines import EvalLoaderSpec, build_eval_loader, pack_digits
 from fastmoco_pipelines.inspecting.preview import save_view_grid
+from fastmoco_pipelines.text import escaped
 
 
 def quickstart(out: Path) -> int:
@@ -43,9 +46,9 @@ def quickstart(out: Path) -> int:
         data=replace(config.data, shards=train_shards),
         knn=replace(config.knn, test_shards=test_shards),
     )
-    print(f"1/3  packed 1,797 handwritten digits (8x8 pixels) into {data}")
+    show(f"1/3  packed 1,797 handwritten digits (8x8 pixels) into {data}")
     views = save_view_grid(train_shards, config.data.views, out / "views.png", rows=6, seed=0)
-    print(f"2/3  drew pairs of augmented views: {views}")
+    show(f"2/3  drew pairs of augmented views: {views}")
     print(
         f"3/3  training {config.recipe}: {config.epochs:g} epochs "
         f"of {config.global_batch_size} images per step\n"
@@ -66,6 +69,7 @@ def _summary(config: Config, out: Path, when: str) -> None:
     before, after = history[0][1], history[-1][1]
     pixels = _raw_pixel_accuracy(config)
     command = program()
+    run, encoder = (escaped(quote(str(out / name))) for name in ("run", "encoder.safetensors"))
     recipe = "vit_s16_e300_b1024" if torch.cuda.is_available() else "vit_nano8_e60_b256"
     print(f"""
 kNN accuracy on 360 held-out digits (k = 20, no label was used in training)
@@ -75,8 +79,8 @@ kNN accuracy on 360 held-out digits (k = 20, no label was used in training)
                                them. The quickstart shows that training works, not that it beats
                                pixels here.
 
-pictures  {out / "views.png"}, {out / "run" / "curves.png"}
-next      {command} checkpoint consolidate {out / "run"} --encoder --out {out / "encoder.safetensors"}
+pictures  {escaped(str(out / "views.png"))}, {escaped(str(out / "run" / "curves.png"))}
+next      {command} checkpoint consolidate {run} --encoder --out {encoder}
           {command} data pack YOUR_IMAGES data --max-side 512
           {command} train {recipe} --data.shards 'data/train-*.tar' --out runs/first
 """)

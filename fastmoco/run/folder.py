@@ -7,6 +7,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -82,8 +83,13 @@ class RunFolder:
         process, however it ends.
 
         Raises:
-            RunError: if the folder cannot be written, or another process trains into it.
+            RunError: if the folder is a URL or cannot be written, or another process trains into it.
         """
+        scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(self.path))
+        if scheme is not None and not os.path.lexists(scheme[0]):
+            raise RunError(
+                f"{self.path} is a URL: a run needs a folder of this machine; choose another --out"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             descriptor = os.open(

@@ -7,7 +7,10 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+
+from fastmoco_pipelines.files import utf8_name
 
 
 class JsonlSink:
@@ -61,7 +64,10 @@ class TensorBoardSink:
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(log_dir=str(folder), purge_step=first_step)
+        self._open = ExitStack()
+        folder.mkdir(parents=True, exist_ok=True)
+        place = self._open.enter_context(utf8_name(folder))
+        self._writer = SummaryWriter(log_dir=place, purge_step=first_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add one scalar for each metric."""
@@ -71,3 +77,4 @@ class TensorBoardSink:
     def close(self) -> None:
         """Flush and close; may be called more than once."""
         self._writer.close()
+        self._open.close()

@@ -157,6 +157,21 @@ def at_home(path: str) -> str:
     return found
 
 
+@contextmanager
+def utf8_name(path: Path) -> Iterator[str]:
+    """A name of an existing file or folder for libraries that take UTF-8 only: names of other bytes
+    are legal, and the kernel knows what is open by a number too."""
+    name = str(path)
+    if name.isascii() or name.encode(errors="replace") == os.fsencode(name):
+        yield name
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
 def own_folder(folder: Path) -> bool:
     """Whether a folder, which is made if absent, is this user's alone to write to, and no link.
 

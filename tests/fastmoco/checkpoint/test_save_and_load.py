@@ -1,4 +1,5 @@
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from fastmoco.checkpoint import (
 from tests.checkpoint_content import assert_same, content, flip_bit, loaded_step, save
 
 
-def test_every_dtype_and_the_state_come_back_bit_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["c", "run [1] {a}*", os.fsdecode(b"na\xefve\n")])
+def test_every_dtype_and_the_state_come_back_bit_exact(tmp_path: Path, name: str) -> None:
     state: dict[str, JSON] = {
         "config": {"lr": 1.5e-4, "views": (1, 2)},
         "name": "ä☃\ud800",
@@ -26,8 +28,8 @@ def test_every_dtype_and_the_state_come_back_bit_exact(tmp_path: Path) -> None:
         "flags": [True, False],
         "n": 2**70,
     }
-    path = save_checkpoint(tmp_path / "c", step=123, tensors=content(123), state=state, keep=1)
-    loaded = load_latest(tmp_path / "c")
+    path = save_checkpoint(tmp_path / name, step=123, tensors=content(123), state=state, keep=1)
+    loaded = load_latest(tmp_path / name)
     assert path.name == "step_00000123"
     assert loaded is not None
     assert (loaded.step, loaded.path, loaded.skipped) == (123, path, ())

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,14 @@ from fastmoco.errors import RunError
 from fastmoco.run.folder import RunFolder
 
 pytestmark = pytest.mark.faults
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/run", "file:///tmp/run"])
+def test_a_url_is_no_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="is a URL: a run needs a folder of this machine"):
+        RunFolder(Path(name)).acquire()
+    assert os.listdir() == []
 
 
 def test_a_second_run_is_refused_and_named(tmp_path):

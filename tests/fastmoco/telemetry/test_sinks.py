@@ -74,14 +74,16 @@ def test_what_json_cannot_say_is_null(tmp_path: Path) -> None:
     assert {name: row[name] for name in "abc"} == {"a": None, "b": None, "c": 1e-45}
 
 
-def test_tensorboard_gets_the_same_scalars(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["plain", "[v1] \u732b", os.fsdecode(b"na\xefve")])
+def test_tensorboard_gets_the_same_scalars(tmp_path: Path, name: str) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    sink = TensorBoardSink(tmp_path)
+    sink = TensorBoardSink(tmp_path / name)
     sink.write(1, {"loss": 3.5})
     sink.write(2, {"loss": 2.5, "knn": 0.5})
     sink.close()
     sink.close()
-    events = accumulator.EventAccumulator(str(tmp_path))
+    (tmp_path / name).rename(tmp_path / "readable")
+    events = accumulator.EventAccumulator(str(tmp_path / "readable"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 3.5), (2, 2.5)]
     assert [(e.step, e.value) for e in events.Scalars("knn")] == [(2, 0.5)]
