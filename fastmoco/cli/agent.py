@@ -55,7 +55,7 @@ def main(args: Sequence[str]) -> int:
             start = describe_start(int(processes), device, torch.cuda.device_count())
             if start:
                 _say(start, terminal)
-            logging.getLogger().addHandler(_Deaths(terminal))
+            logging.getLogger("torch.distributed").addHandler(_Deaths(terminal))
             start_workers: Any = torchrun.run
             parse: Any = torchrun.parse_args
             start_workers(parse(words))
