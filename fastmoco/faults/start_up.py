@@ -45,6 +45,7 @@ class StartUp:
         self._made: list[Path] = []
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
         self._asked: signal.Signals | None = None
+        self._leaving = False
         self._over = threading.Event()
 
     def __enter__(self) -> StartUp:
@@ -79,6 +80,7 @@ class StartUp:
         self._receiver.close()
 
     def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
+        self._leaving = True
         unfinished = not self._over.is_set()
         if isinstance(error, Asked):
             # A rank that is refused asks torchrun to end, which then sends it a signal.
@@ -93,7 +95,7 @@ class StartUp:
             self._leave_nothing()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self._asked is None:
+        if self._asked is None and not self._leaving:
             self._asked = signal.Signals(number)
             raise Asked
 
