@@ -24,7 +24,7 @@ _MPI = (
 """Number and rank of processes by Open MPI, MVAPICH2, and MPICH or Intel MPI."""
 HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Host names that may become an argument of another program."""
-_HOW = "start several processes with `fastmoco train --gpus N`, torchrun, srun or launch/slurm.sh"
+_HOW = "use `fastmoco train --gpus N`, torchrun, srun or launch/slurm.sh"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +167,8 @@ def _refuse_mpi(given: Mapping[str, str]) -> None:
         if (_whole(given, size) or 1) > 1 and rank in given:
             raise ValueError(
                 f"mpirun has started {given[size]} processes ({size}={given[size]}, "
-                f"{rank}={given[rank]}); fastmoco does not use MPI: {_HOW}. "
-                f"If this process is on its own, unset {size}"
+                f"{rank}={given[rank]}); fastmoco does not use MPI: for several processes, {_HOW}; "
+                f"to train in this process alone, unset {size}"
             )
 
 
@@ -191,8 +191,8 @@ def _is_srun_task(given: Mapping[str, str]) -> bool:
     if "SLURM_STEP_ID" not in given and rank != 0:
         raise ValueError(
             f"SLURM_PROCID={rank} and SLURM_NTASKS={_srun_tasks(given)} are set, but not "
-            f"SLURM_STEP_ID, which srun sets: {_HOW}, or unset SLURM_PROCID to train in this "
-            "process alone"
+            f"SLURM_STEP_ID, which srun sets: for several processes, {_HOW}; to train in this "
+            "process alone, unset SLURM_PROCID"
         )
     return "SLURM_STEP_ID" in given
 
@@ -233,8 +233,8 @@ def _port_of_step(given: Mapping[str, str]) -> int:
     job = _whole(given, "SLURM_JOB_ID")
     if job is None:
         raise ValueError(
-            f"SLURM_PROCID={given['SLURM_PROCID']} is set without SLURM_JOB_ID: {_HOW}, "
-            "or unset SLURM_PROCID to train in this process alone"
+            f"SLURM_PROCID={given['SLURM_PROCID']} is set without SLURM_JOB_ID: for several "
+            f"processes, {_HOW}; to train in this process alone, unset SLURM_PROCID"
         )
     return 15000 + (job + 101 * (_whole(given, "SLURM_STEP_ID") or 0)) % 17000
 

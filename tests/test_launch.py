@@ -28,7 +28,8 @@ import os, signal, subprocess, sys, time
 command = sys.argv[1:]
 while command[0].startswith("--"):
     command.pop(0)
-shared = os.environ | {{"SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "2"}}
+shared = os.environ | {{"SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "2", "SLURM_STEP_ID": "0"}}
+shared |= {{"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": os.environ["STUB_HOST"]}}
 tasks = [subprocess.Popen(command, env=shared | {{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}}) for i in range(2)]
 signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
 open(os.environ["STUB_STATE"] + ".srun", "w").write(str(os.getpid()))
@@ -40,10 +41,7 @@ sys.exit(max(abs(task.wait()) for task in tasks))
 """,
     "scontrol": """#!{python}
 import os, sys
-if sys.argv[1] == "show":
-    print(os.environ["STUB_HOST"])
-else:
-    open(os.environ["STUB_STATE"] + ".scontrol", "a").write(" ".join(sys.argv[1:]) + "\\n")
+open(os.environ["STUB_STATE"] + ".scontrol", "a").write(" ".join(sys.argv[1:]) + "\\n")
 """,
 }
 
@@ -121,9 +119,24 @@ def test_the_workers_do_not_start_workers(given: list[str]) -> None:
     ]
 
 
-def test_gpus_inside_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(RunError, match="omit it under torchrun or srun"):
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0 and WORLD_SIZE=2 are set"),
+        ({"TORCHELASTIC_RUN_ID": "x"}, "torchrun has started this process"),
+        (
+            {"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+            "srun has started 2 tasks",
+        ),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "mpirun has started 2 processes"),
+    ],
+)
+def test_gpus_inside_a_launcher_is_refused(
+    variables: dict[str, str], text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match=f"{text}.*omit it under torchrun or srun"):
         launch(2, ["train"], tmp_path)
 
 
@@ -147,33 +160,6 @@ def test_under_nohup_a_run_outlives_its_terminal(
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("host", ["a;touch x", "-oProxyCommand=x", "$(touch x)", ""])
-def test_a_host_name_that_is_none_is_refused(stubs: Path, tmp_path: Path, host: str) -> None:
-    more = {
-        "STUB_HOST": host,
-        "STUB_STATE": str(tmp_path / "state"),
-        "PATH": f"{stubs}:{os.environ['PATH']}",
-    }
-    slurm = {
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "n",
-        "FASTMOCO_LAUNCH": str(ROOT / "launch"),
-    }
-    command = [str(ROOT / "launch" / "slurm.sh"), "recipe", "--out", str(tmp_path / "run")]
-    done = subprocess.run(
-        command,
-        env=environment(**more, **slurm),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert not (tmp_path / "x").exists()
-    assert not (tmp_path / "state.srun").exists()
-    assert "refused" in done.stderr
-
-
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_preempted_run_of_two_processes_saves_says_so_and_goes_on(
@@ -188,6 +174,8 @@ def test_a_preempted_run_of_two_processes_saves_says_so_and_goes_on(
         assert one.end() == 75, one.text()
         assert (out / "PREEMPTED").exists()
         assert "SIGTERM: saved step" in one.text()
+        assert "Traceback" not in one.text()
+        assert one.text().rstrip().splitlines()[-1].startswith("! SIGTERM: saved step")
         one = start_script("single_node.sh", words, out, GPUS="2")
         assert one.end() == 0, one.text()
         assert (out / "DONE").exists()
@@ -213,11 +201,12 @@ def test_an_interrupt_of_one_process_is_a_clean_stop(words: list[str], tmp_path:
 
 STUCK = """
 import os
-if "RANK" in os.environ:
+rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+if rank is not None:
     import time
     from fastmoco.faults import stop_signal
     from fastmoco.training import trainer
-    if os.environ["RANK"] == "0":
+    if rank == "0":
         stop_signal._POLL_SECONDS = 0.7  # so its peer, which leaves no mark, is the first to give up
     def step(*args, **more):
         print("the first step", flush=True)
@@ -273,8 +262,9 @@ def test_a_refusal_is_not_tried_again(words: list[str], tmp_path: Path) -> None:
     try:
         assert one.end() == 2, one.text()
         assert "is larger than the whole set of 1437 samples" in one.text()
-        assert one.text().count("asking torchrun to end") == 1
-        assert "attempts left" not in one.text()
+        assert one.text().count("fastmoco: ") == 2, one.text()  # what is started, and why not
+        assert "Traceback" not in one.text()
+        assert not (tmp_path / "run").exists()
     finally:
         one.close()
 
@@ -309,14 +299,6 @@ def test_words_that_make_no_config_are_not_tried_again(words: list[str], tmp_pat
         assert "attempts left" not in one.text()
     finally:
         one.close()
-
-
-def test_ports_of_jobs_lie_below_those_that_linux_hands_out() -> None:
-    text = (ROOT / "launch" / "slurm.sh").read_text()
-    found = re.search(r"MASTER_PORT=\$\(\((\d+) \+ SLURM_JOB_ID % (\d+)\)\)", text)
-    assert found is not None
-    assert int(found[1]) > 1024
-    assert int(found[1]) + int(found[2]) <= 32768
 
 
 @pytest.mark.long

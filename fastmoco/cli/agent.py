@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco.cli.collection import collection_paused
-from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, RunError, say
+from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, EXIT_STOPPED, RunError, say
 from fastmoco.faults.parent import PARENT, children, follow_parent, is_orphan
 
 LOG = "torchrun.log"
 """Name of the file with torchrun's log, in the folder for reports."""
 _POLL_SECONDS = 0.5
+_OWN_CODES = (EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED)
+"""Of workers that have printed the reason."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -55,7 +57,7 @@ def main(args: Sequence[str]) -> int:
             start = describe_start(int(processes), device, torch.cuda.device_count())
             if start:
                 _say(start, terminal)
-            logging.getLogger().addHandler(_Deaths(terminal))
+            logging.getLogger("torch.distributed").addHandler(_Deaths(terminal))
             start_workers: Any = torchrun.run
             parse: Any = torchrun.parse_args
             start_workers(parse(words))
@@ -101,15 +103,15 @@ def describe_start(processes: int, device: str, gpus: int) -> str:
 
 
 class _Deaths(logging.Handler):
-    """Prints one line for a worker that a signal has ended, because it cannot say so itself."""
+    """Prints one line for a worker that was ended, because it cannot say so itself."""
 
     def __init__(self, terminal: Any) -> None:
         super().__init__(logging.ERROR)
         self._terminal = terminal
 
     def emit(self, record: logging.LogRecord) -> None:
-        found = re.search(r"failed \(exitcode: (-\d+)\) local_rank: (\d+)", record.getMessage())
-        if found:
+        found = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", record.getMessage())
+        if found and int(found[1]) not in _OWN_CODES:
             _say(f"rank {found[2]} {death(int(found[1]))}", self._terminal)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -13,8 +15,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from fastmoco.errors import RunError
+from fastmoco.errors import RunError, say
 from fastmoco.launched import Launched, read_launcher
+
+WAIT_SECONDS = 20.0
+"""Time after which a process reports that it waits for the others at the start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +97,12 @@ def start_world(
         timeout = timedelta(seconds=timeout_s)
         # The same as in init_process_group, but its store is needed first.
         meeting: Any = dist.rendezvous("env://", rank, world_size, timeout=timeout)  # type: ignore[attr-defined]
-        try:
-            store, _, _ = next(meeting)
-        except dist.DistNetworkError as error:
-            raise RunError(_no_store(launched, error)) from error
-        attempt = agree_on_attempt(store, rank, world_size, timeout_s=timeout_s)
+        with _announced_wait(launched):
+            try:
+                store, _, _ = next(meeting)
+            except (dist.DistNetworkError, dist.DistStoreError) as error:
+                raise RunError(_no_store(launched, error)) from error
+            attempt = agree_on_attempt(store, rank, world_size, timeout_s=timeout_s)
         dist.init_process_group(
             "nccl" if place.type == "cuda" else "gloo",
             store=dist.PrefixStore(attempt, store),  # type: ignore[attr-defined]
@@ -113,6 +119,23 @@ def start_world(
         device=place,
         attempt=attempt,
     )
+
+
+@contextlib.contextmanager
+def _announced_wait(launched: Launched) -> Iterator[None]:
+    """Say what this process waits for, unless its peers arrive soon."""
+    text = (
+        f"rank {launched.rank} of {launched.world_size} waits for its peers at "
+        f"{launched.address}:{launched.port} (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT); "
+        "to train in this process alone, unset WORLD_SIZE"
+    )
+    timer = threading.Timer(WAIT_SECONDS, say, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _no_store(launched: Launched, error: Exception) -> str:

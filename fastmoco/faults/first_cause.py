@@ -42,6 +42,12 @@ class PeerError(RunError):
     repeats = True
 
 
+class LostPeerError(RunError):
+    """Another rank has ended and has left no reason. A launcher of our own reports how it ended."""
+
+    repeats = True
+
+
 @contextmanager
 def first_cause(world: World) -> Iterator[None]:
     """A context in which an error of any rank ends all ranks, with the text of the first error.
@@ -74,7 +80,7 @@ def first_cause(world: World) -> Iterator[None]:
             if first == mine:
                 if echo and _CONNECTION.search(str(error)):
                     # Not a fault of this rank: a traceback would only lead to the collective.
-                    raise RunError(f"rank {world.rank} has lost a peer: {_words(error)}") from error
+                    raise LostPeerError(f"{mine.partition('. ')[0]}: a peer has ended") from error
                 raise
         raise PeerError(f"ended by the failure of {first}") from (None if echo else error)
     finally:

@@ -45,6 +45,7 @@ class StartUp:
         self._made: list[Path] = []
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
         self._asked: signal.Signals | None = None
+        self._leaving = False
         self._over = threading.Event()
 
     def __enter__(self) -> StartUp:
@@ -79,17 +80,22 @@ class StartUp:
         self._receiver.close()
 
     def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
+        self._leaving = True
         unfinished = not self._over.is_set()
         if isinstance(error, Asked):
-            code = self._report()
+            # A rank that is refused asks torchrun to end, which then sends it a signal.
+            refused = isinstance(error.__context__, SystemExit)
+            code = EXIT_REFUSED if refused else self._report()
             self.end()
+            if refused:
+                self._leave_nothing()
             raise SystemExit(code) from None
         self.end()
         if unfinished and isinstance(error, SystemExit) and error.code == EXIT_REFUSED:
             self._leave_nothing()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self._asked is None:
+        if self._asked is None and not self._leaving:
             self._asked = signal.Signals(number)
             raise Asked
 
@@ -115,8 +121,11 @@ class StartUp:
     def _report(self) -> int:
         """Print one line, leave the mark or nothing, and return the exit code."""
         assert self._asked is not None
-        # A launcher of our own prints the line itself: it knows whether it was asked to stop.
-        if LAUNCHER not in os.environ and os.environ.get("RANK", "0") == "0":
+        # A launcher of our own knows whether it was asked to stop, and prints the line.
+        if LAUNCHER in os.environ:
+            self._leave_nothing()
+            return EXIT_STOPPED
+        if os.environ.get("RANK", "0") == "0":
             say(ended_early(self._asked))
         if self._asked is signal.SIGINT:
             self._leave_nothing()

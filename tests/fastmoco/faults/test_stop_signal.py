@@ -18,7 +18,8 @@ from fastmoco.config.faults import FaultConfig
 from fastmoco.distributed.mesh import World
 from fastmoco.faults import stop_signal
 from fastmoco.faults.pulse import Pulse, Section
-from fastmoco.faults.stop_signal import PATIENCE_SECONDS, SIGNALS, StopSignal
+from fastmoco.faults.signals import PATIENCE_SECONDS, SIGNALS
+from fastmoco.faults.stop_signal import StopSignal
 from fastmoco.run.folder import RunFolder
 from tests.checkpoint_content import group_of_one
 
@@ -245,7 +246,7 @@ def test_a_second_signal_before_the_first_step_is_done_is_the_same_stop(
         monkeypatch.setattr(time, "monotonic", lambda: later)
         with pytest.raises(KeyboardInterrupt):  # behind an end that the test has taken away
             os.kill(os.getpid(), signal.SIGINT)
-    assert codes == [75]
+    assert codes == [130]
     assert (tmp_path / "PREEMPTED").exists()
 
 
