@@ -36,7 +36,7 @@ def test_the_help_describes_each_verb_in_whole_sentences(capsys):
     lines = [
         line for line in capsys.readouterr().out.splitlines() if line.startswith("  fastmoco ")
     ]
-    assert len(lines) == 15
+    assert len(lines) == 16
     assert not [line for line in lines if not line.endswith(".")]
 
 
