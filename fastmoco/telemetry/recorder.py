@@ -31,7 +31,7 @@ from fastmoco.telemetry.stability import (
 from fastmoco_pipelines.loading.stages import StageFigures
 
 WARM_STEPS = 100
-"""Steps after which a loss is judged, also without a warm-up, and half of a shorter run."""
+"""Steps before a loss is judged, however short the warm-up is."""
 SLOW_LOADER = 0.2
 """Share of an interval spent waiting for data above which the recorder logs an event."""
 
@@ -78,9 +78,7 @@ class Recorder:
         self._collapse = CollapseDetector(dim=config.model.projection_dim)
         self._forgetting = ForgettingDetector()
         warmup = round(config.optim.warmup_epochs * resolved.steps_per_epoch)
-        self._uninformed = UninformedDetector(
-            uninformed_loss, after=max(warmup, min(WARM_STEPS, resolved.total_steps // 2))
-        )
+        self._uninformed = UninformedDetector(uninformed_loss, after=max(warmup, WARM_STEPS))
 
         # Accuracies by metric name.
         self._labels = dict(figures or {})

@@ -72,7 +72,8 @@ def test_a_finished_run_starts_nothing(config: Config, copy: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, json.dumps(to_json(elsewhere)), str(copy)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    said, loaded = done.stdout.splitlines()
+    said, *commands, loaded = done.stdout.splitlines()
+    assert [" eval knn " in commands[0], " --encoder " in commands[1]] == [True, True]
     assert said == f"this run is finished already; its 5 steps are in {copy / 'checkpoints'}"
     assert json.loads(loaded) == [
         "fastmoco.training",
