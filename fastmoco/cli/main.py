@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastmoco.cli import check as cli_check
     from fastmoco.cli import checkpoint as cli_checkpoint
     from fastmoco.cli import data as cli_data
+    from fastmoco.cli import embed as cli_embed
+    from fastmoco.cli import images as cli_images
 
     verbs: dict[str, Callable[[list[str]], int]] = {
         # A caller that gives the arguments is a program of its own, which goes on afterwards.
@@ -96,7 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "checkpoint verify": _parsed("checkpoint verify", cli_checkpoint.verify),
         "checkpoint list": _parsed("checkpoint list", cli_checkpoint.list_all),
         "checkpoint consolidate": _parsed("checkpoint consolidate", cli_checkpoint.consolidate),
+        "run images": _parsed("run images", cli_images.images),
         "eval knn": _parsed("eval knn", _eval_knn),
+        "eval embed": _parsed("eval embed", cli_embed.embed),
+        "eval neighbours": _parsed("eval neighbours", cli_embed.neighbours),
+        "eval outliers": _parsed("eval outliers", cli_embed.outliers),
         "quickstart": _parsed("quickstart", _quickstart),
     }
     if not args or args[0] in ("-h", "--help"):

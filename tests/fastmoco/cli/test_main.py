@@ -23,7 +23,11 @@ def test_help_names_every_verb(capsys):
         "data stats",
         "data views",
         "data sample",
+        "run images",
         "eval knn",
+        "eval embed",
+        "eval neighbours",
+        "eval outliers",
         "quickstart",
     ):
         assert f"fastmoco {verb}" in text
@@ -36,7 +40,7 @@ def test_the_help_describes_each_verb_in_whole_sentences(capsys):
     lines = [
         line for line in capsys.readouterr().out.splitlines() if line.startswith("  fastmoco ")
     ]
-    assert len(lines) == 15
+    assert len(lines) == 19
     assert not [line for line in lines if not line.endswith(".")]
 
 
