@@ -21,7 +21,7 @@ from fastmoco.evaluation.embeddings import (
 from fastmoco_pipelines.formats.index_json import path_from_json
 
 CPU = torch.device("cpu")
-ODD = "dog/caf\udce9.jpg"
+ODD = "dog/Gr\udcfcn.jpg"
 """A path with a byte that is not UTF-8."""
 
 
