@@ -58,7 +58,11 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     ),
     "Evaluate": (
         Command("eval knn", "delayed:eval_knn", "kNN accuracy of a run's encoder."),
+        Command("eval embed", "embed:embed", "Write the features of images to a file."),
+        Command("eval neighbours", "embed:neighbours", "The nearest images of each image."),
+        Command("eval outliers", "embed:outliers", "Images that are like no others."),
         Command("curves", "curves:curves", "Draw loss, kNN and gradient norms of a run."),
+        Command("run images", "step_images:images", "Which images were in a step or a spike."),
     ),
 }
 """Every command, by the heading of the overview."""

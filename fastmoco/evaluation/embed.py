@@ -17,10 +17,12 @@ from fastmoco_pipelines.loading.batch import EvalBatch
 
 @dataclass(frozen=True, slots=True)
 class LabelledRows:
-    """Features of images, and their labels [n] int64."""
+    """Features of images, their labels [n] int64, and, where they come from a loader, their numbers
+    in the set [n] int64."""
 
     rows: Rows
     labels: Tensor
+    sample_ids: Tensor | None = None
 
 
 def embed(encode: Callable[[Tensor], Tensor], loader: Iterable[EvalBatch]) -> tuple[Tensor, Tensor]:
@@ -107,6 +109,7 @@ def _fill(
     """Write the features of every batch into one table, whose width the first batch gives."""
     table: Rows | None = None
     labels = []
+    sample_ids = []
     try:
         for batch in loader:
             rows = encode(batch.images)
@@ -125,13 +128,36 @@ def _fill(
                 )
             table.append(rows.detach())
             labels.append(torch.from_numpy(batch.labels).to(torch.int64))
+            sample_ids.append(torch.from_numpy(batch.sample_ids))
     except BaseException:
         if table is not None:
             table.close()
         raise
     if table is None:
-        return LabelledRows(MemoryRows(torch.empty(0, 0)), torch.empty(0, dtype=torch.int64))
-    return LabelledRows(table, torch.cat(labels))
+        none = torch.empty(0, dtype=torch.int64)
+        return LabelledRows(MemoryRows(torch.empty(0, 0)), none, none)
+    return LabelledRows(table, torch.cat(labels), torch.cat(sample_ids))
+
+
+def encoder_function(
+    encoder: nn.Module, device: torch.device, precision: str
+) -> Callable[[Tensor], Tensor]:
+    """A function from images on any device to features, as evaluations compute them.
+
+    Args:
+        encoder: in eval mode, on `device`.
+        device: of the computation.
+        precision: "bf16" (autocast), "fp32" or "fp64".
+    """
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+
+    def encode(images: Tensor) -> Tensor:
+        images = images.to(device, dtype)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            features: Tensor = encoder(images)
+        return features
+
+    return encode
 
 
 @contextmanager

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
-from fastmoco.evaluation.embed import LabelledRows, embed_part, eval_mode
+from fastmoco.evaluation.embed import LabelledRows, embed_part, encoder_function, eval_mode
 from fastmoco.evaluation.interface import Monitor
 from fastmoco.evaluation.knn import shared_knn_accuracy
 from fastmoco.evaluation.meaning import meaning
@@ -150,17 +149,7 @@ class KnnMonitor(Monitor):
         if self.report is not None:
             loader.report = lambda text: self._report(f"warning: {text}")
         with loader:
-
-            def encode(images: Tensor) -> Tensor:
-                images = images.to(
-                    self.world.device, torch.float64 if self.precision == "fp64" else torch.float32
-                )
-                with torch.autocast(
-                    self.world.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
-                ):
-                    features: Tensor = encoder(images)
-                return features
-
+            encode = encoder_function(encoder, self.world.device, self.precision)
             limit_bytes = self.memory_bytes() if self.memory_bytes is not None else None
             return embed_part(encode, loader, memory_bytes=limit_bytes, folder=self.scratch)
 

@@ -19,7 +19,8 @@ from fastmoco_pipelines.files import write_file
 class RunFolder:
     """Paths of a run, and its lock.
 
-    Layout: `config.json` (the config, its resolved values, the run's id), `metrics.jsonl` (one line
+    Layout: `config.json` (the config, its resolved values, the order of its images, the run's id,
+    the ranks of each start), `metrics.jsonl` (one line
     for each logged step), `checkpoints/`, `quarantine.jsonl` (bad images found), `curves.png`,
     `lock`, `starts.json` (starts without progress), and after a run `DONE` or `PREEMPTED`, because
     launchers hide exit codes. The folder has mode 0700.

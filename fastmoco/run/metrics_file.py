@@ -28,6 +28,9 @@ MARGIN = 2**20
 """Bytes before the first line to keep that must also be in order. If they are not, every line of
 the file is checked."""
 
+SPIKE = "spike/"
+"""Before the place in the network: the name of a gradient norm that was a spike."""
+
 _INVALID = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 
 
@@ -101,6 +104,34 @@ def read_values(path: Path, name: str) -> Iterator[tuple[int, float]]:
                 row = json.loads(line)
                 if row.get(name) is not None:
                     yield int(row["step"]), float(row[name])
+
+
+def read_spikes(path: Path) -> dict[int, dict[str, float | None]]:
+    """The spikes of a run: by step, the gradient norm by place in the network; None where it was
+    not finite. Of a step with several lines the last one counts."""
+    found: dict[int, dict[str, float | None]] = {}
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if f'"{SPIKE}' not in line or step_of(line) == math.inf:
+                continue
+            row = json.loads(line)
+            places = {
+                name.removeprefix(SPIKE): None if value is None else _number(value)
+                for name, value in row.items()
+                if name.startswith(SPIKE)
+            }
+            if places:
+                found[int(row["step"])] = places
+    return dict(sorted(found.items()))
+
+
+def last_step(path: Path) -> int:
+    """The step of the last line that is valid; 0 if there is none."""
+    with path.open("rb") as file:
+        for _, line in _backwards(file, file.seek(0, os.SEEK_END)):
+            if step_of(line) < math.inf:
+                return int(step_of(line))
+    return 0
 
 
 def cut_back(path: Path, step: int) -> int:

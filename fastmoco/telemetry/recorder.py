@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
@@ -15,6 +16,7 @@ from fastmoco.distributed.agree import mean
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import say
 from fastmoco.run.folder import RunFolder
+from fastmoco.run.metrics_file import SPIKE
 from fastmoco.telemetry.console import Console
 from fastmoco.telemetry.metrics import Throughput
 from fastmoco.telemetry.sinks import JsonlSink, TensorBoardSink
@@ -90,6 +92,11 @@ class Recorder:
 
         self._loader = self._loader_before = StageFigures()
         self._loader_was_slow = False
+
+        # What an event about a step refers to.
+        self._run = folder.path
+        self._synthetic = config.data.synthetic
+        self._told_of_images = False
 
         # Outputs.
         self._sinks: list[JsonlSink | TensorBoardSink] = []
@@ -235,13 +242,24 @@ class Recorder:
         between two lines."""
         peaks: dict[str, float] = {}
         for step, norms in self._gradients.flush():
-            for spike in self._spikes.observe(step, norms):
+            spikes = self._spikes.observe(step, norms)
+            for spike in spikes:
                 self.event(f"warning: {spike}")
+            if spikes:
+                self._write(step, {f"{SPIKE}{spike.name}": spike.value for spike in spikes})
+                self._tell_of_images(step)
             for name, value in norms.items():
                 before = peaks.get(name, value)
                 # NaN survives: max() would drop it or keep it depending on the order.
                 peaks[name] = math.nan if math.isnan(value + before) else max(value, before)
         return peaks
+
+    def _tell_of_images(self, step: int) -> None:
+        """Name the command that lists the images of a step, once."""
+        if not self._told_of_images and not self._synthetic:
+            self._told_of_images = True
+            run = shlex.quote(str(self._run))
+            self.event(f"the images of that step: fastmoco run images {run} --step {step}")
 
     def measured(self, step: int, figures: Mapping[str, float]) -> None:
         """Write the figures of an evaluation; the constructor got the names of all of them."""

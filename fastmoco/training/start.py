@@ -98,8 +98,10 @@ def close_if_finished(
     assert checkpoint is not None
     identity = start.identity.taking_over(checkpoint.run_id)
     if world.rank == 0 and (identity.new or identity != start.identity):
-        saved = {"config": to_json(config), "resolved": checkpoint.state["resolved"]}
-        folder.write_config({**saved, **identity.to_json()})
+        state = checkpoint.state
+        data = {name: value for name, value in state["data"].items() if name != "step"}
+        saved = {"config": to_json(config), "resolved": state["resolved"], "data": data}
+        folder.write_config({**folder.read_config(), **saved, **identity.to_json()})
 
     # Report as a run does that has begun.
     console = Console(rank=world.rank)

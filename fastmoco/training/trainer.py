@@ -34,6 +34,8 @@ from fastmoco.run.curves import Panels
 from fastmoco.run.drawing import CurveDrawer
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.identity import RunIdentity
+from fastmoco.run.world_sizes import NAME as RANKS
+from fastmoco.run.world_sizes import with_start
 from fastmoco.telemetry.recorder import Recorder
 from fastmoco.telemetry.stragglers import Stragglers
 from fastmoco.training import resume, setup
@@ -230,13 +232,16 @@ class Trainer:
             "config": to_json(self.config),
             "resolved": self._describe(),
             "curves": Panels(figures=self.figures, lines=lines).to_json(),
+            "data": {k: value for k, value in self.loader.state_dict().items() if k != "step"},
             **self.identity.to_json(),
         }
 
         # Remove metrics after the checkpoint; without one, all metrics, including those of step 0.
         if self.world.rank == 0:
             self.folder.trim_metrics(self.step_count if checkpoint is not None else -1)
-            self.folder.write_config(saved)
+            before = self.folder.read_config()
+            ranks = with_start(before, self.step_count, self.world.world_size)
+            self.folder.write_config(saved | {RANKS: ranks})
         recorder = Recorder(
             self.config,
             self.resolved,

@@ -101,6 +101,9 @@ class BadSamples:
         with self._lock:
             return len(self._found)
 
+    def __contains__(self, sample_id: int) -> bool:
+        return sample_id in self._bad
+
     def contains(self, sample_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of some samples are known to be bad."""
         if not self._bad:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 import numpy as np
@@ -144,20 +144,10 @@ class Healer:
         filled = list(self.read(places.ids)) if encoded is None else encoded
         while rows := [row for row, data in enumerate(filled) if data is None]:
             for row in rows:
-                self._advance(plan, places, row)
+                to_good_candidate(plan, places, row, self.bad.__contains__)
             for row, data in zip(rows, self.read(places.ids[rows]), strict=True):
                 filled[row] = data
         return [data for data in filled if data is not None]
-
-    def _advance(self, plan: Plan, places: Places, row: int) -> None:
-        """To the next candidate that is not known to be bad."""
-        while self.bad.contains(places.ids[row : row + 1])[0]:
-            if places.attempts[row] >= MAX_ATTEMPTS:
-                raise ShardError(
-                    f"step {places.step}: of {MAX_ATTEMPTS} images drawn to stand in for a bad "
-                    "one, none is good: run `fastmoco data check` on the shards"
-                )
-            plan.advance(places, row)
 
     def find_bad(
         self, error: DecodeError, sample_ids: NDArray[np.int64], encoded: list[Encoded]
@@ -174,6 +164,21 @@ class Healer:
         for row, reason in bad.items():
             self.bad.add(int(sample_ids[row]), reason)
         return set(bad)
+
+
+def to_good_candidate(plan: Plan, places: Places, row: int, is_bad: Callable[[int], bool]) -> None:
+    """Give a place to its next candidates until one is not known to be bad.
+
+    Raises:
+        ShardError: if too many candidates are bad.
+    """
+    while is_bad(int(places.ids[row])):
+        if places.attempts[row] >= MAX_ATTEMPTS:
+            raise ShardError(
+                f"step {places.step}: of {MAX_ATTEMPTS} images drawn to stand in for a bad "
+                "one, none is good: run `fastmoco data check` on the shards"
+            )
+        plan.advance(places, row)
 
 
 class Trial:

@@ -146,13 +146,13 @@ def _grid(
     for index, images in enumerate(cells):
         row, group = divmod(index, groups)
         for column, image in enumerate(images):
-            fitted = _fit(image, side)
+            fitted = fit_into(image, side)
             left = group * group_width + _GAP + column * (side + _GAP) + (side - fitted.width) // 2
             canvas.paste(fitted, (left, _GAP + row * row_height + (side - fitted.height) // 2))
     return canvas
 
 
-def _fit(image: Image.Image, side: int) -> Image.Image:
+def fit_into(image: Image.Image, side: int) -> Image.Image:
     """The image inside a square: enlarged by a whole factor without smoothing, or shrunk
     smoothly."""
     longer = max(image.size)

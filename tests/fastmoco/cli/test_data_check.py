@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from fastmoco_pipelines.formats.index import index_path, read_index
+from fastmoco_pipelines.formats.paths import MEMBER, to_list
 from fastmoco_pipelines.inspecting.tar_check import TarCheck
 from tests.command_line import main
 
@@ -73,6 +74,7 @@ def test_faults_are_printed_escaped_and_written(shards, tmp_path, capsys):
             ("x\x1b]0;evil\x07.jpg", image(1)),
             ("[bold]y.jpg", b"<html>"),
             ("z.jpg", image(9)[:-200]),
+            (MEMBER, to_list([("z", "odd/\x1b[2Jz\udce9.jpg")])),
         ):
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -83,11 +85,14 @@ def test_faults_are_printed_escaped_and_written(shards, tmp_path, capsys):
     assert "\x1b" not in text
     assert "\x07" not in text
     assert "set-00.tar: [bold]y.jpg: its content is no JPEG, PNG or WebP [left out]" in text
+    file = r"odd/\x1b[2Jz\udce9.jpg"  # where there is no index yet, from the tar itself
+    assert f"set-00.tar: z.jpg ({file}): it cannot be decoded" in text
     assert "7 samples = 6 delivered + 1 quarantined" in text
     assert "2 further samples omitted" in text
     content = json.loads(report.read_text())
     assert content["counts"] == {"no image": 1, "damaged image": 1, "unsafe name": 1}
-    assert (tmp_path / "quarantine.jsonl").exists()
+    assert {fault["file"] for fault in content["faults"]} == {"", file}
+    assert json.loads((tmp_path / "quarantine.jsonl").read_text())["file"] == file
     assert (
         main(["data", "check", str(shards), "--show", "1", "--workers", "1", "--no-quarantine"])
         == 1

@@ -14,6 +14,7 @@ from fastmoco.config import resolve
 from fastmoco.distributed.mesh import World
 from fastmoco.recipes import get_recipe
 from fastmoco.run.folder import RunFolder
+from fastmoco.run.metrics_file import read_spikes
 from fastmoco.telemetry.recorder import Recorder
 from fastmoco.telemetry.stability import ForgettingDetector, gradient_norms
 
@@ -77,8 +78,14 @@ def test_a_gradient_that_is_not_finite_is_never_hidden(tmp_path, capsys, order):
         recorder.stepped(0.0)
     q = torch.randn(8, 64)
     recorder.log(3, torch.tensor(2.5), seen(q), lr=0.1, schedules=MOMENTUM)
-    assert _rows(recorder, tmp_path)[0]["gradient_norm/total"] is None
-    assert "gradient of total is nan" in capsys.readouterr().out
+    spikes, row = _rows(recorder, tmp_path)
+    assert row["gradient_norm/total"] is None
+    at = order.index(next(size for size in order if math.isnan(size))) + 1
+    assert read_spikes(tmp_path / "metrics.jsonl") == {at: {"total": None}}
+    assert (spikes["step"], spikes["spike/total"]) == (at, None)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "gradient of total is nan" in said
+    assert f"the images of that step: fastmoco run images {tmp_path} --step {at}" in said
 
 
 def test_a_constant_encoder_raises_the_alarm_within_ten_steps(tmp_path, capsys):

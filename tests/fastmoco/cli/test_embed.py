@@ -1,0 +1,90 @@
+"""`fastmoco eval embed|neighbours|outliers`: on the encoder of a run, with names of files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmoco.checkpoint import save_checkpoint
+from fastmoco.config.serial import to_json
+from fastmoco.evaluation.embed import embed
+from fastmoco.objectives.build import build_objective
+from fastmoco_pipelines import ShardSet, build_eval_loader
+from fastmoco_pipelines.spec import EvalLoaderSpec
+from tests.command_line import main
+
+
+@pytest.fixture(scope="module")
+def run(small_run, tmp_path_factory) -> Path:
+    """The folder of a run that has one checkpoint, of an encoder that was not trained."""
+    config = replace(small_run, precision="fp32")
+    objective = build_objective(config, torch.device("cpu"))
+    tensors = {f"model.{name}": tensor for name, tensor in objective.state_dict().items()}
+    folder = tmp_path_factory.mktemp("run")
+    state = {"config": to_json(config), "resolved": {}, "data": {}}
+    save_checkpoint(folder / "checkpoints", step=3, tensors=tensors, state=state, keep=1)
+    return folder
+
+
+def test_embed_writes_the_features_of_the_encoder(run, small_run, digits, tmp_path, capsys):
+    out = tmp_path / "x.npz"
+    command = ["eval", "embed", str(run), "--shards", digits[1], "--out", str(out)]
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("wrote features 360 x 64 of step 3, ")
+    spec = EvalLoaderSpec(shards=digits[1], image=small_run.eval_spec(), batch_size=256)
+    with build_eval_loader(spec) as loader, ShardSet.open(digits[1]) as shards:
+        objective = build_objective(small_run, torch.device("cpu"))
+        features, labels = embed(objective.encoder, loader)
+        paths = shards.paths_of(np.arange(360))
+    with np.load(out) as found:
+        assert np.array_equal(found["features"], features.numpy())
+        assert np.array_equal(found["labels"], labels.numpy())
+        assert found["paths"].tolist() == paths
+        assert all(path.startswith(f"{label}/") for path, label in zip(paths, labels, strict=True))
+    assert main(command) == 2
+    assert "exists; choose another file" in capsys.readouterr().err
+
+
+def test_neighbours_and_outliers_name_files_and_draw_them(run, digits, tmp_path, capsys):
+    both = ["--train", digits[1], "--query", digits[1], "--limit", "3", "--k", "2"]
+    picture = tmp_path / "grid.png"
+    assert main(["eval", "neighbours", str(run), *both, "--out", str(picture)]) == 0
+    text = capsys.readouterr().out.splitlines()
+    assert main(["eval", "neighbours", str(run), *both, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    lines = []
+    for query in found["queries"]:
+        lines.append(query["path"])
+        lines += [f"  {one['cosine']:.4f}  {one['path']}" for one in query["neighbours"]]
+        assert query["path"] not in [one["path"] for one in query["neighbours"]]
+    assert text == [*lines, f"wrote {picture}"]
+    assert found["step"] == 3
+    assert found["queries"][0]["class"] == str(found["queries"][0]["label"])
+    with Image.open(picture) as image:
+        assert image.size == (3 * 118 + 18, 3 * (112 + 2 * 13 + 12) + 6)
+
+    options = ["--shards", digits[1], "--show", "4", "--json"]
+    assert main(["eval", "outliers", str(run), *options]) == 0
+    outliers = json.loads(capsys.readouterr().out)["outliers"]
+    assert len(outliers) == 4
+    assert [one["similarity"] for one in outliers] == sorted(one["similarity"] for one in outliers)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["outliers", "--shards", "x", "--k", "0"], "k=0: must be at least 1"),
+        (["embed", "--shards", "x", "--out", "x.csv"], "must end in .npz or .safetensors"),
+        (["outliers", "--shards", "x"], "contains no checkpoint"),
+    ],
+    ids=str,
+)
+def test_wrong_commands_are_refused(tmp_path, capsys, options, words):
+    assert main(["eval", options[0], str(tmp_path), *options[1:]]) == 2
+    assert words in capsys.readouterr().err
