@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from fastmoco_pipelines.spec import FieldError
 from fastmoco_pipelines.text import escaped
 
 EXIT_FINISHED = 0
@@ -34,8 +33,8 @@ EXTRAS = {
 """The extra of the distribution that installs a module."""
 
 
-WORDING: ContextVar[Callable[[FieldError], str]] = ContextVar("WORDING", default=str)
-"""How the error of a field is shown: on the command line, by its option (`cli.mistakes`)."""
+WORDING: ContextVar[Callable[[Exception], str]] = ContextVar("WORDING", default=str)
+"""How an error is shown: on the command line a field is named by its option (`cli.mistakes`)."""
 
 
 class RunError(RuntimeError):
@@ -67,7 +66,7 @@ def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
         say(f"this needs {error.name}: pip install '.[{extra}]' in fastmoco's source folder{also}")
         raise SystemExit(EXIT_REFUSED) from error
     except known as error:
-        say(WORDING.get()(error) if isinstance(error, FieldError) else str(error))
+        say(WORDING.get()(error))
         raise SystemExit(code) from error
 
 

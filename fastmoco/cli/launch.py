@@ -32,6 +32,10 @@ SAVE_SECONDS = 600
 checkpoint; torch 2.11 has no setting for it."""
 
 
+MARKS = ("DONE", "PREEMPTED")
+"""Files in the folder of a run that record how it ended."""
+
+
 def launch_command(processes: int, args: Sequence[str], logs: str) -> list[str]:
     """The argument list that starts `fastmoco` with `args` in several processes of this machine.
 
@@ -74,7 +78,7 @@ def launch(processes: int, args: Sequence[str], out: Path) -> int:
     """
     if "RANK" in os.environ:
         raise RunError("--gpus starts the processes itself; omit it under torchrun or srun")
-    _forget(out)
+    before = {name: _state(out / name) for name in MARKS}
     # torchrun would set one thread too, but with a warning. Workers divide the
     # cores by `--threads` in any case.
     environment = (
@@ -91,10 +95,13 @@ def launch(processes: int, args: Sequence[str], out: Path) -> int:
         refused = any(
             Path(logs).glob(f"*/attempt_0/{ASKED_TO_END}")
         )  # a refusal of a later start means too many restarts
-    if (out / "DONE").exists():
+
+    # Only marks of this start count: a refused one leaves those of an earlier start alone.
+    made = [name for name in MARKS if _state(out / name) not in (None, before[name])]
+    if "DONE" in made:
         return EXIT_FINISHED
     # torchrun always prints a traceback, so the last line summarizes the result.
-    if (out / "PREEMPTED").exists():
+    if "PREEMPTED" in made:
         say("stopped by a signal; the same command continues")
         return EXIT_STOPPED
     outcome = "refused" if refused else "failed"
@@ -121,9 +128,10 @@ def _wait(agent: subprocess.Popen[bytes]) -> None:
             signal.signal(number, handler)
 
 
-def _forget(out: Path) -> None:
-    """Remove the marks of an earlier start, because the workers of this one may
-    end before they do it.
-    """
-    for name in ("DONE", "PREEMPTED"):
-        (out / name).unlink(missing_ok=True)
+def _state(path: Path) -> tuple[int, int] | None:
+    """A file as it is now, to see whether it is written again; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

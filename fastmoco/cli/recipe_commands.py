@@ -22,7 +22,6 @@ from fastmoco.config import Config
 from fastmoco.config.serial import to_json
 from fastmoco.errors import EXIT_REFUSED, one_line, say
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
-from fastmoco_pipelines.spec import FieldError
 from fastmoco_pipelines.text import first_sentence
 
 
@@ -98,7 +97,7 @@ def parse_config(kind: type[P], verb: str, args: list[str]) -> P | None:
     return parse(kind, f"{verb} {recipe}", rest, default=_defaults(kind, config), follows=FOLLOWS)
 
 
-def wording(kind: type[P], config: Config, args: list[str]) -> Callable[[FieldError], str]:
+def wording(kind: type[P], config: Config, args: list[str]) -> Callable[[Exception], str]:
     """How errors of fields are shown for these words."""
     return lambda error: Wording(describe(kind, _defaults(kind, config)), args, FOLLOWS)(error)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastmoco_pipelines.errors import ImageRefusedError
-from fastmoco_pipelines.files import hash_file
+from fastmoco_pipelines.files import folder_for, hash_file
 from fastmoco_pipelines.formats.images import MAX_BYTES, check_decodes, image_kind, shrink
 from fastmoco_pipelines.formats.index import build_index, index_path, json_path, write_index
 from fastmoco_pipelines.formats.index_file import ShardIndex
@@ -133,8 +133,8 @@ def pack_folder(
 
     # The new shards are made in a hidden folder and moved when all are finished.
     others = len(skipped)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".packing-{prefix}-", dir=out) as folder:
+    hidden = f".packing-{prefix}-"
+    with folder_for(out), tempfile.TemporaryDirectory(prefix=hidden, dir=out) as folder:
         order = shuffled(seed, len(sources))
         samples = _prepare_all([sources[i] for i in order], options, skipped, progress)
         tars = _write_tars(Path(folder), prefix, samples, options)
