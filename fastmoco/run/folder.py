@@ -47,7 +47,7 @@ class RunFolder:
         self._lock: IO[str] | None = None
         self._made: list[Path] = []
         self._made_lock = False
-        self._before: dict[Path, bytes | None] = {}
+        self._before: dict[Path, _File] = {}
 
     def write_starts(self, data: dict[str, Any]) -> None:
         """Write the number of starts without progress."""
