@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from fastmoco_pipelines.spec import FieldError
 from fastmoco_pipelines.text import escaped, escaped_lines, variable_hint
 
 EXIT_FINISHED = 0
@@ -44,9 +43,6 @@ EXTRAS = {
 """The extra of the distribution that installs a module."""
 
 
-WORDING: ContextVar[Callable[[FieldError], str]] = ContextVar("WORDING", default=str)
-"""How the error of a field is shown: on the command line, by its option (`cli.mistakes`)."""
-
 _CURES = {
     errno.EACCES: "check its permissions, or choose another place",
     errno.EPERM: "check its permissions, or choose another place",
@@ -61,6 +57,21 @@ _CURES = {
     errno.ELOOP: "its symbolic links form a circle",
     errno.EMFILE: "allow more open files (ulimit -n)",
 }
+
+
+def describe(error: Exception) -> str:
+    """An error as text: of the operating system's errors the file, what is wrong, and the cure."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
+    cure = _CURES.get(error.errno or 0, "")
+    hint = "".join({variable_hint(name) for name in names})
+    where = " -> ".join(escaped(name) for name in names)
+    return (f"{where}: " if where else "") + error.strerror + (f"; {cure}" if cure else "") + hint
+
+
+WORDING: ContextVar[Callable[[Exception], str]] = ContextVar("WORDING", default=describe)
+"""How an error is shown: on the command line a field is named by its option (`cli.mistakes`)."""
 
 
 class RunError(RuntimeError):
@@ -95,23 +106,12 @@ def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
         say(f"this needs {error.name}: pip install '.[{extra}]' in fastmoco's source folder{also}")
         raise SystemExit(EXIT_REFUSED) from error
     except known as error:
-        words = WORDING.get()(error) if isinstance(error, FieldError) else describe(error)
+        words = WORDING.get()(error)
         if getattr(error, "repeats", False):
             say_again(words)
         else:
             say(words)
         raise SystemExit(code) from error
-
-
-def describe(error: Exception) -> str:
-    """An error as text: of the operating system's errors the file, what is wrong, and the cure."""
-    if not isinstance(error, OSError) or not error.strerror:
-        return str(error)
-    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
-    cure = _CURES.get(error.errno or 0, "")
-    hint = "".join({variable_hint(name) for name in names})
-    where = " -> ".join(escaped(name) for name in names)
-    return (f"{where}: " if where else "") + error.strerror + (f"; {cure}" if cure else "") + hint
 
 
 def no_checkpoint(path: Path | str) -> RunError:

@@ -48,6 +48,10 @@ checkpoint; torch 2.11 has no setting for it."""
 _POLL_SECONDS = 0.1
 
 
+MARKS = ("DONE", "PREEMPTED")
+"""Files in the folder of a run that record how it ended."""
+
+
 def launch_command(
     processes: int, args: Sequence[str], logs: str, device: str = "auto"
 ) -> list[str]:
@@ -97,11 +101,15 @@ def launch(processes: int, args: Sequence[str], out: Path, *, device: str = "aut
         )
     if (_nodes := os.environ.get("SLURM_JOB_NUM_NODES", "1")) not in ("1", ""):
         say(f"--gpus uses this machine only; the job has {_nodes} nodes (see launch/slurm.sh)")
-    _forget(out)
+    before = {name: _state(out / name) for name in MARKS}
     with tempfile.TemporaryDirectory(prefix="fastmoco_") as logs:
         group = _Group(launch_command(processes, args, logs, device), _environment(logs))
         group.wait()
-        return _outcome(group, Path(logs), out)
+        # Only marks of this start count: a refused one leaves those of an earlier start alone.
+        made = [name for name in MARKS if _state(out / name) not in (None, before[name])]
+        if made:
+            (out / LOG).unlink(missing_ok=True)  # of an earlier start that failed
+        return _outcome(group, Path(logs), out, made)
 
 
 def _environment(logs: str) -> dict[str, str]:
@@ -122,9 +130,9 @@ def _environment(logs: str) -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", **kept, **own}
 
 
-def _outcome(group: _Group, logs: Path, out: Path) -> int:
+def _outcome(group: _Group, logs: Path, out: Path, made: Sequence[str]) -> int:
     """The exit code, after at most one line: workers have printed what they know."""
-    if (out / "DONE").exists():
+    if "DONE" in made:
         return EXIT_FINISHED
     asked = group.asked
     if group.cut_short is not None:
@@ -132,7 +140,7 @@ def _outcome(group: _Group, logs: Path, out: Path) -> int:
         return EXIT_INTERRUPTED if group.cut_short == signal.SIGINT else 128 + (asked or 0)
 
     # Stopped: rank 0 has reported which step is saved.
-    if (out / "PREEMPTED").exists():
+    if "PREEMPTED" in made:
         if asked is None and group.code < 0:
             say(f"the agent of the workers {death(group.code)}; the same command continues")
         return EXIT_STOPPED
@@ -252,9 +260,10 @@ class _Group:
             time.sleep(_POLL_SECONDS)
 
 
-def _forget(out: Path) -> None:
-    """Remove the marks of an earlier start, because the workers of this one may
-    end before they do it.
-    """
-    for name in ("DONE", "PREEMPTED", LOG):
-        (out / name).unlink(missing_ok=True)
+def _state(path: Path) -> tuple[int, int] | None:
+    """A file as it is now, to see whether it is written again; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

@@ -17,6 +17,7 @@ from fastmoco.cli.options import REQUIRED, Described, Option, choices, describe,
 from fastmoco.cli.options import typed as as_words
 from fastmoco.cli.suggest import one_of, unknown_option
 from fastmoco.errors import EXIT_REFUSED, WORDING, say
+from fastmoco.errors import describe as describe_error
 from fastmoco_pipelines.spec import FieldError
 from fastmoco_pipelines.text import first_sentence
 
@@ -172,6 +173,10 @@ def sort_words(args: Sequence[str], described: Described, whole_list: str = "") 
     return found
 
 
+_FIELD = re.compile(
+    r"(?P<name>[a-z]\w*(?:\.\w+)*)=(?P<value>'(?:[^'\\]|\\.)*'|[^\s:]+): (?P<rule>.*)", re.DOTALL
+)
+"""The error of a field as text."""
 _NOTHING = "''"
 """How an empty value is shown."""
 _SWITCHES = ("true", "false", "yes", "no", "on", "off", "0", "1")
@@ -224,19 +229,43 @@ class Wording:
     follows: Mapping[str, str] = field(default_factory=dict)
     """Options that follow another one unless they are given: dotted name -> dotted name."""
 
-    def __call__(self, error: FieldError) -> str:
+    def __call__(self, error: Exception) -> str:
         """The text of an error, with its fields named as options."""
-        option = self._option(error.name, "")
+        if isinstance(error, FieldError):
+            return self._field(error.name, error.value, error.rule) or describe_error(error)
+        # Most other errors of values have the same form, as text.
+        match = _FIELD.fullmatch(str(error))
+        named = match and self._field(match["name"], match["value"].strip("'"), match["rule"])
+        return named or describe_error(error)
+
+    def _field(self, name: str, value: object, rule: str) -> str | None:
+        """What to say about a field; None if the command has no such option."""
+        given = sort_words(self.args, self.described)
+        option = self._owner(name, as_words(value), given)
         if option is None:
-            return str(error)
-        given = sort_words(self.args, self.described).values
-        if option.name not in given and error.value in ("", None):
-            return f"{option.flag} is missing: {error.rule.removeprefix('must ')}"
-        value = " ".join(given.get(option.name, ())) or as_words(error.value)
-        switch = option.flag if error.value else option.negative
-        head = switch if option.count == 0 else f"{option.flag} {value or _NOTHING}"
-        rule = self._with_flags(error.rule, option.group, given)
-        return f"{head}{self._origin(option, given)}: {rule}"
+            return None
+        rule = self._with_flags(rule, option.group, given.values)
+        if option.positional:
+            return f"{as_words(value)}: {rule}"
+        if option.name not in given.values and value in ("", None):
+            return f"{option.flag} is missing: {rule.removeprefix('must ')}"
+        words = " ".join(given.values.get(option.name, ())) or as_words(value)
+        switch = option.flag if value else option.negative
+        head = switch if option.count == 0 else f"{option.flag} {words or _NOTHING}"
+        return f"{head}{self._origin(option, given.values)}: {rule}"
+
+    def _owner(self, name: str, value: str, given: Words) -> Option | None:
+        """The option that a field belongs to: of its whole name, else of its last part, if only one
+        has that or was given that value."""
+        option = self.described.named(name)
+        if option is not None:
+            return option
+        options = [o for o in self.described.options if o.name.endswith(f".{name}")]
+        typed = [o for o in options if " ".join(given.values.get(o.name, ())) == value]
+        for found in (typed, options):
+            if len(found) == 1:
+                return found[0]
+        return None
 
     def _origin(self, option: Option, given: Mapping[str, Sequence[str]]) -> str:
         """Where a value comes from that was not typed."""
@@ -281,7 +310,7 @@ class Wording:
 
 
 @contextlib.contextmanager
-def worded(wording: Callable[[FieldError], str]) -> Iterator[None]:
+def worded(wording: Callable[[Exception], str]) -> Iterator[None]:
     """Errors of fields inside are shown in these words."""
     token = WORDING.set(wording)
     try:

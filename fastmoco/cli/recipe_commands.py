@@ -24,7 +24,6 @@ from fastmoco.errors import EXIT_REFUSED, close_output, one_line, say
 from fastmoco.faults.parent import follow_parent
 from fastmoco.faults.start_up import StartUp
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
-from fastmoco_pipelines.spec import FieldError
 from fastmoco_pipelines.text import first_sentence
 
 
@@ -100,7 +99,7 @@ def parse_config(kind: type[P], verb: str, args: list[str]) -> P | None:
     return parse(kind, f"{verb} {recipe}", rest, default=_defaults(kind, config), follows=FOLLOWS)
 
 
-def wording(kind: type[P], config: Config, args: list[str]) -> Callable[[FieldError], str]:
+def wording(kind: type[P], config: Config, args: list[str]) -> Callable[[Exception], str]:
     """How errors of fields are shown for these words."""
     return lambda error: Wording(describe(kind, _defaults(kind, config)), args, FOLLOWS)(error)
 

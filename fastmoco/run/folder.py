@@ -4,16 +4,18 @@ metrics after a resume.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from fastmoco.errors import RunError
 from fastmoco.run.metrics_file import cut_back, read_values
-from fastmoco_pipelines.files import write_file
+from fastmoco_pipelines.files import is_named, missing_folders, remove_empty, write_file
 
 
 class RunFolder:
@@ -45,6 +47,9 @@ class RunFolder:
         self.starts = path / "starts.json"
         self._config = path / "config.json"
         self._lock: IO[str] | None = None
+        self._made: list[Path] = []
+        self._made_lock = False
+        self._before: dict[Path, _File] = {}
 
     def write_starts(self, data: dict[str, Any]) -> None:
         """Write the number of starts without progress."""
@@ -91,19 +96,22 @@ class RunFolder:
             raise RunError(
                 f"{self.path} is a URL: a run needs a folder of this machine; choose another --out"
             )
+        lock = self.path / "lock"
+        self._made = missing_folders(self.path)
+        self._made_lock = not lock.exists()
         try:
-            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            descriptor = os.open(
-                self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
-            )
-            self._lock = os.fdopen(descriptor, "a+")  # held open until the run ends
-        except OSError as error:
-            raise RunError(
-                f"cannot write to {self.path}: {error.strerror}; choose another --out"
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+                descriptor = os.open(
+                    lock, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
+                )
+                self._lock = os.fdopen(descriptor, "a+")  # held open until the run ends
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if is_named(descriptor, str(lock)):
+                    break
+                self._lock.close()  # removed by a refused start before this one had it
         except BlockingIOError as error:
+            assert self._lock is not None
             self._lock.seek(0)
             owner = self._lock.read().strip() or "unknown"
             self._lock.close()
@@ -111,13 +119,19 @@ class RunFolder:
             raise RunError(
                 f"{self.path} is in use by process {owner}; wait for it or choose another --out"
             ) from error
+        except OSError as error:
+            self._remove_made()
+            raise RunError(
+                f"cannot write to {self.path}: {error.strerror}; choose another --out"
+            ) from error
         try:
+            self._before = {path: _File.read(path) for path in (lock, self.starts)}
+            self._require_writable()
             self._lock.truncate(0)
             self._lock.write(str(os.getpid()))
             self._lock.flush()
-            self._require_writable()
         except OSError as error:
-            self.release()
+            self.withdraw()
             name = error.filename or self.path
             raise RunError(
                 f"cannot write to {name}: {error.strerror}; fix it or choose another --out"
@@ -139,6 +153,27 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def withdraw(self) -> None:
+        """Unlock the folder after a refused start, and leave it as it was before `acquire`.
+
+        What this process has made is removed, and the two files that every start writes have their
+        former content. Does nothing in a process that does not hold the lock.
+        """
+        if self._lock is None:
+            return
+        with contextlib.suppress(OSError):  # the refusal is what the user must read
+            for path, file in self._before.items():
+                if path.name != "lock" or not self._made_lock:
+                    file.restore(path)
+        self._remove_made()
+        self.release()
+
+    def _remove_made(self) -> None:
+        """Remove the lock and the folders that `acquire` has made, except folders in use."""
+        if self._lock is not None and self._made_lock:
+            (self.path / "lock").unlink(missing_ok=True)
+        remove_empty(self._made)
 
     def read_config(self) -> dict[str, Any]:
         """The content of `config.json`; empty if the file is missing or not a JSON object."""
@@ -171,6 +206,31 @@ class RunFolder:
     def read_metric(self, name: str) -> list[tuple[int, float]]:
         """(step, value) for every line of `metrics.jsonl` with the metric."""
         return list(read_values(self.metrics, name)) if self.metrics.exists() else []
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file as it was: its bytes, None if there was none, and its times."""
+
+    content: bytes | None
+    times: tuple[int, int]
+
+    @classmethod
+    def read(cls, path: Path) -> _File:
+        """The file as it is now."""
+        try:
+            found = path.stat()
+            return cls(path.read_bytes(), (found.st_atime_ns, found.st_mtime_ns))
+        except FileNotFoundError:
+            return cls(None, (0, 0))
+
+    def restore(self, path: Path) -> None:
+        """Make the file again what it was."""
+        if self.content is None:
+            path.unlink(missing_ok=True)
+        elif _File.read(path) != self:
+            path.write_bytes(self.content)
+            os.utime(path, ns=self.times)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -15,12 +15,14 @@ from fastmoco.config import Config, resolve
 from fastmoco.config.serial import to_json
 from fastmoco.distributed.agree import any_rank
 from fastmoco.distributed.mesh import World
+from fastmoco.errors import RunError
 from fastmoco.faults import restarts
 from fastmoco.models.precision import choose_precision
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.identity import RunIdentity, identify
 from fastmoco.telemetry.console import Console
 from fastmoco.training import resume
+from fastmoco_pipelines import BadImageError, ShardError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +64,26 @@ def find_start(out: Path, world: World, *, trust: bool = False) -> Start:
             restarts.require_progress(folder, checkpoint.step if checkpoint is not None else 0)
         resume.require_run(checkpoint)
         resume.require_same_step(checkpoint, world)
-    except BaseException:
-        folder.release()
+    except BaseException as error:
+        give_back(folder, error)
         raise
     return Start(folder=folder, identity=who, checkpoint=checkpoint)
+
+
+def give_back(folder: RunFolder, error: BaseException | None) -> None:
+    """Unlock the folder of a run that does not begin because of an error.
+
+    A refused start leaves nothing behind. Any other error keeps the count of starts without
+    progress, so that a launcher does not start a crash indefinitely.
+    """
+    if isinstance(error, _REFUSALS):
+        folder.withdraw()
+    else:
+        folder.release()
+
+
+_REFUSALS = (RunError, ShardError, BadImageError, ValueError, ImportError, KeyboardInterrupt)
+"""Errors of a start that the user can fix (`errors.one_line`), and Ctrl-C."""
 
 
 def close_if_finished(
@@ -89,8 +107,8 @@ def close_if_finished(
         steps = _steps_if_done(start, config, world, allow)
         if any_rank(steps == 0, world.device):
             return False
-    except BaseException:
-        start.folder.release()
+    except BaseException as error:
+        give_back(start.folder, error)
         raise
 
     # The id of a run that --trust has admitted is kept, as at any other start.

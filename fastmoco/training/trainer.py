@@ -43,7 +43,7 @@ from fastmoco.training import state as training_state
 from fastmoco.training.forward_backward import ForwardBackward
 from fastmoco.training.rollback import Rollback
 from fastmoco.training.saving import DEADLINE_S, Saving
-from fastmoco.training.start import Start, find_start, finished_already
+from fastmoco.training.start import Start, find_start, finished_already, give_back
 from fastmoco.training.step import StepResult, TrainStep
 from fastmoco.training.step_guard import StepGuard
 from fastmoco_pipelines import Batch, Loader, ShardError, SyntheticLoader
@@ -172,7 +172,7 @@ class Trainer:
             # The folder is locked, and every rank sees the same checkpoint.
             start = start or find_start(out, world, trust=trust)
             folder, who, checkpoint = start.folder, start.identity, start.checkpoint
-            undo.callback(folder.release)
+            undo.push(lambda _kind, error, _trace: give_back(folder, error))
 
             # Build the data, and check that the checkpoint belongs to it.
             loader = setup.build_train_loader(

@@ -17,8 +17,8 @@ import os
 import secrets
 import stat
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +216,31 @@ def remove_if_free(path: str) -> None:
     if descriptor is not None:
         remove(path)
         os.close(descriptor)
+
+
+@contextmanager
+def folder_for(path: Path) -> Iterator[Path]:
+    """A folder in which something is made: created if absent, and removed again if that fails and
+    the folder is still empty."""
+    made = missing_folders(path)
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """A folder and those above it that do not exist, the deepest first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders that hold nothing."""
+    for folder in folders:
+        with suppress(OSError):  # it holds something, or is gone
+            folder.rmdir()
 
 
 @contextmanager

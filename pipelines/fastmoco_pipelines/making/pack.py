@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastmoco_pipelines.errors import ImageRefusedError
-from fastmoco_pipelines.files import hash_file
+from fastmoco_pipelines.files import folder_for, hash_file
 from fastmoco_pipelines.formats.images import (
     bytes_problem,
     check_decodes,
@@ -154,8 +154,8 @@ def pack_folder(
         tell(f"note: {note}")
 
     # From here on no other process writes into the folder.
-    out.mkdir(parents=True, exist_ok=True)
-    with one_writer(out, f"data pack --prefix {prefix}", tell) as finished:
+    task = f"data pack --prefix {prefix}"
+    with folder_for(out), one_writer(out, task, tell) as finished:
         job = {"src": os.path.abspath(src), "options": asdict(options), "links": follow_links}
         same = prefix in finished and finished[prefix].get("job") == job
         if same and not overwrite and keep is None and classes is None:

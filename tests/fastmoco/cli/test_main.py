@@ -21,7 +21,7 @@ from tests.command_line import main
         (["pack"], "data pack?"),
         (["data-stats", "x"], "data stats?"),
         (["export"], "checkpoint consolidate?"),
-        (["help", "chckpoint"], "checkpoint"),
+        (["help", "recipez"], "recipes?"),
         (["vit_s16_e300_b1024"], "train vit_s16_e300_b1024?"),
     ],
 )

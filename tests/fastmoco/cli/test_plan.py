@@ -124,8 +124,8 @@ def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--memory", "lots"], "memory='lots': must be a number with one of MB, GB, MiB, GiB"),
-        (["--gpus", "3"], "gpus=3: must divide global_batch_size=256"),
+        (["--memory", "lots"], "--memory lots: must be a number with one of MB, GB, MiB, GiB"),
+        (["--gpus", "3"], "--gpus 3: must divide --global-batch-size 256"),
     ],
 )
 def test_mistakes_are_named(
