@@ -20,12 +20,13 @@ from tyro.conf import Positional
 from fastmoco.cli import plan as cli_plan
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.environment import clean_environment
+from fastmoco.cli.opening import announce, suggestion
 from fastmoco.cli.plan import PlanArguments
 from fastmoco.config import Config
 from fastmoco.config.serial import to_json
 from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, one_line, say
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
-from fastmoco_pipelines.text import first_sentence
+from fastmoco_pipelines.text import first_sentence, redact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +171,8 @@ def _parse_config(kind: type[P], verb: str, args: list[str]) -> P | None:
             f"`fastmoco {verb} RECIPE --help` lists them\nrecipes:"
         )
         _recipes([])
+        if verb == "train" and (hint := suggestion(args)) is not None:
+            print(f"for these images: {hint}")
         return None
     # Errors also come from rules between two fields, which tyro passes on.
     with one_line(EXIT_REFUSED, ValueError):
@@ -235,6 +238,7 @@ def _train(args: list[str], *, process_ends: bool = False) -> int:
             raise
     if parsed is None:
         return EXIT_REFUSED
+    announce(parsed.config)
     if parsed.gpus:
         from fastmoco.cli.launch import launch
 
@@ -272,6 +276,7 @@ def _eval_knn(
         k: Number of neighbours.
         temperature: The weight of a neighbour is exp(cosine / temperature).
     """
+    say(f"kNN of {run}: importing torch, then opening {redact(train)} and {redact(test)}")
     with collection_paused():
         from fastmoco.cli.train import eval_knn
 

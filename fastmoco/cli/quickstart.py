@@ -18,6 +18,7 @@ from fastmoco.config import Config
 from fastmoco.evaluation.embed import raw_pixels
 from fastmoco.evaluation.knn import knn_accuracy
 from fastmoco.recipes import quickstart_digits
+from fastmoco.recipes.suggest import suggest
 from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
 from fastmoco_pipelines import EvalLoaderSpec, build_eval_loader, pack_digits
@@ -67,8 +68,8 @@ def _summary(config: Config, out: Path, when: str) -> None:
     history = RunFolder(out / "run").read_metric("knn")
     before, after = history[0][1], history[-1][1]
     pixels = _raw_pixel_accuracy(config)
-    program = _program()
-    recipe = "vit_s16_e300_b1024" if torch.cuda.is_available() else "vit_nano8_e60_b256"
+    chosen = suggest("gpu" if torch.cuda.is_available() else "cpu")
+    source = ("--data.images", "YOUR_IMAGES", "--knn.holdout", "10%")
     print(f"""
 kNN accuracy on 360 held-out digits (k = 20, no label was used in training)
   random encoder   {before:7.1%}
@@ -78,8 +79,7 @@ kNN accuracy on 360 held-out digits (k = 20, no label was used in training)
                                pixels here.
 
 pictures  {out / "views.png"}, {out / "run" / "curves.png"}
-next      {program} data pack YOUR_IMAGES data --max-side 512
-          {program} train {recipe} --data.shards 'data/train-*.tar' --out runs/first
+next      {chosen.command(*source, program=_program())}
 """)
 
 

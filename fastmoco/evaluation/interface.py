@@ -59,6 +59,11 @@ class Monitor(ABC):
             The value of each of `figures`.
         """
 
+    @property
+    def images(self) -> int:
+        """Images that one measurement embeds, on all ranks; 0: unknown."""
+        return 0
+
     def close(self) -> None:  # noqa: B027 - most monitors hold nothing
         """Release what the monitor holds, e.g. open sets. Safe to call twice."""
 

@@ -90,6 +90,13 @@ class KnnMonitor(Monitor):
             )
         return {"knn": accuracy}
 
+    @property
+    def images(self) -> int:
+        """Images of the bank and of the queries."""
+        knn = self.config.knn
+        sets = ((self._bank, knn.max_train_images), (self._queries, knn.max_test_images))
+        return sum(min(len(each.shards), limit or len(each.shards)) for each, limit in sets)
+
     def close(self) -> None:
         """Close the files of both sets."""
         self._bank.shards.close()

@@ -166,7 +166,9 @@ def _tars_of_folder(pattern: str, folder: Path) -> list[str]:
         raise ValueError(f"shards={pattern!r}: the folder holds several sets: name one, {names}")
     found = list(_files(str(folder), "*.tar"))
     if not found:
-        raise ValueError(f"shards={pattern!r}: the folder holds no .tar")
+        raise ValueError(
+            f"shards={pattern!r}: the folder holds no .tar; a folder of images is given with --data.images"
+        )
     return _sorted(found)
 
 
