@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fastmoco.cli.collection import collection_paused
 from fastmoco.config import Config
+from fastmoco.config.serial import from_json
 from fastmoco.distributed.mesh import World, start_world, stop_world
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, RunError, one_line, say
 from fastmoco.faults import restarts
@@ -68,6 +69,8 @@ def train(
 
                     trainer = Trainer.build(config, out, world, allow=allow, start=start)
     if finished:
+        assert start.checkpoint is not None
+        config = from_json(start.checkpoint.state["config"])  # with the shards of its folders
         return _finish(start.folder, config, world, None, process_ends)
     try:
         with one_line(EXIT_FAILED), first_cause(world):
