@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from fastmoco.cli.options import describe
 from fastmoco.cli.pages import HELP, of_config
 from fastmoco.cli.pages import show as show_page
 from fastmoco.errors import EXIT_REFUSED, one_line, say, show
+from fastmoco.recipes.suggest import Suggestion, suggest
 from fastmoco_pipelines.spec import CacheSpec, ViewSpec, moco_v3_views
 from fastmoco_pipelines.text import counted
 
@@ -109,6 +111,8 @@ def pack(
             f"{len(report.skipped)} skipped"
         )
         show(f"shards: {report.pattern}")
+        if prefix == "train":
+            show(f"next: {next_command(report.pattern)}")
     return 0
 
 
@@ -252,6 +256,34 @@ def sample(name: Positional[Literal["digits"]], out: Positional[Path], *, seed: 
         show(f"train: {train}")
         show(f"test:  {test}")
     return 0
+
+
+def next_command(pattern: str) -> str:
+    """The command that trains on shards, with the recipe that fits this machine and them."""
+    from fastmoco_pipelines.inspecting.stats import measure_shards
+
+    stats = measure_shards(pattern)
+    rows = stats.quantiles()
+    side = max(rows["width (pixels)"]["median"], rows["height (pixels)"]["median"])
+    return suggested(len(stats), side).command("--data.shards", pattern)
+
+
+def suggested(images: int, side: float | None) -> Suggestion:
+    """The recipe for this machine and a set (`suggest`)."""
+    gpus = visible_gpus()
+    device: Literal["cpu", "gpu"] = "gpu" if gpus else "cpu"
+    return suggest(device, images=images, side=side, gpus=max(gpus, 1))
+
+
+def visible_gpus() -> int:
+    """NVIDIA GPUs that this process may use, without the import of torch."""
+    present = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return present
+    return min(
+        present, len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    )
 
 
 def tell_of_decoder() -> None:

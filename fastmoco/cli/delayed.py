@@ -7,7 +7,8 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
-from fastmoco.errors import EXIT_REFUSED, one_line
+from fastmoco.errors import EXIT_REFUSED, one_line, say
+from fastmoco_pipelines.text import redact
 
 
 def eval_knn(
@@ -29,6 +30,7 @@ def eval_knn(
         temperature: The weight of a neighbour is exp(cosine / temperature).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
     """
+    say(f"kNN of {run}: importing torch, then opening {redact(train)} and {redact(test)}")
     with collection_paused():
         from fastmoco.cli.train import eval_knn as measure
 

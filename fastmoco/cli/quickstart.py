@@ -18,6 +18,7 @@ from fastmoco.errors import show
 from fastmoco.evaluation.embed import raw_pixels
 from fastmoco.evaluation.knn import knn_accuracy
 from fastmoco.recipes import quickstart_digits
+from fastmoco.recipes.suggest import suggest
 from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
 from fastmoco_pipelines import EvalLoaderSpec, build_eval_loader, pack_digits
@@ -70,7 +71,8 @@ def _summary(config: Config, out: Path, when: str) -> None:
     pixels = _raw_pixel_accuracy(config)
     command = program()
     run, encoder = (escaped(quote(str(out / name))) for name in ("run", "encoder.safetensors"))
-    recipe = "vit_s16_e300_b1024" if torch.cuda.is_available() else "vit_nano8_e60_b256"
+    chosen = suggest("gpu" if torch.cuda.is_available() else "cpu")
+    source = ("--data.images", "YOUR_IMAGES", "--knn.holdout", "10%")
     print(f"""
 kNN accuracy on 360 held-out digits (k = 20, no label was used in training)
   random encoder   {before:7.1%}
@@ -81,8 +83,7 @@ kNN accuracy on 360 held-out digits (k = 20, no label was used in training)
 
 pictures  {escaped(str(out / "views.png"))}, {escaped(str(out / "run" / "curves.png"))}
 next      {command} checkpoint consolidate {run} --encoder --out {encoder}
-          {command} data pack YOUR_IMAGES data --max-side 512
-          {command} train {recipe} --data.shards 'data/train-*.tar' --out runs/first
+          {chosen.command(*source, program=command)}
 """)
 
 

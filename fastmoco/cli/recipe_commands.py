@@ -15,6 +15,7 @@ import tyro
 from fastmoco.cli import plan as cli_plan
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.mistakes import Wording, parse, sort_words, worded
+from fastmoco.cli.opening import announce, suggestion
 from fastmoco.cli.options import describe
 from fastmoco.cli.pages import HELP, no_recipe, of_config, show
 from fastmoco.cli.plan import PlanArguments
@@ -88,6 +89,10 @@ def parse_config(kind: type[P], verb: str, args: list[str]) -> P | None:
         recipes([])
         return None
     if recipe is None:
+        hint = suggestion(args) if verb == "train" else None
+        if hint is not None:
+            say(f"name a recipe; for these images: {hint}")
+            return None
         say(
             f"name a recipe: fastmoco {verb} RECIPE {shlex.join(args)}; `fastmoco recipes` lists them"
         )
@@ -216,6 +221,7 @@ def _train(args: list[str], start_up: StartUp, *, process_ends: bool) -> int:
             raise
     if parsed is None:
         return EXIT_REFUSED
+    announce(parsed.config)
     with worded(wording(TrainArguments, parsed.config, args)):
         if parsed.gpus:
             from fastmoco.cli.launch import launch

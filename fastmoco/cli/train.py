@@ -17,6 +17,7 @@ from fastmoco.checkpoint.choose import by_score
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.next_steps import after_finish, after_stop
 from fastmoco.config import Config
+from fastmoco.config.serial import from_json
 from fastmoco.distributed.mesh import World, start_world, stop_world
 from fastmoco.errors import (
     EXIT_FAILED,
@@ -92,6 +93,8 @@ def train(
                     trainer = Trainer.build(config, out, world, allow=allow, start=start)
     begun()
     if finished:
+        assert start.checkpoint is not None
+        config = from_json(start.checkpoint.state["config"])  # with the shards of its folders
         return _finish(start.folder, config, world, None, process_ends, hints)
     try:
         with one_line(EXIT_FAILED), first_cause(world):
@@ -125,7 +128,7 @@ def _with_shards(config: Config, out: Path, world: World, start: Start) -> Confi
     try:
         return with_shards(config, out, world, start, pack=packed, tell=say)
     except BaseException:
-        start.folder.release()
+        start.folder.withdraw()
         raise
 
 

@@ -40,11 +40,13 @@ def resolve(config: Config, *, world_size: int, sample_count: int) -> Resolved:
         f"must be a multiple of the {world_size} processes",
     )
     steps_per_epoch = sample_count // batch
+    fits = fitting_batch(sample_count, most=batch, world_size=world_size)
+    cure = f"; --global-batch-size {fits} fits" if fits <= sample_count else ""
     require(
         steps_per_epoch >= 1,
         "global_batch_size",
         batch,
-        f"must be at most the {sample_count} images of data.shards",
+        f"must be at most the {sample_count} training images{cure}",
     )
     total_steps = max(1, round(config.epochs * steps_per_epoch))
     return Resolved(
@@ -55,3 +57,16 @@ def resolve(config: Config, *, world_size: int, sample_count: int) -> Resolved:
         local_batch_size=batch // world_size,
         peak_lr=config.peak_lr,
     )
+
+
+def fitting_batch(images: int, *, most: int, world_size: int = 1) -> int:
+    """A global batch size for a set: `most`, or for a small set a power of two with three steps an
+    epoch or more; a multiple of the processes, and at least 2 images for each.
+
+    Args:
+        images: in the set.
+        most: largest batch, that of the recipe.
+        world_size: processes that train.
+    """
+    batch = min(most, 1 << max(1, (images // 3).bit_length() - 1))
+    return max(2 * world_size if world_size > 1 else 2, batch - batch % world_size)

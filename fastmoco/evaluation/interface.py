@@ -76,6 +76,11 @@ class Monitor(ABC):
             Unmeasurable: on all ranks, if these features or images have no figure.
         """
 
+    @property
+    def images(self) -> int:
+        """Images that one measurement embeds, on all ranks; 0: unknown."""
+        return 0
+
     def close(self) -> None:  # noqa: B027 - most monitors hold nothing
         """Release what the monitor holds, e.g. open sets. Safe to call twice."""
 

@@ -119,6 +119,13 @@ class KnnMonitor(Monitor):
         self.notes = tuple(f"kNN: {note}" for note in found.notes)
         self.chance = {"knn": found.chance}
 
+    @property
+    def images(self) -> int:
+        """Images of the bank and of the queries."""
+        knn = self.config.knn
+        sets = ((self._bank, knn.max_train_images), (self._queries, knn.max_test_images))
+        return sum(min(len(each.shards), limit or len(each.shards)) for each, limit in sets)
+
     def close(self) -> None:
         """Close the files of both sets."""
         self._bank.shards.close()

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastmoco.config import Config
+from fastmoco.config import Config, resolve
 from fastmoco.distributed.first_rank import first_rank_does
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
@@ -73,7 +73,7 @@ def with_shards(
     """
     if not (config.data.images or config.knn.images):
         return config
-    folders = _Folders(config, out.parent / FOLDER, start, pack, tell)
+    folders = _Folders(config, out.parent / FOLDER, world.world_size, start, pack, tell)
     found: list[Any] = json.loads(
         first_rank_does(world, "packed", lambda: json.dumps(folders.shards()))
     )
@@ -88,9 +88,16 @@ class _Folders:
     """The folders of a config, on rank 0."""
 
     def __init__(
-        self, config: Config, root: Path, start: Start, pack: Pack, tell: Callable[[str], None]
+        self,
+        config: Config,
+        root: Path,
+        processes: int,
+        start: Start,
+        pack: Pack,
+        tell: Callable[[str], None],
     ) -> None:
         self.config = config
+        self.processes = processes
         self.root = root
         self.start = start
         self.pack = pack
@@ -104,9 +111,7 @@ class _Folders:
         trained = ""
         if data.images:
             images = Path(data.images)
-            packed = self._of_run() or self.pack(
-                images, self.root, self._options(), named="data.images"
-            )
+            packed = self._of_run() or self._new(images)
             if knn.holdout_share and not packed.state.classes:
                 self.tell(
                     f"{images} has no class folders, so kNN is not possible, and no image is held "
@@ -117,6 +122,15 @@ class _Folders:
         if knn.images:
             test = self._held_out(classes, trained)
         return train, test
+
+    def _new(self, images: Path) -> PackedFolder:
+        """The images of a new run; too few of them are refused before they are packed."""
+        try:
+            state = folder_state(images)
+        except ValueError as error:
+            raise ValueError(f"data.images: {error}") from error
+        resolve(self.config, world_size=self.processes, sample_count=state.images)
+        return self.pack(images, self.root, self._options(), named="data.images", state=state)
 
     def _options(self) -> PackOptions:
         data, share = self.config.data, self.config.knn.holdout_share

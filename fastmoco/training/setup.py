@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,12 @@ from fastmoco.config import Config, Resolved
 from fastmoco.distributed.mesh import World
 from fastmoco.evaluation.interface import Monitor
 from fastmoco.evaluation.monitor import KnnMonitor
+from fastmoco.models.encoder import Encoder
 from fastmoco.optim.averaged import AveragedOptimizer
 from fastmoco.optim.build import name_of
+from fastmoco.planning.duration import cpu_flops_per_s, estimate, slow_notes
 from fastmoco.planning.free_memory import free_bytes
+from fastmoco.recipes.suggest import suggest
 from fastmoco_kernels.attention.choice import AttentionChoice
 from fastmoco_pipelines import Loader, LoaderSpec, SyntheticLoader, build_loader
 from fastmoco_pipelines.loading.memory import loader_bytes
@@ -230,6 +233,41 @@ def describe(
 def decoder_note(config: Config) -> str | None:
     """What to tell the user about the decoder: that Pillow decodes, where DALI is not installed."""
     return None if config.data.synthetic or has_dali() else WITHOUT_DALI
+
+
+def duration_notes(
+    config: Config,
+    world: World,
+    resolved: Resolved,
+    encoder: Encoder,
+    precision: str,
+    *,
+    monitors: Sequence[Monitor],
+    steps_left: int,
+) -> list[str]:
+    """What to tell the user of a CPU before a slow run; empty for a fast one, and on a GPU.
+
+    Args:
+        config: of the run.
+        world: this process's rank and device.
+        resolved: of the run.
+        encoder: that is trained.
+        precision: of the run.
+        monitors: evaluations of the run; the first step waits for one measurement of each.
+        steps_left: steps that the run has still to do.
+    """
+    if world.device.type != "cpu" or not steps_left:
+        return []
+    dtype = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(precision, torch.float32)
+    duration = estimate(
+        config,
+        encoder,
+        images=resolved.local_batch_size,
+        knn_images=sum(monitor.images for monitor in monitors) // world.world_size,
+        flops_per_s=cpu_flops_per_s(encoder.embed_dim, dtype),
+    )
+    recipe = suggest("cpu").recipe
+    return slow_notes(duration, config, resolved, recipe=recipe, steps_left=steps_left)
 
 
 def versions() -> dict[str, str]:

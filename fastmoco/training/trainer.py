@@ -278,6 +278,20 @@ class Trainer:
             recorder.event(f"ignored {name}, left by a killed run")
         if checkpoint is not None:
             resume.announce(checkpoint, self.identity, saved["resolved"], recorder.event)
+
+        # Say it now if the first output of the training will take minutes.
+        if self.world.rank == 0:
+            notes = setup.duration_notes(
+                self.config,
+                self.world,
+                self.resolved,
+                self.objective.encoder,
+                self.precision,
+                monitors=self.monitors,
+                steps_left=self.resolved.total_steps - self.step_count,
+            )
+            for note in notes:
+                recorder.event(note)
         return recorder
 
     def _describe(self) -> dict[str, Any]:

@@ -236,7 +236,10 @@ def _tars_of_folder(pattern: str, folder: str, several: bool) -> list[str]:
         names = " or ".join(_shown(pattern_of(paths)) for paths in groups.values())
         raise ValueError(f"shards={pattern!r}: the folder holds several sets: name one, {names}")
     if not groups:
-        raise ValueError(f"shards={pattern!r}: the folder holds no .tar")
+        raise ValueError(
+            f"shards={pattern!r}: the folder holds no .tar; a folder of images is given with "
+            "--data.images"
+        )
     return _sorted(path for paths in groups.values() for path in paths)
 
 

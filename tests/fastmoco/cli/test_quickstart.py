@@ -20,7 +20,7 @@ def test_quickstart_leaves_pictures_and_an_honest_summary(tmp_path, monkeypatch,
     out = tmp_path / "quickstart"
     assert module.quickstart(out) == 0
     text = capsys.readouterr().out
-    for promised in ("random encoder", "after training", "raw pixels", "fastmoco data pack"):
+    for promised in ("random encoder", "after training", "raw pixels", "--data.images YOUR_IMAGES"):
         assert promised in text
     for picture in (out / "views.png", out / "run" / "curves.png"):
         assert picture.read_bytes().startswith(b"\x89PNG")

@@ -104,7 +104,9 @@ def test_resolve_refuses_worlds_and_sets_that_do_not_fit():
         ValueError, match="global_batch_size=1024: must be a multiple of the 3 processes"
     ):
         resolve(config, world_size=3, sample_count=5000)
-    with pytest.raises(ValueError, match="at most the 1000 images"):
+    with pytest.raises(
+        ValueError, match="at most the 1000 training images; --global-batch-size 256 fits"
+    ):
         resolve(config, world_size=1, sample_count=1000)
 
 
@@ -196,7 +198,8 @@ def test_parallel_settings_that_make_no_sense_are_refused(fields, text):
 
 
 FREE = """recipe threads log_every_steps batch.* parallel.* model.checkpointing model.compile model.blocks
-optim.fused_backend data.shards data.threads data.view_dtype data.prefetch data.sub_batch data.cache_dir
+optim.fused_backend data.shards data.images data.max_side data.threads data.view_dtype
+data.prefetch data.sub_batch data.cache_dir
 data.cache_size_gb data.max_bad_share data.timeout_s knn.* checkpoint.* faults.*"""
 WITH_ALLOW = """epochs model.linears model.momentum_linears objective.temperature objective.ema_momentum
 objective.ema_schedule optim.lr optim.weight_decay optim.betas optim.eps optim.sgd_momentum optim.trust_coefficient

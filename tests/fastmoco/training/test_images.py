@@ -56,7 +56,11 @@ def packed_sets(out: Path) -> list[Path]:
 
 
 def test_a_run_keeps_its_images_and_its_split(
-    config: Config, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Config,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "runs" / "first"
     assert train(config, out) == 0
@@ -79,6 +83,16 @@ def test_a_run_keeps_its_images_and_its_split(
     assert f"continues with the 20 images in {made}" in said.err
     assert "packing" not in said.err
     assert (steps(out), steps(out, "knn")) == ([1, 2], [0, 1, 2])
+
+    # Finished: the curves have kNN, although the command names no held-out shards.
+    (out / "curves.png").unlink()
+    drawn: list[object] = []
+    with monkeypatch.context() as patch:
+        draw = "fastmoco.cli.train.draw_curves"
+        patch.setattr(draw, lambda *_, figures: drawn.append(figures))
+        assert train(longer, out) == 0
+    assert drawn == [{"knn": "kNN"}]
+    assert capsys.readouterr().err == ""
 
     # By its shards.
     data = replace(config.data, images="", shards=str(made / "train-*.tar"))

@@ -1,0 +1,117 @@
+"""How long a step and a measurement of kNN take on a CPU, before the first one: FLOPs by arithmetic,
+over the speed of a product that is measured in a fraction of a second.
+
+The result is right within a factor of two or so, which is enough to tell a user that a run needs
+another machine or another recipe.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from fastmoco.config import Config, Resolved
+from fastmoco.models.encoder import Encoder
+from fastmoco_pipelines.spec import each_view
+
+SLOW_STEP_S = 20.0
+"""From this time on, the time of a step is announced."""
+SLOW_KNN_S = 60.0
+"""From this time on, the time of the first measurement of kNN is announced."""
+SHARE = 0.5
+"""Speed of a whole step as a share of that of one large product."""
+ROWS = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Duration:
+    """Seconds of a step, and of one measurement of kNN; 0 without kNN."""
+
+    step_s: float
+    knn_s: float
+
+
+def estimate(
+    config: Config,
+    encoder: Encoder,
+    *,
+    images: int,
+    knn_images: int,
+    flops_per_s: float,
+) -> Duration:
+    """The duration at a speed.
+
+    Args:
+        config: of the run.
+        encoder: that is trained.
+        images: of a step on this process.
+        knn_images: that this process embeds for one measurement.
+        flops_per_s: of this process; a multiply-add counts as two.
+    """
+    whole = forward_flops(encoder, 1.0)
+    views = sum(
+        forward_flops(encoder, (view.size / config.model.image_size) ** 2)
+        for view in each_view(config.data.views)
+    )
+    # Forward and backward, which is twice as much, and the forward of the momentum encoder.
+    return Duration(step_s=images * 4 * views / flops_per_s, knn_s=knn_images * whole / flops_per_s)
+
+
+def forward_flops(encoder: Encoder, area: float) -> float:
+    """FLOPs of one forward of one view whose area is this share of the full image size."""
+    parts = encoder.parts()
+    tokens = encoder.tokens * area
+    weights = sum(parameter.numel() for parameter in parts.blocks.parameters())
+    weights += sum(tensor.numel() for tensor in encoder.stem_tensors())
+    attention = 4 * tokens**2 * encoder.embed_dim * len(parts.blocks)
+    return 2 * weights * tokens + attention
+
+
+def cpu_flops_per_s(width: int, dtype: torch.dtype) -> float:
+    """Speed of a step on this CPU by one product of the encoder's width, tried three times."""
+    left, right = torch.ones(ROWS, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
+    fastest = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        torch.mm(left, right)
+        fastest = min(fastest, time.perf_counter() - began)
+    return SHARE * 2 * ROWS * width * 4 * width / max(fastest, 1e-9)
+
+
+def slow_notes(
+    duration: Duration, config: Config, resolved: Resolved, *, recipe: str, steps_left: int
+) -> list[str]:
+    """What to tell the user before a slow run; empty for a fast one.
+
+    Args:
+        duration: estimated.
+        config: of the run.
+        resolved: of the run.
+        recipe: one that fits a CPU.
+        steps_left: of the run.
+    """
+    notes = []
+    if duration.step_s >= SLOW_STEP_S:
+        other = f"use {recipe}, or " if recipe != config.recipe else ""
+        notes.append(
+            f"a step of {config.global_batch_size} images takes about {spoken(duration.step_s)} on "
+            f"this CPU, the {steps_left} steps of the run about "
+            f"{spoken(duration.step_s * steps_left)}; {other}use a GPU, a smaller "
+            "--model.image-size, --global-batch-size or --epochs"
+        )
+    if duration.knn_s >= SLOW_KNN_S:
+        notes.append(
+            f"kNN takes about {spoken(duration.knn_s)} before the first step, and again every "
+            f"{config.knn.every_epochs:g} epochs; a smaller --knn.max-train-images shortens it"
+        )
+    return notes
+
+
+def spoken(seconds: float) -> str:
+    """A duration in its largest unit."""
+    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

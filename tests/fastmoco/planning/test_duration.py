@@ -1,0 +1,74 @@
+"""The time of a step, estimated before the first one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastmoco.config import resolve
+from fastmoco.objectives.build import build_objective
+from fastmoco.planning.duration import (
+    Duration,
+    cpu_flops_per_s,
+    estimate,
+    forward_flops,
+    slow_notes,
+    spoken,
+)
+from fastmoco.recipes import get_recipe, with_image_size
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return build_objective(get_recipe("vit_nano8_e60_b256"), torch.device("cpu")).encoder
+
+
+def test_the_flops_are_those_that_torch_counts(encoder) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    deep = with_image_size(get_recipe("vit_s16_e300_b1024"), 64)
+    deep = replace(deep, model=replace(deep.model, architecture="vit_tiny", hidden_dim=64))
+    made = build_objective(deep, torch.device("cpu")).encoder
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        made(torch.zeros(1, 3, 64, 64))
+    # A little above: of the last block only the class token is computed.
+    assert 1 <= forward_flops(made, 1.0) / counter.get_total_flops() < 1.15
+    config = get_recipe("vit_nano8_e60_b256")
+    found = estimate(config, encoder, images=3, knn_images=5, flops_per_s=2.0)
+    # Two views; forward, backward of twice that, and forward of the momentum encoder.
+    assert found.step_s == pytest.approx(3 * 2 * 4 * forward_flops(encoder, 1.0) / 2)
+    assert found.knn_s == pytest.approx(5 * forward_flops(encoder, 1.0) / 2)
+
+
+def test_it_follows_images_and_speed(encoder) -> None:
+    config = get_recipe("vit_nano8_e60_b256")
+    one = estimate(config, encoder, images=1, knn_images=0, flops_per_s=1e9)
+    many = estimate(config, encoder, images=64, knn_images=0, flops_per_s=2e9)
+    assert many.step_s == pytest.approx(32 * one.step_s)
+    assert one.knn_s == 0
+    assert cpu_flops_per_s(64, torch.float32) > 1e6
+
+
+def test_only_a_slow_run_is_announced() -> None:
+    config = replace(get_recipe("vit_s16_e300_b1024"), global_batch_size=512)
+    resolved = resolve(config, world_size=1, sample_count=3000)
+    left = resolved.total_steps
+    fast = Duration(step_s=19, knn_s=59)
+    assert slow_notes(fast, config, resolved, recipe="small", steps_left=left) == []
+    slow = Duration(step_s=240, knn_s=1200)
+    step, knn = slow_notes(slow, config, resolved, recipe="small", steps_left=left)
+    assert step.startswith("a step of 512 images takes about 4 min on this CPU, the 1500 steps")
+    assert "about 4 days; use small, or" in step
+    assert knn.startswith("kNN takes about 20 min before the first step")
+    (own, _) = slow_notes(slow, config, resolved, recipe=config.recipe, steps_left=left)
+    assert config.recipe not in own
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(30, "30 s"), (119, "119 s"), (240, "4 min"), (3 * 3600, "3 hours"), (90 * 86400, "90 days")],
+)
+def test_durations_in_their_largest_unit(seconds, words) -> None:
+    assert spoken(seconds) == words
