@@ -34,7 +34,7 @@ from fastmoco.faults.first_cause import first_cause
 from fastmoco.models.precision import choose_precision
 from fastmoco.run.curves import Panels, draw_curves
 from fastmoco.run.folder import RunFolder
-from fastmoco.training.start import Start, close_if_finished, find_start
+from fastmoco.training.start import Start, close_if_finished, find_start, give_back
 
 if TYPE_CHECKING:
     from fastmoco.training.trainer import Trainer
@@ -127,8 +127,8 @@ def _with_shards(config: Config, out: Path, world: World, start: Start) -> Confi
 
     try:
         return with_shards(config, out, world, start, pack=packed, tell=say)
-    except BaseException:
-        start.folder.withdraw()
+    except BaseException as error:
+        give_back(start.folder, error)
         raise
 
 

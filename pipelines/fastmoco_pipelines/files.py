@@ -254,6 +254,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield fresh
         os.replace(fresh, path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        if error.errno and error.filename in (None, str(fresh)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise

@@ -91,7 +91,12 @@ def move_in(
         more: kept in the list.
     """
     listed = {"folder": made.name, "set": name, "entry": entry, "old": [tar.name for tar in old]}
-    write_json(folder / MOVING, {**listed, **more})
+    try:
+        write_json(folder / MOVING, {**listed, **more})
+    except BaseException:
+        if not (folder / MOVING).exists():
+            shutil.rmtree(made, ignore_errors=True)
+        raise
     _finish(folder, {**listed, **more})
 
 

@@ -202,8 +202,10 @@ def _pack(
                 f"{_first(skipped[others:])}"
             )
         entries, indexes = _index_all(tars)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(made, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None and error.errno:
+            raise OSError(error.errno, error.strerror, str(out)) from error
         raise
 
     # The set, in its place and in the manifest.

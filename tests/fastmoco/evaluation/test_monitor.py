@@ -145,6 +145,27 @@ def test_sets_that_cannot_vote_on_each_other_are_refused_at_once(config, tmp_pat
         _monitor(replace(config, knn=replace(config.knn, test_shards=others)))
 
 
+@pytest.mark.parametrize("named", ["bank", "queries"])
+def test_numbers_whose_names_are_known_on_one_side_alone_are_refused(config, tmp_path, named):
+    from fastmoco_pipelines import pack_folder
+
+    for i in range(3):
+        for name in ("cat", "dog"):
+            path = tmp_path / "src" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (i * 40, 9, 9)).save(path)
+    sets = [pack_folder(tmp_path / "src", tmp_path / place).pattern for place in ("a", "b")]
+    knn = replace(config.knn, train_shards=sets[0], test_shards=sets[1])
+    _monitor(replace(config, knn=knn)).close()
+    bare = "b" if named == "bank" else "a"
+    (tmp_path / bare / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=f"{bare}/train.*' has numbers as labels, without"):
+        _monitor(replace(config, knn=knn))
+    for place in ("a", "b"):
+        (tmp_path / place / "manifest.json").unlink(missing_ok=True)
+    _monitor(replace(config, knn=knn)).close()
+
+
 @pytest.mark.parametrize(
     ("labels", "words"),
     [(-1, "https://h/b.tar' has images without"), (0, "https://h/t.tar' has 1 classes")],

@@ -130,6 +130,23 @@ def test_class_names_are_numbered_over_all_shards(tmp_path, write_tar, noise_ima
     assert "set" not in read_sets(tmp_path)
 
 
+def test_parts_of_a_folder_are_sets_of_one_numbering(tmp_path, write_tar, noise_image):
+    """Also where the first one lacks classes, and a name comes in another Unicode form."""
+    texts = {"test-00": "\u00fcber|zoo|zoo", "train-00": "u\u0308ber|cat|zoo"}
+    for name, words in texts.items():
+        names = [word.encode() for word in words.split("|")] * 2
+        labelled(write_tar, tmp_path / f"{name}.tar", noise_image, names, "txt")
+    assert index_shards(str(tmp_path)).classes == ("cat", "zoo", "\u00fcber")
+    sets = read_sets(tmp_path)
+    assert {name: entry["class_counts"] for name, entry in sets.items()} == {
+        "test": [0, 4, 2],
+        "train": [2, 2, 2],
+    }
+    for name, labels in (("test", [2, 1, 1] * 2), ("train", [2, 0, 1] * 2)):
+        with ShardSet.open(f"{tmp_path}/{name}-*.tar") as shards:
+            assert shards.labels.tolist() == labels
+
+
 def test_a_second_set_keeps_the_numbers_of_the_first(tmp_path, write_tar, noise_image):
     labelled(write_tar, tmp_path / "train-00.tar", noise_image, [b"cat", b"dog", b"owl"] * 2, "txt")
     index_shards(f"{tmp_path}/train-*.tar")

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -167,6 +168,19 @@ def test_the_same_set_twice_at_one_time_is_refused_at_once(image_folder, packed,
         index_shards(str(out))
     pack_folder(image_folder, out, prefix="more")
     index_shards(str(out))
+
+
+@pytest.mark.parametrize("limit", [2000, 41000])  # within the first tar; in its index
+def test_a_full_disk_is_named_and_leaves_nothing(image_folder, tmp_path, limit):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match="too large") as raised:
+            pack_folder(image_folder, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(raised.value.filename).startswith(str(tmp_path / "out"))
+    assert os.listdir(tmp_path / "out") == []
 
 
 def test_an_index_waits_for_a_pack(packed, tmp_path):
