@@ -22,6 +22,8 @@ from fastmoco_pipelines.text import AUTHORITY, SCHEME, STORES, redact
 
 MAX_SHARDS = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
+# Control characters, and bytes of a command line that are no text.
+_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def expand_shards(pattern: str) -> list[Path]:
@@ -99,7 +101,7 @@ def is_remote(pattern: str) -> bool:
         0
     ].rpartition("@")[2]
     whole = pattern[match.end() :].startswith("//") and AUTHORITY.fullmatch(authority) is not None
-    if not whole or not pattern.isascii() or not pattern.isprintable() or " " in pattern:
+    if not whole or _UNFIT.search(pattern):
         raise ValueError(
             f"shards={redact(pattern)!r}: is not a complete URL, such as https://host/folder/train-000000.tar"
         )
@@ -134,7 +136,7 @@ def expand_braces(pattern: str, text: str) -> list[str]:
 
 def _expanded(pattern: str, text: str) -> Iterator[str]:
     """The names one by one: three ranges of a thousand make more than memory holds."""
-    match = _BRACES.search(text)
+    match = next((found for found in _BRACES.finditer(text) if _is_list(found.group(1))), None)
     if match is None:
         yield text
         return
@@ -157,6 +159,11 @@ def _expanded(pattern: str, text: str) -> Iterator[str]:
         parts = match.group(1).split(",")
     for part in parts:
         yield from _expanded(pattern, text[: match.start()] + part + text[match.end() :])
+
+
+def _is_list(inside: str) -> bool:
+    """Whether braces count or list; around anything else they are part of a name, as in a shell."""
+    return any(mark in inside for mark in (",", "..", "://"))
 
 
 def _tars_of_folder(pattern: str, folder: Path) -> list[str]:
