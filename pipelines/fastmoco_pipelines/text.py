@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 STORES: dict[str, object] = {
     "http": "fastmoco_pipelines.stores.http",
@@ -18,6 +18,9 @@ because messages must hide the secrets of every scheme, also where no store is e
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 """The scheme at the beginning of a URL, two letters at least: `C:` is a drive."""
 
+OBJECTS = ("s3", "gs")
+"""Schemes of object stores: all after the bucket is the key, with every `?`, `#` and `%` in it."""
+
 AUTHORITY = re.compile(r"[\w.{},-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
 """Host and port of a URL, or of a pattern of URLs."""
 
@@ -26,10 +29,12 @@ _VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
 _EACH_URL = re.compile(r"([^,{/]*)://(.*?)(?=,[^,{/:]*://|$)", re.DOTALL)
 """Scheme and rest of every URL in a pattern, which may be braces around several."""
 
+_SIGNATURE = re.compile(r"[?&](X-(Amz|Goog)-|AWSAccessKeyId=|Signature=)")
+
 
 def redact(url: str) -> str:
     """A URL, or a pattern of URLs, as it may be shown: without user, password, query and
-    fragment.
+    fragment. The key of an object store has no query, and is shown whole.
 
     Of a URL without a host before its first slash, but with an "@" after it, only the scheme is
     shown: all before the "@" may be a password.
@@ -39,8 +44,10 @@ def redact(url: str) -> str:
         match = SCHEME.match(url)  # a slip such as https:/user:password@host
         return f"{match.group(0)}..." if match and match.group(1).lower() in STORES else url
     if any(_hides_a_password(*found) for found in _EACH_URL.findall(url)):
-        return ascii(f"{scheme}://...")[1:-1]
-    rest = re.split(r"[?#]", rest, maxsplit=1)[0]
+        return escaped(f"{scheme}://...")
+    schemes = {found[0].lower() for found in _EACH_URL.findall(url)}
+    if not schemes <= set(OBJECTS) or _SIGNATURE.search(rest):
+        rest = re.split(r"[?#]", rest, maxsplit=1)[0]
     rest = re.sub(r"://[^/@]*@", "://", rest)  # of the second URL in braces around two
     authority, slash, path = rest.partition("/")
     authority = authority.rpartition("@")[2]
@@ -48,7 +55,7 @@ def redact(url: str) -> str:
     alone = authority[: next_url.start()] if next_url and next_url[1] in STORES else authority
     if authority and AUTHORITY.fullmatch(alone) is None:
         authority = "..."  # not a host: it may be part of a password
-    return ascii(f"{scheme}://{authority}{slash}{path}")[1:-1]
+    return escaped(f"{scheme}://{authority}{slash}{path}")
 
 
 def _hides_a_password(scheme: str, rest: str) -> bool:
@@ -81,9 +88,31 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what if count == 1 else plural}"
 
 
+def split_url(url: str) -> tuple[str, str, str]:
+    """Scheme and host; path; query and fragment with their marks. Of an object store the path is the
+    whole key."""
+    scheme, separator, rest = url.partition("://")
+    ends = r"/" if scheme.lower() in OBJECTS else r"[/?#]"
+    found = re.search(ends, rest)
+    at = found.start() if found else len(rest)
+    path, tail = rest[at:], ""
+    if scheme.lower() not in OBJECTS and (mark := re.search(r"[?#]", path)):
+        path, tail = path[: mark.start()], path[mark.start() :]
+    return f"{scheme}{separator}{rest[:at]}", path, tail
+
+
+def without_user(url: str) -> str:
+    """A URL without user and password."""
+    head, path, tail = split_url(url)
+    scheme, separator, authority = head.partition("://")
+    return f"{scheme}{separator}{authority.rpartition('@')[2]}{path}{tail}"
+
+
 def shard_name(url: str) -> str:
     """File name of a shard's URL, without its folder."""
-    return unquote(urlsplit(url).path.rpartition("/")[2])
+    head, path, _ = split_url(url)
+    name = path.rpartition("/")[2]
+    return name if head.partition(":")[0].lower() in OBJECTS else unquote(name)
 
 
 def escaped_lines(text: str) -> str:

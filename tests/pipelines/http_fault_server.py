@@ -32,8 +32,8 @@ class FaultServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, folder: Path, handler: type[FaultHandler] | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), handler or FaultHandler)
         self.folder = folder
         self.script: dict[str, list[Fault]] = {}
         self.always: dict[str, Fault] = {}
@@ -72,7 +72,7 @@ class FaultServer(ThreadingHTTPServer):
         """Ignore clients that disconnect, which is part of the tests."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class FaultHandler(BaseHTTPRequestHandler):
     server: FaultServer
     protocol_version = "HTTP/1.1"
     timeout = ANSWER_SECONDS
@@ -117,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-Fault = Callable[[_Handler, bytes], None]
+Fault = Callable[[FaultHandler, bytes], None]
 
 
 def etag(data: bytes) -> str:
@@ -126,7 +126,7 @@ def etag(data: bytes) -> str:
 
 
 def answer(
-    handler: _Handler, data: bytes, tag: str | None = None, *, ranges: bool = True
+    handler: FaultHandler, data: bytes, tag: str | None = None, *, ranges: bool = True
 ) -> tuple[int, dict, bytes]:
     """Status, headers and body of the right answer."""
     tag = etag(data) if tag is None else tag
@@ -144,7 +144,7 @@ def answer(
     return 206, headers | {"Content-Range": where, "Content-Length": len(body)}, body
 
 
-def serve(handler: _Handler, data: bytes) -> None:
+def serve(handler: FaultHandler, data: bytes) -> None:
     """No fault."""
     code, headers, body = answer(handler, data)
     handler.head(code, headers)
@@ -156,7 +156,7 @@ def plain(
 ) -> Fault:
     """A server without ranges, or no ETags (`tag=""`), or has other bytes."""
 
-    def fault(handler: _Handler, data: bytes) -> None:
+    def fault(handler: FaultHandler, data: bytes) -> None:
         code, headers, body = answer(handler, other(data), tag, ranges=ranges)
         handler.head(code, headers)
         handler.push(body)
@@ -167,7 +167,7 @@ def plain(
 def status(code: int, **headers: object) -> Fault:
     """An error page."""
 
-    def fault(handler: _Handler, data: bytes) -> None:
+    def fault(handler: FaultHandler, data: bytes) -> None:
         handler.head(
             code, {"Content-Length": 5, **{k.replace("_", "-"): v for k, v in headers.items()}}
         )
@@ -184,7 +184,7 @@ def redirect(location: str) -> Fault:
 def html(length: int | None = None) -> Fault:
     """A web page instead of the file, as login portals do."""
 
-    def fault(handler: _Handler, data: bytes) -> None:
+    def fault(handler: FaultHandler, data: bytes) -> None:
         page = b"<html>please log in</html>".ljust(len(data) if length is None else length)
         handler.head(200, {"Content-Length": len(page), "Content-Type": "text/html"})
         handler.push(page)
@@ -195,7 +195,7 @@ def html(length: int | None = None) -> Fault:
 def drop(after: int, *, sized: bool = True, chunked: bool = False, tag: str | None = None) -> Fault:
     """Disconnect after some bytes of the answer, with or without a Content-Length."""
 
-    def fault(handler: _Handler, data: bytes) -> None:
+    def fault(handler: FaultHandler, data: bytes) -> None:
         code, headers, body = answer(handler, data, tag)
         if not sized:
             headers.pop("Content-Length")
@@ -212,7 +212,7 @@ def drop(after: int, *, sized: bool = True, chunked: bool = False, tag: str | No
 def stall(after: int | None) -> Fault:
     """Stop sending after some bytes of the body; None: send nothing at all."""
 
-    def fault(handler: _Handler, data: bytes) -> None:
+    def fault(handler: FaultHandler, data: bytes) -> None:
         if after is not None:
             code, headers, body = answer(handler, data)
             handler.head(code, headers)
@@ -225,7 +225,7 @@ def stall(after: int | None) -> Fault:
 def hold() -> Fault:
     """A byte now and then, for so long that a client which waits for the end is found out."""
 
-    def fault(handler: _Handler, data: bytes) -> None:
+    def fault(handler: FaultHandler, data: bytes) -> None:
         code, headers, body = answer(handler, data)
         handler.head(code, headers)
         handler.server.held.append(handler.path)
@@ -245,7 +245,7 @@ def hold() -> Fault:
 def drip(*, head: bool = False, pause: float = 0.03) -> Fault:
     """Byte by byte: the head, or the body."""
 
-    def fault(handler: _Handler, data: bytes) -> None:
+    def fault(handler: FaultHandler, data: bytes) -> None:
         code, headers, body = answer(handler, data)
         if head:
             body = b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 10_000
@@ -266,7 +266,7 @@ def wrong_range(shift: int = 512, *, honest: bool = True) -> Fault:
     with the requested one.
     """
 
-    def fault(handler: _Handler, data: bytes) -> None:
+    def fault(handler: FaultHandler, data: bytes) -> None:
         code, headers, body = answer(handler, data)
         start = len(data) - len(body)
         if code == 206 and honest:

@@ -25,6 +25,8 @@ from fastmoco_pipelines.text import AUTHORITY, SCHEME, STORES, escaped, redact, 
 MAX_SHARDS = 1_000_000
 _MOVE_SECONDS = 3.0
 _BRACES = re.compile(r"\{([^{}]*)\}")
+# Control characters, and bytes of a command line that are no text.
+_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def expand_shards(pattern: str, *, several: bool = False, moving: bool = False) -> list[Path]:
@@ -158,7 +160,7 @@ def is_remote(pattern: str) -> bool:
         0
     ].rpartition("@")[2]
     whole = pattern[match.end() :].startswith("//") and AUTHORITY.fullmatch(authority) is not None
-    if not whole or not pattern.isascii() or not pattern.isprintable() or " " in pattern:
+    if not whole or _UNFIT.search(pattern):
         raise ValueError(
             f"shards={redact(pattern)!r}: is not a complete URL, such as https://host/folder/train-000000.tar"
         )
@@ -200,7 +202,7 @@ def _refuse_too_many(pattern: str, names: Iterator[str]) -> None:
 
 def _expanded(pattern: str, text: str) -> Iterator[str]:
     """The names one by one: three ranges of a thousand make more than memory holds."""
-    match = _BRACES.search(text)
+    match = _lists(text)
     if match is None:
         yield text
         return
@@ -228,6 +230,14 @@ def _alternatives(pattern: str, text: str, match: re.Match[str]) -> Iterator[str
     else:
         parts = match.group(1).split(",")
     return (text[: match.start()] + part + text[match.end() :] for part in parts)
+
+
+def _lists(text: str) -> re.Match[str] | None:
+    """The first braces that count or list; around anything else they are part of a name, as in a
+    shell."""
+    marks = (",", "..", "://")
+    found = _BRACES.finditer(text)
+    return next((braces for braces in found if any(mark in braces[1] for mark in marks)), None)
 
 
 def _tars_of_folder(pattern: str, folder: str, several: bool) -> list[str]:
@@ -258,7 +268,7 @@ def _walked(pattern: str, folder: str, rest: str, *, exact: bool) -> Iterator[st
     known, rest = _split_known(folder, rest)
     folder += known
     part, slash, below = rest.partition("/")
-    braces = _BRACES.search(rest)
+    braces = _lists(rest)
     if not slash and os.path.isfile(folder + rest):
         yield folder + rest
     elif braces is not None and braces.start() < len(part):

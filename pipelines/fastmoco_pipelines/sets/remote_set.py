@@ -9,6 +9,7 @@ import hashlib
 import io
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,15 +33,21 @@ from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.sets.patterns import expand_braces
 from fastmoco_pipelines.sets.records import SHARD, shard_row
 from fastmoco_pipelines.stores.cache import ShardCache
-from fastmoco_pipelines.stores.retries import Limits
+from fastmoco_pipelines.stores.retries import Limits, retried
 from fastmoco_pipelines.stores.table import store_of
 from fastmoco_pipelines.stores.transfer import RemoteShard, fetch_document
-from fastmoco_pipelines.text import redact, shard_name
+from fastmoco_pipelines.text import STORES, redact, shard_name, split_url, without_user
 
 THREADS = 16
 # Of a quarantine list: about 200,000 lines; a set with more should be packed again.
 MAX_LIST_BYTES = 64 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
+_RANGE = re.compile(r"\{\d+\.\.\d+\}")
+_PAGE = re.compile(rb"\s*<(!doctype html|html|head|body)\b", re.IGNORECASE)
+_LOGIN = (
+    "For a private or gated set give a header in FASTMOCO_HTTP_HEADERS or a token in HF_TOKEN "
+    "(docs/data.md)"
+)
 T = TypeVar("T")
 
 
@@ -126,8 +133,8 @@ def find_urls(pattern: str, reader: SmallFiles) -> list[str]:
     Raises:
         ValueError, RemoteError, ShardError: as for `open_remote`.
     """
-    names = expand_braces(pattern, pattern)
-    if any("@" in urlsplit(name).netloc for name in names if not store_of(name).user_in_url):
+    names = expand_braces(pattern, _hide_existing(pattern, reader.limits))
+    if any("@" in split_url(name)[0] for name in names if not store_of(name).user_in_url):
         raise ValueError(
             f"shards={redact(pattern)!r}: credentials of a store belong in the environment, not in "
             "a URL"
@@ -193,9 +200,12 @@ class SmallFiles:
         try:
             return self._fetch_index(tar).header
         except AbsentError as error:
+            folder = (
+                "" if shard_name(tar).endswith(".tar") else " (the URL of a folder ends with /)"
+            )
             raise ShardError(
-                f"{error}; every shard on a server needs its index beside it: {CURE}, and copy "
-                "the index files there too"
+                f"{error}; every shard on a server needs its index beside it{folder}: {CURE}, and "
+                "copy the index files there too"
             ) from None
 
     def index(self, tar: str, seal: bytes) -> IndexFile:
@@ -250,6 +260,11 @@ class SmallFiles:
     def _kept_index(self, tar: str, url: str) -> IndexFile:
         known = self._known(url)
         validator, content = fetch_document(url, self.limits, self.stop, known)
+        if _PAGE.match(content):
+            raise ShardError(
+                f"{redact(url)}: is a web page, and not an index: the page for logging in to a "
+                f"private set or to this network, perhaps; check the URL in a browser. {_LOGIN}"
+            )
         file = open_index(redact(url), content)
         self._read_from[tar] = url
         if (validator, file.data) == known:
@@ -299,23 +314,65 @@ class SmallFiles:
 
 def _key(url: str) -> str:
     """Name of a small file in the cache."""
-    return hashlib.sha256(url.encode()).hexdigest()
+    return hashlib.sha256(without_user(url).encode()).hexdigest()
 
 
-def _expand(pattern: str, url: str, reader: SmallFiles) -> list[str]:
-    """The shards that one URL without braces names."""
+_SPECIAL = "{},[]*?"
+_HIDE = str.maketrans({mark: chr(0xF0000 + number) for number, mark in enumerate(_SPECIAL)})
+_SHOW = {code: chr(mark) for mark, code in ((m, ord(h)) for m, h in _HIDE.items())}
+_GLOB = {code: f"[{mark}]" if mark in "[*?" else mark for code, mark in _SHOW.items()}
+
+
+def _hide_existing(pattern: str, limits: Limits) -> str:
+    """A pattern in which the special characters of folders and objects that exist under exactly
+    that name are replaced, so that they are not taken for a pattern. A name with `*` or with a range
+    of numbers always is one."""
+    scheme, separator, rest = pattern.partition("://")
+    store = store_of(pattern) if scheme.lower() in STORES else None
+    if store is None or not store.lists:
+        return pattern
+    parts = rest.split("/")
+    for number, part in enumerate(parts):
+        if not any(mark in part for mark in "{[*?"):
+            continue
+        url = scheme + separator + "/".join([*parts[:number], part]).translate(_SHOW)
+        if number == 0 or "*" in part or _RANGE.search(part):
+            break
+        if not _asked(store.exists, url, limits):
+            break
+        parts[number] = part.translate(_HIDE)
+    return scheme + separator + "/".join(parts)
+
+
+def _asked(question: Callable[[str, Limits], T], url: str, limits: Limits) -> T:
+    """A store's answer, asked again where it fails for the moment."""
+    deadline = time.monotonic() + limits.deadline_seconds
+    return retried(url, limits, deadline, threading.Event(), lambda: question(url, limits))
+
+
+def _expand(pattern: str, hidden: str, reader: SmallFiles) -> list[str]:
+    """The shards that one URL without braces names.
+
+    Args:
+        pattern: for messages.
+        hidden: the URL, with the special characters of existing names hidden.
+        reader: of manifests.
+    """
     shown = redact(pattern)
-    path = urlsplit(url).path
-    name = path.rpartition("/")[2]
-    if name and not glob.has_magic(path):
+    url = hidden.translate(_SHOW)
+    folder, _, name = split_url(hidden)[1].rpartition("/")
+    if name and not glob.has_magic(name) and not glob.has_magic(folder):
         return [url]
     store = store_of(url)
-    if glob.has_magic(path.rpartition("/")[0]) and not store.lists:
-        scheme = urlsplit(url).scheme
-        raise ValueError(
-            f"shards={shown!r}: over {scheme} only a file's name may hold * or [...], not a "
-            "folder's"
-        )
+    if not store.lists:
+        if "*" in folder:
+            scheme = url.partition(":")[0]
+            raise ValueError(
+                f"shards={shown!r}: over {scheme} only a file's name may hold * or [...], not a "
+                "folder's"
+            )
+        if name and not glob.has_magic(name):
+            return [url]
 
     # The names come from the manifest of the folder, or from a store that lists.
     sets = {} if store.lists and name else reader.sets(beside(url, ""))
@@ -324,17 +381,18 @@ def _expand(pattern: str, url: str, reader: SmallFiles) -> list[str]:
         raise ValueError(f"shards={shown!r}: the folder holds several sets: name one, {choice}")
     listed = [shard["name"] for entry in sets.values() for shard in entry["shards"]]
     if store.lists and not listed:
-        objects = store.find(url if name else f"{url}*.tar", reader.limits)
+        globbed = hidden.translate(_GLOB)
+        objects = _asked(store.find, globbed if name else f"{globbed}*.tar", reader.limits)
         found = [item for item in objects if item.endswith(".tar")]
+    elif name and "*" not in name and name not in listed and reader.find_index(url):
+        found = [url]  # brackets that are part of its name
     elif not listed:
         raise ValueError(
             f"shards={shown!r}: there is no {MANIFEST} that lists the shards: copy it there, or "
             "spell them out, e.g. train-{000000..000127}.tar"
         )
     else:
-        safe = (
-            item for item in listed if "/" not in item and fnmatch.fnmatchcase(item, name or "*")
-        )
+        safe = (item for item in listed if "/" not in item and _fits(item, name))
         found = [beside(url, item) for item in safe]
 
     if not found:
@@ -342,9 +400,18 @@ def _expand(pattern: str, url: str, reader: SmallFiles) -> list[str]:
     return found
 
 
+def _fits(item: str, pattern: str) -> bool:
+    """Whether a file's name fits a pattern, which may be percent-encoded as in a URL; a name with
+    brackets fits itself."""
+    if item in (pattern, unquote(pattern)):
+        return True
+    names = (item, quote(item))
+    return any(fnmatch.fnmatchcase(name, pattern or "*") for name in names)
+
+
 def beside(url: str, name: str) -> str:
     """The URL of another file in a URL's folder; the query, which may hold keys to the whole
     folder, stays."""
-    parts = urlsplit(url)
+    head, path, tail = split_url(url)
     name = quote(name) if store_of(url).quotes_names else name
-    return urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{name}"))
+    return f"{head}{path.rpartition('/')[0]}/{name}{tail}"

@@ -1,22 +1,24 @@
 """One request to an HTTP server, with bounds on time, speed, redirects and answers.
 
-Errors name the URL without user, password and query.
+The connections are urllib3's (`connections.py`), and so are proxies and TLS. Errors name the URL
+without user, password and query.
 """
 
 from __future__ import annotations
 
-import http.client
 import ipaddress
 import re
-import socket
-import ssl
-import threading
 import time
-from base64 import b64encode
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from urllib.parse import unquote, urljoin, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urljoin, urlsplit, urlunsplit
+
+import urllib3
+from urllib3.exceptions import LocationParseError
+from urllib3.response import BaseHTTPResponse
 
 from fastmoco_pipelines.errors import (
     AbsentError,
@@ -25,6 +27,15 @@ from fastmoco_pipelines.errors import (
     RemoteError,
     WrongContentError,
 )
+from fastmoco_pipelines.stores.connections import (
+    Exchange,
+    get,
+    named,
+    plain_socket,
+    proxy_refusal,
+)
+from fastmoco_pipelines.stores.credentials import CURES, Credentials, credentials_for
+from fastmoco_pipelines.stores.proxies import DEFAULT_PORTS, Proxy, proxy_of
 from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.stores.store import Body, Request, Store
 from fastmoco_pipelines.text import redact
@@ -33,7 +44,16 @@ CHUNK_BYTES = 1 << 20
 MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # the states of a server that may pass by themselves
-_CREDENTIALS = "check the credentials, or whether the URL's signature has expired"
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """An answer whose head has come, and how it was asked for."""
+
+    response: BaseHTTPResponse
+    exchange: Exchange
+    proxy: Proxy | None
+    credentials: Credentials
 
 
 class HttpStore(Store):
@@ -57,8 +77,9 @@ class HttpStore(Store):
         headers |= {"If-None-Match": known} if known else {}
 
         where = redact(request.url)
-        with _answer(request.url, headers, request.limits, request.deadline) as (response, sock):
-            _refuse_errors(where, response)
+        with _answer(request.url, headers, request.limits, request.deadline) as answer:
+            response = answer.response
+            _refuse_errors(where, answer)
             answered = _validator(response)
             if response.status == 304 and known:
                 yield Body(
@@ -70,12 +91,12 @@ class HttpStore(Store):
                     unchanged=True,
                 )
                 return
-            if response.getheader("Content-Encoding", "identity").lower() != "identity":
+            if response.headers.get("Content-Encoding", "identity").lower() != "identity":
                 raise RemoteError(
                     f"{where}: the server compresses it on the way: have it serve the file as it is"
                 )
             begins = 0
-            total = response.length
+            total = response.length_remaining
             if response.status == 206:
                 total = _total_of_range(where, response, start, asked="Range" in headers)
                 if validator and answered and answered != validator:
@@ -89,8 +110,8 @@ class HttpStore(Store):
                 start=begins,
                 total=total,
                 validator=answered,
-                kind=ascii(response.getheader("Content-Type", "unknown"))[1:-1][:60],
-                chunks=_chunks(where, response, sock, request.limits, request.deadline),
+                kind=ascii(response.headers.get("Content-Type", "unknown"))[1:-1][:60],
+                chunks=_chunks(where, answer, request.limits, request.deadline),
             )
 
 
@@ -98,14 +119,14 @@ STORE = HttpStore()
 
 
 def _total_of_range(
-    where: str, response: http.client.HTTPResponse, start: int, *, asked: bool
+    where: str, response: BaseHTTPResponse, start: int, *, asked: bool
 ) -> int | None:
     """Size of the whole file by the head of a partial answer; None where it is not given.
 
     Raises:
         WrongContentError: if the answer is another range than was asked for.
     """
-    content_range = response.getheader("Content-Range", "")
+    content_range = response.headers.get("Content-Range", "")
     found = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", content_range.strip())
     if not asked or found is None or int(found[1]) != start:
         said = ascii(content_range)[:80]
@@ -115,18 +136,14 @@ def _total_of_range(
     return None if found[3] == "*" else int(found[3])
 
 
-def _chunks(
-    where: str,
-    response: http.client.HTTPResponse,
-    sock: socket.socket,
-    limits: Limits,
-    deadline: float,
-) -> Iterator[bytes]:
+def _chunks(where: str, answer: _Answer, limits: Limits, deadline: float) -> Iterator[bytes]:
     """The pieces of a body, as they come."""
+    response, exchange = answer.response, answer.exchange
     since = time.monotonic()
     received = 0
-    with _naming(where), _cut_off_after(sock, deadline - since):
-        while chunk := response.read1(CHUNK_BYTES):
+    exchange.cut_off_after(deadline - since)
+    with named(where, None, exchange):
+        while chunk := response.read1(CHUNK_BYTES, decode_content=False):
             yield chunk
             received += len(chunk)
             elapsed = time.monotonic() - since
@@ -135,95 +152,83 @@ def _chunks(
                     raise PassingError(f"{where}: only {received / elapsed:.0f} bytes/s arrive")
                 since = since + elapsed
                 received = 0
+        exchange.go_on()
 
 
 @contextmanager
 def _answer(
     url: str, headers: Mapping[str, str], limits: Limits, deadline: float
-) -> Iterator[tuple[http.client.HTTPResponse, socket.socket]]:
+) -> Iterator[_Answer]:
     """The head of the answer to a GET, after following redirects that may be followed."""
     first = url
-    origin = urlsplit(url)
     public = False
+
+    def admit(connection: Any) -> None:
+        nonlocal public
+        peer = _peer_is_public(connection)
+        if public and not peer:
+            raise RemoteError(
+                f"{where}: redirects from a public to a private address ({redact(url)}): refused"
+            )
+        public = public or peer
+
+    where = redact(first)
     for _ in range(MAX_REDIRECTS + 1):
-        where = redact(first)
-        connection, target, own_headers = _connection(url, limits.connect_seconds)
-        response = None
+        address, proxy = _address(url)
+        # A host gets only its own credentials.
+        credentials = credentials_for(url, first)
+        seconds = min(limits.respond_seconds, deadline - time.monotonic())
+        with named(where, proxy):
+            response, exchange = get(
+                address, {**headers, **credentials.headers}, proxy, limits, seconds, admit
+            )
         try:
-            # A host gets only its own credentials.
-            sent = {**headers, **(own_headers if urlsplit(url).netloc == origin.netloc else {})}
-            seconds = min(limits.respond_seconds, deadline - time.monotonic())
-            with _naming(where):
-                connection.connect()
-                peer = _peer_is_public(connection)
-                if public and not peer:
-                    raise RemoteError(
-                        f"{where}: redirects from a public to a private address ({redact(url)}): "
-                        "refused"
-                    )
-                public = public or peer
-                sock = connection.sock  # the connection drops it after its last answer
-                sock.settimeout(limits.read_seconds)
-                with _cut_off_after(sock, seconds):
-                    connection.request("GET", target, headers=sent)
-                    response = connection.getresponse()
             if response.status not in _REDIRECTS:
-                yield response, sock
+                yield _Answer(response, exchange, proxy, credentials)
                 return
-            url = _redirected(where, url, response.getheader("Location", ""))
+            url = _redirected(where, url, response.headers.get("Location", ""))
         finally:
-            if response is not None:
-                response.close()
-            connection.close()
+            # A connection is used again if its answer was read to its end.
+            exchange.go_on()
+            response.close()
     raise RemoteError(
-        f"{redact(first)}: redirects more than {MAX_REDIRECTS} times, in a circle perhaps"
+        f"{where}: redirects more than {MAX_REDIRECTS} times, in a circle perhaps; if it leads to a "
+        f"page for logging in: {CURES}"
     )
 
 
-def _connection(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-    """A connection to the URL's host, or to the proxy that the environment names; the target and
-    headers to send."""
-    parts = urlsplit(url)
+def _address(url: str) -> tuple[str, Proxy | None]:
+    """A URL without user and password, and the proxy for it."""
     try:
-        host = parts.hostname or ""
-        port = parts.port
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        if not host:
+            raise ValueError("no host")
+        address = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment=""))
+        if urllib3.util.parse_url(address).host is None:
+            raise ValueError("no host")
     except ValueError as error:
-        raise RemoteError(f"{redact(url)}: is not a usable URL ({error})") from None
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    headers = {}
-    if parts.username is not None:
-        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
-        headers["Authorization"] = f"Basic {b64encode(pair).decode()}"
-    secure = parts.scheme.lower() == "https"
-    proxy = None if proxy_bypass(host) else getproxies().get(parts.scheme.lower())
-    via = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else None
-    address = (
-        (via.hostname or "", via.port or 80) if via else (host, port or (443 if secure else 80))
-    )
-    if secure:
-        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-            *address, timeout=seconds
-        )
-        if via:
-            connection.set_tunnel(host, port or 443)
-    else:
-        connection = http.client.HTTPConnection(*address, timeout=seconds)
-        if via:
-            target = f"http://{parts.netloc.rpartition('@')[2]}{target}"
-            headers["Host"] = parts.netloc.rpartition("@")[2]
-    return connection, target, headers
+        # The texts of urllib3 quote the whole URL.
+        reason = "its host's name" if isinstance(error, LocationParseError) else str(error)
+        raise RemoteError(f"{redact(url)}: is not a usable URL ({reason})") from None
+    scheme = parts.scheme.lower()
+    return address, proxy_of(scheme, host, port or DEFAULT_PORTS[scheme])
 
 
-def _peer_is_public(connection: http.client.HTTPConnection) -> bool:
+def _peer_is_public(connection: Any) -> bool:
     """Whether the other end of the connection itself, not only its name, is outside this
     network."""
-    address = ipaddress.ip_address(connection.sock.getpeername()[0].partition("%")[0])
+    name = plain_socket(connection.sock).getpeername()[0]
+    address = ipaddress.ip_address(name.partition("%")[0])
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_global)
 
 
 def _redirected(where: str, url: str, location: str) -> str:
     """The URL that a redirect leads to."""
+    # Headers are read as Latin-1; a name in it is UTF-8 more often than not.
+    with suppress(UnicodeError):
+        location = location.encode("latin-1").decode()
     try:
         target = urljoin(url, location)
         scheme, before = urlsplit(target).scheme.lower(), urlsplit(url).scheme.lower()
@@ -240,68 +245,58 @@ def _redirected(where: str, url: str, location: str) -> str:
     return target
 
 
-def _refuse_errors(where: str, response: http.client.HTTPResponse) -> None:
+def _refuse_errors(where: str, answer: _Answer) -> None:
     """Raise what an error status means."""
+    response, proxy = answer.response, answer.proxy
     status = response.status
+    through = f" (asked through {proxy.shown})" if proxy else ""
     if status in (404, 410):
-        raise AbsentError(f"{where}: does not exist (HTTP {status}): check the name")
+        raise AbsentError(f"{where}: does not exist (HTTP {status}): check the name{through}")
     if status in (401, 403):
-        raise AccessError(f"{where}: access is refused (HTTP {status}): {_CREDENTIALS}")
+        raise AccessError(
+            f"{where}: access is refused (HTTP {status}): {_access_cure(answer)}{through}"
+        )
+    if status == 407 and proxy:
+        raise proxy_refusal(where, proxy, status, response.headers.get("Proxy-Authenticate", ""))
     if status == 416:
         raise WrongContentError(f"{where}: is shorter than its index says (HTTP 416)")
     if status in _PASSING:
-        wait = response.getheader("Retry-After", "")
-        raise PassingError(
-            f"{where}: HTTP {status}", float(wait) if wait.isdecimal() and len(wait) < 6 else 0.0
+        wait = _seconds_to_wait(response.headers.get("Retry-After", ""))
+        raise PassingError(f"{where}: HTTP {status}{through}", wait)
+    if status == 511:
+        raise RemoteError(
+            f"{where}: this network asks for a login first (HTTP {status}): open a page in a "
+            "browser, and log in"
         )
     if status >= 400:
-        raise RemoteError(f"{where}: HTTP {status}: check the URL")
+        raise RemoteError(f"{where}: HTTP {status}: check the URL{through}")
 
 
-def _validator(response: http.client.HTTPResponse) -> str:
-    etag = response.getheader("ETag", "").strip()
+def _access_cure(answer: _Answer) -> str:
+    """What to do about a refused access."""
+    if answer.credentials.sources:
+        sent = " and ".join(answer.credentials.sources)
+        return f"check the credentials, which came from {sent}, and what they allow"
+    return (
+        "no credentials were sent; check whether the URL's signature has expired, or, for a "
+        f"private or gated set, {CURES}"
+    )
+
+
+def _seconds_to_wait(text: str) -> float:
+    """Of a Retry-After: a number of seconds, or a date."""
+    if text.isascii() and text.isdecimal():
+        return float(text) if len(text) < 6 else 0.0
+    try:
+        seconds = parsedate_to_datetime(text).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+    return seconds if 0 < seconds < 100_000 else 0.0
+
+
+def _validator(response: BaseHTTPResponse) -> str:
+    etag = response.headers.get("ETag", "").strip()
     if re.fullmatch(r'"[\x21\x23-\x7e]{1,256}"', etag):
         return etag
-    date = response.getheader("Last-Modified", "").strip()
+    date = response.headers.get("Last-Modified", "").strip()
     return date if re.fullmatch(r"[A-Za-z0-9:, -]{1,64}", date) else ""
-
-
-@contextmanager
-def _cut_off_after(sock: socket.socket, seconds: float) -> Iterator[None]:
-    """Shut the connection when the time is over: a socket's own timeout starts again with every
-    byte that drips in."""
-    timer = threading.Timer(max(0.0, seconds), _shut, [sock])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _shut(sock: socket.socket) -> None:
-    try:
-        # not TLS's own, which may not be called from another thread
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-    except OSError:  # closed meanwhile
-        return
-
-
-@contextmanager
-def _naming(where: str) -> Iterator[None]:
-    """Network errors as PassingError that names the URL; a broken certificate does not pass."""
-    try:
-        yield
-    except ssl.SSLCertVerificationError as error:
-        raise RemoteError(
-            f"{where}: its certificate is not valid ({error.verify_message})"
-        ) from None
-    except TimeoutError:
-        raise PassingError(f"{where}: no answer in time") from None
-    except OSError as error:
-        raise PassingError(
-            f"{where}: the connection failed ({error.strerror or type(error).__name__})"
-        ) from None
-    except (http.client.HTTPException, ValueError) as error:
-        # Their texts may quote the request, and with it a token.
-        raise PassingError(f"{where}: the connection was lost ({type(error).__name__})") from None

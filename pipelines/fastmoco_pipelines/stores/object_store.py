@@ -2,13 +2,17 @@
 HTTP.
 
 fsspec and its file systems are imported when the first such URL is met. They take credentials from
-the environment or the user's files; a URL holds none.
+the environment or the user's files; a URL holds none. All after the bucket is the key: `%20` is
+three characters, and `?` and `#` are nothing special.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import importlib
 import queue
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,11 +75,51 @@ class ObjectStore(Store):
         yield Body(start=begins, total=total, validator=now, kind="object", chunks=chunks())
 
     def find(self, url: str, limits: Limits) -> list[str]:
-        """See `Store.find`."""
+        """See `Store.find`. A folder or an object whose name is exactly the pattern is taken as it
+        is."""
         scheme = url.partition("://")[0]
         files = file_system(scheme)
-        found = bounded(redact(url), limits.respond_seconds, lambda: files.glob(_path(url)))
-        return sorted(f"{scheme}://{name.lstrip('/')}" for name in found)
+        where = redact(url)
+
+        def entries(place: str) -> tuple[list[str], list[str]]:
+            """Names of the folders and of the objects in a folder."""
+            try:
+                listed = bounded(
+                    where, limits.respond_seconds, lambda: files.ls(place, detail=True)
+                )
+            except AbsentError:
+                return [], []
+            names: tuple[list[str], list[str]] = ([], [])
+            for item in listed:
+                name = item["name"].strip("/").removeprefix(f"{place.strip('/')}/")
+                if name and "/" not in name:
+                    names[item["type"] != "directory"].append(name)
+            return names
+
+        if "**" in url:
+            found = bounded(where, limits.respond_seconds, lambda: files.glob(_path(url)))
+            return sorted(f"{scheme}://{name.lstrip('/')}" for name in found)
+        bucket, *folders, last = _path(url).split("/")
+        places = [bucket]
+        for folder in folders:
+            if glob.has_magic(folder):
+                places = [
+                    f"{at}/{name}" for at in places for name in _fitting(entries(at)[0], folder)
+                ]
+            else:
+                places = [f"{at}/{folder}" for at in places]
+        return sorted(
+            f"{scheme}://{at}/{name}" for at in places for name in _fitting(entries(at)[1], last)
+        )
+
+    def exists(self, url: str, limits: Limits) -> bool:
+        """See `Store.exists`."""
+        files = file_system(url.partition("://")[0])
+        try:
+            bounded(redact(url), limits.respond_seconds, lambda: files.info(_path(url)))
+        except AbsentError:
+            return False
+        return True
 
 
 STORE = ObjectStore()
@@ -88,6 +132,7 @@ def file_system(scheme: str) -> Any:
     Raises:
         RemoteError: naming the package that is missing, and the extra that brings it.
     """
+    scheme = scheme.lower()
     package = _PACKAGES[scheme]
     try:
         fsspec = importlib.import_module("fsspec")
@@ -105,7 +150,7 @@ def bounded(where: str, seconds: float, call: Callable[[], T]) -> T:
     is over.
 
     Raises:
-        AbsentError, PassingError: naming `where` and the cause.
+        AbsentError, PassingError, RemoteError: naming `where` and the cause.
     """
     results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
 
@@ -120,16 +165,90 @@ def bounded(where: str, seconds: float, call: Callable[[], T]) -> T:
         result, error = results.get(timeout=seconds)
     except queue.Empty:
         raise PassingError(f"{where}: no answer in {seconds:g} s") from None
-    if isinstance(error, FileNotFoundError):
-        raise AbsentError(f"{where}: does not exist: check the name") from None
-    if isinstance(error, PermissionError):
-        raise AccessError(
-            f"{where}: access is refused: check the credentials in the environment"
-        ) from None
     if error is not None:
-        # The libraries' own texts may quote signed requests.
-        raise PassingError(f"{where}: the store fails ({type(error).__name__})") from None
+        raise _explained(where, error) from None
     return result  # type: ignore[return-value]
+
+
+_KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or ~/.aws/credentials"
+_REGION = (
+    "the bucket is in another region, or at another endpoint: set AWS_DEFAULT_REGION or "
+    "AWS_ENDPOINT_URL"
+)
+_CLOCK = "the clock of this machine differs from the store's: set it (NTP)"
+_CODES: dict[str, tuple[type[RemoteError], str]] = {
+    "RequestTimeTooSkewed": (RemoteError, _CLOCK),
+    "RequestExpired": (RemoteError, _CLOCK),
+    "ExpiredToken": (RemoteError, "the credentials have expired: log in again"),
+    "ExpiredTokenException": (RemoteError, "the credentials have expired: log in again"),
+    "InvalidToken": (RemoteError, "the session token is not valid: log in again"),
+    "InvalidAccessKeyId": (RemoteError, f"the store does not know the access key: check {_KEYS}"),
+    "SignatureDoesNotMatch": (RemoteError, "the secret key is wrong: check AWS_SECRET_ACCESS_KEY"),
+    "InvalidObjectState": (RemoteError, "it is archived: restore it first"),
+    "NoSuchBucket": (AbsentError, "there is no such bucket: check its name, and AWS_ENDPOINT_URL"),
+    "PermanentRedirect": (RemoteError, _REGION),
+    "AuthorizationHeaderMalformed": (RemoteError, _REGION),
+    "IllegalLocationConstraintException": (RemoteError, _REGION),
+    "301": (RemoteError, _REGION),
+}
+"""What S3 means by its codes, and the cure."""
+
+
+def _explained(where: str, error: BaseException) -> RemoteError:
+    """An error of a store's library by what it means; the library's own text may quote a signed
+    request."""
+    chain = list(_causes(error))
+    kinds = {type(item).__name__ for item in chain}
+    for item in chain:
+        answer = getattr(item, "response", None)
+        code = answer.get("Error", {}).get("Code") if isinstance(answer, dict) else None
+        if code in _CODES:
+            kind, text = _CODES[code]
+            return kind(f"{where}: {text} ({code})")
+    if isinstance(error, FileNotFoundError):
+        return AbsentError(f"{where}: does not exist: check the name")
+    if isinstance(error, PermissionError):
+        return AccessError(
+            f"{where}: access is refused: check the credentials in the environment, and for a bucket "
+            "whose reader pays FSSPEC_S3_REQUESTER_PAYS=true"
+        )
+    if kinds & {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}:
+        if where.startswith("gs://"):
+            cure = "GOOGLE_APPLICATION_CREDENTIALS, or for a public bucket FSSPEC_GS_TOKEN=anon"
+        else:
+            cure = f"{_KEYS}, or for a public bucket FSSPEC_S3_ANON=true"
+        return RemoteError(f"{where}: there are no credentials: give {cure}")
+    if any(isinstance(item, ssl.SSLCertVerificationError) for item in chain) or "SSLError" in kinds:
+        return RemoteError(
+            f"{where}: the certificate of its store is not valid: give the certificates of its "
+            "authority as a PEM file in AWS_CA_BUNDLE (gs: SSL_CERT_FILE)"
+        )
+    if kinds & {"ProxyConnectionError", "ClientProxyConnectionError", "ClientHttpProxyError"}:
+        return PassingError(f"{where}: the proxy of HTTPS_PROXY or HTTP_PROXY cannot be reached")
+    if kinds & {"EndpointConnectionError", "ClientConnectorError", "ClientConnectorDNSError"}:
+        return PassingError(
+            f"{where}: its store cannot be reached: check AWS_ENDPOINT_URL and the network, and for "
+            "a store that has no host name for each bucket `s3 = addressing_style = path` in "
+            "~/.aws/config (docs/data.md)"
+        )
+    return PassingError(f"{where}: the store fails ({type(error).__name__})")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that led to it."""
+    for _ in range(10):
+        if error is None:
+            return
+        yield error
+        inner = getattr(error, "kwargs", {}).get("error")  # of botocore
+        error = inner if isinstance(inner, BaseException) else error.__cause__ or error.__context__
+
+
+def _fitting(names: list[str], pattern: str) -> list[str]:
+    """The names that fit a glob; the name itself, where it is among them."""
+    if pattern in names:
+        return [pattern]
+    return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
 
 
 def _path(url: str) -> str:

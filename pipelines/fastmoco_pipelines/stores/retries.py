@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 from fastmoco_pipelines.errors import PassingError, RemoteError, StoppedError, WrongContentError
-from fastmoco_pipelines.text import redact
+from fastmoco_pipelines.text import redact, split_url
 
 T = TypeVar("T")
 _told: set[str] = set()  # hosts; a set, so that a hundred transfers of a run leave one line
@@ -103,7 +102,7 @@ def retried(
 def _tell_once(url: str, message: str) -> None:
     """Log the first failure of each host in this process: without it, pauses would look like a
     hang."""
-    host = urlsplit(redact(url)).netloc
+    host = split_url(redact(url))[0]
     with _lock:
         if host in _told:
             return

@@ -62,7 +62,7 @@ class Store(ABC):
     Attributes:
         user_in_url: a URL may hold a user and a password; else they belong in the environment.
         quotes_names: names of files are percent-encoded in a URL.
-        lists: `find` works; else the manifest of a folder names its shards.
+        lists: `find` and `exists` work; else the manifest of a folder names its shards.
     """
 
     user_in_url: bool = False
@@ -86,3 +86,13 @@ class Store(ABC):
             RemoteError: if the store cannot be asked.
         """
         raise NotImplementedError(f"{type(self).__name__} does not list {redact(url)}, of {limits}")
+
+    def exists(self, url: str, limits: Limits) -> bool:
+        """Whether there is an object or a folder of exactly this name. It is asked about names that
+        hold `[`, `?` or a list in braces, which might as well be patterns.
+
+        Raises:
+            RemoteError: if the store cannot be asked.
+        """
+        del url, limits
+        return False

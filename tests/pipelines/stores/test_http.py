@@ -21,13 +21,13 @@ from fastmoco_pipelines.making.pack import pack_folder
 from fastmoco_pipelines.sets.patterns import is_remote
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec
-from fastmoco_pipelines.stores import http as remote
 from fastmoco_pipelines.stores import object_store
 from fastmoco_pipelines.stores.store import Request
 from fastmoco_pipelines.text import redact
 from tests.pipelines.http_fault_server import FaultServer, drop, redirect, stall, status
 from tests.pipelines.stores.test_http_faults import QUICK
 
+remote = pytest.importorskip("fastmoco_pipelines.stores.http", reason="urllib3 is not installed")
 SECRET = "Geheim123"
 
 
