@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastmoco.checkpoint import list_checkpoints
 from fastmoco.checkpoint.choose import by_score
@@ -230,8 +230,10 @@ def eval_knn(
                     accuracy = round(monitor.evaluate(encoder)["knn"], 6)
     stop_world()
     if world.rank == 0:
-        found = {"run": str(run), "step": checkpoint.step, "knn": accuracy, "k": k}
-        print(json.dumps({**found, "chance": round(monitor.chance.get("knn", 0.0), 6)}))
+        found: dict[str, Any] = {"run": str(run), "step": checkpoint.step, "knn": accuracy, "k": k}
+        chance = monitor.chance.get("knn")
+        found["chance"] = None if chance is None else round(chance, 6)
+        print(json.dumps(found))
     return EXIT_FINISHED
 
 

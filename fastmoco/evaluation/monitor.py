@@ -117,7 +117,7 @@ class KnnMonitor(Monitor):
         )
         self.idle = found.says_nothing
         self.notes = tuple(f"kNN: {note}" for note in found.notes)
-        self.chance = {"knn": found.chance}
+        self.chance = {} if self.idle else {"knn": found.chance}
 
     @property
     def images(self) -> int:

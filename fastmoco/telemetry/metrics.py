@@ -7,6 +7,7 @@ interval, because the log step at its end waits for the device once.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ class Speed(NamedTuple):
     wait_share: float
     """Share of that time that the host waited for the loader, 0 to 1."""
     eta_s: float
-    """Seconds of training until the last step, without evaluation and saving."""
+    """Seconds of training until the last step, without evaluation and saving. NaN after the first
+    step alone: it fills caches, and may compile."""
 
 
 class Throughput:
@@ -56,6 +58,7 @@ class Throughput:
         self._waited = 0.0
         self._paused = 0.0
         self._seconds_per_step: float | None = None
+        self._reported = False
         self._last = Speed(0.0, 0.0, 0.0)
 
     def step(self, wait_seconds: float) -> None:
@@ -84,15 +87,19 @@ class Throughput:
         training = max(wall - self._paused, 1e-9)
 
         newest = training / self._steps
+        left = self._total - self._done
+        start_up = not self._reported and self._steps == 1 and left > 0
         smoothed = self._seconds_per_step
         smoothed = newest if smoothed is None else smoothed + SMOOTHING * (newest - smoothed)
         self._last = Speed(
             images_per_s=self._steps * self._batch / training,
             wait_share=min(1.0, self._waited / training),
-            eta_s=max(0, self._total - self._done) * smoothed,
+            eta_s=math.nan if start_up else max(0, left) * smoothed,
         )
 
-        self._seconds_per_step = smoothed
+        if not start_up:
+            self._seconds_per_step = smoothed
+        self._reported = True
         self._start = now
         self._steps = 0
         self._waited = 0.0

@@ -220,7 +220,8 @@ class Recorder:
             **self._loader_metrics(),
         }
         self._write(step, metrics)
-        row: dict[str, float | None] = {"step": step, **metrics, "eta_s": speed.eta_s}
+        eta = None if math.isnan(speed.eta_s) else speed.eta_s
+        row: dict[str, float | None] = {"step": step, **metrics, "eta_s": eta}
         row["quarantined"] = self._loader.left_out or None
         best = {f"{name}_best": value for name, value in self._best.items()}
         self.console.log({**row, **self._last, **best})

@@ -142,7 +142,7 @@ def build_monitors(
     quarantine_list: Path | None = None,
     scratch: Path | None = None,
 ) -> list[Monitor]:
-    """Build the evaluations that a config has during training; `figures` names their accuracies.
+    """Build the evaluations that a config has during training.
 
     Args:
         config: of the run.
@@ -189,11 +189,6 @@ def build_knn(
         memory_bytes=_half_of_free_memory,
         scratch=scratch,
     )
-
-
-def figures(config: Config) -> dict[str, str]:
-    """Metric name -> label of the accuracies that `build_monitors` would measure."""
-    return dict(KnnMonitor.figures) if _has_knn(config) else {}
 
 
 def _has_knn(config: Config) -> bool:

@@ -22,7 +22,6 @@ from fastmoco.config.serial import to_json
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
 from fastmoco.run.folder import RunFolder
-from fastmoco.training import setup
 from fastmoco.training.trainer import Trainer
 from tests.fault_runs import FaultRun, environment, start, start_command
 
@@ -147,14 +146,6 @@ def test_the_checkpoint_is_verified_and_its_run_is_checked(
     out = capsys.readouterr().out
     assert "passed over step_00000005" in out
     assert "finished after 5 steps" in out
-
-
-def test_figures_are_those_of_the_monitors(config: Config, digits: tuple[str, str]) -> None:
-    for knn in (replace(config.knn, every_epochs=1, test_shards=digits[1]), config.knn):
-        one = replace(config, knn=knn)
-        monitors = setup.build_monitors(one, World(), threads=1, precision="fp32")
-        made = {name: label for monitor in monitors for name, label in monitor.figures.items()}
-        assert setup.figures(one) == made
 
 
 @pytest.mark.parametrize(
