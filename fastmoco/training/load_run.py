@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fastmoco.checkpoint import Checkpoint, load_latest
+from fastmoco.checkpoint.folder import STATE
 from fastmoco.config import Config
 from fastmoco.config.serial import from_json
 from fastmoco.errors import no_checkpoint
@@ -40,7 +41,7 @@ def load_run(
     checkpoint = load_latest(RunFolder(Path(run)).checkpoints)
     if checkpoint is None:
         raise no_checkpoint(run)
-    config = from_json(checkpoint.state["config"])
+    config = from_json(checkpoint.state["config"], file=checkpoint.path / STATE)
     # This device may lack the backends that the run trained with. All attention backends agree to
     # rounding, and native products are more precise than those in float8.
     native = replace(config.model, attention="auto", linears="native", momentum_linears="native")

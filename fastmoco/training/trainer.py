@@ -40,6 +40,7 @@ from fastmoco.training.start import Start, find_start, finished_already, give_ba
 from fastmoco.training.step import StepResult, TrainStep
 from fastmoco.training.step_guard import StepGuard
 from fastmoco_pipelines import Batch, Loader, ShardError, SyntheticLoader
+from fastmoco_pipelines.text import counted
 
 
 class Trainer:
@@ -251,6 +252,8 @@ class Trainer:
             recorder.event(f"ignored {name}, left by a killed run")
         if checkpoint is not None:
             resume.announce(checkpoint, self.identity, saved["resolved"], recorder.event)
+            if change := resume.schedule_changes(checkpoint, self.config, self.resolved):
+                recorder.event(change)
         return recorder
 
     def _describe(self) -> dict[str, Any]:
@@ -331,7 +334,8 @@ class Trainer:
                     stop.finish()
                 recorder.loader_summary(self.loader.figures())
                 recorder.event(
-                    f"finished after {last} steps; the model is in {self.folder.checkpoints}"
+                    f"finished after {counted(last, 'step')}; "
+                    f"the model is in {self.folder.checkpoints}"
                 )
         return EXIT_FINISHED
 

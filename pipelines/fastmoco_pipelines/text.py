@@ -64,6 +64,12 @@ def first_sentence(doc: str | None) -> str:
     return paragraph[: stop.end()] if stop else paragraph
 
 
+def counted(count: int, what: str) -> str:
+    """A number with its noun: `1 shard`, `2 shards`, `2 classes`."""
+    plural = what + ("es" if what.endswith("s") else "s")
+    return f"{count} {what if count == 1 else plural}"
+
+
 def shard_name(url: str) -> str:
     """File name of a shard's URL, without its folder."""
     return unquote(urlsplit(url).path.rpartition("/")[2])

@@ -37,7 +37,7 @@ from fastmoco_pipelines.sets.patterns import is_remote
 from fastmoco_pipelines.sets.whole_tars import LocalTars, RemoteTars, whole_names
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.retries import Limits
-from fastmoco_pipelines.text import escaped, redact
+from fastmoco_pipelines.text import counted, escaped, redact
 
 _ORIGIN = "indexed"  # marks the sets of a manifest that were written here
 
@@ -252,7 +252,7 @@ def _gone(path: Path, index: ShardIndex) -> int:
     missing = len(_rows(old) - _rows(index))
     if missing and fits_tar(old, path):
         raise ShardError(
-            f"{path.name}: its index knows {missing} samples more than can be found now: keep it, "
+            f"{path.name}: its index knows {counted(missing, 'sample')} more than can be found now: keep it, "
             "and let `fastmoco data check` find which of them are damaged. To salvage all the "
             f"same, delete {index_path(path).name} first."
         )
