@@ -14,7 +14,6 @@ from fastmoco.config.serial import differences, flatten, from_json, marked, may_
 from fastmoco.distributed.gather import gather_rows
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
-from fastmoco.optim.schedule import learning_rate
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.identity import RunIdentity
 from fastmoco_pipelines.sampling.order import ORDER_VERSION, ORDER_VERSIONS
@@ -90,6 +89,8 @@ def schedule_changes(checkpoint: Checkpoint, config: Config, now: Resolved) -> s
 
 def rate_at(step: int, config: Config, steps_per_epoch: int) -> float:
     """The learning rate of a step."""
+    from fastmoco.optim.schedule import learning_rate  # a finished run needs no optimizer
+
     return learning_rate(
         step,
         peak=config.peak_lr,
