@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco_pipelines.errors import LabelError, ShardError
-from fastmoco_pipelines.files import hash_file
+from fastmoco_pipelines.files import folder_for, hash_file
 from fastmoco_pipelines.formats.index import (
     fits_tar,
     index_path,
@@ -136,10 +136,11 @@ def index_shards(
             f"shards={redact(pattern)!r}: nothing is written to a server: give a folder for the "
             "indexes (--out FOLDER), and copy what is in it beside the shards afterwards"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    with closing(
-        RemoteTars(pattern, out, cache or CacheSpec(), transfers or Limits(), indexes=False)
-    ) as tars:
+    limits = transfers or Limits()
+    with (
+        folder_for(out),
+        closing(RemoteTars(pattern, out, cache or CacheSpec(), limits, indexes=False)) as tars,
+    ):
         report = _index(tars, progress, rule or LabelRule(), salvage, json)
         return replace(report, uploads={folder: redact(url) for folder, url in tars.urls.items()})
 
