@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from fastmoco.config import Config, MoCoV3Config, ObjectiveConfig
-from fastmoco_pipelines.spec import Resume, ViewSpec, require
+from fastmoco_pipelines.spec import FieldError, Resume, ViewSpec, require, under
 from fastmoco_pipelines.text import redact
 
 PATTERNS = (("data", "shards"), ("knn", "train_shards"), ("knn", "test_shards"))
@@ -54,18 +55,23 @@ def to_json(config: Config) -> dict[str, Any]:
     return data
 
 
-def from_json(data: dict[str, Any]) -> Config:
+def from_json(data: dict[str, Any], *, file: Path | None = None) -> Config:
     """Build a config from the output of `to_json`.
 
+    Args:
+        data: as read from JSON.
+        file: that it was read from, for error messages.
+
     Raises:
-        ValueError: for unknown fields, by name, or invalid values.
+        ValueError: for unknown fields or invalid values, by file and path: `config.knn.k`.
     """
-    built: Config = _build(Config, data, "config")
+    built: Config = _build(Config, data, "config" if file is None else f"{file}: config")
     return built
 
 
 def _build(cls: Any, data: dict[str, Any], path: str) -> Any:
     """Build one dataclass from one dictionary; lists become tuples again."""
+    require(isinstance(data, dict), path, data, "must be an object of JSON")
     hints = get_type_hints(cls)
     unknown = sorted(set(data) - set(hints))
     require(
@@ -80,16 +86,21 @@ def _build(cls: Any, data: dict[str, Any], path: str) -> Any:
     for name, value in data.items():
         hint = hints[name]
         if hint is ObjectiveConfig:
+            require(isinstance(value, dict), f"{path}.{name}", value, "must be an object of JSON")
             value = dict(value)
-            hint = _objective(value.pop("kind", MoCoV3Config.kind))
+            hint = _objective(value.pop("kind", MoCoV3Config.kind), path)
         if dataclasses.is_dataclass(hint):
             values[name] = _build(hint, value, f"{path}.{name}")
         else:
             values[name] = _leaf(hint, value, f"{path}.{name}")
-    return cls(**values)
+    try:
+        with under(path):
+            return cls(**values)
+    except (TypeError, AttributeError) as error:  # a text where a number belongs, or the like
+        raise FieldError(path, data, f"a value has the wrong type ({error})") from error
 
 
-def _objective(kind: Any) -> type[ObjectiveConfig]:
+def _objective(kind: Any, path: str) -> type[ObjectiveConfig]:
     """The config class of an objective, from the recipes module named after its kind.
 
     Raises:
@@ -101,7 +112,7 @@ def _objective(kind: Any) -> type[ObjectiveConfig]:
             importlib.import_module(f"fastmoco.recipes.{kind}")
     known = {name: made for name, made in ObjectiveConfig.kinds.items() if name}
     rule = f"unknown objective; known are {', '.join(sorted(known))}"
-    require(named and kind in known, "config.objective.kind", kind, rule)
+    require(named and kind in known, f"{path}.objective.kind", kind, rule)
     return known[kind]
 
 
@@ -109,6 +120,7 @@ def _leaf(hint: Any, value: Any, path: str) -> Any:
     """A field that is not a dataclass; lists become tuples again, also of dataclasses."""
     if get_origin(hint) is not tuple:
         return value
+    require(isinstance(value, list | tuple), path, value, "must be a list of JSON")
     inner = get_args(hint)[0]
     if not dataclasses.is_dataclass(inner):
         return tuple(value)

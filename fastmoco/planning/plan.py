@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from fastmoco.planning.costs import Line, StepCosts
+from fastmoco_pipelines.text import counted
 
 HEADROOM = 0.9
 """Share of the free memory that a plan uses; allocators round up, and libraries need workspaces."""
@@ -89,8 +90,14 @@ class StepPlan:
         if not self.chunk:
             return f"whole batch at once{within} ({self.reason})"
         others = ", the others the residual stream" if self.lean else ""
-        kept = f"{self.kept_images} images keep their graphs{others}, {self.overhead:+.1%} FLOPs"
-        return f"{self.chunks} chunks of {self.chunk} images, {kept}{within} ({self.reason})"
+        kept = (
+            counted(self.kept_images, "image")
+            + f" keep their graphs{others}, {self.overhead:+.1%} FLOPs"
+        )
+        return (
+            f"{counted(self.chunks, 'chunk')} of {counted(self.chunk, 'image')}, {kept}{within} "
+            f"({self.reason})"
+        )
 
     def to_json(self) -> dict[str, int | float | str]:
         """As a dictionary."""

@@ -31,11 +31,25 @@ from fastmoco.telemetry.stability import (
     pair_cosines,
 )
 from fastmoco_pipelines.loading.stages import StageFigures
+from fastmoco_pipelines.text import counted
 
 WARM_STEPS = 100
 """Steps before a loss is judged, however short the warm-up is."""
 SLOW_LOADER = 0.2
 """Share of an interval spent waiting for data above which the recorder logs an event."""
+
+
+def _left_out(config: Config, resolved: Resolved) -> str:
+    """The images that no batch of an epoch has; "" if the batches divide the set."""
+    count = resolved.sample_count
+    rest = count - resolved.steps_per_epoch * config.global_batch_size
+    if rest == 0 or config.data.synthetic:
+        return ""
+    are = "is" if rest == 1 else "are"
+    return (
+        f"{rest:,} of {count:,} images {are} left out of each epoch, chosen at random each "
+        f"time: {count:,} is no multiple of the batch of {config.global_batch_size:,}"
+    )
 
 
 class Recorder:
@@ -114,12 +128,14 @@ class Recorder:
                 )
         self.console.start(
             resolved.total_steps,
-            f"{config.recipe}  {resolved.sample_count} images, "
-            f"{resolved.steps_per_epoch} steps per epoch, "
+            f"{config.recipe}  {counted(resolved.sample_count, 'image')}, "
+            f"{counted(resolved.steps_per_epoch, 'step')} per epoch, "
             f"batch {config.global_batch_size} on {world.world_size} x {world.device.type}, "
             f"lr = {config.optim.lr:g} x {config.global_batch_size} / 256 = {resolved.peak_lr:g}",
         )
 
+        if start_step == 0 and (rest := _left_out(config, resolved)):
+            self.event(rest)
         known = [f"loss {uninformed_loss:.3f}"] if uninformed_loss is not None else []
         known += [f"{self._labels[name]} {value:.1%}" for name, value in self._chance.items()]
         if known:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fastmoco.checkpoint import Checkpoint, CheckpointError, find_checkpoint
+from fastmoco.checkpoint.folder import STATE
 from fastmoco.config import Config
 from fastmoco.config.serial import from_json
 from fastmoco.objectives.build import build_objective
@@ -41,7 +42,7 @@ def load_run(
     checkpoint = find_checkpoint(run, best=best)
     if "config" not in checkpoint.state:
         raise CheckpointError(f"{checkpoint.path} has no config: it is no checkpoint of a run")
-    config = from_json(checkpoint.state["config"])
+    config = from_json(checkpoint.state["config"], file=checkpoint.path / STATE)
     # This device may lack the backends that the run trained with. All attention backends agree to
     # rounding, and native products are more precise than those in float8.
     native = replace(config.model, attention="auto", linears="native", momentum_linears="native")

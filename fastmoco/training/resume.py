@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from fastmoco.checkpoint import Checkpoint
-from fastmoco.config import Config
-from fastmoco.config.serial import differences, from_json, marked, may_change
+from fastmoco.checkpoint.folder import STATE
+from fastmoco.config import Config, Resolved
+from fastmoco.config.serial import differences, flatten, from_json, marked, may_change
 from fastmoco.distributed.gather import gather_rows
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
@@ -55,6 +56,48 @@ def announce(
     changed = machine_changes(checkpoint, now)
     if changed:
         report(f"another set-up: {', '.join(changed)}; losses agree to rounding, not bit for bit")
+
+
+def schedule_changes(checkpoint: Checkpoint, config: Config, now: Resolved) -> str | None:
+    """What the learning rate does after the fields of its schedule have changed; None if they have
+    not.
+
+    Args:
+        checkpoint: the one that the run continues from.
+        config: given now.
+        now: the resolved values of the run now.
+    """
+    saved = from_json(checkpoint.state["config"], file=checkpoint.path / STATE)
+    names = ("epochs", "optim.lr", "optim.warmup_epochs")
+    old, new = flatten(saved), flatten(config)
+    changed = [f"{name} {old[name]:g} -> {new[name]:g}" for name in names if old[name] != new[name]]
+    if not changed:
+        return None
+
+    # The schedule is a function of the step alone, so both can be asked at any step.
+    step = checkpoint.step
+    steps_before = max(1, round(saved.epochs * now.steps_per_epoch))
+    before = rate_at(step, saved, now.steps_per_epoch)
+    after = rate_at(step, config, now.steps_per_epoch)
+    again = ": it rises again" if after > before and step > 0 else ""
+    return (
+        f"{', '.join(changed)}: the schedule spans all epochs, so the learning rate of step {step} "
+        f"is {after:.3g} instead of {before:.3g}{again}, and reaches 0 after step "
+        f"{now.total_steps} instead of {steps_before}"
+    )
+
+
+def rate_at(step: int, config: Config, steps_per_epoch: int) -> float:
+    """The learning rate of a step."""
+    from fastmoco.optim.schedule import learning_rate  # a finished run needs no optimizer
+
+    return learning_rate(
+        step,
+        peak=config.peak_lr,
+        epochs=config.epochs,
+        warmup_epochs=config.optim.warmup_epochs,
+        steps_per_epoch=steps_per_epoch,
+    )
 
 
 def require_run(checkpoint: Checkpoint | None) -> None:
@@ -137,7 +180,8 @@ def require_same_config(
         raise RunError(
             f"--allow {' '.join(fixed)}: cannot change within a run; fields that can: {those}"
         )
-    every = differences(from_json(checkpoint.state["config"]), config)
+    saved = from_json(checkpoint.state["config"], file=checkpoint.path / STATE)
+    every = differences(saved, config)
     changed = [line for line in every if line.partition(":")[0] not in named]
     before = checkpoint.state["resolved"]["precision"]
     if before != precision:

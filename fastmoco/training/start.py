@@ -23,6 +23,7 @@ from fastmoco.run.identity import RunIdentity, identify
 from fastmoco.telemetry.console import Console
 from fastmoco.training import resume
 from fastmoco_pipelines import BadImageError, ShardError
+from fastmoco_pipelines.text import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,10 @@ def close_if_finished(
 
 def finished_already(folder: RunFolder, steps: int) -> str:
     """The message for a run without a step left to do."""
-    return f"this run is finished already; its {steps} steps are in {folder.checkpoints}"
+    are = "is" if steps == 1 else "are"
+    return (
+        f"this run is finished already; its {counted(steps, 'step')} {are} in {folder.checkpoints}"
+    )
 
 
 def _steps_if_done(start: Start, config: Config, world: World, allow: Sequence[str]) -> int:

@@ -21,6 +21,7 @@ from fastmoco.distributed.agree import largest
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
 from fastmoco_kernels.tensors import local
+from fastmoco_pipelines.text import counted
 
 
 class BufferCopy:
@@ -139,7 +140,7 @@ class StepGuard:
         self._counts[2] = self._counts[1]
         if longest >= self._patience:
             raise RunError(
-                f"{longest} steps in a row up to step {step} had a non-finite loss or gradients "
+                f"{counted(longest, 'step')} in a row up to step {step} had a non-finite loss or gradients "
                 f"(faults.max_skipped_steps={self._patience}); none of them changed the model. "
                 "Lower --optim.lr, lengthen --optim.warmup-epochs or set --optim.clip-norm, "
                 "in a new --out"
@@ -147,6 +148,6 @@ class StepGuard:
         if not new:
             return []
         return [
-            f"warning: {new} steps up to step {step} skipped, "
+            f"warning: {counted(new, 'step')} up to step {step} skipped, "
             f"loss or gradients not finite ({total} so far)"
         ]

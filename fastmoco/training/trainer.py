@@ -47,6 +47,7 @@ from fastmoco.training.start import Start, find_start, finished_already, give_ba
 from fastmoco.training.step import StepResult, TrainStep
 from fastmoco.training.step_guard import StepGuard
 from fastmoco_pipelines import Batch, Loader, ShardError, SyntheticLoader
+from fastmoco_pipelines.text import counted
 
 
 class Trainer:
@@ -278,6 +279,8 @@ class Trainer:
             recorder.event(f"ignored {name}, left by a killed run")
         if checkpoint is not None:
             resume.announce(checkpoint, self.identity, saved["resolved"], recorder.event)
+            if change := resume.schedule_changes(checkpoint, self.config, self.resolved):
+                recorder.event(change)
 
         # Say it now if the first output of the training will take minutes.
         if self.world.rank == 0:
@@ -379,7 +382,7 @@ class Trainer:
 
     def _summary(self, steps: int) -> str:
         """The last line of a finished run: where the model is, and the best one."""
-        text = f"finished after {steps} steps; the model is in {self.folder.checkpoints}"
+        text = f"finished after {counted(steps, 'step')}; the model is in {self.folder.checkpoints}"
         best = self.saving.best()
         if best is None:
             return text

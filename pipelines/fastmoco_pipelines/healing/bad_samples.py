@@ -35,7 +35,7 @@ from fastmoco_pipelines.formats.quarantine import (
     read_list,
 )
 from fastmoco_pipelines.sets.shard_set import ShardSet
-from fastmoco_pipelines.text import escaped
+from fastmoco_pipelines.text import counted, escaped
 
 UNREADABLE = "unreadable: "
 """Prefix of the reasons that are about this machine and not about the sample's bytes."""
@@ -142,7 +142,7 @@ class BadSamples:
                     self._note(i, f"{UNREADABLE}{reason}", where)
                 if lost:  # the next image of the same shard has nothing to add
                     self._news.append(
-                        f"left out {where}, {len(lost)} images: {reason} ({len(self._found)} so "
+                        f"left out {where}, {counted(len(lost), 'image')}: {reason} ({len(self._found)} so "
                         "far)"
                     )
         self.require_few()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco_pipelines.errors import LabelError, ShardError
-from fastmoco_pipelines.files import hash_file
+from fastmoco_pipelines.files import folder_for, hash_file
 from fastmoco_pipelines.formats.index import (
     fits_tar,
     index_path,
@@ -38,7 +38,7 @@ from fastmoco_pipelines.sets.patterns import expand_shards, is_remote
 from fastmoco_pipelines.sets.whole_tars import LocalTars, RemoteTars, whole_names
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.retries import Limits
-from fastmoco_pipelines.text import escaped, redact
+from fastmoco_pipelines.text import counted, escaped, redact
 
 _ORIGIN = "indexed"  # marks the sets of a manifest that were written here
 
@@ -147,13 +147,12 @@ def index_shards(
             f"shards={redact(pattern)!r}: nothing is written to a server: give a folder for the "
             "indexes (--out FOLDER), and copy what is in it beside the shards afterwards"
         )
-    out.mkdir(parents=True, exist_ok=True)
     task = f"data index {redact(pattern)}"
+    limits = transfers or Limits()
     with (
+        folder_for(out),
         one_writer(out, task, tell),
-        closing(
-            RemoteTars(pattern, out, cache or CacheSpec(), transfers or Limits(), indexes=False)
-        ) as remote,
+        closing(RemoteTars(pattern, out, cache or CacheSpec(), limits, indexes=False)) as remote,
     ):
         report = _index(remote, progress, rule or LabelRule(), salvage, json)
         return replace(report, uploads={folder: redact(url) for folder, url in remote.urls.items()})
@@ -272,7 +271,7 @@ def _gone(path: Path, index: ShardIndex) -> int:
     missing = len(_rows(old) - _rows(index))
     if missing and fits_tar(old, path):
         raise ShardError(
-            f"{path.name}: its index knows {missing} samples more than can be found now: keep it, "
+            f"{path.name}: its index knows {counted(missing, 'sample')} more than can be found now: keep it, "
             "and let `fastmoco data check` find which of them are damaged. To salvage all the "
             f"same, delete {index_path(path).name} first."
         )

@@ -8,7 +8,9 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,40 @@ def test_another_refused_command_leaves_nothing_behind(case, place, capsys):
     assert error.startswith("fastmoco: ")
     assert len(error.splitlines()) == 1
     assert tree(place) == before
+
+
+@pytest.fixture
+def empty_server():
+    """The address of a server that has no file."""
+
+    class Nothing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Nothing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data", "index", "{}/a.tar", "--out", "new/deep"],
+        ["data", "check", "{}/a.tar", "--quarantine-out", "new/deep"],
+        ["train", "quickstart_digits", "--data.shards", "{}/a.tar", "--out", "new/deep"],
+    ],
+)
+def test_a_set_that_a_server_does_not_have_leaves_nothing_behind(words, place, empty_server):
+    before = tree(place)
+    assert main([word.format(empty_server) for word in words]) == 2
+    made = {name: what for name, what in tree(place).items() if not name.startswith("cache/")}
+    assert made == before
+    assert not [path for path in (place / "cache").rglob("*") if path.is_file()]
 
 
 @pytest.mark.faults

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -23,7 +25,7 @@ from fastmoco.config import (
 from fastmoco.config.parallel import ParallelConfig
 from fastmoco.config.serial import differences, flatten, from_json, marked, may_change, to_json
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
-from fastmoco_pipelines.spec import LoaderOptions, Resume
+from fastmoco_pipelines.spec import FieldError, LoaderOptions, Resume
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -130,6 +132,36 @@ def test_unknown_fields_are_refused_by_name():
     data["optim"]["learning_rate"] = 1.0
     with pytest.raises(ValueError, match=r"config.optim=\['learning_rate'\]"):
         from_json(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("knn", "k"), 0, r"config\.knn\.k=0: must be at least 1"),
+        (("data", "view2", "size"), 0, r"config\.data\.view2\.size=0: a view"),
+        (("epochs",), "many", r"config=.*: a value has the wrong type"),
+        (("optim",), [1], r"config\.optim=\[1\]: must be an object"),
+        (("data", "more_views"), 3, r"config\.data\.more_views=3: must be a list"),
+    ],
+)
+def test_a_wrong_value_in_json_is_named_by_file_and_path(path, value, named):
+    data = to_json(Config())
+    inner = data
+    for name in path[:-1]:
+        inner = inner[name]
+    inner[path[-1]] = value
+    with pytest.raises(FieldError, match=f"^{named}"):
+        from_json(data)
+    with pytest.raises(FieldError, match=f"^runs/a/state.json: {named}"):
+        from_json(data, file=Path("runs/a/state.json"))
+
+
+def test_an_error_of_a_field_survives_a_process_boundary():
+    with pytest.raises(FieldError) as caught:
+        KnnConfig(k=0)
+    assert str(caught.value) == "k=0: must be at least 1"  # as a program has given it
+    copy = pickle.loads(pickle.dumps(caught.value.under("knn")))
+    assert (str(copy), copy.name) == ("knn.k=0: must be at least 1", "knn.k")
 
 
 def test_another_objective_writes_its_kind_and_an_unknown_one_is_refused():

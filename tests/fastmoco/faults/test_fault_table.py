@@ -174,7 +174,7 @@ def test_a_bad_pixel_on_one_rank_skips_the_step_on_both(run: Start, config: Conf
     for name, bad in (("nan", NAN), ("never", NEVER)):
         one = run(config, name, before=POISON.format(bad=bad))
         assert one.end() == 0, one.text()
-        assert ("1 steps up to step 4 skipped" in one.text()) == (name == "nan")
+        assert ("1 step up to step 4 skipped" in one.text()) == (name == "nan")
     assert_same_end(one.out.with_name("nan"), one.out)
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import resource
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from fastmoco.config import resolve
+from fastmoco.config import Config, resolve
 from fastmoco.distributed.mesh import World
 from fastmoco.recipes import get_recipe
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.metrics_file import read_spikes
-from fastmoco.telemetry.recorder import Recorder
+from fastmoco.telemetry.recorder import Recorder, _left_out
 from fastmoco.telemetry.stability import ForgettingDetector, gradient_norms
 
 
@@ -150,3 +151,17 @@ def test_a_full_disk_costs_lines_of_metrics_and_not_the_run(tmp_path, capsys, mo
     steps = [step for step, _ in RunFolder(tmp_path).read_metric("loss")]
     assert (steps[0], steps[-1]) == (1, 4)
     assert 2 not in steps
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "line"),
+    [
+        (3012, 100, "12 of 3,012 images are left out of each epoch, chosen at random each time"),
+        (1001, 10, "1 of 1,001 images is left out of each epoch"),
+        (3000, 100, ""),
+    ],
+)
+def test_images_that_no_batch_has_are_named(count, batch, line):
+    config = replace(Config(), global_batch_size=batch)
+    assert _left_out(config, resolve(config, world_size=1, sample_count=count)).startswith(line)
+    assert bool(line) == bool(_left_out(config, resolve(config, world_size=1, sample_count=count)))

@@ -259,7 +259,7 @@ def test_a_bad_step_leaves_no_trace_and_the_next_is_that_of_a_run_without_it(
                 )
                 assert differing(before, state_of(trainer)) == []
                 assert trainer.guard.report(2) == [
-                    "warning: 1 steps up to step 2 skipped, loss or gradients not finite (1 so far)"
+                    "warning: 1 step up to step 2 skipped, loss or gradients not finite (1 so far)"
                 ]
             else:
                 trainer.step_count += 1

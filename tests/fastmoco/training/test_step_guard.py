@@ -120,7 +120,7 @@ def test_infinite_gradients_under_a_finite_loss_are_skipped_too(
         after = trainer.objective.state_dict()
         assert [name for name in before if not torch.equal(before[name], after[name])] == []
         assert trainer.guard.report(2) == [
-            "warning: 1 steps up to step 2 skipped, loss or gradients not finite (1 so far)"
+            "warning: 1 step up to step 2 skipped, loss or gradients not finite (1 so far)"
         ]
         assert trainer.guard.report(3) == []
     finally:
@@ -152,7 +152,7 @@ def test_a_run_goes_on_after_bad_steps_and_ends_after_too_many(
             else:
                 assert trainer.run() == 0
                 assert "2 steps" not in (text := capsys.readouterr().out)
-                assert text.count("warning: 1 steps up to") == 3
+                assert text.count("warning: 1 step up to") == 3
         finally:
             trainer.close()
 

@@ -147,7 +147,7 @@ def test_an_index_that_knows_more_is_not_thrown_away(whole, tmp_path):
     before = index_path(whole).read_bytes()
     index_path(path).write_bytes(before)
     with pytest.raises(
-        ShardError, match=r"its index knows 1 samples more .* delete whole\.tar\.index first"
+        ShardError, match=r"its index knows 1 sample more .* delete whole\.tar\.index first"
     ):
         index_shards(str(path), salvage=True)
     assert index_path(path).read_bytes() == before
