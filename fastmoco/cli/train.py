@@ -18,6 +18,7 @@ from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, RunError, 
 from fastmoco.faults import restarts
 from fastmoco.faults.after_run import AfterRun
 from fastmoco.faults.first_cause import first_cause
+from fastmoco.faults.parent import is_orphan
 from fastmoco.models.precision import choose_precision
 from fastmoco.run.curves import draw_curves
 from fastmoco.run.folder import RunFolder
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 CLOSE_SECONDS = 60.0
 """Time that a run which was asked to stop has to close its files after its last save."""
+ORPHAN_CLOSE_SECONDS = 2.0
+"""The same for a worker whose launcher was killed."""
 
 
 def train(
@@ -83,7 +86,8 @@ def train(
         return _finish(trainer.folder, config, world, trainer, process_ends)
     if process_ends:
         # All is saved. Signals are ignored, so a library that hangs must not hold the process.
-        late = threading.Timer(CLOSE_SECONDS, os._exit, [code])
+        limit = ORPHAN_CLOSE_SECONDS if is_orphan() else CLOSE_SECONDS
+        late = threading.Timer(limit, os._exit, [code])
         late.daemon = True
         late.start()
     trainer.close()
