@@ -4,6 +4,7 @@ metrics after a resume.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -129,9 +130,11 @@ class RunFolder:
 
     def release(self) -> None:
         """Unlock the folder."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        lock = self._lock
+        self._lock = None
+        if lock is not None:
+            with contextlib.suppress(OSError):  # on a full disk; it is closed all the same
+                lock.close()
 
     def read_config(self) -> dict[str, Any]:
         """The content of `config.json`; empty if the file is missing or not a JSON object."""
@@ -167,5 +170,14 @@ class RunFolder:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Replace a file atomically and flush it, because a run without its id owns no checkpoint."""
-    write_file(path, text.encode(), mode=0o600, durable=True)
+    """Replace a file atomically and flush it, because a run without its id owns no checkpoint.
+
+    Raises:
+        RunError: if the file system fails, for example because it is full.
+    """
+    try:
+        write_file(path, text.encode(), mode=0o600, durable=True)
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {path}: {error.strerror}; fix it or choose another --out"
+        ) from error
