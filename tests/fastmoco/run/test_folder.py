@@ -132,7 +132,7 @@ def test_a_disk_without_space_is_one_line(tmp_path, first):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:
-        with pytest.raises(RunError, match="cannot write to .*run.*too large; fix it or choose"):
+        with pytest.raises(RunError, match=r"cannot write to .*run.*too large; fix it or choose"):
             folder.acquire() if first == "lock" else folder.write_starts({})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
