@@ -4,17 +4,22 @@ that are no names."""
 from __future__ import annotations
 
 import os
+import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from fastmoco.checkpoint import load_latest
 from fastmoco.cli.launch import launch, launch_command
 from fastmoco.errors import RunError
+from fastmoco.run.folder import RunFolder
 from tests.fault_runs import ROOT, FaultRun, environment, start_command
 
 pytestmark = pytest.mark.faults
@@ -181,6 +186,115 @@ def test_a_preempted_run_of_two_processes_saves_says_so_and_goes_on(
         assert (out / "DONE").exists()
         assert not (out / "PREEMPTED").exists()
         assert "continuing from" in one.text()
+    finally:
+        one.close()
+
+
+def living(out: Path) -> list[int]:
+    """Processes that train into a folder, and their launchers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(out).encode() in words:
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_killed_launcher_leaves_no_process_and_a_saved_run(
+    words: list[str], tmp_path: Path
+) -> None:
+    """Agent and workers end with it, also a worker that was stopped."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "fastmoco", "train", *words, "--epochs=200", "--gpus=2"]
+    one = start_command(command, out)
+    try:
+        one.wait_for_step(2)
+        workers = [pid for pid in living(out) if pid != one.process.pid]
+        assert len(workers) == 3
+        os.kill(max(workers), signal.SIGSTOP)
+        one.process.kill()
+        until = time.monotonic() + 10
+        while living(out) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert living(out) == []
+        assert (out / "PREEMPTED").exists()
+        assert one.text().rstrip().splitlines()[-1].startswith("! SIGTERM: saved step")
+    finally:
+        for pid in living(out):
+            os.kill(pid, signal.SIGKILL)
+        one.close()
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_closed_terminal_is_a_request_to_stop(words: list[str], tmp_path: Path) -> None:
+    """The kernel sends SIGHUP, and every further write to the terminal fails."""
+    out = tmp_path / "run"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        command = [sys.executable, "-m", "fastmoco", "train", *words, "--epochs=200"]
+        os.execve(sys.executable, command, environment(TERM="xterm"))
+    ended = 0
+    try:
+        until = time.monotonic() + 100
+        while len(RunFolder(out).read_metric("loss")) < 2:
+            assert time.monotonic() < until
+            if select.select([terminal], [], [], 0.05)[0]:
+                os.read(terminal, 65536)
+        os.close(terminal)
+        _, status = os.waitpid(pid, 0)
+        ended = pid
+        assert os.waitstatus_to_exitcode(status) == 75
+        assert (out / "PREEMPTED").exists()
+        assert load_latest(out / "checkpoints") is not None
+    finally:
+        if not ended:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+DIES = """
+import os, sys
+if os.environ.get("RANK") == "1":
+    from fastmoco.training import trainer
+    def step(*args, **more):
+        {how}
+    trainer.Trainer.step = step
+"""
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("os.kill(os.getpid(), 9)", "rank 1 was ended by SIGKILL, "),
+        ("raise KeyError('the cause')", "KeyError: 'the cause'"),
+    ],
+)
+def test_a_failed_worker_is_reported_once_and_torchruns_report_is_kept(
+    how: str, line: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(DIES.format(how=how))
+    out = tmp_path / "run"
+    script = "import fastmoco.cli.launch as l, sys; l.MAX_RESTARTS = 0; "
+    script += "from fastmoco.cli.main import main; sys.exit(main())"
+    path = f"{tmp_path}:{environment()['PYTHONPATH']}"
+    command = [sys.executable, "-c", script, "train", *words, "--gpus", "2"]
+    one = start_command(command, out, PYTHONPATH=path)
+    try:
+        assert one.end() == 1, one.text()
+        text = one.text()
+        assert text.count(line) == 1, text
+        last = text.rstrip().splitlines()[-1]
+        assert last.endswith(f"torchrun's report is in {out}/torchrun.log")
+        assert "ChildFailedError" not in text
+        assert "ChildFailedError" in (out / "torchrun.log").read_text()
     finally:
         one.close()
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from fastmoco.cli.collection import collection_paused
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, EXIT_STOPPED, RunError, say
-from fastmoco.faults.parent import PARENT, children, follow_parent, is_orphan
+from fastmoco.faults.parent import ORPHAN_SECONDS, PARENT, children, follow_parent, is_orphan
 
 LOG = "torchrun.log"
 """Name of the file with torchrun's log, in the folder for reports."""
@@ -45,7 +45,7 @@ def main(args: Sequence[str]) -> int:
     terminal = sys.stderr
     follow_parent()
     os.environ[PARENT] = str(os.getpid())
-    threading.Thread(target=_wake_workers, name="fastmoco-launcher", daemon=True).start()
+    threading.Thread(target=_follow_launcher, name="fastmoco-launcher", daemon=True).start()
     with (Path(reports) / LOG).open("w", buffering=1) as log:
         # Before torch is imported: its loggers keep the stream of that moment.
         sys.stderr = log
@@ -137,13 +137,19 @@ def death(code: int) -> str:
     return f"was ended by {name}{cause}"
 
 
-def _wake_workers() -> None:
-    """Let stopped workers continue after the launcher has ended, so that its SIGTERM reaches them."""
+def _follow_launcher() -> None:
+    """End some time after the launcher, which ends workers that neither stop nor save.
+
+    The main thread passes on the SIGTERM of that moment and waits. Stopped workers are let
+    continue, so that it reaches them.
+    """
     while not is_orphan():
         time.sleep(_POLL_SECONDS)
     for pid in children():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
+    time.sleep(ORPHAN_SECONDS)
+    os._exit(EXIT_FAILED)
 
 
 def _say(text: str, terminal: Any) -> None:

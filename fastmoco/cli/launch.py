@@ -162,7 +162,7 @@ def _outcome(group: _Group, logs: Path, out: Path, made: Sequence[str]) -> int:
 
 def _failed(group: _Group, logs: Path, out: Path) -> str:
     """The last line of a run that failed; keeps what torchrun has reported."""
-    text = "failed: see the first line above that begins with 'fastmoco:'"
+    text = "failed: the first error above is the cause"
     if group.asked is not None:
         text = f"{signal.Signals(group.asked).name}: ended without saving; see above"
     elif group.code < 0:

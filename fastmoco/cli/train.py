@@ -31,6 +31,7 @@ from fastmoco.errors import (
 from fastmoco.faults import restarts
 from fastmoco.faults.after_run import AfterRun
 from fastmoco.faults.first_cause import first_cause
+from fastmoco.faults.parent import is_orphan
 from fastmoco.models.precision import choose_precision
 from fastmoco.run.curves import Panels, draw_curves
 from fastmoco.run.folder import RunFolder
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 CLOSE_SECONDS = 60.0
 """Time that a run which was asked to stop has to close its files after its last save."""
+ORPHAN_CLOSE_SECONDS = 2.0
+"""The same for a worker whose launcher was killed."""
 SAME_COMMAND = "to continue: the same command again"
 PICTURE_SECONDS = 10.0
 """Time that the picture of an interrupted run may take after the run has closed everything else."""
@@ -106,10 +109,11 @@ def train(
         return _finish(trainer.folder, config, world, trainer, process_ends, hints)
     if process_ends:
         # All is saved. Signals are ignored, so a library that hangs must not hold the process.
-        late = threading.Timer(CLOSE_SECONDS, os._exit, [code])
+        limit = ORPHAN_CLOSE_SECONDS if is_orphan() else CLOSE_SECONDS
+        late = threading.Timer(limit, os._exit, [code])
         late.daemon = True
         late.start()
-    trainer.close(picture_s=PICTURE_SECONDS)
+    trainer.close(picture_s=0.0 if is_orphan() else PICTURE_SECONDS)
     if world.rank == 0 and LAUNCHER not in os.environ:
         own = process_ends and "TORCHELASTIC_RUN_ID" not in os.environ
         with suppress(OSError):  # of a closed terminal

@@ -16,7 +16,7 @@ from pathlib import Path
 PARENT = "FASTMOCO_PARENT"
 """Variable with the process that starts others. The kernel sends nothing to a process whose parent
 had ended before it asked."""
-ORPHAN_SECONDS = 7.0
+ORPHAN_SECONDS = 5.0
 """Time that a process without its parent has for the end of its step. A save that has begun may
 end."""
 _PR_SET_PDEATHSIG = 1

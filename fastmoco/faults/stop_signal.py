@@ -157,7 +157,8 @@ class StopSignal:
             # A line for a person who waits, unless the step ends soon.
             saves = self._pulse is not None and self._pulse.section is Section.SAVE
             silent = (3 if saves else 1) * SILENT_SECONDS
-            if not announced and (self._unstarted() or now - first[1] > silent):
+            due = self._unstarted() or now - first[1] > silent
+            if due and not announced and not self._over.is_set():
                 announced = True
                 self._announce(first[0])
 

@@ -150,9 +150,11 @@ class RunFolder:
 
     def release(self) -> None:
         """Unlock the folder."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        lock = self._lock
+        self._lock = None
+        if lock is not None:
+            with contextlib.suppress(OSError):  # on a full disk; it is closed all the same
+                lock.close()
 
     def withdraw(self) -> None:
         """Unlock the folder after a refused start, and leave it as it was before `acquire`.
@@ -234,5 +236,14 @@ class _File:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Replace a file atomically and flush it, because a run without its id owns no checkpoint."""
-    write_file(path, text.encode(), mode=0o600, durable=True)
+    """Replace a file atomically and flush it, because a run without its id owns no checkpoint.
+
+    Raises:
+        RunError: if the file system fails, for example because it is full.
+    """
+    try:
+        write_file(path, text.encode(), mode=0o600, durable=True)
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {path}: {error.strerror}; fix it or choose another --out"
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -128,4 +129,20 @@ def test_a_file_that_cannot_be_written_is_found_before_the_first_step(tmp_path):
         folder.acquire()
     (tmp_path / "metrics.jsonl").rmdir()
     folder.acquire()  # the lock was given back
+    folder.release()
+
+
+@pytest.mark.parametrize("first", ["lock", "starts"])
+def test_a_disk_without_space_is_one_line(tmp_path, first):
+    """A limit on the size of files stands for it: nothing can be written, and closing fails too."""
+    folder = RunFolder(tmp_path / "run")
+    if first == "starts":
+        folder.acquire()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(RunError, match=r"cannot write to .*run.*too large; fix it or choose"):
+            folder.acquire() if first == "lock" else folder.write_starts({})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     folder.release()
