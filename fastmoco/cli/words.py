@@ -89,11 +89,14 @@ def _refuse_variable(path: str) -> None:
 def _join_shards(words: Sequence[str]) -> list[str]:
     """The words with each run of several shards as one pattern."""
     joined: list[str] = []
+    files = ("--out",) if "index" in words[:2] else ("--out", "--json")
     start = 0
     while start < len(words):
         end = start
         while end < len(words) and (_is_shard(words[end]) or _is_beside(words[end])):
             end += 1
+        if joined and joined[-1] in files and start < end and _is_beside(words[start]):
+            end = start  # the file that an option writes
         run = words[start:end]
         tars = [word for word in run if _is_shard(word)]
         if len(run) < 2 or not tars:
@@ -101,7 +104,8 @@ def _join_shards(words: Sequence[str]) -> list[str]:
             start += 1
             continue
         _require_end(run, words[end] if end < len(words) else "")
-        _require_end(run, joined[-1] if joined else "")
+        if joined and not (len(joined) > 1 and joined[-2] in files):
+            _require_end(run, joined[-1])
         joined.append(tars[0] if len(tars) == 1 else _one_pattern(tars))
         start = end
     return joined

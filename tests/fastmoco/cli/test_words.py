@@ -58,6 +58,11 @@ def expand(*words: str) -> list[str]:
         ),
         ("train R --data.shards=data/train-*.tar", "train R --data.shards=data/train-*.tar"),
         ("recipes", "recipes"),
+        ("data index --salvage data/train-*", "data index --salvage data/train-*.tar"),
+        (
+            "data check --json data/manifest.json data/test-*",
+            "data check --json data/manifest.json data/test-*.tar",
+        ),
     ],
 )
 def test_a_pattern_that_a_shell_has_expanded_is_one_again(here, typed, meant):
