@@ -109,7 +109,8 @@ class RunImages:
             raise ValueError(f"step={step}: the steps of this run are 1 to {self.total_steps}")
         world_size = self._world_size(step)
         if rank is not None and not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank}: step {step} was trained on {world_size} ranks, from 0")
+            most = f"0 to {world_size - 1}" if world_size > 1 else "0 alone"
+            raise ValueError(f"rank={rank}: the ranks of step {step} were {most}")
         ranks = self._delivered.of_step(step - 1, world_size=world_size)
         return StepImages(
             step=step,

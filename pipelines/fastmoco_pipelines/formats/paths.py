@@ -7,7 +7,8 @@ through `text.escaped` first, because a name may contain anything but a zero byt
 no reader of an index, opens such a path.
 
 `pack_folder` writes the list of a shard as the last member of its tar, so that `index_shards` finds
-the paths again where the indexes are lost. Webdataset skips the member by its name.
+the paths again where the indexes are lost. Readers of webdataset tars skip a member whose name
+begins with a dot, DALI's own too; it counts one without an extension as a sample.
 
     fastmoco paths 1 SHA256     of what follows, in hexadecimal digits; a newline ends the line
     KEY <tab> PATH <zero>       one for each sample, in the order of the tar
@@ -19,7 +20,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 
-MEMBER = "__fastmoco_paths__"
+MEMBER = ".fastmoco_paths"
 """Name of the list in a tar."""
 MAX_LIST_BYTES = 256 << 20
 DAMAGED = "its list of original files is damaged: the images go by their names in the tar"
