@@ -268,7 +268,7 @@ def _opened(data: bytes, shrunk: bool) -> tuple[ImageHeader, Image.Image]:
 def _decode(data: bytes, image: Image.Image) -> None:
     """Decode every pixel of an opened image."""
     if fault := pixel_fault(data):
-        raise ImageRefusedError(fault)
+        raise ImageRefusedError(f"it cannot be decoded: {fault}")
     _call(image.load)
 
 

@@ -22,6 +22,7 @@ from fastmoco_pipelines.text import AUTHORITY, SCHEME, STORES, redact
 
 MAX_SHARDS = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
+_COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
 
 
 def expand_shards(pattern: str) -> list[Path]:
@@ -166,7 +167,9 @@ def _tars_of_folder(pattern: str, folder: Path) -> list[str]:
         raise ValueError(f"shards={pattern!r}: the folder holds several sets: name one, {names}")
     found = list(_files(str(folder), "*.tar"))
     if not found:
-        raise ValueError(f"shards={pattern!r}: the folder holds no .tar")
+        packed = [path.name for path in folder.iterdir() if _COMPRESSED.search(path.name)]
+        what = f" but compressed ones ({min(packed)}): unpack them to plain .tar" if packed else ""
+        raise ValueError(f"shards={pattern!r}: the folder holds no .tar{what}")
     return _sorted(found)
 
 

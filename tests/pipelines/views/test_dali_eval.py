@@ -62,7 +62,7 @@ def test_a_line_of_pixels_is_not_blown_up(photograph) -> None:
 
 
 def test_a_bomb_is_refused_before_it_is_decoded() -> None:
-    with pytest.raises(DecodeError, match="image 0: 8000x8000 pixels in .* bomb"):
+    with pytest.raises(DecodeError, match=r"image 0: 8000x8000 pixels in .* bomb"):
         EvalPipeline(EvalSpec(), batch_size=1).run([encode(Image.new("1", (8000, 8000)))])
 
 
