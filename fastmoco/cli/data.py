@@ -119,8 +119,9 @@ def pack(
 def index(
     shards: Positional[str],
     *,
-    labels: Literal["auto", "cls", "json", "txt", "none"] = "auto",
+    labels: Literal["auto", "cls", "json", "txt", "folder", "none"] = "auto",
     label_field: str | None = None,
+    keys: Literal["first-dot", "last-dot"] = "first-dot",
     salvage: bool = False,
     json: bool = False,
     out: Path | None = None,
@@ -134,8 +135,10 @@ def index(
     Args:
         shards: A path, glob, brace pattern or folder; or URLs, with --out.
         labels: Members that contain the labels, numbers or class names; auto: the first of cls,
-            json and txt that the set has.
+            json and txt that the set has; folder: names of the folders inside the tars.
         label_field: Field of the .json that contains the label (default: label); selects json.
+        keys: Where the key of a member ends: at the first dot of its file name, or at the last one,
+            for names with dots of their own, such as dates.
         salvage: Index the readable samples of damaged tars, and list every lost range of bytes.
         json: Also write every index as JSON (x.tar.index.json), for other programs.
         out: For shards on a server: folder for the indexes, which you then copy next to the shards.
@@ -161,6 +164,7 @@ def index(
                 out=out,
                 cache=cache,
                 tell=say,
+                keys=keys,
             )
 
         # Summary.
@@ -169,12 +173,18 @@ def index(
             f"{counted(len(report.skipped), 'member')} skipped"
         )
         named = f", {counted(len(report.classes), 'class name')}" if report.classes else ""
+        folders = report.labels == "folder"
+        labelled = str(report.labelled)
+        if report.labelled < report.samples:
+            labelled += f" of {report.samples}"
         found = (
-            f"labels of {report.labelled} from .{report.labels}{named}"
+            f"labels of {labelled} from {'folders' if folders else f'.{report.labels}'}{named}"
             if report.labels
             else "no labels"
         )
         print(found + (f" ({report.note})" if report.note else ""))
+        for warning in report.warnings:
+            print(f"warning: {warning}")
 
         # What is missing.
         for tar, member, reason in report.skipped[:20]:

@@ -68,7 +68,7 @@ def structure(data: bytes) -> Structure:
     try:
         if data[:8] == _PNG_SIGNATURE:
             return _png(data)
-        if data[:2] == b"\xff\xd8":
+        if data[:3] == b"\xff\xd8\xff":
             return _jpeg(data)
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             return _webp(data)

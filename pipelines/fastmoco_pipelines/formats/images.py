@@ -198,6 +198,17 @@ def check_decodes(data: bytes) -> None:
     _decode(data, image)
 
 
+def rgb_image(data: bytes) -> Image.Image:
+    """The image as Pillow decodes it, RGB of 8 bits.
+
+    Raises:
+        ImageRefusedError: if it cannot be decoded.
+    """
+    _, image = _opened(data, shrunk=False)
+    _decode(data, image)
+    return _plain_mode(image).convert("RGB")
+
+
 def shrink(data: bytes, *, max_side: int, quality: int) -> bytes:
     """The image with its longer side at most `max_side` pixels, in its own format, without
     metadata; the very bytes if it already is, unless they are too many for a shard.
@@ -268,7 +279,7 @@ def _opened(data: bytes, shrunk: bool) -> tuple[ImageHeader, Image.Image]:
 def _decode(data: bytes, image: Image.Image) -> None:
     """Decode every pixel of an opened image."""
     if fault := pixel_fault(data):
-        raise ImageRefusedError(fault)
+        raise ImageRefusedError(f"it cannot be decoded: {fault}")
     _call(image.load)
 
 

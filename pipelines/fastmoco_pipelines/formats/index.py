@@ -12,12 +12,12 @@ import errno
 import hashlib
 import os
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fastmoco_pipelines.errors import ImageRefusedError, LabelError, ShardError, TarError
+from fastmoco_pipelines.errors import ImageRefusedError, ShardError, TarError
 from fastmoco_pipelines.files import read_at, write_file, write_json
-from fastmoco_pipelines.formats.images import MAX_BYTES, read_header
+from fastmoco_pipelines.formats.images import MAX_BYTES, bytes_problem, image_kind, read_header
 from fastmoco_pipelines.formats.index_file import (
     COLUMNS,
     CURE,
@@ -28,16 +28,15 @@ from fastmoco_pipelines.formats.index_file import (
     to_bytes,
 )
 from fastmoco_pipelines.formats.index_json import JSON_SUFFIX, json_content, parse_json
-from fastmoco_pipelines.formats.labels import (
-    LabelRule,
-    RawLabel,
-    Source,
-    number_labels,
-    read_labels,
+from fastmoco_pipelines.formats.labels import Found, LabelRule, number_labels, read_labels
+from fastmoco_pipelines.formats.members import (
+    NO_IMAGE_NAME,
+    KeysAt,
+    TarContent,
+    group_members,
 )
-from fastmoco_pipelines.formats.members import TarContent, group_members
 from fastmoco_pipelines.formats.paths import DAMAGED, MAX_LIST_BYTES, parse_list
-from fastmoco_pipelines.formats.tar import walk_damaged, walk_tar
+from fastmoco_pipelines.formats.tar import OUTSIDE, walk_damaged, walk_tar
 
 END_BYTES = 4096
 """At each end of a tar: what `tar_hash` is a hash of."""
@@ -102,25 +101,42 @@ def build_index(tar: Path) -> ShardIndex:
         ShardError: if the tar is damaged or contains no usable image.
     """
     rule = LabelRule(source="cls")
-    index, found, _ = scan_tar(tar, rule)
-    index.columns["label"] = number_labels([found], rule).labels[0]
-    return index
+    scan = scan_tar(tar, rule)
+    scan.index.columns["label"] = number_labels([scan.found], rule).labels[0]
+    return scan.index
+
+
+@dataclass(frozen=True, slots=True)
+class TarScan:
+    """What a tar holds.
+
+    Attributes:
+        index: without labels.
+        found: the labels of each image.
+        damages: lost stretches, which are in the index's `skipped` too.
+        left_out: how many images the index does not list, by their names.
+        shared: names of those whose key, which ends at a dot, is that of another image.
+    """
+
+    index: ShardIndex
+    found: list[Found] = field(default_factory=list)
+    damages: list[TarError] = field(default_factory=list)
+    left_out: int = 0
+    shared: list[str] = field(default_factory=list)
 
 
 def scan_tar(
-    tar: Path, rule: LabelRule, *, salvage: bool = False
-) -> tuple[ShardIndex, list[dict[Source, RawLabel]], list[TarError]]:
-    """Read a whole tar: its index without labels, the labels beside each image, and the damages.
-    With `salvage` a damage does not end the walk: sound members before and after it are taken, and
-    each lost stretch is a fault, which is in the index's `skipped` too. Without, the last list is
-    empty.
+    tar: Path, rule: LabelRule, *, salvage: bool = False, keys: KeysAt = "first-dot"
+) -> TarScan:
+    """Read a whole tar. With `salvage` a damage does not end the walk: sound members before and
+    after it are taken. Without, there are no damages.
 
     Raises:
         ShardError: as for `build_index`; with `salvage` only where no usable image is left.
     """
     try:
         members, damages = walk_damaged(tar) if salvage else (walk_tar(tar), [])
-        content = group_members(members)
+        content = group_members(members, keys)
     except TarError as error:
         hint = "" if error.position is None else f" {SALVAGE}"
         raise ShardError(f"{error}{hint}") from error
@@ -138,7 +154,8 @@ def scan_tar(
     )
 
     # Every image that could be used by its name: its header, its labels, its checksum.
-    found: list[dict[Source, RawLabel]] = []
+    found: list[Found] = []
+    left_out = content.left_out
     with open(tar, "rb") as file:
         for sample in content.samples:
             member = sample.image
@@ -146,16 +163,14 @@ def scan_tar(
                 continue
             data = os.pread(file.fileno(), min(member.size, MAX_BYTES + 1), member.offset)
             try:
+                if problem := bytes_problem(member.size):
+                    raise ImageRefusedError(problem)
                 header = read_header(data)
             except ImageRefusedError as refused:
                 index.skipped.append((member.name, str(refused)))
+                left_out += 1
                 continue
-            try:
-                found.append(read_labels(file.fileno(), sample, rule))
-            except LabelError as error:
-                raise ShardError(
-                    f"{tar.name}: {error}: fix it in the tar, or index with --labels none."
-                ) from error
+            found.append(read_labels(file.fileno(), sample, rule))
             row = (member.offset, member.size, zlib.crc32(data), -1, header.height, header.width)
             index.keys.append(sample.key)
             index.extensions.append(sample.extension)
@@ -167,14 +182,45 @@ def scan_tar(
             "; ".join(f"{member}: {reason}" for member, reason in index.skipped[:3])
             or "it has no members"
         )
-        raise ShardError(f"{tar.name}: holds no usable image ({reasons}). Leave this tar out.")
+        raise ShardError(
+            f"{tar.name}: holds no usable image ({reasons}). {_cure(tar, content.others)}"
+        )
+
+    # A source that was asked for by name must hold labels.
+    faults = number_labels([found], rule).faults[0] if rule.source != "auto" else []
+    if faults:
+        more = f" (and {len(faults) - 1} more of its labels)" if len(faults) > 1 else ""
+        raise ShardError(
+            f"{tar.name}: {faults[0]}{more}: fix it in the tar, or index with --labels auto, where "
+            "such images have no label, or --labels none."
+        )
+
+    # The original files.
     paths = read_paths(tar, content)
     if paths is not None:
         rows = range(len(index))
         index = replace(index, paths=[paths.get(index.keys[i], index.member(i)) for i in rows])
     elif content.paths is not None:
         index.skipped.append((content.paths.name, DAMAGED))
-    return index, found, damages
+    return TarScan(index, found, damages, left_out, content.shared)
+
+
+def _cure(tar: Path, others: list[tuple[str, str]]) -> str:
+    """What to do with a tar without usable images: other names, if there are images under names
+    that are not of images."""
+    if any(reason == OUTSIDE for _, reason in others):
+        return "Write the tar with names relative to its folder and /, or leave it out."
+    unnamed = [member for member, reason in others if reason == NO_IMAGE_NAME][:20]
+    places = {member.name: member for member in walk_tar(tar)} if unnamed else {}
+    with open(tar, "rb") as file:
+        for name in unnamed:
+            member = places.get(name)
+            if member and image_kind(os.pread(file.fileno(), 16, member.offset)):
+                return (
+                    f"The content of {name} is an image: write the tar with names that end in "
+                    ".jpg, .png or .webp."
+                )
+    return "Leave this tar out."
 
 
 def read_paths(tar: Path, content: TarContent) -> dict[str, str] | None:

@@ -3,24 +3,32 @@ name.
 
 Webdataset's rule: the key is the path up to the first dot of the file name, the rest is the
 extension. The last part of the extension, in upper or lower case, is the type of the member:
-`000123.rgb.JPG` is an image of key `000123`.
+`000123.rgb.JPG` is an image of key `000123`. Names with dots of their own, such as dates, can be
+grouped up to their last dot instead; an index keeps whole names, so that nothing else depends on
+it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from fastmoco_pipelines.formats.images import EXTENSIONS
 from fastmoco_pipelines.formats.paths import MEMBER as PATHS_MEMBER
 from fastmoco_pipelines.formats.tar import TarMember, unsafe_name
 
+KeysAt = Literal["first-dot", "last-dot"]
+"""Where the key of a member ends in its file name."""
 TEXTS = ("cls", "json", "txt")
 """Extensions of members that may contain a label."""
+TAR_EXTENSIONS = (*EXTENSIONS, "image", "img")
+"""Extensions of images in tars; their content decides."""
 FOREIGN_EXTENSIONS = (
     "gif",
     "avif",
     "heic",
+    "heif",
     "tif",
     "tiff",
     "bmp",
@@ -34,6 +42,14 @@ FOREIGN_EXTENSIONS = (
 )
 """Images by their name, of formats that are not read."""
 SECOND_IMAGE = "a second image of the same key"
+NO_IMAGE_NAME = "no image by its name"
+SHARED_KEY = f"{SECOND_IMAGE}, which ends at the first dot"
+TWICE = f"{SECOND_IMAGE}: its name comes twice in the tar"
+_CURES = {
+    "a hard link": ", so write the tar with --hard-dereference",
+    "a symbolic link": ", so write the tar with --dereference",
+    "a sparse file": ", so write the tar without --sparse",
+}
 
 
 @dataclass(slots=True)
@@ -68,12 +84,16 @@ class TarContent:
         scattered: keys whose members are not adjacent. Harmless here; readers that stream lose such
             samples.
         paths: the list of original files (paths.py), where the tar has one.
+        left_out: how many images no sample uses, by their names.
+        shared: names of those whose key ends at a dot, and is that of another image.
     """
 
     samples: list[TarSample]
     others: list[tuple[str, str]]
     scattered: list[str]
     paths: TarMember | None = None
+    left_out: int = 0
+    shared: list[str] = field(default_factory=list)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -83,7 +103,7 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension
 
 
-def group_members(members: Iterable[TarMember]) -> TarContent:
+def group_members(members: Iterable[TarMember], keys: KeysAt = "first-dot") -> TarContent:
     """File every member under its key; names are escaped where they are unsafe to print."""
     content = TarContent([], [], [])
     groups: dict[str, TarSample] = {}
@@ -96,20 +116,22 @@ def group_members(members: Iterable[TarMember]) -> TarContent:
         if member.name == PATHS_MEMBER and not member.kind and content.paths is None:
             content.paths = member
             continue
-        key, extension = split_name(member.name)
-        kind, fault = _name_fault(member, key)
+        first, extension = split_name(member.name)
+        key = first if keys == "first-dot" else _up_to_last_dot(member.name)
+        kind, fault = _name_fault(member, first)
         if kind:
             _leave_out(member, extension, kind, fault, unusable, content)
             continue
         if last != key and key in groups:
             scattered[key] = None
-        group = groups.setdefault(key, TarSample(key, member=member.name))
+        group = groups.setdefault(key, TarSample(first, member=member.name))
         last = key
-        _file(group, member, extension, unusable, content)
+        _file(group, member, extension, unusable, content, keys)
 
     # Keys without an image.
     for group in groups.values():
         if group.image is None:
+            content.left_out += bool(group.kind)
             group.kind = group.kind or "missing image"
             group.fault = group.fault or _BARE
             texts = [member.name for member in group.texts.values()]
@@ -130,7 +152,8 @@ _BARE = "no image is beside it"
 
 def _name_fault(member: TarMember, key: str) -> tuple[str, str]:
     if member.kind:
-        return "link or device", f"{member.kind}: only plain files are read"
+        cure = _CURES.get(member.kind, "")
+        return "link or device", f"{member.kind}: only plain files are read{cure}"
     if reason := unsafe_name(member.name):
         return "unsafe name", reason
     if key.endswith("/") or not key:  # also what macOS leaves beside every file: ._000.jpg
@@ -150,7 +173,8 @@ def _leave_out(
     image."""
     name = ascii(member.name)[1:-1]
     content.others.append((name, fault))
-    if kind != "hidden file" and _type(extension) in EXTENSIONS:
+    if kind != "hidden file" and _type(extension) in TAR_EXTENSIONS:
+        content.left_out += 1
         key = (
             name[: len(name) - len(extension) - 1]
             if extension.isascii() and extension.isprintable()
@@ -165,6 +189,7 @@ def _file(
     extension: str,
     unusable: list[TarSample],
     content: TarContent,
+    keys: KeysAt,
 ) -> None:
     """Add one member to its key."""
     kind = _type(extension)
@@ -172,13 +197,17 @@ def _file(
         if group.texts.setdefault(kind, member) is not member:
             content.others.append((member.name, "a second label of the same key"))
         return
-    if kind not in EXTENSIONS:
-        if kind in FOREIGN_EXTENSIONS and group.image is None:
+    if kind in FOREIGN_EXTENSIONS:
+        fault = f"{kind} is not read, only JPEG, PNG and WebP"
+        if group.image is None:
             group.kind = "unsupported format"
-            group.fault = f"{kind} is not read, only JPEG, PNG and WebP"
+            group.fault = fault
             group.member = member.name
             group.extension = extension
-        content.others.append((member.name, "no image by its name"))
+        content.others.append((member.name, fault))
+        return
+    if kind not in TAR_EXTENSIONS:
+        content.others.append((member.name, NO_IMAGE_NAME))
         return
     if group.image is None:
         group.image = member
@@ -186,18 +215,30 @@ def _file(
         group.member = member.name
         group.kind = group.fault = ""
         return
+    content.left_out += 1
+    dotted = keys == "first-dot" and ("." in group.extension or "." in extension)
     # of a.depth.png and a.jpg the plain name is the image
-    if "." in group.extension and "." not in extension:
-        content.others.append((group.image.name, SECOND_IMAGE))
+    if "." in group.extension and "." not in extension and keys == "first-dot":
+        content.others.append((group.image.name, SHARED_KEY))
+        content.shared.append(group.image.name)
         group.image = member
         group.extension = extension
         group.member = member.name
         return
-    content.others.append((member.name, SECOND_IMAGE))
+    if member.name == group.image.name:
+        content.others.append((member.name, TWICE))
+    else:
+        content.others.append((member.name, SHARED_KEY if dotted else SECOND_IMAGE))
+        content.shared += [member.name] if dotted else []
     if extension.lower() == group.extension.lower():
         unusable.append(
             TarSample(group.key, member, extension, {}, member.name, "duplicate key", SECOND_IMAGE)
         )
+
+
+def _up_to_last_dot(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + (base.rpartition(".")[0] or base)
 
 
 def _type(extension: str) -> str:

@@ -22,6 +22,7 @@ BLOCK = 512
 MAX_NAME_BYTES = 65536
 MAX_FAULTS = 100
 """Faults of one tar after which the search ends, so that it is bounded in any file."""
+OUTSIDE = "its name points outside the archive"
 _KINDS = {
     b"1": "a hard link",
     b"2": "a symbolic link",
@@ -30,6 +31,9 @@ _KINDS = {
     b"5": "a folder",
     b"6": "a named pipe",
     b"S": "a sparse file",
+    b"D": "a list of a folder's files",
+    b"M": "the rest of a file in another volume",
+    b"V": "a volume's label",
 }
 _WITHOUT_DATA = frozenset(b"123456")
 
@@ -89,6 +93,7 @@ def _walk(path: Path, file: BinaryIO, position: int) -> Iterator[TarMember]:
     total = os.fstat(file.fileno()).st_size
     name = None
     size = None
+    sparse = False
     while True:
         file.seek(position)
         header = file.read(BLOCK)
@@ -100,6 +105,8 @@ def _walk(path: Path, file: BinaryIO, position: int) -> Iterator[TarMember]:
         flag = header[156:157]
         if flag in (b"L", b"K", b"x", b"g"):
             payload = _payload(path, position, file, _octal(path, position, header[124:136]), total)
+            if flag == b"x" and b"GNU.sparse." in payload:
+                sparse = True
             if flag == b"L":
                 name = _long_name(path, position, payload)
             elif flag == b"x":
@@ -109,9 +116,12 @@ def _walk(path: Path, file: BinaryIO, position: int) -> Iterator[TarMember]:
             position += BLOCK + _padded(len(payload))
             continue
         member = _member(path, position, header, name or plain_name, size, total)
+        if sparse:  # its data begins with a list of the parts that are there
+            member = TarMember(member.name, _KINDS[b"S"], member.offset, member.size)
         yield member
         position = member.offset + (0 if flag[0] in _WITHOUT_DATA else _padded(member.size))
         name = size = None
+        sparse = False
 
 
 def _next_header(file: BinaryIO, start: int) -> int | None:
@@ -137,7 +147,7 @@ def unsafe_name(name: str) -> str | None:
     if not name.isprintable():
         return "its name holds unprintable characters"
     if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-        return "its name points outside the archive"
+        return OUTSIDE
     return None
 
 
@@ -173,6 +183,8 @@ def _check_header_is_there(path: Path, position: int, header: bytes, total: int)
             f"{path.name}: is compressed; images are read by offset: unpack it to a plain .tar "
             "first."
         )
+    if position == 0 and header.startswith(b"PK\3\4"):
+        raise TarError(f"{path.name}: is a zip, no tar: unpack it and write a plain .tar.")
     if len(header) < BLOCK:
         raise _damaged(
             path, position, f"the file ends here ({total} bytes) without the archive's end mark"
@@ -250,7 +262,11 @@ def _pax_size(path: Path, position: int, records: dict[bytes, bytes]) -> int:
 
 
 def _text(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")
+    """A name; one that is no UTF-8, as old archives have, in Latin-1, which has all bytes."""
+    try:
+        return name.decode("utf-8")
+    except UnicodeDecodeError:
+        return name.decode("latin-1")
 
 
 def _padded(size: int) -> int:

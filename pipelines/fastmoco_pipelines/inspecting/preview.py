@@ -3,7 +3,6 @@ training."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastmoco_pipelines.errors import DecodeError
+from fastmoco_pipelines.formats.images import rgb_image
 from fastmoco_pipelines.healing.culprit import raise_bad_image
 from fastmoco_pipelines.sampling.order import samples_at
 from fastmoco_pipelines.sets.shard_set import ShardSet
@@ -104,7 +104,7 @@ def save_view_grid(
             device=device,
             device_id=device_id,
         )
-    originals = [Image.open(io.BytesIO(image.tobytes())).convert("RGB") for image in encoded]
+    originals = [rgb_image(image.tobytes()) for image in encoded]
     shown = [denormalise(tensor, view) for tensor, view in zip(made, each, strict=True)]
     cells = [
         [original, *map(Image.fromarray, levels)]

@@ -24,14 +24,17 @@ from fastmoco_pipelines.formats.index import (
 )
 from fastmoco_pipelines.formats.index_file import ShardIndex
 from fastmoco_pipelines.formats.labels import (
+    Found,
     LabelRule,
     NumberedLabels,
-    RawLabel,
     Source,
+    folder_of,
+    has_label,
     number_labels,
 )
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import own_sets, read_sets, write_sets
+from fastmoco_pipelines.formats.members import KeysAt, split_name
 from fastmoco_pipelines.making.one_writer import one_writer
 from fastmoco_pipelines.sets.folder_sets import is_part, set_name
 from fastmoco_pipelines.sets.patterns import expand_shards, is_remote
@@ -73,6 +76,7 @@ class IndexReport:
         classes: class names by label; empty where the labels are numbers or there are none.
         labelled: samples that have a label.
         note: for people; as a rule empty.
+        warnings: sentences about images or labels that are left out; as a rule none.
         lost: what could not be salvaged of damaged tars, in file order.
         gone: (tar, samples) that an older index or the manifest promised of damaged tars and that
             are not found any more.
@@ -87,6 +91,7 @@ class IndexReport:
     classes: tuple[str, ...] = ()
     labelled: int = 0
     note: str = ""
+    warnings: tuple[str, ...] = ()
     lost: tuple[LostStretch, ...] = ()
     gone: tuple[tuple[str, int], ...] = ()
     uploads: dict[Path, str] = field(default_factory=dict)
@@ -103,6 +108,7 @@ def index_shards(
     transfers: Limits | None = None,
     json: bool = False,
     tell: Callable[[str], None] | None = None,
+    keys: KeysAt = "first-dot",
 ) -> IndexReport:
     """Write the index of every shard; for tars that were not made by `fastmoco data pack`.
 
@@ -118,6 +124,8 @@ def index_shards(
         cache: where copies of them are kept; None: the default folder and size.
         transfers: times and tries of each transfer.
         json: also write every index in its JSON form, for other programs.
+        keys: where the key of a member ends in its file name: at the first dot, as webdataset has
+            it, or at the last one, for names with dots of their own.
         tell: gets sentences about waiting for another process, and about what a killed one left.
 
     The sets of a folder are indexed together, so that they number their classes alike. One process
@@ -141,7 +149,7 @@ def index_shards(
             for folder in sorted({path.parent for path in _expanded(pattern)}):
                 alone.enter_context(one_writer(folder, f"data index {pattern}", tell))
             tars = LocalTars(pattern, several=True)
-            return _index(tars, progress, rule or LabelRule(), salvage, json)
+            return _index(tars, progress, rule or LabelRule(), salvage, json, keys)
     if out is None:
         raise ValueError(
             f"shards={redact(pattern)!r}: nothing is written to a server: give a folder for the "
@@ -154,7 +162,7 @@ def index_shards(
         one_writer(out, task, tell),
         closing(RemoteTars(pattern, out, cache or CacheSpec(), limits, indexes=False)) as remote,
     ):
-        report = _index(remote, progress, rule or LabelRule(), salvage, json)
+        report = _index(remote, progress, rule or LabelRule(), salvage, json, keys)
         return replace(report, uploads={folder: redact(url) for folder, url in remote.urls.items()})
 
 
@@ -168,8 +176,13 @@ def _index(
     rule: LabelRule,
     salvage: bool,
     json: bool,
+    keys: KeysAt,
 ) -> IndexReport:
-    found: dict[Path, list[dict[Source, RawLabel]]] = {}
+    found: dict[Path, list[Found]] = {}
+    left_out = 0
+    shared: list[str] = []
+    shared_keys = 0
+    folders: set[str] = set()
     hashes: dict[Path, str] = {}
     samples = 0
     skipped = []
@@ -187,7 +200,8 @@ def _index(
         name = names.get(path, path.name)
         with tars.at_hand(number):
             try:
-                index, raw, damages = scan_tar(path, rule, salvage=salvage)
+                scan = scan_tar(path, rule, salvage=salvage, keys=keys)
+                index, raw, damages = scan.index, scan.found, scan.damages
                 index = _with_older_paths(path, index)
                 missing = _gone(path, index) if damages else 0
             except ShardError as error:
@@ -197,7 +211,11 @@ def _index(
                 hashes[path] = hash_file(path)
         found[path] = raw
         held[path] = index
-        if labelled := labelled or any(raw):
+        left_out += scan.left_out
+        shared += scan.shared[:1]
+        shared_keys += len(scan.shared)
+        folders |= {folder_of(key) for key in index.keys}
+        if labelled := labelled or has_label(raw):
             for ready in list(held):  # final already if the labels are numbers
                 _label(ready, held.pop(ready), number_labels([found[ready]], rule).labels[0])
         samples += len(index)
@@ -245,9 +263,52 @@ def _index(
         labels=numbered.source,
         classes=numbered.classes,
         labelled=sum(label >= 0 for labels in numbered.labels for label in labels),
-        note=numbered.note,
+        note=numbered.note or _folders_note(numbered, rule, folders),
+        warnings=(
+            *_left_out(samples, left_out, shared_keys, shared),
+            *_bad_labels([names.get(path, path.name) for path in found], numbered),
+        ),
         lost=tuple(lost),
         gone=tuple(gone),
+    )
+
+
+def _left_out(samples: int, left_out: int, shared_keys: int, shared: list[str]) -> list[str]:
+    """What is to be said about images that the indexes do not list."""
+    said = []
+    if shared_keys:
+        member = escaped(shared[0])
+        said.append(
+            f"{shared_keys} of {samples + left_out} images are left out because they share a key "
+            "with another one: by webdataset's rule a key ends at the first dot of the file name, "
+            f"and that of {member} is {split_name(member)[0]}; --keys last-dot ends it at the last "
+            "dot"
+        )
+    if left_out > samples:
+        said.append(f"most of the images are left out: {left_out} of {samples + left_out}")
+    return said
+
+
+def _bad_labels(names: Sequence[str], numbered: NumberedLabels) -> list[str]:
+    """What is to be said about texts that are no labels."""
+    faults = [
+        f"{name}: {fault}"
+        for name, of_tar in zip(names, numbered.faults, strict=True)
+        for fault in of_tar
+    ]
+    if not faults:
+        return []
+    what = "1 text is no label" if len(faults) == 1 else f"{len(faults)} texts are no labels"
+    return [f"{what}, and such images have none: {escaped(faults[0])}"]
+
+
+def _folders_note(numbered: NumberedLabels, rule: LabelRule, folders: set[str]) -> str:
+    if numbered.source is not None or rule.source != "auto" or len(folders - {""}) < 2:
+        return ""
+    some = ", ".join(escaped(folder) for folder in sorted(folders - {""})[:3])
+    return (
+        f"the images are in {len(folders)} folders ({some}, ...): --labels folder makes their "
+        "names the classes"
     )
 
 
@@ -310,7 +371,7 @@ def _label(path: Path, index: ShardIndex, labels: list[int]) -> None:
     write_index(path, index)
 
 
-def _number(found: dict[Path, list[dict[Source, RawLabel]]], rule: LabelRule) -> NumberedLabels:
+def _number(found: dict[Path, list[Found]], rule: LabelRule) -> NumberedLabels:
     """Labels over all tars, by the numbering that other sets of the same folders have."""
     names = {path.name for path in found}
     known: tuple[str, ...] = ()

@@ -27,6 +27,7 @@ _MOVE_SECONDS = 3.0
 _BRACES = re.compile(r"\{([^{}]*)\}")
 # Control characters, and bytes of a command line that are no text.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
 
 
 def expand_shards(pattern: str, *, several: bool = False, moving: bool = False) -> list[Path]:
@@ -246,10 +247,13 @@ def _tars_of_folder(pattern: str, folder: str, several: bool) -> list[str]:
         names = " or ".join(_shown(pattern_of(paths)) for paths in groups.values())
         raise ValueError(f"shards={pattern!r}: the folder holds several sets: name one, {names}")
     if not groups:
-        raise ValueError(
-            f"shards={pattern!r}: the folder holds no .tar; a folder of images is given with "
-            "--data.images"
+        packed = [name for name in os.listdir(folder or ".") if _COMPRESSED.search(name)]
+        what = (
+            f" but compressed ones ({_shown(min(packed))}): unpack them to plain .tar"
+            if packed
+            else "; a folder of images is given with --data.images"
         )
+        raise ValueError(f"shards={pattern!r}: the folder holds no .tar{what}")
     return _sorted(path for paths in groups.values() for path in paths)
 
 

@@ -224,7 +224,7 @@ def test_a_source_that_tells_no_label_leaves_the_earlier_index_alone(shards, cap
     # One tar without labels among others that have them is none of this.
     put(shards.with_name("set-.tar"), [("a.jpg", image(30))])
     assert main(["data", "index", str(shards.parent), "--labels", "txt"]) == 0
-    assert "labels of 6 from .txt" in capsys.readouterr().out
+    assert "labels of 6 of 7 from .txt" in capsys.readouterr().out
     assert read_index(shards.with_name("set-.tar")).columns["label"] == [-1]
 
 

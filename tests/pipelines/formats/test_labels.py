@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tarfile
 
 import pytest
 
@@ -188,7 +189,9 @@ def test_a_named_field_holds_numbers_or_names(tmp_path, write_tar, noise_image):
         ("json", "json", b'{"label": "a\\u001b[2Jb"}'),
         ("txt", "txt", b"two\nlines"),
         ("txt", "txt", b"x" * 500),
-        ("cls", "cls", b"cat"),
+        ("txt", "txt", b"-2"),
+        ("cls", "cls", b"2.5"),
+        ("cls", "cls", b"2147483648"),
     ],
 )
 def test_a_text_that_is_no_label_is_named_where_it_was_asked_for(
@@ -199,6 +202,136 @@ def test_a_text_that_is_no_label_is_named_where_it_was_asked_for(
         index_shards(str(path), rule=LabelRule(source=source))
     assert str(raised.value).isprintable()
     index_shards(str(path), rule=LabelRule(source="none"))
+
+
+@pytest.mark.parametrize(
+    ("extension", "text", "label"),
+    [
+        ("cls", b"-1", -1),
+        ("cls", b"-1.0\n", -1),
+        ("cls", b"", -1),
+        ("cls", b" \r\n", -1),
+        ("cls", b"None", -1),
+        ("cls", b"null", -1),
+        ("cls", b"nan", -1),
+        ("cls", b"7.0", 7),
+        ("cls", b"+7\r\n", 7),
+        ("cls", b"0007\0", 7),
+        ("cls", "\ufeff7\r\n".encode(), 7),
+        ("cls", "7".encode("utf-16"), 7),
+        ("txt", b"-1", -1),
+        ("txt", b"NaN", -1),
+        ("txt", "\ufeff7".encode(), 7),
+        ("json", b'{"label": 7.0}', 7),
+        ("json", b'{"label": "7.0"}', 7),
+        ("json", b'{"label": -1.0}', -1),
+        ("json", b'{"label": "-1"}', -1),
+        ("json", b'{"label": "None"}', -1),
+        ("json", b'{"label": NaN}', -1),
+        ("json", b'{"label": null}', -1),
+        ("json", '\ufeff{"label": 7}'.encode(), 7),
+    ],
+)
+def test_numbers_and_their_absence_in_all_their_spellings(
+    tmp_path, write_tar, noise_image, extension, text, label
+):
+    good = b'{"label": %d}' if extension == "json" else b"%d"
+    path = labelled(
+        write_tar, tmp_path / "x.tar", noise_image, [good % 3, text, good % 0], extension
+    )
+    for source in ("auto", extension):
+        report = index_shards(str(path), rule=LabelRule(source=source))
+        assert (report.classes, report.warnings) == ((), ())
+        assert ShardSet.open(str(path)).labels.tolist() == [3, label, 0]
+
+
+@pytest.mark.parametrize(
+    ("extension", "text", "words"),
+    [
+        ("cls", b"cat", "class name"),
+        ("cls", b"-7", "whole number"),
+        ("cls", b"2.5", "whole number"),
+        ("cls", b"99999999999", "the largest label is 999999999"),
+        ("cls", b"\x93NUMPY\1\0", "whole number"),
+        ("json", b'{"label": 1e99}', "the largest label is 999999999"),
+        ("json", b'{"label": [2]}', "whole number"),
+        ("json", b"{broken", "no valid JSON"),
+    ],
+)
+def test_a_bad_label_costs_one_image_its_label_and_is_counted(
+    tmp_path, write_tar, noise_image, extension, text, words
+):
+    good = b'{"label": 1}' if extension == "json" else b"1"
+    path = labelled(write_tar, tmp_path / "x.tar", noise_image, [good, text, good], extension)
+    report = index_shards(str(path))
+    assert (report.samples, report.labelled, report.classes) == (3, 2, ())
+    assert ShardSet.open(str(path)).labels.tolist() == [1, -1, 1]
+    (warning,) = report.warnings
+    assert warning.startswith("1 text is no label, and ")
+    assert f"x.tar: 001.{extension}: " in warning
+    assert words in warning
+    with pytest.raises(ShardError, match=rf"x\.tar: 001\.{extension}: "):
+        index_shards(str(path), rule=LabelRule(source=extension))
+
+
+def test_words_in_a_cls_are_class_names(tmp_path, write_tar, noise_image):
+    texts = [b"dog", b"cat\n", b"dog", b"-1"]
+    path = labelled(write_tar, tmp_path / "x.tar", noise_image, texts, "cls")
+    report = index_shards(str(path))
+    assert (report.labels, report.classes, report.labelled) == ("cls", ("cat", "dog"), 3)
+    assert ShardSet.open(str(path)).labels.tolist() == [1, 0, 1, -1]
+
+
+@pytest.mark.parametrize("root", ["", "./", "photos/train/"])
+def test_folders_in_a_tar_are_classes_when_asked(tmp_path, write_tar, noise_image, root):
+    names = ["dog/2", "cat/10", "dog/1"]
+    members = [(f"{root}{name}.jpg", noise_image(i)) for i, name in enumerate(names)]
+    path = write_tar(tmp_path / "x.tar", members)
+    report = index_shards(str(path))
+    assert report.labels is None
+    assert "2 folders (cat, dog" in report.note
+    assert "--labels folder" in report.note
+    report = index_shards(str(path), rule=LabelRule(source="folder"))
+    assert (report.labels, report.classes, report.labelled) == ("folder", ("cat", "dog"), 3)
+    assert ShardSet.open(str(path)).labels.tolist() == [1, 0, 1]
+
+
+def test_members_of_other_tools(tmp_path, write_tar, noise_image):
+    """Odd names and types: used where they are images, else left out for a true reason."""
+    members = [
+        ("a.image", noise_image(0)),
+        ("b.IMG", noise_image(1, format="PNG")),
+        ("c.jfif", noise_image(2)),
+        ("ni\udcf1o.jpg", noise_image(3)),  # in Latin-1
+        ("d.gif", b"GIF89a"),
+        ("e.jpg", {"type": tarfile.LNKTYPE, "linkname": "a.image"}),
+        ("f.jpg", {"type": tarfile.SYMTYPE, "linkname": "a.image"}),
+        ("g.jpg", noise_image(4)),
+        ("g.jpg", noise_image(4)),
+        ("h.jpg", noise_image(5)),
+        ("h.png", noise_image(6, format="PNG")),
+        ("._a.jpg", b"of a Mac"),
+    ]
+    path = write_tar(tmp_path / "x.tar", members)
+    report = index_shards(str(path))
+    index = read_index(path)
+    assert [index.member(i) for i in range(len(index))] == [
+        *("a.image", "b.IMG", "c.jfif", "ni\xf1o.jpg", "g.jpg", "h.jpg")
+    ]
+    assert {member: reason for _, member, reason in report.skipped} == {
+        "d.gif": "gif is not read, only JPEG, PNG and WebP",
+        "e.jpg": "a hard link: only plain files are read, so write the tar with --hard-dereference",
+        "f.jpg": "a symbolic link: only plain files are read, so write the tar with --dereference",
+        "g.jpg": "a second image of the same key: its name comes twice in the tar",
+        "h.png": "a second image of the same key",
+        "._a.jpg": "a hidden file",
+    }
+    # Images whose names do not say so are no image, but the cure is named.
+    path = write_tar(tmp_path / "y.tar", [("a.bin", noise_image(0)), ("b.pyd", noise_image(1))])
+    with pytest.raises(
+        ShardError, match=r"content of a\.bin is an image: write the tar with names"
+    ):
+        index_shards(str(path))
 
 
 def test_a_foreign_manifest_is_not_overwritten(tmp_path, write_tar, noise_image):

@@ -70,6 +70,10 @@ def test_patterns_without_files_are_named(folder, pattern, words):
     with pytest.raises(ValueError, match=words) as raised:
         expand_shards(f"{folder}/{pattern}")
     assert pattern in str(raised.value)
+    (folder / "packed").mkdir()
+    (folder / "packed" / "x.tar.gz").touch()
+    with pytest.raises(ValueError, match=r"no \.tar but compressed ones \(x\.tar\.gz\): unpack"):
+        expand_shards(str(folder / "packed"))
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds no \.tar"):
         expand_shards(f"{folder}/empty")

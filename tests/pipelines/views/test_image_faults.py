@@ -11,15 +11,16 @@ import pytest
 from PIL import Image
 
 from fastmoco_pipelines.errors import ImageRefusedError
-from fastmoco_pipelines.formats.images import read_header, structure_fault
+from fastmoco_pipelines.formats.images import read_header, rgb_image, structure_fault
 from fastmoco_pipelines.formats.index import build_index, write_index
 from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
 from fastmoco_pipelines.inspecting.check import check_shards
 from fastmoco_pipelines.inspecting.decode_child import Decoder
 from fastmoco_pipelines.inspecting.decode_pool import DecodePool, Item
+from fastmoco_pipelines.inspecting.preview import save_view_grid
 from fastmoco_pipelines.making.pack import pack_folder
 from fastmoco_pipelines.sets.shard_set import ShardSet
-from fastmoco_pipelines.spec import EvalSpec
+from fastmoco_pipelines.spec import EvalSpec, ViewSpec
 from fastmoco_pipelines.views.dali import EvalPipeline
 from tests.pipelines.image_corpus import (
     BAD,
@@ -211,4 +212,6 @@ def test_what_is_packed_decodes_in_training_to_the_pixels_of_the_plain_file(tmp_
         for data in encoded:
             base = decoder.decode(bases[bytes(data)]).copy()
             assert np.array_equal(decoder.decode(bytes(data)), base)
+            assert np.array_equal(np.asarray(rgb_image(bytes(data))), base)
+    save_view_grid(report.pattern, (ViewSpec(size=16),) * 2, tmp_path / "views.png", rows=8)
     assert capfd.readouterr() == ("", "")
