@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmoco.cli.data import progress_bar
 from fastmoco.errors import RunError, say
+from fastmoco_pipelines.text import spoken
 
 if TYPE_CHECKING:
     from fastmoco_pipelines.making.folder_cache import FolderState, PackedFolder, PackOptions
@@ -89,10 +89,11 @@ def _report(packed: PackedFolder, images: Path) -> None:
     if not packed.seconds:
         say(f"images of {images}: {packed.samples}{held_out} in {packed.folder}, packed before")
         return
-    took = timedelta(seconds=round(packed.seconds))
+    count = len(packed.skipped)
+    files = f"; {count} {'file' if count == 1 else 'files'} left out" if count else ""
     say(
-        f"packed {packed.samples} images{held_out}, {_size(packed.total_bytes)} in {took}; "
-        f"{len(packed.skipped)} {'file' if len(packed.skipped) == 1 else 'files'} left out"
+        f"packed {packed.samples} images{held_out}, {_size(packed.total_bytes)} in "
+        f"{spoken(packed.seconds)}{files}"
     )
     for name, reason in packed.skipped[:SHOWN]:
         say(f"left out {name}: {reason}")
