@@ -89,3 +89,8 @@ def _walk(folder: Path, below: str, follow_links: bool) -> Iterator[tuple[str, s
                     yield name, "no image by its name"
                 else:
                     yield name, None
+
+
+def has_images(src: Path) -> bool:
+    """Whether there is an image file below a folder, by names."""
+    return any(reason is None for _, reason in _walk(src, "", False))

@@ -167,7 +167,7 @@ def _tars_of_folder(pattern: str, folder: Path) -> list[str]:
     found = list(_files(str(folder), "*.tar"))
     if not found:
         raise ValueError(
-            f"shards={pattern!r}: the folder holds no .tar; a folder of images is given with --data.images"
+            f"shards={pattern!r}: the folder holds no .tar; a folder of images is given to training with --data.images"
         )
     return _sorted(found)
 
