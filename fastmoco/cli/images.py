@@ -52,7 +52,7 @@ def packed(
         ValueError: if no image can be used.
         RunError: if the set cannot be written.
     """
-    from fastmoco_pipelines.making.folder_cache import pack_once
+    from fastmoco_pipelines.making.folder_cache import of_field, pack_once
 
     def begin(found: FolderState, out: Path) -> None:
         shrunk = (
@@ -78,7 +78,7 @@ def packed(
             f"({error.filename or root}); {cure}"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{named}: {error}") from error
+        raise of_field(error, named) from error
     _report(done, images)
     return done
 

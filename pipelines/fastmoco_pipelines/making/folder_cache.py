@@ -368,3 +368,11 @@ def changes(before: FolderState, now: FolderState) -> Sequence[str]:
     if before.classes != now.classes:
         words.append(f"{len(before.classes)} classes then, {len(now.classes)} now")
     return words
+
+
+def of_field(error: ValueError, name: str) -> ValueError:
+    """An error about the folder `src`, with the name of the field that the user gave."""
+    text = str(error)
+    return ValueError(
+        name + text.removeprefix("src") if text.startswith("src=") else f"{name}: {text}"
+    )
