@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmoco.cli.data import progress_bar
 from fastmoco.errors import RunError, say
+from fastmoco_pipelines.text import spoken
 
 if TYPE_CHECKING:
     from fastmoco_pipelines.making.folder_cache import FolderState, PackedFolder, PackOptions
@@ -52,7 +52,7 @@ def packed(
         ValueError: if no image can be used.
         RunError: if the set cannot be written.
     """
-    from fastmoco_pipelines.making.folder_cache import pack_once
+    from fastmoco_pipelines.making.folder_cache import of_field, pack_once
 
     def begin(found: FolderState, out: Path) -> None:
         shrunk = (
@@ -78,7 +78,7 @@ def packed(
             f"({error.filename or root}); {cure}"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{named}: {error}") from error
+        raise of_field(error, named) from error
     _report(done, images)
     return done
 
@@ -89,10 +89,11 @@ def _report(packed: PackedFolder, images: Path) -> None:
     if not packed.seconds:
         say(f"images of {images}: {packed.samples}{held_out} in {packed.folder}, packed before")
         return
-    took = timedelta(seconds=round(packed.seconds))
+    count = len(packed.skipped)
+    files = f"; {count} {'file' if count == 1 else 'files'} left out" if count else ""
     say(
-        f"packed {packed.samples} images{held_out}, {_size(packed.total_bytes)} in {took}; "
-        f"{len(packed.skipped)} {'file' if len(packed.skipped) == 1 else 'files'} left out"
+        f"packed {packed.samples} images{held_out}, {_size(packed.total_bytes)} in "
+        f"{spoken(packed.seconds)}{files}"
     )
     for name, reason in packed.skipped[:SHOWN]:
         say(f"left out {name}: {reason}")

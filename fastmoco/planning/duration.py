@@ -15,6 +15,7 @@ import torch
 from fastmoco.config import Config, Resolved
 from fastmoco.models.encoder import Encoder
 from fastmoco_pipelines.spec import each_view
+from fastmoco_pipelines.text import spoken
 
 SLOW_STEP_S = 20.0
 """From this time on, the time of a step is announced."""
@@ -107,11 +108,3 @@ def slow_notes(
             f"{config.knn.every_epochs:g} epochs; a smaller --knn.max-train-images shortens it"
         )
     return notes
-
-
-def spoken(seconds: float) -> str:
-    """A duration in its largest unit."""
-    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"

@@ -25,6 +25,7 @@ from fastmoco_pipelines.making.folder_cache import (
     changes,
     folder_state,
     max_side_of,
+    of_field,
     read_packed,
 )
 
@@ -128,7 +129,7 @@ class _Folders:
         try:
             state = folder_state(images)
         except ValueError as error:
-            raise ValueError(f"data.images: {error}") from error
+            raise of_field(error, "data.images") from error
         resolve(self.config, world_size=self.processes, sample_count=state.images)
         return self.pack(images, self.root, self._options(), named="data.images", state=state)
 
@@ -190,7 +191,10 @@ class _Folders:
             opened = ShardSet.open(self.config.data.shards, cache=self.config.data)
             classes = opened.classes
             opened.close()
-        state = folder_state(images)
+        try:
+            state = folder_state(images)
+        except ValueError as error:
+            raise of_field(error, "knn.images") from error
         missing = [
             str(where)
             for where, names in (

@@ -1,4 +1,5 @@
-"""Text as it may be shown: URLs without their secrets, names that cannot steer a terminal."""
+"""Text as it may be shown: URLs without their secrets, names that cannot steer a terminal,
+durations."""
 
 from __future__ import annotations
 
@@ -131,3 +132,11 @@ def escaped(text: str, *, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def spoken(seconds: float) -> str:
+    """A duration in its largest unit."""
+    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

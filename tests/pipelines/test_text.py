@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastmoco_pipelines.text import first_sentence, redact
+from fastmoco_pipelines.text import first_sentence, redact, spoken
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,11 @@ def test_a_password_with_a_slash_or_without_a_host_is_hidden(url, shown):
 )
 def test_an_at_sign_in_the_name_of_a_file_is_shown(url):
     assert redact(url) == url
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(30, "30 s"), (119, "119 s"), (240, "4 min"), (3 * 3600, "3 hours"), (90 * 86400, "90 days")],
+)
+def test_durations_in_their_largest_unit(seconds, words) -> None:
+    assert spoken(seconds) == words

@@ -3,7 +3,6 @@ one process."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import select
@@ -82,8 +81,6 @@ class DecodePool:
     def __init__(
         self, workers: int, limits: ChildLimits | None = None, module: str = MODULE
     ) -> None:
-        if module == MODULE and importlib.util.find_spec("nvidia.dali") is None:
-            raise ModuleNotFoundError("No module named 'nvidia.dali'", name="nvidia.dali")
         self.restarts = 0
         self._limits = limits or ChildLimits()
         self._module = module

@@ -23,11 +23,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.files import OPEN_FLAGS, is_named, try_lock, write_json
 from fastmoco_pipelines.making.holdout import also_in, held_out_names
 from fastmoco_pipelines.making.pack import PackReport, Progress, pack_folder
-from fastmoco_pipelines.making.sources import Source, find_sources
+from fastmoco_pipelines.making.sources import Source, find_sources, has_images
 from fastmoco_pipelines.spec import require
 
 FORMAT = "fastmoco-images"
@@ -358,13 +357,7 @@ def _remove_empty(folder: Path) -> None:
 
 def holds_images_alone(folder: Path) -> bool:
     """Whether a folder has no tars, but images: what is packed where shards were asked for."""
-    if not folder.is_dir() or any(folder.glob("*.tar")):
-        return False
-    try:
-        find_sources(folder, follow_links=False)
-    except (ValueError, ShardError, OSError):
-        return False
-    return True
+    return folder.is_dir() and not any(folder.glob("*.tar")) and has_images(folder)
 
 
 def changes(before: FolderState, now: FolderState) -> Sequence[str]:
@@ -377,3 +370,11 @@ def changes(before: FolderState, now: FolderState) -> Sequence[str]:
     if before.classes != now.classes:
         words.append(f"{len(before.classes)} classes then, {len(now.classes)} now")
     return words
+
+
+def of_field(error: ValueError, name: str) -> ValueError:
+    """An error about the folder `src`, with the name of the field that the user gave."""
+    text = str(error)
+    return ValueError(
+        name + text.removeprefix("src") if text.startswith("src=") else f"{name}: {text}"
+    )

@@ -159,6 +159,11 @@ def _walk(src: Path, follow_links: bool, folders: list[str]) -> Iterator[tuple[s
                     yield name, None
 
 
+def has_images(src: Path) -> bool:
+    """Whether there is an image file below a folder, by names."""
+    return any(reason is None for _, reason in _walk(src, False, []))
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()

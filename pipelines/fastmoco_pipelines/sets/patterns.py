@@ -251,7 +251,7 @@ def _tars_of_folder(pattern: str, folder: str, several: bool) -> list[str]:
         what = (
             f" but compressed ones ({_shown(min(packed))}): unpack them to plain .tar"
             if packed
-            else "; a folder of images is given with --data.images"
+            else "; a folder of images is given to training with --data.images"
         )
         raise ValueError(f"shards={pattern!r}: the folder holds no .tar{what}")
     return _sorted(path for paths in groups.values() for path in paths)

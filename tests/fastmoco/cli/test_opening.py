@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytest.importorskip("tyro", reason="tyro is not installed")
+
 from fastmoco.cli import data, opening
 from fastmoco.cli.opening import announce, suggestion
 from fastmoco.recipes import get_recipe
@@ -52,7 +54,6 @@ main(sys.argv[1:])
     ],
 )
 def test_a_line_is_printed_before_torch_is_imported(words, line) -> None:
-    pytest.importorskip("tyro", reason="tyro is not installed")
     command = [sys.executable, "-c", LOOK, *words]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert "torch is imported after" in done.stdout, done

@@ -15,7 +15,6 @@ from fastmoco.planning.duration import (
     estimate,
     forward_flops,
     slow_notes,
-    spoken,
 )
 from fastmoco.recipes import get_recipe, with_image_size
 
@@ -64,11 +63,3 @@ def test_only_a_slow_run_is_announced() -> None:
     assert knn.startswith("kNN takes about 20 min before the first step")
     (own, _) = slow_notes(slow, config, resolved, recipe=config.recipe, steps_left=left)
     assert config.recipe not in own
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(30, "30 s"), (119, "119 s"), (240, "4 min"), (3 * 3600, "3 hours"), (90 * 86400, "90 days")],
-)
-def test_durations_in_their_largest_unit(seconds, words) -> None:
-    assert spoken(seconds) == words

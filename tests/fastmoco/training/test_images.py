@@ -149,6 +149,26 @@ def test_without_classes_a_run_trains_without_knn(
     assert (steps(out), steps(out, "knn")) == ([1], [])
 
 
+def test_a_refused_folder_is_named_by_its_field(
+    config: Config, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs" / "first"
+    (tmp_path / "empty").mkdir()
+    empty = str(tmp_path / "empty")
+    no_images = replace(config, data=replace(config.data, images=empty))
+    no_held_out = replace(config, knn=replace(config.knn, holdout="", images=empty))
+    few = replace(config, global_batch_size=25)
+    for wrong, words in (
+        (no_images, f"fastmoco: data.images={empty!r}: "),
+        (no_held_out, f"fastmoco: knn.images={empty!r}: "),
+        (few, "global_batch_size=25: must be at most the 24 training images; --global"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            train(wrong, out)
+        assert words in capsys.readouterr().err
+    assert train(config, out) == 0  # its lock was given back
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
