@@ -27,12 +27,17 @@ AUTHORITY = re.compile(r"[\w.{},-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
 _EACH_URL = re.compile(r"([^,{/]*)://(.*?)(?=,[^,{/:]*://|$)", re.DOTALL)
 """Scheme and rest of every URL in a pattern, which may be braces around several."""
 
-_SIGNATURE = re.compile(r"[?&](X-(Amz|Goog)-|AWSAccessKeyId=|Signature=)")
+_SIGNATURE = re.compile(
+    r"[?&](x-(amz|goog)-[\w-]*|\w*(sig|token|key|secret|password|credential|auth)\w*)=",
+    re.IGNORECASE,
+)
+"""What looks like the secret of a query, pasted behind a key."""
 
 
 def redact(url: str) -> str:
     """A URL, or a pattern of URLs, as it may be shown: without user, password, query and
-    fragment. The key of an object store has no query, and is shown whole.
+    fragment. The key of an object store has no query, and is shown whole, unless it looks like one
+    with a secret.
 
     Of a URL without a host before its first slash, but with an "@" after it, only the scheme is
     shown: all before the "@" may be a password.

@@ -50,7 +50,13 @@ def test_a_password_with_a_slash_or_without_a_host_is_hidden(url, shown):
         "http://[::1]:80/a@b.tar",
         "file:///data/a@b.tar",
         "/data/a@b.tar",
+        "s3://bucket/what?/a#b&c=d/größe.tar",
     ],
 )
 def test_an_at_sign_in_the_name_of_a_file_is_shown(url):
     assert redact(url) == url
+
+
+@pytest.mark.parametrize("query", ["?X-Amz-Signature=SECRET", "?a=b&access_token=SECRET"])
+def test_a_signature_behind_a_key_is_hidden(query):
+    assert redact(f"s3://bucket/a.tar{query}") == "s3://bucket/a.tar"

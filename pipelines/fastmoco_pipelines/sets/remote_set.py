@@ -262,7 +262,7 @@ class SmallFiles:
         validator, content = fetch_document(url, self.limits, self.stop, known)
         if _PAGE.match(content):
             raise ShardError(
-                f"{redact(url)}: is a web page, and not an index: the page for logging in to a "
+                f"{redact(url)}: is a web page, and is not an index of fastmoco: the page for logging in to a "
                 f"private set or to this network, perhaps; check the URL in a browser. {_LOGIN}"
             )
         file = open_index(redact(url), content)

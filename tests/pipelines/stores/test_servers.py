@@ -371,7 +371,7 @@ def test_a_page_in_place_of_an_index_is_called_one(server, spec):
 
     server.always["train-000000.tar.index"] = page
     text = refusal(f"{server.url}/train-000000.tar", spec)
-    assert "is a web page, and not an index" in text
+    assert "is a web page, and is not an index" in text
     assert "FASTMOCO_HTTP_HEADERS" in text
     server.always["train-000000.tar.index"] = status(511)
     assert "this network asks for a login" in refusal(f"{server.url}/train-000000.tar", spec)
