@@ -77,8 +77,8 @@ def first_sentence(doc: str | None) -> str:
 
 
 def split_url(url: str) -> tuple[str, str, str]:
-    """Scheme and host; path; query and fragment with their marks. Of an object store the path is the
-    whole key."""
+    """Scheme and host; path; query and fragment with their marks. Of an object store the path is
+    the whole key."""
     scheme, separator, rest = url.partition("://")
     ends = r"/" if scheme.lower() in OBJECTS else r"[/?#]"
     found = re.search(ends, rest)

@@ -1,5 +1,6 @@
 """Training through what is between a user and a set: a proxy with a password, a bearer token, an
-authority of one's own, an object key with a space. Real commands, and the losses of local shards."""
+authority of one's own, an object key with a space. Real commands, and the losses of local
+shards."""
 
 from __future__ import annotations
 

@@ -354,6 +354,18 @@ def test_a_certificate_of_ones_own_is_shown(certificates, packed, spec, monkeypa
         assert "with a certificate and its key" in refusal(url, spec)
 
 
+def test_redirects_between_http_and_https(certificates, packed, spec, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates.authority))
+    context = certificates.context("localhost")
+    with GateServer(packed) as plain, GateServer(packed, tls=context) as secure:
+        for name in ("train-000000.tar", "train-000000.tar.index"):
+            plain.always[name] = redirect(f"{secure.url}/{name}")
+        secure.always["train-000001.tar.index"] = redirect(f"{plain.url}/train-000001.tar.index")
+        assert read(f"{plain.url}/train-000000.tar", spec) == 16
+        text = refusal(f"{secure.url}/train-000001.tar", spec)
+        assert "redirects from https to http: refused" in text
+
+
 def test_https_to_a_port_without_tls_is_named(packed, spec):
     with GateServer(packed) as server:
         url = f"https://localhost:{server.port}/train-000000.tar"
