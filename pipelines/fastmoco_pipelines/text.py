@@ -30,12 +30,17 @@ _VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
 _EACH_URL = re.compile(r"([^,{/]*)://(.*?)(?=,[^,{/:]*://|$)", re.DOTALL)
 """Scheme and rest of every URL in a pattern, which may be braces around several."""
 
-_SIGNATURE = re.compile(r"[?&](X-(Amz|Goog)-|AWSAccessKeyId=|Signature=)")
+_SIGNATURE = re.compile(
+    r"[?&](x-(amz|goog)-[\w-]*|\w*(sig|token|key|secret|password|credential|auth)\w*)=",
+    re.IGNORECASE,
+)
+"""What looks like the secret of a query, pasted behind a key."""
 
 
 def redact(url: str) -> str:
     """A URL, or a pattern of URLs, as it may be shown: without user, password, query and
-    fragment. The key of an object store has no query, and is shown whole.
+    fragment. The key of an object store has no query, and is shown whole, unless it looks like one
+    with a secret.
 
     Of a URL without a host before its first slash, but with an "@" after it, only the scheme is
     shown: all before the "@" may be a password.
@@ -90,8 +95,8 @@ def counted(count: int, what: str) -> str:
 
 
 def split_url(url: str) -> tuple[str, str, str]:
-    """Scheme and host; path; query and fragment with their marks. Of an object store the path is the
-    whole key."""
+    """Scheme and host; path; query and fragment with their marks. Of an object store the path is
+    the whole key."""
     scheme, separator, rest = url.partition("://")
     ends = r"/" if scheme.lower() in OBJECTS else r"[/?#]"
     found = re.search(ends, rest)

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.startup import FirstStep, first_step, table
 
 NOT_NEEDED = (
+    "fastmoco_pipelines.stores.connections",  # and with it urllib3
     "matplotlib",
     "scipy",
     "sklearn",

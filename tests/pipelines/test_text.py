@@ -50,6 +50,7 @@ def test_a_password_with_a_slash_or_without_a_host_is_hidden(url, shown):
         "http://[::1]:80/a@b.tar",
         "file:///data/a@b.tar",
         "/data/a@b.tar",
+        "s3://bucket/what?/a#b&c=d/größe.tar",
     ],
 )
 def test_an_at_sign_in_the_name_of_a_file_is_shown(url):
@@ -62,3 +63,8 @@ def test_an_at_sign_in_the_name_of_a_file_is_shown(url):
 )
 def test_durations_in_their_largest_unit(seconds, words) -> None:
     assert spoken(seconds) == words
+
+
+@pytest.mark.parametrize("query", ["?X-Amz-Signature=SECRET", "?a=b&access_token=SECRET"])
+def test_a_signature_behind_a_key_is_hidden(query):
+    assert redact(f"s3://bucket/a.tar{query}") == "s3://bucket/a.tar"

@@ -262,8 +262,9 @@ class SmallFiles:
         validator, content = fetch_document(url, self.limits, self.stop, known)
         if _PAGE.match(content):
             raise ShardError(
-                f"{redact(url)}: is a web page, and not an index: the page for logging in to a "
-                f"private set or to this network, perhaps; check the URL in a browser. {_LOGIN}"
+                f"{redact(url)}: is a web page, and is not an index of fastmoco: the page for "
+                "logging in to a private set or to this network, perhaps; check the URL in a "
+                f"browser. {_LOGIN}"
             )
         file = open_index(redact(url), content)
         self._read_from[tar] = url
@@ -325,8 +326,8 @@ _GLOB = {code: f"[{mark}]" if mark in "[*?" else mark for code, mark in _SHOW.it
 
 def _hide_existing(pattern: str, limits: Limits) -> str:
     """A pattern in which the special characters of folders and objects that exist under exactly
-    that name are replaced, so that they are not taken for a pattern. A name with `*` or with a range
-    of numbers always is one."""
+    that name are replaced, so that they are not taken for a pattern. A name with `*` or with a
+    range of numbers always is one."""
     scheme, separator, rest = pattern.partition("://")
     store = store_of(pattern) if scheme.lower() in STORES else None
     if store is None or not store.lists:
@@ -396,7 +397,8 @@ def _expand(pattern: str, hidden: str, reader: SmallFiles) -> list[str]:
         found = [beside(url, item) for item in safe]
 
     if not found:
-        raise ValueError(f"shards={shown!r}: no shard there has such a name")
+        literal = " (%20 in a key is no space)" if store.lists and "%20" in url else ""
+        raise ValueError(f"shards={shown!r}: no shard there has such a name{literal}")
     return found
 
 

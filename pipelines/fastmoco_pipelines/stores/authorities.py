@@ -1,7 +1,8 @@
 """Which certificates are trusted, and what a refused one means.
 
-`REQUESTS_CA_BUNDLE`, `CURL_CA_BUNDLE` (each a file, or a folder of hashed names), `SSL_CERT_FILE` and
-`SSL_CERT_DIR`: the authorities of every one that is set are trusted, and the system's where none is.
+`REQUESTS_CA_BUNDLE`, `CURL_CA_BUNDLE` (each a file, or a folder of hashed names), `SSL_CERT_FILE`
+and `SSL_CERT_DIR`: the authorities of every one that is set are trusted, and the system's where
+none is.
 `FASTMOCO_CLIENT_CERT` names a file with a certificate and key of one's own.
 """
 

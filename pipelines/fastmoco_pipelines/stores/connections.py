@@ -1,5 +1,5 @@
-"""Connections of urllib3, kept open between requests, and watched: a request is cut off when its time
-is over, and its other end is looked at before anything is sent.
+"""Connections of urllib3, kept open between requests, and watched: a request is cut off when its
+time is over, and its other end is looked at before anything is sent.
 
 urllib3 knows HTTP, TLS, proxies and pools. It neither tries again nor follows redirects here: that
 is `retries.py` and `http.py`.
@@ -270,8 +270,9 @@ def _socks_manager(proxy: Proxy, options: dict[str, Any]) -> urllib3.PoolManager
 
 @contextmanager
 def named(where: str, proxy: Proxy | None, exchange: Exchange | None = None) -> Iterator[None]:
-    """Network errors as PassingError that names the URL, or the proxy; a refused certificate does not
-    pass. The libraries' own texts are not quoted: they may hold the request, and with it a token."""
+    """Network errors as PassingError that names the URL, or the proxy; a refused certificate does
+    not pass. The libraries' own texts are not quoted: they may hold the request, and with it a
+    token."""
     try:
         yield
     except ExchangeError as failed:

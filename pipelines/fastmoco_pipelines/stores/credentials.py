@@ -5,7 +5,8 @@
     HF_TOKEN, or its file         Bearer, for Hugging Face over https
     ~/.netrc, or NETRC            Basic, for the machines it lists
 
-The first of them that names an Authorization wins. A value is never shown: messages name its source.
+The first of them that names an Authorization wins. A value is never shown: messages name its
+source.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ CURES = (
 _HUGGING_FACE = ("huggingface.co", "hf.co")
 _ENTRY = re.compile(
     r"(?:(?P<scheme>https?)://)?(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:/=\[\]]+)(?::(?P<port>\d{1,5}))?/?"
-    r"\s*=\s*(?P<name>[!#$%&'*+.^_`|~0-9A-Za-z-]+)\s*:\s*(?P<value>[\x21-\x7e](?:[\t\x20-\x7e]*[\x21-\x7e])?)"
+    r"\s*=\s*(?P<name>[!#$%&'*+.^_`|~0-9A-Za-z-]+)\s*:"
+    r"\s*(?P<value>[\x21-\x7e](?:[\t\x20-\x7e]*[\x21-\x7e])?)"
 )
 _OURS = {
     "accept-encoding",

@@ -192,8 +192,8 @@ def _answer(
             exchange.go_on()
             response.close()
     raise RemoteError(
-        f"{where}: redirects more than {MAX_REDIRECTS} times, in a circle perhaps; if it leads to a "
-        f"page for logging in: {CURES}"
+        f"{where}: redirects more than {MAX_REDIRECTS} times, in a circle perhaps; if it leads to "
+        f"a page for logging in: {CURES}"
     )
 
 

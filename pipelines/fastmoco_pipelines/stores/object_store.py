@@ -206,11 +206,12 @@ def _explained(where: str, error: BaseException) -> RemoteError:
             kind, text = _CODES[code]
             return kind(f"{where}: {text} ({code})")
     if isinstance(error, FileNotFoundError):
-        return AbsentError(f"{where}: does not exist: check the name")
+        literal = " (a key is taken as it is written: %20 is no space)" if "%" in where else ""
+        return AbsentError(f"{where}: does not exist: check the name{literal}")
     if isinstance(error, PermissionError):
         return AccessError(
-            f"{where}: access is refused: check the credentials in the environment, and for a bucket "
-            "whose reader pays FSSPEC_S3_REQUESTER_PAYS=true"
+            f"{where}: access is refused: check the credentials in the environment, and for a "
+            "bucket whose reader pays FSSPEC_S3_REQUESTER_PAYS=true"
         )
     if kinds & {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}:
         if where.startswith("gs://"):
@@ -218,7 +219,8 @@ def _explained(where: str, error: BaseException) -> RemoteError:
         else:
             cure = f"{_KEYS}, or for a public bucket FSSPEC_S3_ANON=true"
         return RemoteError(f"{where}: there are no credentials: give {cure}")
-    if any(isinstance(item, ssl.SSLCertVerificationError) for item in chain) or "SSLError" in kinds:
+    refused = any(isinstance(item, ssl.SSLCertVerificationError) for item in chain)
+    if refused or "SSLError" in kinds:
         return RemoteError(
             f"{where}: the certificate of its store is not valid: give the certificates of its "
             "authority as a PEM file in AWS_CA_BUNDLE (gs: SSL_CERT_FILE)"
@@ -227,8 +229,8 @@ def _explained(where: str, error: BaseException) -> RemoteError:
         return PassingError(f"{where}: the proxy of HTTPS_PROXY or HTTP_PROXY cannot be reached")
     if kinds & {"EndpointConnectionError", "ClientConnectorError", "ClientConnectorDNSError"}:
         return PassingError(
-            f"{where}: its store cannot be reached: check AWS_ENDPOINT_URL and the network, and for "
-            "a store that has no host name for each bucket `s3 = addressing_style = path` in "
+            f"{where}: its store cannot be reached: check AWS_ENDPOINT_URL and the network, and "
+            "for a store that has no host name for each bucket `s3 = addressing_style = path` in "
             "~/.aws/config (docs/data.md)"
         )
     return PassingError(f"{where}: the store fails ({type(error).__name__})")

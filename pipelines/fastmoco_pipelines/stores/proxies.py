@@ -1,7 +1,7 @@
 """Which proxy the environment names for a URL, as curl and requests read it.
 
-`http_proxy` for http, `https_proxy` for https, `all_proxy` for both where the first is not set; each
-in lower case first, then in upper case. `no_proxy` lists the hosts that are reached directly.
+`http_proxy` for http, `https_proxy` for https, `all_proxy` for both where the first is not set;
+each in lower case first, then in upper case. `no_proxy` lists the hosts that are reached directly.
 """
 
 from __future__ import annotations

@@ -354,6 +354,18 @@ def test_a_certificate_of_ones_own_is_shown(certificates, packed, spec, monkeypa
         assert "with a certificate and its key" in refusal(url, spec)
 
 
+def test_redirects_between_http_and_https(certificates, packed, spec, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates.authority))
+    context = certificates.context("localhost")
+    with GateServer(packed) as plain, GateServer(packed, tls=context) as secure:
+        for name in ("train-000000.tar", "train-000000.tar.index"):
+            plain.always[name] = redirect(f"{secure.url}/{name}")
+        secure.always["train-000001.tar.index"] = redirect(f"{plain.url}/train-000001.tar.index")
+        assert read(f"{plain.url}/train-000000.tar", spec) == 16
+        text = refusal(f"{secure.url}/train-000001.tar", spec)
+        assert "redirects from https to http: refused" in text
+
+
 def test_https_to_a_port_without_tls_is_named(packed, spec):
     with GateServer(packed) as server:
         url = f"https://localhost:{server.port}/train-000000.tar"
@@ -371,7 +383,7 @@ def test_a_page_in_place_of_an_index_is_called_one(server, spec):
 
     server.always["train-000000.tar.index"] = page
     text = refusal(f"{server.url}/train-000000.tar", spec)
-    assert "is a web page, and not an index" in text
+    assert "is a web page, and is not an index" in text
     assert "FASTMOCO_HTTP_HEADERS" in text
     server.always["train-000000.tar.index"] = status(511)
     assert "this network asks for a login" in refusal(f"{server.url}/train-000000.tar", spec)
