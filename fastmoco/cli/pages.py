@@ -18,6 +18,7 @@ from fastmoco_pipelines.text import first_sentence
 HELP = ("-h", "--help", "--help-all")
 """Words that ask for help."""
 MOST_USED = (
+    "data.images",
     "epochs",
     "global_batch_size",
     "gpus",
@@ -29,6 +30,8 @@ MOST_USED = (
     "model.architecture",
     "model.image_size",
     "model.patch_size",
+    "knn.images",
+    "knn.holdout",
     "knn.train_shards",
     "knn.test_shards",
     "knn.every_epochs",
@@ -40,6 +43,8 @@ MOST_USED = (
     "log_every_steps",
 )
 """Options on the short page of a config, in this order; then those of the command itself."""
+INSTEAD = {"data.shards": "data.images"}
+"""Required options, and the one that may be given in place of each."""
 SELDOM = ("recipe", "threads")
 """Options without a group that only the list of all others names."""
 COLUMN = 26
@@ -104,7 +109,7 @@ def of_config(
     others = [option for option in described.options if option not in required]
     lines = [*_usage(name, required, others), "", *_wrapped(described.about), *_wrapped(about)]
     if required:
-        lines += ["", heading("Required"), *_option_rows(_marked(required), whole=whole)]
+        lines += ["", heading("Required"), *_required_rows(described, required, whole=whole)]
     lines += _whole(described, others) if whole else _short(name, described, others)
     return "\n".join(lines)
 
@@ -129,7 +134,7 @@ def no_recipe(
     column = max(map(len, recipes)) + 4
     lines += ["", heading("Recipes"), *_rows(list(recipes.items()), column)]
     if required:
-        lines += ["", heading("Required"), *_option_rows(_marked(required))]
+        lines += ["", heading("Required"), *_required_rows(described, required)]
     used = _used([option for option in described.options if option not in required])
     # A recipe has its own defaults.
     used = [
@@ -151,9 +156,18 @@ RECIPE = (
 """What a recipe is."""
 
 
-def _marked(options: Sequence[Option]) -> list[Option]:
-    """Options as required, also those that have a default which cannot be used."""
-    return [replace(option, default=REQUIRED) for option in options]
+def _required_rows(
+    described: Described, required: Sequence[Option], *, whole: bool = False
+) -> list[str]:
+    """Rows of options that must be given, also of those whose default cannot be used."""
+    rows = []
+    for option in required:
+        left, text = _option_row(replace(option, default=REQUIRED), whole)
+        other = described.named(INSTEAD.get(option.name, ""))
+        if other is not None:
+            text = text.removesuffix(")") + f", or {other.flag} {other.value})"
+        rows.append((left, text))
+    return _rows(rows, COLUMN)
 
 
 def _used(options: Sequence[Option]) -> list[Option]:

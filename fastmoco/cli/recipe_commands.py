@@ -25,6 +25,7 @@ from fastmoco.errors import EXIT_REFUSED, close_output, one_line, say
 from fastmoco.faults.parent import follow_parent
 from fastmoco.faults.start_up import StartUp
 from fastmoco.recipes import RECIPES, get_recipe, with_image_size
+from fastmoco_pipelines.spec import require
 from fastmoco_pipelines.text import first_sentence
 
 
@@ -46,6 +47,9 @@ class TrainArguments:
     """Continue from the newest checkpoint in --out even if another run wrote
     it. Its SHA-256 is still checked."""
     config: Annotated[Config, tyro.conf.arg(name="")]
+
+    def __post_init__(self) -> None:
+        require(self.gpus >= 0, "gpus", self.gpus, "must be 0 or the number of processes")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,7 +63,7 @@ NOTES = {
     "pretrained": "a run starts from its seed; the same command again continues the run in --out",
     "wandb": "metrics are in metrics.jsonl and curves.png of the folder --out",
     "use-wandb": "metrics are in metrics.jsonl and curves.png of the folder --out",
-    "tensorboard": "metrics are in metrics.jsonl and curves.png of the folder --out",
+    "tensorboard": "its files are in the folder --out if it is installed",
     "rank": "--gpus N starts the processes of this machine",
     "local-rank": "--gpus N starts the processes of this machine",
     "dist-url": "--gpus N starts the processes of this machine",

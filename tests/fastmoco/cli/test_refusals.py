@@ -67,6 +67,7 @@ TRAIN = {
     "unknown option": [*SMALL, "--lr", "1"],
     "wrong value": [*SMALL, "--epochs", "many"],
     "fields that do not fit": [*SMALL, "--model.patch-size", "3"],
+    "fewer than no processes": [*SMALL, "--gpus", "-1"],
     "no shards": ["quickstart_digits"],
     "shards that are not there": [*SMALL[:1], "--data.shards", "none/*.tar"],
     "a file that is no shard": [*SMALL[:1], "--data.shards", "file"],
