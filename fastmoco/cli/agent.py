@@ -53,7 +53,7 @@ def main(args: Sequence[str]) -> int:
         try:
             with collection_paused():
                 import torch
-                from torch.distributed import run as torchrun
+                import torch.distributed.run as torchrun
             start = describe_start(int(processes), device, torch.cuda.device_count())
             if start:
                 _say(start, terminal)
