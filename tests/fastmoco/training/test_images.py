@@ -89,7 +89,7 @@ def test_a_run_keeps_its_images_and_its_split(
     drawn: list[object] = []
     with monkeypatch.context() as patch:
         draw = "fastmoco.cli.train.draw_curves"
-        patch.setattr(draw, lambda *_, figures: drawn.append(figures))
+        patch.setattr(draw, lambda *given: drawn.append(given[-1].figures))
         assert train(longer, out) == 0
     assert drawn == [{"knn": "kNN"}]
     assert capsys.readouterr().err == ""
@@ -157,15 +157,19 @@ def test_a_refused_folder_is_named_by_its_field(
     empty = str(tmp_path / "empty")
     no_images = replace(config, data=replace(config.data, images=empty))
     no_held_out = replace(config, knn=replace(config.knn, holdout="", images=empty))
+    zebras = str(write_images(tmp_path / "others", "z", count=2, first=20))
+    no_class = replace(config, knn=replace(config.knn, holdout="", images=zebras))
     few = replace(config, global_batch_size=25)
     for wrong, words in (
         (no_images, f"fastmoco: data.images={empty!r}: "),
         (no_held_out, f"fastmoco: knn.images={empty!r}: "),
+        (no_class, "has classes that the training images have not: z;"),
         (few, "global_batch_size=25: must be at most the 24 training images; --global"),
     ):
         with pytest.raises(SystemExit, match="2"):
             train(wrong, out)
         assert words in capsys.readouterr().err
+    assert not out.parent.exists()  # nothing was packed
     assert train(config, out) == 0  # its lock was given back
 
 
