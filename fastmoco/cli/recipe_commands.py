@@ -67,7 +67,7 @@ FOLLOWS = {
     for name in ("size", "blur_sigma")
 }
 """Options that `--model.image-size` changes."""
-REQUIRED: dict[type, tuple[str, ...]] = {TrainArguments: ("data.shards",)}
+REQUIRED: dict[type, tuple[str, ...]] = {TrainArguments: ("data.images",)}
 """Options of a config that a command needs although they have a default."""
 
 
