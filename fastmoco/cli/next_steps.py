@@ -38,8 +38,14 @@ def after_finish(out: Path, config: Config, *, best: bool) -> list[str]:
     encoder = str(out / "encoder.safetensors")
     commands = [["checkpoint", "consolidate", run, "--encoder", *more, "--out", encoder]]
     if bank and not config.data.synthetic:
-        sets = ["--train", bank, "--test", config.knn.test_shards or "HELD_OUT/test-*.tar"]
-        commands.insert(0, ["eval", "knn", run, *more, *sets])
+        test = config.knn.test_shards
+        # Without held-out labelled images there is nothing to classify.
+        first = (
+            ["eval", "knn", run, *more, "--train", bank, "--test", test]
+            if test
+            else ["eval", "neighbours", run, *more, "--train", bank, "--query", bank]
+        )
+        commands.insert(0, first)
     return [_line(words) for words in [*commands, ["curves", run]]]
 
 

@@ -60,7 +60,8 @@ def test_no_password_is_printed_and_a_set_that_is_not_there_is_not_invented() ->
     lines = next_steps.after_finish(
         Path("r"), config("https://me:secret@host/train.tar?sig=abc", ""), best=False
     )
-    assert "--train https://host/train.tar --test 'HELD_OUT/test-*.tar'" in lines[0]
+    same = "--train https://host/train.tar --query https://host/train.tar"
+    assert lines[0].endswith(f"eval neighbours r {same}")
     assert not any("secret" in line or "sig=" in line or "--best" in line for line in lines)
     synthetic = config("", "")
     synthetic = replace(synthetic, data=replace(synthetic.data, synthetic=True))
