@@ -60,28 +60,36 @@ def knn_sets(train: str, test: str, *, max_side: int | None) -> tuple[str, str]:
         of_field,
     )
 
+    states = {}
+    for name, given in (("train", train), ("test", test)):
+        if given and holds_images_alone(Path(given)):
+            try:
+                states[name] = folder_state(Path(given))
+            except ValueError as error:
+                raise of_field(error, name) from error
+            if not states[name].classes:
+                raise ValueError(
+                    f"{name}={given!r}: has no class folders, which kNN needs: one folder of images "
+                    "per class"
+                )
+    if not test:
+        raise ValueError("test='': is empty; give labelled shards or a folder of images")
+    root = user_cache() / "packed"
     bank = set_of_folder(train, max_side=max_side, named="train")
     if test == train:
         return bank, bank
-    if not test:
-        raise ValueError("test='': is empty; give labelled shards or a folder of images")
-    if not holds_images_alone(Path(test)):
+    if "test" not in states:
         return bank, test
     with closing(ShardSet.open(bank)) as opened:
         classes = opened.classes
-    try:
-        state = folder_state(Path(test))
-    except ValueError as error:
-        raise of_field(error, "test") from error
+    state = states["test"]
     unknown = sorted(set(state.classes) - set(classes)) if classes else []
     if unknown:
         raise ValueError(
             f"test={test!r}: has classes that train={train!r} has not: {', '.join(unknown[:5])}; "
             "give it the same class folders"
         )
-    own = not state.classes or state.classes == classes
-    options = PackOptions(max_side=max_side, classes=() if own else classes)
-    root = user_cache() / "packed"
+    options = PackOptions(max_side=max_side, classes=() if state.classes == classes else classes)
     return bank, packed(Path(test), root, options, named="test", state=state).pattern
 
 

@@ -96,6 +96,12 @@ def test_a_checkpoint_a_folder_of_images_and_the_best(run, tmp_path, capsys, mon
     assert knn_sets(str(photos), str(photos), max_side=64) == (bank, bank)
     with pytest.raises(ValueError, match=r"test=.* has classes that train=.* has not: bird"):
         knn_sets(str(held_out), str(photos), max_side=64)
+    for sets, words in (
+        ((photos / "cat", photos), "^train=.* no class"),
+        ((photos, ""), "^test='"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            knn_sets(*map(str, sets), max_side=64)
     options[3] = str(tmp_path / "nowhere")
     assert main(["eval", "neighbours", str(step), *options]) == 2
     assert f"--query {options[3]}: there is no file" in capsys.readouterr().err

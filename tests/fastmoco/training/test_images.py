@@ -176,12 +176,12 @@ def test_a_refused_folder_is_named_by_its_field(
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: DataConfig(images="a", shards="b"), r"data\.images='a': .*data\.shards='b'"),
-        (lambda: KnnConfig(images="a", test_shards="b"), r"knn\.images='a': .*knn\.test_shards"),
-        (lambda: KnnConfig(holdout="10%", images="b"), r"knn\.holdout='10%': .*knn\.images"),
-        (lambda: KnnConfig(holdout="ten"), r"knn\.holdout='ten': .*10% or 0\.1"),
-        (lambda: KnnConfig(holdout="100%"), r"knn\.holdout='100%'"),
-        (lambda: KnnConfig(holdout="nan"), r"knn\.holdout='nan'"),
+        (lambda: DataConfig(images="a", shards="b"), r"^images='a': .*data\.shards='b'"),
+        (lambda: KnnConfig(images="a", test_shards="b"), r"^images='a': .*knn\.test_shards"),
+        (lambda: KnnConfig(holdout="10%", images="b"), r"^holdout='10%': .*knn\.images"),
+        (lambda: KnnConfig(holdout="ten"), r"^holdout='ten': .*10% or 0\.1"),
+        (lambda: KnnConfig(holdout="100%"), r"^holdout='100%'"),
+        (lambda: KnnConfig(holdout="nan"), r"^holdout='nan'"),
         (lambda: Config(knn=KnnConfig(holdout="0.1")), r"knn\.holdout='0\.1': needs data\.images"),
         (lambda: DataConfig(max_side=-1), r"max_side=-1"),
     ],
