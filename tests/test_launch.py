@@ -409,7 +409,7 @@ def test_words_that_make_no_config_are_not_tried_again(words: list[str], tmp_pat
     one = start_command(command, tmp_path / "run")
     try:
         assert one.end() == 1, one.text()
-        assert one.text().count("must be a multiple of patch_size") == 1
+        assert one.text().count("must be a multiple of --model.patch-size 2") == 1
         assert "attempts left" not in one.text()
     finally:
         one.close()
