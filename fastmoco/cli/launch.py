@@ -7,6 +7,7 @@ files that the run has written.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from fastmoco.errors import (
     RunError,
     say,
 )
+from fastmoco.run.folder import RunFolder
 
 MAX_RESTARTS = 3
 SAVE_SECONDS = 600
@@ -79,6 +81,8 @@ def launch(processes: int, args: Sequence[str], out: Path) -> int:
     if "RANK" in os.environ:
         raise RunError("--gpus starts the processes itself; omit it under torchrun or srun")
     before = {name: _state(out / name) for name in MARKS}
+    folder = RunFolder(out)
+    folder.remember()
     # torchrun would set one thread too, but with a warning. Workers divide the
     # cores by `--threads` in any case.
     environment = (
@@ -105,6 +109,11 @@ def launch(processes: int, args: Sequence[str], out: Path) -> int:
         say("stopped by a signal; the same command continues")
         return EXIT_STOPPED
     outcome = "refused" if refused else "failed"
+    if refused:
+        # A rank that torchrun has ended meanwhile cannot put the folder back.
+        with contextlib.suppress(RunError):
+            folder.acquire()
+            folder.withdraw()
     say(f"{outcome}: see the first line above that begins with 'fastmoco:'")
     return EXIT_REFUSED if refused else EXIT_FAILED
 
