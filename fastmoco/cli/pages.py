@@ -32,9 +32,7 @@ MOST_USED = (
     "model.patch_size",
     "knn.images",
     "knn.holdout",
-    "knn.train_shards",
     "knn.test_shards",
-    "knn.every_epochs",
     "data.threads",
     "precision",
     "device",
@@ -47,8 +45,6 @@ INSTEAD = {"data.shards": "data.images"}
 """Required options, and the one that may be given in place of each."""
 SELDOM = ("recipe", "threads")
 """Options without a group that only the list of all others names."""
-COLUMN = 26
-"""Where the texts of options begin."""
 LONG = 40
 """A list of words that is longer has its words in the text."""
 Row = tuple[str, str]
@@ -145,7 +141,7 @@ def no_recipe(
         (f"fastmoco {verb} RECIPE --help", "these with the recipe's values, and all groups"),
         (f"fastmoco {verb} RECIPE --help-all", "every option"),
     ]
-    lines += ["", heading("More"), *_rows(more, COLUMN)]
+    lines += ["", heading("More"), *_rows(more, _column())]
     return "\n".join(lines)
 
 
@@ -167,7 +163,7 @@ def _required_rows(
         if other is not None:
             text = text.removesuffix(")") + f", or {other.flag} {other.value})"
         rows.append((left, text))
-    return _rows(rows, COLUMN)
+    return _rows(rows, _column())
 
 
 def _used(options: Sequence[Option]) -> list[Option]:
@@ -188,7 +184,7 @@ def _short(name: str, described: Described, others: list[Option]) -> list[str]:
             flags = ", ".join(f"--{_dashed(group.name)}.*" for group in groups)
             rows.append((flags, first_sentence(_about(groups)) + f" [{', '.join(names)}]"))
     rows += [(o.flag, first_sentence(o.help)) for o in others if o.name in SELDOM]
-    lines += _rows(rows, COLUMN)
+    lines += _rows(rows, _column())
     return [*lines, "", f"fastmoco {name} --help-all describes every option."]
 
 
@@ -207,7 +203,9 @@ def _whole(described: Described, others: list[Option]) -> list[str]:
         if len(groups) == 1:
             lines += _option_rows(members, whole=True)
         else:
-            lines += _rows([_shared_row(described, groups, option) for option in members], COLUMN)
+            lines += _rows(
+                [_shared_row(described, groups, option) for option in members], _column()
+            )
     return lines
 
 
@@ -254,7 +252,7 @@ def _usage(name: str, required: list[Option], others: list[Option]) -> list[str]
 
 def _option_rows(options: Sequence[Option], *, whole: bool = False) -> list[str]:
     """A row for each option, required ones marked."""
-    return _rows([_option_row(option, whole) for option in options], COLUMN)
+    return _rows([_option_row(option, whole) for option in options], _column())
 
 
 def _option_row(option: Option, whole: bool) -> Row:
@@ -300,6 +298,11 @@ def _wrapped(text: str) -> list[str]:
 
 def _dashed(name: str) -> str:
     return name.replace("_", "-")
+
+
+def _column() -> int:
+    """Where the texts of options begin: most flags fit before it, if there is room for the text."""
+    return 34 if width() >= 90 else 26
 
 
 def width() -> int:
