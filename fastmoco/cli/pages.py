@@ -31,7 +31,6 @@ MOST_USED = (
     "knn.holdout",
     "knn.images",
     "knn.test_shards",
-    "knn.every_epochs",
     "precision",
     "device",
     "seed",
@@ -43,8 +42,6 @@ INSTEAD = {"data.images": "data.shards"}
 """Required options, and the one that may be given in place of each."""
 SELDOM = ("recipe", "threads")
 """Options without a group that only the list of all others names."""
-COLUMN = 26
-"""Where the texts of options begin."""
 LONG = 40
 """A list of words that is longer has its words in the text."""
 Row = tuple[str, str]
@@ -144,7 +141,7 @@ def no_recipe(
         (f"fastmoco {verb} RECIPE --help", "these with the recipe's values, and all groups"),
         (f"fastmoco {verb} RECIPE --help-all", "every option"),
     ]
-    lines += ["", heading("More"), *_rows(more, COLUMN)]
+    lines += ["", heading("More"), *_rows(more, _column())]
     return "\n".join(lines)
 
 
@@ -179,7 +176,7 @@ def _required_rows(
             if instead is not None:
                 text = text.removesuffix("required)") + f"required, or {instead.flag})"
             rows.append((left, text))
-    return _rows(rows, COLUMN)
+    return _rows(rows, _column())
 
 
 def _used(options: Sequence[Option]) -> list[Option]:
@@ -200,7 +197,7 @@ def _short(name: str, described: Described, others: list[Option]) -> list[str]:
             flags = ", ".join(f"--{_dashed(group.name)}.*" for group in groups)
             rows.append((flags, first_sentence(_about(groups)) + f" [{', '.join(names)}]"))
     rows += [(o.flag, first_sentence(o.help)) for o in others if o.name in SELDOM]
-    lines += _rows(rows, COLUMN)
+    lines += _rows(rows, _column())
     return [*lines, "", f"fastmoco {name} --help-all describes every option."]
 
 
@@ -219,7 +216,9 @@ def _whole(described: Described, others: list[Option]) -> list[str]:
         if len(groups) == 1:
             lines += _option_rows(members, whole=True)
         else:
-            lines += _rows([_shared_row(described, groups, option) for option in members], COLUMN)
+            lines += _rows(
+                [_shared_row(described, groups, option) for option in members], _column()
+            )
     return lines
 
 
@@ -275,7 +274,7 @@ def _typed(option: Option, options: Sequence[Option]) -> str:
 
 def _option_rows(options: Sequence[Option], *, whole: bool = False) -> list[str]:
     """A row for each option, required ones marked."""
-    return _rows([_option_row(option, whole) for option in options], COLUMN)
+    return _rows([_option_row(option, whole) for option in options], _column())
 
 
 def _option_row(option: Option, whole: bool) -> Row:
@@ -321,6 +320,11 @@ def _wrapped(text: str) -> list[str]:
 
 def _dashed(name: str) -> str:
     return name.replace("_", "-")
+
+
+def _column() -> int:
+    """Where the texts of options begin: most flags fit before it, if there is room for the text."""
+    return 34 if width() >= 90 else 26
 
 
 def width() -> int:
