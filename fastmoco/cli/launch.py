@@ -244,8 +244,10 @@ class _Group:
 
     def _pass_on(self, number: int) -> None:
         known = (signal.SIGINT, signal.SIGHUP)  # of torchrun, which passes them on as they are
+        # An interpreter that starts would print a traceback after SIGINT; later it goes to the log.
+        begun = (Path(self._environment[LAUNCHER]) / LOG).exists()
         if agent := getattr(self, "_agent", None):
-            agent.send_signal(number if number in known else signal.SIGTERM)
+            agent.send_signal(number if number in known and begun else signal.SIGTERM)
 
     def _wait_for_agent(self) -> None:
         while True:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -148,11 +149,14 @@ class StartUp:
             return
         with contextlib.suppress(OSError):
             found = sorted(path.name for path in self._out.iterdir())
-            if not set(found) <= {*_OWN_FILES, "checkpoints"}:
+            if not set(found) <= {*_OWN_FILES, "checkpoints", "tensorboard"}:
                 return
             if "checkpoints" in found:
                 (self._out / "checkpoints").rmdir()
                 found.remove("checkpoints")
+            if "tensorboard" in found:
+                shutil.rmtree(self._out / "tensorboard")
+                found.remove("tensorboard")
             for name in found:
                 (self._out / name).unlink()
             for folder in self._made:

@@ -24,6 +24,9 @@ with StartUp() as start:
         out.mkdir(parents=True)
         (out / "lock").write_text(str(os.getpid()))
         (out / "starts.json").write_text("{}")
+    if "events" in sys.argv:
+        (out / "tensorboard").mkdir()
+        (out / "tensorboard" / "events").touch()
     if "other" in sys.argv:
         (out / "precious").touch()
     if "begun" in sys.argv:
@@ -45,7 +48,7 @@ with StartUp() as start:
         ([], "SIGTERM", 75, None),
         (["locked"], "SIGHUP", 75, {"lock", "starts.json", "PREEMPTED"}),
         (["locked", "blocked"], "SIGUSR1", 75, {"lock", "starts.json", "PREEMPTED"}),
-        (["locked"], "SIGINT", 130, None),
+        (["locked", "events"], "SIGINT", 130, None),
         (["locked", "other"], "SIGINT", 130, {"lock", "starts.json", "precious"}),
         (["locked", "refused"], "", 2, None),
         (["begun"], "SIGTERM", -15, None),
