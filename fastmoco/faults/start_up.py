@@ -18,7 +18,14 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_STOPPED, LAUNCHER, say
+from fastmoco.errors import (
+    BEGUN,
+    EXIT_INTERRUPTED,
+    EXIT_REFUSED,
+    EXIT_STOPPED,
+    LAUNCHER,
+    say,
+)
 from fastmoco.faults.signals import to_handle
 
 GRACE_SECONDS = 2.0
@@ -53,6 +60,9 @@ class StartUp:
         if threading.current_thread() is not threading.main_thread():
             self._over.set()
             return self
+        if reports := os.environ.get(LAUNCHER):  # of an earlier start of these workers
+            with contextlib.suppress(OSError):
+                (Path(reports) / BEGUN).unlink(missing_ok=True)
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         for number in to_handle():

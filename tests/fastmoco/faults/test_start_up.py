@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fastmoco.errors import BEGUN, LAUNCHER
+from fastmoco.faults.start_up import StartUp
 from tests.fault_runs import environment
 
 pytestmark = pytest.mark.faults
@@ -91,3 +93,14 @@ def test_under_nohup_a_closed_terminal_is_no_request(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGHUP, before)
     assert set(to_handle()) == set(SIGNALS)
+
+
+def test_a_restart_of_workers_has_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop before its first step is none of a run that lost steps."""
+    monkeypatch.setenv(LAUNCHER, str(tmp_path))
+    (tmp_path / BEGUN).touch()
+    with StartUp() as start:
+        start.end()
+    assert not (tmp_path / BEGUN).exists()
