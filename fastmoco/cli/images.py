@@ -74,14 +74,16 @@ def knn_sets(train: str, test: str, *, max_side: int | None) -> tuple[str, str]:
                 )
     if not test:
         raise ValueError("test='': is empty; give labelled shards or a folder of images")
-    root = user_cache() / "packed"
-    bank = set_of_folder(train, max_side=max_side, named="train")
-    if test == train:
-        return bank, bank
-    if "test" not in states:
-        return bank, test
-    with closing(ShardSet.open(bank)) as opened:
-        classes = opened.classes
+    if test == train or "test" not in states:
+        bank = set_of_folder(train, max_side=max_side, named="train")
+        return bank, bank if test == train else test
+
+    # The classes of the bank, before anything is packed.
+    if "train" in states:
+        classes = states["train"].classes
+    else:
+        with closing(ShardSet.open(train)) as opened:
+            classes = opened.classes
     state = states["test"]
     unknown = sorted(set(state.classes) - set(classes)) if classes else []
     if unknown:
@@ -90,6 +92,8 @@ def knn_sets(train: str, test: str, *, max_side: int | None) -> tuple[str, str]:
             "give it the same class folders"
         )
     options = PackOptions(max_side=max_side, classes=() if state.classes == classes else classes)
+    root = user_cache() / "packed"
+    bank = set_of_folder(train, max_side=max_side, named="train")
     return bank, packed(Path(test), root, options, named="test", state=state).pattern
 
 
