@@ -237,8 +237,9 @@ def _pack(
     began = time.monotonic()
     found = find_sources(src, follow_links=False)
     sources, classes = found.images, found.classes
-    for note in found.notes if tell is not None else ():
-        tell(f"note: {note}")
+    if tell is not None:
+        for note in found.notes:
+            tell(f"note: {note}")
     excluded: frozenset[str] = frozenset()
     if options.apart_from:
         others = find_sources(Path(options.apart_from), follow_links=False).images

@@ -188,7 +188,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(image_folder, tmp_path, limit):
 
 
 def test_an_index_waits_for_a_pack(packed, tmp_path):
-    out = Path(shutil.copytree(packed, tmp_path / "out caf\udce9\n"))
+    out = Path(shutil.copytree(packed, tmp_path / "out \udce9\n"))
     program = "import sys, fastmoco_pipelines as p; p.index_shards(sys.argv[1], tell=lambda t: print(ascii(t)))"
     with one_writer(out, "data pack --prefix more"):
         index = subprocess.Popen(
