@@ -44,7 +44,7 @@ TWO_FRAMES = encode(PICTURE, "JPEG").replace(
 
 def many_scans(count: int, *, progressive: bool = True) -> bytes:
     """A JPEG whose last scan, of a few bytes, is there so many times."""
-    flat = Image.new("L" if progressive else "RGB", (16, 16), (128 if progressive else "red"))
+    flat = Image.new("L" if progressive else "RGB", (16, 12), 128 if progressive else "red")
     data = encode(flat, "JPEG", progressive=progressive)
     at = data.rindex(b"\xff\xda")
     scan = data[at:-2]
