@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ EXIT_STOPPED = 75
 """The run stopped on request and saved its state; the same command continues it (EX_TEMPFAIL)."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C, with nothing to save, or with all of it saved."""
+EXIT_UNREAD = 141
+"""The reader of the output has closed its pipe, e.g. `head`: as a shell reports SIGPIPE."""
 ASKED_TO_END = "asked-to-end"
 """File next to torchrun's reports of one start: a rank was refused and has
 asked torchrun to end."""
@@ -81,6 +84,17 @@ class RunError(RuntimeError):
     """Whether another rank prints the reason too."""
 
 
+def reader_is_gone() -> bool:
+    """Whether standard output is a pipe that its reader has closed, e.g. `head`. From then on all
+    output is dropped, also what is still in the buffer."""
+    state = select.poll()
+    state.register(sys.stdout, 0)
+    if not state.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
 @contextmanager
 def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
     """Print errors that name their cure as one line on standard error and end the program.
@@ -106,6 +120,8 @@ def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
         say(f"this needs {error.name}: pip install '.[{extra}]' in fastmoco's source folder{also}")
         raise SystemExit(EXIT_REFUSED) from error
     except known as error:
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            raise SystemExit(EXIT_UNREAD) from error
         words = WORDING.get()(error)
         if getattr(error, "repeats", False):
             say_again(words)

@@ -144,7 +144,14 @@ def packed(
     try:
         with progress_bar(f"packing {images}") as advance:
             done = pack_once(
-                images, root, options, state=state, begin=begin, wait=wait, progress=advance
+                images,
+                root,
+                options,
+                state=state,
+                begin=begin,
+                wait=wait,
+                progress=advance,
+                tell=say,
             )
     except OSError as error:
         cure = "free space, or choose another place" if error.errno == errno.ENOSPC else "fix it"

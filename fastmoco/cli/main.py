@@ -14,7 +14,7 @@ from fastmoco.cli.commands import COMMANDS, Command, group_of
 from fastmoco.cli.environment import clean_environment
 from fastmoco.cli.pages import HELP, of_function, overview, show
 from fastmoco.cli.words import prepare_streams, prepare_words
-from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, say
+from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_UNREAD, reader_is_gone, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 finished, 1 failed while running, 2 refused before running, 75 stopped by a
-        signal after saving its state, 130 interrupted with nothing to save.
+        signal after saving its state, 130 interrupted with nothing to save, 141 the reader of the
+        output has closed its pipe.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -54,7 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = COMMANDS.get(" ".join(args[:words]))
         if command is not None:
             try:
-                return _run(command, args[words:], process_ends=argv is None)
+                code = _run(command, args[words:], process_ends=argv is None)
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+                return code
+            except BrokenPipeError:
+                if reader_is_gone():
+                    return EXIT_UNREAD
+                raise
             except KeyboardInterrupt:  # before the first step or outside training: nothing to save
                 say("interrupted")
                 return EXIT_INTERRUPTED

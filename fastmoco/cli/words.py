@@ -52,6 +52,10 @@ def prepare_words(words: Sequence[str]) -> list[str]:
 
 def _require_places(verb: str, places: Sequence[str]) -> None:
     """Refuse what a shell has made of `photos/*`, before a parser lists every name."""
+    if "" in places:
+        raise ValueError(
+            f"data {verb}: an empty name: a variable of the shell may be unset; . is this folder"
+        )
     folder = shlex.quote(os.path.dirname(places[0]) or ".") if places else ""
     if verb == "pack" and len(places) > 2:
         raise ValueError(

@@ -37,6 +37,10 @@ _JPEG_UNKNOWN = frozenset((0xC8, 0xDE, 0xDF, *range(0xF0, 0xFE)))
 _JPEG_START_OF_SCAN = 0xDA
 _JPEG_COMMENT = 0xFE
 _JPEG_PADDING = re.compile(rb"[\0\xff]*")
+_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # one with a segment, or the end
+_JPEG_END = 0xD9
+_PROGRESSIVE = 0xC2
+_MAX_SCANS = 100
 _WEBP_ANIMATION = 0x02  # bits of the flags in VP8X
 _WEBP_ALPHA = 0x10
 
@@ -232,6 +236,8 @@ def _jpeg(data: bytes) -> Structure:
     position = 2
     parts: list[tuple[int, int] | bytes] = [(0, 2)]
     size: tuple[int, int] | None = None
+    channels = 0
+    progressive = False
     inks = False
     marked = False
     while True:
@@ -252,6 +258,11 @@ def _jpeg(data: bytes) -> Structure:
                     "JPEG of four inks without Adobe's mark, which decoders read differently: save "
                     "it again as RGB"
                 )
+            if (progressive or data[position + 3] < channels) and _has_many_scans(data, start):
+                raise StructureError(
+                    f"JPEG of more than {_MAX_SCANS} scans, which takes long to decode: save it again "
+                    "as an ordinary JPEG"
+                )
             _add(parts, start, len(data))
             return Structure(*size, False, tuple(parts))
         (length,) = unpack_from(">H", data, position + 1)
@@ -270,6 +281,7 @@ def _jpeg(data: bytes) -> Structure:
                 raise StructureError("JPEG with two frame headers")
             size = (height, width)
             inks = channels == 4
+            progressive = marker == _PROGRESSIVE
         elif marker in _JPEG_OTHER_FRAMES:
             raise StructureError(
                 "JPEG of an uncommon kind (lossless or arithmetic coding): save it again as an "
@@ -286,6 +298,24 @@ def _jpeg(data: bytes) -> Structure:
         jfif = marker == 0xE0 and data[start + 4 : start + 9] == b"JFIF\0"
         if adobe or jfif or not (0xE0 <= marker <= 0xEF or marker == _JPEG_COMMENT):
             _add(parts, start, position)
+
+
+def _has_many_scans(data: bytes, position: int) -> bool:
+    """Whether a decoder goes over all pixels more often than any photograph needs: a scan of a few
+    bytes costs as much as one of megabytes. `position`: of the first scan."""
+    scans = 0
+    for _ in range(10 * _MAX_SCANS):
+        found = _JPEG_MARKER.search(data, position)
+        if found is None:
+            return False
+        marker = data[found.end() - 1]
+        if marker == _JPEG_END:
+            return False
+        scans += marker == _JPEG_START_OF_SCAN
+        if scans > _MAX_SCANS:
+            return True
+        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    return True
 
 
 def _webp(data: bytes) -> Structure:

@@ -179,6 +179,7 @@ def pack_once(
     begin: Callable[[FolderState, Path], None] | None = None,
     wait: Callable[[Path], None] | None = None,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> PackedFolder:
     """Pack a folder of images into `root`, unless it was packed there in its present state.
 
@@ -190,6 +191,7 @@ def pack_once(
         begin: called before packing, with the state and the folder to be made.
         wait: called once if another process makes this set, with its folder.
         progress: called with (images done, images in all).
+        tell: gets sentences: what is unusual about `src`, before it is packed.
 
     Raises:
         ValueError: if `src` has no image that can be used.
@@ -213,7 +215,7 @@ def pack_once(
                 begin(state, out)
             making = out.with_name(f".{out.name}.{os.getpid()}.making")
             try:
-                return _pack(src, making, out, state, options, progress)
+                return _pack(src, making, out, state, options, progress, tell)
             finally:
                 shutil.rmtree(making, ignore_errors=True)
     except BaseException:
@@ -229,11 +231,15 @@ def _pack(
     state: FolderState,
     options: PackOptions,
     progress: Progress | None,
+    tell: Callable[[str], None] | None,
 ) -> PackedFolder:
     """Make the set, and its held-out images as set `test`, and move the whole to its place."""
     began = time.monotonic()
     found = find_sources(src, follow_links=False)
     sources, classes = found.images, found.classes
+    if tell is not None:
+        for note in found.notes:
+            tell(f"note: {note}")
     excluded: frozenset[str] = frozenset()
     if options.apart_from:
         others = find_sources(Path(options.apart_from), follow_links=False).images

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -33,7 +33,7 @@ from fastmoco_pipelines.formats.labels import (
     number_labels,
 )
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
-from fastmoco_pipelines.formats.manifest import own_sets, read_sets, write_sets
+from fastmoco_pipelines.formats.manifest import one_form, own_sets, read_sets, write_sets
 from fastmoco_pipelines.formats.members import KeysAt, split_name
 from fastmoco_pipelines.making.one_writer import one_writer
 from fastmoco_pipelines.sets.folder_sets import is_part, set_name
@@ -189,6 +189,7 @@ def _index(
     failures = []
     lost: list[LostStretch] = []
     gone: list[tuple[str, int]] = []
+    damaged: list[Path] = []
 
     names = whole_names(tars)
     # Not written unless the source that was asked for contains a label.
@@ -211,10 +212,11 @@ def _index(
                 hashes[path] = hash_file(path)
         found[path] = raw
         held[path] = index
+        damaged += [path] if damages else []
         left_out += scan.left_out
         shared += scan.shared[:1]
         shared_keys += len(scan.shared)
-        folders |= {folder_of(key) for key in index.keys}
+        folders |= {one_form(folder_of(key)) for key in index.keys}
         if labelled := labelled or has_label(raw):
             for ready in list(held):  # final already if the labels are numbers
                 _label(ready, held.pop(ready), number_labels([found[ready]], rule).labels[0])
@@ -246,7 +248,9 @@ def _index(
     if json:
         for path in found:
             write_json_index(path, read_any_index(path))
-    _write_manifests(list(found), numbered, dict(zip(tars.paths, tars.sizes, strict=True)), hashes)
+    sizes = dict(zip(tars.paths, tars.sizes, strict=True))
+    _write_manifests(list(found), numbered, sizes, hashes)
+    _correct_packed(damaged, sizes, hashes)
 
     # A damaged tar is reported after the others have been indexed.
     if failures:
@@ -411,6 +415,30 @@ def _write_manifests(
                 )
             sets[name] = _entry(part, [labels[path] for path in part], numbered, sizes, hashes)
         write_sets(folder, sets)
+
+
+def _correct_packed(tars: Sequence[Path], sizes: dict[Path, int], hashes: dict[Path, str]) -> None:
+    """The entries of salvaged tars in the manifests of packed sets: what is left of each, so that a
+    loader takes it for the shard that is listed."""
+    for folder, group in groupby(sorted(tars), key=lambda path: path.parent):
+        salvaged = {path.name: path for path in group}
+        sets = read_sets(folder)
+        packed = [entry for entry in sets.values() if not _is_from_here(entry)]
+        packed = [e for e in packed if salvaged.keys() & {shard["name"] for shard in e["shards"]}]
+        for entry in packed:
+            labels: Counter[int] = Counter()
+            for shard in entry["shards"]:
+                path = salvaged.get(shard["name"])
+                with suppress(ShardError):
+                    labels.update(read_any_index(folder / shard["name"]).columns["label"])
+                if path is not None:
+                    shard["samples"] = len(read_any_index(path))
+                    shard["bytes"] = sizes[path]
+                    shard["sha256"] = hashes.get(path) or hash_file(path)
+            entry["samples"] = sum(shard.get("samples") or 0 for shard in entry["shards"])
+            entry["class_counts"] = [labels[label] for label in range(len(entry["classes"]))]
+        if packed:
+            write_sets(folder, sets)
 
 
 def _parts(tars: Sequence[Path]) -> dict[str, list[Path]]:

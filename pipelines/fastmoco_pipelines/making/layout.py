@@ -115,7 +115,7 @@ def describe_layout(layout: Layout) -> list[str]:
 
 def _cures(layout: Layout) -> Iterator[str]:
     if layout.reasons[LINK]:
-        yield "--follow-links reads what symbolic links point to"
+        yield "`fastmoco data pack --follow-links` reads what symbolic links point to"
     if layout.reasons[BROKEN_LINK]:
         yield "broken links: get the files that they point to"
     if tars := layout.endings["tar"]:
@@ -160,7 +160,8 @@ def _split_notes(layout: Layout) -> Iterator[str]:
         yield (
             f"the folders {_named(parts)} look like parts of a set, but are taken for {what} here, "
             f"so that held-out images would be trained on. Pack each by itself: "
-            f"{'; '.join(commands[:6])}"
+            f"{'; '.join(commands[:6])}. Or train on one of them alone, with --data.images "
+            f"{shlex.quote(str(layout.src / start / parts[0]))}"
         )
         return
 
@@ -241,8 +242,8 @@ def _left_out(layout: Layout) -> Iterator[str]:
     """Images that are left out: links, and other formats."""
     if links := layout.reasons[LINK]:
         yield (
-            f"{counted(links, 'symbolic link')} left out: --follow-links reads what "
-            f"{'it points' if links == 1 else 'they point'} to"
+            f"{counted(links, 'symbolic link')} left out: `fastmoco data pack --follow-links` "
+            f"reads what {'it points' if links == 1 else 'they point'} to"
         )
     images = {kind: layout.endings[kind] for kind in _OTHER_IMAGES if layout.endings[kind]}
     if images:

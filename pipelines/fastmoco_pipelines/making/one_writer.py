@@ -27,7 +27,7 @@ from fastmoco_pipelines.formats.manifest import (
     read_moving,
     write_sets,
 )
-from fastmoco_pipelines.text import counted
+from fastmoco_pipelines.text import counted, escaped
 
 LOCK = ".fastmoco-lock"
 """Name of the file in a folder of shards whose lock the process that writes there holds."""
@@ -59,6 +59,7 @@ def one_writer(
         OSError: if the folder cannot be written.
     """
     tell = tell or (lambda text: None)
+    task = escaped(task)  # it may name a folder whose bytes are no text
     lock = folder / LOCK
     descriptor = _take(folder, lock, task, tell)
     try:

@@ -348,13 +348,20 @@ def _write_tars(
 
     class Writer(webdataset.ShardWriter):  # type: ignore[misc]
         def finish(self) -> None:
-            if self.tarstream is not None:
-                data = to_list(listed)
-                listed.clear()
-                info = tarfile.TarInfo(PATHS_MEMBER)
-                info.size, info.mode = len(data), 0o444
-                self.tarstream.tarstream.addfile(info, io.BytesIO(data))
-            super().finish()
+            if self.tarstream is None:
+                return
+            tar = self.tarstream.tarstream
+            data = to_list(listed)
+            listed.clear()
+            info = tarfile.TarInfo(PATHS_MEMBER)
+            info.size, info.mode = len(data), 0o444
+            try:
+                tar.addfile(info, io.BytesIO(data))
+                super().finish()
+            except BaseException:
+                # Else the rest is written when it is collected, and a traceback printed.
+                tar.fileobj.closed = True
+                raise
 
     with ExitStack() as files:
 

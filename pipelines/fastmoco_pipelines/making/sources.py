@@ -1,13 +1,15 @@
-"""Which files of a folder are images, and of which class. Nothing is opened here."""
+"""Which files of a folder are images, and of which class: by their names, and where these say
+nothing, by their first bytes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastmoco_pipelines.formats.images import EXTENSIONS
+from fastmoco_pipelines.formats.images import EXTENSIONS, image_kind
 from fastmoco_pipelines.formats.manifest import one_form
 from fastmoco_pipelines.making.layout import (
     BROKEN_LINK,
@@ -34,6 +36,16 @@ _LITTER = {
     "__pycache__",
 }
 """Folders that systems make beside photographs: thumbnails, deleted files."""
+_OTHER = re.compile(
+    # Texts, tables and programs; archives and sets; other images and films.
+    r".*\.(txt|md|rst|html?|json|jsonl|xml|xmp|csv|tsv|ya?ml|ini|cfg|log|db|py|ipynb|sh|pdf|docx?"
+    r"|index|tar|zip|t?gz|bz2|xz|zst|7z|rar|parquet|arrow|tfrecords?|lmdb|mdb|h5|hdf5|npy|npz|mat"
+    r"|pth?|safetensors|gif|tiff?|bmp|heic|heif|avif|jp2|jxl|p[gnpb]m|svg|ico|psd|dng|raw|mp4|mov|avi"
+    # Copies of editors, and downloads that are not complete.
+    r"|bak|old|orig|tmp|temp|swp|part|partial|crdownload|download|aria2)|.*~",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Names of files that are not opened to find an image in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +108,18 @@ def find_sources(src: Path, *, follow_links: bool) -> Sources:
         )
     label = {name: i for i, name in enumerate(classes)}
     images = [Source(src / name, name, label.get(_class_of(name), -1)) for name in names]
-    return Sources(images, classes, skipped, describe_layout(layout))
+    return Sources(images, classes, skipped, [*describe_layout(layout), *_unnamed_note(names)])
+
+
+def _unnamed_note(names: Sequence[str]) -> Iterator[str]:
+    """Images that only their content shows."""
+    unnamed = [name for name in names if not _has_image_name(name)]
+    if unnamed:
+        yield (
+            f"{counted(len(unnamed), 'image')} by content, whose "
+            f"{'name has' if len(unnamed) == 1 else 'names have'} no ending of an image "
+            f"({unnamed[0]!r}{', ...' if len(unnamed) > 1 else ''}): packed too"
+        )
 
 
 def _class_of(name: str) -> str:
@@ -153,14 +176,30 @@ def _walk(src: Path, follow_links: bool, folders: list[str]) -> Iterator[tuple[s
                         stack.append((entry.path, name + "/", above))
                 elif not _is_plain(entry):
                     yield name, BROKEN_LINK if entry.is_symlink() else NO_FILE
-                elif entry.name.rpartition(".")[2].lower() not in EXTENSIONS:
+                elif not _has_image_name(entry.name) and not _begins_as_image(entry):
                     yield name, OTHER_NAME
                 else:
                     yield name, None
 
 
+def _has_image_name(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in EXTENSIONS
+
+
+def _begins_as_image(entry: os.DirEntry[str]) -> bool:
+    """Whether a file whose name says nothing (`photo.jpg.1`, `photo.jpg?width=300`, `0a1b2c`) begins
+    as an image."""
+    if _OTHER.fullmatch(entry.name):
+        return False
+    try:
+        with open(entry.path, "rb") as file:
+            return image_kind(file.read(16)) is not None
+    except OSError:
+        return False
+
+
 def has_images(src: Path) -> bool:
-    """Whether there is an image file below a folder, by names."""
+    """Whether there is an image file below a folder."""
     return any(reason is None for _, reason in _walk(src, False, []))
 
 

@@ -52,6 +52,11 @@ def local_names(pattern: str, *, several: bool = False, moving: bool = False) ->
             missing, the folder holds several sets, or its scheme is not supported; also for a URL,
             which is no local file.
     """
+    if not pattern.strip():
+        raise ValueError(
+            f"shards={pattern!r}: names nothing: give a path or a pattern; a variable of the shell "
+            "may be unset"
+        )
     if is_remote(pattern):
         raise ValueError(
             f"shards={redact(pattern)!r}: this needs local files: run it where the shards are "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 
 import pytest
 
@@ -166,3 +168,15 @@ def test_an_interrupt_outside_training_is_one_line(monkeypatch, capsys):
 def test_a_number_out_of_range_is_refused_in_one_line(tmp_path, capsys):
     assert main(["data", "stats", str(tmp_path), "--cache-size-gb", "-1"]) == 2
     assert capsys.readouterr().err == "fastmoco: --cache-size-gb -1: a size in GB is above 0\n"
+
+
+@pytest.mark.parametrize("buffering", [-1, 1, 64])
+def test_a_reader_that_closes_its_pipe_is_no_error(buffering, monkeypatch, capsys):
+    """As `| head`: the output fails when it is flushed at the end, with a line, or with a buffer that is full."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", buffering) as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["recipes"]) == 141
+        print("more", flush=True)  # is dropped
+    assert capsys.readouterr().err == ""

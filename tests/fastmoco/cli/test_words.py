@@ -92,6 +92,7 @@ def test_thousands_of_shards_are_one_short_pattern(here):
         ("data check '$HOME/data/*.tar'", r"'\$HOME/data/\*\.tar': there is nothing of this name"),
         ("train R '--out=${RUNS}/x'", r"\$\{RUNS\} in single quotes, but in double quotes"),
         ("data pack pictures '~nobody_here/x'", "is the home folder of no user"),
+        ("data pack pictures ''", "data pack: an empty name"),
     ],
 )
 def test_words_that_make_no_sense_are_refused(here, capsys, typed, error):

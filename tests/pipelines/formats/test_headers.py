@@ -42,6 +42,22 @@ TWO_FRAMES = encode(PICTURE, "JPEG").replace(
 )
 
 
+def many_scans(count: int, *, progressive: bool = True) -> bytes:
+    """A JPEG whose last scan, of a few bytes, is there so many times."""
+    flat = Image.new("L" if progressive else "RGB", (16, 12), 128 if progressive else "red")
+    data = encode(flat, "JPEG", progressive=progressive)
+    at = data.rindex(b"\xff\xda")
+    scan = data[at:-2]
+    if not progressive:  # of one color alone, so that it is no copy of the whole
+        scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + scan[14:]
+    return data[:at] + count * scan + data[-2:]
+
+
+def segments(count: int) -> bytes:
+    """Comments between two scans."""
+    return count * b"\xff\xfe\x00\x05abc"
+
+
 @pytest.mark.parametrize(
     "data",
     [encode(PICTURE.convert(mode), "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA")]
@@ -49,6 +65,8 @@ TWO_FRAMES = encode(PICTURE, "JPEG").replace(
     + [
         encode(PICTURE, "JPEG", progressive=True),
         encode(PICTURE, "JPEG", comment=b"words" * 99, subsampling=0),
+        many_scans(90),
+        many_scans(90)[:-2] + segments(500) + b"\xff\xd9" + many_scans(90),
         encode(PICTURE, "WEBP"),
         encode(PICTURE, "WEBP", lossless=True),
         encode(PICTURE.convert("RGBA").rotate(20), "WEBP"),
@@ -98,6 +116,9 @@ def test_a_file_cut_in_its_structure_is_named(kind: str) -> None:
             "12 bits",
         ),
         (encode(PICTURE, "JPEG").replace(b"\xff\xc0\x00\x11", b"\xff\xc9\x00\x11"), "arithmetic"),
+        (many_scans(101), "more than 100 scans"),
+        (many_scans(101, progressive=False), "more than 100 scans"),
+        (many_scans(90)[:-2] + segments(1001) + b"\xff\xd9", "more than 100 scans"),
         (TWO_FRAMES, "two frame headers"),
         (empty_png(30_000, 30_000), "above the limit"),
         (empty_png(7_000, 7_000), "bomb"),

@@ -13,6 +13,7 @@ from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.formats.index import build_index, index_path, read_index, write_index
 from fastmoco_pipelines.formats.tar import BLOCK, MAX_FAULTS, walk_damaged
 from fastmoco_pipelines.making.indexing import index_shards
+from fastmoco_pipelines.making.pack import pack_folder
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from tests.pipelines.tar_faults import COUNT, DAMAGES, good_members, member
 
@@ -138,6 +139,23 @@ def test_an_older_index_or_a_manifest_tells_how_many_samples_are_gone(
     assert (report.samples, report.gone) == (15, (("x.tar", 5),))
     with ShardSet.open(str(named)) as shards:  # the manifest follows
         assert len(shards) == 15
+
+
+def test_a_salvaged_shard_of_a_packed_set_is_read(image_folder, tmp_path):
+    pytest.importorskip("webdataset")
+    report = pack_folder(image_folder, tmp_path / "out", shard_samples=30)
+    raw = report.shards[0].read_bytes()
+    report.shards[0].write_bytes(raw[: len(raw) // 2])
+    left = index_shards(report.pattern, salvage=True)
+    assert left.gone == (("train-000000.tar", 45 - left.samples),)
+    with ShardSet.open(report.pattern) as shards:
+        assert len(shards) == left.samples
+        labels = shards.labels.tolist()
+    entry = json.loads((tmp_path / "out" / "manifest.json").read_text())["sets"]["train"]
+    assert entry["samples"] == left.samples
+    assert entry["class_counts"] == [labels.count(label) for label in range(3)]
+    paths = [read_index(shard).paths for shard in report.shards]
+    assert all(path.count("/") == 1 for part in paths for path in part)
 
 
 def test_an_index_that_knows_more_is_not_thrown_away(whole, tmp_path):

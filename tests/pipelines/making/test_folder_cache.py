@@ -179,6 +179,19 @@ def test_a_second_folder_has_the_numbering_of_the_first(images, tmp_path) -> Non
     assert set(opened.labels_of(np.arange(10)).tolist()) == {2}
 
 
+def test_what_is_unusual_about_a_folder_is_reported_once(images, tmp_path) -> None:
+    (images / "dog" / "link.jpg").symlink_to("000.jpg")
+    for name, part in (("cat", "train"), ("dog", "val")):
+        (images / name).rename(images / part)
+    told: list[str] = []
+    for _ in range(2):
+        pack_once(images, tmp_path / "packed", PackOptions(), tell=told.append)
+    parts, links = told
+    assert parts.startswith("note: the folders 'train' and 'val' look like parts of a set")
+    assert "--data.images" in parts
+    assert "`fastmoco data pack --follow-links`" in links
+
+
 def test_a_folder_without_images_leaves_nothing(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()

@@ -120,7 +120,12 @@ def test_what_is_no_image_is_listed_with_its_reason(noise_image, tmp_path):
         "a/.hidden.jpg": good,
         "a/.cache/x.jpg": good,
         "a/readme.txt": b"hello",
-        "a/no_extension": good,
+        "a/no_extension": b"no image",
+        "a/backup.jpg~": good,
+        "a/backup.jpg.BAK": good,
+        "a/\udce9.jpg.1": noise_image(4),
+        "a/with query.jpg?width=300": noise_image(5, format="PNG"),
+        "a/0a1b2c": noise_image(6),
         "a/moving.gif": b"GIF89a",
         "a/gif.png": b"GIF89a" + bytes(100),
         "a/half.jpg": noise_image(3, 64, 64)[:-100],
@@ -136,15 +141,18 @@ def test_what_is_no_image_is_listed_with_its_reason(noise_image, tmp_path):
     (src / "loop").symlink_to(src)
     os.mkfifo(src / "a" / "pipe.jpg")
     report = pack_folder(src, tmp_path / "out")
-    assert report.samples == 3
+    assert report.samples == 6
+    assert report.notes[-1].startswith("3 images by content, whose names have no ending")
     reasons = dict(report.skipped)
-    assert len(report.skipped) == len(reasons) == 12
+    assert len(report.skipped) == len(reasons) == 14
     assert reasons.pop("a/half.jpg").startswith("it cannot be decoded")
     assert reasons == {
         "a/.hidden.jpg": "hidden",
         "a/.cache": "hidden",
         "a/readme.txt": "no image by its name",
         "a/no_extension": "no image by its name",
+        "a/backup.jpg~": "no image by its name",
+        "a/backup.jpg.BAK": "no image by its name",
         "a/moving.gif": "no image by its name",
         "a/gif.png": "its content is no JPEG, PNG or WebP but GIF: convert it to JPEG or PNG",
         "a/empty.webp": "it is empty",
@@ -155,8 +163,8 @@ def test_what_is_no_image_is_listed_with_its_reason(noise_image, tmp_path):
         "a/pipe.jpg": "no plain file",
     }
     with ShardSet.open(report.pattern) as shards:
-        extensions = sorted(shards.entry(i)["extension"] for i in range(3))
-    assert extensions == ["jpg", "png", "png"]
+        extensions = sorted(shards.entry(i)["extension"] for i in range(6))
+    assert extensions == ["jpg", "jpg", "jpg", "png", "png", "png"]
     stored = json.loads((tmp_path / "out" / "manifest.json").read_text())["sets"]["train"][
         "skipped"
     ]
