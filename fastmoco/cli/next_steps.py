@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import shutil
@@ -25,7 +26,7 @@ def program() -> str:
 
 
 def after_finish(out: Path, config: Config, *, best: bool) -> list[str]:
-    """The commands for a finished run.
+    """The commands for a finished run; the one for curves only where they can be drawn.
 
     Args:
         out: folder of the run.
@@ -46,7 +47,9 @@ def after_finish(out: Path, config: Config, *, best: bool) -> list[str]:
             else ["eval", "neighbours", run, *more, "--train", bank, "--query", bank]
         )
         commands.insert(0, first)
-    return [_line(words) for words in [*commands, ["curves", run]]]
+    if importlib.util.find_spec("matplotlib"):
+        commands.append(["curves", run])
+    return [_line(words) for words in commands]
 
 
 def after_stop(argv: Sequence[str]) -> str:

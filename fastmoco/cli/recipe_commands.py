@@ -189,7 +189,7 @@ def print_config(args: list[str]) -> int:
     parsed = parse_config(ConfigArguments, "print-config", args)
     if parsed is None:
         return EXIT_REFUSED
-    print(json.dumps(to_json(parsed.config), indent=2))
+    show(json.dumps(to_json(parsed.config), indent=2))
     return 0
 
 
