@@ -24,6 +24,8 @@ SLOW_KNN_S = 60.0
 SHARE = 0.5
 """Speed of a whole step as a share of that of one large product."""
 ROWS = 2048
+CPU_RECIPE = "vit_nano8_e60_b256"
+"""The recipe that fits a CPU (`recipes.suggest`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ def cpu_flops_per_s(width: int, dtype: torch.dtype) -> float:
 
 
 def slow_notes(
-    duration: Duration, config: Config, resolved: Resolved, *, recipe: str, steps_left: int
+    duration: Duration, config: Config, resolved: Resolved, *, steps_left: int
 ) -> list[str]:
     """What to tell the user before a slow run; empty for a fast one.
 
@@ -90,12 +92,11 @@ def slow_notes(
         duration: estimated.
         config: of the run.
         resolved: of the run.
-        recipe: one that fits a CPU.
         steps_left: of the run.
     """
     notes = []
     if duration.step_s >= SLOW_STEP_S:
-        other = f"use {recipe}, or " if recipe != config.recipe else ""
+        other = f"use {CPU_RECIPE}, or " if config.recipe != CPU_RECIPE else ""
         notes.append(
             f"a step of {config.global_batch_size} images takes about {spoken(duration.step_s)} on "
             f"this CPU, the {steps_left} steps of the run about "

@@ -24,7 +24,6 @@ from fastmoco.optim.averaged import AveragedOptimizer
 from fastmoco.optim.build import name_of
 from fastmoco.planning.duration import cpu_flops_per_s, estimate, slow_notes
 from fastmoco.planning.free_memory import free_bytes
-from fastmoco.recipes.suggest import suggest
 from fastmoco_kernels.attention.choice import AttentionChoice
 from fastmoco_pipelines import Loader, LoaderSpec, SyntheticLoader, build_loader
 from fastmoco_pipelines.loading.memory import loader_bytes
@@ -261,8 +260,7 @@ def duration_notes(
         knn_images=sum(monitor.images for monitor in monitors) // world.world_size,
         flops_per_s=cpu_flops_per_s(encoder.embed_dim, dtype),
     )
-    recipe = suggest("cpu").recipe
-    return slow_notes(duration, config, resolved, recipe=recipe, steps_left=steps_left)
+    return slow_notes(duration, config, resolved, steps_left=steps_left)
 
 
 def versions() -> dict[str, str]:

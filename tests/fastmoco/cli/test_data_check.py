@@ -137,8 +137,8 @@ def test_a_sample_is_called_one(shards, tmp_path, capsys):
     ("words", "error"),
     [
         (["--sample", "3", "--continue"], "give --sample or --continue, not both"),
-        (["--sample", "0"], "sample=0: must be at least 1"),
-        (["--sample", "3", "--seed", "-1"], "seed=-1: must be from 0"),
+        (["--sample", "0"], "--sample 0: must be at least 1"),
+        (["--sample", "3", "--seed", "-1"], "--seed -1: must be from 0"),
     ],
 )
 def test_samples_that_make_no_sense_are_refused(shards, words, error, capsys):
@@ -222,7 +222,7 @@ def test_a_pattern_without_files_is_refused_in_one_line(verb, tmp_path, capsys):
 
 def test_a_label_field_chooses_json(shards, capsys):
     assert main(["data", "index", str(shards), "--labels", "txt", "--label-field", "x"]) == 2
-    assert "label_field='x'" in capsys.readouterr().err
+    assert "--label-field x" in capsys.readouterr().err
     assert main(["data", "index", str(shards), "--label-field", "x"]) == 2
     assert (
         "none of the 6 images has a .json beside it with the field 'x'" in capsys.readouterr().err
@@ -235,7 +235,7 @@ def test_a_source_that_tells_no_label_leaves_the_earlier_index_alone(shards, cap
     before = {path.name: path.read_bytes() for path in shards.parent.iterdir()}
     assert main(["data", "index", str(shards), "--labels", "cls"]) == 2
     error = capsys.readouterr().err
-    assert "labels='cls': none of the 6 images has a .cls beside it" in error
+    assert "--labels cls: none of the 6 images has a .cls beside it" in error
     assert "--labels none" in error
     assert {path.name: path.read_bytes() for path in shards.parent.iterdir()} == before
     # One tar without labels among others that have them is none of this.

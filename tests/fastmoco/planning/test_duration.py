@@ -10,6 +10,7 @@ import torch
 from fastmoco.config import resolve
 from fastmoco.objectives.build import build_objective
 from fastmoco.planning.duration import (
+    CPU_RECIPE,
     Duration,
     cpu_flops_per_s,
     estimate,
@@ -17,6 +18,7 @@ from fastmoco.planning.duration import (
     slow_notes,
 )
 from fastmoco.recipes import get_recipe, with_image_size
+from fastmoco.recipes.suggest import suggest
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +57,13 @@ def test_only_a_slow_run_is_announced() -> None:
     resolved = resolve(config, world_size=1, sample_count=3000)
     left = resolved.total_steps
     fast = Duration(step_s=19, knn_s=59)
-    assert slow_notes(fast, config, resolved, recipe="small", steps_left=left) == []
+    assert slow_notes(fast, config, resolved, steps_left=left) == []
     slow = Duration(step_s=240, knn_s=1200)
-    step, knn = slow_notes(slow, config, resolved, recipe="small", steps_left=left)
+    step, knn = slow_notes(slow, config, resolved, steps_left=left)
     assert step.startswith("a step of 512 images takes about 4 min on this CPU, the 1500 steps")
-    assert "about 4 days; use small, or" in step
+    assert "about 4 days; use vit_" in step
     assert knn.startswith("kNN takes about 20 min before the first step")
-    (own, _) = slow_notes(slow, config, resolved, recipe=config.recipe, steps_left=left)
-    assert config.recipe not in own
+    assert f"use {CPU_RECIPE}, or " in step
+    assert suggest("cpu").recipe == CPU_RECIPE
+    (own, _) = slow_notes(slow, replace(config, recipe=CPU_RECIPE), resolved, steps_left=left)
+    assert CPU_RECIPE not in own
