@@ -96,8 +96,8 @@ class Monitor(ABC):
         if not now and not self._postponed:
             self._postponed = True
             self._report(
-                f"{', '.join(self.figures.values())} is measured less often than "
-                f"{self.name}.every_epochs={self._every_epochs:g} asks: it may take "
+                f"{', '.join(self.figures.values())} is measured less often than asked "
+                f"({self.name}.every_epochs={self._every_epochs:g}): it may take "
                 f"{self._max_share:.0%} of the time ({self.name}.max_share) and has taken "
                 f"{share:.0%}; the end of the run is measured"
             )

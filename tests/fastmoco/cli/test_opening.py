@@ -100,7 +100,7 @@ def folder(tmp_path):
 def test_a_folder_without_a_recipe_gets_its_command(folder, monkeypatch, capsys) -> None:
     monkeypatch.setattr(data, "visible_gpus", lambda: 0)
     assert main(["train", "--data.images", str(folder)]) == 2
-    hint = capsys.readouterr().out.splitlines()[-1]
+    hint = capsys.readouterr().err.splitlines()[-1].removeprefix("fastmoco: name a recipe; ")
     assert hint == (
         f"for these images: fastmoco train vit_nano8_e60_b256 --data.images '{folder}' "
         "--knn.holdout 10% --global-batch-size 8 --out runs/first"
