@@ -59,7 +59,7 @@ class DataConfig(LoaderOptions):
         require(self.threads >= 0, "threads", self.threads, "must not be negative")
         require(self.max_side >= 0, "max_side", self.max_side, "must not be negative")
         rule = f"cannot be given together with data.shards={self.shards!r}; give one of the two"
-        require(not (self.images and self.shards), "data.images", self.images, rule)
+        require(not (self.images and self.shards), "images", self.images, rule)
         types = ("auto", "float32", "uint8")
         require(self.view_dtype in types, "view_dtype", self.view_dtype, f"must be one of {types}")
 
@@ -113,9 +113,9 @@ class KnnConfig:
         given = {name: getattr(self, name) for name in names if getattr(self, name)}
         for name in list(given)[1:]:
             rule = f"cannot be given together with knn.{next(iter(given))}; give one of them"
-            require(False, f"knn.{name}", given[name], rule)
+            require(False, name, given[name], rule)
         rule = "must be a share between 0 and 1, e.g. 10% or 0.1"
-        require(0 <= self.holdout_share < 1, "knn.holdout", self.holdout, rule)
+        require(0 <= self.holdout_share < 1, "holdout", self.holdout, rule)
         require(self.every_epochs >= 0, "every_epochs", self.every_epochs, "must not be negative")
         require(self.k >= 1, "k", self.k, "must be at least 1")
         require(self.temperature > 0, "temperature", self.temperature, "must be positive")

@@ -89,7 +89,7 @@ def test_a_run_keeps_its_images_and_its_split(
     drawn: list[object] = []
     with monkeypatch.context() as patch:
         draw = "fastmoco.cli.train.draw_curves"
-        patch.setattr(draw, lambda *_, figures: drawn.append(figures))
+        patch.setattr(draw, lambda *given: drawn.append(given[-1].figures))
         assert train(longer, out) == 0
     assert drawn == [{"knn": "kNN"}]
     assert capsys.readouterr().err == ""
