@@ -180,7 +180,7 @@ def test_a_preempted_run_of_two_processes_saves_says_so_and_goes_on(
         assert (out / "PREEMPTED").exists()
         assert "SIGTERM: saved step" in one.text()
         assert "Traceback" not in one.text()
-        assert one.text().rstrip().splitlines()[-1].startswith("! SIGTERM: saved step")
+        assert one.text().rstrip().splitlines()[-1].startswith("SIGTERM: saved step")
         one = start_script("single_node.sh", words, out, GPUS="2")
         assert one.end() == 0, one.text()
         assert (out / "DONE").exists()
@@ -223,7 +223,7 @@ def test_a_killed_launcher_leaves_no_process_and_a_saved_run(
             time.sleep(0.1)
         assert living(out) == []
         assert (out / "PREEMPTED").exists()
-        assert one.text().rstrip().splitlines()[-1].startswith("! SIGTERM: saved step")
+        assert one.text().rstrip().splitlines()[-1].startswith("SIGTERM: saved step")
     finally:
         for pid in living(out):
             os.kill(pid, signal.SIGKILL)
@@ -376,7 +376,7 @@ def test_a_refusal_is_not_tried_again(words: list[str], tmp_path: Path) -> None:
     try:
         assert one.end() == 2, one.text()
         assert "is larger than the whole set of 1437 samples" in one.text()
-        assert one.text().count("fastmoco: ") == 2, one.text()  # what is started, and why not
+        assert one.text().count("fastmoco: ") == 3, one.text()  # images, processes, the refusal
         assert "Traceback" not in one.text()
         assert not (tmp_path / "run").exists()
     finally:
@@ -409,7 +409,7 @@ def test_words_that_make_no_config_are_not_tried_again(words: list[str], tmp_pat
     one = start_command(command, tmp_path / "run")
     try:
         assert one.end() == 1, one.text()
-        assert one.text().count("must be a multiple of patch_size") == 1
+        assert one.text().count("must be a multiple of --model.patch-size 2") == 1
         assert "attempts left" not in one.text()
     finally:
         one.close()

@@ -8,6 +8,7 @@ first, which needs torch. The output of workers is not redirected.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import re
@@ -53,14 +54,14 @@ def main(args: Sequence[str]) -> int:
         try:
             with collection_paused():
                 import torch
-                from torch.distributed import run as torchrun
+
+                # By name: it is a program, not a collective, and has no types.
+                torchrun = importlib.import_module("torch.distributed.run")
             start = describe_start(int(processes), device, torch.cuda.device_count())
             if start:
                 _say(start, terminal)
             logging.getLogger("torch.distributed").addHandler(_Deaths(terminal))
-            start_workers: Any = torchrun.run
-            parse: Any = torchrun.parse_args
-            start_workers(parse(words))
+            torchrun.run(torchrun.parse_args(words))
         except RunError as refused:
             _say(str(refused), terminal)
             return EXIT_REFUSED

@@ -307,7 +307,7 @@ def tell_of_decoder() -> None:
 @contextmanager
 def progress_bar(what: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
     """A progress bar on a terminal, a line a minute elsewhere. `unit="bytes"` shows amounts in bytes
-    and the speed."""
+    and the speed. The bar of work that turned out to be done already is removed at the end."""
     from rich.console import Console
     from rich.progress import (
         DownloadColumn,
@@ -329,6 +329,7 @@ def progress_bar(what: str, unit: str = "") -> Iterator[Callable[[int, int], Non
     with Progress(*shown, console=console) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+        bar.live.transient = bar.tasks[0].total is None
 
 
 class ProgressLines:

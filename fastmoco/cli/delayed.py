@@ -24,8 +24,8 @@ def eval_knn(
 
     Args:
         run: Folder of the run, as given to `fastmoco train --out`, or of one checkpoint.
-        train: Labelled shards for the neighbours.
-        test: Labelled shards to classify.
+        train: Labelled shards for the neighbours, or a folder with one folder of images per class.
+        test: Labelled shards to classify, or a folder with one folder of images per class.
         k: Number of neighbours.
         temperature: The weight of a neighbour is exp(cosine / temperature).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.

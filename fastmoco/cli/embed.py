@@ -4,33 +4,38 @@ names of the files."""
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
+from fastmoco.cli.images import of_options, set_of_folder
 from fastmoco.cli.output import until_closed
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say
 
 if TYPE_CHECKING:
     import torch
 
+    from fastmoco.config import Config
     from fastmoco.evaluation.embeddings import Embeddings
 
 
-def embed(run: Positional[Path], *, shards: str, out: Path, limit: int = 0) -> int:
+def embed(
+    run: Positional[Path], *, shards: str, out: Path, limit: int = 0, best: bool = False
+) -> int:
     """Write the features of a set, with labels and file names, to .npz or .safetensors.
 
     The features are the class-token features that kNN uses, float32, not of unit length, one row
     for each image that decodes, in the order of the set.
 
     Args:
-        run: Folder of the run, as given to `fastmoco train --out`.
-        shards: The set, labelled or not.
+        run: Folder of the run, as given to `fastmoco train --out`, or of one checkpoint.
+        shards: The set, labelled or not, or a folder of images.
         out: A new file, .npz or .safetensors.
         limit: Only this many images, spread evenly over the set; 0: all.
+        best: The checkpoint with the highest kNN accuracy, in place of the newest.
     """
     with one_line(EXIT_REFUSED, ValueError, OSError):
         _require_count("limit", limit)
@@ -38,7 +43,7 @@ def embed(run: Positional[Path], *, shards: str, out: Path, limit: int = 0) -> i
             from fastmoco.evaluation.embeddings import require_target, write_embeddings
 
         require_target(out)
-        (found,), _ = _embed(run, [(shards, limit)])
+        (found,), _ = _embed(run, {"shards": (shards, limit)}, best)
         write_embeddings(found, out)
         shape = " x ".join(map(str, found.features.shape))
         print(f"wrote features {shape} of step {found.step}, labels and file names to {out}")
@@ -54,19 +59,22 @@ def neighbours(
     limit: int = 16,
     out: Path | None = None,
     json: bool = False,
+    best: bool = False,
 ) -> int:
     """For each image of a set, the images of another one that the encoder finds most similar.
 
     The sets may be the same; an image is not its own neighbour.
 
     Args:
-        run: Folder of the run, as given to `fastmoco train --out`.
-        train: The images among which neighbours are searched, labelled or not.
+        run: Folder of the run, as given to `fastmoco train --out`, or of one checkpoint.
+        train: The images among which neighbours are searched: shards, labelled or not, or a folder
+            of images.
         query: The images whose neighbours are searched.
         k: Number of neighbours.
         limit: Only this many queries, spread evenly over the set; 0: all.
         out: Draw a picture too: each query and its neighbours, with cosines and file names.
         json: Print JSON instead of text.
+        best: The checkpoint with the highest kNN accuracy, in place of the newest.
     """
     with one_line(EXIT_REFUSED, ValueError, OSError), until_closed():
         _require_count("limit", limit)
@@ -75,10 +83,12 @@ def neighbours(
             from fastmoco.evaluation.embeddings import neighbours as search
 
         if train == query:
-            (bank,), device = _embed(run, [(train, 0)])
+            (bank,), device = _embed(run, {"train": (train, 0)}, best)
             queries = bank.spread(limit)
         else:
-            (bank, queries), device = _embed(run, [(train, 0), (query, limit)])
+            (bank, queries), device = _embed(
+                run, {"train": (train, 0), "query": (query, limit)}, best
+            )
         similar, index = search(bank, queries, k=k, device=device)
         rows = [
             (number, list(zip(cosines, places, strict=True)))
@@ -114,7 +124,7 @@ def neighbours(
                 ]
                 for number, found in rows
             ]
-            _draw(out, {"query": (query, queries), "train": (train, bank)}, sheet, quiet=json)
+            _draw(out, {"query": queries, "train": bank}, sheet, quiet=json)
     return EXIT_FINISHED
 
 
@@ -126,17 +136,19 @@ def outliers(
     show: int = 20,
     out: Path | None = None,
     json: bool = False,
+    best: bool = False,
 ) -> int:
     """Images of a set that are like no other: those with the lowest mean similarity to their nearest
     images.
 
     Args:
-        run: Folder of the run, as given to `fastmoco train --out`.
-        shards: The set, labelled or not.
+        run: Folder of the run, as given to `fastmoco train --out`, or of one checkpoint.
+        shards: The set, labelled or not, or a folder of images.
         k: Nearest images over which the similarity is averaged.
         show: Number of images to list; 0: all.
         out: Draw a picture too: each image and the most similar one.
         json: Print JSON instead of text.
+        best: The checkpoint with the highest kNN accuracy, in place of the newest.
     """
     with one_line(EXIT_REFUSED, ValueError, OSError), until_closed():
         _require_count("show", show)
@@ -144,7 +156,7 @@ def outliers(
         with collection_paused():
             from fastmoco.evaluation.embeddings import outliers as search
 
-        (images,), device = _embed(run, [(shards, 0)])
+        (images,), device = _embed(run, {"shards": (shards, 0)}, best)
         found = search(images, k=k, device=device)
         columns = (found.rows, found.similarity, found.nearest)
         rows = list(zip(*(column.tolist() for column in columns), strict=True))[: show or None]
@@ -171,7 +183,7 @@ def outliers(
                 [("set", row, f"{similarity:.4f}"), ("set", nearest, "nearest")]
                 for row, similarity, nearest in rows
             ]
-            _draw(out, {"set": (shards, images)}, sheet, quiet=json)
+            _draw(out, {"set": images}, sheet, quiet=json)
     return EXIT_FINISHED
 
 
@@ -186,17 +198,43 @@ def _require_k(k: int) -> None:
         raise ValueError(f"k={k}: must be at least 1")
 
 
-def _embed(run: Path, sets: Sequence[tuple[str, int]]) -> tuple[list[Embeddings], torch.device]:
-    """Features of some sets by the encoder of a run, and the device of the computation."""
+def _embed(
+    run: Path, sets: Mapping[str, tuple[str, int]], best: bool
+) -> tuple[list[Embeddings], torch.device]:
+    """Features of some sets by the encoder of a run, and the device of the computation.
+
+    Args:
+        run: folder of the run or of a checkpoint.
+        sets: as of `embed_run`, by the names of the options that give them.
+        best: as of `embed_run`.
+    """
     with collection_paused():
         from fastmoco.distributed.mesh import start_world, stop_world
         from fastmoco.training.embed_run import embed_run
 
     world = start_world("auto")
     try:
-        return embed_run(run, sets, world, report=say), world.device
+        options = {pattern: name for name, (pattern, _) in sets.items()}
+        with of_options({name: pattern for name, (pattern, _) in sets.items()}):
+            found = embed_run(
+                run,
+                list(sets.values()),
+                world,
+                best=best,
+                locate=lambda pattern, config: _shards(options[pattern], pattern, config),
+                report=say,
+            )
+        return found, world.device
     finally:
         stop_world()
+
+
+def _shards(named: str, source: str, config: Config) -> str:
+    """The shards of a set, which may be given as a folder of images; they are shrunk as those of a
+    run."""
+    from fastmoco.training.images import max_side_of_run
+
+    return set_of_folder(source, max_side=max_side_of_run(config), named=named)
 
 
 def _shown(found: Embeddings, row: int) -> str:
@@ -226,7 +264,7 @@ def _print_json(run: Path, step: int, **content: Any) -> None:
 
 def _draw(
     out: Path,
-    sets: dict[str, tuple[str, Embeddings]],
+    sets: dict[str, Embeddings],
     sheet: Sequence[Sequence[tuple[str, int, str]]],
     *,
     quiet: bool,
@@ -241,14 +279,14 @@ def _draw(
 
     # Read each image once, set by set.
     encoded: dict[tuple[str, int], bytes] = {}
-    for name, (pattern, found) in sets.items():
+    for name, found in sets.items():
         rows = sorted({row for line in sheet for which, row, _ in line if which == name})
-        with closing(ShardSet.open(pattern)) as shards:
+        with closing(ShardSet.open(found.pattern)) as shards:
             data = shards.read(found.sample_ids[np.array(rows, dtype=np.int64)])
             encoded |= {(name, row): one.tobytes() for row, one in zip(rows, data, strict=True)}
     cells = [
         [
-            (encoded[name, row], [*([text] if text else []), sets[name][1].paths[row]])
+            (encoded[name, row], [*([text] if text else []), sets[name].paths[row]])
             for name, row, text in line
         ]
         for line in sheet

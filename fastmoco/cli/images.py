@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +19,14 @@ SHOWN = 5
 """Files left out that are named."""
 
 
-def set_of_folder(shards: str, *, max_side: int | None = None) -> str:
-    """The shards that an argument of `fastmoco data` names: itself, or for a folder of images
+def set_of_folder(shards: str, *, max_side: int | None = None, named: str = "shards") -> str:
+    """The shards that an argument of a command names: itself, or for a folder of images
     without tars those that are made of it in the user's cache.
 
     Args:
         shards: as given by the user.
         max_side: as of `pack_folder`.
+        named: the field that errors name.
 
     Raises:
         ValueError: if no image can be used.
@@ -32,10 +35,82 @@ def set_of_folder(shards: str, *, max_side: int | None = None) -> str:
     from fastmoco_pipelines.files import user_cache
     from fastmoco_pipelines.making.folder_cache import PackOptions, holds_images_alone
 
+    if not shards:  # as a path it would be the current folder
+        raise ValueError(f"{named}='': is empty; give shards or a folder of images")
     if not holds_images_alone(Path(shards)):
         return shards
     root = user_cache() / "packed"
-    return packed(Path(shards), root, PackOptions(max_side=max_side), named="folder").pattern
+    return packed(Path(shards), root, PackOptions(max_side=max_side), named=named).pattern
+
+
+def knn_sets(train: str, test: str, *, max_side: int | None) -> tuple[str, str]:
+    """The shards of a kNN bank and of the images to classify, as of `set_of_folder`. The labels of a
+    folder of images to classify are those of the bank.
+
+    Raises:
+        ValueError: if no image can be used, or a class folder is none of the bank.
+        RunError: if a set cannot be written.
+    """
+    from fastmoco_pipelines import ShardSet
+    from fastmoco_pipelines.files import user_cache
+    from fastmoco_pipelines.making.folder_cache import (
+        PackOptions,
+        folder_state,
+        holds_images_alone,
+        of_field,
+    )
+
+    states = {}
+    for name, given in (("train", train), ("test", test)):
+        if given and holds_images_alone(Path(given)):
+            try:
+                states[name] = folder_state(Path(given))
+            except ValueError as error:
+                raise of_field(error, name) from error
+            if not states[name].classes:
+                raise ValueError(
+                    f"{name}={given!r}: has no class folders, which kNN needs: one folder of images "
+                    "per class"
+                )
+    if not test:
+        raise ValueError("test='': is empty; give labelled shards or a folder of images")
+    if test == train or "test" not in states:
+        bank = set_of_folder(train, max_side=max_side, named="train")
+        return bank, bank if test == train else test
+
+    # The classes of the bank, before anything is packed.
+    if "train" in states:
+        classes = states["train"].classes
+    else:
+        with closing(ShardSet.open(train)) as opened:
+            classes = opened.classes
+    state = states["test"]
+    unknown = sorted(set(state.classes) - set(classes)) if classes else []
+    if unknown:
+        raise ValueError(
+            f"test={test!r}: has classes that train={train!r} has not: {', '.join(unknown[:5])}; "
+            "give it the same class folders"
+        )
+    options = PackOptions(max_side=max_side, classes=() if state.classes == classes else classes)
+    root = user_cache() / "packed"
+    bank = set_of_folder(train, max_side=max_side, named="train")
+    return bank, packed(Path(test), root, options, named="test", state=state).pattern
+
+
+@contextmanager
+def of_options(given: Mapping[str, str]) -> Iterator[None]:
+    """Name the option that the user gave in an error about `shards`.
+
+    Args:
+        given: shards by the names of the options that give them.
+    """
+    try:
+        yield
+    except ValueError as error:
+        for name, shards in given.items():
+            if str(error).startswith(f"shards={shards!r}"):
+                raise ValueError(name + str(error).removeprefix("shards")) from error
+        raise
 
 
 def packed(

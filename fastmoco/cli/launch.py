@@ -40,6 +40,7 @@ from fastmoco.faults.parent import PARENT, adopt_orphans, children
 from fastmoco.faults.signals import INTERRUPT_PATIENCE_SECONDS, PATIENCE_SECONDS, to_handle
 from fastmoco.faults.start_up import ended_early, mark_stopped
 from fastmoco.launched import describe_launcher
+from fastmoco.run.folder import RunFolder
 
 MAX_RESTARTS = 3
 SAVE_SECONDS = 600
@@ -102,6 +103,8 @@ def launch(processes: int, args: Sequence[str], out: Path, *, device: str = "aut
     if (_nodes := os.environ.get("SLURM_JOB_NUM_NODES", "1")) not in ("1", ""):
         say(f"--gpus uses this machine only; the job has {_nodes} nodes (see launch/slurm.sh)")
     before = {name: _state(out / name) for name in MARKS}
+    folder = RunFolder(out)
+    folder.remember()
     with tempfile.TemporaryDirectory(prefix="fastmoco_") as logs:
         group = _Group(launch_command(processes, args, logs, device), _environment(logs))
         group.wait()
@@ -109,7 +112,13 @@ def launch(processes: int, args: Sequence[str], out: Path, *, device: str = "aut
         made = [name for name in MARKS if _state(out / name) not in (None, before[name])]
         if made:
             (out / LOG).unlink(missing_ok=True)  # of an earlier start that failed
-        return _outcome(group, Path(logs), out, made)
+        code = _outcome(group, Path(logs), out, made)
+    if code == EXIT_REFUSED:
+        # A rank that torchrun has ended meanwhile cannot put the folder back.
+        with contextlib.suppress(RunError):
+            folder.acquire()
+            folder.withdraw()
+    return code
 
 
 def _environment(logs: str) -> dict[str, str]:
@@ -235,8 +244,10 @@ class _Group:
 
     def _pass_on(self, number: int) -> None:
         known = (signal.SIGINT, signal.SIGHUP)  # of torchrun, which passes them on as they are
+        # An interpreter that starts would print a traceback after SIGINT; later it goes to the log.
+        begun = (Path(self._environment[LAUNCHER]) / LOG).exists()
         if agent := getattr(self, "_agent", None):
-            agent.send_signal(number if number in known else signal.SIGTERM)
+            agent.send_signal(number if number in known and begun else signal.SIGTERM)
 
     def _wait_for_agent(self) -> None:
         while True:

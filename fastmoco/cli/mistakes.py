@@ -261,6 +261,10 @@ class Wording:
         if option is not None:
             return option
         options = [o for o in self.described.options if o.name.endswith(f".{name}")]
+        if name == "shards":  # the library's name for what `--train` and `--test` hold too
+            options = [
+                o for o in self.described.options if " ".join(given.values.get(o.name, ())) == value
+            ]
         typed = [o for o in options if " ".join(given.values.get(o.name, ())) == value]
         for found in (typed, options):
             if len(found) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import shutil
@@ -25,7 +26,7 @@ def program() -> str:
 
 
 def after_finish(out: Path, config: Config, *, best: bool) -> list[str]:
-    """The commands for a finished run.
+    """The commands for a finished run; the one for curves only where they can be drawn.
 
     Args:
         out: folder of the run.
@@ -38,9 +39,17 @@ def after_finish(out: Path, config: Config, *, best: bool) -> list[str]:
     encoder = str(out / "encoder.safetensors")
     commands = [["checkpoint", "consolidate", run, "--encoder", *more, "--out", encoder]]
     if bank and not config.data.synthetic:
-        sets = ["--train", bank, "--test", config.knn.test_shards or "HELD_OUT/test-*.tar"]
-        commands.insert(0, ["eval", "knn", run, *more, *sets])
-    return [_line(words) for words in [*commands, ["curves", run]]]
+        test = config.knn.test_shards
+        # Without held-out labelled images there is nothing to classify.
+        first = (
+            ["eval", "knn", run, *more, "--train", bank, "--test", test]
+            if test
+            else ["eval", "neighbours", run, *more, "--train", bank, "--query", bank]
+        )
+        commands.insert(0, first)
+    if importlib.util.find_spec("matplotlib"):
+        commands.append(["curves", run])
+    return [_line(words) for words in commands]
 
 
 def after_stop(argv: Sequence[str]) -> str:

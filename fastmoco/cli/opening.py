@@ -20,7 +20,9 @@ LOOKED_AT = 64
 
 def announce(config: Config) -> None:
     """Print which images a run opens, at once: the imports take seconds. Rank 0 alone prints."""
-    if os.environ.get(ANNOUNCED) or int(os.environ.get("RANK") or 0):
+    variables = ("RANK", "SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else ("RANK",)
+    rank = next(filter(None, map(os.environ.get, variables)), "0")
+    if os.environ.get(ANNOUNCED) or rank.strip() != "0":  # one that is no number is refused later
         return
     os.environ[ANNOUNCED] = "1"
     data = config.data

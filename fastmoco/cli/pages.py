@@ -18,7 +18,6 @@ from fastmoco_pipelines.text import first_sentence
 HELP = ("-h", "--help", "--help-all")
 """Words that ask for help."""
 MOST_USED = (
-    "data.images",
     "epochs",
     "global_batch_size",
     "gpus",
@@ -26,16 +25,12 @@ MOST_USED = (
     "optim.weight_decay",
     "optim.warmup_epochs",
     "objective.temperature",
-    "objective.ema_momentum",
     "model.architecture",
     "model.image_size",
     "model.patch_size",
-    "knn.images",
     "knn.holdout",
-    "knn.train_shards",
+    "knn.images",
     "knn.test_shards",
-    "knn.every_epochs",
-    "data.threads",
     "precision",
     "device",
     "seed",
@@ -43,12 +38,10 @@ MOST_USED = (
     "log_every_steps",
 )
 """Options on the short page of a config, in this order; then those of the command itself."""
-INSTEAD = {"data.shards": "data.images"}
+INSTEAD = {"data.images": "data.shards"}
 """Required options, and the one that may be given in place of each."""
 SELDOM = ("recipe", "threads")
 """Options without a group that only the list of all others names."""
-COLUMN = 26
-"""Where the texts of options begin."""
 LONG = 40
 """A list of words that is longer has its words in the text."""
 Row = tuple[str, str]
@@ -105,9 +98,14 @@ def of_config(
         whole: every option with its whole text; default required and most used ones, and the names
             of the others.
     """
-    required = [o for o in described.options if o.default is REQUIRED or o.name in also_required]
-    others = [option for option in described.options if option not in required]
-    lines = [*_usage(name, required, others), "", *_wrapped(described.about), *_wrapped(about)]
+    required = _required(described, also_required)
+    others = [
+        option
+        for option in described.options
+        if option not in required and option.name not in _second(required)
+    ]
+    lines = [*_usage(name, required, list(described.options))]
+    lines += ["", *_wrapped(described.about), *_wrapped(about)]
     if required:
         lines += ["", heading("Required"), *_required_rows(described, required, whole=whole)]
     lines += _whole(described, others) if whole else _short(name, described, others)
@@ -125,17 +123,15 @@ def no_recipe(
         recipes: name and a line for each recipe.
         also_required: as of `of_config`.
     """
-    required = [o for o in described.options if o.default is REQUIRED or o.name in also_required]
-    words = " ".join(f"{option.flag} {option.value}" for option in required)
-    lines = textwrap.wrap(
-        f"usage: fastmoco {verb} RECIPE {words} [options]", width(), subsequent_indent="    "
-    )
+    required = _required(described, also_required)
+    lines = _usage(f"{verb} RECIPE", required, list(described.options))
     lines += ["", *_wrapped(described.about), *_wrapped(RECIPE)]
     column = max(map(len, recipes)) + 4
     lines += ["", heading("Recipes"), *_rows(list(recipes.items()), column)]
     if required:
         lines += ["", heading("Required"), *_required_rows(described, required)]
-    used = _used([option for option in described.options if option not in required])
+    first = {option.name for option in required} | _second(required)
+    used = _used([option for option in described.options if option.name not in first])
     # A recipe has its own defaults.
     used = [
         replace(option, default=None) if option.name in MOST_USED else option for option in used
@@ -145,7 +141,7 @@ def no_recipe(
         (f"fastmoco {verb} RECIPE --help", "these with the recipe's values, and all groups"),
         (f"fastmoco {verb} RECIPE --help-all", "every option"),
     ]
-    lines += ["", heading("More"), *_rows(more, COLUMN)]
+    lines += ["", heading("More"), *_rows(more, _column())]
     return "\n".join(lines)
 
 
@@ -156,18 +152,31 @@ RECIPE = (
 """What a recipe is."""
 
 
+def _required(described: Described, also: Sequence[str]) -> list[Option]:
+    """The options that must be given, those of the config last."""
+    required = [o for o in described.options if o.default is REQUIRED]
+    by_name = {option.name: option for option in described.options}
+    return [*required, *(by_name[name] for name in also if by_name[name] not in required)]
+
+
+def _second(required: Sequence[Option]) -> set[str]:
+    """Names of the options that may be given in place of required ones."""
+    return {INSTEAD[option.name] for option in required if option.name in INSTEAD}
+
+
 def _required_rows(
     described: Described, required: Sequence[Option], *, whole: bool = False
 ) -> list[str]:
     """Rows of options that must be given, also of those whose default cannot be used."""
     rows = []
     for option in required:
-        left, text = _option_row(replace(option, default=REQUIRED), whole)
         other = described.named(INSTEAD.get(option.name, ""))
-        if other is not None:
-            text = text.removesuffix(")") + f", or {other.flag} {other.value})"
-        rows.append((left, text))
-    return _rows(rows, COLUMN)
+        for one, instead in ((option, other), (other, option)) if other else ((option, None),):
+            left, text = _option_row(replace(one, default=REQUIRED), whole)
+            if instead is not None:
+                text = text.removesuffix("required)") + f"required, or {instead.flag})"
+            rows.append((left, text))
+    return _rows(rows, _column())
 
 
 def _used(options: Sequence[Option]) -> list[Option]:
@@ -188,7 +197,7 @@ def _short(name: str, described: Described, others: list[Option]) -> list[str]:
             flags = ", ".join(f"--{_dashed(group.name)}.*" for group in groups)
             rows.append((flags, first_sentence(_about(groups)) + f" [{', '.join(names)}]"))
     rows += [(o.flag, first_sentence(o.help)) for o in others if o.name in SELDOM]
-    lines += _rows(rows, COLUMN)
+    lines += _rows(rows, _column())
     return [*lines, "", f"fastmoco {name} --help-all describes every option."]
 
 
@@ -207,7 +216,9 @@ def _whole(described: Described, others: list[Option]) -> list[str]:
         if len(groups) == 1:
             lines += _option_rows(members, whole=True)
         else:
-            lines += _rows([_shared_row(described, groups, option) for option in members], COLUMN)
+            lines += _rows(
+                [_shared_row(described, groups, option) for option in members], _column()
+            )
     return lines
 
 
@@ -246,15 +257,24 @@ def _shared_row(described: Described, groups: list[Group], option: Option) -> Ro
 def _usage(name: str, required: list[Option], others: list[Option]) -> list[str]:
     """The line of usage: what must be given, in the order in which it is typed."""
     words = [option.flag for option in required if option.positional]
-    words += [f"{o.flag} {o.value}".strip() for o in required if not o.positional]
+    words += [_typed(o, others) for o in required if not o.positional]
     words += ["[options]"] if others else []
     line = f"usage: fastmoco {' '.join([name, *words])}"
     return textwrap.wrap(line, width(), subsequent_indent="    ", break_on_hyphens=False)
 
 
+def _typed(option: Option, options: Sequence[Option]) -> str:
+    """A required option as it is typed, with the one that may be given in its place."""
+    words = f"{option.flag} {option.value}".strip()
+    if option.name not in INSTEAD:
+        return words
+    other = next(o for o in options if o.name == INSTEAD[option.name])
+    return f"({words} | {other.flag} {other.value})"
+
+
 def _option_rows(options: Sequence[Option], *, whole: bool = False) -> list[str]:
     """A row for each option, required ones marked."""
-    return _rows([_option_row(option, whole) for option in options], COLUMN)
+    return _rows([_option_row(option, whole) for option in options], _column())
 
 
 def _option_row(option: Option, whole: bool) -> Row:
@@ -300,6 +320,11 @@ def _wrapped(text: str) -> list[str]:
 
 def _dashed(name: str) -> str:
     return name.replace("_", "-")
+
+
+def _column() -> int:
+    """Where the texts of options begin: most flags fit before it, if there is room for the text."""
+    return 34 if width() >= 90 else 26
 
 
 def width() -> int:

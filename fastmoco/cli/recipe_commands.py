@@ -67,7 +67,7 @@ FOLLOWS = {
     for name in ("size", "blur_sigma")
 }
 """Options that `--model.image-size` changes."""
-REQUIRED: dict[type, tuple[str, ...]] = {TrainArguments: ("data.shards",)}
+REQUIRED: dict[type, tuple[str, ...]] = {TrainArguments: ("data.images",)}
 """Options of a config that a command needs although they have a default."""
 
 
@@ -189,7 +189,7 @@ def print_config(args: list[str]) -> int:
     parsed = parse_config(ConfigArguments, "print-config", args)
     if parsed is None:
         return EXIT_REFUSED
-    print(json.dumps(to_json(parsed.config), indent=2))
+    show(json.dumps(to_json(parsed.config), indent=2))
     return 0
 
 

@@ -187,8 +187,8 @@ def eval_knn(
 
     Args:
         run: folder of a run, for its newest checkpoint, or of one checkpoint.
-        train_shards: labelled shards for the neighbours.
-        test_shards: labelled shards to classify.
+        train_shards: labelled shards for the neighbours, or a folder of images.
+        test_shards: labelled shards to classify, or a folder of images.
         k: neighbours that vote.
         temperature: of their votes.
         best: the checkpoint of the run with the highest accuracy, in place of the newest.
@@ -197,26 +197,37 @@ def eval_knn(
         SystemExit: with 2 if the run or the shards cannot be used, after a
             message on standard error.
     """
+    from fastmoco.cli.images import knn_sets, of_options
+    from fastmoco.distributed.first_rank import first_rank_does
     from fastmoco.training import setup
+    from fastmoco.training.images import max_side_of_run
     from fastmoco.training.load_run import load_run
 
     with one_line(EXIT_REFUSED, ValueError):
         objective, saved, checkpoint = load_run(run, best=best)
         for path, reason in checkpoint.skipped:
             say(f"passed over {path.name}: {reason}")
-        knn = replace(
-            saved.knn,
-            train_shards=train_shards,
-            test_shards=test_shards,
-            k=k,
-            temperature=temperature,
-            max_train_images=0,
-            max_test_images=0,
-            every_epochs=max(saved.knn.every_epochs, 1.0),
-        )
-        config = replace(saved, knn=knn, device="auto")
-        world = start_world(config.device)
-        with first_cause(world):
+        world = start_world("auto")
+        with first_cause(world), of_options({"train": train_shards, "test": test_shards}):
+            side = max_side_of_run(saved)
+            found_sets: list[str] = json.loads(
+                first_rank_does(
+                    world,
+                    "packed",
+                    lambda: json.dumps(knn_sets(train_shards, test_shards, max_side=side)),
+                )
+            )
+            knn = replace(
+                saved.knn,
+                train_shards=found_sets[0],
+                test_shards=found_sets[1],
+                k=k,
+                temperature=temperature,
+                max_train_images=0,
+                max_test_images=0,
+                every_epochs=max(saved.knn.every_epochs, 1.0),
+            )
+            config = replace(saved, knn=knn, device="auto")
             threads = setup.share_cores(config)
             if world.rank == 0 and (note := setup.decoder_note(config)) is not None:
                 say(note)

@@ -25,7 +25,7 @@ class DataConfig(LoaderOptions):
     """Training shards of `fastmoco data pack`: a path, glob, brace pattern or folder, or a URL with
     https://, http://, s3:// or gs://."""
     images: Annotated[str, Resume.FREE] = ""
-    """In place of `shards`: a folder of images, one folder per class or only images. It is packed
+    """A folder of images, one folder per class or only images, in place of `shards`. It is packed
     once, beside the run; a run that continues keeps the images it began with."""
     max_side: Annotated[int, Resume.FREE] = 0
     """Pixels to which the longer side of larger images is shrunk when `images` is packed; 0: 16/7

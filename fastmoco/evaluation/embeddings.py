@@ -35,6 +35,7 @@ class Embeddings:
         classes: class names by label; empty where no manifest contains them.
         digest: identity of the set.
         step: of the run whose encoder it is.
+        pattern: of the shards that were read.
     """
 
     features: Tensor
@@ -44,6 +45,7 @@ class Embeddings:
     classes: tuple[str, ...]
     digest: str
     step: int
+    pattern: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -96,9 +96,10 @@ class Monitor(ABC):
         if not now and not self._postponed:
             self._postponed = True
             self._report(
-                f"{', '.join(self.figures.values())} is measured less often than every "
-                f"{self._every_epochs:g} epochs: it may take {self._max_share:.0%} of the time "
-                f"({self.name}.max_share) and has taken {share:.0%}; the end of the run is measured"
+                f"{', '.join(self.figures.values())} is measured less often than "
+                f"{self.name}.every_epochs={self._every_epochs:g} asks: it may take "
+                f"{self._max_share:.0%} of the time ({self.name}.max_share) and has taken "
+                f"{share:.0%}; the end of the run is measured"
             )
         return now
 

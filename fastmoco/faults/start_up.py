@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -17,7 +18,14 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_STOPPED, LAUNCHER, say
+from fastmoco.errors import (
+    BEGUN,
+    EXIT_INTERRUPTED,
+    EXIT_REFUSED,
+    EXIT_STOPPED,
+    LAUNCHER,
+    say,
+)
 from fastmoco.faults.signals import to_handle
 
 GRACE_SECONDS = 2.0
@@ -52,6 +60,9 @@ class StartUp:
         if threading.current_thread() is not threading.main_thread():
             self._over.set()
             return self
+        if reports := os.environ.get(LAUNCHER):  # of an earlier start of these workers
+            with contextlib.suppress(OSError):
+                (Path(reports) / BEGUN).unlink(missing_ok=True)
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         for number in to_handle():
@@ -148,11 +159,14 @@ class StartUp:
             return
         with contextlib.suppress(OSError):
             found = sorted(path.name for path in self._out.iterdir())
-            if not set(found) <= {*_OWN_FILES, "checkpoints"}:
+            if not set(found) <= {*_OWN_FILES, "checkpoints", "tensorboard"}:
                 return
             if "checkpoints" in found:
                 (self._out / "checkpoints").rmdir()
                 found.remove("checkpoints")
+            if "tensorboard" in found:
+                shutil.rmtree(self._out / "tensorboard")
+                found.remove("tensorboard")
             for name in found:
                 (self._out / name).unlink()
             for folder in self._made:

@@ -7,6 +7,7 @@ the files of the run, has the lowest priority, and ends by itself whatever happe
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import resource
@@ -27,6 +28,7 @@ INTERVAL_S = 300.0
 """Least time between two pictures."""
 SHARE = 0.01
 """Largest share of the time that a picture is being drawn."""
+_PR_SET_PDEATHSIG = 1
 CPU_LIMIT_S = 120
 """CPU time after which the process is ended."""
 
@@ -89,7 +91,10 @@ class CurveDrawer:
         with contextlib.suppress(OSError):
             # A session of its own: Ctrl-C in the terminal reaches the run alone.
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "fastmoco.run.drawing", str(self._folder.path)],
+                [
+                    *(sys.executable, "-m", "fastmoco.run.drawing"),
+                    *(str(self._folder.path), str(os.getpid())),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -120,10 +125,14 @@ class CurveDrawer:
         return False
 
 
-def main(folder: Path) -> None:
-    """Draw the curves of a run once, as the process of `CurveDrawer`."""
+def main(folder: Path, parent: int) -> None:
+    """Draw the curves of a run once, as the process of `CurveDrawer`, and end with the run."""
     # An interrupted picture removes its unfinished file.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with contextlib.suppress(OSError, AttributeError):  # Linux alone sends a signal then
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        return
     os.nice(19)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S))
     os.umask(0o077)
@@ -131,4 +140,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -97,8 +97,7 @@ class RunFolder:
                 f"{self.path} is a URL: a run needs a folder of this machine; choose another --out"
             )
         lock = self.path / "lock"
-        self._made = missing_folders(self.path)
-        self._made_lock = not lock.exists()
+        self.remember()
         try:
             while True:
                 self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -125,7 +124,6 @@ class RunFolder:
                 f"cannot write to {self.path}: {error.strerror}; choose another --out"
             ) from error
         try:
-            self._before = {path: _File.read(path) for path in (lock, self.starts)}
             self._require_writable()
             self._lock.truncate(0)
             self._lock.write(str(os.getpid()))
@@ -136,6 +134,16 @@ class RunFolder:
             raise RunError(
                 f"cannot write to {name}: {error.strerror}; fix it or choose another --out"
             ) from error
+
+    def remember(self) -> None:
+        """Take the state of now as the one to which `withdraw` returns; `acquire` does it unless
+        it is done."""
+        if self._before:
+            return
+        lock = self.path / "lock"
+        self._made = missing_folders(self.path)
+        self._made_lock = not lock.exists()
+        self._before = {path: _File.read(path) for path in (lock, self.starts)}
 
     def _require_writable(self) -> None:
         """Detect an error now that would otherwise end the run at its first line of metrics.
@@ -150,6 +158,7 @@ class RunFolder:
 
     def release(self) -> None:
         """Unlock the folder."""
+        self._before = {}
         lock = self._lock
         self._lock = None
         if lock is not None:
@@ -223,7 +232,7 @@ class _File:
         try:
             found = path.stat()
             return cls(path.read_bytes(), (found.st_atime_ns, found.st_mtime_ns))
-        except FileNotFoundError:
+        except OSError:
             return cls(None, (0, 0))
 
     def restore(self, path: Path) -> None:

@@ -28,6 +28,8 @@ from rich.text import Text
 from fastmoco_pipelines.text import escaped, escaped_lines
 
 EVENTS_SHOWN = 6
+ECHO = 3
+"""Columns that stay free at the right: in a full line, `^C` would move the table by a row."""
 WARNING, MARK = "warning: ", "! "
 """How the text of a warning begins, and how it is marked."""
 
@@ -155,26 +157,31 @@ class Console:
             row: see `plain_line`. Absent values stay in the table. The best of each accuracy is
                 kept here; `knn_best` passes the one of `knn` from before a resume.
         """
-        for name in self._figures:
-            for value in (row.get(name), row.get(f"{name}_best")):
-                if isinstance(value, int | float) and math.isfinite(value):
-                    self._best[name] = max(value, self._best.get(name, value))
-        self._row.update(row)
+        self.keep(row)
         if self._live is not None:
             self._guarded(self._draw)
         if self._live is None:
             self._line(lambda: plain_line(row, self._total, self._figures))
 
+    def keep(self, row: Mapping[str, Any]) -> None:
+        """Take values for the table, which is drawn with the next step or event: see `log`."""
+        for name in self._figures:
+            for value in (row.get(name), row.get(f"{name}_best")):
+                if isinstance(value, int | float) and math.isfinite(value):
+                    self._best[name] = max(value, self._best.get(name, value))
+        self._row.update(row)
+
     def event(self, text: str) -> None:
-        """Show an event, such as a measurement, a signal, or a gradient spike.
+        """Show an event, such as a measurement, a signal, or a gradient spike. One from before
+        `start` is a line of its own, above the table.
 
         Args:
             text: one that begins with `warning: ` is marked by `! `, and yellow on a terminal.
         """
         text = (MARK if text.startswith(WARNING) else "") + escaped_lines(text)
-        pushed_out = self._events[0] if len(self._events) == EVENTS_SHOWN else None
-        self._events.append(text)
         if self._live is not None:
+            pushed_out = self._events[0] if len(self._events) == EVENTS_SHOWN else None
+            self._events.append(text)
             self._guarded(lambda: self._draw(pushed_out))
         if self._live is None:
             self._line(text, color=text.startswith(MARK))
@@ -202,7 +209,8 @@ class Console:
         if not wanted or (self._live_wanted is None and rich.is_dumb_terminal):
             return
         # No refresh thread: `log` and `event` draw everything, so that errors are raised there.
-        self._live = Live(self._table(), console=rich, auto_refresh=False, vertical_overflow="crop")
+        table = self._table(rich.width)
+        self._live = Live(table, console=rich, auto_refresh=False, vertical_overflow="crop")
         self._live.start(refresh=True)
         rich.show_cursor(True)  # a killed run leaves a usable terminal
 
@@ -210,9 +218,9 @@ class Console:
         assert self._live is not None
         if pushed_out is not None:
             self._live.console.print(_event(pushed_out))
-        self._live.update(self._table(), refresh=True)
+        self._live.update(self._table(self._live.console.width), refresh=True)
 
-    def _table(self) -> Panel:
+    def _table(self, window: int) -> Panel:
         row = self._row
         step = int(row.get("step", 0))
         grid = Table.grid(padding=(0, 2))
@@ -238,7 +246,9 @@ class Console:
         )
         parts: list[Any] = [Text(self._header), progress, grid]
         parts += [_event(event) for event in self._events]
-        return Panel(Group(*parts), title="fastmoco", title_align="left")
+        # The `^C` that a terminal shows at Ctrl-C has its place beside the last line.
+        width = window - ECHO if window > 10 * ECHO else None
+        return Panel(Group(*parts), title="fastmoco", title_align="left", width=width)
 
     def _guarded(self, draw: Callable[[], None]) -> None:
         """Draw on the live table; after an error change to plain lines."""

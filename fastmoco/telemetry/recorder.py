@@ -288,6 +288,7 @@ class Recorder:
         for name, value in finite.items():
             if name not in self._best or value > self._best[name]:
                 self._best[name], self._best_step[name] = value, step
+        self.console.keep(finite)
         shown = [self._accuracy(name, value, step) for name, value in finite.items()]
         self.event(f"step {step}: {', '.join(shown)}")
         for name, value in finite.items():

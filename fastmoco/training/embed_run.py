@@ -28,15 +28,19 @@ def embed_run(
     sets: Sequence[tuple[str, int]],
     world: World,
     *,
+    best: bool = False,
+    locate: Callable[[str, Config], str] = lambda pattern, config: pattern,
     report: Callable[[str], None] = lambda text: None,
 ) -> list[Embeddings]:
-    """Features of some sets by the encoder of a run's newest checkpoint.
+    """Features of some sets by the encoder of a checkpoint of a run.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or of one checkpoint.
         sets: for each its pattern and its largest number of images, spread over it; 0: all.
         world: this process, the only one.
-        report: called with each image that is left out, in a sentence.
+        best: the checkpoint with the highest kNN accuracy, in place of the newest.
+        locate: returns the shards of a pattern, which may be a folder of images.
+        report: called with each image or checkpoint that is left out, in a sentence.
 
     Raises:
         RunError, CheckpointError: as of `load_run`; or if there are several processes.
@@ -44,13 +48,24 @@ def embed_run(
     """
     if world.world_size > 1:
         raise RunError("this command runs in one process: start it without torchrun or srun")
-    objective, saved, checkpoint = load_run(run, world.device)
+    objective, saved, checkpoint = load_run(run, world.device, best=best)
+    for path, reason in checkpoint.skipped:
+        report(f"passed over {path.name}: {reason}")
     config = replace(saved, device="auto")
     threads = setup.share_cores(config)
     encoder = objective.encoder
     with eval_mode(encoder):
         return [
-            _embed(encoder, config, pattern, limit, world, threads, checkpoint.step, report)
+            _embed(
+                encoder,
+                config,
+                locate(pattern, config),
+                limit,
+                world,
+                threads,
+                checkpoint.step,
+                report,
+            )
             for pattern, limit in sets
         ]
 
@@ -100,4 +115,5 @@ def _embed(
             classes=shards.classes,
             digest=shards.digest,
             step=step,
+            pattern=pattern,
         )

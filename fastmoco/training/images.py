@@ -48,6 +48,11 @@ class Pack(Protocol):
         """Pack `images` into `root`; `named` is the field that errors name."""
 
 
+def max_side_of_run(config: Config) -> int:
+    """Pixels to which the longer sides of packed images are shrunk."""
+    return config.data.max_side or max_side_of(config.data.view1.size)
+
+
 def with_shards(
     config: Config,
     out: Path,
@@ -131,12 +136,14 @@ class _Folders:
         except ValueError as error:
             raise of_field(error, "data.images") from error
         resolve(self.config, world_size=self.processes, sample_count=state.images)
+        if self.config.knn.images:
+            self._state_held_out(state.classes)  # refused before hours of packing
         return self.pack(images, self.root, self._options(), named="data.images", state=state)
 
     def _options(self) -> PackOptions:
-        data, share = self.config.data, self.config.knn.holdout_share
+        share = self.config.knn.holdout_share
         return PackOptions(
-            max_side=data.max_side or max_side_of(data.view1.size),
+            max_side=max_side_of_run(self.config),
             holdout=share,
             seed=self.config.seed if share else 0,
         )
@@ -191,10 +198,7 @@ class _Folders:
             opened = ShardSet.open(self.config.data.shards, cache=self.config.data)
             classes = opened.classes
             opened.close()
-        try:
-            state = folder_state(images)
-        except ValueError as error:
-            raise of_field(error, "knn.images") from error
+        state = self._state_held_out(classes)
         missing = [
             str(where)
             for where, names in (
@@ -209,13 +213,26 @@ class _Folders:
                 "without it"
             )
             return ""
-        unknown = sorted(set(state.classes) - set(classes))
-        if unknown:
-            raise ValueError(
-                f"knn.images={self.config.knn.images!r}: has classes that the training images have "
-                f"not: {', '.join(unknown[:5])}; give it the same class folders"
-            )
         options = replace(
             self._options(), holdout=0.0, seed=0, prefix="test", classes=classes, apart_from=trained
         )
         return self.pack(images, self.root, options, named="knn.images", state=state).pattern
+
+    def _state_held_out(self, classes: tuple[str, ...]) -> FolderState:
+        """The folder of held-out images.
+
+        Raises:
+            ValueError: if it has no images, or classes that the training images have not.
+        """
+        images = self.config.knn.images
+        try:
+            state = folder_state(Path(images))
+        except ValueError as error:
+            raise of_field(error, "knn.images") from error
+        unknown = sorted(set(state.classes) - set(classes))
+        if unknown and classes:
+            raise ValueError(
+                f"knn.images={images!r}: has classes that the training images have not: "
+                f"{', '.join(unknown[:5])}; give it the same class folders"
+            )
+        return state

@@ -88,6 +88,12 @@ def variable_hint(path: str) -> str:
     return f": a shell does not replace {escaped(named)} in single quotes, but in double quotes"
 
 
+def in_ascii(text: str) -> str:
+    """Text for a picture: Pillow's own font draws a box for a letter beyond ASCII, so it becomes an
+    escape (`\\xfc`)."""
+    return text.encode("ascii", "backslashreplace").decode()
+
+
 def counted(count: int, what: str) -> str:
     """A number with its noun: `1 shard`, `2 shards`, `2 classes`."""
     plural = what + ("es" if what.endswith("s") else "s")

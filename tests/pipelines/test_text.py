@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastmoco_pipelines.text import first_sentence, redact, spoken
+from fastmoco_pipelines.text import first_sentence, in_ascii, redact, spoken
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,11 @@ def test_durations_in_their_largest_unit(seconds, words) -> None:
 @pytest.mark.parametrize("query", ["?X-Amz-Signature=SECRET", "?a=b&access_token=SECRET"])
 def test_a_signature_behind_a_key_is_hidden(query):
     assert redact(f"s3://bucket/a.tar{query}") == "s3://bucket/a.tar"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("K\u00e4fer [1].jpg", "K\\xe4fer [1].jpg"), ("\u732b.png", "\\u732b.png")],
+)
+def test_a_picture_shows_letters_that_its_font_lacks_as_escapes(name, shown):
+    assert in_ascii(name) == shown

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastmoco_pipelines.files import whole_file
 from fastmoco_pipelines.inspecting.preview import fit_into
-from fastmoco_pipelines.text import escaped
+from fastmoco_pipelines.text import escaped, in_ascii
 
 MOST_IMAGES = 5000
 """Of one picture: about 80 megapixels."""
@@ -51,7 +51,7 @@ def save_contact_sheet(
             canvas.paste(shown, (left + (_CELL - shown.width) // 2, top + _CELL - shown.height))
             for line, text in enumerate(caption):
                 at = (left, top + _CELL + 2 + line * _LINE)
-                pen.text(at, _end_of(escaped(text), font), fill="black", font=font)
+                pen.text(at, _end_of(in_ascii(escaped(text)), font), fill="black", font=font)
 
     out = Path(out_png)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from fastmoco_pipelines.healing.culprit import raise_bad_image
 from fastmoco_pipelines.sampling.order import samples_at
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import Device, ViewSpec, each_view, require
-from fastmoco_pipelines.text import escaped
+from fastmoco_pipelines.text import escaped, in_ascii
 from fastmoco_pipelines.views.draws import ViewDraws, draw_batch
 
 _CELL = 96  # pixels; smaller views are enlarged to about this, larger ones shown as they are
@@ -230,6 +230,7 @@ def put_beside(
         picture: rows of `row_height` pixels each.
         texts: the lines of each row; what does not fit into its height is cut off.
     """
+    texts = [[in_ascii(line) for line in lines] for lines in texts]
     font = ImageFont.load_default()
     widest = max((font.getlength(line) for lines in texts for line in lines), default=0.0)
     canvas = Image.new("RGB", (picture.width + 2 * _MARGIN + int(widest), picture.height), "white")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+from pathlib import Path
 
 import pytest
 
-from fastmoco.cli.agent import death, describe_start
-from fastmoco.errors import RunError
+from fastmoco.cli.agent import LOG, death, describe_start
+from fastmoco.cli.launch import _Group
+from fastmoco.errors import LAUNCHER, RunError
 
 pytestmark = pytest.mark.faults
 
@@ -52,3 +56,14 @@ def test_more_processes_than_gpus_are_refused_and_hidden_gpus_named(
 )
 def test_how_a_worker_died(code: int, text: str) -> None:
     assert re.fullmatch(f"{text}.*", death(code))
+
+
+@pytest.mark.parametrize(("begun", "sent"), [(False, signal.SIGTERM), (True, signal.SIGINT)])
+def test_an_agent_that_has_not_begun_gets_no_ctrl_c(begun: bool, sent: int, tmp_path: Path) -> None:
+    """Its interpreter would print a traceback."""
+    group = _Group([], {LAUNCHER: str(tmp_path)})
+    group._agent = subprocess.Popen(["sleep", "99"])
+    if begun:
+        (tmp_path / LOG).touch()
+    group._pass_on(signal.SIGINT)
+    assert group._agent.wait(30) == -sent

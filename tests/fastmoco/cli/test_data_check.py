@@ -195,6 +195,23 @@ def test_a_log_gets_a_line_a_minute_with_the_time_that_is_left(monkeypatch, caps
     ]
 
 
+@pytest.mark.parametrize(("calls", "stays"), [([], False), ([(2, 2)], True)])
+def test_only_the_bar_of_work_that_was_done_stays(calls, stays, monkeypatch, capsys):
+    pytest.importorskip("tyro")
+    from fastmoco.cli.data import progress_bar
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("TTY_INTERACTIVE", raising=False)
+    with progress_bar("packing") as advance:
+        for done, total in calls:
+            advance(done, total)
+    shown = capsys.readouterr().err
+    erased = shown.rpartition("\x1b[2K")[2].strip() == ""
+    assert "packing" in shown
+    assert erased is not stays
+
+
 @pytest.mark.parametrize("verb", ["check", "stats", "index"])
 def test_a_pattern_without_files_is_refused_in_one_line(verb, tmp_path, capsys):
     assert main(["data", verb, str(tmp_path / "none-*.tar")]) == 2

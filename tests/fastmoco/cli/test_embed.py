@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from fastmoco.checkpoint import save_checkpoint
+from fastmoco.cli.images import knn_sets
 from fastmoco.config.serial import to_json
 from fastmoco.evaluation.embed import embed
 from fastmoco.objectives.build import build_objective
@@ -76,10 +77,43 @@ def test_neighbours_and_outliers_name_files_and_draw_them(run, digits, tmp_path,
     assert [one["similarity"] for one in outliers] == sorted(one["similarity"] for one in outliers)
 
 
+def test_a_checkpoint_a_folder_of_images_and_the_best(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    photos, held_out = tmp_path / "photos", tmp_path / "held out"
+    for folder, names in ((photos, ("bird", "cat")), (held_out, ("cat",))):
+        for number, name in enumerate(names):
+            (folder / name).mkdir(parents=True)
+            Image.new("L", (9, 9), 40 * number).save(folder / name / "a b.png")
+    step = run / "checkpoints" / "step_00000003"
+    options = ["--train", str(photos), "--query", str(held_out), "--k", "1"]
+    assert main(["eval", "neighbours", str(step), *options]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "cat/a b.png"
+
+    # The labels of a bank, and the option that is wrong.
+    bank, held = knn_sets(str(photos), str(held_out), max_side=64)
+    with ShardSet.open(bank) as one, ShardSet.open(held) as other:
+        assert one.classes == other.classes == ("bird", "cat")
+    assert knn_sets(str(photos), str(photos), max_side=64) == (bank, bank)
+    with pytest.raises(ValueError, match=r"test=.* has classes that train=.* has not: bird"):
+        knn_sets(str(held_out), str(photos), max_side=64)
+    for sets, words in (
+        ((photos / "cat", photos), "^train=.* no class"),
+        ((photos, ""), "^test='"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            knn_sets(*map(str, sets), max_side=64)
+    options[3] = str(tmp_path / "nowhere")
+    assert main(["eval", "neighbours", str(step), *options]) == 2
+    assert f"--query {options[3]}: there is no file" in capsys.readouterr().err
+    for folder, words in ((run, "no checkpoint was saved at the step of a kNN"), (step, "is one")):
+        assert main(["eval", "outliers", str(folder), "--shards", str(photos), "--best"]) == 2
+        assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["outliers", "--shards", "x", "--k", "0"], "k=0: must be at least 1"),
+        (["outliers", "--shards", "x", "--k", "0"], "--k 0: must be at least 1"),
         (["embed", "--shards", "x", "--out", "x.csv"], "must end in .npz or .safetensors"),
         (["outliers", "--shards", "x"], "contains no checkpoint"),
     ],

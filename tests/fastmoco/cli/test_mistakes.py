@@ -156,3 +156,15 @@ def test_all_mistakes_are_named_at_once(capsys):
         "unknown option --bs",
     ]
     assert lines[2].startswith("--out is missing")
+
+
+def test_shards_of_two_options_are_told_apart():
+    from fastmoco.cli.delayed import eval_knn
+    from fastmoco.cli.mistakes import Wording
+    from fastmoco.cli.options import describe
+
+    words = ["run", "--train", "a/*.tar", "--test", "none/*.tar"]
+    error = ValueError("shards='none/*.tar': there is no file none/*.tar")
+    assert Wording(describe(eval_knn), words)(error) == (
+        "--test none/*.tar: there is no file none/*.tar"
+    )

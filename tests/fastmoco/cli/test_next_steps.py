@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def test_no_password_is_printed_and_a_set_that_is_not_there_is_not_invented() ->
     lines = next_steps.after_finish(
         Path("r"), config("https://me:secret@host/train.tar?sig=abc", ""), best=False
     )
-    assert "--train https://host/train.tar --test 'HELD_OUT/test-*.tar'" in lines[0]
+    same = "--train https://host/train.tar --query https://host/train.tar"
+    assert lines[0].endswith(f"eval neighbours r {same}")
     assert not any("secret" in line or "sig=" in line or "--best" in line for line in lines)
     synthetic = config("", "")
     synthetic = replace(synthetic, data=replace(synthetic.data, synthetic=True))
@@ -69,3 +71,11 @@ def test_no_password_is_printed_and_a_set_that_is_not_there_is_not_invented() ->
     )
     stopped = next_steps.after_stop(["train", "x", "--data.shards=s3://a:b@c/d", "--out", "my run"])
     assert stopped.endswith("train x --data.shards=s3://c/d --out 'my run'")
+
+
+def test_curves_are_named_only_where_they_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = config("a/train-*.tar", "a/test-*.tar")
+    whole = next_steps.after_finish(Path("r"), given, best=False)
+    assert whole[-1].endswith("curves r")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert next_steps.after_finish(Path("r"), given, best=False) == whole[:-1]

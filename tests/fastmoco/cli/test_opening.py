@@ -60,10 +60,22 @@ def test_a_line_is_printed_before_torch_is_imported(words, line) -> None:
     assert line in done.stdout
 
 
-@pytest.mark.parametrize(("rank", "count"), [(None, 1), ("0", 1), ("1", 0)])
-def test_one_of_all_processes_prints_it(rank, count, monkeypatch, capsys) -> None:
-    monkeypatch.delenv(opening.ANNOUNCED, raising=False)
-    monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [
+        ({}, 1),
+        ({"RANK": "0"}, 1),
+        ({"RANK": "1"}, 0),
+        ({"RANK": "first"}, 0),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}, 0),
+        ({"SLURM_PROCID": "1"}, 1),
+    ],
+)
+def test_one_of_all_processes_prints_it(variables, count, monkeypatch, capsys) -> None:
+    for name in (opening.ANNOUNCED, "RANK", "SLURM_STEP_ID", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     config = get_recipe("quickstart_digits")
     secret = "https://user:secret@host/train-{000..001}.tar"
     config = replace(config, data=replace(config.data, shards=secret))

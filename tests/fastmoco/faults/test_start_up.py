@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fastmoco.errors import BEGUN, LAUNCHER
+from fastmoco.faults.start_up import StartUp
 from tests.fault_runs import environment
 
 pytestmark = pytest.mark.faults
@@ -24,8 +26,13 @@ with StartUp() as start:
         out.mkdir(parents=True)
         (out / "lock").write_text(str(os.getpid()))
         (out / "starts.json").write_text("{}")
+    if "events" in sys.argv:
+        (out / "tensorboard").mkdir()
+        (out / "tensorboard" / "events").touch()
     if "other" in sys.argv:
         (out / "precious").touch()
+    if "begun" in sys.argv:
+        start.end()
     print("started", flush=True)
     if "refused" in sys.argv:
         sys.exit(2)
@@ -33,8 +40,6 @@ with StartUp() as start:
         mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
         libc.pthread_mutex_lock(mutex)
         libc.pthread_mutex_lock(mutex)
-    if "begun" in sys.argv:
-        start.end()
     time.sleep(100)
 """
 
@@ -45,7 +50,7 @@ with StartUp() as start:
         ([], "SIGTERM", 75, None),
         (["locked"], "SIGHUP", 75, {"lock", "starts.json", "PREEMPTED"}),
         (["locked", "blocked"], "SIGUSR1", 75, {"lock", "starts.json", "PREEMPTED"}),
-        (["locked"], "SIGINT", 130, None),
+        (["locked", "events"], "SIGINT", 130, None),
         (["locked", "other"], "SIGINT", 130, {"lock", "starts.json", "precious"}),
         (["locked", "refused"], "", 2, None),
         (["begun"], "SIGTERM", -15, None),
@@ -88,3 +93,14 @@ def test_under_nohup_a_closed_terminal_is_no_request(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGHUP, before)
     assert set(to_handle()) == set(SIGNALS)
+
+
+def test_a_restart_of_workers_has_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop before its first step is none of a run that lost steps."""
+    monkeypatch.setenv(LAUNCHER, str(tmp_path))
+    (tmp_path / BEGUN).touch()
+    with StartUp() as start:
+        start.end()
+    assert not (tmp_path / BEGUN).exists()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +101,14 @@ def test_a_picture_that_hangs_does_not_hold_the_run(
     assert child is not None
     drawer.close(0.1)
     assert child.poll() == -signal.SIGTERM
+
+
+def test_a_picture_whose_run_has_ended_is_not_drawn(tmp_path: Path) -> None:
+    """The parent of the process is another one than the run that started it."""
+    command = [sys.executable, "-m", "fastmoco.run.drawing", str(tmp_path)]
+    assert subprocess.run([*command, "1"], check=False, stderr=subprocess.DEVNULL).returncode == 0
+    own = str(os.getpid())
+    assert subprocess.run([*command, own], check=False, stderr=subprocess.DEVNULL).returncode == 1
 
 
 @pytest.mark.parametrize(("content", "words"), [(None, "contains no metrics"), ("", "logged a st")])

@@ -239,7 +239,7 @@ def test_the_command_line_says_trust(monkeypatch: pytest.MonkeyPatch) -> None:
     for words in ([], ["--trust"]):
         assert main(["train", "quickstart_digits", "--out", "unused", *words]) == 0
     launched: list[list[str]] = []
-    keep: Callable[..., int] = lambda gpus, args, out: launched.append(args) or 0  # noqa: E731
+    keep: Callable[..., int] = lambda gpus, args, out, **more: launched.append(args) or 0  # noqa: E731
     monkeypatch.setattr("fastmoco.cli.launch.launch", keep)
     assert main(["train", "quickstart_digits", "--out", "unused", "--gpus", "2", "--trust"]) == 0
     assert given == [False, True]

@@ -121,9 +121,10 @@ def visible(text: str) -> str:
 def test_the_table_shows_everything_and_keeps_the_best_knn() -> None:
     stream = io.StringIO()
     console = Console(figures=KNN, stream=stream, live=True)
+    console.event("before the table")
     console.start(2000, "ViT-S/16 on digits")
     console.log(ROW)
-    console.log({"step": 140, "knn": 0.92})
+    console.keep({"knn": 0.92})
     console.log({"step": 160, "loss": 3.0})
     for number in range(EVENTS_SHOWN + 1):
         console.event(f"warning: event {number}")
@@ -145,6 +146,7 @@ def test_the_table_shows_everything_and_keeps_the_best_knn() -> None:
         assert expected in last, expected
     assert "! warning: event 0" not in last
     assert "! warning: event 0" in visible(stream.getvalue())
+    assert stream.getvalue().count("before the table") == 1
 
 
 @pytest.mark.parametrize(

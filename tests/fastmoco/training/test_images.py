@@ -157,27 +157,31 @@ def test_a_refused_folder_is_named_by_its_field(
     empty = str(tmp_path / "empty")
     no_images = replace(config, data=replace(config.data, images=empty))
     no_held_out = replace(config, knn=replace(config.knn, holdout="", images=empty))
+    zebras = str(write_images(tmp_path / "others", "z", count=2, first=20))
+    no_class = replace(config, knn=replace(config.knn, holdout="", images=zebras))
     few = replace(config, global_batch_size=25)
     for wrong, words in (
         (no_images, f"fastmoco: data.images={empty!r}: "),
         (no_held_out, f"fastmoco: knn.images={empty!r}: "),
+        (no_class, "has classes that the training images have not: z;"),
         (few, "global_batch_size=25: must be at most the 24 training images; --global"),
     ):
         with pytest.raises(SystemExit, match="2"):
             train(wrong, out)
         assert words in capsys.readouterr().err
+    assert not out.parent.exists()  # nothing was packed
     assert train(config, out) == 0  # its lock was given back
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: DataConfig(images="a", shards="b"), r"data\.images='a': .*data\.shards='b'"),
-        (lambda: KnnConfig(images="a", test_shards="b"), r"knn\.images='a': .*knn\.test_shards"),
-        (lambda: KnnConfig(holdout="10%", images="b"), r"knn\.holdout='10%': .*knn\.images"),
-        (lambda: KnnConfig(holdout="ten"), r"knn\.holdout='ten': .*10% or 0\.1"),
-        (lambda: KnnConfig(holdout="100%"), r"knn\.holdout='100%'"),
-        (lambda: KnnConfig(holdout="nan"), r"knn\.holdout='nan'"),
+        (lambda: DataConfig(images="a", shards="b"), r"^images='a': .*data\.shards='b'"),
+        (lambda: KnnConfig(images="a", test_shards="b"), r"^images='a': .*knn\.test_shards"),
+        (lambda: KnnConfig(holdout="10%", images="b"), r"^holdout='10%': .*knn\.images"),
+        (lambda: KnnConfig(holdout="ten"), r"^holdout='ten': .*10% or 0\.1"),
+        (lambda: KnnConfig(holdout="100%"), r"^holdout='100%'"),
+        (lambda: KnnConfig(holdout="nan"), r"^holdout='nan'"),
         (lambda: Config(knn=KnnConfig(holdout="0.1")), r"knn\.holdout='0\.1': needs data\.images"),
         (lambda: DataConfig(max_side=-1), r"max_side=-1"),
     ],
