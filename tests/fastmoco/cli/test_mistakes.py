@@ -104,15 +104,6 @@ def test_commands_without_a_recipe_do_the_same(words, line, capsys):
         (["--data.shards", "a.tar", "b.tar"], "the shell has expanded a pattern; put it in quotes"),
         (["--optim.lr", "-1"], "--optim.lr -1: must not be negative"),
         (["--knn.k", "0"], "--knn.k 0: must be at least 1"),
-        (
-            ["--data.images", "a", "--data.shards", "b"],
-            "--data.images a: cannot be given together with --data.shards b",
-        ),
-        (
-            ["--knn.images", "a", "--knn.holdout", "5%"],
-            "--knn.holdout 5%: cannot be given together",
-        ),
-        (["--knn.holdout", "150%"], "--knn.holdout 150%: must be a share between 0 and 1"),
         (["--batch.chunk=0"], "--batch.chunk 0: must be auto or none, or an integer"),
         (
             ["--data.view2.size", "16"],
