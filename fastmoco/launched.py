@@ -246,6 +246,11 @@ def _first_address(given: Mapping[str, str]) -> str:
         ValueError: if there is none.
     """
     nodes = given.get("SLURM_STEP_NODELIST") or given.get("SLURM_JOB_NODELIST", "")
+    if not nodes:
+        raise ValueError(
+            f"SLURM_PROCID={given['SLURM_PROCID']} is set without SLURM_JOB_NODELIST: for several "
+            f"processes, {_HOW}; to train in this process alone, unset SLURM_PROCID"
+        )
     host = first_host(nodes)
     try:
         socket.getaddrinfo(host, None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fastmoco.cli.data import progress_bar
 from fastmoco.errors import RunError, say
-from fastmoco_pipelines.text import spoken
+from fastmoco_pipelines.text import counted, spoken
 
 if TYPE_CHECKING:
     from fastmoco_pipelines.making.folder_cache import FolderState, PackedFolder, PackOptions
@@ -134,8 +134,8 @@ def packed(
             f"; longer sides are shrunk to {options.max_side} pixels" if options.max_side else ""
         )
         say(
-            f"packing {found.images} images of {images} ({_size(found.total_bytes)}) into {out}, "
-            f"once{shrunk}"
+            f"packing {counted(found.images, 'image')} of {images} "
+            f"({_size(found.total_bytes)}) into {out}, once{shrunk}"
         )
 
     def wait(out: Path) -> None:
@@ -172,9 +172,9 @@ def _report(packed: PackedFolder, images: Path) -> None:
         say(f"images of {images}: {packed.samples}{held_out} in {packed.folder}, packed before")
         return
     count = len(packed.skipped)
-    files = f"; {count} {'file' if count == 1 else 'files'} left out" if count else ""
+    files = f"; {counted(count, 'file')} left out" if count else ""
     say(
-        f"packed {packed.samples} images{held_out}, {_size(packed.total_bytes)} in "
+        f"packed {counted(packed.samples, 'image')}{held_out}, {_size(packed.total_bytes)} in "
         f"{spoken(packed.seconds)}{files}"
     )
     for name, reason in packed.skipped[:SHOWN]:

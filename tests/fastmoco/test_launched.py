@@ -106,6 +106,7 @@ def test_a_name_that_does_not_resolve_becomes_the_address_of_the_node(
         ({"PMI_SIZE": "4", "PMI_RANK": "3"}, "mpirun has started 4 processes .*unset PMI_SIZE"),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "but not SLURM_STEP_ID.*launch/slurm.sh"),
         (STEP | {"WORLD_SIZE": "16"}, "WORLD_SIZE=16 is set, but srun has started 6 tasks"),
+        (STEP | {"SLURM_STEP_NODELIST": ""}, "without SLURM_JOB_NODELIST.*unset SLURM_PROCID"),
         (STEP | {"SLURM_STEP_NODELIST": "a;touch x"}, "host name 'a;touch x' refused"),
         (
             STEP | {"SLURM_STEP_NODELIST": "-oProxyCommand=x"},

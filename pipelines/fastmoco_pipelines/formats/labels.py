@@ -167,10 +167,7 @@ def number_labels(
         if rule.source == candidate or candidate != "txt" or not _captions(given):
             source = candidate
             break
-        note = (
-            "the .txt members look like captions, not labels: no labels (--labels txt takes them "
-            "as names)"
-        )
+        note = "the .txt members look like captions, not labels; --labels txt takes them as names"
     if source is None:
         return NumberedLabels(
             source=None,

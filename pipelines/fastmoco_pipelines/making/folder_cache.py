@@ -265,7 +265,7 @@ def _pack(
         before = sum(counts[:number])
         if not names:
             raise ValueError(
-                f"{str(src)!r}: each of its {len(sources)} images is one of "
+                f"{str(src)!r}: each of its images ({len(sources)}) is one of "
                 f"{options.apart_from!r} too, byte for byte"
             )
         reports.append(
