@@ -9,22 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastmoco.config import Config
-from fastmoco.errors import say
+from fastmoco.errors import LAUNCHER, say
 from fastmoco_pipelines.text import redact
 
-ANNOUNCED = "FASTMOCO_ANNOUNCED"
-"""Set for the processes that a launcher starts, so that one of them all prints the line."""
 LOOKED_AT = 64
 """Images whose size is read."""
 
 
 def announce(config: Config) -> None:
-    """Print which images a run opens, at once: the imports take seconds. Rank 0 alone prints."""
+    """Print which images a run opens, at once: the imports take seconds. Rank 0 alone prints, and
+    no worker of `--gpus`, whose launcher has printed it."""
     variables = ("RANK", "SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else ("RANK",)
     rank = next(filter(None, map(os.environ.get, variables)), "0")
-    if os.environ.get(ANNOUNCED) or rank.strip() != "0":  # one that is no number is refused later
+    if LAUNCHER in os.environ or rank.strip() != "0":  # one that is no number is refused later
         return
-    os.environ[ANNOUNCED] = "1"
     data = config.data
     what = "synthetic images" if data.synthetic else redact(data.images or data.shards or "no data")
     say(f"{config.recipe}: importing torch, then opening {what}")

@@ -34,9 +34,8 @@ def test_wrong_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="this machine has no CUDA device"):
         start_world("gpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "64")
     with pytest.raises(ValueError, match=r"local_rank=64: this machine has 2 CUDA devices"):
-        start_world("gpu")
+        mesh._device_of("gpu", 64)
 
 
 def test_keys_and_objective_pass_through() -> None:

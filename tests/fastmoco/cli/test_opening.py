@@ -13,8 +13,9 @@ from PIL import Image
 
 pytest.importorskip("tyro", reason="tyro is not installed")
 
-from fastmoco.cli import data, opening
+from fastmoco.cli import data
 from fastmoco.cli.opening import announce, suggestion
+from fastmoco.errors import LAUNCHER
 from fastmoco.recipes import get_recipe
 from tests.command_line import main
 from tests.fault_runs import environment
@@ -69,10 +70,11 @@ def test_a_line_is_printed_before_torch_is_imported(words, line) -> None:
         ({"RANK": "first"}, 0),
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}, 0),
         ({"SLURM_PROCID": "1"}, 1),
+        ({LAUNCHER: "reports", "RANK": "0"}, 0),
     ],
 )
 def test_one_of_all_processes_prints_it(variables, count, monkeypatch, capsys) -> None:
-    for name in (opening.ANNOUNCED, "RANK", "SLURM_STEP_ID", "SLURM_PROCID"):
+    for name in (LAUNCHER, "RANK", "SLURM_STEP_ID", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -80,7 +82,6 @@ def test_one_of_all_processes_prints_it(variables, count, monkeypatch, capsys) -
     secret = "https://user:secret@host/train-{000..001}.tar"
     config = replace(config, data=replace(config.data, shards=secret))
     announce(config)
-    announce(config)  # as a process that a launcher starts
     said = capsys.readouterr().err
     assert said.count("then opening") == count
     assert "secret" not in said

@@ -72,7 +72,7 @@ def test_a_finished_run_starts_nothing(config: Config, copy: Path) -> None:
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said, *commands, loaded = done.stdout.splitlines()
-    assert [" eval knn " in commands[0], " --encoder " in commands[1]] == [True, True]
+    assert [" eval neighbours " in commands[0], " --encoder " in commands[1]] == [True, True]
     assert said == f"this run is finished already; its 5 steps are in {copy / 'checkpoints'}"
     assert json.loads(loaded) == [
         "fastmoco.training",
