@@ -12,6 +12,7 @@ from fastmoco.distributed import (
     gather_keys,
     group_rank,
     group_size,
+    mesh,
     parallelize,
     start_world,
 )
