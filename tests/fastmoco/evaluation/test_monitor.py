@@ -289,34 +289,37 @@ def _conv_config(config: Config, patterns: tuple[str, str], **knn: float | str) 
     )
 
 
-# Each case differs from the defaults, 20 and 0.07, in one number.
-@pytest.mark.parametrize(("k", "temperature"), [(3, 0.07), (20, 0.02)])
-def test_the_figure_equals_an_independent_one(small_run, patterns, k, temperature):
-    encoder, right = _conv_encoder(), {"k": k, "temperature": temperature}
-    bank_images, query_images = _read(patterns[0], limit=120), _read(patterns[1], limit=80)
-    bank, queries = _features(encoder, bank_images), _features(encoder, query_images)
-    expected = _vote(bank, queries, **right)
-
-    monitor = _monitor(_conv_config(small_run, patterns, **right))
-    assert monitor.measure(encoder, 1.0)["knn"] == pytest.approx(expected, abs=1e-12)
-
-    # What this can tell apart: each of these mistakes would move the figure by two images or more.
-    def shown_otherwise(**how: object) -> float:
-        sets = [_features(encoder, images, **how) for images in (bank_images, query_images)]
-        return _vote(*sets, **right)
-
-    whole = _features(encoder, _read(patterns[0])), _features(encoder, _read(patterns[1]))
-    mistakes = {
-        "bank from the test set": _vote(queries, queries, **right),
-        "sets exchanged": _vote(queries, bank, **right),
-        "default k and temperature": _vote(bank, queries, k=20, temperature=0.07),
-        "training mode": shown_otherwise(training=True),
-        "default mean": shown_otherwise(mean=(0.485, 0.456, 0.406)),
-        "default deviation": shown_otherwise(std=(0.229, 0.224, 0.225)),
-        "first images only": _vote((whole[0][0][:120], whole[0][1][:120]), queries, **right),
-        "no limits": _vote(*whole, **right),
+def test_the_figure_equals_an_independent_one(small_run, patterns):
+    encoder = _conv_encoder()
+    sets = [_read(patterns[0], limit=120), _read(patterns[1], limit=80)]
+    bank, queries = (_features(encoder, images) for images in sets)
+    whole = [_features(encoder, _read(pattern)) for pattern in patterns[:2]]
+    shown_otherwise = {
+        name: [_features(encoder, images, **how) for images in sets]
+        for name, how in {
+            "training mode": {"training": True},
+            "default mean": {"mean": (0.485, 0.456, 0.406)},
+            "default deviation": {"std": (0.229, 0.224, 0.225)},
+        }.items()
     }
-    assert [name for name, value in mistakes.items() if abs(value - expected) < 1.5 / 80] == []
+
+    # Each case differs from the defaults, 20 and 0.07, in one number.
+    for right in ({"k": 3, "temperature": 0.07}, {"k": 20, "temperature": 0.02}):
+        expected = _vote(bank, queries, **right)
+        monitor = _monitor(_conv_config(small_run, patterns, **right))
+        assert monitor.measure(encoder, 1.0)["knn"] == pytest.approx(expected, abs=1e-12)
+
+        # What this can tell apart: each mistake would move the figure by two images or more.
+        mistakes = {
+            "bank from the test set": _vote(queries, queries, **right),
+            "sets exchanged": _vote(queries, bank, **right),
+            "default k and temperature": _vote(bank, queries, k=20, temperature=0.07),
+            "first images only": _vote((whole[0][0][:120], whole[0][1][:120]), queries, **right),
+            "no limits": _vote(*whole, **right),
+            **{name: _vote(*shown, **right) for name, shown in shown_otherwise.items()},
+        }
+        near = [name for name, value in mistakes.items() if abs(value - expected) < 1.5 / 80]
+        assert near == []
 
 
 def test_a_measurement_writes_no_batch_norm_buffer(small_run, patterns):
