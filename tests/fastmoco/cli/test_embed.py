@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+pytest.importorskip("tyro", reason="tyro is not installed")
+
 from fastmoco.checkpoint import save_checkpoint
 from fastmoco.cli.images import knn_sets
 from fastmoco.config.serial import to_json
