@@ -174,6 +174,8 @@ def test_names_of_any_bytes_are_printed_escaped_whatever_the_encoding(tmp_path, 
     assert b"\\x1b[2J\\nall is well\\r" in text
     assert "\u202e".encode() not in text
     assert not set(text) & {0x1B, 0x0D, 0xEF}
+    if environment["LC_ALL"] != "C":  # what follows takes a process each
+        return
     for words in (
         [b"data", b"stats", out],
         [b"data", b"pack", src, out],

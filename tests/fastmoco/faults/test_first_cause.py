@@ -126,7 +126,7 @@ local_files.LocalFiles.read = hang
 """
     code, text = run(config, tmp_path / "run", before)
     assert code != 0
-    assert "fastmoco: rank 1: waiting for the data of step" in text, text
+    assert "fastmoco: rank 1: warning: waiting for the data of step" in text, text
     lines = errors(text)
     assert any("ended by the failure of rank 1: no data for step" in line for line in lines), text
     assert any("reading the shards for step" in line and "train-" in line for line in lines), text
