@@ -219,11 +219,11 @@ def remove_if_free(path: str) -> None:
 
 
 @contextmanager
-def folder_for(path: Path) -> Iterator[Path]:
+def folder_for(path: Path, *, mode: int = 0o777) -> Iterator[Path]:
     """A folder in which something is made: created if absent, and removed again if that fails and
     the folder is still empty."""
     made = missing_folders(path)
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True, mode=mode)
     try:
         yield path
     except BaseException:

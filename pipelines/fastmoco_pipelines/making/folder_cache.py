@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmoco_pipelines.files import OPEN_FLAGS, is_named, try_lock, write_json
+from fastmoco_pipelines.files import OPEN_FLAGS, folder_for, is_named, try_lock, write_json
 from fastmoco_pipelines.making.holdout import also_in, held_out_names
 from fastmoco_pipelines.making.pack import PackReport, Progress, pack_folder
 from fastmoco_pipelines.making.sources import Source, find_sources, has_images
@@ -202,26 +202,22 @@ def pack_once(
     out = root / packed_name(state, options)
     if (found := read_packed(out)) is not None:
         return found
-    fresh = not root.exists()
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        with _locked(out.with_name(f".{out.name}.lock"), lambda: wait and wait(out)):
-            if (found := read_packed(out)) is not None:
-                return found
-            for left in root.glob(f".{_escaped(out.name)}.*.making"):  # by a killed process
-                shutil.rmtree(left, ignore_errors=True)
-            shutil.rmtree(out, ignore_errors=True)  # incomplete: without its last file
-            if begin is not None:
-                begin(state, out)
-            making = out.with_name(f".{out.name}.{os.getpid()}.making")
-            try:
-                return _pack(src, making, out, state, options, progress, tell)
-            finally:
-                shutil.rmtree(making, ignore_errors=True)
-    except BaseException:
-        if fresh:
-            _remove_empty(root)
-        raise
+    with (
+        folder_for(root, mode=0o700),
+        _locked(out.with_name(f".{out.name}.lock"), lambda: wait and wait(out)),
+    ):
+        if (found := read_packed(out)) is not None:
+            return found
+        for left in root.glob(f".{out.name}.*.making"):  # by a killed process
+            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)  # incomplete: without its last file
+        if begin is not None:
+            begin(state, out)
+        making = out.with_name(f".{out.name}.{os.getpid()}.making")
+        try:
+            return _pack(src, making, out, state, options, progress, tell)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
 
 
 def _pack(
@@ -277,6 +273,7 @@ def _pack(
                 quality=QUALITY,
                 seed=options.seed,
                 keep=names.__contains__,
+                sources=found,
                 classes=options.classes or None,
                 progress=_shifted(progress, before, sum(counts)),
             )
@@ -347,18 +344,6 @@ def _locked(path: Path, wait: Callable[[], object]) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
-
-
-def _escaped(name: str) -> str:
-    """A name for `glob`; it has no other special character (`packed_name`)."""
-    return name.replace("[", "[[]")
-
-
-def _remove_empty(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except OSError:
-        return
 
 
 def holds_images_alone(folder: Path) -> bool:

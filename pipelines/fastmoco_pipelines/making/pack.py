@@ -102,6 +102,7 @@ def pack_folder(
     follow_links: bool = False,
     overwrite: bool = False,
     keep: Callable[[str], bool] | None = None,
+    sources: Sources | None = None,
     classes: Sequence[str] | None = None,
     progress: Progress | None = None,
     tell: Callable[[str], None] | None = None,
@@ -126,6 +127,7 @@ def pack_folder(
         overwrite: replace a set of the same prefix; else it is refused.
         keep: which images are packed, by their paths below `src`; None: all. The classes are those
             of all images.
+        sources: what is in `src`, if that is known already; None: it is looked up.
         classes: class names by label, with which the labels must agree; None: those of the other
             sets in `out`, else the names in `src`.
         progress: called with (images done, images in all).
@@ -149,7 +151,7 @@ def pack_folder(
     own_sets(out)
     if read_moving(out) is None:
         _refuse_old(out, prefix, overwrite)
-    found = find_sources(Path(src), follow_links=follow_links)
+    found = sources or find_sources(Path(src), follow_links=follow_links)
     for note in found.notes:
         tell(f"note: {note}")
 
