@@ -16,8 +16,7 @@ from tyro.conf import Positional
 
 from fastmoco.cli.mistakes import Wording, parse, worded
 from fastmoco.cli.options import describe
-from fastmoco.cli.pages import HELP, of_config
-from fastmoco.cli.pages import show as show_page
+from fastmoco.cli.pages import HELP, of_config, show_page
 from fastmoco.errors import EXIT_REFUSED, one_line, say, show
 from fastmoco.recipes.suggest import Suggestion, suggest
 from fastmoco_pipelines.spec import CacheSpec, ViewSpec, moco_v3_views

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastmoco.cli.commands import COMMANDS, Command, group_of
 from fastmoco.cli.environment import clean_environment
-from fastmoco.cli.pages import HELP, of_function, overview, show
+from fastmoco.cli.pages import HELP, of_function, overview, show_page
 from fastmoco.cli.words import prepare_streams, prepare_words
 from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_UNREAD, reader_is_gone, say
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args and args[0] == "help":
         args = [*args[1:], "--help"]
     if not args or args[0] in HELP:
-        show(overview())
+        show_page(overview())
         return 0
     if args[0] in ("--version", "-V", "version"):
         import fastmoco
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # A group of commands.
     if group_of(args[0]) and (len(args) == 1 or args[1] in HELP):
-        show(overview(args[0]))
+        show_page(overview(args[0]))
         return 0
     say(_unknown(args))
     return EXIT_REFUSED
@@ -96,7 +96,7 @@ def _run(command: Command, args: list[str], *, process_ends: bool) -> int:
 
     function = command.call
     if set(args) & set(HELP):
-        show(of_function(command.name, describe(function)))
+        show_page(of_function(command.name, describe(function)))
         return 0
 
     @functools.wraps(function)

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from fastmoco.cli.commands import GROUPS, Command, group_of
 from fastmoco.cli.options import REQUIRED, Described, Group, Option, choices
+from fastmoco.cli.output import until_closed
 from fastmoco_pipelines.text import first_sentence
 
 HELP = ("-h", "--help", "--help-all")
@@ -338,10 +339,7 @@ def heading(text: str) -> str:
     return text if plain or not sys.stdout.isatty() else f"\033[1m{text}\033[0m"
 
 
-def show(text: str) -> None:
+def show_page(text: str) -> None:
     """Print a page, also into a pipe that ends early, e.g. `| head`."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Otherwise the interpreter reports it when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with until_closed():
+        print(text)

@@ -17,7 +17,7 @@ from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.mistakes import Wording, parse, sort_words, worded
 from fastmoco.cli.opening import announce, suggestion
 from fastmoco.cli.options import describe
-from fastmoco.cli.pages import HELP, no_recipe, of_config, show
+from fastmoco.cli.pages import HELP, no_recipe, of_config, show_page
 from fastmoco.cli.plan import PlanArguments
 from fastmoco.config import Config
 from fastmoco.config.serial import to_json
@@ -81,9 +81,9 @@ def parse_config(kind: type[P], verb: str, args: list[str]) -> P | None:
     if set(args) & set(HELP):
         whole = "--help-all" in args
         if recipe is None and not whole:
-            show(_without_recipe(kind, verb))
+            show_page(_without_recipe(kind, verb))
         else:
-            show(_page(kind, verb, recipe, whole=whole))
+            show_page(_page(kind, verb, recipe, whole=whole))
         raise SystemExit(0)
     if recipe is None and not args:
         print(
@@ -189,7 +189,7 @@ def print_config(args: list[str]) -> int:
     parsed = parse_config(ConfigArguments, "print-config", args)
     if parsed is None:
         return EXIT_REFUSED
-    show(json.dumps(to_json(parsed.config), indent=2))
+    show_page(json.dumps(to_json(parsed.config), indent=2))
     return 0
 
 
