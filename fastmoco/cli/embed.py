@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.images import of_options, set_of_folder
 from fastmoco.cli.output import until_closed
-from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say
+from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say, show
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ def embed(
         (found,), _ = _embed(run, {"shards": (shards, limit)}, best)
         write_embeddings(found, out)
         shape = " x ".join(map(str, found.features.shape))
-        print(f"wrote features {shape} of step {found.step}, labels and file names to {out}")
+        show(f"wrote features {shape} of step {found.step}, labels and file names to {out}")
     return EXIT_FINISHED
 
 
@@ -293,4 +293,4 @@ def _draw(
     ]
     path = save_contact_sheet(cells, out)
     if not quiet:
-        print(f"wrote {path}")
+        show(f"wrote {path}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from fastmoco.cli.output import until_closed
-from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say
+from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say, show
 
 if TYPE_CHECKING:
     from fastmoco.training.step_images import RunImages, StepImages
@@ -96,7 +96,7 @@ def _spikes(run: Path, as_json: bool) -> int:
         print(f"step {step}: gradient norm of {', '.join(shown)}{skipped}")
     if spikes:
         command = shlex.join(["fastmoco", "run", "images", str(run), "--step", str(min(spikes))])
-        print(f"the images of a step: {command}")
+        show(f"the images of a step: {command}")
     else:
         print("no step with a gradient spike is recorded")
     return EXIT_FINISHED
@@ -140,7 +140,7 @@ def _draw(source: RunImages, found: StepImages, out: Path, *, quiet: bool) -> No
     rows = [cells[start : start + A_ROW] for start in range(0, len(cells), A_ROW)]
     path = save_contact_sheet(rows, out)
     if not quiet:
-        print(f"wrote {path}")
+        show(f"wrote {path}")
 
 
 def _to_json(source: RunImages, found: StepImages) -> dict[str, Any]:

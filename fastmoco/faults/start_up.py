@@ -27,6 +27,7 @@ from fastmoco.errors import (
     say,
 )
 from fastmoco.faults.signals import to_handle
+from fastmoco_pipelines.files import missing_folders, remove_empty
 
 GRACE_SECONDS = 2.0
 """Time that the main thread has to close what it has opened."""
@@ -75,7 +76,7 @@ class StartUp:
     def opens(self, out: Path) -> None:
         """The folder of the run is known, and may be made from now on."""
         self._out = out
-        self._made = _missing(out)
+        self._made = missing_folders(out)
 
     def end(self) -> None:
         """The start is over: restore the previous handlers. May be called more than once."""
@@ -169,8 +170,7 @@ class StartUp:
                 found.remove("tensorboard")
             for name in found:
                 (self._out / name).unlink()
-            for folder in self._made:
-                folder.rmdir()
+            remove_empty(self._made)
 
 
 def ended_early(number: signal.Signals) -> str:
@@ -183,13 +183,3 @@ def mark_stopped(out: Path) -> None:
     with contextlib.suppress(OSError):
         descriptor = os.open(out / "PREEMPTED", os.O_WRONLY | os.O_CREAT, 0o600)
         os.close(descriptor)
-
-
-def _missing(out: Path) -> list[Path]:
-    """The folder and those above it that do not exist yet, deepest first."""
-    found = []
-    for folder in (out, *out.parents):
-        if folder.exists():
-            break
-        found.append(folder)
-    return found
