@@ -12,8 +12,13 @@ README.md beside this file describes the order of writes and what a load refuses
 
 from fastmoco.checkpoint.choose import Score, find_checkpoint, load_best, score_in
 from fastmoco.checkpoint.errors import CheckpointError
-from fastmoco.checkpoint.folder import list_checkpoints, require_writable, unfinished_saves
-from fastmoco.checkpoint.inspection import Inspection, consolidate, inspect_checkpoints, read_state
+from fastmoco.checkpoint.folder import (
+    list_checkpoints,
+    read_state,
+    require_writable,
+    unfinished_saves,
+)
+from fastmoco.checkpoint.inspection import Inspection, consolidate, inspect_checkpoints
 from fastmoco.checkpoint.loading import Checkpoint, load_checkpoint, load_latest
 from fastmoco.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from fastmoco.checkpoint.ranks import group_for_saving, on_every_rank

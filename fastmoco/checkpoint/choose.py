@@ -6,7 +6,6 @@ the one with the highest score, so it needs no pointer that could be lost or wro
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco.checkpoint.errors import CheckpointError
-from fastmoco.checkpoint.folder import MARKER, STATE, fingerprint, list_checkpoints, read_marker
+from fastmoco.checkpoint.folder import MARKER, list_checkpoints, read_state
 from fastmoco.checkpoint.loading import Checkpoint, load_checkpoint, load_latest
 from fastmoco.errors import no_checkpoint
 
@@ -61,13 +60,9 @@ def score_of(path: Path) -> Score | None:
     Its state is compared with the marker before it is parsed; a damaged one has no score.
     """
     try:
-        promised = read_marker(path)["files"][STATE]
-        if fingerprint(path / STATE) != promised:
-            return None
-        state = json.loads((path / STATE).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return score_in(read_state(path))
+    except CheckpointError:
         return None
-    return score_in(state) if isinstance(state, dict) else None
 
 
 def by_score(paths: Iterable[Path]) -> list[Path]:

@@ -204,6 +204,29 @@ def verify(path: Path) -> dict[str, Any]:
     return promised
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint, verified; its tensors are not read.
+
+    Args:
+        path: folder of the checkpoint.
+
+    Raises:
+        CheckpointError: if it is missing, changed or no JSON object.
+    """
+    try:
+        promised = read_marker(path)["files"][STATE]
+        if fingerprint(path / STATE) != promised:
+            raise ValueError(f"{STATE} differs in size or SHA-256 from what {MARKER} lists")
+        state = json.loads((path / STATE).read_bytes())
+        if not isinstance(state, dict):
+            raise ValueError(f"{STATE} holds no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: {error}. Restore {path.name} from a copy, or remove it."
+        ) from error
+    return state
+
+
 def make_way(final: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
     """Free the name `final`: move a folder of that name aside, unless it is a valid checkpoint.
 

@@ -4,12 +4,10 @@ one file for other tools.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -17,8 +15,6 @@ from fastmoco.checkpoint.choose import Score, score_in
 from fastmoco.checkpoint.errors import CheckpointError
 from fastmoco.checkpoint.folder import (
     MARKER,
-    STATE,
-    fingerprint,
     flush,
     list_checkpoints,
     read_marker,
@@ -94,29 +90,6 @@ def _inspect(folder: Path) -> Inspection:
         fault=fault,
         score=score,
     )
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint, verified; its tensors are not read.
-
-    Args:
-        path: folder of the checkpoint.
-
-    Raises:
-        CheckpointError: if it is missing, changed or no JSON object.
-    """
-    try:
-        promised = read_marker(path)["files"][STATE]
-        if fingerprint(path / STATE) != promised:
-            raise ValueError(f"{STATE} differs in size or SHA-256 from what {MARKER} lists")
-        state = json.loads((path / STATE).read_bytes())
-        if not isinstance(state, dict):
-            raise ValueError(f"{STATE} holds no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: {error}. Restore {path.name} from a copy, or remove it."
-        ) from error
-    return state
 
 
 def consolidate(
