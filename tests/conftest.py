@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = (
         "1"  # before any kernel is imported: Triton reads it where a kernel is defined
     )
+
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # Under nohup processes would inherit that, and what they do at SIGHUP could not be tested.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 GOLDEN = Path(__file__).parent / "golden"
 
