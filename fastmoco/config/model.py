@@ -17,6 +17,10 @@ Architecture = Literal[
     "vit_tiny",
     "vit_micro",
     "vit_nano",
+    "resnet50",
+    "resnet34",
+    "resnet18",
+    "resnet_nano",
 ]
 AttentionBackend = Literal[
     "auto",
@@ -30,11 +34,17 @@ AttentionBackend = Literal[
     "triton",
     "reference",
 ]
+Pooling = Literal["class", "mean", "norm_mean"]
+Positions = Literal["sincos", "learned", "none"]
+MlpNorm = Literal["layer", "batch"]
 Recompute = Literal["none", "selective", "full"]
 Linears = Literal["native", "float8"]
 Blocks = Literal["modules", "fused"]
 KINDS = {
     "architecture": Architecture,
+    "pooling": Pooling,
+    "positions": Positions,
+    "mlp_norm": MlpNorm,
     "attention": AttentionBackend,
     "checkpointing": Recompute,
     "linears": Linears,
@@ -58,6 +68,25 @@ class ModelConfig:
     """Width of the vectors that the loss compares."""
     hidden_dim: int = 4096
     """Hidden width of projector and predictor."""
+    pooling: Pooling = "class"
+    """Feature of a ViT: the class token after the final norm (`class`); or, without a class token,
+    the mean of the patch tokens (`mean`), or of the patch tokens after the final norm
+    (`norm_mean`)."""
+    positions: Positions = "sincos"
+    """Positions of a ViT: the fixed sine-cosine table, a trained table, or none."""
+    mlp_norm: MlpNorm = "layer"
+    """Norm before the MLP of each block of a ViT: layer norm, or batch norm over all tokens of the
+    global batch."""
+    freeze_patch_embed: bool = True
+    """Keep the patch projection of a ViT at its random start values, as MoCo v3 does for stability.
+    No effect on the convolutional stem and on ResNets, which always train."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth of the last block of a ViT in training; it rises linearly from 0 at
+    the first block. Each residual branch of an image is left out with this probability."""
+    init: Annotated[str, Resume.FREE] = ""
+    """File or run whose encoder weights are the start values: a folder of a run, or weights of
+    moco-v3, timm, torchvision, Hugging Face or fastmoco (docs/weights.md). Read once, when a run
+    begins."""
     attention: AttentionBackend = "auto"
     """Attention backend. `auto` chooses by device and precision and logs why; a named backend is
     used, or the run is refused."""
@@ -93,6 +122,7 @@ class ModelConfig:
             self.image_size,
             f"must be a multiple of patch_size={self.patch_size}",
         )
+        require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "must be in [0, 1)")
         require(
             self.projection_dim >= 2, "projection_dim", self.projection_dim, "must be at least 2"
         )

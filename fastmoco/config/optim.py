@@ -11,23 +11,49 @@ FUSED_BACKENDS = {
     "adamw": ("auto", "torch", "fastmoco", "apex"),
     "lars": ("auto", "fastmoco"),
     "lamb": ("apex",),
+    "sgd": ("auto", "torch"),
+    "larc": ("auto", "fastmoco"),
 }
 """Implementations of each optimizer. LAMB has no `auto`: apex is imported only if it is named."""
+
+CHOICES = {
+    "lr_scaling": ("linear", "sqrt", "none"),
+    "schedule": ("cosine", "cosine_steps", "cosine_inclusive", "cosine_per_epoch"),
+}
+"""Values of the fields that name a rule."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
     """The optimizer of all trainable parameters; docs/optimizers.md compares them."""
 
-    name: Literal["adamw", "lars", "lamb"] = "adamw"
+    name: Literal["adamw", "lars", "lamb", "sgd", "larc"] = "adamw"
     """`adamw` for ViT: its decay also applies to biases and norms, as in the official runs. `lars`
-    for ResNet and very large batches. `lamb` needs NVIDIA apex."""
+    for ResNet and very large batches. `lamb` needs NVIDIA apex. `sgd` is torch's, with momentum.
+    `larc` is SGD with the rate adaptation of SwAV, which applies to all tensors."""
     fused_backend: Annotated[Literal["auto", "torch", "fastmoco", "apex"], Resume.FREE] = "auto"
     """Implementation of the optimizer: `torch`; `fastmoco`, which for AdamW updates weights and
     momentum encoder in one sweep; `apex` by NVIDIA, if installed. `auto`: `fastmoco` for LARS and
     on CUDA with Triton, else `torch`. All agree up to rounding."""
     lr: Annotated[float, Resume.WITH_ALLOW] = 1.5e-4
-    """Base learning rate for 256 images; the peak is `lr * global_batch_size / 256`."""
+    """Base learning rate; `lr_scaling` makes the peak of it."""
+    lr_scaling: Annotated[Literal["linear", "sqrt", "none"], Resume.WITH_ALLOW] = "linear"
+    """Peak learning rate: `lr * global_batch_size / 256` (`linear`), `lr * sqrt(global_batch_size)`
+    (`sqrt`, SimCLR), or `lr` itself (`none`, SwAV)."""
+    schedule: Annotated[
+        Literal["cosine", "cosine_steps", "cosine_inclusive", "cosine_per_epoch"], Resume.WITH_ALLOW
+    ] = "cosine"
+    """Linear warm-up, then half a cosine. `cosine` follows the fractional epoch (MoCo v3, BYOL).
+    `cosine_steps` counts whole steps of warm-up and run (SimCLR). `cosine_inclusive` reaches the
+    peak in the last step of the warm-up and again after it (SwAV, DINO). `cosine_per_epoch` is
+    constant within an epoch (linear probes)."""
+    warmup_lr: Annotated[float, Resume.WITH_ALLOW] = 0.0
+    """Learning rate of the first step of the warm-up, not scaled. Only for `cosine_inclusive`."""
+    final_lr: Annotated[float, Resume.WITH_ALLOW] = 0.0
+    """Learning rate to which the cosine falls, not scaled. Only for `cosine_inclusive`."""
+    lr_in_buffer: Annotated[bool, Resume.WITH_ALLOW] = False
+    """LARS: multiply the learning rate into the momentum buffer, as SimCLR does, and not into the
+    step, as MoCo v3 and BYOL do."""
     weight_decay: Annotated[float, Resume.WITH_ALLOW] = 0.1
     """Decoupled weight decay of AdamW and LAMB. LARS adds it to the gradient, only for tensors of
     two or more dimensions."""
@@ -36,7 +62,7 @@ class OptimConfig:
     eps: Annotated[float, Resume.WITH_ALLOW] = 1e-8
     """Denominator floor of AdamW and LAMB."""
     sgd_momentum: Annotated[float, Resume.WITH_ALLOW] = 0.9
-    """Momentum of LARS's buffer."""
+    """Momentum of the buffer of LARS, LARC and SGD."""
     trust_coefficient: Annotated[float, Resume.WITH_ALLOW] = 0.001
     """Norm of a LARS step relative to the norm of the weights, before the learning rate."""
     warmup_epochs: Annotated[float, Resume.WITH_ALLOW] = 40
@@ -57,6 +83,18 @@ class OptimConfig:
             self.trust_coefficient,
             "must be positive",
         )
+        for name, values in CHOICES.items():
+            require(
+                getattr(self, name) in values, name, getattr(self, name), f"must be one of {values}"
+            )
+        for name in ("warmup_lr", "final_lr"):
+            value = getattr(self, name)
+            require(value >= 0, name, value, "must not be negative")
+            rule = "needs schedule=cosine_inclusive; the others start and end at 0"
+            require(value == 0 or self.schedule == "cosine_inclusive", name, value, rule)
+        rule = "is a choice of lars alone"
+        in_buffer = self.lr_in_buffer
+        require(not in_buffer or self.name == "lars", "lr_in_buffer", in_buffer, rule)
         require(self.lr >= 0, "lr", self.lr, "must not be negative")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
         require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must be in [0, 1)")

@@ -7,6 +7,7 @@ object. Both are written as JSON beside every checkpoint (`serial.py`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
@@ -169,7 +170,11 @@ class Config:
 
     @property
     def peak_lr(self) -> float:
-        """Learning rate after the warm-up: `optim.lr * global_batch_size / 256`."""
+        """Learning rate after the warm-up: `optim.lr`, scaled by `optim.lr_scaling`."""
+        if self.optim.lr_scaling == "none":
+            return self.optim.lr
+        if self.optim.lr_scaling == "sqrt":
+            return self.optim.lr * math.sqrt(self.global_batch_size)
         return self.optim.lr * self.global_batch_size / 256
 
     def loader_spec(self, *, device: Device, threads: int) -> LoaderSpec:

@@ -82,6 +82,9 @@ def _build_whole(
         )
         return AveragedLARS(lars, averages)
 
+    if optim.name == "sgd" or optim.name == "larc":  # noqa: PLR1714 - mypy narrows this form
+        raise NotImplementedError(optim.name)
+
     # AdamW or LAMB: from apex, from fastmoco, or from torch.
     sharded = any(hasattr(parameter, "placements") for _, parameter in named)
     backend = choose_optimizer_backend(config, named[0][1].device, sharded=sharded)
