@@ -82,7 +82,7 @@ def _build_whole(
         )
         return AveragedLARS(lars, averages)
 
-    if optim.name == "sgd" or optim.name == "larc":  # noqa: PLR1714 - mypy narrows this form
+    if optim.name == "sgd" or optim.name == "larc":
         raise NotImplementedError(optim.name)
 
     # AdamW or LAMB: from apex, from fastmoco, or from torch.
