@@ -144,6 +144,11 @@ class ModelConfig:
             )
             runs = getattr(self, name) != "float8" or self.compile is not False
             require(runs, "compile", self.compile, rule)
+        if self.drop_path:
+            rule = "blocks=fused has no stochastic depth: use 0, or blocks=modules"
+            require(self.blocks != "fused", "drop_path", self.drop_path, rule)
+            rule = "stochastic depth is for vision transformers: use 0"
+            require(self.architecture.startswith("vit_"), "drop_path", self.drop_path, rule)
         if self.blocks == "fused":
             # The fused block is one operation to autograd and to the compiler.
             rule = (

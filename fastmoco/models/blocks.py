@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastmoco.distributed.sync_batch_norm import BatchNorm
+from fastmoco.models.drop_path import scaled
 from fastmoco.models.fused_block import Form, Weights, fused_block
 from fastmoco_kernels import attention, residual_norm
 
@@ -171,37 +172,49 @@ class Block(nn.Module):
         self.mlp = Mlp(width, mlp_hidden)
 
     def forward(
-        self, x_BLE: Tensor, branch_BLE: Tensor | None = None
+        self, x_BLE: Tensor, branch_BLE: Tensor | None = None, paths_B2: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Stream and branch, [B, L, E] each, to stream and branch."""
+        """Stream and branch, [B, L, E] each, to stream and branch.
+
+        `paths_B2`: factors of the branches of attention and MLP (`drop_path`); None: 1.
+        """
         if self.fused:
+            if paths_B2 is not None:
+                raise ValueError("drop_path: fused blocks have no stochastic depth; use modules")
             return self._fused(x_BLE, branch_BLE)
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self._whole(x_BLE, branch_BLE)
+            return self._whole(x_BLE, branch_BLE, paths_B2)
         # Only the input of the block is kept: one tensor, the sum.
         x_BLE = sum_of(x_BLE, branch_BLE)
         if self.recompute == "full":
-            return _checkpointed(lambda x: sum_of(*self._whole(x)), x_BLE), None
-        x_BLE = x_BLE + self.attn.attend(
+            return _checkpointed(lambda x: sum_of(*self._whole(x, None, paths_B2)), x_BLE), None
+        of_attention, of_mlp = _by_branch(paths_B2)
+        attended = self.attn.attend(
             _checkpointed(lambda x: self.attn.qkv(self.norm1.add(x)[1]), x_BLE)
         )
+        x_BLE = x_BLE + scaled(attended, of_attention)
         hidden = _checkpointed(lambda x: self.mlp.fc1(self.norm2.add(x)[1]), x_BLE)
-        return x_BLE + _checkpointed(self.mlp.contract, hidden), None
+        return x_BLE + scaled(_checkpointed(self.mlp.contract, hidden), of_mlp), None
 
-    def class_row(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> Tensor:
+    def class_row(
+        self, x_BLE: Tensor, branch_BLE: Tensor | None = None, paths_B2: Tensor | None = None
+    ) -> Tensor:
         """Row 0 of the sum that `forward` returns: [B, E]. Cheap, so both ways of recomputing
         compute all of it again.
         """
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self._class_row(x_BLE, branch_BLE)
-        return _checkpointed(self._class_row, sum_of(x_BLE, branch_BLE))
+            return self._class_row(x_BLE, branch_BLE, paths_B2)
+        return _checkpointed(
+            lambda x: self._class_row(x, None, paths_B2), sum_of(x_BLE, branch_BLE)
+        )
 
     def _whole(
-        self, x_BLE: Tensor, branch_BLE: Tensor | None = None
+        self, x_BLE: Tensor, branch_BLE: Tensor | None = None, paths_B2: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
+        of_attention, of_mlp = _by_branch(paths_B2)
         x_BLE, normed = self.norm1.add(x_BLE, branch_BLE)
-        x_BLE, normed = self.norm2.add(x_BLE, self.attn(normed))
-        branch_BLE = self.mlp(normed)
+        x_BLE, normed = self.norm2.add(x_BLE, scaled(self.attn(normed), of_attention))
+        branch_BLE = scaled(self.mlp(normed), of_mlp)
         return (x_BLE, branch_BLE) if self.hands_on_parts else (x_BLE + branch_BLE, None)
 
     def _fused(self, x_BLE: Tensor, branch_BLE: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -216,10 +229,19 @@ class Block(nn.Module):
         )
         return fused_block(x_BLE, branch_BLE, weights, form)
 
-    def _class_row(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> Tensor:
+    def _class_row(
+        self, x_BLE: Tensor, branch_BLE: Tensor | None = None, paths_B2: Tensor | None = None
+    ) -> Tensor:
+        of_attention, of_mlp = _by_branch(paths_B2)
         x_BLE, normed = self.norm1.add(x_BLE, branch_BLE)
-        x_BE, normed_BE = self.norm2.add(x_BLE[:, 0], self.attn.class_row(normed))
-        return sum_of(x_BE, self.mlp(normed_BE))
+        attended = scaled(self.attn.class_row(normed), of_attention)
+        x_BE, normed_BE = self.norm2.add(x_BLE[:, 0], attended)
+        return sum_of(x_BE, scaled(self.mlp(normed_BE), of_mlp))
+
+
+def _by_branch(paths_B2: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The factors of attention and of the MLP."""
+    return (None, None) if paths_B2 is None else (paths_B2[:, 0], paths_B2[:, 1])
 
 
 def sum_of(x: Tensor, branch: Tensor | None) -> Tensor:

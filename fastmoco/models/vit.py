@@ -11,6 +11,7 @@ Legend: B images, L patch tokens, E width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -150,32 +151,37 @@ class VisionTransformer(nn.Module):
         patches: Tensor = self.patch_embed(images)
         return patches.flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
 
-    def encode(self, patch_tokens: Tensor) -> Tensor:
+    def encode(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
         """[B, L, E] patch tokens -> [B, E] class-token feature. The last block
         computes the class token only.
+
+        Args:
+            patch_tokens: of `patch_tokens`.
+            paths: [B, depth, 2] factors of the residual branches (`drop_path`); None: all 1.
         """
         tokens = self._with_class_token(patch_tokens)
+        by_block = self._by_block(paths)
         branch = None
-        for block in self.blocks[:-1]:
-            tokens, branch = block(tokens, branch)
+        for block, factors in zip(self.blocks[:-1], by_block, strict=False):
+            tokens, branch = block(tokens, branch, factors)
         last = self.blocks[-1]
         assert isinstance(last, Block)
-        feature: Tensor = self.norm(last.class_row(tokens, branch))
+        feature: Tensor = self.norm(last.class_row(tokens, branch, by_block[-1]))
         return feature
 
-    def encode_plain(self, patch_tokens: Tensor) -> Tensor:
+    def encode_plain(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
         """Reference of `encode`: every block and the final norm on every token,
         then the row of the class token.
         """
         tokens = self._with_class_token(patch_tokens)
-        for block in self.blocks:
-            tokens = sum_of(*block(tokens))
+        for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
+            tokens = sum_of(*block(tokens, None, factors))
         normalised: Tensor = self.norm(tokens)
         return normalised[:, 0]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] images -> [B, E] class-token features."""
-        return self.encode(self.patch_tokens(images))
+    def forward(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] images -> [B, E] class-token features; `paths` as for `encode`."""
+        return self.encode(self.patch_tokens(images), paths)
 
     def stem_tensors(self) -> list[Tensor]:
         """All tensors that turn pixels into patch tokens."""
@@ -200,6 +206,12 @@ class VisionTransformer(nn.Module):
         assert isinstance(first, Block)
         per_token = self.embed_dim * 40 + first.attn.num_heads * self.tokens * 8
         return self.tokens * per_token * (len(self.blocks) + 1)
+
+    def _by_block(self, paths: Tensor | None) -> Sequence[Tensor | None]:
+        """Factors [B, 2] of each block, each contiguous, so that compiled blocks share a graph."""
+        if paths is None:
+            return [None] * len(self.blocks)
+        return paths[:, : len(self.blocks)].transpose(0, 1).contiguous().unbind()
 
     def _with_class_token(self, patch_tokens: Tensor) -> Tensor:
         class_token = (self.cls_token + self.pos_embed[:, :1]).expand(patch_tokens.shape[0], -1, -1)

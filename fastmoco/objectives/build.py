@@ -12,6 +12,7 @@ import torch
 from fastmoco.config import Config, MoCoV3Config, ModelConfig, ObjectiveConfig
 from fastmoco.models import float8, float8_inference
 from fastmoco.models.blocks import Block
+from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.precision import choose_precision
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
@@ -75,6 +76,9 @@ def build_model(config: Config) -> Objective:
         )
     for encoder in encoders:
         _in_form(encoder, model)
+    if model.drop_path and _trains(objective.encoder):
+        depth = len(objective.encoder.blocks)
+        objective.path_draws = PathDraws(model.drop_path, depth, config.seed)
     return objective
 
 

@@ -141,7 +141,7 @@ class ChunkedStep:
             raise ValueError(
                 "autocast is on around the chunked step: give it as ChunkedStep(autocast=...)"
             )
-        inputs = Inputs(views, masks)
+        inputs = self.objective.inputs(views, masks, at)
         if self.objective.coupling is Coupling.NONE:
             return self._separate(inputs, at, accuracy)
         return self._two_passes(inputs, at, accuracy)
@@ -288,7 +288,7 @@ def _split(inputs: Inputs, sizes: list[int]) -> list[Inputs]:
         split = [tensor.split(sizes) for tensor in tensors]  # type: ignore[no-untyped-call]
         return list(zip(*split, strict=True)) if split else [()] * len(sizes)
 
-    return [Inputs(*chunk) for chunk in zip(parts(inputs.views), parts(inputs.masks), strict=True)]
+    return [Inputs(*chunk) for chunk in zip(*map(parts, inputs), strict=True)]
 
 
 def _gradient(leaf: Tensor) -> Tensor:
