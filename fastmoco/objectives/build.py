@@ -59,6 +59,10 @@ def build_model(config: Config) -> Objective:
         ARCHITECTURES[model.architecture],
         image_size=model.image_size,
         patch_size=model.patch_size,
+        freeze_patch_embed=model.freeze_patch_embed,
+        pooling=model.pooling,
+        positions=model.positions,
+        mlp_norm=model.mlp_norm,
         attention=model.attention,
     )
     objective = OBJECTIVES[type(config.objective)](config, build_encoder)

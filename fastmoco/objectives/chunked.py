@@ -277,7 +277,8 @@ def require_separable(objective: Objective, chunk: int) -> None:
             f"batch.chunk={chunk}: this trunk cannot go in chunks, because "
             f"{objective.coupling_reason}; chunks would train another model. Instead: "
             "--model.checkpointing full, more processes (batch norms see the batches of all), a "
-            "smaller --global-batch-size, or an encoder with linear patches such as vit_small"
+            "smaller --global-batch-size, or an encoder without batch norms: one with linear patches "
+            "such as vit_small, and --model.mlp-norm layer"
         )
 
 

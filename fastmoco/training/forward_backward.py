@@ -214,6 +214,8 @@ def _choose_for_blocks(
             "uncompiled, casts move several times the bytes of the products; "
             "use model.momentum_linears native"
         )
+    if config.model.mlp_norm == "batch":
+        return CompileChoice(False, "mlp_norm=batch exchanges statistics inside the blocks")
     if config.model.blocks != "fused":
         return possible
     also = ", the momentum encoder's in float8 are compiled" if float8 else ""

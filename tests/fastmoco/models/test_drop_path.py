@@ -81,5 +81,5 @@ def test_what_has_no_stochastic_depth_refuses_it() -> None:
         PathDraws(1.0, 3, seed=1)
     encoder = vit_nano()
     encoder.blocks[0].fused = True
-    with pytest.raises(ValueError, match="drop_path: fused blocks"):
+    with pytest.raises(ValueError, match="blocks=fused: has neither drop_path nor"):
         encoder(torch.zeros(2, 3, 8, 8), torch.ones(2, 2, 2))
