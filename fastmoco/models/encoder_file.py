@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ import fastmoco
 from fastmoco.checkpoint import Checkpoint, CheckpointError, score_in
 from fastmoco.checkpoint.folder import MARKER
 from fastmoco.config import Config
+from fastmoco.config.model import MlpNorm, Pooling, Positions
 from fastmoco.config.serial import from_json
 from fastmoco.models.resnet import RESNETS, ResNet
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
@@ -44,6 +45,15 @@ TIMM = {
 """Architectures and patch sizes that timm has under a name, for images of 224 pixels."""
 TORCHVISION = ("resnet18", "resnet34", "resnet50")
 """ResNets that torchvision and timm have under the same name, with the same names of tensors."""
+IN_HEADER = {
+    "class": "class_token",
+    "mean": "patch_mean",
+    "norm_mean": "patch_mean_after_norm",
+    "sincos": "sincos_2d_fixed_stored",
+    "learned": "learned",
+    "none": "none",
+}
+"""Values of `pooling` and `positions` -> how the header spells them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +70,9 @@ class EncoderDescription:
         patch_size: pixels per side of a patch.
         image: how an image is resized, cropped and normalised.
         patch_embed_frozen: whether the patch projection has its random start values.
+        pooling: "class", "mean" or "norm_mean", see `VisionTransformer`.
+        positions: "sincos", "learned" or "none".
+        mlp_norm: "layer" or "batch".
     """
 
     architecture: str
@@ -71,6 +84,9 @@ class EncoderDescription:
     patch_size: int
     image: EvalSpec
     patch_embed_frozen: bool = True
+    pooling: Pooling = "class"
+    positions: Positions = "sincos"
+    mlp_norm: MlpNorm = "layer"
 
     @classmethod
     def of(cls, config: Config) -> Self:
@@ -84,7 +100,10 @@ class EncoderDescription:
             stem=size.stem,
             patch_size=config.model.patch_size,
             image=config.eval_spec(),
-            patch_embed_frozen=size.stem == "patch",
+            patch_embed_frozen=size.stem == "patch" and config.model.freeze_patch_embed,
+            pooling=config.model.pooling,
+            positions=config.model.positions,
+            mlp_norm=config.model.mlp_norm,
         )
 
     def timm_name(self) -> str | None:
@@ -93,11 +112,13 @@ class EncoderDescription:
         timm's ViT-S has 6 heads, so the number of heads must be given to it too.
         """
         known = (self.architecture, self.patch_size) in TIMM and self.image.size == 224
+        known = known and (self.pooling, self.mlp_norm) == ("class", "layer")
+        known = known and self.positions != "none"
         return f"{self.architecture}_patch{self.patch_size}_224" if known else None
 
     def timm_arguments(self) -> dict[str, Any]:
         """Arguments of `timm.models.vision_transformer.VisionTransformer`."""
-        return {
+        found: dict[str, Any] = {
             "img_size": self.image.size,
             "patch_size": self.patch_size,
             "embed_dim": self.width,
@@ -106,6 +127,10 @@ class EncoderDescription:
             "mlp_ratio": self.mlp_ratio,
             "num_classes": 0,
         }
+        if self.pooling != "class":
+            found |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+            found |= {"final_norm": self.pooling == "norm_mean"}
+        return found | ({"pos_embed": "none"} if self.positions == "none" else {})
 
     def to_metadata(self) -> dict[str, str]:
         """As the header of a file; values are strings."""
@@ -122,11 +147,13 @@ class EncoderDescription:
             "resize": str(self.image.resize),
             "mean": json.dumps(list(self.image.mean)),
             "std": json.dumps(list(self.image.std)),
-            "pooling": "class_token",
-            "position_embedding": "sincos_2d_fixed_stored",
+            "pooling": IN_HEADER[self.pooling],
+            "position_embedding": IN_HEADER[self.positions],
+            "mlp_norm": self.mlp_norm,
             "patch_embed_frozen": json.dumps(self.patch_embed_frozen),
         }
-        if self.stem == "patch":  # timm has no convolutional stem
+        # timm has neither a convolutional stem nor batch norms in blocks.
+        if self.stem == "patch" and self.mlp_norm == "layer":
             name = self.timm_name()
             found |= {"timm_model": name} if name is not None else {}
             found["timm_arguments"] = json.dumps(self.timm_arguments())
@@ -164,6 +191,9 @@ class EncoderDescription:
                     std=_three(header["std"]),
                 ),
                 patch_embed_frozen=header.get("patch_embed_frozen", "true") == "true",
+                pooling=_from_header(header, "pooling", Pooling),
+                positions=_from_header(header, "position_embedding", Positions),
+                mlp_norm=_from_header(header, "mlp_norm", MlpNorm),
             )
             timm = json.loads(header.get("timm_arguments", "{}"))
         except (ValueError, TypeError) as error:
@@ -193,6 +223,9 @@ class EncoderDescription:
             mlp_ratio=self.mlp_ratio,
             stem="conv" if self.stem == "conv" else "patch",
             freeze_patch_embed=self.patch_embed_frozen,
+            pooling=self.pooling,
+            positions=self.positions,
+            mlp_norm=self.mlp_norm,
         )
 
 
@@ -424,6 +457,19 @@ def _require_shapes(
                 f"{path}: {name} has shape {tuple(found[name].shape)}, and the encoder that its "
                 f"metadata describes {tuple(tensor.shape)}"
             )
+
+
+def _from_header(header: Mapping[str, str], key: str, kind: Any) -> Any:
+    """The config's value of a key, by default the first of its kind.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    values = {IN_HEADER.get(value, value): value for value in get_args(kind)}
+    spelled = header.get(key, next(iter(values)))
+    if spelled not in values:
+        raise ValueError(f"{key}={spelled} is not one of {', '.join(values)}")
+    return values[spelled]
 
 
 def _three(text: str) -> tuple[float, float, float]:

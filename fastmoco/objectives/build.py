@@ -12,6 +12,7 @@ import torch
 from fastmoco.config import Config, MoCoV3Config, ModelConfig, ObjectiveConfig
 from fastmoco.models import float8, float8_inference
 from fastmoco.models.blocks import Block
+from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.precision import choose_precision
 from fastmoco.models.resnet import RESNETS, ResNet
@@ -77,6 +78,9 @@ def build_model(config: Config) -> Objective:
         )
     for encoder in encoders:
         _in_form(encoder, model)
+    if model.drop_path and _trains(objective.encoder):
+        depth = len(objective.encoder.blocks)
+        objective.path_draws = PathDraws(model.drop_path, depth, config.seed)
     return objective
 
 
@@ -88,6 +92,10 @@ def encoder_builder(model: ModelConfig) -> BuildEncoder:
         ARCHITECTURES[model.architecture],
         image_size=model.image_size,
         patch_size=model.patch_size,
+        freeze_patch_embed=model.freeze_patch_embed,
+        pooling=model.pooling,
+        positions=model.positions,
+        mlp_norm=model.mlp_norm,
         attention=model.attention,
     )
 

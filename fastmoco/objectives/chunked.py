@@ -141,7 +141,7 @@ class ChunkedStep:
             raise ValueError(
                 "autocast is on around the chunked step: give it as ChunkedStep(autocast=...)"
             )
-        inputs = Inputs(views, masks)
+        inputs = self.objective.inputs(views, masks, at)
         if self.objective.coupling is Coupling.NONE:
             return self._separate(inputs, at, accuracy)
         return self._two_passes(inputs, at, accuracy)
@@ -277,7 +277,8 @@ def require_separable(objective: Objective, chunk: int) -> None:
             f"batch.chunk={chunk}: this trunk cannot go in chunks, because "
             f"{objective.coupling_reason}; chunks would train another model. Instead: "
             "--model.checkpointing full, more processes (batch norms see the batches of all), a "
-            "smaller --global-batch-size, or an encoder with linear patches such as vit_small"
+            "smaller --global-batch-size, or an encoder without batch norms: one with linear patches "
+            "such as vit_small, and --model.mlp-norm layer"
         )
 
 
@@ -288,7 +289,7 @@ def _split(inputs: Inputs, sizes: list[int]) -> list[Inputs]:
         split = [tensor.split(sizes) for tensor in tensors]  # type: ignore[no-untyped-call]
         return list(zip(*split, strict=True)) if split else [()] * len(sizes)
 
-    return [Inputs(*chunk) for chunk in zip(parts(inputs.views), parts(inputs.masks), strict=True)]
+    return [Inputs(*chunk) for chunk in zip(*map(parts, inputs), strict=True)]
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Coupling, Encoder, Parts
 from fastmoco.optim.groups import WHOLE, ParameterGroup
 from fastmoco_kernels import ema_update_
@@ -79,6 +80,16 @@ class Inputs(NamedTuple):
     """Each [b, 3, H, W]; views of one size are neighbours."""
     masks: tuple[Tensor, ...] = ()
     """For masked objectives: one [b, ...] for each view that has one."""
+    paths: tuple[Tensor, ...] = ()
+    """With stochastic depth: one [b, views, depth, 2], the factors of the trained encoder's
+    residual branches; see `paths_of`."""
+
+    def paths_of(self, *views: int) -> tuple[()] | tuple[Tensor]:
+        """The last argument of a trained encoder for some views by number, concatenated in this
+        order: [views * b, depth, 2]. Empty without stochastic depth."""
+        if not self.paths:
+            return ()
+        return (torch.cat([self.paths[0][:, view] for view in views]),)
 
 
 class Features(NamedTuple):
@@ -115,6 +126,7 @@ class Objective(nn.Module, ABC):
         coupling_reason: why the trunk does, as a clause; empty where it does not.
         per_rank: names of buffers that differ between ranks on purpose (SwAV's queue). Others must
             be equal on all ranks.
+        path_draws: makes `Inputs.paths`; None: no stochastic depth.
     """
 
     encoder: Any
@@ -122,6 +134,20 @@ class Objective(nn.Module, ABC):
     coupling: Coupling
     coupling_reason: str = ""
     per_rank: frozenset[str] = frozenset()
+    path_draws: PathDraws | None = None
+
+    def inputs(
+        self, views: tuple[Tensor, ...], masks: tuple[Tensor, ...] = (), at: Progress = START
+    ) -> Inputs:
+        """What the trunks read of the local batch in this step: the same in every call.
+
+        In training mode with stochastic depth it has `paths`, which `features` gives to the encoder
+        that trains.
+        """
+        if self.path_draws is None or not self.training:
+            return Inputs(views, masks)
+        paths = self.path_draws(len(views[0]), len(views), at.step, views[0].device)
+        return Inputs(views, masks, (paths,))
 
     @abstractmethod
     def features(self, inputs: Inputs, at: Progress, *, target: bool = True) -> Features:
@@ -177,7 +203,8 @@ class Objective(nn.Module, ABC):
         Returns:
             The loss, differentiable in all trained parameters, and what telemetry looks at.
         """
-        return self.compare(self.features(Inputs(views, masks), at), at, accuracy=accuracy)
+        inputs = self.inputs(views, masks, at)
+        return self.compare(self.features(inputs, at), at, accuracy=accuracy)
 
     def networks(self) -> Mapping[str, nn.Module]:
         """Networks by attribute name ("encoder", "predictor"), each a tree of its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmoco.objectives.interface import START, Inputs, Objective, Output, Progress
+from fastmoco.objectives.interface import START, Objective, Output, Progress
 
 
 def plain_forward(
@@ -19,4 +19,4 @@ def plain_forward(
         at: the step.
         accuracy: whether the output has one.
     """
-    return objective.reference(Inputs(views), at, accuracy=accuracy)
+    return objective.reference(objective.inputs(views, at=at), at, accuracy=accuracy)

@@ -347,12 +347,12 @@ class _Pieces:
 
         def query(live: LiveBytes | None) -> int:
             with torch.no_grad(), self._autocast():
-                objective.features(Inputs(self.prepare(views)), at, target=False)
+                objective.features(self.inputs(views), at, target=False)
             return 0
 
         def train(live: LiveBytes | None) -> int:
             with self._autocast():
-                features = objective.features(Inputs(self.prepare(views)), at, target=False).online
+                features = objective.features(self.inputs(views), at, target=False).online
             graph = live.now if live else 0
             torch.autograd.backward(features, [torch.empty_like(rows) for rows in features])
             objective.zero_grad(set_to_none=True)
@@ -360,7 +360,7 @@ class _Pieces:
 
         def forward(live: LiveBytes | None) -> int:
             with torch.no_grad(), self._autocast():
-                objective.features(Inputs(self.prepare(views)), at)
+                objective.features(self.inputs(views), at)
             return 0
 
         def heads(live: LiveBytes | None) -> int:
@@ -374,11 +374,15 @@ class _Pieces:
 
         return {"query": query, "train": train, "forward": forward, "heads": heads}
 
+    def inputs(self, views: tuple[torch.Tensor, ...]) -> Inputs:
+        """What the trunks read of some views."""
+        return self.objective.inputs(self.prepare(views), at=self.at)
+
     def features(self, images: int) -> Features:
         """Features of some images as the trunks return them, without a graph."""
         views = tuple(torch.empty(2, 3, side, side, dtype=self.kind) for side in self.sides)
         with torch.no_grad(), self._autocast():
-            found = self.objective.features(Inputs(self.prepare(views)), self.at)
+            found = self.objective.features(self.inputs(views), self.at)
         return Features(
             *(tuple(rows.new_empty(images, *rows.shape[1:]) for rows in side) for side in found)
         )

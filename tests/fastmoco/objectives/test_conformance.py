@@ -309,6 +309,27 @@ def test_chunks_are_the_whole(kind: type[ObjectiveConfig]) -> None:
 
 
 @every_objective
+def test_stochastic_depth_leaves_out_the_same_branches_in_every_pass(
+    kind: type[ObjectiveConfig],
+) -> None:
+    plain = config_of(kind)
+    config = replace(plain, model=replace(plain.model, drop_path=0.5))
+    check_reference(config)
+    check_chunks(config)
+
+    # The draws reach the encoder, and are others in the next step; nothing is left out in
+    # evaluation.
+    def loss(config: Config, at: Progress, *, training: bool = True) -> Tensor:
+        objective, views = rough(config), views_of(config)
+        objective.train(training)
+        return objective(*views, at=at).loss.detach()
+
+    later = Progress(AT.step + 1, AT.total_steps, AT.steps_per_epoch)
+    assert len({float(loss(c, at)) for c, at in ((plain, AT), (config, AT), (config, later))}) == 3
+    assert torch.equal(loss(config, AT, training=False), loss(plain, AT, training=False))
+
+
+@every_objective
 def test_a_second_pass_repeats_the_first(kind: type[ObjectiveConfig]) -> None:
     check_features(config_of(kind))
 
