@@ -2,7 +2,7 @@
 
 from fastmoco.optim.adamw import build_adamw, build_adamw_ema
 from fastmoco.optim.apex import build_apex
-from fastmoco.optim.lars import build_lars
+from fastmoco.optim.lars import build_lars, unless_named
 from fastmoco.optim.schedule import (
     Steps,
     ema_momentum,
@@ -21,4 +21,5 @@ __all__ = [
     "learning_rate",
     "run_learning_rate",
     "simclr_steps",
+    "unless_named",
 ]
