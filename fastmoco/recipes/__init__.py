@@ -15,6 +15,11 @@ from dataclasses import replace
 from fastmoco.config import Config
 from fastmoco.recipes.byol import byol_digits, byol_vit_s16_e300_b4096
 from fastmoco.recipes.moco_v3 import vit_b16_e300_b4096, vit_s16_e300_b1024, vit_s16_e300_b4096
+from fastmoco.recipes.simclr import (
+    simclr_digits,
+    simclr_vit_b16_e300_b4096,
+    simclr_vit_s16_e300_b4096,
+)
 from fastmoco.recipes.small import (
     quickstart_digits,
     vit_nano7_e12_b256,
@@ -45,6 +50,9 @@ RECIPES: dict[str, Callable[[], Config]] = {
         quickstart_digits,
         byol_vit_s16_e300_b4096,
         byol_digits,
+        simclr_vit_s16_e300_b4096,
+        simclr_vit_b16_e300_b4096,
+        simclr_digits,
     )
 }
 

@@ -87,6 +87,7 @@ NAMES: dict[str, dict[str, list[str]]] = {
     }
     for kind in ("moco_v3", "byol")
 }
+NAMES["simclr"] = {"encoder": ENCODER + PROJECTOR}
 """Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load
 for good."""
 
