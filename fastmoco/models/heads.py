@@ -32,6 +32,8 @@ FORMS = {
     "moco_v3_predictor": HeadForm(layers=2),
     # Grill et al. 2020, both for projector and predictor.
     "byol": HeadForm(layers=2, bias=True, last_norm=False),
+    # Caron et al. 2020.
+    "swav_projector": HeadForm(layers=2, bias=True, last_bias=True, last_norm=False),
 }
 """Forms by name."""
 

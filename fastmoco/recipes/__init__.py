@@ -20,6 +20,12 @@ from fastmoco.recipes.small import (
     vit_nano7_e12_b256,
     vit_nano8_e60_b256,
 )
+from fastmoco.recipes.swav import (
+    swav_digits,
+    swav_r50_e400_b4096,
+    swav_vit_b16_e300_b4096,
+    swav_vit_s16_e300_b4096,
+)
 from fastmoco_pipelines.spec import ViewSpec, under
 
 __all__ = [
@@ -45,6 +51,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
         quickstart_digits,
         byol_vit_s16_e300_b4096,
         byol_digits,
+        swav_vit_s16_e300_b4096,
+        swav_vit_b16_e300_b4096,
+        swav_r50_e400_b4096,
+        swav_digits,
     )
 }
 
