@@ -40,6 +40,8 @@ FORMS = {
     "byol": HeadForm(layers=2, bias=True, last_norm=False),
     # Chen, Kornblith, Swersky, Norouzi, Hinton 2020 (SimCLR v2); 2 layers in the first paper.
     "simclr": HeadForm(layers=3, last_norm_weight=True),
+    # Caron et al. 2020.
+    "swav_projector": HeadForm(layers=2, bias=True, last_bias=True, last_norm=False),
 }
 """Forms by name."""
 

@@ -21,8 +21,10 @@ from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.moco_v3 import MoCoV3
 from fastmoco.objectives.simclr import SimCLR
+from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
 from fastmoco.recipes.simclr import SimCLRConfig
+from fastmoco.recipes.swav import SwAVConfig
 from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
 from fastmoco_pipelines.spec import each_view
 
@@ -32,6 +34,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     MoCoV3Config: MoCoV3.build,
     BYOLConfig: BYOL.build,
     SimCLRConfig: SimCLR.build,
+    SwAVConfig: SwAV.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""
