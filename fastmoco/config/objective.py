@@ -22,6 +22,11 @@ class ObjectiveConfig:
     def __init_subclass__(cls) -> None:
         ObjectiveConfig.kinds[cls.kind] = cls
 
+    @property
+    def label_count(self) -> int:
+        """Classes of the labels that the training images must have; 0: it needs no labels."""
+        return 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoCoV3Config(ObjectiveConfig):

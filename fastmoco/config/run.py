@@ -201,6 +201,7 @@ class Config:
             seed=self.seed,
             device=device,
             threads=threads,
+            classes=self.objective.label_count,
             **{option.name: getattr(data, option.name) for option in fields(LoaderOptions)},
         )
 

@@ -154,6 +154,12 @@ class ShardSet:
         return np.concatenate(parts).astype(np.int64)
 
     @property
+    def class_count(self) -> int:
+        """Classes of the set: those that a manifest names, or one more than the highest label,
+        which reads all records."""
+        return len(self.classes) or int(self.labels.max(initial=-1)) + 1
+
+    @property
     def sizes(self) -> NDArray[np.int32]:
         """[n, 2] int32: height and width of every sample; see `sizes_of`."""
         return np.concatenate([_sizes(records) for records in self._records.all()])
