@@ -23,9 +23,10 @@ class ObjectiveConfig:
         ObjectiveConfig.kinds[cls.kind] = cls
 
     @property
-    def label_count(self) -> int:
-        """Classes of the labels that the training images must have; 0: it needs no labels."""
-        return 0
+    def label_count(self) -> int | None:
+        """Classes of the labels that the training images must have; None: it needs no labels, 0:
+        as many as the training set has."""
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

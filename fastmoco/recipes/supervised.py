@@ -60,8 +60,8 @@ class SupervisedConfig(ObjectiveConfig):
         require(0 < decay <= 1, "layer_decay", decay, "must be above 0 and at most 1")
 
     @property
-    def label_count(self) -> int:
-        """Classes of the labels that the training images must have."""
+    def label_count(self) -> int | None:
+        """Classes of the labels that the training images must have; 0: as many as there are."""
         return self.classes
 
 

@@ -27,9 +27,8 @@ from fastmoco_pipelines.loading.stages import StageClock, StageFigures
 from fastmoco_pipelines.loading.threads import POLL_SECONDS, BatchPlaces, make_batches, read_steps
 from fastmoco_pipelines.sampling.order import ORDER_VERSION, local_batch_size
 from fastmoco_pipelines.sampling.stand_ins import Plan
-from fastmoco_pipelines.sets.shard_set import ShardError, ShardSet
+from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import LoaderSpec, require
-from fastmoco_pipelines.text import redact
 
 if TYPE_CHECKING:
     from fastmoco_pipelines.loading.threads import Readings, Results
@@ -98,7 +97,7 @@ def build_loader(
     shards = ShardSet.open(spec.shards, cache=spec)
     try:
         if spec.classes:
-            require_labels(shards, spec)
+            shards.require_labels(spec.shards, spec.classes)
         plan = Plan(
             seed=spec.seed,
             windows=shards.windows(spec.shuffle_window, spec),
@@ -134,28 +133,6 @@ def build_loader(
     if begin:
         loader.begin()
     return loader
-
-
-def require_labels(shards: ShardSet, spec: LoaderSpec) -> None:
-    """Refuse a set whose labels are not those that a spec asks for.
-
-    Raises:
-        ShardError: naming the set, if an image has no label or a class is not among
-            `spec.classes`.
-    """
-    named = redact(spec.shards)
-    if shards.unlabelled:
-        raise ShardError(
-            f"{named}: {shards.unlabelled} of {len(shards)} images have no label, which this "
-            f"training needs: pack the set from one folder per class (fastmoco data pack), or "
-            f"index tars that have labels (fastmoco data index --labels)"
-        )
-    count = shards.class_count
-    if count > spec.classes:
-        raise ShardError(
-            f"{named}: its labels number {count} classes, more than objective.classes="
-            f"{spec.classes}: give --objective.classes {count}, or the set that belongs to it"
-        )
 
 
 class Loader(BatchStream):
