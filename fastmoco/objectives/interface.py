@@ -83,6 +83,8 @@ class Inputs(NamedTuple):
     paths: tuple[Tensor, ...] = ()
     """With stochastic depth: one [b, views, depth, 2], the factors of the trained encoder's
     residual branches; see `paths_of`."""
+    labels: Tensor | None = None
+    """[b] int64, the class of each image, for objectives that learn classes (`needs_labels`)."""
 
     def paths_of(self, *views: int) -> tuple[()] | tuple[Tensor]:
         """The last argument of a trained encoder for some views by number, concatenated in this
@@ -127,6 +129,9 @@ class Objective(nn.Module, ABC):
         per_rank: names of buffers that differ between ranks on purpose (SwAV's queue). Others must
             be equal on all ranks.
         path_draws: makes `Inputs.paths`; None: no stochastic depth.
+        needs_labels: whether `Inputs.labels` must be given.
+        images_together: neighbouring images of a batch that must pass `features` together, because
+            they are mixed there: chunks are multiples of it.
     """
 
     encoder: Any
@@ -135,19 +140,26 @@ class Objective(nn.Module, ABC):
     coupling_reason: str = ""
     per_rank: frozenset[str] = frozenset()
     path_draws: PathDraws | None = None
+    needs_labels: bool = False
+    images_together: int = 1
 
     def inputs(
-        self, views: tuple[Tensor, ...], masks: tuple[Tensor, ...] = (), at: Progress = START
+        self,
+        views: tuple[Tensor, ...],
+        masks: tuple[Tensor, ...] = (),
+        at: Progress = START,
+        *,
+        labels: Tensor | None = None,
     ) -> Inputs:
         """What the trunks read of the local batch in this step: the same in every call.
 
         In training mode with stochastic depth it has `paths`, which `features` gives to the encoder
         that trains.
         """
-        if self.path_draws is None or not self.training:
-            return Inputs(views, masks)
-        paths = self.path_draws(len(views[0]), len(views), at.step, views[0].device)
-        return Inputs(views, masks, (paths,))
+        paths: tuple[Tensor, ...] = ()
+        if self.path_draws is not None and self.training:
+            paths = (self.path_draws(len(views[0]), len(views), at.step, views[0].device),)
+        return Inputs(views, masks, paths, labels)
 
     @abstractmethod
     def features(self, inputs: Inputs, at: Progress, *, target: bool = True) -> Features:
@@ -186,6 +198,7 @@ class Objective(nn.Module, ABC):
         self,
         *views: Tensor,
         masks: tuple[Tensor, ...] = (),
+        labels: Tensor | None = None,
         at: Progress = START,
         accuracy: bool = False,
     ) -> Output:
@@ -197,14 +210,20 @@ class Objective(nn.Module, ABC):
         Args:
             views: [B, 3, H, W] each, the same B on every rank; row i of all is of one image.
             masks: of the views that have one.
+            labels: of the images, where the objective needs them.
             at: the step.
             accuracy: as for `compare`.
 
         Returns:
             The loss, differentiable in all trained parameters, and what telemetry looks at.
         """
-        inputs = self.inputs(views, masks, at)
+        inputs = self.inputs(views, masks, at, labels=labels)
         return self.compare(self.features(inputs, at), at, accuracy=accuracy)
+
+    def classifier(self) -> nn.Module | None:
+        """What maps images [B, 3, H, W] to logits [B, classes], for evaluations; None where the
+        objective learns no classes."""
+        return None
 
     def networks(self) -> Mapping[str, nn.Module]:
         """Networks by attribute name ("encoder", "predictor"), each a tree of its own."""

@@ -25,6 +25,12 @@ from fastmoco.recipes.small import (
     vit_nano7_e12_b256,
     vit_nano8_e60_b256,
 )
+from fastmoco.recipes.supervised import (
+    supervised_digits,
+    supervised_nano7_e12_b256,
+    supervised_vit_b16,
+    supervised_vit_s16,
+)
 from fastmoco.recipes.swav import (
     swav_digits,
     swav_r50_e400_b4096,
@@ -63,6 +69,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
         swav_vit_b16_e300_b4096,
         swav_r50_e400_b4096,
         swav_digits,
+        supervised_vit_s16,
+        supervised_vit_b16,
+        supervised_nano7_e12_b256,
+        supervised_digits,
     )
 }
 
