@@ -169,9 +169,7 @@ def shared_knn_sweep(
 
     Numerics: as of `knn_accuracy`; the largest k changes shapes of products.
     """
-    if not ks or not temperatures:
-        raise ValueError(f"k={tuple(ks)}, temperature={tuple(temperatures)}: needs at least one")
-    _require_votes(ks, temperatures)
+    require_votes(ks, temperatures)
     search = _Search(
         bank,
         queries,
@@ -301,7 +299,7 @@ class _Search:
     def counts(self, pairs: Sequence[tuple[int, float]]) -> list[KnnCount]:
         """Queries that are classified correctly, for each pair of k, at most that of the search,
         and temperature."""
-        _require_votes(*zip(*pairs, strict=True))
+        require_votes(*zip(*pairs, strict=True))
         right = torch.zeros(len(pairs), dtype=torch.int64, device=self._device)
         for rows, similar, _, label in self:
             wanted = self._queries.labels[rows].to(self._device)
@@ -422,8 +420,15 @@ class _Search:
         return similar.gather(1, order), index.gather(1, order), label.gather(1, order)
 
 
-def _require_votes(ks: Sequence[int], temperatures: Sequence[float]) -> None:
-    """Refuse numbers out of range."""
+def require_votes(ks: Sequence[int], temperatures: Sequence[float]) -> None:
+    """Refuse no numbers, and numbers out of range.
+
+    Raises:
+        ValueError: naming the number and the rule.
+    """
+    for name, given in (("k", ks), ("temperature", temperatures)):
+        if not given:
+            raise ValueError(f"{name}={tuple(given)}: needs at least one number")
     for k in ks:
         if k < 1:
             raise ValueError(f"k={k}: must be at least 1")
