@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from fastmoco.checkpoint import Checkpoint, CheckpointError, score_in
 from fastmoco.checkpoint.folder import MARKER
 from fastmoco.config import Config
 from fastmoco.config.serial import from_json
+from fastmoco.models.resnet import RESNETS, ResNet
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.spec import EvalSpec
@@ -41,6 +42,8 @@ TIMM = {
     ("vit_huge", 14),
 }
 """Architectures and patch sizes that timm has under a name, for images of 224 pixels."""
+TORCHVISION = ("resnet18", "resnet34", "resnet50")
+"""ResNets that torchvision and timm have under the same name, with the same names of tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +196,105 @@ class EncoderDescription:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResNetDescription:
+    """The same for a ResNet, whose weights say the rest.
+
+    Attributes:
+        architecture: a name of `fastmoco.models.RESNETS`.
+        image: how an image is resized, cropped and normalised.
+    """
+
+    architecture: str
+    image: EvalSpec
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """That of the encoder of a run."""
+        return cls(architecture=config.model.architecture, image=config.eval_spec())
+
+    @property
+    def width(self) -> int:
+        """Channels of the feature."""
+        return RESNETS[self.architecture].width
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return sum(RESNETS[self.architecture].depths)
+
+    def to_metadata(self) -> dict[str, str]:
+        """As the header of a file; values are strings."""
+        found = {
+            "architecture": self.architecture,
+            "width": str(self.width),
+            "depth": str(self.depth),
+            "image_size": str(self.image.size),
+            "channels": str(CHANNELS),
+            "resize": str(self.image.resize),
+            "mean": json.dumps(list(self.image.mean)),
+            "std": json.dumps(list(self.image.std)),
+            "pooling": "mean",
+        }
+        if self.architecture in TORCHVISION:
+            found |= {"torchvision_model": self.architecture, "timm_model": self.architecture}
+        return found
+
+    @classmethod
+    def from_metadata(cls, header: Mapping[str, str]) -> Self:
+        """Read a header, and check it against itself.
+
+        Raises:
+            ValueError: naming the key that is missing, or contradicts another one.
+        """
+        missing = [key for key in ("image_size", "mean", "std") if key not in header]
+        if missing:
+            raise ValueError(f"its header has no {', '.join(missing)}")
+        try:
+            image_size = int(header["image_size"])
+            image = EvalSpec(
+                size=image_size,
+                resize=int(header.get("resize", image_size)),
+                mean=_three(header["mean"]),
+                std=_three(header["std"]),
+            )
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"its header cannot be read ({error})") from error
+        found = cls(architecture=header["architecture"], image=image)
+        for name in ("width", "depth"):
+            value, known = header.get(name), str(getattr(found, name))
+            if value not in (None, known):
+                raise ValueError(
+                    f"its header has {name}={value}, but {found.architecture} has {known}"
+                )
+        return found
+
+    def build(self) -> ResNet:
+        """An encoder with random weights."""
+        return RESNETS[self.architecture](image_size=self.image.size)
+
+
+Description: TypeAlias = EncoderDescription | ResNetDescription
+
+
+def describe(config: Config) -> Description:
+    """The description of the encoder of a run."""
+    if config.model.family == "resnet":
+        return ResNetDescription.of(config)
+    return EncoderDescription.of(config)
+
+
+def description_in(header: Mapping[str, str]) -> Description:
+    """The description in the header of a file.
+
+    Raises:
+        ValueError: naming the key that is missing, or contradicts another one.
+    """
+    if header.get("architecture") in RESNETS:
+        return ResNetDescription.from_metadata(header)
+    return EncoderDescription.from_metadata(header)
+
+
 def encoder_header(checkpoint: Checkpoint) -> dict[str, str]:
     """The header of the file of a checkpoint's encoder: its description, and where it comes from.
 
@@ -205,7 +307,7 @@ def encoder_header(checkpoint: Checkpoint) -> dict[str, str]:
     config = from_json(state["config"])
     steps_per_epoch = state.get("resolved", {}).get("steps_per_epoch", 0)
     header = {
-        **EncoderDescription.of(config).to_metadata(),
+        **describe(config).to_metadata(),
         "method": config.objective.kind,
         "recipe": config.recipe,
         "epochs": f"{config.epochs:g}",
@@ -222,8 +324,8 @@ def encoder_header(checkpoint: Checkpoint) -> dict[str, str]:
 class LoadedEncoder(NamedTuple):
     """An encoder from a file."""
 
-    encoder: VisionTransformer
-    """In eval mode; maps [B, 3, H, W] images to [B, E] class-token features."""
+    encoder: VisionTransformer | ResNet
+    """In eval mode; maps [B, 3, H, W] images to [B, E] features."""
     image: EvalSpec
     """How its images are resized, cropped and normalised."""
     header: dict[str, str]
@@ -232,7 +334,7 @@ class LoadedEncoder(NamedTuple):
 
 def load_encoder(
     path: Path | str,
-    description: EncoderDescription | None = None,
+    description: Description | None = None,
     *,
     device: torch.device | str = "cpu",
 ) -> LoadedEncoder:
@@ -261,7 +363,7 @@ def load_encoder(
     # The description by the header, by the caller, or by both.
     if "architecture" in header:
         try:
-            found = EncoderDescription.from_metadata(header)
+            found = description_in(header)
         except ValueError as error:
             raise CheckpointError(
                 f"{path}: {error}. Export it again with `fastmoco checkpoint consolidate "
@@ -280,7 +382,7 @@ def load_encoder(
 
     # The weights must be those of this encoder, no more and no fewer.
     try:
-        encoder = found.build()
+        encoder: VisionTransformer | ResNet = found.build()
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     _require_shapes(path, encoder.state_dict(), tensors)
@@ -290,8 +392,13 @@ def load_encoder(
     return LoadedEncoder(encoder.to(device).eval(), found.image, header)
 
 
-def _require_same(path: Path | str, found: EncoderDescription, wanted: EncoderDescription) -> None:
+def _require_same(path: Path | str, found: Description, wanted: Description) -> None:
     """Refuse a header that differs from what the caller expects."""
+    if type(found) is not type(wanted):
+        raise CheckpointError(
+            f"{path}: its metadata has architecture={found.architecture}, the caller wants "
+            f"{wanted.architecture}"
+        )
     ignored = {"patch_embed_frozen"}  # changes no feature
     for field in fields(wanted):
         has, needs = getattr(found, field.name), getattr(wanted, field.name)
