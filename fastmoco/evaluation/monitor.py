@@ -72,7 +72,7 @@ class KnnMonitor(Monitor):
         self.memory_bytes = memory_bytes
         self.scratch = scratch
         bank = config.knn.train_shards or config.data.shards
-        self._bank, self._queries = _open_comparable(bank, config.knn.test_shards, config.data)
+        self._bank, self._queries = open_comparable(bank, config.knn.test_shards, config.data)
         self._judge()
 
     def evaluate(self, encoder: nn.Module) -> Mapping[str, float]:
@@ -131,7 +131,7 @@ class KnnMonitor(Monitor):
         self._bank.shards.close()
         self._queries.shards.close()
 
-    def _embed(self, encoder: nn.Module, opened: _OpenSet, limit: int) -> LabelledRows:
+    def _embed(self, encoder: nn.Module, opened: OpenSet, limit: int) -> LabelledRows:
         """Features and labels of this rank's part of a set, in its order."""
         data = self.config.data
         spec = EvalLoaderSpec(
@@ -162,7 +162,7 @@ class KnnMonitor(Monitor):
 
 
 @dataclass(frozen=True, slots=True)
-class _OpenSet:
+class OpenSet:
     """A set that stays open from one measurement to the next."""
 
     pattern: str
@@ -181,20 +181,22 @@ def _shared(bank: NDArray[np.int64], queries: NDArray[np.int64]) -> int:
     return int(np.isin(keys[1], keys[0]).sum())
 
 
-def _open_comparable(bank: str, queries: str, cache: CacheSpec) -> tuple[_OpenSet, _OpenSet]:
+def open_comparable(
+    bank: str, queries: str, cache: CacheSpec, *, needed_by: str = "kNN"
+) -> tuple[OpenSet, OpenSet]:
     """Open both sets; refuse sets with different classes before the first step, instead of hours
-    later."""
-    opened: list[_OpenSet] = []
+    later. Errors name the evaluation that needs labels."""
+    opened: list[OpenSet] = []
     with ExitStack() as undo:
         for pattern in (bank, queries):
             shards = ShardSet.open(pattern, cache=cache)
             undo.callback(shards.close)
             if shards.unlabelled:
                 raise ValueError(
-                    f"{redact(pattern)!r} has images without a label, which kNN needs: "
+                    f"{redact(pattern)!r} has images without a label, which {needed_by} needs: "
                     f"pack it from one folder per class"
                 )
-            opened.append(_OpenSet(pattern, shards))
+            opened.append(OpenSet(pattern, shards))
         classes = [each.shards.classes for each in opened]
         if all(classes) and classes[0] != classes[1]:
             raise ValueError(
