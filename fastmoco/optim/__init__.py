@@ -3,13 +3,22 @@
 from fastmoco.optim.adamw import build_adamw, build_adamw_ema
 from fastmoco.optim.apex import build_apex
 from fastmoco.optim.lars import build_lars
-from fastmoco.optim.schedule import ema_momentum, learning_rate
+from fastmoco.optim.schedule import (
+    Steps,
+    ema_momentum,
+    learning_rate,
+    run_learning_rate,
+    simclr_steps,
+)
 
 __all__ = [
+    "Steps",
     "build_adamw",
     "build_adamw_ema",
     "build_apex",
     "build_lars",
     "ema_momentum",
     "learning_rate",
+    "run_learning_rate",
+    "simclr_steps",
 ]
