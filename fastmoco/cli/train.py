@@ -35,6 +35,7 @@ from fastmoco.faults.parent import is_orphan
 from fastmoco.models.precision import choose_precision
 from fastmoco.run.curves import Panels, draw_curves
 from fastmoco.run.folder import RunFolder
+from fastmoco.training.classes import with_classes
 from fastmoco.training.start import Start, close_if_finished, find_start, give_back
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def train(
         with first_cause(world):
             with collection_paused():
                 start = find_start(out, world, trust=trust)
+                config = with_classes(config, world, start.checkpoint, may_open=False)
                 finished = close_if_finished(start, config, world, allow=allow)
             if not finished:
                 config = _with_shards(config, out, world, start)

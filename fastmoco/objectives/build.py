@@ -17,7 +17,9 @@ from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.moco_v3 import MoCoV3
+from fastmoco.objectives.supervised import Supervised
 from fastmoco.recipes.byol import BYOLConfig
+from fastmoco.recipes.supervised import SupervisedConfig
 from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
 from fastmoco_pipelines.spec import each_view
 
@@ -25,6 +27,7 @@ BuildEncoder: TypeAlias = Callable[[], VisionTransformer]
 OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objective]] = {
     MoCoV3Config: MoCoV3.build,
     BYOLConfig: BYOL.build,
+    SupervisedConfig: Supervised.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""

@@ -79,6 +79,8 @@ class Inputs(NamedTuple):
     """Each [b, 3, H, W]; views of one size are neighbours."""
     masks: tuple[Tensor, ...] = ()
     """For masked objectives: one [b, ...] for each view that has one."""
+    labels: Tensor | None = None
+    """[b] int64, the class of each image, for objectives that learn classes (`needs_labels`)."""
 
 
 class Features(NamedTuple):
@@ -115,6 +117,9 @@ class Objective(nn.Module, ABC):
         coupling_reason: why the trunk does, as a clause; empty where it does not.
         per_rank: names of buffers that differ between ranks on purpose (SwAV's queue). Others must
             be equal on all ranks.
+        needs_labels: whether `Inputs.labels` must be given.
+        images_together: neighbouring images of a batch that must pass `features` together, because
+            they are mixed there: chunks are multiples of it.
     """
 
     encoder: Any
@@ -122,6 +127,8 @@ class Objective(nn.Module, ABC):
     coupling: Coupling
     coupling_reason: str = ""
     per_rank: frozenset[str] = frozenset()
+    needs_labels: bool = False
+    images_together: int = 1
 
     @abstractmethod
     def features(self, inputs: Inputs, at: Progress, *, target: bool = True) -> Features:
@@ -160,6 +167,7 @@ class Objective(nn.Module, ABC):
         self,
         *views: Tensor,
         masks: tuple[Tensor, ...] = (),
+        labels: Tensor | None = None,
         at: Progress = START,
         accuracy: bool = False,
     ) -> Output:
@@ -171,13 +179,20 @@ class Objective(nn.Module, ABC):
         Args:
             views: [B, 3, H, W] each, the same B on every rank; row i of all is of one image.
             masks: of the views that have one.
+            labels: of the images, where the objective needs them.
             at: the step.
             accuracy: as for `compare`.
 
         Returns:
             The loss, differentiable in all trained parameters, and what telemetry looks at.
         """
-        return self.compare(self.features(Inputs(views, masks), at), at, accuracy=accuracy)
+        inputs = Inputs(views, masks, labels)
+        return self.compare(self.features(inputs, at), at, accuracy=accuracy)
+
+    def classifier(self) -> nn.Module | None:
+        """What maps images [B, 3, H, W] to logits [B, classes], for evaluations; None where the
+        objective learns no classes."""
+        return None
 
     def networks(self) -> Mapping[str, nn.Module]:
         """Networks by attribute name ("encoder", "predictor"), each a tree of its own."""

@@ -8,7 +8,11 @@ from fastmoco.objectives.interface import START, Inputs, Objective, Output, Prog
 
 
 def plain_forward(
-    objective: Objective, *views: Tensor, at: Progress = START, accuracy: bool = False
+    objective: Objective,
+    *views: Tensor,
+    labels: Tensor | None = None,
+    at: Progress = START,
+    accuracy: bool = False,
 ) -> Output:
     """What `objective(*views)` computes, with nothing shared, saved or fused.
 
@@ -16,7 +20,8 @@ def plain_forward(
         objective: in training mode; the running averages of its batch norms move, as in any
             forward.
         views: [B, 3, H, W] each.
+        labels: [B], where the objective needs them.
         at: the step.
         accuracy: whether the output has one.
     """
-    return objective.reference(Inputs(views), at, accuracy=accuracy)
+    return objective.reference(Inputs(views, labels=labels), at, accuracy=accuracy)

@@ -156,9 +156,8 @@ def sharded(costs: StepCosts, element: int) -> StepCosts:
 def whole_bytes(costs: StepCosts, images: int, world_size: int = 1) -> float:
     """Bytes of a step that takes all its images at once, besides the state."""
     heads = _heads(costs, images, world_size)
-    return _resident(costs, images) + max(
-        costs.graph.at(images) + max(costs.forward.at(images), heads), costs.train.at(images)
-    )
+    besides = max(costs.forward.at(images), heads) if costs.averaged else heads
+    return _resident(costs, images) + max(costs.graph.at(images) + besides, costs.train.at(images))
 
 
 def chunked_bytes(

@@ -20,6 +20,12 @@ from fastmoco.recipes.small import (
     vit_nano7_e12_b256,
     vit_nano8_e60_b256,
 )
+from fastmoco.recipes.supervised import (
+    supervised_digits,
+    supervised_nano7_e12_b256,
+    supervised_vit_b16,
+    supervised_vit_s16,
+)
 from fastmoco_pipelines.spec import ViewSpec, under
 
 __all__ = [
@@ -45,6 +51,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
         quickstart_digits,
         byol_vit_s16_e300_b4096,
         byol_digits,
+        supervised_vit_s16,
+        supervised_vit_b16,
+        supervised_nano7_e12_b256,
+        supervised_digits,
     )
 }
 

@@ -153,6 +153,7 @@ class ForwardBackward:
         self,
         *views: Tensor,
         masks: tuple[Tensor, ...] = (),
+        labels: Tensor | None = None,
         at: Progress = START,
         accuracy: bool = False,
     ) -> Output:
@@ -161,6 +162,7 @@ class ForwardBackward:
         Args:
             views: [B, 3, H, W] each, of this rank, as the loader delivers them.
             masks: one for each view that has one.
+            labels: [B], on the device, where the objective needs them.
             at: the step.
             accuracy: as for `Objective.compare`.
 
@@ -177,18 +179,19 @@ class ForwardBackward:
         self._objective.before_step(at)
         for layer in self._float8:
             layer.refresh_()
-        output = self._forward_backward(Inputs(views, masks), at, accuracy)
+        output = self._forward_backward(Inputs(views, masks, labels), at, accuracy)
         self._objective.after_backward(at)
         return output
 
     def _forward_backward(self, inputs: Inputs, at: Progress, accuracy: bool) -> Output:
-        views, masks = inputs
+        views, masks, labels = inputs
+        rest: dict[str, Any] = {"masks": masks, "at": at, "accuracy": accuracy}
+        if labels is not None:
+            rest["labels"] = labels
         if self._chunked is not None:
-            return self._chunked(*views, masks=masks, at=at, accuracy=accuracy)
+            return self._chunked(*views, **rest)
         with self._autocast():
-            output: Output = self._forward(
-                *self.prepare(views), masks=masks, at=at, accuracy=accuracy
-            )
+            output: Output = self._forward(*self.prepare(views), **rest)
         output.loss.backward()  # type: ignore[no-untyped-call]
         return output
 

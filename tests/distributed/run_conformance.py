@@ -26,7 +26,7 @@ from fastmoco.training.forward_backward import ForwardBackward
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import part
 from tests.distributed.run_trainer import CONFIG
-from tests.fastmoco.objectives.test_conformance import config_of, rough, views_of
+from tests.fastmoco.objectives.test_conformance import config_of, rest_of, rough, views_of
 
 IMAGES, STEPS = 12, 3
 WAYS: dict[str, dict[str, Any]] = {
@@ -73,7 +73,8 @@ def run_steps(world: World, kind: type[ObjectiveConfig], **how: Any) -> dict[str
     for step in range(STEPS):
         views = [part(view, world) for view in views_of(config, IMAGES)]
         objective.zero_grad(set_to_none=True)
-        output = forward_backward(*views)
+        rest = {name: part(rows, world) for name, rows in rest_of(objective, IMAGES).items()}
+        output = forward_backward(*views, **rest)
         found["losses"].append(output.loss.detach())
         if step == 0:
             named = objective.named_parameters()
