@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fastmoco.distributed import agree
 from fastmoco.errors import RunError
 from fastmoco.evaluation.embed import LabelledRows
+from fastmoco.evaluation.knn import Progress
 from fastmoco.evaluation.rows import MemoryRows, Rows, new_rows
 from fastmoco_pipelines.files import lock_path, write_file, write_json
 from fastmoco_pipelines.loading.batch import EvalBatch
@@ -44,9 +45,6 @@ equal shares."""
 WAIT_S = 3600.0
 """For `start_world`: how much later than the first process the last one may have its share."""
 _HASH_BYTES = hashlib.sha256().digest_size
-
-Progress = Callable[[int, int], None]
-"""Called with (images done, images of all), first with what was there before."""
 
 
 def no_progress(done: int, total: int) -> None:
@@ -194,6 +192,11 @@ class FeatureCache:
             if len(part):
                 yield part
 
+    def labels(self, numbers: Iterable[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Labels and sample ids of those parts (default: all), in order."""
+        for part in self.read_all(numbers):
+            yield part.labels.clone(), part.sample_ids.clone()
+
     def rows(
         self,
         numbers: Sequence[int] | None = None,
@@ -273,7 +276,7 @@ def embed_missing(
         rank: of this process.
         ranks: their number.
         device: on which the processes communicate.
-        progress: of this process's share.
+        progress: called with the images of this process's share that are done, and all of them.
 
     Distributed: collective; returns when all parts are there. Every process verifies a share.
     """

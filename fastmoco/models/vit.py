@@ -177,6 +177,17 @@ class VisionTransformer(nn.Module):
         """[B, 3, H, W] images -> [B, E] class-token features."""
         return self.encode(self.patch_tokens(images))
 
+    def token_features(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] images -> [B, L, E]: the patch tokens after every block and the final norm,
+        row by row.
+        """
+        patches = self.patch_tokens(images)
+        tokens = self._with_class_token(patches)
+        for block in self.blocks:
+            tokens = sum_of(*block(tokens))
+        normalised: Tensor = self.norm(tokens[:, -patches.shape[1] :])
+        return normalised
+
     def stem_tensors(self) -> list[Tensor]:
         """All tensors that turn pixels into patch tokens."""
         return [self.pos_embed, *self.patch_embed.parameters()]
