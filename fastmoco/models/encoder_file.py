@@ -27,6 +27,8 @@ from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.spec import EvalSpec
 
 CHANNELS = 3
+CUSTOM = "custom"
+"""Architecture of a ViT of sizes that no architecture here has, as timm's ViT-S with 6 heads."""
 TIMM = {
     ("vit_tiny", 16),
     ("vit_small", 8),
@@ -48,7 +50,7 @@ class EncoderDescription:
     """What the weights of an encoder do not say, and what they must fit.
 
     Attributes:
-        architecture: a name of `fastmoco.models.ARCHITECTURES`.
+        architecture: a name of `fastmoco.models.ARCHITECTURES`, or `CUSTOM`.
         width: channels E of a token.
         depth: number of blocks.
         heads: attention heads.
@@ -141,18 +143,20 @@ class EncoderDescription:
         if missing:
             raise ValueError(f"its header has no {', '.join(missing)}")
         architecture = header["architecture"]
-        if architecture not in ARCHITECTURES:
+        if architecture != CUSTOM and architecture not in ARCHITECTURES:
             raise ValueError(f"its architecture={architecture!r} is unknown to this version")
-        size = ARCHITECTURES[architecture]
+        size = ARCHITECTURES.get(architecture)
+        names = ("width", "depth", "heads", "stem")
+        known: dict[str, Any] = {} if size is None else {n: getattr(size, n) for n in names}
         try:
             image_size = int(header["image_size"])
             found = cls(
                 architecture=architecture,
-                width=int(header.get("width", size.width)),
-                depth=int(header.get("depth", size.depth)),
+                width=int(header.get("width", known.get("width", 0))),
+                depth=int(header.get("depth", known.get("depth", 0))),
                 heads=int(header["heads"]),
                 mlp_ratio=float(header.get("mlp_ratio", 4.0)),
-                stem=header.get("stem", size.stem),
+                stem=header.get("stem", known.get("stem", "patch")),
                 patch_size=int(header["patch_size"]),
                 image=EvalSpec(
                     size=image_size,
@@ -167,10 +171,11 @@ class EncoderDescription:
             raise ValueError(f"its header cannot be read ({error})") from error
 
         # The same facts are in the header more than once; a changed one is noticed.
-        for name in ("width", "depth", "heads", "stem"):
-            value, known = getattr(found, name), getattr(size, name)
-            if value != known:
-                raise ValueError(f"its header has {name}={value}, but {architecture} has {known}")
+        for name, value in known.items():
+            if getattr(found, name) != value:
+                raise ValueError(
+                    f"its header has {name}={getattr(found, name)}, but {architecture} has {value}"
+                )
         for name, value in found.timm_arguments().items():
             if timm.get(name, value) != value:
                 raise ValueError(
@@ -278,16 +283,39 @@ def load_encoder(
     else:
         found = description
 
-    # The weights must be those of this encoder, no more and no fewer.
+    encoder = build_with(path, found, tensors)
+    return LoadedEncoder(encoder.to(device).eval(), found.image, header)
+
+
+def build_with(
+    path: Path | str, description: EncoderDescription, tensors: Mapping[str, Tensor]
+) -> VisionTransformer:
+    """An encoder with these weights, which must be its own: no more and no fewer.
+
+    Args:
+        path: where they come from, for errors.
+        description: of the encoder.
+        tensors: by our names, without head.
+
+    Raises:
+        CheckpointError: naming the path, and the tensors or the field that do not fit.
+    """
+    # Shapes are compared before memory is allocated, because a header may claim any size.
+    if description.depth > len(tensors):
+        raise CheckpointError(
+            f"{path}: depth={description.depth}, and it has {len(tensors)} tensors in all"
+        )
     try:
-        encoder = found.build()
-    except ValueError as error:
+        with torch.device("meta"):
+            blank = description.build().state_dict()
+    except (ValueError, RuntimeError, OverflowError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    _require_shapes(path, encoder.state_dict(), tensors)
+    _require_shapes(path, blank, tensors)
+    encoder = description.build()
     encoder.load_state_dict(tensors)
     if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
         encoder.double().load_state_dict(tensors)
-    return LoadedEncoder(encoder.to(device).eval(), found.image, header)
+    return encoder
 
 
 def _require_same(path: Path | str, found: EncoderDescription, wanted: EncoderDescription) -> None:
