@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 
 from fastmoco.checkpoint import CheckpointError
-from fastmoco.models.encoder_file import CUSTOM, EncoderDescription, build_with
+from fastmoco.models.encoder_file import (
+    CUSTOM,
+    Description,
+    EncoderDescription,
+    ResNetDescription,
+    build_with,
+)
+from fastmoco.models.resnet import RESNETS, ResNet
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.models.weights.fitting import fit_encoder
 from fastmoco.models.weights.foreign import EncoderWeights, Which, find_encoder, require_heads
@@ -18,9 +25,9 @@ from fastmoco.models.weights.reading import read_weights
 class ForeignEncoder(NamedTuple):
     """An encoder from a file of weights."""
 
-    encoder: VisionTransformer
+    encoder: VisionTransformer | ResNet
     """In eval mode; maps [B, 3, H, W] images to [B, E] features."""
-    description: EncoderDescription
+    description: Description
     """Its sizes, and how images are resized, cropped and normalised."""
     weights: EncoderWeights
     """The file: its format, its other networks, notes."""
@@ -61,12 +68,15 @@ def load_foreign(
     return ForeignEncoder(encoder.to(device).eval(), description, weights)
 
 
-def describe(weights: EncoderWeights) -> EncoderDescription:
-    """The description of the ViT of a file.
+def describe(weights: EncoderWeights) -> Description:
+    """The description of the encoder of a file.
 
     Raises:
-        CheckpointError: if the file does not show its number of heads, or has no positions.
+        CheckpointError: if a ViT's file does not show its number of heads or has no positions, or
+            a ResNet is none of ours.
     """
+    if weights.family == "resnet":
+        return _describe_resnet(weights)
     sizes, heads = weights.sizes(), require_heads(weights)
     if sizes.grid is None:
         raise CheckpointError(
@@ -90,6 +100,24 @@ def describe(weights: EncoderWeights) -> EncoderDescription:
         image=weights.image,
         patch_embed_frozen=False,
     )
+
+
+def _describe_resnet(weights: EncoderWeights) -> ResNetDescription:
+    """The architecture whose tensors have these names and shapes."""
+    own = {name: tensor.shape for name, tensor in weights.trunk.items() if not _counts(name)}
+    for name, architecture in RESNETS.items():
+        with torch.device("meta"):
+            target = architecture().state_dict()
+        if own == {key: tensor.shape for key, tensor in target.items() if not _counts(key)}:
+            return ResNetDescription(architecture=name, image=weights.image)
+    raise CheckpointError(
+        f"{weights.source} ({weights.format}) is none of {', '.join(RESNETS)}, which fastmoco has"
+    )
+
+
+def _counts(name: str) -> bool:
+    """Whether a tensor is the number of batches of a norm, which older files lack."""
+    return name.endswith("num_batches_tracked")
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -18,10 +18,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
+from fastmoco.models.encoder import Family
 from fastmoco.models.vit import sincos_positions
 from fastmoco.models.weights.names import (
     NETWORKS,
-    Family,
     find_format,
     some,
     to_ours,

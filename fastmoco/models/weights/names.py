@@ -12,12 +12,13 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-Family: TypeAlias = Literal["vit", "resnet"]
+from fastmoco.models.encoder import Family
+
 Row: TypeAlias = tuple[str, ...]
 """Our name, then the names of the other format."""
 
