@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,11 +22,15 @@ from fastmoco.checkpoint import Checkpoint, CheckpointError, score_in
 from fastmoco.checkpoint.folder import MARKER
 from fastmoco.config import Config
 from fastmoco.config.serial import from_json
+from fastmoco.models.encoder import Family
+from fastmoco.models.resnet import RESNETS, ResNet
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.spec import EvalSpec
 
 CHANNELS = 3
+CUSTOM = "custom"
+"""Architecture of a ViT of sizes that no architecture here has, as timm's ViT-S with 6 heads."""
 TIMM = {
     ("vit_tiny", 16),
     ("vit_small", 8),
@@ -45,10 +49,10 @@ TIMM = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderDescription:
-    """What the weights of an encoder do not say, and what they must fit.
+    """What the weights of a ViT do not say, and what they must fit.
 
     Attributes:
-        architecture: a name of `fastmoco.models.ARCHITECTURES`.
+        architecture: a name of `fastmoco.models.ARCHITECTURES`, or `CUSTOM`.
         width: channels E of a token.
         depth: number of blocks.
         heads: attention heads.
@@ -69,9 +73,11 @@ class EncoderDescription:
     image: EvalSpec
     patch_embed_frozen: bool = True
 
+    family: ClassVar[Family] = "vit"
+
     @classmethod
     def of(cls, config: Config) -> Self:
-        """That of the encoder of a run."""
+        """That of the ViT of a run."""
         size = ARCHITECTURES[config.model.architecture]
         return cls(
             architecture=config.model.architecture,
@@ -114,11 +120,7 @@ class EncoderDescription:
             "mlp_ratio": str(self.mlp_ratio),
             "stem": self.stem,
             "patch_size": str(self.patch_size),
-            "image_size": str(self.image.size),
-            "channels": str(CHANNELS),
-            "resize": str(self.image.resize),
-            "mean": json.dumps(list(self.image.mean)),
-            "std": json.dumps(list(self.image.std)),
+            **_image_metadata(self.image),
             "pooling": "class_token",
             "position_embedding": "sincos_2d_fixed_stored",
             "patch_embed_frozen": json.dumps(self.patch_embed_frozen),
@@ -136,30 +138,23 @@ class EncoderDescription:
         Raises:
             ValueError: naming the key that is missing, or contradicts another one.
         """
-        needed = ("architecture", "heads", "patch_size", "image_size", "mean", "std")
-        missing = [key for key in needed if key not in header]
-        if missing:
-            raise ValueError(f"its header has no {', '.join(missing)}")
+        _require_keys(header, "heads", "patch_size")
         architecture = header["architecture"]
-        if architecture not in ARCHITECTURES:
+        if architecture != CUSTOM and architecture not in ARCHITECTURES:
             raise ValueError(f"its architecture={architecture!r} is unknown to this version")
-        size = ARCHITECTURES[architecture]
+        size = ARCHITECTURES.get(architecture)
+        names = ("width", "depth", "heads", "stem")
+        known: dict[str, Any] = {} if size is None else {n: getattr(size, n) for n in names}
         try:
-            image_size = int(header["image_size"])
             found = cls(
                 architecture=architecture,
-                width=int(header.get("width", size.width)),
-                depth=int(header.get("depth", size.depth)),
+                width=int(header.get("width", known.get("width", 0))),
+                depth=int(header.get("depth", known.get("depth", 0))),
                 heads=int(header["heads"]),
                 mlp_ratio=float(header.get("mlp_ratio", 4.0)),
-                stem=header.get("stem", size.stem),
+                stem=header.get("stem", known.get("stem", "patch")),
                 patch_size=int(header["patch_size"]),
-                image=EvalSpec(
-                    size=image_size,
-                    resize=int(header.get("resize", image_size)),
-                    mean=_three(header["mean"]),
-                    std=_three(header["std"]),
-                ),
+                image=_image_of(header),
                 patch_embed_frozen=header.get("patch_embed_frozen", "true") == "true",
             )
             timm = json.loads(header.get("timm_arguments", "{}"))
@@ -167,10 +162,11 @@ class EncoderDescription:
             raise ValueError(f"its header cannot be read ({error})") from error
 
         # The same facts are in the header more than once; a changed one is noticed.
-        for name in ("width", "depth", "heads", "stem"):
-            value, known = getattr(found, name), getattr(size, name)
-            if value != known:
-                raise ValueError(f"its header has {name}={value}, but {architecture} has {known}")
+        for name, value in known.items():
+            if getattr(found, name) != value:
+                raise ValueError(
+                    f"its header has {name}={getattr(found, name)}, but {architecture} has {value}"
+                )
         for name, value in found.timm_arguments().items():
             if timm.get(name, value) != value:
                 raise ValueError(
@@ -193,6 +189,114 @@ class EncoderDescription:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResNetDescription:
+    """What the weights of a ResNet do not say, and what they must fit.
+
+    Attributes:
+        architecture: a name of `fastmoco.models.RESNETS`.
+        image: how an image is resized, cropped and normalised.
+    """
+
+    architecture: str
+    image: EvalSpec
+
+    family: ClassVar[Family] = "resnet"
+    depth: ClassVar[int] = 0
+    heads: ClassVar[int | None] = None
+
+    @property
+    def width(self) -> int:
+        """Channels of the feature."""
+        return RESNETS[self.architecture].width
+
+    def torchvision_name(self) -> str | None:
+        """The name of the model in torchvision and in timm; None without one."""
+        return None if RESNETS[self.architecture].stem == "small" else self.architecture
+
+    def to_metadata(self) -> dict[str, str]:
+        """As the header of a file; values are strings."""
+        name = self.torchvision_name()
+        return {
+            "architecture": self.architecture,
+            "width": str(self.width),
+            **_image_metadata(self.image),
+            "pooling": "mean_of_positions",
+            **({"torchvision_model": name, "timm_model": name} if name is not None else {}),
+        }
+
+    @classmethod
+    def from_metadata(cls, header: Mapping[str, str]) -> Self:
+        """Read a header, and check it against itself.
+
+        Raises:
+            ValueError: naming the key that is missing, or contradicts another one.
+        """
+        _require_keys(header)
+        try:
+            found = cls(architecture=header["architecture"], image=_image_of(header))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"its header cannot be read ({error})") from error
+        width = header.get("width", str(found.width))
+        if width != str(found.width):
+            raise ValueError(
+                f"its header has width={width}, but {found.architecture} has {found.width}"
+            )
+        return found
+
+    def build(self) -> ResNet:
+        """An encoder with random weights."""
+        return RESNETS[self.architecture](image_size=self.image.size)
+
+
+Description: TypeAlias = EncoderDescription | ResNetDescription
+
+
+def describe_run(config: Config) -> Description:
+    """The description of the encoder of a run."""
+    if config.model.family == "resnet":
+        return ResNetDescription(architecture=config.model.architecture, image=config.eval_spec())
+    return EncoderDescription.of(config)
+
+
+def description_of(header: Mapping[str, str]) -> Description:
+    """Read the description in a header.
+
+    Raises:
+        ValueError: naming the key that is missing, or contradicts another one.
+    """
+    if header.get("architecture") in RESNETS:
+        return ResNetDescription.from_metadata(header)
+    return EncoderDescription.from_metadata(header)
+
+
+def _image_metadata(image: EvalSpec) -> dict[str, str]:
+    return {
+        "image_size": str(image.size),
+        "channels": str(CHANNELS),
+        "resize": str(image.resize),
+        "mean": json.dumps(list(image.mean)),
+        "std": json.dumps(list(image.std)),
+    }
+
+
+def _image_of(header: Mapping[str, str]) -> EvalSpec:
+    size = int(header["image_size"])
+    return EvalSpec(
+        size=size,
+        resize=int(header.get("resize", size)),
+        mean=_three(header["mean"]),
+        std=_three(header["std"]),
+    )
+
+
+def _require_keys(header: Mapping[str, str], *more: str) -> None:
+    needed = ("architecture", *more, "image_size", "mean", "std")
+    missing = [key for key in needed if key not in header]
+    if missing:
+        raise ValueError(f"its header has no {', '.join(missing)}")
+
+
 def encoder_header(checkpoint: Checkpoint) -> dict[str, str]:
     """The header of the file of a checkpoint's encoder: its description, and where it comes from.
 
@@ -205,7 +309,7 @@ def encoder_header(checkpoint: Checkpoint) -> dict[str, str]:
     config = from_json(state["config"])
     steps_per_epoch = state.get("resolved", {}).get("steps_per_epoch", 0)
     header = {
-        **EncoderDescription.of(config).to_metadata(),
+        **describe_run(config).to_metadata(),
         "method": config.objective.kind,
         "recipe": config.recipe,
         "epochs": f"{config.epochs:g}",
@@ -222,8 +326,8 @@ def encoder_header(checkpoint: Checkpoint) -> dict[str, str]:
 class LoadedEncoder(NamedTuple):
     """An encoder from a file."""
 
-    encoder: VisionTransformer
-    """In eval mode; maps [B, 3, H, W] images to [B, E] class-token features."""
+    encoder: VisionTransformer | ResNet
+    """In eval mode; maps [B, 3, H, W] images to [B, E] features."""
     image: EvalSpec
     """How its images are resized, cropped and normalised."""
     header: dict[str, str]
@@ -232,7 +336,7 @@ class LoadedEncoder(NamedTuple):
 
 def load_encoder(
     path: Path | str,
-    description: EncoderDescription | None = None,
+    description: Description | None = None,
     *,
     device: torch.device | str = "cpu",
 ) -> LoadedEncoder:
@@ -261,7 +365,7 @@ def load_encoder(
     # The description by the header, by the caller, or by both.
     if "architecture" in header:
         try:
-            found = EncoderDescription.from_metadata(header)
+            found = description_of(header)
         except ValueError as error:
             raise CheckpointError(
                 f"{path}: {error}. Export it again with `fastmoco checkpoint consolidate "
@@ -278,20 +382,47 @@ def load_encoder(
     else:
         found = description
 
-    # The weights must be those of this encoder, no more and no fewer.
-    try:
-        encoder = found.build()
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    _require_shapes(path, encoder.state_dict(), tensors)
-    encoder.load_state_dict(tensors)
-    if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
-        encoder.double().load_state_dict(tensors)
+    encoder = build_with(path, found, tensors)
     return LoadedEncoder(encoder.to(device).eval(), found.image, header)
 
 
-def _require_same(path: Path | str, found: EncoderDescription, wanted: EncoderDescription) -> None:
+def build_with(
+    path: Path | str, description: Description, tensors: Mapping[str, Tensor]
+) -> VisionTransformer | ResNet:
+    """An encoder with these weights, which must be its own: no more and no fewer.
+
+    Args:
+        path: where they come from, for errors.
+        description: of the encoder.
+        tensors: by our names, without head.
+
+    Raises:
+        CheckpointError: naming the path, and the tensors or the field that do not fit.
+    """
+    # Shapes are compared before memory is allocated, because a header may claim any size.
+    if description.depth > len(tensors):
+        raise CheckpointError(
+            f"{path}: depth={description.depth}, and it has {len(tensors)} tensors in all"
+        )
+    try:
+        with torch.device("meta"):
+            blank = description.build().state_dict()
+    except (ValueError, RuntimeError, OverflowError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    _require_shapes(path, blank, tensors)
+    encoder = description.build()
+    encoder.load_state_dict(tensors)
+    if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
+        encoder.double().load_state_dict(tensors)
+    return encoder
+
+
+def _require_same(path: Path | str, found: Description, wanted: Description) -> None:
     """Refuse a header that differs from what the caller expects."""
+    if found.family != wanted.family:
+        raise CheckpointError(
+            f"{path} is {found.architecture}, the caller wants {wanted.architecture}"
+        )
     ignored = {"patch_embed_frozen"}  # changes no feature
     for field in fields(wanted):
         has, needs = getattr(found, field.name), getattr(wanted, field.name)

@@ -26,7 +26,7 @@ from fastmoco.models.blocks import (
     Recompute,
     sum_of,
 )
-from fastmoco.models.encoder import Coupling, Parts
+from fastmoco.models.encoder import Coupling, Family, Parts
 
 STEM_COUPLES = (
     "its convolutional stem has batch norms, whose statistics are those of the whole batch"
@@ -90,6 +90,8 @@ class VisionTransformer(nn.Module):
     Raises:
         ValueError: naming the field, its value and the rule.
     """
+
+    family: Family = "vit"
 
     def __init__(
         self,
@@ -188,6 +190,10 @@ class VisionTransformer(nn.Module):
         normalised: Tensor = self.norm(tokens[:, -patches.shape[1] :])
         return normalised
 
+    def plain(self, images: Tensor) -> Tensor:
+        """Reference of `forward`."""
+        return self.encode_plain(self.patch_tokens(images))
+
     def stem_tensors(self) -> list[Tensor]:
         """All tensors that turn pixels into patch tokens."""
         return [self.pos_embed, *self.patch_embed.parameters()]
@@ -211,6 +217,15 @@ class VisionTransformer(nn.Module):
         assert isinstance(first, Block)
         per_token = self.embed_dim * 40 + first.attn.num_heads * self.tokens * 8
         return self.tokens * per_token * (len(self.blocks) + 1)
+
+    def forward_flops(self, side: int) -> float:
+        """FLOPs of the products in one forward of a view of this many pixels per side, with every
+        token in every block.
+        """
+        tokens = self.tokens * (side / self.image_size) ** 2
+        weights = sum(parameter.numel() for parameter in self.blocks.parameters())
+        weights += sum(tensor.numel() for tensor in self.stem_tensors())
+        return 2 * weights * tokens + 4 * tokens**2 * self.embed_dim * len(self.blocks)
 
     def _with_class_token(self, patch_tokens: Tensor) -> Tensor:
         class_token = (self.cls_token + self.pos_embed[:, :1]).expand(patch_tokens.shape[0], -1, -1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastmoco.models.encoder import Coupling, Encoder
+from fastmoco.models.encoder import Coupling, Encoder, TokenEncoder
 from fastmoco.objectives.interface import Features, Inputs, Progress
 from fastmoco.optim.schedule import ema_momentum
 
@@ -144,7 +144,7 @@ def by_view(features: Tensor) -> Tensor:
 
 def plain_projection(encoder: Any, view: Tensor) -> Tensor:
     """The projection of one view alone, by plain operations with nothing fused: for references."""
-    projected: Tensor = encoder.head(encoder.encode_plain(encoder.patch_tokens(view)))
+    projected: Tensor = encoder.head(encoder.plain(view))
     return projected
 
 
@@ -153,7 +153,7 @@ def _couples(encoder: Encoder) -> bool:
 
 
 def _class_features(
-    encoder: Encoder, views: tuple[Tensor, Tensor], tokens: Tensor | None
+    encoder: TokenEncoder, views: tuple[Tensor, Tensor], tokens: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """[b, 2, E] features, and the [2b, L, E] patch tokens where the views went through together."""
     if _couples(encoder):

@@ -272,17 +272,17 @@ class _Pieces:
         The blocks of a network are alike, so the difference of two depths is the cost of more
         blocks.
         """
-        trunks: list[Any] = [
-            parts.blocks for parts in self.objective.parts().values() if len(parts.blocks)
-        ]
+        networks = [parts for parts in self.objective.parts().values() if len(parts.blocks)]
+        trunks: list[Any] = [parts.blocks for parts in networks]
         for parts in self.objective.trunks().values():
             for block in parts.blocks:
                 block.recompute = recompute  # type: ignore[assignment]
 
-        # Networks of different or small depths are measured as they are.
+        # Networks of different or small depths, and of unlike blocks, are measured as they are.
         depths = {len(blocks) for blocks in trunks}
         depth = max(depths, default=0)
-        if len(depths) != 1 or depth <= max(DEPTHS):
+        alike = all(parts.alike for parts in networks)
+        if len(depths) != 1 or depth <= max(DEPTHS) or not alike:
             return measure()
 
         # Others are cut to each depth and restored.

@@ -216,6 +216,8 @@ def _choose_for_blocks(
             "uncompiled, casts move several times the bytes of the products; "
             "use model.momentum_linears native"
         )
+    if config.model.family == "resnet":
+        return CompileChoice(False, "a ResNet's convolutions are kernels of a library already")
     if config.model.blocks != "fused":
         return possible
     also = ", the momentum encoder's in float8 are compiled" if float8 else ""
