@@ -42,6 +42,10 @@ EXTRAS = {
     "sklearn": "data",
     "matplotlib": "logging",
     "torchao": "float8",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "transformers": "export",
 }
 """The extra of the distribution that installs a module."""
 
