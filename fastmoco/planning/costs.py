@@ -127,6 +127,8 @@ class StepCosts:
     separate: bool = False
     """Whether nothing couples images: heads and loss run in chunks too, and nothing is computed
     twice (`Coupling.NONE`)."""
+    targets: bool = True
+    """Whether a trunk runs without gradient beside the graph of the query trunk; not in SimCLR."""
 
 
 def measure_costs(
@@ -189,6 +191,7 @@ def measure_costs(
         parameters=sum(p.numel() for p in own),
         coupling_reason=objective.coupling_reason,
         separate=objective.coupling is Coupling.NONE,
+        targets=bool(features.target),
         view_bytes=sum(3 * side**2 for side in sides) * (1 if levels else element),
         feature_bytes=sum(3 * rows.nbytes for rows in features.online)
         + sum(2 * rows.nbytes for rows in features.target),

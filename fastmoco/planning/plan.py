@@ -156,8 +156,9 @@ def sharded(costs: StepCosts, element: int) -> StepCosts:
 def whole_bytes(costs: StepCosts, images: int, world_size: int = 1) -> float:
     """Bytes of a step that takes all its images at once, besides the state."""
     heads = _heads(costs, images, world_size)
+    targets = costs.forward.at(images) if costs.targets else 0.0
     return _resident(costs, images) + max(
-        costs.graph.at(images) + max(costs.forward.at(images), heads), costs.train.at(images)
+        costs.graph.at(images) + max(targets, heads), costs.train.at(images)
     )
 
 
