@@ -9,6 +9,9 @@ without cancellation and with the same bits on all ranks.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +21,28 @@ from torch import Tensor, nn
 
 from fastmoco.distributed.gather import all_gather_single
 from fastmoco.distributed.mesh import group_size
+
+_PASS = threading.local()
+
+
+@contextmanager
+def repeated_pass() -> Iterator[None]:
+    """Within it, batch norms in training write no running averages.
+
+    For a forward that the backward repeats (activation checkpointing): the first pass has counted
+    the batch. The state is that of the thread, because the backward of a GPU has one of its own.
+    """
+    before = getattr(_PASS, "repeated", False)
+    _PASS.repeated = True
+    try:
+        yield
+    finally:
+        _PASS.repeated = before
+
+
+def _is_repeated() -> bool:
+    repeated: bool = getattr(_PASS, "repeated", False)
+    return repeated
 
 
 def _layout(x: Tensor) -> tuple[list[int], list[int]]:
@@ -154,7 +179,8 @@ class BatchNorm(nn.Module):
                 f"input shape={tuple(x.shape)}: needs [B, {C}], [V, B, {C}] or [B, {C}, H, W]"
             )
         if self.training:
-            self.num_batches_tracked.add_(len(x) if x.ndim == 3 else 1)
+            if not _is_repeated():
+                self.num_batches_tracked.add_(len(x) if x.ndim == 3 else 1)
             if group_size() > 1:
                 return self._normalise_over_ranks(x)
         if x.ndim == 3:
@@ -165,10 +191,12 @@ class BatchNorm(nn.Module):
         # Sharded training gathers weights in bf16; torch needs them as wide as the statistics.
         dtype = self.running_mean.dtype
         weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
+        averages = (self.running_mean, self.running_var)
+        if self.training and _is_repeated():  # the same call, written to copies
+            averages = (self.running_mean.clone(), self.running_var.clone())
         return F.batch_norm(
             x,
-            self.running_mean,
-            self.running_var,
+            *averages,
             weight,
             bias,
             self.training,
@@ -182,6 +210,8 @@ class BatchNorm(nn.Module):
             x, self.weight, self.bias, self.eps, dtype
         )  # type: ignore[no-untyped-call]
         y, means, variances, count = outputs
+        if _is_repeated():
+            return y
         with torch.no_grad():
             for mean, var in zip(means, variances * (count / (count - 1)), strict=True):
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.averaging)

@@ -25,6 +25,18 @@ from fastmoco.recipes.small import (
     vit_nano7_e12_b256,
     vit_nano8_e60_b256,
 )
+from fastmoco.recipes.supervised import (
+    supervised_digits,
+    supervised_nano7_e12_b256,
+    supervised_vit_b16,
+    supervised_vit_s16,
+)
+from fastmoco.recipes.swav import (
+    swav_digits,
+    swav_r50_e400_b4096,
+    swav_vit_b16_e300_b4096,
+    swav_vit_s16_e300_b4096,
+)
 from fastmoco_pipelines.spec import ViewSpec, under
 
 __all__ = [
@@ -53,6 +65,14 @@ RECIPES: dict[str, Callable[[], Config]] = {
         simclr_vit_s16_e300_b4096,
         simclr_vit_b16_e300_b4096,
         simclr_digits,
+        swav_vit_s16_e300_b4096,
+        swav_vit_b16_e300_b4096,
+        swav_r50_e400_b4096,
+        swav_digits,
+        supervised_vit_s16,
+        supervised_vit_b16,
+        supervised_nano7_e12_b256,
+        supervised_digits,
     )
 }
 

@@ -88,11 +88,15 @@ class TrainStep:
         lr = self.learning_rate(at)
         set_learning_rates(self._optimizer.param_groups, lr, peak=self._resolved.peak_lr)
         views = [view.to(self._device, non_blocking=True) for view in batch.views]
+        labels = {}
+        if batch.labels is not None:
+            on_host = torch.from_numpy(batch.labels)
+            labels["labels"] = on_host.to(self._device, non_blocking=True)
         self._objective.zero_grad(set_to_none=True)
 
         # The forward writes buffers. The guard copies them, and restores them after a bad step.
         self._guard.begin()
-        output = self.forward_backward(*views, at=at, accuracy=accuracy)
+        output = self.forward_backward(*views, **labels, at=at, accuracy=accuracy)
 
         # An optimizer leaves parameters without a gradient as they are: no decay, no momentum.
         for name in self._objective.frozen(at) & self._trainable.keys():

@@ -1,4 +1,4 @@
-"""One of two real processes: LARS under FSDP2 and HSDP. Started by
+"""One of two real processes: LARS, LARC and SGD under FSDP2 and HSDP. Started by
 test_lars_ranks.py, as run_ranks.py is.
 """
 
@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from fastmoco.distributed import World
 from fastmoco.optim.apex import build_apex
+from fastmoco.optim.larc import LARC
+from fastmoco.optim.sgd import SGD
 from fastmoco_kernels.lars.op import lars_step_
 from fastmoco_kernels.lars.optimizer import LARS
 from tests.distributed.cases import run_cases
@@ -108,6 +110,26 @@ def run_sharded(
     }
 
 
+NUMBERS: dict[type[torch.optim.Optimizer], dict[str, float]] = {
+    LARC: {"lr": LR, "momentum": 0.9, "weight_decay": 0.05, "trust_coefficient": 0.1},
+    SGD: {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05},
+}
+
+
+def run_other(world: World, kind: type[torch.optim.Optimizer]) -> dict[str, object]:
+    """LARC or SGD on one dimension, sharded."""
+    model = build()
+    fully_shard(model, mesh=init_device_mesh("cpu", (world.world_size,)))
+    optimizer = kind(model.parameters(), **NUMBERS[kind])
+    rows = batch(0).shape[0] // world.world_size
+    train(model, optimizer, slice(world.rank * rows, (world.rank + 1) * rows))
+    buffers = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
+    return {
+        "params": {n: whole(p) for n, p in model.named_parameters()},
+        "buffers": [whole(b) for b in buffers],
+    }
+
+
 def run_fsdp(
     world: World, dtype: torch.dtype = torch.float64, backend: str = "auto", **options: bool
 ) -> dict[str, object]:
@@ -194,6 +216,8 @@ CASES: dict[str, Callable[[World], dict[str, object]]] = {
     "hsdp": run_hsdp,
     "hsdp sharded": run_hsdp_sharded,
     "mixed": run_mixed,
+    "larc": lambda world: run_other(world, LARC),
+    "sgd": lambda world: run_other(world, SGD),
     "shard ratios": run_shard_ratios,
     "refusals": run_refusals,
 }

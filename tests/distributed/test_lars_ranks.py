@@ -1,12 +1,14 @@
-"""LARS on the shards of two real processes against one process with the whole tensors."""
+"""LARS, LARC and SGD on the shards of two real processes against one process with the whole tensors."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from fastmoco.optim.larc import LARC
+from fastmoco.optim.sgd import SGD
 from fastmoco_kernels.lars.optimizer import LARS
-from tests.distributed.run_lars import IN_BUFFER, LR, STEPS, Model, build, train
+from tests.distributed.run_lars import IN_BUFFER, LR, NUMBERS, STEPS, Model, build, train
 from tests.distributed.test_ranks import Results, launch
 
 SHARDED = ("fsdp", "fsdp triton", "hsdp", "hsdp sharded", "mixed")
@@ -43,6 +45,20 @@ def test_shards_take_the_steps_of_whole_tensors(ranks: Results, case: str) -> No
         assert distance(rank[case], model) <= 1e-13
         for ours, buffer in zip(rank[case].get("buffers", buffers), buffers, strict=True):
             assert (ours - buffer).abs().max() <= 1e-13
+
+
+@pytest.mark.parametrize("kind", [LARC, SGD])
+def test_other_optimizers_on_shards_are_those_on_whole_tensors(
+    ranks: Results, kind: type[torch.optim.Optimizer]
+) -> None:
+    model = build()
+    optimizer = kind(model.parameters(), **NUMBERS[kind])
+    train(model, optimizer, slice(None))
+    for rank in ranks:
+        case = rank[kind.__name__.lower()]
+        assert distance(case, model) <= 1e-13
+        for ours, p in zip(case["buffers"], model.parameters(), strict=True):
+            assert (ours - optimizer.state[p]["momentum_buffer"]).abs().max() <= 1e-13
 
 
 def test_float32_shards_to_rounding(ranks: Results) -> None:
