@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy, normalize
 from fastmoco.config import Config, MoCoV3Config
 from fastmoco.distributed.gather import gather_keys, start_gathering
 from fastmoco.distributed.mesh import group_rank
-from fastmoco.models.heads import predictor, projector
+from fastmoco.models.heads import FORMS, build_head
 from fastmoco.models.vit import VisionTransformer
 from fastmoco.objectives.interface import Features, Inputs, Objective, Output, Progress
 from fastmoco.objectives.momentum import Momentum, by_view, plain_projection, two_views
@@ -41,11 +42,13 @@ class MoCoV3(Objective):
         temperature: > 0, divides the cosines.
         ema_momentum: momentum of the average at step 0.
         ema_schedule: "cosine" rises to 1 at the end of the run, "constant" stays.
+        with_predictor: whether queries pass a predictor.
+        head_norm: whether the heads have batch norms.
 
     Attributes:
         encoder: the query side; `encoder.head` is its projector.
         momentum_encoder: its average, without gradient.
-        predictor: query side only.
+        predictor: query side only; the identity without a predictor.
 
     Raises:
         ValueError: if the temperature is not positive.
@@ -64,6 +67,8 @@ class MoCoV3(Objective):
         temperature: float = 0.2,
         ema_momentum: float = 0.99,
         ema_schedule: Literal["cosine", "constant"] = "cosine",
+        with_predictor: bool = True,
+        head_norm: bool = True,
     ) -> None:
         super().__init__()
         if not temperature > 0:
@@ -71,8 +76,12 @@ class MoCoV3(Objective):
         self.temperature = temperature
         self.encoder, self.momentum_encoder = build_encoder(), build_encoder()
         for encoder in (self.encoder, self.momentum_encoder):
-            encoder.head = projector(encoder.embed_dim, hidden_dim, projection_dim)
-        self.predictor = predictor(projection_dim, hidden_dim, projection_dim)
+            form = replace(FORMS["moco_v3_projector"], norm=head_norm)
+            encoder.head = build_head(encoder.embed_dim, hidden_dim, projection_dim, form)
+        self.predictor: nn.Module = nn.Identity()
+        if with_predictor:
+            form = replace(FORMS["moco_v3_predictor"], norm=head_norm)
+            self.predictor = build_head(projection_dim, hidden_dim, projection_dim, form)
         self.momentum = Momentum(
             self.encoder, self.momentum_encoder, start=ema_momentum, schedule=ema_schedule
         )
@@ -91,6 +100,8 @@ class MoCoV3(Objective):
             temperature=own.temperature,
             ema_momentum=own.ema_momentum,
             ema_schedule=own.ema_schedule,
+            with_predictor=own.predictor,
+            head_norm=own.head_norm,
         )
 
     def features(self, inputs: Inputs, at: Progress, *, target: bool = True) -> Features:
