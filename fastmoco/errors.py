@@ -42,6 +42,7 @@ EXTRAS = {
     "sklearn": "data",
     "matplotlib": "logging",
     "torchao": "float8",
+    "pyarrow": "parquet",
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",

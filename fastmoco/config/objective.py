@@ -22,6 +22,12 @@ class ObjectiveConfig:
     def __init_subclass__(cls) -> None:
         ObjectiveConfig.kinds[cls.kind] = cls
 
+    @property
+    def label_count(self) -> int | None:
+        """Classes of the labels that the training images must have; None: it needs no labels, 0:
+        as many as the training set has."""
+        return None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoCoV3Config(ObjectiveConfig):

@@ -40,6 +40,7 @@ from fastmoco.telemetry.recorder import Recorder
 from fastmoco.telemetry.stragglers import Stragglers
 from fastmoco.training import resume, setup
 from fastmoco.training import state as training_state
+from fastmoco.training.classes import with_classes
 from fastmoco.training.forward_backward import ForwardBackward
 from fastmoco.training.initial_weights import INITIAL, start_from
 from fastmoco.training.rollback import Rollback
@@ -176,6 +177,9 @@ class Trainer:
             start = start or find_start(out, world, trust=trust)
             folder, who, checkpoint = start.folder, start.identity, start.checkpoint
             undo.push(lambda _kind, error, _trace: give_back(folder, error))
+
+            # A run that learns classes knows their number before anything is compared or built.
+            config = with_classes(config, world, checkpoint)
 
             # Build the data, and check that the checkpoint belongs to it.
             loader = setup.build_train_loader(
@@ -454,7 +458,8 @@ class Trainer:
                     self.recorder.paused(),
                     self.pulse.inside(Section.MEASUREMENT, 6 * DEADLINE_S, doing),
                 ):
-                    figures = monitor.measure(self.objective.encoder, epoch, self.step_count)
+                    subject = monitor.subject(self.objective)
+                    figures = monitor.measure(subject, epoch, self.step_count)
                 self.recorder.measured(self.step_count, figures)
                 self._scored = self._scored_by(monitor, figures) or self._scored
 

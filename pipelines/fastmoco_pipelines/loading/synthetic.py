@@ -65,10 +65,14 @@ class SyntheticLoader(BatchStream):
         else:
             views = [torch.randn(shape, generator=noise, dtype=torch.float32) for shape in shapes]
         self._views = tuple(view.to(device) for view in views)
+        # The labels of a set where sample i has the class i modulo the number of classes.
+        self._labels = self._sample_ids % spec.classes if spec.classes else None
 
     def next(self) -> Batch:
         """The same batch under the next step's number."""
-        batch = Batch(views=self._views, sample_ids=self._sample_ids, step=self._step)
+        batch = Batch(
+            views=self._views, sample_ids=self._sample_ids, step=self._step, labels=self._labels
+        )
         self._step += 1
         return batch
 
