@@ -42,6 +42,7 @@ EXTRAS = {
     "sklearn": "data",
     "matplotlib": "logging",
     "torchao": "float8",
+    "pyarrow": "parquet",
 }
 """The extra of the distribution that installs a module."""
 

@@ -57,7 +57,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("checkpoint consolidate", "checkpoint:consolidate", "Write one safetensors file."),
     ),
     "Evaluate": (
-        Command("eval knn", "delayed:eval_knn", "kNN accuracy of a run's encoder."),
+        Command("eval knn", "delayed:eval_knn", "kNN accuracy of an encoder."),
         Command("eval embed", "embed:embed", "Write the features of images to a file."),
         Command("eval neighbours", "embed:neighbours", "The nearest images of each image."),
         Command("eval outliers", "embed:outliers", "Images that are like no others."),

@@ -95,7 +95,8 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
     )
     levels = config.data.view_dtype == "uint8" or (config.data.view_dtype == "auto" and not on_cpu)
     automatic = config.model.compile == "auto" and not on_cpu and precision != "fp64"
-    compiled = (config.model.compile is True or automatic) and config.model.blocks != "fused"
+    compilable = config.model.blocks != "fused" and config.model.family == "vit"
+    compiled = compilable and (config.model.compile is True or automatic)
 
     # Costs, and the memory that is left for a step.
     by_setting = _costs(config, precision, on_cpu=on_cpu, compiled=compiled, levels=levels)
@@ -141,8 +142,9 @@ def _costs(
 
     attention = "explicit" if on_cpu and precision == "bf16" else config.model.attention
     settings: tuple[Recompute, ...] = ("none", "selective", "full")
-    if config.model.linears == "float8" or config.model.blocks == "fused":
-        settings = ("none", "full")  # both refuse "selective"
+    model = config.model
+    if model.linears == "float8" or model.blocks == "fused" or model.family == "resnet":
+        settings = ("none", "full")  # all refuse "selective"
     wanted = config.batch.activation_budget
     budgets = (BUDGETS if wanted == "auto" else (float(wanted),)) if compiled else (1.0,)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal, get_args
 
 from fastmoco_pipelines.spec import Resume, require
@@ -51,6 +51,20 @@ KINDS = {
     "momentum_linears": Linears,
     "blocks": Blocks,
 }
+ONLY_VIT = {
+    "patch_size": "it has no patches",
+    "pooling": "its feature is the mean over positions",
+    "positions": "it has no positions",
+    "mlp_norm": "it has no MLP",
+    "freeze_patch_embed": "it has no patch projection, and all of it trains",
+    "drop_path": "stochastic depth is that of a ViT",
+    "attention": "it has no attention",
+    "linears": "it multiplies by convolutions",
+    "momentum_linears": "it multiplies by convolutions",
+    "compile": "its convolutions are kernels of a library already",
+    "blocks": "fused blocks are those of a ViT",
+}
+"""Fields that a ResNet does not read, and why. They must keep their defaults."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +77,7 @@ class ModelConfig:
     image_size: int = 224
     """Height and width in pixels of the first two views and of the evaluation crop."""
     patch_size: int = 16
-    """Height and width of a patch in pixels; must divide `image_size`."""
+    """Height and width of a patch of a ViT in pixels; must divide `image_size`."""
     projection_dim: int = 256
     """Width of the vectors that the loss compares."""
     hidden_dim: int = 4096
@@ -91,8 +105,8 @@ class ModelConfig:
     """Attention backend. `auto` chooses by device and precision and logs why; a named backend is
     used, or the run is refused."""
     checkpointing: Annotated[Recompute, Resume.FREE] = "none"
-    """What the backward recomputes instead of keeping its activations: layer norms and GELU
-    (`selective`) or whole blocks (`full`). The gradients are the same."""
+    """What the backward recomputes instead of keeping its activations: layer norms and GELU of a
+    ViT (`selective`) or whole blocks (`full`). The gradients are the same."""
     linears: Annotated[Linears, Resume.WITH_ALLOW] = "native"
     """Products of the blocks' linear layers: `native` in the precision of the run; `float8` by
     torchao, for vit_large and wider, on CUDA with capability 8.9 or later, with bf16 and compiled
@@ -102,7 +116,7 @@ class ModelConfig:
     vit_small and wider, not with fsdp or hsdp. float8 rounds the keys differently, so the run has
     other numbers."""
     compile: Annotated[Literal["auto"] | bool, Resume.FREE] = "auto"
-    """Compile the blocks with torch.compile: fewer and larger kernels, the same numbers up to
+    """Compile the blocks of a ViT with torch.compile: fewer and larger kernels, the same numbers up to
     rounding, about a minute at the start. `auto`: on CUDA, in bf16 and fp32."""
     blocks: Annotated[Blocks, Resume.FREE] = "modules"
     """Encoder blocks as `modules`, or `fused`: a forward and backward written by hand and not
@@ -114,14 +128,14 @@ class ModelConfig:
             require(value in get_args(kind), name, value, f"must be one of {get_args(kind)}")
         known = self.compile == "auto" or isinstance(self.compile, bool)
         require(known, "compile", self.compile, "must be auto, True or False")
+        if self.family == "resnet":
+            self._require_resnet()
         require(self.patch_size >= 1, "patch_size", self.patch_size, "must be at least 1 pixel")
-        divides = self.image_size >= self.patch_size and self.image_size % self.patch_size == 0
-        require(
-            divides,
-            "image_size",
-            self.image_size,
-            f"must be a multiple of patch_size={self.patch_size}",
-        )
+        if self.family == "vit":
+            divides = self.image_size >= self.patch_size and self.image_size % self.patch_size == 0
+            rule = f"must be a multiple of patch_size={self.patch_size}"
+            require(divides, "image_size", self.image_size, rule)
+        require(self.image_size >= 1, "image_size", self.image_size, "must be at least 1 pixel")
         require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "must be in [0, 1)")
         require(
             self.projection_dim >= 2, "projection_dim", self.projection_dim, "must be at least 2"
@@ -144,6 +158,18 @@ class ModelConfig:
             )
             runs = getattr(self, name) != "float8" or self.compile is not False
             require(runs, "compile", self.compile, rule)
+        if self.drop_path:
+            rule = "blocks=fused has no stochastic depth: use 0, or blocks=modules"
+            require(self.blocks != "fused", "drop_path", self.drop_path, rule)
+            rule = "stochastic depth is for vision transformers: use 0"
+            require(self.architecture.startswith("vit_"), "drop_path", self.drop_path, rule)
+        if self.mlp_norm == "batch":
+            # A compiled or fused block has no messages between ranks inside.
+            rule = "a batch norm in the blocks exchanges statistics inside them: use {}"
+            require(self.blocks != "fused", "mlp_norm", "batch", rule.format("blocks=modules"))
+            require(self.compile is not True, "mlp_norm", "batch", rule.format("compile=auto"))
+            native = self.linears == self.momentum_linears == "native"
+            require(native, "mlp_norm", "batch", "float8 needs compiled blocks: use linears=native")
         if self.blocks == "fused":
             # The fused block is one operation to autograd and to the compiler.
             rule = (
@@ -156,3 +182,27 @@ class ModelConfig:
             require(self.linears == "native", "linears", self.linears, rule)
             rule = "blocks=fused has its own kernels: use auto or False, or blocks=modules"
             require(self.compile is not True, "compile", self.compile, rule)
+
+    @property
+    def family(self) -> Literal["vit", "resnet"]:
+        """Kind of the encoder."""
+        return "resnet" if self.architecture.startswith("resnet") else "vit"
+
+    def _require_resnet(self) -> None:
+        """Refuse what would have no effect on a ResNet."""
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, reason in ONLY_VIT.items():
+            value, default = getattr(self, name), defaults[name]
+            # Without compiled blocks, False is what `auto` chooses.
+            unread = value == default or (name == "compile" and value is False)
+            option = f"--model.{name.replace('_', '-')}"
+            rule = (
+                f"has no effect on {self.architecture}, because {reason}: take {option} {default}, "
+                "or a ViT"
+            )
+            require(unread, name, value, rule)
+        rule = (
+            f"recomputes layer norms and GELU, which {self.architecture} does not have: "
+            "use full or none"
+        )
+        require(self.checkpointing != "selective", "checkpointing", self.checkpointing, rule)

@@ -150,8 +150,13 @@ class Config:
             self.data.view1.size,
             f"must be model.image_size={size}",
         )
-        patch = self.model.patch_size
-        rule = f"must be a multiple of model.patch_size={patch}, at most model.image_size={size}"
+        patch = 1
+        rule = f"must be at most model.image_size={size}"
+        if self.model.family == "vit":
+            patch = self.model.patch_size
+            rule = (
+                f"must be a multiple of model.patch_size={patch}, {rule.removeprefix('must be ')}"
+            )
         for number, view in enumerate(self.data.more_views):
             fits = view.size <= size and view.size % patch == 0
             require(fits, f"data.more_views.{number}.size", view.size, rule)

@@ -92,7 +92,8 @@ def shard_(objective: Any, world: World, *, copies_of: int = 0, bf16: bool = Fal
         # Units are gathered also when methods other than forward are called; then prefetching.
         for path, methods in parts.methods.items():
             for method in methods:
-                register_fsdp_forward_method(network.get_submodule(path), method)
+                if method != "forward":  # a unit gathers for its forward without this
+                    register_fsdp_forward_method(network.get_submodule(path), method)
         units = [block for block in parts.blocks if block in units_of(block)]
         for before, after in zip([network, *units[:-1]], units, strict=bool(units)):
             before.set_modules_to_forward_prefetch([after])
@@ -146,15 +147,22 @@ def _mesh(world: World, copies_of: int) -> DeviceMesh:
 
 def _forget_forwards(network: nn.Module, method: str) -> None:
     """Make a method of a network clear the records that FSDP2 keeps for a backward."""
-    call: Callable[[Tensor], Tensor] = getattr(network, method)
     states = [unit._get_fsdp_state() for unit in units_of(network)]
 
-    def forgetful(tokens: Tensor) -> Tensor:
-        out = call(tokens)
+    def forget() -> None:
         for group in (state._fsdp_param_group for state in states):
             if group is not None:
                 group.comm_ctx.post_forward_order.clear()
                 group._post_forward_indices.clear()
+
+    if method == "forward":  # hooks run in their order, and that of FSDP2 makes the last record
+        network.register_forward_hook(lambda *_: forget())
+        return
+    call: Callable[[Tensor], Tensor] = getattr(network, method)
+
+    def forgetful(tokens: Tensor) -> Tensor:
+        out = call(tokens)
+        forget()
         return out
 
     setattr(network, method, forgetful)

@@ -9,6 +9,9 @@ without cancellation and with the same bits on all ranks.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +21,28 @@ from torch import Tensor, nn
 
 from fastmoco.distributed.gather import all_gather_single
 from fastmoco.distributed.mesh import group_size
+
+_PASS = threading.local()
+
+
+@contextmanager
+def repeated_pass() -> Iterator[None]:
+    """Within it, batch norms in training write no running averages.
+
+    For a forward that the backward repeats (activation checkpointing): the first pass has counted
+    the batch. The state is that of the thread, because the backward of a GPU has one of its own.
+    """
+    before = getattr(_PASS, "repeated", False)
+    _PASS.repeated = True
+    try:
+        yield
+    finally:
+        _PASS.repeated = before
+
+
+def _is_repeated() -> bool:
+    repeated: bool = getattr(_PASS, "repeated", False)
+    return repeated
 
 
 def _layout(x: Tensor) -> tuple[list[int], list[int]]:
@@ -67,11 +92,14 @@ class _NormaliseOverRanks(torch.autograd.Function):
 
         inverse_std = torch.rsqrt(var + eps).view_as(own_mean)
         y = (wide - mean.view_as(own_mean)) * inverse_std
-        if weight is not None and bias is not None:
-            y = y * weight.view(per_channel) + bias.view(per_channel)
+        if weight is not None:
+            y = y * weight.view(per_channel)
+        if bias is not None:
+            y = y + bias.view(per_channel)
         ctx.save_for_backward(x, mean.view_as(own_mean), inverse_std, weight, count)
         by_batch = (-1, x.shape[per_channel.index(-1)])
         mean, var = mean.view(by_batch), var.view(by_batch)
+        ctx.biased = bias is not None
         ctx.mark_non_differentiable(mean, var, count)
         return y.to(x.dtype), mean, var, count
 
@@ -87,6 +115,7 @@ class _NormaliseOverRanks(torch.autograd.Function):
         dbias = dweight = None
         if weight is not None:
             dbias, dweight = sums.view(2, -1, weight.numel()).sum(1).to(weight.dtype)
+            dbias = dbias if ctx.biased else None
         dist.all_reduce(sums)
         mean_dy, mean_dy_xhat = (sums / count).unbind()
         scale = inverse_std if weight is None else inverse_std * weight.view(per_channel)
@@ -107,7 +136,8 @@ class BatchNorm(nn.Module):
         num_features: number of channels C of inputs [B, C], [V, B, C] or [B, C, H, W].
         eps: added to the variance.
         averaging: share of the newest statistics in the running averages.
-        affine: whether there are a trainable `weight` and `bias` [C].
+        affine: whether there is a trainable `weight` [C].
+        bias: whether a trainable `bias` [C] belongs to it.
     """
 
     weight: nn.Parameter | None
@@ -117,14 +147,20 @@ class BatchNorm(nn.Module):
     num_batches_tracked: Tensor
 
     def __init__(
-        self, num_features: int, *, eps: float = 1e-5, averaging: float = 0.1, affine: bool = True
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        averaging: float = 0.1,
+        affine: bool = True,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.num_features = num_features
         self.eps = eps
         self.averaging = averaging
         self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features)) if affine and bias else None
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.int64))
@@ -143,7 +179,8 @@ class BatchNorm(nn.Module):
                 f"input shape={tuple(x.shape)}: needs [B, {C}], [V, B, {C}] or [B, {C}, H, W]"
             )
         if self.training:
-            self.num_batches_tracked.add_(len(x) if x.ndim == 3 else 1)
+            if not _is_repeated():
+                self.num_batches_tracked.add_(len(x) if x.ndim == 3 else 1)
             if group_size() > 1:
                 return self._normalise_over_ranks(x)
         if x.ndim == 3:
@@ -154,10 +191,12 @@ class BatchNorm(nn.Module):
         # Sharded training gathers weights in bf16; torch needs them as wide as the statistics.
         dtype = self.running_mean.dtype
         weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
+        averages = (self.running_mean, self.running_var)
+        if self.training and _is_repeated():  # the same call, written to copies
+            averages = (self.running_mean.clone(), self.running_var.clone())
         return F.batch_norm(
             x,
-            self.running_mean,
-            self.running_var,
+            *averages,
             weight,
             bias,
             self.training,
@@ -171,6 +210,8 @@ class BatchNorm(nn.Module):
             x, self.weight, self.bias, self.eps, dtype
         )  # type: ignore[no-untyped-call]
         y, means, variances, count = outputs
+        if _is_repeated():
+            return y
         with torch.no_grad():
             for mean, var in zip(means, variances * (count / (count - 1)), strict=True):
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.averaging)

@@ -2,6 +2,12 @@
 
 from fastmoco.models.heads import predictor as predictor
 from fastmoco.models.heads import projector as projector
+from fastmoco.models.resnet import RESNETS as RESNETS
+from fastmoco.models.resnet import ResNet as ResNet
+from fastmoco.models.resnet import resnet18 as resnet18
+from fastmoco.models.resnet import resnet34 as resnet34
+from fastmoco.models.resnet import resnet50 as resnet50
+from fastmoco.models.resnet import resnet_nano as resnet_nano
 from fastmoco.models.vit import ARCHITECTURES as ARCHITECTURES
 from fastmoco.models.vit import VisionTransformer as VisionTransformer
 from fastmoco.models.vit import sincos_positions as sincos_positions

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
+
+Family = Literal["vit", "resnet"]
+"""Kind of a trunk, by which a method chooses its heads."""
 
 
 class Coupling(StrEnum):
@@ -28,22 +31,24 @@ class Parts:
     stem: Mapping[str, nn.Module] = field(default_factory=dict)
     """Modules that turn pixels into tokens, by name in the network: "patch_embed"."""
     blocks: nn.ModuleList = field(default_factory=nn.ModuleList)
-    """Blocks of the trunk, first to last, all of one kind. This is the network's own list, which
-    measurements shorten temporarily."""
+    """Blocks of the trunk, first to last."""
     heads: Mapping[str, nn.Module] = field(default_factory=dict)
     """Projector, predictor, decoder, by name in the network; "" is the network itself."""
     methods: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Methods other than `forward` through which a module is called, by the module's name in the
     network; "" is the network itself. The first of its methods runs all blocks."""
+    alike: bool = True
+    """Whether all blocks have the same shapes and `blocks` is the network's own list. Then
+    measurements shorten it temporarily."""
 
 
 class Encoder(Protocol):
     """From images to features; an `nn.Module`."""
 
+    family: Family
+    """Kind of the trunk."""
     embed_dim: int
     """Width of the feature."""
-    tokens: int
-    """Tokens of one view in a block, including the class token."""
     coupling: Coupling
     """`TRUNK` or `NONE`."""
     coupling_reason: str
@@ -51,27 +56,12 @@ class Encoder(Protocol):
     head: nn.Module
     """The projector, attached by an objective; the encoder does not apply it."""
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] images -> [B, E] features, without the head."""
+    def __call__(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] images -> [B, E] features, without the head; `paths` as for `encode`."""
         ...
 
-    def stem_tensors(self) -> list[Tensor]:
-        """All tensors that turn pixels into tokens.
-
-        Two encoders whose stems are frozen and equal can share the tokens.
-        """
-        ...
-
-    def patch_tokens(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] images -> [B, L, E] tokens."""
-        ...
-
-    def encode(self, patch_tokens: Tensor) -> Tensor:
-        """[B, L, E] tokens -> [B, E] features."""
-        ...
-
-    def encode_plain(self, patch_tokens: Tensor) -> Tensor:
-        """The reference of `encode`, without optimizations."""
+    def plain(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
+        """The reference of a call, without optimizations."""
         ...
 
     def recompute(self, what: Literal["none", "selective", "full"]) -> None:
@@ -85,3 +75,46 @@ class Encoder(Protocol):
     def most_numbers(self) -> int:
         """Upper bound on the elements kept per view in training, at least twice the true value."""
         ...
+
+    def forward_flops(self, side: int) -> float:
+        """FLOPs of the forward of one view of `side` pixels in each direction."""
+        ...
+
+
+class TokenEncoder(Encoder, Protocol):
+    """An encoder that turns images into tokens before its blocks, as a ViT does.
+
+    Objectives use more than a call only where the trunk couples no images.
+    """
+
+    tokens: int
+    """Tokens of one view in a block, including the class token."""
+
+    def stem_tensors(self) -> list[Tensor]:
+        """All tensors that turn pixels into tokens.
+
+        Two encoders whose stems are frozen and equal can share the tokens.
+        """
+        ...
+
+    def patch_tokens(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] images -> [B, L, E] tokens."""
+        ...
+
+    def encode(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
+        """[B, L, E] tokens -> [B, E] features.
+
+        `paths`: [B, depth, 2] factors of residual branches; given to encoders that have
+        stochastic depth (`drop_path`).
+        """
+        ...
+
+    def encode_plain(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
+        """The reference of `encode`, without optimizations."""
+        ...
+
+
+def family_of(encoder: Any) -> Family:
+    """Kind of an encoder's trunk; one that names none counts as a ViT."""
+    family: Family = getattr(encoder, "family", "vit")
+    return family

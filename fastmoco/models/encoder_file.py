@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeAlias, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +21,9 @@ import fastmoco
 from fastmoco.checkpoint import Checkpoint, CheckpointError, score_in
 from fastmoco.checkpoint.folder import MARKER
 from fastmoco.config import Config
+from fastmoco.config.model import MlpNorm, Pooling, Positions
 from fastmoco.config.serial import from_json
+from fastmoco.models.resnet import RESNETS, ResNet
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.spec import EvalSpec
@@ -41,6 +43,17 @@ TIMM = {
     ("vit_huge", 14),
 }
 """Architectures and patch sizes that timm has under a name, for images of 224 pixels."""
+TORCHVISION = ("resnet18", "resnet34", "resnet50")
+"""ResNets that torchvision and timm have under the same name, with the same names of tensors."""
+IN_HEADER = {
+    "class": "class_token",
+    "mean": "patch_mean",
+    "norm_mean": "patch_mean_after_norm",
+    "sincos": "sincos_2d_fixed_stored",
+    "learned": "learned",
+    "none": "none",
+}
+"""Values of `pooling` and `positions` -> how the header spells them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +70,9 @@ class EncoderDescription:
         patch_size: pixels per side of a patch.
         image: how an image is resized, cropped and normalised.
         patch_embed_frozen: whether the patch projection has its random start values.
+        pooling: "class", "mean" or "norm_mean", see `VisionTransformer`.
+        positions: "sincos", "learned" or "none".
+        mlp_norm: "layer" or "batch".
     """
 
     architecture: str
@@ -68,6 +84,9 @@ class EncoderDescription:
     patch_size: int
     image: EvalSpec
     patch_embed_frozen: bool = True
+    pooling: Pooling = "class"
+    positions: Positions = "sincos"
+    mlp_norm: MlpNorm = "layer"
 
     @classmethod
     def of(cls, config: Config) -> Self:
@@ -81,7 +100,10 @@ class EncoderDescription:
             stem=size.stem,
             patch_size=config.model.patch_size,
             image=config.eval_spec(),
-            patch_embed_frozen=size.stem == "patch",
+            patch_embed_frozen=size.stem == "patch" and config.model.freeze_patch_embed,
+            pooling=config.model.pooling,
+            positions=config.model.positions,
+            mlp_norm=config.model.mlp_norm,
         )
 
     def timm_name(self) -> str | None:
@@ -90,11 +112,13 @@ class EncoderDescription:
         timm's ViT-S has 6 heads, so the number of heads must be given to it too.
         """
         known = (self.architecture, self.patch_size) in TIMM and self.image.size == 224
+        known = known and (self.pooling, self.mlp_norm) == ("class", "layer")
+        known = known and self.positions != "none"
         return f"{self.architecture}_patch{self.patch_size}_224" if known else None
 
     def timm_arguments(self) -> dict[str, Any]:
         """Arguments of `timm.models.vision_transformer.VisionTransformer`."""
-        return {
+        found: dict[str, Any] = {
             "img_size": self.image.size,
             "patch_size": self.patch_size,
             "embed_dim": self.width,
@@ -103,6 +127,10 @@ class EncoderDescription:
             "mlp_ratio": self.mlp_ratio,
             "num_classes": 0,
         }
+        if self.pooling != "class":
+            found |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+            found |= {"final_norm": self.pooling == "norm_mean"}
+        return found | ({"pos_embed": "none"} if self.positions == "none" else {})
 
     def to_metadata(self) -> dict[str, str]:
         """As the header of a file; values are strings."""
@@ -119,11 +147,13 @@ class EncoderDescription:
             "resize": str(self.image.resize),
             "mean": json.dumps(list(self.image.mean)),
             "std": json.dumps(list(self.image.std)),
-            "pooling": "class_token",
-            "position_embedding": "sincos_2d_fixed_stored",
+            "pooling": IN_HEADER[self.pooling],
+            "position_embedding": IN_HEADER[self.positions],
+            "mlp_norm": self.mlp_norm,
             "patch_embed_frozen": json.dumps(self.patch_embed_frozen),
         }
-        if self.stem == "patch":  # timm has no convolutional stem
+        # timm has neither a convolutional stem nor batch norms in blocks.
+        if self.stem == "patch" and self.mlp_norm == "layer":
             name = self.timm_name()
             found |= {"timm_model": name} if name is not None else {}
             found["timm_arguments"] = json.dumps(self.timm_arguments())
@@ -161,6 +191,9 @@ class EncoderDescription:
                     std=_three(header["std"]),
                 ),
                 patch_embed_frozen=header.get("patch_embed_frozen", "true") == "true",
+                pooling=_from_header(header, "pooling", Pooling),
+                positions=_from_header(header, "position_embedding", Positions),
+                mlp_norm=_from_header(header, "mlp_norm", MlpNorm),
             )
             timm = json.loads(header.get("timm_arguments", "{}"))
         except (ValueError, TypeError) as error:
@@ -190,7 +223,109 @@ class EncoderDescription:
             mlp_ratio=self.mlp_ratio,
             stem="conv" if self.stem == "conv" else "patch",
             freeze_patch_embed=self.patch_embed_frozen,
+            pooling=self.pooling,
+            positions=self.positions,
+            mlp_norm=self.mlp_norm,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResNetDescription:
+    """The same for a ResNet, whose weights say the rest.
+
+    Attributes:
+        architecture: a name of `fastmoco.models.RESNETS`.
+        image: how an image is resized, cropped and normalised.
+    """
+
+    architecture: str
+    image: EvalSpec
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """That of the encoder of a run."""
+        return cls(architecture=config.model.architecture, image=config.eval_spec())
+
+    @property
+    def width(self) -> int:
+        """Channels of the feature."""
+        return RESNETS[self.architecture].width
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return sum(RESNETS[self.architecture].depths)
+
+    def to_metadata(self) -> dict[str, str]:
+        """As the header of a file; values are strings."""
+        found = {
+            "architecture": self.architecture,
+            "width": str(self.width),
+            "depth": str(self.depth),
+            "image_size": str(self.image.size),
+            "channels": str(CHANNELS),
+            "resize": str(self.image.resize),
+            "mean": json.dumps(list(self.image.mean)),
+            "std": json.dumps(list(self.image.std)),
+            "pooling": "mean",
+        }
+        if self.architecture in TORCHVISION:
+            found |= {"torchvision_model": self.architecture, "timm_model": self.architecture}
+        return found
+
+    @classmethod
+    def from_metadata(cls, header: Mapping[str, str]) -> Self:
+        """Read a header, and check it against itself.
+
+        Raises:
+            ValueError: naming the key that is missing, or contradicts another one.
+        """
+        missing = [key for key in ("image_size", "mean", "std") if key not in header]
+        if missing:
+            raise ValueError(f"its header has no {', '.join(missing)}")
+        try:
+            image_size = int(header["image_size"])
+            image = EvalSpec(
+                size=image_size,
+                resize=int(header.get("resize", image_size)),
+                mean=_three(header["mean"]),
+                std=_three(header["std"]),
+            )
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"its header cannot be read ({error})") from error
+        found = cls(architecture=header["architecture"], image=image)
+        for name in ("width", "depth"):
+            value, known = header.get(name), str(getattr(found, name))
+            if value not in (None, known):
+                raise ValueError(
+                    f"its header has {name}={value}, but {found.architecture} has {known}"
+                )
+        return found
+
+    def build(self) -> ResNet:
+        """An encoder with random weights."""
+        return RESNETS[self.architecture](image_size=self.image.size)
+
+
+Description: TypeAlias = EncoderDescription | ResNetDescription
+
+
+def describe(config: Config) -> Description:
+    """The description of the encoder of a run."""
+    if config.model.family == "resnet":
+        return ResNetDescription.of(config)
+    return EncoderDescription.of(config)
+
+
+def description_in(header: Mapping[str, str]) -> Description:
+    """The description in the header of a file.
+
+    Raises:
+        ValueError: naming the key that is missing, or contradicts another one.
+    """
+    if header.get("architecture") in RESNETS:
+        return ResNetDescription.from_metadata(header)
+    return EncoderDescription.from_metadata(header)
 
 
 def encoder_header(checkpoint: Checkpoint) -> dict[str, str]:
@@ -205,7 +340,7 @@ def encoder_header(checkpoint: Checkpoint) -> dict[str, str]:
     config = from_json(state["config"])
     steps_per_epoch = state.get("resolved", {}).get("steps_per_epoch", 0)
     header = {
-        **EncoderDescription.of(config).to_metadata(),
+        **describe(config).to_metadata(),
         "method": config.objective.kind,
         "recipe": config.recipe,
         "epochs": f"{config.epochs:g}",
@@ -222,8 +357,8 @@ def encoder_header(checkpoint: Checkpoint) -> dict[str, str]:
 class LoadedEncoder(NamedTuple):
     """An encoder from a file."""
 
-    encoder: VisionTransformer
-    """In eval mode; maps [B, 3, H, W] images to [B, E] class-token features."""
+    encoder: VisionTransformer | ResNet
+    """In eval mode; maps [B, 3, H, W] images to [B, E] features."""
     image: EvalSpec
     """How its images are resized, cropped and normalised."""
     header: dict[str, str]
@@ -232,7 +367,7 @@ class LoadedEncoder(NamedTuple):
 
 def load_encoder(
     path: Path | str,
-    description: EncoderDescription | None = None,
+    description: Description | None = None,
     *,
     device: torch.device | str = "cpu",
 ) -> LoadedEncoder:
@@ -261,7 +396,7 @@ def load_encoder(
     # The description by the header, by the caller, or by both.
     if "architecture" in header:
         try:
-            found = EncoderDescription.from_metadata(header)
+            found = description_in(header)
         except ValueError as error:
             raise CheckpointError(
                 f"{path}: {error}. Export it again with `fastmoco checkpoint consolidate "
@@ -280,7 +415,7 @@ def load_encoder(
 
     # The weights must be those of this encoder, no more and no fewer.
     try:
-        encoder = found.build()
+        encoder: VisionTransformer | ResNet = found.build()
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     _require_shapes(path, encoder.state_dict(), tensors)
@@ -290,8 +425,13 @@ def load_encoder(
     return LoadedEncoder(encoder.to(device).eval(), found.image, header)
 
 
-def _require_same(path: Path | str, found: EncoderDescription, wanted: EncoderDescription) -> None:
+def _require_same(path: Path | str, found: Description, wanted: Description) -> None:
     """Refuse a header that differs from what the caller expects."""
+    if type(found) is not type(wanted):
+        raise CheckpointError(
+            f"{path}: its metadata has architecture={found.architecture}, the caller wants "
+            f"{wanted.architecture}"
+        )
     ignored = {"patch_embed_frozen"}  # changes no feature
     for field in fields(wanted):
         has, needs = getattr(found, field.name), getattr(wanted, field.name)
@@ -317,6 +457,19 @@ def _require_shapes(
                 f"{path}: {name} has shape {tuple(found[name].shape)}, and the encoder that its "
                 f"metadata describes {tuple(tensor.shape)}"
             )
+
+
+def _from_header(header: Mapping[str, str], key: str, kind: Any) -> Any:
+    """The config's value of a key, by default the first of its kind.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    values = {IN_HEADER.get(value, value): value for value in get_args(kind)}
+    spelled = header.get(key, next(iter(values)))
+    if spelled not in values:
+        raise ValueError(f"{key}={spelled} is not one of {', '.join(values)}")
+    return values[spelled]
 
 
 def _three(text: str) -> tuple[float, float, float]:

@@ -5,28 +5,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from fastmoco.config import Config, MoCoV3Config, ModelConfig, ObjectiveConfig
 from fastmoco.models import float8, float8_inference
 from fastmoco.models.blocks import Block
+from fastmoco.models.drop_path import PathDraws
+from fastmoco.models.encoder import Encoder
 from fastmoco.models.precision import choose_precision
+from fastmoco.models.resnet import RESNETS, ResNet
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.moco_v3 import MoCoV3
+from fastmoco.objectives.simclr import SimCLR
 from fastmoco.objectives.supervised import Supervised
+from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
+from fastmoco.recipes.simclr import SimCLRConfig
 from fastmoco.recipes.supervised import SupervisedConfig
+from fastmoco.recipes.swav import SwAVConfig
 from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
 from fastmoco_pipelines.spec import each_view
 
-BuildEncoder: TypeAlias = Callable[[], VisionTransformer]
+BuildEncoder: TypeAlias = Callable[[], Any]
+"""Makes an `Encoder`."""
 OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objective]] = {
     MoCoV3Config: MoCoV3.build,
     BYOLConfig: BYOL.build,
+    SimCLRConfig: SimCLR.build,
+    SwAVConfig: SwAV.build,
     SupervisedConfig: Supervised.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
@@ -57,20 +67,19 @@ def build_model(config: Config) -> Objective:
         ValueError: if it takes another number of views than the config makes.
     """
     model = config.model
-    build_encoder = partial(
-        ARCHITECTURES[model.architecture],
-        image_size=model.image_size,
-        patch_size=model.patch_size,
-        attention=model.attention,
-    )
-    objective = OBJECTIVES[type(config.objective)](config, build_encoder)
+    objective = OBJECTIVES[type(config.objective)](config, encoder_builder(model))
     views = len(each_view(config.data.views))
     if objective.view_count not in (None, views):
         raise ValueError(
             f"data: {views} views of an image, and {config.objective.kind} takes "
             f"{objective.view_count}; change data.more_views, or the copies of a view"
         )
-    encoders = [n for n in objective.networks().values() if isinstance(n, VisionTransformer)]
+    encoders: list[VisionTransformer] = []
+    for network in objective.networks().values():
+        if isinstance(network, VisionTransformer):
+            encoders.append(network)
+        elif isinstance(network, ResNet) and _trains(network):
+            network.recompute(model.checkpointing)
     if model.momentum_linears == "float8" and all(_trains(encoder) for encoder in encoders):
         raise ValueError(
             f"model.momentum_linears='float8': {config.objective.kind} has no momentum encoder; "
@@ -78,10 +87,29 @@ def build_model(config: Config) -> Objective:
         )
     for encoder in encoders:
         _in_form(encoder, model)
+    if model.drop_path and _trains(objective.encoder):
+        depth = len(objective.encoder.blocks)
+        objective.path_draws = PathDraws(model.drop_path, depth, config.seed)
     return objective
 
 
-def _trains(encoder: VisionTransformer) -> bool:
+def encoder_builder(model: ModelConfig) -> BuildEncoder:
+    """What makes the encoder of a config."""
+    if model.family == "resnet":
+        return partial(RESNETS[model.architecture], image_size=model.image_size)
+    return partial(
+        ARCHITECTURES[model.architecture],
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        freeze_patch_embed=model.freeze_patch_embed,
+        pooling=model.pooling,
+        positions=model.positions,
+        mlp_norm=model.mlp_norm,
+        attention=model.attention,
+    )
+
+
+def _trains(encoder: torch.nn.Module) -> bool:
     """Whether an encoder gets gradients; a momentum encoder does not."""
     return any(parameter.requires_grad for parameter in encoder.parameters())
 
@@ -105,14 +133,16 @@ def _in_form(encoder: VisionTransformer, model: ModelConfig) -> None:
 
 
 def attention_choice(
-    config: Config, encoder: VisionTransformer, precision: str, device: torch.device
+    config: Config, encoder: Encoder, precision: str, device: torch.device
 ) -> AttentionChoice:
-    """Who computes attention in a run, and why.
+    """Who computes attention in a run, and why; "none" for an encoder without attention.
 
     Raises:
         ValueError: if the config names a backend that does not run here: with what it lacks and the
             cure.
     """
+    if not isinstance(encoder, VisionTransformer):
+        return AttentionChoice("none", f"{config.model.architecture} has no attention")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
     block = encoder.blocks[0]
     assert isinstance(block, Block)

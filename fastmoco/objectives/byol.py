@@ -1,5 +1,4 @@
-"""BYOL (Grill et al. 2020) on a vision transformer: predict the momentum encoder's projection of
-the other view."""
+"""BYOL (Grill et al. 2020): predict the momentum encoder's projection of the other view."""
 
 from __future__ import annotations
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.config import Config
-from fastmoco.models.heads import FORMS, HeadForm, build_head
+from fastmoco.models.encoder import Family, family_of
+from fastmoco.models.heads import FORMS, HeadForm, build_head, moco_v3_forms
 from fastmoco.objectives.interface import Features, Inputs, Objective, Output, Progress
 from fastmoco.objectives.momentum import Momentum, by_view, plain_projection, two_views
 from fastmoco.recipes.byol import BYOLConfig
@@ -32,8 +32,8 @@ class BYOL(Objective):
         build_encoder: called twice; its encoders must have equal shapes, and a free `head`.
         projection_dim: width D of projections and predictions.
         hidden_dim: hidden width of projector and predictor.
-        projector: form of the projector.
-        predictor: form of the predictor.
+        projector: form of the projector; None: BYOL's own on a ResNet, that of MoCo v3 on a ViT.
+        predictor: form of the predictor; None: likewise.
         ema_momentum: momentum of the average at step 0.
         ema_schedule: "cosine" rises to 1 at the end of the run, "constant" stays.
 
@@ -51,16 +51,21 @@ class BYOL(Objective):
         *,
         projection_dim: int = 256,
         hidden_dim: int = 4096,
-        projector: HeadForm = FORMS["moco_v3_projector"],
-        predictor: HeadForm = FORMS["moco_v3_predictor"],
+        projector: HeadForm | None = None,
+        predictor: HeadForm | None = None,
         ema_momentum: float = 0.99,
         ema_schedule: Literal["cosine", "constant"] = "cosine",
     ) -> None:
         super().__init__()
         self.encoder, self.momentum_encoder = build_encoder(), build_encoder()
+        usual = forms(family_of(self.encoder))
         for encoder in (self.encoder, self.momentum_encoder):
-            encoder.head = build_head(encoder.embed_dim, hidden_dim, projection_dim, projector)
-        self.predictor = build_head(projection_dim, hidden_dim, projection_dim, predictor)
+            encoder.head = build_head(
+                encoder.embed_dim, hidden_dim, projection_dim, projector or usual[0]
+            )
+        self.predictor = build_head(
+            projection_dim, hidden_dim, projection_dim, predictor or usual[1]
+        )
         self.momentum = Momentum(
             self.encoder, self.momentum_encoder, start=ema_momentum, schedule=ema_schedule
         )
@@ -72,12 +77,13 @@ class BYOL(Objective):
         """The objective of a config."""
         own = config.objective
         assert isinstance(own, BYOLConfig)
+        projector, predictor = forms(config.model.family, last_norm=own.last_norm)
         return cls(
             build_encoder,
             projection_dim=config.model.projection_dim,
             hidden_dim=config.model.hidden_dim,
-            projector=replace(FORMS["moco_v3_projector"], last_norm=own.last_norm),
-            predictor=replace(FORMS["moco_v3_predictor"], last_norm=own.last_norm),
+            projector=projector,
+            predictor=predictor,
             ema_momentum=own.ema_momentum,
             ema_schedule=own.ema_schedule,
         )
@@ -103,7 +109,10 @@ class BYOL(Objective):
         """The same with nothing shared: each encoder sees each view alone, and the loss is 2 - 2
         cos of both directions."""
         views = two_views(inputs)
-        predictions = [self.predictor(plain_projection(self.encoder, view)) for view in views]
+        predictions = [
+            self.predictor(plain_projection(self.encoder, view, *inputs.paths_of(number)))
+            for number, view in enumerate(views)
+        ]
         with torch.no_grad():
             targets = [plain_projection(self.momentum_encoder, view) for view in views]
         directions = zip(predictions, reversed(targets), strict=True)
@@ -135,6 +144,15 @@ class BYOL(Objective):
     def choices(self, at: Progress) -> Hashable:
         """Whether both encoders share patch tokens."""
         return self.momentum.shares_tokens()
+
+
+def forms(family: Family, *, last_norm: bool = True) -> tuple[HeadForm, HeadForm]:
+    """Projector and predictor: BYOL's own on a ResNet, which have no last norm, and those of
+    MoCo v3 on a ViT, with or without theirs."""
+    if family == "resnet":
+        return FORMS["byol"], FORMS["byol"]
+    projector, predictor = moco_v3_forms(family)
+    return replace(projector, last_norm=last_norm), replace(predictor, last_norm=last_norm)
 
 
 def regression_loss(predictions: Tensor, targets: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy, normalize
 from fastmoco.config import Config, MoCoV3Config
 from fastmoco.distributed.gather import gather_keys, start_gathering
 from fastmoco.distributed.mesh import group_rank
-from fastmoco.models.heads import predictor, projector
-from fastmoco.models.vit import VisionTransformer
+from fastmoco.models.encoder import family_of
+from fastmoco.models.heads import HeadForm, build_head, moco_v3_forms
 from fastmoco.objectives.interface import Features, Inputs, Objective, Output, Progress
 from fastmoco.objectives.momentum import Momentum, by_view, plain_projection, two_views
 from fastmoco_kernels.info_nce.op import symmetric_info_nce_loss
@@ -38,6 +38,8 @@ class MoCoV3(Objective):
         build_encoder: called twice; its encoders must have equal shapes, and a free `head`.
         projection_dim: width D of queries and keys.
         hidden_dim: hidden width of projector and predictor.
+        projector: form of the projector; None: that of MoCo v3 for the kind of the encoder.
+        predictor: form of the predictor; None: likewise.
         temperature: > 0, divides the cosines.
         ema_momentum: momentum of the average at step 0.
         ema_schedule: "cosine" rises to 1 at the end of the run, "constant" stays.
@@ -51,16 +53,16 @@ class MoCoV3(Objective):
         ValueError: if the temperature is not positive.
     """
 
-    encoder: VisionTransformer
-    momentum_encoder: VisionTransformer
     view_count = 2
 
     def __init__(
         self,
-        build_encoder: Callable[[], VisionTransformer],
+        build_encoder: Callable[[], Any],
         *,
         projection_dim: int = 256,
         hidden_dim: int = 4096,
+        projector: HeadForm | None = None,
+        predictor: HeadForm | None = None,
         temperature: float = 0.2,
         ema_momentum: float = 0.99,
         ema_schedule: Literal["cosine", "constant"] = "cosine",
@@ -70,9 +72,14 @@ class MoCoV3(Objective):
             raise ValueError(f"temperature={temperature}: must be positive")
         self.temperature = temperature
         self.encoder, self.momentum_encoder = build_encoder(), build_encoder()
+        usual = moco_v3_forms(family_of(self.encoder))
         for encoder in (self.encoder, self.momentum_encoder):
-            encoder.head = projector(encoder.embed_dim, hidden_dim, projection_dim)
-        self.predictor = predictor(projection_dim, hidden_dim, projection_dim)
+            encoder.head = build_head(
+                encoder.embed_dim, hidden_dim, projection_dim, projector or usual[0]
+            )
+        self.predictor = build_head(
+            projection_dim, hidden_dim, projection_dim, predictor or usual[1]
+        )
         self.momentum = Momentum(
             self.encoder, self.momentum_encoder, start=ema_momentum, schedule=ema_schedule
         )
@@ -80,7 +87,7 @@ class MoCoV3(Objective):
         self.coupling_reason = self.encoder.coupling_reason
 
     @classmethod
-    def build(cls, config: Config, build_encoder: Callable[[], VisionTransformer]) -> MoCoV3:
+    def build(cls, config: Config, build_encoder: Callable[[], Any]) -> MoCoV3:
         """The objective of a config."""
         own = config.objective
         assert isinstance(own, MoCoV3Config)
@@ -150,7 +157,10 @@ class MoCoV3(Objective):
             return 2 * self.temperature * cross_entropy(logits, positives), shares
 
         views = two_views(inputs)
-        q1, q2 = (self.predictor(plain_projection(self.encoder, view)) for view in views)
+        q1, q2 = (
+            self.predictor(plain_projection(self.encoder, view, *inputs.paths_of(number)))
+            for number, view in enumerate(views)
+        )
         with torch.no_grad():
             k1, k2 = (plain_projection(self.momentum_encoder, view) for view in views)
         (loss1, shares1), (loss2, shares2) = loss(q1, k2), loss(q2, k1)

@@ -70,19 +70,22 @@ def choose_plan(
     if batch.chunk == "auto" and _at_most(config, objective, images) < SURELY_SMALL * memory:
         return replace(at_once, reason="small compared with the free memory")
 
+    # Only a trunk that goes in chunks is asked for its tokens.
+    tokens = getattr(objective.encoder, "tokens", 1)
+
     def plan_within(budget: float) -> StepPlan:
         costs = measure_costs(
             config, precision, attention=attention, compiled=compiled, budget=budget, levels=levels
         )
         taken, costs = _beside(config, costs, world, strategy, objective)
         if batch.cuda_graphs:  # a captured pass never frees its temporary memory
-            size = min(images, busy_chunk(objective.encoder.tokens))
+            size = min(images, busy_chunk(tokens))
             taken += size * costs.view_bytes + max(costs.forward.at(size), costs.train.at(size))
         plan = plan_step(
             costs,
             images=images,
             budget=memory - taken,
-            tokens=objective.encoder.tokens,
+            tokens=tokens,
             chunk=batch.chunk,
             kept=batch.kept,
             world_size=world.world_size,

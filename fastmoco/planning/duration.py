@@ -24,6 +24,8 @@ SLOW_KNN_S = 60.0
 SHARE = 0.5
 """Speed of a whole step as a share of that of one large product."""
 ROWS = 2048
+WIDEST = 768
+"""Largest width of that product; a wider one takes longer and is no faster."""
 CPU_RECIPE = "vit_nano8_e60_b256"
 """The recipe that fits a CPU (`recipes.suggest`)."""
 
@@ -53,27 +55,15 @@ def estimate(
         knn_images: that this process embeds for one measurement.
         flops_per_s: of this process; a multiply-add counts as two.
     """
-    whole = forward_flops(encoder, 1.0)
-    views = sum(
-        forward_flops(encoder, (view.size / config.model.image_size) ** 2)
-        for view in each_view(config.data.views)
-    )
+    whole = encoder.forward_flops(config.model.image_size)
+    views = sum(encoder.forward_flops(view.size) for view in each_view(config.data.views))
     # Forward and backward, which is twice as much, and the forward of the momentum encoder.
     return Duration(step_s=images * 4 * views / flops_per_s, knn_s=knn_images * whole / flops_per_s)
 
 
-def forward_flops(encoder: Encoder, area: float) -> float:
-    """FLOPs of one forward of one view whose area is this share of the full image size."""
-    parts = encoder.parts()
-    tokens = encoder.tokens * area
-    weights = sum(parameter.numel() for parameter in parts.blocks.parameters())
-    weights += sum(tensor.numel() for tensor in encoder.stem_tensors())
-    attention = 4 * tokens**2 * encoder.embed_dim * len(parts.blocks)
-    return 2 * weights * tokens + attention
-
-
 def cpu_flops_per_s(width: int, dtype: torch.dtype) -> float:
     """Speed of a step on this CPU by one product of the encoder's width, tried three times."""
+    width = min(width, WIDEST)
     left, right = torch.ones(ROWS, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
     fastest = float("inf")
     for _ in range(3):

@@ -23,8 +23,8 @@ class BYOLConfig(ObjectiveConfig):
     ema_schedule: Annotated[Literal["cosine", "constant"], Resume.WITH_ALLOW] = "cosine"
     """`cosine` lets the momentum rise to 1 over the run."""
     last_norm: bool = True
-    """Whether a batch norm ends projector and predictor, as in MoCo v3; BYOL itself has none
-    there."""
+    """Whether a batch norm ends projector and predictor of a ViT, as in MoCo v3; BYOL itself has
+    none there. The heads on a ResNet are those of BYOL itself."""
 
     def __post_init__(self) -> None:
         require_ema(self.ema_momentum, self.ema_schedule)

@@ -190,7 +190,7 @@ def build_knn(
         device=data_device(config, world),
         precision=precision,
         quarantine_list=quarantine_list,
-        memory_bytes=_half_of_free_memory,
+        memory_bytes=half_of_free_memory,
         scratch=scratch,
     )
 
@@ -233,7 +233,7 @@ def _has_knn(config: Config) -> bool:
     return bool(config.knn.test_shards) and config.knn.every_epochs > 0
 
 
-def _half_of_free_memory() -> int | None:
+def half_of_free_memory() -> int | None:
     """Of this machine, for this process; None if the system does not report it."""
     try:
         return free_bytes(torch.device("cpu")) // 2

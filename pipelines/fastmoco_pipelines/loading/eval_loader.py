@@ -35,6 +35,7 @@ def build_eval_loader(
     device_id: int | None = None,
     quarantine_list: Path | None = None,
     shards: ShardSet | None = None,
+    sample_ids: NDArray[np.int64] | None = None,
 ) -> EvalLoader:
     """Open the shards and build the DALI graph of resize, center crop and normalise.
 
@@ -46,6 +47,8 @@ def build_eval_loader(
         quarantine_list: a run's list of bad samples, read and added to; None: none is kept.
         shards: the set of `spec.shards`, already open, for several loaders in turn; the loader
             closes its files, not the set. None: the loader opens it.
+        sample_ids: [n] int64: these images, in this order, in place of a part of the set; then
+            `rank`, `world_size` and `spec.limit` are not used.
 
     Raises:
         ValueError: for numbers out of range or a pattern without shards.
@@ -75,9 +78,12 @@ def build_eval_loader(
     )
 
     # A contiguous part of `count` numbers for each rank, which are then spread over the set.
-    count = len(shards) if spec.limit is None else min(spec.limit, len(shards))
-    part = np.arange(rank * count // world_size, (rank + 1) * count // world_size, dtype=np.int64)
-    sample_ids = part * len(shards) // count
+    if sample_ids is None:
+        count = len(shards) if spec.limit is None else min(spec.limit, len(shards))
+        first, end = rank * count // world_size, (rank + 1) * count // world_size
+        sample_ids = np.arange(first, end, dtype=np.int64) * len(shards) // count
+    else:
+        count = len(sample_ids)
     return EvalLoader(shards, healer, pipeline, sample_ids, count, spec.batch_size)
 
 

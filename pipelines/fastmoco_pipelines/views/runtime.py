@@ -3,9 +3,12 @@ torch."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import re
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,9 @@ WITHOUT_DALI = (
     f"{CURE}"
 )
 """What a user of the CPU is told once. On few cores Pillow decodes as fast: both use libjpeg-turbo."""
+
+DISTRIBUTIONS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+"""Names of DALI's wheels."""
 
 
 @functools.cache
@@ -58,7 +64,14 @@ def load_dali() -> None:
 
 
 def dali_version() -> str | None:
-    """DALI's version; None where it is not installed."""
+    """DALI's version; None where it is not installed. Its import takes a second, so the version is
+    that of the installed distribution, if there is one."""
+    if not has_dali():
+        return None
+    if "nvidia.dali" not in sys.modules:
+        for distribution in DISTRIBUTIONS:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                return importlib.metadata.version(distribution)
     try:
         import nvidia.dali as dali
     except ImportError:

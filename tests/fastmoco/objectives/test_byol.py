@@ -53,15 +53,10 @@ class ConvTrunk(nn.Module):
         self.head: nn.Module = nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.encode(self.patch_tokens(images))
+        return self.plain(images)
 
-    def patch_tokens(self, images: Tensor) -> Tensor:
-        return self.bn1(self.conv1(images)).relu()
-
-    def encode(self, tokens: Tensor) -> Tensor:
-        return self.bn2(self.conv2(tokens)).relu().mean((2, 3))
-
-    encode_plain = encode
+    def plain(self, images: Tensor) -> Tensor:
+        return self.bn2(self.conv2(self.bn1(self.conv1(images)).relu())).relu().mean((2, 3))
 
     def parts(self) -> Parts:
         return Parts(stem={"conv1": self.conv1}, heads={"head": self.head})

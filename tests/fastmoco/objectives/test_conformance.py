@@ -40,7 +40,8 @@ from tests.distributed.run_trainer import CONFIG
 from tests.fastmoco.planning.test_costs import real_peak
 from tests.fastmoco.training import test_rollback as rollback
 from tests.fastmoco.training.test_step_guard import steps
-from tests.fault_runs import assert_same_end, start
+from tests.fault_runs import assert_same_end
+from tests.killed_runs import PLACES, start_and_end
 from tests.spikes import LOGGED, ROLLING, SPIKE, skip
 
 KINDS = [pytest.param(kind, id=kind.kind) for kind in OBJECTIVES]
@@ -86,6 +87,7 @@ NAMES: dict[str, dict[str, list[str]]] = {
     }
     for kind in ("moco_v3", "byol")
 }
+NAMES["simclr"] = {"encoder": ENCODER + PROJECTOR}
 NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
 """Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load
 for good."""
@@ -295,16 +297,12 @@ def run_whole(config: Config, out: Path) -> None:
 
 
 def check_resume(config: Config, out: Path) -> None:
-    """Killed with -9 and started again, a run ends in the bits of one that was never stopped."""
-    run_whole(config, out / "whole")
-    killed = start(config, out / "killed", ranks=0, before=SLOW)
-    try:
-        killed.wait_for_step(4)
-        killed.signal(0, signal.SIGKILL)
-        assert killed.end() == -signal.SIGKILL
-    finally:
-        killed.close()
-    run_whole(config, out / "killed")
+    """Killed with -9 in three places and started again, a run ends in the bits of one that was
+    never stopped."""
+    assert start_and_end(config, out / "whole") == 0
+    for place in PLACES:
+        assert start_and_end(config, out / "killed", place) == -signal.SIGKILL, place
+    assert start_and_end(config, out / "killed") == 0
     assert_same_end(out / "killed", out / "whole")
 
     # The end of a run says whether its averages have moved after the last step.
@@ -312,17 +310,6 @@ def check_resume(config: Config, out: Path) -> None:
     assert end is not None
     last = Progress(end.step - 1, end.step, 10**6, config.epochs)
     assert end.state["twin_advanced"] == (rough(config).ema_momentum(last) is not None)
-
-
-SLOW = """
-import time
-plain = trainer.Trainer.step
-def step(self, *arguments, **options):
-    time.sleep(0.2 * (self.step_count >= 4))
-    return plain(self, *arguments, **options)
-trainer.Trainer.step = step
-"""
-"""Steps that leave time to be killed in."""
 
 
 @functools.cache
@@ -351,6 +338,27 @@ def test_fast_is_the_reference(kind: type[ObjectiveConfig]) -> None:
 @every_objective
 def test_chunks_are_the_whole(kind: type[ObjectiveConfig]) -> None:
     check_chunks(config_of(kind))
+
+
+@every_objective
+def test_stochastic_depth_leaves_out_the_same_branches_in_every_pass(
+    kind: type[ObjectiveConfig],
+) -> None:
+    plain = config_of(kind)
+    config = replace(plain, model=replace(plain.model, drop_path=0.5))
+    check_reference(config)
+    check_chunks(config)
+
+    # The draws reach the encoder, and are others in the next step; nothing is left out in
+    # evaluation.
+    def loss(config: Config, at: Progress, *, training: bool = True) -> Tensor:
+        objective, views = rough(config), views_of(config)
+        objective.train(training)
+        return objective(*views, at=at).loss.detach()
+
+    later = Progress(AT.step + 1, AT.total_steps, AT.steps_per_epoch)
+    assert len({float(loss(c, at)) for c, at in ((plain, AT), (config, AT), (config, later))}) == 3
+    assert torch.equal(loss(config, AT, training=False), loss(plain, AT, training=False))
 
 
 @every_objective

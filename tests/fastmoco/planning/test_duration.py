@@ -14,7 +14,6 @@ from fastmoco.planning.duration import (
     Duration,
     cpu_flops_per_s,
     estimate,
-    forward_flops,
     slow_notes,
 )
 from fastmoco.recipes import get_recipe, with_image_size
@@ -35,12 +34,12 @@ def test_the_flops_are_those_that_torch_counts(encoder) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         made(torch.zeros(1, 3, 64, 64))
     # A little above: of the last block only the class token is computed.
-    assert 1 <= forward_flops(made, 1.0) / counter.get_total_flops() < 1.15
+    assert 1 <= made.forward_flops(64) / counter.get_total_flops() < 1.15
     config = get_recipe("vit_nano8_e60_b256")
     found = estimate(config, encoder, images=3, knn_images=5, flops_per_s=2.0)
     # Two views; forward, backward of twice that, and forward of the momentum encoder.
-    assert found.step_s == pytest.approx(3 * 2 * 4 * forward_flops(encoder, 1.0) / 2)
-    assert found.knn_s == pytest.approx(5 * forward_flops(encoder, 1.0) / 2)
+    assert found.step_s == pytest.approx(3 * 2 * 4 * encoder.forward_flops(32) / 2)
+    assert found.knn_s == pytest.approx(5 * encoder.forward_flops(32) / 2)
 
 
 def test_it_follows_images_and_speed(encoder) -> None:
