@@ -199,9 +199,11 @@ def _shared(bank: NDArray[np.int64], queries: NDArray[np.int64]) -> int:
     return int(np.isin(keys[1], keys[0]).sum())
 
 
-def open_comparable(bank: str, queries: str, cache: CacheSpec) -> tuple[OpenSet, OpenSet]:
-    """Open both sets of a kNN; refuse sets with different classes before the first step, instead of
-    hours later.
+def open_comparable(
+    bank: str, queries: str, cache: CacheSpec, *, needed_by: str = "kNN"
+) -> tuple[OpenSet, OpenSet]:
+    """Open both sets of an evaluation, which errors name; refuse sets with different classes before
+    the first step, instead of hours later.
 
     Raises:
         ValueError, ShardError: as of `KnnMonitor`.
@@ -213,7 +215,7 @@ def open_comparable(bank: str, queries: str, cache: CacheSpec) -> tuple[OpenSet,
             undo.callback(shards.close)
             if shards.unlabelled:
                 raise ValueError(
-                    f"{redact(pattern)!r} has images without a label, which kNN needs: "
+                    f"{redact(pattern)!r} has images without a label, which {needed_by} needs: "
                     f"pack it from one folder per class"
                 )
             opened.append(OpenSet(pattern, shards))

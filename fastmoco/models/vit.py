@@ -238,7 +238,7 @@ class VisionTransformer(nn.Module):
         row by row.
         """
         patches = self.patch_tokens(images)
-        tokens = self._with_class_token(patches)
+        tokens = self._all_tokens(patches)
         for block in self.blocks:
             tokens = sum_of(*block(tokens))
         normalised: Tensor = self.norm(tokens[:, -patches.shape[1] :])
