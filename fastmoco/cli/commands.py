@@ -55,6 +55,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("checkpoint list", "checkpoint:list_all", "Step, size and state of each."),
         Command("checkpoint verify", "checkpoint:verify", "Read and verify every byte."),
         Command("checkpoint consolidate", "checkpoint:consolidate", "Write one safetensors file."),
+        Command("export", "export:export", "Write the encoder for timm, Hugging Face, ONNX, ..."),
     ),
     "Evaluate": (
         Command("eval knn", "delayed:eval_knn", "kNN accuracy of an encoder."),

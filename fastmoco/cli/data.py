@@ -20,7 +20,7 @@ from fastmoco.cli.pages import HELP, of_config, show_page
 from fastmoco.errors import EXIT_REFUSED, one_line, say, show
 from fastmoco.recipes.suggest import Suggestion, suggest
 from fastmoco_pipelines.spec import CacheSpec, ViewSpec, moco_v3_views
-from fastmoco_pipelines.text import counted
+from fastmoco_pipelines.text import counted, escaped
 
 CACHE = CacheSpec()
 """The default cache of shards from a server."""
@@ -315,6 +315,7 @@ def progress_bar(
     `unit="bytes"` shows amounts in bytes and the speed. The bar of work that turned out to be done
     already is removed at the end."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import (
         DownloadColumn,
         Progress,
@@ -333,7 +334,7 @@ def progress_bar(
     )
     shown = (*columns, TimeRemainingColumn()) if unit == "bytes" else Progress.get_default_columns()
     with Progress(*shown, console=console) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(escape(escaped(what)), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
         bar.live.transient = bar.tasks[0].total is None
 

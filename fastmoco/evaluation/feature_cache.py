@@ -245,7 +245,7 @@ class FeatureCache:
             ValueError: if it is damaged.
         """
         content = self._file(number).read_bytes()
-        if hashlib.sha256(content[_HASH_BYTES:]).digest() != content[:_HASH_BYTES]:
+        if hashlib.sha256(memoryview(content)[_HASH_BYTES:]).digest() != content[:_HASH_BYTES]:
             raise ValueError("damaged")
         return content[_HASH_BYTES:]
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ import fastmoco
 from fastmoco.checkpoint import Checkpoint, CheckpointError, score_in
 from fastmoco.checkpoint.folder import MARKER
 from fastmoco.config import Config
+from fastmoco.config.model import MlpNorm, Pooling, Positions
 from fastmoco.config.serial import from_json
 from fastmoco.models.encoder import Family
 from fastmoco.models.resnet import RESNETS, ResNet
@@ -45,6 +46,17 @@ TIMM = {
     ("vit_huge", 14),
 }
 """Architectures and patch sizes that timm has under a name, for images of 224 pixels."""
+TORCHVISION = ("resnet18", "resnet34", "resnet50")
+"""ResNets that torchvision and timm have under the same name, with the same names of tensors."""
+IN_HEADER = {
+    "class": "class_token",
+    "mean": "patch_mean",
+    "norm_mean": "patch_mean_after_norm",
+    "sincos": "sincos_2d_fixed_stored",
+    "learned": "learned",
+    "none": "none",
+}
+"""Values of `pooling` and `positions` -> how the header spells them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +73,9 @@ class EncoderDescription:
         patch_size: pixels per side of a patch.
         image: how an image is resized, cropped and normalised.
         patch_embed_frozen: whether the patch projection has its random start values.
+        pooling: "class", "mean" or "norm_mean", see `VisionTransformer`.
+        positions: "sincos", "learned" or "none".
+        mlp_norm: "layer" or "batch".
     """
 
     architecture: str
@@ -72,6 +87,9 @@ class EncoderDescription:
     patch_size: int
     image: EvalSpec
     patch_embed_frozen: bool = True
+    pooling: Pooling = "class"
+    positions: Positions = "sincos"
+    mlp_norm: MlpNorm = "layer"
 
     family: ClassVar[Family] = "vit"
 
@@ -87,7 +105,10 @@ class EncoderDescription:
             stem=size.stem,
             patch_size=config.model.patch_size,
             image=config.eval_spec(),
-            patch_embed_frozen=size.stem == "patch",
+            patch_embed_frozen=size.stem == "patch" and config.model.freeze_patch_embed,
+            pooling=config.model.pooling,
+            positions=config.model.positions,
+            mlp_norm=config.model.mlp_norm,
         )
 
     def timm_name(self) -> str | None:
@@ -96,11 +117,13 @@ class EncoderDescription:
         timm's ViT-S has 6 heads, so the number of heads must be given to it too.
         """
         known = (self.architecture, self.patch_size) in TIMM and self.image.size == 224
+        known = known and (self.pooling, self.mlp_norm) == ("class", "layer")
+        known = known and self.positions != "none"
         return f"{self.architecture}_patch{self.patch_size}_224" if known else None
 
     def timm_arguments(self) -> dict[str, Any]:
         """Arguments of `timm.models.vision_transformer.VisionTransformer`."""
-        return {
+        found: dict[str, Any] = {
             "img_size": self.image.size,
             "patch_size": self.patch_size,
             "embed_dim": self.width,
@@ -109,6 +132,10 @@ class EncoderDescription:
             "mlp_ratio": self.mlp_ratio,
             "num_classes": 0,
         }
+        if self.pooling != "class":
+            found |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+            found |= {"final_norm": self.pooling == "norm_mean"}
+        return found | ({"pos_embed": "none"} if self.positions == "none" else {})
 
     def to_metadata(self) -> dict[str, str]:
         """As the header of a file; values are strings."""
@@ -121,11 +148,13 @@ class EncoderDescription:
             "stem": self.stem,
             "patch_size": str(self.patch_size),
             **_image_metadata(self.image),
-            "pooling": "class_token",
-            "position_embedding": "sincos_2d_fixed_stored",
+            "pooling": IN_HEADER[self.pooling],
+            "position_embedding": IN_HEADER[self.positions],
+            "mlp_norm": self.mlp_norm,
             "patch_embed_frozen": json.dumps(self.patch_embed_frozen),
         }
-        if self.stem == "patch":  # timm has no convolutional stem
+        # timm has neither a convolutional stem nor batch norms in blocks.
+        if self.stem == "patch" and self.mlp_norm == "layer":
             name = self.timm_name()
             found |= {"timm_model": name} if name is not None else {}
             found["timm_arguments"] = json.dumps(self.timm_arguments())
@@ -156,6 +185,9 @@ class EncoderDescription:
                 patch_size=int(header["patch_size"]),
                 image=_image_of(header),
                 patch_embed_frozen=header.get("patch_embed_frozen", "true") == "true",
+                pooling=_from_header(header, "pooling", Pooling),
+                positions=_from_header(header, "position_embedding", Positions),
+                mlp_norm=_from_header(header, "mlp_norm", MlpNorm),
             )
             timm = json.loads(header.get("timm_arguments", "{}"))
         except (ValueError, TypeError) as error:
@@ -186,6 +218,9 @@ class EncoderDescription:
             mlp_ratio=self.mlp_ratio,
             stem="conv" if self.stem == "conv" else "patch",
             freeze_patch_embed=self.patch_embed_frozen,
+            pooling=self.pooling,
+            positions=self.positions,
+            mlp_norm=self.mlp_norm,
         )
 
 
@@ -202,17 +237,26 @@ class ResNetDescription:
     image: EvalSpec
 
     family: ClassVar[Family] = "resnet"
-    depth: ClassVar[int] = 0
     heads: ClassVar[int | None] = None
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """That of the encoder of a run."""
+        return cls(architecture=config.model.architecture, image=config.eval_spec())
 
     @property
     def width(self) -> int:
         """Channels of the feature."""
         return RESNETS[self.architecture].width
 
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return sum(RESNETS[self.architecture].depths)
+
     def torchvision_name(self) -> str | None:
         """The name of the model in torchvision and in timm; None without one."""
-        return None if RESNETS[self.architecture].stem == "small" else self.architecture
+        return self.architecture if self.architecture in TORCHVISION else None
 
     def to_metadata(self) -> dict[str, str]:
         """As the header of a file; values are strings."""
@@ -220,8 +264,9 @@ class ResNetDescription:
         return {
             "architecture": self.architecture,
             "width": str(self.width),
+            "depth": str(self.depth),
             **_image_metadata(self.image),
-            "pooling": "mean_of_positions",
+            "pooling": "mean",
             **({"torchvision_model": name, "timm_model": name} if name is not None else {}),
         }
 
@@ -237,11 +282,12 @@ class ResNetDescription:
             found = cls(architecture=header["architecture"], image=_image_of(header))
         except (ValueError, TypeError) as error:
             raise ValueError(f"its header cannot be read ({error})") from error
-        width = header.get("width", str(found.width))
-        if width != str(found.width):
-            raise ValueError(
-                f"its header has width={width}, but {found.architecture} has {found.width}"
-            )
+        for name in ("width", "depth"):
+            value, known = header.get(name), str(getattr(found, name))
+            if value not in (None, known):
+                raise ValueError(
+                    f"its header has {name}={value}, but {found.architecture} has {known}"
+                )
         return found
 
     def build(self) -> ResNet:
@@ -255,7 +301,7 @@ Description: TypeAlias = EncoderDescription | ResNetDescription
 def describe_run(config: Config) -> Description:
     """The description of the encoder of a run."""
     if config.model.family == "resnet":
-        return ResNetDescription(architecture=config.model.architecture, image=config.eval_spec())
+        return ResNetDescription.of(config)
     return EncoderDescription.of(config)
 
 
@@ -448,6 +494,19 @@ def _require_shapes(
                 f"{path}: {name} has shape {tuple(found[name].shape)}, and the encoder that its "
                 f"metadata describes {tuple(tensor.shape)}"
             )
+
+
+def _from_header(header: Mapping[str, str], key: str, kind: Any) -> Any:
+    """The config's value of a key, by default the first of its kind.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    values = {IN_HEADER.get(value, value): value for value in get_args(kind)}
+    spelled = header.get(key, next(iter(values)))
+    if spelled not in values:
+        raise ValueError(f"{key}={spelled} is not one of {', '.join(values)}")
+    return values[spelled]
 
 
 def _three(text: str) -> tuple[float, float, float]:

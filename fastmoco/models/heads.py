@@ -14,7 +14,7 @@ from fastmoco.models.encoder import Family
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadForm:
     """The layers of a head: (linear, norm, ReLU) * (layers - 1), linear, optionally a last norm
-    without affine."""
+    without bias."""
 
     layers: int
     """Linear layers."""
@@ -23,7 +23,9 @@ class HeadForm:
     last_bias: bool = False
     """Whether the last linear layer has one."""
     last_norm: bool = True
-    """Whether a batch norm without affine ends the head."""
+    """Whether a batch norm without bias ends the head."""
+    last_norm_weight: bool = False
+    """Whether that norm has a weight."""
 
 
 FORMS = {
@@ -36,6 +38,10 @@ FORMS = {
     "moco_v3_resnet_predictor": HeadForm(layers=2, last_norm=False),
     # Grill et al. 2020, both for projector and predictor.
     "byol": HeadForm(layers=2, bias=True, last_norm=False),
+    # Chen, Kornblith, Swersky, Norouzi, Hinton 2020 (SimCLR v2); 2 layers in the first paper.
+    "simclr": HeadForm(layers=3, last_norm_weight=True),
+    # Caron et al. 2020.
+    "swav_projector": HeadForm(layers=2, bias=True, last_bias=True, last_norm=False),
 }
 """Forms by name."""
 
@@ -76,7 +82,7 @@ def build_head(in_dim: int, hidden_dim: int, out_dim: int, form: HeadForm) -> nn
         )
     modules.append(nn.Linear(widths[-1], out_dim, bias=form.last_bias))
     if form.last_norm:
-        modules.append(BatchNorm(out_dim, affine=False))
+        modules.append(BatchNorm(out_dim, affine=form.last_norm_weight, bias=False))
     return nn.Sequential(*modules)
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,14 +36,22 @@ COUPLES = "the batch norms of a ResNet take the statistics of the whole batch"
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
-def _convolution(before: int, after: int, size: int, stride: int = 1) -> nn.Conv2d:
+class Convolution(nn.Conv2d):
     """A convolution without bias that keeps the positions but for its stride.
 
-    Normal weights with deviation sqrt(2 / fan-out), as in torchvision.
+    Normal weights with deviation sqrt(2 / fan-out), as in torchvision. On a single position the
+    stride makes no difference, and is not used: torch 2.13 leaves most of the gradient of a 3x3
+    weight uninitialised there, for bf16 and a stride of 2 on a CPU.
     """
-    layer = nn.Conv2d(before, after, size, stride=stride, padding=size // 2, bias=False)
-    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-    return layer
+
+    def __init__(self, before: int, after: int, size: int, stride: int = 1) -> None:
+        super().__init__(before, after, size, stride=stride, padding=size // 2, bias=False)
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H / stride, W / stride], rounded up."""
+        stride = (1, 1) if x.shape[2:].numel() == 1 else self.stride
+        return F.conv2d(x, self.weight, stride=stride, padding=self.padding)
 
 
 def _checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -81,9 +90,7 @@ class ResidualBlock(nn.Module):
         after = width * self.expansion
         self.downsample: nn.Sequential | None = None
         if stride != 1 or before != after:
-            self.downsample = nn.Sequential(
-                _convolution(before, after, 1, stride), BatchNorm(after)
-            )
+            self.downsample = nn.Sequential(Convolution(before, after, 1, stride), BatchNorm(after))
 
     def build_branch(self, before: int, width: int, stride: int) -> None:
         """Make the layers of the branch; its last norm starts at zero."""
@@ -93,7 +100,7 @@ class ResidualBlock(nn.Module):
         """The branch, after its last norm."""
         raise NotImplementedError
 
-    def convolutions(self) -> list[nn.Conv2d]:
+    def convolutions(self) -> list[Convolution]:
         """The convolutions of the branch, first to last."""
         raise NotImplementedError
 
@@ -116,9 +123,9 @@ class BasicBlock(ResidualBlock):
 
     def build_branch(self, before: int, width: int, stride: int) -> None:
         """The stride is that of the first convolution."""
-        self.conv1 = _convolution(before, width, 3, stride)
+        self.conv1 = Convolution(before, width, 3, stride)
         self.bn1 = BatchNorm(width)
-        self.conv2 = _convolution(width, width, 3)
+        self.conv2 = Convolution(width, width, 3)
         self.bn2 = BatchNorm(width)
         nn.init.zeros_(_weight(self.bn2))
 
@@ -128,7 +135,7 @@ class BasicBlock(ResidualBlock):
         normed: Tensor = self.bn2(self.conv2(out))
         return normed
 
-    def convolutions(self) -> list[nn.Conv2d]:
+    def convolutions(self) -> list[Convolution]:
         """Both."""
         return [self.conv1, self.conv2]
 
@@ -140,11 +147,11 @@ class Bottleneck(ResidualBlock):
 
     def build_branch(self, before: int, width: int, stride: int) -> None:
         """The stride is that of the 3x3 convolution, as in torchvision."""
-        self.conv1 = _convolution(before, width, 1)
+        self.conv1 = Convolution(before, width, 1)
         self.bn1 = BatchNorm(width)
-        self.conv2 = _convolution(width, width, 3, stride)
+        self.conv2 = Convolution(width, width, 3, stride)
         self.bn2 = BatchNorm(width)
-        self.conv3 = _convolution(width, self.expansion * width, 1)
+        self.conv3 = Convolution(width, self.expansion * width, 1)
         self.bn3 = BatchNorm(self.expansion * width)
         nn.init.zeros_(_weight(self.bn3))
 
@@ -155,7 +162,7 @@ class Bottleneck(ResidualBlock):
         normed: Tensor = self.bn3(self.conv3(out))
         return normed
 
-    def convolutions(self) -> list[nn.Conv2d]:
+    def convolutions(self) -> list[Convolution]:
         """All three."""
         return [self.conv1, self.conv2, self.conv3]
 
@@ -202,7 +209,7 @@ class ResNet(nn.Module):
             raise ValueError(f"image_size={image_size}: must be at least 1 pixel")
         self.image_size = image_size
         self.embed_dim = widths[-1] * block.expansion
-        self.conv1 = _convolution(3, widths[0], 7 if stem == "full" else 3, 2)
+        self.conv1 = Convolution(3, widths[0], 7 if stem == "full" else 3, 2)
         self.bn1 = BatchNorm(widths[0])
         self.maxpool: nn.Module = nn.Identity()
         if stem == "full":
@@ -289,7 +296,7 @@ class ResNet(nn.Module):
             if isinstance(block, ResidualBlock)
         ]
 
-    def _sides(self, side: int) -> Iterator[tuple[nn.Conv2d, int]]:
+    def _sides(self, side: int) -> Iterator[tuple[Convolution, int]]:
         """Every convolution with the height of its output, for images of a height."""
         side = _halved(side)
         yield self.conv1, side
@@ -302,7 +309,7 @@ class ResNet(nn.Module):
                 yield layer, side
             if block.downsample is not None:
                 shortcut = block.downsample[0]
-                assert isinstance(shortcut, nn.Conv2d)
+                assert isinstance(shortcut, Convolution)
                 yield shortcut, before if shortcut.stride[0] == 1 else _halved(before)
 
 

@@ -208,6 +208,7 @@ class ChunkGraphs:
         self._inputs = Inputs(
             tuple(map(blank, inputs.views)),
             tuple(map(blank, inputs.masks)),
+            tuple(map(blank, inputs.paths)),
             None if inputs.labels is None else blank(inputs.labels),
         )
 
@@ -308,7 +309,7 @@ def _beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
 
 def _tensors(inputs: Inputs) -> tuple[Tensor, ...]:
     labels = () if inputs.labels is None else (inputs.labels,)
-    return (*inputs.views, *inputs.masks, *labels)
+    return (*inputs.views, *inputs.masks, *inputs.paths, *labels)
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -145,7 +145,7 @@ class ChunkedStep:
             raise ValueError(
                 "autocast is on around the chunked step: give it as ChunkedStep(autocast=...)"
             )
-        inputs = Inputs(views, masks, labels)
+        inputs = self.objective.inputs(views, masks, at, labels=labels)
         if self.objective.coupling is Coupling.NONE:
             return self._separate(inputs, at, accuracy)
         return self._two_passes(inputs, at, accuracy)
@@ -281,7 +281,8 @@ def require_separable(objective: Objective, chunk: int) -> None:
             f"batch.chunk={chunk}: this trunk cannot go in chunks, because "
             f"{objective.coupling_reason}; chunks would train another model. Instead: "
             "--model.checkpointing full, more processes (batch norms see the batches of all), a "
-            "smaller --global-batch-size, or an encoder with linear patches such as vit_small"
+            "smaller --global-batch-size, or an encoder without batch norms: one with linear patches "
+            "such as vit_small, and --model.mlp-norm layer"
         )
 
 
@@ -293,7 +294,7 @@ def _split(inputs: Inputs, sizes: list[int]) -> list[Inputs]:
         return list(zip(*split, strict=True)) if split else [()] * len(sizes)
 
     labels = [None] * len(sizes) if inputs.labels is None else inputs.labels.split(sizes)  # type: ignore[no-untyped-call]
-    chunks = zip(parts(inputs.views), parts(inputs.masks), labels, strict=True)
+    chunks = zip(parts(inputs.views), parts(inputs.masks), parts(inputs.paths), labels, strict=True)
     return [Inputs(*chunk) for chunk in chunks]
 
 

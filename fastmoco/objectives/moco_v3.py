@@ -157,7 +157,10 @@ class MoCoV3(Objective):
             return 2 * self.temperature * cross_entropy(logits, positives), shares
 
         views = two_views(inputs)
-        q1, q2 = (self.predictor(plain_projection(self.encoder, view)) for view in views)
+        q1, q2 = (
+            self.predictor(plain_projection(self.encoder, view, *inputs.paths_of(number)))
+            for number, view in enumerate(views)
+        )
         with torch.no_grad():
             k1, k2 = (plain_projection(self.momentum_encoder, view) for view in views)
         (loss1, shares1), (loss2, shares2) = loss(q1, k2), loss(q2, k1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmoco.objectives.interface import START, Inputs, Objective, Output, Progress
+from fastmoco.objectives.interface import START, Objective, Output, Progress
 
 
 def plain_forward(
@@ -24,4 +24,5 @@ def plain_forward(
         at: the step.
         accuracy: whether the output has one.
     """
-    return objective.reference(Inputs(views, labels=labels), at, accuracy=accuracy)
+    inputs = objective.inputs(views, at=at, labels=labels)
+    return objective.reference(inputs, at, accuracy=accuracy)

@@ -3,7 +3,7 @@
 from fastmoco.optim.adamw import build_adamw, build_adamw_ema
 from fastmoco.optim.apex import build_apex
 from fastmoco.optim.larc import build_larc
-from fastmoco.optim.lars import build_lars
+from fastmoco.optim.lars import build_lars, unless_named
 from fastmoco.optim.schedule import (
     Steps,
     ema_momentum,
@@ -25,4 +25,5 @@ __all__ = [
     "learning_rate",
     "run_learning_rate",
     "simclr_steps",
+    "unless_named",
 ]

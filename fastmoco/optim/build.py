@@ -86,6 +86,7 @@ def _build_whole(
             weight_decay=decay,
             sgd_momentum=optim.sgd_momentum,
             trust_coefficient=optim.trust_coefficient,
+            lr_in_buffer=optim.lr_in_buffer,
         )
         return AveragedLARS(lars, averages)
 

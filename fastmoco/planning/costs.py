@@ -349,17 +349,14 @@ class _Pieces:
         online, target = self.features(images)
         leaves = tuple(rows.requires_grad_() for rows in online)
 
-        def inputs() -> Inputs:
-            return Inputs(self.prepare(views), labels=self.labels(images))
-
         def query(live: LiveBytes | None) -> int:
             with torch.no_grad(), self._autocast():
-                objective.features(inputs(), at, target=False)
+                objective.features(self.inputs(views), at, target=False)
             return 0
 
         def train(live: LiveBytes | None) -> int:
             with self._autocast():
-                features = objective.features(inputs(), at, target=False).online
+                features = objective.features(self.inputs(views), at, target=False).online
             graph = live.now if live else 0
             trained = [rows for rows in features if rows.requires_grad]  # none of a frozen trunk
             torch.autograd.backward(trained, [torch.empty_like(rows) for rows in trained])
@@ -368,7 +365,7 @@ class _Pieces:
 
         def forward(live: LiveBytes | None) -> int:
             with torch.no_grad(), self._autocast():
-                objective.features(inputs(), at)
+                objective.features(self.inputs(views), at)
             return 0
 
         def heads(live: LiveBytes | None) -> int:
@@ -382,12 +379,16 @@ class _Pieces:
 
         return {"query": query, "train": train, "forward": forward, "heads": heads}
 
+    def inputs(self, views: tuple[torch.Tensor, ...]) -> Inputs:
+        """What the trunks read of some views."""
+        labels = self.labels(len(views[0]))
+        return self.objective.inputs(self.prepare(views), at=self.at, labels=labels)
+
     def features(self, images: int) -> Features:
         """Features of some images as the trunks return them, without a graph."""
         views = tuple(torch.empty(2, 3, side, side, dtype=self.kind) for side in self.sides)
         with torch.no_grad(), self._autocast():
-            inputs = Inputs(self.prepare(views), labels=self.labels(2))
-            found = self.objective.features(inputs, self.at)
+            found = self.objective.features(self.inputs(views), self.at)
         return Features(
             *(tuple(rows.new_empty(images, *rows.shape[1:]) for rows in side) for side in found)
         )

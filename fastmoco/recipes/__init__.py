@@ -15,6 +15,11 @@ from dataclasses import replace
 from fastmoco.config import Config
 from fastmoco.recipes.byol import byol_digits, byol_vit_s16_e300_b4096
 from fastmoco.recipes.moco_v3 import vit_b16_e300_b4096, vit_s16_e300_b1024, vit_s16_e300_b4096
+from fastmoco.recipes.simclr import (
+    simclr_digits,
+    simclr_vit_b16_e300_b4096,
+    simclr_vit_s16_e300_b4096,
+)
 from fastmoco.recipes.small import (
     quickstart_digits,
     vit_nano7_e12_b256,
@@ -25,6 +30,12 @@ from fastmoco.recipes.supervised import (
     supervised_nano7_e12_b256,
     supervised_vit_b16,
     supervised_vit_s16,
+)
+from fastmoco.recipes.swav import (
+    swav_digits,
+    swav_r50_e400_b4096,
+    swav_vit_b16_e300_b4096,
+    swav_vit_s16_e300_b4096,
 )
 from fastmoco_pipelines.spec import ViewSpec, under
 
@@ -51,6 +62,13 @@ RECIPES: dict[str, Callable[[], Config]] = {
         quickstart_digits,
         byol_vit_s16_e300_b4096,
         byol_digits,
+        simclr_vit_s16_e300_b4096,
+        simclr_vit_b16_e300_b4096,
+        simclr_digits,
+        swav_vit_s16_e300_b4096,
+        swav_vit_b16_e300_b4096,
+        swav_r50_e400_b4096,
+        swav_digits,
         supervised_vit_s16,
         supervised_vit_b16,
         supervised_nano7_e12_b256,

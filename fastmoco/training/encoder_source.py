@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.config import Config
-from fastmoco.models.encoder_file import LoadedEncoder, load_encoder
+from fastmoco.models.encoder_file import (
+    Description,
+    LoadedEncoder,
+    describe_run,
+    description_of,
+    encoder_header,
+    load_encoder,
+)
 from fastmoco.models.weights.building import load_foreign
 from fastmoco.models.weights.foreign import Which
 from fastmoco.models.weights.reading import is_weights
@@ -34,6 +42,10 @@ class EncoderSource:
         config: of the run; None for a file.
         step: optimizer steps of the run; 0 for a file.
         facts: what a report must say of it, for JSON: source, which encoder, step, identity.
+        description: its sizes, for building it again.
+        header: where it comes from, as the header of a file.
+        networks: the tensors of all networks of the run or file with heads, `encoder.*`,
+            `momentum_encoder.*`, `predictor.*`, ...; empty for a file of one encoder.
         notes: what a user should know, in sentences.
     """
 
@@ -42,6 +54,9 @@ class EncoderSource:
     config: Config | None
     step: int
     facts: dict[str, Any]
+    description: Description
+    header: Mapping[str, str] = field(default_factory=dict)
+    networks: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
 
@@ -93,6 +108,13 @@ def load_source(
         config=config,
         step=checkpoint.step,
         facts=facts,
+        description=describe_run(config),
+        header={
+            **encoder_header(checkpoint),
+            "step": str(checkpoint.step),
+            "encoder": which,
+        },
+        networks=objective.state_dict(),
         notes=[f"passed over {path.name}: {reason}" for path, reason in checkpoint.skipped],
     )
 
@@ -115,6 +137,8 @@ def _of_file(
             config=None,
             step=step,
             facts={"source": str(source), "encoder": own, "step": step, "header": loaded.header},
+            description=description_of(loaded.header),
+            header=loaded.header,
         )
     found = load_foreign(source, None if which == "base" else which, heads=heads, device=device)
     facts = {
@@ -131,6 +155,13 @@ def _of_file(
         config=None,
         step=0,
         facts=facts,
+        description=found.description,
+        header={
+            **found.description.to_metadata(),
+            "source_format": found.weights.format,
+            "encoder": found.weights.which,
+        },
+        networks=found.weights.networks,
         notes=found.weights.notes,
     )
 

@@ -38,9 +38,11 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def config_for(kind: type[ObjectiveConfig], strategy: str = "ddp", chunk: int = 0) -> Config:
-    """LARS, which does not enlarge the rounding of gradients that are zero in truth."""
+    """LARS, which does not enlarge the rounding of gradients that are zero in truth; stochastic
+    depth, whose draws are those of an image wherever it is."""
     return replace(
         config_of(kind, CONFIG),
+        model=replace(CONFIG.model, drop_path=0.3),
         global_batch_size=IMAGES,
         batch=BatchConfig(chunk=chunk or "none", kept=1 if chunk else "auto"),
         parallel=ParallelConfig(strategy=strategy),  # type: ignore[arg-type]

@@ -26,6 +26,8 @@ from tests.distributed.cases import run_cases
 
 STEPS = 3
 LR = 2.0
+IN_BUFFER = {"lr_in_buffer": True, "adapt": True}
+"""The rate inside the buffer, and a bias that is adapted: its shards need the whole norm, too."""
 
 
 class Model(nn.Module):
@@ -77,12 +79,16 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def run_sharded(
-    world: World, mesh: DeviceMesh, dtype: torch.dtype = torch.float64, backend: str = "auto"
+    world: World,
+    mesh: DeviceMesh,
+    dtype: torch.dtype = torch.float64,
+    backend: str = "auto",
+    **options: bool,
 ) -> dict[str, object]:
     """Train under fully_shard, counting the collectives of one step of the optimizer."""
     model = build(dtype)
     fully_shard(model, mesh=mesh)
-    optimizer = LARS(model.parameters(), lr=LR, weight_decay=0.05, backend=backend)
+    optimizer = LARS(model.parameters(), lr=LR, weight_decay=0.05, backend=backend, **options)
     calls = []
     all_reduce = dist.all_reduce
 
@@ -125,10 +131,11 @@ def run_other(world: World, kind: type[torch.optim.Optimizer]) -> dict[str, obje
 
 
 def run_fsdp(
-    world: World, dtype: torch.dtype = torch.float64, backend: str = "auto"
+    world: World, dtype: torch.dtype = torch.float64, backend: str = "auto", **options: bool
 ) -> dict[str, object]:
     """One dimension, sharded."""
-    return run_sharded(world, init_device_mesh("cpu", (world.world_size,)), dtype, backend)
+    mesh = init_device_mesh("cpu", (world.world_size,))
+    return run_sharded(world, mesh, dtype, backend, **options)
 
 
 def run_hsdp(world: World) -> dict[str, object]:
@@ -205,6 +212,7 @@ CASES: dict[str, Callable[[World], dict[str, object]]] = {
     "fsdp": run_fsdp,
     "fsdp fp32": lambda world: run_fsdp(world, torch.float32),
     "fsdp triton": lambda world: run_fsdp(world, backend="triton"),
+    "fsdp in buffer": lambda world: run_fsdp(world, **IN_BUFFER),
     "hsdp": run_hsdp,
     "hsdp sharded": run_hsdp_sharded,
     "mixed": run_mixed,

@@ -8,8 +8,10 @@ import torch
 from fastmoco.optim.larc import LARC
 from fastmoco.optim.sgd import SGD
 from fastmoco_kernels.lars.optimizer import LARS
-from tests.distributed.run_lars import LR, NUMBERS, STEPS, Model, build, train
+from tests.distributed.run_lars import IN_BUFFER, LR, NUMBERS, STEPS, Model, build, train
 from tests.distributed.test_ranks import Results, launch
+
+SHARDED = ("fsdp", "fsdp triton", "hsdp", "hsdp sharded", "mixed")
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +20,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return launch(2, tmp_path_factory.mktemp("lars"), module="tests.distributed.run_lars")
 
 
-def one_process(dtype: torch.dtype = torch.float64) -> tuple[Model, list[torch.Tensor]]:
+def one_process(
+    dtype: torch.dtype = torch.float64, **options: bool
+) -> tuple[Model, list[torch.Tensor]]:
     """The model trained on the whole batches here, and its buffers."""
     model = build(dtype)
-    optimizer = LARS(model.parameters(), lr=LR, weight_decay=0.05)
+    optimizer = LARS(model.parameters(), lr=LR, weight_decay=0.05, **options)
     train(model, optimizer, slice(None), dtype)
     return model, [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
 
@@ -31,9 +35,9 @@ def distance(case: dict[str, object], model: Model) -> float:
     return max((case["params"][n] - p).abs().max().item() for n, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("case", ["fsdp", "fsdp triton", "hsdp", "hsdp sharded", "mixed"])
+@pytest.mark.parametrize("case", [*SHARDED, "fsdp in buffer"])
 def test_shards_take_the_steps_of_whole_tensors(ranks: Results, case: str) -> None:
-    model, buffers = one_process()
+    model, buffers = one_process(**(IN_BUFFER if case == "fsdp in buffer" else {}))
     assert (
         build().first.weight - model.first.weight
     ).abs().max() > 1e-3  # there was something to get right

@@ -124,7 +124,7 @@ def find_encoder(
     names = unwrapped(raw.tensors)
 
     # One network of several, or the only one.
-    kind, networks = _networks(names)
+    kind, networks, others = _networks(names)
     tensors: Mapping[str, Tensor] = names
     if networks:
         beginning = ENCODERS[which or "base"]
@@ -161,7 +161,7 @@ def find_encoder(
             f"{source} ({format_name}) has one encoder, and does not say that it is the momentum "
             "encoder: leave out --which momentum, or give the checkpoint of the pre-training"
         )
-    beside = dict(renamed.beside)
+    beside = renamed.beside | others
     if networks:
         ours = ENCODERS[which or "base"]
         beside |= {name: _what(name) for name in networks if not name.startswith(ours)}
@@ -226,27 +226,29 @@ def is_sincos(positions: Tensor, grid: int) -> bool:
     return bool((positions.detach().float() - table).abs().max() < 1e-3)
 
 
-def _networks(names: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+def _networks(names: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], dict[str, str]]:
     """The networks of a checkpoint by our names; empty for a file of one network.
 
-    Tensors that belong to no network (the optimizer's in a full state) are left out.
+    Returns:
+        What kind of file it is, its networks, and the names that belong to none.
     """
     for kind, beginnings in NETWORKS.items():
-        theirs = next(iter(beginnings))
-        if not any(name.startswith(theirs) for name in names):
+        if not any(name.startswith(tuple(beginnings)) for name in names):
             continue
-        found = {}
+        found, others = {}, {}
         for name, tensor in names.items():
-            for theirs, ours in beginnings.items():
-                if name.startswith(theirs):
-                    found[ours + name.removeprefix(theirs)] = tensor
-        return kind, found
-    return "", {}
+            theirs = next((b for b in beginnings if name.startswith(b)), None)
+            if theirs is None:
+                others[name] = "no part of a network"
+            else:
+                found[beginnings[theirs] + name.removeprefix(theirs)] = tensor
+        return kind, found, others
+    return "", {}, {}
 
 
 def _named(name: str, raw: RawWeights, beside: Mapping[str, str]) -> str:
     """The format of a file of one network, with what its header or container shows."""
-    if "architecture" in raw.header and "heads" in raw.header:
+    if "architecture" in raw.header and "image_size" in raw.header:
         return "encoder of fastmoco"
     classifier = "classifier" in beside.values()
     of_moco_v3 = raw.wrapped_in == "state_dict" and "arch" in raw.container

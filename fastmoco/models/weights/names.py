@@ -210,6 +210,8 @@ FORMATS = (
 
 NETWORKS = {
     "moco-v3": {
+        "base_encoder.fc.": "encoder.head.",
+        "momentum_encoder.fc.": "momentum_encoder.head.",
         "base_encoder.": "encoder.",
         "momentum_encoder.": "momentum_encoder.",
         "predictor.": "predictor.",
@@ -220,8 +222,9 @@ NETWORKS = {
         "model.predictor.": "predictor.",
     },
 }
-"""Files of several networks: what their names begin with, and what ours begin with. A name without
-one of these beginnings is no part of a network."""
+"""Files of several networks: what their names begin with, and what ours begin with; the first that
+fits counts. A name without one of these beginnings is no part of a network. The projector is called
+as the classifier that it replaces: `fc` in a ResNet of moco-v3."""
 
 WRAPPERS = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put in front of all names."""

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 pytest.importorskip("tyro", reason="tyro is not installed")
 
@@ -23,9 +24,11 @@ from fastmoco.checkpoint import save_checkpoint
 from fastmoco.cli.images import knn_sets
 from fastmoco.config.serial import to_json
 from fastmoco.evaluation.embed import embed
+from fastmoco.models.encoder_file import ResNetDescription
+from fastmoco.models.resnet import RESNETS
 from fastmoco.objectives.build import build_objective
 from fastmoco_pipelines import ShardSet, build_eval_loader
-from fastmoco_pipelines.spec import EvalLoaderSpec
+from fastmoco_pipelines.spec import EvalLoaderSpec, EvalSpec
 from tests.command_line import main
 
 
@@ -104,6 +107,19 @@ def test_tokens_the_momentum_encoder_and_a_file(run, small_run, digits, tmp_path
     torch.testing.assert_close(found["patch"], tokens.half())
     assert not list(tmp_path.glob("*.parts"))
     assert not (two / "features").exists()
+
+
+def test_a_resnet_has_no_patch_tokens(digits, tmp_path, capsys):
+    size = RESNETS["resnet_nano"]
+    image = EvalSpec(size=8, resize=8)
+    description = ResNetDescription(architecture="resnet_nano", image=image)
+    file = tmp_path / "encoder.safetensors"
+    save_file(size(image_size=8).state_dict(), file, description.to_metadata())
+    options = ["--shards", digits[1], "--limit", "5", "--out", str(tmp_path / "x.npz")]
+    assert main(["eval", "embed", str(file), *options, "--tokens", "mean"]) == 2
+    assert "a ResNet has no patch tokens" in capsys.readouterr().err
+    assert main(["eval", "embed", str(file), *options]) == 0
+    assert "wrote features 5 x 128 of step 0" in capsys.readouterr().out
 
 
 PROGRAM = """

@@ -218,7 +218,7 @@ def test_frozen_by_default() -> None:
         ({"num_heads": 5}, "embed_dim=32: must be a multiple of num_heads=5"),
         (
             {"embed_dim": 6, "num_heads": 2},
-            "embed_dim=6: must be a multiple of 4, because positions",
+            "embed_dim=6: must be a multiple of 4, because sine-cosine positions",
         ),
         ({"stem": "conv"}, "patch_size=8: the conv stem shrinks images by 16"),
         (

@@ -87,6 +87,7 @@ NAMES: dict[str, dict[str, list[str]]] = {
     }
     for kind in ("moco_v3", "byol")
 }
+NAMES["simclr"] = {"encoder": ENCODER + PROJECTOR}
 NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
 """Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load
 for good."""
@@ -340,6 +341,27 @@ def test_chunks_are_the_whole(kind: type[ObjectiveConfig]) -> None:
 
 
 @every_objective
+def test_stochastic_depth_leaves_out_the_same_branches_in_every_pass(
+    kind: type[ObjectiveConfig],
+) -> None:
+    plain = config_of(kind)
+    config = replace(plain, model=replace(plain.model, drop_path=0.5))
+    check_reference(config)
+    check_chunks(config)
+
+    # The draws reach the encoder, and are others in the next step; nothing is left out in
+    # evaluation.
+    def loss(config: Config, at: Progress, *, training: bool = True) -> Tensor:
+        objective, views = rough(config), views_of(config)
+        objective.train(training)
+        return objective(*views, at=at).loss.detach()
+
+    later = Progress(AT.step + 1, AT.total_steps, AT.steps_per_epoch)
+    assert len({float(loss(c, at)) for c, at in ((plain, AT), (config, AT), (config, later))}) == 3
+    assert torch.equal(loss(config, AT, training=False), loss(plain, AT, training=False))
+
+
+@every_objective
 def test_a_second_pass_repeats_the_first(kind: type[ObjectiveConfig]) -> None:
     check_features(config_of(kind))
 
@@ -380,7 +402,7 @@ def test_the_loss_of_knowing_nothing_is_that_of_unrelated_features(
 ) -> None:
     """Random weights and noise as images: no view is like another, in 64 dimensions or more."""
     config = config_of(kind)
-    config = replace(config, model=replace(config.model, projection_dim=64))
+    config = replace(config, model=replace(config.model, projection_dim=64, hidden_dim=256))
     objective = build_objective(config, torch.device("cpu"))
     value = objective.uninformed_loss(256)
     assert value is None or 0 < value < math.inf
