@@ -42,6 +42,11 @@ EXTRAS = {
     "sklearn": "data",
     "matplotlib": "logging",
     "torchao": "float8",
+    "pyarrow": "parquet",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "transformers": "export",
 }
 """The extra of the distribution that installs a module."""
 

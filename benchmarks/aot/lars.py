@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import triton.language as tl
@@ -83,7 +84,8 @@ def _update_cases(word: str) -> list[AotCase]:
         "trust_coefficient": "fp64",
     }
     cases = []
-    for given in ((), ("found_inf_ptr",), ("lr_ptr",), ("found_inf_ptr", "lr_ptr")):
+    choices = ((), ("found_inf_ptr",), ("lr_ptr",), ("found_inf_ptr", "lr_ptr"))
+    for given, in_buffer in itertools.product(choices, (False, True)):
         optional = {
             name: "*fp32" if name in given else "constexpr" for name in ("found_inf_ptr", "lr_ptr")
         }
@@ -97,9 +99,10 @@ def _update_cases(word: str) -> list[AotCase]:
             "rows": "i32",
             **numbers,
             **_CONSTANTS,
+            "LR_IN_BUFFER": "constexpr",
         }
-        name = " ".join([f"lars.update {word}", *(name.removesuffix("_ptr") for name in given)])
-        cases.append(
-            _case(name, lars_update_kernel, signature, _constexprs(word) | absent, NUM_WARPS)
-        )
+        words = [f"lars.update {word}", *(name.removesuffix("_ptr") for name in given)]
+        name = " ".join([*words, "lr in buffer"] if in_buffer else words)
+        constexprs = _constexprs(word) | absent | {"LR_IN_BUFFER": in_buffer}
+        cases.append(_case(name, lars_update_kernel, signature, constexprs, NUM_WARPS))
     return cases

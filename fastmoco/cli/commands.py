@@ -55,9 +55,11 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("checkpoint list", "checkpoint:list_all", "Step, size and state of each."),
         Command("checkpoint verify", "checkpoint:verify", "Read and verify every byte."),
         Command("checkpoint consolidate", "checkpoint:consolidate", "Write one safetensors file."),
+        Command("export", "export:export", "Write the encoder for timm, Hugging Face, ONNX, ..."),
     ),
     "Evaluate": (
-        Command("eval knn", "delayed:eval_knn", "kNN accuracy of a run's encoder."),
+        Command("eval knn", "delayed:eval_knn", "kNN accuracy of an encoder."),
+        Command("eval linear", "linear:eval_linear", "Linear classifier on a frozen encoder."),
         Command("eval embed", "embed:embed", "Write the features of images to a file."),
         Command("eval neighbours", "embed:neighbours", "The nearest images of each image."),
         Command("eval outliers", "embed:outliers", "Images that are like no others."),

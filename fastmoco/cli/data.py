@@ -20,12 +20,16 @@ from fastmoco.cli.pages import HELP, of_config, show_page
 from fastmoco.errors import EXIT_REFUSED, one_line, say, show
 from fastmoco.recipes.suggest import Suggestion, suggest
 from fastmoco_pipelines.spec import CacheSpec, ViewSpec, moco_v3_views
-from fastmoco_pipelines.text import counted
+from fastmoco_pipelines.text import counted, escaped
 
 CACHE = CacheSpec()
 """The default cache of shards from a server."""
 PROGRESS_SECONDS = 60.0
 """Between two lines about progress in a log."""
+FIRST_SECONDS = 20.0
+"""Until the first of such lines, where their intervals grow."""
+LONGEST_SECONDS = 600.0
+"""To which they grow, each one being twice the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,10 +308,14 @@ def tell_of_decoder() -> None:
 
 
 @contextmanager
-def progress_bar(what: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, a line a minute elsewhere. `unit="bytes"` shows amounts in bytes
-    and the speed. The bar of work that turned out to be done already is removed at the end."""
+def progress_bar(
+    what: str, unit: str = "", *, growing: bool = False
+) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, a line a minute elsewhere, or lines at growing intervals.
+    `unit="bytes"` shows amounts in bytes and the speed. The bar of work that turned out to be done
+    already is removed at the end."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import (
         DownloadColumn,
         Progress,
@@ -317,7 +325,7 @@ def progress_bar(what: str, unit: str = "") -> Iterator[Callable[[int, int], Non
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield ProgressLines(what)
+        yield ProgressLines(what, growing=growing)
         return
     columns = (
         *Progress.get_default_columns()[:2],
@@ -326,17 +334,19 @@ def progress_bar(what: str, unit: str = "") -> Iterator[Callable[[int, int], Non
     )
     shown = (*columns, TimeRemainingColumn()) if unit == "bytes" else Progress.get_default_columns()
     with Progress(*shown, console=console) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(escape(escaped(what)), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
         bar.live.transient = bar.tasks[0].total is None
 
 
 class ProgressLines:
-    """Progress for a log: every minute how much is done, and the time that is left at the speed so
-    far. Called with (done, total), by one thread at a time."""
+    """Progress for a log: every minute, or at growing intervals, how much is done, and the time that
+    is left at the speed so far. Called with (done, total), by one thread at a time."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, *, growing: bool = False) -> None:
         self._what = what
+        self._interval = FIRST_SECONDS if growing else PROGRESS_SECONDS
+        self._growing = growing
         self._began: tuple[float, int] | None = None
         self._next = 0.0
 
@@ -345,10 +355,12 @@ class ProgressLines:
         now = time.monotonic()
         if self._began is None:  # what came before, an earlier check did
             self._began = (now, done)
-            self._next = now + PROGRESS_SECONDS
+            self._next = now + self._interval
         if now < self._next or done >= total:
             return
-        self._next = now + PROGRESS_SECONDS
+        if self._growing:
+            self._interval = min(2 * self._interval, LONGEST_SECONDS)
+        self._next = now + self._interval
         start, before = self._began
         seconds = (now - start) * (total - done) / max(1, done - before)
         left = timedelta(seconds=round(seconds)) if done > before else "unknown time"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -16,25 +17,35 @@ def eval_knn(
     *,
     train: str,
     test: str,
-    k: int = 20,
-    temperature: float = 0.07,
+    k: tuple[int, ...] = (20,),
+    temperature: tuple[float, ...] = (0.07,),
+    which: Literal["base", "momentum"] = "base",
     best: bool = False,
+    out: Path | None = None,
 ) -> int:
-    """kNN accuracy of a run's encoder (k = 20, temperature 0.07, cosine) on labelled shards.
+    """kNN accuracy of an encoder (k = 20, temperature 0.07, cosine) on labelled shards.
+
+    One line of JSON, with an interval of 95 % (Wilson) about each accuracy. A command that was
+    interrupted continues where it was; under torchrun the processes share the images.
 
     Args:
-        run: Folder of the run, as given to `fastmoco train --out`, or of one checkpoint.
+        run: Folder of the run, as given to `fastmoco train --out`, or of one checkpoint; or a file
+            of weights.
         train: Labelled shards for the neighbours, or a folder with one folder of images per class.
         test: Labelled shards to classify, or a folder with one folder of images per class.
-        k: Number of neighbours.
+        k: Numbers of neighbours; each is combined with each temperature, in one search.
         temperature: The weight of a neighbour is exp(cosine / temperature).
+        which: The trained encoder, or its moving average.
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
+        out: A file for the JSON too.
     """
     say(f"kNN of {run}: importing torch, then opening {redact(train)} and {redact(test)}")
     with collection_paused():
-        from fastmoco.cli.train import eval_knn as measure
+        from fastmoco.cli.knn import eval_knn as measure
 
-    return measure(run, train, test, k=k, temperature=temperature, best=best)
+    return measure(
+        run, train, test, ks=k, temperatures=temperature, which=which, best=best, out=out
+    )
 
 
 def quickstart(out: Path = Path("quickstart")) -> int:

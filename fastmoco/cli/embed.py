@@ -4,13 +4,17 @@ names of the files."""
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
+from fastmoco.cli.data import progress_bar
 from fastmoco.cli.images import of_options, set_of_folder
 from fastmoco.cli.output import until_closed
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say, show
@@ -18,35 +22,71 @@ from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say, show
 if TYPE_CHECKING:
     import torch
 
-    from fastmoco.config import Config
-    from fastmoco.evaluation.embeddings import Embeddings
+    from fastmoco.distributed.mesh import World
+    from fastmoco.evaluation.embeddings import Embeddings, ImageNames, Outliers
+    from fastmoco.training.embed_run import StoredFeatures
+    from fastmoco.training.encoder_source import EncoderSource
 
 
 def embed(
-    run: Positional[Path], *, shards: str, out: Path, limit: int = 0, best: bool = False
+    run: Positional[Path],
+    *,
+    shards: str,
+    out: Path,
+    tokens: Literal["class", "mean", "patch"] = "class",
+    dtype: Literal["float32", "float16"] = "float32",
+    limit: int = 0,
+    which: Literal["base", "momentum"] = "base",
+    best: bool = False,
 ) -> int:
-    """Write the features of a set, with labels and file names, to .npz or .safetensors.
+    """Write the features of a set, with labels and file names, to .safetensors, .npz, .npy or
+    .parquet.
 
-    The features are the class-token features that kNN uses, float32, not of unit length, one row
-    for each image that decodes, in the order of the set.
+    One row for each image that decodes, in the order of the set, not of unit length. A command that
+    was interrupted continues where it was; under torchrun the processes share the images.
 
     Args:
-        run: Folder of the run, as given to `fastmoco train --out`, or of one checkpoint.
+        run: Folder of the run, as given to `fastmoco train --out`, or of one checkpoint; or a file
+            of weights.
         shards: The set, labelled or not, or a folder of images.
-        out: A new file, .npz or .safetensors.
+        out: A new file, .safetensors, .npz, .npy or .parquet.
+        tokens: class: the feature of the encoder, which kNN uses; mean: the mean of the patch
+            tokens; patch: all patch tokens, [n, L, E].
+        dtype: Of the features in the file.
         limit: Only this many images, spread evenly over the set; 0: all.
+        which: The trained encoder, or its moving average.
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
     """
     with one_line(EXIT_REFUSED, ValueError, OSError):
         _require_count("limit", limit)
         with collection_paused():
-            from fastmoco.evaluation.embeddings import require_target, write_embeddings
+            from fastmoco.distributed.first_rank import first_rank_does
+            from fastmoco.evaluation.feature_files import require_target, write_features
 
-        require_target(out)
-        (found,), _ = _embed(run, {"shards": (shards, limit)}, best)
-        write_embeddings(found, out)
-        shape = " x ".join(map(str, found.features.shape))
-        show(f"wrote features {shape} of step {found.step}, labels and file names to {out}")
+        def target_is_new() -> str:
+            require_target(out)
+            return ""
+
+        options = _Options(which, best, tokens, out.with_name(f"{out.name}.parts"))
+        with _embedded(run, {"shards": (shards, limit)}, options, check=target_is_new) as (
+            source,
+            (found,),
+            world,
+        ):
+            names = found.names()
+
+            def write() -> str:
+                blocks = (part.features for part in found.cache.read_all())
+                first = next(blocks)
+                shape = (len(names), *first.shape[1:])
+                write_features(names, shape, chain([first], blocks), out, dtype=dtype)
+                show(
+                    f"wrote features {' x '.join(map(str, shape))} of step {source.step}, labels "
+                    f"and file names to {out}"
+                )
+                return ""
+
+            first_rank_does(world, "written", write)
     return EXIT_FINISHED
 
 
@@ -59,6 +99,7 @@ def neighbours(
     limit: int = 16,
     out: Path | None = None,
     json: bool = False,
+    which: Literal["base", "momentum"] = "base",
     best: bool = False,
 ) -> int:
     """For each image of a set, the images of another one that the encoder finds most similar.
@@ -66,7 +107,8 @@ def neighbours(
     The sets may be the same; an image is not its own neighbour.
 
     Args:
-        run: Folder of the run, as given to `fastmoco train --out`, or of one checkpoint.
+        run: Folder of the run, as given to `fastmoco train --out`, or of one checkpoint; or a file
+            of weights.
         train: The images among which neighbours are searched: shards, labelled or not, or a folder
             of images.
         query: The images whose neighbours are searched.
@@ -74,6 +116,7 @@ def neighbours(
         limit: Only this many queries, spread evenly over the set; 0: all.
         out: Draw a picture too: each query and its neighbours, with cosines and file names.
         json: Print JSON instead of text.
+        which: The trained encoder, or its moving average.
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
     """
     with one_line(EXIT_REFUSED, ValueError, OSError), until_closed():
@@ -82,50 +125,65 @@ def neighbours(
         with collection_paused():
             from fastmoco.evaluation.embeddings import neighbours as search
 
-        if train == query:
-            (bank,), device = _embed(run, {"train": (train, 0)}, best)
-            queries = bank.spread(limit)
-        else:
-            (bank, queries), device = _embed(
-                run, {"train": (train, 0), "query": (query, limit)}, best
-            )
-        similar, index = search(bank, queries, k=k, device=device)
-        rows = [
-            (number, list(zip(cosines, places, strict=True)))
-            for number, (cosines, places) in enumerate(
-                zip(similar.tolist(), index.tolist(), strict=True)
-            )
-        ]
-        if json:
-            _print_json(
-                run,
-                bank.step,
-                queries=[
-                    {
-                        **_image(queries, number),
-                        "neighbours": [
-                            {"cosine": round(cosine, 6), **_image(bank, place)}
-                            for cosine, place in found
-                        ],
-                    }
-                    for number, found in rows
-                ],
-            )
-        else:
-            for number, found in rows:
-                print(_shown(queries, number))
-                for cosine, place in found:
-                    print(f"  {cosine:.4f}  {_shown(bank, place)}")
-        if out is not None:
-            sheet = [
-                [
-                    ("query", number, ""),
-                    *(("train", place, f"{cosine:.4f}") for cosine, place in found),
-                ]
-                for number, found in rows
-            ]
-            _draw(out, {"query": queries, "train": bank}, sheet, quiet=json)
+        sets = {"train": (train, 0)}
+        if train != query:
+            sets["query"] = (query, limit)
+        with _embedded(run, sets, _Options(which, best)) as (source, stored, world):
+            bank = stored[0].embeddings()
+            queries = stored[1].embeddings() if train != query else bank.spread(limit)
+            with progress_on(world, "searching") as progress:
+                similar, index = search(bank, queries, k=k, device=world.device, progress=progress)
+            if world.rank == 0:
+                _show_neighbours(run, source, bank, queries, similar, index, out, json)
     return EXIT_FINISHED
+
+
+def _show_neighbours(
+    run: Path,
+    source: EncoderSource,
+    bank: Embeddings,
+    queries: Embeddings,
+    similar: torch.Tensor,
+    index: torch.Tensor,
+    out: Path | None,
+    json: bool,
+) -> None:
+    """Print queries with their neighbours, and draw them if there is a file for it."""
+    rows = [
+        (number, list(zip(cosines, places, strict=True)))
+        for number, (cosines, places) in enumerate(
+            zip(similar.tolist(), index.tolist(), strict=True)
+        )
+    ]
+    if json:
+        _print_json(
+            run,
+            source,
+            queries=[
+                {
+                    **_image(queries, number),
+                    "neighbours": [
+                        {"cosine": round(cosine, 6), **_image(bank, place)}
+                        for cosine, place in found
+                    ],
+                }
+                for number, found in rows
+            ],
+        )
+    else:
+        for number, found in rows:
+            print(_shown(queries, number))
+            for cosine, place in found:
+                print(f"  {cosine:.4f}  {_shown(bank, place)}")
+    if out is not None:
+        sheet = [
+            [
+                ("query", number, ""),
+                *(("train", place, f"{cosine:.4f}") for cosine, place in found),
+            ]
+            for number, found in rows
+        ]
+        _draw(out, {"query": queries, "train": bank}, sheet, quiet=json)
 
 
 def outliers(
@@ -136,18 +194,21 @@ def outliers(
     show: int = 20,
     out: Path | None = None,
     json: bool = False,
+    which: Literal["base", "momentum"] = "base",
     best: bool = False,
 ) -> int:
     """Images of a set that are like no other: those with the lowest mean similarity to their nearest
     images.
 
     Args:
-        run: Folder of the run, as given to `fastmoco train --out`, or of one checkpoint.
+        run: Folder of the run, as given to `fastmoco train --out`, or of one checkpoint; or a file
+            of weights.
         shards: The set, labelled or not, or a folder of images.
         k: Nearest images over which the similarity is averaged.
         show: Number of images to list; 0: all.
         out: Draw a picture too: each image and the most similar one.
         json: Print JSON instead of text.
+        which: The trained encoder, or its moving average.
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
     """
     with one_line(EXIT_REFUSED, ValueError, OSError), until_closed():
@@ -156,35 +217,53 @@ def outliers(
         with collection_paused():
             from fastmoco.evaluation.embeddings import outliers as search
 
-        (images,), device = _embed(run, {"shards": (shards, 0)}, best)
-        found = search(images, k=k, device=device)
-        columns = (found.rows, found.similarity, found.nearest)
-        rows = list(zip(*(column.tolist() for column in columns), strict=True))[: show or None]
-        if json:
-            _print_json(
-                run,
-                images.step,
-                outliers=[
-                    {
-                        **_image(images, row),
-                        "similarity": round(similarity, 6),
-                        "nearest": _image(images, nearest),
-                    }
-                    for row, similarity, nearest in rows
-                ],
-            )
-        else:
-            for row, similarity, nearest in rows:
-                print(
-                    f"{similarity:.4f}  {_shown(images, row)}  (nearest: {_shown(images, nearest)})"
-                )
-        if out is not None:
-            sheet = [
-                [("set", row, f"{similarity:.4f}"), ("set", nearest, "nearest")]
-                for row, similarity, nearest in rows
-            ]
-            _draw(out, {"set": images}, sheet, quiet=json)
+        with _embedded(run, {"shards": (shards, 0)}, _Options(which, best)) as (
+            source,
+            (stored,),
+            world,
+        ):
+            images = stored.embeddings()
+            with progress_on(world, "searching") as progress:
+                found = search(images, k=k, device=world.device, progress=progress)
+            if world.rank == 0:
+                _show_outliers(run, source, images, found, show, out, json)
     return EXIT_FINISHED
+
+
+def _show_outliers(
+    run: Path,
+    source: EncoderSource,
+    images: Embeddings,
+    found: Outliers,
+    count: int,
+    out: Path | None,
+    json: bool,
+) -> None:
+    """Print the first outliers, and draw them if there is a file for it."""
+    columns = (found.rows, found.similarity, found.nearest)
+    rows = list(zip(*(column.tolist() for column in columns), strict=True))[: count or None]
+    if json:
+        _print_json(
+            run,
+            source,
+            outliers=[
+                {
+                    **_image(images, row),
+                    "similarity": round(similarity, 6),
+                    "nearest": _image(images, nearest),
+                }
+                for row, similarity, nearest in rows
+            ],
+        )
+    else:
+        for row, similarity, nearest in rows:
+            print(f"{similarity:.4f}  {_shown(images, row)}  (nearest: {_shown(images, nearest)})")
+    if out is not None:
+        sheet = [
+            [("set", row, f"{similarity:.4f}"), ("set", nearest, "nearest")]
+            for row, similarity, nearest in rows
+        ]
+        _draw(out, {"set": images}, sheet, quiet=json)
 
 
 def _require_count(name: str, value: int) -> None:
@@ -198,52 +277,81 @@ def _require_k(k: int) -> None:
         raise ValueError(f"k={k}: must be at least 1")
 
 
-def _embed(
-    run: Path, sets: Mapping[str, tuple[str, int]], best: bool
-) -> tuple[list[Embeddings], torch.device]:
-    """Features of some sets by the encoder of a run, and the device of the computation.
+@dataclass(frozen=True)
+class _Options:
+    """Which encoder, what of it, and where parts of features are kept; None: in the run."""
+
+    which: Literal["base", "momentum"]
+    best: bool
+    tokens: Literal["class", "mean", "patch"] = "class"
+    root: Path | None = None
+
+
+def progress_on(world: World, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    """Progress of rank 0, on standard error; of the others none."""
+    if world.rank > 0:
+        return nullcontext(lambda done, total: None)
+    return progress_bar(what, growing=True)
+
+
+@contextmanager
+def _embedded(
+    run: Path,
+    sets: Mapping[str, tuple[str, int]],
+    options: _Options,
+    *,
+    check: Callable[[], str] = lambda: "",
+) -> Iterator[tuple[EncoderSource, list[StoredFeatures], World]]:
+    """Features of some sets by an encoder, until the context ends, and this process among its
+    peers.
 
     Args:
-        run: folder of the run or of a checkpoint.
+        run: folder of the run or of a checkpoint, or a file.
         sets: as of `embed_run`, by the names of the options that give them.
-        best: as of `embed_run`.
+        options: of the encoder.
+        check: called on rank 0 first.
     """
     with collection_paused():
+        from fastmoco.distributed.first_rank import first_rank_does
         from fastmoco.distributed.mesh import start_world, stop_world
+        from fastmoco.evaluation.feature_cache import WAIT_S
+        from fastmoco.faults.first_cause import first_cause
         from fastmoco.training.embed_run import embed_run
 
-    world = start_world("auto")
-    try:
-        options = {pattern: name for name, (pattern, _) in sets.items()}
-        with of_options({name: pattern for name, (pattern, _) in sets.items()}):
-            found = embed_run(
-                run,
-                list(sets.values()),
-                world,
-                best=best,
-                locate=lambda pattern, config: _shards(options[pattern], pattern, config),
-                report=say,
-            )
-        return found, world.device
-    finally:
-        stop_world()
+    world = start_world("auto", timeout_s=WAIT_S)
+    named = {pattern: name for name, (pattern, _) in sets.items()}
+
+    def locate(pattern: str, max_side: int) -> str:
+        return set_of_folder(pattern, max_side=max_side, named=named[pattern])
+
+    with (
+        first_cause(world),
+        of_options({name: pattern for name, (pattern, _) in sets.items()}),
+    ):
+        first_rank_does(world, "check", check)
+        with embed_run(
+            run,
+            list(sets.values()),
+            world,
+            which=options.which,
+            best=options.best,
+            tokens=options.tokens,
+            root=options.root,
+            locate=locate,
+            report=say,
+            shown=lambda what: progress_bar(what, growing=True),
+        ) as (source, found):
+            yield source, found, world
+    stop_world()
 
 
-def _shards(named: str, source: str, config: Config) -> str:
-    """The shards of a set, which may be given as a folder of images; they are shrunk as those of a
-    run."""
-    from fastmoco.training.images import max_side_of_run
-
-    return set_of_folder(source, max_side=max_side_of_run(config), named=named)
-
-
-def _shown(found: Embeddings, row: int) -> str:
+def _shown(found: ImageNames, row: int) -> str:
     from fastmoco_pipelines.text import escaped
 
     return escaped(found.paths[row])
 
 
-def _image(found: Embeddings, row: int) -> dict[str, Any]:
+def _image(found: ImageNames, row: int) -> dict[str, Any]:
     """An image as a value of JSON."""
     from fastmoco_pipelines.formats.index_json import path_to_json
 
@@ -258,13 +366,14 @@ def _image(found: Embeddings, row: int) -> dict[str, Any]:
     return image
 
 
-def _print_json(run: Path, step: int, **content: Any) -> None:
-    print(json_module.dumps({"run": str(run), "step": step, **content}, indent=1))
+def _print_json(run: Path, source: EncoderSource, **content: Any) -> None:
+    found = {"run": str(run), "step": source.step, "source": dict(source.facts), **content}
+    print(json_module.dumps(found, indent=1))
 
 
 def _draw(
     out: Path,
-    sets: dict[str, Embeddings],
+    sets: Mapping[str, ImageNames],
     sheet: Sequence[Sequence[tuple[str, int, str]]],
     *,
     quiet: bool,

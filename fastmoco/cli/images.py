@@ -43,9 +43,12 @@ def set_of_folder(shards: str, *, max_side: int | None = None, named: str = "sha
     return packed(Path(shards), root, PackOptions(max_side=max_side), named=named).pattern
 
 
-def knn_sets(train: str, test: str, *, max_side: int | None) -> tuple[str, str]:
+def knn_sets(
+    train: str, test: str, *, max_side: int | None, needed_by: str = "kNN"
+) -> tuple[str, str]:
     """The shards of a kNN bank and of the images to classify, as of `set_of_folder`. The labels of a
-    folder of images to classify are those of the bank.
+    folder of images to classify are those of the bank. Errors name the evaluation that needs
+    classes.
 
     Raises:
         ValueError: if no image can be used, or a class folder is none of the bank.
@@ -69,8 +72,8 @@ def knn_sets(train: str, test: str, *, max_side: int | None) -> tuple[str, str]:
                 raise of_field(error, name) from error
             if not states[name].classes:
                 raise ValueError(
-                    f"{name}={given!r}: has no class folders, which kNN needs: one folder of images "
-                    "per class"
+                    f"{name}={given!r}: has no class folders, which {needed_by} needs: one folder of "
+                    "images per class"
                 )
     if not test:
         raise ValueError("test='': is empty; give labelled shards or a folder of images")

@@ -1,16 +1,14 @@
-"""`fastmoco train` and `fastmoco eval knn`; errors that a user can fix become one line each."""
+"""`fastmoco train`; errors that a user can fix become one line each."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastmoco.checkpoint import list_checkpoints
 from fastmoco.checkpoint.choose import by_score
@@ -24,7 +22,6 @@ from fastmoco.errors import (
     EXIT_FINISHED,
     EXIT_REFUSED,
     LAUNCHER,
-    RunError,
     one_line,
     say,
 )
@@ -32,9 +29,9 @@ from fastmoco.faults import restarts
 from fastmoco.faults.after_run import AfterRun
 from fastmoco.faults.first_cause import first_cause
 from fastmoco.faults.parent import is_orphan
-from fastmoco.models.precision import choose_precision
 from fastmoco.run.curves import Panels, draw_curves
 from fastmoco.run.folder import RunFolder
+from fastmoco.training.classes import with_classes
 from fastmoco.training.start import Start, close_if_finished, find_start, give_back
 
 if TYPE_CHECKING:
@@ -86,6 +83,7 @@ def train(
         with first_cause(world):
             with collection_paused():
                 start = find_start(out, world, trust=trust)
+                config = with_classes(config, world, start.checkpoint, may_open=False)
                 finished = close_if_finished(start, config, world, allow=allow)
             if not finished:
                 config = _with_shards(config, out, world, start)
@@ -171,84 +169,6 @@ def _finish(
             )
             if hints:
                 after.attempt(lambda: _print_next(folder, config), "next commands not printed")
-    return EXIT_FINISHED
-
-
-def eval_knn(
-    run: Path,
-    train_shards: str,
-    test_shards: str,
-    *,
-    k: int,
-    temperature: float,
-    best: bool = False,
-) -> int:
-    """Print the kNN accuracy of a checkpoint as one JSON line; returns 0.
-
-    Args:
-        run: folder of a run, for its newest checkpoint, or of one checkpoint.
-        train_shards: labelled shards for the neighbours, or a folder of images.
-        test_shards: labelled shards to classify, or a folder of images.
-        k: neighbours that vote.
-        temperature: of their votes.
-        best: the checkpoint of the run with the highest accuracy, in place of the newest.
-
-    Raises:
-        SystemExit: with 2 if the run or the shards cannot be used, after a
-            message on standard error.
-    """
-    from fastmoco.cli.images import knn_sets, of_options
-    from fastmoco.distributed.first_rank import first_rank_does
-    from fastmoco.training import setup
-    from fastmoco.training.images import max_side_of_run
-    from fastmoco.training.load_run import load_run
-
-    with one_line(EXIT_REFUSED, ValueError):
-        objective, saved, checkpoint = load_run(run, best=best)
-        for path, reason in checkpoint.skipped:
-            say(f"passed over {path.name}: {reason}")
-        world = start_world("auto")
-        with first_cause(world), of_options({"train": train_shards, "test": test_shards}):
-            side = max_side_of_run(saved)
-            found_sets: list[str] = json.loads(
-                first_rank_does(
-                    world,
-                    "packed",
-                    lambda: json.dumps(knn_sets(train_shards, test_shards, max_side=side)),
-                )
-            )
-            knn = replace(
-                saved.knn,
-                train_shards=found_sets[0],
-                test_shards=found_sets[1],
-                k=k,
-                temperature=temperature,
-                max_train_images=0,
-                max_test_images=0,
-                every_epochs=max(saved.knn.every_epochs, 1.0),
-            )
-            config = replace(saved, knn=knn, device="auto")
-            threads = setup.share_cores(config)
-            if world.rank == 0 and (note := setup.decoder_note(config)) is not None:
-                say(note)
-            precision = choose_precision(config.precision, world.device)
-            monitor = setup.build_knn(config, world, threads=threads, precision=precision)
-            if monitor is None:
-                raise RunError("no shards to classify; give them with --test")
-            if world.rank == 0:
-                for note in monitor.notes:
-                    say(f"warning: {note}")
-            accuracy = None  # where every encoder gets the same
-            with closing(monitor):
-                if not monitor.idle:
-                    encoder = objective.to(world.device).encoder
-                    accuracy = round(monitor.evaluate(encoder)["knn"], 6)
-    stop_world()
-    if world.rank == 0:
-        found: dict[str, Any] = {"run": str(run), "step": checkpoint.step, "knn": accuracy, "k": k}
-        chance = monitor.chance.get("knn")
-        found["chance"] = None if chance is None else round(chance, 6)
-        print(json.dumps(found))
     return EXIT_FINISHED
 
 

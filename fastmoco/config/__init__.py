@@ -5,7 +5,7 @@ Imports neither torch nor DALI.
 
 from __future__ import annotations
 
-from fastmoco.config.data import DataConfig, KnnConfig
+from fastmoco.config.data import AccuracyConfig, DataConfig, KnnConfig
 from fastmoco.config.faults import FaultConfig
 from fastmoco.config.model import AttentionBackend, ModelConfig
 from fastmoco.config.objective import MoCoV3Config, ObjectiveConfig
@@ -15,6 +15,7 @@ from fastmoco.config.resolve import Resolved, resolve
 from fastmoco.config.run import BatchConfig, CheckpointConfig, Config
 
 __all__ = [
+    "AccuracyConfig",
     "AttentionBackend",
     "BatchConfig",
     "CheckpointConfig",

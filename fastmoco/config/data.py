@@ -132,3 +132,24 @@ class KnnConfig:
         except ValueError:
             return -1
         return share if math.isfinite(share) else -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyConfig:
+    """Accuracy of a run that learns classes, on held-out images, measured during training."""
+
+    test_shards: str = ""
+    """Held-out labelled shards; empty: `knn.test_shards`, so that `knn.images` and `knn.holdout`
+    give them too."""
+    every_epochs: float = 1
+    """Epochs between two measurements. The model is also measured before the first and after the
+    last step. 0: never."""
+    max_images: int = 0
+    """Largest number of images to classify, spread evenly over the set; 0: all."""
+    max_share: float = 0.2
+    """A measurement is postponed while they have taken more than this share of the run's time."""
+
+    def __post_init__(self) -> None:
+        require(self.every_epochs >= 0, "every_epochs", self.every_epochs, "must not be negative")
+        require(self.max_images >= 0, "max_images", self.max_images, "must not be negative")
+        require(0 < self.max_share <= 1, "max_share", self.max_share, "must be in (0, 1]")

@@ -158,6 +158,18 @@ class ModelConfig:
             )
             runs = getattr(self, name) != "float8" or self.compile is not False
             require(runs, "compile", self.compile, rule)
+        if self.drop_path:
+            rule = "blocks=fused has no stochastic depth: use 0, or blocks=modules"
+            require(self.blocks != "fused", "drop_path", self.drop_path, rule)
+            rule = "stochastic depth is for vision transformers: use 0"
+            require(self.architecture.startswith("vit_"), "drop_path", self.drop_path, rule)
+        if self.mlp_norm == "batch":
+            # A compiled or fused block has no messages between ranks inside.
+            rule = "a batch norm in the blocks exchanges statistics inside them: use {}"
+            require(self.blocks != "fused", "mlp_norm", "batch", rule.format("blocks=modules"))
+            require(self.compile is not True, "mlp_norm", "batch", rule.format("compile=auto"))
+            native = self.linears == self.momentum_linears == "native"
+            require(native, "mlp_norm", "batch", "float8 needs compiled blocks: use linears=native")
         if self.blocks == "fused":
             # The fused block is one operation to autograd and to the compiler.
             rule = (

@@ -56,7 +56,7 @@ class OptimConfig:
     step, as MoCo v3 and BYOL do."""
     weight_decay: Annotated[float, Resume.WITH_ALLOW] = 0.1
     """Decoupled weight decay of AdamW and LAMB. LARS adds it to the gradient, only for tensors of
-    two or more dimensions."""
+    two or more dimensions; LARC and SGD add it to that of every tensor."""
     betas: Annotated[tuple[float, float], Resume.WITH_ALLOW] = (0.9, 0.999)
     """Averaging coefficients of AdamW and LAMB."""
     eps: Annotated[float, Resume.WITH_ALLOW] = 1e-8
@@ -64,7 +64,7 @@ class OptimConfig:
     sgd_momentum: Annotated[float, Resume.WITH_ALLOW] = 0.9
     """Momentum of the buffer of LARS, LARC and SGD."""
     trust_coefficient: Annotated[float, Resume.WITH_ALLOW] = 0.001
-    """Norm of a LARS step relative to the norm of the weights, before the learning rate."""
+    """Norm of a step of LARS or LARC relative to that of the weights, before the learning rate."""
     warmup_epochs: Annotated[float, Resume.WITH_ALLOW] = 40
     """Epochs over which the learning rate rises linearly from 0 to its peak."""
     clip_norm: Annotated[float, Resume.WITH_ALLOW] = 0.0

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
-from fastmoco.config.data import DataConfig, KnnConfig
+from fastmoco.config.data import AccuracyConfig, DataConfig, KnnConfig
 from fastmoco.config.faults import FaultConfig
 from fastmoco.config.model import ModelConfig
 from fastmoco.config.objective import MoCoV3Config, ObjectiveConfig
@@ -109,6 +109,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     knn: Annotated[KnnConfig, Resume.FREE] = field(default_factory=KnnConfig)
+    accuracy: Annotated[AccuracyConfig, Resume.FREE] = field(default_factory=AccuracyConfig)
     checkpoint: Annotated[CheckpointConfig, Resume.FREE] = field(default_factory=CheckpointConfig)
     faults: Annotated[FaultConfig, Resume.FREE] = field(default_factory=FaultConfig)
 
@@ -206,6 +207,7 @@ class Config:
             seed=self.seed,
             device=device,
             threads=threads,
+            classes=self.objective.label_count or 0,
             **{option.name: getattr(data, option.name) for option in fields(LoaderOptions)},
         )
 

@@ -13,7 +13,12 @@ from fastmoco.config import Config, MoCoV3Config, ObjectiveConfig
 from fastmoco_pipelines.spec import FieldError, Resume, ViewSpec, require, under
 from fastmoco_pipelines.text import redact
 
-PATTERNS = (("data", "shards"), ("knn", "train_shards"), ("knn", "test_shards"))
+PATTERNS = (
+    ("data", "shards"),
+    ("knn", "train_shards"),
+    ("knn", "test_shards"),
+    ("accuracy", "test_shards"),
+)
 """Fields that may contain URLs."""
 
 

@@ -79,7 +79,8 @@ def shard_(objective: Any, world: World, *, copies_of: int = 0, bf16: bool = Fal
 
         # Inner modules first: blocks, stem and heads, then the rest of the network.
         for block in parts.blocks:
-            unit(block)
+            if any(p not in whole for p in block.parameters()):
+                unit(block)
         for module in parts.stem.values():
             if any(p not in whole for p in module.parameters()):
                 unit(module)
@@ -93,9 +94,8 @@ def shard_(objective: Any, world: World, *, copies_of: int = 0, bf16: bool = Fal
             for method in methods:
                 if method != "forward":  # a unit gathers for its forward without this
                     register_fsdp_forward_method(network.get_submodule(path), method)
-        for before, after in zip(
-            [network, *parts.blocks[:-1]], parts.blocks, strict=bool(len(parts.blocks))
-        ):
+        units = [block for block in parts.blocks if block in units_of(block)]
+        for before, after in zip([network, *units[:-1]], units, strict=bool(units)):
             before.set_modules_to_forward_prefetch([after])
         if not any(p.requires_grad for p in network.parameters()) and parts.methods.get(""):
             _forget_forwards(network, parts.methods[""][0])

@@ -92,11 +92,14 @@ class _NormaliseOverRanks(torch.autograd.Function):
 
         inverse_std = torch.rsqrt(var + eps).view_as(own_mean)
         y = (wide - mean.view_as(own_mean)) * inverse_std
-        if weight is not None and bias is not None:
-            y = y * weight.view(per_channel) + bias.view(per_channel)
+        if weight is not None:
+            y = y * weight.view(per_channel)
+        if bias is not None:
+            y = y + bias.view(per_channel)
         ctx.save_for_backward(x, mean.view_as(own_mean), inverse_std, weight, count)
         by_batch = (-1, x.shape[per_channel.index(-1)])
         mean, var = mean.view(by_batch), var.view(by_batch)
+        ctx.biased = bias is not None
         ctx.mark_non_differentiable(mean, var, count)
         return y.to(x.dtype), mean, var, count
 
@@ -112,6 +115,7 @@ class _NormaliseOverRanks(torch.autograd.Function):
         dbias = dweight = None
         if weight is not None:
             dbias, dweight = sums.view(2, -1, weight.numel()).sum(1).to(weight.dtype)
+            dbias = dbias if ctx.biased else None
         dist.all_reduce(sums)
         mean_dy, mean_dy_xhat = (sums / count).unbind()
         scale = inverse_std if weight is None else inverse_std * weight.view(per_channel)
@@ -132,7 +136,8 @@ class BatchNorm(nn.Module):
         num_features: number of channels C of inputs [B, C], [V, B, C] or [B, C, H, W].
         eps: added to the variance.
         averaging: share of the newest statistics in the running averages.
-        affine: whether there are a trainable `weight` and `bias` [C].
+        affine: whether there is a trainable `weight` [C].
+        bias: whether a trainable `bias` [C] belongs to it.
     """
 
     weight: nn.Parameter | None
@@ -142,14 +147,20 @@ class BatchNorm(nn.Module):
     num_batches_tracked: Tensor
 
     def __init__(
-        self, num_features: int, *, eps: float = 1e-5, averaging: float = 0.1, affine: bool = True
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        averaging: float = 0.1,
+        affine: bool = True,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.num_features = num_features
         self.eps = eps
         self.averaging = averaging
         self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features)) if affine and bias else None
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.int64))

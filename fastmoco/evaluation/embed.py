@@ -140,12 +140,12 @@ def _fill(
 
 
 def encoder_function(
-    encoder: nn.Module, device: torch.device, precision: str
+    encoder: Callable[[Tensor], Tensor], device: torch.device, precision: str
 ) -> Callable[[Tensor], Tensor]:
     """A function from images on any device to features, as evaluations compute them.
 
     Args:
-        encoder: in eval mode, on `device`.
+        encoder: a module in eval mode on `device`, or a method of one.
         device: of the computation.
         precision: "bf16" (autocast), "fp32" or "fp64".
     """
@@ -154,8 +154,7 @@ def encoder_function(
     def encode(images: Tensor) -> Tensor:
         images = images.to(device, dtype)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            features: Tensor = encoder(images)
-        return features
+            return encoder(images)
 
     return encode
 

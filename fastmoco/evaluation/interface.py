@@ -66,7 +66,7 @@ class Monitor(ABC):
         """Measure now; every rank gets the same figures.
 
         Args:
-            encoder: maps [B, 3, H, W] to [B, E]. Its weights, buffers and modes must be the same
+            encoder: what `subject` returns, which maps [B, 3, H, W] to [B, E]. Its weights, buffers and modes must be the same
                 afterwards.
 
         Returns:
@@ -75,6 +75,11 @@ class Monitor(ABC):
         Raises:
             Unmeasurable: on all ranks, if these features or images have no figure.
         """
+
+    def subject(self, objective: Any) -> nn.Module:
+        """What `evaluate` gets of an objective: its encoder, unless a subclass measures more."""
+        encoder: nn.Module = objective.encoder
+        return encoder
 
     @property
     def images(self) -> int:

@@ -8,7 +8,7 @@ the whole bank on every rank. Shapes: n bank rows, m queries, D features, R rank
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -22,6 +22,9 @@ from fastmoco.evaluation.embed import LabelledRows
 from fastmoco.evaluation.interface import Unmeasurable
 from fastmoco.evaluation.nearest import LIMIT_BYTES, Nearest
 from fastmoco.evaluation.rows import MemoryRows, Rows
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total), in any unit."""
 
 _SURVEY_BYTES = 4 * 2**20
 """Rows that are checked at a time."""
@@ -117,6 +120,69 @@ def shared_knn_accuracy(
     return search.accuracy(temperature)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnnCount:
+    """The outcome for one number of neighbours and one temperature.
+
+    Attributes:
+        k: neighbours that vote.
+        temperature: of their votes.
+        right: queries that are classified correctly.
+        queries: their number.
+    """
+
+    k: int
+    temperature: float
+    right: int
+    queries: int
+
+    @property
+    def accuracy(self) -> float:
+        """In [0, 1]."""
+        return self.right / self.queries
+
+
+def shared_knn_sweep(
+    bank: LabelledRows,
+    queries: LabelledRows,
+    *,
+    device: torch.device,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    center: bool = False,
+    limit_bytes: int = LIMIT_BYTES,
+    progress: Progress | None = None,
+) -> list[KnnCount]:
+    """`shared_knn_accuracy` of every pair of `ks` and `temperatures`, with one search.
+
+    The neighbours are found for the largest k. Those of a smaller k are the first of them, with the
+    same ties.
+
+    Args:
+        bank: as for `shared_knn_accuracy`; and so are the others.
+        ks: numbers of neighbours, at least one.
+        temperatures: at least one.
+        progress: of the search, on this rank.
+
+    Returns:
+        For each k, in the order given, each temperature; the same on all ranks.
+
+    Numerics: as of `knn_accuracy`; the largest k changes shapes of products.
+    """
+    require_votes(ks, temperatures)
+    search = _Search(
+        bank,
+        queries,
+        k=max(ks),
+        center=center,
+        device=device,
+        limit_bytes=limit_bytes,
+        shared=True,
+        progress=progress,
+    )
+    return search.counts([(k, temperature) for k in ks for temperature in temperatures])
+
+
 def shared_neighbours(
     bank: LabelledRows,
     queries: LabelledRows,
@@ -125,18 +191,27 @@ def shared_neighbours(
     k: int,
     center: bool = False,
     limit_bytes: int = LIMIT_BYTES,
+    progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The neighbours of this rank's queries among the bank rows of all ranks.
 
     Args:
         bank: as for `shared_knn_accuracy`; and so are the others.
+        progress: of the search, on this rank.
 
     Returns:
         Cosine similarities [m, k], falling, and indices [m, k] int64 into the bank of all ranks;
         with min(k, n) columns.
     """
     search = _Search(
-        bank, queries, k=k, center=center, device=device, limit_bytes=limit_bytes, shared=True
+        bank,
+        queries,
+        k=k,
+        center=center,
+        device=device,
+        limit_bytes=limit_bytes,
+        shared=True,
+        progress=progress,
     )
     found = [(similar.cpu(), index.cpu()) for _, similar, index, _ in search]
     similar, index = zip(*found, strict=True)
@@ -192,9 +267,11 @@ class _Search:
         device: torch.device,
         limit_bytes: int,
         shared: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         if k < 1:
             raise ValueError(f"k={k}: must be at least 1")
+        self._progress = progress
         self._ranks = group_size() if shared else 1
         self._rank = group_rank() if shared else 0
         self._bank = bank
@@ -217,15 +294,24 @@ class _Search:
 
     def accuracy(self, temperature: float) -> float:
         """Share of the queries that the votes of their neighbours classify correctly."""
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature}: must be positive")
-        right = torch.zeros((), dtype=torch.int64, device=self._device)
+        return self.counts([(self._k, temperature)])[0].accuracy
+
+    def counts(self, pairs: Sequence[tuple[int, float]]) -> list[KnnCount]:
+        """Queries that are classified correctly, for each pair of k, at most that of the search,
+        and temperature."""
+        require_votes(*zip(*pairs, strict=True))
+        right = torch.zeros(len(pairs), dtype=torch.int64, device=self._device)
         for rows, similar, _, label in self:
             wanted = self._queries.labels[rows].to(self._device)
-            right += (_winners(similar, label, temperature, self._limit_bytes) == wanted).sum()
+            for number, (k, temperature) in enumerate(pairs):
+                first = similar[:, :k], label[:, :k]
+                right[number] += (_winners(*first, temperature, self._limit_bytes) == wanted).sum()
         if self._ranks > 1:
             agree.total(right)
-        return right.item() / self._facts[1].rows
+        return [
+            KnnCount(k=k, temperature=temperature, right=count, queries=self._facts[1].rows)
+            for (k, temperature), count in zip(pairs, right.tolist(), strict=True)
+        ]
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         counts = self._facts[1].counts
@@ -238,7 +324,7 @@ class _Search:
             rows = slice(*ends[self._rank])
             sizes = [stop - start for start, stop in ends]
             # The queries are released before the neighbours are exchanged.
-            similar, index = self._search_part(self._gather_queries(rows, sizes))
+            similar, index = self._search_part(self._gather_queries(rows, sizes), number, rounds)
             yield rows, *self._merge(similar, index, sizes)
 
     def _survey(self, name: str, part: LabelledRows) -> _Facts:
@@ -296,9 +382,9 @@ class _Search:
             fill_parts_(table, counts)
         return table
 
-    def _search_part(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Similarities and indices of the neighbours of some queries in this rank's part of the
-        bank."""
+    def _search_part(self, queries: Tensor, number: int, rounds: int) -> tuple[Tensor, Tensor]:
+        """Similarities and indices of the neighbours of the queries of a round in this rank's part
+        of the bank."""
         nearest = Nearest(queries, self._k, limit_bytes=self._limit_bytes)
         rows = self._bank.rows
         table = queries.new_empty(min(nearest.block_rows, len(rows)), self._width)
@@ -306,6 +392,8 @@ class _Search:
             stop = min(start + nearest.block_rows, len(rows))
             block = self._prepare_(table[: stop - start], rows.block(start, stop))
             nearest.offer(block, start)
+            if self._progress is not None:
+                self._progress(number * len(rows) + stop, rounds * len(rows))
         return nearest.similar, nearest.index
 
     def _merge(
@@ -330,6 +418,23 @@ class _Search:
         )
         order = similar.sort(dim=1, descending=True, stable=True).indices[:, : self._k]
         return similar.gather(1, order), index.gather(1, order), label.gather(1, order)
+
+
+def require_votes(ks: Sequence[int], temperatures: Sequence[float]) -> None:
+    """Refuse no numbers, and numbers out of range.
+
+    Raises:
+        ValueError: naming the number and the rule.
+    """
+    for name, given in (("k", ks), ("temperature", temperatures)):
+        if not given:
+            raise ValueError(f"{name}={tuple(given)}: needs at least one number")
+    for k in ks:
+        if k < 1:
+            raise ValueError(f"k={k}: must be at least 1")
+    for temperature in temperatures:
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature}: must be positive")
 
 
 def _winners(similar: Tensor, label: Tensor, temperature: float, limit_bytes: int) -> Tensor:

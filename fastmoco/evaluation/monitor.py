@@ -17,7 +17,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.evaluation.embed import LabelledRows, embed_part, encoder_function, eval_mode
 from fastmoco.evaluation.interface import Monitor
 from fastmoco.evaluation.knn import shared_knn_accuracy
-from fastmoco.evaluation.meaning import meaning
+from fastmoco.evaluation.meaning import Meaning, meaning
 from fastmoco_pipelines import ShardSet, build_eval_loader
 from fastmoco_pipelines.spec import CacheSpec, Device, EvalLoaderSpec
 from fastmoco_pipelines.text import redact
@@ -72,7 +72,7 @@ class KnnMonitor(Monitor):
         self.memory_bytes = memory_bytes
         self.scratch = scratch
         bank = config.knn.train_shards or config.data.shards
-        self._bank, self._queries = _open_comparable(bank, config.knn.test_shards, config.data)
+        self._bank, self._queries = open_comparable(bank, config.knn.test_shards, config.data)
         self._judge()
 
     def evaluate(self, encoder: nn.Module) -> Mapping[str, float]:
@@ -97,24 +97,15 @@ class KnnMonitor(Monitor):
     def _judge(self) -> None:
         """What an accuracy between these sets can mean, by labels and checksums in the indexes."""
         knn = self.config.knn
-        bank, queries = (
-            evenly(len(opened.shards), limit)
-            for opened, limit in (
-                (self._bank, knn.max_train_images),
-                (self._queries, knn.max_test_images),
-            )
-        )
-        if not len(bank) or not len(queries):
-            return
-        found = meaning(
-            self._bank.shards.labels_of(bank),
-            self._queries.shards.labels_of(queries),
+        found = judge(
+            self._bank.shards,
+            self._queries.shards,
             k=knn.k,
-            shared=_shared(
-                self._bank.shards.checksums_of(bank), self._queries.shards.checksums_of(queries)
-            ),
-            classes=tuple(self._queries.shards.classes),
+            max_bank=knn.max_train_images,
+            max_queries=knn.max_test_images,
         )
+        if found is None:
+            return
         self.idle = found.says_nothing
         self.notes = tuple(f"kNN: {note}" for note in found.notes)
         self.chance = {} if self.idle else {"knn": found.chance}
@@ -131,7 +122,7 @@ class KnnMonitor(Monitor):
         self._bank.shards.close()
         self._queries.shards.close()
 
-    def _embed(self, encoder: nn.Module, opened: _OpenSet, limit: int) -> LabelledRows:
+    def _embed(self, encoder: nn.Module, opened: OpenSet, limit: int) -> LabelledRows:
         """Features and labels of this rank's part of a set, in its order."""
         data = self.config.data
         spec = EvalLoaderSpec(
@@ -162,7 +153,7 @@ class KnnMonitor(Monitor):
 
 
 @dataclass(frozen=True, slots=True)
-class _OpenSet:
+class OpenSet:
     """A set that stays open from one measurement to the next."""
 
     pattern: str
@@ -175,26 +166,59 @@ def evenly(length: int, limit: int) -> NDArray[np.int64]:
     return np.arange(count, dtype=np.int64) * length // max(count, 1)
 
 
+def judge(
+    bank: ShardSet, queries: ShardSet, *, k: int, max_bank: int = 0, max_queries: int = 0
+) -> Meaning | None:
+    """What an accuracy between two sets can mean, by labels and checksums in their indexes.
+
+    Args:
+        bank: images that vote.
+        queries: images that are classified.
+        k: neighbours that vote.
+        max_bank: largest number of images that vote; 0: all.
+        max_queries: largest number of images that are classified; 0: all.
+
+    Returns:
+        None if a set has no image.
+    """
+    voting, asked = evenly(len(bank), max_bank), evenly(len(queries), max_queries)
+    if not len(voting) or not len(asked):
+        return None
+    return meaning(
+        bank.labels_of(voting),
+        queries.labels_of(asked),
+        k=k,
+        shared=_shared(bank.checksums_of(voting), queries.checksums_of(asked)),
+        classes=tuple(queries.classes),
+    )
+
+
 def _shared(bank: NDArray[np.int64], queries: NDArray[np.int64]) -> int:
     """Queries whose checksum and size occur in the bank."""
     keys = [table[:, 0] * 2**31 + table[:, 1] % 2**31 for table in (bank, queries)]
     return int(np.isin(keys[1], keys[0]).sum())
 
 
-def _open_comparable(bank: str, queries: str, cache: CacheSpec) -> tuple[_OpenSet, _OpenSet]:
-    """Open both sets; refuse sets with different classes before the first step, instead of hours
-    later."""
-    opened: list[_OpenSet] = []
+def open_comparable(
+    bank: str, queries: str, cache: CacheSpec, *, needed_by: str = "kNN"
+) -> tuple[OpenSet, OpenSet]:
+    """Open both sets of an evaluation, which errors name; refuse sets with different classes before
+    the first step, instead of hours later.
+
+    Raises:
+        ValueError, ShardError: as of `KnnMonitor`.
+    """
+    opened: list[OpenSet] = []
     with ExitStack() as undo:
         for pattern in (bank, queries):
             shards = ShardSet.open(pattern, cache=cache)
             undo.callback(shards.close)
             if shards.unlabelled:
                 raise ValueError(
-                    f"{redact(pattern)!r} has images without a label, which kNN needs: "
+                    f"{redact(pattern)!r} has images without a label, which {needed_by} needs: "
                     f"pack it from one folder per class"
                 )
-            opened.append(_OpenSet(pattern, shards))
+            opened.append(OpenSet(pattern, shards))
         classes = [each.shards.classes for each in opened]
         if all(classes) and classes[0] != classes[1]:
             raise ValueError(

@@ -1,13 +1,18 @@
-"""Weighted kNN by its definition: the whole table of similarities, sorted.
+"""Weighted kNN by its definition, the whole table of similarities, sorted; and a linear classifier
+by torch's own layer and optimizer.
 
-The reference for `knn`: one process, all similarities at once.
+The references for `knn` and `linear`: one process, all similarities at once, one pair at a time.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from fastmoco.evaluation.linear import LinearSettings, Pair
 
 
 def plain_neighbours(
@@ -57,3 +62,34 @@ def plain_knn_accuracy(
     votes.scatter_add_(1, bank_labels[index], weights)
     right = (votes.argmax(dim=1) == query_labels).sum()
     return int(right) / len(queries)
+
+
+def plain_linear(
+    features: Tensor, labels: Tensor, classes: int, pair: Pair, settings: LinearSettings
+) -> nn.Linear:
+    """The classifier of one pair by a layer, a loss and an optimizer of torch, in float64.
+
+    The reference for `linear.train_linear`.
+
+    Args:
+        features: [n, E].
+        labels: [n] int64.
+        classes: C.
+        pair: learning rate for 256 images, and weight decay.
+        settings: of the training.
+    """
+    layer = nn.Linear(features.shape[1], classes).double()
+    with torch.no_grad():
+        layer.weight.copy_(settings.initial_weight(classes, features.shape[1]))
+        layer.bias.zero_()
+    optimizer = torch.optim.SGD(
+        layer.parameters(), lr=0.0, momentum=0.9, weight_decay=pair.weight_decay
+    )
+    for epoch in range(settings.epochs):
+        optimizer.param_groups[0]["lr"] = settings.rate(pair.lr, epoch)
+        for index in torch.split(settings.order(len(labels), epoch), settings.batch_size):
+            optimizer.zero_grad()
+            loss: Any = cross_entropy(layer(features[index].double()), labels[index])
+            loss.backward()
+            optimizer.step()
+    return layer

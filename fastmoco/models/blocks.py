@@ -17,9 +17,10 @@ Legend: B images, L tokens, E width, A heads, d = E / A.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastmoco.distributed.sync_batch_norm import BatchNorm
+from fastmoco.models.drop_path import scaled
 from fastmoco.models.fused_block import Form, Weights, fused_block
 from fastmoco_kernels import attention, residual_norm
 
@@ -36,9 +38,16 @@ Recompute = Literal["none", "selective", "full"]
 """Activations that the backward computes again instead of keeping them."""
 
 
-def _checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function(x)`, keeping only `x` for the backward. Random draws are repeated there."""
-    out: Tensor = checkpoint(function, x, use_reentrant=False)
+def _checkpointed(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    again: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Tensor:
+    """`function(x)`, keeping only `x` for the backward, which calls it once more inside `again`.
+    Random draws are repeated there."""
+    out: Tensor = checkpoint(
+        function, x, use_reentrant=False, context_fn=lambda: (nullcontext(), again())
+    )
     return out
 
 
@@ -72,6 +81,32 @@ class LayerNorm(nn.LayerNorm):
         if weight.dtype.itemsize < x.dtype.itemsize:
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class TokenBatchNorm(BatchNorm):
+    """Batch norm over all tokens of the global batch, in place of the layer norm before an MLP
+    ("ViT-BN" of the paper)."""
+
+    def add(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`x + branch` and its norm, both [..., E]."""
+        x = sum_of(x, branch)
+        normed: Tensor = self(x.reshape(-1, x.shape[-1]))
+        return x, normed.view_as(x)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """For a second pass of the same batch: the running averages have seen it already."""
+        averages = {name: self._buffers[name] for name in RUNNING}
+        # Copies in their place, because a write would spoil what autograd has saved.
+        self._buffers.update({n: t.clone() for n, t in averages.items() if t is not None})
+        try:
+            yield
+        finally:
+            self._buffers.update(averages)
+
+
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+"""Buffers of a batch norm that every forward in training writes."""
 
 
 class Attention(nn.Module):
@@ -150,6 +185,13 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block.
 
+    Args:
+        width: channels E.
+        num_heads: attention heads A.
+        mlp_hidden: hidden width of the MLP.
+        attention_backend: see `Attention`.
+        mlp_norm: norm before the MLP: "layer", or "batch" over all tokens of the global batch.
+
     Attributes:
         recompute: the activations that the backward computes again.
         hands_on_parts: whether the block returns the residual stream as two tensors, stream and
@@ -159,7 +201,12 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, width: int, num_heads: int, mlp_hidden: int, attention_backend: str = "auto"
+        self,
+        width: int,
+        num_heads: int,
+        mlp_hidden: int,
+        attention_backend: str = "auto",
+        mlp_norm: Literal["layer", "batch"] = "layer",
     ) -> None:
         super().__init__()
         self.recompute: Recompute = "none"
@@ -167,46 +214,69 @@ class Block(nn.Module):
         self.fused = False
         self.norm1 = LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, num_heads, attention_backend)
-        self.norm2 = LayerNorm(width, eps=1e-6)
+        self.norm2: LayerNorm | TokenBatchNorm = (
+            LayerNorm(width, eps=1e-6) if mlp_norm == "layer" else TokenBatchNorm(width)
+        )
         self.mlp = Mlp(width, mlp_hidden)
 
     def forward(
-        self, x_BLE: Tensor, branch_BLE: Tensor | None = None
+        self, x_BLE: Tensor, branch_BLE: Tensor | None = None, paths_B2: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Stream and branch, [B, L, E] each, to stream and branch."""
+        """Stream and branch, [B, L, E] each, to stream and branch.
+
+        `paths_B2`: factors of the branches of attention and MLP (`drop_path`); None: 1.
+        """
         if self.fused:
+            if paths_B2 is not None or isinstance(self.norm2, BatchNorm):
+                raise ValueError(
+                    "blocks=fused: has neither drop_path nor mlp_norm=batch; use blocks=modules"
+                )
             return self._fused(x_BLE, branch_BLE)
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self._whole(x_BLE, branch_BLE)
+            return self._whole(x_BLE, branch_BLE, paths_B2)
         # Only the input of the block is kept: one tensor, the sum.
         x_BLE = sum_of(x_BLE, branch_BLE)
         if self.recompute == "full":
-            return _checkpointed(lambda x: sum_of(*self._whole(x)), x_BLE), None
-        x_BLE = x_BLE + self.attn.attend(
+            return self._again(lambda x: sum_of(*self._whole(x, None, paths_B2)), x_BLE), None
+        of_attention, of_mlp = _by_branch(paths_B2)
+        attended = self.attn.attend(
             _checkpointed(lambda x: self.attn.qkv(self.norm1.add(x)[1]), x_BLE)
         )
-        hidden = _checkpointed(lambda x: self.mlp.fc1(self.norm2.add(x)[1]), x_BLE)
-        return x_BLE + _checkpointed(self.mlp.contract, hidden), None
+        x_BLE = x_BLE + scaled(attended, of_attention)
+        hidden = self._again(lambda x: self.mlp.fc1(self.norm2.add(x)[1]), x_BLE)
+        return x_BLE + scaled(_checkpointed(self.mlp.contract, hidden), of_mlp), None
 
-    def class_row(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> Tensor:
+    def class_row(
+        self, x_BLE: Tensor, branch_BLE: Tensor | None = None, paths_B2: Tensor | None = None
+    ) -> Tensor:
         """Row 0 of the sum that `forward` returns: [B, E]. Cheap, so both ways of recomputing
-        compute all of it again.
+        compute all of it again. For layer norms only: a batch norm needs every token.
         """
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self._class_row(x_BLE, branch_BLE)
-        return _checkpointed(self._class_row, sum_of(x_BLE, branch_BLE))
+            return self._class_row(x_BLE, branch_BLE, paths_B2)
+        return _checkpointed(
+            lambda x: self._class_row(x, None, paths_B2), sum_of(x_BLE, branch_BLE)
+        )
+
+    def _again(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`_checkpointed` for a function of the second norm, which may be a batch norm."""
+        norm = self.norm2
+        return _checkpointed(
+            function, x, norm.again if isinstance(norm, TokenBatchNorm) else nullcontext
+        )
 
     def _whole(
-        self, x_BLE: Tensor, branch_BLE: Tensor | None = None
+        self, x_BLE: Tensor, branch_BLE: Tensor | None = None, paths_B2: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
+        of_attention, of_mlp = _by_branch(paths_B2)
         x_BLE, normed = self.norm1.add(x_BLE, branch_BLE)
-        x_BLE, normed = self.norm2.add(x_BLE, self.attn(normed))
-        branch_BLE = self.mlp(normed)
+        x_BLE, normed = self.norm2.add(x_BLE, scaled(self.attn(normed), of_attention))
+        branch_BLE = scaled(self.mlp(normed), of_mlp)
         return (x_BLE, branch_BLE) if self.hands_on_parts else (x_BLE + branch_BLE, None)
 
     def _fused(self, x_BLE: Tensor, branch_BLE: Tensor | None) -> tuple[Tensor, Tensor]:
         norm1, norm2, attn, mlp = self.norm1, self.norm2, self.attn, self.mlp
-        used = (norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2)
+        used: tuple[Any, ...] = (norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2)
         weights = Weights(*(tensor for module in used for tensor in (module.weight, module.bias)))
         form = Form(
             self.attn.num_heads,
@@ -216,10 +286,19 @@ class Block(nn.Module):
         )
         return fused_block(x_BLE, branch_BLE, weights, form)
 
-    def _class_row(self, x_BLE: Tensor, branch_BLE: Tensor | None = None) -> Tensor:
+    def _class_row(
+        self, x_BLE: Tensor, branch_BLE: Tensor | None = None, paths_B2: Tensor | None = None
+    ) -> Tensor:
+        of_attention, of_mlp = _by_branch(paths_B2)
         x_BLE, normed = self.norm1.add(x_BLE, branch_BLE)
-        x_BE, normed_BE = self.norm2.add(x_BLE[:, 0], self.attn.class_row(normed))
-        return sum_of(x_BE, self.mlp(normed_BE))
+        attended = scaled(self.attn.class_row(normed), of_attention)
+        x_BE, normed_BE = self.norm2.add(x_BLE[:, 0], attended)
+        return sum_of(x_BE, scaled(self.mlp(normed_BE), of_mlp))
+
+
+def _by_branch(paths_B2: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The factors of attention and of the MLP."""
+    return (None, None) if paths_B2 is None else (paths_B2[:, 0], paths_B2[:, 1])
 
 
 def sum_of(x: Tensor, branch: Tensor | None) -> Tensor:

@@ -172,10 +172,14 @@ def _traced(
     def as_it_is(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         return make_boxed_func(graph.forward)
 
-    def whole(weights: dict[str, Tensor], *stream: Tensor) -> Any:
-        return functional_call(
-            _Method(block, plain), {f"block.{key}": value for key, value in weights.items()}, stream
-        )
+    def whole_of(present: tuple[bool, ...]) -> Callable[..., Any]:
+        def whole(weights: dict[str, Tensor], *given: Tensor) -> Any:
+            tensors = iter(given)
+            stream = tuple(next(tensors) if there else None for there in present)
+            named = {f"block.{key}": value for key, value in weights.items()}
+            return functional_call(_Method(block, plain), named, stream)
+
+        return whole
 
     def forward(*stream: Tensor | None) -> Any:
         if not torch.is_grad_enabled():
@@ -186,7 +190,7 @@ def _traced(
         )
         if key not in graphs:
             graphs[key] = aot_function(
-                whole,
+                whole_of(tuple(x is not None for x in stream)),
                 as_it_is,
                 as_it_is,
                 partition_fn=split,

@@ -56,11 +56,11 @@ class Encoder(Protocol):
     head: nn.Module
     """The projector, attached by an objective; the encoder does not apply it."""
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] images -> [B, E] features, without the head."""
+    def __call__(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] images -> [B, E] features, without the head; `paths` as for `encode`."""
         ...
 
-    def plain(self, images: Tensor) -> Tensor:
+    def plain(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
         """The reference of a call, without optimizations."""
         ...
 
@@ -101,11 +101,15 @@ class TokenEncoder(Encoder, Protocol):
         """[B, 3, H, W] images -> [B, L, E] tokens."""
         ...
 
-    def encode(self, patch_tokens: Tensor) -> Tensor:
-        """[B, L, E] tokens -> [B, E] features."""
+    def encode(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
+        """[B, L, E] tokens -> [B, E] features.
+
+        `paths`: [B, depth, 2] factors of residual branches; given to encoders that have
+        stochastic depth (`drop_path`).
+        """
         ...
 
-    def encode_plain(self, patch_tokens: Tensor) -> Tensor:
+    def encode_plain(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
         """The reference of `encode`, without optimizations."""
         ...
 

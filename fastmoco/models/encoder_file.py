@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,13 +21,17 @@ import fastmoco
 from fastmoco.checkpoint import Checkpoint, CheckpointError, score_in
 from fastmoco.checkpoint.folder import MARKER
 from fastmoco.config import Config
+from fastmoco.config.model import MlpNorm, Pooling, Positions
 from fastmoco.config.serial import from_json
+from fastmoco.models.encoder import Family
 from fastmoco.models.resnet import RESNETS, ResNet
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.spec import EvalSpec
 
 CHANNELS = 3
+CUSTOM = "custom"
+"""Architecture of a ViT of sizes that no architecture here has, as timm's ViT-S with 6 heads."""
 TIMM = {
     ("vit_tiny", 16),
     ("vit_small", 8),
@@ -44,14 +48,23 @@ TIMM = {
 """Architectures and patch sizes that timm has under a name, for images of 224 pixels."""
 TORCHVISION = ("resnet18", "resnet34", "resnet50")
 """ResNets that torchvision and timm have under the same name, with the same names of tensors."""
+IN_HEADER = {
+    "class": "class_token",
+    "mean": "patch_mean",
+    "norm_mean": "patch_mean_after_norm",
+    "sincos": "sincos_2d_fixed_stored",
+    "learned": "learned",
+    "none": "none",
+}
+"""Values of `pooling` and `positions` -> how the header spells them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderDescription:
-    """What the weights of an encoder do not say, and what they must fit.
+    """What the weights of a ViT do not say, and what they must fit.
 
     Attributes:
-        architecture: a name of `fastmoco.models.ARCHITECTURES`.
+        architecture: a name of `fastmoco.models.ARCHITECTURES`, or `CUSTOM`.
         width: channels E of a token.
         depth: number of blocks.
         heads: attention heads.
@@ -60,6 +73,9 @@ class EncoderDescription:
         patch_size: pixels per side of a patch.
         image: how an image is resized, cropped and normalised.
         patch_embed_frozen: whether the patch projection has its random start values.
+        pooling: "class", "mean" or "norm_mean", see `VisionTransformer`.
+        positions: "sincos", "learned" or "none".
+        mlp_norm: "layer" or "batch".
     """
 
     architecture: str
@@ -71,10 +87,15 @@ class EncoderDescription:
     patch_size: int
     image: EvalSpec
     patch_embed_frozen: bool = True
+    pooling: Pooling = "class"
+    positions: Positions = "sincos"
+    mlp_norm: MlpNorm = "layer"
+
+    family: ClassVar[Family] = "vit"
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """That of the encoder of a run."""
+        """That of the ViT of a run."""
         size = ARCHITECTURES[config.model.architecture]
         return cls(
             architecture=config.model.architecture,
@@ -84,7 +105,10 @@ class EncoderDescription:
             stem=size.stem,
             patch_size=config.model.patch_size,
             image=config.eval_spec(),
-            patch_embed_frozen=size.stem == "patch",
+            patch_embed_frozen=size.stem == "patch" and config.model.freeze_patch_embed,
+            pooling=config.model.pooling,
+            positions=config.model.positions,
+            mlp_norm=config.model.mlp_norm,
         )
 
     def timm_name(self) -> str | None:
@@ -93,11 +117,13 @@ class EncoderDescription:
         timm's ViT-S has 6 heads, so the number of heads must be given to it too.
         """
         known = (self.architecture, self.patch_size) in TIMM and self.image.size == 224
+        known = known and (self.pooling, self.mlp_norm) == ("class", "layer")
+        known = known and self.positions != "none"
         return f"{self.architecture}_patch{self.patch_size}_224" if known else None
 
     def timm_arguments(self) -> dict[str, Any]:
         """Arguments of `timm.models.vision_transformer.VisionTransformer`."""
-        return {
+        found: dict[str, Any] = {
             "img_size": self.image.size,
             "patch_size": self.patch_size,
             "embed_dim": self.width,
@@ -106,6 +132,10 @@ class EncoderDescription:
             "mlp_ratio": self.mlp_ratio,
             "num_classes": 0,
         }
+        if self.pooling != "class":
+            found |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+            found |= {"final_norm": self.pooling == "norm_mean"}
+        return found | ({"pos_embed": "none"} if self.positions == "none" else {})
 
     def to_metadata(self) -> dict[str, str]:
         """As the header of a file; values are strings."""
@@ -117,16 +147,14 @@ class EncoderDescription:
             "mlp_ratio": str(self.mlp_ratio),
             "stem": self.stem,
             "patch_size": str(self.patch_size),
-            "image_size": str(self.image.size),
-            "channels": str(CHANNELS),
-            "resize": str(self.image.resize),
-            "mean": json.dumps(list(self.image.mean)),
-            "std": json.dumps(list(self.image.std)),
-            "pooling": "class_token",
-            "position_embedding": "sincos_2d_fixed_stored",
+            **_image_metadata(self.image),
+            "pooling": IN_HEADER[self.pooling],
+            "position_embedding": IN_HEADER[self.positions],
+            "mlp_norm": self.mlp_norm,
             "patch_embed_frozen": json.dumps(self.patch_embed_frozen),
         }
-        if self.stem == "patch":  # timm has no convolutional stem
+        # timm has neither a convolutional stem nor batch norms in blocks.
+        if self.stem == "patch" and self.mlp_norm == "layer":
             name = self.timm_name()
             found |= {"timm_model": name} if name is not None else {}
             found["timm_arguments"] = json.dumps(self.timm_arguments())
@@ -139,41 +167,38 @@ class EncoderDescription:
         Raises:
             ValueError: naming the key that is missing, or contradicts another one.
         """
-        needed = ("architecture", "heads", "patch_size", "image_size", "mean", "std")
-        missing = [key for key in needed if key not in header]
-        if missing:
-            raise ValueError(f"its header has no {', '.join(missing)}")
+        _require_keys(header, "heads", "patch_size")
         architecture = header["architecture"]
-        if architecture not in ARCHITECTURES:
+        if architecture != CUSTOM and architecture not in ARCHITECTURES:
             raise ValueError(f"its architecture={architecture!r} is unknown to this version")
-        size = ARCHITECTURES[architecture]
+        size = ARCHITECTURES.get(architecture)
+        names = ("width", "depth", "heads", "stem")
+        known: dict[str, Any] = {} if size is None else {n: getattr(size, n) for n in names}
         try:
-            image_size = int(header["image_size"])
             found = cls(
                 architecture=architecture,
-                width=int(header.get("width", size.width)),
-                depth=int(header.get("depth", size.depth)),
+                width=int(header.get("width", known.get("width", 0))),
+                depth=int(header.get("depth", known.get("depth", 0))),
                 heads=int(header["heads"]),
                 mlp_ratio=float(header.get("mlp_ratio", 4.0)),
-                stem=header.get("stem", size.stem),
+                stem=header.get("stem", known.get("stem", "patch")),
                 patch_size=int(header["patch_size"]),
-                image=EvalSpec(
-                    size=image_size,
-                    resize=int(header.get("resize", image_size)),
-                    mean=_three(header["mean"]),
-                    std=_three(header["std"]),
-                ),
+                image=_image_of(header),
                 patch_embed_frozen=header.get("patch_embed_frozen", "true") == "true",
+                pooling=_from_header(header, "pooling", Pooling),
+                positions=_from_header(header, "position_embedding", Positions),
+                mlp_norm=_from_header(header, "mlp_norm", MlpNorm),
             )
             timm = json.loads(header.get("timm_arguments", "{}"))
         except (ValueError, TypeError) as error:
             raise ValueError(f"its header cannot be read ({error})") from error
 
         # The same facts are in the header more than once; a changed one is noticed.
-        for name in ("width", "depth", "heads", "stem"):
-            value, known = getattr(found, name), getattr(size, name)
-            if value != known:
-                raise ValueError(f"its header has {name}={value}, but {architecture} has {known}")
+        for name, value in known.items():
+            if getattr(found, name) != value:
+                raise ValueError(
+                    f"its header has {name}={getattr(found, name)}, but {architecture} has {value}"
+                )
         for name, value in found.timm_arguments().items():
             if timm.get(name, value) != value:
                 raise ValueError(
@@ -193,12 +218,15 @@ class EncoderDescription:
             mlp_ratio=self.mlp_ratio,
             stem="conv" if self.stem == "conv" else "patch",
             freeze_patch_embed=self.patch_embed_frozen,
+            pooling=self.pooling,
+            positions=self.positions,
+            mlp_norm=self.mlp_norm,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResNetDescription:
-    """The same for a ResNet, whose weights say the rest.
+    """What the weights of a ResNet do not say, and what they must fit.
 
     Attributes:
         architecture: a name of `fastmoco.models.RESNETS`.
@@ -207,6 +235,9 @@ class ResNetDescription:
 
     architecture: str
     image: EvalSpec
+
+    family: ClassVar[Family] = "resnet"
+    heads: ClassVar[int | None] = None
 
     @classmethod
     def of(cls, config: Config) -> Self:
@@ -223,22 +254,21 @@ class ResNetDescription:
         """Number of blocks."""
         return sum(RESNETS[self.architecture].depths)
 
+    def torchvision_name(self) -> str | None:
+        """The name of the model in torchvision and in timm; None without one."""
+        return self.architecture if self.architecture in TORCHVISION else None
+
     def to_metadata(self) -> dict[str, str]:
         """As the header of a file; values are strings."""
-        found = {
+        name = self.torchvision_name()
+        return {
             "architecture": self.architecture,
             "width": str(self.width),
             "depth": str(self.depth),
-            "image_size": str(self.image.size),
-            "channels": str(CHANNELS),
-            "resize": str(self.image.resize),
-            "mean": json.dumps(list(self.image.mean)),
-            "std": json.dumps(list(self.image.std)),
+            **_image_metadata(self.image),
             "pooling": "mean",
+            **({"torchvision_model": name, "timm_model": name} if name is not None else {}),
         }
-        if self.architecture in TORCHVISION:
-            found |= {"torchvision_model": self.architecture, "timm_model": self.architecture}
-        return found
 
     @classmethod
     def from_metadata(cls, header: Mapping[str, str]) -> Self:
@@ -247,20 +277,11 @@ class ResNetDescription:
         Raises:
             ValueError: naming the key that is missing, or contradicts another one.
         """
-        missing = [key for key in ("image_size", "mean", "std") if key not in header]
-        if missing:
-            raise ValueError(f"its header has no {', '.join(missing)}")
+        _require_keys(header)
         try:
-            image_size = int(header["image_size"])
-            image = EvalSpec(
-                size=image_size,
-                resize=int(header.get("resize", image_size)),
-                mean=_three(header["mean"]),
-                std=_three(header["std"]),
-            )
+            found = cls(architecture=header["architecture"], image=_image_of(header))
         except (ValueError, TypeError) as error:
             raise ValueError(f"its header cannot be read ({error})") from error
-        found = cls(architecture=header["architecture"], image=image)
         for name in ("width", "depth"):
             value, known = header.get(name), str(getattr(found, name))
             if value not in (None, known):
@@ -277,15 +298,15 @@ class ResNetDescription:
 Description: TypeAlias = EncoderDescription | ResNetDescription
 
 
-def describe(config: Config) -> Description:
+def describe_run(config: Config) -> Description:
     """The description of the encoder of a run."""
     if config.model.family == "resnet":
         return ResNetDescription.of(config)
     return EncoderDescription.of(config)
 
 
-def description_in(header: Mapping[str, str]) -> Description:
-    """The description in the header of a file.
+def description_of(header: Mapping[str, str]) -> Description:
+    """Read the description in a header.
 
     Raises:
         ValueError: naming the key that is missing, or contradicts another one.
@@ -293,6 +314,33 @@ def description_in(header: Mapping[str, str]) -> Description:
     if header.get("architecture") in RESNETS:
         return ResNetDescription.from_metadata(header)
     return EncoderDescription.from_metadata(header)
+
+
+def _image_metadata(image: EvalSpec) -> dict[str, str]:
+    return {
+        "image_size": str(image.size),
+        "channels": str(CHANNELS),
+        "resize": str(image.resize),
+        "mean": json.dumps(list(image.mean)),
+        "std": json.dumps(list(image.std)),
+    }
+
+
+def _image_of(header: Mapping[str, str]) -> EvalSpec:
+    size = int(header["image_size"])
+    return EvalSpec(
+        size=size,
+        resize=int(header.get("resize", size)),
+        mean=_three(header["mean"]),
+        std=_three(header["std"]),
+    )
+
+
+def _require_keys(header: Mapping[str, str], *more: str) -> None:
+    needed = ("architecture", *more, "image_size", "mean", "std")
+    missing = [key for key in needed if key not in header]
+    if missing:
+        raise ValueError(f"its header has no {', '.join(missing)}")
 
 
 def encoder_header(checkpoint: Checkpoint) -> dict[str, str]:
@@ -307,7 +355,7 @@ def encoder_header(checkpoint: Checkpoint) -> dict[str, str]:
     config = from_json(state["config"])
     steps_per_epoch = state.get("resolved", {}).get("steps_per_epoch", 0)
     header = {
-        **describe(config).to_metadata(),
+        **describe_run(config).to_metadata(),
         "method": config.objective.kind,
         "recipe": config.recipe,
         "epochs": f"{config.epochs:g}",
@@ -363,7 +411,7 @@ def load_encoder(
     # The description by the header, by the caller, or by both.
     if "architecture" in header:
         try:
-            found = description_in(header)
+            found = description_of(header)
         except ValueError as error:
             raise CheckpointError(
                 f"{path}: {error}. Export it again with `fastmoco checkpoint consolidate "
@@ -380,24 +428,46 @@ def load_encoder(
     else:
         found = description
 
-    # The weights must be those of this encoder, no more and no fewer.
+    encoder = build_with(path, found, tensors)
+    return LoadedEncoder(encoder.to(device).eval(), found.image, header)
+
+
+def build_with(
+    path: Path | str, description: Description, tensors: Mapping[str, Tensor]
+) -> VisionTransformer | ResNet:
+    """An encoder with these weights, which must be its own: no more and no fewer.
+
+    Args:
+        path: where they come from, for errors.
+        description: of the encoder.
+        tensors: by our names, without head.
+
+    Raises:
+        CheckpointError: naming the path, and the tensors or the field that do not fit.
+    """
+    # Shapes are compared before memory is allocated, because a header may claim any size.
+    if description.depth > len(tensors):
+        raise CheckpointError(
+            f"{path}: depth={description.depth}, and it has {len(tensors)} tensors in all"
+        )
     try:
-        encoder: VisionTransformer | ResNet = found.build()
-    except ValueError as error:
+        with torch.device("meta"):
+            blank = description.build().state_dict()
+    except (ValueError, RuntimeError, OverflowError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    _require_shapes(path, encoder.state_dict(), tensors)
+    _require_shapes(path, blank, tensors)
+    encoder = description.build()
     encoder.load_state_dict(tensors)
     if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
         encoder.double().load_state_dict(tensors)
-    return LoadedEncoder(encoder.to(device).eval(), found.image, header)
+    return encoder
 
 
 def _require_same(path: Path | str, found: Description, wanted: Description) -> None:
     """Refuse a header that differs from what the caller expects."""
-    if type(found) is not type(wanted):
+    if found.family != wanted.family:
         raise CheckpointError(
-            f"{path}: its metadata has architecture={found.architecture}, the caller wants "
-            f"{wanted.architecture}"
+            f"{path} is {found.architecture}, the caller wants {wanted.architecture}"
         )
     ignored = {"patch_embed_frozen"}  # changes no feature
     for field in fields(wanted):
@@ -424,6 +494,19 @@ def _require_shapes(
                 f"{path}: {name} has shape {tuple(found[name].shape)}, and the encoder that its "
                 f"metadata describes {tuple(tensor.shape)}"
             )
+
+
+def _from_header(header: Mapping[str, str], key: str, kind: Any) -> Any:
+    """The config's value of a key, by default the first of its kind.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    values = {IN_HEADER.get(value, value): value for value in get_args(kind)}
+    spelled = header.get(key, next(iter(values)))
+    if spelled not in values:
+        raise ValueError(f"{key}={spelled} is not one of {', '.join(values)}")
+    return values[spelled]
 
 
 def _three(text: str) -> tuple[float, float, float]:

@@ -14,7 +14,7 @@ from fastmoco.models.encoder import Family
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadForm:
     """The layers of a head: (linear, norm, ReLU) * (layers - 1), linear, optionally a last norm
-    without affine."""
+    without bias."""
 
     layers: int
     """Linear layers."""
@@ -23,7 +23,11 @@ class HeadForm:
     last_bias: bool = False
     """Whether the last linear layer has one."""
     last_norm: bool = True
-    """Whether a batch norm without affine ends the head."""
+    """Whether a batch norm without bias ends the head."""
+    last_norm_weight: bool = False
+    """Whether that norm has a weight."""
+    norm: bool = True
+    """Whether there are batch norms at all; False: neither between the layers nor at the end."""
 
 
 FORMS = {
@@ -36,6 +40,10 @@ FORMS = {
     "moco_v3_resnet_predictor": HeadForm(layers=2, last_norm=False),
     # Grill et al. 2020, both for projector and predictor.
     "byol": HeadForm(layers=2, bias=True, last_norm=False),
+    # Chen, Kornblith, Swersky, Norouzi, Hinton 2020 (SimCLR v2); 2 layers in the first paper.
+    "simclr": HeadForm(layers=3, last_norm_weight=True),
+    # Caron et al. 2020.
+    "swav_projector": HeadForm(layers=2, bias=True, last_bias=True, last_norm=False),
 }
 """Forms by name."""
 
@@ -71,12 +79,11 @@ def build_head(in_dim: int, hidden_dim: int, out_dim: int, form: HeadForm) -> nn
     widths = [in_dim] + [hidden_dim] * (form.layers - 1)
     modules: list[nn.Module] = []
     for before, after in pairwise(widths):
-        modules.extend(
-            [nn.Linear(before, after, bias=form.bias), BatchNorm(after), nn.ReLU(inplace=True)]
-        )
+        norms = [BatchNorm(after)] if form.norm else []
+        modules.extend([nn.Linear(before, after, bias=form.bias), *norms, nn.ReLU(inplace=True)])
     modules.append(nn.Linear(widths[-1], out_dim, bias=form.last_bias))
-    if form.last_norm:
-        modules.append(BatchNorm(out_dim, affine=False))
+    if form.norm and form.last_norm:
+        modules.append(BatchNorm(out_dim, affine=form.last_norm_weight, bias=False))
     return nn.Sequential(*modules)
 
 

@@ -1,22 +1,24 @@
 """The vision transformers of MoCo v3: fixed positions, frozen patch projection,
-class-token feature.
+class-token feature; and the variants of its ablations.
 
 Two optimizations have a plain reference that a test compares with them. `patch_tokens` and `encode`
 are separate, so that two encoders with the same frozen projection can share the patch tokens.
-`encode` computes only the class token of the last block (see `blocks`); its reference is
-`encode_plain`.
+`encode` computes only the class token of the last block (see `blocks`), unless the feature is a mean
+of tokens or a batch norm in the block sees every token; its reference is `encode_plain`.
 
 Legend: B images, L patch tokens, E width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fastmoco.config.model import MlpNorm, Pooling, Positions
 from fastmoco.models.blocks import (
     CONV_STEM_STRIDE,
     Block,
@@ -31,6 +33,7 @@ from fastmoco.models.encoder import Coupling, Family, Parts
 STEM_COUPLES = (
     "its convolutional stem has batch norms, whose statistics are those of the whole batch"
 )
+BLOCKS_COUPLE = "mlp_norm=batch puts a batch norm into each block, whose statistics are those of the whole batch"
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
@@ -60,17 +63,20 @@ def sincos_positions(grid: int, width: int) -> Tensor:
 
 
 class VisionTransformer(nn.Module):
-    """A ViT whose feature is the class token after the final norm; parameter names are timm's.
+    """A ViT; parameter names are timm's. Its feature is the class token after the final norm, or a
+    mean of patch tokens.
 
     Initialisation (Chen, Xie, He 2021): every linear layer Xavier-uniform, with q, k and v taken as
     three matrices; biases 0; class token normal with deviation 1e-6; patch projection uniform by
-    its own fan-in and fan-out. Positions are a parameter that never trains. An objective attaches
-    its projector as `head`; the encoder itself does not apply it.
+    its own fan-in and fan-out. Sine-cosine positions are a parameter that never trains, learned
+    ones start truncated normal with deviation 0.02. An objective attaches its projector as `head`;
+    the encoder itself does not apply it.
 
     Args:
         image_size: height and width of the images, in pixels; a multiple of the patch size.
         patch_size: height and width of a patch, in pixels; 16 with the conv stem.
-        embed_dim: width E, divisible by 4 (positions), by `num_heads`, and by 8 with the conv stem.
+        embed_dim: width E, divisible by `num_heads`, by 4 with sine-cosine positions, and by 8 with
+            the conv stem.
         depth: number of blocks.
         num_heads: attention heads A.
         mlp_ratio: hidden width of the MLP over E.
@@ -78,13 +84,20 @@ class VisionTransformer(nn.Module):
             network with batch norm.
         freeze_patch_embed: keep the random patch projection fixed, as MoCo v3 does for stability;
             has no effect on the conv stem, which always trains.
+        pooling: "class": the class token after the final norm; without a class token, "norm_mean":
+            the mean of the patch tokens after the final norm, "mean": of the patch tokens, without
+            a final norm.
+        positions: "sincos" is the fixed table, "learned" a trained one, "none" adds nothing.
+        mlp_norm: norm before each MLP: "layer", or "batch" over all tokens of the global batch.
         attention: backend of `fastmoco_kernels.attention`; the last block does not use it.
 
     Attributes:
-        tokens: tokens of a view in a block, including the class token.
+        tokens: tokens of a view in a block, including the class token if there is one.
+        cls_token: [1, 1, E]; None with a mean of patch tokens.
+        pos_embed: [1, tokens, E]; None without positions.
         coupling: `Coupling.TRUNK` if the tokens of an image depend on the other images of the batch
-            (batch norm in the conv stem); then two views may not share a batch. Otherwise
-            `Coupling.NONE`.
+            (batch norm in the conv stem or before the MLPs); then two views may not share a batch.
+            Otherwise `Coupling.NONE`.
         coupling_reason: the reason, as a clause; empty for `Coupling.NONE`.
 
     Raises:
@@ -92,6 +105,8 @@ class VisionTransformer(nn.Module):
     """
 
     family: Family = "vit"
+    cls_token: nn.Parameter | None
+    pos_embed: nn.Parameter | None
 
     def __init__(
         self,
@@ -104,27 +119,47 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         stem: Literal["patch", "conv"] = "patch",
         freeze_patch_embed: bool = True,
+        pooling: Pooling = "class",
+        positions: Positions = "sincos",
+        mlp_norm: MlpNorm = "layer",
         attention: str = "auto",
     ) -> None:
         super().__init__()
-        _check_sizes(image_size, patch_size, embed_dim, depth, num_heads, stem)
+        _check_sizes(image_size, patch_size, embed_dim, depth, num_heads, stem, positions)
+        for name, value, kind in (
+            ("pooling", pooling, Pooling),
+            ("positions", positions, Positions),
+            ("mlp_norm", mlp_norm, MlpNorm),
+        ):
+            if value not in get_args(kind):
+                raise ValueError(f"{name}={value!r}: must be one of {get_args(kind)}")
         self.image_size = image_size
         self.patch_size = patch_size
         self.embed_dim = embed_dim
-        self.tokens = 1 + (image_size // patch_size) ** 2
-        self.coupling = Coupling.TRUNK if stem == "conv" else Coupling.NONE
-        self.coupling_reason = STEM_COUPLES if stem == "conv" else ""
-        positions = sincos_positions(image_size // patch_size, embed_dim)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=1e-6))
-        self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
+        self.pooling = pooling
+        self.mlp_norm = mlp_norm
+        self.tokens = (image_size // patch_size) ** 2 + (pooling == "class")
+        reasons = [STEM_COUPLES] * (stem == "conv") + [BLOCKS_COUPLE] * (mlp_norm == "batch")
+        self.coupling = Coupling.TRUNK if reasons else Coupling.NONE
+        self.coupling_reason = ", and ".join(reasons)
+
+        # In this order, because it is that of the random draws.
+        self.cls_token = (
+            nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=1e-6))
+            if pooling == "class"
+            else None
+        )
+        self.pos_embed = self._positions(positions, image_size // patch_size)
         self.patch_embed: nn.Module = (
             ConvStem(embed_dim) if stem == "conv" else PatchStem(patch_size, embed_dim)
         )
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, round(mlp_ratio * embed_dim), attention)
+            Block(embed_dim, num_heads, round(mlp_ratio * embed_dim), attention, mlp_norm)
             for _ in range(depth)
         )
-        self.norm = LayerNorm(embed_dim, eps=1e-6)
+        self.norm: nn.Module = (
+            nn.Identity() if pooling == "mean" else LayerNorm(embed_dim, eps=1e-6)
+        )
         self.head: nn.Module = nn.Identity()
         if freeze_patch_embed and stem == "patch":
             self.patch_embed.requires_grad_(False)
@@ -150,50 +185,83 @@ class VisionTransformer(nn.Module):
                 f"images shape={tuple(images.shape)}: this encoder takes [B, 3, {side}, {side}]"
             )
         patches: Tensor = self.patch_embed(images)
-        return patches.flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+        tokens = patches.flatten(2).transpose(1, 2)
+        if self.pos_embed is None:
+            return tokens
+        return tokens + self.pos_embed[:, self._class_tokens :]
 
-    def encode(self, patch_tokens: Tensor) -> Tensor:
-        """[B, L, E] patch tokens -> [B, E] class-token feature. The last block
-        computes the class token only.
+    def encode(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
+        """[B, L, E] patch tokens -> [B, E] feature. Where only the class token of the last block is
+        read, and no batch norm needs the others, the block computes nothing else.
+
+        Args:
+            patch_tokens: of `patch_tokens`.
+            paths: [B, depth, 2] factors of the residual branches (`drop_path`); None: all 1.
         """
-        tokens = self._with_class_token(patch_tokens)
+        tokens = self._all_tokens(patch_tokens)
+        by_block = self._by_block(paths)
         branch = None
-        for block in self.blocks[:-1]:
-            tokens, branch = block(tokens, branch)
+        for block, factors in zip(self.blocks[:-1], by_block, strict=False):
+            tokens, branch = block(tokens, branch, factors)
         last = self.blocks[-1]
         assert isinstance(last, Block)
-        feature: Tensor = self.norm(last.class_row(tokens, branch))
-        return feature
+        feature: Tensor
+        if self.reads_class_row:
+            feature = self.norm(last.class_row(tokens, branch, by_block[-1]))
+            return feature
+        tokens = sum_of(*last(tokens, branch, by_block[-1]))
+        if self.pooling == "class":
+            feature = self.norm(tokens[:, 0])
+            return feature
+        return self._normalised(tokens).mean(dim=1)
 
-    def encode_plain(self, patch_tokens: Tensor) -> Tensor:
+    def encode_plain(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
         """Reference of `encode`: every block and the final norm on every token,
-        then the row of the class token.
+        then the row of the class token or the mean.
         """
-        tokens = self._with_class_token(patch_tokens)
+        tokens = self._all_tokens(patch_tokens)
+        for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
+            tokens = sum_of(*block(tokens, None, factors))
+        normalised = self._normalised(tokens)
+        return normalised[:, 0] if self.pooling == "class" else normalised.mean(dim=1)
+
+    def forward(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] images -> [B, E] features; `paths` as for `encode`."""
+        return self.encode(self.patch_tokens(images), paths)
+
+    def plain(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
+        """Reference of `forward`."""
+        return self.encode_plain(self.patch_tokens(images), paths)
+
+    def token_features(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] images -> [B, L, E]: the patch tokens after every block and the final norm,
+        row by row.
+        """
+        patches = self.patch_tokens(images)
+        tokens = self._all_tokens(patches)
         for block in self.blocks:
             tokens = sum_of(*block(tokens))
-        normalised: Tensor = self.norm(tokens)
-        return normalised[:, 0]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] images -> [B, E] class-token features."""
-        return self.encode(self.patch_tokens(images))
-
-    def plain(self, images: Tensor) -> Tensor:
-        """Reference of `forward`."""
-        return self.encode_plain(self.patch_tokens(images))
+        normalised: Tensor = self.norm(tokens[:, -patches.shape[1] :])
+        return normalised
 
     def stem_tensors(self) -> list[Tensor]:
         """All tensors that turn pixels into patch tokens."""
-        return [self.pos_embed, *self.patch_embed.parameters()]
+        positions = [] if self.pos_embed is None else [self.pos_embed]
+        return [*positions, *self.patch_embed.parameters()]
+
+    @property
+    def reads_class_row(self) -> bool:
+        """Whether `encode` calls `class_row` of the last block, not its `forward`."""
+        return self.pooling == "class" and self.mlp_norm == "layer"
 
     def parts(self) -> Parts:
         """Modules by role. Objectives call `encode` and `class_row`, not `forward`."""
+        last = f"blocks.{len(self.blocks) - 1}"
         return Parts(
             stem={"patch_embed": self.patch_embed},
             blocks=self.blocks,
             heads={"head": self.head},
-            methods={"": ("encode",), f"blocks.{len(self.blocks) - 1}": ("class_row",)},
+            methods={"": ("encode",)} | ({last: ("class_row",)} if self.reads_class_row else {}),
         )
 
     def most_numbers(self) -> int:
@@ -216,13 +284,49 @@ class VisionTransformer(nn.Module):
         weights += sum(tensor.numel() for tensor in self.stem_tensors())
         return 2 * weights * tokens + 4 * tokens**2 * self.embed_dim * len(self.blocks)
 
-    def _with_class_token(self, patch_tokens: Tensor) -> Tensor:
-        class_token = (self.cls_token + self.pos_embed[:, :1]).expand(patch_tokens.shape[0], -1, -1)
-        return torch.cat([class_token, patch_tokens], dim=1)
+    def _by_block(self, paths: Tensor | None) -> Sequence[Tensor | None]:
+        """Factors [B, 2] of each block, each contiguous, so that compiled blocks share a graph."""
+        if paths is None:
+            return [None] * len(self.blocks)
+        return paths[:, : len(self.blocks)].transpose(0, 1).contiguous().unbind()
+
+    @property
+    def _class_tokens(self) -> int:
+        """1 with a class token, otherwise 0."""
+        return int(self.pooling == "class")
+
+    def _positions(self, kind: Positions, grid: int) -> nn.Parameter | None:
+        """[1, tokens, E]: the fixed table, or one that trains."""
+        if kind == "none":
+            return None
+        if kind == "sincos":
+            table = sincos_positions(grid, self.embed_dim)[1 - self._class_tokens :]
+            return nn.Parameter(table[None], requires_grad=False)
+        learned = torch.empty(1, self.tokens, self.embed_dim)
+        return nn.Parameter(nn.init.trunc_normal_(learned, std=0.02))
+
+    def _normalised(self, tokens: Tensor) -> Tensor:
+        normalised: Tensor = self.norm(tokens)
+        return normalised
+
+    def _all_tokens(self, patch_tokens: Tensor) -> Tensor:
+        """The patch tokens after the class token, if there is one."""
+        if self.cls_token is None:
+            return patch_tokens
+        class_token: Tensor = self.cls_token
+        if self.pos_embed is not None:
+            class_token = class_token + self.pos_embed[:, :1]
+        return torch.cat([class_token.expand(patch_tokens.shape[0], -1, -1), patch_tokens], dim=1)
 
 
 def _check_sizes(
-    image_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, stem: str
+    image_size: int,
+    patch_size: int,
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+    stem: str,
+    positions: str,
 ) -> None:
     if stem not in ("patch", "conv"):
         raise ValueError(f'stem={stem!r}: is "patch" or "conv"')
@@ -237,11 +341,11 @@ def _check_sizes(
         raise ValueError(f"image_size={image_size}: must be a multiple of patch_size={patch_size}")
     if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
         raise ValueError(f"embed_dim={embed_dim}: must be a multiple of num_heads={num_heads}")
-    if embed_dim % (8 if stem == "conv" else 4):
+    if embed_dim % (8 if stem == "conv" else 4 if positions == "sincos" else 1):
         rule = (
             "must be a multiple of 8, because the conv stem starts with an eighth of it"
             if stem == "conv"
-            else "must be a multiple of 4, because positions have four equal parts"
+            else "must be a multiple of 4, because sine-cosine positions have four equal parts"
         )
         raise ValueError(f"embed_dim={embed_dim}: {rule}")
     if depth < 1:
@@ -274,6 +378,9 @@ class ViTArchitecture:
         image_size: int | None = None,
         patch_size: int | None = None,
         freeze_patch_embed: bool = True,
+        pooling: Pooling = "class",
+        positions: Positions = "sincos",
+        mlp_norm: MlpNorm = "layer",
         attention: str = "auto",
     ) -> VisionTransformer:
         """Build an encoder; the arguments are those of `VisionTransformer`."""
@@ -285,6 +392,9 @@ class ViTArchitecture:
             num_heads=self.heads,
             stem=self.stem,
             freeze_patch_embed=freeze_patch_embed,
+            pooling=pooling,
+            positions=positions,
+            mlp_norm=mlp_norm,
             attention=attention,
         )
 

@@ -12,6 +12,7 @@ import torch
 from fastmoco.config import Config, MoCoV3Config, ModelConfig, ObjectiveConfig
 from fastmoco.models import float8, float8_inference
 from fastmoco.models.blocks import Block
+from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.precision import choose_precision
 from fastmoco.models.resnet import RESNETS, ResNet
@@ -19,7 +20,13 @@ from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.moco_v3 import MoCoV3
+from fastmoco.objectives.simclr import SimCLR
+from fastmoco.objectives.supervised import Supervised
+from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
+from fastmoco.recipes.simclr import SimCLRConfig
+from fastmoco.recipes.supervised import SupervisedConfig
+from fastmoco.recipes.swav import SwAVConfig
 from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
 from fastmoco_pipelines.spec import each_view
 
@@ -28,6 +35,9 @@ BuildEncoder: TypeAlias = Callable[[], Any]
 OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objective]] = {
     MoCoV3Config: MoCoV3.build,
     BYOLConfig: BYOL.build,
+    SimCLRConfig: SimCLR.build,
+    SwAVConfig: SwAV.build,
+    SupervisedConfig: Supervised.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""
@@ -77,6 +87,9 @@ def build_model(config: Config) -> Objective:
         )
     for encoder in encoders:
         _in_form(encoder, model)
+    if model.drop_path and _trains(objective.encoder):
+        depth = len(objective.encoder.blocks)
+        objective.path_draws = PathDraws(model.drop_path, depth, config.seed)
     return objective
 
 
@@ -88,6 +101,10 @@ def encoder_builder(model: ModelConfig) -> BuildEncoder:
         ARCHITECTURES[model.architecture],
         image_size=model.image_size,
         patch_size=model.patch_size,
+        freeze_patch_embed=model.freeze_patch_embed,
+        pooling=model.pooling,
+        positions=model.positions,
+        mlp_norm=model.mlp_norm,
         attention=model.attention,
     )
 

@@ -109,7 +109,10 @@ class BYOL(Objective):
         """The same with nothing shared: each encoder sees each view alone, and the loss is 2 - 2
         cos of both directions."""
         views = two_views(inputs)
-        predictions = [self.predictor(plain_projection(self.encoder, view)) for view in views]
+        predictions = [
+            self.predictor(plain_projection(self.encoder, view, *inputs.paths_of(number)))
+            for number, view in enumerate(views)
+        ]
         with torch.no_grad():
             targets = [plain_projection(self.momentum_encoder, view) for view in views]
         directions = zip(predictions, reversed(targets), strict=True)

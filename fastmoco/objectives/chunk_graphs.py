@@ -205,7 +205,12 @@ class ChunkGraphs:
             # Zeros: a warm-up's numbers are not used, and may be anything but slow.
             return torch.zeros_like(tensor[: self._chunk], memory_format=torch.contiguous_format)
 
-        self._inputs = Inputs(tuple(map(blank, inputs.views)), tuple(map(blank, inputs.masks)))
+        self._inputs = Inputs(
+            tuple(map(blank, inputs.views)),
+            tuple(map(blank, inputs.masks)),
+            tuple(map(blank, inputs.paths)),
+            None if inputs.labels is None else blank(inputs.labels),
+        )
 
         def prepared() -> Inputs:
             return self._inputs._replace(views=self._prepare(self._inputs.views))
@@ -303,7 +308,8 @@ def _beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
 
 
 def _tensors(inputs: Inputs) -> tuple[Tensor, ...]:
-    return (*inputs.views, *inputs.masks)
+    labels = () if inputs.labels is None else (inputs.labels,)
+    return (*inputs.views, *inputs.masks, *inputs.paths, *labels)
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -58,8 +58,8 @@ class ChunkedStep:
 
     Args:
         objective: its trunk couples no images; not wrapped for data-parallel training.
-        chunk: images (two views each) that pass the trunk together; the last chunk of a batch may
-            be smaller.
+        chunk: images (with all their views) that pass the trunk together, rounded to a multiple of
+            `Objective.images_together`; the last chunk of a batch may be smaller.
         kept: chunks whose graphs are kept; more than there are means all.
         kept_images: instead of `kept`, the first images of a batch, this number of them, which need
             not be whole chunks: where memory holds the graphs of two chunks and a half, the half is
@@ -105,6 +105,8 @@ class ChunkedStep:
                 "not negative"
             )
         require_separable(objective, chunk)
+        together = objective.images_together
+        chunk = max(together, chunk - chunk % together)
         self.objective, self.chunk, self.autocast = objective, chunk, autocast
         self.kept_images = chunk * kept if kept_images is None else kept_images
         self.average = average or gradient_average(objective)
@@ -115,6 +117,7 @@ class ChunkedStep:
         self,
         *views: Tensor,
         masks: tuple[Tensor, ...] = (),
+        labels: Tensor | None = None,
         at: Progress = START,
         accuracy: bool = False,
     ) -> Output:
@@ -124,6 +127,7 @@ class ChunkedStep:
         Args:
             views: [B, 3, H, W] each, the same B on every rank.
             masks: of the views that have one.
+            labels: [B], where the objective needs them.
             at: the step.
             accuracy: as for `Objective.compare`.
 
@@ -141,7 +145,7 @@ class ChunkedStep:
             raise ValueError(
                 "autocast is on around the chunked step: give it as ChunkedStep(autocast=...)"
             )
-        inputs = Inputs(views, masks)
+        inputs = self.objective.inputs(views, masks, at, labels=labels)
         if self.objective.coupling is Coupling.NONE:
             return self._separate(inputs, at, accuracy)
         return self._two_passes(inputs, at, accuracy)
@@ -277,7 +281,8 @@ def require_separable(objective: Objective, chunk: int) -> None:
             f"batch.chunk={chunk}: this trunk cannot go in chunks, because "
             f"{objective.coupling_reason}; chunks would train another model. Instead: "
             "--model.checkpointing full, more processes (batch norms see the batches of all), a "
-            "smaller --global-batch-size, or an encoder with linear patches such as vit_small"
+            "smaller --global-batch-size, or an encoder without batch norms: one with linear patches "
+            "such as vit_small, and --model.mlp-norm layer"
         )
 
 
@@ -288,7 +293,9 @@ def _split(inputs: Inputs, sizes: list[int]) -> list[Inputs]:
         split = [tensor.split(sizes) for tensor in tensors]  # type: ignore[no-untyped-call]
         return list(zip(*split, strict=True)) if split else [()] * len(sizes)
 
-    return [Inputs(*chunk) for chunk in zip(parts(inputs.views), parts(inputs.masks), strict=True)]
+    labels = [None] * len(sizes) if inputs.labels is None else inputs.labels.split(sizes)  # type: ignore[no-untyped-call]
+    chunks = zip(parts(inputs.views), parts(inputs.masks), parts(inputs.paths), labels, strict=True)
+    return [Inputs(*chunk) for chunk in chunks]
 
 
 def _gradient(leaf: Tensor) -> Tensor:

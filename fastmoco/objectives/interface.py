@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Coupling, Encoder, Parts
 from fastmoco.optim.groups import WHOLE, ParameterGroup
 from fastmoco_kernels import ema_update_
@@ -79,6 +80,18 @@ class Inputs(NamedTuple):
     """Each [b, 3, H, W]; views of one size are neighbours."""
     masks: tuple[Tensor, ...] = ()
     """For masked objectives: one [b, ...] for each view that has one."""
+    paths: tuple[Tensor, ...] = ()
+    """With stochastic depth: one [b, views, depth, 2], the factors of the trained encoder's
+    residual branches; see `paths_of`."""
+    labels: Tensor | None = None
+    """[b] int64, the class of each image, for objectives that learn classes (`needs_labels`)."""
+
+    def paths_of(self, *views: int) -> tuple[()] | tuple[Tensor]:
+        """The last argument of a trained encoder for some views by number, concatenated in this
+        order: [views * b, depth, 2]. Empty without stochastic depth."""
+        if not self.paths:
+            return ()
+        return (torch.cat([self.paths[0][:, view] for view in views]),)
 
 
 class Features(NamedTuple):
@@ -115,6 +128,10 @@ class Objective(nn.Module, ABC):
         coupling_reason: why the trunk does, as a clause; empty where it does not.
         per_rank: names of buffers that differ between ranks on purpose (SwAV's queue). Others must
             be equal on all ranks.
+        path_draws: makes `Inputs.paths`; None: no stochastic depth.
+        needs_labels: whether `Inputs.labels` must be given.
+        images_together: neighbouring images of a batch that must pass `features` together, because
+            they are mixed there: chunks are multiples of it.
     """
 
     encoder: Any
@@ -122,6 +139,27 @@ class Objective(nn.Module, ABC):
     coupling: Coupling
     coupling_reason: str = ""
     per_rank: frozenset[str] = frozenset()
+    path_draws: PathDraws | None = None
+    needs_labels: bool = False
+    images_together: int = 1
+
+    def inputs(
+        self,
+        views: tuple[Tensor, ...],
+        masks: tuple[Tensor, ...] = (),
+        at: Progress = START,
+        *,
+        labels: Tensor | None = None,
+    ) -> Inputs:
+        """What the trunks read of the local batch in this step: the same in every call.
+
+        In training mode with stochastic depth it has `paths`, which `features` gives to the encoder
+        that trains.
+        """
+        paths: tuple[Tensor, ...] = ()
+        if self.path_draws is not None and self.training:
+            paths = (self.path_draws(len(views[0]), len(views), at.step, views[0].device),)
+        return Inputs(views, masks, paths, labels)
 
     @abstractmethod
     def features(self, inputs: Inputs, at: Progress, *, target: bool = True) -> Features:
@@ -160,6 +198,7 @@ class Objective(nn.Module, ABC):
         self,
         *views: Tensor,
         masks: tuple[Tensor, ...] = (),
+        labels: Tensor | None = None,
         at: Progress = START,
         accuracy: bool = False,
     ) -> Output:
@@ -171,13 +210,20 @@ class Objective(nn.Module, ABC):
         Args:
             views: [B, 3, H, W] each, the same B on every rank; row i of all is of one image.
             masks: of the views that have one.
+            labels: of the images, where the objective needs them.
             at: the step.
             accuracy: as for `compare`.
 
         Returns:
             The loss, differentiable in all trained parameters, and what telemetry looks at.
         """
-        return self.compare(self.features(Inputs(views, masks), at), at, accuracy=accuracy)
+        inputs = self.inputs(views, masks, at, labels=labels)
+        return self.compare(self.features(inputs, at), at, accuracy=accuracy)
+
+    def classifier(self) -> nn.Module | None:
+        """What maps images [B, 3, H, W] to logits [B, classes], for evaluations; None where the
+        objective learns no classes."""
+        return None
 
     def networks(self) -> Mapping[str, nn.Module]:
         """Networks by attribute name ("encoder", "predictor"), each a tree of its own."""

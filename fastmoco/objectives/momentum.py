@@ -104,14 +104,13 @@ class Momentum:
             ValueError: if the views differ in shape, or are not two.
         """
         view1, view2 = two_views(inputs)
-        online, tokens = _class_features(self.encoder, (view1, view2), None)
+        online, tokens = _class_features(self.encoder, (view1, view2), None, inputs)
         if not target:
             return Features((online,))
         with torch.no_grad():
             shared = tokens if self.shares_tokens() else None
-            return Features(
-                (online,), (_class_features(self.momentum_encoder, (view1, view2), shared)[0],)
-            )
+            target_features, _ = _class_features(self.momentum_encoder, (view1, view2), shared)
+            return Features((online,), (target_features,))
 
     def _stems(self) -> tuple[tuple[int, int, int], ...]:
         """Which memory the stems are in, and how often it has been written."""
@@ -142,9 +141,12 @@ def by_view(features: Tensor) -> Tensor:
     return features.transpose(0, 1).contiguous()
 
 
-def plain_projection(encoder: Any, view: Tensor) -> Tensor:
-    """The projection of one view alone, by plain operations with nothing fused: for references."""
-    projected: Tensor = encoder.head(encoder.plain(view))
+def plain_projection(encoder: Any, view: Tensor, *paths: Tensor) -> Tensor:
+    """The projection of one view alone, by plain operations with nothing fused: for references.
+
+    `paths`: of `Inputs.paths_of` this view, for the encoder that trains.
+    """
+    projected: Tensor = encoder.head(encoder.plain(view, *paths))
     return projected
 
 
@@ -153,11 +155,20 @@ def _couples(encoder: Encoder) -> bool:
 
 
 def _class_features(
-    encoder: TokenEncoder, views: tuple[Tensor, Tensor], tokens: Tensor | None
+    encoder: TokenEncoder,
+    views: tuple[Tensor, Tensor],
+    tokens: Tensor | None,
+    trained: Inputs | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """[b, 2, E] features, and the [2b, L, E] patch tokens where the views went through together."""
+    """[b, 2, E] features, and the [2b, L, E] patch tokens where the views went through together.
+
+    `trained`: the inputs, for the encoder that trains: its residual branches are those of `paths`.
+    """
+    paths = (trained or Inputs(views)).paths_of
     if _couples(encoder):
-        return torch.stack([encoder(view) for view in views]).transpose(0, 1), None
+        rows = [encoder(view, *paths(number)) for number, view in enumerate(views)]
+        return torch.stack(rows).transpose(0, 1), None
     if tokens is None:
         tokens = encoder.patch_tokens(torch.cat(views))
-    return encoder.encode(tokens).view(2, views[0].shape[0], -1).transpose(0, 1), tokens
+    features = encoder.encode(tokens, *paths(0, 1))
+    return features.view(2, views[0].shape[0], -1).transpose(0, 1), tokens

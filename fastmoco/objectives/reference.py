@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmoco.objectives.interface import START, Inputs, Objective, Output, Progress
+from fastmoco.objectives.interface import START, Objective, Output, Progress
 
 
 def plain_forward(
-    objective: Objective, *views: Tensor, at: Progress = START, accuracy: bool = False
+    objective: Objective,
+    *views: Tensor,
+    labels: Tensor | None = None,
+    at: Progress = START,
+    accuracy: bool = False,
 ) -> Output:
     """What `objective(*views)` computes, with nothing shared, saved or fused.
 
@@ -16,7 +20,9 @@ def plain_forward(
         objective: in training mode; the running averages of its batch norms move, as in any
             forward.
         views: [B, 3, H, W] each.
+        labels: [B], where the objective needs them.
         at: the step.
         accuracy: whether the output has one.
     """
-    return objective.reference(Inputs(views), at, accuracy=accuracy)
+    inputs = objective.inputs(views, at=at, labels=labels)
+    return objective.reference(inputs, at, accuracy=accuracy)

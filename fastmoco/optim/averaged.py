@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmoco.optim.larc import LARC
+from fastmoco.optim.sgd import SGD
 from fastmoco_kernels import LARS, AdamWEMA, ema_update_
 from fastmoco_kernels.tensors import local
 
@@ -118,6 +120,15 @@ class AveragedLARS(AveragedOptimizer):
     """`LARS`; steps are skipped on the device."""
 
     inner: LARS
+
+    def _update_weights(self, ema_momentum: float | None, skip: Tensor | None) -> None:
+        self.inner.step(found_inf=skip)
+
+
+class AveragedSGD(AveragedOptimizer):
+    """`SGD` or `LARC`; steps are skipped on the device."""
+
+    inner: SGD | LARC
 
     def _update_weights(self, ema_momentum: float | None, skip: Tensor | None) -> None:
         self.inner.step(found_inf=skip)

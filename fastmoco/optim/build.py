@@ -14,12 +14,15 @@ from fastmoco.optim.apex import build_apex
 from fastmoco.optim.averaged import (
     AveragedLARS,
     AveragedOptimizer,
+    AveragedSGD,
     FusedAdamW,
     HostSkipped,
     SweptAdamW,
 )
 from fastmoco.optim.groups import GroupOf, split_groups, whole_group
+from fastmoco.optim.larc import build_larc
 from fastmoco.optim.lars import build_lars
+from fastmoco.optim.sgd import SGD, build_sgd
 from fastmoco_kernels.backends import triton_is_default
 
 
@@ -35,7 +38,11 @@ def choose_optimizer_backend(
     optim = config.optim
     if optim.fused_backend != "auto":
         return optim.fused_backend
-    return "fastmoco" if optim.name == "lars" or sharded or triton_is_default(device) else "torch"
+    if optim.name in ("lars", "larc"):
+        return "fastmoco"
+    if optim.name == "sgd":
+        return "torch"
+    return "fastmoco" if sharded or triton_is_default(device) else "torch"
 
 
 def build_optimizer(
@@ -79,11 +86,22 @@ def _build_whole(
             weight_decay=decay,
             sgd_momentum=optim.sgd_momentum,
             trust_coefficient=optim.trust_coefficient,
+            lr_in_buffer=optim.lr_in_buffer,
         )
         return AveragedLARS(lars, averages)
 
-    if optim.name == "sgd" or optim.name == "larc":
-        raise NotImplementedError(optim.name)
+    if optim.name == "sgd":
+        sgd = build_sgd(named, lr=lr, weight_decay=decay, sgd_momentum=optim.sgd_momentum)
+        return AveragedSGD(sgd, averages)
+    if optim.name == "larc":
+        larc = build_larc(
+            named,
+            lr=lr,
+            weight_decay=decay,
+            sgd_momentum=optim.sgd_momentum,
+            trust_coefficient=optim.trust_coefficient,
+        )
+        return AveragedSGD(larc, averages)
 
     # AdamW or LAMB: from apex, from fastmoco, or from torch.
     sharded = any(hasattr(parameter, "placements") for _, parameter in named)
@@ -105,5 +123,9 @@ def _build_whole(
 def name_of(optimizer: AveragedOptimizer) -> str:
     """Library and class of an optimizer: `torch AdamW`, `fastmoco_kernels LARS`."""
     inner = optimizer.inner
-    kind = torch.optim.AdamW if isinstance(inner, torch.optim.AdamW) else type(inner)
+    kind: type[torch.optim.Optimizer] = type(inner)
+    if isinstance(inner, torch.optim.AdamW):
+        kind = torch.optim.AdamW
+    elif isinstance(inner, SGD):
+        kind = torch.optim.SGD
     return f"{kind.__module__.partition('.')[0]} {kind.__name__}"

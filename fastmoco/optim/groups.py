@@ -1,4 +1,4 @@
-"""Groups of parameters with a learning rate or a weight decay of their own."""
+"""Groups of parameters with a learning rate, a weight decay or a trust ratio of their own."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ class ParameterGroup:
     """Whether the learning rate is the peak one in every step, also in the warm-up."""
     weight_decay_scale: float = 1.0
     """Factor on the weight decay; 0: no decay."""
+    adapt: bool | None = None
+    """LARS: whether decay and trust ratio apply; None: to tensors of two or more dimensions. Other
+    optimizers ignore it."""
 
     def __post_init__(self) -> None:
         for name in ("lr_scale", "weight_decay_scale"):
@@ -81,6 +84,8 @@ def split_groups(
             "lr_scale": group.lr_scale,
             "constant_lr": group.constant_lr,
         }
+        if "adapt" in whole:
+            numbers["adapt"] = group.adapt
         params = own if named else [parameter for _, parameter in own]
         optimizer.add_param_group({"params": params, **shared, **numbers})
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+from fastmoco.config import Config, Resolved
+
+Schedule: TypeAlias = Literal["cosine", "cosine_steps", "cosine_inclusive", "cosine_per_epoch"]
+"""Shapes of the learning rate over a run."""
 
 
 def _epoch(step: int, epochs: float, steps_per_epoch: int) -> float:
@@ -17,36 +22,155 @@ def _epoch(step: int, epochs: float, steps_per_epoch: int) -> float:
     return min(step / steps_per_epoch, epochs)
 
 
-def learning_rate(
-    step: int, *, peak: float, epochs: float, warmup_epochs: float, steps_per_epoch: int
-) -> float:
-    """Linear warm-up from 0, then cosine decay to 0 (Chen, Xie, He 2021, training recipe).
+class Steps(NamedTuple):
+    """Whole steps that a schedule counts, where it does not count epochs."""
 
-    With e = step / steps_per_epoch the rate is `peak * e / warmup` during warm-up, and after it
-    `peak * 0.5 * (1 + cos(pi * (e - warmup) / (epochs - warmup)))`.
+    warmup: int
+    """Steps of the warm-up."""
+    total: int
+    """Steps of the run, warm-up included."""
+
+
+def simclr_steps(
+    epochs: float, warmup_epochs: float, *, sample_count: int, global_batch_size: int
+) -> Steps:
+    """The steps that SimCLR counts: of all images, and one more.
+
+    `floor(warmup_epochs * n / batch)` of warm-up, `floor(epochs * n / batch) + 1` in total. BYOL
+    counts the same, without the one more.
 
     Args:
-        step: optimizer step from 0; with a warm-up, step 0 has a rate of exactly 0.
-        peak: the highest rate: base rate * global batch / 256.
+        epochs: length of the run.
+        warmup_epochs: length of the warm-up.
+        sample_count: images n of the training set.
+        global_batch_size: images of a step.
+    """
+    return Steps(
+        warmup=round(warmup_epochs * sample_count // global_batch_size),
+        total=int(epochs * sample_count // global_batch_size) + 1,
+    )
+
+
+def learning_rate(
+    step: int,
+    *,
+    peak: float,
+    epochs: float,
+    warmup_epochs: float,
+    steps_per_epoch: int,
+    schedule: Schedule = "cosine",
+    warmup_lr: float = 0.0,
+    final_lr: float = 0.0,
+    steps: Steps | None = None,
+) -> float:
+    """Linear warm-up, then half a cosine; docs/optimizers.md has a table of who uses which.
+
+    With e = step / steps_per_epoch, w = warmup_epochs, and
+    cosine(x) = 0.5 * (1 + cos(pi * x)):
+
+    * "cosine" (Chen, Xie, He 2021): `peak * e / w` in the warm-up, and after it
+      `peak * cosine((e - w) / (epochs - w))`.
+    * "cosine_per_epoch" (MoCo, SimSiam): after the warm-up e is rounded down to whole epochs.
+    * "cosine_steps" (SimCLR, BYOL): `peak * step / warmup` in the warm-up, and after it
+      `peak * cosine((step - warmup) / (total - warmup))`, with whole numbers of `steps`.
+    * "cosine_inclusive" (SwAV, DINO): `warmup` values from `warmup_lr` to `peak`, both included.
+      After them, from `peak` again,
+      `final_lr + (peak - final_lr) * cosine((step - warmup) / (total - warmup))`.
+
+    Args:
+        step: optimizer step from 0.
+        peak: the highest rate, as `Config.peak_lr`.
         epochs: length of the run, in epochs.
         warmup_epochs: length of the warm-up, in epochs.
         steps_per_epoch: optimizer steps of one epoch.
+        schedule: "cosine", "cosine_per_epoch", "cosine_steps" or "cosine_inclusive".
+        warmup_lr: rate of step 0; only for "cosine_inclusive" with a warm-up.
+        final_lr: rate at the end; only for "cosine_inclusive".
+        steps: warm-up and total of "cosine_steps" and "cosine_inclusive"; default: the epochs times
+            `steps_per_epoch`, rounded.
 
     Raises:
-        ValueError: if a number is negative, or the warm-up is longer than the run.
+        ValueError: if a number is negative, the warm-up is longer than the run, or the schedule is
+            unknown.
     """
     epoch = _epoch(step, epochs, steps_per_epoch)
     if not 0 <= warmup_epochs <= epochs:
         raise ValueError(
             f"warmup_epochs={warmup_epochs}: needs 0 <= warmup_epochs <= epochs={epochs}"
         )
-    if epoch < warmup_epochs:
-        return peak * epoch / warmup_epochs
-    if warmup_epochs == epochs:
-        return peak
-    return (
-        peak * 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+    if schedule in ("cosine", "cosine_per_epoch"):
+        if epoch < warmup_epochs:
+            return peak * epoch / warmup_epochs
+        if warmup_epochs == epochs:
+            return peak
+        if schedule == "cosine_per_epoch":
+            # The warm-up may end within an epoch.
+            epoch = max(math.floor(epoch), warmup_epochs)
+        return peak * _half_cosine(epoch - warmup_epochs, epochs - warmup_epochs)
+    if schedule not in ("cosine_steps", "cosine_inclusive"):
+        raise ValueError(f"schedule={schedule!r}: is one of {get_args(Schedule)}")
+
+    # Whole steps.
+    warmup, total = steps or Steps(
+        round(warmup_epochs * steps_per_epoch), max(1, round(epochs * steps_per_epoch))
     )
+    if not 0 <= warmup <= total:
+        raise ValueError(f"steps: warmup={warmup}: needs 0 <= warmup <= total={total}")
+    inclusive = schedule == "cosine_inclusive"
+    if step < warmup:
+        if not inclusive:
+            return peak * step / warmup
+        return warmup_lr + (peak - warmup_lr) * step / max(1, warmup - 1)
+    if warmup == total:
+        return peak
+    floor = final_lr if inclusive else 0.0
+    return floor + (peak - floor) * _half_cosine(min(step, total) - warmup, total - warmup)
+
+
+def run_learning_rate(step: int, config: Config, resolved: Resolved) -> float:
+    """The learning rate of a step of a run, before the factors of parameter groups.
+
+    Args:
+        step: optimizer step from 0.
+        config: its `optim`, `epochs` and `global_batch_size` make the schedule.
+        resolved: the numbers of the run that depend on its images.
+    """
+    optim = config.optim
+    return learning_rate(
+        step,
+        peak=config.peak_lr,
+        epochs=config.epochs,
+        warmup_epochs=optim.warmup_epochs,
+        steps_per_epoch=resolved.steps_per_epoch,
+        schedule=optim.schedule,
+        warmup_lr=optim.warmup_lr,
+        final_lr=optim.final_lr,
+        steps=_run_steps(config, resolved),
+    )
+
+
+def run_end(config: Config, resolved: Resolved) -> tuple[int, float]:
+    """The step after which the schedule of a run is over, and the rate that it reaches there."""
+    steps = _run_steps(config, resolved)
+    last = steps.total if steps else max(1, round(config.epochs * resolved.steps_per_epoch))
+    return last, config.optim.final_lr
+
+
+def _run_steps(config: Config, resolved: Resolved) -> Steps | None:
+    """The steps that SimCLR's schedule counts; None for the others, which follow the run's."""
+    if config.optim.schedule != "cosine_steps":
+        return None
+    return simclr_steps(
+        config.epochs,
+        config.optim.warmup_epochs,
+        sample_count=resolved.sample_count,
+        global_batch_size=config.global_batch_size,
+    )
+
+
+def _half_cosine(done: float, whole: float) -> float:
+    """From 1 to 0 over `whole`."""
+    return 0.5 * (1.0 + math.cos(math.pi * done / whole))
 
 
 def ema_momentum(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmoco.config import Config
@@ -124,6 +125,8 @@ class StepCosts:
     for each chunk, autocast copies them once per step."""
     piled_bytes: float = 0.0
     """Gradients that a step in chunks holds unsharded until its end, besides the state."""
+    averaged: bool = True
+    """Whether the images also pass an encoder without gradient, the momentum encoder."""
     separate: bool = False
     """Whether nothing couples images: heads and loss run in chunks too, and nothing is computed
     twice (`Coupling.NONE`)."""
@@ -188,6 +191,7 @@ def measure_costs(
         trainable=sum(p.numel() for p in own if p.requires_grad),
         parameters=sum(p.numel() for p in own),
         coupling_reason=objective.coupling_reason,
+        averaged=bool(objective.averages()),
         separate=objective.coupling is Coupling.NONE,
         view_bytes=sum(3 * side**2 for side in sides) * (1 if levels else element),
         feature_bytes=sum(3 * rows.nbytes for rows in features.online)
@@ -347,20 +351,21 @@ class _Pieces:
 
         def query(live: LiveBytes | None) -> int:
             with torch.no_grad(), self._autocast():
-                objective.features(Inputs(self.prepare(views)), at, target=False)
+                objective.features(self.inputs(views), at, target=False)
             return 0
 
         def train(live: LiveBytes | None) -> int:
             with self._autocast():
-                features = objective.features(Inputs(self.prepare(views)), at, target=False).online
+                features = objective.features(self.inputs(views), at, target=False).online
             graph = live.now if live else 0
-            torch.autograd.backward(features, [torch.empty_like(rows) for rows in features])
+            trained = [rows for rows in features if rows.requires_grad]  # none of a frozen trunk
+            torch.autograd.backward(trained, [torch.empty_like(rows) for rows in trained])
             objective.zero_grad(set_to_none=True)
             return graph
 
         def forward(live: LiveBytes | None) -> int:
             with torch.no_grad(), self._autocast():
-                objective.features(Inputs(self.prepare(views)), at)
+                objective.features(self.inputs(views), at)
             return 0
 
         def heads(live: LiveBytes | None) -> int:
@@ -374,14 +379,24 @@ class _Pieces:
 
         return {"query": query, "train": train, "forward": forward, "heads": heads}
 
+    def inputs(self, views: tuple[torch.Tensor, ...]) -> Inputs:
+        """What the trunks read of some views."""
+        labels = self.labels(len(views[0]))
+        return self.objective.inputs(self.prepare(views), at=self.at, labels=labels)
+
     def features(self, images: int) -> Features:
         """Features of some images as the trunks return them, without a graph."""
         views = tuple(torch.empty(2, 3, side, side, dtype=self.kind) for side in self.sides)
         with torch.no_grad(), self._autocast():
-            found = self.objective.features(Inputs(self.prepare(views)), self.at)
+            found = self.objective.features(self.inputs(views), self.at)
         return Features(
             *(tuple(rows.new_empty(images, *rows.shape[1:]) for rows in side) for side in found)
         )
+
+    def labels(self, images: int) -> Tensor | None:
+        """Labels of some images, where the objective needs them."""
+        needed = self.objective.needs_labels
+        return torch.empty(images, dtype=torch.int64) if needed else None
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16)

@@ -35,7 +35,7 @@ BUSY_ROWS = 2**15
 PARTS = 4
 """Parts of a chunk whose graphs can be kept separately: the graph of a whole chunk takes gigabytes,
 which would otherwise be unused. Each size of a chunk is compiled separately."""
-OPTIMIZER_COPIES = {"adamw": 2, "lamb": 2, "lars": 1}
+OPTIMIZER_COPIES = {"adamw": 2, "lamb": 2, "lars": 1, "sgd": 1, "larc": 1}
 """Elements that an optimizer keeps per trainable parameter."""
 
 
@@ -109,7 +109,7 @@ def state_bytes(costs: StepCosts, optimizer: str, element: int, *, shards: int =
 
     Args:
         costs: of the model.
-        optimizer: "adamw", "lamb" or "lars".
+        optimizer: as `optim.name`.
         element: bytes per element: 4, or 8 in fp64.
         shards: processes that share one copy; 1: every process has its own.
     """
@@ -156,9 +156,8 @@ def sharded(costs: StepCosts, element: int) -> StepCosts:
 def whole_bytes(costs: StepCosts, images: int, world_size: int = 1) -> float:
     """Bytes of a step that takes all its images at once, besides the state."""
     heads = _heads(costs, images, world_size)
-    return _resident(costs, images) + max(
-        costs.graph.at(images) + max(costs.forward.at(images), heads), costs.train.at(images)
-    )
+    besides = max(costs.forward.at(images), heads) if costs.averaged else heads
+    return _resident(costs, images) + max(costs.graph.at(images) + besides, costs.train.at(images))
 
 
 def chunked_bytes(

@@ -52,6 +52,14 @@ def _left_out(config: Config, resolved: Resolved) -> str:
     )
 
 
+def _peak_line(config: Config) -> str:
+    """How the peak learning rate comes about: `lr = 0.00015 x 4096 / 256 = 0.0024`."""
+    lr, batch = config.optim.lr, config.global_batch_size
+    scaled = {"linear": f" x {batch} / 256 =", "sqrt": f" x sqrt({batch}) =", "none": ""}
+    factor = scaled[config.optim.lr_scaling]
+    return f"lr = {lr:g}{factor} {config.peak_lr:g}" if factor else f"lr = {lr:g}"
+
+
 class Recorder:
     """The records of one run on one rank; only rank 0 writes.
 
@@ -131,7 +139,7 @@ class Recorder:
             f"{config.recipe}  {counted(resolved.sample_count, 'image')}, "
             f"{counted(resolved.steps_per_epoch, 'step')} per epoch, "
             f"batch {config.global_batch_size} on {world.world_size} x {world.device.type}, "
-            f"lr = {config.optim.lr:g} x {config.global_batch_size} / 256 = {resolved.peak_lr:g}",
+            f"{_peak_line(config)}",
         )
 
         if start_step == 0 and (rest := _left_out(config, resolved)):

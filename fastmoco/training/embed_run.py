@@ -1,119 +1,363 @@
-"""Features of sets by the encoder of a run, with the names of their files."""
+"""Features of sets by the encoder of a run or of a file, on one or several processes, in parts that
+survive a kill."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import replace
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor
 
+from fastmoco.checkpoint import CheckpointError
 from fastmoco.config import Config
+from fastmoco.config.serial import to_json
+from fastmoco.distributed.first_rank import first_rank_does
+from fastmoco.distributed.gather import gather_rows
 from fastmoco.distributed.mesh import World
-from fastmoco.errors import RunError
-from fastmoco.evaluation.embed import embed_part, encoder_function, eval_mode
-from fastmoco.evaluation.embeddings import Embeddings
-from fastmoco.evaluation.rows import MemoryRows
+from fastmoco.evaluation.embed import LabelledRows, encoder_function
+from fastmoco.evaluation.embeddings import Embeddings, ImageNames
+from fastmoco.evaluation.feature_cache import (
+    BATCH,
+    FeatureCache,
+    embed_missing,
+    encoder_digest,
+    no_progress,
+    share_of,
+)
+from fastmoco.evaluation.knn import Progress
+from fastmoco.evaluation.monitor import evenly
 from fastmoco.models.precision import choose_precision
 from fastmoco.training import setup
-from fastmoco.training.load_run import load_run
+from fastmoco.training.encoder_source import EncoderSource, Which, load_source
 from fastmoco_pipelines import ShardSet, build_eval_loader
+from fastmoco_pipelines.files import user_cache
+from fastmoco_pipelines.loading.batch import EvalBatch
+from fastmoco_pipelines.making.folder_cache import max_side_of
 from fastmoco_pipelines.spec import EvalLoaderSpec
+from fastmoco_pipelines.text import redact
+
+Tokens = Literal["class", "mean", "patch"]
+"""The feature of the encoder; the mean of its patch tokens; or all of these."""
+Shown = Callable[[str], AbstractContextManager[Progress]]
+"""Shows the progress of a named work, in a context."""
 
 
+def shows_nothing(what: str) -> AbstractContextManager[Progress]:
+    """No progress."""
+    del what
+    return nullcontext(no_progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFeatures:
+    """The features of a set, on disk until the context of `Embedder.features` ends.
+
+    Attributes:
+        cache: all its parts are there.
+        shards: the set, open.
+        pattern: of the shards.
+        step: of the run whose encoder it is.
+        world: this process among its peers.
+    """
+
+    cache: FeatureCache
+    shards: ShardSet
+    pattern: str
+    step: int
+    world: World
+
+    @property
+    def share(self) -> range:
+        """The parts of this rank."""
+        return share_of(self.cache.parts, self.world.rank, self.world.world_size)
+
+    def rows(self, *, memory_bytes: int | None = None) -> LabelledRows:
+        """Features and labels of this rank's share. Close the rows."""
+        return self.cache.rows(self.share, memory_bytes=memory_bytes)
+
+    def names(self) -> ImageNames:
+        """Labels and numbers of all images, and on the first rank their paths. Collective.
+
+        Raises:
+            ValueError: on all ranks, if no image decodes.
+        """
+        none = torch.empty(0, dtype=torch.int64)
+        parts = list(self.cache.labels(self.share))
+        labels = gather_rows(torch.cat([none, *(part[0] for part in parts)]), self.world.device)
+        samples = gather_rows(torch.cat([none, *(part[1] for part in parts)]), self.world.device)
+        if not len(labels):
+            raise ValueError(f"{self.pattern}: has no image that decodes")
+        sample_ids = samples.numpy()
+        return ImageNames(
+            labels=labels,
+            sample_ids=sample_ids,
+            paths=self.shards.paths_of(sample_ids) if self.world.rank == 0 else [],
+            classes=self.shards.classes,
+            digest=self.shards.digest,
+            step=self.step,
+            pattern=self.pattern,
+        )
+
+    def embeddings(self) -> Embeddings:
+        """Names, and the features of this rank's share in memory. Collective."""
+        names = self.names()
+        found = self.rows()
+        size = torch.tensor([[len(found.rows), found.rows.width]])
+        counts, widths = gather_rows(size, self.world.device).T.tolist()
+        features = found.rows.block(0, len(found.rows))
+        if not len(features):
+            features = features.new_empty(0, max(widths))
+        return Embeddings(
+            **vars(names),
+            features=features,
+            first=sum(counts[: self.world.rank]),
+        )
+
+
+class Embedder:
+    """An encoder with what it needs on this machine to embed sets.
+
+    Args:
+        source: of the encoder, on the device of `world`; it is put into eval mode.
+        world: this process among its peers.
+        tokens: what is kept of an image.
+        report: called with each image that is left out, in a sentence.
+
+    Attributes:
+        config: of the run; for a file the default one, of which only the options of reading apply.
+        step: of the run.
+        max_side: pixels to which the images of a folder are shrunk when it is packed.
+
+    Raises:
+        CheckpointError: if the encoder has no such tokens.
+    """
+
+    def __init__(
+        self,
+        source: EncoderSource,
+        world: World,
+        *,
+        tokens: Tokens = "class",
+        report: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.config = replace(source.config or Config(), device="auto")
+        self.step = source.step
+        self.max_side = self.config.data.max_side or max_side_of(source.image.size)
+        self._image = source.image
+        self._world = world
+        self._report = report
+        self._threads = setup.share_cores(self.config)
+        encoder = source.encoder.eval()
+        self._precision = choose_precision(self.config.precision, world.device)
+        if next(encoder.parameters()).dtype == torch.float64:
+            self._precision = "fp64"
+        function = encoder if tokens == "class" else _token_function(encoder, tokens, source)
+        self._encode = encoder_function(function, world.device, self._precision)
+        self._row_bytes = 4 * encoder.embed_dim * (encoder.tokens if tokens == "patch" else 1)
+        header = {name: value for name, value in source.facts.items() if name != "source"}
+        self._key: dict[str, Any] = {
+            "encoder": encoder_digest(encoder),
+            "facts": header,
+            "model": to_json(source.config)["model"] if source.config is not None else {},
+            "image": asdict(source.image),
+            "tokens": tokens,
+            "precision": self._precision,
+            "device": world.device.type,
+            "torch": str(torch.__version__),
+        }
+
+    @contextmanager
+    def features(
+        self,
+        sets: Sequence[tuple[str, ShardSet, int]],
+        root: Path,
+        *,
+        shown: Shown = shows_nothing,
+    ) -> Iterator[list[StoredFeatures]]:
+        """The features of some sets. Collective, once in a start.
+
+        They are computed in parts below a folder. If this process is killed, or the context ends
+        with an error, the parts stay and the next call does not compute them again. If it ends
+        without one, they are removed.
+
+        Args:
+            sets: for each its pattern, itself, and its largest number of images, spread over it;
+                0: all.
+            root: folder of the parts; that of rank 0 counts.
+            shown: shows the progress, on rank 0.
+        """
+        world = self._world
+        place = Path(first_rank_does(world, "features", lambda: str(root)))
+        caches: dict[Path, FeatureCache] = {}
+        found = []
+        with ExitStack() as stack:
+            for number, (pattern, shards, limit) in enumerate(sets):
+                cache = FeatureCache(
+                    place,
+                    {**self._key, "set": shards.digest},
+                    sample_ids=_chosen(shards, limit),
+                    row_bytes=self._row_bytes,
+                )
+                if cache.path in caches:  # the same set again
+                    cache = caches[cache.path]
+                else:
+                    caches[cache.path] = cache
+                    first_rank_does(world, f"features {number}", partial(_acquired, cache))
+                    if world.rank == 0:
+                        stack.callback(cache.release)
+                    show = shown if world.rank == 0 else shows_nothing
+                    with show(f"embedding {redact(pattern)}") as progress:
+                        self._embed(pattern, shards, cache, progress)
+                found.append(
+                    StoredFeatures(
+                        cache=cache, shards=shards, pattern=pattern, step=self.step, world=world
+                    )
+                )
+            yield found
+            first_rank_does(world, "features used", partial(_removed, caches.values()))
+
+    def _embed(
+        self, pattern: str, shards: ShardSet, cache: FeatureCache, progress: Progress
+    ) -> None:
+        """Compute the parts that are missing."""
+        data = self.config.data
+        device = setup.data_device(self.config, self._world)
+        spec = EvalLoaderSpec(
+            shards=pattern,
+            image=self._image,
+            batch_size=BATCH,
+            device=device,
+            threads=data.threads or self._threads,
+            max_bad_share=data.max_bad_share,
+            cache_dir=data.cache_dir,
+            cache_size_gb=data.cache_size_gb,
+        )
+
+        def batches_of(sample_ids: NDArray[np.int64]) -> Iterable[EvalBatch]:
+            loader = build_eval_loader(
+                spec,
+                device_id=self._world.device.index if device == "gpu" else None,
+                shards=shards,
+                sample_ids=sample_ids,
+            )
+            loader.report = self._report
+            with loader:
+                yield from loader
+
+        embed_missing(
+            cache,
+            self._encode,
+            batches_of,
+            rank=self._world.rank,
+            ranks=self._world.world_size,
+            device=self._world.device,
+            progress=progress,
+        )
+
+
+def _token_function(
+    encoder: Any, tokens: Tokens, source: EncoderSource
+) -> Callable[[Tensor], Tensor]:
+    """From images to the mean of the patch tokens, or to all of them."""
+    all_tokens: Callable[[Tensor], Tensor] | None = getattr(encoder, "token_features", None)
+    if all_tokens is None:
+        raise CheckpointError(
+            f"{source.facts['source']}: tokens={tokens!r}: a {type(encoder).__name__} has no patch "
+            "tokens, as only vision transformers have; take tokens=class, its feature"
+        )
+    if tokens == "patch":
+        return all_tokens
+    return lambda images: all_tokens(images).mean(1)
+
+
+def _chosen(shards: ShardSet, limit: int) -> NDArray[np.int64]:
+    """The images that are asked for, as the evaluation loader spreads them."""
+    chosen: NDArray[np.int64] = evenly(len(shards), limit)
+    return chosen
+
+
+def _acquired(cache: FeatureCache) -> str:
+    cache.acquire()
+    return ""
+
+
+def _removed(caches: Iterable[FeatureCache]) -> str:
+    for cache in caches:
+        cache.remove()
+    return ""
+
+
+def parts_folder(source: Path) -> Path:
+    """Where the parts of features by the encoder of a source are kept: in its run, if that can be
+    written, otherwise in the user's cache.
+
+    Raises:
+        OSError: if this user has no home folder.
+    """
+    if source.is_dir():
+        run = source if (source / "checkpoints").is_dir() else source.resolve().parents[1]
+        if os.access(run, os.W_OK):
+            return run / "features"
+    return user_cache() / "features"
+
+
+@contextmanager
 def embed_run(
     run: Path,
     sets: Sequence[tuple[str, int]],
     world: World,
     *,
+    which: Which = "base",
     best: bool = False,
-    locate: Callable[[str, Config], str] = lambda pattern, config: pattern,
+    tokens: Tokens = "class",
+    root: Path | None = None,
+    locate: Callable[[str, int], str] = lambda pattern, max_side: pattern,
     report: Callable[[str], None] = lambda text: None,
-) -> list[Embeddings]:
-    """Features of some sets by the encoder of a checkpoint of a run.
+    shown: Shown = shows_nothing,
+) -> Iterator[tuple[EncoderSource, list[StoredFeatures]]]:
+    """Features of some sets by the encoder of a run or of a file. Collective.
 
     Args:
-        run: folder of the run, or of one checkpoint.
+        run: folder of the run, or of one checkpoint, or a file of weights.
         sets: for each its pattern and its largest number of images, spread over it; 0: all.
-        world: this process, the only one.
+        world: this process among its peers.
+        which: the encoder of a run.
         best: the checkpoint with the highest kNN accuracy, in place of the newest.
-        locate: returns the shards of a pattern, which may be a folder of images.
+        tokens: what is kept of an image.
+        root: folder of the parts of features; None: that of `parts_folder`.
+        locate: returns the shards of a pattern, which may be a folder of images, whose images are
+            shrunk to so many pixels; called on rank 0.
         report: called with each image or checkpoint that is left out, in a sentence.
+        shown: shows the progress.
+
+    Returns:
+        The source of the encoder, and the features, which are on disk until the context ends.
 
     Raises:
-        RunError, CheckpointError: as of `load_run`; or if there are several processes.
-        ShardError, ValueError: if a set cannot be opened, or has no image that decodes.
+        RunError, CheckpointError: as of `load_source` and `Embedder`.
+        ShardError, ValueError: if a set cannot be opened.
     """
-    if world.world_size > 1:
-        raise RunError("this command runs in one process: start it without torchrun or srun")
-    objective, saved, checkpoint = load_run(run, world.device, best=best)
-    for path, reason in checkpoint.skipped:
-        report(f"passed over {path.name}: {reason}")
-    config = replace(saved, device="auto")
-    threads = setup.share_cores(config)
-    encoder = objective.encoder
-    with eval_mode(encoder):
-        return [
-            _embed(
-                encoder,
-                config,
-                locate(pattern, config),
-                limit,
-                world,
-                threads,
-                checkpoint.step,
-                report,
+    source = load_source(run, world.device, which=which, best=best)
+    if world.rank == 0:
+        for note in source.notes:
+            report(note)
+    embedder = Embedder(source, world, tokens=tokens, report=report)
+    with ExitStack() as stack:
+        opened = []
+        for number, (given, limit) in enumerate(sets):
+            pattern = first_rank_does(
+                world, f"set {number}", partial(locate, given, embedder.max_side)
             )
-            for pattern, limit in sets
-        ]
-
-
-def _embed(
-    encoder: nn.Module,
-    config: Config,
-    pattern: str,
-    limit: int,
-    world: World,
-    threads: int,
-    step: int,
-    report: Callable[[str], None],
-) -> Embeddings:
-    data = config.data
-    device = setup.data_device(config, world)
-    spec = EvalLoaderSpec(
-        shards=pattern,
-        image=config.eval_spec(),
-        batch_size=256,
-        device=device,
-        threads=data.threads or threads,
-        limit=limit or None,
-        max_bad_share=data.max_bad_share,
-        cache_dir=data.cache_dir,
-        cache_size_gb=data.cache_size_gb,
-    )
-    with closing(ShardSet.open(pattern, cache=data)) as shards:
-        loader = build_eval_loader(
-            spec, device_id=world.device.index if device == "gpu" else None, shards=shards
-        )
-        loader.report = report
-        encode = encoder_function(
-            encoder, world.device, choose_precision(config.precision, world.device)
-        )
-        found = embed_part(encode, loader)
-        assert isinstance(found.rows, MemoryRows)
-        assert found.sample_ids is not None
-        if not len(found.rows):
-            raise ValueError(f"{pattern}: has no image that decodes")
-        sample_ids = found.sample_ids.numpy()
-        return Embeddings(
-            features=found.rows.tensor.to(torch.float32),
-            labels=found.labels,
-            sample_ids=sample_ids,
-            paths=shards.paths_of(sample_ids),
-            classes=shards.classes,
-            digest=shards.digest,
-            step=step,
-            pattern=pattern,
-        )
+            shards = ShardSet.open(pattern, cache=embedder.config.data)
+            stack.callback(shards.close)
+            opened.append((pattern, shards, limit))
+        place = root if root is not None else parts_folder(Path(run))
+        yield source, stack.enter_context(embedder.features(opened, place, shown=shown))

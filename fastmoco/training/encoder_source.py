@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.config import Config
-from fastmoco.models.encoder_file import load_encoder
+from fastmoco.models.encoder_file import (
+    Description,
+    LoadedEncoder,
+    describe_run,
+    description_of,
+    encoder_header,
+    load_encoder,
+)
+from fastmoco.models.weights.building import load_foreign
+from fastmoco.models.weights.foreign import Which
+from fastmoco.models.weights.reading import is_weights
 from fastmoco.training.load_run import load_run
+from fastmoco_pipelines.files import utf8_name
 from fastmoco_pipelines.spec import EvalSpec
 
-Which = Literal["base", "momentum"]
-"""Which encoder of a run: the trained one, or its moving average."""
+__all__ = ["EncoderSource", "Which", "load_source"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +42,10 @@ class EncoderSource:
         config: of the run; None for a file.
         step: optimizer steps of the run; 0 for a file.
         facts: what a report must say of it, for JSON: source, which encoder, step, identity.
+        description: its sizes, for building it again.
+        header: where it comes from, as the header of a file.
+        networks: the tensors of all networks of the run or file with heads, `encoder.*`,
+            `momentum_encoder.*`, `predictor.*`, ...; empty for a file of one encoder.
         notes: what a user should know, in sentences.
     """
 
@@ -38,6 +54,9 @@ class EncoderSource:
     config: Config | None
     step: int
     facts: dict[str, Any]
+    description: Description
+    header: Mapping[str, str] = field(default_factory=dict)
+    networks: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
 
@@ -47,29 +66,27 @@ def load_source(
     *,
     which: Which = "base",
     best: bool = False,
+    heads: int | None = None,
 ) -> EncoderSource:
-    """Load an encoder to evaluate, to export or to start from.
+    """Load an encoder to evaluate or to export.
 
     Args:
-        source: folder of a run, or of one checkpoint in it; or a file of weights.
+        source: folder of a run, or of one checkpoint in it; or weights of moco-v3, timm,
+            torchvision, Hugging Face or fastmoco: a file, or a folder of Hugging Face.
         device: of the encoder.
-        which: the encoder of a run. A file of fastmoco has one.
+        which: the encoder of a run, or of a checkpoint of moco-v3. Other files have one.
         best: the checkpoint with the highest kNN accuracy, in place of the newest.
+        heads: attention heads, for a file of a ViT that does not show them.
 
     Raises:
         RunError, CheckpointError: if there is no such encoder, with the cure.
     """
-    if Path(source).is_file():
-        loaded = load_encoder(source, device=device)
-        step = int(loaded.header.get("step", 0))
-        facts: dict[str, Any] = {"source": str(source), "encoder": which, "step": step}
-        return EncoderSource(
-            encoder=loaded.encoder,
-            image=loaded.image,
-            config=None,
-            step=step,
-            facts=facts | {"header": loaded.header},
-        )
+    if is_weights(Path(source)):
+        if best:
+            raise CheckpointError(
+                f"{source} is a file of weights; --best needs the folder of a run"
+            )
+        return _of_file(Path(source), device, which, heads)
     objective, config, checkpoint = load_run(source, device, best=best)
     name = "encoder" if which == "base" else "momentum_encoder"
     if name not in objective.networks():
@@ -91,5 +108,75 @@ def load_source(
         config=config,
         step=checkpoint.step,
         facts=facts,
+        description=describe_run(config),
+        header={
+            **encoder_header(checkpoint),
+            "step": str(checkpoint.step),
+            "encoder": which,
+        },
+        networks=objective.state_dict(),
         notes=[f"passed over {path.name}: {reason}" for path, reason in checkpoint.skipped],
     )
+
+
+def _of_file(
+    source: Path, device: torch.device | str, which: Which, heads: int | None
+) -> EncoderSource:
+    """The encoder of a file: our own by its header, another one by its names."""
+    if _is_ours(source):
+        loaded = load_encoder(source, device=device)
+        own = "momentum" if loaded.header.get("encoder") == "momentum" else "base"
+        if which == "momentum" and own != which:
+            raise CheckpointError(
+                f"{source} is a base encoder; leave out --which momentum, or give the run"
+            )
+        step = _step(loaded)
+        return EncoderSource(
+            encoder=loaded.encoder,
+            image=loaded.image,
+            config=None,
+            step=step,
+            facts={"source": str(source), "encoder": own, "step": step, "header": loaded.header},
+            description=description_of(loaded.header),
+            header=loaded.header,
+        )
+    found = load_foreign(source, None if which == "base" else which, heads=heads, device=device)
+    facts = {
+        "source": str(source),
+        "format": found.weights.format,
+        "encoder": found.weights.which,
+        "step": 0,
+        "heads": found.description.heads,
+        **{key: value for key, value in found.weights.facts.items() if key != "header"},
+    }
+    return EncoderSource(
+        encoder=found.encoder,
+        image=found.description.image,
+        config=None,
+        step=0,
+        facts=facts,
+        description=found.description,
+        header={
+            **found.description.to_metadata(),
+            "source_format": found.weights.format,
+            "encoder": found.weights.which,
+        },
+        networks=found.weights.networks,
+        notes=found.weights.notes,
+    )
+
+
+def _is_ours(source: Path) -> bool:
+    """Whether a file has a header of fastmoco."""
+    if not source.is_file():
+        return False
+    try:
+        with utf8_name(source) as name, safe_open(name, framework="pt", device="cpu") as file:
+            return "architecture" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def _step(loaded: LoadedEncoder) -> int:
+    value = loaded.header.get("step", "0")
+    return int(value) if value.isascii() and value.isdigit() else 0

@@ -21,7 +21,7 @@ from fastmoco.models.compiled import CompileChoice, choose_compile, compile_bloc
 from fastmoco.models.float8_inference import float8_layers, require_whole
 from fastmoco.objectives.chunk_graphs import ChunkGraphs, require_capturable
 from fastmoco.objectives.chunked import ChunkedStep, require_separable
-from fastmoco.objectives.interface import START, Inputs, Objective, Output, Progress
+from fastmoco.objectives.interface import START, Objective, Output, Progress
 from fastmoco.objectives.prepare import view_preparation
 from fastmoco.planning.choose import choose_plan
 from fastmoco_pipelines.spec import each_view
@@ -153,6 +153,7 @@ class ForwardBackward:
         self,
         *views: Tensor,
         masks: tuple[Tensor, ...] = (),
+        labels: Tensor | None = None,
         at: Progress = START,
         accuracy: bool = False,
     ) -> Output:
@@ -161,6 +162,7 @@ class ForwardBackward:
         Args:
             views: [B, 3, H, W] each, of this rank, as the loader delivers them.
             masks: one for each view that has one.
+            labels: [B], on the device, where the objective needs them.
             at: the step.
             accuracy: as for `Objective.compare`.
 
@@ -177,18 +179,18 @@ class ForwardBackward:
         self._objective.before_step(at)
         for layer in self._float8:
             layer.refresh_()
-        output = self._forward_backward(Inputs(views, masks), at, accuracy)
+        rest: dict[str, Any] = {"masks": masks, "at": at, "accuracy": accuracy}
+        if labels is not None:
+            rest["labels"] = labels
+        output = self._forward_backward(views, rest)
         self._objective.after_backward(at)
         return output
 
-    def _forward_backward(self, inputs: Inputs, at: Progress, accuracy: bool) -> Output:
-        views, masks = inputs
+    def _forward_backward(self, views: tuple[Tensor, ...], rest: dict[str, Any]) -> Output:
         if self._chunked is not None:
-            return self._chunked(*views, masks=masks, at=at, accuracy=accuracy)
+            return self._chunked(*views, **rest)
         with self._autocast():
-            output: Output = self._forward(
-                *self.prepare(views), masks=masks, at=at, accuracy=accuracy
-            )
+            output: Output = self._forward(*self.prepare(views), **rest)
         output.loss.backward()  # type: ignore[no-untyped-call]
         return output
 
@@ -215,6 +217,8 @@ def _choose_for_blocks(
         )
     if config.model.family == "resnet":
         return CompileChoice(False, "a ResNet's convolutions are kernels of a library already")
+    if config.model.mlp_norm == "batch":
+        return CompileChoice(False, "mlp_norm=batch exchanges statistics inside the blocks")
     if config.model.blocks != "fused":
         return possible
     also = ", the momentum encoder's in float8 are compiled" if float8 else ""

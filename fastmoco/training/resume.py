@@ -23,6 +23,18 @@ MACHINE_FIELDS = ("world_size", "device", "threads", "optimizer", "chunk", "vers
 """Fields of `resolved` that describe the machine. A run that continues reports their changes."""
 
 
+SCHEDULE_FIELDS = (
+    "epochs",
+    "optim.lr",
+    "optim.lr_scaling",
+    "optim.schedule",
+    "optim.warmup_epochs",
+    "optim.warmup_lr",
+    "optim.final_lr",
+)
+"""Fields of the config that make the schedule of the learning rate."""
+
+
 def machine_changes(checkpoint: Checkpoint, now: Mapping[str, Any]) -> list[str]:
     """Differences between the machine that wrote a checkpoint and this one, each as `name before ->
     now`."""
@@ -68,36 +80,39 @@ def schedule_changes(checkpoint: Checkpoint, config: Config, now: Resolved) -> s
         now: the resolved values of the run now.
     """
     saved = from_json(checkpoint.state["config"], file=checkpoint.path / STATE)
-    names = ("epochs", "optim.lr", "optim.warmup_epochs")
     old, new = flatten(saved), flatten(config)
-    changed = [f"{name} {old[name]:g} -> {new[name]:g}" for name in names if old[name] != new[name]]
+    changed = [
+        f"{name} {_shown(old[name])} -> {_shown(new[name])}"
+        for name in SCHEDULE_FIELDS
+        if old[name] != new[name]
+    ]
     if not changed:
         return None
+    from fastmoco.optim.schedule import (  # a finished run needs no optimizer
+        run_end,
+        run_learning_rate,
+    )
 
     # The schedule is a function of the step alone, so both can be asked at any step.
     step = checkpoint.step
-    steps_before = max(1, round(saved.epochs * now.steps_per_epoch))
-    before = rate_at(step, saved, now.steps_per_epoch)
-    after = rate_at(step, config, now.steps_per_epoch)
+    before, after = run_learning_rate(step, saved, now), run_learning_rate(step, config, now)
     again = ": it rises again" if after > before and step > 0 else ""
+    (last, reached), (last_before, reached_before) = run_end(config, now), run_end(saved, now)
+    instead = (
+        f"{last_before}"
+        if reached == reached_before
+        else f"{reached_before:g} after step {last_before}"
+    )
     return (
         f"{', '.join(changed)}: the schedule spans all epochs, so the learning rate of step {step} "
-        f"is {after:.3g} instead of {before:.3g}{again}, and reaches 0 after step "
-        f"{now.total_steps} instead of {steps_before}"
+        f"is {after:.3g} instead of {before:.3g}{again}, and reaches {reached:g} after step {last} "
+        f"instead of {instead}"
     )
 
 
-def rate_at(step: int, config: Config, steps_per_epoch: int) -> float:
-    """The learning rate of a step."""
-    from fastmoco.optim.schedule import learning_rate  # a finished run needs no optimizer
-
-    return learning_rate(
-        step,
-        peak=config.peak_lr,
-        epochs=config.epochs,
-        warmup_epochs=config.optim.warmup_epochs,
-        steps_per_epoch=steps_per_epoch,
-    )
+def _shown(value: Any) -> str:
+    """A value of a config field in a sentence."""
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def require_run(checkpoint: Checkpoint | None) -> None:

@@ -17,6 +17,7 @@ import torch
 import fastmoco
 from fastmoco.config import Config, Resolved
 from fastmoco.distributed.mesh import World
+from fastmoco.evaluation.accuracy import AccuracyMonitor
 from fastmoco.evaluation.interface import Monitor
 from fastmoco.evaluation.monitor import KnnMonitor
 from fastmoco.models.encoder import Encoder
@@ -29,6 +30,7 @@ from fastmoco_pipelines import Loader, LoaderSpec, SyntheticLoader, build_loader
 from fastmoco_pipelines.loading.memory import loader_bytes
 from fastmoco_pipelines.sampling.order import ORDER_VERSION
 from fastmoco_pipelines.spec import Device
+from fastmoco_pipelines.text import redact
 from fastmoco_pipelines.views.runtime import WITHOUT_DALI, dali_version, has_dali
 
 
@@ -159,7 +161,10 @@ def build_monitors(
         quarantine_list=quarantine_list,
         scratch=scratch,
     )
-    return [knn] if knn is not None else []
+    accuracy = build_accuracy(
+        config, world, threads=threads, precision=precision, quarantine_list=quarantine_list
+    )
+    return [monitor for monitor in (knn, accuracy) if monitor is not None]
 
 
 def build_knn(
@@ -185,8 +190,42 @@ def build_knn(
         device=data_device(config, world),
         precision=precision,
         quarantine_list=quarantine_list,
-        memory_bytes=_half_of_free_memory,
+        memory_bytes=half_of_free_memory,
         scratch=scratch,
+    )
+
+
+def build_accuracy(
+    config: Config,
+    world: World,
+    *,
+    threads: int,
+    precision: str,
+    quarantine_list: Path | None = None,
+) -> AccuracyMonitor | None:
+    """Build the monitor of the accuracy; None for a run that learns no classes, without held-out
+    shards or without an interval.
+
+    Raises:
+        ValueError: if `accuracy.test_shards` is given for a run that learns no classes.
+    """
+    own = config.accuracy
+    if config.objective.label_count is None:
+        if own.test_shards:
+            raise ValueError(
+                f"accuracy.test_shards={redact(own.test_shards)!r}: {config.objective.kind} learns "
+                "no classes; give --knn.test-shards, or fine-tune the run: fastmoco eval finetune"
+            )
+        return None
+    if not (own.test_shards or config.knn.test_shards) or own.every_epochs == 0:
+        return None
+    return AccuracyMonitor(
+        config,
+        world,
+        threads=config.data.threads or threads,
+        device=data_device(config, world),
+        precision=precision,
+        quarantine_list=quarantine_list,
     )
 
 
@@ -194,7 +233,7 @@ def _has_knn(config: Config) -> bool:
     return bool(config.knn.test_shards) and config.knn.every_epochs > 0
 
 
-def _half_of_free_memory() -> int | None:
+def half_of_free_memory() -> int | None:
     """Of this machine, for this process; None if the system does not report it."""
     try:
         return free_bytes(torch.device("cpu")) // 2

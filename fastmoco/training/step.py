@@ -12,7 +12,7 @@ from fastmoco.config import Config, Resolved
 from fastmoco.objectives.interface import Objective, Output, Progress
 from fastmoco.optim.averaged import AveragedOptimizer
 from fastmoco.optim.groups import set_learning_rates
-from fastmoco.optim.schedule import learning_rate
+from fastmoco.optim.schedule import run_learning_rate
 from fastmoco.telemetry.stability import gradient_norms
 from fastmoco.training.step_guard import StepGuard
 from fastmoco_kernels.tensors import local
@@ -75,13 +75,7 @@ class TrainStep:
 
     def learning_rate(self, at: Progress) -> float:
         """The learning rate of a step, a pure function of its progress."""
-        return learning_rate(
-            at.step,
-            peak=self._resolved.peak_lr,
-            epochs=at.epochs,
-            warmup_epochs=self._config.optim.warmup_epochs,
-            steps_per_epoch=at.steps_per_epoch,
-        )
+        return run_learning_rate(at.step, self._config, self._resolved)
 
     def __call__(self, batch: Batch, at: Progress, *, accuracy: bool = False) -> StepResult:
         """One optimizer step.
@@ -94,11 +88,15 @@ class TrainStep:
         lr = self.learning_rate(at)
         set_learning_rates(self._optimizer.param_groups, lr, peak=self._resolved.peak_lr)
         views = [view.to(self._device, non_blocking=True) for view in batch.views]
+        labels = {}
+        if batch.labels is not None:
+            on_host = torch.from_numpy(batch.labels)
+            labels["labels"] = on_host.to(self._device, non_blocking=True)
         self._objective.zero_grad(set_to_none=True)
 
         # The forward writes buffers. The guard copies them, and restores them after a bad step.
         self._guard.begin()
-        output = self.forward_backward(*views, at=at, accuracy=accuracy)
+        output = self.forward_backward(*views, **labels, at=at, accuracy=accuracy)
 
         # An optimizer leaves parameters without a gradient as they are: no decay, no momentum.
         for name in self._objective.frozen(at) & self._trainable.keys():

@@ -40,7 +40,9 @@ from fastmoco.telemetry.recorder import Recorder
 from fastmoco.telemetry.stragglers import Stragglers
 from fastmoco.training import resume, setup
 from fastmoco.training import state as training_state
+from fastmoco.training.classes import with_classes
 from fastmoco.training.forward_backward import ForwardBackward
+from fastmoco.training.initial_weights import INITIAL, start_from
 from fastmoco.training.rollback import Rollback
 from fastmoco.training.saving import DEADLINE_S, Saving
 from fastmoco.training.start import Start, find_start, finished_already, give_back
@@ -85,6 +87,7 @@ class Trainer:
 
         # Model, forward and backward. This may shard parameters, so optimizer and restore follow.
         self.objective = build_objective(config, world.device)
+        self.initial = None if checkpoint else start_from(config, self.objective, world)
         self.attention = attention_choice(
             config, self.objective.encoder, self.precision, world.device
         )
@@ -175,6 +178,9 @@ class Trainer:
             folder, who, checkpoint = start.folder, start.identity, start.checkpoint
             undo.push(lambda _kind, error, _trace: give_back(folder, error))
 
+            # A run that learns classes knows their number before anything is compared or built.
+            config = with_classes(config, world, checkpoint)
+
             # Build the data, and check that the checkpoint belongs to it.
             loader = setup.build_train_loader(
                 config,
@@ -242,7 +248,9 @@ class Trainer:
             self.folder.trim_metrics(self.step_count if checkpoint is not None else -1)
             before = self.folder.read_config()
             ranks = with_start(before, self.step_count, self.world.world_size)
-            self.folder.write_config(saved | {RANKS: ranks})
+            initial = self.initial.to_json() if self.initial is not None else before.get(INITIAL)
+            kept = {INITIAL: initial} if initial and self.config.model.init else {}
+            self.folder.write_config(saved | {RANKS: ranks} | kept)
         recorder = Recorder(
             self.config,
             self.resolved,
@@ -255,6 +263,8 @@ class Trainer:
         )
 
         # Log the choices.
+        for line in self.initial.lines() if self.initial is not None else ():
+            recorder.event(line)
         recorder.event(f"attention: {self.attention}")
         chosen = self.forward_backward
         recorder.event(
@@ -448,7 +458,8 @@ class Trainer:
                     self.recorder.paused(),
                     self.pulse.inside(Section.MEASUREMENT, 6 * DEADLINE_S, doing),
                 ):
-                    figures = monitor.measure(self.objective.encoder, epoch, self.step_count)
+                    subject = monitor.subject(self.objective)
+                    figures = monitor.measure(subject, epoch, self.step_count)
                 self.recorder.measured(self.step_count, figures)
                 self._scored = self._scored_by(monitor, figures) or self._scored
 

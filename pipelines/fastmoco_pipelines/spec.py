@@ -312,9 +312,12 @@ class LoaderSpec(LoaderOptions):
     view_dtype: Literal["float32", "uint8"] = "float32"
     """Type of the views: `float32`, normalised; or `uint8`, the levels 0 to 255 before that last
     step, a quarter of the bytes. `levels.normalise` makes the first of the second, to the bit."""
+    classes: int = 0
+    """Classes of the labels that batches carry; 0: they carry none."""
 
     def __post_init__(self) -> None:
         LoaderOptions.__post_init__(self)
+        require(self.classes >= 0, "classes", self.classes, "counts classes; 0 asks for no labels")
         require(
             bool(self.shards.strip()),
             "shards",

@@ -26,7 +26,7 @@ from fastmoco.training.forward_backward import ForwardBackward
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import part
 from tests.distributed.run_trainer import CONFIG
-from tests.fastmoco.objectives.test_conformance import config_of, rough, views_of
+from tests.fastmoco.objectives.test_conformance import config_of, rest_of, rough, views_of
 
 IMAGES, STEPS = 12, 3
 WAYS: dict[str, dict[str, Any]] = {
@@ -38,9 +38,11 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def config_for(kind: type[ObjectiveConfig], strategy: str = "ddp", chunk: int = 0) -> Config:
-    """LARS, which does not enlarge the rounding of gradients that are zero in truth."""
+    """LARS, which does not enlarge the rounding of gradients that are zero in truth; stochastic
+    depth, whose draws are those of an image wherever it is."""
     return replace(
         config_of(kind, CONFIG),
+        model=replace(CONFIG.model, drop_path=0.3),
         global_batch_size=IMAGES,
         batch=BatchConfig(chunk=chunk or "none", kept=1 if chunk else "auto"),
         parallel=ParallelConfig(strategy=strategy),  # type: ignore[arg-type]
@@ -73,7 +75,8 @@ def run_steps(world: World, kind: type[ObjectiveConfig], **how: Any) -> dict[str
     for step in range(STEPS):
         views = [part(view, world) for view in views_of(config, IMAGES)]
         objective.zero_grad(set_to_none=True)
-        output = forward_backward(*views)
+        rest = {name: part(rows, world) for name, rows in rest_of(objective, IMAGES).items()}
+        output = forward_backward(*views, **rest)
         found["losses"].append(output.loss.detach())
         if step == 0:
             named = objective.named_parameters()

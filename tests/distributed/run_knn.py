@@ -17,7 +17,7 @@ from fastmoco.config import Config
 from fastmoco.distributed import World
 from fastmoco.evaluation import monitor as knn_monitor
 from fastmoco.evaluation.embed import LabelledRows
-from fastmoco.evaluation.knn import shared_knn_accuracy, shared_neighbours
+from fastmoco.evaluation.knn import shared_knn_accuracy, shared_knn_sweep, shared_neighbours
 from fastmoco.evaluation.monitor import KnnMonitor
 from fastmoco.evaluation.rows import FileRows, MemoryRows, Rows
 from fastmoco.objectives.build import build_objective
@@ -120,7 +120,23 @@ def run_search(world: World, name: str) -> dict[str, object]:
     }
     similar, index = shared_neighbours(*parts, **options)  # type: ignore[arg-type]
     accuracy = shared_knn_accuracy(*parts, temperature=0.07, **options)  # type: ignore[arg-type]
-    return {"similar": similar, "index": index, "accuracy": accuracy}
+
+    # A sweep in one search, and every pair of it alone.
+    del options["k"]
+    ks, temperatures = [1, sets.k, 7, 500], [0.07, 1.0]
+    swept = shared_knn_sweep(*parts, ks=ks, temperatures=temperatures, **options)  # type: ignore[arg-type]
+    alone = [
+        shared_knn_accuracy(*parts, k=k, temperature=temperature, **options)  # type: ignore[arg-type]
+        for k in ks
+        for temperature in temperatures
+    ]
+    return {
+        "similar": similar,
+        "index": index,
+        "accuracy": accuracy,
+        "swept": [count.accuracy for count in swept],
+        "alone": alone,
+    }
 
 
 def run_refused(world: World) -> dict[str, str]:

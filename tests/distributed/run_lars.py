@@ -1,4 +1,4 @@
-"""One of two real processes: LARS under FSDP2 and HSDP. Started by
+"""One of two real processes: LARS, LARC and SGD under FSDP2 and HSDP. Started by
 test_lars_ranks.py, as run_ranks.py is.
 """
 
@@ -18,12 +18,16 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from fastmoco.distributed import World
 from fastmoco.optim.apex import build_apex
+from fastmoco.optim.larc import LARC
+from fastmoco.optim.sgd import SGD
 from fastmoco_kernels.lars.op import lars_step_
 from fastmoco_kernels.lars.optimizer import LARS
 from tests.distributed.cases import run_cases
 
 STEPS = 3
 LR = 2.0
+IN_BUFFER = {"lr_in_buffer": True, "adapt": True}
+"""The rate inside the buffer, and a bias that is adapted: its shards need the whole norm, too."""
 
 
 class Model(nn.Module):
@@ -75,12 +79,16 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def run_sharded(
-    world: World, mesh: DeviceMesh, dtype: torch.dtype = torch.float64, backend: str = "auto"
+    world: World,
+    mesh: DeviceMesh,
+    dtype: torch.dtype = torch.float64,
+    backend: str = "auto",
+    **options: bool,
 ) -> dict[str, object]:
     """Train under fully_shard, counting the collectives of one step of the optimizer."""
     model = build(dtype)
     fully_shard(model, mesh=mesh)
-    optimizer = LARS(model.parameters(), lr=LR, weight_decay=0.05, backend=backend)
+    optimizer = LARS(model.parameters(), lr=LR, weight_decay=0.05, backend=backend, **options)
     calls = []
     all_reduce = dist.all_reduce
 
@@ -102,11 +110,32 @@ def run_sharded(
     }
 
 
+NUMBERS: dict[type[torch.optim.Optimizer], dict[str, float]] = {
+    LARC: {"lr": LR, "momentum": 0.9, "weight_decay": 0.05, "trust_coefficient": 0.1},
+    SGD: {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05},
+}
+
+
+def run_other(world: World, kind: type[torch.optim.Optimizer]) -> dict[str, object]:
+    """LARC or SGD on one dimension, sharded."""
+    model = build()
+    fully_shard(model, mesh=init_device_mesh("cpu", (world.world_size,)))
+    optimizer = kind(model.parameters(), **NUMBERS[kind])
+    rows = batch(0).shape[0] // world.world_size
+    train(model, optimizer, slice(world.rank * rows, (world.rank + 1) * rows))
+    buffers = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
+    return {
+        "params": {n: whole(p) for n, p in model.named_parameters()},
+        "buffers": [whole(b) for b in buffers],
+    }
+
+
 def run_fsdp(
-    world: World, dtype: torch.dtype = torch.float64, backend: str = "auto"
+    world: World, dtype: torch.dtype = torch.float64, backend: str = "auto", **options: bool
 ) -> dict[str, object]:
     """One dimension, sharded."""
-    return run_sharded(world, init_device_mesh("cpu", (world.world_size,)), dtype, backend)
+    mesh = init_device_mesh("cpu", (world.world_size,))
+    return run_sharded(world, mesh, dtype, backend, **options)
 
 
 def run_hsdp(world: World) -> dict[str, object]:
@@ -183,9 +212,12 @@ CASES: dict[str, Callable[[World], dict[str, object]]] = {
     "fsdp": run_fsdp,
     "fsdp fp32": lambda world: run_fsdp(world, torch.float32),
     "fsdp triton": lambda world: run_fsdp(world, backend="triton"),
+    "fsdp in buffer": lambda world: run_fsdp(world, **IN_BUFFER),
     "hsdp": run_hsdp,
     "hsdp sharded": run_hsdp_sharded,
     "mixed": run_mixed,
+    "larc": lambda world: run_other(world, LARC),
+    "sgd": lambda world: run_other(world, SGD),
     "shard ratios": run_shard_ratios,
     "refusals": run_refusals,
 }

@@ -49,10 +49,13 @@ def test_neighbours_and_accuracy_are_those_of_the_plain_formula(
     tables = sets.bank, sets.bank_labels, sets.queries, sets.query_labels
     accuracy = plain_knn_accuracy(*tables, k=sets.k, center=sets.center)
     assert [rank[name]["accuracy"] for rank in ranks] == [accuracy] * len(ranks)
+    for rank in ranks:
+        assert rank[name]["swept"] == rank[name]["alone"] == ranks[0][name]["alone"]
 
 
 def test_these_sets_can_tell_mistakes_apart() -> None:
-    """The tied sets have ties at the border of the k nearest, and centring changes an answer."""
+    """The tied sets have ties at the border of the k nearest; centring, k and the temperature change
+    an answer."""
     for name in ("ties", "rows repeated on all ranks"):
         sets = SETS[name]
         similar, _ = plain_neighbours(sets.bank, sets.queries, k=sets.k + 1)
@@ -63,6 +66,9 @@ def test_these_sets_can_tell_mistakes_apart() -> None:
         for sets in (plain, centred)
     ]
     assert not torch.equal(*found)
+    tables = plain.bank, plain.bank_labels, plain.queries, plain.query_labels
+    pairs = {(1, 0.07), (7, 0.07), (20, 0.07), (20, 1.0)}
+    assert len({plain_knn_accuracy(*tables, k=k, temperature=t) for k, t in pairs}) == len(pairs)
 
 
 def test_all_ranks_refuse_in_the_same_words(ranks: list[dict[str, Any]]) -> None:

@@ -1,13 +1,17 @@
-"""LARS on the shards of two real processes against one process with the whole tensors."""
+"""LARS, LARC and SGD on the shards of two real processes against one process with the whole tensors."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from fastmoco.optim.larc import LARC
+from fastmoco.optim.sgd import SGD
 from fastmoco_kernels.lars.optimizer import LARS
-from tests.distributed.run_lars import LR, STEPS, Model, build, train
+from tests.distributed.run_lars import IN_BUFFER, LR, NUMBERS, STEPS, Model, build, train
 from tests.distributed.test_ranks import Results, launch
+
+SHARDED = ("fsdp", "fsdp triton", "hsdp", "hsdp sharded", "mixed")
 
 
 @pytest.fixture(scope="module")
@@ -16,10 +20,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return launch(2, tmp_path_factory.mktemp("lars"), module="tests.distributed.run_lars")
 
 
-def one_process(dtype: torch.dtype = torch.float64) -> tuple[Model, list[torch.Tensor]]:
+def one_process(
+    dtype: torch.dtype = torch.float64, **options: bool
+) -> tuple[Model, list[torch.Tensor]]:
     """The model trained on the whole batches here, and its buffers."""
     model = build(dtype)
-    optimizer = LARS(model.parameters(), lr=LR, weight_decay=0.05)
+    optimizer = LARS(model.parameters(), lr=LR, weight_decay=0.05, **options)
     train(model, optimizer, slice(None), dtype)
     return model, [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
 
@@ -29,9 +35,9 @@ def distance(case: dict[str, object], model: Model) -> float:
     return max((case["params"][n] - p).abs().max().item() for n, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("case", ["fsdp", "fsdp triton", "hsdp", "hsdp sharded", "mixed"])
+@pytest.mark.parametrize("case", [*SHARDED, "fsdp in buffer"])
 def test_shards_take_the_steps_of_whole_tensors(ranks: Results, case: str) -> None:
-    model, buffers = one_process()
+    model, buffers = one_process(**(IN_BUFFER if case == "fsdp in buffer" else {}))
     assert (
         build().first.weight - model.first.weight
     ).abs().max() > 1e-3  # there was something to get right
@@ -39,6 +45,20 @@ def test_shards_take_the_steps_of_whole_tensors(ranks: Results, case: str) -> No
         assert distance(rank[case], model) <= 1e-13
         for ours, buffer in zip(rank[case].get("buffers", buffers), buffers, strict=True):
             assert (ours - buffer).abs().max() <= 1e-13
+
+
+@pytest.mark.parametrize("kind", [LARC, SGD])
+def test_other_optimizers_on_shards_are_those_on_whole_tensors(
+    ranks: Results, kind: type[torch.optim.Optimizer]
+) -> None:
+    model = build()
+    optimizer = kind(model.parameters(), **NUMBERS[kind])
+    train(model, optimizer, slice(None))
+    for rank in ranks:
+        case = rank[kind.__name__.lower()]
+        assert distance(case, model) <= 1e-13
+        for ours, p in zip(case["buffers"], model.parameters(), strict=True):
+            assert (ours - optimizer.state[p]["momentum_buffer"]).abs().max() <= 1e-13
 
 
 def test_float32_shards_to_rounding(ranks: Results) -> None:

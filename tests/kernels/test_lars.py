@@ -46,10 +46,12 @@ def _lists(device: torch.device, dtype: torch.dtype, steps: int = 3) -> Lists:
     return params, grads, [torch.zeros_like(p) for p in params]
 
 
-def _train(backend: str, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def _train(
+    backend: str, device: torch.device, dtype: torch.dtype, **options: object
+) -> list[Tensor]:
     params, steps, buffers = _lists(device, dtype)
     for lr, grads in zip((0.0, 2.5, 0.3), steps, strict=True):
-        lars_step_(params, grads, buffers, lr=lr, backend=backend, **NUMBERS)
+        lars_step_(params, grads, buffers, lr=lr, backend=backend, **NUMBERS, **options)
     return params + buffers
 
 
@@ -77,12 +79,36 @@ def test_golden_steps(golden, device, backend, dtype, tolerance):
         ).abs().max() <= tolerance * expected.abs().max().clamp_min(1), name
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_golden_steps_with_the_rate_in_the_buffer(golden, device, backend, dtype, tolerance):
+    """SimCLR's; biases and norms are excluded by name."""
+    data = golden("siblings/simclr")
+    names = [key[len("lars/init/") :] for key in data if key.startswith("lars/init/")]
+    params = [torch.from_numpy(data[f"lars/init/{name}"]).to(device, dtype) for name in names]
+    buffers = [torch.zeros_like(p) for p in params]
+    options = {key: float(data[f"lars/{key}"]) for key in NUMBERS}
+    options["adapt"] = [not ("batch_normalization" in n or "bias" in n) for n in names]
+    for step, lr in enumerate(data["lars/lr"].tolist()):
+        grads = [torch.from_numpy(data[f"lars/grads/{n}"][step]).to(device, dtype) for n in names]
+        lars_step_(params, grads, buffers, lr=lr, lr_in_buffer=True, backend=backend, **options)
+        for name, param in zip(names, params, strict=True):
+            expected = torch.from_numpy(data[f"lars/params/{name}"][step])
+            gap = (param.cpu().double() - expected).abs().max()
+            assert gap <= tolerance * expected.abs().max(), name
+
+
+OTHERWISE = {"adapt": [True, True, False, True, False, True, False, True, True]}
+
+
+@pytest.mark.parametrize("options", [{}, OTHERWISE, {**OTHERWISE, "lr_in_buffer": True}])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
-def test_ragged_sizes_match_float64(device, backend, dtype, tolerance):
-    truth = _train("reference", torch.device("cpu"), torch.float64)
+def test_ragged_sizes_match_float64(device, backend, dtype, tolerance, options):
+    """Also where vectors and a scalar are adapted and matrices are not."""
+    truth = _train("reference", torch.device("cpu"), torch.float64, **options)
     for shape, value, expected in zip(
-        SHAPES * 2, _train(backend, device, dtype), truth, strict=True
+        SHAPES * 2, _train(backend, device, dtype, **options), truth, strict=True
     ):
         assert value.shape == shape
         if value.numel():
@@ -156,12 +182,14 @@ def test_a_tensor_with_gaps_is_trained_by_foreach_and_refused_by_triton(device, 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("bad", [0.0, 1.0])
-def test_the_guard_keeps_everything_or_nothing(device, backend, bad):
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_guard_keeps_everything_or_nothing(device, backend, bad, inside):
     params, steps, buffers = _lists(device, torch.float32, steps=1)
     before = [t.clone() for t in params + buffers]
     steps[0][3].fill_(float("nan") if bad else 1.0)
     guard = torch.tensor([bad], device=device)
-    lars_step_(params, steps[0], buffers, lr=1.0, found_inf=guard, backend=backend, **NUMBERS)
+    options = {"found_inf": guard, "lr_in_buffer": inside, "backend": backend}
+    lars_step_(params, steps[0], buffers, lr=1.0, **options, **NUMBERS)
     same = [torch.equal(a, b) for a, b in zip(before, params + buffers, strict=True)]
     assert (
         all(same)
@@ -170,16 +198,18 @@ def test_the_guard_keeps_everything_or_nothing(device, backend, bad):
     )
 
 
+@pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_rate_in_a_tensor_is_the_same_rate(device, backend, dtype):
+def test_a_rate_in_a_tensor_is_the_same_rate(device, backend, dtype, inside):
     numbers, tensors = _lists(device, torch.float32, 1), _lists(device, torch.float32, 1)
-    lars_step_(numbers[0], numbers[1][0], numbers[2], lr=0.25, backend=backend)
+    lars_step_(numbers[0], numbers[1][0], numbers[2], lr=0.25, lr_in_buffer=inside, backend=backend)
     lars_step_(
         tensors[0],
         tensors[1][0],
         tensors[2],
         lr=torch.tensor(0.25, dtype=dtype, device=device),
+        lr_in_buffer=inside,
         backend=backend,
     )
     assert all(torch.equal(a, b) for a, b in zip(numbers[0], tensors[0], strict=True))
@@ -273,6 +303,7 @@ ONE = torch.ones(2, 2)
         ([ONE], [ONE], [ONE], {"trust_coefficient": 0.0}, "trust_coefficient=0.0"),
         ([ONE], [ONE], [ONE], {"found_inf": ONE}, "found_inf has 4 elements; it needs 1"),
         ([ONE], [ONE], [ONE], {"found_inf": torch.ones(1, device="meta")}, "found_inf is on meta, the parameters on cpu"),
+        ([ONE], [ONE], [ONE], {"adapt": []}, "1 params but 0 flags in adapt"),
         ([ONE], [ONE], [ONE], {"backend": "apex"}, "backend='apex' is none of"),
         ([ONE], [ONE], [ONE], {"backend": "reference", "reduce_squares": print}, "takes whole tensors"),
     ],

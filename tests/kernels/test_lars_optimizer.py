@@ -66,6 +66,46 @@ def test_it_follows_the_op_with_groups_of_their_own_and_skips_what_has_no_gradie
     assert frozen not in optimizer.state
 
 
+def test_the_rate_in_the_buffer_and_adaptation_by_group() -> None:
+    """A matrix without and a vector with decay and trust ratio, at a rate that changes."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape, dtype=torch.float64) for shape in ((3, 4), (5,), (2, 2), (6,))]
+    parameters = [nn.Parameter(tensor.clone()) for tensor in start]
+    groups = [
+        {"params": parameters[:1], "adapt": False},
+        {"params": parameters[1:2], "adapt": True},
+        {"params": parameters[2:]},
+    ]
+    optimizer = LARS(groups, lr=0.0, weight_decay=0.1, lr_in_buffer=True)
+    buffers = [torch.zeros_like(tensor) for tensor in start]
+    for lr in (0.5, 2.0, 1.0):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        grads = [torch.randn_like(tensor) for tensor in start]
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        optimizer.step()
+        for i, adapted in enumerate((False, True, True, False)):
+            update = grads[i]
+            if adapted:
+                update = update + 0.1 * start[i]
+                update = update * (0.001 * start[i].norm() / update.norm())
+            buffers[i] = 0.9 * buffers[i] + lr * update
+            start[i] = start[i] - buffers[i]
+            assert (parameters[i] - start[i]).abs().max() <= 1e-14
+
+
+def test_a_state_from_before_the_rate_could_be_in_the_buffer_is_read() -> None:
+    model = _model()
+    state = LARS(model.parameters(), lr=0.5).state_dict()
+    for group in state["param_groups"]:
+        del group["lr_in_buffer"], group["adapt"]
+    optimizer = LARS(model.parameters(), lr=0.0)
+    optimizer.load_state_dict(state)
+    _gradients(model, 0)
+    optimizer.step()
+
+
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_its_state_travels_by_torchs_conventions(backend: str) -> None:
     whole, cut = _model(), _model()
@@ -178,14 +218,17 @@ def _op_arguments() -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     params, grads, buffers = _op_arguments()
-    torch.library.opcheck(torch.ops.fastmoco.lars_squares.default, (params, grads, 0.1, backend))
+    adapt = [True, False]
+    arguments: tuple[object, ...] = (params, grads, 0.1, adapt, backend)
+    torch.library.opcheck(torch.ops.fastmoco.lars_squares.default, arguments)
     squares = torch.ones(2, 2, dtype=torch.float64, device=DEVICE)
     found_inf = torch.zeros(1, device=DEVICE)
-    for lr, found in (
-        (torch.tensor(0.1), None),
-        (torch.tensor(0.1, dtype=torch.float64), found_inf),
+    for lr, found, inside in (
+        (torch.tensor(0.1), None, True),
+        (torch.tensor(0.1, dtype=torch.float64), found_inf, False),
     ):
-        arguments = (params, grads, buffers, squares, lr, 0.9, 0.1, 0.001, found, backend)
+        numbers = (lr, adapt, 0.9, 0.1, 0.001, found, inside, backend)
+        arguments = (params, grads, buffers, squares, *numbers)
         torch.library.opcheck(torch.ops.fastmoco.lars_update_.default, arguments)
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 def squares_foreach(
-    params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float
+    params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float, adapt: Sequence[bool]
 ) -> Tensor:
-    """`squares_T2`; 0 where nothing is scaled: tensors of one dimension or none, empty shards."""
+    """`squares_T2`; 0 where nothing is scaled: tensors that are not adapted, empty shards."""
     squares_T2 = torch.zeros(len(params), 2, dtype=torch.float64, device=params[0].device)
-    scaled = [i for i, param in enumerate(params) if param.ndim > 1 and param.numel()]
+    scaled = [i for i, param in enumerate(params) if adapt[i] and param.numel()]
     if scaled:
         weights = [params[i] for i in scaled]
         decayed = torch._foreach_add(_as_params(params, grads, scaled), weights, alpha=weight_decay)
@@ -31,11 +31,13 @@ def update_foreach_(
     momentum_buffers: Sequence[Tensor],
     squares_T2: Tensor,
     lr: Tensor,
+    adapt: Sequence[bool],
     *,
     momentum: float,
     weight_decay: float,
     trust_coefficient: float,
     found_inf: Tensor | None,
+    lr_in_buffer: bool = False,
 ) -> None:
     """The update, given norms of whole tensors.
 
@@ -44,7 +46,7 @@ def update_foreach_(
     if found_inf is not None and bool(found_inf != 0):
         return
     updates = _as_params(params, grads, range(len(params)))
-    scaled = [i for i, param in enumerate(params) if param.ndim > 1]
+    scaled = [i for i, adapted in enumerate(adapt) if adapted]
     if scaled:
         ratios = trust_ratios(squares_T2, trust_coefficient)[scaled].unbind()
         decayed = torch._foreach_add(
@@ -55,6 +57,13 @@ def update_foreach_(
             updates[i] = update
     buffers = list(momentum_buffers)
     torch._foreach_mul_(buffers, momentum)
+    if lr_in_buffer:
+        if lr.is_cuda:
+            torch._foreach_add_(buffers, torch._foreach_mul(updates, lr.reshape(())))
+        else:
+            torch._foreach_add_(buffers, updates, alpha=lr.item())
+        torch._foreach_sub_(list(params), buffers)
+        return
     torch._foreach_add_(buffers, updates)
     if lr.is_cuda:
         torch._foreach_sub_(list(params), torch._foreach_mul(buffers, lr.reshape(())))

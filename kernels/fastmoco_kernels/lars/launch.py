@@ -24,12 +24,12 @@ _WORDS = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def squares_triton(
-    params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float
+    params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float, adapt: Sequence[bool]
 ) -> Tensor:
     """First pass, as `op.lars_squares`."""
     # Held until the launch: the table has only addresses.
     columns = [params, matching_grads(params, grads)]
-    table = pointer_table("lars_squares", columns, [_scaled(params)])
+    table = pointer_table("lars_squares", columns, [_scaled(params, adapt)])
     first = params[0]
 
     squares = torch.empty(table.rows, 2, dtype=torch.float64, device=first.device)
@@ -66,15 +66,17 @@ def update_triton_(
     momentum_buffers: Sequence[Tensor],
     squares_T2: Tensor,
     lr: Tensor,
+    adapt: Sequence[bool],
     *,
     momentum: float,
     weight_decay: float,
     trust_coefficient: float,
     found_inf: Tensor | None,
+    lr_in_buffer: bool = False,
 ) -> None:
     """Second pass, as `op.lars_update_`. Does not wait: an `lr` on the device is read there."""
     columns = [params, matching_grads(params, grads), momentum_buffers]
-    table = pointer_table("lars_update_", columns, [_scaled(params)])
+    table = pointer_table("lars_update_", columns, [_scaled(params, adapt)])
     if not table.chunks:
         return
     with device_guard(params[0]):
@@ -93,6 +95,7 @@ def update_triton_(
             trust_coefficient,
             WORD=_WORDS[params[0].dtype],
             CHUNK=table.chunk,
+            LR_IN_BUFFER=lr_in_buffer,
             num_warps=NUM_WARPS,
         )
     torch.autograd.graph.increment_version([*params, *momentum_buffers])
@@ -108,6 +111,6 @@ def matching_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Te
     ]
 
 
-def _scaled(params: Sequence[Tensor]) -> list[Tensor | None]:
-    """The column that marks tensors of two or more dimensions."""
-    return [param if param.ndim > 1 else None for param in params]
+def _scaled(params: Sequence[Tensor], adapt: Sequence[bool]) -> list[Tensor | None]:
+    """The column that marks tensors that are decayed and scaled."""
+    return [param if adapted else None for param, adapted in zip(params, adapt, strict=True)]

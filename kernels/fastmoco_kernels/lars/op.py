@@ -33,6 +33,8 @@ def lars_step_(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     trust_coefficient: float = 0.001,
+    adapt: Sequence[bool] | None = None,
+    lr_in_buffer: bool = False,
     reduce_squares: Callable[[Tensor], object] | None = None,
     found_inf: Tensor | None = None,
     backend: str = "auto",
@@ -42,7 +44,9 @@ def lars_step_(
     For a tensor of two or more dimensions `u = g + weight_decay * p`, then
     `u *= trust_coefficient * ||p|| / ||u||` (factor 1 if either norm is 0; no epsilon); for others,
     biases and norms, `u = g`. Then `b <- momentum * b + u` and `p <- p - lr * b`. You, Gitman,
-    Ginsburg 2017, with the rate outside the buffer as in MoCo v3's ResNet runs.
+    Ginsburg 2017, with the rate outside the buffer as in MoCo v3's ResNet runs and in BYOL. With
+    `lr_in_buffer` it is inside, as in SimCLR: `b <- momentum * b + lr * u` and `p <- p - b`. The
+    two differ where the rate changes.
 
     Args:
         params: T tensors of float32 or float64, any shape, one device; changed in place.
@@ -54,6 +58,9 @@ def lars_step_(
         momentum: in [0, 1).
         weight_decay: >= 0, added to the gradient before it is scaled.
         trust_coefficient: > 0.
+        adapt: for each tensor, whether it is decayed and scaled; default: tensors of two or more
+            dimensions. SimCLR and BYOL exclude biases and norms by name instead.
+        lr_in_buffer: whether the rate is a factor of what the buffer accumulates.
         reduce_squares: for tensors that are shards: called with the [T, 2] float64 squared norms of
             the local parts; it must add them in place over the ranks that hold the other parts.
         found_inf: one element on the same device; where it is not 0 nothing is changed.
@@ -81,6 +88,9 @@ def lars_step_(
     check_tensors(params, grads, momentum_buffers, found_inf)
     if not params:
         return
+    flags = by_dimensions(params) if adapt is None else list(adapt)
+    if len(flags) != len(params):
+        raise ValueError(f"{OP}: {len(params)} params but {len(flags)} flags in adapt")
 
     if backend == "reference":
         numbers = {
@@ -94,11 +104,19 @@ def lars_step_(
                 "reduce_squares needs another backend"
             )
         if found_inf is None or not bool(found_inf != 0):
-            lars_step_reference_(params, grads, momentum_buffers, lr=float(lr), **numbers)
+            lars_step_reference_(
+                params,
+                grads,
+                momentum_buffers,
+                lr=float(lr),
+                adapt=flags,
+                lr_in_buffer=lr_in_buffer,
+                **numbers,
+            )
         return
 
     chosen = resolve_backend(backend, params, momentum_buffers)
-    squares = lars_squares(params, grads, weight_decay, backend=chosen)
+    squares = lars_squares(params, grads, weight_decay, flags, backend=chosen)
     if reduce_squares is not None:
         reduce_squares(squares)
     lars_update_(
@@ -106,13 +124,20 @@ def lars_step_(
         grads,
         momentum_buffers,
         squares,
+        flags,
         lr=lr,
         momentum=momentum,
         weight_decay=weight_decay,
         trust_coefficient=trust_coefficient,
         found_inf=found_inf,
+        lr_in_buffer=lr_in_buffer,
         backend=chosen,
     )
+
+
+def by_dimensions(params: Sequence[Tensor]) -> list[bool]:
+    """The tensors that are adapted unless the caller says otherwise: not biases and norms."""
+    return [param.ndim > 1 for param in params]
 
 
 def check_numbers(
@@ -186,22 +211,28 @@ def resolve_backend(
     return chosen
 
 
-def lars_bytes(params: Sequence[Tensor]) -> int:
+def lars_bytes(params: Sequence[Tensor], adapt: Sequence[bool] | None = None) -> int:
     """Bytes that one step must move.
 
     The first pass reads p and g where scaled; the second reads p, g and b and writes p and b.
 
-    28 a float32 element of a tensor of two or more dimensions, 20 of others. The [T, 2] sums and
+    28 a float32 element of a tensor that is adapted, 20 of others. The [T, 2] sums and
     the table add some hundred bytes a tensor, the partial sums 16 a chunk of 2048 elements; neither
     is counted.
     """
     return sum(
-        (7 if param.ndim > 1 else 5) * param.numel() * param.element_size() for param in params
+        (7 if adapted else 5) * param.numel() * param.element_size()
+        for param, adapted in zip(params, adapt or by_dimensions(params), strict=True)
     )
 
 
 def lars_squares(
-    params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float, *, backend: str
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    weight_decay: float,
+    adapt: Sequence[bool],
+    *,
+    backend: str,
 ) -> Tensor:
     """First pass: [T, 2] float64 of `||p||^2` and `||g + weight_decay * p||^2`, 0 where not scaled.
 
@@ -209,10 +240,10 @@ def lars_squares(
     """
     if traced():
         squares: Tensor = torch.ops.fastmoco.lars_squares(
-            list(params), list(grads), weight_decay, backend
+            list(params), list(grads), weight_decay, list(adapt), backend
         )
         return squares
-    return _run_squares(params, grads, weight_decay, backend)
+    return _run_squares(params, grads, weight_decay, adapt, backend)
 
 
 def lars_update_(
@@ -220,17 +251,28 @@ def lars_update_(
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
     squares: Tensor,
+    adapt: Sequence[bool],
     *,
     lr: float | Tensor,
     momentum: float,
     weight_decay: float,
     trust_coefficient: float,
     found_inf: Tensor | None,
+    lr_in_buffer: bool = False,
     backend: str,
 ) -> None:
     """Second pass: update buffers and parameters, given `lars_squares` of whole tensors."""
     rate = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
-    numbers = (rate, momentum, weight_decay, trust_coefficient, found_inf, backend)
+    numbers = (
+        rate,
+        list(adapt),
+        momentum,
+        weight_decay,
+        trust_coefficient,
+        found_inf,
+        lr_in_buffer,
+        backend,
+    )
     if traced():
         torch.ops.fastmoco.lars_update_(
             list(params), list(grads), list(momentum_buffers), squares, *numbers
@@ -240,13 +282,17 @@ def lars_update_(
 
 
 def _run_squares(
-    params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float, backend: str
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    weight_decay: float,
+    adapt: Sequence[bool],
+    backend: str,
 ) -> Tensor:
     if backend == "triton":
         from fastmoco_kernels.lars.launch import squares_triton
 
-        return squares_triton(params, grads, weight_decay)
-    return squares_foreach(params, grads, weight_decay)
+        return squares_triton(params, grads, weight_decay, adapt)
+    return squares_foreach(params, grads, weight_decay, adapt)
 
 
 def _run_update_(
@@ -255,10 +301,12 @@ def _run_update_(
     momentum_buffers: Sequence[Tensor],
     squares: Tensor,
     lr: Tensor,
+    adapt: Sequence[bool],
     momentum: float,
     weight_decay: float,
     trust_coefficient: float,
     found_inf: Tensor | None,
+    lr_in_buffer: bool,
     backend: str,
 ) -> None:
     if backend == "triton":
@@ -271,22 +319,34 @@ def _run_update_(
         momentum_buffers,
         squares,
         lr,
+        adapt,
         momentum=momentum,
         weight_decay=weight_decay,
         trust_coefficient=trust_coefficient,
         found_inf=found_inf,
+        lr_in_buffer=lr_in_buffer,
     )
 
 
 @torch.library.custom_op("fastmoco::lars_squares", mutates_args=())
 def _squares(
-    params: list[Tensor], grads: list[Tensor], weight_decay: float, backend: str
+    params: list[Tensor],
+    grads: list[Tensor],
+    weight_decay: float,
+    adapt: list[bool],
+    backend: str,
 ) -> Tensor:
-    return _run_squares(params, grads, weight_decay, backend)
+    return _run_squares(params, grads, weight_decay, adapt, backend)
 
 
 @_squares.register_fake
-def _(params: list[Tensor], grads: list[Tensor], weight_decay: float, backend: str) -> Tensor:
+def _(
+    params: list[Tensor],
+    grads: list[Tensor],
+    weight_decay: float,
+    adapt: list[bool],
+    backend: str,
+) -> Tensor:
     return params[0].new_empty((len(params), 2), dtype=torch.float64)
 
 
@@ -297,13 +357,24 @@ def _update(
     momentum_buffers: list[Tensor],
     squares: Tensor,
     lr: Tensor,
+    adapt: list[bool],
     momentum: float,
     weight_decay: float,
     trust_coefficient: float,
     found_inf: Tensor | None,
+    lr_in_buffer: bool,
     backend: str,
 ) -> None:
-    numbers = (lr, momentum, weight_decay, trust_coefficient, found_inf, backend)
+    numbers = (
+        lr,
+        adapt,
+        momentum,
+        weight_decay,
+        trust_coefficient,
+        found_inf,
+        lr_in_buffer,
+        backend,
+    )
     _run_update_(params, grads, momentum_buffers, squares, *numbers)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmoco_kernels.eager_optimizer import EagerOptimizer
 from fastmoco_kernels.lars.op import (
     BACKENDS,
+    by_dimensions,
     check_numbers,
     check_tensors,
     lars_squares,
@@ -28,14 +29,14 @@ class _Part(NamedTuple):
     locals: list[Tensor]
     grads: list[Tensor]
     buffers: list[Tensor]
+    adapt: list[bool]
     backend: str
 
 
 class LARS(EagerOptimizer):
     """Layer-wise adaptive rate scaling (You, Gitman, Ginsburg 2017), as MoCo v3 trains ResNets.
 
-    The equation and the rule by number of dimensions are documented at `lars_step_`. Parameters
-    without a gradient are left alone.
+    The equation is documented at `lars_step_`. Parameters without a gradient are left alone.
 
     Args:
         params: parameters, named parameters or groups, of float32 or float64; plain tensors or
@@ -43,8 +44,11 @@ class LARS(EagerOptimizer):
         lr: learning rate, a number or a 0-dimensional tensor; each group may have its own of all
             these.
         momentum: of the buffer, in [0, 1).
-        weight_decay: added to the gradient of tensors of two or more dimensions.
+        weight_decay: added to the gradient of tensors that are adapted.
         trust_coefficient: length of a step relative to the tensor's, before `lr`.
+        lr_in_buffer: whether the rate is a factor of what the buffer accumulates, as in SimCLR.
+        adapt: whether tensors are decayed and scaled; None: those of two or more dimensions. A
+            group may say True or False for all of its own.
         backend: `"auto"`, `"triton"` or `"foreach"`.
 
     Raises:
@@ -77,6 +81,8 @@ class LARS(EagerOptimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
+        lr_in_buffer: bool = False,
+        adapt: bool | None = None,
         backend: str = "auto",
     ) -> None:
         check_numbers(lr, momentum, weight_decay, trust_coefficient)
@@ -88,8 +94,17 @@ class LARS(EagerOptimizer):
             "momentum": momentum,
             "weight_decay": weight_decay,
             "trust_coefficient": trust_coefficient,
+            "lr_in_buffer": lr_in_buffer,
+            "adapt": adapt,
         }
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state that may be from before groups had `lr_in_buffer` and `adapt`."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("lr_in_buffer", False)
+            group.setdefault("adapt", None)
 
     @torch.no_grad()
     def step(
@@ -119,7 +134,13 @@ class LARS(EagerOptimizer):
 
         # Norms of whole tensors: local ones, added over the shards.
         squares = [
-            lars_squares(part.locals, part.grads, part.group["weight_decay"], backend=part.backend)
+            lars_squares(
+                part.locals,
+                part.grads,
+                part.group["weight_decay"],
+                part.adapt,
+                backend=part.backend,
+            )
             for part in parts
         ]
         whole = sums_over_shards(
@@ -132,11 +153,13 @@ class LARS(EagerOptimizer):
                 part.grads,
                 part.buffers,
                 rows,
+                part.adapt,
                 lr=part.group["lr"],
                 momentum=part.group["momentum"],
                 weight_decay=part.group["weight_decay"],
                 trust_coefficient=part.group["trust_coefficient"],
                 found_inf=found_inf,
+                lr_in_buffer=part.group["lr_in_buffer"],
                 backend=part.backend,
             )
         return loss
@@ -157,7 +180,7 @@ class LARS(EagerOptimizer):
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             alike.setdefault((parameter.device, parameter.dtype), []).append(parameter)
 
-        parts = []
+        parts, adapt = [], group["adapt"]
         for parameters in alike.values():
             own = local([parameter.detach() for parameter in parameters])
             grads = local(
@@ -172,6 +195,7 @@ class LARS(EagerOptimizer):
                     own,
                     grads,
                     buffers,
+                    by_dimensions(own) if adapt is None else [adapt] * len(own),
                     resolve_backend(self._backend, own, buffers),
                 )
             )

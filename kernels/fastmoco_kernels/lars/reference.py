@@ -16,14 +16,24 @@ def lars_step_reference_(
     momentum: float,
     weight_decay: float,
     trust_coefficient: float,
+    adapt: Sequence[bool],
+    lr_in_buffer: bool = False,
 ) -> None:
-    """You, Gitman, Ginsburg 2017, in place, in the tensors' dtype; the rate outside the buffer."""
-    for param, grad, buffer in zip(params, grads, momentum_buffers, strict=True):
+    """You, Gitman, Ginsburg 2017, in place, in the tensors' dtype.
+
+    `adapt` has a flag for each tensor: whether it is decayed and scaled. The rate is outside the
+    buffer, as in MoCo v3, or inside it, as in SimCLR.
+    """
+    for param, grad, buffer, adapted in zip(params, grads, momentum_buffers, adapt, strict=True):
         update = grad.to(param.dtype)
-        if param.ndim > 1:
+        if adapted:
             update = update + weight_decay * param
             param_norm, update_norm = param.norm(), update.norm()
             if param_norm > 0 and update_norm > 0:
                 update = update * (trust_coefficient * param_norm / update_norm)
-        buffer.mul_(momentum).add_(update)
-        param.sub_(lr * buffer)
+        if lr_in_buffer:
+            buffer.mul_(momentum).add_(lr * update)
+            param.sub_(buffer)
+        else:
+            buffer.mul_(momentum).add_(update)
+            param.sub_(lr * buffer)

@@ -114,6 +114,7 @@ def lars_update_kernel(
     trust_coefficient: tl.float64,
     WORD: tl.constexpr,
     CHUNK: tl.constexpr,
+    LR_IN_BUFFER: tl.constexpr,
 ):
     """Second pass: the trust ratio from whole norms, then buffer and parameter."""
     chunk = tl.program_id(0)
@@ -133,6 +134,9 @@ def lars_update_kernel(
     ratio = trust_coefficient * tl.sqrt(p_square) / tl.sqrt(tl.where(both, u_square, 1.0))
     ratio = tl.where(both, ratio, 1.0)
     decay = tl.where(scaled, tl.full((), weight_decay, tl.float64), 0.0)
+    if LR_IN_BUFFER:
+        ratio *= lr
+        lr = tl.full((), 1.0, tl.float64)
 
     p_address = tl.load(pointers_ptr + row)
     g_address = tl.load(pointers_ptr + rows + row)

@@ -39,11 +39,14 @@ class Batch:
             same image.
         sample_ids: [B] int64, on the host: row i's position in the manifest.
         step: the global step this batch belongs to, from 0.
+        labels: [B] int64, on the host: the class of the image in row i, also where it stands in
+            for a bad one; None unless `LoaderSpec.classes` asks for them.
     """
 
     views: tuple[Tensor, ...]
     sample_ids: NDArray[np.int64]
     step: int
+    labels: NDArray[np.int64] | None = None
 
     @property
     def normalised(self) -> bool:

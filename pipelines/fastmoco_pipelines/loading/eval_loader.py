@@ -1,4 +1,4 @@
-"""The evaluation loader: every image once, in manifest order, without augmentation.
+"""The evaluation loader: every image once, in manifest order, without augmentation or as one view.
 
 A bad image is left out without a stand-in; the other images are the same as with it.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastmoco_pipelines.errors import DecodeError
 from fastmoco_pipelines.healing.bad_samples import BadSamples
@@ -21,10 +23,20 @@ from fastmoco_pipelines.healing.culprit import Suspects
 from fastmoco_pipelines.healing.healer import Healer, Trial
 from fastmoco_pipelines.loading.batch import EvalBatch
 from fastmoco_pipelines.sets.shard_set import ShardSet
-from fastmoco_pipelines.spec import EvalLoaderSpec, require
+from fastmoco_pipelines.spec import EvalLoaderSpec, ViewSpec, require
+from fastmoco_pipelines.views.draws import draw_batch
 
-if TYPE_CHECKING:
-    from fastmoco_pipelines.views.dali import EvalPipeline
+Show = Callable[[Sequence[NDArray[np.uint8]], NDArray[np.int64]], Tensor]
+"""Makes images [B, 3, H, W] of encoded ones and their numbers in the set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Augmented:
+    """Images as the first view that a training loader of this seed makes of them in this epoch."""
+
+    view: ViewSpec
+    seed: int = 0
+    epoch: int = 0
 
 
 def build_eval_loader(
@@ -35,8 +47,10 @@ def build_eval_loader(
     device_id: int | None = None,
     quarantine_list: Path | None = None,
     shards: ShardSet | None = None,
+    sample_ids: NDArray[np.int64] | None = None,
+    augmented: Augmented | None = None,
 ) -> EvalLoader:
-    """Open the shards and build the DALI graph of resize, center crop and normalise.
+    """Open the shards and build the DALI graph of resize, center crop and normalise, or of a view.
 
     Args:
         spec: what to deliver.
@@ -46,13 +60,14 @@ def build_eval_loader(
         quarantine_list: a run's list of bad samples, read and added to; None: none is kept.
         shards: the set of `spec.shards`, already open, for several loaders in turn; the loader
             closes its files, not the set. None: the loader opens it.
+        sample_ids: [n] int64: these images, in this order, in place of a part of the set; then
+            `rank`, `world_size` and `spec.limit` are not used.
+        augmented: the view of each image that is delivered, in place of `spec.image`.
 
     Raises:
         ValueError: for numbers out of range or a pattern without shards.
         ShardError: if an index is missing, broken or stale, or more images are bad than allowed.
     """
-    from fastmoco_pipelines.views.dali import EvalPipeline
-
     require(world_size >= 1, "world_size", world_size, "needs at least one rank")
     require(0 <= rank < world_size, "rank", rank, f"must lie in [0, world_size={world_size})")
     require(
@@ -66,19 +81,52 @@ def build_eval_loader(
     bad = BadSamples(shards, max_bad_share=spec.max_bad_share, run_list=quarantine_list)
     suspects = Suspects(device=spec.device, device_id=device_id, threads=spec.threads)
     healer = Healer(shards, bad, suspects, threading.Event())
-    pipeline = EvalPipeline(
-        spec.image,
+    show = _show(spec, shards, device_id, augmented)
+
+    # A contiguous part of `count` numbers for each rank, which are then spread over the set.
+    if sample_ids is None:
+        count = len(shards) if spec.limit is None else min(spec.limit, len(shards))
+        first, end = rank * count // world_size, (rank + 1) * count // world_size
+        sample_ids = np.arange(first, end, dtype=np.int64) * len(shards) // count
+    else:
+        count = len(sample_ids)
+    return EvalLoader(shards, healer, show, sample_ids, count, spec.batch_size)
+
+
+def _show(
+    spec: EvalLoaderSpec, shards: ShardSet, device_id: int | None, augmented: Augmented | None
+) -> Show:
+    """How encoded images become images of a batch."""
+    from fastmoco_pipelines.views.dali import EvalPipeline, ViewPipeline
+
+    if augmented is None:
+        plain = EvalPipeline(
+            spec.image,
+            batch_size=spec.batch_size,
+            threads=spec.threads,
+            device=spec.device,
+            device_id=device_id,
+        )
+        return lambda encoded, _: plain.run(encoded)
+    views = ViewPipeline(
+        [augmented.view],
         batch_size=spec.batch_size,
         threads=spec.threads,
         device=spec.device,
         device_id=device_id,
     )
 
-    # A contiguous part of `count` numbers for each rank, which are then spread over the set.
-    count = len(shards) if spec.limit is None else min(spec.limit, len(shards))
-    part = np.arange(rank * count // world_size, (rank + 1) * count // world_size, dtype=np.int64)
-    sample_ids = part * len(shards) // count
-    return EvalLoader(shards, healer, pipeline, sample_ids, count, spec.batch_size)
+    def show(encoded: Sequence[NDArray[np.uint8]], ids: NDArray[np.int64]) -> Tensor:
+        draws = draw_batch(
+            [augmented.view],
+            seed=augmented.seed,
+            epoch=augmented.epoch,
+            sample_ids=ids,
+            sizes=shards.sizes_of(ids),
+        )
+        return views.run(encoded, draws)[0]
+
+    return show
 
 
 class EvalLoader:
@@ -96,7 +144,7 @@ class EvalLoader:
         self,
         shards: ShardSet,
         healer: Healer,
-        pipeline: EvalPipeline,
+        show: Show,
         sample_ids: NDArray[np.int64],
         count: int,
         batch_size: int,
@@ -106,7 +154,7 @@ class EvalLoader:
         self.report: Callable[[str], None] = logging.getLogger(__name__).warning
         self._shards = shards
         self._healer = healer
-        self._pipeline = pipeline
+        self._show = show
         self._sample_ids = sample_ids
         self._count = count
         self._batch_size = batch_size
@@ -176,7 +224,7 @@ class EvalLoader:
                 return None
             ids = ids[rows]
             try:
-                images = self._pipeline.run(encoded)
+                images = self._show(encoded, ids)
             except DecodeError as error:
                 found = trial.blame(error, ids, encoded)
             else:

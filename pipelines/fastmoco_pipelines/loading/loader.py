@@ -75,8 +75,8 @@ def build_loader(
         ValueError: for a batch that the ranks cannot share or that is larger than the set, a
             pattern without shards, an unknown version of the order, or a GPU without DALI.
         DecoderBrokenError: if DALI crashes, hangs or errs on this GPU.
-        ShardError: if an index is missing, broken or stale, or more samples are bad than
-            `spec.max_bad_share` allows.
+        ShardError: if an index is missing, broken or stale, more samples are bad than
+            `spec.max_bad_share` allows, or labels are asked for that the set has not.
     """
     from fastmoco_pipelines.views import self_test
     from fastmoco_pipelines.views.dali import ViewPipeline
@@ -96,6 +96,8 @@ def build_loader(
         self_test.require_working_decoder(spec.device, device_id)
     shards = ShardSet.open(spec.shards, cache=spec)
     try:
+        if spec.classes:
+            shards.require_labels(spec.shards, spec.classes)
         plan = Plan(
             seed=spec.seed,
             windows=shards.windows(spec.shuffle_window, spec),

@@ -42,6 +42,8 @@ class Prepared:
     encoded: list[NDArray[np.uint8]]
     draws: tuple[ViewDraws, ...]
     """One for each view."""
+    labels: NDArray[np.int64] | None
+    """Of the samples in these places; None where the spec asks for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,9 @@ class Source:
                         # once.
                         for number in range(len(views)):
                             views[number] = views[number].pin_memory()
-                return Batch(views=tuple(views), sample_ids=places.ids, step=step)
+                return Batch(
+                    views=tuple(views), sample_ids=places.ids, step=step, labels=prepared.labels
+                )
             except DecodeError as error:
                 with self.clock.stage(HEAL, step):
                     encoded = trial.blame(error, places.ids, prepared.encoded)
@@ -123,4 +127,5 @@ class Source:
             sizes=self.shards.sizes_of(places.ids),
             places=places.streams,
         )
-        return Prepared(places, encoded, draws)
+        labels = self.shards.labels_of(places.ids) if self.spec.classes else None
+        return Prepared(places, encoded, draws, labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from fastmoco_pipelines.loading.batch import Batch, BatchStream
@@ -65,10 +66,15 @@ class SyntheticLoader(BatchStream):
         else:
             views = [torch.randn(shape, generator=noise, dtype=torch.float32) for shape in shapes]
         self._views = tuple(view.to(device) for view in views)
+        # One class after another, whatever the step: an image is the same in every step.
+        rows = rank * self.local_batch_size + np.arange(self.local_batch_size, dtype=np.int64)
+        self._labels = rows % spec.classes if spec.classes else None
 
     def next(self) -> Batch:
         """The same batch under the next step's number."""
-        batch = Batch(views=self._views, sample_ids=self._sample_ids, step=self._step)
+        batch = Batch(
+            views=self._views, sample_ids=self._sample_ids, step=self._step, labels=self._labels
+        )
         self._step += 1
         return batch
 

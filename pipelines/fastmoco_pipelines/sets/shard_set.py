@@ -31,7 +31,7 @@ from fastmoco_pipelines.sets.patterns import expand_shards, is_remote
 from fastmoco_pipelines.sets.records import CHECKED_AT_OPENING, Indexes, Records
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.retries import Limits
-from fastmoco_pipelines.text import escaped
+from fastmoco_pipelines.text import escaped, redact
 
 __all__ = ["ShardError", "ShardSet", "expand_shards"]
 
@@ -152,6 +152,35 @@ class ShardSet:
         """[n] int64: the label of every sample, -1 = none."""
         parts = [records["label"] for records in self._records.all()]
         return np.concatenate(parts).astype(np.int64)
+
+    @property
+    def class_count(self) -> int:
+        """Classes of the set: those that a manifest names, or one more than the highest label,
+        which reads all records."""
+        return len(self.classes) or int(self.labels.max(initial=-1)) + 1
+
+    def require_labels(self, pattern: str, classes: int | None = None) -> None:
+        """Refuse the set for a training that needs a label of every image.
+
+        Args:
+            pattern: that it was opened by, for the message.
+            classes: that the training tells apart; None: any number.
+
+        Raises:
+            ShardError: naming the set and the cure.
+        """
+        if self.unlabelled:
+            raise ShardError(
+                f"{redact(pattern)}: {self.unlabelled} of {len(self)} images have no label, and a "
+                "training with labels needs all: pack the set from one folder per class "
+                "(fastmoco data pack), or index tars that contain labels (fastmoco data index)"
+            )
+        count = self.class_count
+        if classes is not None and count > classes:
+            raise ShardError(
+                f"{redact(pattern)}: it has {count} classes, more than objective.classes="
+                f"{classes}: give --objective.classes {count}, or the set of this number of classes"
+            )
 
     @property
     def sizes(self) -> NDArray[np.int32]:

@@ -195,6 +195,20 @@ def test_a_log_gets_a_line_a_minute_with_the_time_that_is_left(monkeypatch, caps
     ]
 
 
+def test_lines_at_growing_intervals(monkeypatch, capsys):
+    from fastmoco.cli import data
+
+    now = [0.0]
+    monkeypatch.setattr(data.time, "monotonic", lambda: now[0])
+    with data.progress_bar("embedding", growing=True) as advance:
+        for second in range(301):
+            now[0] = float(second)
+            advance(second, 400)
+    # After 20 s, and 40, 80 and 160 s later.
+    shown = [line.split()[2] for line in capsys.readouterr().err.splitlines()]
+    assert shown == ["5.0", "15.0", "35.0", "75.0"]
+
+
 @pytest.mark.parametrize(("calls", "stays"), [([], False), ([(2, 2)], True)])
 def test_only_the_bar_of_work_that_was_done_stays(calls, stays, monkeypatch, capsys):
     pytest.importorskip("tyro")
@@ -203,12 +217,12 @@ def test_only_the_bar_of_work_that_was_done_stays(calls, stays, monkeypatch, cap
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("TTY_INTERACTIVE", raising=False)
-    with progress_bar("packing") as advance:
+    with progress_bar("packing x-[/a].tar") as advance:
         for done, total in calls:
             advance(done, total)
     shown = capsys.readouterr().err
     erased = shown.rpartition("\x1b[2K")[2].strip() == ""
-    assert "packing" in shown
+    assert "packing x-[/a].tar" in shown
     assert erased is not stays
 
 

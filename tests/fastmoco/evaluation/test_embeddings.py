@@ -1,28 +1,14 @@
-"""Features with the names of files: what is written, exact neighbours, and outliers."""
+"""Features with the names of files: exact neighbours, and outliers."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
-from fastmoco.evaluation.embeddings import (
-    SUFFIXES,
-    Embeddings,
-    neighbours,
-    outliers,
-    require_target,
-    write_embeddings,
-)
-from fastmoco_pipelines.formats.index_json import path_from_json
+from fastmoco.evaluation.embeddings import Embeddings, neighbours, outliers
 
 CPU = torch.device("cpu")
-ODD = "dog/Gr\udcfcn.jpg"
-"""A path with a byte that is not UTF-8."""
 
 
 def embeddings(count: int, *, seed: int = 0, digest: str = "a", first: int = 0) -> Embeddings:
@@ -32,42 +18,11 @@ def embeddings(count: int, *, seed: int = 0, digest: str = "a", first: int = 0) 
         features=torch.randn(count, 5, generator=generator),
         labels=torch.arange(count) % 2,
         sample_ids=np.arange(first, first + 2 * count, 2),  # bad images are left out
-        paths=[*paths[:-1], ODD],
+        paths=paths,
         classes=("cat", "dog"),
         digest=digest,
         step=7,
     )
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_has_everything(tmp_path: Path, suffix: str) -> None:
-    found = embeddings(6)
-    out = write_embeddings(found, tmp_path / "new" / f"x{suffix}")
-    if suffix == ".npz":
-        with np.load(out) as archive:
-            read = {name: archive[name] for name in archive.files}
-        paths, classes = read["paths"].tolist(), read["classes"].tolist()
-    else:
-        with safe_open(out, "np") as file:
-            metadata = file.metadata()
-            read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        paths = [path_from_json(path) for path in json.loads(metadata["paths"])]
-        classes = json.loads(metadata["classes"])
-        read["step"] = int(metadata["step"])
-    assert paths == found.paths
-    assert tuple(classes) == found.classes
-    assert int(read["step"]) == 7
-    assert read["features"].dtype == np.float32
-    assert np.array_equal(read["features"], found.features.numpy())
-    assert np.array_equal(read["labels"], found.labels.numpy())
-    assert np.array_equal(read["samples"], found.sample_ids)
-    with pytest.raises(ValueError, match="exists; choose another file"):
-        write_embeddings(found, out)
-
-
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"must end in \.npz or \.safetensors"):
-        require_target(tmp_path / "x.csv")
 
 
 def plain(bank: Embeddings, queries: Embeddings, k: int) -> torch.Tensor:

@@ -27,6 +27,7 @@ from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
 from fastmoco.evaluation import interface
 from fastmoco.evaluation import monitor as knn_monitor
+from fastmoco.evaluation.confidence import wilson
 from fastmoco.evaluation.embed import LabelledRows
 from fastmoco.evaluation.interface import Monitor, saved_states
 from fastmoco.evaluation.monitor import KnnMonitor
@@ -179,7 +180,7 @@ def test_sets_are_refused_without_the_secrets_of_their_urls(labels, words, monke
 
     monkeypatch.setattr(knn_monitor.ShardSet, "open", opened)
     with pytest.raises(ValueError, match=words) as raised:
-        knn_monitor._open_comparable(
+        knn_monitor.open_comparable(
             "https://u:SECRET@h/b.tar", "https://u:SECRET@h/t.tar?SECRET", Config().data
         )
     assert "SECRET" not in str(raised.value)
@@ -414,12 +415,26 @@ def test_eval_knn_and_the_metrics_of_the_run_equal_a_plain_evaluation(
     ):
         line = _eval_knn(capsys, str(tmp_path), "--train", digits[0], "--test", digits[1], *words)
         chance = round(np.bincount(queries[1]).max() / 360, 6)
+        assert line["source"] == {
+            "source": str(tmp_path),
+            "checkpoint": "step_00000010",
+            "run_id": checkpoint.run_id,
+            "recipe": "quickstart_digits",
+            "method": "moco_v3",
+            "encoder": "base",
+            "step": 10,
+        }
         assert line == {
             "run": str(tmp_path),
             "step": 10,
             "knn": line["knn"],
             "k": k,
+            "temperature": temperature,
+            "interval": [round(x, 6) for x in wilson(round(360 * line["knn"]), 360)],
             "chance": chance,
+            "images": {"train": 1437, "test": 360},
+            "classes": 10,
+            "source": line["source"],
         }
         expected = _vote(bank, queries, k=k, temperature=temperature)
         assert line["knn"] == pytest.approx(expected, abs=1.5 / 360)
@@ -442,7 +457,8 @@ def test_eval_knn_of_a_run_that_measured_none(small_run, digits, tmp_path, capsy
     _train(replace(small_run, epochs=0.2, optim=optim), tmp_path)
     line = _eval_knn(capsys, str(tmp_path), "--train", digits[1], "--test", digits[1], "--k", "1")
     assert 0.1 <= line.pop("chance") < 0.13
-    assert line == {"run": str(tmp_path), "step": 1, "knn": 1.0, "k": 1}
+    assert (line["run"], line["step"], line["knn"], line["k"]) == (str(tmp_path), 1, 1.0, 1)
+    assert not (tmp_path / "features").exists()
 
 
 class Brightness(Monitor):

@@ -87,13 +87,35 @@ NAMES: dict[str, dict[str, list[str]]] = {
     }
     for kind in ("moco_v3", "byol")
 }
+NAMES["simclr"] = {"encoder": ENCODER + PROJECTOR}
+NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
 """Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load
 for good."""
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "supervised": {"classes": 5, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0},
+}
+"""What an objective cannot have by default, or has to be tested with."""
+
+
 def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
-    """A small run of an objective with the numbers that it has by default."""
-    return replace(base, objective=kind())
+    """A small run of an objective with the numbers that it has by default, and its views."""
+    view2 = base.data.view2
+    if _class_of(kind).view_count == 1:
+        view2 = replace(view2, copies=0)
+    return replace(
+        base,
+        objective=kind(**SETTINGS.get(kind.kind, {})),
+        data=replace(base.data, view2=view2),
+    )
+
+
+def _class_of(kind: type[ObjectiveConfig]) -> type[Objective]:
+    """The class of an objective."""
+    found = OBJECTIVES[kind].__self__  # type: ignore[attr-defined]
+    assert issubclass(found, Objective)
+    return found
 
 
 def rough(config: Config) -> Objective:
@@ -125,6 +147,13 @@ def views_of(config: Config, images: int = IMAGES) -> tuple[Tensor, ...]:
     )
 
 
+def rest_of(objective: Objective, images: int = IMAGES) -> dict[str, Any]:
+    """What an objective takes of images beside their views."""
+    if not objective.needs_labels:
+        return {}
+    return {"labels": torch.arange(images) * 7 % 5}
+
+
 def gap(ours: Tensor, other: Tensor) -> float:
     """Largest difference, relative to the largest number where that exceeds 1."""
     ours, other = ours.detach(), other.detach()
@@ -152,7 +181,8 @@ def require_equal(
 def check_reference(config: Config) -> None:
     fast, views = rough(config), views_of(config)
     plain = copy.deepcopy(fast)
-    outputs = fast(*views, at=AT, accuracy=True), plain_forward(plain, *views, at=AT, accuracy=True)
+    rest = {**rest_of(fast), "at": AT, "accuracy": True}
+    outputs = fast(*views, **rest), plain_forward(plain, *views, **rest)
     for output in outputs:
         output.loss.backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in fast.parameters())
@@ -162,7 +192,8 @@ def check_reference(config: Config) -> None:
 def check_chunks(config: Config) -> None:
     objective, views = rough(config), views_of(config)
     whole = copy.deepcopy(objective)
-    output = whole(*views, at=AT, accuracy=True)
+    rest = {**rest_of(objective), "at": AT}
+    output = whole(*views, **rest, accuracy=True)
     output.loss.backward()
     if objective.coupling is Coupling.TRUNK:
         with pytest.raises(ValueError, match=re.escape(objective.coupling_reason)):
@@ -171,21 +202,21 @@ def check_chunks(config: Config) -> None:
     for how in ({"chunk": 4}, {"chunk": 5, "kept": 1}, {"chunk": 99}):
         ours = copy.deepcopy(objective)
         require_equal(
-            (ours, ChunkedStep(ours, **how)(*views, at=AT, accuracy=True)), (whole, output), 1e-12
+            (ours, ChunkedStep(ours, **how)(*views, **rest, accuracy=True)), (whole, output), 1e-12
         )
     if objective.coupling is Coupling.HEADS:
         # The second pass of a chunk computes no constants again.
         counted = copy.deepcopy(objective)
         with mock.patch.object(counted, "features", wraps=counted.features) as features:
-            ChunkedStep(counted, chunk=5)(*views, at=AT)
+            ChunkedStep(counted, chunk=5)(*views, **rest)
         wanted = [call.kwargs.get("target", True) for call in features.call_args_list]
         assert wanted == [True] * 3 + [False] * 3
 
         replayed, plain = copy.deepcopy(objective), copy.deepcopy(objective)
         graphs = ChunkGraphs(replayed, 4, capture=False)
-        ours_output = ChunkedStep(replayed, chunk=4, graphs=graphs)(*views, at=AT)
+        ours_output = ChunkedStep(replayed, chunk=4, graphs=graphs)(*views, **rest)
         require_equal(
-            (replayed, ours_output), (plain, ChunkedStep(plain, chunk=4)(*views, at=AT)), 0.0
+            (replayed, ours_output), (plain, ChunkedStep(plain, chunk=4)(*views, **rest)), 0.0
         )
 
 
@@ -195,9 +226,10 @@ def check_features(config: Config) -> None:
     objective, views = rough(config), views_of(config)
     before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
     objective.choices(AT)
+    inputs = Inputs(views, **rest_of(objective))
     with torch.no_grad():
-        first = objective.features(Inputs(views), AT)
-        second = objective.features(Inputs(views), AT, target=False)
+        first = objective.features(inputs, AT)
+        second = objective.features(inputs, AT, target=False)
     assert second.target == ()
     assert all(torch.equal(a, b) for a, b in zip(first.online, second.online, strict=True))
     assert {len(rows) for rows in (*first.online, *first.target)} == {IMAGES}
@@ -309,6 +341,27 @@ def test_chunks_are_the_whole(kind: type[ObjectiveConfig]) -> None:
 
 
 @every_objective
+def test_stochastic_depth_leaves_out_the_same_branches_in_every_pass(
+    kind: type[ObjectiveConfig],
+) -> None:
+    plain = config_of(kind)
+    config = replace(plain, model=replace(plain.model, drop_path=0.5))
+    check_reference(config)
+    check_chunks(config)
+
+    # The draws reach the encoder, and are others in the next step; nothing is left out in
+    # evaluation.
+    def loss(config: Config, at: Progress, *, training: bool = True) -> Tensor:
+        objective, views = rough(config), views_of(config)
+        objective.train(training)
+        return objective(*views, **rest_of(objective), at=at).loss.detach()
+
+    later = Progress(AT.step + 1, AT.total_steps, AT.steps_per_epoch)
+    assert len({float(loss(c, at)) for c, at in ((plain, AT), (config, AT), (config, later))}) == 3
+    assert torch.equal(loss(config, AT, training=False), loss(plain, AT, training=False))
+
+
+@every_objective
 def test_a_second_pass_repeats_the_first(kind: type[ObjectiveConfig]) -> None:
     check_features(config_of(kind))
 
@@ -349,7 +402,7 @@ def test_the_loss_of_knowing_nothing_is_that_of_unrelated_features(
 ) -> None:
     """Random weights and noise as images: no view is like another, in 64 dimensions or more."""
     config = config_of(kind)
-    config = replace(config, model=replace(config.model, projection_dim=64))
+    config = replace(config, model=replace(config.model, projection_dim=64, hidden_dim=256))
     objective = build_objective(config, torch.device("cpu"))
     value = objective.uninformed_loss(256)
     assert value is None or 0 < value < math.inf
@@ -360,5 +413,5 @@ def test_the_loss_of_knowing_nothing_is_that_of_unrelated_features(
     dtype = next(objective.parameters()).dtype
     views = [torch.randn(256, 3, size, size, dtype=dtype) for _ in range(objective.view_count or 2)]
     with torch.no_grad():
-        loss = objective(*views).loss.item()
+        loss = objective(*views, **rest_of(objective, 256)).loss.item()
     assert loss == pytest.approx(value, rel=0.15)

@@ -13,10 +13,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from fastmoco.objectives.build import build_model
-from fastmoco.optim import averaged, build_adamw, build_adamw_ema, build_lars
+from fastmoco.optim import (
+    averaged,
+    build_adamw,
+    build_adamw_ema,
+    build_larc,
+    build_lars,
+    build_sgd,
+)
 from fastmoco.optim.averaged import (
     AveragedLARS,
     AveragedOptimizer,
+    AveragedSGD,
     FusedAdamW,
     HostSkipped,
     SweptAdamW,
@@ -35,6 +43,13 @@ BUILDS: dict[str, Build] = {
     ),
     "lars": lambda m, a: AveragedLARS(
         build_lars(m.named_parameters(), lr=0.1, weight_decay=0.1), a
+    ),
+    "sgd": lambda m, a: AveragedSGD(build_sgd(m.named_parameters(), lr=0.1, weight_decay=0.1), a),
+    "larc": lambda m, a: AveragedSGD(
+        build_larc(
+            m.named_parameters(), lr=0.1, weight_decay=0.1, sgd_momentum=0.5, trust_coefficient=0.5
+        ),
+        a,
     ),
     "other": lambda m, a: HostSkipped(
         torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1), a
@@ -136,7 +151,9 @@ def test_averages_can_move_alone(build: Build) -> None:
     assert all(torch.equal(average, p) for p, average in averages.items())
 
 
-@pytest.mark.parametrize("optim", [{"fused_backend": "torch"}, {"name": "lars"}])
+@pytest.mark.parametrize(
+    "optim", [{"fused_backend": "torch"}, {"name": "lars"}, {"name": "larc"}, {"name": "sgd"}]
+)
 def test_the_host_does_not_wait_for_the_flag(optim: dict[str, str]) -> None:
     """Fake tensors have no numbers: asking for one on the host fails. (Plans of the sweep bypass
     them: test_step_guard.py.)"""

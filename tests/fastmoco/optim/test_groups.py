@@ -22,6 +22,8 @@ OPTIMS = {
     "torch": OptimConfig(fused_backend="torch", weight_decay=0.3, betas=(0.8, 0.95), eps=1e-6),
     "sweep": OptimConfig(fused_backend="fastmoco", weight_decay=0.3, betas=(0.8, 0.95), eps=1e-6),
     "lars": OptimConfig(name="lars", weight_decay=0.3, sgd_momentum=0.7, trust_coefficient=0.5),
+    "larc": OptimConfig(name="larc", weight_decay=0.3, sgd_momentum=0.7, trust_coefficient=0.5),
+    "sgd": OptimConfig(name="sgd", weight_decay=0.3, sgd_momentum=0.7),
 }
 every_optimizer = pytest.mark.parametrize("optim", OPTIMS.values(), ids=OPTIMS)
 
@@ -90,6 +92,26 @@ def lars(
     p.sub_(lr * own["momentum_buffer"])
 
 
+def larc(
+    p: Tensor, g: Tensor, own: dict[str, Any], optim: OptimConfig, lr: float, decay: float
+) -> None:
+    denominator = g.norm() + decay * p.norm() + 1e-8
+    g = (g + decay * p) * (optim.trust_coefficient * p.norm() / denominator)
+    own["momentum_buffer"] = optim.sgd_momentum * own.get("momentum_buffer", 0.0) + g
+    p.sub_(lr * own["momentum_buffer"])
+
+
+def sgd(
+    p: Tensor, g: Tensor, own: dict[str, Any], optim: OptimConfig, lr: float, decay: float
+) -> None:
+    own["momentum_buffer"] = optim.sgd_momentum * own.get("momentum_buffer", 0.0) + g + decay * p
+    p.sub_(lr * own["momentum_buffer"])
+
+
+STEPS = {"adamw": adamw, "lars": lars, "larc": larc, "sgd": sgd}
+"""Steps of one tensor by the optimizer's name."""
+
+
 def plain_loop(optim: OptimConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights and averages after three steps; every number of a group is written out."""
     layers, state = model(), {name: {} for names in NAMES for name in names}
@@ -102,7 +124,7 @@ def plain_loop(optim: OptimConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]
             lr, decay = (0.5 * PEAK, 0.25 * 0.3) if second else (scheduled, 0.3)
             with torch.no_grad():
                 if p.grad is not None:
-                    (lars if optim.name == "lars" else adamw)(p, p.grad, own, optim, lr, decay)
+                    STEPS[optim.name](p, p.grad, own, optim, lr, decay)
                 if p in averages:
                     averages[p].mul_(EMA).add_((1 - EMA) * p)
     return {n: p.detach() for n, p in named.items()}, {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fastmoco.optim import ema_momentum, learning_rate
+from fastmoco.config import Config, OptimConfig, resolve
+from fastmoco.optim import Steps, ema_momentum, learning_rate, run_learning_rate, simclr_steps
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 
@@ -42,6 +44,92 @@ def test_ends_of_a_run() -> None:
     assert learning_rate(40, peak=2.0, warmup_epochs=10, **shape) == 2.0
 
 
+@pytest.mark.parametrize("case", range(2))
+def test_cosine_steps_matches_simclr(golden: Golden, case: int) -> None:
+    """By a config whose set has no whole number of batches, so SimCLR counts other steps than the
+    run."""
+    data = golden("siblings/simclr")
+    base, batch, warmup, epochs, images = data[f"s{case}_cfg"].tolist()
+    config = Config(
+        epochs=epochs,
+        global_batch_size=int(batch),
+        optim=OptimConfig(
+            lr=base,
+            lr_scaling=str(data[f"s{case}_scaling"]),  # type: ignore[arg-type]
+            schedule="cosine_steps",
+            warmup_epochs=warmup,
+        ),
+    )
+    resolved = resolve(config, world_size=1, sample_count=int(images))
+    counted = simclr_steps(epochs, warmup, sample_count=int(images), global_batch_size=int(batch))
+    assert counted.total == int(data[f"s{case}_total_steps"]) != resolved.total_steps
+    rates = [run_learning_rate(step, config, resolved) for step in range(counted.total)]
+    assert rates == pytest.approx(data[f"s{case}_lr_fp32"], abs=3e-7 * config.peak_lr)
+    assert run_learning_rate(counted.total + 9, config, resolved) == 0
+
+
+def test_cosine_steps_matches_byol(golden: Golden) -> None:
+    data = golden("byol")
+    for case in range(int(data["num_schedules"])):
+        base, batch, warmup, total, _ = data[f"s{case}_cfg"].tolist()
+        peak = base * batch / 256
+        for step, rate in zip(data[f"s{case}_steps"].tolist(), data[f"s{case}_lr"], strict=True):
+            ours = learning_rate(
+                step,
+                peak=peak,
+                epochs=1,
+                warmup_epochs=0,
+                steps_per_epoch=1,
+                schedule="cosine_steps",
+                steps=Steps(int(warmup), int(total)),
+            )
+            assert abs(ours - rate) <= 1e-6 * peak
+
+
+def test_cosine_inclusive_matches_swav(golden: Golden) -> None:
+    data = golden("siblings/swav")
+    for case in range(int(data["num_schedules"])):
+        base, final, warmup, start, epochs, per_epoch = data[f"s{case}_cfg"].tolist()
+        optim = OptimConfig(
+            lr=base,
+            lr_scaling="none",
+            schedule="cosine_inclusive",
+            warmup_epochs=warmup,
+            warmup_lr=start,
+            final_lr=final,
+        )
+        config = Config(epochs=epochs, global_batch_size=2, optim=optim)
+        resolved = resolve(config, world_size=1, sample_count=2 * int(per_epoch))
+        rates = [run_learning_rate(step, config, resolved) for step in range(resolved.total_steps)]
+        assert rates == pytest.approx(data[f"s{case}_lr"], rel=1e-12)
+        assert run_learning_rate(resolved.total_steps, config, resolved) == pytest.approx(final)
+
+
+def test_cosine_inclusive_is_at_its_peak_twice() -> None:
+    shape = {"peak": 2.0, "epochs": 5, "steps_per_epoch": 2, "schedule": "cosine_inclusive"}
+    rates = [
+        learning_rate(s, warmup_epochs=2, warmup_lr=0.5, final_lr=1.0, **shape) for s in range(11)
+    ]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[10] == 1.0
+    # A warm-up of one step has only its first value.
+    assert learning_rate(0, warmup_epochs=0.5, warmup_lr=0.5, **shape) == 0.5
+    assert learning_rate(1, warmup_epochs=0.5, warmup_lr=0.5, **shape) == 2.0
+
+
+def test_cosine_per_epoch_is_constant_within_an_epoch() -> None:
+    """SimSiam and the linear probe: `peak * 0.5 * (1 + cos(pi * epoch / epochs))`."""
+    shape = {"peak": 2.0, "epochs": 4, "steps_per_epoch": 3, "schedule": "cosine_per_epoch"}
+    rates = [learning_rate(s, warmup_epochs=0, **shape) for s in range(12)]
+    by_epoch = [2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5]
+    assert rates == pytest.approx([rate for rate in by_epoch for _ in range(3)])
+    # A warm-up rises within epochs; one that ends within an epoch has the peak until its end.
+    rates = [learning_rate(s, warmup_epochs=4 / 3, **shape) for s in range(7)]
+    assert rates[:6] == pytest.approx([0, 0.5, 1, 1.5, 2, 2])
+    assert rates[6] == pytest.approx(1 + np.cos(np.pi * (2 - 4 / 3) / (4 - 4 / 3)))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -49,9 +137,11 @@ def test_ends_of_a_run() -> None:
         ({"steps_per_epoch": 0}, "steps_per_epoch=0"),
         ({"epochs": 0}, "epochs=0"),
         ({"warmup_epochs": 11}, "warmup_epochs=11: needs 0 <= warmup_epochs <= epochs=10"),
+        ({"schedule": "linear"}, "schedule='linear'"),
+        ({"schedule": "cosine_steps", "steps": Steps(3, 2)}, "warmup=3"),
     ],
 )
-def test_wrong_numbers_are_named(change: dict[str, int], message: str) -> None:
+def test_wrong_numbers_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         learning_rate(
             **(

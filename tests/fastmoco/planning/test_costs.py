@@ -25,16 +25,18 @@ from dataclasses import replace
 from fastmoco.config.serial import from_json
 from fastmoco.objectives.build import build_objective
 from fastmoco.objectives.chunked import ChunkedStep
+from fastmoco_pipelines.spec import each_view
 config, images, chunk, kept = json.loads(sys.argv[1])
 config = from_json(config)
 objective = build_objective(config, torch.device("cpu"))
 side = config.model.image_size
 def step(images, chunk, kept):
-    view1, view2 = torch.randn(2, images, 3, side, side).unbind()
+    views = torch.randn(len(each_view(config.data.views)), images, 3, side, side).unbind()
+    labels = torch.zeros(images, dtype=torch.int64) if objective.needs_labels else None
     if chunk:
-        ChunkedStep(objective, chunk=chunk, kept=kept)(view1, view2)
+        ChunkedStep(objective, chunk=chunk, kept=kept)(*views, labels=labels)
     else:
-        objective(view1, view2).loss.backward()
+        objective(*views, labels=labels).loss.backward()
 def status(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))

@@ -16,7 +16,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.recipes import get_recipe
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.metrics_file import read_spikes
-from fastmoco.telemetry.recorder import Recorder, _left_out
+from fastmoco.telemetry.recorder import Recorder, _left_out, _peak_line
 from fastmoco.telemetry.stability import ForgettingDetector, gradient_norms
 
 
@@ -46,6 +46,20 @@ def _norms(module: nn.Module, size: float) -> dict[str, torch.Tensor]:
     for parameter in module.parameters():
         parameter.grad = torch.full_like(parameter, size)
     return gradient_norms(module.named_parameters(), {})
+
+
+@pytest.mark.parametrize(
+    ("scaling", "line"),
+    [
+        ("linear", "lr = 0.5 x 64 / 256 = 0.125"),
+        ("sqrt", "lr = 0.5 x sqrt(64) = 4"),
+        ("none", "lr = 0.5"),
+    ],
+)
+def test_the_first_line_explains_the_peak_learning_rate(scaling, line):
+    config = get_recipe("quickstart_digits")
+    optim = replace(config.optim, lr=0.5, lr_scaling=scaling)
+    assert _peak_line(replace(config, global_batch_size=64, optim=optim)) == line
 
 
 def test_a_spike_between_two_log_lines_shows_in_the_curve(tmp_path):

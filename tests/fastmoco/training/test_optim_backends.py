@@ -240,6 +240,8 @@ def test_every_frozen_stem_that_differs_moves_under_each_backend(config):
         ([], "torch AdamW"),
         (["--optim.fused-backend", "fastmoco"], "fastmoco_kernels AdamWEMA"),
         (["--optim.name", "lars"], "fastmoco_kernels LARS"),
+        (["--optim.name", "larc"], "fastmoco LARC"),
+        (["--optim.name", "sgd"], "torch SGD"),
     ],
 )
 def test_the_command_line_chooses(words, name, capsys, monkeypatch):

@@ -32,6 +32,24 @@ def test_more_epochs_raise_the_learning_rate_again():
     )
 
 
+def test_another_schedule_is_named_with_its_end():
+    optim = replace(
+        SAVED.optim, schedule="cosine_inclusive", final_lr=1e-3, lr_scaling="none", lr=2.4e-3
+    )
+    text = change(replace(SAVED, optim=optim), 90)
+    assert text.startswith(
+        "optim.lr 0.00015 -> 0.0024, optim.lr_scaling linear -> none, optim.schedule cosine -> "
+        "cosine_inclusive, optim.final_lr 0 -> 0.001: "
+    )
+    assert text.endswith(", and reaches 0.001 after step 100 instead of 0 after step 100")
+
+
+def test_simclr_counts_steps_of_its_own():
+    """Ten batches of an epoch and no rest: 100 steps, and one more."""
+    text = change(replace(SAVED, optim=replace(SAVED.optim, schedule="cosine_steps")), 90)
+    assert text.endswith("and reaches 0 after step 101 instead of 100")
+
+
 def test_a_lower_rate_is_named_without_a_rise():
     lower = replace(SAVED, optim=replace(SAVED.optim, lr=1e-5))
     text = change(lower, 50)

@@ -15,7 +15,7 @@ from tests.pipelines.damage import damaged_copy
 SPEC = EvalSpec(size=16, resize=18)
 
 
-PLACE = ("rank", "world_size", "device_id")
+PLACE = ("rank", "world_size", "device_id", "sample_ids")
 
 
 def build(shards, **options):
@@ -44,6 +44,15 @@ def test_every_image_comes_once_in_order(packed):
     ]
     labels = np.concatenate([batch.labels for batch in batches])
     assert np.array_equal(labels, ShardSet.open(str(packed)).labels)
+
+
+def test_given_images_come_in_their_order(packed):
+    wanted = np.array([*range(30, 41), 2, 7])
+    ids, batches = take(packed, sample_ids=wanted, batch_size=8)
+    assert np.array_equal(ids, wanted)
+    assert [len(batch.labels) for batch in batches] == [8, 5]
+    _, whole = take(packed, batch_size=45)
+    assert torch.equal(torch.cat([batch.images for batch in batches]), whole[0].images[wanted])
 
 
 def test_it_can_be_iterated_again_and_left_early(packed):

@@ -1,0 +1,159 @@
+"""Accuracy of a model that learns classes, on held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastmoco.config import Config
+from fastmoco.distributed.agree import total
+from fastmoco.distributed.mesh import World
+from fastmoco.evaluation.embed import encoder_function, eval_mode
+from fastmoco.evaluation.interface import Monitor, Unmeasurable
+from fastmoco_pipelines import ShardSet, build_eval_loader
+from fastmoco_pipelines.spec import Device, EvalLoaderSpec
+from fastmoco_pipelines.text import redact
+
+
+class AccuracyMonitor(Monitor):
+    """Shares of the held-out images whose class has the largest logit, and one of the five largest.
+
+    Every image counts once, on any number of ranks: each classifies its part, and whole numbers are
+    added.
+
+    Args:
+        config: of the run; `config.accuracy` names shards and budget.
+        world: this process among its peers.
+        threads: DALI threads of this process.
+        device: where DALI decodes.
+        precision: of the model: "bf16" (autocast), "fp32" or "fp64".
+        quarantine_list: list of the bad images that the run has found.
+
+    Attributes:
+        classified: images of the last measurement, bad ones not counted.
+
+    Raises:
+        ValueError: if the set has other classes than the training set.
+        ShardError: if an index is missing, broken or stale, or images have no label.
+    """
+
+    name = "accuracy"
+    figures: ClassVar[Mapping[str, str]] = {"top1": "top-1", "top5": "top-5"}
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        *,
+        threads: int,
+        device: Device,
+        precision: str,
+        quarantine_list: Path | None = None,
+    ) -> None:
+        own = config.accuracy
+        super().__init__(world, every_epochs=own.every_epochs, max_share=own.max_share)
+        self.config = config
+        self.device = device
+        self.precision = precision
+        self.quarantine_list = quarantine_list
+        self.classified = 0
+        data = config.data
+        self._spec = EvalLoaderSpec(
+            shards=own.test_shards or config.knn.test_shards,
+            image=config.eval_spec(),
+            batch_size=256,
+            device=device,
+            threads=threads,
+            limit=own.max_images or None,
+            max_bad_share=data.max_bad_share,
+            cache_dir=data.cache_dir,
+            cache_size_gb=data.cache_size_gb,
+        )
+        self._shards = ShardSet.open(self._spec.shards, cache=data)
+        try:
+            self._require_comparable()
+        except BaseException:
+            self._shards.close()
+            raise
+        self.chance = self._chance()
+
+    def subject(self, objective: Any) -> nn.Module:
+        """Encoder and head, as one module."""
+        classifier: nn.Module = objective.classifier()
+        return classifier
+
+    def evaluate(self, encoder: nn.Module) -> Mapping[str, float]:
+        """Both accuracies of a module from images to logits."""
+        loader = build_eval_loader(
+            self._spec,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            device_id=self.world.device.index if self.device == "gpu" else None,
+            quarantine_list=self.quarantine_list,
+            shards=self._shards,
+        )
+        if self.report is not None:
+            loader.report = lambda text: self._report(f"warning: {text}")
+        counts = torch.zeros(4, dtype=torch.int64, device=self.world.device)
+        with loader, eval_mode(encoder), torch.no_grad():
+            logits_of = encoder_function(encoder, self.world.device, self.precision)
+            for batch in loader:
+                counts += _counts(logits_of(batch.images), torch.from_numpy(batch.labels))
+        images, first, among_five, broken = total(counts).tolist()
+        self.classified = images
+        if not images:
+            raise Unmeasurable(f"{redact(self._spec.shards)} has no image that can be read")
+        if broken:
+            raise Unmeasurable(f"the logits of {broken} of {images} images are not finite")
+        return {"top1": first / images, "top5": among_five / images}
+
+    @property
+    def images(self) -> int:
+        """Images of the set that are classified."""
+        return min(len(self._shards), self._spec.limit or len(self._shards))
+
+    def close(self) -> None:
+        """Close the files of the set."""
+        self._shards.close()
+
+    def _require_comparable(self) -> None:
+        """Refuse a set whose classes are not those that are learned."""
+        self._shards.require_labels(self._spec.shards, self.config.objective.label_count)
+        if self.config.data.synthetic:
+            return
+        with ShardSet.open(self.config.data.shards, cache=self.config.data) as trained:
+            classes = trained.classes
+        if classes and self._shards.classes and classes != self._shards.classes:
+            raise ValueError(
+                f"{redact(self._spec.shards)!r} has other classes than the training set "
+                f"{redact(self.config.data.shards)!r}, so its labels mean something else: pack it "
+                "from the same class folders"
+            )
+
+    def _chance(self) -> dict[str, float]:
+        """Accuracy of the most frequent class, and of the five most frequent ones."""
+        count = self.images
+        rows = np.arange(count, dtype=np.int64) * len(self._shards) // max(count, 1)
+        found = np.sort(np.bincount(self._shards.labels_of(rows)))[::-1]
+        return {"top1": float(found[:1].sum() / count), "top5": float(found[:5].sum() / count)}
+
+
+def _counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """[4] int64: images, those whose class is first and among the first five, and those with logits
+    that are not finite.
+
+    Of equal logits that of the lower class counts as the larger.
+    """
+    labels = labels.to(logits.device)[:, None]
+    own = logits.gather(1, labels)
+    before = torch.arange(logits.shape[1], device=logits.device) < labels
+    rank = ((logits > own) | ((logits == own) & before)).sum(dim=1)
+    broken = ~torch.isfinite(logits).all(dim=1)
+    return torch.stack(
+        [torch.full_like(rank, 1).sum(), (rank < 1).sum(), (rank < 5).sum(), broken.sum()]
+    )

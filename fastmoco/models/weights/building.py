@@ -1,0 +1,126 @@
+"""An encoder from a file of weights of any format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fastmoco.checkpoint import CheckpointError
+from fastmoco.models.encoder_file import (
+    CUSTOM,
+    Description,
+    EncoderDescription,
+    ResNetDescription,
+    build_with,
+)
+from fastmoco.models.resnet import RESNETS, ResNet
+from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
+from fastmoco.models.weights.fitting import fit_encoder
+from fastmoco.models.weights.foreign import EncoderWeights, Which, find_encoder, require_heads
+from fastmoco.models.weights.reading import read_weights
+
+
+class ForeignEncoder(NamedTuple):
+    """An encoder from a file of weights."""
+
+    encoder: VisionTransformer | ResNet
+    """In eval mode; maps [B, 3, H, W] images to [B, E] features."""
+    description: Description
+    """Its sizes, and how images are resized, cropped and normalised."""
+    weights: EncoderWeights
+    """The file: its format, its other networks, notes."""
+
+
+def load_foreign(
+    path: Path,
+    which: Which | None = None,
+    *,
+    heads: int | None = None,
+    device: torch.device | str = "cpu",
+) -> ForeignEncoder:
+    """Load an encoder from a file of weights: moco-v3, timm, torchvision, Hugging Face, fastmoco.
+
+    Args:
+        path: a file, or a folder of Hugging Face.
+        which: as of `find_encoder`.
+        heads: attention heads of a ViT, for a file that does not show them.
+        device: of the encoder.
+
+    Raises:
+        CheckpointError: naming the file, what is wrong and the cure.
+    """
+    weights = find_encoder(read_weights(path), which, heads=heads)
+    description = describe(weights)
+    with torch.device("meta"):
+        try:
+            target = description.build().state_dict()
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{weights.source}: {error}") from error
+    fit = fit_encoder(target, weights, positions="stored", heads=description.heads)
+    tensors = {name: fit.tensors.get(name, weights.trunk.get(name)) for name in target}
+    filled = {
+        name: torch.zeros((), dtype=torch.int64) if tensor is None else _whole(tensor)
+        for name, tensor in tensors.items()
+    }
+    encoder = build_with(weights.source, description, filled)
+    return ForeignEncoder(encoder.to(device).eval(), description, weights)
+
+
+def describe(weights: EncoderWeights) -> Description:
+    """The description of the encoder of a file.
+
+    Raises:
+        CheckpointError: if a ViT's file does not show its number of heads or has no positions, or
+            a ResNet is none of ours.
+    """
+    if weights.family == "resnet":
+        return _describe_resnet(weights)
+    sizes, heads = weights.sizes(), require_heads(weights)
+    if sizes.grid is None:
+        raise CheckpointError(
+            f"{weights.source} has no positions, so the size of its images is unknown; export it "
+            "with fastmoco, whose files state it"
+        )
+    own = (sizes.width, sizes.depth, heads, sizes.stem)
+    names = [
+        name
+        for name, known in ARCHITECTURES.items()
+        if (known.width, known.depth, known.heads, known.stem) == own and sizes.mlp_ratio == 4
+    ]
+    return EncoderDescription(
+        architecture=names[0] if names else CUSTOM,
+        width=sizes.width,
+        depth=sizes.depth,
+        heads=heads,
+        mlp_ratio=sizes.mlp_ratio,
+        stem=sizes.stem,
+        patch_size=sizes.patch_size,
+        image=weights.image,
+        patch_embed_frozen=False,
+    )
+
+
+def _describe_resnet(weights: EncoderWeights) -> ResNetDescription:
+    """The architecture whose tensors have these names and shapes."""
+    own = {name: tensor.shape for name, tensor in weights.trunk.items() if not _counts(name)}
+    for name, architecture in RESNETS.items():
+        with torch.device("meta"):
+            target = architecture().state_dict()
+        if own == {key: tensor.shape for key, tensor in target.items() if not _counts(key)}:
+            return ResNetDescription(architecture=name, image=weights.image)
+    raise CheckpointError(
+        f"{weights.source} ({weights.format}) is none of {', '.join(RESNETS)}, which fastmoco has"
+    )
+
+
+def _counts(name: str) -> bool:
+    """Whether a tensor is the number of batches of a norm, which older files lack."""
+    return name.endswith("num_batches_tracked")
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32 what is stored in fewer bits."""
+    narrow = tensor.is_floating_point() and tensor.element_size() < 4
+    return tensor.float() if narrow else tensor

@@ -1,0 +1,223 @@
+"""Open files of weights of any origin. Nothing in a file is executed.
+
+A `.pt` or `.pth` file is a pickle, which can run any code when it is read. torch's restricted
+reader (`weights_only=True`) accepts tensors and plain containers; a file that needs more is
+refused, never read in another way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastmoco.checkpoint import CheckpointError
+from fastmoco_pipelines.files import hash_file, utf8_name
+
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Weights in a folder of Hugging Face, the preferred first."""
+SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+CONFIG = "config.json"
+PREPROCESSOR = "preprocessor_config.json"
+_TORCH_ERRORS = (
+    pickle.UnpicklingError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    EOFError,
+    AssertionError,
+    MemoryError,
+    SafetensorError,
+)
+"""What torch's reader raises for a file that is none of its own, or damaged."""
+MOST_JSON_BYTES = 10 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawWeights:
+    """What a file of weights contains.
+
+    Attributes:
+        path: of the file; in a folder, of the file of the weights.
+        tensors: by the names of the file, on the host.
+        header: metadata of a safetensors file.
+        container: entries of a torch file beside its tensors, numbers and texts only.
+        wrapped_in: keys under which the tensors were: "state_dict", "model"; empty at the top.
+        config: `config.json` beside the weights in a folder; empty without one.
+        preprocessor: `preprocessor_config.json` in a folder; empty without one.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    header: Mapping[str, str] = field(default_factory=dict)
+    container: Mapping[str, Any] = field(default_factory=dict)
+    wrapped_in: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    preprocessor: Mapping[str, Any] = field(default_factory=dict)
+
+    def sha256(self) -> str:
+        """SHA-256 (hex) of the file of the weights."""
+        return hash_file(self.path)
+
+
+def is_weights(path: Path) -> bool:
+    """Whether a path is a file of weights, or a folder of Hugging Face, not of a run."""
+    return path.is_file() or any((path / name).is_file() for name in (*FOLDER_FILES, *SHARDED))
+
+
+def read_weights(path: Path) -> RawWeights:
+    """Read a file of weights, or a folder of Hugging Face.
+
+    Raises:
+        CheckpointError: naming the file, what is wrong with it and the cure.
+    """
+    config: Mapping[str, Any] = {}
+    preprocessor: Mapping[str, Any] = {}
+    if path.is_dir():
+        file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+        if file is None:
+            raise CheckpointError(
+                f"{path} has its weights in several files, which are not read: join them by "
+                "model.save_pretrained(folder, max_shard_size='100GB') of transformers"
+            )
+        config, preprocessor = _json(path / CONFIG), _json(path / PREPROCESSOR)
+    else:
+        file = path
+        if path.name in FOLDER_FILES:
+            config, preprocessor = _json(path.parent / CONFIG), _json(path.parent / PREPROCESSOR)
+    try:
+        with open(file, "rb") as opened:
+            beginning = opened.read(16)
+        raw = _read_safetensors(file) if _is_safetensors(beginning) else _read_torch(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+    _require_plain(raw)
+    return RawWeights(
+        path=file,
+        tensors=raw.tensors,
+        header=raw.header,
+        container=raw.container,
+        wrapped_in=raw.wrapped_in,
+        config=config,
+        preprocessor=preprocessor,
+    )
+
+
+def _is_safetensors(beginning: bytes) -> bool:
+    """A safetensors file begins with the length of a JSON object; a torch file with `PK`, or with
+    the mark of a pickle."""
+    return beginning[8:9] == b"{"
+
+
+def _read_safetensors(path: Path) -> RawWeights:
+    try:
+        with utf8_name(path) as name, safe_open(name, framework="pt", device="cpu") as file:
+            header = dict(file.metadata() or {})
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors: {error}. It is damaged or incomplete: copy or "
+            "download it again"
+        ) from error
+    return RawWeights(path=path, tensors=tensors, header=header)
+
+
+def _read_torch(path: Path) -> RawWeights:
+    try:
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except _TORCH_ERRORS as error:
+        # torch's own text advises to read without weights_only, which would run the file's code.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found and isinstance(error, pickle.UnpicklingError):
+            raise CheckpointError(
+                f"{path} is not read: it contains {found[1]}. Only tensors, numbers and texts are "
+                "read from a pickle, because anything else in it could run code. If the file is "
+                "one of weights, save its tensors again where it was made: "
+                "`safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')`"
+            ) from error
+        raise CheckpointError(
+            f"{path} cannot be read, neither as safetensors nor as a file of torch. It is damaged, "
+            "incomplete or of another kind: copy or download it again"
+        ) from error
+    return _unpacked(path, content)
+
+
+def _unpacked(path: Path, content: object) -> RawWeights:
+    """The tensors of a file, which may be under `state_dict` or `model`."""
+    container: dict[str, Any] = {}
+    keys: list[str] = []
+    while isinstance(content, Mapping) and not _tensors(content):
+        container |= {
+            str(key): value
+            for key, value in content.items()
+            if isinstance(value, str | int | float) or _is_scalar(value)
+        }
+        key = next((key for key in ("state_dict", "model") if key in content), None)
+        if key is None or len(keys) > 2:
+            break
+        container["keys"] = sorted(map(str, content))
+        keys.append(key)
+        content = content[key]
+    if not isinstance(content, Mapping) or not _tensors(content):
+        raise CheckpointError(
+            f"{path} contains no weights: a dictionary of tensors by name, at the top or under "
+            "state_dict or model. Save model.state_dict(), not the model"
+        )
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    odd = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise CheckpointError(f"{path}: {odd[:5]} in its state dict are no tensors")
+    return RawWeights(path=path, tensors=tensors, container=container, wrapped_in=".".join(keys))
+
+
+def _tensors(content: Mapping[Any, Any]) -> bool:
+    """Whether a dictionary has a tensor with dimensions: a container has at most numbers."""
+    return any(isinstance(value, Tensor) and value.dim() > 0 for value in content.values())
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
+
+
+def _require_plain(raw: RawWeights) -> None:
+    """Refuse tensors that are not what their shape says: sparse ones, and a few bytes that claim to
+    be a large tensor."""
+    for name, tensor in raw.tensors.items():
+        plain = tensor.layout is torch.strided and not tensor.is_quantized
+        needs = tensor.numel() * tensor.element_size() if plain else 0
+        if not plain or tensor.is_meta or needs > tensor.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{raw.path}: {name} of shape {tuple(tensor.shape)} is no plain tensor with data "
+                "of its own; save the weights again as a state dict"
+            )
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    """A JSON object beside the weights; empty if the file is absent."""
+    try:
+        if os.stat(path).st_size > MOST_JSON_BYTES:
+            raise CheckpointError(f"{path} is too large for a description of a model")
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no JSON object")
+    return content

@@ -1,0 +1,534 @@
+"""A linear classifier on cached features: all rates and decays in one pass, chosen on held-out
+training images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fastmoco.config import Config
+from fastmoco.config.serial import to_json
+from fastmoco.distributed.first_rank import first_rank_does
+from fastmoco.distributed.gather import gather_rows
+from fastmoco.distributed.mesh import World
+from fastmoco.evaluation import linear
+from fastmoco.evaluation.confidence import wilson
+from fastmoco.evaluation.embed import LabelledRows, encoder_function, eval_mode
+from fastmoco.evaluation.feature_cache import BATCH, FeatureCache, embed_missing, encoder_digest
+from fastmoco.evaluation.linear import LinearSettings, LinearState, Pair, Scores
+from fastmoco.evaluation.monitor import OpenSet, open_comparable
+from fastmoco.evaluation.rows import MemoryRows
+from fastmoco.planning.free_memory import free_bytes
+from fastmoco.training import setup
+from fastmoco.training.encoder_source import EncoderSource
+from fastmoco_pipelines import build_eval_loader
+from fastmoco_pipelines.files import write_file
+from fastmoco_pipelines.loading.eval_loader import Augmented
+from fastmoco_pipelines.spec import EvalLoaderSpec, EvalSpec, ViewSpec
+from fastmoco_pipelines.text import counted
+
+LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Rates of the sweep, for a batch of 256 images; those of the official protocol are among them."""
+WEIGHT_DECAYS = (0.0, 1e-6, 1e-5, 1e-4)
+MOST_BATCH = 1024
+"""The batch of the official protocol."""
+LEAST_STEPS = 16
+"""Steps of an epoch below which the batch is halved."""
+LEAST_BATCH = 32
+OFFICIAL_CROP = 0.08
+SMALL_SIDE = 64
+"""Pixels up to which an image is small (`Config.eval_spec`)."""
+SAVE_SECONDS = 60.0
+"""Between two saves of classifiers in training."""
+
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+"""Given what is done, a context that gives a function of (done, total)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastOptions:
+    """Options of `fast_linear`.
+
+    Attributes:
+        lrs: rates for a batch of 256 images.
+        weight_decays: each is tried with each rate.
+        epochs: passes over the training features.
+        batch_size: 0: `probe_batch`.
+        copies: augmented copies of the training images whose features are cached; epoch e trains on
+            copy e modulo this number. 0: the plain images.
+        crop_min: smallest share of an image's area in an augmented copy; None: `probe_view`.
+        holdout: share of the training images on which the pair is chosen.
+        seed: of the classifiers, the order, the copies and the held-out images.
+        precision: of the encoder.
+        cache: folder of cached features, which all processes must see.
+    """
+
+    lrs: Sequence[float] = LRS
+    weight_decays: Sequence[float] = WEIGHT_DECAYS
+    epochs: int = 90
+    batch_size: int = 0
+    copies: int = 0
+    crop_min: float | None = None
+    holdout: float = 0.1
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    cache: Path
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 0), ("copies", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
+        for name, values in (("lr", self.lrs), ("weight_decay", self.weight_decays)):
+            if not values or not all(0 <= value < float("inf") for value in values):
+                raise ValueError(f"{name}={list(values)}: needs numbers of at least 0")
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout={self.holdout:g}: a share is in (0, 1)")
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """All pairs, each once."""
+        every = [Pair(lr, decay) for lr in self.lrs for decay in self.weight_decays]
+        return list(dict.fromkeys(every))
+
+
+def probe_batch(images: int) -> int:
+    """The batch of a linear classifier on a training set: 1024, as the official protocol, halved
+    until an epoch has 16 steps, down to 32. Rates are scaled by the batch."""
+    batch = MOST_BATCH
+    while batch > LEAST_BATCH and batch * LEAST_STEPS > images:
+        batch //= 2
+    return batch
+
+
+def probe_view(
+    image: EvalSpec, config: Config | None = None, crop_min: float | None = None
+) -> ViewSpec:
+    """The view of the official protocol: a random crop and a flip, without changes of color.
+
+    The crops of the protocol cover 8 % of a photograph or more. For images of at most 64 pixels,
+    which are not resized for the test either, crops and flips are those of the run's first view:
+    its recipe knows which of them keep the class of a small image.
+
+    Args:
+        image: how a test image is shown.
+        config: of the run; None: the protocol's crops and flips for any size.
+        crop_min: smallest share of an image's area, in place of either.
+    """
+    scale, flip = (OFFICIAL_CROP, 1.0), 0.5
+    if config is not None and image.size <= SMALL_SIDE:
+        scale, flip = config.data.view1.crop_scale, config.data.view1.flip_probability
+    return ViewSpec(
+        size=image.size,
+        crop_scale=scale if crop_min is None else (crop_min, 1.0),
+        flip_probability=flip,
+        jitter_probability=0.0,
+        brightness=0.0,
+        contrast=0.0,
+        saturation=0.0,
+        hue=0.0,
+        grayscale_probability=0.0,
+        blur_probability=0.0,
+        mean=image.mean,
+        std=image.std,
+    )
+
+
+def fast_linear(
+    source: EncoderSource,
+    train: str,
+    test: str,
+    world: World,
+    options: FastOptions,
+    *,
+    progress: Progress,
+    tell: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Accuracy of a linear classifier on the features of an encoder.
+
+    Features are computed once and kept (`feature_cache`). One classifier for each pair is trained
+    on a share of the training set, the pair with the highest accuracy on the rest of it is trained
+    again on the whole training set, and this classifier is scored on the test set, once.
+
+    Args:
+        source: the encoder, on `world.device`.
+        train: pattern of labelled shards.
+        test: pattern of labelled shards with the same classes.
+        world: this process among its peers; each embeds and trains its share.
+        options: see there.
+        progress: shows what is done on this process.
+        tell: called with sentences for the user, on every rank.
+
+    Returns:
+        The result for JSON, on every rank.
+
+    Raises:
+        ValueError: if the sets or the options do not fit, or all pairs diverge.
+        RunError, ShardError: if a set or the cache cannot be read.
+
+    Numerics: with several processes a pair is trained beside other pairs, which changes its result
+    by rounding of float32 only. Features do not depend on the number of processes.
+    """
+    config = source.config or Config()
+    threads = setup.share_cores(config)
+    with ExitStack() as stack:
+        opened = open_comparable(train, test, config.data, needed_by="a linear classifier")
+        for one in opened:
+            stack.enter_context(closing(one.shards))
+        classes = max(int(one.shards.labels.max(initial=0)) + 1 for one in opened)
+        classes = max(classes, *(len(one.shards.classes) for one in opened))
+        stack.enter_context(eval_mode(source.encoder))
+        job = _Job(source, world, options, progress, tell, config, threads)
+        return job.run(*opened, classes)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of `fast_linear`."""
+
+    source: EncoderSource
+    world: World
+    options: FastOptions
+    progress: Progress
+    tell: Callable[[str], None]
+    config: Config
+    threads: int
+
+    def run(self, train: OpenSet, test: OpenSet, classes: int) -> dict[str, Any]:
+        """Embed, sweep, fit and score."""
+        options = self.options
+        # Features: of the images as they are, and of augmented copies.
+        view = probe_view(self.source.image, self.source.config, options.crop_min)
+        identity = self._identity()
+        plain = self._cached("training set", train, identity)
+        test_cache = self._cached("test set", test, identity)
+        copies = [
+            self._cached(
+                f"training set, copy {epoch + 1} of {options.copies}",
+                train,
+                identity,
+                Augmented(view=view, seed=options.seed, epoch=epoch),
+            )
+            for epoch in range(options.copies)
+        ]
+        table = FeatureTable(plain, copies, self.world.device)
+        test_table = FeatureTable(test_cache, [], self.world.device)
+
+        # The sweep, on all but a share of the training images.
+        settings = LinearSettings(
+            epochs=options.epochs,
+            batch_size=options.batch_size or probe_batch(len(table)),
+            seed=options.seed,
+        )
+        chosen = linear.held_out(table.labels, options.holdout, options.seed)
+        fitted, judged = table.part(~chosen), table.part(chosen)
+        pairs = options.pairs
+        scores = self._sweep(fitted, judged, pairs, settings, classes, table.key)
+        best = linear.best_pair(scores)
+
+        # The chosen pair, on all of them; the test set is used once.
+        def final() -> str:
+            state = self._fit(table, [pairs[best]], settings, classes, table.key, "classifier")
+            found = linear.score_linear(test_table, state)
+            return json.dumps([int(found.top1[0]), int(found.top5[0])])
+
+        top1, top5 = json.loads(first_rank_does(self.world, "linear", final))
+        return {
+            **self.source.facts,
+            "protocol": "fast",
+            **accuracies(top1, top5, len(test_table)),
+            "images": len(test_table),
+            "train_images": len(table),
+            "classes": classes,
+            "lr": pairs[best].lr,
+            "weight_decay": pairs[best].weight_decay,
+            "holdout_top1": round(int(scores.top1[best]) / len(judged), 6),
+            "settings": {
+                **asdict(settings),
+                "momentum": linear.SGD_MOMENTUM,
+                "copies": options.copies,
+                "crop_scale": view.crop_scale if options.copies else None,
+                "flip_probability": view.flip_probability if options.copies else None,
+                "holdout": options.holdout,
+                "holdout_images": len(judged),
+                "precision": options.precision,
+                "image": asdict(self.source.image),
+            },
+            "sweep": [
+                {"lr": lr, "weight_decay": decay, "holdout_top1": round(top / len(judged), 6)}
+                for (lr, decay), top in zip(pairs, scores.top1.tolist(), strict=True)
+            ],
+            "versions": setup.versions(),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """What features depend on beside the set and the view."""
+        source = self.source
+        shape = (
+            to_json(source.config)["model"]
+            if source.config is not None
+            else source.facts.get("header", {})
+        )
+        return {
+            "encoder": encoder_digest(source.encoder),
+            "shape": shape,
+            "precision": self.options.precision,
+            "device": self.world.device.type,
+        }
+
+    def _cached(
+        self,
+        what: str,
+        opened: OpenSet,
+        identity: Mapping[str, Any],
+        augmented: Augmented | None = None,
+    ) -> FeatureCache:
+        """The features of a set, computed where they are missing."""
+        image = asdict(self.source.image if augmented is None else augmented)
+        cache = FeatureCache(
+            self.options.cache,
+            {**identity, "set": opened.shards.digest, "image": image},
+            sample_ids=np.arange(len(opened.shards), dtype=np.int64),
+            row_bytes=4 * self.source.encoder.embed_dim,
+        )
+        device = setup.data_device(self.config, self.world)
+        spec = EvalLoaderSpec(
+            shards=opened.pattern,
+            image=self.source.image,
+            batch_size=BATCH,
+            device=device,
+            threads=self.config.data.threads or self.threads,
+            max_bad_share=self.config.data.max_bad_share,
+            cache_dir=self.config.data.cache_dir,
+            cache_size_gb=self.config.data.cache_size_gb,
+        )
+
+        def batches(sample_ids: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
+            loader = build_eval_loader(
+                spec,
+                device_id=self.world.device.index if device == "gpu" else None,
+                shards=opened.shards,
+                sample_ids=sample_ids,
+                augmented=augmented,
+            )
+            loader.report = self.tell
+            with loader:
+                yield from loader
+
+        encode = encoder_function(self.source.encoder, self.world.device, self.options.precision)
+        first = self.world.rank == 0
+        if first:
+            cache.acquire()
+        try:
+            with self.progress(f"features of the {what}") as advance:
+                embed_missing(
+                    cache,
+                    encode,
+                    batches,
+                    rank=self.world.rank,
+                    ranks=self.world.world_size,
+                    device=self.world.device,
+                    progress=advance,
+                )
+        finally:
+            if first:
+                cache.release()
+        return cache
+
+    def _sweep(
+        self,
+        fitted: TablePart,
+        judged: TablePart,
+        pairs: Sequence[Pair],
+        settings: LinearSettings,
+        classes: int,
+        key: str,
+    ) -> Scores:
+        """The scores of all pairs on the held-out images; each process trains some of them."""
+        ranks = self.world.world_size
+        order = [at for rank in range(ranks) for at in range(rank, len(pairs), ranks)]
+        mine = list(pairs[self.world.rank :: ranks])
+        rows = torch.empty(0, 3, dtype=torch.float64)
+        if mine:
+            state = self._fit(
+                fitted, mine, settings, classes, key, f"{counted(len(pairs), 'classifier')}"
+            )
+            found = linear.score_linear(judged, state)
+            rows = torch.stack([one.double() for one in found], dim=1)
+        gathered = gather_rows(rows, self.world.device)
+        rows = torch.empty_like(gathered)
+        rows[order] = gathered
+        return Scores(rows[:, 0].long(), rows[:, 1].long(), rows[:, 2])
+
+    def _fit(
+        self,
+        table: linear.Table,
+        pairs: Sequence[Pair],
+        settings: LinearSettings,
+        classes: int,
+        key: str,
+        what: str,
+    ) -> LinearState:
+        """Train the classifiers of some pairs, or continue where an earlier call was killed."""
+        start = linear.initial_state(
+            len(pairs), classes, self.source.encoder.embed_dim, settings, self.world.device
+        )
+        asked = json.dumps([key, len(table), pairs, asdict(settings), classes])
+        saved = _SavedState(
+            self.options.cache / f"classifiers-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+        )
+        state = saved.read(start)
+        with self.progress(f"training {what}") as advance:
+            advance(state.epoch, settings.epochs)
+
+            def after_epoch(reached: LinearState) -> None:
+                advance(reached.epoch, settings.epochs)
+                saved.write(reached)
+
+            state = linear.train_linear(table, pairs, settings, state, after_epoch=after_epoch)
+        saved.remove()
+        return state
+
+
+class _SavedState:
+    """Classifiers in training, in a file that an interrupted command leaves."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._written = time.monotonic()
+
+    def read(self, start: LinearState) -> LinearState:
+        """The state of the file on the device of `start`; `start` without a file."""
+        try:
+            found = load_file(self._file)
+        except (OSError, SafetensorError):
+            return start
+        epoch = int(found.pop("epoch"))
+        device = start.weight.device
+        return LinearState(**{name: value.to(device) for name, value in found.items()}, epoch=epoch)
+
+    def write(self, state: LinearState) -> None:
+        """Write a state, at most once a minute."""
+        if time.monotonic() - self._written < SAVE_SECONDS:
+            return
+        tensors = {
+            name: getattr(state, name).cpu().contiguous()
+            for name in ("weight", "bias", "weight_buffer", "bias_buffer")
+        }
+        write_file(self._file, save({**tensors, "epoch": torch.tensor(state.epoch)}))
+        self._written = time.monotonic()
+
+    def remove(self) -> None:
+        """The classifiers are trained."""
+        self._file.unlink(missing_ok=True)
+
+
+class FeatureTable:
+    """Cached features of a set, and of its augmented copies, for training.
+
+    Features that fit into half of the free memory of the device are kept there; of others one copy
+    is in the memory of the host at a time.
+
+    Args:
+        plain: of the images without augmentation.
+        copies: of the same set; epoch e shows copy e modulo their number.
+        device: of the computation.
+
+    Attributes:
+        labels: [n] int64.
+        key: identity of all features.
+    """
+
+    def __init__(
+        self, plain: FeatureCache, copies: Sequence[FeatureCache], device: torch.device
+    ) -> None:
+        self._copies = list(copies)
+        self._plain, self.labels, self._ids = _loaded(plain)
+        if not len(self.labels):
+            raise ValueError("no image of the set decodes")
+        total = self._plain.nbytes * (1 + len(copies))
+        free = _half_of(device)
+        self._keep_all = free is None or total <= free
+        self._device = device if self._keep_all else torch.device("cpu")
+        self._plain = self._plain.to(self._device)
+        self._loaded: dict[int, Tensor] = {}
+        self.key = "+".join(cache.path.name for cache in (plain, *copies))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, index: Tensor, epoch: int | None = None) -> Tensor:
+        """Features [B, E] of images [B], as an epoch shows them; None: without augmentation."""
+        table = self._plain if epoch is None or not self._copies else self._copy(epoch)
+        return table[index.to(table.device)]
+
+    def part(self, chosen: Tensor) -> TablePart:
+        """Some of the images; bool [n]."""
+        return TablePart(self, chosen.nonzero()[:, 0])
+
+    def _copy(self, epoch: int) -> Tensor:
+        number = epoch % len(self._copies)
+        if number not in self._loaded:
+            if not self._keep_all:
+                self._loaded.clear()
+            features, _, ids = _loaded(self._copies[number])
+            if not torch.equal(ids, self._ids):  # an image that failed once shows itself plain
+                both = self._plain.cpu().clone()
+                known = torch.isin(ids, self._ids)
+                both[torch.searchsorted(self._ids, ids[known])] = features[known]
+                features = both
+            self._loaded[number] = features.to(self._device)
+        return self._loaded[number]
+
+
+class TablePart:
+    """Some of the images of a table."""
+
+    def __init__(self, table: FeatureTable, index: Tensor) -> None:
+        self._table = table
+        self._index = index
+        self.labels = table.labels[index]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, index: Tensor, epoch: int | None = None) -> Tensor:
+        """As of the table."""
+        return self._table.rows(self._index[index], epoch)
+
+
+def _loaded(cache: FeatureCache) -> tuple[Tensor, Tensor, Tensor]:
+    """Features [n, E], labels [n] and numbers in the set [n] of the images that decode."""
+    found: LabelledRows = cache.rows()
+    assert isinstance(found.rows, MemoryRows)
+    assert found.sample_ids is not None
+    return found.rows.tensor, found.labels, found.sample_ids
+
+
+def _half_of(device: torch.device) -> int | None:
+    """Bytes; None if the system does not report them."""
+    try:
+        return free_bytes(device) // 2
+    except ValueError:
+        return None
+
+
+def accuracies(top1: int, top5: int, images: int) -> dict[str, Any]:
+    """Shares of images that are right, with their intervals of 95 %, for JSON."""
+    found: dict[str, Any] = {}
+    for name, right in (("top1", top1), ("top5", top5)):
+        found[name] = round(right / images, 6)
+        found[f"{name}_interval"] = [round(bound, 6) for bound in wilson(right, images)]
+    return found

@@ -1,0 +1,135 @@
+"""The parts of a set's features: what a kill leaves is used again, and nothing else is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastmoco.errors import RunError
+from fastmoco.evaluation import feature_cache
+from fastmoco.evaluation.feature_cache import (
+    FeatureCache,
+    FeaturePart,
+    embed_missing,
+    encoder_digest,
+    share_of,
+)
+from fastmoco_pipelines.loading.batch import EvalBatch
+
+IMAGES = 37
+BAD = {3, 8, 9, 10, 11, 30}
+"""All of one batch of four among them."""
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of two batches of four images."""
+    monkeypatch.setattr(feature_cache, "BATCH", 4)
+    monkeypatch.setattr(feature_cache, "FEW_PARTS", 5)
+
+
+def cache_in(folder: Path, **key: object) -> FeatureCache:
+    ids = np.arange(IMAGES, dtype=np.int64) * 2
+    return FeatureCache(folder, {"encoder": "a", **key}, sample_ids=ids, row_bytes=8)
+
+
+class Loader:
+    """Images that contain their number; it can be killed after some batches."""
+
+    def __init__(self, batches: int | None = None) -> None:
+        self.batches = batches
+        self.read: list[int] = []
+
+    def __call__(self, sample_ids: NDArray[np.int64]) -> Iterator[EvalBatch]:
+        for number, start in enumerate(range(0, len(sample_ids), 4)):
+            if number == self.batches:
+                raise KeyboardInterrupt
+            ids = sample_ids[start : start + 4]
+            self.read += ids.tolist()
+            ids = ids[[one not in {2 * bad for bad in BAD} for one in ids.tolist()]]
+            if len(ids):
+                images = torch.from_numpy(ids).float()[:, None]
+                yield EvalBatch(images=images, labels=ids % 5, sample_ids=ids)
+
+
+def encode(images: Tensor) -> Tensor:
+    return torch.cat([images, images.square()], dim=1)
+
+
+def test_all_images_that_decode_in_order(tmp_path: Path) -> None:
+    cache = cache_in(tmp_path)
+    cache.acquire()
+    seen: list[tuple[int, int]] = []
+    embed_missing(cache, encode, Loader(), progress=lambda *now: seen.append(now))
+    found = cache.rows()
+    ids = torch.tensor([2 * one for one in range(IMAGES) if one not in BAD])
+    assert cache.parts == 5
+    assert torch.equal(found.rows.block(0, len(found.rows)), encode(ids.float()[:, None]))
+    assert found.sample_ids is not None
+    assert torch.equal(found.sample_ids, ids)
+    assert torch.equal(found.labels, ids % 5)
+    assert seen[0] == (0, IMAGES)
+    assert seen[-1] == (IMAGES, IMAGES)
+    cache.remove()
+    assert not list(tmp_path.parent.glob(f"{tmp_path.name}/*"))
+
+
+def test_a_kill_loses_the_part_that_was_computed_and_no_other(tmp_path: Path) -> None:
+    whole, cut = cache_in(tmp_path / "whole"), cache_in(tmp_path / "cut")
+    whole.acquire()
+    embed_missing(whole, encode, Loader())
+    cut.acquire()
+    with pytest.raises(KeyboardInterrupt):
+        embed_missing(cut, encode, Loader(batches=7))
+    cut.release()
+    assert cut.finished() == [0, 1, 2]
+
+    # What is left of a write is no part; a damaged part is computed again.
+    (cut.path / ".part-000003.features.00000000.tmp").write_bytes(b"x")
+    file = cut.path / "part-000001.features"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    again, loader = cache_in(tmp_path / "cut"), Loader()
+    again.acquire()
+    embed_missing(again, encode, loader)
+    assert loader.read == [2 * one for one in (*range(8, 16), *range(24, IMAGES))]
+    names = sorted(path.name for path in whole.path.iterdir())
+    assert sorted(path.name for path in again.path.iterdir()) == names
+    for name in names:
+        assert (again.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+def test_another_key_has_other_parts_and_one_command_holds_a_cache(tmp_path: Path) -> None:
+    cache, other = cache_in(tmp_path), cache_in(tmp_path, encoder="b")
+    assert cache.path != other.path
+    cache.acquire()
+    other.acquire()
+    with pytest.raises(RunError, match="another command computes these features"):
+        cache_in(tmp_path).acquire()
+    cache.remove()
+    assert other.path.exists()
+    part = FeaturePart(torch.ones(1, 2), torch.zeros(1).long(), torch.zeros(1).long())
+    other.write(0, part)
+    assert torch.equal(other.read(0).features, part.features)
+    with pytest.raises(RunError, match="a folder that all of them see"):
+        other.read(1)
+
+
+def test_parts_are_those_of_the_set_and_not_of_the_processes() -> None:
+    for ranks in (1, 2, 3, 7):
+        shares = [share_of(5, rank, ranks) for rank in range(ranks)]
+        assert [number for share in shares for number in share] == list(range(5))
+
+
+def test_the_digest_of_an_encoder_sees_every_number() -> None:
+    one, same = nn.Linear(2, 2), nn.Linear(2, 2)
+    same.load_state_dict(one.state_dict())
+    assert encoder_digest(one) == encoder_digest(same)
+    with torch.no_grad():
+        same.bias[0] += 1
+    assert encoder_digest(one) != encoder_digest(same)
