@@ -17,6 +17,7 @@ from fastmoco.recipes.byol import byol_digits, byol_vit_s16_e300_b4096
 from fastmoco.recipes.moco_v3 import vit_b16_e300_b4096, vit_s16_e300_b1024, vit_s16_e300_b4096
 from fastmoco.recipes.simclr import (
     simclr_digits,
+    simclr_r50_e100_b4096,
     simclr_vit_b16_e300_b4096,
     simclr_vit_s16_e300_b4096,
 )
@@ -64,6 +65,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         byol_digits,
         simclr_vit_s16_e300_b4096,
         simclr_vit_b16_e300_b4096,
+        simclr_r50_e100_b4096,
         simclr_digits,
         swav_vit_s16_e300_b4096,
         swav_vit_b16_e300_b4096,
