@@ -354,7 +354,7 @@ def test_stochastic_depth_leaves_out_the_same_branches_in_every_pass(
     def loss(config: Config, at: Progress, *, training: bool = True) -> Tensor:
         objective, views = rough(config), views_of(config)
         objective.train(training)
-        return objective(*views, at=at).loss.detach()
+        return objective(*views, **rest_of(objective), at=at).loss.detach()
 
     later = Progress(AT.step + 1, AT.total_steps, AT.steps_per_epoch)
     assert len({float(loss(c, at)) for c, at in ((plain, AT), (config, AT), (config, later))}) == 3
