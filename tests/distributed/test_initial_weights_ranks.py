@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.distributed.test_ranks import launch
 
 
+@pytest.mark.slow
 def test_two_ranks_start_alike_or_not_at_all(tmp_path: Path) -> None:
     first, second = (
         rank["starts"]

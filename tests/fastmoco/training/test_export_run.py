@@ -32,7 +32,8 @@ NEEDS = {"hf": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 def run(small_run, tmp_path_factory) -> Path:
     """A run of two steps on digits."""
     folder = tmp_path_factory.mktemp("run")
-    trainer = Trainer.build(replace(small_run, epochs=0.4), folder, World())
+    config = replace(small_run, epochs=0.4, optim=replace(small_run.optim, warmup_epochs=0))
+    trainer = Trainer.build(config, folder, World())
     try:
         assert trainer.run() == 0
     finally:
@@ -73,15 +74,15 @@ def test_the_features_of_a_file_are_those_of_the_run(run: Path, tmp_path: Path, 
         expected = objective.encoder if which == "base" else objective.momentum_encoder
         images = torch.randn(2, 3, 8, 8)
         assert torch.equal(found.encoder(images), expected.eval()(images))
-        assert found.image == config.eval_spec()
+        assert to == "moco-v3" or found.image == config.eval_spec()
 
 
-def test_official_checkpoints_come_back_bit_by_bit(tmp_path: Path, run: Path) -> None:
+def test_official_checkpoints_come_back_bit_by_bit(tmp_path, run, monkeypatch) -> None:
+    monkeypatch.setattr(export_run, "IMAGES", 2)
     for kind in ("vit", "resnet18"):
         path, back = tmp_path / f"{kind}.pth.tar", tmp_path / f"{kind}.back"
         content = official_checkpoint(kind)
         torch.save(content, path)
-        # Small images, because a ResNet's file does not say their size.
         export_encoder(path, "moco-v3", back, heads=4 if kind == "vit" else None)
         found = torch.load(back, weights_only=True)
         assert (found["epoch"], found["arch"]) == (content["epoch"], content["arch"])
@@ -173,5 +174,8 @@ def test_on_the_command_line(run: Path, tmp_path: Path, capsys) -> None:
     printed = capsys.readouterr().out
     assert f"wrote 30 tensors to {out}" in printed
     assert "lowest cosine 1.0" in printed
+    official = ["--to", "moco-v3", "--out"]
+    assert main(["export", str(run), *official, str(tmp_path / "official")]) == 0
+    assert "no place for how images are normalised" in capsys.readouterr().err
     assert main(["export", str(out), "--to", "moco-v3", "--out", str(tmp_path / "x")]) == 2
     assert "needs a run or a checkpoint of moco-v3" in capsys.readouterr().err

@@ -113,7 +113,7 @@ def test_a_resnet_starts_with_its_running_averages(tmp_path: Path) -> None:
     path = tmp_path / "r.pth.tar"
     content = official_checkpoint("resnet18")
     torch.save(content, path)
-    config = with_init(path, architecture="resnet18")
+    config = with_init(path, architecture="resnet18", patch_size=16)
     objective = build_objective(config, CPU)
     assert start_from(config, objective, World()) is not None
     for network in (objective.encoder, objective.momentum_encoder):
