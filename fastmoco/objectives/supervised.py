@@ -164,7 +164,7 @@ class Supervised(Objective):
         if mix is not None:
             view = mixed(view, mix)
         with torch.no_grad() if self.probes else nullcontext():
-            online = self.encoder(view)
+            online = self.encoder(view, *self._paths(inputs))
         if not target:
             return Features((online,))
         wide = torch.promote_types(online.dtype, torch.float32)
@@ -197,7 +197,7 @@ class Supervised(Objective):
             others.append(labels[row if alone else other])
             shares.append(1.0 if alone or mix is None else mix.share)
         with torch.no_grad() if self.probes else nullcontext():
-            rows = self.encoder.encode_plain(self.encoder.patch_tokens(torch.stack(images)))
+            rows = self.encoder.plain(torch.stack(images), *self._paths(inputs))
         logits = self.encoder.head(rows)
         share = torch.tensor(shares, dtype=logits.dtype, device=logits.device)
         own, partner = (
@@ -217,13 +217,13 @@ class Supervised(Objective):
         return own * (1 - self.label_smoothing) + self.label_smoothing / self.classes
 
     def mix_of(self, at: Progress, side: int) -> Mix | None:
-        """How the images of a step are mixed; None where they are not.
+        """How the images of a step are mixed; None where they are not, as in evaluation.
 
         Args:
             at: the step.
             side: pixels per side of an image.
         """
-        if not (self.mixup or self.cutmix):
+        if not (self.training and (self.mixup or self.cutmix)):
             return None
         key = np.array([self.seed, MIX_TAG], dtype=np.uint64)
         counter = np.array([0, 0, at.step, 0], dtype=np.uint64)
@@ -268,6 +268,10 @@ class Supervised(Objective):
     def choices(self, at: Progress) -> Hashable:
         """The step, from which follows how images are mixed."""
         return at.step if self.mixup or self.cutmix else None
+
+    def _paths(self, inputs: Inputs) -> tuple[()] | tuple[Tensor]:
+        """Factors of stochastic depth; none of a frozen encoder, which is in eval mode."""
+        return () if self.probes else inputs.paths_of(0)
 
     def _watch(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Training accuracy, of the image with the larger share."""

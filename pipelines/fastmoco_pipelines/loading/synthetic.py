@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from fastmoco_pipelines.loading.batch import Batch, BatchStream
@@ -65,8 +66,9 @@ class SyntheticLoader(BatchStream):
         else:
             views = [torch.randn(shape, generator=noise, dtype=torch.float32) for shape in shapes]
         self._views = tuple(view.to(device) for view in views)
-        # The labels of a set where sample i has the class i modulo the number of classes.
-        self._labels = self._sample_ids % spec.classes if spec.classes else None
+        # One class after another, whatever the step: an image is the same in every step.
+        rows = rank * self.local_batch_size + np.arange(self.local_batch_size, dtype=np.int64)
+        self._labels = rows % spec.classes if spec.classes else None
 
     def next(self) -> Batch:
         """The same batch under the next step's number."""

@@ -354,7 +354,7 @@ def test_stochastic_depth_leaves_out_the_same_branches_in_every_pass(
     def loss(config: Config, at: Progress, *, training: bool = True) -> Tensor:
         objective, views = rough(config), views_of(config)
         objective.train(training)
-        return objective(*views, at=at).loss.detach()
+        return objective(*views, **rest_of(objective), at=at).loss.detach()
 
     later = Progress(AT.step + 1, AT.total_steps, AT.steps_per_epoch)
     assert len({float(loss(c, at)) for c, at in ((plain, AT), (config, AT), (config, later))}) == 3
@@ -402,7 +402,7 @@ def test_the_loss_of_knowing_nothing_is_that_of_unrelated_features(
 ) -> None:
     """Random weights and noise as images: no view is like another, in 64 dimensions or more."""
     config = config_of(kind)
-    config = replace(config, model=replace(config.model, projection_dim=64))
+    config = replace(config, model=replace(config.model, projection_dim=64, hidden_dim=256))
     objective = build_objective(config, torch.device("cpu"))
     value = objective.uninformed_loss(256)
     assert value is None or 0 < value < math.inf

@@ -118,6 +118,21 @@ def assert_is_drawn_for_its_place(shards: ShardSet, batch: Batch, row: int) -> N
         assert torch.equal(view2[0], batch.views[1][row]) == own
 
 
+def test_labels_are_those_of_the_images_that_are_delivered(packed, faulty, healed):
+    """Of stand-ins too, from any step; and asking for them changes no view."""
+    with ShardSet.open(str(packed)) as shards:
+        labels, classes = shards.labels, shards.class_count
+    assert all(batch.labels is None for batch in healed)
+    for start in (0, 4):
+        asked = take(faulty, 2, changes={"classes": classes}, start_step=start)
+        for batch, plain in zip(asked, healed[start:], strict=False):
+            assert_same(batch, plain)
+            assert np.array_equal(batch.labels, labels[batch.sample_ids])
+    stood_in = [row for row in range(12) if int(FIRST[row]) in BAD]
+    assert stood_in
+    assert not set(healed[0].sample_ids[stood_in]) & set(BAD)
+
+
 @pytest.mark.parametrize("start", range(1, STEPS))
 def test_a_restart_at_any_step_is_bit_identical(faulty, healed, start):
     for got, wanted in zip(take(faulty, 3, start_step=start), healed[start:], strict=False):

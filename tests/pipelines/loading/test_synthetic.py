@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,12 @@ def test_batches_are_constant_and_counted():
         assert first.views[0] is second.views[0]
         assert not torch.equal(first.views[0], first.views[1])
         assert loader.wait_seconds == 0
+        assert first.labels is None
+    for start in (0, 5):
+        labelled = SyntheticLoader(
+            replace(SPEC, classes=3), rank=1, world_size=3, start_step=start, sample_count=100
+        )
+        assert labelled.next().labels.tolist() == labelled.next().labels.tolist() == [1, 2, 0, 1]
 
 
 def test_it_stands_in_for_the_real_loader():
