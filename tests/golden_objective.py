@@ -6,19 +6,43 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastmoco.distributed import BatchNorm
 from fastmoco.models import VisionTransformer
+from fastmoco.models.encoder import Coupling, Family, Parts
 from fastmoco.objectives import MoCoV3
 
 
+class ConvTrunk(nn.Module):
+    """The stand-in for a ResNet of the golden files: an encoder whose batch norms couple images."""
+
+    family: Family = "resnet"
+    coupling = Coupling.TRUNK
+    coupling_reason = "its trunk has batch norms"
+
+    def __init__(self, width1: int, width2: int) -> None:
+        super().__init__()
+        self.embed_dim = width2
+        self.conv1 = nn.Conv2d(3, width1, 3, stride=2, padding=1, bias=False)
+        self.bn1 = BatchNorm(width1)
+        self.conv2 = nn.Conv2d(width1, width2, 3, stride=2, padding=1, bias=False)
+        self.bn2 = BatchNorm(width2)
+        self.head: nn.Module = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.bn2(self.conv2(self.bn1(self.conv1(images)).relu())).relu().mean((2, 3))
+
+    plain = forward
+
+    def parts(self) -> Parts:
+        return Parts(stem={"conv1": self.conv1}, heads={"head": self.head})
+
+
 def our_name(golden_name: str) -> str:
-    """Golden files call the query side base_encoder."""
-    return (
-        golden_name.removeprefix("base_")
-        if golden_name.startswith("base_encoder.")
-        else golden_name
-    )
+    """Golden files call the query side base_encoder, and the projector of a ResNet fc."""
+    name = golden_name.removeprefix("base_" if golden_name.startswith("base_encoder.") else "")
+    return name.replace("encoder.fc.", "encoder.head.")
 
 
 def build_golden(data: dict[str, np.ndarray]) -> MoCoV3:

@@ -3,6 +3,7 @@ nothing here asks fastmoco for a name. Values are random."""
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from typing import Any
 
@@ -14,8 +15,9 @@ STATISTICS = BATCH_NORM[2:]
 NETWORKS = ("base_encoder", "momentum_encoder")
 
 
+@functools.cache
 def official_checkpoint(kind: str, **sizes: int) -> dict[str, Any]:
-    """`{"epoch", "arch", "state_dict"}` with both encoders and the predictor.
+    """`{"epoch", "arch", "state_dict"}` with both encoders and the predictor; not to be changed.
 
     Args:
         kind: "vit" or "resnet18".

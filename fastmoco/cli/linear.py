@@ -13,9 +13,12 @@ from fastmoco.cli.data import progress_bar
 from fastmoco.cli.images import knn_sets, of_options
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say, show
 
+Which = Literal["base", "momentum"]
+
 if TYPE_CHECKING:
     from fastmoco.distributed.mesh import World
     from fastmoco.training.encoder_source import EncoderSource
+    from fastmoco.training.linear_official import OfficialOptions
 
 
 def eval_linear(
@@ -24,7 +27,7 @@ def eval_linear(
     train: str,
     test: str,
     fast: bool = False,
-    which: Literal["base", "momentum"] = "base",
+    which: Which = "base",
     best: bool = False,
     lr: tuple[float, ...] = (),
     weight_decay: tuple[float, ...] = (),
@@ -46,12 +49,14 @@ def eval_linear(
             weights.
         train: Labelled shards to train on, or a folder with one folder of images per class.
         test: Labelled shards to classify, or a folder with one folder of images per class.
-        fast: Compute features once and train classifiers of many rates and decays on them at once;
+        fast: Instead of the official protocol (SGD on random crops, 90 epochs, a run of its own in
+            --out), compute features once and train classifiers of many rates and decays on them at once;
             the pair is chosen on a share of the training images.
         which: The trained encoder, or its moving average.
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
-        lr: Learning rates for a batch of 256 images, all tried with --fast (default: 0.01 to 10).
-        weight_decay: Weight decays, all tried with --fast (default: 0 to 1e-4).
+        lr: Learning rate for a batch of 256 images (default: 3 for a ViT, 0.1 for a ResNet); with
+            --fast several, which are all tried (default: 0.01 to 10).
+        weight_decay: Weight decay (default: 0); with --fast several (default: 0 to 1e-4).
         epochs: Passes over the training images.
         batch: Images of a step; 0: 1024, or fewer for a set of less than 16,384 images.
         copies: With --fast, augmented copies of the training images whose features are cached. With
@@ -62,61 +67,170 @@ def eval_linear(
         precision: With --fast, of the encoder; the official protocol has fp32.
         seed: Of the classifier, the order, the crops and the held-out images.
         cache: Folder of cached features; default: fastmoco/features in the user's cache.
-        out: Folder for the result, linear.json.
+        out: Folder for the result, linear.json; without --fast also for the run, which the same
+            command continues.
         json: Print JSON instead of text.
     """
     say(f"linear classifier on {run}: importing torch")
-    with one_line(EXIT_REFUSED, ValueError, OSError):
-        with collection_paused():
-            from fastmoco.distributed.mesh import start_world, stop_world
-            from fastmoco.evaluation.feature_cache import WAIT_S
-            from fastmoco.faults.first_cause import first_cause
-            from fastmoco.training import linear_fast
-            from fastmoco.training.encoder_source import load_source
-            from fastmoco_pipelines.files import user_cache
-
-        if not fast:
-            raise ValueError("fast=False: the official protocol is not there yet; give --fast")
-        options = linear_fast.FastOptions(
-            lrs=lr or linear_fast.LRS,
-            weight_decays=weight_decay or linear_fast.WEIGHT_DECAYS,
-            epochs=epochs,
-            batch_size=batch,
-            copies=copies,
-            crop_min=crop_min,
-            holdout=holdout,
-            precision=precision,
-            seed=seed,
-            cache=cache if cache is not None else user_cache() / "features",
-        )
-        world = start_world("auto", timeout_s=WAIT_S)
-        with first_cause(world), of_options({"train": train, "test": test}):
-            source = load_source(run, world.device, which=which, best=best)
-            if world.rank == 0:
-                for note in source.notes:
-                    say(note)
-            bank, queries = _sets(train, test, source, world)
-            found = linear_fast.fast_linear(
-                source, bank, queries, world, options, progress=_progress(world), tell=say
+    with one_line(EXIT_REFUSED, ValueError, OSError), of_options({"train": train, "test": test}):
+        if fast:
+            found = _fast(
+                run,
+                train,
+                test,
+                which,
+                best,
+                lrs=lr,
+                weight_decays=weight_decay,
+                epochs=epochs,
+                batch_size=batch,
+                copies=copies,
+                crop_min=crop_min,
+                holdout=holdout,
+                precision=precision,
+                seed=seed,
+                cache=cache,
             )
-        stop_world()
-        if world.rank == 0:
+        else:
+            _require_official(lr, weight_decay, copies, precision, out)
+            assert out is not None
+            with collection_paused():
+                from fastmoco.training.linear_official import OfficialOptions
+
+            options = OfficialOptions(
+                lr=lr[0] if lr else None,
+                weight_decay=weight_decay[0] if weight_decay else 0.0,
+                epochs=epochs,
+                batch_size=batch,
+                crop_min=crop_min,
+                seed=seed,
+            )
+            code, found = _official(run, train, test, which, best, out, options)
+            if code != EXIT_FINISHED:
+                return code
+        if found is not None:
             _report(found, out, json)
     return EXIT_FINISHED
+
+
+def _require_official(
+    lr: tuple[float, ...],
+    weight_decay: tuple[float, ...],
+    copies: int,
+    precision: str,
+    out: Path | None,
+) -> None:
+    """Refuse options that only --fast has."""
+    for name, values in (("lr", lr), ("weight_decay", weight_decay)):
+        if len(values) > 1:
+            raise ValueError(
+                f"{name}={list(values)}: the official protocol has one; several need --fast"
+            )
+    if copies:
+        raise ValueError(f"copies={copies}: needs --fast; the official protocol crops every epoch")
+    if precision != "fp32":
+        raise ValueError(f"precision={precision!r}: needs --fast; the official protocol has fp32")
+    if out is None:
+        raise ValueError(
+            "out=None: the official protocol is a run of its own; give a folder with --out, which "
+            "the same command continues, or give --fast"
+        )
+
+
+def _fast(
+    run: Path,
+    train: str,
+    test: str,
+    which: Which,
+    best: bool,
+    *,
+    lrs: tuple[float, ...],
+    weight_decays: tuple[float, ...],
+    cache: Path | None,
+    **others: Any,
+) -> dict[str, Any] | None:
+    """The result of `--fast`; None on ranks other than the first."""
+    with collection_paused():
+        from fastmoco.distributed.mesh import start_world, stop_world
+        from fastmoco.evaluation.feature_cache import WAIT_S
+        from fastmoco.faults.first_cause import first_cause
+        from fastmoco.training import linear_fast
+        from fastmoco.training.encoder_source import load_source
+        from fastmoco_pipelines.files import user_cache
+
+    options = linear_fast.FastOptions(
+        lrs=lrs or linear_fast.LRS,
+        weight_decays=weight_decays or linear_fast.WEIGHT_DECAYS,
+        cache=cache if cache is not None else user_cache() / "features",
+        **others,
+    )
+    world = start_world("auto", timeout_s=WAIT_S)
+    with first_cause(world):
+        source = load_source(run, world.device, which=which, best=best)
+        if world.rank == 0:
+            for note in source.notes:
+                say(note)
+        bank, queries = _sets(train, test, source, world)
+        found = linear_fast.fast_linear(
+            source, bank, queries, world, options, progress=_progress(world), tell=say
+        )
+    stop_world()
+    return found if world.rank == 0 else None
+
+
+def _official(
+    run: Path,
+    train: str,
+    test: str,
+    which: Which,
+    best: bool,
+    out: Path,
+    options: OfficialOptions,
+) -> tuple[int, dict[str, Any] | None]:
+    """Exit code and result of the official protocol; without a result on ranks other than the
+    first, and where the run was stopped."""
+    import os
+
+    from fastmoco.launched import read_launcher
+
+    with collection_paused():
+        from fastmoco.cli.train import train as train_run
+        from fastmoco.training.encoder_source import load_source
+        from fastmoco.training.linear_official import official_config, official_result
+
+    # The run has its own process group. Before it, every process reads the encoder and packs
+    # folders of images, in turn.
+    rank = read_launcher(os.environ).rank
+    source = load_source(run, "cpu", which=which, best=best)
+    if rank == 0:
+        for note in source.notes:
+            say(note)
+    bank, queries = knn_sets(
+        train, test, max_side=_max_side(source), needed_by="a linear classifier"
+    )
+    config = official_config(source, bank, queries, out, options)
+    code = train_run(config, out, hints=False)
+    if code != EXIT_FINISHED or rank > 0:
+        return code, None
+    return code, official_result(source, out)
+
+
+def _max_side(source: EncoderSource) -> int:
+    """Pixels to which images of a folder are shrunk."""
+    from fastmoco.training.images import max_side_of_run
+    from fastmoco_pipelines.making.folder_cache import max_side_of
+
+    config = source.config
+    return max_side_of(source.image.size) if config is None else max_side_of_run(config)
 
 
 def _sets(train: str, test: str, source: EncoderSource, world: World) -> list[str]:
     """The shards of both sets; rank 0 packs folders of images."""
     from fastmoco.distributed.first_rank import first_rank_does
-    from fastmoco.training.images import max_side_of_run
-    from fastmoco_pipelines.making.folder_cache import max_side_of
-
-    config = source.config
-    side = max_side_of(source.image.size) if config is None else max_side_of_run(config)
 
     def pack() -> str:
         return json_module.dumps(
-            knn_sets(train, test, max_side=side, needed_by="a linear classifier")
+            knn_sets(train, test, max_side=_max_side(source), needed_by="a linear classifier")
         )
 
     found: list[str] = json_module.loads(first_rank_does(world, "packed", pack))

@@ -24,7 +24,7 @@ from fastmoco.config.serial import to_json
 from fastmoco.errors import EXIT_REFUSED, close_output, one_line, say
 from fastmoco.faults.parent import follow_parent
 from fastmoco.faults.start_up import StartUp
-from fastmoco.recipes import RECIPES, get_recipe, with_image_size
+from fastmoco.recipes import EXPECTED, RECIPES, get_recipe, with_image_size
 from fastmoco_pipelines.spec import require
 from fastmoco_pipelines.text import first_sentence
 
@@ -142,6 +142,7 @@ def _page(kind: type[P], verb: str, recipe: str | None, *, whole: bool) -> str:
         with one_line(EXIT_REFUSED, ValueError):
             config = get_recipe(recipe)
         about = f"{recipe}: {first_sentence(RECIPES[recipe].__doc__)}"
+        about += f" {EXPECTED[recipe]}" if recipe in EXPECTED else ""
     return of_config(
         f"{verb} {recipe or 'RECIPE'}",
         describe(kind, _defaults(kind, config)),
@@ -176,11 +177,13 @@ def _follow_image_size(config: Config, args: list[str]) -> Config:
 
 
 def recipes(args: list[str]) -> int:
-    """List the recipes."""
+    """List the recipes, with the accuracy that is published for them."""
     del args
     width = max(map(len, RECIPES))
     for name, recipe in RECIPES.items():
         print(f"  {name:<{width}} {first_sentence(recipe.__doc__)}")
+        if name in EXPECTED:
+            print(f"  {'':<{width}} {EXPECTED[name].brief}")
     return 0
 
 

@@ -41,6 +41,11 @@ class MoCoV3Config(ObjectiveConfig):
     """Momentum of the momentum encoder at step 0."""
     ema_schedule: Annotated[Literal["cosine", "constant"], Resume.WITH_ALLOW] = "cosine"
     """`cosine` raises the momentum to 1 over the run, as every official recipe does."""
+    predictor: bool = True
+    """Whether the queries pass a predictor after the projector."""
+    head_norm: bool = True
+    """Whether projector and predictor have batch norms. Without them they are linear layers and
+    ReLUs."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "must be positive")

@@ -26,6 +26,8 @@ class HeadForm:
     """Whether a batch norm without bias ends the head."""
     last_norm_weight: bool = False
     """Whether that norm has a weight."""
+    norm: bool = True
+    """Whether there are batch norms at all; False: neither between the layers nor at the end."""
 
 
 FORMS = {
@@ -77,11 +79,10 @@ def build_head(in_dim: int, hidden_dim: int, out_dim: int, form: HeadForm) -> nn
     widths = [in_dim] + [hidden_dim] * (form.layers - 1)
     modules: list[nn.Module] = []
     for before, after in pairwise(widths):
-        modules.extend(
-            [nn.Linear(before, after, bias=form.bias), BatchNorm(after), nn.ReLU(inplace=True)]
-        )
+        norms = [BatchNorm(after)] if form.norm else []
+        modules.extend([nn.Linear(before, after, bias=form.bias), *norms, nn.ReLU(inplace=True)])
     modules.append(nn.Linear(widths[-1], out_dim, bias=form.last_bias))
-    if form.last_norm:
+    if form.norm and form.last_norm:
         modules.append(BatchNorm(out_dim, affine=form.last_norm_weight, bias=False))
     return nn.Sequential(*modules)
 

@@ -233,8 +233,7 @@ class ResNet(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images shape={tuple(images.shape)}: this encoder takes [B, 3, H, W]")
         # Convolutions in 16 bits are fastest with channels last.
-        half = images.dtype.itemsize == 2 or torch.is_autocast_enabled(images.device.type)
-        if images.device.type == "cuda" and half:
+        if images.is_cuda and (images.dtype.itemsize == 2 or torch.is_autocast_enabled("cuda")):
             images = images.contiguous(memory_format=torch.channels_last)
         x = self.maxpool(self.bn1(self.conv1(images)).relu_())
         for block in self._blocks():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -43,11 +44,13 @@ class MoCoV3(Objective):
         temperature: > 0, divides the cosines.
         ema_momentum: momentum of the average at step 0.
         ema_schedule: "cosine" rises to 1 at the end of the run, "constant" stays.
+        with_predictor: whether queries pass a predictor.
+        head_norm: whether the heads have batch norms.
 
     Attributes:
         encoder: the query side; `encoder.head` is its projector.
         momentum_encoder: its average, without gradient.
-        predictor: query side only.
+        predictor: query side only; the identity without a predictor.
 
     Raises:
         ValueError: if the temperature is not positive.
@@ -66,6 +69,8 @@ class MoCoV3(Objective):
         temperature: float = 0.2,
         ema_momentum: float = 0.99,
         ema_schedule: Literal["cosine", "constant"] = "cosine",
+        with_predictor: bool = True,
+        head_norm: bool = True,
     ) -> None:
         super().__init__()
         if not temperature > 0:
@@ -74,12 +79,12 @@ class MoCoV3(Objective):
         self.encoder, self.momentum_encoder = build_encoder(), build_encoder()
         usual = moco_v3_forms(family_of(self.encoder))
         for encoder in (self.encoder, self.momentum_encoder):
-            encoder.head = build_head(
-                encoder.embed_dim, hidden_dim, projection_dim, projector or usual[0]
-            )
-        self.predictor = build_head(
-            projection_dim, hidden_dim, projection_dim, predictor or usual[1]
-        )
+            form = replace(projector or usual[0], norm=head_norm)
+            encoder.head = build_head(encoder.embed_dim, hidden_dim, projection_dim, form)
+        self.predictor: nn.Module = nn.Identity()
+        if with_predictor:
+            form = replace(predictor or usual[1], norm=head_norm)
+            self.predictor = build_head(projection_dim, hidden_dim, projection_dim, form)
         self.momentum = Momentum(
             self.encoder, self.momentum_encoder, start=ema_momentum, schedule=ema_schedule
         )
@@ -98,6 +103,8 @@ class MoCoV3(Objective):
             temperature=own.temperature,
             ema_momentum=own.ema_momentum,
             ema_schedule=own.ema_schedule,
+            with_predictor=own.predictor,
+            head_norm=own.head_norm,
         )
 
     def features(self, inputs: Inputs, at: Progress, *, target: bool = True) -> Features:

@@ -1,8 +1,8 @@
 """Recipes: functions that return a complete `Config`, named model_epochs_batch.
 
-The ImageNet recipes have the official numbers of MoCo v3 (temperature 0.2, base learning rate
-1.5e-4, weight decay 0.1, momentum 0.99 rising to 1, 40 epochs of warm-up, crops from 8 % of the
-area). The small ones train in minutes on a CPU.
+The ImageNet recipes have the official numbers of MoCo v3; for ViT: temperature 0.2, base learning
+rate 1.5e-4, weight decay 0.1, momentum 0.99 rising to 1, 40 epochs of warm-up, crops from 8 % of
+the area. `EXPECTED` has their published results. The small ones train in minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -13,10 +13,24 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fastmoco.config import Config
-from fastmoco.recipes.byol import byol_digits, byol_vit_s16_e300_b4096
-from fastmoco.recipes.moco_v3 import vit_b16_e300_b4096, vit_s16_e300_b1024, vit_s16_e300_b4096
+from fastmoco.recipes.byol import byol_digits, byol_nano7_e12_b256, byol_vit_s16_e300_b4096
+from fastmoco.recipes.expected import EXPECTED, Expected
+from fastmoco.recipes.moco_v3 import (
+    resnet50_e100_b4096,
+    resnet50_e300_b4096,
+    resnet50_e1000_b4096,
+    vit_b16_e300_b4096,
+    vit_conv_b16_e300_b4096,
+    vit_conv_s16_e300_b4096,
+    vit_h14_e300_b4096,
+    vit_l16_e300_b4096,
+    vit_s16_e300_b1024,
+    vit_s16_e300_b4096,
+)
 from fastmoco.recipes.simclr import (
     simclr_digits,
+    simclr_nano7_e12_b256,
+    simclr_r50_e100_b4096,
     simclr_vit_b16_e300_b4096,
     simclr_vit_s16_e300_b4096,
 )
@@ -33,6 +47,7 @@ from fastmoco.recipes.supervised import (
 )
 from fastmoco.recipes.swav import (
     swav_digits,
+    swav_nano7_e12_b256,
     swav_r50_e400_b4096,
     swav_vit_b16_e300_b4096,
     swav_vit_s16_e300_b4096,
@@ -40,10 +55,19 @@ from fastmoco.recipes.swav import (
 from fastmoco_pipelines.spec import ViewSpec, under
 
 __all__ = [
+    "EXPECTED",
     "RECIPES",
+    "Expected",
     "get_recipe",
     "quickstart_digits",
+    "resnet50_e100_b4096",
+    "resnet50_e300_b4096",
+    "resnet50_e1000_b4096",
     "vit_b16_e300_b4096",
+    "vit_conv_b16_e300_b4096",
+    "vit_conv_s16_e300_b4096",
+    "vit_h14_e300_b4096",
+    "vit_l16_e300_b4096",
     "vit_nano7_e12_b256",
     "vit_nano8_e60_b256",
     "vit_s16_e300_b1024",
@@ -57,17 +81,28 @@ RECIPES: dict[str, Callable[[], Config]] = {
         vit_s16_e300_b4096,
         vit_s16_e300_b1024,
         vit_b16_e300_b4096,
+        vit_l16_e300_b4096,
+        vit_h14_e300_b4096,
+        vit_conv_s16_e300_b4096,
+        vit_conv_b16_e300_b4096,
+        resnet50_e100_b4096,
+        resnet50_e300_b4096,
+        resnet50_e1000_b4096,
         vit_nano7_e12_b256,
         vit_nano8_e60_b256,
         quickstart_digits,
         byol_vit_s16_e300_b4096,
+        byol_nano7_e12_b256,
         byol_digits,
         simclr_vit_s16_e300_b4096,
         simclr_vit_b16_e300_b4096,
+        simclr_r50_e100_b4096,
+        simclr_nano7_e12_b256,
         simclr_digits,
         swav_vit_s16_e300_b4096,
         swav_vit_b16_e300_b4096,
         swav_r50_e400_b4096,
+        swav_nano7_e12_b256,
         swav_digits,
         supervised_vit_s16,
         supervised_vit_b16,
@@ -122,14 +157,14 @@ def get_recipe(name: str) -> Config:
 
 
 def near_recipes(name: str, *, most: int = 2) -> list[str]:
-    """Recipes that a name may mean, the likeliest first: `ViT-S/16`, `moco_v3_vit_s`."""
+    """Recipes that a name may mean, the likeliest first: `ViT-S/16`, `moco_v3_vit_s`, `r50`."""
 
     def letters(text: str) -> str:
         found = re.sub(r"[^a-z0-9]", "", text.lower())
         found = re.sub("^(mocov3|moco)|(mocov3|moco|pretrain|imagenet)$", "", found)
         for word, short in SIZES.items():
-            found = found.replace(f"vit{word}", f"vit{short}")
-        return found
+            found = re.sub(f"vit(conv)?{word}", rf"vit\g<1>{short}", found)
+        return re.sub(r"\br(?:n|es)?(?=\d)", "resnet", found)
 
     wanted = letters(name)
     known = {recipe: letters(recipe) for recipe in RECIPES}

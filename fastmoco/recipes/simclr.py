@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from fastmoco.config import Config, ModelConfig, ObjectiveConfig, OptimConfig
 from fastmoco.recipes.moco_v3 import vit_b16_e300_b4096, vit_s16_e300_b4096
-from fastmoco.recipes.small import quickstart_digits
+from fastmoco.recipes.small import quickstart_digits, vit_nano7_e12_b256
 from fastmoco_pipelines.spec import Resume, ViewSpec, require
 
 
@@ -101,6 +101,13 @@ def simclr_r50_e100_b4096() -> Config:
 def simclr_digits() -> Config:
     """SimCLR with a tiny ViT on 8x8 handwritten digits: a few minutes on two cores."""
     return replace(quickstart_digits(), recipe="simclr_digits", objective=SimCLRConfig())
+
+
+def simclr_nano7_e12_b256() -> Config:
+    """SimCLR with ViT-nano/7 on 28-pixel grey images such as Fashion-MNIST: ten minutes on two
+    cores."""
+    base = vit_nano7_e12_b256()
+    return replace(base, recipe="simclr_nano7_e12_b256", objective=SimCLRConfig())
 
 
 def _vit(base: Config, recipe: str) -> Config:

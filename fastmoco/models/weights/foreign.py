@@ -186,7 +186,9 @@ def vit_sizes(trunk: Mapping[str, Tensor], source: str) -> ViTSizes:
     Raises:
         CheckpointError: naming the file and the tensor that is missing or has no possible shape.
     """
-    numbers = [int(n[1]) for name in trunk if (n := re.match(r"blocks\.(\d+)\.", name))]
+    numbers = {int(n[1]) for name in trunk if (n := re.match(r"blocks\.(\d+)\.", name))}
+    if numbers != set(range(len(numbers))):
+        raise CheckpointError(f"{source}: its blocks are not numbered from 0 to {len(numbers) - 1}")
     stem: Literal["patch", "conv"] = "conv" if "patch_embed.proj.0.weight" in trunk else "patch"
     last = "patch_embed.proj.12.weight" if stem == "conv" else "patch_embed.proj.weight"
     wanted = {last: 4, "blocks.0.mlp.fc1.weight": 2}
@@ -206,7 +208,7 @@ def vit_sizes(trunk: Mapping[str, Tensor], source: str) -> ViTSizes:
             )
     return ViTSizes(
         width=width,
-        depth=max(numbers, default=0) + 1,
+        depth=len(numbers),
         mlp_ratio=trunk["blocks.0.mlp.fc1.weight"].shape[0] / width,
         stem=stem,
         patch_size=16 if stem == "conv" else trunk[last].shape[2],

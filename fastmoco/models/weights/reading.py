@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,21 @@ FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
+_TORCH_ERRORS = (
+    pickle.UnpicklingError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    EOFError,
+    AssertionError,
+    MemoryError,
+    SafetensorError,
+)
+"""What torch's reader raises for a file that is none of its own, or damaged."""
 MOST_JSON_BYTES = 10 * 2**20
 
 
@@ -125,29 +141,21 @@ def _read_torch(path: Path) -> RawWeights:
         content = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except pickle.UnpicklingError as error:
-        # torch gives the advice to read without weights_only, which would run the file's code.
-        reason = str(error).partition("\n")[0].partition(". This file can still be loaded")[0]
-        named = _refused_name(str(error))
+    except _TORCH_ERRORS as error:
+        # torch's own text advises to read without weights_only, which would run the file's code.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found and isinstance(error, pickle.UnpicklingError):
+            raise CheckpointError(
+                f"{path} is not read: it contains {found[1]}. Only tensors, numbers and texts are "
+                "read from a pickle, because anything else in it could run code. If the file is "
+                "one of weights, save its tensors again where it was made: "
+                "`safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')`"
+            ) from error
         raise CheckpointError(
-            f"{path} is not read: {named or reason}. Only tensors, numbers and texts are read from "
-            "a pickle, because anything else in it could run code. If the file is one of weights, "
-            "save its tensors again where it was made: "
-            "`safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')`"
-        ) from error
-    except (RuntimeError, ValueError, TypeError, KeyError, EOFError, IndexError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            f"{path} cannot be read, neither as safetensors nor as a file of torch: {reason}. It is "
-            "damaged, incomplete or of another kind: copy or download it again"
+            f"{path} cannot be read, neither as safetensors nor as a file of torch. It is damaged, "
+            "incomplete or of another kind: copy or download it again"
         ) from error
     return _unpacked(path, content)
-
-
-def _refused_name(message: str) -> str:
-    """What torch's reader refused, as a clause; empty if its message has another form."""
-    _, found, rest = message.partition("Unsupported global: GLOBAL ")
-    return f"it contains {rest.split()[0]}" if found and rest.split() else ""
 
 
 def _unpacked(path: Path, content: object) -> RawWeights:

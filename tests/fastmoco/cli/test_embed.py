@@ -63,7 +63,7 @@ def test_embed_writes_the_features_of_the_encoder(run, small_run, digits, tmp_pa
     assert "exists; choose another file" in capsys.readouterr().err
 
 
-def test_tokens_the_momentum_encoder_and_a_file(run, small_run, digits, tmp_path, capsys):
+def test_tokens_the_momentum_encoder_and_a_file(small_run, digits, tmp_path, capsys, monkeypatch):
     objective = build_objective(small_run, torch.device("cpu"))
     with torch.no_grad():
         for parameter in objective.momentum_encoder.parameters():
@@ -105,8 +105,25 @@ def test_tokens_the_momentum_encoder_and_a_file(run, small_run, digits, tmp_path
         tokens = encoder.token_features(images)
     torch.testing.assert_close(found["mean"], tokens.mean(1))
     torch.testing.assert_close(found["patch"], tokens.half())
+
+    # kNN of the same encoders; what a file's features need meanwhile is in the user's cache.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    accuracies = {}
+    for name, source, options in (("base", two, []), ("momentum", two, ["--which", "momentum"])):
+        words = ["--train", digits[0], "--test", digits[1], "--k", "5", *options]
+        capsys.readouterr()
+        assert main(["eval", "knn", str(source), *words]) == 0
+        line = json.loads(capsys.readouterr().out)
+        assert line["source"]["encoder"] == name
+        accuracies[name] = line["knn"]
+    assert accuracies["base"] != accuracies["momentum"]
+    assert main(["eval", "knn", str(file), *words[:6]]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["knn"] == pytest.approx(accuracies["base"], abs=0.03)
+    assert line["source"]["header"]["architecture"] == "vit_nano"
     assert not list(tmp_path.glob("*.parts"))
     assert not (two / "features").exists()
+    assert not (tmp_path / "cache" / "fastmoco" / "features").exists()
 
 
 def test_a_resnet_has_no_patch_tokens(digits, tmp_path, capsys):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from fastmoco.config.serial import from_json
-from fastmoco.recipes import RECIPES, get_recipe
+from fastmoco.recipes import EXPECTED, RECIPES, get_recipe
 from tests.command_line import main
 
 
@@ -36,7 +36,8 @@ def test_recipes_lists_them(capsys):
     assert main(["recipes"]) == 0
     listed = capsys.readouterr().out
     assert "vit_b16_e300_b4096" in listed
-    assert len(listed.splitlines()) == len(RECIPES)
+    assert len(listed.splitlines()) == len(RECIPES) + len(EXPECTED)
+    assert "Linear top-1 76.7 % (official release); on 8 nodes, 64 V100 GPUs of 32 GB." in listed
     assert not [line for line in listed.splitlines() if not line.endswith(".")]
     assert main(["train"]) == 2
     assert capsys.readouterr().out.endswith(listed)

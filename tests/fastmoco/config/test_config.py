@@ -24,7 +24,7 @@ from fastmoco.config import (
 )
 from fastmoco.config.parallel import ParallelConfig
 from fastmoco.config.serial import differences, flatten, from_json, marked, may_change, to_json
-from fastmoco.recipes import RECIPES, get_recipe, with_image_size
+from fastmoco.recipes import EXPECTED, RECIPES, get_recipe, near_recipes, with_image_size
 from fastmoco_pipelines.spec import FieldError, LoaderOptions, Resume
 
 
@@ -54,6 +54,56 @@ def test_the_official_numbers():
     assert (view1.solarize_probability, view2.solarize_probability) == (0.0, 0.2)
     assert view1.crop_scale == (0.08, 1.0)
     assert config.eval_spec().resize == 256
+
+
+OFFICIAL = {
+    # optimizer, base rate, decay, epochs, warm-up, batch, temperature, momentum, least crop, top-1
+    "resnet50_e100_b4096": ("lars", 0.6, 1e-6, 100, 10, 4096, 1.0, 0.99, 0.2, 68.9),
+    "resnet50_e300_b4096": ("lars", 0.3, 1e-6, 300, 10, 4096, 1.0, 0.99, 0.2, 72.8),
+    "resnet50_e1000_b4096": ("lars", 0.3, 1.5e-6, 1000, 10, 4096, 1.0, 0.996, 0.2, 74.6),
+    "vit_s16_e300_b1024": ("adamw", 1.5e-4, 0.1, 300, 40, 1024, 0.2, 0.99, 0.08, None),
+    "vit_s16_e300_b4096": ("adamw", 1.5e-4, 0.1, 300, 40, 4096, 0.2, 0.99, 0.08, 73.2),
+    "vit_b16_e300_b4096": ("adamw", 1.5e-4, 0.1, 300, 40, 4096, 0.2, 0.99, 0.08, 76.7),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_every_configuration_of_the_official_release(name):
+    config = get_recipe(name)
+    optim, objective = config.optim, config.objective
+    for view in config.data.views:
+        assert (
+            optim.name,
+            optim.lr,
+            optim.weight_decay,
+            config.epochs,
+            optim.warmup_epochs,
+            config.global_batch_size,
+            objective.temperature,
+            objective.ema_momentum,
+            view.crop_scale[0],
+            EXPECTED[name].linear,
+        ) == OFFICIAL[name]
+    assert objective.ema_schedule == "cosine"
+    assert (config.model.projection_dim, config.model.hidden_dim) == (256, 4096)
+    # The docstring states accuracy, source and hardware.
+    for stated in (EXPECTED[name].linear or "not published", "official release", "V100 GPUs"):
+        assert str(stated) in (RECIPES[name].__doc__ or "")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("r50", "resnet50_e100_b4096"),
+        ("ResNet-50", "resnet50_e100_b4096"),
+        ("moco_rn50", "resnet50_e100_b4096"),
+        ("vit_large", "vit_l16_e300_b4096"),
+        ("vit_conv_small", "vit_conv_s16_e300_b4096"),
+        ("ViT-H/14", "vit_h14_e300_b4096"),
+    ],
+)
+def test_other_programs_names_of_encoders_are_understood(typed, meant):
+    assert near_recipes(typed)[0] == meant
 
 
 def test_a_wrong_recipe_name_gets_the_nearest():

@@ -134,15 +134,19 @@ def test_fresh_model_matches_golden_names_shapes_and_spread(
         for k, v in golden("init_stats").items()
         if k.startswith(f"{name}/")
     }
-    parameters = list(MoCoV3(build).named_parameters())
-    assert [f"base_{n}" if n.startswith("encoder.") else n for n, _ in parameters] == data[
-        "names"
-    ].tolist()
+    objective = MoCoV3(build)
+    parameters = list(objective.named_parameters())
+    for key, found in (("names", parameters), ("buffers", list(objective.named_buffers()))):
+        ours = [f"base_{n}" if n.startswith("encoder.") else n for n, _ in found]
+        assert ours == data[key].tolist()
     assert ["x".join(map(str, p.shape)) for _, p in parameters] == data["shapes"].tolist()
     assert [p.requires_grad for _, p in parameters] == data["requires_grad"].tolist()
-    for (parameter_name, p), std, absmax in zip(
-        parameters, data["std"], data["absmax"], strict=True
+    for (parameter_name, p), mean, std, absmax in zip(
+        parameters, data["mean"], data["std"], data["absmax"], strict=True
     ):
+        # Both means are of random draws around one centre.
+        spread = 6 * std / math.sqrt(p.numel())
+        assert abs(p.mean().item() - mean) <= spread + 1e-7, parameter_name
         if (
             p.numel() >= 4096
         ):  # a draw of n uniform numbers has a spread within 4 / sqrt(n) of its expectation

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.config.serial import from_json, may_change, to_json
-from fastmoco.distributed import BatchNorm, World, parallelize
+from fastmoco.distributed import World, parallelize
 from fastmoco.models import VisionTransformer
-from fastmoco.models.encoder import Coupling, Parts
 from fastmoco.models.heads import FORMS, build_head
 from fastmoco.objectives.build import build_objective
 from fastmoco.objectives.byol import BYOL, regression_loss
@@ -33,33 +32,9 @@ from fastmoco_pipelines.spec import Resume
 from tests.command_line import main
 from tests.distributed.cases import run_cases
 from tests.distributed.test_ranks import launch
+from tests.golden_objective import ConvTrunk
 
 FILE = Path(__file__).parents[2] / "golden" / "byol.npz"
-
-
-class ConvTrunk(nn.Module):
-    """The stand-in for a ResNet of the golden file: an encoder whose batch norms couple images."""
-
-    coupling = Coupling.TRUNK
-    coupling_reason = "its trunk has batch norms"
-
-    def __init__(self, width1: int, width2: int) -> None:
-        super().__init__()
-        self.embed_dim = width2
-        self.conv1 = nn.Conv2d(3, width1, 3, stride=2, padding=1, bias=False)
-        self.bn1 = BatchNorm(width1)
-        self.conv2 = nn.Conv2d(width1, width2, 3, stride=2, padding=1, bias=False)
-        self.bn2 = BatchNorm(width2)
-        self.head: nn.Module = nn.Identity()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.plain(images)
-
-    def plain(self, images: Tensor) -> Tensor:
-        return self.bn2(self.conv2(self.bn1(self.conv1(images)).relu())).relu().mean((2, 3))
-
-    def parts(self) -> Parts:
-        return Parts(stem={"conv1": self.conv1}, heads={"head": self.head})
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +84,8 @@ def load(objective: BYOL, data: dict[str, np.ndarray], prefix: str) -> BYOL:
 def conv_case(data: dict[str, np.ndarray]) -> tuple[BYOL, AveragedOptimizer]:
     """The objective and the optimizer of `tr/`."""
     _, _, width1, width2, hidden, out, predictor_hidden = data["tr/cfg"].tolist()
-    form = FORMS["byol"]
-    build = partial(ConvTrunk, width1, width2)
-    objective = BYOL(build, projection_dim=out, hidden_dim=hidden, projector=form, predictor=form)
-    objective.predictor = build_head(out, predictor_hidden, out, form)
+    objective = BYOL(partial(ConvTrunk, width1, width2), projection_dim=out, hidden_dim=hidden)
+    objective.predictor = build_head(out, predictor_hidden, out, FORMS["byol"])
     load(objective, data, "tr/")
     lars = build_lars(
         objective.named_parameters(),

@@ -402,7 +402,7 @@ def test_the_loss_of_knowing_nothing_is_that_of_unrelated_features(
 ) -> None:
     """Random weights and noise as images: no view is like another, in 64 dimensions or more."""
     config = config_of(kind)
-    config = replace(config, model=replace(config.model, projection_dim=64))
+    config = replace(config, model=replace(config.model, projection_dim=64, hidden_dim=256))
     objective = build_objective(config, torch.device("cpu"))
     value = objective.uninformed_loss(256)
     assert value is None or 0 < value < math.inf

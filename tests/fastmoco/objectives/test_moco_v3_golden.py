@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,11 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastmoco.distributed import BatchNorm
-from fastmoco.objectives import Output
+from fastmoco.objectives import MoCoV3, Output
 from fastmoco.optim import build_adamw, build_lars, ema_momentum, learning_rate
-from fastmoco_kernels import ema_update_, symmetric_info_nce_loss
-from tests.golden_objective import build_golden, our_name, train_step
+from tests.golden_objective import ConvTrunk, build_golden, our_name, train_step
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 
@@ -54,9 +53,20 @@ rounding errors there. The first running mean of the projector sees the former."
 def test_three_steps_match_golden(golden: Golden, dtype: torch.dtype) -> None:
     data, bounds = golden("step"), BOUNDS[dtype]
     objective = build_golden(data).to(dtype)
-    batch = torch.from_numpy(data["x1"]).to(dtype), torch.from_numpy(data["x2"]).to(dtype)
     weight_decay = float(data["weight_decay"])
     optimizer = build_adamw(objective.named_parameters(), lr=0.0, weight_decay=weight_decay)
+    check_three_steps(objective, optimizer, data, bounds)
+
+
+def check_three_steps(
+    objective: MoCoV3,
+    optimizer: torch.optim.Optimizer,
+    data: dict[str, np.ndarray],
+    bounds: Bounds,
+) -> None:
+    """Everything that a file holds of three steps, from its start."""
+    dtype = next(objective.parameters()).dtype
+    batch = torch.from_numpy(data["x1"]).to(dtype), torch.from_numpy(data["x2"]).to(dtype)
     start = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
     trainable = {our_name(n) for n in data["trainable"].tolist()}
     assert {name for name, p in objective.named_parameters() if p.requires_grad} == trainable
@@ -130,30 +140,6 @@ def check_first_step(
         assert error(state[our_name(name[12:])], data[name]) <= bounds.parameters, name
 
 
-class SmallResNet(nn.Module):
-    """A stand-in for a ResNet with its projector as `fc`, named as in the golden file."""
-
-    def __init__(self, widths: tuple[int, int], hidden_dim: int, projection_dim: int) -> None:
-        super().__init__()
-        first, second = widths
-        self.conv1 = nn.Conv2d(3, first, 3, stride=2, padding=1, bias=False)
-        self.bn1 = BatchNorm(first)
-        self.conv2 = nn.Conv2d(first, second, 3, stride=2, padding=1, bias=False)
-        self.bn2 = BatchNorm(second)
-        self.fc = nn.Sequential(
-            nn.Linear(second, hidden_dim, bias=False),
-            BatchNorm(hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, projection_dim, bias=False),
-            BatchNorm(projection_dim, affine=False),
-        )
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        rows = self.bn2(self.conv2(self.bn1(self.conv1(images)).relu())).relu().mean((2, 3))
-        projected: torch.Tensor = self.fc(rows)
-        return projected
-
-
 RESNET_BOUNDS = {
     torch.float64: Bounds(3e-14, 3e-14, 1e-13, 1e-14, 1e-14, 3e-14, 3e-14, None),
     torch.float32: Bounds(1e-5, 1e-5, 4e-5, 2e-6, 2e-6, 2e-5, 2e-5, None),
@@ -162,54 +148,21 @@ RESNET_BOUNDS = {
 
 @pytest.mark.parametrize("dtype", RESNET_BOUNDS)
 def test_three_steps_of_a_resnet_with_lars_match_golden(golden: Golden, dtype: torch.dtype) -> None:
-    """The loss, the average, batch norms and LARS in another wiring: no frozen part, temperature
-    1."""
+    """The heads and the wiring of a ResNet: no frozen part, each view by itself, temperature 1."""
     data, bounds = golden("step_resnet"), RESNET_BOUNDS[dtype]
     _, first, second, hidden_dim, projection_dim = data["cfg"].tolist()
-    model = nn.ModuleDict(
-        {
-            "encoder": SmallResNet((first, second), hidden_dim, projection_dim),
-            "momentum_encoder": SmallResNet((first, second), hidden_dim, projection_dim),
-            "predictor": nn.Sequential(
-                nn.Linear(projection_dim, hidden_dim, bias=False),
-                BatchNorm(hidden_dim),
-                nn.ReLU(),
-                nn.Linear(hidden_dim, projection_dim, bias=False),
-            ),
-        }
+    objective = MoCoV3(
+        partial(ConvTrunk, first, second),
+        projection_dim=projection_dim,
+        hidden_dim=hidden_dim,
+        temperature=float(data["T"]),
     ).to(dtype)
-    model.load_state_dict(
+    objective.load_state_dict(
         {our_name(k[5:]): torch.from_numpy(v) for k, v in data.items() if k.startswith("init/")}
     )
-    model["momentum_encoder"].requires_grad_(False)
-    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    trainable = {our_name(n) for n in data["trainable"].tolist()}
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
-    optimizer = build_lars(
-        model.named_parameters(), lr=0.0, weight_decay=float(data["weight_decay"])
-    )
-    views = [torch.from_numpy(data[name]).to(dtype) for name in ("x1", "x2")]
-
-    for step in range(3):
-        optimizer.param_groups[0]["lr"] = float(data["lr"][step])
-        pairs = [list(model[name].parameters()) for name in ("momentum_encoder", "encoder")]
-        q1, q2 = (model["predictor"](model["encoder"](view)) for view in views)
-        with torch.no_grad():
-            ema_update_(*pairs, float(data["m"][step]))
-            k1, k2 = (model["momentum_encoder"](view) for view in views)
-        loss = symmetric_info_nce_loss(q1, k2, q2, k1, temperature=float(data["T"])).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        assert abs(loss.item() - data["loss"][step]) <= bounds.loss, step
-        if step == 0:
-            rows = {"queries": torch.stack([q1, q2]).detach(), "keys": torch.stack([k1, k2])}
-            check_first_step(model, Output(loss, rows), data, bounds)
-
-    state = model.state_dict()
-    for name in (k for k in data if k.startswith("final/param/")):
-        assert error(state[our_name(name[12:])], data[name]) <= bounds.final, name
-    check_summaries(state, start, data, bounds)
+    decay = float(data["weight_decay"])
+    optimizer = build_lars(objective.named_parameters(), lr=0.0, weight_decay=decay)
+    check_three_steps(objective, optimizer, data, bounds)
 
 
 def trace_pool(data: dict[str, np.ndarray]) -> np.ndarray:

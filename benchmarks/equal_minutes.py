@@ -1,0 +1,223 @@
+"""Several objectives on one labelled set at equal CPU-minutes, and what the encoder of MoCo v3 is
+good for: kNN, linear probe, fine-tuning, beside the same encoder trained with labels.
+
+    python -m benchmarks.datasets fashion SRC /tmp/fashion
+    fastmoco data pack /tmp/fashion/train /tmp/train && fastmoco data pack /tmp/fashion/test /tmp/test
+    python -m benchmarks.equal_minutes '/tmp/train/*.tar' '/tmp/test/*.tar' OUT --minutes 5
+
+Every run is a command of `fastmoco` in a process of its own with one thread. Two short runs of each
+recipe give the CPU-seconds of an epoch, and these the number of epochs that fit into the minutes.
+The columns have the CPU-seconds that a whole run has taken. A run or an evaluation that has ended
+already in OUT is not repeated. OUT/table.md is the result, OUT/table.json the same for programs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from fastmoco.run.folder import RunFolder
+
+RECIPES = {
+    "MoCo v3": "vit_nano7_e12_b256",
+    "SimCLR": "simclr_nano7_e12_b256",
+    "BYOL": "byol_nano7_e12_b256",
+    "SwAV": "swav_nano7_e12_b256",
+}
+SUPERVISED = "supervised_nano7_e12_b256"
+PROBES = (0.2, 0.7)
+"""Epochs of the two runs that measure an epoch."""
+BANK = 10_000
+"""Images of the bank of kNN."""
+
+
+def run_command(log: Path, *words: str) -> tuple[str, float]:
+    """A command of `fastmoco` with one thread: its output, and its CPU-seconds.
+
+    Raises:
+        SystemExit: if it fails, with the name of its log.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    before = os.times()
+    with log.open("ab") as errors:
+        done = subprocess.run(
+            [sys.executable, "-m", "fastmoco", *words],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+    after = os.times()
+    if done.returncode:
+        raise SystemExit(f"fastmoco {' '.join(words)} ended with {done.returncode}; see {log}")
+    seconds = after.children_user + after.children_system
+    return done.stdout.decode(), seconds - before.children_user - before.children_system
+
+
+class Runs:
+    """Runs on one pair of sets, each done once.
+
+    Args:
+        train: shards of the training set.
+        test: shards of the held-out set.
+        out: folder of runs and results.
+    """
+
+    def __init__(self, train: str, test: str, out: Path) -> None:
+        self.train, self.test, self.out = train, test, out
+
+    def once(self, name: str, *words: str) -> dict[str, Any]:
+        """The result of a command: its last line of JSON, if it prints one, and its CPU-seconds."""
+        record = self.out / "records" / f"{name}.json"
+        if record.exists():
+            found: dict[str, Any] = json.loads(record.read_text())
+            return found
+        text, seconds = run_command(self.out / "logs" / f"{name}.log", *words)
+        lines = [line for line in text.splitlines() if line.startswith("{")]
+        found = {"result": json.loads(lines[-1]) if lines else None, "cpu_s": seconds}
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(found))
+        return found
+
+    def pretrain(self, name: str, recipe: str, epochs: float, *more: str) -> dict[str, Any]:
+        """A run of a recipe, whole or continued."""
+        return self.once(
+            name,
+            "train",
+            recipe,
+            *("--data.shards", self.train, "--threads", "1", "--data.threads", "1"),
+            *("--epochs", f"{epochs:.4g}", "--optim.warmup-epochs", f"{min(1, epochs / 10):.4g}"),
+            *("--out", str(self.out / "runs" / name)),
+            *more,
+        )
+
+    def epochs_for(self, label: str, recipe: str, minutes: float) -> float:
+        """Epochs of a recipe that take these CPU-minutes, without starting and evaluation."""
+        costs = [
+            self.pretrain(f"{label}-probe{epochs}", recipe, epochs, "--knn.every-epochs", "0")
+            for epochs in PROBES
+        ]
+        each = (costs[1]["cpu_s"] - costs[0]["cpu_s"]) / (PROBES[1] - PROBES[0])
+        return float(minutes * 60 / each)
+
+    def knn(self, name: str) -> tuple[float, float]:
+        """kNN accuracy of a run before and after the training."""
+        history = RunFolder(self.out / "runs" / name).read_metric("knn")
+        return history[0][1], history[-1][1]
+
+    def evaluate(self, protocol: str, run: str, *more: str) -> dict[str, Any]:
+        """`fastmoco eval PROTOCOL` of a run."""
+        name = f"{run}-{protocol}{''.join(word for word in more if word.startswith('--'))}"
+        sets = ("--train", self.train, "--test", self.test)
+        return self.once(name, "eval", protocol, str(self.out / "runs" / run), *sets, *more)
+
+
+def slug(label: str) -> str:
+    """A label as a name of a file."""
+    return label.lower().replace(" ", "")
+
+
+def measure(
+    runs: Runs, minutes: float, seeds: Sequence[int], epochs: float
+) -> list[dict[str, Any]]:
+    """One row for each run or evaluation: what, seed, figures and CPU-seconds."""
+    rows: list[dict[str, Any]] = []
+    watch = ("--knn.test-shards", runs.test, "--knn.max-train-images", str(BANK))
+    for label, recipe in RECIPES.items():
+        fitting = runs.epochs_for(slug(label), recipe, minutes)
+        for seed in seeds:
+            name = f"{slug(label)}-{seed}"
+            more = ("--seed", str(seed), "--knn.every-epochs", "1000", *watch)
+            done = runs.pretrain(name, recipe, fitting, *more)
+            before, after = runs.knn(name)
+            rows.append(
+                {
+                    "what": label,
+                    "seed": seed,
+                    "epochs": fitting,
+                    "before": before,
+                    "knn": after,
+                    "cpu_s": done["cpu_s"],
+                }
+            )
+
+    # What the encoder of MoCo v3 is good for, beside the same encoder trained with labels.
+    fitting = runs.epochs_for("supervised", SUPERVISED, minutes)
+    for seed in seeds:
+        run = f"moco_v3-{seed}".replace("_", "")
+        linear = ("--threads", "1", "--out", str(runs.out / "runs" / f"linear-{seed}"))
+        tuned = ("--out", str(runs.out / "runs" / f"finetune-{seed}"), "--epochs", f"{epochs:g}")
+        own = ("--seed", str(seed), "--knn.test-shards", runs.test)
+        for what, done, key in (
+            ("linear probe, fast", runs.evaluate("linear", run, "--fast"), "top1"),
+            ("linear probe, official", runs.evaluate("linear", run, *linear), "top1"),
+            ("fine-tuning", runs.evaluate("finetune", run, *tuned), "top1"),
+            (
+                "trained with labels",
+                runs.pretrain(f"supervised-{seed}", SUPERVISED, fitting, *own),
+                "",
+            ),
+        ):
+            if key:
+                figure = done["result"][key]
+            else:
+                folder = RunFolder(runs.out / "runs" / f"supervised-{seed}")
+                figure = folder.read_metric("top1")[-1][1]
+            rows.append({"what": what, "seed": seed, "top1": figure, "cpu_s": done["cpu_s"]})
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> str:
+    """The rows as Markdown, the seeds beside each other."""
+    lines = [
+        f"| | figure | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | CPU-seconds |",
+        "|---|---|" + "---|" * (len(seeds) + 2),
+    ]
+    for what in dict.fromkeys(row["what"] for row in rows):
+        own = [row for row in rows if row["what"] == what]
+        seconds = f"{mean(row['cpu_s'] for row in own):.0f}"
+        if "knn" in own[0]:
+            cells = " | ".join(f"{row['before']:.1%} -> {row['knn']:.1%}" for row in own)
+            gain = mean(row["knn"] - row["before"] for row in own)
+            title = f"kNN, random -> after {own[0]['epochs']:.1f} epochs"
+            lines.append(f"| {what} | {title} | {cells} | {100 * gain:+.1f} | {seconds} |")
+        else:
+            cells = " | ".join(f"{row['top1']:.1%}" for row in own)
+            lines.append(
+                f"| {what} | top-1 | {cells} | {mean(row['top1'] for row in own):.1%} | {seconds} |"
+            )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what is missing, print the table and write it; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.equal_minutes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("train", help="labelled shards to train on")
+    parser.add_argument("test", help="held-out labelled shards")
+    parser.add_argument("out", type=Path, help="folder of runs and results")
+    parser.add_argument("--minutes", type=float, default=5, help="CPU-minutes of training")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--epochs", type=float, default=5, help="of the fine-tuning")
+    arguments = parser.parse_args(argv)
+    runs = Runs(arguments.train, arguments.test, arguments.out)
+    rows = measure(runs, arguments.minutes, arguments.seeds, arguments.epochs)
+    text = table(rows, arguments.seeds)
+    (arguments.out / "table.json").write_text(json.dumps(rows, indent=1))
+    (arguments.out / "table.md").write_text(text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
