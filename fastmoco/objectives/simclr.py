@@ -132,7 +132,7 @@ class SimCLR(Objective):
         difference, and the logits of all ranks' rows are one matrix."""
         views = two_views(inputs)
         passes = [torch.cat(views)] if self._couples and self.joint else list(views)
-        encoded = [self.encoder.encode_plain(self.encoder.patch_tokens(rows)) for rows in passes]
+        encoded = [self.encoder.plain(rows) for rows in passes]
         projections = self._project(torch.cat(encoded).view(2, len(views[0]), -1))
         loss, hits = nt_xent_reference(
             projections, temperature=self.temperature, scale=self.loss_scale

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastmoco.config import ObjectiveConfig
 from fastmoco.distributed import World
 from fastmoco.objectives.build import OBJECTIVES
-from tests.distributed.run_conformance import CASES, STEPS, WAYS, run_steps
+from tests.distributed.run_conformance import CASES, STEPS, run_steps
 from tests.distributed.test_ranks import launch
+from tests.fastmoco.objectives.test_conformance import TRUNKS
 
 Results = list[dict[str, Any]]
-KINDS = [pytest.param(kind, id=kind.kind) for kind in OBJECTIVES]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.fixture(scope="module")
 def alone(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The same steps on the whole batch in this process."""
-    return run_steps(World(), request.param)
+    return run_steps(World(), *request.param)
 
 
 def gap(ours: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -43,22 +42,25 @@ def gap(ours: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     )
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("kind", "alone"),
-    [(p.values[0], p.values[0]) for p in KINDS],
-    ids=[p.id for p in KINDS],
+    ("alone", "case"),
+    [
+        pytest.param((kind, trunk), name, id=name)
+        for kind in OBJECTIVES
+        for trunk in TRUNKS
+        for name in CASES
+        if name.startswith(f"{kind.kind} {trunk} ")
+    ],
     indirect=["alone"],
 )
-def test_two_ranks_are_one(
-    ranks: Results, alone: dict[str, Any], kind: type[ObjectiveConfig], way: str
-) -> None:
-    cases = [rank[f"{kind.kind} {way}"] for rank in ranks]
+def test_two_ranks_are_one(ranks: Results, alone: dict[str, Any], case: str) -> None:
+    cases = [rank[case] for rank in ranks]
     for step in range(STEPS):
-        mean = sum(case["losses"][step] for case in cases) / len(cases)
+        mean = sum(found["losses"][step] for found in cases) / len(cases)
         assert abs(mean - alone["losses"][step]) <= 1e-12
-    for case in cases:
-        assert gap(case["gradients"], alone["gradients"]) <= 1e-12
-        assert gap(case["state"], alone["state"]) <= 1e-10
-        assert case["sharded"] == way.startswith("fsdp")
-        assert all(torch.equal(case["state"][n], t) for n, t in cases[0]["state"].items())
+    sharded = "fsdp" in case
+    for found in cases:
+        assert gap(found["gradients"], alone["gradients"]) <= 1e-12
+        assert gap(found["state"], alone["state"]) <= 1e-10
+        assert found["sharded"] == sharded
+        assert all(torch.equal(found["state"][n], t) for n, t in cases[0]["state"].items())
