@@ -26,8 +26,7 @@ from fastmoco.training import state as training_state
 from fastmoco.training.forward_backward import ForwardBackward
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import part
-from tests.distributed.run_trainer import CONFIG
-from tests.fastmoco.objectives.test_conformance import config_of, rest_of, rough, views_of
+from tests.fastmoco.objectives.test_conformance import TRUNKS, config_of, rest_of, rough, views_of
 
 IMAGES, STEPS = 12, 3
 WAYS: dict[str, dict[str, Any]] = {
@@ -40,17 +39,19 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def config_for(
     kind: type[ObjectiveConfig],
+    trunk: str = "vit",
     strategy: str = "ddp",
     chunk: int = 0,
     changes: Mapping[str, Any] | None = None,
 ) -> Config:
     """LARS, which does not enlarge the rounding of gradients that are zero in truth; stochastic
-    depth, whose draws are those of an image wherever it is. `changes`: of the objective."""
-    base = config_of(kind, CONFIG)
+    depth of a ViT, whose draws are those of an image wherever it is. `changes`: of the objective.
+    """
+    base = config_of(kind, TRUNKS[trunk])
     return replace(
         base,
         objective=replace(base.objective, **changes or {}),
-        model=replace(CONFIG.model, drop_path=0.3),
+        model=replace(base.model, drop_path=0.3 if trunk == "vit" else 0.0),
         global_batch_size=IMAGES,
         batch=BatchConfig(chunk=chunk or "none", kept=1 if chunk else "auto"),
         parallel=ParallelConfig(strategy=strategy),  # type: ignore[arg-type]
@@ -66,10 +67,12 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def run_steps(world: World, kind: type[ObjectiveConfig], **how: Any) -> dict[str, Any]:
+def run_steps(
+    world: World, kind: type[ObjectiveConfig], trunk: str = "vit", **how: Any
+) -> dict[str, Any]:
     """Losses, gradients of the first step and the state after three, on this rank's part of each
     batch."""
-    config = config_for(kind, **how)
+    config = config_for(kind, trunk, **how)
     objective = rough(config)
     forward_backward = ForwardBackward(config, objective, world, "fp64")
     optimizer = build_optimizer(
@@ -97,9 +100,11 @@ def run_steps(world: World, kind: type[ObjectiveConfig], **how: Any) -> dict[str
 
 
 CASES: dict[str, Callable[[World], dict[str, Any]]] = {
-    f"{kind.kind} {way}": functools.partial(run_steps, kind=kind, **how)
+    f"{kind.kind} {trunk} {way}": functools.partial(run_steps, kind=kind, trunk=trunk, **how)
     for kind in OBJECTIVES
+    for trunk in TRUNKS
     for way, how in WAYS.items()
+    if trunk == "vit" or "chunk" not in how  # a ResNet does not go in chunks
 }
 FROZEN = {"train_from": "head"}
 CASES |= {
