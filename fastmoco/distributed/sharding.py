@@ -146,11 +146,11 @@ def _mesh(world: World, copies_of: int) -> DeviceMesh:
 
 def _forget_forwards(network: nn.Module, method: str) -> None:
     """Make a method of a network clear the records that FSDP2 keeps for a backward."""
-    call: Callable[[Tensor], Tensor] = getattr(network, method)
+    call: Callable[..., Tensor] = getattr(network, method)
     states = [unit._get_fsdp_state() for unit in units_of(network)]
 
-    def forgetful(tokens: Tensor) -> Tensor:
-        out = call(tokens)
+    def forgetful(tokens: Tensor, *more: Tensor | None) -> Tensor:
+        out = call(tokens, *more)
         for group in (state._fsdp_param_group for state in states):
             if group is not None:
                 group.comm_ctx.post_forward_order.clear()

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastmoco.config import BatchConfig, Config, ObjectiveConfig, OptimConfig, ParallelConfig
+from fastmoco.config import (
+    BatchConfig,
+    Config,
+    MoCoV3Config,
+    ObjectiveConfig,
+    OptimConfig,
+    ParallelConfig,
+)
 from fastmoco.distributed import World
 from fastmoco.objectives.build import OBJECTIVES
 from fastmoco.optim.build import build_optimizer
@@ -37,12 +44,26 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_for(kind: type[ObjectiveConfig], strategy: str = "ddp", chunk: int = 0) -> Config:
+VARIANTS: dict[str, dict[str, Any]] = {
+    "batch norm in blocks": {"model": {"mlp_norm": "batch", "positions": "none"}},
+    "mean, all trained": {
+        "model": {"pooling": "mean", "positions": "learned", "freeze_patch_embed": False}
+    },
+    "bare heads": {"objective": {"predictor": False, "head_norm": False}},
+}
+"""Options of the paper's ablations."""
+
+
+def config_for(
+    kind: type[ObjectiveConfig], strategy: str = "ddp", chunk: int = 0, variant: str = ""
+) -> Config:
     """LARS, which does not enlarge the rounding of gradients that are zero in truth; stochastic
     depth, whose draws are those of an image wherever it is."""
+    options = VARIANTS.get(variant, {})
     return replace(
         config_of(kind, CONFIG),
-        model=replace(CONFIG.model, drop_path=0.3),
+        model=replace(CONFIG.model, drop_path=0.3, **options.get("model", {})),
+        objective=kind(**options.get("objective", {})),
         global_batch_size=IMAGES,
         batch=BatchConfig(chunk=chunk or "none", kept=1 if chunk else "auto"),
         parallel=ParallelConfig(strategy=strategy),  # type: ignore[arg-type]
@@ -91,6 +112,9 @@ CASES: dict[str, Callable[[World], dict[str, Any]]] = {
     f"{kind.kind} {way}": functools.partial(run_steps, kind=kind, **how)
     for kind in OBJECTIVES
     for way, how in WAYS.items()
+} | {
+    variant: functools.partial(run_steps, kind=MoCoV3Config, strategy="fsdp", variant=variant)
+    for variant in VARIANTS
 }
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastmoco.config import ObjectiveConfig
+from fastmoco.config import MoCoV3Config, ObjectiveConfig
 from fastmoco.distributed import World
 from fastmoco.objectives.build import OBJECTIVES
-from tests.distributed.run_conformance import CASES, STEPS, WAYS, run_steps
+from tests.distributed.run_conformance import CASES, STEPS, VARIANTS, WAYS, run_steps
 from tests.distributed.test_ranks import launch
 
 Results = list[dict[str, Any]]
@@ -53,12 +53,22 @@ def gap(ours: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
 def test_two_ranks_are_one(
     ranks: Results, alone: dict[str, Any], kind: type[ObjectiveConfig], way: str
 ) -> None:
-    cases = [rank[f"{kind.kind} {way}"] for rank in ranks]
+    require_one([rank[f"{kind.kind} {way}"] for rank in ranks], alone)
+    assert ranks[0][f"{kind.kind} {way}"]["sharded"] == way.startswith("fsdp")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_ranks_are_one_for_each_variant(ranks: Results, variant: str) -> None:
+    alone = run_steps(World(), MoCoV3Config, variant=variant)
+    require_one([rank[variant] for rank in ranks], alone)
+
+
+def require_one(cases: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    """Losses, gradients and state of two ranks are those of one process."""
     for step in range(STEPS):
         mean = sum(case["losses"][step] for case in cases) / len(cases)
         assert abs(mean - alone["losses"][step]) <= 1e-12
     for case in cases:
         assert gap(case["gradients"], alone["gradients"]) <= 1e-12
         assert gap(case["state"], alone["state"]) <= 1e-10
-        assert case["sharded"] == way.startswith("fsdp")
         assert all(torch.equal(case["state"][n], t) for n, t in cases[0]["state"].items())
