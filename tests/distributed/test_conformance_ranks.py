@@ -9,8 +9,7 @@ import torch
 
 from fastmoco.distributed import World
 from fastmoco.objectives.build import OBJECTIVES
-from fastmoco.recipes.supervised import SupervisedConfig
-from tests.distributed.run_conformance import CASES, FROZEN, STEPS, run_steps
+from tests.distributed.run_conformance import CASES, STEPS, VARIANTS, run_steps
 from tests.distributed.test_ranks import launch
 from tests.fastmoco.objectives.test_conformance import TRUNKS
 
@@ -58,12 +57,15 @@ def test_two_ranks_are_one(ranks: Results, alone: dict[str, Any], case: str) -> 
     require_one([rank[case] for rank in ranks], alone, case)
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp", "fsdp chunked"])
-def test_a_frozen_trunk_on_two_ranks_is_that_on_one(ranks: Results, way: str) -> None:
-    """Its blocks have no gradient, so nothing but the head is sharded and averaged."""
-    alone = run_steps(World(), SupervisedConfig, changes=FROZEN)
-    assert set(alone["gradients"]) == {"encoder.head.weight", "encoder.head.bias"}
-    require_one([rank[f"frozen {way}"] for rank in ranks], alone, way)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_ranks_are_one_for_each_variant(ranks: Results, name: str) -> None:
+    variant = VARIANTS[name]
+    alone = run_steps(World(), variant.kind, variant=name)
+    if name == "frozen trunk":  # its blocks have no gradient: the head alone is averaged
+        assert set(alone["gradients"]) == {"encoder.head.weight", "encoder.head.bias"}
+    for way in variant.ways:
+        case = f"{name} {way}"
+        require_one([rank[case] for rank in ranks], alone, case)
 
 
 def require_one(cases: Results, alone: dict[str, Any], case: str) -> None:
@@ -71,9 +73,8 @@ def require_one(cases: Results, alone: dict[str, Any], case: str) -> None:
     for step in range(STEPS):
         mean = sum(found["losses"][step] for found in cases) / len(cases)
         assert abs(mean - alone["losses"][step]) <= 1e-12
-    sharded = "fsdp" in case
     for found in cases:
         assert gap(found["gradients"], alone["gradients"]) <= 1e-12
         assert gap(found["state"], alone["state"]) <= 1e-10
-        assert found["sharded"] == sharded
+        assert found["sharded"] == ("fsdp" in case)
         assert all(torch.equal(found["state"][n], t) for n, t in cases[0]["state"].items())
