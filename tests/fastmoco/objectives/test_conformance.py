@@ -87,6 +87,10 @@ NAMES: dict[str, dict[str, list[str]]] = {
     }
     for kind in ("moco_v3", "byol")
 }
+NAMES["swav"] = {
+    "encoder": ENCODER + [f"head.{name}" for name in ("0.bias", "3.bias", *PREDICTOR)],
+    "prototypes": ["weight"],
+}
 NAMES["simclr"] = {"encoder": ENCODER + PROJECTOR}
 NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
 """Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load
