@@ -174,11 +174,7 @@ class SwAV(Objective):
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
         """The same written out: scores of all ranks are gathered and assigned in one matrix, and
         each pair of views has its own term."""
-
-        def encode_plain(images: Tensor) -> Tensor:
-            return self.encoder.encode_plain(self.encoder.patch_tokens(images))  # type: ignore[no-any-return]
-
-        rows = _by_size(inputs, encode_plain)
+        rows = _by_size(inputs, self.encoder.plain)
         views = rows.shape[1]
         projected = self.encoder.head(torch.cat([rows[:, v] for v in range(views)]))
         embeddings = F.normalize(projected, dim=1).chunk(views)
