@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fastmoco.config import Config
-from fastmoco.recipes.byol import byol_digits, byol_vit_s16_e300_b4096
+from fastmoco.recipes.byol import byol_digits, byol_nano7_e12_b256, byol_vit_s16_e300_b4096
 from fastmoco.recipes.expected import EXPECTED, Expected
 from fastmoco.recipes.moco_v3 import (
     resnet50_e100_b4096,
@@ -29,6 +29,7 @@ from fastmoco.recipes.moco_v3 import (
 )
 from fastmoco.recipes.simclr import (
     simclr_digits,
+    simclr_nano7_e12_b256,
     simclr_r50_e100_b4096,
     simclr_vit_b16_e300_b4096,
     simclr_vit_s16_e300_b4096,
@@ -46,6 +47,7 @@ from fastmoco.recipes.supervised import (
 )
 from fastmoco.recipes.swav import (
     swav_digits,
+    swav_nano7_e12_b256,
     swav_r50_e400_b4096,
     swav_vit_b16_e300_b4096,
     swav_vit_s16_e300_b4096,
@@ -90,14 +92,17 @@ RECIPES: dict[str, Callable[[], Config]] = {
         vit_nano8_e60_b256,
         quickstart_digits,
         byol_vit_s16_e300_b4096,
+        byol_nano7_e12_b256,
         byol_digits,
         simclr_vit_s16_e300_b4096,
         simclr_vit_b16_e300_b4096,
         simclr_r50_e100_b4096,
+        simclr_nano7_e12_b256,
         simclr_digits,
         swav_vit_s16_e300_b4096,
         swav_vit_b16_e300_b4096,
         swav_r50_e400_b4096,
+        swav_nano7_e12_b256,
         swav_digits,
         supervised_vit_s16,
         supervised_vit_b16,

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from fastmoco.config import Config, ObjectiveConfig
 from fastmoco.config.objective import require_ema
 from fastmoco.recipes.moco_v3 import vit_s16_e300_b4096
-from fastmoco.recipes.small import quickstart_digits
+from fastmoco.recipes.small import quickstart_digits, vit_nano7_e12_b256
 from fastmoco_pipelines.spec import Resume
 
 
@@ -46,3 +46,11 @@ def byol_digits() -> Config:
     """BYOL with a tiny ViT on 8x8 handwritten digits: a few minutes on two cores."""
     base = quickstart_digits()
     return replace(base, recipe="byol_digits", objective=BYOLConfig(ema_momentum=0.97))
+
+
+def byol_nano7_e12_b256() -> Config:
+    """BYOL with ViT-nano/7 on 28-pixel grey images such as Fashion-MNIST: ten minutes on two
+    cores."""
+    base = vit_nano7_e12_b256()
+    objective = BYOLConfig(ema_momentum=0.97)
+    return replace(base, recipe="byol_nano7_e12_b256", objective=objective)

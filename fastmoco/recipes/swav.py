@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from fastmoco.config import Config, ModelConfig, ObjectiveConfig, OptimConfig
 from fastmoco.recipes.moco_v3 import vit_b16_e300_b4096, vit_s16_e300_b4096
-from fastmoco.recipes.small import quickstart_digits
+from fastmoco.recipes.small import quickstart_digits, vit_nano7_e12_b256
 from fastmoco_pipelines.spec import Resume, ViewSpec, require
 
 STD = (0.228, 0.224, 0.225)
@@ -121,3 +121,11 @@ def swav_digits() -> Config:
     base = quickstart_digits()
     objective = SwAVConfig(prototypes=128, freeze_prototypes_steps=10)
     return replace(base, recipe="swav_digits", objective=objective)
+
+
+def swav_nano7_e12_b256() -> Config:
+    """SwAV with ViT-nano/7 on 28-pixel grey images such as Fashion-MNIST: ten minutes on two
+    cores."""
+    base = vit_nano7_e12_b256()
+    objective = SwAVConfig(prototypes=256, freeze_prototypes_steps=20)
+    return replace(base, recipe="swav_nano7_e12_b256", objective=objective)

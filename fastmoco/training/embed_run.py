@@ -166,7 +166,7 @@ class Embedder:
         self._key: dict[str, Any] = {
             "encoder": encoder_digest(encoder),
             "facts": facts,
-            "description": asdict(source.description),
+            "description": {} if source.description is None else asdict(source.description),
             "model": to_json(source.config)["model"] if source.config is not None else {},
             "image": asdict(source.image),
             "tokens": tokens,

@@ -8,7 +8,7 @@ computes what they must equal by calling `run_steps` in one process.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastmoco.distributed import World
 from fastmoco.objectives.build import OBJECTIVES
 from fastmoco.optim.build import build_optimizer
 from fastmoco.optim.groups import set_learning_rates
+from fastmoco.recipes.supervised import SupervisedConfig
 from fastmoco.training import state as training_state
 from fastmoco.training.forward_backward import ForwardBackward
 from tests.distributed.cases import run_cases
@@ -37,11 +38,18 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_for(kind: type[ObjectiveConfig], strategy: str = "ddp", chunk: int = 0) -> Config:
+def config_for(
+    kind: type[ObjectiveConfig],
+    strategy: str = "ddp",
+    chunk: int = 0,
+    changes: Mapping[str, Any] | None = None,
+) -> Config:
     """LARS, which does not enlarge the rounding of gradients that are zero in truth; stochastic
-    depth, whose draws are those of an image wherever it is."""
+    depth, whose draws are those of an image wherever it is. `changes`: of the objective."""
+    base = config_of(kind, CONFIG)
     return replace(
-        config_of(kind, CONFIG),
+        base,
+        objective=replace(base.objective, **changes or {}),
         model=replace(CONFIG.model, drop_path=0.3),
         global_batch_size=IMAGES,
         batch=BatchConfig(chunk=chunk or "none", kept=1 if chunk else "auto"),
@@ -92,6 +100,13 @@ CASES: dict[str, Callable[[World], dict[str, Any]]] = {
     f"{kind.kind} {way}": functools.partial(run_steps, kind=kind, **how)
     for kind in OBJECTIVES
     for way, how in WAYS.items()
+}
+FROZEN = {"train_from": "head"}
+CASES |= {
+    f"frozen {way}": functools.partial(
+        run_steps, kind=SupervisedConfig, changes=FROZEN, **WAYS[way]
+    )
+    for way in ("ddp", "fsdp", "fsdp chunked")
 }
 
 

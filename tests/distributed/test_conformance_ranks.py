@@ -10,7 +10,8 @@ import torch
 from fastmoco.config import ObjectiveConfig
 from fastmoco.distributed import World
 from fastmoco.objectives.build import OBJECTIVES
-from tests.distributed.run_conformance import CASES, STEPS, WAYS, run_steps
+from fastmoco.recipes.supervised import SupervisedConfig
+from tests.distributed.run_conformance import CASES, FROZEN, STEPS, WAYS, run_steps
 from tests.distributed.test_ranks import launch
 
 Results = list[dict[str, Any]]
@@ -53,7 +54,19 @@ def gap(ours: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
 def test_two_ranks_are_one(
     ranks: Results, alone: dict[str, Any], kind: type[ObjectiveConfig], way: str
 ) -> None:
-    cases = [rank[f"{kind.kind} {way}"] for rank in ranks]
+    require_one([rank[f"{kind.kind} {way}"] for rank in ranks], alone, way)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "fsdp chunked"])
+def test_a_frozen_trunk_on_two_ranks_is_that_on_one(ranks: Results, way: str) -> None:
+    """Its blocks have no gradient, so nothing but the head is sharded and averaged."""
+    alone = run_steps(World(), SupervisedConfig, changes=FROZEN)
+    assert set(alone["gradients"]) == {"encoder.head.weight", "encoder.head.bias"}
+    require_one([rank[f"frozen {way}"] for rank in ranks], alone, way)
+
+
+def require_one(cases: Results, alone: dict[str, Any], way: str) -> None:
+    """The losses, first gradients and last state of one process."""
     for step in range(STEPS):
         mean = sum(case["losses"][step] for case in cases) / len(cases)
         assert abs(mean - alone["losses"][step]) <= 1e-12
