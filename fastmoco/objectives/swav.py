@@ -1,5 +1,5 @@
-"""SwAV (Caron et al. 2020): predict the code of one view from another, where codes assign the images
-of the whole batch evenly to trained prototypes."""
+"""SwAV (Caron et al. 2020): predict the code of one view from another, where codes assign the
+images of the whole batch evenly to trained prototypes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastmoco.config import Config
 from fastmoco.distributed.agree import largest, total
 from fastmoco.distributed.gather import gather_keys
 from fastmoco.distributed.mesh import group_rank, group_size
-from fastmoco.models.encoder import Coupling
+from fastmoco.models.encoder import with_heads
 from fastmoco.models.heads import FORMS, build_head
 from fastmoco.objectives.interface import (
     Features,
@@ -68,7 +68,6 @@ class SwAV(Objective):
         queue_used: [2] whether it is in use.
     """
 
-    coupling: Coupling
     queue: Tensor
     queue_used: Tensor
 
@@ -99,8 +98,7 @@ class SwAV(Objective):
             self.encoder.embed_dim, hidden_dim, projection_dim, FORMS["swav_projector"]
         )
         self.prototypes = Prototypes(projection_dim, prototypes)
-        couples = self.encoder.coupling is Coupling.TRUNK
-        self.coupling = Coupling.TRUNK if couples else Coupling.HEADS
+        self.coupling = with_heads(self.encoder)
         self.coupling_reason = self.encoder.coupling_reason
         self._has_queue = queue > 0
         if queue:
@@ -269,7 +267,13 @@ class SwAV(Objective):
 
 
 class Prototypes(nn.Linear):
-    """K trained directions: scores [n, K] of embeddings [n, D], multiplied in float32 or wider."""
+    """K trained directions: scores [n, K] of embeddings [n, D], multiplied in float32 or wider.
+
+    Attributes:
+        gathers_wide: sharded training gathers the weight in its own dtype, also in a run in bf16.
+    """
+
+    gathers_wide = True
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__(width, count, bias=False)

@@ -1,7 +1,7 @@
 """SwAV against golden numbers: assignment on one and several ranks, traces on a ViT and on a conv
 trunk with small crops and a queue, on one rank and on two.
 
-As ``python -m tests.fastmoco.objectives.test_swav OUT`` it is one of the two ranks.
+As `python -m tests.fastmoco.objectives.test_swav OUT` it is one of the two ranks.
 """
 
 from __future__ import annotations
@@ -431,7 +431,8 @@ def test_a_queue_changes_codes_once_it_is_full_and_not_before() -> None:
 
 
 def test_a_collapse_is_visible() -> None:
-    """Equal embeddings of all images: codes say nothing, and the loss is that of knowing nothing."""
+    """Equal embeddings of all images: codes contain nothing, and the loss is that of an encoder that
+    knows nothing."""
     objective = build_objective(with_queue(0), torch.device("cpu"))
     views = torch.randn(2, 16, 3, 8, 8, dtype=torch.float64)
     healthy = objective(*views).watch
