@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmoco.config import ModelConfig
 from fastmoco.config.serial import from_json, to_json
@@ -91,6 +92,12 @@ def test_the_objective_is_its_reference_in_chunks_too(options: dict[str, Any]) -
     check_reference(config)
     check_chunks(config)
     check_features(config)
+
+
+@every_option
+def test_a_plan_builds_it_without_memory(options: dict[str, Any]) -> None:
+    with FakeTensorMode():
+        assert build(**options).tokens in (16, 17)
 
 
 @every_option
