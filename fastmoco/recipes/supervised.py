@@ -259,3 +259,24 @@ def fine_tuning(
         knn=KnnConfig(every_epochs=0, resize=image.resize),
         accuracy=AccuracyConfig(test_shards=test),
     )
+
+
+def linear_probe() -> Config:
+    """A linear classifier on a frozen ViT by the official protocol of MoCo v3; `fastmoco eval linear`
+    gives it an encoder, sets and the rate of a ResNet."""
+    return Config(
+        recipe="linear_probe",
+        epochs=90,
+        global_batch_size=1024,
+        precision="fp32",
+        objective=SupervisedConfig(train_from="head", head_std=0.01),
+        optim=OptimConfig(
+            name="sgd",
+            lr=3.0,
+            schedule="cosine_per_epoch",
+            weight_decay=0.0,
+            sgd_momentum=0.9,
+            warmup_epochs=0,
+        ),
+        knn=KnnConfig(every_epochs=0),
+    )
