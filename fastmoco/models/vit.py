@@ -137,6 +137,7 @@ class VisionTransformer(nn.Module):
         self.patch_size = patch_size
         self.embed_dim = embed_dim
         self.pooling = pooling
+        self.positions = positions
         self.mlp_norm = mlp_norm
         self.tokens = (image_size // patch_size) ** 2 + (pooling == "class")
         reasons = [STEM_COUPLES] * (stem == "conv") + [BLOCKS_COUPLE] * (mlp_norm == "batch")
@@ -173,8 +174,9 @@ class VisionTransformer(nn.Module):
             block.recompute = what
 
     def patch_tokens(self, images: Tensor) -> Tensor:
-        """Embed the patches and add their positions: [B, 3, H, W] -> [B, L, E],
-        row by row, without the class token.
+        """Embed the patches and add their fixed positions: [B, 3, H, W] -> [B, L, E], row by row,
+        without the class token. Learned positions are added by `encode`, so that encoders whose
+        positions differ can share the tokens.
 
         Raises:
             ValueError: if the images are not [B, 3, image_size, image_size].
@@ -186,9 +188,9 @@ class VisionTransformer(nn.Module):
             )
         patches: Tensor = self.patch_embed(images)
         tokens = patches.flatten(2).transpose(1, 2)
-        if self.pos_embed is None:
-            return tokens
-        return tokens + self.pos_embed[:, self._class_tokens :]
+        if self.pos_embed is not None and self.positions == "sincos":
+            tokens = tokens + self.pos_embed[:, self._class_tokens :]
+        return tokens
 
     def encode(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
         """[B, L, E] patch tokens -> [B, E] feature. Where only the class token of the last block is
@@ -246,8 +248,10 @@ class VisionTransformer(nn.Module):
 
     def stem_tensors(self) -> list[Tensor]:
         """All tensors that turn pixels into patch tokens."""
-        positions = [] if self.pos_embed is None else [self.pos_embed]
-        return [*positions, *self.patch_embed.parameters()]
+        tensors = list(self.patch_embed.parameters())
+        if self.pos_embed is not None and self.positions == "sincos":
+            return [self.pos_embed, *tensors]
+        return [*tensors]
 
     @property
     def reads_class_row(self) -> bool:
@@ -310,13 +314,16 @@ class VisionTransformer(nn.Module):
         return normalised
 
     def _all_tokens(self, patch_tokens: Tensor) -> Tensor:
-        """The patch tokens after the class token, if there is one."""
-        if self.cls_token is None:
-            return patch_tokens
-        class_token: Tensor = self.cls_token
-        if self.pos_embed is not None:
-            class_token = class_token + self.pos_embed[:, :1]
-        return torch.cat([class_token.expand(patch_tokens.shape[0], -1, -1), patch_tokens], dim=1)
+        """The patch tokens after the class token, if there is one, with all positions."""
+        tokens = patch_tokens
+        if self.cls_token is not None:
+            class_token: Tensor = self.cls_token
+            if self.pos_embed is not None and self.positions == "sincos":
+                class_token = class_token + self.pos_embed[:, :1]
+            tokens = torch.cat([class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        if self.pos_embed is not None and self.positions == "learned":
+            tokens = tokens + self.pos_embed
+        return tokens
 
 
 def _check_sizes(

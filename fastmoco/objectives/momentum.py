@@ -104,13 +104,15 @@ class Momentum:
             ValueError: if the views differ in shape, or are not two.
         """
         view1, view2 = two_views(inputs)
-        online, tokens = _class_features(self.encoder, (view1, view2), None, inputs)
+        views = (view1, view2)
+        tokens = None
+        if self.shares_tokens():
+            tokens = self.encoder.patch_tokens(torch.cat(views))
+        online = _class_features(self.encoder, views, tokens, inputs)
         if not target:
             return Features((online,))
         with torch.no_grad():
-            shared = tokens if self.shares_tokens() else None
-            target_features, _ = _class_features(self.momentum_encoder, (view1, view2), shared)
-            return Features((online,), (target_features,))
+            return Features((online,), (_class_features(self.momentum_encoder, views, tokens),))
 
     def _stems(self) -> tuple[tuple[int, int, int], ...]:
         """Which memory the stems are in, and how often it has been written."""
@@ -159,16 +161,21 @@ def _class_features(
     views: tuple[Tensor, Tensor],
     tokens: Tensor | None,
     trained: Inputs | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """[b, 2, E] features, and the [2b, L, E] patch tokens where the views went through together.
+) -> Tensor:
+    """[b, 2, E] features.
 
-    `trained`: the inputs, for the encoder that trains: its residual branches are those of `paths`.
+    Args:
+        encoder: one of the two.
+        views: both views.
+        tokens: the patch tokens of both, where encoders share them.
+        trained: the inputs, for the encoder that trains: its residual branches are those of
+            `paths`.
     """
     paths = (trained or Inputs(views)).paths_of
     if _couples(encoder):
         rows = [encoder(view, *paths(number)) for number, view in enumerate(views)]
-        return torch.stack(rows).transpose(0, 1), None
-    if tokens is None:
-        tokens = encoder.patch_tokens(torch.cat(views))
-    features = encoder.encode(tokens, *paths(0, 1))
-    return features.view(2, views[0].shape[0], -1).transpose(0, 1), tokens
+        return torch.stack(rows).transpose(0, 1)
+    # Not shared: FSDP2 gathers a stem that trains only inside the forward of its encoder.
+    run, given = (encoder, torch.cat(views)) if tokens is None else (encoder.encode, tokens)
+    features: Tensor = run(given, *paths(0, 1))
+    return features.view(2, views[0].shape[0], -1).transpose(0, 1)

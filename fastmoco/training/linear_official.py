@@ -20,21 +20,18 @@ from fastmoco.config import AccuracyConfig, Config, DataConfig, KnnConfig, Model
 from fastmoco.config.serial import from_json
 from fastmoco.evaluation.linear import INITIAL_STD, SGD_MOMENTUM
 from fastmoco.models.encoder_file import describe_run
-from fastmoco.models.resnet import ResNet
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.recipes.supervised import SupervisedConfig
 from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
 from fastmoco.training.encoder_source import EncoderSource
-from fastmoco.training.linear_fast import accuracies, probe_batch, probe_view
+from fastmoco.training.linear_fast import accuracies, official_lr, probe_batch, probe_view
 from fastmoco_pipelines import ShardSet
 from fastmoco_pipelines.files import write_file
 
 ENCODER = "encoder.safetensors"
 """File of the frozen encoder in the folder of a probe."""
 RECIPE = "linear_probe"
-VIT_LR, RESNET_LR = 3.0, 0.1
-"""Rates of the official release for a batch of 256 images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +89,7 @@ def official_config(
     with closing(ShardSet.open(train, cache=data)) as shards:
         images = len(shards)
     model = _model(source)
-    lr = options.lr
-    if lr is None:
-        lr = RESNET_LR if isinstance(source.encoder, ResNet) else VIT_LR
+    lr = official_lr(source.encoder) if options.lr is None else options.lr
     config = Config(
         recipe=RECIPE,
         epochs=options.epochs,

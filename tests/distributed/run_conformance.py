@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastmoco.config import BatchConfig, Config, ObjectiveConfig, OptimConfig, ParallelConfig
+from fastmoco.config import (
+    BatchConfig,
+    Config,
+    MoCoV3Config,
+    ObjectiveConfig,
+    OptimConfig,
+    ParallelConfig,
+)
 from fastmoco.distributed import World
 from fastmoco.objectives.build import OBJECTIVES
 from fastmoco.optim.build import build_optimizer
@@ -26,8 +33,7 @@ from fastmoco.training import state as training_state
 from fastmoco.training.forward_backward import ForwardBackward
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import part
-from tests.distributed.run_trainer import CONFIG
-from tests.fastmoco.objectives.test_conformance import config_of, rest_of, rough, views_of
+from tests.fastmoco.objectives.test_conformance import TRUNKS, config_of, rest_of, rough, views_of
 
 IMAGES, STEPS = 12, 3
 WAYS: dict[str, dict[str, Any]] = {
@@ -38,19 +44,47 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Variant:
+    """An objective with other options, and the ways in which two ranks take its steps."""
+
+    kind: type[ObjectiveConfig]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    objective: Mapping[str, Any] = field(default_factory=dict)
+    ways: tuple[str, ...] = ("fsdp",)
+
+
+VARIANTS = {
+    "batch norm in blocks": Variant(MoCoV3Config, {"mlp_norm": "batch", "positions": "none"}),
+    "mean, all trained": Variant(
+        MoCoV3Config, {"pooling": "mean", "positions": "learned", "freeze_patch_embed": False}
+    ),
+    "bare heads": Variant(MoCoV3Config, objective={"predictor": False, "head_norm": False}),
+    "frozen trunk": Variant(
+        SupervisedConfig,
+        objective={"train_from": "head"},
+        ways=("ddp", "fsdp", "fsdp chunked"),
+    ),
+}
+"""Options of the paper's ablations and of the linear probe."""
+
+
 def config_for(
     kind: type[ObjectiveConfig],
+    trunk: str = "vit",
     strategy: str = "ddp",
     chunk: int = 0,
-    changes: Mapping[str, Any] | None = None,
+    variant: str = "",
 ) -> Config:
     """LARS, which does not enlarge the rounding of gradients that are zero in truth; stochastic
-    depth, whose draws are those of an image wherever it is. `changes`: of the objective."""
-    base = config_of(kind, CONFIG)
+    depth of a ViT, whose draws are those of an image wherever it is."""
+    options = VARIANTS.get(variant, Variant(kind))
+    base = config_of(kind, TRUNKS[trunk])
+    depth = 0.3 if trunk == "vit" else 0.0
     return replace(
         base,
-        objective=replace(base.objective, **changes or {}),
-        model=replace(CONFIG.model, drop_path=0.3),
+        objective=replace(base.objective, **options.objective),
+        model=replace(base.model, drop_path=depth, **options.model),
         global_batch_size=IMAGES,
         batch=BatchConfig(chunk=chunk or "none", kept=1 if chunk else "auto"),
         parallel=ParallelConfig(strategy=strategy),  # type: ignore[arg-type]
@@ -66,10 +100,12 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def run_steps(world: World, kind: type[ObjectiveConfig], **how: Any) -> dict[str, Any]:
+def run_steps(
+    world: World, kind: type[ObjectiveConfig], trunk: str = "vit", **how: Any
+) -> dict[str, Any]:
     """Losses, gradients of the first step and the state after three, on this rank's part of each
     batch."""
-    config = config_for(kind, **how)
+    config = config_for(kind, trunk, **how)
     objective = rough(config)
     forward_backward = ForwardBackward(config, objective, world, "fp64")
     optimizer = build_optimizer(
@@ -97,16 +133,15 @@ def run_steps(world: World, kind: type[ObjectiveConfig], **how: Any) -> dict[str
 
 
 CASES: dict[str, Callable[[World], dict[str, Any]]] = {
-    f"{kind.kind} {way}": functools.partial(run_steps, kind=kind, **how)
+    f"{kind.kind} {trunk} {way}": functools.partial(run_steps, kind=kind, trunk=trunk, **how)
     for kind in OBJECTIVES
+    for trunk in TRUNKS
     for way, how in WAYS.items()
-}
-FROZEN = {"train_from": "head"}
-CASES |= {
-    f"frozen {way}": functools.partial(
-        run_steps, kind=SupervisedConfig, changes=FROZEN, **WAYS[way]
-    )
-    for way in ("ddp", "fsdp", "fsdp chunked")
+    if trunk == "vit" or "chunk" not in how  # a ResNet does not go in chunks
+} | {
+    f"{name} {way}": functools.partial(run_steps, kind=variant.kind, variant=name, **WAYS[way])
+    for name, variant in VARIANTS.items()
+    for way in variant.ways
 }
 
 

@@ -7,15 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastmoco.config import ObjectiveConfig
 from fastmoco.distributed import World
 from fastmoco.objectives.build import OBJECTIVES
-from fastmoco.recipes.supervised import SupervisedConfig
-from tests.distributed.run_conformance import CASES, FROZEN, STEPS, WAYS, run_steps
+from tests.distributed.run_conformance import CASES, STEPS, VARIANTS, run_steps
 from tests.distributed.test_ranks import launch
+from tests.fastmoco.objectives.test_conformance import TRUNKS
 
 Results = list[dict[str, Any]]
-KINDS = [pytest.param(kind, id=kind.kind) for kind in OBJECTIVES]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.fixture(scope="module")
 def alone(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The same steps on the whole batch in this process."""
-    return run_steps(World(), request.param)
+    return run_steps(World(), *request.param)
 
 
 def gap(ours: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -44,34 +42,39 @@ def gap(ours: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     )
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("kind", "alone"),
-    [(p.values[0], p.values[0]) for p in KINDS],
-    ids=[p.id for p in KINDS],
+    ("alone", "case"),
+    [
+        pytest.param((kind, trunk), name, id=name)
+        for kind in OBJECTIVES
+        for trunk in TRUNKS
+        for name in CASES
+        if name.startswith(f"{kind.kind} {trunk} ")
+    ],
     indirect=["alone"],
 )
-def test_two_ranks_are_one(
-    ranks: Results, alone: dict[str, Any], kind: type[ObjectiveConfig], way: str
-) -> None:
-    require_one([rank[f"{kind.kind} {way}"] for rank in ranks], alone, way)
+def test_two_ranks_are_one(ranks: Results, alone: dict[str, Any], case: str) -> None:
+    require_one([rank[case] for rank in ranks], alone, case)
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp", "fsdp chunked"])
-def test_a_frozen_trunk_on_two_ranks_is_that_on_one(ranks: Results, way: str) -> None:
-    """Its blocks have no gradient, so nothing but the head is sharded and averaged."""
-    alone = run_steps(World(), SupervisedConfig, changes=FROZEN)
-    assert set(alone["gradients"]) == {"encoder.head.weight", "encoder.head.bias"}
-    require_one([rank[f"frozen {way}"] for rank in ranks], alone, way)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_ranks_are_one_for_each_variant(ranks: Results, name: str) -> None:
+    variant = VARIANTS[name]
+    alone = run_steps(World(), variant.kind, variant=name)
+    if name == "frozen trunk":  # its blocks have no gradient: the head alone is averaged
+        assert set(alone["gradients"]) == {"encoder.head.weight", "encoder.head.bias"}
+    for way in variant.ways:
+        case = f"{name} {way}"
+        require_one([rank[case] for rank in ranks], alone, case)
 
 
-def require_one(cases: Results, alone: dict[str, Any], way: str) -> None:
+def require_one(cases: Results, alone: dict[str, Any], case: str) -> None:
     """The losses, first gradients and last state of one process."""
     for step in range(STEPS):
-        mean = sum(case["losses"][step] for case in cases) / len(cases)
+        mean = sum(found["losses"][step] for found in cases) / len(cases)
         assert abs(mean - alone["losses"][step]) <= 1e-12
-    for case in cases:
-        assert gap(case["gradients"], alone["gradients"]) <= 1e-12
-        assert gap(case["state"], alone["state"]) <= 1e-10
-        assert case["sharded"] == way.startswith("fsdp")
-        assert all(torch.equal(case["state"][n], t) for n, t in cases[0]["state"].items())
+    for found in cases:
+        assert gap(found["gradients"], alone["gradients"]) <= 1e-12
+        assert gap(found["state"], alone["state"]) <= 1e-10
+        assert found["sharded"] == ("fsdp" in case)
+        assert all(torch.equal(found["state"][n], t) for n, t in cases[0]["state"].items())

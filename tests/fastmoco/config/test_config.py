@@ -15,6 +15,7 @@ import pytest
 from fastmoco.config import (
     CheckpointConfig,
     Config,
+    DataConfig,
     KnnConfig,
     MoCoV3Config,
     ModelConfig,
@@ -25,7 +26,7 @@ from fastmoco.config import (
 from fastmoco.config.parallel import ParallelConfig
 from fastmoco.config.serial import differences, flatten, from_json, marked, may_change, to_json
 from fastmoco.recipes import EXPECTED, RECIPES, get_recipe, near_recipes, with_image_size
-from fastmoco_pipelines.spec import FieldError, LoaderOptions, Resume
+from fastmoco_pipelines.spec import FieldError, LoaderOptions, Resume, ViewSpec
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -335,3 +336,37 @@ def test_the_loader_gets_every_option_that_the_config_has():
     config = replace(Config(), data=replace(Config().data, shards="x.tar", **changed))
     spec = config.loader_spec(device="cpu", threads=1)
     assert {name: getattr(spec, name) for name in changed} == changed
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"patch_size": 8}, "patch_size=8: has no effect on resnet18, because it has no patches"),
+        ({"pooling": "mean"}, "--model.pooling class, or a ViT"),
+        ({"positions": "none"}, "--model.positions sincos"),
+        ({"mlp_norm": "batch"}, "it has no MLP"),
+        ({"freeze_patch_embed": False}, "--model.freeze-patch-embed True"),
+        ({"drop_path": 0.1}, "--model.drop-path 0.0"),
+        ({"attention": "sdpa"}, "it has no attention"),
+        ({"linears": "float8"}, "--model.linears native"),
+        ({"momentum_linears": "float8"}, "--model.momentum-linears native"),
+        ({"compile": True}, "--model.compile auto"),
+        ({"blocks": "fused"}, "--model.blocks modules"),
+        ({"checkpointing": "selective"}, "use full or none"),
+    ],
+)
+def test_a_resnet_refuses_what_it_would_not_read(fields, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        ModelConfig(architecture="resnet18", **fields)
+
+
+def test_a_resnet_takes_images_and_small_views_of_any_size():
+    model = ModelConfig(
+        architecture="resnet50", image_size=100, checkpointing="full", compile=False
+    )
+    assert model.family == "resnet"
+    view = ViewSpec(size=100)
+    data = DataConfig(view1=view, view2=view, more_views=(ViewSpec(size=37),))
+    Config(model=model, data=data)
+    with pytest.raises(ValueError, match=r"more_views.0.size=101: must be at most"):
+        Config(model=model, data=replace(data, more_views=(ViewSpec(size=101),)))

@@ -12,13 +12,21 @@ import torch
 from safetensors.torch import save_file
 
 from fastmoco.checkpoint import CheckpointError
-from fastmoco.models.encoder_file import EncoderDescription, load_encoder
+from fastmoco.models.encoder_file import (
+    Description,
+    EncoderDescription,
+    ResNetDescription,
+    describe,
+    description_in,
+    load_encoder,
+)
 from fastmoco.recipes import get_recipe
 
 SMALL = EncoderDescription.of(get_recipe("vit_nano8_e60_b256"))
+RESNET = ResNetDescription(architecture="resnet_nano", image=SMALL.image)
 
 
-def write(path: Path, description: EncoderDescription = SMALL, **changes: str) -> Path:
+def write(path: Path, description: Description = SMALL, **changes: str) -> Path:
     """A file with random weights; `changes` replace entries of its header, "" removes one."""
     torch.manual_seed(1)
     encoder = description.build()
@@ -107,3 +115,44 @@ def test_timm_gives_the_same_features(tmp_path: Path, recipe: str) -> None:
     with torch.no_grad():
         ours = load_encoder(path).encoder(images)
         torch.testing.assert_close(theirs(images), ours, rtol=1e-4, atol=1e-4)
+
+
+def test_the_header_of_a_resnet_builds_it_and_names_it_as_torchvision_does(tmp_path: Path) -> None:
+    path = write(tmp_path / "e.safetensors", RESNET)
+    torch.manual_seed(1)
+    expected = RESNET.build().eval()
+    loaded = load_encoder(path, RESNET)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded.encoder(images), expected(images))
+    base = get_recipe("vit_s16_e300_b4096")
+    config = replace(base, model=replace(base.model, architecture="resnet50"))
+    header = describe(config).to_metadata()
+    assert (header["torchvision_model"], header["width"], header["depth"]) == (
+        "resnet50",
+        "2048",
+        "16",
+    )
+    assert description_in(header) == describe(config)
+    assert "torchvision_model" not in loaded.header
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"width": "64"}, "width=64, but resnet_nano has 128"),
+        ({"std": ""}, "its header has no std"),
+        ({"mean": "[0.5]"}, "cannot be read"),
+        ({"architecture": "resnet18", "width": "512", "depth": "8"}, "only in the file"),
+        ({"architecture": "resnet101"}, "unknown to this version"),
+    ],
+)
+def test_a_wrong_header_of_a_resnet_is_refused(
+    tmp_path: Path, changes: dict[str, str], words: str
+) -> None:
+    path = write(
+        tmp_path / "e.safetensors", RESNET, **({"heads": "4", "patch_size": "8"} | changes)
+    )
+    with pytest.raises(CheckpointError, match=words):
+        load_encoder(path)
+    with pytest.raises(CheckpointError, match="the caller wants vit_nano"):
+        load_encoder(write(tmp_path / "f.safetensors", RESNET), SMALL)

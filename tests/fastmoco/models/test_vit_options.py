@@ -174,7 +174,7 @@ def test_batch_norm_is_over_all_tokens_of_the_batch() -> None:
         ({}, True),
         ({"pooling": "mean"}, True),
         ({"positions": "none"}, True),
-        ({"positions": "learned"}, False),
+        ({"positions": "learned"}, True),  # `encode` adds them
         ({"freeze_patch_embed": False}, False),
         ({"mlp_norm": "batch"}, False),
     ],

@@ -11,6 +11,7 @@ import copy
 import functools
 import math
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmoco.checkpoint import load_latest
+from fastmoco.checkpoint import list_checkpoints, load_latest
 from fastmoco.config import Config, ObjectiveConfig
 from fastmoco.distributed.mesh import World
 from fastmoco.objectives.build import OBJECTIVES, build_objective
@@ -46,6 +47,14 @@ from tests.spikes import LOGGED, ROLLING, SPIKE, skip
 
 KINDS = [pytest.param(kind, id=kind.kind) for kind in OBJECTIVES]
 every_objective = pytest.mark.parametrize("kind", KINDS)
+SMALL = replace(CONFIG.data.view1, size=16)
+RESNET = replace(
+    CONFIG,
+    model=replace(CONFIG.model, architecture="resnet_nano", patch_size=16, image_size=16),
+    data=replace(CONFIG.data, view1=SMALL, view2=SMALL),
+)
+TRUNKS = {"vit": CONFIG, "resnet": RESNET}
+every_trunk = pytest.mark.parametrize("base", TRUNKS.values(), ids=TRUNKS)
 AT = Progress(3, 12, 4)
 IMAGES = 13
 
@@ -79,6 +88,20 @@ PROJECTOR = [
 ]
 PROJECTOR += ["head.6.weight"]
 PREDICTOR = ["0.weight", "1.bias", "1.weight", "3.weight"]
+RESNET_ENCODER = [
+    "bn1.bias",
+    "bn1.weight",
+    "conv1.weight",
+    "layer*.bn1.bias",
+    "layer*.bn1.weight",
+    "layer*.bn2.bias",
+    "layer*.bn2.weight",
+    "layer*.conv1.weight",
+    "layer*.conv2.weight",
+    "layer*.downsample.0.weight",
+    "layer*.downsample.1.bias",
+    "layer*.downsample.1.weight",
+]
 NAMES: dict[str, dict[str, list[str]]] = {
     kind: {
         "encoder": ENCODER + PROJECTOR,
@@ -86,6 +109,18 @@ NAMES: dict[str, dict[str, list[str]]] = {
         "predictor": PREDICTOR,
     }
     for kind in ("moco_v3", "byol")
+}
+NAMES["swav"] = {
+    "encoder": ENCODER + [f"head.{name}" for name in ("0.bias", "3.bias", *PREDICTOR)],
+    "prototypes": ["weight"],
+}
+RESNET_NAMES: dict[str, dict[str, list[str]]] = {
+    kind: {
+        "encoder": RESNET_ENCODER + [f"head.{name}" for name in head],
+        "momentum_encoder": RESNET_ENCODER + [f"head.{name}" for name in head],
+        "predictor": head,
+    }
+    for kind, head in (("moco_v3", PREDICTOR), ("byol", ["0.bias", *PREDICTOR]))
 }
 NAMES["simclr"] = {"encoder": ENCODER + PROJECTOR}
 NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
@@ -243,7 +278,7 @@ def check_names(config: Config, known: dict[str, list[str]] | None) -> None:
     objective = rough(config)
     networks, averages = objective.networks(), objective.averages()
     names = {
-        n: {re.sub(r"\bblocks\.\d+\.", "blocks.*.", p) for p, _ in net.named_parameters()}
+        n: {re.sub(r"\b(blocks\.|layer)[\d.]+\.", r"\1*.", p) for p, _ in net.named_parameters()}
         for n, net in networks.items()
     }
     if known is not None:
@@ -288,8 +323,8 @@ def check_rollback(config: Config, out: Path) -> None:
     assert_same(tensors, expected)
 
 
-def run_whole(config: Config, out: Path) -> None:
-    trainer = Trainer.build(config, out, World())
+def run_whole(config: Config, out: Path, *, trust: bool = False) -> None:
+    trainer = Trainer.build(config, out, World(), trust=trust)
     try:
         assert trainer.run() == 0
     finally:
@@ -312,6 +347,15 @@ def check_resume(config: Config, out: Path) -> None:
     assert end.state["twin_advanced"] == (rough(config).ema_momentum(last) is not None)
 
 
+def check_continued(config: Config, out: Path) -> None:
+    """A run that continues from the middle of another one ends in its bits."""
+    run_whole(config, out / "whole")
+    middle = list_checkpoints(out / "whole" / "checkpoints")[0]
+    shutil.copytree(middle, out / "again" / "checkpoints" / middle.name)
+    run_whole(config, out / "again", trust=True)
+    assert_same_end(out / "again", out / "whole")
+
+
 @functools.cache
 def costs_of(config: Config) -> StepCosts:
     return measure_costs(config, "fp32")
@@ -330,14 +374,16 @@ def wide(kind: type[ObjectiveConfig]) -> Config:
     return replace(base, precision="fp32", model=replace(base.model, **model))
 
 
+@every_trunk
 @every_objective
-def test_fast_is_the_reference(kind: type[ObjectiveConfig]) -> None:
-    check_reference(config_of(kind))
+def test_fast_is_the_reference(kind: type[ObjectiveConfig], base: Config) -> None:
+    check_reference(config_of(kind, base))
 
 
+@every_trunk
 @every_objective
-def test_chunks_are_the_whole(kind: type[ObjectiveConfig]) -> None:
-    check_chunks(config_of(kind))
+def test_chunks_are_the_whole_or_refused(kind: type[ObjectiveConfig], base: Config) -> None:
+    check_chunks(config_of(kind, base))
 
 
 @every_objective
@@ -361,14 +407,17 @@ def test_stochastic_depth_leaves_out_the_same_branches_in_every_pass(
     assert torch.equal(loss(config, AT, training=False), loss(plain, AT, training=False))
 
 
+@every_trunk
 @every_objective
-def test_a_second_pass_repeats_the_first(kind: type[ObjectiveConfig]) -> None:
-    check_features(config_of(kind))
+def test_a_second_pass_repeats_the_first(kind: type[ObjectiveConfig], base: Config) -> None:
+    check_features(config_of(kind, base))
 
 
+@every_trunk
 @every_objective
-def test_names_in_checkpoints_are_stable(kind: type[ObjectiveConfig]) -> None:
-    check_names(config_of(kind), NAMES.get(kind.kind))
+def test_names_in_checkpoints_are_stable(kind: type[ObjectiveConfig], base: Config) -> None:
+    known = RESNET_NAMES if base is RESNET else NAMES
+    check_names(config_of(kind, base), known.get(kind.kind))
 
 
 @every_objective
@@ -386,6 +435,13 @@ def test_a_killed_run_continues_to_the_same_bits(
     kind: type[ObjectiveConfig], tmp_path: Path
 ) -> None:
     check_resume(config_of(kind), tmp_path)
+
+
+@every_objective
+def test_a_run_of_a_resnet_continues_to_the_same_bits(
+    kind: type[ObjectiveConfig], tmp_path: Path
+) -> None:
+    check_continued(config_of(kind, RESNET), tmp_path)
 
 
 @every_objective

@@ -1,4 +1,4 @@
-"""LARS by its builders: SimCLR's golden steps, and the choices of a config."""
+"""LARS by its builders: golden steps of MoCo v3 and SimCLR, and the choices of a config."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from fastmoco.config import OptimConfig
 from fastmoco.optim import build_lars, unless_named
+from fastmoco.optim.averaged import AveragedLARS
 from fastmoco.optim.build import build_optimizer
 from fastmoco.optim.groups import ParameterGroup, set_learning_rates
 from fastmoco.recipes import quickstart_digits
@@ -57,6 +58,38 @@ def run(data: dict[str, np.ndarray], names: list[str], **options: object) -> flo
             gap = np.abs(parameter.detach().numpy() - expected).max()
             worst = max(worst, float(gap / np.abs(expected).max()))
     return worst
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
+def test_the_steps_of_a_configured_lars_match_golden(
+    golden: Golden, dtype: torch.dtype, tolerance: float
+) -> None:
+    data = golden("lars")
+    base = quickstart_digits()
+    optim = replace(
+        base.optim,
+        name="lars",
+        weight_decay=float(data["weight_decay"]),
+        sgd_momentum=float(data["momentum"]),
+        trust_coefficient=float(data["trust_coefficient"]),
+    )
+    parameters = {
+        name: nn.Parameter(torch.from_numpy(data[f"init/{name}"]).to(dtype))
+        for name in data["names"].tolist()
+    }
+    config = replace(base, optim=optim)
+    optimizer = build_optimizer(config, parameters.items(), {})
+    assert isinstance(optimizer, AveragedLARS)
+    key = "params_f64" if dtype == torch.float64 else "params_f32"
+    for step, lr in enumerate(data["lr"].tolist()):
+        optimizer.param_groups[0]["lr"] = lr
+        for name, parameter in parameters.items():
+            parameter.grad = torch.from_numpy(data[f"grads/{name}"][step]).to(dtype)
+        optimizer.step(skip=torch.zeros(()))
+        for name, parameter in parameters.items():
+            expected = torch.from_numpy(data[f"{key}/{name}"][step]).double()
+            error = (parameter.detach().double() - expected).abs().max()
+            assert error <= tolerance * expected.abs().max().clamp_min(1), name
 
 
 def test_four_steps_match_simclr(golden: Golden) -> None:

@@ -1,0 +1,149 @@
+"""`eval linear` by the official protocol: a run that equals plain steps of torch, on an encoder that
+stays as it was."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fastmoco.checkpoint import CheckpointError, find_checkpoint
+from fastmoco.config import Config
+from fastmoco.distributed import World
+from fastmoco.evaluation.confidence import wilson
+from fastmoco.evaluation.embed import embed
+from fastmoco.training import setup
+from fastmoco.training.encoder_source import load_source
+from fastmoco.training.linear_fast import probe_view
+from fastmoco.training.linear_official import OfficialOptions, official_config, require_unchanged
+from fastmoco.training.trainer import Trainer
+from fastmoco_pipelines import EvalLoaderSpec, build_eval_loader
+from fastmoco_pipelines.spec import EvalSpec
+from tests.command_line import main
+
+Probe = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def run(small_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step; its two encoders differ."""
+    folder = tmp_path_factory.mktemp("run")
+    optim = replace(small_run.optim, warmup_epochs=0)
+    trainer = Trainer.build(replace(small_run, epochs=0.2, optim=optim), folder, World())
+    try:
+        assert trainer.run() == 0
+    finally:
+        trainer.close()
+    return folder
+
+
+def words(run: Path, digits: tuple[str, str], *more: str) -> list[str]:
+    return ["eval", "linear", str(run), "--train", digits[0], "--test", digits[1], *more]
+
+
+def test_it_is_the_result_of_plain_steps(run, digits, tmp_path, capsys) -> None:
+    out = tmp_path / "probe"
+    asked = ["--epochs", "2", "--batch", "256", "--which", "momentum", "--out", str(out), "--json"]
+    assert main(words(run, digits, *asked)) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads((out / "linear.json").read_text())
+
+    # Plain SGD on the views of the training loader.
+    source = load_source(run, which="momentum")
+    encoder: Any = source.encoder.eval()
+    head = nn.Linear(encoder.embed_dim, 10)
+    trained = find_checkpoint(out)
+    config = official_config(
+        source, *digits, tmp_path / "other", OfficialOptions(epochs=2, batch_size=256)
+    )
+    torch.manual_seed(0)
+    start = Trainer.build(
+        replace(config, objective=replace(config.objective, classes=10)),
+        tmp_path / "start",
+        World(),
+    )
+    head.load_state_dict(
+        {name: value.clone() for name, value in start.objective.encoder.head.state_dict().items()}
+    )
+    start.close()
+    assert head.bias.abs().max() == 0
+    assert head.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    optimizer = torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9)
+    loader_config = replace(config, objective=replace(config.objective, classes=10))
+    with setup.build_train_loader(loader_config, World(), threads=1) as loader:
+        assert loader.steps_per_epoch == 5
+        for step in range(10):
+            batch = loader.next()
+            epoch = step // 5
+            optimizer.param_groups[0]["lr"] = 3.0 * 0.5 * (1 + math.cos(math.pi * epoch / 2))
+            optimizer.zero_grad()
+            with torch.no_grad():
+                rows = encoder(batch.views[0])
+            cross_entropy(head(rows), torch.from_numpy(batch.labels)).backward()
+            optimizer.step()
+    for name, value in head.state_dict().items():
+        torch.testing.assert_close(
+            trained.tensors[f"model.encoder.head.{name}"], value, atol=1e-4, rtol=0
+        )
+
+    # Accuracy of the last epoch.
+    spec = EvalLoaderSpec(shards=digits[1], image=source.image, batch_size=256, threads=1)
+    with build_eval_loader(spec) as test:
+        features, labels = embed(encoder, test)
+    right = int((head(features).argmax(dim=1) == labels).sum())
+    assert abs(result["top1"] * 360 - right) < 1.5
+    assert result["best"]["top1"] >= result["top1"]
+    assert result["best"]["epoch"] in (1, 2)
+    interval = wilson(round(result["top1"] * 360), 360)
+    assert result["top1_interval"] == pytest.approx(interval, abs=1e-6)
+    expected = {"protocol": "official", "encoder": "momentum", "images": 360, "classes": 10}
+    expected |= {"train_images": 1437, "lr": 3.0, "weight_decay": 0.0, "step": 1}
+    assert {name: result[name] for name in expected} == expected
+
+    # Every tensor of the encoder is that of the run, and the command again trains nothing.
+    require_unchanged(encoder, dict(trained.tensors), "the probe")
+    assert main(words(run, digits, *asked)) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+
+    # With another encoder the result is refused.
+    other = load_source(run).encoder
+    with pytest.raises(CheckpointError, match="tensors of the frozen encoder are not those"):
+        require_unchanged(other, dict(trained.tensors), "the probe")
+    assert main(words(run, digits, *[w for w in asked if w not in ("--which", "momentum")])) == 2
+    assert "choose another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ([], "give a folder with --out"),
+        (["--out", "o", "--lr", "1", "2"], "several need --fast"),
+        (["--out", "o", "--copies", "3"], "--copies 3: needs --fast"),
+        (["--out", "o", "--precision", "bf16"], "needs --fast"),
+        (["--out", "o", "--epochs", "0"], "--epochs 0: must be at least 1"),
+        (["--fast", "--epochs", "0"], "--epochs 0: must be at least 1"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    more, text, run, digits, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(main(words(run, digits, *more)))
+    assert ended.value.code == 2
+    assert text in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_views_of_a_photograph_are_those_of_the_protocol(small_run: Config) -> None:
+    view = probe_view(EvalSpec(size=224, resize=256), small_run)
+    assert (view.size, view.crop_scale, view.flip_probability) == (224, (0.08, 1.0), 0.5)
+    drawn = (view.jitter_probability, view.grayscale_probability, view.blur_probability)
+    assert (*drawn, view.solarize_probability) == (0, 0, 0, 0)
