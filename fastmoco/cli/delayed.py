@@ -21,6 +21,7 @@ def eval_knn(
     temperature: tuple[float, ...] = (0.07,),
     which: Literal["base", "momentum"] = "base",
     best: bool = False,
+    heads: int | None = None,
     out: Path | None = None,
 ) -> int:
     """kNN accuracy of an encoder (k = 20, temperature 0.07, cosine) on labelled shards.
@@ -37,6 +38,7 @@ def eval_knn(
         temperature: The weight of a neighbour is exp(cosine / temperature).
         which: The trained encoder, or its moving average.
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
+        heads: Attention heads, for a file of a ViT that does not show them.
         out: A file for the JSON too.
     """
     say(f"kNN of {run}: importing torch, then opening {redact(train)} and {redact(test)}")
@@ -44,7 +46,15 @@ def eval_knn(
         from fastmoco.cli.knn import eval_knn as measure
 
     return measure(
-        run, train, test, ks=k, temperatures=temperature, which=which, best=best, out=out
+        run,
+        train,
+        test,
+        ks=k,
+        temperatures=temperature,
+        which=which,
+        best=best,
+        heads=heads,
+        out=out,
     )
 
 

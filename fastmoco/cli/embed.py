@@ -38,6 +38,7 @@ def embed(
     limit: int = 0,
     which: Literal["base", "momentum"] = "base",
     best: bool = False,
+    heads: int | None = None,
 ) -> int:
     """Write the features of a set, with labels and file names, to .safetensors, .npz, .npy or
     .parquet.
@@ -56,6 +57,7 @@ def embed(
         limit: Only this many images, spread evenly over the set; 0: all.
         which: The trained encoder, or its moving average.
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
+        heads: Attention heads, for a file of a ViT that does not show them.
     """
     with one_line(EXIT_REFUSED, ValueError, OSError):
         _require_count("limit", limit)
@@ -67,7 +69,7 @@ def embed(
             require_target(out)
             return ""
 
-        options = _Options(which, best, tokens, out.with_name(f"{out.name}.parts"))
+        options = _Options(which, best, heads, tokens, out.with_name(f"{out.name}.parts"))
         with _embedded(run, {"shards": (shards, limit)}, options, check=target_is_new) as (
             source,
             (found,),
@@ -101,6 +103,7 @@ def neighbours(
     json: bool = False,
     which: Literal["base", "momentum"] = "base",
     best: bool = False,
+    heads: int | None = None,
 ) -> int:
     """For each image of a set, the images of another one that the encoder finds most similar.
 
@@ -118,6 +121,7 @@ def neighbours(
         json: Print JSON instead of text.
         which: The trained encoder, or its moving average.
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
+        heads: Attention heads, for a file of a ViT that does not show them.
     """
     with one_line(EXIT_REFUSED, ValueError, OSError), until_closed():
         _require_count("limit", limit)
@@ -128,7 +132,7 @@ def neighbours(
         sets = {"train": (train, 0)}
         if train != query:
             sets["query"] = (query, limit)
-        with _embedded(run, sets, _Options(which, best)) as (source, stored, world):
+        with _embedded(run, sets, _Options(which, best, heads)) as (source, stored, world):
             bank = stored[0].embeddings()
             queries = stored[1].embeddings() if train != query else bank.spread(limit)
             with progress_on(world, "searching") as progress:
@@ -196,6 +200,7 @@ def outliers(
     json: bool = False,
     which: Literal["base", "momentum"] = "base",
     best: bool = False,
+    heads: int | None = None,
 ) -> int:
     """Images of a set that are like no other: those with the lowest mean similarity to their nearest
     images.
@@ -210,6 +215,7 @@ def outliers(
         json: Print JSON instead of text.
         which: The trained encoder, or its moving average.
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
+        heads: Attention heads, for a file of a ViT that does not show them.
     """
     with one_line(EXIT_REFUSED, ValueError, OSError), until_closed():
         _require_count("show", show)
@@ -217,7 +223,7 @@ def outliers(
         with collection_paused():
             from fastmoco.evaluation.embeddings import outliers as search
 
-        with _embedded(run, {"shards": (shards, 0)}, _Options(which, best)) as (
+        with _embedded(run, {"shards": (shards, 0)}, _Options(which, best, heads)) as (
             source,
             (stored,),
             world,
@@ -283,6 +289,7 @@ class _Options:
 
     which: Literal["base", "momentum"]
     best: bool
+    heads: int | None
     tokens: Literal["class", "mean", "patch"] = "class"
     root: Path | None = None
 
@@ -335,6 +342,7 @@ def _embedded(
             world,
             which=options.which,
             best=options.best,
+            heads=options.heads,
             tokens=options.tokens,
             root=options.root,
             locate=locate,

@@ -25,7 +25,7 @@ from fastmoco.evaluation.monitor import judge, open_comparable
 from fastmoco.faults.first_cause import first_cause
 from fastmoco.training import setup
 from fastmoco.training.embed_run import Embedder, StoredFeatures, parts_folder
-from fastmoco.training.encoder_source import load_source
+from fastmoco.training.encoder_source import EncoderSource, load_source
 from fastmoco_pipelines.files import write_file
 
 
@@ -38,6 +38,7 @@ def eval_knn(
     temperatures: Sequence[float],
     which: Literal["base", "momentum"] = "base",
     best: bool = False,
+    heads: int | None = None,
     out: Path | None = None,
 ) -> int:
     """Print the kNN accuracy of an encoder as one JSON line; returns 0.
@@ -50,6 +51,7 @@ def eval_knn(
         temperatures: of their votes.
         which: the encoder of a run.
         best: the checkpoint of the run with the highest accuracy, in place of the newest.
+        heads: attention heads, for a file of a ViT that does not show them.
         out: a file for the JSON too; one of this name is replaced.
 
     Raises:
@@ -60,7 +62,8 @@ def eval_knn(
         require_votes(ks, temperatures)
         world = start_world("auto", timeout_s=WAIT_S)
         with first_cause(world), of_options({"train": train_shards, "test": test_shards}):
-            found = _measure(run, (train_shards, test_shards), world, ks, temperatures, which, best)
+            source = load_source(run, world.device, which=which, best=best, heads=heads)
+            found = _measure(run, source, (train_shards, test_shards), world, ks, temperatures)
             if world.rank == 0:
                 line = json.dumps(found)
                 if out is not None:
@@ -73,16 +76,14 @@ def eval_knn(
 
 def _measure(
     run: Path,
+    source: EncoderSource,
     given: tuple[str, str],
     world: World,
     ks: Sequence[int],
     temperatures: Sequence[float],
-    which: Literal["base", "momentum"],
-    best: bool,
 ) -> dict[str, Any]:
     """The content of the JSON."""
     tell = say if world.rank == 0 else _drop
-    source = load_source(run, world.device, which=which, best=best)
     for note in source.notes:
         tell(note)
     embedder = Embedder(source, world, report=lambda text: say(f"warning: {text}"))
@@ -106,7 +107,7 @@ def _measure(
             stored = stack.enter_context(
                 embedder.features(
                     sets,
-                    parts_folder(run),
+                    parts_folder(run, source),
                     shown=lambda what: progress_bar(what, growing=True),
                 )
             )

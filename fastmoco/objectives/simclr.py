@@ -106,11 +106,15 @@ class SimCLR(Objective):
             ValueError: if the views differ in shape, or are not two.
         """
         views = two_views(inputs)
-        if self._couples and not self.joint:
-            rows = torch.stack([self.encoder(view) for view in views])
+        if not self._couples:
+            tokens = self.encoder.patch_tokens(torch.cat(views))
+            rows = self.encoder.encode(tokens, *inputs.paths_of(0, 1))
+        elif self.joint:
+            rows = self.encoder(torch.cat(views), *inputs.paths_of(0, 1))
         else:
-            rows = self.encoder(torch.cat(views)).view(2, len(views[0]), -1)
-        return Features((rows.transpose(0, 1),))
+            alone = [self.encoder(v, *inputs.paths_of(i)) for i, v in enumerate(views)]
+            rows = torch.cat(alone)
+        return Features((rows.view(2, len(views[0]), -1).transpose(0, 1),))
 
     def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
         """Projector and loss of the whole batch; projections are gathered over ranks.
@@ -131,9 +135,12 @@ class SimCLR(Objective):
         """The same with nothing shared: each view passes the trunk alone where that makes no
         difference, and the logits of all ranks' rows are one matrix."""
         views = two_views(inputs)
-        passes = [torch.cat(views)] if self._couples and self.joint else list(views)
-        encoded = [self.encoder.plain(rows) for rows in passes]
-        projections = self._project(torch.cat(encoded).view(2, len(views[0]), -1))
+        if self._couples and self.joint:
+            rows = self.encoder.plain(torch.cat(views), *inputs.paths_of(0, 1))
+        else:
+            alone = [self.encoder.plain(v, *inputs.paths_of(i)) for i, v in enumerate(views)]
+            rows = torch.cat(alone)
+        projections = self._project(rows.view(2, len(views[0]), -1))
         loss, hits = nt_xent_reference(
             projections, temperature=self.temperature, scale=self.loss_scale
         )

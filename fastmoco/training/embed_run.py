@@ -162,10 +162,11 @@ class Embedder:
         function = encoder if tokens == "class" else _token_function(encoder, tokens, source)
         self._encode = encoder_function(function, world.device, self._precision)
         self._row_bytes = 4 * encoder.embed_dim * (encoder.tokens if tokens == "patch" else 1)
-        header = {name: value for name, value in source.facts.items() if name != "source"}
+        facts = {name: value for name, value in source.facts.items() if name != "source"}
         self._key: dict[str, Any] = {
             "encoder": encoder_digest(encoder),
-            "facts": header,
+            "facts": facts,
+            "description": {} if source.description is None else asdict(source.description),
             "model": to_json(source.config)["model"] if source.config is not None else {},
             "image": asdict(source.image),
             "tokens": tokens,
@@ -295,17 +296,21 @@ def _removed(caches: Iterable[FeatureCache]) -> str:
     return ""
 
 
-def parts_folder(source: Path) -> Path:
-    """Where the parts of features by the encoder of a source are kept: in its run, if that can be
-    written, otherwise in the user's cache.
+def parts_folder(run: Path, source: EncoderSource) -> Path:
+    """Where the parts of features by an encoder are kept: in its run, if that can be written,
+    otherwise in the user's cache.
+
+    Args:
+        run: as given to `load_source`.
+        source: that it returned.
 
     Raises:
         OSError: if this user has no home folder.
     """
-    if source.is_dir():
-        run = source if (source / "checkpoints").is_dir() else source.resolve().parents[1]
-        if os.access(run, os.W_OK):
-            return run / "features"
+    if source.config is not None:
+        folder = run if (run / "checkpoints").is_dir() else run.resolve().parents[1]
+        if os.access(folder, os.W_OK):
+            return folder / "features"
     return user_cache() / "features"
 
 
@@ -317,6 +322,7 @@ def embed_run(
     *,
     which: Which = "base",
     best: bool = False,
+    heads: int | None = None,
     tokens: Tokens = "class",
     root: Path | None = None,
     locate: Callable[[str, int], str] = lambda pattern, max_side: pattern,
@@ -331,6 +337,7 @@ def embed_run(
         world: this process among its peers.
         which: the encoder of a run.
         best: the checkpoint with the highest kNN accuracy, in place of the newest.
+        heads: attention heads, for a file of a ViT that does not show them.
         tokens: what is kept of an image.
         root: folder of the parts of features; None: that of `parts_folder`.
         locate: returns the shards of a pattern, which may be a folder of images, whose images are
@@ -345,7 +352,7 @@ def embed_run(
         RunError, CheckpointError: as of `load_source` and `Embedder`.
         ShardError, ValueError: if a set cannot be opened.
     """
-    source = load_source(run, world.device, which=which, best=best)
+    source = load_source(run, world.device, which=which, best=best, heads=heads)
     if world.rank == 0:
         for note in source.notes:
             report(note)
@@ -359,5 +366,5 @@ def embed_run(
             shards = ShardSet.open(pattern, cache=embedder.config.data)
             stack.callback(shards.close)
             opened.append((pattern, shards, limit))
-        place = root if root is not None else parts_folder(Path(run))
+        place = root if root is not None else parts_folder(Path(run), source)
         yield source, stack.enter_context(embedder.features(opened, place, shown=shown))

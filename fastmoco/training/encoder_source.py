@@ -42,7 +42,7 @@ class EncoderSource:
         config: of the run; None for a file.
         step: optimizer steps of the run; 0 for a file.
         facts: what a report must say of it, for JSON: source, which encoder, step, identity.
-        description: its sizes, for building it again.
+        description: its sizes, for building it again; None for an encoder that has none.
         header: where it comes from, as the header of a file.
         networks: the tensors of all networks of the run or file with heads, `encoder.*`,
             `momentum_encoder.*`, `predictor.*`, ...; empty for a file of one encoder.
@@ -54,7 +54,7 @@ class EncoderSource:
     config: Config | None
     step: int
     facts: dict[str, Any]
-    description: Description
+    description: Description | None = None
     header: Mapping[str, str] = field(default_factory=dict)
     networks: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Sequence[str] = ()

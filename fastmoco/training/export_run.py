@@ -18,6 +18,7 @@ from torch import Tensor
 import fastmoco
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.config import Config
+from fastmoco.models.encoder_file import Description
 from fastmoco.models.weights.judging import (
     Comparison,
     compare_features,
@@ -34,10 +35,12 @@ from fastmoco.models.weights.writing import (
 from fastmoco.training.encoder_source import EncoderSource, Which, load_source
 from fastmoco_pipelines import ShardError, build_eval_loader
 from fastmoco_pipelines.files import folder_for, hash_file, whole_file, write_file
-from fastmoco_pipelines.spec import EvalLoaderSpec, EvalSpec
+from fastmoco_pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, EvalLoaderSpec, EvalSpec
 
 IMAGES = 32
 """Images whose features are compared."""
+NAMES_ALONE: tuple[Target, ...] = ("moco-v3", "torchvision")
+"""Formats of tensors and their names, without a description."""
 REPORT = ".report.json"
 """What follows the name of an exported file in the name of its report."""
 
@@ -95,12 +98,20 @@ def export_encoder(
     found = load_source(source, which=which, best=best, heads=heads)
     for note in found.notes:
         report(note)
-    if reason := refusal(to, found.description):
+    description = found.description
+    assert description is not None  # of every source that is loaded
+    if reason := refusal(to, description):
         raise CheckpointError(f"{source}: {reason}")
+    if to in NAMES_ALONE and (found.image.mean, found.image.std) != (IMAGENET_MEAN, IMAGENET_STD):
+        report(
+            f"--to {to} has no place for how images are normalised, and its readers take mean and "
+            f"deviation of ImageNet: this encoder needs mean {found.image.mean} and deviation "
+            f"{found.image.std}"
+        )
 
     # Features of ours, of the plain encoder and in float32.
     images, origin = _images(found.config, found.image, shards, report)
-    encoder = plain_encoder(found.encoder, found.description)
+    encoder = plain_encoder(found.encoder, description)
     with torch.no_grad():
         ours = encoder(images)
 
@@ -108,16 +119,14 @@ def export_encoder(
     count = len(encoder.state_dict())
     official: dict[str, Any] = {}
     if to == "moco-v3":
-        official = _official(found, source)
+        official = _official(found, description, source)
         count = len(official["state_dict"])
     with folder_for(out.absolute().parent), _whole(out, folder=to == "hf") as fresh:
         if to == "moco-v3":
             torch.save(official, fresh)
         else:
-            write_encoder(to, fresh, encoder, found.description, found.header)
-        theirs, reader = features_of_export(
-            to, fresh, images, which=which, heads=found.description.heads
-        )
+            write_encoder(to, fresh, encoder, description, found.header)
+        theirs, reader = features_of_export(to, fresh, images, which=which, heads=description.heads)
         comparison = compare_features(ours, theirs, reader)
         if not comparison.good:
             raise CheckpointError(
@@ -141,7 +150,7 @@ def export_encoder(
     return Export(path=out, report=path, comparison=comparison, images=origin, tensors=count)
 
 
-def _official(found: EncoderSource, source: Path) -> dict[str, Any]:
+def _official(found: EncoderSource, description: Description, source: Path) -> dict[str, Any]:
     """All networks of a run or of an official checkpoint in the official format."""
     if not found.networks:
         raise CheckpointError(
@@ -155,8 +164,8 @@ def _official(found: EncoderSource, source: Path) -> dict[str, Any]:
             name: tensor.detach().to(torch.float32 if tensor.dtype == torch.float64 else None)
             for name, tensor in found.networks.items()
         },
-        found.description.family,
-        arch=str(facts.get("arch", found.description.architecture)),
+        description.family,
+        arch=str(facts.get("arch", description.architecture)),
         epoch=int(facts.get("epoch", round(per_epoch))),
     )
 

@@ -121,6 +121,7 @@ def _elsewhere(config: Config) -> RunError:
 
 
 def _read(config: Config, objective: Objective) -> InitialWeights:
+    """Read the weights and find the place of each, with errors that name the field."""
     given = config.model.init
     try:
         path = Path(at_home(given))
@@ -129,20 +130,33 @@ def _read(config: Config, objective: Objective) -> InitialWeights:
             weights, digest = find_encoder(raw), raw.sha256()
         else:
             weights, digest = _of_run(path)
+        fit = fit_encoder(
+            _encoder(objective).state_dict(),
+            weights,
+            positions=config.model.positions,
+            heads=_heads(_encoder(objective)),
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"model.init={given!r} cannot be read: {error}") from error
     except RunError as error:
         raise type(error)(f"model.init={given!r}: {error}") from error
     filled = tuple(name for name in NETWORKS if name in objective.networks())
+    return InitialWeights(path=given, weights=weights, sha256=digest, fit=fit, filled=filled)
+
+
+def _encoder(objective: Objective) -> nn.Module:
     encoder = objective.encoder
     assert isinstance(encoder, nn.Module)
-    heads = None
-    if isinstance(encoder, VisionTransformer):
-        block = encoder.blocks[0]
-        assert isinstance(block, Block)
-        heads = block.attn.num_heads
-    fit = fit_encoder(encoder.state_dict(), weights, positions=config.model.positions, heads=heads)
-    return InitialWeights(path=given, weights=weights, sha256=digest, fit=fit, filled=filled)
+    return encoder
+
+
+def _heads(encoder: nn.Module) -> int | None:
+    """Attention heads; None for a ResNet."""
+    if not isinstance(encoder, VisionTransformer):
+        return None
+    block = encoder.blocks[0]
+    assert isinstance(block, Block)
+    return block.attn.num_heads
 
 
 def _of_run(path: Path) -> tuple[EncoderWeights, str]:

@@ -8,7 +8,7 @@ computes what they must equal by calling `run_steps` in one process.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastmoco.distributed import World
 from fastmoco.objectives.build import OBJECTIVES
 from fastmoco.optim.build import build_optimizer
 from fastmoco.optim.groups import set_learning_rates
+from fastmoco.recipes.supervised import SupervisedConfig
 from fastmoco.training import state as training_state
 from fastmoco.training.forward_backward import ForwardBackward
 from tests.distributed.cases import run_cases
@@ -37,13 +38,19 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def config_for(
-    kind: type[ObjectiveConfig], trunk: str, strategy: str = "ddp", chunk: int = 0
+    kind: type[ObjectiveConfig],
+    trunk: str = "vit",
+    strategy: str = "ddp",
+    chunk: int = 0,
+    changes: Mapping[str, Any] | None = None,
 ) -> Config:
     """LARS, which does not enlarge the rounding of gradients that are zero in truth; stochastic
-    depth of a ViT, whose draws are those of an image wherever it is."""
-    base = TRUNKS[trunk]
+    depth of a ViT, whose draws are those of an image wherever it is. `changes`: of the
+    objective."""
+    base = config_of(kind, TRUNKS[trunk])
     return replace(
-        config_of(kind, base),
+        base,
+        objective=replace(base.objective, **changes or {}),
         model=replace(base.model, drop_path=0.3 if trunk == "vit" else 0.0),
         global_batch_size=IMAGES,
         batch=BatchConfig(chunk=chunk or "none", kept=1 if chunk else "auto"),
@@ -60,10 +67,10 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def run_steps(world: World, kind: type[ObjectiveConfig], trunk: str, **how: Any) -> dict[str, Any]:
+def run_steps(world: World, kind: type[ObjectiveConfig], **how: Any) -> dict[str, Any]:
     """Losses, gradients of the first step and the state after three, on this rank's part of each
     batch."""
-    config = config_for(kind, trunk, **how)
+    config = config_for(kind, **how)
     objective = rough(config)
     forward_backward = ForwardBackward(config, objective, world, "fp64")
     optimizer = build_optimizer(
@@ -96,6 +103,13 @@ CASES: dict[str, Callable[[World], dict[str, Any]]] = {
     for trunk in TRUNKS
     for way, how in WAYS.items()
     if trunk == "vit" or "chunk" not in how  # a ResNet does not go in chunks
+}
+FROZEN = {"train_from": "head"}
+CASES |= {
+    f"frozen {way}": functools.partial(
+        run_steps, kind=SupervisedConfig, changes=FROZEN, **WAYS[way]
+    )
+    for way in ("ddp", "fsdp", "fsdp chunked")
 }
 
 

@@ -9,7 +9,8 @@ import torch
 
 from fastmoco.distributed import World
 from fastmoco.objectives.build import OBJECTIVES
-from tests.distributed.run_conformance import CASES, STEPS, run_steps
+from fastmoco.recipes.supervised import SupervisedConfig
+from tests.distributed.run_conformance import CASES, FROZEN, STEPS, run_steps
 from tests.distributed.test_ranks import launch
 from tests.fastmoco.objectives.test_conformance import TRUNKS
 
@@ -45,22 +46,33 @@ def gap(ours: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
 @pytest.mark.parametrize(
     ("alone", "case"),
     [
-        pytest.param((kind, trunk), name, id=name)
+        pytest.param((kind, trunk), case, id=case)
         for kind in OBJECTIVES
         for trunk in TRUNKS
-        for name in CASES
-        if name.startswith(f"{kind.kind} {trunk} ")
+        for case in CASES
+        if case.startswith(f"{kind.kind} {trunk} ")
     ],
     indirect=["alone"],
 )
 def test_two_ranks_are_one(ranks: Results, alone: dict[str, Any], case: str) -> None:
-    cases = [rank[case] for rank in ranks]
+    require_one([rank[case] for rank in ranks], alone, case)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "fsdp chunked"])
+def test_a_frozen_trunk_on_two_ranks_is_that_on_one(ranks: Results, way: str) -> None:
+    """Its blocks have no gradient, so nothing but the head is sharded and averaged."""
+    alone = run_steps(World(), SupervisedConfig, changes=FROZEN)
+    assert set(alone["gradients"]) == {"encoder.head.weight", "encoder.head.bias"}
+    require_one([rank[f"frozen {way}"] for rank in ranks], alone, way)
+
+
+def require_one(cases: Results, alone: dict[str, Any], way: str) -> None:
+    """The losses, first gradients and last state of one process."""
     for step in range(STEPS):
-        mean = sum(found["losses"][step] for found in cases) / len(cases)
+        mean = sum(case["losses"][step] for case in cases) / len(cases)
         assert abs(mean - alone["losses"][step]) <= 1e-12
-    sharded = "fsdp" in case
-    for found in cases:
-        assert gap(found["gradients"], alone["gradients"]) <= 1e-12
-        assert gap(found["state"], alone["state"]) <= 1e-10
-        assert found["sharded"] == sharded
-        assert all(torch.equal(found["state"][n], t) for n, t in cases[0]["state"].items())
+    for case in cases:
+        assert gap(case["gradients"], alone["gradients"]) <= 1e-12
+        assert gap(case["state"], alone["state"]) <= 1e-10
+        assert case["sharded"] == ("fsdp" in way)
+        assert all(torch.equal(case["state"][n], t) for n, t in cases[0]["state"].items())

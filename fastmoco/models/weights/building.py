@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from fastmoco.checkpoint import CheckpointError
+from fastmoco.config.model import Pooling, Positions
 from fastmoco.models.encoder_file import (
     CUSTOM,
     Description,
@@ -18,7 +20,13 @@ from fastmoco.models.encoder_file import (
 from fastmoco.models.resnet import RESNETS, ResNet
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.models.weights.fitting import fit_encoder
-from fastmoco.models.weights.foreign import EncoderWeights, Which, find_encoder, require_heads
+from fastmoco.models.weights.foreign import (
+    EncoderWeights,
+    Which,
+    find_encoder,
+    is_sincos,
+    require_heads,
+)
 from fastmoco.models.weights.reading import read_weights
 
 
@@ -78,7 +86,11 @@ def describe(weights: EncoderWeights) -> Description:
     if weights.family == "resnet":
         return _describe_resnet(weights)
     sizes, heads = weights.sizes(), require_heads(weights)
-    if sizes.grid is None:
+    trunk = weights.trunk
+    positions: Positions = "none"
+    if sizes.grid is not None:
+        positions = "sincos" if is_sincos(trunk["pos_embed"], sizes.grid) else "learned"
+    elif weights.image.size <= 1:
         raise CheckpointError(
             f"{weights.source} has no positions, so the size of its images is unknown; export it "
             "with fastmoco, whose files state it"
@@ -99,7 +111,17 @@ def describe(weights: EncoderWeights) -> Description:
         patch_size=sizes.patch_size,
         image=weights.image,
         patch_embed_frozen=False,
+        pooling=_pooling(trunk),
+        positions=positions,
+        mlp_norm="batch" if "blocks.0.norm2.running_mean" in trunk else "layer",
     )
+
+
+def _pooling(trunk: Mapping[str, torch.Tensor]) -> Pooling:
+    """The pooling that needs these tensors."""
+    if "cls_token" in trunk:
+        return "class"
+    return "norm_mean" if "norm.weight" in trunk else "mean"
 
 
 def _describe_resnet(weights: EncoderWeights) -> ResNetDescription:

@@ -165,6 +165,8 @@ def _fit_positions(
     fit: Fit,
 ) -> None:
     source, found = weights.source, weights.trunk.get("pos_embed")
+    if found is None and weights.family == "resnet":
+        return  # reported with the other tensors
     if found is None:
         raise CheckpointError(
             f"{source} has no positions; give --model.positions none, or another file"
@@ -176,7 +178,7 @@ def _fit_positions(
 
     # The fixed table of MoCo v3 stays, and the file must have been trained with the same one.
     if kind == "sincos":
-        if not prefix or not is_sincos(found, grid):
+        if not is_sincos(found, grid):
             raise CheckpointError(
                 f"{source}: its positions are not the fixed sine-cosine table of MoCo v3, which "
                 "model.positions=sincos keeps; give --model.positions learned to take them"
@@ -240,6 +242,8 @@ def _cure(trunk: Mapping[str, Tensor], weights: EncoderWeights) -> str:
         )
     if ("cls_token" in trunk) and "cls_token" not in weights.trunk:
         return "The file has no class token: give --model.pooling mean or norm_mean"
+    if "norm.weight" in weights.trunk and "norm.weight" not in trunk:
+        return "model.pooling=mean has no final norm, which the file has: give norm_mean"
     return "Give a file of this architecture, or the options that the file was trained with"
 
 

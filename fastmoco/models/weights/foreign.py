@@ -217,14 +217,15 @@ def vit_sizes(trunk: Mapping[str, Tensor], source: str) -> ViTSizes:
 
 
 def is_sincos(positions: Tensor, grid: int) -> bool:
-    """Whether a table of positions is the fixed one of MoCo v3, to rounding.
+    """Whether a table of positions, with or without a class token's row, is the fixed one of MoCo
+    v3, to rounding.
 
     Tables of MAE have columns first, and are others.
     """
-    width = positions.shape[-1]
-    if width % 4 or positions.shape[-2] != grid**2 + 1:
+    width, rows = positions.shape[-1], positions.shape[-2]
+    if width % 4 or rows not in (grid**2, grid**2 + 1):
         return False
-    table = sincos_positions(grid, width)
+    table = sincos_positions(grid, width)[-rows:]
     return bool((positions.detach().float() - table).abs().max() < 1e-3)
 
 
@@ -289,6 +290,7 @@ def _described(weights: EncoderWeights, raw: RawWeights, heads: int | None) -> E
 
     # Images: by the file, else as ImageNet models have them.
     size = IMAGE_SIZE if sizes is None else (sizes.grid or 0) * sizes.patch_size
+    size = stated.image_size or size
     image = EvalSpec(size=max(size, 1), resize=max(size, 1))
     if size:
         resize = round(size * 256 / 224) if size > 64 else size
@@ -354,6 +356,7 @@ class _Stated:
     heads: int | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
+    image_size: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -366,9 +369,10 @@ def _stated(raw: RawWeights) -> _Stated:
     """
     config, header = raw.config, raw.header
     try:
-        if "heads" in header:
+        if "architecture" in header and "image_size" in header:
             return _Stated(
-                heads=int(header["heads"]),
+                heads=int(header["heads"]) if "heads" in header else None,
+                image_size=int(header["image_size"]),
                 mean=_three(json.loads(header.get("mean", "null"))),
                 std=_three(json.loads(header.get("std", "null"))),
             )

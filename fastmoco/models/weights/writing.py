@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -77,18 +78,72 @@ MOST_ONNX_BYTES = 2**31 - 2**24
 """Size of a model in one file of ONNX, whose length has 31 bits."""
 
 
+WITH_FUNCTION = ("safetensors", "torch-export", "onnx")
+"""Formats that contain or describe every encoder of fastmoco."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """What some formats cannot express.
+
+    Attributes:
+        field: of `EncoderDescription`.
+        values: of the field.
+        targets: the formats.
+        lacks: what they do not have, as a noun.
+        instead: formats that can.
+    """
+
+    field: str
+    values: tuple[str, ...]
+    targets: tuple[Target, ...]
+    lacks: str
+    instead: tuple[str, ...] = WITH_FUNCTION
+
+
+VIT_REFUSALS = (
+    Refusal(
+        field="stem",
+        values=("conv",),
+        targets=("timm", "torchvision", "hf"),
+        lacks="no ViT with the convolutional stem of MoCo v3",
+        instead=("moco-v3", *WITH_FUNCTION),
+    ),
+    Refusal(
+        field="mlp_norm",
+        values=("batch",),
+        targets=("timm", "torchvision", "hf", "moco-v3"),
+        lacks="no ViT with batch norms before its MLPs",
+    ),
+    Refusal(
+        field="pooling",
+        values=("mean", "norm_mean"),
+        targets=("torchvision", "hf", "moco-v3"),
+        lacks="no ViT without a class token",
+        instead=("timm", *WITH_FUNCTION),
+    ),
+    Refusal(
+        field="positions",
+        values=("none",),
+        targets=("moco-v3",),
+        lacks="no ViT without positions",
+        instead=("timm", "torchvision", "hf", *WITH_FUNCTION),
+    ),
+)
+
+
 def refusal(to: Target, description: Description) -> str:
     """Why a format cannot express an encoder, with the cure; empty if it can."""
-    others = "safetensors, torch-export or onnx can"
     if isinstance(description, EncoderDescription):
-        if description.stem == "conv" and to in ("timm", "torchvision", "hf"):
-            return f"--to {to} has no ViT with the convolutional stem; moco-v3, {others}"
+        for faults in VIT_REFUSALS:
+            if to in faults.targets and getattr(description, faults.field) in faults.values:
+                return f"--to {to} has {faults.lacks}; {', '.join(faults.instead)} can express it"
         return ""
     small = description.torchvision_name() is None
     if small and to in ("timm", "torchvision", "hf", "moco-v3"):
         return (
             f"{description.architecture} is a ResNet of fastmoco alone, with a stem of one small "
-            f"convolution, and --to {to} has none such; {others}"
+            f"convolution, and --to {to} has none such; {', '.join(WITH_FUNCTION)} can express it"
         )
     return ""
 
@@ -133,6 +188,8 @@ def write_encoder(
     """
     notes = {"format": "pt", **header}
     state = encoder.state_dict()
+    if to in ("torchvision", "hf"):
+        state = _with_positions(state, description)
     if to in ("timm", "safetensors"):
         write_whole(path, state, notes)
     elif to == "torchvision":
@@ -147,6 +204,15 @@ def write_encoder(
         _write_onnx(path, encoder, description, notes)
     else:
         raise ValueError(f"to={to!r}: is written by write_official")
+
+
+def _with_positions(state: dict[str, Tensor], description: Description) -> dict[str, Tensor]:
+    """Positions that add nothing, for formats whose ViTs always have some."""
+    if not isinstance(description, EncoderDescription) or description.positions != "none":
+        return state
+    grid = description.image.size // description.patch_size
+    zeros = torch.zeros(1, 1 + grid**2, description.width)
+    return {"cls_token": state["cls_token"], "pos_embed": zeros, **state}
 
 
 def renamed(state: Mapping[str, Tensor], known: Format) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from fastmoco.objectives.build import build_objective
 from fastmoco_pipelines import ShardSet, build_eval_loader
 from fastmoco_pipelines.spec import EvalLoaderSpec, EvalSpec
 from tests.command_line import main
+from tests.official_checkpoints import official_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,20 @@ def test_a_resnet_has_no_patch_tokens(digits, tmp_path, capsys):
     assert "a ResNet has no patch tokens" in capsys.readouterr().err
     assert main(["eval", "embed", str(file), *options]) == 0
     assert "wrote features 5 x 128 of step 0" in capsys.readouterr().out
+
+
+def test_an_official_checkpoint(digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "vit.pth.tar"
+    torch.save(official_checkpoint("vit", width=64, depth=2), file)
+    lines = {}
+    for which in ("base", "momentum"):
+        words = ["--train", digits[0], "--test", digits[1], "--heads", "4", "--which", which]
+        assert main(["eval", "knn", str(file), *words, "--k", "2"]) == 0
+        lines[which] = json.loads(capsys.readouterr().out)
+        assert lines[which]["source"]["encoder"] == which
+    assert lines["base"]["knn"] != lines["momentum"]["knn"]
+    assert not list((tmp_path / "cache").rglob("part-*"))
 
 
 PROGRAM = """

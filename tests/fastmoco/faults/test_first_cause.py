@@ -191,6 +191,21 @@ monitor.embed_part = broken
 """
 
 
+FAILING_EVALUATION = """
+import os
+from fastmoco.cli import knn
+from fastmoco.training import embed_run
+from fastmoco_pipelines import ShardError
+embed_missing = embed_run.embed_missing
+def broken(*args, **more):
+    if os.environ["RANK"] == "1":
+        raise ShardError("train-000000.tar: the tar ends inside it")
+    return embed_missing(*args, **more)
+embed_run.embed_missing = broken
+sys.exit(knn.eval_knn(Path(sys.argv[2]), *{sets!r}, ks=(5,), temperatures=(0.07,)))
+"""
+
+
 @pytest.mark.slow
 def test_a_rank_that_cannot_embed_ends_one_that_embeds_longer_than_a_collective_waits(
     digits_copy, digits, tmp_path
@@ -209,10 +224,7 @@ def test_the_launchers_report_quotes_the_cause_of_a_failed_eval_knn(digits_copy,
     config, _ = digits_copy
     config = replace(config, epochs=1, optim=replace(config.optim, warmup_epochs=0))
     assert train(config, tmp_path / "run") == 0
-    before = FAILING_KNN.format(rank_0="pass") + (
-        f"out, sets = Path(sys.argv[2]), {digits!r}\n"
-        "sys.exit(train_command.eval_knn(out, *sets, k=5, temperature=0.07))"
-    )
+    before = FAILING_EVALUATION.format(sets=digits)
     code, text = run(config, tmp_path / "run", before)
     assert code != 0
     assert "rank 1: train-000000.tar: the tar ends inside it" in text[text.index("Failures:") :], (
