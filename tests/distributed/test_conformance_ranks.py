@@ -31,7 +31,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.fixture(scope="module")
 def alone(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The same steps on the whole batch in this process."""
-    return run_steps(World(), *request.param)
+    kind, trunk = request.param
+    return run_steps(World(), kind, trunk=trunk)
 
 
 def gap(ours: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
