@@ -33,9 +33,7 @@ from fastmoco.models.encoder import Coupling, Family, Parts
 STEM_COUPLES = (
     "its convolutional stem has batch norms, whose statistics are those of the whole batch"
 )
-BLOCKS_COUPLE = (
-    "mlp_norm=batch puts a batch norm into each block, whose statistics are those of the whole batch"
-)
+BLOCKS_COUPLE = "mlp_norm=batch puts a batch norm into each block, whose statistics are those of the whole batch"
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:

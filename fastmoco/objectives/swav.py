@@ -111,7 +111,7 @@ class SwAV(Objective):
         """The objective of a config.
 
         Raises:
-            ValueError: if the queue is no multiple of the global batch.
+            ValueError: if the queue is no multiple of the global batch, or begins after the run.
         """
         own = config.objective
         assert isinstance(own, SwAVConfig)
@@ -119,6 +119,12 @@ class SwAV(Objective):
             raise ValueError(
                 f"objective.queue={own.queue}: must be a multiple of "
                 f"global_batch_size={config.global_batch_size}, whose rows it takes in each step"
+            )
+        if own.queue and own.queue_start_epoch >= config.epochs:
+            raise ValueError(
+                f"objective.queue_start_epoch={own.queue_start_epoch:g}: the run has "
+                f"epochs={config.epochs:g}, so its queue would never be filled; take an earlier "
+                "epoch, or --objective.queue 0"
             )
         return cls(
             build_encoder,
