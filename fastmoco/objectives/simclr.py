@@ -19,7 +19,7 @@ from fastmoco.distributed.mesh import group_rank, group_size
 from fastmoco.models.encoder import Coupling, with_heads
 from fastmoco.models.heads import FORMS, HeadForm, build_head
 from fastmoco.objectives.interface import Features, Inputs, Objective, Output, Progress
-from fastmoco.objectives.momentum import by_view, two_views
+from fastmoco.objectives.view_pairs import by_view, two_views
 from fastmoco.recipes.simclr import SimCLRConfig
 
 FLOOR = 1e-12
