@@ -151,13 +151,11 @@ def measure(
     # What the encoder of MoCo v3 is good for, beside the same encoder trained with labels.
     fitting = runs.epochs_for("supervised", SUPERVISED, minutes)
     for seed in seeds:
-        run = f"moco_v3-{seed}".replace("_", "")
-        linear = ("--threads", "1", "--out", str(runs.out / "runs" / f"linear-{seed}"))
+        run = f"{slug('MoCo v3')}-{seed}"
         tuned = ("--out", str(runs.out / "runs" / f"finetune-{seed}"), "--epochs", f"{epochs:g}")
         own = ("--seed", str(seed), "--knn.test-shards", runs.test)
         for what, done, key in (
-            ("linear probe, fast", runs.evaluate("linear", run, "--fast"), "top1"),
-            ("linear probe, official", runs.evaluate("linear", run, *linear), "top1"),
+            ("linear probe on features", runs.evaluate("linear", run, "--fast"), "top1"),
             ("fine-tuning", runs.evaluate("finetune", run, *tuned), "top1"),
             (
                 "trained with labels",

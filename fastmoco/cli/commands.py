@@ -60,6 +60,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "Evaluate": (
         Command("eval knn", "delayed:eval_knn", "kNN accuracy of an encoder."),
         Command("eval linear", "linear:eval_linear", "Linear classifier on a frozen encoder."),
+        Command("eval finetune", "finetune:eval_finetune", "Train on with labels; its accuracy."),
         Command("eval embed", "embed:embed", "Write the features of images to a file."),
         Command("eval neighbours", "embed:neighbours", "The nearest images of each image."),
         Command("eval outliers", "embed:outliers", "Images that are like no others."),

@@ -112,6 +112,15 @@ class AccuracyMonitor(Monitor):
             raise Unmeasurable(f"the logits of {broken} of {images} images are not finite")
         return {"top1": first / images, "top5": among_five / images}
 
+    def state_dict(self) -> dict[str, Any]:
+        """The figures, and the images they are shares of."""
+        return {**super().state_dict(), "classified": self.classified}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load a saved state; an empty one gives the initial state."""
+        super().load_state_dict(state)
+        self.classified = int(state.get("classified", 0))
+
     @property
     def images(self) -> int:
         """Images of the set that are classified."""

@@ -126,8 +126,8 @@ class Objective(nn.Module, ABC):
         view_count: views that it takes; None: any number.
         coupling: which part couples images.
         coupling_reason: why the trunk does, as a clause; empty where it does not.
-        per_rank: names of buffers that differ between ranks on purpose (SwAV's queue). Others must
-            be equal on all ranks.
+        per_rank: names of buffers that differ between ranks on purpose. Others must be equal on all
+            ranks.
         path_draws: makes `Inputs.paths`; None: no stochastic depth.
         needs_labels: whether `Inputs.labels` must be given.
         images_together: neighbouring images of a batch that must pass `features` together, because

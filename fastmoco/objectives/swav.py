@@ -146,7 +146,7 @@ class SwAV(Objective):
         Raises:
             ValueError: if there are fewer than two views.
         """
-        return Features((_by_size(inputs, self._encode),))
+        return Features((_by_size(inputs, self.encoder),))
 
     def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
         """Projector, prototypes, codes and loss of the whole batch. There is no accuracy: nothing
@@ -254,11 +254,6 @@ class SwAV(Objective):
     def uninformed_loss(self, batch: int) -> float:
         """That of codes and predictions that are alike for all images: ln K."""
         return math.log(self.prototypes.out_features)
-
-    def _encode(self, images: Tensor) -> Tensor:
-        if self.coupling is Coupling.TRUNK:
-            return self.encoder(images)  # type: ignore[no-any-return]
-        return self.encoder.encode(self.encoder.patch_tokens(images))  # type: ignore[no-any-return]
 
     def _fills(self, at: Progress) -> bool:
         """Whether the queue takes the embeddings of a step."""
@@ -383,13 +378,17 @@ def swapped_loss(log_shares: Tensor, codes: Tensor) -> Tensor:
     return -(swapped + others) / (len(codes) * (views - 1) * images)
 
 
-def _by_size(inputs: Inputs, encode: Callable[[Tensor], Tensor]) -> Tensor:
+def _by_size(inputs: Inputs, encode: Callable[..., Tensor]) -> Tensor:
     """[b, V, E] features; neighbouring views of one size pass as one batch."""
     views = inputs.views
     if len(views) < ASSIGNED:
         raise ValueError(f"views: {len(views)} of them; SwAV compares at least {ASSIGNED}")
-    groups = [list(group) for _, group in groupby(views, key=lambda view: view.shape[1:])]
-    passed = [encode(torch.cat(group)).view(len(group), len(group[0]), -1) for group in groups]
+    groups = groupby(range(len(views)), key=lambda number: views[number].shape[1:])
+    passed = []
+    for _, numbers in groups:
+        group = tuple(numbers)
+        rows = encode(torch.cat([views[number] for number in group]), *inputs.paths_of(*group))
+        passed.append(rows.view(len(group), len(views[0]), -1))
     return torch.cat(passed).transpose(0, 1)
 
 

@@ -10,12 +10,20 @@ whose ViT-S has 12 heads and whose positions are a fixed table.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, ClassVar, Literal
 
-from fastmoco.config import Config, DataConfig, KnnConfig, ModelConfig, ObjectiveConfig, OptimConfig
+from fastmoco.config import (
+    AccuracyConfig,
+    Config,
+    DataConfig,
+    KnnConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+)
 from fastmoco.recipes.small import quickstart_digits, vit_nano7_e12_b256
-from fastmoco_pipelines.spec import Resume, ViewSpec, require
+from fastmoco_pipelines.spec import EvalSpec, LoaderOptions, Resume, ViewSpec, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,4 +165,118 @@ def linear_probe() -> Config:
             warmup_epochs=0,
         ),
         knn=KnnConfig(every_epochs=0),
+    )
+
+
+SMALL_SIDE = 64
+"""Pixels; images up to this have crops and flips of the recipe of their run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning:
+    """Options of a fine-tuning, with the numbers of MAE for ViT-B (He et al. 2022, appendix A.2).
+
+    Attributes:
+        epochs: passes over the training images.
+        batch: images of a step; 0: 1024, halved until an epoch has 16 steps, down to 32.
+        lr: for a batch of 256 images.
+        weight_decay: of AdamW.
+        warmup_epochs: None: a twentieth of the run, which is 5 of 100.
+        layer_decay: None: 0.65 for a ViT; a ResNet has no layers to decay by, 1.
+        drop_path: None: 0.1 for a ViT, 0 for a ResNet.
+        label_smoothing: share of a target that is spread over all classes.
+        mixup: 0: none.
+        cutmix: 0: none.
+        crop_min: smallest share of an image's area in a crop; None: 0.08, for images of at most 64
+            pixels that of the run's first view.
+        seed: of head, order, views and mixing.
+    """
+
+    epochs: float = 100
+    batch: int = 0
+    lr: float = 5e-4
+    weight_decay: float = 0.05
+    warmup_epochs: float | None = None
+    layer_decay: float | None = None
+    drop_path: float | None = None
+    label_smoothing: float = 0.1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    crop_min: float | None = None
+    seed: int = 0
+
+
+def fine_tuning_batch(images: int) -> int:
+    """The default batch for a training set: 1024, halved until an epoch has 16 steps, down to
+    32."""
+    batch = 1024
+    while batch > 32 and batch * 16 > images:
+        batch //= 2
+    return batch
+
+
+def fine_tuning(
+    model: ModelConfig,
+    image: EvalSpec,
+    options: FineTuning,
+    *,
+    train: str,
+    test: str,
+    images: int,
+    before: Config | None,
+) -> Config:
+    """The config of a run that fine-tunes an encoder end to end.
+
+    AdamW with betas 0.9 and 0.999, a cosine after the warm-up, a head whose start values are almost
+    0, crops, flips and the color jitter of DeiT. Every parameter trains that the encoder lets
+    train, the patch projection included.
+
+    Args:
+        model: of the encoder.
+        image: how its images are resized, cropped and normalised.
+        options: see there.
+        train: pattern of labelled shards.
+        test: pattern of labelled shards of the same classes.
+        images: in the training set.
+        before: config of the run that the encoder is from; None for a file.
+
+    Raises:
+        ValueError: if an option does not suit the encoder.
+    """
+    vit = model.family == "vit"
+    view = replace(plain_view(image.size), mean=image.mean, std=image.std)
+    if before is not None and image.size <= SMALL_SIDE:
+        own = before.data.view1
+        view = replace(
+            view,
+            crop_scale=own.crop_scale,
+            flip_probability=own.flip_probability,
+            jitter_probability=0.0,
+        )
+    if options.crop_min is not None:
+        view = replace(view, crop_scale=(options.crop_min, 1.0))
+    warmup = options.epochs / 20 if options.warmup_epochs is None else options.warmup_epochs
+    decay = options.layer_decay if options.layer_decay is not None else (0.65 if vit else 1.0)
+    drop_path = options.drop_path if options.drop_path is not None else (0.1 if vit else 0.0)
+    data = one_view(view)
+    if before is not None:
+        names = [option.name for option in fields(LoaderOptions)]
+        data = replace(data, **{name: getattr(before.data, name) for name in names})
+    return Config(
+        recipe="finetune",
+        epochs=options.epochs,
+        global_batch_size=options.batch or fine_tuning_batch(images),
+        seed=options.seed,
+        model=replace(model, drop_path=drop_path),
+        objective=SupervisedConfig(
+            label_smoothing=options.label_smoothing,
+            mixup=options.mixup,
+            cutmix=options.cutmix,
+            layer_decay=decay,
+            head_std=2e-5,
+        ),
+        optim=OptimConfig(lr=options.lr, weight_decay=options.weight_decay, warmup_epochs=warmup),
+        data=replace(data, shards=train, shuffle_window=None),
+        knn=KnnConfig(every_epochs=0, resize=image.resize),
+        accuracy=AccuracyConfig(test_shards=test),
     )

@@ -53,6 +53,11 @@ def max_side_of_run(config: Config) -> int:
     return config.data.max_side or max_side_of(config.data.view1.size)
 
 
+def max_side_for(size: int, config: Config | None) -> int:
+    """The same for the images of an encoder: of a run, or of this image size."""
+    return max_side_of(size) if config is None else max_side_of_run(config)
+
+
 def with_shards(
     config: Config,
     out: Path,

@@ -6,7 +6,7 @@ continues after a kill, runs on several processes, and draws its curves.
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,13 @@ from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
 from fastmoco.training.encoder_source import EncoderSource
-from fastmoco.training.linear_fast import accuracies, official_lr, probe_batch, probe_view
-from fastmoco_pipelines import ShardSet
+from fastmoco.training.linear_fast import (
+    accuracies,
+    official_lr,
+    probe_batch,
+    probe_sets,
+    probe_view,
+)
 from fastmoco_pipelines.files import write_file
 
 ENCODER = "encoder.safetensors"
@@ -60,6 +65,7 @@ def official_config(
     options: OfficialOptions,
     *,
     recipe: Config,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Config:
     """The config of the run, whose frozen encoder is written into its folder.
 
@@ -73,10 +79,12 @@ def official_config(
         out: folder of the run; created.
         options: see there.
         recipe: `recipes.supervised.linear_probe`.
+        tell: called with sentences for the user.
 
     Raises:
-        ValueError: if no config describes this encoder, or an option is out of range.
-        ShardError: if the training set cannot be opened.
+        ValueError: if no config describes this encoder, an option is out of range, or the sets do
+            not fit.
+        ShardError: if a set cannot be opened.
         OSError: if the folder cannot be written.
     """
     for name, value, least in (
@@ -89,8 +97,10 @@ def official_config(
     before = source.config
     data = before.data if before is not None else DataConfig()
     view = probe_view(source.image, before, options.crop_min)
-    with closing(ShardSet.open(train, cache=data)) as shards:
-        images = len(shards)
+    with probe_sets(train, test, data) as sets:
+        images = len(sets.train.shards)
+        for note in sets.notes:
+            tell(f"warning: {note}")
     model = _model(source)
     lr = official_lr(source.encoder) if options.lr is None else options.lr
     config = replace(
@@ -142,12 +152,9 @@ def official_result(source: EncoderSource, out: Path) -> dict[str, Any]:
         )
     last = max(history["top1"])
     best = max(history["top1"], key=lambda step: (history["top1"][step], -step))
-    with (
-        closing(ShardSet.open(config.accuracy.test_shards, cache=config.data)) as tested,
-        closing(ShardSet.open(config.data.shards, cache=config.data)) as trained,
-    ):
-        images, train_images = len(tested), len(trained)
-        classes = max(trained.class_count, tested.class_count)
+    with probe_sets(config.data.shards, config.accuracy.test_shards, config.data) as sets:
+        images, train_images = len(sets.test.shards), len(sets.train.shards)
+        classes = sets.classes
     per_epoch = train_images // config.global_batch_size
 
     def shares(step: int) -> dict[str, Any]:

@@ -110,6 +110,10 @@ NAMES: dict[str, dict[str, list[str]]] = {
     }
     for kind in ("moco_v3", "byol")
 }
+NAMES["swav"] = {
+    "encoder": ENCODER + [f"head.{name}" for name in ("0.bias", "3.bias", *PREDICTOR)],
+    "prototypes": ["weight"],
+}
 RESNET_NAMES: dict[str, dict[str, list[str]]] = {
     kind: {
         "encoder": RESNET_ENCODER + [f"head.{name}" for name in head],

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastmoco.config import Config
+from fastmoco.config import Config, OptimConfig
 from fastmoco.config.serial import from_json, to_json
 from fastmoco.distributed import World, parallelize
 from fastmoco.distributed.mesh import group_size
@@ -371,6 +371,17 @@ def with_queue(rows: int = 32, **numbers: Any) -> Config:
 
 def test_a_queue_passes_the_suite_of_every_objective(tmp_path: Path) -> None:
     config = with_queue()
+    conformance.check_reference(config)
+    conformance.check_chunks(config)
+    conformance.check_skip(config, tmp_path)
+
+
+def test_a_resnet_with_larc_passes_the_suite(tmp_path: Path) -> None:
+    """Both views are one batch of its batch norms, in the reference too."""
+    config = with_queue()
+    model = replace(config.model, architecture="resnet_nano", patch_size=16)
+    larc = OptimConfig(name="larc", lr=0.5, weight_decay=1e-6, warmup_epochs=0)
+    config = replace(config, model=model, optim=larc)
     conformance.check_reference(config)
     conformance.check_chunks(config)
     conformance.check_skip(config, tmp_path)

@@ -1,0 +1,118 @@
+"""`fastmoco eval finetune`: train an encoder end to end with labels, and report its accuracy."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from fastmoco.cli.collection import collection_paused
+from fastmoco.cli.images import knn_sets, of_options
+from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say
+from fastmoco.launched import read_launcher
+from fastmoco.recipes.supervised import FineTuning, fine_tuning
+from fastmoco_pipelines.files import write_file
+
+RESULT = "finetune.json"
+"""File of the result in the folder of the run."""
+
+
+def eval_finetune(
+    run: Positional[Path],
+    *,
+    train: str,
+    test: str,
+    out: Path,
+    which: Literal["base", "momentum"] = "base",
+    best: bool = False,
+    epochs: float = 100,
+    batch: int = 0,
+    lr: float = 5e-4,
+    weight_decay: float = 0.05,
+    warmup_epochs: float | None = None,
+    layer_decay: float | None = None,
+    drop_path: float | None = None,
+    label_smoothing: float = 0.1,
+    mixup: float = 0.8,
+    cutmix: float = 1.0,
+    crop_min: float | None = None,
+    seed: int = 0,
+) -> int:
+    """Accuracy of an encoder that is trained on with labels (fine-tuning).
+
+    A run of its own, which the same command continues and which several processes may share. The
+    defaults are those of MAE for ViT-B, without RandAugment. Prints one line of JSON, with an
+    interval of 95 % (Wilson) about each accuracy.
+
+    Args:
+        run: Folder of the run, as given to `fastmoco train --out`, of one checkpoint, or a file of
+            weights.
+        train: Labelled shards to train on, or a folder with one folder of images per class.
+        test: Labelled shards to classify, or a folder with one folder of images per class.
+        out: Folder of the fine-tuning and its result, finetune.json.
+        which: The trained encoder, or its moving average.
+        best: The checkpoint with the highest kNN accuracy, in place of the newest.
+        epochs: Passes over the training images.
+        batch: Images of a step; 0: 1024, halved until an epoch has 16 steps, down to 32.
+        lr: Learning rate of the head for a batch of 256 images.
+        weight_decay: Weight decay of AdamW, except of biases, norms, class token and positions.
+        warmup_epochs: Epochs of warm-up; default: a twentieth of the epochs.
+        layer_decay: Factor of the rate from a layer to the one before it (default: 0.65; 1 for a
+            ResNet).
+        drop_path: Rate of stochastic depth of the last block (default: 0.1; 0 for a ResNet).
+        label_smoothing: Share of the target that is spread over all classes.
+        mixup: Parameter of the Beta distribution of mixup; 0: none.
+        cutmix: That of cutmix; 0: none.
+        crop_min: Smallest share of an image's area in a crop; default: 0.08, and for images of at
+            most 64 pixels, crops and flips of the run's first view.
+        seed: Of the head, the order, the views and the mixing.
+    """
+    given = locals()
+    options = FineTuning(**{field.name: given[field.name] for field in fields(FineTuning)})
+    say(f"fine-tuning of {run}: importing torch")
+    with one_line(EXIT_REFUSED, ValueError, OSError), of_options({"train": train, "test": test}):
+        with collection_paused():
+            from fastmoco.cli.train import train as train_run
+            from fastmoco.training.encoder_source import load_source
+            from fastmoco.training.finetune import finetune_result
+            from fastmoco.training.images import max_side_for
+            from fastmoco.training.source_model import model_config, prepare
+
+        # The run has its own process group. Before it, every process reads the encoder and packs
+        # folders of images, in turn.
+        rank = read_launcher(os.environ).rank
+        source = load_source(run, "cpu", which=which, best=best)
+        if rank == 0:
+            for note in source.notes:
+                say(note)
+        side = max_side_for(source.image.size, source.config)
+        train, test = knn_sets(train, test, max_side=side, needed_by="fine-tuning")
+        config = fine_tuning(
+            model_config(source),
+            source.image,
+            options,
+            train=train,
+            test=test,
+            images=_images(train),
+            before=source.config,
+        )
+        config = prepare(source, config, out)
+        code = train_run(config, out, hints=False)
+        if code != EXIT_FINISHED or rank > 0:
+            return code
+        line = json.dumps(finetune_result(out))
+        write_file(out / RESULT, f"{line}\n".encode())
+        print(line)
+    return EXIT_FINISHED
+
+
+def _images(pattern: str) -> int:
+    """Images of a set."""
+    from fastmoco_pipelines import ShardSet
+
+    with ShardSet.open(pattern) as shards:
+        return len(shards)

@@ -1,0 +1,89 @@
+"""A run that starts from the encoder of an evaluation: its model config, and the file that it
+starts from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from fastmoco.config import Config, ModelConfig
+from fastmoco.errors import RunError
+from fastmoco.models.encoder_file import CUSTOM, EncoderDescription, describe_run
+from fastmoco.training.encoder_source import EncoderSource
+from fastmoco_pipelines.files import write_file
+
+ENCODER = "encoder.safetensors"
+"""File of the encoder in the folder of the run."""
+FACTS = "source.json"
+"""File of the facts of its source there."""
+
+
+def model_config(source: EncoderSource, **changes: Any) -> ModelConfig:
+    """The config of a source's encoder, with every parameter trainable that it lets train.
+
+    Args:
+        source: a run or a file.
+        changes: other fields, e.g. `drop_path`.
+
+    Raises:
+        ValueError: if no architecture has this shape, or a change does not suit the encoder.
+    """
+    found = source.description
+    if found.architecture == CUSTOM:
+        raise ValueError(
+            f"source={source.facts['source']!r}: no architecture of fastmoco has the shape of this "
+            "encoder, so no run can train it; give an encoder of a size in docs/encoder.md"
+        )
+    known: dict[str, Any] = {
+        "architecture": found.architecture,
+        "image_size": found.image.size,
+        "attention": "auto",
+        "linears": "native",
+        "momentum_linears": "native",
+        "drop_path": 0.0,
+        "init": "",
+    }
+    if isinstance(found, EncoderDescription):
+        known |= {
+            "patch_size": found.patch_size,
+            "pooling": found.pooling,
+            "positions": found.positions,
+            "mlp_norm": found.mlp_norm,
+            "freeze_patch_embed": False,
+        }
+    base = source.config.model if source.config is not None else ModelConfig()
+    return replace(base, **(known | changes))
+
+
+def prepare(source: EncoderSource, config: Config, out: Path) -> Config:
+    """Write the encoder into the folder of a run, and return the config that starts from it.
+
+    Each process writes the same. A run that continues must have the same source.
+
+    Raises:
+        RunError: if the run in the folder began with another encoder.
+        OSError: if the folder cannot be written.
+    """
+    facts = json.loads(json.dumps(source.facts))
+    if (out / FACTS).exists():
+        before = json.loads((out / FACTS).read_text())
+        if before != facts:
+            differ = [name for name in facts if facts[name] != before.get(name)]
+            changes = ", ".join(f"{n} {before.get(n)!r} -> {facts[n]!r}" for n in differ)
+            raise RunError(
+                f"{out}: the run there began with another encoder ({changes}); name its checkpoint "
+                "in place of the run, or choose another --out"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    trunk = {
+        name: value.cpu().contiguous()
+        for name, value in source.encoder.state_dict().items()
+        if not name.startswith("head.")
+    }
+    write_file(out / ENCODER, save(trunk, describe_run(config).to_metadata()), mode=0o600)
+    write_file(out / FACTS, json.dumps(facts).encode() + b"\n", mode=0o600)
+    return replace(config, model=replace(config.model, init=str(out / ENCODER)))
