@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from fastmoco.checkpoint import CheckpointError, find_checkpoint
-from fastmoco.config import AccuracyConfig, Config, DataConfig, ModelConfig
+from fastmoco.config import AccuracyConfig, Config, DataConfig
 from fastmoco.config.serial import from_json
-from fastmoco.models.encoder_file import describe_run
-from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
 from fastmoco.training.encoder_source import EncoderSource
@@ -30,10 +27,7 @@ from fastmoco.training.linear_fast import (
     probe_sets,
     probe_view,
 )
-from fastmoco_pipelines.files import write_file
-
-ENCODER = "encoder.safetensors"
-"""File of the frozen encoder in the folder of a probe."""
+from fastmoco.training.source_model import model_config, prepare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +76,9 @@ def official_config(
         tell: called with sentences for the user.
 
     Raises:
-        ValueError: if no config describes this encoder, an option is out of range, or the sets do
-            not fit.
+        ValueError: if no architecture has the shape of this encoder, an option is out of range, or
+            the sets do not fit.
+        RunError: if the run in the folder began with another encoder.
         ShardError: if a set cannot be opened.
         OSError: if the folder cannot be written.
     """
@@ -101,14 +96,13 @@ def official_config(
         images = len(sets.train.shards)
         for note in sets.notes:
             tell(f"warning: {note}")
-    model = _model(source)
     lr = official_lr(source.encoder) if options.lr is None else options.lr
     config = replace(
         recipe,
         epochs=options.epochs,
         global_batch_size=options.batch_size or probe_batch(images),
         seed=options.seed,
-        model=replace(model, init=str(out / ENCODER)),
+        model=model_config(source),
         optim=replace(recipe.optim, lr=lr, weight_decay=options.weight_decay),
         data=replace(
             data,
@@ -122,8 +116,7 @@ def official_config(
         knn=replace(recipe.knn, resize=source.image.resize),
         accuracy=AccuracyConfig(test_shards=test, every_epochs=1, max_share=1.0),
     )
-    _write_encoder(source.encoder, config, out / ENCODER)
-    return config
+    return prepare(source, config, out)
 
 
 def official_result(source: EncoderSource, out: Path) -> dict[str, Any]:
@@ -212,39 +205,3 @@ def _equal(found: torch.Tensor | None, value: torch.Tensor) -> bool:
 def _trunk(encoder: nn.Module) -> dict[str, torch.Tensor]:
     state = encoder.state_dict()
     return {name: value for name, value in state.items() if not name.startswith("head.")}
-
-
-def _write_encoder(encoder: nn.Module, config: Config, path: Path) -> None:
-    """Write the file that the run starts from; each process writes the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.cpu().contiguous() for name, value in _trunk(encoder).items()}
-    write_file(path, save(tensors, describe_run(config).to_metadata()), mode=0o600)
-
-
-def _model(source: EncoderSource) -> ModelConfig:
-    """The config of an encoder, of a run or as far as a file shows it."""
-    if source.config is not None:
-        # Nothing random in the encoder, and no products in float8.
-        return replace(
-            source.config.model,
-            drop_path=0.0,
-            attention="auto",
-            linears="native",
-            momentum_linears="native",
-        )
-    encoder, size = source.encoder, source.image.size
-    if isinstance(encoder, VisionTransformer):
-        blocks: Any = encoder.blocks
-        shape = (encoder.embed_dim, len(blocks), int(blocks[0].attn.num_heads))
-        for name, known in ARCHITECTURES.items():
-            conv = "conv" in str(source.facts.get("header", {}).get("stem", known.stem))
-            if shape == (known.width, known.depth, known.heads) and conv == (known.stem == "conv"):
-                return ModelConfig(
-                    architecture=name,  # type: ignore[arg-type]
-                    image_size=size,
-                    patch_size=encoder.patch_size,
-                )
-    raise ValueError(
-        f"source={source.facts['source']!r}: no architecture of a run has the shape of this "
-        "encoder, so the official protocol cannot train on it; give --fast"
-    )
