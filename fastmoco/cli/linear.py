@@ -198,6 +198,7 @@ def _official(
 
     with collection_paused():
         from fastmoco.cli.train import train as train_run
+        from fastmoco.recipes.supervised import linear_probe
         from fastmoco.training.encoder_source import load_source
         from fastmoco.training.linear_official import official_config, official_result
 
@@ -211,7 +212,7 @@ def _official(
     bank, queries = knn_sets(
         train, test, max_side=_max_side(source), needed_by="a linear classifier"
     )
-    config = official_config(source, bank, queries, out, options)
+    config = official_config(source, bank, queries, out, options, recipe=linear_probe())
     code = train_run(config, out, hints=False)
     if code != EXIT_FINISHED or rank > 0:
         return code, None

@@ -16,12 +16,10 @@ from safetensors.torch import save
 from torch import nn
 
 from fastmoco.checkpoint import CheckpointError, find_checkpoint
-from fastmoco.config import AccuracyConfig, Config, DataConfig, KnnConfig, ModelConfig, OptimConfig
+from fastmoco.config import AccuracyConfig, Config, DataConfig, ModelConfig
 from fastmoco.config.serial import from_json
-from fastmoco.evaluation.linear import INITIAL_STD, SGD_MOMENTUM
 from fastmoco.models.encoder_file import describe_run
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
-from fastmoco.recipes.supervised import SupervisedConfig
 from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
 from fastmoco.training.encoder_source import EncoderSource
@@ -31,7 +29,6 @@ from fastmoco_pipelines.files import write_file
 
 ENCODER = "encoder.safetensors"
 """File of the frozen encoder in the folder of a probe."""
-RECIPE = "linear_probe"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +53,18 @@ class OfficialOptions:
 
 
 def official_config(
-    source: EncoderSource, train: str, test: str, out: Path, options: OfficialOptions
+    source: EncoderSource,
+    train: str,
+    test: str,
+    out: Path,
+    options: OfficialOptions,
+    *,
+    recipe: Config,
 ) -> Config:
     """The config of the run, whose frozen encoder is written into its folder.
 
-    SGD with momentum 0.9 and without decay, rate * batch / 256, a cosine by whole epochs without
-    warm-up, float32, a classifier N(0, 0.01) with biases 0, crops and flips, and the held-out
-    images resized and cropped as in every evaluation. Accuracy is measured after each epoch.
+    Training images are cropped and flipped (`probe_view`), and the test images are resized and
+    cropped as in every evaluation. Accuracy is measured after each epoch.
 
     Args:
         source: the encoder.
@@ -70,6 +72,7 @@ def official_config(
         test: pattern of labelled shards of the same classes.
         out: folder of the run; created.
         options: see there.
+        recipe: `recipes.supervised.linear_probe`.
 
     Raises:
         ValueError: if no config describes this encoder, or an option is out of range.
@@ -90,22 +93,13 @@ def official_config(
         images = len(shards)
     model = _model(source)
     lr = official_lr(source.encoder) if options.lr is None else options.lr
-    config = Config(
-        recipe=RECIPE,
+    config = replace(
+        recipe,
         epochs=options.epochs,
         global_batch_size=options.batch_size or probe_batch(images),
         seed=options.seed,
-        precision="fp32",
         model=replace(model, init=str(out / ENCODER)),
-        objective=SupervisedConfig(train_from="head", head_std=INITIAL_STD),
-        optim=OptimConfig(
-            name="sgd",
-            lr=lr,
-            schedule="cosine_per_epoch",
-            weight_decay=options.weight_decay,
-            sgd_momentum=SGD_MOMENTUM,
-            warmup_epochs=0,
-        ),
+        optim=replace(recipe.optim, lr=lr, weight_decay=options.weight_decay),
         data=replace(
             data,
             shards=train,
@@ -115,7 +109,7 @@ def official_config(
             more_views=(),
             synthetic=False,
         ),
-        knn=KnnConfig(every_epochs=0, resize=source.image.resize),
+        knn=replace(recipe.knn, resize=source.image.resize),
         accuracy=AccuracyConfig(test_shards=test, every_epochs=1, max_share=1.0),
     )
     _write_encoder(source.encoder, config, out / ENCODER)

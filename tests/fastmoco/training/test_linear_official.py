@@ -20,6 +20,7 @@ from fastmoco.config import Config
 from fastmoco.distributed import World
 from fastmoco.evaluation.confidence import wilson
 from fastmoco.evaluation.embed import embed
+from fastmoco.recipes.supervised import linear_probe
 from fastmoco.training import setup
 from fastmoco.training.encoder_source import load_source
 from fastmoco.training.linear_fast import probe_view
@@ -61,9 +62,8 @@ def test_it_is_the_result_of_plain_steps(run, digits, tmp_path, capsys) -> None:
     encoder: Any = source.encoder.eval()
     head = nn.Linear(encoder.embed_dim, 10)
     trained = find_checkpoint(out)
-    config = official_config(
-        source, *digits, tmp_path / "other", OfficialOptions(epochs=2, batch_size=256)
-    )
+    options = OfficialOptions(epochs=2, batch_size=256)
+    config = official_config(source, *digits, tmp_path / "other", options, recipe=linear_probe())
     torch.manual_seed(0)
     start = Trainer.build(
         replace(config, objective=replace(config.objective, classes=10)),

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fastmoco_pipelines.errors import TooManyBadSamplesError
-from fastmoco_pipelines.loading.eval_loader import build_eval_loader
+from fastmoco_pipelines.loading.eval_loader import Augmented, build_eval_loader
+from fastmoco_pipelines.loading.loader import build_loader
 from fastmoco_pipelines.sets.shard_set import ShardSet
-from fastmoco_pipelines.spec import EvalLoaderSpec, EvalSpec
+from fastmoco_pipelines.spec import EvalLoaderSpec, EvalSpec, LoaderSpec, ViewSpec
 from tests.pipelines.damage import damaged_copy
 
 SPEC = EvalSpec(size=16, resize=18)
@@ -142,3 +143,26 @@ def test_too_many_bad_images_end_it(packed, tmp_path):
 def test_impossible_numbers_are_refused(packed, options, words):
     with pytest.raises(ValueError, match=words):
         build(packed, **options)
+
+
+def test_an_augmented_image_is_the_first_view_of_a_training_epoch(packed):
+    """So features of copies are those of the training that they stand for."""
+    view = ViewSpec(size=16, blur_probability=0.0)
+    spec = LoaderSpec(shards=str(packed), views=(view,), global_batch_size=15, seed=5)
+    with build_loader(spec, start_step=3) as loader:  # the second epoch, of three steps
+        batches = [loader.next() for _ in range(3)]
+    trained = {
+        int(sample): image
+        for batch in batches
+        for sample, image in zip(batch.sample_ids, batch.views[0], strict=True)
+    }
+    assert sorted(trained) == list(range(45))
+
+    shown = np.array([44, 3, 17])
+    evaluated = EvalLoaderSpec(shards=str(packed), image=SPEC, batch_size=2, threads=1)
+    augmented = Augmented(view=view, seed=5, epoch=1)
+    with build_eval_loader(evaluated, sample_ids=shown, augmented=augmented) as images:
+        found = list(images)
+    assert np.array_equal(np.concatenate([batch.sample_ids for batch in found]), shown)
+    for sample, image in zip(shown, torch.cat([batch.images for batch in found]), strict=True):
+        assert torch.equal(image, trained[int(sample)])
