@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import textwrap
 import os
 import shlex
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
