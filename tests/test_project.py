@@ -102,8 +102,13 @@ def test_data_never_reaches(what):
     ]
     if (
         what == "an unpickler"
-    ):  # the restricted one, and the attacks on it: tests/fastmoco/checkpoint/test_metadata.py
+    ):  # restricted ones; the attacks: tests/fastmoco/checkpoint/test_metadata.py, models/weights
         hits.remove("fastmoco/checkpoint/dcp_metadata.py")
+        reading = "fastmoco/models/weights/reading.py"
+        hits.remove(reading)
+        calls = re.findall(r"torch\.load\([^)]*", (ROOT / reading).read_text())
+        assert len(calls) == 1
+        assert "weights_only=True" in calls[0]
     assert not hits, f"{what} in {hits}"
 
 

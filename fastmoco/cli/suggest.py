@@ -32,6 +32,8 @@ MEANINGS: dict[str, str] = {
     "model.architecture": "arch a model backbone encoder architecture network net",
     "model.image_size": "img-size image-size input-size imsize resolution img-sz size crop-size",
     "model.patch_size": "patch-size patch",
+    "model.init": "pretrained weights init init-from pretrained-weights finetune load-from "
+    "initial-weights checkpoint ckpt",
     "data.view1.crop_scale": "crop-min crop-scale min-scale crop min-crop global-crops-scale scale",
     "data.view2.crop_scale": "crop-min crop-scale min-scale crop min-crop global-crops-scale scale",
     "log_every_steps": "print-freq p log-freq log-interval log-every log-steps print-every",
@@ -60,7 +62,6 @@ MEANINGS: dict[str, str] = {
 NOTES = {
     "resume": "the same command again continues the run in --out",
     "start-epoch": "the same command again continues the run in --out",
-    "pretrained": "a run starts from its seed; the same command again continues the run in --out",
     "wandb": "metrics are in metrics.jsonl and curves.png of the folder --out",
     "use-wandb": "metrics are in metrics.jsonl and curves.png of the folder --out",
     "tensorboard": "its files are in the folder --out if it is installed",
@@ -88,7 +89,8 @@ COMMAND_MEANINGS = {
     "data sample": "sample download digits",
     "checkpoint list": "checkpoints ls-checkpoints list",
     "checkpoint verify": "verify",
-    "checkpoint consolidate": "export consolidate convert-checkpoint merge save-encoder",
+    "checkpoint consolidate": "consolidate merge save-encoder",
+    "export": "convert-checkpoint to-onnx onnx timm huggingface hf torchvision",
     "eval knn": "knn test evaluate eval-knn",
     "help": "man usage",
 }

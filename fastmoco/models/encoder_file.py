@@ -8,6 +8,7 @@ The header of the safetensors file contains both (docs/encoder.md lists the keys
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -193,6 +194,12 @@ class EncoderDescription:
         except (ValueError, TypeError) as error:
             raise ValueError(f"its header cannot be read ({error})") from error
 
+        if found.stem not in ("patch", "conv") or not 0 < found.mlp_ratio < math.inf:
+            raise ValueError(
+                f"its header has stem={found.stem!r} and mlp_ratio={found.mlp_ratio}: a stem is "
+                "patch or conv, a ratio a positive number"
+            )
+
         # The same facts are in the header more than once; a changed one is noticed.
         for name, value in known.items():
             if getattr(found, name) != value:
@@ -200,7 +207,7 @@ class EncoderDescription:
                     f"its header has {name}={getattr(found, name)}, but {architecture} has {value}"
                 )
         for name, value in found.timm_arguments().items():
-            if timm.get(name, value) != value:
+            if name in timm and timm[name] != value:
                 raise ValueError(
                     f"its header contradicts itself: timm_arguments has {name}={timm[name]}, "
                     f"other keys give {value}"

@@ -69,7 +69,7 @@ class VisionTransformer(nn.Module):
     Initialisation (Chen, Xie, He 2021): every linear layer Xavier-uniform, with q, k and v taken as
     three matrices; biases 0; class token normal with deviation 1e-6; patch projection uniform by
     its own fan-in and fan-out. Sine-cosine positions are a parameter that never trains, learned
-    ones start truncated normal with deviation 0.02. An objective attaches its projector as `head`;
+    ones start normal with deviation 0.02. An objective attaches its projector as `head`;
     the encoder itself does not apply it.
 
     Args:
@@ -306,8 +306,7 @@ class VisionTransformer(nn.Module):
         if kind == "sincos":
             table = sincos_positions(grid, self.embed_dim)[1 - self._class_tokens :]
             return nn.Parameter(table[None], requires_grad=False)
-        learned = torch.empty(1, self.tokens, self.embed_dim)
-        return nn.Parameter(nn.init.trunc_normal_(learned, std=0.02))
+        return nn.Parameter(torch.empty(1, self.tokens, self.embed_dim).normal_(std=0.02))
 
     def _normalised(self, tokens: Tensor) -> Tensor:
         normalised: Tensor = self.norm(tokens)

@@ -122,14 +122,15 @@ def supervised_vit_b16() -> Config:
     )
 
 
-def _beside(base: Config, recipe: str, *, epochs: float) -> Config:
-    """The encoder, optimizer and views of a small self-supervised recipe, trained with labels."""
+def _beside(base: Config, recipe: str, *, epochs: float, lr: float) -> Config:
+    """The encoder and views of a small self-supervised recipe, trained with labels."""
     return replace(
         base,
         recipe=recipe,
         epochs=epochs,
         model=replace(base.model, freeze_patch_embed=False),
         objective=SupervisedConfig(label_smoothing=0.1),
+        optim=replace(base.optim, lr=lr, warmup_epochs=epochs / 20),
         data=one_view(base.data.view1),
         knn=replace(base.knn, every_epochs=0),
     )
@@ -137,35 +138,14 @@ def _beside(base: Config, recipe: str, *, epochs: float) -> Config:
 
 def supervised_digits() -> Config:
     """A tiny ViT on 8x8 handwritten digits with labels: a minute on two cores, the yardstick beside
-    quickstart_digits."""
-    return _beside(quickstart_digits(), "supervised_digits", epochs=60)
+    quickstart_digits. 95.8 % top-1 on the 360 test images."""
+    return _beside(quickstart_digits(), "supervised_digits", epochs=120, lr=5e-3)
 
 
 def supervised_nano7_e12_b256() -> Config:
     """ViT-nano/7 on 28-pixel grey images such as Fashion-MNIST with labels: minutes on two cores,
     the yardstick beside vit_nano7_e12_b256."""
-    return _beside(vit_nano7_e12_b256(), "supervised_nano7_e12_b256", epochs=12)
-
-
-def linear_probe() -> Config:
-    """A linear classifier on a frozen ViT by the official protocol of MoCo v3; `fastmoco eval linear`
-    gives it an encoder, sets and the rate of a ResNet."""
-    return Config(
-        recipe="linear_probe",
-        epochs=90,
-        global_batch_size=1024,
-        precision="fp32",
-        objective=SupervisedConfig(train_from="head", head_std=0.01),
-        optim=OptimConfig(
-            name="sgd",
-            lr=3.0,
-            schedule="cosine_per_epoch",
-            weight_decay=0.0,
-            sgd_momentum=0.9,
-            warmup_epochs=0,
-        ),
-        knn=KnnConfig(every_epochs=0),
-    )
+    return _beside(vit_nano7_e12_b256(), "supervised_nano7_e12_b256", epochs=12, lr=3e-3)
 
 
 SMALL_SIDE = 64
@@ -279,4 +259,25 @@ def fine_tuning(
         data=replace(data, shards=train, shuffle_window=None),
         knn=KnnConfig(every_epochs=0, resize=image.resize),
         accuracy=AccuracyConfig(test_shards=test),
+    )
+
+
+def linear_probe() -> Config:
+    """A linear classifier on a frozen ViT by the official protocol of MoCo v3; `fastmoco eval linear`
+    gives it an encoder, sets and the rate of a ResNet."""
+    return Config(
+        recipe="linear_probe",
+        epochs=90,
+        global_batch_size=1024,
+        precision="fp32",
+        objective=SupervisedConfig(train_from="head", head_std=0.01),
+        optim=OptimConfig(
+            name="sgd",
+            lr=3.0,
+            schedule="cosine_per_epoch",
+            weight_decay=0.0,
+            sgd_momentum=0.9,
+            warmup_epochs=0,
+        ),
+        knn=KnnConfig(every_epochs=0),
     )

@@ -71,7 +71,10 @@ class Fit:
             "left at start": some(self.left),
             "not used": some(unused, 6),
         }
-        return [f"{what:>13} {count:>4}  {names[what]}" for what, count in self.counts().items()]
+        return [
+            f"{what:>13} {count:>4}  {names[what]}".rstrip()
+            for what, count in self.counts().items()
+        ]
 
 
 def fit_encoder(

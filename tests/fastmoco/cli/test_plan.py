@@ -135,6 +135,24 @@ def test_mistakes_are_named(
     assert text in capsys.readouterr().err
 
 
+def test_a_resnet_is_planned_without_chunks_and_selective_checkpointing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    resnet = ["--model.architecture", "resnet_nano", "--model.patch-size", "16"]
+    options = ["--memory", "1GiB", "--json", "--data.synthetic", *resnet, *SMALL]
+    assert main(["plan", "quickstart_digits", *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["checkpointing"] for row in found["settings"]] == ["none", "full"]
+    none, full = found["settings"]
+    assert full["activation_bytes_per_image"] < none["activation_bytes_per_image"]
+    assert none["plan"]["overhead"] == 0 < full["plan"]["overhead"] < 0.25
+    assert none["largest_batch_in_chunks"] == 0 < none["largest_batch_whole"]
+    assert "ResNet" in found["coupling_reason"]
+    assert not found["compiled"]
+    assert main(["plan", "quickstart_digits", *options, "--batch.chunk", "8"]) == 2
+    assert "ResNet" in capsys.readouterr().err
+
+
 def test_units() -> None:
     assert [parse_bytes(text) for text in ("80GiB", "24 GB", "1.5MiB", "7")] == [
         80 * 2**30,

@@ -16,8 +16,8 @@ from fastmoco.models.encoder_file import (
     Description,
     EncoderDescription,
     ResNetDescription,
-    describe,
-    description_in,
+    describe_run,
+    description_of,
     load_encoder,
 )
 from fastmoco.recipes import get_recipe
@@ -126,13 +126,13 @@ def test_the_header_of_a_resnet_builds_it_and_names_it_as_torchvision_does(tmp_p
     assert torch.equal(loaded.encoder(images), expected(images))
     base = get_recipe("vit_s16_e300_b4096")
     config = replace(base, model=replace(base.model, architecture="resnet50"))
-    header = describe(config).to_metadata()
+    header = describe_run(config).to_metadata()
     assert (header["torchvision_model"], header["width"], header["depth"]) == (
         "resnet50",
         "2048",
         "16",
     )
-    assert description_in(header) == describe(config)
+    assert description_of(header) == describe_run(config)
     assert "torchvision_model" not in loaded.header
 
 

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmoco.config import ModelConfig
 from fastmoco.config.serial import from_json, to_json
@@ -22,9 +24,8 @@ from fastmoco.models import VisionTransformer
 from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Coupling
 from fastmoco.models.encoder_file import EncoderDescription, load_encoder
-from fastmoco.objectives.build import build_objective
+from fastmoco.objectives.build import build_model, build_objective
 from tests.distributed.run_trainer import CONFIG
-from tests.fastmoco.models.test_encoder_file import write
 from tests.fastmoco.objectives.test_conformance import check_chunks, check_features, check_reference
 
 OPTIONS: list[dict[str, Any]] = [
@@ -91,6 +92,13 @@ def test_the_objective_is_its_reference_in_chunks_too(options: dict[str, Any]) -
     check_reference(config)
     check_chunks(config)
     check_features(config)
+
+
+@every_option
+def test_a_plan_builds_it_without_memory(options: dict[str, Any]) -> None:
+    config = replace(CONFIG, model=replace(CONFIG.model, **options))
+    with FakeTensorMode():
+        assert build_model(config).encoder.tokens in (16, 17)
 
 
 @every_option
@@ -223,7 +231,8 @@ def test_an_option_trains_its_own_parameters() -> None:
 def test_the_file_of_an_encoder_keeps_its_form(options: dict[str, Any], tmp_path: Path) -> None:
     config = replace(CONFIG, model=replace(CONFIG.model, **options))
     description = EncoderDescription.of(config)
-    path = write(tmp_path / "e.safetensors", description)
+    path = tmp_path / "e.safetensors"
+    save_file(dict(description.build().state_dict()), path, metadata=description.to_metadata())
     with safe_open(path, "pt") as file:
         header = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

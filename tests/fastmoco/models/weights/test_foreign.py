@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
+from fastmoco.models.encoder_file import load_encoder
 from fastmoco.models.vit import VisionTransformer, vit_nano
 from fastmoco.models.weights.building import describe, load_foreign
 from fastmoco.models.weights.foreign import find_encoder
@@ -154,6 +155,65 @@ def test_what_has_no_place_in_an_encoder_is_refused_by_name(tmp_path: Path) -> N
     state = {n: t for n, t in resnet.items() if "base_encoder.layer4.1" not in n}
     with pytest.raises(CheckpointError, match="is none of resnet"):
         load_foreign(save(path, {"state_dict": state}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stem": "conv", "patch_size": 16},
+        {"mlp_norm": "batch"},
+        {"pooling": "mean"},
+        {"pooling": "norm_mean", "positions": "learned"},
+        {"positions": "learned"},
+    ],
+    ids=str,
+)
+def test_options_of_a_vit_are_seen_in_its_tensors(tmp_path: Path, options) -> None:
+    torch.manual_seed(2)
+    sizes = {"image_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    encoder = VisionTransformer(**{**sizes, **options}).eval()
+    path = tmp_path / "w.safetensors"
+    save_file(dict(encoder.state_dict()), path)
+    loaded = load_foreign(path, heads=2)
+    for name, value in options.items():
+        assert getattr(loaded.description, name) == value
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded.encoder(images), encoder(images))
+
+
+def test_without_positions_a_header_must_state_the_size_of_images(tmp_path: Path) -> None:
+    encoder = vit_nano(positions="none")
+    path = tmp_path / "w.safetensors"
+    save_file(dict(encoder.state_dict()), path)
+    with pytest.raises(CheckpointError, match="has no positions, so the size of its images"):
+        load_foreign(path, heads=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"depth": "1000000000"}, "depth=1000000000"),
+        ({"width": "1000000000"}, "has shape|overflowed"),
+        ({"image_size": "100000000", "patch_size": "1"}, "has shape|Storage|size"),
+        ({"mlp_ratio": "inf"}, "mlp_ratio=inf"),
+        ({"mlp_ratio": "nan"}, "mlp_ratio=nan"),
+        ({"heads": "0"}, "num_heads=0"),
+        ({"heads": "7"}, "num_heads=7"),
+        ({"stem": "deep"}, "stem='deep'"),
+    ],
+    ids=str,
+)
+def test_a_header_that_claims_any_size_is_compared_before_memory_is_taken(
+    tmp_path: Path, changes: dict[str, str], words: str
+) -> None:
+    found = describe(find_encoder(raw(official_vit()), heads=4))
+    header = {**found.to_metadata(), "architecture": "custom", **changes}
+    del header["timm_arguments"]
+    path = tmp_path / "w.safetensors"
+    save_file(official_vit(), path, metadata=header)
+    with pytest.raises(CheckpointError, match=words) as error:
+        load_encoder(path)
+    assert str(path) in str(error.value)
 
 
 class Bomb:
