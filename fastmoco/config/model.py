@@ -116,8 +116,8 @@ class ModelConfig:
     vit_small and wider, not with fsdp or hsdp. float8 rounds the keys differently, so the run has
     other numbers."""
     compile: Annotated[Literal["auto"] | bool, Resume.FREE] = "auto"
-    """Compile the blocks of a ViT with torch.compile: fewer and larger kernels, the same numbers up to
-    rounding, about a minute at the start. `auto`: on CUDA, in bf16 and fp32."""
+    """Compile the blocks of a ViT with torch.compile: fewer and larger kernels, the same numbers up
+    to rounding, about a minute at the start. `auto`: on CUDA, in bf16 and fp32."""
     blocks: Annotated[Blocks, Resume.FREE] = "modules"
     """Encoder blocks as `modules`, or `fused`: a forward and backward written by hand and not
     compiled, which move and keep fewer bytes. The numbers are the same up to rounding."""

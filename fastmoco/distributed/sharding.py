@@ -47,7 +47,8 @@ def shard_(objective: Any, world: World, *, copies_of: int = 0, bf16: bool = Fal
         world: this process's rank and device; there are several processes.
         copies_of: processes that share one copy (HSDP); 0: all of them.
         bf16: whether the forward runs under bf16 autocast. Weights are then gathered in bf16, as
-            autocast would round them. Shards, reductions of gradients, averages and batch norms
+            autocast would round them, but for modules with `gathers_wide = True`, which do not
+            multiply under autocast. Shards, reductions of gradients, averages and batch norms
             remain float32.
 
     Raises:
@@ -69,8 +70,13 @@ def shard_(objective: Any, world: World, *, copies_of: int = 0, bf16: bool = Fal
     averages = {id(average) for own, average in objective.averages().items() if own.requires_grad}
 
     def unit(module: nn.Module, whole: set[nn.Parameter] | None = None) -> None:
+        wide = getattr(module, "gathers_wide", False)
         fully_shard(
-            module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=whole
+            module,
+            mesh=mesh,
+            reshard_after_forward=True,
+            mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False) if wide else policy,
+            ignored_params=whole,
         )
 
     for name, parts in objective.parts().items():

@@ -17,8 +17,8 @@ Legend: B images, L tokens, E width, A heads, d = E / A.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastmoco.distributed.sync_batch_norm import BatchNorm
+from fastmoco.distributed.sync_batch_norm import BatchNorm, repeated_pass
 from fastmoco.models.drop_path import scaled
 from fastmoco.models.fused_block import Form, Weights, fused_block
 from fastmoco_kernels import attention, residual_norm
@@ -92,21 +92,6 @@ class TokenBatchNorm(BatchNorm):
         x = sum_of(x, branch)
         normed: Tensor = self(x.reshape(-1, x.shape[-1]))
         return x, normed.view_as(x)
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """For a second pass of the same batch: the running averages have seen it already."""
-        averages = {name: self._buffers[name] for name in RUNNING}
-        # Copies in their place, because a write would spoil what autograd has saved.
-        self._buffers.update({n: t.clone() for n, t in averages.items() if t is not None})
-        try:
-            yield
-        finally:
-            self._buffers.update(averages)
-
-
-RUNNING = ("running_mean", "running_var", "num_batches_tracked")
-"""Buffers of a batch norm that every forward in training writes."""
 
 
 class Attention(nn.Module):
@@ -259,11 +244,10 @@ class Block(nn.Module):
         )
 
     def _again(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`_checkpointed` for a function of the second norm, which may be a batch norm."""
-        norm = self.norm2
-        return _checkpointed(
-            function, x, norm.again if isinstance(norm, TokenBatchNorm) else nullcontext
-        )
+        """`_checkpointed` for a function of the second norm. A batch norm has counted the batch in
+        its running averages in the first pass."""
+        again = repeated_pass if isinstance(self.norm2, BatchNorm) else nullcontext
+        return _checkpointed(function, x, again)
 
     def _whole(
         self, x_BLE: Tensor, branch_BLE: Tensor | None = None, paths_B2: Tensor | None = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.distributed.mesh import group_rank, group_size
+from fastmoco_kernels.tensors import sent
 
 
 class PathDraws:
@@ -53,10 +54,7 @@ class PathDraws:
         own = draws[group_rank() * images :][:images].double()
 
         rates = self.rates[:, None]
-        factors = ((own >= rates) / (1 - rates)).float()
-        if device.type == "cuda":  # a copy from pageable memory would wait for the device
-            return factors.pin_memory().to(device, non_blocking=True)
-        return factors.to(device)
+        return sent(((own >= rates) / (1 - rates)).float(), device)
 
 
 def scaled(branch: Tensor, factors: Tensor | None) -> Tensor:

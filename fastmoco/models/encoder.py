@@ -114,6 +114,12 @@ class TokenEncoder(Encoder, Protocol):
         ...
 
 
+def with_heads(encoder: Encoder) -> Coupling:
+    """The coupling of an objective whose heads or loss couple images: that of its trunk, if the
+    trunk does too."""
+    return Coupling.TRUNK if encoder.coupling is Coupling.TRUNK else Coupling.HEADS
+
+
 def family_of(encoder: Any) -> Family:
     """Kind of an encoder's trunk; one that names none counts as a ViT."""
     family: Family = getattr(encoder, "family", "vit")

@@ -3,8 +3,8 @@ class-token feature; and the variants of its ablations.
 
 Two optimizations have a plain reference that a test compares with them. `patch_tokens` and `encode`
 are separate, so that two encoders with the same frozen projection can share the patch tokens.
-`encode` computes only the class token of the last block (see `blocks`), unless the feature is a mean
-of tokens or a batch norm in the block sees every token; its reference is `encode_plain`.
+`encode` computes only the class token of the last block (see `blocks`), unless the feature is a
+mean of tokens or a batch norm in the block sees every token; its reference is `encode_plain`.
 
 Legend: B images, L patch tokens, E width.
 """

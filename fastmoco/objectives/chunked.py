@@ -281,8 +281,8 @@ def require_separable(objective: Objective, chunk: int) -> None:
             f"batch.chunk={chunk}: this trunk cannot go in chunks, because "
             f"{objective.coupling_reason}; chunks would train another model. Instead: "
             "--model.checkpointing full, more processes (batch norms see the batches of all), a "
-            "smaller --global-batch-size, or an encoder without batch norms: one with linear patches "
-            "such as vit_small, and --model.mlp-norm layer"
+            "smaller --global-batch-size, or an encoder without batch norms: one with linear "
+            "patches such as vit_small, and --model.mlp-norm layer"
         )
 
 
@@ -293,7 +293,9 @@ def _split(inputs: Inputs, sizes: list[int]) -> list[Inputs]:
         split = [tensor.split(sizes) for tensor in tensors]  # type: ignore[no-untyped-call]
         return list(zip(*split, strict=True)) if split else [()] * len(sizes)
 
-    labels = [None] * len(sizes) if inputs.labels is None else inputs.labels.split(sizes)  # type: ignore[no-untyped-call]
+    labels = [None] * len(sizes)
+    if inputs.labels is not None:
+        labels = list(inputs.labels.split(sizes))  # type: ignore[no-untyped-call]
     chunks = zip(parts(inputs.views), parts(inputs.masks), parts(inputs.paths), labels, strict=True)
     return [Inputs(*chunk) for chunk in chunks]
 

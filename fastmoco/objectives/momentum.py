@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastmoco.models.encoder import Coupling, Encoder, TokenEncoder
+from fastmoco.models.encoder import Coupling, Encoder, TokenEncoder, with_heads
 from fastmoco.objectives.interface import Features, Inputs, Progress
 from fastmoco.optim.schedule import ema_momentum
 
@@ -43,7 +43,7 @@ class Momentum:
     ) -> None:
         self.encoder = encoder
         self.momentum_encoder = momentum_encoder
-        self.coupling = Coupling.TRUNK if _couples(encoder) else Coupling.HEADS
+        self.coupling = with_heads(encoder)
         self._start = start
         self._schedule = schedule
         momentum_encoder.requires_grad_(False)

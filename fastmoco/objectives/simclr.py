@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from fastmoco.config import Config
 from fastmoco.distributed.gather import gather_keys
 from fastmoco.distributed.mesh import group_rank, group_size
-from fastmoco.models.encoder import Coupling
+from fastmoco.models.encoder import Coupling, with_heads
 from fastmoco.models.heads import FORMS, HeadForm, build_head
 from fastmoco.objectives.interface import Features, Inputs, Objective, Output, Progress
 from fastmoco.objectives.momentum import by_view, two_views
@@ -77,8 +77,7 @@ class SimCLR(Objective):
         self.encoder.head = build_head(
             self.encoder.embed_dim, hidden_dim, projection_dim, projector
         )
-        self._couples = self.encoder.coupling is Coupling.TRUNK
-        self.coupling = Coupling.TRUNK if self._couples else Coupling.HEADS
+        self.coupling = with_heads(self.encoder)
         self.coupling_reason = self.encoder.coupling_reason
 
     @classmethod
@@ -106,7 +105,7 @@ class SimCLR(Objective):
             ValueError: if the views differ in shape, or are not two.
         """
         views = two_views(inputs)
-        if not self._couples:
+        if self.coupling is not Coupling.TRUNK:
             tokens = self.encoder.patch_tokens(torch.cat(views))
             rows = self.encoder.encode(tokens, *inputs.paths_of(0, 1))
         elif self.joint:
@@ -135,7 +134,7 @@ class SimCLR(Objective):
         """The same with nothing shared: each view passes the trunk alone where that makes no
         difference, and the logits of all ranks' rows are one matrix."""
         views = two_views(inputs)
-        if self._couples and self.joint:
+        if self.coupling is Coupling.TRUNK and self.joint:
             rows = self.encoder.plain(torch.cat(views), *inputs.paths_of(0, 1))
         else:
             alone = [self.encoder.plain(v, *inputs.paths_of(i)) for i, v in enumerate(views)]
@@ -186,8 +185,8 @@ def nt_xent_loss(
 
     Numerics: at least float32, whatever autocast says. The positive stays out of the sums, so that
         a small loss keeps its digits.
-    Memory and cost: 12 * B * R * D FLOPs, a tile of logits at a time. All of it in the forward, which
-        keeps the gradient, [2, B, D].
+    Memory and cost: 12 * B * R * D FLOPs, a tile of logits at a time. All of it in the forward,
+        which keeps the gradient, [2, B, D].
     Distributed: gathers the projections and two numbers a row. The backward communicates nothing:
         S is symmetric, so the gradient in h_j needs the sums of all rows, not their gradients.
     """

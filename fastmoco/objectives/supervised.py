@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
 from fastmoco.config import Config
+from fastmoco.models.encoder import family_of
 from fastmoco.objectives.interface import (
     Coupling,
     Features,
@@ -77,7 +78,8 @@ class Supervised(Objective):
         needs_labels: always.
 
     Raises:
-        ValueError: if there are fewer than 2 classes, or layers have no order to decay by.
+        ValueError: if there are fewer than 2 classes, or rates decay by the layers of an encoder
+            that is no ViT.
     """
 
     view_count = 1
@@ -121,18 +123,28 @@ class Supervised(Objective):
         nn.init.normal_(self.encoder.head.weight, std=head_std)
         nn.init.zeros_(self.encoder.head.bias)
         self._layers = _layers(self.encoder)
-        if layer_decay != 1 and not self._layers:
+        if layer_decay != 1 and family_of(self.encoder) != "vit":
             raise ValueError(
-                f"objective.layer_decay={layer_decay}: this encoder has no blocks to count layers "
-                "by; take objective.layer_decay 1"
+                f"objective.layer_decay={layer_decay}: layers are the blocks of a ViT, and this "
+                "encoder is none; take --objective.layer-decay 1"
             )
         self.train()
 
     @classmethod
     def build(cls, config: Config, build_encoder: Callable[[], Any]) -> Supervised:
-        """The objective of a config."""
+        """The objective of a config.
+
+        Raises:
+            ValueError: if an option has no effect, because the encoder is frozen.
+        """
         own = config.objective
         assert isinstance(own, SupervisedConfig)
+        if own.train_from == "head" and config.model.drop_path:
+            raise ValueError(
+                f"model.drop_path={config.model.drop_path}: has no effect on a frozen encoder, "
+                "which is in eval mode; take --model.drop-path 0, or --objective.train-from "
+                "everything"
+            )
         return cls(
             build_encoder,
             classes=own.classes,

@@ -1,5 +1,5 @@
-"""SwAV (Caron et al. 2020): predict the code of one view from another, where codes assign the images
-of the whole batch evenly to trained prototypes."""
+"""SwAV (Caron et al. 2020): predict the code of one view from another, where codes assign the
+images of the whole batch evenly to trained prototypes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastmoco.config import Config
 from fastmoco.distributed.agree import largest, total
 from fastmoco.distributed.gather import gather_keys
 from fastmoco.distributed.mesh import group_rank, group_size
-from fastmoco.models.encoder import Coupling
+from fastmoco.models.encoder import with_heads
 from fastmoco.models.heads import FORMS, build_head
 from fastmoco.objectives.interface import (
     Features,
@@ -68,7 +68,6 @@ class SwAV(Objective):
         queue_used: [2] whether it is in use.
     """
 
-    coupling: Coupling
     queue: Tensor
     queue_used: Tensor
 
@@ -99,8 +98,7 @@ class SwAV(Objective):
             self.encoder.embed_dim, hidden_dim, projection_dim, FORMS["swav_projector"]
         )
         self.prototypes = Prototypes(projection_dim, prototypes)
-        couples = self.encoder.coupling is Coupling.TRUNK
-        self.coupling = Coupling.TRUNK if couples else Coupling.HEADS
+        self.coupling = with_heads(self.encoder)
         self.coupling_reason = self.encoder.coupling_reason
         self._has_queue = queue > 0
         if queue:
@@ -113,7 +111,7 @@ class SwAV(Objective):
         """The objective of a config.
 
         Raises:
-            ValueError: if the queue is no multiple of the global batch.
+            ValueError: if the queue is no multiple of the global batch, or begins after the run.
         """
         own = config.objective
         assert isinstance(own, SwAVConfig)
@@ -121,6 +119,12 @@ class SwAV(Objective):
             raise ValueError(
                 f"objective.queue={own.queue}: must be a multiple of "
                 f"global_batch_size={config.global_batch_size}, whose rows it takes in each step"
+            )
+        if own.queue and own.queue_start_epoch >= config.epochs:
+            raise ValueError(
+                f"objective.queue_start_epoch={own.queue_start_epoch:g}: the run has "
+                f"epochs={config.epochs:g}, so its queue would never be filled; take an earlier "
+                "epoch, or --objective.queue 0"
             )
         return cls(
             build_encoder,
@@ -269,7 +273,13 @@ class SwAV(Objective):
 
 
 class Prototypes(nn.Linear):
-    """K trained directions: scores [n, K] of embeddings [n, D], multiplied in float32 or wider."""
+    """K trained directions: scores [n, K] of embeddings [n, D], multiplied in float32 or wider.
+
+    Attributes:
+        gathers_wide: sharded training gathers the weight in its own dtype, also in a run in bf16.
+    """
+
+    gathers_wide = True
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__(width, count, bias=False)

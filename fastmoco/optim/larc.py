@@ -27,10 +27,10 @@ class LARC(EagerOptimizer):
     """Layer-wise adaptive rate control without clipping, then SGD with momentum.
 
     For every tensor whose norm and whose gradient's norm are not 0:
-    `g <- (g + weight_decay * p) * trust_coefficient * |p| / (|g| + weight_decay * |p| + 1e-8)`, with
-    the norm of the gradient before the decay is added. Any other gradient stays as it is, without
-    decay. Then `buf <- momentum * buf + g`, which is `g` in the first step, and `p <- p - lr * buf`.
-    Parameters without a gradient are left alone.
+    `g <- (g + weight_decay * p) * trust_coefficient * |p| / (|g| + weight_decay * |p| + 1e-8)`,
+    with the norm of the gradient before the decay is added. Any other gradient stays as it is,
+    without decay. Then `buf <- momentum * buf + g`, which is `g` in the first step, and
+    `p <- p - lr * buf`. Parameters without a gradient are left alone.
 
     On shards the norms are those of whole tensors: one all-reduce of 16 bytes a tensor and step.
 

@@ -47,9 +47,9 @@ class SupervisedConfig(ObjectiveConfig):
     Beta(cutmix, cutmix) once for each step; 0: none. With mixup, too, a step has one of the two,
     each with probability 1/2."""
     layer_decay: Annotated[float, Resume.WITH_ALLOW] = 1.0
-    """Factor of the learning rate from one layer to the one before it: the head has the whole rate,
-    block i of n has layer_decay^(n - i), counted from 0, and patches, positions and class token
-    have layer_decay^(n + 1)."""
+    """Factor of the learning rate of a ViT from one layer to the one before it: the head has the
+    whole rate, block i of n has layer_decay^(n - i), counted from 0, and patches, positions and
+    class token have layer_decay^(n + 1)."""
     head_std: float = 0.02
     """Standard deviation of the head's start values; its bias starts at 0."""
 
@@ -66,6 +66,8 @@ class SupervisedConfig(ObjectiveConfig):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         decay = self.layer_decay
         require(0 < decay <= 1, "layer_decay", decay, "must be above 0 and at most 1")
+        rule = "has no effect with train_from=head, which has one layer: take 1"
+        require(decay == 1 or self.train_from != "head", "layer_decay", decay, rule)
 
     @property
     def label_count(self) -> int | None:

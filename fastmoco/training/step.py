@@ -15,7 +15,7 @@ from fastmoco.optim.groups import set_learning_rates
 from fastmoco.optim.schedule import run_learning_rate
 from fastmoco.telemetry.stability import gradient_norms
 from fastmoco.training.step_guard import StepGuard
-from fastmoco_kernels.tensors import local
+from fastmoco_kernels.tensors import local, sent
 from fastmoco_pipelines import Batch
 
 
@@ -90,8 +90,7 @@ class TrainStep:
         views = [view.to(self._device, non_blocking=True) for view in batch.views]
         labels = {}
         if batch.labels is not None:
-            on_host = torch.from_numpy(batch.labels)
-            labels["labels"] = on_host.to(self._device, non_blocking=True)
+            labels["labels"] = sent(torch.from_numpy(batch.labels), self._device)
         self._objective.zero_grad(set_to_none=True)
 
         # The forward writes buffers. The guard copies them, and restores them after a bad step.

@@ -49,6 +49,16 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; the host does not wait.
+
+    On CUDA it goes through pinned memory: a copy from other memory would wait for the device.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=True)
+
+
 def sums_over_shards(sums: Sequence[Tensor], owners: Sequence[Tensor]) -> list[Tensor]:
     """Sums over whole tensors from sums over this rank's shards, one collective per sharding.
 

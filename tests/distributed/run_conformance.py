@@ -25,10 +25,13 @@ from fastmoco.config import (
     ParallelConfig,
 )
 from fastmoco.distributed import World
-from fastmoco.objectives.build import OBJECTIVES
+from fastmoco.distributed.sharding import shard_
+from fastmoco.objectives.build import OBJECTIVES, build_objective
+from fastmoco.objectives.swav import SwAV
 from fastmoco.optim.build import build_optimizer
 from fastmoco.optim.groups import set_learning_rates
 from fastmoco.recipes.supervised import SupervisedConfig
+from fastmoco.recipes.swav import SwAVConfig
 from fastmoco.training import state as training_state
 from fastmoco.training.forward_backward import ForwardBackward
 from tests.distributed.cases import run_cases
@@ -80,7 +83,8 @@ def config_for(
     depth of a ViT, whose draws are those of an image wherever it is."""
     options = VARIANTS.get(variant, Variant(kind))
     base = config_of(kind, TRUNKS[trunk])
-    depth = 0.3 if trunk == "vit" else 0.0
+    frozen = options.objective.get("train_from") == "head"
+    depth = 0.3 if trunk == "vit" and not frozen else 0.0
     return replace(
         base,
         objective=replace(base.objective, **options.objective),
@@ -139,6 +143,20 @@ def ways_of(kind: type[ObjectiveConfig], trunk: str) -> tuple[str, ...]:
     return ("ddp", "fsdp chunked") if trunk == "vit" else ("fsdp",)
 
 
+def scores_in_bf16(world: World) -> dict[str, Any]:
+    """Scores of SwAV's prototypes in a sharded run in bf16, and by the whole weight in float32."""
+    config = replace(config_of(SwAVConfig), precision="fp32")
+    objective = build_objective(config, torch.device("cpu"))
+    assert isinstance(objective, SwAV)
+    rows = torch.randn(6, config.model.projection_dim, generator=torch.Generator().manual_seed(1))
+    expected = rows @ objective.prototypes.weight.detach().T
+    shard_(objective, world, bf16=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = objective.prototypes(rows)
+        head = objective.encoder.head(torch.randn(6, objective.encoder.embed_dim))
+    return {"scores": scores.detach(), "expected": expected, "head": head.dtype}
+
+
 CASES: dict[str, Callable[[World], dict[str, Any]]] = {
     f"{kind.kind} {trunk} {way}": functools.partial(run_steps, kind=kind, trunk=trunk, **WAYS[way])
     for kind in OBJECTIVES
@@ -149,6 +167,7 @@ CASES: dict[str, Callable[[World], dict[str, Any]]] = {
     for name, variant in VARIANTS.items()
     for way in variant.ways
 }
+CASES["scores in bf16"] = scores_in_bf16
 
 
 if __name__ == "__main__":

@@ -68,6 +68,13 @@ def test_two_ranks_are_one_for_each_variant(ranks: Results, name: str) -> None:
         require_one([rank[case] for rank in ranks], alone, case)
 
 
+def test_sharded_prototypes_are_not_rounded_to_bf16(ranks: Results) -> None:
+    """Their scores are divided by 0.05 and exponentiated. Other weights are gathered in bf16."""
+    for found in (rank["scores in bf16"] for rank in ranks):
+        assert (found["scores"] - found["expected"]).abs().max() <= 1e-6
+        assert found["head"] == torch.bfloat16
+
+
 def require_one(cases: Results, alone: dict[str, Any], case: str) -> None:
     """The losses, first gradients and last state of one process."""
     for step in range(STEPS):

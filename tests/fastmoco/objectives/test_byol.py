@@ -1,7 +1,7 @@
 """BYOL against golden numbers: loss, schedules, three steps on a conv trunk and on a ViT, and on
 two ranks.
 
-As ``python -m tests.fastmoco.objectives.test_byol OUT`` it is one of the two ranks.
+As `python -m tests.fastmoco.objectives.test_byol OUT` it is one of the two ranks.
 """
 
 from __future__ import annotations

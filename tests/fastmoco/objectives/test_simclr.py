@@ -1,5 +1,5 @@
-"""SimCLR against golden numbers: loss on one and several ranks, three steps on a conv trunk and on a
-ViT, and on two ranks.
+"""SimCLR against golden numbers: loss on one and several ranks, three steps on a conv trunk and on
+a ViT, and on two ranks.
 
 As `python -m tests.fastmoco.objectives.test_simclr OUT` it is one of the two ranks.
 """

@@ -191,3 +191,17 @@ def test_what_makes_no_sense_is_refused() -> None:
         with pytest.raises(ValueError, match=text):
             SupervisedConfig(**fields)  # type: ignore[arg-type]
     assert objective_of().uninformed_loss(64) == math.log(CLASSES)
+
+
+def test_an_option_without_effect_is_refused() -> None:
+    """On a frozen encoder, and layers on a ResNet."""
+    with pytest.raises(ValueError, match=r"layer_decay=0\.5: has no effect with train_from=head"):
+        SupervisedConfig(classes=CLASSES, layer_decay=0.5, train_from="head")
+    probe = config_of(train_from="head")
+    probe = replace(probe, model=replace(probe.model, drop_path=0.1))
+    with pytest.raises(ValueError, match=r"model\.drop_path=0\.1: has no effect on a frozen"):
+        build_objective(probe, torch.device("cpu"))
+    resnet = conformance.config_of(SupervisedConfig, conformance.RESNET)
+    decayed = replace(resnet, objective=replace(resnet.objective, layer_decay=0.5))
+    with pytest.raises(ValueError, match=r"objective\.layer_decay=0\.5: layers are the blocks"):
+        build_objective(decayed, torch.device("cpu"))

@@ -1,7 +1,7 @@
 """SwAV against golden numbers: assignment on one and several ranks, traces on a ViT and on a conv
 trunk with small crops and a queue, on one rank and on two.
 
-As ``python -m tests.fastmoco.objectives.test_swav OUT`` it is one of the two ranks.
+As `python -m tests.fastmoco.objectives.test_swav OUT` it is one of the two ranks.
 """
 
 from __future__ import annotations
@@ -410,10 +410,8 @@ def test_a_queue_changes_codes_once_it_is_full_and_not_before() -> None:
     config = with_queue()
     plain = build_objective(with_queue(0), torch.device("cpu"))
     queued = build_objective(config, torch.device("cpu"))
-    late = build_objective(
-        replace(config, objective=replace(config.objective, queue_start_epoch=1)),
-        torch.device("cpu"),
-    )
+    begins = replace(config, epochs=4, objective=replace(config.objective, queue_start_epoch=1))
+    late = build_objective(begins, torch.device("cpu"))
     losses = []
     for step in range(4):
         at = Progress(step, 8, 2)
@@ -431,7 +429,8 @@ def test_a_queue_changes_codes_once_it_is_full_and_not_before() -> None:
 
 
 def test_a_collapse_is_visible() -> None:
-    """Equal embeddings of all images: codes say nothing, and the loss is that of knowing nothing."""
+    """Equal embeddings of all images: codes contain nothing, and the loss is that of an encoder that
+    knows nothing."""
     objective = build_objective(with_queue(0), torch.device("cpu"))
     views = torch.randn(2, 16, 3, 8, 8, dtype=torch.float64)
     healthy = objective(*views).watch
@@ -474,9 +473,13 @@ def test_wrong_numbers_are_named(numbers: dict[str, Any], text: str) -> None:
         SwAVConfig(**numbers)
 
 
-def test_a_queue_of_broken_batches_is_refused() -> None:
+def test_a_queue_of_broken_batches_or_after_the_run_is_refused() -> None:
     with pytest.raises(ValueError, match=r"objective.queue=20: must be a multiple of"):
         build_objective(with_queue(20), torch.device("cpu"))
+    config = with_queue()
+    late = replace(config, epochs=9, objective=replace(config.objective, queue_start_epoch=9))
+    with pytest.raises(ValueError, match=r"queue_start_epoch=9: the run has epochs=9, so its"):
+        build_objective(late, torch.device("cpu"))
 
 
 def test_recipes_carry_the_official_numbers_and_travel_through_json() -> None:
