@@ -6,12 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from fastmoco.config import Config, ModelConfig, ObjectiveConfig, OptimConfig
-from fastmoco.recipes.expected import PAPER, RELEASE, Expected, expects
+from fastmoco.recipes.expected import ON_VIT, PAPER, RELEASE, Expected, expects
 from fastmoco.recipes.moco_v3 import vit_b16_e300_b4096, vit_s16_e300_b4096
 from fastmoco.recipes.small import quickstart_digits, vit_nano7_e12_b256
 from fastmoco_pipelines.spec import Resume, ViewSpec, require
-
-ON_VIT = "The paper of MoCo v3 compares it there."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
