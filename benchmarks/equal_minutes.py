@@ -32,6 +32,11 @@ RECIPES = {
     "SwAV": "swav_nano7_e12_b256",
 }
 SUPERVISED = "supervised_nano7_e12_b256"
+SMALL_IMAGES = (
+    *("--batch", "256", "--lr", "3e-3", "--mixup", "0", "--cutmix", "0"),
+    *("--layer-decay", "1", "--drop-path", "0"),
+)
+"""Options of the fine-tuning in place of the defaults, which are for ViT-B on ImageNet."""
 PROBES = (0.2, 0.7)
 """Epochs of the two runs that measure an epoch."""
 BANK = 10_000
@@ -152,8 +157,9 @@ def measure(
     fitting = runs.epochs_for("supervised", SUPERVISED, minutes)
     for seed in seeds:
         run = f"{slug('MoCo v3')}-{seed}"
-        tuned = ("--out", str(runs.out / "runs" / f"finetune-{seed}"), "--epochs", f"{epochs:g}")
-        own = ("--seed", str(seed), "--knn.test-shards", runs.test)
+        folder = runs.out / "runs" / f"finetune-{seed}"
+        tuned = ("--out", str(folder), "--epochs", f"{epochs:g}", *SMALL_IMAGES)
+        own = ("--seed", str(seed), "--accuracy.test-shards", runs.test)
         for what, done, key in (
             ("linear probe on features", runs.evaluate("linear", run, "--fast"), "top1"),
             ("fine-tuning", runs.evaluate("finetune", run, *tuned), "top1"),
@@ -166,8 +172,8 @@ def measure(
             if key:
                 figure = done["result"][key]
             else:
-                folder = RunFolder(runs.out / "runs" / f"supervised-{seed}")
-                figure = folder.read_metric("top1")[-1][1]
+                own_run = RunFolder(runs.out / "runs" / f"supervised-{seed}")
+                figure = own_run.read_metric("top1")[-1][1]
             rows.append({"what": what, "seed": seed, "top1": figure, "cpu_s": done["cpu_s"]})
     return rows
 

@@ -212,7 +212,15 @@ def _official(
     bank, queries = knn_sets(
         train, test, max_side=_max_side(source), needed_by="a linear classifier"
     )
-    config = official_config(source, bank, queries, out, options, recipe=linear_probe())
+    config = official_config(
+        source,
+        bank,
+        queries,
+        out,
+        options,
+        recipe=linear_probe(),
+        tell=say if rank == 0 else lambda text: None,
+    )
     code = train_run(config, out, hints=False)
     if code != EXIT_FINISHED or rank > 0:
         return code, None

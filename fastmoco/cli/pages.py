@@ -43,6 +43,8 @@ INSTEAD = {"data.images": "data.shards"}
 """Required options, and the one that may be given in place of each."""
 SELDOM = ("recipe", "threads")
 """Options without a group that only the list of all others names."""
+NEEDS = {"accuracy": "objective.classes"}
+"""Groups of no use to a config without another option; its short page leaves them out."""
 LONG = 40
 """A list of words that is longer has its words in the text."""
 Row = tuple[str, str]
@@ -194,6 +196,9 @@ def _short(name: str, described: Described, others: list[Option]) -> list[str]:
     rows = []
     for groups in _merged(described.groups):
         names = [o.flag.rpartition(".")[2].removeprefix("--") for o in _members(described, groups)]
+        needed = NEEDS.get(groups[0].name)
+        if needed is not None and described.named(needed) is None:
+            continue
         if groups[0].name and names:
             flags = ", ".join(f"--{_dashed(group.name)}.*" for group in groups)
             rows.append((flags, first_sentence(_about(groups)) + f" [{', '.join(names)}]"))

@@ -188,13 +188,13 @@ def judge(
         bank.labels_of(voting),
         queries.labels_of(asked),
         k=k,
-        shared=_shared(bank.checksums_of(voting), queries.checksums_of(asked)),
+        shared=shared_images(bank.checksums_of(voting), queries.checksums_of(asked)),
         classes=tuple(queries.classes),
     )
 
 
-def _shared(bank: NDArray[np.int64], queries: NDArray[np.int64]) -> int:
-    """Queries whose checksum and size occur in the bank."""
+def shared_images(bank: NDArray[np.int64], queries: NDArray[np.int64]) -> int:
+    """Queries whose checksum and size (`ShardSet.checksums_of`) occur in the bank."""
     keys = [table[:, 0] * 2**31 + table[:, 1] % 2**31 for table in (bank, queries)]
     return int(np.isin(keys[1], keys[0]).sum())
 

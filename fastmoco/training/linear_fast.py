@@ -6,11 +6,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from fastmoco.evaluation.confidence import wilson
 from fastmoco.evaluation.embed import LabelledRows, encoder_function, eval_mode
 from fastmoco.evaluation.feature_cache import BATCH, FeatureCache, embed_missing, encoder_digest
 from fastmoco.evaluation.linear import LinearSettings, LinearState, Pair, Scores
-from fastmoco.evaluation.monitor import OpenSet, open_comparable
+from fastmoco.evaluation.monitor import OpenSet, open_comparable, shared_images
 from fastmoco.evaluation.rows import MemoryRows
 from fastmoco.models.resnet import ResNet
 from fastmoco.planning.free_memory import free_bytes
@@ -37,8 +37,8 @@ from fastmoco.training.encoder_source import EncoderSource
 from fastmoco_pipelines import build_eval_loader
 from fastmoco_pipelines.files import write_file
 from fastmoco_pipelines.loading.eval_loader import Augmented
-from fastmoco_pipelines.spec import EvalLoaderSpec, EvalSpec, ViewSpec
-from fastmoco_pipelines.text import counted
+from fastmoco_pipelines.spec import CacheSpec, EvalLoaderSpec, EvalSpec, ViewSpec
+from fastmoco_pipelines.text import counted, redact
 
 LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Rates of the sweep, for a batch of 256 images; those of the official protocol are among them."""
@@ -156,6 +156,55 @@ def probe_view(
     )
 
 
+class ProbeSets(NamedTuple):
+    """Labelled sets of a linear classifier, with the same classes."""
+
+    train: OpenSet
+    test: OpenSet
+    classes: int
+    notes: list[str]
+    """What a reader of the accuracy must know, in sentences."""
+
+
+@contextmanager
+def probe_sets(train: str, test: str, cache: CacheSpec) -> Iterator[ProbeSets]:
+    """Open both sets; afterwards they are closed.
+
+    Args:
+        train: pattern of labelled shards.
+        test: pattern of labelled shards.
+        cache: where shards of a server are kept.
+
+    Raises:
+        ValueError: if a set has no labels or no image, the classes of both differ, or the training
+            images have one class.
+        ShardError: if a set cannot be opened.
+    """
+    with ExitStack() as stack:
+        opened = open_comparable(train, test, cache, needed_by="a linear classifier")
+        for one in opened:
+            stack.enter_context(closing(one.shards))
+            if not len(one.shards):
+                raise ValueError(f"{redact(one.pattern)!r} has no image")
+        first, second = (one.shards for one in opened)
+        if len(np.unique(first.labels)) < 2:
+            raise ValueError(
+                f"{redact(train)!r}: all images have one class, so there is nothing to learn; pack "
+                "a folder for each class"
+            )
+        classes = max(first.class_count, second.class_count)
+        rows = [np.arange(len(one), dtype=np.int64) for one in (first, second)]
+        both = shared_images(first.checksums_of(rows[0]), second.checksums_of(rows[1]))
+        notes = []
+        if both:
+            notes.append(
+                f"{both} of {len(second)} test images ({both / len(second):.0%}) are among the "
+                "training images too, with the same bytes, so the accuracy says little about other "
+                "images"
+            )
+        yield ProbeSets(*opened, classes, notes)
+
+
 def fast_linear(
     source: EncoderSource,
     train: str,
@@ -194,15 +243,12 @@ def fast_linear(
     """
     config = source.config or Config()
     threads = setup.share_cores(config)
-    with ExitStack() as stack:
-        opened = open_comparable(train, test, config.data, needed_by="a linear classifier")
-        for one in opened:
-            stack.enter_context(closing(one.shards))
-        classes = max(int(one.shards.labels.max(initial=0)) + 1 for one in opened)
-        classes = max(classes, *(len(one.shards.classes) for one in opened))
-        stack.enter_context(eval_mode(source.encoder))
+    with probe_sets(train, test, config.data) as sets, eval_mode(source.encoder):
+        if world.rank == 0:
+            for note in sets.notes:
+                tell(f"warning: {note}")
         job = _Job(source, world, options, progress, tell, config, threads)
-        return job.run(*opened, classes)
+        return job.run(sets.train, sets.test, sets.classes)
 
 
 @dataclass(frozen=True)

@@ -6,29 +6,28 @@ continues after a kill, runs on several processes, and draws its curves.
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from fastmoco.checkpoint import CheckpointError, find_checkpoint
-from fastmoco.config import AccuracyConfig, Config, DataConfig, ModelConfig
+from fastmoco.config import AccuracyConfig, Config, DataConfig
 from fastmoco.config.serial import from_json
-from fastmoco.models.encoder_file import describe_run
-from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
 from fastmoco.training.encoder_source import EncoderSource
-from fastmoco.training.linear_fast import accuracies, official_lr, probe_batch, probe_view
-from fastmoco_pipelines import ShardSet
-from fastmoco_pipelines.files import write_file
-
-ENCODER = "encoder.safetensors"
-"""File of the frozen encoder in the folder of a probe."""
+from fastmoco.training.linear_fast import (
+    accuracies,
+    official_lr,
+    probe_batch,
+    probe_sets,
+    probe_view,
+)
+from fastmoco.training.source_model import model_config, prepare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +59,7 @@ def official_config(
     options: OfficialOptions,
     *,
     recipe: Config,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Config:
     """The config of the run, whose frozen encoder is written into its folder.
 
@@ -73,10 +73,13 @@ def official_config(
         out: folder of the run; created.
         options: see there.
         recipe: `recipes.supervised.linear_probe`.
+        tell: called with sentences for the user.
 
     Raises:
-        ValueError: if no config describes this encoder, or an option is out of range.
-        ShardError: if the training set cannot be opened.
+        ValueError: if no architecture has the shape of this encoder, an option is out of range, or
+            the sets do not fit.
+        RunError: if the run in the folder began with another encoder.
+        ShardError: if a set cannot be opened.
         OSError: if the folder cannot be written.
     """
     for name, value, least in (
@@ -89,16 +92,17 @@ def official_config(
     before = source.config
     data = before.data if before is not None else DataConfig()
     view = probe_view(source.image, before, options.crop_min)
-    with closing(ShardSet.open(train, cache=data)) as shards:
-        images = len(shards)
-    model = _model(source)
+    with probe_sets(train, test, data) as sets:
+        images = len(sets.train.shards)
+        for note in sets.notes:
+            tell(f"warning: {note}")
     lr = official_lr(source.encoder) if options.lr is None else options.lr
     config = replace(
         recipe,
         epochs=options.epochs,
         global_batch_size=options.batch_size or probe_batch(images),
         seed=options.seed,
-        model=replace(model, init=str(out / ENCODER)),
+        model=model_config(source),
         optim=replace(recipe.optim, lr=lr, weight_decay=options.weight_decay),
         data=replace(
             data,
@@ -112,8 +116,7 @@ def official_config(
         knn=replace(recipe.knn, resize=source.image.resize),
         accuracy=AccuracyConfig(test_shards=test, every_epochs=1, max_share=1.0),
     )
-    _write_encoder(source.encoder, config, out / ENCODER)
-    return config
+    return prepare(source, config, out)
 
 
 def official_result(source: EncoderSource, out: Path) -> dict[str, Any]:
@@ -142,12 +145,9 @@ def official_result(source: EncoderSource, out: Path) -> dict[str, Any]:
         )
     last = max(history["top1"])
     best = max(history["top1"], key=lambda step: (history["top1"][step], -step))
-    with (
-        closing(ShardSet.open(config.accuracy.test_shards, cache=config.data)) as tested,
-        closing(ShardSet.open(config.data.shards, cache=config.data)) as trained,
-    ):
-        images, train_images = len(tested), len(trained)
-        classes = max(trained.class_count, tested.class_count)
+    with probe_sets(config.data.shards, config.accuracy.test_shards, config.data) as sets:
+        images, train_images = len(sets.test.shards), len(sets.train.shards)
+        classes = sets.classes
     per_epoch = train_images // config.global_batch_size
 
     def shares(step: int) -> dict[str, Any]:
@@ -205,39 +205,3 @@ def _equal(found: torch.Tensor | None, value: torch.Tensor) -> bool:
 def _trunk(encoder: nn.Module) -> dict[str, torch.Tensor]:
     state = encoder.state_dict()
     return {name: value for name, value in state.items() if not name.startswith("head.")}
-
-
-def _write_encoder(encoder: nn.Module, config: Config, path: Path) -> None:
-    """Write the file that the run starts from; each process writes the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.cpu().contiguous() for name, value in _trunk(encoder).items()}
-    write_file(path, save(tensors, describe_run(config).to_metadata()), mode=0o600)
-
-
-def _model(source: EncoderSource) -> ModelConfig:
-    """The config of an encoder, of a run or as far as a file shows it."""
-    if source.config is not None:
-        # Nothing random in the encoder, and no products in float8.
-        return replace(
-            source.config.model,
-            drop_path=0.0,
-            attention="auto",
-            linears="native",
-            momentum_linears="native",
-        )
-    encoder, size = source.encoder, source.image.size
-    if isinstance(encoder, VisionTransformer):
-        blocks: Any = encoder.blocks
-        shape = (encoder.embed_dim, len(blocks), int(blocks[0].attn.num_heads))
-        for name, known in ARCHITECTURES.items():
-            conv = "conv" in str(source.facts.get("header", {}).get("stem", known.stem))
-            if shape == (known.width, known.depth, known.heads) and conv == (known.stem == "conv"):
-                return ModelConfig(
-                    architecture=name,  # type: ignore[arg-type]
-                    image_size=size,
-                    patch_size=encoder.patch_size,
-                )
-    raise ValueError(
-        f"source={source.facts['source']!r}: no architecture of a run has the shape of this "
-        "encoder, so the official protocol cannot train on it; give --fast"
-    )

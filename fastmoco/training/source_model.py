@@ -33,8 +33,7 @@ def model_config(source: EncoderSource, **changes: Any) -> ModelConfig:
         ValueError: if no architecture has this shape, or a change does not suit the encoder.
     """
     found = source.description
-    assert found is not None  # of every source that `load_source` returns
-    if found.architecture == CUSTOM:
+    if found is None or found.architecture == CUSTOM:
         raise ValueError(
             f"source={source.facts['source']!r}: no architecture of fastmoco has the shape of this "
             "encoder, so no run can train it; give an encoder of a size in docs/encoder.md"

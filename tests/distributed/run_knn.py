@@ -16,12 +16,14 @@ from torch import Tensor
 from fastmoco.config import Config
 from fastmoco.distributed import World
 from fastmoco.evaluation import monitor as knn_monitor
+from fastmoco.evaluation.accuracy import AccuracyMonitor
 from fastmoco.evaluation.embed import LabelledRows
 from fastmoco.evaluation.knn import shared_knn_accuracy, shared_knn_sweep, shared_neighbours
 from fastmoco.evaluation.monitor import KnnMonitor
 from fastmoco.evaluation.rows import FileRows, MemoryRows, Rows
 from fastmoco.objectives.build import build_objective
 from fastmoco.recipes import quickstart_digits
+from fastmoco.recipes.supervised import SupervisedConfig
 from tests.distributed.cases import run_cases
 
 
@@ -211,10 +213,26 @@ def run_monitor(world: World) -> dict[str, object]:
     return {"figures": figures, "opened": len(opened)}
 
 
+def run_accuracy(world: World) -> dict[str, float]:
+    """Both accuracies of a classifier with random weights."""
+    base = digits_config(Path(sys.argv[1]))
+    config = replace(
+        base,
+        objective=SupervisedConfig(classes=10),
+        data=replace(base.data, view2=replace(base.data.view2, copies=0)),
+    )
+    objective = build_objective(config, world.device).double()
+    monitor = AccuracyMonitor(config, world, threads=1, device="cpu", precision="fp64")
+    figures = dict(monitor.evaluate(monitor.subject(objective)))
+    monitor.close()
+    return {**figures, "classified": monitor.classified}
+
+
 CASES = {
     **{name: functools.partial(run_search, name=name) for name in SETS},
     "refused": run_refused,
     "monitor": run_monitor,
+    "accuracy": run_accuracy,
 }
 
 if __name__ == "__main__":

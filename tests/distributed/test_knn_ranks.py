@@ -91,13 +91,20 @@ def test_the_monitor_gives_one_figure_on_any_number_of_ranks(tmp_path: Path) -> 
     from fastmoco_pipelines import pack_digits
 
     figures = set()
+    accuracies: list[dict[str, float]] = []
     for count in (1, 3):
         out = tmp_path / str(count)
         pack_digits(out, seed=0)
-        found = launch(count, out, "monitor", module="tests.distributed.run_knn")
+        found = launch(count, out, "monitor", "accuracy", module="tests.distributed.run_knn")
         for results in found:
             monitor = cast("dict[str, Any]", results["monitor"])
             figures |= set(monitor["figures"])
             assert monitor["opened"] == 2
+            accuracies.append(cast("dict[str, float]", results["accuracy"]))
     assert len(figures) == 1
     assert 0.2 < figures.pop() < 1.0
+
+    # Whole numbers are added, so the accuracy of a classifier is exactly the same.
+    assert accuracies == accuracies[:1] * 4
+    assert accuracies[0]["classified"] == 360
+    assert 0.0 < accuracies[0]["top1"] < accuracies[0]["top5"] < 1.0

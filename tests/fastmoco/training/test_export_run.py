@@ -130,7 +130,7 @@ def test_resnets_in_other_packages(tmp_path: Path, architecture: str, to) -> Non
     images = torch.randn(3, 3, 32, 32)
     theirs, reader = features_of_export(to, tmp_path / "out", images, which="base", heads=None)
     ours = encoder(images)
-    assert ours.std(dim=0).min() > 1e-3
+    assert ours.std(dim=0).mean() > 1e-2
     found = compare_features(ours, theirs, reader)
     assert found.good
     assert found.max_error < 1e-5 * max(1.0, found.max_feature)

@@ -129,7 +129,18 @@ def test_it_is_the_result_of_plain_steps(digits, tmp_path) -> None:
 
 def test_the_test_set_changes_no_choice(digits, found, tmp_path) -> None:
     result, cache = found
-    other = measure([digits[0], digits[0]], options(cache, copies=2))
+    told: list[str] = []
+    other = fast_linear(
+        source(),
+        digits[0],
+        digits[0],
+        World(),
+        options(cache, copies=2),
+        progress=silent,
+        tell=told.append,
+    )
+    (warning,) = told
+    assert warning.startswith("warning: 1437 of 1437 test images (100%) are among the training")
     assert other["sweep"] == result["sweep"]
     assert [other["best"][name] for name in ("lr", "weight_decay", "holdout_top1")] == [
         result["best"][name] for name in ("lr", "weight_decay", "holdout_top1")
@@ -236,6 +247,21 @@ def test_the_crops_of_photographs_are_the_protocols_and_of_small_images_the_runs
     assert (small.crop_scale, small.flip_probability) == ((0.5, 1.0), 0.0)
     assert (small.size, small.mean) == (8, IMAGE.mean)
     assert probe_view(IMAGE, small_run, 0.3).crop_scale == (0.3, 1.0)
+
+
+def test_one_class_is_refused(digits, tmp_path) -> None:
+    from PIL import Image
+
+    from fastmoco_pipelines import pack_folder
+
+    (tmp_path / "images" / "only").mkdir(parents=True)
+    for number in range(4):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"images/only/{number}.png")
+    pattern = pack_folder(tmp_path / "images", tmp_path / "shards").pattern
+    with pytest.raises(ValueError, match="all images have one class, so there is nothing to learn"):
+        measure([pattern, pattern], options(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="classes that are not the"):
+        measure([digits[0], pattern], options(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(
