@@ -178,7 +178,7 @@ def load(objective: SimCLR, data: Data, prefix: str) -> SimCLR:
 
 
 def our_name(golden_name: str) -> str:
-    """In `tr/` the projector stands beside its trunk; ours is its head."""
+    """In `tr/` the projector is beside its trunk; ours is its head."""
     return golden_name.replace("projector.", "encoder.head.")
 
 
