@@ -84,8 +84,8 @@ def simclr_vit_b16_e300_b4096() -> Config:
         linear=64.5,
         source=f"{RELEASE} of SimCLR",
         hardware="32 TPU v3 cores, 6 hours",
-        note="Weight decay 1e-6 is the default of that release; its example command has 1e-4. VISSL "
-        "reproduces 64.4 %.",
+        note="Weight decay 1e-6 is the default of that release; its example command has 1e-4. "
+        "VISSL reproduces 64.4 %.",
     )
 )
 def simclr_r50_e100_b4096() -> Config:
