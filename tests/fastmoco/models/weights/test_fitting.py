@@ -118,7 +118,7 @@ def test_heads_that_the_file_does_not_show_are_those_of_the_run() -> None:
     # A ViT-S is of 6 heads in timm and of 12 here: the shapes do not tell.
     small = weights(official_vit(width=384, depth=12, positions=torch.rand(1, 17, 384)), None)
     place = target(embed_dim=384, depth=12, num_heads=12)
-    with pytest.raises(CheckpointError, match="12 for MoCo v3 and 6 for timm.*--heads N"):
+    with pytest.raises(CheckpointError, match=r"12 for MoCo v3 and 6 for timm.*--heads N"):
         fit_encoder(place, small, positions="learned", heads=12)
 
 
