@@ -159,7 +159,7 @@ def measure(
         run = f"{slug('MoCo v3')}-{seed}"
         folder = runs.out / "runs" / f"finetune-{seed}"
         tuned = ("--out", str(folder), "--epochs", f"{epochs:g}", *SMALL_IMAGES)
-        own = ("--seed", str(seed), "--knn.test-shards", runs.test)
+        own = ("--seed", str(seed), "--accuracy.test-shards", runs.test)
         for what, done, key in (
             ("linear probe on features", runs.evaluate("linear", run, "--fast"), "top1"),
             ("fine-tuning", runs.evaluate("finetune", run, *tuned), "top1"),
@@ -172,8 +172,8 @@ def measure(
             if key:
                 figure = done["result"][key]
             else:
-                trained = RunFolder(runs.out / "runs" / f"supervised-{seed}")
-                figure = trained.read_metric("top1")[-1][1]
+                own_run = RunFolder(runs.out / "runs" / f"supervised-{seed}")
+                figure = own_run.read_metric("top1")[-1][1]
             rows.append({"what": what, "seed": seed, "top1": figure, "cpu_s": done["cpu_s"]})
     return rows
 

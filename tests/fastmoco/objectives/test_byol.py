@@ -26,6 +26,7 @@ from fastmoco.objectives.byol import BYOL, regression_loss
 from fastmoco.objectives.interface import Progress
 from fastmoco.optim import build_adamw, build_lars, learning_rate
 from fastmoco.optim.averaged import AveragedLARS, AveragedOptimizer, FusedAdamW
+from fastmoco.recipes import EXPECTED, get_recipe
 from fastmoco.recipes.byol import BYOLConfig, byol_digits, byol_vit_s16_e300_b4096
 from fastmoco.training.load_run import load_run
 from fastmoco_pipelines.spec import Resume
@@ -248,6 +249,14 @@ def test_three_steps_on_two_ranks_are_those_of_one(
 
 
 def test_recipes_carry_the_numbers_and_travel_through_json() -> None:
+    resnet = get_recipe("byol_r50_e1000_b4096")
+    assert isinstance(resnet.objective, BYOLConfig)
+    assert (resnet.optim.name, resnet.peak_lr, resnet.optim.weight_decay) == ("lars", 3.2, 1.5e-6)
+    assert (resnet.objective.ema_momentum, resnet.data.view1.crop_scale) == (0.996, (0.08, 1.0))
+    base = get_recipe("byol_vit_b16_e300_b4096")
+    assert (base.model.architecture, base.optim.lr) == ("vit_base", 1e-4)
+    expected = [EXPECTED[f"byol_{name}_b4096"].linear for name in ("vit_s16_e300", "vit_b16_e300")]
+    assert (expected, EXPECTED[resnet.recipe].linear) == ([71.0, 73.9], 74.3)
     config = byol_vit_s16_e300_b4096()
     assert (config.optim.lr, config.optim.weight_decay, config.optim.warmup_epochs) == (
         1e-4,

@@ -7,9 +7,7 @@ As `python -m tests.fastmoco.objectives.test_simclr OUT` it is one of the two ra
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +35,7 @@ from fastmoco_pipelines.spec import Resume
 from tests.command_line import main
 from tests.distributed.cases import run_cases
 from tests.distributed.test_ranks import launch
+from tests.distributed.thread_ranks import ThreadRanks
 from tests.fastmoco.objectives.test_byol import ConvTrunk, error
 
 FILE = Path(__file__).parents[2] / "golden" / "siblings" / "simclr.npz"
@@ -72,42 +71,14 @@ def loss_and_gradient(
 both_losses = pytest.mark.parametrize("loss_of", [nt_xent_loss, nt_xent_reference])
 
 
-class Ranks:
-    """Several ranks as threads, for what an objective asks of its peers."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._own = threading.local()
-        self._barrier = threading.Barrier(count, timeout=60)
-        self._given: list[Tensor] = [torch.empty(0)] * count
-
-    def rank(self) -> int:
-        return int(self._own.rank)
-
-    def gather(self, rows: Tensor) -> Tensor:
-        self._given[self.rank()] = rows.detach()
-        self._barrier.wait()
-        every = torch.cat(self._given)
-        self._barrier.wait()
-        return every
-
-    def run(self, work: Callable[[int], Any]) -> list[Any]:
-        def started(rank: int) -> Any:
-            self._own.rank = rank
-            return work(rank)
-
-        with ThreadPoolExecutor(self.count) as pool:
-            return list(pool.map(started, range(self.count)))
-
-
 def on_ranks(
     monkeypatch: pytest.MonkeyPatch, projections: Tensor, **options: Any
 ) -> list[tuple[Tensor, Tensor]]:
     """Loss and gradient of each rank; `projections` [W, 2, B, D]."""
-    ranks = Ranks(len(projections))
+    ranks = ThreadRanks(len(projections))
     monkeypatch.setattr(simclr, "gather_keys", ranks.gather)
     monkeypatch.setattr(simclr, "group_rank", ranks.rank)
-    monkeypatch.setattr(simclr, "group_size", lambda: ranks.count)
+    monkeypatch.setattr(simclr, "group_size", ranks.size)
     return ranks.run(lambda rank: loss_and_gradient(projections[rank], **options))
 
 
@@ -207,7 +178,7 @@ def load(objective: SimCLR, data: Data, prefix: str) -> SimCLR:
 
 
 def our_name(golden_name: str) -> str:
-    """In `tr/` the projector stands beside its trunk; ours is its head."""
+    """In `tr/` the projector is beside its trunk; ours is its head."""
     return golden_name.replace("projector.", "encoder.head.")
 
 

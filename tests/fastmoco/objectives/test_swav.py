@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -41,6 +40,7 @@ from fastmoco.training.trainer import Trainer
 from tests.distributed.cases import run_cases
 from tests.distributed.run_trainer import CONFIG
 from tests.distributed.test_ranks import launch
+from tests.distributed.thread_ranks import ThreadRanks
 from tests.fastmoco.objectives import test_conformance as conformance
 from tests.fastmoco.objectives.test_byol import ConvTrunk, error
 
@@ -271,34 +271,14 @@ def test_codes_match_golden(data: Data, dtype: torch.dtype, tolerance: float) ->
 
 
 def on_ranks(parts: list[Tensor], run: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Results of threads that stand for ranks: collectives are sums and maxima over them."""
-    results: dict[int, Tensor] = {}
-    shared: dict[int, Tensor] = {}
-    barrier = threading.Barrier(len(parts), timeout=30)
-    local = threading.local()
-
-    def reduce(tensor: Tensor, how: Callable[[Tensor], Tensor]) -> Tensor:
-        shared[local.rank] = tensor.clone()
-        barrier.wait()
-        whole = how(torch.stack([shared[rank] for rank in range(len(parts))]))
-        barrier.wait()
-        return whole
-
-    def one(rank: int) -> None:
-        local.rank = rank
-        results[rank] = run(parts[rank])
-
+    """Results of threads that stand for ranks."""
+    ranks = ThreadRanks(len(parts))
     with (
-        mock.patch.object(swav, "total", lambda t: reduce(t, lambda all_: all_.sum(0))),
-        mock.patch.object(swav, "largest", lambda t: reduce(t, lambda all_: all_.amax(0))),
-        mock.patch.object(swav, "group_size", return_value=len(parts)),
+        mock.patch.object(swav, "total", ranks.total),
+        mock.patch.object(swav, "largest", ranks.largest),
+        mock.patch.object(swav, "group_size", ranks.size),
     ):
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(parts))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    return [results[rank] for rank in range(len(parts))]
+        return ranks.run(lambda rank: run(parts[rank]))
 
 
 def test_codes_of_several_ranks_match_golden(data: Data) -> None:
