@@ -29,6 +29,7 @@ def eval_finetune(
     out: Path,
     which: Literal["base", "momentum"] = "base",
     best: bool = False,
+    heads: int | None = None,
     epochs: float = 100,
     batch: int = 0,
     lr: float = 5e-4,
@@ -56,6 +57,7 @@ def eval_finetune(
         out: Folder of the fine-tuning and its result, finetune.json.
         which: The trained encoder, or its moving average.
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
+        heads: Attention heads, for a file of a ViT that does not show them.
         epochs: Passes over the training images.
         batch: Images of a step; 0: 1024, halved until an epoch has 16 steps, down to 32.
         lr: Learning rate of the head for a batch of 256 images.
@@ -85,7 +87,7 @@ def eval_finetune(
         # The run has its own process group. Before it, every process reads the encoder and packs
         # folders of images, in turn.
         rank = read_launcher(os.environ).rank
-        source = load_source(run, "cpu", which=which, best=best)
+        source = load_source(run, "cpu", which=which, best=best, heads=heads)
         if rank == 0:
             for note in source.notes:
                 say(note)
