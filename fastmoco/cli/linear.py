@@ -29,6 +29,7 @@ def eval_linear(
     fast: bool = False,
     which: Which = "base",
     best: bool = False,
+    heads: int | None = None,
     lr: tuple[float, ...] = (),
     weight_decay: tuple[float, ...] = (),
     epochs: int = 90,
@@ -54,6 +55,7 @@ def eval_linear(
             once. Reports that of the official rate, and the best on held-out training images.
         which: The trained encoder, or its moving average.
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
+        heads: Attention heads, for a file of a ViT that does not show them.
         lr: Learning rate for a batch of 256 images (default: 3 for a ViT, 0.1 for a ResNet); with
             --fast several, which are all tried (default: 0.01 to 10).
         weight_decay: Weight decay (default: 0); with --fast several (default: 0 to 1e-4).
@@ -81,6 +83,7 @@ def eval_linear(
                 test,
                 which,
                 best,
+                heads=heads,
                 lrs=lr,
                 weight_decays=weight_decay,
                 epochs=epochs,
@@ -106,7 +109,7 @@ def eval_linear(
                 crop_min=crop_min,
                 seed=seed,
             )
-            code, found = _official(run, train, test, which, best, out, options)
+            code, found = _official(run, train, test, which, best, heads, out, options)
             if code != EXIT_FINISHED:
                 return code
         if found is not None:
@@ -133,8 +136,8 @@ def _require_official(
         raise ValueError(f"precision={precision!r}: needs --fast; the official protocol has fp32")
     if out is None:
         raise ValueError(
-            "out=None: the official protocol is a run of its own; give a folder with --out, which "
-            "the same command continues, or give --fast"
+            "--out is missing: the official protocol is a run of its own in this folder, which the "
+            "same command continues; or give --fast"
         )
 
 
@@ -145,6 +148,7 @@ def _fast(
     which: Which,
     best: bool,
     *,
+    heads: int | None,
     lrs: tuple[float, ...],
     weight_decays: tuple[float, ...],
     copies: int | None,
@@ -169,7 +173,7 @@ def _fast(
     )
     world = start_world("auto", timeout_s=WAIT_S)
     with first_cause(world):
-        source = load_source(run, world.device, which=which, best=best)
+        source = load_source(run, world.device, which=which, best=best, heads=heads)
         if world.rank == 0:
             for note in source.notes:
                 say(note)
@@ -187,6 +191,7 @@ def _official(
     test: str,
     which: Which,
     best: bool,
+    heads: int | None,
     out: Path,
     options: OfficialOptions,
 ) -> tuple[int, dict[str, Any] | None]:
@@ -205,7 +210,7 @@ def _official(
     # The run has its own process group. Before it, every process reads the encoder and packs
     # folders of images, in turn.
     rank = read_launcher(os.environ).rank
-    source = load_source(run, "cpu", which=which, best=best)
+    source = load_source(run, "cpu", which=which, best=best, heads=heads)
     if rank == 0:
         for note in source.notes:
             say(note)

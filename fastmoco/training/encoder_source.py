@@ -93,6 +93,8 @@ def load_source(
         raise CheckpointError(
             f"{checkpoint.path}: {config.objective.kind} has no momentum encoder; take the base one"
         )
+    description = describe_run(config)
+    _require_heads(source, description, heads)
     facts = {
         "source": str(source),
         "checkpoint": checkpoint.path.name,
@@ -108,7 +110,7 @@ def load_source(
         config=config,
         step=checkpoint.step,
         facts=facts,
-        description=describe_run(config),
+        description=description,
         header={
             **encoder_header(checkpoint),
             "step": str(checkpoint.step),
@@ -130,14 +132,15 @@ def _of_file(
             raise CheckpointError(
                 f"{source} is a base encoder; leave out --which momentum, or give the run"
             )
-        step = _step(loaded)
+        step, description = _step(loaded), description_of(loaded.header)
+        _require_heads(source, description, heads)
         return EncoderSource(
             encoder=loaded.encoder,
             image=loaded.image,
             config=None,
             step=step,
             facts={"source": str(source), "encoder": own, "step": step, "header": loaded.header},
-            description=description_of(loaded.header),
+            description=description,
             header=loaded.header,
         )
     found = load_foreign(source, None if which == "base" else which, heads=heads, device=device)
@@ -164,6 +167,15 @@ def _of_file(
         networks=found.weights.networks,
         notes=found.weights.notes,
     )
+
+
+def _require_heads(source: Path, found: Description | None, heads: int | None) -> None:
+    """Refuse a number of heads that contradicts a run, or a file that has it."""
+    if heads is None:
+        return
+    own = getattr(found, "heads", None)
+    if own is not None and own != heads:
+        raise CheckpointError(f"{source} has {own} attention heads; leave out --heads {heads}")
 
 
 def _is_ours(source: Path) -> bool:
