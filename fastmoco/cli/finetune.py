@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +29,7 @@ def eval_finetune(
     out: Path,
     which: Literal["base", "momentum"] = "base",
     best: bool = False,
+    heads: int | None = None,
     epochs: float = 100,
     batch: int = 0,
     lr: float = 5e-4,
@@ -56,6 +57,7 @@ def eval_finetune(
         out: Folder of the fine-tuning and its result, finetune.json.
         which: The trained encoder, or its moving average.
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
+        heads: Attention heads, for a file of a ViT that does not show them.
         epochs: Passes over the training images.
         batch: Images of a step; 0: 1024, halved until an epoch has 16 steps, down to 32.
         lr: Learning rate of the head for a batch of 256 images.
@@ -80,26 +82,29 @@ def eval_finetune(
             from fastmoco.training.encoder_source import load_source
             from fastmoco.training.finetune import finetune_result
             from fastmoco.training.images import max_side_for
-            from fastmoco.training.source_model import model_config, prepare
+            from fastmoco.training.source_model import log_every, model_config, prepare
 
         # The run has its own process group. Before it, every process reads the encoder and packs
         # folders of images, in turn.
         rank = read_launcher(os.environ).rank
-        source = load_source(run, "cpu", which=which, best=best)
+        source = load_source(run, "cpu", which=which, best=best, heads=heads)
         if rank == 0:
             for note in source.notes:
                 say(note)
         side = max_side_for(source.image.size, source.config)
         train, test = knn_sets(train, test, max_side=side, needed_by="fine-tuning")
+        images = _images(train)
         config = fine_tuning(
             model_config(source),
             source.image,
             options,
             train=train,
             test=test,
-            images=_images(train),
+            images=images,
             before=source.config,
         )
+        every = log_every(images // config.global_batch_size)
+        config = replace(config, log_every_steps=every)
         config = prepare(source, config, out)
         code = train_run(config, out, hints=False)
         if code != EXIT_FINISHED or rank > 0:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json as json_module
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
-from fastmoco.cli.data import progress_bar
+from fastmoco.cli.embed import progress_on
 from fastmoco.cli.images import knn_sets, of_options
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say, show
 
@@ -29,6 +30,7 @@ def eval_linear(
     fast: bool = False,
     which: Which = "base",
     best: bool = False,
+    heads: int | None = None,
     lr: tuple[float, ...] = (),
     weight_decay: tuple[float, ...] = (),
     epochs: int = 90,
@@ -54,6 +56,7 @@ def eval_linear(
             once. Reports that of the official rate, and the best on held-out training images.
         which: The trained encoder, or its moving average.
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
+        heads: Attention heads, for a file of a ViT that does not show them.
         lr: Learning rate for a batch of 256 images (default: 3 for a ViT, 0.1 for a ResNet); with
             --fast several, which are all tried (default: 0.01 to 10).
         weight_decay: Weight decay (default: 0); with --fast several (default: 0 to 1e-4).
@@ -81,6 +84,7 @@ def eval_linear(
                 test,
                 which,
                 best,
+                heads=heads,
                 lrs=lr,
                 weight_decays=weight_decay,
                 epochs=epochs,
@@ -106,7 +110,7 @@ def eval_linear(
                 crop_min=crop_min,
                 seed=seed,
             )
-            code, found = _official(run, train, test, which, best, out, options)
+            code, found = _official(run, train, test, which, best, heads, out, options)
             if code != EXIT_FINISHED:
                 return code
         if found is not None:
@@ -133,8 +137,8 @@ def _require_official(
         raise ValueError(f"precision={precision!r}: needs --fast; the official protocol has fp32")
     if out is None:
         raise ValueError(
-            "out=None: the official protocol is a run of its own; give a folder with --out, which "
-            "the same command continues, or give --fast"
+            "--out is missing: the official protocol is a run of its own in this folder, which the "
+            "same command continues; or give --fast"
         )
 
 
@@ -145,6 +149,7 @@ def _fast(
     which: Which,
     best: bool,
     *,
+    heads: int | None,
     lrs: tuple[float, ...],
     weight_decays: tuple[float, ...],
     copies: int | None,
@@ -169,13 +174,13 @@ def _fast(
     )
     world = start_world("auto", timeout_s=WAIT_S)
     with first_cause(world):
-        source = load_source(run, world.device, which=which, best=best)
+        source = load_source(run, world.device, which=which, best=best, heads=heads)
         if world.rank == 0:
             for note in source.notes:
                 say(note)
         bank, queries = _sets(train, test, source, world)
         found = linear_fast.fast_linear(
-            source, bank, queries, world, options, progress=_progress(world), tell=say
+            source, bank, queries, world, options, progress=partial(progress_on, world), tell=say
         )
     stop_world()
     return found if world.rank == 0 else None
@@ -187,6 +192,7 @@ def _official(
     test: str,
     which: Which,
     best: bool,
+    heads: int | None,
     out: Path,
     options: OfficialOptions,
 ) -> tuple[int, dict[str, Any] | None]:
@@ -200,18 +206,18 @@ def _official(
         from fastmoco.cli.train import train as train_run
         from fastmoco.recipes.supervised import linear_probe
         from fastmoco.training.encoder_source import load_source
+        from fastmoco.training.images import max_side_for
         from fastmoco.training.linear_official import official_config, official_result
 
     # The run has its own process group. Before it, every process reads the encoder and packs
     # folders of images, in turn.
     rank = read_launcher(os.environ).rank
-    source = load_source(run, "cpu", which=which, best=best)
+    source = load_source(run, "cpu", which=which, best=best, heads=heads)
     if rank == 0:
         for note in source.notes:
             say(note)
-    bank, queries = knn_sets(
-        train, test, max_side=_max_side(source), needed_by="a linear classifier"
-    )
+    side = max_side_for(source.image.size, source.config)
+    bank, queries = knn_sets(train, test, max_side=side, needed_by="a linear classifier")
     config = official_config(
         source,
         bank,
@@ -227,33 +233,20 @@ def _official(
     return code, official_result(source, out)
 
 
-def _max_side(source: EncoderSource) -> int:
-    """Pixels to which images of a folder are shrunk."""
-    from fastmoco.training.images import max_side_of_run
-    from fastmoco_pipelines.making.folder_cache import max_side_of
-
-    config = source.config
-    return max_side_of(source.image.size) if config is None else max_side_of_run(config)
-
-
 def _sets(train: str, test: str, source: EncoderSource, world: World) -> list[str]:
     """The shards of both sets; rank 0 packs folders of images."""
     from fastmoco.distributed.first_rank import first_rank_does
+    from fastmoco.training.images import max_side_for
+
+    side = max_side_for(source.image.size, source.config)
 
     def pack() -> str:
         return json_module.dumps(
-            knn_sets(train, test, max_side=_max_side(source), needed_by="a linear classifier")
+            knn_sets(train, test, max_side=side, needed_by="a linear classifier")
         )
 
     found: list[str] = json_module.loads(first_rank_does(world, "packed", pack))
     return found
-
-
-def _progress(world: World) -> Any:
-    """A bar or lines with the time left, of rank 0 alone."""
-    from contextlib import nullcontext
-
-    return progress_bar if world.rank == 0 else lambda _: nullcontext(lambda done, total: None)
 
 
 def _report(found: dict[str, Any], out: Path | None, as_json: bool) -> None:
@@ -277,7 +270,7 @@ def _report(found: dict[str, Any], out: Path | None, as_json: bool) -> None:
             f"{len(found['sweep'])} on {chosen} held-out training images",
         )
     else:
-        _show(best, f"epoch {best['epoch']}, the best of all on the test images")
+        _show(best, f"epoch {best['epoch']:g}, the best of all on the test images")
     show(
         f"{found['images']} test images, {found['classes']} classes, {found['protocol']} protocol, "
         f"step {found['step']} of {found['source']}"

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from fastmoco.config import Config, ModelConfig
 from fastmoco.errors import RunError
 from fastmoco.models.encoder_file import CUSTOM, EncoderDescription, describe_run
+from fastmoco.run.folder import RunFolder
 from fastmoco.training.encoder_source import EncoderSource
 from fastmoco_pipelines.files import write_file
 
@@ -59,21 +60,33 @@ def model_config(source: EncoderSource, **changes: Any) -> ModelConfig:
     return replace(base, **(known | changes))
 
 
+def log_every(steps_per_epoch: int) -> int:
+    """Steps between two log lines, so that the last step of each epoch has one.
+
+    Accuracy is measured at steps that are logged. It is the largest divisor of an epoch between 5
+    and 100, otherwise the epoch.
+    """
+    return next((n for n in range(100, 4, -1) if steps_per_epoch % n == 0), max(1, steps_per_epoch))
+
+
 def prepare(source: EncoderSource, config: Config, out: Path) -> Config:
     """Write the encoder into the folder of a run, and return the config that starts from it.
 
     Each process writes the same. A run that continues must have the same source.
 
     Raises:
-        RunError: if the run in the folder began with another encoder.
+        RunError: if the run in the folder began with another encoder, or is no such run.
         OSError: if the folder cannot be written.
     """
     facts = json.loads(json.dumps(source.facts))
+    if RunFolder(out).read_config() and not (out / FACTS).exists():
+        raise RunError(f"{out} is the folder of another run; choose another --out")
     if (out / FACTS).exists():
         before = json.loads((out / FACTS).read_text())
-        if before != facts:
-            differ = [name for name in facts if facts[name] != before.get(name)]
-            changes = ", ".join(f"{n} {before.get(n)!r} -> {facts[n]!r}" for n in differ)
+        names = sorted((facts.keys() | before.keys()) - {"source"})  # whose name may change
+        differ = [name for name in names if facts.get(name) != before.get(name)]
+        if differ:
+            changes = ", ".join(f"{n} {before.get(n)!r} -> {facts.get(n)!r}" for n in differ)
             raise RunError(
                 f"{out}: the run there began with another encoder ({changes}); name its checkpoint "
                 "in place of the run, or choose another --out"
