@@ -7,14 +7,17 @@ RUN := $(VENV)/bin
 DALI := $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo dali-cu12 || echo dali-cu13)
 READY := $(VENV)/.ready-$(DALI)
 
-.PHONY: quickstart test faults check kernels gpu rehearsal format bench clean
+.PHONY: quickstart test long faults check kernels gpu rehearsal format bench clean
 
 quickstart: $(READY)  ## train a tiny encoder on handwritten digits, a few minutes
 	$(RUN)/fastmoco quickstart --out quickstart
 
 # One thread a worker: threads that wait for each other by spinning are slow beside any other job.
-test: $(READY)  ## every test that this machine can run, but for the long ones of faults
+test: $(READY)  ## every test that this machine can run, but for the long ones
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m "not long"
+
+long: $(READY)  ## the tests that make test leaves out
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m long
 
 faults: $(READY)  ## the whole fault table: kills, full disks, lost and hung ranks, resumes at every step and on other numbers of ranks
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m faults

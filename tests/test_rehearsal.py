@@ -24,6 +24,7 @@ sys.exit(pytest.main(["tests", "--collect-only", "-p", "no:cacheprovider", *sys.
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_test_is_collected_without_the_modules_that_a_gpu_machine_lacks() -> None:
     """And the GPU tests among them are in files that ``-m gpu`` alone would read."""
     command = [sys.executable, "-c", COLLECT, "-m", "gpu and not long"]

@@ -336,6 +336,7 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_dry_run_goes_through_every_stage(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path)]
     done = subprocess.run(
