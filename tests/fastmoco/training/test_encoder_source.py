@@ -60,3 +60,13 @@ def test_a_run_does_not_go_on_from_a_file_that_has_changed(tmp_path: Path, own: 
     save_file(encoder.state_dict(), path, metadata=header)
     with pytest.raises(RunError, match=r"began with another encoder \(sha256 "):
         prepare(load_source(path, heads=4), config, tmp_path / "run")
+
+
+def test_the_folder_of_another_run_stays_as_it_is(tmp_path: Path) -> None:
+    source = load_source(weights(tmp_path / "encoder.safetensors", own=True))
+    config = replace(quickstart_digits(), model=model_config(source))
+    before = (tmp_path / "encoder.safetensors").read_bytes()
+    with pytest.raises(RunError, match=r"contains encoder.safetensors of another run; choose"):
+        prepare(source, config, tmp_path)
+    assert (tmp_path / "encoder.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder.safetensors"]
