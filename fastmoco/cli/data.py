@@ -257,7 +257,7 @@ def sample(name: Positional[Literal["digits"]], out: Positional[Path], *, seed: 
     scikit-learn.
 
     Args:
-        name: Name of the set.
+        name: Name of the set: digits.
         out: Folder for the shards train-*.tar and test-*.tar.
         seed: Seed of the split and of the shuffle.
     """

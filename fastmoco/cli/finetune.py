@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -83,7 +83,7 @@ def eval_finetune(
             from fastmoco.training.encoder_source import load_source
             from fastmoco.training.finetune import finetune_result
             from fastmoco.training.images import max_side_for
-            from fastmoco.training.source_model import model_config, prepare
+            from fastmoco.training.source_model import log_every, model_config, prepare
 
         # The run has its own process group. Before it, every process reads the encoder and packs
         # folders of images, in turn.
@@ -94,15 +94,18 @@ def eval_finetune(
                 say(note)
         side = max_side_for(source.image.size, source.config)
         train, test = knn_sets(train, test, max_side=side, needed_by="fine-tuning")
+        images = _images(train)
         config = fine_tuning(
             model_config(source),
             source.image,
             options,
             train=train,
             test=test,
-            images=_images(train),
+            images=images,
             before=source.config,
         )
+        every = log_every(images // config.global_batch_size)
+        config = replace(config, log_every_steps=every)
         config = prepare(source, config, out)
         with training_beside_result():
             code = train_run(config, out, hints=False)

@@ -85,7 +85,7 @@ def eval_linear(
                 test,
                 which,
                 best,
-                heads,
+                heads=heads,
                 lrs=lr,
                 weight_decays=weight_decay,
                 epochs=epochs,
@@ -138,8 +138,8 @@ def _require_official(
         raise ValueError(f"precision={precision!r}: needs --fast; the official protocol has fp32")
     if out is None:
         raise ValueError(
-            "out=None: the official protocol is a run of its own; give a folder with --out, which "
-            "the same command continues, or give --fast"
+            "--out is missing: the official protocol is a run of its own in this folder, which the "
+            "same command continues; or give --fast"
         )
 
 
@@ -149,8 +149,8 @@ def _fast(
     test: str,
     which: Which,
     best: bool,
-    heads: int | None,
     *,
+    heads: int | None,
     lrs: tuple[float, ...],
     weight_decays: tuple[float, ...],
     copies: int | None,

@@ -265,7 +265,8 @@ def fine_tuning(
         epochs=options.epochs,
         global_batch_size=options.batch or fine_tuning_batch(images),
         seed=options.seed,
-        model=replace(model, drop_path=drop_path),
+        # Fused blocks have no stochastic depth.
+        model=replace(model, drop_path=drop_path, blocks="modules" if drop_path else model.blocks),
         objective=SupervisedConfig(
             label_smoothing=options.label_smoothing,
             mixup=options.mixup,
@@ -281,8 +282,8 @@ def fine_tuning(
 
 
 def linear_probe() -> Config:
-    """A linear classifier on a frozen ViT by the official protocol of MoCo v3; `fastmoco eval linear`
-    gives it an encoder, sets and the rate of a ResNet."""
+    """A linear classifier on a frozen ViT by the official protocol of MoCo v3; `fastmoco eval
+    linear` gives it an encoder, sets and the rate of a ResNet."""
     return Config(
         recipe="linear_probe",
         epochs=90,

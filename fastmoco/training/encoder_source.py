@@ -88,7 +88,8 @@ def load_source(
             )
         return _of_file(Path(source), device, which, heads)
     objective, config, checkpoint = load_run(source, device, best=best)
-    _require_heads(source, describe_run(config).heads, heads)
+    description = describe_run(config)
+    _require_heads(source, description.heads, heads)
     name = "encoder" if which == "base" else "momentum_encoder"
     if name not in objective.networks():
         raise CheckpointError(
@@ -109,7 +110,7 @@ def load_source(
         config=config,
         step=checkpoint.step,
         facts=facts,
-        description=describe_run(config),
+        description=description,
         header={
             **encoder_header(checkpoint),
             "step": str(checkpoint.step),

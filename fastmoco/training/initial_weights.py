@@ -68,8 +68,9 @@ class InitialWeights:
     def lines(self) -> list[str]:
         """For the log."""
         names = " and ".join(name.replace("_", " ") for name in self.filled)
+        verb = "start" if len(self.filled) > 1 else "starts"
         first = (
-            f"{names} start from {self.weights.source} ({self.weights.format}, SHA-256 "
+            f"{names} {verb} from {self.weights.source} ({self.weights.format}, SHA-256 "
             f"{self.sha256[:16]}):"
         )
         return [first, *self.fit.lines(), *self.weights.notes, *self.fit.notes]

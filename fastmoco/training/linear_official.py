@@ -26,7 +26,7 @@ from fastmoco.training.linear_fast import (
     probe_sets,
     probe_view,
 )
-from fastmoco.training.source_model import model_config, prepare
+from fastmoco.training.source_model import log_every, model_config, prepare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +96,12 @@ def official_config(
         for note in sets.notes:
             tell(f"warning: {note}")
     lr = official_lr(source.encoder) if options.lr is None else options.lr
+    batch = options.batch_size or probe_batch(images)
     config = replace(
         recipe,
         epochs=options.epochs,
-        global_batch_size=options.batch_size or probe_batch(images),
+        global_batch_size=batch,
+        log_every_steps=log_every(images // batch),
         seed=options.seed,
         model=model_config(source),
         optim=replace(recipe.optim, lr=lr, weight_decay=options.weight_decay),

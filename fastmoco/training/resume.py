@@ -21,8 +21,8 @@ from fastmoco_pipelines.spec import Resume
 
 MACHINE_FIELDS = ("world_size", "device", "threads", "optimizer", "chunk", "versions")
 """Fields of `resolved` that describe the machine. A run that continues reports their changes."""
-
-
+WITHOUT_ALLOW = ("linear_probe", "finetune")
+"""Recipes of commands that have no options `--allow` and `--precision`."""
 SCHEDULE_FIELDS = (
     "epochs",
     "optim.lr",
@@ -200,9 +200,8 @@ def require_same_config(
     changed = [line for line in every if line.partition(":")[0] not in named]
     before = checkpoint.state["resolved"]["precision"]
     if before != precision:
-        changed.append(
-            f"precision on this machine: {before!r} -> {precision!r} (give --precision {before})"
-        )
+        cure = f" (give --precision {before})" if config.recipe not in WITHOUT_ALLOW else ""
+        changed.append(f"precision on this machine: {before!r} -> {precision!r}{cure}")
     if changed:
         could = [
             name
@@ -210,7 +209,9 @@ def require_same_config(
             if may_change(config, name := line.partition(":")[0], Resume.WITH_ALLOW)
         ]
         hint = (
-            f", give --allow {' '.join(could)} if you mean it" if len(could) == len(changed) else ""
+            f", give --allow {' '.join(could)} if you mean it"
+            if len(could) == len(changed) and config.recipe not in WITHOUT_ALLOW
+            else ""
         )
         raise RunError(
             f"{folder.path} holds a run with another config; changed: {'; '.join(changed)}. "

@@ -61,6 +61,15 @@ def model_config(source: EncoderSource, **changes: Any) -> ModelConfig:
     return replace(base, **(known | changes))
 
 
+def log_every(steps_per_epoch: int) -> int:
+    """Steps between two log lines, so that the last step of each epoch has one.
+
+    Accuracy is measured at steps that are logged. It is the largest divisor of an epoch between 5
+    and 100, otherwise the epoch.
+    """
+    return next((n for n in range(100, 4, -1) if steps_per_epoch % n == 0), max(1, steps_per_epoch))
+
+
 def prepare(source: EncoderSource, config: Config, out: Path) -> Config:
     """Write the encoder into the folder of a run, and return the config that starts from it.
 
@@ -86,7 +95,8 @@ def prepare(source: EncoderSource, config: Config, out: Path) -> Config:
         others = [name for name in (ENCODER, *RUN_ENTRIES) if (out / name).exists()]
         if others:
             raise RunError(
-                f"{out}: contains {' and '.join(others)} of another run; choose another --out"
+                f"{out} is the folder of another run: it has {' and '.join(others)}; choose another "
+                "--out"
             )
     out.mkdir(parents=True, exist_ok=True)
     trunk = {

@@ -348,9 +348,9 @@ def require_heads(weights: EncoderWeights) -> int:
             known = ", which are 12 for MoCo v3 and 6 for timm, DeiT and Hugging Face"
         raise CheckpointError(
             f"{weights.source} ({weights.format}) does not show its number of attention heads"
-            f"{known}; another number gives other features without an error. Write it into a file "
-            "once: `fastmoco export FILE --to safetensors --heads N --out encoder.safetensors`, "
-            "and use that"
+            f"{known}; another number gives other features without an error. Give it (--heads N), "
+            "or write it into a file once: `fastmoco export FILE --to safetensors --heads N --out "
+            "encoder.safetensors`, and use that"
         )
     return weights.heads
 

@@ -85,7 +85,8 @@ def features_of_export(
     if to == "onnx":
         return _by_onnxruntime(path, images)
     if to == "torch-export":
-        program = torch.export.load(path)
+        with path.open("rb") as file:  # torch warns about a path that does not end in .pt2
+            program = torch.export.load(file)
         return _in_parts(program.module(), images), f"torch.export of torch {torch.__version__}"
     loaded = load_foreign(path, which if to == "moco-v3" else None, heads=heads)
     return _in_parts(loaded.encoder, images), f"fastmoco, as {loaded.weights.format}"

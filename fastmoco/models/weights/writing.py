@@ -199,7 +199,8 @@ def write_encoder(
         _write_hf(path, state, encoder, description)
     elif to == "torch-export":
         program = traced(encoder, description)
-        torch.export.save(program, path, extra_files={"fastmoco.json": json.dumps(notes)})
+        with path.open("wb") as file:  # torch warns about a path that does not end in .pt2
+            torch.export.save(program, file, extra_files={"fastmoco.json": json.dumps(notes)})
     elif to == "onnx":
         _write_onnx(path, encoder, description, notes)
     else:
@@ -262,9 +263,9 @@ def official_checkpoint(
     odd += [name for name in networks if not name.startswith(tuple(OFFICIAL_NETWORKS))]
     if odd:
         raise CheckpointError(
-            f"the official format is that of MoCo v3 with base encoder, momentum encoder and "
-            f"predictor; {some(odd)}: only there or only here. Export the encoder alone: --to timm, "
-            "torchvision or hf"
+            "the official format has base encoder, momentum encoder and predictor of MoCo v3, and "
+            f"this run has others: {some(odd)} in one of the two. Export the encoder alone: --to "
+            "timm, torchvision or hf"
         )
     names = {}
     for ours, theirs in OFFICIAL_NETWORKS.items():

@@ -1,7 +1,5 @@
 """BYOL against golden numbers: loss, schedules, three steps on a conv trunk and on a ViT, and on
 two ranks.
-
-As `python -m tests.fastmoco.objectives.test_byol OUT` it is one of the two ranks.
 """
 
 from __future__ import annotations
@@ -31,8 +29,6 @@ from fastmoco.recipes.byol import BYOLConfig, byol_digits, byol_vit_s16_e300_b40
 from fastmoco.training.load_run import load_run
 from fastmoco_pipelines.spec import Resume
 from tests.command_line import main
-from tests.distributed.cases import run_cases
-from tests.distributed.test_ranks import launch
 from tests.golden_objective import ConvTrunk
 
 FILE = Path(__file__).parents[2] / "golden" / "byol.npz"
@@ -236,18 +232,6 @@ def test_a_late_or_an_early_average_is_far_from_golden(data: dict[str, np.ndarra
     assert error(torch.stack(found["losses"]), data["tr/loss"]) > 1e-5
 
 
-def test_three_steps_on_two_ranks_are_those_of_one(
-    data: dict[str, np.ndarray], tmp_path: Path
-) -> None:
-    ranks = launch(2, tmp_path, module="tests.fastmoco.objectives.test_byol")
-    for prefix in CASES:
-        cases = [rank[prefix] for rank in ranks]
-        merged = cases[0] | {
-            "losses": [sum(pair) / 2 for pair in zip(*(c["losses"] for c in cases), strict=True)]
-        }
-        check_trace(merged, data, prefix)
-
-
 def test_recipes_carry_the_numbers_and_travel_through_json() -> None:
     resnet = get_recipe("byol_r50_e1000_b4096")
     assert isinstance(resnet.objective, BYOLConfig)
@@ -322,10 +306,4 @@ def test_the_command_line_trains_evaluates_and_narrows_to_the_numbers_of_byol(
             ]
         )
         == 2
-    )
-
-
-if __name__ == "__main__":
-    run_cases(
-        {prefix: lambda world, prefix=prefix: run(read(), prefix, world)[1] for prefix in CASES}
     )

@@ -1,7 +1,5 @@
 """SimCLR against golden numbers: loss on one and several ranks, three steps on a conv trunk and on
 a ViT, and on two ranks.
-
-As `python -m tests.fastmoco.objectives.test_simclr OUT` it is one of the two ranks.
 """
 
 from __future__ import annotations
@@ -33,8 +31,6 @@ from fastmoco.recipes.simclr import SimCLRConfig, simclr_view
 from fastmoco.training.load_run import load_run
 from fastmoco_pipelines.spec import Resume
 from tests.command_line import main
-from tests.distributed.cases import run_cases
-from tests.distributed.test_ranks import launch
 from tests.distributed.thread_ranks import ThreadRanks
 from tests.fastmoco.objectives.test_byol import ConvTrunk, error
 
@@ -282,15 +278,6 @@ def test_statistics_of_each_view_alone_are_far_from_golden(data: Data) -> None:
     assert error(torch.stack(found["losses"]), data["tr/loss"]) > 0.1
 
 
-def test_three_steps_on_two_ranks_are_those_of_one(data: Data, tmp_path: Path) -> None:
-    ranks = launch(2, tmp_path, module="tests.fastmoco.objectives.test_simclr")
-    for prefix in CASES:
-        cases = [rank[prefix] for rank in ranks]
-        projections = torch.cat([case["projections"] for case in cases], dim=1)
-        losses = [sum(pair) / 2 for pair in zip(*(c["losses"] for c in cases), strict=True)]
-        check_trace({**cases[0], "losses": losses, "projections": projections}, data, prefix)
-
-
 @pytest.mark.parametrize("joint", [True, False])
 def test_a_trunk_with_batch_norms_equals_its_reference(joint: bool) -> None:
     """Whether its norms see both views as one batch or each alone; accuracy included."""
@@ -382,7 +369,3 @@ def test_the_command_line_trains_and_evaluates(
     capsys.readouterr()
     assert main(["eval", "knn", out, "--train", digits[0], "--test", digits[1]]) == 0
     assert 0 < json.loads(capsys.readouterr().out.splitlines()[-1])["knn"] <= 1
-
-
-if __name__ == "__main__":
-    run_cases({prefix: lambda world, prefix=prefix: run(read(), prefix, world) for prefix in CASES})

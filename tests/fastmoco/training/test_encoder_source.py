@@ -66,7 +66,7 @@ def test_the_folder_of_another_run_stays_as_it_is(tmp_path: Path) -> None:
     source = load_source(weights(tmp_path / "encoder.safetensors", own=True))
     config = replace(quickstart_digits(), model=model_config(source))
     before = (tmp_path / "encoder.safetensors").read_bytes()
-    with pytest.raises(RunError, match=r"contains encoder.safetensors of another run; choose"):
+    with pytest.raises(RunError, match=r"of another run: it has encoder.safetensors; choose"):
         prepare(source, config, tmp_path)
     assert (tmp_path / "encoder.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.safetensors"]

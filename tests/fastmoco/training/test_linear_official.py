@@ -25,6 +25,7 @@ from fastmoco.training import setup
 from fastmoco.training.encoder_source import load_source
 from fastmoco.training.linear_fast import probe_view
 from fastmoco.training.linear_official import OfficialOptions, official_config, require_unchanged
+from fastmoco.training.source_model import log_every
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import EvalLoaderSpec, build_eval_loader
 from fastmoco_pipelines.spec import EvalSpec
@@ -121,14 +122,33 @@ def test_it_is_the_result_of_plain_steps(run, digits, tmp_path, capsys) -> None:
     assert main(words(run, digits, *[w for w in asked if w not in ("--which", "momentum")])) == 2
     assert "choose another --out" in capsys.readouterr().err
 
+    # Other options are refused without advice that the command does not take, and the folder of
+    # another run keeps its files.
+    assert main(words(run, digits, *["3" if w == "2" else w for w in asked])) == 2
+    told = capsys.readouterr().err
+    assert "changed: epochs: 2 -> 3. Repeat the original command" in told
+    assert "--allow" not in told
+    assert main(words(run, digits, "--epochs", "2", "--out", str(run))) == 2
+    assert "is the folder of another run; choose another --out" in capsys.readouterr().err
+    assert not (run / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "every"), [(5, 5), (22, 22), (97, 97), (101, 101), (150, 75), (1251, 9), (312, 78)]
+)
+def test_each_epoch_ends_with_a_logged_step(steps: int, every: int) -> None:
+    assert log_every(steps) == every
+    assert steps % every == 0
+
 
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        ([], "give a folder with --out"),
+        ([], "--out is missing: the official protocol is a run of its own"),
         (["--out", "o", "--lr", "1", "2"], "several need --fast"),
         (["--out", "o", "--copies", "3"], "--copies 3: needs --fast"),
         (["--out", "o", "--precision", "bf16"], "needs --fast"),
+        (["--fast", "--heads", "3"], "has 4 attention heads; leave out --heads 3"),
         (["--out", "o", "--epochs", "0"], "--epochs 0: must be at least 1"),
         (["--fast", "--epochs", "0"], "--epochs 0: must be at least 1"),
     ],
