@@ -43,7 +43,7 @@ def test_features_by_another_number_of_heads_have_another_key(tmp_path: Path) ->
 def test_heads_that_the_source_contradicts_are_refused(tmp_path: Path) -> None:
     path = weights(tmp_path / "w.safetensors", own=True)
     assert load_source(path, heads=4).facts["sha256"] == load_source(path).facts["sha256"]
-    with pytest.raises(CheckpointError, match="has 4 attention heads, and heads=2 was given"):
+    with pytest.raises(CheckpointError, match="has 4 attention heads; leave out --heads 2"):
         load_source(path, heads=2)
 
 

@@ -129,7 +129,8 @@ def test_it_is_the_result_of_plain_steps(run, digits, tmp_path, capsys) -> None:
     assert "changed: epochs: 2 -> 3. Repeat the original command" in told
     assert "--allow" not in told
     assert main(words(run, digits, "--epochs", "2", "--out", str(run))) == 2
-    assert "is the folder of another run; choose another --out" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "is the folder of another run: it has config.json and checkpoints; choose" in told
     assert not (run / "encoder.safetensors").exists()
 
 
