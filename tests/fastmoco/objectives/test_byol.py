@@ -1,5 +1,6 @@
-"""BYOL against golden numbers: loss, schedules, three steps on a conv trunk and on a ViT, and on
-two ranks.
+"""BYOL against golden numbers: loss, schedules, three steps on a conv trunk and on a ViT.
+
+Two ranks: tests/distributed/test_siblings_ranks.py.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def read() -> dict[str, np.ndarray]:
 
 
 def our_name(golden_name: str) -> str:
-    """The file calls the momentum encoder twin, and a projector stands beside its trunk where ours
+    """The file calls the momentum encoder twin, and a projector is beside its trunk where ours
     is its head."""
     side, rest = (
         ("momentum_encoder.", golden_name[5:])

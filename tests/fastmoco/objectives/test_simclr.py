@@ -1,5 +1,5 @@
 """SimCLR against golden numbers: loss on one and several ranks, three steps on a conv trunk and on
-a ViT, and on two ranks.
+a ViT. Two real ranks: tests/distributed/test_siblings_ranks.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """SwAV against golden numbers: assignment on one and several ranks, traces on a ViT and on a conv
-trunk with small crops and a queue, on one rank and on two.
+trunk with small crops and a queue. Two real ranks: tests/distributed/test_siblings_ranks.py.
 """
 
 from __future__ import annotations
