@@ -12,6 +12,7 @@ from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.images import knn_sets, of_options
+from fastmoco.cli.output import training_beside_result
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say
 from fastmoco.launched import read_launcher
 from fastmoco.recipes.supervised import FineTuning, fine_tuning
@@ -106,7 +107,8 @@ def eval_finetune(
         every = log_every(images // config.global_batch_size)
         config = replace(config, log_every_steps=every)
         config = prepare(source, config, out)
-        code = train_run(config, out, hints=False)
+        with training_beside_result():
+            code = train_run(config, out, hints=False)
         if code != EXIT_FINISHED or rank > 0:
             return code
         line = json.dumps(finetune_result(out))

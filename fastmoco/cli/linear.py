@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.embed import progress_on
 from fastmoco.cli.images import knn_sets, of_options
+from fastmoco.cli.output import training_beside_result
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say, show
 
 Which = Literal["base", "momentum"]
@@ -227,7 +228,8 @@ def _official(
         recipe=linear_probe(),
         tell=say if rank == 0 else lambda text: None,
     )
-    code = train_run(config, out, hints=False)
+    with training_beside_result():
+        code = train_run(config, out, hints=False)
     if code != EXIT_FINISHED or rank > 0:
         return code, None
     return code, official_result(source, out)

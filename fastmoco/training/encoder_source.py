@@ -181,7 +181,7 @@ def _require_heads(source: Path, own: int | None, given: int | None) -> None:
     """Refuse a number of heads that the source contradicts."""
     if given is not None and given != own:
         has = "no attention heads" if own is None else f"{own} attention heads"
-        raise CheckpointError(f"{source} has {has}, and heads={given} was given: leave out --heads")
+        raise CheckpointError(f"{source} has {has}; leave out --heads {given}")
 
 
 def _is_ours(source: Path) -> bool:

@@ -13,14 +13,15 @@ from safetensors.torch import save
 from fastmoco.config import Config, ModelConfig
 from fastmoco.errors import RunError
 from fastmoco.models.encoder_file import CUSTOM, EncoderDescription, describe_run
-from fastmoco.run.folder import RunFolder
 from fastmoco.training.encoder_source import EncoderSource
 from fastmoco_pipelines.files import write_file
 
 ENCODER = "encoder.safetensors"
 """File of the encoder in the folder of the run."""
 FACTS = "source.json"
-"""File of the facts of its source there."""
+"""File of the facts of its source there, the first that is written."""
+RUN_ENTRIES = ("config.json", "checkpoints")
+"""What the folder of any run contains."""
 
 
 def model_config(source: EncoderSource, **changes: Any) -> ModelConfig:
@@ -75,12 +76,10 @@ def prepare(source: EncoderSource, config: Config, out: Path) -> Config:
     Each process writes the same. A run that continues must have the same source.
 
     Raises:
-        RunError: if the run in the folder began with another encoder, or is no such run.
+        RunError: if the run in the folder began with another encoder, or is another run.
         OSError: if the folder cannot be written.
     """
     facts = json.loads(json.dumps(source.facts))
-    if RunFolder(out).read_config() and not (out / FACTS).exists():
-        raise RunError(f"{out} is the folder of another run; choose another --out")
     if (out / FACTS).exists():
         before = json.loads((out / FACTS).read_text())
         names = sorted((facts.keys() | before.keys()) - {"source"})  # whose name may change
@@ -91,12 +90,20 @@ def prepare(source: EncoderSource, config: Config, out: Path) -> Config:
                 f"{out}: the run there began with another encoder ({changes}); name its checkpoint "
                 "in place of the run, or choose another --out"
             )
+    else:
+        # `consolidate` suggests a file of this name in the folder of a run.
+        others = [name for name in (ENCODER, *RUN_ENTRIES) if (out / name).exists()]
+        if others:
+            raise RunError(
+                f"{out} is the folder of another run: it has {' and '.join(others)}; choose another "
+                "--out"
+            )
     out.mkdir(parents=True, exist_ok=True)
     trunk = {
         name: value.cpu().contiguous()
         for name, value in source.encoder.state_dict().items()
         if not name.startswith("head.")
     }
-    write_file(out / ENCODER, save(trunk, describe_run(config).to_metadata()), mode=0o600)
     write_file(out / FACTS, json.dumps(facts).encode() + b"\n", mode=0o600)
+    write_file(out / ENCODER, save(trunk, describe_run(config).to_metadata()), mode=0o600)
     return replace(config, model=replace(config.model, init=str(out / ENCODER)))

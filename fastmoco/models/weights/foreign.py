@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.models.encoder import Family
+from fastmoco.models.encoder_file import TORCHVISION
 from fastmoco.models.vit import sincos_positions
 from fastmoco.models.weights.names import (
     NETWORKS,
@@ -421,6 +422,10 @@ OUR_EPS = 1e-6
 def _require_function(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Compare a config of transformers with what our encoders compute; notes about it."""
     kind = config.get("model_type")
+    named = str(config.get("architecture", ""))
+    if named.startswith("resnet") and named.partition(".")[0] not in TORCHVISION:
+        # Such as resnetblur50, whose blur has no tensors.
+        raise ValueError(f"architecture={named!r}, and fastmoco has {', '.join(TORCHVISION)}")
     if kind is None:
         return ()
     if kind not in FUNCTION:

@@ -62,7 +62,7 @@ def test_a_run_is_fine_tuned_and_continued(
     assert not (out / "finetune.json").exists()
     capsys.readouterr()
     assert main(command) == EXIT_FINISHED
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = json.loads(capsys.readouterr().out)
     assert found == json.loads((out / "finetune.json").read_text())
     assert [step for step, _ in RunFolder(out).read_metric("loss")][-1] == 10
 

@@ -43,7 +43,7 @@ def test_features_by_another_number_of_heads_have_another_key(tmp_path: Path) ->
 def test_heads_that_the_source_contradicts_are_refused(tmp_path: Path) -> None:
     path = weights(tmp_path / "w.safetensors", own=True)
     assert load_source(path, heads=4).facts["sha256"] == load_source(path).facts["sha256"]
-    with pytest.raises(CheckpointError, match="has 4 attention heads, and heads=2 was given"):
+    with pytest.raises(CheckpointError, match="has 4 attention heads; leave out --heads 2"):
         load_source(path, heads=2)
 
 
@@ -60,3 +60,13 @@ def test_a_run_does_not_go_on_from_a_file_that_has_changed(tmp_path: Path, own: 
     save_file(encoder.state_dict(), path, metadata=header)
     with pytest.raises(RunError, match=r"began with another encoder \(sha256 "):
         prepare(load_source(path, heads=4), config, tmp_path / "run")
+
+
+def test_the_folder_of_another_run_stays_as_it_is(tmp_path: Path) -> None:
+    source = load_source(weights(tmp_path / "encoder.safetensors", own=True))
+    config = replace(quickstart_digits(), model=model_config(source))
+    before = (tmp_path / "encoder.safetensors").read_bytes()
+    with pytest.raises(RunError, match=r"of another run: it has encoder.safetensors; choose"):
+        prepare(source, config, tmp_path)
+    assert (tmp_path / "encoder.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder.safetensors"]

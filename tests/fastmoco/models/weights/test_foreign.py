@@ -21,7 +21,12 @@ from fastmoco.models.weights.building import describe, load_foreign
 from fastmoco.models.weights.foreign import find_encoder
 from fastmoco.models.weights.names import HF_VIT, to_theirs
 from fastmoco.models.weights.reading import RawWeights
-from tests.official_checkpoints import official_checkpoint, official_vit, sincos_table
+from tests.official_checkpoints import (
+    official_checkpoint,
+    official_resnet18,
+    official_vit,
+    sincos_table,
+)
 
 
 def save(path: Path, content: object) -> Path:
@@ -123,6 +128,14 @@ def test_a_config_of_timm_states_the_heads_of_its_model() -> None:
     assert (found.heads, found.image.std) == (6, (0.5, 0.5, 0.5))
     config["model_args"] = {"num_heads": 12}
     assert find_encoder(raw(blank_vit(384, 12), config=config)).heads == 12
+
+
+def test_a_resnet_of_timm_with_the_same_tensors_is_another_function() -> None:
+    trunk = official_resnet18()
+    config = {"architecture": "resnet18.a1_in1k"}
+    assert find_encoder(raw(trunk, config=config)).family == "resnet"
+    with pytest.raises(CheckpointError, match="resnetblur18', and fastmoco has resnet18"):
+        find_encoder(raw(trunk, config={"architecture": "resnetblur18"}))
 
 
 def test_a_linear_probe_file_is_named_as_one(tmp_path: Path) -> None:
