@@ -172,8 +172,8 @@ def measure(
             if key:
                 figure = done["result"][key]
             else:
-                folder = RunFolder(runs.out / "runs" / f"supervised-{seed}")
-                figure = folder.read_metric("top1")[-1][1]
+                trained = RunFolder(runs.out / "runs" / f"supervised-{seed}")
+                figure = trained.read_metric("top1")[-1][1]
             rows.append({"what": what, "seed": seed, "top1": figure, "cpu_s": done["cpu_s"]})
     return rows
 
