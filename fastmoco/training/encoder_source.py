@@ -171,10 +171,8 @@ def _of_file(
 
 def _require_heads(source: Path, found: Description | None, heads: int | None) -> None:
     """Refuse a number of heads that contradicts a run, or a file that has it."""
-    if heads is None:
-        return
-    own = getattr(found, "heads", None)
-    if own is not None and own != heads:
+    own = getattr(found, "heads", 0)
+    if heads is not None and found is not None and own != heads:
         raise CheckpointError(f"{source} has {own} attention heads; leave out --heads {heads}")
 
 
