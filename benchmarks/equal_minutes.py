@@ -72,11 +72,12 @@ class Runs:
     Args:
         train: shards of the training set.
         test: shards of the held-out set.
+        labelled: shards whose labels a probe, a fine-tuning and a supervised run may use.
         out: folder of runs and results.
     """
 
-    def __init__(self, train: str, test: str, out: Path) -> None:
-        self.train, self.test, self.out = train, test, out
+    def __init__(self, train: str, test: str, labelled: str, out: Path) -> None:
+        self.train, self.test, self.labelled, self.out = train, test, labelled, out
 
     def once(self, name: str, *words: str) -> dict[str, Any]:
         """The result of a command: its last line of JSON, if it prints one, and its CPU-seconds."""
@@ -91,25 +92,31 @@ class Runs:
         record.write_text(json.dumps(found))
         return found
 
-    def pretrain(self, name: str, recipe: str, epochs: float, *more: str) -> dict[str, Any]:
+    def train_on(
+        self, shards: str, name: str, recipe: str, epochs: float, *more: str
+    ) -> dict[str, Any]:
         """A run of a recipe, whole or continued."""
         return self.once(
             name,
             "train",
             recipe,
-            *("--data.shards", self.train, "--threads", "1", "--data.threads", "1"),
+            *("--data.shards", shards, "--threads", "1", "--data.threads", "1"),
             *("--epochs", f"{epochs:.4g}", "--optim.warmup-epochs", f"{min(1, epochs / 10):.4g}"),
             *("--out", str(self.out / "runs" / name)),
             *more,
         )
 
-    def epochs_for(self, label: str, recipe: str, minutes: float) -> float:
+    def epochs_for(
+        self, shards: str, label: str, recipe: str, minutes: float, probes: Sequence[float] = PROBES
+    ) -> float:
         """Epochs of a recipe that take these CPU-minutes, without starting and evaluation."""
         costs = [
-            self.pretrain(f"{label}-probe{epochs}", recipe, epochs, "--knn.every-epochs", "0")
-            for epochs in PROBES
+            self.train_on(
+                shards, f"{label}-probe{epochs}", recipe, epochs, "--knn.every-epochs", "0"
+            )
+            for epochs in probes
         ]
-        each = (costs[1]["cpu_s"] - costs[0]["cpu_s"]) / (PROBES[1] - PROBES[0])
+        each = (costs[1]["cpu_s"] - costs[0]["cpu_s"]) / (probes[1] - probes[0])
         return float(minutes * 60 / each)
 
     def knn(self, name: str) -> tuple[float, float]:
@@ -120,7 +127,7 @@ class Runs:
     def evaluate(self, protocol: str, run: str, *more: str) -> dict[str, Any]:
         """`fastmoco eval PROTOCOL` of a run."""
         name = f"{run}-{protocol}{''.join(word for word in more if word.startswith('--'))}"
-        sets = ("--train", self.train, "--test", self.test)
+        sets = ("--train", self.labelled, "--test", self.test)
         return self.once(name, "eval", protocol, str(self.out / "runs" / run), *sets, *more)
 
 
@@ -136,11 +143,11 @@ def measure(
     rows: list[dict[str, Any]] = []
     watch = ("--knn.test-shards", runs.test, "--knn.max-train-images", str(BANK))
     for label, recipe in RECIPES.items():
-        fitting = runs.epochs_for(slug(label), recipe, minutes)
+        fitting = runs.epochs_for(runs.train, slug(label), recipe, minutes)
         for seed in seeds:
             name = f"{slug(label)}-{seed}"
             more = ("--seed", str(seed), "--knn.every-epochs", "1000", *watch)
-            done = runs.pretrain(name, recipe, fitting, *more)
+            done = runs.train_on(runs.train, name, recipe, fitting, *more)
             before, after = runs.knn(name)
             rows.append(
                 {
@@ -154,26 +161,26 @@ def measure(
             )
 
     # What the encoder of MoCo v3 is good for, beside the same encoder trained with labels.
-    fitting = runs.epochs_for("supervised", SUPERVISED, minutes)
+    fitting = runs.epochs_for(runs.labelled, "supervised", SUPERVISED, minutes, (1, 4))
     for seed in seeds:
         run = f"{slug('MoCo v3')}-{seed}"
         folder = runs.out / "runs" / f"finetune-{seed}"
         tuned = ("--out", str(folder), "--epochs", f"{epochs:g}", *SMALL_IMAGES)
-        own = ("--seed", str(seed), "--knn.test-shards", runs.test)
+        own = ("--seed", str(seed), "--accuracy.test-shards", runs.test)
         for what, done, key in (
             ("linear probe on features", runs.evaluate("linear", run, "--fast"), "top1"),
             ("fine-tuning", runs.evaluate("finetune", run, *tuned), "top1"),
             (
                 "trained with labels",
-                runs.pretrain(f"supervised-{seed}", SUPERVISED, fitting, *own),
+                runs.train_on(runs.labelled, f"supervised-{seed}", SUPERVISED, fitting, *own),
                 "",
             ),
         ):
             if key:
                 figure = done["result"][key]
             else:
-                trained = RunFolder(runs.out / "runs" / f"supervised-{seed}")
-                figure = trained.read_metric("top1")[-1][1]
+                own_run = RunFolder(runs.out / "runs" / f"supervised-{seed}")
+                figure = own_run.read_metric("top1")[-1][1]
             rows.append({"what": what, "seed": seed, "top1": figure, "cpu_s": done["cpu_s"]})
     return rows
 
@@ -209,12 +216,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("train", help="labelled shards to train on")
     parser.add_argument("test", help="held-out labelled shards")
+    parser.add_argument("--labelled", help="part of the training set whose labels are used")
     parser.add_argument("out", type=Path, help="folder of runs and results")
     parser.add_argument("--minutes", type=float, default=5, help="CPU-minutes of training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=float, default=5, help="of the fine-tuning")
     arguments = parser.parse_args(argv)
-    runs = Runs(arguments.train, arguments.test, arguments.out)
+    labelled = arguments.labelled or arguments.train
+    runs = Runs(arguments.train, arguments.test, labelled, arguments.out)
     rows = measure(runs, arguments.minutes, arguments.seeds, arguments.epochs)
     text = table(rows, arguments.seeds)
     (arguments.out / "table.json").write_text(json.dumps(rows, indent=1))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json as json_module
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
-from fastmoco.cli.data import progress_bar
+from fastmoco.cli.embed import progress_on
 from fastmoco.cli.images import knn_sets, of_options
 from fastmoco.cli.opening import say_first
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say, show
@@ -180,7 +181,7 @@ def _fast(
                 say(note)
         bank, queries = _sets(train, test, source, world)
         found = linear_fast.fast_linear(
-            source, bank, queries, world, options, progress=_progress(world), tell=say
+            source, bank, queries, world, options, progress=partial(progress_on, world), tell=say
         )
     stop_world()
     return found if world.rank == 0 else None
@@ -206,6 +207,7 @@ def _official(
         from fastmoco.cli.train import train as train_run
         from fastmoco.recipes.supervised import linear_probe
         from fastmoco.training.encoder_source import load_source
+        from fastmoco.training.images import max_side_for
         from fastmoco.training.linear_official import official_config, official_result
 
     # The run has its own process group. Before it, every process reads the encoder and packs
@@ -215,9 +217,8 @@ def _official(
     if rank == 0:
         for note in source.notes:
             say(note)
-    bank, queries = knn_sets(
-        train, test, max_side=_max_side(source), needed_by="a linear classifier"
-    )
+    side = max_side_for(source.image.size, source.config)
+    bank, queries = knn_sets(train, test, max_side=side, needed_by="a linear classifier")
     config = official_config(
         source,
         bank,
@@ -233,33 +234,20 @@ def _official(
     return code, official_result(source, out)
 
 
-def _max_side(source: EncoderSource) -> int:
-    """Pixels to which images of a folder are shrunk."""
-    from fastmoco.training.images import max_side_of_run
-    from fastmoco_pipelines.making.folder_cache import max_side_of
-
-    config = source.config
-    return max_side_of(source.image.size) if config is None else max_side_of_run(config)
-
-
 def _sets(train: str, test: str, source: EncoderSource, world: World) -> list[str]:
     """The shards of both sets; rank 0 packs folders of images."""
     from fastmoco.distributed.first_rank import first_rank_does
+    from fastmoco.training.images import max_side_for
+
+    side = max_side_for(source.image.size, source.config)
 
     def pack() -> str:
         return json_module.dumps(
-            knn_sets(train, test, max_side=_max_side(source), needed_by="a linear classifier")
+            knn_sets(train, test, max_side=side, needed_by="a linear classifier")
         )
 
     found: list[str] = json_module.loads(first_rank_does(world, "packed", pack))
     return found
-
-
-def _progress(world: World) -> Any:
-    """A bar or lines with the time left, of rank 0 alone."""
-    from contextlib import nullcontext
-
-    return progress_bar if world.rank == 0 else lambda _: nullcontext(lambda done, total: None)
 
 
 def _report(found: dict[str, Any], out: Path | None, as_json: bool) -> None:
@@ -283,7 +271,7 @@ def _report(found: dict[str, Any], out: Path | None, as_json: bool) -> None:
             f"{len(found['sweep'])} on {chosen} held-out training images",
         )
     else:
-        _show(best, f"epoch {best['epoch']}, the best of all on the test images")
+        _show(best, f"epoch {best['epoch']:g}, the best of all on the test images")
     show(
         f"{found['images']} test images, {found['classes']} classes, {found['protocol']} protocol, "
         f"step {found['step']} of {found['source']}"

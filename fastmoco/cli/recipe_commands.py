@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,9 +159,14 @@ def _without_recipe(kind: type[P], verb: str) -> str:
     return no_recipe(
         verb,
         described,
-        {name: first_sentence(recipe.__doc__) for name, recipe in RECIPES.items()},
+        {name: _in_a_line(first_sentence(recipe.__doc__)) for name, recipe in RECIPES.items()},
         also_required=REQUIRED.get(kind, ()),
     )
+
+
+def _in_a_line(sentence: str) -> str:
+    """What a sentence has before a colon, cut to a line; `fastmoco recipes` has the rest."""
+    return textwrap.shorten(sentence.partition(":")[0].rstrip("."), 48, placeholder=" ...")
 
 
 def _follow_image_size(config: Config, args: list[str]) -> Config:

@@ -161,8 +161,6 @@ class ModelConfig:
         if self.drop_path:
             rule = "blocks=fused has no stochastic depth: use 0, or blocks=modules"
             require(self.blocks != "fused", "drop_path", self.drop_path, rule)
-            rule = "stochastic depth is for vision transformers: use 0"
-            require(self.architecture.startswith("vit_"), "drop_path", self.drop_path, rule)
         if self.mlp_norm == "batch":
             # A compiled or fused block has no messages between ranks inside.
             rule = "a batch norm in the blocks exchanges statistics inside them: use {}"

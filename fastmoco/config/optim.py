@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from fastmoco_pipelines.spec import Resume, require
 
@@ -16,10 +16,9 @@ FUSED_BACKENDS = {
 }
 """Implementations of each optimizer. LAMB has no `auto`: apex is imported only if it is named."""
 
-CHOICES = {
-    "lr_scaling": ("linear", "sqrt", "none"),
-    "schedule": ("cosine", "cosine_steps", "cosine_inclusive", "cosine_per_epoch"),
-}
+Scaling = Literal["linear", "sqrt", "none"]
+Schedule = Literal["cosine", "cosine_steps", "cosine_inclusive", "cosine_per_epoch"]
+KINDS = {"lr_scaling": Scaling, "schedule": Schedule}
 """Values of the fields that name a rule."""
 
 
@@ -37,12 +36,10 @@ class OptimConfig:
     on CUDA with Triton, else `torch`. All agree up to rounding."""
     lr: Annotated[float, Resume.WITH_ALLOW] = 1.5e-4
     """Base learning rate; `lr_scaling` makes the peak of it."""
-    lr_scaling: Annotated[Literal["linear", "sqrt", "none"], Resume.WITH_ALLOW] = "linear"
+    lr_scaling: Annotated[Scaling, Resume.WITH_ALLOW] = "linear"
     """Peak learning rate: `lr * global_batch_size / 256` (`linear`), `lr * sqrt(global_batch_size)`
     (`sqrt`, SimCLR), or `lr` itself (`none`, SwAV)."""
-    schedule: Annotated[
-        Literal["cosine", "cosine_steps", "cosine_inclusive", "cosine_per_epoch"], Resume.WITH_ALLOW
-    ] = "cosine"
+    schedule: Annotated[Schedule, Resume.WITH_ALLOW] = "cosine"
     """Linear warm-up, then half a cosine. `cosine` follows the fractional epoch (MoCo v3, BYOL).
     `cosine_steps` counts whole steps of warm-up and run (SimCLR). `cosine_inclusive` reaches the
     peak in the last step of the warm-up and again after it (SwAV, DINO). `cosine_per_epoch` is
@@ -83,10 +80,9 @@ class OptimConfig:
             self.trust_coefficient,
             "must be positive",
         )
-        for name, values in CHOICES.items():
-            require(
-                getattr(self, name) in values, name, getattr(self, name), f"must be one of {values}"
-            )
+        for name, kind in KINDS.items():
+            values, value = get_args(kind), getattr(self, name)
+            require(value in values, name, value, f"must be one of {values}")
         for name in ("warmup_lr", "final_lr"):
             value = getattr(self, name)
             require(value >= 0, name, value, "must not be negative")

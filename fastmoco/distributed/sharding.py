@@ -164,10 +164,10 @@ def _forget_forwards(network: nn.Module, method: str) -> None:
     if method == "forward":  # hooks run in their order, and that of FSDP2 makes the last record
         network.register_forward_hook(lambda *_: forget())
         return
-    call: Callable[[Tensor], Tensor] = getattr(network, method)
+    call: Callable[..., Tensor] = getattr(network, method)
 
-    def forgetful(tokens: Tensor) -> Tensor:
-        out = call(tokens)
+    def forgetful(*args: Tensor | None) -> Tensor:
+        out = call(*args)
         forget()
         return out
 

@@ -38,15 +38,23 @@ Recompute = Literal["none", "selective", "full"]
 """Activations that the backward computes again instead of keeping them."""
 
 
-def _checkpointed(
+def checkpointed(
     function: Callable[[Tensor], Tensor],
     x: Tensor,
     again: Callable[[], AbstractContextManager[None]] = nullcontext,
+    *,
+    draws: bool = True,
 ) -> Tensor:
     """`function(x)`, keeping only `x` for the backward, which calls it once more inside `again`.
-    Random draws are repeated there."""
+
+    `draws`: whether the function may draw random numbers, which are then repeated.
+    """
     out: Tensor = checkpoint(
-        function, x, use_reentrant=False, context_fn=lambda: (nullcontext(), again())
+        function,
+        x,
+        use_reentrant=False,
+        preserve_rng_state=draws,
+        context_fn=lambda: (nullcontext(), again()),
     )
     return out
 
@@ -225,11 +233,11 @@ class Block(nn.Module):
             return self._again(lambda x: sum_of(*self._whole(x, None, paths_B2)), x_BLE), None
         of_attention, of_mlp = _by_branch(paths_B2)
         attended = self.attn.attend(
-            _checkpointed(lambda x: self.attn.qkv(self.norm1.add(x)[1]), x_BLE)
+            checkpointed(lambda x: self.attn.qkv(self.norm1.add(x)[1]), x_BLE)
         )
         x_BLE = x_BLE + scaled(attended, of_attention)
         hidden = self._again(lambda x: self.mlp.fc1(self.norm2.add(x)[1]), x_BLE)
-        return x_BLE + scaled(_checkpointed(self.mlp.contract, hidden), of_mlp), None
+        return x_BLE + scaled(checkpointed(self.mlp.contract, hidden), of_mlp), None
 
     def class_row(
         self, x_BLE: Tensor, branch_BLE: Tensor | None = None, paths_B2: Tensor | None = None
@@ -239,15 +247,13 @@ class Block(nn.Module):
         """
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._class_row(x_BLE, branch_BLE, paths_B2)
-        return _checkpointed(
-            lambda x: self._class_row(x, None, paths_B2), sum_of(x_BLE, branch_BLE)
-        )
+        return checkpointed(lambda x: self._class_row(x, None, paths_B2), sum_of(x_BLE, branch_BLE))
 
     def _again(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`_checkpointed` for a function of the second norm. A batch norm has counted the batch in
+        """`checkpointed` for a function of the second norm. A batch norm has counted the batch in
         its running averages in the first pass."""
         again = repeated_pass if isinstance(self.norm2, BatchNorm) else nullcontext
-        return _checkpointed(function, x, again)
+        return checkpointed(function, x, again)
 
     def _whole(
         self, x_BLE: Tensor, branch_BLE: Tensor | None = None, paths_B2: Tensor | None = None

@@ -18,18 +18,16 @@ Legend: B images, C channels, H and W positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastmoco.distributed.sync_batch_norm import BatchNorm, repeated_pass
-from fastmoco.models.blocks import Recompute
+from fastmoco.models.blocks import Recompute, checkpointed
 from fastmoco.models.encoder import Coupling, Family, Parts
 
 COUPLES = "the batch norms of a ResNet take the statistics of the whole batch"
@@ -52,18 +50,6 @@ class Convolution(nn.Conv2d):
         """[B, C, H, W] -> [B, C', H / stride, W / stride], rounded up."""
         stride = (1, 1) if x.shape[2:].numel() == 1 else self.stride
         return F.conv2d(x, self.weight, stride=stride, padding=self.padding)
-
-
-def _checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function(x)`, keeping only `x` for the backward; a ResNet draws no random numbers."""
-    out: Tensor = checkpoint(
-        function,
-        x,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), repeated_pass()),
-    )
-    return out
 
 
 class ResidualBlock(nn.Module):
@@ -108,7 +94,7 @@ class ResidualBlock(nn.Module):
         """[B, C, H, W] -> [B, expansion * width, H / stride, W / stride]."""
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._whole(x)
-        return _checkpointed(self._whole, x)
+        return checkpointed(self._whole, x, repeated_pass, draws=False)
 
     def _whole(self, x: Tensor) -> Tensor:
         out = self.branch(x)

@@ -13,7 +13,8 @@ from fastmoco.config import Config
 from fastmoco.models.encoder import Family, family_of
 from fastmoco.models.heads import FORMS, HeadForm, build_head, moco_v3_forms
 from fastmoco.objectives.interface import Features, Inputs, Objective, Output, Progress
-from fastmoco.objectives.momentum import Momentum, by_view, plain_projection, two_views
+from fastmoco.objectives.momentum import Momentum
+from fastmoco.objectives.view_pairs import by_view, plain_projection, two_views
 from fastmoco.recipes.byol import BYOLConfig
 
 FLOOR = 1e-12

@@ -18,7 +18,8 @@ from fastmoco.distributed.mesh import group_rank
 from fastmoco.models.encoder import family_of
 from fastmoco.models.heads import HeadForm, build_head, moco_v3_forms
 from fastmoco.objectives.interface import Features, Inputs, Objective, Output, Progress
-from fastmoco.objectives.momentum import Momentum, by_view, plain_projection, two_views
+from fastmoco.objectives.momentum import Momentum
+from fastmoco.objectives.view_pairs import by_view, plain_projection, two_views
 from fastmoco_kernels.info_nce.op import symmetric_info_nce_loss
 
 

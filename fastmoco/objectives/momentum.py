@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastmoco.models.encoder import Coupling, Encoder, TokenEncoder, with_heads
 from fastmoco.objectives.interface import Features, Inputs, Progress
+from fastmoco.objectives.view_pairs import two_views
 from fastmoco.optim.schedule import ema_momentum
 
 
@@ -120,36 +121,6 @@ class Momentum:
             return ()
         tensors = self.encoder.stem_tensors() + self.momentum_encoder.stem_tensors()
         return tuple((t.untyped_storage()._cdata, t.storage_offset(), t._version) for t in tensors)
-
-
-def two_views(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The views of an objective that compares two.
-
-    Raises:
-        ValueError: if there are not two, or they differ in shape.
-    """
-    if len(inputs.views) != 2:
-        raise ValueError(f"views: {len(inputs.views)} of them; this objective compares 2")
-    view1, view2 = inputs.views
-    if view1.shape != view2.shape:
-        raise ValueError(
-            f"view1 shape={tuple(view1.shape)}, view2 shape={tuple(view2.shape)}: must be equal"
-        )
-    return view1, view2
-
-
-def by_view(features: Tensor) -> Tensor:
-    """[B, V, E] -> [V, B, E], of which batch norms take the statistics of each view alone."""
-    return features.transpose(0, 1).contiguous()
-
-
-def plain_projection(encoder: Any, view: Tensor, *paths: Tensor) -> Tensor:
-    """The projection of one view alone, by plain operations with nothing fused: for references.
-
-    `paths`: of `Inputs.paths_of` this view, for the encoder that trains.
-    """
-    projected: Tensor = encoder.head(encoder.plain(view, *paths))
-    return projected
 
 
 def _couples(encoder: Encoder) -> bool:

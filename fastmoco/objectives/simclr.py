@@ -19,7 +19,7 @@ from fastmoco.distributed.mesh import group_rank, group_size
 from fastmoco.models.encoder import Coupling, with_heads
 from fastmoco.models.heads import FORMS, HeadForm, build_head
 from fastmoco.objectives.interface import Features, Inputs, Objective, Output, Progress
-from fastmoco.objectives.momentum import by_view, two_views
+from fastmoco.objectives.view_pairs import by_view, two_views
 from fastmoco.recipes.simclr import SimCLRConfig
 
 FLOOR = 1e-12
@@ -183,7 +183,7 @@ def nt_xent_loss(
         that of the global mean. And [2]: shares of rows whose positive ranks first, and among the
         first five; None unless asked for.
 
-    Numerics: at least float32, whatever autocast says. The positive stays out of the sums, so that
+    Numerics: at least float32, also under autocast. The positive stays out of the sums, so that
         a small loss keeps its digits.
     Memory and cost: 12 * B * R * D FLOPs, a tile of logits at a time. All of it in the forward,
         which keeps the gradient, [2, B, D].

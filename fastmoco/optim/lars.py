@@ -57,6 +57,6 @@ def unless_named(*parts: str) -> Callable[[str, nn.Parameter], bool]:
     """The rule of SimCLR and BYOL: parameters are adapted unless their name contains one of these.
 
     SimCLR's parts are "batch_normalization", "bias" and "head_supervised". Names of torch modules
-    say "bn" or a number instead of "batch_normalization".
+    have "bn" or a number instead of "batch_normalization".
     """
     return lambda name, parameter: not any(part in name for part in parts)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, get_args
 
 from fastmoco.config import Config, Resolved
-
-Schedule: TypeAlias = Literal["cosine", "cosine_steps", "cosine_inclusive", "cosine_per_epoch"]
-"""Shapes of the learning rate over a run."""
+from fastmoco.config.optim import Schedule
 
 
 def _epoch(step: int, epochs: float, steps_per_epoch: int) -> float:

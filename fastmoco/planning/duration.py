@@ -1,5 +1,5 @@
-"""How long a step and a measurement of kNN take on a CPU, before the first one: FLOPs by arithmetic,
-over the speed of a product that is measured in a fraction of a second.
+"""How long a step and a measurement of kNN take on a CPU, before the first one: FLOPs by
+arithmetic, over the speed of a product that is measured in a fraction of a second.
 
 The result is right within a factor of two or so, which is enough to tell a user that a run needs
 another machine or another recipe.

@@ -13,7 +13,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fastmoco.config import Config
-from fastmoco.recipes.byol import byol_digits, byol_nano7_e12_b256, byol_vit_s16_e300_b4096
+from fastmoco.recipes.byol import (
+    byol_digits,
+    byol_nano7_e12_b256,
+    byol_r50_e1000_b4096,
+    byol_vit_b16_e300_b4096,
+    byol_vit_s16_e300_b4096,
+)
 from fastmoco.recipes.expected import EXPECTED, Expected
 from fastmoco.recipes.moco_v3 import (
     resnet50_e100_b4096,
@@ -92,6 +98,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
         vit_nano8_e60_b256,
         quickstart_digits,
         byol_vit_s16_e300_b4096,
+        byol_vit_b16_e300_b4096,
+        byol_r50_e1000_b4096,
         byol_nano7_e12_b256,
         byol_digits,
         simclr_vit_s16_e300_b4096,

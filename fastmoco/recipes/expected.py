@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 RELEASE = "official release"
 PAPER = "as remembered from the paper"
+ON_VIT = "The paper of MoCo v3 compares it there."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,20 +24,22 @@ class Expected:
         source: who reports it; without a number, whose hyper-parameters these are.
         hardware: on which it is stated to run; empty if it is not stated.
         note: other reports and restrictions, as sentences; may be empty.
+        measure: what `linear` is, where it is not the accuracy of a linear probe.
     """
 
     linear: float | None
     source: str
     hardware: str = ""
     note: str = ""
+    measure: str = "Linear top-1"
 
     @property
     def brief(self) -> str:
         """One sentence: accuracy, source, hardware."""
         if self.linear is None:
-            what = f"Linear top-1 not published; numbers of {self.source}"
+            what = f"{self.measure} not published; numbers of {self.source}"
         else:
-            what = f"Linear top-1 {self.linear} % ({self.source})"
+            what = f"{self.measure} {self.linear} % ({self.source})"
         return what + (f"; on {self.hardware}." if self.hardware else ".")
 
     def __str__(self) -> str:

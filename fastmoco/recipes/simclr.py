@@ -6,12 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from fastmoco.config import Config, ModelConfig, ObjectiveConfig, OptimConfig
-from fastmoco.recipes.expected import PAPER, RELEASE, Expected, expects
+from fastmoco.recipes.expected import ON_VIT, PAPER, RELEASE, Expected, expects
 from fastmoco.recipes.moco_v3 import vit_b16_e300_b4096, vit_s16_e300_b4096
 from fastmoco.recipes.small import quickstart_digits, vit_nano7_e12_b256
 from fastmoco_pipelines.spec import Resume, ViewSpec, require
-
-ON_VIT = "The paper of MoCo v3 compares it there."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +84,8 @@ def simclr_vit_b16_e300_b4096() -> Config:
         linear=64.5,
         source=f"{RELEASE} of SimCLR",
         hardware="32 TPU v3 cores, 6 hours",
-        note="Weight decay 1e-6 is the default of that release; its example command has 1e-4. VISSL "
-        "reproduces 64.4 %.",
+        note="Weight decay 1e-6 is the default of that release; its example command has 1e-4. "
+        "VISSL reproduces 64.4 %.",
     )
 )
 def simclr_r50_e100_b4096() -> Config:

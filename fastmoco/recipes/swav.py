@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from fastmoco.config import Config, ModelConfig, ObjectiveConfig, OptimConfig
-from fastmoco.recipes.expected import PAPER, RELEASE, Expected, expects
+from fastmoco.recipes.expected import ON_VIT, PAPER, RELEASE, Expected, expects
 from fastmoco.recipes.moco_v3 import vit_b16_e300_b4096, vit_s16_e300_b4096
 from fastmoco.recipes.small import quickstart_digits, vit_nano7_e12_b256
 from fastmoco_pipelines.spec import Resume, ViewSpec, require
@@ -14,9 +14,9 @@ from fastmoco_pipelines.spec import Resume, ViewSpec, require
 STD = (0.228, 0.224, 0.225)
 """Deviation of the channels in the official code, which has 0.228 where others have 0.229."""
 
-ON_VIT = (
-    "Projector, prototypes and views are those of SwAV, trunk and schedule those of MoCo v3; the "
-    "learning rate is our choice."
+CHOICE = (
+    f"{ON_VIT} Projector, prototypes and views are those of SwAV, trunk and schedule those of MoCo "
+    "v3; the learning rate is our choice."
 )
 
 
@@ -71,13 +71,13 @@ def _swav_view() -> ViewSpec:
     )
 
 
-@expects(Expected(linear=67.1, source=PAPER, note=ON_VIT))
+@expects(Expected(linear=67.1, source=PAPER, note=CHOICE))
 def swav_vit_s16_e300_b4096() -> Config:
     """SwAV with ViT-S/16 on ImageNet, 300 epochs, batch 4096, two views."""
     return _on_vit("swav_vit_s16_e300_b4096", vit_s16_e300_b4096())
 
 
-@expects(Expected(linear=71.6, source=PAPER, note=ON_VIT))
+@expects(Expected(linear=71.6, source=PAPER, note=CHOICE))
 def swav_vit_b16_e300_b4096() -> Config:
     """SwAV with ViT-B/16 on ImageNet, 300 epochs, batch 4096, two views."""
     return _on_vit("swav_vit_b16_e300_b4096", vit_b16_e300_b4096())
@@ -94,7 +94,14 @@ def _on_vit(recipe: str, base: Config) -> Config:
     )
 
 
-@expects(Expected(linear=70.1, source=RELEASE, hardware="8 nodes, 64 V100 GPUs"))
+@expects(
+    Expected(
+        linear=70.1,
+        source=f"{RELEASE} of SwAV",
+        hardware="8 nodes, 64 V100 GPUs",
+        note="There the last norms of residual branches start at one, in fastmoco at zero.",
+    )
+)
 def swav_r50_e400_b4096() -> Config:
     """SwAV with ResNet-50 on ImageNet, 400 epochs, batch 4096, two views, with LARC."""
     return Config(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.config import Config
@@ -40,8 +40,9 @@ from fastmoco.training.encoder_source import EncoderSource, Which, load_source
 from fastmoco_pipelines import ShardSet, build_eval_loader
 from fastmoco_pipelines.files import user_cache
 from fastmoco_pipelines.loading.batch import EvalBatch
+from fastmoco_pipelines.loading.eval_loader import Augmented
 from fastmoco_pipelines.making.folder_cache import max_side_of
-from fastmoco_pipelines.spec import EvalLoaderSpec
+from fastmoco_pipelines.spec import EvalLoaderSpec, EvalSpec
 from fastmoco_pipelines.text import redact
 
 Tokens = Literal["class", "mean", "patch"]
@@ -156,24 +157,13 @@ class Embedder:
         self._report = report
         self._threads = setup.share_cores(self.config)
         encoder = source.encoder.eval()
-        self._precision = choose_precision(self.config.precision, world.device)
-        if next(encoder.parameters()).dtype == torch.float64:
-            self._precision = "fp64"
+        self._precision = precision_of(
+            encoder, choose_precision(self.config.precision, world.device)
+        )
         function = encoder if tokens == "class" else _token_function(encoder, tokens, source)
         self._encode = encoder_function(function, world.device, self._precision)
         self._row_bytes = 4 * encoder.embed_dim * (encoder.tokens if tokens == "patch" else 1)
-        facts = {name: value for name, value in source.facts.items() if name != "source"}
-        self._key: dict[str, Any] = {
-            "encoder": encoder_digest(encoder),
-            "facts": facts,
-            "description": {} if source.description is None else asdict(source.description),
-            "model": to_json(source.config)["model"] if source.config is not None else {},
-            "image": asdict(source.image),
-            "tokens": tokens,
-            "precision": self._precision,
-            "device": world.device.type,
-            "torch": str(torch.__version__),
-        }
+        self._key = {**feature_key(source, self._precision, world), "tokens": tokens}
 
     @contextmanager
     def features(
@@ -211,7 +201,7 @@ class Embedder:
                     cache = caches[cache.path]
                 else:
                     caches[cache.path] = cache
-                    first_rank_does(world, f"features {number}", partial(_acquired, cache))
+                    first_rank_does(world, f"features {number}", partial(acquired, cache))
                     if world.rank == 0:
                         stack.callback(cache.release)
                     show = shown if world.rank == 0 else shows_nothing
@@ -229,39 +219,95 @@ class Embedder:
         self, pattern: str, shards: ShardSet, cache: FeatureCache, progress: Progress
     ) -> None:
         """Compute the parts that are missing."""
-        data = self.config.data
-        device = setup.data_device(self.config, self._world)
-        spec = EvalLoaderSpec(
-            shards=pattern,
-            image=self._image,
-            batch_size=BATCH,
-            device=device,
-            threads=data.threads or self._threads,
-            max_bad_share=data.max_bad_share,
-            cache_dir=data.cache_dir,
-            cache_size_gb=data.cache_size_gb,
-        )
-
-        def batches_of(sample_ids: NDArray[np.int64]) -> Iterable[EvalBatch]:
-            loader = build_eval_loader(
-                spec,
-                device_id=self._world.device.index if device == "gpu" else None,
-                shards=shards,
-                sample_ids=sample_ids,
-            )
-            loader.report = self._report
-            with loader:
-                yield from loader
-
         embed_missing(
             cache,
             self._encode,
-            batches_of,
+            batches_of_set(
+                self.config,
+                self._world,
+                pattern,
+                shards,
+                self._image,
+                threads=self._threads,
+                report=self._report,
+            ),
             rank=self._world.rank,
             ranks=self._world.world_size,
             device=self._world.device,
             progress=progress,
         )
+
+
+def feature_key(source: EncoderSource, precision: str, world: World) -> dict[str, Any]:
+    """Everything that features depend on beside the set and the view of its images, as the key of a
+    `FeatureCache`: weights, what they do not show (heads), arithmetic, and what decodes images."""
+    config = source.config
+    return {
+        "encoder": encoder_digest(source.encoder),
+        "description": {} if source.description is None else asdict(source.description),
+        "model": {} if config is None else to_json(config)["model"],
+        "image": asdict(source.image),
+        "precision": precision,
+        "device": world.device.type,
+        "decoder": setup.data_device(config or Config(), world),
+        "versions": setup.versions(),
+    }
+
+
+def precision_of(encoder: nn.Module, asked: str) -> str:
+    """The precision of an evaluation: that of the weights, if these are of float64."""
+    return "fp64" if next(encoder.parameters()).dtype == torch.float64 else asked
+
+
+def batches_of_set(
+    config: Config,
+    world: World,
+    pattern: str,
+    shards: ShardSet,
+    image: EvalSpec,
+    *,
+    threads: int,
+    report: Callable[[str], None],
+    augmented: Augmented | None = None,
+) -> Callable[[NDArray[np.int64]], Iterable[EvalBatch]]:
+    """A function from numbers in a set to these images, in batches, as `embed_missing` needs it.
+
+    Args:
+        config: its options of reading apply.
+        world: this process among its peers.
+        pattern: of the shards.
+        shards: the set, open.
+        image: how an image is shown.
+        threads: of decoding, where the config does not give their number.
+        report: called with each image that is left out, in a sentence.
+        augmented: the view of each image, in place of `image`.
+    """
+    data = config.data
+    device = setup.data_device(config, world)
+    spec = EvalLoaderSpec(
+        shards=pattern,
+        image=image,
+        batch_size=BATCH,
+        device=device,
+        threads=data.threads or threads,
+        max_bad_share=data.max_bad_share,
+        cache_dir=data.cache_dir,
+        cache_size_gb=data.cache_size_gb,
+    )
+
+    def batches(sample_ids: NDArray[np.int64]) -> Iterable[EvalBatch]:
+        loader = build_eval_loader(
+            spec,
+            device_id=world.device.index if device == "gpu" else None,
+            shards=shards,
+            sample_ids=sample_ids,
+            augmented=augmented,
+        )
+        loader.report = report
+        with loader:
+            yield from loader
+
+    return batches
 
 
 def _token_function(
@@ -285,7 +331,8 @@ def _chosen(shards: ShardSet, limit: int) -> NDArray[np.int64]:
     return chosen
 
 
-def _acquired(cache: FeatureCache) -> str:
+def acquired(cache: FeatureCache) -> str:
+    """Acquire a cache, as work of `first_rank_does`."""
     cache.acquire()
     return ""
 

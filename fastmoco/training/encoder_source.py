@@ -25,7 +25,7 @@ from fastmoco.models.weights.building import load_foreign
 from fastmoco.models.weights.foreign import Which
 from fastmoco.models.weights.reading import is_weights
 from fastmoco.training.load_run import load_run
-from fastmoco_pipelines.files import utf8_name
+from fastmoco_pipelines.files import hash_file, utf8_name
 from fastmoco_pipelines.spec import EvalSpec
 
 __all__ = ["EncoderSource", "Which", "load_source"]
@@ -88,13 +88,13 @@ def load_source(
             )
         return _of_file(Path(source), device, which, heads)
     objective, config, checkpoint = load_run(source, device, best=best)
+    description = describe_run(config)
+    _require_heads(source, description.heads, heads)
     name = "encoder" if which == "base" else "momentum_encoder"
     if name not in objective.networks():
         raise CheckpointError(
             f"{checkpoint.path}: {config.objective.kind} has no momentum encoder; take the base one"
         )
-    description = describe_run(config)
-    _require_heads(source, description, heads)
     facts = {
         "source": str(source),
         "checkpoint": checkpoint.path.name,
@@ -132,20 +132,28 @@ def _of_file(
             raise CheckpointError(
                 f"{source} is a base encoder; leave out --which momentum, or give the run"
             )
-        step, description = _step(loaded), description_of(loaded.header)
-        _require_heads(source, description, heads)
+        description = description_of(loaded.header)
+        _require_heads(source, description.heads, heads)
+        step = _step(loaded)
         return EncoderSource(
             encoder=loaded.encoder,
             image=loaded.image,
             config=None,
             step=step,
-            facts={"source": str(source), "encoder": own, "step": step, "header": loaded.header},
+            facts={
+                "source": str(source),
+                "sha256": hash_file(source),
+                "encoder": own,
+                "step": step,
+                "header": loaded.header,
+            },
             description=description,
             header=loaded.header,
         )
     found = load_foreign(source, None if which == "base" else which, heads=heads, device=device)
     facts = {
         "source": str(source),
+        "sha256": hash_file(Path(found.weights.source)),
         "format": found.weights.format,
         "encoder": found.weights.which,
         "step": 0,
@@ -169,11 +177,11 @@ def _of_file(
     )
 
 
-def _require_heads(source: Path, found: Description | None, heads: int | None) -> None:
-    """Refuse a number of heads that contradicts a run, or a file that has it."""
-    own = getattr(found, "heads", 0)
-    if heads is not None and found is not None and own != heads:
-        raise CheckpointError(f"{source} has {own} attention heads; leave out --heads {heads}")
+def _require_heads(source: Path, own: int | None, given: int | None) -> None:
+    """Refuse a number of heads that the source contradicts."""
+    if given is not None and given != own:
+        has = "no attention heads" if own is None else f"{own} attention heads"
+        raise CheckpointError(f"{source} has {has}, and heads={given} was given: leave out --heads")
 
 
 def _is_ours(source: Path) -> bool:

@@ -7,14 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastmoco.checkpoint import CheckpointError, find_checkpoint
+from fastmoco.checkpoint import find_checkpoint
 from fastmoco.config.serial import from_json
-from fastmoco.evaluation.confidence import wilson
-from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
+from fastmoco.training.accuracies import read_accuracies
 from fastmoco.training.source_model import FACTS
-
-FIGURES = ("top1", "top5")
 
 
 def finetune_result(out: Path) -> dict[str, Any]:
@@ -31,34 +28,13 @@ def finetune_result(out: Path) -> dict[str, Any]:
     """
     checkpoint = find_checkpoint(out)
     config = from_json(checkpoint.state["config"])
-    monitor = checkpoint.state["monitors"].get("accuracy", {})
-    folder = RunFolder(out)
-    history = {
-        name: {step: value for step, value in folder.read_metric(name) if step} for name in FIGURES
-    }
-    if not history["top1"] or not monitor.get("classified"):
-        raise CheckpointError(
-            f"{out}: the run has no accuracy after its first step; delete it and begin again"
-        )
-    last = max(history["top1"])
-    best = max(history["top1"], key=lambda step: (history["top1"][step], -step))
-    images, per_epoch = monitor["classified"], checkpoint.state["resolved"]["steps_per_epoch"]
-
-    def shown(step: int) -> dict[str, Any]:
-        found: dict[str, Any] = {"epoch": round(step / per_epoch, 3)}
-        for name in FIGURES:
-            value = history[name][step]
-            found[name] = round(value, 6)
-            interval = wilson(round(value * images), images)
-            found[f"{name}_interval"] = [round(bound, 6) for bound in interval]
-        return found
-
+    measured = read_accuracies(out, checkpoint)
     objective = asdict(config.objective)
     return {
         "protocol": "finetune",
-        **shown(last),
-        "best": shown(best),
-        "images": images,
+        **measured.of(measured.last),
+        "best": measured.of(measured.best),
+        "images": measured.images,
         "train_images": checkpoint.state["resolved"]["sample_count"],
         "classes": objective["classes"],
         "run": str(out),

@@ -7,8 +7,9 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,25 +20,30 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fastmoco.config import Config
-from fastmoco.config.serial import to_json
 from fastmoco.distributed.first_rank import first_rank_does
 from fastmoco.distributed.gather import gather_rows
 from fastmoco.distributed.mesh import World
 from fastmoco.evaluation import linear
-from fastmoco.evaluation.confidence import wilson
 from fastmoco.evaluation.embed import LabelledRows, encoder_function, eval_mode
-from fastmoco.evaluation.feature_cache import BATCH, FeatureCache, embed_missing, encoder_digest
+from fastmoco.evaluation.feature_cache import FeatureCache, embed_missing
 from fastmoco.evaluation.linear import LinearSettings, LinearState, Pair, Scores
 from fastmoco.evaluation.monitor import OpenSet, open_comparable, shared_images
 from fastmoco.evaluation.rows import MemoryRows
 from fastmoco.models.resnet import ResNet
 from fastmoco.planning.free_memory import free_bytes
 from fastmoco.training import setup
+from fastmoco.training.accuracies import accuracies
+from fastmoco.training.embed_run import (
+    Shown,
+    acquired,
+    batches_of_set,
+    feature_key,
+    precision_of,
+)
 from fastmoco.training.encoder_source import EncoderSource
-from fastmoco_pipelines import build_eval_loader
 from fastmoco_pipelines.files import write_file
 from fastmoco_pipelines.loading.eval_loader import Augmented
-from fastmoco_pipelines.spec import CacheSpec, EvalLoaderSpec, EvalSpec, ViewSpec
+from fastmoco_pipelines.spec import CacheSpec, EvalSpec, ViewSpec
 from fastmoco_pipelines.text import counted, redact
 
 LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -57,9 +63,6 @@ COPIES = 10
 """Augmented copies with which the official pair agrees with the official protocol (docs/LOG.md)."""
 SAVE_SECONDS = 60.0
 """Between two saves of classifiers in training."""
-
-Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
-"""Given what is done, a context that gives a function of (done, total)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +215,7 @@ def fast_linear(
     world: World,
     options: FastOptions,
     *,
-    progress: Progress,
+    progress: Shown,
     tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Accuracy of a linear classifier on the features of an encoder.
@@ -258,7 +261,7 @@ class _Job:
     source: EncoderSource
     world: World
     options: FastOptions
-    progress: Progress
+    progress: Shown
     tell: Callable[[str], None]
     config: Config
     threads: int
@@ -268,7 +271,7 @@ class _Job:
         options = self.options
         # Features: of the images as they are, and of augmented copies.
         view = probe_view(self.source.image, self.source.config, options.crop_min)
-        identity = self._identity()
+        identity = feature_key(self.source, self._precision, self.world)
         plain = self._cached("training set", train, identity)
         test_cache = self._cached("test set", test, identity)
         copies = [
@@ -328,7 +331,7 @@ class _Job:
                 "flip_probability": view.flip_probability if options.copies else None,
                 "holdout": options.holdout,
                 "holdout_images": len(judged),
-                "precision": options.precision,
+                "precision": self._precision,
                 "image": asdict(self.source.image),
             },
             "sweep": [
@@ -336,21 +339,6 @@ class _Job:
                 for (lr, decay), top in zip(pairs, scores.top1.tolist(), strict=True)
             ],
             "versions": setup.versions(),
-        }
-
-    def _identity(self) -> dict[str, Any]:
-        """What features depend on beside the set and the view."""
-        source = self.source
-        shape = (
-            to_json(source.config)["model"]
-            if source.config is not None
-            else source.facts.get("header", {})
-        )
-        return {
-            "encoder": encoder_digest(source.encoder),
-            "shape": shape,
-            "precision": self.options.precision,
-            "device": self.world.device.type,
         }
 
     def _cached(
@@ -361,56 +349,47 @@ class _Job:
         augmented: Augmented | None = None,
     ) -> FeatureCache:
         """The features of a set, computed where they are missing."""
-        image = asdict(self.source.image if augmented is None else augmented)
         cache = FeatureCache(
             self.options.cache,
-            {**identity, "set": opened.shards.digest, "image": image},
+            {
+                **identity,
+                "set": opened.shards.digest,
+                "augmented": None if augmented is None else asdict(augmented),
+            },
             sample_ids=np.arange(len(opened.shards), dtype=np.int64),
             row_bytes=4 * self.source.encoder.embed_dim,
         )
-        device = setup.data_device(self.config, self.world)
-        spec = EvalLoaderSpec(
-            shards=opened.pattern,
-            image=self.source.image,
-            batch_size=BATCH,
-            device=device,
-            threads=self.config.data.threads or self.threads,
-            max_bad_share=self.config.data.max_bad_share,
-            cache_dir=self.config.data.cache_dir,
-            cache_size_gb=self.config.data.cache_size_gb,
-        )
+        encoder, world = self.source.encoder, self.world
 
-        def batches(sample_ids: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
-            loader = build_eval_loader(
-                spec,
-                device_id=self.world.device.index if device == "gpu" else None,
-                shards=opened.shards,
-                sample_ids=sample_ids,
-                augmented=augmented,
-            )
-            loader.report = self.tell
-            with loader:
-                yield from loader
-
-        encode = encoder_function(self.source.encoder, self.world.device, self.options.precision)
-        first = self.world.rank == 0
-        if first:
-            cache.acquire()
+        # If another command holds the cache, all processes end.
+        first_rank_does(world, f"features of the {what}", partial(acquired, cache))
         try:
             with self.progress(f"features of the {what}") as advance:
                 embed_missing(
                     cache,
-                    encode,
-                    batches,
-                    rank=self.world.rank,
-                    ranks=self.world.world_size,
-                    device=self.world.device,
+                    encoder_function(encoder, world.device, self._precision),
+                    batches_of_set(
+                        self.config,
+                        world,
+                        opened.pattern,
+                        opened.shards,
+                        self.source.image,
+                        threads=self.threads,
+                        report=self.tell,
+                        augmented=augmented,
+                    ),
+                    rank=world.rank,
+                    ranks=world.world_size,
+                    device=world.device,
                     progress=advance,
                 )
         finally:
-            if first:
-                cache.release()
+            cache.release()
         return cache
+
+    @property
+    def _precision(self) -> str:
+        return precision_of(self.source.encoder, self.options.precision)
 
     def _sweep(
         self,
@@ -588,12 +567,3 @@ def _half_of(device: torch.device) -> int | None:
         return free_bytes(device) // 2
     except ValueError:
         return None
-
-
-def accuracies(top1: int, top5: int, images: int) -> dict[str, Any]:
-    """Shares of images that are right, with their intervals of 95 %, for JSON."""
-    found: dict[str, Any] = {}
-    for name, right in (("top1", top1), ("top5", top5)):
-        found[name] = round(right / images, 6)
-        found[f"{name}_interval"] = [round(bound, 6) for bound in wilson(right, images)]
-    return found

@@ -17,11 +17,10 @@ from torch import nn
 from fastmoco.checkpoint import CheckpointError, find_checkpoint
 from fastmoco.config import AccuracyConfig, Config, DataConfig
 from fastmoco.config.serial import from_json
-from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
+from fastmoco.training.accuracies import read_accuracies
 from fastmoco.training.encoder_source import EncoderSource
 from fastmoco.training.linear_fast import (
-    accuracies,
     official_lr,
     probe_batch,
     probe_sets,
@@ -135,35 +134,15 @@ def official_result(source: EncoderSource, out: Path) -> dict[str, Any]:
     config = from_json(checkpoint.state["config"])
     require_unchanged(source.encoder, dict(checkpoint.tensors), str(checkpoint.path))
 
-    # Accuracies by step, the one before the first step left out.
-    folder = RunFolder(out)
-    history = {
-        name: {step: value for step, value in folder.read_metric(name) if step}
-        for name in ("top1", "top5")
-    }
-    if not history["top1"]:
-        raise CheckpointError(
-            f"{out}: has no accuracy after its first step; delete it and begin again"
-        )
-    last = max(history["top1"])
-    best = max(history["top1"], key=lambda step: (history["top1"][step], -step))
-    with probe_sets(config.data.shards, config.accuracy.test_shards, config.data) as sets:
-        images, train_images = len(sets.test.shards), len(sets.train.shards)
-        classes = sets.classes
-    per_epoch = train_images // config.global_batch_size
-
-    def shares(step: int) -> dict[str, Any]:
-        top1, top5 = (round(history[name][step] * images) for name in ("top1", "top5"))
-        return accuracies(top1, top5, images)
-
+    measured = read_accuracies(out, checkpoint)
     return {
         **source.facts,
         "protocol": "official",
-        **shares(last),
-        "best": {"epoch": round(best / per_epoch), **shares(best)},
-        "images": images,
-        "train_images": train_images,
-        "classes": classes,
+        **measured.of(measured.last),
+        "best": measured.of(measured.best),
+        "images": measured.images,
+        "train_images": checkpoint.state["resolved"]["sample_count"],
+        "classes": config.objective.label_count,
         "lr": config.optim.lr,
         "weight_decay": config.optim.weight_decay,
         "run": str(out),
@@ -182,7 +161,8 @@ def official_result(source: EncoderSource, out: Path) -> dict[str, Any]:
 
 
 def require_unchanged(encoder: nn.Module, tensors: dict[str, Any], named: str) -> None:
-    """Check that a trained checkpoint has every tensor of the encoder, to the bit.
+    """Check that a trained checkpoint has every tensor of the encoder, to the bit; those of a float64
+    encoder as float32, in which the protocol computes.
 
     Raises:
         CheckpointError: naming those that differ.
@@ -201,7 +181,7 @@ def require_unchanged(encoder: nn.Module, tensors: dict[str, Any], named: str) -
 
 
 def _equal(found: torch.Tensor | None, value: torch.Tensor) -> bool:
-    return found is not None and torch.equal(found.cpu(), value.cpu())
+    return found is not None and torch.equal(found.cpu(), value.cpu().to(found.dtype))
 
 
 def _trunk(encoder: nn.Module) -> dict[str, torch.Tensor]:

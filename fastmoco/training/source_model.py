@@ -83,9 +83,10 @@ def prepare(source: EncoderSource, config: Config, out: Path) -> Config:
         raise RunError(f"{out} is the folder of another run; choose another --out")
     if (out / FACTS).exists():
         before = json.loads((out / FACTS).read_text())
-        if before != facts:
-            differ = [name for name in facts if facts[name] != before.get(name)]
-            changes = ", ".join(f"{n} {before.get(n)!r} -> {facts[n]!r}" for n in differ)
+        names = sorted((facts.keys() | before.keys()) - {"source"})  # whose name may change
+        differ = [name for name in names if facts.get(name) != before.get(name)]
+        if differ:
+            changes = ", ".join(f"{n} {before.get(n)!r} -> {facts.get(n)!r}" for n in differ)
             raise RunError(
                 f"{out}: the run there began with another encoder ({changes}); name its checkpoint "
                 "in place of the run, or choose another --out"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastmoco.distributed.mesh import start_world, stop_world
-from fastmoco.training import linear_fast
+from fastmoco.training import embed_run
 from tests.fastmoco.training.test_linear_fast import build_eval_loader, measure, options
 
 
@@ -30,7 +30,7 @@ def main(out: Path, *digits: str) -> None:
         loader._show = show
         return loader
 
-    linear_fast.build_eval_loader = counted
+    embed_run.build_eval_loader = counted
     result = measure(digits, options(out / "cache", copies=2), world)
     torch.save({"result": result, "batches": len(batches)}, out / f"rank{world.rank}.pt")
     stop_world()

@@ -22,12 +22,22 @@ from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.models.vit import ARCHITECTURES
-from fastmoco.models.weights.foreign import EncoderWeights, ViTSizes, is_sincos, vit_sizes
+from fastmoco.models.weights.foreign import (
+    EncoderWeights,
+    ViTSizes,
+    heads_differ,
+    is_sincos,
+    require_heads,
+    vit_sizes,
+)
 from fastmoco.models.weights.names import some
 
 Positions = Literal["sincos", "learned", "none", "stored"]
 """Positions of the encoder that is filled: of a config; or "stored", which takes those of the
 file."""
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""Types of the weights of a file. Any other one is a quantised weight, whose scale is elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +142,13 @@ def fit_encoder(
             f"{weights.source} ({weights.format}) does not fit: {some(wrong)}. "
             f"{_cure(trunk, weights)}"
         )
+    for name, tensor in weights.trunk.items():
+        if tensor.dtype not in FLOATS and not name.endswith("num_batches_tracked"):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{weights.source}: {name} is of type {kind}, which is none of a weight here: save "
+                "the weights again in float32, not quantised"
+            )
     for name, tensor in fit.tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
@@ -208,6 +225,8 @@ def _fit_positions(
 def _require_heads(weights: EncoderWeights, heads: int | None, fit: Fit) -> None:
     if weights.family == "resnet" or heads is None:
         return
+    if weights.heads is None and heads_differ(weights):
+        require_heads(weights)
     if weights.heads is None:
         fit.notes.append(f"{heads} attention heads, as the run has; the file does not show them")
     elif weights.heads != heads:

@@ -328,6 +328,13 @@ def _described(weights: EncoderWeights, raw: RawWeights, heads: int | None) -> E
     return replace(weights, image=image, heads=found, notes=tuple(notes))
 
 
+def heads_differ(weights: EncoderWeights) -> bool:
+    """Whether known models of the size of a ViT have different numbers of heads."""
+    sizes = weights.sizes()
+    key = (sizes.width, sizes.depth, sizes.stem)
+    return key in MOCO_V3_HEADS and key not in HEADS
+
+
 def require_heads(weights: EncoderWeights) -> int:
     """The attention heads of a ViT.
 
@@ -335,11 +342,9 @@ def require_heads(weights: EncoderWeights) -> int:
         CheckpointError: if the file does not show them, with the cure.
     """
     if weights.heads is None:
-        sizes = weights.sizes()
-        ambiguous = (sizes.width, sizes.depth, sizes.stem) in MOCO_V3_HEADS
-        known = (
-            ", which are 12 for MoCo v3 and 6 for timm, DeiT and Hugging Face" if ambiguous else ""
-        )
+        known = ""
+        if heads_differ(weights):
+            known = ", which are 12 for MoCo v3 and 6 for timm, DeiT and Hugging Face"
         raise CheckpointError(
             f"{weights.source} ({weights.format}) does not show its number of attention heads"
             f"{known}; another number gives other features without an error. Give it (--heads N), "

@@ -86,7 +86,7 @@ TIMM_VIT = Format(
     beside={
         "head.{p}": "classifier",
         "head_dist.{p}": "classifier",
-        "pre_logits.fc.{p}": "classifier",
+        "pre_logits.fc.{p}": "layer before the classifier",
         "head.{i}.{b}": "projector",
     },
     signs=("blocks.0.norm1.weight", "blocks.0.attn.qkv.weight"),

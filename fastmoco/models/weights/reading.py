@@ -27,6 +27,8 @@ from fastmoco_pipelines.files import hash_file, utf8_name
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 """Weights in a folder of Hugging Face, the preferred first."""
 SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WRAPPED_IN = ("state_dict", "model")
+"""Keys under which a torch file has its tensors, beside others."""
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 _TORCH_ERRORS = (
@@ -162,15 +164,16 @@ def _unpacked(path: Path, content: object) -> RawWeights:
     """The tensors of a file, which may be under `state_dict` or `model`."""
     container: dict[str, Any] = {}
     keys: list[str] = []
-    while isinstance(content, Mapping) and not _tensors(content):
+    while isinstance(content, Mapping) and len(keys) <= 2:
+        wrapped = (key for key in WRAPPED_IN if isinstance(content.get(key), Mapping))
+        key = next(wrapped, None)
+        if key is None:
+            break
         container |= {
-            str(key): value
-            for key, value in content.items()
+            str(name): value
+            for name, value in content.items()
             if isinstance(value, str | int | float) or _is_scalar(value)
         }
-        key = next((key for key in ("state_dict", "model") if key in content), None)
-        if key is None or len(keys) > 2:
-            break
         container["keys"] = sorted(map(str, content))
         keys.append(key)
         content = content[key]

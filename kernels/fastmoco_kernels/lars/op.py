@@ -136,7 +136,7 @@ def lars_step_(
 
 
 def by_dimensions(params: Sequence[Tensor]) -> list[bool]:
-    """The tensors that are adapted unless the caller says otherwise: not biases and norms."""
+    """The tensors that are adapted by default: not biases and norms."""
     return [param.ndim > 1 for param in params]
 
 

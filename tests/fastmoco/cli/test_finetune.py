@@ -118,6 +118,9 @@ def test_defaults_are_those_of_mae_and_of_the_encoder() -> None:
         0,
     )
     assert made(vit, FineTuning(), images=1437).global_batch_size == 64
+    fused = replace(vit, blocks="fused")
+    assert made(fused, FineTuning()).model.blocks == "modules"
+    assert made(fused, FineTuning(drop_path=0.0)).model.blocks == "fused"
     of_resnet = made(resnet, FineTuning())
     assert isinstance(of_resnet.objective, SupervisedConfig)
     assert (of_resnet.objective.layer_decay, of_resnet.model.drop_path) == (1.0, 0.0)

@@ -75,7 +75,7 @@ def test_an_image_whose_branches_are_left_out_is_its_tokens() -> None:
 def test_what_has_no_stochastic_depth_refuses_it() -> None:
     with pytest.raises(ValueError, match=r"drop_path=0\.1: blocks=fused has no stochastic depth"):
         ModelConfig(drop_path=0.1, blocks="fused")
-    with pytest.raises(ValueError, match=r"drop_path=0\.1: .*vision transformers"):
+    with pytest.raises(ValueError, match=r"drop_path=0\.1: .*that of a ViT"):
         ModelConfig(drop_path=0.1, architecture="resnet50")
     with pytest.raises(ValueError, match=r"drop_path=1\.0"):
         PathDraws(1.0, 3, seed=1)

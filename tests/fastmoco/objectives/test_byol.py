@@ -1,7 +1,6 @@
-"""BYOL against golden numbers: loss, schedules, three steps on a conv trunk and on a ViT, and on
-two ranks.
+"""BYOL against golden numbers: loss, schedules, three steps on a conv trunk and on a ViT.
 
-As `python -m tests.fastmoco.objectives.test_byol OUT` it is one of the two ranks.
+Two ranks: tests/distributed/test_siblings_ranks.py.
 """
 
 from __future__ import annotations
@@ -26,12 +25,11 @@ from fastmoco.objectives.byol import BYOL, regression_loss
 from fastmoco.objectives.interface import Progress
 from fastmoco.optim import build_adamw, build_lars, learning_rate
 from fastmoco.optim.averaged import AveragedLARS, AveragedOptimizer, FusedAdamW
+from fastmoco.recipes import EXPECTED, get_recipe
 from fastmoco.recipes.byol import BYOLConfig, byol_digits, byol_vit_s16_e300_b4096
 from fastmoco.training.load_run import load_run
 from fastmoco_pipelines.spec import Resume
 from tests.command_line import main
-from tests.distributed.cases import run_cases
-from tests.distributed.test_ranks import launch
 from tests.golden_objective import ConvTrunk
 
 FILE = Path(__file__).parents[2] / "golden" / "byol.npz"
@@ -48,7 +46,7 @@ def read() -> dict[str, np.ndarray]:
 
 
 def our_name(golden_name: str) -> str:
-    """The file calls the momentum encoder twin, and a projector stands beside its trunk where ours
+    """The file calls the momentum encoder twin, and a projector is beside its trunk where ours
     is its head."""
     side, rest = (
         ("momentum_encoder.", golden_name[5:])
@@ -235,19 +233,15 @@ def test_a_late_or_an_early_average_is_far_from_golden(data: dict[str, np.ndarra
     assert error(torch.stack(found["losses"]), data["tr/loss"]) > 1e-5
 
 
-def test_three_steps_on_two_ranks_are_those_of_one(
-    data: dict[str, np.ndarray], tmp_path: Path
-) -> None:
-    ranks = launch(2, tmp_path, module="tests.fastmoco.objectives.test_byol")
-    for prefix in CASES:
-        cases = [rank[prefix] for rank in ranks]
-        merged = cases[0] | {
-            "losses": [sum(pair) / 2 for pair in zip(*(c["losses"] for c in cases), strict=True)]
-        }
-        check_trace(merged, data, prefix)
-
-
 def test_recipes_carry_the_numbers_and_travel_through_json() -> None:
+    resnet = get_recipe("byol_r50_e1000_b4096")
+    assert isinstance(resnet.objective, BYOLConfig)
+    assert (resnet.optim.name, resnet.peak_lr, resnet.optim.weight_decay) == ("lars", 3.2, 1.5e-6)
+    assert (resnet.objective.ema_momentum, resnet.data.view1.crop_scale) == (0.996, (0.08, 1.0))
+    base = get_recipe("byol_vit_b16_e300_b4096")
+    assert (base.model.architecture, base.optim.lr) == ("vit_base", 1e-4)
+    expected = [EXPECTED[f"byol_{name}_b4096"].linear for name in ("vit_s16_e300", "vit_b16_e300")]
+    assert (expected, EXPECTED[resnet.recipe].linear) == ([71.0, 73.9], 74.3)
     config = byol_vit_s16_e300_b4096()
     assert (config.optim.lr, config.optim.weight_decay, config.optim.warmup_epochs) == (
         1e-4,
@@ -313,10 +307,4 @@ def test_the_command_line_trains_evaluates_and_narrows_to_the_numbers_of_byol(
             ]
         )
         == 2
-    )
-
-
-if __name__ == "__main__":
-    run_cases(
-        {prefix: lambda world, prefix=prefix: run(read(), prefix, world)[1] for prefix in CASES}
     )

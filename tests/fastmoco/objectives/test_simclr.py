@@ -1,15 +1,11 @@
 """SimCLR against golden numbers: loss on one and several ranks, three steps on a conv trunk and on
-a ViT, and on two ranks.
-
-As `python -m tests.fastmoco.objectives.test_simclr OUT` it is one of the two ranks.
+a ViT. Two real ranks: tests/distributed/test_siblings_ranks.py.
 """
 
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,8 +31,7 @@ from fastmoco.recipes.simclr import SimCLRConfig, simclr_view
 from fastmoco.training.load_run import load_run
 from fastmoco_pipelines.spec import Resume
 from tests.command_line import main
-from tests.distributed.cases import run_cases
-from tests.distributed.test_ranks import launch
+from tests.distributed.thread_ranks import ThreadRanks
 from tests.fastmoco.objectives.test_byol import ConvTrunk, error
 
 FILE = Path(__file__).parents[2] / "golden" / "siblings" / "simclr.npz"
@@ -72,42 +67,14 @@ def loss_and_gradient(
 both_losses = pytest.mark.parametrize("loss_of", [nt_xent_loss, nt_xent_reference])
 
 
-class Ranks:
-    """Several ranks as threads, for what an objective asks of its peers."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._own = threading.local()
-        self._barrier = threading.Barrier(count, timeout=60)
-        self._given: list[Tensor] = [torch.empty(0)] * count
-
-    def rank(self) -> int:
-        return int(self._own.rank)
-
-    def gather(self, rows: Tensor) -> Tensor:
-        self._given[self.rank()] = rows.detach()
-        self._barrier.wait()
-        every = torch.cat(self._given)
-        self._barrier.wait()
-        return every
-
-    def run(self, work: Callable[[int], Any]) -> list[Any]:
-        def started(rank: int) -> Any:
-            self._own.rank = rank
-            return work(rank)
-
-        with ThreadPoolExecutor(self.count) as pool:
-            return list(pool.map(started, range(self.count)))
-
-
 def on_ranks(
     monkeypatch: pytest.MonkeyPatch, projections: Tensor, **options: Any
 ) -> list[tuple[Tensor, Tensor]]:
     """Loss and gradient of each rank; `projections` [W, 2, B, D]."""
-    ranks = Ranks(len(projections))
+    ranks = ThreadRanks(len(projections))
     monkeypatch.setattr(simclr, "gather_keys", ranks.gather)
     monkeypatch.setattr(simclr, "group_rank", ranks.rank)
-    monkeypatch.setattr(simclr, "group_size", lambda: ranks.count)
+    monkeypatch.setattr(simclr, "group_size", ranks.size)
     return ranks.run(lambda rank: loss_and_gradient(projections[rank], **options))
 
 
@@ -207,7 +174,7 @@ def load(objective: SimCLR, data: Data, prefix: str) -> SimCLR:
 
 
 def our_name(golden_name: str) -> str:
-    """In `tr/` the projector stands beside its trunk; ours is its head."""
+    """In `tr/` the projector is beside its trunk; ours is its head."""
     return golden_name.replace("projector.", "encoder.head.")
 
 
@@ -311,15 +278,6 @@ def test_statistics_of_each_view_alone_are_far_from_golden(data: Data) -> None:
     assert error(torch.stack(found["losses"]), data["tr/loss"]) > 0.1
 
 
-def test_three_steps_on_two_ranks_are_those_of_one(data: Data, tmp_path: Path) -> None:
-    ranks = launch(2, tmp_path, module="tests.fastmoco.objectives.test_simclr")
-    for prefix in CASES:
-        cases = [rank[prefix] for rank in ranks]
-        projections = torch.cat([case["projections"] for case in cases], dim=1)
-        losses = [sum(pair) / 2 for pair in zip(*(c["losses"] for c in cases), strict=True)]
-        check_trace({**cases[0], "losses": losses, "projections": projections}, data, prefix)
-
-
 @pytest.mark.parametrize("joint", [True, False])
 def test_a_trunk_with_batch_norms_equals_its_reference(joint: bool) -> None:
     """Whether its norms see both views as one batch or each alone; accuracy included."""
@@ -411,7 +369,3 @@ def test_the_command_line_trains_and_evaluates(
     capsys.readouterr()
     assert main(["eval", "knn", out, "--train", digits[0], "--test", digits[1]]) == 0
     assert 0 < json.loads(capsys.readouterr().out.splitlines()[-1])["knn"] <= 1
-
-
-if __name__ == "__main__":
-    run_cases({prefix: lambda world, prefix=prefix: run(read(), prefix, world) for prefix in CASES})

@@ -1,14 +1,11 @@
 """SwAV against golden numbers: assignment on one and several ranks, traces on a ViT and on a conv
-trunk with small crops and a queue, on one rank and on two.
-
-As `python -m tests.fastmoco.objectives.test_swav OUT` it is one of the two ranks.
+trunk with small crops and a queue. Two real ranks: tests/distributed/test_siblings_ranks.py.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,7 +21,6 @@ from torch import Tensor, nn
 from fastmoco.config import Config, OptimConfig
 from fastmoco.config.serial import from_json, to_json
 from fastmoco.distributed import World, parallelize
-from fastmoco.distributed.mesh import group_size
 from fastmoco.models import VisionTransformer
 from fastmoco.models.heads import HeadForm, build_head
 from fastmoco.objectives import swav
@@ -38,9 +34,8 @@ from fastmoco.optim.larc import build_larc
 from fastmoco.recipes import get_recipe
 from fastmoco.recipes.swav import SwAVConfig, swav_r50_e400_b4096
 from fastmoco.training.trainer import Trainer
-from tests.distributed.cases import run_cases
 from tests.distributed.run_trainer import CONFIG
-from tests.distributed.test_ranks import launch
+from tests.distributed.thread_ranks import ThreadRanks
 from tests.fastmoco.objectives import test_conformance as conformance
 from tests.fastmoco.objectives.test_byol import ConvTrunk, error
 
@@ -242,15 +237,6 @@ def test_traces_match_golden(data: Data, prefix: str) -> None:
     check_trace([run(data, prefix, World())], data, prefix)
 
 
-def test_traces_on_two_ranks_match_golden(data: Data, tmp_path: Path) -> None:
-    """Those of one rank with the batch divided, the one that was made on two, and codes."""
-    ranks = launch(2, tmp_path, module="tests.fastmoco.objectives.test_swav")
-    for prefix in CASES:
-        check_trace([rank[prefix] for rank in ranks], data, prefix)
-    for number, rank in enumerate(ranks):
-        assert error(rank["codes"], data["mr0_codes"][number]) <= 1e-7
-
-
 def codes_of(data: Data, case: str, scores: Tensor, dtype: torch.dtype) -> Tensor:
     return sinkhorn(
         scores.to(dtype),
@@ -271,34 +257,14 @@ def test_codes_match_golden(data: Data, dtype: torch.dtype, tolerance: float) ->
 
 
 def on_ranks(parts: list[Tensor], run: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Results of threads that stand for ranks: collectives are sums and maxima over them."""
-    results: dict[int, Tensor] = {}
-    shared: dict[int, Tensor] = {}
-    barrier = threading.Barrier(len(parts), timeout=30)
-    local = threading.local()
-
-    def reduce(tensor: Tensor, how: Callable[[Tensor], Tensor]) -> Tensor:
-        shared[local.rank] = tensor.clone()
-        barrier.wait()
-        whole = how(torch.stack([shared[rank] for rank in range(len(parts))]))
-        barrier.wait()
-        return whole
-
-    def one(rank: int) -> None:
-        local.rank = rank
-        results[rank] = run(parts[rank])
-
+    """Results of threads that stand for ranks."""
+    ranks = ThreadRanks(len(parts))
     with (
-        mock.patch.object(swav, "total", lambda t: reduce(t, lambda all_: all_.sum(0))),
-        mock.patch.object(swav, "largest", lambda t: reduce(t, lambda all_: all_.amax(0))),
-        mock.patch.object(swav, "group_size", return_value=len(parts)),
+        mock.patch.object(swav, "total", ranks.total),
+        mock.patch.object(swav, "largest", ranks.largest),
+        mock.patch.object(swav, "group_size", ranks.size),
     ):
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(parts))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    return [results[rank] for rank in range(len(parts))]
+        return ranks.run(lambda rank: run(parts[rank]))
 
 
 def test_codes_of_several_ranks_match_golden(data: Data) -> None:
@@ -502,18 +468,3 @@ def test_recipes_carry_the_official_numbers_and_travel_through_json() -> None:
         own = get_recipe(name).objective
         assert isinstance(own, SwAVConfig)
         assert own.freeze_prototypes_steps == (10 if name == "swav_digits" else 313)
-
-
-if __name__ == "__main__":
-    cases: dict[str, Callable[[World], object]] = {
-        prefix: lambda world, prefix=prefix: run(read(), prefix, world) for prefix in CASES
-    }
-
-    def codes(world: World) -> Tensor:
-        assert group_size() == world.world_size
-        data = read()
-        return codes_of(
-            data, "mr0", torch.from_numpy(data["mr0_scores"][world.rank]), torch.float64
-        )
-
-    run_cases(cases | {"codes": codes})

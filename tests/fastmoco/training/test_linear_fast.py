@@ -24,7 +24,7 @@ from fastmoco.evaluation.linear import LinearSettings, Pair
 from fastmoco.evaluation.reference import plain_linear
 from fastmoco.models.encoder_file import describe_run
 from fastmoco.recipes import quickstart_digits
-from fastmoco.training import linear_fast
+from fastmoco.training import embed_run, linear_fast
 from fastmoco.training.encoder_source import EncoderSource
 from fastmoco.training.linear_fast import FastOptions, fast_linear, probe_batch, probe_view
 from fastmoco_pipelines import EvalLoaderSpec, build_eval_loader
@@ -150,7 +150,7 @@ def test_the_test_set_changes_no_choice(digits, found, tmp_path) -> None:
 
 def test_a_second_call_embeds_nothing_and_finds_the_same(digits, found, monkeypatch) -> None:
     result, cache = found
-    monkeypatch.setattr(linear_fast, "build_eval_loader", None)
+    monkeypatch.setattr(embed_run, "build_eval_loader", None)
     assert measure(digits, options(cache, copies=2)) == result
     assert not list(cache.glob("classifiers-*"))
     assert len(list(cache.iterdir())) == 4  # both sets and two copies
@@ -182,7 +182,7 @@ def test_it_continues_after_a_kill_in_both_stages(digits, found, tmp_path, monke
 
     # In the middle of the training set, whose parts have 256 images here.
     killed: list[bool] = []
-    monkeypatch.setattr(linear_fast, "build_eval_loader", counted)
+    monkeypatch.setattr(embed_run, "build_eval_loader", counted)
     with pytest.raises(Killed):
         measure(digits, asked)
     parts = len(list(tmp_path.glob("*/part-*")))
@@ -214,7 +214,7 @@ def test_it_continues_after_a_kill_in_both_stages(digits, found, tmp_path, monke
         return train(table, pairs, settings, state, **others)
 
     monkeypatch.setattr(linear, "train_linear", seen)
-    monkeypatch.setattr(linear_fast, "build_eval_loader", None)
+    monkeypatch.setattr(embed_run, "build_eval_loader", None)
     assert measure(digits, asked) == found[0]
     assert began == [2, 0]
 

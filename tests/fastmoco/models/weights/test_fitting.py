@@ -115,6 +115,12 @@ def test_heads_that_the_file_does_not_show_are_those_of_the_run() -> None:
     fit = fit_encoder(target(), weights(official_vit(), None), positions="sincos", heads=4)
     assert fit.notes == ["4 attention heads, as the run has; the file does not show them"]
 
+    # A ViT-S is of 6 heads in timm and of 12 here: the shapes do not tell.
+    small = weights(official_vit(width=384, depth=12, positions=torch.rand(1, 17, 384)), None)
+    place = target(embed_dim=384, depth=12, num_heads=12)
+    with pytest.raises(CheckpointError, match=r"12 for MoCo v3 and 6 for timm.*--heads N"):
+        fit_encoder(place, small, positions="learned", heads=12)
+
 
 def test_a_resnet_fits_its_own_size_alone() -> None:
     found = weights(official_resnet18(), None)

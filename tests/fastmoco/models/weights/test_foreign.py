@@ -267,6 +267,16 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kind: str, share: float) ->
         (official_vit() | {"patch_embed.proj.weight": torch.ones(64)}, "of 4 dimensions"),
         (official_vit() | {"patch_embed.proj.weight": torch.ones(0, 3, 2, 2)}, "of 4 dimensions"),
         (official_vit() | {"blocks.9999.norm1.bias": torch.ones(64)}, "not numbered from 0 to 2"),
+        # Quantised weights, whose scale is in another tensor or nowhere.
+        (
+            official_vit() | {"norm.bias": torch.ones(64, dtype=torch.int8)},
+            "norm.bias is of type int8",
+        ),
+        (official_vit() | {"norm.bias": torch.ones(64).to(torch.float8_e4m3fn)}, "float8_e4m3fn"),
+        (
+            official_vit() | {"pos_embed": torch.ones(1, 17, 64).long()},
+            "pos_embed is of type int64",
+        ),
         (official_vit() | {"norm.bias": torch.full((64,), torch.nan)}, "norm.bias is not finite"),
     ],
 )
@@ -275,6 +285,14 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, content, words: str) 
     with pytest.raises(CheckpointError, match=words) as error:
         load_foreign(path, heads=4)
     assert str(path) in str(error.value)
+
+
+def test_tensors_beside_a_state_dict_do_not_hide_it(tmp_path: Path) -> None:
+    trunk = official_vit()
+    content = {"epoch": 3, "state_dict": trunk, "queue": torch.ones(4, 4)}
+    found = load_foreign(save(tmp_path / "w.pth", content), heads=4)
+    assert torch.equal(found.encoder.state_dict()["norm.bias"], trunk["norm.bias"])
+    assert found.weights.facts["epoch"] == 3
 
 
 def test_old_files_without_counts_of_batches_load(tmp_path: Path) -> None:

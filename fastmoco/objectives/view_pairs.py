@@ -1,0 +1,39 @@
+"""What objectives that compare two views of an image share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastmoco.objectives.interface import Inputs
+
+
+def two_views(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The views of an objective that compares two.
+
+    Raises:
+        ValueError: if there are not two, or they differ in shape.
+    """
+    if len(inputs.views) != 2:
+        raise ValueError(f"views: {len(inputs.views)} of them; this objective compares 2")
+    view1, view2 = inputs.views
+    if view1.shape != view2.shape:
+        raise ValueError(
+            f"view1 shape={tuple(view1.shape)}, view2 shape={tuple(view2.shape)}: must be equal"
+        )
+    return view1, view2
+
+
+def by_view(features: Tensor) -> Tensor:
+    """[B, V, E] -> [V, B, E], of which batch norms take the statistics of each view alone."""
+    return features.transpose(0, 1).contiguous()
+
+
+def plain_projection(encoder: Any, view: Tensor, *paths: Tensor) -> Tensor:
+    """The projection of one view alone, by plain operations with nothing fused: for references.
+
+    `paths`: of `Inputs.paths_of` this view, for the encoder that trains.
+    """
+    projected: Tensor = encoder.head(encoder.plain(view, *paths))
+    return projected

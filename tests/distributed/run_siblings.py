@@ -1,0 +1,56 @@
+"""What one of two real processes does with the golden traces of BYOL, SimCLR and SwAV.
+
+Started by test_siblings_ranks.py as `python -m tests.distributed.run_siblings OUT`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmoco.distributed import World
+from tests.distributed.cases import run_cases
+from tests.fastmoco.objectives import test_byol as byol
+from tests.fastmoco.objectives import test_simclr as simclr
+from tests.fastmoco.objectives import test_swav as swav
+
+
+def run_byol(world: World, prefix: str) -> dict[str, Any]:
+    """Three steps on this rank's part of each batch."""
+    return byol.run(byol.read(), prefix, world)[1]
+
+
+def run_simclr(world: World, prefix: str) -> dict[str, Any]:
+    """Three steps on this rank's part of each batch."""
+    return simclr.run(simclr.read(), prefix, world)
+
+
+def run_swav(world: World, prefix: str) -> dict[str, Any]:
+    """All steps on this rank's part of each batch."""
+    return swav.run(swav.read(), prefix, world)
+
+
+def swav_codes(world: World) -> Tensor:
+    """Codes of this rank's scores in the file that was made on two ranks."""
+    data = swav.read()
+    scores = torch.from_numpy(data["mr0_scores"][world.rank])
+    return swav.codes_of(data, "mr0", scores, torch.float64)
+
+
+CASES: dict[str, Callable[[World], object]] = {
+    f"{name} {prefix}": partial(run, prefix=prefix)
+    for name, run, prefixes in (
+        ("byol", run_byol, byol.CASES),
+        ("simclr", run_simclr, simclr.CASES),
+        ("swav", run_swav, swav.CASES),
+    )
+    for prefix in prefixes
+} | {"swav codes": swav_codes}
+
+
+if __name__ == "__main__":
+    run_cases(CASES)

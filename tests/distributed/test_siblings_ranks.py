@@ -1,0 +1,53 @@
+"""BYOL, SimCLR and SwAV on two ranks: the golden traces, from one launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.test_ranks import launch
+from tests.fastmoco.objectives import test_byol as byol
+from tests.fastmoco.objectives import test_simclr as simclr
+from tests.fastmoco.objectives import test_swav as swav
+
+Results = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Results of all cases on two ranks."""
+    out = tmp_path_factory.mktemp("siblings")
+    return launch(2, out, module="tests.distributed.run_siblings")
+
+
+def merged(cases: Results) -> dict[str, Any]:
+    """The first rank's, with the mean of both losses."""
+    losses = [sum(pair) / 2 for pair in zip(*(case["losses"] for case in cases), strict=True)]
+    return {**cases[0], "losses": losses}
+
+
+@pytest.mark.parametrize("prefix", byol.CASES)
+def test_byol(ranks: Results, prefix: str) -> None:
+    byol.check_trace(merged([rank[f"byol {prefix}"] for rank in ranks]), byol.read(), prefix)
+
+
+@pytest.mark.parametrize("prefix", simclr.CASES)
+def test_simclr(ranks: Results, prefix: str) -> None:
+    cases = [rank[f"simclr {prefix}"] for rank in ranks]
+    projections = torch.cat([case["projections"] for case in cases], dim=1)
+    found = {**merged(cases), "projections": projections}
+    simclr.check_trace(found, simclr.read(), prefix)
+
+
+@pytest.mark.parametrize("prefix", swav.CASES)
+def test_swav(ranks: Results, prefix: str) -> None:
+    """Those of one rank with the batch divided, and the one that was made on two."""
+    swav.check_trace([rank[f"swav {prefix}"] for rank in ranks], swav.read(), prefix)
+
+
+def test_codes_of_swav(ranks: Results) -> None:
+    data = swav.read()
+    for number, rank in enumerate(ranks):
+        assert swav.error(rank["swav codes"], data["mr0_codes"][number]) <= 1e-7

@@ -1,0 +1,62 @@
+"""The encoder of an evaluation: its identity, and what may not contradict it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastmoco.checkpoint import CheckpointError
+from fastmoco.distributed.mesh import World
+from fastmoco.errors import RunError
+from fastmoco.models.encoder_file import describe_run
+from fastmoco.models.vit import vit_nano
+from fastmoco.recipes import quickstart_digits
+from fastmoco.training.embed_run import feature_key
+from fastmoco.training.encoder_source import load_source
+from fastmoco.training.source_model import model_config, prepare
+
+
+def weights(path: Path, *, own: bool) -> Path:
+    """A file of a ViT of 4 heads, with our header or without a word."""
+    torch.manual_seed(0)
+    description = describe_run(quickstart_digits())
+    state = {
+        name: value
+        for name, value in description.build().state_dict().items()
+        if not name.startswith("head.")
+    }
+    save_file(state, path, metadata=description.to_metadata() if own else None)
+    return path
+
+
+def test_features_by_another_number_of_heads_have_another_key(tmp_path: Path) -> None:
+    path = weights(tmp_path / "w.safetensors", own=False)
+    keys = [feature_key(load_source(path, heads=heads), "fp32", World()) for heads in (2, 4, 4)]
+    assert keys[0] != keys[1] == keys[2]
+    assert keys[0]["encoder"] == keys[1]["encoder"]
+
+
+def test_heads_that_the_source_contradicts_are_refused(tmp_path: Path) -> None:
+    path = weights(tmp_path / "w.safetensors", own=True)
+    assert load_source(path, heads=4).facts["sha256"] == load_source(path).facts["sha256"]
+    with pytest.raises(CheckpointError, match="has 4 attention heads, and heads=2 was given"):
+        load_source(path, heads=2)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_run_does_not_go_on_from_a_file_that_has_changed(tmp_path: Path, own: bool) -> None:
+    path = weights(tmp_path / "w.safetensors", own=own)
+    source = load_source(path, heads=4)
+    config = replace(quickstart_digits(), model=model_config(source))
+    prepare(source, config, tmp_path / "run")
+    moved = {**source.facts, "source": "elsewhere"}
+    prepare(replace(source, facts=moved), config, tmp_path / "run")
+    encoder = vit_nano()
+    header = describe_run(quickstart_digits()).to_metadata() if own else None
+    save_file(encoder.state_dict(), path, metadata=header)
+    with pytest.raises(RunError, match=r"began with another encoder \(sha256 "):
+        prepare(load_source(path, heads=4), config, tmp_path / "run")
